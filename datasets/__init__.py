@@ -1,0 +1,86 @@
+"""Data: what a model is shown.
+
+A sample is `(image, target)`:
+
+- image: uint8 [3, H, W], RGB, not normalised (mean and standard deviation belong to the backbone;
+  `collate.normalize` applies them on the device).
+- target: `boxes` float32 [N, 4], (cx, cy, w, h) divided by the un-padded image's (W, H, W, H); `labels` int64 [N];
+  `image_id` int64 [1]; `orig_size` and `size` int64 [2], (H, W) of the file and of `image`; `area` float32 [N] in
+  pixels of `image`; `iscrowd` int64 [N]. A pretext adds keys of its own: `patches` uint8 [M, 3, S, S].
+- `target["problems"]`, where present, lists (path, reason) of bad images that this one replaces; it alone is no tensor.
+
+A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,
+`fingerprint()`, and, where labelled, `num_classes` and `class_names` (id -> name).
+"""
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import DataLoader
+
+from datasets.coco import build_coco
+from datasets.collate import collate
+from datasets.query_patches import build_query_patches
+from datasets.sample import SampleDataset
+from datasets.samplers import EpochSampler
+from util.distributed import get_rank, get_world_size
+from util.logger import UserError
+
+Builder = Callable[[str, Namespace], SampleDataset]
+
+DATASETS: dict[str, Builder] = {"coco": build_coco}
+PRETEXT_DATASETS: dict[str, Builder] = {"random_query_patch": build_query_patches}
+
+
+def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
+    """What the pretext sees if `args.pretext` is set, else labelled images.
+
+    image_set: "train", or "val" (no augmentation).
+
+    Raises:
+        UserError: an unknown name, or data that isn't there or can't be used.
+    """
+    if image_set not in ("train", "val"):
+        raise ValueError(f"image_set must be train or val, got {image_set!r}")
+    pretext = getattr(args, "pretext", None)
+    registry, name = (PRETEXT_DATASETS, pretext) if pretext else (DATASETS, args.dataset_file)
+    if name not in registry:
+        flag = "--pretext" if pretext else "--dataset_file"
+        raise UserError(f"{flag} {name} is unknown: choose one of {', '.join(registry)}")
+    return registry[name](image_set, args)
+
+
+def build_loader(
+    dataset: SampleDataset, args: Namespace, train: bool, epoch: int = 0, start_batch: int = 0
+) -> DataLoader:
+    """Batches of this process as (NestedTensor of uint8, PackedTargets).
+
+    `train`: shuffled, the incomplete global batch dropped; otherwise in order and every image once over all processes.
+    `loader.batch_sampler.set_epoch(e)` goes before each epoch.
+
+    Raises:
+        UserError: fewer training images than one global batch.
+    """
+    world_size = get_world_size()
+    if train and len(dataset) < args.batch_size * world_size:
+        raise UserError(
+            f"{len(dataset)} training images are fewer than one batch ({args.batch_size} x {world_size} processes): "
+            f"use --batch_size {max(len(dataset) // world_size, 1)} or less"
+        )
+    sampler = EpochSampler(
+        len(dataset), args.batch_size, shuffle=train, seed=args.seed, rank=get_rank(), world_size=world_size,
+        drop_last=train, epoch=epoch, start_batch=start_batch,
+    )
+    workers = args.num_workers
+    return DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
+        pin_memory=torch.device(args.device).type == "cuda", worker_init_fn=_one_thread,
+        prefetch_factor=4 if workers else None,
+        # Its own generator: workers must not draw from the stream that dropout uses, or a resumed run would differ.
+        generator=torch.Generator().manual_seed(args.seed),
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """Workers share the cores with each other; threads of their own would only compete."""
+    torch.set_num_threads(1)

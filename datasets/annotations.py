@@ -1,0 +1,221 @@
+"""Boxes and labels of a whole data set in a few arrays: workers share them, where Python objects would be copied."""
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from datasets.image_folder import PackedStrings
+from util.logger import UserError, log
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Annotations:
+    """Images in the order of their ids; the objects of image i are rows offsets[i] to offsets[i + 1].
+
+    image_ids int64 [I]; sizes_hw int64 [I, 2], 0 where the file does not say; boxes_xyxy_abs float32 [A, 4], not
+    clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
+    """
+
+    source: str
+    file_names: PackedStrings
+    image_ids: np.ndarray
+    sizes_hw: np.ndarray
+    offsets: np.ndarray
+    boxes_xyxy_abs: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    class_names: dict[int, str]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def max_label(self) -> int:
+        """The largest class id that is named or used; -1 without any."""
+        return max([*self.class_names, int(self.labels.max(initial=-1))], default=-1)
+
+    def target(self, index: int, size_hw: tuple[int, int]) -> Record:
+        """The target of an image of this size before transforms: boxes (x0, y0, x1, y1) in pixels, clipped to it."""
+        rows = slice(self.offsets[index], self.offsets[index + 1])
+        height, width = size_hw
+        boxes = np.clip(self.boxes_xyxy_abs[rows], 0, np.array([width, height, width, height], dtype=np.float32))
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        size = torch.tensor(size_hw)
+        return {
+            "boxes": torch.from_numpy(boxes[kept]),
+            "labels": torch.from_numpy(self.labels[rows][kept]),
+            "image_id": torch.tensor([int(self.image_ids[index])]),
+            "area": torch.from_numpy(self.areas[rows][kept]),
+            "iscrowd": torch.zeros(int(kept.sum()), dtype=torch.int64),
+            "orig_size": size,
+            "size": size.clone(),
+        }
+
+    def select(self, images: np.ndarray) -> "Annotations":
+        """Only these images (indices [J], in this order)."""
+        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in images] or [np.arange(0)])
+        counts = np.diff(self.offsets)[images]
+        return replace(
+            self, file_names=PackedStrings(self.file_names[i] for i in images), image_ids=self.image_ids[images],
+            sizes_hw=self.sizes_hw[images], offsets=np.concatenate([[0], np.cumsum(counts)]),
+            boxes_xyxy_abs=self.boxes_xyxy_abs[rows], labels=self.labels[rows], areas=self.areas[rows],
+        )
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(self.file_names.digest().encode())
+        for array in (self.image_ids, self.offsets, self.boxes_xyxy_abs, self.labels):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return f"{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
+
+
+def read_coco(path: str) -> Annotations:
+    """Reads a COCO detection file.
+
+    Raises:
+        UserError: no such file, not JSON, or what makes training wrong (see `parse_coco`).
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: put the COCO annotations there") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}): is the download complete?") from error
+    return parse_coco(content, path)
+
+
+def parse_coco(content: Record, source: str) -> Annotations:
+    """Arrays from the content of a COCO detection file; `source` names it in messages.
+
+    Labels are the raw category ids. A missing `iscrowd` counts as 0, a missing `area` is that of the box. Crowds are
+    left out. Left out with a warning and their number: boxes that are not finite, without area or outside their image,
+    and annotations of unlisted images.
+
+    Raises:
+        UserError: parts are missing, ids are no integers or not unique, a category id is negative, a bbox is malformed.
+    """
+    images, annotations, categories = (_part(content, key, source) for key in ("images", "annotations", "categories"))
+    images = sorted(images, key=lambda image: _identifier(image, "id", source))
+    image_ids = np.array([image["id"] for image in images], dtype=np.int64)
+    if len(np.unique(image_ids)) < len(image_ids):
+        raise UserError(f"{source}: two images have the same id: ids must be unique")
+    file_names = PackedStrings(_file_name(image, source) for image in images)
+    sizes = np.array([[i.get("height") or 0, i.get("width") or 0] for i in images], dtype=np.int64).reshape(-1, 2)
+    columns = _columns(annotations, source)
+    rows = _usable_rows(columns, image_ids, sizes, file_names, source)
+    columns = {key: column[rows] for key, column in columns.items()}
+    counts = np.bincount(columns["image"], minlength=len(image_ids)) if len(rows) else np.zeros(len(image_ids), int)
+    return Annotations(
+        source, file_names, image_ids, sizes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        columns["box"], columns["label"], columns["area"], _class_names(categories, columns["label"], source),
+    )
+
+
+def _part(content: Record, key: str, source: str) -> list[Record]:
+    if not isinstance(content, dict) or not isinstance(content.get(key), list):
+        raise UserError(f"{source} has no list {key!r}: it is no COCO detection file")
+    return content[key]
+
+
+def _identifier(record: Record, key: str, source: str) -> int:
+    value = record.get(key)
+    if not isinstance(value, int):
+        raise UserError(f"{source}: {key} of {str(record)[:80]} is {value!r}: it must be an integer")
+    return value
+
+
+def _file_name(image: Record, source: str) -> str:
+    if not isinstance(image.get("file_name"), str):
+        raise UserError(f"{source}: image {image['id']} has no file_name: add it or remove the image")
+    return image["file_name"]
+
+
+def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
+    """One array a field, rows as in the file; boxes as (x0, y0, x1, y1), added up in float32 as published."""
+    boxes_xywh = [_bbox(annotation, source) for annotation in annotations]
+    box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
+    box_area = box[:, 2] * box[:, 3]
+    area = np.array([_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32)
+    box[:, 2:] += box[:, :2]
+    return {
+        "id": np.array([_number_or(annotation.get("id"), -1) for annotation in annotations], dtype=np.int64),
+        "image": np.array([_identifier(a, "image_id", source) for a in annotations], dtype=np.int64),
+        "label": np.array([_category(a, source) for a in annotations], dtype=np.int64),
+        "crowd": np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=bool),
+        "box": box,
+        "area": np.where(np.isnan(area), box_area, area).astype(np.float32),
+    }
+
+
+def _number_or(value: Any, default: float) -> float:
+    return value if isinstance(value, int | float) else default
+
+
+def _bbox(annotation: Record, source: str) -> Sequence[float]:
+    bbox = annotation.get("bbox")
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(v, int | float) for v in bbox):
+        raise UserError(
+            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox {bbox!r}: "
+            "it must be [x, y, width, height] in pixels"
+        )
+    return bbox
+
+
+def _category(annotation: Record, source: str) -> int:
+    label = _identifier(annotation, "category_id", source)
+    if label < 0:
+        raise UserError(
+            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has category id "
+            f"{label}: ids start at 0"
+        )
+    return label
+
+
+def _usable_rows(
+    columns: dict[str, np.ndarray], image_ids: np.ndarray, sizes_hw: np.ndarray, file_names: PackedStrings, source: str
+) -> np.ndarray:
+    """Rows to train on, grouped by image in the order of the file; turns column `image` from ids into indices."""
+    def report(dropped: np.ndarray, what: str) -> None:
+        if dropped.any():
+            first = int(np.flatnonzero(dropped)[0])
+            image = columns["image"][first]
+            log.warning(
+                "%s: %d annotations %s are left out, the first is annotation %d of image %d",
+                source, dropped.sum(), what, columns["id"][first], image,
+            )
+
+    if not len(columns["id"]):
+        return np.arange(0)
+    order = np.searchsorted(image_ids, columns["image"]).clip(max=max(len(image_ids) - 1, 0))
+    listed = image_ids[order] == columns["image"] if len(image_ids) else np.zeros(len(order), bool)
+    report(~listed, "of images that the file does not list")
+    finite = np.isfinite(columns["box"]).all(1)
+    report(listed & ~finite, "with a box that is not finite")
+    usable = listed & finite & ~columns["crowd"]
+    with_area = _has_area(columns["box"], sizes_hw[order] if len(sizes_hw) else np.zeros((len(order), 2)))
+    report(usable & ~with_area, "with a box without area, or outside its image,")
+    columns["image"] = order
+    rows = np.flatnonzero(usable & with_area)
+    return rows[np.argsort(order[rows], kind="stable")]
+
+
+def _has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """Whether something of the box is left inside its image (size 0: not known, no limit)."""
+    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
+    low = np.clip(boxes_xyxy_abs[:, :2], 0, limit)
+    high = np.clip(boxes_xyxy_abs[:, 2:], 0, limit)
+    return (high > low).all(1)
+
+
+def _class_names(categories: Sequence[Record], labels: np.ndarray, source: str) -> dict[int, str]:
+    names = {_identifier(category, "id", source): str(category.get("name", category["id"])) for category in categories}
+    unnamed = sorted(set(np.unique(labels).tolist()) - set(names))
+    if unnamed:
+        log.warning("%s: category ids %s are used but not listed: they are trained but not evaluated", source, unnamed)
+    return {**names, **{label: str(label) for label in unnamed}}

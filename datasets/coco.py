@@ -1,0 +1,143 @@
+"""Labelled images with COCO annotations, in the published layouts."""
+import os
+from argparse import Namespace
+
+import numpy as np
+from torch import Tensor
+
+from datasets.annotations import Annotations, read_coco
+from datasets.image_folder import read_image
+from datasets.sample import BadImageError, SampleDataset, Target
+from datasets.transforms import Transform, detection_transforms
+from util.logger import UserError, log
+from util.random_state import SampleRandom
+
+PUBLISHED_NUM_CLASSES = 91
+_FOLDERS = {"train": "train2017", "val": "val2017"}
+
+
+def coco_root(args: Namespace) -> str:
+    """`args.coco_path`, or `MSCoco` under `args.data_root`.
+
+    Raises:
+        UserError: neither is given, or the folder does not exist.
+    """
+    root = args.coco_path or (os.path.join(args.data_root, "MSCoco") if args.data_root else None)
+    if not root:
+        raise UserError("no data: give --coco_path DIR (with train2017, val2017 and annotations) or --data_root DIR")
+    if not os.path.isdir(root):
+        raise UserError(f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations")
+    return root
+
+
+def coco_files(root: str, image_set: str) -> tuple[str, str]:
+    """(image folder, annotation file) of "train" or "val": `train2017` or `images/train2017`, and `annotations`.
+
+    Raises:
+        UserError: no image folder. The annotation file is not looked at.
+    """
+    folder = _FOLDERS[image_set]
+    candidates = [os.path.join(root, folder), os.path.join(root, "images", folder)]
+    for candidate in candidates:
+        if os.path.isdir(candidate):
+            return candidate, os.path.join(root, "annotations", f"instances_{folder}.json")
+    raise UserError(f"{root} has neither {folder} nor images/{folder}: put the {image_set} images into one of them")
+
+
+class CocoDetection(SampleDataset):
+    """Images with boxes and raw category ids as labels; images without objects are kept.
+
+    An image whose size differs from the annotation file's counts as bad: its boxes would be wrong.
+    """
+
+    def __init__(
+        self, image_folder: str, annotations: Annotations, transforms: Transform, num_classes: int, seed: int = 0
+    ) -> None:
+        super().__init__(seed)
+        self.image_folder, self.annotations, self.transforms = image_folder, annotations, transforms
+        self.num_classes = num_classes
+        self.class_names = annotations.class_names
+
+    @property
+    def annotation_file(self) -> str:
+        return self.annotations.source
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self.image_folder, self.annotations.file_names[index])
+
+    def fingerprint(self) -> str:
+        return self.annotations.fingerprint()
+
+    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
+        image = read_image(self.path(index))
+        height, width = image.shape[-2:]
+        listed_height, listed_width = self.annotations.sizes_hw[index]
+        if listed_height and listed_width and (listed_height, listed_width) != (height, width):
+            raise BadImageError(
+                f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
+                f"{listed_height} in {self.annotation_file} (rotated or resized?)"
+            )
+        return self.transforms(image, self.annotations.target(index, (height, width)), rng)
+
+
+def build_coco(image_set: str, args: Namespace) -> CocoDetection:
+    """The "train" or "val" images under `args.coco_path` or `args.data_root`.
+
+    Raises:
+        UserError: files are missing or hold what makes training or evaluation wrong.
+    """
+    image_folder, annotation_file = coco_files(coco_root(args), image_set)
+    annotations = _with_files(read_coco(annotation_file), image_folder, image_set)
+    num_classes = _num_classes(annotations, args.num_classes)
+    log.info(
+        "%s: %d images, %d without objects, %d boxes, %d classes", annotation_file, len(annotations),
+        (np.diff(annotations.offsets) == 0).sum(), len(annotations.labels), len(annotations.class_names),
+    )
+    transforms = detection_transforms(image_set, args.image_size or 800, args.max_size)
+    return CocoDetection(image_folder, annotations, transforms, num_classes, seed=args.seed)
+
+
+def _num_classes(annotations: Annotations, given: int | None) -> int:
+    """91 as published for COCO's ids, or more where ids go further; a given number must exceed every id."""
+    needed = annotations.max_label + 1
+    if given is None:
+        return max(PUBLISHED_NUM_CLASSES, needed)
+    if needed > given:
+        raise UserError(
+            f"{annotations.source} has category id {needed - 1}, but --num_classes is {given}: "
+            f"ids are used as they are, so use --num_classes {needed} or leave it out"
+        )
+    return given
+
+
+def _with_files(annotations: Annotations, image_folder: str, image_set: str) -> Annotations:
+    """Leaves out images without a file for training; for evaluation they would falsify every number.
+
+    Raises:
+        UserError: a file is missing for evaluation, or all are missing.
+    """
+    if not len(annotations):
+        raise UserError(f"{annotations.source} lists no image")
+    present = _present(annotations, image_folder)
+    missing = np.flatnonzero(~present)
+    if not len(missing):
+        return annotations
+    first = f"{annotations.file_names[missing[0]]} (image {annotations.image_ids[missing[0]]})"
+    what = f"{len(missing)} of {len(annotations)} images of {annotations.source} are not in {image_folder}: {first}"
+    if image_set != "train" or not present.any():
+        raise UserError(f"{what}: add the files or take the images out of the annotations")
+    log.warning("%s: they are left out", what)
+    return annotations.select(np.flatnonzero(present))
+
+
+def _present(annotations: Annotations, image_folder: str) -> np.ndarray:
+    """bool [I]: whether the file is there. Lists each folder once, where asking for every file could take minutes."""
+    names = [annotations.file_names[i] for i in range(len(annotations))]
+    listings: dict[str, set[str]] = {}
+    for folder in {os.path.dirname(name) for name in names}:
+        path = os.path.join(image_folder, folder)
+        listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
+    return np.array([os.path.basename(name) in listings[os.path.dirname(name)] for name in names])

@@ -1,0 +1,150 @@
+"""Unlabelled images from any folder tree or list of files, and how an image file becomes pixels."""
+import hashlib
+import os
+import struct
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datasets.sample import BadImageError
+from util.logger import UserError, log
+
+# What Pillow's plug-ins raise on damaged files.
+_DECODING_ERRORS = (
+    OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError, struct.error, Image.DecompressionBombError,
+)
+# Formats that Pillow only recognises, or hands to another program.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Extensions that Pillow decodes, in lower case, with the dot."""
+    known = Image.registered_extensions()
+    return frozenset(ext for ext, kind in known.items() if kind in Image.OPEN and kind not in _NOT_DECODED)
+
+
+def open_image(path: str) -> Image.Image:
+    """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines.
+
+    Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped); 16-bit grey loses its
+    low byte.
+
+    Raises:
+        BadImageError: unreadable, truncated, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):
+                return Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise BadImageError("no such file") from error
+    except _DECODING_ERRORS as error:
+        raise BadImageError(f"can't be decoded ({error})") from error
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W], channels-last in memory as it was decoded (resizing is fastest so)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def read_image(path: str) -> Tensor:
+    """uint8 [3, H, W], RGB; see `open_image`."""
+    return to_tensor(open_image(path))
+
+
+class PackedStrings:
+    """Many strings in two arrays: worker processes share them, where a list of strings would be copied page by page."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
+        self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} strings")
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+    def digest(self) -> str:
+        """Hex digest of all strings and their borders."""
+        return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()
+
+
+class ImageFolder:
+    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list).
+
+    Symbolic links are followed, links that lead back to a folder above are not. Files with other extensions than
+    `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`.
+
+    Raises:
+        UserError: nothing there, or no image in it.
+    """
+
+    def __init__(self, root: str) -> None:
+        if not os.path.exists(root):
+            raise UserError(f"{root} does not exist: give a folder of images or a text file with one path a line")
+        self.root = root
+        self.skipped = 0
+        if os.path.isdir(root):
+            names = sorted(self._walk(root, "", frozenset()))
+            self._base = root
+        else:
+            names, self._base = _read_list(root), os.path.dirname(root)
+        if not names:
+            raise UserError(f"{root} holds no image ({self.skipped} other files): expected files such as .jpg or .png")
+        self._names = PackedStrings(names)
+        log.info("%d images in %s%s", len(names), root, f", {self.skipped} other files skipped" if self.skipped else "")
+
+    def _walk(self, folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        stat = os.stat(folder)
+        above = above | {(stat.st_dev, stat.st_ino)}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    inside = entry.stat()
+                    if (inside.st_dev, inside.st_ino) not in above:
+                        yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
+                elif _is_image(entry):
+                    yield prefix + entry.name
+                else:
+                    self.skipped += 1
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def path(self, index: int) -> str:
+        return os.path.join(self._base, self._names[index])
+
+    def fingerprint(self) -> str:
+        """Of the names relative to the root, so that the same images elsewhere have the same one."""
+        return f"{len(self)} images, {self._names.digest()[:16]}"
+
+
+def _is_image(entry: os.DirEntry) -> bool:
+    extension = os.path.splitext(entry.name)[1].lower()
+    return extension in image_extensions() and not entry.name.startswith(".") and entry.is_file()
+
+
+def _read_list(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is neither a folder nor a text file with one image path a line") from error
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if names and not os.path.exists(os.path.join(os.path.dirname(path), names[0])):
+        raise UserError(f"{path}: its first entry {names[0]} does not exist; paths are relative to the list's folder")
+    return names

@@ -1,0 +1,32 @@
+"""UP-DETR's random boxes (Dai et al., CVPR 2021, section 3): any size and aspect, whatever the image shows."""
+from argparse import Namespace
+
+import torch
+from torch import Tensor
+
+from util.random_state import SampleRandom
+
+MIN_SIDE = 8
+
+
+class RandomProposals:
+    """`num_boxes` boxes with sides uniform in [8, image side - 8] pixels, anywhere in the image."""
+
+    def __init__(self, num_boxes: int) -> None:
+        self.num_boxes = num_boxes
+
+    def __call__(self, image: Tensor, rng: SampleRandom) -> Tensor:
+        """Image [3, H, W], both sides above 16 -> float32 [num_boxes, 4], (x0, y0, x1, y1) in whole pixels."""
+        height, width = image.shape[-2:]
+        return torch.tensor([self._draw(rng, width, height) for _ in range(self.num_boxes)], dtype=torch.float32)
+
+    @staticmethod
+    def _draw(rng: SampleRandom, width: int, height: int) -> tuple[int, int, int, int]:
+        draw = rng.numpy.randint
+        w, h = draw(MIN_SIDE, width - MIN_SIDE + 1), draw(MIN_SIDE, height - MIN_SIDE + 1)
+        x, y = draw(0, width - w), draw(0, height - h)
+        return x, y, x + w, y + h
+
+
+def build_random(args: Namespace) -> RandomProposals:
+    return RandomProposals(args.num_patches)

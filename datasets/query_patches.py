@@ -1,0 +1,95 @@
+"""What random query patch detection sees (UP-DETR): an image, boxes in it, and the patches cut out of these boxes."""
+from argparse import Namespace
+
+import torch
+from torch import Tensor
+
+from datasets.coco import coco_files, coco_root
+from datasets.image_folder import ImageFolder, read_image
+from datasets.proposals import Proposals, build_proposals
+from datasets.sample import BadImageError, SampleDataset, Target
+from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
+from util.logger import UserError
+from util.random_state import SampleRandom
+
+TINY_SIDE = 16
+QUERY_LABEL = 1
+
+
+class QueryPatches(SampleDataset):
+    """Samples with `patches` uint8 [M, 3, S, S] beside the M boxes they were cut from; every label is 1.
+
+    Boxes are drawn in the original image, patches are cut from it and augmented one after the other, then the image is
+    transformed, as published. An image with a side of 16 pixels or less counts as bad.
+    """
+
+    def __init__(
+        self, images: ImageFolder, proposals: Proposals, transforms: Transform, patch_transform: PatchAugmentation,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(seed)
+        self.images, self.proposals = images, proposals
+        self.transforms, self.patch_transform = transforms, patch_transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, index: int) -> str:
+        return self.images.path(index)
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
+        image = read_image(self.path(index))
+        height, width = image.shape[-2:]
+        if min(height, width) <= TINY_SIDE:
+            raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
+        boxes = self.proposals(image, rng)
+        patches = torch.stack([self._patch(image, box, rng) for box in boxes.round().int().tolist()])
+        target = query_target(boxes, index, (height, width))
+        image, target = self.transforms(image, target, rng)
+        # Added last: the image's transforms are not for patches.
+        return image, {**target, "patches": patches}
+
+    def _patch(self, image: Tensor, box_xyxy_abs: list[int], rng: SampleRandom) -> Tensor:
+        x0, y0, x1, y1 = box_xyxy_abs
+        patch, _ = self.patch_transform(image[:, y0:y1, x0:x1], {}, rng)
+        return patch
+
+
+def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -> Target:
+    """The target of M boxes in an image that has not been transformed yet."""
+    return {
+        "boxes": boxes_xyxy_abs,
+        "labels": torch.full((len(boxes_xyxy_abs),), QUERY_LABEL),
+        "image_id": torch.tensor([index]),
+        "area": (boxes_xyxy_abs[:, 2:] - boxes_xyxy_abs[:, :2]).prod(1),
+        "iscrowd": torch.zeros(len(boxes_xyxy_abs), dtype=torch.int64),
+        "orig_size": torch.tensor(size_hw),
+        "size": torch.tensor(size_hw),
+    }
+
+
+def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
+    """Images of `args.imagenet_path` where given (for "val" too, without augmentation), else of the COCO data set.
+
+    Raises:
+        UserError: no images.
+    """
+    image_size = args.image_size or 480
+    return QueryPatches(
+        ImageFolder(_image_source(image_set, args)),
+        build_proposals(args),
+        pretext_transforms(image_set, image_size, args.max_size),
+        PatchAugmentation(args.patch_size, augment=image_set == "train"),
+        seed=args.seed,
+    )
+
+
+def _image_source(image_set: str, args: Namespace) -> str:
+    if args.imagenet_path:
+        return args.imagenet_path
+    if not (args.coco_path or args.data_root):
+        raise UserError("no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR")
+    return coco_files(coco_root(args), image_set)[0]

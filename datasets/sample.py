@@ -1,0 +1,66 @@
+"""The base of all datasets: samples by (epoch, index), and what happens when an image is bad."""
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.logger import UserError
+from util.random_state import SampleRandom
+
+Target = dict[str, Any]
+Key = int | tuple[int, int]
+MAX_BAD_IN_A_ROW = 100
+
+
+class BadImageError(Exception):
+    """An image that can't be used (unreadable, too small, not what its annotation says); the text is the reason."""
+
+
+class SampleDataset(Dataset):
+    """Turns `load(index, rng)` of a subclass into `dataset[index]` and `dataset[(epoch, index)]`.
+
+    Where `load` raises BadImageError the next index is used, with the random state of the one that was asked for, and
+    the target gets `problems`: [(path, reason), ...].
+    A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def path(self, index: int) -> str:
+        """Path of the image file."""
+        raise NotImplementedError
+
+    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
+        """The sample of one index, without fall-back.
+
+        Raises:
+            BadImageError: this image can't be used.
+        """
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Changes whenever the files or the annotations do: kept with each run."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
+        """
+        Raises:
+            UserError: MAX_BAD_IN_A_ROW consecutive images, or all there are, can't be used.
+        """
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        problems: list[tuple[str, str]] = []
+        for step in range(min(MAX_BAD_IN_A_ROW, len(self))):
+            candidate = (index + step) % len(self)
+            try:
+                image, target = self.load(candidate, SampleRandom.of(self.seed, epoch, index))
+            except BadImageError as error:
+                problems.append((self.path(candidate), str(error)))
+                continue
+            if problems:
+                target["problems"] = problems
+            return image, target
+        path, reason = problems[0]
+        raise UserError(
+            f"{len(problems)} images in a row can't be used, the first is {path}: {reason}; check the image folder"
+        )

@@ -1,0 +1,361 @@
+"""The one training loop and the one evaluation loop, used by both entry scripts.
+
+Everything comes in as an object: nothing here looks at the name of a detector, a pretext or a data set.
+"""
+import itertools
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets.collate import PackedTargets, normalize, normalize_images
+from models.criterion import SetCriterion
+from util.checkpoint import random_states, save_checkpoint, set_random_states
+from util.distributed import all_gather_object, barrier, get_rank, get_world_size, is_main_process
+from util.logger import Progress, format_seconds, log
+from util.metrics import Averages, LossReader, check_finite, to_host
+from util.nested_tensor import NestedTensor
+from util.optimizer import build_optimizer, restore_optimizer
+from util.run_folder import append_log
+
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclass
+class Run:
+    """A training run: what is trained, with what, where it is kept, and how far it has come."""
+
+    model: nn.Module
+    criterion: SetCriterion
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    loader: torch.utils.data.DataLoader
+    device: torch.device
+    epochs: int
+    clip_max_norm: float
+    amp: bool
+    folder: Path | None
+    save_every: int
+    lr_drop: int
+    keep: dict  # what else goes into each checkpoint: settings, class names, normalisation
+    evaluate: Callable[[nn.Module, int], dict] | None = None  # (model, epoch) -> test_* values of the log
+    eval_every: int = 1
+    plot: Callable[[], None] | None = None
+    epoch: int = 0  # the epoch to train next
+    batch: int = 0  # and the first batch of it
+    averages: Averages = field(default_factory=Averages)
+    best: float = -1.0
+    seconds: float = 0.0  # of training, over all sessions
+
+
+class StopRequested(Exception):
+    """The process was asked to stop (SIGTERM, SIGINT); the run is saved and can be resumed."""
+
+
+class _StopSignal:
+    """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous = {}
+
+    def __enter__(self) -> "_StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model without its distributed wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def to_device(
+    samples: NestedTensor, targets: PackedTargets, device: torch.device, mean: tuple, std: tuple
+) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    """Copies a batch to the device and normalises images and patches there."""
+    samples = normalize(samples.to(device, non_blocking=True), mean, std)
+    unpacked = targets.to(device, non_blocking=True).unpack()
+    for target in unpacked:
+        if "patches" in target:
+            target["patches"] = normalize_images(target["patches"], mean, std)
+    return samples, unpacked
+
+
+def autocast(device: torch.device, enabled: bool) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class ProblemCounter:
+    """Bad images that the loader replaced: each is reported once with its path, all are counted."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.count = 0
+
+    def add(self, problems: list[tuple[str, str]]) -> None:
+        for path, reason in problems:
+            self.count += 1
+            if path not in self.seen:
+                self.seen.add(path)
+                log.warning("left out %s: %s (the next image takes its place)", path, reason)
+
+
+def forward_losses(
+    run_model: nn.Module, criterion: SetCriterion, samples: NestedTensor, targets: list[dict[str, Tensor]], amp: bool
+) -> tuple[dict, dict[str, Tensor], Tensor]:
+    """One forward pass: outputs, named losses, weighted total. Pretexts see the targets, detectors do not."""
+    with autocast(samples.tensors.device, amp):
+        outputs = run_model(samples, targets) if getattr(bare(run_model), "sees_targets", False) else run_model(samples)
+    losses = criterion(outputs, targets)
+    return outputs, losses, criterion.total(losses)
+
+
+def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
+    """The published log: each weighted loss by its name, each raw value with `_unscaled`, `loss` the weighted sum."""
+    values = {f"{name}_unscaled": value for name, value in losses.items()}
+    scaled = {name: losses[name] * weight for name, weight in weights.items() if name in losses}
+    return {**values, **scaled, "loss": sum(scaled.values()), "class_error": losses.get("class_error", 0.0)}
+
+
+def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]], stop: bool) -> tuple[dict[str, float], bool]:
+    """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any process was asked to stop.
+
+    Raises:
+        NonFiniteLoss: before the optimiser's step, so that weights stay as they are.
+    """
+    _, losses, total = forward_losses(run.model, run.criterion, samples, targets, run.amp)
+    reader = LossReader(losses, float(stop))
+    run.optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    values = reader.read()
+    check_finite(values, (int(target["image_id"]) for target in targets))
+    if run.clip_max_norm > 0:
+        parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, run.clip_max_norm)
+    run.optimizer.step()
+    return logged_values(values, run.criterion.weight_dict), reader.flag > 0
+
+
+def train_one_epoch(run: Run) -> None:
+    """Trains from `run.batch` to the end of the epoch; `run.averages` grow with each step.
+
+    Raises:
+        StopRequested: after a step, with `run.batch` saying where to go on.
+    """
+    run.model.train()
+    run.criterion.train()
+    mean, std = run.keep["normalization"]["mean"], run.keep["normalization"]["std"]
+    sampler = run.loader.batch_sampler
+    sampler.set_epoch(run.epoch, run.batch)
+    steps = run.batch + len(sampler)
+    bar = Progress(steps, f"epoch {run.epoch + 1}/{run.epochs}", start=run.batch)
+    problems = ProblemCounter()
+    began, images = time.monotonic(), 0
+    with _StopSignal() as stop:
+        for samples, targets in run.loader:
+            problems.add(targets.problems)
+            images += len(samples) * get_world_size()
+            samples, targets = to_device(samples, targets, run.device, mean, std)
+            values, asked = train_step(run, samples, targets, stop.asked)
+            values["lr"] = run.optimizer.param_groups[0]["lr"]
+            run.averages.add(values)
+            run.batch += 1
+            rate = images / (time.monotonic() - began)
+            bar.step(_progress_text(values, rate) if bar.wants_text() else None)
+            if asked and run.batch < steps:
+                run.seconds += time.monotonic() - began
+                raise StopRequested
+    if problems.count:
+        log.warning("%d unreadable or tiny images were replaced in this epoch (%d different)", problems.count, len(problems.seen))
+    run.seconds += time.monotonic() - began
+
+
+def _progress_text(values: dict[str, float], rate: float) -> str:
+    names = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_feature")
+    losses = " ".join(f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in names if name in values)
+    return f"{losses} {rate:.1f} images/s lr {values['lr']:.1e}"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, criterion: SetCriterion, postprocessors: dict, loader: torch.utils.data.DataLoader, evaluator,
+    device: torch.device, normalization: dict, amp: bool, keep_examples: int = 0,
+) -> tuple[dict, list[dict]]:
+    """Losses and metrics over a data set, each image once over all processes.
+
+    Returns (values for the log without prefix, examples): `coco_eval_bbox` holds the 12 numbers; examples are the first
+    `keep_examples` images of this process with their predictions and targets.
+    """
+    model = bare(model).eval()
+    criterion.eval()
+    averages, examples, bar = Averages(), [], Progress(len(loader), "evaluation")
+    for samples, packed in loader:
+        inputs, targets = to_device(samples, packed, device, normalization["mean"], normalization["std"])
+        outputs, losses, _ = forward_losses(model, criterion, inputs, targets, amp)
+        averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
+        sizes = torch.stack([target["orig_size"] for target in targets])
+        results = postprocessors["bbox"](outputs, sizes)
+        results = [{name: value.cpu() for name, value in result.items()} for result in results]
+        evaluator.update({int(t["image_id"]): result for t, result in zip(targets, results, strict=True)})
+        examples += _examples(samples, targets, results, keep_examples - len(examples))
+        bar.step()
+    values = averages.merged().means()
+    evaluator.synchronize_between_processes()
+    values["coco_eval_bbox"] = evaluator.summarize()["stats"]
+    return values, examples
+
+
+def _examples(samples: NestedTensor, targets: list[dict], results: list[dict], count: int) -> list[dict]:
+    """Images as the model saw them, uint8 [3, h, w], with boxes in their pixels."""
+    kept = []
+    for image, target, result in list(zip(samples.tensors, targets, results, strict=True))[: max(count, 0)]:
+        (height, width), original = target["size"].tolist(), target["orig_size"].tolist()
+        scale = torch.tensor([width / original[1], height / original[0]] * 2)
+        kept.append({
+            "image": image[:, :height, :width].clone(), "image_id": int(target["image_id"]),
+            "boxes_cxcywh": target["boxes"].cpu(), "labels": target["labels"].cpu(),
+            "predictions": {**result, "boxes": result["boxes"] * scale},
+        })
+    return kept
+
+
+def checkpoint_state(run: Run) -> dict:
+    """Everything that an exact resume needs. `epoch` is the last finished one, as published."""
+    return {
+        "model": bare(run.model).state_dict(), "optimizer": run.optimizer.state_dict(), "lr_scheduler": run.scheduler.state_dict(),
+        "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(), "best": run.best, "seconds": run.seconds,
+        "world_size": get_world_size(), "random_states": all_gather_object(random_states()), **run.keep,
+    }
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Counterpart of `checkpoint_state`, but for model and optimiser."""
+    run.epoch, run.batch = checkpoint["epoch"] + 1, checkpoint.get("batch", 0)
+    run.averages, run.best = Averages(checkpoint.get("averages")), checkpoint.get("best", -1.0)
+    run.seconds = checkpoint.get("seconds", 0.0)
+    states = checkpoint.get("random_states", [])
+    if len(states) == get_world_size():
+        set_random_states(states[get_rank()])
+        return
+    run.batch, run.averages = 0, Averages()
+    log.info("the checkpoint is of %d processes, this run has %d: the epoch starts anew with new random states",
+             checkpoint.get("world_size", 0), get_world_size())
+
+
+def save(run: Run, names: list[str]) -> None:
+    """Collective: every process calls it, the first one writes."""
+    state = checkpoint_state(run)
+    if run.folder is not None and is_main_process():
+        for name in names:
+            save_checkpoint(state, run.folder / name)
+    barrier()
+
+
+def fit(run: Run) -> None:
+    """Trains to the last epoch: after each the rate schedule, checkpoint, evaluation, one line of `log.txt` and the curves.
+
+    Raises:
+        NonFiniteLoss: a loss was NaN or infinite; the last checkpoint is untouched.
+        StopRequested: a signal asked to stop; the run was saved in mid-epoch.
+    """
+    if run.epoch >= run.epochs:
+        log.warning("nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs)
+    while run.epoch < run.epochs:
+        try:
+            train_one_epoch(run)
+        except StopRequested:
+            save(run, ["checkpoint.pth"])
+            raise
+        run.scheduler.step()
+        record = {f"train_{name}": value for name, value in run.averages.means().items()}
+        run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
+        numbered = run.epoch % run.lr_drop == 0 or run.epoch % run.save_every == 0
+        save(run, ["checkpoint.pth"] + ([f"checkpoint{run.epoch - 1:04d}.pth"] if numbered else []))
+        last = run.epoch == run.epochs
+        if run.evaluate is not None and (last or run.epoch % run.eval_every == 0):
+            record.update(_evaluate_and_keep_best(run))
+        parameters = sum(p.numel() for p in bare(run.model).parameters() if p.requires_grad)
+        record = {**record, "epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)}
+        append_log(run.folder, record)
+        if run.plot is not None and run.folder is not None and is_main_process():
+            run.plot()
+
+
+def _evaluate_and_keep_best(run: Run) -> dict:
+    values = run.evaluate(run.model, run.epoch - 1)
+    score = values.get("test_coco_eval_bbox", [-1.0])[0]
+    if score > run.best:
+        run.best = score
+        save(run, ["checkpoint.pth", "checkpoint_best.pth"])
+    return values
+
+
+def make_run(
+    args, model: nn.Module, criterion: SetCriterion, loader: torch.utils.data.DataLoader, device: torch.device, folder: Path | None,
+    keep: dict,
+) -> Run:
+    """Optimiser, schedule and distributed wrapper around a model that lies on its device."""
+    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
+    if get_world_size() > 1:
+        # Frozen batch norm is the same everywhere; only live statistics have to be sent around.
+        model = DistributedDataParallel(
+            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=args.backbone_norm == "live",
+            gradient_as_bucket_view=True,
+        )
+    return Run(
+        model, criterion, optimizer, scheduler, loader, device, args.epochs, args.clip_max_norm, args.amp == "bf16", folder,
+        args.save_every, args.lr_drop, keep, epoch=args.start_epoch,
+    )
+
+
+def continue_run(run: Run, checkpoint: dict) -> None:
+    """Optimiser, schedule, position and random states of a checkpoint; one that holds weights only starts at `--start_epoch`."""
+    if all(name in checkpoint for name in ("optimizer", "lr_scheduler", "epoch")):
+        restore_optimizer(run.optimizer, run.scheduler, checkpoint)
+        restore(run, checkpoint)
+        where = f", batch {run.batch}" if run.batch else ""
+        log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, where)
+    else:
+        log.info("the checkpoint holds weights only: a fresh optimiser, from epoch %d", run.epoch + 1)
+
+
+def dry_run(run: Run) -> None:
+    """Three steps on real batches: shapes, losses, time of an epoch, peak memory. Nothing is saved."""
+    run.model.train()
+    run.criterion.train()
+    mean, std = run.keep["normalization"]["mean"], run.keep["normalization"]["std"]
+    steps = len(run.loader.batch_sampler)
+    seconds = []
+    for samples, packed in itertools.islice(iter(run.loader), 3):
+        began = time.monotonic()
+        samples, targets = to_device(samples, packed, run.device, mean, std)
+        values, _ = train_step(run, samples, targets, stop=False)
+        seconds.append(time.monotonic() - began)
+        log.info("step on %s: loss %.3f, %.2f s", list(samples.tensors.shape), values["loss"], seconds[-1])
+    step = min(seconds)
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.device) / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    log.info("dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted); peak memory %.1f GiB",
+             steps, format_seconds(step * steps), format_seconds(step * steps * run.epochs), run.epochs, memory)

@@ -1,0 +1,132 @@
+"""Trains, fine-tunes or evaluates a detector with labels.
+
+    python finetune_main.py --coco_path COCO --pretrain outputs/pretrain/checkpoint.pth --output_dir outputs/finetune
+    python finetune_main.py --coco_path COCO --resume outputs/finetune/checkpoint.pth --eval
+
+`python finetune_main.py --help` lists every flag.
+"""
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+import engine
+from datasets import build_dataset, build_loader
+from datasets.evaluators.coco import CocoEvaluator
+from models import build_model
+from util.arguments import FINETUNE, Parser, given_flags, make_parser, plain_settings, resolve
+from util.box_ops import box_cxcywh_to_xyxy
+from util.checkpoint import adopt_architecture, find_resume, load_checkpoint, load_pretrained
+from util.distributed import is_main_process
+from util.logger import log
+from util.plot_utils import prediction_page
+from util.run_folder import describe_model, draw_curves, prepare_output, save_settings, write_text
+from util.session import run_script, seed_everything, start_session
+
+METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")
+
+
+def get_args_parser() -> Parser:
+    """Every flag of fine-tuning and evaluation, without `--help`, so that it can be a parent of another parser."""
+    return make_parser(FINETUNE)
+
+
+def parse(argv: list[str]) -> Namespace:
+    return Parser("finetune_main.py", parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+
+
+class Evaluation:
+    """Evaluates on the held-out images and leaves `results.json` and a page of predictions in the run's folder."""
+
+    def __init__(
+        self, args: Namespace, dataset, criterion, postprocessors: dict, device: torch.device, folder: Path | None, normalization: dict
+    ) -> None:
+        self.args, self.dataset, self.criterion, self.postprocessors = args, dataset, criterion, postprocessors
+        self.device, self.folder, self.normalization = device, folder, normalization
+        self.loader = build_loader(dataset, args, train=False)
+
+    def __call__(self, model: torch.nn.Module, epoch: int) -> dict:
+        """Returns the values for the log, with the prefix `test_`."""
+        evaluator = CocoEvaluator(self.dataset.annotation_file, self.args.coco_evaluator)
+        values, examples = engine.evaluate(
+            model, self.criterion, self.postprocessors, self.loader, evaluator, self.device, self.normalization,
+            self.args.amp == "bf16", keep_examples=12,
+        )
+        stats = values["coco_eval_bbox"]
+        log.info("  ".join(f"{name} {value:.3f}" for name, value in zip(METRICS[:6], stats, strict=False)) + f"  loss {values['loss']:.3f}")
+        if self.folder is not None and is_main_process():
+            write_text(self.folder / "results.json", json.dumps(evaluator.results()))
+            prediction_page([_page_row(example) for example in examples], self.dataset.class_names, self.folder / "predictions.png")
+        return {f"test_{name}": value for name, value in values.items()}
+
+
+def _page_row(example: dict) -> tuple:
+    """(image, predictions, truth) of one example, boxes in pixels of the image."""
+    image = example["image"]
+    height, width = image.shape[1:]
+    truth = box_cxcywh_to_xyxy(example["boxes_cxcywh"]) * torch.tensor([width, height, width, height])
+    return image.permute(1, 2, 0).numpy(), example["predictions"], {"boxes": truth, "labels": example["labels"]}
+
+
+def prepare_checkpoint(args: Namespace) -> dict | None:
+    """The checkpoint of --resume or --pretrain; flags that were not given take over its architecture, then all are resolved."""
+    given = given_flags(args)
+    resume = find_resume(args.resume, args.output_dir)
+    if args.resume == "auto" and resume is None:
+        log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
+    args.resume = resume or ""
+    if resume:
+        args.pretrain = None
+    source = resume or args.pretrain
+    checkpoint = load_checkpoint(source) if source else None
+    for line in adopt_architecture(checkpoint, args, given) if checkpoint else []:
+        log.info(line)
+    resolve(args)
+    return checkpoint
+
+
+def main(args: Namespace) -> None:
+    device = start_session(args)
+    checkpoint = prepare_checkpoint(args)
+    seed_everything(args.seed)
+    folder = prepare_output(args)
+
+    val_set = build_dataset("val", args)
+    train_set = None if args.eval else build_dataset("train", args)
+    model, criterion, postprocessors = build_model(args)
+    if args.pretrain:
+        log.info(load_pretrained(model, checkpoint, val_set.class_names).table())
+    elif checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    model.to(device)
+    criterion.to(device)
+    describe_model(model, args)
+
+    backbone = model.backbone[0]
+    normalization = {"mean": list(backbone.mean), "std": list(backbone.std)}
+    evaluation = Evaluation(args, val_set, criterion, postprocessors, device, folder, normalization)
+    if args.eval:
+        log.info("evaluating on %d images", len(val_set))
+        evaluation(model, 0)
+        return
+    log.info("%d training and %d validation images", len(train_set), len(val_set))
+    keep = {
+        "args": plain_settings(args), "normalization": normalization,
+        "class_names": {int(label): name for label, name in train_set.class_names.items()}, "version": engine.CHECKPOINT_VERSION,
+    }
+    run = engine.make_run(args, model, criterion, build_loader(train_set, args, train=True), device, folder, keep)
+    if args.resume:
+        engine.continue_run(run, checkpoint)
+    if args.dry_run:
+        engine.dry_run(run)
+        return
+    data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
+    save_settings(folder, plain_settings(args), {"data": data, "images": [len(train_set), len(val_set)]})
+    run.evaluate, run.eval_every = evaluation, args.eval_every
+    run.plot = lambda: draw_curves(folder, ("loss", "loss_ce", "loss_bbox", "loss_giou", "mAP"))
+    engine.fit(run)
+
+
+if __name__ == "__main__":
+    run_script(main, parse)

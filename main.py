@@ -1,0 +1,73 @@
+"""Pre-trains a detector without labels.
+
+    python main.py --imagenet_path PHOTOGRAPHS --output_dir outputs/pretrain --detector conditional_detr
+
+`python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` goes on with labels.
+"""
+from argparse import Namespace
+
+import engine
+from datasets import build_dataset, build_loader
+from models import build_model
+from util.arguments import PRETRAIN, Parser, check_right_script, given_flags, make_parser, plain_settings, resolve
+from util.checkpoint import adopt_architecture, find_resume, load_checkpoint
+from util.logger import log
+from util.run_folder import describe_model, draw_curves, prepare_output, save_settings
+from util.session import run_script, seed_everything, start_session
+
+
+def get_args_parser() -> Parser:
+    """Every flag of pre-training, without `--help`, so that it can be a parent of another parser."""
+    return make_parser(PRETRAIN)
+
+
+def parse(argv: list[str]) -> Namespace:
+    check_right_script(argv)
+    return Parser("main.py", parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    given = given_flags(args)
+    device = start_session(args)
+    resume = find_resume(args.resume, args.output_dir)
+    if args.resume == "auto" and resume is None:
+        log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
+    checkpoint = load_checkpoint(resume) if resume else None
+    args.resume = resume or ""
+    for line in adopt_architecture(checkpoint, args, given) if checkpoint else []:
+        log.info(line)
+    resolve(args)
+    seed_everything(args.seed)
+    folder = prepare_output(args)
+
+    dataset = build_dataset("train", args)
+    loader = build_loader(dataset, args, train=True)
+    model, criterion, _ = build_model(args)
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+    model.to(device)
+    criterion.to(device)
+    log.info("%d unlabelled images", len(dataset))
+    describe_model(model, args)
+
+    backbone = model.detector.backbone[0]
+    keep = {
+        "args": plain_settings(args), "normalization": {"mean": list(backbone.mean), "std": list(backbone.std)},
+        "class_names": {}, "version": engine.CHECKPOINT_VERSION,
+    }
+    run = engine.make_run(args, model, criterion, loader, device, folder, keep)
+    if checkpoint:
+        engine.continue_run(run, checkpoint)
+    if args.dry_run:
+        engine.dry_run(run)
+        return
+    save_settings(folder, plain_settings(args), {"data": dataset.fingerprint(), "images": len(dataset)})
+    run.plot = lambda: draw_curves(folder, ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_feature"))
+    engine.fit(run)
+    if folder is not None:
+        log.info("finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
+                 args.detector, folder / "checkpoint.pth")
+
+
+if __name__ == "__main__":
+    run_script(main, parse)

@@ -1,0 +1,54 @@
+"""Detectors, pretexts and their losses. `build_model(args)` makes what both entry scripts train.
+
+Adding a detector or a pretext is one file and one line in a registry here. A detector's file has
+`build(args, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
+"""
+from torch import nn
+
+from models import conditional_detr, detr
+from models.backbone import Backbone, BackboneWithPositions
+from models.backbone_weights import load_backbone_weights
+from models.classification import Classification
+from models.criterion import SetCriterion, expand_weights
+from models.position_encoding import POSITION_ENCODINGS
+from models.postprocess import PostProcess
+from models.pretext import random_query_patch
+from util.arguments import resolve
+
+DETECTORS = {"detr": detr.build, "conditional_detr": conditional_detr.build}
+PRETEXTS = {"random_query_patch": random_query_patch.RandomQueryPatch}
+
+
+def build_backbone(args) -> BackboneWithPositions:
+    """The feature extractor with its weights and its position code."""
+    backbone = Backbone(args.backbone, args.backbone_norm, args.dilation, trainable=args.lr_backbone > 0)
+    if args.backbone_weights != "none":
+        load_backbone_weights(backbone.body, args.backbone, args.backbone_weights)
+    return BackboneWithPositions(backbone, POSITION_ENCODINGS[args.position_embedding](args.hidden_dim))
+
+
+def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
+    """The model (a detector, or a pretext around one), its criterion and its post-processors, from parsed flags.
+
+    Flags that were not given are resolved first. A detector is called `model(samples)`, a pretext `model(samples, targets)`;
+    `criterion(outputs, targets)` gives the losses and `criterion.weight_dict` their weights.
+    """
+    args = resolve(args)
+    if args.pretext:
+        classification = PRETEXTS[args.pretext].classification(args)
+    else:
+        classification = Classification(
+            args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
+        )
+    detector = DETECTORS[args.detector](args, build_backbone(args), classification)
+    if args.pretext:
+        model = PRETEXTS[args.pretext].from_args(args, detector)
+        losses, weights = model.losses, model.loss_weights(args)
+    else:
+        model, losses = detector, ("labels", "boxes", "cardinality")
+        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    num_aux = args.dec_layers - 1 if args.aux_loss else 0
+    criterion = SetCriterion(
+        classification, expand_weights(weights, num_aux), losses, args.eos_coef, args.focal_alpha, args.reproduce_published
+    )
+    return model, criterion, {"bbox": PostProcess(classification)}

@@ -1,0 +1,169 @@
+"""The set-prediction loss: classes, boxes and features of matched pairs, all decoder layers as one batch."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.classification import Classification, sigmoid_focal_loss
+from models.detector import full_precision
+from models.matcher import HungarianMatcher, Matches
+from util.box_ops import box_cxcywh_to_xyxy, paired_giou
+from util.distributed import all_reduce_sum, get_world_size
+
+
+@dataclass
+class _Batch:
+    """Stacked predictions of L layers, their matches and the matched targets. K pairs, layer by layer."""
+
+    logits: Tensor  # [L, B, Q, C]
+    boxes: Tensor  # [L, B, Q, 4], (cx, cy, w, h)
+    matches: Matches
+    labels: Tensor  # [T], all targets of the batch
+    true_boxes: Tensor  # [T, 4], (cx, cy, w, h)
+    num_boxes: Tensor | float
+    counts: list[int]
+    outputs: list[dict]
+
+    def per_layer(self, values: Tensor) -> Tensor:
+        """[K] -> sums [L]"""
+        return values.reshape(len(self.logits), -1).sum(1)
+
+
+class SetCriterion(nn.Module):
+    """Matches predictions to targets and computes the named losses of every decoder layer.
+
+    The last layer's losses have plain names, those of earlier layers the suffix `_0`, `_1`, ... Each is a scalar connected to the
+    graph even where there is nothing to match, so that processes without targets take part in every collective.
+
+    Args:
+        weight_dict: name -> weight in the total; names without weight are logged only.
+        losses: which of `labels`, `boxes`, `cardinality`, `features` are computed.
+        eos_coef: weight of "no object" in softmax classification.
+        focal_alpha: weight of positives in focal classification.
+        reproduce_published: log the published cardinality error with focal outputs, which counts queries whose best class is not
+            the last one; by default it counts queries with a score above one half.
+    """
+
+    def __init__(
+        self, classification: Classification, weight_dict: dict[str, float], losses: tuple[str, ...] = ("labels", "boxes", "cardinality"),
+        eos_coef: float = 0.1, focal_alpha: float = 0.25, reproduce_published: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classification, self.weight_dict, self.losses = classification, weight_dict, losses
+        self.focal_alpha, self.reproduce_published = focal_alpha, reproduce_published
+        self.matcher = HungarianMatcher(classification)
+        class_weight = torch.ones(classification.num_outputs)
+        if classification.kind == "softmax":
+            class_weight[-1] = eos_coef
+        self.register_buffer("empty_weight", class_weight, persistent=False)
+
+    def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
+
+        Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them.
+
+        Raises:
+            NonFinitePrediction: a prediction is NaN or infinite.
+        """
+        batch = self._prepare(outputs, targets)
+        self.last_matches = batch.matches
+        losses: dict[str, Tensor] = {}
+        for name in self.losses:
+            losses.update(getattr(self, f"loss_{name}")(batch))
+        return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum that is minimised."""
+        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+
+    def _prepare(self, outputs: dict, targets: list[dict[str, Tensor]]) -> _Batch:
+        layers = [*outputs.get("aux_outputs", []), outputs]
+        logits = full_precision(torch.stack([layer["pred_logits"] for layer in layers]))
+        boxes = full_precision(torch.stack([layer["pred_boxes"] for layer in layers]))
+        matches = self.matcher(logits, boxes, targets)
+        counts = [len(target["labels"]) for target in targets]
+        return _Batch(
+            logits, boxes, matches, torch.cat([target["labels"] for target in targets]),
+            torch.cat([target["boxes"] for target in targets]).to(boxes.dtype), self._num_boxes(sum(counts), logits.device), counts, layers,
+        )
+
+    def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
+        """Targets a process, at least 1; averaged over the processes in training (in evaluation these may have different batches)."""
+        if get_world_size() == 1 or not self.training:
+            return float(max(count, 1))
+        total = all_reduce_sum(torch.tensor([float(count)], device=device))
+        return (total / get_world_size()).clamp(min=1)[0]
+
+    @staticmethod
+    def _named(name: str, values: Tensor) -> dict[str, Tensor]:
+        """Values [L] -> the published names: a suffix for all layers but the last."""
+        last = len(values) - 1
+        return {name if layer == last else f"{name}_{layer}": value for layer, value in enumerate(values.unbind())}
+
+    def loss_labels(self, batch: _Batch) -> dict[str, Tensor]:
+        """Classification over all queries; `class_error` (%) of the last layer's matched queries is for the log."""
+        num_layers, outputs = len(batch.logits), batch.logits.shape[-1]
+        flat = batch.logits.flatten(0, 2)
+        background = outputs - 1 if self.classification.kind == "softmax" else outputs
+        classes = torch.full(flat.shape[:1], background, dtype=torch.int64, device=flat.device)
+        classes[batch.matches.source] = batch.labels[batch.matches.target]
+        if self.classification.kind == "softmax":
+            weight = self.empty_weight.to(flat.dtype)
+            nll = functional.cross_entropy(flat, classes, weight, reduction="none").view(num_layers, -1)
+            values = nll.sum(1) / weight[classes].view(num_layers, -1).sum(1)
+        else:
+            one_hot = functional.one_hot(classes, outputs + 1)[:, :-1].to(flat.dtype)
+            values = sigmoid_focal_loss(flat, one_hot, self.focal_alpha).view(num_layers, -1).sum(1) / batch.num_boxes
+        return {**self._named("loss_ce", values), "class_error": self._class_error(batch)}
+
+    @torch.no_grad()
+    def _class_error(self, batch: _Batch) -> Tensor:
+        pairs = len(batch.matches.source) // len(batch.logits)
+        if pairs == 0:
+            return batch.logits.new_tensor(100.0)
+        source, target = batch.matches.source[-pairs:], batch.matches.target[-pairs:]
+        right = batch.logits.flatten(0, 2)[source].argmax(-1) == batch.labels[target]
+        return 100 - 100 * right.to(batch.logits.dtype).mean()
+
+    def loss_boxes(self, batch: _Batch) -> dict[str, Tensor]:
+        """L1 of the normalised (cx, cy, w, h) and 1 - generalised IoU of matched pairs, over the number of boxes."""
+        predicted = batch.boxes.flatten(0, 2)[batch.matches.source]
+        true = batch.true_boxes[batch.matches.target]
+        l1 = (predicted - true).abs().sum(1)
+        giou = paired_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(true))
+        return {
+            **self._named("loss_bbox", batch.per_layer(l1) / batch.num_boxes),
+            **self._named("loss_giou", batch.per_layer(1 - giou) / batch.num_boxes),
+        }
+
+    @torch.no_grad()
+    def loss_cardinality(self, batch: _Batch) -> dict[str, Tensor]:
+        """Mean over images of |queries that report an object - targets|; for the log."""
+        if self.classification.kind == "softmax" or self.reproduce_published:
+            reports = batch.logits.argmax(-1) != batch.logits.shape[-1] - 1
+        else:
+            reports = batch.logits.amax(-1) > 0
+        counts = torch.tensor(batch.counts).to(batch.logits.device, non_blocking=True)
+        error = (reports.sum(-1) - counts).abs().to(batch.logits.dtype).mean(-1)
+        return self._named("cardinality_error", error)
+
+    def loss_features(self, batch: _Batch) -> dict[str, Tensor]:
+        """Squared distance of the normalised predicted and target feature of matched pairs, 2 - 2 cos, over the number of boxes.
+
+        Dai et al. 2021, equation 4. `target_features` [T, F] stands in the order of the targets.
+        """
+        predicted = full_precision(torch.stack([layer["pred_features"] for layer in batch.outputs])).flatten(0, 2)
+        true = full_precision(batch.outputs[-1]["target_features"])
+        predicted = functional.normalize(predicted[batch.matches.source], dim=1)
+        true = functional.normalize(true, dim=1)[batch.matches.target]
+        distance = (predicted - true).square().sum(1)
+        return self._named("loss_feature", batch.per_layer(distance) / batch.num_boxes)
+
+
+def expand_weights(weights: dict[str, float], num_aux_layers: int) -> dict[str, float]:
+    """The weights of the last layer, and the same for each earlier one with its suffix."""
+    expanded = dict(weights)
+    for layer in range(num_aux_layers):
+        expanded.update({f"{name}_{layer}": weight for name, weight in weights.items()})
+    return expanded

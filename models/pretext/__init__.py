@@ -1,0 +1,58 @@
+"""What a detector learns without labels.
+
+A pretext wraps any detector: `pretext(samples, targets) -> outputs` for `SetCriterion`. It owns its extra heads, its classification
+and its list of losses. `state_dict()` is flat: the detector's keys have no prefix, beside the pretext's own. It never looks at which
+detector it wraps. A pretext is a class here and a line in `PRETEXTS`; what it sees of an image is a file in `datasets`.
+"""
+from torch import nn
+
+from models.classification import Classification
+from models.detector import Detector
+
+DETECTOR_PREFIX = "detector."
+
+
+class Pretext(nn.Module):
+    """Base of the pretexts: the wrapped detector and the flat state dict.
+
+    `loss_weights(args)` are the weights of the last layer; `losses` the names that the criterion computes.
+    """
+
+    losses: tuple[str, ...]
+    sees_targets = True  # it is called with the targets, a detector is not
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+        self.register_state_dict_post_hook(_flatten_keys)
+        self.register_load_state_dict_pre_hook(_nest_keys)
+
+    @classmethod
+    def from_args(cls, args, detector: Detector) -> "Pretext":
+        raise NotImplementedError  # the contract
+
+    @staticmethod
+    def classification(args) -> Classification:
+        """The classes that the pretext tells apart; decides the detector's class head."""
+        raise NotImplementedError  # the contract
+
+    def loss_weights(self, args) -> dict[str, float]:
+        raise NotImplementedError  # the contract
+
+    @property
+    def classes(self) -> Classification:
+        return self.detector.classification
+
+
+def _flatten_keys(module: Pretext, state_dict: dict, prefix: str, local_metadata: dict) -> None:
+    for key in list(state_dict):
+        value = state_dict.pop(key)
+        state_dict[key.replace(prefix + DETECTOR_PREFIX, prefix, 1) if key.startswith(prefix) else key] = value
+
+
+def _nest_keys(module: Pretext, state_dict: dict, prefix: str, *_) -> None:
+    own = {name for name, _ in module.named_children()} - {"detector"}
+    for key in list(state_dict):
+        rest = key.removeprefix(prefix)
+        if key.startswith(prefix) and rest.split(".")[0] not in own:
+            state_dict[prefix + DETECTOR_PREFIX + rest] = state_dict.pop(key)

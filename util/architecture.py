@@ -1,0 +1,102 @@
+"""Tells the architecture of a detector from its weights and the settings stored beside them."""
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+RESNET_BLOCKS = {
+    (False, 2, 2, 2, 2): "resnet18",
+    (False, 3, 4, 6, 3): "resnet34",
+    (True, 3, 4, 6, 3): "resnet50",
+    (True, 3, 4, 23, 3): "resnet101",
+    (True, 3, 8, 36, 3): "resnet152",
+}
+STORED = ("dilation", "nheads", "backbone", "position_embedding")  # what the weights cannot tell
+
+
+def detector_kind(state: Mapping[str, Tensor]) -> str | None:
+    """`detr`, `conditional_detr` or `deformable_detr` by the names of the parameters; None for anything else."""
+    if any("ca_qpos_sine_proj" in key for key in state):
+        return "conditional_detr"
+    if any("sampling_offsets" in key for key in state):
+        return "deformable_detr"
+    return "detr" if any("transformer.decoder" in key and "multihead_attn" in key for key in state) else None
+
+
+def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
+    """`resnet18` ... `resnet152` by the blocks of the stages under `prefix`; None for anything else, wider ones too."""
+    pattern = re.compile(re.escape(prefix) + r"layer([1-4])\.(\d+)\.conv1\.weight$")
+    blocks = Counter(match[1] for match in map(pattern.match, state) if match)
+    second = state.get(f"{prefix}layer1.0.conv2.weight")
+    if second is None or second.shape[:2] != (64, 64):
+        return None
+    bottleneck = f"{prefix}layer1.0.conv3.weight" in state
+    return RESNET_BLOCKS.get((bottleneck, *(blocks[stage] for stage in "1234")))
+
+
+def architecture(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The architecture behind a checkpoint by flag name: (what is certain, what is only likely).
+
+    Certain is what the weights show and what the stored `args` say. Likely is what a published file without `args`
+    usually means, and what may differ without harm.
+    """
+    state = without_detr_prefix(checkpoint["model"])
+    args = checkpoint.get("args") or {}
+    kind = detector_kind(state)
+    certain = {flag: args[flag] for flag in STORED if args.get(flag) is not None}
+    certain.update(_from_weights(state, kind))
+    certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
+    likely = {"backbone_norm": args.get("backbone_norm")}
+    if "dc5" in Path(getattr(checkpoint, "source", "")).name.lower():
+        likely["dilation"] = True
+    _add_position_embedding(certain, likely, state, args, kind)
+    for known in (certain, likely):
+        for flag in [flag for flag, value in known.items() if value is None]:
+            del known[flag]
+    return certain, {flag: value for flag, value in likely.items() if flag not in certain}
+
+
+def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, Any]:
+    def rows(key: str) -> int | None:
+        return state[key].shape[0] if key in state else None
+
+    def layers(part: str) -> int:
+        found = (re.match(rf"transformer\.{part}\.layers\.(\d+)\.", key) for key in state)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+    known = {"detector": kind, "enc_layers": layers("encoder"), "dec_layers": layers("decoder"),
+             "hidden_dim": rows("transformer.decoder.layers.0.norm1.weight"),
+             "dim_feedforward": rows("transformer.decoder.layers.0.linear1.weight"),
+             "num_queries": rows("query_embed.weight")}
+    if kind == "deformable_detr":
+        known["num_feature_levels"] = rows("transformer.level_embed")
+        known["two_stage"] = "transformer.enc_output.weight" in state
+        known["with_box_refine"] = any(key.startswith("transformer.decoder.bbox_embed.") for key in state)
+    else:
+        known["pre_norm"] = "transformer.encoder.norm.weight" in state
+    return known
+
+
+def _add_position_embedding(
+    certain: dict[str, Any], likely: dict[str, Any], state: Mapping[str, Tensor], args: Mapping[str, Any], kind: str | None
+) -> None:
+    """Deformable DETR and both detectors of DETReg shift the sine code by half a cell, and call it `sine` too."""
+    detreg = "object_embedding_loss" in args or any(key.startswith("feature_embed.") for key in state)
+    shifts = kind == "deformable_detr" or detreg
+    spelling = {"v2": "sine", "v3": "learned"}
+    code = spelling.get(certain.get("position_embedding"), certain.get("position_embedding"))
+    if "backbone.1.row_embed.weight" in state:
+        certain["position_embedding"] = "learned"
+    elif code is not None:
+        published = "detector" not in args
+        certain["position_embedding"] = "sine_shifted" if published and shifts and code == "sine" else code
+    else:
+        likely["position_embedding"] = "sine_shifted" if shifts else "sine"
+
+
+def without_detr_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Models with a mask head keep the detector under `detr.`."""
+    return {key.removeprefix("detr."): value for key, value in state.items()}

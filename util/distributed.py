@@ -1,0 +1,91 @@
+"""Processes: start, rank, collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from util.logger import UserError, log
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def get_rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def all_gather_object(obj: Any) -> list[Any]:
+    """The object of every process, by rank, on every process."""
+    if not is_distributed():
+        return [obj]
+    gathered: list[Any] = [None] * get_world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over processes, in place; the tensor itself in a single process."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def _slurm_environment() -> None:
+    """Translates an `srun` task into the environment of torchrun; one task alone needs no process group."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_PROCID" not in os.environ or tasks < 2 or "RANK" in os.environ:
+        return
+    if "MASTER_ADDR" not in os.environ:
+        raise UserError("SLURM run without MASTER_ADDR: export MASTER_ADDR=<first host> and MASTER_PORT before srun")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], str(tasks)
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+
+
+def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
+    """Joins the process group when started by torchrun, `torch.distributed.launch --use_env` or srun; returns the device.
+
+    NCCL where the device is a GPU, gloo on CPUs. A single process stays without a group.
+    """
+    _slurm_environment()
+    use_cuda = torch.device(device).type == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu")
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return torch.device(device)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
+                "start fewer processes a node"
+            )
+        torch.cuda.set_device(local_rank)
+    # A process that prepares data or evaluates alone may keep the others waiting for longer than the default.
+    dist.init_process_group(
+        "nccl" if use_cuda else "gloo", init_method=dist_url, timeout=datetime.timedelta(hours=2),
+        world_size=int(os.environ["WORLD_SIZE"]), rank=int(os.environ["RANK"]),
+    )
+    log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
+    return torch.device("cuda", local_rank) if use_cuda else torch.device(device)
+
+
+def shutdown() -> None:
+    if is_distributed():
+        dist.destroy_process_group()

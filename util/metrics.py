@@ -1,0 +1,93 @@
+"""Numbers of an epoch: averages, and losses that are read without making the device wait."""
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from util.distributed import all_gather_object, all_reduce_sum, get_world_size
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss is NaN or infinite; the message names the losses and the images."""
+
+
+def to_host(values: dict[str, Tensor]) -> dict[str, float]:
+    """Named scalars of this process alone, in one copy."""
+    return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist(), strict=True))
+
+
+class LossReader:
+    """Averages named scalars over the processes and brings them to the host while the device goes on with the backward pass.
+
+    Make it after the criterion and before `backward()`; `read()` afterwards, before the optimiser's step. One copy for all values;
+    `flags` of the processes (such as "stop asked for") are added up in the same collective.
+    """
+
+    def __init__(self, values: dict[str, Tensor], flag: float = 0.0) -> None:
+        self.names = sorted(values)
+        stacked = torch.stack([values[name].detach().float() for name in self.names])
+        if get_world_size() > 1:
+            stacked = torch.cat([stacked / get_world_size(), stacked.new_tensor([flag])])
+            all_reduce_sum(stacked)
+        else:
+            self.flag = flag
+        self.ready = None
+        if stacked.is_cuda:
+            self.host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
+            self.host.copy_(stacked, non_blocking=True)
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+        else:
+            self.host = stacked
+
+    def read(self) -> dict[str, float]:
+        """The averaged values; `self.flag` is the sum of the processes' flags from then on."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        values = self.host.tolist()
+        if get_world_size() > 1:
+            self.flag = values.pop()
+        return dict(zip(self.names, values, strict=True))
+
+
+def check_finite(losses: dict[str, float], image_ids: Iterable[int]) -> None:
+    """
+    Raises:
+        NonFiniteLoss: one of the losses is NaN or infinite.
+    """
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteLoss(
+            f"{', '.join(bad[:4])} not finite on images {list(image_ids)[:16]}; the weights were not changed by it. "
+            "Look at these images' boxes, lower --lr, or use --amp no; --resume continues from the last checkpoint"
+        )
+
+
+class Averages:
+    """Sums and counts by name; `state()` goes into checkpoints, so that a resumed epoch reports the whole epoch."""
+
+    def __init__(self, state: dict[str, list[float]] | None = None) -> None:
+        self.sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
+
+    def add(self, values: dict[str, float], weight: float = 1.0) -> None:
+        for name, value in values.items():
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            pair[0] += value * weight
+            pair[1] += weight
+
+    def merged(self) -> "Averages":
+        """Over all processes."""
+        total = Averages()
+        for sums in all_gather_object(self.sums):
+            for name, (value, weight) in sums.items():
+                pair = total.sums.setdefault(name, [0.0, 0.0])
+                pair[0] += value
+                pair[1] += weight
+        return total
+
+    def means(self) -> dict[str, float]:
+        return {name: value / max(weight, 1e-12) for name, (value, weight) in self.sums.items()}
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: list(pair) for name, pair in self.sums.items()}

@@ -1,0 +1,64 @@
+"""A padded batch of images and where its padding is."""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class NestedTensor:
+    """Images padded at the bottom and the right to a common size.
+
+    tensors: [B, 3, H, W]; mask: bool [B, H, W], True on padding. `padded` is known on the host: False promises that no image
+    has padding, so that attention can do without a mask and no device has to be asked.
+    """
+
+    tensors: Tensor
+    mask: Tensor
+    padded: bool = True
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "NestedTensor":
+        return NestedTensor(
+            self.tensors.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking), self.padded
+        )
+
+    def pin_memory(self) -> "NestedTensor":
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded)
+
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        return self.tensors, self.mask
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def nested_tensor_from_list(images: list[Tensor]) -> NestedTensor:
+    """Pads images [3, h, w] with zeros to the largest height and width.
+
+    Raises:
+        ValueError: an image is not 3-dimensional.
+    """
+    for image in images:
+        if image.ndim != 3:
+            raise ValueError(f"images must be [3, H, W], got shape {tuple(image.shape)}")
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    tensors = images[0].new_zeros((len(images), images[0].shape[0], height, width))
+    mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images[0].device)
+    for i, image in enumerate(images):
+        tensors[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    padded = any(image.shape[1:] != (height, width) for image in images)
+    return NestedTensor(tensors, mask, padded)
+
+
+def as_nested_tensor(samples: "NestedTensor | Tensor | list[Tensor]") -> NestedTensor:
+    """Accepts what a detector may be called with: a `NestedTensor`, a batch [B, 3, H, W] or a list of images [3, h, w]."""
+    if isinstance(samples, NestedTensor):
+        return samples
+    if isinstance(samples, Tensor):
+        if samples.ndim != 4:
+            raise ValueError(f"a batch must be [B, 3, H, W], got shape {tuple(samples.shape)}")
+        mask = torch.zeros((len(samples), *samples.shape[-2:]), dtype=torch.bool, device=samples.device)
+        return NestedTensor(samples, mask, padded=False)
+    return nested_tensor_from_list(list(samples))

@@ -1,0 +1,49 @@
+"""Random numbers of one sample: a function of (seed, epoch, index), whatever worker makes it and when."""
+import random
+from functools import cached_property
+
+import numpy as np
+import torch
+
+_UNSIGNED = 2**64
+
+
+class SampleRandom:
+    """Three independent streams, made when first used, because published pipelines draw from three libraries.
+
+    `python` is a `random.Random`, `numpy` a `numpy.random.RandomState`, `torch` a CPU `torch.Generator`.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seeds = _hash_seeds(seed)
+
+    @classmethod
+    def of(cls, seed: int, epoch: int, index: int) -> "SampleRandom":
+        """The streams of sample `index` in `epoch` of a run with `seed`."""
+        state = cls.__new__(cls)
+        state._seeds = _hash_seeds(seed, epoch, index)
+        return state
+
+    @classmethod
+    def fixed(cls, python: int = 0, numpy: int = 0, torch: int = 0) -> "SampleRandom":
+        """Streams with these raw seeds, as `random.seed`, `numpy.random.seed` and `torch.manual_seed` set them."""
+        state = cls.__new__(cls)
+        state._seeds = (python, numpy, torch)
+        return state
+
+    @cached_property
+    def python(self) -> random.Random:
+        return random.Random(self._seeds[0])
+
+    @cached_property
+    def numpy(self) -> np.random.RandomState:
+        return np.random.RandomState(self._seeds[1])
+
+    @cached_property
+    def torch(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seeds[2])
+
+
+def _hash_seeds(*key: int) -> tuple[int, int, int]:
+    words = np.random.SeedSequence([value % _UNSIGNED for value in key]).generate_state(3)
+    return int(words[0]), int(words[1]), int(words[2])
