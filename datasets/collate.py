@@ -66,12 +66,12 @@ def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTenso
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     padded = any(image.shape[1:] != (height, width) for image in images)
     tensors = torch.empty((len(images), 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
-    if padded:
-        tensors.zero_()
     mask = torch.full((len(images), height, width), padded)
     for i, image in enumerate(images):
         _, h, w = image.shape
         tensors[i, :, :h, :w] = image
+        tensors[i, :, h:] = 0
+        tensors[i, :, :h, w:] = 0
         mask[i, :h, :w] = False
     return NestedTensor(tensors, mask, padded), PackedTargets.pack([target for _, target in batch])
 

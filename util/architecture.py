@@ -81,7 +81,7 @@ def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, An
 
 
 def _add_position_embedding(
-    certain: dict[str, Any], likely: dict[str, Any], state: Mapping[str, Tensor], args: Mapping[str, Any], kind: str | None
+    certain: dict[str, Any], likely: dict[str, Any], state: Mapping[str, Tensor], args: Mapping[str, Any], kind: Any
 ) -> None:
     """Deformable DETR and both detectors of DETReg shift the sine code by half a cell, and call it `sine` too."""
     detreg = "object_embedding_loss" in args or any(key.startswith("feature_embed.") for key in state)

@@ -180,8 +180,8 @@ def is_pretext(checkpoint: Mapping[str, Any]) -> bool:
 def adopt_architecture(checkpoint: Mapping[str, Any], args: Namespace, given: set[str]) -> list[str]:
     """Sets in `args` the architecture of the checkpoint, for flags that are not in `given`.
 
-    Flags that `args` does not have are left out. Returns lines that say what changed. Raises UserError for a given flag that contradicts the checkpoint. A given
-    `num_queries` may differ: `load_pretrained` tiles or cuts the embeddings.
+    Flags that `args` does not have are left out. Returns lines that say what changed. A given `num_queries` may differ:
+    `load_pretrained` tiles or cuts the embeddings. Raises UserError for any other given flag that contradicts the file.
     """
     source = getattr(checkpoint, "source", Checkpoint.source)
     certain, likely = architecture(checkpoint)
@@ -237,13 +237,14 @@ def load_pretrained(
     report, chosen = LoadReport(), {}
     drop = is_pretext(checkpoint)
     rows = None if drop else _agreeing_rows(checkpoint, keep_classes)
+    softmax = (checkpoint.get("args") or {}).get("classification") == "softmax" or detector_kind(state) == "detr"
     for key, tensor in state.items():
         own = target.get(key)
         dropped = drop and (_is_class_head(key) or key.startswith(PRETEXT_PARTS))
         if own is None or dropped:
             value = None
         elif _is_class_head(key):
-            value = _class_rows(tensor, own, rows, detector_kind(state) == "detr", report)
+            value = _class_rows(tensor, own, rows, softmax, report)
         elif key.endswith("query_embed.weight"):
             value = _fit_queries(tensor, own, report)
         else:

@@ -1,4 +1,4 @@
-"""Reads weight files without running code in them, fetches them from an address, writes files that are never half done."""
+"""Reads weight files without running code in them, fetches them from an address, writes whole files or none."""
 import argparse
 import contextlib
 import errno

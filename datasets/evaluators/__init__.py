@@ -1,0 +1,1 @@
+"""From predictions to published numbers; one file a metric."""

@@ -1,0 +1,296 @@
+"""Checks of a model case: our model, filled by the golden rule, against the numbers of the published implementation.
+
+Every quantity is checked within the tolerances of tests/golden/README.md.
+"""
+import importlib.util
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models import build_model
+from models.criterion import SetCriterion
+from models.pretext import Pretext
+from util.arguments import FINETUNE, PRETRAIN, make_parser, resolve
+from util.nested_tensor import NestedTensor
+from util.optimizer import build_optimizer
+
+
+def unsupported(js: dict) -> str | None:
+    """Why the project has no model for this case, or None where it has one."""
+    keys = js["state_dict"]
+    parts = {
+        "sampling_offsets": "Deformable DETR", "mask_head": "the mask head", "feature_embed": "the region prior pretext",
+        "enc_head": "the Siamese pretext", "pred_head": "the Siamese pretext",
+    }
+    return next((f"{what} is not part of this version" for part, what in parts.items() if any(part in key for key in keys)), None)
+
+
+@dataclass
+class Case:
+    """A golden case with our model in the place of the published one."""
+
+    js: dict
+    z: dict
+    model: nn.Module
+    criterion: SetCriterion
+    postprocess: nn.Module
+    args: Namespace
+
+    @property
+    def is_pretext(self) -> bool:
+        return isinstance(self.model, Pretext)
+
+
+def load(name: str, folder: Path) -> tuple[dict, dict]:
+    js = json.loads((folder / f"{name}.json").read_text())
+    return js, np.load(folder / f"{name}.npz")
+
+
+def load_fill(folder: Path):
+    spec = importlib.util.spec_from_file_location("golden_fill", folder / "golden_fill.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def our_args(js: dict) -> Namespace:
+    """Our flags for the settings of a case, as its published parser had them."""
+    keys, published = js["state_dict"], js["args"]
+    pretext = any("patch2query" in key for key in keys)
+    args = make_parser(PRETRAIN if pretext else FINETUNE).parse_args([])
+    args.detector = "conditional_detr" if any("ca_qpos_sine_proj" in key for key in keys) else "detr"
+    for name, value in published.items():
+        if hasattr(args, name) and name not in ("dataset_file", "resume", "output_dir", "eval", "device", "dist_url"):
+            setattr(args, name, value)
+    args.backbone_weights, args.backbone_norm, args.device = "none", "frozen", "cpu"
+    args.reproduce_published, args.num_workers = True, 0
+    resolve(args)
+    args.lr_backbone = published["lr_backbone"]
+    return args
+
+
+def build(name: str, folder: Path) -> Case:
+    js, z = load(name, folder)
+    args = our_args(js)
+    model, criterion, postprocessors = build_model(args)
+    shapes = {key: list(value.shape) for key, value in model.state_dict().items()}
+    assert shapes == {key: entry["shape"] for key, entry in js["state_dict"].items() if not key.endswith("empty_weight")}
+    fill = load_fill(folder)
+    weights = fill.fill_shapes(fill.float_entries(js), js["seed"], js["tied_groups"])
+    for key, value in weights.items():
+        np.testing.assert_allclose(value.astype(np.float64).sum(), js["state_dict"][key]["sum"], rtol=1e-6, atol=1e-4)
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=True)
+    return Case(js, z, model, criterion, postprocessors["bbox"], args)
+
+
+def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    images = [case.z[f"image{i}_q32"] for i in range(2)]
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    batch, mask = torch.zeros(2, 3, height, width, dtype=dtype), torch.ones(2, height, width, dtype=torch.bool)
+    for i, image in enumerate(images):
+        batch[i, :, : image.shape[1], : image.shape[2]] = torch.from_numpy(image).to(dtype) / 32
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    assert np.array_equal(mask.numpy(), case.z["mask"])
+    targets = []
+    for i in range(2):
+        target = {"boxes": torch.from_numpy(case.z[f"boxes{i}"]).to(dtype), "labels": torch.from_numpy(case.z[f"labels{i}"])}
+        if f"patches{i}_q32" in case.z:
+            target["patches"] = torch.from_numpy(case.z[f"patches{i}_q32"]).to(dtype) / 32
+        targets.append(target)
+    return NestedTensor(batch, mask), targets
+
+
+def forward(case: Case, samples: NestedTensor, targets: list[dict]) -> dict:
+    return case.model(samples, targets) if case.is_pretext else case.model(samples)
+
+
+def close(actual, expected, rtol: float = 0.0, atol: float = 0.0) -> None:
+    actual = actual.detach().numpy() if isinstance(actual, Tensor) else np.asarray(actual)
+    np.testing.assert_allclose(actual, np.asarray(expected), rtol=rtol, atol=atol)
+
+
+def check_outputs(case: Case, outputs: dict, prefix: str = "out/") -> None:
+    z = case.z
+    close(outputs["pred_logits"], z[f"{prefix}pred_logits"], atol=1e-4)
+    close(outputs["pred_boxes"], z[f"{prefix}pred_boxes"], atol=1e-5)
+    if f"{prefix}aux_query_idx" in z:
+        index = z[f"{prefix}aux_query_idx"]
+        for layer, aux in enumerate(outputs["aux_outputs"]):
+            close(aux["pred_logits"][:, index], z[f"{prefix}aux{layer}/pred_logits"], atol=1e-4)
+            close(aux["pred_boxes"], z[f"{prefix}aux{layer}/pred_boxes"], atol=1e-5)
+    if f"{prefix}pred_feature" in z:
+        expected = z[f"{prefix}pred_feature"]
+        ours = outputs["pred_features"][..., : expected.shape[-1]]
+        ours = ours[:, z["out/aux_query_idx"]] if expected.shape[1] != ours.shape[1] else ours
+        close(ours, expected, atol=1e-4)
+
+
+def check_mid(case: Case) -> None:
+    """The stages that stand as modules of the same name in our model; a mismatch shows where the outputs part."""
+    samples, targets = inputs(case, torch.float32)
+    detector = case.model.detector if case.is_pretext else case.model
+    with torch.no_grad():
+        memory = detector.encode(samples)
+    close(memory.features[-1].tensor[:, :8], case.z["mid/backbone.0"], atol=2e-4)
+    close(memory.tokens.transpose(0, 1)[..., :8], case.z["mid/transformer.encoder"], atol=2e-4)
+
+
+def check_matches(case: Case, prefix: str = "") -> None:
+    pairs = case.criterion.last_matches.pairs
+    for layer, per_image in enumerate(pairs):
+        name = "last" if layer == len(pairs) - 1 else f"aux{layer}"
+        for image, (query, target) in enumerate(per_image):
+            key = f"{prefix}match/{name}/img{image}"
+            if key in case.z:
+                assert np.array_equal(np.stack([query, target]), case.z[key]), key
+
+
+def check_cost(case: Case, outputs: dict, targets: list[dict]) -> None:
+    cost = case.criterion.matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)[0]
+    for image, target in enumerate(targets):
+        close(cost[image, :, : len(target["labels"])], case.z[f"cost/last/img{image}"], rtol=1e-5, atol=1e-4)
+
+
+def check_losses(case: Case, losses: dict, expected: dict, rtol: float) -> None:
+    assert set(losses) == set(expected)
+    for name, value in expected.items():
+        close(losses[name], value, rtol=rtol, atol=1e-6 if rtol > 1e-7 else 1e-9)
+    total = sum(expected[name] * case.js["weight_dict"][name] for name in expected if name in case.js["weight_dict"])
+    close(case.criterion.total(losses), total, rtol=rtol)
+
+
+def check_weights_and_groups(case: Case) -> None:
+    expected = {name: weight for name, weight in case.js["weight_dict"].items() if name in case.js["losses"]}
+    assert case.criterion.weight_dict == expected
+    parameters = list(case.model.parameters())
+    assert sum(p.numel() for p in parameters) == case.js["total_params"]
+    assert sum(p.numel() for p in parameters if p.requires_grad) == case.js["trainable_params"]
+    assert [public_name(name) for name, p in case.model.named_parameters() if p.requires_grad] == case.js["grad_names"]
+
+
+def public_name(name: str) -> str:
+    return name.removeprefix("detector.")
+
+
+def check_gradients(case: Case, norms: np.ndarray, total: float, rtol: float, compare_values: bool) -> None:
+    parameters = {public_name(name): p for name, p in case.model.named_parameters() if p.requires_grad}
+    ours = np.array([float(parameters[name].grad.double().norm()) for name in case.js["grad_names"]])
+    np.testing.assert_allclose(ours, norms, rtol=rtol, atol=1e-6 * norms.max() if rtol > 1e-7 else 1e-9 * norms.max())
+    close(np.sqrt((ours**2).sum()), total, rtol=1e-4 if rtol > 1e-7 else 1e-7)
+    for key in case.z if compare_values else ():
+        if key.startswith("grad/"):
+            expected = case.z[key]
+            gradient = parameters[key.removeprefix("grad/")].grad[: len(expected)].numpy()
+            # Single entries differ by rounding through 50 layers; the whole gradient may not.
+            assert np.linalg.norm(gradient - expected) <= 1e-2 * np.linalg.norm(expected) + 1e-6 * norms.max(), key
+
+
+def check_post(case: Case, outputs: dict) -> None:
+    results = case.postprocess(outputs, torch.tensor(case.js["target_sizes"]))
+    for image, result in enumerate(results):
+        close(result["scores"], case.z[f"post/img{image}/scores"], atol=1e-5)
+        assert np.array_equal(result["labels"].numpy(), case.z[f"post/img{image}/labels"])
+        close(result["boxes"], case.z[f"post/img{image}/boxes"], atol=1e-2)
+
+
+def check_float32(case: Case) -> None:
+    """Outputs, matching, losses, gradients and post-processing of one evaluation-mode pass in float32."""
+    case.model.eval()
+    case.criterion.train()
+    check_mid(case)
+    samples, targets = inputs(case, torch.float32)
+    outputs = forward(case, samples, targets)
+    check_outputs(case, outputs)
+    with torch.no_grad():
+        check_post(case, outputs) if "post/img0/scores" in case.z else None
+    if "losses" not in case.js:
+        return
+    check_weights_and_groups(case)
+    losses = case.criterion(outputs, targets)
+    check_matches(case)
+    with torch.no_grad():
+        check_cost(case, outputs, targets)
+    check_losses(case, losses, case.js["losses"], rtol=1e-5)
+    case.criterion.total(losses).backward()
+    check_gradients(case, case.z["grad_norms"], case.js["grad_total_norm"], rtol=5e-3, compare_values=True)
+    case.model.zero_grad()
+    check_without_targets(case, outputs, targets)
+
+
+def check_without_targets(case: Case, outputs: dict, targets: list[dict]) -> None:
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    for name, changed in (("zero_img0", [none, targets[1]]), ("zero_all", [none, none])):
+        if name in case.js:
+            with torch.no_grad():
+                losses = case.criterion(outputs, changed)
+            check_matches(case, f"{name}/")
+            check_losses(case, losses, case.js[name]["losses"], rtol=1e-5)
+
+
+def check_float64(case: Case) -> None:
+    """The same in float64, where tolerances are those of rounding alone, and the published optimiser steps."""
+    model = case.model.double()
+    case.criterion.double().train()
+    model.eval()
+    samples, targets = inputs(case, torch.float64)
+    outputs = forward(case, samples, targets)
+    logits, boxes = case.z["f64/pred_logits"], case.z["f64/pred_boxes"]
+    # Rounding to the type of the file is all that stands between the two.
+    rounding = 1e-9 if logits.dtype == np.float64 else 1e-6
+    chosen = case.z["out/aux_query_idx"] if logits.shape[1] < outputs["pred_logits"].shape[1] else slice(None)
+    close(outputs["pred_logits"][:, chosen, : logits.shape[-1]], logits, rtol=rounding, atol=rounding)
+    close(outputs["pred_boxes"][:, chosen], boxes, rtol=rounding, atol=rounding)
+    losses = case.criterion(outputs, targets)
+    check_losses(case, losses, case.js["float64"]["losses"], rtol=1e-9)
+    case.criterion.total(losses).backward()
+    check_gradients(case, case.z["f64/grad_norms"], case.js["float64"]["grad_total_norm"], rtol=1e-7, compare_values=False)
+    model.zero_grad()
+    if "step_losses" in case.js["float64"]:
+        check_steps(case, samples, targets)
+
+
+def fix_keep_mask(case: Case, uniforms: np.ndarray) -> None:
+    """Makes the pretext leave out the queries that the published run left out; `uniforms` [1, Q, B, 1]."""
+    keep = torch.from_numpy(uniforms[0]).permute(1, 0, 2) > case.args.mask_ratio
+    case.model.keep_mask = lambda batch, num_queries, device: keep[:, :num_queries].float()
+
+
+def check_steps(case: Case, samples: NestedTensor, targets: list[dict]) -> None:
+    """Five AdamW steps in train mode: the loss before each."""
+    model, expected = case.model.train(), case.js["float64"]["step_losses"]
+    optimizer = build_optimizer(model, case.args.lr, case.args.lr_backbone, case.js["adamw"]["weight_decay"])
+    groups = [group["n"] for group in case.js["adamw"]["groups"]]
+    assert [len(group["params"]) for group in optimizer.param_groups] == groups
+    for step, value in enumerate(expected):
+        if "steps/rand_uniform" in case.z:
+            fix_keep_mask(case, case.z["steps/rand_uniform"][step : step + 1])
+        total = case.criterion.total(case.criterion(forward(case, samples, targets), targets))
+        close(total, value, rtol=1e-9)
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), case.js["adamw"]["clip_max_norm"])
+        optimizer.step()
+
+
+def check_patch_queries(case: Case) -> None:
+    """What only a query-patch pretext has: the block mask, any number of patches at evaluation, the query mask in training."""
+    samples, targets = inputs(case, torch.float32)
+    case.model.eval()
+    with torch.no_grad():
+        few = [{**target, "patches": target["patches"][:3]} for target in targets]
+        check_outputs(case, forward(case, samples, few), "eval_3patches/")
+        features = case.model.patch_features(torch.cat([target["patches"] for target in targets]))
+        close(features[:, :128], case.z["patch_gt_feature"], atol=1e-4)
+        allowed = case.z["attention_mask_is_zero"].squeeze()
+        block = torch.arange(len(allowed)) // (len(allowed) // case.model.num_patches)
+        assert np.array_equal((block[:, None] == block).numpy(), allowed)
+        fix_keep_mask(case, case.z["train/rand_uniform"])
+        case.model.train()
+        outputs = forward(case, samples, targets)
+        check_outputs(case, outputs, "train/out/")
+        check_losses(case, case.criterion(outputs, targets), case.js["train_mode"]["losses"], rtol=1e-5)

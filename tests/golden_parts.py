@@ -1,0 +1,73 @@
+"""Checks of the model-side parts in the data cases: positions, box operations, matching corner cases, losses, post-processing."""
+from pathlib import Path
+
+import numpy as np
+import torch
+from golden_models import close
+
+from models.classification import Classification, inverse_sigmoid, sigmoid_focal_loss
+from models.matcher import HungarianMatcher
+from models.position_encoding import SinePositionEncoding, sine_embed_points
+from models.postprocess import PostProcess
+from util.box_ops import box_iou, box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes
+
+
+def check_matcher(js: dict, z: dict, kind: str) -> None:
+    section = js[f"matcher_{kind}"]
+    for case in section["cases"]:
+        prefix = f"matcher_{kind}/{case}"
+        logits, boxes = torch.from_numpy(z[f"{prefix}/pred_logits"]), torch.from_numpy(z[f"{prefix}/pred_boxes"])
+        classes = logits.shape[-1] - (kind == "softmax")
+        matcher = HungarianMatcher(Classification(kind, classes, **section["weights"]))
+        targets = [
+            {"labels": torch.from_numpy(z[f"{prefix}/labels{i}"]), "boxes": torch.from_numpy(z[f"{prefix}/boxes{i}"])} for i in range(2)
+        ]
+        matches = matcher(logits[None], boxes[None], targets)
+        for i, pair in enumerate(matches.pairs[0]):
+            assert np.array_equal(np.stack(pair), z[f"{prefix}/match{i}"]), f"{prefix} image {i}"
+
+
+def check_detr(name: str, js: dict, z: dict, folder: Path) -> None:
+    mask = torch.from_numpy(z["pos/mask"])
+    close(SinePositionEncoding(256)(mask), z["pos/sine_normalize"], atol=1e-5)
+    close(SinePositionEncoding(32, normalize=False)(mask), z["pos/sine_unnormalized"], atol=1e-5)
+    a, b = torch.from_numpy(z["box/a_xyxy"]), torch.from_numpy(z["box/b_xyxy"])
+    iou, union = box_iou(a, b)
+    close(iou, z["box/iou"], rtol=1e-6, atol=1e-7)
+    close(union, z["box/union"], rtol=1e-6)
+    close(generalized_box_iou(a, b), z["box/giou"], rtol=1e-6, atol=1e-6)
+    close(box_xyxy_to_cxcywh(a), z["box/a_cxcywh"], rtol=1e-6)
+    masks = z["box/masks"].astype(bool)
+    filled = masks.any((1, 2))  # the published box of an empty mask is (1e8, 1e8, 0, 0), ours zeros
+    close(masks_to_boxes(torch.from_numpy(masks))[filled], z["box/masks_to_boxes"][filled])
+    check_matcher(js, z, "softmax")
+    x, t = torch.from_numpy(z["loss/x"]), torch.from_numpy(z["loss/t"])
+    boxes = js["loss"]["num_boxes"]
+    close(sigmoid_focal_loss(x, t).mean(1).sum() / boxes, js["loss"]["sigmoid_focal"], rtol=1e-6)
+    close(sigmoid_focal_loss(x, t, alpha=-1).mean(1).sum() / boxes, js["loss"]["sigmoid_focal_alpha_neg"], rtol=1e-6)
+
+
+def check_conditional(name: str, js: dict, z: dict, folder: Path) -> None:
+    close(sine_embed_points(torch.from_numpy(z["sineembed/pos"]), 256), z["sineembed/out"], atol=1e-5)
+    close(inverse_sigmoid(torch.from_numpy(z["inverse_sigmoid/x"])), z["inverse_sigmoid/out"], rtol=1e-6, atol=1e-6)
+    check_matcher(js, z, "focal")
+    logits, boxes = torch.from_numpy(z["post/logits"]), torch.from_numpy(z["post/boxes"])
+    post = PostProcess(Classification("focal", logits.shape[-1], 2.0))
+    for i, result in enumerate(post({"pred_logits": logits, "pred_boxes": boxes}, torch.from_numpy(z["post/target_sizes"]))):
+        close(result["scores"], z[f"post/img{i}/scores"], rtol=1e-6)
+        assert np.array_equal(result["labels"].numpy(), z[f"post/img{i}/labels"])
+        close(result["boxes"], z[f"post/img{i}/boxes"], rtol=1e-5, atol=1e-4)
+
+
+def check_updetr(name: str, js: dict, z: dict, folder: Path) -> None:
+    """Query groups see exactly what the published mask allows, where that is right (its loop ends early otherwise)."""
+    for key, entry in js["attention_mask"].items():
+        queries, patches = map(int, key.split("_"))
+        block = np.arange(queries) // (queries // patches)
+        ours, published = block[:, None] == block, z[f"attention_mask/{key}_allowed"]
+        right = published.any(1)
+        assert (~right).sum() == entry["rows_without_any_allowed"]
+        assert np.array_equal(ours[right], published[right])
+
+
+CHECKS = {"data_detr": check_detr, "data_cond": check_conditional, "data_updetr": check_updetr}

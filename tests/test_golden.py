@@ -1,0 +1,57 @@
+"""Numbers of the published implementations: every case of a folder of golden files whose model the project has."""
+from pathlib import Path
+
+import golden_data
+import golden_models
+import golden_parts
+import pytest
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    folder = Path(metafunc.config.getoption("--golden-dir"))
+    names = sorted(path.stem for path in folder.glob("*.json") if not path.stem.endswith("_eval_case"))
+    data = [name for name in names if name.startswith("data_")]
+    chosen = {"model_case": [name for name in names if name not in data], "data_case": data}
+    for fixture, cases in chosen.items():
+        if fixture in metafunc.fixturenames:
+            metafunc.parametrize(fixture, cases)
+
+
+@pytest.fixture
+def golden_dir(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.getoption("--golden-dir"))
+
+
+def _supported(name: str, folder: Path) -> None:
+    reason = golden_models.unsupported(golden_models.load(name, folder)[0])
+    if reason:
+        pytest.skip(f"{name}: {reason}")
+
+
+def test_outputs_losses_gradients(model_case: str, golden_dir: Path) -> None:
+    _supported(model_case, golden_dir)
+    golden_models.check_float32(golden_models.build(model_case, golden_dir))
+
+
+def test_float64_and_steps(model_case: str, golden_dir: Path) -> None:
+    _supported(model_case, golden_dir)
+    case = golden_models.build(model_case, golden_dir)
+    if "float64" not in case.js:
+        pytest.skip(f"{model_case}: the case holds no float64 run")
+    golden_models.check_float64(case)
+
+
+def test_patch_queries(model_case: str, golden_dir: Path) -> None:
+    _supported(model_case, golden_dir)
+    if "patches0_q32" not in golden_models.load(model_case, golden_dir)[1]:
+        pytest.skip(f"{model_case}: no query patches in this case")
+    golden_models.check_patch_queries(golden_models.build(model_case, golden_dir))
+
+
+def test_data(data_case: str, golden_dir: Path) -> None:
+    checks = [checks[data_case] for checks in (golden_data.CHECKS, golden_parts.CHECKS) if data_case in checks]
+    if not checks:
+        pytest.skip(f"{data_case}: its data is not part of this version")
+    js, z = golden_models.load(data_case, golden_dir)
+    for check in checks:
+        check(data_case, js, z, golden_dir)

@@ -1,0 +1,115 @@
+# Sets up the virtual environment of the project and puts its Python into $PY. To be sourced:
+#   source tools/setup_env.sh requirements.txt [requirements-extras.txt ...]
+#
+# What is there is reused: the second run needs no network. Settings, all optional:
+#   PYTHON=/path/to/python3   the Python to make the environment with (3.10 or later)
+#   PREDETR_VENV=DIR          where the environment lies (.venv in the project)
+#   PREDETR_SYSTEM_TORCH=1    use the torch and torchvision that this Python has already, instead of downloading them
+# pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, PIP_CACHE_DIR, ...) hold here too.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="${PREDETR_VENV:-$ROOT/.venv}"
+PY="$VENV/bin/python"
+
+setup_say() { printf 'set-up: %s\n' "$*"; }
+setup_fail() { printf 'set-up: error: %s\n' "$*" >&2; exit 1; }
+
+# The first command that is a Python from 3.10 on, in $BASE_PY.
+setup_find_python() {
+    local candidate found=""
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.12 python3.11 python3.13 python3.10 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
+            BASE_PY="$candidate"
+            return
+        fi
+        if [ -z "$found" ]; then
+            found="$("$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null || true)"
+        fi
+        [ -z "${PYTHON:-}" ] || break
+    done
+    if [ -n "$found" ]; then
+        setup_fail "Python 3.10 or later is needed, found $found: install a newer one, or name it: PYTHON=/path/to/python3 bash tools/..."
+    fi
+    setup_fail "no Python found${PYTHON:+ at PYTHON=$PYTHON}: install Python 3.10 or later, or name it: PYTHON=/path/to/python3 bash tools/..."
+}
+
+setup_make_venv() {  # further arguments go to venv
+    "$BASE_PY" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
+        setup_fail "this Python has no venv module: install it (Debian, Ubuntu: apt install python3-venv) and run again"
+    if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
+        setup_fail "$VENV is there and is no virtual environment: move it away, or choose another place with PREDETR_VENV=DIR"
+    fi
+    setup_say "making a virtual environment in $VENV ($("$BASE_PY" --version))"
+    "$BASE_PY" -m venv --clear "$@" "$VENV" || setup_fail "the virtual environment could not be made in $VENV"
+}
+
+setup_has_torch() { "$1" -c 'import torch, torchvision' >/dev/null 2>&1; }
+
+# Whether the package index answers: one small package, not kept.
+setup_index_answers() {
+    local folder status=0
+    folder="$(mktemp -d)"
+    "$PY" -m pip download --quiet --no-deps --retries 1 --dest "$folder" packaging >/dev/null 2>&1 || status=1
+    rm -rf "$folder"
+    return $status
+}
+
+setup_download_size() {
+    case "$(uname -s)/$(uname -m)" in
+        Linux/x86_64 | Linux/aarch64)
+            echo "about 3 GB to download, 6 GB on disk (on Linux the package index has PyTorch with its CUDA libraries)" ;;
+        *) echo "about 0.4 GB to download, 1.5 GB on disk" ;;
+    esac
+}
+
+# On a machine without an index whose Python brings torch (a GPU image): an environment on top of that Python's packages.
+setup_on_system_torch() {
+    setup_say "using the torch and torchvision of $("$BASE_PY" -c 'import sys; print(sys.executable)'), with its other packages; $1"
+    setup_make_venv --system-site-packages
+    "$PY" -m pip install --quiet --retries 1 "${SETUP_FILES[@]}" >/dev/null 2>&1 ||
+        setup_say "the index did not give all packages of ${SETUP_NAMES[*]}; going on with those that are there"
+    "$PY" -c 'import torch, torchvision, scipy, pycocotools, numpy, PIL' ||
+        setup_fail "a package of requirements.txt is missing (see above), and the package index can't be reached"
+    SETUP_SYSTEM=1
+}
+
+setup_install() {
+    setup_say "installing ${SETUP_NAMES[*]}: $(setup_download_size); less where pip's cache has it"
+    "$PY" -m pip install --disable-pip-version-check "${SETUP_FILES[@]}" -c "$ROOT/constraints.txt" ||
+        setup_fail "pip could not install the packages (see above): check network and disk space, then run the same command again"
+}
+
+setup_main() {
+    local name digest stamp
+    SETUP_NAMES=("$@")
+    SETUP_FILES=()
+    SETUP_SYSTEM=""
+    for name in "$@"; do SETUP_FILES+=(-r "$ROOT/$name"); done
+    digest="$(cd "$ROOT" && cat "$@" constraints.txt | cksum | tr -d ' ')"
+    stamp="$VENV/.installed-$digest"
+    if [ -f "$stamp" ] && "$PY" -c '' 2>/dev/null; then
+        SETUP_SYSTEM="$(cat "$stamp")"
+        return
+    fi
+
+    setup_find_python
+    if [ -z "${PREDETR_SYSTEM_TORCH:-}" ] || ! setup_has_torch "$BASE_PY"; then
+        [ -z "${PREDETR_SYSTEM_TORCH:-}" ] || setup_fail "PREDETR_SYSTEM_TORCH is set, but $BASE_PY has no torch and torchvision"
+        "$PY" -c '' 2>/dev/null || setup_make_venv
+        # All there already (after a change of the files, say)? That needs no network and no word about a download.
+        if ! "$PY" -m pip install --quiet --disable-pip-version-check --no-index "${SETUP_FILES[@]}" \
+                -c "$ROOT/constraints.txt" >/dev/null 2>&1; then
+            if setup_has_torch "$BASE_PY" && ! setup_index_answers; then
+                setup_on_system_torch "the package index can't be reached"
+            else
+                setup_install
+            fi
+        fi
+    else
+        setup_on_system_torch "as PREDETR_SYSTEM_TORCH asks"
+    fi
+    printf '%s' "$SETUP_SYSTEM" >"$stamp"
+    setup_say "ready: $("$PY" -c 'import sys, torch; print("Python", sys.version.split()[0] + ",", "torch", torch.__version__)')"
+}
+
+setup_main "$@"
