@@ -19,12 +19,11 @@ from datasets.collate import PackedTargets, normalize, normalize_images
 from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
 from util.distributed import all_gather_object, barrier, get_rank, get_world_size, is_main_process
-from util.logger import Progress, format_seconds, log
+from util.logger import Progress, StopRequested, format_seconds, log
 from util.metrics import Averages, LossReader, check_finite, to_host
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, restore_optimizer
 from util.run_folder import append_log
-
 
 CHECKPOINT_VERSION = 1
 
@@ -54,10 +53,6 @@ class Run:
     averages: Averages = field(default_factory=Averages)
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
-
-
-class StopRequested(Exception):
-    """The process was asked to stop (SIGTERM, SIGINT); the run is saved and can be resumed."""
 
 
 class _StopSignal:
@@ -183,7 +178,7 @@ def train_one_epoch(run: Run) -> None:
             bar.step(_progress_text(values, rate) if bar.wants_text() else None)
             if asked and run.batch < steps:
                 run.seconds += time.monotonic() - began
-                raise StopRequested
+                raise StopRequested(f"epoch {run.epoch + 1}, after batch {run.batch} of {steps}")
     if problems.count:
         log.warning("%d unreadable or tiny images were replaced in this epoch (%d different)", problems.count, len(problems.seen))
     run.seconds += time.monotonic() - began
@@ -282,9 +277,10 @@ def fit(run: Run) -> None:
     while run.epoch < run.epochs:
         try:
             train_one_epoch(run)
-        except StopRequested:
+        except StopRequested as stop:
             save(run, ["checkpoint.pth"])
-            raise
+            saved = f"saved in {run.folder}; go on with --resume auto" if run.folder else "not saved, since there is no --output_dir"
+            raise StopRequested(f"{stop}; {saved}") from None
         run.scheduler.step()
         record = {f"train_{name}": value for name, value in run.averages.means().items()}
         run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
@@ -357,5 +353,6 @@ def dry_run(run: Run) -> None:
         memory = torch.cuda.max_memory_allocated(run.device) / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    log.info("dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted); peak memory %.1f GiB",
-             steps, format_seconds(step * steps), format_seconds(step * steps * run.epochs), run.epochs, memory)
+    log.info("dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted)",
+             steps, format_seconds(step * steps), format_seconds(step * steps * run.epochs), run.epochs)
+    log.info("dry run: peak memory %.1f GiB; nothing was saved", memory)

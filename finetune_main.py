@@ -5,6 +5,11 @@
 
 `python finetune_main.py --help` lists every flag.
 """
+import os
+
+# Before PyTorch is imported: threads that spin while they wait would starve the loader processes on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -15,14 +20,14 @@ import engine
 from datasets import build_dataset, build_loader
 from datasets.evaluators.coco import CocoEvaluator
 from models import build_model
-from util.arguments import FINETUNE, Parser, given_flags, make_parser, plain_settings, resolve
+from util.arguments import FINETUNE, Parser, make_parser, plain_settings
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import adopt_architecture, find_resume, load_checkpoint, load_pretrained
+from util.checkpoint import load_exactly, load_pretrained
 from util.distributed import is_main_process
 from util.logger import log
 from util.plot_utils import prediction_page
 from util.run_folder import describe_model, draw_curves, prepare_output, save_settings, write_text
-from util.session import run_script, seed_everything, start_session
+from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
 METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")
 
@@ -69,23 +74,6 @@ def _page_row(example: dict) -> tuple:
     return image.permute(1, 2, 0).numpy(), example["predictions"], {"boxes": truth, "labels": example["labels"]}
 
 
-def prepare_checkpoint(args: Namespace) -> dict | None:
-    """The checkpoint of --resume or --pretrain; flags that were not given take over its architecture, then all are resolved."""
-    given = given_flags(args)
-    resume = find_resume(args.resume, args.output_dir)
-    if args.resume == "auto" and resume is None:
-        log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
-    args.resume = resume or ""
-    if resume:
-        args.pretrain = None
-    source = resume or args.pretrain
-    checkpoint = load_checkpoint(source) if source else None
-    for line in adopt_architecture(checkpoint, args, given) if checkpoint else []:
-        log.info(line)
-    resolve(args)
-    return checkpoint
-
-
 def main(args: Namespace) -> None:
     device = start_session(args)
     checkpoint = prepare_checkpoint(args)
@@ -98,8 +86,8 @@ def main(args: Namespace) -> None:
     if args.pretrain:
         log.info(load_pretrained(model, checkpoint, val_set.class_names).table())
     elif checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    model.to(device)
+        load_exactly(model, checkpoint)
+    model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
     describe_model(model, args)
 

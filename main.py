@@ -4,16 +4,23 @@
 
 `python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` goes on with labels.
 """
+import os
+
+# Before PyTorch is imported: threads that spin while they wait would starve the loader processes on the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from argparse import Namespace
+
+import torch
 
 import engine
 from datasets import build_dataset, build_loader
 from models import build_model
-from util.arguments import PRETRAIN, Parser, check_right_script, given_flags, make_parser, plain_settings, resolve
-from util.checkpoint import adopt_architecture, find_resume, load_checkpoint
+from util.arguments import PRETRAIN, Parser, check_right_script, make_parser, plain_settings
+from util.checkpoint import load_exactly
 from util.logger import log
 from util.run_folder import describe_model, draw_curves, prepare_output, save_settings
-from util.session import run_script, seed_everything, start_session
+from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
 
 def get_args_parser() -> Parser:
@@ -27,16 +34,8 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    given = given_flags(args)
     device = start_session(args)
-    resume = find_resume(args.resume, args.output_dir)
-    if args.resume == "auto" and resume is None:
-        log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
-    checkpoint = load_checkpoint(resume) if resume else None
-    args.resume = resume or ""
-    for line in adopt_architecture(checkpoint, args, given) if checkpoint else []:
-        log.info(line)
-    resolve(args)
+    checkpoint = prepare_checkpoint(args)
     seed_everything(args.seed)
     folder = prepare_output(args)
 
@@ -44,10 +43,9 @@ def main(args: Namespace) -> None:
     loader = build_loader(dataset, args, train=True)
     model, criterion, _ = build_model(args)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-    model.to(device)
+        load_exactly(model, checkpoint)
+    model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
-    log.info("%d unlabelled images", len(dataset))
     describe_model(model, args)
 
     backbone = model.detector.backbone[0]

@@ -43,8 +43,8 @@ def open_image(path: str) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+            if image.mode.startswith("I"):
+                return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
@@ -110,18 +110,20 @@ class ImageFolder:
         log.info("%d images in %s%s", len(names), root, f", {self.skipped} other files skipped" if self.skipped else "")
 
     def _walk(self, folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-        stat = os.stat(folder)
+        try:
+            stat, entries = os.stat(folder), list(os.scandir(folder))
+        except OSError as error:
+            raise UserError(f"{folder} can't be read ({error.strerror}): check the permissions") from error
         above = above | {(stat.st_dev, stat.st_ino)}
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    inside = entry.stat()
-                    if (inside.st_dev, inside.st_ino) not in above:
-                        yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
-                elif _is_image(entry):
-                    yield prefix + entry.name
-                else:
-                    self.skipped += 1
+        for entry in entries:
+            if entry.is_dir():
+                inside = entry.stat()
+                if (inside.st_dev, inside.st_ino) not in above:
+                    yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
+            elif _is_image(entry):
+                yield prefix + entry.name
+            else:
+                self.skipped += 1
 
     def __len__(self) -> int:
         return len(self._names)

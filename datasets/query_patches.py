@@ -90,6 +90,8 @@ def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
 def _image_source(image_set: str, args: Namespace) -> str:
     if args.imagenet_path:
         return args.imagenet_path
-    if not (args.coco_path or args.data_root):
-        raise UserError("no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR")
-    return coco_files(coco_root(args), image_set)[0]
+    try:
+        root = coco_root(args)
+    except UserError as error:
+        raise UserError(f"no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR ({error})") from error
+    return coco_files(root, image_set)[0]

@@ -53,7 +53,7 @@ def _resnet_body(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) 
 def _timm_body(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> tuple[nn.Module, list[int], list[int]]:
     try:
         import timm
-        from timm.utils import freeze_batch_norm_2d
+        from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
         raise UserError(f"--backbone timm:{name} needs the package timm: pip install timm ({error})") from error
     try:

@@ -1,13 +1,5 @@
-"""Checkpoints: safe reading, atomic writing, adopting an architecture, moving trained weights into a model."""
-import collections
-import pathlib
-import pickle
+"""Checkpoints: their entries, adopting an architecture, moving trained weights into a model."""
 import random
-import resource
-import subprocess
-import sys
-import urllib.error
-import zipfile
 from argparse import Namespace
 
 import numpy as np
@@ -15,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from util import weight_files
 from util.architecture import resnet_name
 from util.checkpoint import (
     Checkpoint,
     adopt_architecture,
     find_resume,
     load_checkpoint,
+    load_exactly,
     load_pretrained,
     random_states,
     save_checkpoint,
@@ -29,7 +21,6 @@ from util.checkpoint import (
     strip_prefix,
 )
 from util.logger import UserError
-from util.weight_files import fetch, read_weights
 
 D, WIDTH = 8, 12
 
@@ -86,99 +77,7 @@ def one_line(excinfo, *words):
     return text
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("name", ["old.pth", "old.pth.tar"])
-def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
-    args = Namespace(lr=1e-4, output_dir=pathlib.PosixPath("a/b"), score=np.float64(0.5), seed=np.int64(3), table=np.arange(3),
-                     extra=collections.OrderedDict(x=1), lists=collections.defaultdict(list, k=[1, 2]), names=["backbone.0"])
-    state = detector_state()
-    torch.save({"model": {"module." + key: value for key, value in state.items()}, "epoch": 3, "args": args},
-               tmp_path / name, _use_new_zipfile_serialization=zipped)
-    checkpoint = load_checkpoint(tmp_path / name)
-    assert checkpoint["args"] == {"lr": 1e-4, "output_dir": "a/b", "score": 0.5, "seed": 3, "table": [0, 1, 2],
-                                  "extra": {"x": 1}, "lists": {"k": [1, 2]}, "names": ["backbone.0"]}
-    assert type(checkpoint["args"]["score"]) is float
-    assert type(checkpoint["args"]["lists"]) is dict
-    assert list(checkpoint["model"]) == list(state)
-    assert checkpoint["epoch"] == 3
-
-
-def test_old_numpy_names_and_windows_paths_load(tmp_path):
-    """Files written with numpy 1 name numpy.core; a path of Windows cannot be made on Linux."""
-    raw = tmp_path / "raw.pth"
-    torch.save({"model": {"w": torch.ones(1)}, "args": Namespace(a=np.float32(2), p=pathlib.PurePosixPath("x/y"))}, raw)
-    with zipfile.ZipFile(raw) as old, zipfile.ZipFile(tmp_path / "old.pth", "w") as new:
-        for entry in old.infolist():
-            data = old.read(entry)
-            if entry.filename.endswith("data.pkl"):
-                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-                data = data.replace(b"cpathlib._local\n", b"cpathlib\n").replace(b"PurePosixPath", b"WindowsPath")
-                assert b"WindowsPath" in data
-            new.writestr(entry, data)
-    assert load_checkpoint(tmp_path / "old.pth")["args"] == {"a": 2.0, "p": "x\\y"}
-
-
-class RunsCode:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (pathlib.Path.touch, (pathlib.Path(self.target),))
-
-
-class Evil:
-    def __reduce__(self):
-        import os
-
-        return (os.system, ("touch ran",))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"w": torch.ones(1)}, "args": Evil()}, "evil.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError) as excinfo:
-        load_checkpoint("evil.pth")
-    one_line(excinfo, "evil.pth", "system")
-    assert not (tmp_path / "ran").exists()
-    torch.load("evil.pth", weights_only=False)
-    assert (tmp_path / "ran").exists(), "the file would have run code"
-
-
-def test_harmless_classes_stay_the_only_ones(tmp_path):
-    torch.save({"model": {"w": torch.ones(1)}, "args": RunsCode("x")}, tmp_path / "f.pth")
-    with pytest.raises(UserError):
-        load_checkpoint(tmp_path / "f.pth")
-
-
-def broken_files(folder):
-    good = folder / "good.pth"
-    torch.save({"model": detector_state()}, good)
-    (folder / "text.pth").write_text("<html>Sign in</html>")
-    (folder / "short.pth").write_bytes(good.read_bytes()[:-200])
-    (folder / "empty.pth").touch()
-    (folder / "folder.pth").mkdir()
-    (folder / "bytes.pth").write_bytes(bytes(range(256)) * 4)
-    (folder / "half.safetensors").write_bytes(b"\x05\x00\x00")
-    with (folder / "pickle.pth").open("wb") as file:
-        pickle.dump(3, file, protocol=4)
-    torch.save(torch.ones(2), folder / "tensor.pth")
-    torch.save({"optimizer": {}}, folder / "other.pth")
-
-
-@pytest.mark.parametrize(("name", "word"), [
-    ("text.pth", "text file"), ("short.pth", "incomplete"), ("empty.pth", "empty"), ("folder.pth", "folder"),
-    ("missing.pth", "no such file"), ("bytes.pth", "damaged"), ("pickle.pth", "pickle.pth"), ("tensor.pth", "Tensor"),
-    ("other.pth", "'model'"), ("half.safetensors", "half.safetensors"),
-])
-def test_a_file_that_is_no_checkpoint_gives_one_line(tmp_path, name, word):
-    broken_files(tmp_path)
-    with pytest.raises(UserError) as excinfo:
-        load_checkpoint(tmp_path / name)
-    one_line(excinfo, tmp_path / name, word)
+# ---------------------------------------------------------------------------------------------------- entries
 
 
 def test_bare_and_wrapped_state_dicts_become_model(tmp_path):
@@ -200,121 +99,6 @@ def test_names_of_siamese_detr_become_detrs(tmp_path):
 def test_strip_prefix_only_when_every_key_has_it():
     assert set(strip_prefix({"module.a": 1, "module.b": 2})) == {"a", "b"}
     assert set(strip_prefix({"module.a": 1, "b": 2})) == {"module.a", "b"}
-
-
-# ---------------------------------------------------------------------------------------------------- fetching
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    return tmp_path / "hub" / "checkpoints"
-
-
-def test_an_address_is_fetched_once_and_its_hash_checked(hub, monkeypatch):
-    calls = []
-
-    def download(url, path, hash_prefix, progress):
-        calls.append((url, hash_prefix))
-        torch.save({"model": detector_state()}, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    url = "https://example.org/detr/detr-r50-e632da11.pth"
-    for _ in range(2):
-        assert load_checkpoint(url)["model"]
-    assert calls == [(url, "e632da11")]
-    load_checkpoint("https://example.org/r50_deformable_detr-checkpoint.pth")
-    assert calls[1][1] is None
-
-
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"),
-                                   RuntimeError('invalid hash value (expected "e632da11", got "00")')])
-def test_an_address_that_fails_names_file_address_and_place(hub, monkeypatch, error):
-    def download(*_args, **_kwargs):
-        raise error
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    url = "https://example.org/detr/detr-r50-e632da11.pth"
-    with pytest.raises(UserError) as excinfo:
-        load_checkpoint(url)
-    one_line(excinfo, "detr-r50-e632da11.pth", url, hub / "detr-r50-e632da11.pth")
-
-
-def test_an_address_without_a_file_name_is_refused():
-    with pytest.raises(UserError, match="browser"):
-        fetch("https://example.org/file/d/1JhL/view?usp=sharing")
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
-    state = {"model": detector_state(), "epoch": 1, "args": {"lr": 0.1, "names": ["a"], "none": None}, "class_names": {1: "cat"}}
-    save_checkpoint(state, tmp_path / "new" / "checkpoint.pth")
-    loaded = load_checkpoint(tmp_path / "new" / "checkpoint.pth")
-    assert {key: loaded[key] for key in ("epoch", "args", "class_names")} == {
-        key: state[key] for key in ("epoch", "args", "class_names")}
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pth"]
-
-
-@pytest.mark.parametrize("value", [Namespace(a=1), np.float64(1), pathlib.Path("x"), lambda: 0, np.zeros(2), object()])
-def test_only_plain_content_is_saved(tmp_path, value):
-    path = tmp_path / "checkpoint.pth"
-    save_checkpoint({"epoch": 1}, path)
-    before = path.read_bytes()
-    with pytest.raises(TypeError, match=r"checkpoint\['best'\]\[0\]"):
-        save_checkpoint({"best": [value]}, path)
-    assert path.read_bytes() == before
-
-
-def test_an_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pth"
-    save_checkpoint({"epoch": 1}, path)
-    before = path.read_bytes()
-
-    def stop(state, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint({"epoch": 2}, path)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
-FULL_DISK = """
-import resource, sys, torch
-from util.checkpoint import save_checkpoint
-from util.logger import UserError
-save_checkpoint({"model": {"w": torch.zeros(10)}}, sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-try:
-    save_checkpoint({"model": {str(i): torch.randn(20_000) for i in range(20)}}, sys.argv[1])
-except UserError as error:
-    print(error)
-"""
-
-
-def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
-    """A limit on the size of files stands for a full disk: writes fail in the same way."""
-    assert hasattr(resource, "RLIMIT_FSIZE")
-    path = tmp_path / "checkpoint.pth"
-    root = pathlib.Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
-    assert "no room" in done.stdout
-    assert str(path) in done.stdout
-    assert load_checkpoint(path)["model"]["w"].shape == (10,)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth"]
-
-
-def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError) as excinfo:
-        save_checkpoint({"epoch": 1}, tmp_path / "file" / "checkpoint.pth")
-    one_line(excinfo, "checkpoint.pth", "--output_dir")
 
 
 def test_find_resume(tmp_path):
@@ -378,6 +162,8 @@ def test_a_given_number_of_queries_may_differ():
     lines = adopt_architecture(checkpoint_of(detector_state()), args, {"num_queries"})
     assert args.num_queries == 9
     assert any("tiled" in line and "6" in line for line in lines)
+    with pytest.raises(UserError, match="--num_queries 9 contradicts"):
+        adopt_architecture(checkpoint_of(detector_state()), args, {"num_queries"}, same_queries=True)
 
 
 def test_learned_positions_show_in_the_weights():
@@ -426,6 +212,18 @@ def test_resnets_are_recognised_by_their_blocks(name):
 
 
 # ---------------------------------------------------------------------------------------------------- pre-trained weights
+
+
+def test_a_resumed_run_loads_exactly_or_says_where_it_differs():
+    state = detector_state(seed=1)
+    model = module_of(detector_state(seed=2))
+    load_exactly(model, checkpoint_of(state))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for other, words in ((detector_state(classes=9), ("class_embed.weight", "[10, 8]", "2 differences")),
+                         (detector_state(pre_norm=True), ("also has transformer.encoder.norm.weight",))):
+        with pytest.raises(UserError) as excinfo:
+            load_exactly(model, checkpoint_of(other))
+        one_line(excinfo, "run/file.pth", *words)
 
 
 PARTS = {"patch2query.weight": (D, 3), "feature_align.layers.0.weight": (D, D)}
@@ -531,17 +329,3 @@ def test_a_file_that_does_not_fit_is_an_error_and_changes_nothing(file, model, w
         load_pretrained(model, checkpoint_of(file), None)
     one_line(excinfo, "run/file.pth", *words)
     assert all(torch.equal(value, fresh[key]) for key, value in model.state_dict().items())
-
-
-def test_read_weights_takes_safetensors(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
-    safetensors.save_file({"w": torch.arange(3.0)}, tmp_path / "f.safetensors")
-    assert torch.equal(read_weights(tmp_path / "f.safetensors")["w"], torch.arange(3.0))
-
-
-def test_every_load_is_weights_only():
-    root = pathlib.Path(weight_files.__file__).parent.parent
-    for folder in ("util", "models", "."):
-        for path in (root / folder).glob("*.py"):
-            for line in path.read_text().splitlines():
-                assert "torch.load(" not in line or "weights_only=True" in line, f"{path}: {line}"

@@ -85,7 +85,8 @@ def _add_position_embedding(
 ) -> None:
     """Deformable DETR and both detectors of DETReg shift the sine code by half a cell, and call it `sine` too."""
     detreg = "object_embedding_loss" in args or any(key.startswith("feature_embed.") for key in state)
-    shifts = kind == "deformable_detr" or detreg
+    siamese = "transformer.tgt_embed.weight" in state  # its Deformable DETR does not shift
+    shifts = detreg or (kind == "deformable_detr" and not siamese)
     spelling = {"v2": "sine", "v3": "learned"}
     code = spelling.get(certain.get("position_embedding"), certain.get("position_embedding"))
     if "backbone.1.row_embed.weight" in state:

@@ -15,6 +15,8 @@ import torch
 from util.logger import UserError
 
 PRETRAIN, FINETUNE = "main.py", "finetune_main.py"
+DETECTOR_NAMES = ("detr", "conditional_detr")
+PRETEXT_NAMES = ("random_query_patch",)
 
 # Published flags that have no effect, here or there: flag -> (takes a value, why it is refused).
 DEAD_FLAGS = {
@@ -167,7 +169,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--detector", choices=("detr", "conditional_detr"), help="what is trained (detr)")
+    group.add_argument("--detector", choices=DETECTOR_NAMES, help="what is trained (detr)")
     group.add_argument("--backbone", help="resnet18, 34, 50, 101, or timm:NAME (resnet50)")
     group.add_argument("--backbone_weights", "--load_backbone", metavar="swav|imagenet|none|PATH|URL",
                        help="where its weights come from (main.py swav, finetune_main.py imagenet; nothing is fetched when a checkpoint "
@@ -210,7 +212,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pretext")
-    group.add_argument("--pretext", choices=("random_query_patch",), help="what is learnt without labels (random_query_patch)")
+    group.add_argument("--pretext", choices=PRETEXT_NAMES, help="what is learnt without labels (random_query_patch)")
     group.add_argument("--imagenet_path", metavar="DIR", help="unlabelled images: any folder tree; else the images of --coco_path")
     group.add_argument("--proposals", choices=("random",), help="where boxes come from (random)")
     group.add_argument("--num_patches", type=positive(), help="query patches an image; must divide --num_queries (10)")
@@ -241,7 +243,8 @@ def make_parser(script: str) -> Parser:
     for add in groups:
         add(parser)
     for flag, (takes_value, why) in DEAD_FLAGS.items():
-        parser.add_argument(flag, action=_Refuse, why=why, nargs=None if takes_value else 0, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        nargs = None if takes_value else 0
+        parser.add_argument(flag, action=_Refuse, why=why, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.set_defaults(script=script)
     return parser
 
@@ -329,13 +332,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--mask_ratio {args.mask_ratio} must lie in [0, 1)")
     if args.eval and not (args.resume or args.pretrain):
         raise UserError("--eval needs the detector to evaluate: add --resume PATH")
-    if args.resume and args.pretrain and args.resume != "auto":
-        raise UserError("--resume continues a run and --pretrain starts one: give one of them (or --resume auto with --pretrain)")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
     if args.pretext and args.num_queries % args.num_patches:
         raise UserError(
-            f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}: every patch needs the same number of queries"
+            f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}: "
+            "every patch needs the same number of queries"
         )
 
 

@@ -177,31 +177,34 @@ def is_pretext(checkpoint: Mapping[str, Any]) -> bool:
     return named or bool((checkpoint.get("args") or {}).get("pretext"))
 
 
-def adopt_architecture(checkpoint: Mapping[str, Any], args: Namespace, given: set[str]) -> list[str]:
+def adopt_architecture(
+    checkpoint: Mapping[str, Any], args: Namespace, given: set[str], same_queries: bool = False
+) -> list[str]:
     """Sets in `args` the architecture of the checkpoint, for flags that are not in `given`.
 
-    Flags that `args` does not have are left out. Returns lines that say what changed. A given `num_queries` may differ:
-    `load_pretrained` tiles or cuts the embeddings. Raises UserError for any other given flag that contradicts the file.
+    Flags that `args` does not have are left out. Returns lines that say what changed. A given `num_queries` may differ
+    (`load_pretrained` tiles or cuts the embeddings), except with `same_queries`, for a run that is resumed or evaluated.
+    Raises UserError for any other given flag that contradicts the file.
     """
     source = getattr(checkpoint, "source", Checkpoint.source)
     certain, likely = architecture(checkpoint)
     if certain.get("detector") is None:
         raise UserError(_no_detector(checkpoint["model"], source))
-    lines = []
+    adopted, lines = [], []
     for flag, value in {**certain, **likely}.items():
-        if not hasattr(args, flag) or getattr(args, flag) == value:
+        wanted = getattr(args, flag, value)
+        if wanted == value:
             continue
-        wanted = getattr(args, flag)
         if flag not in given:
             setattr(args, flag, value)
-            lines.append(f"--{flag} {_shown(value)}, as in {source}")
-        elif flag == "num_queries":
+            adopted.append(f"--{flag} {_shown(value)}")
+        elif flag == "num_queries" and not same_queries:
             lines.append(f"--num_queries {wanted}: the {value} query embeddings of {source} are "
                          f"{'tiled' if wanted > value else 'cut'}")
         elif flag in certain:
             raise UserError(f"--{flag} {_shown(wanted)} contradicts {source}, which was trained with --{flag} "
                             f"{_shown(value)}; leave --{flag} out or choose another file")
-    return lines
+    return [f"as in {source}: {', '.join(adopted)}", *lines] if adopted else lines
 
 
 def _shown(value: Any) -> str:
@@ -216,6 +219,21 @@ def _no_detector(state: Mapping[str, Tensor], source: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- pre-training
+
+
+def load_exactly(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Loads `model` strictly, to resume or evaluate. Raises UserError with one line when file and model differ."""
+    source, state, target = getattr(checkpoint, "source", Checkpoint.source), checkpoint["model"], model.state_dict()
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        missing = [f"lacks {key}" for key in target if key not in state]
+        surplus = [f"also has {key}" for key in state if key not in target]
+        shapes = [f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
+                  for key, value in state.items() if key in target and value.shape != target[key].shape]
+        differences = shapes + missing + surplus or [str(error).splitlines()[0]]
+        raise UserError(f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); give the "
+                        "flags that it was trained with, or start from its weights by --pretrain") from error
 
 
 def load_pretrained(

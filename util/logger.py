@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something that the user can mend: one line with the file or flag, the value and the remedy. Entry scripts print it and exit."""
 
 
+class StopRequested(Exception):  # noqa: N818  (nothing went wrong)
+    """The process was asked to stop (SIGTERM, SIGINT); the message says where the run was saved."""
+
+
 class _MainProcessOnly(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         from util.distributed import is_main_process

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from util.arguments import DETECTOR_NAMES, FINETUNE, PRETRAIN, given_flags, resolve
+from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
 from util.distributed import get_rank, init_distributed, shutdown
-from util.logger import UserError, log, setup_logger
+from util.logger import StopRequested, UserError, log, setup_logger
 
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
@@ -17,6 +19,43 @@ def start_session(args: Namespace) -> torch.device:
     """Joins the processes, seeds them, and returns the device. `args` need not be resolved."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return init_distributed(args.device, args.dist_url or "env://")
+
+
+def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
+    """Finds and reads the checkpoint of `--resume` or `--pretrain`, lets flags that were not given take over its architecture, and
+    resolves all flags. `args.resume` is a path or an address afterwards, or empty.
+
+    Raises:
+        UserError: the file can't be used, or a flag contradicts it.
+    """
+    given = given_flags(args)
+    resume = find_resume(args.resume, args.output_dir)
+    if args.resume == "auto" and resume is None:
+        log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
+    if resume and getattr(args, "pretrain", None):
+        if args.resume != "auto":
+            raise UserError("--resume continues a run and --pretrain starts one: give one of them (or --resume auto with --pretrain)")
+        log.info("--resume auto continues from %s; --pretrain is not needed any more", resume)
+        args.pretrain = None
+    args.resume = resume or ""
+    source = resume or getattr(args, "pretrain", None)
+    checkpoint = load_checkpoint(source) if source else None
+    if checkpoint is not None:
+        for line in adopt_architecture(checkpoint, args, given, same_queries=bool(resume)):
+            log.info(line)
+        _check_kind(args, checkpoint)
+    resolve(args)
+    return checkpoint
+
+
+def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
+    """A run that is resumed must be of the kind that the script runs; every detector of a file must be one that can be built."""
+    if args.detector not in DETECTOR_NAMES:
+        raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTOR_NAMES)})")
+    if args.resume and args.script == FINETUNE and is_pretext(checkpoint):
+        raise UserError(f"{checkpoint.source} is from pre-training: give it as --pretrain {checkpoint.source}, not as --resume")
+    if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):
+        raise UserError(f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints")
 
 
 def seed_everything(seed: int) -> None:
@@ -34,12 +73,12 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
     status = 0
     try:
         main(parse(argv))
-    except UserError as error:
-        log.error("error: %s", error)
+    except (UserError, ArithmeticError) as error:
+        log.error("error: %s", one_line(error))
         status = 1
-    except ArithmeticError as error:
-        log.error("error: %s", error)
-        status = 1
+    except StopRequested as stop:
+        log.error("stopped: %s", stop)
+        status = STOPPED
     except KeyboardInterrupt:
         log.error("stopped")
         status = 130
@@ -50,3 +89,11 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
         shutdown()
     if status:
         sys.exit(status)
+
+
+def one_line(error: Exception) -> str:
+    """The message alone: an error from a loader process arrives with its traceback as text."""
+    text = str(error)
+    if "Traceback (most recent call last)" not in text:
+        return text
+    return text.strip().splitlines()[-1].split(": ", 1)[-1]

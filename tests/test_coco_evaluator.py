@@ -1,0 +1,137 @@
+"""COCO evaluation: every backend against pycocotools, and what the libraries leave to the caller."""
+import numpy as np
+import pytest
+import torch
+from golden_data import detections_by_image
+
+from datasets.evaluators import coco as coco_module
+from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend
+from util.logger import UserError
+
+FAST = [name for name in BACKENDS if name != "pycocotools"]
+
+
+def random_truth(rng: np.random.RandomState) -> dict:
+    categories = sorted(rng.choice(np.arange(1, 30), rng.randint(1, 6), replace=False).tolist())
+    images = [{"id": int(i), "width": 300, "height": 250} for i in rng.choice(10**6, rng.randint(1, 8), replace=False)]
+    annotations = []
+    for image in images:
+        for _ in range(rng.choice([0, 1, 3, 12])):
+            w, h = rng.rand(2) * rng.choice([20, 80, 200]) + 0.5
+            x, y = rng.rand(2) * 150
+            annotations.append({
+                "id": len(annotations), "image_id": image["id"], "category_id": int(rng.choice(categories)),
+                "bbox": [x, y, w, h], "iscrowd": int(rng.rand() < 0.2), "area": w * h * rng.choice([1, 0.5]),
+            })
+    return {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in categories]}
+
+
+def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
+    """Near the truth and far from it, with equal scores, unlisted classes and more than 100 in an image."""
+    classes = [category["id"] for category in truth["categories"]] + [99]
+    results = []
+    for image in truth["images"]:
+        mine = [annotation for annotation in truth["annotations"] if annotation["image_id"] == image["id"]]
+        for _ in range(rng.choice([0, 1, 5, 30, 150])):
+            bbox, label = np.concatenate([rng.rand(2) * 200, rng.rand(2) * 100]), rng.choice(classes)
+            if mine and rng.rand() < 0.6:
+                near = mine[rng.randint(len(mine))]
+                bbox, label = np.array(near["bbox"]) + rng.randn(4) * rng.choice([0, 1, 5]), near["category_id"]
+            bbox[2:] = bbox[2:].clip(0)
+            results.append({
+                "image_id": image["id"], "category_id": int(label), "bbox": bbox.tolist(), "score": round(rng.rand(), 2),
+            })
+    return results
+
+
+def summary(truth: dict, results: list[dict], backend: str) -> dict:
+    evaluator = CocoEvaluator(truth, backend)
+    evaluator.update(detections_by_image(results))
+    return evaluator.summarize()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_backend_equals_pycocotools(backend: str) -> None:
+    pytest.importorskip(backend)
+    for seed in range(12):
+        rng = np.random.RandomState(seed)
+        truth = random_truth(rng)
+        results = random_detections(rng, truth)
+        expected, actual = summary(truth, results, "pycocotools"), summary(truth, results, backend)
+        np.testing.assert_allclose(actual["stats"], expected["stats"], rtol=0, atol=1e-9, err_msg=f"seed {seed}")
+        assert actual["per_class_ap"] == pytest.approx(expected["per_class_ap"], abs=1e-9), seed
+
+
+def simple_truth(**annotation) -> dict:
+    return {
+        "images": [{"id": 5, "width": 100, "height": 100}, {"id": 6, "width": 100, "height": 100}],
+        "annotations": [{"id": 0, "image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], **annotation}],
+        "categories": [{"id": 2, "name": "cat"}, {"id": 4, "name": "dog"}],
+    }
+
+
+def exact_hit() -> dict[str, torch.Tensor]:
+    return {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "scores": torch.tensor([0.9]), "labels": torch.tensor([2])}
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "pycocotools"] + ["auto"])
+def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.CaptureFixture) -> None:
+    evaluator = CocoEvaluator(simple_truth(), backend)
+    evaluator.update({5: exact_hit()})
+    result = evaluator.summarize()
+    assert result["stats"][:3] == pytest.approx([1, 1, 1])
+    assert result["stats"][3:6] == pytest.approx([-1, 1, -1])
+    assert result["per_class_ap"] == {2: pytest.approx(1)}
+    assert capfd.readouterr().out == ""
+
+
+def test_no_detection_gives_zeros() -> None:
+    evaluator = CocoEvaluator(simple_truth())
+    none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    for predictions in ({}, {5: none}, {6: {**exact_hit(), "labels": torch.tensor([77])}}):
+        evaluator.update(predictions)
+        assert evaluator.summarize() == {"stats": [0.0] * 12, "per_class_ap": {2: 0.0}}
+
+
+def test_results_are_coco_results() -> None:
+    evaluator = CocoEvaluator(simple_truth())
+    evaluator.update({5: exact_hit()})
+    (result,) = evaluator.results()
+    assert result == {"image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], "score": pytest.approx(0.9)}
+
+
+def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = CocoEvaluator(simple_truth())
+    evaluator.update({5: exact_hit()})
+    other = CocoEvaluator(simple_truth())
+    other.update({5: exact_hit(), 6: exact_hit()})
+    monkeypatch.setattr(coco_module, "all_gather_object", lambda mine: [mine, other._detections])
+    evaluator.synchronize_between_processes()
+    assert [result["image_id"] for result in evaluator.results()] == [5, 6]
+
+
+def test_unlisted_truth_is_not_evaluated() -> None:
+    truth = simple_truth()
+    truth["annotations"] += [
+        {"id": 1, "image_id": 777, "category_id": 2, "bbox": [0, 0, 5, 5]},
+        {"id": 2, "image_id": 5, "category_id": 777, "bbox": [0, 0, 5, 5]},
+    ]
+    evaluator = CocoEvaluator(truth)
+    evaluator.update({5: exact_hit()})
+    assert evaluator.summarize()["stats"][0] == pytest.approx(1)
+
+
+def test_errors_name_the_cause(tmp_path) -> None:
+    with pytest.raises(ValueError, match="image 9 is not in the annotations"):
+        CocoEvaluator(simple_truth()).update({9: exact_hit()})
+    with pytest.raises(UserError, match="evaluator nonsense is unknown"):
+        choose_backend("nonsense")
+    with pytest.raises(UserError, match="missing.json"):
+        CocoEvaluator(str(tmp_path / "missing.json"))
+
+
+def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None)
+    assert choose_backend("auto") == "pycocotools"
+    with pytest.raises(UserError, match="pip install faster-coco-eval"):
+        choose_backend("faster_coco_eval")

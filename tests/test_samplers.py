@@ -1,0 +1,84 @@
+"""Order of samples: over processes, epochs and interruptions; random numbers of a sample."""
+import numpy as np
+import pytest
+import torch
+
+from datasets.samplers import EpochSampler
+from util.random_state import SampleRandom
+
+
+def batches(**settings) -> list[list[tuple[int, int]]]:
+    return list(EpochSampler(**{"dataset_len": 23, "batch_size": 4, "shuffle": True, "seed": 7, "drop_last": True, **settings}))
+
+
+def test_processes_together_equal_one_process() -> None:
+    whole = batches(batch_size=4)
+    parts = [batches(batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    assert len(parts[0]) == len(parts[1]) == len(whole) == 5
+    for step, batch in enumerate(whole):
+        assert sorted(batch) == sorted(parts[0][step] + parts[1][step])
+        assert parts[0][step] == batch[0::2]
+
+
+def test_an_epoch_has_its_own_permutation_and_number() -> None:
+    first, second = batches(epoch=0), batches(epoch=1)
+    assert first != second
+    assert {epoch for batch in second for epoch, _ in batch} == {1}
+    assert second == batches(epoch=1)
+    assert [i for batch in first for _, i in batch] != [i for batch in batches(epoch=0, seed=8) for _, i in batch]
+
+
+def test_resuming_in_mid_epoch() -> None:
+    sampler = EpochSampler(23, 4, shuffle=True, seed=7, drop_last=True)
+    sampler.set_epoch(2, start_batch=3)
+    assert list(sampler) == batches(epoch=2)[3:]
+    assert len(sampler) == 2
+    sampler.set_epoch(3)
+    assert list(sampler) == batches(epoch=3)
+
+
+@pytest.mark.parametrize("dataset_len", [1, 7, 8, 9, 10, 23])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_every_image_once(dataset_len: int, world_size: int) -> None:
+    seen = []
+    for rank in range(world_size):
+        sampler = EpochSampler(dataset_len, 4, shuffle=False, rank=rank, world_size=world_size)
+        mine = list(sampler)
+        assert len(mine) == len(sampler)
+        assert all(batch for batch in mine)
+        seen += [index for batch in mine for _, index in batch]
+    assert sorted(seen) == list(range(dataset_len))
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(ValueError, match="batch size 0"):
+        EpochSampler(10, 0, shuffle=False)
+    with pytest.raises(ValueError, match="rank 2 of 2"):
+        EpochSampler(10, 1, shuffle=False, rank=2, world_size=2)
+
+
+def numbers(rng: SampleRandom) -> tuple[float, float, float]:
+    return rng.python.random(), float(rng.numpy.rand()), float(torch.rand(1, generator=rng.torch))
+
+
+def test_random_state_is_a_function_of_seed_epoch_and_index() -> None:
+    assert numbers(SampleRandom.of(1, 2, 3)) == numbers(SampleRandom.of(1, 2, 3))
+    keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (3, 2, 1), (-1, 2, 3)]
+    assert len({numbers(SampleRandom.of(*key)) for key in keys}) == len(keys)
+
+
+def test_streams_are_independent_of_each_other() -> None:
+    one, other = SampleRandom(5), SampleRandom(5)
+    one.python.random()
+    assert one.numpy.rand() == other.numpy.rand()
+    assert torch.equal(torch.rand(2, generator=one.torch), torch.rand(2, generator=other.torch))
+
+
+def test_fixed_streams_are_those_of_the_libraries() -> None:
+    rng = SampleRandom.fixed(python=3, numpy=4, torch=5)
+    assert rng.numpy.randint(1000) == np.random.RandomState(4).randint(1000)
+    state = torch.get_rng_state()
+    torch.manual_seed(5)
+    expected = torch.randint(0, 1000, (3,))
+    torch.set_rng_state(state)
+    assert torch.equal(torch.randint(0, 1000, (3,), generator=rng.torch), expected)
