@@ -209,8 +209,10 @@ def evaluate(
         averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
         sizes = torch.stack([target["orig_size"] for target in targets])
         results = postprocessors["bbox"](outputs, sizes)
-        results = [{name: value.cpu() for name, value in result.items()} for result in results]
-        evaluator.update({int(t["image_id"]): result for t, result in zip(targets, results, strict=True)})
+        # One copy a kind for the whole batch, not one an image.
+        host = {name: torch.stack([result[name] for result in results]).cpu() for name in results[0]}
+        results = [{name: values[i] for name, values in host.items()} for i in range(len(results))]
+        evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
         examples += _examples(samples, targets, results, keep_examples - len(examples))
         bar.step()
     values = averages.merged().means()

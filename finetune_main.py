@@ -26,7 +26,7 @@ from util.checkpoint import load_exactly, load_pretrained
 from util.distributed import is_main_process
 from util.logger import log
 from util.plot_utils import prediction_page
-from util.run_folder import describe_model, draw_curves, prepare_output, save_settings, write_text
+from util.run_folder import describe_model, describe_settings, draw_curves, prepare_output, save_settings, write_text
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
 METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")
@@ -79,6 +79,7 @@ def main(args: Namespace) -> None:
     checkpoint = prepare_checkpoint(args)
     seed_everything(args.seed)
     folder = prepare_output(args)
+    describe_settings(plain_settings(args))
 
     val_set = build_dataset("val", args)
     train_set = None if args.eval else build_dataset("train", args)

@@ -19,7 +19,7 @@ from models import build_model
 from util.arguments import PRETRAIN, Parser, check_right_script, make_parser, plain_settings
 from util.checkpoint import load_exactly
 from util.logger import log
-from util.run_folder import describe_model, draw_curves, prepare_output, save_settings
+from util.run_folder import describe_model, describe_settings, draw_curves, prepare_output, save_settings
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
 
@@ -38,6 +38,7 @@ def main(args: Namespace) -> None:
     checkpoint = prepare_checkpoint(args)
     seed_everything(args.seed)
     folder = prepare_output(args)
+    describe_settings(plain_settings(args))
 
     dataset = build_dataset("train", args)
     loader = build_loader(dataset, args, train=True)

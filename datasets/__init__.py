@@ -12,6 +12,7 @@ A sample is `(image, target)`:
 A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,
 `fingerprint()`, and, where labelled, `num_classes` and `class_names` (id -> name).
 """
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 
@@ -74,13 +75,15 @@ def build_loader(
     workers = args.num_workers
     return DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=torch.device(args.device).type == "cuda", worker_init_fn=_one_thread,
+        pin_memory=torch.device(args.device).type == "cuda", worker_init_fn=_init_worker,
         prefetch_factor=4 if workers else None,
         # Its own generator: workers must not draw from the stream that dropout uses, or a resumed run would differ.
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def _one_thread(worker: int) -> None:
-    """Workers share the cores with each other; threads of their own would only compete."""
+def _init_worker(worker: int) -> None:
+    """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C reaches the whole
+    process group: the main process ends the step and saves, for which it still needs them."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -61,9 +61,9 @@ DEFAULT_NUM_CLASSES = 4
 MIN_SIZE = 32  # pixels; below this the shapes can't be told apart
 
 OBJECTS_PER_SCENE = (1, 4)
-CLUTTER_PER_SCENE = (1, 4)
-OBJECT_LENGTH = (0.22, 0.6)  # longest side of the whole object, as a part of the image's side
-MIN_VISIBLE = 0.45  # an object of which less would remain is not drawn at all
+CLUTTER_PER_SCENE = (1, 3)
+OBJECT_LENGTH = (0.28, 0.65)  # longest side of the whole object, as a part of the image's side
+MIN_VISIBLE = 0.5  # an object of which less would remain is not drawn at all
 GENERATOR_VERSION = 1  # raised whenever a scene changes for the same (seed, split, index)
 FINGERPRINT_FILE = "sample_scenes.json"
 

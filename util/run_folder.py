@@ -3,6 +3,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -93,6 +94,12 @@ def draw_curves(folder: Path, fields: tuple[str, ...]) -> None:
 
 
 _said_without_curves: list[str] = []
+
+
+def describe_settings(settings: dict[str, object]) -> None:
+    """Every resolved flag, in as few lines as fit."""
+    text = "  ".join(f"{name}={value}" for name, value in settings.items() if value not in (None, "", False))
+    log.info("settings: %s", textwrap.fill(text, 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
 
 
 def describe_model(model: nn.Module, args) -> None:

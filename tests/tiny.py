@@ -1,0 +1,149 @@
+"""Small models, batches, data sets and runs that several test modules use."""
+import contextlib
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import finetune_main
+import main as pretrain_main
+from util.arguments import FINETUNE, PRETRAIN, make_parser, resolve
+from util.logger import log
+from util.nested_tensor import NestedTensor, as_nested_tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_FLAGS = [
+    "--backbone", "resnet18", "--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "64", "--enc_layers", "1", "--dec_layers", "2",
+    "--num_queries", "20",
+]
+RUN_FLAGS = [*MODEL_FLAGS, "--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
+PRETEXT_FLAGS = ["--num_patches", "5", "--patch_size", "32"]
+
+
+def tiny_args(script: str = FINETUNE, *flags: str) -> Namespace:
+    """Resolved flags of a small model; `flags` come last and win."""
+    pretext = PRETEXT_FLAGS if script == PRETRAIN else []
+    return resolve(make_parser(script).parse_args([*RUN_FLAGS, *pretext, *flags]))
+
+
+def make_targets(counts: list[int], num_classes: int = 5, seed: int = 0, patches: int = 0, patch_size: int = 32) -> list[dict[str, Tensor]]:
+    """A target for each count, with boxes inside the image and as many objects; `patches` replaces the counts for a pretext."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = []
+    for i, count in enumerate(counts):
+        count = patches or count
+        centre, size = torch.rand(count, 2, generator=generator) * 0.5 + 0.25, torch.rand(count, 2, generator=generator) * 0.4 + 0.05
+        labels = torch.ones(count, dtype=torch.int64) if patches else torch.randint(1, num_classes, (count,), generator=generator)
+        target = {"boxes": torch.cat([centre, size], 1), "labels": labels, "image_id": torch.tensor([100 + i])}
+        if patches:
+            target["patches"] = torch.randn(patches, 3, patch_size, patch_size, generator=generator)
+        targets.append(target)
+    return targets
+
+
+def make_batch(sizes: list[tuple[int, int]] | int = 2, seed: int = 0) -> NestedTensor:
+    """Random normalised images of these (height, width), or as many of 64 x 64."""
+    sizes = [(64, 64)] * sizes if isinstance(sizes, int) else sizes
+    generator = torch.Generator().manual_seed(seed)
+    return as_nested_tensor([torch.randn(3, height, width, generator=generator) for height, width in sizes])
+
+
+def draw(seed: int, height: int, width: int) -> tuple[np.ndarray, list[list[int]], list[int]]:
+    """A noisy picture with one to three plain rectangles: (uint8 [H, W, 3], boxes (x, y, w, h), class ids 1 to 3)."""
+    rng = np.random.RandomState(seed)
+    image = rng.randint(90, 130, (height, width, 3), dtype=np.uint8)
+    boxes, labels = [], []
+    for _ in range(rng.randint(1, 4)):
+        w, h = rng.randint(width // 5, width // 2), rng.randint(height // 5, height // 2)
+        x, y, label = rng.randint(0, width - w), rng.randint(0, height - h), rng.randint(1, 4)
+        image[y : y + h, x : x + w] = (np.arange(3) == label - 1) * 200
+        boxes.append([int(x), int(y), int(w), int(h)])
+        labels.append(int(label))
+    return image, boxes, labels
+
+
+def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] = ()) -> Path:
+    """A small data set in COCO's layout with images of several sizes; the training images in `empty` have no object."""
+    (root / "annotations").mkdir(parents=True)
+    for name, count, first in (("train2017", train, 0), ("val2017", val, 500)):
+        (root / name).mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            height, width = 60 + 6 * (i % 3), 72 - 8 * (i % 2)
+            pixels, boxes, labels = draw(first + i, height, width)
+            Image.fromarray(pixels).save(root / name / f"{i:06d}.png")
+            images.append({"id": first + i + 1, "file_name": f"{i:06d}.png", "height": height, "width": width})
+            for box, label in zip(boxes, labels, strict=True) if i not in empty or name != "train2017" else ():
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": first + i + 1, "bbox": box, "category_id": label, "area": box[2] * box[3],
+                    "iscrowd": 0,
+                })
+        categories = [{"id": i, "name": name} for i, name in enumerate(("red", "green", "blue"), start=1)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    return root
+
+
+def write_images(root: Path, count: int = 4) -> Path:
+    """Unlabelled images below a folder."""
+    root.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(draw(i, 66 + 4 * i, 80)[0]).save(root / f"{i:03d}.png")
+    return root
+
+
+def fine_tune(*flags: object) -> None:
+    """Runs finetune_main.py in this process with a small model."""
+    finetune_main.main(finetune_main.parse([*RUN_FLAGS, *map(str, flags)]))
+
+
+def pre_train(*flags: object) -> None:
+    """Runs main.py in this process with a small model."""
+    pretrain_main.main(pretrain_main.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)]))
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """Collects the lines of the project's log."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = log.level
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def read_checkpoint(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    """Equality of nested containers, bit for bit in tensors."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert set(a) == set(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}/{i}")
+    elif isinstance(a, Tensor):
+        assert torch.equal(a, b), f"{where}: differs by {(a.double() - b.double()).abs().max()}"
+    else:
+        assert a == b, f"{where}: {a} {b}"
