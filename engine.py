@@ -28,6 +28,21 @@ from util.run_folder import append_log
 CHECKPOINT_VERSION = 1
 
 
+class ProblemCounter:
+    """Bad images that the loader replaced: each is reported once with its path, all are counted."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.count = 0
+
+    def add(self, problems: list[tuple[str, str]]) -> None:
+        for path, reason in problems:
+            self.count += 1
+            if path not in self.seen:
+                self.seen.add(path)
+                log.warning("left out %s: %s (the next image takes its place)", path, reason)
+
+
 @dataclass
 class Run:
     """A training run: what is trained, with what, where it is kept, and how far it has come."""
@@ -51,6 +66,7 @@ class Run:
     epoch: int = 0  # the epoch to train next
     batch: int = 0  # and the first batch of it
     averages: Averages = field(default_factory=Averages)
+    problems: ProblemCounter = field(default_factory=ProblemCounter)
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
 
@@ -97,21 +113,6 @@ def to_device(
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-class ProblemCounter:
-    """Bad images that the loader replaced: each is reported once with its path, all are counted."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self.count = 0
-
-    def add(self, problems: list[tuple[str, str]]) -> None:
-        for path, reason in problems:
-            self.count += 1
-            if path not in self.seen:
-                self.seen.add(path)
-                log.warning("left out %s: %s (the next image takes its place)", path, reason)
 
 
 def forward_losses(
@@ -163,11 +164,10 @@ def train_one_epoch(run: Run) -> None:
     sampler.set_epoch(run.epoch, run.batch)
     steps = run.batch + len(sampler)
     bar = Progress(steps, f"epoch {run.epoch + 1}/{run.epochs}", start=run.batch)
-    problems = ProblemCounter()
-    began, images = time.monotonic(), 0
+    began, images, problems_before = time.monotonic(), 0, run.problems.count
     with _StopSignal() as stop:
         for samples, targets in run.loader:
-            problems.add(targets.problems)
+            run.problems.add(targets.problems)
             images += len(samples) * get_world_size()
             samples, targets = to_device(samples, targets, run.device, mean, std)
             values, asked = train_step(run, samples, targets, stop.asked)
@@ -179,8 +179,9 @@ def train_one_epoch(run: Run) -> None:
             if asked and run.batch < steps:
                 run.seconds += time.monotonic() - began
                 raise StopRequested(f"epoch {run.epoch + 1}, after batch {run.batch} of {steps}")
-    if problems.count:
-        log.warning("%d unreadable or tiny images were replaced in this epoch (%d different)", problems.count, len(problems.seen))
+    if run.problems.count > problems_before:
+        log.warning("%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
+                    run.problems.count - problems_before, len(run.problems.seen))
     run.seconds += time.monotonic() - began
 
 
@@ -203,7 +204,9 @@ def evaluate(
     model = bare(model).eval()
     criterion.eval()
     averages, examples, bar = Averages(), [], Progress(len(loader), "evaluation")
+    problems = ProblemCounter()
     for samples, packed in loader:
+        problems.add(packed.problems)
         inputs, targets = to_device(samples, packed, device, normalization["mean"], normalization["std"])
         outputs, losses, _ = forward_losses(model, criterion, inputs, targets, amp)
         averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
@@ -215,6 +218,8 @@ def evaluate(
         evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
         examples += _examples(samples, targets, results, keep_examples - len(examples))
         bar.step()
+    if problems.count:
+        log.warning("%d images of the evaluation can't be used: their objects count as missed", problems.count)
     values = averages.merged().means()
     evaluator.synchronize_between_processes()
     values["coco_eval_bbox"] = evaluator.summarize()["stats"]

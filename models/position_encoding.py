@@ -4,6 +4,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from util.logger import UserError
+
 TEMPERATURE = 10000.0
 
 
@@ -61,7 +63,7 @@ class LearnedPositionEncoding(nn.Module):
         """mask: bool [B, h, w]; returns [B, dim, h, w], equal for all images."""
         batch, height, width = mask.shape
         if max(height, width) > self.MAX_CELLS:
-            raise ValueError(
+            raise UserError(
                 f"learned positions reach {self.MAX_CELLS} cells a side, this map is {height} x {width}: "
                 "use a smaller --image_size, no --dilation, or --position_embedding sine"
             )

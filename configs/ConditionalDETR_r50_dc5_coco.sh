@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Conditional DETR-DC5-R50 (Meng et al., ICCV 2021) on COCO.
+# Published: AP 43.7 after 50 epochs; 8 GPUs, 1 image each.
+# Run it again and it continues where it stopped (--resume auto).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} finetune_main.py \
+    --detector conditional_detr --dilation --batch_size 1 --resume auto \
+    --output_dir exps/ConditionalDETR_r50_dc5_coco "$@"

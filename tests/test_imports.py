@@ -1,0 +1,105 @@
+"""The house rules that code can check: which way imports point, and who knows whose name."""
+import ast
+from pathlib import Path
+
+import pytest
+
+from datasets import DATASETS, PRETEXT_DATASETS
+from models import DETECTORS, PRETEXTS
+from util.arguments import DETECTOR_NAMES, PRETEXT_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"main", "finetune_main"}
+LAYERS = {"util": 0, "models": 1, "datasets": 1, "engine": 2, **dict.fromkeys(SCRIPTS, 3), "tools": 3}
+FILES = sorted(
+    path for pattern in ("*.py", "util/**/*.py", "models/**/*.py", "datasets/**/*.py", "tools/**/*.py") for path in ROOT.glob(pattern)
+)
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of all modules that a file imports anywhere, relative imports resolved, `from a import b` as `a` and `a.b`."""
+    package = path.relative_to(ROOT).parent.parts
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join([*(package[: len(package) - node.level + 1] if node.level else ()), *([node.module] if node.module else [])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_the_tree_is_what_the_rules_are_about() -> None:
+    names = {module_name(path) for path in FILES}
+    assert {"main", "finetune_main", "engine", "models.detr", "models.pretext", "datasets.coco", "util.arguments"} <= names
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_one_way(path: Path) -> None:
+    """Scripts and tools -> engine -> models, datasets -> util; models and datasets never import each other."""
+    top = module_name(path).split(".")[0]
+    assert top in LAYERS, f"{path} belongs to no layer"
+    ours = {name.split(".")[0] for name in imported(path)} & set(LAYERS)
+    wrong = {other for other in ours - {top} if LAYERS[other] >= LAYERS[top]}
+    if top in SCRIPTS | {"tools"}:
+        wrong -= SCRIPTS | {"tools"}
+    assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_detectors_do_not_know_pretexts() -> None:
+    for path in (ROOT / "models").glob("*.py"):
+        if path.name != "__init__.py":
+            assert not any(name.startswith("models.pretext") for name in imported(path)), path.name
+
+
+def test_pretexts_know_only_the_contract_of_a_detector() -> None:
+    """Every pretext works on every detector because it sees none of them."""
+    builders = {builder.__module__ for builder in DETECTORS.values()}
+    assert builders
+    for path in (ROOT / "models" / "pretext").glob("*.py"):
+        assert not builders & imported(path), path.name
+
+
+def strings(path: Path) -> set[str]:
+    """Text constants of a file, without docstrings."""
+    tree = ast.parse(path.read_text())
+    holders = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    docstrings = {id(node.body[0].value) for node in holders if node.body and isinstance(node.body[0], ast.Expr)}
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return {node.value for node in found if id(node) not in docstrings}
+
+
+def test_engine_never_looks_at_names() -> None:
+    names = {*DETECTORS, *PRETEXTS, *DATASETS, *PRETEXT_DATASETS}
+    words = strings(ROOT / "engine.py")
+    assert not names & words
+    assert not any(name in word for name in names - {"coco", "detr"} for word in words)
+    attributes = {node.attr for node in ast.walk(ast.parse((ROOT / "engine.py").read_text())) if isinstance(node, ast.Attribute)}
+    assert not attributes & {"detector", "pretext", "dataset_file", "proposals", "classification"}
+
+
+def test_registries_and_flags_agree() -> None:
+    assert set(DETECTOR_NAMES) == set(DETECTORS)
+    assert set(PRETEXT_NAMES) == set(PRETEXTS) == set(PRETEXT_DATASETS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_library_code_does_not_exit_or_print(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert "print" not in calls
+    is_script = path.parent.name == "tools" or "__main__" in strings(path)
+    if not is_script and module_name(path) != "util.session":
+        assert not calls & {"exit", "quit", "sys.exit", "os._exit"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_every_load_is_of_weights_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.hub.load_state_dict_from_url"):
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("weights_only") == "True", f"{path.relative_to(ROOT)}:{node.lineno}"
