@@ -23,7 +23,7 @@ from util.logger import Progress, StopRequested, format_seconds, log
 from util.metrics import Averages, LossReader, check_finite, to_host
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, restore_optimizer
-from util.run_folder import append_log
+from util.run_folder import append_log, is_logged
 
 CHECKPOINT_VERSION = 1
 
@@ -67,6 +67,7 @@ class Run:
     batch: int = 0  # and the first batch of it
     averages: Averages = field(default_factory=Averages)
     problems: ProblemCounter = field(default_factory=ProblemCounter)
+    pending: dict | None = None  # a trained epoch's values that wait for its evaluation
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
 
@@ -244,7 +245,8 @@ def checkpoint_state(run: Run) -> dict:
     """Everything that an exact resume needs. `epoch` is the last finished one, as published."""
     return {
         "model": bare(run.model).state_dict(), "optimizer": run.optimizer.state_dict(), "lr_scheduler": run.scheduler.state_dict(),
-        "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(), "best": run.best, "seconds": run.seconds,
+        "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(),
+        "pending": run.pending, "best": run.best, "seconds": run.seconds,
         "world_size": get_world_size(), "random_states": all_gather_object(random_states()), **run.keep,
     }
 
@@ -253,7 +255,7 @@ def restore(run: Run, checkpoint: dict) -> None:
     """Counterpart of `checkpoint_state`, but for model and optimiser."""
     run.epoch, run.batch = checkpoint["epoch"] + 1, checkpoint.get("batch", 0)
     run.averages, run.best = Averages(checkpoint.get("averages")), checkpoint.get("best", -1.0)
-    run.seconds = checkpoint.get("seconds", 0.0)
+    run.pending, run.seconds = checkpoint.get("pending"), checkpoint.get("seconds", 0.0)
     states = checkpoint.get("random_states", [])
     if len(states) == get_world_size():
         set_random_states(states[get_rank()])
@@ -279,28 +281,36 @@ def fit(run: Run) -> None:
         NonFiniteLoss: a loss was NaN or infinite; the last checkpoint is untouched.
         StopRequested: a signal asked to stop; the run was saved in mid-epoch.
     """
+    if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
+        _finish_epoch(run)  # the run was ended between training and evaluation
     if run.epoch >= run.epochs:
         log.warning("nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs)
     while run.epoch < run.epochs:
         try:
             train_one_epoch(run)
         except StopRequested as stop:
+            run.pending = None
             save(run, ["checkpoint.pth"])
             saved = f"saved in {run.folder}; go on with --resume auto" if run.folder else "not saved, since there is no --output_dir"
             raise StopRequested(f"{stop}; {saved}") from None
         run.scheduler.step()
-        record = {f"train_{name}": value for name, value in run.averages.means().items()}
+        run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
         run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
         numbered = run.epoch % run.lr_drop == 0 or run.epoch % run.save_every == 0
         save(run, ["checkpoint.pth"] + ([f"checkpoint{run.epoch - 1:04d}.pth"] if numbered else []))
-        last = run.epoch == run.epochs
-        if run.evaluate is not None and (last or run.epoch % run.eval_every == 0):
-            record.update(_evaluate_and_keep_best(run))
-        parameters = sum(p.numel() for p in bare(run.model).parameters() if p.requires_grad)
-        record = {**record, "epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)}
-        append_log(run.folder, record)
-        if run.plot is not None and run.folder is not None and is_main_process():
-            run.plot()
+        _finish_epoch(run)
+
+
+def _finish_epoch(run: Run) -> None:
+    """Evaluation, one line of the log, and the curves of the epoch that was trained last."""
+    record = dict(run.pending)
+    if run.evaluate is not None and (run.epoch == run.epochs or run.epoch % run.eval_every == 0):
+        record.update(_evaluate_and_keep_best(run))
+    parameters = sum(p.numel() for p in bare(run.model).parameters() if p.requires_grad)
+    record = {**record, "epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)}
+    append_log(run.folder, record)
+    if run.plot is not None and run.folder is not None and is_main_process():
+        run.plot()
 
 
 def _evaluate_and_keep_best(run: Run) -> dict:

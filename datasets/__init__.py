@@ -83,7 +83,8 @@ def build_loader(
 
 
 def _init_worker(worker: int) -> None:
-    """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C reaches the whole
-    process group: the main process ends the step and saves, for which it still needs them."""
+    """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C, `timeout` and cluster
+    schedulers signal the whole process group: the main process still needs its workers to end the step and to save."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -35,6 +35,11 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features)
         self.register_buffer("num_batches_tracked", None)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
+        # Without a version PyTorch would add a counter that this norm does not have, and then find it unexpected.
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": self._version}, *args)
+
 
 def _resnet_body(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> tuple[nn.Module, list[int], list[int]]:
     if dilation and name in ("resnet18", "resnet34"):

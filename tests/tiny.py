@@ -23,6 +23,7 @@ MODEL_FLAGS = [
     "--num_queries", "20",
 ]
 RUN_FLAGS = [*MODEL_FLAGS, "--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
+FROZEN = ("--lr_backbone", "0", "--backbone_norm", "frozen")  # small checkpoints: no moments of the backbone
 PRETEXT_FLAGS = ["--num_patches", "5", "--patch_size", "32"]
 
 

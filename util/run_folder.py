@@ -10,9 +10,9 @@ import torch
 import torchvision
 from torch import nn
 
-from util.distributed import is_main_process
+from util.distributed import all_gather_object, is_main_process
 from util.logger import UserError, log
-from util.plot_utils import plot_logs
+from util.plot_utils import plot_logs, read_log
 
 RUN_FILES = ("log.txt", "checkpoint.pth", "args.json")
 
@@ -77,10 +77,18 @@ def append_log(folder: Path | None, record: dict[str, object]) -> None:
     """One JSON object a line, as the published `log.txt`. A line of the same epoch, left by an interrupted run, is replaced."""
     if folder is None or not is_main_process():
         return
-    path = folder / "log.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if line.strip() and json.loads(line).get("epoch", -1) < record["epoch"]]
-    write_text(path, "\n".join([*kept, json.dumps(record)]) + "\n")
+    kept = [entry for entry in _entries(folder) if entry["epoch"] < record["epoch"]]
+    write_text(folder / "log.txt", "".join(json.dumps(entry) + "\n" for entry in [*kept, record]))
+
+
+def is_logged(folder: Path | None, epoch: int) -> bool:
+    """Whether log.txt has the line of `epoch`; the same answer on every process."""
+    logged = folder is not None and any(entry["epoch"] == epoch for entry in _entries(folder)) if is_main_process() else False
+    return any(all_gather_object(logged))
+
+
+def _entries(folder: Path) -> list[dict]:
+    return read_log(folder) if (folder / "log.txt").exists() else []
 
 
 def draw_curves(folder: Path, fields: tuple[str, ...]) -> None:

@@ -1,0 +1,386 @@
+"""The training loop and what a run leaves behind."""
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import (
+    FROZEN,
+    RUN_FLAGS,
+    assert_same,
+    fine_tune,
+    logged,
+    make_batch,
+    make_targets,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
+from torch import Tensor
+
+import engine
+import finetune_main
+from datasets.collate import PackedTargets, normalize_images
+from models import DETECTORS, build_model
+from util.arguments import FINETUNE, PRETRAIN
+from util.distributed import get_world_size
+from util.metrics import Averages, LossReader, NonFiniteLoss, check_finite, to_host
+from util.nested_tensor import NestedTensor
+from util.optimizer import build_optimizer, parameter_groups
+from util.session import run_script
+
+
+@pytest.fixture(scope="module")
+def fine_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuning run of three epochs with two decoder layers, and its data."""
+    root = tmp_path_factory.mktemp("fine")
+    fine_tune("--coco_path", write_coco(root / "coco", empty=(1,)), "--output_dir", root / "run", "--epochs", 3, "--lr_drop", 2,
+              "--save_every", 3, "--eval_every", 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pretext")
+    pre_train("--imagenet_path", write_images(root / "photographs"), "--output_dir", root / "run", "--epochs", 1, "--feature_recon",
+              "--dec_layers", "1")
+    return root
+
+
+def make_run(*flags: str, script: str = FINETUNE) -> tuple[engine.Run, NestedTensor, list[dict[str, Tensor]]]:
+    """A run without loader, a batch and its targets."""
+    torch.manual_seed(0)
+    args = tiny_args(script, "--backbone_norm", "frozen", "--dropout", "0", *flags)
+    model, criterion, _ = build_model(args)
+    keep = {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    run = engine.make_run(args, model.train(), criterion.train(), None, torch.device("cpu"), None, keep)
+    return run, make_batch(), make_targets([2, 1])
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("where", ["matched image", "image without objects"])
+def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) -> None:
+    run, samples, targets = make_run("--detector", detector)
+    engine.train_step(run, samples, targets, stop=False)  # the optimiser has moments to spoil
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    moments = {name: value.clone() for state in run.optimizer.state.values() for name, value in state.items()}
+    if where == "image without objects":
+        targets = make_targets([2, 0])
+    bad = NestedTensor(samples.tensors.clone(), samples.mask, samples.padded)
+    bad.tensors[1, 0, 5, 5] = math.nan
+    with pytest.raises(ArithmeticError, match="101") as error:
+        engine.train_step(run, bad, targets, stop=False)
+    assert "--lr" in str(error.value)
+    for name, value in run.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    after = {name: value for state in run.optimizer.state.values() for name, value in state.items()}
+    assert_same(after, moments)
+    values, _ = engine.train_step(run, samples, make_targets([2, 1]), stop=False)  # and training can go on
+    assert math.isfinite(values["loss"])
+
+
+def test_step_lowers_the_loss_and_clips_gradients() -> None:
+    run, samples, targets = make_run("--lr", "1e-3", "--clip_max_norm", "0.1")
+    history = [engine.train_step(run, samples, targets, stop=False)[0]["loss"] for _ in range(10)]
+    assert history[-1] < history[0]
+    norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(0.1, rel=1e-3)
+    free, samples, targets = make_run("--clip_max_norm", "0")
+    engine.train_step(free, samples, targets, stop=False)
+    assert torch.stack([p.grad.norm() for p in free.model.parameters() if p.grad is not None]).norm() > 0.2
+
+
+def test_step_reports_who_asked_to_stop() -> None:
+    run, samples, targets = make_run()
+    assert engine.train_step(run, samples, targets, stop=True)[1] is True
+    assert engine.train_step(run, samples, targets, stop=False)[1] is False
+
+
+@pytest.mark.parametrize("script", [FINETUNE, PRETRAIN])
+def test_bfloat16_step(script: str) -> None:
+    run, samples, targets = make_run("--amp", "bf16", script=script)
+    assert run.amp is True
+    if script == PRETRAIN:
+        targets = make_targets([5, 5], patches=5)
+    values, _ = engine.train_step(run, samples, targets, stop=False)
+    assert all(math.isfinite(value) for value in values.values())
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def test_optimizer_has_the_published_groups() -> None:
+    run, _, _ = make_run("--lr", "2e-4", "--lr_backbone", "3e-5", "--weight_decay", "0.01")
+    groups = run.optimizer.param_groups
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(2e-4, 0.01), (3e-5, 0.01)]
+    backbone = {id(p) for name, p in run.model.named_parameters() if "backbone" in name and p.requires_grad}
+    assert {id(p) for p in groups[1]["params"]} == backbone
+    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in run.model.parameters())
+    frozen, _, _ = make_run("--lr_backbone", "0")
+    assert [len(group["params"]) for group in frozen.optimizer.param_groups][1] == 0
+    assert build_optimizer(run.model, 1e-4, 1e-5, 0.0).__class__ is torch.optim.AdamW
+    assert len(parameter_groups(run.model, 1.0, 1.0)) == 2
+
+
+def test_batch_is_normalised_on_the_device_with_its_patches() -> None:
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    patches = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    target = {"labels": torch.ones(2, dtype=torch.int64), "boxes": torch.rand(2, 4), "patches": patches}
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    packed = PackedTargets.pack([target, target])
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    samples, targets = engine.to_device(NestedTensor(images, mask, False), packed, torch.device("cpu"), mean, std)
+    torch.testing.assert_close(samples.tensors, normalize_images(images, mean, std))
+    expected = (patches / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(targets[1]["patches"], expected)
+    assert targets[0]["labels"].dtype == torch.int64
+
+
+# ---------------------------------------------------------------------------------------------------- numbers of an epoch
+
+
+def test_averages() -> None:
+    averages = Averages()
+    averages.add({"a": 1.0, "b": 4.0})
+    averages.add({"a": 3.0}, weight=3)
+    assert averages.means() == {"a": 2.5, "b": 4.0}
+    again = Averages(averages.state())
+    again.add({"b": 0.0})
+    assert again.means() == {"a": 2.5, "b": 2.0}
+    assert averages.means()["b"] == 4.0  # the copy is a copy
+    assert averages.merged().means() == averages.means()
+    assert Averages().means() == {}
+
+
+def test_losses_are_read_in_one_piece() -> None:
+    losses = {"b": torch.tensor(2.0, requires_grad=True), "a": torch.tensor(1.0, dtype=torch.float64)}
+    assert LossReader(losses).read() == to_host(losses) == {"a": 1.0, "b": 2.0}
+    reader = LossReader(losses, flag=1.0)
+    reader.read()
+    assert reader.flag == 1.0
+    assert get_world_size() == 1
+
+
+def test_check_finite_names_losses_and_images() -> None:
+    check_finite({"a": 1.0}, [1, 2])
+    with pytest.raises(NonFiniteLoss, match=r"loss_b.*\[7, 8\].*weights were not changed"):
+        check_finite({"loss_a": 1.0, "loss_b": math.nan}, [7, 8])
+    with pytest.raises(NonFiniteLoss):
+        check_finite({"loss_a": math.inf}, [])
+
+
+def test_logged_values_have_the_published_names() -> None:
+    losses = {"loss_ce": 2.0, "loss_ce_0": 3.0, "class_error": 50.0, "cardinality_error": 4.0}
+    assert engine.logged_values(losses, {"loss_ce": 2.0, "loss_ce_0": 1.0}) == {
+        "loss_ce_unscaled": 2.0, "loss_ce_0_unscaled": 3.0, "class_error_unscaled": 50.0, "cardinality_error_unscaled": 4.0,
+        "loss_ce": 4.0, "loss_ce_0": 3.0, "loss": 7.0, "class_error": 50.0,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+def published_names(prefix: str, losses: tuple[str, ...], suffixes: tuple[str, ...]) -> set[str]:
+    names = {f"{name}{suffix}" for name in losses for suffix in suffixes}
+    raw = {f"{name}_unscaled" for name in names} | {f"cardinality_error{suffix}_unscaled" for suffix in suffixes}
+    return {f"{prefix}_{name}" for name in names | raw | {"loss", "class_error", "class_error_unscaled"}}
+
+
+def test_log_has_the_published_form(fine_run: Path) -> None:
+    lines = read_log(fine_run / "run")
+    losses, suffixes = ("loss_ce", "loss_bbox", "loss_giou"), ("", "_0")
+    common = {"epoch", "n_parameters", "train_lr", "train_seconds"}
+    evaluated = published_names("test", losses, suffixes) | {"test_coco_eval_bbox"}
+    assert [line["epoch"] for line in lines] == [0, 1, 2]
+    for line in lines:
+        expected = published_names("train", losses, suffixes) | common | (evaluated if line["epoch"] in (1, 2) else set())
+        assert set(line) == expected
+    assert [line["train_lr"] for line in lines] == pytest.approx([1e-4, 1e-4, 1e-5])
+    assert len(lines[-1]["test_coco_eval_bbox"]) == 12
+    model = read_checkpoint(fine_run / "run" / "checkpoint.pth")["model"]
+    statistics = sum(value.numel() for key, value in model.items() if "running_" in key)
+    assert lines[0]["n_parameters"] == sum(value.numel() for value in model.values()) - statistics
+    for line in lines:
+        assert line["train_loss"] == pytest.approx(sum(line[f"train_{name}{suffix}"] for name in losses for suffix in suffixes))
+        assert line["train_loss_bbox"] == pytest.approx(5 * line["train_loss_bbox_unscaled"])
+
+
+def test_log_of_a_pretext(pretext_run: Path) -> None:
+    line = read_log(pretext_run / "run")[0]
+    names = published_names("train", ("loss_ce", "loss_bbox", "loss_giou", "loss_feature"), ("",))
+    assert set(line) == names | {"epoch", "n_parameters", "train_lr", "train_seconds"}
+    assert 1 < line["train_loss_feature"] < 3
+
+
+def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
+    """`checkpoint0001.pth` before the rate drop after 2 epochs, `checkpoint0002.pth` by --save_every 3, no other and no rest."""
+    assert {path.name for path in (fine_run / "run").iterdir()} == {
+        "args.json", "checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth", "checkpoint_best.pth", "curves.png", "log.txt",
+        "predictions.png", "results.json",
+    }
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(fine_run / "run" / name) as image:
+            image.load()
+            assert min(image.size) > 100
+    results = json.loads((fine_run / "run" / "results.json").read_text())
+    assert {row["image_id"] for row in results} == {501, 502, 503}
+    assert len(results) == 3 * 20
+    assert all(set(row) == {"image_id", "category_id", "bbox", "score"} for row in results)
+    settings = json.loads((fine_run / "run" / "args.json").read_text())
+    assert settings["settings"]["lr_drop"] == 2
+    assert settings["images"] == [4, 3]
+    assert "torch" in json.dumps(settings["environment"])
+
+
+def test_files_of_a_pretext_run(pretext_run: Path) -> None:
+    assert {path.name for path in (pretext_run / "run").iterdir()} == {"args.json", "checkpoint.pth", "curves.png", "log.txt"}
+
+
+def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -> None:
+    for root in (fine_run, pretext_run):
+        checkpoint = read_checkpoint(root / "run" / "checkpoint.pth")  # weights_only=True
+        published = {"model", "optimizer", "lr_scheduler", "epoch", "args"}
+        assert published | {"random_states", "class_names", "normalization", "version", "best", "batch", "averages"} <= set(checkpoint)
+        assert type(checkpoint["args"]) is dict
+        assert checkpoint["batch"] == 0
+        assert checkpoint["world_size"] == len(checkpoint["random_states"]) == 1
+    fine = read_checkpoint(fine_run / "run" / "checkpoint.pth")
+    assert fine["epoch"] == 2
+    assert fine["class_names"] == {1: "red", 2: "green", 3: "blue"}
+    assert fine["normalization"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert read_checkpoint(fine_run / "run" / "checkpoint0001.pth")["epoch"] == 1
+    assert not any("detector." in key for key in read_checkpoint(pretext_run / "run" / "checkpoint.pth")["model"])
+
+
+def test_best_checkpoint_is_that_of_the_best_ap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.2, 0.5, 0.3])
+    monkeypatch.setattr(finetune_main.Evaluation, "__call__", lambda self, model, epoch: {"test_coco_eval_bbox": [next(scores)] * 12})
+    fine_tune("--coco_path", write_coco(tmp_path / "coco", train=2), "--output_dir", tmp_path / "run", "--epochs", 3, *FROZEN)
+    best, last = (read_checkpoint(tmp_path / "run" / name) for name in ("checkpoint_best.pth", "checkpoint.pth"))
+    assert (best["epoch"], best["best"]) == (1, 0.5)
+    assert (last["epoch"], last["best"]) == (2, 0.5)
+
+
+def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(fine_run: Path, tmp_path: Path, monkeypatch) -> None:
+    values = {}
+    evaluate = engine.evaluate
+
+    def kept(*args, **kwargs):
+        result = evaluate(*args, **kwargs)
+        values.update(result[0])
+        return result
+
+    monkeypatch.setattr(engine, "evaluate", kept)
+    before = {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()}
+    finetune_main.main(finetune_main.parse([
+        "--coco_path", str(fine_run / "coco"), "--resume", str(fine_run / "run" / "checkpoint.pth"), "--eval", "--output_dir",
+        str(tmp_path / "eval"), "--device", "cpu", "--num_workers", "0", "--image_size", "64",
+    ]))
+    last = read_log(fine_run / "run")[-1]
+    assert values["coco_eval_bbox"] == last["test_coco_eval_bbox"]
+    for name, value in values.items():
+        if name != "coco_eval_bbox":
+            assert value == pytest.approx(last[f"test_{name}"], rel=1e-6), name
+    assert (tmp_path / "eval" / "results.json").read_bytes() == before["results.json"]
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"results.json", "predictions.png"}
+    assert {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()} == before
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(fine_run: Path) -> None:
+    """AP and losses count each image once, whatever its batch is padded to (frozen seams of padding aside)."""
+    checkpoint = fine_run / "run" / "checkpoint.pth"
+    found = []
+    for batch_size in ("1", "3"):
+        with logged() as lines:
+            finetune_main.main(finetune_main.parse([
+                "--coco_path", str(fine_run / "coco"), "--resume", str(checkpoint), "--eval", "--device", "cpu", "--num_workers", "0",
+                "--image_size", "64", "--batch_size", batch_size,
+            ]))
+        found.append(float(next(line for line in lines if line.startswith("AP ")).split("loss ")[1]))
+    assert found[0] == pytest.approx(found[1], rel=0.2)
+
+
+def test_evaluation_without_auxiliary_losses(fine_run: Path) -> None:
+    with logged() as lines:
+        finetune_main.main(finetune_main.parse([
+            "--coco_path", str(fine_run / "coco"), "--resume", str(fine_run / "run" / "checkpoint.pth"), "--eval", "--no_aux_loss",
+            "--device", "cpu", "--num_workers", "0", "--image_size", "64",
+        ]))
+    assert any(line.startswith("AP ") for line in lines)
+
+
+def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path) -> None:
+    cases = ((fine_tune, "--coco_path", fine_run / "coco", "4 training"), (pre_train, "--imagenet_path", pretext_run / "photographs", "4 images"))
+    for start, flag, data, counted in cases:
+        with logged() as lines:
+            start(flag, data, "--output_dir", tmp_path / "run", "--dry_run", "--epochs", 7, "--batch_size", 2)
+        text = "\n".join(lines)
+        assert "epochs=7" in text  # resolved settings
+        assert counted in text  # the data
+        assert "loss" in next(line for line in lines if line.startswith("step on [2, 3, "))
+        estimate = next(line for line in lines if line.startswith("dry run: 2 steps an epoch"))
+        assert "for 7 epochs" in estimate
+        assert "GiB" in estimate
+        assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "photographs", count=5)
+    (images / "bad.png").write_bytes(b"no image at all")
+    Image.new("RGB", (12, 60)).save(images / "001_tiny.png")
+    with logged() as lines:
+        pre_train("--imagenet_path", images, "--epochs", 3, "--batch_size", 7, *FROZEN)
+    for name, reason in (("bad.png", "can't be decoded"), ("001_tiny.png", "12 x 60")):
+        reports = [line for line in lines if name in line]
+        assert len(reports) == 1, reports
+        assert reason in reports[0]
+    counts = [line for line in lines if "2 unreadable or tiny images" in line]
+    assert len(counts) == 3
+
+
+def test_images_without_objects_train(fine_run: Path, tmp_path: Path) -> None:
+    with logged() as lines:
+        fine_tune("--coco_path", write_coco(tmp_path / "coco", train=2, empty=(0, 1)), "--epochs", 1, "--output_dir", tmp_path / "run",
+                  *FROZEN)
+    assert any("2 without objects" in line for line in lines)
+    line = read_log(tmp_path / "run")[0]
+    assert line["train_loss_bbox"] == line["train_loss_giou"] == 0
+    assert line["train_loss_ce"] > 0
+    assert line["train_class_error"] == 100
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
+    """Makes the images of one step not finite."""
+    original, steps = engine.to_device, []
+
+    def poisoned(*args):
+        samples, targets = original(*args)
+        steps.append(1)
+        if len(steps) == at_step:
+            samples.tensors.fill_(math.nan)
+        return samples, targets
+
+    monkeypatch.setattr(engine, "to_device", poisoned)
+
+
+def test_run_ends_on_a_non_finite_loss_and_keeps_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    coco, flags = write_coco(tmp_path / "coco"), ("--epochs", "3", "--eval_every", "9", "--batch_size", "2", *FROZEN)
+    reference = tmp_path / "reference"
+    fine_tune("--coco_path", coco, "--output_dir", reference, *flags[:1], "1", *flags[2:])
+    poison(monkeypatch, at_step=4)  # the second step of the second epoch
+    argv = [*RUN_FLAGS, "--coco_path", str(coco), "--output_dir", str(tmp_path / "run"), *flags]
+    with logged() as lines, pytest.raises(SystemExit) as stop:
+        run_script(finetune_main.main, finetune_main.parse, argv)
+    assert stop.value.code == 1
+    error = next(line for line in lines if line.startswith("error: "))
+    assert "\n" not in error
+    assert any(f"{i}" in error for i in range(1, 5))  # image ids
+    saved = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert saved["epoch"] == 0
+    assert_same(saved["model"], read_checkpoint(reference / "checkpoint.pth")["model"])
