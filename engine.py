@@ -177,13 +177,20 @@ def train_one_epoch(run: Run) -> None:
             run.batch += 1
             rate = images / (time.monotonic() - began)
             bar.step(_progress_text(values, rate) if bar.wants_text() else None)
-            if asked and run.batch < steps:
-                run.seconds += time.monotonic() - began
-                raise StopRequested(f"epoch {run.epoch + 1}, after batch {run.batch} of {steps}")
+            if asked:
+                _stop(run, began, steps)
+        if any(all_gather_object(stop.asked)):  # the signal came in the last step, after its flag was sent
+            _stop(run, began, steps)
     if run.problems.count > problems_before:
         log.warning("%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
                     run.problems.count - problems_before, len(run.problems.seen))
     run.seconds += time.monotonic() - began
+
+
+def _stop(run: Run, began: float, steps: int) -> None:
+    """Also after the last batch: the resumed run then finishes the epoch without a step."""
+    run.seconds += time.monotonic() - began
+    raise StopRequested(f"epoch {run.epoch + 1}, after batch {run.batch} of {steps}")
 
 
 def _progress_text(values: dict[str, float], rate: float) -> str:

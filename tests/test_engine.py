@@ -316,8 +316,10 @@ def test_evaluation_without_auxiliary_losses(fine_run: Path) -> None:
 
 
 def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path) -> None:
-    cases = ((fine_tune, "--coco_path", fine_run / "coco", "4 training"), (pre_train, "--imagenet_path", pretext_run / "photographs", "4 images"))
-    for start, flag, data, counted in cases:
+    photographs = pretext_run / "photographs"
+    for start, flag, data, counted in (
+        (fine_tune, "--coco_path", fine_run / "coco", "4 training"), (pre_train, "--imagenet_path", photographs, "4 images"),
+    ):
         with logged() as lines:
             start(flag, data, "--output_dir", tmp_path / "run", "--dry_run", "--epochs", 7, "--batch_size", 2)
         text = "\n".join(lines)
@@ -326,7 +328,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         assert "loss" in next(line for line in lines if line.startswith("step on [2, 3, "))
         estimate = next(line for line in lines if line.startswith("dry run: 2 steps an epoch"))
         assert "for 7 epochs" in estimate
-        assert "GiB" in estimate
+        assert "peak memory" in text
         assert list((tmp_path / "run").iterdir()) == []
 
 

@@ -1,0 +1,354 @@
+"""A run that stops and goes on gives the numbers of one that never stopped."""
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    FROZEN,
+    ROOT,
+    RUN_FLAGS,
+    assert_same,
+    fine_tune,
+    logged,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
+
+import engine
+import finetune_main
+from models import build_model
+from util.arguments import FINETUNE, PRETRAIN
+from util.checkpoint import save_checkpoint
+from util.logger import StopRequested, UserError
+
+FLAGS = ("--epochs", 4, "--lr_drop", 3, "--lr", 1e-3)  # the rate drops before the last epoch
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_coco(root / "coco", train=5)
+    write_images(root / "photographs", count=5)
+    return root
+
+
+def start_labelled(data: Path, *flags: object) -> None:
+    fine_tune("--coco_path", data / "coco", *FLAGS, *flags)
+
+
+def start_pretext(data: Path, *flags: object) -> None:
+    pre_train("--imagenet_path", data / "photographs", "--feature_recon", "--query_shuffle", *FLAGS, *flags)
+
+
+CASES: dict[str, tuple[Callable, tuple]] = {
+    "live": (start_labelled, ()),
+    "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
+    "pretext": (start_pretext, FROZEN),
+}
+whole_runs: dict[str, Path] = {}
+
+
+def whole_run(case: str, data: Path) -> Path:
+    """The run that is never stopped, made once."""
+    if case not in whole_runs:
+        start, flags = CASES[case]
+        start(data, "--output_dir", data / case, *flags)
+        whole_runs[case] = data / case
+    return whole_runs[case]
+
+
+def assert_equal_runs(folder: Path, expected: Path) -> None:
+    """Weights, moments, schedule, random states, best score and every logged number."""
+    ours, whole = read_checkpoint(folder / "checkpoint.pth"), read_checkpoint(expected / "checkpoint.pth")
+    for name in ("model", "optimizer", "lr_scheduler", "epoch", "batch", "averages", "best", "random_states", "class_names"):
+        assert_same(ours[name], whole[name], name)
+    log, whole_log = read_log(folder), read_log(expected)
+    assert len(log) == len(whole_log) == 4
+    for line, other in zip(log, whole_log, strict=True):
+        line.pop("train_seconds"), other.pop("train_seconds")
+        assert line == other
+
+
+# ---------------------------------------------------------------------------------------------------- at an epoch's end
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_and_two_epochs_equal_four(case: str, data: Path, tmp_path: Path) -> None:
+    start, flags = CASES[case]
+    start(data, "--output_dir", tmp_path, *flags, "--epochs", 2)
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
+    torch.manual_seed(999)  # whatever the next process starts with
+    with logged() as lines:
+        start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
+    assert "continuing at epoch 3 of 4" in lines
+    assert_equal_runs(tmp_path, whole_run(case, data))
+
+
+def test_dropout_is_drawn_anew(data: Path) -> None:
+    """The runs above have dropout and augmentation: epochs of one run differ, so that equality means something."""
+    losses = [line["train_loss"] for line in read_log(whole_run("live", data))]
+    assert len(set(losses)) == 4
+    assert read_checkpoint(data / "live" / "checkpoint.pth")["args"]["dropout"] == 0.1
+
+
+def test_stop_between_training_and_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch is saved before it is evaluated; what was left out is done first."""
+    evaluate, calls = finetune_main.Evaluation.__call__, []
+
+    def interrupted(self, model, epoch):
+        calls.append(epoch)
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return evaluate(self, model, epoch)
+
+    monkeypatch.setattr(finetune_main.Evaluation, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start_labelled(data, "--output_dir", tmp_path)
+    assert len(read_log(tmp_path)) == 1
+    monkeypatch.undo()
+    start_labelled(data, "--output_dir", tmp_path, "--resume", "auto")
+    assert_equal_runs(tmp_path, whole_run("live", data))
+
+
+# ---------------------------------------------------------------------------------------------------- in mid-epoch
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
+    """Sends a signal to this process while the given training step, counted over epochs, runs."""
+    original, steps = engine.train_step, []
+
+    def stopped(*args, **kwargs):
+        result = original(*args, **kwargs)
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        return result
+
+    monkeypatch.setattr(engine, "train_step", stopped)
+
+
+@pytest.mark.parametrize(("case", "step", "number"), [
+    ("live", 3, signal.SIGTERM), ("pretext", 3, signal.SIGINT), ("pretext", 4, signal.SIGTERM), ("pretext", 8, signal.SIGTERM),
+])
+def test_stop_at_the_end_of_an_epoch(case: str, step: int, number: int, data: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two steps an epoch. A signal that comes after step 3 is told by the flag of step 4, the last of the second epoch; one that comes
+    after step 4, or after the last step of all, is told by none."""
+    start, flags = CASES[case]
+    stop_at(monkeypatch, step, number)
+    with pytest.raises(StopRequested, match=r"after batch 2 of 2; saved in .*--resume auto"):
+        start(data, "--output_dir", tmp_path, *flags)
+    monkeypatch.undo()
+    stopped, epochs_before = read_checkpoint(tmp_path / "checkpoint.pth"), (step - 1) // 2
+    assert (stopped["epoch"], stopped["batch"]) == (epochs_before - 1, 2)
+    assert len(read_log(tmp_path)) == epochs_before
+    start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
+    assert_equal_runs(tmp_path, whole_run(case, data))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # handlers are put back
+
+
+def test_stop_in_the_middle_of_a_longer_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps an epoch; the resumed epoch reports the averages of all of them."""
+    flags = (*FROZEN, "--batch_size", 1, "--epochs", 2, "--num_workers", 2)
+    start_labelled(data, "--output_dir", tmp_path / "whole", *flags)
+    stop_at(monkeypatch, 7)
+    with pytest.raises(StopRequested, match="epoch 2, after batch 3 of 5"):
+        start_labelled(data, "--output_dir", tmp_path / "stopped", *flags)
+    monkeypatch.undo()
+    with logged() as lines:
+        start_labelled(data, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto")
+    assert "continuing at epoch 2 of 2, batch 3" in lines
+    whole, ours = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
+    assert_same(ours["model"], whole["model"])
+    assert_same(ours["optimizer"], whole["optimizer"])
+    for line, other in zip(read_log(tmp_path / "stopped"), read_log(tmp_path / "whole"), strict=True):
+        line.pop("train_seconds"), other.pop("train_seconds")
+        assert line == other
+
+
+def test_stop_in_the_only_step_of_an_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one step an epoch a signal always comes in the last one, and must not be lost."""
+    stop_at(monkeypatch, 1)
+    with pytest.raises(StopRequested):
+        start_pretext(data, "--output_dir", tmp_path, *FROZEN, "--batch_size", 5)
+    monkeypatch.undo()
+    start_pretext(data, "--output_dir", tmp_path, *FROZEN, "--batch_size", 5, "--resume", "auto")
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_stop_without_output_folder_says_so(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(monkeypatch, 1)
+    with pytest.raises(StopRequested, match="not saved, since there is no --output_dir"):
+        start_pretext(data, *FROZEN, "--batch_size", 1)
+
+
+def test_a_process_that_is_told_to_stop(data: Path, tmp_path: Path) -> None:
+    """SIGTERM to a real process: exit status 143, one line, a checkpoint that can be resumed."""
+    command = [sys.executable, "finetune_main.py", *RUN_FLAGS, *FROZEN, "--coco_path", data / "coco", "--output_dir", tmp_path / "run",
+               "--epochs", "500", "--eval_every", "500"]
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("epoch 2/500"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, rest
+    last = rest.strip().splitlines()[-1]
+    assert last.startswith("stopped: epoch ")
+    assert "--resume auto" in last
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    with logged() as log:
+        start_labelled(data, *FROZEN, "--lr", 1e-4, "--lr_drop", 200, "--output_dir", tmp_path / "run", "--resume", "auto", "--epochs",
+                       checkpoint["epoch"] + 2, "--eval_every", 500)
+    assert any(line.startswith(f"continuing at epoch {checkpoint['epoch'] + 2}") for line in log)
+
+
+# ---------------------------------------------------------------------------------------------------- what can be resumed
+
+
+def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path: Path) -> None:
+    with logged() as lines:
+        start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path / "new", "--resume", "auto")
+    assert any("--resume auto" in line and "starting afresh" in line for line in lines)
+    assert read_checkpoint(tmp_path / "new" / "checkpoint.pth")["epoch"] == 0
+
+
+def test_resuming_a_finished_run(data: Path, tmp_path: Path) -> None:
+    start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path)
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    with logged() as lines:
+        start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path, "--resume", "auto")
+    assert any("nothing to train" in line and "--epochs is 1" in line for line in lines)
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+def published_checkpoint(path: Path) -> dict:
+    """A DETR checkpoint as the published code writes it under PyTorch 1.5: a pickled Namespace, integer steps, nothing newer."""
+    torch.manual_seed(1)
+    args = tiny_args(FINETUNE, "--backbone_norm", "frozen")
+    model, _, _ = build_model(args)
+    optimizer = engine.build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+    state, groups = {}, []
+    for group in optimizer.param_groups:
+        ids = [140_000_000_000 + len(state) + i for i in range(len(group["params"]))]  # 1.5 wrote addresses
+        for key, parameter in zip(ids, group["params"], strict=True):
+            state[key] = {"step": 7, "exp_avg": torch.full_like(parameter, 1e-3), "exp_avg_sq": torch.full_like(parameter, 1e-3)}
+        groups.append({"lr": group["lr"], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "amsgrad": False,
+                       "initial_lr": group["lr"], "params": ids})
+    schedule = {"step_size": 200, "gamma": 0.1, "base_lrs": [1e-4, 1e-5], "last_epoch": 2, "_step_count": 3, "_last_lr": [1e-4, 1e-5]}
+    settings = Namespace(lr=1e-4, lr_backbone=1e-5, batch_size=2, epochs=300, lr_drop=200, backbone="resnet18", dilation=False, nheads=4,
+                         position_embedding="sine", hidden_dim=32, num_queries=20, pre_norm=False, masks=False, frozen_weights=None,
+                         output_dir="exps", aux_loss=True, dataset_file="coco", distributed=True)
+    checkpoint = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": groups}, "lr_scheduler": schedule, "epoch": 1,
+                  "args": settings}
+    torch.save(checkpoint, path)
+    return checkpoint
+
+
+def test_resuming_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
+    published = published_checkpoint(tmp_path / "theirs.pth")
+    with logged() as lines:
+        fine_tune("--coco_path", data / "coco", "--resume", tmp_path / "theirs.pth", "--output_dir", tmp_path / "ours", "--epochs", 4)
+    assert "continuing at epoch 3 of 4" in lines
+    assert [line["epoch"] for line in read_log(tmp_path / "ours")] == [2, 3]
+    ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
+    assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {7 + 4}  # two epochs of two steps
+    assert list(ours["model"]) == list(published["model"])
+    frozen = "backbone.0.body.layer1.0.conv1.weight"
+    assert torch.equal(ours["model"][frozen], published["model"][frozen])
+
+
+def test_evaluating_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
+    published_checkpoint(tmp_path / "theirs.pth")
+    with logged() as lines:
+        finetune_main.main(finetune_main.parse([
+            "--batch_size", "2", "--eval", "--no_aux_loss", "--coco_path", str(data / "coco"), "--resume", str(tmp_path / "theirs.pth"),
+            "--device", "cpu", "--image_size", "64", "--num_workers", "0",
+        ]))
+    assert any(line.startswith("AP ") for line in lines)
+
+
+def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None:
+    torch.save({"model": published_checkpoint(tmp_path / "theirs.pth")["model"]}, tmp_path / "weights.pth")
+    with logged() as lines:
+        fine_tune("--coco_path", data / "coco", "--resume", tmp_path / "weights.pth", "--start_epoch", 2, "--epochs", 3, "--output_dir",
+                  tmp_path / "run", "--lr_backbone", 0, "--backbone_norm", "frozen", "--nheads", 4)
+    assert any("weights only" in line and "from epoch 3" in line for line in lines)
+    checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
+    assert checkpoint["epoch"] == 2
+    assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {2}
+
+
+def test_flags_of_the_command_win_and_it_is_said(data: Path, tmp_path: Path) -> None:
+    start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path)
+    with logged() as lines:
+        start_pretext(data, *FROZEN, "--epochs", 3, "--output_dir", tmp_path, "--resume", "auto", "--lr", 5e-3, "--lr_drop", 2)
+    assert any("0.001" in line and "0.005" in line and "--lr_drop 3 -> 2" in line for line in lines)
+    assert [line["train_lr"] for line in read_log(tmp_path)] == pytest.approx([1e-3, 1e-3, 5e-4])  # the drop after 2 epochs is behind
+
+
+def test_another_number_of_processes_starts_the_epoch_anew(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (*FROZEN, "--epochs", 2, "--batch_size", 1, "--output_dir", tmp_path)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(StopRequested):
+        start_pretext(data, *flags)
+    monkeypatch.undo()
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert checkpoint["batch"] == 3
+    checkpoint.update(world_size=2, random_states=checkpoint["random_states"] * 2)
+    save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
+    with logged() as lines:
+        start_pretext(data, *flags, "--resume", "auto")
+    assert any("2 processes, this run has 1" in line for line in lines)
+    steps = {int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()}
+    assert steps == {3 + 10}
+
+
+def save_model(path: Path, script: str, *flags: str) -> Path:
+    args = tiny_args(script, *flags)
+    model, _, _ = build_model(args)
+    save_checkpoint({"model": model.state_dict(), "args": {"nheads": 4, "pretext": args.pretext}}, path)
+    return path
+
+
+def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> None:
+    pretext = save_model(tmp_path / "pretext.pth", PRETRAIN)
+    detector = save_model(tmp_path / "detector.pth", FINETUNE)
+    coco, photographs = ("--coco_path", data / "coco"), ("--imagenet_path", data / "photographs")
+    for start, flags, words in (
+        (fine_tune, (*coco, "--resume", pretext), "give it as --pretrain"),
+        (pre_train, (*photographs, "--resume", detector), "resume only its own"),
+        (fine_tune, (*coco, "--resume", detector, "--num_queries", 30), "--num_queries 30 contradicts"),
+        (fine_tune, (*coco, "--resume", detector, "--pre_norm"), "--pre_norm on contradicts"),
+        (fine_tune, (*coco, "--resume", tmp_path / "none.pth"), "none.pth"),
+        (fine_tune, (*coco, "--resume", detector, "--pretrain", pretext), "give one of them"),
+        (fine_tune, (*coco, "--resume", detector, "--detector", "conditional_detr"), "--detector conditional_detr contradicts"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            start(*flags)
+        assert "\n" not in str(error.value)
+
+
+def test_auto_with_pretrain_starts_from_it_once(data: Path, tmp_path: Path) -> None:
+    """A job that is requeued keeps its command: --pretrain counts the first time, --resume auto afterwards."""
+    pretext = save_model(tmp_path / "pretext.pth", PRETRAIN, *FROZEN)
+    flags = ("--coco_path", data / "coco", "--pretrain", pretext, "--resume", "auto", "--output_dir", tmp_path / "run", *FROZEN)
+    with logged() as first:
+        fine_tune(*flags, "--epochs", 1)
+    assert any("re-initialised" in line for line in first)
+    with logged() as second:
+        fine_tune(*flags, "--epochs", 2)
+    assert any("--pretrain is not needed any more" in line for line in second)
+    assert "continuing at epoch 2 of 2" in second
