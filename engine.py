@@ -337,11 +337,8 @@ def make_run(
     optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
     if get_world_size() > 1:
-        # Frozen batch norm is the same everywhere; only live statistics have to be sent around.
-        model = DistributedDataParallel(
-            model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=args.backbone_norm == "live",
-            gradient_as_bucket_view=True,
-        )
+        devices = [device] if device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     return Run(
         model, criterion, optimizer, scheduler, loader, device, args.epochs, args.clip_max_norm, args.amp == "bf16", folder,
         args.save_every, args.lr_drop, keep, epoch=args.start_epoch,

@@ -42,7 +42,7 @@ def parse(argv: list[str]) -> Namespace:
 
 
 class Evaluation:
-    """Evaluates on the held-out images and leaves `results.json` and a page of predictions in the run's folder."""
+    """Evaluates on the held-out images; leaves `metrics.json`, `results.json` and a page of predictions in the run's folder."""
 
     def __init__(
         self, args: Namespace, dataset, criterion, postprocessors: dict, device: torch.device, folder: Path | None, normalization: dict
@@ -59,9 +59,11 @@ class Evaluation:
             self.args.amp == "bf16", keep_examples=12,
         )
         stats = values["coco_eval_bbox"]
-        log.info("  ".join(f"{name} {value:.3f}" for name, value in zip(METRICS[:6], stats, strict=False)) + f"  loss {values['loss']:.3f}")
+        shown = [f"{name} {value:.3f}" for name, value in zip(METRICS, stats, strict=True)]
+        log.info("%s  loss %.3f\n%s", "  ".join(shown[:6]), values["loss"], "  ".join(shown[6:]))
         if self.folder is not None and is_main_process():
             write_text(self.folder / "results.json", json.dumps(evaluator.results()))
+            write_text(self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1))
             prediction_page([_page_row(example) for example in examples], self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}
 
@@ -97,7 +99,7 @@ def main(args: Namespace) -> None:
     evaluation = Evaluation(args, val_set, criterion, postprocessors, device, folder, normalization)
     if args.eval:
         log.info("evaluating on %d images", len(val_set))
-        evaluation(model, 0)
+        evaluation(model, checkpoint.get("epoch", 0))
         return
     log.info("%d training and %d validation images", len(train_set), len(val_set))
     keep = {

@@ -32,8 +32,9 @@ def prepare_output(args) -> Path | None:
     Raises:
         UserError: the folder can't be written, or holds another run and neither `--resume` nor `--overwrite` was given.
     """
-    if not args.output_dir:
-        log.info("--output_dir is not given: nothing of this run will be saved")
+    if not args.output_dir or args.dry_run:
+        if not args.dry_run:
+            log.info("--output_dir is not given: nothing of this run will be saved")
         return None
     folder = Path(args.output_dir)
     if not is_main_process():
@@ -45,7 +46,7 @@ def prepare_output(args) -> Path | None:
     except OSError as error:
         raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; choose another folder") from error
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    continues = args.resume or args.eval or args.dry_run
+    continues = args.resume or args.eval
     if found and not continues and not args.overwrite:
         raise UserError(
             f"--output_dir {folder} holds another run ({found[0]}): add --resume auto to continue it, --overwrite to replace it, "

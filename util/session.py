@@ -12,6 +12,7 @@ from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pret
 from util.distributed import get_rank, init_distributed, shutdown
 from util.logger import StopRequested, UserError, log, setup_logger
 
+OWN_TO_A_SESSION = {"output_dir", "resume", "overwrite", "dry_run", "eval", "pretrain", "device", "num_workers", "dist_url", "start_epoch"}
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 
@@ -33,9 +34,7 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
     if args.resume == "auto" and resume is None:
         log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
     if resume and getattr(args, "pretrain", None):
-        if args.resume != "auto":
-            raise UserError("--resume continues a run and --pretrain starts one: give one of them (or --resume auto with --pretrain)")
-        log.info("--resume auto continues from %s; --pretrain is not needed any more", resume)
+        log.info("--resume: continuing from %s, --pretrain is not needed any more", resume)
         args.pretrain = None
     args.resume = resume or ""
     source = resume or getattr(args, "pretrain", None)
@@ -44,8 +43,19 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
         for line in adopt_architecture(checkpoint, args, given, same_queries=bool(resume)):
             log.info(line)
         _check_kind(args, checkpoint)
+        if resume:
+            _adopt_settings(args, checkpoint.get("args", {}), given)
     resolve(args)
     return checkpoint
+
+
+def _adopt_settings(args: Namespace, stored: dict, given: set[str]) -> None:
+    """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given."""
+    if stored.get("script") != args.script:
+        return
+    for name, value in stored.items():
+        if name in vars(args) and name not in given and name not in OWN_TO_A_SESSION and value is not None:
+            setattr(args, name, value)
 
 
 def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
