@@ -222,7 +222,7 @@ def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
     """`checkpoint0001.pth` before the rate drop after 2 epochs, `checkpoint0002.pth` by --save_every 3, no other and no rest."""
     assert {path.name for path in (fine_run / "run").iterdir()} == {
         "args.json", "checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth", "checkpoint_best.pth", "curves.png", "log.txt",
-        "predictions.png", "results.json",
+        "metrics.json", "predictions.png", "results.json",
     }
     for name in ("curves.png", "predictions.png"):
         with Image.open(fine_run / "run" / name) as image:
@@ -287,23 +287,10 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(fine_run: Path,
     for name, value in values.items():
         if name != "coco_eval_bbox":
             assert value == pytest.approx(last[f"test_{name}"], rel=1e-6), name
-    assert (tmp_path / "eval" / "results.json").read_bytes() == before["results.json"]
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"results.json", "predictions.png"}
+    for name in ("metrics.json", "results.json"):
+        assert (tmp_path / "eval" / name).read_bytes() == before[name]
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"metrics.json", "results.json", "predictions.png"}
     assert {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()} == before
-
-
-def test_evaluation_does_not_depend_on_the_batch_size(fine_run: Path) -> None:
-    """AP and losses count each image once, whatever its batch is padded to (frozen seams of padding aside)."""
-    checkpoint = fine_run / "run" / "checkpoint.pth"
-    found = []
-    for batch_size in ("1", "3"):
-        with logged() as lines:
-            finetune_main.main(finetune_main.parse([
-                "--coco_path", str(fine_run / "coco"), "--resume", str(checkpoint), "--eval", "--device", "cpu", "--num_workers", "0",
-                "--image_size", "64", "--batch_size", batch_size,
-            ]))
-        found.append(float(next(line for line in lines if line.startswith("AP ")).split("loss ")[1]))
-    assert found[0] == pytest.approx(found[1], rel=0.2)
 
 
 def test_evaluation_without_auxiliary_losses(fine_run: Path) -> None:
@@ -329,7 +316,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         estimate = next(line for line in lines if line.startswith("dry run: 2 steps an epoch"))
         assert "for 7 epochs" in estimate
         assert "peak memory" in text
-        assert list((tmp_path / "run").iterdir()) == []
+        assert not (tmp_path / "run").exists()
 
 
 def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:

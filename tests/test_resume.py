@@ -28,10 +28,12 @@ from tiny import (
 
 import engine
 import finetune_main
+import main as pretrain_main
 from models import build_model
-from util.arguments import FINETUNE, PRETRAIN
+from util.arguments import FINETUNE, PRETRAIN, plain_settings
 from util.checkpoint import save_checkpoint
 from util.logger import StopRequested, UserError
+from util.session import prepare_checkpoint
 
 FLAGS = ("--epochs", 4, "--lr_drop", 3, "--lr", 1e-3)  # the rate drops before the last epoch
 
@@ -105,20 +107,19 @@ def test_dropout_is_drawn_anew(data: Path) -> None:
 
 def test_stop_between_training_and_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch is saved before it is evaluated; what was left out is done first."""
-    evaluate, calls = finetune_main.Evaluation.__call__, []
+    evaluate, (start, flags) = finetune_main.Evaluation.__call__, CASES["live"]
 
     def interrupted(self, model, epoch):
-        calls.append(epoch)
         if epoch == 1:
             raise KeyboardInterrupt
         return evaluate(self, model, epoch)
 
     monkeypatch.setattr(finetune_main.Evaluation, "__call__", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        start_labelled(data, "--output_dir", tmp_path)
+        start(data, "--output_dir", tmp_path, *flags)
     assert len(read_log(tmp_path)) == 1
     monkeypatch.undo()
-    start_labelled(data, "--output_dir", tmp_path, "--resume", "auto")
+    start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
     assert_equal_runs(tmp_path, whole_run("live", data))
 
 
@@ -207,7 +208,8 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 143, rest
-    last = re.fullmatch(r"stopped: epoch 1, after batch (\d+) of 300; saved in (.*); go on with --resume auto", rest.strip().splitlines()[-1])
+    line = rest.strip().splitlines()[-1]
+    last = re.fullmatch(r"stopped: epoch 1, after batch (\d+) of 300; saved in (.*); go on with --resume auto", line)
     assert last, rest
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert (checkpoint["epoch"], checkpoint["batch"]) == (-1, int(last[1]))
@@ -316,6 +318,32 @@ def test_another_number_of_processes_starts_the_epoch_anew(data: Path, tmp_path:
     assert steps == {3 + 10}
 
 
+def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
+    """`--resume` alone goes on as the run began; a flag that is given counts."""
+    start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--batch_size", 1, "--clip_max_norm", 0.3, "--num_workers", 0)
+    flags = ["--resume", "auto", "--output_dir", str(tmp_path), "--epochs", "3", "--bbox_loss_coef", "4", "--device", "cpu"]
+    args = pretrain_main.parse(flags)
+    prepare_checkpoint(args)
+    stored = read_checkpoint(tmp_path / "checkpoint.pth")["args"]
+    changed = {name for name, value in stored.items() if getattr(args, name, None) != value}
+    assert changed <= {"resume", "epochs", "bbox_loss_coef", "num_workers"}
+    assert (args.batch_size, args.clip_max_norm, args.lr, args.hidden_dim, args.imagenet_path) == (
+        1, 0.3, 1e-3, 32, str(data / "photographs"))
+    assert (args.epochs, args.bbox_loss_coef) == (3, 4.0)
+
+
+@pytest.mark.parametrize("stored", ["imagenet", "none"])
+@pytest.mark.parametrize("flags", [["--resume"], ["--eval", "--resume"], ["--pretrain"]])
+def test_nothing_is_fetched_for_a_detector_that_is_there(stored: str, flags: list[str], tmp_path: Path) -> None:
+    """The run had begun with downloaded weights; going on with it or evaluating it needs none of them."""
+    path = save_model(tmp_path / "checkpoint.pth", FINETUNE, "--backbone_norm", "frozen")
+    settings = {**plain_settings(tiny_args(FINETUNE)), "backbone_weights": stored, "backbone_norm": "frozen"}
+    save_checkpoint({**read_checkpoint(path), "args": settings}, path)
+    args = finetune_main.parse([*flags, str(path), "--coco_path", "P"])
+    prepare_checkpoint(args)
+    assert (args.backbone, args.backbone_weights, args.backbone_norm) == ("resnet18", "none", "frozen")
+
+
 def save_model(path: Path, script: str, *flags: str) -> Path:
     args = tiny_args(script, *flags)
     model, _, _ = build_model(args)
@@ -333,11 +361,10 @@ def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> N
         (fine_tune, (*coco, "--resume", detector, "--num_queries", 30), "--num_queries 30 contradicts"),
         (fine_tune, (*coco, "--resume", detector, "--pre_norm"), "--pre_norm on contradicts"),
         (fine_tune, (*coco, "--resume", tmp_path / "none.pth"), "none.pth"),
-        (fine_tune, (*coco, "--resume", detector, "--pretrain", pretext), "give one of them"),
         (fine_tune, (*coco, "--resume", detector, "--detector", "conditional_detr"), "--detector conditional_detr contradicts"),
     ):
         with pytest.raises(UserError, match=words) as error:
-            start(*flags)
+            start(*flags, "--dry_run")
         assert "\n" not in str(error.value)
 
 
@@ -351,4 +378,5 @@ def test_auto_with_pretrain_starts_from_it_once(data: Path, tmp_path: Path) -> N
     with logged() as second:
         fine_tune(*flags, "--epochs", 2)
     assert any("--pretrain is not needed any more" in line for line in second)
+    assert not any("re-initialised" in line for line in second)
     assert "continuing at epoch 2 of 2" in second

@@ -33,14 +33,14 @@ setup_find_python() {
     setup_fail "no Python found${PYTHON:+ at PYTHON=$PYTHON}: install Python 3.10 or later, or name it: PYTHON=/path/to/python3 bash tools/..."
 }
 
-setup_make_venv() {  # further arguments go to venv
+setup_make_venv() {
     "$BASE_PY" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
         setup_fail "this Python has no venv module: install it (Debian, Ubuntu: apt install python3-venv) and run again"
     if [ -e "$VENV" ] && [ ! -f "$VENV/pyvenv.cfg" ]; then
         setup_fail "$VENV is there and is no virtual environment: move it away, or choose another place with PREDETR_VENV=DIR"
     fi
     setup_say "making a virtual environment in $VENV ($("$BASE_PY" --version))"
-    "$BASE_PY" -m venv --clear "$@" "$VENV" || setup_fail "the virtual environment could not be made in $VENV"
+    "$BASE_PY" -m venv --clear "$VENV" || setup_fail "the virtual environment could not be made in $VENV"
 }
 
 setup_has_torch() { "$1" -c 'import torch, torchvision' >/dev/null 2>&1; }
@@ -64,8 +64,13 @@ setup_download_size() {
 
 # On a machine without an index whose Python brings torch (a GPU image): an environment on top of that Python's packages.
 setup_on_system_torch() {
+    local packages
     setup_say "using the torch and torchvision of $("$BASE_PY" -c 'import sys; print(sys.executable)'), with its other packages; $1"
-    setup_make_venv --system-site-packages
+    setup_make_venv
+    # By a path file, since --system-site-packages does not see the packages of a Python that is an environment itself.
+    packages="$("$BASE_PY" -c 'import sys; print("\n".join(p for p in sys.path if p.endswith(("site-packages", "dist-packages"))))')"
+    "$PY" -c 'import sys, sysconfig
+with open(sysconfig.get_path("purelib") + "/packages_below.pth", "w") as file: file.write(sys.argv[1] + "\n")' "$packages"
     "$PY" -m pip install --quiet --retries 1 "${SETUP_FILES[@]}" >/dev/null 2>&1 ||
         setup_say "the index did not give all packages of ${SETUP_NAMES[*]}; going on with those that are there"
     "$PY" -c 'import torch, torchvision, scipy, pycocotools, numpy, PIL' ||

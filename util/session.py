@@ -12,7 +12,11 @@ from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pret
 from util.distributed import get_rank, init_distributed, shutdown
 from util.logger import StopRequested, UserError, log, setup_logger
 
-OWN_TO_A_SESSION = {"output_dir", "resume", "overwrite", "dry_run", "eval", "pretrain", "device", "num_workers", "dist_url", "start_epoch"}
+# What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
+OWN_TO_A_SESSION = {
+    "output_dir", "resume", "overwrite", "dry_run", "eval", "pretrain", "device", "num_workers", "dist_url", "start_epoch",
+    "backbone_weights",
+}
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 
