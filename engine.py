@@ -2,12 +2,13 @@
 
 Everything comes in as an object: nothing here looks at the name of a detector, a pretext or a data set.
 """
+import contextlib
 import itertools
-import resource
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,45 @@ class ProblemCounter:
                 log.warning("left out %s: %s (the next image takes its place)", path, reason)
 
 
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once.
+
+    Inside `with stop.at_once():`, where nothing can be lost, the first signal raises `StopRequested`.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.waits = True
+        self.previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        self.waits = False
+        try:
+            if self.asked:
+                raise StopRequested("after training")
+            yield
+        finally:
+            self.waits = True
+
+    def _handle(self, number: int, frame) -> None:
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+        if not self.waits:
+            raise StopRequested("during evaluation")
+
+
 @dataclass
 class Run:
     """A training run: what is trained, with what, where it is kept, and how far it has come."""
@@ -67,32 +107,10 @@ class Run:
     batch: int = 0  # and the first batch of it
     averages: Averages = field(default_factory=Averages)
     problems: ProblemCounter = field(default_factory=ProblemCounter)
+    stop: StopSignal = field(default_factory=StopSignal)
     pending: dict | None = None  # a trained epoch's values that wait for its evaluation
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
-
-
-class _StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.previous = {}
-
-    def __enter__(self) -> "_StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -105,11 +123,10 @@ def to_device(
 ) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
     """Copies a batch to the device and normalises images and patches there."""
     samples = normalize(samples.to(device, non_blocking=True), mean, std)
-    unpacked = targets.to(device, non_blocking=True).unpack()
-    for target in unpacked:
-        if "patches" in target:
-            target["patches"] = normalize_images(target["patches"], mean, std)
-    return samples, unpacked
+    targets = targets.to(device, non_blocking=True)
+    if "patches" in targets.tensors:
+        targets.tensors["patches"] = normalize_images(targets.tensors["patches"], mean, std)
+    return samples, targets.unpack()
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -134,7 +151,7 @@ def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[s
 
 
 def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]], stop: bool) -> tuple[dict[str, float], bool]:
-    """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any process was asked to stop.
+    """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any was asked to stop.
 
     Raises:
         NonFiniteLoss: before the optimiser's step, so that weights stay as they are.
@@ -166,21 +183,20 @@ def train_one_epoch(run: Run) -> None:
     steps = run.batch + len(sampler)
     bar = Progress(steps, f"epoch {run.epoch + 1}/{run.epochs}", start=run.batch)
     began, images, problems_before = time.monotonic(), 0, run.problems.count
-    with _StopSignal() as stop:
-        for samples, targets in run.loader:
-            run.problems.add(targets.problems)
-            images += len(samples) * get_world_size()
-            samples, targets = to_device(samples, targets, run.device, mean, std)
-            values, asked = train_step(run, samples, targets, stop.asked)
-            values["lr"] = run.optimizer.param_groups[0]["lr"]
-            run.averages.add(values)
-            run.batch += 1
-            rate = images / (time.monotonic() - began)
-            bar.step(_progress_text(values, rate) if bar.wants_text() else None)
-            if asked:
-                _stop(run, began, steps)
-        if any(all_gather_object(stop.asked)):  # the signal came in the last step, after its flag was sent
+    for samples, targets in run.loader:
+        run.problems.add(targets.problems)
+        images += len(samples) * get_world_size()
+        samples, targets = to_device(samples, targets, run.device, mean, std)
+        values, asked = train_step(run, samples, targets, run.stop.asked)
+        values["lr"] = run.optimizer.param_groups[0]["lr"]
+        run.averages.add(values)
+        run.batch += 1
+        rate = images / (time.monotonic() - began)
+        bar.step(_progress_text(values, rate) if bar.wants_text() else None)
+        if asked:
             _stop(run, began, steps)
+    if any(all_gather_object(run.stop.asked)):  # the signal came in the last step, after its flag was sent
+        _stop(run, began, steps)
     if run.problems.count > problems_before:
         log.warning("%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
                     run.problems.count - problems_before, len(run.problems.seen))
@@ -254,7 +270,7 @@ def checkpoint_state(run: Run) -> dict:
         "model": bare(run.model).state_dict(), "optimizer": run.optimizer.state_dict(), "lr_scheduler": run.scheduler.state_dict(),
         "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(),
         "pending": run.pending, "best": run.best, "seconds": run.seconds,
-        "world_size": get_world_size(), "random_states": all_gather_object(random_states()), **run.keep,
+        "position_unit": position_unit(run), "random_states": all_gather_object(random_states()), **run.keep,
     }
 
 
@@ -266,10 +282,17 @@ def restore(run: Run, checkpoint: dict) -> None:
     states = checkpoint.get("random_states", [])
     if len(states) == get_world_size():
         set_random_states(states[get_rank()])
-        return
-    run.batch, run.averages = 0, Averages()
-    log.info("the checkpoint is of %d processes, this run has %d: the epoch starts anew with new random states",
-             checkpoint.get("world_size", 0), get_world_size())
+    elif states:
+        log.info("the checkpoint is of %d processes, this run has %d: random states are new", len(states), get_world_size())
+    if run.batch and checkpoint.get("position_unit") != position_unit(run):
+        log.info("images, batch size or processes are not those of the checkpoint (%s, now %s): its epoch starts anew",
+                 checkpoint.get("position_unit"), position_unit(run))
+        run.batch, run.averages = 0, Averages()
+
+
+def position_unit(run: Run) -> list[int]:
+    """What a batch number counts: (images of the data set, images of a global batch)."""
+    return [len(run.loader.dataset), run.loader.batch_sampler.batch_size * get_world_size()]
 
 
 def save(run: Run, names: list[str]) -> None:
@@ -286,33 +309,45 @@ def fit(run: Run) -> None:
 
     Raises:
         NonFiniteLoss: a loss was NaN or infinite; the last checkpoint is untouched.
-        StopRequested: a signal asked to stop; the run was saved in mid-epoch.
+        StopRequested: a signal asked to stop; the run was saved, in mid-epoch too.
     """
-    if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
-        _finish_epoch(run)  # the run was ended between training and evaluation
-    if run.epoch >= run.epochs:
-        log.warning("nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs)
-    while run.epoch < run.epochs:
+    saved = f"saved in {run.folder}; go on with --resume auto" if run.folder else "not saved, since there is no --output_dir"
+    with run.stop:
         try:
-            train_one_epoch(run)
+            if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
+                _finish_epoch(run)  # the run was ended between training and evaluation
+            if run.epoch >= run.epochs:
+                log.warning("nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs)
+            while run.epoch < run.epochs:
+                _train_and_save(run)
+                _finish_epoch(run)
         except StopRequested as stop:
-            run.pending = None
-            save(run, ["checkpoint.pth"])
-            saved = f"saved in {run.folder}; go on with --resume auto" if run.folder else "not saved, since there is no --output_dir"
             raise StopRequested(f"{stop}; {saved}") from None
-        run.scheduler.step()
-        run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
-        run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
-        numbered = run.epoch % run.lr_drop == 0 or run.epoch % run.save_every == 0
-        save(run, ["checkpoint.pth"] + ([f"checkpoint{run.epoch - 1:04d}.pth"] if numbered else []))
-        _finish_epoch(run)
+
+
+def _train_and_save(run: Run) -> None:
+    """One epoch, or what is left of it; when asked to stop, saves where it is."""
+    try:
+        train_one_epoch(run)
+    except StopRequested:
+        run.pending = None
+        save(run, ["checkpoint.pth"])
+        raise
+    run.scheduler.step()
+    run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
+    run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
+    numbered = run.epoch % run.lr_drop == 0 or run.epoch % run.save_every == 0
+    save(run, ["checkpoint.pth"] + ([f"checkpoint{run.epoch - 1:04d}.pth"] if numbered else []))
 
 
 def _finish_epoch(run: Run) -> None:
-    """Evaluation, one line of the log, and the curves of the epoch that was trained last."""
+    """Evaluation, one line of the log, and the curves of the epoch that was trained last. It is saved already."""
     record = dict(run.pending)
     if run.evaluate is not None and (run.epoch == run.epochs or run.epoch % run.eval_every == 0):
-        record.update(_evaluate_and_keep_best(run))
+        with run.stop.at_once():
+            values = run.evaluate(run.model, run.epoch - 1)
+        record.update(values)
+        _keep_best(run, values)
     parameters = sum(p.numel() for p in bare(run.model).parameters() if p.requires_grad)
     record = {**record, "epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)}
     append_log(run.folder, record)
@@ -320,13 +355,11 @@ def _finish_epoch(run: Run) -> None:
         run.plot()
 
 
-def _evaluate_and_keep_best(run: Run) -> dict:
-    values = run.evaluate(run.model, run.epoch - 1)
+def _keep_best(run: Run, values: dict) -> None:
     score = values.get("test_coco_eval_bbox", [-1.0])[0]
     if score > run.best:
         run.best = score
         save(run, ["checkpoint.pth", "checkpoint_best.pth"])
-    return values
 
 
 def make_run(
@@ -356,8 +389,18 @@ def continue_run(run: Run, checkpoint: dict) -> None:
         log.info("the checkpoint holds weights only: a fresh optimiser, from epoch %d", run.epoch + 1)
 
 
+def _peak_host_memory() -> int:
+    """Bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def dry_run(run: Run) -> None:
-    """Three steps on real batches: shapes, losses, time of an epoch, peak memory. Nothing is saved."""
+    """Three steps on real batches (the first is slower): shapes, losses, time of an epoch, peak memory. Nothing is saved."""
     run.model.train()
     run.criterion.train()
     mean, std = run.keep["normalization"]["mean"], run.keep["normalization"]["std"]
@@ -373,7 +416,7 @@ def dry_run(run: Run) -> None:
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device) / 2**30
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory = _peak_host_memory() / 2**30
     log.info("dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted)",
              steps, format_seconds(step * steps), format_seconds(step * steps * run.epochs), run.epochs)
     log.info("dry run: peak memory %.1f GiB; nothing was saved", memory)

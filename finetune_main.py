@@ -76,6 +76,15 @@ def _page_row(example: dict) -> tuple:
     return image.permute(1, 2, 0).numpy(), example["predictions"], {"boxes": truth, "labels": example["labels"]}
 
 
+def warn_of_other_classes(trained: dict[int, str], evaluated: dict[int, str]) -> None:
+    """A detector that is evaluated on data whose ids mean something else gets numbers, but not what they say."""
+    differing = [label for label, name in evaluated.items() if trained.get(label, name) != name]
+    if differing:
+        label = differing[0]
+        log.warning("class %d is '%s' in the checkpoint and '%s' in the data (%d ids differ): AP will mean little",
+                    label, trained[label], evaluated[label], len(differing))
+
+
 def main(args: Namespace) -> None:
     device = start_session(args)
     checkpoint = prepare_checkpoint(args)
@@ -98,6 +107,7 @@ def main(args: Namespace) -> None:
     normalization = {"mean": list(backbone.mean), "std": list(backbone.std)}
     evaluation = Evaluation(args, val_set, criterion, postprocessors, device, folder, normalization)
     if args.eval:
+        warn_of_other_classes(checkpoint.get("class_names") or {}, val_set.class_names)
         log.info("evaluating on %d images", len(val_set))
         evaluation(model, checkpoint.get("epoch", 0))
         return
@@ -109,6 +119,7 @@ def main(args: Namespace) -> None:
     run = engine.make_run(args, model, criterion, build_loader(train_set, args, train=True), device, folder, keep)
     if args.resume:
         engine.continue_run(run, checkpoint)
+    del checkpoint  # its tensors are in the model and the optimiser now
     if args.dry_run:
         engine.dry_run(run)
         return

@@ -57,6 +57,7 @@ def main(args: Namespace) -> None:
     run = engine.make_run(args, model, criterion, loader, device, folder, keep)
     if checkpoint:
         engine.continue_run(run, checkpoint)
+    del checkpoint  # its tensors are in the model and the optimiser now
     if args.dry_run:
         engine.dry_run(run)
         return

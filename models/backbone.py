@@ -10,7 +10,6 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.ops import FrozenBatchNorm2d
 
 from models.backbone_weights import backbone_normalization
 from util.logger import UserError
@@ -26,6 +25,15 @@ class FeatureMap:
     tensor: Tensor
     mask: Tensor
     position: Tensor
+
+
+class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
+    """Batch norm whose statistics and affine are constants, in the type of its input: under autocast nothing is widened."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
 
 
 class LiveBatchNorm2d(nn.BatchNorm2d):
@@ -73,7 +81,24 @@ def _timm_body(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) ->
     )
     if norm == "frozen":
         body = freeze_batch_norm_2d(body)
+    _probe(body, name)
     return body, list(body.feature_info.reduction()), list(body.feature_info.channels())
+
+
+@torch.no_grad()
+def _probe(body: nn.Module, name: str) -> None:
+    """Detectors see images of any size; some networks of timm are made for one.
+
+    Raises:
+        UserError: the network refuses an image of another size.
+    """
+    training = body.training
+    try:
+        body.eval()(torch.zeros(1, 3, 96, 160))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"--backbone timm:{name} can't read images of any size ({reason}): choose a convolutional one") from error
+    body.train(training)
 
 
 class Backbone(nn.Module):
@@ -98,6 +123,7 @@ class Backbone(nn.Module):
         else:
             raise UserError(f"--backbone {name} is unknown: use one of {', '.join(RESNETS)} or timm:NAME")
         self.name, self.norm = name, norm
+        self.channels_last_maps = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         self.mean, self.std = backbone_normalization(name)
         self._freeze(trainable)
 
@@ -120,7 +146,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """images: [B, 3, H, W], normalised with `mean` and `std`."""
         maps = self.body(images)
-        return list(maps.values()) if isinstance(maps, dict) else list(maps)
+        maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last_maps else maps
 
 
 def _up_to_stride_4(body: nn.Module, names: list[str]) -> set[str]:

@@ -67,10 +67,14 @@ class ConditionalDecoder(nn.Module):
         self.ref_point_head = MLP(dim, dim, 2, num_layers=2)
         for later in self.layers[1:]:
             later.ca_qpos_proj = None
+        if num_layers == 1:
+            # Only layers after the first scale their spatial query; distributed training waits for every parameter's gradient.
+            self.query_scale.requires_grad_(False)
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> tuple[Tensor, Tensor]:
         """[B, Q, D] -> layers [L, B, Q, D] and reference points (x, y) [B, Q, 2] in [0, 1], the same for all layers."""
-        reference = full_precision(self.ref_point_head(query_position)).sigmoid()
+        with torch.autocast(x.device.type, enabled=False):  # half of a box's centre is predicted here
+            reference = self.ref_point_head(full_precision(query_position)).sigmoid()
         sine = sine_embed_points(reference, x.shape[-1])
         outputs = []
         for i, layer in enumerate(self.layers):

@@ -9,9 +9,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.classification import Classification
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+from util.logger import NonFinite
 
 
-class NonFinitePrediction(ArithmeticError):
+class NonFinitePrediction(NonFinite):
     """A prediction is NaN or infinite; the message names the decoder layer and the image ids."""
 
 

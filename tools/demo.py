@@ -2,19 +2,24 @@
 
     bash tools/demo.sh [--coco_path DIR] [--output_dir DIR]
 
-The stages are commands, printed before they run. A finished stage is reused when the demo runs again, an interrupted one
-goes on where it stopped.
+The stages are commands, printed before they run. On a CPU of several cores the run without pre-training goes on beside the other two:
+small models gain little from a second thread. A finished stage is reused when the demo runs again, an interrupted one goes on where it
+stopped.
 """
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import torch
 
 from datasets.coco import coco_files
 from util.logger import UserError, format_seconds, log, setup_logger
@@ -42,7 +47,7 @@ class Budget:
     eval_every: int
 
 
-ON_SCENES = Budget(image_size=192, num_queries=30, batch_size=4, pretrain_epochs=4, epochs=10, eval_every=2)
+ON_SCENES = Budget(image_size=192, num_queries=30, batch_size=4, pretrain_epochs=3, epochs=10, eval_every=2)
 ON_REAL_DATA = Budget(image_size=320, num_queries=100, batch_size=8, pretrain_epochs=10, epochs=24, eval_every=4)
 
 
@@ -118,7 +123,7 @@ def _unlabelled(args: argparse.Namespace, coco_path: Path) -> Path:
 def _pretext_flags(budget: Budget) -> list:
     patches = 10 if budget.num_queries % 10 == 0 and budget.num_queries >= 100 else 5
     flags = ["--num_patches", patches, "--patch_size", "64", "--feature_recon", "--fre_cnn"]
-    return [*flags, "--epochs", budget.pretrain_epochs, "--lr_drop", _drop(budget.pretrain_epochs), "--lr", "2e-4"]
+    return [*flags, "--epochs", budget.pretrain_epochs, "--lr_drop", _drop(budget.pretrain_epochs), "--lr", "1e-4"]
 
 
 def _drop(epochs: int) -> int:
@@ -192,14 +197,54 @@ def _write_json(path: Path, content: dict) -> None:
     temporary.replace(path)
 
 
-def run_command(command: list[str]) -> int:
-    """Runs `python ...` of a stage with this Python, in the project's folder."""
-    process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT)
+def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
+    """Runs `python ...` of a stage with this Python, in the project's folder; its exit status.
+
+    With a `prefix` every line of output begins with it, so that two stages can run side by side; `threads` bounds each.
+    """
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    pipe = subprocess.PIPE if prefix else None
+    error = subprocess.STDOUT if prefix else None
+    process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, env=environment, stdout=pipe, stderr=error, text=True)
     try:
+        for line in process.stdout or ():
+            log.info("%s%s", prefix, line.rstrip())
         return process.wait()
     except KeyboardInterrupt:
         process.wait()  # Ctrl-C reached it too: it saves its checkpoint first
         raise
+
+
+def beside_each_other(device: str | None) -> bool:
+    """Whether two runs share the machine: on a CPU with several cores."""
+    return (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" and (os.cpu_count() or 1) > 1
+
+
+def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
+    """Runs the stages in order, or the last beside the two before it; what was done, with the seconds of each.
+
+    Raises:
+        UserError: a stage failed.
+    """
+
+    def run(stages: list[Stage], prefix: str = "", threads: int = 0) -> list[dict]:
+        done = []
+        for stage in stages:
+            log.info("\n%s=== %s\n$ %s", prefix, stage.title, shlex.join(stage.command))
+            seconds = run_stage(stage, args.output_dir / stage.name, args.overwrite, lambda words: run_command(words, prefix, threads))
+            done.append({**asdict(stage), "seconds": seconds})
+        return done
+
+    if not beside_each_other(args.device):
+        return run(stages)
+    *before, pretrain, finetune, scratch = stages
+    done = run(before)
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    with ThreadPoolExecutor(2) as pool:
+        branches = [
+            pool.submit(run, [pretrain, finetune], "[pre-trained] ", threads), pool.submit(run, [scratch], "[from scratch] ", threads)
+        ]
+        return done + branches[0].result() + branches[1].result()
 
 
 def main(args: argparse.Namespace) -> None:
@@ -209,16 +254,11 @@ def main(args: argparse.Namespace) -> None:
             setattr(args, name, getattr(args, name).resolve())
     stages = make_stages(args)
     claim_folder(args.output_dir)
-    stages.append(Stage("page", "draw the result page", ["python", "-m", "tools.result_page", str(args.output_dir)]))
-    summary = {"stages": []}
-    for number, stage in enumerate(stages, start=1):
-        log.info("\n=== %d/%d  %s\n$ %s", number, len(stages), stage.title, shlex.join(stage.command))
-        if stage.name == "page":
-            break
-        seconds = run_stage(stage, args.output_dir / stage.name, args.overwrite, run_command)
-        summary["stages"].append({**asdict(stage), "seconds": seconds})
-        _write_json(args.output_dir / MARKER, summary)
-    if run_command(stages[-1].command):
+    began = time.monotonic()
+    done = run_all(stages, args)
+    _write_json(args.output_dir / MARKER, {"stages": done, "wall_seconds": round(time.monotonic() - began, 1)})
+    log.info("\n=== draw the result page")
+    if run_command(["python", "-m", "tools.result_page", str(args.output_dir)]):
         raise UserError("the result page could not be drawn, see above")
 
 

@@ -152,7 +152,8 @@ pre-training in general. {html.escape(facts["caution"])}</p>
 <h2>What the pre-trained detector finds, without a label</h2>
 <p>Patches are cut at random from held-out images; the detector is asked where they come from. Each patch and the box of
 its most confident query have one colour; numbers are scores. Over {facts["measured"]} images the boxes overlap their own
-patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the same image by {overlap[1]:.2f}.</p>
+patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the same image by {overlap[1]:.2f}.
+{_overlap_in_words(*overlap)}</p>
 {picture("patches", "patches and the boxes found")}
 {picture("pretraining", "losses of pre-training")}
 <h2>Boxes on held-out images</h2>
@@ -163,6 +164,15 @@ patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the sa
 """
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>PreDETR demo</title><style>{STYLE}</style>{body}</html>'
     return write_atomically(folder / PAGE, lambda path: Path(path).write_text(page, encoding="utf-8"))
+
+
+def _overlap_in_words(own: float, other: float) -> str:
+    if own - other > 0.05:
+        return "So the patches say where to look."
+    return (
+        "So the patches hardly say yet where to look: the published pre-training shows its detector 1.28 million images "
+        "60 times, a demo some thousands."
+    )
 
 
 def _stage_html(stage: dict) -> str:
@@ -189,8 +199,8 @@ def gather_facts(folder: Path) -> dict:
         "stages": stages,
         "coco_path": settings["coco_path"],
         "data": data,
-        "machine": f"{device}, torch {environment['torch']}; {total} in all.",
-        "caution": "Drawn shapes on photographs are far easier than real images." if on_scenes else "",
+        "machine": f"{device}, torch {environment['torch']}; {total} for the stages together.",
+        "caution": "Shapes on photographs are far easier than real images." if on_scenes else "",
         "measured": min(val, MEASURED_IMAGES),
     }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from util.logger import UserError
+from util.logger import UserError, log
 
 PRETRAIN, FINETUNE = "main.py", "finetune_main.py"
 DETECTOR_NAMES = ("detr", "conditional_detr")
@@ -105,7 +105,10 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown_message(self, word: str) -> str:
         flag = word.split("=")[0]
-        nearest = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.5)
+        other = FINETUNE if self.prog == PRETRAIN else PRETRAIN
+        if flag in make_parser(other)._option_string_actions:
+            return f"{flag} is a flag of {other}, not of {self.prog}"
+        nearest = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.65)
         return f"unknown argument {word}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
 
     def error(self, message: str) -> None:
@@ -135,6 +138,27 @@ def positive(kind: Callable = int) -> Callable:
     return convert
 
 
+def at_least_zero(kind: Callable = int) -> Callable:
+    """A number of 0 or more."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _device(text: str) -> str:
+    try:
+        torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no device: use cuda, cuda:N or cpu") from error
+    return text
+
+
 def _switch(group, flag: str, text: str, **kwargs) -> None:
     group.add_argument(flag, action="store_true", default=None, help=text, **kwargs)
 
@@ -145,11 +169,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", metavar="PATH|URL|auto", help="continue a run; auto: from checkpoint.pth in --output_dir, if there")
     _switch(group, "--overwrite", "allow --output_dir to hold another run, whose files are replaced")
     _switch(group, "--dry_run", "settings, data check, one step, memory and time estimate; then stop")
-    group.add_argument("--device", help="cuda, cuda:N or cpu (default: cuda where there is one)")
+    group.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     group.add_argument("--seed", type=int, help="of initial weights, order and augmentation; the process number is added (42)")
-    group.add_argument("--num_workers", type=int, help="loader processes (pre-training 16, else 2; at most the number of cores)")
+    group.add_argument("--num_workers", type=at_least_zero(),
+                       help="loader processes (pre-training 16, else 2; at most the number of cores)")
     group.add_argument("--amp", choices=("no", "bf16"), help="bf16: network in bfloat16, boxes, matching and losses in float32 (no)")
-    group.add_argument("--start_epoch", type=int, help="first epoch where --resume holds weights only (0)")
+    group.add_argument("--start_epoch", type=at_least_zero(), help="first epoch where --resume holds weights only (0)")
     group.add_argument("--save_every", type=positive(), metavar="EPOCHS",
                        help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10), and one before each rate drop")
     group.add_argument("--dist_url", help="where processes meet (env://)")
@@ -158,10 +183,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, help="learning rate of transformer and heads (1e-4)")
-    group.add_argument("--lr_backbone", type=float, help="of the backbone; 0 freezes it (fine-tuning 1e-5; pre-training: --lr)")
+    group.add_argument("--lr", type=positive(float), help="learning rate of transformer and heads (1e-4)")
+    group.add_argument("--lr_backbone", type=at_least_zero(float),
+                       help="of the backbone; 0 freezes it (fine-tuning 1e-5; pre-training: --lr)")
     group.add_argument("--batch_size", type=positive(), help="images a process (2)")
-    group.add_argument("--weight_decay", type=float, help="AdamW (1e-4)")
+    group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
     group.add_argument("--epochs", type=positive(), help="pre-training 60, DETR 300, Conditional DETR 50")
     group.add_argument("--lr_drop", type=positive(), metavar="EPOCHS", help="rate x 0.1 after as many (40, 200, 40)")
     group.add_argument("--clip_max_norm", type=float, help="largest gradient norm; 0 or less: no clipping (0.1)")
@@ -190,13 +216,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("matching and losses")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", default=None, help="no losses on earlier decoder layers")
-    group.add_argument("--set_cost_class", type=float, help="matching: class (1; Conditional DETR 2)")
-    group.add_argument("--set_cost_bbox", type=float, help="matching: L1 (5)")
-    group.add_argument("--set_cost_giou", type=float, help="matching: generalised IoU (2)")
-    group.add_argument("--cls_loss_coef", type=float, help="loss: class (1; Conditional DETR 2)")
-    group.add_argument("--bbox_loss_coef", type=float, help="loss: L1 (5)")
-    group.add_argument("--giou_loss_coef", type=float, help="loss: generalised IoU (2)")
-    group.add_argument("--eos_coef", type=float, help="weight of `no object` in softmax classification (0.1)")
+    group.add_argument("--set_cost_class", type=at_least_zero(float), help="matching: class (1; Conditional DETR 2)")
+    group.add_argument("--set_cost_bbox", type=at_least_zero(float), help="matching: L1 (5)")
+    group.add_argument("--set_cost_giou", type=at_least_zero(float), help="matching: generalised IoU (2)")
+    group.add_argument("--cls_loss_coef", type=at_least_zero(float), help="loss: class (1; Conditional DETR 2)")
+    group.add_argument("--bbox_loss_coef", type=at_least_zero(float), help="loss: L1 (5)")
+    group.add_argument("--giou_loss_coef", type=at_least_zero(float), help="loss: generalised IoU (2)")
+    group.add_argument("--eos_coef", type=at_least_zero(float), help="weight of `no object` in softmax classification (0.1)")
     group.add_argument("--focal_alpha", type=float, help="weight of positives in focal classification (0.25)")
 
 
@@ -218,7 +244,7 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_patches", type=positive(), help="query patches an image; must divide --num_queries (10)")
     group.add_argument("--patch_size", type=positive(), metavar="PIXELS", help="side of a patch as the backbone sees it (128)")
     group.add_argument("--mask_ratio", type=float, help="share of queries without their patch in training (0.1)")
-    group.add_argument("--feature_loss_coef", type=float, help="loss: reconstruction (1)")
+    group.add_argument("--feature_loss_coef", type=at_least_zero(float), help="loss: reconstruction (1)")
     _switch(group, "--feature_recon", "reconstruct the patches' features")
     _switch(group, "--fre_cnn", "freeze the backbone")
     _switch(group, "--query_shuffle", "assign queries to patches anew in each step")
@@ -262,9 +288,22 @@ def check_right_script(argv: list[str]) -> None:
     if wrong:
         raise UserError(
             f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:\n"
-            f"  python {FINETUNE} {shlex.join(argv)}"
+            f"  python {FINETUNE} {shlex.join(_for_finetuning(argv))}"
             + ("\nTo pre-train on the images of that folder, add: --pretext random_query_patch" if wrong[0].endswith("--pretext") else "")
         )
+
+
+def _for_finetuning(argv: list[str]) -> list[str]:
+    """The words of a command line without the flags, and their values, that `finetune_main.py` does not have or refuses."""
+    known = make_parser(FINETUNE)._option_string_actions
+    kept, keeps = [], True
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+            keeps = flag in known and flag not in DEAD_FLAGS
+        if keeps:
+            kept.append(word)
+    return kept
 
 
 def given_flags(args: argparse.Namespace) -> set[str]:
@@ -286,16 +325,24 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         keys = (script, args.detector, "")
         _set_default(args, name, next(table[key] for key in keys if key in table))
     _set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
-    args.num_workers = min(args.num_workers, os.cpu_count() or 1) if "num_workers" not in _given(args) else args.num_workers
+    if "num_workers" not in _given(args):
+        args.num_workers = min(args.num_workers, usable_cores())
     for name in ("eval", "overwrite", "dry_run", "coco_path", "imagenet_path", "max_size"):
         if not hasattr(args, name):
             setattr(args, name, None)
     if script == PRETRAIN:
+        if args.fre_cnn and "lr_backbone" in _given(args) and args.lr_backbone > 0:
+            raise UserError(f"--fre_cnn freezes the backbone and --lr_backbone {args.lr_backbone:g} trains it: give one of them")
         args.lr_backbone = 0.0 if args.fre_cnn else args.lr_backbone if "lr_backbone" in _given(args) else args.lr
     _resolve_backbone(args, script)
     _check(args)
     args.resolved = True
     return args
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which a scheduler can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _set_default(args: argparse.Namespace, name: str, value: object) -> None:
@@ -311,6 +358,9 @@ def _given(args: argparse.Namespace) -> set[str]:
 def _resolve_backbone(args: argparse.Namespace, script: str) -> None:
     """A checkpoint that holds a whole detector brings the backbone's weights; random ones need live batch norm."""
     source = getattr(args, "backbone_weights", None)
+    if source and (args.resume or args.eval):
+        log.info("--backbone_weights %s is not needed: the checkpoint holds the backbone", source)
+        source = args.backbone_weights = None
     whole = bool(args.resume and args.resume != "auto") or bool(args.pretrain) or bool(args.eval)
     if source is None:
         imagenet = script == FINETUNE or args.backbone != "resnet50"
@@ -332,6 +382,12 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--mask_ratio {args.mask_ratio} must lie in [0, 1)")
     if args.eval and not (args.resume or args.pretrain):
         raise UserError("--eval needs the detector to evaluate: add --resume PATH")
+    if args.eval and args.dry_run:
+        raise UserError("--dry_run tries training steps and --eval does not train: give one of them")
+    if args.imagenet_path and args.coco_path:
+        raise UserError("--imagenet_path and --coco_path both name the unlabelled images: give one of them")
+    if max(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou) <= 0:
+        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing would tell a good match from a bad one")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
     if args.pretext and args.num_queries % args.num_patches:

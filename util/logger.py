@@ -11,7 +11,11 @@ class UserError(Exception):
     """Something that the user can mend: one line with the file or flag, the value and the remedy. Entry scripts print it and exit."""
 
 
-class StopRequested(Exception):  # noqa: N818  (nothing went wrong)
+class NonFinite(ArithmeticError):
+    """A prediction or a loss is NaN or infinite; the message names where."""
+
+
+class StopRequested(Exception):
     """The process was asked to stop (SIGTERM, SIGINT); the message says where the run was saved."""
 
 

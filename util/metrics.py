@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from util.distributed import all_gather_object, all_reduce_sum, get_world_size
+from util.logger import NonFinite
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLoss(NonFinite):
     """A loss is NaN or infinite; the message names the losses and the images."""
 
 

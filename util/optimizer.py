@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from util.logger import log
+from util.logger import UserError, log
 
 
 def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict]:
@@ -27,8 +27,18 @@ def restore_optimizer(
 ) -> None:
     """Takes over moments and epoch count; the rates and the drop of this run's flags win over those in the file, and it is said."""
     wanted = [group["initial_lr"] for group in optimizer.param_groups]
+    own = [{name: group[name] for name in ("weight_decay", "fused", "foreach")} for group in optimizer.param_groups]
     step_size = scheduler.step_size
+    counts = [len(group["params"]) for group in optimizer.param_groups]
+    stored_counts = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]]
+    if counts != stored_counts:
+        raise UserError(
+            f"the checkpoint's optimiser holds {stored_counts} tensors (all but backbone, backbone), this run trains {counts}: "
+            "resume with the same --lr_backbone (0 freezes the backbone) and --fre_cnn, or start a new run with --pretrain"
+        )
     optimizer.load_state_dict(checkpoint["optimizer"])
+    for group, values in zip(optimizer.param_groups, own, strict=True):
+        group.update(values)
     scheduler.load_state_dict(checkpoint["lr_scheduler"])
     stored = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     if stored == wanted and scheduler.step_size == step_size:

@@ -1,4 +1,5 @@
 """Starting and ending an entry script: logger, processes, seeds, and errors as one line."""
+import multiprocessing
 import random
 import sys
 from argparse import Namespace
@@ -10,7 +11,7 @@ import torch
 from util.arguments import DETECTOR_NAMES, FINETUNE, PRETRAIN, given_flags, resolve
 from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
 from util.distributed import get_rank, init_distributed, shutdown
-from util.logger import StopRequested, UserError, log, setup_logger
+from util.logger import NonFinite, StopRequested, UserError, log, setup_logger
 
 # What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
 OWN_TO_A_SESSION = {
@@ -87,8 +88,11 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
     status = 0
     try:
         main(parse(argv))
-    except (UserError, ArithmeticError) as error:
+    except (UserError, NonFinite) as error:
         log.error("error: %s", one_line(error))
+        status = 1
+    except torch.OutOfMemoryError as error:
+        log.error("error: the GPU's memory is full (%s): lower --batch_size or --image_size, or use --amp bf16", str(error).split(". ")[0])
         status = 1
     except StopRequested as stop:
         log.error("stopped: %s", stop)
@@ -100,7 +104,11 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
         status = leave.code
     finally:
         sys.stdout.flush()
-        shutdown()
+        # Loader processes ignore the signals that multiprocessing would end them with at exit.
+        for child in multiprocessing.active_children():
+            child.kill()
+    if status in (0, STOPPED):
+        shutdown()  # otherwise the others may wait in a collective, and taking the group down would wait for them
     if status:
         sys.exit(status)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.classification import Classification
-from models.detector import Detector, Queries
+from models.detector import Detector, Queries, full_precision
 from models.pretext import Pretext
 from models.transformer import MLP
 from util.logger import UserError
@@ -70,7 +70,8 @@ class RandomQueryPatch(Pretext):
         states = self.detector.decode(memory, self.patch_queries(features, *patches.shape[:2]), query_groups=patches.shape[1])
         outputs = self.detector.predict(states)
         if self.feature_recon:
-            predicted = self.feature_align(states.layers)
+            with torch.autocast(features.device.type, enabled=False):
+                predicted = self.feature_align(full_precision(states.layers))
             outputs["pred_features"], outputs["target_features"] = predicted[-1], features.detach()
             for layer, aux in enumerate(outputs.get("aux_outputs", [])):
                 aux["pred_features"] = predicted[layer]
@@ -86,7 +87,7 @@ class RandomQueryPatch(Pretext):
         """Pooled maps of the backbone: [N, 3, S, S] -> [N, F]; several levels are joined."""
         backbone = self.detector.backbone[0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone.frozen):
-            return torch.cat([x.mean((2, 3)) for x in backbone(patches)], dim=1)
+            return torch.cat([full_precision(x).mean((2, 3)) for x in backbone(patches)], dim=1)
 
     def patch_queries(self, features: Tensor, batch: int, num_patches: int) -> Queries:
         """[B * M, F] -> queries for M * Q / num_patches of the detector's slots."""
