@@ -51,13 +51,11 @@ def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
     return registry[name](image_set, args)
 
 
-def build_loader(
-    dataset: SampleDataset, args: Namespace, train: bool, epoch: int = 0, start_batch: int = 0
-) -> DataLoader:
+def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLoader:
     """Batches of this process as (NestedTensor of uint8, PackedTargets).
 
     `train`: shuffled, the incomplete global batch dropped; otherwise in order and every image once over all processes.
-    `loader.batch_sampler.set_epoch(e)` goes before each epoch.
+    `loader.batch_sampler.set_epoch(epoch, start_batch)` goes before each epoch.
 
     Raises:
         UserError: fewer training images than one global batch.
@@ -70,7 +68,7 @@ def build_loader(
         )
     sampler = EpochSampler(
         len(dataset), args.batch_size, shuffle=train, seed=args.seed, rank=get_rank(), world_size=world_size,
-        drop_last=train, epoch=epoch, start_batch=start_batch,
+        drop_last=train,
     )
     workers = args.num_workers
     return DataLoader(

@@ -85,6 +85,8 @@ def read_coco(path: str) -> Annotations:
             content = json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: put the COCO annotations there") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): check the path and its permissions") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): is the download complete?") from error
     return parse_coco(content, path)
@@ -98,7 +100,8 @@ def parse_coco(content: Record, source: str) -> Annotations:
     and annotations of unlisted images.
 
     Raises:
-        UserError: parts are missing, ids are no integers or not unique, a category id is negative, a bbox is malformed.
+        UserError: parts are missing, entries are no objects, ids are no integers or not unique, a category id is negative, a
+            size or bbox is malformed.
     """
     images, annotations, categories = (_part(content, key, source) for key in ("images", "annotations", "categories"))
     images = sorted(images, key=lambda image: _identifier(image, "id", source))
@@ -106,7 +109,7 @@ def parse_coco(content: Record, source: str) -> Annotations:
     if len(np.unique(image_ids)) < len(image_ids):
         raise UserError(f"{source}: two images have the same id: ids must be unique")
     file_names = PackedStrings(_file_name(image, source) for image in images)
-    sizes = np.array([[i.get("height") or 0, i.get("width") or 0] for i in images], dtype=np.int64).reshape(-1, 2)
+    sizes = np.array([_size_hw(image, source) for image in images], dtype=np.int64).reshape(-1, 2)
     columns = _columns(annotations, source)
     rows = _usable_rows(columns, image_ids, sizes, file_names, source)
     columns = {key: column[rows] for key, column in columns.items()}
@@ -120,13 +123,36 @@ def parse_coco(content: Record, source: str) -> Annotations:
 def _part(content: Record, key: str, source: str) -> list[Record]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise UserError(f"{source} has no list {key!r}: it is no COCO detection file")
+    for index, entry in enumerate(content[key]):
+        if not isinstance(entry, dict):
+            raise UserError(
+                f"{source}: entry {index} of {key!r} is {_short(entry)}: it must be an object in braces; correct or remove it"
+            )
     return content[key]
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that arrays can hold: JSON has integers of any length."""
+    return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
+
+
+def _size_hw(image: Record, source: str) -> tuple[int, int]:
+    """(height, width), 0 where the file does not say."""
+    size = image.get("height") or 0, image.get("width") or 0
+    for name, value in zip(("height", "width"), size, strict=True):
+        if not _is_number(value) or not 0 <= value < 2**31:
+            raise UserError(f"{source}: image {image['id']} has {name} {_short(value)}: it must be in pixels; correct or remove it")
+    return int(size[0]), int(size[1])
 
 
 def _identifier(record: Record, key: str, source: str) -> int:
     value = record.get(key)
-    if not isinstance(value, int):
-        raise UserError(f"{source}: {key} of {str(record)[:80]} is {value!r}: it must be an integer")
+    if not isinstance(value, int) or not _is_number(value):
+        raise UserError(f"{source}: {key} of {_short(record)} is {_short(value)}: it must be an integer; correct it")
     return value
 
 
@@ -144,7 +170,7 @@ def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray
     area = np.array([_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32)
     box[:, 2:] += box[:, :2]
     return {
-        "id": np.array([_number_or(annotation.get("id"), -1) for annotation in annotations], dtype=np.int64),
+        "id": np.array([_annotation_id(annotation) for annotation in annotations], dtype=np.int64),
         "image": np.array([_identifier(a, "image_id", source) for a in annotations], dtype=np.int64),
         "label": np.array([_category(a, source) for a in annotations], dtype=np.int64),
         "crowd": np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=bool),
@@ -154,14 +180,20 @@ def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray
 
 
 def _number_or(value: Any, default: float) -> float:
-    return value if isinstance(value, int | float) else default
+    return value if _is_number(value) else default
+
+
+def _annotation_id(annotation: Record) -> int:
+    """Only for messages: -1 where there is none."""
+    number = annotation.get("id")
+    return number if isinstance(number, int) and _is_number(number) else -1
 
 
 def _bbox(annotation: Record, source: str) -> Sequence[float]:
     bbox = annotation.get("bbox")
-    if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(v, int | float) for v in bbox):
+    if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         raise UserError(
-            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox {bbox!r}: "
+            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox {_short(bbox)}: "
             "it must be [x, y, width, height] in pixels"
         )
     return bbox

@@ -108,7 +108,7 @@ def _num_classes(annotations: Annotations, given: int | None) -> int:
     if needed > given:
         raise UserError(
             f"{annotations.source} has category id {needed - 1}, but --num_classes is {given}: "
-            f"ids are used as they are, so use --num_classes {needed} or leave it out"
+            f"ids are used as they are, so use --num_classes {needed} (or more)"
         )
     return given
 

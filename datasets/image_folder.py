@@ -1,7 +1,6 @@
 """Unlabelled images from any folder tree or list of files, and how an image file becomes pixels."""
 import hashlib
 import os
-import struct
 import warnings
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -15,10 +14,6 @@ from torch import Tensor
 from datasets.sample import BadImageError
 from util.logger import UserError, log
 
-# What Pillow's plug-ins raise on damaged files.
-_DECODING_ERRORS = (
-    OSError, ValueError, SyntaxError, TypeError, IndexError, EOFError, struct.error, Image.DecompressionBombError,
-)
 # Formats that Pillow only recognises, or hands to another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -48,8 +43,11 @@ def open_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
-    except _DECODING_ERRORS as error:
-        raise BadImageError(f"can't be decoded ({error})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - Pillow's plug-ins raise any type on a damaged or unusual file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadImageError(f"can't be decoded ({reason})") from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -60,9 +60,9 @@ CLASS_NAMES = ("disc", "triangle", "star", "ring", "cross", "crescent")
 DEFAULT_NUM_CLASSES = 4
 MIN_SIZE = 32  # pixels; below this the shapes can't be told apart
 
-OBJECTS_PER_SCENE = (1, 4)
-CLUTTER_PER_SCENE = (1, 3)
-OBJECT_LENGTH = (0.28, 0.65)  # longest side of the whole object, as a part of the image's side
+OBJECTS_PER_SCENE = (1, 3)
+CLUTTER_PER_SCENE = (1, 2)
+OBJECT_LENGTH = (0.32, 0.7)  # longest side of the whole object, as a part of the image's side
 MIN_VISIBLE = 0.5  # an object of which less would remain is not drawn at all
 GENERATOR_VERSION = 1  # raised whenever a scene changes for the same (seed, split, index)
 FINGERPRINT_FILE = "sample_scenes.json"
@@ -86,7 +86,7 @@ def make_scene(seed: int, index: int, size: int, split: str, num_classes: int = 
 
     Returns:
         image uint8 [H, W, 3] RGB; boxes_xyxy_abs float32 [N, 4], the pixel edges of the visible region (x2 and y2 are
-        exclusive); labels int64 [N], category ids from 1; masks bool [N, H, W], disjoint visible regions. N is 1 to 4.
+        exclusive); labels int64 [N], category ids from 1; masks bool [N, H, W], disjoint visible regions. N is 1 to 3.
 
     Raises:
         ValueError: an unknown split, a size or number of classes that is not served.
@@ -386,9 +386,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; what the user can mend ends it with one line."""
+    args = get_args_parser().parse_args(arguments)
     try:
         setup_logger()
-        write_coco(**vars(get_args_parser().parse_args()))
+        write_coco(**vars(args))
     except (UserError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        reason = error.strerror or error
+        sys.exit(f"error: cannot write {error.filename or args.output}: {reason}; make room or choose another --output")
+
+
+if __name__ == "__main__":
+    main()

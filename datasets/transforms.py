@@ -108,7 +108,10 @@ def crop(image: Picture, target: Target, region: tuple[int, int, int, int]) -> t
 
 
 def pad(image: Picture, target: Target, right: int, bottom: int) -> tuple[Picture, Target]:
-    """Adds black columns at the right and rows at the bottom; boxes stay where they are."""
+    """Adds black columns at the right and rows at the bottom; boxes stay where they are.
+
+    Part of the published transforms; no recipe here draws it, the golden tests check it.
+    """
     height, width = size_hw(image)
     target = _with_size(target, (height + bottom, width + right))
     if "masks" in target:
@@ -117,7 +120,7 @@ def pad(image: Picture, target: Target, right: int, bottom: int) -> tuple[Pictur
 
 
 def center_region(size: Size, crop_size: Size) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the middle of an image, for `crop`."""
+    """(top, left, height, width) of the middle of an image, for `crop`; published, checked, used by no recipe here."""
     (height, width), (crop_height, crop_width) = size, crop_size
     return round((height - crop_height) / 2), round((width - crop_width) / 2), crop_height, crop_width
 

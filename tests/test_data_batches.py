@@ -82,7 +82,8 @@ def args(tmp_path: Path) -> Namespace:
 
 def epoch_of(args: Namespace, train: bool, epoch: int = 0, start_batch: int = 0) -> list[tuple[Tensor, list[dict]]]:
     dataset = build_dataset("train" if train else "val", args)
-    loader = build_loader(dataset, args, train, epoch, start_batch)
+    loader = build_loader(dataset, args, train)
+    loader.batch_sampler.set_epoch(epoch, start_batch)
     return [(samples.tensors, targets.unpack()) for samples, targets in loader]
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from datasets.coco import coco_files
+from util.files import write_text
 from util.logger import UserError, format_seconds, log, setup_logger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,9 +193,7 @@ def _write_record(folder: Path, command: list[str], seconds: float, finished: bo
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:

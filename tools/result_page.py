@@ -24,8 +24,9 @@ from engine import to_device
 from models import build_model
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.checkpoint import load_checkpoint
+from util.files import write_text
 from util.logger import UserError, format_seconds, log, progress, setup_logger
-from util.plot_utils import BBOX_STATS, patch_page, plot_curves, read_log, write_atomically
+from util.plot_utils import BBOX_STATS, patch_page, plot_curves, read_log
 
 MARKER, PAGE = "demo.json", "result.html"
 RUNS = {"finetune_pretrained": "pre-trained, then fine-tuned", "finetune_scratch": "without pre-training"}
@@ -163,7 +164,7 @@ patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the sa
 <p class="note">In the project's folder, with its environment active (<code>source .venv/bin/activate</code>).</p>
 """
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>PreDETR demo</title><style>{STYLE}</style>{body}</html>'
-    return write_atomically(folder / PAGE, lambda path: Path(path).write_text(page, encoding="utf-8"))
+    return write_text(folder / PAGE, page)
 
 
 def _overlap_in_words(own: float, other: float) -> str:

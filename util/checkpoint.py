@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from util.architecture import architecture, detector_kind, without_detr_prefix
+from util.files import write_atomically
 from util.load_report import LoadReport
 from util.logger import UserError
-from util.weight_files import read_weights, write_atomically
+from util.weight_files import read_weights
 
 PRETEXT_PARTS = ("patch2query.", "feature_align.", "feature_embed.", "enc_head.")
 CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
@@ -241,9 +242,9 @@ def load_pretrained(
 ) -> LoadReport:
     """Starts `model` from the weights of a pretext or of a detector.
 
-    From a pretext, class heads and the pretext's own parts are dropped. From a detector, the class rows whose names
-    agree with `keep_classes` (the model's classes, row -> name) stay; a file without names keeps a head of equal shape.
-    Queries of another number are tiled or cut. All else of the detector must be in the file, with equal shapes.
+    From a pretext, class heads and the pretext's own parts are dropped. From a detector of the same classification
+    (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row -> name)
+    stay; a file without names keeps a head of equal shape. Queries of another number are tiled or cut. All else of the detector must be in the file, with equal shapes.
 
     Raises:
         UserError: the file is of another detector, lacks a tensor, or has one that the model would not use.
@@ -255,14 +256,17 @@ def load_pretrained(
     report, chosen = LoadReport(), {}
     drop = is_pretext(checkpoint)
     rows = None if drop else _agreeing_rows(checkpoint, keep_classes)
-    softmax = (checkpoint.get("args") or {}).get("classification") == "softmax" or detector_kind(state) == "detr"
+    kind, own_kind = _head_kind(checkpoint), model.classification.kind
+    if not drop and kind != own_kind:
+        report.notes.append(f"class_embed: starts anew, for the file's head is {kind}, the model's {own_kind}")
+    without_head = drop or kind != own_kind
     for key, tensor in state.items():
         own = target.get(key)
-        dropped = drop and (_is_class_head(key) or key.startswith(PRETEXT_PARTS))
+        dropped = without_head and _is_class_head(key) or drop and key.startswith(PRETEXT_PARTS)
         if own is None or dropped:
             value = None
         elif _is_class_head(key):
-            value = _class_rows(tensor, own, rows, softmax, report)
+            value = _class_rows(tensor, own, rows, kind == "softmax", report)
         elif key.endswith("query_embed.weight"):
             value = _fit_queries(tensor, own, report)
         else:
@@ -276,6 +280,12 @@ def load_pretrained(
     report.loaded = {key: target[key].numel() for key in target if key in chosen}
     report.reinitialised = {key: target[key].numel() for key in target if key not in chosen and not _is_counter(key)}
     return report
+
+
+def _head_kind(checkpoint: Mapping[str, Any]) -> str:
+    """`softmax` or `focal`: what the file says, else as published (the shapes do not tell)."""
+    stored = (checkpoint.get("args") or {}).get("classification")
+    return stored or ("softmax" if detector_kind(checkpoint["model"]) == "detr" else "focal")
 
 
 def _is_class_head(key: str) -> bool:

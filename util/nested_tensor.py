@@ -25,9 +25,6 @@ class NestedTensor:
     def pin_memory(self) -> "NestedTensor":
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory(), self.padded)
 
-    def decompose(self) -> tuple[Tensor, Tensor]:
-        return self.tensors, self.mask
-
     def __len__(self) -> int:
         return len(self.tensors)
 

@@ -6,15 +6,14 @@ scores may be NumPy arrays, lists or tensors on the CPU.
 """
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from util.files import write_atomically
 from util.logger import UserError
 
 Colour = tuple[int, int, int]
@@ -112,7 +111,7 @@ def _draw_curves(runs: Mapping[str, list[dict]], fields: Sequence[str], out_png:
         _dress(axes, field)
     if not fields:
         figure.text(0.5, 0.5, "no epoch has been logged yet", ha="center")
-    return write_atomically(out_png, lambda path: figure.savefig(path, format="png"))
+    return write_atomically(out_png, lambda file: figure.savefig(file, format="png"))
 
 
 def _series(entries: Sequence[Mapping], field: str) -> list[tuple[str, str, tuple[list[int], list[float]]]]:
@@ -147,22 +146,6 @@ def _matplotlib() -> tuple[type, type]:
     except ImportError:
         raise UserError("curves need matplotlib: pip install matplotlib (in requirements-extras.txt)") from None
     return Figure, FigureCanvasAgg
-
-
-def write_atomically(path: str | Path, write: Callable[[str], Any]) -> Path:
-    """Calls `write(temporary name)` in the folder of `path` and puts the result in its place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes a private file
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-    return path
 
 
 # Boxes
@@ -325,7 +308,7 @@ def _grid(cells: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def _save(page: Image.Image, out_png: str | Path) -> Path:
-    return write_atomically(out_png, lambda path: page.save(path, format="PNG", optimize=True))
+    return write_atomically(out_png, lambda file: page.save(file, format="PNG", optimize=True))
 
 
 def _texts(count: int, labels: Any, scores: Any) -> list[str]:

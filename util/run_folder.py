@@ -1,6 +1,5 @@
 """The folder of a run: what is in it, and how it is written."""
 import json
-import os
 import platform
 import sys
 import textwrap
@@ -11,17 +10,11 @@ import torchvision
 from torch import nn
 
 from util.distributed import all_gather_object, is_main_process
+from util.files import write_text
 from util.logger import UserError, log
 from util.plot_utils import plot_logs, read_log
 
 RUN_FILES = ("log.txt", "checkpoint.pth", "args.json")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes to a temporary name and renames, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def prepare_output(args) -> Path | None:
@@ -41,7 +34,7 @@ def prepare_output(args) -> Path | None:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ".writable", "")
+        (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; choose another folder") from error

@@ -1,6 +1,7 @@
 """Starting and ending an entry script: logger, processes, seeds, and errors as one line."""
 import multiprocessing
 import random
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 
 from util.arguments import DETECTOR_NAMES, FINETUNE, PRETRAIN, given_flags, resolve
 from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
-from util.distributed import get_rank, init_distributed, shutdown
+from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.logger import NonFinite, StopRequested, UserError, log, setup_logger
 
 # What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
@@ -36,6 +37,8 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
     """
     given = given_flags(args)
     resume = find_resume(args.resume, args.output_dir)
+    if len(set(all_gather_object(bool(resume)))) > 1:
+        raise UserError(f"--resume auto: some processes see a checkpoint in {args.output_dir} and some do not; use a folder that all nodes share")
     if args.resume == "auto" and resume is None:
         log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
     if resume and getattr(args, "pretrain", None):
@@ -104,7 +107,9 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
         status = leave.code
     finally:
         sys.stdout.flush()
-        # Loader processes ignore the signals that multiprocessing would end them with at exit.
+        # Loader processes ignore the signals that multiprocessing would end them with at exit, and PyTorch takes a killed one for
+        # an accident as long as it listens.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             child.kill()
     if status in (0, STOPPED):

@@ -1,17 +1,16 @@
-"""Reads weight files without running code in them, fetches them from an address, writes whole files or none."""
+"""Reads weight files without running code in them, and fetches them from an address."""
 import argparse
 import contextlib
-import errno
+import hashlib
 import os
 import pathlib
 import re
-import shutil
 import socket
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,9 @@ except ImportError:  # Windows: two processes may then fetch the same file twice
 
 SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors")
 CONNECT_SECONDS = 30.0
+HASHED = re.compile(r"-([0-9a-f]{8,64})\.")  # NAME-0676ba61.pth: the start of the file's SHA-256 sum
+# Addresses whose file keeps its plain name where it is stored, as users and other programs put it there.
+KEPT_NAMES = ("https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -133,15 +135,17 @@ def _empty_dict(*_factory: Any) -> dict:
 def fetch(url: str) -> Path:
     """The local file of an address: in torch.hub's folder of checkpoints, downloaded once.
 
-    A name like `NAME-0676ba61.pth` carries the start of the SHA-256 sum, which is checked on download.
+    A name like `NAME-0676ba61.pth` carries the start of the SHA-256 sum, which is checked on download. Other names may be
+    those of several files (`checkpoint.pth`), so that the stored one gets a piece of the address's sum (`stored_at`).
     Raises UserError with one line that names the file, its address, and where to put it by hand.
     """
-    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
+    name = _file_name(url)
     if not name.lower().endswith(SUFFIXES):
         raise UserError(f"{url} does not end in the name of a weight file ({', '.join(SUFFIXES)}); "
                         "download the file with a browser and give its path")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = stored_at(url)
     if path.exists():
+        log.info("using %s", path)
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +158,21 @@ def fetch(url: str) -> Path:
     return path
 
 
+def stored_at(url: str) -> Path:
+    """Where `fetch` keeps the file of an address: the same name for two addresses only where it tells the content."""
+    name = _file_name(url)
+    if url not in KEPT_NAMES and not HASHED.search(name):
+        stem, suffixes = re.fullmatch(r"(.*?)((?:\.(?:pth|tar|pt|bin|ckpt|safetensors))*)", name, re.IGNORECASE).groups()
+        name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{suffixes}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def _file_name(url: str) -> str:
+    return Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
+
+
 def _download(url: str, path: Path) -> None:
-    suffix = re.search(r"-([0-9a-f]{8,64})\.", path.name)
+    suffix = HASHED.search(_file_name(url))
     log.info(f"Fetching {url} to {path}")
     waiting = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_SECONDS)  # a firewall that drops packets must not hang the run
@@ -174,71 +191,3 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> None:
-    """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
-
-    Whatever happens, `path` is the previous file or the new one, and no temporary file stays. Raises UserError when the
-    disk is full or the folder can't be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    recorder = _Recorder(temporary)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with recorder as file:
-            write(file)
-            file.sync()
-        os.replace(temporary, path)
-    except BaseException as error:
-        cause = error if isinstance(error, OSError) else recorder.problem
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if cause is None:
-            raise
-        raise UserError(_cannot_write(path, cause)) from error
-
-
-class _Recorder:
-    """A file that keeps its first OSError: torch.save turns "disk full" into an error that does not say so."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.problem: OSError | None = None
-
-    def __enter__(self) -> "_Recorder":
-        self.file = self.path.open("wb", buffering=0)
-        return self
-
-    def write(self, data: bytes) -> int:
-        left = memoryview(data).cast("B")
-        total = len(left)
-        try:
-            while left:
-                left = left[self.file.write(left):]
-        except OSError as error:
-            self.problem = self.problem or error
-            raise
-        return total
-
-    def flush(self) -> None:
-        """Nothing is buffered here."""
-
-    def sync(self) -> None:
-        os.fsync(self.file.fileno())
-
-    def __exit__(self, *_error: Any) -> None:
-        self.file.close()
-
-
-def _cannot_write(path: Path, error: OSError) -> str:
-    reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        free = shutil.disk_usage(path.parent).free / 2**20
-        reason = f"no room ({reason}; {free:.0f} MiB free on the disk)"
-    kept = "the previous file is kept; " if path.exists() else ""
-    return f"cannot write {path}: {reason}; {kept}make room or choose another --output_dir"

@@ -14,6 +14,7 @@ from util.logger import UserError
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MAX_DETECTIONS = 100
+AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large; square pixels, both ends inside
 
 # A matcher gets the ground truth (a COCO dict) and detections float64 [N, 7] (image id, x, y, w, h, score, category id) and
 # returns precision [10 thresholds, 101 recalls, K classes, 4 areas, 3 limits] and recall [10, K, 4, 3]; -1 = no truth.
@@ -122,14 +123,13 @@ class CocoEvaluator:
         """{"stats": the 12 numbers in the order of STAT_NAMES, "per_class_ap": {category id: AP}}.
 
         As in pycocotools, -1 stands for a number without ground truth; classes without any are not in `per_class_ap`.
-        Without a single detection every number is 0.
+        Without a single detection the others are 0.
         """
         classes = sorted(category["id"] for category in self.truth["categories"])
         rows = self._rows()
         rows = rows[np.isin(rows[:, 6], classes)]  # others match nothing, and limits count by class
-        labelled = sorted({annotation["category_id"] for annotation in self.truth["annotations"]})
         if not len(rows):
-            return {"stats": [0.0] * len(STAT_NAMES), "per_class_ap": dict.fromkeys(labelled, 0.0)}
+            return _without_detections(self.truth)
         with contextlib.redirect_stdout(io.StringIO()):
             precision, recall = BACKENDS[self.backend](self.truth, rows)
         per_class = {label: _mean(precision[:, :, k, 0, -1]) for k, label in enumerate(classes)}
@@ -148,6 +148,16 @@ class CocoEvaluator:
     def _rows(self) -> np.ndarray:
         ordered = [self._detections[image_id] for image_id in sorted(self._detections)]
         return np.concatenate(ordered) if ordered else np.zeros((0, 7))
+
+
+def _without_detections(truth: dict[str, Any]) -> dict[str, Any]:
+    """What pycocotools' rules give where nothing was found, which the backends do not take: 0 where there is truth, else -1."""
+    objects = [annotation for annotation in truth["annotations"] if not annotation["iscrowd"]]
+    overall, *by_area = (
+        0.0 if any(low <= annotation["area"] <= high for annotation in objects) else -1.0 for low, high in AREAS
+    )
+    classes = sorted({annotation["category_id"] for annotation in objects if AREAS[0][0] <= annotation["area"] <= AREAS[0][1]})
+    return {"stats": [overall] * 3 + by_area + [overall] * 3 + by_area, "per_class_ap": dict.fromkeys(classes, 0.0)}
 
 
 def _mean(values: np.ndarray) -> float:

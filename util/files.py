@@ -1,0 +1,87 @@
+"""Writes whole files or none."""
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from util.logger import UserError
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> Path:
+    """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
+
+    Makes the folder where it is missing. Whatever happens, `path` is the previous file or the new one, and no temporary
+    file stays. Raises UserError with one line when the disk is full or the folder can't be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    recorder = _Recorder(temporary)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with recorder as file:
+            write(file)
+            file.sync()
+        os.replace(temporary, path)
+    except BaseException as error:
+        cause = error if isinstance(error, OSError) else recorder.problem
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if cause is None:
+            raise
+        raise UserError(_cannot_write(path, cause)) from error
+    return path
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """`write_atomically` of a text in UTF-8."""
+    return write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+
+
+class _Recorder:
+    """A file that keeps its first OSError: torch.save turns "disk full" into an error that does not say so."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.problem: OSError | None = None
+
+    def __enter__(self) -> "_Recorder":
+        self.file = self.path.open("wb", buffering=0)
+        return self
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data).cast("B")
+        total = len(left)
+        try:
+            while left:
+                left = left[self.file.write(left):]
+        except OSError as error:
+            self.problem = self.problem or error
+            raise
+        return total
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+
+    def __exit__(self, *_error: Any) -> None:
+        self.file.close()
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = f"no room ({reason}{_free(path.parent)})"
+    kept = "the previous file is kept; " if os.path.exists(path) else ""
+    return f"cannot write {path}: {reason}; {kept}make room or choose another --output_dir"
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free on the disk"
+    except OSError:  # the folder could not be made
+        return ""
