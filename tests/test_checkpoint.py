@@ -49,8 +49,8 @@ def detector_state(seed=0, **choices):
     return {key: torch.randn(shape, generator=generator) for key, shape in detector_shapes(**choices).items()}
 
 
-def module_of(state):
-    """A module whose state dict has these names."""
+def module_of(state, classification=None):
+    """A module whose state dict has these names, with the detector's own classification unless one is given."""
     root = nn.Module()
     for key, value in state.items():
         *path, leaf = key.split(".")
@@ -60,6 +60,7 @@ def module_of(state):
                 module.add_module(name, nn.Module())
             module = module._modules[name]
         module.register_parameter(leaf, nn.Parameter(value.clone()))
+    root.classification = Namespace(kind=classification or ("focal" if any("ca_qpos" in key for key in state) else "softmax"))
     return root
 
 
@@ -272,6 +273,32 @@ def test_focal_heads_have_no_background_row():
     fresh = model.class_embed.weight.detach().clone()
     load_pretrained(model, checkpoint_of(state, class_names={0: "a", 1: "b", 2: "c"}), {0: "a", 1: "x", 2: "y"})
     assert torch.equal(model.class_embed.weight[0], state["class_embed.weight"][0])
+    assert torch.equal(model.class_embed.weight[1:], fresh[1:])
+
+
+@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize(("of_file", "of_model", "kept"), [
+    ("focal", "focal", True), ("focal", "softmax", False), ("softmax", "focal", False), (None, "focal", False), (None, "softmax", True)])
+def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept, names):
+    """A DETR with 5 rows each: 5 focal classes or 4 and "no object". What the file says counts, else what was published."""
+    classes = {row: f"class {row}" for row in range(5 if of_file == "focal" else 4)}
+    state = detector_state(seed=1)
+    model = module_of(detector_state(seed=2), of_model)
+    fresh = model.class_embed.weight.detach().clone()
+    entries = {"class_names": classes} if names else {}
+    report = load_pretrained(model, checkpoint_of(state, args={"classification": of_file} if of_file else None, **entries), classes)
+    assert torch.equal(model.class_embed.weight, state["class_embed.weight"] if kept else fresh)
+    assert ("class_embed.bias" in report.reinitialised) is not kept
+    assert any("starts anew" in note and "focal" in note and "softmax" in note for note in report.notes) is not kept
+    assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
+
+
+def test_a_focal_detr_has_no_background_row_to_keep():
+    state, model = detector_state(seed=1), module_of(detector_state(seed=2), "focal")
+    fresh = model.class_embed.weight.detach().clone()
+    checkpoint = checkpoint_of(state, args={"classification": "focal"}, class_names={0: "a", 4: "e"})
+    load_pretrained(model, checkpoint, {0: "e", 4: "z"})
+    assert torch.equal(model.class_embed.weight[0], state["class_embed.weight"][4])
     assert torch.equal(model.class_embed.weight[1:], fresh[1:])
 
 

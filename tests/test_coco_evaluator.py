@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import torch
 from golden_data import detections_by_image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from datasets.evaluators import coco as coco_module
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend
@@ -85,12 +87,33 @@ def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.Ca
     assert capfd.readouterr().out == ""
 
 
-def test_no_detection_gives_zeros() -> None:
+def test_no_detection_gives_zeros_where_there_is_truth() -> None:
     evaluator = CocoEvaluator(simple_truth())
     none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     for predictions in ({}, {5: none}, {6: {**exact_hit(), "labels": torch.tensor([77])}}):
         evaluator.update(predictions)
-        assert evaluator.summarize() == {"stats": [0.0] * 12, "per_class_ap": {2: 0.0}}
+        assert evaluator.summarize() == {"stats": [0, 0, 0, -1, 0, -1] * 2, "per_class_ap": {2: 0.0}}
+
+
+def test_no_detection_is_as_in_pycocotools() -> None:
+    """-1 where an area range has no truth; crowds are none, and both ends of a range belong to it."""
+    empty = simple_truth()
+    empty["annotations"] = []
+    cases = [empty, simple_truth(iscrowd=1), simple_truth(area=32.0**2), simple_truth(area=96.0**2), simple_truth(area=5e5)]
+    for truth in cases + [random_truth(np.random.RandomState(seed)) for seed in range(12)]:
+        evaluator = CocoEvaluator(truth)
+        truth_api, none = COCO(), COCO()
+        for api, annotations in ((truth_api, evaluator.truth["annotations"]), (none, [])):
+            api.dataset = {**evaluator.truth, "annotations": [dict(annotation) for annotation in annotations]}
+            api.createIndex()
+        reference = COCOeval(truth_api, none, "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+        result = evaluator.summarize()
+        assert result["stats"] == reference.stats.tolist(), truth
+        known = (reference.eval["precision"][:, :, :, 0, 2] > -1).any((0, 1))
+        assert result["per_class_ap"] == {label: 0.0 for label, has in zip(reference.params.catIds, known, strict=True) if has}
 
 
 def test_results_are_coco_results() -> None:

@@ -1,6 +1,7 @@
 """Unlabelled images: folder trees, damaged and odd files, query patches."""
 import io
 import os
+import struct
 from argparse import Namespace
 from pathlib import Path
 
@@ -137,6 +138,36 @@ def test_no_image_and_no_file(tmp_path: Path) -> None:
     for name, reason in (("text.jpg", "can't be decoded"), ("empty.jpg", "can't be decoded"), ("none.jpg", "no such file")):
         with pytest.raises(BadImageError, match=reason):
             read_image(str(tmp_path / name))
+
+
+def dds_of_an_unknown_kind() -> bytes:
+    header = struct.pack("<7I44x", 124, 0x1007, 8, 8, 0, 0, 0)
+    pixel_format = struct.pack("<2I4s5I", 32, 4, b"ZZZZ", 0, 0, 0, 0, 0)
+    return b"DDS " + header + pixel_format + bytes(20) + bytes(256)
+
+
+def test_what_pillow_does_not_implement_is_a_bad_image(tmp_path: Path) -> None:
+    path = tmp_path / "odd.dds"
+    path.write_bytes(dds_of_an_unknown_kind())
+    with pytest.raises(NotImplementedError), Image.open(path) as image:
+        image.load()
+    with pytest.raises(BadImageError, match="can't be decoded"):
+        read_image(str(path))
+
+
+@pytest.mark.parametrize(("error", "expected"), [
+    (AttributeError("first\nsecond"), BadImageError), (RuntimeError(), BadImageError), (MemoryError(), MemoryError)])
+def test_any_error_of_decoding_but_want_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type
+) -> None:
+    def fail(*_args, **_settings) -> None:
+        raise error
+
+    path = save(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(expected) as caught:
+        read_image(str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_packed_strings() -> None:

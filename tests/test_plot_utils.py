@@ -1,5 +1,7 @@
 """Logs are read as they are written; pages and curves show what they were given."""
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from util import plot_utils
 from util.logger import UserError
-from util.plot_utils import curve, draw_boxes, patch_page, plot_curves, plot_logs, prediction_page, read_log, write_atomically
+from util.plot_utils import curve, draw_boxes, patch_page, plot_curves, plot_logs, prediction_page, read_log
 
 BLACK = np.zeros((100, 200, 3), np.uint8)
 
@@ -101,18 +103,23 @@ def test_an_empty_log_is_drawn_too(tmp_path: Path) -> None:
     assert picture(plot_logs(write_log(tmp_path / "run", []), out_png=tmp_path / "x.png")).size
 
 
-def test_write_atomically_keeps_the_old_file_when_writing_fails(tmp_path: Path) -> None:
+@pytest.mark.parametrize("draw", [
+    lambda path: plot_logs(write_log(path.parent / "run", [entry(0)]), ("loss",), path),
+    lambda path: prediction_page([], {}, path),
+])
+def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw) -> None:
+    pytest.importorskip("matplotlib")
     path = tmp_path / "a.png"
     path.write_text("old")
 
-    def fail(temporary: str) -> None:
-        Path(temporary).write_text("half")
-        raise OSError("disk full")
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"a\.png: no room"):
+        draw(path)
     assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert {p.name for p in tmp_path.iterdir()} <= {"a.png", "run"}
 
 
 def test_draw_boxes_puts_lines_where_the_boxes_are() -> None:
@@ -147,6 +154,17 @@ def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
     ]
     assert plot_utils.PALETTE[0] in colours_in(pages[0])
     assert plot_utils.PALETTE[0] not in colours_in(pages[1])
+
+
+def test_a_page_without_confident_predictions_shows_as_many_as_there_are_true_boxes(tmp_path: Path) -> None:
+    found = {"boxes": [[20, 20, 150, 90], [30, 30, 60, 60]], "labels": [1, 2], "scores": [0.2, 0.1]}
+    for count, shown in ((1, {0}), (2, {0, 1}), (0, set())):
+        truth = {"boxes": [[0, 0, 9, 9]] * count, "labels": [3] * count}
+        colours = colours_in(picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png")))
+        assert {i for i in range(2) if plot_utils.PALETTE[i] in colours} == shown, count
+    sure = {**found, "scores": [0.9, 0.8]}
+    truth = {"boxes": [[0, 0, 9, 9]], "labels": [3]}
+    assert plot_utils.PALETTE[1] in colours_in(picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png")))
 
 
 def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path) -> None:

@@ -182,6 +182,18 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_ends_the_command_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args, **_settings) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit) as stopped:
+        sample_scenes.main(["--output", str(tmp_path / "scenes"), "--num_train", "1", "--num_val", "1", "--size", "64"])
+    message = str(stopped.value.code)
+    assert message == f"error: cannot write {tmp_path / 'scenes'}: No space left on device; make room or choose another --output"
+    assert not list(tmp_path.iterdir())
+
+
 def test_command_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "datasets.sample_scenes", "--num_train", "2", "--num_val", "1", "--seed", "4"]
     command += ["--num_unlabelled", "0", "--size", "64", "--output"]

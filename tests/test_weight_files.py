@@ -1,5 +1,7 @@
-"""Weight files: read without running code, fetched once, written whole or not at all."""
+"""Weight files: read without running code, fetched once, saved whole or not at all."""
 import collections
+import hashlib
+import logging
 import pathlib
 import pickle
 import resource
@@ -13,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from models.backbone_weights import SWAV
 from util import weight_files
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.logger import UserError
-from util.weight_files import fetch, read_weights
+from util.weight_files import fetch, read_weights, stored_at
 
 STATE = {"query_embed.weight": torch.arange(12.0).view(3, 4), "class_embed.bias": torch.ones(3)}
 
@@ -145,6 +148,44 @@ def test_an_address_is_fetched_once_and_its_hash_checked(hub, monkeypatch):
     assert calls == [(url, "e632da11")]
     load_checkpoint("https://example.org/r50_deformable_detr-checkpoint.pth")
     assert calls[1][1] is None
+
+
+def test_addresses_with_one_base_name_are_different_files(hub, monkeypatch, caplog):
+    calls = []
+
+    def download(url, path, hash_prefix, progress):
+        calls.append((url, hash_prefix))
+        torch.save({"model": {"w": torch.tensor(float(len(calls)))}}, path)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    urls = ["https://example.org/a/checkpoint.pth.tar", "https://example.org/b/checkpoint.pth.tar"]
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, logger="predetr"):
+            assert [float(load_checkpoint(url)["model"]["w"]) for url in urls] == [1, 2]
+    assert calls == [(url, None) for url in urls], "what was added to the names is no sum to check"
+    for url in urls:
+        name = f"checkpoint-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth.tar"
+        assert (hub / name).is_file()
+        assert f"using {hub / name}" in caplog.text
+
+
+def test_names_that_tell_the_content_stay(hub):
+    assert stored_at(SWAV) == hub / "swav_800ep_pretrain.pth.tar"
+    assert stored_at("https://example.org/x/swav_800ep_pretrain.pth.tar").name != "swav_800ep_pretrain.pth.tar"
+    assert stored_at("https://example.org/x/resnet50-0676ba61.pth") == hub / "resnet50-0676ba61.pth"
+
+
+def test_the_place_for_a_file_fetched_by_hand_is_where_it_is_looked_for(hub, monkeypatch):
+    def download(*_args, **_kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    url = "https://example.org/model.pth"
+    with pytest.raises(UserError) as excinfo:
+        fetch(url)
+    place = str(excinfo.value).split("put it at ")[1]
+    save_checkpoint({"model": STATE}, place)
+    assert load_checkpoint(url)["model"]
 
 
 @pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"),

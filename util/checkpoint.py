@@ -244,7 +244,8 @@ def load_pretrained(
 
     From a pretext, class heads and the pretext's own parts are dropped. From a detector of the same classification
     (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row -> name)
-    stay; a file without names keeps a head of equal shape. Queries of another number are tiled or cut. All else of the detector must be in the file, with equal shapes.
+    stay; a file without names keeps a head of equal shape. Queries of another number are tiled or cut. All else of the
+    detector must be in the file, with equal shapes.
 
     Raises:
         UserError: the file is of another detector, lacks a tensor, or has one that the model would not use.

@@ -197,15 +197,17 @@ def prediction_page(
     rows: Sequence[tuple[np.ndarray, Boxes, Boxes]],
     class_names: Mapping[int, str],
     out_png: str | Path,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     max_boxes: int = 20,
     columns: int = 2,
 ) -> Path:
     """Draws predictions beside the truth, an image a cell, `columns` cells a line.
 
     `rows`: (image, predictions, truth); both are mappings with `boxes` [N, 4] and `labels` [N], predictions also with
-    `scores` [N]. Of the predictions those of at least `score_threshold` are drawn, `max_boxes` at most.
+    `scores` [N]. Of the predictions those of at least `score_threshold` are drawn, `max_boxes` an image at most. None
+    is 0.5, or less until the page has as many predictions as true boxes: focal scores stay low for long.
     """
+    score_threshold = _page_threshold(rows) if score_threshold is None else score_threshold
     cells = []
     for image, predictions, truth in rows:
         scores = _as_array(predictions["scores"])
@@ -213,8 +215,14 @@ def prediction_page(
         shown = _zoomed(image, _as_array(predictions["boxes"]).reshape(-1, 4)[keep])
         predicted = _named(shown, _as_array(predictions["labels"])[keep], class_names, scores[keep])
         real = _named(_zoomed(image, truth["boxes"]), _as_array(truth["labels"]), class_names)
-        cells.append(_beside([predicted, real], [f"found (score from {score_threshold:g})", "truth"]))
+        cells.append(_beside([predicted, real], [f"found (score from {score_threshold:.2g})", "truth"]))
     return _save(_grid(cells, columns), out_png)
+
+
+def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
+    scores = np.concatenate([np.zeros(0), *(_as_array(predictions["scores"]) for _, predictions, _ in rows)])
+    true_boxes = min(sum(len(truth["boxes"]) for _, _, truth in rows), len(scores))
+    return min(0.5, float(np.sort(scores)[-true_boxes])) if true_boxes else 0.5
 
 
 def patch_page(

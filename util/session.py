@@ -38,7 +38,7 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
     given = given_flags(args)
     resume = find_resume(args.resume, args.output_dir)
     if len(set(all_gather_object(bool(resume)))) > 1:
-        raise UserError(f"--resume auto: some processes see a checkpoint in {args.output_dir} and some do not; use a folder that all nodes share")
+        raise UserError(f"--resume auto: only some processes see a checkpoint in {args.output_dir}; use a folder that all nodes share")
     if args.resume == "auto" and resume is None:
         log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
     if resume and getattr(args, "pretrain", None):
