@@ -270,7 +270,8 @@ def checkpoint_state(run: Run) -> dict:
         "model": bare(run.model).state_dict(), "optimizer": run.optimizer.state_dict(), "lr_scheduler": run.scheduler.state_dict(),
         "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(),
         "pending": run.pending, "best": run.best, "seconds": run.seconds,
-        "position_unit": position_unit(run), "random_states": all_gather_object(random_states()), **run.keep,
+        "world_size": get_world_size(), "position_unit": position_unit(run),
+        "random_states": all_gather_object(random_states()), **run.keep,
     }
 
 

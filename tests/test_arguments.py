@@ -49,7 +49,7 @@ def parse(script: str, *flags: str) -> Namespace:
 @pytest.fixture(autouse=True)
 def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default number of loader processes is limited to the cores of the machine."""
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("util.arguments.usable_cores", lambda: 64)
 
 
 @pytest.mark.parametrize("name", PARSERS)

@@ -309,13 +309,35 @@ def test_another_number_of_processes_starts_the_epoch_anew(data: Path, tmp_path:
     monkeypatch.undo()
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
     assert checkpoint["batch"] == 3
-    checkpoint.update(world_size=2, random_states=checkpoint["random_states"] * 2)
+    images, global_batch = checkpoint["position_unit"]
+    checkpoint.update(position_unit=[images, 2 * global_batch], random_states=checkpoint["random_states"] * 2)
     save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
     with logged() as lines:
         start_pretext(data, *flags, "--resume", "auto")
     assert any("2 processes, this run has 1" in line for line in lines)
     steps = {int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()}
     assert steps == {3 + 10}
+
+
+def test_another_batch_size_starts_the_epoch_anew(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch number means other images then: going on from it would leave some out."""
+    flags = (*FROZEN, "--epochs", 1, "--output_dir", tmp_path)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(StopRequested):
+        start_pretext(data, *flags, "--batch_size", 1)
+    monkeypatch.undo()
+    with logged() as lines:
+        start_pretext(data, *flags, "--batch_size", 2, "--resume", "auto")
+    assert any("its epoch starts anew" in line for line in lines)
+    steps = {int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()}
+    assert steps == {3 + 2}  # five images, two batches of two
+
+
+def test_resume_keeps_this_runs_weight_decay_and_names_a_changed_freeze(data: Path, tmp_path: Path) -> None:
+    start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path)
+    start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--resume", "auto", "--weight_decay", 0.5)
+    groups = read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5}
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: Path) -> None:

