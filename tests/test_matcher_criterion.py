@@ -276,7 +276,7 @@ def test_losses_equal_the_plain_ones(kind: str, counts: list[int]) -> None:
         expected.update({f"{name}{suffix}": value for name, value in values.items()})
     assert set(losses) == {*expected, "class_error"}
     for name, value in expected.items():
-        assert float(losses[name]) == pytest.approx(value, rel=1e-9, abs=1e-12), name
+        assert losses[name].item() == pytest.approx(value, rel=1e-9, abs=1e-12), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,265 @@
+"""The two commands as a user meets them: published command lines, the wrong script, folders in use, one line for each error."""
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    FROZEN,
+    MODEL_FLAGS,
+    PRETEXT_FLAGS,
+    ROOT,
+    RUN_FLAGS,
+    fine_tune,
+    logged,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
+
+import finetune_main
+import main as pretrain_main
+from models import build_model
+from util.arguments import FINETUNE, PRETRAIN
+from util.checkpoint import save_checkpoint
+from util.logger import log
+from util.session import run_script
+
+SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
+SMALL = ["--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """COCO and ImageNet in small, and a checkpoint of each kind."""
+    root = tmp_path_factory.mktemp("data")
+    write_coco(root / "coco")
+    write_images(root / "photographs")
+    torch.manual_seed(0)
+    for name, script, flags in (
+        ("pretext", PRETRAIN, ["--feature_recon", "--num_patches", "10"]), ("detector", FINETUNE, []),
+    ):
+        args = tiny_args(script, "--pre_norm", "--backbone_norm", "frozen", *flags)
+        stored = {"nheads": 4, "pretext": args.pretext, "script": script}
+        save_checkpoint({"model": build_model(args)[0].state_dict(), "args": stored}, root / f"{name}.pth")
+    return root
+
+
+def call(script: str, *words: object) -> tuple[int, list[str]]:
+    """Exit status and log of an entry script that runs in this process."""
+    module, status = SCRIPTS[script], 0
+    with logged() as lines:
+        try:
+            run_script(module.main, module.parse, [str(word) for word in words])
+        except SystemExit as leave:
+            status = leave.code
+    return status, lines
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """`run_script` sends the log to standard output; the other tests read it through its parent."""
+    handlers, propagate = list(log.handlers), log.propagate
+    yield
+    log.handlers[:], log.propagate = handlers, propagate
+
+
+# ---------------------------------------------------------------------------------------------------- published commands
+
+
+def test_published_pre_training(data: Path, tmp_path: Path) -> None:
+    words = ["--lr_drop", 40, "--epochs", 60, "--pre_norm", "--num_patches", 10, "--batch_size", 32, "--feature_recon", "--fre_cnn",
+             "--imagenet_path", data / "photographs", "--output_dir", tmp_path / "out"]
+    small = [*MODEL_FLAGS, *SMALL, "--batch_size", 4, "--patch_size", 32]
+    status, lines = call(PRETRAIN, *words, *small, "--dry_run")
+    assert status == 0
+    assert any("dry run: 1 steps an epoch" in line and "60 epochs" in line for line in lines)
+    status, lines = call(PRETRAIN, *words, *small, "--epochs", 1)
+    assert status == 0
+    assert set(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["model"]) == set(
+        torch.load(data / "pretext.pth", weights_only=True)["model"])
+    finished = next(line for line in lines if line.startswith("finished"))
+    assert f"finetune_main.py --detector detr --coco_path COCO --pretrain {tmp_path / 'out' / 'checkpoint.pth'}" in finished
+
+
+def test_published_fine_tuning(data: Path) -> None:
+    status, lines = call(FINETUNE, "--lr_drop", 200, "--epochs", 300, "--lr_backbone", "5e-4", "--pre_norm", "--coco_path", data / "coco",
+                         "--pretrain", data / "pretext.pth", "--device", "cpu", "--num_workers", 0, "--image_size", 64, "--dry_run")
+    assert status == 0
+    table = "\n".join(lines)
+    assert "feature_align" in table  # not used
+    assert "--enc_layers 1" in table  # taken over from the file, like all of the architecture
+    assert "dry run: 2 steps an epoch" in table
+
+
+def test_published_evaluation(data: Path, tmp_path: Path) -> None:
+    status, lines = call(FINETUNE, "--batch_size", 2, "--eval", "--no_aux_loss", "--pre_norm", "--coco_path", data / "coco", "--resume",
+                         data / "detector.pth", "--device", "cpu", "--num_workers", 0, "--image_size", 64, "--output_dir", tmp_path)
+    assert status == 0
+    assert any(line.startswith("AP ") for line in lines)
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["coco_eval_bbox"]) == 12
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_published_training_with_auto(data: Path, tmp_path: Path) -> None:
+    words = ["--coco_path", data / "coco", "--output_dir", tmp_path, "--resume", "auto", *MODEL_FLAGS, *SMALL, *FROZEN]
+    status, first = call(FINETUNE, *words, "--epochs", 1)
+    assert status == 0
+    assert any("starting afresh" in line for line in first)
+    status, second = call(FINETUNE, *words, "--epochs", 2)
+    assert status == 0
+    assert "continuing at epoch 2 of 2" in second
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+
+
+def test_scripts_run_as_programs(data: Path) -> None:
+    """The real programs, one of them with its flags wrong, started from their folder."""
+    for script, words, status, text in (
+        ("main.py", [*RUN_FLAGS, *PRETEXT_FLAGS, "--imagenet_path", data / "photographs", "--dry_run"], 0, "dry run: 2 steps"),
+        ("finetune_main.py", ["--coco_path", data / "nowhere"], 1, "error: "),
+    ):
+        command = [sys.executable, script, *(str(word) for word in words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        assert text in done.stdout
+        assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
+    status, _ = call(script, "--help")
+    text = capsys.readouterr().out
+    assert status in (0, None)
+    assert script in text
+    assert "--coco_path" in text
+
+
+# ---------------------------------------------------------------------------------------------------- the wrong script
+
+
+@pytest.mark.parametrize("words", [
+    ["--eval", "--resume", "detr.pth", "--coco_path", "a b"], ["--masks"], ["--frozen_weights", "detr.pth"], ["--frozen_weights=detr.pth"],
+    ["--coco_path", "COCO"], ["--coco_path=COCO", "--lr", "1e-4"],
+])
+def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Path) -> None:
+    status, lines = call(PRETRAIN, *words, "--output_dir", tmp_path / "out")
+    assert status == 1
+    text = "\n".join(lines)
+    assert text.startswith("error: ")
+    command = next(line.strip() for line in text.splitlines() if line.strip().startswith("python finetune_main.py"))
+    assert not (tmp_path / "out").exists()
+    args = finetune_main.parse(shlex.split(command)[2:])  # what is shown is a command that works
+    assert args.output_dir == str(tmp_path / "out")
+    if any(word.startswith("--coco_path") for word in words):
+        assert args.coco_path == ("a b" if "a b" in words else "COCO")
+
+
+def test_coco_images_can_be_asked_for_with_the_pretext(data: Path) -> None:
+    status, lines = call(PRETRAIN, "--pretext", "random_query_patch", "--coco_path", data / "coco", *RUN_FLAGS, *PRETEXT_FLAGS, "--dry_run")
+    assert status == 0
+    assert any(line.startswith("4 images in ") and line.endswith("train2017") for line in lines)
+
+
+def test_flags_of_pre_training_in_fine_tuning(capsys: pytest.CaptureFixture) -> None:
+    status, _ = call(FINETUNE, "--num_patches", "10")
+    assert status == 2
+    assert "--num_patches is a flag of main.py" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- folders in use
+
+
+def test_a_folder_with_another_run_is_refused(data: Path, tmp_path: Path) -> None:
+    words = ["--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN]
+    pre_train(*words)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    status, lines = call(PRETRAIN, *RUN_FLAGS, *PRETEXT_FLAGS, *words)
+    assert status == 1
+    error = next(line for line in lines if line.startswith("error: "))
+    assert all(flag in error for flag in ("--output_dir", "--resume auto", "--overwrite"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    pre_train(*words, "--overwrite", "--seed", 7)
+    assert len(read_log(tmp_path)) == 1
+    assert (tmp_path / "checkpoint.pth").read_bytes() != before["checkpoint.pth"]
+    pre_train(*words, "--resume", "auto", "--epochs", 2)
+    assert len(read_log(tmp_path)) == 2
+
+
+def test_a_folder_that_is_not_a_runs_is_fine(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    pre_train("--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_without_a_folder_nothing_is_saved_and_it_is_said(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with logged() as lines:
+        pre_train("--imagenet_path", data / "photographs", "--epochs", 1, *FROZEN)
+    assert any("nothing of this run will be saved" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- one line an error
+
+
+def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None:
+    coco, photographs = ("--coco_path", data / "coco"), ("--imagenet_path", data / "photographs")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for script, words, parts in (
+        (FINETUNE, ["--coco_path", tmp_path / "none"], ("none", "--coco_path")),
+        (FINETUNE, ["--coco_path", tmp_path / "empty"], ("empty", "images/val2017")),
+        (FINETUNE, [*coco, "--num_classes", 2], ("--num_classes 4",)),
+        (FINETUNE, [*coco, "--batch_size", 64], ("4 training images", "--batch_size 4")),
+        (FINETUNE, [*coco, "--output_dir", tmp_path / "file"], ("--output_dir", "file")),
+        (FINETUNE, [*coco, "--pre_norm", "--detector", "conditional_detr"], ("--pre_norm", "post-norm")),
+        (FINETUNE, [*coco, "--pretrain", data / "detector.pth", "--detector", "conditional_detr"], ("--detector", "detector.pth")),
+        (PRETRAIN, ["--imagenet_path", tmp_path / "empty"], ("empty",)),
+        (PRETRAIN, ["--imagenet_path", tmp_path / "none"], ("none",)),
+        (PRETRAIN, [], ("--imagenet_path",)),
+        (PRETRAIN, [*photographs, "--num_patches", 3], ("--num_patches 3", "--num_queries 20")),
+        (PRETRAIN, [*photographs, "--backbone", "resnet19"], ("--backbone resnet19", "resnet50")),
+    ):
+        small = [*RUN_FLAGS, *(PRETEXT_FLAGS if script == PRETRAIN else [])]
+        status, lines = call(script, *small, *words, "--data_root", tmp_path / "nothing", "--epochs", 1)
+        assert status == 1, words
+        error = next(line for line in lines if line.startswith("error: "))
+        assert "\n" not in error
+        assert all(part in error for part in parts), error
+
+
+def test_a_broken_image_reader_in_a_loader_process_is_one_line(tmp_path: Path) -> None:
+    """The error of a worker arrives with its traceback; what the user sees is the message."""
+    images = tmp_path / "photographs"
+    images.mkdir()
+    for name in ("a.png", "b.png"):
+        (images / name).write_bytes(b"not an image")
+    status, lines = call(PRETRAIN, *RUN_FLAGS, *PRETEXT_FLAGS, "--imagenet_path", images, "--num_workers", 1, "--epochs", 1)
+    assert status == 1
+    error = next(line for line in lines if line.startswith("error: "))
+    assert "\n" not in error
+    assert "a.png" in error or "b.png" in error
+    assert "Traceback" not in error
+
+
+def test_settings_of_a_run_are_kept(data: Path, tmp_path: Path) -> None:
+    fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path, "--epochs", 1, "--seed", 5, *FROZEN)
+    kept = json.loads((tmp_path / "args.json").read_text())
+    assert kept["settings"]["seed"] == 5
+    assert kept["settings"]["detector"] == "detr"
+    assert set(kept["data"]) == {"train", "val"}
+    assert kept["data"]["train"] != kept["data"]["val"]
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["args"]["seed"] == 5
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_another_differ(data: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        pre_train("--imagenet_path", data / "photographs", "--output_dir", tmp_path / name, "--epochs", 1, "--seed", seed, *FROZEN)
+    logs = {name: {**read_log(tmp_path / name)[0], "train_seconds": 0} for name in "abc"}
+    assert logs["a"] == logs["b"] != logs["c"]
