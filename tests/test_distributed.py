@@ -1,140 +1,161 @@
-"""Two gloo processes against one: equal gradients, nobody left waiting, every image evaluated once, both launch commands."""
+"""Two processes on CPUs (gloo): they equal one with twice the batch, and both ways to launch them work."""
 import json
-import os
+import math
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing import spawn
-from torch.nn.parallel import DistributedDataParallel
+import two_processes
+from tiny import FROZEN, PRETEXT_FLAGS, ROOT, RUN_FLAGS, assert_same, read_checkpoint, read_log, write_coco, write_images
+from torch import Tensor
 
-from models import build_model
-from tests.tiny import (
-    MODEL_FLAGS,
-    ROOT,
-    assert_same,
-    make_batch,
-    make_targets,
-    read_checkpoint,
-    read_log,
-    tiny_args,
-    write_coco,
-    write_images,
-)
-from util.arguments import FINETUNE, PRETRAIN
-from util.metrics import LossReader
-from util.nested_tensor import NestedTensor
-
-RUN = [*MODEL_FLAGS, "--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu", "--num_workers", "0",
-       "--image_size", "64", "--dropout", "0", "--lr_backbone", "0"]
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run"],
-    "launch": ["torch.distributed.launch", "--use_env"],
-}
+from util.distributed import all_gather_object, all_reduce_sum, get_rank, get_world_size, init_distributed, is_main_process
+from util.logger import UserError
 
 
-def gradients(model, criterion, samples: NestedTensor, targets: list[dict], is_pretext: bool) -> dict[str, torch.Tensor]:
-    outputs = model(samples, targets) if is_pretext else model(samples)
-    losses = criterion(outputs, targets)
-    LossReader(losses).read()
-    criterion.total(losses).backward()
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
-    return {name: p.grad.clone() for name, p in bare.named_parameters() if p.requires_grad}
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
+    return two_processes.launch(tmp_path_factory.mktemp("two"))
 
 
-def make(args: Namespace):
-    torch.manual_seed(0)
-    model, criterion, _ = build_model(args)
-    return model.eval(), criterion.train()  # evaluation mode leaves out the query mask of the pretext, nothing else here
+def of_both(results: dict[str, list], name: str) -> list[dict]:
+    for rank, result in enumerate(results[name]):
+        assert isinstance(result, dict), f"process {rank}: {result}"
+    return results[name]
 
 
-def inputs(counts: list[int], is_pretext: bool) -> tuple[NestedTensor, list[dict]]:
-    return make_batch(len(counts)), make_targets(counts, patches=5 if is_pretext else 0)
+def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float, atol: float) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def one_of_two(rank: int, args: Namespace, counts: list[int], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    is_pretext = bool(args.pretext)
-    model, criterion = make(args)
-    samples, targets = inputs(counts, is_pretext)
-    mine = NestedTensor(samples.tensors[rank::2], samples.mask[rank::2], samples.padded)
-    result = gradients(DistributedDataParallel(model), criterion, mine, targets[rank::2], is_pretext)
-    torch.save(result, f"{folder}/{rank}.pth")
-    dist.destroy_process_group()
+@pytest.mark.parametrize("name", ["softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "pretext"])
+def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[str, list], tmp_path: Path) -> None:
+    first, second = of_both(results, name)
+    single = two_processes.SCENARIOS[name](tmp_path)
+    assert_same(first["weights"], second["weights"])
+    assert_close_weights(first["weights"], single["weights"], rtol=1e-7, atol=1e-9)
+    for key in single["log"]:
+        if "class_error" not in key and "cardinality" not in key:
+            assert first["log"][key] == second["log"][key] == pytest.approx(single["log"][key], rel=1e-5), key
 
 
-CASES = {
-    "softmax, equal counts": (FINETUNE, ["--detector", "detr"], [2, 2, 3, 3]),
-    "focal, any counts": (FINETUNE, ["--detector", "conditional_detr"], [4, 1, 0, 3]),
-    "focal, one process without targets": (FINETUNE, ["--detector", "conditional_detr"], [0, 2, 0, 3]),
-    "one decoder layer": (FINETUNE, ["--detector", "conditional_detr", "--dec_layers", "1"], [1, 2, 2, 1]),
-    "pretext": (PRETRAIN, ["--detector", "detr", "--feature_recon", "--fre_cnn"], [5, 5, 5, 5]),
-}
+def test_training_changed_the_weights(results: dict[str, list]) -> None:
+    """Equality above would mean little for a run that stands still."""
+    two, three = (of_both(results, name)[0]["weights"] for name in ("softmax_with_equal_counts", "pretext"))
+    moved = [name for name in two if name in three and "class_embed" not in name and not torch.equal(two[name], three[name])]
+    assert any("layer4" in name for name in moved)
+    assert any("decoder" in name for name in moved)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_equal_one_with_twice_the_batch(case: str, tmp_path: Path) -> None:
-    script, flags, counts = CASES[case]
-    args = tiny_args(script, *flags, "--dropout", "0", "--backbone_norm", "frozen")
-    spawn(one_of_two, (args, counts, str(tmp_path)), nprocs=2)
-    model, criterion = make(args)
-    expected = gradients(model, criterion, *inputs(counts, bool(args.pretext)), bool(args.pretext))
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pth", weights_only=True)
-        assert set(found) == set(expected)
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+@pytest.mark.parametrize("name", ["softmax_with_equal_counts", "pretext"])
+def test_processes_see_disjoint_samples(name: str, results: dict[str, list], tmp_path: Path) -> None:
+    """In each step the images of one process with twice the batch, divided between the two."""
+    first, second = (result["seen"] for result in of_both(results, name))
+    single = two_processes.SCENARIOS[name](tmp_path)["seen"]
+    assert len(first) == len(second) == len(single) == 3
+    for a, b, together in zip(first, second, single, strict=True):
+        assert not set(a) & set(b)
+        assert sorted(a + b) == sorted(together)
+    assert sorted(sum(first + second, [])) == [100 + i for i in range(two_processes.IMAGES)]
 
 
-def test_softmax_process_without_targets_does_not_stop_the_other(tmp_path: Path) -> None:
-    args = tiny_args(FINETUNE, "--dropout", "0", "--backbone_norm", "frozen")
-    spawn(one_of_two, (args, [0, 2, 0, 3], str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2))
-    assert_same(first, second)
-    assert all(torch.isfinite(value).all() for value in first.values())
+def test_a_process_without_targets_does_not_stop_the_other(results: dict[str, list], tmp_path: Path) -> None:
+    first, second = of_both(results, "one_process_without_targets")
+    single = two_processes.one_process_without_targets(tmp_path)
+    for case, expected in single.items():
+        assert_same(first[case]["weights"], second[case]["weights"])
+        assert all(math.isfinite(value) for value in first[case]["values"].values())
+        if case == "conditional_detr 3":  # focal losses are normalised over all processes
+            assert first[case]["values"]["loss"] == pytest.approx(expected["values"]["loss"], rel=1e-4)
 
 
-def launch(launcher: str, *words: object, port: int) -> None:
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], "--nproc_per_node", "2", "--master_port", str(port), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+def test_a_loss_that_is_not_finite_stops_both_before_the_step(results: dict[str, list]) -> None:
+    first, second = of_both(results, "not_finite_on_one_process")
+    assert first["same"]
+    assert second["same"]
+    assert "[100, 101]" in first["message"]  # each names its own images
+    assert "[102, 103]" in second["message"]
+
+
+def test_evaluation_counts_every_image_once(results: dict[str, list], tmp_path: Path) -> None:
+    first, second = of_both(results, "evaluation")
+    single = two_processes.evaluation(tmp_path)
+    assert 0.3 < single["stats"][0] < 0.95
+    for result in (first, second):
+        assert result["stats"] == single["stats"]
+        assert sorted(result["results"], key=str) == sorted(single["results"], key=str)
+    assert {row["image_id"] for row in single["results"]} == {100 + i for i in range(7)}
+    assert not set(first["examples"]) & set(second["examples"])
+
+
+def test_two_processes_stop_together_and_resume_exactly(results: dict[str, list]) -> None:
+    first, second = of_both(results, "stop_and_resume")
+    for result in (first, second):
+        assert "epoch 1, after batch 2 of 3" in result["message"]
+        assert result["steps"] == 2
+        assert result["states"] == 2
+        assert result["states_differ"]  # dropout differs between processes
+        assert_same(result["resumed"], result["whole"])
+    assert_same(first["whole"], second["whole"])
+
+
+def launched(module: list[str], script: str, flags: list[object]) -> str:
+    command = [sys.executable, "-m", *module, "--nproc_per_node", 2, "--master_port", two_processes.free_port(), script, *flags]
+    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
-def single(*words: object) -> None:
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
-    """Five images on two processes: the numbers and detections of one. One image a batch, since padding moves predictions a little."""
-    data = write_coco(tmp_path / "coco", train=8, val=5)
-    flags = ["finetune_main.py", "--coco_path", data, *RUN, "--detector", "conditional_detr", "--num_classes", 4, "--batch_size", 1]
-    launch("torchrun", *flags, "--epochs", 1, "--output_dir", tmp_path / "two", port=29731)
-    logged = read_log(tmp_path / "two")[0]["test_coco_eval_bbox"]
-    checkpoint = tmp_path / "two" / "checkpoint.pth"
-    single(*flags, "--eval", "--resume", checkpoint, "--output_dir", tmp_path / "one")
-    assert (tmp_path / "one" / "results.json").read_text() != "[]"
-
-
-    metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
-    assert metrics["coco_eval_bbox"] == pytest.approx(logged, abs=1e-6)
-    key = lambda found: (found["image_id"], -found["score"], found["category_id"])  # noqa: E731
-    one, two = (sorted(json.loads((tmp_path / run / "results.json").read_text()), key=key) for run in ("one", "two"))
-    assert [found["image_id"] for found in one] == [found["image_id"] for found in two]
-    assert len({found["image_id"] for found in two}) == 5
-
-
-@pytest.mark.parametrize(("launcher", "port"), [("torchrun", 29741), ("launch", 29751)])
-def test_published_launch_commands(launcher: str, port: int, tmp_path: Path) -> None:
-    images = write_images(tmp_path / "images", 8)
-    launch(launcher, "main.py", *RUN, "--imagenet_path", images, "--num_patches", 5, "--patch_size", 32, "--batch_size", 2, "--epochs", 1,
-           "--feature_recon", "--output_dir", tmp_path / "out", port=port)
-    checkpoint = read_checkpoint(tmp_path / "out" / "checkpoint.pth")
+def test_torchrun(tmp_path: Path) -> None:
+    """Live batch norm, padding, an odd number of images to evaluate: the whole script with two processes."""
+    coco, run = write_coco(tmp_path / "coco", train=4), tmp_path / "run"
+    text = launched(["torch.distributed.run"], "finetune_main.py", [
+        *RUN_FLAGS, "--lr_backbone", "0", "--coco_path", coco, "--output_dir", run, "--epochs", 1, "--batch_size", 1,
+    ])
+    assert text.count("distributed: 2 processes, gloo") == 1  # only the first process speaks
+    assert text.count("4 training and 3 validation images") == 1
+    assert "epoch 1/1 2/2" in text
+    assert len(read_log(run)) == 1
+    checkpoint = read_checkpoint(run / "checkpoint.pth")
     assert checkpoint["world_size"] == len(checkpoint["random_states"]) == 2
-    assert read_log(tmp_path / "out")[0]["train_loss"] > 0
+    assert not any(key.startswith("module.") for key in checkpoint["model"])
+    assert {row["image_id"] for row in json.loads((run / "results.json").read_text())} == {501, 502, 503}
+
+
+def test_torch_distributed_launch(tmp_path: Path) -> None:
+    """The launcher of the published commands."""
+    images, run = write_images(tmp_path / "photographs", count=4), tmp_path / "run"
+    text = launched(["torch.distributed.launch", "--use_env"], "main.py", [
+        *RUN_FLAGS, *PRETEXT_FLAGS, *FROZEN, "--imagenet_path", images, "--output_dir", run, "--epochs", 1, "--feature_recon",
+    ])
+    assert "epoch 1/1 1/1" in text
+    assert read_checkpoint(run / "checkpoint.pth")["world_size"] == 2
+
+
+def test_a_single_process_needs_no_group() -> None:
+    assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
+    assert all_gather_object({"a": 1}) == [{"a": 1}]
+    assert all_reduce_sum(torch.tensor([2.0])).item() == 2.0
+
+
+def test_starting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, also inside a SLURM allocation with one task, stays without a group; several tasks need an address."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert init_distributed("cpu") == torch.device("cpu")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert init_distributed("cpu") == torch.device("cpu")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    with pytest.raises(UserError, match="MASTER_ADDR"):
+        init_distributed("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(UserError, match="--device cpu"):
+        init_distributed("cuda")

@@ -1,5 +1,6 @@
 """The two commands as a user meets them: published command lines, the wrong script, folders in use, one line for each error."""
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -118,17 +119,27 @@ def test_published_training_with_auto(data: Path, tmp_path: Path) -> None:
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
 
 
-def test_scripts_run_as_programs(data: Path) -> None:
-    """The real programs, one of them with its flags wrong, started from their folder."""
-    for script, words, status, text in (
-        ("main.py", [*RUN_FLAGS, *PRETEXT_FLAGS, "--imagenet_path", data / "photographs", "--dry_run"], 0, "dry run: 2 steps"),
-        ("finetune_main.py", ["--coco_path", data / "nowhere"], 1, "error: "),
-    ):
-        command = [sys.executable, script, *(str(word) for word in words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode == status, done.stdout + done.stderr
-        assert text in done.stdout
-        assert "Traceback" not in done.stdout + done.stderr
+def run_program(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run([str(word) for word in words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
+                          timeout=100, check=False)
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def test_a_config_runs(data: Path) -> None:
+    """The published pre-training from its file, made small by further flags."""
+    small = [*MODEL_FLAGS, *SMALL, "--batch_size", 4, "--patch_size", 32]
+    done = run_program("bash", "configs/UPDETR_pretrain_in.sh", "--imagenet_path", data / "photographs", *small, "--dry_run",
+                       LAUNCH=sys.executable)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "feature_recon=True" in done.stdout
+    assert "dry run: 1 steps an epoch" in done.stdout
+
+
+def test_a_program_that_fails(data: Path) -> None:
+    done = run_program(sys.executable, "finetune_main.py", "--coco_path", data / "nowhere")
+    assert done.returncode == 1
+    assert done.stdout.startswith("error: ") or "\nerror: " in done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,0 +1,286 @@
+"""What the tests of distributed training run in each of two processes, and once more in a single one to compare.
+
+Each scenario takes the folder for files and returns plain values and tensors. `launch` starts the processes and gives the results of
+both: {scenario: [of process 0, of process 1]}.
+"""
+import math
+import os
+import socket
+import traceback
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tiny import FROZEN, make_batch, make_targets, tiny_args
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+import engine
+from datasets import build_loader
+from datasets.evaluators.coco import CocoEvaluator
+from datasets.sample import SampleDataset
+from models import build_model
+from models.classification import Classification
+from models.criterion import SetCriterion
+from models.postprocess import PostProcess
+from util.arguments import FINETUNE, PRETRAIN
+from util.distributed import get_rank, get_world_size, init_distributed, shutdown
+from util.logger import StopRequested
+from util.metrics import NonFiniteLoss
+from util.nested_tensor import NestedTensor
+from util.random_state import SampleRandom
+from util.session import seed_everything
+
+WORLD = 2
+KEEP = {"normalization": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+IMAGES, SIDE = 12, 64
+
+
+class Scenes(SampleDataset):
+    """Random images of one size; image i has `counts[i]` objects, or as many patches for a pretext."""
+
+    def __init__(self, counts: list[int], patches: int = 0) -> None:
+        super().__init__(seed=0)
+        self.targets = make_targets(counts, patches=patches)
+        self.images = (make_batch([(SIDE, SIDE)] * len(counts)).tensors * 40 + 128).clamp(0, 255).to(torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def path(self, index: int) -> str:
+        return f"image {index}"
+
+    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
+        target = dict(self.targets[index])
+        if "patches" in target:
+            target["patches"] = (target["patches"] * 40 + 128).clamp(0, 255).to(torch.uint8)
+        size = torch.tensor([SIDE, SIDE])
+        return self.images[index], {**target, "size": size, "orig_size": size}
+
+
+def in_float64(original: Callable) -> Callable:
+    """Batches in float64, so that rounding is all that may differ between one process and two."""
+
+    def to_device(*args) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+        samples, targets = original(*args)
+        double = [{name: x.double() if x.is_floating_point() else x for name, x in target.items()} for target in targets]
+        return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), double
+
+    return to_device
+
+
+def make_run(args: Namespace, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True) -> engine.Run:
+    """A run of this process; `args.batch_size` is that of all processes together."""
+    torch.manual_seed(0)
+    args.batch_size //= get_world_size()
+    model, criterion, _ = build_model(args)
+    if double:
+        model, criterion = model.double(), criterion.double()
+    loader = build_loader(dataset, args, train=True) if dataset else None
+    seed_everything(args.seed)
+    return engine.make_run(args, model.train(), criterion.train(), loader, torch.device("cpu"), folder, KEEP)
+
+
+def weights_of(run: engine.Run) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in engine.bare(run.model).state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------- scenarios
+
+
+def train(*flags: str, counts: list[int], script: str = FINETUNE) -> dict:
+    """Three steps of four images; what each process saw and the weights afterwards."""
+    exact = ("--backbone_norm", "frozen", "--dropout", "0", *(("--mask_ratio", "0") if script == PRETRAIN else ()))
+    args = tiny_args(script, *exact, "--batch_size", "4", "--lr", "1e-3", *flags)
+    run = make_run(args, Scenes(counts, patches=5 if script == PRETRAIN else 0))
+    original, seen = engine.to_device, []
+
+    def recorded(samples, targets, *rest):
+        seen.append(targets.tensors["image_id"].tolist())
+        return in_float64(original)(samples, targets, *rest)
+
+    engine.to_device = recorded
+    try:
+        engine.train_one_epoch(run)
+    finally:
+        engine.to_device = original
+    return {"weights": weights_of(run), "seen": seen, "log": run.averages.means()}
+
+
+def softmax_with_equal_counts(folder: Path) -> dict:
+    return train("--detector", "detr", counts=[2] * IMAGES)
+
+
+def focal_with_any_counts(folder: Path) -> dict:
+    return train("--detector", "conditional_detr", counts=[3, 0, 1, 4, 0, 2, 1, 1, 5, 0, 0, 2])
+
+
+def one_decoder_layer(folder: Path) -> dict:
+    """Its `query_scale` has no gradient, for which distributed training must not wait."""
+    return train("--detector", "conditional_detr", "--dec_layers", "1", counts=[1, 2, 0] * (IMAGES // 3))
+
+
+def pretext(folder: Path) -> dict:
+    return train("--feature_recon", counts=[5] * IMAGES, script=PRETRAIN)
+
+
+def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[engine.Run, dict]:
+    """One step on four images of which each process takes two."""
+    args = tiny_args(FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--detector", detector, "--batch_size", "4")
+    run = make_run(args, double=False)
+    share = 4 // get_world_size()
+    mine = slice(get_rank() * share, (get_rank() + 1) * share)
+    samples = NestedTensor(images.tensors[mine], images.mask[mine], images.padded)
+    values, _ = engine.train_step(run, samples, make_targets(counts)[mine], stop=False)
+    return run, values
+
+
+def one_process_without_targets(folder: Path) -> dict:
+    found = {}
+    for detector in ("detr", "conditional_detr"):
+        for counts in ([2, 1, 0, 0], [0, 0, 0, 0]):
+            run, values = step(detector, counts, make_batch(4))
+            found[f"{detector} {sum(counts)}"] = {"weights": weights_of(run), "values": values}
+    return found
+
+
+def not_finite_on_one_process(folder: Path) -> dict:
+    images = make_batch(4)
+    images.tensors[3, 0, 0, 0] = math.nan
+    args = tiny_args(FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--batch_size", "4")
+    run = make_run(args, double=False)
+    before, share = weights_of(run), 4 // get_world_size()
+    mine = slice(get_rank() * share, (get_rank() + 1) * share)
+    try:
+        engine.train_step(run, NestedTensor(images.tensors[mine], images.mask[mine], False), make_targets([2, 1, 1, 0])[mine], stop=False)
+    except NonFiniteLoss as error:
+        same = all(torch.equal(value, before[name]) for name, value in weights_of(run).items())
+        return {"message": str(error), "same": same}
+    return {"message": "", "same": False}
+
+
+class Oracle(nn.Module):
+    """Finds out from the first pixel which image it sees, and answers from a table."""
+
+    def __init__(self, boxes: Tensor, labels: Tensor, classes: int) -> None:
+        super().__init__()
+        self.boxes, self.labels, self.classes = boxes, labels, classes
+
+    def forward(self, samples: NestedTensor) -> dict:
+        index = samples.tensors[:, 0, 0, 0].round().long()
+        logits = nn.functional.one_hot(self.labels[index], self.classes).float() * 8 - 4 + index[:, None, None] * 0.1
+        return {"pred_logits": logits, "pred_boxes": self.boxes[index]}
+
+
+class Numbered(Scenes):
+    """Scenes whose first pixel is their number."""
+
+    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
+        image, target = super().load(index, rng)
+        image = image.clone()
+        image[:, 0, 0] = index
+        return image, target
+
+
+def evaluation(folder: Path) -> dict:
+    """Seven images, of which one process has four: found exactly, found nearly, not found."""
+    dataset = Numbered([2] * 7)
+    boxes, labels = (torch.stack([target[name] for target in dataset.targets]) for name in ("boxes", "labels"))
+    truth = {
+        "images": [{"id": 100 + i, "width": SIDE, "height": SIDE} for i in range(7)],
+        "categories": [{"id": i, "name": str(i)} for i in range(1, 5)],
+        "annotations": [
+            {"id": 2 * i + k + 1, "image_id": 100 + i, "category_id": int(labels[i, k]), "iscrowd": 0,
+             "bbox": (torch.cat([box[:2] - box[2:] / 2, box[2:]]) * SIDE).tolist(), "area": float(box[2:].prod()) * SIDE**2}
+            for i in range(7) for k, box in enumerate(boxes[i])
+        ],
+    }
+    moved = boxes.clone()
+    moved[::2, 0, 2] *= 0.8
+    moved[1, 1, 0] += 0.4
+    classification = Classification("focal", 5, 2.0)
+    criterion = SetCriterion(classification, {"loss_ce": 1.0})
+    args = tiny_args(FINETUNE, "--batch_size", "2")
+    evaluator = CocoEvaluator(truth)
+    values, examples = engine.evaluate(
+        Oracle(moved, labels, 5), criterion, {"bbox": PostProcess(classification)}, build_loader(dataset, args, train=False), evaluator,
+        torch.device("cpu"), {"mean": [0.0] * 3, "std": [1 / 255] * 3}, amp=False, keep_examples=2,
+    )
+    return {"stats": values["coco_eval_bbox"], "results": evaluator.results(), "examples": [row["image_id"] for row in examples]}
+
+
+def stop_and_resume(folder: Path) -> dict:
+    """Only the second process is asked to stop; both do, and go on to where a run without a stop ends."""
+    flags = (*FROZEN, "--batch_size", "4", "--epochs", "2", "--dropout", "0.3")
+
+    def start(name: str) -> engine.Run:
+        return make_run(tiny_args(FINETUNE, *flags), Scenes([2] * IMAGES), folder / name, double=False)
+
+    for name in ("whole", "stopped"):
+        (folder / name).mkdir(exist_ok=True)
+    whole = start("whole")
+    engine.fit(whole)
+    stopped, original, calls = start("stopped"), engine.train_step, []
+
+    def asked(run, samples, targets, stop):
+        calls.append(1)
+        return original(run, samples, targets, len(calls) == 2 and get_rank() == get_world_size() - 1)
+
+    engine.train_step = asked
+    try:
+        engine.fit(stopped)
+        message = ""
+    except StopRequested as stop:
+        message = str(stop)
+    finally:
+        engine.train_step = original
+    checkpoint = torch.load(folder / "stopped" / "checkpoint.pth", weights_only=True)
+    torch.manual_seed(12345)
+    resumed = start("stopped")
+    engine.bare(resumed.model).load_state_dict(checkpoint["model"])
+    engine.continue_run(resumed, checkpoint)
+    engine.fit(resumed)
+    states = checkpoint["random_states"]
+    return {
+        "message": message, "whole": weights_of(whole), "resumed": weights_of(resumed), "steps": len(calls), "states": len(states),
+        "states_differ": not torch.equal(states[0]["torch"], states[-1]["torch"]), "numbers": [whole.best, resumed.best],
+    }
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (
+    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, pretext, one_process_without_targets,
+    not_finite_on_one_process, evaluation, stop_and_resume,
+)}
+
+
+# ---------------------------------------------------------------------------------------------------- starting
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _process(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    init_distributed("cpu")
+    results = {}
+    for name, scenario in SCENARIOS.items():
+        try:
+            (folder / name).mkdir(exist_ok=True)
+            results[name] = scenario(folder / name)
+        except Exception:  # noqa: BLE001  (told to the test, which fails)
+            results[name] = traceback.format_exc()
+            break  # the other process may be waiting in a collective: the end of this one wakes it
+    torch.save(results, folder / f"results{rank}.pth")
+    shutdown()
+
+
+def launch(folder: Path) -> dict[str, list]:
+    """Runs all scenarios in two processes."""
+    spawn(_process, args=(free_port(), folder), nprocs=WORLD)
+    results = [torch.load(folder / f"results{rank}.pth", weights_only=True) for rank in range(WORLD)]
+    return {name: [result.get(name, "not reached") for result in results] for name in SCENARIOS}
