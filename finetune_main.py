@@ -20,10 +20,11 @@ import engine
 from datasets import build_dataset, build_loader
 from datasets.evaluators.coco import CocoEvaluator
 from models import build_model
-from util.arguments import FINETUNE, Parser, make_parser, plain_settings
+from util.arguments import Parser, make_parser, plain_settings
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import load_exactly, load_pretrained
 from util.distributed import is_main_process
+from util.flags import FINETUNE
 from util.logger import log
 from util.plot_utils import prediction_page
 from util.run_folder import describe_model, describe_settings, draw_curves, prepare_output, save_settings, write_text

@@ -16,8 +16,9 @@ import torch
 import engine
 from datasets import build_dataset, build_loader
 from models import build_model
-from util.arguments import PRETRAIN, Parser, check_right_script, make_parser, plain_settings
+from util.arguments import Parser, check_right_script, make_parser, plain_settings
 from util.checkpoint import load_exactly
+from util.flags import PRETRAIN
 from util.logger import log
 from util.run_folder import describe_model, describe_settings, draw_curves, prepare_output, save_settings
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session

@@ -14,23 +14,16 @@ A dataset takes an index or (epoch, index). Augmentation is a function of (seed,
 """
 import signal
 from argparse import Namespace
-from collections.abc import Callable
 
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.coco import build_coco
 from datasets.collate import collate
-from datasets.query_patches import build_query_patches
 from datasets.sample import SampleDataset
 from datasets.samplers import EpochSampler
 from util.distributed import get_rank, get_world_size
 from util.logger import UserError
-
-Builder = Callable[[str, Namespace], SampleDataset]
-
-DATASETS: dict[str, Builder] = {"coco": build_coco}
-PRETEXT_DATASETS: dict[str, Builder] = {"random_query_patch": build_query_patches}
+from util.registry import DATASETS, PRETEXTS, choose, load
 
 
 def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
@@ -44,11 +37,8 @@ def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
     if image_set not in ("train", "val"):
         raise ValueError(f"image_set must be train or val, got {image_set!r}")
     pretext = getattr(args, "pretext", None)
-    registry, name = (PRETEXT_DATASETS, pretext) if pretext else (DATASETS, args.dataset_file)
-    if name not in registry:
-        flag = "--pretext" if pretext else "--dataset_file"
-        raise UserError(f"{flag} {name} is unknown: choose one of {', '.join(registry)}")
-    return registry[name](image_set, args)
+    place = choose(PRETEXTS, "--pretext", pretext).dataset if pretext else choose(DATASETS, "--dataset_file", args.dataset_file)
+    return load(place)(image_set, args)
 
 
 def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLoader:

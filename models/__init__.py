@@ -1,22 +1,18 @@
 """Detectors, pretexts and their losses. `build_model(args)` makes what both entry scripts train.
 
-Adding a detector or a pretext is one file and one line in a registry here. A detector's file has
+Adding a detector or a pretext is one file and one line in `util.registry`. A detector's file has
 `build(args, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
 """
 from torch import nn
 
-from models import conditional_detr, detr
 from models.backbone import Backbone, BackboneWithPositions
 from models.backbone_weights import load_backbone_weights
 from models.classification import Classification
 from models.criterion import SetCriterion, expand_weights
 from models.position_encoding import POSITION_ENCODINGS
 from models.postprocess import PostProcess
-from models.pretext import random_query_patch
 from util.arguments import resolve
-
-DETECTORS = {"detr": detr.build, "conditional_detr": conditional_detr.build}
-PRETEXTS = {"random_query_patch": random_query_patch.RandomQueryPatch}
+from util.registry import DETECTORS, PRETEXTS, load
 
 
 def build_backbone(args) -> BackboneWithPositions:
@@ -34,15 +30,16 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
     `criterion(outputs, targets)` gives the losses and `criterion.weight_dict` their weights.
     """
     args = resolve(args)
-    if args.pretext:
-        classification = PRETEXTS[args.pretext].classification(args)
+    pretext = load(PRETEXTS[args.pretext].pretext) if args.pretext else None
+    if pretext:
+        classification = pretext.classification(args)
     else:
         classification = Classification(
             args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
         )
-    detector = DETECTORS[args.detector](args, build_backbone(args), classification)
-    if args.pretext:
-        model = PRETEXTS[args.pretext].from_args(args, detector)
+    detector = load(DETECTORS[args.detector].builder)(args, build_backbone(args), classification)
+    if pretext:
+        model = pretext.from_args(args, detector)
         losses, weights = model.losses, model.loss_weights(args)
     else:
         model, losses = detector, ("labels", "boxes", "cardinality")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from models import build_model
 from models.criterion import SetCriterion
 from models.pretext import Pretext
-from util.arguments import FINETUNE, PRETRAIN, make_parser, resolve
+from util.arguments import make_parser, resolve
+from util.flags import FINETUNE, PRETRAIN
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer
 

@@ -9,9 +9,11 @@ import torch
 
 import finetune_main
 import main as pretrain_main
-from models import DETECTORS, build_model
-from util.arguments import DEAD_FLAGS, DEFAULTS, FINETUNE, PRETRAIN, Parser, given_flags, make_parser, plain_settings, resolve
+from models import build_model
+from util.arguments import DEFAULTS, Parser, given_flags, make_parser, plain_settings, resolve
+from util.flags import DEAD_FLAGS, FINETUNE, PRETRAIN
 from util.logger import UserError
+from util.registry import DETECTORS, PRETEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -235,8 +237,8 @@ def test_no_dead_flag() -> None:
         assert declared <= read, sorted(declared - read)
 
 
-def test_the_table_of_defaults_has_only_flags() -> None:
+def test_the_tables_of_defaults_have_only_flags() -> None:
     declared = {action.dest for script in (PRETRAIN, FINETUNE) for action in make_parser(script)._actions}
-    assert set(DEFAULTS) <= declared, sorted(set(DEFAULTS) - declared)
-    keys = {key for table in DEFAULTS.values() for key in table}
-    assert keys <= {"", PRETRAIN, FINETUNE, *DETECTORS}
+    for table in [DEFAULTS, *(entry.defaults for entry in [*DETECTORS.values(), *PRETEXTS.values()])]:
+        assert set(table) <= declared, sorted(set(table) - declared)
+        assert set(table) <= set(DEFAULTS), "what a line changes has a general value"

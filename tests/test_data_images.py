@@ -13,10 +13,11 @@ from PIL import Image
 import datasets.sample as sample_module
 from datasets import build_dataset
 from datasets.image_folder import ImageFolder, PackedStrings, image_extensions, read_image
-from datasets.proposals import PROPOSALS, build_proposals
+from datasets.proposals import build_proposals
 from datasets.sample import BadImageError
 from util.logger import UserError
 from util.random_state import SampleRandom
+from util.registry import PROPOSALS
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:

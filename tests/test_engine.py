@@ -26,12 +26,13 @@ from torch import Tensor
 import engine
 import finetune_main
 from datasets.collate import PackedTargets, normalize_images
-from models import DETECTORS, build_model
-from util.arguments import FINETUNE, PRETRAIN
+from models import build_model
 from util.distributed import get_world_size
+from util.flags import FINETUNE, PRETRAIN
 from util.metrics import Averages, LossReader, NonFiniteLoss, check_finite, to_host
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, parameter_groups
+from util.registry import DETECTORS
 from util.session import run_script
 
 

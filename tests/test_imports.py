@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from datasets import DATASETS, PRETEXT_DATASETS
-from models import DETECTORS, PRETEXTS
-from util.arguments import DETECTOR_NAMES, PRETEXT_NAMES
+from util.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main", "finetune_main"}
@@ -58,7 +56,7 @@ def test_detectors_do_not_know_pretexts() -> None:
 
 def test_pretexts_know_only_the_contract_of_a_detector() -> None:
     """Every pretext works on every detector because it sees none of them."""
-    builders = {builder.__module__ for builder in DETECTORS.values()}
+    builders = {entry.builder.split(":")[0] for entry in DETECTORS.values()}
     assert builders
     for path in (ROOT / "models" / "pretext").glob("*.py"):
         assert not builders & imported(path), path.name
@@ -74,7 +72,7 @@ def strings(path: Path) -> set[str]:
 
 
 def test_engine_never_looks_at_names() -> None:
-    names = {*DETECTORS, *PRETEXTS, *DATASETS, *PRETEXT_DATASETS}
+    names = {*DETECTORS, *PRETEXTS, *DATASETS}
     words = strings(ROOT / "engine.py")
     assert not names & words
     assert not any(name in word for name in names - {"coco", "detr"} for word in words)
@@ -82,9 +80,11 @@ def test_engine_never_looks_at_names() -> None:
     assert not attributes & {"detector", "pretext", "dataset_file", "proposals", "classification"}
 
 
-def test_registries_and_flags_agree() -> None:
-    assert set(DETECTOR_NAMES) == set(DETECTORS)
-    assert set(PRETEXT_NAMES) == set(PRETEXTS) == set(PRETEXT_DATASETS)
+def test_every_line_of_the_registries_leads_to_its_builder() -> None:
+    places = [*DATASETS.values(), *PROPOSALS.values(), *(entry.builder for entry in DETECTORS.values())]
+    places += [place for entry in PRETEXTS.values() for place in (entry.pretext, entry.dataset)]
+    for place in places:
+        assert callable(load(place)), place
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

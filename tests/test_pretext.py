@@ -7,10 +7,13 @@ import torch
 from tiny import fine_tune, logged, make_batch, make_targets, pre_train, read_checkpoint, tiny_args, write_coco, write_images
 from torch import Tensor, nn
 
-from models import DETECTORS, PRETEXTS, build_model
+from models import build_model
 from models.pretext import Pretext
-from util.arguments import PRETRAIN, make_parser
+from models.pretext.random_query_patch import RandomQueryPatch
+from util.arguments import make_parser
+from util.flags import PRETRAIN
 from util.logger import UserError
+from util.registry import DETECTORS, PRETEXTS
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 PAIRS = [(pretext, detector) for pretext in PRETEXTS for detector in DETECTORS]
@@ -217,7 +220,7 @@ def test_a_number_of_patches_that_does_not_divide_is_refused(detector: str) -> N
         build(detector, "--num_patches", "7")
     inner = build(detector)[0].detector
     with pytest.raises(UserError, match="--num_queries 21"):
-        PRETEXTS["random_query_patch"](inner, 7)
+        RandomQueryPatch(inner, 7)
 
 
 @on_detectors

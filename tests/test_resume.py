@@ -30,8 +30,9 @@ import engine
 import finetune_main
 import main as pretrain_main
 from models import build_model
-from util.arguments import FINETUNE, PRETRAIN, plain_settings
+from util.arguments import plain_settings
 from util.checkpoint import save_checkpoint
+from util.flags import FINETUNE, PRETRAIN
 from util.logger import StopRequested, UserError
 from util.session import prepare_checkpoint
 
@@ -105,19 +106,24 @@ def test_dropout_is_drawn_anew(data: Path) -> None:
     assert read_checkpoint(data / "live" / "checkpoint.pth")["args"]["dropout"] == 0.1
 
 
-def test_stop_between_training_and_evaluation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epoch is saved before it is evaluated; what was left out is done first."""
+@pytest.mark.parametrize("by_signal", [True, False])
+def test_stop_between_training_and_evaluation(by_signal: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The epoch is saved before it is evaluated: a signal stops at once there, and what was left out is done first afterwards."""
     evaluate, (start, flags) = finetune_main.Evaluation.__call__, CASES["live"]
 
     def interrupted(self, model, epoch):
-        if epoch == 1:
+        if epoch == 1 and by_signal:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        elif epoch == 1:
             raise KeyboardInterrupt
         return evaluate(self, model, epoch)
 
     monkeypatch.setattr(finetune_main.Evaluation, "__call__", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(StopRequested if by_signal else KeyboardInterrupt, match="during evaluation; saved in" if by_signal else None):
         start(data, "--output_dir", tmp_path, *flags)
     assert len(read_log(tmp_path)) == 1
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
     monkeypatch.undo()
     start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
     assert_equal_runs(tmp_path, whole_run("live", data))

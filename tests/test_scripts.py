@@ -27,8 +27,8 @@ from tiny import (
 import finetune_main
 import main as pretrain_main
 from models import build_model
-from util.arguments import FINETUNE, PRETRAIN
 from util.checkpoint import save_checkpoint
+from util.flags import FINETUNE, PRETRAIN
 from util.logger import log
 from util.session import run_script
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 import finetune_main
 import main as pretrain_main
-from util.arguments import FINETUNE, PRETRAIN, make_parser, resolve
+from util.arguments import make_parser, resolve
+from util.flags import FINETUNE, PRETRAIN
 from util.logger import log
 from util.nested_tensor import NestedTensor, as_nested_tensor
 

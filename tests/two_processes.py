@@ -24,8 +24,8 @@ from models import build_model
 from models.classification import Classification
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
-from util.arguments import FINETUNE, PRETRAIN
 from util.distributed import get_rank, get_world_size, init_distributed, shutdown
+from util.flags import FINETUNE, PRETRAIN
 from util.logger import StopRequested
 from util.metrics import NonFiniteLoss
 from util.nested_tensor import NestedTensor

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from util.registry import DETECTORS
+
 RESNET_BLOCKS = {
     (False, 2, 2, 2, 2): "resnet18",
     (False, 3, 4, 6, 3): "resnet34",
@@ -18,12 +20,10 @@ STORED = ("dilation", "nheads", "backbone", "position_embedding")  # what the we
 
 
 def detector_kind(state: Mapping[str, Tensor]) -> str | None:
-    """`detr`, `conditional_detr` or `deformable_detr` by the names of the parameters; None for anything else."""
-    if any("ca_qpos_sine_proj" in key for key in state):
-        return "conditional_detr"
-    if any("sampling_offsets" in key for key in state):
-        return "deformable_detr"
-    return "detr" if any("transformer.decoder" in key and "multihead_attn" in key for key in state) else None
+    """The registered detector whose mark is in the name of a decoder parameter; None for anything else."""
+    names = [key for key in state if "transformer.decoder." in key]
+    marks = {name: entry.mark for name, entry in DETECTORS.items()}
+    return next((kind for kind, mark in marks.items() if any(mark in name for name in names)), None)
 
 
 def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:

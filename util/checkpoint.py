@@ -19,9 +19,10 @@ from util.architecture import architecture, detector_kind, without_detr_prefix
 from util.files import write_atomically
 from util.load_report import LoadReport
 from util.logger import UserError
+from util.registry import PRETEXTS
 from util.weight_files import read_weights
 
-PRETEXT_PARTS = ("patch2query.", "feature_align.", "feature_embed.", "enc_head.")
+PUBLISHED_PARTS = ("feature_embed.", "enc_head.")  # of pre-training whose pretext is not here: DETReg, Siamese DETR
 CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 SCALARS = (type(None), bool, int, float, str, bytes)
@@ -172,9 +173,14 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------- architecture
 
 
+def pretext_parts() -> tuple[str, ...]:
+    """What the names of parameters begin with that fine-tuning leaves behind."""
+    return PUBLISHED_PARTS + sum((entry.parts for entry in PRETEXTS.values()), ())
+
+
 def is_pretext(checkpoint: Mapping[str, Any]) -> bool:
     """True for a checkpoint of pre-training without labels: ours or UP-DETR's, DETReg's, Siamese DETR's."""
-    named = any(key.startswith(PRETEXT_PARTS) for key in checkpoint["model"])
+    named = any(key.startswith(pretext_parts()) for key in checkpoint["model"])
     return named or bool((checkpoint.get("args") or {}).get("pretext"))
 
 
@@ -263,7 +269,7 @@ def load_pretrained(
     without_head = drop or kind != own_kind
     for key, tensor in state.items():
         own = target.get(key)
-        dropped = without_head and _is_class_head(key) or drop and key.startswith(PRETEXT_PARTS)
+        dropped = without_head and _is_class_head(key) or drop and key.startswith(pretext_parts())
         if own is None or dropped:
             value = None
         elif _is_class_head(key):

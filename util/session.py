@@ -9,10 +9,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from util.arguments import DETECTOR_NAMES, FINETUNE, PRETRAIN, given_flags, resolve
+from util.arguments import given_flags, resolve
 from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
+from util.flags import FINETUNE, PRETRAIN
 from util.logger import NonFinite, StopRequested, UserError, log, setup_logger
+from util.registry import DETECTORS
 
 # What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
 OWN_TO_A_SESSION = {
@@ -68,8 +70,8 @@ def _adopt_settings(args: Namespace, stored: dict, given: set[str]) -> None:
 
 def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
     """A run that is resumed must be of the kind that the script runs; every detector of a file must be one that can be built."""
-    if args.detector not in DETECTOR_NAMES:
-        raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTOR_NAMES)})")
+    if args.detector not in DETECTORS:
+        raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})")
     if args.resume and args.script == FINETUNE and is_pretext(checkpoint):
         raise UserError(f"{checkpoint.source} is from pre-training: give it as --pretrain {checkpoint.source}, not as --resume")
     if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):

@@ -1,4 +1,4 @@
-"""Where boxes of unlabelled images come from: one file a method, one line here.
+"""Where boxes of unlabelled images come from: one file a method, one line in `util.registry`.
 
 A proposal method is called with (image uint8 [3, H, W], SampleRandom) and returns float32 boxes [N, 4],
 (x0, y0, x1, y1) in pixels of that image, each with an area.
@@ -8,13 +8,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from datasets.proposals.random import build_random
-from util.logger import UserError
 from util.random_state import SampleRandom
+from util.registry import PROPOSALS, choose, load
 
 Proposals = Callable[[Tensor, SampleRandom], Tensor]
-
-PROPOSALS: dict[str, Callable[[Namespace], Proposals]] = {"random": build_random}
 
 
 def build_proposals(args: Namespace) -> Proposals:
@@ -23,6 +20,4 @@ def build_proposals(args: Namespace) -> Proposals:
     Raises:
         UserError: an unknown name.
     """
-    if args.proposals not in PROPOSALS:
-        raise UserError(f"--proposals {args.proposals} is unknown: choose one of {', '.join(PROPOSALS)}")
-    return PROPOSALS[args.proposals](args)
+    return load(choose(PROPOSALS, "--proposals", args.proposals))(args)

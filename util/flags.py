@@ -1,0 +1,179 @@
+"""The declaration of every flag of both entry scripts, in groups.
+
+Flags whose value the script, the pretext or the detector decides have the default None here; `util.arguments.resolve` fills them. A flag
+that the published codebases parsed and never used is refused with the reason.
+"""
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from util.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS
+
+PRETRAIN, FINETUNE = "main.py", "finetune_main.py"
+
+# Published flags that have no effect, here or there: flag -> (takes a value, why it is refused).
+DEAD_FLAGS = {
+    "--remove_difficult": (False, "the published code never reads it"),
+    "--world_size": (True, "the launcher says how many processes there are: torchrun --nproc_per_node N"),
+    "--mask_loss_coef": (True, "this version predicts boxes only, so that there is no mask loss to weigh"),
+    "--dice_loss_coef": (True, "this version predicts boxes only, so that there is no mask loss to weigh"),
+    "--masks": (False, "this version predicts boxes only; train and evaluate without it"),
+    "--frozen_weights": (True, "it trains a mask head on a frozen detector, and this version predicts boxes only"),
+    "--coco_panoptic_path": (True, "this version predicts boxes only; train and evaluate without it"),
+}
+
+class _Refuse(argparse.Action):
+    def __init__(self, *args, why: str = "", **kwargs) -> None:
+        self.why = why
+        super().__init__(*args, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values, option_string: str | None = None) -> None:
+        parser.error(f"{option_string} has no effect: {self.why}")
+
+
+def positive(kind: Callable = int) -> Callable:
+    """A number above 0."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def at_least_zero(kind: Callable = int) -> Callable:
+    """A number of 0 or more."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not value >= 0:
+            raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
+        return value
+
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def _device(text: str) -> str:
+    try:
+        torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text} is no device: use cuda, cuda:N or cpu") from error
+    return text
+
+
+def _switch(group, flag: str, text: str, **kwargs) -> None:
+    group.add_argument(flag, action="store_true", default=None, help=text, **kwargs)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", metavar="DIR", help="where everything of this run is kept; empty: nothing is saved")
+    group.add_argument("--resume", metavar="PATH|URL|auto", help="continue a run; auto: from checkpoint.pth in --output_dir, if there")
+    _switch(group, "--overwrite", "allow --output_dir to hold another run, whose files are replaced")
+    _switch(group, "--dry_run", "settings, data check, one step, memory and time estimate; then stop")
+    group.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
+    group.add_argument("--seed", type=int, help="of initial weights, order and augmentation; the process number is added (42)")
+    group.add_argument("--num_workers", type=at_least_zero(),
+                       help="loader processes (pre-training 16, else 2; at most the number of cores)")
+    group.add_argument("--amp", choices=("no", "bf16"), help="bf16: network in bfloat16, boxes, matching and losses in float32 (no)")
+    group.add_argument("--start_epoch", type=at_least_zero(), help="first epoch where --resume holds weights only (0)")
+    group.add_argument("--save_every", type=positive(), metavar="EPOCHS",
+                       help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10), and one before each rate drop")
+    group.add_argument("--dist_url", help="where processes meet (env://)")
+    _switch(group, "--reproduce_published", "the published behaviour where ours departs from it, see docs/differences.md")
+
+
+def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=positive(float), help="learning rate of transformer and heads (1e-4)")
+    group.add_argument("--lr_backbone", type=at_least_zero(float),
+                       help="of the backbone; 0 freezes it (fine-tuning 1e-5; pre-training: --lr)")
+    group.add_argument("--batch_size", type=positive(), help="images a process (2)")
+    group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
+    group.add_argument("--epochs", type=positive(), help="pre-training 60, DETR 300, Conditional DETR 50")
+    group.add_argument("--lr_drop", type=positive(), metavar="EPOCHS", help="rate x 0.1 after as many (40, 200, 40)")
+    group.add_argument("--clip_max_norm", type=float, help="largest gradient norm; 0 or less: no clipping (0.1)")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--detector", choices=tuple(DETECTORS), help="what is trained (detr)")
+    group.add_argument("--backbone", help="resnet18, 34, 50, 101, or timm:NAME (resnet50)")
+    group.add_argument("--backbone_weights", "--load_backbone", metavar="swav|imagenet|none|PATH|URL",
+                       help="where its weights come from (main.py swav, finetune_main.py imagenet; nothing is fetched when a checkpoint "
+                            "holds them)")
+    group.add_argument("--backbone_norm", choices=("frozen", "live"), help="batch norm (frozen; live where the weights are random)")
+    _switch(group, "--dilation", "stride 16 in the last stage (DC5)")
+    group.add_argument("--position_embedding", choices=("sine", "sine_shifted", "learned"), help="position code (sine)")
+    group.add_argument("--enc_layers", type=positive(), help="(6)")
+    group.add_argument("--dec_layers", type=positive(), help="(6)")
+    group.add_argument("--dim_feedforward", type=positive(), help="(2048)")
+    group.add_argument("--hidden_dim", type=positive(), help="(256)")
+    group.add_argument("--nheads", type=positive(), help="(8)")
+    group.add_argument("--dropout", type=float, help="(0.1)")
+    group.add_argument("--num_queries", type=positive(), help="DETR 100, Conditional DETR 300")
+    _switch(group, "--pre_norm", "layer norm before each block")
+
+
+def add_loss_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("matching and losses")
+    group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", default=None, help="no losses on earlier decoder layers")
+    group.add_argument("--set_cost_class", type=at_least_zero(float), help="matching: class (1; Conditional DETR 2)")
+    group.add_argument("--set_cost_bbox", type=at_least_zero(float), help="matching: L1 (5)")
+    group.add_argument("--set_cost_giou", type=at_least_zero(float), help="matching: generalised IoU (2)")
+    group.add_argument("--cls_loss_coef", type=at_least_zero(float), help="loss: class (1; Conditional DETR 2)")
+    group.add_argument("--bbox_loss_coef", type=at_least_zero(float), help="loss: L1 (5)")
+    group.add_argument("--giou_loss_coef", type=at_least_zero(float), help="loss: generalised IoU (2)")
+    group.add_argument("--eos_coef", type=at_least_zero(float), help="weight of `no object` in softmax classification (0.1)")
+    group.add_argument("--focal_alpha", type=float, help="weight of positives in focal classification (0.25)")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--coco_path", metavar="DIR", help="annotations/ beside train2017/ and val2017/, or beside images/train2017/")
+    group.add_argument("--data_root", metavar="DIR", help="folder that holds MSCoco, used where --coco_path is not given (data)")
+    group.add_argument("--dataset_file", choices=tuple(DATASETS), help="kind of labelled data (coco)")
+    group.add_argument("--image_size", type=positive(), metavar="PIXELS",
+                       help="short side at evaluation (800; pre-training 480); all published training sizes scale with it")
+    group.add_argument("--max_size", type=positive(), metavar="PIXELS", help="longest side (1333; pre-training 600; scaled)")
+
+
+def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("pretext")
+    group.add_argument("--pretext", choices=tuple(PRETEXTS), help="what is learnt without labels (random_query_patch)")
+    group.add_argument("--imagenet_path", metavar="DIR", help="unlabelled images: any folder tree; else the images of --coco_path")
+    group.add_argument("--proposals", choices=tuple(PROPOSALS), help="where boxes come from (random)")
+    group.add_argument("--num_patches", type=positive(), help="query patches an image; must divide --num_queries (10)")
+    group.add_argument("--patch_size", type=positive(), metavar="PIXELS", help="side of a patch as the backbone sees it (128)")
+    group.add_argument("--mask_ratio", type=float, help="share of queries without their patch in training (0.1)")
+    group.add_argument("--feature_loss_coef", type=at_least_zero(float), help="loss: reconstruction (1)")
+    _switch(group, "--feature_recon", "reconstruct the patches' features")
+    _switch(group, "--fre_cnn", "freeze the backbone")
+    _switch(group, "--query_shuffle", "assign queries to patches anew in each step")
+
+
+def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("fine-tuning and evaluation")
+    group.add_argument("--pretrain", metavar="PATH|URL", help="start from this checkpoint's weights, of a pretext or of a detector")
+    _switch(group, "--eval", "evaluate only")
+    group.add_argument("--eval_every", type=positive(), metavar="EPOCHS", help="evaluate after as many epochs, and the last (1)")
+    group.add_argument("--num_classes", type=positive(), help="largest category id + 1 (91)")
+    group.add_argument("--classification", choices=("softmax", "focal"), help="DETR softmax, Conditional DETR focal")
+    group.add_argument("--coco_evaluator", choices=("auto", "hotcoco", "faster_coco_eval", "pycocotools"),
+                       help="auto: the fastest that is installed; the numbers are equal")
+
+
+def add_flags(parser: argparse.ArgumentParser, script: str) -> None:
+    """Every flag of one entry script."""
+    groups = [add_run_flags, add_optimizer_flags, add_model_flags, add_loss_flags, add_data_flags]
+    groups.append(add_pretext_flags if script == PRETRAIN else add_finetune_flags)
+    for add in groups:
+        add(parser)
+    for flag, (takes_value, why) in DEAD_FLAGS.items():
+        nargs = None if takes_value else 0
+        parser.add_argument(flag, action=_Refuse, why=why, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS)

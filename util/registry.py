@@ -1,0 +1,79 @@
+"""What can be chosen by name: detectors, pretexts, labelled data sets and proposal methods.
+
+Each is one file and one line here. The line says where the file's builder is ("module:name"), what its checkpoints are told by, and which
+defaults it changes. Nothing is imported before it is used, so that a builder may live in any package that Python finds:
+
+    from util.registry import DETECTORS, DetectorEntry
+    DETECTORS["mine"] = DetectorEntry("my_package.my_detector:build", mark="my_attention")
+"""
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from util.logger import UserError
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True)
+class DetectorEntry:
+    """builder: `(args, backbone, classification) -> Detector`. mark: a part of a parameter's name that no other detector has, by which
+    its checkpoints are recognised. defaults: flag name -> value, where they differ from those of `util.arguments.DEFAULTS`."""
+
+    builder: str
+    mark: str
+    defaults: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PretextEntry:
+    """pretext: a subclass of `models.pretext.Pretext`. dataset: `(image_set, args) -> SampleDataset`, what it sees of an image.
+    parts: names that its own parameters begin with, which fine-tuning leaves behind. defaults: as those of a detector, and stronger."""
+
+    pretext: str
+    dataset: str
+    parts: tuple[str, ...]
+    defaults: dict[str, object] = field(default_factory=dict)
+
+
+DETECTORS: dict[str, DetectorEntry] = {
+    "detr": DetectorEntry("models.detr:build", mark=".multihead_attn."),
+    "conditional_detr": DetectorEntry("models.conditional_detr:build", mark=".ca_qpos_sine_proj.", defaults={
+        "epochs": 50, "lr_drop": 40, "save_every": 10, "num_queries": 300, "classification": "focal", "set_cost_class": 2.0,
+        "cls_loss_coef": 2.0,
+    }),
+}
+
+PRETEXTS: dict[str, PretextEntry] = {
+    "random_query_patch": PretextEntry(
+        "models.pretext.random_query_patch:RandomQueryPatch", "datasets.query_patches:build_query_patches",
+        parts=("patch2query.", "feature_align."), defaults={
+            "epochs": 60, "lr_drop": 40, "save_every": 20, "image_size": 480, "num_classes": 2, "classification": "softmax",
+            "set_cost_class": 1.0, "cls_loss_coef": 1.0, "num_workers": 16,
+        },
+    ),
+}
+
+# name -> builder `(image_set, args) -> SampleDataset` of labelled images
+DATASETS: dict[str, str] = {"coco": "datasets.coco:build_coco"}
+
+# name -> builder `(args) -> method`, see `datasets.proposals`
+PROPOSALS: dict[str, str] = {"random": "datasets.proposals.random:build_random"}
+
+
+def choose(registry: dict[str, Entry], flag: str, name: str) -> Entry:
+    """The line of `name`.
+
+    Raises:
+        UserError: there is none; it says what `flag` can be.
+    """
+    if name not in registry:
+        raise UserError(f"{flag} {name} is unknown: choose one of {', '.join(registry)}")
+    return registry[name]
+
+
+def load(place: str) -> Callable:
+    """The object at "module:name"."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
