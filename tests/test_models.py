@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from models import build_model
-from models.backbone import Backbone, LiveBatchNorm2d, resize_mask
+from models.backbone import Backbone, resize_mask
 from models.classification import Classification
 from models.detector import Detector, Queries
 from models.position_encoding import POSITION_ENCODINGS, sine_embed_points
 from models.postprocess import PostProcess
+from models.resnet import LiveBatchNorm2d
 from util.arguments import make_parser, resolve
 from util.flags import FINETUNE
 from util.logger import UserError

@@ -45,7 +45,7 @@ def architecture(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """
     state = without_detr_prefix(checkpoint["model"])
     args = checkpoint.get("args") or {}
-    kind = detector_kind(state)
+    kind = args["detector"] if args.get("detector") in DETECTORS else detector_kind(state)
     certain = {flag: args[flag] for flag in STORED if args.get(flag) is not None}
     certain.update(_from_weights(state, kind))
     certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
@@ -85,7 +85,7 @@ def _add_position_embedding(
 ) -> None:
     """Deformable DETR and both detectors of DETReg shift the sine code by half a cell, and call it `sine` too."""
     detreg = "object_embedding_loss" in args or any(key.startswith("feature_embed.") for key in state)
-    siamese = "transformer.tgt_embed.weight" in state  # its Deformable DETR does not shift
+    siamese = "patch2query.weight" in state  # patches on Deformable DETR are of its code base, which does not shift
     shifts = detreg or (kind == "deformable_detr" and not siamese)
     spelling = {"v2": "sine", "v3": "learned"}
     code = spelling.get(certain.get("position_embedding"), certain.get("position_embedding"))

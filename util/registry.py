@@ -1,10 +1,10 @@
-"""What can be chosen by name: detectors, pretexts, labelled data sets and proposal methods.
+"""What can be chosen by name: detectors, pretexts, labelled data sets, proposal methods and backbones.
 
 Each is one file and one line here. The line says where the file's builder is ("module:name"), what its checkpoints are told by, and which
 defaults it changes. Nothing is imported before it is used, so that a builder may live in any package that Python finds:
 
     from util.registry import DETECTORS, DetectorEntry
-    DETECTORS["mine"] = DetectorEntry("my_package.my_detector:build", mark="my_attention")
+    DETECTORS["mine"] = DetectorEntry("my_package.my_detector:build", mark=".my_attention.")
 """
 import importlib
 from collections.abc import Callable
@@ -62,6 +62,12 @@ DATASETS: dict[str, str] = {"coco": "datasets.coco:build_coco"}
 PROPOSALS: dict[str, str] = {"random": "datasets.proposals.random:build_random"}
 
 
+# name, or the beginning of many names up to a colon -> builder `(name, norm, dilation, stages) -> models.backbone.Body`
+BACKBONES: dict[str, str] = {
+    **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), "models.resnet:build"), "timm:": "models.timm_backbone:build",
+}
+
+
 def choose(registry: dict[str, Entry], flag: str, name: str) -> Entry:
     """The line of `name`.
 
@@ -69,7 +75,8 @@ def choose(registry: dict[str, Entry], flag: str, name: str) -> Entry:
         UserError: there is none; it says what `flag` can be.
     """
     if name not in registry:
-        raise UserError(f"{flag} {name} is unknown: choose one of {', '.join(registry)}")
+        names = ", ".join(f"{known}NAME" if known.endswith(":") else known for known in registry)
+        raise UserError(f"{flag} {name} is unknown: choose one of {names}")
     return registry[name]
 
 
