@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets.collate import PackedTargets, normalize, normalize_images
+from datasets.collate import to_device
 from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
 from util.distributed import all_gather_object, barrier, get_rank, get_world_size, is_main_process
 from util.logger import Progress, StopRequested, format_seconds, log
 from util.metrics import Averages, LossReader, check_finite, to_host
 from util.nested_tensor import NestedTensor
-from util.optimizer import build_optimizer, restore_optimizer
+from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.run_folder import append_log, is_logged
 
 CHECKPOINT_VERSION = 1
@@ -98,7 +98,6 @@ class Run:
     amp: bool
     folder: Path | None
     save_every: int
-    lr_drop: int
     keep: dict  # what else goes into each checkpoint: settings, class names, normalisation
     evaluate: Callable[[nn.Module, int], dict] | None = None  # (model, epoch) -> test_* values of the log
     eval_every: int = 1
@@ -116,17 +115,6 @@ class Run:
 def bare(model: nn.Module) -> nn.Module:
     """The model without its distributed wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def to_device(
-    samples: NestedTensor, targets: PackedTargets, device: torch.device, mean: tuple, std: tuple
-) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-    """Copies a batch to the device and normalises images and patches there."""
-    samples = normalize(samples.to(device, non_blocking=True), mean, std)
-    targets = targets.to(device, non_blocking=True)
-    if "patches" in targets.tensors:
-        targets.tensors["patches"] = normalize_images(targets.tensors["patches"], mean, std)
-    return samples, targets.unpack()
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -266,12 +254,14 @@ def _examples(samples: NestedTensor, targets: list[dict], results: list[dict], c
 
 def checkpoint_state(run: Run) -> dict:
     """Everything that an exact resume needs. `epoch` is the last finished one, as published."""
+    frozen = getattr(bare(run.model), "frozen_parts", dict)()
     return {
         "model": bare(run.model).state_dict(), "optimizer": run.optimizer.state_dict(), "lr_scheduler": run.scheduler.state_dict(),
         "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(),
         "pending": run.pending, "best": run.best, "seconds": run.seconds,
         "world_size": get_world_size(), "position_unit": position_unit(run),
         "random_states": all_gather_object(random_states()), **run.keep,
+        **({"frozen": {name: part.state_dict() for name, part in frozen.items()}} if frozen else {}),
     }
 
 
@@ -334,10 +324,12 @@ def _train_and_save(run: Run) -> None:
         run.pending = None
         save(run, ["checkpoint.pth"])
         raise
+    rate = run.optimizer.param_groups[0]["lr"]
     run.scheduler.step()
+    dropped = run.optimizer.param_groups[0]["lr"] != rate
     run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
     run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
-    numbered = run.epoch % run.lr_drop == 0 or run.epoch % run.save_every == 0
+    numbered = dropped or run.epoch % run.save_every == 0
     save(run, ["checkpoint.pth"] + ([f"checkpoint{run.epoch - 1:04d}.pth"] if numbered else []))
 
 
@@ -368,14 +360,17 @@ def make_run(
     keep: dict,
 ) -> Run:
     """Optimiser, schedule and distributed wrapper around a model that lies on its device."""
-    optimizer = build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, args.lr_drop)
+    optimizer = build_optimizer(
+        model, args.lr, args.lr_backbone, args.weight_decay, args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult,
+        args.sgd,
+    )
+    scheduler = build_scheduler(optimizer, args.lr_drop, args.lr_drop_epochs)
     if get_world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     return Run(
         model, criterion, optimizer, scheduler, loader, device, args.epochs, args.clip_max_norm, args.amp == "bf16", folder,
-        args.save_every, args.lr_drop, keep, epoch=args.start_epoch,
+        args.save_every, keep, epoch=args.start_epoch,
     )
 
 

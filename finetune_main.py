@@ -17,17 +17,21 @@ from pathlib import Path
 import torch
 
 import engine
-from datasets import build_dataset, build_loader
+from datasets import build_labelled, build_loader
 from datasets.evaluators.coco import CocoEvaluator
+from datasets.sample_page import draw_samples
 from models import build_model
+from models.summary import describe_model
 from util.arguments import Parser, make_parser, plain_settings
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import load_exactly, load_pretrained
+from util.checkpoint import Checkpoint, load_exactly, load_pretrained
+from util.classes import classes_of
 from util.distributed import is_main_process
 from util.flags import FINETUNE
 from util.logger import log
 from util.plot_utils import prediction_page
-from util.run_folder import describe_model, describe_settings, draw_curves, prepare_output, save_settings, write_text
+from util.run_folder import describe_settings, prepare_output, save_settings, write_text
+from util.run_page import report
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
 METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")
@@ -54,7 +58,7 @@ class Evaluation:
 
     def __call__(self, model: torch.nn.Module, epoch: int) -> dict:
         """Returns the values for the log, with the prefix `test_`."""
-        evaluator = CocoEvaluator(self.dataset.annotation_file, self.args.coco_evaluator)
+        evaluator = CocoEvaluator(self.dataset.annotation_file, self.args.coco_evaluator, self.dataset.category_ids)
         values, examples = engine.evaluate(
             model, self.criterion, self.postprocessors, self.loader, evaluator, self.device, self.normalization,
             self.args.amp == "bf16", keep_examples=12,
@@ -86,23 +90,38 @@ def warn_of_other_classes(trained: dict[int, str], evaluated: dict[int, str]) ->
                     label, trained[label], evaluated[label], len(differing))
 
 
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint | None, args: Namespace, class_names: dict[int, str]) -> None:
+    """All of a checkpoint that goes on; of one that is only a start what fits, with a table of what that was."""
+    if args.pretrain:
+        log.info(load_pretrained(model, checkpoint, class_names).table())
+    elif checkpoint:
+        load_exactly(model, checkpoint)
+
+
+def train(run: engine.Run) -> None:
+    """All epochs, with the run's page kept up to date; says at the end what the detector is good for."""
+    run.plot = lambda: report(run.folder)
+    run.plot()
+    engine.fit(run)
+    if run.folder is not None:
+        best = run.folder / "checkpoint_best.pth"
+        log.info("finished; objects on other images: python tools/predict.py --checkpoint %s --images DIR --output_dir predictions",
+                 best if best.exists() else run.folder / "checkpoint.pth")
+
+
 def main(args: Namespace) -> None:
     device = start_session(args)
     checkpoint = prepare_checkpoint(args)
     seed_everything(args.seed)
     folder = prepare_output(args)
-    describe_settings(plain_settings(args))
+    train_set, val_set = build_labelled(args, classes_of(checkpoint) if args.resume else None)
+    describe_settings(args)
 
-    val_set = build_dataset("val", args)
-    train_set = None if args.eval else build_dataset("train", args)
     model, criterion, postprocessors = build_model(args)
-    if args.pretrain:
-        log.info(load_pretrained(model, checkpoint, val_set.class_names).table())
-    elif checkpoint:
-        load_exactly(model, checkpoint)
+    load_weights(model, checkpoint, args, val_set.class_names)
     model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
-    describe_model(model, args)
+    summary = describe_model(model, args)
 
     backbone = model.backbone[0]
     normalization = {"mean": list(backbone.mean), "std": list(backbone.std)}
@@ -110,12 +129,15 @@ def main(args: Namespace) -> None:
     if args.eval:
         warn_of_other_classes(checkpoint.get("class_names") or {}, val_set.class_names)
         log.info("evaluating on %d images", len(val_set))
+        save_settings(folder, args, {"data": {"val": val_set.fingerprint()}, "model": summary})
         evaluation(model, checkpoint.get("epoch", 0))
+        report(folder)
         return
     log.info("%d training and %d validation images", len(train_set), len(val_set))
     keep = {
         "args": plain_settings(args), "normalization": normalization,
-        "class_names": {int(label): name for label, name in train_set.class_names.items()}, "version": engine.CHECKPOINT_VERSION,
+        "class_names": {int(label): name for label, name in train_set.class_names.items()}, "category_ids": train_set.category_ids,
+        "version": engine.CHECKPOINT_VERSION,
     }
     run = engine.make_run(args, model, criterion, build_loader(train_set, args, train=True), device, folder, keep)
     if args.resume:
@@ -125,10 +147,10 @@ def main(args: Namespace) -> None:
         engine.dry_run(run)
         return
     data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
-    save_settings(folder, plain_settings(args), {"data": data, "images": [len(train_set), len(val_set)]})
+    save_settings(folder, args, {"data": data, "images": [len(train_set), len(val_set)], "model": summary})
+    draw_samples(folder, train_set, args.batch_size, run.epoch, normalization)
     run.evaluate, run.eval_every = evaluation, args.eval_every
-    run.plot = lambda: draw_curves(folder, ("loss", "loss_ce", "loss_bbox", "loss_giou", "mAP"))
-    engine.fit(run)
+    train(run)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,15 @@ import torch
 
 import engine
 from datasets import build_dataset, build_loader
+from datasets.sample_page import draw_found_patches, draw_samples
 from models import build_model
+from models.summary import describe_model
 from util.arguments import Parser, check_right_script, make_parser, plain_settings
 from util.checkpoint import load_exactly
 from util.flags import PRETRAIN
 from util.logger import log
-from util.run_folder import describe_model, describe_settings, draw_curves, prepare_output, save_settings
+from util.run_folder import describe_settings, prepare_output, save_settings
+from util.run_page import report
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
 
@@ -39,16 +42,17 @@ def main(args: Namespace) -> None:
     checkpoint = prepare_checkpoint(args)
     seed_everything(args.seed)
     folder = prepare_output(args)
-    describe_settings(plain_settings(args))
+    describe_settings(args)
 
     dataset = build_dataset("train", args)
     loader = build_loader(dataset, args, train=True)
     model, criterion, _ = build_model(args)
     if checkpoint:
         load_exactly(model, checkpoint)
+        model.load_frozen(checkpoint.get("frozen", {}), checkpoint.source)
     model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
-    describe_model(model, args)
+    summary = describe_model(model, args)
 
     backbone = model.detector.backbone[0]
     keep = {
@@ -62,8 +66,15 @@ def main(args: Namespace) -> None:
     if args.dry_run:
         engine.dry_run(run)
         return
-    save_settings(folder, plain_settings(args), {"data": dataset.fingerprint(), "images": len(dataset)})
-    run.plot = lambda: draw_curves(folder, ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_feature"))
+    save_settings(folder, args, {"data": dataset.fingerprint(), "images": len(dataset), "model": summary})
+    draw_samples(folder, dataset, args.batch_size, run.epoch, keep["normalization"])
+    report(folder)
+
+    def plot() -> None:
+        draw_found_patches(folder, model, dataset, keep["normalization"], device)
+        report(folder)
+
+    run.plot = plot
     engine.fit(run)
     if folder is not None:
         log.info("finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",

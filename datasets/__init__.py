@@ -10,7 +10,8 @@ A sample is `(image, target)`:
 - `target["problems"]`, where present, lists (path, reason) of bad images that this one replaces; it alone is no tensor.
 
 A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,
-`fingerprint()`, and, where labelled, `num_classes` and `class_names` (id -> name).
+`fingerprint()`, and, where labelled, `num_classes`, `class_names` (label -> name), `annotation_file` and `category_ids` (the
+file's id of each label; None where labels are these ids).
 """
 import signal
 from argparse import Namespace
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from datasets.collate import collate
 from datasets.sample import SampleDataset
 from datasets.samplers import EpochSampler
+from util.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.logger import UserError
 from util.registry import DATASETS, PRETEXTS, choose, load
@@ -39,6 +41,24 @@ def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
     pretext = getattr(args, "pretext", None)
     place = choose(PRETEXTS, "--pretext", pretext).dataset if pretext else choose(DATASETS, "--dataset_file", args.dataset_file)
     return load(place)(image_set, args)
+
+
+def build_labelled(args: Namespace, classes: Classes | None = None) -> tuple[SampleDataset | None, SampleDataset]:
+    """(training images, None with `args.eval`; validation images), and sets `args.num_classes` to what they need.
+
+    classes: what the rows of the class head mean in a checkpoint that is resumed or evaluated; None: as the training data says.
+
+    Raises:
+        UserError: as `build_dataset`.
+    """
+    args.classes = classes
+    train_set = None if args.eval else build_dataset("train", args)
+    if train_set is not None:
+        ids = train_set.category_ids or {label: label for label in train_set.class_names}
+        args.classes = Classes(train_set.class_names, ids, train_set.num_classes, train_set.annotation_file)
+    val_set = build_dataset("val", args)
+    args.num_classes = val_set.num_classes
+    return train_set, val_set
 
 
 def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLoader:
@@ -63,14 +83,14 @@ def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLo
     workers = args.num_workers
     return DataLoader(
         dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=torch.device(args.device).type == "cuda", worker_init_fn=_init_worker,
+        pin_memory=torch.device(args.device).type == "cuda", worker_init_fn=init_worker,
         prefetch_factor=4 if workers else None,
         # Its own generator: workers must not draw from the stream that dropout uses, or a resumed run would differ.
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def _init_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C, `timeout` and cluster
     schedulers signal the whole process group: the main process still needs its workers to end the step and to save."""
     torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from datasets.image_folder import PackedStrings
 from util.logger import UserError, log
 
 Record = dict[str, Any]
+# kind (a key of datasets.checks.KINDS) -> (ids int64 [K, 2]: annotation, -1 where there is none, and image; file names [K])
+Findings = dict[str, tuple[np.ndarray, PackedStrings]]
+EDGE = 1.0  # pixels that a box may stand over its image unnoticed: published boxes are rounded
 
 
 @dataclass
@@ -20,6 +23,7 @@ class Annotations:
 
     image_ids int64 [I]; sizes_hw int64 [I, 2], 0 where the file does not say; boxes_xyxy_abs float32 [A, 4], not
     clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
+    findings: what is wrong with entries of the file, left out or not.
     """
 
     source: str
@@ -31,6 +35,7 @@ class Annotations:
     labels: np.ndarray
     areas: np.ndarray
     class_names: dict[int, str]
+    findings: Findings = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -111,12 +116,14 @@ def parse_coco(content: Record, source: str) -> Annotations:
     file_names = PackedStrings(_file_name(image, source) for image in images)
     sizes = np.array([_size_hw(image, source) for image in images], dtype=np.int64).reshape(-1, 2)
     columns = _columns(annotations, source)
-    rows = _usable_rows(columns, image_ids, sizes, file_names, source)
+    listed = np.array([_identifier(category, "id", source) for category in categories], dtype=np.int64)
+    rows, findings = _usable_rows(columns, image_ids, sizes, file_names, listed, source)
     columns = {key: column[rows] for key, column in columns.items()}
     counts = np.bincount(columns["image"], minlength=len(image_ids)) if len(rows) else np.zeros(len(image_ids), int)
     return Annotations(
         source, file_names, image_ids, sizes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         columns["box"], columns["label"], columns["area"], _class_names(categories, columns["label"], source),
+        findings,
     )
 
 
@@ -210,31 +217,50 @@ def _category(annotation: Record, source: str) -> int:
 
 
 def _usable_rows(
-    columns: dict[str, np.ndarray], image_ids: np.ndarray, sizes_hw: np.ndarray, file_names: PackedStrings, source: str
-) -> np.ndarray:
-    """Rows to train on, grouped by image in the order of the file; turns column `image` from ids into indices."""
-    def report(dropped: np.ndarray, what: str) -> None:
-        if dropped.any():
-            first = int(np.flatnonzero(dropped)[0])
-            image = columns["image"][first]
-            log.warning(
-                "%s: %d annotations %s are left out, the first is annotation %d of image %d",
-                source, dropped.sum(), what, columns["id"][first], image,
-            )
-
+    columns: dict[str, np.ndarray], image_ids: np.ndarray, sizes_hw: np.ndarray, file_names: PackedStrings, listed_ids: np.ndarray,
+    source: str,
+) -> tuple[np.ndarray, Findings]:
+    """(rows to train on, grouped by image in the order of the file; what was found). Turns column `image` from ids into indices."""
     if not len(columns["id"]):
-        return np.arange(0)
+        return np.arange(0), {}
+    ids = np.column_stack([columns["id"], columns["image"]])
     order = np.searchsorted(image_ids, columns["image"]).clip(max=max(len(image_ids) - 1, 0))
     listed = image_ids[order] == columns["image"] if len(image_ids) else np.zeros(len(order), bool)
-    report(~listed, "of images that the file does not list")
     finite = np.isfinite(columns["box"]).all(1)
-    report(listed & ~finite, "with a box that is not finite")
     usable = listed & finite & ~columns["crowd"]
-    with_area = _has_area(columns["box"], sizes_hw[order] if len(sizes_hw) else np.zeros((len(order), 2)))
-    report(usable & ~with_area, "with a box without area, or outside its image,")
+    sizes = sizes_hw[order] if len(sizes_hw) else np.zeros((len(order), 2))
+    with_area = _has_area(columns["box"], sizes)
+    _report(~listed, "of images that the file does not list", ids, source)
+    _report(listed & ~finite, "with a box that is not finite", ids, source)
+    _report(usable & ~with_area, "with a box without area, or outside its image,", ids, source)
+    flat = ~(columns["box"][:, 2:] > columns["box"][:, :2]).all(1)
+    found = {
+        "image not listed": ~listed, "box not finite": listed & ~finite, "box without area": usable & flat,
+        "box outside image": usable & ~with_area & ~flat, "box partly outside": usable & with_area & _stands_over(columns["box"], sizes),
+        "category not listed": usable & ~np.isin(columns["label"], listed_ids),
+    }
+    findings = {}
+    for kind, mask in found.items():
+        if mask.any():
+            names = PackedStrings(file_names[order[i]] if listed[i] else "" for i in np.flatnonzero(mask))
+            findings[kind] = (ids[mask], names)
     columns["image"] = order
     rows = np.flatnonzero(usable & with_area)
-    return rows[np.argsort(order[rows], kind="stable")]
+    return rows[np.argsort(order[rows], kind="stable")], findings
+
+
+def _report(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> None:
+    if dropped.any():
+        annotation, image = ids[np.flatnonzero(dropped)[0]]
+        log.warning(
+            "%s: %d annotations %s are left out, the first is annotation %d of image %d", source, dropped.sum(), what, annotation, image,
+        )
+
+
+def _stands_over(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """Whether a box ends more than EDGE outside its image (size 0: not known, no limit)."""
+    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
+    return (boxes_xyxy_abs[:, :2] < -EDGE).any(1) | (boxes_xyxy_abs[:, 2:] > limit + EDGE).any(1)
 
 
 def _has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:

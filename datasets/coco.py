@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from datasets.annotations import Annotations, read_coco
-from datasets.image_folder import read_image
+from datasets.image_folder import PackedStrings, read_image
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import Transform, detection_transforms
 from util.logger import UserError, log
@@ -45,17 +45,19 @@ def coco_files(root: str, image_set: str) -> tuple[str, str]:
 
 
 class CocoDetection(SampleDataset):
-    """Images with boxes and raw category ids as labels; images without objects are kept.
+    """Images with boxes; images without objects are kept.
 
-    An image whose size differs from the annotation file's counts as bad: its boxes would be wrong.
+    `category_ids` is the annotation file's id of each label, None where labels are these ids. An image whose size differs from
+    the annotation file's counts as bad: its boxes would be wrong.
     """
 
     def __init__(
-        self, image_folder: str, annotations: Annotations, transforms: Transform, num_classes: int, seed: int = 0
+        self, image_folder: str, annotations: Annotations, transforms: Transform, num_classes: int, seed: int = 0,
+        category_ids: dict[int, int] | None = None,
     ) -> None:
         super().__init__(seed)
         self.image_folder, self.annotations, self.transforms = image_folder, annotations, transforms
-        self.num_classes = num_classes
+        self.num_classes, self.category_ids = num_classes, category_ids
         self.class_names = annotations.class_names
 
     @property
@@ -89,15 +91,34 @@ def build_coco(image_set: str, args: Namespace) -> CocoDetection:
     Raises:
         UserError: files are missing or hold what makes training or evaluation wrong.
     """
+    classes = getattr(args, "classes", None)
+    if classes is not None and any(row != number for row, number in classes.ids.items()):
+        raise UserError(f"{classes.source} counts its classes without gaps, --dataset_file coco takes the ids as they are: give "
+                        "--dataset_file custom --val_images DIR --val_annotations FILE")
     image_folder, annotation_file = coco_files(coco_root(args), image_set)
-    annotations = _with_files(read_coco(annotation_file), image_folder, image_set)
+    annotations = read_with_files(image_folder, annotation_file, image_set, args)
     num_classes = _num_classes(annotations, args.num_classes)
+    return CocoDetection(image_folder, annotations, labelled_transforms(image_set, args), num_classes, seed=args.seed)
+
+
+def labelled_transforms(image_set: str, args: Namespace) -> Transform:
+    """Of labelled images, and of images on which objects are to be found ("val")."""
+    return detection_transforms(image_set, args.image_size or 800, args.max_size)
+
+
+def read_with_files(image_folder: str, annotation_file: str, image_set: str, args: Namespace) -> Annotations:
+    """The annotations of the images that are in the folder; says how many.
+
+    Raises:
+        UserError: see `read_coco`; a file is missing for evaluation, or all are missing.
+    """
+    # A check of the data set lists what is absent and goes on.
+    annotations = _with_files(read_coco(annotation_file), image_folder, image_set, getattr(args, "check_only", False))
     log.info(
         "%s: %d images, %d without objects, %d boxes, %d classes", annotation_file, len(annotations),
         (np.diff(annotations.offsets) == 0).sum(), len(annotations.labels), len(annotations.class_names),
     )
-    transforms = detection_transforms(image_set, args.image_size or 800, args.max_size)
-    return CocoDetection(image_folder, annotations, transforms, num_classes, seed=args.seed)
+    return annotations
 
 
 def _num_classes(annotations: Annotations, given: int | None) -> int:
@@ -113,8 +134,8 @@ def _num_classes(annotations: Annotations, given: int | None) -> int:
     return given
 
 
-def _with_files(annotations: Annotations, image_folder: str, image_set: str) -> Annotations:
-    """Leaves out images without a file for training; for evaluation they would falsify every number.
+def _with_files(annotations: Annotations, image_folder: str, image_set: str, check_only: bool = False) -> Annotations:
+    """Leaves out images without a file, in training and with `check_only`; in evaluation they would falsify every number.
 
     Raises:
         UserError: a file is missing for evaluation, or all are missing.
@@ -127,9 +148,11 @@ def _with_files(annotations: Annotations, image_folder: str, image_set: str) -> 
         return annotations
     first = f"{annotations.file_names[missing[0]]} (image {annotations.image_ids[missing[0]]})"
     what = f"{len(missing)} of {len(annotations)} images of {annotations.source} are not in {image_folder}: {first}"
-    if image_set != "train" or not present.any():
+    if not present.any() or image_set != "train" and not check_only:
         raise UserError(f"{what}: add the files or take the images out of the annotations")
     log.warning("%s: they are left out", what)
+    ids = np.column_stack([np.full(len(missing), -1), annotations.image_ids[missing]])
+    annotations.findings["image absent"] = (ids, PackedStrings(annotations.file_names[i] for i in missing))
     return annotations.select(np.flatnonzero(present))
 
 
@@ -139,5 +162,8 @@ def _present(annotations: Annotations, image_folder: str) -> np.ndarray:
     listings: dict[str, set[str]] = {}
     for folder in {os.path.dirname(name) for name in names}:
         path = os.path.join(image_folder, folder)
-        listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
+        try:
+            listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({error.strerror}): check the permissions") from error
     return np.array([os.path.basename(name) in listings[os.path.dirname(name)] for name in names])

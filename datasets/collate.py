@@ -89,3 +89,14 @@ def normalize(samples: NestedTensor, mean: Sequence[float], std: Sequence[float]
     if samples.padded:
         images.masked_fill_(samples.mask[:, None], 0)
     return NestedTensor(images, samples.mask, samples.padded)
+
+
+def to_device(
+    samples: NestedTensor, targets: PackedTargets, device: torch.device, mean: Sequence[float], std: Sequence[float]
+) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    """Copies a batch to the device and normalises images and patches there."""
+    samples = normalize(samples.to(device, non_blocking=True), mean, std)
+    targets = targets.to(device, non_blocking=True)
+    if "patches" in targets.tensors:
+        targets.tensors["patches"] = normalize_images(targets.tensors["patches"], mean, std)
+    return samples, targets.unpack()

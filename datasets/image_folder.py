@@ -1,4 +1,5 @@
 """Unlabelled images from any folder tree or list of files, and how an image file becomes pixels."""
+import bisect
 import hashlib
 import os
 import warnings
@@ -68,6 +69,17 @@ class PackedStrings:
         self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
+    @classmethod
+    def of_arrays(cls, data: np.ndarray, ends: np.ndarray) -> "PackedStrings":
+        """Of the two arrays that `arrays` gave, which may lie on disk."""
+        packed = cls.__new__(cls)
+        packed._bytes, packed._ends = data, ends
+        return packed
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(all bytes uint8, end of each string int64)."""
+        return self._bytes, self._ends
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -77,13 +89,18 @@ class PackedStrings:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
 
+    def find(self, string: str) -> int | None:
+        """Index of a string, None where it is not there; only where the strings are sorted."""
+        index = bisect.bisect_left(self, string)
+        return index if index < len(self) and self[index] == string else None
+
     def digest(self) -> str:
         """Hex digest of all strings and their borders."""
         return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()
 
 
 class ImageFolder:
-    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list).
+    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image.
 
     Symbolic links are followed, links that lead back to a folder above are not. Files with other extensions than
     `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`.
@@ -100,6 +117,8 @@ class ImageFolder:
         if os.path.isdir(root):
             names = sorted(self._walk(root, "", frozenset()))
             self._base = root
+        elif os.path.splitext(root)[1].lower() in image_extensions():
+            self._base, names = os.path.split(root)[0], [os.path.basename(root)]
         else:
             names, self._base = _read_list(root), os.path.dirname(root)
         if not names:
@@ -125,6 +144,10 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def name(self, index: int) -> str:
+        """The path as it counts from the folder or from the list's folder."""
+        return self._names[index]
 
     def path(self, index: int) -> str:
         return os.path.join(self._base, self._names[index])

@@ -72,14 +72,14 @@ def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -
 
 
 def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
-    """Images of `args.imagenet_path` where given (for "val" too, without augmentation), else of the COCO data set.
+    """Images of `args.imagenet_path` or `args.train_images` where given (for "val" too, without augmentation), else of COCO.
 
     Raises:
         UserError: no images.
     """
     image_size = args.image_size or 480
     return QueryPatches(
-        ImageFolder(_image_source(image_set, args)),
+        ImageFolder(image_source(image_set, args)),
         build_proposals(args),
         pretext_transforms(image_set, image_size, args.max_size),
         PatchAugmentation(args.patch_size, augment=image_set == "train"),
@@ -87,9 +87,12 @@ def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
     )
 
 
-def _image_source(image_set: str, args: Namespace) -> str:
-    if args.imagenet_path:
-        return args.imagenet_path
+def image_source(image_set: str, args: Namespace) -> str:
+    own = args.imagenet_path or getattr(args, "train_images", None)
+    if own:
+        return own
+    if args.dataset_file == "custom":
+        raise UserError("no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)")
     try:
         root = coco_root(args)
     except UserError as error:

@@ -24,6 +24,8 @@ class SampleDataset(Dataset):
     A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
     """
 
+    category_ids: dict[int, int] | None = None  # of labels in the annotation file, where labels are not these ids
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
 

@@ -44,6 +44,8 @@ def resized_size(size: Size, short_side: int, max_size: int | None = None) -> Si
     low, high = min(size), max(size)
     if max_size is not None and high / low * short_side > max_size:
         short_side = round(max_size * low / high)
+        if short_side == 0:  # thinner than a pixel: one is kept, where the published code stops
+            return (1, max_size) if size[0] < size[1] else (max_size, 1)
     if low == short_side:
         return size
     long_side = int(short_side * high / low)
@@ -335,7 +337,24 @@ def pretext_transforms(image_set: str, image_size: int = 480, max_size: int | No
     Published for 480: ten short sides from 320 to 480 (the list of steps of 16 lacks 384), long side 600. For another
     `image_size` they scale as in `detection_transforms`.
     """
+    return Compose([_pretext_resize(image_set, image_size, max_size), ToSample()])
+
+
+def _pretext_resize(image_set: str, image_size: int, max_size: int | None) -> RandomResize:
     if max_size is None:
         (max_size,) = _scaled([600], image_size, 480)
     published = [480] if image_set != "train" else [size for size in range(320, 481, 16) if size != 384]
-    return Compose([RandomResize(_scaled(published, image_size, 480), max_size), ToSample()])
+    return RandomResize(_scaled(published, image_size, 480), max_size)
+
+
+def region_transforms(image_set: str, image_size: int = 480, max_size: int | None = None) -> Compose:
+    """DETReg's augmentation for "train": DETR's flips and crops, with UP-DETR's sizes; the plain resize for "val".
+
+    Published for 480: crops of 384 to 600 after resizing to 400, 500 or 600; for another `image_size` all sizes scale.
+    """
+    sizes = _pretext_resize(image_set, image_size, max_size)
+    if image_set != "train":
+        return Compose([sizes, ToSample()])
+    before_crop = RandomResize(_scaled([400, 500, 600], image_size, 480))
+    cropped = Compose([before_crop, RandomSizeCrop(*_scaled([384, 600], image_size, 480)), sizes])
+    return Compose([RandomHorizontalFlip(), RandomSelect(sizes, cropped), ToSample()])

@@ -17,7 +17,8 @@ from util.registry import DETECTORS, PRETEXTS, load
 
 def build_backbone(args) -> BackboneWithPositions:
     """The feature extractor with its weights and its position code."""
-    backbone = Backbone(args.backbone, args.backbone_norm, args.dilation, trainable=args.lr_backbone > 0)
+    stages = (2, 3, 4)[-args.num_feature_levels :]  # further levels are made by the detector
+    backbone = Backbone(args.backbone, args.backbone_norm, args.dilation, stages, trainable=args.lr_backbone > 0)
     if args.backbone_weights != "none":
         load_backbone_weights(backbone.body, args.backbone, args.backbone_weights)
     return BackboneWithPositions(backbone, POSITION_ENCODINGS[args.position_embedding](args.hidden_dim))
@@ -45,7 +46,8 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
         model, losses = detector, ("labels", "boxes", "cardinality")
         weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     num_aux = args.dec_layers - 1 if args.aux_loss else 0
-    criterion = SetCriterion(
-        classification, expand_weights(weights, num_aux), losses, args.eos_coef, args.focal_alpha, args.reproduce_published
-    )
+    weight_dict = expand_weights(weights, num_aux, detector.two_stage)
+    if pretext:
+        weight_dict.update(model.last_layer_weights(args))
+    criterion = SetCriterion(classification, weight_dict, losses, args.eos_coef, args.focal_alpha, args.reproduce_published)
     return model, criterion, {"bbox": PostProcess(classification)}

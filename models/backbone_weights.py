@@ -8,13 +8,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from util.architecture import RESNET_BLOCKS, resnet_name
+from util.architecture import RESNET_BLOCKS, detector_kind, resnet_name
 from util.load_report import LoadReport
 from util.logger import UserError, log
 from util.weight_files import fetch, read_weights
 
 SWAV = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ORIGINS = {"prototypes": "SwAV", "encoder_q": "MoCo", "teacher": "DINO", "fc.weight": "torchvision or another classifier"}
 PREFERRED = ("teacher", "encoder_q")  # of the networks in one file: DINO's teacher, MoCo's trained encoder
 
 
@@ -70,6 +71,21 @@ def _imagenet(name: str) -> tuple[Any, str]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"--backbone_weights imagenet: torchvision has none for {name}; give a file or none") from error
     return read_weights(url), url
+
+
+def held_backbone(content: Any) -> tuple[str, str] | None:
+    """(ResNet's name, where from) of a file that holds one without a detector; None for anything else.
+
+    Where from is told by what lies beside it: SwAV's prototypes, MoCo's and DINO's second networks, torchvision's classifier.
+    """
+    states = _state_dicts(content)
+    for _, state in [] if any(detector_kind(state) for _, state in states) else states:
+        names = filter(None, (resnet_name(state, prefix) for prefix in _prefixes(state, "conv1.weight")))
+        name = next(names, None)
+        if name:
+            beside = " ".join([*map(str, content), *state])
+            return name, next((origin for mark, origin in ORIGINS.items() if mark in beside), "no mark of its origin")
+    return None
 
 
 def efficientnet_lite0_file() -> Path | None:

@@ -1,4 +1,5 @@
 """The set-prediction loss: classes, boxes and features of matched pairs, all decoder layers as one batch."""
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from models.detector import full_precision
 from models.matcher import HungarianMatcher, Matches
 from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.distributed import all_reduce_sum, get_world_size
+
+PROPOSAL_LOSSES = ("labels", "boxes", "cardinality")  # what of a detector's losses is scored on encoder proposals too
 
 
 @dataclass
@@ -34,11 +37,13 @@ class SetCriterion(nn.Module):
     """Matches predictions to targets and computes the named losses of every decoder layer.
 
     The last layer's losses have plain names, those of earlier layers the suffix `_0`, `_1`, ... Each is a scalar connected to the
-    graph even where there is nothing to match, so that processes without targets take part in every collective.
+    graph even where there is nothing to match, so that processes without targets take part in every collective. Encoder proposals
+    (`enc_outputs`) are matched and scored in a second pass, without regard to classes: every target has label 0. Their losses have the
+    suffix `_enc` (Zhu et al. 2021, appendix A.4).
 
     Args:
         weight_dict: name -> weight in the total; names without weight are logged only.
-        losses: which of `labels`, `boxes`, `cardinality`, `features` are computed.
+        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding` are computed.
         eos_coef: weight of "no object" in softmax classification.
         focal_alpha: weight of positives in focal classification.
         reproduce_published: log the published cardinality error with focal outputs, which counts queries whose best class is not
@@ -61,23 +66,36 @@ class SetCriterion(nn.Module):
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
 
-        Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them.
+        Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them, those of encoder
+        proposals in `self.last_proposal_matches`.
 
         Raises:
             NonFinitePrediction: a prediction is NaN or infinite.
         """
-        batch = self._prepare(outputs, targets)
-        self.last_matches = batch.matches
-        losses: dict[str, Tensor] = {}
-        for name in self.losses:
-            losses.update(getattr(self, f"loss_{name}")(batch))
+        num_boxes = self._num_boxes(sum(len(target["labels"]) for target in targets), outputs["pred_logits"].device)
+        losses, self.last_matches = self._score(self.losses, outputs, targets, num_boxes)
+        if "enc_outputs" in outputs:
+            objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
+            names = [name for name in self.losses if name in PROPOSAL_LOSSES]
+            proposal_losses, self.last_proposal_matches = self._score(names, outputs["enc_outputs"], objects, num_boxes)
+            proposal_losses.pop("class_error", None)
+            losses.update({f"{name}_enc": value for name, value in proposal_losses.items()})
         return losses
+
+    def _score(
+        self, names: Iterable[str], outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | float
+    ) -> tuple[dict[str, Tensor], Matches]:
+        batch = self._prepare(outputs, targets, num_boxes)
+        losses: dict[str, Tensor] = {}
+        for name in names:
+            losses.update(getattr(self, f"loss_{name}")(batch))
+        return losses, batch.matches
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum that is minimised."""
         return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
 
-    def _prepare(self, outputs: dict, targets: list[dict[str, Tensor]]) -> _Batch:
+    def _prepare(self, outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | float) -> _Batch:
         layers = [*outputs.get("aux_outputs", []), outputs]
         logits = full_precision(torch.stack([layer["pred_logits"] for layer in layers]))
         boxes = full_precision(torch.stack([layer["pred_boxes"] for layer in layers]))
@@ -85,7 +103,7 @@ class SetCriterion(nn.Module):
         counts = [len(target["labels"]) for target in targets]
         return _Batch(
             logits, boxes, matches, torch.cat([target["labels"] for target in targets]),
-            torch.cat([target["boxes"] for target in targets]).to(boxes.dtype), self._num_boxes(sum(counts), logits.device), counts, layers,
+            torch.cat([target["boxes"] for target in targets]).to(boxes.dtype), num_boxes, counts, layers,
         )
 
     def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
@@ -160,10 +178,25 @@ class SetCriterion(nn.Module):
         distance = (predicted - true).square().sum(1)
         return self._named("loss_feature", batch.per_layer(distance) / batch.num_boxes)
 
+    def loss_object_embedding(self, batch: _Batch) -> dict[str, Tensor]:
+        """Mean L1 distance, over pairs and channels, of predicted and target embeddings of the last layer's matched pairs; 0 without pairs.
 
-def expand_weights(weights: dict[str, float], num_aux_layers: int) -> dict[str, float]:
-    """The weights of the last layer, and the same for each earlier one with its suffix."""
+        Bar et al. 2022, section 3.2. `target_features` [T, F] stands in the order of the targets.
+        """
+        outputs, layers = batch.outputs[-1], len(batch.logits)
+        pairs = len(batch.matches.source) // layers
+        first = (layers - 1) * batch.logits.shape[1] * batch.logits.shape[2]  # of the last layer's queries among all
+        source, target = (index[pairs * (layers - 1) :] for index in (batch.matches.source, batch.matches.target))
+        predicted = full_precision(outputs["pred_features"]).flatten(0, 1)[source - first]
+        distance = (predicted - full_precision(outputs["target_features"])[target]).abs()
+        return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
+
+
+def expand_weights(weights: dict[str, float], num_aux_layers: int, proposals: bool = False) -> dict[str, float]:
+    """The weights of the last layer, and the same for each earlier one with its suffix, and for the losses of encoder proposals."""
     expanded = dict(weights)
     for layer in range(num_aux_layers):
         expanded.update({f"{name}_{layer}": weight for name, weight in weights.items()})
+    if proposals:
+        expanded.update({f"{name}_enc": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou") if name in weights})
     return expanded

@@ -44,7 +44,9 @@ class Queries:
 
 @dataclass
 class States:
-    """layers [L, B, Q, D]; references of each layer, [B, Q, 2 or 4] in [0, 1], or None where boxes are predicted absolutely."""
+    """layers [L, B, Q, D]; references that each layer's boxes are relative to, [B, Q, 2 or 4] in [0, 1], or None where boxes are
+    predicted absolutely; encoder_proposals: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of a two-stage detector.
+    """
 
     layers: Tensor
     references: list[Tensor] | None = None
@@ -59,6 +61,7 @@ class Detector(nn.Module):
     classification: Classification
     aux_loss: bool
     backbone: BackboneWithPositions
+    two_stage: bool = False  # its queries come from encoder proposals, so that it has no learned ones and can't be given any
 
     def encode(self, samples: NestedTensor) -> Memory:
         raise NotImplementedError  # the contract
@@ -74,7 +77,10 @@ class Detector(nn.Module):
         raise NotImplementedError  # the contract
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> dict:
-        """Normalised images -> {"pred_logits" [B, Q, C], "pred_boxes" [B, Q, 4], "aux_outputs": the same of each earlier layer}."""
+        """Normalised images -> {"pred_logits" [B, Q, C], "pred_boxes" [B, Q, 4], "aux_outputs": the same of each earlier layer}.
+
+        A two-stage detector also gives "enc_outputs": the same of all S memory tokens, which the criterion scores apart.
+        """
         return self.predict(self.decode(self.encode(as_nested_tensor(samples))))
 
     def layer_outputs(self, logits: Tensor, boxes_cxcywh: Tensor) -> dict:

@@ -6,7 +6,16 @@ import torch
 from golden_models import close
 
 from models.classification import Classification, inverse_sigmoid, sigmoid_focal_loss
+from models.deformable_transformer import (
+    DeformableAttention,
+    DeformableMemory,
+    cell_proposals,
+    cell_references,
+    embed_boxes,
+    valid_size,
+)
 from models.matcher import HungarianMatcher
+from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import SinePositionEncoding, sine_embed_points
 from models.postprocess import PostProcess
 from util.box_ops import box_iou, box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes
@@ -70,4 +79,40 @@ def check_updetr(name: str, js: dict, z: dict, folder: Path) -> None:
         assert np.array_equal(ours[right], published[right])
 
 
-CHECKS = {"data_detr": check_detr, "data_cond": check_conditional, "data_updetr": check_updetr}
+def check_deformable(name: str, js: dict, z: dict, folder: Path) -> None:
+    """Shifted positions, deformable attention with its gradients, initial offsets, valid shares, references and proposals of cells."""
+    mask = torch.from_numpy(z["pos/mask"])
+    close(SinePositionEncoding(256, shift=0.5)(mask), z["pos/sine_normalize"], atol=1e-5)
+    close(SinePositionEncoding(32, normalize=False)(mask), z["pos/sine_unnormalized"], atol=1e-5)
+    value, locations, weights = (
+        torch.from_numpy(z[f"msda/{part}"]).requires_grad_() for part in ("value", "sampling_locations", "attention_weights")
+    )
+    out = ms_deform_attn(value, [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()], locations, weights, "pytorch")
+    close(out, z["msda/output"], rtol=1e-5, atol=1e-6)
+    out.backward(torch.from_numpy(z["msda/grad_output"]))
+    for part, tensor in (("value", value), ("sampling_locations", locations), ("attention_weights", weights)):
+        close(tensor.grad, z[f"msda/grad_{part}"], rtol=1e-4, atol=1e-5)
+    for levels in (1, 4):
+        attention = DeformableAttention(256, 8, levels, 4)
+        attention.reset_parameters()
+        close(attention.sampling_offsets.bias, z[f"init/sampling_offsets_bias_d256_l{levels}_h8_p4"], atol=1e-6)
+    close(embed_boxes(torch.from_numpy(z["proposal_pos/x"]).sigmoid(), 256), z["proposal_pos/out"], atol=1e-5)
+    check_cells(z)
+
+
+def check_cells(z: dict) -> None:
+    shapes = [tuple(shape) for shape in z["proposals/shapes"].tolist()]
+    padding = torch.from_numpy(z["proposals/mask_flat"])
+    masks = [x.unflatten(1, shape) for x, shape in zip(padding.split([h * w for h, w in shapes], 1), shapes, strict=True)]
+    memory = DeformableMemory(
+        [], torch.zeros(0), torch.zeros(0), padding, shapes, sizes=torch.tensor([(float(w), float(h)) for h, w in shapes]),
+        valid_sizes=torch.stack([valid_size(mask) for mask in masks], 1),
+    )
+    close(memory.valid_ratios, z["valid_ratio/out"], rtol=1e-6)
+    close(cell_references(memory), z["enc_ref/out"], rtol=1e-6)
+    logits, valid = cell_proposals(memory)
+    assert np.array_equal(valid.numpy(), z["proposals/kept"])
+    close(logits, z["proposals/logit"], rtol=1e-5, atol=1e-6)
+
+
+CHECKS = {"data_detr": check_detr, "data_cond": check_conditional, "data_deform": check_deformable, "data_updetr": check_updetr}

@@ -208,7 +208,7 @@ def test_help_has_a_text_for_every_flag(script: str) -> None:
     for action in make_parser(script)._actions:
         assert action.help, action.option_strings
     text = Parser(script, parents=[make_parser(script)]).format_help()
-    assert "--detector {detr,conditional_detr}" in text
+    assert "--detector {detr,conditional_detr,deformable_detr}" in text
     assert "--masks" not in text
 
 

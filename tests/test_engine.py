@@ -223,9 +223,9 @@ def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
     """`checkpoint0001.pth` before the rate drop after 2 epochs, `checkpoint0002.pth` by --save_every 3, no other and no rest."""
     assert {path.name for path in (fine_run / "run").iterdir()} == {
         "args.json", "checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth", "checkpoint_best.pth", "curves.png", "log.txt",
-        "metrics.json", "predictions.png", "results.json",
+        "metrics.json", "predictions.png", "result.html", "results.json", "samples.png",
     }
-    for name in ("curves.png", "predictions.png"):
+    for name in ("curves.png", "predictions.png", "samples.png"):
         with Image.open(fine_run / "run" / name) as image:
             image.load()
             assert min(image.size) > 100
@@ -240,7 +240,9 @@ def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
 
 
 def test_files_of_a_pretext_run(pretext_run: Path) -> None:
-    assert {path.name for path in (pretext_run / "run").iterdir()} == {"args.json", "checkpoint.pth", "curves.png", "log.txt"}
+    assert {path.name for path in (pretext_run / "run").iterdir()} == {
+        "args.json", "checkpoint.pth", "curves.png", "log.txt", "patches.png", "result.html", "samples.png",
+    }
 
 
 def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -> None:
@@ -290,7 +292,9 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(fine_run: Path,
             assert value == pytest.approx(last[f"test_{name}"], rel=1e-6), name
     for name in ("metrics.json", "results.json"):
         assert (tmp_path / "eval" / name).read_bytes() == before[name]
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == {"metrics.json", "results.json", "predictions.png"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {
+        "eval_args.json", "metrics.json", "results.json", "predictions.png", "result.html",
+    }
     assert {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()} == before
 
 

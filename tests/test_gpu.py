@@ -90,7 +90,7 @@ def test_training_step_with_fused_adamw() -> None:
     case, samples, targets = _on_gpu("cond_r50")
     optimizer = golden_models.build_optimizer(case.model, 1e-4, 1e-5, 1e-4)
     assert optimizer.defaults["fused"] is True
-    run = Run(case.model, case.criterion, optimizer, None, None, torch.device("cuda"), 1, 0.1, True, None, 1, 1, {})
+    run = Run(case.model, case.criterion, optimizer, None, None, torch.device("cuda"), 1, 0.1, True, None, 1, {})
     first, _ = train_step(run, samples, targets, stop=False)
     for _ in range(5):
         last, _ = train_step(run, samples, targets, stop=False)

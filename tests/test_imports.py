@@ -7,7 +7,7 @@ import pytest
 from util.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, load
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"main", "finetune_main"}
+SCRIPTS = {"main", "finetune_main", "hubconf"}
 LAYERS = {"util": 0, "models": 1, "datasets": 1, "engine": 2, **dict.fromkeys(SCRIPTS, 3), "tools": 3}
 FILES = sorted(
     path for pattern in ("*.py", "util/**/*.py", "models/**/*.py", "datasets/**/*.py", "tools/**/*.py") for path in ROOT.glob(pattern)

@@ -23,7 +23,7 @@ FLAGS = [
     "--num_queries", "20", "--dropout", "0", "--dim_feedforward", "512", "--image_size", "160", "--num_classes", "5",
     "--device", "cpu", "--num_workers", "0", "--lr", "4e-4", "--lr_backbone", "4e-4", "--clip_max_norm", "0.5",
 ]
-MAX_STEPS = {"detr": 900, "conditional_detr": 500}
+MAX_STEPS = {"detr": 900, "conditional_detr": 500, "deformable_detr": 500}
 
 
 @pytest.fixture(scope="module")

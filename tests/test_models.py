@@ -14,6 +14,7 @@ from models.classification import Classification
 from models.detector import Detector, Queries
 from models.position_encoding import POSITION_ENCODINGS, sine_embed_points
 from models.postprocess import PostProcess
+from models.transformer import MLP
 from models.resnet import LiveBatchNorm2d
 from util.arguments import make_parser, resolve
 from util.flags import FINETUNE
@@ -88,9 +89,10 @@ def test_contract_of_the_stages(detector: str) -> None:
     model = build("--detector", detector).eval()
     samples = make_batch([(64, 64), (64, 96)])
     memory = model.encode(samples)
-    assert memory.tokens.shape == memory.position.shape == (2, 2 * 3, 32)
-    assert memory.padding_mask.shape == (2, 2 * 3)
-    assert memory.shapes == [(2, 3)]
+    tokens = sum(height * width for height, width in memory.shapes)
+    assert memory.tokens.shape == memory.position.shape == (2, tokens, 32)
+    assert memory.padding_mask.shape == (2, tokens)
+    assert (2, 3) in memory.shapes
     assert memory.features[-1].tensor.shape == (2, 512, 2, 3)
     states = model.decode(memory)
     assert states.layers.shape == (LAYERS, 2, QUERIES, 32)
@@ -103,7 +105,8 @@ def test_contract_of_the_stages(detector: str) -> None:
     groups = model.decode(memory, learned, query_groups=4)
     for group in range(4):
         part = slice(group * 5, group * 5 + 5)
-        alone = model.decode(memory, Queries(learned.position[:, part]))
+        content = None if learned.content is None else learned.content[:, part]
+        alone = model.decode(memory, Queries(learned.position[:, part], content))
         torch.testing.assert_close(groups.layers[:, :, part], alone.layers, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(groups.layers, states.layers, atol=1e-3)
 
@@ -136,9 +139,10 @@ def test_pre_norm_is_refused_by_conditional_detr() -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_dilation_halves_the_stride(detector: str) -> None:
-    flags = ("--detector", detector, "--backbone", "resnet50")
+    one_map = ("--num_feature_levels", "1") if "num_feature_levels" in DETECTORS[detector].flags else ()
+    flags = ("--detector", detector, "--backbone", "resnet50", *one_map)
     plain, dilated = build(*flags), build(*flags, "--dilation")
-    assert [plain.backbone[0].strides, dilated.backbone[0].strides] == [[32], [16]]
+    assert [plain.backbone[0].strides[-1], dilated.backbone[0].strides[-1]] == [32, 16]
     assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in dilated.state_dict().items()}
     with torch.no_grad():
         assert dilated.encode(make_batch(1)).shapes == [(4, 4)]
@@ -176,7 +180,7 @@ def test_trainable_parameters_at_published_sizes(detector: str) -> None:
     with torch.device("meta"):
         model = build_model(resolve(make_parser(FINETUNE).parse_args(flags)))[0]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == {"detr": 41_302_368, "conditional_detr": 43_196_001}[detector]
+    assert count == {"detr": 41_302_368, "conditional_detr": 43_196_001, "deformable_detr": 39_847_265}[detector]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -222,12 +226,12 @@ def test_promise_of_no_padding_changes_nothing(detector: str) -> None:
 class Cells(nn.Module):
     """A backbone whose cells see their own 32 x 32 pixels only; a convolutional one also sees the border to the padding."""
 
-    def __init__(self) -> None:
+    def __init__(self, maps: list[tuple[int, int]]) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 512, kernel_size=32, stride=32)
+        self.convs = nn.ModuleList(nn.Conv2d(3, channels, kernel_size=stride, stride=stride) for channels, stride in maps)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"0": self.conv(images)}
+        return {str(i): conv(images) for i, conv in enumerate(self.convs)}
 
 
 @pytest.mark.parametrize("positions", ["sine", "sine_shifted"])
@@ -235,15 +239,20 @@ class Cells(nn.Module):
 def test_padding_is_not_seen(detector: str, positions: str) -> None:
     """An image gives the same alone and beside a larger one, where the backbone lets it: positions, attention and boxes do."""
     model = build("--detector", detector, "--position_embedding", positions, "--enc_layers", "2").eval()
-    model.backbone[0].body = Cells()
-    nn.init.normal_(model.bbox_embed.layers[-1].weight)  # zero at the start in Conditional DETR
-    small, large = make_batch(1, seed=1).tensors[0], make_batch([(96, 128)], seed=2).tensors[0]
+    backbone = model.backbone[0]
+    backbone.body = Cells(list(zip(backbone.num_channels, backbone.strides, strict=True)))
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):  # its statistics are those of the padded map, as published
+            module.forward = lambda x: x
+        if isinstance(module, MLP):
+            nn.init.normal_(module.layers[-1].weight, std=0.3)  # zero at the start in the box heads of two detectors
+    small, large = make_batch(1, seed=1).tensors[0], make_batch([(128, 192)], seed=2).tensors[0]
     alone, together = model([small]), model([small, large])
     assert as_nested_tensor([small, large]).padded is True
     for name in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together[name][1:], model([large])[name], rtol=1e-4, atol=1e-5)
-    unmasked = model(NestedTensor(as_nested_tensor([small, large]).tensors, torch.zeros(2, 96, 128, dtype=torch.bool)))
+    unmasked = model(NestedTensor(as_nested_tensor([small, large]).tensors, torch.zeros(2, 128, 192, dtype=torch.bool)))
     assert not torch.allclose(unmasked["pred_boxes"][:1], alone["pred_boxes"], atol=1e-3)
 
 

@@ -82,7 +82,7 @@ def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
     flags = ["--dropout", "0", "--mask_ratio", "0", "--hidden_dim", "64", "--fre_cnn", "--backbone_norm", "frozen"]
     model, criterion = build(detector, *flags, pretext=pretext)
     samples, targets = make_batch(4), patch_targets(images=4)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     history = []
     for _ in range(60):
         total = criterion.total(criterion(model(samples, targets), targets))
@@ -102,12 +102,14 @@ def test_shapes(detector: str) -> None:
     model, criterion = build(detector)
     outputs = model(make_batch(), patch_targets())
     layers = [*outputs["aux_outputs"], outputs]
+    channels = sum(model.detector.backbone[0].num_channels)  # several maps are pooled and joined
+    assert channels == {"deformable_detr": 128 + 256 + 512}.get(detector, 512)
     assert len(layers) == 2
     for layer in layers:
         assert layer["pred_logits"].shape == (2, QUERIES, 3)  # two classes and "no object", on every detector
         assert layer["pred_boxes"].shape == (2, QUERIES, 4)
-        assert layer["pred_features"].shape == (2, QUERIES, 512)
-    assert outputs["target_features"].shape == (2 * PATCHES, 512)
+        assert layer["pred_features"].shape == (2, QUERIES, channels)
+    assert outputs["target_features"].shape == (2 * PATCHES, channels)
     assert criterion.weight_dict == {
         f"{name}{suffix}": weight for suffix in ("", "_0")
         for name, weight in (("loss_ce", 1.0), ("loss_bbox", 5.0), ("loss_giou", 2.0), ("loss_feature", 1.0))
@@ -148,7 +150,7 @@ def test_queries_of_one_patch_see_each_other(detector: str) -> None:
     model.eval()
     before = model(make_batch(), patch_targets())["pred_logits"]
     with torch.no_grad():
-        model.detector.query_embed.weight[4] += torch.randn(32)  # the first query of group 1
+        model.detector.query_embed.weight[4] += torch.randn_like(model.detector.query_embed.weight[4])  # the first query of group 1
     after = model(make_batch(), patch_targets())["pred_logits"]
     moved = (after - before).abs().amax((0, 2)) > 1e-5
     assert moved.tolist() == [4 <= query < 8 for query in range(QUERIES)]
@@ -248,9 +250,9 @@ def test_frozen_backbone() -> None:
 @on_detectors
 def test_queries_are_left_out_in_training_only(detector: str) -> None:
     model, _ = build(detector, "--mask_ratio", "0.5", "--dropout", "0")
-    features = torch.randn(2 * PATCHES, 512)
+    features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
-        learned = model.detector.query_embed.weight.expand(2, -1, -1)
+        learned = model.detector.learned_queries(2).position
         full = model.patch2query(features).view(2, PATCHES, -1).repeat_interleave(QUERIES // PATCHES, dim=1)
         model.eval()
         torch.testing.assert_close(model.patch_queries(features, 2, PATCHES).position, learned + full)
@@ -277,16 +279,18 @@ def test_share_of_queries_that_are_left_out() -> None:
 def test_query_shuffle(detector: str) -> None:
     """In training learned queries go to patches in a new order each step, the same for all images; at evaluation never."""
     model, _ = build(detector, "--query_shuffle", "--mask_ratio", "0")
-    features = torch.randn(2 * PATCHES, 512)
+    features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
-        learned = model.detector.query_embed.weight
+        learned, content = model.detector.learned_queries(1).position[0], model.detector.learned_queries(1).content
         full = model.patch2query(features).view(2, PATCHES, -1).repeat_interleave(QUERIES // PATCHES, dim=1)
         orders = []
         for _ in range(2):
-            drawn = model.train().patch_queries(features, 2, PATCHES).position - full
+            queries = model.train().patch_queries(features, 2, PATCHES)
+            drawn = queries.position - full
             order = torch.cdist(drawn, learned.expand(2, -1, -1)).argmin(-1)
             torch.testing.assert_close(drawn, learned[order], rtol=1e-4, atol=1e-5)
             assert torch.equal(order[0], order[1])
+            assert content is None or torch.equal(queries.content[0], content[0, order[0]])  # what a query starts from goes with it
             assert sorted(order[0].tolist()) == list(range(QUERIES))
             orders.append(order[0].tolist())
         assert orders[0] != orders[1]
@@ -347,17 +351,19 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
         hook.remove()
     transferred = {key for key in source if not key.startswith(OWN_PARTS) and "class_embed" not in key}
     assert transferred == {key for key in first if "class_embed" not in key}
-    assert {"query_embed.weight", "bbox_embed.layers.2.weight", "backbone.0.body.conv1.weight"} <= transferred
+    classes, boxes = (("class_embed.0", "bbox_embed.0") if "bbox_embed.0.layers.2.weight" in source else ("class_embed", "bbox_embed"))
+    assert {"query_embed.weight", f"{boxes}.layers.2.weight", "backbone.0.body.conv1.weight"} <= transferred
     for key in transferred:
         assert torch.equal(first[key], source[key]), key
-    assert first["class_embed.weight"].shape[0] in (91, 92)
+    assert first[f"{classes}.weight"].shape[0] in (91, 92)
     table = "\n".join(lines)
     assert "re-initialised" in table
-    assert any(line.startswith("class_embed ") and "2 (" in line for line in table.splitlines())
+    heads = len({key for key in first if key.startswith("class_embed.")})
+    assert any(line.startswith("class_embed ") and f"{heads} (" in line for line in table.splitlines())
     assert any(line.startswith("patch2query") for line in table.splitlines())
     trained = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
     assert trained["args"]["detector"] == detector  # taken over from the file
-    for key in ("query_embed.weight", "bbox_embed.layers.2.weight", "class_embed.weight", "backbone.0.body.layer4.1.conv2.weight",
+    for key in ("query_embed.weight", f"{boxes}.layers.2.weight", f"{classes}.weight", "backbone.0.body.layer4.1.conv2.weight",
                 "transformer.encoder.layers.0.linear1.weight", "transformer.decoder.layers.1.linear2.weight"):
         assert not torch.equal(trained["model"][key], first[key]), key
 

@@ -225,7 +225,7 @@ def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     for script, words, parts in (
         (FINETUNE, ["--coco_path", tmp_path / "none"], ("none", "--coco_path")),
-        (FINETUNE, ["--coco_path", tmp_path / "empty"], ("empty", "images/val2017")),
+        (FINETUNE, ["--coco_path", tmp_path / "empty"], ("empty", "images/train2017")),
         (FINETUNE, [*coco, "--num_classes", 2], ("--num_classes 4",)),
         (FINETUNE, [*coco, "--batch_size", 64], ("4 training images", "--batch_size 4")),
         (FINETUNE, [*coco, "--output_dir", tmp_path / "file"], ("--output_dir", "file")),

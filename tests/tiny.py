@@ -92,6 +92,40 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
     return root
 
 
+OWN_IDS = {1: 7, 2: 3, 3: 1000}  # category ids of `write_coco` -> of `write_own_data`
+
+
+def renumber(content: dict, ids: dict[int, int]) -> dict:
+    """COCO annotations with other category ids, changed in place."""
+    for category in content["categories"]:
+        category["id"] = ids[category["id"]]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = ids[annotation["category_id"]]
+    return content
+
+
+def write_own_data(root: Path) -> Path:
+    """`write_coco` as a user's own: photos/a/*.png with train.json, held_out/*.png with val.json, category ids with gaps."""
+    write_coco(root, train=4, val=3)
+    (root / "photos").mkdir()
+    (root / "train2017").rename(root / "photos" / "a")
+    (root / "val2017").rename(root / "held_out")
+    for name, old in (("train", "instances_train2017.json"), ("val", "instances_val2017.json")):
+        content = renumber(json.loads((root / "annotations" / old).read_text()), OWN_IDS)
+        for image in content["images"] if name == "train" else ():
+            image["file_name"] = f"a/{image['file_name']}"
+        (root / f"{name}.json").write_text(json.dumps(content))
+    return root
+
+
+def own_flags(root: Path, *parts: str, **files: Path) -> list[str]:
+    """The flags of `write_own_data`, or those of `parts` ("train", "val"); `files` replaces places by flag name."""
+    places = {"train_images": root / "photos", "train_annotations": root / "train.json", "val_images": root / "held_out",
+              "val_annotations": root / "val.json", **files}
+    chosen = [name for name in places if not parts or name.split("_")[0] in parts]
+    return ["--dataset_file", "custom", *(word for name in chosen for word in (f"--{name}", str(places[name])))]
+
+
 def write_images(root: Path, count: int = 4) -> Path:
     """Unlabelled images below a folder."""
     root.mkdir(parents=True)

@@ -16,7 +16,7 @@ RESNET_BLOCKS = {
     (True, 3, 4, 23, 3): "resnet101",
     (True, 3, 8, 36, 3): "resnet152",
 }
-STORED = ("dilation", "nheads", "backbone", "position_embedding")  # what the weights cannot tell
+STORED = ("dilation", "nheads", "backbone", "position_embedding", "enc_n_points", "dec_n_points")  # what the weights cannot tell
 
 
 def detector_kind(state: Mapping[str, Tensor]) -> str | None:
@@ -49,7 +49,9 @@ def architecture(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     certain = {flag: args[flag] for flag in STORED if args.get(flag) is not None}
     certain.update(_from_weights(state, kind))
     certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
-    likely = {"backbone_norm": args.get("backbone_norm")}
+    likely = {"backbone_norm": args.get("backbone_norm"), **_sampling_points(state, certain.get("nheads", 8))}
+    if certain.get("two_stage"):
+        likely["num_queries"] = args.get("num_queries")  # how many proposals are taken shows in no weight
     if "dc5" in Path(getattr(checkpoint, "source", "")).name.lower():
         likely["dilation"] = True
     _add_position_embedding(certain, likely, state, args, kind)
@@ -78,6 +80,14 @@ def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, An
     else:
         known["pre_norm"] = "transformer.encoder.norm.weight" in state
     return known
+
+
+def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]:
+    """Points for each head and map of Deformable DETR: its offsets have a row for each head, map, point and coordinate."""
+    rows = {f"{part[:3]}_n_points": state.get(f"transformer.{part}.layers.0.{attention}.sampling_offsets.bias")
+            for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))}
+    return {flag: len(offsets) // (2 * nheads * len(state["transformer.level_embed"]))
+            for flag, offsets in rows.items() if offsets is not None and "transformer.level_embed" in state}
 
 
 def _add_position_embedding(

@@ -23,6 +23,10 @@ DEFAULTS: dict[str, object] = {
     "batch_size": 2,
     "epochs": 300,
     "lr_drop": 200,
+    "lr_backbone_names": ["backbone"],
+    "lr_linear_proj_names": [],
+    "lr_linear_proj_mult": 0.1,
+    "sgd": False,
     "clip_max_norm": 0.1,
     "save_every": 100,
     "backbone": "resnet50",
@@ -36,6 +40,12 @@ DEFAULTS: dict[str, object] = {
     "dropout": 0.1,
     "num_queries": 100,
     "pre_norm": False,
+    "num_feature_levels": 1,
+    "with_box_refine": False,
+    "two_stage": False,
+    "enc_n_points": 4,
+    "dec_n_points": 4,
+    "ms_deform_attn": "auto",
     "aux_loss": True,
     "classification": "softmax",
     "num_classes": 91,
@@ -51,10 +61,18 @@ DEFAULTS: dict[str, object] = {
     "patch_size": 128,
     "mask_ratio": 0.1,
     "feature_loss_coef": 1.0,
+    "object_embedding_loss": False,
+    "object_embedding_coef": 1.0,
+    "obj_embedding_head": "intermediate",
     "feature_recon": False,
     "fre_cnn": False,
     "query_shuffle": False,
     "proposals": "random",
+    "cache_path": "",
+    "strategy": "topk",
+    "max_prop": 30,
+    "ss_resize": 128,
+    "edge_model": "",
     "dataset_file": "coco",
     "data_root": "data",
     "image_size": 800,
@@ -71,6 +89,7 @@ DEFAULTS: dict[str, object] = {
     "reproduce_published": False,
 }
 
+OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
 BACKBONE_WEIGHT_ALIASES = {"supervised": "imagenet", "random": "none", "": "none"}
 
 
@@ -141,7 +160,8 @@ def _for_finetuning(argv: list[str]) -> list[str]:
 
 def given_flags(args: argparse.Namespace) -> set[str]:
     """Names of the flags that the user gave; call it before `resolve`."""
-    return {name for name, value in vars(args).items() if value is not None and name != "script"}
+    filled = args.__dict__.get("_filled", set())
+    return {name for name, value in vars(args).items() if value is not None and name != "script" and name[0] != "_" and name not in filled}
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
@@ -153,20 +173,22 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if getattr(args, "resolved", False):
         return args
     script = getattr(args, "script", FINETUNE)
-    _set_default(args, "detector", "detr")
-    _set_default(args, "pretext", "random_query_patch" if script == PRETRAIN else None)
+    set_default(args, "detector", "detr")
+    set_default(args, "pretext", "random_query_patch" if script == PRETRAIN else None)
     for name, value in {**DEFAULTS, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}.items():
-        _set_default(args, name, value)
-    _set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        set_default(args, name, value)
+    set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     if "num_workers" not in _given(args):
         args.num_workers = min(args.num_workers, usable_cores())
-    for name in ("eval", "overwrite", "dry_run", "coco_path", "imagenet_path", "max_size"):
+    for name in ("eval", "overwrite", "dry_run", "coco_path", "imagenet_path", "max_size", "lr_drop_epochs", *OWN_DATA):
         if not hasattr(args, name):
             setattr(args, name, None)
     if script == PRETRAIN:
         if args.fre_cnn and "lr_backbone" in _given(args) and args.lr_backbone > 0:
             raise UserError(f"--fre_cnn freezes the backbone and --lr_backbone {args.lr_backbone:g} trains it: give one of them")
-        args.lr_backbone = 0.0 if args.fre_cnn else args.lr_backbone if "lr_backbone" in _given(args) else args.lr
+        if args.lr_backbone is None:
+            args.lr_backbone = args.lr
+        args.lr_backbone = 0.0 if args.fre_cnn else args.lr_backbone
     _resolve_backbone(args, script)
     _check(args)
     args.resolved = True
@@ -182,7 +204,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _set_default(args: argparse.Namespace, name: str, value: object) -> None:
+def set_default(args: argparse.Namespace, name: str, value: object) -> None:
+    """Sets what has no value yet, and remembers that nobody gave it."""
     if getattr(args, name, None) is None:
         setattr(args, name, value)
         args.__dict__.setdefault("_filled", set()).add(name)
@@ -209,10 +232,15 @@ def _resolve_backbone(args: argparse.Namespace, script: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    _check_readers(args, "detector", DETECTORS)
+    if args.pretext:
+        _check_readers(args, "pretext", PRETEXTS)
     if args.hidden_dim % args.nheads:
         raise UserError(f"--hidden_dim {args.hidden_dim} can't be split over --nheads {args.nheads}: choose a multiple of it")
     if args.hidden_dim % 4:
         raise UserError(f"--hidden_dim {args.hidden_dim}: sine positions need a multiple of 4")
+    if args.with_box_refine and not args.aux_loss and not args.eval:
+        raise UserError("--no_aux_loss leaves the boxes of earlier layers unlearnt, and --with_box_refine builds on them: give one of them")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout} must lie in [0, 1)")
     if not 0 <= args.mask_ratio < 1:
@@ -221,19 +249,48 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--eval needs the detector to evaluate: add --resume PATH")
     if args.eval and args.dry_run:
         raise UserError("--dry_run tries training steps and --eval does not train: give one of them")
-    if args.imagenet_path and args.coco_path:
-        raise UserError("--imagenet_path and --coco_path both name the unlabelled images: give one of them")
+    _check_data(args)
     if max(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou) <= 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing would tell a good match from a bad one")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
-    if args.pretext and args.num_queries % args.num_patches:
+    if args.pretext and "num_patches" in PRETEXTS[args.pretext].flags and args.num_queries % args.num_patches:
         raise UserError(
             f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}: "
             "every patch needs the same number of queries"
         )
 
 
+def _check_readers(args: argparse.Namespace, kind: str, registry: dict) -> None:
+    """A flag that only some detectors or pretexts read is an error with the others."""
+    chosen = getattr(args, kind)
+    for name in sorted({name for entry in registry.values() for name in entry.flags} - set(registry[chosen].flags)):
+        if name in DEFAULTS and getattr(args, name, DEFAULTS[name]) != DEFAULTS[name]:
+            able = [other for other, entry in registry.items() if name in entry.flags]
+            raise UserError(f"--{name} means nothing to --{kind} {chosen}: leave it out or use --{kind} {' or '.join(able)}")
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    own = [name for name in OWN_DATA if getattr(args, name)]
+    if own and args.dataset_file == "coco":
+        raise UserError(f"--{own[0]} {getattr(args, own[0])} is for own data: add --dataset_file custom")
+    if args.coco_path and args.dataset_file == "custom":
+        raise UserError(f"--coco_path {args.coco_path} is not for --dataset_file custom: give {' '.join(f'--{name}' for name in OWN_DATA)}")
+    sources = [name for name in ("imagenet_path", "coco_path", "train_images") if getattr(args, name)]
+    if args.imagenet_path and len(sources) > 1:
+        raise UserError(f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them")
+
+
+def was_given(args: argparse.Namespace, name: str) -> bool:
+    """Whether the user or a resumed checkpoint set this flag, where `resolve` filled the others."""
+    return getattr(args, name, None) is not None and name in _given(args)
+
+
+def setting_origins(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Names of the settings that were `given`, and of those `adopted` from a checkpoint; all others are defaults."""
+    return {origin: sorted(args.__dict__.get(f"_{origin}", ())) for origin in ("given", "adopted")}
+
+
 def plain_settings(args: argparse.Namespace) -> dict[str, object]:
     """The resolved flags as plain values, to print and to keep in checkpoints."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in ("resolved", "_filled")}
+    return {name: value for name, value in sorted(vars(args).items()) if name not in ("resolved", "classes") and name[0] != "_"}

@@ -16,22 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from util.architecture import architecture, detector_kind, without_detr_prefix
+from util.classes import class_rows, classes_of, head_kind, stored_names
 from util.files import write_atomically
 from util.load_report import LoadReport
 from util.logger import UserError
+from util.published_layouts import siamese_pretext, to_detr_names
 from util.registry import PRETEXTS
 from util.weight_files import read_weights
 
 PUBLISHED_PARTS = ("feature_embed.", "enc_head.")  # of pre-training whose pretext is not here: DETReg, Siamese DETR
+OPERATION_COUNTERS = ("total_ops", "total_params")  # left in some published files by a tool that counted operations
 CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 SCALARS = (type(None), bool, int, float, str, bytes)
 
 
 class Checkpoint(dict):
-    """The dict of a checkpoint that knows the file it came from (`source`), for messages."""
+    """The dict of a checkpoint that knows the file it came from (`source`), for messages.
+
+    `siamese`: the pretext, where the file had the names of Siamese DETR's code base. `tensors`: how many the file's model has.
+    """
 
     source: str = "the checkpoint"
+    siamese: str | None = None
+    tensors: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -43,12 +51,17 @@ def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -
     `model` is a state dict without `module.`; a bare state dict and `state_dict` (mmcv) become `model`, and the names
     of Siamese DETR's code base become DETR's. `args`, if there, is a plain dict. Raises UserError with one line.
     """
-    content = read_weights(path_or_url, map_location)
+    return as_checkpoint(read_weights(path_or_url, map_location), path_or_url)
+
+
+def as_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
+    """What `load_checkpoint` makes of the content of a file. Raises UserError when it holds no weights."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{path_or_url} holds a {type(content).__name__}, not a checkpoint with the entry 'model'")
-    checkpoint = Checkpoint(_with_model(content, path_or_url))
-    checkpoint.source = str(path_or_url)
-    checkpoint["model"] = _detr_names(strip_prefix(checkpoint["model"], "module."))
+        raise UserError(f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'")
+    checkpoint = Checkpoint(_with_model(content, source))
+    state = strip_prefix(checkpoint["model"], "module.")
+    checkpoint.source, checkpoint.tensors, checkpoint.siamese = str(source), len(state), siamese_pretext(state)
+    checkpoint["model"] = to_detr_names(state)
     if "args" in checkpoint:
         checkpoint["args"] = plain_settings(checkpoint["args"])
     return checkpoint
@@ -99,18 +112,6 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[s
     if state and all(key.startswith(prefix) for key in state):
         return {key[len(prefix):]: value for key, value in state.items()}
     return dict(state)
-
-
-def _detr_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Siamese DETR's code base has the backbone at `backbone.` and the heads under `pred_head.` or `head.`."""
-    if "backbone.conv1.weight" not in state or not any(key.startswith("transformer.") for key in state):
-        return state
-    renamed = {}
-    for key, value in state.items():
-        key = re.sub(r"^(pred_head|head)\.", "", re.sub(r"^backbone\.", "backbone.0.body.", key))
-        if not key.startswith("criterion."):
-            renamed[key] = value
-    return renamed
 
 
 def plain_settings(settings: Any) -> Any:
@@ -222,7 +223,7 @@ def _no_detector(state: Mapping[str, Tensor], source: str) -> str:
     if any(key.endswith(("conv1.weight", "conv_stem.weight")) for key in state):
         return f"{source} holds a backbone without a detector; give it as --backbone_weights {source}"
     names = ", ".join(list(state)[:3])
-    return f"{source} holds no detector of this family (its first names: {names}); choose another file"
+    return f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); choose another file"
 
 
 # ---------------------------------------------------------------------------------------------------- pre-training
@@ -230,7 +231,8 @@ def _no_detector(state: Mapping[str, Tensor], source: str) -> str:
 
 def load_exactly(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Loads `model` strictly, to resume or evaluate. Raises UserError with one line when file and model differ."""
-    source, state, target = getattr(checkpoint, "source", Checkpoint.source), checkpoint["model"], model.state_dict()
+    source, target = getattr(checkpoint, "source", Checkpoint.source), model.state_dict()
+    state = {key: value for key, value in checkpoint["model"].items() if not key.endswith(OPERATION_COUNTERS)}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -239,8 +241,10 @@ def load_exactly(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         shapes = [f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
                   for key, value in state.items() if key in target and value.shape != target[key].shape]
         differences = shapes + missing + surplus or [str(error).splitlines()[0]]
-        raise UserError(f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); give the "
-                        "flags that it was trained with, or start from its weights by --pretrain") from error
+        masks = any(key.startswith("mask_head.") for key in state)
+        remedy = (f"take the detector out of this mask model by tools/convert_checkpoint.py {source} --to predetr --out FILE" if masks else
+                  "give the flags that it was trained with, or start from its weights by --pretrain")
+        raise UserError(f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); {remedy}") from error
 
 
 def load_pretrained(
@@ -250,7 +254,8 @@ def load_pretrained(
 
     From a pretext, class heads and the pretext's own parts are dropped. From a detector of the same classification
     (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row -> name)
-    stay; a file without names keeps a head of equal shape. Queries of another number are tiled or cut. All else of the
+    stay. A file without names keeps a head of equal shape, and has COCO's names where it has 91 rows and the model another
+    number. Queries of another number are tiled or cut. All else of the
     detector must be in the file, with equal shapes.
 
     Raises:
@@ -262,8 +267,8 @@ def load_pretrained(
     _check_kind(state, target, source)
     report, chosen = LoadReport(), {}
     drop = is_pretext(checkpoint)
-    rows = None if drop else _agreeing_rows(checkpoint, keep_classes)
-    kind, own_kind = _head_kind(checkpoint), model.classification.kind
+    kind, own_kind = head_kind(checkpoint), model.classification.kind
+    rows = None if drop else _agreeing_rows(_class_names(checkpoint, class_rows(target, own_kind)), keep_classes)
     if not drop and kind != own_kind:
         report.notes.append(f"class_embed: starts anew, for the file's head is {kind}, the model's {own_kind}")
     without_head = drop or kind != own_kind
@@ -272,6 +277,8 @@ def load_pretrained(
         dropped = without_head and _is_class_head(key) or drop and key.startswith(pretext_parts())
         if own is None or dropped:
             value = None
+        elif _is_proposal_head(key, target):
+            value = _proposal_rows(tensor, own, kind == "softmax")
         elif _is_class_head(key):
             value = _class_rows(tensor, own, rows, kind == "softmax", report)
         elif key.endswith("query_embed.weight"):
@@ -289,19 +296,13 @@ def load_pretrained(
     return report
 
 
-def _head_kind(checkpoint: Mapping[str, Any]) -> str:
-    """`softmax` or `focal`: what the file says, else as published (the shapes do not tell)."""
-    stored = (checkpoint.get("args") or {}).get("classification")
-    return stored or ("softmax" if detector_kind(checkpoint["model"]) == "detr" else "focal")
-
-
 def _is_class_head(key: str) -> bool:
     return "class_embed" in key
 
 
 def _is_counter(key: str) -> bool:
     """Left behind by live batch norm, and by tools that count operations."""
-    return key.endswith(("num_batches_tracked", "total_ops", "total_params"))
+    return key.endswith(("num_batches_tracked", *OPERATION_COUNTERS))
 
 
 def _match_mask_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -330,9 +331,14 @@ def _fit_queries(tensor: Tensor, own: Tensor, report: LoadReport) -> Tensor:
     return tensor[torch.arange(after) % before]
 
 
-def _agreeing_rows(checkpoint: Mapping[str, Any], keep_classes: Mapping[int, str] | None) -> dict[int, int] | None:
+def _class_names(checkpoint: Mapping[str, Any], rows_of_model: int) -> dict[int, str]:
+    """Row -> name in the file. In a head of the same size a file without names keeps every row, so that none is guessed."""
+    classes = classes_of(checkpoint)
+    return stored_names(checkpoint) if classes.count == rows_of_model else classes.names
+
+
+def _agreeing_rows(names: dict[int, str], keep_classes: Mapping[int, str] | None) -> dict[int, int] | None:
     """{row of the model: row of the file} for class names in both; None where a side has no names."""
-    names = {int(row): name for row, name in (checkpoint.get("class_names") or {}).items()}
     wanted = {int(row): name for row, name in (keep_classes or {}).items()}
     if not names or not wanted:
         return None
@@ -367,6 +373,23 @@ def _class_rows(
     return head
 
 
+def _is_proposal_head(key: str, target: Mapping[str, Tensor]) -> bool:
+    """The class head of a two-stage detector's encoder stands behind those of the decoder layers."""
+    layers = len({match[1] for match in (re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target) if match})
+    return f"class_embed.{layers}." in key
+
+
+def _proposal_rows(tensor: Tensor, own: Tensor, has_background: bool) -> Tensor | None:
+    """Its first row tells objects from background whatever the classes, so that it is worth keeping with other classes too."""
+    if tensor.shape == own.shape or tensor.shape[1:] != own.shape[1:]:
+        return tensor if tensor.shape == own.shape else None
+    head = own.clone()
+    head[0] = tensor[0]
+    if has_background:
+        head[-1] = tensor[-1]
+    return head
+
+
 def _check_complete(chosen: dict[str, Tensor], target: Mapping[str, Tensor], report: LoadReport, source: str) -> None:
     """Nothing of the detector may silently start at random, be of another shape, or stay behind in the file."""
     for key, value in chosen.items():
@@ -391,6 +414,7 @@ def _is_core(key: str) -> bool:
 def _fitting_flag(key: str) -> str:
     flags = {"encoder.norm.": "--pre_norm", "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
              "decoder.layers.": "--dec_layers, --hidden_dim and --dim_feedforward",
-             "backbone.1.": "--position_embedding", "backbone.0.": "--backbone", "input_proj.": "--backbone"}
+             "backbone.1.": "--position_embedding", "backbone.0.": "--backbone", "input_proj.": "--backbone and --num_feature_levels",
+             "level_embed": "--num_feature_levels", "decoder.bbox_embed.": "--with_box_refine", "enc_output": "--two_stage"}
     fitting = next((flag for part, flag in flags.items() if part in key), "--detector and its architecture flags")
     return f"give {fitting} as the file was trained"

@@ -21,6 +21,8 @@ DEAD_FLAGS = {
     "--masks": (False, "this version predicts boxes only; train and evaluate without it"),
     "--frozen_weights": (True, "it trains a mask head on a frozen detector, and this version predicts boxes only"),
     "--coco_panoptic_path": (True, "this version predicts boxes only; train and evaluate without it"),
+    "--position_embedding_scale": (True, "the published code never reads it: the scale is 2 pi"),
+    "--cache_mode": (False, "image files are not held in memory; the operating system keeps what was read where memory is free"),
 }
 
 class _Refuse(argparse.Action):
@@ -56,6 +58,17 @@ def at_least_zero(kind: Callable = int) -> Callable:
 
     convert.__name__ = kind.__name__
     return convert
+
+
+def _proposal_names() -> list[str]:
+    return [f"{name}PATH" if name.endswith(":") else name for name in PROPOSALS]
+
+
+def proposal_name(text: str) -> str:
+    """A proposal method of the registry, or file:PATH."""
+    if text not in PROPOSALS and not text.startswith("file:"):
+        raise argparse.ArgumentTypeError(f"{text} is unknown: choose one of {', '.join(_proposal_names())}")
+    return text
 
 
 def _device(text: str) -> str:
@@ -97,6 +110,13 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
     group.add_argument("--epochs", type=positive(), help="pre-training 60, DETR 300, Conditional DETR 50")
     group.add_argument("--lr_drop", type=positive(), metavar="EPOCHS", help="rate x 0.1 after as many (40, 200, 40)")
+    group.add_argument("--lr_drop_epochs", type=positive(), nargs="+", metavar="EPOCH", help="rate x 0.1 at these, in place of --lr_drop")
+    group.add_argument("--lr_backbone_names", nargs="+", metavar="PART",
+                       help="parameters with such a part in their name learn at --lr_backbone (backbone; Deformable DETR backbone.0)")
+    group.add_argument("--lr_linear_proj_names", nargs="+", metavar="PART",
+                       help="and these at --lr x --lr_linear_proj_mult (Deformable DETR: reference_points sampling_offsets)")
+    group.add_argument("--lr_linear_proj_mult", type=positive(float), help="(Deformable DETR 0.1; its pre-training with patches 1)")
+    _switch(group, "--sgd", "SGD with momentum 0.9 in place of AdamW")
     group.add_argument("--clip_max_norm", type=float, help="largest gradient norm; 0 or less: no clipping (0.1)")
 
 
@@ -118,6 +138,14 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dropout", type=float, help="(0.1)")
     group.add_argument("--num_queries", type=positive(), help="DETR 100, Conditional DETR 300")
     _switch(group, "--pre_norm", "layer norm before each block")
+    group.add_argument("--num_feature_levels", type=positive(), metavar="MAPS",
+                       help="maps that Deformable DETR reads: the backbone's last ones, up to three, then smaller ones (4)")
+    _switch(group, "--with_box_refine", "each layer of Deformable DETR's decoder refines the boxes of the one before")
+    _switch(group, "--two_stage", "queries of Deformable DETR come from proposals of its encoder")
+    group.add_argument("--enc_n_points", type=positive(), help="points that a head reads of each map in Deformable DETR's encoder (4)")
+    group.add_argument("--dec_n_points", type=positive(), help="and in its decoder (4)")
+    group.add_argument("--ms_deform_attn", choices=("auto", "pytorch", "triton"),
+                       help="how Deformable DETR's attention is computed (auto: triton on a GPU, else pytorch)")
 
 
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +165,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--coco_path", metavar="DIR", help="annotations/ beside train2017/ and val2017/, or beside images/train2017/")
     group.add_argument("--data_root", metavar="DIR", help="folder that holds MSCoco, used where --coco_path is not given (data)")
-    group.add_argument("--dataset_file", choices=tuple(DATASETS), help="kind of labelled data (coco)")
+    group.add_argument("--dataset_file", choices=tuple(DATASETS), help="kind of labelled data; custom: see --train_images (coco)")
+    group.add_argument("--train_images", metavar="DIR", help="own data: the folder that the names in the annotations count from")
     group.add_argument("--image_size", type=positive(), metavar="PIXELS",
                        help="short side at evaluation (800; pre-training 480); all published training sizes scale with it")
     group.add_argument("--max_size", type=positive(), metavar="PIXELS", help="longest side (1333; pre-training 600; scaled)")
@@ -147,7 +176,15 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pretext")
     group.add_argument("--pretext", choices=tuple(PRETEXTS), help="what is learnt without labels (random_query_patch)")
     group.add_argument("--imagenet_path", metavar="DIR", help="unlabelled images: any folder tree; else the images of --coco_path")
-    group.add_argument("--proposals", choices=tuple(PROPOSALS), help="where boxes come from (random)")
+    group.add_argument("--proposals", type=proposal_name, metavar="NAME|file:PATH",
+                       help=f"where boxes come from: {', '.join(_proposal_names())}; see docs/proposals.md (random; region_prior selective_search)")
+    group.add_argument("--cache_path", metavar="DIR", help="take them from this store of tools/cache_proposals.py")
+    group.add_argument("--strategy", choices=("topk", "random", "mc"),
+                       help="which boxes are taken: the first, any, or the first with more probability (topk)")
+    group.add_argument("--max_prop", type=positive(), help="and how many of an image at most; with mc on average (30)")
+    group.add_argument("--ss_resize", type=at_least_zero(), metavar="PIXELS",
+                       help="selective_search: side of the square that it sees; 0: the image as it is (128)")
+    group.add_argument("--edge_model", metavar="FILE", help="edge_boxes: OpenCV's model.yml.gz; without one edges are plain gradients")
     group.add_argument("--num_patches", type=positive(), help="query patches an image; must divide --num_queries (10)")
     group.add_argument("--patch_size", type=positive(), metavar="PIXELS", help="side of a patch as the backbone sees it (128)")
     group.add_argument("--mask_ratio", type=float, help="share of queries without their patch in training (0.1)")
@@ -155,6 +192,12 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--feature_recon", "reconstruct the patches' features")
     _switch(group, "--fre_cnn", "freeze the backbone")
     _switch(group, "--query_shuffle", "assign queries to patches anew in each step")
+    group.add_argument("--num_classes", type=positive(),
+                       help="classes of the head (2; region_prior 91, whose class 1 is `object`; 1: objectness alone)")
+    _switch(group, "--object_embedding_loss", "region_prior: predict the embedding of each proposal's crop too")
+    group.add_argument("--object_embedding_coef", type=at_least_zero(float), help="loss: object embedding (1)")
+    group.add_argument("--obj_embedding_head", choices=("intermediate", "head"),
+                       help="embedding: mean of the backbone's stage 2, or the output of SwAV's projection head (intermediate)")
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +205,10 @@ def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrain", metavar="PATH|URL", help="start from this checkpoint's weights, of a pretext or of a detector")
     _switch(group, "--eval", "evaluate only")
     group.add_argument("--eval_every", type=positive(), metavar="EPOCHS", help="evaluate after as many epochs, and the last (1)")
-    group.add_argument("--num_classes", type=positive(), help="largest category id + 1 (91)")
+    group.add_argument("--train_annotations", metavar="FILE", help="own data: annotations in COCO's format, which give the classes too")
+    group.add_argument("--val_images", metavar="DIR", help="own data: images for evaluation")
+    group.add_argument("--val_annotations", metavar="FILE", help="own data: their annotations; classes are told by name")
+    group.add_argument("--num_classes", type=positive(), help="largest category id + 1 (91; own data: as many as the file has)")
     group.add_argument("--classification", choices=("softmax", "focal"), help="DETR softmax, Conditional DETR focal")
     group.add_argument("--coco_evaluator", choices=("auto", "hotcoco", "faster_coco_eval", "pycocotools"),
                        help="auto: the fastest that is installed; the numbers are equal")

@@ -1,52 +1,92 @@
-"""AdamW with the published parameter groups, and the step schedule."""
+"""AdamW or SGD with the published parameter groups, and the step schedule."""
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 
 from util.logger import UserError, log
 
 
-def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict]:
-    """Two groups as published: all but the backbone, and the backbone (empty when it is frozen)."""
+def parameter_groups(
+    model: nn.Module, lr: float, lr_backbone: float, backbone_names: Sequence[str] = ("backbone",), slow_names: Sequence[str] = (),
+    slow_mult: float = 0.1,
+) -> list[dict]:
+    """The published groups: all else at `lr`, the backbone (empty when it is frozen), and, where there are `slow_names`, the projections
+    of Deformable DETR at `lr` x `slow_mult`. A parameter belongs to a group if a part of its name is among the group's names."""
+
+    def named(name: str, parts: Sequence[str]) -> bool:
+        return any(part in name for part in parts)
+
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for name, p in trainable if "backbone" not in name], "lr": lr},
-        {"params": [p for name, p in trainable if "backbone" in name], "lr": lr_backbone},
+    backbone = [p for name, p in trainable if named(name, backbone_names)]
+    rest = [(name, p) for name, p in trainable if not named(name, backbone_names)]
+    groups = [
+        {"params": [p for name, p in rest if not named(name, slow_names)], "lr": lr},
+        {"params": backbone, "lr": lr_backbone},
     ]
+    if slow_names:
+        groups.append({"params": [p for name, p in rest if named(name, slow_names)], "lr": lr * slow_mult})
+    return groups
 
 
-def build_optimizer(model: nn.Module, lr: float, lr_backbone: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused on a GPU."""
-    groups = parameter_groups(model, lr, lr_backbone)
+def build_optimizer(
+    model: nn.Module, lr: float, lr_backbone: float, weight_decay: float, backbone_names: Sequence[str] = ("backbone",),
+    slow_names: Sequence[str] = (), slow_mult: float = 0.1, sgd: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum 0.9; fused on a GPU. Arguments are those of `parameter_groups`."""
+    groups = parameter_groups(model, lr, lr_backbone, backbone_names, slow_names, slow_mult)
     fused = any(p.is_cuda for group in groups for p in group["params"])
-    log.info("AdamW%s: %s tensors", " (fused)" if fused else "", " + ".join(str(len(group["params"])) for group in groups))
+    log.info("%s%s: %s tensors", "SGD" if sgd else "AdamW", " (fused)" if fused else "",
+             " + ".join(str(len(group["params"])) for group in groups))
+    if sgd:
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused or None)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.StepLR, checkpoint: dict
-) -> None:
-    """Takes over moments and epoch count; the rates and the drop of this run's flags win over those in the file, and it is said."""
+def build_scheduler(optimizer: torch.optim.Optimizer, lr_drop: int, lr_drop_epochs: Sequence[int] | None = None) -> LRScheduler:
+    """Rates x 0.1 after every `lr_drop` epochs, or after each number of epochs in `lr_drop_epochs`."""
+    return MultiStepLR(optimizer, sorted(lr_drop_epochs)) if lr_drop_epochs else StepLR(optimizer, lr_drop)
+
+
+def _drop_epochs(state: dict) -> int | list[int]:
+    """Of a scheduler's state: the period of its drops, or where they are."""
+    return state["step_size"] if "step_size" in state else sorted(Counter(state["milestones"]).elements())
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: dict) -> None:
+    """Takes over moments and epoch count; the rates and the drops of this run's flags win over those in the file, and it is said."""
     wanted = [group["initial_lr"] for group in optimizer.param_groups]
     own = [{name: group[name] for name in ("weight_decay", "fused", "foreach")} for group in optimizer.param_groups]
-    step_size = scheduler.step_size
-    counts = [len(group["params"]) for group in optimizer.param_groups]
-    stored_counts = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]]
-    if counts != stored_counts:
-        raise UserError(
-            f"the checkpoint's optimiser holds {stored_counts} tensors (all but backbone, backbone), this run trains {counts}: "
-            "resume with the same --lr_backbone (0 freezes the backbone) and --fre_cnn, or start a new run with --pretrain"
-        )
+    _check_same_groups(optimizer, checkpoint["optimizer"]["param_groups"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
-    scheduler.load_state_dict(checkpoint["lr_scheduler"])
-    stored = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    if stored == wanted and scheduler.step_size == step_size:
+    stored_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    stored, drops = _drop_epochs(checkpoint["lr_scheduler"]), _drop_epochs(scheduler.state_dict())
+    if stored_rates == wanted and stored == drops:
+        scheduler.load_state_dict(checkpoint["lr_scheduler"])
         return
-    log.info("learning rates %s -> %s, --lr_drop %s -> %s: this run's flags win over the checkpoint's",
-             stored, wanted, scheduler.step_size, step_size)
-    scheduler.step_size, scheduler.base_lrs = step_size, wanted
-    drops = scheduler.last_epoch // step_size
+    log.info("learning rates %s -> %s, --lr_drop %s -> %s: this run's flags win over the checkpoint's", stored_rates, wanted, stored, drops)
+    epochs = checkpoint["lr_scheduler"]["last_epoch"]
+    scheduler.last_epoch, scheduler._step_count, scheduler.base_lrs = epochs, epochs + 1, wanted
+    passed = epochs // drops if isinstance(drops, int) else sum(epoch <= epochs for epoch in drops)
     for group, lr in zip(optimizer.param_groups, wanted, strict=True):
-        group["initial_lr"], group["lr"] = lr, lr * scheduler.gamma**drops
+        group["initial_lr"], group["lr"] = lr, lr * scheduler.gamma**passed
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _check_same_groups(optimizer: torch.optim.Optimizer, stored: list[dict]) -> None:
+    kinds = ["AdamW" if "betas" in group else "SGD" for group in (stored[0], optimizer.param_groups[0])]
+    if kinds[0] != kinds[1]:
+        remedy = "add --sgd" if kinds[0] == "SGD" else "leave out --sgd"
+        raise UserError(f"the checkpoint's optimiser is {kinds[0]}, this run's is {kinds[1]}: {remedy}, or start a new run with --pretrain")
+    counts = [len(group["params"]) for group in optimizer.param_groups]
+    stored_counts = [len(group["params"]) for group in stored]
+    if counts != stored_counts:
+        raise UserError(
+            f"the checkpoint's optimiser holds {stored_counts} tensors (transformer and heads, backbone, slow projections), this run "
+            f"trains {counts}: resume with the same --lr_backbone (0 freezes the backbone), --fre_cnn, --lr_backbone_names and "
+            "--lr_linear_proj_names, or start a new run with --pretrain"
+        )

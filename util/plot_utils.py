@@ -219,6 +219,15 @@ def prediction_page(
     return _save(_grid(cells, columns), out_png)
 
 
+def found_page(rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3) -> Path:
+    """Draws what was found in images without truth: (title, image, boxes with class names as `labels` and with `scores`)."""
+    cells = []
+    for title, image, found in rows:
+        shown = draw_boxes(*_zoomed(image, found["boxes"]), found["labels"], found["scores"])
+        cells.append(_beside([shown], [title[: shown.shape[1] // 8]]))
+    return _save(_grid(cells, columns), out_png)
+
+
 def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
     scores = np.concatenate([np.zeros(0), *(_as_array(predictions["scores"]) for _, predictions, _ in rows)])
     true_boxes = min(sum(len(truth["boxes"]) for _, _, truth in rows), len(scores))
@@ -244,6 +253,24 @@ def patch_page(
         middle = draw_boxes(*found, [f"{i + 1}:" for i in owners], predictions["scores"], [colours[i] for i in owners])
         strip = _patch_strip(patches, colours, left.shape[0])
         cells.append(_beside([left, middle, strip], ["the patches' places", "found by their queries", "patches"]))
+    return _save(_grid(cells, columns), out_png)
+
+
+def sample_page(rows: Sequence[Mapping[str, Any]], class_names: Mapping[int, str], out_png: str | Path, columns: int = 2) -> Path:
+    """Draws what a model is shown in training.
+
+    A row has `image` (with its padding), `boxes` [N, 4], `labels` [N], `patches` (M of uint8 [h, w, 3], cut from the boxes; often
+    none) and `title`. Boxes have the names of their classes, or those of patches the patch's number and colour.
+    """
+    cells = []
+    for row in rows:
+        shown, patches = _zoomed(row["image"], row["boxes"]), row["patches"]
+        if len(patches):
+            colours = _cycle(len(patches))
+            drawn = draw_boxes(*shown, [str(i + 1) for i in range(len(shown[1]))], None, _cycle(len(shown[1])))
+            cells.append(_beside([drawn, _patch_strip(patches, colours, drawn.shape[0])], [row["title"], "patches"]))
+        else:
+            cells.append(_beside([_named(shown, _as_array(row["labels"]), class_names)], [row["title"]]))
     return _save(_grid(cells, columns), out_png)
 
 

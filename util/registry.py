@@ -19,21 +19,25 @@ Entry = TypeVar("Entry")
 @dataclass(frozen=True)
 class DetectorEntry:
     """builder: `(args, backbone, classification) -> Detector`. mark: a part of a parameter's name that no other detector has, by which
-    its checkpoints are recognised. defaults: flag name -> value, where they differ from those of `util.arguments.DEFAULTS`."""
+    its checkpoints are recognised. flags: names of flags that it reads and not every detector does; the others refuse them.
+    defaults: flag name -> value, where they differ from those of `util.arguments.DEFAULTS`."""
 
     builder: str
     mark: str
+    flags: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PretextEntry:
     """pretext: a subclass of `models.pretext.Pretext`. dataset: `(image_set, args) -> SampleDataset`, what it sees of an image.
-    parts: names that its own parameters begin with, which fine-tuning leaves behind. defaults: as those of a detector, and stronger."""
+    parts: names that its own parameters begin with, which fine-tuning leaves behind. flags, defaults: as those of a detector; the
+    defaults are stronger."""
 
     pretext: str
     dataset: str
     parts: tuple[str, ...]
+    flags: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
 
 
@@ -43,23 +47,44 @@ DETECTORS: dict[str, DetectorEntry] = {
         "epochs": 50, "lr_drop": 40, "save_every": 10, "num_queries": 300, "classification": "focal", "set_cost_class": 2.0,
         "cls_loss_coef": 2.0,
     }),
+    "deformable_detr": DetectorEntry(
+        "models.deformable_detr:build", mark=".sampling_offsets.",
+        flags=("num_feature_levels", "with_box_refine", "two_stage", "enc_n_points", "dec_n_points", "ms_deform_attn"), defaults={
+            "lr": 2e-4, "lr_backbone": 2e-5, "epochs": 50, "lr_drop": 40, "save_every": 5, "num_queries": 300, "dim_feedforward": 1024,
+            "position_embedding": "sine_shifted", "num_feature_levels": 4, "classification": "focal", "set_cost_class": 2.0,
+            "cls_loss_coef": 2.0, "lr_backbone_names": ["backbone.0"], "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+        },
+    ),
 }
 
 PRETEXTS: dict[str, PretextEntry] = {
     "random_query_patch": PretextEntry(
         "models.pretext.random_query_patch:RandomQueryPatch", "datasets.query_patches:build_query_patches",
-        parts=("patch2query.", "feature_align."), defaults={
+        parts=("patch2query.", "feature_align."),
+        flags=("num_patches", "mask_ratio", "feature_loss_coef", "feature_recon", "query_shuffle"), defaults={
             "epochs": 60, "lr_drop": 40, "save_every": 20, "image_size": 480, "num_classes": 2, "classification": "softmax",
-            "set_cost_class": 1.0, "cls_loss_coef": 1.0, "num_workers": 16,
+            "set_cost_class": 1.0, "cls_loss_coef": 1.0, "num_workers": 16, "lr": 1e-4, "lr_linear_proj_mult": 1.0,
+            "lr_backbone": None,  # as --lr
+        },
+    ),
+    "region_prior": PretextEntry(
+        "models.pretext.region_prior:RegionPrior", "datasets.region_proposals:build_region_proposals", parts=("feature_embed.",),
+        flags=("strategy", "max_prop", "object_embedding_loss", "object_embedding_coef", "obj_embedding_head"), defaults={
+            "image_size": 480, "save_every": 5, "batch_size": 4, "position_embedding": "sine_shifted", "proposals": "selective_search",
         },
     ),
 }
 
 # name -> builder `(image_set, args) -> SampleDataset` of labelled images
-DATASETS: dict[str, str] = {"coco": "datasets.coco:build_coco"}
+DATASETS: dict[str, str] = {"coco": "datasets.coco:build_coco", "custom": "datasets.custom:build_custom"}
 
-# name -> builder `(args) -> method`, see `datasets.proposals`
-PROPOSALS: dict[str, str] = {"random": "datasets.proposals.random:build_random"}
+# name, or the beginning of many names up to a colon -> builder `(args) -> method`, see `datasets.proposals`
+PROPOSALS: dict[str, str] = {
+    "random": "datasets.proposals.random:build_random",
+    "selective_search": "datasets.proposals.selective_search:build_selective_search",
+    "edge_boxes": "datasets.proposals.edge_boxes:build_edge_boxes",
+    "file:": "datasets.proposals.from_file:build_from_file",
+}
 
 
 # name, or the beginning of many names up to a colon -> builder `(name, norm, dilation, stages) -> models.backbone.Body`

@@ -1,20 +1,36 @@
 """The folder of a run: what is in it, and how it is written."""
+import importlib.metadata
 import json
+import os
 import platform
+import shlex
+import subprocess
 import sys
 import textwrap
+import time
+from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torchvision
-from torch import nn
 
-from util.distributed import all_gather_object, is_main_process
+from util.arguments import plain_settings, setting_origins
+from util.distributed import all_gather_object, get_world_size, is_main_process
 from util.files import write_text
 from util.logger import UserError, log
-from util.plot_utils import plot_logs, read_log
+from util.plot_utils import read_log
 
+ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = ("log.txt", "checkpoint.pth", "args.json")
+OF_A_RUN = (  # what --overwrite takes away at once, so that nothing of the old run is taken for the new one's
+    "log.txt", "checkpoint.pth", "checkpoint_best.pth", "metrics.json", "results.json", "result.html", "curves.png", "predictions.png",
+    "samples.png", "patches.png",
+)
+SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
+PACKAGES = (
+    "torch", "torchvision", "triton", "numpy", "pillow", "scipy", "timm", "matplotlib", "pycocotools", "hotcoco", "faster-coco-eval",
+)
 
 
 def prepare_output(args) -> Path | None:
@@ -46,25 +62,69 @@ def prepare_output(args) -> Path | None:
             "or choose another folder"
         )
     if found and not continues and args.overwrite:
-        for name in ("log.txt", "checkpoint.pth", "checkpoint_best.pth"):
+        for name in OF_A_RUN:
             (folder / name).unlink(missing_ok=True)
     return folder
 
 
-def environment() -> dict[str, str]:
-    """Versions and device, to be kept with the run."""
+def environment() -> dict[str, object]:
+    """Command, time, versions and device of this start, to be kept with the run. Nothing here can fail."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "gpu": gpu, "cpu_threads": str(torch.get_num_threads()), "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "code": code_revision(),
+        "python": platform.python_version(), **package_versions(), "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none", "gpu": gpu, "cpu_threads": str(torch.get_num_threads()), "processes": str(get_world_size()),
     }
 
 
-def save_settings(folder: Path | None, settings: dict[str, object], facts: dict[str, object]) -> None:
-    """args.json: every resolved flag, versions, device and the data's fingerprint."""
-    if folder is not None and is_main_process():
-        text = json.dumps({"settings": settings, "environment": environment(), **facts}, indent=1, default=str)
-        write_text(folder / "args.json", text + "\n")
+def package_versions() -> dict[str, str]:
+    """Versions of the installed ones among PACKAGES; none of them is imported."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def code_revision(root: Path = ROOT) -> str:
+    """The git commit of the code, with `-dirty` where files were changed since; "unknown" outside a repository of its own."""
+    def git(*words: str) -> str:
+        # No lock on the index: a run must not get in the way of the user's own git.
+        settings = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        command = ["git", "-C", str(root), *words]
+        return subprocess.run(command, env=settings, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        inside = Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve()
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if inside else "unknown"
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def save_settings(folder: Path | None, args: Namespace, facts: Mapping[str, object]) -> None:
+    """args.json: every resolved flag, where those that are no defaults come from, versions, device, and `facts` of data and model.
+
+    A run that is resumed keeps what args.json said of its earlier starts. An evaluation writes eval_args.json, so that it can go into
+    the folder of a run.
+    """
+    if folder is None or not is_main_process():
+        return
+    path = folder / (EVAL_SETTINGS if args.eval else SETTINGS)
+    before = read_settings(path) if args.resume and not args.eval else {}
+    earlier = [*before.get("earlier_starts", []), *([before["environment"]] if "environment" in before else [])]
+    record = {"settings": plain_settings(args), **setting_origins(args), "environment": environment(), **facts, "earlier_starts": earlier}
+    write_text(path, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What `save_settings` wrote; empty where the file is missing or damaged, so that an old folder never stops a run."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def append_log(folder: Path | None, record: dict[str, object]) -> None:
@@ -85,32 +145,13 @@ def _entries(folder: Path) -> list[dict]:
     return read_log(folder) if (folder / "log.txt").exists() else []
 
 
-def draw_curves(folder: Path, fields: tuple[str, ...]) -> None:
-    """curves.png from log.txt; where matplotlib is missing it is said once and training goes on."""
-    try:
-        plot_logs(folder, fields, folder / "curves.png")
-    except UserError as error:
-        if not _said_without_curves:
-            _said_without_curves.append(str(error))
-            log.warning("no curves: %s", error)
-
-
-_said_without_curves: list[str] = []
-
-
-def describe_settings(settings: dict[str, object]) -> None:
-    """Every resolved flag, in as few lines as fit."""
-    text = "  ".join(f"{name}={value}" for name, value in settings.items() if value not in (None, "", False))
-    log.info("settings: %s", textwrap.fill(text, 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
-
-
-def describe_model(model: nn.Module, args) -> None:
-    """One line: what is trained and how many parameters it has."""
-    total = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    what = f"{args.pretext} on {args.detector}" if args.pretext else args.detector
-    log.info("%s, %s (%s batch norm, weights: %s): %s parameters, %s trainable; device %s, amp %s",
-             what, args.backbone, args.backbone_norm, args.backbone_weights, f"{total:,}", f"{trainable:,}", args.device, args.amp)
-    if args.backbone_norm == "live" and trainable and args.lr_backbone <= 0:
-        log.warning("the backbone has random weights and is frozen: its features will hardly tell images apart; "
-                    "give --backbone_weights or leave it trainable (--lr_backbone above 0, no --fre_cnn)")
+def describe_settings(args: Namespace) -> None:
+    """Every resolved flag, in as few lines as fit: those given, those taken over from a checkpoint, and the defaults."""
+    settings, origins = plain_settings(args), setting_origins(args)
+    shown = {name: value for name, value in settings.items() if value not in (None, "", False, [])}
+    defaults = [name for name in shown if name not in (*origins["given"], *origins["adopted"])]
+    for title, names in (("given", origins["given"]), ("from the checkpoint", origins["adopted"]), ("defaults", defaults)):
+        text = "  ".join(f"{name}={shown[name]}" for name in names if name in shown)
+        if text:
+            wrapped = textwrap.fill(text, 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            log.info("settings, %s: %s", title, wrapped)

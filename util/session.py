@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from util.arguments import given_flags, resolve
+from util.arguments import OWN_DATA, given_flags, resolve, set_default
 from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.flags import FINETUNE, PRETRAIN
@@ -19,14 +19,15 @@ from util.registry import DETECTORS
 # What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
 OWN_TO_A_SESSION = {
     "output_dir", "resume", "overwrite", "dry_run", "eval", "pretrain", "device", "num_workers", "dist_url", "start_epoch",
-    "backbone_weights",
+    "backbone_weights", "ms_deform_attn",
 }
+DATA_PLACES = {"coco_path", "data_root", *OWN_DATA}  # not taken over by a run on another kind of data
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 
 def start_session(args: Namespace) -> torch.device:
     """Joins the processes, seeds them, and returns the device. `args` need not be resolved."""
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     return init_distributed(args.device, args.dist_url or "env://")
 
 
@@ -55,6 +56,7 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
         _check_kind(args, checkpoint)
         if resume:
             _adopt_settings(args, checkpoint.get("args", {}), given)
+    args._given, args._adopted = given, given_flags(args) - given - {"resume"}  # kept with the run, see `setting_origins`
     resolve(args)
     return checkpoint
 
@@ -63,8 +65,10 @@ def _adopt_settings(args: Namespace, stored: dict, given: set[str]) -> None:
     """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given."""
     if stored.get("script") != args.script:
         return
+    other_data = "dataset_file" in given and stored.get("dataset_file") != args.dataset_file
+    kept = OWN_TO_A_SESSION | (DATA_PLACES if other_data else set()) | ({"lr_drop_epochs"} if "lr_drop" in given else set())
     for name, value in stored.items():
-        if name in vars(args) and name not in given and name not in OWN_TO_A_SESSION and value is not None:
+        if name in vars(args) and name not in given and name not in kept and value is not None:
             setattr(args, name, value)
 
 
@@ -73,7 +77,7 @@ def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
     if args.detector not in DETECTORS:
         raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})")
     if args.resume and args.script == FINETUNE and is_pretext(checkpoint):
-        raise UserError(f"{checkpoint.source} is from pre-training: give it as --pretrain {checkpoint.source}, not as --resume")
+        raise UserError(f"{checkpoint.source} is from pre-training and knows no classes: fine-tune it, --pretrain {checkpoint.source}")
     if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):
         raise UserError(f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints")
 

@@ -80,20 +80,24 @@ class CocoEvaluator:
     All three backends were compared on random cases with crowds, more than 100 detections an image, equal scores and
     unlisted classes: hotcoco gives exactly pycocotools' numbers, faster_coco_eval the same to 1e-15.
 
-    annotation_file: path, or the content as a dict.
+    annotation_file: path, or the content as a dict. category_ids: its category id of each label, None where labels are
+    these ids; a detection whose label has none is left out, since nothing could match it.
 
     Raises:
         UserError: unreadable annotations, or a backend that isn't installed.
     """
 
-    def __init__(self, annotation_file: str | dict[str, Any], backend: str = "auto") -> None:
+    def __init__(
+        self, annotation_file: str | dict[str, Any], backend: str = "auto", category_ids: Mapping[int, int] | None = None
+    ) -> None:
         self.backend = choose_backend(backend)
         self.truth = _slim_truth(annotation_file)
+        self._category_ids = category_ids
         self._image_ids = {image["id"] for image in self.truth["images"]}
         self._detections: dict[int, np.ndarray] = {}
 
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Adds {image id: {"scores" [N], "labels" [N] (category ids), "boxes" [N, 4], (x0, y0, x1, y1) in pixels}}.
+        """Adds {image id: {"scores" [N], "labels" [N], "boxes" [N, 4], (x0, y0, x1, y1) in pixels}}.
 
         An image that comes twice counts once.
 
@@ -110,7 +114,12 @@ class CocoEvaluator:
             rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
             rows[:, 5] = prediction["scores"].detach().double().cpu().numpy()
             rows[:, 6] = prediction["labels"].cpu().numpy()
-            self._detections[image_id] = rows
+            self._detections[image_id] = rows if self._category_ids is None else self._with_category_ids(rows)
+
+    def _with_category_ids(self, rows: np.ndarray) -> np.ndarray:
+        known = rows[np.isin(rows[:, 6], list(self._category_ids))]
+        known[:, 6] = [self._category_ids[int(label)] for label in known[:, 6]]
+        return known
 
     def synchronize_between_processes(self) -> None:
         """Gives every process the detections of all; an image that several processes saw counts once."""

@@ -1,23 +1,84 @@
 """Where boxes of unlabelled images come from: one file a method, one line in `util.registry`.
 
-A proposal method is called with (image uint8 [3, H, W], SampleRandom) and returns float32 boxes [N, 4],
-(x0, y0, x1, y1) in pixels of that image, each with an area.
+A proposal method is called with (image uint8 [3, H, W], SampleRandom, name) and returns float32 boxes [N, 4], (x0, y0, x1, y1) in pixels
+of that image, each with an area; N may be 0 and may differ between images. `name` is the image's path relative to the data set's folder,
+by which stored boxes are found. The order is the method's: best first where it has scores, else drawn anew at each call. The same image,
+random state and name give the same boxes in the same order in any process.
+
+Methods that search the image are a `datasets.proposals.search.BoxSearch`, whose `search` also returns scores, and whose boxes
+`tools/cache_proposals.py` can store. A data set takes from the boxes by `select` (some of them) or `exactly` (a fixed number).
 """
 from argparse import Namespace
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from util.arguments import DEFAULTS
+from util.logger import UserError
 from util.random_state import SampleRandom
 from util.registry import PROPOSALS, choose, load
 
-Proposals = Callable[[Tensor, SampleRandom], Tensor]
+if TYPE_CHECKING:
+    from datasets.image_folder import ImageFolder
+
+Proposals = Callable[[Tensor, SampleRandom, str], Tensor]
+STRATEGIES = ("topk", "random", "mc")
+MC_RANKS = 300  # importance sampling draws from as many of the first boxes
+JITTER = 0.1  # share of its width and height by which a corner of a repeated box moves at most
 
 
-def build_proposals(args: Namespace) -> Proposals:
-    """The method that `args.proposals` names.
+def build_proposals(args: Namespace, images: "ImageFolder | None" = None) -> Proposals:
+    """The method that `args.proposals` names, from the store `args.cache_path` where that is given.
+
+    images: the data set, of which stored boxes must know every image.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name; a store or file that does not fit; a flag of another method.
     """
-    return load(choose(PROPOSALS, "--proposals", args.proposals))(args)
+    is_file = args.proposals.startswith("file:")
+    for flag, owner in (("edge_model", "edge_boxes"), ("ss_resize", "selective_search")):
+        if getattr(args, flag, DEFAULTS[flag]) != DEFAULTS[flag] and args.proposals != owner:
+            raise UserError(f"--{flag} means nothing to --proposals {args.proposals}: leave it out or use --proposals {owner}")
+    method = load(choose(PROPOSALS, "--proposals", "file:" if is_file else args.proposals))(args)
+    if getattr(args, "cache_path", None):
+        from datasets.proposals.store import StoredProposals
+
+        method = StoredProposals.of(args.cache_path, method, args.proposals)
+    if images is not None and hasattr(method, "check"):
+        method.check(images)
+    return method
+
+
+def select(count: int, strategy: str, max_prop: int, rng: SampleRandom) -> Tensor:
+    """Which of `count` boxes, in the order of their method, a sample gets: indices int64 [K] in increasing order for topk and mc
+    (Bar et al., CVPR 2022, section 3.1).
+
+    topk: the first `max_prop`. random: as many at random, from all. mc, importance sampling: box i (from 1) with probability
+    -ln(i / 301) max_prop / 300, at most 1, and none behind the 300th; `max_prop` is the mean number where there are 300 boxes.
+    """
+    if strategy == "topk":
+        return torch.arange(min(count, max_prop))
+    if strategy == "random":
+        return torch.from_numpy(rng.numpy.permutation(count)[:max_prop].astype(np.int64))
+    if strategy != "mc":
+        raise UserError(f"--strategy {strategy} is unknown: choose one of {', '.join(STRATEGIES)}")
+    ranks = np.arange(1, min(count, MC_RANKS) + 1)
+    keep = -np.log(ranks / (MC_RANKS + 1)) * max_prop / MC_RANKS
+    return torch.from_numpy(np.flatnonzero(rng.numpy.rand(len(ranks)) < keep))
+
+
+def exactly(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom) -> Tensor:
+    """The first `count` of N > 0 boxes; where there are fewer they are repeated in turn, and the copies jittered as in Siamese DETR's
+    code: each coordinate by up to 10 % of the box's width or height, (2 sigmoid(z) - 1) / 10 with z normal, inside the image."""
+    repeated = boxes_xyxy_abs[torch.arange(count) % len(boxes_xyxy_abs)]
+    copies = repeated[len(boxes_xyxy_abs):]
+    if not len(copies):
+        return repeated
+    shift = (2 * torch.sigmoid(torch.randn(copies.shape, generator=rng.torch)) - 1) * JITTER
+    height, width = size_hw
+    sides = (copies[:, 2:] - copies[:, :2]).repeat(1, 2)
+    copies = torch.minimum((copies + shift * sides).clamp(min=0), copies.new_tensor([width, height, width, height]))
+    return torch.cat([boxes_xyxy_abs, copies])

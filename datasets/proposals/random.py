@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from util.random_state import SampleRandom
+from util.registry import PRETEXTS
 
 MIN_SIDE = 8
 
@@ -15,7 +16,7 @@ class RandomProposals:
     def __init__(self, num_boxes: int) -> None:
         self.num_boxes = num_boxes
 
-    def __call__(self, image: Tensor, rng: SampleRandom) -> Tensor:
+    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
         """Image [3, H, W], both sides above 16 -> float32 [num_boxes, 4], (x0, y0, x1, y1) in whole pixels."""
         height, width = image.shape[-2:]
         return torch.tensor([self._draw(rng, width, height) for _ in range(self.num_boxes)], dtype=torch.float32)
@@ -29,4 +30,6 @@ class RandomProposals:
 
 
 def build_random(args: Namespace) -> RandomProposals:
-    return RandomProposals(args.num_patches)
+    """As many boxes as the pretext takes: `args.max_prop` where it reads that, else `args.num_patches`."""
+    pretext = PRETEXTS.get(getattr(args, "pretext", None))
+    return RandomProposals(args.max_prop if pretext and "max_prop" in pretext.flags else args.num_patches)

@@ -4,10 +4,11 @@ A pretext wraps any detector: `pretext(samples, targets) -> outputs` for `SetCri
 and its list of losses. `state_dict()` is flat: the detector's keys have no prefix, beside the pretext's own. It never looks at which
 detector it wraps. A pretext is a class here and a line in `PRETEXTS`; what it sees of an image is a file in `datasets`.
 """
-from torch import nn
+from torch import Tensor, nn
 
 from models.classification import Classification
 from models.detector import Detector
+from util.logger import UserError
 
 DETECTOR_PREFIX = "detector."
 
@@ -38,6 +39,21 @@ class Pretext(nn.Module):
 
     def loss_weights(self, args) -> dict[str, float]:
         raise NotImplementedError  # the contract
+
+    def last_layer_weights(self, args) -> dict[str, float]:
+        """Weights of losses that only the last decoder layer has."""
+        return {}
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        """Networks that never train: outside of state dict, optimiser and DDP, kept apart in checkpoints."""
+        return {}
+
+    def load_frozen(self, stored: dict[str, dict[str, Tensor]], source: str) -> None:
+        """Fills the frozen parts from what a checkpoint keeps of them: name -> state dict. `source` names it in errors."""
+        for name, part in self.frozen_parts().items():
+            if name not in stored:
+                raise UserError(f"{source} lacks the frozen network {name} of this pretext: resume it with the flags that it was made with")
+            part.load_state_dict(stored[name])
 
     @property
     def classes(self) -> Classification:

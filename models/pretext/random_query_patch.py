@@ -30,6 +30,8 @@ class RandomQueryPatch(Pretext):
         self, detector: Detector, num_patches: int, mask_ratio: float = 0.1, query_shuffle: bool = False, feature_recon: bool = True
     ) -> None:
         super().__init__(detector)
+        if detector.two_stage:
+            raise UserError("--two_stage: such a detector has no learned queries that patches could be added to; leave it out with this pretext")
         if detector.num_queries % num_patches:
             raise UserError(
                 f"--num_patches {num_patches} does not divide --num_queries {detector.num_queries}: every patch needs the same number "
@@ -76,6 +78,17 @@ class RandomQueryPatch(Pretext):
             for layer, aux in enumerate(outputs.get("aux_outputs", [])):
                 aux["pred_features"] = predicted[layer]
         return outputs
+
+    @staticmethod
+    def patch_boxes(outputs: dict, num_patches: int) -> tuple[Tensor, Tensor]:
+        """Where each patch was found, as in UP-DETR's demonstration: the box of the most confident query of its group.
+
+        Returns boxes_cxcywh [B, M, 4] and scores [B, M].
+        """
+        scores = outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
+        best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, 4)
+        boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1)).gather(2, best)
+        return boxes.squeeze(2), scores.amax(-1)
 
     def _stack_patches(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = {len(target["patches"]) for target in targets}

@@ -1,0 +1,181 @@
+"""Tells what a checkpoint or weight file is, and converts it between the published layouts and ours.
+
+    python tools/convert_checkpoint.py FILE                               # what is it?
+    python tools/convert_checkpoint.py FILE --to FORMAT --out NEW_FILE
+
+FILE is a path or an address. Formats: `predetr` (ours; keeps everything and stores what names don't tell), `detr` (DETR, Conditional
+DETR, Deformable DETR), `updetr`, `detreg`, `siamese`. `--pretrain` and `--resume` read every published layout as it is: converting is
+for other code bases, and for a file that says by itself what it is. No file runs code, none is overwritten, and names or shapes that
+fit no known detector are refused.
+"""
+import argparse
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+
+from models.backbone_weights import held_backbone
+from models.checkpoint_check import check_parameters
+from util.architecture import architecture, detector_kind, without_detr_prefix
+from util.arguments import make_parser, resolve
+from util.checkpoint import Checkpoint, as_checkpoint, is_pretext
+from util.classes import class_rows, head_kind, stored_names
+from util.conversion import CODE_BASES, FORMATS, LAYOUTS, MASK_PARTS, OURS, code_base, convert, pretext_of
+from util.files import write_atomically
+from util.flags import FINETUNE
+from util.logger import UserError, log
+from util.session import run_script
+from util.weight_files import read_weights
+
+PRETEXT_OF_CODE_BASE = {"random_query_patch": "UP-DETR", "region_prior": "DETReg", "siamese": "Siamese DETR"}
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = argparse.ArgumentParser("tools.convert_checkpoint", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("file", metavar="FILE", help="a checkpoint or weight file: path or address")
+    parser.add_argument("--to", choices=FORMATS, help="layout to write")
+    parser.add_argument("--out", type=Path, metavar="NEW_FILE", help="where to write it; must not exist")
+    args = parser.parse_args(argv)
+    if (args.to is None) != (args.out is None):
+        parser.error("--to and --out belong together: give both to convert, none to be told what the file is")
+    return args
+
+
+# ------------------------------------------------------------------------------------------------------------ describe
+
+
+def describe(checkpoint: Checkpoint) -> list[str]:
+    """What the file is, one property a line."""
+    state = without_detr_prefix(checkpoint["model"])
+    pretext, kind = pretext_of(checkpoint), detector_kind(state)
+    certain, likely = architecture(checkpoint)
+    stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODE_BASE.get(pretext, 'its own')})" if pretext else "a trained detector"
+    masks = any(key.startswith(MASK_PARTS) for key in state)
+    rows = {
+        "code base": _code_base(checkpoint, kind, pretext),
+        "holds": f"{stage}{', with a mask head, which this version does not use' if masks else ''}",
+        "model": f"{checkpoint.tensors} tensors, {_unique_numbers(state):,} numbers",
+        "detector": f"{kind}: {_shown(certain, ('backbone', 'num_queries', 'enc_layers', 'dec_layers', 'hidden_dim', 'dim_feedforward'))}",
+        "options": _options(certain, likely),
+        "classes": _classes(checkpoint, pretext),
+        "flags": " ".join(model_flags(checkpoint)) or "none: the detector's defaults",
+        "also in it": _rest(checkpoint),
+        "checked": f"all names and shapes are those of a {kind}",
+        "use": _usage(checkpoint.source, pretext, masks),
+    }
+    return [f"{name:<10} {text}" for name, text in rows.items()]
+
+
+def _usage(path: str, pretext: str | None, masks: bool) -> str:
+    if masks:
+        return f"python tools/convert_checkpoint.py {path} --to predetr --out NEW_FILE, which takes the detector out"
+    return f"python finetune_main.py --coco_path DIR {'--pretrain' if pretext else '--eval --resume'} {path}"
+
+
+def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
+    origin = code_base(checkpoint)
+    name = CODE_BASES[origin]
+    if origin == OURS and "converted_from" in checkpoint:
+        return f"{name}, converted from {CODE_BASES.get(checkpoint['converted_from'], 'another code base')}"
+    if origin == "siamese" and not checkpoint.siamese:
+        return f"{name}, from its convert_to_detr or its fine-tuning code"
+    if origin == kind and not checkpoint.get("args") and kind != "conditional_detr":
+        alike = "UP-DETR and DETReg" if kind == "detr" else "DETReg"
+        return f"{name}, or {alike}, whose fine-tuned files have the same names"
+    return name
+
+
+def _options(certain: dict[str, Any], likely: dict[str, Any]) -> str:
+    known = _shown(certain, ("pre_norm", "num_feature_levels", "with_box_refine", "two_stage", "nheads", "dilation", "position_embedding"))
+    guessed = [f"probably {flag} {value}" for flag, value in likely.items()]
+    unknown = [flag for flag in ("dilation", "nheads") if flag not in {**certain, **likely}]
+    tail = [f"the weights can't tell: {' and '.join(unknown)}"] if unknown else []
+    return "; ".join([*filter(None, [known]), *guessed, *tail])
+
+
+def _shown(known: dict[str, Any], flags: tuple[str, ...]) -> str:
+    return ", ".join(f"{flag} {known[flag]}" for flag in flags if flag in known)
+
+
+def _classes(checkpoint: Checkpoint, pretext: str | None) -> str:
+    outputs = class_rows(checkpoint["model"], "focal")
+    if not outputs:
+        return "no class head (left out when it was converted)"
+    softmax = head_kind(checkpoint) == "softmax" or pretext in ("random_query_patch", "siamese")
+    names = list(stored_names(checkpoint).values())
+    known = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "; without names"
+    return (f"{outputs - 1} classes and `no object`" if softmax else f"{outputs} classes (sigmoid)") + known
+
+
+def model_flags(checkpoint: Checkpoint) -> list[str]:
+    """The flags of the architecture that differ from the detector's defaults; they are spelled alike in all code bases."""
+    certain, likely = architecture(checkpoint)
+    known = {**likely, **certain}
+    usual = resolve(make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"]))
+    differing = {flag: value for flag, value in known.items() if getattr(usual, flag, value) != value}
+    return [f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in differing.items() if value is not False]
+
+
+def _rest(checkpoint: Checkpoint) -> str:
+    meta = checkpoint.get("meta") or {}
+    epoch = checkpoint.get("epoch", meta.get("epoch"))
+    said = [] if epoch is None else [f"epoch {epoch}"]
+    said += [f"iteration {meta['iter']}"] if "iter" in meta else []
+    said += [key for key in checkpoint if key not in ("model", "epoch")]
+    return ", ".join(said) or "nothing"
+
+
+def _unique_numbers(state: dict[str, torch.Tensor]) -> int:
+    """Numbers in the file; tensors that stand under several names count once."""
+    return sum({(value.data_ptr(), value.shape): value.numel() for value in state.values()}.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- convert
+
+
+def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
+    """Converts and writes, and says what was left out and how the new file is used.
+
+    Raises:
+        UserError: `out` exists, or the layout has no place for this detector.
+    """
+    if out.exists():
+        raise UserError(f"--out {out} exists and is not overwritten: give another name")
+    content, notes = convert(checkpoint, to)
+    write_atomically(out, lambda file: torch.save(content, file))
+    for note in notes:
+        log.info(note)
+    flags = " ".join(model_flags(checkpoint))
+    state = content.get("model", content.get("state_dict"))
+    if to == OURS:
+        how = f"--{'pretrain' if is_pretext(checkpoint) else 'resume'} {out}; no further flags are needed"
+    else:
+        how = f"{LAYOUTS[to].loading.replace('FILE', str(out))}{f'; flags of this detector: {flags}' if flags else ''}"
+    log.info("wrote %s: %d tensors in the layout %s\nload it by %s", out, len(state), to, how)
+
+
+def describe_backbone(path: str, name: str, origin: str) -> list[str]:
+    return [f"{path} holds a backbone without a detector: {name} ({origin})", f"use        --backbone {name} --backbone_weights {path}"]
+
+
+def main(args: Namespace) -> None:
+    content = read_weights(args.file)
+    backbone = held_backbone(content)
+    if backbone:
+        log.info("\n".join(describe_backbone(args.file, *backbone)))
+        if args.to:
+            raise UserError(f"{args.file} holds no detector, and --to converts detectors; --backbone_weights reads this file as it is")
+        return
+    checkpoint = as_checkpoint(content, args.file)
+    check_parameters(checkpoint)
+    log.info("\n".join(describe(checkpoint)))
+    if args.to:
+        write(checkpoint, args.to, args.out)
+
+
+if __name__ == "__main__":
+    run_script(main, parse)
