@@ -6,7 +6,7 @@ from torch import Tensor
 
 from datasets.coco import coco_files, coco_root
 from datasets.image_folder import ImageFolder, read_image
-from datasets.proposals import Proposals, build_proposals
+from datasets.proposals import Proposals, build_proposals, exactly
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
 from util.logger import UserError
@@ -45,7 +45,10 @@ class QueryPatches(SampleDataset):
         height, width = image.shape[-2:]
         if min(height, width) <= TINY_SIDE:
             raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
-        boxes = self.proposals(image, rng)
+        boxes = self.proposals(image, rng, self.images.name(index))
+        if not len(boxes):
+            raise BadImageError("no proposals")
+        boxes = exactly(boxes, self.num_patches, (height, width), rng)
         patches = torch.stack([self._patch(image, box, rng) for box in boxes.round().int().tolist()])
         target = query_target(boxes, index, (height, width))
         image, target = self.transforms(image, target, rng)
@@ -54,7 +57,8 @@ class QueryPatches(SampleDataset):
 
     def _patch(self, image: Tensor, box_xyxy_abs: list[int], rng: SampleRandom) -> Tensor:
         x0, y0, x1, y1 = box_xyxy_abs
-        patch, _ = self.patch_transform(image[:, y0:y1, x0:x1], {}, rng)
+        x0, y0 = min(x0, image.shape[2] - 1), min(y0, image.shape[1] - 1)  # a box smaller than a pixel shows the pixel
+        patch, _ = self.patch_transform(image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], {}, rng)
         return patch
 
 
@@ -78,9 +82,10 @@ def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
         UserError: no images.
     """
     image_size = args.image_size or 480
+    images = ImageFolder(image_source(image_set, args))
     return QueryPatches(
-        ImageFolder(image_source(image_set, args)),
-        build_proposals(args),
+        images,
+        build_proposals(args, images),
         pretext_transforms(image_set, image_size, args.max_size),
         PatchAugmentation(args.patch_size, augment=image_set == "train"),
         seed=args.seed,

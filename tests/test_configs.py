@@ -1,4 +1,5 @@
 """Configs, the launcher, and every command that the documents show: parsed by our own parsers, without training."""
+import importlib
 import os
 import re
 import shlex
@@ -11,13 +12,12 @@ import pytest
 import finetune_main
 import main as pretrain_main
 from datasets import sample_scenes
-from tools import convert_checkpoint, convert_to_detr
 from util.arguments import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-TOOLS = {"tools/convert_checkpoint.py": convert_checkpoint, "tools/convert_to_detr.py": convert_to_detr}
+TOOLS = {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "\ndef parse(" in path.read_text()}
 SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
 PATH_FLAGS = {"coco_path", "imagenet_path", "output_dir", "resume", "pretrain"}
 
@@ -233,15 +233,17 @@ def check_command(words: list[str]) -> Namespace | None:
         return None
     if words[:2] == ["source", ".venv/bin/activate"]:
         return None
-    if words[0] == "python" and words[1] in TOOLS:
-        TOOLS[words[1]].parse(words[2:])
+    tool = [words[2].replace(".", "/") + ".py", *words[3:]] if words[:2] == ["python", "-m"] else words[1:]
+    if words[0] == "python" and tool[0] in TOOLS:
+        importlib.import_module(tool[0].removesuffix(".py").replace("/", ".")).parse(tool[1:])
         return None
     if first == "tools/run_dist_launch.sh":
         assert words[1].isdigit()
         words, first = words[2:], words[2].removeprefix("./")
     if first.startswith("configs/"):
         return parse(config_words(ROOT / first, *words[1:]))
-    return parse(without_launcher(words))
+    in_checkpoint = "--resume" in words and "--val_images" in words  # which kind of data it is
+    return parse(without_launcher(words), resolved=not in_checkpoint)
 
 
 def shown_commands(path: Path) -> list[str]:
@@ -347,7 +349,7 @@ def test_impossible_commands_are_refused_by_the_parser(capsys: pytest.CaptureFix
     """What the table calls not in this version is not half accepted."""
     refused = {
         finetune_main: (["--dataset_file", "coco_panoptic"], ["--masks"], ["--frozen_weights", "x"]),
-        pretrain_main: (["--pretext", "siamese"], ["--proposals", "selective_search"]),
+        pretrain_main: (["--pretext", "siamese"],),
     }
     for script, commands in refused.items():
         for flags in commands:

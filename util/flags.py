@@ -177,7 +177,8 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretext", choices=tuple(PRETEXTS), help="what is learnt without labels (random_query_patch)")
     group.add_argument("--imagenet_path", metavar="DIR", help="unlabelled images: any folder tree; else the images of --coco_path")
     group.add_argument("--proposals", type=proposal_name, metavar="NAME|file:PATH",
-                       help=f"where boxes come from: {', '.join(_proposal_names())}; see docs/proposals.md (random; region_prior selective_search)")
+                       help=f"where boxes come from: {', '.join(_proposal_names())}; see docs/proposals.md (random; region_prior "
+                            "selective_search)")
     group.add_argument("--cache_path", metavar="DIR", help="take them from this store of tools/cache_proposals.py")
     group.add_argument("--strategy", choices=("topk", "random", "mc"),
                        help="which boxes are taken: the first, any, or the first with more probability (topk)")

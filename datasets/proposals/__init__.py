@@ -6,7 +6,7 @@ by which stored boxes are found. The order is the method's: best first where it 
 random state and name give the same boxes in the same order in any process.
 
 Methods that search the image are a `datasets.proposals.search.BoxSearch`, whose `search` also returns scores, and whose boxes
-`tools/cache_proposals.py` can store. A data set takes from the boxes by `select` (some of them) or `exactly` (a fixed number).
+`tools/cache_proposals.py` can store. `Selected` takes some of the boxes of a method, `exactly` a fixed number.
 """
 from argparse import Namespace
 from collections.abc import Callable
@@ -68,6 +68,17 @@ def select(count: int, strategy: str, max_prop: int, rng: SampleRandom) -> Tenso
     ranks = np.arange(1, min(count, MC_RANKS) + 1)
     keep = -np.log(ranks / (MC_RANKS + 1)) * max_prop / MC_RANKS
     return torch.from_numpy(np.flatnonzero(rng.numpy.rand(len(ranks)) < keep))
+
+
+class Selected:
+    """What `select` takes from the boxes of a method."""
+
+    def __init__(self, proposals: Proposals, strategy: str, max_prop: int) -> None:
+        self.proposals, self.strategy, self.max_prop = proposals, strategy, max_prop
+
+    def __call__(self, image: Tensor, rng: SampleRandom, name: str) -> Tensor:
+        boxes = self.proposals(image, rng, name)
+        return boxes[select(len(boxes), self.strategy, self.max_prop, rng)]
 
 
 def exactly(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom) -> Tensor:

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# UP-DETR's pretext on Conditional DETR with 300 queries, fine-tuned on COCO: the baseline of Siamese DETR (CVPR 2023).
+# Published: the settings, 50 epochs with the drop after 40, 2 images a GPU; no number with 300 queries.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} finetune_main.py \
+    --detector conditional_detr --num_queries 300 --lr_backbone 5e-5 \
+    --pretrain exps/UPDETR_conditional_300q_pretrain_in/checkpoint.pth \
+    --output_dir exps/UPDETR_conditional_300q_finetune_coco "$@"

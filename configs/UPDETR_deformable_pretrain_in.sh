@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# UP-DETR's pretext on Deformable DETR with four levels and 300 queries: the baseline of Siamese DETR (CVPR 2023), on ImageNet.
+# Published: 32 GPUs, 8 images each (256 in all), 300k steps with the drop after 200k: x 256 / 1.28M images = 60 and 40 epochs.
+# --position_embedding sine: that code base does not shift the position code by half a cell, as Deformable DETR does.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} main.py \
+    --detector deformable_detr --position_embedding sine --lr_drop 40 --epochs 60 --num_patches 10 --batch_size 8 \
+    --feature_recon --fre_cnn --imagenet_path data/ilsvrc/train \
+    --output_dir exps/UPDETR_deformable_pretrain_in "$@"

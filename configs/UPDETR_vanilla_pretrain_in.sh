@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# UP-DETR's pretext on DETR, post-norm, with 100 queries: the baseline of Siamese DETR (CVPR 2023), on ImageNet.
+# Published: 16 GPUs, 16 images each (256 in all), 300k steps with the drop after 200k: x 256 / 1.28M images = 60 and 40 epochs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} main.py \
+    --lr_drop 40 --epochs 60 --num_patches 10 --batch_size 16 \
+    --feature_recon --fre_cnn --imagenet_path data/ilsvrc/train \
+    --output_dir exps/UPDETR_vanilla_pretrain_in "$@"

@@ -1,0 +1,102 @@
+"""Every config runs: the published model is built without memory for its weights, and three steps, or an evaluation, of a small one."""
+from pathlib import Path
+
+import pytest
+import torch
+from test_configs import CONFIGS, SCRIPTS, config_words, parse
+from tiny import logged, write_coco, write_images
+
+import models
+from models import build_model
+from util.arguments import plain_settings, resolve
+
+# Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits counts.
+PARAMETERS = {
+    "UPDETR_pretrain_in": 42_619_079, "UPDETR_finetune": 41_525_280, "UPDETR_eval": 41_525_280, "DETR_r50_swav": 41_525_280,
+    "UPDETR_vanilla_finetune": 41_524_768, "UPDETR_deformable_finetune": 40_069_665, "UPDETR_deformable_single_scale_finetune": 34_066_593,
+    "UPDETR_conditional_300q_finetune": 43_418_401, "UPDETR_conditional_finetune": 43_418_401 - 200 * 256,
+    "ConditionalDETR_r101": 62_358_305, "ConditionalDETR": 43_418_401, "DETR_r101": 60_464_672, "DETR": 41_524_768,
+    "r50_deformable_detr_single_scale": 34_066_593, "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus": 41_181_529,
+    "r50_deformable_detr_plus": 40_849_660, "r50_deformable_detr": 40_069_665,
+}
+SMALL = [
+    "--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "32", "--enc_layers", "1", "--dec_layers", "2", "--num_queries", "20",
+    "--device", "cpu", "--num_workers", "0", "--image_size", "64", "--max_size", "96", "--batch_size", "2",
+]
+
+
+def small_words(words: list[str], *flags: object) -> list[str]:
+    """A config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
+    shallow = ["--backbone", "resnet50" if "--dilation" in words else "resnet18"]
+    size = [*SMALL, "--num_patches", "5", "--patch_size", "32"] if words[0] == "main.py" else SMALL
+    return [*words, *size, *shallow, *map(str, flags)]
+
+
+def start(words: list[str]) -> list[str]:
+    """Runs a command in this process; returns the lines of its log."""
+    with logged() as lines:
+        SCRIPTS[words[0]].main(SCRIPTS[words[0]].parse(words[1:]))
+    return lines
+
+
+def save_small(words: list[str], path: Path) -> Path:
+    """The checkpoint that a config's command for a small model would end with, but for its values."""
+    args = resolve(parse(small_words(words, "--backbone_weights", "none", "--backbone_norm", "frozen"), resolved=False))
+    torch.save({"model": build_model(args)[0].state_dict(), "args": plain_settings(args), "epoch": 0}, path)
+    return path
+
+
+def source_config(words: list[str]) -> list[str]:
+    """The config whose output a command takes as `--pretrain` or `--resume`; of a published file, the one that it comes from."""
+    given = next(word for flag, word in zip(words, words[1:], strict=False) if flag in ("--pretrain", "--resume"))
+    return config_words(CONFIGS["DETR_r50_coco" if given.startswith("https://") else Path(given).parent.name])
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("data") / "coco", train=4, val=2)
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(autouse=True)
+def _no_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained backbones are elsewhere; that they are asked for where they should be is in the tables of settings."""
+    monkeypatch.setattr(models, "load_backbone_weights", lambda body, name, source: None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds_the_published_model(name: str) -> None:
+    args = parse(config_words(CONFIGS[name], "--device", "cpu"))
+    with torch.device("meta"):
+        model, criterion, _ = build_model(args)
+    known = next((count for part, count in PARAMETERS.items() if name.startswith(part)), None)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert known in (None, count)
+    assert known is not None or "pretrain" in name
+    layers = {key.rsplit("_", 1)[-1] for key in criterion.weight_dict}
+    assert ("4" in layers) == args.aux_loss
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith(("_eval", "_eval_coco"))])
+def test_config_runs_three_steps(name: str, coco: Path, unlabelled: Path, tmp_path: Path) -> None:
+    words = config_words(CONFIGS[name])
+    data = ["--imagenet_path", unlabelled] if "--imagenet_path" in words else ["--coco_path", coco]
+    start_from = ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
+    lines = start(small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run"))
+    assert sum(line.startswith("step on") for line in lines) == 2
+    assert any("nothing was saved" in line for line in lines)
+    if start_from:
+        assert any("patch2query" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(("_eval", "_eval_coco"))])
+def test_config_evaluates(name: str, coco: Path, tmp_path: Path) -> None:
+    """Flags of the architecture are left out: they are those of the checkpoint."""
+    words = config_words(CONFIGS[name])
+    checkpoint = save_small(source_config(words), tmp_path / "trained.pth")
+    start([*words, *SMALL[-8:], "--coco_path", str(coco), "--resume", str(checkpoint), "--output_dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "metrics.json").exists()

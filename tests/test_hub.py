@@ -1,0 +1,195 @@
+"""hubconf.py: every entry point, what it builds, and what it says of files that are not its own."""
+import argparse
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT
+
+import hubconf
+import models
+from util.arguments import make_parser, resolve
+from util.flags import FINETUNE, PRETRAIN
+from util.logger import UserError
+
+# Parameters that train and those that never do (of the frozen stem and first stage), as the published implementations have them.
+PARAMETERS = {
+    "detr_resnet50": 41_524_768, "detr_resnet50_dc5": 41_524_768, "detr_resnet101": 60_464_672, "detr_resnet101_dc5": 60_464_672,
+    "conditional_detr_resnet50": 43_418_401, "conditional_detr_resnet50_dc5": 43_418_401, "conditional_detr_resnet101": 62_358_305,
+    "conditional_detr_resnet101_dc5": 62_358_305, "deformable_detr_resnet50": 40_069_665,
+    "deformable_detr_resnet50_single_scale": 34_066_593, "deformable_detr_resnet50_single_scale_dc5": 34_066_593,
+    "deformable_detr_resnet50_refine": 40_849_660, "deformable_detr_resnet50_refine_two_stage": 41_181_529,
+}
+SMALL = ["--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "32", "--enc_layers", "1", "--dec_layers", "2", "--num_queries", "20"]
+SMALL += ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]
+STORED = ("dilation", "nheads", "backbone", "num_queries")  # of what the published code bases keep beside the weights
+IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+
+
+def save_model(path: Path, *flags: str, script: str = FINETUNE, with_args: bool = True) -> torch.nn.Module:
+    """A checkpoint of a model with random weights, as the published code bases write it. Returns the model, for evaluation."""
+    args = resolve(make_parser(script).parse_args([*flags]))
+    model = models.build_model(args)[0]
+    published = argparse.Namespace(**{name: getattr(args, name) for name in STORED})
+    torch.save({"model": model.state_dict(), **({"args": published, "epoch": 49} if with_args else {})}, path)
+    return model.eval()
+
+
+def run(code: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DETR-R50 of small width."""
+    path = tmp_path_factory.mktemp("hub") / "small.pth"
+    save_model(path, *SMALL)
+    return path
+
+
+def test_hub_lists_the_entry_points() -> None:
+    """By torch.hub's rule: what can be called and does not begin with an underscore."""
+    listed = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    assert set(listed) == set(PARAMETERS)
+    for name in listed:
+        entry = getattr(hubconf, name)
+        assert entry.__name__ == name
+        assert re.search(r"DETR.*AP \d\d\.\d", entry.__doc__.splitlines()[0])
+        assert "num_classes" in entry.__doc__
+    assert all(map(torch.hub._check_module_exists, hubconf.dependencies))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_entry_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+    monkeypatch.setattr(models, "load_backbone_weights", lambda body, name, source: fetched.append((name, source)))
+    with torch.device("meta"):
+        model, postprocessor = getattr(hubconf, name)(return_postprocessor=True)
+        other = getattr(hubconf, name)(num_classes=7)
+    backbone = "resnet101" if "resnet101" in name else "resnet50"
+    assert fetched == [(backbone, "imagenet")] * 2
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    assert model.backbone[0].strides[-1] == (16 if name.endswith("dc5") else 32)
+    assert model.aux_loss is False
+    assert postprocessor.classification.kind == ("softmax" if name.startswith("detr") else "focal")
+    rows = {len(value) for key, value in other.state_dict().items() if "class_embed" in key and key.endswith("bias")}
+    assert rows == {7 + name.startswith("detr")}
+
+
+LOAD = """
+import sys, torch
+import datasets  # another package of this name, imported before
+def fetching(*args, **kwargs): raise AssertionError(f"fetches {args}")
+torch.hub.download_url_to_file = fetching
+model, postprocessor = torch.hub.load(%r, %r, source="local", pretrained=%r, return_postprocessor=True)
+images = torch.load("images.pt", weights_only=True)
+with torch.no_grad():
+    outputs = model.eval()(images)
+    listed = model([image for image in images])
+found = postprocessor(outputs, torch.tensor([[480, 640], [64, 96]]))
+assert torch.equal(outputs["pred_boxes"], listed["pred_boxes"])
+assert datasets.whose == "another" and sys.modules["datasets"] is datasets
+torch.save({"outputs": outputs, "found": found}, "out.pt")
+"""
+
+
+@pytest.mark.parametrize(("name", "pretrained", "flags"), [
+    ("detr_resnet50", True, ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]),
+    ("deformable_detr_resnet50_refine_two_stage", "file.pth", [
+        *SMALL, "--detector", "deformable_detr", "--with_box_refine", "--two_stage",
+    ]),
+])
+def test_loaded_through_torch_hub_from_elsewhere(name: str, pretrained: bool | str, flags: list[str], tmp_path: Path) -> None:
+    """The whole way, the first at full size: outputs are those of the model that the file was written from, and nothing is fetched."""
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").write_text("whose = 'another'\n")
+    torch.save(IMAGES, tmp_path / "images.pt")
+    place = tmp_path / "hub" / "checkpoints" / "detr-r50-e632da11.pth" if pretrained is True else tmp_path / pretrained
+    place.parent.mkdir(parents=True, exist_ok=True)
+    model = save_model(place, *flags, with_args=pretrained is not True)
+    with torch.no_grad():
+        expected = model(IMAGES)
+    run(LOAD % (str(ROOT), name, pretrained), tmp_path, TORCH_HOME=str(tmp_path))
+    place.unlink()
+    loaded = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert "aux_outputs" not in loaded["outputs"]
+    for key in ("pred_logits", "pred_boxes"):
+        torch.testing.assert_close(loaded["outputs"][key], expected[key])
+    assert [set(image) for image in loaded["found"]] == [{"scores", "labels", "boxes"}] * 2
+
+
+def test_what_the_name_leaves_open_is_taken_from_the_file(small: Path) -> None:
+    model = hubconf.detr_resnet50(pretrained=str(small))
+    assert (model.num_queries, model.hidden_dim, len(model.transformer.decoder.layers)) == (20, 32, 2)
+    assert model.backbone[0].norm == "frozen"
+
+
+@pytest.mark.parametrize(("name", "options", "said"), [
+    ("detr_resnet101", {}, "no detr_resnet101, for it has backbone resnet50 (not resnet101): load detr_resnet50"),
+    ("detr_resnet50_dc5", {}, "dilation False (not True): load detr_resnet50"),
+    ("conditional_detr_resnet50", {}, "detector detr (not conditional_detr): load detr_resnet50"),
+    ("detr_resnet50", {"num_classes": 20}, "knows 91 classes, not 20: give num_classes=91"),
+])
+def test_file_of_another_model_is_refused(small: Path, name: str, options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        getattr(hubconf, name)(pretrained=str(small), **options)
+    assert str(small) in str(refused.value)
+
+
+def test_published_dc5_file_is_told_by_its_name(small: Path, tmp_path: Path) -> None:
+    """It holds weights only, and these are those of a model without dilation in all but their values."""
+    path = tmp_path / "detr-r50-dc5-f0fb7ef5.pth"
+    torch.save({"model": torch.load(small, weights_only=False)["model"]}, path)
+    with pytest.raises(UserError, match="dilation True .not False.: load detr_resnet50_dc5"):
+        hubconf.detr_resnet50(pretrained=str(path))
+    assert hubconf.detr_resnet50_dc5(pretrained=str(path)).backbone[0].strides == [16]
+
+
+def test_file_of_a_pretext_is_refused(tmp_path: Path) -> None:
+    save_model(tmp_path / "pretext.pth", *SMALL, "--num_patches", "5", script=PRETRAIN)
+    with pytest.raises(UserError, match="is from pre-training and knows no classes: fine-tune it"):
+        hubconf.detr_resnet50(pretrained=str(tmp_path / "pretext.pth"))
+
+
+@pytest.mark.parametrize(("name", "page"), [
+    ("conditional_detr_resnet101_dc5", "https://github.com/Atten4Vis/ConditionalDETR"),
+    ("deformable_detr_resnet50_refine", "https://github.com/fundamentalvision/Deformable-DETR"),
+])
+def test_weights_on_a_page_are_not_fetched(name: str, page: str) -> None:
+    with pytest.raises(UserError, match=f'{page} .*give pretrained="PATH"'):
+        getattr(hubconf, name)(pretrained=True)
+
+
+def test_package_of_the_same_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published DETR's hub has `models` and `util` too."""
+    theirs = types.ModuleType("util")
+    theirs.__file__ = "/elsewhere/detr/util/__init__.py"
+    monkeypatch.setitem(sys.modules, "util", theirs)
+    with pytest.raises(ImportError, match="/elsewhere/detr/util/__init__.py is already imported"):
+        hubconf.detr_resnet50(backbone_weights="none")
+
+
+def test_the_example_of_the_readme_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = (block for block in blocks if "torch.hub" in block)
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(compile(code.replace("pretrained=True", f"pretrained={str(small)!r}"), "README.md", "exec"), names)
+    assert [set(image) for image in names["found"]] == [{"scores", "labels", "boxes"}] * 2
+
+
+def test_documents_name_entry_points() -> None:
+    for document in (ROOT / "README.md", ROOT / "docs" / "published_commands.md"):
+        used = re.findall(r"""torch\.hub\.load\(["']([^"']+)["'],\s*["'](\w+)["']""", document.read_text())
+        assert used, document
+        assert {name for _, name in used} <= set(PARAMETERS), document
