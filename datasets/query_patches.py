@@ -6,7 +6,7 @@ from torch import Tensor
 
 from datasets.coco import coco_files, coco_root
 from datasets.image_folder import ImageFolder, read_image
-from datasets.proposals import Proposals, build_proposals, exactly
+from datasets.proposals import FixedNumber, Proposals, build_proposals
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
 from util.logger import UserError
@@ -46,9 +46,6 @@ class QueryPatches(SampleDataset):
         if min(height, width) <= TINY_SIDE:
             raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
         boxes = self.proposals(image, rng, self.images.name(index))
-        if not len(boxes):
-            raise BadImageError("no proposals")
-        boxes = exactly(boxes, self.num_patches, (height, width), rng)
         patches = torch.stack([self._patch(image, box, rng) for box in boxes.round().int().tolist()])
         target = query_target(boxes, index, (height, width))
         image, target = self.transforms(image, target, rng)
@@ -85,7 +82,7 @@ def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
     images = ImageFolder(image_source(image_set, args))
     return QueryPatches(
         images,
-        build_proposals(args, images),
+        FixedNumber(build_proposals(args, images), args.num_patches),
         pretext_transforms(image_set, image_size, args.max_size),
         PatchAugmentation(args.patch_size, augment=image_set == "train"),
         seed=args.seed,

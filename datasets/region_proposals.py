@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from datasets.image_folder import ImageFolder, read_image
-from datasets.proposals import Proposals, build_proposals
+from datasets.proposals import Proposals, Selected, build_proposals
 from datasets.query_patches import QUERY_LABEL, image_source, query_target
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import PatchAugmentation, Transform, region_transforms
@@ -47,7 +47,7 @@ class RegionProposals(SampleDataset):
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         original = read_image(self.path(index))
-        boxes = self.proposals(original, rng)
+        boxes = self.proposals(original, rng, self.images.name(index))
         if len(boxes) < MIN_BOXES:
             raise BadImageError(f"{len(boxes)} proposals; an image needs {MIN_BOXES}")
         augmentations = [self.patch_transform.draw(rng, (1, 1)) for _ in boxes] if self.patch_transform else []
@@ -84,9 +84,10 @@ def build_region_proposals(image_set: str, args: Namespace) -> RegionProposals:
         UserError: no images.
     """
     train = image_set == "train"
+    images = ImageFolder(image_source(image_set, args))
     return RegionProposals(
-        ImageFolder(image_source(image_set, args)),
-        build_proposals(args),
+        images,
+        Selected(build_proposals(args, images), args.strategy, args.max_prop),
         region_transforms(image_set, args.image_size, args.max_size),
         region_transforms("val", args.image_size, args.max_size),
         PatchAugmentation(args.patch_size, augment=train) if args.object_embedding_loss else None,

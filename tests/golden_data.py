@@ -18,6 +18,8 @@ from datasets.collate import normalize_images
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator
 from datasets.image_folder import to_tensor
 from datasets.proposals.random import RandomProposals
+from datasets.proposals.search import to_pixels
+from datasets.proposals.selective_search import sorted_boxes
 from datasets.query_patches import query_target
 from datasets.transforms import (
     PatchAugmentation,
@@ -182,4 +184,12 @@ def check_data_updetr(case: str, case_json: Mapping[str, Any], npz: Arrays, gold
     assert target["size"].tolist() == npz["det_val/size"].tolist()
 
 
-CHECKS = {"data_detr": check_data_detr, "data_updetr": check_data_updetr}
+def check_data_detreg(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
+    """Boxes of selective search: from OpenCV's whole numbers to pixels."""
+    raw = npz["ss/raw_xywh_in_128x128"]
+    boxes = np.concatenate([sorted_boxes(box) for box in raw])
+    np.testing.assert_array_equal(to_pixels(boxes, 128, (90, 140)).numpy(), npz["ss/boxes_xyxy_h90_w140"])
+    np.testing.assert_array_equal(to_pixels(boxes, 0, (90, 140)).numpy(), npz["ss/boxes_xyxy_noresize"])
+
+
+CHECKS = {"data_detr": check_data_detr, "data_updetr": check_data_updetr, "data_detreg": check_data_detreg}

@@ -213,8 +213,10 @@ def test_patches_are_cut_from_the_original_image(tmp_path: Path) -> None:
     assert np.abs(difference).max() <= 1
 
 
-@pytest.mark.parametrize("name", PROPOSALS)
+@pytest.mark.parametrize("name", [name for name in PROPOSALS if not name.endswith(":")])
 def test_proposals_lie_inside_the_image(name: str) -> None:
+    if name != "random":
+        pytest.importorskip("cv2", reason="OpenCV is not installed")
     propose = build_proposals(Namespace(proposals=name, num_patches=50))
     boxes = propose(torch.zeros(3, 17, 300, dtype=torch.uint8), SampleRandom(0))
     assert boxes.dtype == torch.float32

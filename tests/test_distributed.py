@@ -32,7 +32,9 @@ def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("name", ["softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "pretext"])
+@pytest.mark.parametrize("name", [
+    "softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "encoder_proposals", "pretext",
+])
 def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[str, list], tmp_path: Path) -> None:
     first, second = of_both(results, name)
     single = two_processes.SCENARIOS[name](tmp_path)

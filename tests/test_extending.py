@@ -75,7 +75,7 @@ FILES = {
             def __init__(self, count):
                 self.count = count
 
-            def __call__(self, image, rng):
+            def __call__(self, image, rng, name):
                 height, width = image.shape[-2:]
                 return torch.tensor([[0, 0, width // 2, height]], dtype=torch.float32).repeat(self.count, 1)
 

@@ -3,12 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import deform_cases
 import golden_models
 import pytest
 import torch
 
 from engine import Run, autocast, train_step
 from models.backbone import Backbone
+from models.ms_deform_attn import choose, ms_deform_attn
 from util.metrics import LossReader
 from util.nested_tensor import NestedTensor
 
@@ -120,3 +122,87 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
     run("finetune_main.py", "--coco_path", data, "--num_classes", "5", "--pretrain", checkpoint, "--output_dir", str(tmp_path / "fine"),
         "--image_size", "96", "--batch_size", "8", "--amp", "bf16", "--epochs", "1", "--device", "cuda")
     assert (tmp_path / "fine" / "results.json").exists()
+
+
+# ---- multi-scale deformable attention: the Triton kernels ----
+
+
+@pytest.fixture
+def _triton_runs() -> None:
+    if choose("auto", torch.device("cuda"), torch.float32) != "triton":
+        pytest.skip("Triton does not run on this GPU")
+
+
+DEFORM_CASES = deform_cases.CASES | {
+    "many programs": deform_cases.Case(2, 1500, 8, 32, 4, ((25, 34), (13, 17), (7, 9), (4, 5))),
+    "many programs in bfloat16": deform_cases.Case(
+        2, 1500, 8, 32, 4, ((25, 34), (13, 17), (7, 9), (4, 5)), (torch.bfloat16, torch.float32, torch.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEFORM_CASES)
+@pytest.mark.usefixtures("_triton_runs")
+def test_deformable_attention_equals_the_pytorch_path(name: str) -> None:
+    """Forward and the three gradients; the second time with tensors that do not lie in one piece."""
+    case = DEFORM_CASES[name]
+    inputs = deform_cases.make_inputs(case, "cuda")
+    deform_cases.check(name, deform_cases.run(inputs, case.shapes, "auto"), inputs, case.shapes)
+    scattered = [tensor.mT.contiguous().mT for tensor in inputs]
+    deform_cases.check(name, deform_cases.run(scattered, case.shapes, "triton"), inputs, case.shapes)
+
+
+@pytest.mark.usefixtures("_triton_runs")
+def test_derivatives_of_the_pytorch_path_on_the_gpu() -> None:
+    case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
+    leaves = tuple(tensor.double().requires_grad_() for tensor in deform_cases.make_inputs(case, "cuda")[:3])
+    assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, case.shapes, p, w), leaves, nondet_tol=1e-9)
+
+
+@pytest.mark.usefixtures("_triton_runs")
+def test_deformable_attention_in_a_compiled_function() -> None:
+    case = DEFORM_CASES["usual"]
+    inputs = deform_cases.make_inputs(case, "cuda")
+    compiled = torch.compile(ms_deform_attn, fullgraph=True)
+    deform_cases.check("compiled", deform_cases.run(inputs, case.shapes, "auto", compiled), inputs, case.shapes)
+
+
+@pytest.mark.usefixtures("_triton_runs")
+def test_other_image_sizes_neither_compile_kernels_nor_wait_for_them() -> None:
+    from models import ms_deform_attn_triton as kernels
+
+    def step(height: int, width: int, queries: int) -> None:
+        case = deform_cases.Case(2, queries, 8, 16, 4, ((height, width), (2, 1)))
+        inputs = deform_cases.make_inputs(case, "cuda")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            deform_cases.run(inputs, case.shapes, "auto")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def compiled() -> int:
+        device = torch.cuda.current_device()
+        return sum(len(kernel.device_caches[device][0]) for kernel in (kernels._forward_kernel, kernels._backward_kernel))
+
+    step(5, 7, 3)
+    before = compiled()
+    for sizes in ((16, 1, 16), (1, 32, 1), (13, 48, 300)):
+        step(*sizes)
+    assert before > 0
+    assert compiled() == before
+
+
+@pytest.mark.usefixtures("_triton_runs")
+def test_more_numbers_than_32_bits_count() -> None:
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free GPU memory")
+    case = deform_cases.Case(5, 9, 8, 64, 4, ((1024, 1024),))
+    value = torch.randn(5, 2**20, 8, 64, device="cuda", dtype=torch.bfloat16)
+    locations = ((deform_cases.sampling_pixels(case, torch.Generator().manual_seed(0)) + 0.5) / 1024).cuda()
+    weights = torch.rand(5, 9, 8, 1, 4, device="cuda")
+    inputs = value, locations, weights, torch.randn(5, 9, 512, device="cuda", dtype=torch.bfloat16)
+    found = [tensor[-1:].clone() for tensor in deform_cases.run(inputs, case.shapes, "triton")]
+    expected = deform_cases.run([tensor[-1:] for tensor in inputs], case.shapes, "pytorch")
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2 * float(b.abs().max()))

@@ -17,7 +17,7 @@ from util.flags import PRETRAIN
 from util.logger import UserError
 from util.registry import DETECTORS
 
-FLAGS = ("--pretext", "region_prior", "--object_embedding_loss", "--proposals", "random", "--num_patches", "10")
+FLAGS = ("--pretext", "region_prior", "--object_embedding_loss", "--proposals", "random", "--max_prop", "10")
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def test_a_crop_takes_its_boxes_patches_along(tmp_path: Path) -> None:
     for epoch in range(20):
         drawn: list[Tensor] = []
 
-        def keep(original: Tensor, rng, propose=dataset.proposals, drawn=drawn) -> Tensor:
-            drawn.append(propose(original, rng))
+        def keep(original: Tensor, rng, name: str, propose=dataset.proposals, drawn=drawn) -> Tensor:
+            drawn.append(propose(original, rng, name))
             return drawn[-1]
 
         one = make_dataset(tmp_path)
@@ -182,7 +182,7 @@ def test_a_transform_that_loses_all_boxes_ends_with_the_whole_image(tmp_path: Pa
 
 def test_too_few_proposals_count_as_a_problem(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
-    dataset.proposals = lambda image, rng: torch.zeros(int(image.shape[1] != 66), 4)
+    dataset.proposals = lambda image, rng, name: torch.zeros(int(image.shape[1] != 66), 4)
     with pytest.raises(UserError, match="0 proposals|1 proposals"):
         dataset[(0, 0)]
 

@@ -59,6 +59,7 @@ CASES: dict[str, tuple[Callable, tuple]] = {
     "live": (start_labelled, ("--lr_backbone", 0)),  # batch statistics change, weights of the backbone do not: small files
     "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
     "pretext": (start_pretext, FROZEN),
+    "proposals": (start_labelled, (*FROZEN, "--detector", "deformable_detr", "--two_stage", "--with_box_refine", "--lr_drop_epochs", 1, 3)),
 }
 whole_runs: dict[str, Path] = {}
 

@@ -121,6 +121,10 @@ def one_decoder_layer(folder: Path) -> dict:
     return train("--detector", "conditional_detr", "--dec_layers", "1", counts=[1, 2, 0] * (IMAGES // 3))
 
 
+def encoder_proposals(folder: Path) -> dict:
+    return train("--detector", "deformable_detr", "--two_stage", "--with_box_refine", counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6))
+
+
 def pretext(folder: Path) -> dict:
     return train("--feature_recon", counts=[5] * IMAGES, script=PRETRAIN)
 
@@ -249,7 +253,7 @@ def stop_and_resume(folder: Path) -> dict:
 
 
 SCENARIOS = {scenario.__name__: scenario for scenario in (
-    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, pretext, one_process_without_targets,
+    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, one_process_without_targets,
     not_finite_on_one_process, evaluation, stop_and_resume,
 )}
 

@@ -343,7 +343,8 @@ def _grid(cells: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def _save(page: Image.Image, out_png: str | Path) -> Path:
-    return write_atomically(out_png, lambda file: page.save(file, format="PNG", optimize=True))
+    # A page is written in each epoch: level 3 takes a ninth of the time of the smallest file, which is a tenth smaller.
+    return write_atomically(out_png, lambda file: page.save(file, format="PNG", compress_level=3))
 
 
 def _texts(count: int, labels: Any, scores: Any) -> list[str]:

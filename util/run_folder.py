@@ -112,14 +112,14 @@ def save_settings(folder: Path | None, args: Namespace, facts: Mapping[str, obje
     if folder is None or not is_main_process():
         return
     path = folder / (EVAL_SETTINGS if args.eval else SETTINGS)
-    before = read_settings(path) if args.resume and not args.eval else {}
+    before = read_record(path) if args.resume and not args.eval else {}
     earlier = [*before.get("earlier_starts", []), *([before["environment"]] if "environment" in before else [])]
     record = {"settings": plain_settings(args), **setting_origins(args), "environment": environment(), **facts, "earlier_starts": earlier}
     write_text(path, json.dumps(record, indent=1, default=str) + "\n")
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """What `save_settings` wrote; empty where the file is missing or damaged, so that an old folder never stops a run."""
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object in a run's folder; empty where the file is missing or damaged, so that an old folder never stops a run."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -77,7 +77,7 @@ def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
     if args.detector not in DETECTORS:
         raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})")
     if args.resume and args.script == FINETUNE and is_pretext(checkpoint):
-        raise UserError(f"{checkpoint.source} is from pre-training and knows no classes: fine-tune it, --pretrain {checkpoint.source}")
+        raise UserError(f"{checkpoint.source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}")
     if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):
         raise UserError(f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints")
 

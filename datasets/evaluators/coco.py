@@ -3,7 +3,7 @@ import contextlib
 import importlib.util
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,36 +13,42 @@ from util.distributed import all_gather_object
 from util.logger import UserError
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MAX_DETECTIONS = 100
+LIMITS = (1, 10, 100)  # detections of a class in an image, the best ones
 AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large; square pixels, both ends inside
 
-# A matcher gets the ground truth (a COCO dict) and detections float64 [N, 7] (image id, x, y, w, h, score, category id) and
-# returns precision [10 thresholds, 101 recalls, K classes, 4 areas, 3 limits] and recall [10, K, 4, 3]; -1 = no truth.
+# A matcher gets the ground truth (a COCO dict), detections float64 [N, 7] (image id, x, y, w, h, score, category id) and limits; it
+# returns precision [10 thresholds, 101 recalls, K classes, 4 areas, limits] and recall [10, K, 4, limits]; -1 = no truth.
 Curves = tuple[np.ndarray, np.ndarray]
 
 
-def _hotcoco(truth: dict[str, Any], detections: np.ndarray) -> Curves:
+def _hotcoco(truth: dict[str, Any], detections: np.ndarray, limits: Sequence[int]) -> Curves:
     import hotcoco
 
     coco = hotcoco.COCO(truth)
-    return _run(hotcoco.COCOeval(coco, coco.load_res(detections), "bbox"))
+    evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
+    evaluation.params.max_dets = list(limits)
+    return _run(evaluation)
 
 
-def _faster_coco_eval(truth: dict[str, Any], detections: np.ndarray) -> Curves:
+def _faster_coco_eval(truth: dict[str, Any], detections: np.ndarray, limits: Sequence[int]) -> Curves:
     from faster_coco_eval import COCO, COCOeval_faster
 
     coco = COCO(truth)
-    return _run(COCOeval_faster(coco, coco.loadRes(detections), "bbox"))
+    evaluation = COCOeval_faster(coco, coco.loadRes(detections), "bbox")
+    evaluation.params.maxDets = list(limits)
+    return _run(evaluation)
 
 
-def _pycocotools(truth: dict[str, Any], detections: np.ndarray) -> Curves:
+def _pycocotools(truth: dict[str, Any], detections: np.ndarray, limits: Sequence[int]) -> Curves:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     coco = COCO()
     coco.dataset = truth
     coco.createIndex()
-    return _run(COCOeval(coco, coco.loadRes(detections), "bbox"))
+    evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
+    evaluation.params.maxDets = list(limits)
+    return _run(evaluation)
 
 
 def _run(evaluation: Any) -> Curves:
@@ -52,7 +58,7 @@ def _run(evaluation: Any) -> Curves:
     return np.asarray(curves["precision"]), np.asarray(curves["recall"])
 
 
-BACKENDS: dict[str, Callable[[dict[str, Any], np.ndarray], Curves]] = {
+BACKENDS: dict[str, Callable[[dict[str, Any], np.ndarray, Sequence[int]], Curves]] = {
     "hotcoco": _hotcoco, "faster_coco_eval": _faster_coco_eval, "pycocotools": _pycocotools,
 }
 
@@ -139,13 +145,16 @@ class CocoEvaluator:
         rows = rows[np.isin(rows[:, 6], classes)]  # others match nothing, and limits count by class
         if not len(rows):
             return _without_detections(self.truth)
-        with contextlib.redirect_stdout(io.StringIO()):
-            precision, recall = BACKENDS[self.backend](self.truth, rows)
-        per_class = {label: _mean(precision[:, :, k, 0, -1]) for k, label in enumerate(classes)}
+        precision, recall = self._curves(rows, LIMITS)
+        per_class = {label: mean_of_known(precision[:, :, k, 0, -1]) for k, label in enumerate(classes)}
         return {
             "stats": _stats(precision, recall),
             "per_class_ap": {label: value for label, value in per_class.items() if value > -1},
         }
+
+    def _curves(self, rows: np.ndarray, limits: Sequence[int]) -> Curves:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return BACKENDS[self.backend](self.truth, rows, limits)
 
     def results(self) -> list[dict[str, Any]]:
         """The detections in COCO's results format (`bbox` as x, y, width, height)."""
@@ -169,17 +178,18 @@ def _without_detections(truth: dict[str, Any]) -> dict[str, Any]:
     return {"stats": [overall] * 3 + by_area + [overall] * 3 + by_area, "per_class_ap": dict.fromkeys(classes, 0.0)}
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_of_known(values: np.ndarray) -> float:
+    """-1 where nothing is known."""
     known = values[values > -1]
     return float(known.mean()) if known.size else -1.0
 
 
 def _stats(precision: np.ndarray, recall: np.ndarray) -> list[float]:
     """COCO's 12 numbers. Axes as in `Curves`; areas: all, small, medium, large; limits: 1, 10, 100 detections an image."""
-    thresholds = [_mean(precision[select, :, :, 0, 2]) for select in (slice(None), slice(0, 1), slice(5, 6))]
-    areas = [_mean(precision[:, :, :, area, 2]) for area in (1, 2, 3)]
-    limits = [_mean(recall[:, :, 0, limit]) for limit in (0, 1, 2)]
-    area_recalls = [_mean(recall[:, :, area, 2]) for area in (1, 2, 3)]
+    thresholds = [mean_of_known(precision[select, :, :, 0, 2]) for select in (slice(None), slice(0, 1), slice(5, 6))]
+    areas = [mean_of_known(precision[:, :, :, area, 2]) for area in (1, 2, 3)]
+    limits = [mean_of_known(recall[:, :, 0, limit]) for limit in (0, 1, 2)]
+    area_recalls = [mean_of_known(recall[:, :, area, 2]) for area in (1, 2, 3)]
     return thresholds + areas + limits + area_recalls
 
 

@@ -6,7 +6,7 @@ by which stored boxes are found. The order is the method's: best first where it 
 random state and name give the same boxes in the same order in any process.
 
 Methods that search the image are a `datasets.proposals.search.BoxSearch`, whose `search` also returns scores, and whose boxes
-`tools/cache_proposals.py` can store. `Selected` takes some of the boxes of a method, `exactly` a fixed number.
+`tools/cache_proposals.py` can store. `Selected` takes some of the boxes of a method, `FixedNumber` always as many.
 """
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.sample import BadImageError
 from util.arguments import DEFAULTS
 from util.logger import UserError
 from util.random_state import SampleRandom
@@ -81,13 +82,27 @@ class Selected:
         return boxes[select(len(boxes), self.strategy, self.max_prop, rng)]
 
 
-def exactly(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom) -> Tensor:
-    """The first `count` of N > 0 boxes; where there are fewer they are repeated in turn, and the copies jittered as in Siamese DETR's
-    code: each coordinate by up to 10 % of the box's width or height, (2 sigmoid(z) - 1) / 10 with z normal, inside the image."""
-    repeated = boxes_xyxy_abs[torch.arange(count) % len(boxes_xyxy_abs)]
-    copies = repeated[len(boxes_xyxy_abs):]
-    if not len(copies):
-        return repeated
+class FixedNumber:
+    """The first `count` boxes of a method; where it has fewer, `repeat_boxes` fills up."""
+
+    def __init__(self, proposals: Proposals, count: int) -> None:
+        self.proposals, self.count = proposals, count
+
+    def __call__(self, image: Tensor, rng: SampleRandom, name: str) -> Tensor:
+        """
+        Raises:
+            BadImageError: the method has no box for this image.
+        """
+        boxes = self.proposals(image, rng, name)
+        if not len(boxes):
+            raise BadImageError("no proposals")
+        return boxes[: self.count] if len(boxes) >= self.count else repeat_boxes(boxes, self.count, tuple(image.shape[-2:]), rng)
+
+
+def repeat_boxes(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom) -> Tensor:
+    """N > 0 boxes and as many jittered copies, taken in turn, that there are `count`, as in Siamese DETR's code: each coordinate moves by
+    up to 10 % of the box's width or height, (2 sigmoid(z) - 1) / 10 of it with z normal, inside the image."""
+    copies = boxes_xyxy_abs[torch.arange(len(boxes_xyxy_abs), count) % len(boxes_xyxy_abs)]
     shift = (2 * torch.sigmoid(torch.randn(copies.shape, generator=rng.torch)) - 1) * JITTER
     height, width = size_hw
     sides = (copies[:, 2:] - copies[:, :2]).repeat(1, 2)

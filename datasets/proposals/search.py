@@ -1,0 +1,76 @@
+"""What all methods have in common that search an image for boxes."""
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.logger import UserError
+from util.random_state import SampleRandom
+
+if TYPE_CHECKING:
+    from datasets.image_folder import ImageFolder
+
+PACKAGE = "opencv-contrib-python-headless"
+Found = tuple[np.ndarray, np.ndarray | None]
+
+
+class BoxSearch:
+    """A method whose boxes depend on the image, or its name, alone; only the order of boxes without scores is random.
+
+    A subclass has `search`, and `settings`, which holds everything that its boxes depend on (plain values: they are kept with a store
+    and compared). `grid`: boxes are counted on as many steps along each side of the image; 0: in pixels. `dtype`: of the boxes.
+    """
+
+    grid = 0
+    dtype: type = np.uint16
+    settings: dict[str, object]
+
+    def search(self, image: np.ndarray, name: str) -> Found:
+        """RGB uint8 [H, W, 3] -> (boxes (x0, y0, x1, y1) [N, 4] in steps of the grid, always in the same order; scores float32 [N] in
+        falling order, or None where the method knows none).
+
+        Raises:
+            UserError: what is needed is not there.
+            datasets.sample.BadImageError: this image can't be searched.
+        """
+        raise NotImplementedError
+
+    def check(self, images: "ImageFolder") -> None:
+        """Refuses a data set for which boxes are missing."""
+
+    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
+        boxes, scores = self.search(image.permute(1, 2, 0).numpy(), name)
+        return ordered(to_pixels(boxes, self.grid, tuple(image.shape[-2:])), scores, rng)
+
+
+def to_pixels(boxes_xyxy: np.ndarray, grid: int, size_hw: tuple[int, int]) -> Tensor:
+    """Boxes [N, 4] in steps of a grid (0: pixels) -> float32 pixels of an image of this size."""
+    boxes = torch.from_numpy(boxes_xyxy.astype(np.float32).reshape(-1, 4))
+    height, width = size_hw
+    return boxes / grid * boxes.new_tensor([width, height, width, height]) if grid else boxes
+
+
+def ordered(boxes: Tensor, scores: np.ndarray | None, rng: SampleRandom) -> Tensor:
+    """Boxes with scores as they are, others in a random order."""
+    return boxes if scores is not None else boxes[torch.from_numpy(rng.numpy.permutation(len(boxes)))]
+
+
+def opencv() -> ModuleType:
+    """OpenCV with its module ximgproc, on one thread: loader processes share the cores, so that more would only compete.
+
+    Raises:
+        UserError: it is not installed, or without ximgproc.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(f"selective_search and edge_boxes need OpenCV: pip install {PACKAGE}, or use boxes from files") from error
+    if not hasattr(cv2, "ximgproc"):
+        raise UserError(
+            f"the installed OpenCV {cv2.__version__} has no ximgproc: pip uninstall opencv-python opencv-python-headless, "
+            f"then pip install --force-reinstall {PACKAGE}"
+        )
+    cv2.setNumThreads(1)
+    return cv2

@@ -1,0 +1,186 @@
+"""Proposals of a whole data set on disk, in a few arrays that all processes map into their memory.
+
+A store is a folder of
+  header.json       what it is; written last: without it there is no store
+  name_bytes.npy, name_ends.npy    paths relative to the data set's folder, sorted (`PackedStrings.arrays`)
+  offsets.npy       int64 [I + 1]; the boxes of image i are rows offsets[i] to offsets[i + 1]
+  boxes.npy         uint16 or float32 [B, 4], (x0, y0, x1, y1) in steps of the method's grid
+  scores.npy        float32 [B], only where the method has scores; NaN where it has none for an image
+  sizes.npy         int32 [I, 2], height and width in pixels; 0 where the image could not be read
+  file_bytes.npy, file_crc32.npy   int64 and uint32 [I], of the image files
+`datasets.proposals.store_builder` writes it.
+"""
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasets.image_folder import PackedStrings
+from datasets.proposals.search import BoxSearch, Found
+from datasets.sample import BadImageError
+from util.logger import UserError, log
+
+if TYPE_CHECKING:
+    from datasets.image_folder import ImageFolder
+
+FORMAT = 1
+HEADER = "header.json"
+TOOL = "tools/cache_proposals.py"
+SPOT_CHECKS = 64  # images of which the file size is compared at the start of a run
+
+
+class ProposalStore:
+    """Reads a store. The arrays are mapped when first used, in each process, and are not copied to worker processes.
+
+    Raises:
+        UserError: the folder holds no whole store of this format.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.folder = Path(folder).absolute()
+        self.header = _read_header(self.folder)
+        arrays = (self.offsets, self.boxes, self.sizes_hw, self.names)
+        lengths = (self.header["images"] + 1, self.header["boxes"], self.header["images"], self.header["images"])
+        if tuple(map(len, arrays)) != lengths or self.offsets[-1] != len(self.boxes):
+            raise UserError(f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make it anew")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "header": self.header}
+
+    def _array(self, name: str) -> np.ndarray:
+        path = self.folder / f"{name}.npy"
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} can't be read ({reason}): copy the store again or make it anew with {TOOL}") from error
+
+    @cached_property
+    def names(self) -> PackedStrings:
+        return PackedStrings.of_arrays(self._array("name_bytes"), self._array("name_ends"))
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        return self._array("offsets")
+
+    @cached_property
+    def boxes(self) -> np.ndarray:
+        return self._array("boxes")
+
+    @cached_property
+    def scores(self) -> np.ndarray | None:
+        return self._array("scores") if self.header["scores"] else None
+
+    @cached_property
+    def sizes_hw(self) -> np.ndarray:
+        return self._array("sizes")
+
+    @cached_property
+    def file_bytes(self) -> np.ndarray:
+        return self._array("file_bytes")
+
+    @cached_property
+    def file_crc32(self) -> np.ndarray:
+        return self._array("file_crc32")
+
+    def found(self, row: int) -> Found:
+        """(boxes [N, 4] in steps of the grid, scores float32 [N] or None), copied."""
+        rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        scores = None if self.scores is None else np.array(self.scores[rows])
+        return np.array(self.boxes[rows]), None if scores is None or np.isnan(scores).any() else scores
+
+
+def is_store(folder: str | os.PathLike) -> bool:
+    return (Path(folder) / HEADER).is_file()
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if (folder / "chunks").is_dir():
+            raise UserError(f"{folder} is not finished: run {TOOL} with the same flags again (after --shard: with --merge)") from error
+        raise UserError(
+            f"{folder} holds no proposals ({HEADER} is missing): make them with {TOOL}; published .npy files are read by "
+            f"--proposals file:{folder} without --cache_path"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}): copy the store again or make it anew with {TOOL}") from error
+    if header.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it anew with {TOOL}")
+    return header
+
+
+class StoredProposals(BoxSearch):
+    """The boxes of a store, as the method itself would give them; the order of boxes without scores is drawn anew at each call."""
+
+    def __init__(self, store: ProposalStore) -> None:
+        self.store = store
+        self.grid, self.settings = store.header["grid"], store.header["settings"]
+
+    @classmethod
+    def of(cls, folder: str, method: object, name: str) -> "StoredProposals":
+        """The store at `folder`, which must have been made by this method with these settings.
+
+        Raises:
+            UserError: it was not; or the method has nothing that could be stored.
+        """
+        if not isinstance(method, BoxSearch) or name.startswith("file:"):
+            raise UserError(f"--cache_path {folder} is for methods that search the image, not for --proposals {name}: leave it out")
+        store = ProposalStore(folder)
+        made, wanted = {"method": store.header["method"], **store.header["settings"]}, {"method": name, **method.settings}
+        wrong = [key for key in {**wanted, **made} if made.get(key) != wanted.get(key)]
+        if wrong:
+            key = wrong[0]
+            raise UserError(
+                f"--cache_path {folder} was made with {key} {made.get(key)}, the flags say {wanted.get(key)}: change the flags, make "
+                f"another store with {TOOL}, or take it as it is by --proposals file:{folder} without --cache_path"
+            )
+        return cls(store)
+
+    def check(self, images: "ImageFolder") -> None:
+        """
+        Raises:
+            UserError: images are missing, or files are not those that were searched (their size differs; a few are looked at).
+        """
+        self._check_names(images)
+        step = max(len(images) // SPOT_CHECKS, 1)
+        for i in range(0, len(images), step):
+            row = self.store.names.find(images.name(i))
+            size = os.path.getsize(images.path(i)) if os.path.exists(images.path(i)) else None
+            if size is not None and size != self.store.file_bytes[row]:
+                raise self._changed(images.path(i), f"{size} bytes", f"{self.store.file_bytes[row]}")
+        header = self.store.header
+        log.info("proposals: %s, %d boxes in %d images, of which %d could not be read", self.store.folder, header["boxes"],
+                 header["images"], header["unreadable"])
+
+    def _check_names(self, images: "ImageFolder") -> None:
+        if images.fingerprint() == self.store.header["names"]:
+            return
+        known = {self.store.names[i] for i in range(len(self.store.names))}
+        missing = [i for i in range(len(images)) if images.name(i) not in known]
+        if missing:
+            raise UserError(
+                f"{self.store.folder} lacks {len(missing)} of {len(images)} images, the first is {images.name(missing[0])}: names count "
+                f"from the folder that is given as images; make another store with {TOOL}"
+            )
+
+    def search(self, image: np.ndarray, name: str = "") -> Found:
+        row = self.store.names.find(name)
+        if row is None:
+            raise UserError(f"{self.store.folder} has no image {name}: the data set changed; make another store with {TOOL}")
+        size, stored = tuple(image.shape[:2]), tuple(self.store.sizes_hw[row].tolist())
+        if stored == (0, 0):
+            raise BadImageError(f"it could not be read when its proposals were stored; make another store with {TOOL}")
+        if size != stored:
+            raise self._changed(name, f"{size[1]} x {size[0]} pixels", f"{stored[1]} x {stored[0]}")
+        return self.store.found(row)
+
+    def _changed(self, name: str, now: str, then: str) -> UserError:
+        return UserError(
+            f"{name} has {now}, but had {then} when {self.store.folder} was made: the data set changed; make another store with {TOOL}"
+        )

@@ -1,0 +1,202 @@
+"""Makes a store of proposals (`datasets.proposals.store`) in parts that survive a kill at any moment.
+
+The images, sorted by name, are cut into chunks, whose number depends on nothing but the number of images. `chunks/plan.json` says what is
+being made, `chunks/NUMBER.npz` is the result of one chunk; each is there as a whole or not at all. So any number of processes and machines
+can share the work, and what was done is not done again. `merge` makes the arrays out of all chunks, and the header last.
+"""
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from datasets.image_folder import PackedStrings, open_image
+from datasets.proposals.search import BoxSearch
+from datasets.proposals.store import FORMAT, HEADER, TOOL, ProposalStore, is_store
+from datasets.sample import BadImageError
+from util.files import write_atomically, write_text
+from util.logger import UserError
+
+CHUNKS = 512  # at least as many, where there are enough images
+LARGEST_CHUNK = 64  # images
+LARGEST_SIDE = 65535  # pixels that a corner in 16 bits can say
+
+
+@dataclass
+class Plan:
+    """What a store is made of. Names count from `base`, sorted, each once; `title` is what --proposals says."""
+
+    folder: Path
+    base: Path
+    names: PackedStrings
+    method: BoxSearch
+    title: str
+
+    @property
+    def chunk_size(self) -> int:
+        return min(max(len(self.names) // CHUNKS, 1), LARGEST_CHUNK)
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-len(self.names) // self.chunk_size)
+
+    def images_of(self, chunk: int) -> range:
+        return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, len(self.names)))
+
+    def chunk_path(self, chunk: int) -> Path:
+        return self.folder / "chunks" / f"{chunk:06d}.npz"
+
+    def missing(self, shard: tuple[int, int] = (1, 1)) -> list[int]:
+        """Chunks of shard (i, n), i from 1, that are still to be made."""
+        done = {path.name for path in (self.folder / "chunks").glob("*.npz")}
+        return [k for k in range(shard[0] - 1, self.num_chunks, shard[1]) if self.chunk_path(k).name not in done]
+
+    def identity(self) -> dict[str, Any]:
+        """Equal for two builds whose chunks may be mixed."""
+        return {
+            "format": FORMAT, "method": self.title, "settings": self.method.settings, "grid": self.method.grid, "images": len(self.names),
+            "names": f"{len(self.names)} images, {self.names.digest()[:16]}",
+        }
+
+    def begin(self) -> bool:
+        """Makes the folder, or joins the build that is in it; False where the store is finished.
+
+        Raises:
+            UserError: another store or build lies there.
+        """
+        plan = self.folder / "chunks" / "plan.json"
+        existing = self.folder / HEADER if is_store(self.folder) else plan
+        if existing.exists():
+            self._compare(existing)
+        elif self.folder.exists() and any(self.folder.iterdir()) and not plan.parent.exists():
+            raise UserError(f"--output_dir {self.folder} holds other files: give a new folder")
+        else:
+            write_text(plan, json.dumps(self.identity(), indent=1))
+        if is_store(self.folder):
+            shutil.rmtree(plan.parent, ignore_errors=True)  # of a build that was killed in its last moment
+            return False
+        return True
+
+    def _compare(self, path: Path) -> None:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        for key, value in self.identity().items():
+            if there.get(key) != value:
+                raise UserError(
+                    f"--output_dir {self.folder} holds proposals with {key} {there.get(key)}, now it is {value}: give another folder, or "
+                    "remove this one"
+                )
+
+
+def make_chunk(plan: Plan, chunk: int) -> tuple[int, int]:
+    """Searches the images of one chunk and writes its file: (images, of which could not be read)."""
+    rows = [_search(plan, i) for i in plan.images_of(chunk)]
+    boxes, scores, sizes, files, problems = zip(*rows, strict=True)
+    arrays = {
+        "counts": np.array([len(part) for part in boxes], dtype=np.int64),
+        "boxes": np.concatenate(boxes).astype(plan.method.dtype), "scores": np.concatenate(scores),
+        "sizes": np.array(sizes, dtype=np.int32),
+        "file_bytes": np.array([size for size, _ in files], dtype=np.int64),
+        "file_crc32": np.array([crc for _, crc in files], dtype=np.uint32), "problems": np.array(problems, dtype=np.str_),
+    }
+    content = BytesIO()
+    np.savez(content, **arrays)
+    write_atomically(plan.chunk_path(chunk), lambda file: file.write(content.getvalue()))
+    return len(rows), sum(map(bool, problems))
+
+
+def _search(plan: Plan, index: int) -> tuple:
+    """(boxes, scores or NaN, (height, width), (file bytes, CRC-32), why it can't be used or "")."""
+    name = plan.names[index]
+    path = plan.base / name
+    identity = (0, 0)
+    try:
+        identity = file_identity(path)
+        image = np.asarray(open_image(str(path)))
+        if max(image.shape[:2]) > LARGEST_SIDE:
+            raise BadImageError(f"{image.shape[1]} x {image.shape[0]} pixels: a side may have {LARGEST_SIDE}")
+        boxes, scores = plan.method.search(image, name)
+    except BadImageError as error:
+        return np.zeros((0, 4), dtype=plan.method.dtype), np.zeros(0, dtype=np.float32), (0, 0), identity, str(error)
+    if scores is None:
+        scores = np.full(len(boxes), np.nan, dtype=np.float32)
+    return boxes, scores, image.shape[:2], identity, ""
+
+
+def file_identity(path: Path) -> tuple[int, int]:
+    """(bytes, CRC-32) of a file.
+
+    Raises:
+        BadImageError: it can't be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadImageError(error.strerror or str(error)) from error
+    return len(content), zlib.crc32(content)
+
+
+def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalStore:
+    """The store, out of all chunks, which are removed. `step` is called for each chunk.
+
+    Raises:
+        UserError: chunks are missing or damaged.
+    """
+    missing = plan.missing()
+    if missing:
+        raise UserError(
+            f"{plan.folder} lacks {len(missing)} of {plan.num_chunks} chunks, the first is {missing[0]} (with --shard i/n that of shard "
+            f"{missing[0]} mod n + 1): run {TOOL} for them, and then with --merge"
+        )
+    counts, problems, has_scores = [], [], False
+    for chunk in range(plan.num_chunks):
+        with _open(plan, chunk) as arrays:
+            counts.append(arrays["counts"])
+            names = [plan.names[i] for i in plan.images_of(chunk)]
+            problems += [[name, str(reason)] for name, reason in zip(names, arrays["problems"], strict=True) if reason]
+            has_scores = has_scores or bool(np.isfinite(arrays["scores"]).any())
+        step()
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+    _write_arrays(plan, offsets, has_scores)
+    header = {**plan.identity(), "boxes": int(offsets[-1]), "scores": has_scores, "unreadable": len(problems), "problems": problems}
+    write_text(plan.folder / HEADER, json.dumps(header, indent=1))
+    shutil.rmtree(plan.folder / "chunks")
+    return ProposalStore(plan.folder)
+
+
+def _write_arrays(plan: Plan, offsets: np.ndarray, has_scores: bool) -> None:
+    data, ends = plan.names.arrays()
+    for name, array in (("offsets", offsets), ("name_bytes", data), ("name_ends", ends)):
+        write_atomically(plan.folder / f"{name}.npy", lambda file, array=array: np.lib.format.write_array(file, array))
+    images, boxes = len(plan.names), int(offsets[-1])
+    shapes = {"boxes": (boxes, 4), "sizes": (images, 2), "file_bytes": (images,), "file_crc32": (images,)}
+    for name, shape in {**shapes, **({"scores": (boxes,)} if has_scores else {})}.items():
+        write_atomically(plan.folder / f"{name}.npy", lambda file, name=name, shape=shape: _stream(file, shape, _parts(plan, name)))
+
+
+def _parts(plan: Plan, name: str) -> Iterator[np.ndarray]:
+    for chunk in range(plan.num_chunks):
+        with _open(plan, chunk) as arrays:
+            yield arrays[name]
+
+
+def _stream(file: BinaryIO, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
+    """An .npy file of this shape, one part after the other, so that the whole never lies in memory."""
+    header_written = False
+    for part in parts:
+        if not header_written:
+            description = {"descr": np.lib.format.dtype_to_descr(part.dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, description)
+            header_written = True
+        file.write(np.ascontiguousarray(part).tobytes())
+
+
+def _open(plan: Plan, chunk: int) -> np.lib.npyio.NpzFile:
+    try:
+        return np.load(plan.chunk_path(chunk), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{plan.chunk_path(chunk)} is damaged ({error}): remove it and run {TOOL} again") from error

@@ -1,0 +1,117 @@
+"""Pages of training samples: as the model gets them, after augmentation, collation and normalisation, and what it finds in them."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.collate import collate, normalize, to_device
+from datasets.sample import SampleDataset
+from util.box_ops import box_cxcywh_to_xyxy
+from util.distributed import is_main_process
+from util.logger import UserError, log
+from util.plot_utils import patch_page, sample_page
+
+SHOWN = 8
+STRIPES = 12  # pixels from one stripe of the padding to the next
+
+
+def draw_samples(
+    folder: Path | None, dataset: SampleDataset, batch_size: int, epoch: int, normalization: dict, count: int = SHOWN
+) -> None:
+    """Writes samples.png: `count` images from all over the data set as `epoch` augments them, in batches of `batch_size`.
+
+    They are read beside the loader, whose order and random states are left alone: augmentation depends on (seed, epoch, index) only.
+    Real batches have other neighbours, and so other padding. A page that can't be drawn is said, and training goes on.
+    """
+    if folder is None or not is_main_process():
+        return
+    names = getattr(dataset, "class_names", {})
+    try:
+        samples = [dataset[(epoch, index)] for index in _spread(len(dataset), count)]
+        rows = []
+        for start in range(0, len(samples), batch_size):
+            rows += batch_rows(samples[start : start + batch_size], normalization["mean"], normalization["std"])
+        sample_page(rows, names, folder / "samples.png")
+    except UserError as error:
+        log.warning("no page of training samples: %s", error)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """`count` indices from all over a data set, or all there are."""
+    return [i * length // count for i in range(count)] if length > count else list(range(length))
+
+
+def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]) -> list[dict]:
+    """What `util.plot_utils.sample_page` draws of one batch: the inputs of the model, with the normalisation undone."""
+    batch, packed = collate(samples)
+    inputs = normalize(batch, mean, std)
+    shift, scale = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
+    pixels = ((inputs.tensors * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
+    height, width = pixels.shape[-2:]
+    rows = []
+    for image, mask, target in zip(pixels, inputs.mask, packed.unpack(), strict=True):
+        h, w = target["size"].tolist()
+        rows.append({
+            "image": _striped(image, mask), "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),
+            "labels": target["labels"], "patches": [patch.permute(1, 2, 0).numpy() for patch in target.get("patches", ())],
+            "title": f"image {int(target['image_id'])}: {w} x {h} in {width} x {height}",
+        })
+    return rows
+
+
+def _striped(image: Tensor, mask: Tensor) -> np.ndarray:
+    """uint8 [H, W, 3]; padding is what normalised zeros look like, with stripes so that it is seen."""
+    rows, columns = torch.meshgrid(*(torch.arange(side) for side in mask.shape), indexing="ij")
+    stripes = mask & ((rows + columns) % STRIPES < 2)
+    return torch.where(stripes, 225, image).permute(1, 2, 0).to(torch.uint8).numpy()
+
+
+@dataclass
+class Found:
+    """What the queries of patches find in one image.
+
+    image uint8 [H, W, 3]; patches M of uint8 [S, S, 3]; boxes_xyxy_abs [M, 4], where the patches are from, and
+    found_xyxy_abs [M, 4], in pixels of the image; scores [M].
+    """
+
+    image: np.ndarray
+    patches: list[np.ndarray]
+    boxes_xyxy_abs: Tensor
+    found_xyxy_abs: Tensor
+    scores: Tensor
+
+    def row(self) -> tuple:
+        """For `util.plot_utils.patch_page`."""
+        return self.image, self.patches, self.boxes_xyxy_abs, {"boxes": self.found_xyxy_abs, "scores": self.scores}
+
+
+@torch.no_grad()
+def find_patches(model: nn.Module, sample: tuple[Tensor, dict], normalization: dict, device: torch.device) -> Found:
+    """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are."""
+    image, target = sample
+    inputs, targets = to_device(*collate([sample]), device, normalization["mean"], normalization["std"])
+    boxes, scores = (values[0].cpu() for values in model.patch_boxes(model(inputs, targets), len(target["patches"])))
+    size = torch.tensor([image.shape[2], image.shape[1]] * 2)
+    places, found = (box_cxcywh_to_xyxy(b) * size for b in (target["boxes"], boxes))
+    patches = [patch.permute(1, 2, 0).numpy() for patch in target["patches"]]
+    return Found(image.permute(1, 2, 0).numpy(), patches, places, found, scores)
+
+
+def draw_found_patches(
+    folder: Path | None, model: nn.Module, dataset: SampleDataset, normalization: dict, device: torch.device, count: int = 4
+) -> None:
+    """Writes patches.png for a pretext that says where patches are: the same few training samples each time, one by one.
+
+    Leaves the model in evaluation mode, and random states as they were.
+    """
+    if folder is None or not is_main_process() or not hasattr(model, "patch_boxes"):
+        return
+    model.eval()
+    try:
+        samples = [dataset[(0, index)] for index in _spread(len(dataset), count)]
+        patch_page([find_patches(model, sample, normalization, device).row() for sample in samples], folder / "patches.png")
+    except UserError as error:
+        log.warning("no page of patches: %s", error)

@@ -1,0 +1,179 @@
+"""Deformable DETR (Zhu et al., ICLR 2021): one or several maps, iterative box refinement, and the two-stage variant."""
+import math
+
+import torch
+from torch import Tensor, nn
+
+from models.backbone import BackboneWithPositions, FeatureMap, resize_mask
+from models.classification import Classification
+from models.deformable_transformer import (
+    DeformableAttention,
+    DeformableDecoder,
+    DeformableDecoderLayer,
+    DeformableEncoder,
+    DeformableEncoderLayer,
+    DeformableMemory,
+    DeformableTransformer,
+    cell_proposals,
+    embed_boxes,
+    move_boxes,
+    valid_size,
+)
+from models.detector import Detector, Queries, States, flatten_map, full_precision
+from models.transformer import MLP, clones
+from util.logger import UserError
+from util.nested_tensor import NestedTensor
+
+
+class DeformableDETR(Detector):
+    """Attributes stand in the published order, on which the state of a published optimiser depends.
+
+    `class_embed` and `bbox_embed` have one head for each decoder layer (the same one, unless boxes are refined), and in a two-stage
+    model one more for the encoder's proposals.
+
+    Args:
+        num_levels: maps that are read. The backbone gives its last ones; each further map has half the size of the one before it.
+    """
+
+    def __init__(
+        self, backbone: BackboneWithPositions, transformer: DeformableTransformer, classification: Classification, num_queries: int,
+        hidden_dim: int, num_levels: int, with_box_refine: bool, two_stage: bool, aux_loss: bool,
+    ) -> None:
+        super().__init__()
+        self.transformer = transformer
+        num_layers = len(transformer.decoder.layers)
+        class_head, box_head = nn.Linear(hidden_dim, classification.num_outputs), MLP(hidden_dim, hidden_dim, 4, num_layers=3)
+        classification.init_head(class_head)
+        nn.init.zeros_(box_head.layers[-1].weight)
+        nn.init.zeros_(box_head.layers[-1].bias)
+        self.class_embed = _heads(class_head, num_layers, with_box_refine, two_stage)
+        self.bbox_embed = _heads(box_head, num_layers, with_box_refine, two_stage)
+        self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * hidden_dim)
+        self.input_proj = _input_projections(backbone[0].num_channels, hidden_dim, num_levels)
+        self.backbone = backbone
+        self.num_queries, self.hidden_dim, self.aux_loss, self.two_stage = num_queries, hidden_dim, aux_loss, two_stage
+        self.classification = classification
+        if not two_stage:  # boxes start with a side of sigmoid(-2) = 0.12 of the image, proposals with their own
+            nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
+        if with_box_refine:
+            transformer.decoder.bbox_embed = self.bbox_embed
+        if two_stage:
+            transformer.decoder.class_embed = self.class_embed
+
+    def encode(self, samples: NestedTensor) -> DeformableMemory:
+        features = self.backbone(samples)
+        maps = self._project(features, samples)
+        shapes = [tuple(x.tensor.shape[-2:]) for x in maps]
+        tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)
+        position = torch.cat([flatten_map(x.position) + level for x, level in zip(maps, self.transformer.level_embed, strict=True)], 1)
+        padding_mask = torch.cat([x.mask.flatten(1) for x in maps], 1) if samples.padded else None
+        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32)
+        valid_sizes = torch.stack([valid_size(x.mask) for x in maps], 1)
+        memory = DeformableMemory(
+            features, tokens, position, padding_mask, shapes, sizes=sizes.to(tokens.device, non_blocking=True), valid_sizes=valid_sizes
+        )
+        memory.tokens = self.transformer.encoder(memory)
+        return memory
+
+    def _project(self, features: list[FeatureMap], samples: NestedTensor) -> list[FeatureMap]:
+        """All levels at model width. The first map beyond the backbone's is made of its last one, the next ones of the one before."""
+        maps = []
+        for level, projection in enumerate(self.input_proj):
+            if level < len(features):
+                source = features[level]
+                maps.append(FeatureMap(projection(source.tensor), source.mask, source.position))
+                continue
+            x = projection(features[-1].tensor if level == len(features) else maps[-1].tensor)
+            mask = resize_mask(samples.mask, x.shape[-2:])
+            maps.append(FeatureMap(x, mask, self.backbone[1](mask).to(x.dtype)))
+        return maps
+
+    def learned_queries(self, batch: int, count: int | None = None) -> Queries:
+        """Raises ValueError in a two-stage model, which has none."""
+        if self.query_embed is None:
+            raise ValueError("a two-stage detector has no learned queries")
+        position, content = self.query_embed.weight[:count].expand(batch, -1, -1).chunk(2, dim=-1)
+        return Queries(position, content)
+
+    def decode(self, memory: DeformableMemory, queries: Queries | None = None, query_groups: int = 1) -> States:
+        """Raises ValueError when a two-stage model is given queries."""
+        proposals = None
+        if self.two_stage:
+            if queries is not None:
+                raise ValueError("a two-stage detector makes its own queries")
+            queries, references, proposals = self._propose(memory)
+        else:
+            queries = queries or self.learned_queries(len(memory.tokens))
+            with torch.autocast(memory.tokens.device.type, enabled=False):
+                references = self.transformer.reference_points(full_precision(queries.position)).sigmoid()
+        content = torch.zeros_like(queries.position) if queries.content is None else queries.content
+        layers, references = self.transformer.decoder(content, queries.position, references, memory, query_groups)
+        return States(layers, references, proposals)
+
+    def _propose(self, memory: DeformableMemory) -> tuple[Queries, Tensor, dict[str, Tensor]]:
+        """Queries and references [B, Q, 4] of the tokens that score best, and the predictions of all tokens for their loss.
+
+        The first class output is the score, whatever the classes (published). Small images have fewer tokens than queries: then all
+        are taken.
+        """
+        transformer = self.transformer
+        with torch.autocast(memory.tokens.device.type, enabled=False):
+            start, valid = cell_proposals(memory)
+            tokens = transformer.enc_output(full_precision(memory.tokens).masked_fill(~valid[..., None], 0.0))
+            tokens = transformer.enc_output_norm(tokens)
+            logits, box_logits = self.class_embed[-1](tokens), self.bbox_embed[-1](tokens) + start
+            best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
+            references = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
+            code = transformer.pos_trans_norm(transformer.pos_trans(embed_boxes(references, self.hidden_dim)))
+        return Queries(*code.chunk(2, dim=-1)), references, {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()}
+
+    def predict(self, states: States) -> dict:
+        """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's tokens."""
+        layers = full_precision(states.layers)
+        with torch.autocast(layers.device.type, enabled=False):
+            # Without zip's check: the last head of a two-stage model is the encoder's.
+            logits = torch.stack([head(x) for head, x in zip(self.class_embed, layers, strict=False)])
+            offsets = [head(x) for head, x in zip(self.bbox_embed, layers, strict=False)]
+            boxes = torch.stack([move_boxes(x, start) for x, start in zip(offsets, states.references, strict=True)])
+            outputs = self.layer_outputs(logits, boxes)
+        if states.encoder_proposals is not None:
+            outputs["enc_outputs"] = states.encoder_proposals
+        return outputs
+
+
+def _heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool) -> nn.ModuleList:
+    """A head for each decoder layer, and one for the encoder's proposals in a two-stage model."""
+    own = clones(head, num_layers + 1)
+    heads = list(own[:-1]) if refine else [own[0]] * num_layers
+    return nn.ModuleList([*heads, own[-1]] if two_stage else heads)
+
+
+def _input_projections(channels: list[int], dim: int, num_levels: int) -> nn.ModuleList:
+    """1x1 convolutions of the backbone's maps, then 3x3 ones of stride 2, each with group norm."""
+    convs = [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
+    for level in range(len(channels), num_levels):
+        width = channels[-1] if level == len(channels) else dim
+        convs.append(nn.Conv2d(width, dim, kernel_size=3, stride=2, padding=1))
+    for conv in convs:
+        nn.init.xavier_uniform_(conv.weight)
+        nn.init.zeros_(conv.bias)
+    groups = math.gcd(32, dim // 4)  # 32 as published; small models need a few channels in each, for maps of one cell
+    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
+
+
+def build(args, backbone: BackboneWithPositions, classification: Classification) -> DeformableDETR:
+    if args.pre_norm:
+        raise UserError("--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist: leave --pre_norm out")
+    dim, levels = args.hidden_dim, args.num_feature_levels
+
+    def attention(points: int) -> DeformableAttention:
+        return DeformableAttention(dim, args.nheads, levels, points, args.ms_deform_attn)
+
+    encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), dim, args.dim_feedforward, args.dropout)
+    decoder_layer = DeformableDecoderLayer(attention(args.dec_n_points), dim, args.nheads, args.dim_feedforward, args.dropout)
+    transformer = DeformableTransformer(
+        DeformableEncoder(encoder_layer, args.enc_layers), DeformableDecoder(decoder_layer, args.dec_layers), dim, levels, args.two_stage
+    )
+    return DeformableDETR(
+        backbone, transformer, classification, args.num_queries, dim, levels, args.with_box_refine, args.two_stage, args.aux_loss
+    )

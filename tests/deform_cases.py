@@ -1,0 +1,138 @@
+"""Cases of multi-scale deformable attention, held to float64 on the PyTorch path. Run as a script, on the CPU with Triton's interpreter:
+
+    TRITON_INTERPRET=1 python tests/deform_cases.py numbers|registration
+"""
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models.ms_deform_attn import _triton, _triton_backward, ms_deform_attn
+
+FINEST = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float64: 1e-5}  # half a last digit and some additions
+
+
+@dataclass(frozen=True)
+class Case:
+    """Q queries, H heads of D channels, P points, maps of these shapes; dtypes of value, locations, weights."""
+
+    B: int
+    Q: int
+    H: int
+    D: int
+    P: int
+    shapes: tuple[tuple[int, int], ...]
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype] = (torch.float32,) * 3
+    points: str = "anywhere"
+
+
+CASES = {
+    "one of all": Case(1, 1, 1, 8, 1, ((5, 6),)),
+    "odd numbers": Case(2, 5, 3, 24, 3, ((4, 5), (3, 2), (1, 3))),
+    "usual": Case(2, 18, 2, 32, 4, ((6, 8), (3, 4), (2, 2), (1, 1))),
+    "wide heads": Case(1, 10, 2, 64, 4, ((3, 5), (2, 2))),
+    "five maps, eight points, narrow heads": Case(1, 3, 2, 8, 8, ((5, 4), (3, 3), (2, 2), (1, 2), (1, 1))),
+    "single cells": Case(2, 3, 1, 20, 2, ((1, 1), (1, 1))),
+    "borders": Case(1, 18, 2, 16, 2, ((4, 8), (2, 4)), points="borders"),
+    "far outside": Case(2, 8, 2, 8, 4, ((4, 5), (2, 3)), points="far"),
+    "bfloat16": Case(1, 9, 2, 32, 4, ((5, 6), (3, 3)), (torch.bfloat16, torch.float32, torch.float32)),
+    "float16": Case(1, 9, 2, 24, 3, ((5, 6), (3, 3)), (torch.float16, torch.float32, torch.float16)),
+    "half locations": Case(1, 5, 2, 16, 2, ((4, 4), (2, 2)), (torch.float32, torch.float16, torch.bfloat16)),
+    "double locations": Case(1, 5, 2, 16, 2, ((5, 4), (2, 3)), (torch.float32, torch.float64, torch.float64)),
+}
+
+
+def sampling_pixels(case: Case, generator: torch.Generator) -> Tensor:
+    """Pixel coordinates (x, y) of the points, [B, Q, H, L, P, 2]."""
+    size = torch.tensor([(width, height) for height, width in case.shapes])[:, None]
+    shape = case.B, case.Q, case.H, len(case.shapes), case.P, 2
+    if case.points == "borders":  # every distance from a border that changes what is read; exact in floating point for such sizes
+        choices = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5])
+        near, far = (choices[torch.randint(5, shape, generator=generator)] for _ in range(2))
+        return torch.where(torch.rand(shape, generator=generator) < 0.5, near, size - 1 - far)
+    pixels = torch.rand(shape, generator=generator) * (1.6 * size + 2) - (0.3 * size + 1)
+    # On the edge between two cells the derivative depends on rounding.
+    pixels = pixels.floor() + (pixels - pixels.floor()).clamp(0.02, 0.98)
+    if case.points == "far":
+        for share, distance in ((0.5, 1e4), (0.3, -1e9), (0.1, 1e30)):
+            pixels = torch.where(torch.rand(shape, generator=generator) < share, distance, pixels)
+    return pixels
+
+
+def make_inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(value, locations, weights, gradient of the output)."""
+    generator = torch.Generator().manual_seed(case.Q)
+    size = torch.tensor([(width, height) for height, width in case.shapes])[:, None]
+    locations = (sampling_pixels(case, generator) + 0.5) / size
+    value = torch.randn(case.B, sum(h * w for h, w in case.shapes), case.H, case.D, generator=generator)
+    weights = torch.rand(locations.shape[:-1], generator=generator)
+    grad_output = torch.randn(case.B, case.Q, case.H * case.D, generator=generator)
+    dtypes = (*case.dtypes, case.dtypes[0])
+    return tuple(t.to(device, dtype) for t, dtype in zip((value, locations, weights, grad_output), dtypes, strict=True))
+
+
+def run(
+    inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]], implementation: str, attention=ms_deform_attn
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(output, gradients of value, locations and weights)."""
+    *leaves, grad_output = (tensor.detach() for tensor in inputs)
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    output = attention(leaves[0], shapes, leaves[1], leaves[2], implementation)
+    return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
+
+
+def check(name: str, found: Sequence[Tensor], inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
+    """Holds a result to float64 arithmetic on the same (rounded) inputs."""
+    expected = run([tensor.double() for tensor in inputs], shapes, "pytorch")
+    for part, a, b, like in zip(("output", "value", "locations", "weights"), found, expected, (inputs[0], *inputs), strict=False):
+        assert a.dtype == like.dtype, f"{name}: {part} is {a.dtype}"
+        assert torch.isfinite(a).all(), f"{name}: {part} is not finite"
+        difference = float((a.double() - b).abs().max())
+        assert difference <= FINEST[a.dtype] * max(float(b.abs().max()), 0.1), f"{name}: {part} differs by {difference:.2g}"
+
+
+class Model(nn.Module):
+    """Maps in, so that their shapes are dynamic where the maps are."""
+
+    def forward(self, maps: list[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
+        value = torch.cat([pixels.flatten(2) for pixels in maps], 2).transpose(1, 2).unflatten(2, (weights.shape[2], -1))
+        return ms_deform_attn(value, [pixels.shape[-2:] for pixels in maps], locations, weights, "triton")
+
+
+def check_numbers() -> None:
+    for name, case in CASES.items():
+        inputs = make_inputs(case)
+        check(name, run(inputs, case.shapes, "triton"), inputs, case.shapes)
+
+
+def check_registration() -> None:
+    """The checks of PyTorch for operators, compile with the gradients, and export with another size of maps than traced."""
+    case = Case(2, 5, 2, 8, 4, ((3, 4), (2, 2)))
+    value, locations, weights, grad_output = make_inputs(case)
+    flat = [3, 4, 2, 2]
+    torch.library.opcheck(_triton, (value.clone().requires_grad_(), flat, locations.requires_grad_(), weights.requires_grad_()))
+    torch.library.opcheck(_triton_backward, (grad_output, value, flat, locations.detach(), weights.detach()))
+    compiled = torch.compile(ms_deform_attn, backend="aot_eager", fullgraph=True)
+    for a, b in zip(
+        run((value, locations, weights, grad_output), case.shapes, "triton", compiled),
+        run((value, locations, weights, grad_output), case.shapes, "triton"), strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    sizes = {2: torch.export.Dim("height", min=2, max=99), 3: torch.export.Dim("width", min=2, max=99)}
+    others = {2: torch.export.Dim("other_height", min=2, max=99), 3: torch.export.Dim("other_width", min=2, max=99)}
+    maps = [torch.randn(2, 16, 3, 4), torch.randn(2, 16, 2, 5)]
+    exported = torch.export.export(Model(), (maps, locations.detach(), weights.detach()), dynamic_shapes=([sizes, others], {}, {}))
+    assert any("predetr.ms_deform_attn" in str(node.target) for node in exported.graph.nodes)
+    larger = [torch.randn(2, 16, 7, 6), torch.randn(2, 16, 4, 3)]
+    torch.testing.assert_close(exported.module()(larger, locations, weights), Model()(larger, locations, weights))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"numbers": check_numbers, "registration": check_registration}[sys.argv[1]]()

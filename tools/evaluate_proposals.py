@@ -1,0 +1,206 @@
+"""How well boxes cover the annotated objects, whatever their class: of a pre-trained model, or of a proposal method.
+
+    python tools/evaluate_proposals.py --coco_path COCO --checkpoint outputs/pretrain/checkpoint.pth
+    python tools/evaluate_proposals.py --coco_path COCO --proposals selective_search
+
+Prints AP, AP50, AP75 (best 100 boxes of an image) and the average recall of the best 1, 10, 100 and 1000 boxes on the validation images,
+as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in `proposals.json`, COCO's results.
+"""
+import json
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+
+from datasets import build_dataset, build_loader, init_worker
+from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
+from datasets.image_folder import read_image
+from datasets.proposals import build_proposals
+from datasets.sample import BadImageError, SampleDataset
+from engine import autocast, to_device
+from models import build_model
+from models.detector import full_precision
+from util.arguments import Parser, make_parser, resolve
+from util.box_ops import box_cxcywh_to_xyxy
+from util.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
+from util.classes import class_rows, head_kind
+from util.distributed import is_main_process
+from util.files import write_text
+from util.flags import FINETUNE, PRETRAIN
+from util.logger import Progress, UserError, log
+from util.random_state import SampleRandom
+from util.session import prepare_checkpoint, run_script, start_session
+
+DATA_FLAGS = ("coco_path", "data_root", "dataset_file", "val_images", "val_annotations", "image_size", "max_size", "coco_evaluator")
+RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
+METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
+FILES = ("proposal_metrics.json", "proposals.json")
+MOST_BOXES = 1000
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser("tools/evaluate_proposals.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", metavar="PATH|URL", help="of pre-training or of a trained detector; not with --proposals")
+    parser.add_argument("--output_dir", metavar="DIR", help="where numbers and boxes are written; empty: nowhere")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
+    for script, flags in ((FINETUNE, DATA_FLAGS + RUN_FLAGS), (PRETRAIN, METHOD_FLAGS)):
+        for action in make_parser(script)._actions:
+            if action.dest in flags:
+                parser._add_action(action)
+    return parser.parse_args(argv)
+
+
+@dataclass
+class BoxFinder:
+    """A detector whose queries each give one box; `label` is the class output that says "object", None: the best of all classes."""
+
+    model: nn.Module
+    label: int | None
+    device: torch.device
+    amp: bool
+
+    @torch.no_grad()
+    def __call__(self, samples, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
+        """Normalised images -> `scores` [K], `labels` [K] and `boxes` [K, 4], (x0, y0, x1, y1) in pixels of sizes_hw; the best 1000."""
+        with autocast(self.device, self.amp):
+            outputs = self.model(samples)
+        logits, boxes = full_precision(outputs["pred_logits"]), box_cxcywh_to_xyxy(full_precision(outputs["pred_boxes"]))
+        kind = self.model.classification.kind
+        scores = logits.softmax(-1)[..., :-1] if kind == "softmax" else logits.sigmoid()
+        scores = scores.amax(-1) if self.label is None else scores[..., self.label]
+        scores, order = scores.topk(min(MOST_BOXES, scores.shape[1]), dim=1)
+        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * sizes_hw.flip(1).repeat(1, 2)[:, None].to(boxes)
+        labels = torch.full(scores.shape, OBJECT)
+        return [{"scores": s, "labels": n, "boxes": b} for s, n, b in zip(scores.cpu(), labels, boxes.cpu(), strict=True)]
+
+
+def load_finder(args: Namespace) -> tuple[BoxFinder, Namespace]:
+    """The detector inside a checkpoint, with its class head, and the settings that its images need.
+
+    Raises:
+        UserError: the file holds no detector.
+    """
+    settings = _settings(args, "--pretrain", args.checkpoint)
+    device = start_session(settings)
+    checkpoint = prepare_checkpoint(settings)
+    settings.classification = head_kind(checkpoint)
+    settings.num_classes = class_rows(checkpoint["model"], settings.classification)
+    model, _, _ = build_model(settings)
+    load_exactly(model, _without_pretext(checkpoint))
+    model.to(device, memory_format=torch.channels_last).eval()
+    label = min(OBJECT, settings.num_classes - 1) if is_pretext(checkpoint) else None
+    settings.num_classes = None  # from here on of the data, whose classes do not matter
+    return BoxFinder(model, label, device, settings.amp == "bf16"), settings
+
+
+def _settings(args: Namespace, *flags: str) -> Namespace:
+    """Those of `finetune_main.py`, and of a proposal method."""
+    settings = make_parser(FINETUNE).parse_args(flags)
+    for name in DATA_FLAGS + RUN_FLAGS + METHOD_FLAGS:
+        setattr(settings, name, getattr(args, name))
+    return settings
+
+
+def _without_pretext(checkpoint: Checkpoint) -> Checkpoint:
+    kept = Checkpoint(checkpoint, model={key: value for key, value in checkpoint["model"].items() if not key.startswith(pretext_parts())})
+    kept.source = checkpoint.source
+    return kept
+
+
+def evaluate_model(args: Namespace, evaluator_of) -> ProposalEvaluator:
+    finder, settings = load_finder(args)
+    dataset = build_dataset("val", settings)
+    evaluator = evaluator_of(dataset)
+    loader, backbone = build_loader(dataset, settings, train=False), finder.model.backbone[0]
+    bar = Progress(len(loader), "evaluation")
+    for samples, packed in loader:
+        inputs, targets = to_device(samples, packed, finder.device, backbone.mean, backbone.std)
+        results = finder(inputs, torch.stack([target["orig_size"] for target in targets]))
+        evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
+        bar.step()
+    evaluator.synchronize_between_processes()
+    return evaluator
+
+
+class ProposedBoxes(Dataset):
+    """(image id, boxes [N, 4]) of each image, as it is on disk; None for one that can't be read."""
+
+    def __init__(self, dataset: SampleDataset, args: Namespace) -> None:
+        self.dataset, self.seed = dataset, args.seed
+        self.proposals = build_proposals(args)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | None]:
+        annotations = self.dataset.annotations
+        image_id = int(annotations.image_ids[index])
+        try:
+            image = read_image(self.dataset.path(index))
+            return image_id, self.proposals(image, SampleRandom.of(self.seed, 0, index), annotations.file_names[index])
+        except BadImageError as error:
+            log.warning("%s: %s", self.dataset.path(index), error)
+            return image_id, None
+
+
+def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
+    """Boxes of a method have no comparable scores in general: the order in which it gives them counts."""
+    settings = _settings(args)
+    start_session(settings)
+    settings.max_prop = settings.max_prop or MOST_BOXES
+    resolve(settings).num_classes = None  # of the data, whose classes do not matter
+    dataset = build_dataset("val", settings)
+    evaluator = evaluator_of(dataset)
+    settings.pretext = "region_prior"  # which takes `--max_prop` boxes
+    boxes_of = ProposedBoxes(dataset, settings)
+    loader = DataLoader(boxes_of, batch_size=None, num_workers=settings.num_workers, worker_init_fn=init_worker)
+    bar, count = Progress(len(dataset), "proposals"), 0
+    for image_id, boxes in loader:
+        if boxes is not None:
+            count += len(boxes)
+            boxes = boxes[:MOST_BOXES]
+            scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]
+            evaluator.update({image_id: {"scores": scores, "labels": torch.full((len(boxes),), OBJECT), "boxes": boxes}})
+        bar.step()
+    log.info("%.1f boxes an image", count / max(len(dataset), 1))
+    return evaluator
+
+
+def prepare_folder(args: Namespace) -> Path | None:
+    if not args.output_dir:
+        return None
+    folder = Path(args.output_dir)
+    found = [name for name in FILES if (folder / name).exists()]
+    if found and not args.overwrite:
+        raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
+    write_text(folder / ".writable", "").unlink()
+    return folder
+
+
+def main(args: Namespace) -> dict[str, float]:
+    """Returns the numbers by name."""
+    if bool(args.checkpoint) == bool(args.proposals):
+        raise UserError("give --checkpoint PATH for a model, or --proposals NAME for a method" + (", not both" if args.proposals else ""))
+    folder = prepare_folder(args)
+
+    def evaluator_of(dataset: SampleDataset) -> ProposalEvaluator:
+        return ProposalEvaluator(dataset.annotation_file, args.coco_evaluator or "auto")
+
+    evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args, evaluator_of)
+    numbers = evaluator.summarize()
+    log.info("without classes: %s", "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+    if folder is not None and is_main_process():
+        what = {"checkpoint": args.checkpoint} if args.checkpoint else {"proposals": args.proposals, "cache_path": args.cache_path}
+        write_text(folder / FILES[0], json.dumps({**what, **numbers}, indent=1) + "\n")
+        write_text(folder / FILES[1], json.dumps(evaluator.results()))
+    return numbers
+
+
+if __name__ == "__main__":
+    run_script(main, parse)
