@@ -18,6 +18,7 @@ import torch
 
 import engine
 from datasets import build_labelled, build_loader
+from datasets.checks import check_at_start
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.sample_page import draw_samples
 from models import build_model
@@ -116,6 +117,8 @@ def main(args: Namespace) -> None:
     folder = prepare_output(args)
     train_set, val_set = build_labelled(args, classes_of(checkpoint) if args.resume else None)
     describe_settings(args)
+    loader = None if args.eval else build_loader(train_set, args, train=True)
+    data_check = check_at_start(train_set, val_set, args)
 
     model, criterion, postprocessors = build_model(args)
     load_weights(model, checkpoint, args, val_set.class_names)
@@ -129,7 +132,7 @@ def main(args: Namespace) -> None:
     if args.eval:
         warn_of_other_classes(checkpoint.get("class_names") or {}, val_set.class_names)
         log.info("evaluating on %d images", len(val_set))
-        save_settings(folder, args, {"data": {"val": val_set.fingerprint()}, "model": summary})
+        save_settings(folder, args, {"data": {"val": val_set.fingerprint()}, "data_check": data_check, "model": summary})
         evaluation(model, checkpoint.get("epoch", 0))
         report(folder)
         return
@@ -139,7 +142,7 @@ def main(args: Namespace) -> None:
         "class_names": {int(label): name for label, name in train_set.class_names.items()}, "category_ids": train_set.category_ids,
         "version": engine.CHECKPOINT_VERSION,
     }
-    run = engine.make_run(args, model, criterion, build_loader(train_set, args, train=True), device, folder, keep)
+    run = engine.make_run(args, model, criterion, loader, device, folder, keep)
     if args.resume:
         engine.continue_run(run, checkpoint)
     del checkpoint  # its tensors are in the model and the optimiser now
@@ -147,7 +150,8 @@ def main(args: Namespace) -> None:
         engine.dry_run(run)
         return
     data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
-    save_settings(folder, args, {"data": data, "images": [len(train_set), len(val_set)], "model": summary})
+    counts = [len(train_set), len(val_set)]
+    save_settings(folder, args, {"data": data, "images": counts, "data_check": data_check, "model": summary})
     draw_samples(folder, train_set, args.batch_size, run.epoch, normalization)
     run.evaluate, run.eval_every = evaluation, args.eval_every
     train(run)

@@ -15,6 +15,7 @@ import torch
 
 import engine
 from datasets import build_dataset, build_loader
+from datasets.checks import check_at_start
 from datasets.sample_page import draw_found_patches, draw_samples
 from models import build_model
 from models.summary import describe_model
@@ -46,6 +47,7 @@ def main(args: Namespace) -> None:
 
     dataset = build_dataset("train", args)
     loader = build_loader(dataset, args, train=True)
+    data_check = check_at_start(dataset, None, args)
     model, criterion, _ = build_model(args)
     if checkpoint:
         load_exactly(model, checkpoint)
@@ -66,7 +68,7 @@ def main(args: Namespace) -> None:
     if args.dry_run:
         engine.dry_run(run)
         return
-    save_settings(folder, args, {"data": dataset.fingerprint(), "images": len(dataset), "model": summary})
+    save_settings(folder, args, {"data": dataset.fingerprint(), "images": len(dataset), "data_check": data_check, "model": summary})
     draw_samples(folder, dataset, args.batch_size, run.epoch, keep["normalization"])
     report(folder)
 

@@ -7,6 +7,7 @@ A sample is `(image, target)`:
 - target: `boxes` float32 [N, 4], (cx, cy, w, h) divided by the un-padded image's (W, H, W, H); `labels` int64 [N];
   `image_id` int64 [1]; `orig_size` and `size` int64 [2], (H, W) of the file and of `image`; `area` float32 [N] in
   pixels of `image`; `iscrowd` int64 [N]. A pretext adds keys of its own: `patches` uint8 [M, 3, S, S].
+- A sample of two views has one axis more, in front: image [2, 3, H, W], boxes [2, N, 4], and so on for every tensor.
 - `target["problems"]`, where present, lists (path, reason) of bad images that this one replaces; it alone is no tensor.
 
 A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,

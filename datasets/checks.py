@@ -6,6 +6,7 @@ finding; `tools/check_dataset.py` writes them all to a file.
 import filecmp
 import hashlib
 import os
+import time
 import warnings
 from argparse import Namespace
 from collections import Counter
@@ -21,7 +22,7 @@ from datasets.sample import BadImageError, SampleDataset
 from util.logger import UserError, log
 from util.random_state import SampleRandom
 
-TRIED_IMAGES = 8  # of each split at the start of a run
+TRIED_IMAGES, TRIED_SECONDS = 8, 2.0  # of each split at the start of a run
 COMPARED_PAIRS = 16  # images with the same name in both splits
 TINY_SIDE = 16  # pixels; pre-training leaves out what is not larger
 EXIF_ORIENTATION = 0x0112
@@ -79,44 +80,54 @@ def check_at_start(train: SampleDataset | None, val: SampleDataset | None, args:
         UserError: none of the images that were tried can be used, or there is no box to train on.
     """
     splits = {name: dataset for name, dataset in (("train", train), ("val", val)) if dataset is not None}
-    warned: list[str] = []
     facts: dict[str, object] = {}
+    warned: list[str] = []
+    told = 0  # what reading the annotations has warned of already
     for name, dataset in splits.items():
         warned += try_images(dataset)
-        annotations = getattr(dataset, "annotations", None)
         facts[name] = {"images": len(dataset)}
-        if annotations is not None:
-            facts[name].update(describe(annotations))
-            warned += _check_annotations(annotations, name == "train", args.num_queries)
-    labelled = [getattr(dataset, "annotations", None) is not None for dataset in splits.values()]
-    if len(splits) == 2 and all(labelled):
+        if is_labelled(dataset):
+            facts[name].update(describe(dataset.annotations))
+            told += len(dataset.annotations.findings.keys() - {"box partly outside"})
+            warned += _check_annotations(dataset.annotations, name == "train", args.num_queries)
+    if len(splits) == 2 and all(map(is_labelled, splits.values())):
         warned += compare_splits(train, val)
     for line in warned:
         log.warning("%s", line)
-    log.info("data check: %s", f"{len(warned)} warnings; python -m tools.check_dataset reads every image and lists all" if warned
-             else "nothing to report")
+    number = told + len(warned)
+    log.info("data check: %s", f"warnings: {number}; python tools/check_dataset.py reads every image and lists all" if number
+             else "nothing to warn of")
     return {**facts, "warnings": warned}
 
 
-def try_images(dataset: SampleDataset, count: int = TRIED_IMAGES) -> list[str]:
-    """Reads a few images that are evenly spread.
+def is_labelled(dataset: SampleDataset) -> bool:
+    """Whether it has `annotations` that can be checked."""
+    return isinstance(getattr(dataset, "annotations", None), Annotations)
+
+
+def try_images(dataset: SampleDataset) -> list[str]:
+    """Makes samples of a few images that are evenly spread, for TRIED_SECONDS at most.
 
     Returns a warning where some can't be used.
 
     Raises:
         UserError: none can be used.
     """
-    indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
-    bad = []
+    indices = np.unique(np.linspace(0, len(dataset) - 1, TRIED_IMAGES).round().astype(int)).tolist()
+    began, tried, bad = time.monotonic(), 0, []
     for index in indices:
+        if tried and time.monotonic() - began > TRIED_SECONDS:
+            break
+        tried += 1
         try:
             dataset.load(index, SampleRandom.of(dataset.seed, 0, index))
         except BadImageError as error:
             bad.append(f"{dataset.path(index)}: {error}")
-    if len(bad) == len(indices):
-        raise UserError(f"none of {len(indices)} images that were tried can be used, the first is {bad[0]}; check the image folder")
+    # One slow image alone says nothing of a large data set.
+    if len(bad) == tried and (tried == len(indices) or tried > 1):
+        raise UserError(f"none of {tried} images that were tried can be used, the first is {bad[0]}; check the image folder")
     if bad:
-        return [f"{len(bad)} of {len(indices)} images that were tried can't be used, the first is {bad[0]}; others will take their place"]
+        return [f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; others will take their place"]
     return []
 
 
@@ -125,7 +136,8 @@ def describe(annotations: Annotations) -> dict[str, object]:
     counts = np.diff(annotations.offsets)
     return {
         "boxes": len(annotations.labels), "classes": len(annotations.class_names), "images_without_objects": int((counts == 0).sum()),
-        "most_objects_in_an_image": int(counts.max(initial=0)), "found": {kind: len(ids) for kind, (ids, _) in annotations.findings.items()},
+        "most_objects_in_an_image": int(counts.max(initial=0)),
+        "found": {kind: len(ids) for kind, (ids, _) in annotations.findings.items()},
     }
 
 
@@ -187,8 +199,9 @@ def _shared(train: SampleDataset, val: SampleDataset) -> list[str]:
     number = len(pairs) if len(same) == len(compared) else len(same)
     i, j = same[0]
     exact = "" if len(compared) == len(pairs) else f" ({len(compared)} of {len(pairs)} with one name were compared)"
-    return [f"{number} images of validation are training images too{exact}, the first is {val.path(j)} (image "
-            f"{val.annotations.image_ids[j]}; in training {train.annotations.image_ids[i]}): AP will be too good; take them out of one of both"]
+    ids = f"image {val.annotations.image_ids[j]}; in training {train.annotations.image_ids[i]}"
+    return [f"{number} images of validation are training images too{exact}, the first is {val.path(j)} ({ids}): AP will be too good; "
+            "take them out of one of both"]
 
 
 def same_file(first: str, second: str) -> bool:
@@ -234,7 +247,9 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def image_problems(facts: ImageFacts, path: str, split: str, listed_hw: tuple[int, int] = (0, 0), image_id: int | None = None) -> Iterator[Problem]:
+def image_problems(
+    facts: ImageFacts, path: str, split: str, listed_hw: tuple[int, int] = (0, 0), image_id: int | None = None,
+) -> Iterator[Problem]:
     """What is wrong with one image; `listed_hw`: (height, width) that the annotations state, 0 where they do not."""
     def problem(kind: str, detail: str) -> Problem:
         return Problem(kind, split, path, detail, image_id)
@@ -282,12 +297,13 @@ def annotation_problems(dataset: SampleDataset, split: str, num_queries: int, nu
 
     over = np.flatnonzero(counts > num_queries)
     yield from at("more objects than queries", over, [f"{counts[i]} objects, --num_queries {num_queries}" for i in over])
-    rows = np.flatnonzero(annotations.labels >= num_classes)
-    yield from at("category out of range", image_of[rows], [f"category id {annotations.labels[r]}, --num_classes {num_classes}" for r in rows])
-    boxes = np.column_stack([image_of, annotations.labels, annotations.boxes_xyxy_abs])
-    _, first = np.unique(boxes, axis=0, return_index=True)
+    labels, boxes = annotations.labels, annotations.boxes_xyxy_abs
+    rows = np.flatnonzero(labels >= num_classes)
+    yield from at("category out of range", image_of[rows], [f"category id {labels[r]}, --num_classes {num_classes}" for r in rows])
+    _, first = np.unique(np.column_stack([image_of, labels, boxes]), axis=0, return_index=True)
     again = np.setdiff1d(np.arange(len(boxes)), first)
-    yield from at("box twice", image_of[again], [f"class {annotations.labels[r]}, {_box_text(annotations.boxes_xyxy_abs[r])}" for r in again])
+    names = annotations.class_names
+    yield from at("box twice", image_of[again], [f"{names.get(int(labels[r]), labels[r])}, {_box_text(boxes[r])}" for r in again])
     empty = np.flatnonzero(counts == 0)
     yield from at("no objects", empty, [""] * len(empty))
     yield from _names_twice(dataset, split)

@@ -56,12 +56,27 @@ class PackedTargets:
         return len(next(iter(self.rows.values())))
 
 
+def separate_views(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """Samples of V views -> samples of one: view 1 of all, then view 2, and so on. `problems` stay with view 1."""
+    separate = []
+    for view in range(len(batch[0][0])):
+        for images, target in batch:
+            own = {key: value[view] for key, value in target.items() if key != "problems"}
+            if view == 0 and "problems" in target:
+                own["problems"] = target["problems"]
+            separate.append((images[view], own))
+    return separate
+
+
 def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTensor, PackedTargets]:
     """[(image uint8 [3, h, w], target)] -> (uint8 batch [B, 3, H, W], packed targets).
 
     Zeros pad at the bottom and the right up to the largest height and width. The batch is channels-last in memory, as
-    decoded pixels are: the copy is then eight times faster, and convolutions prefer it.
+    decoded pixels are: the copy is then eight times faster, and convolutions prefer it. Samples of V views, [V, 3, h, w] with targets that
+    have an axis of V more, become V * B images: view 1 of all, then view 2, and so on.
     """
+    if batch[0][0].ndim == 4:
+        batch = separate_views(batch)
     images = [image for image, _ in batch]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     padded = any(image.shape[1:] != (height, width) for image in images)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from datasets.sample import BadImageError
@@ -46,6 +46,11 @@ def open_image(path: str) -> Image.Image:
         raise BadImageError("no such file") from error
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        reason = "of no format that Pillow knows" if os.path.getsize(path) else "an empty file"
+        raise BadImageError(f"can't be decoded ({reason})") from error
+    except PermissionError as error:
+        raise BadImageError("can't be opened (permission denied)") from error
     except Exception as error:  # noqa: BLE001 - Pillow's plug-ins raise any type on a damaged or unusual file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(f"can't be decoded ({reason})") from error

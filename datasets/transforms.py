@@ -251,16 +251,16 @@ class ToSample(Transform):
         return F.pil_to_tensor(image) if isinstance(image, Image.Image) else image, target
 
 
-class PatchAugmentation(Transform):
-    """UP-DETR's augmentation of a query patch: S x S, then, each with its probability, colour jitter, greyscale, blur.
+class ColorAugmentation(Transform):
+    """Each with its probability: colour jitter, greyscale, blur (UP-DETR and Siamese DETR). Targets pass through unchanged.
 
-    Without `augment` only the resize (evaluation). Targets pass through unchanged.
+    Without `augment` nothing.
     """
 
     JITTER = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
 
-    def __init__(self, patch_size: int, augment: bool) -> None:
-        self.patch_size, self.augment = patch_size, augment
+    def __init__(self, augment: bool) -> None:
+        self.augment = augment
 
     def draw(self, rng: SampleRandom, size: Size) -> tuple[list[tuple[str, float]], bool, float | None]:
         """([(colour function, factor) in the order to apply], greyscale?, blur radius in pixels or None)."""
@@ -283,14 +283,10 @@ class PatchAugmentation(Transform):
         ]
         return [factors[i] for i in order]
 
-    def output_size(self, size: Size, parameters: Any) -> Size:
-        return self.patch_size, self.patch_size
-
     def apply(
         self, image: Picture, target: Target, parameters: tuple[list[tuple[str, float]], bool, float | None]
     ) -> tuple[Picture, Target]:
         jitter, grey, radius = parameters
-        image = F.resize(image, [self.patch_size, self.patch_size], antialias=True)
         if isinstance(image, Tensor):
             image = image.contiguous()  # colour functions work plane by plane
         for name, factor in jitter:
@@ -300,6 +296,23 @@ class PatchAugmentation(Transform):
         if radius is not None:
             image = _blur(image, radius)
         return image, target
+
+
+class PatchAugmentation(ColorAugmentation):
+    """UP-DETR's augmentation of a query patch: S x S, then the colours. Without `augment` only the resize (evaluation)."""
+
+    def __init__(self, patch_size: int, augment: bool) -> None:
+        super().__init__(augment)
+        self.patch_size = patch_size
+
+    def output_size(self, size: Size, parameters: Any) -> Size:
+        return self.patch_size, self.patch_size
+
+    def apply(
+        self, image: Picture, target: Target, parameters: tuple[list[tuple[str, float]], bool, float | None]
+    ) -> tuple[Picture, Target]:
+        image = F.resize(image, [self.patch_size, self.patch_size], antialias=True)
+        return super().apply(image, target, parameters)
 
 
 def _blur(image: Picture, radius: float) -> Picture:
@@ -358,3 +371,15 @@ def region_transforms(image_set: str, image_size: int = 480, max_size: int | Non
     before_crop = RandomResize(_scaled([400, 500, 600], image_size, 480))
     cropped = Compose([before_crop, RandomSizeCrop(*_scaled([384, 600], image_size, 480)), sizes])
     return Compose([RandomHorizontalFlip(), RandomSelect(sizes, cropped), ToSample()])
+
+
+def view_resize(image_size: int = 480, max_size: int | None = None) -> RandomResize:
+    """Siamese DETR's resize before the views are cut.
+
+    Published for 480 (ImageNet), as UP-DETR's, and for 800 (COCO), as DETR's; the nearer one is scaled to other sizes.
+    """
+    if image_size <= 640:
+        return _pretext_resize("train", image_size, max_size)
+    if max_size is None:
+        (max_size,) = _scaled([1333], image_size, 800)
+    return RandomResize(_scaled(range(480, 801, 32), image_size, 800), max_size)

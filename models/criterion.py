@@ -43,7 +43,7 @@ class SetCriterion(nn.Module):
 
     Args:
         weight_dict: name -> weight in the total; names without weight are logged only.
-        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding` are computed.
+        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding`, `global_contrast` are computed.
         eos_coef: weight of "no object" in softmax classification.
         focal_alpha: weight of positives in focal classification.
         reproduce_published: log the published cardinality error with focal outputs, which counts queries whose best class is not
@@ -190,6 +190,18 @@ class SetCriterion(nn.Module):
         predicted = full_precision(outputs["pred_features"]).flatten(0, 1)[source - first]
         distance = (predicted - full_precision(outputs["target_features"])[target]).abs()
         return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
+
+    def loss_global_contrast(self, batch: _Batch) -> dict[str, Tensor]:
+        """2 - 2 cos of each view's prediction and the other view's projection, which is a constant to it; mean over all views.
+
+        Chen and He 2021, equations 1 to 4, times two. Also for the log: `projection_std`, the standard deviation over the views of
+        normalised projections, mean over channels. It is about 1 / sqrt(channels) where they are spread, 0 where they have collapsed.
+        """
+        outputs = batch.outputs[-1]
+        projected = functional.normalize(full_precision(outputs["projections"]).detach(), dim=1)
+        predicted = functional.normalize(full_precision(outputs["predictions"]), dim=1)
+        distance = 2 - 2 * (predicted * projected.roll(len(projected) // 2, 0)).sum(1)
+        return {"loss_enc_global_contra": distance.mean(), "projection_std": projected.std(0, correction=0).mean()}
 
 
 def expand_weights(weights: dict[str, float], num_aux_layers: int, proposals: bool = False) -> dict[str, float]:

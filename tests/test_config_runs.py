@@ -15,6 +15,7 @@ PARAMETERS = {
     "UPDETR_pretrain_in": 42_619_079, "UPDETR_finetune": 41_525_280, "UPDETR_eval": 41_525_280, "DETR_r50_swav": 41_525_280,
     "UPDETR_vanilla_finetune": 41_524_768, "UPDETR_deformable_finetune": 40_069_665, "UPDETR_deformable_single_scale_finetune": 34_066_593,
     "UPDETR_conditional_300q_finetune": 43_418_401, "UPDETR_conditional_finetune": 43_418_401 - 200 * 256,
+    "DETReg_top30_in_detr": 41_525_280 + 768 * 257, "DETReg_fine_tune": None, "DETReg": 40_069_665 + 768 * 257,
     "ConditionalDETR_r101": 62_358_305, "ConditionalDETR": 43_418_401, "DETR_r101": 60_464_672, "DETR": 41_524_768,
     "r50_deformable_detr_single_scale": 34_066_593, "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus": 41_181_529,
     "r50_deformable_detr_plus": 40_849_660, "r50_deformable_detr": 40_069_665,
@@ -23,12 +24,16 @@ SMALL = [
     "--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "32", "--enc_layers", "1", "--dec_layers", "2", "--num_queries", "20",
     "--device", "cpu", "--num_workers", "0", "--image_size", "64", "--max_size", "96", "--batch_size", "2",
 ]
+PRETEXT_SIZES = {
+    "random_query_patch": ["--num_patches", "5", "--patch_size", "32"],
+    "region_prior": ["--max_prop", "5", "--patch_size", "32", "--proposals", "random"],
+}
 
 
 def small_words(words: list[str], *flags: object) -> list[str]:
     """A config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
     shallow = ["--backbone", "resnet50" if "--dilation" in words else "resnet18"]
-    size = [*SMALL, "--num_patches", "5", "--patch_size", "32"] if words[0] == "main.py" else SMALL
+    size = [*SMALL, *PRETEXT_SIZES["region_prior" if "region_prior" in words else "random_query_patch"]] if words[0] == "main.py" else SMALL
     return [*words, *size, *shallow, *map(str, flags)]
 
 
@@ -76,7 +81,7 @@ def test_config_builds_the_published_model(name: str) -> None:
     known = next((count for part, count in PARAMETERS.items() if name.startswith(part)), None)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert known in (None, count)
-    assert known is not None or "pretrain" in name
+    assert known is not None or "pretrain" in name or "--pretrain" in config_words(CONFIGS[name])
     layers = {key.rsplit("_", 1)[-1] for key in criterion.weight_dict}
     assert ("4" in layers) == args.aux_loss
 
@@ -84,13 +89,14 @@ def test_config_builds_the_published_model(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in CONFIGS if not name.endswith(("_eval", "_eval_coco"))])
 def test_config_runs_three_steps(name: str, coco: Path, unlabelled: Path, tmp_path: Path) -> None:
     words = config_words(CONFIGS[name])
-    data = ["--imagenet_path", unlabelled] if "--imagenet_path" in words else ["--coco_path", coco]
+    from_folder = {"--imagenet_path", "imagenet", "imagenet100"} & set(words)
+    data = ["--imagenet_path", unlabelled] if from_folder else ["--coco_path", coco]
     start_from = ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
     lines = start(small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run"))
     assert sum(line.startswith("step on") for line in lines) == 2
     assert any("nothing was saved" in line for line in lines)
     if start_from:
-        assert any("patch2query" in line for line in lines)
+        assert any("patch2query" in line or "feature_embed" in line for line in lines)
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(("_eval", "_eval_coco"))])

@@ -47,7 +47,26 @@ UPDETR_DEFORMABLE = {
     **UPDETR_PRETRAIN, "detector": "deformable_detr", "batch_size": 8, "num_queries": 300, "num_feature_levels": 4, "dim_feedforward": 1024,
     "enc_n_points": 4, "dec_n_points": 4, "lr_linear_proj_mult": 1.0,
 }
+DETREG_PRETRAIN = {
+    "pretext": "region_prior", "detector": "deformable_detr", "strategy": "topk", "proposals": "selective_search", "ss_resize": 128,
+    "backbone_weights": "swav", "object_embedding_loss": True, "object_embedding_coef": 1.0, "obj_embedding_head": "intermediate",
+    "lr_backbone": 0.0, "lr": 2e-4, "lr_drop": 40, "batch_size": 4, "num_queries": 300, "image_size": 480, "num_classes": 91,
+    "classification": "focal", "cls_loss_coef": 2.0, "set_cost_class": 2.0, "position_embedding": "sine_shifted", "dim_feedforward": 1024,
+    "num_feature_levels": 4, "clip_max_norm": 0.1, "weight_decay": 1e-4,
+}
 PUBLISHED = {
+    "DETReg_top30_in": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc/train", "max_prop": 30, "epochs": 5},
+    "DETReg_top30_in100": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc100/train", "max_prop": 30, "epochs": 50},
+    "DETReg_top5_in100": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc100/train", "max_prop": 5, "epochs": 50},
+    "DETReg_top30_coco": {**DETREG_PRETRAIN, "coco_path": "data/MSCoco", "max_prop": 30, "epochs": 50},
+    "DETReg_top30_in_detr": {
+        **DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc/train", "max_prop": 30, "epochs": 60, "lr_drop": 200, "detector": "detr",
+        "pre_norm": True, "num_queries": 100, "lr": 1e-4, "cls_loss_coef": 1.0, "set_cost_class": 1.0, "classification": "softmax",
+        "dim_feedforward": 2048, "num_feature_levels": 1,
+    },
+    "DETReg_fine_tune_full_coco": {
+        "coco_path": "data/MSCoco", "pretrain": "exps/DETReg_top30_in/checkpoint.pth", "batch_size": 4, "epochs": 50, "lr_drop": 40,
+    },
     "UPDETR_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 32, "pre_norm": True},
     "UPDETR_finetune_coco": {
         **DETR, "epochs": 300, "lr_drop": 200, "lr_backbone": 5e-5, "pre_norm": True, "backbone_weights": "none",
@@ -314,7 +333,7 @@ def code(cell: str) -> list[str]:
 
 def test_all_code_bases_are_listed() -> None:
     assert {row[0] for row in ROWS} == {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "DETReg", "Siamese DETR"}
-    assert {row[0] for row in POSSIBLE} == {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "Siamese DETR"}
+    assert {row[0] for row in POSSIBLE} == {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "DETReg", "Siamese DETR"}
     assert all(len(row) == 4 for row in ROWS)
 
 

@@ -8,10 +8,11 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from util.flags import DEAD_FLAGS, FINETUNE, PRETRAIN, add_flags
+from util.flags import DATASET_PLACES, DEAD_FLAGS, FINETUNE, PRETRAIN, add_flags
 from util.logger import UserError, log
 from util.registry import DETECTORS, PRETEXTS, choose
 
@@ -61,6 +62,10 @@ DEFAULTS: dict[str, object] = {
     "patch_size": 128,
     "mask_ratio": 0.1,
     "feature_loss_coef": 1.0,
+    "global_loss_coef": 10.0,
+    "box_disturbance": 0.1,
+    "view_iou": 0.5,
+    "view_shrink": True,
     "object_embedding_loss": False,
     "object_embedding_coef": 1.0,
     "obj_embedding_head": "intermediate",
@@ -78,6 +83,7 @@ DEFAULTS: dict[str, object] = {
     "image_size": 800,
     "num_workers": 2,
     "seed": 42,
+    "random_seed": False,
     "amp": "no",
     "eval_every": 1,
     "start_epoch": 0,
@@ -189,6 +195,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         if args.lr_backbone is None:
             args.lr_backbone = args.lr
         args.lr_backbone = 0.0 if args.fre_cnn else args.lr_backbone
+    _resolve_dataset(args)
     _resolve_backbone(args, script)
     _check(args)
     args.resolved = True
@@ -213,6 +220,16 @@ def set_default(args: argparse.Namespace, name: str, value: object) -> None:
 
 def _given(args: argparse.Namespace) -> set[str]:
     return set(vars(args)) - args.__dict__.get("_filled", set())
+
+
+def _resolve_dataset(args: argparse.Namespace) -> None:
+    """`--dataset NAME` says where data lies below `--data_root`, unless another flag does."""
+    name = getattr(args, "dataset", None)
+    if name and not any(getattr(args, flag, None) for flag in ("imagenet_path", "coco_path", "train_images")):
+        flag, folder = DATASET_PLACES[name]
+        if not hasattr(args, flag):
+            raise UserError(f"--dataset {name} has images without labels, for {PRETRAIN}")
+        setattr(args, flag, str(Path(args.data_root) / folder))
 
 
 def _resolve_backbone(args: argparse.Namespace, script: str) -> None:
@@ -245,6 +262,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--dropout {args.dropout} must lie in [0, 1)")
     if not 0 <= args.mask_ratio < 1:
         raise UserError(f"--mask_ratio {args.mask_ratio} must lie in [0, 1)")
+    if not 0 < args.view_iou < 1:
+        raise UserError(f"--view_iou {args.view_iou} must lie between 0 and 1")
+    if not 0 <= args.box_disturbance < 0.5:
+        raise UserError(f"--box_disturbance {args.box_disturbance} must lie in [0, 0.5): both corners of a box move by as much of its side")
     if args.eval and not (args.resume or args.pretrain):
         raise UserError("--eval needs the detector to evaluate: add --resume PATH")
     if args.eval and args.dry_run:

@@ -1,6 +1,7 @@
 """Processes: start, rank, collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
 import datetime
 import os
+import subprocess
 from typing import Any
 
 import torch
@@ -52,10 +53,19 @@ def _slurm_environment() -> None:
     if "SLURM_PROCID" not in os.environ or tasks < 2 or "RANK" in os.environ:
         return
     if "MASTER_ADDR" not in os.environ:
-        raise UserError("SLURM run without MASTER_ADDR: export MASTER_ADDR=<first host> and MASTER_PORT before srun")
+        os.environ["MASTER_ADDR"] = _first_slurm_host()
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], str(tasks)
     os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+
+
+def _first_slurm_host() -> str:
+    """Raises UserError where SLURM does not tell."""
+    command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError("SLURM run without MASTER_ADDR: export MASTER_ADDR=<first host> and MASTER_PORT before srun") from error
 
 
 def init_distributed(device: str, dist_url: str = "env://") -> torch.device:

@@ -22,8 +22,17 @@ DEAD_FLAGS = {
     "--frozen_weights": (True, "it trains a mask head on a frozen detector, and this version predicts boxes only"),
     "--coco_panoptic_path": (True, "this version predicts boxes only; train and evaluate without it"),
     "--position_embedding_scale": (True, "the published code never reads it: the scale is 2 pi"),
+    "--filter_num": (True, "the published code never reads it"),
+    "--reset_embedding_layer": (True, "the published code never reads it"),
     "--cache_mode": (False, "image files are not held in memory; the operating system keeps what was read where memory is free"),
 }
+
+# DETReg's names of data sets -> (flag, folder below --data_root) that say the same.
+DATASET_PLACES = {
+    "imagenet": ("imagenet_path", "ilsvrc/train"), "imagenet100": ("imagenet_path", "ilsvrc100/train"),
+    "coco_pretrain": ("coco_path", "MSCoco"), "coco": ("coco_path", "MSCoco"),
+}
+
 
 class _Refuse(argparse.Action):
     def __init__(self, *args, why: str = "", **kwargs) -> None:
@@ -83,6 +92,16 @@ def _switch(group, flag: str, text: str, **kwargs) -> None:
     group.add_argument(flag, action="store_true", default=None, help=text, **kwargs)
 
 
+def strategy_name(text: str) -> str:
+    """DETReg's spellings of the same strategies too: `random_sample`, and `mc_1` to `mc_4`."""
+    name = {"random_sample": "random", **dict.fromkeys(("mc_1", "mc_2", "mc_3", "mc_4"), "mc")}.get(text, text)
+    if text == "topk_edgebox":
+        raise argparse.ArgumentTypeError("topk_edgebox is --strategy topk --proposals edge_boxes")
+    if name not in ("topk", "random", "mc"):
+        raise argparse.ArgumentTypeError(f"{text} is unknown: choose topk, random or mc")
+    return name
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", metavar="DIR", help="where everything of this run is kept; empty: nothing is saved")
@@ -91,25 +110,26 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--dry_run", "settings, data check, one step, memory and time estimate; then stop")
     group.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     group.add_argument("--seed", type=int, help="of initial weights, order and augmentation; the process number is added (42)")
+    _switch(group, "--random_seed", "draw the seed anew for this run, and keep it with the run")
     group.add_argument("--num_workers", type=at_least_zero(),
                        help="loader processes (pre-training 16, else 2; at most the number of cores)")
     group.add_argument("--amp", choices=("no", "bf16"), help="bf16: network in bfloat16, boxes, matching and losses in float32 (no)")
     group.add_argument("--start_epoch", type=at_least_zero(), help="first epoch where --resume holds weights only (0)")
     group.add_argument("--save_every", type=positive(), metavar="EPOCHS",
-                       help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10), and one before each rate drop")
+                       help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10, Deformable DETR 5), and one before each rate drop")
     group.add_argument("--dist_url", help="where processes meet (env://)")
     _switch(group, "--reproduce_published", "the published behaviour where ours departs from it, see docs/differences.md")
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=positive(float), help="learning rate of transformer and heads (1e-4)")
+    group.add_argument("--lr", type=positive(float), help="learning rate of transformer and heads (1e-4; Deformable DETR 2e-4, but not in its pre-training with patches)")
     group.add_argument("--lr_backbone", type=at_least_zero(float),
-                       help="of the backbone; 0 freezes it (fine-tuning 1e-5; pre-training: --lr)")
+                       help="of the backbone; 0 freezes it (fine-tuning 1e-5, Deformable DETR 2e-5; pre-training: --lr)")
     group.add_argument("--batch_size", type=positive(), help="images a process (2)")
     group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
-    group.add_argument("--epochs", type=positive(), help="pre-training 60, DETR 300, Conditional DETR 50")
-    group.add_argument("--lr_drop", type=positive(), metavar="EPOCHS", help="rate x 0.1 after as many (40, 200, 40)")
+    group.add_argument("--epochs", type=positive(), help="pre-training 60, DETR 300, Conditional and Deformable DETR 50")
+    group.add_argument("--lr_drop", type=positive(), metavar="EPOCHS", help="rate x 0.1 after as many (pre-training 40, DETR 200, else 40)")
     group.add_argument("--lr_drop_epochs", type=positive(), nargs="+", metavar="EPOCH", help="rate x 0.1 at these, in place of --lr_drop")
     group.add_argument("--lr_backbone_names", nargs="+", metavar="PART",
                        help="parameters with such a part in their name learn at --lr_backbone (backbone; Deformable DETR backbone.0)")
@@ -122,21 +142,21 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--detector", choices=tuple(DETECTORS), help="what is trained (detr)")
+    group.add_argument("--detector", "--model", choices=tuple(DETECTORS), help="what is trained (detr)")
     group.add_argument("--backbone", help="resnet18, 34, 50, 101, or timm:NAME (resnet50)")
     group.add_argument("--backbone_weights", "--load_backbone", metavar="swav|imagenet|none|PATH|URL",
                        help="where its weights come from (main.py swav, finetune_main.py imagenet; nothing is fetched when a checkpoint "
                             "holds them)")
     group.add_argument("--backbone_norm", choices=("frozen", "live"), help="batch norm (frozen; live where the weights are random)")
     _switch(group, "--dilation", "stride 16 in the last stage (DC5)")
-    group.add_argument("--position_embedding", choices=("sine", "sine_shifted", "learned"), help="position code (sine)")
+    group.add_argument("--position_embedding", choices=("sine", "sine_shifted", "learned"), help="position code (sine; Deformable DETR sine_shifted)")
     group.add_argument("--enc_layers", type=positive(), help="(6)")
     group.add_argument("--dec_layers", type=positive(), help="(6)")
-    group.add_argument("--dim_feedforward", type=positive(), help="(2048)")
+    group.add_argument("--dim_feedforward", type=positive(), help="(2048; Deformable DETR 1024)")
     group.add_argument("--hidden_dim", type=positive(), help="(256)")
     group.add_argument("--nheads", type=positive(), help="(8)")
     group.add_argument("--dropout", type=float, help="(0.1)")
-    group.add_argument("--num_queries", type=positive(), help="DETR 100, Conditional DETR 300")
+    group.add_argument("--num_queries", type=positive(), help="DETR 100, Conditional and Deformable DETR 300")
     _switch(group, "--pre_norm", "layer norm before each block")
     group.add_argument("--num_feature_levels", type=positive(), metavar="MAPS",
                        help="maps that Deformable DETR reads: the backbone's last ones, up to three, then smaller ones (4)")
@@ -151,10 +171,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("matching and losses")
     group.add_argument("--no_aux_loss", dest="aux_loss", action="store_false", default=None, help="no losses on earlier decoder layers")
-    group.add_argument("--set_cost_class", type=at_least_zero(float), help="matching: class (1; Conditional DETR 2)")
+    group.add_argument("--set_cost_class", type=at_least_zero(float), help="matching: class (1; Conditional and Deformable DETR 2)")
     group.add_argument("--set_cost_bbox", type=at_least_zero(float), help="matching: L1 (5)")
     group.add_argument("--set_cost_giou", type=at_least_zero(float), help="matching: generalised IoU (2)")
-    group.add_argument("--cls_loss_coef", type=at_least_zero(float), help="loss: class (1; Conditional DETR 2)")
+    group.add_argument("--cls_loss_coef", type=at_least_zero(float), help="loss: class (1; Conditional and Deformable DETR 2)")
     group.add_argument("--bbox_loss_coef", type=at_least_zero(float), help="loss: L1 (5)")
     group.add_argument("--giou_loss_coef", type=at_least_zero(float), help="loss: generalised IoU (2)")
     group.add_argument("--eos_coef", type=at_least_zero(float), help="weight of `no object` in softmax classification (0.1)")
@@ -166,6 +186,8 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coco_path", metavar="DIR", help="annotations/ beside train2017/ and val2017/, or beside images/train2017/")
     group.add_argument("--data_root", metavar="DIR", help="folder that holds MSCoco, used where --coco_path is not given (data)")
     group.add_argument("--dataset_file", choices=tuple(DATASETS), help="kind of labelled data; custom: see --train_images (coco)")
+    group.add_argument("--dataset", choices=tuple(DATASET_PLACES),
+                       help="DETReg's name for what lies in --data_root: ilsvrc, ilsvrc100, MSCoco")
     group.add_argument("--train_images", metavar="DIR", help="own data: the folder that the names in the annotations count from")
     group.add_argument("--image_size", type=positive(), metavar="PIXELS",
                        help="short side at evaluation (800; pre-training 480); all published training sizes scale with it")
@@ -180,7 +202,7 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
                        help=f"where boxes come from: {', '.join(_proposal_names())}; see docs/proposals.md (random; region_prior "
                             "selective_search)")
     group.add_argument("--cache_path", metavar="DIR", help="take them from this store of tools/cache_proposals.py")
-    group.add_argument("--strategy", choices=("topk", "random", "mc"),
+    group.add_argument("--strategy", type=strategy_name, metavar="topk|random|mc",
                        help="which boxes are taken: the first, any, or the first with more probability (topk)")
     group.add_argument("--max_prop", type=positive(), help="and how many of an image at most; with mc on average (30)")
     group.add_argument("--ss_resize", type=at_least_zero(), metavar="PIXELS",
@@ -189,7 +211,14 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_patches", type=positive(), help="query patches an image; must divide --num_queries (10)")
     group.add_argument("--patch_size", type=positive(), metavar="PIXELS", help="side of a patch as the backbone sees it (128)")
     group.add_argument("--mask_ratio", type=float, help="share of queries without their patch in training (0.1)")
-    group.add_argument("--feature_loss_coef", type=at_least_zero(float), help="loss: reconstruction (1)")
+    group.add_argument("--feature_loss_coef", type=at_least_zero(float),
+                       help="loss: reconstruction (1; siamese 3, where 0 leaves region discrimination out)")
+    group.add_argument("--global_loss_coef", type=at_least_zero(float), help="loss: global discrimination of siamese; 0 leaves it out (10)")
+    group.add_argument("--box_disturbance", type=at_least_zero(float), metavar="SHARE",
+                       help="siamese: of its sides by which a corner of a query's box moves at most (0.1)")
+    group.add_argument("--view_iou", type=positive(float), help="siamese: overlap of the two views (0.5)")
+    group.add_argument("--no_view_shrink", dest="view_shrink", action="store_false", default=None,
+                       help="siamese: views overlap by exactly that, not by it or more")
     _switch(group, "--feature_recon", "reconstruct the patches' features")
     _switch(group, "--fre_cnn", "freeze the backbone")
     _switch(group, "--query_shuffle", "assign queries to patches anew in each step")
@@ -210,7 +239,7 @@ def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val_images", metavar="DIR", help="own data: images for evaluation")
     group.add_argument("--val_annotations", metavar="FILE", help="own data: their annotations; classes are told by name")
     group.add_argument("--num_classes", type=positive(), help="largest category id + 1 (91; own data: as many as the file has)")
-    group.add_argument("--classification", choices=("softmax", "focal"), help="DETR softmax, Conditional DETR focal")
+    group.add_argument("--classification", choices=("softmax", "focal"), help="DETR softmax, Conditional and Deformable DETR focal")
     group.add_argument("--coco_evaluator", choices=("auto", "hotcoco", "faster_coco_eval", "pycocotools"),
                        help="auto: the fastest that is installed; the numbers are equal")
 

@@ -73,6 +73,14 @@ PRETEXTS: dict[str, PretextEntry] = {
             "image_size": 480, "save_every": 5, "batch_size": 4, "position_embedding": "sine_shifted", "proposals": "selective_search",
         },
     ),
+    "siamese": PretextEntry(
+        "models.pretext.siamese:Siamese", "datasets.two_views:build_two_views", parts=("patch2query.", "feature_align.", "enc_head."),
+        flags=("num_patches", "feature_loss_coef", "global_loss_coef", "box_disturbance", "view_iou", "view_shrink"), defaults={
+            "epochs": 60, "lr_drop": 40, "save_every": 20, "image_size": 480, "num_classes": 2, "classification": "softmax",
+            "set_cost_class": 1.0, "cls_loss_coef": 1.0, "num_workers": 4, "lr": 1e-4, "lr_linear_proj_mult": 1.0, "lr_backbone": 0.0,
+            "position_embedding": "sine", "proposals": "edge_boxes", "feature_loss_coef": 3.0,
+        },
+    ),
 }
 
 # name -> builder `(image_set, args) -> SampleDataset` of labelled images

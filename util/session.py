@@ -1,6 +1,7 @@
 """Starting and ending an entry script: logger, processes, seeds, and errors as one line."""
 import multiprocessing
 import random
+import secrets
 import signal
 import sys
 from argparse import Namespace
@@ -48,6 +49,9 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
         log.info("--resume: continuing from %s, --pretrain is not needed any more", resume)
         args.pretrain = None
     args.resume = resume or ""
+    if args.random_seed and not resume:
+        args.seed = all_gather_object(secrets.randbelow(2**31))[0]
+        log.info("--random_seed: %d", args.seed)
     source = resume or getattr(args, "pretrain", None)
     checkpoint = load_checkpoint(source) if source else None
     if checkpoint is not None:

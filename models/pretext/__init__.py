@@ -4,10 +4,12 @@ A pretext wraps any detector: `pretext(samples, targets) -> outputs` for `SetCri
 and its list of losses. `state_dict()` is flat: the detector's keys have no prefix, beside the pretext's own. It never looks at which
 detector it wraps. A pretext is a class here and a line in `PRETEXTS`; what it sees of an image is a file in `datasets`.
 """
+import torch
 from torch import Tensor, nn
 
+from models.backbone import Backbone
 from models.classification import Classification
-from models.detector import Detector
+from models.detector import Detector, full_precision
 from util.logger import UserError
 
 DETECTOR_PREFIX = "detector."
@@ -58,6 +60,28 @@ class Pretext(nn.Module):
     @property
     def classes(self) -> Classification:
         return self.detector.classification
+
+
+def check_region_queries(detector: Detector, num_patches: int) -> None:
+    """
+    Raises:
+        UserError: the detector has no learned queries, or `num_patches` regions can't have equally many of them.
+    """
+    if detector.two_stage:
+        raise UserError(
+            "--two_stage: such a detector has no learned queries that patches could be added to; leave it out with this pretext"
+        )
+    if detector.num_queries % num_patches:
+        raise UserError(
+            f"--num_patches {num_patches} does not divide --num_queries {detector.num_queries}: every patch needs the same number "
+            f"of queries, for instance --num_queries {max(1, round(detector.num_queries / num_patches)) * num_patches}"
+        )
+
+
+def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
+    """The mean of each map of the backbone: [N, 3, S, S] -> [N, F]; several levels are joined. Gradients only where it trains."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone.frozen):
+        return torch.cat([full_precision(x).mean((2, 3)) for x in backbone(images)], dim=1)
 
 
 def _flatten_keys(module: Pretext, state_dict: dict, prefix: str, local_metadata: dict) -> None:

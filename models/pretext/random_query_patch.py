@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from models.classification import Classification
 from models.detector import Detector, Queries, full_precision
-from models.pretext import Pretext
+from models.pretext import Pretext, check_region_queries, pooled_features
 from models.transformer import MLP
-from util.logger import UserError
 from util.nested_tensor import as_nested_tensor
 
 
@@ -30,13 +29,7 @@ class RandomQueryPatch(Pretext):
         self, detector: Detector, num_patches: int, mask_ratio: float = 0.1, query_shuffle: bool = False, feature_recon: bool = True
     ) -> None:
         super().__init__(detector)
-        if detector.two_stage:
-            raise UserError("--two_stage: such a detector has no learned queries that patches could be added to; leave it out with this pretext")
-        if detector.num_queries % num_patches:
-            raise UserError(
-                f"--num_patches {num_patches} does not divide --num_queries {detector.num_queries}: every patch needs the same number "
-                f"of queries, for instance --num_queries {max(1, round(detector.num_queries / num_patches)) * num_patches}"
-            )
+        check_region_queries(detector, num_patches)
         self.num_patches, self.mask_ratio, self.query_shuffle = num_patches, mask_ratio, query_shuffle
         self.feature_recon = feature_recon
         channels = sum(detector.backbone[0].num_channels)
@@ -98,9 +91,7 @@ class RandomQueryPatch(Pretext):
 
     def patch_features(self, patches: Tensor) -> Tensor:
         """Pooled maps of the backbone: [N, 3, S, S] -> [N, F]; several levels are joined."""
-        backbone = self.detector.backbone[0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone.frozen):
-            return torch.cat([full_precision(x).mean((2, 3)) for x in backbone(patches)], dim=1)
+        return pooled_features(self.detector.backbone[0], patches)
 
     def patch_queries(self, features: Tensor, batch: int, num_patches: int) -> Queries:
         """[B * M, F] -> queries for M * Q / num_patches of the detector's slots."""

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DETReg (Bar et al., CVPR 2022) with Deformable DETR on ImageNet-100: 30 boxes of selective search an image.
+# Published: 8 GPUs, `--batch_size 24` each (192 in all), `--num_workers 8`, 50 epochs, about 1.5 days on V100.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} main.py \
+    --pretext region_prior --detector deformable_detr --strategy topk --load_backbone swav --object_embedding_loss --lr_backbone 0 \
+    --dataset imagenet100 --max_prop 30 --epochs 50 --lr_drop 40 \
+    --output_dir exps/DETReg_top30_in100 "$@"
