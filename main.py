@@ -22,8 +22,8 @@ from models.summary import describe_model
 from util.arguments import Parser, check_right_script, make_parser, plain_settings
 from util.checkpoint import load_exactly
 from util.flags import PRETRAIN
-from util.logger import log
-from util.run_folder import describe_settings, prepare_output, save_settings
+from util.logger import UserError, log
+from util.run_folder import check_room, describe_settings, prepare_output, save_settings
 from util.run_page import report
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
@@ -38,7 +38,23 @@ def parse(argv: list[str]) -> Namespace:
     return Parser("main.py", parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
 
 
+def evaluate(args: Namespace) -> None:
+    """Boxes of the pre-trained model against the objects of COCO's validation images, whatever their class, as DETReg does."""
+    from tools import evaluate_proposals
+
+    if not args.resume:
+        raise UserError("--eval needs the model to evaluate: add --resume PATH")
+    flags = ["--checkpoint", args.resume, "--output_dir", args.output_dir or ""]
+    for name in ("coco_path", "data_root", "device", "batch_size", "num_workers", "amp", "seed", "image_size", "max_size"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", str(getattr(args, name))]
+    evaluate_proposals.main(evaluate_proposals.parse([*flags, "--overwrite"]))
+
+
 def main(args: Namespace) -> None:
+    if args.eval:
+        evaluate(args)
+        return
     device = start_session(args)
     checkpoint = prepare_checkpoint(args)
     seed_everything(args.seed)
@@ -55,6 +71,7 @@ def main(args: Namespace) -> None:
     model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
     summary = describe_model(model, args)
+    check_room(folder, model)
 
     backbone = model.detector.backbone[0]
     keep = {

@@ -55,11 +55,16 @@ def build_labelled(args: Namespace, classes: Classes | None = None) -> tuple[Sam
     args.classes = classes
     train_set = None if args.eval else build_dataset("train", args)
     if train_set is not None:
-        ids = train_set.category_ids or {label: label for label in train_set.class_names}
-        args.classes = Classes(train_set.class_names, ids, train_set.num_classes, train_set.annotation_file)
+        args.classes = classes_in(train_set)
     val_set = build_dataset("val", args)
     args.num_classes = val_set.num_classes
     return train_set, val_set
+
+
+def classes_in(dataset: SampleDataset) -> Classes:
+    """What the labels of a labelled data set mean."""
+    ids = dataset.category_ids or {label: label for label in dataset.class_names}
+    return Classes(dataset.class_names, ids, dataset.num_classes, dataset.annotation_file)
 
 
 def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLoader:

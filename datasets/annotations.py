@@ -23,7 +23,8 @@ class Annotations:
 
     image_ids int64 [I]; sizes_hw int64 [I, 2], 0 where the file does not say; boxes_xyxy_abs float32 [A, 4], not
     clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
-    findings: what is wrong with entries of the file, left out or not.
+    findings: what is wrong with entries of the file, left out or not. difficult: bool [A], None where the format has no such mark.
+    drawn: says of which part of its images it consists, empty: all of them.
     """
 
     source: str
@@ -36,6 +37,8 @@ class Annotations:
     areas: np.ndarray
     class_names: dict[int, str]
     findings: Findings = field(default_factory=dict)
+    difficult: np.ndarray | None = None
+    drawn: str = ""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -70,13 +73,33 @@ class Annotations:
             self, file_names=PackedStrings(self.file_names[i] for i in images), image_ids=self.image_ids[images],
             sizes_hw=self.sizes_hw[images], offsets=np.concatenate([[0], np.cumsum(counts)]),
             boxes_xyxy_abs=self.boxes_xyxy_abs[rows], labels=self.labels[rows], areas=self.areas[rows],
+            difficult=None if self.difficult is None else self.difficult[rows],
         )
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.file_names.digest().encode())
-        for array in (self.image_ids, self.offsets, self.boxes_xyxy_abs, self.labels):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return f"{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
+        for array in (self.image_ids, self.offsets, self.boxes_xyxy_abs, self.labels, self.difficult):
+            if array is not None:
+                digest.update(np.ascontiguousarray(array).tobytes())
+        drawn = f"{self.drawn}, " if self.drawn else ""
+        return f"{drawn}{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
+
+    def as_coco(self) -> Record:
+        """The content of a COCO detection file with the same images, objects and classes; labels are the category ids."""
+        image_of = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
+        boxes = self.boxes_xyxy_abs.astype(np.float64)
+        rows = zip(image_of, self.labels.tolist(), boxes.tolist(), self.areas.tolist(), strict=True)
+        return {
+            "images": [
+                {"id": number, "file_name": self.file_names[i], "height": height, "width": width}
+                for i, (number, (height, width)) in enumerate(zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True))
+            ],
+            "annotations": [
+                {"id": i, "image_id": image, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0}
+                for i, (image, label, (x0, y0, x1, y1), area) in enumerate(rows, start=1)
+            ],
+            "categories": [{"id": label, "name": name} for label, name in sorted(self.class_names.items())],
+        }
 
 
 def read_coco(path: str) -> Annotations:
@@ -111,25 +134,39 @@ def parse_coco(content: Record, source: str) -> Annotations:
     images, annotations, categories = (_part(content, key, source) for key in ("images", "annotations", "categories"))
     images = sorted(images, key=lambda image: _identifier(image, "id", source))
     image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-    if len(np.unique(image_ids)) < len(image_ids):
-        raise UserError(f"{source}: two images have the same id: ids must be unique")
+    same = image_ids[1:][image_ids[1:] == image_ids[:-1]]
+    if len(same):
+        raise UserError(f"{source}: two images have the same id {same[0]}: ids must be unique; correct or remove one")
     file_names = PackedStrings(_file_name(image, source) for image in images)
     sizes = np.array([_size_hw(image, source) for image in images], dtype=np.int64).reshape(-1, 2)
     columns = _columns(annotations, source)
-    listed = np.array([_identifier(category, "id", source) for category in categories], dtype=np.int64)
-    rows, findings = _usable_rows(columns, image_ids, sizes, file_names, listed, source)
+    names = {_identifier(category, "id", source): str(category.get("name", category["id"])) for category in categories}
+    return from_columns(columns, source, file_names, image_ids, sizes, names)
+
+
+def from_columns(
+    columns: dict[str, np.ndarray], source: str, file_names: PackedStrings, image_ids: np.ndarray, sizes_hw: np.ndarray,
+    class_names: dict[int, str],
+) -> Annotations:
+    """From one array a field, a row an object: `id` (for messages) and `image` int64, its id; `label` int64; `crowd` bool;
+    `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32; `difficult` bool where the format has it.
+
+    image_ids int64 [I] sorted, sizes_hw int64 [I, 2] and file_names [I] are of the images. Objects are left out as in `parse_coco`.
+    """
+    listed = np.array(list(class_names), dtype=np.int64)
+    rows, findings = _usable_rows(columns, image_ids, sizes_hw, file_names, listed, source)
     columns = {key: column[rows] for key, column in columns.items()}
     counts = np.bincount(columns["image"], minlength=len(image_ids)) if len(rows) else np.zeros(len(image_ids), int)
     return Annotations(
-        source, file_names, image_ids, sizes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        columns["box"], columns["label"], columns["area"], _class_names(categories, columns["label"], source),
-        findings,
+        source, file_names, image_ids, sizes_hw, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        columns["box"], columns["label"], columns["area"], _with_unnamed(class_names, columns["label"], source),
+        findings, columns.get("difficult"),
     )
 
 
 def _part(content: Record, key: str, source: str) -> list[Record]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f"{source} has no list {key!r}: it is no COCO detection file")
+        raise UserError(f"{source} has no list {key!r}: a COCO detection file has the lists images, annotations and categories")
     for index, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
             raise UserError(
@@ -271,8 +308,7 @@ def _has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
     return (high > low).all(1)
 
 
-def _class_names(categories: Sequence[Record], labels: np.ndarray, source: str) -> dict[int, str]:
-    names = {_identifier(category, "id", source): str(category.get("name", category["id"])) for category in categories}
+def _with_unnamed(names: dict[int, str], labels: np.ndarray, source: str) -> dict[int, str]:
     unnamed = sorted(set(np.unique(labels).tolist()) - set(names))
     if unnamed:
         log.warning("%s: category ids %s are used but not listed: they are trained but not evaluated", source, unnamed)

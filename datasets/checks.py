@@ -48,6 +48,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "duplicate image": ("warning", "the same pixels twice in a split"),
     "rotated by EXIF": ("warning", "viewers turn it, training takes the pixels as they are stored: compare its boxes"),
     "other extension": ("info", "the file's format is not what its name says; it is read all the same"),
+    "classes differ": ("warning", "the classes of training and validation do not agree"),
     "no objects": ("info", "an image without boxes"),
 }
 
@@ -91,7 +92,7 @@ def check_at_start(train: SampleDataset | None, val: SampleDataset | None, args:
             told += len(dataset.annotations.findings.keys() - {"box partly outside"})
             warned += _check_annotations(dataset.annotations, name == "train", args.num_queries)
     if len(splits) == 2 and all(map(is_labelled, splits.values())):
-        warned += compare_splits(train, val)
+        warned += compare_classes(train, val) + shared_images(train, val)
     for line in warned:
         log.warning("%s", line)
     number = told + len(warned)
@@ -172,8 +173,8 @@ def names_of(annotations: Annotations) -> list[str]:
     return [annotations.file_names[i] for i in range(len(annotations))]
 
 
-def compare_splits(train: SampleDataset, val: SampleDataset) -> list[str]:
-    """Warnings about classes and images of two labelled sets that should differ, or should not."""
+def compare_classes(train: SampleDataset, val: SampleDataset) -> list[str]:
+    """Warnings about classes of two labelled sets that should be the same."""
     warned = []
     differing = [label for label, name in val.class_names.items() if train.class_names.get(label, name) != name]
     if differing:
@@ -185,10 +186,10 @@ def compare_splits(train: SampleDataset, val: SampleDataset) -> list[str]:
         names = ", ".join(val.class_names.get(int(label), str(label)) for label in missing[:3])
         warned.append(f"{len(missing)} classes with boxes in {val.annotations.source} have none in {train.annotations.source} ({names}): "
                       "they can't be learnt")
-    return warned + _shared(train, val)
+    return warned
 
 
-def _shared(train: SampleDataset, val: SampleDataset) -> list[str]:
+def shared_images(train: SampleDataset, val: SampleDataset) -> list[str]:
     """Images with one name in both splits, if those that are compared are the same: many data sets number both from 1."""
     rows = {os.path.basename(name): row for row, name in enumerate(names_of(train.annotations))}
     pairs = [(rows[os.path.basename(name)], row) for row, name in enumerate(names_of(val.annotations)) if os.path.basename(name) in rows]

@@ -26,7 +26,8 @@ def coco_root(args: Namespace) -> str:
     if not root:
         raise UserError("no data: give --coco_path DIR (with train2017, val2017 and annotations) or --data_root DIR")
     if not os.path.isdir(root):
-        raise UserError(f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations")
+        own = "; a file of annotations goes with --dataset_file custom, see docs/own_data.md" if os.path.isfile(root) else ""
+        raise UserError(f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations{own}")
     return root
 
 
@@ -41,7 +42,8 @@ def coco_files(root: str, image_set: str) -> tuple[str, str]:
     for candidate in candidates:
         if os.path.isdir(candidate):
             return candidate, os.path.join(root, "annotations", f"instances_{folder}.json")
-    raise UserError(f"{root} has neither {folder} nor images/{folder}: put the {image_set} images into one of them")
+    raise UserError(f"{root} has neither {folder} nor images/{folder}: put the {image_set} images into one of them, or name folders and "
+                    "files of your own with --dataset_file custom")
 
 
 class CocoDetection(SampleDataset):
@@ -141,7 +143,7 @@ def _with_files(annotations: Annotations, image_folder: str, image_set: str, che
         UserError: a file is missing for evaluation, or all are missing.
     """
     if not len(annotations):
-        raise UserError(f"{annotations.source} lists no image")
+        raise UserError(f"{annotations.source} lists no image: give a file with images and their boxes")
     present = _present(annotations, image_folder)
     missing = np.flatnonzero(~present)
     if not len(missing):

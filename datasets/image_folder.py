@@ -127,7 +127,7 @@ class ImageFolder:
         else:
             names, self._base = _read_list(root), os.path.dirname(root)
         if not names:
-            raise UserError(f"{root} holds no image ({self.skipped} other files): expected files such as .jpg or .png")
+            raise UserError(f"{root} holds no image ({self.skipped} other files): give a folder with files such as .jpg or .png, or a list")
         self._names = PackedStrings(names)
         log.info("%d images in %s%s", len(names), root, f", {self.skipped} other files skipped" if self.skipped else "")
 
@@ -173,6 +173,14 @@ def _read_list(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is neither a folder nor a text file with one image path a line") from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if names and not os.path.exists(os.path.join(os.path.dirname(path), names[0])):
-        raise UserError(f"{path}: its first entry {names[0]} does not exist; paths are relative to the list's folder")
+    if names and not _is_there(os.path.join(os.path.dirname(path), names[0])):
+        entry = names[0] if len(names[0]) <= 80 else f"{names[0][:80]}..."
+        raise UserError(f"{path}: its first entry {entry} does not exist; a list has one path a line, relative to the list's folder")
     return names
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return os.path.exists(path)
+    except ValueError:  # a line with a null byte: no text file
+        return False

@@ -18,7 +18,7 @@ CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
 TOOLS = {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "\ndef parse(" in path.read_text()}
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|\./\S+\.sh)(?: |$)")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget) |\./\S+\.sh\b)")
 
 
 def shown_commands(path: Path) -> list[str]:

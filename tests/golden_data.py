@@ -19,7 +19,7 @@ from datasets.evaluators.coco import BACKENDS, CocoEvaluator
 from datasets.image_folder import to_tensor
 from datasets.proposals.random import RandomProposals
 from datasets.proposals.search import to_pixels
-from datasets.proposals.selective_search import sorted_boxes
+from datasets.proposals.selective_search import corners_of
 from datasets.query_patches import query_target
 from datasets.transforms import (
     PatchAugmentation,
@@ -186,8 +186,7 @@ def check_data_updetr(case: str, case_json: Mapping[str, Any], npz: Arrays, gold
 
 def check_data_detreg(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
     """Boxes of selective search: from OpenCV's whole numbers to pixels."""
-    raw = npz["ss/raw_xywh_in_128x128"]
-    boxes = np.concatenate([sorted_boxes(box) for box in raw])
+    boxes = corners_of(npz["ss/raw_xywh_in_128x128"])
     np.testing.assert_array_equal(to_pixels(boxes, 128, (90, 140)).numpy(), npz["ss/boxes_xyxy_h90_w140"])
     np.testing.assert_array_equal(to_pixels(boxes, 0, (90, 140)).numpy(), npz["ss/boxes_xyxy_noresize"])
 

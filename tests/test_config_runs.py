@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_configs import CONFIGS, SCRIPTS, config_words, parse
 from tiny import logged, write_coco, write_images
 
 import models
 from models import build_model
+from tests.documents import CONFIGS, SCRIPTS, config_words, parse
 from util.arguments import plain_settings, resolve
 
 # Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits counts.

@@ -1,25 +1,12 @@
-"""Configs, the launcher, and every command that the documents show: parsed by our own parsers, without training."""
-import importlib
+"""Configs and the launchers, without training."""
 import os
 import re
-import shlex
 import subprocess
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-import finetune_main
-import main as pretrain_main
-from datasets import sample_scenes
-from util.arguments import resolve
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-TOOLS = {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "\ndef parse(" in path.read_text()}
-SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
-PATH_FLAGS = {"coco_path", "imagenet_path", "output_dir", "resume", "pretrain"}
+from tests.documents import CONFIGS, DOCUMENTS, ROOT, config_words, parse
 
 DETR = {
     "detector": "detr", "lr": 1e-4, "lr_backbone": 1e-5, "batch_size": 2, "num_queries": 100, "pre_norm": False, "dilation": False,
@@ -109,19 +96,6 @@ PUBLISHED = {
     "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage": {**DEFORMABLE, "with_box_refine": True, "two_stage": True},
     "r50_deformable_detr_eval": {"detector": "deformable_detr", "eval": True, "batch_size": 2},
 }
-
-
-def config_words(config: Path, *extra: str, cwd: Path = ROOT) -> list[str]:
-    """What a config would run: the script and its flags, printed by `$LAUNCH` in place of Python."""
-    environment = {**os.environ, "LAUNCH": r"printf %s\n"}
-    done = subprocess.run(["bash", str(config), *extra], cwd=cwd, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
-
-
-def parse(words: list[str], resolved: bool = True) -> Namespace:
-    """The flags of `[script, flag, ...]`. Fails for flags that the script does not take."""
-    args = SCRIPTS[words[0]].parse(words[1:])
-    return resolve(args) if resolved else args
 
 
 # ------------------------------------------------------------------------------------------------------------- configs
@@ -228,158 +202,3 @@ def test_launcher_refuses_in_one_line(fake_python: dict[str, str], arguments: tu
     assert done.stderr.startswith("error: ")
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
-
-
-# ----------------------------------------------------------------------------------------------------------- documents
-
-
-def without_launcher(words: list[str]) -> list[str]:
-    """`torchrun ... SCRIPT FLAGS`, `python [-m torch.distributed.launch ...] SCRIPT FLAGS` -> [SCRIPT, FLAG, ...]"""
-    if words[0] == "torchrun" or words[:2] == ["python", "-m"]:
-        return words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
-    return words[1:] if words[0] == "python" else words
-
-
-def check_command(words: list[str]) -> Namespace | None:
-    """Fails unless the command can be run as it stands, with the data in place. Returns the settings of a training command."""
-    words = words[next(i for i, word in enumerate(words) if "=" not in word):]
-    first = words[0].removeprefix("./")
-    if words[:3] == ["python", "-m", "datasets.sample_scenes"]:
-        sample_scenes.get_args_parser().parse_args(words[3:])
-        return None
-    if first == "bash":
-        assert words[1] in ("tools/demo.sh", "tools/test.sh")
-        return None
-    if words[:2] == ["source", ".venv/bin/activate"]:
-        return None
-    tool = [words[2].replace(".", "/") + ".py", *words[3:]] if words[:2] == ["python", "-m"] else words[1:]
-    if words[0] == "python" and tool[0] in TOOLS:
-        importlib.import_module(tool[0].removesuffix(".py").replace("/", ".")).parse(tool[1:])
-        return None
-    if first == "tools/run_dist_launch.sh":
-        assert words[1].isdigit()
-        words, first = words[2:], words[2].removeprefix("./")
-    if first.startswith("configs/"):
-        return parse(config_words(ROOT / first, *words[1:]))
-    in_checkpoint = "--resume" in words and "--val_images" in words  # which kind of data it is
-    return parse(without_launcher(words), resolved=not in_checkpoint)
-
-
-def shown_commands(path: Path) -> list[str]:
-    """The commands of a document's bash blocks, and those in backticks within its text."""
-    text = path.read_text()
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    prose = re.sub(r"```.*?```|^\|.*?$", "", text, flags=re.S | re.M)
-    inline = re.findall(r"`((?:python|torchrun) (?:main|finetune_main)\.py [^`]+)`", prose)
-    return [line for line in [*blocks.splitlines(), *inline] if line.strip()]
-
-
-@pytest.mark.parametrize(("path", "command"), [
-    pytest.param(path, command, id=f"{path.stem}-{i}") for path in DOCUMENTS for i, command in enumerate(shown_commands(path))
-])
-def test_shown_command_is_right(path: Path, command: str) -> None:
-    if "--help" not in command:
-        check_command(shlex.split(command, comments=True))
-
-
-def test_documents_show_commands() -> None:
-    assert len(shown_commands(ROOT / "README.md")) >= 12
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_named_files_exist(path: Path) -> None:
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
-        if not link.startswith("http"):
-            assert (path.parent / link).exists(), link
-    for name in re.findall(r"`((?:configs|tools|tests|docs|models|datasets|util)/[\w./-]+\.\w+)`", text):
-        assert "NAME" in name or (ROOT / name).exists(), name
-
-
-def test_the_python_example_of_the_readme_runs() -> None:
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "build_model" in block)
-    small = '"none", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2"]'
-    code = code.replace('"none"]', small).replace("256, 320", "64, 96")
-    names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["outputs"]["pred_boxes"].shape == (1, 300, 4)
-    assert set(names["found"][0]) == {"scores", "labels", "boxes"}
-
-
-# -------------------------------------------------------------------------------------------------- published commands
-
-
-def published_rows() -> list[tuple[str, str, str, str]]:
-    """(code base, published, here, config) of each row of docs/published_commands.md."""
-    rows, section = [], ""
-    for line in (ROOT / "docs" / "published_commands.md").read_text().splitlines():
-        if line.startswith("## "):
-            section = line.removeprefix("## ")
-        elif line.startswith("| `"):
-            cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            rows.append((section, *cells))
-    return rows
-
-
-ROWS = published_rows()
-# Without those of torch.hub, which tests/test_hub.py checks.
-POSSIBLE = [row for row in ROWS if not row[2].startswith(("not in this version", "`torch.hub"))]
-
-
-def code(cell: str) -> list[str]:
-    """The first text in backticks of a cell, as words."""
-    return shlex.split(re.match(r"`([^`]+)`", cell)[1])
-
-
-def test_all_code_bases_are_listed() -> None:
-    assert {row[0] for row in ROWS} == {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "DETReg", "Siamese DETR"}
-    assert {row[0] for row in POSSIBLE} == {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "DETReg", "Siamese DETR"}
-    assert all(len(row) == 4 for row in ROWS)
-
-
-@pytest.mark.parametrize("row", POSSIBLE, ids=lambda row: f"{row[0]}: {row[1][-30:]}")
-def test_command_here_means_the_published_one(row: tuple[str, str, str, str]) -> None:
-    """Only the script's name changes, and the detector is said."""
-    section, published, here, _ = row
-    ours = code(here)
-    check_command(ours)
-    theirs = code(published)
-    if any("configs/" in word for word in ours) or theirs[1] in TOOLS:
-        return
-    theirs = without_launcher(theirs)
-    theirs[0] = "main.py" if section == "UP-DETR" and theirs[0] == "main.py" else "finetune_main.py"
-    expected, actual = vars(parse(theirs, resolved=False)), vars(parse(without_launcher(ours), resolved=False))
-    assert actual.pop("detector") == ("conditional_detr" if section == "Conditional DETR" else expected["detector"])
-    expected.pop("detector")
-    assert actual == expected
-
-
-@pytest.mark.parametrize("row", POSSIBLE, ids=lambda row: f"{row[0]}: {row[1][-30:]}")
-def test_config_of_a_published_command_differs_only_where_it_says_so(row: tuple[str, str, str, str]) -> None:
-    config = re.match(r"`(configs/\w+\.sh)`", row[3])
-    if config is None:
-        return
-    given, kept = check_command(code(row[2])), parse(config_words(ROOT / config[1]))
-    differ = {flag for flag in vars(kept) if getattr(given, flag, None) != getattr(kept, flag)} - PATH_FLAGS - {"_filled"}
-    assert differ == {flag.lstrip("-") for flag in re.findall(r"--\w+", row[3])}
-
-
-def test_impossible_commands_are_refused_by_the_parser(capsys: pytest.CaptureFixture) -> None:
-    """What the table calls not in this version is not half accepted."""
-    refused = {
-        finetune_main: (["--dataset_file", "coco_panoptic"], ["--masks"], ["--frozen_weights", "x"]),
-        pretrain_main: (["--pretext", "siamese"],),
-    }
-    for script, commands in refused.items():
-        for flags in commands:
-            with pytest.raises(SystemExit):
-                script.parse(flags)
-            assert capsys.readouterr().err.startswith("error: ")
-
-
-def test_citation_and_licence() -> None:
-    yaml = pytest.importorskip("yaml")
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert [reference["year"] for reference in citation["references"]] == [2020, 2021, 2021, 2022, 2023]
-    assert citation["license"] == "Apache-2.0"
-    assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE").read_text()

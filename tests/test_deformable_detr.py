@@ -4,19 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import (
-    assert_same,
-    fine_tune,
-    logged,
-    make_batch,
-    make_targets,
-    pre_train,
-    read_checkpoint,
-    read_log,
-    tiny_args,
-    write_coco,
-    write_images,
-)
+from tiny import assert_same, make_batch, make_targets, tiny_args
 from torch import Tensor, nn
 
 import models.deformable_transformer as blocks
@@ -24,12 +12,10 @@ from models import build_model
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from models.detector import Queries
-from util.architecture import architecture
 from util.arguments import make_parser, resolve
-from util.checkpoint import Checkpoint, load_pretrained
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import UserError
-from util.optimizer import build_optimizer, build_scheduler, parameter_groups, restore_optimizer
+from util.optimizer import parameter_groups
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 VARIANTS = ([], ["--with_box_refine"], ["--two_stage"], ["--two_stage", "--with_box_refine"])
@@ -449,115 +435,3 @@ def test_learned_positions_follow_the_names_of_the_backbone() -> None:
     of_group = [{names[id(p)].split(".")[1] for p in group["params"] if names[id(p)].startswith("backbone")}
                 for group in parameter_groups(model, 1.0, 1.0, ["backbone.0"], ["sampling_offsets"])]
     assert of_group == [{"1"}, {"0"}, set()]
-
-
-def stepped(optimizer: torch.optim.Optimizer, scheduler, epochs: int) -> list[float]:
-    rates = []
-    for _ in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
-
-
-def optimizer_of(sgd: bool = False, lr: float = 1.0) -> torch.optim.Optimizer:
-    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
-    return build_optimizer(model, lr, lr, 0.0, sgd=sgd)
-
-
-def test_drops_at_given_epochs() -> None:
-    optimizer = optimizer_of()
-    assert stepped(optimizer, build_scheduler(optimizer, 99, [3, 1]), 5) == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
-    optimizer = optimizer_of()
-    assert stepped(optimizer, build_scheduler(optimizer, 2), 5) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-
-
-@pytest.mark.parametrize(("before", "after"), [((9, [1, 3]), (9, [1, 3])), ((2, None), (9, [1, 4])), ((9, [1, 3]), (2, None))])
-def test_schedules_resume(before: tuple, after: tuple) -> None:
-    """The rates of a resumed run are those of its own schedule from where the file stopped, and a change is said."""
-    optimizer = optimizer_of()
-    scheduler = build_scheduler(optimizer, *before)
-    stepped(optimizer, scheduler, 2)
-    file = {"optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
-    resumed = optimizer_of()
-    schedule = build_scheduler(resumed, *after)
-    with logged() as lines:
-        restore_optimizer(resumed, schedule, file)
-    assert any("--lr_drop" in line for line in lines) is (before != after)
-    whole = optimizer_of()
-    expected = stepped(whole, build_scheduler(whole, *after), 6)[2:]
-    assert stepped(resumed, schedule, 4) == pytest.approx(expected)
-
-
-def test_sgd_and_adamw_do_not_mix() -> None:
-    optimizer = optimizer_of(sgd=True)
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
-    file = {"optimizer": optimizer.state_dict(), "lr_scheduler": build_scheduler(optimizer, 2).state_dict()}
-    adamw = optimizer_of()
-    with pytest.raises(UserError, match="SGD.*AdamW.*--sgd"):
-        restore_optimizer(adamw, build_scheduler(adamw, 2), file)
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints and scripts
-
-
-@pytest.mark.parametrize("flags", [
-    ["--num_feature_levels", "2", "--with_box_refine"], ["--two_stage"], ["--two_stage", "--with_box_refine", "--enc_n_points", "2"],
-], ids=" ".join)
-def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
-    args = tiny_args(FINETUNE, "--detector", "deformable_detr", *flags)
-    state = build_model(args)[0].state_dict()
-    certain, _ = architecture({"model": state, "args": {"nheads": 4}})
-    wanted = {"detector": "deformable_detr", "with_box_refine": args.with_box_refine, "two_stage": args.two_stage,
-              "num_feature_levels": args.num_feature_levels, "enc_layers": 1, "dec_layers": 2, "hidden_dim": 32}
-    assert wanted.items() <= certain.items()
-    known = {**architecture({"model": state, "args": {"nheads": 4}})[1], **certain}
-    assert (known["enc_n_points"], known["dec_n_points"]) == (args.enc_n_points, args.dec_n_points)
-
-
-def test_points_of_a_published_file() -> None:
-    """Without settings eight heads are assumed, as in every published file."""
-    certain, likely = architecture({"model": at_published_size("--enc_n_points", "2").state_dict()})
-    assert (likely["enc_n_points"], likely["dec_n_points"]) == (2, 4)
-    assert certain["num_queries"] == 300
-    assert likely["position_embedding"] == "sine_shifted"
-
-
-def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
-    source, _ = build("--two_stage", "--num_classes", "9")
-    model, _ = build("--two_stage", "--num_classes", "4", seed=1)
-    fresh = {key: value.clone() for key, value in model.state_dict().items()}
-    file = Checkpoint({"model": source.state_dict(), "class_names": {1: "cat"}})
-    load_pretrained(model, file, {2: "dog", 3: "cat"})
-    state = model.state_dict()
-    assert torch.equal(state["class_embed.2.weight"][0], source.class_embed[2].weight[0])
-    assert torch.equal(state["class_embed.2.weight"][1:], fresh["class_embed.2.weight"][1:])
-    assert torch.equal(state["class_embed.0.weight"][3], source.class_embed[0].weight[1])
-    assert torch.equal(state["class_embed.0.weight"][:3], fresh["class_embed.0.weight"][:3])
-    assert torch.equal(state["transformer.decoder.class_embed.0.weight"], state["class_embed.0.weight"])
-
-
-@pytest.mark.parametrize("flags", [[], ["--with_box_refine", "--num_feature_levels", "2"]], ids=["plain", "refine"])
-def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
-    """Pre-training with patches, fine-tuning from it without repeating a flag, going on, and evaluation, through the scripts."""
-    pre_train("--detector", "deformable_detr", "--feature_recon", *flags, "--imagenet_path", write_images(tmp_path / "photographs"),
-              "--output_dir", tmp_path / "pretrain", "--epochs", 1)
-    checkpoint = tmp_path / "pretrain" / "checkpoint.pth"
-    source = read_checkpoint(checkpoint)["model"]
-    data = ("--coco_path", write_coco(tmp_path / "coco"), "--output_dir", tmp_path / "finetune")
-    fine_tune(*data, "--pretrain", checkpoint, "--epochs", 1, "--lr", 1e-12, "--lr_backbone", 1e-12, "--clip_max_norm", 0,
-              "--weight_decay", 0, "--lr_drop_epochs", 1, 2)
-    tuned = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
-    assert tuned["args"]["detector"] == "deformable_detr"
-    assert tuned["args"]["with_box_refine"] is bool(flags)
-    assert tuned["args"]["num_feature_levels"] == (2 if flags else 4)
-    kept = [key for key in tuned["model"] if "class_embed" not in key and not key.endswith(("running_mean", "running_var"))]
-    for key in kept:
-        torch.testing.assert_close(tuned["model"][key], source[key], rtol=0, atol=1e-8)
-    assert len(kept) > 100
-    fine_tune(*data, "--resume", "auto", "--epochs", 2)
-    assert [record["epoch"] for record in read_log(tmp_path / "finetune")] == [0, 1]
-    assert [len(group["params"]) for group in read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"]["param_groups"]][2] > 0
-    assert (tmp_path / "finetune" / "checkpoint0000.pth").exists()  # kept where the rate drops
-    fine_tune("--coco_path", tmp_path / "coco", "--resume", tmp_path / "finetune" / "checkpoint.pth", "--eval")

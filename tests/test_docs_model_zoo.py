@@ -2,50 +2,59 @@
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from tests.published_files import detreg, masks, shapes, siamese, updetr
-from tests.test_configs import ROOT, check_command, shown_commands
+from tests.documents import ROOT, check_command, shown_commands
 from util.architecture import architecture
-from util.checkpoint import as_checkpoint
+from util.checkpoint import as_checkpoint, save_checkpoint
+from util.weight_files import stored_at
 
 PAGE = ROOT / "docs" / "model_zoo.md"
 R101 = ("--backbone", "resnet101")
 MASK_TENSORS = len(masks()) - len(shapes("detr", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2"))
 REFINE = "--with_box_refine"
+TINY = ("--device", "cpu", "--num_workers", "0", "--image_size", "64")
 
-# what a row's file holds -> its names and shapes
-FILES: dict[str, Callable[[], dict]] = {
-    "detr-r50-e632da11.pth": lambda: shapes("detr", outputs=92),
-    "detr-r50-dc5-f0fb7ef5.pth": lambda: shapes("detr", "--dilation", outputs=92),
-    "detr-r101-2c7b67e5.pth": lambda: shapes("detr", *R101, outputs=92),
-    "detr-r101-dc5-a2e86def.pth": lambda: shapes("detr", *R101, "--dilation", outputs=92),
-    "DETR-R50, 50 epochs": lambda: shapes("detr", outputs=92),
-    "DETR-R101, 50 epochs": lambda: shapes("detr", *R101, outputs=92),
-    "detr-r50-panoptic-00ce5173.pth": lambda: shapes("detr", outputs=251),
-    "detr-r50-dc5-panoptic-da08f1b1.pth": lambda: shapes("detr", "--dilation", outputs=251),
-    "detr-r101-panoptic-40021d53.pth": lambda: shapes("detr", *R101, outputs=251),
-    "ConditionalDETR_r50_epoch50.pth": lambda: shapes("conditional_detr"),
-    "ConditionalDETR_r50dc5_epoch50.pth": lambda: shapes("conditional_detr", "--dilation"),
-    "ConditionalDETR_r101_epoch50.pth": lambda: shapes("conditional_detr", *R101),
-    "ConditionalDETR_r101dc5_epoch50.pth": lambda: shapes("conditional_detr", *R101, "--dilation"),
-    "four levels": lambda: shapes("deformable_detr"),
-    "single scale": lambda: shapes("deformable_detr", "--num_feature_levels", "1"),
-    "single scale, DC5": lambda: shapes("deformable_detr", "--num_feature_levels", "1", "--dilation"),
-    "box refinement": lambda: shapes("deformable_detr", REFINE),
-    "box refinement and two-stage": lambda: shapes("deformable_detr", REFINE, "--two_stage"),
-    "up-detr-pre-training-60ep-imagenet.pth": lambda: updetr("--pre_norm", backbone="resnet50"),
-    "up-detr-coco-fine-tuned-300ep.pth": lambda: shapes("detr", "--pre_norm", outputs=92),
-    "checkpoint_imagenet.pth": lambda: detreg("deformable_detr"),
-    "checkpoint_imagenet_detr.pth": lambda: detreg("detr", "--pre_norm"),
-    "checkpoint_coco.pth": lambda: detreg("deformable_detr"),
-    "full_coco_finetune.pth": lambda: shapes("deformable_detr"),
-    "Conditional DETR, 100 queries, ImageNet": lambda: siamese("conditional_detr", "--num_queries", "100", channels=2048),
-    "Conditional DETR, 100 queries, COCO": lambda: siamese("conditional_detr", "--num_queries", "100", channels=2048),
-    "DETR (post-norm), 100 queries, ImageNet": lambda: siamese("detr", channels=2048),
-    "Deformable DETR, four levels, 300 queries, ImageNet": lambda: siamese("deformable_detr", channels=3584),
-    "Deformable DETR, single scale, 300 queries, ImageNet": lambda: siamese("deformable_detr", "--num_feature_levels", "1", channels=2048),
+
+def of_siamese(detector: str, channels: int, *flags: str) -> Callable[..., dict]:
+    """A small one is on ResNet-18, whose maps have a fourth of the `channels`."""
+    return lambda *size: siamese(detector, *flags, *size, channels=channels // 4 if size else channels)
+
+
+# what a row's file holds -> its names and shapes; flags make it smaller
+FILES: dict[str, Callable[..., dict]] = {
+    "detr-r50-e632da11.pth": lambda *size: shapes("detr", *size, outputs=92),
+    "detr-r50-dc5-f0fb7ef5.pth": lambda *size: shapes("detr", "--dilation", *size, outputs=92),
+    "detr-r101-2c7b67e5.pth": lambda *size: shapes("detr", *R101, *size, outputs=92),
+    "detr-r101-dc5-a2e86def.pth": lambda *size: shapes("detr", *R101, "--dilation", *size, outputs=92),
+    "DETR-R50, 50 epochs": lambda *size: shapes("detr", *size, outputs=92),
+    "DETR-R101, 50 epochs": lambda *size: shapes("detr", *R101, *size, outputs=92),
+    "detr-r50-panoptic-00ce5173.pth": lambda *size: shapes("detr", *size, outputs=251),
+    "detr-r50-dc5-panoptic-da08f1b1.pth": lambda *size: shapes("detr", "--dilation", *size, outputs=251),
+    "detr-r101-panoptic-40021d53.pth": lambda *size: shapes("detr", *R101, *size, outputs=251),
+    "ConditionalDETR_r50_epoch50.pth": lambda *size: shapes("conditional_detr", *size),
+    "ConditionalDETR_r50dc5_epoch50.pth": lambda *size: shapes("conditional_detr", "--dilation", *size),
+    "ConditionalDETR_r101_epoch50.pth": lambda *size: shapes("conditional_detr", *R101, *size),
+    "ConditionalDETR_r101dc5_epoch50.pth": lambda *size: shapes("conditional_detr", *R101, "--dilation", *size),
+    "four levels": lambda *size: shapes("deformable_detr", *size),
+    "single scale": lambda *size: shapes("deformable_detr", "--num_feature_levels", "1", *size),
+    "single scale, DC5": lambda *size: shapes("deformable_detr", "--num_feature_levels", "1", "--dilation", *size),
+    "box refinement": lambda *size: shapes("deformable_detr", REFINE, *size),
+    "box refinement and two-stage": lambda *size: shapes("deformable_detr", REFINE, "--two_stage", *size),
+    "up-detr-pre-training-60ep-imagenet.pth": lambda *size: updetr("--pre_norm", *size, backbone="resnet18" if size else "resnet50"),
+    "up-detr-coco-fine-tuned-300ep.pth": lambda *size: shapes("detr", "--pre_norm", *size, outputs=92),
+    "checkpoint_imagenet.pth": lambda *size: detreg("deformable_detr", *size),
+    "checkpoint_imagenet_detr.pth": lambda *size: detreg("detr", "--pre_norm", *size),
+    "checkpoint_coco.pth": lambda *size: detreg("deformable_detr", *size),
+    "full_coco_finetune.pth": lambda *size: shapes("deformable_detr", *size),
+    "Conditional DETR, 100 queries, ImageNet": of_siamese("conditional_detr", 2048, "--num_queries", "100"),
+    "Conditional DETR, 100 queries, COCO": of_siamese("conditional_detr", 2048, "--num_queries", "100"),
+    "DETR (post-norm), 100 queries, ImageNet": of_siamese("detr", 2048),
+    "Deformable DETR, four levels, 300 queries, ImageNet": of_siamese("deformable_detr", 3584),
+    "Deformable DETR, single scale, 300 queries, ImageNet": of_siamese("deformable_detr", 2048, "--num_feature_levels", "1"),
 }
 
 
@@ -53,6 +62,26 @@ def rows() -> list[list[str]]:
     """The cells of every row that has a command: file, where, size, tensors, published AP, here."""
     lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`python finetune_main.py" in line]
     return [[cell.strip() for cell in line.split(" | ")] for line in (line.strip("| ") for line in lines)]
+
+
+def row_command(row: list[str]) -> str:
+    return re.search(r"`(python [^`]+)`", row[-1])[1]
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].strip("`"))
+def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command evaluates, or starts to train, a small detector from a file of the kind that the row says, named as the row's."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.chdir(tmp_path)
+    write_coco(tmp_path / "data" / "MSCoco", train=3, val=2)
+    words = shlex.split(row_command(row))[2:]
+    args = finetune_main.parse(words)
+    backbone = ("--backbone", "resnet50") if "dc5" in row[0].lower() else ()
+    state = FILES[row[0].strip("`")](*SMALL, *backbone)
+    source = args.resume or args.pretrain
+    place = stored_at(source) if source.startswith("https://") else Path(source)
+    save_checkpoint(siamese_file(state) if "iter_" in source else {"model": filled(state)}, place)
+    finetune_main.main(finetune_main.parse([*words, *TINY, *(() if args.eval else ("--dry_run", "--batch_size", "2"))]))
 
 
 def test_every_published_checkpoint_has_a_row() -> None:
@@ -68,7 +97,7 @@ def test_row_is_right(row: list[str]) -> None:
     with_masks = MASK_TENSORS if "panoptic" in name else 0
     assert int(tensors) == len(state) + with_masks
     assert "http" in where or where == "see above"
-    args = check_command(shlex.split(re.search(r"`(python [^`]+)`", here)[1]))
+    args = check_command(shlex.split(row_command(row)))
     assert bool(args.eval) is bool(args.resume) is not bool(args.pretrain)
     checkpoint = as_checkpoint({"model": state}, args.resume or args.pretrain)
     certain, likely = architecture(checkpoint)

@@ -6,31 +6,20 @@ no later command of its document needs its files. Launchers are run with a `pyth
 import os
 import re
 import shlex
-import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from documents import (
-    CONFIGS,
-    DOCUMENTS,
-    ROOT,
-    SCRIPTS,
-    TOOLS,
-    check_command,
-    config_words,
-    parse,
-    shown_commands,
-    tool,
-    without_launcher,
-)
-from published_files import SMALL, filled, masks, shapes, siamese, siamese_file, updetr
-from tiny import MODEL_FLAGS, PRETEXT_FLAGS, write_coco, write_images
 
 from datasets import sample_scenes
+from tests.documents import DOCUMENTS, ROOT, SCRIPTS, TOOLS, config_words, shown_commands, tool, without_launcher
+from tests.published_files import SMALL, detreg, filled, masks, shapes, siamese, siamese_file, updetr
+from tests.test_docs_model_zoo import row_command
+from tests.test_docs_model_zoo import rows as checkpoint_rows
+from tests.tiny import MODEL_FLAGS, PRETEXT_FLAGS, write_coco, write_images
 from tools import demo
+from util import registry
 from util.checkpoint import save_checkpoint
 from util.flags import DEAD_FLAGS
 from util.logger import UserError
@@ -56,7 +45,7 @@ SMALL_TOOLS = {
     "tools/predict.py": ["--device", "cpu", "--num_workers", "0", "--image_size", "64"],
 }
 SCENES = ["--num_train", "4", "--num_val", "2", "--num_unlabelled", "4"]
-FAKE_PYTHON = "#!/bin/sh\n[ \"$1\" = -c ] || printf '%s\\n' \"$@\"\n"
+PRINTER = "#!/bin/sh\n[ \"$1\" = -c ] || printf '%s\\n' \"$@\"\n"  # in place of programs; `python -c` says nothing
 
 # --------------------------------------------------------------------------------------------------------------- the folder
 
@@ -67,12 +56,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in ROOT.iterdir():
         if path.name not in ("data", "outputs", "exps", "proposals", ".venv", ".git") and not path.name.endswith("_output"):
             (tmp_path / path.name).symlink_to(path)
-    for folder in (tmp_path / "bin", tmp_path / ".venv" / "bin"):
-        folder.mkdir(parents=True)
-        (folder / "python").write_text(FAKE_PYTHON)
-        (folder / "python").chmod(0o755)
+    for program in ("bin/python", "bin/srun", ".venv/bin/python"):
+        (tmp_path / program).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / program).write_text(PRINTER)
+        (tmp_path / program).chmod(0o755)
     write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
-    write_images(tmp_path / "data" / "ilsvrc" / "train" / "n01440764")
+    for name in ("ilsvrc", "ilsvrc100"):
+        write_images(tmp_path / "data" / name / "train" / "n01440764")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     monkeypatch.chdir(tmp_path)
@@ -87,12 +77,15 @@ def given_file(path: str, words: list[str]) -> dict:
     """What a file of somebody else's holds that a command reads: told from its name and the words around it."""
     backbone = ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
     if "iter_" in path:
-        return siamese_file(siamese("conditional_detr", *SMALL))
+        deformable = "--deform" in words
+        return siamese_file(siamese("deformable_detr" if deformable else "conditional_detr", *SMALL, channels=896 if deformable else 512))
     if "panoptic" in path:
         return {"model": filled(masks())}
+    detector = words[words.index("--detector") + 1] if "--detector" in words else "detr"
+    if "DETReg" in path:
+        return {"model": filled(detreg("deformable_detr" if "--pretrain" in words else detector, *SMALL))}
     if "--pretrain" in words and "http" not in path:
         return {"model": filled(updetr(*SMALL, "--pre_norm"))}
-    detector = words[words.index("--detector") + 1] if "--detector" in words else "detr"
     norm = ("--pre_norm",) if "--pre_norm" in words else ()
     return {"model": filled(shapes(detector, *SMALL, *backbone, *norm, outputs=92 if detector == "detr" else 91))}
 
@@ -110,8 +103,9 @@ def give_files(words: list[str], own: bool) -> None:
     """Files that the reader has from somewhere else. In README (`own`), what lies in outputs/ was written by a command before."""
     for name in files_read(words):
         place = Path(stored_at(name)) if name.startswith("https://") else Path(name)
-        if not place.exists():
-            assert not (own and name.startswith("outputs/")), f"no command before this one writes {name}"
+        written_before = name.startswith("outputs/") and place.exists()
+        assert written_before or not (own and name.startswith("outputs/")), f"no command before this one writes {name}"
+        if not written_before:
             save_checkpoint(given_file(name, words), place)
 
 
@@ -123,7 +117,8 @@ def small(words: list[str], keeps: bool) -> list[str]:
     more = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
     if not files_read(words):
         more += [*MODEL_FLAGS, "--backbone", "resnet50" if "--dilation" in words else "resnet18", "--backbone_weights", "none"]
-        more += PRETEXT_FLAGS if words[0] == "main.py" and "region_prior" not in words else []
+        if words[0] == "main.py":
+            more += ["--max_prop", "5", "--patch_size", "32"] if "region_prior" in words else PRETEXT_FLAGS
     if "--eval" not in words:
         more += ["--batch_size", "2", "--epochs", "2" if "--resume" in words else "1", *([] if keeps else ["--dry_run"])]
     return [*words[1:], *more]
@@ -132,9 +127,9 @@ def small(words: list[str], keeps: bool) -> list[str]:
 def run_script(words: list[str], later: str, own: bool) -> None:
     """Trains or evaluates in this process; only three steps where no `later` command reads what it writes."""
     folder = dict(zip(words, words[1:], strict=False)).get("--output_dir", "")
+    keeps = folder.startswith("outputs/") and bool(re.search(rf"{folder}\b", later))
     give_files(words, own)
-    module = SCRIPTS[words[0]]
-    module.main(module.parse(small(words, keeps=bool(folder) and f"{folder}/" in later.replace(" ", "/ "))))
+    SCRIPTS[words[0]].main(SCRIPTS[words[0]].parse(small(words, keeps)))
 
 
 def run_tool(words: list[str], own: bool) -> None:
@@ -153,14 +148,14 @@ def run_shell(words: list[str]) -> list[str]:
 
 
 def run_launcher(words: list[str]) -> list[str]:
-    """What `torchrun` or tools/run_dist_launch.sh would start in each process: [SCRIPT, FLAG, ...]"""
+    """What `torchrun`, tools/run_dist_launch.sh or tools/run_dist_slurm.sh would start in each process: [SCRIPT, FLAG, ...]"""
     from torch.distributed.run import get_args_parser
 
-    given = [word for word in words if re.fullmatch(r"[A-Z_]+=\S*", word)]
-    words = words[len(given):]
     if words[0] != "torchrun":
-        words = run_shell([*given, *words] if not given else ["env", *given, *words])
-        assert words[:2] == ["-m", "torch.distributed.run"]
+        words = run_shell(["env", *words])
+        if "torch.distributed.run" not in words:  # under SLURM each task is a Python
+            assert "--ntasks=8" in words
+            return words[words.index("python") + 1 :]
         words = words[1:]
     launch = get_args_parser().parse_args(words[1:])
     assert launch.nproc_per_node == "8"
@@ -199,7 +194,7 @@ def run_command(command: str, later: str = "", own: bool = False) -> None:
         run_set_up(words)
     elif words[0] == "export":
         run_shell(words)
-    elif words[0] == "torchrun" or "./tools/run_dist_launch.sh" in words:
+    elif words[0] == "torchrun" or "./tools/run_dist_" in command:
         run_script(run_launcher(words), later, own)
     elif words[0].startswith("./configs/"):
         run_script(config_words(Path(words[0]).absolute(), *words[1:]), later, own)
@@ -220,9 +215,117 @@ def is_row(path: Path, command: str) -> bool:
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE], ids=lambda path: path.stem)
 def test_every_command_runs(path: Path, project: Path) -> None:
     """In the order of the document, so that each finds what those before it wrote."""
+    if path.name == "README.md":
+        for package in ("skimage", "timm", "matplotlib"):
+            pytest.importorskip(package)
     commands = [command for command in sequence(path) if command not in NOT_RUN and not is_row(path, command)]
     for i, command in enumerate(commands):
         try:
             run_command(command, later="\n".join(commands[i + 1 :]), own=path == ROOT / "README.md")
         except (UserError, SystemExit, subprocess.CalledProcessError) as error:
             raise AssertionError(f"{path.name}: {command}\n{error}") from error
+
+
+def test_no_command_is_left_out() -> None:
+    """The only ones that are not run are listed, with the reason."""
+    shown = {command for path in DOCUMENTS for command in shown_commands(path)}
+    assert set(NOT_RUN) <= shown
+    rows = [command for command in shown_commands(ROOT / "docs" / "model_zoo.md") if is_row(ROOT / "docs" / "model_zoo.md", command)]
+    assert rows == [row_command(row) for row in checkpoint_rows()]
+    assert len(shown) > 60
+
+
+def test_files_of_packages_are_readable() -> None:
+    """What the documents give to pip."""
+    requirements = pytest.importorskip("packaging.requirements")
+    named = {word for command in NOT_RUN for word in command.split() if word.endswith(".txt")}
+    assert named == {"requirements.txt", "requirements-extras.txt", "constraints.txt"}
+    for name in named:
+        lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+        assert [requirements.Requirement(line) for line in lines if line]
+
+
+# --------------------------------------------------------------------------------------------------- what is named in the text
+
+
+def code_of(path: Path) -> str:
+    """All text of a document that is code: blocks, and what stands in backticks, but other code bases' commands."""
+    text = path.read_text()
+    text = re.sub(r"^\| `(?:python|GPUS|sh |bash |<|\./)[^\n]*?(?<!\\)\|", "|", text, flags=re.M) if path.name == "published_commands.md" else text
+    return "\n".join([*re.findall(r"```bash\n(.*?)```", text, re.S), *re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))])
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_exist(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+        if link.startswith("http"):
+            continue
+        target = (path.parent / link) if link else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+    for name in re.findall(r"(?:^|[\s(/=])((?:configs|tools|tests|docs|models|datasets|util)/[\w./-]+\.\w+)", code_of(path), re.M):
+        assert "NAME" in name or (ROOT / name).exists(), name
+
+
+def anchors(path: Path) -> set[str]:
+    """What the headings of a document are linked by."""
+    heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
+    """Every flag of scripts and tools, from their `--help`, and those that are refused with the reason."""
+    for module in [*SCRIPTS.values(), *map(tool, TOOLS)]:
+        with pytest.raises(SystemExit):
+            module.parse(["--help"])
+    parsers = [demo.get_args_parser().format_help(), sample_scenes.get_args_parser().format_help(), capsys.readouterr().out]
+    return set(re.findall(r"--\w+", "\n".join(parsers))) | set(DEAD_FLAGS)
+
+
+OTHERS_FLAGS = {"--nproc_per_node", "--use_env", "--all"}  # torchrun's, the older launcher's, tools/test.sh's
+
+
+def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:
+    known = known_flags(capsys) | OTHERS_FLAGS
+    for path in DOCUMENTS:
+        unknown = set(re.findall(r"(?<![\w-])--\w+", code_of(path))) - known
+        assert not unknown, f"{path.name}: {unknown}"
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+
+
+def test_the_python_example_of_the_readme_runs() -> None:
+    (code,) = (block for block in python_blocks(ROOT / "README.md") if "build_model" in block)
+    small = '"none", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2"]'
+    code = code.replace('"none"]', small).replace("256, 320", "64, 96")
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["outputs"]["pred_boxes"].shape == (1, 300, 4)
+    assert set(names["found"][0]) == {"scores", "labels", "boxes"}
+
+
+def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector of one's own is known to the script that it starts."""
+    started = []
+    monkeypatch.setattr("util.session.run_script", lambda main, parse: started.append(parse(["--detector", "mine", "--eval"])))
+    monkeypatch.setattr(registry, "DETECTORS", dict(registry.DETECTORS))
+    monkeypatch.setattr("util.flags.DETECTORS", registry.DETECTORS)
+    (code,) = python_blocks(ROOT / "CONTRIBUTING.md")
+    exec(compile(code, "CONTRIBUTING.md", "exec"), {})
+    assert started[0].detector == "mine"
+
+
+def test_python_examples_are_run() -> None:
+    """Two here, that of torch.hub in tests/test_hub.py."""
+    assert {path.name: len(python_blocks(path)) for path in DOCUMENTS if python_blocks(path)} == {"README.md": 2, "CONTRIBUTING.md": 1}
+
+
+def test_citation_and_licence() -> None:
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert [reference["year"] for reference in citation["references"]] == [2020, 2021, 2021, 2022, 2023]
+    assert citation["license"] == "Apache-2.0"
+    assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE").read_text()

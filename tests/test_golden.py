@@ -4,6 +4,7 @@ from pathlib import Path
 import golden_data
 import golden_models
 import golden_parts
+import golden_siamese
 import pytest
 
 
@@ -11,7 +12,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = Path(metafunc.config.getoption("--golden-dir"))
     names = sorted(path.stem for path in folder.glob("*.json") if not path.stem.endswith("_eval_case"))
     data = [name for name in names if name.startswith("data_")]
-    chosen = {"model_case": [name for name in names if name not in data], "data_case": data}
+    siamese = [name for name in names if name.startswith("siamese_")]
+    chosen = {"model_case": [name for name in names if name not in data + siamese], "siamese_case": siamese, "data_case": data}
     for fixture, cases in chosen.items():
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, cases)
@@ -48,8 +50,22 @@ def test_patch_queries(model_case: str, golden_dir: Path) -> None:
     golden_models.check_patch_queries(golden_models.build(model_case, golden_dir))
 
 
+def test_siamese_outputs_losses_gradients(siamese_case: str, golden_dir: Path) -> None:
+    golden_siamese.check_float32(golden_siamese.build(siamese_case, golden_dir))
+
+
+def test_siamese_float64(siamese_case: str, golden_dir: Path) -> None:
+    golden_siamese.check_float64(golden_siamese.build(siamese_case, golden_dir))
+
+
+def test_siamese_steps(siamese_case: str, golden_dir: Path) -> None:
+    if "adamw" not in golden_models.load(siamese_case, golden_dir)[0]:
+        pytest.skip(f"{siamese_case}: the case holds no steps")
+    golden_siamese.check_steps(golden_siamese.build(siamese_case, golden_dir))
+
+
 def test_data(data_case: str, golden_dir: Path) -> None:
-    checks = [checks[data_case] for checks in (golden_data.CHECKS, golden_parts.CHECKS) if data_case in checks]
+    checks = [checks[data_case] for checks in (golden_data.CHECKS, golden_parts.CHECKS, golden_siamese.CHECKS) if data_case in checks]
     if not checks:
         pytest.skip(f"{data_case}: its data is not part of this version")
     js, z = golden_models.load(data_case, golden_dir)

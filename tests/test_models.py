@@ -14,8 +14,8 @@ from models.classification import Classification
 from models.detector import Detector, Queries
 from models.position_encoding import POSITION_ENCODINGS, sine_embed_points
 from models.postprocess import PostProcess
-from models.transformer import MLP
 from models.resnet import LiveBatchNorm2d
+from models.transformer import MLP
 from util.arguments import make_parser, resolve
 from util.flags import FINETUNE
 from util.logger import UserError

@@ -13,6 +13,7 @@ import finetune_main
 import main as pretrain_main
 from datasets.sample_scenes import class_names, write_coco
 from models import build_model
+from tests.documents import shown_commands
 from tools import predict
 from util.checkpoint import save_checkpoint
 from util.flags import FINETUNE
@@ -28,8 +29,7 @@ PUBLISHED = re.findall(r"--pretrain (https://\S+)", PAGE)
 
 
 def commands() -> list[list[str]]:
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if line]
+    return [shlex.split(command) for command in shown_commands(ROOT / "docs" / "own_data.md")]
 
 
 def lay_out(folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_curve_leaves_out_epochs_without_a_value() -> None:
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
     pytest.importorskip("matplotlib")
-    made, original = [], plot_utils._matplotlib
+    made, original = [], plot_utils.figure_classes
 
     def spy():
         figure_class, canvas = original()
@@ -70,7 +70,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list:
 
         return Figure, canvas
 
-    monkeypatch.setattr(plot_utils, "_matplotlib", spy)
+    monkeypatch.setattr(plot_utils, "figure_classes", spy)
     return made
 
 

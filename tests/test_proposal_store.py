@@ -163,6 +163,15 @@ def test_workers_end_with_a_killed_builder(images: Path, tmp_path: Path) -> None
         time.sleep(0.05)
 
 
+def test_a_worker_that_dies_is_a_clear_line(images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_proposals, "make_chunk", lambda *_: os._exit(9))
+        with pytest.raises(UserError, match="a process was ended from outside .* run the same command again, perhaps with --num_workers 1"):
+            cache(images, tmp_path / "store", "--num_workers", 2)
+    cache(images, tmp_path / "store")
+    assert content(tmp_path / "store") == content(store)
+
+
 def test_a_merge_that_is_broken_off_is_repeated(images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "store"
 

@@ -21,6 +21,7 @@ from datasets.proposals import FixedNumber, Selected, build_proposals, repeat_bo
 from datasets.proposals.edge_boxes import EdgeBoxes
 from datasets.proposals.from_file import read_npy
 from datasets.proposals.selective_search import SelectiveSearch
+from datasets.proposals.store import StoredProposals
 from datasets.sample import BadImageError
 from util.logger import UserError
 from util.random_state import SampleRandom
@@ -82,6 +83,21 @@ def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) ->
     worker.join()
 
 
+def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
+    """It puts small regions first; seeded by the sample, so that a worker gives the same."""
+    method = build_proposals(Namespace(proposals="selective_search", reproduce_published=True))
+    own = [method(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
+    assert torch.equal(own[0], method(as_tensor(photo), SampleRandom(0)))
+    assert not torch.equal(own[0], own[1])
+    uniform = [SelectiveSearch()(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
+    assert {tuple(box) for box in own[0].tolist()} == {tuple(box) for box in uniform[0].tolist()}
+    small, any_size = (torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws]) for draws in (own, uniform))
+    assert small.mean() < 0.9 * any_size.mean()
+    header = {"method": "selective_search", "settings": SelectiveSearch().settings}
+    with pytest.raises(UserError, match="was made with order None, the flags say OpenCV's"):
+        StoredProposals.check_origin("store", header, method, "selective_search")
+
+
 def test_images_of_odd_shapes(cv2) -> None:
     rng = np.random.RandomState(0)
     for height, width in ((1, 1), (2, 3), (5, 60)):
@@ -91,6 +107,17 @@ def test_images_of_odd_shapes(cv2) -> None:
             assert len(boxes)
             assert bool((boxes[:, 2:] > boxes[:, :2]).all())
             assert bool((boxes[:, 2:] <= torch.tensor([width, height])).all())
+
+
+def test_an_error_of_opencv_is_of_that_image_alone(cv2, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_args, **_flags) -> None:
+        raise cv2.error("out of\nmemory")
+
+    monkeypatch.setattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation", lambda: types.SimpleNamespace(setBaseImage=fail))
+    monkeypatch.setattr(cv2.ximgproc, "createEdgeBoxes", fail)
+    for method in (SelectiveSearch(), EdgeBoxes()):
+        with pytest.raises(BadImageError, match="OpenCV can't search it .out of memory"):
+            method(as_tensor(photo), SampleRandom(0))
 
 
 # EdgeBoxes
@@ -311,6 +338,7 @@ def test_coco_file_without_scores_is_drawn_in_a_new_order(tmp_path: Path) -> Non
     ({**COCO, "annotations": [{"image_id": 4, "bbox": [1, 2, 3]}]}, "no COCO file"),
     ({**COCO, "annotations": [*COCO["annotations"], {"image_id": 4, "bbox": [1, 2, 3, 4]}]}, "1 of 5 boxes have no score"),
     ({**COCO, "images": [*COCO["images"], {"id": 4, "file_name": "c"}]}, "two images have the same id"),
+    ({**COCO, "images": [*COCO["images"], {"id": 6, "file_name": "a/x.jpg"}]}, "two images have the same file_name"),
 ])
 def test_bad_coco_files(tmp_path: Path, content: object, message: str) -> None:
     (tmp_path / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
@@ -333,6 +361,16 @@ def test_published_caches(tmp_path: Path) -> None:
     assert len({str(order) for order in orders}) > 1
     with pytest.raises(UserError, match="has no file for n01/other.jpg"):
         from_file(siamese)(IMAGE, SampleRandom(0), "n01/other.jpg")
+
+
+def test_caches_of_older_numpy(tmp_path: Path) -> None:
+    """Their pickles name the module by its old name, and have an older protocol."""
+    boxes = np.array([[1, 2, 30, 40], [5, 6, 20, 20]])
+    content = np.array({"box": boxes, "score": np.array([0.9, 0.5], dtype=np.float32)}, dtype=object)
+    with (tmp_path / "pic.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        file.write(pickle.dumps(content, protocol=2).replace(b"numpy._core", b"numpy.core"))
+    assert from_file(tmp_path)(IMAGE, SampleRandom(0), "pic.jpg").tolist() == boxes.tolist()
 
 
 def test_equal_base_names_in_a_flat_cache_are_refused(tmp_path: Path) -> None:

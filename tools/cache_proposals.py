@@ -136,16 +136,15 @@ def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
-    with ProcessPoolExecutor(min(num_workers, len(todo)), context, _start_worker, (plan, os.getpid())) as pool:
-        try:
-            for future in as_completed([pool.submit(_make_chunk, chunk) for chunk in todo]):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise UserError("a process was ended from outside (is the memory full?): finished parts are kept, run the same command again, "
-                            f"perhaps with --num_workers {max(num_workers // 2, 1)}") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(min(num_workers, len(todo)), context, _start_worker, (plan, os.getpid()))
+    try:
+        for future in as_completed([pool.submit(_make_chunk, chunk) for chunk in todo]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise UserError("a process was ended from outside (is the memory full?): finished parts are kept, run the same command again, "
+                        f"perhaps with --num_workers {max(num_workers // 2, 1)}") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for what is being searched
 
 
 def _start_worker(plan: Plan, parent: int) -> None:

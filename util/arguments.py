@@ -95,6 +95,7 @@ DEFAULTS: dict[str, object] = {
     "reproduce_published": False,
 }
 
+SMALLEST_IMAGE = 32  # pixels: the stride of the backbone
 OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
 BACKBONE_WEIGHT_ALIASES = {"supervised": "imagenet", "random": "none", "": "none"}
 
@@ -140,7 +141,7 @@ def check_right_script(argv: list[str]) -> None:
         UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` without `--pretext`.
     """
     flags = {word.split("=")[0] for word in argv}
-    wrong = [flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags]
+    wrong = [flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags and not (flag == "--eval" and "--pretext" in flags)]
     if "--coco_path" in flags and not {"--pretext", "--imagenet_path"} & flags:
         wrong.append("--coco_path without --pretext")
     if wrong:
@@ -271,14 +272,15 @@ def _check(args: argparse.Namespace) -> None:
     if args.eval and args.dry_run:
         raise UserError("--dry_run tries training steps and --eval does not train: give one of them")
     _check_data(args)
+    _check_numbers(args)
     if max(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou) <= 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing would tell a good match from a bad one")
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
     if args.pretext and "num_patches" in PRETEXTS[args.pretext].flags and args.num_queries % args.num_patches:
         raise UserError(
-            f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}: "
-            "every patch needs the same number of queries"
+            f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}, and every patch needs the same number of "
+            f"queries: use --num_patches {_divisor_near(args.num_patches, args.num_queries)}, or another --num_queries"
         )
 
 
@@ -289,6 +291,22 @@ def _check_readers(args: argparse.Namespace, kind: str, registry: dict) -> None:
         if name in DEFAULTS and getattr(args, name, DEFAULTS[name]) != DEFAULTS[name]:
             able = [other for other, entry in registry.items() if name in entry.flags]
             raise UserError(f"--{name} means nothing to --{kind} {chosen}: leave it out or use --{kind} {' or '.join(able)}")
+
+
+def _divisor_near(number: int, of: int) -> int:
+    return min((divisor for divisor in range(1, of + 1) if of % divisor == 0), key=lambda divisor: abs(divisor - number))
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.focal_alpha > 1:
+        raise UserError(f"--focal_alpha {args.focal_alpha:g} is a share: it can't exceed 1")
+    if not abs(args.seed) < 2**63:
+        raise UserError(f"--seed {args.seed} has more than 63 bits: choose a smaller number")
+    for name in ("image_size", "max_size"):
+        if (getattr(args, name) or SMALLEST_IMAGE) < SMALLEST_IMAGE:
+            raise UserError(f"--{name} {getattr(args, name)}: the backbone sees nothing in images that small; use {SMALLEST_IMAGE} or more")
+    if args.start_epoch >= args.epochs and not args.resume:
+        raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}: leave it out or train longer")
 
 
 def _check_data(args: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -
 def as_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
     """What `load_checkpoint` makes of the content of a file. Raises UserError when it holds no weights."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'")
+        raise UserError(f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'; choose another file")
     checkpoint = Checkpoint(_with_model(content, source))
     state = strip_prefix(checkpoint["model"], "module.")
     checkpoint.source, checkpoint.tensors, checkpoint.siamese = str(source), len(state), siamese_pretext(state)
@@ -243,7 +243,7 @@ def load_exactly(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         differences = shapes + missing + surplus or [str(error).splitlines()[0]]
         masks = any(key.startswith("mask_head.") for key in state)
         remedy = (f"take the detector out of this mask model by tools/convert_checkpoint.py {source} --to predetr --out FILE" if masks else
-                  "give the flags that it was trained with, or start from its weights by --pretrain")
+                  f"{_fitting_flag(differences[0])}, or start from its weights by --pretrain")
         raise UserError(f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); {remedy}") from error
 
 
@@ -415,6 +415,7 @@ def _fitting_flag(key: str) -> str:
     flags = {"encoder.norm.": "--pre_norm", "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
              "decoder.layers.": "--dec_layers, --hidden_dim and --dim_feedforward",
              "backbone.1.": "--position_embedding", "backbone.0.": "--backbone", "input_proj.": "--backbone and --num_feature_levels",
-             "level_embed": "--num_feature_levels", "decoder.bbox_embed.": "--with_box_refine", "enc_output": "--two_stage"}
+             "level_embed": "--num_feature_levels", "decoder.bbox_embed.": "--with_box_refine", "enc_output": "--two_stage",
+             "class_embed.": "--num_classes and --classification", "query_embed.": "--num_queries"}
     fitting = next((flag for part, flag in flags.items() if part in key), "--detector and its architecture flags")
     return f"give {fitting} as the file was trained"

@@ -77,6 +77,8 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     use_cuda = torch.device(device).type == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu")
+    if use_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return torch.device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 from util.logger import UserError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> Path:
     """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
@@ -74,7 +76,7 @@ class _Recorder:
 
 def _cannot_write(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         reason = f"no room ({reason}{_free(path.parent)})"
     kept = "the previous file is kept; " if os.path.exists(path) else ""
     return f"cannot write {path}: {reason}; {kept}make room or choose another --output_dir"

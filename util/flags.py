@@ -4,6 +4,7 @@ Flags whose value the script, the pretext or the detector decides have the defau
 that the published codebases parsed and never used is refused with the reason.
 """
 import argparse
+import math
 from collections.abc import Callable
 
 import torch
@@ -48,7 +49,7 @@ def positive(kind: Callable = int) -> Callable:
 
     def convert(text: str):
         value = kind(text)
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
         return value
 
@@ -61,7 +62,7 @@ def at_least_zero(kind: Callable = int) -> Callable:
 
     def convert(text: str):
         value = kind(text)
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise argparse.ArgumentTypeError(f"must be 0 or more, got {text}")
         return value
 
@@ -82,10 +83,22 @@ def proposal_name(text: str) -> str:
 
 def _device(text: str) -> str:
     try:
-        torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text} is no device: use cuda, cuda:N or cpu") from error
+        known = torch.device(text).type in ("cuda", "cpu")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text} is no device of this project: use cuda, cuda:N or cpu")
     return text
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
+    return value
+
+
+_finite.__name__ = "float"  # what argparse says of text that is no number
 
 
 def _switch(group, flag: str, text: str, **kwargs) -> None:
@@ -116,14 +129,16 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--amp", choices=("no", "bf16"), help="bf16: network in bfloat16, boxes, matching and losses in float32 (no)")
     group.add_argument("--start_epoch", type=at_least_zero(), help="first epoch where --resume holds weights only (0)")
     group.add_argument("--save_every", type=positive(), metavar="EPOCHS",
-                       help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10, Deformable DETR 5), and one before each rate drop")
+                       help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10, Deformable DETR 5), and one before "
+                            "each rate drop")
     group.add_argument("--dist_url", help="where processes meet (env://)")
     _switch(group, "--reproduce_published", "the published behaviour where ours departs from it, see docs/differences.md")
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=positive(float), help="learning rate of transformer and heads (1e-4; Deformable DETR 2e-4, but not in its pre-training with patches)")
+    group.add_argument("--lr", type=positive(float),
+                       help="learning rate of transformer and heads (1e-4; Deformable DETR 2e-4, pre-trained with patches 1e-4)")
     group.add_argument("--lr_backbone", type=at_least_zero(float),
                        help="of the backbone; 0 freezes it (fine-tuning 1e-5, Deformable DETR 2e-5; pre-training: --lr)")
     group.add_argument("--batch_size", type=positive(), help="images a process (2)")
@@ -137,7 +152,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
                        help="and these at --lr x --lr_linear_proj_mult (Deformable DETR: reference_points sampling_offsets)")
     group.add_argument("--lr_linear_proj_mult", type=positive(float), help="(Deformable DETR 0.1; its pre-training with patches 1)")
     _switch(group, "--sgd", "SGD with momentum 0.9 in place of AdamW")
-    group.add_argument("--clip_max_norm", type=float, help="largest gradient norm; 0 or less: no clipping (0.1)")
+    group.add_argument("--clip_max_norm", type=_finite, help="largest gradient norm; 0 or less: no clipping (0.1)")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,7 +164,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
                             "holds them)")
     group.add_argument("--backbone_norm", choices=("frozen", "live"), help="batch norm (frozen; live where the weights are random)")
     _switch(group, "--dilation", "stride 16 in the last stage (DC5)")
-    group.add_argument("--position_embedding", choices=("sine", "sine_shifted", "learned"), help="position code (sine; Deformable DETR sine_shifted)")
+    group.add_argument("--position_embedding", choices=("sine", "sine_shifted", "learned"),
+                       help="position code (sine; Deformable DETR sine_shifted)")
     group.add_argument("--enc_layers", type=positive(), help="(6)")
     group.add_argument("--dec_layers", type=positive(), help="(6)")
     group.add_argument("--dim_feedforward", type=positive(), help="(2048; Deformable DETR 1024)")
@@ -178,7 +194,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bbox_loss_coef", type=at_least_zero(float), help="loss: L1 (5)")
     group.add_argument("--giou_loss_coef", type=at_least_zero(float), help="loss: generalised IoU (2)")
     group.add_argument("--eos_coef", type=at_least_zero(float), help="weight of `no object` in softmax classification (0.1)")
-    group.add_argument("--focal_alpha", type=float, help="weight of positives in focal classification (0.25)")
+    group.add_argument("--focal_alpha", type=_finite, help="weight of positives in focal classification (0.25)")
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +240,7 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     _switch(group, "--query_shuffle", "assign queries to patches anew in each step")
     group.add_argument("--num_classes", type=positive(),
                        help="classes of the head (2; region_prior 91, whose class 1 is `object`; 1: objectness alone)")
+    _switch(group, "--eval", "with --resume: how well the model's boxes cover the objects of COCO's validation images, and nothing else")
     _switch(group, "--object_embedding_loss", "region_prior: predict the embedding of each proposal's crop too")
     group.add_argument("--object_embedding_coef", type=at_least_zero(float), help="loss: object embedding (1)")
     group.add_argument("--obj_embedding_head", choices=("intermediate", "head"),

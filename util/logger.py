@@ -30,6 +30,8 @@ def setup_logger() -> None:
     """Sends the log to standard output, from the first process only (errors come from every process)."""
     if log.handlers:
         return
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_MainProcessOnly())

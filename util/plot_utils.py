@@ -98,7 +98,7 @@ def plot_curves(
 
 def _draw_curves(runs: Mapping[str, list[dict]], fields: Sequence[str], out_png: str | Path) -> Path:
     fields = [field for field in fields if any(_series(entries, field) for entries in runs.values())]
-    figure_class, figure_canvas = _matplotlib()
+    figure_class, figure_canvas = figure_classes()
     figure = figure_class(figsize=(4.6 * max(len(fields), 1), 3.7), layout="constrained", dpi=110)
     figure_canvas(figure)
     for number, field in enumerate(fields):
@@ -138,13 +138,14 @@ def _dress(axes: Any, field: str) -> None:
     axes.legend(fontsize=8, frameon=False)
 
 
-def _matplotlib() -> tuple[type, type]:
+def figure_classes() -> tuple[type, type]:
+    """matplotlib's Figure and the canvas that makes it a PNG; UserError where it is not installed."""
     # The Agg canvas by name, so that a run neither needs a display nor changes the backend of a program that plots.
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("curves need matplotlib: pip install matplotlib (in requirements-extras.txt)") from None
+        raise UserError("drawing needs matplotlib: pip install matplotlib (in requirements-extras.txt)") from None
     return Figure, FigureCanvasAgg
 
 
@@ -221,10 +222,17 @@ def prediction_page(
 
 def found_page(rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3) -> Path:
     """Draws what was found in images without truth: (title, image, boxes with class names as `labels` and with `scores`)."""
+    return panel_page([[row] for row in rows], out_png, columns)
+
+
+def panel_page(
+    rows: Sequence[Sequence[tuple[str, np.ndarray, Boxes]]], out_png: str | Path, columns: int = 1
+) -> Path:
+    """Draws images in several panels: each row has (title, image, boxes with names as `labels`, and with `scores` or None)."""
     cells = []
-    for title, image, found in rows:
-        shown = draw_boxes(*_zoomed(image, found["boxes"]), found["labels"], found["scores"])
-        cells.append(_beside([shown], [title[: shown.shape[1] // 8]]))
+    for panels in rows:
+        shown = [draw_boxes(*_zoomed(image, found["boxes"]), found["labels"], found["scores"]) for _, image, found in panels]
+        cells.append(_beside(shown, [title[: picture.shape[1] // 8] for (title, _, _), picture in zip(panels, shown, strict=True)]))
     return _save(_grid(cells, columns), out_png)
 
 

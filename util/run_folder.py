@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from util.arguments import plain_settings, setting_origins
 from util.distributed import all_gather_object, get_world_size, is_main_process
-from util.files import write_text
+from util.files import DISK_FULL, write_text
 from util.logger import UserError, log
 from util.plot_utils import read_log
 
@@ -50,10 +52,10 @@ def prepare_output(args) -> Path | None:
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
+        _try_writing(folder / ".writable")
     except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; choose another folder") from error
+        remedy = "make room or choose another folder" if error.errno in DISK_FULL else "choose another folder"
+        raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; {remedy}") from error
     found = [name for name in RUN_FILES if (folder / name).exists()]
     continues = args.resume or args.eval
     if found and not continues and not args.overwrite:
@@ -65,6 +67,28 @@ def prepare_output(args) -> Path | None:
         for name in OF_A_RUN:
             (folder / name).unlink(missing_ok=True)
     return folder
+
+
+def _try_writing(path: Path) -> None:
+    """On a full disk an empty file can still be made."""
+    try:
+        path.write_bytes(bytes(2**16))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_room(folder: Path | None, model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: the disk has less room than one checkpoint needs: the weights, and two moments of those that are trained.
+    """
+    if folder is None or not is_main_process():
+        return
+    disk = shutil.disk_usage(folder)
+    needed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
+    if disk.total and disk.free < needed:  # some network disks do not tell
+        raise UserError(f"--output_dir {folder}: a checkpoint needs {needed / 2**20:.0f} MiB, the disk has {disk.free / 2**20:.0f} MiB "
+                        "left: make room or choose another folder")
 
 
 def environment() -> dict[str, object]:

@@ -40,6 +40,8 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
         UserError: the file can't be used, or a flag contradicts it.
     """
     given = given_flags(args)
+    if args.resume == "auto" and args.overwrite:
+        raise UserError("--overwrite replaces the run that --resume auto continues: give one of them")
     resume = find_resume(args.resume, args.output_dir)
     if len(set(all_gather_object(bool(resume)))) > 1:
         raise UserError(f"--resume auto: only some processes see a checkpoint in {args.output_dir}; use a folder that all nodes share")

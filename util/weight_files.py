@@ -7,6 +7,7 @@ import pathlib
 import re
 import socket
 import urllib.parse
+import warnings
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
@@ -50,7 +51,8 @@ def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> A
     if path.suffix == ".safetensors":
         return _read_safetensors(path, map_location)
     try:
-        with torch.serialization.safe_globals(_harmless_globals()):
+        with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickles of other programs; what matters is said below
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: {_what_is_wrong(path, error)}") from error
@@ -88,8 +90,11 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     if _is_text(head):
         return "it is a text file (a web page or a Git LFS pointer?), not a checkpoint; fetch the file itself"
     if head.startswith(b"PK"):
-        return f"it is an incomplete checkpoint, or another kind of zip ({_first_line(error)}); fetch it again"
-    return f"it is no checkpoint of torch.save, or a damaged one ({_first_line(error)}); fetch or save it again"
+        return "it is an incomplete checkpoint, or another kind of zip: fetch or save it again"
+    if head.startswith(b"\x80"):
+        return ("it is a pickle of more than tensors and plain containers, which may run code, so it is not loaded; "
+                "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made")
+    return "it is no checkpoint of torch.save, or a damaged one: choose another file, or fetch it again"
 
 
 def _is_text(head: bytes) -> bool:

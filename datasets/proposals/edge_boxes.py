@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from datasets.proposals.search import BoxSearch, Found, opencv
+from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv
 from util.logger import UserError, log
 
 MAX_BOXES = 512
@@ -54,8 +54,9 @@ class EdgeBoxes(BoxSearch):
     def _boxes(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(int boxes (x, y, width, height) [N, 4], scores float32 [N]), best first."""
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-        edges, orientation = structured_edges(self.model, pixels) if self.model else gradient_edges(pixels)
-        found = opencv().ximgproc.createEdgeBoxes(maxBoxes=MAX_BOXES).getBoundingBoxes(edges, orientation)
+        with bad_image_where_opencv_fails():
+            edges, orientation = structured_edges(self.model, pixels) if self.model else gradient_edges(pixels)
+            found = opencv().ximgproc.createEdgeBoxes(maxBoxes=MAX_BOXES).getBoundingBoxes(edges, orientation)
         boxes, scores = found if isinstance(found, tuple) else (found, np.ones(len(found)))
         return np.asarray(boxes, dtype=np.int64).reshape(-1, 4), np.asarray(scores, dtype=np.float32).reshape(-1)
 

@@ -33,6 +33,7 @@ class FileProposals(BoxSearch):
     """
 
     dtype = np.float32
+    hint = "names count from the folder that is given as images"
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).absolute()
@@ -60,8 +61,6 @@ class FileProposals(BoxSearch):
         if missing:
             raise UserError(f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}: {self.hint}")
 
-    hint = "names count from the folder that is given as images"
-
 
 class CocoProposals(FileProposals):
     """A JSON object with `images` (id, file_name) and `annotations` (image_id, bbox, perhaps score); crowds are left out. Or a list of
@@ -79,7 +78,7 @@ class CocoProposals(FileProposals):
             raise UserError(f"{first} is a list of results and does not say which image is which: give --proposals "
                             f"file:{first},ANNOTATIONS with the COCO file of these images")
         images = _part(_read_json(second) if second else content, "images", second or first)
-        rows = content if isinstance(content, list) else _part(content, "annotations", first)
+        rows = _part({"results": content}, "results", first) if isinstance(content, list) else _part(content, "annotations", first)
         self._pack(images, [row for row in rows if not row.get("iscrowd", 0)])
 
     def _pack(self, images: list[dict], rows: list[dict]) -> None:
@@ -93,8 +92,9 @@ class CocoProposals(FileProposals):
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.path} is no COCO file ({type(error).__name__}: {error}): images need id and file_name, annotations "
                             "image_id of one of them and bbox [x, y, width, height]") from error
-        if len(place) < len(images):
-            raise UserError(f"{self.path}: two images have the same id: ids must be unique")
+        for key in ("id", "file_name"):
+            if len({image[key] for image in images}) < len(images):
+                raise UserError(f"{self.path}: two images have the same {key}: each needs its own")
         unscored = np.isnan(scores)
         if unscored.any() and not unscored.all():
             raise UserError(f"{self.path}: {unscored.sum()} of {len(rows)} boxes have no score: give all of them one or none")

@@ -1,4 +1,6 @@
 """What all methods have in common that search an image for boxes."""
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -6,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.sample import BadImageError
 from util.logger import UserError
 from util.random_state import SampleRandom
 
@@ -55,6 +58,16 @@ def to_pixels(boxes_xyxy: np.ndarray, grid: int, size_hw: tuple[int, int]) -> Te
 def ordered(boxes: Tensor, scores: np.ndarray | None, rng: SampleRandom) -> Tensor:
     """Boxes with scores as they are, others in a random order."""
     return boxes if scores is not None else boxes[torch.from_numpy(rng.numpy.permutation(len(boxes)))]
+
+
+@contextmanager
+def bad_image_where_opencv_fails() -> Iterator[None]:
+    """Turns its errors into BadImageError, so that one odd image does not end a run."""
+    cv2 = opencv()
+    try:
+        yield
+    except cv2.error as error:
+        raise BadImageError(f"OpenCV can't search it ({' '.join(str(error).split())})") from error
 
 
 def opencv() -> ModuleType:

@@ -1,10 +1,14 @@
 """Selective search (Uijlings et al., IJCV 2013) by OpenCV, in the setting of DETReg (Bar et al., CVPR 2022) or at full resolution."""
+import ctypes
+import os
 from argparse import Namespace
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from datasets.proposals.search import BoxSearch, Found, opencv
+from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv, to_pixels
+from util.random_state import SampleRandom
 
 PUBLISHED_SIDE = 128
 
@@ -13,7 +17,7 @@ class SelectiveSearch(BoxSearch):
     """OpenCV's fast mode on the image resized to `side` x `side` pixels whatever its shape (0: on the image as it is).
 
     As in DETReg's code the channels are red, green, blue, where OpenCV expects blue first. OpenCV returns a fixed set of boxes in an
-    order of C's `rand`, which no seed controls in worker processes; here they are sorted, and `BoxSearch` draws their order.
+    order of C's `rand`, which no seed of Python controls; here they are sorted, and `BoxSearch` draws their order.
     """
 
     def __init__(self, side: int = PUBLISHED_SIDE) -> None:
@@ -22,24 +26,45 @@ class SelectiveSearch(BoxSearch):
 
     def search(self, image: np.ndarray, name: str = "") -> Found:
         """See `BoxSearch`: uint16 boxes in steps of 1 / `side`, or in pixels; no scores."""
+        return np.unique(self._process(image), axis=0), None
+
+    def _process(self, image: np.ndarray) -> np.ndarray:
+        """uint16 (x0, y0, x1, y1) [N, 4] in the order of OpenCV."""
         cv2 = opencv()
         if self.grid:
             image = np.asarray(Image.fromarray(image).resize((self.grid, self.grid), Image.Resampling.BILINEAR))
         method = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-        method.setBaseImage(np.ascontiguousarray(image))
-        method.switchToSelectiveSearchFast()
-        return sorted_boxes(method.process()), None
+        with bad_image_where_opencv_fails():
+            method.setBaseImage(np.ascontiguousarray(image))
+            method.switchToSelectiveSearchFast()
+            return corners_of(method.process())
 
 
-def sorted_boxes(boxes_xywh: np.ndarray) -> np.ndarray:
-    """Whole numbers (x, y, width, height) -> uint16 (x0, y0, x1, y1) [N, 4], each once, in lexicographic order; none without area."""
+class PublishedOrder(SelectiveSearch):
+    """`--reproduce_published`: the order of OpenCV, a random number times the depth of each region, so that small ones tend to come first.
+
+    C's generator is seeded from the sample's random state (the published code leaves it alone); a system without it gives any order.
+    """
+
+    def __init__(self, side: int = PUBLISHED_SIDE) -> None:
+        super().__init__(side)
+        self.settings = {**self.settings, "order": "OpenCV's"}
+
+    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
+        if os.name == "posix":
+            ctypes.CDLL(None).srand(int(rng.numpy.randint(2**31)))
+        return to_pixels(self._process(image.permute(1, 2, 0).numpy()), self.grid, tuple(image.shape[-2:]))
+
+
+def corners_of(boxes_xywh: np.ndarray) -> np.ndarray:
+    """Whole numbers (x, y, width, height) -> uint16 (x0, y0, x1, y1) [N, 4]; boxes without area are left out."""
     boxes = np.asarray(boxes_xywh, dtype=np.int64).reshape(-1, 4)
     boxes = boxes[(boxes[:, 2:] > 0).all(1)]
-    return np.unique(np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), axis=0).astype(np.uint16)
+    return np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]).astype(np.uint16)
 
 
 def build_selective_search(args: Namespace) -> SelectiveSearch:
-    """With `args.ss_resize`.
+    """With `args.ss_resize` and `args.reproduce_published`.
 
     Raises:
         UserError: no OpenCV, unless a store takes its place.
@@ -47,4 +72,5 @@ def build_selective_search(args: Namespace) -> SelectiveSearch:
     if not getattr(args, "cache_path", None):
         opencv()
     side = getattr(args, "ss_resize", None)
-    return SelectiveSearch(PUBLISHED_SIDE if side is None else side)
+    kind = PublishedOrder if getattr(args, "reproduce_published", False) else SelectiveSearch
+    return kind(PUBLISHED_SIDE if side is None else side)

@@ -132,7 +132,16 @@ class StoredProposals(BoxSearch):
         if not isinstance(method, BoxSearch) or name.startswith("file:"):
             raise UserError(f"--cache_path {folder} is for methods that search the image, not for --proposals {name}: leave it out")
         store = ProposalStore(folder)
-        made, wanted = {"method": store.header["method"], **store.header["settings"]}, {"method": name, **method.settings}
+        cls.check_origin(folder, store.header, method, name)
+        return cls(store)
+
+    @staticmethod
+    def check_origin(folder: str, header: dict[str, Any], method: BoxSearch, name: str) -> None:
+        """
+        Raises:
+            UserError: the store of this header was made by another method or with other settings.
+        """
+        made, wanted = {"method": header["method"], **header["settings"]}, {"method": name, **method.settings}
         wrong = [key for key in {**wanted, **made} if made.get(key) != wanted.get(key)]
         if wrong:
             key = wrong[0]
@@ -140,7 +149,6 @@ class StoredProposals(BoxSearch):
                 f"--cache_path {folder} was made with {key} {made.get(key)}, the flags say {wanted.get(key)}: change the flags, make "
                 f"another store with {TOOL}, or take it as it is by --proposals file:{folder} without --cache_path"
             )
-        return cls(store)
 
     def check(self, images: "ImageFolder") -> None:
         """

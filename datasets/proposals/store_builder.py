@@ -76,11 +76,19 @@ class Plan:
         elif self.folder.exists() and any(self.folder.iterdir()) and not plan.parent.exists():
             raise UserError(f"--output_dir {self.folder} holds other files: give a new folder")
         else:
-            write_text(plan, json.dumps(self.identity(), indent=1))
+            self._write(plan)
         if is_store(self.folder):
             shutil.rmtree(plan.parent, ignore_errors=True)  # of a build that was killed in its last moment
             return False
         return True
+
+    def _write(self, path: Path) -> None:
+        try:
+            write_text(path, json.dumps(self.identity(), indent=1))
+        except UserError:
+            if not path.exists():
+                raise
+            self._compare(path)  # another machine that starts at this moment wrote it
 
     def _compare(self, path: Path) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))

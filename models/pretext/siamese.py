@@ -1,0 +1,179 @@
+"""Siamese DETR (Huang et al., CVPR 2023) on any detector: regions of one view are found in the other.
+
+Shapes: B images of two views each, M regions, Q queries, D model width, F backbone channels. A batch holds view 1 of all images, then
+view 2; box m of a view shows the same region as box m of the other one.
+"""
+import torch
+from torch import Tensor, nn
+from torchvision.ops import roi_align
+
+from models.classification import Classification
+from models.detector import Detector, Memory, Queries, full_precision
+from models.pretext import Pretext, check_region_queries, pooled_features
+from models.synced_batch_norm import SyncedBatchNorm
+from models.transformer import MLP
+from util.box_ops import box_cxcywh_to_xyxy
+from util.distributed import get_world_size
+from util.logger import UserError
+from util.nested_tensor import as_nested_tensor
+
+ROI_SIDE = 7  # cells of a map's grid that a region is read with
+
+
+class Siamese(Pretext):
+    """Each image is encoded once. The queries of one view, made from the frozen features of its regions, decode the other view's memory.
+
+    Targets are the regions' boxes in the view that is decoded, without disturbance. Region discrimination (section 3.3) predicts the
+    feature of the region's crop from the queries' view; global discrimination compares the pooled memories of the two views as SimSiam
+    does. A part whose weight is 0 is not built.
+
+    Args:
+        box_disturbance: share of width and height by which a corner of a query's box moves at most.
+        reproduce_published: padding counts in the pooled memory, and on a detector whose queries have a learned content (Deformable
+            DETR) the queries of the first image serve the whole batch.
+    """
+
+    def __init__(
+        self, detector: Detector, num_patches: int, box_disturbance: float = 0.1, region_discrimination: bool = True,
+        global_discrimination: bool = True, reproduce_published: bool = False,
+    ) -> None:
+        super().__init__(detector)
+        check_region_queries(detector, num_patches)
+        self.num_patches, self.box_disturbance, self.reproduce_published = num_patches, box_disturbance, reproduce_published
+        channels, dim = detector.backbone[0].num_channels, detector.hidden_dim
+        self.patch2query = nn.Linear(sum(channels), dim)
+        self.losses = ("labels", "boxes", "cardinality")
+        if region_discrimination:
+            self.feature_align = MLP(dim, dim, sum(channels), num_layers=2)
+            self.losses += ("features",)
+        if global_discrimination:
+            self.enc_head = nn.ModuleList([GlobalHead(dim * len(channels), dim)])
+            self.losses += ("global_contrast",)
+
+    @classmethod
+    def from_args(cls, args, detector: Detector) -> "Siamese":
+        if args.global_loss_coef and args.batch_size * get_world_size() < 2:
+            raise UserError("--batch_size 1: batch norm of global discrimination needs two images; use 2 or more, or --global_loss_coef 0")
+        return cls(detector, args.num_patches, args.box_disturbance, args.feature_loss_coef > 0, args.global_loss_coef > 0,
+                   args.reproduce_published)
+
+    @staticmethod
+    def classification(args) -> Classification:
+        """Softmax over two classes (regions have label 1, class 0 is unused, as published) and "no object", on every detector."""
+        return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+
+    def loss_weights(self, args) -> dict[str, float]:
+        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+        return {**weights, "loss_feature": args.feature_loss_coef} if "features" in self.losses else weights
+
+    def last_layer_weights(self, args) -> dict[str, float]:
+        return {"loss_enc_global_contra": args.global_loss_coef} if "global_contrast" in self.losses else {}
+
+    def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
+        """samples: 2B normalised views; each target has `boxes` [M, 4], `size` (h, w) and, for region discrimination, `patches`
+        [M, 3, S, S], normalised like the images.
+
+        Returns the detector's outputs for the 2B views, each asked with the regions of its partner, so that the targets of a view are
+        those of the outputs. With them `pred_features` [2B, Q, F] in each layer and `target_features` [2B * M, F], and `projections` and
+        `predictions` [2B, D].
+
+        Raises:
+            ValueError: views bring different numbers of regions, or not `num_patches` of them.
+        """
+        boxes = self._stack_boxes(targets)
+        memory = self.detector.encode(as_nested_tensor(samples))
+        sizes = torch.stack([target["size"] for target in targets])
+        features = self.region_features(memory, self.disturb(boxes, sizes))
+        states = self.detector.decode(memory, self.region_queries(partner(features)))
+        outputs = self.detector.predict(states)
+        if "features" in self.losses:
+            self._add_features(outputs, states.layers, targets)
+        if "global_contrast" in self.losses:
+            with torch.autocast(memory.tokens.device.type, enabled=False):
+                outputs["projections"], outputs["predictions"] = self.enc_head[0](self.pooled_memory(memory))
+        return outputs
+
+    def _stack_boxes(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        counts = sorted({len(target["boxes"]) for target in targets})
+        if counts != [self.num_patches] or len(targets) % 2:
+            raise ValueError(f"two views an image and {self.num_patches} regions a view are needed; got {len(targets)} views with {counts}")
+        return torch.stack([target["boxes"] for target in targets])
+
+    def disturb(self, boxes_cxcywh: Tensor, sizes: Tensor) -> Tensor:
+        """Boxes [2B, M, 4] of views with `sizes` (h, w) [2B, 2] -> boxes_xyxy_abs [2B, M, 4], each corner moved, inside the view."""
+        sides = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes_cxcywh.dtype)
+        corners = box_cxcywh_to_xyxy(boxes_cxcywh) * sides
+        return move_corners(corners, self.normals(corners), self.box_disturbance).clamp(min=0).minimum(sides)
+
+    def normals(self, boxes: Tensor) -> Tensor:
+        """What decides how far each coordinate moves."""
+        return torch.randn_like(boxes)
+
+    def region_features(self, memory: Memory, boxes_xyxy_abs: Tensor) -> Tensor:
+        """Maps of the backbone, read at regions [2B, M, 4] and pooled: [2B, M, F]. Several levels are joined."""
+        strides, parts = self.detector.backbone[0].strides, []
+        for feature, stride in zip(memory.features, strides, strict=True):
+            maps = full_precision(feature.tensor)
+            boxes = list(boxes_xyxy_abs.to(maps.dtype))
+            with torch.autocast(maps.device.type, enabled=False):
+                parts.append(roi_align(maps, boxes, ROI_SIDE, spatial_scale=1 / stride).mean((2, 3)))
+        return torch.cat(parts, 1).unflatten(0, boxes_xyxy_abs.shape[:2])
+
+    def region_queries(self, features: Tensor) -> Queries:
+        """[2B, M, F] -> queries of 2B views; query n belongs to region n // (Q / M)."""
+        learned = self.detector.learned_queries(len(features))
+        if self.reproduce_published and learned.content is not None:
+            halves = features.unflatten(0, (2, -1))
+            features = halves[:, :1].expand_as(halves).flatten(0, 1)
+        from_regions = self.patch2query(features).repeat_interleave(self.detector.num_queries // self.num_patches, dim=1)
+        return Queries(learned.position + from_regions, learned.content)
+
+    def _add_features(self, outputs: dict, layers: Tensor, targets: list[dict[str, Tensor]]) -> None:
+        with torch.autocast(layers.device.type, enabled=False):
+            predicted = self.feature_align(full_precision(layers))
+        with torch.no_grad():
+            crops = torch.stack([target["patches"] for target in targets])
+            outputs["target_features"] = pooled_features(self.detector.backbone[0], partner(crops).flatten(0, 1))
+        outputs["pred_features"] = predicted[-1]
+        for layer, aux in enumerate(outputs.get("aux_outputs", [])):
+            aux["pred_features"] = predicted[layer]
+
+    def pooled_memory(self, memory: Memory) -> Tensor:
+        """The mean of the memory's tokens, [2B, levels * D]: of each map that the backbone gave, joined."""
+        cells = [height * width for height, width in memory.shapes]
+        levels = full_precision(memory.tokens).split(cells, 1)[: len(memory.features)]
+        if memory.padding_mask is None or self.reproduce_published:
+            return torch.cat([level.mean(1) for level in levels], 1)
+        shown = [~mask[..., None] for mask in memory.padding_mask.split(cells, 1)]
+        # Further levels, which the backbone did not give, are left over.
+        return torch.cat([(level * here).sum(1) / here.sum(1) for level, here in zip(levels, shown, strict=False)], 1)
+
+
+class GlobalHead(nn.Module):
+    """Projector and predictor of SimSiam (Chen and He, CVPR 2021, section 3); statistics are of each view by itself."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.projector, self.predictor = nn.Module(), nn.Module()
+        self.projector.mlp = nn.Sequential(
+            nn.Linear(channels, dim), SyncedBatchNorm(dim), nn.ReLU(), nn.Linear(dim, dim), SyncedBatchNorm(dim), nn.ReLU(),
+            nn.Linear(dim, dim), SyncedBatchNorm(dim),
+        )
+        self.predictor.mlp = nn.Sequential(nn.Linear(dim, dim), SyncedBatchNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """[2B, C] -> projections and predictions [2B, D]"""
+        projections = [self.projector.mlp(view) for view in pooled.chunk(2)]
+        predictions = [self.predictor.mlp(view) for view in projections]
+        return torch.cat(projections), torch.cat(predictions)
+
+
+def partner(views: Tensor) -> Tensor:
+    """What belongs to 2B views -> what belongs to the other view of each."""
+    return views.roll(len(views) // 2, 0)
+
+
+def move_corners(boxes_xyxy: Tensor, normals: Tensor, share: float) -> Tensor:
+    """Each coordinate moved by (2 sigmoid(z) - 1) * share of the box's width or height, z normal."""
+    sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).repeat(*[1] * (boxes_xyxy.ndim - 1), 2)
+    return boxes_xyxy + (2 * normals.sigmoid() - 1) * share * sides

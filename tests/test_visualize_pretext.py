@@ -1,0 +1,70 @@
+"""Pictures of pretexts, and the evaluation that main.py does of its own models."""
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, logged, pre_train, write_coco, write_images
+
+import main as pretrain_main
+from tools import visualize_pretext
+from util.logger import UserError
+
+REGION = ("--pretext", "region_prior", "--proposals", "random", "--num_patches", "10", "--max_prop", "6")
+
+
+def draw(*flags: object) -> list[str]:
+    with logged() as lines:
+        visualize_pretext.main(visualize_pretext.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)]))
+    return lines
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_samples_of_a_pretext_need_no_model(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a", "--count", "2")
+    draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "b", "--count", "4")
+    assert size(tmp_path / "b" / "samples.png")[1] > size(tmp_path / "a" / "samples.png")[1]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["samples.png"]
+    with pytest.raises(UserError, match="samples.png already"):
+        draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a")
+
+
+def test_patches_of_a_model_and_patches_chosen_by_hand(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    pre_train("--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth")
+    draw(*model, "--output_dir", tmp_path / "a", "--count", "2")  # the images are those of the run
+    assert (tmp_path / "a" / "patches.png").exists()
+    draw(*model, "--imagenet_path", images / "000.png", "--boxes", 5, 5, 40, 40, 20, 10, 70, 60, "--output_dir", tmp_path / "b")
+    assert (tmp_path / "b" / "patches.png").exists()
+    for boxes, said in (((5, 5, 400, 40), "80"), ((5, 5, 40), "3 numbers"), ((9, 9, 9, 9), "x0 < x1")):
+        with pytest.raises(UserError, match=said):
+            draw(*model, "--imagenet_path", images / "000.png", "--boxes", *boxes, "--output_dir", tmp_path / "c")
+
+
+def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--num_patches", "10")
+    draw(*model, "--output_dir", tmp_path / "a", "--count", "2")
+    draw(*model, "--output_dir", tmp_path / "b", "--count", "2", "--truth_path", coco)
+    two, three = (size(tmp_path / name / "objects.png") for name in "ab")
+    assert three[0] > two[0], "the truth is a third panel"
+
+
+def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
+    """`./configs/DETReg_top30_in.sh --resume exps/DETReg_top30_in/checkpoint.pth --eval`, as published."""
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    words = [*RUN_FLAGS, *REGION, "--imagenet_path", images, "--coco_path", coco, "--output_dir", tmp_path / "run", "--eval"]
+    pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
+    assert json.loads((tmp_path / "run" / "proposal_metrics.json").read_text())["AR100"] >= 0
+    with pytest.raises(UserError, match="--eval needs the model"):
+        pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+    with pytest.raises(UserError, match="python finetune_main.py"):
+        pretrain_main.parse(["--eval", "--coco_path", str(coco)])
