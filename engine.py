@@ -20,8 +20,8 @@ from datasets.collate import to_device
 from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
 from util.distributed import all_gather_object, barrier, get_rank, get_world_size, is_main_process
-from util.logger import Progress, StopRequested, format_seconds, log
-from util.metrics import Averages, LossReader, check_finite, to_host
+from util.logger import Progress, StopRequested, UserError, format_seconds, log
+from util.metrics import PAIRS, Averages, LossReader, check_finite, per_pair, to_host, with_pairs
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.run_folder import append_log, is_logged
@@ -110,6 +110,7 @@ class Run:
     pending: dict | None = None  # a trained epoch's values that wait for its evaluation
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
+    max_iters: int | None = None  # with it the run ends after as many steps, which the rate schedule then counts too, not epochs
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -128,14 +129,17 @@ def forward_losses(
     with autocast(samples.tensors.device, amp):
         outputs = run_model(samples, targets) if getattr(bare(run_model), "sees_targets", False) else run_model(samples)
     losses = criterion(outputs, targets)
-    return outputs, losses, criterion.total(losses)
+    total = criterion.total(losses)
+    return outputs, losses if criterion.reproduce_published else with_pairs(losses, criterion.last_pairs), total
 
 
 def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
     """The published log: each weighted loss by its name, each raw value with `_unscaled`, `loss` the weighted sum."""
-    values = {f"{name}_unscaled": value for name, value in losses.items()}
+    losses = per_pair(losses)
+    values = {f"{name}_unscaled": value for name, value in losses.items() if name != PAIRS}
     scaled = {name: losses[name] * weight for name, weight in weights.items() if name in losses}
-    return {**values, **scaled, "loss": sum(scaled.values()), "class_error": losses.get("class_error", 0.0)}
+    kept = {name: losses[name] for name in ("class_error", PAIRS) if name in losses}
+    return {**values, **scaled, "loss": sum(scaled.values()), **kept}
 
 
 def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]], stop: bool) -> tuple[dict[str, float], bool]:
@@ -149,7 +153,7 @@ def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]]
     run.optimizer.zero_grad(set_to_none=True)
     total.backward()
     values = reader.read()
-    check_finite(values, (int(target["image_id"]) for target in targets))
+    check_finite(values, dict.fromkeys(int(target["image_id"]) for target in targets))  # once each, whatever the views
     if run.clip_max_norm > 0:
         parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
         torch.nn.utils.clip_grad_norm_(parameters, run.clip_max_norm)
@@ -167,16 +171,18 @@ def train_one_epoch(run: Run) -> None:
     run.criterion.train()
     mean, std = run.keep["normalization"]["mean"], run.keep["normalization"]["std"]
     sampler = run.loader.batch_sampler
-    sampler.set_epoch(run.epoch, run.batch)
+    sampler.set_epoch(run.epoch, run.batch, run.max_iters and run.max_iters - run.scheduler.last_epoch)
     steps = run.batch + len(sampler)
     bar = Progress(steps, f"epoch {run.epoch + 1}/{run.epochs}", start=run.batch)
     began, images, problems_before = time.monotonic(), 0, run.problems.count
     for samples, targets in run.loader:
         run.problems.add(targets.problems)
-        images += len(samples) * get_world_size()
+        images += sampler.batch_size * get_world_size()  # `samples` may hold several views of each
         samples, targets = to_device(samples, targets, run.device, mean, std)
         values, asked = train_step(run, samples, targets, run.stop.asked)
         values["lr"] = run.optimizer.param_groups[0]["lr"]
+        if run.max_iters:
+            run.scheduler.step()
         run.averages.add(values)
         run.batch += 1
         rate = images / (time.monotonic() - began)
@@ -210,8 +216,8 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Losses and metrics over a data set, each image once over all processes.
 
-    Returns (values for the log without prefix, examples): `coco_eval_bbox` holds the 12 numbers; examples are the first
-    `keep_examples` images of this process with their predictions and targets.
+    Returns (values without prefix, examples): `coco_eval_bbox` holds the evaluator's numbers, AP first; what else it gives is there by
+    its name; examples are the first `keep_examples` images of this process with their predictions and targets.
     """
     model = bare(model).eval()
     criterion.eval()
@@ -234,8 +240,9 @@ def evaluate(
         log.warning("%d images of the evaluation can't be used: their objects count as missed", problems.count)
     values = averages.merged().means()
     evaluator.synchronize_between_processes()
-    values["coco_eval_bbox"] = evaluator.summarize()["stats"]
-    return values, examples
+    summary = evaluator.summarize()
+    values["coco_eval_bbox"] = summary.pop("stats")
+    return {**values, **summary}, examples
 
 
 def _examples(samples: NestedTensor, targets: list[dict], results: list[dict], count: int) -> list[dict]:
@@ -318,14 +325,15 @@ def fit(run: Run) -> None:
 
 def _train_and_save(run: Run) -> None:
     """One epoch, or what is left of it; when asked to stop, saves where it is."""
+    rate = run.optimizer.param_groups[0]["lr"]
     try:
         train_one_epoch(run)
     except StopRequested:
         run.pending = None
         save(run, ["checkpoint.pth"])
         raise
-    rate = run.optimizer.param_groups[0]["lr"]
-    run.scheduler.step()
+    if not run.max_iters:
+        run.scheduler.step()
     dropped = run.optimizer.param_groups[0]["lr"] != rate
     run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
     run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
@@ -364,21 +372,36 @@ def make_run(
         model, args.lr, args.lr_backbone, args.weight_decay, args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult,
         args.sgd,
     )
-    scheduler = build_scheduler(optimizer, args.lr_drop, args.lr_drop_epochs)
+    scheduler = build_scheduler(optimizer, args.lr_drop_iters) if args.max_iters else build_scheduler(
+        optimizer, args.lr_drop, args.lr_drop_epochs
+    )
     if get_world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
-    return Run(
+    run = Run(
         model, criterion, optimizer, scheduler, loader, device, args.epochs, args.clip_max_norm, args.amp == "bf16", folder,
-        args.save_every, keep, epoch=args.start_epoch,
+        args.save_every, keep, epoch=args.start_epoch, max_iters=args.max_iters,
     )
+    _count_epochs(run)
+    return run
+
+
+def _count_epochs(run: Run) -> None:
+    """What a number of steps is in epochs, the last one perhaps not whole."""
+    if run.max_iters:
+        left = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch
+        run.epochs = run.epoch + -(-left // run.loader.batch_sampler.batches_per_epoch)
 
 
 def continue_run(run: Run, checkpoint: dict) -> None:
     """Optimiser, schedule, position and random states of a checkpoint; one that holds weights only starts at `--start_epoch`."""
     if all(name in checkpoint for name in ("optimizer", "lr_scheduler", "epoch")):
+        if bool(run.max_iters) != bool(checkpoint.get("args", {}).get("max_iters")):
+            raise UserError("--max_iters: the schedule of this checkpoint counts %s; resume it with the same kind of schedule" %
+                            ("epochs" if run.max_iters else "iterations"))
         restore_optimizer(run.optimizer, run.scheduler, checkpoint)
         restore(run, checkpoint)
+        _count_epochs(run)
         where = f", batch {run.batch}" if run.batch else ""
         log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, where)
     else:

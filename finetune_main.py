@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import engine
-from datasets import build_labelled, build_loader
+from datasets import build_labelled, build_loader, subsets
 from datasets.checks import check_at_start
-from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.per_class import class_table
 from datasets.sample_page import draw_samples
 from models import build_model
 from models.summary import describe_model
@@ -31,7 +31,7 @@ from util.distributed import is_main_process
 from util.flags import FINETUNE
 from util.logger import log
 from util.plot_utils import prediction_page
-from util.run_folder import describe_settings, prepare_output, save_settings, write_text
+from util.run_folder import check_room, describe_settings, prepare_output, save_settings, write_text
 from util.run_page import report
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
@@ -48,7 +48,8 @@ def parse(argv: list[str]) -> Namespace:
 
 
 class Evaluation:
-    """Evaluates on the held-out images; leaves `metrics.json`, `results.json` and a page of predictions in the run's folder."""
+    """Evaluates on the held-out images; leaves `metrics.json`, `per_class.json`, `results.json` and a page of
+    predictions in the run's folder."""
 
     def __init__(
         self, args: Namespace, dataset, criterion, postprocessors: dict, device: torch.device, folder: Path | None, normalization: dict
@@ -59,17 +60,19 @@ class Evaluation:
 
     def __call__(self, model: torch.nn.Module, epoch: int) -> dict:
         """Returns the values for the log, with the prefix `test_`."""
-        evaluator = CocoEvaluator(self.dataset.annotation_file, self.args.coco_evaluator, self.dataset.category_ids)
+        evaluator = self.dataset.evaluator(self.args)
         values, examples = engine.evaluate(
             model, self.criterion, self.postprocessors, self.loader, evaluator, self.device, self.normalization,
             self.args.amp == "bf16", keep_examples=12,
         )
-        stats = values["coco_eval_bbox"]
-        shown = [f"{name} {value:.3f}" for name, value in zip(METRICS, stats, strict=True)]
-        log.info("%s  loss %.3f\n%s", "  ".join(shown[:6]), values["loss"], "  ".join(shown[6:]))
+        per_class = values.pop("per_class")
+        shown = [f"{name} {value:.3f}" for name, value in zip(METRICS, values["coco_eval_bbox"], strict=False)]
+        recalls = f"\n{'  '.join(shown[6:])}" if shown[6:] else ""
+        log.info("%s  loss %.3f%s\n%s", "  ".join(shown[:6]), values["loss"], recalls, class_table(per_class))
         if self.folder is not None and is_main_process():
             write_text(self.folder / "results.json", json.dumps(evaluator.results()))
             write_text(self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1))
+            write_text(self.folder / "per_class.json", json.dumps({"epoch": epoch, "classes": per_class}, indent=1))
             prediction_page([_page_row(example) for example in examples], self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}
 
@@ -99,6 +102,12 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint | None, args: Na
         load_exactly(model, checkpoint)
 
 
+def save_subset(folder: Path | None, train_set, args: Namespace) -> None:
+    """Which images a run with few labels learns from, so that another can take the same by `--split_file`."""
+    if folder is not None and is_main_process() and train_set.annotations.drawn:
+        write_text(folder / subsets.FILE, json.dumps(subsets.describe_subset(train_set.annotations, args)))
+
+
 def train(run: engine.Run) -> None:
     """All epochs, with the run's page kept up to date; says at the end what the detector is good for."""
     run.plot = lambda: report(run.folder)
@@ -125,6 +134,7 @@ def main(args: Namespace) -> None:
     model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
     summary = describe_model(model, args)
+    check_room(folder, model)
 
     backbone = model.backbone[0]
     normalization = {"mean": list(backbone.mean), "std": list(backbone.std)}
@@ -152,6 +162,7 @@ def main(args: Namespace) -> None:
     data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
     counts = [len(train_set), len(val_set)]
     save_settings(folder, args, {"data": data, "images": counts, "data_check": data_check, "model": summary})
+    save_subset(folder, train_set, args)
     draw_samples(folder, train_set, args.batch_size, run.epoch, normalization)
     run.evaluate, run.eval_every = evaluation, args.eval_every
     train(run)

@@ -39,7 +39,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "box not finite": ("problem", "NaN or infinity in a box, which is left out"),
     "box without area": ("problem", "width or height of 0 or less; the box is left out"),
     "box outside image": ("problem", "nothing of the box is in its image; it is left out"),
-    "category not listed": ("problem", "trained but not evaluated"),
+    "category not listed": ("problem", "a class that the file does not list is not evaluated; own data with one are refused"),
     "category out of range": ("problem", "needs a larger --num_classes"),
     "more objects than queries": ("problem", "needs a larger --num_queries"),
     "box partly outside": ("warning", "cut to its image in training"),
@@ -47,8 +47,8 @@ KINDS: dict[str, tuple[str, str]] = {
     "file name twice": ("warning", "two entries of one file"),
     "duplicate image": ("warning", "the same pixels twice in a split"),
     "rotated by EXIF": ("warning", "viewers turn it, training takes the pixels as they are stored: compare its boxes"),
-    "other extension": ("info", "the file's format is not what its name says; it is read all the same"),
     "classes differ": ("warning", "the classes of training and validation do not agree"),
+    "other extension": ("info", "the file's format is not what its name says; it is read all the same"),
     "no objects": ("info", "an image without boxes"),
 }
 

@@ -1,13 +1,17 @@
 """Labelled images with COCO annotations, in the published layouts."""
 import os
 from argparse import Namespace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from datasets.annotations import Annotations, read_coco
+from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.detections import Detections
 from datasets.image_folder import PackedStrings, read_image
 from datasets.sample import BadImageError, SampleDataset, Target
+from datasets.subsets import training_subset
 from datasets.transforms import Transform, detection_transforms
 from util.logger import UserError, log
 from util.random_state import SampleRandom
@@ -75,6 +79,14 @@ class CocoDetection(SampleDataset):
     def fingerprint(self) -> str:
         return self.annotations.fingerprint()
 
+    def truth(self) -> str | dict[str, Any]:
+        """What a COCO evaluator compares with: an annotation file or its content."""
+        return self.annotation_file
+
+    def evaluator(self, args: Namespace) -> Detections:
+        """A new evaluator of these images."""
+        return CocoEvaluator(self.truth(), args.coco_evaluator, self.category_ids)
+
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         image = read_image(self.path(index))
         height, width = image.shape[-2:]
@@ -85,6 +97,13 @@ class CocoDetection(SampleDataset):
                 f"{listed_height} in {self.annotation_file} (rotated or resized?)"
             )
         return self.transforms(image, self.annotations.target(index, (height, width)), rng)
+
+
+class ConvertedDetection(CocoDetection):
+    """Images whose annotations were of another format; their labels are the category ids."""
+
+    def truth(self) -> dict[str, Any]:
+        return self.annotations.as_coco()
 
 
 def build_coco(image_set: str, args: Namespace) -> CocoDetection:
@@ -98,7 +117,7 @@ def build_coco(image_set: str, args: Namespace) -> CocoDetection:
         raise UserError(f"{classes.source} counts its classes without gaps, --dataset_file coco takes the ids as they are: give "
                         "--dataset_file custom --val_images DIR --val_annotations FILE")
     image_folder, annotation_file = coco_files(coco_root(args), image_set)
-    annotations = read_with_files(image_folder, annotation_file, image_set, args)
+    annotations = usable(read_coco(annotation_file), image_folder, image_set, args)
     num_classes = _num_classes(annotations, args.num_classes)
     return CocoDetection(image_folder, annotations, labelled_transforms(image_set, args), num_classes, seed=args.seed)
 
@@ -108,16 +127,18 @@ def labelled_transforms(image_set: str, args: Namespace) -> Transform:
     return detection_transforms(image_set, args.image_size or 800, args.max_size)
 
 
-def read_with_files(image_folder: str, annotation_file: str, image_set: str, args: Namespace) -> Annotations:
-    """The annotations of the images that are in the folder; says how many.
+def usable(annotations: Annotations, image_folder: str, image_set: str, args: Namespace) -> Annotations:
+    """Of the images to train on those that were chosen; of all those with a file. Says how many.
 
     Raises:
-        UserError: see `read_coco`; a file is missing for evaluation, or all are missing.
+        UserError: a file is missing for evaluation, or all are missing; no image was chosen.
     """
+    if image_set == "train":
+        annotations = training_subset(annotations, args)
     # A check of the data set lists what is absent and goes on.
-    annotations = _with_files(read_coco(annotation_file), image_folder, image_set, getattr(args, "check_only", False))
+    annotations = _with_files(annotations, image_folder, image_set, getattr(args, "check_only", False))
     log.info(
-        "%s: %d images, %d without objects, %d boxes, %d classes", annotation_file, len(annotations),
+        "%s: %d images, %d without objects, %d boxes, %d classes", annotations.source, len(annotations),
         (np.diff(annotations.offsets) == 0).sum(), len(annotations.labels), len(annotations.class_names),
     )
     return annotations

@@ -1,16 +1,18 @@
-"""Own labelled images: a folder and a COCO file each for training and evaluation. Labels count from 0, whatever the ids.
+"""Own labelled images, for training and evaluation: a folder of them, and a COCO file or a folder of XML files. Labels count from 0.
 
 Classes are told by their names. The training file says which there are, in the order of their ids; a checkpoint that is resumed
 or evaluated brings its own (`args.classes`). Files keep the ids of their user: labels are turned back where results are written.
 """
+import os
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
-from datasets.annotations import Annotations
-from datasets.coco import CocoDetection, labelled_transforms, read_with_files
+from datasets.annotations import Annotations, read_coco
+from datasets.coco import CocoDetection, ConvertedDetection, labelled_transforms, usable
+from datasets.voc import read_xml_folder
 from util.arguments import was_given
 from util.classes import Classes
 from util.logger import UserError, log
@@ -30,15 +32,16 @@ def build_custom(image_set: str, args: Namespace) -> CocoDetection:
     if not folder or not file:
         missing = f"--{image_set}_annotations FILE" if folder else f"--{image_set}_images DIR"
         raise UserError(f"--dataset_file custom needs --{image_set}_images and --{image_set}_annotations: add {missing}")
-    annotations = read_with_files(folder, file, image_set, args)
+    xml = os.path.isdir(file)
+    annotations = usable(read_xml_folder(file) if xml else read_coco(file), folder, image_set, args)
     _check_names(annotations, getattr(args, "check_only", False))
     classes = getattr(args, "classes", None) or _own_classes(annotations)
     _check_count(args, classes)
     ids = _ids_by_name(annotations, classes)
-    return CocoDetection(
-        folder, _with_rows(annotations, ids, classes), labelled_transforms(image_set, args), classes.count, seed=args.seed,
-        category_ids=_with_absent(ids, classes),
-    )
+    annotations, transforms = _with_rows(annotations, ids, classes), labelled_transforms(image_set, args)
+    if xml:  # which has no ids of its own
+        return ConvertedDetection(folder, annotations, transforms, classes.count, seed=args.seed)
+    return CocoDetection(folder, annotations, transforms, classes.count, seed=args.seed, category_ids=_with_absent(ids, classes))
 
 
 def _check_names(annotations: Annotations, check_only: bool) -> None:

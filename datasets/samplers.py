@@ -26,9 +26,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.rank, self.world_size = rank, world_size
         self.set_epoch(epoch, start_batch)
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The epoch of the next iteration; `start_batch` batches of it count as seen (resuming in mid-epoch)."""
-        self.epoch, self.start_batch = epoch, start_batch
+    def set_epoch(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> None:
+        """The epoch of the next iteration; `start_batch` batches of it count as seen (resuming in mid-epoch), and at most `max_batches`
+        follow."""
+        self.epoch, self.start_batch, self.max_batches = epoch, start_batch, max_batches
 
     @property
     def batches_per_epoch(self) -> int:
@@ -37,12 +38,13 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return whole + int(not self.drop_last and rest > self.rank)
 
     def __len__(self) -> int:
-        return max(self.batches_per_epoch - self.start_batch, 0)
+        left = max(self.batches_per_epoch - self.start_batch, 0)
+        return left if self.max_batches is None else min(left, self.max_batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = self.epoch, self._order()
         global_size = self.batch_size * self.world_size
-        for batch in range(self.start_batch, self.batches_per_epoch):
+        for batch in range(self.start_batch, self.start_batch + len(self)):
             start = batch * global_size
             mine = order[start + self.rank : min(start + global_size, self.dataset_len) : self.world_size]
             yield [(epoch, index) for index in mine.tolist()]

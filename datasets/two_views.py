@@ -162,13 +162,13 @@ def pick_regions(first: Tensor, second: Tensor, views: Views, count: int, rng: S
     """
     overlap = torch.stack([views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)])[:, None]
     pairs = torch.stack([first, second])[:, : count - 1]
-    if pairs.shape[1] < count - 1:
-        source = pairs[0] if pairs.shape[1] else overlap[0]
+    missing = count - 1 - pairs.shape[1]
+    if missing:
+        sources = pairs[0] if pairs.shape[1] else overlap[0]
         origin = overlap[0, 0, :2].repeat(2)
         height, width = (overlap[0, 0, 2:] - overlap[0, 0, :2]).flip(0).tolist()
-        copies = repeat_boxes(source - origin, count - 1, (height, width), rng)[pairs.shape[1] :] + origin
-        copies = torch.stack([copies, views.between(copies, views.first, views.second)])
-        pairs = torch.cat([pairs, copies], 1)
+        copies = repeat_boxes(sources - origin, len(sources) + missing, (height, width), rng)[len(sources) :] + origin
+        pairs = torch.cat([pairs, torch.stack([copies, views.between(copies, views.first, views.second)])], 1)
     return torch.cat([overlap, pairs], 1)
 
 

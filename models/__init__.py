@@ -12,7 +12,7 @@ from models.criterion import SetCriterion, expand_weights
 from models.position_encoding import POSITION_ENCODINGS
 from models.postprocess import PostProcess
 from util.arguments import resolve
-from util.registry import DETECTORS, PRETEXTS, load
+from util.registry import DETECTORS, PRETEXTS, choose, load
 
 
 def build_backbone(args) -> BackboneWithPositions:
@@ -21,7 +21,8 @@ def build_backbone(args) -> BackboneWithPositions:
     backbone = Backbone(args.backbone, args.backbone_norm, args.dilation, stages, trainable=args.lr_backbone > 0)
     if args.backbone_weights != "none":
         load_backbone_weights(backbone.body, args.backbone, args.backbone_weights)
-    return BackboneWithPositions(backbone, POSITION_ENCODINGS[args.position_embedding](args.hidden_dim))
+    positions = choose(POSITION_ENCODINGS, "--position_embedding", args.position_embedding)  # from a checkpoint it may be any
+    return BackboneWithPositions(backbone, positions(args.hidden_dim))
 
 
 def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:

@@ -67,13 +67,14 @@ class SetCriterion(nn.Module):
         """outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
 
         Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them, those of encoder
-        proposals in `self.last_proposal_matches`.
+        proposals in `self.last_proposal_matches`, the number of pairs that `class_error` is of in `self.last_pairs`.
 
         Raises:
             NonFinitePrediction: a prediction is NaN or infinite.
         """
         num_boxes = self._num_boxes(sum(len(target["labels"]) for target in targets), outputs["pred_logits"].device)
         losses, self.last_matches = self._score(self.losses, outputs, targets, num_boxes)
+        self.last_pairs = len(self.last_matches.source) // (1 + len(outputs.get("aux_outputs", [])))
         if "enc_outputs" in outputs:
             objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
             names = [name for name in self.losses if name in PROPOSAL_LOSSES]
@@ -110,7 +111,7 @@ class SetCriterion(nn.Module):
         """Targets a process, at least 1; averaged over the processes in training (in evaluation these may have different batches)."""
         if get_world_size() == 1 or not self.training:
             return float(max(count, 1))
-        total = all_reduce_sum(torch.tensor([float(count)], device=device))
+        total = all_reduce_sum(torch.full((1,), float(count), device=device))  # filled there: a copy would make the host wait
         return (total / get_world_size()).clamp(min=1)[0]
 
     @staticmethod
@@ -201,7 +202,16 @@ class SetCriterion(nn.Module):
         projected = functional.normalize(full_precision(outputs["projections"]).detach(), dim=1)
         predicted = functional.normalize(full_precision(outputs["predictions"]), dim=1)
         distance = 2 - 2 * (predicted * projected.roll(len(projected) // 2, 0)).sum(1)
-        return {"loss_enc_global_contra": distance.mean(), "projection_std": projected.std(0, correction=0).mean()}
+        return {"loss_enc_global_contra": distance.mean(), "projection_std": self._spread(projected)}
+
+    @torch.no_grad()
+    def _spread(self, x: Tensor) -> Tensor:
+        """Standard deviation over the rows of [N, C] of all processes, mean over channels."""
+        sums = torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)])
+        if self.training:  # as in `_num_boxes`
+            all_reduce_sum(sums)
+        mean, square = (sums[1:] / sums[0]).chunk(2)
+        return (square - mean.square()).clamp(min=0).sqrt().mean()
 
 
 def expand_weights(weights: dict[str, float], num_aux_layers: int, proposals: bool = False) -> dict[str, float]:

@@ -103,7 +103,7 @@ class DeformableDETR(Detector):
                 raise ValueError("a two-stage detector makes its own queries")
             queries, references, proposals = self._propose(memory)
         else:
-            queries = queries or self.learned_queries(len(memory.tokens))
+            queries = queries or self.learned_queries(memory.tokens.shape[0])
             with torch.autocast(memory.tokens.device.type, enabled=False):
                 references = self.transformer.reference_points(full_precision(queries.position)).sigmoid()
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content

@@ -95,7 +95,7 @@ class SingleScaleDetector(Detector):
 
     def decoder_inputs(self, memory: Memory, queries: Queries | None) -> tuple[Tensor, Tensor]:
         """Content and position of the queries, [B, Q, D] each; the content starts from zeros unless it is given."""
-        queries = queries or self.learned_queries(len(memory.tokens))
+        queries = queries or self.learned_queries(memory.tokens.shape[0])
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content
         return content, queries.position
 

@@ -2,7 +2,6 @@
 import importlib
 import os
 import re
-import shlex
 import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
 TOOLS = {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "\ndef parse(" in path.read_text()}
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget) |\./\S+\.sh\b)")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|curl) |\./\S+\.sh\b)")
 
 
 def shown_commands(path: Path) -> list[str]:
@@ -66,12 +65,15 @@ def without_launcher(words: list[str]) -> list[str]:
 
 def script_words(words: list[str]) -> list[str]:
     """A command that trains or evaluates, without its launcher and with the words of its config: [SCRIPT, FLAG, ...]"""
-    words = words[next(i for i, word in enumerate(words) if "=" not in word):]
-    if words[0].removeprefix("./") == "tools/run_dist_launch.sh":
-        assert words[1].isdigit()
-        words = words[2:]
+    words = words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)):]
+    before = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}.get(words[0].removeprefix("./"), 0)
+    if before:
+        assert words[before - 1].isdigit(), "the number of processes"
+        words = words[before:]
     config = words[0].removeprefix("./")
-    return config_words(ROOT / config, *words[1:]) if config.startswith("configs/") else without_launcher(words)
+    if config.startswith("configs/"):
+        return config_words(ROOT / config, *words[1:])
+    return words if words[0] in SCRIPTS else without_launcher(words)
 
 
 def check_command(words: list[str]) -> Namespace | None:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.annotations import parse_coco
+from datasets.annotations import Annotations, from_columns, parse_coco
 from datasets.collate import normalize_images
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator
-from datasets.image_folder import to_tensor
+from datasets.evaluators.voc import VocEvaluator, area, eleven_points
+from datasets.image_folder import PackedStrings, to_tensor
 from datasets.proposals.random import RandomProposals
 from datasets.proposals.search import to_pixels
 from datasets.proposals.selective_search import corners_of
@@ -152,7 +153,7 @@ def check_coco_eval(case_json: Mapping[str, Any], golden_dir: Path) -> None:
         summary = evaluator.summarize()
         np.testing.assert_allclose(summary["stats"], expected["stats_bbox_pycocotools"], rtol=0, atol=1e-9)
         per_class = [value for value in expected["per_class_AP"] if value > -1]
-        np.testing.assert_allclose(list(summary["per_class_ap"].values()), per_class, rtol=0, atol=1e-9)
+        np.testing.assert_allclose([row["AP"] for row in summary["per_class"]], per_class, rtol=0, atol=1e-9)
 
 
 def check_data_detr(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
@@ -184,8 +185,49 @@ def check_data_updetr(case: str, case_json: Mapping[str, Any], npz: Arrays, gold
     assert target["size"].tolist() == npz["det_val/size"].tolist()
 
 
+def voc_annotations(case: Mapping[str, Any]) -> Annotations:
+    """What the XML files of a case would hold: corners from 1 on, all inclusive."""
+    ids = sorted(map(int, case["annotations"]))
+    objects = [(i, item) for i in ids for item in case["annotations"][f"{i:06d}"]]
+    boxes = np.array([item["bbox"] for _, item in objects], dtype=np.float32) - np.array([1, 1, 0, 0], dtype=np.float32)
+    columns = {
+        "id": np.arange(len(objects)), "image": np.array([i for i, _ in objects]), "box": boxes,
+        "label": np.array([case["classes"].index(item["name"]) for _, item in objects]), "crowd": np.zeros(len(objects), bool),
+        "area": np.ones(len(objects), np.float32), "difficult": np.array([bool(item["difficult"]) for _, item in objects]),
+    }
+    names = PackedStrings(f"{i:06d}.jpg" for i in ids)
+    return from_columns(columns, "golden", names, np.array(ids), np.zeros((len(ids), 2), int), dict(enumerate(case["classes"])))
+
+
+def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
+    """AP of each class and threshold, and their means, by both metrics, as DETReg has them."""
+    case = json.loads((Path(golden_dir) / case_json["voc_eval"]["file"]).read_text())
+    annotations = voc_annotations(case)
+    for metric, published in (("11point", "metric07"), ("area", "area")):
+        expected = case_json["voc_eval"]["results"][published]
+        evaluator = VocEvaluator(annotations, metric, reproduce_published=True)
+        evaluator.update({
+            int(image): {
+                "boxes": torch.tensor(found["boxes"], dtype=torch.float64).reshape(-1, 4), "labels": torch.tensor(found["labels"]),
+                "scores": torch.tensor(found["scores"], dtype=torch.float64),
+            } for image, found in case["predictions"].items()
+        })
+        summary, tables = evaluator.summarize(), evaluator.tables()
+        ap50, ap75, ap = expected["mAP50_mAP75_mAP"]
+        np.testing.assert_allclose(summary["stats"], [ap, ap50, ap75], rtol=0, atol=1e-12)
+        np.testing.assert_allclose([tables[row][metric] for row in range(3)], expected["AP_class_by_threshold"], rtol=0, atol=1e-12)
+        recall, precision = evaluator.curve(0, 0.5)
+        np.testing.assert_allclose(recall, npz[f"voc/{published}/cat_rec"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(precision, npz[f"voc/{published}/cat_prec"], rtol=0, atol=1e-12)
+    known = case_json["voc_ap"]
+    recall, precision = np.array(known["rec"]), np.array(known["prec"])
+    assert abs(eleven_points(recall, precision, published=True) - known["metric07"]) < 1e-12
+    assert abs(area(recall, precision) - known["area"]) < 1e-12
+
+
 def check_data_detreg(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
-    """Boxes of selective search: from OpenCV's whole numbers to pixels."""
+    """VOC's AP; boxes of selective search: from OpenCV's whole numbers to pixels."""
+    check_voc_eval(case_json, npz, golden_dir)
     boxes = corners_of(npz["ss/raw_xywh_in_128x128"])
     np.testing.assert_array_equal(to_pixels(boxes, 128, (90, 140)).numpy(), npz["ss/boxes_xyxy_h90_w140"])
     np.testing.assert_array_equal(to_pixels(boxes, 0, (90, 140)).numpy(), npz["ss/boxes_xyxy_noresize"])

@@ -7,6 +7,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from datasets.evaluators import coco as coco_module
+from datasets.evaluators import detections as detections_module
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend
 from util.logger import UserError
 
@@ -61,7 +62,8 @@ def test_backend_equals_pycocotools(backend: str) -> None:
         results = random_detections(rng, truth)
         expected, actual = summary(truth, results, "pycocotools"), summary(truth, results, backend)
         np.testing.assert_allclose(actual["stats"], expected["stats"], rtol=0, atol=1e-9, err_msg=f"seed {seed}")
-        assert actual["per_class_ap"] == pytest.approx(expected["per_class_ap"], abs=1e-9), seed
+        for row, known in zip(actual["per_class"], expected["per_class"], strict=True):
+            assert row == {name: value if isinstance(value, str) else pytest.approx(value, abs=1e-9) for name, value in known.items()}, seed
 
 
 def simple_truth(**annotation) -> dict:
@@ -83,7 +85,7 @@ def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.Ca
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
     assert result["stats"][3:6] == pytest.approx([-1, 1, -1])
-    assert result["per_class_ap"] == {2: pytest.approx(1)}
+    assert result["per_class"] == [{"id": 2, "name": "cat", "objects": 1, **dict.fromkeys(("AP", "AP50", "AP75"), pytest.approx(1))}]
     assert capfd.readouterr().out == ""
 
 
@@ -92,7 +94,8 @@ def test_no_detection_gives_zeros_where_there_is_truth() -> None:
     none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     for predictions in ({}, {5: none}, {6: {**exact_hit(), "labels": torch.tensor([77])}}):
         evaluator.update(predictions)
-        assert evaluator.summarize() == {"stats": [0, 0, 0, -1, 0, -1] * 2, "per_class_ap": {2: 0.0}}
+        row = {"id": 2, "name": "cat", "objects": 1, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+        assert evaluator.summarize() == {"stats": [0, 0, 0, -1, 0, -1] * 2, "per_class": [row]}
 
 
 def test_no_detection_is_as_in_pycocotools() -> None:
@@ -113,7 +116,8 @@ def test_no_detection_is_as_in_pycocotools() -> None:
         result = evaluator.summarize()
         assert result["stats"] == reference.stats.tolist(), truth
         known = (reference.eval["precision"][:, :, :, 0, 2] > -1).any((0, 1))
-        assert result["per_class_ap"] == {label: 0.0 for label, has in zip(reference.params.catIds, known, strict=True) if has}
+        found = {row["id"]: row["AP"] for row in result["per_class"]}
+        assert found == {label: 0.0 for label, has in zip(reference.params.catIds, known, strict=True) if has}
 
 
 def test_results_are_coco_results() -> None:
@@ -128,7 +132,7 @@ def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPa
     evaluator.update({5: exact_hit()})
     other = CocoEvaluator(simple_truth())
     other.update({5: exact_hit(), 6: exact_hit()})
-    monkeypatch.setattr(coco_module, "all_gather_object", lambda mine: [mine, other._detections])
+    monkeypatch.setattr(detections_module, "all_gather_object", lambda mine: [mine, other._detections])
     evaluator.synchronize_between_processes()
     assert [result["image_id"] for result in evaluator.results()] == [5, 6]
 

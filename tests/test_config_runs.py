@@ -12,6 +12,9 @@ from util.arguments import plain_settings, resolve
 
 # Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits counts.
 PARAMETERS = {
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32": 43_869_129, "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32": 44_200_137, "r50_condtr_100q": 44_792_265, "r50_condtr_300q": 44_843_465,
+    "r50_vanillatr": 42_949_575, "r50_deformtr_ms": 42_413_769, "r50_deformtr_ss": 35_491_657,
     "UPDETR_pretrain_in": 42_619_079, "UPDETR_finetune": 41_525_280, "UPDETR_eval": 41_525_280, "DETR_r50_swav": 41_525_280,
     "UPDETR_vanilla_finetune": 41_524_768, "UPDETR_deformable_finetune": 40_069_665, "UPDETR_deformable_single_scale_finetune": 34_066_593,
     "UPDETR_conditional_300q_finetune": 43_418_401, "UPDETR_conditional_finetune": 43_418_401 - 200 * 256,
@@ -27,13 +30,15 @@ SMALL = [
 PRETEXT_SIZES = {
     "random_query_patch": ["--num_patches", "5", "--patch_size", "32"],
     "region_prior": ["--max_prop", "5", "--patch_size", "32", "--proposals", "random"],
+    "siamese": ["--num_patches", "5", "--patch_size", "32", "--proposals", "random"],
 }
 
 
 def small_words(words: list[str], *flags: object) -> list[str]:
     """A config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
     shallow = ["--backbone", "resnet50" if "--dilation" in words else "resnet18"]
-    size = [*SMALL, *PRETEXT_SIZES["region_prior" if "region_prior" in words else "random_query_patch"]] if words[0] == "main.py" else SMALL
+    pretext = next((name for name in PRETEXT_SIZES if name in words), "random_query_patch")
+    size = [*SMALL, *PRETEXT_SIZES[pretext]] if words[0] == "main.py" else SMALL
     return [*words, *size, *shallow, *map(str, flags)]
 
 

@@ -41,7 +41,40 @@ DETREG_PRETRAIN = {
     "classification": "focal", "cls_loss_coef": 2.0, "set_cost_class": 2.0, "position_embedding": "sine_shifted", "dim_feedforward": 1024,
     "num_feature_levels": 4, "clip_max_norm": 0.1, "weight_decay": 1e-4,
 }
+# Siamese DETR: one rate for all parameters, a schedule in steps, and weights of the two discriminations by data and detector.
+SIAMESE = {
+    "pretext": "siamese", "proposals": "edge_boxes", "num_patches": 10, "box_disturbance": 0.1, "view_iou": 0.5, "view_shrink": True,
+    "lr": 1e-4, "lr_backbone": 0.0, "lr_linear_proj_mult": 1.0, "weight_decay": 1e-4, "clip_max_norm": 0.1, "backbone_weights": "swav",
+    "classification": "softmax", "cls_loss_coef": 1.0, "bbox_loss_coef": 5.0, "giou_loss_coef": 2.0, "eos_coef": 0.1,
+    "set_cost_class": 1.0, "set_cost_bbox": 5.0, "set_cost_giou": 2.0, "position_embedding": "sine", "pre_norm": False, "dropout": 0.1,
+}
+SIAMESE_IN = {
+    **SIAMESE, "imagenet_path": "data/ilsvrc/train", "image_size": 480, "max_iters": 300_000, "lr_drop_iters": 200_000, "batch_size": 8,
+    "global_loss_coef": 10.0, "feature_loss_coef": 3.0, "dim_feedforward": 2048, "num_queries": 100,
+}
+SIAMESE_CONDITIONAL_IN = {**SIAMESE_IN, "detector": "conditional_detr", "feature_loss_coef": 5.0}
+SIAMESE_COCO = {
+    **SIAMESE, "detector": "conditional_detr", "num_queries": 100, "coco_path": "data/MSCoco", "image_size": 800, "max_iters": 120_000,
+    "lr_drop_iters": 80_000, "batch_size": 4, "global_loss_coef": 0.3, "feature_loss_coef": 3.0,
+}
+SIAMESE_DEFORMABLE = {
+    **SIAMESE_IN, "detector": "deformable_detr", "num_queries": 300, "batch_size": 4, "dim_feedforward": 1024, "num_feature_levels": 4,
+}
 PUBLISHED = {
+    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": SIAMESE_CONDITIONAL_IN,
+    "r50_condtr_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "num_queries": 300},
+    "r50_condtr_100q_syncbn_coco_edgebox_rdiscr_gdiscr_gpu16_step12w": SIAMESE_COCO,
+    "r50_vanillatr_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_IN, "detector": "detr"},
+    "r50_deformtr_ms_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w": SIAMESE_DEFORMABLE,
+    "r50_deformtr_ss_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w": {**SIAMESE_DEFORMABLE, "num_feature_levels": 1},
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32_step30w": {
+        **SIAMESE_CONDITIONAL_IN, "feature_loss_coef": 0.0, "global_loss_coef": 0.0,
+    },
+    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "global_loss_coef": 0.0},
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "feature_loss_coef": 0.0},
+    "r50_condtr_100q_syncbn_coco_edgebox_iou0.3_rdiscr_gdiscr_gpu16_step12w": {**SIAMESE_COCO, "view_iou": 0.3},
+    "r50_condtr_100q_syncbn_coco_edgebox_iou0.7_rdiscr_gdiscr_gpu16_step12w": {**SIAMESE_COCO, "view_iou": 0.7},
+    "r50_condtr_100q_syncbn_coco_randbox_rdiscr_gdiscr_gpu16_step12w": {**SIAMESE_COCO, "proposals": "random"},
     "DETReg_top30_in": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc/train", "max_prop": 30, "epochs": 5},
     "DETReg_top30_in100": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc100/train", "max_prop": 30, "epochs": 50},
     "DETReg_top5_in100": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc100/train", "max_prop": 5, "epochs": 50},

@@ -33,7 +33,7 @@ def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float
 
 
 @pytest.mark.parametrize("name", [
-    "softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "encoder_proposals", "pretext",
+    "softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "encoder_proposals", "pretext", "siamese",
 ])
 def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[str, list], tmp_path: Path) -> None:
     first, second = of_both(results, name)

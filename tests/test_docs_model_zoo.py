@@ -1,4 +1,4 @@
-"""docs/model_zoo.md: every row has a command that the real parser takes, and the number of tensors that such a file has."""
+"""docs/model_zoo.md: every row has a command that runs on a file of its kind, and the number of tensors that such a file has."""
 import re
 import shlex
 from collections.abc import Callable
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.published_files import detreg, masks, shapes, siamese, updetr
+import finetune_main
 from tests.documents import ROOT, check_command, shown_commands
+from tests.published_files import SMALL, detreg, filled, masks, shapes, siamese, siamese_file, updetr
+from tests.tiny import write_coco
 from util.architecture import architecture
 from util.checkpoint import as_checkpoint, save_checkpoint
 from util.weight_files import stored_at

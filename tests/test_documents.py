@@ -3,6 +3,7 @@
 What takes a cluster is run as it stands but for flags behind it that make model, images and epochs small; it stops after three steps where
 no later command of its document needs its files. Launchers are run with a `python` that prints what it is asked to do.
 """
+import importlib.util
 import os
 import re
 import shlex
@@ -27,18 +28,18 @@ from util.weight_files import stored_at
 
 # What stands for the reader's own names.
 PLACEHOLDERS = {
-    "/path/to/coco": "data/MSCoco", "path/to/coco": "data/MSCoco", "path/to/imagenet": "data/ilsvrc/train", "<checkpoint.pth>": "checkpoint.pth",
-    "<OSS_CKPT>": "iter_300000.pth", "NAME.sh": "DETR_r50_coco.sh", "SCRIPT": "finetune_main.py", " FLAGS": " --seed 1", "HOST": "localhost",
-    " FILE": " checkpoint.pth", " DIR": " data/MSCoco", " WORD": " matcher",
+    "/path/to/coco": "data/MSCoco", "path/to/coco": "data/MSCoco", "path/to/imagenet": "data/ilsvrc/train", "NAME.sh": "DETR_r50_coco.sh",
+    "<checkpoint.pth>": "checkpoint.pth", "<OSS_CKPT>": "iter_300000.pth", "SCRIPT": "finetune_main.py", " FLAGS": " --seed 1",
+    "PARTITION": "gpu", " FILE": " checkpoint.pth", " DIR": " data/MSCoco", " WORD": " matcher",
 }
 NOT_RUN = {
     "source .venv/bin/activate": "changes the shell that it is typed in",
     "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "fetches packages; its files are read instead",
     "pip install -r requirements.txt -c constraints.txt": "fetches packages; its files are read instead",
-    "conda install ...": "of another code base, and no whole command",
-    "pip install ...": "of another code base, and no whole command",
+    "curl -L -o model.yml.gz https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
 }
 RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
+NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",)}  # extras
 SMALL_TOOLS = {
     "tools/cache_proposals.py": ["--num_workers", "0"], "tools/check_dataset.py": ["--num_workers", "0"],
     "tools/benchmark.py": ["--device", "cpu", "--image_size", "64", "--batch_size", "1", "--turns", "1"],
@@ -76,15 +77,18 @@ def _no_network(url: str, *args, **kwargs) -> None:
 def given_file(path: str, words: list[str]) -> dict:
     """What a file of somebody else's holds that a command reads: told from its name and the words around it."""
     backbone = ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
-    if "iter_" in path:
+    if "iter_" in path or "siamese" in words:
         deformable = "--deform" in words
         return siamese_file(siamese("deformable_detr" if deformable else "conditional_detr", *SMALL, channels=896 if deformable else 512))
     if "panoptic" in path:
         return {"model": filled(masks())}
-    detector = words[words.index("--detector") + 1] if "--detector" in words else "detr"
-    if "DETReg" in path:
-        return {"model": filled(detreg("deformable_detr" if "--pretrain" in words else detector, *SMALL))}
-    if "--pretrain" in words and "http" not in path:
+    usual = "deformable_detr" if "DETReg" in path else "detr"
+    detector = words[words.index("--detector") + 1] if "--detector" in words else usual
+    if "updetr" in words:
+        return {"model": filled(updetr(*SMALL))}
+    if "DETReg_top" in path or "detreg" in words:
+        return {"model": filled(detreg(detector, *SMALL))}
+    if "--pretrain" in words and "DETReg" not in path and "http" not in path:
         return {"model": filled(updetr(*SMALL, "--pre_norm"))}
     norm = ("--pre_norm",) if "--pre_norm" in words else ()
     return {"model": filled(shapes(detector, *SMALL, *backbone, *norm, outputs=92 if detector == "detr" else 91))}
@@ -119,6 +123,7 @@ def small(words: list[str], keeps: bool) -> list[str]:
         more += [*MODEL_FLAGS, "--backbone", "resnet50" if "--dilation" in words else "resnet18", "--backbone_weights", "none"]
         if words[0] == "main.py":
             more += ["--max_prop", "5", "--patch_size", "32"] if "region_prior" in words else PRETEXT_FLAGS
+            more += [] if importlib.util.find_spec("cv2") else ["--proposals", "random"]
     if "--eval" not in words:
         more += ["--batch_size", "2", "--epochs", "2" if "--resume" in words else "1", *([] if keeps else ["--dry_run"])]
     return [*words[1:], *more]
@@ -154,7 +159,7 @@ def run_launcher(words: list[str]) -> list[str]:
     if words[0] != "torchrun":
         words = run_shell(["env", *words])
         if "torch.distributed.run" not in words:  # under SLURM each task is a Python
-            assert "--ntasks=8" in words
+            assert any(word.startswith("--ntasks=") for word in words)
             return words[words.index("python") + 1 :]
         words = words[1:]
     launch = get_args_parser().parse_args(words[1:])
@@ -192,8 +197,6 @@ def run_command(command: str, later: str = "", own: bool = False) -> None:
     elif words[0] == "bash":
         assert words[1] in ("tools/demo.sh", "tools/test.sh")
         run_set_up(words)
-    elif words[0] == "export":
-        run_shell(words)
     elif words[0] == "torchrun" or "./tools/run_dist_" in command:
         run_script(run_launcher(words), later, own)
     elif words[0].startswith("./configs/"):
@@ -215,9 +218,8 @@ def is_row(path: Path, command: str) -> bool:
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE], ids=lambda path: path.stem)
 def test_every_command_runs(path: Path, project: Path) -> None:
     """In the order of the document, so that each finds what those before it wrote."""
-    if path.name == "README.md":
-        for package in ("skimage", "timm", "matplotlib"):
-            pytest.importorskip(package)
+    for package in NEEDS.get(path.name, ()):
+        pytest.importorskip(package)
     commands = [command for command in sequence(path) if command not in NOT_RUN and not is_row(path, command)]
     for i, command in enumerate(commands):
         try:
@@ -249,10 +251,11 @@ def test_files_of_packages_are_readable() -> None:
 
 
 def code_of(path: Path) -> str:
-    """All text of a document that is code: blocks, and what stands in backticks, but other code bases' commands."""
-    text = path.read_text()
-    text = re.sub(r"^\| `(?:python|GPUS|sh |bash |<|\./)[^\n]*?(?<!\\)\|", "|", text, flags=re.M) if path.name == "published_commands.md" else text
-    return "\n".join([*re.findall(r"```bash\n(.*?)```", text, re.S), *re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))])
+    """All text of a document that is code: blocks, and what stands in backticks; not the commands of other code bases."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    if path.name == "published_commands.md":
+        text = re.sub(r"^\| `.*?(?<!\\)\|", "|", text, flags=re.M)
+    return "\n".join([*re.findall(r"```bash\n(.*?)```", path.read_text(), re.S), *re.findall(r"`([^`]+)`", text)])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -283,7 +286,7 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     return set(re.findall(r"--\w+", "\n".join(parsers))) | set(DEAD_FLAGS)
 
 
-OTHERS_FLAGS = {"--nproc_per_node", "--use_env", "--all"}  # torchrun's, the older launcher's, tools/test.sh's
+OTHERS_FLAGS = {"--nproc_per_node", "--use_env", "--all", "--time"}  # of torchrun, the older launcher, tools/test.sh, srun
 
 
 def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:
@@ -291,6 +294,16 @@ def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:
     for path in DOCUMENTS:
         unknown = set(re.findall(r"(?<![\w-])--\w+", code_of(path))) - known
         assert not unknown, f"{path.name}: {unknown}"
+
+
+def test_readme_names_every_part_that_can_be_chosen() -> None:
+    """Its table of choices and the registries are the same."""
+    rows = re.findall(r"^\| [^|]+ \| `(--\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    named = {flag: set(re.findall(r"(?:^|[,;] )`([^`]+)`", values)) for flag, values in rows}
+    assert named["--pretext"] == set(registry.PRETEXTS)
+    assert named["--detector"] == set(registry.DETECTORS)
+    assert named["--dataset_file"] == set(registry.DATASETS)
+    assert named["--proposals"] == {f"{name}PATH" if name.endswith(":") else name for name in registry.PROPOSALS}
 
 
 def python_blocks(path: Path) -> list[str]:
@@ -319,7 +332,7 @@ def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch
 
 
 def test_python_examples_are_run() -> None:
-    """Two here, that of torch.hub in tests/test_hub.py."""
+    """All here but that of torch.hub, which tests/test_hub.py runs."""
     assert {path.name: len(python_blocks(path)) for path in DOCUMENTS if python_blocks(path)} == {"README.md": 2, "CONTRIBUTING.md": 1}
 
 

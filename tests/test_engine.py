@@ -346,7 +346,7 @@ def test_images_without_objects_train(fine_run: Path, tmp_path: Path) -> None:
     line = read_log(tmp_path / "run")[0]
     assert line["train_loss_bbox"] == line["train_loss_giou"] == 0
     assert line["train_loss_ce"] > 0
-    assert line["train_class_error"] == 100
+    assert "train_class_error" not in line, "there was nothing to be right or wrong about"
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:

@@ -34,7 +34,7 @@ def test_numbers_equal_the_published_ones(backend: str, golden_dir: Path) -> Non
     case = json.loads((golden_dir / "coco_eval_case.json").read_text())
     evaluator = ProposalEvaluator(case["gt"], backend)
     update(evaluator, case["dt"])
-    rows = evaluator._rows()
+    rows = evaluator.rows_xywh()
     rows[:, 6] = 1
     published = golden_models.load("data_detreg", golden_dir)[0]["proposals"]
     for name in ("default_1_10_100", "maxdets_2_5_100"):

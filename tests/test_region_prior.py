@@ -17,7 +17,8 @@ from util.flags import PRETRAIN
 from util.logger import UserError
 from util.registry import DETECTORS
 
-FLAGS = ("--pretext", "region_prior", "--object_embedding_loss", "--proposals", "random", "--max_prop", "10")
+FLAGS = (  # --num_patches: the default, which this pretext does not refuse
+    "--pretext", "region_prior", "--object_embedding_loss", "--proposals", "random", "--max_prop", "10", "--num_patches", "10")
 
 
 @pytest.fixture

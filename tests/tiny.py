@@ -92,6 +92,39 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
     return root
 
 
+VOC_NAMES = {1: "bird", 2: "cat", 3: "dog"}  # class id of `draw` -> VOC's class
+VOC_LISTS = {"2007_trainval": 3, "2012_trainval": 2, "2007_test": 3}
+
+
+def voc_xml(name: str, size_hw: tuple[int, int], objects: list[tuple[str, list[int], int]]) -> str:
+    """objects: (class, (x, y, w, h) from 0 on, difficult)."""
+    items = "".join(
+        f"<object><name>{kind}</name><difficult>{difficult}</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax>"
+        f"<ymax>{y + h}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+        "</object>" for kind, (x, y, w, h), difficult in objects
+    )
+    size = f"<size><width>{size_hw[1]}</width><height>{size_hw[0]}</height><depth>3</depth></size>"
+    return f"<annotation><filename>{name}</filename>{size}{items}</annotation>"
+
+
+def write_voc(root: Path, lists: dict[str, int] | None = None) -> Path:
+    """A small VOCdevkit with as many images in each list; the last object of an image is difficult where there are several."""
+    for first, (image_set, count) in enumerate((lists or VOC_LISTS).items()):
+        year, _, part = image_set.partition("_")
+        folder = root / f"VOC{year}"
+        for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        names = [f"{100 * first + i + 1:06d}" if year == "2007" else f"{year}_{100 * first + i + 1:06d}" for i in range(count)]
+        (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            height, width = 60 + 6 * (i % 3), 72 - 8 * (i % 2)
+            pixels, boxes, labels = draw(100 * first + i, height, width)
+            Image.fromarray(pixels).save(folder / "JPEGImages" / f"{name}.jpg")
+            objects = [(VOC_NAMES[k], box, int(0 < j == len(boxes) - 1)) for j, (box, k) in enumerate(zip(boxes, labels, strict=True))]
+            (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(f"{name}.jpg", (height, width), objects))
+    return root
+
+
 OWN_IDS = {1: 7, 2: 3, 3: 1000}  # category ids of `write_coco` -> of `write_own_data`
 
 

@@ -59,6 +59,15 @@ class Scenes(SampleDataset):
         return self.images[index], {**target, "size": size, "orig_size": size}
 
 
+class Pairs(Scenes):
+    """Two random views of each image, with as many regions."""
+
+    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
+        image, target = super().load(index, rng)
+        target["boxes"] = torch.stack([target["boxes"], target["boxes"].flip(0)])
+        return torch.stack([image, image.flip(1)]), {name: x if name == "boxes" else torch.stack([x, x]) for name, x in target.items()}
+
+
 def in_float64(original: Callable) -> Callable:
     """Batches in float64, so that rounding is all that may differ between one process and two."""
 
@@ -89,11 +98,11 @@ def weights_of(run: engine.Run) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------- scenarios
 
 
-def train(*flags: str, counts: list[int], script: str = FINETUNE) -> dict:
+def train(*flags: str, counts: list[int], script: str = FINETUNE, dataset: type[Scenes] = Scenes) -> dict:
     """Three steps of four images; what each process saw and the weights afterwards."""
-    exact = ("--backbone_norm", "frozen", "--dropout", "0", *(("--mask_ratio", "0") if script == PRETRAIN else ()))
+    exact = ("--backbone_norm", "frozen", "--dropout", "0")
     args = tiny_args(script, *exact, "--batch_size", "4", "--lr", "1e-3", *flags)
-    run = make_run(args, Scenes(counts, patches=5 if script == PRETRAIN else 0))
+    run = make_run(args, dataset(counts, patches=5 if script == PRETRAIN else 0))
     original, seen = engine.to_device, []
 
     def recorded(samples, targets, *rest):
@@ -126,7 +135,13 @@ def encoder_proposals(folder: Path) -> dict:
 
 
 def pretext(folder: Path) -> dict:
-    return train("--feature_recon", counts=[5] * IMAGES, script=PRETRAIN)
+    return train("--feature_recon", "--mask_ratio", "0", counts=[5] * IMAGES, script=PRETRAIN)
+
+
+def siamese(folder: Path) -> dict:
+    """Batch statistics of projector and predictor are those of both processes."""
+    flags = ("--pretext", "siamese", "--proposals", "random", "--box_disturbance", "0", "--detector", "conditional_detr")
+    return train(*flags, counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
 
 
 def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[engine.Run, dict]:
@@ -253,7 +268,7 @@ def stop_and_resume(folder: Path) -> dict:
 
 
 SCENARIOS = {scenario.__name__: scenario for scenario in (
-    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, one_process_without_targets,
+    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, siamese, one_process_without_targets,
     not_finite_on_one_process, evaluation, stop_and_resume,
 )}
 

@@ -1,7 +1,7 @@
 """Makes a store of proposals for a data set, on all cores; see docs/proposals.md.
 
     python tools/cache_proposals.py --images data/ilsvrc/train --output_dir proposals/ilsvrc_ss128
-    python main.py --pretext region_prior --imagenet_path data/ilsvrc/train --cache_path proposals/ilsvrc_ss128 ...
+    python main.py --pretext region_prior --imagenet_path data/ilsvrc/train --cache_path proposals/ilsvrc_ss128
 
 It may be stopped or killed at any moment: the same command goes on. Several machines share the work in one folder by --shard 1/4 to 4/4;
 when all are done, --merge makes the store. --check compares every image with a finished store.

@@ -47,8 +47,9 @@ from util.plot_utils import PALETTE, figure_classes
 from util.session import run_script
 
 SHARED_FLAGS = (  # as the entry scripts declare them
-    "imagenet_path", "coco_path", "data_root", "dataset_file", "train_images", "train_annotations", "val_images", "val_annotations",
-    "detector", "num_queries", "num_classes", "num_workers",
+    "imagenet_path", "coco_path", "data_root", "dataset_file", "dataset", "train_images", "train_annotations", "val_images",
+    "val_annotations", "voc_path", "voc_train", "voc_val", "airbus_path", "filter_pct", "split_file", "detector", "num_queries",
+    "num_classes", "num_workers", "seed",
 )
 PROBLEMS, SUMMARY, PICTURE = FILES = ("problems.csv", "check.json", "dataset.png")
 COLUMNS = ("severity", "kind", "split", "file", "image_id", "annotation_id", "detail")
@@ -171,7 +172,7 @@ def find_problems(splits: Sequence[Split], settings: Namespace) -> Iterator[Prob
 
 
 def _class_limit(split: Split, settings: Namespace) -> int:
-    """Own data count their classes themselves."""
+    """Other data than COCO's count their classes themselves."""
     if settings.dataset_file != "coco":
         return split.dataset.num_classes
     return settings.num_classes if was_given(settings, "num_classes") else PUBLISHED_NUM_CLASSES
@@ -183,12 +184,15 @@ def _class_limit(split: Split, settings: Namespace) -> int:
 def table(problems: Sequence[Problem], splits: Sequence[Split]) -> str:
     """A line a kind, the worst first: how many in each split, what it means and the first of them."""
     numbers = Counter((problem.kind, problem.split) for problem in problems)
-    first = {problem.kind: problem for problem in reversed(problems)}
+    first = {problem.kind: _where(problem) for problem in reversed(problems)}
+    unusable = [problem.detail for problem in problems if problem.kind == "unusable"]
+    if unusable:
+        first["unusable"] = f"\n{'':17}".join(unusable)
     lines = [f"{'':8} {'':26} {'train':>8} {'val':>8}"]
     for kind, (severity, meaning) in KINDS.items():
         if kind in first:
             counts = [f"{numbers[kind, split]:>8}" for split in ("train", "val")]
-            lines.append(f"{severity:8} {kind:26} {' '.join(counts)}  {meaning}\n{'':10}first: {_where(first[kind])}")
+            lines.append(f"{severity:8} {kind:26} {' '.join(counts)}  {meaning}\n{'':10}first: {first[kind]}")
     images = ", ".join(f"{len(split.paths)} {split.name} images" for split in splits)
     severities = Counter(problem.severity for problem in problems)
     total = f"{images or 'no image'}: {severities['problem']} problems, {severities['warning']} warnings"
@@ -235,7 +239,8 @@ def write_report(folder: Path, problems: Sequence[Problem], splits: Sequence[Spl
     summary = {"found": {kind: number for kind, number in found.items() if number}, **{split.name: numbers_of(split) for split in splits}}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     try:
-        draw_summary(splits, folder / PICTURE)
+        if splits:
+            draw_summary(splits, folder / PICTURE)
     except UserError as error:
         log.warning("no %s: %s", PICTURE, error)
 
@@ -333,6 +338,8 @@ def prepare_folder(args: Namespace) -> Path | None:
     if found and not args.overwrite:
         raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
     write_text(folder / ".writable", "").unlink()
+    for name in found:
+        (folder / name).unlink()
     return folder
 
 
@@ -347,7 +354,8 @@ def main(args: Namespace) -> None:
     log.info("%s", table(problems, splits))
     if folder is not None:
         write_report(folder, problems, splits)
-        log.info("every finding: %s; numbers and picture: %s, %s", folder / PROBLEMS, folder / SUMMARY, folder / PICTURE)
+        written = [str(folder / name) for name in FILES if (folder / name).exists()]
+        log.info("every finding, numbers, picture: %s", ", ".join(written))
     elif problems:
         log.info("--output_dir DIR writes every finding to a file")
     if any(problem.severity == "problem" for problem in problems):

@@ -121,7 +121,7 @@ def model_flags(checkpoint: Checkpoint) -> list[str]:
 
 
 def _rest(checkpoint: Checkpoint) -> str:
-    meta = checkpoint.get("meta") or {}
+    meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
     epoch = checkpoint.get("epoch", meta.get("epoch"))
     said = [] if epoch is None else [f"epoch {epoch}"]
     said += [f"iteration {meta['iter']}"] if "iter" in meta else []

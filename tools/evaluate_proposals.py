@@ -37,7 +37,10 @@ from util.logger import Progress, UserError, log
 from util.random_state import SampleRandom
 from util.session import prepare_checkpoint, run_script, start_session
 
-DATA_FLAGS = ("coco_path", "data_root", "dataset_file", "val_images", "val_annotations", "image_size", "max_size", "coco_evaluator")
+DATA_FLAGS = (
+    "coco_path", "data_root", "dataset_file", "voc_path", "voc_val", "airbus_path", "val_images", "val_annotations", "image_size", "max_size",
+    "coco_evaluator",
+)
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
 FILES = ("proposal_metrics.json", "proposals.json")
@@ -190,7 +193,7 @@ def main(args: Namespace) -> dict[str, float]:
     folder = prepare_folder(args)
 
     def evaluator_of(dataset: SampleDataset) -> ProposalEvaluator:
-        return ProposalEvaluator(dataset.annotation_file, args.coco_evaluator or "auto")
+        return ProposalEvaluator(dataset.truth(), args.coco_evaluator or "auto")
 
     evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args, evaluator_of)
     numbers = evaluator.summarize()

@@ -16,7 +16,9 @@ RESNET_BLOCKS = {
     (True, 3, 4, 23, 3): "resnet101",
     (True, 3, 8, 36, 3): "resnet152",
 }
-STORED = ("dilation", "nheads", "backbone", "position_embedding", "enc_n_points", "dec_n_points")  # what the weights cannot tell
+STORED = {  # what the weights cannot tell, and its type: other programs keep other things under these names
+    "detector": str, "dilation": bool, "nheads": int, "backbone": str, "position_embedding": str, "enc_n_points": int, "dec_n_points": int,
+}
 
 
 def detector_kind(state: Mapping[str, Tensor]) -> str | None:
@@ -45,8 +47,8 @@ def architecture(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     """
     state = without_detr_prefix(checkpoint["model"])
     args = checkpoint.get("args") or {}
-    kind = args["detector"] if args.get("detector") in DETECTORS else detector_kind(state)
-    certain = {flag: args[flag] for flag in STORED if args.get(flag) is not None}
+    certain = {flag: args[flag] for flag, kind in STORED.items() if isinstance(args.get(flag), kind)}
+    kind = certain["detector"] if certain.get("detector") in DETECTORS else detector_kind(state)
     certain.update(_from_weights(state, kind))
     certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
     likely = {"backbone_norm": args.get("backbone_norm"), **_sampling_points(state, certain.get("nheads", 8))}
@@ -65,9 +67,9 @@ def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, An
     def rows(key: str) -> int | None:
         return state[key].shape[0] if key in state else None
 
-    def layers(part: str) -> int:
+    def layers(part: str) -> int | None:
         found = (re.match(rf"transformer\.{part}\.layers\.(\d+)\.", key) for key in state)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        return max((int(match[1]) + 1 for match in found if match), default=None)
 
     known = {"detector": kind, "enc_layers": layers("encoder"), "dec_layers": layers("decoder"),
              "hidden_dim": rows("transformer.decoder.layers.0.norm1.weight"),

@@ -79,6 +79,10 @@ DEFAULTS: dict[str, object] = {
     "ss_resize": 128,
     "edge_model": "",
     "dataset_file": "coco",
+    "voc_train": ["2007_trainval", "2012_trainval"],
+    "voc_val": ["2007_test"],
+    "voc_metric": "11point",
+    "filter_pct": -1.0,
     "data_root": "data",
     "image_size": 800,
     "num_workers": 2,
@@ -96,6 +100,8 @@ DEFAULTS: dict[str, object] = {
 }
 
 SMALLEST_IMAGE = 32  # pixels: the stride of the backbone
+# Flag of a place -> the `--dataset_file` that reads it.
+PLACES = {"coco_path": "coco", "voc_path": "voc", "airbus_path": "airbus_ship"}
 OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
 BACKBONE_WEIGHT_ALIASES = {"supervised": "imagenet", "random": "none", "": "none"}
 
@@ -187,7 +193,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     if "num_workers" not in _given(args):
         args.num_workers = min(args.num_workers, usable_cores())
-    for name in ("eval", "overwrite", "dry_run", "coco_path", "imagenet_path", "max_size", "lr_drop_epochs", *OWN_DATA):
+    schedule = ("lr_drop_epochs", "max_iters", "lr_drop_iters")
+    for name in ("eval", "overwrite", "dry_run", "imagenet_path", *PLACES, "split_file", "max_size", *schedule, *OWN_DATA):
         if not hasattr(args, name):
             setattr(args, name, None)
     if script == PRETRAIN:
@@ -226,10 +233,16 @@ def _given(args: argparse.Namespace) -> set[str]:
 def _resolve_dataset(args: argparse.Namespace) -> None:
     """`--dataset NAME` says where data lies below `--data_root`, unless another flag does."""
     name = getattr(args, "dataset", None)
-    if name and not any(getattr(args, flag, None) for flag in ("imagenet_path", "coco_path", "train_images")):
-        flag, folder = DATASET_PLACES[name]
-        if not hasattr(args, flag):
-            raise UserError(f"--dataset {name} has images without labels, for {PRETRAIN}")
+    if not name:
+        return
+    flag, folder = DATASET_PLACES[name]
+    script = getattr(args, "script", FINETUNE)
+    if flag not in vars(make_parser(script).parse_args([])):
+        kind, other = ("without", PRETRAIN) if script == FINETUNE else ("with", FINETUNE)
+        raise UserError(f"--dataset {name} has images {kind} labels, for {other}")
+    if script == FINETUNE and not was_given(args, "dataset_file"):
+        args.dataset_file = PLACES[flag]
+    if not any(getattr(args, other, None) for other in ("imagenet_path", *PLACES, "train_images")):
         setattr(args, flag, str(Path(args.data_root) / folder))
 
 
@@ -272,6 +285,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.eval and args.dry_run:
         raise UserError("--dry_run tries training steps and --eval does not train: give one of them")
     _check_data(args)
+    _check_schedule(args)
     _check_numbers(args)
     if max(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou) <= 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing would tell a good match from a bad one")
@@ -282,6 +296,15 @@ def _check(args: argparse.Namespace) -> None:
             f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}, and every patch needs the same number of "
             f"queries: use --num_patches {_divisor_near(args.num_patches, args.num_queries)}, or another --num_queries"
         )
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    if bool(args.max_iters) != bool(args.lr_drop_iters):
+        raise UserError("--max_iters and --lr_drop_iters need each other: a schedule counts iterations or epochs, not both")
+    given = args.__dict__.get("_given", _given(args))
+    for name in ("epochs", "lr_drop", "lr_drop_epochs", "start_epoch") if args.max_iters else ():
+        if name in given and getattr(args, name):
+            raise UserError(f"--{name} counts epochs and --max_iters {args.max_iters} iterations: give one of them")
 
 
 def _check_readers(args: argparse.Namespace, kind: str, registry: dict) -> None:
@@ -313,8 +336,13 @@ def _check_data(args: argparse.Namespace) -> None:
     own = [name for name in OWN_DATA if getattr(args, name)]
     if own and args.dataset_file == "coco":
         raise UserError(f"--{own[0]} {getattr(args, own[0])} is for own data: add --dataset_file custom")
-    if args.coco_path and args.dataset_file == "custom":
-        raise UserError(f"--coco_path {args.coco_path} is not for --dataset_file custom: give {' '.join(f'--{name}' for name in OWN_DATA)}")
+    for name, kind in PLACES.items():
+        if getattr(args, name) and args.dataset_file in {"custom", *PLACES.values()} - {kind}:
+            takes = {**{other: [flag] for flag, other in PLACES.items()}, "custom": OWN_DATA}[args.dataset_file]
+            raise UserError(f"--{name} {getattr(args, name)} is not for --dataset_file {args.dataset_file}: give "
+                            + " ".join(f"--{flag}" for flag in takes))
+    if args.split_file and args.filter_pct > 0:
+        raise UserError(f"--split_file {args.split_file} and --filter_pct {args.filter_pct:g} both say what to train on: give one of them")
     sources = [name for name in ("imagenet_path", "coco_path", "train_images") if getattr(args, name)]
     if args.imagenet_path and len(sources) > 1:
         raise UserError(f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them")

@@ -62,8 +62,9 @@ def as_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
     state = strip_prefix(checkpoint["model"], "module.")
     checkpoint.source, checkpoint.tensors, checkpoint.siamese = str(source), len(state), siamese_pretext(state)
     checkpoint["model"] = to_detr_names(state)
-    if "args" in checkpoint:
-        checkpoint["args"] = plain_settings(checkpoint["args"])
+    settings = plain_settings(checkpoint.pop("args", None))
+    if isinstance(settings, Mapping):  # other programs keep other things under this name
+        checkpoint["args"] = settings
     return checkpoint
 
 
@@ -93,10 +94,16 @@ def find_resume(path_or_auto: str | None, output_dir: str | os.PathLike | None) 
 def _with_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
     for name in ("model", "state_dict"):
         if is_state_dict(content.get(name)):
-            rest = {key: value for key, value in content.items() if key != name}
+            rest = {key: value for key, value in content.items() if key not in (name, "model")}
             return {"model": content[name], **rest}
     if is_state_dict(content):
         return {"model": content}
+    for name in ("model", "state_dict"):
+        entries = content.get(name).items() if isinstance(content.get(name), Mapping) else ()
+        odd = next((f"{key!r} ({type(value).__name__})" for key, value in entries if not is_state_dict({key: value})), None)
+        if odd:
+            raise UserError(f"{source}: '{name}' holds {odd}, which is no named tensor; save model.state_dict() in its place, or choose "
+                            "another file")
     keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
     raise UserError(f"{source} holds {keys}, but no 'model' with weights; choose another file")
 
@@ -271,29 +278,32 @@ def load_pretrained(
     rows = None if drop else _agreeing_rows(_class_names(checkpoint, class_rows(target, own_kind)), keep_classes)
     if not drop and kind != own_kind:
         report.notes.append(f"class_embed: starts anew, for the file's head is {kind}, the model's {own_kind}")
-    without_head = drop or kind != own_kind
+    without_head, proposal_head = drop or kind != own_kind, _proposal_head(target)
     for key, tensor in state.items():
         own = target.get(key)
         dropped = without_head and _is_class_head(key) or drop and key.startswith(pretext_parts())
-        if own is None or dropped:
-            value = None
-        elif _is_proposal_head(key, target):
-            value = _proposal_rows(tensor, own, kind == "softmax")
-        elif _is_class_head(key):
-            value = _class_rows(tensor, own, rows, kind == "softmax", report)
-        elif key.endswith("query_embed.weight"):
-            value = _fit_queries(tensor, own, report)
-        else:
-            value = tensor
+        if own is None:
+            report.unused[key] = tensor.numel()
+            continue
+        value = None if dropped else _fitted(key, tensor, own, rows, kind == "softmax", proposal_head, report)
         if value is not None:
             chosen[key] = value
-        elif own is None:
-            report.unused[key] = tensor.numel()
     _check_complete(chosen, target, report, source)
     model.load_state_dict(chosen, strict=False)
     report.loaded = {key: target[key].numel() for key in target if key in chosen}
     report.reinitialised = {key: target[key].numel() for key in target if key not in chosen and not _is_counter(key)}
     return report
+
+
+def _fitted(
+    key: str, tensor: Tensor, own: Tensor, rows: dict[int, int] | None, has_background: bool, proposal_head: str, report: LoadReport
+) -> Tensor | None:
+    """What of the file's tensor goes into the model's, None for nothing."""
+    if proposal_head in key:
+        return _proposal_rows(tensor, own, has_background)
+    if _is_class_head(key):
+        return _class_rows(tensor, own, rows, has_background, report)
+    return _fit_queries(tensor, own, report) if key.endswith("query_embed.weight") else tensor
 
 
 def _is_class_head(key: str) -> bool:
@@ -373,10 +383,10 @@ def _class_rows(
     return head
 
 
-def _is_proposal_head(key: str, target: Mapping[str, Tensor]) -> bool:
-    """The class head of a two-stage detector's encoder stands behind those of the decoder layers."""
+def _proposal_head(target: Mapping[str, Tensor]) -> str:
+    """In the names of the class head of a two-stage detector's encoder, which stands behind those of the decoder layers."""
     layers = len({match[1] for match in (re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target) if match})
-    return f"class_embed.{layers}." in key
+    return f"class_embed.{layers}."
 
 
 def _proposal_rows(tensor: Tensor, own: Tensor, has_background: bool) -> Tensor | None:

@@ -31,8 +31,9 @@ def classes_of(checkpoint: Mapping[str, Any]) -> Classes:
 
 
 def stored_names(checkpoint: Mapping[str, Any]) -> dict[int, str]:
-    """Row -> class name as the checkpoint says; empty where it does not."""
-    return {int(row): name for row, name in (checkpoint.get("class_names") or {}).items()}
+    """Row -> class name as the checkpoint says (other programs keep a list); empty where it does not."""
+    names = checkpoint.get("class_names") or {}
+    return {int(row): name for row, name in (enumerate(names) if isinstance(names, list | tuple) else names.items())}
 
 
 def head_kind(checkpoint: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ that the published codebases parsed and never used is refused with the reason.
 """
 import argparse
 import math
+import re
 from collections.abc import Callable
 
 import torch
@@ -32,7 +33,12 @@ DEAD_FLAGS = {
 DATASET_PLACES = {
     "imagenet": ("imagenet_path", "ilsvrc/train"), "imagenet100": ("imagenet_path", "ilsvrc100/train"),
     "coco_pretrain": ("coco_path", "MSCoco"), "coco": ("coco_path", "MSCoco"),
+    "voc": ("voc_path", "pascal/VOCdevkit"), "airbus": ("airbus_path", "airbus-ship-detection"),
+    "airbus_pretrain": ("imagenet_path", "airbus-ship-detection/train_v2"),
 }
+
+
+STEPS, EPOCHS = ("max_iters", "lr_drop_iters"), ("epochs", "lr_drop", "lr_drop_epochs")
 
 
 class _Refuse(argparse.Action):
@@ -42,6 +48,19 @@ class _Refuse(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values, option_string: str | None = None) -> None:
         parser.error(f"{option_string} has no effect: {self.why}")
+
+
+class _Schedule(argparse.Action):
+    """The last flag decides what a schedule counts, so that flags behind a config win."""
+
+    def __init__(self, *args, replaces: tuple[str, ...] = (), **kwargs) -> None:
+        self.replaces = replaces
+        super().__init__(*args, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values, option_string: str | None = None) -> None:
+        for name in self.replaces:
+            setattr(namespace, name, None)
+        setattr(namespace, self.dest, values)
 
 
 def positive(kind: Callable = int) -> Callable:
@@ -105,6 +124,21 @@ def _switch(group, flag: str, text: str, **kwargs) -> None:
     group.add_argument(flag, action="store_true", default=None, help=text, **kwargs)
 
 
+def share(text: str) -> float:
+    """A number above 0, at most 1; -1, DETReg's default, means all."""
+    value = float(text)
+    if not 0 < value <= 1 and value != -1:
+        raise argparse.ArgumentTypeError(f"must lie above 0 and not above 1, got {text}: 10 % is 0.1")
+    return value
+
+
+def voc_set(text: str) -> str:
+    """Year and list of images of VOC, such as 2007_trainval."""
+    if not re.fullmatch(r"\d{4}_\w+", text):
+        raise argparse.ArgumentTypeError(f"{text} must be a year and a list in ImageSets/Main, such as 2012_trainval")
+    return text
+
+
 def strategy_name(text: str) -> str:
     """DETReg's spellings of the same strategies too: `random_sample`, and `mc_1` to `mc_4`."""
     name = {"random_sample": "random", **dict.fromkeys(("mc_1", "mc_2", "mc_3", "mc_4"), "mc")}.get(text, text)
@@ -143,9 +177,11 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
                        help="of the backbone; 0 freezes it (fine-tuning 1e-5, Deformable DETR 2e-5; pre-training: --lr)")
     group.add_argument("--batch_size", type=positive(), help="images a process (2)")
     group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
-    group.add_argument("--epochs", type=positive(), help="pre-training 60, DETR 300, Conditional and Deformable DETR 50")
-    group.add_argument("--lr_drop", type=positive(), metavar="EPOCHS", help="rate x 0.1 after as many (pre-training 40, DETR 200, else 40)")
-    group.add_argument("--lr_drop_epochs", type=positive(), nargs="+", metavar="EPOCH", help="rate x 0.1 at these, in place of --lr_drop")
+    group.add_argument("--epochs", type=positive(), action=_Schedule, replaces=STEPS, help="pre-training 60, DETR 300, Conditional and Deformable DETR 50")
+    group.add_argument("--lr_drop", type=positive(), action=_Schedule, replaces=STEPS, metavar="EPOCHS", help="rate x 0.1 after as many (pre-training 40, DETR 200, else 40)")
+    group.add_argument("--lr_drop_epochs", type=positive(), action=_Schedule, replaces=STEPS, nargs="+", metavar="EPOCH", help="rate x 0.1 at these, in place of --lr_drop")
+    group.add_argument("--max_iters", type=positive(), action=_Schedule, replaces=EPOCHS, metavar="STEPS", help="length of training in place of --epochs")
+    group.add_argument("--lr_drop_iters", type=positive(), action=_Schedule, replaces=EPOCHS, metavar="STEPS", help="rate x 0.1 after as many, with --max_iters")
     group.add_argument("--lr_backbone_names", nargs="+", metavar="PART",
                        help="parameters with such a part in their name learn at --lr_backbone (backbone; Deformable DETR backbone.0)")
     group.add_argument("--lr_linear_proj_names", nargs="+", metavar="PART",
@@ -200,10 +236,11 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--coco_path", metavar="DIR", help="annotations/ beside train2017/ and val2017/, or beside images/train2017/")
-    group.add_argument("--data_root", metavar="DIR", help="folder that holds MSCoco, used where --coco_path is not given (data)")
+    group.add_argument("--data_root", metavar="DIR",
+                       help="folder that holds MSCoco, pascal/VOCdevkit, airbus-ship-detection, used where no other place is given (data)")
     group.add_argument("--dataset_file", choices=tuple(DATASETS), help="kind of labelled data; custom: see --train_images (coco)")
     group.add_argument("--dataset", choices=tuple(DATASET_PLACES),
-                       help="DETReg's name for what lies in --data_root: ilsvrc, ilsvrc100, MSCoco")
+                       help="DETReg's name for what lies in --data_root: ilsvrc, ilsvrc100, MSCoco, pascal, airbus-ship-detection")
     group.add_argument("--train_images", metavar="DIR", help="own data: the folder that the names in the annotations count from")
     group.add_argument("--image_size", type=positive(), metavar="PIXELS",
                        help="short side at evaluation (800; pre-training 480); all published training sizes scale with it")
@@ -252,10 +289,18 @@ def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrain", metavar="PATH|URL", help="start from this checkpoint's weights, of a pretext or of a detector")
     _switch(group, "--eval", "evaluate only")
     group.add_argument("--eval_every", type=positive(), metavar="EPOCHS", help="evaluate after as many epochs, and the last (1)")
-    group.add_argument("--train_annotations", metavar="FILE", help="own data: annotations in COCO's format, which give the classes too")
+    group.add_argument("--train_annotations", metavar="FILE", help="own data: a COCO file, or a folder of VOC's XML; gives the classes too")
     group.add_argument("--val_images", metavar="DIR", help="own data: images for evaluation")
     group.add_argument("--val_annotations", metavar="FILE", help="own data: their annotations; classes are told by name")
-    group.add_argument("--num_classes", type=positive(), help="largest category id + 1 (91; own data: as many as the file has)")
+    group.add_argument("--voc_path", metavar="DIR", help="VOCdevkit, with VOC2007 and VOC2012 in it")
+    group.add_argument("--voc_train", type=voc_set, nargs="+", metavar="SET", help="its lists to train on (2007_trainval 2012_trainval)")
+    group.add_argument("--voc_val", type=voc_set, nargs="+", metavar="SET", help="and to evaluate on (2007_test)")
+    group.add_argument("--voc_metric", choices=("11point", "area"), help="which AP of VOC counts; both are written down (11point)")
+    group.add_argument("--airbus_path", metavar="DIR", help="train_v2/ beside train_ship_segmentations_v2.csv")
+    group.add_argument("--filter_pct", type=share, metavar="SHARE", help="train on this share of the images, drawn by --seed (-1: all)")
+    group.add_argument("--split_file", metavar="FILE", help="train on the images of this file of tools/make_split.py, or of subset.json")
+    group.add_argument("--num_classes", type=positive(),
+                       help="largest category id + 1 (91; voc 20, airbus_ship 1; own data: as many as the file has)")
     group.add_argument("--classification", choices=("softmax", "focal"), help="DETR softmax, Conditional and Deformable DETR focal")
     group.add_argument("--coco_evaluator", choices=("auto", "hotcoco", "faster_coco_eval", "pycocotools"),
                        help="auto: the fastest that is installed; the numbers are equal")

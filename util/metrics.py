@@ -8,6 +8,8 @@ from torch import Tensor
 from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.logger import NonFinite
 
+PAIRS = "matched_pairs"
+
 
 class NonFiniteLoss(NonFinite):
     """A loss is NaN or infinite; the message names the losses and the images."""
@@ -65,6 +67,21 @@ def check_finite(losses: dict[str, float], image_ids: Iterable[int]) -> None:
         )
 
 
+def with_pairs(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
+    """`class_error` as a sum over matched pairs, and their number: so batches and processes with more pairs count more."""
+    error = losses["class_error"].detach()
+    return {**losses, "class_error": error * pairs, PAIRS: error.new_full((), float(pairs))}  # a fill does not wait for the device
+
+
+def per_pair(losses: dict[str, float]) -> dict[str, float]:
+    """Of what `with_pairs` gave: `class_error` for a pair again, and none where nothing was matched."""
+    if PAIRS not in losses:
+        return losses
+    pairs = losses[PAIRS]
+    mean = {"class_error": losses["class_error"] / pairs} if pairs else {}
+    return {**{name: value for name, value in losses.items() if name != "class_error"}, **mean}
+
+
 class Averages:
     """Sums and counts by name; `state()` goes into checkpoints, so that a resumed epoch reports the whole epoch."""
 
@@ -72,10 +89,14 @@ class Averages:
         self.sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
 
     def add(self, values: dict[str, float], weight: float = 1.0) -> None:
+        """PAIRS among the values is no value, but the weight of `class_error`."""
+        pairs = values.get(PAIRS, weight)
         for name, value in values.items():
-            pair = self.sums.setdefault(name, [0.0, 0.0])
-            pair[0] += value * weight
-            pair[1] += weight
+            if name != PAIRS:
+                count = pairs if name.startswith("class_error") else weight
+                pair = self.sums.setdefault(name, [0.0, 0.0])
+                pair[0] += value * count
+                pair[1] += count
 
     def merged(self) -> "Averages":
         """Over all processes."""

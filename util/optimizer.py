@@ -14,11 +14,18 @@ def parameter_groups(
     slow_mult: float = 0.1,
 ) -> list[dict]:
     """The published groups: all else at `lr`, the backbone (empty when it is frozen), and, where there are `slow_names`, the projections
-    of Deformable DETR at `lr` x `slow_mult`. A parameter belongs to a group if a part of its name is among the group's names."""
+    of Deformable DETR at `lr` x `slow_mult`. A parameter belongs to a group if a part of its name is among the group's names.
+
+    Raises:
+        UserError: names that no parameter has.
+    """
 
     def named(name: str, parts: Sequence[str]) -> bool:
         return any(part in name for part in parts)
 
+    for flag, parts in (("--lr_backbone_names", backbone_names), ("--lr_linear_proj_names", slow_names)):
+        if parts and not any(named(name, parts) for name, _ in model.named_parameters()):
+            raise UserError(f"{flag} {' '.join(parts)}: no parameter of this model has such a name: correct it or leave it out")
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     backbone = [p for name, p in trainable if named(name, backbone_names)]
     rest = [(name, p) for name, p in trainable if not named(name, backbone_names)]
@@ -46,7 +53,7 @@ def build_optimizer(
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, lr_drop: int, lr_drop_epochs: Sequence[int] | None = None) -> LRScheduler:
-    """Rates x 0.1 after every `lr_drop` epochs, or after each number of epochs in `lr_drop_epochs`."""
+    """Rates x 0.1 after every `lr_drop` epochs (or whatever it is stepped with), or after each number of epochs in `lr_drop_epochs`."""
     return MultiStepLR(optimizer, sorted(lr_drop_epochs)) if lr_drop_epochs else StepLR(optimizer, lr_drop)
 
 

@@ -66,7 +66,7 @@ def curve(entries: Sequence[Mapping[str, Any]], key: str, index: int | None = No
     for number, entry in enumerate(entries):
         value = entry.get(key)
         if index is not None and value is not None:
-            value = value[index]
+            value = value[index] if index < len(value) else None  # VOC has no AP by size
         if value is not None and math.isfinite(value):
             xs.append(entry.get("epoch", number) + 1)
             ys.append(float(value))

@@ -84,7 +84,10 @@ PRETEXTS: dict[str, PretextEntry] = {
 }
 
 # name -> builder `(image_set, args) -> SampleDataset` of labelled images
-DATASETS: dict[str, str] = {"coco": "datasets.coco:build_coco", "custom": "datasets.custom:build_custom"}
+DATASETS: dict[str, str] = {
+    "coco": "datasets.coco:build_coco", "voc": "datasets.voc:build_voc", "airbus_ship": "datasets.airbus_ship:build_airbus_ship",
+    "custom": "datasets.custom:build_custom",
+}
 
 # name, or the beginning of many names up to a colon -> builder `(args) -> method`, see `datasets.proposals`
 PROPOSALS: dict[str, str] = {

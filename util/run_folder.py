@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN_FILES = ("log.txt", "checkpoint.pth", "args.json")
 OF_A_RUN = (  # what --overwrite takes away at once, so that nothing of the old run is taken for the new one's
     "log.txt", "checkpoint.pth", "checkpoint_best.pth", "metrics.json", "results.json", "result.html", "curves.png", "predictions.png",
-    "samples.png", "patches.png",
+    "per_class.json", "subset.json", "samples.png", "patches.png",
 )
 SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
 PACKAGES = (

@@ -29,12 +29,14 @@ td { overflow-wrap: anywhere } summary { cursor: pointer } .note { color: #555 }
 FILES = {
     SETTINGS: "every setting, which were given and which come from a checkpoint, versions, device, fingerprint of the data, model",
     EVAL_SETTINGS: "the same of the last run with --eval",
+    "subset.json": "the images that it learns from, where these are a part of the data",
     "log.txt": "one JSON object an epoch: train_* and test_* values (train_seconds: of training, so far)",
     "curves.png": "losses and AP so far",
     "samples.png": "training images with their boxes, as the model gets them",
     "predictions.png": "the last evaluation's predictions beside the truth",
     "patches.png": "what the patches' queries find, after the last epoch",
     "metrics.json": "numbers of the last evaluation",
+    "per_class.json": "AP of each class in it",
     "results.json": "its detections, in COCO's format",
     "checkpoint.pth": "after the last epoch, or where the run was stopped; --resume auto goes on from it",
     "checkpoint_best.pth": "of the epoch with the best AP",
@@ -168,7 +170,7 @@ def _numbers(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str:
         rows = [(f"last, epoch {evaluated[-1][0]}", evaluated[-1][1]), (f"best, epoch {best[0]}", best[1])]
     if rows:
         cells = [(name, [f"{value:.3f}" for value in stats[: len(BBOX_STATS)]]) for name, stats in rows]
-        parts.append("<h2>Average precision on held-out images</h2>" + table(BBOX_STATS, cells))
+        parts.append("<h2>Average precision on held-out images</h2>" + table(BBOX_STATS[: len(rows[0][1])], cells))
         parts.append('<p class="note">AP: over IoU 0.50 to 0.95. -1: the data has no object of that size.</p>')
     names = loss_names(entries)
     if names:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from util.arguments import OWN_DATA, given_flags, resolve, set_default
+from util.arguments import OWN_DATA, PLACES, given_flags, resolve, set_default
 from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.flags import FINETUNE, PRETRAIN
@@ -22,7 +22,8 @@ OWN_TO_A_SESSION = {
     "output_dir", "resume", "overwrite", "dry_run", "eval", "pretrain", "device", "num_workers", "dist_url", "start_epoch",
     "backbone_weights", "ms_deform_attn",
 }
-DATA_PLACES = {"coco_path", "data_root", *OWN_DATA}  # not taken over by a run on another kind of data
+# Not taken over by a run on another kind of data.
+DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "filter_pct", "split_file", *PLACES, *OWN_DATA}
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 

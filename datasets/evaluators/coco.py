@@ -3,16 +3,17 @@ import contextlib
 import importlib.util
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from util.distributed import all_gather_object
+from datasets.evaluators.detections import Detections
 from util.logger import UserError
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+THRESHOLDS = (slice(None), slice(0, 1), slice(5, 6))  # of the ten those of AP, AP50, AP75
 LIMITS = (1, 10, 100)  # detections of a class in an image, the best ones
 AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # all, small, medium, large; square pixels, both ends inside
 
@@ -80,14 +81,13 @@ def choose_backend(name: str) -> str:
     return name
 
 
-class CocoEvaluator:
+class CocoEvaluator(Detections):
     """Collects detections image by image and compares them with a COCO detection file.
 
     All three backends were compared on random cases with crowds, more than 100 detections an image, equal scores and
     unlisted classes: hotcoco gives exactly pycocotools' numbers, faster_coco_eval the same to 1e-15.
 
-    annotation_file: path, or the content as a dict. category_ids: its category id of each label, None where labels are
-    these ids; a detection whose label has none is left out, since nothing could match it.
+    annotation_file: path, or the content as a dict. category_ids: see `Detections`.
 
     Raises:
         UserError: unreadable annotations, or a backend that isn't installed.
@@ -98,74 +98,29 @@ class CocoEvaluator:
     ) -> None:
         self.backend = choose_backend(backend)
         self.truth = _slim_truth(annotation_file)
-        self._category_ids = category_ids
-        self._image_ids = {image["id"] for image in self.truth["images"]}
-        self._detections: dict[int, np.ndarray] = {}
-
-    def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Adds {image id: {"scores" [N], "labels" [N], "boxes" [N, 4], (x0, y0, x1, y1) in pixels}}.
-
-        An image that comes twice counts once.
-
-        Raises:
-            ValueError: an image id that the annotations do not list.
-        """
-        for image_id, prediction in predictions.items():
-            if image_id not in self._image_ids:
-                raise ValueError(f"image {image_id} is not in the annotations")
-            boxes = prediction["boxes"].detach().double().cpu().numpy()
-            rows = np.empty((len(boxes), 7))
-            rows[:, 0] = image_id
-            rows[:, 1:3] = boxes[:, :2]
-            rows[:, 3:5] = boxes[:, 2:] - boxes[:, :2]
-            rows[:, 5] = prediction["scores"].detach().double().cpu().numpy()
-            rows[:, 6] = prediction["labels"].cpu().numpy()
-            self._detections[image_id] = rows if self._category_ids is None else self._with_category_ids(rows)
-
-    def _with_category_ids(self, rows: np.ndarray) -> np.ndarray:
-        known = rows[np.isin(rows[:, 6], list(self._category_ids))]
-        known[:, 6] = [self._category_ids[int(label)] for label in known[:, 6]]
-        return known
-
-    def synchronize_between_processes(self) -> None:
-        """Gives every process the detections of all; an image that several processes saw counts once."""
-        merged: dict[int, np.ndarray] = {}
-        for detections in all_gather_object(self._detections):
-            merged.update(detections)
-        self._detections = merged
+        super().__init__((image["id"] for image in self.truth["images"]), category_ids)
 
     def summarize(self) -> dict[str, Any]:
-        """{"stats": the 12 numbers in the order of STAT_NAMES, "per_class_ap": {category id: AP}}.
+        """{"stats": the 12 numbers in the order of STAT_NAMES, "per_class": a row for each class with objects in the truth}.
 
-        As in pycocotools, -1 stands for a number without ground truth; classes without any are not in `per_class_ap`.
-        Without a single detection the others are 0.
+        A row is {"id", "name", "objects", "AP", "AP50", "AP75"}, in the order of the category ids. As in pycocotools, -1 stands for a
+        number without ground truth. Without a single detection the others are 0.
         """
         classes = sorted(category["id"] for category in self.truth["categories"])
-        rows = self._rows()
+        rows = self.rows_xywh()
         rows = rows[np.isin(rows[:, 6], classes)]  # others match nothing, and limits count by class
         if not len(rows):
             return _without_detections(self.truth)
         precision, recall = self._curves(rows, LIMITS)
-        per_class = {label: mean_of_known(precision[:, :, k, 0, -1]) for k, label in enumerate(classes)}
-        return {
-            "stats": _stats(precision, recall),
-            "per_class_ap": {label: value for label, value in per_class.items() if value > -1},
+        values = {
+            label: [mean_of_known(precision[select, :, k, 0, -1]) for select in THRESHOLDS] for k, label in enumerate(classes)
         }
+        known = {label: numbers for label, numbers in values.items() if numbers[0] > -1}
+        return {"stats": _stats(precision, recall), "per_class": _per_class(self.truth, known)}
 
     def _curves(self, rows: np.ndarray, limits: Sequence[int]) -> Curves:
         with contextlib.redirect_stdout(io.StringIO()):
             return BACKENDS[self.backend](self.truth, rows, limits)
-
-    def results(self) -> list[dict[str, Any]]:
-        """The detections in COCO's results format (`bbox` as x, y, width, height)."""
-        return [
-            {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5].tolist(), "score": float(row[5])}
-            for row in self._rows()
-        ]
-
-    def _rows(self) -> np.ndarray:
-        ordered = [self._detections[image_id] for image_id in sorted(self._detections)]
-        return np.concatenate(ordered) if ordered else np.zeros((0, 7))
 
 
 def _without_detections(truth: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +130,17 @@ def _without_detections(truth: dict[str, Any]) -> dict[str, Any]:
         0.0 if any(low <= annotation["area"] <= high for annotation in objects) else -1.0 for low, high in AREAS
     )
     classes = sorted({annotation["category_id"] for annotation in objects if AREAS[0][0] <= annotation["area"] <= AREAS[0][1]})
-    return {"stats": [overall] * 3 + by_area + [overall] * 3 + by_area, "per_class_ap": dict.fromkeys(classes, 0.0)}
+    return {"stats": [overall] * 3 + by_area + [overall] * 3 + by_area, "per_class": _per_class(truth, dict.fromkeys(classes, [0.0] * 3))}
+
+
+def _per_class(truth: dict[str, Any], values: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
+    """values: category id -> AP, AP50, AP75. Rows as `CocoEvaluator.summarize` gives them."""
+    names = {category["id"]: category["name"] for category in truth["categories"]}
+    counts = Counter(annotation["category_id"] for annotation in truth["annotations"] if not annotation["iscrowd"])
+    return [
+        {"id": label, "name": names[label], "objects": counts[label], **dict(zip(STAT_NAMES[:3], values[label], strict=True))}
+        for label in sorted(values)
+    ]
 
 
 def mean_of_known(values: np.ndarray) -> float:
@@ -186,7 +151,7 @@ def mean_of_known(values: np.ndarray) -> float:
 
 def _stats(precision: np.ndarray, recall: np.ndarray) -> list[float]:
     """COCO's 12 numbers. Axes as in `Curves`; areas: all, small, medium, large; limits: 1, 10, 100 detections an image."""
-    thresholds = [mean_of_known(precision[select, :, :, 0, 2]) for select in (slice(None), slice(0, 1), slice(5, 6))]
+    thresholds = [mean_of_known(precision[select, :, :, 0, 2]) for select in THRESHOLDS]
     areas = [mean_of_known(precision[:, :, :, area, 2]) for area in (1, 2, 3)]
     limits = [mean_of_known(recall[:, :, 0, limit]) for limit in (0, 1, 2)]
     area_recalls = [mean_of_known(recall[:, :, area, 2]) for area in (1, 2, 3)]

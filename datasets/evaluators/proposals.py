@@ -21,7 +21,7 @@ class ProposalEvaluator(CocoEvaluator):
 
         -1 where there is no truth; 0 without a single box.
         """
-        rows = self._rows()
+        rows = self.rows_xywh()
         rows[:, 6] = OBJECT
         if not len(rows):
             known = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])

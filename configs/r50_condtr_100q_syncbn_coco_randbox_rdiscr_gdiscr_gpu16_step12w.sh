@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Siamese DETR (Huang et al., CVPR 2023) with Conditional DETR with 100 queries, on COCO's images: ablation, random boxes.
+# Published: 16 GPUs, 4 images each (64 in all), 120k steps with the drop after 80k.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} main.py \
+    --pretext siamese --detector conditional_detr --num_queries 100 --max_iters 120000 --lr_drop_iters 80000 --batch_size 4 \
+    --feature_loss_coef 3 --global_loss_coef 0.3 --proposals random --coco_path data/MSCoco --image_size 800 \
+    --output_dir exps/r50_condtr_100q_syncbn_coco_randbox_rdiscr_gdiscr_gpu16_step12w "$@"

@@ -1,0 +1,207 @@
+"""PASCAL VOC: VOCdevkit as published, XML files of own data, COCO-style files, and a run from training to evaluation."""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import FROZEN, fine_tune, logged, read_checkpoint, read_log, tiny_args, voc_xml, write_voc
+
+from datasets import build_dataset, build_labelled
+from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.voc import VocEvaluator
+from datasets.voc import CLASSES, image_id, read_voc, read_xml
+from tools import voc_to_coco
+from util.flags import FINETUNE, PRETRAIN
+from util.logger import UserError
+
+XML = "VOC2007/Annotations/000001.xml"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("voc") / "VOCdevkit")
+
+
+@pytest.fixture
+def devkit(tmp_path: Path) -> Path:
+    """One that a test may damage."""
+    return write_voc(tmp_path / "VOCdevkit")
+
+
+def args_of(root: Path, *flags: str):
+    return tiny_args(FINETUNE, "--dataset_file", "voc", "--voc_path", str(root), *flags)
+
+
+# ---------------------------------------------------------------------------------------------------------- VOCdevkit
+
+
+def test_published_lists_ids_labels_and_corners(pristine: Path) -> None:
+    train, val = build_labelled(args_of(pristine))
+    assert train.annotations.image_ids.tolist() == [2021000001, 2021000002, 2021000003, 20212012000101, 20212012000102]
+    assert val.annotations.image_ids.tolist() == [2021000201, 2021000202, 2021000203]
+    assert val.path(0) == str(pristine / "VOC2007" / "JPEGImages" / "000201.jpg")
+    assert (train.num_classes, train.class_names[0], train.class_names[19]) == (20, "aeroplane", "tvmonitor")
+    assert (image_id("2007_000027"), image_id("000005")) == (20212007000027, 2021000005)
+    record = read_xml(str(pristine / XML))
+    text = (pristine / XML).read_text()
+    corners = [int(re.search(f"<{corner}>(\\d+)<", text)[1]) for corner in ("xmin", "ymin", "xmax", "ymax")]
+    name, box, difficult = record["objects"][0]
+    assert box == (corners[0] - 1, corners[1] - 1, corners[2], corners[3])
+    assert (name, difficult) == (re.search("<name>(\\w+)<", text)[1], False)
+    target = train[0][1]
+    rows = slice(0, train.annotations.offsets[1])
+    assert set(target["labels"].tolist()) <= {CLASSES.index(record["objects"][i][0]) for i in range(len(record["objects"]))}
+    assert train.annotations.boxes_xyxy_abs[rows].tolist() == [list(box) for _, box, _ in record["objects"]]
+    difficult_ones = [item for i in range(len(train)) for item in read_xml(str(xml_of(train, i)))["objects"] if item[2]]
+    assert train.annotations.difficult.sum() == len(difficult_ones) > 0, "they are trained on, as published"
+
+
+def xml_of(dataset, index: int) -> Path:
+    image = Path(dataset.path(index))
+    return image.parent.parent / "Annotations" / f"{image.stem}.xml"
+
+
+def test_lists_and_class_count_by_flag(pristine: Path) -> None:
+    train, val = build_labelled(args_of(pristine, "--voc_train", "2012_trainval", "--voc_val", "2007_test", "--num_classes", "21"))
+    assert (len(train), len(val), train.num_classes, val.num_classes) == (2, 3, 21, 21)
+    with pytest.raises(UserError, match="--num_classes has 7 classes, the data 20"):
+        build_labelled(args_of(pristine, "--num_classes", "7"))
+    both = read_voc(str(pristine), ["2007_trainval", "2007_trainval"])
+    assert len(both) == 3, "an image of two lists counts once"
+
+
+def test_detregs_names_and_the_place_below_data_root(tmp_path: Path) -> None:
+    write_voc(tmp_path / "pascal" / "VOCdevkit", {"2007_test": 1})
+    args = tiny_args(FINETUNE, "--dataset", "voc", "--data_root", str(tmp_path))
+    assert (args.dataset_file, args.voc_path) == ("voc", str(tmp_path / "pascal/VOCdevkit"))
+    for flags in (("--dataset", "voc"), ("--dataset_file", "voc"), ("--dataset_file", "voc", "--voc_path", str(tmp_path / "pascal"))):
+        assert len(build_dataset("val", tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path)))) == 1
+    with pytest.raises(UserError, match="has images with labels, for finetune_main.py"):
+        tiny_args(PRETRAIN, "--dataset", "voc")
+
+
+@pytest.mark.parametrize(("damage", "said"), [
+    (lambda root: root.rename(root.parent / "elsewhere"), r"VOCdevkit is no folder: --voc_path takes VOCdevkit"),
+    (lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").unlink(), "VOC2012/ImageSets/Main/trainval.txt can't be read"),
+    (lambda root: (root / "VOC2007/ImageSets/Main/trainval.txt").write_text("cat"), "VOC image cat: names are numbers"),
+    (lambda root: (root / XML).unlink(), f"{XML} can't be read"),
+    (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is no valid XML"),
+    (lambda root: (root / XML).write_text(voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])), "000001.xml: object 1 is of class 'orc'"),
+    (lambda root: (root / XML).write_text("<a><object><name>cat</name></object></a>"), "000001.xml: an object needs <name>"),
+    (lambda root: (root / XML).write_text("<annotation><object/></annotation>"), "000001.xml: an object needs <name>.*no name"),
+])
+def test_bad_devkits_are_refused_in_one_line(devkit: Path, damage, said: str) -> None:
+    damage(devkit)
+    with pytest.raises(UserError, match=said) as refusal:
+        build_labelled(args_of(devkit))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_absent_image_is_left_out_of_training_and_stops_evaluation(devkit: Path) -> None:
+    (devkit / "VOC2007/JPEGImages/000001.jpg").unlink()
+    with logged() as lines:
+        assert len(build_dataset("train", args_of(devkit))) == 4
+    assert any("1 of 5 images" in line and "000001.jpg" in line for line in lines)
+    (devkit / "VOC2007/JPEGImages/000202.jpg").unlink()
+    with pytest.raises(UserError, match="VOC2007/JPEGImages/000202.jpg"):
+        build_dataset("val", args_of(devkit))
+
+
+def test_a_box_outside_its_image_is_left_out_with_a_warning(devkit: Path) -> None:
+    (devkit / XML).write_text(voc_xml("a", (60, 72), [("cat", [500, 1, 5, 5], 0), ("dog", [1, 1, 5, 5], 1)]))
+    with logged() as lines:
+        train = build_dataset("train", args_of(devkit))
+    assert any("outside its image" in line and "annotation 1 of image 2021000001" in line for line in lines)
+    assert train.annotations.difficult[: train.annotations.offsets[1]].tolist() == [True], "marks stay with their boxes"
+
+
+# ------------------------------------------------------------------------------------------- own XML, COCO-style files
+
+
+def test_own_data_with_xml_files(pristine: Path) -> None:
+    own = pristine / "VOC2007"
+    args = tiny_args(
+        FINETUNE, "--dataset_file", "custom", "--train_images", str(own / "JPEGImages"), "--train_annotations", str(own / "Annotations"),
+        "--val_images", str(own / "JPEGImages"), "--val_annotations", str(own / "Annotations"),
+    )
+    train, val = build_labelled(args)
+    assert (len(train), train.num_classes, train.category_ids) == (6, 3, None)
+    assert train.class_names == {0: "bird", 1: "cat", 2: "dog"}
+    evaluator = val.evaluator(args)
+    assert isinstance(evaluator, CocoEvaluator)
+    detect_the_truth(evaluator, val.annotations)
+    assert evaluator.summarize()["stats"][0] == pytest.approx(1)
+
+
+def test_own_data_without_xml_files(tmp_path: Path) -> None:
+    args = tiny_args(FINETUNE, "--dataset_file", "custom", "--train_images", str(tmp_path), "--train_annotations", str(tmp_path))
+    with pytest.raises(UserError, match="has no .xml file"):
+        build_dataset("train", args)
+
+
+def detect_the_truth(evaluator, annotations) -> None:
+    import torch
+
+    for i, number in enumerate(annotations.image_ids.tolist()):
+        rows = slice(annotations.offsets[i], annotations.offsets[i + 1])
+        evaluator.update({number: {
+            "boxes": torch.from_numpy(annotations.boxes_xyxy_abs[rows]), "labels": torch.from_numpy(annotations.labels[rows]),
+            "scores": torch.ones(len(annotations.labels[rows])),
+        }})
+
+
+def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path) -> None:
+    """Names and fields as Siamese DETR has them; boxes are the raw corners, without + 1 or - 1, and difficult objects are no crowds."""
+    voc_to_coco.main(voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]))
+    assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == ["voc_test2007.cocostyle.json", "voc_trainval2012.cocostyle.json"]
+    content = json.loads((tmp_path / "meta" / "voc_test2007.cocostyle.json").read_text())
+    assert [image["id"] for image in content["images"]] == [201, 202, 203]
+    assert set(content["images"][0]) >= {"file_name", "width", "height"}
+    assert [(category["id"], category["name"]) for category in content["categories"]] == list(enumerate(CLASSES))
+    first = content["annotations"][0]
+    name, (x0, y0, x1, y1), difficult = read_xml(str(pristine / "VOC2007/Annotations/000201.xml"))["objects"][0]
+    assert first["bbox"] == [x0 + 1, y0 + 1, x1 - x0 - 1, y1 - y0 - 1]
+    assert first["area"] == first["bbox"][2] * first["bbox"][3]
+    assert (CLASSES[first["category_id"]], first["difficult"], first["iscrowd"], first["id"]) == (name, difficult, 0, 1)
+    assert any(item["difficult"] for item in content["annotations"])
+    twelve = json.loads((tmp_path / "meta" / "voc_trainval2012.cocostyle.json").read_text())
+    assert [image["id"] for image in twelve["images"]] == [2012000101, 2012000102]
+    places = {
+        "train_images": pristine / "VOC2012/JPEGImages", "train_annotations": tmp_path / "meta/voc_trainval2012.cocostyle.json",
+        "val_images": pristine / "VOC2007/JPEGImages", "val_annotations": tmp_path / "meta/voc_test2007.cocostyle.json",
+    }
+    args = tiny_args(FINETUNE, "--dataset_file", "custom", *(word for name, place in places.items() for word in (f"--{name}", str(place))))
+    train, val = build_labelled(args)
+    assert (len(train), len(val), train.num_classes) == (2, 3, 20)
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        voc_to_coco.main(voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2007_test"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with logged() as lines:
+        fine_tune("--dataset_file", "voc", "--voc_path", pristine, "--epochs", 1, "--output_dir", run, *FROZEN)
+    (line,) = read_log(run)
+    assert len(line["test_coco_eval_bbox"]) == len(line["test_voc_area"]) == 3
+    assert line["test_coco_eval_bbox"] == line["test_voc_11point"]
+    assert any("AP, AP50 and objects of each class:" in text and "cat" in text for text in lines)
+    classes = json.loads((run / "per_class.json").read_text())["classes"]
+    assert {row["id"]: row["name"] for row in classes}.items() <= dict(enumerate(CLASSES)).items()
+    assert np.mean([row["AP"] for row in classes]) == pytest.approx(line["test_coco_eval_bbox"][0])
+    assert "per_class" not in json.loads((run / "metrics.json").read_text())
+    checkpoint = read_checkpoint(run / "checkpoint.pth")
+    assert checkpoint["class_names"] == dict(enumerate(CLASSES))
+    assert "per_class.json" in (run / "result.html").read_text()
+    fine_tune("--eval", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "eval", "--voc_metric", "area")
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"] == line["test_voc_area"]
+
+
+def test_the_data_decide_the_evaluator(pristine: Path) -> None:
+    args = args_of(pristine, "--voc_metric", "area", "--reproduce_published")
+    evaluator = build_dataset("val", args).evaluator(args)
+    assert isinstance(evaluator, VocEvaluator)
+    assert (evaluator.metric, evaluator.published) == ("area", True)
