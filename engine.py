@@ -399,7 +399,7 @@ def continue_run(run: Run, checkpoint: dict) -> None:
         if bool(run.max_iters) != bool(checkpoint.get("args", {}).get("max_iters")):
             raise UserError("--max_iters: the schedule of this checkpoint counts %s; resume it with the same kind of schedule" %
                             ("epochs" if run.max_iters else "iterations"))
-        restore_optimizer(run.optimizer, run.scheduler, checkpoint)
+        restore_optimizer(run.optimizer, run.scheduler, checkpoint, bare(run.model))
         restore(run, checkpoint)
         _count_epochs(run)
         where = f", batch {run.batch}" if run.batch else ""

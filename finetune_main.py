@@ -28,10 +28,11 @@ from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import Checkpoint, load_exactly, load_pretrained
 from util.classes import classes_of
 from util.distributed import is_main_process
+from util.files import write_text
 from util.flags import FINETUNE
 from util.logger import log
 from util.plot_utils import prediction_page
-from util.run_folder import check_room, describe_settings, prepare_output, save_settings, write_text
+from util.run_folder import check_room, describe_settings, prepare_output, save_settings
 from util.run_page import report
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
@@ -108,6 +109,23 @@ def save_subset(folder: Path | None, train_set, args: Namespace) -> None:
         write_text(folder / subsets.FILE, json.dumps(subsets.describe_subset(train_set.annotations, args)))
 
 
+def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Once, of a trained detector."""
+    warn_of_other_classes(checkpoint.get("class_names") or {}, evaluation.dataset.class_names)
+    log.info("evaluating on %d images", len(evaluation.dataset))
+    evaluation(model, checkpoint.get("epoch", 0))
+    report(evaluation.folder)
+
+
+def kept_with_weights(args: Namespace, train_set, normalization: dict) -> dict:
+    """What the checkpoints of a run hold beside its state."""
+    return {
+        "args": plain_settings(args), "normalization": normalization,
+        "class_names": {int(label): name for label, name in train_set.class_names.items()}, "category_ids": train_set.category_ids,
+        "version": engine.CHECKPOINT_VERSION,
+    }
+
+
 def train(run: engine.Run) -> None:
     """All epochs, with the run's page kept up to date; says at the end what the detector is good for."""
     run.plot = lambda: report(run.folder)
@@ -127,41 +145,34 @@ def main(args: Namespace) -> None:
     train_set, val_set = build_labelled(args, classes_of(checkpoint) if args.resume else None)
     describe_settings(args)
     loader = None if args.eval else build_loader(train_set, args, train=True)
-    data_check = check_at_start(train_set, val_set, args)
+    facts = {
+        "data": {name: images.fingerprint() for name, images in (("train", train_set), ("val", val_set)) if images is not None},
+        "data_check": check_at_start(train_set, val_set, args),
+    }
 
     model, criterion, postprocessors = build_model(args)
     load_weights(model, checkpoint, args, val_set.class_names)
     model.to(device, memory_format=torch.channels_last)
     criterion.to(device)
-    summary = describe_model(model, args)
+    facts["model"] = describe_model(model, args)
     check_room(folder, model)
 
     backbone = model.backbone[0]
     normalization = {"mean": list(backbone.mean), "std": list(backbone.std)}
     evaluation = Evaluation(args, val_set, criterion, postprocessors, device, folder, normalization)
     if args.eval:
-        warn_of_other_classes(checkpoint.get("class_names") or {}, val_set.class_names)
-        log.info("evaluating on %d images", len(val_set))
-        save_settings(folder, args, {"data": {"val": val_set.fingerprint()}, "data_check": data_check, "model": summary})
-        evaluation(model, checkpoint.get("epoch", 0))
-        report(folder)
+        save_settings(folder, args, facts)
+        evaluate(evaluation, model, checkpoint)
         return
     log.info("%d training and %d validation images", len(train_set), len(val_set))
-    keep = {
-        "args": plain_settings(args), "normalization": normalization,
-        "class_names": {int(label): name for label, name in train_set.class_names.items()}, "category_ids": train_set.category_ids,
-        "version": engine.CHECKPOINT_VERSION,
-    }
-    run = engine.make_run(args, model, criterion, loader, device, folder, keep)
+    run = engine.make_run(args, model, criterion, loader, device, folder, kept_with_weights(args, train_set, normalization))
     if args.resume:
         engine.continue_run(run, checkpoint)
     del checkpoint  # its tensors are in the model and the optimiser now
     if args.dry_run:
         engine.dry_run(run)
         return
-    data = {"train": train_set.fingerprint(), "val": val_set.fingerprint()}
-    counts = [len(train_set), len(val_set)]
-    save_settings(folder, args, {"data": data, "images": counts, "data_check": data_check, "model": summary})
+    save_settings(folder, args, {**facts, "images": [len(train_set), len(val_set)]})
     save_subset(folder, train_set, args)
     draw_samples(folder, train_set, args.batch_size, run.epoch, normalization)
     run.evaluate, run.eval_every = evaluation, args.eval_every

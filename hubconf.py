@@ -80,7 +80,10 @@ def _build(name: str, pretrained: bool | str, num_classes: int, return_postproce
     from util.arguments import make_parser
     from util.checkpoint import load_checkpoint, load_exactly
     from util.flags import FINETUNE
+    from util.logger import UserError
 
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes}: a detector knows at least one class")
     checkpoint = load_checkpoint(_source(name, pretrained)) if pretrained else None
     args = make_parser(FINETUNE).parse_args([])
     vars(args).update(_MODELS[name][1], num_classes=num_classes, backbone_weights=backbone_weights)

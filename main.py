@@ -16,6 +16,7 @@ import torch
 import engine
 from datasets import build_dataset, build_loader
 from datasets.checks import check_at_start
+from datasets.sample import SampleDataset
 from datasets.sample_page import draw_found_patches, draw_samples
 from models import build_model
 from models.summary import describe_model
@@ -39,20 +40,43 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def evaluate(args: Namespace) -> None:
-    """Boxes of the pre-trained model against the objects of COCO's validation images, whatever their class, as DETReg does."""
-    from tools import evaluate_proposals
+    """Boxes of the pre-trained model against the objects of COCO's validation images, whatever their class, as DETReg does.
+
+    With `--eval` in numbers, with `--viz` in pictures.
+    """
+    from tools import evaluate_proposals, visualize_pretext
 
     if not args.resume:
-        raise UserError("--eval needs the model to evaluate: add --resume PATH")
-    flags = ["--checkpoint", args.resume, "--output_dir", args.output_dir or ""]
-    for name in ("coco_path", "data_root", "device", "batch_size", "num_workers", "amp", "seed", "image_size", "max_size"):
-        if getattr(args, name) is not None:
-            flags += [f"--{name}", str(getattr(args, name))]
-    evaluate_proposals.main(evaluate_proposals.parse([*flags, "--overwrite"]))
+        raise UserError(f"--{'eval' if args.eval else 'viz'} needs the model to evaluate: add --resume PATH")
+    if args.eval:
+        flags = ["--checkpoint", args.resume, "--output_dir", args.output_dir or ""]
+        for name in ("coco_path", "data_root", "device", "batch_size", "num_workers", "amp", "seed", "image_size", "max_size"):
+            if getattr(args, name) is not None:
+                flags += [f"--{name}", str(getattr(args, name))]
+        evaluate_proposals.main(evaluate_proposals.parse([*flags, "--overwrite"]))
+    if args.viz:
+        visualize_pretext.draw_objects(args)
+
+
+def train(run: engine.Run, dataset: SampleDataset, args: Namespace) -> None:
+    """All epochs, with pages of samples and of the run; says at the end what the model is good for."""
+    normalization = run.keep["normalization"]
+    draw_samples(run.folder, dataset, args.batch_size, run.epoch, normalization)
+    report(run.folder)
+
+    def plot() -> None:
+        draw_found_patches(run.folder, engine.bare(run.model), dataset, normalization, run.device)
+        report(run.folder)
+
+    run.plot = plot
+    engine.fit(run)
+    if run.folder is not None:
+        log.info("finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
+                 args.detector, run.folder / "checkpoint.pth")
 
 
 def main(args: Namespace) -> None:
-    if args.eval:
+    if args.eval or args.viz:
         evaluate(args)
         return
     device = start_session(args)
@@ -79,6 +103,10 @@ def main(args: Namespace) -> None:
         "class_names": {}, "version": engine.CHECKPOINT_VERSION,
     }
     run = engine.make_run(args, model, criterion, loader, device, folder, keep)
+    if args.eval_every:
+        from tools.evaluate_proposals import while_training
+
+        run.evaluate, run.eval_every = while_training(args, device), args.eval_every
     if checkpoint:
         engine.continue_run(run, checkpoint)
     del checkpoint  # its tensors are in the model and the optimiser now
@@ -86,18 +114,7 @@ def main(args: Namespace) -> None:
         engine.dry_run(run)
         return
     save_settings(folder, args, {"data": dataset.fingerprint(), "images": len(dataset), "data_check": data_check, "model": summary})
-    draw_samples(folder, dataset, args.batch_size, run.epoch, keep["normalization"])
-    report(folder)
-
-    def plot() -> None:
-        draw_found_patches(folder, model, dataset, keep["normalization"], device)
-        report(folder)
-
-    run.plot = plot
-    engine.fit(run)
-    if folder is not None:
-        log.info("finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
-                 args.detector, folder / "checkpoint.pth")
+    train(run, dataset, args)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def decode_runs(texts: list[str], height: int, width: int, places: list[str]) ->
     counts = np.array([len(text.split()) for text in texts], dtype=np.int64)
     numbers = _numbers(" ".join(texts))
     pairs = None if numbers is None or len(numbers) != counts.sum() or (counts % 2).any() else numbers.reshape(-1, 2)
-    if pairs is None or ((pairs < 1).any(1) | (pairs.sum(1) > height * width + 1)).any():
+    if pairs is None or ((pairs < 1) | (pairs > height * width)).any() or (pairs.sum(1) > height * width + 1).any():
         raise UserError(_first_bad(texts, height, width, places))
     if not len(texts):
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
@@ -130,6 +130,8 @@ def decode_runs(texts: list[str], height: int, width: int, places: list[str]) ->
 
 def _numbers(text: str) -> np.ndarray | None:
     """All numbers of a text at once; None where something else is in it."""
+    if not text:
+        return np.zeros(0, np.int64)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

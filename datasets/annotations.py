@@ -1,6 +1,7 @@
 """Boxes and labels of a whole data set in a few arrays: workers share them, where Python objects would be copied."""
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ from util.logger import UserError, log
 Record = dict[str, Any]
 # kind (a key of datasets.checks.KINDS) -> (ids int64 [K, 2]: annotation, -1 where there is none, and image; file names [K])
 Findings = dict[str, tuple[np.ndarray, PackedStrings]]
+ID_LIMIT = 2**53  # evaluators keep ids in float64
 EDGE = 1.0  # pixels that a box may stand over its image unnoticed: published boxes are rounded
 
 
@@ -108,16 +110,26 @@ def read_coco(path: str) -> Annotations:
     Raises:
         UserError: no such file, not JSON, or what makes training wrong (see `parse_coco`).
     """
+    return parse_coco(read_json(path), path)
+
+
+def read_json(path: str) -> Any:
+    """The content of a JSON file in UTF-8, or in the UTF-16 and with the byte order mark that some programs write.
+
+    Raises:
+        UserError: no such file, or not JSON.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with open(path, "rb") as file:
+            return json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: put the COCO annotations there") from error
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): check the path and its permissions") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): is the download complete?") from error
-    return parse_coco(content, path)
 
 
 def parse_coco(content: Record, source: str) -> Annotations:
@@ -128,8 +140,8 @@ def parse_coco(content: Record, source: str) -> Annotations:
     and annotations of unlisted images.
 
     Raises:
-        UserError: parts are missing, entries are no objects, ids are no integers or not unique, a category id is negative, a
-            size or bbox is malformed.
+        UserError: parts are missing, entries are no objects, ids are no integers from 0 on or not unique, a file name, size,
+            bbox or iscrowd is malformed.
     """
     images, annotations, categories = (_part(content, key, source) for key in ("images", "annotations", "categories"))
     images = sorted(images, key=lambda image: _identifier(image, "id", source))
@@ -140,8 +152,18 @@ def parse_coco(content: Record, source: str) -> Annotations:
     file_names = PackedStrings(_file_name(image, source) for image in images)
     sizes = np.array([_size_hw(image, source) for image in images], dtype=np.int64).reshape(-1, 2)
     columns = _columns(annotations, source)
-    names = {_identifier(category, "id", source): str(category.get("name", category["id"])) for category in categories}
-    return from_columns(columns, source, file_names, image_ids, sizes, names)
+    return from_columns(columns, source, file_names, image_ids, sizes, _class_names(categories, source))
+
+
+def _class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for category in categories:
+        number = _identifier(category, "id", source)
+        name = str(category.get("name", number))
+        if names.setdefault(number, name) != name:
+            raise UserError(f"{source}: the categories '{names[number]}' and '{name}' have the same id {number}: ids must be unique; "
+                            "correct or remove one")
+    return names
 
 
 def from_columns(
@@ -195,29 +217,37 @@ def _size_hw(image: Record, source: str) -> tuple[int, int]:
 
 def _identifier(record: Record, key: str, source: str) -> int:
     value = record.get(key)
-    if not isinstance(value, int) or not _is_number(value):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{source}: {key} of {_short(record)} is {_short(value)}: it must be an integer; correct it")
+    if not 0 <= value < ID_LIMIT:
+        raise UserError(f"{source}: {key} of {_short(record)} is {_short(value)}: it must be at least 0 and less than 2^53; correct it")
     return value
 
 
 def _file_name(image: Record, source: str) -> str:
-    if not isinstance(image.get("file_name"), str):
+    name = image.get("file_name")
+    if not isinstance(name, str) or not name:
         raise UserError(f"{source}: image {image['id']} has no file_name: add it or remove the image")
-    return image["file_name"]
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{source}: image {image['id']} has the file_name {_short(name)}, which no file can have: correct it") from error
+    return name
 
 
 def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
     """One array a field, rows as in the file; boxes as (x0, y0, x1, y1), added up in float32 as published."""
     boxes_xywh = [_bbox(annotation, source) for annotation in annotations]
-    box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is left out as such
+        box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
     box_area = box[:, 2] * box[:, 3]
     area = np.array([_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32)
     box[:, 2:] += box[:, :2]
     return {
         "id": np.array([_annotation_id(annotation) for annotation in annotations], dtype=np.int64),
         "image": np.array([_identifier(a, "image_id", source) for a in annotations], dtype=np.int64),
-        "label": np.array([_category(a, source) for a in annotations], dtype=np.int64),
-        "crowd": np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], dtype=bool),
+        "label": np.array([_identifier(a, "category_id", source) for a in annotations], dtype=np.int64),
+        "crowd": np.array([_is_crowd(a, source) for a in annotations], dtype=bool),
         "box": box,
         "area": np.where(np.isnan(area), box_area, area).astype(np.float32),
     }
@@ -225,6 +255,15 @@ def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray
 
 def _number_or(value: Any, default: float) -> float:
     return value if _is_number(value) else default
+
+
+def _is_crowd(annotation: Record, source: str) -> bool:
+    """Crowds are left out without a word, so that a text such as "0" must not pass for one."""
+    value = annotation.get("iscrowd") or 0
+    if value not in (0, 1):
+        raise UserError(f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has iscrowd {_short(value)}: "
+                        "it must be 0 or 1")
+    return bool(value)
 
 
 def _annotation_id(annotation: Record) -> int:
@@ -241,16 +280,6 @@ def _bbox(annotation: Record, source: str) -> Sequence[float]:
             "it must be [x, y, width, height] in pixels"
         )
     return bbox
-
-
-def _category(annotation: Record, source: str) -> int:
-    label = _identifier(annotation, "category_id", source)
-    if label < 0:
-        raise UserError(
-            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has category id "
-            f"{label}: ids start at 0"
-        )
-    return label
 
 
 def _usable_rows(

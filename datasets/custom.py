@@ -32,6 +32,8 @@ def build_custom(image_set: str, args: Namespace) -> CocoDetection:
     if not folder or not file:
         missing = f"--{image_set}_annotations FILE" if folder else f"--{image_set}_images DIR"
         raise UserError(f"--dataset_file custom needs --{image_set}_images and --{image_set}_annotations: add {missing}")
+    if not os.path.isdir(folder):
+        raise UserError(f"--{image_set}_images {folder} is no folder: give the one that the file names of {file} count from")
     xml = os.path.isdir(file)
     annotations = usable(read_xml_folder(file) if xml else read_coco(file), folder, image_set, args)
     _check_names(annotations, getattr(args, "check_only", False))

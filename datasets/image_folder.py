@@ -49,8 +49,8 @@ def open_image(path: str) -> Image.Image:
     except UnidentifiedImageError as error:
         reason = "of no format that Pillow knows" if os.path.getsize(path) else "an empty file"
         raise BadImageError(f"can't be decoded ({reason})") from error
-    except PermissionError as error:
-        raise BadImageError("can't be opened (permission denied)") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise BadImageError(f"can't be opened ({error.strerror.lower()})") from error
     except Exception as error:  # noqa: BLE001 - Pillow's plug-ins raise any type on a damaged or unusual file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(f"can't be decoded ({reason})") from error
@@ -107,7 +107,7 @@ class PackedStrings:
 class ImageFolder:
     """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image.
 
-    Symbolic links are followed, links that lead back to a folder above are not. Files with other extensions than
+    Symbolic links are followed, links that lead back to a folder above are not; an image's link to nowhere counts as a bad image. Files with other extensions than
     `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`.
 
     Raises:
@@ -164,12 +164,12 @@ class ImageFolder:
 
 def _is_image(entry: os.DirEntry) -> bool:
     extension = os.path.splitext(entry.name)[1].lower()
-    return extension in image_extensions() and not entry.name.startswith(".") and entry.is_file()
+    return extension in image_extensions() and not entry.name.startswith(".") and (entry.is_file() or entry.is_symlink())
 
 
 def _read_list(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is neither a folder nor a text file with one image path a line") from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -110,7 +110,7 @@ def image_id(name: str) -> int:
         UserError: the name has no such number.
     """
     digits = name.replace("_", "")
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 14:
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 11:
         raise UserError(f"VOC image {name}: names are numbers, such as 000005 or 2008_000002; own images go with --dataset_file custom")
     return int(f"2021{digits}")
 

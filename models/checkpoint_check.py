@@ -9,7 +9,6 @@ from util.architecture import without_detr_prefix
 from util.arguments import make_parser, resolve
 from util.checkpoint import Checkpoint, adopt_architecture, pretext_parts
 from util.classes import class_rows
-from util.conversion import pretext_of
 from util.flags import FINETUNE
 from util.logger import UserError
 from util.registry import DETECTORS
@@ -36,7 +35,8 @@ def detector_settings(checkpoint: Checkpoint) -> Namespace:
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:
-    """Compares names and shapes with a model of the same architecture, which is built without memory for its weights.
+    """Compares names and shapes with a model of the same architecture, which is built without memory for its weights. The class head
+    may be missing as a whole: converters leave that of a pretext out.
 
     Raises:
         UserError: with the first names that are unknown, missing, or of another shape, and their number.
@@ -50,7 +50,8 @@ def check_parameters(checkpoint: Checkpoint) -> None:
     kind, source = args.detector, checkpoint.source
     shapes = [f"{key} {list(value.shape)} (not {list(target[key].shape)})"
               for key, value in state.items() if key in target and value.shape != target[key].shape]
-    missing = [key for key in target if key not in state and not (outputs == 0 and pretext_of(checkpoint) and "class_embed" in key)]
+    headless = not any("class_embed" in key for key in state)
+    missing = [key for key in target if key not in state and not (headless and "class_embed" in key)]
     unknown = [key for key in state if key not in target and not key.startswith(pretext_parts()) and not BESIDE.fullmatch(key)]
     for keys, problem in ((unknown, f"has {len(unknown)} names that are unknown in a {kind} of any code base"),
                           (missing, f"lacks {len(missing)} of the {len(target)} tensors of its {kind}"),

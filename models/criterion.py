@@ -207,7 +207,7 @@ class SetCriterion(nn.Module):
     @torch.no_grad()
     def _spread(self, x: Tensor) -> Tensor:
         """Standard deviation over the rows of [N, C] of all processes, mean over channels."""
-        sums = torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)])
+        sums = torch.cat([x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)])
         if self.training:  # as in `_num_boxes`
             all_reduce_sum(sums)
         mean, square = (sums[1:] / sums[0]).chunk(2)

@@ -29,7 +29,7 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         """[N, C] -> [N, C]"""
         if not self.training or get_world_size() == 1:
             return super().forward(x)
-        count = all_reduce_sum(x.new_tensor([len(x)]))
+        count = all_reduce_sum(x.new_full((1,), len(x)))
         mean = _SumOverProcesses.apply(x.sum(0)) / count
         centred = x - mean
         variance = _SumOverProcesses.apply(centred.square().sum(0)) / count

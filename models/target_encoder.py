@@ -62,10 +62,17 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
     """`intermediate` or `head`, frozen, in evaluation mode.
 
     weights: where the backbone's came from; `none` leaves the projection head random, for a checkpoint to fill.
+
+    Raises:
+        UserError: the weights can't be had, or have no projection head where that is asked for.
     """
     encoder = IntermediateEncoder(backbone) if head == "intermediate" else HeadEncoder(backbone.name)
     if head == "head" and weights != "none":
-        load_backbone_weights(encoder, backbone.name, weights)
+        try:
+            load_backbone_weights(encoder, backbone.name, weights)
+        except UserError as error:
+            raise UserError(f"--obj_embedding_head head needs a file with SwAV's projection head: {error}, or --obj_embedding_head "
+                            "intermediate") from error
     return encoder.requires_grad_(False).eval()
 
 

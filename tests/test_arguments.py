@@ -87,6 +87,68 @@ def test_published_choices_that_no_flag_shows() -> None:
     assert parse(PRETRAIN, "--detector", "conditional_detr").set_cost_class == 1
 
 
+# DETReg's one parser for pre-training and fine-tuning: flag -> default; those of a detector are below.
+DETREG = {
+    "max_prop": 30, "lr_linear_proj_mult": 0.1, "batch_size": 4, "weight_decay": 1e-4, "clip_max_norm": 0.1, "sgd": SWITCH,
+    "with_box_refine": SWITCH, "two_stage": SWITCH, "strategy": "topk", "obj_embedding_head": "intermediate", "backbone": "resnet50",
+    "dilation": SWITCH, "enc_layers": 6, "dec_layers": 6, "hidden_dim": 256, "dropout": 0.1, "nheads": 8, "dec_n_points": 4,
+    "enc_n_points": 4, "set_cost_bbox": 5.0, "set_cost_giou": 2.0, "object_embedding_coef": 1.0, "bbox_loss_coef": 5.0,
+    "giou_loss_coef": 2.0, "focal_alpha": 0.25, "dataset_file": "coco", "data_root": "data", "output_dir": "", "cache_path": "",
+    "seed": 42, "random_seed": SWITCH, "resume": "", "start_epoch": 0, "eval": SWITCH, "viz": SWITCH, "num_workers": 2,
+    "object_embedding_loss": SWITCH, "pre_norm": SWITCH, "eos_coef": 0.1, "save_every": 5,
+}
+DETREG_OF = {
+    "deformable_detr": {"lr": 2e-4, "lr_backbone": 2e-5, "epochs": 50, "lr_drop": 40, "dim_feedforward": 1024, "num_queries": 300,
+                        "set_cost_class": 2.0, "cls_loss_coef": 2.0, "num_feature_levels": 4, "lr_backbone_names": ["backbone.0"],
+                        "lr_linear_proj_names": ["reference_points", "sampling_offsets"]},
+    "detr": {"lr": 1e-4, "lr_backbone": 1e-5, "epochs": 300, "lr_drop": 200, "dim_feedforward": 2048, "num_queries": 100,
+             "set_cost_class": 1.0, "cls_loss_coef": 1.0},
+}
+# What means something with other values than these defaults, or in the other script, or nothing at all.
+DETREG_OTHERS = {
+    "eval_every": "1", "dataset": "imagenet", "load_backbone": "swav", "position_embedding": "sine", "device": "cpu", "lr_drop_epochs": "9",
+    "no_aux_loss": None,
+}
+DETREG_OF_FINE_TUNING = {"filter_pct": "-1", "pretrain": "P"}
+DETREG_REFUSED = {**REFUSED, "filter_num": "1", "reset_embedding_layer": "1", "position_embedding_scale": "1", "cache_mode": None}
+
+
+@pytest.mark.parametrize("model", DETREG_OF)
+def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture) -> None:
+    """Its defaults are those of the pretext; what is not of pre-training is refused with the reason."""
+    words = ["--pretext", "region_prior", "--model", model]
+    args = parse(PRETRAIN, *words)
+    for flag, default in {**DETREG, **DETREG_OF[model]}.items():
+        assert (not getattr(args, flag)) if default is SWITCH else getattr(args, flag) == default, flag
+    for flag, default in {**DETREG, **DETREG_OF[model]}.items():
+        value = [] if default is SWITCH else [str(v) for v in default] if isinstance(default, list) else [str(default)]
+        if flag in ("with_box_refine", "two_stage") and model == "detr":
+            continue
+        extra = ["--resume", "P"] if flag in ("eval", "viz") else []
+        assert getattr(parse(PRETRAIN, *words, f"--{flag}", *value, *extra), flag) == (True if default is SWITCH else default), flag
+    for flag, value in DETREG_OTHERS.items():
+        make_parser(PRETRAIN).parse_args([*words, f"--{flag}", *([value] if value else [])])
+    for flag, value in {**DETREG_OF_FINE_TUNING, **DETREG_REFUSED}.items():
+        with pytest.raises(SystemExit):
+            make_parser(PRETRAIN).parse_args([*words, f"--{flag}", *([value] if value else [])])
+        said = capsys.readouterr().err
+        assert f"--{flag}" in said
+        assert ("is a flag of finetune_main.py" if flag in DETREG_OF_FINE_TUNING else DEAD_FLAGS.get(f"--{flag}", [0, ""])[1]) in said
+    for flag, value in DETREG_OF_FINE_TUNING.items():
+        assert str(getattr(make_parser(FINETUNE).parse_args([f"--{flag}", value]), flag)).startswith(value)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--strategy", "topk"], "--strategy means nothing to --pretext random_query_patch: leave it out or use --pretext region_prior"),
+    (["--max_prop", "30"], "--pretext region_prior"), (["--object_embedding_loss"], "--pretext region_prior"),
+])
+def test_flags_of_a_pretext_that_was_not_asked_for(flags: list[str], said: str) -> None:
+    """Their defaults too: DETReg's command without --pretext must not pre-train as UP-DETR does."""
+    with pytest.raises(UserError, match=said):
+        parse(PRETRAIN, *flags)
+    assert parse(PRETRAIN, "--pretext", "region_prior", *flags).pretext == "region_prior"
+
+
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
 @pytest.mark.parametrize(("flag", "value"), REFUSED.items())
 def test_dead_flags_are_refused_with_the_reason(script: str, flag: str, value: str | None, capsys) -> None:

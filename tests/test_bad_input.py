@@ -108,6 +108,10 @@ def make_bad_images(root: Path) -> None:
         Image.new("RGB", (9, 9)).save(root / "tiny" / f"{i}.png")
         Image.new("RGB", (4000, 18)).save(root / "strips" / f"{i}.png")
     shutil.copytree(root / "photographs", root / "some_bad")
+    (root / "links").mkdir()
+    (root / "links" / "lost.png").symlink_to(root / "gone" / "lost.png")
+    for name in ("000.png", "001.png"):
+        (root / "links" / name).symlink_to(root / "photographs" / name)
     whole = (root / "some_bad" / "000.png").read_bytes()
     (root / "some_bad" / "000.png").write_bytes(whole[: len(whole) // 2])
     (root / "some_bad" / "001.png").write_bytes(b"")
@@ -125,6 +129,8 @@ def make_bad_images(root: Path) -> None:
 
 def make_bad_files(root: Path) -> None:
     (root / "file").write_text("mine")
+    (root / "taken").mkdir()
+    (root / "taken" / "results.json").write_text("mine")
     (root / "list.txt").write_text("photographs/000.png\nphotographs/gone.png\nphotographs/001.png\n")
     (root / "lost.txt").write_text("gone.png\n")
     (root / "no_val").mkdir()
@@ -211,7 +217,7 @@ REFUSED = [
     ("an id twice", F, "--coco_path {root}/same_ids", "two images have the same id 1: ids must be unique", 1),
     ("a large category id", F, "--coco_path {root}/id_120", "has category id 120, but --num_classes is 91: .* --num_classes 121", 1),
     ("few classes", F, "--coco_path {root}/coco --num_classes 2", "has category id 3, but --num_classes is 2: .* --num_classes 4", 1),
-    ("a negative category id", F, "--coco_path {root}/id_minus", "annotation 1 of image 1 has category id -1: ids start at 0", 1),
+    ("a negative category id", F, "--coco_path {root}/id_minus", "category_id of .* is -1: it must be at least 0", 1),
     ("a text for an id", F, "--coco_path {root}/id_text", "category_id of .* is '1': it must be an integer", 1),
     ("no bbox", F, "--coco_path {root}/box_null", "annotation 1 of image 1 has bbox None: it must be", 1),
     ("a short bbox", F, "--coco_path {root}/box_three", "annotation 1 of image 1 has bbox \\[1, 2, 3\\]: it must be", 1),
@@ -244,9 +250,20 @@ REFUSED = [
     ("incomplete", F, "--coco_path x --resume auto", "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir", 1),
     ("incomplete", P, "", "no unlabelled images: give --imagenet_path DIR", 1),
     ("incomplete", F, "--dataset_file custom", "--dataset_file custom needs --train_images", 1),
+    ("no such images", F, "--dataset_file custom --train_images {root}/none --train_annotations {root}/coco/annotations",
+     "--train_images {root}/none is no folder: give the one", 1),
     # output folders
     ("a file", F, "--coco_path {root}/coco --output_dir {root}/file", "--output_dir {root}/file can't be written: .*; choose another", 1),
     ("below a file", P, "--imagenet_path {root}/photographs --output_dir {root}/file/out", "file/out can't be written: .*; choose", 1),
+    ("the images' folder", P, "--imagenet_path {root}/photographs --output_dir {root}/photographs",
+     "--output_dir {root}/photographs lies in the images' folder .*: choose another folder", 1),
+    ("below the images", P, "--imagenet_path {root}/photographs --output_dir {root}/photographs/out", "out lies in the images' folder", 1),
+    ("beside a file of this name", F, "--coco_path {root}/coco --output_dir {root}/taken",
+     "--output_dir {root}/taken holds another run \\(results.json\\): .*--overwrite to replace it, or choose another", 1),
+    ("beside a file of this name", F, "--coco_path {root}/coco --eval --resume {root}/detr.pth --output_dir {root}/taken",
+     "--output_dir {root}/taken holds other files \\(results.json\\): --overwrite to replace it, or choose another", 1),
+    ("resumed into another run", F, "--coco_path {root}/coco --resume {root}/detr.pth --output_dir {root}/taken",
+     "--output_dir {root}/taken holds another run", 1),
     # checkpoints
     ("another detector", F, "--detector detr --pretrain {root}/conditional.pth",
      "--detector detr contradicts {root}/conditional.pth, .* conditional_detr; leave", 1),
@@ -330,6 +347,7 @@ TOLD = [
     ("outside", F, "--coco_path {root}/box_outside", "1 annotations with a box .* outside its image, .* annotation 1 of image 1"),
     ("partly outside", F, "--coco_path {root}/box_partly", "1 boxes stand over the edge of their image and are cut to it, .* annotation 1"),
     ("bad among good", P, "--imagenet_path {root}/some_bad", "2 of 4 .* can't be used, the first is .*000.png: can't be decoded"),
+    ("links to nowhere", P, "--imagenet_path {root}/links", "1 of 3 .* can't be used, the first is .*lost.png: no such file"),
     ("one of a list absent", P, "--imagenet_path {root}/list.txt", "1 of 3 .* can't be used, the first is .*gone.png: no such file"),
 ]
 

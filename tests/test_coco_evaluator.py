@@ -53,6 +53,22 @@ def summary(truth: dict, results: list[dict], backend: str) -> dict:
     return evaluator.summarize()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_training_takes_is_evaluated(backend: str) -> None:
+    """Entries that `parse_coco` accepts, so that no run ends at its first evaluation."""
+    pytest.importorskip(backend)
+    plain = {
+        "images": [{"id": 1, "width": 90, "height": 90}], "categories": [{"id": 2, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [10, 10, 40, 40]}],
+    }
+    results = [{"image_id": 1, "category_id": 2, "bbox": [10, 10, 40, 40], "score": 0.9}]
+    expected = summary(plain, results, backend)
+    assert expected["stats"][0] == pytest.approx(1)
+    for odd in ({"area": "large"}, {"area": None}, {"iscrowd": None}, {"iscrowd": False}):
+        assert summary({**plain, "annotations": [{**plain["annotations"][0], **odd}]}, results, backend) == expected
+    assert summary({**plain, "images": [{"id": 1, "width": None, "height": None}]}, results, backend) == expected
+
+
 @pytest.mark.parametrize("backend", FAST)
 def test_backend_equals_pycocotools(backend: str) -> None:
     pytest.importorskip(backend)

@@ -60,6 +60,10 @@ SIAMESE_COCO = {
 SIAMESE_DEFORMABLE = {
     **SIAMESE_IN, "detector": "deformable_detr", "num_queries": 300, "batch_size": 4, "dim_feedforward": 1024, "num_feature_levels": 4,
 }
+DETREG_PASCAL = {
+    "dataset_file": "voc", "voc_path": "data/pascal/VOCdevkit", "voc_train": ["2007_trainval", "2012_trainval"], "voc_val": ["2007_test"],
+    "voc_metric": "11point", "num_classes": 21, "pretrain": "exps/DETReg_top30_in/checkpoint.pth",
+}
 PUBLISHED = {
     "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": SIAMESE_CONDITIONAL_IN,
     "r50_condtr_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "num_queries": 300},
@@ -86,6 +90,18 @@ PUBLISHED = {
     },
     "DETReg_fine_tune_full_coco": {
         "coco_path": "data/MSCoco", "pretrain": "exps/DETReg_top30_in/checkpoint.pth", "batch_size": 4, "epochs": 50, "lr_drop": 40,
+    },
+    **{
+        f"DETReg_fine_tune_{percent}pct_coco": {
+            "coco_path": "data/MSCoco", "pretrain": "exps/DETReg_top30_coco/checkpoint.pth", "filter_pct": percent / 100, "seed": 42,
+            "batch_size": 3, "epochs": epochs, "lr_drop": epochs,
+        } for percent, epochs in ((1, 2000), (2, 1000), (5, 500), (10, 400))
+    },
+    "DETReg_fine_tune_full_pascal": {
+        **DETREG_PASCAL, "batch_size": 4, "epochs": 100, "lr_drop": 70, "eval_every": 10, "filter_pct": -1.0,
+    },
+    "DETReg_fine_tune_10pct_pascal": {
+        **DETREG_PASCAL, "batch_size": 4, "epochs": 200, "lr_drop": 150, "eval_every": 20, "filter_pct": 0.1,
     },
     "UPDETR_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 32, "pre_norm": True},
     "UPDETR_finetune_coco": {

@@ -1,4 +1,5 @@
 """Files of every published code base: told apart, read by --pretrain and --resume as they are, converted and back."""
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -9,7 +10,7 @@ import torch
 
 from models import build_model
 from models.checkpoint_check import check_parameters
-from tests.published_files import SMALL, detreg, filled, patch_parts, published_files, shapes, siamese, siamese_file, updetr
+from tests.published_files import SMALL, detreg, filled, patch_parts, published_files, settings, shapes, siamese, siamese_file, updetr
 from tests.tiny import ROOT, logged
 from tools import convert_checkpoint, convert_to_detr
 from util.architecture import architecture
@@ -323,7 +324,7 @@ def without(state: dict, word: str) -> dict:
     (lambda s: without(s, "decoder.layers.1.linear"), ("lacks 4 of the", "transformer.decoder.layers.1.linear1.weight", "...")),
     (lambda s: {**s, "novel.weight": torch.ones(1), "novel.bias": torch.ones(1)}, ("has 2 names", "novel.weight, novel.bias")),
     (lambda s: {**s, "input_proj.weight": torch.ones(32, 9, 1, 1)}, ("other shapes", "input_proj.weight [32, 9, 1, 1] (not [32, 512,")),
-    (lambda s: without(s, "class_embed"), ("lacks 2", "class_embed.weight")),
+    (lambda s: without(s, "class_embed.bias"), ("lacks 1", "class_embed.bias")),
     (lambda s: without(s, "layer3"), ("lacks", "tensors of its detr: backbone.0.body.")),
     (lambda s: {f"x.{key}": value for key, value in s.items()}, ("x.",)),
     (lambda s: {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, ("no detector", "2 tensors", "a.weight")),
@@ -335,6 +336,57 @@ def test_odd_files_are_refused_with_the_names_that_puzzle(change, words: tuple[s
         assert str(path) in text
         assert all(word in text for word in words), text
     assert not (tmp_path / "new.pth").exists()
+
+
+@pytest.mark.parametrize(("kind", "change", "words"), [
+    ("deformable", lambda s: {f"model.{key}": value for key, value in s.items()}, "unknown in a deformable_detr.*: model.transformer."),
+    ("conditional", lambda s: without(s, "transformer.encoder."), r"lacks 72 .*transformer.encoder.layers.0.self_attn"),
+    ("deformable", lambda s: {**s, "_extra_state": {}}, r"'model' holds '_extra_state' \(dict\), which is no named tensor"),
+])
+def test_files_that_are_almost_detectors_are_refused(kind: str, change, words: str, file_of) -> None:
+    """By the tool, and by --pretrain."""
+    path = file_of({"model": change(FILES[kind]["model"])})
+    assert re.search(words, refused(path))
+    with pytest.raises(UserError, match=f"{path}.*(lacks|holds)"):
+        start("--pretrain", path)
+
+
+@pytest.mark.parametrize("beside", [
+    {"args": ["--lr", "1"]}, {"args": "text"}, {"args": {"nheads": "4", "detector": {"type": "x"}}}, {"meta": "v1"},
+    {"class_names": ["cat", "dog"]}, {"model": "deformable_detr", "state_dict": FILES["deformable"]["model"]},
+], ids=lambda beside: " ".join(beside))
+def test_other_programs_keep_other_things_beside_the_weights(beside: dict, file_of) -> None:
+    text = run(file_of({"model": FILES["deformable"]["model"], **beside}))
+    assert "checked    all names and shapes are those of a deformable_detr" in text
+    assert ("cat, dog" in text) is ("class_names" in beside)
+
+
+def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path: Path) -> None:
+    """Without class head, which a two-stage detector has under two names; with heads that only the user knows the number of."""
+    state = filled(detreg("deformable_detr", *SMALL, "--two_stage", "--with_box_refine"))
+    stored = settings(object_embedding_loss=True, num_queries=20)
+    text = run(file_of({"model": state, "args": stored}), "--to", "detr", "--out", tmp_path / "new.pth")
+    assert "left out: 4 tensors of feature_embed" in text
+    assert "left out: 12 tensors of class_embed" in text
+    assert "--two_stage" in text.splitlines()[-1]
+    assert_equal(read_weights(tmp_path / "new.pth")["model"], without(without(state, "feature_embed"), "class_embed"))
+    text = run(tmp_path / "new.pth")
+    for words in ("a detector to be fine-tuned", "no class head", f"--pretrain {tmp_path}/new.pth"):
+        assert words in text
+    model, _, args = start("--pretrain", tmp_path / "new.pth", "--nheads", "4")
+    assert (args.enc_n_points, args.dec_n_points) == (4, 4)
+    assert torch.equal(model.transformer.enc_output.weight, state["transformer.enc_output.weight"])
+
+
+def test_flags_that_only_this_code_base_has_are_not_told_for_others(file_of, tmp_path: Path) -> None:
+    live = {**vars(settings(object_embedding_loss=True)), "backbone_norm": "live", "position_embedding": "sine_shifted", "detector": "detr"}
+    text = run(file_of({"model": FILES["detreg detr"]["model"], "args": live}), "--to", "detreg", "--out", tmp_path / "new.pth")
+    assert [flag in text.splitlines()[-1] for flag in ("--pre_norm", "--backbone_norm", "sine_shifted")] == [True, False, False]
+
+
+def test_a_position_code_of_another_code_base_is_refused(file_of) -> None:
+    text = refused(file_of({"model": FILES["detr"]["model"], "args": {"position_embedding": "rotary"}}))
+    assert text.startswith("--position_embedding rotary is unknown: choose one of sine")
 
 
 def test_a_truncated_file_and_a_text_are_refused(file_of, tmp_path: Path) -> None:

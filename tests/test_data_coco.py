@@ -12,6 +12,7 @@ from PIL import Image
 from datasets import build_dataset
 from datasets.annotations import parse_coco, read_coco
 from datasets.coco import coco_files
+from datasets.evaluators.coco import CocoEvaluator
 from util.logger import UserError
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
@@ -99,7 +100,7 @@ def test_unusable_boxes_are_left_out_and_named(bad: dict, words: str, caplog: py
     ({"bbox": [1, 2, 3]}, r"annotation 9 of image 11 has bbox \[1, 2, 3\]"),
     ({"bbox": None}, "annotation 9 of image 11 has bbox None"),
     ({"bbox": [1, 2, "3", 4]}, "annotation 9 of image 11 has bbox"),
-    ({"category_id": -1}, "annotation 9 of image 11 has category id -1"),
+    ({"category_id": -1}, "category_id of .* is -1: it must be at least 0"),
     ({"category_id": "cat"}, "category_id of .* is 'cat': it must be an integer"),
     ({"image_id": "a"}, "image_id of .* is 'a'"),
 ])
@@ -129,8 +130,15 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
     ({"images": [{"id": 11, "file_name": "a.png", "height": "a"}]}, "image 11 has height 'a': it must be in pixels"),
     ({"images": [{"id": 11, "file_name": "a.png", "width": [3]}]}, r"image 11 has width \[3\]: it must be in pixels"),
     ({"images": [{"id": 11, "file_name": "a.png", "width": float("nan")}]}, "image 11 has width nan"),
-    ({"images": [{"id": 10**30, "file_name": "a.png"}]}, "id of .* it must be an integer"),
+    ({"images": [{"id": 10**30, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
     ({"images": [{"id": 11}]}, "image 11 has no file_name: add it"),
+    ({"images": [{"id": 11, "file_name": ""}]}, "image 11 has no file_name: add it"),
+    ({"images": [{"id": 11, "file_name": "\ud800.png"}]}, "image 11 has the file_name .*, which no file can have"),
+    ({"images": [{"id": -1, "file_name": "a.png"}]}, "id of .* is -1: it must be at least 0"),
+    ({"images": [{"id": 2**53, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
+    ({"categories": [{"id": True, "name": "cat"}]}, "id of .* is True: it must be an integer"),
+    ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "the categories 'cat' and 'dog' have the same id 1"),
+    ({"annotations": [{**record(1, 11, [1, 2, 3, 4]), "iscrowd": "0"}]}, "annotation 1 of image 11 has iscrowd '0': it must be 0 or 1"),
     ({"annotations": [record(1, 11, [1, 2, 3, 10**400])]}, "annotation 1 of image 11 has bbox"),
 ])
 def test_entries_of_another_type_stop_with_one_line(tmp_path: Path, change: dict, words: str) -> None:
@@ -145,6 +153,28 @@ def test_entries_of_another_type_stop_with_one_line(tmp_path: Path, change: dict
 def test_odd_ids_and_areas_of_annotations_are_taken() -> None:
     odd = [record(10**30, 11, [1, 1, 2, 3], area=10**400), record("x", 11, [1, 1, 2, 3], area=None)]
     assert parse_coco(content(odd), "file").areas.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_as_other_programs_write_them(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({**content(GOOD), "info": "é"}, ensure_ascii=False), encoding=encoding)
+    assert len(read_coco(str(path))) == len(parse_coco(content(GOOD), "file"))
+    assert CocoEvaluator(str(path)).truth == CocoEvaluator(content(GOOD)).truth
+
+
+def test_files_that_are_no_text_of_json(tmp_path: Path) -> None:
+    for text, words in (("é".encode("latin-1"), "is not UTF-8 .*: save it as UTF-8"), (b"[" * 100_000, "is not valid JSON")):
+        (tmp_path / "some.json").write_bytes(b'{"info": "' * (text[0] > 127) + text)
+        with pytest.raises(UserError, match=words):
+            read_coco(str(tmp_path / "some.json"))
+
+
+def test_boxes_beyond_float32_are_left_out_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+    found = parse_coco(content([record(1, 11, [1, 1, 1e300, 3]), record(2, 11, [1, 1, 2, 3])]), "file")
+    assert len(found.labels) == 1
+    assert set(found.findings) == {"box not finite"}
+    assert not recwarn.list
 
 
 def test_a_folder_in_place_of_the_file_stops(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ def test_symbolic_links_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "back").symlink_to(root, target_is_directory=True)
     (root / "self").symlink_to(root, target_is_directory=True)
     folder = ImageFolder(str(root))
-    assert [os.path.relpath(folder.path(i), root) for i in range(len(folder))] == ["file.png", "linked/one.png"]
+    assert [os.path.relpath(folder.path(i), root) for i in range(len(folder))] == ["file.png", "gone.png", "linked/one.png"]
+    with pytest.raises(BadImageError, match="no such file"):  # and so it is told and counted
+        read_image(folder.path(1))
 
 
 def test_list_of_files(tmp_path: Path) -> None:
@@ -72,6 +74,11 @@ def test_list_of_files(tmp_path: Path) -> None:
     (tmp_path / "wrong.txt").write_text("images/none.png\n")
     with pytest.raises(UserError, match="first entry images/none.png does not exist"):
         ImageFolder(str(tmp_path / "wrong.txt"))
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfimages/a.png\r\nimages/a.png\r\n")
+    assert ImageFolder(str(tmp_path / "windows.txt")).name(1) == "images/a.png"
+    (tmp_path / "folders.txt").write_text("images\n")
+    with pytest.raises(BadImageError, match=r"can't be opened \(is a directory\)"):
+        read_image(ImageFolder(str(tmp_path / "folders.txt")).path(0))
 
 
 def test_missing_and_empty_folders(tmp_path: Path) -> None:

@@ -376,6 +376,14 @@ def test_bfloat16(flags: list[str]) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+def test_one_export_serves_every_batch() -> None:
+    model = build("--no_aux_loss", "--dec_layers", "1", "--num_feature_levels", "2")[0].eval()
+    model.backbone[0].body = Pooled(model.backbone[0].strides, model.backbone[0].num_channels)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    images = torch.randn(3, 3, 64, 96)
+    torch.testing.assert_close(exported.module()(images)["pred_boxes"], model(images)["pred_boxes"])
+
+
 def test_the_flag_reaches_every_attention() -> None:
     model, _ = build("--ms_deform_attn", "pytorch", "--enc_n_points", "2", "--dec_n_points", "3")
     attentions = [module for module in model.modules() if isinstance(module, blocks.DeformableAttention)]

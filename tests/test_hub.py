@@ -193,3 +193,8 @@ def test_documents_name_entry_points() -> None:
         used = re.findall(r"""torch\.hub\.load\(["']([^"']+)["'],\s*["'](\w+)["']""", document.read_text())
         assert used, document
         assert {name for _, name in used} <= set(PARAMETERS), document
+
+
+def test_a_detector_without_classes_is_refused() -> None:
+    with pytest.raises(UserError, match="num_classes=0"):
+        hubconf.deformable_detr_resnet50(num_classes=0, backbone_weights="none")

@@ -14,14 +14,16 @@ import main as pretrain_main
 from datasets.sample_scenes import class_names, write_coco
 from models import build_model
 from tests.documents import shown_commands
-from tools import predict
+from tools import check_dataset, predict
 from util.checkpoint import save_checkpoint
 from util.flags import FINETUNE
 from util.weight_files import stored_at
 
 pytest.importorskip("skimage")
 PAGE = (ROOT / "docs" / "own_data.md").read_text()
-SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main, "tools/predict.py": predict}
+SCRIPTS = {
+    "main.py": pretrain_main, "finetune_main.py": finetune_main, "tools/predict.py": predict, "tools/check_dataset.py": check_dataset,
+}
 SMALL = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
 TRAINING = ["--epochs", "1", "--batch_size", "2", "--lr_backbone", "0", "--backbone_norm", "frozen"]
 IDS = {1: 7, 2: 3, 3: 1000, 4: 12}
@@ -60,8 +62,8 @@ def small(command: list[str]) -> list[str]:
     extra = {
         "main.py": [*MODEL_FLAGS, *PRETEXT_FLAGS, "--backbone_weights", "none", "--epochs", "1", "--batch_size", "2"],
         "finetune_main.py": TRAINING[2:] if "--eval" in words else TRAINING, "tools/predict.py": ["--threshold", "0"],
-    }[script]
-    return [*words, *SMALL, *extra]
+    }
+    return [*words, "--num_workers", "0"] if script == "tools/check_dataset.py" else [*words, *SMALL, *extra[script]]
 
 
 def test_every_command_of_the_page_runs(workplace: Path) -> None:
@@ -74,7 +76,8 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
         if command[1] == "finetune_main.py" and "--eval" not in command:
             assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), "shapes are not COCO's"
             assert f"--checkpoint {command[command.index('--output_dir') + 1]}/checkpoint_best.pth" in lines[-1]
-    assert [command[1] for command in commands()][:3] == ["main.py", "finetune_main.py", "tools/predict.py"]
+    assert [command[1] for command in commands()][:4] == ["tools/check_dataset.py", "main.py", "finetune_main.py", "tools/predict.py"]
+    assert json.loads((workplace / "check" / "check.json").read_text())["val"]["readable"] == 2
     checkpoint = read_checkpoint(workplace / "outputs" / "own" / "checkpoint_best.pth")
     assert {checkpoint["category_ids"][row]: name for row, name in checkpoint["class_names"].items()} == {
         IDS[label]: name for label, name in names.items()}
@@ -89,7 +92,7 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
 
 def test_own_pre_training_fits_the_fine_tuning(workplace: Path) -> None:
     """What the page says of `--pretrain outputs/own_pretrain/checkpoint.pth`."""
-    first, second, *_ = commands()
+    _, first, second, *_ = commands()
     pretrain_main.main(pretrain_main.parse(small(first)))
     second[second.index("--pretrain") + 1] = "outputs/own_pretrain/checkpoint.pth"
     assert "outputs/own_pretrain/checkpoint.pth" in PAGE

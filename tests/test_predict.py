@@ -130,6 +130,15 @@ def test_nothing_is_replaced_unasked(data: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["000001_000001.jpg", "mine.jpg"]
 
 
+def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
+    """The next run would find objects on what this one has drawn."""
+    images = write_images(tmp_path / "photos", 1)
+    for folder in (images, images / "found"):
+        with pytest.raises(UserError, match="lies in the images' folder .*: choose another folder"):
+            run("--checkpoint", data / "run" / "checkpoint.pth", "--images", images, "--output_dir", folder)
+    assert [path.name for path in images.iterdir()] == ["000.png"]
+
+
 def test_a_published_file(tmp_path: Path) -> None:
     """Bare weights of 91 rows: the architecture comes from them, the names from COCO."""
     torch.manual_seed(0)
@@ -170,7 +179,8 @@ def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "expected"), [
-    (["--threshold", "2"], "scores lie between 0 and 1"), (["--treshold", "0.3"], "did you mean --threshold?"),
+    (["--threshold", "2"], "scores lie between 0 and 1"), (["--threshold", "half"], "scores lie between 0 and 1, got half"),
+    (["--treshold", "0.3"], "did you mean --threshold?"),
 ])
 def test_wrong_flags(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as leave:

@@ -5,7 +5,20 @@ import golden_models
 import numpy as np
 import pytest
 import torch
-from tiny import FROZEN, fine_tune, make_batch, make_targets, pre_train, read_checkpoint, read_log, tiny_args, write_coco, write_images
+from PIL import Image
+from tiny import (
+    FROZEN,
+    fine_tune,
+    logged,
+    make_batch,
+    make_targets,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
 from torch import Tensor, nn
 
 from datasets import build_dataset
@@ -13,6 +26,7 @@ from datasets.transforms import Compose
 from models import build_model
 from models.backbone import Backbone
 from models.target_encoder import build_target_encoder, describe
+from util.box_ops import box_cxcywh_to_xyxy
 from util.flags import PRETRAIN
 from util.logger import UserError
 from util.registry import DETECTORS
@@ -56,6 +70,19 @@ def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
 def test_head_embedding_needs_the_network_of_the_file() -> None:
     with pytest.raises(UserError, match="resnet50; --backbone is resnet18"):
         build_model(tiny_args(PRETRAIN, *FLAGS, "--obj_embedding_head", "head"))
+
+
+def test_weights_without_a_projection_head_are_refused(tmp_path: Path) -> None:
+    torch.save(Backbone("resnet50").body.state_dict(), tmp_path / "resnet50.pth")
+    with pytest.raises(UserError, match="--obj_embedding_head head needs a file with SwAV's projection head: .*intermediate"):
+        build_model(tiny_args(PRETRAIN, *FLAGS, "--backbone", "resnet50", "--obj_embedding_head", "head", "--backbone_weights",
+                              str(tmp_path / "resnet50.pth")))
+
+
+def test_a_random_target_is_said() -> None:
+    with logged() as lines:
+        build()
+    assert any("those of a random network" in line for line in lines)
 
 
 def build(*flags: str) -> tuple:
@@ -109,6 +136,17 @@ def test_embeddings_are_of_the_matched_proposals() -> None:
     torch.testing.assert_close(loss, torch.cat(by_hand).mean())
 
 
+@pytest.mark.parametrize("flags", [("--two_stage",), ("--two_stage", "--with_box_refine", "--num_classes", "1")])
+def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
+    model, criterion, args = build("--detector", "deformable_detr", *flags)
+    targets = targets_with_patches([3, 2], label=min(args.num_classes - 1, 1))
+    losses = criterion(model(make_batch(), targets), targets)
+    criterion.total(losses).backward()
+    assert {name for name in losses if "embedding" in name} == {"loss_object_embedding"}
+    assert "loss_ce_enc" in losses
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "distributed training waits for every gradient"
+
+
 def test_objectness_alone() -> None:
     model, *_ , args = build("--num_classes", "1", "--detector", "conditional_detr")
     assert model.classes.num_outputs == 1
@@ -139,33 +177,30 @@ def test_samples_are_proposals_with_their_crops(tmp_path: Path) -> None:
     assert make_dataset(tmp_path, "--num_classes", "1")[(0, 1)][1]["labels"].unique().tolist() == [0]
 
 
-def test_a_crop_takes_its_boxes_patches_along(tmp_path: Path) -> None:
-    """Each patch is that of its box, whatever the crop of the image left out."""
-    dataset = make_dataset(tmp_path)
+def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
+    """Whatever flips, crops and resizes made of the image: the box i of the image has the colours of patch i."""
+    dataset = make_dataset(tmp_path, "--image_size", "96")
     dataset.patch_transform.augment = False
-    seen = 0
+    dataset.proposals = lambda image, rng, name: torch.tensor(
+        [[x, y, x + 12, y + 12] for x in range(0, image.shape[2] - 11, 12) for y in range(0, image.shape[1] - 11, 12)], dtype=torch.float32)
+    colours = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    squares = colours.repeat_interleave(12, 1).repeat_interleave(12, 2)
+    for index in range(len(dataset)):
+        height, width = dataset[(0, index)][1]["orig_size"].tolist()
+        Image.fromarray(squares[:, :height, :width].permute(1, 2, 0).numpy()).save(dataset.path(index))
+    lost = 0
     for epoch in range(20):
-        drawn: list[Tensor] = []
-
-        def keep(original: Tensor, rng, name: str, propose=dataset.proposals, drawn=drawn) -> Tensor:
-            drawn.append(propose(original, rng, name))
-            return drawn[-1]
-
-        one = make_dataset(tmp_path)
-        one.patch_transform.augment, one.proposals = False, keep
-        _, target = one[(epoch, 0)]
-        seen += len(target["boxes"]) < len(drawn[0])
-        original = one_image(one)
-        every = [one._patch(original, box, one.patch_transform.draw(None, (1, 1))) for box in drawn[0]]
-        matches = [any(torch.equal(patch, other) for other in every) for patch in target["patches"]]
-        assert all(matches)
-    assert seen, "no crop lost a box in twenty draws"
-
-
-def one_image(dataset) -> Tensor:
-    from datasets.image_folder import read_image
-
-    return read_image(dataset.path(0))
+        image, target = dataset[(epoch, epoch % len(dataset))]
+        size = torch.tensor([image.shape[2], image.shape[1]] * 2)
+        boxes, (height, width) = box_cxcywh_to_xyxy(target["boxes"]) * size, target["orig_size"].tolist()
+        lost += len(boxes) < (height // 12) * (width // 12)
+        whole = ((boxes[:, 2:] - boxes[:, :2]) > 8).all(1)  # pixels in their middle are of one colour
+        middle = (boxes[:, :2] + boxes[:, 2:]).div(2).long()
+        shown = torch.stack([image[:, y, x] for x, y in middle[whole].tolist()]).float()
+        mean = target["patches"][whole].float().mean((2, 3))
+        assert whole.sum() >= 2
+        assert (shown - mean).abs().max() < 6
+    assert lost, "no crop lost a box in twenty draws"
 
 
 def test_a_transform_that_loses_all_boxes_ends_with_the_whole_image(tmp_path: Path) -> None:
@@ -186,6 +221,13 @@ def test_too_few_proposals_count_as_a_problem(tmp_path: Path) -> None:
     dataset.proposals = lambda image, rng, name: torch.zeros(int(image.shape[1] != 66), 4)
     with pytest.raises(UserError, match="0 proposals|1 proposals"):
         dataset[(0, 0)]
+
+
+def test_an_image_too_small_for_random_boxes_counts_as_a_problem(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path)
+    Image.new("RGB", (40, 15)).save(dataset.path(0))
+    _, target = dataset[(0, 0)]
+    assert target["problems"] == [(dataset.path(0), "40 x 15 pixels: random boxes need 16 on each side")]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -221,6 +263,50 @@ def test_a_published_checkpoint_brings_its_encoder_where_its_backbone_is_frozen(
     trained, *_ = build("--lr_backbone", "1e-5")
     with pytest.raises(UserError, match="file.pth lacks the target encoder"):
         trained.load_frozen({}, "file.pth")
+
+
+@pytest.mark.parametrize("detector", ["detr", "deformable_detr"])
+def test_a_published_run_goes_on(detector: str, tmp_path: Path) -> None:
+    """Its file has neither encoder nor pretext's name, and in Deformable DETR tensors in another order."""
+    images = write_images(tmp_path / "images")
+    flags = [*FLAGS, "--model", detector, "--imagenet_path", images, "--batch_size", "2", *FROZEN]
+    pre_train(*flags, "--output_dir", tmp_path / "a", "--epochs", "1")
+    file = read_checkpoint(tmp_path / "a" / "checkpoint.pth")
+    names = list(file["model"])
+    at = next(i for i, name in enumerate(names) if name.startswith("bbox_embed"))
+    order = sorted(names, key=lambda name: at - 0.5 if name.startswith("feature_embed") else names.index(name))
+    published = {
+        "model": {name: file["model"][name] for name in order}, "epoch": 0, "lr_scheduler": file["lr_scheduler"],
+        "optimizer": reordered(file["optimizer"], names, order, file["model"]),
+        "args": Namespace(model=detector, dataset="imagenet", strategy="topk", object_embedding_loss=True, nheads=4, seed=42),
+    }
+    torch.save(published, tmp_path / "published.pth")
+    with pytest.raises(UserError, match="add --pretext region_prior"):
+        pre_train("--imagenet_path", images, "--resume", tmp_path / "published.pth")
+    pre_train(*flags, "--output_dir", tmp_path / "b", "--epochs", "2", "--resume", tmp_path / "published.pth")
+    pre_train(*flags, "--output_dir", tmp_path / "a", "--epochs", "2", "--resume", "auto")
+    ours, theirs = (read_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in "ab")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def reordered(optimizer: dict, names: list[str], order: list[str], state: dict[str, Tensor]) -> dict:
+    """An optimiser's state as if its parameters had stood in `order`, with the numbers that it then gives them."""
+    slow = ("reference_points", "sampling_offsets")
+    groups, numbers, made = [], {}, 0
+    for i, group in enumerate(optimizer["param_groups"]):
+        def mine(name: str, i: int = i) -> bool:
+            trained = not name.startswith("backbone.") and not re.search(r"_embed\.[1-9]", name)  # copies of shared heads are not counted
+            return trained and i != 1 and any(part in name for part in slow) == (i == 2)
+
+        before, after = ([name for name in each if mine(name)] for each in (names, order))
+        if len(optimizer["param_groups"]) == 2:
+            before, after = ([name for name in each if not name.startswith("backbone.")] for each in (names, order)) if i == 0 else ([], [])
+        assert len(before) == len(group["params"])
+        for name in after:
+            numbers[group["params"][before.index(name)]] = made
+            made += 1
+        groups.append({**group, "params": [numbers[group["params"][before.index(name)]] for name in after]})
+    return {"state": {numbers[number]: value for number, value in optimizer["state"].items()}, "param_groups": groups}
 
 
 def test_the_encoder_moves_with_the_model() -> None:

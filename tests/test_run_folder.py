@@ -23,7 +23,8 @@ from tools import compare_runs
 from util import plot_utils, run_page
 from util.arguments import plain_settings, resolve
 from util.flags import FINETUNE, PRETRAIN
-from util.run_folder import code_revision, environment, read_record
+from util.logger import UserError
+from util.run_folder import code_revision, describe_settings, environment, read_record
 from util.run_page import commands, page, report, table, write_run_page
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -278,13 +279,38 @@ def test_a_resumed_run_remembers_its_earlier_starts(runs: Path, tmp_path: Path) 
     assert "Epochs logged: 2 of 2" in read_page(tmp_path).text
 
 
+def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) -> None:
+    flags = ["--output_dir", tmp_path, *FROZEN]
+    fine_tune("--coco_path", runs / "coco", *flags, "--epochs", 1)
+    other = write_coco(tmp_path / "other", train=6)
+    for place, expected in ((runs / "coco", False), (other, True)):
+        with logged() as lines:
+            fine_tune("--coco_path", place, *flags, "--epochs", 2, "--resume", "auto")
+        assert any(line.startswith("the data have changed since this run was started: ") for line in lines) is expected
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job that is requeued with its own command."""
+    flags = ["--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 1, "--resume", "auto", *FROZEN]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_main.engine, "fit", lambda run: None)
+        fine_tune(*flags)
+    assert not (tmp_path / "checkpoint.pth").exists()
+    fine_tune(*flags)
+    (tmp_path / "checkpoint.pth").unlink()
+    with pytest.raises(UserError, match=r"holds another run \(log.txt\)"):
+        fine_tune(*flags)
+
+
 def test_overwrite_leaves_no_page_of_the_run_before(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("predictions.png", "metrics.json", "curves.png", "log.txt", "args.json"):
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
+    (tmp_path / "checkpoint0099.pth").write_bytes(b"of the run before")
     monkeypatch.setattr(finetune_main.engine, "fit", lambda run: None)
     fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, "--overwrite", *FROZEN)
     shown = read_page(tmp_path)
     assert not {"Average precision on held-out images", "Curves", "Boxes on held-out images"} & set(shown.titles)
+    assert not (tmp_path / "checkpoint0099.pth").exists()
 
 
 def test_commands_of_the_page_are_commands(runs: Path) -> None:
@@ -341,3 +367,14 @@ def test_settings_in_checkpoints_are_as_before(runs: Path) -> None:
     stored = read_checkpoint(runs / "first" / "checkpoint.pth")["args"]
     assert stored["seed"] == 42
     assert not any(name.startswith("_") for name in stored)
+
+
+def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
+    with logged() as lines:
+        describe_settings(tiny_args(FINETUNE))
+        describe_settings(tiny_args(PRETRAIN))
+    finetune, pretrain = ({word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line)
+    assert {"eval_every", "lr_drop"} <= finetune
+    assert not {"mask_ratio", "view_iou", "enc_n_points", "script"} & finetune
+    assert {"mask_ratio", "lr_drop"} <= pretrain
+    assert not {"view_iou", "enc_n_points", "eval_every"} & pretrain

@@ -157,6 +157,7 @@ def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize("words", [
     ["--eval", "--resume", "detr.pth", "--coco_path", "a b"], ["--masks"], ["--frozen_weights", "detr.pth"], ["--frozen_weights=detr.pth"],
     ["--coco_path", "COCO"], ["--coco_path=COCO", "--lr", "1e-4"],
+    ["--dataset", "coco", "--pretrain", "pre.pth", "--model", "deformable_detr"], ["--dataset=coco"],
 ])
 def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Path) -> None:
     status, lines = call(PRETRAIN, *words, "--output_dir", tmp_path / "out")

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, logged, pre_train, write_coco, write_images
+from tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, logged, pre_train, read_log, write_coco, write_images
 
 import main as pretrain_main
-from tools import visualize_pretext
+from tools import evaluate_proposals, visualize_pretext
 from util.logger import UserError
 
 REGION = ("--pretext", "region_prior", "--proposals", "random", "--num_patches", "10", "--max_prop", "6")
+BATCH = "2"
 
 
 def draw(*flags: object) -> list[str]:
@@ -64,7 +65,42 @@ def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
     words = [*RUN_FLAGS, *REGION, "--imagenet_path", images, "--coco_path", coco, "--output_dir", tmp_path / "run", "--eval"]
     pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
     assert json.loads((tmp_path / "run" / "proposal_metrics.json").read_text())["AR100"] >= 0
+    assert not (tmp_path / "run" / "objects.png").exists(), "pictures are for --viz"
     with pytest.raises(UserError, match="--eval needs the model"):
         pretrain_main.main(pretrain_main.parse([*map(str, words)]))
     with pytest.raises(UserError, match="python finetune_main.py"):
         pretrain_main.parse(["--eval", "--coco_path", str(coco)])
+
+
+def test_viz_draws_what_a_model_finds(tmp_path: Path) -> None:
+    """DETReg's three panels for each validation image; nothing else of the run is touched."""
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    words = [*RUN_FLAGS, *REGION, "--imagenet_path", images, "--data_root", tmp_path, "--output_dir", tmp_path / "run", "--viz"]
+    (tmp_path / "MSCoco").symlink_to(coco)
+    pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
+    assert size(tmp_path / "run" / "objects.png")[0] > 3 * 64
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    with pytest.raises(UserError, match="--viz needs the model"):
+        pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+
+
+def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
+    """After every second epoch and the last; the last numbers are those of --eval, and training is not disturbed."""
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    flags = [*REGION, "--imagenet_path", images, "--epochs", "3", "--batch_size", BATCH, *FROZEN]
+    pre_train(*flags, "--output_dir", tmp_path / "plain")
+    (tmp_path / "MSCoco").symlink_to(coco)
+    pre_train(*flags, "--output_dir", tmp_path / "run", "--data_root", tmp_path, "--eval_every", "2")
+    log = read_log(tmp_path / "run")
+    assert ["test_object_AR100" in record for record in log] == [False, True, True]
+    assert [r["train_loss"] for r in log] == [r["train_loss"] for r in read_log(tmp_path / "plain")]
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    numbers = evaluate_proposals.main(evaluate_proposals.parse(
+        ["--checkpoint", str(checkpoint), "--coco_path", str(coco), "--image_size", "64", "--num_workers", "0", "--device", "cpu",
+         "--batch_size", BATCH]))
+    assert {f"test_object_{name}": value for name, value in numbers.items()} == {
+        name: value for name, value in log[-1].items() if name.startswith("test_")}
+    with pytest.raises(UserError, match="nowhere"):
+        pre_train(*flags, "--output_dir", tmp_path / "b", "--data_root", tmp_path / "nowhere", "--eval_every", "2")

@@ -11,7 +11,7 @@ from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
 from datasets.voc import CLASSES, image_id, read_voc, read_xml
-from tools import voc_to_coco
+from tools import evaluate_proposals, voc_to_coco
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import UserError
 
@@ -198,6 +198,12 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     assert "per_class.json" in (run / "result.html").read_text()
     fine_tune("--eval", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "eval", "--voc_metric", "area")
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"] == line["test_voc_area"]
+
+
+def test_proposals_are_evaluated_on_any_kind_of_data(pristine: Path) -> None:
+    words = ["--proposals", "random", "--max_prop", "50", "--dataset_file", "voc", "--voc_path", str(pristine), "--num_workers", "0"]
+    numbers = evaluate_proposals.main(evaluate_proposals.parse(words))
+    assert 0 <= numbers["AR1"] <= numbers["AR1000"] <= 1
 
 
 def test_the_data_decide_the_evaluator(pristine: Path) -> None:

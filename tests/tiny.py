@@ -100,8 +100,8 @@ def voc_xml(name: str, size_hw: tuple[int, int], objects: list[tuple[str, list[i
     """objects: (class, (x, y, w, h) from 0 on, difficult)."""
     items = "".join(
         f"<object><name>{kind}</name><difficult>{difficult}</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax>"
-        f"<ymax>{y + h}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
-        "</object>" for kind, (x, y, w, h), difficult in objects
+        f"<ymax>{y + h}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
+        "</part></object>" for kind, (x, y, w, h), difficult in objects
     )
     size = f"<size><width>{size_hw[1]}</width><height>{size_hw[0]}</height><depth>3</depth></size>"
     return f"<annotation><filename>{name}</filename>{size}{items}</annotation>"
@@ -122,6 +122,34 @@ def write_voc(root: Path, lists: dict[str, int] | None = None) -> Path:
             Image.fromarray(pixels).save(folder / "JPEGImages" / f"{name}.jpg")
             objects = [(VOC_NAMES[k], box, int(0 < j == len(boxes) - 1)) for j, (box, k) in enumerate(zip(boxes, labels, strict=True))]
             (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(f"{name}.jpg", (height, width), objects))
+    return root
+
+
+SHIPS_HW = 60, 72  # size of the images of `write_airbus`
+
+
+def runs_of(mask: np.ndarray) -> str:
+    """bool [H, W] -> the competition's text, by its definition: pixels from 1 down the columns."""
+    flat = np.concatenate([[0], mask.T.ravel().astype(int), [0]])
+    change = np.flatnonzero(np.diff(flat))
+    return " ".join(f"{first + 1} {end - first}" for first, end in zip(change[::2], change[1::2], strict=True))
+
+
+def write_airbus(root: Path, images: int = 10) -> Path:
+    """Images with a ship, with two, and with none, in turn."""
+    (root / "train_v2").mkdir(parents=True)
+    rng, lines = np.random.RandomState(0), []
+    for i in range(images):
+        name, pixels = f"{rng.randint(16**8):08x}.jpg", rng.randint(90, 130, (*SHIPS_HW, 3), dtype=np.uint8)
+        for ship in range(i % 3):
+            mask = np.zeros(SHIPS_HW, bool)
+            mask[10 + ship : 30, 5 + 30 * ship : 25 + 30 * ship] = True
+            pixels[mask] = 250
+            lines.append(f"{name},{runs_of(mask)}")
+        if not i % 3:
+            lines.append(f"{name},")
+        Image.fromarray(pixels).save(root / "train_v2" / name)
+    (root / "train_ship_segmentations_v2.csv").write_text("\n".join(["ImageId,EncodedPixels", *lines]) + "\n")
     return root
 
 

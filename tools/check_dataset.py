@@ -40,7 +40,7 @@ from datasets.checks import (
 from datasets.coco import PUBLISHED_NUM_CLASSES
 from datasets.image_folder import ImageFolder
 from util.arguments import Parser, make_parser, resolve, was_given
-from util.files import write_atomically, write_text
+from util.files import check_apart, make_folder, write_atomically, write_text
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import Progress, UserError, log
 from util.plot_utils import PALETTE, figure_classes
@@ -122,7 +122,8 @@ def open_splits(settings: Namespace) -> tuple[list[Split], list[Problem]]:
 
 
 def read_images(split: Split, workers: int) -> list[ImageFacts]:
-    """Decodes every image of a split in `workers` processes (0: in this one)."""
+    """Decodes every image of a split in as many as `workers` processes (0: in this one)."""
+    workers = min(workers, len(split.paths) // CHUNK)
     bar = Progress(len(split.paths), f"{split.name} images")
 
     def counted(found: Iterable[ImageFacts]) -> list[ImageFacts]:
@@ -329,15 +330,16 @@ def _draw_classes(axes, splits: Sequence[Split], colours: dict) -> None:
 def prepare_folder(args: Namespace) -> Path | None:
     """
     Raises:
-        UserError: the folder can't be written, or holds an earlier check and `--overwrite` was not given.
+        UserError: the folder can't be written, lies among the images, or holds an earlier check and `--overwrite` was not given.
     """
     if not args.output_dir:
         return None
     folder = Path(args.output_dir)
+    check_apart(folder, args.imagenet_path or "")
     found = [name for name in FILES if (folder / name).exists()]
     if found and not args.overwrite:
         raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
-    write_text(folder / ".writable", "").unlink()
+    make_folder(folder)
     for name in found:
         (folder / name).unlink()
     return folder

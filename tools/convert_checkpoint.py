@@ -53,7 +53,10 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     state = without_detr_prefix(checkpoint["model"])
     pretext, kind = pretext_of(checkpoint), detector_kind(state)
     certain, likely = architecture(checkpoint)
-    stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODE_BASE.get(pretext, 'its own')})" if pretext else "a trained detector"
+    if pretext:
+        stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODE_BASE.get(pretext, 'its own')})"
+    else:
+        stage = "a detector to be fine-tuned" if begins_training(checkpoint) else "a trained detector"
     masks = any(key.startswith(MASK_PARTS) for key in state)
     rows = {
         "code base": _code_base(checkpoint, kind, pretext),
@@ -65,15 +68,21 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         "flags": " ".join(model_flags(checkpoint)) or "none: the detector's defaults",
         "also in it": _rest(checkpoint),
         "checked": f"all names and shapes are those of a {kind}",
-        "use": _usage(checkpoint.source, pretext, masks),
+        "use": _usage(checkpoint, masks),
     }
     return [f"{name:<10} {text}" for name, text in rows.items()]
 
 
-def _usage(path: str, pretext: str | None, masks: bool) -> str:
+def begins_training(checkpoint: Checkpoint) -> bool:
+    """Whether it knows no classes yet: a pretext, or what a converter made of one."""
+    return is_pretext(checkpoint) or not class_rows(checkpoint["model"], "focal")
+
+
+def _usage(checkpoint: Checkpoint, masks: bool) -> str:
+    path = checkpoint.source
     if masks:
         return f"python tools/convert_checkpoint.py {path} --to predetr --out NEW_FILE, which takes the detector out"
-    return f"python finetune_main.py --coco_path DIR {'--pretrain' if pretext else '--eval --resume'} {path}"
+    return f"python finetune_main.py --coco_path DIR {'--pretrain' if begins_training(checkpoint) else '--eval --resume'} {path}"
 
 
 def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
@@ -112,7 +121,7 @@ def _classes(checkpoint: Checkpoint, pretext: str | None) -> str:
 
 
 def model_flags(checkpoint: Checkpoint) -> list[str]:
-    """The flags of the architecture that differ from the detector's defaults; they are spelled alike in all code bases."""
+    """The flags of the architecture that differ from the detector's defaults."""
     certain, likely = architecture(checkpoint)
     known = {**likely, **certain}
     usual = resolve(make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"]))
@@ -149,11 +158,12 @@ def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
     write_atomically(out, lambda file: torch.save(content, file))
     for note in notes:
         log.info(note)
-    flags = " ".join(model_flags(checkpoint))
     state = content.get("model", content.get("state_dict"))
     if to == OURS:
-        how = f"--{'pretrain' if is_pretext(checkpoint) else 'resume'} {out}; no further flags are needed"
-    else:
+        how = f"--{'pretrain' if begins_training(checkpoint) else 'resume'} {out}; no further flags are needed"
+    else:  # all code bases spell flags alike, but have neither live batch norm nor a choice between the two sine codes
+        flags = " ".join(flag for flag in model_flags(checkpoint) if flag.split()[0] not in ("--backbone_norm", "--position_embedding")
+                         or flag.endswith(" learned"))
         how = f"{LAYOUTS[to].loading.replace('FILE', str(out))}{f'; flags of this detector: {flags}' if flags else ''}"
     log.info("wrote %s: %d tensors in the layout %s\nload it by %s", out, len(state), to, how)
 

@@ -9,6 +9,7 @@ as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and
 import json
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
 from datasets.image_folder import read_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError, SampleDataset
-from engine import autocast, to_device
+from engine import autocast, bare, to_device
 from models import build_model
 from models.detector import full_precision
 from util.arguments import Parser, make_parser, resolve
@@ -31,15 +32,16 @@ from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
 from util.classes import class_rows, head_kind
 from util.distributed import is_main_process
-from util.files import write_text
+from util.files import make_folder, write_text
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import Progress, UserError, log
 from util.random_state import SampleRandom
+from util.registry import PRETEXTS
 from util.session import prepare_checkpoint, run_script, start_session
 
 DATA_FLAGS = (
-    "coco_path", "data_root", "dataset_file", "voc_path", "voc_val", "airbus_path", "val_images", "val_annotations", "image_size", "max_size",
-    "coco_evaluator",
+    "coco_path", "data_root", "dataset_file", "voc_path", "voc_val", "airbus_path", "val_images", "val_annotations", "image_size",
+    "max_size", "coco_evaluator",
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
@@ -119,9 +121,11 @@ def _without_pretext(checkpoint: Checkpoint) -> Checkpoint:
 def evaluate_model(args: Namespace, evaluator_of) -> ProposalEvaluator:
     finder, settings = load_finder(args)
     dataset = build_dataset("val", settings)
-    evaluator = evaluator_of(dataset)
-    loader, backbone = build_loader(dataset, settings, train=False), finder.model.backbone[0]
-    bar = Progress(len(loader), "evaluation")
+    return _find_all(finder, build_loader(dataset, settings, train=False), evaluator_of(dataset))
+
+
+def _find_all(finder: BoxFinder, loader: DataLoader, evaluator: ProposalEvaluator) -> ProposalEvaluator:
+    backbone, bar = finder.model.backbone[0], Progress(len(loader), "evaluation")
     for samples, packed in loader:
         inputs, targets = to_device(samples, packed, finder.device, backbone.mean, backbone.std)
         results = finder(inputs, torch.stack([target["orig_size"] for target in targets]))
@@ -129,6 +133,35 @@ def evaluate_model(args: Namespace, evaluator_of) -> ProposalEvaluator:
         bar.step()
     evaluator.synchronize_between_processes()
     return evaluator
+
+
+def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module, int], dict[str, float]]:
+    """For `engine.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on COCO's validation images.
+
+    args: those of main.py, resolved. Images have the size that evaluation usually has, unless the run has a size of its own.
+
+    Raises:
+        UserError: no such images.
+    """
+    settings = _settings(args)
+    settings.dataset_file = "coco"
+    if args.image_size == PRETEXTS[args.pretext].defaults["image_size"]:
+        settings.image_size = None
+    resolve(settings).num_classes = None  # of the data, whose classes do not matter
+    dataset = build_dataset("val", settings)
+    loader, truth, label = build_loader(dataset, settings, train=False), dataset.truth(), min(OBJECT, args.num_classes - 1)
+
+    def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
+        finder = BoxFinder(bare(model).eval().detector, label, device, args.amp == "bf16")
+        numbers = _find_all(finder, loader, ProposalEvaluator(truth, args.coco_evaluator)).summarize()
+        log.info("without classes: %s", _shown(numbers))
+        return {f"test_object_{name}": value for name, value in numbers.items()}
+
+    return evaluate
+
+
+def _shown(numbers: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
 
 
 class ProposedBoxes(Dataset):
@@ -182,7 +215,7 @@ def prepare_folder(args: Namespace) -> Path | None:
     found = [name for name in FILES if (folder / name).exists()]
     if found and not args.overwrite:
         raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
-    write_text(folder / ".writable", "").unlink()
+    make_folder(folder)
     return folder
 
 
@@ -197,7 +230,7 @@ def main(args: Namespace) -> dict[str, float]:
 
     evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args, evaluator_of)
     numbers = evaluator.summarize()
-    log.info("without classes: %s", "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+    log.info("without classes: %s", _shown(numbers))
     if folder is not None and is_main_process():
         what = {"checkpoint": args.checkpoint} if args.checkpoint else {"proposals": args.proposals, "cache_path": args.cache_path}
         write_text(folder / FILES[0], json.dumps({**what, **numbers}, indent=1) + "\n")

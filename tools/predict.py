@@ -31,7 +31,7 @@ from models.postprocess import PostProcess
 from util.arguments import Parser, make_parser
 from util.checkpoint import load_exactly
 from util.classes import Classes, classes_of, stored_names
-from util.files import write_atomically, write_text
+from util.files import check_apart, make_folder, write_atomically, write_text
 from util.flags import FINETUNE
 from util.logger import Progress, UserError, log
 from util.plot_utils import draw_boxes, found_page
@@ -57,7 +57,10 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"scores lie between 0 and 1, got {text}")
     return value
@@ -176,14 +179,15 @@ def earlier_predictions(args: Namespace) -> list[Path]:
     """The drawn images of an earlier run, which this one replaces.
 
     Raises:
-        UserError: the folder can't be written, or holds predictions and `--overwrite` was not given.
+        UserError: the folder can't be written, lies among the images, or holds predictions and `--overwrite` was not given.
     """
     folder = args.output_dir
+    check_apart(folder, args.images)
     drawn = sorted((folder / DRAWN).glob("[0-9]*_*.jpg"))
     found = [path for path in (folder / RESULTS, folder / PAGE, *drawn) if path.exists()]
     if found and not args.overwrite:
         raise UserError(f"--output_dir {folder} holds predictions already ({found[0].name}): choose another folder, or --overwrite")
-    write_text(folder / ".writable", "").unlink()
+    make_folder(folder)
     return drawn
 
 

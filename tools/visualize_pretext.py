@@ -19,17 +19,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset
+from datasets.coco import coco_root
 from datasets.collate import collate, to_device
 from datasets.proposals import Selected, build_proposals
 from datasets.sample import SampleDataset
-from datasets.sample_page import draw_found_patches, draw_samples
+from datasets.sample_page import SHOWN, draw_found_patches, draw_samples
 from models import build_model
 from tools.evaluate_proposals import load_finder
 from tools.evaluate_proposals import parse as parse_evaluation
 from util.arguments import Parser, make_parser
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import load_exactly
-from util.files import write_text
+from util.distributed import is_main_process
+from util.files import make_folder
 from util.flags import PRETRAIN, positive
 from util.logger import UserError, log
 from util.plot_utils import panel_page
@@ -44,7 +46,7 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/visualize_pretext.py", parents=[make_parser(PRETRAIN)], description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", metavar="PATH|URL", help="of pre-training; without one only samples are drawn")
     parser.add_argument("--truth_path", metavar="DIR", help="COCO folder: its validation images with their objects, for objects.png")
-    parser.add_argument("--count", type=positive(), default=8, help="images (8)")
+    parser.add_argument("--count", type=positive(), default=SHOWN, help=f"images ({SHOWN})")
     parser.add_argument("--boxes", type=float, nargs="+", metavar="PIXEL", help="x0 y0 x1 y1 of patches, chosen by hand for one image")
     return parser.parse_args(argv)
 
@@ -80,7 +82,7 @@ def prepare(args: Namespace) -> tuple[SampleDataset, Path]:
             raise UserError(f"--boxes: --pretext {args.pretext} takes no boxes from outside")
         dataset.proposals = ChosenBoxes(args.boxes)
         dataset[0]  # says what is wrong with the boxes
-    write_text(folder / ".writable", "").unlink()
+    make_folder(folder)
     return dataset, folder
 
 
@@ -111,6 +113,24 @@ def object_rows(args: Namespace) -> list[list[tuple]]:
         row = [("proposals", pixels, _boxes(boxes)), ("most object-like", pixels, _boxes(found["boxes"][:count], found["scores"][:count]))]
         rows.append(row + ([("truth", pixels, _boxes(truth))] if labelled else []))
     return rows
+
+
+def draw_objects(args: Namespace) -> None:
+    """objects.png in `args.output_dir` of the checkpoint `args.resume` and COCO's validation images; `args` are those of main.py.
+
+    Every process calls it, the first one writes.
+
+    Raises:
+        UserError: no folder, no checkpoint, or no such images.
+    """
+    if not args.output_dir:
+        raise UserError("--viz: give --output_dir DIR for the pictures")
+    start_session(args)
+    prepare_checkpoint(args)
+    args.checkpoint, args.truth_path, args.count = args.resume, coco_root(args), SHOWN
+    rows = object_rows(args)
+    if is_main_process():
+        log.info("proposals, the model's boxes and the true ones: %s", panel_page(rows, Path(args.output_dir) / "objects.png"))
 
 
 def _boxes(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict:

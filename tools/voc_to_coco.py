@@ -56,7 +56,8 @@ def _annotation(item: dict[str, Any], image: dict[str, Any], difficult: bool) ->
     bbox = [x + 1, y + 1, width - 1, height - 1]
     return {
         "id": item["id"], "image_id": image["id"], "category_id": item["category_id"], "iscrowd": 0,
-        "area": bbox[2] * bbox[3], "bbox": bbox, "segmentation": [], "width": image["width"], "height": image["height"], "difficult": difficult,
+        "area": bbox[2] * bbox[3], "bbox": bbox, "segmentation": [], "width": image["width"], "height": image["height"],
+        "difficult": difficult,
     }
 
 

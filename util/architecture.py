@@ -39,8 +39,8 @@ def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
     return RESNET_BLOCKS.get((bottleneck, *(blocks[stage] for stage in "1234")))
 
 
-def architecture(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The architecture behind a checkpoint by flag name: (what is certain, what is only likely).
+def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The architecture behind a checkpoint by flag name: (what is certain, what is only likely). `nheads` is used where it says none.
 
     Certain is what the weights show and what the stored `args` say. Likely is what a published file without `args`
     usually means, and what may differ without harm.
@@ -51,7 +51,7 @@ def architecture(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     kind = certain["detector"] if certain.get("detector") in DETECTORS else detector_kind(state)
     certain.update(_from_weights(state, kind))
     certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
-    likely = {"backbone_norm": args.get("backbone_norm"), **_sampling_points(state, certain.get("nheads", 8))}
+    likely = {"backbone_norm": args.get("backbone_norm"), **_sampling_points(state, certain.get("nheads") or nheads)}
     if certain.get("two_stage"):
         likely["num_queries"] = args.get("num_queries")  # how many proposals are taken shows in no weight
     if "dc5" in Path(getattr(checkpoint, "source", "")).name.lower():

@@ -4,6 +4,7 @@
 """
 import argparse
 import difflib
+import itertools
 import os
 import shlex
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from util.files import check_apart
 from util.flags import DATASET_PLACES, DEAD_FLAGS, FINETUNE, PRETRAIN, add_flags
 from util.logger import UserError, log
 from util.registry import DETECTORS, PRETEXTS, choose
@@ -144,12 +146,15 @@ def check_right_script(argv: list[str]) -> None:
     """Refuses, with the exact command to use, to pre-train with flags that only make sense for `finetune_main.py`.
 
     Raises:
-        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` without `--pretext`.
+        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` or `--dataset coco` without `--pretext`.
     """
     flags = {word.split("=")[0] for word in argv}
-    wrong = [flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags and not (flag == "--eval" and "--pretext" in flags)]
+    pretext = {"--eval"} if "--pretext" in flags else set()  # evaluates a pre-trained model
+    wrong = [flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags - pretext]
     if "--coco_path" in flags and not {"--pretext", "--imagenet_path"} & flags:
         wrong.append("--coco_path without --pretext")
+    if "--dataset=coco" in argv or ("--dataset", "coco") in itertools.pairwise(argv):  # DETReg's name of the labelled images
+        wrong += ["--dataset coco without --pretext"] if "--pretext" not in flags else []
     if wrong:
         raise UserError(
             f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:\n"
@@ -188,6 +193,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     script = getattr(args, "script", FINETUNE)
     set_default(args, "detector", "detr")
     set_default(args, "pretext", "random_query_patch" if script == PRETRAIN else None)
+    if script == PRETRAIN:
+        set_default(args, "eval_every", 0)  # never: pre-training needs no labels
     for name, value in {**DEFAULTS, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}.items():
         set_default(args, name, value)
     set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
@@ -310,8 +317,9 @@ def _check_schedule(args: argparse.Namespace) -> None:
 def _check_readers(args: argparse.Namespace, kind: str, registry: dict) -> None:
     """A flag that only some detectors or pretexts read is an error with the others."""
     chosen = getattr(args, kind)
+    guessed = kind == "pretext" and kind not in _given(args)  # a flag of another pretext says that another one is meant
     for name in sorted({name for entry in registry.values() for name in entry.flags} - set(registry[chosen].flags)):
-        if name in DEFAULTS and getattr(args, name, DEFAULTS[name]) != DEFAULTS[name]:
+        if name in DEFAULTS and (getattr(args, name, DEFAULTS[name]) != DEFAULTS[name] or guessed and was_given(args, name)):
             able = [other for other, entry in registry.items() if name in entry.flags]
             raise UserError(f"--{name} means nothing to --{kind} {chosen}: leave it out or use --{kind} {' or '.join(able)}")
 
@@ -332,9 +340,18 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}: leave it out or train longer")
 
 
+def flags_read(args: argparse.Namespace) -> set[str]:
+    """Names of the flags that mean something in this run: the script has them, and not only other detectors or pretexts read them."""
+    names = {action.dest for action in make_parser(args.script)._actions}
+    for registry, chosen in ((DETECTORS, args.detector), (PRETEXTS, args.pretext)):
+        if chosen:
+            names -= {name for entry in registry.values() for name in entry.flags} - set(registry[chosen].flags)
+    return names
+
+
 def _check_data(args: argparse.Namespace) -> None:
     own = [name for name in OWN_DATA if getattr(args, name)]
-    if own and args.dataset_file == "coco":
+    if own and args.dataset_file in PLACES.values():
         raise UserError(f"--{own[0]} {getattr(args, own[0])} is for own data: add --dataset_file custom")
     for name, kind in PLACES.items():
         if getattr(args, name) and args.dataset_file in {"custom", *PLACES.values()} - {kind}:
@@ -346,6 +363,8 @@ def _check_data(args: argparse.Namespace) -> None:
     sources = [name for name in ("imagenet_path", "coco_path", "train_images") if getattr(args, name)]
     if args.imagenet_path and len(sources) > 1:
         raise UserError(f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them")
+    if args.script == PRETRAIN and args.output_dir:
+        check_apart(args.output_dir, args.imagenet_path or args.train_images or "")
 
 
 def was_given(args: argparse.Namespace, name: str) -> bool:

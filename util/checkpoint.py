@@ -202,7 +202,7 @@ def adopt_architecture(
     Raises UserError for any other given flag that contradicts the file.
     """
     source = getattr(checkpoint, "source", Checkpoint.source)
-    certain, likely = architecture(checkpoint)
+    certain, likely = architecture(checkpoint, *([args.nheads] if "nheads" in given else []))
     if certain.get("detector") is None:
         raise UserError(_no_detector(checkpoint["model"], source))
     adopted, lines = [], []
@@ -422,10 +422,13 @@ def _is_core(key: str) -> bool:
 
 
 def _fitting_flag(key: str) -> str:
-    flags = {"encoder.norm.": "--pre_norm", "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
+    points = "--nheads, --num_feature_levels, --enc_n_points and --dec_n_points"
+    flags = {"encoder.norm.": "--pre_norm", ".sampling_offsets.": points, ".attention_weights.": points,
+             "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
              "decoder.layers.": "--dec_layers, --hidden_dim and --dim_feedforward",
              "backbone.1.": "--position_embedding", "backbone.0.": "--backbone", "input_proj.": "--backbone and --num_feature_levels",
              "level_embed": "--num_feature_levels", "decoder.bbox_embed.": "--with_box_refine", "enc_output": "--two_stage",
-             "class_embed.": "--num_classes and --classification", "query_embed.": "--num_queries"}
+             "class_embed.": "--num_classes and --classification", "query_embed.": "--num_queries",
+             "feature_embed.": "--object_embedding_loss and --obj_embedding_head"}
     fitting = next((flag for part, flag in flags.items() if part in key), "--detector and its architecture flags")
     return f"give {fitting} as the file was trained"

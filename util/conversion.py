@@ -17,6 +17,7 @@ CODE_BASES = {
     OURS: "PreDETR", "detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr": "Deformable DETR", "updetr": "UP-DETR",
     "detreg": "DETReg", "siamese": "Siamese DETR",
 }
+ALIASES = "transformer.decoder."  # below it the heads stand a second time in some Deformable DETRs
 MASK_PARTS = ("mask_head.", "bbox_attention.")
 TRAINING_STATE = ("optimizer", "lr_scheduler", "meta")  # goes on only with the parameters in the order of the file
 
@@ -98,7 +99,7 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
                         "reads the format detr: choose --to detr")
     state = _drop(state, tuple(part for part in pretext_parts() if part not in layout.parts), notes)
     if to == "detr" and pretext:
-        state = _drop(state, ("class_embed.",), notes)
+        state = _drop(state, ("class_embed.", f"{ALIASES}class_embed."), notes)
     _note_positions(checkpoint, layout, kind, notes)
     if to == "siamese":
         return {"meta": {}, "state_dict": to_siamese_names(state, pretext, checkpoint.source)}, notes
@@ -133,7 +134,7 @@ def _without_masks(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]
 def _drop(state: Mapping[str, Tensor], parts: tuple[str, ...], notes: list[str]) -> dict[str, Tensor]:
     """The state without names that begin with `parts`, which a note then names."""
     kept = {key: value for key, value in state.items() if not (parts and key.startswith(parts))}
-    names = sorted({key.split(".")[0] for key in state if key not in kept})
+    names = sorted({key.removeprefix(ALIASES).split(".")[0] for key in state if key not in kept})
     if names:
         notes.append(f"left out: {len(state) - len(kept)} tensors of {', '.join(names)}")
     return kept

@@ -71,7 +71,7 @@ def _first_slurm_host() -> str:
 def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     """Joins the process group when started by torchrun, `torch.distributed.launch --use_env` or srun; returns the device.
 
-    NCCL where the device is a GPU, gloo on CPUs. A single process stays without a group.
+    NCCL where the device is a GPU, gloo on CPUs. A single process stays without a group, and a second call changes nothing.
     """
     _slurm_environment()
     use_cuda = torch.device(device).type == "cuda"
@@ -89,13 +89,16 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
                 "start fewer processes a node"
             )
         torch.cuda.set_device(local_rank)
+    own = torch.device("cuda", local_rank) if use_cuda else torch.device(device)
+    if dist.is_initialized():
+        return own
     # A process that prepares data or evaluates alone may keep the others waiting for longer than the default.
     dist.init_process_group(
         "nccl" if use_cuda else "gloo", init_method=dist_url, timeout=datetime.timedelta(hours=2),
         world_size=int(os.environ["WORLD_SIZE"]), rank=int(os.environ["RANK"]),
     )
     log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
-    return torch.device("cuda", local_rank) if use_cuda else torch.device(device)
+    return own
 
 
 def shutdown() -> None:

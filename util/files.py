@@ -37,6 +37,37 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
     return path
 
 
+def make_folder(folder: str | os.PathLike) -> Path:
+    """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be made.
+
+    Raises:
+        UserError: it can't be written.
+    """
+    folder = Path(folder)
+    tried = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            tried.write_bytes(bytes(2**16))
+        finally:
+            tried.unlink(missing_ok=True)
+    except OSError as error:
+        remedy = "make room or choose another folder" if error.errno in DISK_FULL else "choose another folder"
+        raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; {remedy}") from error
+    return folder
+
+
+def check_apart(folder: str | os.PathLike, images: str | os.PathLike) -> None:
+    """Pictures that are drawn below a folder of images would be taken for images by the next run.
+
+    Raises:
+        UserError: the folder of `--output_dir` is the one of images, or lies in it.
+    """
+    if os.path.isdir(images) and Path(folder).resolve().is_relative_to(Path(images).resolve()):
+        raise UserError(f"--output_dir {folder} lies in the images' folder {images}, where its pictures would be taken for images: choose "
+                        "another folder")
+
+
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """`write_atomically` of a text in UTF-8."""
     return write_atomically(path, lambda file: file.write(text.encode("utf-8")))

@@ -149,6 +149,10 @@ def strategy_name(text: str) -> str:
     return name
 
 
+def _schedule(group, flag: str, replaces: tuple[str, ...], text: str, **kwargs) -> None:
+    group.add_argument(flag, type=positive(), action=_Schedule, replaces=replaces, help=text, **kwargs)
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", metavar="DIR", help="where everything of this run is kept; empty: nothing is saved")
@@ -177,11 +181,11 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
                        help="of the backbone; 0 freezes it (fine-tuning 1e-5, Deformable DETR 2e-5; pre-training: --lr)")
     group.add_argument("--batch_size", type=positive(), help="images a process (2)")
     group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
-    group.add_argument("--epochs", type=positive(), action=_Schedule, replaces=STEPS, help="pre-training 60, DETR 300, Conditional and Deformable DETR 50")
-    group.add_argument("--lr_drop", type=positive(), action=_Schedule, replaces=STEPS, metavar="EPOCHS", help="rate x 0.1 after as many (pre-training 40, DETR 200, else 40)")
-    group.add_argument("--lr_drop_epochs", type=positive(), action=_Schedule, replaces=STEPS, nargs="+", metavar="EPOCH", help="rate x 0.1 at these, in place of --lr_drop")
-    group.add_argument("--max_iters", type=positive(), action=_Schedule, replaces=EPOCHS, metavar="STEPS", help="length of training in place of --epochs")
-    group.add_argument("--lr_drop_iters", type=positive(), action=_Schedule, replaces=EPOCHS, metavar="STEPS", help="rate x 0.1 after as many, with --max_iters")
+    _schedule(group, "--epochs", STEPS, "pre-training 60, DETR 300, Conditional and Deformable DETR 50")
+    _schedule(group, "--lr_drop", STEPS, "rate x 0.1 after as many (pre-training 40, DETR 200, else 40)", metavar="EPOCHS")
+    _schedule(group, "--lr_drop_epochs", STEPS, "rate x 0.1 at these, in place of --lr_drop", nargs="+", metavar="EPOCH")
+    _schedule(group, "--max_iters", EPOCHS, "length of training in place of --epochs", metavar="STEPS")
+    _schedule(group, "--lr_drop_iters", EPOCHS, "rate x 0.1 after as many, with --max_iters", metavar="STEPS")
     group.add_argument("--lr_backbone_names", nargs="+", metavar="PART",
                        help="parameters with such a part in their name learn at --lr_backbone (backbone; Deformable DETR backbone.0)")
     group.add_argument("--lr_linear_proj_names", nargs="+", metavar="PART",
@@ -253,7 +257,7 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--imagenet_path", metavar="DIR", help="unlabelled images: any folder tree; else the images of --coco_path")
     group.add_argument("--proposals", type=proposal_name, metavar="NAME|file:PATH",
                        help=f"where boxes come from: {', '.join(_proposal_names())}; see docs/proposals.md (random; region_prior "
-                            "selective_search)")
+                            "selective_search, siamese edge_boxes)")
     group.add_argument("--cache_path", metavar="DIR", help="take them from this store of tools/cache_proposals.py")
     group.add_argument("--strategy", type=strategy_name, metavar="topk|random|mc",
                        help="which boxes are taken: the first, any, or the first with more probability (topk)")
@@ -278,6 +282,9 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--num_classes", type=positive(),
                        help="classes of the head (2; region_prior 91, whose class 1 is `object`; 1: objectness alone)")
     _switch(group, "--eval", "with --resume: how well the model's boxes cover the objects of COCO's validation images, and nothing else")
+    _switch(group, "--viz", "with --resume: proposals, the model's boxes and the true ones of some of those images in objects.png")
+    group.add_argument("--eval_every", type=positive(), metavar="EPOCHS",
+                       help="the numbers of --eval in training, after as many epochs, and the last (never)")
     _switch(group, "--object_embedding_loss", "region_prior: predict the embedding of each proposal's crop too")
     group.add_argument("--object_embedding_coef", type=at_least_zero(float), help="loss: object embedding (1)")
     group.add_argument("--obj_embedding_head", choices=("intermediate", "head"),

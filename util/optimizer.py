@@ -62,12 +62,18 @@ def _drop_epochs(state: dict) -> int | list[int]:
     return state["step_size"] if "step_size" in state else sorted(Counter(state["milestones"]).elements())
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: dict) -> None:
-    """Takes over moments and epoch count; the rates and the drops of this run's flags win over those in the file, and it is said."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: dict, model: nn.Module) -> None:
+    """Takes over moments and epoch count; the rates and the drops of this run's flags win over those in the file, and it is said.
+
+    Parameters of `model` count as in the file's model, which may name them in another order (DETReg's Deformable DETR does).
+
+    Raises:
+        UserError: the file's optimiser is of other parameters.
+    """
     wanted = [group["initial_lr"] for group in optimizer.param_groups]
     own = [{name: group[name] for name in ("weight_decay", "fused", "foreach")} for group in optimizer.param_groups]
     _check_same_groups(optimizer, checkpoint["optimizer"]["param_groups"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
+    optimizer.load_state_dict(_in_own_order(optimizer, checkpoint, model))
     for group, values in zip(optimizer.param_groups, own, strict=True):
         group.update(values)
     stored_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -82,6 +88,26 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, 
     for group, lr in zip(optimizer.param_groups, wanted, strict=True):
         group["initial_lr"], group["lr"] = lr, lr * scheduler.gamma**passed
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: dict, model: nn.Module) -> dict:
+    """The file's state of the optimiser, whose groups hold numbers in place of parameters, with these in this optimiser's order."""
+    place = {key: i for i, key in enumerate(checkpoint["model"])}
+    first: dict[int, int] = {}  # of a parameter that several names share, as an optimiser counts it
+    for key, value in model.state_dict(keep_vars=True).items():
+        first[id(value)] = min(first.get(id(value), len(place)), place.get(key, len(place)))
+    stored = checkpoint["optimizer"]
+    groups = []
+    for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True):
+        order = sorted(range(len(own["params"])), key=lambda i, own=own: first.get(id(own["params"][i]), len(place)))
+        numbers = [number for _, number in sorted(zip(order, group["params"], strict=True))]
+        for parameter, number in zip(own["params"], numbers, strict=True):
+            moment = next((value for value in stored["state"].get(number, {}).values() if getattr(value, "ndim", 0)), parameter)
+            if moment.shape != parameter.shape:
+                raise UserError("the checkpoint's optimiser counts its tensors in an order that its weights don't tell: start a new run "
+                                "with --pretrain, or leave the optimiser out of the file")
+        groups.append({**group, "params": numbers})
+    return {**stored, "param_groups": groups}
 
 
 def _check_same_groups(optimizer: torch.optim.Optimizer, stored: list[dict]) -> None:

@@ -17,19 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from util.arguments import plain_settings, setting_origins
+from util.arguments import flags_read, plain_settings, setting_origins
 from util.distributed import all_gather_object, get_world_size, is_main_process
-from util.files import DISK_FULL, write_text
+from util.files import make_folder, write_text
 from util.logger import UserError, log
 from util.plot_utils import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN_FILES = ("log.txt", "checkpoint.pth", "args.json")
-OF_A_RUN = (  # what --overwrite takes away at once, so that nothing of the old run is taken for the new one's
-    "log.txt", "checkpoint.pth", "checkpoint_best.pth", "metrics.json", "results.json", "result.html", "curves.png", "predictions.png",
-    "per_class.json", "subset.json", "samples.png", "patches.png",
-)
 SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
+RUN_FILES = (  # what --overwrite takes away at once, so that nothing of the old run is taken for the new one's
+    "log.txt", "checkpoint.pth", "checkpoint_best.pth", SETTINGS, EVAL_SETTINGS, "metrics.json", "results.json", "result.html",
+    "curves.png", "predictions.png", "per_class.json", "subset.json", "samples.png", "patches.png",
+)
 PACKAGES = (
     "torch", "torchvision", "triton", "numpy", "pillow", "scipy", "timm", "matplotlib", "pycocotools", "hotcoco", "faster-coco-eval",
 )
@@ -41,7 +40,8 @@ def prepare_output(args) -> Path | None:
     Returns None where nothing is to be saved.
 
     Raises:
-        UserError: the folder can't be written, or holds another run and neither `--resume` nor `--overwrite` was given.
+        UserError: the folder can't be written, or holds files with the names of a run's, and this is neither the run that is resumed
+            nor is `--overwrite` given.
     """
     if not args.output_dir or args.dry_run:
         if not args.dry_run:
@@ -50,31 +50,28 @@ def prepare_output(args) -> Path | None:
     folder = Path(args.output_dir)
     if not is_main_process():
         return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _try_writing(folder / ".writable")
-    except OSError as error:
-        remedy = "make room or choose another folder" if error.errno in DISK_FULL else "choose another folder"
-        raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; {remedy}") from error
+    make_folder(folder)
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    continues = args.resume or args.eval
-    if found and not continues and not args.overwrite:
-        raise UserError(
-            f"--output_dir {folder} holds another run ({found[0]}): add --resume auto to continue it, --overwrite to replace it, "
-            "or choose another folder"
-        )
-    if found and not continues and args.overwrite:
-        for name in OF_A_RUN:
-            (folder / name).unlink(missing_ok=True)
+    if not found or _goes_on(folder, args):
+        return folder
+    if not args.overwrite:
+        what = "other files" if args.eval else "another run"
+        remedy = "" if args.eval or args.resume else "add --resume auto to continue it, "
+        raise UserError(f"--output_dir {folder} holds {what} ({found[0]}): {remedy}--overwrite to replace it, or choose another folder")
+    for path in (*(folder / name for name in found), *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")):
+        path.unlink()
     return folder
 
 
-def _try_writing(path: Path) -> None:
-    """On a full disk an empty file can still be made."""
-    try:
-        path.write_bytes(bytes(2**16))
-    finally:
-        path.unlink(missing_ok=True)
+def _goes_on(folder: Path, args: Namespace) -> bool:
+    """Whether this start belongs to the run that lies in its folder; an evaluation may go beside any run or evaluation."""
+    if args.eval:
+        return any((folder / name).exists() for name in (SETTINGS, EVAL_SETTINGS, "log.txt", "checkpoint.pth"))
+    if args.resume:
+        return Path(args.resume).resolve().parent == folder.resolve()
+    # --resume auto of a run that was killed before its first checkpoint: it starts afresh, and nothing is lost.
+    auto = "resume" in setting_origins(args)["given"]
+    return auto and (folder / SETTINGS).exists() and not (folder / "log.txt").exists()
 
 
 def check_room(folder: Path | None, model: nn.Module) -> None:
@@ -137,9 +134,16 @@ def save_settings(folder: Path | None, args: Namespace, facts: Mapping[str, obje
         return
     path = folder / (EVAL_SETTINGS if args.eval else SETTINGS)
     before = read_record(path) if args.resume and not args.eval else {}
+    _warn_of_other_data(before.get("data"), facts.get("data"))
     earlier = [*before.get("earlier_starts", []), *([before["environment"]] if "environment" in before else [])]
     record = {"settings": plain_settings(args), **setting_origins(args), "environment": environment(), **facts, "earlier_starts": earlier}
     write_text(path, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def _warn_of_other_data(before: object, now: object) -> None:
+    """The fingerprints of a run's data at its earlier start, none where there was no such, and of today's."""
+    if before and before != now:
+        log.warning("the data have changed since this run was started: %s then, %s now; its numbers are of a mixture", before, now)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -170,9 +174,11 @@ def _entries(folder: Path) -> list[dict]:
 
 
 def describe_settings(args: Namespace) -> None:
-    """Every resolved flag, in as few lines as fit: those given, those taken over from a checkpoint, and the defaults."""
+    """Every resolved flag, in as few lines as fit: those given, those taken over from a checkpoint, and the defaults. Without those that
+    only another script, detector or pretext reads."""
     settings, origins = plain_settings(args), setting_origins(args)
-    shown = {name: value for name, value in settings.items() if value not in (None, "", False, [])}
+    read = flags_read(args)
+    shown = {name: value for name, value in settings.items() if value not in (None, "", False, []) and name in read}
     defaults = [name for name in shown if name not in (*origins["given"], *origins["adopted"])]
     for title, names in (("given", origins["given"]), ("from the checkpoint", origins["adopted"]), ("defaults", defaults)):
         text = "  ".join(f"{name}={shown[name]}" for name in names if name in shown)

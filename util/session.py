@@ -15,7 +15,7 @@ from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pret
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import NonFinite, StopRequested, UserError, log, setup_logger
-from util.registry import DETECTORS
+from util.registry import DETECTORS, PRETEXTS
 
 # What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
 OWN_TO_A_SESSION = {
@@ -87,6 +87,16 @@ def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
         raise UserError(f"{checkpoint.source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}")
     if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):
         raise UserError(f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints")
+    if args.resume and args.script == PRETRAIN:
+        _check_pretext(args, checkpoint)
+
+
+def _check_pretext(args: Namespace, checkpoint: Checkpoint) -> None:
+    """A published file does not say which pretext it is of, but the names in it do."""
+    pretext = args.pretext or (checkpoint.get("args") or {}).get("pretext") or "random_query_patch"
+    able = [name for name, entry in PRETEXTS.items() if any(key.startswith(entry.parts) for key in checkpoint["model"])]
+    if able and pretext not in able:
+        raise UserError(f"{checkpoint.source} is not of --pretext {pretext}: add --pretext {able[0]}")
 
 
 def seed_everything(seed: int) -> None:

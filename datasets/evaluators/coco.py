@@ -2,13 +2,13 @@
 import contextlib
 import importlib.util
 import io
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from datasets.annotations import read_json
 from datasets.evaluators.detections import Detections
 from util.logger import UserError
 
@@ -164,13 +164,7 @@ def _slim_truth(annotation_file: str | dict[str, Any]) -> dict[str, Any]:
     (pycocotools takes an annotation with id 0 for unmatched.) Annotations of unlisted images or classes are left out, as
     they are never evaluated.
     """
-    content = annotation_file
-    if not isinstance(annotation_file, dict):
-        try:
-            with open(annotation_file, encoding="utf-8") as file:
-                content = json.load(file)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{annotation_file} can't be read as COCO annotations: {error}") from error
+    content = annotation_file if isinstance(annotation_file, dict) else read_json(annotation_file)
     image_ids = {image["id"] for image in content["images"]}
     classes = {category["id"] for category in content["categories"]}
     listed = [a for a in content["annotations"] if a["image_id"] in image_ids and a["category_id"] in classes]
@@ -178,13 +172,13 @@ def _slim_truth(annotation_file: str | dict[str, Any]) -> dict[str, Any]:
     annotations = [
         {
             "id": i, "image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"],
-            "area": a["bbox"][2] * a["bbox"][3] if a.get("area") is None else a["area"], "iscrowd": a.get("iscrowd", 0),
+            "area": a["area"] if isinstance(a.get("area"), int | float) else a["bbox"][2] * a["bbox"][3], "iscrowd": a.get("iscrowd") or 0,
         }
         for i, a in enumerate(listed, start=1)
     ]
     return {
         "info": {},
-        "images": [{key: image[key] for key in keys if key in image} for image in content["images"]],
+        "images": [{key: image[key] for key in keys if image.get(key) is not None} for image in content["images"]],
         "annotations": annotations,
         "categories": [{"id": category["id"], "name": str(category.get("name", ""))} for category in content["categories"]],
     }

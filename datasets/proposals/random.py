@@ -4,6 +4,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
+from datasets.sample import BadImageError
 from util.random_state import SampleRandom
 from util.registry import PRETEXTS
 
@@ -17,8 +18,14 @@ class RandomProposals:
         self.num_boxes = num_boxes
 
     def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
-        """Image [3, H, W], both sides above 16 -> float32 [num_boxes, 4], (x0, y0, x1, y1) in whole pixels."""
+        """Image [3, H, W] -> float32 [num_boxes, 4], (x0, y0, x1, y1) in whole pixels.
+
+        Raises:
+            BadImageError: a side is below 16 pixels.
+        """
         height, width = image.shape[-2:]
+        if min(height, width) < 2 * MIN_SIDE:
+            raise BadImageError(f"{width} x {height} pixels: random boxes need {2 * MIN_SIDE} on each side")
         return torch.tensor([self._draw(rng, width, height) for _ in range(self.num_boxes)], dtype=torch.float32)
 
     @staticmethod

@@ -7,7 +7,7 @@ from models.detector import Detector, full_precision
 from models.pretext import Pretext
 from models.target_encoder import IntermediateEncoder, build_target_encoder, describe
 from models.transformer import MLP
-from util.logger import UserError
+from util.logger import UserError, log
 from util.nested_tensor import as_nested_tensor
 
 
@@ -34,6 +34,8 @@ class RegionPrior(Pretext):
     def from_args(cls, args, detector: Detector) -> "RegionPrior":
         if not args.object_embedding_loss:
             return cls(detector)
+        if args.backbone_weights == "none" and not args.resume:
+            log.warning("--object_embedding_loss with --backbone_weights none: the embeddings to predict are those of a random network")
         encoder = build_target_encoder(args.obj_embedding_head, detector.backbone[0], args.backbone_weights)
         return cls(detector, encoder, args.reproduce_published and args.obj_embedding_head == "head")
 

@@ -1,0 +1,58 @@
+"""Draws parts of the training images once, for runs that shall learn from the same few labels.
+
+    python tools/make_split.py --coco_path COCO --filter_pct 0.01 0.1 --seeds 1 2 3 --output_dir splits
+
+Writes splits/0.01_seed1.json and so on, which `finetune_main.py --split_file` takes. The drawing is that of `--filter_pct` and `--seed`.
+"""
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+
+from datasets import build_dataset
+from datasets.subsets import draw_ids
+from util.arguments import Parser, make_parser, resolve
+from util.files import write_text
+from util.flags import FINETUNE, share
+from util.logger import UserError, log
+from util.session import run_script
+
+DATA_FLAGS = (
+    "coco_path", "data_root", "dataset_file", "dataset", "train_images", "train_annotations", "voc_path", "voc_train", "airbus_path",
+)
+
+
+def parse(argv: list[str]) -> Namespace:
+    parser = Parser("tools/make_split.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--filter_pct", type=share, nargs="+", default=[0.01, 0.02, 0.05, 0.1], metavar="SHARE",
+                        help="shares of the images (0.01 0.02 0.05 0.1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="one file of each share and seed (42)")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
+    for action in make_parser(FINETUNE)._actions:
+        if action.dest in DATA_FLAGS:
+            parser._add_action(action)
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    places = {(part, seed): args.output_dir / f"{part:g}_seed{seed}.json" for part in args.filter_pct for seed in args.seeds}
+    for path in places.values():
+        if path.exists():
+            raise UserError(f"{path} exists and is not overwritten: give another --output_dir")
+    settings = make_parser(FINETUNE).parse_args([])
+    for name in DATA_FLAGS:
+        setattr(settings, name, getattr(args, name))
+    annotations = build_dataset("train", resolve(settings)).annotations
+    for (part, seed), path in places.items():
+        ids = draw_ids(annotations.image_ids, part, seed)
+        if not len(ids):
+            raise UserError(f"--filter_pct {part:g} of {len(annotations)} images is none: take a larger share")
+        content = {"source": annotations.source, "images": len(annotations), "filter_pct": part, "seed": seed, "ids": ids.tolist()}
+        write_text(path, json.dumps(content))
+        log.info("wrote %s: %d of %d images", path, len(ids), len(annotations))
+
+
+if __name__ == "__main__":
+    run_script(main, parse)
