@@ -105,8 +105,9 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint | None, args: Na
 
 def save_subset(folder: Path | None, train_set, args: Namespace) -> None:
     """Which images a run with few labels learns from, so that another can take the same by `--split_file`."""
-    if folder is not None and is_main_process() and train_set.annotations.drawn:
-        write_text(folder / subsets.FILE, json.dumps(subsets.describe_subset(train_set.annotations, args)))
+    annotations = getattr(train_set, "annotations", None)
+    if folder is not None and is_main_process() and annotations is not None and annotations.drawn:
+        write_text(folder / subsets.FILE, json.dumps(subsets.describe_subset(annotations, args)))
 
 
 def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ A sample is `(image, target)`:
 
 A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,
 `fingerprint()`, and, where labelled, `num_classes`, `class_names` (label -> name), `annotation_file` and `category_ids` (the
-file's id of each label; None where labels are these ids).
+file's id of each label; None where labels are these ids), and `evaluator(args)`, by default COCO's with that file.
 """
 import signal
 from argparse import Namespace

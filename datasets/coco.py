@@ -7,8 +7,6 @@ import numpy as np
 from torch import Tensor
 
 from datasets.annotations import Annotations, read_coco
-from datasets.evaluators.coco import CocoEvaluator
-from datasets.evaluators.detections import Detections
 from datasets.image_folder import PackedStrings, read_image
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.subsets import training_subset
@@ -78,14 +76,6 @@ class CocoDetection(SampleDataset):
 
     def fingerprint(self) -> str:
         return self.annotations.fingerprint()
-
-    def truth(self) -> str | dict[str, Any]:
-        """What a COCO evaluator compares with: an annotation file or its content."""
-        return self.annotation_file
-
-    def evaluator(self, args: Namespace) -> Detections:
-        """A new evaluator of these images."""
-        return CocoEvaluator(self.truth(), args.coco_evaluator, self.category_ids)
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         image = read_image(self.path(index))

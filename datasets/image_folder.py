@@ -107,8 +107,8 @@ class PackedStrings:
 class ImageFolder:
     """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image.
 
-    Symbolic links are followed, links that lead back to a folder above are not; an image's link to nowhere counts as a bad image. Files with other extensions than
-    `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`.
+    Symbolic links are followed, links that lead back to a folder above are not. An image's link to nowhere is a bad image. Files with
+    other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`.
 
     Raises:
         UserError: nothing there, or no image in it.
@@ -138,7 +138,7 @@ class ImageFolder:
             raise UserError(f"{folder} can't be read ({error.strerror}): check the permissions") from error
         above = above | {(stat.st_dev, stat.st_ino)}
         for entry in entries:
-            if entry.is_dir():
+            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():  # a link may lead where one may not look
                 inside = entry.stat()
                 if (inside.st_dev, inside.st_ino) not in above:
                     yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
@@ -164,7 +164,7 @@ class ImageFolder:
 
 def _is_image(entry: os.DirEntry) -> bool:
     extension = os.path.splitext(entry.name)[1].lower()
-    return extension in image_extensions() and not entry.name.startswith(".") and (entry.is_file() or entry.is_symlink())
+    return extension in image_extensions() and not entry.name.startswith(".") and (entry.is_symlink() or entry.is_file())
 
 
 def _read_list(path: str) -> list[str]:

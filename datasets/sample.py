@@ -1,9 +1,11 @@
 """The base of all datasets: samples by (epoch, index), and what happens when an image is bad."""
+from argparse import Namespace
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.evaluators.detections import Detections
 from util.logger import UserError
 from util.random_state import SampleRandom
 
@@ -44,6 +46,16 @@ class SampleDataset(Dataset):
     def fingerprint(self) -> str:
         """Changes whenever the files or the annotations do: kept with each run."""
         raise NotImplementedError
+
+    def truth(self) -> str | dict[str, Any]:
+        """What a COCO evaluator compares a labelled data set with: an annotation file or its content."""
+        return self.annotation_file
+
+    def evaluator(self, args: Namespace) -> Detections:
+        """A new evaluator of a labelled data set, which takes `update`, `synchronize_between_processes`, `summarize` and `results`."""
+        from datasets.evaluators.coco import CocoEvaluator  # which reads annotations, and these need this file
+
+        return CocoEvaluator(self.truth(), args.coco_evaluator, self.category_ids)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
         """

@@ -16,3 +16,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting multiply-adds is a good part of the time of a small run; the tests of the summary do it."""
+    if request.node.path.name not in ("test_summary.py", "test_scripts.py", "test_deformable_runs.py"):
+        monkeypatch.setattr("models.summary._multiply_adds_or_none", lambda *args: None)

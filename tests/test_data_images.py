@@ -65,6 +65,23 @@ def test_symbolic_links_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
         read_image(folder.path(1))
 
 
+def test_links_to_where_one_may_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the links of another user's process in /proc; what asks for their target is told that it may not."""
+    save(tmp_path / "a.png")
+    (tmp_path / "theirs").symlink_to("/locked")
+    real = os.stat
+
+    def refuse(path, *args, **kwargs):
+        if os.fspath(path).endswith("theirs") and kwargs.get("follow_symlinks", True):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    folder = ImageFolder(str(tmp_path))
+    assert len(folder) == 1
+    assert folder.skipped == 1
+
+
 def test_list_of_files(tmp_path: Path) -> None:
     save(tmp_path / "images" / "a.png")
     absolute = save(tmp_path / "b.png")

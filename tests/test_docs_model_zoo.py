@@ -73,7 +73,6 @@ def row_command(row: list[str]) -> str:
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].strip("`"))
 def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command evaluates, or starts to train, a small detector from a file of the kind that the row says, named as the row's."""
-    monkeypatch.setattr("models.summary._multiply_adds_or_none", lambda *args: None)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
     write_coco(tmp_path / "data" / "MSCoco", train=3, val=2)

@@ -17,7 +17,7 @@ from util.nested_tensor import NestedTensor
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch")
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
-CASES = ("detr_r50", "cond_r50", "updetr_r50")
+CASES = ("detr_r50", "cond_r50", "deform_r50_ms", "updetr_r50", "detreg_deform")
 
 
 def _on_gpu(name: str) -> tuple[golden_models.Case, NestedTensor, list[dict]]:

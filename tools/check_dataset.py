@@ -334,14 +334,10 @@ def prepare_folder(args: Namespace) -> Path | None:
     """
     if not args.output_dir:
         return None
-    folder = Path(args.output_dir)
-    check_apart(folder, args.imagenet_path or "")
-    found = [name for name in FILES if (folder / name).exists()]
-    if found and not args.overwrite:
-        raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
-    make_folder(folder)
-    for name in found:
-        (folder / name).unlink()
+    check_apart(args.output_dir, args.imagenet_path or "")
+    folder = make_folder(args.output_dir, FILES, args.overwrite)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 

@@ -208,22 +208,11 @@ def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
     return evaluator
 
 
-def prepare_folder(args: Namespace) -> Path | None:
-    if not args.output_dir:
-        return None
-    folder = Path(args.output_dir)
-    found = [name for name in FILES if (folder / name).exists()]
-    if found and not args.overwrite:
-        raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
-    make_folder(folder)
-    return folder
-
-
 def main(args: Namespace) -> dict[str, float]:
     """Returns the numbers by name."""
     if bool(args.checkpoint) == bool(args.proposals):
         raise UserError("give --checkpoint PATH for a model, or --proposals NAME for a method" + (", not both" if args.proposals else ""))
-    folder = prepare_folder(args)
+    folder = make_folder(args.output_dir, FILES, args.overwrite) if args.output_dir else None
 
     def evaluator_of(dataset: SampleDataset) -> ProposalEvaluator:
         return ProposalEvaluator(dataset.truth(), args.coco_evaluator or "auto")

@@ -70,10 +70,6 @@ def prepare(args: Namespace) -> tuple[SampleDataset, Path]:
     """The pretext's images, without augmentation where boxes are chosen by hand, and the folder for the pictures."""
     if not args.output_dir:
         raise UserError("give --output_dir DIR for the pictures")
-    folder = Path(args.output_dir)
-    found = [name for name in PICTURES if (folder / name).exists()]
-    if found and not args.overwrite:
-        raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
     if args.boxes and len(args.boxes) % 4:
         raise UserError(f"--boxes has {len(args.boxes)} numbers: each box is x0 y0 x1 y1")
     dataset = build_dataset("val" if args.boxes else "train", args)
@@ -82,8 +78,7 @@ def prepare(args: Namespace) -> tuple[SampleDataset, Path]:
             raise UserError(f"--boxes: --pretext {args.pretext} takes no boxes from outside")
         dataset.proposals = ChosenBoxes(args.boxes)
         dataset[0]  # says what is wrong with the boxes
-    make_folder(folder)
-    return dataset, folder
+    return dataset, make_folder(args.output_dir, PICTURES, args.overwrite)
 
 
 def object_rows(args: Namespace) -> list[list[tuple]]:

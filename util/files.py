@@ -3,7 +3,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,13 +37,18 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) 
     return path
 
 
-def make_folder(folder: str | os.PathLike) -> Path:
+def make_folder(folder: str | os.PathLike, names: Iterable[str] = (), overwrite: bool = False) -> Path:
     """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be made.
 
+    names: of the files that will be written to it.
+
     Raises:
-        UserError: it can't be written.
+        UserError: it can't be written, or holds one of these files and `overwrite` is not set.
     """
     folder = Path(folder)
+    found = [] if overwrite else [name for name in names if (folder / name).exists()]
+    if found:
+        raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
     tried = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
