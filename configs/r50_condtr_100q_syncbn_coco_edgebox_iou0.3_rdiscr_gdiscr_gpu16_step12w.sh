@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Siamese DETR (Huang et al., CVPR 2023) with Conditional DETR with 100 queries, on COCO's images: ablation, views overlap by 0.3.
+# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries, on COCO's images: ablation, views overlap by 0.3.
 # Published: 16 GPUs, 4 images each (64 in all), 120k steps with the drop after 80k.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Siamese DETR (Huang et al., CVPR 2023) with Conditional DETR with 100 queries, on ImageNet: ablation without both discriminations.
+# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries, on ImageNet: ablation without both discriminations.
 # Published: 32 GPUs, 8 images each (256 in all), 300k steps with the drop after 200k.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

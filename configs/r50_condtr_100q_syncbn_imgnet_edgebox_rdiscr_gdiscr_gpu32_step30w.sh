@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Siamese DETR (Huang et al., CVPR 2023) with Conditional DETR with 100 queries, on ImageNet.
+# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries, on ImageNet.
 # Published: 32 GPUs, 8 images each (256 in all), 300k steps with the drop after 200k. Fine-tuned: AP 40.5 on COCO, 58.1 on PASCAL VOC.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Siamese DETR (Huang et al., CVPR 2023) with Deformable DETR with four levels and 300 queries, on ImageNet.
+# Siamese DETR (Chen et al., CVPR 2023) with Deformable DETR with four levels and 300 queries, on ImageNet.
 # Published: 64 GPUs, 4 images each (256 in all), 300k steps with the drop after 200k. Fine-tuned: AP 46.4 on COCO, 61.2 on PASCAL VOC.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

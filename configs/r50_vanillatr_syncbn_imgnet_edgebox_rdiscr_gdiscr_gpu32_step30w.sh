@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Siamese DETR (Huang et al., CVPR 2023) with DETR, post-norm, with 100 queries, on ImageNet.
+# Siamese DETR (Chen et al., CVPR 2023) with DETR, post-norm, with 100 queries, on ImageNet.
 # Published: 32 GPUs, 8 images each (256 in all), 300k steps with the drop after 200k. Fine-tuned: AP 42.0 on COCO, 57.4 on PASCAL VOC.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

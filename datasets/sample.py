@@ -52,7 +52,7 @@ class SampleDataset(Dataset):
         return self.annotation_file
 
     def evaluator(self, args: Namespace) -> Detections:
-        """A new evaluator of a labelled data set, which takes `update`, `synchronize_between_processes`, `summarize` and `results`."""
+        """A new evaluator of a labelled data set. Its `summarize` gives "stats", AP first, and "per_class" as `CocoEvaluator` has it."""
         from datasets.evaluators.coco import CocoEvaluator  # which reads annotations, and these need this file
 
         return CocoEvaluator(self.truth(), args.coco_evaluator, self.category_ids)

@@ -1,4 +1,4 @@
-"""What Siamese DETR sees (Huang et al., CVPR 2023, section 3.1): two overlapping views of an image, and regions that are in both.
+"""What Siamese DETR sees (Chen et al., CVPR 2023): two overlapping views of an image, and regions that are in both.
 
 Sizes are (height, width), crops (top, left, height, width), boxes (x0, y0, x1, y1), all in pixels.
 """

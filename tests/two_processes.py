@@ -18,7 +18,9 @@ from torch.multiprocessing.spawn import spawn
 
 import engine
 from datasets import build_loader
+from datasets.annotations import parse_coco
 from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.voc import VocEvaluator
 from datasets.sample import SampleDataset
 from models import build_model
 from models.classification import Classification
@@ -207,7 +209,7 @@ def evaluation(folder: Path) -> dict:
     dataset = Numbered([2] * 7)
     boxes, labels = (torch.stack([target[name] for target in dataset.targets]) for name in ("boxes", "labels"))
     truth = {
-        "images": [{"id": 100 + i, "width": SIDE, "height": SIDE} for i in range(7)],
+        "images": [{"id": 100 + i, "width": SIDE, "height": SIDE, "file_name": f"{i}.png"} for i in range(7)],
         "categories": [{"id": i, "name": str(i)} for i in range(1, 5)],
         "annotations": [
             {"id": 2 * i + k + 1, "image_id": 100 + i, "category_id": int(labels[i, k]), "iscrowd": 0,
@@ -221,12 +223,15 @@ def evaluation(folder: Path) -> dict:
     classification = Classification("focal", 5, 2.0)
     criterion = SetCriterion(classification, {"loss_ce": 1.0})
     args = tiny_args(FINETUNE, "--batch_size", "2")
-    evaluator = CocoEvaluator(truth)
-    values, examples = engine.evaluate(
-        Oracle(moved, labels, 5), criterion, {"bbox": PostProcess(classification)}, build_loader(dataset, args, train=False), evaluator,
-        torch.device("cpu"), {"mean": [0.0] * 3, "std": [1 / 255] * 3}, amp=False, keep_examples=2,
-    )
-    return {"stats": values["coco_eval_bbox"], "results": evaluator.results(), "examples": [row["image_id"] for row in examples]}
+    found = {}
+    for name, evaluator in (("coco", CocoEvaluator(truth)), ("voc", VocEvaluator(parse_coco(truth, "made")))):
+        found[name], examples = engine.evaluate(
+            Oracle(moved, labels, 5), criterion, {"bbox": PostProcess(classification)}, build_loader(dataset, args, train=False), evaluator,
+            torch.device("cpu"), {"mean": [0.0] * 3, "std": [1 / 255] * 3}, amp=False, keep_examples=2,
+        )
+    voc = {name: found["voc"][name] for name in ("coco_eval_bbox", "voc_area", "per_class")}
+    return {"stats": found["coco"]["coco_eval_bbox"], "voc": voc, "class_error": found["coco"]["class_error"], "results": evaluator.results(),
+            "examples": [row["image_id"] for row in examples]}
 
 
 def stop_and_resume(folder: Path) -> dict:

@@ -363,7 +363,7 @@ def _check_data(args: argparse.Namespace) -> None:
     sources = [name for name in ("imagenet_path", "coco_path", "train_images") if getattr(args, name)]
     if args.imagenet_path and len(sources) > 1:
         raise UserError(f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them")
-    if args.script == PRETRAIN and args.output_dir:
+    if getattr(args, "script", FINETUNE) == PRETRAIN and args.output_dir:
         check_apart(args.output_dir, args.imagenet_path or args.train_images or "")
 
 

@@ -1,4 +1,4 @@
-"""Siamese DETR (Huang et al., CVPR 2023) on any detector: regions of one view are found in the other.
+"""Siamese DETR (Chen et al., CVPR 2023) on any detector: regions of one view are found in the other.
 
 Shapes: B images of two views each, M regions, Q queries, D model width, F backbone channels. A batch holds view 1 of all images, then
 view 2; box m of a view shows the same region as box m of the other one.
@@ -23,9 +23,9 @@ ROI_SIDE = 7  # cells of a map's grid that a region is read with
 class Siamese(Pretext):
     """Each image is encoded once. The queries of one view, made from the frozen features of its regions, decode the other view's memory.
 
-    Targets are the regions' boxes in the view that is decoded, without disturbance. Region discrimination (section 3.3) predicts the
-    feature of the region's crop from the queries' view; global discrimination compares the pooled memories of the two views as SimSiam
-    does. A part whose weight is 0 is not built.
+    Targets are the regions' boxes in the view that is decoded, without disturbance. Region discrimination predicts the feature of the
+    region's crop from the queries' view; global discrimination compares the pooled memories of the two views as SimSiam does. A part whose
+    weight is 0 is not built.
 
     Args:
         box_disturbance: share of width and height by which a corner of a query's box moves at most.
