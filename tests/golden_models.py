@@ -21,7 +21,6 @@ from util.flags import FINETUNE, PRETRAIN
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer
 
-
 PRETEXT_OF = {"patch2query": "random_query_patch", "feature_embed": "region_prior"}  # by a part of a parameter's name
 
 
@@ -90,7 +89,8 @@ def build(name: str, folder: Path) -> Case:
     shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
     published = [(key, entry["shape"]) for key, entry in js["state_dict"].items() if not key.endswith("empty_weight")]
     assert dict(shapes) == dict(published)
-    assert shapes == published or args.pretext == "region_prior" or args.detector != "deformable_detr"  # DETR lists modules in the order they were made, as far as it matters
+    # DETR lists its modules in the order they were made, as far as it matters.
+    assert shapes == published or args.pretext == "region_prior" or args.detector != "deformable_detr"
     fill = load_fill(folder)
     weights = fill.fill_shapes(fill.float_entries(js), js["seed"], js["tied_groups"])
     for key, value in weights.items():

@@ -115,7 +115,8 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
     entry = DetectorEntry("toy_detector:build", mark=".toy_attention.", defaults={"num_queries": 8})
     monkeypatch.setitem(registry.DETECTORS, "toy", entry)
-    pretext = PretextEntry("toy_pretext:Blind", "datasets.query_patches:build_query_patches", parts=("blind_shift.",), flags=("num_patches",),
+    pretext = PretextEntry("toy_pretext:Blind", "datasets.query_patches:build_query_patches", parts=("blind_shift.",),
+                           flags=("num_patches",),
                            defaults={"epochs": 3, "num_classes": 2})
     monkeypatch.setitem(registry.PRETEXTS, "blind", pretext)
     monkeypatch.setitem(registry.DATASETS, "validation_twice", "toy_data:build")

@@ -230,8 +230,10 @@ def evaluation(folder: Path) -> dict:
             torch.device("cpu"), {"mean": [0.0] * 3, "std": [1 / 255] * 3}, amp=False, keep_examples=2,
         )
     voc = {name: found["voc"][name] for name in ("coco_eval_bbox", "voc_area", "per_class")}
-    return {"stats": found["coco"]["coco_eval_bbox"], "voc": voc, "class_error": found["coco"]["class_error"], "results": evaluator.results(),
-            "examples": [row["image_id"] for row in examples]}
+    return {
+        "stats": found["coco"]["coco_eval_bbox"], "voc": voc, "class_error": found["coco"]["class_error"],
+        "results": evaluator.results(), "examples": [row["image_id"] for row in examples],
+    }
 
 
 def stop_and_resume(folder: Path) -> dict:
