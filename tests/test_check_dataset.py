@@ -124,11 +124,15 @@ FOUND_IN_TRAIN = {
 }
 
 
-def test_each_fault_is_found_and_nothing_else(tmp_path: Path) -> None:
+def test_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_coco(tmp_path / "coco", train=12, val=5)
     plant_faults(root)
-    status, lines = check("--coco_path", root, "--output_dir", tmp_path / "out", "--num_queries", 20, "--num_workers", 2)
+    started, pool = [], check_dataset.ProcessPoolExecutor
+    monkeypatch.setattr(check_dataset, "CHUNK", 5)
+    monkeypatch.setattr(check_dataset, "ProcessPoolExecutor", lambda workers, **rest: started.append(workers) or pool(workers, **rest))
+    status, lines = check("--coco_path", root, "--output_dir", tmp_path / "out", "--num_queries", 20, "--num_workers", 100)
     assert status == 1
+    assert started == [2, 1], "no more processes than there is work for"
     found = problems(tmp_path / "out")
     assert {(kind, file, ids) for kind, split, file, ids in found if split == "train"} == FOUND_IN_TRAIN
     in_val = {(kind, file) for kind, split, file, _ in found if split == "val"}
