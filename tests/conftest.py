@@ -1,4 +1,6 @@
 """Options and settings that all tests share."""
+import multiprocessing
+import signal
 import sys
 from pathlib import Path
 
@@ -23,3 +25,10 @@ def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Counting multiply-adds is a good part of the time of a small run; the tests of the summary do it."""
     if request.node.path.name not in ("test_summary.py", "test_scripts.py", "test_deformable_runs.py"):
         monkeypatch.setattr("models.summary._multiply_adds_or_none", lambda *args: None)
+
+
+def pytest_unconfigure() -> None:
+    """Loader processes ignore the signals that would end them: where a test failed or was broken off, pytest would wait for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
