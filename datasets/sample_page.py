@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datasets.collate import collate, normalize, to_device
+from datasets.collate import collate, normalize, separate_views, to_device
 from datasets.sample import SampleDataset
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import is_main_process
@@ -89,15 +89,30 @@ class Found:
 
 
 @torch.no_grad()
-def find_patches(model: nn.Module, sample: tuple[Tensor, dict], normalization: dict, device: torch.device) -> Found:
-    """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are."""
-    image, target = sample
+def find_patches(model: nn.Module, sample: tuple[Tensor, dict], normalization: dict, device: torch.device) -> list[Found]:
+    """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are; of two views, where the regions of each
+    are in the other. Random states stay as they were."""
+    views = separate_views([sample]) if sample[0].ndim == 4 else [sample]
     inputs, targets = to_device(*collate([sample]), device, normalization["mean"], normalization["std"])
-    boxes, scores = (values[0].cpu() for values in model.patch_boxes(model(inputs, targets), len(target["patches"])))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        outputs = model(inputs, targets)
+    boxes, scores = (values.cpu() for values in model.patch_boxes(outputs, len(targets[0]["boxes"])))
+    found = []
+    for i, (image, target) in enumerate(views):
+        asked = views[(i + len(views) // 2) % len(views)]
+        size = torch.tensor([image.shape[2], image.shape[1]] * 2)
+        places, answers = (box_cxcywh_to_xyxy(b) * size for b in (target["boxes"], boxes[i]))
+        found.append(Found(image.permute(1, 2, 0).numpy(), _patches(*asked), places, answers, scores[i]))
+    return found
+
+
+def _patches(image: Tensor, target: dict) -> list[np.ndarray]:
+    """The patches that come with a sample, else what is in its boxes; uint8 [h, w, 3] each."""
+    if "patches" in target:
+        return [patch.permute(1, 2, 0).numpy() for patch in target["patches"]]
     size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-    places, found = (box_cxcywh_to_xyxy(b) * size for b in (target["boxes"], boxes))
-    patches = [patch.permute(1, 2, 0).numpy() for patch in target["patches"]]
-    return Found(image.permute(1, 2, 0).numpy(), patches, places, found, scores)
+    corners = (box_cxcywh_to_xyxy(target["boxes"]) * size).round().int().tolist()
+    return [image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].permute(1, 2, 0).numpy() for x0, y0, x1, y1 in corners]
 
 
 def draw_found_patches(
@@ -112,6 +127,7 @@ def draw_found_patches(
     model.eval()
     try:
         samples = [dataset[(0, index)] for index in _spread(len(dataset), count)]
-        patch_page([find_patches(model, sample, normalization, device).row() for sample in samples], folder / "patches.png")
+        rows = [found.row() for sample in samples for found in find_patches(model, sample, normalization, device)]
+        patch_page(rows, folder / "patches.png")
     except UserError as error:
         log.warning("no page of patches: %s", error)

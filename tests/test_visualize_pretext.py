@@ -48,6 +48,17 @@ def test_patches_of_a_model_and_patches_chosen_by_hand(tmp_path: Path) -> None:
             draw(*model, "--imagenet_path", images / "000.png", "--boxes", *boxes, "--output_dir", tmp_path / "c")
 
 
+@pytest.mark.parametrize("flags", [(), ("--feature_loss_coef", "0")], ids=["with crops", "without"])
+def test_regions_of_one_view_found_in_the_other(flags: tuple, tmp_path: Path) -> None:
+    """Both views of each image are drawn, each with the regions of the other."""
+    images = write_images(tmp_path / "images")
+    pre_train("--pretext", "siamese", "--proposals", "random", *flags, "--imagenet_path", images, "--epochs", "1", "--batch_size", "2",
+              "--output_dir", tmp_path / "run", *FROZEN)
+    draw("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "a", "--count", "2")
+    draw("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "b", "--count", "4")
+    assert size(tmp_path / "b" / "patches.png")[1] > size(tmp_path / "a" / "patches.png")[1]
+
+
 def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)

@@ -45,7 +45,7 @@ def find_in_held_out(checkpoint_path: Path, images: str, limit: int) -> list[Fou
     count = min(limit, len(dataset))
     device = torch.device("cpu")
     return [
-        find_patches(model, dataset[index], checkpoint["normalization"], device)
+        find_patches(model, dataset[index], checkpoint["normalization"], device)[0]
         for index in progress(range(count), count, "patch queries")
     ]
 

@@ -96,3 +96,14 @@ def _nest_keys(module: Pretext, state_dict: dict, prefix: str, *_) -> None:
         rest = key.removeprefix(prefix)
         if key.startswith(prefix) and rest.split(".")[0] not in own:
             state_dict[prefix + DETECTOR_PREFIX + rest] = state_dict.pop(key)
+
+
+def best_of_groups(outputs: dict, num_patches: int) -> tuple[Tensor, Tensor]:
+    """Where each patch or region was found, as in UP-DETR's demonstration: the box of the most confident query of its group.
+
+    Returns boxes_cxcywh [B, M, 4] and scores [B, M].
+    """
+    scores = outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
+    best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, 4)
+    boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1)).gather(2, best)
+    return boxes.squeeze(2), scores.amax(-1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.classification import Classification
 from models.detector import Detector, Queries, full_precision
-from models.pretext import Pretext, check_region_queries, pooled_features
+from models.pretext import Pretext, best_of_groups, check_region_queries, pooled_features
 from models.transformer import MLP
 from util.nested_tensor import as_nested_tensor
 
@@ -72,16 +72,7 @@ class RandomQueryPatch(Pretext):
                 aux["pred_features"] = predicted[layer]
         return outputs
 
-    @staticmethod
-    def patch_boxes(outputs: dict, num_patches: int) -> tuple[Tensor, Tensor]:
-        """Where each patch was found, as in UP-DETR's demonstration: the box of the most confident query of its group.
-
-        Returns boxes_cxcywh [B, M, 4] and scores [B, M].
-        """
-        scores = outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
-        best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, 4)
-        boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1)).gather(2, best)
-        return boxes.squeeze(2), scores.amax(-1)
+    patch_boxes = staticmethod(best_of_groups)
 
     def _stack_patches(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = {len(target["patches"]) for target in targets}

@@ -9,7 +9,7 @@ from torchvision.ops import roi_align
 
 from models.classification import Classification
 from models.detector import Detector, Memory, Queries, full_precision
-from models.pretext import Pretext, check_region_queries, pooled_features
+from models.pretext import Pretext, best_of_groups, check_region_queries, pooled_features
 from models.synced_batch_norm import SyncedBatchNorm
 from models.transformer import MLP
 from util.box_ops import box_cxcywh_to_xyxy
@@ -92,6 +92,8 @@ class Siamese(Pretext):
             with torch.autocast(memory.tokens.device.type, enabled=False):
                 outputs["projections"], outputs["predictions"] = self.enc_head[0](self.pooled_memory(memory))
         return outputs
+
+    patch_boxes = staticmethod(best_of_groups)
 
     def _stack_boxes(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = sorted({len(target["boxes"]) for target in targets})
