@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import logged, write_coco, write_images, write_voc
+from tiny import logged, own_flags, write_coco, write_images, write_own_data, write_voc
 
 import models
 from models import build_model
@@ -101,6 +101,7 @@ def test_config_runs_three_steps(name: str, coco: Path, voc: Path, unlabelled: P
     words = config_words(CONFIGS[name])
     from_folder = {"--imagenet_path", "imagenet", "imagenet100"} & set(words)
     data = ["--imagenet_path", unlabelled] if from_folder else ["--voc_path", voc] if "voc" in words else ["--coco_path", coco]
+    data = own_flags(write_own_data(tmp_path / "own")) if "custom" in words else data
     data += ["--filter_pct", "1"] if "--filter_pct" in words else []  # a share of four images is too few
     start_from = ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
     lines = start(small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run"))

@@ -64,6 +64,14 @@ DETREG_PASCAL = {
     "dataset_file": "voc", "voc_path": "data/pascal/VOCdevkit", "voc_train": ["2007_trainval", "2012_trainval"], "voc_val": ["2007_test"],
     "voc_metric": "11point", "num_classes": 21, "pretrain": "exps/DETReg_top30_in/checkpoint.pth",
 }
+SIAMESE_DATA = {
+    "coco": {"dataset_file": "coco"},
+    "voc": {
+        "dataset_file": "custom", "train_images": "data/pascal/VOCdevkit/VOC2012/JPEGImages",
+        "train_annotations": "data/pascal/meta/voc_trainval2012.cocostyle.json",
+        "val_images": "data/pascal/VOCdevkit/VOC2007/JPEGImages", "val_annotations": "data/pascal/meta/voc_test2007.cocostyle.json",
+    },
+}
 PUBLISHED = {
     "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": SIAMESE_CONDITIONAL_IN,
     "r50_condtr_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "num_queries": 300},
@@ -117,6 +125,12 @@ PUBLISHED = {
         "max_size": 1333, "coco_path": "data/MSCoco",
     },
     "UPDETR_vanilla_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 16},
+    **{f"Siamese_conditional_finetune_{data}": {**CONDITIONAL, "num_queries": 100, "lr_backbone": 5e-5, "resume": "", **more}
+       for data, more in SIAMESE_DATA.items()},
+    **{f"Siamese_vanilla_finetune_{data}": {**DETR, "epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5, **more}
+       for data, more in SIAMESE_DATA.items()},
+    **{f"Siamese_deformable_finetune_{data}": {"detector": "deformable_detr", "lr": 2e-4, "epochs": 50, "lr_drop": 40, **more}
+       for data, more in SIAMESE_DATA.items()},
     "UPDETR_vanilla_finetune_coco": {**DETR, "epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5},
     "UPDETR_deformable_pretrain_in": UPDETR_DEFORMABLE,
     "UPDETR_deformable_finetune_coco": {**DEFORMABLE, "backbone_weights": "none"},

@@ -46,7 +46,7 @@ def test_what_is_not_here_is_said() -> None:
 
 def flags_behind(words: list[str]) -> list[str]:
     """What is written behind a config, or behind a script of another name; names of the reader's files count as none."""
-    start = next(i for i, word in enumerate(words) if re.search(r"\.(sh|py)>?$|^file>", word) and "run_dist" not in word)
+    start = next(i for i, word in enumerate(words) if re.search(r"\.(sh|py)[>\]]?$|^file>", word) and "run_dist" not in word)
     return [word for word in words[start + 1 :] if re.match(r"--|[\d.]+$", word)]
 
 
