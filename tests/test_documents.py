@@ -82,7 +82,7 @@ def _no_network(url: str, *args, **kwargs) -> None:
 def given_file(path: str, words: list[str]) -> dict:
     """What a file of somebody else's holds that a command reads: told from its name and the words around it."""
     backbone = ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
-    if "iter_" in path or "siamese" in words:
+    if "iter_" in path or "siamese" in words or "condtr" in path:
         deformable = "--deform" in words
         return siamese_file(siamese("deformable_detr" if deformable else "conditional_detr", *SMALL, channels=896 if deformable else 512))
     if "panoptic" in path:
