@@ -72,7 +72,7 @@ def our_args(js: dict) -> Namespace:
         if hasattr(args, name) and name not in ("dataset_file", "resume", "output_dir", "eval", "device", "dist_url"):
             setattr(args, name, value)
     if args.detector != "deformable_detr":
-        args.num_feature_levels = None  # DETReg's parser has it for both
+        args.num_feature_levels = args.lr_linear_proj_names = None  # DETReg's parser has them for both
     if (args.detector == "deformable_detr" or pretext == "region_prior") and published["position_embedding"] == "sine":
         args.position_embedding = "sine_shifted"  # what its code calls sine
     args.backbone_weights, args.backbone_norm, args.device = "none", "frozen", "cpu"

@@ -2,6 +2,8 @@
 import contextlib
 import json
 import logging
+import multiprocessing
+import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -197,12 +199,25 @@ def write_images(root: Path, count: int = 4) -> Path:
 
 def fine_tune(*flags: object) -> None:
     """Runs finetune_main.py in this process with a small model."""
-    finetune_main.main(finetune_main.parse([*RUN_FLAGS, *map(str, flags)]))
+    with loaders_end():
+        finetune_main.main(finetune_main.parse([*RUN_FLAGS, *map(str, flags)]))
 
 
 def pre_train(*flags: object) -> None:
     """Runs main.py in this process with a small model."""
-    pretrain_main.main(pretrain_main.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)]))
+    with loaders_end():
+        pretrain_main.main(pretrain_main.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)]))
+
+
+@contextlib.contextmanager
+def loaders_end() -> Iterator[None]:
+    """Ends the loader processes of a run, as a script does; otherwise some later test waits for them when they are collected."""
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
 
 
 @contextlib.contextmanager
