@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from datasets.sample import BadImageError
+from datasets.sample import BadImageError, SampleDataset
 from util.logger import UserError, log
 
 # Formats that Pillow only recognises, or hands to another program.
@@ -184,3 +184,28 @@ def _is_there(path: str) -> bool:
         return os.path.exists(path)
     except ValueError:  # a line with a null byte: no text file
         return False
+
+
+class UnlabelledDataset(SampleDataset):
+    """Base of what pretexts see of the images of a folder."""
+
+    def __init__(self, images: ImageFolder, seed: int) -> None:
+        super().__init__(seed)
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, index: int) -> str:
+        return self.images.path(index)
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+
+def cut_box(image: Tensor, box_xyxy_abs: Tensor) -> Tensor:
+    """What lies in a box [4] of an image [3, H, W], rounded to pixels; a box smaller than a pixel shows the pixel."""
+    height, width = image.shape[-2:]
+    x0, y0, x1, y1 = box_xyxy_abs.round().int().tolist()
+    x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    return image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from datasets.coco import coco_files, coco_root
-from datasets.image_folder import ImageFolder, read_image
+from datasets.image_folder import ImageFolder, UnlabelledDataset, cut_box, read_image
 from datasets.proposals import FixedNumber, Proposals, build_proposals
-from datasets.sample import BadImageError, SampleDataset, Target
+from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
 from util.logger import UserError
 from util.random_state import SampleRandom
@@ -16,7 +16,7 @@ TINY_SIDE = 16
 QUERY_LABEL = 1
 
 
-class QueryPatches(SampleDataset):
+class QueryPatches(UnlabelledDataset):
     """Samples with `patches` uint8 [M, 3, S, S] beside the M boxes they were cut from; every label is 1.
 
     Boxes are drawn in the original image, patches are cut from it and augmented one after the other, then the image is
@@ -27,18 +27,8 @@ class QueryPatches(SampleDataset):
         self, images: ImageFolder, proposals: Proposals, transforms: Transform, patch_transform: PatchAugmentation,
         seed: int = 0,
     ) -> None:
-        super().__init__(seed)
-        self.images, self.proposals = images, proposals
-        self.transforms, self.patch_transform = transforms, patch_transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def path(self, index: int) -> str:
-        return self.images.path(index)
-
-    def fingerprint(self) -> str:
-        return self.images.fingerprint()
+        super().__init__(images, seed)
+        self.proposals, self.transforms, self.patch_transform = proposals, transforms, patch_transform
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         image = read_image(self.path(index))
@@ -46,17 +36,11 @@ class QueryPatches(SampleDataset):
         if min(height, width) <= TINY_SIDE:
             raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
         boxes = self.proposals(image, rng, self.images.name(index))
-        patches = torch.stack([self._patch(image, box, rng) for box in boxes.round().int().tolist()])
+        patches = torch.stack([self.patch_transform(cut_box(image, box), {}, rng)[0] for box in boxes])
         target = query_target(boxes, index, (height, width))
         image, target = self.transforms(image, target, rng)
         # Added last: the image's transforms are not for patches.
         return image, {**target, "patches": patches}
-
-    def _patch(self, image: Tensor, box_xyxy_abs: list[int], rng: SampleRandom) -> Tensor:
-        x0, y0, x1, y1 = box_xyxy_abs
-        x0, y0 = min(x0, image.shape[2] - 1), min(y0, image.shape[1] - 1)  # a box smaller than a pixel shows the pixel
-        patch, _ = self.patch_transform(image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], {}, rng)
-        return patch
 
 
 def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -> Target:

@@ -4,10 +4,10 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from datasets.image_folder import ImageFolder, read_image
+from datasets.image_folder import ImageFolder, UnlabelledDataset, cut_box, read_image
 from datasets.proposals import Proposals, Selected, build_proposals
 from datasets.query_patches import QUERY_LABEL, image_source, query_target
-from datasets.sample import BadImageError, SampleDataset, Target
+from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, region_transforms
 from util.random_state import SampleRandom
 
@@ -15,7 +15,7 @@ MIN_BOXES = 2  # an image with fewer is replaced, as published
 TRIES = 8  # draws of an augmentation that keeps as many
 
 
-class RegionProposals(SampleDataset):
+class RegionProposals(UnlabelledDataset):
     """Samples whose boxes are proposals, all of one class, with `patches` uint8 [N, 3, S, S], the augmented crop of each box.
 
     Crops are cut from the original image; flips, crops and resizes of the image are not for them. A random crop may lose boxes, and
@@ -31,19 +31,10 @@ class RegionProposals(SampleDataset):
         self, images: ImageFolder, proposals: Proposals, transforms: Transform, whole_image: Transform,
         patch_transform: PatchAugmentation | None, label: int = QUERY_LABEL, seed: int = 0,
     ) -> None:
-        super().__init__(seed)
-        self.images, self.proposals = images, proposals
+        super().__init__(images, seed)
+        self.proposals = proposals
         self.transforms, self.whole_image, self.patch_transform = transforms, whole_image, patch_transform
         self.label = label
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def path(self, index: int) -> str:
-        return self.images.path(index)
-
-    def fingerprint(self) -> str:
-        return self.images.fingerprint()
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         original = read_image(self.path(index))
@@ -70,10 +61,7 @@ class RegionProposals(SampleDataset):
         return self.whole_image(original, target, rng)
 
     def _patch(self, image: Tensor, box_xyxy_abs: Tensor, parameters: tuple) -> Tensor:
-        height, width = image.shape[-2:]
-        x0, y0, x1, y1 = box_xyxy_abs.round().int().tolist()
-        x0, y0 = min(x0, width - 1), min(y0, height - 1)
-        patch, _ = self.patch_transform.apply(image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], {}, parameters)
+        patch, _ = self.patch_transform.apply(cut_box(image, box_xyxy_abs), {}, parameters)
         return patch
 
 

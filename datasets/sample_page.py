@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.collate import collate, normalize, separate_views, to_device
+from datasets.image_folder import cut_box
 from datasets.sample import SampleDataset
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import is_main_process
@@ -111,8 +112,7 @@ def _patches(image: Tensor, target: dict) -> list[np.ndarray]:
     if "patches" in target:
         return [patch.permute(1, 2, 0).numpy() for patch in target["patches"]]
     size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-    corners = (box_cxcywh_to_xyxy(target["boxes"]) * size).round().int().tolist()
-    return [image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)].permute(1, 2, 0).numpy() for x0, y0, x1, y1 in corners]
+    return [cut_box(image, box).permute(1, 2, 0).numpy() for box in box_cxcywh_to_xyxy(target["boxes"]) * size]
 
 
 def draw_found_patches(

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.image_folder import ImageFolder, read_image
+from datasets.image_folder import ImageFolder, UnlabelledDataset, cut_box, read_image
 from datasets.proposals import Proposals, build_proposals, repeat_boxes
 from datasets.query_patches import QUERY_LABEL, TINY_SIDE, image_source
-from datasets.sample import BadImageError, SampleDataset, Target
+from datasets.sample import BadImageError, Target
 from datasets.transforms import (
     ColorAugmentation,
     Compose,
@@ -172,7 +172,7 @@ def pick_regions(first: Tensor, second: Tensor, views: Views, count: int, rng: S
     return torch.cat([overlap, pairs], 1)
 
 
-class TwoViews(SampleDataset):
+class TwoViews(UnlabelledDataset):
     """Samples of two views: image uint8 [2, 3, H, W], and in the target one more leading axis of 2 for everything. Box i of a view shows
     the region of box i of the other one; box 0 is the whole overlap.
 
@@ -188,18 +188,9 @@ class TwoViews(SampleDataset):
         self, images: ImageFolder, proposals: Proposals | None, geometry: Compose, colors: ColorAugmentation,
         patch_transform: PatchAugmentation | None, num_boxes: int, iou: float = 0.5, shrink: bool = True, seed: int = 0,
     ) -> None:
-        super().__init__(seed)
-        self.images, self.proposals, self.geometry, self.colors = images, proposals, geometry, colors
+        super().__init__(images, seed)
+        self.proposals, self.geometry, self.colors = proposals, geometry, colors
         self.patch_transform, self.num_boxes, self.iou, self.shrink = patch_transform, num_boxes, iou, shrink
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def path(self, index: int) -> str:
-        return self.images.path(index)
-
-    def fingerprint(self) -> str:
-        return self.images.fingerprint()
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         original = read_image(self.path(index))
@@ -228,12 +219,7 @@ class TwoViews(SampleDataset):
         return views, pick_regions(*pair, views, self.num_boxes, rng)
 
     def _crops(self, view: Tensor, boxes_xyxy_abs: Tensor, rng: SampleRandom) -> Tensor:
-        height, width = view.shape[-2:]
-        crops = []
-        for x0, y0, x1, y1 in boxes_xyxy_abs.round().int().tolist():
-            x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
-            crops.append(self.patch_transform(view[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)], {}, rng)[0])
-        return torch.stack(crops)
+        return torch.stack([self.patch_transform(cut_box(view, box), {}, rng)[0] for box in boxes_xyxy_abs])
 
 
 def _target(boxes_xyxy_abs: Tensor, size: Size, index: int, original: Size) -> Target:

@@ -1,6 +1,4 @@
 """Options and settings that all tests share."""
-import multiprocessing
-import signal
 import sys
 from pathlib import Path
 
@@ -28,7 +26,7 @@ def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 def pytest_unconfigure() -> None:
-    """Loader processes ignore the signals that would end them: where a test failed or was broken off, pytest would wait for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
-        child.kill()
+    """Where a test failed or was broken off, pytest would wait for its loader processes."""
+    from util.session import end_loaders
+
+    end_loaders()

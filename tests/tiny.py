@@ -2,8 +2,6 @@
 import contextlib
 import json
 import logging
-import multiprocessing
-import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from util.arguments import make_parser, resolve
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import log
 from util.nested_tensor import NestedTensor, as_nested_tensor
+from util.session import end_loaders
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_FLAGS = [
@@ -215,9 +214,7 @@ def loaders_end() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            child.kill()
+        end_loaders()
 
 
 @contextlib.contextmanager

@@ -24,7 +24,6 @@ from util.published_layouts import siamese_pretext, to_detr_names
 from util.registry import PRETEXTS
 from util.weight_files import read_weights
 
-PUBLISHED_PARTS = ("feature_embed.", "enc_head.")  # of pre-training whose pretext is not here: DETReg, Siamese DETR
 OPERATION_COUNTERS = ("total_ops", "total_params")  # left in some published files by a tool that counted operations
 CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
@@ -183,7 +182,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 def pretext_parts() -> tuple[str, ...]:
     """What the names of parameters begin with that fine-tuning leaves behind."""
-    return PUBLISHED_PARTS + sum((entry.parts for entry in PRETEXTS.values()), ())
+    return sum((entry.parts for entry in PRETEXTS.values()), ())
 
 
 def is_pretext(checkpoint: Mapping[str, Any]) -> bool:

@@ -107,6 +107,14 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+def end_loaders() -> None:
+    """Ends all loader processes. They ignore the signals that multiprocessing would end them with at exit, and PyTorch takes a killed
+    one for an accident as long as it listens."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
 def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], Namespace], argv: list[str] | None = None) -> None:
     """Runs an entry script; what the user can mend is one line and exit status 1, a requested stop is status 143."""
     setup_logger()
@@ -130,11 +138,7 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
         status = leave.code
     finally:
         sys.stdout.flush()
-        # Loader processes ignore the signals that multiprocessing would end them with at exit, and PyTorch takes a killed one for
-        # an accident as long as it listens.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for child in multiprocessing.active_children():
-            child.kill()
+        end_loaders()
     if status in (0, STOPPED):
         shutdown()  # otherwise the others may wait in a collective, and taking the group down would wait for them
     if status:
