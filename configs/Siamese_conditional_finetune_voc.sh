@@ -2,13 +2,9 @@
 # Siamese DETR (Chen et al., CVPR 2023) on Conditional DETR with 100 queries, fine-tuned on PASCAL VOC.
 # Published: AP 58.1, 50 epochs with the drop after 40, 2 images a GPU.
 # Trained on the trainval images of 2012, evaluated on the test images of 2007 by COCO's metric, `difficult` objects included.
-# The annotation files: python tools/voc_to_coco.py data/pascal/VOCdevkit --output_dir data/pascal/meta
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \
-    --detector conditional_detr --num_queries 100 --lr_backbone 5e-5 --epochs 50 --lr_drop 40 \
-    --dataset_file custom --train_images data/pascal/VOCdevkit/VOC2012/JPEGImages --val_images data/pascal/VOCdevkit/VOC2007/JPEGImages \
-    --train_annotations data/pascal/meta/voc_trainval2012.cocostyle.json \
-    --val_annotations data/pascal/meta/voc_test2007.cocostyle.json \
+    --detector conditional_detr --num_queries 100 --lr_backbone 5e-5 --epochs 50 --lr_drop 40 --dataset_file voc_coco \
     --pretrain exps/r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w/checkpoint.pth \
     --output_dir exps/Siamese_conditional_finetune_voc "$@"

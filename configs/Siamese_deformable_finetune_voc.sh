@@ -2,13 +2,9 @@
 # Siamese DETR (Chen et al., CVPR 2023) on Deformable DETR with four levels and 300 queries, fine-tuned on PASCAL VOC.
 # Published: AP 61.2, without the settings. Here those of Deformable DETR.
 # Trained on the trainval images of 2012, evaluated on the test images of 2007 by COCO's metric, `difficult` objects included.
-# The annotation files: python tools/voc_to_coco.py data/pascal/VOCdevkit --output_dir data/pascal/meta
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \
-    --detector deformable_detr --epochs 50 --lr_drop 40 \
-    --dataset_file custom --train_images data/pascal/VOCdevkit/VOC2012/JPEGImages --val_images data/pascal/VOCdevkit/VOC2007/JPEGImages \
-    --train_annotations data/pascal/meta/voc_trainval2012.cocostyle.json \
-    --val_annotations data/pascal/meta/voc_test2007.cocostyle.json \
+    --detector deformable_detr --epochs 50 --lr_drop 40 --dataset_file voc_coco \
     --pretrain exps/r50_deformtr_ms_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w/checkpoint.pth \
     --output_dir exps/Siamese_deformable_finetune_voc "$@"

@@ -1,4 +1,4 @@
-"""What can be chosen by name: detectors, pretexts, labelled data sets, proposal methods and backbones.
+"""What can be chosen by name: detectors, pretexts, data sets, proposal methods and backbones.
 
 Each is one file and one line here. The line says where the file's builder is ("module:name"), what its checkpoints are told by, and which
 defaults it changes. Nothing is imported before it is used, so that a builder may live in any package that Python finds:
@@ -41,6 +41,18 @@ class PretextEntry:
     defaults: dict[str, object] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DatasetEntry:
+    """builder: `(image_set, args) -> SampleDataset` of labelled images. images: `(image_set, args) -> ImageFolder`, the same images for
+    pre-training; empty: those that the builder gives, whose labels are then read and not used. places: names of the flags that say where
+    they lie, by which flags of other data sets are refused; empty: nothing is refused. defaults: as those of a detector, and weaker."""
+
+    builder: str
+    images: str = ""
+    places: tuple[str, ...] = ()
+    defaults: dict[str, object] = field(default_factory=dict)
+
+
 DETECTORS: dict[str, DetectorEntry] = {
     "detr": DetectorEntry("models.detr:build", mark=".multihead_attn."),
     "conditional_detr": DetectorEntry("models.conditional_detr:build", mark=".ca_qpos_sine_proj.", defaults={
@@ -75,7 +87,8 @@ PRETEXTS: dict[str, PretextEntry] = {
     ),
     "siamese": PretextEntry(
         "models.pretext.siamese:Siamese", "datasets.two_views:build_two_views", parts=("patch2query.", "feature_align.", "enc_head."),
-        flags=("num_patches", "feature_loss_coef", "global_loss_coef", "box_disturbance", "view_iou", "view_shrink"), defaults={
+        flags=("num_patches", "feature_loss_coef", "global_loss_coef", "box_disturbance", "view_iou", "view_shrink", "teacher_momentum"),
+        defaults={
             "epochs": 60, "lr_drop": 40, "save_every": 20, "image_size": 480, "num_classes": 2, "classification": "softmax",
             "set_cost_class": 1.0, "cls_loss_coef": 1.0, "num_workers": 4, "lr": 1e-4, "lr_linear_proj_mult": 1.0, "lr_backbone": 0.0,
             "position_embedding": "sine", "proposals": "edge_boxes", "feature_loss_coef": 3.0,
@@ -83,10 +96,17 @@ PRETEXTS: dict[str, PretextEntry] = {
     ),
 }
 
-# name -> builder `(image_set, args) -> SampleDataset` of labelled images
-DATASETS: dict[str, str] = {
-    "coco": "datasets.coco:build_coco", "voc": "datasets.voc:build_voc", "airbus_ship": "datasets.airbus_ship:build_airbus_ship",
-    "custom": "datasets.custom:build_custom",
+DATASETS: dict[str, DatasetEntry] = {
+    "coco": DatasetEntry("datasets.coco:build_coco", "datasets.coco:coco_images", places=("coco_path",)),
+    "voc": DatasetEntry("datasets.voc:build_voc", "datasets.voc:voc_images", places=("voc_path",)),
+    "voc_coco": DatasetEntry(
+        "datasets.voc_coco:build_voc_coco", "datasets.voc:voc_images", places=("voc_path",), defaults={"voc_train": ["2012_trainval"]},
+    ),
+    "airbus_ship": DatasetEntry("datasets.airbus_ship:build_airbus_ship", places=("airbus_path",)),
+    "custom": DatasetEntry(
+        "datasets.custom:build_custom", "datasets.custom:custom_images",
+        places=("train_images", "train_annotations", "val_images", "val_annotations"),
+    ),
 }
 
 # name, or the beginning of many names up to a colon -> builder `(args) -> method`, see `datasets.proposals`

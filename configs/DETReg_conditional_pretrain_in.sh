@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DETReg on Conditional DETR with 100 queries: the baseline of Siamese DETR (CVPR 2023), on ImageNet: 30 boxes of selective search.
+# Published: no settings, and no number of its own. Here: 60 epochs without a drop of the rate, as DETReg on DETR.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} main.py \
+    --pretext region_prior --detector conditional_detr --num_queries 100 --strategy topk --load_backbone swav --object_embedding_loss \
+    --lr_backbone 0 --dataset imagenet --max_prop 30 --epochs 60 --lr_drop 60 \
+    --output_dir exps/DETReg_conditional_pretrain_in "$@"

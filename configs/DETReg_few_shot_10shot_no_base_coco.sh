@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# DETReg (Bar et al., CVPR 2022), few shots without base training: 10 objects of each of COCO's 80 classes, from DETReg_top30_in.
+# Published: 1000 epochs with the drop after 990.
+# The objects: those of Wang et al. (ICML 2020), see DETReg_few_shot_10shot_coco. Evaluation: add --eval_every 50.
+# Batch size: as full COCO, 8 GPUs, 4 images each; it is not published.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} finetune_main.py \
+    --dataset coco --few_shot all --few_shot_file data/cocosplit/seed0 --shots 10 \
+    --pretrain exps/DETReg_top30_in/checkpoint.pth --batch_size 4 --epochs 1000 --lr_drop 990 \
+    --output_dir exps/DETReg_few_shot_10shot_no_base_coco "$@"

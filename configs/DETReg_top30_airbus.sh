@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# DETReg (Bar et al., CVPR 2022) with Deformable DETR on the images of Airbus Ship Detection: 30 boxes of selective search an image.
+# Published: the name of the data alone. Settings: as DETReg_top30_coco.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec ${LAUNCH:-python} main.py \
+    --pretext region_prior --detector deformable_detr --strategy topk --load_backbone swav --object_embedding_loss --lr_backbone 0 \
+    --dataset airbus_pretrain --max_prop 30 --epochs 50 --lr_drop 40 \
+    --output_dir exps/DETReg_top30_airbus "$@"
