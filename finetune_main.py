@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import engine
-from datasets import build_labelled, build_loader, subsets
+from datasets import build_labelled, build_loader, few_shot, subsets
 from datasets.checks import check_at_start
 from datasets.evaluators.per_class import class_table
 from datasets.sample_page import draw_samples
@@ -58,6 +58,7 @@ class Evaluation:
         self.args, self.dataset, self.criterion, self.postprocessors = args, dataset, criterion, postprocessors
         self.device, self.folder, self.normalization = device, folder, normalization
         self.loader = build_loader(dataset, args, train=False)
+        self.novel = few_shot.novel_names(args, dataset.class_names) if args.few_shot else None
 
     def __call__(self, model: torch.nn.Module, epoch: int) -> dict:
         """Returns the values for the log, with the prefix `test_`."""
@@ -69,7 +70,12 @@ class Evaluation:
         per_class = values.pop("per_class")
         shown = [f"{name} {value:.3f}" for name, value in zip(METRICS, values["coco_eval_bbox"], strict=False)]
         recalls = f"\n{'  '.join(shown[6:])}" if shown[6:] else ""
-        log.info("%s  loss %.3f%s\n%s", "  ".join(shown[:6]), values["loss"], recalls, class_table(per_class))
+        table = class_table(per_class)
+        if self.novel is not None:
+            per_class = few_shot.with_groups(per_class, self.novel)
+            values["few_shot"] = few_shot.group_means(per_class)
+            table += "\n" + few_shot.group_table(per_class, values["few_shot"])
+        log.info("%s  loss %.3f%s\n%s", "  ".join(shown[:6]), values["loss"], recalls, table)
         if self.folder is not None and is_main_process():
             write_text(self.folder / "results.json", json.dumps(evaluator.results()))
             write_text(self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1))
@@ -104,10 +110,11 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint | None, args: Na
 
 
 def save_subset(folder: Path | None, train_set, args: Namespace) -> None:
-    """Which images a run with few labels learns from, so that another can take the same by `--split_file`."""
+    """What a run with few labels learns from, so that another can take the same by `--split_file` or `--few_shot_file`."""
     annotations = getattr(train_set, "annotations", None)
     if folder is not None and is_main_process() and annotations is not None and annotations.drawn:
-        write_text(folder / subsets.FILE, json.dumps(subsets.describe_subset(annotations, args)))
+        few = few_shot.describe_part(annotations, args, train_set.category_ids) if args.few_shot else None
+        write_text(folder / subsets.FILE, json.dumps(few or subsets.describe_subset(annotations, args)))
 
 
 def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpoint) -> None:

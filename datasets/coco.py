@@ -7,7 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from datasets.annotations import Annotations, read_coco
-from datasets.image_folder import PackedStrings, read_image
+from datasets.few_shot import training_part
+from datasets.image_folder import ImageFolder, read_image
+from datasets.packed_strings import PackedStrings
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.subsets import training_subset
 from datasets.transforms import Transform, detection_transforms
@@ -112,6 +114,19 @@ def build_coco(image_set: str, args: Namespace) -> CocoDetection:
     return CocoDetection(image_folder, annotations, labelled_transforms(image_set, args), num_classes, seed=args.seed)
 
 
+def coco_images(image_set: str, args: Namespace) -> ImageFolder:
+    """All images of the folder, without a look at the annotation file.
+
+    Raises:
+        UserError: no such folder.
+    """
+    try:
+        root = coco_root(args)
+    except UserError as error:
+        raise UserError(f"no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR ({error})") from error
+    return ImageFolder(coco_files(root, image_set)[0])
+
+
 def labelled_transforms(image_set: str, args: Namespace) -> Transform:
     """Of labelled images, and of images on which objects are to be found ("val")."""
     return detection_transforms(image_set, args.image_size or 800, args.max_size)
@@ -127,6 +142,8 @@ def usable(annotations: Annotations, image_folder: str, image_set: str, args: Na
         annotations = training_subset(annotations, args)
     # A check of the data set lists what is absent and goes on.
     annotations = _with_files(annotations, image_folder, image_set, getattr(args, "check_only", False))
+    if image_set == "train":  # after the files, so that as many objects as promised can be trained on
+        annotations = training_part(annotations, args)
     log.info(
         "%s: %d images, %d without objects, %d boxes, %d classes", annotations.source, len(annotations),
         (np.diff(annotations.offsets) == 0).sum(), len(annotations.labels), len(annotations.class_names),

@@ -52,6 +52,8 @@ def read_split(path: str, annotations: Annotations) -> np.ndarray:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py") from error
+    if isinstance(content, dict) and "annotations" in content:
+        raise UserError(f"--split_file {path} holds objects of few shots, not whole images: give it as --few_shot_file with --few_shot")
     ids = content.get("ids") if isinstance(content, dict) else content
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and abs(i) < 2**63 for i in ids):
         raise UserError(f"--split_file {path} holds no list of image ids: give a file of tools/make_split.py")

@@ -11,7 +11,8 @@ import numpy as np
 from datasets.annotations import Annotations, from_columns
 from datasets.coco import ConvertedDetection, labelled_transforms, usable
 from datasets.evaluators.voc import VocEvaluator
-from datasets.image_folder import PackedStrings
+from datasets.packed_strings import PackedStrings
+from datasets.unlabelled import ListedImages
 from util.arguments import was_given
 from util.logger import UserError
 
@@ -38,6 +39,17 @@ def build_voc(image_set: str, args: Namespace) -> VocDetection:
     root = voc_root(args)
     annotations = usable(read_voc(root, args.voc_train if image_set == "train" else args.voc_val), root, image_set, args)
     return VocDetection(root, annotations, labelled_transforms(image_set, args), class_count(args, len(CLASSES)), seed=args.seed)
+
+
+def voc_images(image_set: str, args: Namespace) -> ListedImages:
+    """The images of the same lists for pre-training; XML files are not read.
+
+    Raises:
+        UserError: folder or lists are missing, or name no image.
+    """
+    root, image_sets = voc_root(args), args.voc_train if image_set == "train" else args.voc_val
+    names = sorted({f"VOC{year}/JPEGImages/{name}.jpg" for year, name in _listed(root, image_sets)})
+    return ListedImages(root, PackedStrings(names), f"{root} ({' '.join(image_sets)})")
 
 
 def class_count(args: Namespace, needed: int) -> int:
