@@ -46,21 +46,23 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]) -> list[dict]:
-    """What `util.plot_utils.sample_page` draws of one batch: the inputs of the model, with the normalisation undone."""
+    """What `util.plot_utils.sample_page` draws of one batch: the inputs of the model, with the normalisation undone. Views of an image
+    stand together."""
     batch, packed = collate(samples)
     inputs = normalize(batch, mean, std)
     shift, scale = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
     pixels = ((inputs.tensors * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
     height, width = pixels.shape[-2:]
-    rows = []
-    for image, mask, target in zip(pixels, inputs.mask, packed.unpack(), strict=True):
+    rows, views = [], len(pixels) // len(samples)
+    for place, (image, mask, target) in enumerate(zip(pixels, inputs.mask, packed.unpack(), strict=True)):
         h, w = target["size"].tolist()
+        view = f", view {place // len(samples) + 1}" if views > 1 else ""
         rows.append({
             "image": _striped(image, mask), "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),
             "labels": target["labels"], "patches": [patch.permute(1, 2, 0).numpy() for patch in target.get("patches", ())],
-            "title": f"image {int(target['image_id'])}: {w} x {h} in {width} x {height}",
+            "title": f"image {int(target['image_id'])}{view}: {w} x {h} in {width} x {height}",
         })
-    return rows
+    return [row for first in range(len(samples)) for row in rows[first :: len(samples)]]
 
 
 def _striped(image: Tensor, mask: Tensor) -> np.ndarray:

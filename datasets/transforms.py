@@ -20,6 +20,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from datasets.hue import shift_hue
 from util.box_ops import box_xyxy_to_cxcywh
 from util.random_state import SampleRandom
 
@@ -290,7 +291,8 @@ class ColorAugmentation(Transform):
         if isinstance(image, Tensor):
             image = image.contiguous()  # colour functions work plane by plane
         for name, factor in jitter:
-            image = getattr(F, f"adjust_{name}")(image, factor)
+            fast = name == "hue" and isinstance(image, Tensor)
+            image = (shift_hue if fast else getattr(F, f"adjust_{name}"))(image, factor)
         if grey:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
         if radius is not None:
@@ -319,8 +321,8 @@ def _blur(image: Picture, radius: float) -> Picture:
     """Gaussian blur with a standard deviation of `radius` pixels."""
     if isinstance(image, Image.Image):
         return image.filter(ImageFilter.GaussianBlur(radius))
-    side = 2 * math.ceil(2.5 * radius) + 1
-    return F.gaussian_blur(image, [side, side], [radius, radius])
+    reach = min(math.ceil(2.5 * radius), min(size_hw(image)) - 1)  # the border is mirrored, which needs as many pixels
+    return F.gaussian_blur(image, [2 * reach + 1] * 2, [radius, radius])
 
 
 def _scaled(sizes: Sequence[int], image_size: int, published: int) -> list[int]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.image_folder import ImageFolder, UnlabelledDataset, cut_box, read_image
+from datasets.image_folder import ImageFiles, UnlabelledDataset, cut_box
 from datasets.proposals import Proposals, build_proposals, repeat_boxes
-from datasets.query_patches import QUERY_LABEL, TINY_SIDE, image_source
+from datasets.query_patches import QUERY_LABEL, TINY_SIDE
 from datasets.sample import BadImageError, Target
 from datasets.transforms import (
     ColorAugmentation,
@@ -24,6 +24,7 @@ from datasets.transforms import (
     resize,
     view_resize,
 )
+from datasets.unlabelled import unlabelled_images
 from util.box_ops import box_xyxy_to_cxcywh
 from util.random_state import SampleRandom
 
@@ -185,7 +186,7 @@ class TwoViews(UnlabelledDataset):
     """
 
     def __init__(
-        self, images: ImageFolder, proposals: Proposals | None, geometry: Compose, colors: ColorAugmentation,
+        self, images: ImageFiles, proposals: Proposals | None, geometry: Compose, colors: ColorAugmentation,
         patch_transform: PatchAugmentation | None, num_boxes: int, iou: float = 0.5, shrink: bool = True, seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
@@ -193,7 +194,7 @@ class TwoViews(UnlabelledDataset):
         self.patch_transform, self.num_boxes, self.iou, self.shrink = patch_transform, num_boxes, iou, shrink
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        original = read_image(self.path(index))
+        original = self.read(index)
         height, width = original.shape[-2:]
         if min(height, width) <= TINY_SIDE:
             raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
@@ -236,13 +237,13 @@ def _target(boxes_xyxy_abs: Tensor, size: Size, index: int, original: Size) -> T
 
 
 def build_two_views(image_set: str, args: Namespace) -> TwoViews:
-    """Images of `args.imagenet_path` or `args.train_images` where given, else of COCO; "val" leaves the colours as they are.
+    """What `unlabelled_images` gives; "val" leaves the colours as they are.
 
     Raises:
         UserError: no images.
     """
     train = image_set == "train"
-    images = ImageFolder(image_source(image_set, args))
+    images = unlabelled_images(image_set, args)
     return TwoViews(
         images,
         None if args.proposals == "random" else build_proposals(args, images),

@@ -82,12 +82,14 @@ def siamese(detector: str, *flags: str, channels: int = 512, baseline: bool = Fa
             named[key.replace("backbone.0.body.", "backbone.")] = value
     named |= patch_parts(dim, channels, head)
     if not baseline:
+        maps = 3 if "input_proj.1.0.weight" in state else 1  # of the backbone, whose pooled memories are joined
         for name, layers, levels in (("projector", (0, 3, 6), (1, 4, 7)), ("predictor", (0, 3), (1,))):
             own = f"enc_head.0.{name}.mlp."
             named |= parts({**{f"{own}{i}": (dim, dim) for i in layers}, **{f"{own}{i}": (dim,) for i in levels}})
             for i in levels:
                 named |= {f"{own}{i}.{leaf}": torch.empty(dim, device="meta") for leaf in ("running_mean", "running_var")}
                 named[f"{own}{i}.num_batches_tracked"] = torch.empty((), device="meta")
+        named["enc_head.0.projector.mlp.0.weight"] = torch.empty(dim, maps * dim, device="meta")
     named[f"{head}criterion.empty_weight"] = torch.empty(3, device="meta")
     return named
 

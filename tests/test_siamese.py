@@ -1,8 +1,11 @@
-"""Siamese DETR: two views, the pretext on every detector, its batch norm, and its way through both scripts.
+"""Siamese DETR: the pretext on every detector, its batch norm, and its way through both scripts.
 
-Published numbers are checked by test_golden.py, two processes by test_distributed.py, fine-tuning by test_pretext.py.
+Published numbers are checked by test_golden.py, views by test_two_views.py, two processes by test_distributed.py, fine-tuning by
+test_pretext.py.
 """
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,195 +23,19 @@ from tiny import (
 )
 from torch import Tensor, nn
 
-from datasets import build_dataset
-from datasets.collate import collate, to_device
-from datasets.transforms import view_resize
-from datasets.two_views import (
-    MIN_AREA,
-    Views,
-    common_regions,
-    draw_outer_crop,
-    draw_views,
-    overlap_scale,
-    pick_regions,
-    random_regions,
-)
+import engine
 from models import build_model
 from models.pretext.siamese import partner
 from models.synced_batch_norm import SyncedBatchNorm
-from util.box_ops import box_cxcywh_to_xyxy, box_iou
+from tests.published_files import SMALL, siamese, siamese_file
+from util.box_ops import box_cxcywh_to_xyxy
+from util.checkpoint import as_checkpoint, load_exactly
 from util.flags import PRETRAIN
-from util.logger import UserError
+from util.logger import StopRequested, UserError
 from util.nested_tensor import NestedTensor
-from util.random_state import SampleRandom
 from util.registry import DETECTORS
 
 FLAGS = ("--pretext", "siamese", "--proposals", "random")
-SIZE = (240, 320)
-
-
-# ---------------------------------------------------------------------------------------------------------------- views
-
-
-def as_box(view: tuple) -> Tensor:
-    top, left, height, width = view
-    return torch.tensor([[left, top, left + width, top + height]], dtype=torch.float64)
-
-
-def iou_of(views: Views) -> float:
-    return float(box_iou(as_box(views.first), as_box(views.second))[0])
-
-
-@pytest.mark.parametrize("iou", [0.3, 0.5, 0.7])
-def test_views_overlap_by_view_iou_or_more(iou: float) -> None:
-    exact = [draw_views(SampleRandom(seed), SIZE, iou, shrink=False) for seed in range(10)]
-    assert [iou_of(views) for views in exact] == pytest.approx([iou] * 10)
-    shrunk = [iou_of(draw_views(SampleRandom(seed), SIZE, iou, shrink=True)) for seed in range(50)]
-    assert min(shrunk) >= iou - 1e-9
-    assert max(shrunk) > iou + 0.2
-
-
-def test_overlap_scale_is_the_published_one() -> None:
-    assert [round(overlap_scale(iou), 4) for iou in (0.3, 0.5, 0.7)] == [0.5144, 0.6899, 0.8306]
-
-
-def test_views_are_swapped_half_of_the_time_and_stay_inside() -> None:
-    swapped = 0
-    for seed in range(60):
-        views = draw_views(SampleRandom(seed), SIZE, 0.5, shrink=True)
-        swapped += views.first[0] > views.second[0]
-        for box in (as_box(views.first)[0], as_box(views.second)[0]):
-            assert box.min() >= 0
-            assert box[2] <= SIZE[1] + 1e-9
-            assert box[3] <= SIZE[0] + 1e-9
-    assert 15 < swapped < 45
-
-
-def test_outer_crop_of_a_long_image_is_its_middle() -> None:
-    assert draw_outer_crop(SampleRandom(0), (20, 2000)) == (0, 986, 20, 27)
-    assert draw_outer_crop(SampleRandom(0), (2000, 20)) == (986, 0, 27, 20)
-
-
-def test_mapping_there_and_back_is_the_identity() -> None:
-    views = draw_views(SampleRandom(3), SIZE, 0.5, shrink=True)
-    boxes = torch.rand(20, 4, dtype=torch.float64) * 100
-    there = views.between(boxes, views.first, views.second)
-    torch.testing.assert_close(views.between(there, views.second, views.first), boxes)
-    assert not torch.allclose(there, boxes)
-
-
-def test_regions_lie_in_both_views_and_are_large_enough() -> None:
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(200, 2, generator=generator) * torch.tensor([280.0, 200.0])
-    boxes = torch.cat([corners, corners + 5 + torch.rand(200, 2, generator=generator) * 80], 1)
-    for seed in range(5):
-        views = draw_views(SampleRandom(seed), SIZE, 0.5, shrink=True)
-        overlap = [views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
-        smallest = MIN_AREA * float((overlap[0][2:] - overlap[0][:2]).prod())
-        for pair, measured in ((common_regions(boxes, views), 0), (random_regions(SampleRandom(seed), views), 1)):
-            assert (pair[measured][:, 2:] - pair[measured][:, :2]).prod(1).min() >= smallest
-            assert 3 < len(pair[0]) == len(pair[1])
-            for side, regions in enumerate(pair):
-                assert (regions >= -1e-9).all()
-                assert (regions[:, 2:] < torch.tensor([views.size[1], views.size[0]])).all()
-                assert (regions[:, :2] >= overlap[side][:2].floor() - 1e-6).all()
-            torch.testing.assert_close(views.between(pair[0], views.first, views.second), pair[1])
-
-
-@pytest.mark.parametrize("kept", [0, 2, 20])
-def test_the_overlap_is_box_0_and_missing_boxes_are_jittered_copies(kept: int) -> None:
-    views = draw_views(SampleRandom(1), SIZE, 0.5, shrink=True)
-    first, second = (regions[:kept] for regions in random_regions(SampleRandom(1), views, 400))
-    assert len(first) == kept
-    picked = pick_regions(first, second, views, 10, SampleRandom(2))
-    assert picked.shape == (2, 10, 4)
-    overlap = torch.stack([views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)])
-    torch.testing.assert_close(picked[:, 0], overlap)
-    torch.testing.assert_close(views.between(picked[0], views.first, views.second), picked[1])
-    assert torch.equal(picked[0, 1 : 1 + min(kept, 9)], first[:9])
-    assert (picked[0, :, :2] >= overlap[0, :2] - 1).all()
-    assert (picked[0, :, 2:] <= overlap[0, 2:] + 1e-9).all()
-    sources = first if kept else overlap[:1]
-    for i in range(kept, 9):
-        source, copy = sources[i % len(sources)], picked[0, 1 + i]
-        moved = (copy - source).abs() / (source[2:] - source[:2]).repeat(2)
-        assert 0 < moved.max() <= 0.1 + 1e-9
-
-
-def make_dataset(tmp_path: Path, *flags: str):
-    folder = tmp_path / "images"
-    if not folder.exists():
-        write_images(folder)
-    return build_dataset("train", tiny_args(PRETRAIN, *FLAGS, "--imagenet_path", str(folder), *flags))
-
-
-def test_samples_are_two_views_with_their_regions(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path)
-    assert len(dataset) == 4
-    for epoch in range(3):
-        images, target = dataset[(epoch, 1)]
-        height, width = images.shape[2:]
-        assert images.shape == (2, 3, height, width)
-        assert images.dtype == torch.uint8
-        assert {name: tuple(x.shape) for name, x in target.items()} == {
-            "boxes": (2, 5, 4), "labels": (2, 5), "area": (2, 5), "iscrowd": (2, 5), "image_id": (2, 1), "orig_size": (2, 2),
-            "size": (2, 2), "patches": (2, 5, 3, 32, 32),
-        }
-        assert target["labels"].unique().tolist() == [1]
-        assert target["size"].tolist() == [[height, width]] * 2
-        corners = box_cxcywh_to_xyxy(target["boxes"])
-        assert corners.min() >= -1e-6
-        assert corners.max() <= 1 + 1e-6
-    again = make_dataset(tmp_path)[(2, 1)]
-    assert torch.equal(images, again[0])
-    assert_same(dict(target), dict(again[1]))
-    assert "patches" not in make_dataset(tmp_path, "--feature_loss_coef", "0")[0][1]
-
-
-def test_regions_come_from_the_proposals_that_are_asked_for(tmp_path: Path) -> None:
-    """A box in the middle is in every overlap: it is box 1 of both views; the others are copies of it."""
-    dataset = make_dataset(tmp_path)
-    dataset.proposals = lambda image, rng, name: torch.tensor([[30.0, 25.0, 50.0, 40.0], [0.0, 0.0, 2.0, 2.0]])
-    dataset.shrink = False
-    seen = 0
-    for epoch in range(6):
-        images, target = dataset[(epoch, 0)]
-        box = target["boxes"][:, 1]
-        torch.testing.assert_close(box[0, 2:], box[1, 2:], rtol=1e-4, atol=1e-4)  # both views have one scale without shrink
-        seen += int((box[0, :2] - box[1, :2]).abs().min() > 0.05)
-    assert seen > 3
-
-
-def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path)
-    dataset.proposals = lambda image, rng, name: torch.tensor([[9.0, 9.0, 60.0, 60.0]] * int(image.shape[1] != 66)).reshape(-1, 4)
-    _, target = dataset[(0, 0)]
-    assert target["problems"] == [(dataset.path(0), "no proposals")]
-    _, packed = collate([(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), target), dataset[(0, 1)]])
-    assert packed.problems == [(dataset.path(0), "no proposals")], "once, not once a view"
-
-
-def test_sizes_are_those_of_imagenet_or_coco() -> None:
-    imagenet, coco = view_resize(480), view_resize(800)
-    assert (min(imagenet.sizes), max(imagenet.sizes), imagenet.max_size) == (320, 480, 600)
-    assert (min(coco.sizes), max(coco.sizes), len(coco.sizes), coco.max_size) == (480, 800, 11, 1333)
-
-
-def test_batches_hold_view_1_of_all_then_view_2(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path)
-    samples = [dataset[(0, i)] for i in (0, 3)]
-    batch, packed = collate(samples)
-    sizes = [tuple(images.shape[2:]) for images, _ in samples]
-    assert batch.tensors.shape == (4, 3, *(max(side) for side in zip(*sizes, strict=True)))
-    for place, (sample, view) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
-        height, width = sizes[sample]
-        assert torch.equal(batch.tensors[place, :, :height, :width], samples[sample][0][view])
-        assert not batch.mask[place, :height, :width].any()
-    inputs, targets = to_device(batch, packed, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
-    assert [int(target["image_id"]) for target in targets] == [0, 3, 0, 3]
-    for place, (sample, view) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
-        assert torch.equal(targets[place]["boxes"], samples[sample][1]["boxes"][view])
-    assert targets[0]["patches"].dtype == torch.float32
 
 
 # -------------------------------------------------------------------------------------------------------------- pretext
@@ -322,18 +149,22 @@ def test_padding_is_not_in_the_pooled_memory(levels: int) -> None:
     assert differs(model.pooled_memory(memory), pooled) == [True, False, True, False]
 
 
-def test_queries_are_the_features_at_the_boxes() -> None:
-    """A region that is one cell of the map has that cell's feature, in pixels of the un-padded view."""
-    model, _ = build("--box_disturbance", "0")
-    memory = model.detector.encode(make_batch([(128, 128), (128, 192)]))
-    boxes = torch.tensor([[[33.0, 65.0, 34.0, 66.0]], [[160.0, 96.0, 160.0, 96.0]]])
-    maps = memory.features[-1].tensor
-    found = model.region_features(memory, boxes)
-    scale = maps.abs().max()
-    point = nn.functional.grid_sample(maps[:1], torch.tensor([[[[33 / 32 + 0.5, 65 / 32 + 0.5]]]]) / 3 * 2 - 1, align_corners=True)
-    assert found.shape == (2, 1, 512)
-    assert (found[0, 0] - maps[0, :, 2:4, 1:3].mean((1, 2))).abs().max() < scale
-    assert point.shape == (1, 512, 1, 1)
+@pytest.mark.parametrize("levels", [1, 4])
+def test_queries_are_the_features_at_the_boxes(levels: int) -> None:
+    """Of maps whose value is the column, or the row, a region is read as its middle in cells of that map; boxes are in pixels of the
+    view, without its padding, and a region smaller than a cell is read as one cell."""
+    model, _ = build("--detector", "deformable_detr", "--num_feature_levels", str(levels))
+    memory = model.detector.encode(make_batch([(256, 256), (256, 320)]))
+    for feature in memory.features:
+        height, width = feature.tensor.shape[2:]
+        feature.tensor = torch.zeros_like(feature.tensor)
+        feature.tensor[:, 0], feature.tensor[:, 1] = torch.arange(width).float(), torch.arange(height).float()[:, None]
+    boxes = torch.tensor([[[64.0, 32.0, 160.0, 192.0], [96.0, 96.0, 96.0, 96.0]], [[160.0, 96.0, 256.0, 128.0], [0.0, 64.0, 128.0, 96.0]]])
+    found = model.region_features(memory, boxes).split([feature.tensor.shape[1] for feature in memory.features], -1)
+    for part, stride in zip(found, (8, 16, 32)[-len(found) :], strict=True):
+        corner, sides = boxes[..., :2] / stride, ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1)
+        torch.testing.assert_close(part[..., :2], corner + sides / 2)
+    assert len(found) == min(levels, 3)
 
 
 def test_disturbed_boxes_move_by_a_tenth_at_most_and_stay_inside() -> None:
@@ -381,6 +212,17 @@ def test_the_last_flag_decides_what_a_schedule_counts() -> None:
     assert (args.max_iters, args.lr_drop_iters, args.epochs) == (10, 5, 60)
 
 
+@pytest.mark.parametrize(("detector", "levels"), [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)])
+def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> None:
+    """Heads and batch norm too, so that published pre-training can be continued."""
+    own = ("--num_feature_levels", str(levels)) if levels else ()
+    file = siamese_file(siamese(detector, *SMALL, *own, channels=896 if levels > 1 else 512))
+    model, _ = build("--detector", detector, *own)
+    load_exactly(model, as_checkpoint(file, "iter_300000.pth"))
+    for name in ("patch2query.weight", "enc_head.0.projector.mlp.0.weight", "enc_head.0.predictor.mlp.1.running_var"):
+        assert torch.equal(model.state_dict()[name], file["state_dict"][name]), name
+
+
 def test_views_that_do_not_fit_are_an_error() -> None:
     model, _ = build()
     with pytest.raises(ValueError, match=r"3 views with \[5\]"):
@@ -401,14 +243,33 @@ def test_batch_norm_is_pytorchs_in_one_process() -> None:
 # ------------------------------------------------------------------------------------------------------------- scripts
 
 
+def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process gets a signal before that step is asked for."""
+    original, steps = engine.train_step, []
+
+    def stopped(run, *args):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, *args[:-1], run.stop.asked)
+
+    monkeypatch.setattr(engine, "train_step", stopped)
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_pre_train_and_resume(detector: str, tmp_path: Path) -> None:
-    """In iterations: five steps at two an epoch, resumed after two; the rate drops after three, in mid-epoch."""
+def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were the whole run, or
+    stopped after three."""
     images = write_images(tmp_path / "images")
     flags = [*FLAGS, "--detector", detector, "--imagenet_path", images, "--lr_drop_iters", "3", *FROZEN]
     pre_train(*flags, "--output_dir", tmp_path / "a", "--max_iters", "5")
-    pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "2")
-    assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == 2
+    if detector == "detr":
+        pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "2")
+    else:
+        stop_after(3, monkeypatch)
+        with pytest.raises(StopRequested):
+            pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "5")
+    assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == (2 if detector == "detr" else 3)
     pre_train("--output_dir", tmp_path / "b", "--max_iters", "5", "--resume", "auto")
     whole, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab")
     assert_same(resumed["model"], whole["model"])

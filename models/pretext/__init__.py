@@ -47,7 +47,8 @@ class Pretext(nn.Module):
         return {}
 
     def frozen_parts(self) -> dict[str, nn.Module]:
-        """Networks that never train: outside of state dict, optimiser and DDP, kept apart in checkpoints."""
+        """Networks without gradients: outside of state dict, optimiser and DDP, kept apart in checkpoints. In several processes they begin
+        as those of the first one."""
         return {}
 
     def load_frozen(self, stored: dict[str, dict[str, Tensor]], source: str) -> None:
@@ -56,6 +57,15 @@ class Pretext(nn.Module):
             if name not in stored:
                 raise UserError(f"{source} lacks the frozen network {name} of this pretext: resume it with the flags that it was made with")
             part.load_state_dict(stored[name])
+
+    def after_step(self, share_done: float) -> None:
+        """Called after each step of the optimiser. `share_done`, in [0, 1): of the training, before that step."""
+
+    def _apply(self, fn, *args, **kwargs):
+        """Frozen parts go where the model goes."""
+        for part in self.frozen_parts().values():
+            part._apply(fn, *args, **kwargs)
+        return super()._apply(fn, *args, **kwargs)
 
     @property
     def classes(self) -> Classification:

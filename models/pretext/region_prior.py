@@ -81,9 +81,3 @@ class RegionPrior(Pretext):
             self.target_encoder.copy_weights(self.detector.backbone[0])
         else:
             raise UserError(f"{source} lacks the target encoder of --object_embedding_loss: start a new run from --backbone_weights")
-
-    def _apply(self, fn, *args, **kwargs):
-        """The encoder goes where the model goes."""
-        if self.target_encoder is not None:
-            self.target_encoder._apply(fn, *args, **kwargs)
-        return super()._apply(fn, *args, **kwargs)

@@ -10,6 +10,7 @@ from torchvision.ops import roi_align
 from models.classification import Classification
 from models.detector import Detector, Memory, Queries, full_precision
 from models.pretext import Pretext, best_of_groups, check_region_queries, pooled_features
+from models.pretext.momentum_teacher import MomentumTeacher
 from models.synced_batch_norm import SyncedBatchNorm
 from models.transformer import MLP
 from util.box_ops import box_cxcywh_to_xyxy
@@ -31,11 +32,15 @@ class Siamese(Pretext):
         box_disturbance: share of width and height by which a corner of a query's box moves at most.
         reproduce_published: padding counts in the pooled memory, and on a detector whose queries have a learned content (Deformable
             DETR) the queries of the first image serve the whole batch.
+        teacher_momentum: None: targets are the network's own, without gradient, as published. Else a momentum teacher gives the
+            projections that global discrimination predicts and, where the backbone trains, the features of the regions' crops.
     """
+
+    teacher: MomentumTeacher | None = None
 
     def __init__(
         self, detector: Detector, num_patches: int, box_disturbance: float = 0.1, region_discrimination: bool = True,
-        global_discrimination: bool = True, reproduce_published: bool = False,
+        global_discrimination: bool = True, reproduce_published: bool = False, teacher_momentum: float | None = None,
     ) -> None:
         super().__init__(detector)
         check_region_queries(detector, num_patches)
@@ -49,13 +54,18 @@ class Siamese(Pretext):
         if global_discrimination:
             self.enc_head = nn.ModuleList([GlobalHead(dim * len(channels), dim)])
             self.losses += ("global_contrast",)
+        if teacher_momentum is not None:
+            self.teacher = MomentumTeacher(self, teacher_momentum)
 
     @classmethod
     def from_args(cls, args, detector: Detector) -> "Siamese":
         if args.global_loss_coef and args.batch_size * get_world_size() < 2:
             raise UserError("--batch_size 1: batch norm of global discrimination needs two images; use 2 or more, or --global_loss_coef 0")
+        if args.teacher_momentum is not None and not args.global_loss_coef and (not args.feature_loss_coef or detector.backbone[0].frozen):
+            raise UserError(f"--teacher_momentum {args.teacher_momentum:g} has no target to give: leave it out, or use --global_loss_coef, "
+                            "or --lr_backbone with --feature_loss_coef")
         return cls(detector, args.num_patches, args.box_disturbance, args.feature_loss_coef > 0, args.global_loss_coef > 0,
-                   args.reproduce_published)
+                   args.reproduce_published, args.teacher_momentum)
 
     @staticmethod
     def classification(args) -> Classification:
@@ -81,7 +91,10 @@ class Siamese(Pretext):
             ValueError: views bring different numbers of regions, or not `num_patches` of them.
         """
         boxes = self._stack_boxes(targets)
-        memory = self.detector.encode(as_nested_tensor(samples))
+        samples = as_nested_tensor(samples)
+        memory = self.detector.encode(samples)
+        if self.teacher is not None:
+            self.teacher.train(self.training)
         sizes = torch.stack([target["size"] for target in targets])
         features = self.region_features(memory, self.disturb(boxes, sizes))
         states = self.detector.decode(memory, self.region_queries(partner(features)))
@@ -89,9 +102,19 @@ class Siamese(Pretext):
         if "features" in self.losses:
             self._add_features(outputs, states.layers, targets)
         if "global_contrast" in self.losses:
+            taught = None if self.teacher is None else self.teacher.encode(samples, memory)
             with torch.autocast(memory.tokens.device.type, enabled=False):
                 outputs["projections"], outputs["predictions"] = self.enc_head[0](self.pooled_memory(memory))
+                if taught is not None:
+                    outputs["projections"] = self.teacher.network.enc_head[0].project(self.pooled_memory(taught))
         return outputs
+
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        return {} if self.teacher is None else {"momentum_teacher": self.teacher.network}
+
+    def after_step(self, share_done: float) -> None:
+        if self.teacher is not None:
+            self.teacher.follow(self, share_done)
 
     patch_boxes = staticmethod(best_of_groups)
 
@@ -135,7 +158,9 @@ class Siamese(Pretext):
             predicted = self.feature_align(full_precision(layers))
         with torch.no_grad():
             crops = torch.stack([target["patches"] for target in targets])
-            outputs["target_features"] = pooled_features(self.detector.backbone[0], partner(crops).flatten(0, 1))
+            backbone = self.detector.backbone[0]
+            describes = backbone if self.teacher is None or backbone.frozen else self.teacher.network.detector.backbone[0]
+            outputs["target_features"] = pooled_features(describes, partner(crops).flatten(0, 1))
         outputs["pred_features"] = predicted[-1]
         for layer, aux in enumerate(outputs.get("aux_outputs", [])):
             aux["pred_features"] = predicted[layer]
@@ -165,9 +190,11 @@ class GlobalHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """[2B, C] -> projections and predictions [2B, D]"""
-        projections = [self.projector.mlp(view) for view in pooled.chunk(2)]
-        predictions = [self.predictor.mlp(view) for view in projections]
-        return torch.cat(projections), torch.cat(predictions)
+        projections = self.project(pooled)
+        return projections, torch.cat([self.predictor.mlp(view) for view in projections.chunk(2)])
+
+    def project(self, pooled: Tensor) -> Tensor:
+        return torch.cat([self.projector.mlp(view) for view in pooled.chunk(2)])
 
 
 def partner(views: Tensor) -> Tensor:
