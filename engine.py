@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.collate import to_device
 from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
-from util.distributed import all_gather_object, barrier, get_rank, get_world_size, is_main_process
+from util.distributed import all_gather_object, barrier, broadcast, get_rank, get_world_size, is_main_process
 from util.logger import Progress, StopRequested, UserError, format_seconds, log
 from util.metrics import PAIRS, Averages, LossReader, check_finite, per_pair, to_host, with_pairs
 from util.nested_tensor import NestedTensor
@@ -170,7 +170,7 @@ def train_one_epoch(run: Run) -> None:
     run.model.train()
     run.criterion.train()
     mean, std = run.keep["normalization"]["mean"], run.keep["normalization"]["std"]
-    sampler = run.loader.batch_sampler
+    sampler, after_step = run.loader.batch_sampler, getattr(bare(run.model), "after_step", lambda share: None)
     sampler.set_epoch(run.epoch, run.batch, run.max_iters and run.max_iters - run.scheduler.last_epoch)
     steps = run.batch + len(sampler)
     bar = Progress(steps, f"epoch {run.epoch + 1}/{run.epochs}", start=run.batch)
@@ -181,6 +181,7 @@ def train_one_epoch(run: Run) -> None:
         samples, targets = to_device(samples, targets, run.device, mean, std)
         values, asked = train_step(run, samples, targets, run.stop.asked)
         values["lr"] = run.optimizer.param_groups[0]["lr"]
+        after_step(share_done(run))
         if run.max_iters:
             run.scheduler.step()
         run.averages.add(values)
@@ -195,6 +196,12 @@ def train_one_epoch(run: Run) -> None:
         log.warning("%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
                     run.problems.count - problems_before, len(run.problems.seen))
     run.seconds += time.monotonic() - began
+
+
+def share_done(run: Run) -> float:
+    """Of the whole training, before the step that `run.batch` counts; 0 at the start."""
+    epochs = run.epoch + run.batch / run.loader.batch_sampler.batches_per_epoch
+    return run.scheduler.last_epoch / run.max_iters if run.max_iters else epochs / run.epochs
 
 
 def _stop(run: Run, began: float, steps: int) -> None:
@@ -376,6 +383,7 @@ def make_run(
         optimizer, args.lr_drop, args.lr_drop_epochs
     )
     if get_world_size() > 1:
+        broadcast(tensor for part in getattr(model, "frozen_parts", dict)().values() for tensor in part.state_dict().values())
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     run = Run(

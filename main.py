@@ -40,9 +40,9 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def evaluate(args: Namespace) -> None:
-    """Boxes of the pre-trained model against the objects of COCO's validation images, whatever their class, as DETReg does.
+    """Boxes of the pre-trained model against the objects of validation images, whatever their class, as DETReg does on COCO.
 
-    With `--eval` in numbers, with `--viz` in pictures.
+    With `--eval` in numbers, with `--viz` in pictures of COCO.
     """
     from tools import evaluate_proposals, visualize_pretext
 
@@ -50,9 +50,10 @@ def evaluate(args: Namespace) -> None:
         raise UserError(f"--{'eval' if args.eval else 'viz'} needs the model to evaluate: add --resume PATH")
     if args.eval:
         flags = ["--checkpoint", args.resume, "--output_dir", args.output_dir or ""]
-        for name in ("coco_path", "data_root", "device", "batch_size", "num_workers", "amp", "seed", "image_size", "max_size"):
+        for name in evaluate_proposals.SHARED_FLAGS:
             if getattr(args, name) is not None:
-                flags += [f"--{name}", str(getattr(args, name))]
+                value = getattr(args, name)
+                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         evaluate_proposals.main(evaluate_proposals.parse([*flags, "--overwrite"]))
     if args.viz:
         visualize_pretext.draw_objects(args)

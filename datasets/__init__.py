@@ -40,7 +40,7 @@ def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
     if image_set not in ("train", "val"):
         raise ValueError(f"image_set must be train or val, got {image_set!r}")
     pretext = getattr(args, "pretext", None)
-    place = choose(PRETEXTS, "--pretext", pretext).dataset if pretext else choose(DATASETS, "--dataset_file", args.dataset_file)
+    place = choose(PRETEXTS, "--pretext", pretext).dataset if pretext else choose(DATASETS, "--dataset_file", args.dataset_file).builder
     return load(place)(image_set, args)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from datasets.annotations import Annotations, from_columns
 from datasets.coco import ConvertedDetection, labelled_transforms, usable
-from datasets.image_folder import PackedStrings
+from datasets.packed_strings import PackedStrings
 from datasets.voc import class_count
 from util.logger import UserError
 

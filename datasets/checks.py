@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.annotations import Annotations
-from datasets.image_folder import open_image
+from datasets.image_folder import ImageFile, open_file, open_image
 from datasets.sample import BadImageError, SampleDataset
 from util.logger import UserError, log
 from util.random_state import SampleRandom
@@ -227,13 +227,13 @@ class ImageFacts:
     error: str = ""
 
 
-def inspect_image(path: str) -> ImageFacts:
+def inspect_image(file: ImageFile) -> ImageFacts:
     """Decodes one file as training does. It never raises for a bad file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata would come without the file's name
         try:
-            pixels = open_image(path)
-            with Image.open(path) as image:
+            pixels = open_image(file)
+            with Image.open(open_file(file)) as image:
                 orientation, kind = _orientation(image), image.format or ""
         except (BadImageError, OSError) as error:
             return ImageFacts(error=str(error))

@@ -12,6 +12,7 @@ import numpy as np
 
 from datasets.annotations import Annotations, read_coco
 from datasets.coco import CocoDetection, ConvertedDetection, labelled_transforms, usable
+from datasets.image_folder import ImageFolder
 from datasets.voc import read_xml_folder
 from util.arguments import was_given
 from util.classes import Classes
@@ -44,6 +45,15 @@ def build_custom(image_set: str, args: Namespace) -> CocoDetection:
     if xml:  # which has no ids of its own
         return ConvertedDetection(folder, annotations, transforms, classes.count, seed=args.seed)
     return CocoDetection(folder, annotations, transforms, classes.count, seed=args.seed, category_ids=_with_absent(ids, classes))
+
+
+def custom_images(image_set: str, args: Namespace) -> ImageFolder:
+    """Without labels an own data set is a folder, which `--train_images` or `--imagenet_path` would have named.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError("no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)")
 
 
 def _check_names(annotations: Annotations, check_only: bool) -> None:

@@ -1,19 +1,24 @@
-"""Unlabelled images from any folder tree or list of files, and how an image file becomes pixels."""
-import bisect
-import hashlib
+"""Unlabelled images from any folder tree, list of files or tar files, and how an image file becomes pixels."""
+import io
 import os
 import warnings
-from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from datasets.listing import list_folder
+from datasets.packed_strings import PackedStrings
 from datasets.sample import BadImageError, SampleDataset
+from datasets.tar_shards import Member, Shards, expand, is_tar, open_shards
+from util.distributed import from_main
 from util.logger import UserError, log
+
+ImageFile = str | Member  # a path, or a place in a tar file
 
 # Formats that Pillow only recognises, or hands to another program.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -28,7 +33,32 @@ def image_extensions() -> frozenset[str]:
     return frozenset(ext for ext, kind in known.items() if kind in Image.OPEN and kind not in _NOT_DECODED)
 
 
-def open_image(path: str) -> Image.Image:
+def open_file(file: ImageFile) -> str | BinaryIO:
+    """What Pillow opens."""
+    return io.BytesIO(file.read()) if isinstance(file, Member) else file
+
+
+def read_bytes(file: ImageFile) -> bytes:
+    """
+    Raises:
+        BadImageError: it can't be read.
+    """
+    if isinstance(file, Member):
+        return file.read()
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise BadImageError(error.strerror or str(error)) from error
+
+
+def file_size(file: ImageFile) -> int | None:
+    """Bytes; None where there is no such file."""
+    if isinstance(file, Member):
+        return file.size
+    return os.path.getsize(file) if os.path.exists(file) else None
+
+
+def open_image(file: ImageFile) -> Image.Image:
     """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines.
 
     Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped); 16-bit grey loses its
@@ -38,16 +68,16 @@ def open_image(path: str) -> Image.Image:
         BadImageError: unreadable, truncated, or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(open_file(file)) as image:
             if image.mode.startswith("I"):
                 return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
-    except MemoryError:
+    except (MemoryError, BadImageError):
         raise
     except UnidentifiedImageError as error:
-        reason = "of no format that Pillow knows" if os.path.getsize(path) else "an empty file"
+        reason = "of no format that Pillow knows" if file_size(file) else "an empty file"
         raise BadImageError(f"can't be decoded ({reason})") from error
     except (PermissionError, IsADirectoryError) as error:
         raise BadImageError(f"can't be opened ({error.strerror.lower()})") from error
@@ -61,110 +91,86 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_image(path: str) -> Tensor:
+def read_image(file: ImageFile) -> Tensor:
     """uint8 [3, H, W], RGB; see `open_image`."""
-    return to_tensor(open_image(path))
+    return to_tensor(open_image(file))
 
 
-class PackedStrings:
-    """Many strings in two arrays: worker processes share them, where a list of strings would be copied page by page."""
+class ImageFiles:
+    """Images by number. `name` is the path below `base`, by which proposals know an image; `path` is what messages say; `file` is what
+    `read_image` reads."""
 
-    def __init__(self, strings: Iterable[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
-        self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    @classmethod
-    def of_arrays(cls, data: np.ndarray, ends: np.ndarray) -> "PackedStrings":
-        """Of the two arrays that `arrays` gave, which may lie on disk."""
-        packed = cls.__new__(cls)
-        packed._bytes, packed._ends = data, ends
-        return packed
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(all bytes uint8, end of each string int64)."""
-        return self._bytes, self._ends
+    def __init__(self, base: str, names: PackedStrings, shards: Shards | None = None) -> None:
+        self.base, self.names, self.shards = base, names, shards
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.names)
 
-    def __getitem__(self, index: int) -> str:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} strings")
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+    def name(self, index: int) -> str:
+        return self.names[index]
 
-    def find(self, string: str) -> int | None:
-        """Index of a string, None where it is not there; only where the strings are sorted."""
-        index = bisect.bisect_left(self, string)
-        return index if index < len(self) and self[index] == string else None
+    def path(self, index: int) -> str:
+        return os.path.join(self.base, self.names[index])
 
-    def digest(self) -> str:
-        """Hex digest of all strings and their borders."""
-        return hashlib.sha256(self._bytes.tobytes() + self._ends.tobytes()).hexdigest()
+    def file(self, index: int) -> ImageFile:
+        return self.path(index) if self.shards is None else self.shards.member(index)
+
+    def fingerprint(self) -> str:
+        """Of the names below the base, so that the same images elsewhere have the same one."""
+        return f"{len(self)} images, {self.names.digest()[:16]}"
 
 
-class ImageFolder:
-    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image.
+class ImageFolder(ImageFiles):
+    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image, or
+    those in tar files: a folder with tar files and no image, one of them, or a pattern (`datasets.tar_shards.expand`).
 
-    Symbolic links are followed, links that lead back to a folder above are not. An image's link to nowhere is a bad image. Files with
-    other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`.
+    Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`. The main
+    process looks, the others get what it found. A large folder is looked up once (`datasets.listing`).
 
     Raises:
-        UserError: nothing there, or no image in it.
+        UserError: nothing there, or no image in it; tar files that can't be used.
     """
 
     def __init__(self, root: str) -> None:
-        if not os.path.exists(root):
-            raise UserError(f"{root} does not exist: give a folder of images or a text file with one path a line")
+        files, self.skipped = from_main(lambda: find_images(root))
+        super().__init__(files.base, files.names, files.shards)
         self.root = root
-        self.skipped = 0
-        if os.path.isdir(root):
-            names = sorted(self._walk(root, "", frozenset()))
-            self._base = root
-        elif os.path.splitext(root)[1].lower() in image_extensions():
-            self._base, names = os.path.split(root)[0], [os.path.basename(root)]
-        else:
-            names, self._base = _read_list(root), os.path.dirname(root)
-        if not names:
-            raise UserError(f"{root} holds no image ({self.skipped} other files): give a folder with files such as .jpg or .png, or a list")
-        self._names = PackedStrings(names)
-        log.info("%d images in %s%s", len(names), root, f", {self.skipped} other files skipped" if self.skipped else "")
-
-    def _walk(self, folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-        try:
-            stat, entries = os.stat(folder), list(os.scandir(folder))
-        except OSError as error:
-            raise UserError(f"{folder} can't be read ({error.strerror}): check the permissions") from error
-        above = above | {(stat.st_dev, stat.st_ino)}
-        for entry in entries:
-            if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():  # a link may lead where one may not look
-                inside = entry.stat()
-                if (inside.st_dev, inside.st_ino) not in above:
-                    yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
-            elif _is_image(entry):
-                yield prefix + entry.name
-            else:
-                self.skipped += 1
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, index: int) -> str:
-        """The path as it counts from the folder or from the list's folder."""
-        return self._names[index]
-
-    def path(self, index: int) -> str:
-        return os.path.join(self._base, self._names[index])
-
-    def fingerprint(self) -> str:
-        """Of the names relative to the root, so that the same images elsewhere have the same one."""
-        return f"{len(self)} images, {self._names.digest()[:16]}"
+        where = root if self.shards is None else f"{len(self.shards.paths)} tar files of {root}"
+        log.info("%d images in %s%s", len(self), where, f", {self.skipped} other files skipped" if self.skipped else "")
 
 
-def _is_image(entry: os.DirEntry) -> bool:
-    extension = os.path.splitext(entry.name)[1].lower()
-    return extension in image_extensions() and not entry.name.startswith(".") and (entry.is_symlink() or entry.is_file())
+def find_images(root: str) -> tuple[ImageFiles, int]:
+    """(the images, number of other files) of what `ImageFolder` takes."""
+    tars, skipped = None, 0
+    if os.path.isdir(root):
+        listing = list_folder(root, image_extensions())
+        files, tars, skipped = ImageFiles(root, listing.images), listing.tars, listing.skipped
+        if len(files) and len(tars):
+            log.warning("%s holds images beside %d tar files, which are not read, the first is %s: a pattern of them would read them alone",
+                        root, len(tars), tars[0])
+        tars = None if len(files) or not len(tars) else (root, [tars[i] for i in range(len(tars))])
+    elif os.path.exists(root):
+        files, tars = _find_in_file(root)
+    else:
+        tars = expand(root)
+        if tars is None:
+            raise UserError(f"{root} does not exist: give a folder of images or of tar files, or a text file with one path a line")
+    if tars is not None:
+        shards = open_shards(*tars, image_extensions())
+        files, skipped = ImageFiles(tars[0], shards.names, shards), shards.skipped
+    if not len(files):
+        raise UserError(f"{root} holds no image ({skipped} other files): give a folder with files such as .jpg or .png, or a list")
+    return files, skipped
+
+
+def _find_in_file(path: str) -> tuple[ImageFiles | None, tuple[str, list[str]] | None]:
+    """(images of a list or one image, folder and name of a tar file): one of both."""
+    folder, name = os.path.split(path)
+    if is_tar(path):
+        return None, (folder, [name])
+    if os.path.splitext(path)[1].lower() in image_extensions():
+        return ImageFiles(folder, PackedStrings([name])), None
+    return ImageFiles(folder, PackedStrings(_read_list(path))), None
 
 
 def _read_list(path: str) -> list[str]:
@@ -187,9 +193,9 @@ def _is_there(path: str) -> bool:
 
 
 class UnlabelledDataset(SampleDataset):
-    """Base of what pretexts see of the images of a folder."""
+    """Base of what pretexts see of unlabelled images."""
 
-    def __init__(self, images: ImageFolder, seed: int) -> None:
+    def __init__(self, images: ImageFiles, seed: int) -> None:
         super().__init__(seed)
         self.images = images
 
@@ -198,6 +204,10 @@ class UnlabelledDataset(SampleDataset):
 
     def path(self, index: int) -> str:
         return self.images.path(index)
+
+    def read(self, index: int) -> Tensor:
+        """uint8 [3, H, W]; see `read_image`."""
+        return read_image(self.images.file(index))
 
     def fingerprint(self) -> str:
         return self.images.fingerprint()

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from datasets import init_worker
 from datasets.coco import labelled_transforms
 from datasets.collate import PackedTargets, collate
-from datasets.image_folder import ImageFolder, read_image
+from datasets.image_folder import ImageFiles, read_image
 from datasets.sample import BadImageError, Target
 from datasets.transforms import Transform
 from util.nested_tensor import NestedTensor
@@ -25,7 +25,7 @@ class PredictionImages(Dataset):
     The target has `image_id` [1] (i + 1), and `orig_size` and `size` [2], (H, W).
     """
 
-    def __init__(self, images: ImageFolder, transforms: Transform) -> None:
+    def __init__(self, images: ImageFiles, transforms: Transform) -> None:
         self.images, self.transforms = images, transforms
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class PredictionImages(Dataset):
 
     def __getitem__(self, index: int) -> Sample | Problem:
         try:
-            image = read_image(self.images.path(index))
+            image = read_image(self.images.file(index))
         except BadImageError as error:
             return self.images.path(index), str(error)
         size = torch.tensor(image.shape[-2:])
@@ -48,7 +48,7 @@ def collate_readable(batch: Sequence[Sample | Problem]) -> tuple[NestedTensor | 
     return *(collate(samples) if samples else (None, None)), problems
 
 
-def build_prediction_loader(images: ImageFolder, args: Namespace) -> DataLoader:
+def build_prediction_loader(images: ImageFiles, args: Namespace) -> DataLoader:
     """All images in order, in batches of `args.batch_size`, as `collate_readable` gives them."""
     return DataLoader(
         PredictionImages(images, labelled_transforms("val", args)), args.batch_size, collate_fn=collate_readable,

@@ -4,12 +4,11 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from datasets.coco import coco_files, coco_root
-from datasets.image_folder import ImageFolder, UnlabelledDataset, cut_box, read_image
+from datasets.image_folder import ImageFiles, UnlabelledDataset, cut_box
 from datasets.proposals import FixedNumber, Proposals, build_proposals
 from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
-from util.logger import UserError
+from datasets.unlabelled import unlabelled_images
 from util.random_state import SampleRandom
 
 TINY_SIDE = 16
@@ -24,14 +23,14 @@ class QueryPatches(UnlabelledDataset):
     """
 
     def __init__(
-        self, images: ImageFolder, proposals: Proposals, transforms: Transform, patch_transform: PatchAugmentation,
+        self, images: ImageFiles, proposals: Proposals, transforms: Transform, patch_transform: PatchAugmentation,
         seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
         self.proposals, self.transforms, self.patch_transform = proposals, transforms, patch_transform
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        image = read_image(self.path(index))
+        image = self.read(index)
         height, width = image.shape[-2:]
         if min(height, width) <= TINY_SIDE:
             raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
@@ -57,13 +56,13 @@ def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -
 
 
 def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
-    """Images of `args.imagenet_path` or `args.train_images` where given (for "val" too, without augmentation), else of COCO.
+    """What `unlabelled_images` gives, "val" without augmentation.
 
     Raises:
         UserError: no images.
     """
     image_size = args.image_size or 480
-    images = ImageFolder(image_source(image_set, args))
+    images = unlabelled_images(image_set, args)
     return QueryPatches(
         images,
         FixedNumber(build_proposals(args, images), args.num_patches),
@@ -71,16 +70,3 @@ def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
         PatchAugmentation(args.patch_size, augment=image_set == "train"),
         seed=args.seed,
     )
-
-
-def image_source(image_set: str, args: Namespace) -> str:
-    own = args.imagenet_path or getattr(args, "train_images", None)
-    if own:
-        return own
-    if args.dataset_file == "custom":
-        raise UserError("no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)")
-    try:
-        root = coco_root(args)
-    except UserError as error:
-        raise UserError(f"no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR ({error})") from error
-    return coco_files(root, image_set)[0]

@@ -4,11 +4,12 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from datasets.image_folder import ImageFolder, UnlabelledDataset, cut_box, read_image
+from datasets.image_folder import ImageFiles, UnlabelledDataset, cut_box
 from datasets.proposals import Proposals, Selected, build_proposals
-from datasets.query_patches import QUERY_LABEL, image_source, query_target
+from datasets.query_patches import QUERY_LABEL, query_target
 from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, region_transforms
+from datasets.unlabelled import unlabelled_images
 from util.random_state import SampleRandom
 
 MIN_BOXES = 2  # an image with fewer is replaced, as published
@@ -28,7 +29,7 @@ class RegionProposals(UnlabelledDataset):
     """
 
     def __init__(
-        self, images: ImageFolder, proposals: Proposals, transforms: Transform, whole_image: Transform,
+        self, images: ImageFiles, proposals: Proposals, transforms: Transform, whole_image: Transform,
         patch_transform: PatchAugmentation | None, label: int = QUERY_LABEL, seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
@@ -37,7 +38,7 @@ class RegionProposals(UnlabelledDataset):
         self.label = label
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        original = read_image(self.path(index))
+        original = self.read(index)
         boxes = self.proposals(original, rng, self.images.name(index))
         if len(boxes) < MIN_BOXES:
             raise BadImageError(f"{len(boxes)} proposals; an image needs {MIN_BOXES}")
@@ -66,13 +67,13 @@ class RegionProposals(UnlabelledDataset):
 
 
 def build_region_proposals(image_set: str, args: Namespace) -> RegionProposals:
-    """Images of `args.imagenet_path` where given, else of the labelled data set, without its labels.
+    """What `unlabelled_images` gives; "val" without augmentation.
 
     Raises:
         UserError: no images.
     """
     train = image_set == "train"
-    images = ImageFolder(image_source(image_set, args))
+    images = unlabelled_images(image_set, args)
     return RegionProposals(
         images,
         Selected(build_proposals(args, images), args.strategy, args.max_prop),

@@ -17,7 +17,8 @@ from datasets.annotations import Annotations, from_columns, parse_coco
 from datasets.collate import normalize_images
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator, area, eleven_points
-from datasets.image_folder import PackedStrings, to_tensor
+from datasets.image_folder import to_tensor
+from datasets.packed_strings import PackedStrings
 from datasets.proposals.random import RandomProposals
 from datasets.proposals.search import to_pixels
 from datasets.proposals.selective_search import corners_of

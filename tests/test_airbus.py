@@ -3,9 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import FROZEN, SHIPS_HW, fine_tune, logged, read_log, runs_of, tiny_args, write_airbus
+from tiny import FROZEN, SHIPS_HW, fine_tune, logged, pre_train, read_log, runs_of, tiny_args, write_airbus
 
-from datasets import build_labelled
+from datasets import build_dataset, build_labelled
 from datasets.airbus_ship import HEADER, decode_runs, held_out, read_runs
 from datasets.evaluators.coco import CocoEvaluator
 from util.flags import FINETUNE, PRETRAIN
@@ -59,6 +59,19 @@ def test_detregs_names(tmp_path: Path) -> None:
     assert (args.dataset_file, args.airbus_path) == ("airbus_ship", str(root))
     assert build_labelled(args)[0].num_classes == 2
     assert tiny_args(PRETRAIN, "--dataset", "airbus_pretrain", "--data_root", str(tmp_path)).imagenet_path == str(root / "train_v2")
+
+
+def test_pre_training_on_the_images_that_are_not_held_out(tmp_path: Path) -> None:
+    """Names, as proposal stores have them, count from the images' folder, and so they do for the whole folder."""
+    root = write_airbus(tmp_path / "airbus", images=30)
+    train, val = build_labelled(args_of(root))
+    args = tiny_args(PRETRAIN, "--dataset_file", "airbus_ship", "--airbus_path", str(root), "--num_classes", "2")
+    seen, held = build_dataset("train", args), build_dataset("val", args)
+    for images, labelled in ((seen.images, train), (held.images, val)):
+        assert [images.path(i) for i in range(len(images))] == [labelled.path(i) for i in range(len(labelled))]
+    assert seen.images.name(0) == Path(train.path(0)).name
+    assert "patches" in seen[0][1]
+    pre_train("--dataset_file", "airbus_ship", "--airbus_path", root, "--dry_run")
 
 
 def test_a_run_is_evaluated_as_coco(tmp_path: Path) -> None:

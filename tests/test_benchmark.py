@@ -113,7 +113,7 @@ def test_contenders_take_turns_and_ratios_are_of_medians(monkeypatch: pytest.Mon
     monkeypatch.setattr(benchmark, "SECONDS_A_TURN", 0.5)  # one call of `fake_seconds` lasts 1
     fake_seconds = {"a": [1.0, 8.0, 2.0, 3.0], "b": [1.0, 1.0, 1.0, 2.0]}
 
-    def seconds(call, count: int, _device) -> float:
+    def seconds(call, count: int, _device, _clock=None) -> float:
         call()
         assert count == 1
         return fake_seconds[calls[-1]].pop(0)

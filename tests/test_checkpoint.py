@@ -149,6 +149,15 @@ def test_flags_that_were_not_given_are_adopted(kind):
     assert adopt_architecture(checkpoint, args, set()) == []
 
 
+def test_flags_of_other_detectors_are_not_adopted():
+    """A run keeps the defaults of all flags, also of those that its detector does not read."""
+    stored = {"detector": "detr", "enc_n_points": 4, "dec_n_points": 4}
+    args = settings(enc_n_points=None, dec_n_points=None)
+    (line,) = adopt_architecture(checkpoint_of(detector_state(kind="detr"), args=stored), args, set())
+    assert "n_points" not in line
+    assert args.enc_n_points is args.dec_n_points is None
+
+
 @pytest.mark.parametrize(("flag", "value"), [("pre_norm", True), ("dec_layers", 3), ("detector", "conditional_detr"),
                                              ("hidden_dim", 256), ("nheads", 8), ("position_embedding", "learned")])
 def test_a_given_flag_that_contradicts_is_an_error(flag, value):

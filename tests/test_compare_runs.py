@@ -102,17 +102,33 @@ def test_names_tell_folders_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "said"), [
     ({}, "not the output folder of a run"), ({"args.json": '{"settings": {"lr": 1}}'}, "first epoch is not finished"),
-    ({"log.txt": ""}, "empty log"), ({"log.txt": "no json\n{}\n"}, "line 1"),
+    ({"log.txt": ""}, "empty log"), ({"log.txt": "no json\n{}\n"}, "line 1: not a JSON object"), ({"log.txt": "5\n{}\n"}, "line 1"),
+    ({"log.txt": '{"epoch": 0}\n{"epoch": "one"}\n'}, "line 2: epoch is 'one'; correct or remove the line"),
+    ({"log.txt": '{"epoch": [0]}\n'}, r"epoch is '\[0\]'"), ({"log.txt": '{"train_loss": "nan?"}'}, "train_loss is 'nan[?]'"),
+    ({"log.txt": '{"test_coco_eval_bbox": [0.1]}'}, "test_coco_eval_bbox is"), ({"log.txt": '{"train_seconds": "1"}'}, "train_seconds"),
+    ({"log.txt": '{"test_coco_eval_bbox": {"AP": 1}}'}, "test_coco_eval_bbox is"), ({"log.txt": b"\xff\xfe\x00"}, "log.txt is no text"),
 ])
-def test_folders_that_are_no_runs(tmp_path: Path, content: dict[str, str], said: str) -> None:
+def test_folders_that_are_no_runs(tmp_path: Path, content: dict[str, str | bytes], said: str) -> None:
     folder = tmp_path / "thing"
     folder.mkdir()
     for name, text in content.items():
-        (folder / name).write_text(text)
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said) as error:
         compare(folder, "--output", tmp_path / "x.png")
     assert str(folder) in str(error.value)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize("record", [
+    "{", "[1]", '{"settings": [1], "images": "many"}', '{"settings": 5, "images": []}', '{"images": [null]}',
+])
+def test_damaged_settings_are_none(record: str, tmp_path: Path) -> None:
+    """The log is what counts."""
+    pytest.importorskip("matplotlib")
+    run = write_run(tmp_path / "run", [evaluated(0, 0.1, train_seconds=20)])
+    (run / "args.json").write_text(record)
+    compare(run, "--output", tmp_path / "x.png")
+    assert rows(tmp_path / "x.csv")["run"]["best AP"] == "0.100"
 
 
 def test_missing_and_doubled_folders(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -64,14 +64,34 @@ DETREG_PASCAL = {
     "dataset_file": "voc", "voc_path": "data/pascal/VOCdevkit", "voc_train": ["2007_trainval", "2012_trainval"], "voc_val": ["2007_test"],
     "voc_metric": "11point", "num_classes": 21, "pretrain": "exps/DETReg_top30_in/checkpoint.pth",
 }
-SIAMESE_DATA = {
-    "coco": {"dataset_file": "coco"},
-    "voc": {
-        "dataset_file": "custom", "train_images": "data/pascal/VOCdevkit/VOC2012/JPEGImages",
-        "train_annotations": "data/pascal/meta/voc_trainval2012.cocostyle.json",
-        "val_images": "data/pascal/VOCdevkit/VOC2007/JPEGImages", "val_annotations": "data/pascal/meta/voc_test2007.cocostyle.json",
+DETREG_FEW_SHOT = {"coco_path": "data/MSCoco", "pretrain": "exps/DETReg_top30_in/checkpoint.pth", "batch_size": 4, "novel_classes": None}
+VOC_AS_COCO = {"dataset_file": "voc_coco", "voc_train": ["2012_trainval"], "voc_val": ["2007_test"], "filter_pct": -1.0}
+SIAMESE_DATA = {"coco": {"dataset_file": "coco"}, "voc": VOC_AS_COCO}
+# The columns of Siamese DETR's tables: three detectors.
+COLUMNS = {
+    "vanilla": {**DETR, "epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5},
+    "conditional": {**CONDITIONAL, "num_queries": 100, "lr_backbone": 5e-5, "resume": ""},
+    "deformable": {**DEFORMABLE, "backbone_weights": "none"},
+}
+PRE_TRAINED = {
+    "UPDETR": {column: f"UPDETR_{column}_pretrain_in" for column in COLUMNS},
+    "DETReg": {"vanilla": "DETReg_top30_in_detr", "conditional": "DETReg_conditional_pretrain_in", "deformable": "DETReg_top30_in"},
+    "Siamese": {
+        "vanilla": "r50_vanillatr_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w",
+        "conditional": "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w",
+        "deformable": "r50_deformtr_ms_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w",
     },
 }
+DETREG_CONDITIONAL = {
+    **DETREG_PRETRAIN, "max_prop": 30, "detector": "conditional_detr", "num_queries": 100, "lr": 1e-4, "dim_feedforward": 2048,
+    "num_feature_levels": 1,
+}
+UPDETR_CONDITIONAL_COCO = {
+    **UPDETR_PRETRAIN, "detector": "conditional_detr", "batch_size": 4, "epochs": 65, "lr_drop": 43, "image_size": 800,
+    "max_size": 1333, "coco_path": "data/MSCoco",
+}
+UPDETR_FINETUNE = {**DETR, "epochs": 300, "lr_drop": 200, "lr_backbone": 5e-5, "pre_norm": True, "backbone_weights": "none",
+                   "pretrain": "exps/UPDETR_pretrain_in/checkpoint.pth"}
 PUBLISHED = {
     "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": SIAMESE_CONDITIONAL_IN,
     "r50_condtr_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "num_queries": 300},
@@ -111,29 +131,67 @@ PUBLISHED = {
     "DETReg_fine_tune_10pct_pascal": {
         **DETREG_PASCAL, "batch_size": 4, "epochs": 200, "lr_drop": 150, "eval_every": 20, "filter_pct": 0.1,
     },
+    "DETReg_conditional_pretrain_in": {**DETREG_CONDITIONAL, "imagenet_path": "data/ilsvrc/train", "epochs": 60, "lr_drop": 60},
+    "DETReg_conditional_pretrain_coco": {**DETREG_CONDITIONAL, "coco_path": "data/MSCoco", "epochs": 50},
+    "DETReg_top30_airbus": {**DETREG_PRETRAIN, "imagenet_path": "data/airbus-ship-detection/train_v2", "max_prop": 30, "epochs": 50},
+    "DETReg_fine_tune_airbus": {
+        "dataset_file": "airbus_ship", "airbus_path": "data/airbus-ship-detection", "num_classes": 2, "batch_size": 4, "epochs": 50,
+        "lr_drop": 40, "pretrain": "exps/DETReg_top30_airbus/checkpoint.pth",
+    },
+    "DETReg_few_shot_base_coco": {**DETREG_FEW_SHOT, "few_shot": "base", "epochs": 50, "lr_drop": 40},
+    **{
+        f"DETReg_few_shot_{shots}shot_{name}": {
+            **DETREG_FEW_SHOT, "few_shot": "all", "shots": shots, "few_shot_file": "data/cocosplit/seed0", **more,
+        } for shots in (10, 30) for name, more in (
+            ("coco", {"pretrain": "exps/DETReg_few_shot_base_coco/checkpoint.pth", "epochs": 150, "lr_drop": 140}),
+            ("no_base_coco", {"epochs": 1000, "lr_drop": 990}),
+        )
+    },
+    "DETReg_few_shot_base_pascal": {
+        **DETREG_PASCAL, "few_shot": "base", "novel_split": 1, "batch_size": 4, "epochs": 100, "lr_drop": 70, "eval_every": 10,
+    },
+    "DETReg_few_shot_10shot_pascal": {
+        **DETREG_PASCAL, "few_shot": "all", "shots": 10, "novel_split": 1, "batch_size": 4, "epochs": 150, "lr_drop": 140, "eval_every": 50,
+        "pretrain": "exps/DETReg_few_shot_base_pascal/checkpoint.pth",
+    },
     "UPDETR_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 32, "pre_norm": True},
-    "UPDETR_finetune_coco": {
-        **DETR, "epochs": 300, "lr_drop": 200, "lr_backbone": 5e-5, "pre_norm": True, "backbone_weights": "none",
+    "UPDETR_finetune_coco": UPDETR_FINETUNE,
+    "UPDETR_finetune_150epochs_coco": {**UPDETR_FINETUNE, "epochs": 150, "lr_drop": 100},
+    **{
+        f"UPDETR_finetune_{name}": {
+            **UPDETR_FINETUNE, **VOC_AS_COCO, "voc_train": ["2007_trainval", "2012_trainval"], "epochs": epochs, "lr_drop": drop,
+        } for name, epochs, drop in (("voc", 300, 200), ("150epochs_voc", 150, 100))
     },
     "UPDETR_eval_coco": {"detector": "detr", "eval": True, "batch_size": 2, "pre_norm": True, "aux_loss": False},
     "UPDETR_conditional_pretrain_in": {**UPDETR_PRETRAIN, "detector": "conditional_detr", "batch_size": 16, "pre_norm": False},
-    "UPDETR_conditional_finetune_coco": {**CONDITIONAL, "num_queries": 100, "lr_backbone": 5e-5, "resume": ""},
     "UPDETR_conditional_300q_pretrain_in": {**UPDETR_PRETRAIN, "detector": "conditional_detr", "batch_size": 16, "num_queries": 300},
     "UPDETR_conditional_300q_finetune_coco": {**CONDITIONAL, "lr_backbone": 5e-5, "resume": ""},
-    "UPDETR_conditional_pretrain_coco": {
-        **UPDETR_PRETRAIN, "detector": "conditional_detr", "batch_size": 4, "epochs": 65, "lr_drop": 43, "image_size": 800,
-        "max_size": 1333, "coco_path": "data/MSCoco",
-    },
+    "UPDETR_conditional_pretrain_coco": {**UPDETR_CONDITIONAL_COCO, "proposals": "random"},
+    "UPDETR_conditional_edgebox_pretrain_coco": {**UPDETR_CONDITIONAL_COCO, "proposals": "edge_boxes"},
     "UPDETR_vanilla_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 16},
-    **{f"Siamese_conditional_finetune_{data}": {**CONDITIONAL, "num_queries": 100, "lr_backbone": 5e-5, "resume": "", **more}
-       for data, more in SIAMESE_DATA.items()},
-    **{f"Siamese_vanilla_finetune_{data}": {**DETR, "epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5, **more}
-       for data, more in SIAMESE_DATA.items()},
-    **{f"Siamese_deformable_finetune_{data}": {"detector": "deformable_detr", "lr": 2e-4, "epochs": 50, "lr_drop": 40, **more}
-       for data, more in SIAMESE_DATA.items()},
-    "UPDETR_vanilla_finetune_coco": {**DETR, "epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5},
+    **{
+        f"{prefix}_{column}_finetune_{data}": {**settings, **more, "pretrain": f"exps/{sources[column]}/checkpoint.pth"}
+        for prefix, sources in PRE_TRAINED.items() for column, settings in COLUMNS.items() for data, more in SIAMESE_DATA.items()
+        if (prefix, column, data) != ("DETReg", "deformable", "coco")  # that is DETReg_fine_tune_full_coco
+    },
+    **{f"Scratch_{column}_{data}": {**settings, **more, "backbone_weights": "swav", "pretrain": ""}
+       for column, settings in COLUMNS.items() for data, more in SIAMESE_DATA.items()},
+    **{
+        f"{prefix}_conditional_finetune_voc_from_coco": {
+            **COLUMNS["conditional"], **VOC_AS_COCO, "pretrain": f"exps/{source}/checkpoint.pth",
+        } for prefix, source in (
+            ("UPDETR", "UPDETR_conditional_pretrain_coco"), ("DETReg", "DETReg_conditional_pretrain_coco"),
+            ("Siamese", "r50_condtr_100q_syncbn_coco_edgebox_rdiscr_gdiscr_gpu16_step12w"),
+        )
+    },
+    **{
+        f"DeformableDETR_{kind}_{percent}pct_coco": {
+            **DEFORMABLE, "coco_path": "data/MSCoco", "filter_pct": percent / 100, "batch_size": 3, "epochs": epochs, "lr_drop": epochs,
+            "backbone_weights": weights,
+        } for kind, weights in (("supervised", "imagenet"), ("swav", "swav"))
+        for percent, epochs in ((1, 2000), (2, 1000), (5, 500), (10, 400))
+    },
     "UPDETR_deformable_pretrain_in": UPDETR_DEFORMABLE,
-    "UPDETR_deformable_finetune_coco": {**DEFORMABLE, "backbone_weights": "none"},
     "UPDETR_deformable_single_scale_pretrain_in": {**UPDETR_DEFORMABLE, "num_feature_levels": 1},
     "UPDETR_deformable_single_scale_finetune_coco": {**DEFORMABLE, "num_feature_levels": 1, "backbone_weights": "none"},
     "DETR_r50_coco": DETR_500,

@@ -12,7 +12,8 @@ from PIL import Image
 
 import datasets.sample as sample_module
 from datasets import build_dataset
-from datasets.image_folder import ImageFolder, PackedStrings, image_extensions, read_image
+from datasets.image_folder import ImageFolder, image_extensions, read_image
+from datasets.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError
 from util.logger import UserError

@@ -34,6 +34,7 @@ def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float
 
 @pytest.mark.parametrize("name", [
     "softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "encoder_proposals", "pretext", "siamese",
+    "region_prior", "teacher",
 ])
 def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[str, list], tmp_path: Path) -> None:
     first, second = of_both(results, name)
@@ -43,6 +44,16 @@ def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[s
     for key in single["log"]:
         if "cardinality" not in key:
             assert first["log"][key] == second["log"][key] == pytest.approx(single["log"][key], rel=1e-5), key
+
+
+def test_batch_norm_of_unequal_shares_is_that_of_all_rows(results: dict[str, list], tmp_path: Path) -> None:
+    """Outputs, gradients and running statistics are PyTorch's in one process with all rows."""
+    first, second = of_both(results, "uneven_batch_norm")
+    single = two_processes.uneven_batch_norm(tmp_path)
+    torch.testing.assert_close(torch.cat([first["rows"], second["rows"]]), single["rows"])
+    torch.testing.assert_close(first["weight"] + second["weight"], single["weight"])
+    for result in (first, second):
+        assert_close_weights(result["state"], single["state"], rtol=1e-9, atol=1e-9)
 
 
 def test_training_changed_the_weights(results: dict[str, list]) -> None:
@@ -93,6 +104,16 @@ def test_evaluation_counts_every_image_once(results: dict[str, list], tmp_path: 
         assert sorted(result["results"], key=str) == sorted(single["results"], key=str)
     assert {row["image_id"] for row in single["results"]} == {100 + i for i in range(7)}
     assert not set(first["examples"]) & set(second["examples"])
+
+
+def test_one_process_looks_for_images(results: dict[str, list]) -> None:
+    """The others get what it found, or the reason why it found nothing."""
+    first, second = of_both(results, "one_looks_for_images")
+    assert (len(first["looked"]), second["looked"]) == (1, [])
+    assert len(first["paths"]) == 3
+    assert first["paths"] == second["paths"]
+    assert first["refused"] == second["refused"]
+    assert "nowhere does not exist" in first["refused"]
 
 
 def test_two_processes_stop_together_and_resume_exactly(results: dict[str, list]) -> None:

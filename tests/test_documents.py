@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.documents import DOCUMENTS, ROOT, SCRIPTS, TOOLS, config_words, shown
 from tests.published_files import SMALL, detreg, filled, masks, shapes, siamese, siamese_file, updetr
 from tests.test_docs_model_zoo import row_command
 from tests.test_docs_model_zoo import rows as checkpoint_rows
-from tests.tiny import MODEL_FLAGS, PRETEXT_FLAGS, write_airbus, write_coco, write_images, write_voc
+from tests.tiny import MODEL_FLAGS, PRETEXT_FLAGS, write_airbus, write_coco, write_images, write_shots, write_voc
 from tools import demo
 from util import registry
 from util.checkpoint import save_checkpoint
@@ -37,13 +38,18 @@ NOT_RUN = {
     "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "fetches packages; its files are read instead",
     "pip install -r requirements.txt -c constraints.txt": "fetches packages; its files are read instead",
     "curl -L -o model.yml.gz https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
+    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md --pictures outputs/pictures":
+        "needs the runs of an hour; tests/test_transfer_study.py writes such a page",
 }
 RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
-NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",)}  # extras
+NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",), "large_data.md": ("cv2",)}  # extras
 SMALL_TOOLS = {
     "tools/cache_proposals.py": ["--num_workers", "0"], "tools/check_dataset.py": ["--num_workers", "0"],
     "tools/make_split.py": ["--filter_pct", "0.5"],
-    "tools/benchmark.py": ["--device", "cpu", "--image_size", "64", "--batch_size", "1", "--turns", "1"],
+    "tools/transfer_study.py prepare": ["--image_size", "64", "--fractions", "1", "0.5"],
+    "tools/transfer_study.py run": ["--list", "--fractions", "1", "0.5"],  # its runs are those of tests/test_transfer_study.py
+    "tools/benchmark.py": ["--device", "cpu", "--image_size", "64", "--batch_size", "1", "--turns", "1", "--files", "50",
+                           "--annotated", "8"],
     "tools/predict.py": ["--device", "cpu", "--num_workers", "0", "--image_size", "64"],
 }
 SCENES = ["--num_train", "4", "--num_val", "2", "--num_unlabelled", "4"]
@@ -63,16 +69,28 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / program).write_text(PRINTER)
         (tmp_path / program).chmod(0o755)
     write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
+    write_shots(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit" / "seed0")
     write_voc(tmp_path / "data" / "pascal" / "VOCdevkit")
     write_airbus(tmp_path / "data" / "airbus-ship-detection")
     for name in ("ilsvrc", "ilsvrc100"):
         write_images(tmp_path / "data" / name / "train" / "photographs")
+    pack_images(tmp_path / "data" / "ilsvrc" / "train" / "photographs", tmp_path / "data" / "shards")
+    monkeypatch.setattr("util.cache.cache_folder", lambda: tmp_path / "cache")
     for name in (ROOT / "datasets" / "imagenet100.txt").read_text().split():
         (tmp_path / "data" / "ilsvrc" / "train" / name).mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def pack_images(images: Path, target: Path, shards: int = 16) -> None:
+    """One of the images in each of many tar files."""
+    paths = sorted(images.iterdir())
+    target.mkdir()
+    for number in range(shards):
+        with tarfile.open(target / f"train-{number:03d}.tar", "w") as tar:
+            tar.add(paths[number % len(paths)], f"{number}.png")
 
 
 def _no_network(url: str, *args, **kwargs) -> None:
@@ -131,6 +149,7 @@ def small(words: list[str], keeps: bool) -> list[str]:
             more += [] if importlib.util.find_spec("cv2") else ["--proposals", "random"]
     if "--eval" not in words:
         more += ["--filter_pct", "0.75"] if "--filter_pct" in words else []
+        more += ["--novel_classes", "red"] if "--few_shot" in words and "data/MSCoco" in words else []
         more += ["--batch_size", "2", "--epochs", "2" if "--resume" in words else "1", *([] if keeps else ["--dry_run"])]
     return [*words[1:], *more]
 
@@ -145,7 +164,8 @@ def run_script(words: list[str], later: str, own: bool) -> None:
 
 def run_tool(words: list[str], own: bool) -> None:
     give_files(words, own)
-    tool(words[0]).main(tool(words[0]).parse([*words[1:], *SMALL_TOOLS.get(words[0], [])]))
+    more = SMALL_TOOLS.get(" ".join(words[:2]), SMALL_TOOLS.get(words[0], []))
+    tool(words[0]).main(tool(words[0]).parse([*words[1:], *more]))
 
 
 def run_shell(words: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ from tiny import fine_tune, logged, pre_train, read_checkpoint, read_log, write_
 
 from util import registry
 from util.logger import UserError
-from util.registry import DetectorEntry, PretextEntry
+from util.registry import DatasetEntry, DetectorEntry, PretextEntry
 
 FILES = {
     "toy_detector": '''
@@ -119,7 +119,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                            flags=("num_patches",),
                            defaults={"epochs": 3, "num_classes": 2})
     monkeypatch.setitem(registry.PRETEXTS, "blind", pretext)
-    monkeypatch.setitem(registry.DATASETS, "validation_twice", "toy_data:build")
+    monkeypatch.setitem(registry.DATASETS, "validation_twice", DatasetEntry("toy_data:build"))
     monkeypatch.setitem(registry.PROPOSALS, "left_half", "toy_proposals:build")
     monkeypatch.setitem(registry.BACKBONES, "one_convolution", "toy_backbone:build")
 
@@ -139,6 +139,9 @@ def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) 
     assert "blind_shift.bias" not in second["model"]
     assert second["args"]["num_queries"] == 20, "the flag wins over the detector's default"
 
+    with logged() as lines:
+        pre_train("--pretext", "random_query_patch", "--dataset_file", "validation_twice", "--coco_path", coco, "--dry_run")
+    assert any("3 images of --dataset_file validation_twice, without their labels" in line for line in lines)
     with logged() as lines:
         fine_tune("--eval", "--resume", tmp_path / "b" / "checkpoint.pth", "--coco_path", coco, "--dataset_file", "validation_twice",
                   "--detector", "toy", "--backbone", "one_convolution")

@@ -10,7 +10,7 @@ import pytest
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = Path(metafunc.config.getoption("--golden-dir"))
-    names = sorted(path.stem for path in folder.glob("*.json") if not path.stem.endswith("_eval_case"))
+    names = sorted(path.stem for path in folder.glob("*.npz"))
     data = [name for name in names if name.startswith("data_")]
     siamese = [name for name in names if name.startswith("siamese_")]
     chosen = {"model_case": [name for name in names if name not in data + siamese], "siamese_case": siamese, "data_case": data}

@@ -81,7 +81,8 @@ def test_engine_never_looks_at_names() -> None:
 
 
 def test_every_line_of_the_registries_leads_to_its_builder() -> None:
-    places = [*DATASETS.values(), *PROPOSALS.values(), *(entry.builder for entry in DETECTORS.values())]
+    places = [*PROPOSALS.values(), *(entry.builder for entry in (*DETECTORS.values(), *DATASETS.values()))]
+    places += [entry.images for entry in DATASETS.values() if entry.images]
     places += [place for entry in PRETEXTS.values() for place in (entry.pretext, entry.dataset)]
     for place in places:
         assert callable(load(place)), place

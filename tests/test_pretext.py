@@ -374,7 +374,9 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
     assert any(line.startswith("class_embed ") and f"{heads} (" in line for line in table.splitlines())
     assert any(line.startswith(PRETEXTS[pretext].parts[0].rstrip(".")) for line in table.splitlines())
     trained = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
-    assert trained["args"]["detector"] == detector  # taken over from the file
+    settings = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["args"]
+    for flag in ("detector", "position_embedding", "pre_norm"):  # taken over from the file
+        assert trained["args"][flag] == settings[flag], flag
     for key in ("query_embed.weight", f"{boxes}.layers.2.weight", f"{classes}.weight", "backbone.0.body.layer4.1.conv2.weight",
                 "transformer.encoder.layers.0.linear1.weight", "transformer.decoder.layers.1.linear2.weight"):
         assert not torch.equal(trained["model"][key], first[key]), key

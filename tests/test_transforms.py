@@ -4,7 +4,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
+from datasets.hue import shift_hue
 from datasets.image_folder import to_tensor
 from datasets.transforms import (
     Compose,
@@ -61,6 +63,16 @@ def test_patch_augmentation_of_tensors_is_close_to_pillow(seed: int) -> None:
     plain, _ = augmentation(image, {}, SampleRandom(seed))
     assert fast.shape == (3, 32, 32)
     assert grey_levels_apart(fast, plain) < 2
+
+
+@pytest.mark.parametrize("factor", [-0.5, -0.1, -0.037, 0.0, 0.061, 1 / 6, 0.5])
+def test_hue_is_torchvisions_to_the_last_bit(factor: float) -> None:
+    """On every colour of six levels a channel (all ties, all greys, black and white), and on any others."""
+    levels = torch.arange(0, 256, 51, dtype=torch.uint8)
+    few = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).flatten(2)
+    any_colour = torch.randint(0, 256, (3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for image in (few, any_colour, any_colour.flip(0)[..., ::2]):
+        assert torch.equal(shift_hue(image, factor), F.adjust_hue(image, factor))
 
 
 def test_patch_augmentation_has_the_published_probabilities() -> None:

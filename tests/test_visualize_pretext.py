@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, logged, pre_train, read_log, write_coco, write_images
+from tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, logged, pre_train, read_log, write_coco, write_images, write_voc
 
 import main as pretrain_main
 from tools import evaluate_proposals, visualize_pretext
@@ -115,3 +115,17 @@ def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
         name: value for name, value in log[-1].items() if name.startswith("test_")}
     with pytest.raises(UserError, match="nowhere"):
         pre_train(*flags, "--output_dir", tmp_path / "b", "--data_root", tmp_path / "nowhere", "--eval_every", "2")
+
+
+def test_boxes_are_evaluated_on_the_data_of_pre_training(tmp_path: Path) -> None:
+    """VOC's test images here, in training and by --eval."""
+    data = ["--dataset_file", "voc", "--voc_path", write_voc(tmp_path / "VOCdevkit"), "--voc_val", "2007_test"]
+    run, folder = tmp_path / "run", tmp_path / "eval"
+    with logged() as lines:
+        pre_train(*REGION, *data, "--epochs", "1", "--batch_size", BATCH, *FROZEN, "--output_dir", run, "--eval_every", "1")
+        words = ["--pretext", "region_prior", *data, "--resume", run / "checkpoint.pth", "--eval", "--output_dir", folder,
+                 "--image_size", "64", "--num_workers", "0", "--device", "cpu", "--batch_size", BATCH]
+        pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+    numbers, (record,) = json.loads((folder / "proposal_metrics.json").read_text()), read_log(run)
+    assert record["test_object_AR100"] == numbers["AR100"]
+    assert sum("VOCdevkit (2007_test): 3 images" in line for line in lines) == 2, "in training and by --eval"

@@ -1,19 +1,23 @@
 """PASCAL VOC: VOCdevkit as published, XML files of own data, COCO-style files, and a run from training to evaluation."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import FROZEN, fine_tune, logged, read_checkpoint, read_log, tiny_args, voc_xml, write_voc
 
+import main as pretrain_main
 from datasets import build_dataset, build_labelled
+from datasets.annotations import read_coco
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
 from datasets.voc import CLASSES, image_id, read_voc, read_xml
 from tools import evaluate_proposals, voc_to_coco
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import UserError
+from util.registry import PRETEXTS
 
 XML = "VOC2007/Annotations/000001.xml"
 
@@ -77,8 +81,56 @@ def test_detregs_names_and_the_place_below_data_root(tmp_path: Path) -> None:
     assert (args.dataset_file, args.voc_path) == ("voc", str(tmp_path / "pascal/VOCdevkit"))
     for flags in (("--dataset", "voc"), ("--dataset_file", "voc"), ("--dataset_file", "voc", "--voc_path", str(tmp_path / "pascal"))):
         assert len(build_dataset("val", tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path)))) == 1
-    with pytest.raises(UserError, match="has images with labels, for finetune_main.py"):
-        tiny_args(PRETRAIN, "--dataset", "voc")
+    args = tiny_args(PRETRAIN, "--dataset", "voc")
+    assert (args.dataset_file, args.voc_path) == ("voc", "data/pascal/VOCdevkit")
+    with pytest.raises(UserError, match="--dataset voc without --pretext: main.py pre-trains without labels"):
+        pretrain_main.parse(["--dataset", "voc"])  # as DETReg's main.py fine-tunes
+
+
+def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path) -> None:
+    for name in ("VOC2007", "VOC2012"):
+        shutil.rmtree(devkit / name / "Annotations")
+    for kind, count in (("voc", 5), ("voc_coco", 2)):
+        flags = ("--dataset_file", kind, "--voc_path")
+        for pretext in PRETEXTS:
+            args = tiny_args(PRETRAIN, "--pretext", pretext, "--num_patches", "10", "--proposals", "random", *flags, str(devkit))
+            train, val = build_dataset("train", args), build_dataset("val", args)
+            assert (len(train), len(val)) == (count, 3)
+        assert [val.images.name(i) for i in range(3)] == [f"VOC2007/JPEGImages/00020{i}.jpg" for i in (1, 2, 3)]
+        assert val.path(2) == str(devkit / "VOC2007/JPEGImages/000203.jpg")
+    assert "patches" in build_dataset("train", tiny_args(PRETRAIN, *flags, str(devkit)))[0][1]
+    here, there = (build_dataset("val", tiny_args(PRETRAIN, *flags, str(place))).fingerprint() for place in (devkit, pristine))
+    assert here == there != train.fingerprint()
+    with pytest.raises(UserError, match="--imagenet_path and --voc_path both name the unlabelled images"):
+        tiny_args(PRETRAIN, *flags, "x", "--imagenet_path", "y")
+    with pytest.raises(UserError, match="--voc_path x is not for --dataset_file coco: give --coco_path"):
+        tiny_args(PRETRAIN, "--voc_path", "x")
+    (devkit / "VOC2007/ImageSets/Main/test.txt").write_text("")
+    with pytest.raises(UserError, match=r"\(2007_test\) lists no image"):
+        build_dataset("val", tiny_args(PRETRAIN, *flags, str(devkit)))
+
+
+def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
+    """`--dataset_file voc_coco` and the published annotation files hold the same; COCO's metric counts `difficult` objects."""
+    voc_to_coco.main(voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]))
+    args = args_of(pristine, "--dataset_file", "voc_coco")
+    assert args.voc_train == ["2012_trainval"]
+    train, val = build_labelled(args)
+    assert (train.num_classes, train.category_ids, train.class_names[19]) == (20, None, "tvmonitor")
+    for dataset, name in ((train, "voc_trainval2012"), (val, "voc_test2007")):
+        published = read_coco(str(tmp_path / "meta" / f"{name}.cocostyle.json"))
+        for field in ("image_ids", "sizes_hw", "offsets", "boxes_xyxy_abs", "labels", "areas"):
+            assert (getattr(dataset.annotations, field) == getattr(published, field)).all(), field
+        names = [published.file_names[i] for i in range(len(published))]
+        assert [Path(dataset.path(i)).name for i in range(len(dataset))] == names
+        assert all(Path(dataset.path(i)).is_file() for i in range(len(dataset)))
+    plain = build_dataset("val", args_of(pristine))
+    assert len(val.annotations.labels) == len(plain.annotations.labels), "difficult ones too"
+    evaluator = val.evaluator(args)
+    detect_the_truth(evaluator, val.annotations)
+    stats = evaluator.summarize()["stats"]
+    assert (len(stats), stats[0]) == (12, pytest.approx(1.0))
+    assert build_labelled(args_of(pristine, "--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval"))[0].path(4)
 
 
 @pytest.mark.parametrize(("damage", "said"), [

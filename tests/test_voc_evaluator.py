@@ -12,7 +12,7 @@ from datasets.annotations import Annotations, from_columns
 from datasets.evaluators import detections as detections_module
 from datasets.evaluators.per_class import class_table
 from datasets.evaluators.voc import THRESHOLDS, VocEvaluator, area, eleven_points, paired_iou
-from datasets.image_folder import PackedStrings
+from datasets.packed_strings import PackedStrings
 
 BOX, FAR = (10.0, 10.0, 30.0, 30.0), (60.0, 60.0, 90.0, 90.0)
 

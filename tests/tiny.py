@@ -93,6 +93,19 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
     return root
 
 
+def write_shots(coco: Path, folder: Path, shots: tuple[int, ...] = (10, 30), prefix: str = "COCO_train2014_") -> Path:
+    """The first objects of each class of `write_coco` as Wang et al. publish theirs: a COCO file for each class and number of shots."""
+    folder.mkdir(parents=True)
+    content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    for count, category in ((count, category) for count in shots for category in content["categories"]):
+        chosen = [item for item in content["annotations"] if item["category_id"] == category["id"]][:count]
+        images = [{**image, "file_name": f"{prefix}{image['file_name']}"} for image in content["images"]
+                  if image["id"] in {item["image_id"] for item in chosen}]
+        path = folder / f"full_box_{count}shot_{category['name']}_trainval.json"
+        path.write_text(json.dumps({**content, "images": images, "annotations": chosen}))
+    return folder
+
+
 VOC_NAMES = {1: "bird", 2: "cat", 3: "dog"}  # class id of `draw` -> VOC's class
 VOC_LISTS = {"2007_trainval": 3, "2012_trainval": 2, "2007_test": 3}
 

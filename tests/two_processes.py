@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tiny import FROZEN, make_batch, make_targets, tiny_args
+from tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
@@ -21,14 +21,16 @@ from datasets import build_loader
 from datasets.annotations import parse_coco
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
+from datasets.image_folder import ImageFolder
 from datasets.sample import SampleDataset
 from models import build_model
 from models.classification import Classification
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
-from util.distributed import get_rank, get_world_size, init_distributed, shutdown
+from models.synced_batch_norm import SyncedBatchNorm
+from util.distributed import from_main, get_rank, get_world_size, init_distributed, shutdown
 from util.flags import FINETUNE, PRETRAIN
-from util.logger import StopRequested
+from util.logger import StopRequested, UserError
 from util.metrics import NonFiniteLoss
 from util.nested_tensor import NestedTensor
 from util.random_state import SampleRandom
@@ -83,7 +85,7 @@ def in_float64(original: Callable) -> Callable:
 
 def make_run(args: Namespace, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True) -> engine.Run:
     """A run of this process; `args.batch_size` is that of all processes together."""
-    torch.manual_seed(0)
+    torch.manual_seed(get_rank())  # weights are those of the first process
     args.batch_size //= get_world_size()
     model, criterion, _ = build_model(args)
     if double:
@@ -94,7 +96,9 @@ def make_run(args: Namespace, dataset: SampleDataset | None = None, folder: Path
 
 
 def weights_of(run: engine.Run) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in engine.bare(run.model).state_dict().items()}
+    model = engine.bare(run.model)
+    parts = {"": model, **getattr(model, "frozen_parts", dict)()}
+    return {name + key: value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------------- scenarios
@@ -144,6 +148,30 @@ def siamese(folder: Path) -> dict:
     """Batch statistics of projector and predictor are those of both processes."""
     flags = ("--pretext", "siamese", "--proposals", "random", "--box_disturbance", "0", "--detector", "conditional_detr")
     return train(*flags, counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
+
+
+def region_prior(folder: Path) -> dict:
+    """The frozen network that says what embeddings are, random here, is one for both."""
+    flags = ("--pretext", "region_prior", "--object_embedding_loss", "--num_patches", "10", "--lr_backbone", "1e-3")
+    return train(*flags, counts=[5] * IMAGES, script=PRETRAIN)
+
+
+def teacher(folder: Path) -> dict:
+    """The momentum teacher too, of a backbone that trains."""
+    flags = ("--pretext", "siamese", "--proposals", "random", "--box_disturbance", "0", "--lr_backbone", "1e-3")
+    return train(*flags, "--teacher_momentum", "0.5", counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
+
+
+def uneven_batch_norm(folder: Path) -> dict:
+    """Eight rows, of which the first process has three and the second five; the loss is a sum over all."""
+    rows, weights = torch.randn(2, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mine = slice(None) if get_world_size() == 1 else slice(3) if get_rank() == 0 else slice(3, None)
+    norm, x = SyncedBatchNorm(4).double(), rows[mine].clone().requires_grad_()
+    with torch.no_grad():
+        norm.weight.copy_(torch.arange(1, 5)), norm.bias.copy_(torch.arange(4))
+    outputs = norm(x)
+    (outputs * weights[mine]).sum().backward()
+    return {"rows": torch.cat([outputs.detach(), x.grad], 1), "weight": norm.weight.grad, "state": norm.state_dict()}
 
 
 def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[engine.Run, dict]:
@@ -274,9 +302,24 @@ def stop_and_resume(folder: Path) -> dict:
     }
 
 
+def one_looks_for_images(folder: Path) -> dict:
+    """Where a process looked, what it knows of the images afterwards, and what both say of a folder that is not there."""
+    root, scandir, looked = from_main(lambda: write_images(folder / "images", 3)), os.scandir, []
+    os.scandir = lambda path: (looked.append(str(path)), scandir(path))[1]
+    try:
+        images = ImageFolder(str(root))
+        refused = ""
+        ImageFolder(str(folder / "nowhere"))
+    except UserError as error:
+        refused = str(error)
+    finally:
+        os.scandir = scandir
+    return {"looked": looked, "paths": [images.path(i) for i in range(len(images))], "refused": refused}
+
+
 SCENARIOS = {scenario.__name__: scenario for scenario in (
-    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, siamese, one_process_without_targets,
-    not_finite_on_one_process, evaluation, stop_and_resume,
+    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, siamese, region_prior, teacher,
+    uneven_batch_norm, one_process_without_targets, not_finite_on_one_process, evaluation, one_looks_for_images, stop_and_resume,
 )}
 
 

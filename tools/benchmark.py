@@ -1,6 +1,7 @@
-"""Times the parts that have more than one implementation, ours and public ones, in the same run.
+"""Times the parts that have more than one implementation, ours and public ones, in the same run, and the start of runs on large data.
 
     python tools/benchmark.py ms_deform_attn [--device cuda] [--image_size 800] [--batch_size 2]
+    python tools/benchmark.py data_start --device cpu --turns 3
 
 Every contender first has to give the numbers of the first one. Then all take turns, so that what else the machine does meets them
 alike. `--output` receives a table (SUBJECT.md) and all numbers (SUBJECT.json). A new subject is a function that returns comparisons
@@ -37,13 +38,15 @@ SECONDS_A_TURN = 0.02  # calls of a contender are repeated until a turn lasts ab
 class Comparison:
     """Contenders at the same work; each call does it once and returns what is compared. The first one is what the others are held to.
 
-    `tolerance` is the largest difference allowed, as a share of the largest number of each tensor.
+    `tolerance` is the largest difference allowed, as a share of the largest number of each tensor. `slow`: a turn is one call, and what
+    counts is the CPU time of this process, for work of seconds on the CPU that never waits.
     """
 
     name: str
     contenders: dict[str, Callable[[], Iterable[Tensor]]]
     tolerance: float
     left_out: dict[str, str] = field(default_factory=dict)  # contender -> why it is not here
+    slow: bool = False
 
 
 @dataclass
@@ -87,13 +90,13 @@ def check(comparison: Comparison) -> dict[str, float]:
     return differences
 
 
-def seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
+def seconds(call: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds for each of `calls` calls in a row: between events on a GPU, by the clock elsewhere."""
     if device.type != "cuda":
-        began = time.perf_counter()
+        began = clock()
         for _ in range(calls):
             call()
-        return (time.perf_counter() - began) / calls
+        return (clock() - began) / calls
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -120,12 +123,15 @@ def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Ro
     differences = check(comparison)
     contenders = comparison.contenders
     peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
-    calls = {name: max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device))) for name, call in contenders.items()}
+    clock = time.process_time if comparison.slow else time.perf_counter
+    calls = {
+        name: 1 if comparison.slow else max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device))) for name, call in contenders.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress(turns * len(contenders), comparison.name)
     for _ in range(turns):
         for name, call in contenders.items():
-            times[name].append(1000 * seconds(call, calls[name], device))
+            times[name].append(1000 * seconds(call, calls[name], device, clock))
             progress.step()
     base = statistics.median(next(iter(times.values())))
     return [
@@ -265,7 +271,20 @@ def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Calla
 # Public implementations compute in float32, also under autocast. One that can't be imported or run is left out, with the reason.
 PEERS = {"transformers": transformers_peer, "mmcv": mmcv_peer, "published extension": extension_peer}
 
-SUBJECTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Comparison]]] = {"ms_deform_attn": compare_ms_deform_attn}
+
+def compare_data_start(args: argparse.Namespace, device: torch.device) -> Iterator[Comparison]:
+    """What a run does with its data before the first step, on the CPU."""
+    from tools.benchmark_data import cases
+
+    if device.type != "cpu":
+        raise UserError(f"data_start with --device {device}: nothing in it runs there; give --device cpu")
+    for name, contenders in cases(args.files, args.annotated):
+        yield Comparison(name, contenders, 0.0, slow=True)
+
+
+SUBJECTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Comparison]]] = {
+    "data_start": compare_data_start, "ms_deform_attn": compare_ms_deform_attn,
+}
 
 
 # ---- the result ----
@@ -311,11 +330,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=800, help="short side of the images in pixels; the long one is 4/3 of it")
     parser.add_argument("--batch_size", type=int, default=2, help="images")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--files", type=int, default=1_281_167, help="data_start: unlabelled images, empty files in 1000 folders")
+    parser.add_argument("--annotated", type=int, default=100_000, help="data_start: images with 7 boxes each, and as many in tar files")
     parser.add_argument("--turns", type=int, default=20, help="how often each contender is timed")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
     args = parser.parse_args(argv)
-    for name in ("image_size", "batch_size", "turns"):
+    for name in ("image_size", "batch_size", "turns", "files", "annotated"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give at least 1")
     return args

@@ -14,13 +14,14 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
-from datasets.image_folder import ImageFolder, PackedStrings
+from datasets.image_folder import ImageFile, ImageFiles, ImageFolder
+from datasets.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
 from datasets.proposals.search import BoxSearch
 from datasets.proposals.store import ProposalStore
@@ -36,7 +37,7 @@ _job: dict[str, Plan] = {}
 
 def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser("tools.cache_proposals", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--images", required=True, metavar="DIR", help="as for training: any folder tree, or a list of files")
+    parser.add_argument("--images", required=True, metavar="DIR", help="as for training: any folder tree, a list of files, or tar files")
     parser.add_argument("--list", metavar="FILE", help="only these images of the folder: one relative path a line (a label may follow)")
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the store; later --cache_path")
     parser.add_argument("--proposals", type=proposal_name, default="selective_search", metavar="NAME|file:PATH",
@@ -59,7 +60,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def main(args: Namespace) -> None:
     if args.check:
-        check(ProposalStore(args.output_dir), Path(args.images))
+        check(ProposalStore(args.output_dir), args.images)
         return
     plan = make_plan(args)
     if not plan.begin():
@@ -80,15 +81,15 @@ def make_plan(args: Namespace) -> Plan:
         UserError: no images; a method that can't be stored.
     """
     if args.list:
-        base, names = Path(args.images), sorted(set(_listed(args.list, args.images)))
+        images = ImageFiles(args.images, PackedStrings(sorted(set(_listed(args.list, args.images)))))
     else:
         images = ImageFolder(args.images)
-        base = Path(args.images) if os.path.isdir(args.images) else Path(args.images).parent
-        names = sorted({images.name(i) for i in range(len(images))})
+        if images.shards is None:  # a list may be in any order
+            images = ImageFiles(images.base, PackedStrings(sorted({images.name(i) for i in range(len(images))})))
     method = build_proposals(args)
     if not isinstance(method, BoxSearch):
         raise UserError(f"--proposals {args.proposals} draws its boxes anew each time: there is nothing to store")
-    return Plan(args.output_dir, base.absolute(), PackedStrings(names), method, args.proposals)
+    return Plan(args.output_dir, images, method, args.proposals)
 
 
 def _listed(path: str, folder: str) -> Iterator[str]:
@@ -174,17 +175,31 @@ def report(store: ProposalStore) -> None:
         log.warning("%d images could not be read and have no boxes, the first is %s: %s", header["unreadable"], name, reason)
 
 
-def check(store: ProposalStore, images: Path) -> None:
+def find_files(store: ProposalStore, root: str) -> Callable[[int], ImageFile]:
+    """Says where an image of the store is: below the folder, beside the list, or in a tar file."""
+    beside = ImageFiles(root if os.path.isdir(root) else os.path.dirname(root), store.names)
+    if ".tar/" not in store.names[0].lower() or os.path.exists(beside.path(0)):
+        return beside.file
+    images = ImageFolder(root)
+
+    def file_of(row: int) -> ImageFile:
+        index = images.names.find(store.names[row])
+        return beside.path(row) if index is None else images.file(index)
+
+    return file_of
+
+
+def check(store: ProposalStore, root: str) -> None:
     """Compares size and CRC-32 of every file with those of the store.
 
     Raises:
         UserError: files differ or are missing.
     """
-    base = images if images.is_dir() else images.parent
+    file_of = find_files(store, root)
     bar, wrong = Progress(len(store.names), "checking"), []
     for row in range(len(store.names)):
         try:
-            same = file_identity(base / store.names[row]) == (store.file_bytes[row], store.file_crc32[row])
+            same = file_identity(file_of(row)) == (store.file_bytes[row], store.file_crc32[row])
         except BadImageError:
             same = store.file_bytes[row] == 0
         if not same:

@@ -38,7 +38,7 @@ from datasets.checks import (
     inspect_image,
 )
 from datasets.coco import PUBLISHED_NUM_CLASSES
-from datasets.image_folder import ImageFolder
+from datasets.image_folder import ImageFile, ImageFolder
 from util.arguments import Parser, make_parser, resolve, was_given
 from util.files import check_apart, make_folder, write_atomically, write_text
 from util.flags import FINETUNE, PRETRAIN
@@ -69,12 +69,16 @@ def parse(argv: list[str]) -> Namespace:
 
 @dataclass
 class Split:
-    """The images of a split: their paths, what reading them showed, and the data set behind them where it is labelled."""
+    """The images of a split: their paths, what reading them showed, and the data set behind them where it is labelled.
+
+    files: what is read, where that is not the path.
+    """
 
     name: str
     paths: Sequence[str]
     dataset: object | None = None
     facts: list[ImageFacts] = field(default_factory=list)
+    files: Sequence[ImageFile] | None = None
 
     def image_id(self, index: int) -> int | None:
         return int(self.dataset.annotations.image_ids[index]) if self.dataset else None
@@ -100,7 +104,8 @@ def open_splits(settings: Namespace) -> tuple[list[Split], list[Problem]]:
     """The splits that can be read, and a problem for each that can't."""
     if settings.imagenet_path:
         images = ImageFolder(settings.imagenet_path)
-        return [Split("train", [images.path(i) for i in range(len(images))])], []
+        numbers = range(len(images))
+        return [Split("train", [images.path(i) for i in numbers], files=[images.file(i) for i in numbers])], []
     names = ["train", "val"]
     if settings.dataset_file == "custom":  # one of both may be checked alone
         names = [name for name in names if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")] or names
@@ -134,10 +139,10 @@ def read_images(split: Split, workers: int) -> list[ImageFacts]:
         return facts
 
     if not workers:
-        return counted(map(inspect_image, split.paths))
+        return counted(map(inspect_image, split.files or split.paths))
     try:
         with ProcessPoolExecutor(workers, initializer=_leave_ctrl_c_to_the_main_process) as pool:
-            return counted(pool.map(inspect_image, split.paths, chunksize=CHUNK))
+            return counted(pool.map(inspect_image, split.files or split.paths, chunksize=CHUNK))
     except BrokenProcessPool as error:
         raise UserError("a process that decoded images died (not enough memory, or a file that a decoder can't stand): "
                         "--num_workers 0 shows where") from error

@@ -42,7 +42,8 @@ class ComparedRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {name: value for name, value in self.record.get("settings", {}).items() if name not in NOT_COMPARED}
+        settings = self.record.get("settings")
+        return {name: value for name, value in settings.items() if name not in NOT_COMPARED} if isinstance(settings, dict) else {}
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -126,7 +127,8 @@ def results(run: ComparedRun) -> Row:
     row |= {f"train {name}": f"{last[f'train_{name}']:.3f}" for name in (names[:1] if evaluated else names)}
     seconds, images = last.get("train_seconds"), run.record.get("images")
     if seconds:
-        images = images[0] if isinstance(images, list) else images
+        images = images[0] if isinstance(images, list) and images else images
+        images = images if isinstance(images, int) else None  # a damaged args.json
         trained = len(run.entries)  # fewer than `done` where the run began with --start_epoch
         row |= {"images/s": f"{images * trained / seconds:.1f}"} if images else {}
         row |= {"an epoch": format_seconds(seconds / trained), "training": format_seconds(seconds)}

@@ -44,6 +44,8 @@ DATA_FLAGS = (
     "max_size", "coco_evaluator",
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
+# Those that main.py has too: what it was given says which data a pretext is evaluated on.
+SHARED_FLAGS = ("coco_path", "data_root", "dataset_file", "voc_path", "voc_val", "airbus_path", "image_size", "max_size", *RUN_FLAGS)
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
 FILES = ("proposal_metrics.json", "proposals.json")
 MOST_BOXES = 1000
@@ -136,7 +138,8 @@ def _find_all(finder: BoxFinder, loader: DataLoader, evaluator: ProposalEvaluato
 
 
 def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module, int], dict[str, float]]:
-    """For `engine.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on COCO's validation images.
+    """For `engine.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on validation images: those of COCO, or
+    of the labelled data set whose images it is pre-trained on.
 
     args: those of main.py, resolved. Images have the size that evaluation usually has, unless the run has a size of its own.
 
@@ -144,7 +147,7 @@ def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module
         UserError: no such images.
     """
     settings = _settings(args)
-    settings.dataset_file = "coco"
+    settings.dataset_file = "coco" if args.dataset_file == "custom" else args.dataset_file  # whose flags main.py does not have all
     if args.image_size == PRETEXTS[args.pretext].defaults["image_size"]:
         settings.image_size = None
     resolve(settings).num_classes = None  # of the data, whose classes do not matter

@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets.collate import normalize
-from datasets.image_folder import ImageFolder, open_image
+from datasets.image_folder import ImageFile, ImageFolder, open_image
 from datasets.prediction import build_prediction_loader
 from engine import autocast
 from models import build_model
@@ -154,7 +154,7 @@ def predict(detector: Detector, images: ImageFolder, args: Namespace, settings: 
             done.with_objects += bool(found)
             done.best_score = max(done.best_score, float(result["scores"].max()))
             if not args.no_draw:
-                _draw(images.path(number - 1), number, found, args.output_dir / DRAWN, done.page)
+                _draw(images.file(number - 1), images.name(number - 1), number, found, args.output_dir / DRAWN, done.page)
         bar.step(f"{len(done.rows)} objects", len(targets) + len(problems))
     if len(done.problems) == len(images):
         path, reason = done.problems[0]
@@ -162,17 +162,17 @@ def predict(detector: Detector, images: ImageFolder, args: Namespace, settings: 
     return done
 
 
-def _draw(path: str, number: int, found: list[dict], folder: Path, page: list[tuple]) -> None:
+def _draw(file: ImageFile, name: str, number: int, found: list[dict], folder: Path, page: list[tuple]) -> None:
     """Writes NUMBER_NAME.jpg: names alone may repeat in a tree of folders."""
-    image = np.asarray(open_image(path))
+    image = np.asarray(open_image(file))
     boxes = np.array([row["bbox"] for row in found], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     boxes_of = {"boxes": boxes, "labels": [row["category_name"] for row in found], "scores": [row["score"] for row in found]}
-    drawn, file = Image.fromarray(draw_boxes(image, boxes, boxes_of["labels"], boxes_of["scores"])), BytesIO()
-    drawn.save(file, format="JPEG", quality=92)
-    write_atomically(folder / f"{number:06d}_{Path(path).stem}.jpg", lambda out: out.write(file.getvalue()))
+    drawn, content = Image.fromarray(draw_boxes(image, boxes, boxes_of["labels"], boxes_of["scores"])), BytesIO()
+    drawn.save(content, format="JPEG", quality=92)
+    write_atomically(folder / f"{number:06d}_{Path(name).stem}.jpg", lambda out: out.write(content.getvalue()))
     if len(page) < ON_PAGE:
-        page.append((Path(path).name, image, boxes_of))
+        page.append((Path(name).name, image, boxes_of))
 
 
 def earlier_predictions(args: Namespace) -> list[Path]:

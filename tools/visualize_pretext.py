@@ -4,8 +4,9 @@
     python tools/visualize_pretext.py --checkpoint outputs/pretrain/checkpoint.pth --imagenet_path PHOTOGRAPHS --output_dir pictures
     python tools/visualize_pretext.py --checkpoint CHECKPOINT --imagenet_path cat.jpg --boxes 10 20 200 180 --output_dir pictures
 
-`samples.png`: training samples as the model gets them. With a checkpoint also `patches.png`, where each query patch was found (UP-DETR), or
-`objects.png`, proposals and the model's most object-like boxes beside them (DETReg), and the true boxes where `--truth_path` gives labels.
+`samples.png`: training samples as the model gets them. With a checkpoint also `patches.png`, where each query patch was found (UP-DETR) or
+each region of one view in the other (Siamese DETR), or `objects.png`, proposals and the model's most object-like boxes beside them
+(DETReg), and the true boxes where `--truth_path` gives labels.
 It takes all flags of main.py; those of a checkpoint's run are known from it.
 """
 import sys

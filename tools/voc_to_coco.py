@@ -2,21 +2,19 @@
 
     python tools/voc_to_coco.py data/pascal/VOCdevkit --output_dir data/pascal/meta
 
-One file a list, such as voc_trainval2012.cocostyle.json. Boxes are [xmin, ymin, xmax - xmin, ymax - ymin] of the XML files, nothing added
-or taken away, image ids the digits of the names, category ids 0 to 19; `difficult` objects are ordinary ones with a mark. Here such a file
-is read by `--dataset_file custom`; `--dataset_file voc` reads VOCdevkit as it is.
+One file a list, such as voc_trainval2012.cocostyle.json, for other programs. Here `--dataset_file voc_coco` trains and evaluates on
+the same boxes from VOCdevkit itself.
 """
 import argparse
 import json
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
-from datasets.annotations import Annotations
-from datasets.voc import CLASSES, read_voc, voc_root
+from datasets.voc import read_voc, voc_root
+from datasets.voc_coco import coco_style
 from util.files import write_text
 from util.flags import voc_set
 from util.logger import UserError, log
@@ -31,34 +29,6 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
     parser.add_argument("--sets", type=voc_set, nargs="+", default=SETS, metavar="SET", help=f"year and list ({' '.join(SETS)})")
     return parser.parse_args(argv)
-
-
-def coco_style(annotations: Annotations) -> dict[str, Any]:
-    """The published fields; dates and addresses of images are not known."""
-    content = annotations.as_coco()
-    images = {image["id"]: _image(image) for image in content["images"]}
-    rows = zip(content["annotations"], annotations.difficult.tolist(), strict=True)
-    return {
-        "info": {"description": "PASCAL VOC in COCO's format"}, "licenses": [],
-        "categories": [{"id": label, "name": name} for label, name in enumerate(CLASSES)],
-        "images": list(images.values()),
-        "annotations": [_annotation(item, images[item["image_id"]], difficult) for item, difficult in rows],
-    }
-
-
-def _image(image: dict[str, Any]) -> dict[str, Any]:
-    name = Path(image["file_name"]).name
-    return {**image, "id": int(Path(name).stem.replace("_", "")), "file_name": name}
-
-
-def _annotation(item: dict[str, Any], image: dict[str, Any], difficult: bool) -> dict[str, Any]:
-    x, y, width, height = item["bbox"]
-    bbox = [x + 1, y + 1, width - 1, height - 1]
-    return {
-        "id": item["id"], "image_id": image["id"], "category_id": item["category_id"], "iscrowd": 0,
-        "area": bbox[2] * bbox[3], "bbox": bbox, "segmentation": [], "width": image["width"], "height": image["height"],
-        "difficult": difficult,
-    }
 
 
 def main(args: Namespace) -> None:

@@ -40,7 +40,8 @@ def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
 
 
 def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The architecture behind a checkpoint by flag name: (what is certain, what is only likely). `nheads` is used where it says none.
+    """The architecture behind a checkpoint by the names of flags that its detector reads: (what is certain, what is only likely). `nheads`
+    is used where it says none.
 
     Certain is what the weights show and what the stored `args` say. Likely is what a published file without `args`
     usually means, and what may differ without harm.
@@ -57,8 +58,9 @@ def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[s
     if "dc5" in Path(getattr(checkpoint, "source", "")).name.lower():
         likely["dilation"] = True
     _add_position_embedding(certain, likely, state, args, kind)
+    foreign = {flag for entry in DETECTORS.values() for flag in entry.flags} - set(DETECTORS[kind].flags if kind else ())
     for known in (certain, likely):
-        for flag in [flag for flag, value in known.items() if value is None]:
+        for flag in [flag for flag, value in known.items() if value is None or flag in foreign]:
             del known[flag]
     return certain, {flag: value for flag, value in likely.items() if flag not in certain}
 

@@ -16,7 +16,7 @@ import torch
 from util.files import check_apart
 from util.flags import DATASET_PLACES, DEAD_FLAGS, FINETUNE, PRETRAIN, add_flags
 from util.logger import UserError, log
-from util.registry import DETECTORS, PRETEXTS, choose
+from util.registry import DATASETS, DETECTORS, PRETEXTS, choose
 
 # The value of a flag that was not given. The detector's line in `util.registry` may change it, and the pretext's changes that.
 DEFAULTS: dict[str, object] = {
@@ -68,6 +68,7 @@ DEFAULTS: dict[str, object] = {
     "box_disturbance": 0.1,
     "view_iou": 0.5,
     "view_shrink": True,
+    "teacher_momentum": None,
     "object_embedding_loss": False,
     "object_embedding_coef": 1.0,
     "obj_embedding_head": "intermediate",
@@ -85,6 +86,7 @@ DEFAULTS: dict[str, object] = {
     "voc_val": ["2007_test"],
     "voc_metric": "11point",
     "filter_pct": -1.0,
+    "novel_split": 1,
     "data_root": "data",
     "image_size": 800,
     "num_workers": 2,
@@ -102,8 +104,9 @@ DEFAULTS: dict[str, object] = {
 }
 
 SMALLEST_IMAGE = 32  # pixels: the stride of the backbone
-# Flag of a place -> the `--dataset_file` that reads it.
+# Flag of a place -> the `--dataset_file` that DETReg's `--dataset` means by it.
 PLACES = {"coco_path": "coco", "voc_path": "voc", "airbus_path": "airbus_ship"}
+FEW_SHOT = ("shots", "few_shot_file", "novel_classes")
 OWN_DATA = ("train_images", "train_annotations", "val_images", "val_annotations")
 BACKBONE_WEIGHT_ALIASES = {"supervised": "imagenet", "random": "none", "": "none"}
 
@@ -126,6 +129,8 @@ class Parser(argparse.ArgumentParser):
         other = FINETUNE if self.prog == PRETRAIN else PRETRAIN
         if flag in make_parser(other)._option_string_actions:
             return f"{flag} is a flag of {other}, not of {self.prog}"
+        if word.endswith(".tar"):
+            return f"unknown argument {word}: put a pattern of tar files into quotes, or the shell makes several words of it"
         nearest = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.65)
         return f"unknown argument {word}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
 
@@ -146,15 +151,16 @@ def check_right_script(argv: list[str]) -> None:
     """Refuses, with the exact command to use, to pre-train with flags that only make sense for `finetune_main.py`.
 
     Raises:
-        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` or `--dataset coco` without `--pretext`.
+        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` or `--dataset coco` (voc, airbus) without `--pretext`.
     """
     flags = {word.split("=")[0] for word in argv}
     pretext = {"--eval"} if "--pretext" in flags else set()  # evaluates a pre-trained model
     wrong = [flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags - pretext]
     if "--coco_path" in flags and not {"--pretext", "--imagenet_path"} & flags:
         wrong.append("--coco_path without --pretext")
-    if "--dataset=coco" in argv or ("--dataset", "coco") in itertools.pairwise(argv):  # DETReg's name of the labelled images
-        wrong += ["--dataset coco without --pretext"] if "--pretext" not in flags else []
+    for name in ("coco", "voc", "airbus") if "--pretext" not in flags else ():  # DETReg's names of labelled images
+        if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
+            wrong.append(f"--dataset {name} without --pretext")
     if wrong:
         raise UserError(
             f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:\n"
@@ -193,15 +199,18 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     script = getattr(args, "script", FINETUNE)
     set_default(args, "detector", "detr")
     set_default(args, "pretext", "random_query_patch" if script == PRETRAIN else None)
+    set_default(args, "dataset_file", DEFAULTS["dataset_file"])
     if script == PRETRAIN:
         set_default(args, "eval_every", 0)  # never: pre-training needs no labels
-    for name, value in {**DEFAULTS, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}.items():
+    data = choose(DATASETS, "--dataset_file", args.dataset_file).defaults
+    for name, value in {**DEFAULTS, **data, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}.items():
         set_default(args, name, value)
     set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     if "num_workers" not in _given(args):
         args.num_workers = min(args.num_workers, usable_cores())
     schedule = ("lr_drop_epochs", "max_iters", "lr_drop_iters")
-    for name in ("eval", "overwrite", "dry_run", "imagenet_path", *PLACES, "split_file", "max_size", *schedule, *OWN_DATA):
+    for name in ("eval", "overwrite", "dry_run", "imagenet_path", *PLACES, "split_file", "max_size", *schedule, *OWN_DATA, "few_shot",
+                 *FEW_SHOT):
         if not hasattr(args, name):
             setattr(args, name, None)
     if script == PRETRAIN:
@@ -244,10 +253,9 @@ def _resolve_dataset(args: argparse.Namespace) -> None:
         return
     flag, folder = DATASET_PLACES[name]
     script = getattr(args, "script", FINETUNE)
-    if flag not in vars(make_parser(script).parse_args([])):
-        kind, other = ("without", PRETRAIN) if script == FINETUNE else ("with", FINETUNE)
-        raise UserError(f"--dataset {name} has images {kind} labels, for {other}")
-    if script == FINETUNE and not was_given(args, "dataset_file"):
+    if script == FINETUNE and flag not in PLACES:
+        raise UserError(f"--dataset {name} has images without labels, for {PRETRAIN}")
+    if flag in PLACES and not was_given(args, "dataset_file"):
         args.dataset_file = PLACES[flag]
     if not any(getattr(args, other, None) for other in ("imagenet_path", *PLACES, "train_images")):
         setattr(args, flag, str(Path(args.data_root) / folder))
@@ -273,6 +281,9 @@ def _check(args: argparse.Namespace) -> None:
     _check_readers(args, "detector", DETECTORS)
     if args.pretext:
         _check_readers(args, "pretext", PRETEXTS)
+        classes = PRETEXTS[args.pretext].defaults.get("num_classes", args.num_classes)
+        if args.num_classes != classes:
+            raise UserError(f"--num_classes {args.num_classes}: --pretext {args.pretext} has {classes} classes: leave it out")
     if args.hidden_dim % args.nheads:
         raise UserError(f"--hidden_dim {args.hidden_dim} can't be split over --nheads {args.nheads}: choose a multiple of it")
     if args.hidden_dim % 4:
@@ -287,6 +298,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--view_iou {args.view_iou} must lie between 0 and 1")
     if not 0 <= args.box_disturbance < 0.5:
         raise UserError(f"--box_disturbance {args.box_disturbance} must lie in [0, 0.5): both corners of a box move by as much of its side")
+    if args.teacher_momentum is not None and not 0 <= args.teacher_momentum <= 1:
+        raise UserError(f"--teacher_momentum {args.teacher_momentum:g} must lie in [0, 1], for instance 0.99")
     if args.eval and not (args.resume or args.pretrain):
         raise UserError("--eval needs the detector to evaluate: add --resume PATH")
     if args.eval and args.dry_run:
@@ -311,6 +324,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
     given = args.__dict__.get("_given", _given(args))
     for name in ("epochs", "lr_drop", "lr_drop_epochs", "start_epoch") if args.max_iters else ():
         if name in given and getattr(args, name):
+            if "max_iters" not in given:
+                raise UserError(f"--{name} counts epochs and this checkpoint's --max_iters {args.max_iters} iterations: change that one")
             raise UserError(f"--{name} counts epochs and --max_iters {args.max_iters} iterations: give one of them")
 
 
@@ -350,21 +365,38 @@ def flags_read(args: argparse.Namespace) -> set[str]:
 
 
 def _check_data(args: argparse.Namespace) -> None:
-    own = [name for name in OWN_DATA if getattr(args, name)]
-    if own and args.dataset_file in PLACES.values():
+    own, places = [name for name in OWN_DATA if getattr(args, name)], DATASETS[args.dataset_file].places
+    if own and places and own[0] not in places:
         raise UserError(f"--{own[0]} {getattr(args, own[0])} is for own data: add --dataset_file custom")
-    for name, kind in PLACES.items():
-        if getattr(args, name) and args.dataset_file in {"custom", *PLACES.values()} - {kind}:
-            takes = {**{other: [flag] for flag, other in PLACES.items()}, "custom": OWN_DATA}[args.dataset_file]
+    for name in PLACES if places else ():
+        if getattr(args, name) and name not in places:
             raise UserError(f"--{name} {getattr(args, name)} is not for --dataset_file {args.dataset_file}: give "
-                            + " ".join(f"--{flag}" for flag in takes))
+                            + " ".join(f"--{flag}" for flag in places))
     if args.split_file and args.filter_pct > 0:
         raise UserError(f"--split_file {args.split_file} and --filter_pct {args.filter_pct:g} both say what to train on: give one of them")
-    sources = [name for name in ("imagenet_path", "coco_path", "train_images") if getattr(args, name)]
+    _check_few_shot(args)
+    sources = [name for name in ("imagenet_path", *PLACES, "train_images") if getattr(args, name)]
     if args.imagenet_path and len(sources) > 1:
         raise UserError(f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them")
     if getattr(args, "script", FINETUNE) == PRETRAIN and args.output_dir:
         check_apart(args.output_dir, args.imagenet_path or args.train_images or "")
+
+
+def _check_few_shot(args: argparse.Namespace) -> None:
+    given = [name for name in FEW_SHOT if getattr(args, name)] + (["novel_split"] if args.novel_split != 1 else [])
+    if given and not args.few_shot:
+        raise UserError(f"--{given[0]} says nothing without --few_shot: add --few_shot base, novel or all")
+    if args.novel_split != 1 and (args.novel_classes or "voc_path" not in DATASETS[args.dataset_file].places):
+        raise UserError(f"--novel_split {args.novel_split} is a published list of VOC's classes: leave it out, and name others by "
+                        "--novel_classes")
+    drawn = [name for name in ("shots", "few_shot_file") if getattr(args, name)]
+    if args.few_shot == "base" and drawn:
+        raise UserError(f"--{drawn[0]} draws objects of novel or of all classes, --few_shot base takes all of its classes: leave one out")
+    if args.few_shot in ("novel", "all") and not drawn and not args.eval:
+        raise UserError(f"--few_shot {args.few_shot} needs the objects to train on: add --shots K or --few_shot_file PATH")
+    for name, other in (("filter_pct", args.filter_pct > 0), ("split_file", args.split_file)) if drawn else ():
+        if other:
+            raise UserError(f"--{drawn[0]} and --{name} both say what to train on: give one of them")
 
 
 def was_given(args: argparse.Namespace, name: str) -> bool:

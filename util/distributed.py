@@ -2,12 +2,15 @@
 import datetime
 import os
 import subprocess
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from util.logger import UserError, log
+
+Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
@@ -45,6 +48,32 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """The values of the first process, in place."""
+    for tensor in tensors if is_distributed() else ():
+        dist.broadcast(tensor, 0)
+
+
+def from_main(make: Callable[[], Result]) -> Result:
+    """What the main process makes, on every process; the others wait for it.
+
+    Raises:
+        UserError: on every process, where `make` raised it.
+    """
+    if not is_distributed():
+        return make()
+    made: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            made[0] = make()
+        except UserError as error:
+            made[1] = str(error)
+    dist.broadcast_object_list(made, src=0)
+    if made[1] is not None:
+        raise UserError(made[1])
+    return made[0]
 
 
 def _slurm_environment() -> None:

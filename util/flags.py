@@ -184,7 +184,8 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     _schedule(group, "--epochs", STEPS, "pre-training 60, DETR 300, Conditional and Deformable DETR 50")
     _schedule(group, "--lr_drop", STEPS, "rate x 0.1 after as many (pre-training 40, DETR 200, else 40)", metavar="EPOCHS")
     _schedule(group, "--lr_drop_epochs", STEPS, "rate x 0.1 at these, in place of --lr_drop", nargs="+", metavar="EPOCH")
-    _schedule(group, "--max_iters", EPOCHS, "length of training in place of --epochs", metavar="STEPS")
+    _schedule(group, "--max_iters", EPOCHS, "length of training in place of --epochs; a longer one of a finished run begins a new epoch",
+              metavar="STEPS")
     _schedule(group, "--lr_drop_iters", EPOCHS, "rate x 0.1 after as many, with --max_iters", metavar="STEPS")
     group.add_argument("--lr_backbone_names", nargs="+", metavar="PART",
                        help="parameters with such a part in their name learn at --lr_backbone (backbone; Deformable DETR backbone.0)")
@@ -242,7 +243,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--coco_path", metavar="DIR", help="annotations/ beside train2017/ and val2017/, or beside images/train2017/")
     group.add_argument("--data_root", metavar="DIR",
                        help="folder that holds MSCoco, pascal/VOCdevkit, airbus-ship-detection, used where no other place is given (data)")
-    group.add_argument("--dataset_file", choices=tuple(DATASETS), help="kind of labelled data; custom: see --train_images (coco)")
+    group.add_argument("--dataset_file", choices=tuple(DATASETS),
+                       help="kind of data; pre-training takes its images without labels; custom: see --train_images (coco)")
+    group.add_argument("--voc_path", metavar="DIR", help="VOCdevkit, with VOC2007 and VOC2012 in it")
+    group.add_argument("--voc_train", type=voc_set, nargs="+", metavar="SET",
+                       help="its lists to train on (2007_trainval 2012_trainval; voc_coco 2012_trainval)")
+    group.add_argument("--voc_val", type=voc_set, nargs="+", metavar="SET", help="and to evaluate on (2007_test)")
+    group.add_argument("--airbus_path", metavar="DIR", help="train_v2/ beside train_ship_segmentations_v2.csv")
     group.add_argument("--dataset", choices=tuple(DATASET_PLACES),
                        help="DETReg's name for what lies in --data_root: ilsvrc, ilsvrc100, MSCoco, pascal, airbus-ship-detection")
     group.add_argument("--train_images", metavar="DIR", help="own data: the folder that the names in the annotations count from")
@@ -254,7 +261,9 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pretext")
     group.add_argument("--pretext", choices=tuple(PRETEXTS), help="what is learnt without labels (random_query_patch)")
-    group.add_argument("--imagenet_path", metavar="DIR", help="unlabelled images: any folder tree; else the images of --coco_path")
+    group.add_argument("--imagenet_path", metavar="DIR",
+                       help="unlabelled images: any folder tree, a list of files, tar files or a pattern of them; else those of "
+                            "--dataset_file")
     group.add_argument("--proposals", type=proposal_name, metavar="NAME|file:PATH",
                        help=f"where boxes come from: {', '.join(_proposal_names())}; see docs/proposals.md (random; region_prior "
                             "selective_search, siamese edge_boxes)")
@@ -276,12 +285,15 @@ def add_pretext_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--view_iou", type=positive(float), help="siamese: overlap of the two views (0.5)")
     group.add_argument("--no_view_shrink", dest="view_shrink", action="store_false", default=None,
                        help="siamese: views overlap by exactly that, not by it or more")
+    group.add_argument("--teacher_momentum", type=_finite, metavar="M",
+                       help="siamese: targets come from a moving average of the network, with this momentum at first (off; 0.99)")
     _switch(group, "--feature_recon", "reconstruct the patches' features")
     _switch(group, "--fre_cnn", "freeze the backbone")
     _switch(group, "--query_shuffle", "assign queries to patches anew in each step")
     group.add_argument("--num_classes", type=positive(),
                        help="classes of the head (2; region_prior 91, whose class 1 is `object`; 1: objectness alone)")
-    _switch(group, "--eval", "with --resume: how well the model's boxes cover the objects of COCO's validation images, and nothing else")
+    _switch(group, "--eval", "with --resume: how well the model's boxes cover the objects of validation images of --dataset_file, whatever "
+                             "their class; and nothing else")
     _switch(group, "--viz", "with --resume: proposals, the model's boxes and the true ones of some of those images in objects.png")
     group.add_argument("--eval_every", type=positive(), metavar="EPOCHS",
                        help="the numbers of --eval in training, after as many epochs, and the last (never)")
@@ -299,13 +311,16 @@ def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train_annotations", metavar="FILE", help="own data: a COCO file, or a folder of VOC's XML; gives the classes too")
     group.add_argument("--val_images", metavar="DIR", help="own data: images for evaluation")
     group.add_argument("--val_annotations", metavar="FILE", help="own data: their annotations; classes are told by name")
-    group.add_argument("--voc_path", metavar="DIR", help="VOCdevkit, with VOC2007 and VOC2012 in it")
-    group.add_argument("--voc_train", type=voc_set, nargs="+", metavar="SET", help="its lists to train on (2007_trainval 2012_trainval)")
-    group.add_argument("--voc_val", type=voc_set, nargs="+", metavar="SET", help="and to evaluate on (2007_test)")
     group.add_argument("--voc_metric", choices=("11point", "area"), help="which AP of VOC counts; both are written down (11point)")
-    group.add_argument("--airbus_path", metavar="DIR", help="train_v2/ beside train_ship_segmentations_v2.csv")
     group.add_argument("--filter_pct", type=share, metavar="SHARE", help="train on this share of the images, drawn by --seed (-1: all)")
     group.add_argument("--split_file", metavar="FILE", help="train on the images of this file of tools/make_split.py, or of subset.json")
+    group.add_argument("--few_shot", choices=("base", "novel", "all"),
+                       help="train on objects of these classes only, novel or all with --shots or --few_shot_file; evaluate base and novel")
+    group.add_argument("--shots", type=positive(), metavar="K", help="few_shot: K objects of each class, drawn by --seed")
+    group.add_argument("--few_shot_file", metavar="PATH",
+                       help="few_shot: the objects of a COCO file or subset.json, or with --shots of a published folder of such files")
+    group.add_argument("--novel_classes", nargs="+", metavar="NAME", help="few_shot: which are novel (coco: the 20 that VOC has too)")
+    group.add_argument("--novel_split", type=int, choices=(1, 2, 3), help="few_shot: novel classes of voc, by published number (1)")
     group.add_argument("--num_classes", type=positive(),
                        help="largest category id + 1 (91; voc 20, airbus_ship 1; own data: as many as the file has)")
     group.add_argument("--classification", choices=("softmax", "focal"), help="DETR softmax, Conditional and Deformable DETR focal")

@@ -41,23 +41,44 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
     A last line that was cut off is left out.
 
     Raises:
-        UserError: there is no such file, or a line in its middle is no JSON object.
+        UserError: there is no such file or it is no text, a line in its middle is no JSON object, or a line has text where numbers belong.
     """
     path = Path(run) / "log.txt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise UserError(f"{path}: there is no such log; give a run's output folder or its log.txt")
     epochs: dict[int, dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text ({error.reason} at byte {error.start}): give a run's output folder or its log.txt") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict):
+            wrong = next((key for key, value in entry.items() if not _as_logged(key, value)), None)
+            if wrong is not None:
+                raise UserError(f"{path}, line {number}: {wrong} is {str(entry[wrong])[:60]!r}; correct or remove the line")
             epochs[entry.get("epoch", number - 1)] = entry
-        except (ValueError, AttributeError):
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not a JSON object; remove the line") from None
+        elif number < len(lines):
+            raise UserError(f"{path}, line {number}: not a JSON object; remove the line")
     return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+def _as_logged(key: str, value: Any) -> bool:
+    """Whether what is read of a log's line is of the right kind; all other keys are anyone's."""
+    if key == "epoch":
+        return type(value) is int
+    if key == "test_coco_eval_bbox":
+        return not value or isinstance(value, list) and len(value) > 1 and all(map(_is_number, value))
+    return _is_number(value) or not key.startswith(("train_loss", "train_seconds", "n_parameters"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def curve(entries: Sequence[Mapping[str, Any]], key: str, index: int | None = None) -> tuple[list[int], list[float]]:

@@ -177,7 +177,7 @@ def describe_settings(args: Namespace) -> None:
     """Every resolved flag, in as few lines as fit: those given, those taken over from a checkpoint, and the defaults. Without those that
     only another script, detector or pretext reads."""
     settings, origins = plain_settings(args), setting_origins(args)
-    read = flags_read(args)
+    read = flags_read(args) - ({"epochs", "lr_drop"} if args.max_iters else set())
     shown = {name: value for name, value in settings.items() if value not in (None, "", False, []) and name in read}
     defaults = [name for name in shown if name not in (*origins["given"], *origins["adopted"])]
     for title, names in (("given", origins["given"]), ("from the checkpoint", origins["adopted"]), ("defaults", defaults)):

@@ -29,7 +29,7 @@ td { overflow-wrap: anywhere } summary { cursor: pointer } .note { color: #555 }
 FILES = {
     SETTINGS: "every setting, which were given and which come from a checkpoint, versions, device, fingerprint of the data, model",
     EVAL_SETTINGS: "the same of the last run with --eval",
-    "subset.json": "the images that it learns from, where these are a part of the data",
+    "subset.json": "the images, or the objects of few shots, that it learns from, where these are a part of the data",
     "log.txt": "one JSON object an epoch: train_* and test_* values (train_seconds: of training, so far)",
     "curves.png": "losses and AP so far",
     "samples.png": "training images with their boxes, as the model gets them",
@@ -172,6 +172,10 @@ def _numbers(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str:
         cells = [(name, [f"{value:.3f}" for value in stats[: len(BBOX_STATS)]]) for name, stats in rows]
         parts.append("<h2>Average precision on held-out images</h2>" + table(BBOX_STATS[: len(rows[0][1])], cells))
         parts.append('<p class="note">AP: over IoU 0.50 to 0.95. -1: the data has no object of that size.</p>')
+    groups = read_record(folder / "metrics.json").get("few_shot")
+    if groups:
+        cells = [(name, [f"{value:.3f}" for value in values]) for name, values in groups.items()]
+        parts.append("<h2>Base and novel classes, last evaluation</h2>" + table(BBOX_STATS[:3], cells))
     names = loss_names(entries)
     if names:
         ends = dict.fromkeys((0, len(entries) - 1))  # one row where there is one epoch

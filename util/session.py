@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from util.arguments import OWN_DATA, PLACES, given_flags, resolve, set_default
+from util.arguments import FEW_SHOT, OWN_DATA, PLACES, given_flags, resolve, set_default
 from util.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.flags import FINETUNE, PRETRAIN
@@ -23,7 +23,8 @@ OWN_TO_A_SESSION = {
     "backbone_weights", "ms_deform_attn",
 }
 # Not taken over by a run on another kind of data.
-DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "filter_pct", "split_file", *PLACES, *OWN_DATA}
+DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "filter_pct", "split_file", "few_shot", "novel_split",
+               *FEW_SHOT, *PLACES, *OWN_DATA}
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 

@@ -23,7 +23,7 @@ from util.random_state import SampleRandom
 from util.registry import PROPOSALS, choose, load
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFolder
+    from datasets.image_folder import ImageFiles
 
 Proposals = Callable[[Tensor, SampleRandom, str], Tensor]
 STRATEGIES = ("topk", "random", "mc")
@@ -31,7 +31,7 @@ MC_RANKS = 300  # importance sampling draws from as many of the first boxes
 JITTER = 0.1  # share of its width and height by which a corner of a repeated box moves at most
 
 
-def build_proposals(args: Namespace, images: "ImageFolder | None" = None) -> Proposals:
+def build_proposals(args: Namespace, images: "ImageFiles | None" = None) -> Proposals:
     """The method that `args.proposals` names, from the store `args.cache_path` where that is given.
 
     images: the data set, of which stored boxes must know every image.

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from datasets.image_folder import PackedStrings
+from datasets.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch, Found
 from datasets.proposals.store import ProposalStore, StoredProposals, is_store
 from util.logger import UserError
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFolder
+    from datasets.image_folder import ImageFiles
 
 FORMS = "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a store of tools/cache_proposals.py"
 # What a pickled array of NumPy is made of: nothing else is let in, so that no file runs code.
@@ -56,7 +56,7 @@ class FileProposals(BoxSearch):
     def knows(self, name: str) -> bool:
         raise NotImplementedError
 
-    def check(self, images: "ImageFolder") -> None:
+    def check(self, images: "ImageFiles") -> None:
         missing = [name for name in map(images.name, range(len(images))) if not self.knows(name)]
         if missing:
             raise UserError(f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}: {self.hint}")
@@ -159,7 +159,7 @@ class FolderProposals(FileProposals):
     def knows(self, name: str) -> bool:
         return self._find(name) is not None
 
-    def check(self, images: "ImageFolder") -> None:
+    def check(self, images: "ImageFiles") -> None:
         super().check(images)
         used: dict[Path, str] = {}
         for name in map(images.name, range(len(images))):

@@ -13,7 +13,7 @@ from util.logger import UserError
 from util.random_state import SampleRandom
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFolder
+    from datasets.image_folder import ImageFiles
 
 PACKAGE = "opencv-contrib-python-headless"
 Found = tuple[np.ndarray, np.ndarray | None]
@@ -40,7 +40,7 @@ class BoxSearch:
         """
         raise NotImplementedError
 
-    def check(self, images: "ImageFolder") -> None:
+    def check(self, images: "ImageFiles") -> None:
         """Refuses a data set for which boxes are missing."""
 
     def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:

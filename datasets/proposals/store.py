@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.image_folder import PackedStrings
+from datasets.image_folder import file_size
+from datasets.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch, Found
 from datasets.sample import BadImageError
 from util.logger import UserError, log
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFolder
+    from datasets.image_folder import ImageFiles
 
 FORMAT = 1
 HEADER = "header.json"
@@ -150,7 +151,7 @@ class StoredProposals(BoxSearch):
                 f"another store with {TOOL}, or take it as it is by --proposals file:{folder} without --cache_path"
             )
 
-    def check(self, images: "ImageFolder") -> None:
+    def check(self, images: "ImageFiles") -> None:
         """
         Raises:
             UserError: images are missing, or files are not those that were searched (their size differs; a few are looked at).
@@ -159,14 +160,14 @@ class StoredProposals(BoxSearch):
         step = max(len(images) // SPOT_CHECKS, 1)
         for i in range(0, len(images), step):
             row = self.store.names.find(images.name(i))
-            size = os.path.getsize(images.path(i)) if os.path.exists(images.path(i)) else None
+            size = file_size(images.file(i))
             if size is not None and size != self.store.file_bytes[row]:
                 raise self._changed(images.path(i), f"{size} bytes", f"{self.store.file_bytes[row]}")
         header = self.store.header
         log.info("proposals: %s, %d boxes in %d images, of which %d could not be read", self.store.folder, header["boxes"],
                  header["images"], header["unreadable"])
 
-    def _check_names(self, images: "ImageFolder") -> None:
+    def _check_names(self, images: "ImageFiles") -> None:
         if images.fingerprint() == self.store.header["names"]:
             return
         known = {self.store.names[i] for i in range(len(self.store.names))}

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from datasets.image_folder import PackedStrings, open_image
+from datasets.image_folder import ImageFile, ImageFiles, open_image, read_bytes
+from datasets.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch
 from datasets.proposals.store import FORMAT, HEADER, TOOL, ProposalStore, is_store
 from datasets.sample import BadImageError
@@ -29,13 +30,16 @@ LARGEST_SIDE = 65535  # pixels that a corner in 16 bits can say
 
 @dataclass
 class Plan:
-    """What a store is made of. Names count from `base`, sorted, each once; `title` is what --proposals says."""
+    """What a store is made of. The images are sorted by name, each once; `title` is what --proposals says."""
 
     folder: Path
-    base: Path
-    names: PackedStrings
+    images: ImageFiles
     method: BoxSearch
     title: str
+
+    @property
+    def names(self) -> PackedStrings:
+        return self.images.names
 
     @property
     def chunk_size(self) -> int:
@@ -120,11 +124,11 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[int, int]:
 def _search(plan: Plan, index: int) -> tuple:
     """(boxes, scores or NaN, (height, width), (file bytes, CRC-32), why it can't be used or "")."""
     name = plan.names[index]
-    path = plan.base / name
+    file = plan.images.file(index)
     identity = (0, 0)
     try:
-        identity = file_identity(path)
-        image = np.asarray(open_image(str(path)))
+        identity = file_identity(file)
+        image = np.asarray(open_image(file))
         if max(image.shape[:2]) > LARGEST_SIDE:
             raise BadImageError(f"{image.shape[1]} x {image.shape[0]} pixels: a side may have {LARGEST_SIDE}")
         boxes, scores = plan.method.search(image, name)
@@ -135,16 +139,13 @@ def _search(plan: Plan, index: int) -> tuple:
     return boxes, scores, image.shape[:2], identity, ""
 
 
-def file_identity(path: Path) -> tuple[int, int]:
+def file_identity(file: ImageFile) -> tuple[int, int]:
     """(bytes, CRC-32) of a file.
 
     Raises:
         BadImageError: it can't be read.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadImageError(error.strerror or str(error)) from error
+    content = read_bytes(file)
     return len(content), zlib.crc32(content)
 
 

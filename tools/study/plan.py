@@ -1,0 +1,279 @@
+"""The runs of a transfer study: which there are, what each needs, and the public command of each.
+
+Words of commands have {data} and {study} in place of the two folders, so that a study can be moved to another machine and go on there.
+"""
+import math
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tools.study.prepare import annotation_file, steps_an_epoch
+from tools.study.presets import (
+    DETECTOR_FLAGS,
+    NONE,
+    PRESETS,
+    RATE_DROP,
+    UNTRAINED,
+    Flags,
+    Preset,
+    Variant,
+    pretext_flags,
+    variant_of,
+)
+from util.flags import FINETUNE, PRETRAIN
+from util.logger import UserError
+
+STORED = ("selective_search", "edge_boxes")  # methods whose boxes are searched once, before pre-training
+RESULTS = {  # kind of a step -> the file that a finished one has
+    "proposals": "header.json", "pretrain": "checkpoint.pth", "recall": "proposal_metrics.json", "finetune": "log.txt", "choose": "log.txt",
+}
+UNTRAINED_RATE = 1e-12  # one step at it leaves a model as it was initialised
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of the study. name: its folder below the study's. words: the command without `python`. needs: names of other steps.
+    pretrain_seed: of the pre-training that it is, evaluates or starts from."""
+
+    name: str
+    kind: str
+    words: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    detector: str = ""
+    variant: str = ""
+    fraction: float | None = None
+    seed: int | None = None
+    pretrain_seed: int | None = None
+    rate: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a report needs to find it."""
+        return {key: value for key, value in vars(self).items() if key not in ("words", "needs") and value not in ("", None)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; rate: of fine-tuning, None: as the detector has it."""
+
+    preset: Preset
+    detectors: Sequence[str]
+    variants: Sequence[Variant]
+    fractions: Sequence[float]
+    seeds: Sequence[int]
+    pretrain_seeds: Sequence[int]
+    backbone: Flags
+    rate: float | None
+
+
+def options_of(args: Namespace, manifest: dict[str, Any], rate: float | None = None) -> Options:
+    """
+    Raises:
+        UserError: a fraction that was not prepared.
+    """
+    prepared = {1.0, *manifest["settings"]["fractions"]}
+    for fraction in args.fractions:
+        if fraction not in prepared:
+            known = " ".join(f"{other:g}" for other in sorted(prepared))
+            raise UserError(f"--fractions {fraction:g}: {args.data} has {known}; prepare data with it")
+    preset = PRESETS[args.preset]
+    names = dict.fromkeys([*args.pretexts, *args.ablations])
+    weights = args.backbone_weights
+    if weights and Path(weights).exists():
+        weights = str(Path(weights).resolve())
+    backbone = {name: value for name, value in (("backbone", args.backbone), ("backbone_weights", weights)) if value}
+    return Options(preset, args.detectors, [variant_of(name) for name in names], args.fractions, args.seeds, args.pretrain_seeds, backbone,
+                   rate or next(iter(preset.rates), None))
+
+
+def make_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
+    """In the order in which they shall run: all rows of the first seed, then all of the next, so that a stopped study is balanced."""
+    steps: dict[str, Step] = {}
+    for number, seed in enumerate(options.seeds):
+        pretrain_seed = options.pretrain_seeds[number % len(options.pretrain_seeds)]
+        for detector in options.detectors:
+            pretrained = [variant for variant in options.variants if variant.name != NONE]
+            _add(steps, *_before(options, manifest, detector, pretrained, pretrain_seed))
+            for fraction in options.fractions:
+                for variant in options.variants:
+                    _add(steps, finetune_step(options, manifest, detector, variant, fraction, seed, pretrain_seed))
+    return list(steps.values())
+
+
+def choice_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
+    """Every row at every rate of the preset, on all labels and the first seed, evaluated on val.
+
+    Raises:
+        UserError: the preset has no rates to choose from.
+    """
+    if len(options.preset.rates) < 2:
+        raise UserError("--choose lr: this preset has no rates to choose from; leave it out")
+    first = replace(options, seeds=options.seeds[:1], fractions=[max(options.fractions)])
+    steps = {step.name: step for step in make_plan(first, manifest) if step.kind in ("proposals", "pretrain")}
+    for rate in options.preset.rates:
+        for detector in options.detectors:
+            for variant in options.variants:
+                at_rate, name = replace(first, rate=rate), f"choose/{detector}/{variant.name}/lr{rate:g}"
+                step = finetune_step(at_rate, manifest, detector, variant, first.fractions[0], first.seeds[0], options.pretrain_seeds[0])
+                words = tuple(word.replace("test.json", "val.json").replace(step.name, name) for word in step.words)
+                _add(steps, replace(step, name=name, kind="choose", words=words, rate=rate))
+    return list(steps.values())
+
+
+def _add(steps: dict[str, Step], *more: Step) -> None:
+    for step in more:
+        steps.setdefault(step.name, step)
+
+
+def _before(options: Options, manifest: dict[str, Any], detector: str, variants: list[Variant], seed: int) -> Iterator[Step]:
+    """Stores of proposals, pre-training, and recall right after it, beside that of an untrained model and of the proposals."""
+    if not variants:
+        return
+    for variant in variants:
+        yield from _store_steps(options, variant)
+    for variant in variants:
+        yield pretrain_step(options, manifest, detector, variant, seed)
+    yield untrained_step(options, manifest, detector, seed)
+    for name in [*(variant.name for variant in variants), UNTRAINED]:
+        model, what = f"pretrain/{detector}/{name}_seed{seed}", f"recall/{detector}/{name}_seed{seed}"
+        yield recall_step(options, manifest, what, {"checkpoint": f"{{study}}/{model}/checkpoint.pth"}, needs=(model,), detector=detector,
+                          variant=name, pretrain_seed=seed)
+    for method in dict.fromkeys(["random", *(_method(options, variant) for variant in variants)]):
+        if method in ("random", *STORED):
+            yield recall_step(options, manifest, f"recall/proposals/{method}", {"proposals": method}, variant=method)
+
+
+# --------------------------------------------------------------------------------------------------------------------- the runs
+
+
+def _method(options: Options, variant: Variant) -> str:
+    return pretext_flags(options.preset, variant).get("proposals", "random")
+
+
+def _images(variant: Variant) -> str:
+    return "{data}/labelled/true_boxes.txt" if variant.true_boxes else "{data}/unlabelled.txt"
+
+
+def _store(options: Options, variant: Variant) -> str:
+    """Name of the step that makes its proposals, empty where they need no store."""
+    method = _method(options, variant)
+    return f"proposals/{method}{'_labelled' if variant.true_boxes else ''}" if method in STORED else ""
+
+
+def _store_steps(options: Options, variant: Variant) -> Iterator[Step]:
+    name = _store(options, variant)
+    if name:
+        flags = {"images": _images(variant), "proposals": _method(options, variant), "output_dir": f"{{study}}/{name}"}
+        yield Step(name, "proposals", words_of("tools/cache_proposals.py", flags))
+
+
+def pretrain_step(options: Options, manifest: dict[str, Any], detector: str, variant: Variant, seed: int) -> Step:
+    """
+    Raises:
+        UserError: an ablation that can't be made of a config.
+    """
+    preset, store = options.preset, _store(options, variant)
+    config = preset.configs.get((detector, variant.pretext))
+    if config and None in variant.changes.values():
+        raise UserError(f"--ablations {variant.name} leaves out what configs/{config}.sh sets: use another preset")
+    flags = {**preset.pretrain, **pretext_flags(preset, variant), "imagenet_path": _images(variant)}
+    flags["cache_path"] = f"{{study}}/{store}" if store else None
+    flags |= _length(preset, 0)
+    return _pretraining(options, manifest, detector, variant.name, variant.pretext, flags, seed, (store,) if store else ())
+
+
+def untrained_step(options: Options, manifest: dict[str, Any], detector: str, seed: int) -> Step:
+    """A model as it is before its first step, whatever the pretext: recall needs something to compare with."""
+    flags = {**options.preset.pretrain, **options.preset.pretexts["random_query_patch"], "imagenet_path": "{data}/unlabelled.txt"}
+    flags |= {"fre_cnn": True, "lr": UNTRAINED_RATE, "max_iters": 1, "lr_drop_iters": 1}
+    return _pretraining(options, manifest, detector, UNTRAINED, "random_query_patch", flags, seed, ())
+
+
+def _pretraining(
+    options: Options, manifest: dict[str, Any], detector: str, name: str, pretext: str, flags: Flags, seed: int, needs: tuple[str, ...],
+) -> Step:
+    preset, folder = options.preset, f"pretrain/{detector}/{name}_seed{seed}"
+    config = preset.configs.get((detector, pretext)) if name != UNTRAINED else None
+    script = f"configs/{config}.sh" if config else PRETRAIN
+    first = {} if config else {"pretext": pretext, "detector": detector}
+    flags = {**first, **_model(options, detector), **flags, **_shared(manifest, preset.batch[0], seed, folder)}
+    return Step(folder, "pretrain", words_of(script, flags), needs, detector, name, pretrain_seed=seed)
+
+
+def finetune_step(
+    options: Options, manifest: dict[str, Any], detector: str, variant: Variant, fraction: float, seed: int, pretrain_seed: int,
+) -> Step:
+    preset, folder = options.preset, f"finetune/{detector}/{variant.name}/{fraction:g}_seed{seed}"
+    pretrained = "" if variant.name == NONE else f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}"
+    flags = {"detector": detector, **_model(options, detector), **preset.finetune, **_length(preset, 1), "dataset_file": "custom"}
+    if options.rate:
+        flags |= {"lr": options.rate, "lr_backbone": options.rate * preset.backbone_rate}
+    flags |= {"train_images": "{data}/labelled", "train_annotations": f"{{data}}/{annotation_file(fraction)}", **_test_data()}
+    flags |= {"eval_every": _eval_every(preset, manifest), **_shared(manifest, preset.batch[1], seed, folder)}
+    flags["pretrain"] = f"{{study}}/{pretrained}/checkpoint.pth" if pretrained else None
+    return Step(folder, "finetune", words_of(FINETUNE, flags), (pretrained,) if pretrained else (), detector, variant.name, fraction, seed,
+                pretrain_seed if pretrained else None)
+
+
+def recall_step(options: Options, manifest: dict[str, Any], folder: str, what: Flags, needs: tuple[str, ...] = (), **facts: Any) -> Step:
+    """Recall and precision of boxes whatever their class, on the test images. It is short, and always runs anew as a whole."""
+    flags = {**what, "dataset_file": "custom", **_test_data(), "image_size": manifest["settings"]["image_size"],
+             "batch_size": options.preset.batch[1], "output_dir": f"{{study}}/{folder}", "overwrite": True}
+    return Step(folder, "recall", words_of("tools/evaluate_proposals.py", flags), needs, **facts)
+
+
+def _model(options: Options, detector: str) -> Flags:
+    return {**DETECTOR_FLAGS[detector], **options.preset.model, **options.preset.detectors.get(detector, {}), **options.backbone}
+
+
+def _test_data() -> Flags:
+    return {"val_images": "{data}/labelled", "val_annotations": "{data}/annotations/test.json"}
+
+
+def _shared(manifest: dict[str, Any], batch_size: int, seed: int, folder: str) -> Flags:
+    size = manifest["settings"]["image_size"]
+    return {"image_size": size, "batch_size": batch_size, "seed": seed, "output_dir": f"{{study}}/{folder}", "resume": "auto"}
+
+
+def _length(preset: Preset, part: int) -> Flags:
+    """Steps of pre-training (part 0) or fine-tuning (1), where the preset counts images."""
+    if preset.images is None:
+        return {}
+    steps = max(1, preset.images[part] // preset.batch[part])
+    return {"max_iters": steps, "lr_drop_iters": max(1, round(RATE_DROP * steps))}
+
+
+def _eval_every(preset: Preset, manifest: dict[str, Any]) -> int:
+    """In epochs, so that there are as many evaluations as the preset says, or one an epoch."""
+    steps = _length(preset, 1).get("max_iters")
+    epochs = math.ceil(steps / steps_an_epoch(manifest, preset.batch[1])) if steps else preset.finetune["epochs"]
+    return max(1, math.ceil(epochs / preset.evaluations))
+
+
+def words_of(script: str, flags: Flags) -> tuple[str, ...]:
+    """The words of a command: None is left out, True is a switch."""
+    words = [script]
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}"] if value is True else [f"--{name}", f"{value:g}" if isinstance(value, float) else str(value)]
+    return tuple(words)
+
+
+def flags_of(words: Sequence[str]) -> dict[str, str]:
+    """The inverse, for comparisons: `script` and each flag -> its value, empty for a switch."""
+    flags, name = {"script": words[0]}, ""
+    for word in words[1:]:
+        if word.startswith("--"):
+            name = word
+            flags[name] = ""
+        else:
+            flags[name] = f"{flags[name]} {word}".strip()
+    return flags
+
+
+def difference(before: Sequence[str], now: Sequence[str]) -> str:
+    """What differs between two commands, empty where nothing does."""
+    old, new = flags_of(before), flags_of(now)
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} {old.get(name, '(not given)')} then and {new.get(name, '(not given)')} now" for name in names)

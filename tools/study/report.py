@@ -1,0 +1,59 @@
+"""The page of a study: tables over seeds, paired differences, curves, and how it was made."""
+from pathlib import Path
+
+from tools.study import pictures
+from tools.study.results import AP, Results, collect
+from tools.study.text import TITLE, all_parts
+from util.files import write_text
+from util.logger import UserError, log
+from util.plot_utils import read_log
+from util.run_page import evaluations
+
+
+def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
+    """Tables and curves beside `output`, a page of predictions for each detector and fraction in `picture_folder`; returns `output`.
+
+    Raises:
+        UserError: `folder` is no study, or `output` is there and not such a page.
+    """
+    results = collect(folder)
+    if output.exists() and not output.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+        raise UserError(f"--output {output} is there and is not the page of a study: choose another name")
+    drawn = draw_all_curves(results, output.parent / f"{output.stem}_curves")
+    write_text(output, "\n\n".join(all_parts(results, drawn, output.parent)) + "\n")
+    log.info("%s", output)
+    draw_all_predictions(results, picture_folder)
+    return output
+
+
+def draw_all_curves(results: Results, folder: Path) -> dict[tuple[str, float], Path]:
+    """(detector, fraction) -> PNG; what can't be drawn is said."""
+    drawn = {}
+    for (detector, fraction), rows in results.cells().items():
+        curves = {}
+        for row in rows:
+            runs = results.runs.get((detector, row, fraction), {})
+            if runs:
+                curves[row] = [[(epoch, 100 * stats[AP]) for epoch, stats in evaluations(read_log(place))] for place in runs.values()]
+        if curves:
+            path = folder / f"{detector}_{fraction:g}.png"
+            try:
+                drawn[detector, fraction] = pictures.draw_curves(curves, path, f"{detector}, {100 * fraction:g} % of the labels")
+            except UserError as error:
+                log.warning("no curves: %s", error)
+                return {}
+    return drawn
+
+
+def draw_all_predictions(results: Results, folder: Path) -> None:
+    """One page for each detector and fraction, of the first seed that every row has. Needs the study's data where it was prepared."""
+    data = Path(results.study["data_folder"])
+    if not (data / "annotations" / "test.json").is_file():
+        log.warning("no pages of predictions: the study's data is not in %s any more", data)
+        return
+    for (detector, fraction), rows in results.cells().items():
+        runs = {row: results.runs[detector, row, fraction] for row in rows if (detector, row, fraction) in results.runs}
+        seeds = sorted(set.intersection(*(set(by_seed) for by_seed in runs.values()))) if runs else []
+        if seeds:
+            path = folder / f"predictions_{detector}_{fraction:g}.png"
+            log.info("%s", pictures.draw_predictions({row: runs[row][seeds[0]] for row in runs}, data, path))

@@ -1,0 +1,387 @@
+"""Runs the steps of a study, several at once: skips what is done, goes on with what was interrupted, and stops cleanly.
+
+Each step has a folder below the study's, and beside it NAME.json, its record (command, seconds, state), and NAME.log, its output.
+study.json holds the data's hashes, the preset, what was chosen, and every step that was ever planned.
+"""
+import contextlib
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tools.study.plan import RESULTS, Step, choice_plan, difference, make_plan, options_of
+from tools.study.prepare import read_manifest, shown_command
+from tools.study.presets import PRESETS
+from util.files import make_folder, write_text
+from util.logger import StopRequested, UserError, format_seconds, log
+from util.plot_utils import read_log
+from util.run_folder import ROOT, environment, read_record
+from util.run_page import evaluations
+
+STUDY = "study.json"
+POLL = 0.2  # seconds
+GRACE = 90.0  # seconds that a run has to save itself before it is ended
+TAIL = 6  # lines of a failed run's output
+
+
+def run_study(args: Namespace) -> None:
+    """
+    Raises:
+        UserError: data, study or plan do not fit each other, another process works on the study, or runs failed.
+        StopRequested: on SIGINT and SIGTERM, when all runs have stopped.
+    """
+    began, manifest = time.monotonic(), read_manifest(args.data)
+    study = read_study(args.output_dir)
+    check_study(study, args, manifest)
+    choosing = args.choose and "choice" not in study
+    options = options_of(args, manifest, rate=study.get("choice", {}).get("lr"))
+    steps = choice_plan(options, manifest) if choosing else make_plan(options, manifest)
+    check_settings(steps, args.output_dir)
+    if args.list:
+        show_plan(steps, args)
+        return
+    make_folder(args.output_dir)
+    with locked(args.output_dir) as lock, Stop() as stop:
+        begin_study(args, study, manifest, steps)
+        deadline = began + args.time_limit * 60 if args.time_limit else None
+        work = Work(args, steps, stop, deadline, lock)
+        work.run()
+        if choosing and not work.unfinished():
+            choose_rate(args.output_dir, steps)
+            steps = make_plan(options_of(args, manifest, rate=read_study(args.output_dir)["choice"]["lr"]), manifest)
+            begin_study(args, read_study(args.output_dir), manifest, steps)
+            work = Work(args, steps, stop, deadline, lock)
+            work.run()
+    finish(args, work, stop)
+
+
+def finish(args: Namespace, work: "Work", stop: "Stop") -> None:
+    """Writes the report, says what is left, and reports what failed."""
+    from tools.study.report import write_report
+
+    left, again = work.unfinished(), "the same command goes on"
+    if any(is_done(step, args.output_dir) and step.kind == "finetune" for step in work.steps):
+        write_report(args.output_dir, args.output_dir / "transfer.md", args.output_dir)
+    if work.failed:
+        raise UserError(f"{len(work.failed)} of {len(work.steps)} runs failed: {', '.join(work.failed)}; their .log files in "
+                        f"{args.output_dir} say why; {again}")
+    if stop.asked:
+        raise StopRequested(f"{len(left)} of {len(work.steps)} runs are left; {again}")
+    log.info("%s", f"time is up: {len(left)} of {len(work.steps)} runs are left; {again}" if left else "all runs are done")
+
+
+# ------------------------------------------------------------------------------------------------------------------- the folder
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    return read_record(folder / STUDY)
+
+
+def check_study(study: dict[str, Any], args: Namespace, manifest: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: the folder holds another study, or something else.
+    """
+    if not study:
+        if args.output_dir.is_dir() and any(path.name != ".lock" for path in args.output_dir.iterdir()):
+            raise UserError(f"--output_dir {args.output_dir} holds something that is not of a study: choose another folder")
+        return
+    if study["data"]["sha256"] != manifest["sha256"]:
+        raise UserError(f"--output_dir {args.output_dir} was made with other data than --data {args.data}: choose another folder")
+    if study["preset"] != args.preset:
+        raise UserError(f"--output_dir {args.output_dir} was made with --preset {study['preset']}, now it is {args.preset}: choose another "
+                        "folder")
+
+
+def begin_study(args: Namespace, study: dict[str, Any], manifest: dict[str, Any], steps: list[Step]) -> None:
+    planned = {**study.get("steps", {}), **{step.name: step.facts() for step in steps}}
+    start = {**environment(), "command": shown_command(sys.argv), "jobs": args.jobs, "machine": processor(), "cores": args.cores}
+    preset = PRESETS[args.preset]
+    facts = {name: getattr(preset, name) for name in ("title", "batch", "images", "pretrain", "backbone_rate")}
+    record = {**study, "preset": args.preset, "preset_settings": facts, "data": manifest, "data_folder": str(args.data.resolve()),
+              "steps": planned, "starts": [*study.get("starts", []), start]}
+    write_text(args.output_dir / STUDY, json.dumps(record, indent=1) + "\n")
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[BinaryIO]:
+    """One process works on a study. The runs inherit the lock: while one of a killed tool is left, nobody starts a second one beside it.
+
+    Raises:
+        UserError: somebody holds it.
+    """
+    with (folder / ".lock").open("ab") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            raise UserError(f"--output_dir {folder}: another process works on this study; wait for it or end it") from error
+        yield file
+
+
+# --------------------------------------------------------------------------------------------------------------------- the steps
+
+
+def record_path(step: Step, folder: Path) -> Path:
+    return folder / f"{step.name}.json"
+
+
+def is_done(step: Step, folder: Path) -> bool:
+    return bool(read_record(record_path(step, folder)).get("finished")) and (folder / step.name / RESULTS[step.kind]).is_file()
+
+
+def state_of(step: Step, folder: Path) -> str:
+    record = read_record(record_path(step, folder))
+    if is_done(step, folder):
+        return f"done in {format_seconds(record['seconds'])}"
+    return ("failed" if record.get("failed") else "interrupted") if record else "to do"
+
+
+def check_settings(steps: list[Step], folder: Path) -> None:
+    """
+    Raises:
+        UserError: a step was begun with other settings, which are named.
+    """
+    for step in steps:
+        record = read_record(record_path(step, folder))
+        if not record and (folder / step.name).exists() and any((folder / step.name).iterdir()):
+            raise UserError(f"{folder / step.name} was not written by this study: move it away, or choose another --output_dir")
+        differing = difference(record["words"], step.words) if record else ""
+        if differing:
+            raise UserError(f"{folder / step.name} was made with other settings: {differing}; choose another --output_dir, or remove the "
+                            "folder and the .json beside it")
+
+
+def command_of(step: Step, args: Namespace) -> list[str]:
+    """What is run, without the interpreter; both folders as full paths."""
+    places = {"{data}": str(args.data.resolve()), "{study}": str(args.output_dir.resolve())}
+    words = list(step.words)
+    for mark, place in places.items():
+        words = [word.replace(mark, place) for word in words]
+    workers, alone = args.num_workers, max(1, args.cores // args.jobs)
+    if step.kind == "proposals":
+        return [*words, "--num_workers", str(alone if workers is None else workers)]
+    words += ["--num_workers", str(min(alone - 1, 8) if workers is None else workers)]
+    return [*words, "--device", args.device] if args.device else words
+
+
+def launcher(words: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """The whole command, and what its environment has to have."""
+    if words[0].endswith(".sh"):
+        launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {processes}" if processes > 1 else sys.executable
+        return ["bash", str(ROOT / words[0]), *words[1:]], {"LAUNCH": launch}
+    many = processes > 1 and not words[0].startswith("tools/")
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if many else []
+    return [sys.executable, *many, str(ROOT / words[0]), *words[1:]], {}
+
+
+def show_plan(steps: list[Step], args: Namespace) -> None:
+    preset = PRESETS[args.preset]
+    log.info("%s: %s", args.preset, preset.title)
+    if preset.processes > 1:
+        log.info("each training run takes %d processes, one a GPU", preset.processes)
+    states = Counter()
+    for step in steps:
+        state = state_of(step, args.output_dir)
+        states[state.split(" in ")[0]] += 1
+        words = [word.format(data=args.data, study=args.output_dir) if "{" in word else word for word in step.words]
+        log.info("[%s] %s\n    %s%s", state, step.name, "" if words[0].endswith(".sh") else "python ", shlex.join(words))
+    log.info("%d runs: %s", len(steps), ", ".join(f"{count} {state}" for state, count in states.items()))
+
+
+class Stop:
+    """SIGINT and SIGTERM become a flag; a second one ends the runs at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.previous = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        self.asked += 1
+
+
+def start_process(words: list[str], settings: dict[str, str], output: BinaryIO, lock: BinaryIO) -> subprocess.Popen:
+    """In a session of its own: Ctrl-C reaches it through us, once. It keeps the study's lock as long as it lives."""
+    return subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **settings}, start_new_session=True,
+        pass_fds=[lock.fileno()] if os.name == "posix" else [],
+    )
+
+
+@dataclass
+class Active:
+    """A run that is going on; before: seconds of its earlier starts."""
+
+    step: Step
+    process: subprocess.Popen
+    before: float
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+
+@dataclass
+class Work:
+    """Goes over the steps; failed: names of those that did, and of those that need them."""
+
+    args: Namespace
+    steps: list[Step]
+    stop: Stop
+    deadline: float | None
+    lock: BinaryIO
+    active: list[Active] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def unfinished(self) -> list[Step]:
+        return [step for step in self.steps if not is_done(step, self.args.output_dir)]
+
+    def run(self) -> None:
+        pending = self.unfinished()
+        log.info("%d runs, %d of them done before", len(self.steps), len(self.steps) - len(pending))
+        done = {step.name for step in self.steps} - {step.name for step in pending}
+        try:
+            while (pending or self.active) and not self._must_end():
+                self._collect(done)
+                self._drop_hopeless(pending)
+                for step in [step for step in pending if done.issuperset(step.needs)][: self.args.jobs - len(self.active)]:
+                    pending.remove(step)
+                    self._start(step)
+                time.sleep(POLL)
+        finally:
+            self._end_all()
+
+    def _must_end(self) -> bool:
+        return bool(self.stop.asked) or self.deadline is not None and time.monotonic() >= self.deadline
+
+    def _drop_hopeless(self, pending: list[Step]) -> None:
+        for step in [step for step in pending if set(step.needs) & set(self.failed)]:
+            log.error("%s is left out: it needs %s", step.name, ", ".join(step.needs))
+            pending.remove(step)
+            self.failed.append(step.name)
+
+    def _start(self, step: Step) -> None:
+        folder, cores = self.args.output_dir, max(1, self.args.cores // self.args.jobs)
+        words, more = launcher(command_of(step, self.args), PRESETS[self.args.preset].processes)
+        path = record_path(step, folder)
+        before = read_record(path).get("seconds", 0.0)
+        write_text(path, json.dumps({"words": step.words, "seconds": before, "finished": False}, indent=1) + "\n")
+        log.info("begins: %s%s", step.name, " again" if before else "")
+        with path.with_suffix(".log").open("ab") as output:
+            output.write(f"$ {shlex.join(words)}\n".encode())
+            output.flush()
+            settings = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1", **more}
+            self.active.append(Active(step, start_process(words, settings, output, self.lock), before))
+
+    def _collect(self, done: set[str]) -> None:
+        for run in [run for run in self.active if run.process.poll() is not None]:
+            self.active.remove(run)
+            if self._keep_record(run):
+                done.add(run.step.name)
+                left = self._left()
+                log.info("[%d/%d] done in %s: %s%s%s", len(done), len(self.steps), format_seconds(run.seconds), run.step.name,
+                         result_line(run.step, self.args.output_dir), f"; about {format_seconds(left)} left" if left else "")
+            else:
+                self.failed.append(run.step.name)
+                path = record_path(run.step, self.args.output_dir).with_suffix(".log")
+                lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+                log.error("failed with status %s: %s, see %s\n%s", run.process.returncode, run.step.name, path,
+                          "\n".join(f"    {line}" for line in lines))
+
+    def _keep_record(self, run: Active) -> bool:
+        """Writes down how a run ended; whether it is finished."""
+        folder, status = self.args.output_dir, run.process.returncode
+        finished = status == 0 and (folder / run.step.name / RESULTS[run.step.kind]).is_file()
+        record = {"words": run.step.words, "seconds": round(run.seconds, 1), "finished": finished, "status": status,
+                  "failed": not finished and not self._must_end()}
+        write_text(record_path(run.step, folder), json.dumps(record, indent=1) + "\n")
+        if finished and run.step.kind in ("finetune", "choose") and not self.args.keep_checkpoints:
+            for path in (folder / run.step.name).glob("checkpoint*.pth"):
+                path.unlink()
+        return finished
+
+    def _left(self) -> float:
+        """Seconds, from those of finished steps of the same kind; 0 where too little is known."""
+        folder = self.args.output_dir
+        spent: dict[str, list[float]] = {}
+        for step in self.steps:
+            if is_done(step, folder):
+                spent.setdefault(step.kind, []).append(read_record(record_path(step, folder))["seconds"])
+        kinds = [step.kind for step in self.unfinished()]
+        if not set(kinds) <= spent.keys():
+            return 0.0
+        going = sum(run.seconds for run in self.active)
+        return max(0.0, sum(sum(spent[kind]) / len(spent[kind]) for kind in kinds) - going) / self.args.jobs
+
+    def _end_all(self) -> None:
+        """Every run is asked to save itself and to stop; who does not is ended after GRACE seconds, or at a second Ctrl-C."""
+        if self.active:
+            log.info("stopping %s", ", ".join(run.step.name for run in self.active))
+        asked = self.stop.asked
+        for run in self.active:
+            with contextlib.suppress(ProcessLookupError):
+                run.process.terminate()
+        until = time.monotonic() + GRACE
+        while any(run.process.poll() is None for run in self.active) and time.monotonic() < until and self.stop.asked <= max(asked, 1):
+            time.sleep(POLL)
+        for run in self.active:
+            if run.process.poll() is None:
+                with contextlib.suppress(ProcessLookupError, AttributeError):
+                    os.killpg(run.process.pid, signal.SIGKILL)
+                run.process.wait()
+            self._keep_record(run)
+        self.active = []
+
+
+def result_line(step: Step, folder: Path) -> str:
+    """What a finished step found, in short; it may not be readable yet."""
+    place = folder / step.name
+    if step.kind == "recall":
+        return f", AR100 {100 * read_record(place / RESULTS['recall']).get('AR100', 0):.1f}"
+    evaluated = evaluations(read_log(place)) if step.kind in ("finetune", "choose") else []
+    return f", AP {100 * evaluated[-1][1][0]:.1f}, AP50 {100 * evaluated[-1][1][1]:.1f}" if evaluated else ""
+
+
+def choose_rate(folder: Path, steps: list[Step]) -> None:
+    """Keeps the rate with the best mean AP on val over all rows; every row then learns at it."""
+    tried: dict[float, list[float]] = {}
+    table: dict[str, dict[str, float]] = {}
+    for step in steps:
+        if step.kind == "choose":
+            ap = evaluations(read_log(folder / step.name))[-1][1][0]
+            tried.setdefault(step.rate, []).append(ap)
+            table.setdefault(f"{step.detector}, {step.variant}", {})[f"{step.rate:g}"] = round(100 * ap, 2)
+    best = max(tried, key=lambda rate: sum(tried[rate]) / len(tried[rate]))
+    log.info("--choose lr: %g has the best mean AP on val: %s", best, json.dumps(table))
+    write_text(folder / STUDY, json.dumps({**read_study(folder), "choice": {"lr": best, "val_AP": table}}, indent=1) + "\n")

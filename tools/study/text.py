@@ -1,0 +1,196 @@
+"""The words and tables of a study's page, in Markdown. They say what the numbers say."""
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tools.compare_runs import markdown
+from tools.study.presets import ABLATIONS, NONE, UNTRAINED
+from tools.study.results import AP, AP50, Results
+from tools.study.statistics import Difference, in_words, paired_difference, signed, summarize
+from util.logger import format_seconds
+from util.run_folder import read_record
+
+TITLE = "# Transfer study"
+
+
+def all_parts(results: Results, drawn: Mapping[tuple[str, float], Path], base: Path) -> Iterator[str]:
+    """Paragraphs, headings and tables in order. drawn: (detector, fraction) -> curves, which are named as they lie from `base`."""
+    yield TITLE
+    yield from _what(results)
+    yield from _tables(results, drawn, base)
+    yield from _recall(results)
+    yield from _choice(results)
+    yield from _limits(results)
+    yield from _made_with(results)
+
+
+def _what(results: Results) -> Iterator[str]:
+    study, data = results.study, results.study["data"]
+    settings, train, test = data["settings"], data["train"], data["test"]
+    yield (f"The same fine-tuning after each way of pre-training and after none (`{NONE}`): the same weights of the backbone, steps, rates "
+           f"and order of data. Preset `{study['preset']}`: {study['preset_settings']['title']}.")
+    if results.unfinished:
+        yield (f"**Not finished: {len(results.unfinished)} of {len(study['steps'])} runs are left.** Cells that lack seeds say so.")
+    source = ", ".join(f"{name} {_text(value)}" for name, value in settings["labelled"].items())
+    classes = train["boxes_by_class"]
+    yield "\n".join([
+        f"- **Labelled** ({source}): {train['images']} training images with {train['boxes']} boxes of {len(classes)} classes "
+        f"({', '.join(classes)}); {data['val']['images']} more of the source's training part to choose settings on; {test['images']} test "
+        f"images with {test['boxes']} boxes. AP is of the test images, after the last step, and nothing was chosen on them.",
+        *_left_out(settings["min_objects"]), _unlabelled(data["unlabelled"]),
+        f"- **Sizes**: short side {settings['image_size']} pixels, in files and in training. All parts were drawn once, with seed "
+        f"{settings['split_seed']}. Runs on few labels take as many steps as those on all.", _training(study["preset_settings"]),
+    ])
+
+
+def _training(preset: dict[str, Any]) -> str:
+    text = "- **Training**: "
+    if preset["images"]:
+        (first, second), (pretrained, tuned) = preset["batch"], preset["images"]
+        text += f"{pretrained:,} images of pre-training in batches of {first}, {tuned:,} of fine-tuning in batches of {second}. "
+    frozen = {"pre-training": preset["pretrain"].get("fre_cnn"), "fine-tuning": not preset["backbone_rate"]}
+    places = " and in ".join(name for name, is_frozen in frozen.items() if is_frozen)
+    return text + (f"The CNN is frozen in {places}." if places else "How fast the CNN learns, the commands say.")
+
+
+def _left_out(least: int) -> list[str]:
+    return [f"- Classes with fewer than {least} objects in training or test are left out: their AP would be noise."] if least else []
+
+
+def _unlabelled(data: dict[str, Any]) -> str:
+    own = data["of_the_labelled_training_part"]
+    sources = ", ".join(part["source"] for part in data["sources"])
+    text = f"- **Unlabelled**: {data['images']} images" + (f" from {sources}" if sources else "")
+    text += f"; {own} of them are the labelled training images, without their labels" if own else ""
+    return f"{text}. None is a test or validation image ({data['left_out_as_held_out']} were left out as such)."
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Path) -> Iterator[str]:
+    for (detector, fraction), rows in results.cells().items():
+        yield f"## {detector}, {100 * fraction:g} % of the labels"
+        table, said = [], []
+        for row in rows:
+            cell = detector, row, fraction
+            values, fifty = results.values(cell, AP), results.values(cell, AP50)
+            base_values = [results.values((detector, NONE, fraction), number) for number in (AP, AP50)]
+            compared = [paired_difference(mine, others) for mine, others in zip((values, fifty), base_values, strict=True)]
+            if row == NONE:
+                compared = [None, None]
+            else:
+                said.append(f"- `{row}`: {in_words(compared[0])}; {in_words(compared[1], 'AP50')}.{_what_row(row)}")
+            table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _count(values, results.planned[cell])])
+        yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "seeds"], table)
+        if said:
+            yield "\n".join(said)
+        if (detector, fraction) in drawn:
+            place = drawn[detector, fraction]
+            yield f"![AP on test by epoch, {detector}, {fraction:g} of the labels]({place.relative_to(base).as_posix()})"
+
+
+def _what_row(row: str) -> str:
+    return f" This row: {ABLATIONS[row].says}." if row in ABLATIONS else ""
+
+
+def _spread(values: Mapping[int, float]) -> str:
+    summary = summarize(list(values.values()))
+    if summary is None:
+        return "-"
+    return f"{summary.mean:.1f}" + (f" ± {summary.deviation:.1f}" if summary.deviation is not None else "")
+
+
+def _signed(found: Difference | None) -> str:
+    if found is None:
+        return ""
+    return signed(found.mean) + (f" ± {found.half_width:.1f}" if found.half_width is not None else " (one seed)")
+
+
+def _count(values: Mapping[int, float], planned: Sequence[int]) -> str:
+    return str(len(values)) if len(values) == len(planned) else f"{len(values)} of {len(planned)}, incomplete"
+
+
+def _recall(results: Results) -> Iterator[str]:
+    """Boxes without classes, right after pre-training."""
+    if not results.recalls:
+        return
+    yield "## Boxes without classes, before any label was seen"
+    keys = ("AP50", "AR1", "AR10", "AR100")
+    rows = []
+    for found in sorted(results.recalls, key=lambda found: (found.get("detector", "~"), found["variant"] != UNTRAINED)):
+        name = found["variant"] if found.get("detector") else f"boxes of {found['variant']}, no model"
+        numbers = [f"{100 * found.get(key, 0):.2f}" for key in keys]
+        rows.append([found.get("detector", ""), name, str(found.get("pretrain_seed", "")), *numbers])
+    yield markdown(["detector", "pre-training", "its seed", *keys], rows)
+    yield ("In percent, on the test images; AR10 is the recall of the best ten boxes of an image, over IoU 0.50 to 0.95. `untrained` is "
+           "the model as it was initialised (one step at a rate of 1e-12). Random query patch and Siamese learn to answer for patches, and "
+           "here none are given. A method without a model has up to 1000 boxes an image, in no order of worth.")
+
+
+def _choice(results: Results) -> Iterator[str]:
+    choice = results.study.get("choice")
+    if not choice:
+        return
+    yield "## Choice of the learning rate"
+    rates = list(next(iter(choice["val_AP"].values())))
+    rows = [[name, *(f"{values.get(rate, float('nan')):.2f}" for rate in rates)] for name, values in choice["val_AP"].items()]
+    yield markdown(["AP on the validation images at rate", *rates], rows)
+    yield f"One run each, first seed, all labels. The rate with the best mean, {choice['lr']:g}, is that of all fine-tunings above."
+
+
+def _limits(results: Results) -> Iterator[str]:
+    seeds = sorted({facts["pretrain_seed"] for facts in results.study["steps"].values() if "pretrain_seed" in facts})
+    yield "## How to read it"
+    lines = [
+        "AP is COCO's, in percent; objects marked `difficult` count. ± behind a mean is the standard deviation over seeds.",
+        "± behind a difference is the 95 % interval by Student's t of the differences seed by seed: a seed has the same images in the same "
+        "order with the same augmentation in both runs. An interval that holds 0 says that these seeds show no difference, not that there "
+        "is none. Of many intervals one in twenty leaves out 0 by chance.",
+    ]
+    if len(seeds) == 1:
+        lines.append(f"Each pretext was pre-trained once, with seed {seeds[0]}: spread and intervals are of fine-tuning alone, and say "
+                     "nothing on how much another pre-training would differ.")
+    elif seeds:
+        lines.append(f"Each pretext was pre-trained with seeds {', '.join(map(str, seeds))}, which fine-tuning takes in turn.")
+    if results.study["preset"] != "paper":
+        lines.append("Published differences are of ResNet-50 at full resolution after days of training on 1.28 million images, with a "
+                     "backbone of SwAV. Nothing here repeats them.")
+    yield "\n".join(f"- {line}" for line in lines)
+
+
+KINDS = {"proposals": "search of proposals", "pretrain": "pre-training", "recall": "boxes without classes", "finetune": "fine-tuning",
+         "choose": "choice of the rate"}
+
+
+def _made_with(results: Results) -> Iterator[str]:
+    starts, last = results.study["starts"], results.study["starts"][-1]
+    yield "## How it was made"
+    yield _block(dict.fromkeys([results.study["data"]["command"], *(start["command"] for start in starts)]))
+    versions = ", ".join(f"{name} {last[name]}" for name in ("python", "torch", "torchvision", "timm") if name in last)
+    where = last["gpu"] if last["gpu"] != "none" else f"CPU ({last['machine']})"
+    code = ", ".join(dict.fromkeys(start["code"] for start in starts))
+    yield f"{where}, {last['cores']} cores, {last['jobs']} runs at once; {versions}; code {code}; started {len(starts)} times."
+    rows = [[KINDS[kind], str(len(values)), format_seconds(sum(values)), format_seconds(sum(values) / len(values))]
+            for kind, values in results.seconds.items()]
+    yield markdown(["runs", "finished", "their wall times added", "one on average"], rows)
+    example = _examples(results)
+    if example:
+        yield "A pre-training and a fine-tuning, as they were run:"
+        yield _block(example)
+
+
+def _block(lines: Iterable[str]) -> str:
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _examples(results: Results) -> list[str]:
+    """The last commands of each kind of training; {data} and {study} stand for the two folders."""
+    found: dict[str, str] = {}
+    for name, facts in results.study["steps"].items():
+        record = read_record(results.folder / f"{name}.json")
+        if record.get("finished") and facts["kind"] in ("pretrain", "finetune") and facts["variant"] != UNTRAINED:
+            found[facts["kind"]] = shlex.join(["python", *record["words"]]).replace("'", "")
+    return list(found.values())
