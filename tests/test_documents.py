@@ -39,7 +39,7 @@ NOT_RUN = {
     "pip install -r requirements.txt -c constraints.txt": "fetches packages; its files are read instead",
     "curl -L -o model.yml.gz https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
     "python tools/transfer_study.py report outputs/study --output outputs/transfer.md --pictures outputs/pictures":
-        "needs the runs of an hour; tests/test_transfer_study.py writes such a page",
+        "needs the runs of an hour; tests/test_transfer_runs.py writes such a page",
 }
 RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
 NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",), "large_data.md": ("cv2",)}  # extras
@@ -47,7 +47,7 @@ SMALL_TOOLS = {
     "tools/cache_proposals.py": ["--num_workers", "0"], "tools/check_dataset.py": ["--num_workers", "0"],
     "tools/make_split.py": ["--filter_pct", "0.5"],
     "tools/transfer_study.py prepare": ["--image_size", "64", "--fractions", "1", "0.5"],
-    "tools/transfer_study.py run": ["--list", "--fractions", "1", "0.5"],  # its runs are those of tests/test_transfer_study.py
+    "tools/transfer_study.py run": ["--list", "--fractions", "1", "0.5"],  # its runs are those of tests/test_transfer_runs.py
     "tools/benchmark.py": ["--device", "cpu", "--image_size", "64", "--batch_size", "1", "--turns", "1", "--files", "50",
                            "--annotated", "8"],
     "tools/predict.py": ["--device", "cpu", "--num_workers", "0", "--image_size", "64"],

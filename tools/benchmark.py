@@ -1,7 +1,7 @@
 """Times the parts that have more than one implementation, ours and public ones, in the same run, and the start of runs on large data.
 
     python tools/benchmark.py ms_deform_attn [--device cuda] [--image_size 800] [--batch_size 2]
-    python tools/benchmark.py data_start --device cpu --turns 3
+    python tools/benchmark.py data_start --device cpu --turns 1
 
 Every contender first has to give the numbers of the first one. Then all take turns, so that what else the machine does meets them
 alike. `--output` receives a table (SUBJECT.md) and all numbers (SUBJECT.json). A new subject is a function that returns comparisons

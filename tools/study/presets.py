@@ -60,7 +60,7 @@ PRESETS: dict[str, Preset] = {
         (4, 4), (16, 32), {"lr": 2e-4, "fre_cnn": True}, (2e-4, 4e-4), 0.1, _pretexts(5, 32, 5), evaluations=2,
     ),
     "cpu": Preset(
-        "two CPU cores, about an hour for one detector, two fractions and three seeds", SMALL, (4, 4), (10_000, 5_000),
+        "two CPU cores, about an hour for one detector, two fractions and three seeds", SMALL, (4, 4), (10_000, 4_500),
         {"lr": 2e-4, "fre_cnn": True}, (4e-4, 2e-4, 8e-4), 0.0, _pretexts(5, 64, 10), evaluations=4,
     ),
     "gpu-10min": Preset(
