@@ -48,10 +48,7 @@ def read_split(path: str, annotations: Annotations) -> np.ndarray:
     Raises:
         UserError: unreadable, no list of ids, or ids that the annotations do not have.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py") from error
+    content = _read_json(path)
     if isinstance(content, dict) and "annotations" in content:
         raise UserError(f"--split_file {path} holds objects of few shots, not whole images: give it as --few_shot_file with --few_shot")
     ids = content.get("ids") if isinstance(content, dict) else content
@@ -64,9 +61,17 @@ def read_split(path: str, annotations: Annotations) -> np.ndarray:
     return np.unique(ids)
 
 
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py") from error
+
+
 def describe_subset(annotations: Annotations, args: Namespace) -> dict[str, Any]:
-    """What `subset.json` holds: how the images were chosen, and their ids."""
+    """What `subset.json` holds: how the images were chosen, and their ids. Share and seed of `--split_file` are those that it tells."""
+    drawing = _read_json(args.split_file) if args.split_file else vars(args)
+    share, seed = (drawing.get(name) if isinstance(drawing, dict) else None for name in ("filter_pct", "seed"))
     return {
-        "source": annotations.source, "drawn": annotations.drawn, "filter_pct": None if args.split_file else args.filter_pct,
-        "seed": None if args.split_file else args.seed, "ids": annotations.image_ids.tolist(),
+        "source": annotations.source, "drawn": annotations.drawn, "filter_pct": share, "seed": seed, "ids": annotations.image_ids.tolist(),
     }

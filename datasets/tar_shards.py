@@ -115,7 +115,7 @@ def _choices(inside: str) -> list[str]:
 def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -> Shards:
     """The images in tar files below a folder. Hidden members, links and those with other extensions are skipped.
 
-    Where members lie is kept between runs, and found anew in a file whose size or time of change is another one.
+    Where members lie is kept between runs, and found anew in a file whose size or one of whose times of change is another one.
 
     Raises:
         UserError: a file is compressed, damaged, not whole or no tar file.
@@ -139,11 +139,13 @@ def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -
 
 
 def _state(path: str) -> np.ndarray:
+    """int64 [3]: size, time of the last change of the content and of anything. Tar files are often as large as each other, and copying may
+    set the first time back, nothing the second."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): check the path and its permissions") from error
-    return np.array([status.st_size, status.st_mtime_ns])
+    return np.array([status.st_size, status.st_mtime_ns, status.st_ctime_ns])
 
 
 def _kept(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray] | None:

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import types
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -181,6 +182,16 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, kept: Path
         assert found(root) == (["a/1.png"], [], 0)
     assert any("can't be written (Not a directory)" in line for line in lines)
     assert kept.parent.read_text() == "in the way"
+
+
+def test_runs_that_start_together_leave_one_whole_file(kept: Path) -> None:
+    def save(number: int) -> None:
+        cache.save_arrays("kind", "source", {"numbers": np.full(20_000, number)})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(save, range(24)))
+    assert len(set(cache.load_arrays("kind", "source")["numbers"].tolist())) == 1
+    assert len(list(kept.iterdir())) == 1
 
 
 def test_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

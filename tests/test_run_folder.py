@@ -375,6 +375,6 @@ def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
         describe_settings(tiny_args(PRETRAIN))
     finetune, pretrain = ({word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line)
     assert {"eval_every", "lr_drop"} <= finetune
-    assert not {"mask_ratio", "view_iou", "enc_n_points", "script"} & finetune
+    assert not {"mask_ratio", "view_iou", "enc_n_points", "voc_metric", "script"} & finetune
     assert {"mask_ratio", "lr_drop"} <= pretrain
     assert not {"view_iou", "enc_n_points", "eval_every"} & pretrain

@@ -7,7 +7,7 @@ import pytest
 from tiny import FROZEN, fine_tune, own_flags, tiny_args, write_coco, write_own_data, write_voc
 
 from datasets import build_dataset, build_labelled
-from datasets.subsets import draw_ids
+from datasets.subsets import describe_subset, draw_ids
 from tools import make_split
 from util.flags import FINETUNE
 from util.logger import UserError
@@ -24,6 +24,7 @@ def test_the_published_drawing() -> None:
     expected = sorted(np.random.default_rng(42).choice(sorted(ids.tolist()), round(5000 * 0.01), replace=False).tolist())
     assert draw_ids(ids, 0.01, 42).tolist() == expected
     assert draw_ids(ids, 0.01, 43).tolist() != expected
+    assert draw_ids(np.arange(1000), 0.01, 42).tolist() == [85, 88, 94, 201, 430, 436, 649, 695, 767, 855], "numpy draws otherwise now"
     assert len(draw_ids(np.arange(118287), 0.01, 42)) == 1183
     assert draw_ids(np.arange(10), 1, 1).tolist() == list(range(10))
 
@@ -94,5 +95,12 @@ def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
     assert kept["ids"] == draw_ids(np.arange(1, 13), 0.5, 3).tolist()
     assert json.loads((first / "args.json").read_text())["data"]["train"].startswith("0.5 by seed 3 of 12 images")
     fine_tune("--coco_path", coco, "--split_file", first / "subset.json", "--epochs", 1, "--output_dir", second, *FROZEN, "--dry_run")
+    args = tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(first / "subset.json"), "--seed", "8")
+    again = describe_subset(build_dataset("train", args).annotations, args)
+    assert {**kept, "drawn": again["drawn"]} == again, "share and seed are those of the drawing, not of the run"
+    (tmp_path / "list.json").write_text("[2, 3]")
+    args = tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(tmp_path / "list.json"))
+    plain = describe_subset(build_dataset("train", args).annotations, args)
+    assert (plain["ids"], plain["filter_pct"], plain["seed"]) == ([2, 3], None, None)
     fine_tune("--resume", "auto", "--output_dir", first, "--epochs", 2)
     assert json.loads((first / "subset.json").read_text()) == kept

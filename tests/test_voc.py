@@ -15,9 +15,11 @@ from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
 from datasets.voc import CLASSES, image_id, read_voc, read_xml
 from tools import evaluate_proposals, voc_to_coco
+from util.arguments import make_parser, resolve
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import UserError
 from util.registry import PRETEXTS
+from util.session import _adopt_settings
 
 XML = "VOC2007/Annotations/000001.xml"
 
@@ -250,6 +252,25 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     assert "per_class.json" in (run / "result.html").read_text()
     fine_tune("--eval", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "eval", "--voc_metric", "area")
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"] == line["test_voc_area"]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ("--voc_metric area", "--voc_metric means nothing to --dataset_file coco: leave it out or use --dataset_file voc"),
+    ("--voc_train 2012_trainval", "--voc_train means nothing to --dataset_file coco: leave it out or use --dataset_file voc or voc_coco"),
+    ("--dataset_file voc_coco --voc_metric area", "--voc_metric means nothing to --dataset_file voc_coco: leave it out or use"),
+    ("--dataset_file custom --voc_val 2012_val", "--voc_val means nothing to --dataset_file custom"),
+])
+def test_flags_that_other_data_do_not_read_are_refused(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        tiny_args(FINETUNE, *flags.split())
+
+
+def test_a_resumed_run_on_other_data_forgets_them(pristine: Path) -> None:
+    """A detector of `voc` that is evaluated by COCO's metric."""
+    stored = vars(args_of(pristine, "--voc_metric", "area", "--voc_train", "2007_trainval"))
+    args = make_parser(FINETUNE).parse_args(["--dataset_file", "voc_coco"])
+    _adopt_settings(args, stored, {"dataset_file"})
+    assert (resolve(args).voc_metric, args.voc_train, args.num_queries) == ("11point", ["2012_trainval"], stored["num_queries"])
 
 
 def test_proposals_are_evaluated_on_any_kind_of_data(pristine: Path) -> None:

@@ -330,7 +330,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
 
 
 def _check_readers(args: argparse.Namespace, kind: str, registry: dict) -> None:
-    """A flag that only some detectors or pretexts read is an error with the others."""
+    """A flag that only some detectors, pretexts or data sets read is an error with the others."""
     chosen = getattr(args, kind)
     guessed = kind == "pretext" and kind not in _given(args)  # a flag of another pretext says that another one is meant
     for name in sorted({name for entry in registry.values() for name in entry.flags} - set(registry[chosen].flags)):
@@ -356,9 +356,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 
 def flags_read(args: argparse.Namespace) -> set[str]:
-    """Names of the flags that mean something in this run: the script has them, and not only other detectors or pretexts read them."""
+    """Names of the flags that mean something in this run: the script has them, and not only other detectors, pretexts or data sets read
+    them."""
     names = {action.dest for action in make_parser(args.script)._actions}
-    for registry, chosen in ((DETECTORS, args.detector), (PRETEXTS, args.pretext)):
+    for registry, chosen in ((DETECTORS, args.detector), (PRETEXTS, args.pretext), (DATASETS, args.dataset_file)):
         if chosen:
             names -= {name for entry in registry.values() for name in entry.flags} - set(registry[chosen].flags)
     return names
@@ -372,6 +373,8 @@ def _check_data(args: argparse.Namespace) -> None:
         if getattr(args, name) and name not in places:
             raise UserError(f"--{name} {getattr(args, name)} is not for --dataset_file {args.dataset_file}: give "
                             + " ".join(f"--{flag}" for flag in places))
+    if places:
+        _check_readers(args, "dataset_file", DATASETS)
     if args.split_file and args.filter_pct > 0:
         raise UserError(f"--split_file {args.split_file} and --filter_pct {args.filter_pct:g} both say what to train on: give one of them")
     _check_few_shot(args)

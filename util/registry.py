@@ -43,13 +43,15 @@ class PretextEntry:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """builder: `(image_set, args) -> SampleDataset` of labelled images. images: `(image_set, args) -> ImageFolder`, the same images for
+    """builder: `(image_set, args) -> SampleDataset` of labelled images. images: `(image_set, args) -> ImageFiles`, the same images for
     pre-training; empty: those that the builder gives, whose labels are then read and not used. places: names of the flags that say where
-    they lie, by which flags of other data sets are refused; empty: nothing is refused. defaults: as those of a detector, and weaker."""
+    they lie, by which flags of other data sets are refused; empty: nothing is refused. flags, defaults: as those of a detector; the
+    defaults are weaker."""
 
     builder: str
     images: str = ""
     places: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
 
 
@@ -98,9 +100,12 @@ PRETEXTS: dict[str, PretextEntry] = {
 
 DATASETS: dict[str, DatasetEntry] = {
     "coco": DatasetEntry("datasets.coco:build_coco", "datasets.coco:coco_images", places=("coco_path",)),
-    "voc": DatasetEntry("datasets.voc:build_voc", "datasets.voc:voc_images", places=("voc_path",)),
+    "voc": DatasetEntry(
+        "datasets.voc:build_voc", "datasets.voc:voc_images", places=("voc_path",), flags=("voc_train", "voc_val", "voc_metric"),
+    ),
     "voc_coco": DatasetEntry(
-        "datasets.voc_coco:build_voc_coco", "datasets.voc:voc_images", places=("voc_path",), defaults={"voc_train": ["2012_trainval"]},
+        "datasets.voc_coco:build_voc_coco", "datasets.voc:voc_images", places=("voc_path",), flags=("voc_train", "voc_val"),
+        defaults={"voc_train": ["2012_trainval"]},
     ),
     "airbus_ship": DatasetEntry("datasets.airbus_ship:build_airbus_ship", places=("airbus_path",)),
     "custom": DatasetEntry(

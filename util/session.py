@@ -23,7 +23,7 @@ OWN_TO_A_SESSION = {
     "backbone_weights", "ms_deform_attn",
 }
 # Not taken over by a run on another kind of data.
-DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "filter_pct", "split_file", "few_shot", "novel_split",
+DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "voc_metric", "filter_pct", "split_file", "few_shot", "novel_split",
                *FEW_SHOT, *PLACES, *OWN_DATA}
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
