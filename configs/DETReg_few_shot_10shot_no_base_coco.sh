@@ -6,6 +6,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \
-    --dataset coco --few_shot all --few_shot_file data/cocosplit/seed0 --shots 10 \
+    --dataset coco --few_shot all --few_shot_file data/cocosplit --shots 10 \
     --pretrain exps/DETReg_top30_in/checkpoint.pth --batch_size 4 --epochs 1000 --lr_drop 990 \
     --output_dir exps/DETReg_few_shot_10shot_no_base_coco "$@"

@@ -1,5 +1,6 @@
 """PASCAL VOC as published: the folders of VOCdevkit with their XML files and lists of images."""
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -88,14 +89,26 @@ def read_voc(root: str, image_sets: Sequence[str]) -> Annotations:
     Raises:
         UserError: a list or an XML file is missing or can't be used.
     """
-    names = {name: year for year, name in _listed(root, image_sets)}
-    by_id = {image_id(name): name for name in names}
+    by_id = _by_id(root, image_sets)
     if not by_id:
         raise UserError(f"{root}: {' '.join(image_sets)} list no image")
     ids = sorted(by_id)
-    files = [os.path.join(root, f"VOC{names[by_id[i]]}", "Annotations", f"{by_id[i]}.xml") for i in ids]
-    images = PackedStrings(f"VOC{names[by_id[i]]}/JPEGImages/{by_id[i]}.jpg" for i in ids)
+    files = [os.path.join(root, f"VOC{by_id[i][0]}", "Annotations", f"{by_id[i][1]}.xml") for i in ids]
+    images = PackedStrings(f"VOC{by_id[i][0]}/JPEGImages/{by_id[i][1]}.jpg" for i in ids)
     return annotations_of([read_xml(file) for file in files], f"{root} ({' '.join(image_sets)})", images, ids, CLASSES, files)
+
+
+def _by_id(root: str, image_sets: Sequence[str]) -> dict[int, tuple[str, str]]:
+    """Image id -> (year, name) of all lists. The years from 2008 on hold the same images under the same names, which begin with a year."""
+    places: dict[int, tuple[str, str]] = {}
+    for year, name in _listed(root, image_sets):
+        number = image_id(name)
+        other_year, other = places.get(number, (year, name))
+        if other != name or other_year != year and not re.match(r"20\d\d_", name):
+            raise UserError(f"{root}: VOC{other_year} lists {other} and VOC{year} lists {name}, which get the same image id {number}: "
+                            "give them names with different digits")
+        places[number] = year, name
+    return places
 
 
 def read_xml_folder(folder: str) -> Annotations:

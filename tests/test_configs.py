@@ -141,7 +141,7 @@ PUBLISHED = {
     "DETReg_few_shot_base_coco": {**DETREG_FEW_SHOT, "few_shot": "base", "epochs": 50, "lr_drop": 40},
     **{
         f"DETReg_few_shot_{shots}shot_{name}": {
-            **DETREG_FEW_SHOT, "few_shot": "all", "shots": shots, "few_shot_file": "data/cocosplit/seed0", **more,
+            **DETREG_FEW_SHOT, "few_shot": "all", "shots": shots, "few_shot_file": "data/cocosplit", **more,
         } for shots in (10, 30) for name, more in (
             ("coco", {"pretrain": "exps/DETReg_few_shot_base_coco/checkpoint.pth", "epochs": 150, "lr_drop": 140}),
             ("no_base_coco", {"epochs": 1000, "lr_drop": 990}),

@@ -69,7 +69,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / program).write_text(PRINTER)
         (tmp_path / program).chmod(0o755)
     write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
-    write_shots(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit" / "seed0")
+    write_shots(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit")
     write_voc(tmp_path / "data" / "pascal" / "VOCdevkit")
     write_airbus(tmp_path / "data" / "airbus-ship-detection")
     for name in ("ilsvrc", "ilsvrc100"):

@@ -139,6 +139,8 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
     (lambda root: root.rename(root.parent / "elsewhere"), r"VOCdevkit is no folder: --voc_path takes VOCdevkit"),
     (lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").unlink(), "VOC2012/ImageSets/Main/trainval.txt can't be read"),
     (lambda root: (root / "VOC2007/ImageSets/Main/trainval.txt").write_text("cat"), "VOC image cat: names are numbers"),
+    (lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").write_text("000001"),
+     "VOC2007 lists 000001 and VOC2012 lists 000001, which get the same image id 2021000001: give them"),
     (lambda root: (root / XML).unlink(), f"{XML} can't be read"),
     (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is no valid XML"),
     (lambda root: (root / XML).write_text(voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])), "000001.xml: object 1 is of class 'orc'"),

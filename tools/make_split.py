@@ -2,7 +2,8 @@
 
     python tools/make_split.py --coco_path COCO --filter_pct 0.01 0.1 --seeds 1 2 3 --output_dir splits
 
-Writes splits/0.01_seed1.json and so on, which `finetune_main.py --split_file` takes. The drawing is that of `--filter_pct` and `--seed`.
+Writes splits/0.01_seed1.json and so on, which `finetune_main.py --split_file` takes. The drawing is that of `--filter_pct` and `--seed`,
+as long as all images are there: absent ones are left out here before the drawing, and there after it.
 """
 import json
 import sys
