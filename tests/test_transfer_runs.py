@@ -217,6 +217,7 @@ class Forked:
     def _run(words: list[str]) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        signal.alarm(120)  # what hangs fails
         sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), write_through=True)
         torch.set_num_threads(1)
         name = str(Path(words[1]).relative_to(ROOT).with_suffix("")).replace("/", ".")
