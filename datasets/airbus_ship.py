@@ -147,6 +147,6 @@ def _first_bad(texts: list[str], height: int, width: int, places: list[str]) -> 
             return f"{place}: {text[:60]!r} is not pairs of a pixel and a length: correct it"
         for first, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
             if first < 1 or length < 1 or first + length - 1 > height * width:
-                return (f"{place}: the run {first} {length} is not inside an image of {width} x {height} pixels, the size of the first one, "
+                return (f"{place}: the run {first} {length} is not inside an image of {width} x {height} pixels, the size of the first, "
                         "which all share: correct it")
     return f"{places[0]}: a number is too large: correct it"
