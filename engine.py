@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from util.metrics import PAIRS, Averages, LossReader, check_finite, per_pair, to
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.run_folder import append_log, is_logged
+from util.signals import SignalHandler
 
 CHECKPOINT_VERSION = 1
 
@@ -44,26 +44,16 @@ class ProblemCounter:
                 log.warning("left out %s: %s (the next image takes its place)", path, reason)
 
 
-class StopSignal:
+class StopSignal(SignalHandler):
     """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once.
 
     Inside `with stop.at_once():`, where nothing can be lost, the first signal raises `StopRequested`.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked = False
         self.waits = True
-        self.previous = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:

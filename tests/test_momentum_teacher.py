@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_siamese import FLAGS, build, view_targets
-from tiny import FROZEN, assert_same, fine_tune, make_batch, pre_train, read_checkpoint, tiny_args, write_coco, write_images
+from tiny import FROZEN, assert_same, fine_tune, make_batch, pre_train, read_checkpoint, stop_after, tiny_args, write_coco, write_images
 
-import engine
 from models import build_model
 from models.pretext.momentum_teacher import MomentumTeacher
 from util.flags import PRETRAIN
@@ -136,19 +135,13 @@ def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monk
     """Three steps an epoch, two epochs, stopped after the fourth step."""
     images = write_images(tmp_path / "images", count=6)
     flags = [*FLAGS, *FROZEN, "--imagenet_path", images, "--epochs", "2", "--lr_drop", "1", "--lr", "1e-2", "--teacher_momentum", "0.5"]
-    shares, steps, follow, original = [], [], MomentumTeacher.follow, engine.train_step
+    shares, follow = [], MomentumTeacher.follow
     monkeypatch.setattr(MomentumTeacher, "follow", lambda self, student, share: (shares.append(share), follow(self, student, share)))
     pre_train(*flags, "--output_dir", tmp_path / "whole")
     assert shares == pytest.approx([i / 6 for i in range(6)])
-
-    def stopped(run, samples, targets, stop):
-        steps.append(1)
-        return original(run, samples, targets, len(steps) == 4)
-
-    monkeypatch.setattr(engine, "train_step", stopped)
+    stop_after(monkeypatch, 4)
     with pytest.raises(StopRequested, match="epoch 2, after batch 1 of 3"):
         pre_train(*flags, "--output_dir", tmp_path / "stopped")
-    monkeypatch.setattr(engine, "train_step", original)
     pre_train(*flags, "--output_dir", tmp_path / "stopped", "--resume", "auto")
     whole, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
     for name in ("model", "optimizer", "frozen", "random_states"):

@@ -4,8 +4,6 @@ Published numbers are checked by test_golden.py, views by test_two_views.py, two
 test_pretext.py.
 """
 import math
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,12 +16,12 @@ from tiny import (
     pre_train,
     read_checkpoint,
     read_log,
+    stop_after,
     tiny_args,
     write_images,
 )
 from torch import Tensor, nn
 
-import engine
 from models import build_model
 from models.pretext.siamese import partner
 from models.synced_batch_norm import SyncedBatchNorm
@@ -243,19 +241,6 @@ def test_batch_norm_is_pytorchs_in_one_process() -> None:
 # ------------------------------------------------------------------------------------------------------------- scripts
 
 
-def stop_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process gets a signal before that step is asked for."""
-    original, steps = engine.train_step, []
-
-    def stopped(run, *args):
-        steps.append(1)
-        if len(steps) == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, *args[:-1], run.stop.asked)
-
-    monkeypatch.setattr(engine, "train_step", stopped)
-
-
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were the whole run, or
@@ -266,7 +251,7 @@ def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest
     if detector == "detr":
         pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "2")
     else:
-        stop_after(3, monkeypatch)
+        stop_after(monkeypatch, 3)
         with pytest.raises(StopRequested):
             pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "5")
     assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == (2 if detector == "detr" else 3)

@@ -3,7 +3,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import tarfile
 from pathlib import Path
 
@@ -12,9 +11,20 @@ import pytest
 import torch
 from large_data import LONG_AGO, Counted, keep_cache_in, pack, touch
 from PIL import Image
-from tiny import FROZEN, RUN_FLAGS, assert_same, draw, logged, pre_train, read_checkpoint, read_log, tiny_args, write_images
+from tiny import (
+    FROZEN,
+    RUN_FLAGS,
+    assert_same,
+    assert_same_logs,
+    draw,
+    logged,
+    pre_train,
+    read_checkpoint,
+    stop_after,
+    tiny_args,
+    write_images,
+)
 
-import engine
 import main as pretrain_main
 from datasets import build_dataset, build_loader, tar_shards
 from datasets.image_folder import ImageFolder, read_image
@@ -216,25 +226,14 @@ def test_stop_in_mid_epoch_over_tar_files(shards: Path, folders: Path, tmp_path:
     """The resumed run equals one over the same images in folders that never stopped."""
     flags = (*FROZEN, "--batch_size", 1, "--epochs", 2, "--feature_recon")
     pre_train("--imagenet_path", folders, "--output_dir", tmp_path / "whole", *flags)
-    original, steps = engine.train_step, []
-
-    def stopped(*args, **kwargs):
-        steps.append(1)
-        if len(steps) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(engine, "train_step", stopped)
+    stop_after(monkeypatch, 8)
     with pytest.raises(StopRequested, match="epoch 2, after batch 3 of 5"):
         pre_train("--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags)
-    monkeypatch.setattr(engine, "train_step", original)
     pre_train("--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto")
     whole, ours = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
     assert_same(ours["model"], whole["model"])
     assert_same(ours["optimizer"], whole["optimizer"])
-    for line, other in zip(read_log(tmp_path / "stopped"), read_log(tmp_path / "whole"), strict=True):
-        line.pop("train_seconds"), other.pop("train_seconds")
-        assert line == other
+    assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+import engine
 import finetune_main
 import main as pretrain_main
 from util.arguments import make_parser, resolve
@@ -269,3 +271,21 @@ def assert_same(a: object, b: object, where: str = "") -> None:
         assert torch.equal(a, b), f"{where}: differs by {(a.double() - b.double()).abs().max()}"
     else:
         assert a == b, f"{where}: {a} {b}"
+
+
+def assert_same_logs(folder: Path, expected: Path) -> None:
+    """Every logged number but the seconds."""
+    for line, other in zip(read_log(folder), read_log(expected), strict=True):
+        line.pop("train_seconds"), other.pop("train_seconds")
+        assert line == other
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The next run is asked to stop in the given training step, counted over epochs."""
+    original, steps = engine.train_step, []
+
+    def stopped(run, samples, targets, stop):
+        steps.append(1)
+        return original(run, samples, targets, len(steps) == step)
+
+    monkeypatch.setattr(engine, "train_step", stopped)

@@ -27,6 +27,7 @@ from util.logger import StopRequested, UserError, format_seconds, log
 from util.plot_utils import read_log
 from util.run_folder import ROOT, environment, read_record
 from util.run_page import evaluations
+from util.signals import SignalHandler
 
 STUDY = "study.json"
 POLL = 0.2  # seconds
@@ -210,21 +211,12 @@ def show_plan(steps: list[Step], args: Namespace) -> None:
     log.info("%d runs: %s", len(steps), ", ".join(f"{count} {state}" for state, count in states.items()))
 
 
-class Stop:
+class Stop(SignalHandler):
     """SIGINT and SIGTERM become a flag; a second one ends the runs at once."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked = 0
-        self.previous = {}
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
         self.asked += 1
