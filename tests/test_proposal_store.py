@@ -137,7 +137,8 @@ def test_a_killed_builder_goes_on_to_the_same_store(images: Path, store: Path, t
             os.kill(builder.pid, signal.SIGKILL)
             builder.join()
             kills += 1
-            counts.append(len(list(output.glob("chunks/*.npz"))))
+            if not (output / "header.json").exists():  # a finished store has merged its parts and removed them
+                counts.append(len(list(output.glob("chunks/*.npz"))))
     cache(images, output)
     assert kills, "no run was killed"
     assert counts == sorted(counts), "finished parts are kept"
