@@ -19,7 +19,7 @@ import torch
 from tests.study_cases import TINY, prepare_data, run_words, study
 from tests.tiny import ROOT, logged, read_log
 from tools import transfer_study
-from tools.study import plan, presets, runner
+from tools.study import plan, presets, runner, text
 from tools.study.plan import flags_of
 from tools.study.results import collect
 from util.logger import StopRequested, UserError
@@ -191,7 +191,38 @@ def test_the_rate_is_chosen_on_val_and_kept(data: Path, tmp_path: Path, stand_in
     assert (tuned["--lr"], tuned["--val_annotations"]) == ("0.0002", "{data}/annotations/test.json")
     study("run", *words)
     assert len(stand_ins.started) == 3
-    assert "The rate with the best mean, 0.0002," in (tmp_path / "out" / "transfer.md").read_text()
+    assert "| conditional_detr, at rate | 0.0001 | 0.0002 |" in (tmp_path / "out" / "transfer.md").read_text()
+
+
+def test_words_of_a_person_outlive_the_page(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
+    study("run", *words)
+    page = tmp_path / "out" / "transfer.md"
+    page.write_text(page.read_text().replace(text.WORDS, f"{text.WORDS}\n## Mine\n\n- So it is.", 1))
+    study("run", *words[:-1], 1, 2)
+    study("report", tmp_path / "out")
+    assert f"{text.WORDS}\n## Mine\n\n- So it is.\n{text.END_OF_WORDS}" in page.read_text()
+    assert "| none         | 10.0 ± 0.0 |" in page.read_text(), "the second seed is in the table"
+
+
+def test_each_detector_has_its_own_choice(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    """All rates are equally good here: the first is taken, and what was chosen before is not tried again."""
+    words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, "--choose", "lr")
+    study("run", *words)
+    study("run", *words, "--detectors", "conditional_detr", "detr")
+    assert stand_ins.started[3:] == ["choose/detr/none/lr0.0001", "choose/detr/none/lr0.0002", "finetune/detr/none/1_seed1"]
+    choices = json.loads((tmp_path / "out" / "study.json").read_text())["choices"]
+    assert {detector: choice["lr"] for detector, choice in choices.items()} == {"conditional_detr": 1e-4, "detr": 1e-4}
+
+
+def test_runs_at_another_rate_than_the_chosen_one_are_an_error(
+    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
+    study("run", *words)
+    monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 * (1 + ("0.0002" in words))'))
+    with pytest.raises(UserError, match="1_seed1 was made with other settings: --lr 0.0001 then and 0.0002 now"):
+        study("run", *words, "--choose", "lr")
 
 
 # ------------------------------------------------------------------------------------------------------------ a study as a whole

@@ -116,7 +116,7 @@ def test_rare_classes_are_left_out(data: Path, tmp_path: Path) -> None:
 
 def plan_of(data: Path, *words: object) -> list[plan.Step]:
     args = transfer_study.parse(["run", *map(str, run_words(data, Path("out"), *words))])
-    return make_plan(options_of(args, read_manifest(data)), read_manifest(data))
+    return make_plan(options_of(args, read_manifest(data), {}), read_manifest(data))
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)

@@ -5,7 +5,7 @@ Words of commands have {data} and {study} in place of the two folders, so that a
 import math
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for; rate: of fine-tuning, None: as the detector has it."""
+    """What was asked for; rates: detector -> rate of fine-tuning that was chosen for it. Others have the preset's first."""
 
     preset: Preset
     detectors: Sequence[str]
@@ -64,10 +64,14 @@ class Options:
     seeds: Sequence[int]
     pretrain_seeds: Sequence[int]
     backbone: Flags
-    rate: float | None
+    rates: dict[str, float] = field(default_factory=dict)
+
+    def rate(self, detector: str) -> float | None:
+        """None: as the detector has it."""
+        return self.rates.get(detector, next(iter(self.preset.rates), None))
 
 
-def options_of(args: Namespace, manifest: dict[str, Any], rate: float | None = None) -> Options:
+def options_of(args: Namespace, manifest: dict[str, Any], rates: dict[str, float]) -> Options:
     """
     Raises:
         UserError: a fraction that was not prepared.
@@ -84,7 +88,7 @@ def options_of(args: Namespace, manifest: dict[str, Any], rate: float | None = N
         weights = str(Path(weights).resolve())
     backbone = {name: value for name, value in (("backbone", args.backbone), ("backbone_weights", weights)) if value}
     return Options(preset, args.detectors, [variant_of(name) for name in names], args.fractions, args.seeds, args.pretrain_seeds, backbone,
-                   rate or next(iter(preset.rates), None))
+                   rates)
 
 
 def make_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
@@ -114,7 +118,7 @@ def choice_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
     for rate in options.preset.rates:
         for detector in options.detectors:
             for variant in options.variants:
-                at_rate, name = replace(first, rate=rate), f"choose/{detector}/{variant.name}/lr{rate:g}"
+                at_rate, name = replace(first, rates={detector: rate}), f"choose/{detector}/{variant.name}/lr{rate:g}"
                 step = finetune_step(at_rate, manifest, detector, variant, first.fractions[0], first.seeds[0], options.pretrain_seeds[0])
                 words = tuple(word.replace("test.json", "val.json").replace(step.name, name) for word in step.words)
                 _add(steps, replace(step, name=name, kind="choose", words=words, rate=rate))
@@ -207,8 +211,9 @@ def finetune_step(
     preset, folder = options.preset, f"finetune/{detector}/{variant.name}/{fraction:g}_seed{seed}"
     pretrained = "" if variant.name == NONE else f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}"
     flags = {"detector": detector, **_model(options, detector), **preset.finetune, **_length(preset, 1), "dataset_file": "custom"}
-    if options.rate:
-        flags |= {"lr": options.rate, "lr_backbone": options.rate * preset.backbone_rate}
+    rate = options.rate(detector)
+    if rate:
+        flags |= {"lr": rate, "lr_backbone": rate * preset.backbone_rate}
     flags |= {"train_images": "{data}/labelled", "train_annotations": f"{{data}}/{annotation_file(fraction)}", **_test_data()}
     flags |= {"eval_every": _eval_every(preset, manifest), **_shared(manifest, preset.batch[1], seed, folder)}
     flags["pretrain"] = f"{{study}}/{pretrained}/checkpoint.pth" if pretrained else None

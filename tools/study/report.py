@@ -3,7 +3,7 @@ from pathlib import Path
 
 from tools.study import pictures
 from tools.study.results import AP, Results, collect
-from tools.study.text import TITLE, all_parts
+from tools.study.text import TITLE, all_parts, words_of_person
 from util.files import write_text
 from util.logger import UserError, log
 from util.plot_utils import read_log
@@ -13,14 +13,17 @@ from util.run_page import evaluations
 def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
     """Tables and curves beside `output`, a page of predictions for each detector and fraction in `picture_folder`; returns `output`.
 
+    What a person wrote between the marks of an earlier page in its place is kept.
+
     Raises:
         UserError: `folder` is no study, or `output` is there and not such a page.
     """
     results = collect(folder)
-    if output.exists() and not output.read_text(encoding="utf-8", errors="replace").startswith(TITLE):
+    before = output.read_text(encoding="utf-8", errors="replace") if output.exists() else TITLE
+    if not before.startswith(TITLE):
         raise UserError(f"--output {output} is there and is not the page of a study: choose another name")
     drawn = draw_all_curves(results, output.parent / f"{output.stem}_curves")
-    write_text(output, "\n\n".join(all_parts(results, drawn, output.parent)) + "\n")
+    write_text(output, "\n\n".join(all_parts(results, drawn, output.parent, words_of_person(before))) + "\n")
     log.info("%s", output)
     draw_all_predictions(results, picture_folder)
     return output

@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,9 +44,10 @@ def run_study(args: Namespace) -> None:
     began, manifest = time.monotonic(), read_manifest(args.data)
     study = read_study(args.output_dir)
     check_study(study, args, manifest)
-    choosing = args.choose and "choice" not in study
-    options = options_of(args, manifest, rate=study.get("choice", {}).get("lr"))
-    steps = choice_plan(options, manifest) if choosing else make_plan(options, manifest)
+    rates = chosen_rates(study)
+    undecided = [detector for detector in args.detectors if detector not in rates] if args.choose else []
+    options = options_of(args, manifest, rates)
+    steps = choice_plan(replace(options, detectors=undecided), manifest) if undecided else make_plan(options, manifest)
     check_settings(steps, args.output_dir)
     if args.list:
         show_plan(steps, args)
@@ -57,10 +58,12 @@ def run_study(args: Namespace) -> None:
         deadline = began + args.time_limit * 60 if args.time_limit else None
         work = Work(args, steps, stop, deadline, lock)
         work.run()
-        if choosing and not work.unfinished():
-            choose_rate(args.output_dir, steps)
-            steps = make_plan(options_of(args, manifest, rate=read_study(args.output_dir)["choice"]["lr"]), manifest)
-            begin_study(args, read_study(args.output_dir), manifest, steps)
+        if undecided and not work.unfinished():
+            choose_rates(args.output_dir, steps)
+            study = read_study(args.output_dir)
+            steps = make_plan(replace(options, rates=chosen_rates(study)), manifest)
+            check_settings(steps, args.output_dir)
+            begin_study(args, study, manifest, steps)
             work = Work(args, steps, stop, deadline, lock)
             work.run()
     finish(args, work, stop)
@@ -365,15 +368,22 @@ def result_line(step: Step, folder: Path) -> str:
     return f", AP {100 * evaluated[-1][1][0]:.1f}, AP50 {100 * evaluated[-1][1][1]:.1f}" if evaluated else ""
 
 
-def choose_rate(folder: Path, steps: list[Step]) -> None:
-    """Keeps the rate with the best mean AP on val over all rows; every row then learns at it."""
-    tried: dict[float, list[float]] = {}
-    table: dict[str, dict[str, float]] = {}
+def chosen_rates(study: dict[str, Any]) -> dict[str, float]:
+    """detector -> rate, of those that were tried."""
+    return {detector: choice["lr"] for detector, choice in study.get("choices", {}).items()}
+
+
+def choose_rates(folder: Path, steps: list[Step]) -> None:
+    """Keeps for each detector the rate with the best mean AP on val over all rows; every row then learns at it."""
+    tables: dict[str, dict[str, dict[str, float]]] = {}
     for step in steps:
         if step.kind == "choose":
             ap = evaluations(read_log(folder / step.name))[-1][1][0]
-            tried.setdefault(step.rate, []).append(ap)
-            table.setdefault(f"{step.detector}, {step.variant}", {})[f"{step.rate:g}"] = round(100 * ap, 2)
-    best = max(tried, key=lambda rate: sum(tried[rate]) / len(tried[rate]))
-    log.info("--choose lr: %g has the best mean AP on val: %s", best, json.dumps(table))
-    write_text(folder / STUDY, json.dumps({**read_study(folder), "choice": {"lr": best, "val_AP": table}}, indent=1) + "\n")
+            tables.setdefault(step.detector, {}).setdefault(step.variant, {})[f"{step.rate:g}"] = round(100 * ap, 2)
+    choices = {}
+    for detector, table in tables.items():
+        best = max(next(iter(table.values())), key=lambda rate: sum(row[rate] for row in table.values()))
+        choices[detector] = {"lr": float(best), "val_AP": table}
+        log.info("--choose lr: %s has the best mean AP on val for %s: %s", best, detector, json.dumps(table))
+    study = read_study(folder)
+    write_text(folder / STUDY, json.dumps({**study, "choices": {**study.get("choices", {}), **choices}}, indent=1) + "\n")

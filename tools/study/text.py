@@ -12,17 +12,25 @@ from util.logger import format_seconds
 from util.run_folder import read_record
 
 TITLE = "# Transfer study"
+WORDS, END_OF_WORDS = "<!-- What you write from here ... -->", "<!-- ... to here is kept when this page is made anew. -->"
 
 
-def all_parts(results: Results, drawn: Mapping[tuple[str, float], Path], base: Path) -> Iterator[str]:
-    """Paragraphs, headings and tables in order. drawn: (detector, fraction) -> curves, which are named as they lie from `base`."""
+def all_parts(results: Results, drawn: Mapping[tuple[str, float], Path], base: Path, words: str) -> Iterator[str]:
+    """Paragraphs, headings and tables in order. drawn: (detector, fraction) -> curves, which are named as they lie from `base`. words: what
+    a person wrote into an earlier page."""
     yield TITLE
     yield from _what(results)
+    yield f"{WORDS}\n{words}\n{END_OF_WORDS}"
     yield from _tables(results, drawn, base)
     yield from _recall(results)
     yield from _choice(results)
     yield from _limits(results)
     yield from _made_with(results)
+
+
+def words_of_person(page: str) -> str:
+    """What stands between the two marks of a page, empty where there is nothing."""
+    return page.partition(WORDS)[2].partition(END_OF_WORDS)[0].strip("\n")
 
 
 def _what(results: Results) -> Iterator[str]:
@@ -131,14 +139,17 @@ def _recall(results: Results) -> Iterator[str]:
 
 
 def _choice(results: Results) -> Iterator[str]:
-    choice = results.study.get("choice")
-    if not choice:
+    choices = results.study.get("choices")
+    if not choices:
         return
     yield "## Choice of the learning rate"
-    rates = list(next(iter(choice["val_AP"].values())))
-    rows = [[name, *(f"{values.get(rate, float('nan')):.2f}" for rate in rates)] for name, values in choice["val_AP"].items()]
-    yield markdown(["AP on the validation images at rate", *rates], rows)
-    yield f"One run each, first seed, all labels. The rate with the best mean, {choice['lr']:g}, is that of all fine-tunings above."
+    yield ("AP on the validation images, one run each, first seed, all labels. The rate with the best mean is that of all fine-tunings of "
+           "the detector.")
+    for detector, choice in choices.items():
+        rates = list(next(iter(choice["val_AP"].values())))
+        rows = [[name, *(f"{values[rate]:.2f}" for rate in rates)] for name, values in choice["val_AP"].items()]
+        rows.append(["taken", *("x" if float(rate) == choice["lr"] else "" for rate in rates)])
+        yield markdown([f"{detector}, at rate", *rates], rows)
 
 
 def _limits(results: Results) -> Iterator[str]:
