@@ -177,8 +177,9 @@ def check_matches(case: Case, prefix: str = "") -> None:
 
 def check_cost(case: Case, outputs: dict, targets: list[dict]) -> None:
     cost = case.criterion.matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)[0]
+    loose = 10 if "out/enc/pred_boxes" in case.z else 1  # as the logits that it is made of
     for image, target in enumerate(targets):
-        close(cost[image, :, : len(target["labels"])], case.z[f"cost/last/img{image}"], rtol=1e-5, atol=1e-4)
+        close(cost[image, :, : len(target["labels"])], case.z[f"cost/last/img{image}"], rtol=1e-5, atol=1e-4 * loose)
 
 
 def check_losses(case: Case, losses: dict, expected: dict, rtol: float) -> None:

@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_failures_are_reported_and_others_go_on(data: Path, tmp_path: Path, stan
     assert "    error: no such thing" in text
     assert "finetune/conditional_detr/none/1_seed2" in stand_ins.started
     page = (tmp_path / "out" / "transfer.md").read_text()
-    assert "0 of 2, incomplete" in page
+    assert "1: -, 2: -" in page
     assert "Not finished: 4 of 11 runs are left." in page
     assert "`siamese`: not measured yet" in page
     stand_ins.behaviour = {}
@@ -131,9 +132,9 @@ def test_the_time_limit_asks_runs_to_save_and_the_same_command_goes_on(data: Pat
     stand_ins.behaviour = {"none/1_seed1": "waits"}
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2)
     began = time.monotonic()
-    lines = study("run", *words, "--time_limit", 0.02)
+    with pytest.raises(StopRequested, match="time is up: 2 of 2 runs are left; the same command goes on"):
+        study("run", *words, "--time_limit", 0.02)
     assert time.monotonic() - began < 20
-    assert lines[-1] == "time is up: 2 of 2 runs are left; the same command goes on"
     place = tmp_path / "out" / "finetune" / "conditional_detr" / "none"
     assert (place / "1_seed1" / "begun").exists(), "it got SIGTERM"
     assert study("run", *words, "--list")[-1] == "2 runs: 1 interrupted, 1 to do"
@@ -163,6 +164,31 @@ def test_one_process_a_study(data: Path, tmp_path: Path, stand_ins: StandIns) ->
     (tmp_path / "out").mkdir()
     with runner.locked(tmp_path / "out"), pytest.raises(UserError, match="another process works on this study"):
         study("run", *run_words(data, tmp_path / "out", *ROWS))
+
+
+def test_one_table_has_one_setting_whatever_the_calls(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    """Other seeds and fractions are compared with what is there, so they need the same settings."""
+    words = run_words(data, tmp_path / "out", "--fractions", 1)
+    study("run", *words, "--pretexts", "none", "siamese", "--seeds", 1)
+    for more in (["none", "--seeds", 4], ["none", "--seeds", 1, "--fractions", 0.5]):
+        with pytest.raises(UserError, match=r"would stand in a table with .* have other settings: --backbone resnet18 then and resnet34"):
+            study("run", *words, "--backbone", "resnet34", "--pretexts", *more)
+    study("run", *words, "--pretexts", "random_query_patch", "--seeds", 1, 2, "--fractions", 1, 0.5)
+
+
+def test_what_was_made_from_an_earlier_pre_training_is_named(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    words = run_words(data, tmp_path / "out", "--pretexts", "siamese", "--fractions", 1, "--seeds", 1)
+    study("run", *words)
+    place = tmp_path / "out" / "pretrain" / "conditional_detr"
+    shutil.rmtree(place / "siamese_seed1")
+    (place / "siamese_seed1.json").unlink()
+    with pytest.raises(UserError, match="recall/conditional_detr/siamese_seed1 was made from an earlier pretrain/conditional_detr/siam"):
+        study("run", *words)
+    shutil.rmtree(tmp_path / "out" / "recall")
+    shutil.rmtree(tmp_path / "out" / "finetune")
+    before = len(stand_ins.started)
+    study("run", *words)
+    assert "finetune/conditional_detr/siamese/1_seed1" in stand_ins.started[before:]
 
 
 def test_folders_of_something_else_are_refused(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
@@ -203,6 +229,9 @@ def test_words_of_a_person_outlive_the_page(data: Path, tmp_path: Path, stand_in
     study("report", tmp_path / "out")
     assert f"{text.WORDS}\n## Mine\n\n- So it is.\n{text.END_OF_WORDS}" in page.read_text()
     assert "| none         | 10.0 ± 0.0 |" in page.read_text(), "the second seed is in the table"
+    lines = page.with_suffix(".csv").read_text().splitlines()
+    assert lines[0].startswith("detector,row,fraction,seed,pretrain_seed,epoch,AP,AP50,")
+    assert lines[1:] == [f"conditional_detr,none,1.0,{seed},,1,0.1,0.2{',0' * 10}," for seed in (1, 2)]
 
 
 def test_each_detector_has_its_own_choice(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:

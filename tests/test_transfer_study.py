@@ -197,6 +197,17 @@ def test_paired_difference_by_hand() -> None:
     assert in_words(paired_difference({1: 1.0}, {2: 1.0})) == "not measured yet"
 
 
+def test_runs_of_one_pre_training_count_once() -> None:
+    """Differences 1, 3 of one pre-training and 5, 7 of another: means 2 and 6, deviation 8 ** 0.5, t of one degree of freedom 12.7062."""
+    values, baseline = {1: 1.0, 2: 5.0, 3: 3.0, 4: 7.0}, dict.fromkeys(range(1, 5), 0.0)
+    found = paired_difference(values, baseline, {1: 1, 2: 2, 3: 1, 4: 2})
+    assert (found.mean, found.count, found.what) == (4.0, 2, "pre-trainings")
+    assert found.half_width == pytest.approx(12.7062047 * 2, rel=1e-6)
+    assert in_words(found).endswith("no difference that 2 pre-trainings can show")
+    for origins in ({}, dict.fromkeys(values, 1), {seed: seed for seed in values}):
+        assert paired_difference(values, baseline, origins) == paired_difference(values, baseline)
+
+
 def test_curves_show_epochs_that_all_seeds_have() -> None:
     epochs, values = common_epochs([[(1, 0.5), (2, 1.0), (4, 3.0)], [(2, 2.0), (4, 5.0)]])
     assert epochs == [2, 4]

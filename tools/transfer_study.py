@@ -72,8 +72,8 @@ def _add_run(commands) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=positive(), default=1, metavar="N", help="runs at once; each has cores / N threads (1)")
     parser.add_argument("--num_workers", type=at_least_zero(), help="loader processes of a run (by cores and --jobs)")
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
-    parser.add_argument("--time_limit", type=positive(float), metavar="MINUTES", help="then stop; the same command goes on")
-    parser.add_argument("--keep_checkpoints", action="store_true", help="of finished fine-tunings, which nothing here needs any more")
+    parser.add_argument("--time_limit", type=positive(float), metavar="MINUTES", help="then stop with status 143; the same command goes on")
+    parser.add_argument("--keep_checkpoints", action="store_true", help="of finished runs, also those that nothing here needs any more")
     parser.add_argument("--list", action="store_true", help="show the plan with states and commands, and stop")
     parser.set_defaults(cores=usable_cores())
     return parser

@@ -52,7 +52,7 @@ def draw_predictions(runs: Mapping[str, Path], data: Path, path: Path) -> Path:
     """
     truth = json.loads((data / "annotations" / "test.json").read_text(encoding="utf-8"))
     names = {category["id"]: category["name"] for category in truth["categories"]}
-    true_boxes = _by_image(truth["annotations"])
+    true_boxes = _by_image([box for box in truth["annotations"] if not box["iscrowd"]])
     labelled = [image for image in truth["images"] if true_boxes.get(image["id"])]
     chosen = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, min(SHOWN, len(labelled))).round().astype(int))]
     found = {name: _by_image(json.loads((folder / "results.json").read_text(encoding="utf-8"))) for name, folder in runs.items()}

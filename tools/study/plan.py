@@ -277,8 +277,8 @@ def flags_of(words: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def difference(before: Sequence[str], now: Sequence[str]) -> str:
+def difference(before: Sequence[str], now: Sequence[str], may_differ: Sequence[str] = ()) -> str:
     """What differs between two commands, empty where nothing does."""
     old, new = flags_of(before), flags_of(now)
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in may_differ]
     return ", ".join(f"{name} {old.get(name, '(not given)')} then and {new.get(name, '(not given)')} now" for name in names)

@@ -27,7 +27,7 @@ from PIL import __version__ as pillow_version
 from datasets import build_dataset
 from datasets.annotations import Annotations
 from datasets.coco import CocoDetection
-from datasets.image_folder import ImageFolder, open_image
+from datasets.image_folder import ImageFile, ImageFolder, open_file, open_image, read_bytes
 from datasets.sample import BadImageError
 from datasets.subsets import draw_ids
 from util.arguments import make_parser, resolve
@@ -42,6 +42,7 @@ DATA_FLAGS = (
     "val_images", "val_annotations",
 )
 LONGEST = 1333 / 800  # of the short side, as in training
+JPEG = b"\xff\xd8\xff"  # how such a file begins
 SMALLEST = 17  # pixels of a side; pre-training leaves out what is smaller
 SAME = 0.99  # correlation of two pictures of 16 x 16 pixels from which on they count as the same one
 
@@ -68,13 +69,13 @@ class Part:
         return Part({**self.content, "annotations": boxes, "categories": classes})
 
     def objects(self) -> Counter:
-        """category id -> boxes."""
-        return Counter(box["category_id"] for box in self.content["annotations"])
+        """category id -> boxes, without those of crowds."""
+        return Counter(box["category_id"] for box in self.content["annotations"] if not box["iscrowd"])
 
     def describe(self) -> dict[str, Any]:
         names = {category["id"]: category["name"] for category in self.content["categories"]}
         per_class = {names[number]: count for number, count in sorted(self.objects().items())}
-        return {"images": len(self.ids), "boxes": len(self.content["annotations"]), "boxes_by_class": per_class}
+        return {"images": len(self.ids), "boxes": sum(self.objects().values()), "boxes_by_class": per_class}
 
 
 def short_place(path: str | Path) -> str:
@@ -161,7 +162,7 @@ def write_labelled(args: Namespace, folder: Path) -> dict[str, Part]:
     kept = _frequent(parts, args.min_objects)
     parts = {name: part.of_classes(kept) for name, part in parts.items()}
     for name, part in parts.items():
-        if not part.ids or not part.content["annotations"]:
+        if not part.ids or not part.objects():
             raise UserError(f"the {name} part has {len(part.ids)} images and no box: give more data, or other --val_share and "
                             "--min_objects")
         write_text(folder / "annotations" / f"{name}.json", json.dumps(part.content))
@@ -199,8 +200,17 @@ def _shrink_all(source: CocoDetection, folder: Path, name: str, args: Namespace)
             scales[image["id"]] = new_width / width, new_height / height
             kept.append({"id": image["id"], "file_name": relative, "height": new_height, "width": new_width})
         bar.step()
-    boxes = [_scaled(box, *scales[box["image_id"]]) for box in content["annotations"] if box["image_id"] in scales]
+    objects = content["annotations"] + _crowds(source.truth(), len(content["annotations"]))
+    boxes = [_scaled(box, *scales[box["image_id"]]) for box in objects if box["image_id"] in scales]
     return Part({**content, "images": kept, "annotations": boxes}, dropped)
+
+
+def _crowds(truth: str | dict[str, Any], last: int) -> list[dict[str, Any]]:
+    """Regions of many objects in COCO's files: nobody learns them, and evaluation counts what is found there as neither right nor wrong."""
+    content = json.loads(Path(truth).read_text(encoding="utf-8")) if isinstance(truth, str) else truth
+    crowds = [box for box in content["annotations"] if box.get("iscrowd")]
+    names = "image_id", "category_id", "bbox", "area", "iscrowd"
+    return [{"id": last + number, **{name: box[name] for name in names}} for number, box in enumerate(crowds, start=1)]
 
 
 def _scaled(box: dict[str, Any], x: float, y: float) -> dict[str, Any]:
@@ -210,9 +220,10 @@ def _scaled(box: dict[str, Any], x: float, y: float) -> dict[str, Any]:
 
 def _write_true_boxes(folder: Path, train: Part) -> None:
     """Boxes of all classes, for a region prior that knows the truth; an image has to have two."""
-    boxes = Counter(box["image_id"] for box in train.content["annotations"])
-    names = [image["file_name"] for image in train.content["images"] if boxes[image["id"]] > 1]
-    write_text(folder / "annotations" / "true_boxes.json", json.dumps(train.content))
+    content = {**train.content, "annotations": [box for box in train.content["annotations"] if not box["iscrowd"]]}
+    boxes = Counter(box["image_id"] for box in content["annotations"])
+    names = [image["file_name"] for image in content["images"] if boxes[image["id"]] > 1]
+    write_text(folder / "annotations" / "true_boxes.json", json.dumps(content))
     write_text(folder / "labelled" / "true_boxes.txt", "".join(f"{name}\n" for name in sorted(names)))
 
 
@@ -266,7 +277,7 @@ def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Part]) -> d
         for i in range(len(images)):
             relative = f"unlabelled/{number}/{small_name(images.name(i))}"
             try:
-                shrink(images.path(i), folder / relative, args)
+                shrink(images.file(i), folder / relative, args)
                 found.append(relative)
             except BadImageError as error:
                 log.warning("left out %s: %s", images.path(i), error)
@@ -294,14 +305,16 @@ def small_name(name: str) -> str:
     return str(path) if path.suffix == ".jpg" else f"{path}.jpg"
 
 
-def shrink(source: str, target: Path, args: Namespace) -> tuple[tuple[int, int], tuple[int, int]]:
+def shrink(source: ImageFile, target: Path, args: Namespace) -> tuple[tuple[int, int], tuple[int, int]]:
     """Writes a JPEG whose short side is `args.image_size` at most; one that is there already is kept. (old, new) (width, height).
+
+    A JPEG that is small enough is copied as it is.
 
     Raises:
         BadImageError: the source can't be used.
     """
     try:
-        with Image.open(target) as done, Image.open(source) as image:
+        with Image.open(target) as done, Image.open(open_file(source)) as image:
             return image.size, done.size
     except (OSError, ValueError):
         pass
@@ -309,10 +322,12 @@ def shrink(source: str, target: Path, args: Namespace) -> tuple[tuple[int, int],
     if min(image.size) < SMALLEST:
         raise BadImageError(f"{image.width} x {image.height} pixels are too few")
     factor = min(1.0, args.image_size / min(image.size), LONGEST * args.image_size / max(image.size))
-    size = tuple(max(1, round(side * factor)) for side in image.size)
-    small, file = image.resize(size, Image.Resampling.LANCZOS) if factor < 1 else image, BytesIO()
-    small.save(file, "JPEG", quality=args.quality, optimize=True)
-    write_atomically(target, lambda out: out.write(file.getvalue()))
+    size, data = tuple(max(1, round(side * factor)) for side in image.size), read_bytes(source)
+    if factor < 1 or not data.startswith(JPEG):
+        small, file = image.resize(size, Image.Resampling.LANCZOS) if factor < 1 else image, BytesIO()
+        small.save(file, "JPEG", quality=args.quality, optimize=True)
+        data = file.getvalue()
+    write_atomically(target, lambda out: out.write(data))
     return image.size, size
 
 

@@ -1,4 +1,6 @@
 """The page of a study: tables over seeds, paired differences, curves, and how it was made."""
+import csv
+import io
 from pathlib import Path
 
 from tools.study import pictures
@@ -9,9 +11,12 @@ from util.logger import UserError, log
 from util.plot_utils import read_log
 from util.run_page import evaluations
 
+STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+
 
 def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
-    """Tables and curves beside `output`, a page of predictions for each detector and fraction in `picture_folder`; returns `output`.
+    """Tables, curves and a CSV file of all numbers beside `output`, a page of predictions for each detector and fraction in
+    `picture_folder`; returns `output`.
 
     What a person wrote between the marks of an earlier page in its place is kept.
 
@@ -25,8 +30,23 @@ def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
     drawn = draw_all_curves(results, output.parent / f"{output.stem}_curves")
     write_text(output, "\n\n".join(all_parts(results, drawn, output.parent, words_of_person(before))) + "\n")
     log.info("%s", output)
+    write_text(output.with_suffix(".csv"), all_numbers(results))
     draw_all_predictions(results, picture_folder)
     return output
+
+
+def all_numbers(results: Results) -> str:
+    """Every evaluation of every finished fine-tuning as a line of CSV: for one's own statistics and plots."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["detector", "row", "fraction", "seed", "pretrain_seed", "epoch", *STATS, "test_loss"])
+    for (detector, row, fraction), places in sorted(results.runs.items()):
+        for seed, place in sorted(places.items()):
+            entries = [entry for entry in read_log(place) if entry.get("test_coco_eval_bbox")]
+            for (epoch, stats), entry in zip(evaluations(entries), entries, strict=True):
+                origin = results.origins[detector, row, fraction][seed] or ""
+                writer.writerow([detector, row, fraction, seed, origin, epoch, *stats, entry.get("test_loss", "")])
+    return table.getvalue()
 
 
 def draw_all_curves(results: Results, folder: Path) -> dict[tuple[str, float], Path]:

@@ -16,12 +16,14 @@ Cell = tuple[str, str, float]  # detector, row, fraction
 
 @dataclass
 class Results:
-    """What a study has so far. runs: cell -> seed -> folder of a finished fine-tuning; planned: cell -> its seeds; recalls: facts and
-    numbers of each evaluation without classes; seconds: kind -> those of its finished runs; unfinished: names."""
+    """What a study has so far. runs: cell -> seed -> folder of a finished fine-tuning; origins: cell -> seed -> seed of the pre-training
+    that it started from; planned: cell -> its seeds; recalls: facts and numbers of each evaluation without classes; seconds: kind -> those
+    of its finished runs; unfinished: names."""
 
     folder: Path
     study: dict[str, Any]
     runs: dict[Cell, dict[int, Path]]
+    origins: dict[Cell, dict[int, int]]
     planned: dict[Cell, list[int]]
     recalls: list[dict[str, Any]]
     seconds: dict[str, list[float]]
@@ -47,7 +49,7 @@ def collect(folder: Path) -> Results:
     study = read_study(folder)
     if not study:
         raise UserError(f"{folder} is no study: give the --output_dir of `tools/transfer_study.py run`")
-    results = Results(folder, study, {}, {}, [], {}, [])
+    results = Results(folder, study, {}, {}, {}, [], {}, [])
     for name, facts in study["steps"].items():
         record, kind = read_record(folder / f"{name}.json"), facts["kind"]
         done = record.get("finished") and (folder / name / RESULTS[kind]).is_file()
@@ -60,6 +62,7 @@ def collect(folder: Path) -> Results:
             results.planned.setdefault(cell, []).append(facts["seed"])
             if done:
                 results.runs.setdefault(cell, {})[facts["seed"]] = folder / name
+                results.origins.setdefault(cell, {})[facts["seed"]] = facts.get("pretrain_seed", 0)
         elif kind == "recall" and done:
             results.recalls.append({**facts, **read_record(folder / name / RESULTS[kind])})
     return results

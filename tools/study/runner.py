@@ -31,7 +31,10 @@ from util.signals import SignalHandler
 
 STUDY = "study.json"
 POLL = 0.2  # seconds
-GRACE = 90.0  # seconds that a run has to save itself before it is ended
+GRACE = 45.0  # seconds that a run has to save itself before it is ended
+VARIES = {  # kind of a step -> flags in which runs of one column of a table may differ
+    "finetune": ("--seed", "--output_dir", "--pretrain", "--train_annotations"), "pretrain": ("--seed", "--output_dir"),
+}
 TAIL = 6  # lines of a failed run's output
 
 
@@ -49,6 +52,7 @@ def run_study(args: Namespace) -> None:
     options = options_of(args, manifest, rates)
     steps = choice_plan(replace(options, detectors=undecided), manifest) if undecided else make_plan(options, manifest)
     check_settings(steps, args.output_dir)
+    check_alike(steps, study, args.output_dir)
     if args.list:
         show_plan(steps, args)
         return
@@ -63,6 +67,7 @@ def run_study(args: Namespace) -> None:
             study = read_study(args.output_dir)
             steps = make_plan(replace(options, rates=chosen_rates(study)), manifest)
             check_settings(steps, args.output_dir)
+            check_alike(steps, study, args.output_dir)
             begin_study(args, study, manifest, steps)
             work = Work(args, steps, stop, deadline, lock)
             work.run()
@@ -79,9 +84,9 @@ def finish(args: Namespace, work: "Work", stop: "Stop") -> None:
     if work.failed:
         raise UserError(f"{len(work.failed)} of {len(work.steps)} runs failed: {', '.join(work.failed)}; their .log files in "
                         f"{args.output_dir} say why; {again}")
-    if stop.asked:
-        raise StopRequested(f"{len(left)} of {len(work.steps)} runs are left; {again}")
-    log.info("%s", f"time is up: {len(left)} of {len(work.steps)} runs are left; {again}" if left else "all runs are done")
+    if left:
+        raise StopRequested(f"{'' if stop.asked else 'time is up: '}{len(left)} of {len(work.steps)} runs are left; {again}")
+    log.info("all runs are done")
 
 
 # ------------------------------------------------------------------------------------------------------------------- the folder
@@ -155,6 +160,11 @@ def is_done(step: Step, folder: Path) -> bool:
     return bool(read_record(record_path(step, folder)).get("finished")) and (folder / step.name / RESULTS[step.kind]).is_file()
 
 
+def origins(step: Step, folder: Path) -> dict[str, int | None]:
+    """Each step that it needs -> when that one was finished: another time, another result."""
+    return {name: read_record(folder / f"{name}.json").get("finished_at") for name in step.needs}
+
+
 def state_of(step: Step, folder: Path) -> str:
     record = read_record(record_path(step, folder))
     if is_done(step, folder):
@@ -175,6 +185,35 @@ def check_settings(steps: list[Step], folder: Path) -> None:
         if differing:
             raise UserError(f"{folder / step.name} was made with other settings: {differing}; choose another --output_dir, or remove the "
                             "folder and the .json beside it")
+        stale = [name for name, when in origins(step, folder).items() if record and record.get("origins", {}).get(name, when) != when]
+        if stale:
+            raise UserError(f"{folder / step.name} was made from an earlier {stale[0]}: remove the folder and the .json beside it, and it "
+                            "is made again")
+
+
+def check_alike(steps: list[Step], study: dict[str, Any], folder: Path) -> None:
+    """What stands in one table has to differ in what the table names, and in nothing else, whatever the calls that made it.
+
+    Raises:
+        UserError: an earlier run, of another seed, fraction or row, had other settings.
+    """
+    planned = {step.name for step in steps}
+    earlier = [(name, facts, read_record(folder / f"{name}.json")) for name, facts in study.get("steps", {}).items()
+               if name not in planned and facts["kind"] in VARIES]
+    for step in steps:
+        for name, facts, record in earlier:
+            same_row = step.kind == "finetune" or facts["variant"] == step.variant
+            if record and (facts["kind"], facts["detector"]) == (step.kind, step.detector) and same_row:
+                differing = difference(record["words"], step.words, VARIES[step.kind])
+                if differing:
+                    raise UserError(f"{folder / step.name} would stand in a table with {name} and have other settings: {differing}; choose "
+                                    "another --output_dir")
+
+
+def cores_of(step: Step, args: Namespace) -> int:
+    """Of each process of a run."""
+    processes = PRESETS[args.preset].processes if step.kind in ("pretrain", "finetune", "choose") else 1
+    return max(1, args.cores // (args.jobs * processes))
 
 
 def command_of(step: Step, args: Namespace) -> list[str]:
@@ -183,7 +222,7 @@ def command_of(step: Step, args: Namespace) -> list[str]:
     words = list(step.words)
     for mark, place in places.items():
         words = [word.replace(mark, place) for word in words]
-    workers, alone = args.num_workers, max(1, args.cores // args.jobs)
+    workers, alone = args.num_workers, cores_of(step, args)
     if step.kind == "proposals":
         return [*words, "--num_workers", str(alone if workers is None else workers)]
     words += ["--num_workers", str(min(alone - 1, 8) if workers is None else workers)]
@@ -287,16 +326,17 @@ class Work:
             self.failed.append(step.name)
 
     def _start(self, step: Step) -> None:
-        folder, cores = self.args.output_dir, max(1, self.args.cores // self.args.jobs)
+        folder, threads = self.args.output_dir, cores_of(step, self.args)
         words, more = launcher(command_of(step, self.args), PRESETS[self.args.preset].processes)
         path = record_path(step, folder)
         before = read_record(path).get("seconds", 0.0)
-        write_text(path, json.dumps({"words": step.words, "seconds": before, "finished": False}, indent=1) + "\n")
+        record = {"words": step.words, "origins": origins(step, folder), "seconds": before, "finished": False}
+        write_text(path, json.dumps(record, indent=1) + "\n")
         log.info("begins: %s%s", step.name, " again" if before else "")
         with path.with_suffix(".log").open("ab") as output:
             output.write(f"$ {shlex.join(words)}\n".encode())
             output.flush()
-            settings = {"OMP_NUM_THREADS": str(cores), "PYTHONUNBUFFERED": "1", **more}
+            settings = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **more}
             self.active.append(Active(step, start_process(words, settings, output, self.lock), before))
 
     def _collect(self, done: set[str]) -> None:
@@ -318,12 +358,16 @@ class Work:
         """Writes down how a run ended; whether it is finished."""
         folder, status = self.args.output_dir, run.process.returncode
         finished = status == 0 and (folder / run.step.name / RESULTS[run.step.kind]).is_file()
-        record = {"words": run.step.words, "seconds": round(run.seconds, 1), "finished": finished, "status": status,
-                  "failed": not finished and not self._must_end()}
+        record = {"words": run.step.words, "origins": origins(run.step, folder), "seconds": round(run.seconds, 1), "finished": finished,
+                  "status": status, "failed": not finished and not self._must_end()}
+        if finished:
+            record["finished_at"] = time.time_ns()
         write_text(record_path(run.step, folder), json.dumps(record, indent=1) + "\n")
-        if finished and run.step.kind in ("finetune", "choose") and not self.args.keep_checkpoints:
+        if finished and not self.args.keep_checkpoints:
+            needed = "checkpoint.pth" if run.step.kind == "pretrain" else None
             for path in (folder / run.step.name).glob("checkpoint*.pth"):
-                path.unlink()
+                if path.name != needed:
+                    path.unlink()
         return finished
 
     def _left(self) -> float:

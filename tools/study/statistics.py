@@ -17,11 +17,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over the seeds that both have; half_width: of the 95 % interval by Student's t, None of a single seed."""
+    """Mean over the seeds that both have; half_width: of the 95 % interval by Student's t, None of a single seed. what: is counted."""
 
     mean: float
     half_width: float | None
     count: int
+    what: str = "seeds"
 
     @property
     def shown(self) -> bool:
@@ -37,18 +38,29 @@ def summarize(values: Sequence[float]) -> Summary | None:
     return Summary(mean, _deviation(values, mean) if count > 1 else None, count)
 
 
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """values - baseline, both seed -> value, over the seeds that both have; None where there is none."""
+def paired_difference(
+    values: Mapping[int, float], baseline: Mapping[int, float], origins: Mapping[int, int] | None = None,
+) -> Difference | None:
+    """values - baseline, both seed -> value, over the seeds that both have; None where there is none.
+
+    origins: seed -> pre-training that it started from. Runs of one pre-training share its luck: where there are several pre-trainings,
+    their means are what is compared. Of a single one, the interval is over its seeds and holds for it alone.
+    """
     from scipy.stats import t
 
-    differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+    differences = {seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())}
     if not differences:
         return None
-    count, mean = len(differences), sum(differences) / len(differences)
+    groups: dict[int, list[float]] = {}
+    for seed, difference in differences.items():
+        groups.setdefault((origins or {}).get(seed, 0), []).append(difference)
+    shared = 1 < len(groups) < len(differences)
+    points = [sum(group) / len(group) for group in groups.values()] if shared else list(differences.values())
+    count, mean, what = len(points), sum(points) / len(points), "pre-trainings" if shared else "seeds"
     if count == 1:
-        return Difference(mean, None, 1)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * _deviation(differences, mean) / math.sqrt(count)
-    return Difference(mean, half, count)
+        return Difference(mean, None, 1, what)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * _deviation(points, mean) / math.sqrt(count)
+    return Difference(mean, half, count, what)
 
 
 def _deviation(values: Sequence[float], mean: float) -> float:
@@ -63,8 +75,8 @@ def in_words(difference: Difference | None, what: str = "AP") -> str:
         return f"{signed(difference.mean)} {what} with one seed: nothing can be said"
     text = f"{signed(difference.mean)} ± {difference.half_width:.1f} {what}"
     if not difference.shown:
-        return f"{text}: no difference that {difference.count} seeds can show"
-    return f"{text}: {'higher' if difference.mean > 0 else 'lower'} over {difference.count} seeds"
+        return f"{text}: no difference that {difference.count} {difference.what} can show"
+    return f"{text}: {'higher' if difference.mean > 0 else 'lower'} over {difference.count} {difference.what}"
 
 
 def signed(value: float) -> str:

@@ -45,7 +45,7 @@ def _what(results: Results) -> Iterator[str]:
     yield "\n".join([
         f"- **Labelled** ({source}): {train['images']} training images with {train['boxes']} boxes of {len(classes)} classes "
         f"({', '.join(classes)}); {data['val']['images']} more of the source's training part to choose settings on; {test['images']} test "
-        f"images with {test['boxes']} boxes. AP is of the test images, after the last step, and nothing was chosen on them.",
+        f"images with {test['boxes']} boxes. AP is of the test images, after the last step; the tool chooses nothing on them.",
         *_left_out(settings["min_objects"]), _unlabelled(data["unlabelled"]),
         f"- **Sizes**: short side {settings['image_size']} pixels, in files and in training. All parts were drawn once, with seed "
         f"{settings['split_seed']}. Runs on few labels take as many steps as those on all.", _training(study["preset_settings"]),
@@ -57,7 +57,7 @@ def _training(preset: dict[str, Any]) -> str:
     if preset["images"]:
         (first, second), (pretrained, tuned) = preset["batch"], preset["images"]
         text += f"{pretrained:,} images of pre-training in batches of {first}, {tuned:,} of fine-tuning in batches of {second}. "
-    frozen = {"pre-training": preset["pretrain"].get("fre_cnn"), "fine-tuning": not preset["backbone_rate"]}
+    frozen = {"pre-training": preset["pretrain"].get("fre_cnn"), "fine-tuning": preset["backbone_rate"] == 0}
     places = " and in ".join(name for name, is_frozen in frozen.items() if is_frozen)
     return text + (f"The CNN is frozen in {places}." if places else "How fast the CNN learns, the commands say.")
 
@@ -71,7 +71,7 @@ def _unlabelled(data: dict[str, Any]) -> str:
     sources = ", ".join(part["source"] for part in data["sources"])
     text = f"- **Unlabelled**: {data['images']} images" + (f" from {sources}" if sources else "")
     text += f"; {own} of them are the labelled training images, without their labels" if own else ""
-    return f"{text}. None is a test or validation image ({data['left_out_as_held_out']} were left out as such)."
+    return f"{text}. What looked like a test or validation image was left out ({data['left_out_as_held_out']} images)."
 
 
 def _text(value: Any) -> str:
@@ -86,13 +86,14 @@ def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Pat
             cell = detector, row, fraction
             values, fifty = results.values(cell, AP), results.values(cell, AP50)
             base_values = [results.values((detector, NONE, fraction), number) for number in (AP, AP50)]
-            compared = [paired_difference(mine, others) for mine, others in zip((values, fifty), base_values, strict=True)]
+            origins = results.origins.get(cell, {})
+            compared = [paired_difference(mine, others, origins) for mine, others in zip((values, fifty), base_values, strict=True)]
             if row == NONE:
                 compared = [None, None]
             else:
                 said.append(f"- `{row}`: {in_words(compared[0])}; {in_words(compared[1], 'AP50')}.{_what_row(row)}")
-            table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _count(values, results.planned[cell])])
-        yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "seeds"], table)
+            table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _by_seed(values, results.planned[cell])])
+        yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "AP by seed"], table)
         if said:
             yield "\n".join(said)
         if (detector, fraction) in drawn:
@@ -117,8 +118,9 @@ def _signed(found: Difference | None) -> str:
     return signed(found.mean) + (f" ± {found.half_width:.1f}" if found.half_width is not None else " (one seed)")
 
 
-def _count(values: Mapping[int, float], planned: Sequence[int]) -> str:
-    return str(len(values)) if len(values) == len(planned) else f"{len(values)} of {len(planned)}, incomplete"
+def _by_seed(values: Mapping[int, float], planned: Sequence[int]) -> str:
+    """`1: 8.4, 2: 6.9`; `-` is a run that is left."""
+    return ", ".join(f"{seed}: {values[seed]:.1f}" if seed in values else f"{seed}: -" for seed in sorted(set(planned)))
 
 
 def _recall(results: Results) -> Iterator[str]:
@@ -135,7 +137,8 @@ def _recall(results: Results) -> Iterator[str]:
     yield markdown(["detector", "pre-training", "its seed", *keys], rows)
     yield ("In percent, on the test images; AR10 is the recall of the best ten boxes of an image, over IoU 0.50 to 0.95. `untrained` is "
            "the model as it was initialised (one step at a rate of 1e-12). Random query patch and Siamese learn to answer for patches, and "
-           "here none are given. A method without a model has up to 1000 boxes an image, in no order of worth.")
+           "here none are given. A model has as many boxes an image as queries. A method without a model has up to 1000, in no order of "
+           "worth: random ones alone reach a high AR100.")
 
 
 def _choice(results: Results) -> Iterator[str]:
@@ -143,8 +146,8 @@ def _choice(results: Results) -> Iterator[str]:
     if not choices:
         return
     yield "## Choice of the learning rate"
-    yield ("AP on the validation images, one run each, first seed, all labels. The rate with the best mean is that of all fine-tunings of "
-           "the detector.")
+    yield ("AP on the validation images, one run each, of the first seed and the largest share of the labels. The rate with the best "
+           "mean is that of all fine-tunings of the detector, whatever their row.")
     for detector, choice in choices.items():
         rates = list(next(iter(choice["val_AP"].values())))
         rows = [[name, *(f"{values[rate]:.2f}" for rate in rates)] for name, values in choice["val_AP"].items()]
@@ -165,7 +168,10 @@ def _limits(results: Results) -> Iterator[str]:
         lines.append(f"Each pretext was pre-trained once, with seed {seeds[0]}: spread and intervals are of fine-tuning alone, and say "
                      "nothing on how much another pre-training would differ.")
     elif seeds:
-        lines.append(f"Each pretext was pre-trained with seeds {', '.join(map(str, seeds))}, which fine-tuning takes in turn.")
+        lines.append(f"Each pretext was pre-trained with seeds {', '.join(map(str, seeds))}, which fine-tuning takes in turn. Where "
+                     "several fine-tunings share a pre-training, the interval is of the means of the pre-trainings.")
+    if any(facts.get("fraction", 1) != 1 for facts in results.study["steps"].values()):
+        lines.append("Which images a share of the labels has was drawn once: no interval says how much another draw would differ.")
     if results.study["preset"] != "paper":
         lines.append("Published differences are of ResNet-50 at full resolution after days of training on 1.28 million images, with a "
                      "backbone of SwAV. Nothing here repeats them.")
