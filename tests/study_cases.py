@@ -10,7 +10,7 @@ from tools.study import presets
 TINY = presets.Preset(
     "for tests", {**dict(zip((name[2:] for name in MODEL_FLAGS[::2]), MODEL_FLAGS[1::2], strict=True)), "backbone_weights": "none"}, (4, 4),
     (8, 16), {"lr": 1e-4, "fre_cnn": True, "backbone_norm": "frozen"}, (1e-4, 2e-4), 0.0, presets._pretexts(5, 32, 5),
-    finetune={"backbone_norm": "frozen"}, evaluations=2,
+    finetune={"conditional_detr": {"backbone_norm": "frozen"}, "detr": {"backbone_norm": "frozen"}}, evaluations=2,
 )
 
 

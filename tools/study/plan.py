@@ -201,7 +201,7 @@ def _pretraining(
     config = preset.configs.get((detector, pretext)) if name != UNTRAINED else None
     script = f"configs/{config}.sh" if config else PRETRAIN
     first = {} if config else {"pretext": pretext, "detector": detector}
-    flags = {**first, **_model(options, detector), **flags, **_shared(manifest, preset.batch[0], seed, folder)}
+    flags = {**first, **_model(options, detector), **_shared(preset, manifest, 0, seed, folder), **flags}
     return Step(folder, "pretrain", words_of(script, flags), needs, detector, name, pretrain_seed=seed)
 
 
@@ -210,12 +210,13 @@ def finetune_step(
 ) -> Step:
     preset, folder = options.preset, f"finetune/{detector}/{variant.name}/{fraction:g}_seed{seed}"
     pretrained = "" if variant.name == NONE else f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}"
-    flags = {"detector": detector, **_model(options, detector), **preset.finetune, **_length(preset, 1), "dataset_file": "custom"}
+    flags = {"detector": detector, **_model(options, detector), **_length(preset, 1), "dataset_file": "custom"}
     rate = options.rate(detector)
     if rate:
         flags |= {"lr": rate, "lr_backbone": rate * preset.backbone_rate}
     flags |= {"train_images": "{data}/labelled", "train_annotations": f"{{data}}/{annotation_file(fraction)}", **_test_data()}
-    flags |= {"eval_every": _eval_every(preset, manifest), **_shared(manifest, preset.batch[1], seed, folder)}
+    flags |= {"eval_every": _eval_every(preset, manifest, detector), **_shared(preset, manifest, 1, seed, folder)}
+    flags |= preset.finetune.get(detector, {})
     flags["pretrain"] = f"{{study}}/{pretrained}/checkpoint.pth" if pretrained else None
     return Step(folder, "finetune", words_of(FINETUNE, flags), (pretrained,) if pretrained else (), detector, variant.name, fraction, seed,
                 pretrain_seed if pretrained else None)
@@ -223,8 +224,8 @@ def finetune_step(
 
 def recall_step(options: Options, manifest: dict[str, Any], folder: str, what: Flags, needs: tuple[str, ...] = (), **facts: Any) -> Step:
     """Recall and precision of boxes whatever their class, on the test images. It is short, and always runs anew as a whole."""
-    flags = {**what, "dataset_file": "custom", **_test_data(), "image_size": manifest["settings"]["image_size"],
-             "batch_size": options.preset.batch[1], "output_dir": f"{{study}}/{folder}", "overwrite": True}
+    flags = {**what, "dataset_file": "custom", **_test_data(), **_size(options.preset, manifest), "batch_size": options.preset.batch[1],
+             "output_dir": f"{{study}}/{folder}", "overwrite": True}
     return Step(folder, "recall", words_of("tools/evaluate_proposals.py", flags), needs, **facts)
 
 
@@ -236,9 +237,14 @@ def _test_data() -> Flags:
     return {"val_images": "{data}/labelled", "val_annotations": "{data}/annotations/test.json"}
 
 
-def _shared(manifest: dict[str, Any], batch_size: int, seed: int, folder: str) -> Flags:
-    size = manifest["settings"]["image_size"]
-    return {"image_size": size, "batch_size": batch_size, "seed": seed, "output_dir": f"{{study}}/{folder}", "resume": "auto"}
+def _size(preset: Preset, manifest: dict[str, Any]) -> Flags:
+    return {} if preset.own_sizes else {"image_size": manifest["settings"]["image_size"]}
+
+
+def _shared(preset: Preset, manifest: dict[str, Any], part: int, seed: int, folder: str) -> Flags:
+    """Of pre-training (part 0) or fine-tuning (1)."""
+    place = f"{{study}}/{folder}"
+    return {**_size(preset, manifest), "batch_size": preset.batch[part], "seed": seed, "output_dir": place, "resume": "auto"}
 
 
 def _length(preset: Preset, part: int) -> Flags:
@@ -249,10 +255,10 @@ def _length(preset: Preset, part: int) -> Flags:
     return {"max_iters": steps, "lr_drop_iters": max(1, round(RATE_DROP * steps))}
 
 
-def _eval_every(preset: Preset, manifest: dict[str, Any]) -> int:
+def _eval_every(preset: Preset, manifest: dict[str, Any], detector: str) -> int:
     """In epochs, so that there are as many evaluations as the preset says, or one an epoch."""
     steps = _length(preset, 1).get("max_iters")
-    epochs = math.ceil(steps / steps_an_epoch(manifest, preset.batch[1])) if steps else preset.finetune["epochs"]
+    epochs = math.ceil(steps / steps_an_epoch(manifest, preset.batch[1])) if steps else preset.finetune[detector]["epochs"]
     return max(1, math.ceil(epochs / preset.evaluations))
 
 

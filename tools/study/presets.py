@@ -16,8 +16,10 @@ UNTRAINED = "untrained"
 @dataclass(frozen=True)
 class Preset:
     """batch: images a step in (pre-training, fine-tuning), in one process. images: how many each sees in all; None: as the config says.
-    rates: of fine-tuning, the first is taken unless one was chosen. backbone_rate: share of it at which the CNN learns; 0: it is frozen.
-    evaluations: of a fine-tuning, evenly spread. configs: (detector, pretext) -> file in configs/ that pre-training starts from."""
+    rates: of fine-tuning, the first is taken unless one was chosen; empty: the detector's own. backbone_rate: share of it at which the CNN
+    learns; 0: it is frozen. finetune: detector -> its flags. own_sizes: images have the sizes of the published pipelines, not those of
+    the prepared data. evaluations: of a fine-tuning, evenly spread, at most. configs: (detector, pretext) -> file in configs/ that
+    pre-training starts from."""
 
     title: str
     model: Flags
@@ -27,8 +29,9 @@ class Preset:
     rates: tuple[float, ...]
     backbone_rate: float
     pretexts: dict[str, Flags]
-    finetune: Flags = field(default_factory=dict)
+    finetune: dict[str, Flags] = field(default_factory=dict)
     detectors: dict[str, Flags] = field(default_factory=dict)
+    own_sizes: bool = False
     evaluations: int = 5
     processes: int = 1
     configs: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -70,13 +73,16 @@ PRESETS: dict[str, Preset] = {
     ),
     "paper": Preset(
         "published settings: 8 GPUs for days. Prepare all of the data with --image_size 800", {"backbone_weights": "swav"}, (32, 4), None,
-        {}, (1e-4,), 0.5, {
-            "random_query_patch": {}, "siamese": {},
-            "region_prior": {"proposals": "selective_search", "max_prop": 30, "object_embedding_loss": True, "lr_backbone": 0, "epochs": 60,
-                             "lr_drop": 200},
-        }, finetune={"epochs": 50, "lr_drop": 40},
-        detectors={"conditional_detr": {"num_queries": 100}, "detr": {"num_queries": 100}}, evaluations=10, processes=8, configs={
+        {}, (), 0.5, {
+            "random_query_patch": {}, "siamese": {"proposals": "edge_boxes"},
+            "region_prior": {"proposals": "selective_search", "batch_size": 24},
+        }, finetune={
+            "conditional_detr": {"epochs": 50, "lr_drop": 40, "lr_backbone": 5e-5, "batch_size": 2},
+            "deformable_detr": {"epochs": 50, "lr_drop": 40}, "detr": {"epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5},
+        }, detectors={"conditional_detr": {"num_queries": 100}, "detr": {"num_queries": 100}}, own_sizes=True, evaluations=10, processes=8,
+        configs={
             ("conditional_detr", "random_query_patch"): "UPDETR_conditional_pretrain_in",
+            ("conditional_detr", "region_prior"): "DETReg_conditional_pretrain_in",
             ("conditional_detr", "siamese"): "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w",
             ("deformable_detr", "random_query_patch"): "UPDETR_deformable_pretrain_in",
             ("deformable_detr", "region_prior"): "DETReg_top30_in",
