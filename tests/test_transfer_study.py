@@ -164,6 +164,20 @@ def test_seeds_come_whole(data: Path) -> None:
     assert starts == {seed: (f"pretrain/conditional_detr/siamese_seed{seed - 4}",) for seed in (5, 6)}
 
 
+def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
+    """It is fine-tuned as all others are; nothing is pre-trained for it."""
+    file = tmp_path / "mine.pth"
+    file.touch()
+    steps = plan_of(data, "--pretexts", "none", "--seeds", 1, "--fractions", 1, "--pretrained", f"mine={file}")
+    assert [step.name for step in steps] == [f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "mine")]
+    none, mine = (flags_of(step.words) for step in steps)
+    assert mine == {**none, "--pretrain": str(file), "--output_dir": "{study}/finetune/conditional_detr/mine/1_seed1"}
+    for words, what in (("mine", "give NAME=FILE"), (f"a/b={file}", "give NAME=FILE"), (f"siamese={file}", "is another row's name"),
+                        (f"mine={file}x", "there is no file")):
+        with pytest.raises(UserError, match=what):
+            plan_of(data, "--fractions", 1, "--pretrained", words)
+
+
 def test_a_config_can_not_be_cut(data: Path) -> None:
     with pytest.raises(UserError, match=r"no_reconstruction leaves out what configs/UPDETR_conditional_pretrain_in\.sh sets"):
         plan_of(data, "--preset", "paper", "--fractions", 1, "--ablations", "random_query_patch-no_reconstruction")

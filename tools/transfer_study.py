@@ -62,6 +62,7 @@ def _add_run(commands) -> argparse.ArgumentParser:
     parser.add_argument("--detectors", nargs="+", choices=tuple(DETECTORS), default=["conditional_detr"], help="(conditional_detr)")
     parser.add_argument("--pretexts", nargs="+", choices=(NONE, *PRETEXTS), default=[NONE, *PRETEXTS], help="(all)")
     parser.add_argument("--ablations", nargs="+", choices=tuple(ABLATIONS), default=[], help="more rows (none)")
+    parser.add_argument("--pretrained", nargs="+", default=[], metavar="NAME=FILE", help="more rows that start from these files (none)")
     parser.add_argument("--fractions", type=share, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="of fine-tuning (1 2 3)")
     parser.add_argument("--pretrain_seeds", type=int, nargs="+", default=[1], metavar="SEED",

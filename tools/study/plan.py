@@ -19,6 +19,7 @@ from tools.study.presets import (
     Flags,
     Preset,
     Variant,
+    foreign_variant,
     pretext_flags,
     variant_of,
 )
@@ -74,7 +75,7 @@ class Options:
 def options_of(args: Namespace, manifest: dict[str, Any], rates: dict[str, float]) -> Options:
     """
     Raises:
-        UserError: a fraction that was not prepared.
+        UserError: a fraction that was not prepared, or no checkpoint where one is named.
     """
     prepared = {1.0, *manifest["settings"]["fractions"]}
     for fraction in args.fractions:
@@ -87,7 +88,8 @@ def options_of(args: Namespace, manifest: dict[str, Any], rates: dict[str, float
     if weights and Path(weights).exists():
         weights = str(Path(weights).resolve())
     backbone = {name: value for name, value in (("backbone", args.backbone), ("backbone_weights", weights)) if value}
-    return Options(preset, args.detectors, [variant_of(name) for name in names], args.fractions, args.seeds, args.pretrain_seeds, backbone,
+    variants = [*(variant_of(name) for name in names), *(foreign_variant(words) for words in args.pretrained)]
+    return Options(preset, args.detectors, variants, args.fractions, args.seeds, args.pretrain_seeds, backbone,
                    rates)
 
 
@@ -97,7 +99,7 @@ def make_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
     for number, seed in enumerate(options.seeds):
         pretrain_seed = options.pretrain_seeds[number % len(options.pretrain_seeds)]
         for detector in options.detectors:
-            pretrained = [variant for variant in options.variants if variant.name != NONE]
+            pretrained = [variant for variant in options.variants if variant.pretext and variant.name != NONE]
             _add(steps, *_before(options, manifest, detector, pretrained, pretrain_seed))
             for fraction in options.fractions:
                 for variant in options.variants:
@@ -209,7 +211,7 @@ def finetune_step(
     options: Options, manifest: dict[str, Any], detector: str, variant: Variant, fraction: float, seed: int, pretrain_seed: int,
 ) -> Step:
     preset, folder = options.preset, f"finetune/{detector}/{variant.name}/{fraction:g}_seed{seed}"
-    pretrained = "" if variant.name == NONE else f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}"
+    pretrained = "" if variant.name == NONE or variant.checkpoint else f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}"
     flags = {"detector": detector, **_model(options, detector), **_length(preset, 1), "dataset_file": "custom"}
     rate = options.rate(detector)
     if rate:
@@ -217,7 +219,7 @@ def finetune_step(
     flags |= {"train_images": "{data}/labelled", "train_annotations": f"{{data}}/{annotation_file(fraction)}", **_test_data()}
     flags |= {"eval_every": _eval_every(preset, manifest, detector), **_shared(preset, manifest, 1, seed, folder)}
     flags |= preset.finetune.get(detector, {})
-    flags["pretrain"] = f"{{study}}/{pretrained}/checkpoint.pth" if pretrained else None
+    flags["pretrain"] = f"{{study}}/{pretrained}/checkpoint.pth" if pretrained else variant.checkpoint or None
     return Step(folder, "finetune", words_of(FINETUNE, flags), (pretrained,) if pretrained else (), detector, variant.name, fraction, seed,
                 pretrain_seed if pretrained else None)
 

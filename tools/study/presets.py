@@ -3,10 +3,13 @@
 Within one study everything but the pretext is the same: backbone and its weights, detector, position code, fine-tuning steps, rates,
 order of the data. Where published settings differ by pretext in what belongs to the detector, the detector's own are taken for all.
 """
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from util.logger import UserError
+from util.registry import PRETEXTS
 
 Flags = dict[str, Any]
 NONE = "none"
@@ -97,13 +100,14 @@ PRESETS: dict[str, Preset] = {
 @dataclass(frozen=True)
 class Variant:
     """A row of the tables: a pretext and what differs from its preset. true_boxes: pre-trains on the labelled training images with two
-    boxes or more, all others on unlabelled.txt."""
+    boxes or more, all others on unlabelled.txt. checkpoint: a file to start from in place of a pre-training."""
 
     name: str
     pretext: str
     changes: Flags = field(default_factory=dict)
     true_boxes: bool = False
     says: str = ""
+    checkpoint: str = ""
 
 
 _TRAINED = {"fre_cnn": None, "lr_backbone": 2e-5}
@@ -123,6 +127,22 @@ ABLATIONS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("siamese-no_regions", "siamese", {"feature_loss_coef": 0}, says="without region discrimination"),
     Variant("siamese-no_global", "siamese", {"global_loss_coef": 0}, says="without global discrimination"),
 )}
+
+
+def foreign_variant(words: str) -> Variant:
+    """A row of `--pretrained NAME=FILE`.
+
+    Raises:
+        UserError: no such file, or a name that is taken or can't be that of a folder.
+    """
+    name, _, file = words.partition("=")
+    if not re.fullmatch(r"\w[\w.-]*", name) or not file:
+        raise UserError(f"--pretrained {words}: give NAME=FILE, the name of letters, digits and any of _ . -")
+    if name in (NONE, UNTRAINED, *PRETEXTS, *ABLATIONS):
+        raise UserError(f"--pretrained {words}: {name} is another row's name; choose one of your own")
+    if not Path(file).is_file():
+        raise UserError(f"--pretrained {words}: there is no file {file}")
+    return Variant(name, "", checkpoint=str(Path(file).resolve()))
 
 
 def variant_of(name: str) -> Variant:
