@@ -9,7 +9,7 @@ import torch
 from tiny import FROZEN, fine_tune, logged, pre_train, write_coco, write_images
 
 from datasets.evaluators.coco import BACKENDS, _stats
-from datasets.evaluators.proposals import ProposalEvaluator
+from datasets.evaluators.proposals import BoxSpread, ProposalEvaluator
 from tools import evaluate_proposals
 from util.logger import UserError
 
@@ -67,6 +67,18 @@ def test_without_boxes_all_is_zero_and_without_truth_unknown() -> None:
     assert set(ProposalEvaluator({**TRUTH, "annotations": []}).summarize().values()) == {-1.0}
 
 
+def test_share_of_images_in_the_spread_of_boxes() -> None:
+    """Two queries, three images, in batches; variances by hand over the six boxes."""
+    query, image, both = torch.tensor([[0.0], [6.0]]), torch.tensor([0.0, 3.0, 6.0]), BoxSpread()
+    for batch in (image[:2], image[2:]):
+        both.update((query + batch[:, None, None]).expand(-1, -1, 4))
+    assert both.image_share() == pytest.approx(6 / (6 + 9))
+    for boxes, share in ((query.expand(3, 2, 4), 0.0), (image[:, None, None].expand(3, 2, 4), 1.0), (torch.ones(3, 2, 4), 0.0)):
+        spread = BoxSpread()
+        spread.update(boxes)
+        assert spread.image_share() == pytest.approx(share)
+
+
 def run(*flags: object) -> dict[str, float]:
     return evaluate_proposals.main(evaluate_proposals.parse([*map(str, flags), "--num_workers", "0"]))
 
@@ -111,6 +123,7 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
     rows = json.loads((tmp_path / "b" / "proposals.json").read_text())
     assert len(rows) == 3 * 20
     assert set(numbers) >= {"AP", "AR1", "AR10", "AR100", "AR1000"}
+    assert 0 <= numbers["image_share"] <= 1
     finder, _ = evaluate_proposals.load_finder(evaluate_proposals.parse(["--checkpoint", str(checkpoint), "--device", "cpu"]))
     assert finder.label == (0 if "--num_classes" in flags else 1)
 

@@ -231,7 +231,7 @@ def test_words_of_a_person_outlive_the_page(data: Path, tmp_path: Path, stand_in
     assert "| none         | 10.0 ± 0.0 |" in page.read_text(), "the second seed is in the table"
     lines = page.with_suffix(".csv").read_text().splitlines()
     assert lines[0].startswith("detector,row,fraction,seed,pretrain_seed,epoch,AP,AP50,")
-    assert lines[1:] == [f"conditional_detr,none,1.0,{seed},,1,0.1,0.2{',0' * 10}," for seed in (1, 2)]
+    assert lines[1:] == [f"conditional_detr,none,1.0,{seed},,1,0.1,0.2{',0' * 10},,,," for seed in (1, 2)]
 
 
 def test_each_detector_has_its_own_choice(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:

@@ -1,10 +1,38 @@
 """Boxes without classes: how much of what is annotated do they cover? As DETReg reports it (Bar et al., CVPR 2022, section 4.4)."""
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from datasets.evaluators.coco import CocoEvaluator, mean_of_known
+from util.distributed import all_gather_object
 
 LIMITS = (1, 10, 100, 1000)
 OBJECT = 1
+
+
+class BoxSpread:
+    """Where the boxes of a model's queries differ: from image to image, or from query to query.
+
+    A model that gives every image the same boxes, well spread, has a high recall too, and has found nothing.
+    """
+
+    def __init__(self) -> None:
+        self.images, self.sums = 0, torch.zeros(2, 1, 1)
+
+    def update(self, boxes: Tensor) -> None:
+        """boxes [B, Q, 4] of B images, the q-th of each from the same query."""
+        boxes = boxes.double()
+        self.images, self.sums = self.images + len(boxes), self.sums.to(boxes) + torch.stack([boxes.sum(0), boxes.square().sum(0)])
+
+    def image_share(self) -> float:
+        """Variance of a query's boxes over the images, as a share of that of all boxes: 0 where all images have the same boxes."""
+        parts = all_gather_object((self.images, self.sums.cpu()))
+        if not any(images for images, _ in parts):
+            return 0.0
+        mean, square = sum(sums for _, sums in parts) / sum(images for images, _ in parts)
+        of_images, of_all = (square - mean.square()).mean(0).sum(), (square.mean(0) - mean.mean(0).square()).sum()
+        return float((of_images / of_all).clamp(0, 1)) if of_all > 0 else 0.0
 
 
 class ProposalEvaluator(CocoEvaluator):

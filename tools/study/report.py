@@ -12,6 +12,7 @@ from util.plot_utils import read_log
 from util.run_page import evaluations
 
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+LOSSES = ("test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou")  # weighted over all layers; of the last layer, not weighted
 
 
 def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
@@ -39,13 +40,13 @@ def all_numbers(results: Results) -> str:
     """Every evaluation of every finished fine-tuning as a line of CSV: for one's own statistics and plots."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["detector", "row", "fraction", "seed", "pretrain_seed", "epoch", *STATS, "test_loss"])
+    writer.writerow(["detector", "row", "fraction", "seed", "pretrain_seed", "epoch", *STATS, *LOSSES])
     for (detector, row, fraction), places in sorted(results.runs.items()):
         for seed, place in sorted(places.items()):
             entries = [entry for entry in read_log(place) if entry.get("test_coco_eval_bbox")]
             for (epoch, stats), entry in zip(evaluations(entries), entries, strict=True):
                 origin = results.origins[detector, row, fraction][seed] or ""
-                writer.writerow([detector, row, fraction, seed, origin, epoch, *stats, entry.get("test_loss", "")])
+                writer.writerow([detector, row, fraction, seed, origin, epoch, *stats, *(entry.get(name, "") for name in LOSSES)])
     return table.getvalue()
 
 

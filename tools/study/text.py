@@ -128,17 +128,18 @@ def _recall(results: Results) -> Iterator[str]:
     if not results.recalls:
         return
     yield "## Boxes without classes, before any label was seen"
-    keys = ("AP50", "AR1", "AR10", "AR100")
+    keys = ("AP50", "AR1", "AR10", "AR100", "image_share")
     rows = []
     for found in sorted(results.recalls, key=lambda found: (found.get("detector", "~"), found["variant"] != UNTRAINED)):
         name = found["variant"] if found.get("detector") else f"boxes of {found['variant']}, no model"
-        numbers = [f"{100 * found.get(key, 0):.2f}" for key in keys]
+        numbers = [f"{100 * found[key]:.2f}" if key in found else "" for key in keys]
         rows.append([found.get("detector", ""), name, str(found.get("pretrain_seed", "")), *numbers])
     yield markdown(["detector", "pre-training", "its seed", *keys], rows)
     yield ("In percent, on the test images; AR10 is the recall of the best ten boxes of an image, over IoU 0.50 to 0.95. `untrained` is "
            "the model as it was initialised (one step at a rate of 1e-12). Random query patch and Siamese learn to answer for patches, and "
            "here none are given. A model has as many boxes an image as queries. A method without a model has up to 1000, in no order of "
-           "worth: random ones alone reach a high AR100.")
+           "worth: random ones alone reach a high AR100. `image_share`: of the variance of a model's boxes, what lies between "
+           "images and not between queries; near 0 every image is given the same boxes.")
 
 
 def _choice(results: Results) -> Iterator[str]:
