@@ -12,7 +12,7 @@ from util.plot_utils import read_log
 from util.run_page import evaluations
 
 STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
-LOSSES = ("test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou")  # weighted over all layers; of the last layer, not weighted
+LOSSES = ("test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou")  # weighted: of all layers, then of the last
 
 
 def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
