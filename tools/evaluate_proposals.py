@@ -161,6 +161,7 @@ def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
         finder = BoxFinder(bare(model).eval().detector, label, device, args.amp == "bf16")
         numbers = _find_all(finder, loader, ProposalEvaluator(truth, args.coco_evaluator)).summarize()
+        numbers["image_share"] = finder.spread.image_share()
         log.info("without classes: %s", _shown(numbers))
         return {f"test_object_{name}": value for name, value in numbers.items()}
 
