@@ -1,5 +1,6 @@
 """A transfer study: its data are disjoint, its plan fair, its numbers those of the definitions. Its runs: tests/test_transfer_runs.py."""
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,12 @@ from PIL import Image
 
 from tests.documents import config_words, parse, tool
 from tests.study_cases import prepare_data, run_words, study
-from tests.tiny import ROOT, write_voc
+from tests.tiny import ROOT, write_coco, write_voc
 from tools import transfer_study
 from tools.study import plan, presets
 from tools.study.pictures import common_epochs
 from tools.study.plan import flags_of, make_plan, options_of
-from tools.study.prepare import read_manifest, repeated
+from tools.study.prepare import read_manifest, repeated, shrink
 from tools.study.statistics import in_words, paired_difference, summarize
 from util.logger import UserError
 
@@ -43,6 +44,42 @@ def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -
     assert manifest["unlabelled"]["left_out_as_held_out"] == 2
     assert manifest["unlabelled"]["images"] == len(listed) == 23
     assert str(data.parent) not in json.dumps(manifest), "no place of one's own disk"
+
+
+def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None:
+    args, image = Namespace(image_size=64, quality=82), Image.new("RGB", (40, 50), (200, 30, 30))
+    for name in ("a.jpg", "a.png"):
+        image.save(tmp_path / name)
+        assert shrink(str(tmp_path / name), tmp_path / "out" / f"{name}.jpg", args) == ((40, 50), (40, 50))
+    assert (tmp_path / "out" / "a.jpg.jpg").read_bytes() == (tmp_path / "a.jpg").read_bytes()
+    with Image.open(tmp_path / "out" / "a.png.jpg") as copy:
+        assert copy.format == "JPEG"
+    image.resize((80, 100)).save(tmp_path / "b.jpg")
+    assert shrink(str(tmp_path / "b.jpg"), tmp_path / "out" / "b.jpg", args) == ((80, 100), (64, 80))
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_crowds_stay_crowds(custom: bool, tmp_path: Path) -> None:
+    """They are in the test's annotations, scaled and with the class of their label, and are no objects."""
+    coco = write_coco(tmp_path / "coco", train=24, val=6)
+    file = coco / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    crowd = content["annotations"][0]
+    crowd["iscrowd"] = 1
+    file.write_text(json.dumps(content))
+    words = ["--coco_path", coco]
+    if custom:
+        words = ["--dataset_file", "custom", "--train_images", coco / "train2017", "--val_images", coco / "val2017", "--val_annotations",
+                 file, "--train_annotations", coco / "annotations" / "instances_train2017.json"]
+    study("prepare", *words, "--image_size", 32, "--fractions", 1, "--output_dir", tmp_path / "data")
+    test = json.loads((tmp_path / "data" / "annotations" / "test.json").read_text())
+    assert len(test["annotations"]) == len(content["annotations"])
+    (found,) = [box for box in test["annotations"] if box["iscrowd"]]
+    classes = [{category["id"]: category["name"] for category in part["categories"]} for part in (test, content)]
+    assert classes[0][found["category_id"]] == classes[1][crowd["category_id"]]
+    small, large = (next(image for image in part["images"] if image["id"] == crowd["image_id"]) for part in (test, content))
+    assert found["bbox"][2] == pytest.approx(crowd["bbox"][2] * small["width"] / large["width"], abs=0.01)
+    assert read_manifest(tmp_path / "data")["test"]["boxes"] == len(content["annotations"]) - 1
 
 
 def test_a_fraction_is_as_long_as_the_whole(data: Path) -> None:

@@ -200,17 +200,20 @@ def _shrink_all(source: CocoDetection, folder: Path, name: str, args: Namespace)
             scales[image["id"]] = new_width / width, new_height / height
             kept.append({"id": image["id"], "file_name": relative, "height": new_height, "width": new_width})
         bar.step()
-    objects = content["annotations"] + _crowds(source.truth(), len(content["annotations"]))
+    objects = content["annotations"] + _crowds(source, len(content["annotations"]))
     boxes = [_scaled(box, *scales[box["image_id"]]) for box in objects if box["image_id"] in scales]
     return Part({**content, "images": kept, "annotations": boxes}, dropped)
 
 
-def _crowds(truth: str | dict[str, Any], last: int) -> list[dict[str, Any]]:
+def _crowds(source: CocoDetection, last: int) -> list[dict[str, Any]]:
     """Regions of many objects in COCO's files: nobody learns them, and evaluation counts what is found there as neither right nor wrong."""
+    truth, labels = source.truth(), {number: label for label, number in (source.category_ids or {}).items()}
     content = json.loads(Path(truth).read_text(encoding="utf-8")) if isinstance(truth, str) else truth
-    crowds = [box for box in content["annotations"] if box.get("iscrowd")]
-    names = "image_id", "category_id", "bbox", "area", "iscrowd"
-    return [{"id": last + number, **{name: box[name] for name in names}} for number, box in enumerate(crowds, start=1)]
+    return [
+        {"id": number, "image_id": box["image_id"], "category_id": labels.get(box["category_id"], box["category_id"]), "bbox": box["bbox"],
+         "area": box.get("area", box["bbox"][2] * box["bbox"][3]), "iscrowd": 1}
+        for number, box in enumerate((box for box in content["annotations"] if box.get("iscrowd")), start=last + 1)
+    ]
 
 
 def _scaled(box: dict[str, Any], x: float, y: float) -> dict[str, Any]:
