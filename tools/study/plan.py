@@ -89,8 +89,7 @@ def options_of(args: Namespace, manifest: dict[str, Any], rates: dict[str, float
         weights = str(Path(weights).resolve())
     backbone = {name: value for name, value in (("backbone", args.backbone), ("backbone_weights", weights)) if value}
     variants = [*(variant_of(name) for name in names), *(foreign_variant(words) for words in args.pretrained)]
-    return Options(preset, args.detectors, variants, args.fractions, args.seeds, args.pretrain_seeds, backbone,
-                   rates)
+    return Options(preset, args.detectors, variants, args.fractions, args.seeds, args.pretrain_seeds, backbone, rates)
 
 
 def make_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:

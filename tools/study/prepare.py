@@ -25,7 +25,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from datasets import build_dataset
-from datasets.annotations import Annotations
+from datasets.annotations import Annotations, read_json
 from datasets.coco import CocoDetection
 from datasets.image_folder import ImageFile, ImageFolder, open_file, open_image, read_bytes
 from datasets.sample import BadImageError
@@ -208,7 +208,7 @@ def _shrink_all(source: CocoDetection, folder: Path, name: str, args: Namespace)
 def _crowds(source: CocoDetection, last: int) -> list[dict[str, Any]]:
     """Regions of many objects in COCO's files: nobody learns them, and evaluation counts what is found there as neither right nor wrong."""
     truth, labels = source.truth(), {number: label for label, number in (source.category_ids or {}).items()}
-    content = json.loads(Path(truth).read_text(encoding="utf-8")) if isinstance(truth, str) else truth
+    content = read_json(truth) if isinstance(truth, str) else truth
     return [
         {"id": number, "image_id": box["image_id"], "category_id": labels.get(box["category_id"], box["category_id"]), "bbox": box["bbox"],
          "area": box.get("area", box["bbox"][2] * box["bbox"][3]), "iscrowd": 1}

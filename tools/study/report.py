@@ -8,10 +8,10 @@ from tools.study.results import AP, Results, collect
 from tools.study.text import TITLE, all_parts, words_of_person
 from util.files import write_text
 from util.logger import UserError, log
-from util.plot_utils import read_log
+from util.plot_utils import BBOX_STATS, read_log
 from util.run_page import evaluations
 
-STATS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
+STATS = (*(name.replace(" ", "_") for name in BBOX_STATS), "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 LOSSES = ("test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou")  # weighted: of all layers, then of the last
 
 
