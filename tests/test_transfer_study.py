@@ -172,7 +172,8 @@ def test_fine_tunings_differ_in_where_they_start_alone(data: Path, preset: str, 
 def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
     """Every row of every preset; configs are run by bash, and their names exist."""
     of_configs = {pretext for _, pretext in presets.PRESETS[preset].configs}
-    ablations = [name for name, row in presets.ABLATIONS.items() if not (row.pretext in of_configs and None in row.changes.values())]
+    ablations = [name for name, row in presets.ABLATIONS.items()
+                 if row.pretext not in of_configs or row.times == 1 and None not in row.changes.values()]
     words = ["--preset", preset, "--detectors", *presets.DETECTOR_FLAGS, "--seeds", 1, "--fractions", 1, "--ablations"]
     steps = plan_of(data, *words, *ablations)
     for step in steps:
@@ -215,9 +216,23 @@ def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
             plan_of(data, "--fractions", 1, "--pretrained", words)
 
 
-def test_a_config_can_not_be_cut(data: Path) -> None:
-    with pytest.raises(UserError, match=r"no_reconstruction leaves out what configs/UPDETR_conditional_pretrain_in\.sh sets"):
-        plan_of(data, "--preset", "paper", "--fractions", 1, "--ablations", "random_query_patch-no_reconstruction")
+@pytest.mark.parametrize("change", ["no_reconstruction", "longer"])
+def test_a_config_can_not_be_cut(data: Path, change: str) -> None:
+    with pytest.raises(UserError, match=rf"{change} changes or leaves out what configs/UPDETR_conditional_pretrain_in\.sh sets"):
+        plan_of(data, "--preset", "paper", "--fractions", 1, "--ablations", f"random_query_patch-{change}")
+
+
+def test_a_longer_row_has_more_steps_of_pre_training_and_nothing_else(data: Path) -> None:
+    """The rate drops at the same share of them; fine-tuning is the same."""
+    rows = "region_prior", "region_prior-longer"
+    steps = plan_of(data, "--preset", "cpu", "--pretexts", rows[0], "--ablations", rows[1], "--seeds", 1, "--fractions", 1)
+    pretrained, tuned = ([flags_of(step.words) for step in steps if step.kind == kind and step.variant in rows]
+                         for kind in ("pretrain", "finetune"))
+    lengths = [(int(flags.pop("--max_iters")), int(flags.pop("--lr_drop_iters"))) for flags in pretrained]
+    assert lengths[1] == tuple(4 * steps for steps in lengths[0])
+    for pair in (pretrained, tuned):
+        places = [flags.pop("--output_dir") for flags in pair], [flags.pop("--pretrain", "") for flags in pair]
+        assert pair[0] == pair[1], places
 
 
 def test_fractions_have_to_be_prepared(data: Path) -> None:

@@ -180,11 +180,11 @@ def pretrain_step(options: Options, manifest: dict[str, Any], detector: str, var
     """
     preset, store = options.preset, _store(options, variant)
     config = preset.configs.get((detector, variant.pretext))
-    if config and None in variant.changes.values():
-        raise UserError(f"--ablations {variant.name} leaves out what configs/{config}.sh sets: use another preset")
+    if config and (variant.times > 1 or None in variant.changes.values()):
+        raise UserError(f"--ablations {variant.name} changes or leaves out what configs/{config}.sh sets: use another preset")
     flags = {**preset.pretrain, **pretext_flags(preset, variant), "imagenet_path": _images(variant)}
     flags["cache_path"] = f"{{study}}/{store}" if store else None
-    flags |= _length(preset, 0)
+    flags |= _length(preset, 0, variant.times)
     return _pretraining(options, manifest, detector, variant.name, variant.pretext, flags, seed, (store,) if store else ())
 
 
@@ -248,11 +248,11 @@ def _shared(preset: Preset, manifest: dict[str, Any], part: int, seed: int, fold
     return {**_size(preset, manifest), "batch_size": preset.batch[part], "seed": seed, "output_dir": place, "resume": "auto"}
 
 
-def _length(preset: Preset, part: int) -> Flags:
+def _length(preset: Preset, part: int, times: int = 1) -> Flags:
     """Steps of pre-training (part 0) or fine-tuning (1), where the preset counts images."""
     if preset.images is None:
         return {}
-    steps = max(1, preset.images[part] // preset.batch[part])
+    steps = max(1, times * preset.images[part] // preset.batch[part])
     return {"max_iters": steps, "lr_drop_iters": max(1, round(RATE_DROP * steps))}
 
 

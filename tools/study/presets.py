@@ -100,17 +100,20 @@ PRESETS: dict[str, Preset] = {
 @dataclass(frozen=True)
 class Variant:
     """A row of the tables: a pretext and what differs from its preset. true_boxes: pre-trains on the labelled training images with two
-    boxes or more, all others on unlabelled.txt. checkpoint: a file to start from in place of a pre-training."""
+    boxes or more, all others on unlabelled.txt. times: how often the preset's images of pre-training. checkpoint: a file to start from in
+    place of a pre-training."""
 
     name: str
     pretext: str
     changes: Flags = field(default_factory=dict)
     true_boxes: bool = False
     says: str = ""
+    times: int = 1
     checkpoint: str = ""
 
 
 _TRAINED = {"fre_cnn": None, "lr_backbone": 2e-5}
+_LONGER = 4  # times the preset's images
 ABLATIONS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("random_query_patch-selective_search", "random_query_patch", {"proposals": "selective_search"}, says="patches of proposals"),
     Variant("random_query_patch-trained_cnn", "random_query_patch", _TRAINED, says="the CNN learns too"),
@@ -126,6 +129,8 @@ ABLATIONS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("siamese-edge_boxes", "siamese", {"proposals": "edge_boxes"}, says="EdgeBoxes, as published, in place of selective search"),
     Variant("siamese-no_regions", "siamese", {"feature_loss_coef": 0}, says="without region discrimination"),
     Variant("siamese-no_global", "siamese", {"global_loss_coef": 0}, says="without global discrimination"),
+    *(Variant(f"{name}-longer", name, times=_LONGER, says=f"{_LONGER} times as many steps of pre-training")
+      for name in ("random_query_patch", "region_prior", "siamese")),
 )}
 
 

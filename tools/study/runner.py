@@ -51,27 +51,31 @@ def run_study(args: Namespace) -> None:
     undecided = [detector for detector in args.detectors if detector not in rates] if args.choose else []
     options = options_of(args, manifest, rates)
     steps = choice_plan(replace(options, detectors=undecided), manifest) if undecided else make_plan(options, manifest)
-    check_settings(steps, args.output_dir)
-    check_alike(steps, study, args.output_dir)
+    check_plan(steps, study, args.output_dir)
     if args.list:
         show_plan(steps, args)
         return
     make_folder(args.output_dir)
     with locked(args.output_dir) as lock, Stop() as stop:
-        begin_study(args, study, manifest, steps)
         deadline = began + args.time_limit * 60 if args.time_limit else None
-        work = Work(args, steps, stop, deadline, lock)
-        work.run()
+        work = do_work(args, manifest, steps, stop, deadline, lock)
         if undecided and not work.unfinished():
             choose_rates(args.output_dir, steps)
-            study = read_study(args.output_dir)
-            steps = make_plan(replace(options, rates=chosen_rates(study)), manifest)
-            check_settings(steps, args.output_dir)
-            check_alike(steps, study, args.output_dir)
-            begin_study(args, study, manifest, steps)
-            work = Work(args, steps, stop, deadline, lock)
-            work.run()
+            options = replace(options, rates=chosen_rates(read_study(args.output_dir)))
+            work = do_work(args, manifest, make_plan(options, manifest), stop, deadline, lock)
     finish(args, work, stop)
+
+
+def do_work(
+    args: Namespace, manifest: dict[str, Any], steps: list[Step], stop: "Stop", deadline: float | None, lock: BinaryIO,
+) -> "Work":
+    """Checks a plan, writes it down, and runs it as far as it goes."""
+    study = read_study(args.output_dir)
+    check_plan(steps, study, args.output_dir)
+    begin_study(args, study, manifest, steps)
+    work = Work(args, steps, stop, deadline, lock)
+    work.run()
+    return work
 
 
 def finish(args: Namespace, work: "Work", stop: "Stop") -> None:
@@ -172,11 +176,16 @@ def state_of(step: Step, folder: Path) -> str:
     return ("failed" if record.get("failed") else "interrupted") if record else "to do"
 
 
-def check_settings(steps: list[Step], folder: Path) -> None:
+def check_plan(steps: list[Step], study: dict[str, Any], folder: Path) -> None:
     """
     Raises:
-        UserError: a step was begun with other settings, which are named.
+        UserError: a step was begun with other settings, or would stand in a table with runs that have others; they are named.
     """
+    _check_settings(steps, folder)
+    _check_alike(steps, study, folder)
+
+
+def _check_settings(steps: list[Step], folder: Path) -> None:
     for step in steps:
         record = read_record(record_path(step, folder))
         if not record and (folder / step.name).exists() and any((folder / step.name).iterdir()):
@@ -191,12 +200,8 @@ def check_settings(steps: list[Step], folder: Path) -> None:
                             "is made again")
 
 
-def check_alike(steps: list[Step], study: dict[str, Any], folder: Path) -> None:
-    """What stands in one table has to differ in what the table names, and in nothing else, whatever the calls that made it.
-
-    Raises:
-        UserError: an earlier run, of another seed, fraction or row, had other settings.
-    """
+def _check_alike(steps: list[Step], study: dict[str, Any], folder: Path) -> None:
+    """What stands in one table has to differ in what the table names, and in nothing else, whatever the calls that made it."""
     planned = {step.name for step in steps}
     earlier = [(name, facts, read_record(folder / f"{name}.json")) for name, facts in study.get("steps", {}).items()
                if name not in planned and facts["kind"] in VARIES]
