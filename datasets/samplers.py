@@ -4,11 +4,13 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from util.random_state import SampleRandom
+
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Yields this process's batches as lists of (epoch, index), from batch `start_batch` on.
 
-    The order is a permutation seeded by seed + epoch (or 0, 1, 2, ... without `shuffle`), cut into global batches of
+    The order is a permutation drawn for (seed, epoch), or 0, 1, 2, ... without `shuffle`, cut into global batches of
     batch_size * world_size; process r takes every world_size-th index of each from r on. So W processes with batch b
     see in each step the images of one process with batch W * b.
     With `drop_last` the incomplete global batch at the end is left out. Without it every index comes exactly once over
@@ -52,4 +54,4 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.dataset_len)
-        return torch.randperm(self.dataset_len, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        return torch.randperm(self.dataset_len, generator=SampleRandom.of(self.seed, self.epoch).torch)

@@ -26,6 +26,8 @@ def test_an_epoch_has_its_own_permutation_and_number() -> None:
     assert {epoch for batch in second for epoch, _ in batch} == {1}
     assert second == batches(epoch=1)
     assert [i for batch in first for _, i in batch] != [i for batch in batches(epoch=0, seed=8) for _, i in batch]
+    orders = [batches(epoch=epoch, seed=seed) for seed in range(4) for epoch in range(4)]
+    assert len({tuple(i for batch in order for _, i in batch) for order in orders}) == 16, "no epoch of a seed is one of another seed"
 
 
 def test_resuming_in_mid_epoch() -> None:

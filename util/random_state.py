@@ -1,4 +1,4 @@
-"""Random numbers of one sample: a function of (seed, epoch, index), whatever worker makes it and when."""
+"""Random numbers of one sample or epoch: a function of (seed, epoch, index), whatever worker makes it and when."""
 import random
 from functools import cached_property
 
@@ -18,8 +18,8 @@ class SampleRandom:
         self._seeds = _hash_seeds(seed)
 
     @classmethod
-    def of(cls, seed: int, epoch: int, index: int) -> "SampleRandom":
-        """The streams of sample `index` in `epoch` of a run with `seed`."""
+    def of(cls, seed: int, epoch: int, index: int = -1) -> "SampleRandom":
+        """The streams of sample `index` in `epoch` of a run with `seed`; without an index those of the epoch itself."""
         state = cls.__new__(cls)
         state._seeds = _hash_seeds(seed, epoch, index)
         return state
