@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from models.attention import ProjectedAttention
 from models.backbone import BackboneWithPositions
 from models.classification import Classification, inverse_sigmoid
-from models.detector import Memory, Queries, States, full_precision
+from models.detector import Memory, Queries, States, as_weights
 from models.detr import SingleScaleDetector, Transformer, build_encoder
 from models.position_encoding import sine_embed_points
 from models.transformer import MLP, Block, clones
@@ -74,7 +74,7 @@ class ConditionalDecoder(nn.Module):
     def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> tuple[Tensor, Tensor]:
         """[B, Q, D] -> layers [L, B, Q, D] and reference points (x, y) [B, Q, 2] in [0, 1], the same for all layers."""
         with torch.autocast(x.device.type, enabled=False):  # half of a box's centre is predicted here
-            reference = self.ref_point_head(full_precision(query_position)).sigmoid()
+            reference = self.ref_point_head(as_weights(query_position, self.ref_point_head)).sigmoid()
         sine = sine_embed_points(reference, x.shape[-1])
         outputs = []
         for i, layer in enumerate(self.layers):

@@ -19,7 +19,7 @@ from models.deformable_transformer import (
     move_boxes,
     valid_size,
 )
-from models.detector import Detector, Queries, States, flatten_map, full_precision
+from models.detector import Detector, Queries, States, as_weights, flatten_map
 from models.transformer import MLP, clones
 from util.logger import UserError
 from util.nested_tensor import NestedTensor
@@ -105,7 +105,8 @@ class DeformableDETR(Detector):
         else:
             queries = queries or self.learned_queries(memory.tokens.shape[0])
             with torch.autocast(memory.tokens.device.type, enabled=False):
-                references = self.transformer.reference_points(full_precision(queries.position)).sigmoid()
+                points = self.transformer.reference_points
+                references = points(as_weights(queries.position, points)).sigmoid()
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content
         layers, references = self.transformer.decoder(content, queries.position, references, memory, query_groups)
         return States(layers, references, proposals)
@@ -119,17 +120,18 @@ class DeformableDETR(Detector):
         transformer = self.transformer
         with torch.autocast(memory.tokens.device.type, enabled=False):
             start, valid = cell_proposals(memory)
-            tokens = transformer.enc_output(full_precision(memory.tokens).masked_fill(~valid[..., None], 0.0))
+            tokens = transformer.enc_output(as_weights(memory.tokens, transformer).masked_fill(~valid[..., None], 0.0))
             tokens = transformer.enc_output_norm(tokens)
             logits, box_logits = self.class_embed[-1](tokens), self.bbox_embed[-1](tokens) + start
             best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
             references = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
-            code = transformer.pos_trans_norm(transformer.pos_trans(embed_boxes(references, self.hidden_dim)))
+            embedded = as_weights(embed_boxes(references, self.hidden_dim), transformer.pos_trans)
+            code = transformer.pos_trans_norm(transformer.pos_trans(embedded))
         return Queries(*code.chunk(2, dim=-1)), references, {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()}
 
     def predict(self, states: States) -> dict:
         """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's tokens."""
-        layers = full_precision(states.layers)
+        layers = as_weights(states.layers, self.class_embed)
         with torch.autocast(layers.device.type, enabled=False):
             # Without zip's check: the last head of a two-stage model is the encoder's.
             logits = torch.stack([head(x) for head, x in zip(self.class_embed, layers, strict=False)])

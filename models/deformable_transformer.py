@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from models.attention import MultiheadAttention
 from models.classification import inverse_sigmoid
-from models.detector import Memory, full_precision
+from models.detector import Memory, as_weights, full_precision
 from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import sine_features
 from models.transformer import Block, clones, reset_matrices
@@ -167,7 +167,7 @@ class DeformableDecoder(nn.Module):
     def _refined(self, i: int, x: Tensor, references: Tensor) -> Tensor:
         """[B, Q, 4], without gradient: each layer learns from its own loss alone."""
         with torch.autocast(x.device.type, enabled=False):
-            return move_boxes(self.bbox_embed[i](full_precision(x)), references)
+            return move_boxes(self.bbox_embed[i](as_weights(x, self.bbox_embed)), references)
 
 
 class DeformableTransformer(nn.Module):

@@ -98,5 +98,10 @@ def flatten_map(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """At least float32: heads, boxes, matching and losses never run in half precision."""
+    """At least float32: matching, losses and results never run in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def as_weights(x: Tensor, head: nn.Module) -> Tensor:
+    """In the dtype of the head's weights: autocast never reaches heads and boxes, and a model that was made half runs as a whole."""
+    return x.to(next(head.parameters()).dtype)

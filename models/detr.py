@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from models.attention import MultiheadAttention
 from models.backbone import BackboneWithPositions
 from models.classification import Classification
-from models.detector import Detector, Memory, Queries, States, flatten_map, full_precision
+from models.detector import Detector, Memory, Queries, States, as_weights, flatten_map
 from models.transformer import MLP, Block, Encoder, EncoderLayer, clones, reset_matrices
 from util.nested_tensor import NestedTensor
 
@@ -100,7 +100,7 @@ class SingleScaleDetector(Detector):
         return content, queries.position
 
     def predict(self, states: States) -> dict:
-        layers = full_precision(states.layers)
+        layers = as_weights(states.layers, self.class_embed)
         with torch.autocast(layers.device.type, enabled=False):
             logits, offsets = self.class_embed(layers), self.bbox_embed(layers)
             return self.layer_outputs(logits, self.boxes(offsets, states))

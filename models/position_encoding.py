@@ -18,10 +18,10 @@ def sine_features(values: Tensor, num_features: int) -> Tensor:
 
 
 def sine_embed_points(points_xy: Tensor, dim: int) -> Tensor:
-    """Sine code of points [..., 2] in [0, 1], y features first: [..., dim] (Meng et al. 2021, equation 5)."""
+    """Sine code of points [..., 2] in [0, 1], y features first: [..., dim] in their dtype (Meng et al. 2021, equation 5)."""
     scaled = points_xy * (2 * math.pi)
     features = [sine_features(scaled[..., axis], dim // 2) for axis in (1, 0)]
-    return torch.cat(features, dim=-1)
+    return torch.cat(features, dim=-1).to(points_xy.dtype)
 
 
 class SinePositionEncoding(nn.Module):

@@ -315,6 +315,20 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
     torch.testing.assert_close(outputs["pred_boxes"], plain["pred_boxes"], rtol=0.1, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flags", [*([name] for name in DETECTORS), ["deformable_detr", "--with_box_refine", "--two_stage"]], ids=" ".join)
+def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -> None:
+    """For those who predict: `model.half()` takes images of its type, and its boxes are nearly those of the whole precision."""
+    model, images = build("--detector", *flags).eval(), make_batch()
+    with torch.no_grad():
+        expected = model(images)
+        found = model.to(dtype)(NestedTensor(images.tensors.to(dtype), images.mask))
+    if "--two_stage" not in flags:  # there, rounding alone changes which tokens are proposed
+        torch.testing.assert_close(found["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=0.05)
+    results = PostProcess(model.classification)(found, torch.tensor([[64, 64]] * 2))
+    assert all(result["boxes"].isfinite().all() and result["scores"].dtype == torch.float32 for result in results)
+
+
 # ---------------------------------------------------------------------------------------------------- what trains
 
 
