@@ -205,19 +205,24 @@ def test_folders_of_something_else_are_refused(data: Path, tmp_path: Path, stand
 
 
 def test_the_rate_is_chosen_on_val_and_kept(data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = STAND_IN.replace("ap = 0.1", 'ap = 0.1 * (1 + 2 * (words[words.index("--lr") + 1 if "--lr" in words else 0] == "0.0002"))')
-    monkeypatch.setattr(sys.modules[__name__], "STAND_IN", stand_in)
-    words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
+    """The best over all rows, whatever the first one says."""
+    better = '0.02 * ("none" in name and "0.0001" in words) + 0.2 * ("siamese" in name and "0.0002" in words)'
+    monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", f"ap = 0.1 + {better}"))
+    words = run_words(data, tmp_path / "out", "--pretexts", "none", "siamese", "--fractions", 1, "--seeds", 1)
     study("run", *words, "--choose", "lr")
-    assert stand_ins.started == ["choose/conditional_detr/none/lr0.0001", "choose/conditional_detr/none/lr0.0002",
-                                 "finetune/conditional_detr/none/1_seed1"]
+    tried = [f"choose/conditional_detr/{row}/lr{rate}" for rate in ("0.0001", "0.0002") for row in ("none", "siamese")]
+    trained = [name for name in stand_ins.started if name.startswith(("choose", "finetune"))]
+    assert trained == [*tried, *(f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "siamese"))]
+    count = len(stand_ins.started)
     record = json.loads((tmp_path / "out" / "choose" / "conditional_detr" / "none" / "lr0.0001.json").read_text())
     assert flags_of(record["words"])["--val_annotations"] == "{data}/annotations/val.json"
     tuned = flags_of(json.loads((tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "1_seed1.json").read_text())["words"])
     assert (tuned["--lr"], tuned["--val_annotations"]) == ("0.0002", "{data}/annotations/test.json")
-    study("run", *words)
-    assert len(stand_ins.started) == 3
+    assert not any("was chosen without" in line for line in study("run", *words))
+    assert len(stand_ins.started) == count
     assert "| conditional_detr, at rate | 0.0001 | 0.0002 |" in (tmp_path / "out" / "transfer.md").read_text()
+    lines = study("run", *words, "--pretexts", "none", "region_prior", "--list")
+    assert any("the rate of conditional_detr was chosen without region_prior" in line for line in lines)
 
 
 def test_words_of_a_person_outlive_the_page(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
@@ -229,6 +234,13 @@ def test_words_of_a_person_outlive_the_page(data: Path, tmp_path: Path, stand_in
     study("report", tmp_path / "out")
     assert f"{text.WORDS}\n## Mine\n\n- So it is.\n{text.END_OF_WORDS}" in page.read_text()
     assert "| none         | 10.0 ± 0.0 |" in page.read_text(), "the second seed is in the table"
+    whole = page.read_text()
+    for broken in (text.WORDS, text.END_OF_WORDS):
+        page.write_text(whole.replace(broken, ""))
+        with pytest.raises(UserError, match="the marks of what a person wrote are not there once each"):
+            study("report", tmp_path / "out")
+        assert page.read_text() == whole.replace(broken, ""), "nothing of it is lost"
+    page.write_text(whole)
     lines = page.with_suffix(".csv").read_text().splitlines()
     assert lines[0].startswith("detector,row,fraction,seed,pretrain_seed,epoch,AP,AP50,")
     assert lines[1:] == [f"conditional_detr,none,1.0,{seed},,1,0.1,0.2{',0' * 10},,,," for seed in (1, 2)]
@@ -252,6 +264,17 @@ def test_runs_at_another_rate_than_the_chosen_one_are_an_error(
     monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 * (1 + ("0.0002" in words))'))
     with pytest.raises(UserError, match="1_seed1 was made with other settings: --lr 0.0001 then and 0.0002 now"):
         study("run", *words, "--choose", "lr")
+    assert study("run", *words)[-1] == "all runs are done", "a choice that can't be kept is not"
+
+
+def test_versions_of_the_code_are_named_where_a_table_has_several(
+    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words, page = run_words(data, tmp_path / "out", *ROWS[:-3]), tmp_path / "out" / "transfer.md"
+    for seed, code in ((1, "aaa"), (2, "bbb")):
+        monkeypatch.setattr(runner, "environment", lambda code=code: {"code": code})
+        study("run", *words, "--seeds", seed)
+        assert ("were made with 2 versions of the code: aaa, bbb" in page.read_text()) == (seed == 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ a study as a whole

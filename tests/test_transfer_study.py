@@ -14,7 +14,8 @@ from tools import transfer_study
 from tools.study import plan, presets
 from tools.study.pictures import common_epochs
 from tools.study.plan import flags_of, make_plan, options_of
-from tools.study.prepare import read_manifest, repeated, shrink
+from tools.study.prepare import draw_unlabelled, read_manifest, repeated, shrink
+from tools.study.runner import launched
 from tools.study.statistics import in_words, paired_difference, summarize
 from util.logger import UserError
 
@@ -44,6 +45,39 @@ def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -
     assert manifest["unlabelled"]["left_out_as_held_out"] == 2
     assert manifest["unlabelled"]["images"] == len(listed) == 23
     assert str(data.parent) not in json.dumps(manifest), "no place of one's own disk"
+
+
+def test_copies_of_validation_images_are_left_out_too(data: Path, tmp_path: Path) -> None:
+    """All training images again, as unlabelled ones: those of val are not for pre-training."""
+    coco = data.parent / "coco"
+    study("prepare", "--coco_path", coco, "--unlabelled", coco / "train2017", "--no_labelled_images", "--image_size", 64,
+          "--fractions", 1, "--output_dir", tmp_path / "data")
+    listed = {Path(name).name for name in (tmp_path / "data" / "unlabelled.txt").read_text().split()}
+    assert listed == {Path(name).name for name in names(tmp_path / "data", "train")}
+    assert read_manifest(tmp_path / "data")["unlabelled"]["left_out_as_held_out"] == 4
+
+
+def test_no_val_and_a_limit_of_unlabelled_images(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--coco_path", data.parent / "coco", "--unlabelled", data.parent / "unlabelled", "--fractions", 1, "--image_size", 64]
+    study("prepare", *words, "--val_share", 0, "--max_unlabelled", 3, "--output_dir", tmp_path / "data")
+    manifest = read_manifest(tmp_path / "data")
+    assert [manifest[part]["images"] for part in ("train", "val", "test")] == [24, 0, 6]
+    assert manifest["unlabelled"]["sources"][0]["images"] == 3
+    with pytest.raises(UserError, match="prepared with --val_share 0, and there is nothing to choose on"):
+        study("run", *run_words(tmp_path / "data", tmp_path / "out", "--fractions", 1, "--choose", "lr", "--list"))
+    for flag, value in (("--fractions", -1), ("--val_share", -1), ("--val_share", 1)):
+        with pytest.raises(SystemExit):
+            study("prepare", *words, flag, value, "--output_dir", tmp_path / "other")
+        assert f"error: argument {flag}: " in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_unlabelled_images_are_drawn_from_all_folders() -> None:
+    assert draw_unlabelled([2, 0, 3], None, 1) == draw_unlabelled([2, 0, 3], 9, 1) == [[0, 1], [], [0, 1, 2]]
+    drawn = draw_unlabelled([500, 500], 100, 1)
+    assert drawn == draw_unlabelled([500, 500], 100, 1) != draw_unlabelled([500, 500], 100, 2)
+    assert sum(map(len, drawn)) == len({(i, j) for i, part in enumerate(drawn) for j in part}) == 100
+    assert 30 < len(drawn[0]) < 70
 
 
 def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None:
@@ -187,6 +221,24 @@ def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
             published = 800 if words[0] == "finetune_main.py" else 480
             assert settings.image_size == (published if preset == "paper" else 64)
             assert settings.seed == 1
+
+
+def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Path) -> None:
+    """A store knows its model, and pre-training on it has to name the same."""
+    steps = plan_of(data, "--pretexts", "none", "--ablations", "region_prior-edge_boxes", "region_prior-random", "--seeds", 1,
+                    "--fractions", 1, "--edge_model", tmp_path / "model.yml.gz")
+    named = {step.name for step in steps if f"--edge_model {tmp_path / 'model.yml.gz'}" in " ".join(step.words)}
+    assert named == {"proposals/edge_boxes", "pretrain/conditional_detr/region_prior-edge_boxes_seed1", "recall/proposals/edge_boxes"}
+
+
+def test_commands_for_several_gpus() -> None:
+    """A config starts its script with $LAUNCH; tools are one process."""
+    start = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
+    many, alone = (lambda words, count=count: launched(words, count, "python", Path()) for count in (8, 1))
+    assert many(["finetune_main.py", "--x"]) == ([*start, "finetune_main.py", "--x"], {})
+    assert many(["configs/a.sh", "--x"]) == (["bash", "configs/a.sh", "--x"], {"LAUNCH": " ".join(start)})
+    assert many(["tools/a.py"]) == alone(["tools/a.py"]) == (["python", "tools/a.py"], {})
+    assert alone(["configs/a.sh"]) == (["bash", "configs/a.sh"], {"LAUNCH": "python"})
 
 
 def test_seeds_come_whole(data: Path) -> None:

@@ -34,6 +34,22 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
+def fraction(text: str) -> float:
+    """A number above 0, at most 1."""
+    value = share(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must lie above 0 and not above 1, got {text}")
+    return value
+
+
+def share_or_none(text: str) -> float:
+    """0, or a number below 1."""
+    value = 0.0 if float(text) == 0 else fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError("1 leaves no training image")
+    return value
+
+
 def _add_prepare(commands) -> argparse.ArgumentParser:
     from tools.study.prepare import DATA_FLAGS
 
@@ -43,8 +59,10 @@ def _add_prepare(commands) -> argparse.ArgumentParser:
     parser.add_argument("--no_labelled_images", action="store_true", help="do not pre-train on the training images")
     parser.add_argument("--image_size", type=positive(), default=160, metavar="PIXELS", help="short side, here and in training (160)")
     parser.add_argument("--quality", type=positive(), default=82, help="of the JPEG files (82)")
-    parser.add_argument("--val_share", type=share, default=0.15, help="of the training images, to choose settings on (0.15)")
-    parser.add_argument("--fractions", type=share, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)")
+    parser.add_argument("--val_share", type=share_or_none, default=0.15,
+                        help="of the training images, to choose settings on; 0: none (0.15)")
+    parser.add_argument("--max_unlabelled", type=positive(), metavar="N", help="so many of --unlabelled, drawn by --split_seed (all)")
+    parser.add_argument("--fractions", type=fraction, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)")
     parser.add_argument("--split_seed", type=int, default=42, help="draws val and fractions (42)")
     parser.add_argument("--min_objects", type=at_least_zero(), default=0, metavar="N",
                         help="leave out classes with fewer objects in training or test (0)")
@@ -63,13 +81,15 @@ def _add_run(commands) -> argparse.ArgumentParser:
     parser.add_argument("--pretexts", nargs="+", choices=(NONE, *PRETEXTS), default=[NONE, *PRETEXTS], help="(all)")
     parser.add_argument("--ablations", nargs="+", choices=tuple(ABLATIONS), default=[], help="more rows (none)")
     parser.add_argument("--pretrained", nargs="+", default=[], metavar="NAME=FILE", help="more rows that start from these files (none)")
-    parser.add_argument("--fractions", type=share, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)")
+    parser.add_argument("--fractions", type=fraction, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="of fine-tuning (1 2 3)")
     parser.add_argument("--pretrain_seeds", type=int, nargs="+", default=[1], metavar="SEED",
                         help="of pre-training; the n-th fine-tuning seed starts from the n-th, in turn (1)")
     parser.add_argument("--backbone", help="in place of the preset's")
     parser.add_argument("--backbone_weights", metavar="swav|imagenet|none|PATH|URL", help="in place of the preset's")
-    parser.add_argument("--choose", choices=("lr",), help="try the preset's rates on val first; the best over all rows is kept")
+    parser.add_argument("--edge_model", metavar="FILE", help="for EdgeBoxes, see docs/proposals.md; without one edges are plain gradients")
+    parser.add_argument("--choose", choices=("lr",),
+                        help="try the preset's rates on val first; the best over the rows of this call is kept")
     parser.add_argument("--jobs", type=positive(), default=1, metavar="N", help="runs at once; each has cores / N threads (1)")
     parser.add_argument("--num_workers", type=at_least_zero(), help="loader processes of a run (by cores and --jobs)")
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")

@@ -66,6 +66,12 @@ class Options:
     pretrain_seeds: Sequence[int]
     backbone: Flags
     rates: dict[str, float] = field(default_factory=dict)
+    edge_model: str = ""
+
+    @property
+    def model(self) -> Flags:
+        """Flags of all models, whatever the detector."""
+        return {**self.preset.model, **self.backbone}
 
     def rate(self, detector: str) -> float | None:
         """None: as the detector has it."""
@@ -81,7 +87,7 @@ def options_of(args: Namespace, manifest: dict[str, Any], rates: dict[str, float
     for fraction in args.fractions:
         if fraction not in prepared:
             known = " ".join(f"{other:g}" for other in sorted(prepared))
-            raise UserError(f"--fractions {fraction:g}: {args.data} has {known}; prepare data with it")
+            raise UserError(f"--fractions {fraction:g}: {args.data} has {known}; another fraction needs other data, and a study of its own")
     preset = PRESETS[args.preset]
     names = dict.fromkeys([*args.pretexts, *args.ablations])
     weights = args.backbone_weights
@@ -89,7 +95,8 @@ def options_of(args: Namespace, manifest: dict[str, Any], rates: dict[str, float
         weights = str(Path(weights).resolve())
     backbone = {name: value for name, value in (("backbone", args.backbone), ("backbone_weights", weights)) if value}
     variants = [*(variant_of(name) for name in names), *(foreign_variant(words) for words in args.pretrained)]
-    return Options(preset, args.detectors, variants, args.fractions, args.seeds, args.pretrain_seeds, backbone, rates)
+    edge_model = str(Path(args.edge_model).resolve()) if args.edge_model else ""
+    return Options(preset, args.detectors, variants, args.fractions, args.seeds, args.pretrain_seeds, backbone, rates, edge_model)
 
 
 def make_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
@@ -110,10 +117,12 @@ def choice_plan(options: Options, manifest: dict[str, Any]) -> list[Step]:
     """Every row at every rate of the preset, on all labels and the first seed, evaluated on val.
 
     Raises:
-        UserError: the preset has no rates to choose from.
+        UserError: the preset has no rates to choose from, or the data no validation images.
     """
     if len(options.preset.rates) < 2:
         raise UserError("--choose lr: this preset has no rates to choose from; leave it out")
+    if not manifest["val"]["images"]:
+        raise UserError("--choose lr: the data was prepared with --val_share 0, and there is nothing to choose on; leave it out")
     first = replace(options, seeds=options.seeds[:1], fractions=[max(options.fractions)])
     steps = {step.name: step for step in make_plan(first, manifest) if step.kind in ("proposals", "pretrain")}
     for rate in options.preset.rates:
@@ -146,7 +155,8 @@ def _before(options: Options, manifest: dict[str, Any], detector: str, variants:
                           variant=name, pretrain_seed=seed)
     for method in dict.fromkeys(["random", *(_method(options, variant) for variant in variants)]):
         if method in ("random", *STORED):
-            yield recall_step(options, manifest, f"recall/proposals/{method}", {"proposals": method}, variant=method)
+            flags = {"proposals": method, **_edge_model(options, method)}
+            yield recall_step(options, manifest, f"recall/proposals/{method}", flags, variant=method)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the runs
@@ -154,6 +164,10 @@ def _before(options: Options, manifest: dict[str, Any], detector: str, variants:
 
 def _method(options: Options, variant: Variant) -> str:
     return pretext_flags(options.preset, variant).get("proposals", "random")
+
+
+def _edge_model(options: Options, method: str) -> Flags:
+    return {"edge_model": options.edge_model or None} if method == "edge_boxes" else {}
 
 
 def _images(variant: Variant) -> str:
@@ -167,9 +181,9 @@ def _store(options: Options, variant: Variant) -> str:
 
 
 def _store_steps(options: Options, variant: Variant) -> Iterator[Step]:
-    name = _store(options, variant)
+    name, method = _store(options, variant), _method(options, variant)
     if name:
-        flags = {"images": _images(variant), "proposals": _method(options, variant), "output_dir": f"{{study}}/{name}"}
+        flags = {"images": _images(variant), "proposals": method, "output_dir": f"{{study}}/{name}", **_edge_model(options, method)}
         yield Step(name, "proposals", words_of("tools/cache_proposals.py", flags))
 
 
@@ -182,7 +196,8 @@ def pretrain_step(options: Options, manifest: dict[str, Any], detector: str, var
     config = preset.configs.get((detector, variant.pretext))
     if config and (variant.times > 1 or None in variant.changes.values()):
         raise UserError(f"--ablations {variant.name} changes or leaves out what configs/{config}.sh sets: use another preset")
-    flags = {**preset.pretrain, **pretext_flags(preset, variant), "imagenet_path": _images(variant)}
+    flags = {**preset.pretrain, **pretext_flags(preset, variant), **_edge_model(options, _method(options, variant)),
+             "imagenet_path": _images(variant)}
     flags["cache_path"] = f"{{study}}/{store}" if store else None
     flags |= _length(preset, 0, variant.times)
     return _pretraining(options, manifest, detector, variant.name, variant.pretext, flags, seed, (store,) if store else ())
@@ -231,7 +246,7 @@ def recall_step(options: Options, manifest: dict[str, Any], folder: str, what: F
 
 
 def _model(options: Options, detector: str) -> Flags:
-    return {**DETECTOR_FLAGS[detector], **options.preset.model, **options.preset.detectors.get(detector, {}), **options.backbone}
+    return {**DETECTOR_FLAGS[detector], **options.model, **options.preset.detectors.get(detector, {})}
 
 
 def _test_data() -> Flags:

@@ -100,7 +100,7 @@ def prepare(args: Namespace) -> Path:
         "labelled": {name: _short(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)},
         "unlabelled": [short_place(place) for place in args.unlabelled], "image_size": args.image_size, "quality": args.quality,
         "val_share": args.val_share, "fractions": args.fractions, "split_seed": args.split_seed, "min_objects": args.min_objects,
-        "labelled_without_labels": not args.no_labelled_images, "pillow": pillow_version,
+        "labelled_without_labels": not args.no_labelled_images, "max_unlabelled": args.max_unlabelled, "pillow": pillow_version,
     }
     if _begin(folder, settings, [*args.unlabelled]):
         log.info("%s is finished", folder)
@@ -131,8 +131,9 @@ def _begin(folder: Path, settings: dict[str, Any], sources: list[str]) -> bool:
         check_apart(folder, source)
     make_folder(folder)
     before, settings = read_record(folder / BEGUN), json.loads(json.dumps(settings))
-    if before and before != settings:
-        name = next(name for name in settings if before.get(name) != settings[name])
+    differing = [name for name in settings if before and before.get(name) != settings[name]]
+    if differing:
+        name = differing[0]
         raise UserError(f"--output_dir {folder} was prepared with {name} {before.get(name)}, now it is {settings[name]}: choose another "
                         "folder")
     if not before and any(folder.iterdir()):
@@ -162,6 +163,8 @@ def write_labelled(args: Namespace, folder: Path) -> dict[str, Part]:
     kept = _frequent(parts, args.min_objects)
     parts = {name: part.of_classes(kept) for name, part in parts.items()}
     for name, part in parts.items():
+        if name == "val" and not args.val_share:
+            continue
         if not part.ids or not part.objects():
             raise UserError(f"the {name} part has {len(part.ids)} images and no box: give more data, or other --val_share and "
                             "--min_objects")
@@ -273,11 +276,12 @@ def repeated(content: dict[str, Any], count: int) -> dict[str, Any]:
 def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Part]) -> dict[str, Any]:
     """Copies, and the list of what may be pre-trained on: nothing that is in val or test."""
     names, sources, unreadable = [], [], 0
-    for number, place in enumerate(args.unlabelled):
-        images = ImageFolder(str(place))
-        bar = Progress(len(images), f"unlabelled images {number + 1}/{len(args.unlabelled)}")
+    folders = [ImageFolder(str(place)) for place in args.unlabelled]
+    drawn = draw_unlabelled([len(images) for images in folders], args.max_unlabelled, args.split_seed)
+    for number, (place, images) in enumerate(zip(args.unlabelled, folders, strict=True)):
+        bar = Progress(len(drawn[number]), f"unlabelled images {number + 1}/{len(args.unlabelled)}")
         found = []
-        for i in range(len(images)):
+        for i in drawn[number]:
             relative = f"unlabelled/{number}/{small_name(images.name(i))}"
             try:
                 shrink(images.file(i), folder / relative, args)
@@ -300,6 +304,14 @@ def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Part]) -> d
     write_text(folder / "unlabelled.txt", "".join(f"{name}\n" for name in [*names, *own]))
     return {"unlabelled": {"images": len(names) + len(own), "sources": sources, "of_the_labelled_training_part": len(own),
                            "left_out_as_held_out": len(copies), "unreadable": unreadable}}
+
+
+def draw_unlabelled(lengths: list[int], most: int | None, seed: int) -> list[list[int]]:
+    """Of folders with so many images the indices of those that are used, at most `most` in all."""
+    total = sum(lengths)
+    chosen = np.arange(total) if most is None or most >= total else draw_ids(np.arange(total), most / total, seed)
+    starts = np.cumsum([0, *lengths])
+    return [(chosen[(chosen >= start) & (chosen < end)] - start).tolist() for start, end in zip(starts[:-1], starts[1:], strict=True)]
 
 
 def small_name(name: str) -> str:

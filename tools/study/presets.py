@@ -20,9 +20,9 @@ UNTRAINED = "untrained"
 class Preset:
     """batch: images a step in (pre-training, fine-tuning), in one process. images: how many each sees in all; None: as the config says.
     rates: of fine-tuning, the first is taken unless one was chosen; empty: the detector's own. backbone_rate: share of it at which the CNN
-    learns; 0: it is frozen. finetune: detector -> its flags. own_sizes: images have the sizes of the published pipelines, not those of
-    the prepared data. evaluations: of a fine-tuning, evenly spread, at most. configs: (detector, pretext) -> file in configs/ that
-    pre-training starts from."""
+    learns; 0: it is frozen; None: as the flags say. finetune: detector -> its flags. own_sizes: images have the sizes of the published
+    pipelines, not those of the prepared data. evaluations: of a fine-tuning, evenly spread, at most. configs: (detector, pretext) ->
+    file in configs/ that pre-training starts from."""
 
     title: str
     model: Flags
@@ -30,7 +30,7 @@ class Preset:
     images: tuple[int, int] | None
     pretrain: Flags
     rates: tuple[float, ...]
-    backbone_rate: float
+    backbone_rate: float | None
     pretexts: dict[str, Flags]
     finetune: dict[str, Flags] = field(default_factory=dict)
     detectors: dict[str, Flags] = field(default_factory=dict)
@@ -66,7 +66,7 @@ PRESETS: dict[str, Preset] = {
         (4, 4), (16, 32), {"lr": 2e-4, "fre_cnn": True}, (2e-4, 4e-4), 0.1, _pretexts(5, 32, 5), evaluations=2,
     ),
     "cpu": Preset(
-        "two CPU cores, about an hour for one detector, two fractions and three seeds", SMALL, (4, 4), (10_000, 4_500),
+        "two CPU cores, one to three hours for a detector, two fractions and three seeds", SMALL, (4, 4), (10_000, 4_500),
         {"lr": 2e-4, "fre_cnn": True}, (4e-4, 2e-4, 8e-4), 0.0, _pretexts(5, 64, 10), evaluations=4,
     ),
     "gpu-10min": Preset(
@@ -76,12 +76,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "paper": Preset(
         "published settings: 8 GPUs for days. Prepare all of the data with --image_size 800", {"backbone_weights": "swav"}, (32, 4), None,
-        {}, (), 0.5, {
+        {}, (), None, {
             "random_query_patch": {}, "siamese": {"proposals": "edge_boxes"},
             "region_prior": {"proposals": "selective_search", "batch_size": 24},
         }, finetune={
             "conditional_detr": {"epochs": 50, "lr_drop": 40, "lr_backbone": 5e-5, "batch_size": 2},
-            "deformable_detr": {"epochs": 50, "lr_drop": 40}, "detr": {"epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5},
+            "deformable_detr": {"epochs": 50, "lr_drop": 40}, "detr": {"epochs": 150, "lr_drop": 100, "lr_backbone": 5e-5, "batch_size": 2},
         }, detectors={"conditional_detr": {"num_queries": 100}, "detr": {"num_queries": 100}}, own_sizes=True, evaluations=10, processes=8,
         configs={
             ("conditional_detr", "random_query_patch"): "UPDETR_conditional_pretrain_in",
@@ -120,9 +120,10 @@ ABLATIONS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("random_query_patch-no_reconstruction", "random_query_patch", {"feature_recon": None}, says="without the feature loss"),
     Variant("region_prior-random", "region_prior", {"proposals": "random"}, says="random boxes in place of proposals"),
     Variant("region_prior-edge_boxes", "region_prior", {"proposals": "edge_boxes"}, says="EdgeBoxes in place of selective search"),
-    Variant("region_prior-labelled_images", "region_prior", {}, True, says="on the images of the next row only"),
+    Variant("region_prior-labelled_images", "region_prior", {}, True, says="on the images of region_prior-true_boxes alone"),
     Variant("region_prior-true_boxes", "region_prior", {"proposals": "file:{data}/annotations/true_boxes.json"}, True,
-            says="true boxes without their labels: an upper bound"),
+            says="true boxes, without classes, of all labelled training images that have two or more, also where fine-tuning has fewer "
+                 "labels; to be compared with region_prior-labelled_images"),
     Variant("region_prior-trained_cnn", "region_prior", _TRAINED, says="the CNN learns too"),
     Variant("region_prior-no_embedding", "region_prior", {"object_embedding_loss": None}, says="without the object embedding loss"),
     Variant("siamese-random", "siamese", {"proposals": "random"}, says="random boxes in place of proposals"),

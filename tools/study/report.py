@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tools.study import pictures
 from tools.study.results import AP, Results, collect
-from tools.study.text import TITLE, all_parts, words_of_person
+from tools.study.text import END_OF_WORDS, TITLE, WORDS, all_parts, words_of_person
 from util.files import write_text
 from util.logger import UserError, log
 from util.plot_utils import BBOX_STATS, read_log
@@ -22,18 +22,30 @@ def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
     What a person wrote between the marks of an earlier page in its place is kept.
 
     Raises:
-        UserError: `folder` is no study, or `output` is there and not such a page.
+        UserError: `folder` is no study, or `output` is there and not such a page, or one whose marks are broken.
     """
     results = collect(folder)
-    before = output.read_text(encoding="utf-8", errors="replace") if output.exists() else TITLE
-    if not before.startswith(TITLE):
-        raise UserError(f"--output {output} is there and is not the page of a study: choose another name")
+    words = words_before(output)
     drawn = draw_all_curves(results, output.parent / f"{output.stem}_curves")
-    write_text(output, "\n\n".join(all_parts(results, drawn, output.parent, words_of_person(before))) + "\n")
+    write_text(output, "\n\n".join(all_parts(results, drawn, output.parent, words)) + "\n")
     log.info("%s", output)
     write_text(output.with_suffix(".csv"), all_numbers(results))
     draw_all_predictions(results, picture_folder)
     return output
+
+
+def words_before(output: Path) -> str:
+    """What a person wrote into the page that is there."""
+    if not output.exists():
+        return ""
+    page = output.read_text(encoding="utf-8", errors="replace")
+    if not page.startswith(TITLE):
+        raise UserError(f"--output {output} is there and is not the page of a study: choose another name")
+    try:
+        return words_of_person(page)
+    except ValueError as error:
+        raise UserError(f"--output {output}: {error}; bring back '{WORDS}' and '{END_OF_WORDS}' around your words, or choose another "
+                        "name") from error
 
 
 def all_numbers(results: Results) -> str:

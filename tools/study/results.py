@@ -3,8 +3,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tools.study.folder import read_study
 from tools.study.plan import RESULTS
-from tools.study.runner import read_study
 from util.logger import UserError
 from util.plot_utils import read_log
 from util.run_folder import read_record
@@ -32,6 +32,11 @@ class Results:
     def values(self, cell: Cell, number: int) -> dict[int, float]:
         """seed -> AP or AP50 in percent, after the last epoch."""
         return {seed: 100 * evaluations(read_log(place))[-1][1][number] for seed, place in sorted(self.runs.get(cell, {}).items())}
+
+    def codes(self, detector: str, fraction: float) -> list[str]:
+        """Versions of the code that made the runs of a table, where they say so."""
+        places = [place for cell, by_seed in self.runs.items() if (cell[0], cell[2]) == (detector, fraction) for place in by_seed.values()]
+        return list(dict.fromkeys(read_record(place.with_name(f"{place.name}.json")).get("code", "unknown") for place in places))
 
     def cells(self) -> dict[tuple[str, float], list[str]]:
         """(detector, fraction) -> rows."""

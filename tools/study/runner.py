@@ -6,7 +6,6 @@ study.json holds the data's hashes, the preset, what was chosen, and every step 
 import contextlib
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -14,13 +13,22 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tools.study.plan import RESULTS, Step, choice_plan, difference, make_plan, options_of
-from tools.study.prepare import read_manifest, shown_command
+from tools.study.folder import (
+    begin_study,
+    best_rates,
+    check_study,
+    chosen_rates,
+    keep_choices,
+    locked,
+    read_study,
+    warn_of_choices,
+)
+from tools.study.plan import RESULTS, Options, Step, choice_plan, difference, make_plan, options_of
+from tools.study.prepare import read_manifest
 from tools.study.presets import PRESETS
 from util.files import make_folder, write_text
 from util.logger import StopRequested, UserError, format_seconds, log
@@ -29,9 +37,8 @@ from util.run_folder import ROOT, environment, read_record
 from util.run_page import evaluations
 from util.signals import SignalHandler
 
-STUDY = "study.json"
 POLL = 0.2  # seconds
-GRACE = 45.0  # seconds that a run has to save itself before it is ended
+GRACE = 45.0  # seconds that a run has to save itself before it is ended; torchrun gives its processes 30 of them
 VARIES = {  # kind of a step -> flags in which runs of one column of a table may differ
     "finetune": ("--seed", "--output_dir", "--pretrain", "--train_annotations"), "pretrain": ("--seed", "--output_dir"),
 }
@@ -50,6 +57,7 @@ def run_study(args: Namespace) -> None:
     rates = chosen_rates(study)
     undecided = [detector for detector in args.detectors if detector not in rates] if args.choose else []
     options = options_of(args, manifest, rates)
+    warn_of_choices(options, study)
     steps = choice_plan(replace(options, detectors=undecided), manifest) if undecided else make_plan(options, manifest)
     check_plan(steps, study, args.output_dir)
     if args.list:
@@ -58,21 +66,24 @@ def run_study(args: Namespace) -> None:
     make_folder(args.output_dir)
     with locked(args.output_dir) as lock, Stop() as stop:
         deadline = began + args.time_limit * 60 if args.time_limit else None
-        work = do_work(args, manifest, steps, stop, deadline, lock)
+        work = do_work(args, options, manifest, steps, stop, deadline, lock)
         if undecided and not work.unfinished():
-            choose_rates(args.output_dir, steps)
-            options = replace(options, rates=chosen_rates(read_study(args.output_dir)))
-            work = do_work(args, manifest, make_plan(options, manifest), stop, deadline, lock)
+            choices = best_rates(args.output_dir, steps)
+            options = replace(options, rates={**rates, **{detector: choice["lr"] for detector, choice in choices.items()}})
+            steps = make_plan(options, manifest)
+            check_plan(steps, read_study(args.output_dir), args.output_dir)  # before it is kept: a choice binds all later calls
+            keep_choices(args.output_dir, choices)
+            work = do_work(args, options, manifest, steps, stop, deadline, lock)
     finish(args, work, stop)
 
 
 def do_work(
-    args: Namespace, manifest: dict[str, Any], steps: list[Step], stop: "Stop", deadline: float | None, lock: BinaryIO,
+    args: Namespace, options: Options, manifest: dict[str, Any], steps: list[Step], stop: "Stop", deadline: float | None, lock: BinaryIO,
 ) -> "Work":
     """Checks a plan, writes it down, and runs it as far as it goes."""
     study = read_study(args.output_dir)
     check_plan(steps, study, args.output_dir)
-    begin_study(args, study, manifest, steps)
+    begin_study(args, options, study, manifest, steps)
     work = Work(args, steps, stop, deadline, lock)
     work.run()
     return work
@@ -91,66 +102,6 @@ def finish(args: Namespace, work: "Work", stop: "Stop") -> None:
     if left:
         raise StopRequested(f"{'' if stop.asked else 'time is up: '}{len(left)} of {len(work.steps)} runs are left; {again}")
     log.info("all runs are done")
-
-
-# ------------------------------------------------------------------------------------------------------------------- the folder
-
-
-def read_study(folder: Path) -> dict[str, Any]:
-    return read_record(folder / STUDY)
-
-
-def check_study(study: dict[str, Any], args: Namespace, manifest: dict[str, Any]) -> None:
-    """
-    Raises:
-        UserError: the folder holds another study, or something else.
-    """
-    if not study:
-        if args.output_dir.is_dir() and any(path.name != ".lock" for path in args.output_dir.iterdir()):
-            raise UserError(f"--output_dir {args.output_dir} holds something that is not of a study: choose another folder")
-        return
-    if study["data"]["sha256"] != manifest["sha256"]:
-        raise UserError(f"--output_dir {args.output_dir} was made with other data than --data {args.data}: choose another folder")
-    if study["preset"] != args.preset:
-        raise UserError(f"--output_dir {args.output_dir} was made with --preset {study['preset']}, now it is {args.preset}: choose another "
-                        "folder")
-
-
-def begin_study(args: Namespace, study: dict[str, Any], manifest: dict[str, Any], steps: list[Step]) -> None:
-    planned = {**study.get("steps", {}), **{step.name: step.facts() for step in steps}}
-    start = {**environment(), "command": shown_command(sys.argv), "jobs": args.jobs, "machine": processor(), "cores": args.cores}
-    preset = PRESETS[args.preset]
-    facts = {name: getattr(preset, name) for name in ("title", "batch", "images", "pretrain", "backbone_rate")}
-    record = {**study, "preset": args.preset, "preset_settings": facts, "data": manifest, "data_folder": str(args.data.resolve()),
-              "steps": planned, "starts": [*study.get("starts", []), start]}
-    write_text(args.output_dir / STUDY, json.dumps(record, indent=1) + "\n")
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[BinaryIO]:
-    """One process works on a study. The runs inherit the lock: while one of a killed tool is left, nobody starts a second one beside it.
-
-    Raises:
-        UserError: somebody holds it.
-    """
-    with (folder / ".lock").open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise UserError(f"--output_dir {folder}: another process works on this study; wait for it or end it") from error
-        yield file
 
 
 # --------------------------------------------------------------------------------------------------------------------- the steps
@@ -234,14 +185,25 @@ def command_of(step: Step, args: Namespace) -> list[str]:
     return [*words, "--device", args.device] if args.device else words
 
 
-def launcher(words: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
-    """The whole command, and what its environment has to have."""
+def launched(words: list[str], processes: int, python: str, root: Path) -> tuple[list[str], dict[str, str]]:
+    """The whole command, and what its environment has to have. Configs are run by bash, and start the script with $LAUNCH."""
+    starts = [python]
+    if processes > 1 and not words[0].startswith("tools/"):
+        starts += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     if words[0].endswith(".sh"):
-        launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node {processes}" if processes > 1 else sys.executable
-        return ["bash", str(ROOT / words[0]), *words[1:]], {"LAUNCH": launch}
-    many = processes > 1 and not words[0].startswith("tools/")
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if many else []
-    return [sys.executable, *many, str(ROOT / words[0]), *words[1:]], {}
+        return ["bash", str(root / words[0]), *words[1:]], {"LAUNCH": shlex.join(starts)}
+    return [*starts, str(root / words[0]), *words[1:]], {}
+
+
+def launcher(words: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    return launched(words, processes, sys.executable, ROOT)
+
+
+def typed(step: Step, args: Namespace) -> str:
+    """Its command as one would type it in the project's folder."""
+    words = [word.format(data=args.data, study=args.output_dir) if "{" in word else word for word in step.words]
+    words, settings = launched(words, PRESETS[args.preset].processes, "python", Path())
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in settings.items()), shlex.join(words)])
 
 
 def show_plan(steps: list[Step], args: Namespace) -> None:
@@ -253,8 +215,7 @@ def show_plan(steps: list[Step], args: Namespace) -> None:
     for step in steps:
         state = state_of(step, args.output_dir)
         states[state.split(" in ")[0]] += 1
-        words = [word.format(data=args.data, study=args.output_dir) if "{" in word else word for word in step.words]
-        log.info("[%s] %s\n    %s%s", state, step.name, "" if words[0].endswith(".sh") else "python ", shlex.join(words))
+        log.info("[%s] %s\n    %s", state, step.name, typed(step, args))
     log.info("%d runs: %s", len(steps), ", ".join(f"{count} {state}" for state, count in states.items()))
 
 
@@ -293,7 +254,7 @@ class Active:
 
 @dataclass
 class Work:
-    """Goes over the steps; failed: names of those that did, and of those that need them."""
+    """Goes over the steps; failed: names of those that did, and of those that need them. code: its version, for the records."""
 
     args: Namespace
     steps: list[Step]
@@ -302,6 +263,7 @@ class Work:
     lock: BinaryIO
     active: list[Active] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    code: str = field(default_factory=lambda: environment()["code"])
 
     def unfinished(self) -> list[Step]:
         return [step for step in self.steps if not is_done(step, self.args.output_dir)]
@@ -335,7 +297,7 @@ class Work:
         words, more = launcher(command_of(step, self.args), PRESETS[self.args.preset].processes)
         path = record_path(step, folder)
         before = read_record(path).get("seconds", 0.0)
-        record = {"words": step.words, "origins": origins(step, folder), "seconds": before, "finished": False}
+        record = {"words": step.words, "origins": origins(step, folder), "code": self.code, "seconds": before, "finished": False}
         write_text(path, json.dumps(record, indent=1) + "\n")
         log.info("begins: %s%s", step.name, " again" if before else "")
         with path.with_suffix(".log").open("ab") as output:
@@ -363,8 +325,8 @@ class Work:
         """Writes down how a run ended; whether it is finished."""
         folder, status = self.args.output_dir, run.process.returncode
         finished = status == 0 and (folder / run.step.name / RESULTS[run.step.kind]).is_file()
-        record = {"words": run.step.words, "origins": origins(run.step, folder), "seconds": round(run.seconds, 1), "finished": finished,
-                  "status": status, "failed": not finished and not self._must_end()}
+        record = {"words": run.step.words, "origins": origins(run.step, folder), "code": self.code, "seconds": round(run.seconds, 1),
+                  "finished": finished, "status": status, "failed": not finished and not self._must_end()}
         if finished:
             record["finished_at"] = time.time_ns()
         write_text(record_path(run.step, folder), json.dumps(record, indent=1) + "\n")
@@ -415,24 +377,3 @@ def result_line(step: Step, folder: Path) -> str:
         return f", AR100 {100 * read_record(place / RESULTS['recall']).get('AR100', 0):.1f}"
     evaluated = evaluations(read_log(place)) if step.kind in ("finetune", "choose") else []
     return f", AP {100 * evaluated[-1][1][0]:.1f}, AP50 {100 * evaluated[-1][1][1]:.1f}" if evaluated else ""
-
-
-def chosen_rates(study: dict[str, Any]) -> dict[str, float]:
-    """detector -> rate, of those that were tried."""
-    return {detector: choice["lr"] for detector, choice in study.get("choices", {}).items()}
-
-
-def choose_rates(folder: Path, steps: list[Step]) -> None:
-    """Keeps for each detector the rate with the best mean AP on val over all rows; every row then learns at it."""
-    tables: dict[str, dict[str, dict[str, float]]] = {}
-    for step in steps:
-        if step.kind == "choose":
-            ap = evaluations(read_log(folder / step.name))[-1][1][0]
-            tables.setdefault(step.detector, {}).setdefault(step.variant, {})[f"{step.rate:g}"] = round(100 * ap, 2)
-    choices = {}
-    for detector, table in tables.items():
-        best = max(next(iter(table.values())), key=lambda rate: sum(row[rate] for row in table.values()))
-        choices[detector] = {"lr": float(best), "val_AP": table}
-        log.info("--choose lr: %s has the best mean AP on val for %s: %s", best, detector, json.dumps(table))
-    study = read_study(folder)
-    write_text(folder / STUDY, json.dumps({**study, "choices": {**study.get("choices", {}), **choices}}, indent=1) + "\n")

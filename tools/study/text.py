@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.compare_runs import markdown
+from tools.study.plan import words_of
 from tools.study.presets import ABLATIONS, NONE, UNTRAINED
 from tools.study.results import AP, AP50, Results
 from tools.study.statistics import Difference, in_words, paired_difference, signed, summarize
@@ -29,8 +30,16 @@ def all_parts(results: Results, drawn: Mapping[tuple[str, float], Path], base: P
 
 
 def words_of_person(page: str) -> str:
-    """What stands between the two marks of a page, empty where there is nothing."""
-    return page.partition(WORDS)[2].partition(END_OF_WORDS)[0].strip("\n")
+    """What stands between the two marks of a page.
+
+    Raises:
+        ValueError: it has not each mark once, in their order.
+    """
+    before, first, rest = page.partition(WORDS)
+    words, last, after = rest.partition(END_OF_WORDS)
+    if not (first and last) or any(mark in part for mark in (WORDS, END_OF_WORDS) for part in (before, words, after)):
+        raise ValueError("the marks of what a person wrote are not there once each")
+    return words.strip("\n")
 
 
 def _what(results: Results) -> Iterator[str]:
@@ -43,6 +52,7 @@ def _what(results: Results) -> Iterator[str]:
     source = ", ".join(f"{name} {_text(value)}" for name, value in settings["labelled"].items())
     classes = train["boxes_by_class"]
     yield "\n".join([
+        *_model(study["preset_settings"].get("model")),
         f"- **Labelled** ({source}): {train['images']} training images with {train['boxes']} boxes of {len(classes)} classes "
         f"({', '.join(classes)}); {data['val']['images']} more of the source's training part to choose settings on; {test['images']} test "
         f"images with {test['boxes']} boxes. AP is of the test images, after the last step; the tool chooses nothing on them.",
@@ -60,6 +70,11 @@ def _training(preset: dict[str, Any]) -> str:
     frozen = {"pre-training": preset["pretrain"].get("fre_cnn"), "fine-tuning": preset["backbone_rate"] == 0}
     places = " and in ".join(name for name, is_frozen in frozen.items() if is_frozen)
     return text + (f"The CNN is frozen in {places}." if places else "How fast the CNN learns, the commands say.")
+
+
+def _model(flags: dict[str, Any] | None) -> list[str]:
+    """Studies of earlier versions don't say it."""
+    return [f"- **Model**: `{' '.join(words_of('', flags)[1:])}`; all else as the detector has it."] if flags else []
 
 
 def _left_out(least: int) -> list[str]:
@@ -94,6 +109,10 @@ def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Pat
                 said.append(f"- `{row}`: {in_words(compared[0])}; {in_words(compared[1], 'AP50')}.{_what_row(row)}")
             table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _by_seed(values, results.planned[cell])])
         yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "AP by seed"], table)
+        codes = results.codes(detector, fraction)
+        if len(codes) > 1:
+            said.append(f"- Runs of this table were made with {len(codes)} versions of the code: {', '.join(codes)}. Where the order of "
+                        "images or a default differs between them, rows do too.")
         if said:
             yield "\n".join(said)
         if (detector, fraction) in drawn:
@@ -139,7 +158,8 @@ def _recall(results: Results) -> Iterator[str]:
            "the model as it was initialised (one step at a rate of 1e-12). Random query patch and Siamese learn to answer for patches, and "
            "here none are given. A model has as many boxes an image as queries. A method without a model has up to 1000, in no order of "
            "worth: random ones alone reach a high AR100. `image_share`: of the variance of a model's boxes, what lies between "
-           "images and not between queries; near 0 every image is given the same boxes.")
+           "images and not between queries. All queries count, also those that find nothing, so a trained detector's is small too; at 0 "
+           "every image is given the same boxes.")
 
 
 def _choice(results: Results) -> Iterator[str]:
