@@ -71,8 +71,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "gpu-10min": Preset(
         "one GPU in runs of ten minutes, with --jobs 4 or more and --time_limit 9",
-        {**SMALL, "enc_layers": 3, "hidden_dim": 256, "dim_feedforward": 1024, "num_queries": 60}, (32, 16), (150_000, 40_000),
-        {"lr": 2e-4, "fre_cnn": True}, (2e-4, 1e-4, 4e-4), 0.1, _pretexts(10, 96, 15),
+        {**SMALL, "enc_layers": 3, "hidden_dim": 256, "dim_feedforward": 1024, "num_queries": 60}, (32, 16), (100_000, 20_000),
+        {"lr": 2e-4, "fre_cnn": True}, (2e-4, 1e-4, 4e-4), 0.1, _pretexts(10, 96, 15), evaluations=4,
     ),
     "paper": Preset(
         "published settings: 8 GPUs for days. Prepare all of the data with --image_size 800", {"backbone_weights": "swav"}, (32, 4), None,
