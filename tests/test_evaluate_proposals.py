@@ -9,7 +9,7 @@ import torch
 from tiny import FROZEN, fine_tune, logged, pre_train, write_coco, write_images
 
 from datasets.evaluators.coco import BACKENDS, _stats
-from datasets.evaluators.proposals import BoxSpread, ProposalEvaluator
+from datasets.evaluators.proposals import ProposalEvaluator
 from tools import evaluate_proposals
 from util.logger import UserError
 
@@ -67,16 +67,22 @@ def test_without_boxes_all_is_zero_and_without_truth_unknown() -> None:
     assert set(ProposalEvaluator({**TRUTH, "annotations": []}).summarize().values()) == {-1.0}
 
 
-def test_share_of_images_in_the_spread_of_boxes() -> None:
-    """Two queries, three images, in batches; variances by hand over the six boxes."""
-    query, image, both = torch.tensor([[0.0], [6.0]]), torch.tensor([0.0, 3.0, 6.0]), BoxSpread()
-    for batch in (image[:2], image[2:]):
-        both.update((query + batch[:, None, None]).expand(-1, -1, 4))
-    assert both.image_share() == pytest.approx(6 / (6 + 9))
-    for boxes, share in ((query.expand(3, 2, 4), 0.0), (image[:, None, None].expand(3, 2, 4), 1.0), (torch.ones(3, 2, 4), 0.0)):
-        spread = BoxSpread()
-        spread.update(boxes)
-        assert spread.image_share() == pytest.approx(share)
+def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
+    """Three images of different size, one object each; image 3 has no boxes, so that image 1 gets none."""
+    sizes, places = {1: (100, 50), 2: (50, 100), 3: (20, 20)}, {1: (0.1, 0.1, 0.5, 0.5), 2: (0.1, 0.1, 0.5, 0.5), 3: (0.5, 0.5, 0.9, 0.9)}
+    absolute = {i: torch.tensor(places[i]) * torch.tensor([*sizes[i], *sizes[i]]) for i in sizes}
+    truth = {
+        "images": [{"id": i, "width": width, "height": height} for i, (width, height) in sizes.items()],
+        "categories": [{"id": 5, "name": "a"}],
+        "annotations": [{"id": i, "image_id": i, "category_id": 5, "iscrowd": 0, "area": float((box[2] - box[0]) * (box[3] - box[1])),
+                         "bbox": [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]} for i, box in absolute.items()],
+    }
+    evaluator = ProposalEvaluator(truth)
+    evaluator.update({i: {"scores": torch.ones(1), "labels": torch.ones(1), "boxes": absolute[i][None]} for i in (1, 2)})
+    numbers = evaluator.summarize()
+    assert numbers["AR10"] == numbers["AR100"] == pytest.approx(2 / 3)
+    assert numbers["AR10_swapped"] == numbers["AR100_swapped"] == pytest.approx(1 / 3), "2 has the boxes of 1; 3 gets those of 2"
+    assert 0 < numbers["AP50_swapped"] < numbers["AP50"]
 
 
 def run(*flags: object) -> dict[str, float]:
@@ -122,8 +128,7 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
     numbers = run("--coco_path", coco, "--checkpoint", checkpoint, "--image_size", "64", "--output_dir", tmp_path / "b")
     rows = json.loads((tmp_path / "b" / "proposals.json").read_text())
     assert len(rows) == 3 * 20
-    assert set(numbers) >= {"AP", "AR1", "AR10", "AR100", "AR1000"}
-    assert 0 <= numbers["image_share"] <= 1
+    assert set(numbers) >= {"AP", "AR1", "AR10", "AR100", "AR1000", "AR10_swapped"}
     finder, _ = evaluate_proposals.load_finder(evaluate_proposals.parse(["--checkpoint", str(checkpoint), "--device", "cpu"]))
     assert finder.label == (0 if "--num_classes" in flags else 1)
 

@@ -4,14 +4,14 @@
     python tools/evaluate_proposals.py --coco_path COCO --proposals selective_search
 
 Prints AP, AP50, AP75 (best 100 boxes of an image) and the average recall of the best 1, 10, 100 and 1000 boxes on the validation images,
-as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in `proposals.json`, COCO's results. Of a model
-also `image_share`: the share of its boxes' variance that lies between images. Near 0 it gives every image the same boxes.
+as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in `proposals.json`, COCO's results. The numbers
+named `_swapped` are those of the boxes of another image: what is not above them has not looked at the image.
 """
 import json
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset, build_loader, init_worker
-from datasets.evaluators.proposals import OBJECT, BoxSpread, ProposalEvaluator
+from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
 from datasets.image_folder import read_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError, SampleDataset
@@ -72,7 +72,6 @@ class BoxFinder:
     label: int | None
     device: torch.device
     amp: bool
-    spread: BoxSpread = field(default_factory=BoxSpread)
 
     @torch.no_grad()
     def __call__(self, samples, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
@@ -80,7 +79,6 @@ class BoxFinder:
         with autocast(self.device, self.amp):
             outputs = self.model(samples)
         logits, boxes = full_precision(outputs["pred_logits"]), box_cxcywh_to_xyxy(full_precision(outputs["pred_boxes"]))
-        self.spread.update(boxes)
         kind = self.model.classification.kind
         scores = logits.softmax(-1)[..., :-1] if kind == "softmax" else logits.sigmoid()
         scores = scores.amax(-1) if self.label is None else scores[..., self.label]
@@ -123,11 +121,10 @@ def _without_pretext(checkpoint: Checkpoint) -> Checkpoint:
     return kept
 
 
-def evaluate_model(args: Namespace, evaluator_of) -> tuple[ProposalEvaluator, dict[str, float]]:
+def evaluate_model(args: Namespace, evaluator_of) -> ProposalEvaluator:
     finder, settings = load_finder(args)
     dataset = build_dataset("val", settings)
-    evaluator = _find_all(finder, build_loader(dataset, settings, train=False), evaluator_of(dataset))
-    return evaluator, {"image_share": finder.spread.image_share()}
+    return _find_all(finder, build_loader(dataset, settings, train=False), evaluator_of(dataset))
 
 
 def _find_all(finder: BoxFinder, loader: DataLoader, evaluator: ProposalEvaluator) -> ProposalEvaluator:
@@ -161,7 +158,6 @@ def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
         finder = BoxFinder(bare(model).eval().detector, label, device, args.amp == "bf16")
         numbers = _find_all(finder, loader, ProposalEvaluator(truth, args.coco_evaluator)).summarize()
-        numbers["image_share"] = finder.spread.image_share()
         log.info("without classes: %s", _shown(numbers))
         return {f"test_object_{name}": value for name, value in numbers.items()}
 
@@ -193,7 +189,7 @@ class ProposedBoxes(Dataset):
             return image_id, None
 
 
-def evaluate_method(args: Namespace, evaluator_of) -> tuple[ProposalEvaluator, dict[str, float]]:
+def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
     """Boxes of a method have no comparable scores in general: the order in which it gives them counts."""
     settings = _settings(args)
     start_session(settings)
@@ -213,7 +209,7 @@ def evaluate_method(args: Namespace, evaluator_of) -> tuple[ProposalEvaluator, d
             evaluator.update({image_id: {"scores": scores, "labels": torch.full((len(boxes),), OBJECT), "boxes": boxes}})
         bar.step()
     log.info("%.1f boxes an image", count / max(len(dataset), 1))
-    return evaluator, {}
+    return evaluator
 
 
 def main(args: Namespace) -> dict[str, float]:
@@ -225,8 +221,8 @@ def main(args: Namespace) -> dict[str, float]:
     def evaluator_of(dataset: SampleDataset) -> ProposalEvaluator:
         return ProposalEvaluator(dataset.truth(), args.coco_evaluator or "auto")
 
-    evaluator, more = (evaluate_model if args.checkpoint else evaluate_method)(args, evaluator_of)
-    numbers = {**evaluator.summarize(), **more}
+    evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args, evaluator_of)
+    numbers = evaluator.summarize()
     log.info("without classes: %s", _shown(numbers))
     if folder is not None and is_main_process():
         what = {"checkpoint": args.checkpoint} if args.checkpoint else {"proposals": args.proposals, "cache_path": args.cache_path}

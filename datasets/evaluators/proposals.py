@@ -1,38 +1,12 @@
 """Boxes without classes: how much of what is annotated do they cover? As DETReg reports it (Bar et al., CVPR 2022, section 4.4)."""
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from datasets.evaluators.coco import CocoEvaluator, mean_of_known
-from util.distributed import all_gather_object
 
 LIMITS = (1, 10, 100, 1000)
 OBJECT = 1
-
-
-class BoxSpread:
-    """Where the boxes of a model's queries differ: from image to image, or from query to query.
-
-    A model that gives every image the same boxes, well spread, has a high recall too, and has found nothing.
-    """
-
-    def __init__(self) -> None:
-        self.images, self.sums = 0, torch.zeros(2, 1, 1)
-
-    def update(self, boxes: Tensor) -> None:
-        """boxes [B, Q, 4] of B images, the q-th of each from the same query."""
-        boxes = boxes.double()
-        self.images, self.sums = self.images + len(boxes), self.sums.to(boxes) + torch.stack([boxes.sum(0), boxes.square().sum(0)])
-
-    def image_share(self) -> float:
-        """Variance of a query's boxes over the images, as a share of that of all boxes: 0 where all images have the same boxes."""
-        parts = all_gather_object((self.images, self.sums.cpu()))
-        if not any(images for images, _ in parts):
-            return 0.0
-        mean, square = sum(sums for _, sums in parts) / sum(images for images, _ in parts)
-        of_images, of_all = (square - mean.square()).mean(0).sum(), (square.mean(0) - mean.mean(0).square()).sum()
-        return float((of_images / of_all).clamp(0, 1)) if of_all > 0 else 0.0
 
 
 class ProposalEvaluator(CocoEvaluator):
@@ -47,18 +21,37 @@ class ProposalEvaluator(CocoEvaluator):
     def summarize(self) -> dict[str, float]:
         """AP, AP50 and AP75 of the best 100 boxes of an image, AR1, AR10, AR100 and AR1000 of as many, ARs, ARm and ARl of the best 1000.
 
+        Then AP50_swapped, AR10_swapped and AR100_swapped: the same of each image with the boxes of the image before it, moved to its size.
+        It is what boxes reach that do not depend on the image; well spread, they have a high recall too, and have found nothing.
+
         -1 where there is no truth; 0 without a single box.
         """
         rows = self.rows_xywh()
         rows[:, 6] = OBJECT
         if not len(rows):
             known = any(not annotation["iscrowd"] for annotation in self.truth["annotations"])
-            return dict.fromkeys(NAMES, 0.0 if known else -1.0)
+            return dict.fromkeys((*NAMES, *SWAPPED.values()), 0.0 if known else -1.0)
+        numbers, swapped = self._numbers(rows), self._numbers(self._swapped(rows))
+        return {**numbers, **{new: swapped[name] for name, new in SWAPPED.items()}}
+
+    def _numbers(self, rows: np.ndarray) -> dict[str, float]:
         precision, recall = self._curves(rows, LIMITS)
         best_100 = precision[:, :, :, 0, LIMITS.index(100)]
         values = [mean_of_known(best_100), mean_of_known(best_100[:1]), mean_of_known(best_100[5:6])]
         values += [mean_of_known(recall[:, :, 0, limit]) for limit in range(len(LIMITS))]
         return dict(zip(NAMES, values + [mean_of_known(recall[:, :, area, -1]) for area in (1, 2, 3)], strict=True))
 
+    def _swapped(self, rows: np.ndarray) -> np.ndarray:
+        """The boxes of each image at the same relative place of the next one, in the order of ids; of the last one in the first."""
+        images = sorted((image["id"], image.get("width") or 0, image.get("height") or 0) for image in self.truth["images"])
+        ids, sizes = np.array([image[0] for image in images]), np.array([image[1:] for image in images], dtype=float)
+        if not sizes.all():  # data that does not say its sizes
+            sizes = np.ones_like(sizes)
+        own = np.searchsorted(ids, rows[:, 0])
+        other = (own + 1) % len(ids)
+        scale = np.tile(sizes[other] / sizes[own], 2)
+        return np.concatenate([ids[other][:, None], rows[:, 1:5] * scale, rows[:, 5:]], axis=1)
+
 
 NAMES = ("AP", "AP50", "AP75", *(f"AR{limit}" for limit in LIMITS), "ARs", "ARm", "ARl")
+SWAPPED = {name: f"{name}_swapped" for name in ("AP50", "AR10", "AR100")}

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets.evaluators.proposals import SWAPPED
 from tools.compare_runs import markdown
 from tools.study.plan import words_of
 from tools.study.presets import ABLATIONS, NONE, UNTRAINED
@@ -147,19 +148,18 @@ def _recall(results: Results) -> Iterator[str]:
     if not results.recalls:
         return
     yield "## Boxes without classes, before any label was seen"
-    keys = ("AP50", "AR1", "AR10", "AR100", "image_share")
+    keys = [key for name in ("AP50", "AR10", "AR100") for key in (name, SWAPPED[name])]
     rows = []
     for found in sorted(results.recalls, key=lambda found: (found.get("detector", "~"), found["variant"] != UNTRAINED)):
         name = found["variant"] if found.get("detector") else f"boxes of {found['variant']}, no model"
         numbers = [f"{100 * found[key]:.2f}" if key in found else "" for key in keys]
         rows.append([found.get("detector", ""), name, str(found.get("pretrain_seed", "")), *numbers])
     yield markdown(["detector", "pre-training", "its seed", *keys], rows)
-    yield ("In percent, on the test images; AR10 is the recall of the best ten boxes of an image, over IoU 0.50 to 0.95. `untrained` is "
-           "the model as it was initialised (one step at a rate of 1e-12). Random query patch and Siamese learn to answer for patches, and "
-           "here none are given. A model has as many boxes an image as queries. A method without a model has up to 1000, in no order of "
-           "worth: random ones alone reach a high AR100. `image_share`: of the variance of a model's boxes, what lies between "
-           "images and not between queries. All queries count, also those that find nothing, so a trained detector's is small too; at 0 "
-           "every image is given the same boxes.")
+    yield ("In percent, on the test images; AR10 is the recall of the best ten boxes of an image, over IoU 0.50 to 0.95. **`_swapped`: "
+           "with the boxes of another image. Only what is above it was found by looking at the image**; the rest is a prior over places, "
+           "which is high for boxes that are well spread. `untrained` is the model as it was initialised (one step at a rate of 1e-12). "
+           "Random query patch and Siamese learn to answer for patches, and here none are given. A model has as many boxes an image as "
+           "queries, a method without a model up to 1000, in no order of worth.")
 
 
 def _choice(results: Results) -> Iterator[str]:
