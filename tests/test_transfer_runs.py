@@ -267,6 +267,14 @@ def test_runs_at_another_rate_than_the_chosen_one_are_an_error(
     assert study("run", *words)[-1] == "all runs are done", "a choice that can't be kept is not"
 
 
+def test_an_ablation_is_compared_with_its_pretext(data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 + 0.02 * ("random/" in name)'))
+    study("run", *run_words(data, tmp_path / "out", *ROWS, "--ablations", "siamese-random"))
+    page = (tmp_path / "out" / "transfer.md").read_text()
+    assert "- `siamese-random`: +3.0 ± 0.0 AP: higher over 2 seeds; " in page
+    assert "random boxes in place of proposals. Against `siamese`: +2.0 ± 0.0 AP: higher over 2 seeds." in page
+
+
 def test_versions_of_the_code_are_named_where_a_table_has_several(
     data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,7 +8,7 @@ from datasets.evaluators.proposals import SWAPPED
 from tools.compare_runs import markdown
 from tools.study.plan import words_of
 from tools.study.presets import ABLATIONS, NONE, UNTRAINED
-from tools.study.results import AP, AP50, Results
+from tools.study.results import AP, AP50, Cell, Results
 from tools.study.statistics import Difference, in_words, paired_difference, signed, summarize
 from util.logger import format_seconds
 from util.run_folder import read_record
@@ -107,7 +107,7 @@ def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Pat
             if row == NONE:
                 compared = [None, None]
             else:
-                said.append(f"- `{row}`: {in_words(compared[0])}; {in_words(compared[1], 'AP50')}.{_what_row(row)}")
+                said.append(f"- `{row}`: {in_words(compared[0])}; {in_words(compared[1], 'AP50')}.{_what_row(results, cell)}")
             table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _by_seed(values, results.planned[cell])])
         yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "AP by seed"], table)
         codes = results.codes(detector, fraction)
@@ -121,8 +121,14 @@ def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Pat
             yield f"![AP on test by epoch, {detector}, {fraction:g} of the labels]({place.relative_to(base).as_posix()})"
 
 
-def _what_row(row: str) -> str:
-    return f" This row: {ABLATIONS[row].says}." if row in ABLATIONS else ""
+def _what_row(results: Results, cell: Cell) -> str:
+    """Of an ablation: what it changes, and what that makes of its pretext's AP."""
+    detector, row, fraction = cell
+    if row not in ABLATIONS:
+        return ""
+    pretext = ABLATIONS[row].pretext
+    found = paired_difference(results.values(cell, AP), results.values((detector, pretext, fraction), AP), results.origins.get(cell))
+    return f" This row: {ABLATIONS[row].says}." + (f" Against `{pretext}`: {in_words(found)}." if found else "")
 
 
 def _spread(values: Mapping[int, float]) -> str:
