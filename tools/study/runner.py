@@ -80,10 +80,8 @@ def run_study(args: Namespace) -> None:
 def do_work(
     args: Namespace, options: Options, manifest: dict[str, Any], steps: list[Step], stop: "Stop", deadline: float | None, lock: BinaryIO,
 ) -> "Work":
-    """Checks a plan, writes it down, and runs it as far as it goes."""
-    study = read_study(args.output_dir)
-    check_plan(steps, study, args.output_dir)
-    begin_study(args, options, study, manifest, steps)
+    """Writes a checked plan down, and runs it as far as it goes."""
+    begin_study(args, options, read_study(args.output_dir), manifest, steps)
     work = Work(args, steps, stop, deadline, lock)
     work.run()
     return work
@@ -196,6 +194,7 @@ def launched(words: list[str], processes: int, python: str, root: Path) -> tuple
 
 
 def launcher(words: list[str], processes: int) -> tuple[list[str], dict[str, str]]:
+    """With this interpreter, from any directory."""
     return launched(words, processes, sys.executable, ROOT)
 
 
