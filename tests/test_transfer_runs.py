@@ -40,7 +40,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------- the runs, with programs in their place
 
 STAND_IN = """
-import json, os, signal, sys, time
+import json, os, signal, subprocess, sys, time
 words, behaviour = sys.argv[2:], json.loads(sys.argv[1])
 folder = words[words.index("--output_dir") + 1]
 name = folder.split("/out/")[1]
@@ -49,6 +49,13 @@ os.makedirs(folder, exist_ok=True)
 print("starts", name, flush=True)
 if how == "fails" :
     sys.exit("error: no such thing")
+if how == "stays":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    with open(folder + "/worker.part", "w") as out:
+        out.write(str(worker.pid))
+    os.rename(folder + "/worker.part", folder + "/worker")
+    time.sleep(60)
 if how == "waits" and not os.path.exists(folder + "/begun"):
     def leave(*_):
         open(folder + "/begun", "w").close()
@@ -66,7 +73,8 @@ for file, text in (("log.txt", json.dumps(entry) + "\\n"), ("checkpoint.pth", "x
 
 
 class StandIns:
-    """Programs of milliseconds in place of the runs; behaviour: a part of a step's name -> "fails" or "waits" (for SIGTERM, once)."""
+    """Programs of milliseconds in place of the runs; behaviour: a part of a step's name -> "fails", "waits" (for SIGTERM, once), or
+    "stays" (whatever the signal, with a worker in a session of its own, as torchrun has them)."""
 
     def __init__(self) -> None:
         self.behaviour: dict[str, str] = {}
@@ -157,6 +165,39 @@ def test_a_signal_stops_all_runs(data: Path, tmp_path: Path, stand_ins: StandIns
     with pytest.raises(StopRequested, match="2 of 2 runs are left"):
         study("run", *words)
     assert all((place / "begun").exists() for place in places)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes in other sessions are found by /proc")
+def test_a_second_signal_ends_runs_with_their_workers(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    stand_ins.behaviour = {"seed": "stays"}
+    worker = tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "1_seed1" / "worker"
+
+    def stop() -> None:
+        while not worker.exists():
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)  # two that are pending together are one
+
+    threading.Thread(target=stop, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(StopRequested, match="1 of 1 runs are left"):
+        study("run", *run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1))
+    assert time.monotonic() - began < 30, "not after the time that runs have to save themselves"
+    for _ in range(500):
+        if has_ended(int(worker.read_text())):
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("the worker goes on")
+
+
+def has_ended(pid: int) -> bool:
+    """Gone, or a zombie that nobody waits for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_one_process_a_study(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
@@ -273,6 +314,17 @@ def test_an_ablation_is_compared_with_its_pretext(data: Path, tmp_path: Path, st
     page = (tmp_path / "out" / "transfer.md").read_text()
     assert "- `siamese-random`: +3.0 ± 0.0 AP: higher over 2 seeds; " in page
     assert "random boxes in place of proposals. Against `siamese`: +2.0 ± 0.0 AP: higher over 2 seeds." in page
+
+
+def test_the_page_says_which_pre_training_a_run_is_from(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    words, page = run_words(data, tmp_path / "out", "--fractions", 1, "--pretexts", "none", "siamese"), tmp_path / "out" / "transfer.md"
+    study("run", *words, "region_prior", "--seeds", 1, 2)
+    assert "Each pretext was pre-trained once" in page.read_text()
+    assert "| 1: 11.0, 2: 11.0 |" in page.read_text()
+    study("run", *words, "--seeds", 3, "--pretrain_seeds", 2)
+    assert "| 1 (1): 11.0, 2 (1): 11.0, 3 (2): 11.0 |" in page.read_text()
+    assert "with these seeds: conditional_detr `siamese` 1, 2. " in page.read_text()
+    assert "Each other row was pre-trained once" in page.read_text()
 
 
 def test_versions_of_the_code_are_named_where_a_table_has_several(

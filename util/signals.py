@@ -1,6 +1,9 @@
-"""SIGINT and SIGTERM in the hands of a block of code."""
+"""SIGINT and SIGTERM in the hands of a block of code, and SIGKILL for what does not heed them."""
+import contextlib
+import os
 import signal
 import threading
+from pathlib import Path
 
 
 class SignalHandler:
@@ -21,3 +24,24 @@ class SignalHandler:
 
     def _handle(self, number: int, frame) -> None:
         raise NotImplementedError  # the contract
+
+
+def kill_family(pid: int) -> None:
+    """Ends a process and all below it at once, also those in sessions of their own as torchrun's are. Without /proc: its session alone."""
+    for member in _family(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError, AttributeError):  # Windows has no sessions
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _family(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for member in found:  # grows while it is walked
+        found += children.get(member, [])
+    return found

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -35,7 +34,7 @@ from util.logger import StopRequested, UserError, format_seconds, log
 from util.plot_utils import read_log
 from util.run_folder import ROOT, environment, read_record
 from util.run_page import evaluations
-from util.signals import SignalHandler
+from util.signals import SignalHandler, kill_family
 
 POLL = 0.2  # seconds
 GRACE = 45.0  # seconds that a run has to save itself before it is ended; torchrun gives its processes 30 of them
@@ -362,8 +361,7 @@ class Work:
             time.sleep(POLL)
         for run in self.active:
             if run.process.poll() is None:
-                with contextlib.suppress(ProcessLookupError, AttributeError):
-                    os.killpg(run.process.pid, signal.SIGKILL)
+                kill_family(run.process.pid)
                 run.process.wait()
             self._keep_record(run)
         self.active = []

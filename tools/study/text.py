@@ -1,6 +1,6 @@
 """The words and tables of a study's page, in Markdown. They say what the numbers say."""
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Pat
                 compared = [None, None]
             else:
                 said.append(f"- `{row}`: {in_words(compared[0])}; {in_words(compared[1], 'AP50')}.{_what_row(results, cell)}")
-            table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _by_seed(values, results.planned[cell])])
+            table.append([row, _spread(values), _spread(fifty), *map(_signed, compared), _by_seed(values, results, cell)])
         yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "AP by seed"], table)
         codes = results.codes(detector, fraction)
         if len(codes) > 1:
@@ -144,9 +144,12 @@ def _signed(found: Difference | None) -> str:
     return signed(found.mean) + (f" ± {found.half_width:.1f}" if found.half_width is not None else " (one seed)")
 
 
-def _by_seed(values: Mapping[int, float], planned: Sequence[int]) -> str:
-    """`1: 8.4, 2: 6.9`; `-` is a run that is left."""
-    return ", ".join(f"{seed}: {values[seed]:.1f}" if seed in values else f"{seed}: -" for seed in sorted(set(planned)))
+def _by_seed(values: Mapping[int, float], results: Results, cell: Cell) -> str:
+    """`1: 8.4, 2: 6.9`; `7 (2): 5.1` where there are several pre-trainings; `-` is a run that is left."""
+    origins = results.origins.get(cell, {})
+    several = len(set(origins.values())) > 1
+    names = {seed: f"{seed} ({origins[seed]})" if several and seed in origins else f"{seed}" for seed in sorted(set(results.planned[cell]))}
+    return ", ".join(f"{name}: {values[seed]:.1f}" if seed in values else f"{name}: -" for seed, name in names.items())
 
 
 def _recall(results: Results) -> Iterator[str]:
@@ -183,7 +186,6 @@ def _choice(results: Results) -> Iterator[str]:
 
 
 def _limits(results: Results) -> Iterator[str]:
-    seeds = sorted({facts["pretrain_seed"] for facts in results.study["steps"].values() if "pretrain_seed" in facts})
     yield "## How to read it"
     lines = [
         "AP is COCO's, in percent; objects marked `difficult` count. ± behind a mean is the standard deviation over seeds.",
@@ -191,18 +193,33 @@ def _limits(results: Results) -> Iterator[str]:
         "order with the same augmentation in both runs. An interval that holds 0 says that these seeds show no difference, not that there "
         "is none. Of many intervals one in twenty leaves out 0 by chance.",
     ]
-    if len(seeds) == 1:
-        lines.append(f"Each pretext was pre-trained once, with seed {seeds[0]}: spread and intervals are of fine-tuning alone, and say "
-                     "nothing on how much another pre-training would differ.")
-    elif seeds:
-        lines.append(f"Each pretext was pre-trained with seeds {', '.join(map(str, seeds))}, which fine-tuning takes in turn. Where "
-                     "several fine-tunings share a pre-training, the interval is of the means of the pre-trainings.")
+    lines += _pretrainings(results)
     if any(facts.get("fraction", 1) != 1 for facts in results.study["steps"].values()):
         lines.append("Which images a share of the labels has was drawn once: no interval says how much another draw would differ.")
     if results.study["preset"] != "paper":
         lines.append("Published differences are of ResNet-50 at full resolution after days of training on 1.28 million images, with a "
                      "backbone of SwAV. Nothing here repeats them.")
     yield "\n".join(f"- {line}" for line in lines)
+
+
+def _pretrainings(results: Results) -> list[str]:
+    """How many there are of each row, and what the intervals make of it."""
+    seeds: dict[str, set[int]] = {}
+    for name, facts in results.study["steps"].items():
+        if facts["kind"] == "pretrain" and facts["variant"] != UNTRAINED and name not in results.unfinished:
+            seeds.setdefault(f"{facts['detector']} `{facts['variant']}`", set()).add(facts["pretrain_seed"])
+    several = {row: sorted(its) for row, its in seeds.items() if len(its) > 1}
+    lines = []
+    if len(several) < len(seeds):
+        which = "Each other row" if several else "Each pretext"
+        lines.append(f"{which} was pre-trained once: spread and intervals are of fine-tuning alone, and say nothing on how much another "
+                     "pre-training would differ.")
+    if several:
+        rows = "; ".join(f"{row} {', '.join(map(str, its))}" for row, its in several.items())
+        lines.insert(0, f"Pre-trained several times, with these seeds: {rows}. `7 (2)` is fine-tuning seed 7 from pre-training seed 2. "
+                        "Where fine-tunings share a pre-training, a difference is the mean of the means of the pre-trainings, and its "
+                        "interval is over these means.")
+    return lines
 
 
 KINDS = {"proposals": "search of proposals", "pretrain": "pre-training", "recall": "boxes without classes", "finetune": "fine-tuning",
