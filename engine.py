@@ -5,7 +5,6 @@ Everything comes in as an object: nothing here looks at the name of a detector, 
 import contextlib
 import itertools
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.collate import to_device
 from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
-from util.distributed import all_gather_object, barrier, broadcast, get_rank, get_world_size, is_main_process
-from util.logger import Progress, StopRequested, UserError, format_seconds, log
-from util.metrics import PAIRS, Averages, LossReader, check_finite, per_pair, to_host, with_pairs
+from util.distributed import all_gather_object, barrier, broadcast, get_rank, get_world_size, is_main_process, share_statistics
+from util.logger import NonFinite, Progress, StopRequested, UserError, format_seconds, log
+from util.metrics import GRADIENT, PAIRS, Averages, LossReader, check_finite, peak_host_memory, per_pair, to_host, with_pairs
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.run_folder import append_log, is_logged
@@ -97,6 +96,7 @@ class Run:
     averages: Averages = field(default_factory=Averages)
     problems: ProblemCounter = field(default_factory=ProblemCounter)
     stop: StopSignal = field(default_factory=StopSignal)
+    gradient: dict[str, Tensor] = field(default_factory=dict)  # norm of the last step's, not read yet
     pending: dict | None = None  # a trained epoch's values that wait for its evaluation
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
@@ -136,19 +136,29 @@ def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]]
     """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any was asked to stop.
 
     Raises:
-        NonFiniteLoss: before the optimiser's step, so that weights stay as they are.
+        NonFiniteLoss: before the optimiser's step, so that weights stay as they are; or the gradient of the step before was not finite,
+            which is looked at only now, since the device would have to wait.
     """
-    _, losses, total = forward_losses(run.model, run.criterion, samples, targets, run.amp)
-    reader = LossReader(losses, float(stop))
-    run.optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    values = reader.read()
-    check_finite(values, dict.fromkeys(int(target["image_id"]) for target in targets))  # once each, whatever the views
+    try:
+        _, losses, total = forward_losses(run.model, run.criterion, samples, targets, run.amp)
+        reader = LossReader(losses, float(stop))
+        run.optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        values = reader.read()
+        check_finite(values, (int(target["image_id"]) for target in targets))  # ids are read only where something is wrong
+    except NonFinite:
+        check_gradient(run)
+        raise
     if run.clip_max_norm > 0:
         parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, run.clip_max_norm)
+        run.gradient = {GRADIENT: torch.nn.utils.clip_grad_norm_(parameters, run.clip_max_norm)}
     run.optimizer.step()
     return logged_values(values, run.criterion.weight_dict), reader.flag > 0
+
+
+def check_gradient(run: Run) -> None:
+    """Raises NonFiniteLoss where that of the last step was not finite."""
+    check_finite(to_host(run.gradient) if run.gradient else {}, ())
 
 
 def train_one_epoch(run: Run) -> None:
@@ -217,6 +227,7 @@ def evaluate(
     its name; examples are the first `keep_examples` images of this process with their predictions and targets.
     """
     model = bare(model).eval()
+    share_statistics(model)
     criterion.eval()
     averages, examples, bar = Averages(), [], Progress(len(loader), "evaluation")
     problems = ProblemCounter()
@@ -291,7 +302,12 @@ def position_unit(run: Run) -> list[int]:
 
 
 def save(run: Run, names: list[str]) -> None:
-    """Collective: every process calls it, the first one writes."""
+    """Collective: every process calls it, the first one writes.
+
+    Raises:
+        NonFiniteLoss: the last step's gradient was not finite; nothing is written.
+    """
+    check_gradient(run)
     state = checkpoint_state(run)
     if run.folder is not None and is_main_process():
         for name in names:
@@ -406,16 +422,6 @@ def continue_run(run: Run, checkpoint: dict) -> None:
         log.info("the checkpoint holds weights only: a fresh optimiser, from epoch %d", run.epoch + 1)
 
 
-def _peak_host_memory() -> int:
-    """Bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def dry_run(run: Run) -> None:
     """Three steps on real batches (the first is slower): shapes, losses, time of an epoch, peak memory. Nothing is saved."""
     run.model.train()
@@ -433,7 +439,7 @@ def dry_run(run: Run) -> None:
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device) / 2**30
     else:
-        memory = _peak_host_memory() / 2**30
+        memory = peak_host_memory() / 2**30
     log.info("dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted)",
              steps, format_seconds(step * steps), format_seconds(step * steps * run.epochs), run.epochs)
     log.info("dry run: peak memory %.1f GiB; nothing was saved", memory)

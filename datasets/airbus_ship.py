@@ -82,7 +82,7 @@ def read_runs(path: str, image_folder: str) -> Annotations:
 def _read_lines(path: str) -> tuple[list[str], list[str]]:
     """(image names, runs) of each line behind the first."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: put the competition's file there") from error
     if not lines or lines[0].strip() != HEADER:

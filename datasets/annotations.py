@@ -323,7 +323,7 @@ def _usable_rows(
     finite = np.isfinite(columns["box"]).all(1)
     usable = listed & finite & ~columns["crowd"]
     sizes = sizes_hw[order] if len(sizes_hw) else np.zeros((len(order), 2))
-    with_area = _has_area(columns["box"], sizes)
+    with_area = has_area(columns["box"], sizes)
     _report(~listed, "of images that the file does not list", ids, source)
     _report(listed & ~finite, "with a box that is not finite", ids, source)
     _report(usable & ~with_area, "with a box without area, or outside its image,", ids, source)
@@ -357,7 +357,7 @@ def _stands_over(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray
     return (boxes_xyxy_abs[:, :2] < -EDGE).any(1) | (boxes_xyxy_abs[:, 2:] > limit + EDGE).any(1)
 
 
-def _has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+def has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
     """Whether something of the box is left inside its image (size 0: not known, no limit)."""
     limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
     low = np.clip(boxes_xyxy_abs[:, :2], 0, limit)

@@ -218,7 +218,8 @@ def same_file(first: str, second: str) -> bool:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What reading a file shows: (height, width) as stored, a digest of its pixels, EXIF orientation (1: none), format; or the error."""
+    """What reading a file shows: (height, width) and a digest of the pixels as `open_image` gives them, the EXIF orientation that it
+    ignores (1: none), format; or the error."""
 
     size_hw: tuple[int, int] = (0, 0)
     digest: bytes = b""
@@ -242,6 +243,8 @@ def inspect_image(file: ImageFile) -> ImageFacts:
 
 
 def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # Pillow has turned its pixels
+        return 1
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - damaged metadata raise any type, and the pixels are fine

@@ -59,16 +59,19 @@ def file_size(file: ImageFile) -> int | None:
 
 
 def open_image(file: ImageFile) -> Image.Image:
-    """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines.
+    """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines; TIFF files alone are turned by
+    Pillow itself when it decodes them.
 
     Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped); 16-bit grey loses its
     low byte.
 
     Raises:
-        BadImageError: unreadable, truncated, or no image.
+        BadImageError: unreadable, truncated, or no image; floating-point pixels, whose range nobody knows.
     """
     try:
         with Image.open(open_file(file)) as image:
+            if image.mode == "F":
+                raise BadImageError("floating-point pixels; save it as 8 or 16 bit")
             if image.mode.startswith("I"):
                 return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
@@ -124,8 +127,9 @@ class ImageFolder(ImageFiles):
     """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image, or
     those in tar files: a folder with tar files and no image, one of them, or a pattern (`datasets.tar_shards.expand`).
 
-    Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`. The main
-    process looks, the others get what it found. A large folder is looked up once (`datasets.listing`).
+    Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`; hidden
+    folders are not looked into. The main process looks, the others get what it found. A large folder is looked up once
+    (`datasets.listing`).
 
     Raises:
         UserError: nothing there, or no image in it; tar files that can't be used.

@@ -17,6 +17,7 @@ from util.cache import load_arrays, save_arrays
 from util.logger import UserError, log
 
 KIND = "listing"
+RULE = 2  # of what is listed, also in tar files: since 2 nothing in hidden folders
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 WORTH_KEEPING = 0.5  # seconds that a listing has taken
 UNSETTLED = 2.0  # seconds: file systems count time in steps of up to that, so that a second change could leave the times as they are
@@ -35,7 +36,8 @@ class Listing:
 
 
 def list_folder(root: str, extensions: frozenset[str], worth_keeping: float = WORTH_KEEPING) -> Listing:
-    """The files below a folder. Those with one of these extensions (in any case) are images, but for hidden ones.
+    """The files below a folder. Those with one of these extensions (in any case) are images, but for hidden ones. Hidden folders below it
+    are not looked into: programs keep previews and earlier versions there.
 
     Symbolic links are followed, links that lead back to a folder above are not. A link with an image's extension that leads nowhere is
     listed as an image. A listing that took less than `worth_keeping` seconds isn't kept.
@@ -78,6 +80,8 @@ class Walk:
         for entry in entries:
             name, is_link = prefix + entry.name, entry.is_symlink()
             if os.path.isdir(entry) if is_link else entry.is_dir():  # a link may lead where one may not look
+                if entry.name.startswith("."):
+                    continue
                 inside = entry.stat()
                 if (inside.st_dev, inside.st_ino) in above:
                     self.seen[name] = _state_of(inside)
@@ -119,7 +123,7 @@ def _state(path: str) -> State:
 def _kept(root: str, extensions: frozenset[str]) -> Listing | None:
     """The listing of an earlier run, if nothing has changed since."""
     arrays = load_arrays(KIND, root)
-    if arrays is None or arrays["extensions"].tobytes() != _as_bytes(extensions):
+    if arrays is None or arrays.get("rule", 1) != RULE or arrays["extensions"].tobytes() != _as_bytes(extensions):
         return None
     seen = PackedStrings.of_arrays(arrays["seen_bytes"], arrays["seen_ends"])
     if any(_state(os.path.join(root, seen[i])) != tuple(state) for i, state in enumerate(arrays["states"].tolist())):
@@ -135,7 +139,10 @@ def _keep(root: str, extensions: frozenset[str], listing: Listing, seen: dict[st
     times = states[(states != NO_FOLDER).any(1), 1]
     if times.max() > (began - UNSETTLED) * 1e9 or times.min() <= 0:
         return
-    arrays = {"states": states, "skipped": np.array(listing.skipped), "extensions": np.frombuffer(_as_bytes(extensions), np.uint8)}
+    arrays = {
+        "states": states, "skipped": np.array(listing.skipped), "extensions": np.frombuffer(_as_bytes(extensions), np.uint8),
+        "rule": np.array(RULE),
+    }
     for name, strings in (("seen", PackedStrings(seen)), ("image", listing.images), ("tar", listing.tars)):
         arrays[f"{name}_bytes"], arrays[f"{name}_ends"] = strings.arrays()
     save_arrays(KIND, root, arrays)

@@ -22,7 +22,8 @@ class SampleDataset(Dataset):
     """Turns `load(index, rng)` of a subclass into `dataset[index]` and `dataset[(epoch, index)]`.
 
     Where `load` raises BadImageError the next index is used, with the random state of the one that was asked for, and
-    the target gets `problems`: [(path, reason), ...].
+    the target gets `problems`: [(path, reason), ...]. In evaluation it is used so too: the next image then counts twice in the
+    losses, and once in the metrics, which go by image ids and take the objects of the bad image for missed.
     A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
     """
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.listing import TAR_EXTENSIONS, UNSETTLED
+from datasets.listing import RULE, TAR_EXTENSIONS, UNSETTLED
 from datasets.packed_strings import PackedStrings
 from datasets.sample import BadImageError
 from util.cache import load_arrays, save_arrays
@@ -113,7 +113,8 @@ def _choices(inside: str) -> list[str]:
 
 
 def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -> Shards:
-    """The images in tar files below a folder. Hidden members, links and those with other extensions are skipped.
+    """The images in tar files below a folder. Members that are hidden or in a hidden folder, links and those with other extensions are
+    skipped.
 
     Where members lie is kept between runs, and found anew in a file whose size or one of whose times of change is another one.
 
@@ -150,8 +151,9 @@ def _state(path: str) -> np.ndarray:
 
 def _kept(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray] | None:
     arrays = load_arrays(KIND, os.path.realpath(path))
-    known = arrays is not None and np.array_equal(arrays["state"], _state(path)) and np.array_equal(arrays["extensions"], extension_bytes)
-    return arrays if known else None
+    if arrays is None or arrays.get("rule", 1) != RULE or not np.array_equal(arrays["extensions"], extension_bytes):
+        return None
+    return arrays if np.array_equal(arrays["state"], _state(path)) else None
 
 
 def _make(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray]:
@@ -163,7 +165,7 @@ def _make(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray]:
     places = np.array([found[name] for name in names], dtype=np.int64).reshape(-1, 2)
     index = {
         "name_bytes": name_bytes, "name_ends": name_ends, "offsets": places[:, 0], "sizes": places[:, 1], "skipped": np.array(skipped),
-        "state": state, "extensions": extension_bytes,
+        "state": state, "extensions": extension_bytes, "rule": np.array(RULE),
     }
     if state[1] <= (began - UNSETTLED) * 1e9:
         save_arrays(KIND, os.path.realpath(path), index)
@@ -182,8 +184,8 @@ def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tupl
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # of a file with a million members they would take gigabytes
                     name = posixpath.normpath(member.name).lstrip("/")
-                    base = posixpath.basename(name)
-                    if member.isreg() and not member.issparse() and os.path.splitext(base)[1].lower() in extensions and base[0] != ".":
+                    hidden = any(part.startswith(".") for part in name.split("/"))
+                    if member.isreg() and not member.issparse() and os.path.splitext(name)[1].lower() in extensions and not hidden:
                         places[name] = member.offset_data, member.size
                     else:
                         skipped += not member.isdir()

@@ -112,14 +112,15 @@ def _by_id(root: str, image_sets: Sequence[str]) -> dict[int, tuple[str, str]]:
 
 
 def read_xml_folder(folder: str) -> Annotations:
-    """All XML files of a folder in the order of their names, with ids from 1 on; classes are the names that occur, in order.
+    """All XML files of a folder but hidden ones, in the order of their names, with ids from 1 on; classes are the names that occur, in
+    order.
 
     An image's file is its <filename>, or the name of the XML file with .jpg.
 
     Raises:
         UserError: no such file there, or one can't be used.
     """
-    files = sorted(str(path) for path in Path(folder).glob("*.xml"))
+    files = sorted(str(path) for path in Path(folder).glob("[!.]*.xml"))  # macOS writes ._1.xml beside 1.xml
     if not files:
         raise UserError(f"{folder} has no .xml file: give a folder of VOC's XML files, or a COCO file")
     records = [read_xml(file) for file in files]

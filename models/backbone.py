@@ -41,7 +41,7 @@ class Body:
 
 
 class Backbone(nn.Module):
-    """A feature extractor whose stem and first stage never train, as published.
+    """A feature extractor. With frozen norms its stem and first stage never train, as published; with live ones all of it does.
 
     Args:
         name: a name of the registry, or `timm:NAME`.

@@ -70,7 +70,7 @@ class SetCriterion(nn.Module):
         proposals in `self.last_proposal_matches`, the number of pairs that `class_error` is of in `self.last_pairs`.
 
         Raises:
-            NonFinitePrediction: a prediction is NaN or infinite.
+            NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
         """
         num_boxes = self._num_boxes(sum(len(target["labels"]) for target in targets), outputs["pred_logits"].device)
         losses, self.last_matches = self._score(self.losses, outputs, targets, num_boxes)
@@ -140,7 +140,7 @@ class SetCriterion(nn.Module):
     def _class_error(self, batch: _Batch) -> Tensor:
         pairs = len(batch.matches.source) // len(batch.logits)
         if pairs == 0:
-            return batch.logits.new_tensor(100.0)
+            return batch.logits.new_full((), 100.0)  # a fill, which the host does not wait for
         source, target = batch.matches.source[-pairs:], batch.matches.target[-pairs:]
         right = batch.logits.flatten(0, 2)[source].argmax(-1) == batch.labels[target]
         return 100 - 100 * right.to(batch.logits.dtype).mean()

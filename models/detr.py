@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from models.attention import MultiheadAttention
 from models.backbone import BackboneWithPositions
 from models.classification import Classification
-from models.detector import Detector, Memory, Queries, States, as_weights, flatten_map
+from models.detector import Detector, Memory, Queries, States, as_weights, flatten_map, full_precision
 from models.transformer import MLP, Block, Encoder, EncoderLayer, clones, reset_matrices
 from util.nested_tensor import NestedTensor
 
@@ -87,7 +87,10 @@ class SingleScaleDetector(Detector):
         last = features[-1]
         position = flatten_map(last.position)
         padding_mask = last.mask.flatten(1) if samples.padded else None
-        tokens = self.transformer.encoder(flatten_map(self.input_proj(last.tensor)), position, padding_mask)
+        tokens = flatten_map(self.input_proj(last.tensor))
+        if torch.is_autocast_enabled(tokens.device.type):  # post-norm layers widen their sums at once, pre-norm ones never would
+            tokens = full_precision(tokens)
+        tokens = self.transformer.encoder(tokens, position, padding_mask)
         return Memory(features, tokens, position, padding_mask, [tuple(last.tensor.shape[-2:])])
 
     def learned_queries(self, batch: int, count: int | None = None) -> Queries:

@@ -88,7 +88,7 @@ def published_figures(args: Namespace) -> tuple[int, int] | None:
         **PUBLISHED_SIZES, "dim_feedforward": PUBLISHED_WIDTHS.get(args.detector, 2048),
         "num_queries": PUBLISHED_QUERIES.get(args.detector, 300),
     }
-    if any(getattr(args, name) != value for name, value in sizes.items()):
+    if args.with_box_refine or args.two_stage or any(getattr(args, name) != value for name, value in sizes.items()):
         return None
     return PUBLISHED.get((args.detector, args.backbone, args.dilation, args.num_feature_levels))
 

@@ -53,6 +53,12 @@ def test_images_boxes_and_the_held_out_tenth(tmp_path: Path) -> None:
     assert held_out(1).tolist() == [True]
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    table = write_airbus(tmp_path / "airbus", images=2) / "train_ship_segmentations_v2.csv"
+    table.write_text(table.read_text(), encoding="utf-8-sig")
+    assert len(read_runs(str(table), str(table.parent / "train_v2"))) == 2
+
+
 def test_detregs_names(tmp_path: Path) -> None:
     root = write_airbus(tmp_path / "airbus-ship-detection")
     args = tiny_args(FINETUNE, "--dataset", "airbus", "--data_root", str(tmp_path), "--num_classes", "2")

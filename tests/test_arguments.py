@@ -1,8 +1,11 @@
 """Flags: published names and defaults, dead ones, the right script, and that each flag is read."""
 import argparse
 import ast
+import re
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from models import build_model
 from util.arguments import DEFAULTS, Parser, given_flags, make_parser, plain_settings, resolve
 from util.flags import DEAD_FLAGS, FINETUNE, PRETRAIN
 from util.logger import UserError
-from util.registry import DETECTORS, PRETEXTS
+from util.registry import DATASETS, DETECTORS, PRETEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -272,6 +275,51 @@ def test_help_has_a_text_for_every_flag(script: str) -> None:
     text = Parser(script, parents=[make_parser(script)]).format_help()
     assert "--detector {detr,conditional_detr,deformable_detr}" in text
     assert "--masks" not in text
+
+
+@pytest.mark.parametrize(("script", "words", "needed"), [
+    (PRETRAIN, "--pretext region_prior --object_embedding_coef 5", "--object_embedding_loss"),
+    (PRETRAIN, "--pretext region_prior --obj_embedding_head head", "--object_embedding_loss"),
+    (PRETRAIN, "--feature_loss_coef 5", "--feature_recon"), (FINETUNE, "--focal_alpha 0.5", "--classification focal"),
+    (FINETUNE, "--detector conditional_detr --eos_coef 0.5", "--classification softmax"),
+    (FINETUNE, "--lr_linear_proj_mult 0.5", "--lr_linear_proj_names"),
+])
+def test_a_flag_that_nothing_reads_is_refused(script: str, words: str, needed: str) -> None:
+    words = [*words.split(), *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x"))]
+    with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or leave"):
+        parse(script, *words)
+    parse(script, *words[:-4], *words[-2:])  # without the flag
+
+
+def test_the_last_flag_says_when_rates_drop() -> None:
+    given = ("--lr_drop_epochs", "30", "40"), ("--lr_drop", "10")
+    args = parse(FINETUNE, *given[0], *given[1])
+    assert (args.lr_drop_epochs, args.lr_drop) == (None, 10)
+    assert parse(FINETUNE, *given[1], *given[0]).lr_drop_epochs == [30, 40]
+
+
+def defaults_of(script: str) -> Iterator[tuple[str, Any]]:
+    """Every default of every way to start a script, with the flag's name."""
+    first = ["--pretext", *PRETEXTS] if script == PRETRAIN else ["--dataset_file", *DATASETS]
+    for name in first[1:]:
+        for detector, entry in DETECTORS.items():
+            others = {flag for other in DETECTORS.values() for flag in other.flags} - set(entry.flags)
+            words = [first[0], name, "--detector", detector, "--backbone_weights", "none", "--device", "cpu"]
+            settings = vars(parse(script, *words)).items()
+            yield from ((flag, value) for flag, value in settings if flag not in others and f"--{flag}" not in words)
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+def test_help_names_every_default(script: str) -> None:
+    """Whatever pretext, detector and data change of it: who reads the help needs no other page."""
+    in_words = {("lr_backbone", 1e-4): "as --lr", ("eval_every", 0): "never", ("filter_pct", -1.0): "all"}
+    texts = {action.dest: action.help for action in make_parser(script)._actions}
+    for flag, value in defaults_of(script):
+        if flag not in texts or isinstance(value, bool) or not isinstance(value, int | float | str):
+            continue
+        numbers = {float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", texts[flag])}
+        named = value in texts[flag] if isinstance(value, str) else float(value) in numbers
+        assert named or in_words.get((flag, value), texts[flag] + "!") in texts[flag], f"--{flag} {value}: {texts[flag]}"
 
 
 def read_names() -> set[str]:

@@ -238,7 +238,7 @@ REFUSED = [
     ("size 1", P, "--imagenet_path {root}/photographs --image_size 1", "--image_size 1: .* use 32 or more", 1),
     ("rate inf", F, "--lr inf", "--lr: must be above 0, got inf", 2),
     ("clip nan", F, "--clip_max_norm nan", "--clip_max_norm: must be a finite number, got nan", 2),
-    ("share above 1", F, "--coco_path {root}/coco --focal_alpha 7", "--focal_alpha 7 is a share", 1),
+    ("share above 1", F, "--coco_path {root}/coco --detector conditional_detr --focal_alpha 7", "--focal_alpha 7 is a share", 1),
     ("a huge seed", P, f"--imagenet_path x --seed {10**30}", f"--seed {10**30} has more than 63 bits: choose", 1),
     ("no such device", F, "--device mps", "--device: mps is no device of this project: use cuda, cuda:N or cpu", 2),
     ("contradiction", P, "--imagenet_path x --coco_path y", "--imagenet_path and --coco_path both name the unlabelled images", 1),

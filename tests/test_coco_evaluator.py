@@ -6,6 +6,7 @@ from golden_data import detections_by_image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from datasets.annotations import parse_coco
 from datasets.evaluators import coco as coco_module
 from datasets.evaluators import detections as detections_module
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend
@@ -162,6 +163,39 @@ def test_unlisted_truth_is_not_evaluated() -> None:
     evaluator = CocoEvaluator(truth)
     evaluator.update({5: exact_hit()})
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_class_that_is_listed_twice_counts_once(backend: str) -> None:
+    pytest.importorskip(backend)
+    truth = simple_truth()
+    results = [{"image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], "score": 0.9}]
+    twice = {**truth, "categories": [*truth["categories"], {"id": 2, "name": "cat"}]}
+    assert summary(twice, results, backend) == summary(truth, results, backend)
+
+
+@pytest.mark.parametrize("bbox", [
+    [10, 10, 0, 5], [10, 10, -5, 5], [10, float("nan"), 5, 5], [10, 10, float("inf"), 5], [10, 10, 1e39, 5], [100, 10, 5, 5],
+])
+def test_boxes_that_training_leaves_out_are_no_objects_to_find(bbox: list) -> None:
+    truth = simple_truth()
+    truth["images"] = [{**image, "file_name": "a.jpg"} for image in truth["images"]]
+    truth["annotations"].append({"id": 1, "image_id": 5, "category_id": 2, "bbox": bbox})
+    assert len(parse_coco(truth, "truth").labels) == 1
+    evaluator = CocoEvaluator(truth)
+    evaluator.update({5: exact_hit()})
+    result = evaluator.summarize()
+    assert result["stats"][:3] == pytest.approx([1, 1, 1])
+    assert result["per_class"][0]["objects"] == 1
+
+
+def test_of_a_sound_file_nothing_is_left_out() -> None:
+    """A crowd has no limit: it is never looked for."""
+    for seed in range(6):
+        truth = random_truth(np.random.RandomState(seed))
+        kept = CocoEvaluator(truth).truth["annotations"]
+        assert [(a["bbox"], a["area"]) for a in kept] == [(a["bbox"], a["area"]) for a in truth["annotations"]]
+    assert len(CocoEvaluator(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5])).truth["annotations"]) == 1
 
 
 def test_errors_name_the_cause(tmp_path) -> None:

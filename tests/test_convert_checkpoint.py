@@ -16,7 +16,7 @@ from tools import convert_checkpoint, convert_to_detr
 from util.architecture import architecture
 from util.arguments import make_parser
 from util.checkpoint import as_checkpoint, is_pretext, load_checkpoint, load_exactly, load_pretrained
-from util.classes import class_rows
+from util.classes import class_rows, head_kind
 from util.conversion import code_base, convert, pretext_of
 from util.flags import FINETUNE
 from util.logger import UserError
@@ -79,6 +79,13 @@ def assert_equal(state: dict, other: dict) -> None:
     assert set(state) == set(other)
     for key, value in state.items():
         assert torch.equal(value, other[key]), key
+
+
+@pytest.mark.parametrize("detector", ["detr", "conditional_detr", "deformable_detr"])
+def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
+    """On every detector; a focal head would read "no object" as a class."""
+    assert head_kind({"model": siamese(detector)}) == "softmax"
+    assert head_kind({"model": shapes(detector)}) == ("softmax" if detector == "detr" else "focal")
 
 
 # ---------------------------------------------------------------------------------------------------- published sizes

@@ -12,6 +12,7 @@ from PIL import Image
 
 import datasets.sample as sample_module
 from datasets import build_dataset
+from datasets.checks import inspect_image
 from datasets.image_folder import ImageFolder, image_extensions, read_image
 from datasets.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
@@ -140,6 +141,25 @@ def test_exif_rotation_is_ignored(tmp_path: Path) -> None:
     exif[0x0112] = 6
     picture().save(tmp_path / "rotated.jpg", exif=exif)
     assert read_image(str(tmp_path / "rotated.jpg")).shape == (3, 30, 40)
+
+
+def test_tiff_files_are_turned_and_the_checker_knows(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for extension, size_hw, orientation in (("tif", (40, 30), 1), ("png", (30, 40), 6)):
+        path = tmp_path / f"rotated.{extension}"
+        picture().save(path, exif=exif)
+        facts = inspect_image(str(path))
+        assert tuple(read_image(str(path)).shape[1:]) == facts.size_hw == size_hw
+        assert facts.orientation == orientation
+
+
+def test_floating_point_pixels_are_bad(tmp_path: Path) -> None:
+    for name, scale in (("dark.tif", 1), ("bright.tif", 1e6)):
+        Image.fromarray(np.random.RandomState(0).rand(30, 40).astype(np.float32) * scale).save(tmp_path / name)
+        with pytest.raises(BadImageError, match="floating-point pixels; save it as 8 or 16 bit"):
+            read_image(str(tmp_path / name))
+        assert inspect_image(str(tmp_path / name)).error.startswith("floating-point pixels")
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "gif", "bmp", "tif"])

@@ -1,6 +1,7 @@
 """Two processes on CPUs (gloo): they equal one with twice the batch, and both ways to launch them work."""
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import two_processes
 from tiny import FROZEN, PRETEXT_FLAGS, ROOT, RUN_FLAGS, assert_same, read_checkpoint, read_log, write_coco, write_images
 from torch import Tensor
 
+from util import distributed
 from util.distributed import all_gather_object, all_reduce_sum, get_rank, get_world_size, init_distributed, is_main_process
 from util.logger import UserError
 
@@ -54,6 +56,13 @@ def test_batch_norm_of_unequal_shares_is_that_of_all_rows(results: dict[str, lis
     torch.testing.assert_close(first["weight"] + second["weight"], single["weight"])
     for result in (first, second):
         assert_close_weights(result["state"], single["state"], rtol=1e-9, atol=1e-9)
+
+
+def test_processes_evaluate_with_the_statistics_of_the_first(results: dict[str, list]) -> None:
+    first, second = of_both(results, "statistics_in_an_evaluation")
+    assert not torch.equal(first["before"], second["before"])
+    assert torch.equal(first["after"], first["before"])
+    assert torch.equal(second["after"], first["before"])
 
 
 def test_training_changed_the_weights(results: dict[str, list]) -> None:
@@ -172,11 +181,26 @@ def test_starting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert init_distributed("cpu") == torch.device("cpu")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # the shell of a batch job, which srun starts no task in
     assert init_distributed("cpu") == torch.device("cpu")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert init_distributed("cpu") == torch.device("cpu")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(UserError, match="MASTER_ADDR"):
         init_distributed("cpu")
+
+
+def test_a_task_of_slurm_with_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees that one alone, whatever its number on the node."""
+    for number, tasks_gpu in ((1, "0"), (4, "3")):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in (("SLURM_PROCID", 3), ("SLURM_LOCALID", 3), ("SLURM_STEP_NUM_TASKS", 4), ("MASTER_ADDR", "localhost")):
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
+        distributed._slurm_environment()
+        assert (os.environ["LOCAL_RANK"], os.environ["RANK"], os.environ["WORLD_SIZE"]) == (tasks_gpu, "3", "4")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

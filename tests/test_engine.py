@@ -22,6 +22,7 @@ from tiny import (
     write_images,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import finetune_main
@@ -97,6 +98,36 @@ def test_step_lowers_the_loss_and_clips_gradients() -> None:
     free, samples, targets = make_run("--clip_max_norm", "0")
     engine.train_step(free, samples, targets, stop=False)
     assert torch.stack([p.grad.norm() for p in free.model.parameters() if p.grad is not None]).norm() > 0.2
+
+
+def test_a_step_reads_no_image_ids_from_the_device() -> None:
+    """Each would make the host wait for the whole backward pass; they are only for an error."""
+    counts = []
+    for batch in (2, 4):
+        run, _, _ = make_run("--sgd")  # AdamW counts its steps on the host
+        calls = []
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                calls.append(str(function))  # noqa: B023
+                return function(*args, **(kwargs or {}))
+
+        with Count():
+            engine.train_step(run, make_batch(batch), make_targets([1] * batch), stop=False)
+        counts.append(sum("_local_scalar_dense" in call for call in calls))
+    assert counts[0] == counts[1]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Path) -> None:
+    for how in ("next step", "checkpoint"):
+        run, samples, targets = make_run()
+        run.folder = tmp_path
+        spoil = run.model.class_embed.bias.register_hook(lambda gradient: gradient * math.inf)
+        engine.train_step(run, samples, targets, stop=False)
+        spoil.remove()
+        with pytest.raises(NonFiniteLoss, match="the gradient of the last step was not finite"):
+            engine.train_step(run, samples, targets, stop=False) if how == "next step" else engine.save(run, ["checkpoint.pth"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_step_reports_who_asked_to_stop() -> None:

@@ -110,6 +110,17 @@ def test_more_random_boxes_recall_more(tmp_path: Path) -> None:
     assert many == run("--coco_path", coco, "--proposals", "random", "--max_prop", "1000"), "the same seed, the same boxes"
 
 
+def test_max_prop_cuts_the_boxes_of_every_method(tmp_path: Path) -> None:
+    coco = write_coco(tmp_path / "coco")
+    truth = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    flags = ("--coco_path", coco, "--proposals", f"file:{coco / 'annotations' / 'instances_val2017.json'}", "--max_prop", "1")
+    with logged() as lines:
+        run(*flags, "--output_dir", tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "proposals.json").read_text())
+    assert len(rows) == len({row["image_id"] for row in rows}) < len(truth["annotations"])
+    assert "1.0 boxes an image" in lines
+
+
 def test_a_model_or_a_method_but_not_both_or_neither(tmp_path: Path) -> None:
     for flags in ((), ("--checkpoint", "a.pth", "--proposals", "random")):
         with pytest.raises(UserError, match="--checkpoint PATH for a model, or --proposals NAME"):
@@ -139,3 +150,9 @@ def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
     with logged() as lines:
         run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth", "--image_size", "64")
     assert any(line.startswith("without classes: AP") for line in lines)
+    image = next((coco / "val2017").iterdir())
+    image.write_bytes(b"broken")
+    with logged() as lines:
+        run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth", "--image_size", "64")
+    assert any(line.startswith(f"left out {image}: can't be decoded") for line in lines)
+    assert "1 images of the evaluation can't be used: their objects count as missed" in lines

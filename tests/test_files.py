@@ -87,6 +87,15 @@ def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
+    def write_meanwhile(file) -> None:
+        write_text(tmp_path / "file", "other", shared=True)
+        file.write(b"last")
+
+    assert write_atomically(tmp_path / "file", write_meanwhile, shared=True).read_text() == "last"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(files.os, "fsync", lambda _number: calls.append((tmp_path / "new" / "file").exists()))

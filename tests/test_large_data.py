@@ -17,7 +17,7 @@ from tiny import logged
 from datasets import image_folder
 from datasets.annotations import parse_coco, read_coco, read_json
 from datasets.image_folder import ImageFolder
-from datasets.listing import list_folder
+from datasets.listing import RULE, list_folder
 from datasets.packed_strings import PackedStrings
 from tools import benchmark
 from util import cache
@@ -139,6 +139,19 @@ def test_what_is_not_kept(tmp_path: Path, kept: Path) -> None:
     os.utime(root / "a", LONG_AGO)
     found(root)
     assert len(list(kept.iterdir())) == 1
+
+
+def test_hidden_folders_are_not_looked_into(tmp_path: Path, kept: Path) -> None:
+    """Nor taken from a list that an earlier version kept. What is given itself may be hidden."""
+    root = touch(tmp_path / ".images", ".thumbnails/1.png", "a/.git/x/2.png", "a/3.png")
+    (root / ".linked").symlink_to(root / "a")
+    age(root)
+    assert found(root) == (["a/3.png"], [], 0)
+    arrays = cache.load_arrays("listing", str(root))
+    assert int(arrays.pop("rule")) == RULE
+    arrays["image_bytes"], arrays["image_ends"] = PackedStrings([".thumbnails/1.png", "a/.git/x/2.png", "a/3.png"]).arrays()
+    cache.save_arrays("listing", str(root), arrays)
+    assert found(root) == (["a/3.png"], [], 0)
 
 
 def flip(path: Path) -> None:

@@ -91,3 +91,28 @@ def test_moments_follow_the_names_of_the_file() -> None:
     file["model"] = dict(reversed(file["model"].items()))  # an order that is not the optimiser's
     with pytest.raises(UserError, match="in an order that its weights don't tell"):
         restore_optimizer(resumed, build_scheduler(resumed, 2), file, ours)
+
+
+def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> None:
+    """Fused AdamW wants its step counts on the device of the parameters; a file from a CPU has neither them there nor the mark."""
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    optimizer = build_optimizer(model, 1.0, 1.0, 0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    schedule = build_scheduler(optimizer, 9)
+    file = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict()}
+    elsewhere = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)}).to("meta")
+    resumed = build_optimizer(elsewhere, 1.0, 1.0, 0.0)
+    for group in resumed.param_groups:
+        group["fused"] = True
+    restore_optimizer(resumed, build_scheduler(resumed, 9), file, elsewhere)
+    assert {state["step"].device.type for state in resumed.state.values()} == {"meta"}
+    assert all(group["fused"] for group in resumed.param_groups)
+
+
+def test_a_learned_position_code_learns_beside_a_frozen_backbone() -> None:
+    model = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
+    model["backbone"][0].requires_grad_(False)
+    for rate, counts in ((0.0, [4, 0]), (0.5, [2, 2])):
+        assert [len(group["params"]) for group in build_optimizer(model, 1.0, rate, 0.0).param_groups] == counts

@@ -176,7 +176,7 @@ def test_a_worker_that_dies_is_a_clear_line(images: Path, store: Path, tmp_path:
 def test_a_merge_that_is_broken_off_is_repeated(images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "store"
 
-    def fail(*_args) -> None:
+    def fail(*_args, **_settings) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -187,8 +187,39 @@ def test_a_merge_that_is_broken_off_is_repeated(images: Path, store: Path, tmp_p
         patch.setattr(store_builder.shutil, "rmtree", fail)
         with pytest.raises(KeyboardInterrupt):
             cache(images, output)
+    (output / ".0123.tmp").touch()  # of a process that was killed
     cache(images, output)
     assert content(output) == content(store)
+
+
+def test_two_that_merge_at_once(images: Path, store: Path, tmp_path: Path) -> None:
+    """The second finishes while the first is at its first chunk."""
+    output = tmp_path / "store"
+    cache(images, output, "--shard", "1/2")
+    cache(images, output, "--shard", "2/2")
+    plan = cache_proposals.make_plan(cache_proposals.parse(["--images", str(images), "--output_dir", str(output)]))
+    others = iter([lambda: store_builder.merge(plan)])
+    assert store_builder.merge(plan, lambda: next(others, lambda: None)()).header == ProposalStore(store).header
+    assert content(output) == content(store)
+    store_builder.make_chunk(plan, 0)  # a third one is still searching
+    store_builder.merge(plan)
+    assert content(output) == content(store)
+
+
+def flip_a_box(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"boxes.npy") + 139] ^= 255
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [
+    flip_a_box, lambda path: path.write_bytes(path.read_bytes()[:-50]), lambda path: path.write_bytes(b""), lambda path: np.savez(path)])
+def test_a_damaged_chunk_is_one_line(damage, images: Path, tmp_path: Path) -> None:
+    for shard in ("1/2", "2/2"):
+        cache(images, tmp_path / "store", "--shard", shard)
+    damage(tmp_path / "store" / "chunks" / "000003.npz")
+    with pytest.raises(UserError, match=r"000003\.npz is damaged \(.+\): remove it and run"):
+        cache(images, tmp_path / "store", "--merge")
 
 
 def test_unreadable_images_are_counted_and_stored_as_such(tmp_path: Path) -> None:
@@ -260,7 +291,7 @@ def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -
 
 
 def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("b/deep/001.png 17\na/002.png 3\na/002.png 3\n")
+    (tmp_path / "list.txt").write_text("b/deep/001.png 17\na/002.png 3\na/002.png 3\n", encoding="utf-8-sig")  # as Windows writes it
     cache(images, tmp_path / "some", "--list", tmp_path / "list.txt")
     some, whole = ProposalStore(tmp_path / "some"), ProposalStore(store)
     assert [some.names[i] for i in range(len(some.names))] == ["a/002.png", "b/deep/001.png"]
@@ -283,6 +314,8 @@ def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
     assert boxes.tolist() == [[2, 2, 8, 8.25], [0.5, 1, 9, 9]]
     assert np.allclose(scores, [0.9, 0.1])
     assert store.found(1)[1] is None
+    cache(images, tmp_path / "again", "--list", tmp_path / "list.txt", "--proposals", f"file:{tmp_path / 'store'}")
+    assert np.array_equal(ProposalStore(tmp_path / "again").boxes, store.boxes)
 
 
 def test_damaged_stores(store: Path, tmp_path: Path) -> None:

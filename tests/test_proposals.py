@@ -415,6 +415,22 @@ def test_npz_archive(tmp_path: Path) -> None:
         from_file(tmp_path / "bad.npz")
 
 
+def test_damaged_and_odd_files_are_one_line(tmp_path: Path) -> None:
+    archive, boxes = tmp_path / "boxes.npz", np.array([[1, 1, 5, 5.0]])
+    np.savez(archive, **{"a.jpg": boxes, "b.jpg": np.array({"box": boxes}, dtype=object)})
+    data = bytearray(archive.read_bytes())
+    data[150] ^= 255
+    archive.write_bytes(data)
+    np.save(tmp_path / "a.npy", {"box": [[1, 2, 3, 4], [1, 2]]})
+    np.save(tmp_path / "b.npy", {"box": boxes, "score": ["high"]})
+    (tmp_path / "c.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:128] + b"\x80\x04R.")  # a pickle that ends in an IndexError
+    for path, name, said in ((archive, "a.jpg", "array a.jpg can't be read .Bad CRC"), (archive, "b.jpg", "array b.jpg can't be read .Obj"),
+                             (tmp_path, "a.jpg", "a.npy holds rows of different"), (tmp_path, "b.jpg", "b.npy holds .* 1 scores, <U4"),
+                             (tmp_path, "c.jpg", "c.npy can't be read")):
+        with pytest.raises(UserError, match=said):
+            from_file(path)(IMAGE, SampleRandom(0), name)
+
+
 def test_files_that_are_not_there_or_of_no_known_form(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         from_file(tmp_path / "none.json")

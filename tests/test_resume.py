@@ -275,6 +275,21 @@ def test_resuming_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     assert torch.equal(ours["model"][frozen], published["model"][frozen])
 
 
+def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Path) -> None:
+    checkpoint = published_checkpoint(tmp_path / "theirs.pth")
+    vars(checkpoint["args"]).update(epochs=3, lr_drop=400, lr_backbone=5e-5, clip_max_norm=0.5)
+    checkpoint["lr_scheduler"].update(step_size=400, base_lrs=[1e-4, 5e-5])
+    checkpoint["optimizer"]["param_groups"][1].update(lr=5e-5, initial_lr=5e-5)
+    torch.save(checkpoint, tmp_path / "theirs.pth")
+    with logged() as lines:
+        fine_tune("--coco_path", data / "coco", "--resume", tmp_path / "theirs.pth", "--output_dir", tmp_path / "ours")
+    assert "continuing at epoch 3 of 3" in lines
+    assert not any("win over" in line for line in lines)
+    ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
+    assert [group["initial_lr"] for group in ours["optimizer"]["param_groups"]] == [1e-4, 5e-5]
+    assert (ours["lr_scheduler"]["step_size"], ours["args"]["clip_max_norm"]) == (400, 0.5)
+
+
 def test_evaluating_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published_checkpoint(tmp_path / "theirs.pth")
     with logged() as lines:
@@ -341,6 +356,18 @@ def test_resume_keeps_this_runs_weight_decay_and_names_a_changed_freeze(data: Pa
     start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--resume", "auto", "--weight_decay", 0.5)
     groups = read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.5}
+
+
+def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_path: Path) -> None:
+    """Pre-trained with live norms, then frozen by `--lr_backbone 0`: its running means are those of the file to the end."""
+    fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path / "live", "--backbone_norm", "live", "--epochs", 1)
+    fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path / "frozen", "--pretrain", tmp_path / "live" / "checkpoint.pth",
+              "--lr_backbone", 0, "--epochs", 1)
+    live, frozen = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("live", "frozen"))
+    assert (live["args"]["backbone_norm"], frozen["args"]["backbone_norm"]) == ("live", "frozen")
+    for key, value in live["model"].items():
+        if key.startswith("backbone."):
+            assert torch.equal(frozen["model"][key], value), key
 
 
 def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: Path) -> None:

@@ -313,6 +313,28 @@ def test_overwrite_leaves_no_page_of_the_run_before(runs: Path, tmp_path: Path, 
     assert not (tmp_path / "checkpoint0099.pth").exists()
 
 
+def test_overwrite_costs_nothing_where_the_new_run_can_not_start(runs: Path, tmp_path: Path) -> None:
+    """A wrong path, or a start from what would be replaced."""
+    for name in ("log.txt", "args.json", "checkpoint.pth"):
+        (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no folder"):
+        fine_tune("--coco_path", tmp_path / "typo", "--output_dir", tmp_path, "--overwrite", *FROZEN)
+    with pytest.raises(UserError, match="--overwrite would remove what this run starts from"):
+        fine_tune("--coco_path", runs / "coco", "--pretrain", tmp_path / "checkpoint.pth", "--output_dir", tmp_path, "--overwrite")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_remedy_for_a_folder_that_is_taken_is_one(runs: Path, tmp_path: Path) -> None:
+    """`--resume auto` goes on where there is a checkpoint, and only there."""
+    (tmp_path / "eval_args.json").write_text("{}")
+    for more in ((), ("--resume", "auto")):
+        with pytest.raises(UserError, match=r"holds an evaluation \(eval_args.json\): --overwrite to replace it"):
+            fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, *more, *FROZEN)
+    with pytest.raises(UserError, match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite"):
+        fine_tune("--coco_path", runs / "coco", "--output_dir", runs / "first", *FROZEN)
+
+
 def test_commands_of_the_page_are_commands(runs: Path) -> None:
     for name in ("second", "pretext"):
         found = commands(runs / name, read_record(runs / name / "args.json"))

@@ -101,6 +101,8 @@ def test_published_figures_are_quoted_for_published_architectures_only() -> None
     assert published_figures(published_args(*ONE_LEVEL)) == (34, 78)
     for other in (("--num_queries", "50"), ("--enc_layers", "3"), ("--backbone", "resnet18"), ("--pre_norm",), ("--hidden_dim", "128")):
         assert published_figures(published_args(*other)) is None, other
+    for more in ("--with_box_refine", "--two_stage"):
+        assert published_figures(published_args("--detector", "deformable_detr", more)) is None
     assert {name for name, *_ in PUBLISHED} <= set(DETECTORS)
 
 

@@ -92,7 +92,7 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
     one, two = (tmp_path / "images" / name for name in ("000.png", "001.png"))
     with tarfile.open(tmp_path / "x.tar", "w", format=style) as tar:
         for path, name in ((one, "./" + "long/" * 30 + "a.png"), (one, "twice.PNG"), (one, "._hidden.png"), (two, "twice.PNG"),
-                           (tmp_path / "images", "folder.png")):
+                           (one, "./a/.thumbnails/x.png"), (tmp_path / "images", "folder.png")):
             tar.add(path, name, recursive=False)
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "twice.PNG"
@@ -101,7 +101,7 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
     assert [images.name(i) for i in range(len(images))] == ["x.tar/" + "long/" * 30 + "a.png", "x.tar/twice.PNG"]
     assert torch.equal(read_image(images.file(1)), read_image(str(two))), "the last one, as if it were unpacked"
     assert images.path(1) == str(tmp_path / "x.tar" / "twice.PNG")
-    assert images.skipped == 2
+    assert images.skipped == 3
 
 
 @pytest.mark.parametrize(("pattern", "expected"), [

@@ -13,7 +13,7 @@ from datasets import build_dataset, build_labelled
 from datasets.annotations import read_coco
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
-from datasets.voc import CLASSES, image_id, read_voc, read_xml
+from datasets.voc import CLASSES, image_id, read_voc, read_xml, read_xml_folder
 from tools import evaluate_proposals, voc_to_coco
 from util.arguments import make_parser, resolve
 from util.flags import FINETUNE, PRETRAIN
@@ -188,6 +188,13 @@ def test_own_data_with_xml_files(pristine: Path) -> None:
     assert isinstance(evaluator, CocoEvaluator)
     detect_the_truth(evaluator, val.annotations)
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
+
+
+def test_hidden_xml_files_are_left_out(devkit: Path) -> None:
+    folder = devkit / "VOC2007" / "Annotations"
+    count = len(read_xml_folder(str(folder)))
+    (folder / "._000001.xml").write_bytes(b"\0\5\x16\7")
+    assert len(read_xml_folder(str(folder))) == count
 
 
 def test_own_data_without_xml_files(tmp_path: Path) -> None:

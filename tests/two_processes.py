@@ -28,7 +28,7 @@ from models.classification import Classification
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.synced_batch_norm import SyncedBatchNorm
-from util.distributed import from_main, get_rank, get_world_size, init_distributed, shutdown
+from util.distributed import from_main, get_rank, get_world_size, init_distributed, share_statistics, shutdown
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import StopRequested, UserError
 from util.metrics import NonFiniteLoss
@@ -173,6 +173,15 @@ def uneven_batch_norm(folder: Path) -> dict:
     outputs = norm(x)
     (outputs * weights[mine]).sum().backward()
     return {"rows": torch.cat([outputs.detach(), x.grad], 1), "weight": norm.weight.grad, "state": norm.state_dict()}
+
+
+def statistics_in_an_evaluation(folder: Path) -> dict:
+    """Batch norm that has seen other images on each process: both evaluate with the statistics of the first."""
+    norm = nn.BatchNorm1d(3)
+    norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(get_rank())))
+    before = norm.running_mean.clone()
+    share_statistics(nn.Sequential(norm))
+    return {"before": before, "after": norm.running_mean}
 
 
 def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[engine.Run, dict]:
@@ -320,7 +329,8 @@ def one_looks_for_images(folder: Path) -> dict:
 
 SCENARIOS = {scenario.__name__: scenario for scenario in (
     softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, siamese, region_prior, teacher,
-    uneven_batch_norm, one_process_without_targets, not_finite_on_one_process, evaluation, one_looks_for_images, stop_and_resume,
+    uneven_batch_norm, statistics_in_an_evaluation, one_process_without_targets, not_finite_on_one_process, evaluation,
+    one_looks_for_images, stop_and_resume,
 )}
 
 

@@ -95,7 +95,7 @@ def make_plan(args: Namespace) -> Plan:
 def _listed(path: str, folder: str) -> Iterator[str]:
     """Relative paths of a list; the word behind a path, as in lists of classification data, is no part of it."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--list {path} can't be read ({error}): give a text file with one path a line") from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

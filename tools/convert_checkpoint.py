@@ -114,7 +114,7 @@ def _classes(checkpoint: Checkpoint, pretext: str | None) -> str:
     outputs = class_rows(checkpoint["model"], "focal")
     if not outputs:
         return "no class head (left out when it was converted)"
-    softmax = head_kind(checkpoint) == "softmax" or pretext in ("random_query_patch", "siamese")
+    softmax = head_kind(checkpoint) == "softmax"
     names = list(stored_names(checkpoint).values())
     known = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "; without names"
     return (f"{outputs - 1} classes and `no object`" if softmax else f"{outputs} classes (sigmoid)") + known

@@ -25,14 +25,14 @@ from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
 from datasets.image_folder import read_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError, SampleDataset
-from engine import autocast, bare, to_device
+from engine import ProblemCounter, autocast, bare, to_device
 from models import build_model
 from models.detector import full_precision
 from util.arguments import Parser, make_parser, resolve
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
 from util.classes import class_rows, head_kind
-from util.distributed import is_main_process
+from util.distributed import is_main_process, share_statistics
 from util.files import make_folder, write_text
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import Progress, UserError, log
@@ -128,12 +128,15 @@ def evaluate_model(args: Namespace, evaluator_of) -> ProposalEvaluator:
 
 
 def _find_all(finder: BoxFinder, loader: DataLoader, evaluator: ProposalEvaluator) -> ProposalEvaluator:
-    backbone, bar = finder.model.backbone[0], Progress(len(loader), "evaluation")
+    backbone, bar, problems = finder.model.backbone[0], Progress(len(loader), "evaluation"), ProblemCounter()
     for samples, packed in loader:
+        problems.add(packed.problems)
         inputs, targets = to_device(samples, packed, finder.device, backbone.mean, backbone.std)
         results = finder(inputs, torch.stack([target["orig_size"] for target in targets]))
         evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
         bar.step()
+    if problems.count:
+        log.warning("%d images of the evaluation can't be used: their objects count as missed", problems.count)
     evaluator.synchronize_between_processes()
     return evaluator
 
@@ -156,6 +159,7 @@ def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module
     loader, truth, label = build_loader(dataset, settings, train=False), dataset.truth(), min(OBJECT, args.num_classes - 1)
 
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
+        share_statistics(bare(model))
         finder = BoxFinder(bare(model).eval().detector, label, device, args.amp == "bf16")
         numbers = _find_all(finder, loader, ProposalEvaluator(truth, args.coco_evaluator)).summarize()
         log.info("without classes: %s", _shown(numbers))
@@ -203,6 +207,7 @@ def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
     bar, count = Progress(len(dataset), "proposals"), 0
     for image_id, boxes in loader:
         if boxes is not None:
+            boxes = boxes[: args.max_prop]  # None: all
             count += len(boxes)
             boxes = boxes[:MOST_BOXES]
             scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]

@@ -203,7 +203,8 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if script == PRETRAIN:
         set_default(args, "eval_every", 0)  # never: pre-training needs no labels
     data = choose(DATASETS, "--dataset_file", args.dataset_file).defaults
-    for name, value in {**DEFAULTS, **data, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}.items():
+    defaults = {**DEFAULTS, **data, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}
+    for name, value in defaults.items():
         set_default(args, name, value)
     set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     if "num_workers" not in _given(args):
@@ -222,6 +223,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     _resolve_dataset(args)
     _resolve_backbone(args, script)
     _check(args)
+    _check_effect(args, defaults)
     args.resolved = True
     return args
 
@@ -275,6 +277,9 @@ def _resolve_backbone(args: argparse.Namespace, script: str) -> None:
         args.backbone_weights = BACKBONE_WEIGHT_ALIASES.get(source, source)
     if getattr(args, "backbone_norm", None) is None:
         args.backbone_norm = "frozen" if whole or args.backbone_weights != "none" else "live"
+    # A backbone that begins with live norms and trains no more has to keep their statistics as well.
+    if args.pretrain and args.lr_backbone <= 0 and "backbone_norm" not in args.__dict__.get("_given", _given(args)):
+        args.backbone_norm = "frozen"
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -316,6 +321,23 @@ def _check(args: argparse.Namespace) -> None:
             f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}, and every patch needs the same number of "
             f"queries: use --num_patches {_divisor_near(args.num_patches, args.num_queries)}, or another --num_queries"
         )
+
+
+def _check_effect(args: argparse.Namespace, defaults: dict[str, object]) -> None:
+    """A flag that is given and that nothing would read is an error, but for its default: published commands have some of those."""
+    needs = (
+        ("object_embedding_coef", args.object_embedding_loss, "--object_embedding_loss"),
+        ("obj_embedding_head", args.object_embedding_loss, "--object_embedding_loss"),
+        ("feature_loss_coef", args.pretext != "random_query_patch" or args.feature_recon, "--feature_recon"),
+        ("focal_alpha", args.classification == "focal", "--classification focal"),
+        ("eos_coef", args.classification == "softmax", "--classification softmax"),
+        ("lr_linear_proj_mult", args.lr_linear_proj_names, "--lr_linear_proj_names"),
+    )
+    given = args.__dict__.get("_given", _given(args))
+    for name, is_read, needed in needs:
+        value = getattr(args, name)
+        if not is_read and name in given and value != defaults[name]:
+            raise UserError(f"--{name} {value} means nothing without {needed}: add that, or leave --{name} out")
 
 
 def _check_schedule(args: argparse.Namespace) -> None:

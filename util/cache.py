@@ -5,7 +5,6 @@ kept is still true only its reader can tell.
 """
 import hashlib
 import os
-import uuid
 from io import BytesIO
 from pathlib import Path
 
@@ -53,10 +52,8 @@ def save_arrays(kind: str, source: str, arrays: dict[str, np.ndarray]) -> None:
         return
     content = BytesIO()
     np.savez(content, format=np.array(FORMAT), source=np.frombuffer(os.fsencode(source), dtype=np.uint8), **arrays)
-    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # two runs that start together must not write into one file
     try:
-        write_atomically(own, lambda file: file.write(content.getbuffer()))
-        os.replace(own, path)
+        write_atomically(path, lambda file: file.write(content.getbuffer()), shared=True)  # two runs may start together
     except (UserError, OSError) as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error
         log.info("%s can't be written (%s): the next run finds out anew", path, reason)

@@ -37,9 +37,10 @@ def stored_names(checkpoint: Mapping[str, Any]) -> dict[int, str]:
 
 
 def head_kind(checkpoint: Mapping[str, Any]) -> str:
-    """`softmax` or `focal`: what the file says, else as published (the shapes do not tell)."""
-    stored = (checkpoint.get("args") or {}).get("classification")
-    return stored or ("softmax" if detector_kind(checkpoint["model"]) == "detr" else "focal")
+    """`softmax` or `focal`: what the file says, else as published, since shapes do not tell. Pre-training with query patches is softmax."""
+    stored, model = (checkpoint.get("args") or {}).get("classification"), checkpoint["model"]
+    softmax = detector_kind(model) == "detr" or any(key.startswith("patch2query.") for key in model)
+    return stored or ("softmax" if softmax else "focal")
 
 
 def class_rows(state: Mapping[str, Tensor], kind: str) -> int:

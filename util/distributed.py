@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from util.logger import UserError, log
 
@@ -56,6 +57,12 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
+def share_statistics(model: nn.Module) -> None:
+    """Batch norm of each process has seen other images: before an evaluation all take those of the first, which a checkpoint holds."""
+    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    broadcast(buffer for norm in norms for buffer in norm.buffers())
+
+
 def from_main(make: Callable[[], Result]) -> Result:
     """What the main process makes, on every process; the others wait for it.
 
@@ -77,15 +84,19 @@ def from_main(make: Callable[[], Result]) -> Result:
 
 
 def _slurm_environment() -> None:
-    """Translates an `srun` task into the environment of torchrun; one task alone needs no process group."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    """Translates an `srun` task into the environment of torchrun; one task alone needs no process group.
+
+    The shell of a batch job has SLURM_PROCID and SLURM_NTASKS too, but is no task: only srun's steps say how many tasks they have.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in os.environ or tasks < 2 or "RANK" in os.environ:
         return
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], str(tasks)
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    alone = torch.cuda.device_count() == 1  # each task sees its own GPU and no other, as with --gpus-per-task=1
+    os.environ.setdefault("LOCAL_RANK", "0" if alone else os.environ.get("SLURM_LOCALID", "0"))
 
 
 def _first_slurm_host() -> str:
@@ -109,6 +120,8 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     if use_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)  # streams, events and pinned memory go by the current one
         return torch.device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
@@ -121,6 +134,7 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     own = torch.device("cuda", local_rank) if use_cuda else torch.device(device)
     if dist.is_initialized():
         return own
+    log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], _meeting_place(dist_url))
     # A process that prepares data or evaluates alone may keep the others waiting for longer than the default.
     dist.init_process_group(
         "nccl" if use_cuda else "gloo", init_method=dist_url, timeout=datetime.timedelta(hours=2),
@@ -128,6 +142,10 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     )
     log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
     return own
+
+
+def _meeting_place(dist_url: str) -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if dist_url == "env://" else dist_url
 
 
 def shutdown() -> None:

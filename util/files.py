@@ -3,6 +3,7 @@ import contextlib
 import errno
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,14 +13,17 @@ from util.logger import UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any]) -> Path:
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], shared: bool = False) -> Path:
     """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
 
     Makes the folder where it is missing. Whatever happens, `path` is the previous file or the new one, and no temporary
-    file stays. Raises UserError with one line when the disk is full or the folder can't be written.
+    file stays, unless the process is killed. Raises UserError with one line when the disk is full or the folder can't be written.
+
+    shared: several processes may write to `path` at once, of which the last one wins. The temporary file of a killed one then stays;
+    else the next that writes to `path` takes it over.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex if shared else path.name}.tmp")
     recorder = _Recorder(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,9 +77,9 @@ def check_apart(folder: str | os.PathLike, images: str | os.PathLike) -> None:
                         "another folder")
 
 
-def write_text(path: str | os.PathLike, text: str) -> Path:
+def write_text(path: str | os.PathLike, text: str, shared: bool = False) -> Path:
     """`write_atomically` of a text in UTF-8."""
-    return write_atomically(path, lambda file: file.write(text.encode("utf-8")))
+    return write_atomically(path, lambda file: file.write(text.encode("utf-8")), shared)
 
 
 class _Recorder:

@@ -158,17 +158,17 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output_dir", metavar="DIR", help="where everything of this run is kept; empty: nothing is saved")
     group.add_argument("--resume", metavar="PATH|URL|auto", help="continue a run; auto: from checkpoint.pth in --output_dir, if there")
     _switch(group, "--overwrite", "allow --output_dir to hold another run, whose files are replaced")
-    _switch(group, "--dry_run", "settings, data check, one step, memory and time estimate; then stop")
+    _switch(group, "--dry_run", "settings, data check, three steps, memory and time estimate; then stop")
     group.add_argument("--device", type=_device, help="cuda, cuda:N or cpu (default: cuda where there is one)")
     group.add_argument("--seed", type=int, help="of initial weights, order and augmentation; the process number is added (42)")
     _switch(group, "--random_seed", "draw the seed anew for this run, and keep it with the run")
     group.add_argument("--num_workers", type=at_least_zero(),
-                       help="loader processes (pre-training 16, else 2; at most the number of cores)")
+                       help="loader processes (random_query_patch 16, siamese 4, else 2; at most the number of cores)")
     group.add_argument("--amp", choices=("no", "bf16"), help="bf16: network in bfloat16, boxes, matching and losses in float32 (no)")
     group.add_argument("--start_epoch", type=at_least_zero(), help="first epoch where --resume holds weights only (0)")
     group.add_argument("--save_every", type=positive(), metavar="EPOCHS",
-                       help="numbered checkpoints (pre-training 20, DETR 100, Conditional DETR 10, Deformable DETR 5), and one before "
-                            "each rate drop")
+                       help="numbered checkpoints (random_query_patch and siamese 20, region_prior 5; fine-tuning DETR 100, "
+                            "Conditional DETR 10, Deformable DETR 5), and one before each rate drop that falls between epochs")
     group.add_argument("--dist_url", help="where processes meet (env://)")
     _switch(group, "--reproduce_published", "the published behaviour where ours departs from it, see docs/differences.md")
 
@@ -178,12 +178,13 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lr", type=positive(float),
                        help="learning rate of transformer and heads (1e-4; Deformable DETR 2e-4, pre-trained with patches 1e-4)")
     group.add_argument("--lr_backbone", type=at_least_zero(float),
-                       help="of the backbone; 0 freezes it (fine-tuning 1e-5, Deformable DETR 2e-5; pre-training: --lr)")
-    group.add_argument("--batch_size", type=positive(), help="images a process (2)")
+                       help="of the backbone; 0 freezes it (1e-5, Deformable DETR 2e-5; random_query_patch as --lr, siamese 0)")
+    group.add_argument("--batch_size", type=positive(), help="images a process (2; region_prior 4)")
     group.add_argument("--weight_decay", type=at_least_zero(float), help="AdamW (1e-4)")
-    _schedule(group, "--epochs", STEPS, "pre-training 60, DETR 300, Conditional and Deformable DETR 50")
-    _schedule(group, "--lr_drop", STEPS, "rate x 0.1 after as many (pre-training 40, DETR 200, else 40)", metavar="EPOCHS")
-    _schedule(group, "--lr_drop_epochs", STEPS, "rate x 0.1 at these, in place of --lr_drop", nargs="+", metavar="EPOCH")
+    _schedule(group, "--epochs", STEPS, "random_query_patch and siamese 60, else DETR 300, Conditional and Deformable DETR 50")
+    _schedule(group, "--lr_drop", (*STEPS, "lr_drop_epochs"),
+              "rate x 0.1 after as many (random_query_patch and siamese 40, else DETR 200, others 40)", metavar="EPOCHS")
+    _schedule(group, "--lr_drop_epochs", (*STEPS, "lr_drop"), "rate x 0.1 at these, in place of --lr_drop", nargs="+", metavar="EPOCH")
     _schedule(group, "--max_iters", EPOCHS, "length of training in place of --epochs; a longer one of a finished run begins a new epoch",
               metavar="STEPS")
     _schedule(group, "--lr_drop_iters", EPOCHS, "rate x 0.1 after as many, with --max_iters", metavar="STEPS")
@@ -206,7 +207,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backbone_norm", choices=("frozen", "live"), help="batch norm (frozen; live where the weights are random)")
     _switch(group, "--dilation", "stride 16 in the last stage (DC5)")
     group.add_argument("--position_embedding", choices=("sine", "sine_shifted", "learned"),
-                       help="position code (sine; Deformable DETR sine_shifted)")
+                       help="position code (sine; Deformable DETR and region_prior sine_shifted; siamese sine)")
     group.add_argument("--enc_layers", type=positive(), help="(6)")
     group.add_argument("--dec_layers", type=positive(), help="(6)")
     group.add_argument("--dim_feedforward", type=positive(), help="(2048; Deformable DETR 1024)")
@@ -234,7 +235,7 @@ def add_loss_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cls_loss_coef", type=at_least_zero(float), help="loss: class (1; Conditional and Deformable DETR 2)")
     group.add_argument("--bbox_loss_coef", type=at_least_zero(float), help="loss: L1 (5)")
     group.add_argument("--giou_loss_coef", type=at_least_zero(float), help="loss: generalised IoU (2)")
-    group.add_argument("--eos_coef", type=at_least_zero(float), help="weight of `no object` in softmax classification (0.1)")
+    group.add_argument("--eos_coef", type=positive(float), help="weight of `no object` in softmax classification (0.1)")
     group.add_argument("--focal_alpha", type=_finite, help="weight of positives in focal classification (0.25)")
 
 

@@ -1,5 +1,6 @@
 """Numbers of an epoch: averages, and losses that are read without making the device wait."""
 import math
+import sys
 from collections.abc import Iterable
 
 import torch
@@ -9,6 +10,7 @@ from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.logger import NonFinite
 
 PAIRS = "matched_pairs"
+GRADIENT = "norm of the gradient"
 
 
 class NonFiniteLoss(NonFinite):
@@ -31,7 +33,7 @@ class LossReader:
         self.names = sorted(values)
         stacked = torch.stack([values[name].detach().float() for name in self.names])
         if get_world_size() > 1:
-            stacked = torch.cat([stacked / get_world_size(), stacked.new_tensor([flag])])
+            stacked = torch.cat([stacked / get_world_size(), stacked.new_full((1,), flag)])
             all_reduce_sum(stacked)
         else:
             self.flag = flag
@@ -57,12 +59,16 @@ class LossReader:
 def check_finite(losses: dict[str, float], image_ids: Iterable[int]) -> None:
     """
     Raises:
-        NonFiniteLoss: one of the losses is NaN or infinite.
+        NonFiniteLoss: one of the losses is NaN or infinite, or the gradient of the step before, if its norm is among them.
     """
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if GRADIENT in bad:
+        raise NonFiniteLoss("the gradient of the last step was not finite, and the weights are spoiled: lower --lr, or use --amp no; "
+                            "--resume continues from the last checkpoint, which is from before it")
     if bad:
+        images = list(dict.fromkeys(image_ids))  # once each, whatever the views
         raise NonFiniteLoss(
-            f"{', '.join(bad[:4])} not finite on images {list(image_ids)[:16]}; the weights were not changed by it. "
+            f"{', '.join(bad[:4])} not finite on images {images[:16]}; the weights were not changed by it. "
             "Look at these images' boxes, lower --lr, or use --amp no; --resume continues from the last checkpoint"
         )
 
@@ -113,3 +119,13 @@ class Averages:
 
     def state(self) -> dict[str, list[float]]:
         return {name: list(pair) for name, pair in self.sums.items()}
+
+
+def peak_host_memory() -> int:
+    """Bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

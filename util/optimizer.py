@@ -20,6 +20,9 @@ def parameter_groups(
         UserError: names that no parameter has.
     """
 
+    if lr_backbone <= 0:  # the CNN is frozen; a learned position code beside it is none of it
+        backbone_names = ["backbone.0" if part == "backbone" else part for part in backbone_names]
+
     def named(name: str, parts: Sequence[str]) -> bool:
         return any(part in name for part in parts)
 
@@ -71,17 +74,17 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, 
         UserError: the file's optimiser is of other parameters.
     """
     wanted = [group["initial_lr"] for group in optimizer.param_groups]
-    own = [{name: group[name] for name in ("weight_decay", "fused", "foreach")} for group in optimizer.param_groups]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     _check_same_groups(optimizer, checkpoint["optimizer"]["param_groups"])
     optimizer.load_state_dict(_in_own_order(optimizer, checkpoint, model))
-    for group, values in zip(optimizer.param_groups, own, strict=True):
-        group.update(values)
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
     stored_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     stored, drops = _drop_epochs(checkpoint["lr_scheduler"]), _drop_epochs(scheduler.state_dict())
     if stored_rates == wanted and stored == drops:
         scheduler.load_state_dict(checkpoint["lr_scheduler"])
         return
-    log.info("learning rates %s -> %s, --lr_drop %s -> %s: this run's flags win over the checkpoint's", stored_rates, wanted, stored, drops)
+    log.info("learning rates %s -> %s, --lr_drop %s -> %s: this run's settings win over the file's", stored_rates, wanted, stored, drops)
     epochs = checkpoint["lr_scheduler"]["last_epoch"]
     scheduler.last_epoch, scheduler._step_count, scheduler.base_lrs = epochs, epochs + 1, wanted
     passed = epochs // drops if isinstance(drops, int) else sum(epoch <= epochs for epoch in drops)
@@ -106,7 +109,8 @@ def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: dict, model: nn.
             if moment.shape != parameter.shape:
                 raise UserError("the checkpoint's optimiser counts its tensors in an order that its weights don't tell: start a new run "
                                 "with --pretrain, or leave the optimiser out of the file")
-        groups.append({**group, "params": numbers})
+        # Where the state goes depends on it: fused steps lie on the GPU.
+        groups.append({**group, "params": numbers, "fused": own["fused"], "foreach": own["foreach"]})
     return {**stored, "param_groups": groups}
 
 

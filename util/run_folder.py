@@ -51,16 +51,28 @@ def prepare_output(args) -> Path | None:
     if not is_main_process():
         return folder
     make_folder(folder)
-    found = [name for name in RUN_FILES if (folder / name).exists()]
-    if not found or _goes_on(folder, args):
-        return folder
-    if not args.overwrite:
-        what = "other files" if args.eval else "another run"
-        remedy = "" if args.eval or args.resume else "add --resume auto to continue it, "
-        raise UserError(f"--output_dir {folder} holds {what} ({found[0]}): {remedy}--overwrite to replace it, or choose another folder")
-    for path in (*(folder / name for name in found), *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")):
-        path.unlink()
+    found = _replaced(folder, args)
+    if found and not args.overwrite:
+        goes_on = (folder / "checkpoint.pth").exists() and not args.eval and "resume" not in setting_origins(args)["given"]
+        remedy = "add --resume auto to continue it, " if goes_on else ""
+        raise UserError(f"--output_dir {folder} holds {_what(found, args)} ({found[0].name}): {remedy}--overwrite to replace it, or choose "
+                        "another folder")
+    if found and args.pretrain and Path(args.pretrain).resolve() in [path.resolve() for path in found]:
+        raise UserError(f"--overwrite would remove what this run starts from, --pretrain {args.pretrain}: choose another --output_dir")
     return folder
+
+
+def _what(found: list[Path], args: Namespace) -> str:
+    if args.eval:
+        return "other files"
+    names = {path.name for path in found}
+    return "an evaluation" if EVAL_SETTINGS in names and not names & {SETTINGS, "log.txt", "checkpoint.pth"} else "another run"
+
+
+def _replaced(folder: Path, args: Namespace) -> list[Path]:
+    """Files of another run, which this one can't share its folder with."""
+    found = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    return [*found, *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")] if found and not _goes_on(folder, args) else []
 
 
 def _goes_on(folder: Path, args: Namespace) -> bool:
@@ -125,13 +137,17 @@ def code_revision(root: Path = ROOT) -> str:
 
 
 def save_settings(folder: Path | None, args: Namespace, facts: Mapping[str, object]) -> None:
-    """args.json: every resolved flag, where those that are no defaults come from, versions, device, and `facts` of data and model.
+    """The first file of a run, when all else is ready; with `--overwrite` those of the run before go now.
+
+    args.json: every resolved flag, where those that are no defaults come from, versions, device, and `facts` of data and model.
 
     A run that is resumed keeps what args.json said of its earlier starts. An evaluation writes eval_args.json, so that it can go into
     the folder of a run.
     """
     if folder is None or not is_main_process():
         return
+    for other in _replaced(folder, args) if args.overwrite else ():  # not before: a run that can't start must not cost the one before
+        other.unlink()
     path = folder / (EVAL_SETTINGS if args.eval else SETTINGS)
     before = read_record(path) if args.resume and not args.eval else {}
     _warn_of_other_data(before.get("data"), facts.get("data"))

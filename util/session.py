@@ -25,6 +25,8 @@ OWN_TO_A_SESSION = {
 # Not taken over by a run on another kind of data.
 DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "voc_metric", "filter_pct", "split_file", "few_shot", "novel_split",
                *FEW_SHOT, *PLACES, *OWN_DATA}
+# What a published file says of training and means the same here.
+PUBLISHED = ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "lr_drop")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 
@@ -70,8 +72,12 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
 
 
 def _adopt_settings(args: Namespace, stored: dict, given: set[str]) -> None:
-    """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given."""
-    if stored.get("script") != args.script:
+    """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given, and those of training in
+    published ones, whose other settings have other meanings."""
+    if args.script == FINETUNE and "script" not in stored:
+        others = ("epochs", "lr_drop") if "max_iters" in given else ()
+        stored = {name: stored[name] for name in PUBLISHED if name in stored and name not in others}
+    elif stored.get("script") != args.script:
         return
     other_data = "dataset_file" in given and stored.get("dataset_file") != args.dataset_file
     kept = OWN_TO_A_SESSION | (DATA_PLACES if other_data else set()) | ({"lr_drop_epochs"} if "lr_drop" in given else set())

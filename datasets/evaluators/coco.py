@@ -2,13 +2,14 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from datasets.annotations import read_json
+from datasets.annotations import has_area, read_json
 from datasets.evaluators.detections import Detections
 from util.logger import UserError
 
@@ -162,23 +163,33 @@ def _slim_truth(annotation_file: str | dict[str, Any]) -> dict[str, Any]:
     """What the backends need, complete: missing `iscrowd` is 0, missing `area` is the box's, ids count from 1.
 
     (pycocotools takes an annotation with id 0 for unmatched.) Annotations of unlisted images or classes are left out, as
-    they are never evaluated.
+    they are never evaluated, and so are the boxes that `parse_coco` leaves out. A class that is listed twice counts once.
     """
     content = annotation_file if isinstance(annotation_file, dict) else read_json(annotation_file)
-    image_ids = {image["id"] for image in content["images"]}
-    classes = {category["id"] for category in content["categories"]}
-    listed = [a for a in content["annotations"] if a["image_id"] in image_ids and a["category_id"] in classes]
+    sizes_hw = {image["id"]: (image.get("height") or 0, image.get("width") or 0) for image in content["images"]}
+    classes = {category["id"]: str(category.get("name", "")) for category in content["categories"]}
+    listed = [a for a in content["annotations"] if a["image_id"] in sizes_hw and a["category_id"] in classes]
+    counted = _counted(listed, np.array([sizes_hw[a["image_id"]] for a in listed]).reshape(-1, 2))
     keys = ("id", "width", "height", "file_name")
     annotations = [
         {
             "id": i, "image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"],
             "area": a["area"] if isinstance(a.get("area"), int | float) else a["bbox"][2] * a["bbox"][3], "iscrowd": a.get("iscrowd") or 0,
         }
-        for i, a in enumerate(listed, start=1)
+        for i, a in enumerate(itertools.compress(listed, counted), start=1)
     ]
     return {
         "info": {},
         "images": [{key: image[key] for key in keys if image.get(key) is not None} for image in content["images"]],
         "annotations": annotations,
-        "categories": [{"id": category["id"], "name": str(category.get("name", ""))} for category in content["categories"]],
+        "categories": [{"id": number, "name": name} for number, name in classes.items()],
     }
+
+
+def _counted(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -> np.ndarray:
+    """bool [A]: crowds, and boxes with something to find: finite, in float32 as they are trained on, and with an area in their image."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+    crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
+    return np.isfinite(boxes).all(1) & (crowd | has_area(boxes, sizes_hw))

@@ -3,8 +3,9 @@ import io
 import json
 import os
 import pickle
-import zipfile
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -129,10 +130,11 @@ class ArchiveProposals(FileProposals):
     def _open(self) -> Any:
         """Opened in each process, since a file's position is shared after a fork."""
         if self._archive is None or self._archive[0] != os.getpid():
-            try:
-                self._archive = (os.getpid(), np.load(self.path, allow_pickle=False))
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise UserError(f"{self.path} is no .npz file of NumPy ({error})") from error
+            with _one_line_where_damaged(f"{self.path} is no .npz file of NumPy"):
+                archive = np.load(self.path, allow_pickle=False)
+                if not isinstance(archive, np.lib.npyio.NpzFile):
+                    raise ValueError("a single array")
+                self._archive = (os.getpid(), archive)
         return self._archive[1]
 
     def knows(self, name: str) -> bool:
@@ -141,7 +143,10 @@ class ArchiveProposals(FileProposals):
     def read(self, name: str) -> Found:
         if not self.knows(name):
             raise UserError(f"{self.path} has no array {name}: {self.hint}")
-        return _boxes_and_scores(self._open()[name], f"{self.path}, array {name}")
+        where = f"{self.path}, array {name}"
+        with _one_line_where_damaged(f"{where} can't be read"):
+            content = self._open()[name]
+        return _boxes_and_scores(content, where)
 
 
 class FolderProposals(FileProposals):
@@ -171,10 +176,8 @@ class FolderProposals(FileProposals):
         path = self._find(name)
         if path is None:
             raise UserError(f"{self.path} has no file for {name}: {self.hint}")
-        try:
+        with _one_line_where_damaged(f"{path} can't be read"):
             content = read_npy(path)
-        except (OSError, ValueError, pickle.UnpicklingError, EOFError) as error:
-            raise UserError(f"{path} can't be read ({' '.join(str(error).split())}): is the file complete?") from error
         return _boxes_and_scores(content, str(path))
 
 
@@ -182,7 +185,7 @@ def read_npy(path: Path) -> Any:
     """An .npy file: an array, or the one object in it, made of plain containers and arrays. Runs no code of the file.
 
     Raises:
-        OSError, ValueError, EOFError, pickle.UnpicklingError: unreadable, or with other objects in it.
+        Exception: unreadable, or with other objects in it; of any type, where a pickle is damaged.
     """
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
@@ -205,20 +208,34 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+@contextmanager
+def _one_line_where_damaged(message: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged archive or pickle raises any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{message} ({reason}): is the file complete?") from error
+
+
 def _boxes_and_scores(content: Any, where: str) -> Found:
     scores = None
     if isinstance(content, dict):
         content, scores = content.get("box"), content.get("score")
-    boxes = np.asarray(content)
+    try:
+        boxes, scores = np.asarray(content), None if scores is None else np.asarray(scores)
+    except ValueError as error:
+        raise UserError(f"{where} holds rows of different lengths: expected boxes [N, 4] or [N, 5], and a score for each") from error
     if boxes.size == 0:
         boxes = np.zeros((0, 4), dtype=np.float32)
     if boxes.dtype.kind not in "iuf" or boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
         raise UserError(f"{where} holds {boxes.dtype} {list(boxes.shape)}: expected boxes (x0, y0, x1, y1) in pixels, [N, 4] or [N, 5]")
     if boxes.shape[1] == 5:
         boxes, scores = boxes[:, :4], boxes[:, 4]
-    if scores is not None and np.size(scores) != len(boxes):
-        raise UserError(f"{where} holds {len(boxes)} boxes and {np.size(scores)} scores: there must be as many")
-    return boxes, None if scores is None else np.asarray(scores).reshape(-1)
+    if scores is not None and (scores.dtype.kind not in "iuf" or scores.size != len(boxes)):
+        raise UserError(f"{where} holds {len(boxes)} boxes and {scores.size} scores, {scores.dtype}: there must be as many numbers")
+    return boxes, None if scores is None else scores.reshape(-1)
 
 
 def _read_json(path: str) -> Any:

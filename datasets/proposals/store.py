@@ -55,7 +55,7 @@ class ProposalStore:
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} can't be read ({reason}): copy the store again or make it anew with {TOOL}") from error
 
@@ -122,6 +122,7 @@ class StoredProposals(BoxSearch):
     def __init__(self, store: ProposalStore) -> None:
         self.store = store
         self.grid, self.settings = store.header["grid"], store.header["settings"]
+        self.dtype = store.boxes.dtype.type  # a store of it must not cut the boxes of files to whole pixels
 
     @classmethod
     def of(cls, folder: str, method: object, name: str) -> "StoredProposals":

@@ -8,6 +8,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -82,13 +83,19 @@ class Plan:
         else:
             self._write(plan)
         if is_store(self.folder):
-            shutil.rmtree(plan.parent, ignore_errors=True)  # of a build that was killed in its last moment
+            self.clean()  # of a build that was killed in its last moment
             return False
         return True
 
+    def clean(self) -> None:
+        """Removes what a finished store does not need: the chunks, and temporary files of processes that were killed."""
+        shutil.rmtree(self.folder / "chunks", ignore_errors=True)  # another process may be removing them too
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
     def _write(self, path: Path) -> None:
         try:
-            write_text(path, json.dumps(self.identity(), indent=1))
+            write_text(path, json.dumps(self.identity(), indent=1), shared=True)
         except UserError:
             if not path.exists():
                 raise
@@ -117,7 +124,8 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[int, int]:
     }
     content = BytesIO()
     np.savez(content, **arrays)
-    write_atomically(plan.chunk_path(chunk), lambda file: file.write(content.getvalue()))
+    with _unless_finished(plan):
+        write_atomically(plan.chunk_path(chunk), lambda file: file.write(content.getvalue()), shared=True)
     return len(rows), sum(map(bool, problems))
 
 
@@ -155,6 +163,23 @@ def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalStore:
     Raises:
         UserError: chunks are missing or damaged.
     """
+    with _unless_finished(plan):
+        _merge(plan, step)
+    plan.clean()
+    return ProposalStore(plan.folder)
+
+
+@contextmanager
+def _unless_finished(plan: Plan) -> Iterator[None]:
+    """Another process with the same flags may finish the store at any moment and remove the chunks: what fails then is not needed."""
+    try:
+        yield
+    except UserError:
+        if not is_store(plan.folder):
+            raise
+
+
+def _merge(plan: Plan, step: Callable[[], None]) -> None:
     missing = plan.missing()
     if missing:
         raise UserError(
@@ -163,34 +188,33 @@ def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalStore:
         )
     counts, problems, has_scores = [], [], False
     for chunk in range(plan.num_chunks):
-        with _open(plan, chunk) as arrays:
-            counts.append(arrays["counts"])
-            names = [plan.names[i] for i in plan.images_of(chunk)]
-            problems += [[name, str(reason)] for name, reason in zip(names, arrays["problems"], strict=True) if reason]
-            has_scores = has_scores or bool(np.isfinite(arrays["scores"]).any())
+        count, reasons, scores = _read(plan, chunk, "counts", "problems", "scores")
+        counts.append(count)
+        names = [plan.names[i] for i in plan.images_of(chunk)]
+        problems += [[name, str(reason)] for name, reason in zip(names, reasons, strict=True) if reason]
+        has_scores = has_scores or bool(np.isfinite(scores).any())
         step()
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
     _write_arrays(plan, offsets, has_scores)
     header = {**plan.identity(), "boxes": int(offsets[-1]), "scores": has_scores, "unreadable": len(problems), "problems": problems}
-    write_text(plan.folder / HEADER, json.dumps(header, indent=1))
-    shutil.rmtree(plan.folder / "chunks")
-    return ProposalStore(plan.folder)
+    write_text(plan.folder / HEADER, json.dumps(header, indent=1), shared=True)
 
 
 def _write_arrays(plan: Plan, offsets: np.ndarray, has_scores: bool) -> None:
     data, ends = plan.names.arrays()
     for name, array in (("offsets", offsets), ("name_bytes", data), ("name_ends", ends)):
-        write_atomically(plan.folder / f"{name}.npy", lambda file, array=array: np.lib.format.write_array(file, array))
+        write_atomically(plan.folder / f"{name}.npy", lambda file, array=array: np.lib.format.write_array(file, array), shared=True)
     images, boxes = len(plan.names), int(offsets[-1])
     shapes = {"boxes": (boxes, 4), "sizes": (images, 2), "file_bytes": (images,), "file_crc32": (images,)}
     for name, shape in {**shapes, **({"scores": (boxes,)} if has_scores else {})}.items():
-        write_atomically(plan.folder / f"{name}.npy", lambda file, name=name, shape=shape: _stream(file, shape, _parts(plan, name)))
+        write_atomically(
+            plan.folder / f"{name}.npy", lambda file, name=name, shape=shape: _stream(file, shape, _parts(plan, name)), shared=True,
+        )
 
 
 def _parts(plan: Plan, name: str) -> Iterator[np.ndarray]:
     for chunk in range(plan.num_chunks):
-        with _open(plan, chunk) as arrays:
-            yield arrays[name]
+        yield from _read(plan, chunk, name)
 
 
 def _stream(file: BinaryIO, shape: tuple[int, ...], parts: Iterable[np.ndarray]) -> None:
@@ -204,8 +228,13 @@ def _stream(file: BinaryIO, shape: tuple[int, ...], parts: Iterable[np.ndarray])
         file.write(np.ascontiguousarray(part).tobytes())
 
 
-def _open(plan: Plan, chunk: int) -> np.lib.npyio.NpzFile:
+def _read(plan: Plan, chunk: int, *names: str) -> list[np.ndarray]:
+    path = plan.chunk_path(chunk)
     try:
-        return np.load(plan.chunk_path(chunk), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{plan.chunk_path(chunk)} is damaged ({error}): remove it and run {TOOL} again") from error
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged archive raises any type
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is damaged ({reason}): remove it and run {TOOL} again") from error

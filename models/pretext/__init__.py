@@ -72,6 +72,40 @@ class Pretext(nn.Module):
         return self.detector.classification
 
 
+class QueryPatchPretext(Pretext):
+    """Base of the pretexts whose queries are made of patches or regions of an image, and find them."""
+
+    feature_align: nn.Module  # predicts the feature of a query's patch, where `losses` has "features"
+
+    @staticmethod
+    def classification(args) -> Classification:
+        """Softmax over two classes (patches have label 1, class 0 is unused, as published) and "no object", on every detector."""
+        return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+
+    def loss_weights(self, args) -> dict[str, float]:
+        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+        return {**weights, "loss_feature": args.feature_loss_coef} if "features" in self.losses else weights
+
+    def predict_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> None:
+        """Adds `pred_features` [B, Q, F] of each decoder layer to its outputs, and the targets [B * M, F]. layers: [L, B, Q, D]."""
+        with torch.autocast(layers.device.type, enabled=False):
+            predicted = self.feature_align(full_precision(layers))
+        outputs["pred_features"], outputs["target_features"] = predicted[-1], target_features
+        for layer, aux in enumerate(outputs.get("aux_outputs", [])):
+            aux["pred_features"] = predicted[layer]
+
+    @staticmethod
+    def patch_boxes(outputs: dict, num_patches: int) -> tuple[Tensor, Tensor]:
+        """Where each patch was found, as in UP-DETR's demonstration: the box of the most confident query of its group.
+
+        Returns boxes_cxcywh [B, M, 4] and scores [B, M].
+        """
+        scores = outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
+        best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, 4)
+        boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1)).gather(2, best)
+        return boxes.squeeze(2), scores.amax(-1)
+
+
 def check_region_queries(detector: Detector, num_patches: int) -> None:
     """
     Raises:
@@ -106,14 +140,3 @@ def _nest_keys(module: Pretext, state_dict: dict, prefix: str, *_) -> None:
         rest = key.removeprefix(prefix)
         if key.startswith(prefix) and rest.split(".")[0] not in own:
             state_dict[prefix + DETECTOR_PREFIX + rest] = state_dict.pop(key)
-
-
-def best_of_groups(outputs: dict, num_patches: int) -> tuple[Tensor, Tensor]:
-    """Where each patch or region was found, as in UP-DETR's demonstration: the box of the most confident query of its group.
-
-    Returns boxes_cxcywh [B, M, 4] and scores [B, M].
-    """
-    scores = outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
-    best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, 4)
-    boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1)).gather(2, best)
-    return boxes.squeeze(2), scores.amax(-1)

@@ -6,14 +6,13 @@ decoder has to find where in the image the patch comes from, and to reconstruct 
 import torch
 from torch import Tensor, nn
 
-from models.classification import Classification
-from models.detector import Detector, Queries, full_precision
-from models.pretext import Pretext, best_of_groups, check_region_queries, pooled_features
+from models.detector import Detector, Queries
+from models.pretext import QueryPatchPretext, check_region_queries, pooled_features
 from models.transformer import MLP
 from util.nested_tensor import as_nested_tensor
 
 
-class RandomQueryPatch(Pretext):
+class RandomQueryPatch(QueryPatchPretext):
     """Shapes: B images, M patches an image, Q queries, D model width, F backbone channels.
 
     Query n belongs to patch n // (Q / M). Queries of one patch see only each other in self-attention (section 3.2, done by query
@@ -42,15 +41,6 @@ class RandomQueryPatch(Pretext):
     def from_args(cls, args, detector: Detector) -> "RandomQueryPatch":
         return cls(detector, args.num_patches, args.mask_ratio, args.query_shuffle, args.feature_recon)
 
-    @staticmethod
-    def classification(args) -> Classification:
-        """Softmax over two classes (patches have label 1, class 0 is unused, as published) and "no object", on every detector."""
-        return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
-
-    def loss_weights(self, args) -> dict[str, float]:
-        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
-        return {**weights, "loss_feature": args.feature_loss_coef} if self.feature_recon else weights
-
     def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
         """samples: normalised images; each target has `patches` [M, 3, S, S], normalised like the images.
 
@@ -65,14 +55,8 @@ class RandomQueryPatch(Pretext):
         states = self.detector.decode(memory, self.patch_queries(features, *patches.shape[:2]), query_groups=patches.shape[1])
         outputs = self.detector.predict(states)
         if self.feature_recon:
-            with torch.autocast(features.device.type, enabled=False):
-                predicted = self.feature_align(full_precision(states.layers))
-            outputs["pred_features"], outputs["target_features"] = predicted[-1], features.detach()
-            for layer, aux in enumerate(outputs.get("aux_outputs", [])):
-                aux["pred_features"] = predicted[layer]
+            self.predict_features(outputs, states.layers, features.detach())
         return outputs
-
-    patch_boxes = staticmethod(best_of_groups)
 
     def _stack_patches(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = {len(target["patches"]) for target in targets}

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from models.classification import Classification
 from models.detector import Detector, Memory, Queries, full_precision
-from models.pretext import Pretext, best_of_groups, check_region_queries, pooled_features
+from models.pretext import QueryPatchPretext, check_region_queries, pooled_features
 from models.pretext.momentum_teacher import MomentumTeacher
 from models.synced_batch_norm import SyncedBatchNorm
 from models.transformer import MLP
@@ -21,8 +20,8 @@ from util.nested_tensor import as_nested_tensor
 ROI_SIDE = 7  # cells of a map's grid that a region is read with
 
 
-class Siamese(Pretext):
-    """Each image is encoded once. The queries of one view, made from the frozen features of its regions, decode the other view's memory.
+class Siamese(QueryPatchPretext):
+    """Each image is encoded once. The queries of one view, made from the features of its regions, decode the other view's memory.
 
     Targets are the regions' boxes in the view that is decoded, without disturbance. Region discrimination predicts the feature of the
     region's crop from the queries' view; global discrimination compares the pooled memories of the two views as SimSiam does. A part whose
@@ -67,15 +66,6 @@ class Siamese(Pretext):
         return cls(detector, args.num_patches, args.box_disturbance, args.feature_loss_coef > 0, args.global_loss_coef > 0,
                    args.reproduce_published, args.teacher_momentum)
 
-    @staticmethod
-    def classification(args) -> Classification:
-        """Softmax over two classes (regions have label 1, class 0 is unused, as published) and "no object", on every detector."""
-        return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
-
-    def loss_weights(self, args) -> dict[str, float]:
-        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
-        return {**weights, "loss_feature": args.feature_loss_coef} if "features" in self.losses else weights
-
     def last_layer_weights(self, args) -> dict[str, float]:
         return {"loss_enc_global_contra": args.global_loss_coef} if "global_contrast" in self.losses else {}
 
@@ -100,7 +90,7 @@ class Siamese(Pretext):
         states = self.detector.decode(memory, self.region_queries(partner(features)))
         outputs = self.detector.predict(states)
         if "features" in self.losses:
-            self._add_features(outputs, states.layers, targets)
+            self.predict_features(outputs, states.layers, self.crop_features(targets))
         if "global_contrast" in self.losses:
             taught = None if self.teacher is None else self.teacher.encode(samples, memory)
             with torch.autocast(memory.tokens.device.type, enabled=False):
@@ -115,8 +105,6 @@ class Siamese(Pretext):
     def after_step(self, share_done: float) -> None:
         if self.teacher is not None:
             self.teacher.follow(self, share_done)
-
-    patch_boxes = staticmethod(best_of_groups)
 
     def _stack_boxes(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = sorted({len(target["boxes"]) for target in targets})
@@ -153,17 +141,12 @@ class Siamese(Pretext):
         from_regions = self.patch2query(features).repeat_interleave(self.detector.num_queries // self.num_patches, dim=1)
         return Queries(learned.position + from_regions, learned.content)
 
-    def _add_features(self, outputs: dict, layers: Tensor, targets: list[dict[str, Tensor]]) -> None:
-        with torch.autocast(layers.device.type, enabled=False):
-            predicted = self.feature_align(full_precision(layers))
-        with torch.no_grad():
-            crops = torch.stack([target["patches"] for target in targets])
-            backbone = self.detector.backbone[0]
-            describes = backbone if self.teacher is None or backbone.frozen else self.teacher.network.detector.backbone[0]
-            outputs["target_features"] = pooled_features(describes, partner(crops).flatten(0, 1))
-        outputs["pred_features"] = predicted[-1]
-        for layer, aux in enumerate(outputs.get("aux_outputs", [])):
-            aux["pred_features"] = predicted[layer]
+    @torch.no_grad()
+    def crop_features(self, targets: list[dict[str, Tensor]]) -> Tensor:
+        """What the queries of each view predict: features of the crops of the other one, [2B * M, F]."""
+        crops, backbone = torch.stack([target["patches"] for target in targets]), self.detector.backbone[0]
+        describes = backbone if self.teacher is None or backbone.frozen else self.teacher.network.detector.backbone[0]
+        return pooled_features(describes, partner(crops).flatten(0, 1))
 
     def pooled_memory(self, memory: Memory) -> Tensor:
         """The mean of the memory's tokens, [2B, levels * D]: of each map that the backbone gave, joined."""
