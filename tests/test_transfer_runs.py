@@ -3,6 +3,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -314,6 +315,14 @@ def test_an_ablation_is_compared_with_its_pretext(data: Path, tmp_path: Path, st
     page = (tmp_path / "out" / "transfer.md").read_text()
     assert "- `siamese-random`: +3.0 ± 0.0 AP: higher over 2 seeds; " in page
     assert "random boxes in place of proposals. Against `siamese`: +2.0 ± 0.0 AP: higher over 2 seeds." in page
+
+
+def test_true_boxes_are_compared_with_proposals_on_the_same_images(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+    rows = ("--pretexts", "none", "region_prior", "--ablations", "region_prior-labelled_images", "region_prior-true_boxes")
+    study("run", *run_words(data, tmp_path / "out", *rows, *ROWS[3:]))
+    page = (tmp_path / "out" / "transfer.md").read_text()
+    said = next(line for line in page.splitlines() if line.startswith("- `region_prior-true_boxes`"))
+    assert re.findall("Against `([^`]+)`", said) == ["region_prior", "region_prior-labelled_images"]
 
 
 def test_the_page_says_which_pre_training_a_run_is_from(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:

@@ -101,7 +101,7 @@ PRESETS: dict[str, Preset] = {
 class Variant:
     """A row of the tables: a pretext and what differs from its preset. true_boxes: pre-trains on the labelled training images with two
     boxes or more, all others on unlabelled.txt. times: how often the preset's images of pre-training. checkpoint: a file to start from in
-    place of a pre-training."""
+    place of a pre-training. against: the row that it differs from in one thing, where that is not its pretext's."""
 
     name: str
     pretext: str
@@ -110,6 +110,7 @@ class Variant:
     says: str = ""
     times: int = 1
     checkpoint: str = ""
+    against: str = ""
 
 
 _TRAINED = {"fre_cnn": None, "lr_backbone": 2e-5}
@@ -123,7 +124,7 @@ ABLATIONS: dict[str, Variant] = {variant.name: variant for variant in (
     Variant("region_prior-labelled_images", "region_prior", {}, True, says="on the images of region_prior-true_boxes alone"),
     Variant("region_prior-true_boxes", "region_prior", {"proposals": "file:{data}/annotations/true_boxes.json"}, True,
             says="true boxes, without classes, of all labelled training images that have two or more, also where fine-tuning has fewer "
-                 "labels; to be compared with region_prior-labelled_images"),
+                 "labels", against="region_prior-labelled_images"),
     Variant("region_prior-trained_cnn", "region_prior", _TRAINED, says="the CNN learns too"),
     Variant("region_prior-no_embedding", "region_prior", {"object_embedding_loss": None}, says="without the object embedding loss"),
     Variant("siamese-random", "siamese", {"proposals": "random"}, says="random boxes in place of proposals"),

@@ -122,13 +122,15 @@ def _tables(results: Results, drawn: Mapping[tuple[str, float], Path], base: Pat
 
 
 def _what_row(results: Results, cell: Cell) -> str:
-    """Of an ablation: what it changes, and what that makes of its pretext's AP."""
+    """Of an ablation: what it changes, and what that makes of the AP of its pretext, or of the row that it differs less from."""
     detector, row, fraction = cell
     if row not in ABLATIONS:
         return ""
-    pretext = ABLATIONS[row].pretext
-    found = paired_difference(results.values(cell, AP), results.values((detector, pretext, fraction), AP), results.origins.get(cell))
-    return f" This row: {ABLATIONS[row].says}." + (f" Against `{pretext}`: {in_words(found)}." if found else "")
+    text, values = f" This row: {ABLATIONS[row].says}.", results.values(cell, AP)
+    for other in filter(None, (ABLATIONS[row].pretext, ABLATIONS[row].against)):
+        found = paired_difference(values, results.values((detector, other, fraction), AP), results.origins.get(cell))
+        text += f" Against `{other}`: {in_words(found)}." if found else ""
+    return text
 
 
 def _spread(values: Mapping[int, float]) -> str:
