@@ -1,6 +1,7 @@
 """What only a GPU can show. Without one every test here is skipped; run it alone with `bash tools/test.sh tests/test_gpu.py`."""
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import deform_cases
@@ -99,6 +100,27 @@ def test_training_step_with_fused_adamw() -> None:
     assert last["loss"] < first["loss"]
 
 
+def test_a_training_step_waits_as_often_for_many_images_as_for_few() -> None:
+    """What a step reads from the device it reads for the whole batch at once."""
+    counts = []
+    for copies in (1, 4):
+        case, samples, targets = _on_gpu("detr_r50")
+        many = NestedTensor(samples.tensors.repeat(copies, 1, 1, 1), samples.mask.repeat(copies, 1, 1), samples.padded)
+        optimizer = golden_models.build_optimizer(case.model, 1e-4, 1e-5, 1e-4)
+        run = Run(case.model, case.criterion, optimizer, None, None, torch.device("cuda"), 1, 0.1, False, None, 1, {})
+        train_step(run, many, targets * copies, stop=False)  # kernels are chosen, state is made
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                train_step(run, many, targets * copies, stop=False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchronizing" in str(warning.message) for warning in said))
+    assert 1 <= counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("name", ["resnet50"])
 def test_frozen_backbone_in_channels_last(name: str) -> None:
     backbone = Backbone(name, trainable=False).cuda().eval()
@@ -122,6 +144,11 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
     run("finetune_main.py", "--coco_path", data, "--num_classes", "5", "--pretrain", checkpoint, "--output_dir", str(tmp_path / "fine"),
         "--image_size", "96", "--batch_size", "8", "--amp", "bf16", "--epochs", "1", "--device", "cuda")
     assert (tmp_path / "fine" / "results.json").exists()
+    # A run of a CPU goes on: its AdamW keeps step counts elsewhere than the fused one.
+    words = ["finetune_main.py", "--coco_path", data, "--num_classes", "5", "--output_dir", str(tmp_path / "moved"), *small]
+    run(*words, "--backbone_weights", "none", "--epochs", "1", "--device", "cpu")
+    run(*words, "--resume", "auto", "--epochs", "2", "--device", "cuda")
+    assert len((tmp_path / "moved" / "log.txt").read_text().splitlines()) == 2
 
 
 # ---- multi-scale deformable attention: the Triton kernels ----
