@@ -175,7 +175,7 @@ def read_xml(path: str) -> dict[str, Any]:
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: an object needs <name> and <bndbox> with numbers for {', '.join(CORNERS)}, and <size> whole numbers "
                         f"({error}): correct it") from error
-    return {"file": root.findtext("filename") or "", "size_hw": size, "objects": objects}
+    return {"file": (root.findtext("filename") or "").strip(), "size_hw": size, "objects": objects}
 
 
 def _object(element: ElementTree.Element) -> tuple[str, tuple[float, ...], bool]:

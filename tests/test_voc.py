@@ -197,6 +197,14 @@ def test_hidden_xml_files_are_left_out(devkit: Path) -> None:
     assert len(read_xml_folder(str(folder))) == count
 
 
+def test_names_of_images_may_stand_on_lines_of_their_own(devkit: Path) -> None:
+    folder = devkit / "VOC2007" / "Annotations"
+    before = read_xml_folder(str(folder))
+    for path in folder.iterdir():
+        path.write_text(path.read_text().replace("<filename>", "<filename>\n  ").replace("</filename>", "\n</filename>"))
+    assert list(read_xml_folder(str(folder)).file_names) == list(before.file_names)
+
+
 def test_own_data_without_xml_files(tmp_path: Path) -> None:
     args = tiny_args(FINETUNE, "--dataset_file", "custom", "--train_images", str(tmp_path), "--train_annotations", str(tmp_path))
     with pytest.raises(UserError, match="has no .xml file"):
