@@ -236,6 +236,7 @@ REFUSED = [
     ("a wrong choice", F, "--detector dert", "--detector.*: invalid choice: 'dert' .*'detr'", 2),
     ("size 0", F, "--image_size 0", "--image_size: must be above 0, got 0", 2),
     ("size 1", P, "--imagenet_path {root}/photographs --image_size 1", "--image_size 1: .* use 32 or more", 1),
+    ("weight 0", F, "--eos_coef 0", "--eos_coef: must be above 0, got 0", 2),
     ("rate inf", F, "--lr inf", "--lr: must be above 0, got inf", 2),
     ("clip nan", F, "--clip_max_norm nan", "--clip_max_norm: must be a finite number, got nan", 2),
     ("share above 1", F, "--coco_path {root}/coco --detector conditional_detr --focal_alpha 7", "--focal_alpha 7 is a share", 1),

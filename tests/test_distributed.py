@@ -203,6 +203,19 @@ def test_a_task_of_slurm_with_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         assert (os.environ["LOCAL_RANK"], os.environ["RANK"], os.environ["WORLD_SIZE"]) == (tasks_gpu, "3", "4")
 
 
+def test_a_gpu_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams and events, which losses are read by, belong to the current GPU."""
+    chosen = []
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda:1", "cuda", "cpu"):
+        assert init_distributed(device) == torch.device(device)
+    assert chosen == ["cuda:1"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(UserError, match="--device cpu"):

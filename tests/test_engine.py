@@ -147,6 +147,17 @@ def test_bfloat16_step(script: str) -> None:
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("norm", [(), ("--pre_norm",)])
+def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
+    """Pre-norm layers add to what they are given, which nothing widens on the way."""
+    run, samples, _ = make_run(*norm)
+    given = []
+    run.model.transformer.encoder.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].dtype))
+    with engine.autocast(torch.device("cpu"), enabled=True):
+        run.model(samples)
+    assert given == [torch.float32]
+
+
 def test_optimizer_has_the_published_groups() -> None:
     run, _, _ = make_run("--lr", "2e-4", "--lr_backbone", "3e-5", "--weight_decay", "0.01")
     groups = run.optimizer.param_groups
