@@ -19,7 +19,7 @@ from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
 from util.distributed import all_gather_object, barrier, broadcast, get_rank, get_world_size, is_main_process, share_statistics
 from util.logger import NonFinite, Progress, StopRequested, UserError, format_seconds, log
-from util.metrics import GRADIENT, PAIRS, Averages, LossReader, check_finite, peak_host_memory, per_pair, to_host, with_pairs
+from util.metrics import PAIRS, Averages, LossReader, check_finite, check_gradient, peak_host_memory, per_pair, to_host, with_pairs
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.run_folder import append_log, is_logged
@@ -96,7 +96,7 @@ class Run:
     averages: Averages = field(default_factory=Averages)
     problems: ProblemCounter = field(default_factory=ProblemCounter)
     stop: StopSignal = field(default_factory=StopSignal)
-    gradient: dict[str, Tensor] = field(default_factory=dict)  # norm of the last step's, not read yet
+    gradient_norm: Tensor | None = None  # of the last step, not read yet
     pending: dict | None = None  # a trained epoch's values that wait for its evaluation
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
@@ -147,18 +147,13 @@ def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]]
         values = reader.read()
         check_finite(values, (int(target["image_id"]) for target in targets))  # ids are read only where something is wrong
     except NonFinite:
-        check_gradient(run)
+        check_gradient(run.gradient_norm)
         raise
     if run.clip_max_norm > 0:
         parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-        run.gradient = {GRADIENT: torch.nn.utils.clip_grad_norm_(parameters, run.clip_max_norm)}
+        run.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, run.clip_max_norm)
     run.optimizer.step()
     return logged_values(values, run.criterion.weight_dict), reader.flag > 0
-
-
-def check_gradient(run: Run) -> None:
-    """Raises NonFiniteLoss where that of the last step was not finite."""
-    check_finite(to_host(run.gradient) if run.gradient else {}, ())
 
 
 def train_one_epoch(run: Run) -> None:
@@ -307,7 +302,7 @@ def save(run: Run, names: list[str]) -> None:
     Raises:
         NonFiniteLoss: the last step's gradient was not finite; nothing is written.
     """
-    check_gradient(run)
+    check_gradient(run.gradient_norm)
     state = checkpoint_state(run)
     if run.folder is not None and is_main_process():
         for name in names:

@@ -211,7 +211,7 @@ def test_a_gpu_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    for device in ("cuda:1", "cuda", "cpu"):
+    for device in ("cuda:1", "cuda", "cpu", "cpu:0"):
         assert init_distributed(device) == torch.device(device)
     assert chosen == ["cuda:1"]
 

@@ -64,7 +64,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         "model": f"{checkpoint.tensors} tensors, {_unique_numbers(state):,} numbers",
         "detector": f"{kind}: {_shown(certain, ('backbone', 'num_queries', 'enc_layers', 'dec_layers', 'hidden_dim', 'dim_feedforward'))}",
         "options": _options(certain, likely),
-        "classes": _classes(checkpoint, pretext),
+        "classes": _classes(checkpoint),
         "flags": " ".join(model_flags(checkpoint)) or "none: the detector's defaults",
         "also in it": _rest(checkpoint),
         "checked": f"all names and shapes are those of a {kind}",
@@ -110,7 +110,7 @@ def _shown(known: dict[str, Any], flags: tuple[str, ...]) -> str:
     return ", ".join(f"{flag} {known[flag]}" for flag in flags if flag in known)
 
 
-def _classes(checkpoint: Checkpoint, pretext: str | None) -> str:
+def _classes(checkpoint: Checkpoint) -> str:
     outputs = class_rows(checkpoint["model"], "focal")
     if not outputs:
         return "no class head (left out when it was converted)"

@@ -248,6 +248,11 @@ def _given(args: argparse.Namespace) -> set[str]:
     return set(vars(args)) - args.__dict__.get("_filled", set())
 
 
+def _given_in_command(args: argparse.Namespace) -> set[str]:
+    """Without what a resumed checkpoint set, where there is one."""
+    return args.__dict__.get("_given", _given(args))
+
+
 def _resolve_dataset(args: argparse.Namespace) -> None:
     """`--dataset NAME` says where data lies below `--data_root`, unless another flag does."""
     name = getattr(args, "dataset", None)
@@ -278,7 +283,7 @@ def _resolve_backbone(args: argparse.Namespace, script: str) -> None:
     if getattr(args, "backbone_norm", None) is None:
         args.backbone_norm = "frozen" if whole or args.backbone_weights != "none" else "live"
     # A backbone that begins with live norms and trains no more has to keep their statistics as well.
-    if args.pretrain and args.lr_backbone <= 0 and "backbone_norm" not in args.__dict__.get("_given", _given(args)):
+    if args.pretrain and args.lr_backbone <= 0 and "backbone_norm" not in _given_in_command(args):
         args.backbone_norm = "frozen"
 
 
@@ -333,7 +338,7 @@ def _check_effect(args: argparse.Namespace, defaults: dict[str, object]) -> None
         ("eos_coef", args.classification == "softmax", "--classification softmax"),
         ("lr_linear_proj_mult", args.lr_linear_proj_names, "--lr_linear_proj_names"),
     )
-    given = args.__dict__.get("_given", _given(args))
+    given = _given_in_command(args)
     for name, is_read, needed in needs:
         value = getattr(args, name)
         if not is_read and name in given and value != defaults[name]:
@@ -343,7 +348,7 @@ def _check_effect(args: argparse.Namespace, defaults: dict[str, object]) -> None
 def _check_schedule(args: argparse.Namespace) -> None:
     if bool(args.max_iters) != bool(args.lr_drop_iters):
         raise UserError("--max_iters and --lr_drop_iters need each other: a schedule counts iterations or epochs, not both")
-    given = args.__dict__.get("_given", _given(args))
+    given = _given_in_command(args)
     for name in ("epochs", "lr_drop", "lr_drop_epochs", "start_epoch") if args.max_iters else ():
         if name in given and getattr(args, name):
             if "max_iters" not in given:

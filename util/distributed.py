@@ -120,7 +120,7 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     if use_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them")
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        if torch.device(device).index is not None:
+        if use_cuda and torch.device(device).index is not None:
             torch.cuda.set_device(device)  # streams, events and pinned memory go by the current one
         return torch.device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

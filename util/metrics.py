@@ -10,7 +10,6 @@ from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.logger import NonFinite
 
 PAIRS = "matched_pairs"
-GRADIENT = "norm of the gradient"
 
 
 class NonFiniteLoss(NonFinite):
@@ -59,18 +58,26 @@ class LossReader:
 def check_finite(losses: dict[str, float], image_ids: Iterable[int]) -> None:
     """
     Raises:
-        NonFiniteLoss: one of the losses is NaN or infinite, or the gradient of the step before, if its norm is among them.
+        NonFiniteLoss: one of the losses is NaN or infinite.
     """
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if GRADIENT in bad:
-        raise NonFiniteLoss("the gradient of the last step was not finite, and the weights are spoiled: lower --lr, or use --amp no; "
-                            "--resume continues from the last checkpoint, which is from before it")
     if bad:
         images = list(dict.fromkeys(image_ids))  # once each, whatever the views
         raise NonFiniteLoss(
             f"{', '.join(bad[:4])} not finite on images {images[:16]}; the weights were not changed by it. "
             "Look at these images' boxes, lower --lr, or use --amp no; --resume continues from the last checkpoint"
         )
+
+
+def check_gradient(norm: Tensor | None) -> None:
+    """norm: of the last step's gradient, None where there is none; it is read from the device.
+
+    Raises:
+        NonFiniteLoss: it is NaN or infinite.
+    """
+    if norm is not None and not math.isfinite(norm):
+        raise NonFiniteLoss("the gradient of the last step was not finite, and the weights are spoiled: lower --lr, or use --amp no; "
+                            "--resume continues from the last checkpoint, which is from before it")
 
 
 def with_pairs(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:

@@ -28,11 +28,10 @@ class SignalHandler:
 
 def kill_family(pid: int) -> None:
     """Ends a process and all below it at once, also those in sessions of their own as torchrun's are. Without /proc: its session alone."""
-    for member in _family(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(member, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError, AttributeError):  # Windows has no sessions
-        os.killpg(pid, signal.SIGKILL)
+    with contextlib.suppress(AttributeError):  # Windows has neither sessions nor this signal
+        for end, member in [*((os.kill, member) for member in _family(pid)), (os.killpg, pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                end(member, signal.SIGKILL)
 
 
 def _family(pid: int) -> list[int]:
