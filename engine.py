@@ -2,6 +2,7 @@
 
 Everything comes in as an object: nothing here looks at the name of a detector, a pretext or a data set.
 """
+
 import contextlib
 import itertools
 import signal
@@ -17,9 +18,27 @@ from torch.nn.parallel import DistributedDataParallel
 from datasets.collate import to_device
 from models.criterion import SetCriterion
 from util.checkpoint import random_states, save_checkpoint, set_random_states
-from util.distributed import all_gather_object, barrier, broadcast, get_rank, get_world_size, is_main_process, share_statistics
+from util.distributed import (
+    all_gather_object,
+    barrier,
+    broadcast,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    share_statistics,
+)
 from util.logger import NonFinite, Progress, StopRequested, UserError, format_seconds, log
-from util.metrics import PAIRS, Averages, LossReader, check_finite, check_gradient, peak_host_memory, per_pair, to_host, with_pairs
+from util.metrics import (
+    PAIRS,
+    Averages,
+    LossReader,
+    check_finite,
+    check_gradient,
+    peak_host_memory,
+    per_pair,
+    to_host,
+    with_pairs,
+)
 from util.nested_tensor import NestedTensor
 from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.run_folder import append_log, is_logged
@@ -100,7 +119,9 @@ class Run:
     pending: dict | None = None  # a trained epoch's values that wait for its evaluation
     best: float = -1.0
     seconds: float = 0.0  # of training, over all sessions
-    max_iters: int | None = None  # with it the run ends after as many steps, which the rate schedule then counts too, not epochs
+    max_iters: int | None = (
+        None  # with it the run ends after as many steps, which the rate schedule then counts too, not epochs
+    )
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -132,12 +153,15 @@ def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[s
     return {**values, **scaled, "loss": sum(scaled.values()), **kept}
 
 
-def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]], stop: bool) -> tuple[dict[str, float], bool]:
-    """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any was asked to stop.
+def train_step(
+    run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]], stop: bool
+) -> tuple[dict[str, float], bool]:
+    """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any was asked
+    to stop.
 
     Raises:
-        NonFiniteLoss: before the optimiser's step, so that weights stay as they are; or the gradient of the step before was not finite,
-            which is looked at only now, since the device would have to wait.
+        NonFiniteLoss: before the optimiser's step, so that weights stay as they are; or the gradient of the step before
+            was not finite, which is looked at only now, since the device would have to wait.
     """
     try:
         _, losses, total = forward_losses(run.model, run.criterion, samples, targets, run.amp)
@@ -145,7 +169,9 @@ def train_step(run: Run, samples: NestedTensor, targets: list[dict[str, Tensor]]
         run.optimizer.zero_grad(set_to_none=True)
         total.backward()
         values = reader.read()
-        check_finite(values, (int(target["image_id"]) for target in targets))  # ids are read only where something is wrong
+        check_finite(
+            values, (int(target["image_id"]) for target in targets)
+        )  # ids are read only where something is wrong
     except NonFinite:
         check_gradient(run.gradient_norm)
         raise
@@ -188,8 +214,11 @@ def train_one_epoch(run: Run) -> None:
     if any(all_gather_object(run.stop.asked)):  # the signal came in the last step, after its flag was sent
         _stop(run, began, steps)
     if run.problems.count > problems_before:
-        log.warning("%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
-                    run.problems.count - problems_before, len(run.problems.seen))
+        log.warning(
+            "%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
+            run.problems.count - problems_before,
+            len(run.problems.seen),
+        )
     run.seconds += time.monotonic() - began
 
 
@@ -213,13 +242,21 @@ def _progress_text(values: dict[str, float], rate: float) -> str:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, criterion: SetCriterion, postprocessors: dict, loader: torch.utils.data.DataLoader, evaluator,
-    device: torch.device, normalization: dict, amp: bool, keep_examples: int = 0,
+    model: nn.Module,
+    criterion: SetCriterion,
+    postprocessors: dict,
+    loader: torch.utils.data.DataLoader,
+    evaluator,
+    device: torch.device,
+    normalization: dict,
+    amp: bool,
+    keep_examples: int = 0,
 ) -> tuple[dict, list[dict]]:
     """Losses and metrics over a data set, each image once over all processes.
 
-    Returns (values without prefix, examples): `coco_eval_bbox` holds the evaluator's numbers, AP first; what else it gives is there by
-    its name; examples are the first `keep_examples` images of this process with their predictions and targets.
+    Returns (values without prefix, examples): `coco_eval_bbox` holds the evaluator's numbers, AP first; what else it
+    gives is there by its name; examples are the first `keep_examples` images of this process with their predictions and
+    targets.
     """
     model = bare(model).eval()
     share_statistics(model)
@@ -254,11 +291,15 @@ def _examples(samples: NestedTensor, targets: list[dict], results: list[dict], c
     for image, target, result in list(zip(samples.tensors, targets, results, strict=True))[: max(count, 0)]:
         (height, width), original = target["size"].tolist(), target["orig_size"].tolist()
         scale = torch.tensor([width / original[1], height / original[0]] * 2)
-        kept.append({
-            "image": image[:, :height, :width].clone(), "image_id": int(target["image_id"]),
-            "boxes_cxcywh": target["boxes"].cpu(), "labels": target["labels"].cpu(),
-            "predictions": {**result, "boxes": result["boxes"] * scale},
-        })
+        kept.append(
+            {
+                "image": image[:, :height, :width].clone(),
+                "image_id": int(target["image_id"]),
+                "boxes_cxcywh": target["boxes"].cpu(),
+                "labels": target["labels"].cpu(),
+                "predictions": {**result, "boxes": result["boxes"] * scale},
+            }
+        )
     return kept
 
 
@@ -266,11 +307,19 @@ def checkpoint_state(run: Run) -> dict:
     """Everything that an exact resume needs. `epoch` is the last finished one, as published."""
     frozen = getattr(bare(run.model), "frozen_parts", dict)()
     return {
-        "model": bare(run.model).state_dict(), "optimizer": run.optimizer.state_dict(), "lr_scheduler": run.scheduler.state_dict(),
-        "epoch": run.epoch - 1, "batch": run.batch, "averages": run.averages.state(),
-        "pending": run.pending, "best": run.best, "seconds": run.seconds,
-        "world_size": get_world_size(), "position_unit": position_unit(run),
-        "random_states": all_gather_object(random_states()), **run.keep,
+        "model": bare(run.model).state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "lr_scheduler": run.scheduler.state_dict(),
+        "epoch": run.epoch - 1,
+        "batch": run.batch,
+        "averages": run.averages.state(),
+        "pending": run.pending,
+        "best": run.best,
+        "seconds": run.seconds,
+        "world_size": get_world_size(),
+        "position_unit": position_unit(run),
+        "random_states": all_gather_object(random_states()),
+        **run.keep,
         **({"frozen": {name: part.state_dict() for name, part in frozen.items()}} if frozen else {}),
     }
 
@@ -284,10 +333,15 @@ def restore(run: Run, checkpoint: dict) -> None:
     if len(states) == get_world_size():
         set_random_states(states[get_rank()])
     elif states:
-        log.info("the checkpoint is of %d processes, this run has %d: random states are new", len(states), get_world_size())
+        log.info(
+            "the checkpoint is of %d processes, this run has %d: random states are new", len(states), get_world_size()
+        )
     if run.batch and checkpoint.get("position_unit") != position_unit(run):
-        log.info("images, batch size or processes are not those of the checkpoint (%s, now %s): its epoch starts anew",
-                 checkpoint.get("position_unit"), position_unit(run))
+        log.info(
+            "images, batch size or processes are not those of the checkpoint (%s, now %s): its epoch starts anew",
+            checkpoint.get("position_unit"),
+            position_unit(run),
+        )
         run.batch, run.averages = 0, Averages()
 
 
@@ -311,19 +365,26 @@ def save(run: Run, names: list[str]) -> None:
 
 
 def fit(run: Run) -> None:
-    """Trains to the last epoch: after each the rate schedule, checkpoint, evaluation, one line of `log.txt` and the curves.
+    """Trains to the last epoch: after each the rate schedule, checkpoint, evaluation, one line of `log.txt` and the
+    curves.
 
     Raises:
         NonFiniteLoss: a loss was NaN or infinite; the last checkpoint is untouched.
         StopRequested: a signal asked to stop; the run was saved, in mid-epoch too.
     """
-    saved = f"saved in {run.folder}; go on with --resume auto" if run.folder else "not saved, since there is no --output_dir"
+    saved = (
+        f"saved in {run.folder}; go on with --resume auto"
+        if run.folder
+        else "not saved, since there is no --output_dir"
+    )
     with run.stop:
         try:
             if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
                 _finish_epoch(run)  # the run was ended between training and evaluation
             if run.epoch >= run.epochs:
-                log.warning("nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs)
+                log.warning(
+                    "nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs
+                )
             while run.epoch < run.epochs:
                 _train_and_save(run)
                 _finish_epoch(run)
@@ -372,24 +433,51 @@ def _keep_best(run: Run, values: dict) -> None:
 
 
 def make_run(
-    args, model: nn.Module, criterion: SetCriterion, loader: torch.utils.data.DataLoader, device: torch.device, folder: Path | None,
+    args,
+    model: nn.Module,
+    criterion: SetCriterion,
+    loader: torch.utils.data.DataLoader,
+    device: torch.device,
+    folder: Path | None,
     keep: dict,
 ) -> Run:
     """Optimiser, schedule and distributed wrapper around a model that lies on its device."""
     optimizer = build_optimizer(
-        model, args.lr, args.lr_backbone, args.weight_decay, args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult,
+        model,
+        args.lr,
+        args.lr_backbone,
+        args.weight_decay,
+        args.lr_backbone_names,
+        args.lr_linear_proj_names,
+        args.lr_linear_proj_mult,
         args.sgd,
     )
-    scheduler = build_scheduler(optimizer, args.lr_drop_iters) if args.max_iters else build_scheduler(
-        optimizer, args.lr_drop, args.lr_drop_epochs
+    scheduler = (
+        build_scheduler(optimizer, args.lr_drop_iters)
+        if args.max_iters
+        else build_scheduler(optimizer, args.lr_drop, args.lr_drop_epochs)
     )
     if get_world_size() > 1:
-        broadcast(tensor for part in getattr(model, "frozen_parts", dict)().values() for tensor in part.state_dict().values())
+        broadcast(
+            tensor for part in getattr(model, "frozen_parts", dict)().values() for tensor in part.state_dict().values()
+        )
         devices = [device] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
     run = Run(
-        model, criterion, optimizer, scheduler, loader, device, args.epochs, args.clip_max_norm, args.amp == "bf16", folder,
-        args.save_every, keep, epoch=args.start_epoch, max_iters=args.max_iters,
+        model,
+        criterion,
+        optimizer,
+        scheduler,
+        loader,
+        device,
+        args.epochs,
+        args.clip_max_norm,
+        args.amp == "bf16",
+        folder,
+        args.save_every,
+        keep,
+        epoch=args.start_epoch,
+        max_iters=args.max_iters,
     )
     _count_epochs(run)
     return run
@@ -403,11 +491,15 @@ def _count_epochs(run: Run) -> None:
 
 
 def continue_run(run: Run, checkpoint: dict) -> None:
-    """Optimiser, schedule, position and random states of a checkpoint; one that holds weights only starts at `--start_epoch`."""
+    """Optimiser, schedule, position and random states of a checkpoint; one that holds weights only starts at
+    `--start_epoch`.
+    """
     if all(name in checkpoint for name in ("optimizer", "lr_scheduler", "epoch")):
         if bool(run.max_iters) != bool(checkpoint.get("args", {}).get("max_iters")):
-            raise UserError("--max_iters: the schedule of this checkpoint counts %s; resume it with the same kind of schedule" %
-                            ("epochs" if run.max_iters else "iterations"))
+            raise UserError(
+                "--max_iters: the schedule of this checkpoint counts %s; resume it with the same kind of schedule"
+                % ("epochs" if run.max_iters else "iterations")
+            )
         restore_optimizer(run.optimizer, run.scheduler, checkpoint, bare(run.model))
         restore(run, checkpoint)
         _count_epochs(run)
@@ -418,7 +510,9 @@ def continue_run(run: Run, checkpoint: dict) -> None:
 
 
 def dry_run(run: Run) -> None:
-    """Three steps on real batches (the first is slower): shapes, losses, time of an epoch, peak memory. Nothing is saved."""
+    """Three steps on real batches (the first is slower): shapes, losses, time of an epoch, peak memory. Nothing is
+    saved.
+    """
     run.model.train()
     run.criterion.train()
     mean, std = run.keep["normalization"]["mean"], run.keep["normalization"]["std"]
@@ -435,6 +529,11 @@ def dry_run(run: Run) -> None:
         memory = torch.cuda.max_memory_allocated(run.device) / 2**30
     else:
         memory = peak_host_memory() / 2**30
-    log.info("dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted)",
-             steps, format_seconds(step * steps), format_seconds(step * steps * run.epochs), run.epochs)
+    log.info(
+        "dry run: %d steps an epoch, about %s an epoch and %s for %d epochs (loading and evaluation not counted)",
+        steps,
+        format_seconds(step * steps),
+        format_seconds(step * steps * run.epochs),
+        run.epochs,
+    )
     log.info("dry run: peak memory %.1f GiB; nothing was saved", memory)

@@ -5,6 +5,7 @@
 
 `python finetune_main.py --help` lists every flag.
 """
+
 import os
 
 # Before PyTorch is imported: threads that spin while they wait would starve the loader processes on the same cores.
@@ -36,7 +37,20 @@ from util.run_folder import check_room, describe_settings, prepare_output, save_
 from util.run_page import report
 from util.session import prepare_checkpoint, run_script, seed_everything, start_session
 
-METRICS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large", "AR1", "AR10", "AR100", "AR small", "AR medium", "AR large")
+METRICS = (
+    "AP",
+    "AP50",
+    "AP75",
+    "AP small",
+    "AP medium",
+    "AP large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR small",
+    "AR medium",
+    "AR large",
+)
 
 
 def get_args_parser() -> Parser:
@@ -53,7 +67,14 @@ class Evaluation:
     predictions in the run's folder."""
 
     def __init__(
-        self, args: Namespace, dataset, criterion, postprocessors: dict, device: torch.device, folder: Path | None, normalization: dict
+        self,
+        args: Namespace,
+        dataset,
+        criterion,
+        postprocessors: dict,
+        device: torch.device,
+        folder: Path | None,
+        normalization: dict,
     ) -> None:
         self.args, self.dataset, self.criterion, self.postprocessors = args, dataset, criterion, postprocessors
         self.device, self.folder, self.normalization = device, folder, normalization
@@ -64,8 +85,15 @@ class Evaluation:
         """Returns the values for the log, with the prefix `test_`."""
         evaluator = self.dataset.evaluator(self.args)
         values, examples = engine.evaluate(
-            model, self.criterion, self.postprocessors, self.loader, evaluator, self.device, self.normalization,
-            self.args.amp == "bf16", keep_examples=12,
+            model,
+            self.criterion,
+            self.postprocessors,
+            self.loader,
+            evaluator,
+            self.device,
+            self.normalization,
+            self.args.amp == "bf16",
+            keep_examples=12,
         )
         per_class = values.pop("per_class")
         shown = [f"{name} {value:.3f}" for name, value in zip(METRICS, values["coco_eval_bbox"], strict=False)]
@@ -80,7 +108,9 @@ class Evaluation:
             write_text(self.folder / "results.json", json.dumps(evaluator.results()))
             write_text(self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1))
             write_text(self.folder / "per_class.json", json.dumps({"epoch": epoch, "classes": per_class}, indent=1))
-            prediction_page([_page_row(example) for example in examples], self.dataset.class_names, self.folder / "predictions.png")
+            prediction_page(
+                [_page_row(example) for example in examples], self.dataset.class_names, self.folder / "predictions.png"
+            )
         return {f"test_{name}": value for name, value in values.items()}
 
 
@@ -97,11 +127,18 @@ def warn_of_other_classes(trained: dict[int, str], evaluated: dict[int, str]) ->
     differing = [label for label, name in evaluated.items() if trained.get(label, name) != name]
     if differing:
         label = differing[0]
-        log.warning("class %d is '%s' in the checkpoint and '%s' in the data (%d ids differ): AP will mean little",
-                    label, trained[label], evaluated[label], len(differing))
+        log.warning(
+            "class %d is '%s' in the checkpoint and '%s' in the data (%d ids differ): AP will mean little",
+            label,
+            trained[label],
+            evaluated[label],
+            len(differing),
+        )
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Checkpoint | None, args: Namespace, class_names: dict[int, str]) -> None:
+def load_weights(
+    model: torch.nn.Module, checkpoint: Checkpoint | None, args: Namespace, class_names: dict[int, str]
+) -> None:
     """All of a checkpoint that goes on; of one that is only a start what fits, with a table of what that was."""
     if args.pretrain:
         log.info(load_pretrained(model, checkpoint, class_names).table())
@@ -110,7 +147,9 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint | None, args: Na
 
 
 def save_subset(folder: Path | None, train_set, args: Namespace) -> None:
-    """What a run with few labels learns from, so that another can take the same by `--split_file` or `--few_shot_file`."""
+    """What a run with few labels learns from, so that another can take the same by `--split_file` or
+    `--few_shot_file`.
+    """
     annotations = getattr(train_set, "annotations", None)
     if folder is not None and is_main_process() and annotations is not None and annotations.drawn:
         few = few_shot.describe_part(annotations, args, train_set.category_ids) if args.few_shot else None
@@ -128,8 +167,10 @@ def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpo
 def kept_with_weights(args: Namespace, train_set, normalization: dict) -> dict:
     """What the checkpoints of a run hold beside its state."""
     return {
-        "args": plain_settings(args), "normalization": normalization,
-        "class_names": {int(label): name for label, name in train_set.class_names.items()}, "category_ids": train_set.category_ids,
+        "args": plain_settings(args),
+        "normalization": normalization,
+        "class_names": {int(label): name for label, name in train_set.class_names.items()},
+        "category_ids": train_set.category_ids,
         "version": engine.CHECKPOINT_VERSION,
     }
 
@@ -141,8 +182,11 @@ def train(run: engine.Run) -> None:
     engine.fit(run)
     if run.folder is not None:
         best = run.folder / "checkpoint_best.pth"
-        log.info("finished; objects on other images: python tools/predict.py --checkpoint %s --images DIR --output_dir predictions",
-                 best if best.exists() else run.folder / "checkpoint.pth")
+        log.info(
+            "finished; objects on other images: python tools/predict.py --checkpoint %s --images DIR --output_dir "
+            "predictions",
+            best if best.exists() else run.folder / "checkpoint.pth",
+        )
 
 
 def main(args: Namespace) -> None:
@@ -154,7 +198,11 @@ def main(args: Namespace) -> None:
     describe_settings(args)
     loader = None if args.eval else build_loader(train_set, args, train=True)
     facts = {
-        "data": {name: images.fingerprint() for name, images in (("train", train_set), ("val", val_set)) if images is not None},
+        "data": {
+            name: images.fingerprint()
+            for name, images in (("train", train_set), ("val", val_set))
+            if images is not None
+        },
         "data_check": check_at_start(train_set, val_set, args),
     }
 
@@ -173,7 +221,9 @@ def main(args: Namespace) -> None:
         evaluate(evaluation, model, checkpoint)
         return
     log.info("%d training and %d validation images", len(train_set), len(val_set))
-    run = engine.make_run(args, model, criterion, loader, device, folder, kept_with_weights(args, train_set, normalization))
+    run = engine.make_run(
+        args, model, criterion, loader, device, folder, kept_with_weights(args, train_set, normalization)
+    )
     if args.resume:
         engine.continue_run(run, checkpoint)
     del checkpoint  # its tensors are in the model and the optimiser now

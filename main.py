@@ -2,8 +2,10 @@
 
     python main.py --imagenet_path PHOTOGRAPHS --output_dir outputs/pretrain --detector conditional_detr
 
-`python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` goes on with labels.
+`python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` goes on with
+labels.
 """
+
 import os
 
 # Before PyTorch is imported: threads that spin while they wait would starve the loader processes on the same cores.
@@ -40,7 +42,8 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def evaluate(args: Namespace) -> None:
-    """Boxes of the pre-trained model against the objects of validation images, whatever their class, as DETReg does on COCO.
+    """Boxes of the pre-trained model against the objects of validation images, whatever their class, as DETReg does on
+    COCO.
 
     With `--eval` in numbers, with `--viz` in pictures of COCO.
     """
@@ -72,8 +75,11 @@ def train(run: engine.Run, dataset: SampleDataset, args: Namespace) -> None:
     run.plot = plot
     engine.fit(run)
     if run.folder is not None:
-        log.info("finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
-                 args.detector, run.folder / "checkpoint.pth")
+        log.info(
+            "finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
+            args.detector,
+            run.folder / "checkpoint.pth",
+        )
 
 
 def main(args: Namespace) -> None:
@@ -100,8 +106,10 @@ def main(args: Namespace) -> None:
 
     backbone = model.detector.backbone[0]
     keep = {
-        "args": plain_settings(args), "normalization": {"mean": list(backbone.mean), "std": list(backbone.std)},
-        "class_names": {}, "version": engine.CHECKPOINT_VERSION,
+        "args": plain_settings(args),
+        "normalization": {"mean": list(backbone.mean), "std": list(backbone.std)},
+        "class_names": {},
+        "version": engine.CHECKPOINT_VERSION,
     }
     run = engine.make_run(args, model, criterion, loader, device, folder, keep)
     if args.eval_every:
@@ -114,7 +122,11 @@ def main(args: Namespace) -> None:
     if args.dry_run:
         engine.dry_run(run)
         return
-    save_settings(folder, args, {"data": dataset.fingerprint(), "images": len(dataset), "data_check": data_check, "model": summary})
+    save_settings(
+        folder,
+        args,
+        {"data": dataset.fingerprint(), "images": len(dataset), "data_check": data_check, "model": summary},
+    )
     train(run, dataset, args)
 
 

@@ -11,9 +11,10 @@ A sample is `(image, target)`:
 - `target["problems"]`, where present, lists (path, reason) of bad images that this one replaces; it alone is no tensor.
 
 A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,
-`fingerprint()`, and, where labelled, `num_classes`, `class_names` (label -> name), `annotation_file` and `category_ids` (the
-file's id of each label; None where labels are these ids), and `evaluator(args)`, by default COCO's with that file.
+`fingerprint()`, and, where labelled, `num_classes`, `class_names` (label -> name), `annotation_file` and `category_ids`
+(the file's id of each label; None where labels are these ids), and `evaluator(args)`, by default COCO's with that file.
 """
+
 import signal
 from argparse import Namespace
 
@@ -40,14 +41,19 @@ def build_dataset(image_set: str, args: Namespace) -> SampleDataset:
     if image_set not in ("train", "val"):
         raise ValueError(f"image_set must be train or val, got {image_set!r}")
     pretext = getattr(args, "pretext", None)
-    place = choose(PRETEXTS, "--pretext", pretext).dataset if pretext else choose(DATASETS, "--dataset_file", args.dataset_file).builder
+    place = (
+        choose(PRETEXTS, "--pretext", pretext).dataset
+        if pretext
+        else choose(DATASETS, "--dataset_file", args.dataset_file).builder
+    )
     return load(place)(image_set, args)
 
 
 def build_labelled(args: Namespace, classes: Classes | None = None) -> tuple[SampleDataset | None, SampleDataset]:
     """(training images, None with `args.eval`; validation images), and sets `args.num_classes` to what they need.
 
-    classes: what the rows of the class head mean in a checkpoint that is resumed or evaluated; None: as the training data says.
+    classes: what the rows of the class head mean in a checkpoint that is resumed or evaluated; None: as the training
+    data says.
 
     Raises:
         UserError: as `build_dataset`.
@@ -83,13 +89,23 @@ def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLo
             f"use --batch_size {max(len(dataset) // world_size, 1)} or less"
         )
     sampler = EpochSampler(
-        len(dataset), args.batch_size, shuffle=train, seed=args.seed, rank=get_rank(), world_size=world_size,
+        len(dataset),
+        args.batch_size,
+        shuffle=train,
+        seed=args.seed,
+        rank=get_rank(),
+        world_size=world_size,
         drop_last=train,
     )
     workers = args.num_workers
     return DataLoader(
-        dataset, batch_sampler=sampler, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
-        pin_memory=torch.device(args.device).type == "cuda", worker_init_fn=init_worker,
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.device(args.device).type == "cuda",
+        worker_init_fn=init_worker,
         prefetch_factor=4 if workers else None,
         # Its own generator: workers must not draw from the stream that dropout uses, or a resumed run would differ.
         generator=torch.Generator().manual_seed(args.seed),
@@ -97,8 +113,10 @@ def build_loader(dataset: SampleDataset, args: Namespace, train: bool) -> DataLo
 
 
 def init_worker(worker: int) -> None:
-    """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C, `timeout` and cluster
-    schedulers signal the whole process group: the main process still needs its workers to end the step and to save."""
+    """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C, `timeout` and
+    cluster schedulers signal the whole process group: the main process still needs its workers to end the step and to
+    save.
+    """
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

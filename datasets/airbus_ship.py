@@ -1,8 +1,9 @@
 """Ships in satellite images: the competition "Airbus Ship Detection", whose file of runs of pixels is read as it is.
 
-Each line of `train_ship_segmentations_v2.csv` is one ship of one image, as pairs (first pixel, length); pixels are counted from 1 down the
-columns. An image without ships has one line without runs.
+Each line of `train_ship_segmentations_v2.csv` is one ship of one image, as pairs (first pixel, length); pixels are
+counted from 1 down the columns. An image without ships has one line without runs.
 """
+
 import os
 import warnings
 from argparse import Namespace
@@ -34,7 +35,9 @@ def build_airbus_ship(image_set: str, args: Namespace) -> ConvertedDetection:
     part = held_out(len(annotations)) if image_set == "val" else ~held_out(len(annotations))
     annotations = usable(annotations.select(np.flatnonzero(part)), os.path.join(root, IMAGES), image_set, args)
     transforms = labelled_transforms(image_set, args)
-    return ConvertedDetection(os.path.join(root, IMAGES), annotations, transforms, class_count(args, len(NAMES)), seed=args.seed)
+    return ConvertedDetection(
+        os.path.join(root, IMAGES), annotations, transforms, class_count(args, len(NAMES)), seed=args.seed
+    )
 
 
 def held_out(count: int) -> np.ndarray:
@@ -72,8 +75,12 @@ def read_runs(path: str, image_folder: str) -> Annotations:
     boxes, areas = decode_runs([runs[row] for row in rows], height, width, [f"{path}, line {row + 2}" for row in rows])
     numbers = {name: number for number, name in enumerate(images, start=1)}
     columns = {
-        "id": np.array(rows, dtype=np.int64) + 2, "image": np.array([numbers[names[row]] for row in rows], dtype=np.int64),
-        "label": np.zeros(len(rows), np.int64), "crowd": np.zeros(len(rows), bool), "box": boxes, "area": areas,
+        "id": np.array(rows, dtype=np.int64) + 2,
+        "image": np.array([numbers[names[row]] for row in rows], dtype=np.int64),
+        "label": np.zeros(len(rows), np.int64),
+        "crowd": np.zeros(len(rows), bool),
+        "box": boxes,
+        "area": areas,
     }
     sizes = np.tile(np.array([height, width]), (len(images), 1))
     return from_columns(columns, path, PackedStrings(images), np.arange(1, len(images) + 1), sizes, NAMES)
@@ -99,7 +106,9 @@ def _size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise UserError(f"{os.path.join(image_folder, name)} can't be decoded: replace it, all sizes are told by it") from error
+            raise UserError(
+                f"{os.path.join(image_folder, name)} can't be decoded: replace it, all sizes are told by it"
+            ) from error
     raise UserError(f"none of {len(names)} images is in {image_folder}: put the competition's {IMAGES} there")
 
 
@@ -119,12 +128,19 @@ def decode_runs(texts: list[str], height: int, width: int, places: list[str]) ->
     if not len(texts):
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     first, last = pairs[:, 0] - 1, pairs.sum(1) - 2
-    beyond = last // height > first // height  # a run over the end of a column holds its last pixel and the first of the next
+    beyond = (
+        last // height > first // height
+    )  # a run over the end of a column holds its last pixel and the first of the next
     starts = np.concatenate([[0], np.cumsum(counts // 2)[:-1]])
-    boxes = np.stack([
-        np.minimum.reduceat(first // height, starts), np.minimum.reduceat(np.where(beyond, 0, first % height), starts),
-        np.maximum.reduceat(last // height, starts) + 1, np.maximum.reduceat(np.where(beyond, height - 1, last % height), starts) + 1,
-    ], axis=1)
+    boxes = np.stack(
+        [
+            np.minimum.reduceat(first // height, starts),
+            np.minimum.reduceat(np.where(beyond, 0, first % height), starts),
+            np.maximum.reduceat(last // height, starts) + 1,
+            np.maximum.reduceat(np.where(beyond, height - 1, last % height), starts) + 1,
+        ],
+        axis=1,
+    )
     return boxes.astype(np.float32), np.add.reduceat(pairs[:, 1], starts).astype(np.float32)
 
 
@@ -147,6 +163,8 @@ def _first_bad(texts: list[str], height: int, width: int, places: list[str]) -> 
             return f"{place}: {text[:60]!r} is not pairs of a pixel and a length: correct it"
         for first, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
             if first < 1 or length < 1 or first + length - 1 > height * width:
-                return (f"{place}: the run {first} {length} is not inside an image of {width} x {height} pixels, the size of the first, "
-                        "which all share: correct it")
+                return (
+                    f"{place}: the run {first} {length} is not inside an image of {width} x {height} pixels, the size "
+                    "of the first, which all share: correct it"
+                )
     return f"{places[0]}: a number is too large: correct it"

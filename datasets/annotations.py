@@ -1,4 +1,5 @@
 """Boxes and labels of a whole data set in a few arrays: workers share them, where Python objects would be copied."""
+
 import contextlib
 import gc
 import hashlib
@@ -16,11 +17,12 @@ from datasets.packed_strings import PackedStrings
 from util.logger import UserError, log
 
 Record = dict[str, Any]
-# kind (a key of datasets.checks.KINDS) -> (ids int64 [K, 2]: annotation, -1 where there is none, and image; file names [K])
+# kind (a key of datasets.checks.KINDS) -> (ids int64 [K, 2]: annotation, -1 where there is none, and image; file names
+# [K])
 Findings = dict[str, tuple[np.ndarray, PackedStrings]]
 ID_LIMIT = 2**53  # evaluators keep ids in float64
-# The value of such a key ends at the last bracket before the next key or the end of its object. A text can't hold the key: its quotes
-# would be escaped.
+# The value of such a key ends at the last bracket before the next key or the end of its object. A text can't hold the
+# key: its quotes would be escaped.
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 EDGE = 1.0  # pixels that a box may stand over its image unnoticed: published boxes are rounded
 
@@ -31,9 +33,10 @@ class Annotations:
 
     image_ids int64 [I]; sizes_hw int64 [I, 2], 0 where the file does not say; boxes_xyxy_abs float32 [A, 4], not
     clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
-    findings: what is wrong with entries of the file, left out or not. difficult: bool [A], None where the format has no such mark.
-    drawn: says of which part of its images it consists, empty: all of them. ids: int64 [A], those that the file gives its objects (in VOC
-    their numbers in their files), -1 where it has none.
+    findings: what is wrong with entries of the file, left out or not. difficult: bool [A], None where the format has no
+    such mark.
+    drawn: says of which part of its images it consists, empty: all of them. ids: int64 [A], those that the file gives
+    its objects (in VOC their numbers in their files), -1 where it has none.
     """
 
     source: str
@@ -80,10 +83,16 @@ class Annotations:
         rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in images] or [np.arange(0)])
         counts = np.diff(self.offsets)[images]
         return replace(
-            self, file_names=PackedStrings(self.file_names[i] for i in images), image_ids=self.image_ids[images],
-            sizes_hw=self.sizes_hw[images], offsets=np.concatenate([[0], np.cumsum(counts)]),
-            boxes_xyxy_abs=self.boxes_xyxy_abs[rows], labels=self.labels[rows], areas=self.areas[rows],
-            difficult=None if self.difficult is None else self.difficult[rows], ids=None if self.ids is None else self.ids[rows],
+            self,
+            file_names=PackedStrings(self.file_names[i] for i in images),
+            image_ids=self.image_ids[images],
+            sizes_hw=self.sizes_hw[images],
+            offsets=np.concatenate([[0], np.cumsum(counts)]),
+            boxes_xyxy_abs=self.boxes_xyxy_abs[rows],
+            labels=self.labels[rows],
+            areas=self.areas[rows],
+            difficult=None if self.difficult is None else self.difficult[rows],
+            ids=None if self.ids is None else self.ids[rows],
         )
 
     def fingerprint(self) -> str:
@@ -95,17 +104,28 @@ class Annotations:
         return f"{drawn}{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
 
     def as_coco(self) -> Record:
-        """The content of a COCO detection file with the same images, objects and classes; labels are the category ids."""
+        """The content of a COCO detection file with the same images, objects and classes; labels are the category
+        ids.
+        """
         image_of = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
         boxes = self.boxes_xyxy_abs.astype(np.float64)
         rows = zip(image_of, self.labels.tolist(), boxes.tolist(), self.areas.tolist(), strict=True)
         return {
             "images": [
                 {"id": number, "file_name": self.file_names[i], "height": height, "width": width}
-                for i, (number, (height, width)) in enumerate(zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True))
+                for i, (number, (height, width)) in enumerate(
+                    zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True)
+                )
             ],
             "annotations": [
-                {"id": i, "image_id": image, "category_id": label, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "iscrowd": 0}
+                {
+                    "id": i,
+                    "image_id": image,
+                    "category_id": label,
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": area,
+                    "iscrowd": 0,
+                }
                 for i, (image, label, (x0, y0, x1, y1), area) in enumerate(rows, start=1)
             ],
             "categories": [{"id": label, "name": name} for label, name in sorted(self.class_names.items())],
@@ -124,8 +144,8 @@ def read_coco(path: str) -> Annotations:
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """Python's collector of cycles looks at all objects again and again while millions are made, and none of JSON's is in a cycle: for
-    COCO with its polygons that is three quarters of the time."""
+    """Python's collector of cycles looks at all objects again and again while millions are made, and none of JSON's is
+    in a cycle: for COCO with its polygons that is three quarters of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -138,7 +158,8 @@ def collector_paused() -> Iterator[None]:
 def read_json(path: str) -> Any:
     """The content of a JSON file in UTF-8, or in the UTF-16 and with the byte order mark that some programs write.
 
-    Polygons, which are two thirds of COCO's file and which nothing here looks at, become empty lists before they become objects.
+    Polygons, which are two thirds of COCO's file and which nothing here looks at, become empty lists before they become
+    objects.
 
     Raises:
         UserError: no such file, or not JSON.
@@ -168,8 +189,8 @@ def parse_coco(content: Record, source: str) -> Annotations:
     and annotations of unlisted images.
 
     Raises:
-        UserError: parts are missing, entries are no objects, ids are no integers from 0 on or not unique, a file name, size,
-            bbox or iscrowd is malformed.
+        UserError: parts are missing, entries are no objects, ids are no integers from 0 on or not unique, a file name,
+            size, bbox or iscrowd is malformed.
     """
     images, annotations, categories = (_part(content, key, source) for key in ("images", "annotations", "categories"))
     images = sorted(images, key=lambda image: _identifier(image, "id", source))
@@ -189,38 +210,57 @@ def _class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
         number = _identifier(category, "id", source)
         name = str(category.get("name", number))
         if names.setdefault(number, name) != name:
-            raise UserError(f"{source}: the categories '{names[number]}' and '{name}' have the same id {number}: ids must be unique; "
-                            "correct or remove one")
+            raise UserError(
+                f"{source}: the categories '{names[number]}' and '{name}' have the same id {number}: ids must be "
+                "unique; correct or remove one"
+            )
     return names
 
 
 def from_columns(
-    columns: dict[str, np.ndarray], source: str, file_names: PackedStrings, image_ids: np.ndarray, sizes_hw: np.ndarray,
+    columns: dict[str, np.ndarray],
+    source: str,
+    file_names: PackedStrings,
+    image_ids: np.ndarray,
+    sizes_hw: np.ndarray,
     class_names: dict[int, str],
 ) -> Annotations:
-    """From one array a field, a row an object: `id` (for messages) and `image` int64, its id; `label` int64; `crowd` bool;
-    `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32; `difficult` bool where the format has it.
+    """From one array a field, a row an object: `id` (for messages) and `image` int64, its id; `label` int64; `crowd`
+    bool; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32; `difficult` bool where the format has it.
 
-    image_ids int64 [I] sorted, sizes_hw int64 [I, 2] and file_names [I] are of the images. Objects are left out as in `parse_coco`.
+    image_ids int64 [I] sorted, sizes_hw int64 [I, 2] and file_names [I] are of the images. Objects are left out as in
+    `parse_coco`.
     """
     listed = np.array(list(class_names), dtype=np.int64)
     rows, findings = _usable_rows(columns, image_ids, sizes_hw, file_names, listed, source)
     columns = {key: column[rows] for key, column in columns.items()}
     counts = np.bincount(columns["image"], minlength=len(image_ids)) if len(rows) else np.zeros(len(image_ids), int)
     return Annotations(
-        source, file_names, image_ids, sizes_hw, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        columns["box"], columns["label"], columns["area"], _with_unnamed(class_names, columns["label"], source),
-        findings, columns.get("difficult"), ids=columns["id"],
+        source,
+        file_names,
+        image_ids,
+        sizes_hw,
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        columns["box"],
+        columns["label"],
+        columns["area"],
+        _with_unnamed(class_names, columns["label"], source),
+        findings,
+        columns.get("difficult"),
+        ids=columns["id"],
     )
 
 
 def _part(content: Record, key: str, source: str) -> list[Record]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
-        raise UserError(f"{source} has no list {key!r}: a COCO detection file has the lists images, annotations and categories")
+        raise UserError(
+            f"{source} has no list {key!r}: a COCO detection file has the lists images, annotations and categories"
+        )
     for index, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
             raise UserError(
-                f"{source}: entry {index} of {key!r} is {_short(entry)}: it must be an object in braces; correct or remove it"
+                f"{source}: entry {index} of {key!r} is {_short(entry)}: it must be an object in braces; correct "
+                f"or remove it"
             )
     return content[key]
 
@@ -239,7 +279,9 @@ def _size_hw(image: Record, source: str) -> tuple[int, int]:
     size = image.get("height") or 0, image.get("width") or 0
     for name, value in zip(("height", "width"), size, strict=True):
         if not _is_number(value) or not 0 <= value < 2**31:
-            raise UserError(f"{source}: image {image['id']} has {name} {_short(value)}: it must be in pixels; correct or remove it")
+            raise UserError(
+                f"{source}: image {image['id']} has {name} {_short(value)}: it must be in pixels; correct or remove it"
+            )
     return int(size[0]), int(size[1])
 
 
@@ -248,7 +290,10 @@ def _identifier(record: Record, key: str, source: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(f"{source}: {key} of {_short(record)} is {_short(value)}: it must be an integer; correct it")
     if not 0 <= value < ID_LIMIT:
-        raise UserError(f"{source}: {key} of {_short(record)} is {_short(value)}: it must be at least 0 and less than 2^53; correct it")
+        raise UserError(
+            f"{source}: {key} of {_short(record)} is {_short(value)}: it must be at least 0 and less than 2^53; "
+            f"correct it"
+        )
     return value
 
 
@@ -259,7 +304,9 @@ def _file_name(image: Record, source: str) -> str:
     try:
         os.fsencode(name)
     except UnicodeEncodeError as error:
-        raise UserError(f"{source}: image {image['id']} has the file_name {_short(name)}, which no file can have: correct it") from error
+        raise UserError(
+            f"{source}: image {image['id']} has the file_name {_short(name)}, which no file can have: correct it"
+        ) from error
     return name
 
 
@@ -289,8 +336,10 @@ def _is_crowd(annotation: Record, source: str) -> bool:
     """Crowds are left out without a word, so that a text such as "0" must not pass for one."""
     value = annotation.get("iscrowd") or 0
     if value not in (0, 1):
-        raise UserError(f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has iscrowd {_short(value)}: "
-                        "it must be 0 or 1")
+        raise UserError(
+            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has iscrowd "
+            f"{_short(value)}: it must be 0 or 1"
+        )
     return bool(value)
 
 
@@ -304,17 +353,23 @@ def _bbox(annotation: Record, source: str) -> Sequence[float]:
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         raise UserError(
-            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox {_short(bbox)}: "
-            "it must be [x, y, width, height] in pixels"
+            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox "
+            f"{_short(bbox)}: it must be [x, y, width, height] in pixels"
         )
     return bbox
 
 
 def _usable_rows(
-    columns: dict[str, np.ndarray], image_ids: np.ndarray, sizes_hw: np.ndarray, file_names: PackedStrings, listed_ids: np.ndarray,
+    columns: dict[str, np.ndarray],
+    image_ids: np.ndarray,
+    sizes_hw: np.ndarray,
+    file_names: PackedStrings,
+    listed_ids: np.ndarray,
     source: str,
 ) -> tuple[np.ndarray, Findings]:
-    """(rows to train on, grouped by image in the order of the file; what was found). Turns column `image` from ids into indices."""
+    """(rows to train on, grouped by image in the order of the file; what was found). Turns column `image` from ids into
+    indices.
+    """
     if not len(columns["id"]):
         return np.arange(0), {}
     ids = np.column_stack([columns["id"], columns["image"]])
@@ -329,8 +384,11 @@ def _usable_rows(
     _report(usable & ~with_area, "with a box without area, or outside its image,", ids, source)
     flat = ~(columns["box"][:, 2:] > columns["box"][:, :2]).all(1)
     found = {
-        "image not listed": ~listed, "box not finite": listed & ~finite, "box without area": usable & flat,
-        "box outside image": usable & ~with_area & ~flat, "box partly outside": usable & with_area & _stands_over(columns["box"], sizes),
+        "image not listed": ~listed,
+        "box not finite": listed & ~finite,
+        "box without area": usable & flat,
+        "box outside image": usable & ~with_area & ~flat,
+        "box partly outside": usable & with_area & _stands_over(columns["box"], sizes),
         "category not listed": usable & ~np.isin(columns["label"], listed_ids),
     }
     findings = {}
@@ -347,7 +405,12 @@ def _report(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> Non
     if dropped.any():
         annotation, image = ids[np.flatnonzero(dropped)[0]]
         log.warning(
-            "%s: %d annotations %s are left out, the first is annotation %d of image %d", source, dropped.sum(), what, annotation, image,
+            "%s: %d annotations %s are left out, the first is annotation %d of image %d",
+            source,
+            dropped.sum(),
+            what,
+            annotation,
+            image,
         )
 
 

@@ -1,4 +1,5 @@
 """Labelled images with COCO annotations, in the published layouts."""
+
 import os
 from argparse import Namespace
 from typing import Any
@@ -30,7 +31,11 @@ def coco_root(args: Namespace) -> str:
     if not root:
         raise UserError("no data: give --coco_path DIR (with train2017, val2017 and annotations) or --data_root DIR")
     if not os.path.isdir(root):
-        own = "; a file of annotations goes with --dataset_file custom, see docs/own_data.md" if os.path.isfile(root) else ""
+        own = (
+            "; a file of annotations goes with --dataset_file custom, see docs/own_data.md"
+            if os.path.isfile(root)
+            else ""
+        )
         raise UserError(f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations{own}")
     return root
 
@@ -46,19 +51,26 @@ def coco_files(root: str, image_set: str) -> tuple[str, str]:
     for candidate in candidates:
         if os.path.isdir(candidate):
             return candidate, os.path.join(root, "annotations", f"instances_{folder}.json")
-    raise UserError(f"{root} has neither {folder} nor images/{folder}: put the {image_set} images into one of them, or name folders and "
-                    "files of your own with --dataset_file custom")
+    raise UserError(
+        f"{root} has neither {folder} nor images/{folder}: put the {image_set} images into one of them, or name "
+        "folders and files of your own with --dataset_file custom"
+    )
 
 
 class CocoDetection(SampleDataset):
     """Images with boxes; images without objects are kept.
 
-    `category_ids` is the annotation file's id of each label, None where labels are these ids. An image whose size differs from
-    the annotation file's counts as bad: its boxes would be wrong.
+    `category_ids` is the annotation file's id of each label, None where labels are these ids. An image whose size
+    differs from the annotation file's counts as bad: its boxes would be wrong.
     """
 
     def __init__(
-        self, image_folder: str, annotations: Annotations, transforms: Transform, num_classes: int, seed: int = 0,
+        self,
+        image_folder: str,
+        annotations: Annotations,
+        transforms: Transform,
+        num_classes: int,
+        seed: int = 0,
         category_ids: dict[int, int] | None = None,
     ) -> None:
         super().__init__(seed)
@@ -106,8 +118,10 @@ def build_coco(image_set: str, args: Namespace) -> CocoDetection:
     """
     classes = getattr(args, "classes", None)
     if classes is not None and any(row != number for row, number in classes.ids.items()):
-        raise UserError(f"{classes.source} counts its classes without gaps, --dataset_file coco takes the ids as they are: give "
-                        "--dataset_file custom --val_images DIR --val_annotations FILE")
+        raise UserError(
+            f"{classes.source} counts its classes without gaps, --dataset_file coco takes the ids as they are: give "
+            "--dataset_file custom --val_images DIR --val_annotations FILE"
+        )
     image_folder, annotation_file = coco_files(coco_root(args), image_set)
     annotations = usable(read_coco(annotation_file), image_folder, image_set, args)
     num_classes = _num_classes(annotations, args.num_classes)
@@ -123,7 +137,9 @@ def coco_images(image_set: str, args: Namespace) -> ImageFolder:
     try:
         root = coco_root(args)
     except UserError as error:
-        raise UserError(f"no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR ({error})") from error
+        raise UserError(
+            f"no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR ({error})"
+        ) from error
     return ImageFolder(coco_files(root, image_set)[0])
 
 
@@ -145,8 +161,12 @@ def usable(annotations: Annotations, image_folder: str, image_set: str, args: Na
     if image_set == "train":  # after the files, so that as many objects as promised can be trained on
         annotations = training_part(annotations, args)
     log.info(
-        "%s: %d images, %d without objects, %d boxes, %d classes", annotations.source, len(annotations),
-        (np.diff(annotations.offsets) == 0).sum(), len(annotations.labels), len(annotations.class_names),
+        "%s: %d images, %d without objects, %d boxes, %d classes",
+        annotations.source,
+        len(annotations),
+        (np.diff(annotations.offsets) == 0).sum(),
+        len(annotations.labels),
+        len(annotations.class_names),
     )
     return annotations
 
@@ -165,7 +185,8 @@ def _num_classes(annotations: Annotations, given: int | None) -> int:
 
 
 def _with_files(annotations: Annotations, image_folder: str, image_set: str, check_only: bool = False) -> Annotations:
-    """Leaves out images without a file, in training and with `check_only`; in evaluation they would falsify every number.
+    """Leaves out images without a file, in training and with `check_only`; in evaluation they would falsify every
+    number.
 
     Raises:
         UserError: a file is missing for evaluation, or all are missing.

@@ -1,4 +1,5 @@
 """Batches: images padded to one size as uint8, targets packed into a few tensors, normalisation on the device."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,8 +73,8 @@ def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTenso
     """[(image uint8 [3, h, w], target)] -> (uint8 batch [B, 3, H, W], packed targets).
 
     Zeros pad at the bottom and the right up to the largest height and width. The batch is channels-last in memory, as
-    decoded pixels are: the copy is then eight times faster, and convolutions prefer it. Samples of V views, [V, 3, h, w] with targets that
-    have an axis of V more, become V * B images: view 1 of all, then view 2, and so on.
+    decoded pixels are: the copy is then eight times faster, and convolutions prefer it. Samples of V views, [V, 3, h,
+    w] with targets that have an axis of V more, become V * B images: view 1 of all, then view 2, and so on.
     """
     if batch[0][0].ndim == 4:
         batch = separate_views(batch)

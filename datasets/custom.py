@@ -1,8 +1,11 @@
-"""Own labelled images, for training and evaluation: a folder of them, and a COCO file or a folder of XML files. Labels count from 0.
+"""Own labelled images, for training and evaluation: a folder of them, and a COCO file or a folder of XML files. Labels
+count from 0.
 
-Classes are told by their names. The training file says which there are, in the order of their ids; a checkpoint that is resumed
-or evaluated brings its own (`args.classes`). Files keep the ids of their user: labels are turned back where results are written.
+Classes are told by their names. The training file says which there are, in the order of their ids; a checkpoint that is
+resumed or evaluated brings its own (`args.classes`). Files keep the ids of their user: labels are turned back where
+results are written.
 """
+
 import os
 from argparse import Namespace
 from collections import Counter
@@ -25,16 +28,20 @@ def build_custom(image_set: str, args: Namespace) -> CocoDetection:
     Without `args.classes` the file's own classes are the labels.
 
     Raises:
-        UserError: a flag or a file is missing, or the file holds what makes training or evaluation wrong: classes of one name,
-            categories that are used and not listed, or classes that `args.classes` does not have.
+        UserError: a flag or a file is missing, or the file holds what makes training or evaluation wrong: classes of
+            one name, categories that are used and not listed, or classes that `args.classes` does not have.
     """
     training = image_set == "train"
     folder, file = (args.train_images, args.train_annotations) if training else (args.val_images, args.val_annotations)
     if not folder or not file:
         missing = f"--{image_set}_annotations FILE" if folder else f"--{image_set}_images DIR"
-        raise UserError(f"--dataset_file custom needs --{image_set}_images and --{image_set}_annotations: add {missing}")
+        raise UserError(
+            f"--dataset_file custom needs --{image_set}_images and --{image_set}_annotations: add {missing}"
+        )
     if not os.path.isdir(folder):
-        raise UserError(f"--{image_set}_images {folder} is no folder: give the one that the file names of {file} count from")
+        raise UserError(
+            f"--{image_set}_images {folder} is no folder: give the one that the file names of {file} count from"
+        )
     xml = os.path.isdir(file)
     annotations = usable(read_xml_folder(file) if xml else read_coco(file), folder, image_set, args)
     _check_names(annotations, getattr(args, "check_only", False))
@@ -44,7 +51,9 @@ def build_custom(image_set: str, args: Namespace) -> CocoDetection:
     annotations, transforms = _with_rows(annotations, ids, classes), labelled_transforms(image_set, args)
     if xml:  # which has no ids of its own
         return ConvertedDetection(folder, annotations, transforms, classes.count, seed=args.seed)
-    return CocoDetection(folder, annotations, transforms, classes.count, seed=args.seed, category_ids=_with_absent(ids, classes))
+    return CocoDetection(
+        folder, annotations, transforms, classes.count, seed=args.seed, category_ids=_with_absent(ids, classes)
+    )
 
 
 def custom_images(image_set: str, args: Namespace) -> ImageFolder:
@@ -60,14 +69,18 @@ def _check_names(annotations: Annotations, check_only: bool) -> None:
     source, names = annotations.source, annotations.class_names
     if "category not listed" in annotations.findings and not check_only:
         (annotation, image), *_ = annotations.findings["category not listed"][0].tolist()
-        raise UserError(f"{source}: annotation {annotation} of image {image} has a category id that 'categories' does not list: "
-                        "add the category with its name, or correct the id")
+        raise UserError(
+            f"{source}: annotation {annotation} of image {image} has a category id that 'categories' does not list: "
+            "add the category with its name, or correct the id"
+        )
     if not names:
         raise UserError(f"{source} lists no categories: add an id and a name for each class")
     name, count = Counter(names.values()).most_common(1)[0]
     if count > 1:
         same = [number for number, other in names.items() if other == name]
-        raise UserError(f"{source}: the categories {same} are all named '{name}': classes are told by name, so rename or join them")
+        raise UserError(
+            f"{source}: the categories {same} are all named '{name}': classes are told by name, so rename or join them"
+        )
 
 
 def _own_classes(annotations: Annotations) -> Classes:
@@ -79,7 +92,9 @@ def _own_classes(annotations: Annotations) -> Classes:
 
 def _check_count(args: Namespace, classes: Classes) -> None:
     if was_given(args, "num_classes") and args.num_classes != classes.count:
-        raise UserError(f"--num_classes {args.num_classes}, but {classes.source} has {classes.count} classes: leave the flag out")
+        raise UserError(
+            f"--num_classes {args.num_classes}, but {classes.source} has {classes.count} classes: leave the flag out"
+        )
 
 
 def _ids_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
@@ -89,17 +104,27 @@ def _ids_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
         UserError: a class that `classes` does not have.
     """
     if not classes.names:
-        raise UserError(f"{classes.source} holds no class names to tell classes by: use it as --pretrain, or --dataset_file coco, whose "
-                        "category ids are the rows of its class head")
+        raise UserError(
+            f"{classes.source} holds no class names to tell classes by: use it as --pretrain, or --dataset_file coco, "
+            "whose category ids are the rows of its class head"
+        )
     rows = {name: row for row, name in sorted(classes.names.items(), reverse=True)}
     for number, name in annotations.class_names.items():
         if name not in rows:
             known = ", ".join(list(classes.names.values())[:8]) + (", ..." if len(classes.names) > 8 else "")
-            raise UserError(f"{annotations.source} has the category '{name}' (id {number}), {classes.source} has not ({known}): "
-                            "give it the same name, or take it out")
+            raise UserError(
+                f"{annotations.source} has the category '{name}' (id {number}), {classes.source} has not ({known}): "
+                "give it the same name, or take it out"
+            )
     absent = [name for name in rows if name not in annotations.class_names.values()]
     if absent:
-        log.info("%s does not have %d of the %d classes: %s", annotations.source, len(absent), len(rows), ", ".join(absent[:8]))
+        log.info(
+            "%s does not have %d of the %d classes: %s",
+            annotations.source,
+            len(absent),
+            len(rows),
+            ", ".join(absent[:8]),
+        )
     return {rows[name]: number for number, name in annotations.class_names.items()}
 
 

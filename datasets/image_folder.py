@@ -1,4 +1,5 @@
 """Unlabelled images from any folder tree, list of files or tar files, and how an image file becomes pixels."""
+
 import io
 import os
 import warnings
@@ -59,8 +60,8 @@ def file_size(file: ImageFile) -> int | None:
 
 
 def open_image(file: ImageFile) -> Image.Image:
-    """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines; TIFF files alone are turned by
-    Pillow itself when it decodes them.
+    """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines; TIFF files
+    alone are turned by Pillow itself when it decodes them.
 
     Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped); 16-bit grey loses its
     low byte.
@@ -100,8 +101,8 @@ def read_image(file: ImageFile) -> Tensor:
 
 
 class ImageFiles:
-    """Images by number. `name` is the path below `base`, by which proposals know an image; `path` is what messages say; `file` is what
-    `read_image` reads."""
+    """Images by number. `name` is the path below `base`, by which proposals know an image; `path` is what messages say;
+    `file` is what `read_image` reads."""
 
     def __init__(self, base: str, names: PackedStrings, shards: Shards | None = None) -> None:
         self.base, self.names, self.shards = base, names, shards
@@ -124,12 +125,13 @@ class ImageFiles:
 
 
 class ImageFolder(ImageFiles):
-    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list), or one image, or
-    those in tar files: a folder with tar files and no image, one of them, or a pattern (`datasets.tar_shards.expand`).
+    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list),
+    or one image, or those in tar files: a folder with tar files and no image, one of them, or a pattern
+    (`datasets.tar_shards.expand`).
 
-    Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in `skipped`; hidden
-    folders are not looked into. The main process looks, the others get what it found. A large folder is looked up once
-    (`datasets.listing`).
+    Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in
+    `skipped`; hidden folders are not looked into. The main process looks, the others get what it found. A large folder
+    is looked up once (`datasets.listing`).
 
     Raises:
         UserError: nothing there, or no image in it; tar files that can't be used.
@@ -150,20 +152,29 @@ def find_images(root: str) -> tuple[ImageFiles, int]:
         listing = list_folder(root, image_extensions())
         files, tars, skipped = ImageFiles(root, listing.images), listing.tars, listing.skipped
         if len(files) and len(tars):
-            log.warning("%s holds images beside %d tar files, which are not read, the first is %s: a pattern of them would read them alone",
-                        root, len(tars), tars[0])
+            log.warning(
+                "%s holds images beside %d tar files, which are not read, the first is %s: a pattern of them would "
+                "read them alone",
+                root,
+                len(tars),
+                tars[0],
+            )
         tars = None if len(files) or not len(tars) else (root, [tars[i] for i in range(len(tars))])
     elif os.path.exists(root):
         files, tars = _find_in_file(root)
     else:
         tars = expand(root)
         if tars is None:
-            raise UserError(f"{root} does not exist: give a folder of images or of tar files, or a text file with one path a line")
+            raise UserError(
+                f"{root} does not exist: give a folder of images or of tar files, or a text file with one path a line"
+            )
     if tars is not None:
         shards = open_shards(*tars, image_extensions())
         files, skipped = ImageFiles(tars[0], shards.names, shards), shards.skipped
     if not len(files):
-        raise UserError(f"{root} holds no image ({skipped} other files): give a folder with files such as .jpg or .png, or a list")
+        raise UserError(
+            f"{root} holds no image ({skipped} other files): give a folder with files such as .jpg or .png, or a list"
+        )
     return files, skipped
 
 
@@ -185,7 +196,9 @@ def _read_list(path: str) -> list[str]:
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if names and not _is_there(os.path.join(os.path.dirname(path), names[0])):
         entry = names[0] if len(names[0]) <= 80 else f"{names[0][:80]}..."
-        raise UserError(f"{path}: its first entry {entry} does not exist; a list has one path a line, relative to the list's folder")
+        raise UserError(
+            f"{path}: its first entry {entry} does not exist; a list has one path a line, relative to the list's folder"
+        )
     return names
 
 

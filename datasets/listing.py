@@ -1,9 +1,10 @@
 """What lies below a folder of images: looked up once, and again when a folder in it has changed.
 
-A folder's own times change whenever something in it is added, removed or renamed. So a listing is kept together with number and times of
-every folder that was looked into, and what is kept is taken when all of them are as they were: a thousand questions for ImageNet in place
-of 1.28 million. What is inside of the files doesn't matter here.
+A folder's own times change whenever something in it is added, removed or renamed. So a listing is kept together with
+number and times of every folder that was looked into, and what is kept is taken when all of them are as they were: a
+thousand questions for ImageNet in place of 1.28 million. What is inside of the files doesn't matter here.
 """
+
 import os
 import stat
 import time
@@ -20,7 +21,8 @@ KIND = "listing"
 RULE = 2  # of what is listed, also in tar files: since 2 nothing in hidden folders
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 WORTH_KEEPING = 0.5  # seconds that a listing has taken
-UNSETTLED = 2.0  # seconds: file systems count time in steps of up to that, so that a second change could leave the times as they are
+# seconds: file systems count time in steps of up to that, so that a second change could leave the times as they are
+UNSETTLED = 2.0
 SAID_EVERY = 10.0  # seconds
 State = tuple[int, int, int]
 NO_FOLDER: State = (0, 0, 0)
@@ -28,7 +30,9 @@ NO_FOLDER: State = (0, 0, 0)
 
 @dataclass(frozen=True)
 class Listing:
-    """Paths below the folder, sorted, of images and of tar files; `skipped` counts all other files and the tar files."""
+    """Paths below the folder, sorted, of images and of tar files; `skipped` counts all other files and the tar
+    files.
+    """
 
     images: PackedStrings
     tars: PackedStrings
@@ -36,11 +40,11 @@ class Listing:
 
 
 def list_folder(root: str, extensions: frozenset[str], worth_keeping: float = WORTH_KEEPING) -> Listing:
-    """The files below a folder. Those with one of these extensions (in any case) are images, but for hidden ones. Hidden folders below it
-    are not looked into: programs keep previews and earlier versions there.
+    """The files below a folder. Those with one of these extensions (in any case) are images, but for hidden ones.
+    Hidden folders below it are not looked into: programs keep previews and earlier versions there.
 
-    Symbolic links are followed, links that lead back to a folder above are not. A link with an image's extension that leads nowhere is
-    listed as an image. A listing that took less than `worth_keeping` seconds isn't kept.
+    Symbolic links are followed, links that lead back to a folder above are not. A link with an image's extension that
+    leads nowhere is listed as an image. A listing that took less than `worth_keeping` seconds isn't kept.
 
     Raises:
         UserError: a folder can't be read.
@@ -59,7 +63,9 @@ def list_folder(root: str, extensions: frozenset[str], worth_keeping: float = WO
 
 
 class Walk:
-    """images, tars: paths found so far. seen: the state of every folder, and of every other link that is no image: it may become one."""
+    """images, tars: paths found so far. seen: the state of every folder, and of every other link that is no image: it
+    may become one.
+    """
 
     def __init__(self, extensions: frozenset[str]) -> None:
         self.extensions = extensions
@@ -70,7 +76,9 @@ class Walk:
         self._said = time.monotonic()
 
     def enter(self, folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> None:
-        """Looks into a folder and those below. prefix: its path below the first one. above: (device, number) of the folders around it."""
+        """Looks into a folder and those below. prefix: its path below the first one. above: (device, number) of the
+        folders around it.
+        """
         try:
             status, entries = os.stat(folder), list(os.scandir(folder))
         except OSError as error:
@@ -108,9 +116,13 @@ class Walk:
 
 
 def _state_of(status: os.stat_result) -> State:
-    """(number, time of the last change of its list, time of the last change of anything): archivers set the first time back, nothing the
-    second."""
-    return (status.st_ino & (2**63 - 1), status.st_mtime_ns, status.st_ctime_ns) if stat.S_ISDIR(status.st_mode) else NO_FOLDER
+    """(number, time of the last change of its list, time of the last change of anything): archivers set the first time
+    back, nothing the second."""
+    return (
+        (status.st_ino & (2**63 - 1), status.st_mtime_ns, status.st_ctime_ns)
+        if stat.S_ISDIR(status.st_mode)
+        else NO_FOLDER
+    )
 
 
 def _state(path: str) -> State:
@@ -129,7 +141,9 @@ def _kept(root: str, extensions: frozenset[str]) -> Listing | None:
     if any(_state(os.path.join(root, seen[i])) != tuple(state) for i, state in enumerate(arrays["states"].tolist())):
         return None
     log.info("%s has not changed since it was listed", root)
-    images, tars = (PackedStrings.of_arrays(arrays[f"{name}_bytes"], arrays[f"{name}_ends"]) for name in ("image", "tar"))
+    images, tars = (
+        PackedStrings.of_arrays(arrays[f"{name}_bytes"], arrays[f"{name}_ends"]) for name in ("image", "tar")
+    )
     return Listing(images, tars, int(arrays["skipped"]))
 
 
@@ -140,7 +154,9 @@ def _keep(root: str, extensions: frozenset[str], listing: Listing, seen: dict[st
     if times.max() > (began - UNSETTLED) * 1e9 or times.min() <= 0:
         return
     arrays = {
-        "states": states, "skipped": np.array(listing.skipped), "extensions": np.frombuffer(_as_bytes(extensions), np.uint8),
+        "states": states,
+        "skipped": np.array(listing.skipped),
+        "extensions": np.frombuffer(_as_bytes(extensions), np.uint8),
         "rule": np.array(RULE),
     }
     for name, strings in (("seen", PackedStrings(seen)), ("image", listing.images), ("tar", listing.tars)):

@@ -1,4 +1,5 @@
 """Many strings in two arrays: worker processes share them, where a list of strings would be copied page by page."""
+
 import bisect
 import hashlib
 import os

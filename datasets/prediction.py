@@ -1,4 +1,5 @@
 """Images without annotations on which a trained detector finds objects, prepared as in evaluation."""
+
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -20,7 +21,8 @@ Sample = tuple[Tensor, Target]
 
 
 class PredictionImages(Dataset):
-    """Image i as (uint8 [3, h, w], target), or (path, reason) where it can't be read: another in its place would be found twice.
+    """Image i as (uint8 [3, h, w], target), or (path, reason) where it can't be read: another in its place would be
+    found twice.
 
     The target has `image_id` [1] (i + 1), and `orig_size` and `size` [2], (H, W).
     """
@@ -41,7 +43,9 @@ class PredictionImages(Dataset):
         return self.transforms(image, target, SampleRandom.of(0, 0, index))
 
 
-def collate_readable(batch: Sequence[Sample | Problem]) -> tuple[NestedTensor | None, PackedTargets | None, list[Problem]]:
+def collate_readable(
+    batch: Sequence[Sample | Problem],
+) -> tuple[NestedTensor | None, PackedTargets | None, list[Problem]]:
     """The batch of the images that can be read, None without any, and the problems of the others."""
     problems = [item for item in batch if isinstance(item[0], str)]
     samples = [item for item in batch if not isinstance(item[0], str)]
@@ -51,6 +55,10 @@ def collate_readable(batch: Sequence[Sample | Problem]) -> tuple[NestedTensor | 
 def build_prediction_loader(images: ImageFiles, args: Namespace) -> DataLoader:
     """All images in order, in batches of `args.batch_size`, as `collate_readable` gives them."""
     return DataLoader(
-        PredictionImages(images, labelled_transforms("val", args)), args.batch_size, collate_fn=collate_readable,
-        num_workers=args.num_workers, worker_init_fn=init_worker, pin_memory=torch.device(args.device).type == "cuda",
+        PredictionImages(images, labelled_transforms("val", args)),
+        args.batch_size,
+        collate_fn=collate_readable,
+        num_workers=args.num_workers,
+        worker_init_fn=init_worker,
+        pin_memory=torch.device(args.device).type == "cuda",
     )

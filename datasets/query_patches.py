@@ -1,4 +1,5 @@
 """What random query patch detection sees (UP-DETR): an image, boxes in it, and the patches cut out of these boxes."""
+
 from argparse import Namespace
 
 import torch
@@ -23,7 +24,11 @@ class QueryPatches(UnlabelledDataset):
     """
 
     def __init__(
-        self, images: ImageFiles, proposals: Proposals, transforms: Transform, patch_transform: PatchAugmentation,
+        self,
+        images: ImageFiles,
+        proposals: Proposals,
+        transforms: Transform,
+        patch_transform: PatchAugmentation,
         seed: int = 0,
     ) -> None:
         super().__init__(images, seed)

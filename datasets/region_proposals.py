@@ -1,4 +1,7 @@
-"""What DETReg sees (Bar et al., CVPR 2022): an image, boxes that a proposal method gives it, and the crop of each box."""
+"""What DETReg sees (Bar et al., CVPR 2022): an image, boxes that a proposal method gives it, and the crop of each
+box.
+"""
+
 from argparse import Namespace
 
 import torch
@@ -17,11 +20,12 @@ TRIES = 8  # draws of an augmentation that keeps as many
 
 
 class RegionProposals(UnlabelledDataset):
-    """Samples whose boxes are proposals, all of one class, with `patches` uint8 [N, 3, S, S], the augmented crop of each box.
+    """Samples whose boxes are proposals, all of one class, with `patches` uint8 [N, 3, S, S], the augmented crop of
+    each box.
 
-    Crops are cut from the original image; flips, crops and resizes of the image are not for them. A random crop may lose boxes, and
-    their patches with them. One that leaves fewer than two is drawn again, the last time without a crop; the published code takes
-    another image.
+    Crops are cut from the original image; flips, crops and resizes of the image are not for them. A random crop may
+    lose boxes, and their patches with them. One that leaves fewer than two is drawn again, the last time without a
+    crop; the published code takes another image.
 
     Args:
         patch_transform: None: no `patches` (no object embedding is learnt).
@@ -29,8 +33,14 @@ class RegionProposals(UnlabelledDataset):
     """
 
     def __init__(
-        self, images: ImageFiles, proposals: Proposals, transforms: Transform, whole_image: Transform,
-        patch_transform: PatchAugmentation | None, label: int = QUERY_LABEL, seed: int = 0,
+        self,
+        images: ImageFiles,
+        proposals: Proposals,
+        transforms: Transform,
+        whole_image: Transform,
+        patch_transform: PatchAugmentation | None,
+        label: int = QUERY_LABEL,
+        seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
         self.proposals = proposals
@@ -52,7 +62,11 @@ class RegionProposals(UnlabelledDataset):
     def _target(self, boxes_xyxy_abs: Tensor, index: int, image: Tensor) -> Target:
         """`patches` holds numbers of boxes at first: a crop filters them like everything of a box."""
         target = query_target(boxes_xyxy_abs, index, tuple(image.shape[-2:]))
-        return {**target, "labels": torch.full_like(target["labels"], self.label), "patches": torch.arange(len(boxes_xyxy_abs))}
+        return {
+            **target,
+            "labels": torch.full_like(target["labels"], self.label),
+            "patches": torch.arange(len(boxes_xyxy_abs)),
+        }
 
     def _augment(self, original: Tensor, target: Target, rng: SampleRandom) -> tuple[Tensor, Target]:
         for _ in range(TRIES):

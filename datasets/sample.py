@@ -1,4 +1,5 @@
 """The base of all datasets: samples by (epoch, index), and what happens when an image is bad."""
+
 from argparse import Namespace
 from typing import Any
 
@@ -22,8 +23,8 @@ class SampleDataset(Dataset):
     """Turns `load(index, rng)` of a subclass into `dataset[index]` and `dataset[(epoch, index)]`.
 
     Where `load` raises BadImageError the next index is used, with the random state of the one that was asked for, and
-    the target gets `problems`: [(path, reason), ...]. In evaluation it is used so too: the next image then counts twice in the
-    losses, and once in the metrics, which go by image ids and take the objects of the bad image for missed.
+    the target gets `problems`: [(path, reason), ...]. In evaluation it is used so too: the next image then counts twice
+    in the losses, and once in the metrics, which go by image ids and take the objects of the bad image for missed.
     A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
     """
 
@@ -53,7 +54,9 @@ class SampleDataset(Dataset):
         return self.annotation_file
 
     def evaluator(self, args: Namespace) -> Detections:
-        """A new evaluator of a labelled data set. Its `summarize` gives "stats", AP first, and "per_class" as `CocoEvaluator` has it."""
+        """A new evaluator of a labelled data set. Its `summarize` gives "stats", AP first, and "per_class" as
+        `CocoEvaluator` has it.
+        """
         from datasets.evaluators.coco import CocoEvaluator  # which reads annotations, and these need this file
 
         return CocoEvaluator(self.truth(), args.coco_evaluator, self.category_ids)

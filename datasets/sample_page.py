@@ -1,4 +1,7 @@
-"""Pages of training samples: as the model gets them, after augmentation, collation and normalisation, and what it finds in them."""
+"""Pages of training samples: as the model gets them, after augmentation, collation and normalisation, and what it finds
+in them.
+"""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +25,12 @@ STRIPES = 12  # pixels from one stripe of the padding to the next
 def draw_samples(
     folder: Path | None, dataset: SampleDataset, batch_size: int, epoch: int, normalization: dict, count: int = SHOWN
 ) -> None:
-    """Writes samples.png: `count` images from all over the data set as `epoch` augments them, in batches of `batch_size`.
+    """Writes samples.png: `count` images from all over the data set as `epoch` augments them, in batches of
+    `batch_size`.
 
-    They are read beside the loader, whose order and random states are left alone: augmentation depends on (seed, epoch, index) only.
-    Real batches have other neighbours, and so other padding. A page that can't be drawn is said, and training goes on.
+    They are read beside the loader, whose order and random states are left alone: augmentation depends on (seed, epoch,
+    index) only. Real batches have other neighbours, and so other padding. A page that can't be drawn is said, and
+    training goes on.
     """
     if folder is None or not is_main_process():
         return
@@ -46,8 +51,8 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]) -> list[dict]:
-    """What `util.plot_utils.sample_page` draws of one batch: the inputs of the model, with the normalisation undone. Views of an image
-    stand together."""
+    """What `util.plot_utils.sample_page` draws of one batch: the inputs of the model, with the normalisation undone.
+    Views of an image stand together."""
     batch, packed = collate(samples)
     inputs = normalize(batch, mean, std)
     shift, scale = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
@@ -57,11 +62,15 @@ def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], st
     for place, (image, mask, target) in enumerate(zip(pixels, inputs.mask, packed.unpack(), strict=True)):
         h, w = target["size"].tolist()
         view = f", view {place // len(samples) + 1}" if views > 1 else ""
-        rows.append({
-            "image": _striped(image, mask), "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),
-            "labels": target["labels"], "patches": [patch.permute(1, 2, 0).numpy() for patch in target.get("patches", ())],
-            "title": f"image {int(target['image_id'])}{view}: {w} x {h} in {width} x {height}",
-        })
+        rows.append(
+            {
+                "image": _striped(image, mask),
+                "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),
+                "labels": target["labels"],
+                "patches": [patch.permute(1, 2, 0).numpy() for patch in target.get("patches", ())],
+                "title": f"image {int(target['image_id'])}{view}: {w} x {h} in {width} x {height}",
+            }
+        )
     return [row for first in range(len(samples)) for row in rows[first :: len(samples)]]
 
 
@@ -92,9 +101,11 @@ class Found:
 
 
 @torch.no_grad()
-def find_patches(model: nn.Module, sample: tuple[Tensor, dict], normalization: dict, device: torch.device) -> list[Found]:
-    """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are; of two views, where the regions of each
-    are in the other. Random states stay as they were."""
+def find_patches(
+    model: nn.Module, sample: tuple[Tensor, dict], normalization: dict, device: torch.device
+) -> list[Found]:
+    """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are; of two views, where the
+    regions of each are in the other. Random states stay as they were."""
     views = separate_views([sample]) if sample[0].ndim == 4 else [sample]
     inputs, targets = to_device(*collate([sample]), device, normalization["mean"], normalization["std"])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -118,9 +129,15 @@ def _patches(image: Tensor, target: dict) -> list[np.ndarray]:
 
 
 def draw_found_patches(
-    folder: Path | None, model: nn.Module, dataset: SampleDataset, normalization: dict, device: torch.device, count: int = 4
+    folder: Path | None,
+    model: nn.Module,
+    dataset: SampleDataset,
+    normalization: dict,
+    device: torch.device,
+    count: int = 4,
 ) -> None:
-    """Writes patches.png for a pretext that says where patches are: the same few training samples each time, one by one.
+    """Writes patches.png for a pretext that says where patches are: the same few training samples each time, one by
+    one.
 
     Leaves the model in evaluation mode, and random states as they were.
     """

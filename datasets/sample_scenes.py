@@ -14,6 +14,7 @@ clutter alike.
 
 writes `train2017/`, `val2017/`, `annotations/instances_{train,val}2017.json` (the layout of COCO) and `unlabelled/`.
 """
+
 import argparse
 import contextlib
 import hashlib

@@ -1,4 +1,5 @@
 """Which samples a process sees, in which order, so that a run can stop and go on anywhere and W processes equal one."""
+
 from collections.abc import Iterator
 
 import torch
@@ -18,8 +19,16 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, dataset_len: int, batch_size: int, shuffle: bool, seed: int = 0, rank: int = 0, world_size: int = 1,
-        drop_last: bool = False, epoch: int = 0, start_batch: int = 0,
+        self,
+        dataset_len: int,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        epoch: int = 0,
+        start_batch: int = 0,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch size {batch_size}, rank {rank} of {world_size} processes")
@@ -29,8 +38,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.set_epoch(epoch, start_batch)
 
     def set_epoch(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> None:
-        """The epoch of the next iteration; `start_batch` batches of it count as seen (resuming in mid-epoch), and at most `max_batches`
-        follow."""
+        """The epoch of the next iteration; `start_batch` batches of it count as seen (resuming in mid-epoch), and at
+        most `max_batches` follow."""
         self.epoch, self.start_batch, self.max_batches = epoch, start_batch, max_batches
 
     @property

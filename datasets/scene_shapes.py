@@ -3,6 +3,7 @@
 An outline is a list of polygons [K, 2] (x, y) around the origin, of any scale; each further polygon is a hole in the
 first.
 """
+
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -1,4 +1,7 @@
-"""A part of the training images, for learning from few labels. What was drawn is kept with the run, in `subset.json`."""
+"""A part of the training images, for learning from few labels. What was drawn is kept with the run, in
+`subset.json`.
+"""
+
 import json
 from argparse import Namespace
 from dataclasses import replace
@@ -31,7 +34,10 @@ def training_subset(annotations: Annotations, args: Namespace) -> Annotations:
     if getattr(args, "split_file", None):
         ids, what = read_split(args.split_file, annotations), f"{args.split_file}"
     elif (getattr(args, "filter_pct", None) or -1) > 0:
-        ids, what = draw_ids(annotations.image_ids, args.filter_pct, args.seed), f"{args.filter_pct:g} by seed {args.seed}"
+        ids, what = (
+            draw_ids(annotations.image_ids, args.filter_pct, args.seed),
+            f"{args.filter_pct:g} by seed {args.seed}",
+        )
     else:
         return annotations
     if not len(ids):
@@ -50,14 +56,19 @@ def read_split(path: str, annotations: Annotations) -> np.ndarray:
     """
     content = _read_json(path)
     if isinstance(content, dict) and "annotations" in content:
-        raise UserError(f"--split_file {path} holds objects of few shots, not whole images: give it as --few_shot_file with --few_shot")
+        raise UserError(
+            f"--split_file {path} holds objects of few shots, not whole images: give it as --few_shot_file with "
+            f"--few_shot"
+        )
     ids = content.get("ids") if isinstance(content, dict) else content
     if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and abs(i) < 2**63 for i in ids):
         raise UserError(f"--split_file {path} holds no list of image ids: give a file of tools/make_split.py")
     unknown = np.setdiff1d(np.array(ids), annotations.image_ids)
     if len(unknown):
-        raise UserError(f"--split_file {path}: {len(unknown)} of {len(ids)} images are not in {annotations.source}, the first has id "
-                        f"{unknown[0]}: it was made for other data")
+        raise UserError(
+            f"--split_file {path}: {len(unknown)} of {len(ids)} images are not in {annotations.source}, the first has "
+            f"id {unknown[0]}: it was made for other data"
+        )
     return np.unique(ids)
 
 
@@ -65,13 +76,21 @@ def _read_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py") from error
+        raise UserError(
+            f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py"
+        ) from error
 
 
 def describe_subset(annotations: Annotations, args: Namespace) -> dict[str, Any]:
-    """What `subset.json` holds: how the images were chosen, and their ids. Share and seed of `--split_file` are those that it tells."""
+    """What `subset.json` holds: how the images were chosen, and their ids. Share and seed of `--split_file` are those
+    that it tells.
+    """
     drawing = _read_json(args.split_file) if args.split_file else vars(args)
     share, seed = (drawing.get(name) if isinstance(drawing, dict) else None for name in ("filter_pct", "seed"))
     return {
-        "source": annotations.source, "drawn": annotations.drawn, "filter_pct": share, "seed": seed, "ids": annotations.image_ids.tolist(),
+        "source": annotations.source,
+        "drawn": annotations.drawn,
+        "filter_pct": share,
+        "seed": seed,
+        "ids": annotations.image_ids.tolist(),
     }

@@ -1,10 +1,12 @@
 """Images inside of tar files, in the layout of WebDataset, read where they lie.
 
-WebDataset itself streams shards one after the other and mixes what passes by: there is no k-th sample of an epoch, so that a run could not
-go on where it stopped, nor would W processes see what one sees. Here `tarfile` of Python says once where each member begins; then any image
-is one seek and one read, as from a folder, and the same sampler, seeds and proposals serve both. The price: a tar file must not be
-compressed as a whole, and reads are in random order, which a hard disk is slow at.
+WebDataset itself streams shards one after the other and mixes what passes by: there is no k-th sample of an epoch, so
+that a run could not go on where it stopped, nor would W processes see what one sees. Here `tarfile` of Python says once
+where each member begins; then any image is one seek and one read, as from a folder, and the same sampler, seeds and
+proposals serve both. The price: a tar file must not be compressed as a whole, and reads are in random order, which a
+hard disk is slow at.
 """
+
 import glob
 import itertools
 import os
@@ -56,7 +58,8 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Shards:
-    """names: SHARD/MEMBER of all images, sorted; shard i has the rows starts[i] to starts[i + 1] of names, offsets and sizes int64 [I].
+    """names: SHARD/MEMBER of all images, sorted; shard i has the rows starts[i] to starts[i + 1] of names, offsets and
+    sizes int64 [I].
 
     paths: of the shards. skipped: number of other members.
     """
@@ -79,7 +82,8 @@ def is_tar(path: str) -> bool:
 
 
 def expand(pattern: str) -> tuple[str, list[str]] | None:
-    """(folder, names in it) of the files of a pattern such as `train/part-{000000..000146}.tar` or `train/*.tar`; None: no pattern.
+    """(folder, names in it) of the files of a pattern such as `train/part-{000000..000146}.tar` or `train/*.tar`; None:
+    no pattern.
 
     Braces hold a range of numbers of one width, or alternatives after commas; `*`, `?` and `[]` are those of the shell.
 
@@ -94,14 +98,19 @@ def expand(pattern: str) -> tuple[str, list[str]] | None:
     for part in _without_braces(pattern):
         paths = sorted(glob.glob(part)) if glob.has_magic(part) else [part] if os.path.exists(part) else []
         if not paths:
-            raise UserError(f"{pattern}: {part} does not exist: give a pattern of tar files that are there, or their folder")
+            raise UserError(
+                f"{pattern}: {part} does not exist: give a pattern of tar files that are there, or their folder"
+            )
         found += paths
     return folder, sorted({os.path.relpath(path, folder or ".") for path in found})
 
 
 def _without_braces(pattern: str) -> list[str]:
     pieces = re.split(r"\{([^{}]*)\}", pattern)  # text, inside of braces, text, ...
-    return ["".join(choice) for choice in itertools.product(*([p] if i % 2 == 0 else _choices(p) for i, p in enumerate(pieces)))]
+    return [
+        "".join(choice)
+        for choice in itertools.product(*([p] if i % 2 == 0 else _choices(p) for i, p in enumerate(pieces)))
+    ]
 
 
 def _choices(inside: str) -> list[str]:
@@ -113,10 +122,11 @@ def _choices(inside: str) -> list[str]:
 
 
 def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -> Shards:
-    """The images in tar files below a folder. Members that are hidden or in a hidden folder, links and those with other extensions are
-    skipped.
+    """The images in tar files below a folder. Members that are hidden or in a hidden folder, links and those with other
+    extensions are skipped.
 
-    Where members lie is kept between runs, and found anew in a file whose size or one of whose times of change is another one.
+    Where members lie is kept between runs, and found anew in a file whose size or one of whose times of change is
+    another one.
 
     Raises:
         UserError: a file is compressed, damaged, not whole or no tar file.
@@ -133,15 +143,18 @@ def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -
             bar.step()
     parts = [PackedStrings.of_arrays(index["name_bytes"], index["name_ends"]) for index in kept]
     return Shards(
-        paths, PackedStrings.joined([f"{name}/" for name in names], parts), np.cumsum([0, *map(len, parts)]),
-        np.concatenate([index["offsets"] for index in kept]), np.concatenate([index["sizes"] for index in kept]),
+        paths,
+        PackedStrings.joined([f"{name}/" for name in names], parts),
+        np.cumsum([0, *map(len, parts)]),
+        np.concatenate([index["offsets"] for index in kept]),
+        np.concatenate([index["sizes"] for index in kept]),
         sum(int(index["skipped"]) for index in kept),
     )
 
 
 def _state(path: str) -> np.ndarray:
-    """int64 [3]: size, time of the last change of the content and of anything. Tar files are often as large as each other, and copying may
-    set the first time back, nothing the second."""
+    """int64 [3]: size, time of the last change of the content and of anything. Tar files are often as large as each
+    other, and copying may set the first time back, nothing the second."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -164,8 +177,14 @@ def _make(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray]:
     name_bytes, name_ends = PackedStrings(names).arrays()
     places = np.array([found[name] for name in names], dtype=np.int64).reshape(-1, 2)
     index = {
-        "name_bytes": name_bytes, "name_ends": name_ends, "offsets": places[:, 0], "sizes": places[:, 1], "skipped": np.array(skipped),
-        "state": state, "extensions": extension_bytes, "rule": np.array(RULE),
+        "name_bytes": name_bytes,
+        "name_ends": name_ends,
+        "offsets": places[:, 0],
+        "sizes": places[:, 1],
+        "skipped": np.array(skipped),
+        "state": state,
+        "extensions": extension_bytes,
+        "rule": np.array(RULE),
     }
     if state[1] <= (began - UNSETTLED) * 1e9:
         save_arrays(KIND, os.path.realpath(path), index)
@@ -173,7 +192,9 @@ def _make(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tuple[int, int]], int]:
-    """({name: (offset, size)} of the images, number of other files). Of members with the same name the last one counts, as if unpacked."""
+    """({name: (offset, size)} of the images, number of other files). Of members with the same name the last one counts,
+    as if unpacked.
+    """
     places: dict[str, tuple[int, int]] = {}
     skipped = 0
     try:
@@ -185,7 +206,12 @@ def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tupl
                     tar.members.clear()  # of a file with a million members they would take gigabytes
                     name = posixpath.normpath(member.name).lstrip("/")
                     hidden = any(part.startswith(".") for part in name.split("/"))
-                    if member.isreg() and not member.issparse() and os.path.splitext(name)[1].lower() in extensions and not hidden:
+                    if (
+                        member.isreg()
+                        and not member.issparse()
+                        and os.path.splitext(name)[1].lower() in extensions
+                        and not hidden
+                    ):
                         places[name] = member.offset_data, member.size
                     else:
                         skipped += not member.isdir()
@@ -200,8 +226,10 @@ def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tupl
 def _refuse_compressed(path: str, first_bytes: bytes) -> None:
     for magic, name in MAGIC.items():
         if first_bytes.startswith(magic):
-            raise UserError(f"{path} is compressed ({name}), so that no image in it can be read alone: uncompress it (JPEG and PNG files "
-                            "stay as small)")
+            raise UserError(
+                f"{path} is compressed ({name}), so that no image in it can be read alone: uncompress it (JPEG and "
+                "PNG files stay as small)"
+            )
 
 
 def _check_end(path: str, file, offset: int) -> None:
@@ -209,6 +237,9 @@ def _check_end(path: str, file, offset: int) -> None:
     file.seek(offset)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
-        raise UserError(f"{path} lacks the end mark of tar files: was it copied to its end? If so, truncate -s +1024 FILE adds the mark")
+        raise UserError(
+            f"{path} lacks the end mark of tar files: was it copied to its end? If so, truncate -s +1024 FILE adds "
+            f"the mark"
+        )
     if block != bytes(BLOCK):
         raise UserError(f"{path} is damaged: there is no header at byte {offset}; copy it again")

@@ -9,6 +9,7 @@ in pixels.
 The order of draws is that of DETR and UP-DETR: Python's `random` for choices, torch for the place of a crop and the
 colours, one after the other as the transforms are listed.
 """
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -234,9 +235,7 @@ class RandomSizeCrop(Transform):
     def output_size(self, size: Size, parameters: tuple[int, int, int, int]) -> Size:
         return parameters[2], parameters[3]
 
-    def apply(
-        self, image: Picture, target: Target, parameters: tuple[int, int, int, int]
-    ) -> tuple[Picture, Target]:
+    def apply(self, image: Picture, target: Target, parameters: tuple[int, int, int, int]) -> tuple[Picture, Target]:
         return crop(image, target, parameters)
 
 
@@ -253,7 +252,8 @@ class ToSample(Transform):
 
 
 class ColorAugmentation(Transform):
-    """Each with its probability: colour jitter, greyscale, blur (UP-DETR and Siamese DETR). Targets pass through unchanged.
+    """Each with its probability: colour jitter, greyscale, blur (UP-DETR and Siamese DETR). Targets pass through
+    unchanged.
 
     Without `augment` nothing.
     """
@@ -301,7 +301,9 @@ class ColorAugmentation(Transform):
 
 
 class PatchAugmentation(ColorAugmentation):
-    """UP-DETR's augmentation of a query patch: S x S, then the colours. Without `augment` only the resize (evaluation)."""
+    """UP-DETR's augmentation of a query patch: S x S, then the colours. Without `augment` only the resize
+    (evaluation).
+    """
 
     def __init__(self, patch_size: int, augment: bool) -> None:
         super().__init__(augment)

@@ -2,6 +2,7 @@
 
 Sizes are (height, width), crops (top, left, height, width), boxes (x0, y0, x1, y1), all in pixels.
 """
+
 import math
 from argparse import Namespace
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ def overlap_scale(iou: float) -> float:
 
 
 def draw_outer_crop(rng: SampleRandom, size: Size) -> tuple[int, int, int, int]:
-    """A crop of half to all of the area, inside the image; after ten tries that do not fit the largest one in the middle."""
+    """A crop of half to all of the area, inside the image; after ten tries that do not fit the largest one in the
+    middle.
+    """
     height, width = size
     for _ in range(10):
         area = height * width * rng.python.uniform(*OUTER_SHARE)
@@ -89,9 +92,11 @@ def draw_outer_crop(rng: SampleRandom, size: Size) -> tuple[int, int, int, int]:
 
 
 def draw_views(rng: SampleRandom, size: Size, iou: float, shrink: bool) -> Views:
-    """Two views of an image: an outer crop whose centre is the overlap, each view from one of its corners to the overlap's far corner.
+    """Two views of an image: an outer crop whose centre is the overlap, each view from one of its corners to the
+    overlap's far corner.
 
-    shrink: the outer corner of each view moves towards the overlap by a random share of the way, so that IoU becomes `iou` or more.
+    shrink: the outer corner of each view moves towards the overlap by a random share of the way, so that IoU becomes
+    `iou` or more.
     """
     top, left, height, width = draw_outer_crop(rng, size)
     scale = overlap_scale(iou)
@@ -118,7 +123,9 @@ def cut_view(image: Picture, view: Crop, size: Size) -> Picture:
 
 
 def common_regions(boxes_xyxy_abs: Tensor, views: Views) -> tuple[Tensor, Tensor]:
-    """Boxes of the image, cut to the overlap, that are still large enough: in pixels of each view, [N, 4] twice, in the same order."""
+    """Boxes of the image, cut to the overlap, that are still large enough: in pixels of each view, [N, 4] twice, in the
+    same order.
+    """
     low, high = views.overlap_xyxy_abs[:2], views.overlap_xyxy_abs[2:] - 1
     boxes = boxes_xyxy_abs.to(low.dtype)
     boxes = torch.cat([boxes[:, :2].maximum(low), boxes[:, 2:].minimum(high)], 1)
@@ -134,7 +141,8 @@ def _area(boxes_xyxy_abs: Tensor) -> Tensor:
 
 
 def random_regions(rng: SampleRandom, views: Views, draws: int = RANDOM_DRAWS) -> tuple[Tensor, Tensor]:
-    """As `common_regions`, of `draws` random boxes with a whole-pixel corner in the overlap; only those of up to 8 : 1 in both views.
+    """As `common_regions`, of `draws` random boxes with a whole-pixel corner in the overlap; only those of up to 8 : 1
+    in both views.
 
     As published, the area in the second view is compared with the overlap's in the first.
     """
@@ -161,7 +169,9 @@ def pick_regions(first: Tensor, second: Tensor, views: Views, count: int, rng: S
 
     Where there are fewer, jittered copies of them inside the overlap, or of the overlap where there is none.
     """
-    overlap = torch.stack([views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)])[:, None]
+    overlap = torch.stack([views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)])[
+        :, None
+    ]
     pairs = torch.stack([first, second])[:, : count - 1]
     missing = count - 1 - pairs.shape[1]
     if missing:
@@ -174,11 +184,12 @@ def pick_regions(first: Tensor, second: Tensor, views: Views, count: int, rng: S
 
 
 class TwoViews(UnlabelledDataset):
-    """Samples of two views: image uint8 [2, 3, H, W], and in the target one more leading axis of 2 for everything. Box i of a view shows
-    the region of box i of the other one; box 0 is the whole overlap.
+    """Samples of two views: image uint8 [2, 3, H, W], and in the target one more leading axis of 2 for everything. Box
+    i of a view shows the region of box i of the other one; box 0 is the whole overlap.
 
-    `patches` uint8 [2, M, 3, S, S] are crops of the views before their colours are changed. An image with a side of 16 pixels or less, or
-    without any proposal, counts as bad. Views that have no region in common are drawn again, the last time without regions.
+    `patches` uint8 [2, M, 3, S, S] are crops of the views before their colours are changed. An image with a side of 16
+    pixels or less, or without any proposal, counts as bad. Views that have no region in common are drawn again, the
+    last time without regions.
 
     Args:
         proposals: None: random boxes inside of the overlap.
@@ -186,8 +197,16 @@ class TwoViews(UnlabelledDataset):
     """
 
     def __init__(
-        self, images: ImageFiles, proposals: Proposals | None, geometry: Compose, colors: ColorAugmentation,
-        patch_transform: PatchAugmentation | None, num_boxes: int, iou: float = 0.5, shrink: bool = True, seed: int = 0,
+        self,
+        images: ImageFiles,
+        proposals: Proposals | None,
+        geometry: Compose,
+        colors: ColorAugmentation,
+        patch_transform: PatchAugmentation | None,
+        num_boxes: int,
+        iou: float = 0.5,
+        shrink: bool = True,
+        seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
         self.proposals, self.geometry, self.colors = proposals, geometry, colors
@@ -208,7 +227,9 @@ class TwoViews(UnlabelledDataset):
         pixels = [cut_view(image, view, views.size) for view in (views.first, views.second)]
         target = _target(regions, views.size, index, (height, width))
         if self.patch_transform:
-            target["patches"] = torch.stack([self._crops(view, boxes, rng) for view, boxes in zip(pixels, regions, strict=True)])
+            target["patches"] = torch.stack(
+                [self._crops(view, boxes, rng) for view, boxes in zip(pixels, regions, strict=True)]
+            )
         return torch.stack([self.colors(view, {}, rng)[0] for view in pixels]), target
 
     def _draw(self, boxes: Tensor, size: Size, rng: SampleRandom) -> tuple[Views, Tensor]:
@@ -250,5 +271,8 @@ def build_two_views(image_set: str, args: Namespace) -> TwoViews:
         Compose([view_resize(args.image_size, args.max_size), RandomHorizontalFlip()]),
         ColorAugmentation(train),
         PatchAugmentation(args.patch_size, augment=train) if args.feature_loss_coef else None,
-        args.num_patches, args.view_iou, args.view_shrink, seed=args.seed,
+        args.num_patches,
+        args.view_iou,
+        args.view_shrink,
+        seed=args.seed,
     )

@@ -1,4 +1,5 @@
 """Which images a pretext sees: a folder, a list, or the images of a labelled data set without their labels."""
+
 import os
 from argparse import Namespace
 
@@ -25,7 +26,8 @@ class ListedImages(ImageFiles):
 
 
 def unlabelled_images(image_set: str, args: Namespace) -> ImageFiles:
-    """The images of `--imagenet_path` or `--train_images` where given, else the "train" or "val" images of `--dataset_file`.
+    """The images of `--imagenet_path` or `--train_images` where given, else the "train" or "val" images of
+    `--dataset_file`.
 
     The data set's line in the registry says where its images are; one that does not is asked for its labelled images.
 
@@ -39,7 +41,13 @@ def unlabelled_images(image_set: str, args: Namespace) -> ImageFiles:
     if entry.images:
         return load(entry.images)(image_set, args)
     # Number and names of classes are the pretext's in these flags.
-    labelled = load(entry.builder)(image_set, Namespace(**{**vars(args), "pretext": None, "classes": None, "num_classes": None}))
+    labelled = load(entry.builder)(
+        image_set, Namespace(**{**vars(args), "pretext": None, "classes": None, "num_classes": None})
+    )
     paths = [labelled.path(index) for index in range(len(labelled))]
     base = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return ListedImages(base, PackedStrings(sorted(os.path.relpath(path, base) for path in paths)), f"--dataset_file {args.dataset_file}")
+    return ListedImages(
+        base,
+        PackedStrings(sorted(os.path.relpath(path, base) for path in paths)),
+        f"--dataset_file {args.dataset_file}",
+    )

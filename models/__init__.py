@@ -3,6 +3,7 @@
 Adding a detector or a pretext is one file and one line in `util.registry`. A detector's file has
 `build(args, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
 """
+
 from torch import nn
 
 from models.backbone import Backbone, BackboneWithPositions
@@ -21,15 +22,17 @@ def build_backbone(args) -> BackboneWithPositions:
     backbone = Backbone(args.backbone, args.backbone_norm, args.dilation, stages, trainable=args.lr_backbone > 0)
     if args.backbone_weights != "none":
         load_backbone_weights(backbone.body, args.backbone, args.backbone_weights)
-    positions = choose(POSITION_ENCODINGS, "--position_embedding", args.position_embedding)  # from a checkpoint it may be any
+    positions = choose(
+        POSITION_ENCODINGS, "--position_embedding", args.position_embedding
+    )  # from a checkpoint it may be any
     return BackboneWithPositions(backbone, positions(args.hidden_dim))
 
 
 def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
     """The model (a detector, or a pretext around one), its criterion and its post-processors, from parsed flags.
 
-    Flags that were not given are resolved first. A detector is called `model(samples)`, a pretext `model(samples, targets)`;
-    `criterion(outputs, targets)` gives the losses and `criterion.weight_dict` their weights.
+    Flags that were not given are resolved first. A detector is called `model(samples)`, a pretext `model(samples,
+    targets)`; `criterion(outputs, targets)` gives the losses and `criterion.weight_dict` their weights.
     """
     args = resolve(args)
     pretext = load(PRETEXTS[args.pretext].pretext) if args.pretext else None
@@ -50,5 +53,7 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
     weight_dict = expand_weights(weights, num_aux, detector.two_stage)
     if pretext:
         weight_dict.update(model.last_layer_weights(args))
-    criterion = SetCriterion(classification, weight_dict, losses, args.eos_coef, args.focal_alpha, args.reproduce_published)
+    criterion = SetCriterion(
+        classification, weight_dict, losses, args.eos_coef, args.focal_alpha, args.reproduce_published
+    )
     return model, criterion, {"bbox": PostProcess(classification)}

@@ -1,7 +1,9 @@
-"""Multi-head attention on `scaled_dot_product_attention`: padding, query groups, and inputs that are projected elsewhere.
+"""Multi-head attention on `scaled_dot_product_attention`: padding, query groups, and inputs that are projected
+elsewhere.
 
 Shapes: B images, Q queries, S keys, D model width, H heads.
 """
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,16 +15,22 @@ def fold_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, num_heads: int, padding_mask: Tensor | None = None, dropout: float = 0.0,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    padding_mask: Tensor | None = None,
+    dropout: float = 0.0,
     query_groups: int = 1,
 ) -> Tensor:
     """Scaled dot-product attention of H heads; widths of query and key may differ from the value's.
 
     Args:
-        query: [B, Q, K]; key: [B, S, K]; value: [B, S, D]. K and D are split over the heads, the scale is 1 / sqrt(K / H).
+        query: [B, Q, K]; key: [B, S, K]; value: [B, S, D]. K and D are split over the heads, the scale is 1 / sqrt(K /
+            H).
         padding_mask: bool [B, S], True on keys to ignore; None where nothing is padded (the fastest kernels need that).
-        query_groups: only for self-attention: queries are cut into as many groups, each of which sees only itself. This equals
-            the block mask of UP-DETR (Dai et al. 2021, section 3.2) without a mask.
+        query_groups: only for self-attention: queries are cut into as many groups, each of which sees only itself. This
+            equals the block mask of UP-DETR (Dai et al. 2021, section 3.2) without a mask.
 
     Returns:
         [B, Q, D]
@@ -36,7 +44,9 @@ def attend(
 
 
 class MultiheadAttention(nn.Module):
-    """Attention with its own projections; parameter names and initial values are those of `torch.nn.MultiheadAttention`."""
+    """Attention with its own projections; parameter names and initial values are those of
+    `torch.nn.MultiheadAttention`.
+    """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -58,7 +68,9 @@ class MultiheadAttention(nn.Module):
 
 
 class ProjectedAttention(nn.Module):
-    """Attention whose query, key and value come projected already; it has only the output projection (Conditional DETR)."""
+    """Attention whose query, key and value come projected already; it has only the output projection (Conditional
+    DETR).
+    """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()

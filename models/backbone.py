@@ -1,8 +1,9 @@
 """Feature extractors. A backbone is a file with a builder and a line in `util.registry.BACKBONES`.
 
-`Backbone(images [B, 3, H, W]) -> list of maps [B, C, h, w]`, with `strides` and `num_channels` of the maps and the `mean` and `std`
-that its images are normalised with.
+`Backbone(images [B, 3, H, W]) -> list of maps [B, C, h, w]`, with `strides` and `num_channels` of the maps and the
+`mean` and `std` that its images are normalised with.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +27,9 @@ class FeatureMap:
 class Body:
     """What a builder of the registry BACKBONES makes of (name, norm, dilation, stages).
 
-    network: images [B, 3, H, W] -> maps of the asked stages, a list or a dict; names of its tensors are those of its weight files.
-    strides, num_channels: of these maps. mean, std: what images are normalised with. early: names of the parameters that fine-tuning
-    leaves alone (stem and first stage). channels_last: maps come as [B, h, w, C].
+    network: images [B, 3, H, W] -> maps of the asked stages, a list or a dict; names of its tensors are those of its
+    weight files. strides, num_channels: of these maps. mean, std: what images are normalised with. early: names of the
+    parameters that fine-tuning leaves alone (stem and first stage). channels_last: maps come as [B, h, w, C].
     """
 
     network: nn.Module
@@ -41,7 +42,8 @@ class Body:
 
 
 class Backbone(nn.Module):
-    """A feature extractor. With frozen norms its stem and first stage never train, as published; with live ones all of it does.
+    """A feature extractor. With frozen norms its stem and first stage never train, as published; with live ones all of
+    it does.
 
     Args:
         name: a name of the registry, or `timm:NAME`.
@@ -52,7 +54,12 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, name: str, norm: str = "frozen", dilation: bool = False, stages: tuple[int, ...] = (4,), trainable: bool = True
+        self,
+        name: str,
+        norm: str = "frozen",
+        dilation: bool = False,
+        stages: tuple[int, ...] = (4,),
+        trainable: bool = True,
     ) -> None:
         super().__init__()
         family = name[: name.find(":") + 1] or name
@@ -63,7 +70,9 @@ class Backbone(nn.Module):
         self._freeze(trainable, made.early)
 
     def _freeze(self, trainable: bool, early: set[str]) -> None:
-        """With frozen norms only the later stages train; with live ones the whole backbone, since nothing in it is trained yet."""
+        """With frozen norms only the later stages train; with live ones the whole backbone, since nothing in it is
+        trained yet.
+        """
         for name, parameter in self.body.named_parameters():
             parameter.requires_grad_(trainable and not (self.norm == "frozen" and name in early))
 

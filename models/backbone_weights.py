@@ -1,4 +1,5 @@
 """Where a backbone's weights come from: SwAV, ImageNet, or any file that holds them in a usual layout."""
+
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,12 @@ from util.weight_files import fetch, read_weights
 
 SWAV = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ORIGINS = {"prototypes": "SwAV", "encoder_q": "MoCo", "teacher": "DINO", "fc.weight": "torchvision or another classifier"}
+ORIGINS = {
+    "prototypes": "SwAV",
+    "encoder_q": "MoCo",
+    "teacher": "DINO",
+    "fc.weight": "torchvision or another classifier",
+}
 PREFERRED = ("teacher", "encoder_q")  # of the networks in one file: DINO's teacher, MoCo's trained encoder
 
 
@@ -30,8 +36,10 @@ def load_backbone_weights(body: nn.Module, name: str, source: str) -> LoadReport
         return LoadReport(reinitialised=_sizes(body.state_dict()))
     if source == "swav":
         if name != "resnet50":
-            raise UserError(f"--backbone_weights swav exists only for resnet50, --backbone is {name}; "
-                            "take --backbone_weights imagenet, none or a file")
+            raise UserError(
+                f"--backbone_weights swav exists only for resnet50, --backbone is {name}; "
+                "take --backbone_weights imagenet, none or a file"
+            )
         content, origin = read_weights(fetch(SWAV)), SWAV
     elif source == "imagenet":
         content, origin = _imagenet(name)
@@ -76,7 +84,8 @@ def _imagenet(name: str) -> tuple[Any, str]:
 def held_backbone(content: Any) -> tuple[str, str] | None:
     """(ResNet's name, where from) of a file that holds one without a detector; None for anything else.
 
-    Where from is told by what lies beside it: SwAV's prototypes, MoCo's and DINO's second networks, torchvision's classifier.
+    Where from is told by what lies beside it: SwAV's prototypes, MoCo's and DINO's second networks, torchvision's
+    classifier.
     """
     states = _state_dicts(content)
     for _, state in [] if any(detector_kind(state) for _, state in states) else states:
@@ -123,8 +132,10 @@ def _timm_unreachable(timm: Any, short: str, error: Exception) -> str:
         return f"timm has no trained weights of {short} ({reason}); give --backbone_weights none or a file"
     file = Path(address).name if config.url else "model.safetensors"
     place = Path(torch.hub.get_dir()) / "checkpoints" / file
-    return (f"cannot fetch {file}, timm's weights of {short}, from {address} ({reason}); download it elsewhere, "
-            f"put it at {place} and give --backbone_weights {place}")
+    return (
+        f"cannot fetch {file}, timm's weights of {short}, from {address} ({reason}); download it elsewhere, "
+        f"put it at {place} and give --backbone_weights {place}"
+    )
 
 
 def _in_timm_order(content: Any, name: str) -> Any:
@@ -136,8 +147,10 @@ def _in_timm_order(content: Any, name: str) -> Any:
     if len(content) != len(state) or set(content) == set(state):
         return content
     values = list(content.values())
-    same = all(isinstance(value, Tensor) and value.shape == own.shape
-               for value, own in zip(values, state.values(), strict=True))
+    same = all(
+        isinstance(value, Tensor) and value.shape == own.shape
+        for value, own in zip(values, state.values(), strict=True)
+    )
     return dict(zip(state, values, strict=True)) if same else content
 
 
@@ -155,8 +168,11 @@ def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
         raise UserError(_incomplete(name, origin, missing, len(target)))
     body.load_state_dict(found, strict=False)
     used = {prefix + _plain(key) for key in target}
-    unused = {key: value.numel() for key, value in state.items()
-              if key not in used and not key.endswith("num_batches_tracked")}
+    unused = {
+        key: value.numel()
+        for key, value in state.items()
+        if key not in used and not key.endswith("num_batches_tracked")
+    }
     log.info(f"Backbone {name}: {len(found)} tensors from {origin}, {_dropped(unused, prefix)}, none missing")
     return LoadReport(loaded=_sizes(found), unused=unused)
 
@@ -193,7 +209,7 @@ def _state_dicts(content: Any, path: str = "", depth: int = 0) -> list[tuple[str
 
 def _prefixes(state: Mapping[str, Tensor], first: str) -> list[str]:
     """What stands before the name of the backbone's first tensor (`conv1.weight`), if it is there."""
-    return [key[:-len(first)] for key in state if key == first or key.endswith("." + first)]
+    return [key[: -len(first)] for key in state if key == first or key.endswith("." + first)]
 
 
 def _plain(key: str) -> str:
@@ -206,15 +222,18 @@ def _check_resnet(state: Mapping[str, Tensor], prefix: str, name: str, origin: s
     prefixes = [prefix, *_prefixes(state, "conv1.weight")]
     held = next(filter(None, (resnet_name(state, candidate) for candidate in prefixes)), None)
     if held and held != name.removeprefix("timm:") and name.removeprefix("timm:") in RESNET_BLOCKS.values():
-        raise UserError(f"{origin} holds {held} weights, --backbone is {name}; "
-                        f"give --backbone {held} or another --backbone_weights")
+        raise UserError(
+            f"{origin} holds {held} weights, --backbone is {name}; give --backbone {held} or another --backbone_weights"
+        )
 
 
 def _incomplete(name: str, origin: str, missing: list[str], total: int) -> str:
     if len(missing) == total:
         return f"{origin} holds no weights of {name}; give another --backbone_weights"
-    return (f"{origin} lacks {len(missing)} of the {total} tensors of {name} (first {missing[0]}), "
-            "or has them in other shapes; give another --backbone_weights")
+    return (
+        f"{origin} lacks {len(missing)} of the {total} tensors of {name} (first {missing[0]}), "
+        "or has them in other shapes; give another --backbone_weights"
+    )
 
 
 def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:

@@ -1,4 +1,5 @@
 """Whether a file holds exactly the parameters of the detector that it seems to be."""
+
 import re
 from argparse import Namespace
 
@@ -29,14 +30,16 @@ def detector_settings(checkpoint: Checkpoint) -> Namespace:
     args = make_parser(FINETUNE).parse_args([])
     adopt_architecture(checkpoint, args, set())
     if args.detector not in DETECTORS:
-        raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})")
+        raise UserError(
+            f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})"
+        )
     args.backbone_weights, args.device = "none", "cpu"
     return resolve(args)
 
 
 def check_parameters(checkpoint: Checkpoint) -> None:
-    """Compares names and shapes with a model of the same architecture, which is built without memory for its weights. The class head
-    may be missing as a whole: converters leave that of a pretext out.
+    """Compares names and shapes with a model of the same architecture, which is built without memory for its weights.
+    The class head may be missing as a whole: converters leave that of a pretext out.
 
     Raises:
         UserError: with the first names that are unknown, missing, or of another shape, and their number.
@@ -48,15 +51,24 @@ def check_parameters(checkpoint: Checkpoint) -> None:
     with torch.device("meta"):
         target = build_model(args)[0].state_dict()
     kind, source = args.detector, checkpoint.source
-    shapes = [f"{key} {list(value.shape)} (not {list(target[key].shape)})"
-              for key, value in state.items() if key in target and value.shape != target[key].shape]
+    shapes = [
+        f"{key} {list(value.shape)} (not {list(target[key].shape)})"
+        for key, value in state.items()
+        if key in target and value.shape != target[key].shape
+    ]
     headless = not any("class_embed" in key for key in state)
     missing = [key for key in target if key not in state and not (headless and "class_embed" in key)]
-    unknown = [key for key in state if key not in target and not key.startswith(pretext_parts()) and not BESIDE.fullmatch(key)]
-    for keys, problem in ((unknown, f"has {len(unknown)} names that are unknown in a {kind} of any code base"),
-                          (missing, f"lacks {len(missing)} of the {len(target)} tensors of its {kind}"),
-                          (shapes, f"has {len(shapes)} tensors of other shapes than its {kind}")):
+    unknown = [
+        key for key in state if key not in target and not key.startswith(pretext_parts()) and not BESIDE.fullmatch(key)
+    ]
+    for keys, problem in (
+        (unknown, f"has {len(unknown)} names that are unknown in a {kind} of any code base"),
+        (missing, f"lacks {len(missing)} of the {len(target)} tensors of its {kind}"),
+        (shapes, f"has {len(shapes)} tensors of other shapes than its {kind}"),
+    ):
         if keys:
             more = ", ..." if len(keys) > 3 else ""
-            raise UserError(f"{source} {problem}: {', '.join(keys[:3])}{more}; check that the file is whole and of a code base that "
-                            "docs/model_zoo.md lists")
+            raise UserError(
+                f"{source} {problem}: {', '.join(keys[:3])}{more}; check that the file is whole and of a code base "
+                "that docs/model_zoo.md lists"
+            )

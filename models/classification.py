@@ -2,6 +2,7 @@
 
 One object, given to head initialisation, matcher, criterion and post-processor, so that these can't disagree.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -29,7 +30,9 @@ class Classification:
         if self.kind not in ("softmax", "focal"):
             raise ValueError(f"classification must be softmax or focal, got {self.kind}")
         if self.cost_class == self.cost_bbox == self.cost_giou == 0:
-            raise ValueError("all matching costs are 0: at least one of --set_cost_class, _bbox and _giou must be positive")
+            raise ValueError(
+                "all matching costs are 0: at least one of --set_cost_class, _bbox and _giou must be positive"
+            )
 
     @property
     def num_outputs(self) -> int:
@@ -43,8 +46,8 @@ class Classification:
     def class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Cost of giving each query each label: logits [..., Q, C], labels int64 [..., N] -> [..., Q, N].
 
-        Softmax: minus the probability (Carion et al. 2020, section 3.1). Focal: the loss as a positive minus the loss as a negative,
-        alpha 0.25 and gamma 2 as published, whatever the criterion's alpha.
+        Softmax: minus the probability (Carion et al. 2020, section 3.1). Focal: the loss as a positive minus the loss
+        as a negative, alpha 0.25 and gamma 2 as published, whatever the criterion's alpha.
         """
         index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])
         if self.kind == "softmax":
@@ -56,7 +59,9 @@ class Classification:
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Element-wise focal loss (Lin et al. 2017, equation 5); targets in {0, 1}, same shape. A negative alpha means no weighting."""
+    """Element-wise focal loss (Lin et al. 2017, equation 5); targets in {0, 1}, same shape. A negative alpha means no
+    weighting.
+    """
     probability = logits.sigmoid()
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     p_true = probability * targets + (1 - probability) * (1 - targets)

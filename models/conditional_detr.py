@@ -1,4 +1,5 @@
 """Conditional DETR (Meng et al., ICCV 2021): cross-attention whose query has a content and a spatial half."""
+
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +22,8 @@ def concat_heads(a: Tensor, b: Tensor, num_heads: int) -> Tensor:
 class ConditionalDecoderLayer(Block):
     """Self-attention, conditional cross-attention (section 3.3, equation 1), feed-forward; post-norm.
 
-    Only the first layer adds the query position to the content query and the key position to the content key, so only the first
-    has `ca_qpos_proj`.
+    Only the first layer adds the query position to the content query and the key position to the content key, so only
+    the first has `ca_qpos_proj`.
     """
 
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
@@ -36,7 +37,9 @@ class ConditionalDecoderLayer(Block):
         self.cross_attn = ProjectedAttention(dim, num_heads, dropout)
         self.add_feed_forward(dim, dim_feedforward, num_norms=3)
 
-    def forward(self, x: Tensor, query_position: Tensor, query_sine: Tensor, memory: Memory, query_groups: int) -> Tensor:
+    def forward(
+        self, x: Tensor, query_position: Tensor, query_sine: Tensor, memory: Memory, query_groups: int
+    ) -> Tensor:
         """x, query_position and query_sine [B, Q, D] -> [B, Q, D]"""
 
         def self_attention(y: Tensor) -> Tensor:
@@ -68,7 +71,8 @@ class ConditionalDecoder(nn.Module):
         for later in self.layers[1:]:
             later.ca_qpos_proj = None
         if num_layers == 1:
-            # Only layers after the first scale their spatial query; distributed training waits for every parameter's gradient.
+            # Only layers after the first scale their spatial query; distributed training waits for every parameter's
+            # gradient.
             self.query_scale.requires_grad_(False)
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> tuple[Tensor, Tensor]:
@@ -104,8 +108,8 @@ class ConditionalDETR(SingleScaleDetector):
 def build(args, backbone: BackboneWithPositions, classification: Classification) -> ConditionalDETR:
     if args.pre_norm:
         raise UserError(
-            "--pre_norm: Conditional DETR is defined post-norm only (its spatial queries are scaled by normalised decoder outputs, "
-            "and no pre-norm weights exist): leave --pre_norm out or use --detector detr"
+            "--pre_norm: Conditional DETR is defined post-norm only (its spatial queries are scaled by normalised "
+            "decoder outputs, and no pre-norm weights exist): leave --pre_norm out or use --detector detr"
         )
     layer = ConditionalDecoderLayer(args.hidden_dim, args.nheads, args.dim_feedforward, args.dropout)
     transformer = Transformer(build_encoder(args), ConditionalDecoder(layer, args.dec_layers, args.hidden_dim))

@@ -1,4 +1,5 @@
 """The set-prediction loss: classes, boxes and features of matched pairs, all decoder layers as one batch."""
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,23 +37,29 @@ class _Batch:
 class SetCriterion(nn.Module):
     """Matches predictions to targets and computes the named losses of every decoder layer.
 
-    The last layer's losses have plain names, those of earlier layers the suffix `_0`, `_1`, ... Each is a scalar connected to the
-    graph even where there is nothing to match, so that processes without targets take part in every collective. Encoder proposals
-    (`enc_outputs`) are matched and scored in a second pass, without regard to classes: every target has label 0. Their losses have the
-    suffix `_enc` (Zhu et al. 2021, appendix A.4).
+    The last layer's losses have plain names, those of earlier layers the suffix `_0`, `_1`, ... Each is a scalar
+    connected to the graph even where there is nothing to match, so that processes without targets take part in every
+    collective. Encoder proposals (`enc_outputs`) are matched and scored in a second pass, without regard to classes:
+    every target has label 0. Their losses have the suffix `_enc` (Zhu et al. 2021, appendix A.4).
 
     Args:
         weight_dict: name -> weight in the total; names without weight are logged only.
-        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding`, `global_contrast` are computed.
+        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding`, `global_contrast` are
+            computed.
         eos_coef: weight of "no object" in softmax classification.
         focal_alpha: weight of positives in focal classification.
-        reproduce_published: log the published cardinality error with focal outputs, which counts queries whose best class is not
-            the last one; by default it counts queries with a score above one half.
+        reproduce_published: log the published cardinality error with focal outputs, which counts queries whose best
+            class is not the last one; by default it counts queries with a score above one half.
     """
 
     def __init__(
-        self, classification: Classification, weight_dict: dict[str, float], losses: tuple[str, ...] = ("labels", "boxes", "cardinality"),
-        eos_coef: float = 0.1, focal_alpha: float = 0.25, reproduce_published: bool = False,
+        self,
+        classification: Classification,
+        weight_dict: dict[str, float],
+        losses: tuple[str, ...] = ("labels", "boxes", "cardinality"),
+        eos_coef: float = 0.1,
+        focal_alpha: float = 0.25,
+        reproduce_published: bool = False,
     ) -> None:
         super().__init__()
         self.classification, self.weight_dict, self.losses = classification, weight_dict, losses
@@ -66,8 +73,9 @@ class SetCriterion(nn.Module):
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
 
-        Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them, those of encoder
-        proposals in `self.last_proposal_matches`, the number of pairs that `class_error` is of in `self.last_pairs`.
+        Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them, those
+        of encoder proposals in `self.last_proposal_matches`, the number of pairs that `class_error` is of in
+        `self.last_pairs`.
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
@@ -103,15 +111,25 @@ class SetCriterion(nn.Module):
         matches = self.matcher(logits, boxes, targets)
         counts = [len(target["labels"]) for target in targets]
         return _Batch(
-            logits, boxes, matches, torch.cat([target["labels"] for target in targets]),
-            torch.cat([target["boxes"] for target in targets]).to(boxes.dtype), num_boxes, counts, layers,
+            logits,
+            boxes,
+            matches,
+            torch.cat([target["labels"] for target in targets]),
+            torch.cat([target["boxes"] for target in targets]).to(boxes.dtype),
+            num_boxes,
+            counts,
+            layers,
         )
 
     def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
-        """Targets a process, at least 1; averaged over the processes in training (in evaluation these may have different batches)."""
+        """Targets a process, at least 1; averaged over the processes in training (in evaluation these may have
+        different batches).
+        """
         if get_world_size() == 1 or not self.training:
             return float(max(count, 1))
-        total = all_reduce_sum(torch.full((1,), float(count), device=device))  # filled there: a copy would make the host wait
+        total = all_reduce_sum(
+            torch.full((1,), float(count), device=device)
+        )  # filled there: a copy would make the host wait
         return (total / get_world_size()).clamp(min=1)[0]
 
     @staticmethod
@@ -168,7 +186,8 @@ class SetCriterion(nn.Module):
         return self._named("cardinality_error", error)
 
     def loss_features(self, batch: _Batch) -> dict[str, Tensor]:
-        """Squared distance of the normalised predicted and target feature of matched pairs, 2 - 2 cos, over the number of boxes.
+        """Squared distance of the normalised predicted and target feature of matched pairs, 2 - 2 cos, over the number
+        of boxes.
 
         Dai et al. 2021, equation 4. `target_features` [T, F] stands in the order of the targets.
         """
@@ -180,7 +199,8 @@ class SetCriterion(nn.Module):
         return self._named("loss_feature", batch.per_layer(distance) / batch.num_boxes)
 
     def loss_object_embedding(self, batch: _Batch) -> dict[str, Tensor]:
-        """Mean L1 distance, over pairs and channels, of predicted and target embeddings of the last layer's matched pairs; 0 without pairs.
+        """Mean L1 distance, over pairs and channels, of predicted and target embeddings of the last layer's matched
+        pairs; 0 without pairs.
 
         Bar et al. 2022, section 3.2. `target_features` [T, F] stands in the order of the targets.
         """
@@ -193,10 +213,12 @@ class SetCriterion(nn.Module):
         return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
 
     def loss_global_contrast(self, batch: _Batch) -> dict[str, Tensor]:
-        """2 - 2 cos of each view's prediction and the other view's projection, which is a constant to it; mean over all views.
+        """2 - 2 cos of each view's prediction and the other view's projection, which is a constant to it; mean over all
+        views.
 
-        Chen and He 2021, equations 1 to 4, times two. Also for the log: `projection_std`, the standard deviation over the views of
-        normalised projections, mean over channels. It is about 1 / sqrt(channels) where they are spread, 0 where they have collapsed.
+        Chen and He 2021, equations 1 to 4, times two. Also for the log: `projection_std`, the standard deviation over
+        the views of normalised projections, mean over channels. It is about 1 / sqrt(channels) where they are spread, 0
+        where they have collapsed.
         """
         outputs = batch.outputs[-1]
         projected = functional.normalize(full_precision(outputs["projections"]).detach(), dim=1)
@@ -215,10 +237,14 @@ class SetCriterion(nn.Module):
 
 
 def expand_weights(weights: dict[str, float], num_aux_layers: int, proposals: bool = False) -> dict[str, float]:
-    """The weights of the last layer, and the same for each earlier one with its suffix, and for the losses of encoder proposals."""
+    """The weights of the last layer, and the same for each earlier one with its suffix, and for the losses of encoder
+    proposals.
+    """
     expanded = dict(weights)
     for layer in range(num_aux_layers):
         expanded.update({f"{name}_{layer}": weight for name, weight in weights.items()})
     if proposals:
-        expanded.update({f"{name}_enc": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou") if name in weights})
+        expanded.update(
+            {f"{name}_enc": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou") if name in weights}
+        )
     return expanded

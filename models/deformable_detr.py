@@ -1,4 +1,5 @@
 """Deformable DETR (Zhu et al., ICLR 2021): one or several maps, iterative box refinement, and the two-stage variant."""
+
 import math
 
 import torch
@@ -28,21 +29,33 @@ from util.nested_tensor import NestedTensor
 class DeformableDETR(Detector):
     """Attributes stand in the published order, on which the state of a published optimiser depends.
 
-    `class_embed` and `bbox_embed` have one head for each decoder layer (the same one, unless boxes are refined), and in a two-stage
-    model one more for the encoder's proposals.
+    `class_embed` and `bbox_embed` have one head for each decoder layer (the same one, unless boxes are refined), and in
+    a two-stage model one more for the encoder's proposals.
 
     Args:
-        num_levels: maps that are read. The backbone gives its last ones; each further map has half the size of the one before it.
+        num_levels: maps that are read. The backbone gives its last ones; each further map has half the size of the one
+            before it.
     """
 
     def __init__(
-        self, backbone: BackboneWithPositions, transformer: DeformableTransformer, classification: Classification, num_queries: int,
-        hidden_dim: int, num_levels: int, with_box_refine: bool, two_stage: bool, aux_loss: bool,
+        self,
+        backbone: BackboneWithPositions,
+        transformer: DeformableTransformer,
+        classification: Classification,
+        num_queries: int,
+        hidden_dim: int,
+        num_levels: int,
+        with_box_refine: bool,
+        two_stage: bool,
+        aux_loss: bool,
     ) -> None:
         super().__init__()
         self.transformer = transformer
         num_layers = len(transformer.decoder.layers)
-        class_head, box_head = nn.Linear(hidden_dim, classification.num_outputs), MLP(hidden_dim, hidden_dim, 4, num_layers=3)
+        class_head, box_head = (
+            nn.Linear(hidden_dim, classification.num_outputs),
+            MLP(hidden_dim, hidden_dim, 4, num_layers=3),
+        )
         classification.init_head(class_head)
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
@@ -65,18 +78,28 @@ class DeformableDETR(Detector):
         maps = self._project(features, samples)
         shapes = [tuple(x.tensor.shape[-2:]) for x in maps]
         tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)
-        position = torch.cat([flatten_map(x.position) + level for x, level in zip(maps, self.transformer.level_embed, strict=True)], 1)
+        position = torch.cat(
+            [flatten_map(x.position) + level for x, level in zip(maps, self.transformer.level_embed, strict=True)], 1
+        )
         padding_mask = torch.cat([x.mask.flatten(1) for x in maps], 1) if samples.padded else None
         sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32)
         valid_sizes = torch.stack([valid_size(x.mask) for x in maps], 1)
         memory = DeformableMemory(
-            features, tokens, position, padding_mask, shapes, sizes=sizes.to(tokens.device, non_blocking=True), valid_sizes=valid_sizes
+            features,
+            tokens,
+            position,
+            padding_mask,
+            shapes,
+            sizes=sizes.to(tokens.device, non_blocking=True),
+            valid_sizes=valid_sizes,
         )
         memory.tokens = self.transformer.encoder(memory)
         return memory
 
     def _project(self, features: list[FeatureMap], samples: NestedTensor) -> list[FeatureMap]:
-        """All levels at model width. The first map beyond the backbone's is made of its last one, the next ones of the one before."""
+        """All levels at model width. The first map beyond the backbone's is made of its last one, the next ones of the
+        one before.
+        """
         maps = []
         for level, projection in enumerate(self.input_proj):
             if level < len(features):
@@ -112,10 +135,11 @@ class DeformableDETR(Detector):
         return States(layers, references, proposals)
 
     def _propose(self, memory: DeformableMemory) -> tuple[Queries, Tensor, dict[str, Tensor]]:
-        """Queries and references [B, Q, 4] of the tokens that score best, and the predictions of all tokens for their loss.
+        """Queries and references [B, Q, 4] of the tokens that score best, and the predictions of all tokens for their
+        loss.
 
-        The first class output is the score, whatever the classes (published). Small images have fewer tokens than queries: then all
-        are taken.
+        The first class output is the score, whatever the classes (published). Small images have fewer tokens than
+        queries: then all are taken.
         """
         transformer = self.transformer
         with torch.autocast(memory.tokens.device.type, enabled=False):
@@ -130,7 +154,9 @@ class DeformableDETR(Detector):
         return Queries(*code.chunk(2, dim=-1)), references, {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()}
 
     def predict(self, states: States) -> dict:
-        """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's tokens."""
+        """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's
+        tokens.
+        """
         layers = as_weights(states.layers, self.class_embed)
         with torch.autocast(layers.device.type, enabled=False):
             # Without zip's check: the last head of a two-stage model is the encoder's.
@@ -165,17 +191,33 @@ def _input_projections(channels: list[int], dim: int, num_levels: int) -> nn.Mod
 
 def build(args, backbone: BackboneWithPositions, classification: Classification) -> DeformableDETR:
     if args.pre_norm:
-        raise UserError("--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist: leave --pre_norm out")
+        raise UserError(
+            "--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist: leave --pre_norm out"
+        )
     dim, levels = args.hidden_dim, args.num_feature_levels
 
     def attention(points: int) -> DeformableAttention:
         return DeformableAttention(dim, args.nheads, levels, points, args.ms_deform_attn)
 
     encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), dim, args.dim_feedforward, args.dropout)
-    decoder_layer = DeformableDecoderLayer(attention(args.dec_n_points), dim, args.nheads, args.dim_feedforward, args.dropout)
+    decoder_layer = DeformableDecoderLayer(
+        attention(args.dec_n_points), dim, args.nheads, args.dim_feedforward, args.dropout
+    )
     transformer = DeformableTransformer(
-        DeformableEncoder(encoder_layer, args.enc_layers), DeformableDecoder(decoder_layer, args.dec_layers), dim, levels, args.two_stage
+        DeformableEncoder(encoder_layer, args.enc_layers),
+        DeformableDecoder(decoder_layer, args.dec_layers),
+        dim,
+        levels,
+        args.two_stage,
     )
     return DeformableDETR(
-        backbone, transformer, classification, args.num_queries, dim, levels, args.with_box_refine, args.two_stage, args.aux_loss
+        backbone,
+        transformer,
+        classification,
+        args.num_queries,
+        dim,
+        levels,
+        args.with_box_refine,
+        args.two_stage,
+        args.aux_loss,
     )

@@ -1,8 +1,9 @@
 """Encoder and decoder of Deformable DETR (Zhu et al., ICLR 2021): every query reads a few points of each map.
 
-Shapes: B images, S tokens (all cells of all maps, map by map), Q queries, D model width, H heads, L maps (levels), P points.
-Points, sizes and references are (x, y); sizes of maps on the host are (h, w).
+Shapes: B images, S tokens (all cells of all maps, map by map), Q queries, D model width, H heads, L maps (levels), P
+points. Points, sizes and references are (x, y); sizes of maps on the host are (h, w).
 """
+
 import math
 from dataclasses import dataclass
 
@@ -17,12 +18,16 @@ from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import sine_features
 from models.transformer import Block, clones, reset_matrices
 
-PROPOSAL_SIZE = 0.05  # side of the box that a cell of the finest map proposes, relative to the image; doubles with each level
+PROPOSAL_SIZE = (
+    0.05  # side of the box that a cell of the finest map proposes, relative to the image; doubles with each level
+)
 
 
 @dataclass(kw_only=True)
 class DeformableMemory(Memory):
-    """sizes: float32 [L, 2], (w, h) of the maps. valid_sizes: float32 [B, L, 2], cells of each map that are not padding."""
+    """sizes: float32 [L, 2], (w, h) of the maps. valid_sizes: float32 [B, L, 2], cells of each map that are not
+    padding.
+    """
 
     sizes: Tensor
     valid_sizes: Tensor
@@ -36,7 +41,9 @@ class DeformableMemory(Memory):
 class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (equation 3): offsets and weights of the points come from the query alone."""
 
-    def __init__(self, dim: int, num_heads: int, num_levels: int, num_points: int, implementation: str = "auto") -> None:
+    def __init__(
+        self, dim: int, num_heads: int, num_levels: int, num_points: int, implementation: str = "auto"
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.implementation = implementation
@@ -64,15 +71,20 @@ class DeformableAttention(nn.Module):
     def forward(self, query: Tensor, references: Tensor, tokens: Tensor, memory: DeformableMemory) -> Tensor:
         """What each query reads of `tokens`, which lie as `memory` describes.
 
-        query [B, Q, D], tokens [B, S, D]; references [B, Q, L, 2] (points) or [B, Q, L, 4] (cx, cy, w, h), relative to the padded
-        maps. Returns [B, Q, D].
+        query [B, Q, D], tokens [B, S, D]; references [B, Q, L, 2] (points) or [B, Q, L, 4] (cx, cy, w, h), relative to
+        the padded maps. Returns [B, Q, D].
         """
         value = self.value_proj(tokens)
         if memory.padding_mask is not None:
             value = value.masked_fill(memory.padding_mask[..., None], 0.0)
         heads = (self.num_heads, self.num_levels, self.num_points)
         offsets = full_precision(self.sampling_offsets(query)).unflatten(-1, (*heads, 2))
-        weights = full_precision(self.attention_weights(query)).unflatten(-1, (self.num_heads, -1)).softmax(-1).unflatten(-1, heads[1:])
+        weights = (
+            full_precision(self.attention_weights(query))
+            .unflatten(-1, (self.num_heads, -1))
+            .softmax(-1)
+            .unflatten(-1, heads[1:])
+        )
         references = references[:, :, None, :, None]  # to all heads and points
         if references.shape[-1] == 2:
             locations = references + offsets / memory.sizes[:, None]
@@ -113,9 +125,13 @@ class DeformableEncoder(nn.Module):
 
 
 class DeformableDecoderLayer(Block):
-    """Self-attention comes first, although its norm is the second: numbers and order of attributes are the published ones."""
+    """Self-attention comes first, although its norm is the second: numbers and order of attributes are the published
+    ones.
+    """
 
-    def __init__(self, attention: DeformableAttention, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
+    def __init__(
+        self, attention: DeformableAttention, dim: int, num_heads: int, dim_feedforward: int, dropout: float
+    ) -> None:
         super().__init__(dropout, pre_norm=False)
         self.cross_attn = attention
         self.norm1 = nn.LayerNorm(dim)
@@ -125,7 +141,9 @@ class DeformableDecoderLayer(Block):
         self.linear2 = nn.Linear(dim_feedforward, dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, position: Tensor, references: Tensor, memory: DeformableMemory, query_groups: int) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, references: Tensor, memory: DeformableMemory, query_groups: int
+    ) -> Tensor:
         """x, position [B, Q, D]; references [B, Q, 2 or 4], relative to the images. Returns [B, Q, D]."""
         ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)
         on_maps = references[:, :, None] * ratios[:, None]
@@ -141,7 +159,8 @@ class DeformableDecoderLayer(Block):
 class DeformableDecoder(nn.Module):
     """`bbox_embed`, given by the detector, makes each layer refine the references of the next (appendix A.4).
 
-    `class_embed` is not used here. Both stand here because published checkpoints list the heads a second time under these names.
+    `class_embed` is not used here. Both stand here because published checkpoints list the heads a second time under
+    these names.
     """
 
     def __init__(self, layer: DeformableDecoderLayer, num_layers: int) -> None:
@@ -153,7 +172,9 @@ class DeformableDecoder(nn.Module):
     def forward(
         self, x: Tensor, position: Tensor, references: Tensor, memory: DeformableMemory, query_groups: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """x, position [B, Q, D], references [B, Q, 2 or 4] -> layers [L, B, Q, D], and the references that each layer started from."""
+        """x, position [B, Q, D], references [B, Q, 2 or 4] -> layers [L, B, Q, D], and the references that each layer
+        started from.
+        """
         outputs, started_from = [], []
         for i, layer in enumerate(self.layers):
             started_from.append(references)
@@ -171,10 +192,12 @@ class DeformableDecoder(nn.Module):
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder, decoder, and where queries come from: `reference_points` turns positions into references; in a two-stage model
-    proposals of the encoder take their place."""
+    """Encoder, decoder, and where queries come from: `reference_points` turns positions into references; in a two-stage
+    model proposals of the encoder take their place."""
 
-    def __init__(self, encoder: DeformableEncoder, decoder: DeformableDecoder, dim: int, num_levels: int, two_stage: bool) -> None:
+    def __init__(
+        self, encoder: DeformableEncoder, decoder: DeformableDecoder, dim: int, num_levels: int, two_stage: bool
+    ) -> None:
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
         self.encoder, self.decoder = encoder, decoder
@@ -195,7 +218,9 @@ class DeformableTransformer(nn.Module):
 
 
 def move_boxes(offsets: Tensor, references: Tensor) -> Tensor:
-    """Boxes (cx, cy, w, h) in [0, 1] from outputs of the box head [..., 4], relative to references: centres or whole boxes."""
+    """Boxes (cx, cy, w, h) in [0, 1] from outputs of the box head [..., 4], relative to references: centres or whole
+    boxes.
+    """
     start = inverse_sigmoid(references)
     if start.shape[-1] == 2:
         start = functional.pad(start, (0, 2))
@@ -218,7 +243,8 @@ def cell_references(memory: DeformableMemory) -> Tensor:
     """Where each token lies on every padded map: float32 [B, S, L, 2]."""
     ratios, device = memory.valid_ratios, memory.sizes.device
     on_images = [
-        cell_centres(*shape, device) / (ratios[:, level, None] * memory.sizes[level]) for level, shape in enumerate(memory.shapes)
+        cell_centres(*shape, device) / (ratios[:, level, None] * memory.sizes[level])
+        for level, shape in enumerate(memory.shapes)
     ]
     return torch.cat(on_images, 1)[:, :, None] * ratios[:, None]
 
@@ -226,8 +252,8 @@ def cell_references(memory: DeformableMemory) -> Tensor:
 def cell_proposals(memory: DeformableMemory) -> tuple[Tensor, Tensor]:
     """The box that each token proposes before it is refined (section 4.2 and appendix A.4).
 
-    Returns logits of (cx, cy, w, h), float32 [B, S, 4], infinite where the token is padding or its box touches the border; and
-    bool [B, S], True on the others.
+    Returns logits of (cx, cy, w, h), float32 [B, S, 4], infinite where the token is padding or its box touches the
+    border; and bool [B, S], True on the others.
     """
     boxes = []
     for level, shape in enumerate(memory.shapes):

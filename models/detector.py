@@ -6,9 +6,10 @@ A detector is three stages, so that a pretext can enter between them:
     states  = detector.decode(memory, queries, query_groups)  # decoder, with learned queries unless others are given
     outputs = detector.predict(states)                        # heads of all decoder layers
 
-`detector(samples)` is the three in a row. Shapes: B images, Q queries, D model width, L decoder layers, S memory tokens, C class outputs.
-Boxes are (cx, cy, w, h) relative to each image without its padding.
+`detector(samples)` is the three in a row. Shapes: B images, Q queries, D model width, L decoder layers, S memory
+tokens, C class outputs. Boxes are (cx, cy, w, h) relative to each image without its padding.
 """
+
 from dataclasses import dataclass, field
 
 import torch
@@ -23,8 +24,8 @@ from util.nested_tensor import NestedTensor, as_nested_tensor
 class Memory:
     """What the encoder made of a batch.
 
-    features: maps of the backbone, before any projection. tokens, position: [B, S, D]. padding_mask: bool [B, S], True on padding,
-    None where no image is padded. shapes: (h, w) of each level whose tokens are in the memory.
+    features: maps of the backbone, before any projection. tokens, position: [B, S, D]. padding_mask: bool [B, S], True
+    on padding, None where no image is padded. shapes: (h, w) of each level whose tokens are in the memory.
     """
 
     features: list[FeatureMap]
@@ -44,8 +45,9 @@ class Queries:
 
 @dataclass
 class States:
-    """layers [L, B, Q, D]; references that each layer's boxes are relative to, [B, Q, 2 or 4] in [0, 1], or None where boxes are
-    predicted absolutely; encoder_proposals: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of a two-stage detector.
+    """layers [L, B, Q, D]; references that each layer's boxes are relative to, [B, Q, 2 or 4] in [0, 1], or None where
+    boxes are predicted absolutely; encoder_proposals: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of a two-stage
+    detector.
     """
 
     layers: Tensor
@@ -61,7 +63,9 @@ class Detector(nn.Module):
     classification: Classification
     aux_loss: bool
     backbone: BackboneWithPositions
-    two_stage: bool = False  # its queries come from encoder proposals, so that it has no learned ones and can't be given any
+    two_stage: bool = (
+        False  # its queries come from encoder proposals, so that it has no learned ones and can't be given any
+    )
 
     def encode(self, samples: NestedTensor) -> Memory:
         raise NotImplementedError  # the contract
@@ -77,9 +81,11 @@ class Detector(nn.Module):
         raise NotImplementedError  # the contract
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> dict:
-        """Normalised images -> {"pred_logits" [B, Q, C], "pred_boxes" [B, Q, 4], "aux_outputs": the same of each earlier layer}.
+        """Normalised images -> {"pred_logits" [B, Q, C], "pred_boxes" [B, Q, 4], "aux_outputs": the same of each
+        earlier layer}.
 
-        A two-stage detector also gives "enc_outputs": the same of all S memory tokens, which the criterion scores apart.
+        A two-stage detector also gives "enc_outputs": the same of all S memory tokens, which the criterion scores
+        apart.
         """
         return self.predict(self.decode(self.encode(as_nested_tensor(samples))))
 
@@ -103,5 +109,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def as_weights(x: Tensor, head: nn.Module) -> Tensor:
-    """In the dtype of the head's weights: autocast never reaches heads and boxes, and a model that was made half runs as a whole."""
+    """In the dtype of the head's weights: autocast never reaches heads and boxes, and a model that was made half runs
+    as a whole.
+    """
     return x.to(next(head.parameters()).dtype)

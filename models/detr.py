@@ -1,4 +1,5 @@
 """DETR (Carion et al., ECCV 2020), post-norm and pre-norm."""
+
 import torch
 from torch import Tensor, nn
 
@@ -62,14 +63,20 @@ def build_encoder(args) -> Encoder:
 
 
 class SingleScaleDetector(Detector):
-    """A detector on the last map of the backbone, with DETR's encoder, one table of queries, and heads shared by all layers.
+    """A detector on the last map of the backbone, with DETR's encoder, one table of queries, and heads shared by all
+    layers.
 
     Attributes stand in the published order, on which the state of a published optimiser depends.
     """
 
     def __init__(
-        self, backbone: BackboneWithPositions, transformer: Transformer, classification: Classification, num_queries: int,
-        hidden_dim: int, aux_loss: bool,
+        self,
+        backbone: BackboneWithPositions,
+        transformer: Transformer,
+        classification: Classification,
+        num_queries: int,
+        hidden_dim: int,
+        aux_loss: bool,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -88,7 +95,9 @@ class SingleScaleDetector(Detector):
         position = flatten_map(last.position)
         padding_mask = last.mask.flatten(1) if samples.padded else None
         tokens = flatten_map(self.input_proj(last.tensor))
-        if torch.is_autocast_enabled(tokens.device.type):  # post-norm layers widen their sums at once, pre-norm ones never would
+        if torch.is_autocast_enabled(
+            tokens.device.type
+        ):  # post-norm layers widen their sums at once, pre-norm ones never would
             tokens = full_precision(tokens)
         tokens = self.transformer.encoder(tokens, position, padding_mask)
         return Memory(features, tokens, position, padding_mask, [tuple(last.tensor.shape[-2:])])

@@ -1,4 +1,5 @@
 """Hungarian matching of queries to targets (Carion et al. 2020, section 3.1), all decoder layers and images at once."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,9 @@ class NonFinitePrediction(NonFinite):
 class Matches:
     """Matched pairs of all layers and images, layer by layer, image by image, sorted by query.
 
-    source: int64 [K], positions in the flattened [L, B, Q] predictions. target: int64 [K], positions in the concatenated targets
-    of the batch. Both on the device. Every layer has K / L pairs. `pairs[layer][image]` holds the (query, target) numpy arrays.
+    source: int64 [K], positions in the flattened [L, B, Q] predictions. target: int64 [K], positions in the
+    concatenated targets of the batch. Both on the device. Every layer has K / L pairs. `pairs[layer][image]` holds the
+    (query, target) numpy arrays.
     """
 
     source: Tensor
@@ -32,10 +34,10 @@ class Matches:
 class HungarianMatcher:
     """Assigns each target of an image to a different query so that the sum of costs is least.
 
-    The cost of a pair is `cost_class` times the class cost (see `Classification.class_cost`), plus `cost_bbox` times the L1
-    distance of the normalised (cx, cy, w, h), minus `cost_giou` times the generalised IoU. With more targets than queries only as
-    many targets as queries are matched. Costs are computed on the device for the targets of the own image only, copied to the
-    host once, and the indices copied back once.
+    The cost of a pair is `cost_class` times the class cost (see `Classification.class_cost`), plus `cost_bbox` times
+    the L1 distance of the normalised (cx, cy, w, h), minus `cost_giou` times the generalised IoU. With more targets
+    than queries only as many targets as queries are matched. Costs are computed on the device for the targets of the
+    own image only, copied to the host once, and the indices copied back once.
     """
 
     def __init__(self, classification: Classification) -> None:
@@ -43,7 +45,8 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
-        """logits [L, B, Q, C], boxes_cxcywh [L, B, Q, 4]; each target has `labels` [n] and `boxes` [n, 4] (cx, cy, w, h).
+        """logits [L, B, Q, C], boxes_cxcywh [L, B, Q, 4]; each target has `labels` [n] and `boxes` [n, 4] (cx, cy, w,
+        h).
 
         Raises:
             NonFinitePrediction: a cost is NaN or infinite.
@@ -55,7 +58,9 @@ class HungarianMatcher:
         return self._assign(cost, counts, logits)
 
     def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """[L, B, Q, N] with N the largest number of targets; what stands beyond an image's own number has no meaning."""
+        """[L, B, Q, N] with N the largest number of targets; what stands beyond an image's own number has no
+        meaning.
+        """
         labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
         true_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True).to(boxes_cxcywh.dtype)
         distance = (boxes_cxcywh[..., :, None, :] - true_boxes[:, None]).abs().sum(-1)
@@ -73,7 +78,10 @@ class HungarianMatcher:
         layers, images = np.nonzero((~np.isfinite(cost) & real[None, :, None, :]).any((2, 3)))
         if not len(layers):
             return
-        ids = [int(targets[i]["image_id"]) if "image_id" in targets[i] else f"batch position {i}" for i in np.unique(images)]
+        ids = [
+            int(targets[i]["image_id"]) if "image_id" in targets[i] else f"batch position {i}"
+            for i in np.unique(images)
+        ]
         raise NonFinitePrediction(
             f"decoder layer {layers[0]} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images {ids[:8]}: "
             "look at their boxes, lower --lr, or use --amp no"

@@ -1,8 +1,10 @@
-"""Multi-scale deformable attention (Zhu et al., ICLR 2021, equation 3): a weighted sum of a few bilinear samples of several maps.
+"""Multi-scale deformable attention (Zhu et al., ICLR 2021, equation 3): a weighted sum of a few bilinear samples of
+several maps.
 
-Two implementations of the same numbers. "pytorch" runs on every device and in every dtype. "triton" runs on NVIDIA GPUs from Ampere
-on; Triton comes with PyTorch, and nothing has to be built. "auto" takes Triton where it can run.
+Two implementations of the same numbers. "pytorch" runs on every device and in every dtype. "triton" runs on NVIDIA GPUs
+from Ampere on; Triton comes with PyTorch, and nothing has to be built. "auto" takes Triton where it can run.
 """
+
 import importlib.util
 import os
 import shutil
@@ -18,14 +20,19 @@ IMPLEMENTATIONS = ("auto", "pytorch", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-HAS_COMPILER = "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))  # Triton builds its launcher with one, once
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on the CPU, slowly, for tests
+HAS_COMPILER = "CC" in os.environ or any(
+    map(shutil.which, ("gcc", "clang"))
+)  # Triton builds its launcher with one, once
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # Triton's own switch: kernels run on the CPU, slowly, for tests
 
 
 def ms_deform_attn(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, implementation: str = "auto"
 ) -> Tensor:
-    """Samples every map at the locations (bilinear, zero outside, pixel coordinate = location * size - 0.5) and adds up by weights.
+    """Samples every map at the locations (bilinear, zero outside, pixel coordinate = location * size - 0.5) and adds up
+    by weights.
 
     Args:
         value: [B, S, H, D], the maps one after the other, row by row; H heads of D channels.
@@ -35,9 +42,9 @@ def ms_deform_attn(
         implementation: "auto", "pytorch" or "triton".
 
     Returns:
-        [B, Q, H * D] in the dtype of value. Arithmetic is in float32 (float64 for a value in float64, on the PyTorch path) whatever
-        the dtypes and whether autocast is on; each gradient has the dtype of its tensor. Derivatives are of first order on the
-        Triton path, and its gradient of value is summed in no fixed order.
+        [B, Q, H * D] in the dtype of value. Arithmetic is in float32 (float64 for a value in float64, on the PyTorch
+        path) whatever the dtypes and whether autocast is on; each gradient has the dtype of its tensor. Derivatives are
+        of first order on the Triton path, and its gradient of value is summed in no fixed order.
 
     Raises:
         UserError: "triton" where it can't run, or a name that is no implementation.
@@ -51,14 +58,18 @@ def ms_deform_attn(
 
 
 def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """"pytorch" or "triton": what `ms_deform_attn` runs for a value of this dtype on this device.
+    """ "pytorch" or "triton": what `ms_deform_attn` runs for a value of this dtype on this device.
 
     Under `torch.use_deterministic_algorithms` "auto" is "pytorch", where PyTorch itself says what it can't repeat.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"--ms_deform_attn {implementation}: choose one of {', '.join(IMPLEMENTATIONS)}")
     if implementation == "auto":
-        runs = device.type == "cuda" and _obstacle(device, dtype) is None and not torch.are_deterministic_algorithms_enabled()
+        runs = (
+            device.type == "cuda"
+            and _obstacle(device, dtype) is None
+            and not torch.are_deterministic_algorithms_enabled()
+        )
         return "triton" if runs else "pytorch"
     obstacle = _obstacle(device, dtype) if implementation == "triton" else None
     if obstacle:
@@ -100,13 +111,21 @@ def _pytorch(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     B, _, H, D = value.shape
     _, Q, _, L, P, _ = locations.shape
-    maps = value.to(dtype).permute(0, 2, 3, 1).reshape(B * H, D, -1).split([height * width for height, width in shapes], -1)
+    maps = (
+        value.to(dtype)
+        .permute(0, 2, 3, 1)
+        .reshape(B * H, D, -1)
+        .split([height * width for height, width in shapes], -1)
+    )
     grid = (2 * locations.to(dtype) - 1).permute(3, 0, 2, 4, 1, 5).reshape(L, B * H, P, Q, 2)
     by_level = weights.to(dtype).permute(3, 0, 2, 4, 1).reshape(L, B * H, 1, P, Q)
-    # Map by map, queries last: no tensor of all samples is made, and sums run over whole rows. On a CPU this halves the time.
+    # Map by map, queries last: no tensor of all samples is made, and sums run over whole rows. On a CPU this halves the
+    # time.
     summed = 0
     for pixels, shape, points, weight in zip(maps, shapes, grid, by_level, strict=True):
-        samples = F.grid_sample(pixels.unflatten(-1, tuple(shape)), points, mode="bilinear", padding_mode="zeros", align_corners=False)
+        samples = F.grid_sample(
+            pixels.unflatten(-1, tuple(shape)), points, mode="bilinear", padding_mode="zeros", align_corners=False
+        )
         summed = summed + (samples * weight).sum(-2)  # [B * H, D, Q]
     return summed.view(B, H, D, Q).permute(0, 3, 1, 2).reshape(B, Q, H * D).to(value.dtype)
 
@@ -146,7 +165,9 @@ def _keep(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
     value, locations, weights = ctx.saved_tensors
-    grad_value, grad_locations, grad_weights = _triton_backward(grad_output.contiguous(), value, ctx.shapes, locations, weights)
+    grad_value, grad_locations, grad_weights = _triton_backward(
+        grad_output.contiguous(), value, ctx.shapes, locations, weights
+    )
     return grad_value, None, grad_locations, grad_weights
 
 

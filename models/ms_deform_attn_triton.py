@@ -1,12 +1,15 @@
-"""Triton kernels of multi-scale deformable attention, forward and backward. `models.ms_deform_attn` imports this file when they are used.
+"""Triton kernels of multi-scale deformable attention, forward and backward. `models.ms_deform_attn` imports this file
+when they are used.
 
-A program computes BLOCK_Q neighbouring queries of one head. In the encoder neighbours look at neighbouring pixels, which are then
-mostly in the cache of their multiprocessor. All sums are in float32. The forward pass keeps nothing but its inputs; the backward pass
-reads the corners again, and adds to the gradient of value with atomic additions, four channels in one from Hopper on.
+A program computes BLOCK_Q neighbouring queries of one head. In the encoder neighbours look at neighbouring pixels,
+which are then mostly in the cache of their multiprocessor. All sums are in float32. The forward pass keeps nothing but
+its inputs; the backward pass reads the corners again, and adds to the gradient of value with atomic additions, four
+channels in one from Hopper on.
 
-These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have not been run on a GPU yet:
-`tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times them there.
+These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have not been run on a GPU
+yet: `tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times them there.
 """
+
 import contextlib
 from collections.abc import Sequence
 
@@ -32,7 +35,9 @@ def _level_shape(shapes, level, L: tl.constexpr):
 
 @triton.jit
 def _program(Q, H: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """(image, head, first query) of this program. Heads run fastest: programs at work together then add to different channels."""
+    """(image, head, first query) of this program. Heads run fastest: programs at work together then add to different
+    channels.
+    """
     blocks = tl.cdiv(Q, BLOCK_Q)
     index = tl.program_id(0)
     return index // H // blocks, index % H, index // H % blocks * BLOCK_Q
@@ -52,7 +57,9 @@ def _sample_position(locations, point, inside, height, width):
 
 @triton.jit
 def _corners(left, upper, start, height, width, channels, D: tl.constexpr, PIXEL: tl.constexpr):
-    """Offsets and masks of the corners upper left, upper right, lower left, lower right, each for the tile; pixels are PIXEL apart."""
+    """Offsets and masks of the corners upper left, upper right, lower left, lower right, each for the tile; pixels are
+    PIXEL apart.
+    """
     is_channel = channels < D
     in_left, in_right = (left >= 0) & (left < width), (left >= -1) & (left < width - 1)
     in_upper, in_lower = (upper >= 0) & (upper < height), (upper >= -1) & (upper < height - 1)
@@ -61,8 +68,10 @@ def _corners(left, upper, start, height, width, channels, D: tl.constexpr, PIXEL
     below = corner + width.to(tl.int64) * PIXEL
     offsets = corner, corner + PIXEL, below, below + PIXEL
     return offsets, (
-        (in_upper & in_left)[:, None] & is_channel, (in_upper & in_right)[:, None] & is_channel,
-        (in_lower & in_left)[:, None] & is_channel, (in_lower & in_right)[:, None] & is_channel,
+        (in_upper & in_left)[:, None] & is_channel,
+        (in_upper & in_right)[:, None] & is_channel,
+        (in_lower & in_left)[:, None] & is_channel,
+        (in_lower & in_right)[:, None] & is_channel,
     )
 
 
@@ -95,13 +104,26 @@ def _derivatives(g00, g01, g10, g11, weight, dx, dy, height, width):
 
 @triton.jit
 def _store_columns(target, rows, tile, columns, inside, COUNT: tl.constexpr):
-    tl.store(target + rows[:, None] + columns, tile.to(target.dtype.element_ty), mask=inside[:, None] & (columns < COUNT))
+    tl.store(
+        target + rows[:, None] + columns, tile.to(target.dtype.element_ty), mask=inside[:, None] & (columns < COUNT)
+    )
 
 
 @triton.jit(do_not_specialize=["S", "Q"])
 def _forward_kernel(
-    value, locations, weights, output, shapes, S, Q, H: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    value,
+    locations,
+    weights,
+    output,
+    shapes,
+    S,
+    Q,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     image, head, first = _program(Q, H, BLOCK_Q)
     rows = tl.arange(0, BLOCK_Q)
@@ -127,12 +149,27 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["S", "Q"])
 def _backward_kernel(
-    grad_output, value, locations, weights, grad_value, grad_locations, grad_weights, shapes, S, Q, H: tl.constexpr, D: tl.constexpr,
-    L: tl.constexpr, P: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_output,
+    value,
+    locations,
+    weights,
+    grad_value,
+    grad_locations,
+    grad_weights,
+    shapes,
+    S,
+    Q,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    L: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     image, head, first = _program(Q, H, BLOCK_Q)
     rows = tl.arange(0, BLOCK_Q)
-    # A thread takes 4 channels in every read: as many as the widest addition has, so that no tile moves between layouts.
+    # A thread takes 4 channels in every read: as many as the widest addition has, so that no tile moves between
+    # layouts.
     channels = tl.max_contiguous(tl.arange(0, BLOCK_D), 4)[None, :]
     inside = first + rows < Q
     item = (image.to(tl.int64) * Q + first) * H + head
@@ -150,7 +187,12 @@ def _backward_kernel(
             left, upper, dx, dy = _sample_position(locations, points + p, inside, height, width)
             at, on_map = _corners(left, upper, start, height, width, channels, D, H * D)
             v00, v01, v10, v11 = _read(value, at, on_map)
-            g00, g01, g10, g11 = tl.sum(grad * v00, 1), tl.sum(grad * v01, 1), tl.sum(grad * v10, 1), tl.sum(grad * v11, 1)
+            g00, g01, g10, g11 = (
+                tl.sum(grad * v00, 1),
+                tl.sum(grad * v01, 1),
+                tl.sum(grad * v10, 1),
+                tl.sum(grad * v11, 1),
+            )
             weight = tl.load(weights + points + p, mask=inside, other=0.0).to(tl.float32)
             by_x, by_y, by_weight = _derivatives(g00, g01, g10, g11, weight, dx, dy, height, width)
             by_place = tl.where(channels == 2 * p, by_x, tl.where(channels == 2 * p + 1, by_y, by_place))
@@ -164,7 +206,9 @@ def _backward_kernel(
 
 
 def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """Contiguous tensors as in `models.ms_deform_attn`, shapes as (h, w, h, w ...) -> [B, Q, H * D] in the dtype of value."""
+    """Contiguous tensors as in `models.ms_deform_attn`, shapes as (h, w, h, w ...) -> [B, Q, H * D] in the dtype of
+    value.
+    """
     output = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
     _launch(_forward_kernel, (value, locations, weights, output), shapes, value, locations, 1)
     return output
@@ -173,7 +217,9 @@ def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Te
 def backward(
     grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, each in the dtype of its tensor; that of value is summed in float32."""
+    """Gradients of value, locations and weights, each in the dtype of its tensor; that of value is summed in
+    float32.
+    """
     grad_value = torch.zeros_like(value, dtype=torch.float32)
     grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
     tensors = (grad_output, value, locations, weights, grad_value, grad_locations, grad_weights)
@@ -181,7 +227,9 @@ def backward(
     return grad_value.to(value.dtype), grad_locations, grad_weights
 
 
-def _launch(kernel, tensors: tuple[Tensor, ...], shapes: Sequence[int], value: Tensor, locations: Tensor, columns: int) -> None:
+def _launch(
+    kernel, tensors: tuple[Tensor, ...], shapes: Sequence[int], value: Tensor, locations: Tensor, columns: int
+) -> None:
     """Runs a kernel whose tile has room for the channels of a head and for `columns` other numbers of a query."""
     B, S, H, D = value.shape
     _, Q, _, L, P, _ = locations.shape

@@ -1,4 +1,5 @@
 """Position codes of feature maps: sine (Carion et al. 2020, appendix A.4), sine with a half-cell shift, and learned."""
+
 import math
 
 import torch
@@ -10,7 +11,9 @@ TEMPERATURE = 10000.0
 
 
 def sine_features(values: Tensor, num_features: int) -> Tensor:
-    """sin and cos of `values` [...] (radians) at `num_features` / 2 frequencies, interleaved: [..., num_features], float32."""
+    """sin and cos of `values` [...] (radians) at `num_features` / 2 frequencies, interleaved: [..., num_features],
+    float32.
+    """
     index = torch.arange(num_features, dtype=torch.float32, device=values.device)
     frequency = TEMPERATURE ** (2 * torch.div(index, 2, rounding_mode="floor") / num_features)
     angles = values[..., None] / frequency
@@ -18,7 +21,9 @@ def sine_features(values: Tensor, num_features: int) -> Tensor:
 
 
 def sine_embed_points(points_xy: Tensor, dim: int) -> Tensor:
-    """Sine code of points [..., 2] in [0, 1], y features first: [..., dim] in their dtype (Meng et al. 2021, equation 5)."""
+    """Sine code of points [..., 2] in [0, 1], y features first: [..., dim] in their dtype (Meng et al. 2021, equation
+    5).
+    """
     scaled = points_xy * (2 * math.pi)
     features = [sine_features(scaled[..., axis], dim // 2) for axis in (1, 0)]
     return torch.cat(features, dim=-1).to(points_xy.dtype)
@@ -27,8 +32,8 @@ def sine_embed_points(points_xy: Tensor, dim: int) -> Tensor:
 class SinePositionEncoding(nn.Module):
     """Code of a cell from the share of valid cells above and left of it.
 
-    `shift` is subtracted from the count: 0 in DETR, UP-DETR, Conditional and Siamese DETR (`sine`), 0.5 in Deformable DETR and
-    DETReg (`sine_shifted`). Always computed in float32, whatever the model's type.
+    `shift` is subtracted from the count: 0 in DETR, UP-DETR, Conditional and Siamese DETR (`sine`), 0.5 in Deformable
+    DETR and DETReg (`sine_shifted`). Always computed in float32, whatever the model's type.
     """
 
     def __init__(self, dim: int, shift: float = 0.0, normalize: bool = True) -> None:
@@ -48,7 +53,9 @@ class SinePositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """One learned row and column code of 50 each; column (x) features first. Maps of more than 50 cells a side are refused."""
+    """One learned row and column code of 50 each; column (x) features first. Maps of more than 50 cells a side are
+    refused.
+    """
 
     MAX_CELLS = 50
 

@@ -1,4 +1,5 @@
 """From the network's output to scores, labels and boxes in pixels."""
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,9 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """target_sizes: [B, 2], (height, width) of each image. Returns for each image `scores` [K], `labels` [K], `boxes` [K, 4]."""
+        """target_sizes: [B, 2], (height, width) of each image. Returns for each image `scores` [K], `labels` [K],
+        `boxes` [K, 4].
+        """
         logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
         if self.classification.kind == "softmax":
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)

@@ -1,4 +1,5 @@
 """ResNets of torchvision, with the published names."""
+
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
@@ -9,7 +10,9 @@ from util.logger import UserError
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """Batch norm whose statistics and affine are constants, in the type of its input: under autocast nothing is widened."""
+    """Batch norm whose statistics and affine are constants, in the type of its input: under autocast nothing is
+    widened.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
@@ -33,7 +36,9 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
 def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body:
     """`resnet18`, `resnet34`, `resnet50` or `resnet101`."""
     if dilation and name in ("resnet18", "resnet34"):
-        raise UserError(f"--dilation needs a ResNet with bottleneck blocks, --backbone {name} has none: use resnet50 or resnet101")
+        raise UserError(
+            f"--dilation needs a ResNet with bottleneck blocks, --backbone {name} has none: use resnet50 or resnet101"
+        )
     norm_layer = FrozenBatchNorm2d if norm == "frozen" else LiveBatchNorm2d
     resnet = getattr(torchvision.models, name)(
         weights=None, norm_layer=norm_layer, replace_stride_with_dilation=[False, False, dilation]

@@ -1,4 +1,5 @@
 """What a run trains, in numbers: parameters, those that train, multiply-adds, and the published figures beside them."""
+
 import copy
 from argparse import Namespace
 
@@ -11,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from util.logger import UserError, log
 from util.nested_tensor import NestedTensor
 
-# (detector, backbone, DC5, feature levels) -> (parameters in millions, multiply-adds in G), as DETR, Conditional DETR and Deformable
-# DETR publish them, for validation images of COCO with a short side of 800.
+# (detector, backbone, DC5, feature levels) -> (parameters in millions, multiply-adds in G), as DETR, Conditional DETR
+# and Deformable DETR publish them, for validation images of COCO with a short side of 800.
 PUBLISHED: dict[tuple[str, str, bool, int], tuple[int, int]] = {
     ("detr", "resnet50", False, 1): (41, 86),
     ("detr", "resnet50", True, 1): (41, 187),
@@ -44,11 +45,12 @@ def _sampling_flops(value_shape, grid_shape, *_args, out_shape=None, **_kwargs) 
 
 
 def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
-    """Multiply-adds of `detector` on one image [3, height, width] without padding: convolutions, matrix products and attention, and
-    for deformable attention 5 for each value that is sampled. Norms, activations and sums are left out, as published counts do.
+    """Multiply-adds of `detector` on one image [3, height, width] without padding: convolutions, matrix products and
+    attention, and for deformable attention 5 for each value that is sampled. Norms, activations and sums are left out,
+    as published counts do.
 
-    Nothing is computed and no memory is used: a copy of the network runs on tensors that have shapes only. The network itself and
-    random states stay as they are.
+    Nothing is computed and no memory is used: a copy of the network runs on tensors that have shapes only. The network
+    itself and random states stay as they are.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: _sampling_flops})
     shapes_only = FakeTensorMode()
@@ -83,9 +85,12 @@ def evaluation_size(args: Namespace) -> tuple[int, int]:
 
 
 def published_figures(args: Namespace) -> tuple[int, int] | None:
-    """(millions of parameters, G of multiply-adds) of the published detector with this architecture; None if there is none."""
+    """(millions of parameters, G of multiply-adds) of the published detector with this architecture; None if there is
+    none.
+    """
     sizes = {
-        **PUBLISHED_SIZES, "dim_feedforward": PUBLISHED_WIDTHS.get(args.detector, 2048),
+        **PUBLISHED_SIZES,
+        "dim_feedforward": PUBLISHED_WIDTHS.get(args.detector, 2048),
         "num_queries": PUBLISHED_QUERIES.get(args.detector, 300),
     }
     if args.with_box_refine or args.two_stage or any(getattr(args, name) != value for name, value in sizes.items()):
@@ -101,8 +106,17 @@ def describe_model(model: nn.Module, args: Namespace) -> dict[str, object]:
     total, trainable = count_parameters(model)
     detector = getattr(model, "detector", model)
     what = f"{args.pretext} on {args.detector}" if args.pretext else args.detector
-    log.info("%s, %s (%s batch norm, weights: %s): %s parameters, %s trainable; device %s, amp %s",
-             what, args.backbone, args.backbone_norm, args.backbone_weights, f"{total:,}", f"{trainable:,}", args.device, args.amp)
+    log.info(
+        "%s, %s (%s batch norm, weights: %s): %s parameters, %s trainable; device %s, amp %s",
+        what,
+        args.backbone,
+        args.backbone_norm,
+        args.backbone_weights,
+        f"{total:,}",
+        f"{trainable:,}",
+        args.device,
+        args.amp,
+    )
     own = total - count_parameters(detector)[0]
     if own:
         log.info("  of these %s parameters belong to the pretext; fine-tuning leaves them behind", f"{own:,}")
@@ -111,10 +125,16 @@ def describe_model(model: nn.Module, args: Namespace) -> dict[str, object]:
     if count is not None:
         log.info("  %s for an image of %d x %d%s", _in_g(count), height, width, _published_text(args))
     if args.backbone_norm == "live" and trainable and args.lr_backbone <= 0:
-        log.warning("the backbone has random weights and is frozen: its features will hardly tell images apart; "
-                    "give --backbone_weights or leave it trainable (--lr_backbone above 0, no --fre_cnn)")
+        log.warning(
+            "the backbone has random weights and is frozen: its features will hardly tell images apart; "
+            "give --backbone_weights or leave it trainable (--lr_backbone above 0, no --fre_cnn)"
+        )
     return {
-        "parameters": total, "trainable": trainable, "of_the_pretext": own, "multiply_adds": count, "multiply_adds_hw": [height, width],
+        "parameters": total,
+        "trainable": trainable,
+        "of_the_pretext": own,
+        "multiply_adds": count,
+        "multiply_adds_hw": [height, width],
     }
 
 

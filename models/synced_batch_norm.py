@@ -1,4 +1,5 @@
 """Batch norm over the samples of all processes, on any backend: PyTorch's own refuses gloo."""
+
 from typing import Any
 
 import torch
@@ -20,9 +21,11 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` for [N, C] whose training statistics are of the samples of all processes together; N may differ between them.
+    """`nn.BatchNorm1d` for [N, C] whose training statistics are of the samples of all processes together; N may differ
+    between them.
 
-    Every process must call it equally often. With gradients averaged over the processes, W processes with N samples equal one with W x N.
+    Every process must call it equally often. With gradients averaged over the processes, W processes with N samples
+    equal one with W x N.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""Frozen networks that describe a crop of an image, the target of DETReg's object embedding (Bar et al., CVPR 2022, section 3.2)."""
+"""Frozen networks that describe a crop of an image, the target of DETReg's object embedding (Bar et al., CVPR 2022,
+section 3.2).
+"""
+
 import copy
 
 import torch
@@ -13,7 +16,8 @@ PROJECTION = (2048, 2048, 128)  # SwAV's head: features, hidden, output
 
 
 class IntermediateEncoder(nn.Module):
-    """The mean of the maps of stage 2: crops [N, 3, S, S] -> [N, C], 512 channels for a ResNet-50. Nothing after that stage is kept.
+    """The mean of the maps of stage 2: crops [N, 3, S, S] -> [N, C], 512 channels for a ResNet-50. Nothing after that
+    stage is kept.
 
     Its weights are those that `backbone` has now.
     """
@@ -29,7 +33,10 @@ class IntermediateEncoder(nn.Module):
         source = backbone.body.state_dict()
         missing = [key for key in self.backbone.body.state_dict() if key not in source]
         if missing:
-            raise UserError(f"--obj_embedding_head intermediate: --backbone {backbone.name} has no {missing[0]} in stage 2; use another")
+            raise UserError(
+                f"--obj_embedding_head intermediate: --backbone {backbone.name} has no {missing[0]} in stage 2; "
+                f"use another"
+            )
         self.backbone.body.load_state_dict({key: copy.deepcopy(source[key]) for key in self.backbone.body.state_dict()})
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -37,14 +44,18 @@ class IntermediateEncoder(nn.Module):
 
 
 class HeadEncoder(nn.Module):
-    """SwAV's network with its projection head: crops [N, 3, S, S] -> unit vectors [N, 128]. Names are those of SwAV's file."""
+    """SwAV's network with its projection head: crops [N, 3, S, S] -> unit vectors [N, 128]. Names are those of SwAV's
+    file.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
         backbone = Backbone(name, "live", trainable=False)
         features, hidden, self.num_channels = PROJECTION
         if backbone.num_channels != [features]:
-            raise UserError(f"--obj_embedding_head head needs the network of SwAV's file, resnet50; --backbone is {name}")
+            raise UserError(
+                f"--obj_embedding_head head needs the network of SwAV's file, resnet50; --backbone is {name}"
+            )
         self.stages = [stage for stage, _ in backbone.body.named_children()]
         for stage, module in backbone.body.named_children():
             self.add_module(stage, module)
@@ -71,8 +82,10 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
         try:
             load_backbone_weights(encoder, backbone.name, weights)
         except UserError as error:
-            raise UserError(f"--obj_embedding_head head needs a file with SwAV's projection head: {error}, or --obj_embedding_head "
-                            "intermediate") from error
+            raise UserError(
+                f"--obj_embedding_head head needs a file with SwAV's projection head: {error}, or --obj_embedding_head "
+                "intermediate"
+            ) from error
     return encoder.requires_grad_(False).eval()
 
 
@@ -80,8 +93,8 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
 def describe(encoder: nn.Module, crops: list[Tensor], published_statistics: bool = False) -> Tensor:
     """Crops of each image, [N_i, 3, S, S] -> [sum N_i, C], in one call.
 
-    published_statistics: DETReg never puts its `head` network into evaluation mode, so that batch norm takes the statistics of the crops of
-    one image and moves its running ones; True does the same, image by image.
+    published_statistics: DETReg never puts its `head` network into evaluation mode, so that batch norm takes the
+    statistics of the crops of one image and moves its running ones; True does the same, image by image.
     """
     if published_statistics:
         return torch.cat([encoder.train(len(each) > 1)(each) for each in crops])

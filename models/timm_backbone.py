@@ -1,4 +1,5 @@
 """Any convolutional feature extractor of timm, as `timm:NAME`."""
+
 import torch
 from torch import nn
 
@@ -16,7 +17,9 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     except ImportError as error:
         raise UserError(f"--backbone timm:{name} needs the package timm: pip install timm ({error})") from error
     try:
-        body = timm.create_model(name, pretrained=False, features_only=True, **({"output_stride": 16} if dilation else {}))
+        body = timm.create_model(
+            name, pretrained=False, features_only=True, **({"output_stride": 16} if dilation else {})
+        )
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         raise UserError(f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})") from error
     levels = len(body.feature_info)
@@ -46,7 +49,9 @@ def _probe(body: nn.Module, name: str) -> None:
         body.eval()(torch.zeros(1, 3, 96, 160))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--backbone timm:{name} can't read images of any size ({reason}): choose a convolutional one") from error
+        raise UserError(
+            f"--backbone timm:{name} can't read images of any size ({reason}): choose a convolutional one"
+        ) from error
     body.train(training)
 
 

@@ -1,4 +1,5 @@
 """Blocks that detectors share: feed-forward, encoder, heads' MLP. Batch first: tokens are [B, S, D]."""
+
 import copy
 
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """What encoder and decoder layers share: residual dropout, the feed-forward network and `num_norms` layer norms.
 
-    Subclasses make their attention first and then call `add_feed_forward`: the order of the parameters is the published one,
-    on which the state of a published optimiser depends.
+    Subclasses make their attention first and then call `add_feed_forward`: the order of the parameters is the published
+    one, on which the state of a published optimiser depends.
     """
 
     def __init__(self, dropout: float, pre_norm: bool) -> None:
@@ -55,7 +56,9 @@ class Block(nn.Module):
         return self.linear2(self.drop(functional.relu(self.linear1(x))))
 
     def residual(self, x: Tensor, norm: nn.LayerNorm, sublayer) -> Tensor:
-        """`x` plus what `sublayer` makes of it, with the norm behind the sum, or before the sublayer in a pre-norm model."""
+        """`x` plus what `sublayer` makes of it, with the norm behind the sum, or before the sublayer in a pre-norm
+        model.
+        """
         if self.pre_norm:
             return x + self.drop(sublayer(norm(x)))
         return norm(x + self.drop(sublayer(x)))

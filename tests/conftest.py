@@ -1,4 +1,5 @@
 """Options and settings that all tests share."""
+
 import sys
 from pathlib import Path
 
@@ -10,7 +11,11 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden-dir", default=str(ROOT / "tests" / "golden"), help="folder of golden files, see tests/golden/README.md")
+    parser.addoption(
+        "--golden-dir",
+        default=str(ROOT / "tests" / "golden"),
+        help="folder of golden files, see tests/golden/README.md",
+    )
 
 
 @pytest.fixture(autouse=True)

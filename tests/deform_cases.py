@@ -1,7 +1,9 @@
-"""Cases of multi-scale deformable attention, held to float64 on the PyTorch path. Run as a script, on the CPU with Triton's interpreter:
+"""Cases of multi-scale deformable attention, held to float64 on the PyTorch path. Run as a script, on the CPU with
+Triton's interpreter:
 
-    TRITON_INTERPRET=1 python tests/deform_cases.py numbers|registration
+TRITON_INTERPRET=1 python tests/deform_cases.py numbers|registration
 """
+
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,12 @@ if __name__ == "__main__":
 
 from models.ms_deform_attn import _triton, _triton_backward, ms_deform_attn
 
-FINEST = {torch.float32: 1e-5, torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float64: 1e-5}  # half a last digit and some additions
+FINEST = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 6e-3,
+    torch.float16: 8e-4,
+    torch.float64: 1e-5,
+}  # half a last digit and some additions
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,9 @@ def sampling_pixels(case: Case, generator: torch.Generator) -> Tensor:
     """Pixel coordinates (x, y) of the points, [B, Q, H, L, P, 2]."""
     size = torch.tensor([(width, height) for height, width in case.shapes])[:, None]
     shape = case.B, case.Q, case.H, len(case.shapes), case.P, 2
-    if case.points == "borders":  # every distance from a border that changes what is read; exact in floating point for such sizes
+    if (
+        case.points == "borders"
+    ):  # every distance from a border that changes what is read; exact in floating point for such sizes
         choices = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5])
         near, far = (choices[torch.randint(5, shape, generator=generator)] for _ in range(2))
         return torch.where(torch.rand(shape, generator=generator) < 0.5, near, size - 1 - far)
@@ -90,18 +99,24 @@ def run(
 def check(name: str, found: Sequence[Tensor], inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
     """Holds a result to float64 arithmetic on the same (rounded) inputs."""
     expected = run([tensor.double() for tensor in inputs], shapes, "pytorch")
-    for part, a, b, like in zip(("output", "value", "locations", "weights"), found, expected, (inputs[0], *inputs), strict=False):
+    for part, a, b, like in zip(
+        ("output", "value", "locations", "weights"), found, expected, (inputs[0], *inputs), strict=False
+    ):
         assert a.dtype == like.dtype, f"{name}: {part} is {a.dtype}"
         assert torch.isfinite(a).all(), f"{name}: {part} is not finite"
         difference = float((a.double() - b).abs().max())
-        assert difference <= FINEST[a.dtype] * max(float(b.abs().max()), 0.1), f"{name}: {part} differs by {difference:.2g}"
+        assert difference <= FINEST[a.dtype] * max(float(b.abs().max()), 0.1), (
+            f"{name}: {part} differs by {difference:.2g}"
+        )
 
 
 class Model(nn.Module):
     """Maps in, so that their shapes are dynamic where the maps are."""
 
     def forward(self, maps: list[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
-        value = torch.cat([pixels.flatten(2) for pixels in maps], 2).transpose(1, 2).unflatten(2, (weights.shape[2], -1))
+        value = (
+            torch.cat([pixels.flatten(2) for pixels in maps], 2).transpose(1, 2).unflatten(2, (weights.shape[2], -1))
+        )
         return ms_deform_attn(value, [pixels.shape[-2:] for pixels in maps], locations, weights, "triton")
 
 
@@ -112,22 +127,29 @@ def check_numbers() -> None:
 
 
 def check_registration() -> None:
-    """The checks of PyTorch for operators, compile with the gradients, and export with another size of maps than traced."""
+    """The checks of PyTorch for operators, compile with the gradients, and export with another size of maps than
+    traced.
+    """
     case = Case(2, 5, 2, 8, 4, ((3, 4), (2, 2)))
     value, locations, weights, grad_output = make_inputs(case)
     flat = [3, 4, 2, 2]
-    torch.library.opcheck(_triton, (value.clone().requires_grad_(), flat, locations.requires_grad_(), weights.requires_grad_()))
+    torch.library.opcheck(
+        _triton, (value.clone().requires_grad_(), flat, locations.requires_grad_(), weights.requires_grad_())
+    )
     torch.library.opcheck(_triton_backward, (grad_output, value, flat, locations.detach(), weights.detach()))
     compiled = torch.compile(ms_deform_attn, backend="aot_eager", fullgraph=True)
     for a, b in zip(
         run((value, locations, weights, grad_output), case.shapes, "triton", compiled),
-        run((value, locations, weights, grad_output), case.shapes, "triton"), strict=True,
+        run((value, locations, weights, grad_output), case.shapes, "triton"),
+        strict=True,
     ):
         torch.testing.assert_close(a, b)
     sizes = {2: torch.export.Dim("height", min=2, max=99), 3: torch.export.Dim("width", min=2, max=99)}
     others = {2: torch.export.Dim("other_height", min=2, max=99), 3: torch.export.Dim("other_width", min=2, max=99)}
     maps = [torch.randn(2, 16, 3, 4), torch.randn(2, 16, 2, 5)]
-    exported = torch.export.export(Model(), (maps, locations.detach(), weights.detach()), dynamic_shapes=([sizes, others], {}, {}))
+    exported = torch.export.export(
+        Model(), (maps, locations.detach(), weights.detach()), dynamic_shapes=([sizes, others], {}, {})
+    )
     assert any("predetr.ms_deform_attn" in str(node.target) for node in exported.graph.nodes)
     larger = [torch.randn(2, 16, 7, 6), torch.randn(2, 16, 4, 3)]
     torch.testing.assert_close(exported.module()(larger, locations, weights), Model()(larger, locations, weights))

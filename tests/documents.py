@@ -1,4 +1,5 @@
 """The documents' commands: read from their text, and taken apart by our own parsers."""
+
 import importlib
 import os
 import re
@@ -17,7 +18,9 @@ CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
 TOOLS = {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "\ndef parse(" in path.read_text()}
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|curl) |\./\S+\.sh\b)")
+COMMAND = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|curl) |\./\S+\.sh\b)"
+)
 
 
 def shown_commands(path: Path) -> list[str]:
@@ -35,7 +38,7 @@ def _shown(text: str) -> Iterator[str]:
         if found[3] is not None:
             row = found[3]
             theirs = last_row.strip().startswith("published") if set(row) <= set("-|: ") else theirs
-            cells = re.split(r"(?<!\\)\|", row)[int(theirs):]
+            cells = re.split(r"(?<!\\)\|", row)[int(theirs) :]
             yield from re.findall(r"`([^`]+)`", "|".join(cells))
         elif span is not None:
             yield " ".join(span.split())
@@ -46,7 +49,9 @@ def _shown(text: str) -> Iterator[str]:
 def config_words(config: Path, *extra: str, cwd: Path = ROOT) -> list[str]:
     """What a config would run: the script and its flags, printed by `$LAUNCH` in place of Python."""
     environment = {**os.environ, "LAUNCH": r"printf %s\n"}
-    done = subprocess.run(["bash", str(config), *extra], cwd=cwd, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["bash", str(config), *extra], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
@@ -59,13 +64,13 @@ def parse(words: list[str], resolved: bool = True) -> Namespace:
 def without_launcher(words: list[str]) -> list[str]:
     """`torchrun ... SCRIPT FLAGS`, `python [-m torch.distributed.launch ...] SCRIPT FLAGS` -> [SCRIPT, FLAG, ...]"""
     if words[0] == "torchrun" or words[:2] == ["python", "-m"]:
-        return words[next(i for i, word in enumerate(words) if word.endswith(".py")):]
+        return words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
     return words[1:] if words[0] == "python" else words
 
 
 def script_words(words: list[str]) -> list[str]:
     """A command that trains or evaluates, without its launcher and with the words of its config: [SCRIPT, FLAG, ...]"""
-    words = words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)):]
+    words = words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)) :]
     before = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}.get(words[0].removeprefix("./"), 0)
     if before:
         assert words[before - 1].isdigit(), "the number of processes"
@@ -77,7 +82,9 @@ def script_words(words: list[str]) -> list[str]:
 
 
 def check_command(words: list[str]) -> Namespace | None:
-    """Fails unless the command can be run as it stands, with the data in place. Returns the settings of a training command."""
+    """Fails unless the command can be run as it stands, with the data in place. Returns the settings of a training
+    command.
+    """
     if words[:3] == ["python", "-m", "datasets.sample_scenes"]:
         sample_scenes.get_args_parser().parse_args(words[3:])
         return None

@@ -1,9 +1,10 @@
 """Checks of the data-side golden cases: transforms, annotation preparation, evaluation, query patches.
 
-`CHECKS[case](case, case_json, npz, golden_dir)` asserts with the tolerances of the golden files: integers and pixels exact,
-floats relative 1e-6, AP and AR absolute 1e-9. The model side of the same cases is checked elsewhere. Segmentation masks of
-`coco_prepare` are not loaded yet.
+`CHECKS[case](case, case_json, npz, golden_dir)` asserts with the tolerances of the golden files: integers and pixels
+exact, floats relative 1e-6, AP and AR absolute 1e-9. The model side of the same cases is checked elsewhere.
+Segmentation masks of `coco_prepare` are not loaded yet.
 """
+
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -192,12 +193,18 @@ def voc_annotations(case: Mapping[str, Any]) -> Annotations:
     objects = [(i, item) for i in ids for item in case["annotations"][f"{i:06d}"]]
     boxes = np.array([item["bbox"] for _, item in objects], dtype=np.float32) - np.array([1, 1, 0, 0], dtype=np.float32)
     columns = {
-        "id": np.arange(len(objects)), "image": np.array([i for i, _ in objects]), "box": boxes,
-        "label": np.array([case["classes"].index(item["name"]) for _, item in objects]), "crowd": np.zeros(len(objects), bool),
-        "area": np.ones(len(objects), np.float32), "difficult": np.array([bool(item["difficult"]) for _, item in objects]),
+        "id": np.arange(len(objects)),
+        "image": np.array([i for i, _ in objects]),
+        "box": boxes,
+        "label": np.array([case["classes"].index(item["name"]) for _, item in objects]),
+        "crowd": np.zeros(len(objects), bool),
+        "area": np.ones(len(objects), np.float32),
+        "difficult": np.array([bool(item["difficult"]) for _, item in objects]),
     }
     names = PackedStrings(f"{i:06d}.jpg" for i in ids)
-    return from_columns(columns, "golden", names, np.array(ids), np.zeros((len(ids), 2), int), dict(enumerate(case["classes"])))
+    return from_columns(
+        columns, "golden", names, np.array(ids), np.zeros((len(ids), 2), int), dict(enumerate(case["classes"]))
+    )
 
 
 def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
@@ -207,16 +214,22 @@ def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) 
     for metric, published in (("11point", "metric07"), ("area", "area")):
         expected = case_json["voc_eval"]["results"][published]
         evaluator = VocEvaluator(annotations, metric, reproduce_published=True)
-        evaluator.update({
-            int(image): {
-                "boxes": torch.tensor(found["boxes"], dtype=torch.float64).reshape(-1, 4), "labels": torch.tensor(found["labels"]),
-                "scores": torch.tensor(found["scores"], dtype=torch.float64),
-            } for image, found in case["predictions"].items()
-        })
+        evaluator.update(
+            {
+                int(image): {
+                    "boxes": torch.tensor(found["boxes"], dtype=torch.float64).reshape(-1, 4),
+                    "labels": torch.tensor(found["labels"]),
+                    "scores": torch.tensor(found["scores"], dtype=torch.float64),
+                }
+                for image, found in case["predictions"].items()
+            }
+        )
         summary, tables = evaluator.summarize(), evaluator.tables()
         ap50, ap75, ap = expected["mAP50_mAP75_mAP"]
         np.testing.assert_allclose(summary["stats"], [ap, ap50, ap75], rtol=0, atol=1e-12)
-        np.testing.assert_allclose([tables[row][metric] for row in range(3)], expected["AP_class_by_threshold"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            [tables[row][metric] for row in range(3)], expected["AP_class_by_threshold"], rtol=0, atol=1e-12
+        )
         recall, precision = evaluator.curve(0, 0.5)
         np.testing.assert_allclose(recall, npz[f"voc/{published}/cat_rec"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(precision, npz[f"voc/{published}/cat_prec"], rtol=0, atol=1e-12)

@@ -2,6 +2,7 @@
 
 Every quantity is checked within the tolerances of tests/golden/README.md.
 """
+
 import importlib.util
 import json
 from argparse import Namespace
@@ -30,7 +31,10 @@ def unsupported(js: dict) -> str | None:
         return "a part of a model, which tests/test_region_prior.py checks"
     keys = js["state_dict"]
     parts = {"mask_head": "the mask head"}
-    return next((f"{what} is not part of this version" for part, what in parts.items() if any(part in key for key in keys)), None)
+    return next(
+        (f"{what} is not part of this version" for part, what in parts.items() if any(part in key for key in keys)),
+        None,
+    )
 
 
 @dataclass
@@ -97,7 +101,9 @@ def build(name: str, folder: Path) -> Case:
         np.testing.assert_allclose(value.astype(np.float64).sum(), js["state_dict"][key]["sum"], rtol=1e-6, atol=1e-4)
     model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=True)
     if args.pretext == "region_prior":
-        object.__setattr__(model, "target_encoder", nn.Identity())  # the case's targets bring the embeddings of their crops
+        object.__setattr__(
+            model, "target_encoder", nn.Identity()
+        )  # the case's targets bring the embeddings of their crops
     return Case(js, z, model, criterion, postprocessors["bbox"], args)
 
 
@@ -111,7 +117,10 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str,
     assert np.array_equal(mask.numpy(), case.z["mask"])
     targets = []
     for i in range(2):
-        target = {"boxes": torch.from_numpy(case.z[f"boxes{i}"]).to(dtype), "labels": torch.from_numpy(case.z[f"labels{i}"])}
+        target = {
+            "boxes": torch.from_numpy(case.z[f"boxes{i}"]).to(dtype),
+            "labels": torch.from_numpy(case.z[f"labels{i}"]),
+        }
         if f"patches{i}_q32" in case.z:
             target["patches"] = torch.from_numpy(case.z[f"patches{i}_q32"]).to(dtype) / 32
         if f"patch_features{i}" in case.z:
@@ -198,7 +207,9 @@ def check_weights_and_groups(case: Case) -> None:
     assert sum(p.numel() for p in parameters if p.requires_grad) == case.js["trainable_params"]
     names = [public_name(name) for name, p in case.model.named_parameters() if p.requires_grad]
     # DETReg's Deformable DETR has its pretext's part in the midst of the detector's.
-    assert names == case.js["grad_names"] or (case.args.pretext == "region_prior" and set(names) == set(case.js["grad_names"]))
+    assert names == case.js["grad_names"] or (
+        case.args.pretext == "region_prior" and set(names) == set(case.js["grad_names"])
+    )
 
 
 def public_name(name: str) -> str:
@@ -280,7 +291,9 @@ def check_float64(case: Case) -> None:
     losses = case.criterion(outputs, targets)
     check_losses(case, losses, case.js["float64"]["losses"], rtol=1e-9)
     case.criterion.total(losses).backward()
-    check_gradients(case, case.z["f64/grad_norms"], case.js["float64"]["grad_total_norm"], rtol=1e-7, compare_values=False)
+    check_gradients(
+        case, case.z["f64/grad_norms"], case.js["float64"]["grad_total_norm"], rtol=1e-7, compare_values=False
+    )
     model.zero_grad()
     if "step_losses" in case.js["float64"]:
         check_steps(case, samples, targets)
@@ -297,7 +310,12 @@ def check_steps(case: Case, samples: NestedTensor, targets: list[dict]) -> None:
     model, expected = case.model.train(), case.js["float64"]["step_losses"]
     args = case.args
     optimizer = build_optimizer(
-        model, args.lr, args.lr_backbone, case.js["adamw"]["weight_decay"], args.lr_backbone_names, args.lr_linear_proj_names,
+        model,
+        args.lr,
+        args.lr_backbone,
+        case.js["adamw"]["weight_decay"],
+        args.lr_backbone_names,
+        args.lr_linear_proj_names,
         args.lr_linear_proj_mult,
     )
     groups = [group["n"] for group in case.js["adamw"]["groups"]]
@@ -315,7 +333,9 @@ def check_steps(case: Case, samples: NestedTensor, targets: list[dict]) -> None:
 
 
 def check_patch_queries(case: Case) -> None:
-    """What only a query-patch pretext has: the block mask, any number of patches at evaluation, the query mask in training."""
+    """What only a query-patch pretext has: the block mask, any number of patches at evaluation, the query mask in
+    training.
+    """
     samples, targets = inputs(case, torch.float32)
     case.model.eval()
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""Checks of the model-side parts in the data cases: positions, box operations, matching corner cases, losses, post-processing."""
+"""Checks of the model-side parts in the data cases: positions, box operations, matching corner cases, losses,
+post-processing.
+"""
+
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +32,8 @@ def check_matcher(js: dict, z: dict, kind: str) -> None:
         classes = logits.shape[-1] - (kind == "softmax")
         matcher = HungarianMatcher(Classification(kind, classes, **section["weights"]))
         targets = [
-            {"labels": torch.from_numpy(z[f"{prefix}/labels{i}"]), "boxes": torch.from_numpy(z[f"{prefix}/boxes{i}"])} for i in range(2)
+            {"labels": torch.from_numpy(z[f"{prefix}/labels{i}"]), "boxes": torch.from_numpy(z[f"{prefix}/boxes{i}"])}
+            for i in range(2)
         ]
         matches = matcher(logits[None], boxes[None], targets)
         for i, pair in enumerate(matches.pairs[0]):
@@ -62,7 +66,9 @@ def check_conditional(name: str, js: dict, z: dict, folder: Path) -> None:
     check_matcher(js, z, "focal")
     logits, boxes = torch.from_numpy(z["post/logits"]), torch.from_numpy(z["post/boxes"])
     post = PostProcess(Classification("focal", logits.shape[-1], 2.0))
-    for i, result in enumerate(post({"pred_logits": logits, "pred_boxes": boxes}, torch.from_numpy(z["post/target_sizes"]))):
+    for i, result in enumerate(
+        post({"pred_logits": logits, "pred_boxes": boxes}, torch.from_numpy(z["post/target_sizes"]))
+    ):
         close(result["scores"], z[f"post/img{i}/scores"], rtol=1e-6)
         assert np.array_equal(result["labels"].numpy(), z[f"post/img{i}/labels"])
         close(result["boxes"], z[f"post/img{i}/boxes"], rtol=1e-5, atol=1e-4)
@@ -80,14 +86,19 @@ def check_updetr(name: str, js: dict, z: dict, folder: Path) -> None:
 
 
 def check_deformable(name: str, js: dict, z: dict, folder: Path) -> None:
-    """Shifted positions, deformable attention with its gradients, initial offsets, valid shares, references and proposals of cells."""
+    """Shifted positions, deformable attention with its gradients, initial offsets, valid shares, references and
+    proposals of cells.
+    """
     mask = torch.from_numpy(z["pos/mask"])
     close(SinePositionEncoding(256, shift=0.5)(mask), z["pos/sine_normalize"], atol=1e-5)
     close(SinePositionEncoding(32, normalize=False)(mask), z["pos/sine_unnormalized"], atol=1e-5)
     value, locations, weights = (
-        torch.from_numpy(z[f"msda/{part}"]).requires_grad_() for part in ("value", "sampling_locations", "attention_weights")
+        torch.from_numpy(z[f"msda/{part}"]).requires_grad_()
+        for part in ("value", "sampling_locations", "attention_weights")
     )
-    out = ms_deform_attn(value, [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()], locations, weights, "pytorch")
+    out = ms_deform_attn(
+        value, [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()], locations, weights, "pytorch"
+    )
     close(out, z["msda/output"], rtol=1e-5, atol=1e-6)
     out.backward(torch.from_numpy(z["msda/grad_output"]))
     for part, tensor in (("value", value), ("sampling_locations", locations), ("attention_weights", weights)):
@@ -103,9 +114,16 @@ def check_deformable(name: str, js: dict, z: dict, folder: Path) -> None:
 def check_cells(z: dict) -> None:
     shapes = [tuple(shape) for shape in z["proposals/shapes"].tolist()]
     padding = torch.from_numpy(z["proposals/mask_flat"])
-    masks = [x.unflatten(1, shape) for x, shape in zip(padding.split([h * w for h, w in shapes], 1), shapes, strict=True)]
+    masks = [
+        x.unflatten(1, shape) for x, shape in zip(padding.split([h * w for h, w in shapes], 1), shapes, strict=True)
+    ]
     memory = DeformableMemory(
-        [], torch.zeros(0), torch.zeros(0), padding, shapes, sizes=torch.tensor([(float(w), float(h)) for h, w in shapes]),
+        [],
+        torch.zeros(0),
+        torch.zeros(0),
+        padding,
+        shapes,
+        sizes=torch.tensor([(float(w), float(h)) for h, w in shapes]),
         valid_sizes=torch.stack([valid_size(mask) for mask in masks], 1),
     )
     close(memory.valid_ratios, z["valid_ratio/out"], rtol=1e-6)
@@ -115,4 +133,9 @@ def check_cells(z: dict) -> None:
     close(logits, z["proposals/logit"], rtol=1e-5, atol=1e-6)
 
 
-CHECKS = {"data_detr": check_detr, "data_cond": check_conditional, "data_deform": check_deformable, "data_updetr": check_updetr}
+CHECKS = {
+    "data_detr": check_detr,
+    "data_cond": check_conditional,
+    "data_deform": check_deformable,
+    "data_updetr": check_updetr,
+}

@@ -1,4 +1,7 @@
-"""Checks of a case of Siamese DETR: our model, filled by the golden rule, against the published numbers, in float32 and float64."""
+"""Checks of a case of Siamese DETR: our model, filled by the golden rule, against the published numbers, in float32 and
+float64.
+"""
+
 from argparse import Namespace
 from pathlib import Path
 
@@ -24,7 +27,9 @@ from util.random_state import SampleRandom
 def our_args(js: dict) -> Namespace:
     """Our flags for the settings of a case."""
     published = js["model_config"]
-    args = make_parser(PRETRAIN).parse_args(["--pretext", "siamese", "--backbone_weights", "none", "--device", "cpu", "--num_workers", "0"])
+    args = make_parser(PRETRAIN).parse_args(
+        ["--pretext", "siamese", "--backbone_weights", "none", "--device", "cpu", "--num_workers", "0"]
+    )
     args.detector, args.backbone_norm, args.reproduce_published = detector_kind(js["state_dict"]), "frozen", True
     args.num_queries, args.num_patches = published["num_queries"], published["num_patches"]
     args.box_disturbance, args.dropout = published["box_disturbance"], js["dropout"]
@@ -61,10 +66,14 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str,
         for i, (height, width) in enumerate(sizes):
             batch[len(targets), :, :height, :width] = torch.from_numpy(case.z[f"view{view + 1}_{i}_q32"]).to(dtype) / 32
             boxes = torch.from_numpy(case.z[f"boxes{i}_xyxy"][view]).to(dtype)
-            targets.append({
-                "boxes": box_xyxy_to_cxcywh(boxes) / torch.tensor([width, height] * 2), "labels": torch.ones(len(boxes), dtype=torch.int64),
-                "patches": torch.from_numpy(case.z[f"crops{i}_v{view + 1}_q32"]).to(dtype) / 32, "size": torch.tensor([height, width]),
-            })
+            targets.append(
+                {
+                    "boxes": box_xyxy_to_cxcywh(boxes) / torch.tensor([width, height] * 2),
+                    "labels": torch.ones(len(boxes), dtype=torch.int64),
+                    "patches": torch.from_numpy(case.z[f"crops{i}_v{view + 1}_q32"]).to(dtype) / 32,
+                    "size": torch.tensor([height, width]),
+                }
+            )
     return NestedTensor(batch, mask), targets
 
 
@@ -75,7 +84,9 @@ def check_direction(case: Case, outputs: dict, targets: list[dict], direction: i
     z, prefix = case.z, f"out_v{direction}/"
     chosen = z[f"{prefix}aux_query_idx"]
     for name, layer in [("", outputs), *((f"aux{i}/", aux) for i, aux in enumerate(outputs["aux_outputs"]))]:
-        close(layer["pred_logits"][mine][:, chosen if name else slice(None)], z[f"{prefix}{name}pred_logits"], atol=1e-4)
+        close(
+            layer["pred_logits"][mine][:, chosen if name else slice(None)], z[f"{prefix}{name}pred_logits"], atol=1e-4
+        )
         close(layer["pred_boxes"][mine], z[f"{prefix}{name}pred_boxes"], atol=1e-5)
     features = z[f"{prefix}pred_feature"]
     ours = outputs["pred_features"][mine][..., : features.shape[-1]]
@@ -87,7 +98,11 @@ def check_direction(case: Case, outputs: dict, targets: list[dict], direction: i
     layers = [f"aux{layer}" for layer in range(len(outputs["aux_outputs"]))] + ["last"]
     for name, per_image in zip(layers, case.criterion.last_matches.pairs, strict=True):
         for i, (query, target) in enumerate(per_image[mine]):
-            assert np.array_equal(np.stack([query, target]), z[f"match_v{direction}/{name}/img{i}"]), (direction, name, i)
+            assert np.array_equal(np.stack([query, target]), z[f"match_v{direction}/{name}/img{i}"]), (
+                direction,
+                name,
+                i,
+            )
 
 
 def gradient_norms(case: Case) -> dict[str, float]:
@@ -123,7 +138,11 @@ def check_mode(case: Case, training: bool, dtype: torch.dtype, expected: dict, r
     for name, value in expected.items():
         logged = "error" in name  # float32 in the published code
         close(losses[name], value, rtol=1e-6 if logged else rtol, atol=1e-9 if rtol < 1e-7 else 1e-6)
-    close(case.criterion.total(losses), sum(expected[name] * weight for name, weight in case.js["weight_dict"].items()), rtol=rtol)
+    close(
+        case.criterion.total(losses),
+        sum(expected[name] * weight for name, weight in case.js["weight_dict"].items()),
+        rtol=rtol,
+    )
     if dtype == torch.float32:
         case.criterion.total(losses).backward()
     return outputs
@@ -159,11 +178,18 @@ def check_float64(case: Case) -> None:
 
 
 def check_steps(case: Case) -> None:
-    """Steps of the optimiser at a hundredth of the rate, in training mode, with the same disturbance: the losses before the first two."""
+    """Steps of the optimiser at a hundredth of the rate, in training mode, with the same disturbance: the losses before
+    the first two.
+    """
     args, (samples, targets) = case.args, inputs(case, torch.float32)
     case.model.train(), case.criterion.train()
     optimizer = build_optimizer(
-        case.model, args.lr * 0.01, args.lr_backbone, case.js["adamw"]["weight_decay"], args.lr_backbone_names, args.lr_linear_proj_names,
+        case.model,
+        args.lr * 0.01,
+        args.lr_backbone,
+        case.js["adamw"]["weight_decay"],
+        args.lr_backbone_names,
+        args.lr_linear_proj_names,
         args.lr_linear_proj_mult,
     )
     for expected in case.js["adamw_lr_x0.01"]["step_losses"][:2]:
@@ -185,7 +211,9 @@ def check_data(name: str, js: dict, z: dict, folder: Path) -> None:
         for side, view in ((1, views.first), (2, views.second)):
             close(np.array(view), case[f"crop{side}_top_left_h_w"], rtol=1e-9)
             close(views.map_boxes(views.overlap_xyxy_abs, view), case[f"inter_view{side}"], rtol=1e-9, atol=1e-9)
-            assert np.array_equal(np.asarray(cut_view(image, view, views.size))[::8, ::8], z[f"view{side}_{number}_stride8"])
+            assert np.array_equal(
+                np.asarray(cut_view(image, view, views.size))[::8, ::8], z[f"view{side}_{number}_stride8"]
+            )
         regions = common_regions(torch.tensor(case["raw_boxes"]), views)
         picked = pick_regions(*regions, views, 6, SampleRandom(0)) if len(case["labels"]) >= 5 else None
         proposed = case["gen_random"]

@@ -1,4 +1,5 @@
 """What the tests of large data share: trees that look old, a cache of their own, tar files, calls that are counted."""
+
 import io
 import os
 import tarfile

@@ -2,6 +2,7 @@
 
 Small tensors hold random numbers; of large ones every number is the same, so that files stay small.
 """
+
 import re
 from argparse import Namespace
 
@@ -19,7 +20,17 @@ CHANNELS = {"resnet18": 512, "resnet50": 2048}
 
 def shapes(detector: str, *flags: str, outputs: int = 91) -> dict[str, Tensor]:
     """The state dict, without memory, of a detector with `outputs` rows in its class head."""
-    words = ["--detector", detector, "--classification", "focal", "--num_classes", str(outputs), "--backbone_weights", "none", *flags]
+    words = [
+        "--detector",
+        detector,
+        "--classification",
+        "focal",
+        "--num_classes",
+        str(outputs),
+        "--backbone_weights",
+        "none",
+        *flags,
+    ]
     args = resolve(make_parser(FINETUNE).parse_args([*words, "--backbone_norm", "frozen", "--device", "cpu"]))
     with torch.device("meta"):
         model = build_model(args)[0]
@@ -64,7 +75,10 @@ def updetr(*flags: str, backbone: str = "resnet18") -> dict[str, Tensor]:
 def detreg(detector: str, *flags: str) -> dict[str, Tensor]:
     """DETReg's pre-training: COCO's class head and an embedding of 512 numbers."""
     state = shapes(detector, *flags, outputs=92 if detector == "detr" else 91)
-    return {**state, **parts({"feature_embed.layers.0": (width(state),) * 2, "feature_embed.layers.1": (512, width(state))})}
+    return {
+        **state,
+        **parts({"feature_embed.layers.0": (width(state),) * 2, "feature_embed.layers.1": (512, width(state))}),
+    }
 
 
 def siamese(detector: str, *flags: str, channels: int = 512, baseline: bool = False) -> dict[str, Tensor]:
@@ -87,7 +101,9 @@ def siamese(detector: str, *flags: str, channels: int = 512, baseline: bool = Fa
             own = f"enc_head.0.{name}.mlp."
             named |= parts({**{f"{own}{i}": (dim, dim) for i in layers}, **{f"{own}{i}": (dim,) for i in levels}})
             for i in levels:
-                named |= {f"{own}{i}.{leaf}": torch.empty(dim, device="meta") for leaf in ("running_mean", "running_var")}
+                named |= {
+                    f"{own}{i}.{leaf}": torch.empty(dim, device="meta") for leaf in ("running_mean", "running_var")
+                }
                 named[f"{own}{i}.num_batches_tracked"] = torch.empty((), device="meta")
         named["enc_head.0.projector.mlp.0.weight"] = torch.empty(dim, maps * dim, device="meta")
     named[f"{head}criterion.empty_weight"] = torch.empty(3, device="meta")
@@ -96,21 +112,30 @@ def siamese(detector: str, *flags: str, channels: int = 512, baseline: bool = Fa
 
 def siamese_file(state: dict[str, Tensor]) -> dict:
     """As mmcv saves it; the criterion's weights are those of every published config."""
-    state = {key: torch.tensor([1.0, 1.0, 0.1]) if key.endswith("empty_weight") else value for key, value in filled(state).items()}
+    state = {
+        key: torch.tensor([1.0, 1.0, 0.1]) if key.endswith("empty_weight") else value
+        for key, value in filled(state).items()
+    }
     return {"meta": {"epoch": 3, "iter": 300000}, "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
 
 
 def masks() -> dict[str, Tensor]:
     """DETR with a mask head: the detector below `detr.`"""
     state = {f"detr.{key}": value for key, value in shapes("detr", *SMALL, outputs=251).items()}
-    names = {"bbox_attention.q_linear": (32, 32), "bbox_attention.k_linear": (32, 32), "mask_head.out_lay": (1, 2, 3, 3)}
+    names = {
+        "bbox_attention.q_linear": (32, 32),
+        "bbox_attention.k_linear": (32, 32),
+        "mask_head.out_lay": (1, 2, 3, 3),
+    }
     names |= {f"mask_head.lay{i}": (8, 8, 3, 3) for i in range(1, 6)} | {f"mask_head.gn{i}": (8,) for i in range(1, 6)}
     return {**state, **parts({**names, **{f"mask_head.adapter{i}": (8, 8, 1, 1) for i in range(1, 4)}})}
 
 
 def settings(**more) -> Namespace:
     """The settings that all published code bases store, as they store them."""
-    return Namespace(lr=1e-4, seed=7, backbone="resnet18", dilation=False, nheads=4, position_embedding="sine", masks=False, **more)
+    return Namespace(
+        lr=1e-4, seed=7, backbone="resnet18", dilation=False, nheads=4, position_embedding="sine", masks=False, **more
+    )
 
 
 def published_files() -> dict[str, dict]:
@@ -121,13 +146,22 @@ def published_files() -> dict[str, dict]:
         "conditional": {"model": filled(shapes("conditional_detr", *SMALL)), "args": settings(), "epoch": 49},
         "masks": {"model": filled(masks())},
         "updetr": {"model": filled(updetr(*SMALL, "--pre_norm")), "args": settings(num_patches=10), "epoch": 59},
-        "updetr finetuned": {"model": filled(shapes("detr", *SMALL, "--pre_norm", outputs=92)), "args": settings(pretrain="up.pth")},
-        "detreg detr": {"model": filled(detreg("detr", *SMALL, "--pre_norm")), "args": settings(object_embedding_loss=True)},
+        "updetr finetuned": {
+            "model": filled(shapes("detr", *SMALL, "--pre_norm", outputs=92)),
+            "args": settings(pretrain="up.pth"),
+        },
+        "detreg detr": {
+            "model": filled(detreg("detr", *SMALL, "--pre_norm")),
+            "args": settings(object_embedding_loss=True),
+        },
         "siamese detr": siamese_file(siamese("detr", *SMALL)),
         "siamese conditional": siamese_file(siamese("conditional_detr", *SMALL)),
         "siamese updetr": siamese_file(siamese("conditional_detr", *SMALL, baseline=True)),
         "deformable": {"model": filled(shapes("deformable_detr", *SMALL)), "args": settings(num_feature_levels=4)},
-        "deformable two-stage": {"model": filled(shapes("deformable_detr", *SMALL, *both)), "args": settings(num_queries=20)},
+        "deformable two-stage": {
+            "model": filled(shapes("deformable_detr", *SMALL, *both)),
+            "args": settings(num_queries=20),
+        },
         "detreg": {"model": filled(detreg("deformable_detr", *SMALL)), "args": settings(object_embedding_loss=True)},
         "siamese deformable": siamese_file(siamese("deformable_detr", *SMALL, channels=896)),
         "siamese single scale": siamese_file(siamese("deformable_detr", *SMALL, "--num_feature_levels", "1")),

@@ -1,4 +1,5 @@
 """A small study: its data, the flags of its runs, and the tool called in this process."""
+
 from pathlib import Path
 
 from PIL import Image
@@ -8,9 +9,16 @@ from tools import transfer_study
 from tools.study import presets
 
 TINY = presets.Preset(
-    "for tests", {**dict(zip((name[2:] for name in MODEL_FLAGS[::2]), MODEL_FLAGS[1::2], strict=True)), "backbone_weights": "none"}, (4, 4),
-    (8, 16), {"lr": 1e-4, "fre_cnn": True, "backbone_norm": "frozen"}, (1e-4, 2e-4), 0.0, presets._pretexts(5, 32, 5),
-    finetune={"conditional_detr": {"backbone_norm": "frozen"}, "detr": {"backbone_norm": "frozen"}}, evaluations=2,
+    "for tests",
+    {**dict(zip((name[2:] for name in MODEL_FLAGS[::2]), MODEL_FLAGS[1::2], strict=True)), "backbone_weights": "none"},
+    (4, 4),
+    (8, 16),
+    {"lr": 1e-4, "fre_cnn": True, "backbone_norm": "frozen"},
+    (1e-4, 2e-4),
+    0.0,
+    presets._pretexts(5, 32, 5),
+    finetune={"conditional_detr": {"backbone_norm": "frozen"}, "detr": {"backbone_norm": "frozen"}},
+    evaluations=2,
 )
 
 
@@ -33,4 +41,16 @@ def prepare_data(root: Path) -> Path:
 
 
 def run_words(data: Path, folder: Path, *more: object) -> list[object]:
-    return ["--data", data, "--output_dir", folder, "--preset", "cpu-smoke", "--device", "cpu", "--num_workers", 0, *more]
+    return [
+        "--data",
+        data,
+        "--output_dir",
+        folder,
+        "--preset",
+        "cpu-smoke",
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        *more,
+    ]

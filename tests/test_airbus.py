@@ -1,4 +1,5 @@
 """Airbus Ship Detection: the competition's runs of pixels, as images and lines that are made here."""
+
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from util.flags import FINETUNE, PRETRAIN
 from util.logger import UserError
 
 HEIGHT, WIDTH = SHIPS_HW
+
 
 def args_of(root: Path, *flags: str):
     return tiny_args(FINETUNE, "--dataset_file", "airbus_ship", "--airbus_path", str(root), *flags)
@@ -46,7 +48,9 @@ def test_images_boxes_and_the_held_out_tenth(tmp_path: Path) -> None:
     counts = np.concatenate([np.diff(part.annotations.offsets) for part in (train, val)])
     assert sorted(counts.tolist()) == [0] * 10 + [1] * 10 + [2] * 10, "images without ships are kept"
     other = build_labelled(args_of(root, "--seed", "7"))[1]
-    assert other.annotations.image_ids.tolist() == val.annotations.image_ids.tolist(), "held out is always the same tenth"
+    assert other.annotations.image_ids.tolist() == val.annotations.image_ids.tolist(), (
+        "held out is always the same tenth"
+    )
     whole = read_runs(str(root / "train_ship_segmentations_v2.csv"), str(root / "train_v2"))
     assert {tuple(box) for box in whole.boxes_xyxy_abs.tolist()} == {(5, 10, 25, 30), (35, 11, 55, 30)}
     assert set(whole.areas.tolist()) == {400, 380}
@@ -64,7 +68,9 @@ def test_detregs_names(tmp_path: Path) -> None:
     args = tiny_args(FINETUNE, "--dataset", "airbus", "--data_root", str(tmp_path), "--num_classes", "2")
     assert (args.dataset_file, args.airbus_path) == ("airbus_ship", str(root))
     assert build_labelled(args)[0].num_classes == 2
-    assert tiny_args(PRETRAIN, "--dataset", "airbus_pretrain", "--data_root", str(tmp_path)).imagenet_path == str(root / "train_v2")
+    assert tiny_args(PRETRAIN, "--dataset", "airbus_pretrain", "--data_root", str(tmp_path)).imagenet_path == str(
+        root / "train_v2"
+    )
 
 
 def test_pre_training_on_the_images_that_are_not_held_out(tmp_path: Path) -> None:
@@ -85,21 +91,34 @@ def test_a_run_is_evaluated_as_coco(tmp_path: Path) -> None:
     args = args_of(root)
     assert isinstance(build_labelled(args)[1].evaluator(args), CocoEvaluator)
     with logged() as lines:
-        fine_tune("--dataset_file", "airbus_ship", "--airbus_path", root, "--epochs", 1, "--output_dir", tmp_path / "run", *FROZEN)
+        fine_tune(
+            "--dataset_file",
+            "airbus_ship",
+            "--airbus_path",
+            root,
+            "--epochs",
+            1,
+            "--output_dir",
+            tmp_path / "run",
+            *FROZEN,
+        )
     assert len(read_log(tmp_path / "run")[0]["test_coco_eval_bbox"]) == 12
     assert any("ship" in line for line in lines)
 
 
-@pytest.mark.parametrize(("line", "said"), [
-    ("{name},1 2 3", "line 2: '1 2 3' is not pairs"),
-    ("{name},1 x", "line 2: '1 x' is not pairs"),
-    ("{name},1.5 2", "line 2: '1.5 2' is not pairs"),
-    ("{name},-3 2", "line 2: '-3 2' is not pairs"),
-    ("{name},0 2", "line 2: the run 0 2 is not inside an image of 72 x 60 pixels"),
-    ("{name},5 0", "line 2: the run 5 0 is not inside"),
-    ("{name},4320 2", "line 2: the run 4320 2 is not inside"),
-    ("{name},99999999999999999999999 2", "line 2: the run 9+ 2 is not inside"),
-])
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{name},1 2 3", "line 2: '1 2 3' is not pairs"),
+        ("{name},1 x", "line 2: '1 x' is not pairs"),
+        ("{name},1.5 2", "line 2: '1.5 2' is not pairs"),
+        ("{name},-3 2", "line 2: '-3 2' is not pairs"),
+        ("{name},0 2", "line 2: the run 0 2 is not inside an image of 72 x 60 pixels"),
+        ("{name},5 0", "line 2: the run 5 0 is not inside"),
+        ("{name},4320 2", "line 2: the run 4320 2 is not inside"),
+        ("{name},99999999999999999999999 2", "line 2: the run 9+ 2 is not inside"),
+    ],
+)
 def test_bad_runs_are_refused_with_their_line(line: str, said: str, tmp_path: Path) -> None:
     root = write_airbus(tmp_path / "airbus", images=2)
     name = next((root / "train_v2").iterdir()).name
@@ -114,7 +133,11 @@ def test_other_bad_input(tmp_path: Path) -> None:
         build_labelled(args_of(tmp_path))
     root = write_airbus(tmp_path / "airbus", images=2)
     table = root / "train_ship_segmentations_v2.csv"
-    cases = (("a,b\n", "its first line is not"), (f"{HEADER}\n", "lists no image"), (f"{HEADER}\nx.jpg,\n", "none of 1 images"))
+    cases = (
+        ("a,b\n", "its first line is not"),
+        (f"{HEADER}\n", "lists no image"),
+        (f"{HEADER}\nx.jpg,\n", "none of 1 images"),
+    )
     for content, said in cases:
         table.write_text(content)
         with pytest.raises(UserError, match=said):

@@ -1,4 +1,5 @@
 """Flags: published names and defaults, dead ones, the right script, and that each flag is read."""
+
 import argparse
 import ast
 import re
@@ -23,28 +24,73 @@ ROOT = Path(__file__).resolve().parent.parent
 # The published parsers: flag -> default. `switch` stands for a flag without value that is off.
 SWITCH = "switch"
 SHARED = {
-    "lr": 1e-4, "batch_size": 2, "weight_decay": 1e-4, "clip_max_norm": 0.1, "backbone": "resnet50", "dilation": SWITCH,
-    "position_embedding": "sine", "enc_layers": 6, "dec_layers": 6, "dim_feedforward": 2048, "hidden_dim": 256, "dropout": 0.1,
-    "nheads": 8, "pre_norm": SWITCH, "no_aux_loss": SWITCH, "set_cost_bbox": 5.0, "set_cost_giou": 2.0, "bbox_loss_coef": 5.0,
-    "giou_loss_coef": 2.0, "output_dir": "", "seed": 42, "resume": "", "start_epoch": 0, "dist_url": "env://",
+    "lr": 1e-4,
+    "batch_size": 2,
+    "weight_decay": 1e-4,
+    "clip_max_norm": 0.1,
+    "backbone": "resnet50",
+    "dilation": SWITCH,
+    "position_embedding": "sine",
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "dim_feedforward": 2048,
+    "hidden_dim": 256,
+    "dropout": 0.1,
+    "nheads": 8,
+    "pre_norm": SWITCH,
+    "no_aux_loss": SWITCH,
+    "set_cost_bbox": 5.0,
+    "set_cost_giou": 2.0,
+    "bbox_loss_coef": 5.0,
+    "giou_loss_coef": 2.0,
+    "output_dir": "",
+    "seed": 42,
+    "resume": "",
+    "start_epoch": 0,
+    "dist_url": "env://",
 }
 LABELLED = {**SHARED, "lr_backbone": 1e-5, "dataset_file": "coco", "coco_path": None, "eval": SWITCH, "num_workers": 2}
 DETR = {**LABELLED, "epochs": 300, "lr_drop": 200, "num_queries": 100, "set_cost_class": 1.0, "eos_coef": 0.1}
 UPDETR_FINETUNE = {**DETR, "pretrain": ""}
 CONDITIONAL = {
-    **LABELLED, "epochs": 50, "lr_drop": 40, "num_queries": 300, "set_cost_class": 2.0, "cls_loss_coef": 2.0, "focal_alpha": 0.25,
+    **LABELLED,
+    "epochs": 50,
+    "lr_drop": 40,
+    "num_queries": 300,
+    "set_cost_class": 2.0,
+    "cls_loss_coef": 2.0,
+    "focal_alpha": 0.25,
 }
 UPDETR = {
-    **SHARED, "epochs": 60, "lr_drop": 40, "num_queries": 100, "num_patches": 10, "set_cost_class": 1.0, "eos_coef": 0.1,
-    "num_workers": 16, "imagenet_path": None, "feature_recon": SWITCH, "query_shuffle": SWITCH, "fre_cnn": SWITCH,
+    **SHARED,
+    "epochs": 60,
+    "lr_drop": 40,
+    "num_queries": 100,
+    "num_patches": 10,
+    "set_cost_class": 1.0,
+    "eos_coef": 0.1,
+    "num_workers": 16,
+    "imagenet_path": None,
+    "feature_recon": SWITCH,
+    "query_shuffle": SWITCH,
+    "fre_cnn": SWITCH,
 }
 PARSERS = {
-    "detr": (FINETUNE, "detr", DETR), "updetr_finetune": (FINETUNE, "detr", UPDETR_FINETUNE),
-    "conditional": (FINETUNE, "conditional_detr", CONDITIONAL), "updetr": (PRETRAIN, "detr", UPDETR),
+    "detr": (FINETUNE, "detr", DETR),
+    "updetr_finetune": (FINETUNE, "detr", UPDETR_FINETUNE),
+    "conditional": (FINETUNE, "conditional_detr", CONDITIONAL),
+    "updetr": (PRETRAIN, "detr", UPDETR),
 }
 # Published flags that are refused: no effect there, or masks.
-REFUSED = {"remove_difficult": None, "world_size": "1", "mask_loss_coef": "1", "dice_loss_coef": "1", "coco_panoptic_path": "P",
-           "masks": None, "frozen_weights": "P"}
+REFUSED = {
+    "remove_difficult": None,
+    "world_size": "1",
+    "mask_loss_coef": "1",
+    "dice_loss_coef": "1",
+    "coco_panoptic_path": "P",
+    "masks": None,
+    "frozen_weights": "P",
+}
 
 
 def parse(script: str, *flags: str) -> Namespace:
@@ -74,7 +120,9 @@ def test_published_flags_are_accepted_with_their_defaults(name: str) -> None:
         given += [f"--{flag}"] if default is SWITCH else [f"--{flag}", "P" if default in (None, "") else str(default)]
     args = parse(script, "--detector", detector, "--device", "cpu", *given)
     assert args.aux_loss is False
-    assert all(getattr(args, flag) is True for flag, default in flags.items() if default is SWITCH and flag != "no_aux_loss")
+    assert all(
+        getattr(args, flag) is True for flag, default in flags.items() if default is SWITCH and flag != "no_aux_loss"
+    )
 
 
 def test_published_choices_that_no_flag_shows() -> None:
@@ -86,34 +134,99 @@ def test_published_choices_that_no_flag_shows() -> None:
     assert [parse(PRETRAIN).save_every, parse(FINETUNE).save_every] == [20, 100]
     assert [parse(PRETRAIN).backbone_weights, parse(FINETUNE).backbone_weights] == ["swav", "imagenet"]
     assert [parse(PRETRAIN).image_size, parse(FINETUNE).image_size] == [480, 800]
-    assert [parse(FINETUNE, "--detector", d).classification for d in ("detr", "conditional_detr")] == ["softmax", "focal"]
+    assert [parse(FINETUNE, "--detector", d).classification for d in ("detr", "conditional_detr")] == [
+        "softmax",
+        "focal",
+    ]
     assert parse(PRETRAIN, "--detector", "conditional_detr").set_cost_class == 1
 
 
 # DETReg's one parser for pre-training and fine-tuning: flag -> default; those of a detector are below.
 DETREG = {
-    "max_prop": 30, "lr_linear_proj_mult": 0.1, "batch_size": 4, "weight_decay": 1e-4, "clip_max_norm": 0.1, "sgd": SWITCH,
-    "with_box_refine": SWITCH, "two_stage": SWITCH, "strategy": "topk", "obj_embedding_head": "intermediate", "backbone": "resnet50",
-    "dilation": SWITCH, "enc_layers": 6, "dec_layers": 6, "hidden_dim": 256, "dropout": 0.1, "nheads": 8, "dec_n_points": 4,
-    "enc_n_points": 4, "set_cost_bbox": 5.0, "set_cost_giou": 2.0, "object_embedding_coef": 1.0, "bbox_loss_coef": 5.0,
-    "giou_loss_coef": 2.0, "focal_alpha": 0.25, "dataset_file": "coco", "data_root": "data", "output_dir": "", "cache_path": "",
-    "seed": 42, "random_seed": SWITCH, "resume": "", "start_epoch": 0, "eval": SWITCH, "viz": SWITCH, "num_workers": 2,
-    "object_embedding_loss": SWITCH, "pre_norm": SWITCH, "eos_coef": 0.1, "save_every": 5,
+    "max_prop": 30,
+    "lr_linear_proj_mult": 0.1,
+    "batch_size": 4,
+    "weight_decay": 1e-4,
+    "clip_max_norm": 0.1,
+    "sgd": SWITCH,
+    "with_box_refine": SWITCH,
+    "two_stage": SWITCH,
+    "strategy": "topk",
+    "obj_embedding_head": "intermediate",
+    "backbone": "resnet50",
+    "dilation": SWITCH,
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "hidden_dim": 256,
+    "dropout": 0.1,
+    "nheads": 8,
+    "dec_n_points": 4,
+    "enc_n_points": 4,
+    "set_cost_bbox": 5.0,
+    "set_cost_giou": 2.0,
+    "object_embedding_coef": 1.0,
+    "bbox_loss_coef": 5.0,
+    "giou_loss_coef": 2.0,
+    "focal_alpha": 0.25,
+    "dataset_file": "coco",
+    "data_root": "data",
+    "output_dir": "",
+    "cache_path": "",
+    "seed": 42,
+    "random_seed": SWITCH,
+    "resume": "",
+    "start_epoch": 0,
+    "eval": SWITCH,
+    "viz": SWITCH,
+    "num_workers": 2,
+    "object_embedding_loss": SWITCH,
+    "pre_norm": SWITCH,
+    "eos_coef": 0.1,
+    "save_every": 5,
 }
 DETREG_OF = {
-    "deformable_detr": {"lr": 2e-4, "lr_backbone": 2e-5, "epochs": 50, "lr_drop": 40, "dim_feedforward": 1024, "num_queries": 300,
-                        "set_cost_class": 2.0, "cls_loss_coef": 2.0, "num_feature_levels": 4, "lr_backbone_names": ["backbone.0"],
-                        "lr_linear_proj_names": ["reference_points", "sampling_offsets"]},
-    "detr": {"lr": 1e-4, "lr_backbone": 1e-5, "epochs": 300, "lr_drop": 200, "dim_feedforward": 2048, "num_queries": 100,
-             "set_cost_class": 1.0, "cls_loss_coef": 1.0},
+    "deformable_detr": {
+        "lr": 2e-4,
+        "lr_backbone": 2e-5,
+        "epochs": 50,
+        "lr_drop": 40,
+        "dim_feedforward": 1024,
+        "num_queries": 300,
+        "set_cost_class": 2.0,
+        "cls_loss_coef": 2.0,
+        "num_feature_levels": 4,
+        "lr_backbone_names": ["backbone.0"],
+        "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+    },
+    "detr": {
+        "lr": 1e-4,
+        "lr_backbone": 1e-5,
+        "epochs": 300,
+        "lr_drop": 200,
+        "dim_feedforward": 2048,
+        "num_queries": 100,
+        "set_cost_class": 1.0,
+        "cls_loss_coef": 1.0,
+    },
 }
 # What means something with other values than these defaults, or in the other script, or nothing at all.
 DETREG_OTHERS = {
-    "eval_every": "1", "dataset": "imagenet", "load_backbone": "swav", "position_embedding": "sine", "device": "cpu", "lr_drop_epochs": "9",
+    "eval_every": "1",
+    "dataset": "imagenet",
+    "load_backbone": "swav",
+    "position_embedding": "sine",
+    "device": "cpu",
+    "lr_drop_epochs": "9",
     "no_aux_loss": None,
 }
 DETREG_OF_FINE_TUNING = {"filter_pct": "-1", "pretrain": "P"}
-DETREG_REFUSED = {**REFUSED, "filter_num": "1", "reset_embedding_layer": "1", "position_embedding_scale": "1", "cache_mode": None}
+DETREG_REFUSED = {
+    **REFUSED,
+    "filter_num": "1",
+    "reset_embedding_layer": "1",
+    "position_embedding_scale": "1",
+    "cache_mode": None,
+}
 
 
 @pytest.mark.parametrize("model", DETREG_OF)
@@ -128,7 +241,9 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
         if flag in ("with_box_refine", "two_stage") and model == "detr":
             continue
         extra = ["--resume", "P"] if flag in ("eval", "viz") else []
-        assert getattr(parse(PRETRAIN, *words, f"--{flag}", *value, *extra), flag) == (True if default is SWITCH else default), flag
+        assert getattr(parse(PRETRAIN, *words, f"--{flag}", *value, *extra), flag) == (
+            True if default is SWITCH else default
+        ), flag
     for flag, value in DETREG_OTHERS.items():
         make_parser(PRETRAIN).parse_args([*words, f"--{flag}", *([value] if value else [])])
     for flag, value in {**DETREG_OF_FINE_TUNING, **DETREG_REFUSED}.items():
@@ -136,15 +251,26 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
             make_parser(PRETRAIN).parse_args([*words, f"--{flag}", *([value] if value else [])])
         said = capsys.readouterr().err
         assert f"--{flag}" in said
-        assert ("is a flag of finetune_main.py" if flag in DETREG_OF_FINE_TUNING else DEAD_FLAGS.get(f"--{flag}", [0, ""])[1]) in said
+        assert (
+            "is a flag of finetune_main.py"
+            if flag in DETREG_OF_FINE_TUNING
+            else DEAD_FLAGS.get(f"--{flag}", [0, ""])[1]
+        ) in said
     for flag, value in DETREG_OF_FINE_TUNING.items():
         assert str(getattr(make_parser(FINETUNE).parse_args([f"--{flag}", value]), flag)).startswith(value)
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (["--strategy", "topk"], "--strategy means nothing to --pretext random_query_patch: leave it out or use --pretext region_prior"),
-    (["--max_prop", "30"], "--pretext region_prior"), (["--object_embedding_loss"], "--pretext region_prior"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--strategy", "topk"],
+            "--strategy means nothing to --pretext random_query_patch: leave it out or use --pretext region_prior",
+        ),
+        (["--max_prop", "30"], "--pretext region_prior"),
+        (["--object_embedding_loss"], "--pretext region_prior"),
+    ],
+)
 def test_flags_of_a_pretext_that_was_not_asked_for(flags: list[str], said: str) -> None:
     """Their defaults too: DETReg's command without --pretext must not pre-train as UP-DETR does."""
     with pytest.raises(UserError, match=said):
@@ -164,9 +290,14 @@ def test_dead_flags_are_refused_with_the_reason(script: str, flag: str, value: s
     assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize(("wrong", "right"), [
-    ("--lr_backbon", "--lr_backbone"), ("--batchsize=4", "--batch_size"), ("--lrdrop", "--lr_drop"),
-])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("--lr_backbon", "--lr_backbone"),
+        ("--batchsize=4", "--batch_size"),
+        ("--lrdrop", "--lr_drop"),
+    ],
+)
 @pytest.mark.parametrize("parse_script", [pretrain_main.parse, finetune_main.parse])
 def test_unknown_flag_names_the_nearest(parse_script, wrong: str, right: str, capsys) -> None:
     with pytest.raises(SystemExit):
@@ -183,10 +314,19 @@ def test_flags_are_never_abbreviated(capsys) -> None:
     assert "--num_queries" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [
-    ["--batch_size", "0"], ["--epochs", "-1"], ["--num_queries", "many"], ["--position_embedding", "v9"], ["--detector", "yolo"],
-    ["--lr"], ["--amp", "fp16"], ["stray"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch_size", "0"],
+        ["--epochs", "-1"],
+        ["--num_queries", "many"],
+        ["--position_embedding", "v9"],
+        ["--detector", "yolo"],
+        ["--lr"],
+        ["--amp", "fp16"],
+        ["stray"],
+    ],
+)
 def test_bad_values_are_one_line(flags: list[str], capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         finetune_main.parse(flags)
@@ -197,11 +337,18 @@ def test_bad_values_are_one_line(flags: list[str], capsys) -> None:
     assert flags[0] in message
 
 
-@pytest.mark.parametrize(("script", "flags", "word"), [
-    (FINETUNE, ["--hidden_dim", "30", "--nheads", "4"], "--nheads"), (FINETUNE, ["--hidden_dim", "66", "--nheads", "11"], "multiple of 4"),
-    (FINETUNE, ["--dropout", "1"], "--dropout"), (FINETUNE, ["--eval"], "--resume"), (FINETUNE, ["--resume", "auto"], "--output_dir"),
-    (PRETRAIN, ["--num_patches", "7"], "--num_queries 100"), (PRETRAIN, ["--mask_ratio", "1"], "--mask_ratio"),
-])
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        (FINETUNE, ["--hidden_dim", "30", "--nheads", "4"], "--nheads"),
+        (FINETUNE, ["--hidden_dim", "66", "--nheads", "11"], "multiple of 4"),
+        (FINETUNE, ["--dropout", "1"], "--dropout"),
+        (FINETUNE, ["--eval"], "--resume"),
+        (FINETUNE, ["--resume", "auto"], "--output_dir"),
+        (PRETRAIN, ["--num_patches", "7"], "--num_queries 100"),
+        (PRETRAIN, ["--mask_ratio", "1"], "--mask_ratio"),
+    ],
+)
 def test_contradictions_are_found_before_anything_starts(script: str, flags: list[str], word: str) -> None:
     with pytest.raises(UserError, match=word):
         parse(script, *flags)
@@ -253,7 +400,18 @@ def test_parser_is_a_parent_of_another(module) -> None:
 
 @pytest.mark.parametrize("module", [pretrain_main, finetune_main])
 def test_build_model_takes_unresolved_flags(module) -> None:
-    flags = ["--backbone", "resnet18", "--backbone_weights", "none", "--hidden_dim", "32", "--dec_layers", "1", "--enc_layers", "1"]
+    flags = [
+        "--backbone",
+        "resnet18",
+        "--backbone_weights",
+        "none",
+        "--hidden_dim",
+        "32",
+        "--dec_layers",
+        "1",
+        "--enc_layers",
+        "1",
+    ]
     args = module.get_args_parser().parse_args(flags)
     model, criterion, postprocessors = build_model(args)
     assert isinstance(model, torch.nn.Module)
@@ -264,7 +422,9 @@ def test_build_model_takes_unresolved_flags(module) -> None:
 
 def test_build_model_takes_a_namespace_of_a_user() -> None:
     """Someone who imports the project gives only what differs from the defaults."""
-    model, _, _ = build_model(Namespace(backbone="resnet18", backbone_weights="none", hidden_dim=32, detector="conditional_detr"))
+    model, _, _ = build_model(
+        Namespace(backbone="resnet18", backbone_weights="none", hidden_dim=32, detector="conditional_detr")
+    )
     assert model.num_queries == 300
 
 
@@ -277,13 +437,17 @@ def test_help_has_a_text_for_every_flag(script: str) -> None:
     assert "--masks" not in text
 
 
-@pytest.mark.parametrize(("script", "words", "needed"), [
-    (PRETRAIN, "--pretext region_prior --object_embedding_coef 5", "--object_embedding_loss"),
-    (PRETRAIN, "--pretext region_prior --obj_embedding_head head", "--object_embedding_loss"),
-    (PRETRAIN, "--feature_loss_coef 5", "--feature_recon"), (FINETUNE, "--focal_alpha 0.5", "--classification focal"),
-    (FINETUNE, "--detector conditional_detr --eos_coef 0.5", "--classification softmax"),
-    (FINETUNE, "--lr_linear_proj_mult 0.5", "--lr_linear_proj_names"),
-])
+@pytest.mark.parametrize(
+    ("script", "words", "needed"),
+    [
+        (PRETRAIN, "--pretext region_prior --object_embedding_coef 5", "--object_embedding_loss"),
+        (PRETRAIN, "--pretext region_prior --obj_embedding_head head", "--object_embedding_loss"),
+        (PRETRAIN, "--feature_loss_coef 5", "--feature_recon"),
+        (FINETUNE, "--focal_alpha 0.5", "--classification focal"),
+        (FINETUNE, "--detector conditional_detr --eos_coef 0.5", "--classification softmax"),
+        (FINETUNE, "--lr_linear_proj_mult 0.5", "--lr_linear_proj_names"),
+    ],
+)
 def test_a_flag_that_nothing_reads_is_refused(script: str, words: str, needed: str) -> None:
     words = [*words.split(), *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x"))]
     with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or leave"):
@@ -319,13 +483,20 @@ def test_help_names_every_default(script: str) -> None:
             continue
         numbers = {float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", texts[flag])}
         named = value in texts[flag] if isinstance(value, str) else float(value) in numbers
-        assert named or in_words.get((flag, value), texts[flag] + "!") in texts[flag], f"--{flag} {value}: {texts[flag]}"
+        assert named or in_words.get((flag, value), texts[flag] + "!") in texts[flag], (
+            f"--{flag} {value}: {texts[flag]}"
+        )
 
 
 def read_names() -> set[str]:
-    """Names that the code reads from `args`, by attribute or getattr. Checks of values do not count: they have no effect of their own."""
+    """Names that the code reads from `args`, by attribute or getattr. Checks of values do not count: they have no
+    effect of their own.
+    """
     found = set()
-    for path in [*ROOT.glob("*.py"), *(p for folder in ("util", "models", "datasets", "tools") for p in (ROOT / folder).rglob("*.py"))]:
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for folder in ("util", "models", "datasets", "tools") for p in (ROOT / folder).rglob("*.py")),
+    ]:
         tree = ast.parse(path.read_text())
         checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_check"]
         checking = {id(node) for check in checks for node in ast.walk(check)}
@@ -334,7 +505,11 @@ def read_names() -> set[str]:
                 continue
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and "args" in ast.unparse(node.value):
                 found.add(node.attr)
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr") and isinstance(node.args[1], ast.Constant):
+            elif (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("getattr", "hasattr")
+                and isinstance(node.args[1], ast.Constant)
+            ):
                 found.add(node.args[1].value)
     return found
 

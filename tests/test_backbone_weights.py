@@ -1,4 +1,5 @@
 """Backbone weights: files in every usual layout, where they come from, and what is said when something is missing."""
+
 import logging
 import subprocess
 import sys
@@ -48,13 +49,27 @@ LAYOUTS = {
     "swav": lambda s: prefixed({**without_fc(s), **HEADS}, "module."),
     "swav_state_dict": lambda s: {"state_dict": prefixed({**without_fc(s), **HEADS}, "module."), "epoch": 1},
     "swav_plain": lambda s: {**without_fc(s), **HEADS},
-    "dino": lambda s: {"student": prefixed(other(without_fc(s)), "module.backbone."), "epoch": 3, "args": Namespace(lr=1),
-                       "teacher": prefixed(without_fc(s), "backbone."), "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
-    "moco": lambda s: {"arch": "resnet", "state_dict": {**prefixed(other(s), "module.encoder_k."),
-                                                        **prefixed(s, "module.encoder_q."), "module.queue": torch.ones(2)}},
+    "dino": lambda s: {
+        "student": prefixed(other(without_fc(s)), "module.backbone."),
+        "epoch": 3,
+        "args": Namespace(lr=1),
+        "teacher": prefixed(without_fc(s), "backbone."),
+        "optimizer": {"state": {0: {"step": torch.ones(1)}}},
+    },
+    "moco": lambda s: {
+        "arch": "resnet",
+        "state_dict": {
+            **prefixed(other(s), "module.encoder_k."),
+            **prefixed(s, "module.encoder_q."),
+            "module.queue": torch.ones(2),
+        },
+    },
     "detr": lambda s: {"model": {**prefixed(without_fc(s), "backbone.0.body."), "query_embed.weight": torch.ones(2)}},
     "detr_masks": lambda s: {"model": prefixed(without_fc(s), "detr.backbone.0.body.")},
-    "siamese": lambda s: {"meta": {}, "state_dict": {**prefixed(without_fc(s), "backbone."), "patch2query.bias": torch.ones(2)}},
+    "siamese": lambda s: {
+        "meta": {},
+        "state_dict": {**prefixed(without_fc(s), "backbone."), "patch2query.bias": torch.ones(2)},
+    },
     "module_backbone": lambda s: {"model": prefixed(s, "module.backbone.")},
 }
 
@@ -96,7 +111,9 @@ def test_what_is_dropped_is_named(tmp_path, lines):
     assert set(report.unused) == {"module.projection_head.0.weight", "module.prototypes.weight"}
 
 
-@pytest.mark.parametrize(("held", "name"), [("resnet18", "resnet34"), ("resnet34", "resnet18"), ("resnet18", "resnet50")])
+@pytest.mark.parametrize(
+    ("held", "name"), [("resnet18", "resnet34"), ("resnet34", "resnet18"), ("resnet18", "resnet50")]
+)
 def test_weights_of_another_resnet_are_named(tmp_path, held, name):
     """resnet34 holds all names of resnet18 in equal shapes: it must not load in silence."""
     torch.save(weights_of(held), tmp_path / "f.pth")
@@ -107,12 +124,18 @@ def test_weights_of_another_resnet_are_named(tmp_path, held, name):
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(("spoil", "words"), [
-    (lambda s: {key: value for key, value in s.items() if key != "layer2.0.bn1.running_mean"}, "layer2.0.bn1.running_mean"),
-    (lambda s: {**s, "layer3.0.conv2.weight": torch.ones(1, 1, 3, 3)}, "layer3.0.conv2.weight"),
-    (lambda s: {"a.weight": torch.ones(1)}, "holds no weights"),
-    (lambda s: {"epoch": 3}, "holds no weights"),
-])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda s: {key: value for key, value in s.items() if key != "layer2.0.bn1.running_mean"},
+            "layer2.0.bn1.running_mean",
+        ),
+        (lambda s: {**s, "layer3.0.conv2.weight": torch.ones(1, 1, 3, 3)}, "layer3.0.conv2.weight"),
+        (lambda s: {"a.weight": torch.ones(1)}, "holds no weights"),
+        (lambda s: {"epoch": 3}, "holds no weights"),
+    ],
+)
 def test_an_incomplete_file_is_an_error(tmp_path, spoil, words):
     body = body_of()
     before = {key: value.clone() for key, value in body.state_dict().items()}
@@ -127,8 +150,10 @@ def test_swav_is_for_resnet50_only():
         load_backbone_weights(body_of(), "resnet18", "swav")
 
 
-@pytest.mark.parametrize(("name", "source", "file"), [
-    ("resnet50", "swav", "swav_800ep_pretrain.pth.tar"), ("resnet18", "imagenet", "resnet18-f37072fd.pth")])
+@pytest.mark.parametrize(
+    ("name", "source", "file"),
+    [("resnet50", "swav", "swav_800ep_pretrain.pth.tar"), ("resnet18", "imagenet", "resnet18-f37072fd.pth")],
+)
 def test_named_weights_come_from_the_hub_folder_or_name_the_file_to_fetch(tmp_path, name, source, file):
     place = tmp_path / "hub" / "checkpoints" / file
     with pytest.raises(UserError) as excinfo:
@@ -229,8 +254,9 @@ def test_frozen_timm_bodies_and_flattened_names(timm, tmp_path):
     body = timm.create_model("convnext_atto", pretrained=False, features_only=True)
     assert any(key.startswith("stages_0.") for key in body.state_dict())
     load_backbone_weights(body, "timm:convnext_atto", str(tmp_path / "g.pth"))
-    assert torch.equal(body.state_dict()["stages_3.blocks.0.conv_dw.weight"],
-                       full.state_dict()["stages.3.blocks.0.conv_dw.weight"])
+    assert torch.equal(
+        body.state_dict()["stages_3.blocks.0.conv_dw.weight"], full.state_dict()["stages.3.blocks.0.conv_dw.weight"]
+    )
 
 
 def test_unreachable_timm_weights_give_one_line(timm, monkeypatch):

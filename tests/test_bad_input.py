@@ -1,4 +1,7 @@
-"""Bad input on both scripts: one line with file, value and remedy before a model is made, or a warning where training can go on."""
+"""Bad input on both scripts: one line with file, value and remedy before a model is made, or a warning where training
+can go on.
+"""
+
 import contextlib
 import errno
 import json
@@ -54,7 +57,9 @@ def edited(root: Path, name: str, change: Callable[[dict], object], split: str =
     file = folder / "annotations" / f"instances_{split}.json"
     content = json.loads(file.read_text())
     replaced = change(content)
-    file.write_text(replaced if isinstance(replaced, str) else json.dumps(replaced if isinstance(replaced, list) else content))
+    file.write_text(
+        replaced if isinstance(replaced, str) else json.dumps(replaced if isinstance(replaced, list) else content)
+    )
 
 
 def first_annotation(**changes: object) -> Callable[[dict], None]:
@@ -62,22 +67,32 @@ def first_annotation(**changes: object) -> Callable[[dict], None]:
 
 
 ANNOTATIONS = {
-    "half": lambda content: json.dumps(content)[:700], "nothing": lambda content: "", "list": lambda content: [1],
+    "half": lambda content: json.dumps(content)[:700],
+    "nothing": lambda content: "",
+    "list": lambda content: [1],
     "no_categories": lambda content: content.pop("categories") and None,
     "no_images": lambda content: content.update(images=[], annotations=[]),
     "no_boxes": lambda content: content.update(annotations=[]),
     "same_ids": lambda content: content["images"].append(content["images"][0]),
     "one_file": lambda content: content["images"].append({**content["images"][0], "id": 99}),
-    "many": lambda content: content["annotations"].extend({**content["annotations"][0], "id": 100 + i} for i in range(30)),
+    "many": lambda content: content["annotations"].extend(
+        {**content["annotations"][0], "id": 100 + i} for i in range(30)
+    ),
     "absent": lambda content: content["images"][1].update(file_name="gone.png"),
     "all_absent": lambda content: [image.update(file_name="gone.png") for image in content["images"]] and None,
     "other_size": lambda content: content["images"][0].update(height=33),
     "other_names": lambda content: content["categories"][0].update(name="violet"),
-    "id_120": first_annotation(category_id=120), "id_minus": first_annotation(category_id=-1), "id_text": first_annotation(category_id="1"),
-    "box_nan": first_annotation(bbox=[1, 1, float("nan"), 4]), "box_zero": first_annotation(bbox=[1, 1, 0, 4]),
-    "box_negative": first_annotation(bbox=[9, 9, -3, 4]), "box_outside": first_annotation(bbox=[500, 5, 3, 4]),
-    "box_partly": first_annotation(bbox=[60, 5, 300, 4]), "box_null": first_annotation(bbox=None),
-    "box_three": first_annotation(bbox=[1, 2, 3]), "stranger": first_annotation(image_id=12345),
+    "id_120": first_annotation(category_id=120),
+    "id_minus": first_annotation(category_id=-1),
+    "id_text": first_annotation(category_id="1"),
+    "box_nan": first_annotation(bbox=[1, 1, float("nan"), 4]),
+    "box_zero": first_annotation(bbox=[1, 1, 0, 4]),
+    "box_negative": first_annotation(bbox=[9, 9, -3, 4]),
+    "box_outside": first_annotation(bbox=[500, 5, 3, 4]),
+    "box_partly": first_annotation(bbox=[60, 5, 300, 4]),
+    "box_null": first_annotation(bbox=None),
+    "box_three": first_annotation(bbox=[1, 2, 3]),
+    "stranger": first_annotation(image_id=12345),
     "unlisted": first_annotation(category_id=50),
 }
 
@@ -140,7 +155,9 @@ def make_bad_files(root: Path) -> None:
 
 def make_checkpoints(root: Path) -> None:
     for name, script, flags in (
-        ("detr", FINETUNE, ()), ("conditional", FINETUNE, ("--detector", "conditional_detr")), ("pretext", PRETRAIN, ()),
+        ("detr", FINETUNE, ()),
+        ("conditional", FINETUNE, ("--detector", "conditional_detr")),
+        ("pretext", PRETRAIN, ()),
     ):
         args = tiny_args(script, "--backbone_norm", "frozen", *flags)
         stored = {"nheads": 4, "pretext": args.pretext, "script": script}
@@ -164,9 +181,12 @@ def _log_as_before():
 
 
 def call(script: str, words: list, monkeypatch: pytest.MonkeyPatch | None = None) -> tuple[int | str, list[str]]:
-    """(exit status or "started", log) of an entry script in this process; with `monkeypatch` it ends where a model would be made."""
+    """(exit status or "started", log) of an entry script in this process; with `monkeypatch` it ends where a model
+    would be made.
+    """
     module = SCRIPTS[script]
     if monkeypatch is not None:
+
         def start(*_: object) -> None:
             raise Started
 
@@ -193,21 +213,80 @@ REFUSED = [
     # what, script, flags, what the line must say, exit status
     ("missing folder", F, "--coco_path {root}/none", "{root}/none is no folder: --coco_path takes", 1),
     ("missing folder", P, "--imagenet_path {root}/none", "{root}/none does not exist: give a folder of images", 1),
-    ("empty folder", F, "--coco_path {root}/empty", "{root}/empty has neither train2017 nor images/train2017: put .* custom", 1),
+    (
+        "empty folder",
+        F,
+        "--coco_path {root}/empty",
+        "{root}/empty has neither train2017 nor images/train2017: put .* custom",
+        1,
+    ),
     ("empty folder", P, "--imagenet_path {root}/empty", "{root}/empty holds no image .*: give a folder", 1),
     ("no images", F, "--coco_path {root}/notes", "{root}/notes has neither", 1),
     ("no images", P, "--imagenet_path {root}/notes", "{root}/notes holds no image \\(1 other files\\): give", 1),
     ("no validation images", F, "--coco_path {root}/no_val", "{root}/no_val has neither val2017 nor images/val2017", 1),
-    ("a folder of images", F, "--coco_path {root}/coco/train2017", "coco/train2017 has neither train2017 .* --dataset_file custom", 1),
-    ("an annotation file", F, "--coco_path {root}/list/annotations/instances_val2017.json", "is no folder: .* --dataset_file custom", 1),
-    ("an annotation file", P, "--imagenet_path {root}/list/annotations/instances_val2017.json",
-     "its first entry .{{,90}}\\.\\.\\. does not exist; a list has one path a line", 1),
-    ("a list of lost images", P, "--imagenet_path {root}/lost.txt", "lost.txt: its first entry gone.png does not exist", 1),
-    ("only texts named .jpg", P, "--imagenet_path {root}/text", "none of 4 .*/text/0.jpg: can't be decoded .*; check the image folder", 1),
-    ("only texts named .png", F, "--coco_path {root}/bad_train2017", "none of 4 .*/train2017/000000.png: can't be decoded", 1),
-    ("only texts in validation", F, "--coco_path {root}/bad_val2017", "none of 3 .*/val2017/000000.png: can't be decoded", 1),
-    ("tiny images", P, "--imagenet_path {root}/tiny", "none of 4 .*/tiny/0.png: 9 x 9 pixels; both sides must exceed 16", 1),
-    ("half a file", F, "--coco_path {root}/half", "half/.*_train2017.json is not valid JSON \\(.*\\): is the download complete", 1),
+    (
+        "a folder of images",
+        F,
+        "--coco_path {root}/coco/train2017",
+        "coco/train2017 has neither train2017 .* --dataset_file custom",
+        1,
+    ),
+    (
+        "an annotation file",
+        F,
+        "--coco_path {root}/list/annotations/instances_val2017.json",
+        "is no folder: .* --dataset_file custom",
+        1,
+    ),
+    (
+        "an annotation file",
+        P,
+        "--imagenet_path {root}/list/annotations/instances_val2017.json",
+        "its first entry .{{,90}}\\.\\.\\. does not exist; a list has one path a line",
+        1,
+    ),
+    (
+        "a list of lost images",
+        P,
+        "--imagenet_path {root}/lost.txt",
+        "lost.txt: its first entry gone.png does not exist",
+        1,
+    ),
+    (
+        "only texts named .jpg",
+        P,
+        "--imagenet_path {root}/text",
+        "none of 4 .*/text/0.jpg: can't be decoded .*; check the image folder",
+        1,
+    ),
+    (
+        "only texts named .png",
+        F,
+        "--coco_path {root}/bad_train2017",
+        "none of 4 .*/train2017/000000.png: can't be decoded",
+        1,
+    ),
+    (
+        "only texts in validation",
+        F,
+        "--coco_path {root}/bad_val2017",
+        "none of 3 .*/val2017/000000.png: can't be decoded",
+        1,
+    ),
+    (
+        "tiny images",
+        P,
+        "--imagenet_path {root}/tiny",
+        "none of 4 .*/tiny/0.png: 9 x 9 pixels; both sides must exceed 16",
+        1,
+    ),
+    (
+        "half a file",
+        F,
+        "--coco_path {root}/half",
+        "half/.*_train2017.json is not valid JSON \\(.*\\): is the download complete",
+        1,
+    ),
     ("half a file", F, "--coco_path {root}/half_val", "half_val/.*_val2017.json is not valid JSON", 1),
     ("an empty file", F, "--coco_path {root}/nothing", "nothing/.*.json is not valid JSON", 1),
     ("a list", F, "--coco_path {root}/list", "list/.*.json has no list 'images': a COCO detection file has", 1),
@@ -215,19 +294,66 @@ REFUSED = [
     ("no images listed", F, "--coco_path {root}/no_images", "no_images/.*.json lists no image: give", 1),
     ("no boxes", F, "--coco_path {root}/no_boxes", "no_boxes/.*.json has no box that can be trained on: .* main.py", 1),
     ("an id twice", F, "--coco_path {root}/same_ids", "two images have the same id 1: ids must be unique", 1),
-    ("a large category id", F, "--coco_path {root}/id_120", "has category id 120, but --num_classes is 91: .* --num_classes 121", 1),
-    ("few classes", F, "--coco_path {root}/coco --num_classes 2", "has category id 3, but --num_classes is 2: .* --num_classes 4", 1),
+    (
+        "a large category id",
+        F,
+        "--coco_path {root}/id_120",
+        "has category id 120, but --num_classes is 91: .* --num_classes 121",
+        1,
+    ),
+    (
+        "few classes",
+        F,
+        "--coco_path {root}/coco --num_classes 2",
+        "has category id 3, but --num_classes is 2: .* --num_classes 4",
+        1,
+    ),
     ("a negative category id", F, "--coco_path {root}/id_minus", "category_id of .* is -1: it must be at least 0", 1),
     ("a text for an id", F, "--coco_path {root}/id_text", "category_id of .* is '1': it must be an integer", 1),
     ("no bbox", F, "--coco_path {root}/box_null", "annotation 1 of image 1 has bbox None: it must be", 1),
-    ("a short bbox", F, "--coco_path {root}/box_three", "annotation 1 of image 1 has bbox \\[1, 2, 3\\]: it must be", 1),
-    ("all images absent", F, "--coco_path {root}/all_absent", "4 of 4 images of .* are not in .*: gone.png \\(image 1\\): add", 1),
-    ("one absent", F, "--coco_path {root}/absent_val", "1 of 3 images of .*: gone.png \\(image 502\\): add the files", 1),
-    ("a large batch", F, "--coco_path {root}/coco --batch_size 64", "4 training images are fewer than .* --batch_size 4 or less", 1),
-    ("a large batch", P, "--imagenet_path {root}/photographs --batch_size 64", "4 training images are fewer .* --batch_size 4 or less", 1),
+    (
+        "a short bbox",
+        F,
+        "--coco_path {root}/box_three",
+        "annotation 1 of image 1 has bbox \\[1, 2, 3\\]: it must be",
+        1,
+    ),
+    (
+        "all images absent",
+        F,
+        "--coco_path {root}/all_absent",
+        "4 of 4 images of .* are not in .*: gone.png \\(image 1\\): add",
+        1,
+    ),
+    (
+        "one absent",
+        F,
+        "--coco_path {root}/absent_val",
+        "1 of 3 images of .*: gone.png \\(image 502\\): add the files",
+        1,
+    ),
+    (
+        "a large batch",
+        F,
+        "--coco_path {root}/coco --batch_size 64",
+        "4 training images are fewer than .* --batch_size 4 or less",
+        1,
+    ),
+    (
+        "a large batch",
+        P,
+        "--imagenet_path {root}/photographs --batch_size 64",
+        "4 training images are fewer .* --batch_size 4 or less",
+        1,
+    ),
     # flags
-    ("patches", P, "--imagenet_path {root}/photographs --num_patches 3",
-     "--num_patches 3 does not divide --num_queries 20.*: use --num_patches 2,", 1),
+    (
+        "patches",
+        P,
+        "--imagenet_path {root}/photographs --num_patches 3",
+        "--num_patches 3 does not divide --num_queries 20.*: use --num_patches 2,",
+        1,
+    ),
     ("unknown", F, "--coco_pth x", "unknown argument --coco_pth; did you mean --coco_path", 2),
     ("unknown", P, "--imagnet_path x", "unknown argument --imagnet_path; did you mean --imagenet_path", 2),
     ("of the other script", P, "--pretrain x", "--pretrain is a flag of finetune_main.py, not of main.py", 2),
@@ -239,42 +365,141 @@ REFUSED = [
     ("weight 0", F, "--eos_coef 0", "--eos_coef: must be above 0, got 0", 2),
     ("rate inf", F, "--lr inf", "--lr: must be above 0, got inf", 2),
     ("clip nan", F, "--clip_max_norm nan", "--clip_max_norm: must be a finite number, got nan", 2),
-    ("share above 1", F, "--coco_path {root}/coco --detector conditional_detr --focal_alpha 7", "--focal_alpha 7 is a share", 1),
+    (
+        "share above 1",
+        F,
+        "--coco_path {root}/coco --detector conditional_detr --focal_alpha 7",
+        "--focal_alpha 7 is a share",
+        1,
+    ),
     ("a huge seed", P, f"--imagenet_path x --seed {10**30}", f"--seed {10**30} has more than 63 bits: choose", 1),
     ("no such device", F, "--device mps", "--device: mps is no device of this project: use cuda, cuda:N or cpu", 2),
-    ("contradiction", P, "--imagenet_path x --coco_path y", "--imagenet_path and --coco_path both name the unlabelled images", 1),
-    ("contradiction", P, "--imagenet_path x --fre_cnn --lr_backbone 1e-4", "--fre_cnn freezes the backbone and --lr_backbone 0.0001", 1),
-    ("contradiction", F, "--coco_path x --resume auto --overwrite --output_dir y", "--overwrite replaces the run that --resume", 1),
+    (
+        "contradiction",
+        P,
+        "--imagenet_path x --coco_path y",
+        "--imagenet_path and --coco_path both name the unlabelled images",
+        1,
+    ),
+    (
+        "contradiction",
+        P,
+        "--imagenet_path x --fre_cnn --lr_backbone 1e-4",
+        "--fre_cnn freezes the backbone and --lr_backbone 0.0001",
+        1,
+    ),
+    (
+        "contradiction",
+        F,
+        "--coco_path x --resume auto --overwrite --output_dir y",
+        "--overwrite replaces the run that --resume",
+        1,
+    ),
     ("contradiction", F, "--coco_path x --start_epoch 5", "--start_epoch 5 leaves nothing to train of --epochs 1", 1),
-    ("contradiction", F, "--coco_path x --dataset_file custom", "--coco_path x is not for --dataset_file custom: give --train_images", 1),
+    (
+        "contradiction",
+        F,
+        "--coco_path x --dataset_file custom",
+        "--coco_path x is not for --dataset_file custom: give --train_images",
+        1,
+    ),
     ("incomplete", F, "--coco_path x --eval", "--eval needs the detector to evaluate: add --resume PATH", 1),
-    ("incomplete", F, "--coco_path x --resume auto", "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir", 1),
+    (
+        "incomplete",
+        F,
+        "--coco_path x --resume auto",
+        "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir",
+        1,
+    ),
     ("incomplete", P, "", "no unlabelled images: give --imagenet_path DIR", 1),
     ("incomplete", F, "--dataset_file custom", "--dataset_file custom needs --train_images", 1),
-    ("no such images", F, "--dataset_file custom --train_images {root}/none --train_annotations {root}/coco/annotations",
-     "--train_images {root}/none is no folder: give the one", 1),
+    (
+        "no such images",
+        F,
+        "--dataset_file custom --train_images {root}/none --train_annotations {root}/coco/annotations",
+        "--train_images {root}/none is no folder: give the one",
+        1,
+    ),
     # output folders
-    ("a file", F, "--coco_path {root}/coco --output_dir {root}/file", "--output_dir {root}/file can't be written: .*; choose another", 1),
-    ("below a file", P, "--imagenet_path {root}/photographs --output_dir {root}/file/out", "file/out can't be written: .*; choose", 1),
-    ("the images' folder", P, "--imagenet_path {root}/photographs --output_dir {root}/photographs",
-     "--output_dir {root}/photographs lies in the images' folder .*: choose another folder", 1),
-    ("below the images", P, "--imagenet_path {root}/photographs --output_dir {root}/photographs/out", "out lies in the images' folder", 1),
-    ("beside a file of this name", F, "--coco_path {root}/coco --output_dir {root}/taken",
-     "--output_dir {root}/taken holds another run \\(results.json\\): .*--overwrite to replace it, or choose another", 1),
-    ("beside a file of this name", F, "--coco_path {root}/coco --eval --resume {root}/detr.pth --output_dir {root}/taken",
-     "--output_dir {root}/taken holds other files \\(results.json\\): --overwrite to replace it, or choose another", 1),
-    ("resumed into another run", F, "--coco_path {root}/coco --resume {root}/detr.pth --output_dir {root}/taken",
-     "--output_dir {root}/taken holds another run", 1),
+    (
+        "a file",
+        F,
+        "--coco_path {root}/coco --output_dir {root}/file",
+        "--output_dir {root}/file can't be written: .*; choose another",
+        1,
+    ),
+    (
+        "below a file",
+        P,
+        "--imagenet_path {root}/photographs --output_dir {root}/file/out",
+        "file/out can't be written: .*; choose",
+        1,
+    ),
+    (
+        "the images' folder",
+        P,
+        "--imagenet_path {root}/photographs --output_dir {root}/photographs",
+        "--output_dir {root}/photographs lies in the images' folder .*: choose another folder",
+        1,
+    ),
+    (
+        "below the images",
+        P,
+        "--imagenet_path {root}/photographs --output_dir {root}/photographs/out",
+        "out lies in the images' folder",
+        1,
+    ),
+    (
+        "beside a file of this name",
+        F,
+        "--coco_path {root}/coco --output_dir {root}/taken",
+        "--output_dir {root}/taken holds another run \\(results.json\\): .*--overwrite to replace it, or choose "
+        "another",
+        1,
+    ),
+    (
+        "beside a file of this name",
+        F,
+        "--coco_path {root}/coco --eval --resume {root}/detr.pth --output_dir {root}/taken",
+        "--output_dir {root}/taken holds other files \\(results.json\\): --overwrite to replace it, or choose another",
+        1,
+    ),
+    (
+        "resumed into another run",
+        F,
+        "--coco_path {root}/coco --resume {root}/detr.pth --output_dir {root}/taken",
+        "--output_dir {root}/taken holds another run",
+        1,
+    ),
     # checkpoints
-    ("another detector", F, "--detector detr --pretrain {root}/conditional.pth",
-     "--detector detr contradicts {root}/conditional.pth, .* conditional_detr; leave", 1),
-    ("other sizes", F, "--resume {root}/detr.pth --hidden_dim 64", "--hidden_dim 64 contradicts {root}/detr.pth, .* 32; leave", 1),
+    (
+        "another detector",
+        F,
+        "--detector detr --pretrain {root}/conditional.pth",
+        "--detector detr contradicts {root}/conditional.pth, .* conditional_detr; leave",
+        1,
+    ),
+    (
+        "other sizes",
+        F,
+        "--resume {root}/detr.pth --hidden_dim 64",
+        "--hidden_dim 64 contradicts {root}/detr.pth, .* 32; leave",
+        1,
+    ),
     ("of pre-training", F, "--resume {root}/pretext.pth --eval", "pretext.pth is from pre-training .*--pretrain", 1),
-    ("of fine-tuning", P, "--imagenet_path x --resume {root}/detr.pth", "detr.pth holds a detector without a pretext", 1),
+    (
+        "of fine-tuning",
+        P,
+        "--imagenet_path x --resume {root}/detr.pth",
+        "detr.pth holds a detector without a pretext",
+        1,
+    ),
 ]
 CHECKPOINTS = [
-    ("cut.pth", "an incomplete checkpoint, .*fetch or save it again"), ("text.pth", "it is a text file .*; fetch the file itself"),
-    ("zero.pth", "is empty; fetch or save it again"), ("gone.pth", "no such file; check the path"),
+    ("cut.pth", "an incomplete checkpoint, .*fetch or save it again"),
+    ("text.pth", "it is a text file .*; fetch the file itself"),
+    ("zero.pth", "is empty; fetch or save it again"),
+    ("gone.pth", "no such file; check the path"),
     ("code.pkl", "may run code, so it is not loaded; save its tensors alone"),
     ("code.pth", "holds the Python object .*, which may run code, so it is not loaded; save its tensors alone"),
     ("list.pth", "holds a list, not a checkpoint .*; choose another file"),
@@ -290,9 +515,18 @@ for file, text in CHECKPOINTS:
     ]
 
 
-@pytest.mark.parametrize(("what", "script", "words", "pattern", "status"), REFUSED, ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in REFUSED])
+@pytest.mark.parametrize(
+    ("what", "script", "words", "pattern", "status"), REFUSED, ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in REFUSED]
+)
 def test_refused_in_one_line(
-    what: str, script: str, words: str, pattern: str, status: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    script: str,
+    words: str,
+    pattern: str,
+    status: int,
+    root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -311,7 +545,9 @@ def test_refused_in_one_line(
     assert error.startswith("error: ")
     assert "\n" not in error
     assert "Traceback" not in captured.out + captured.err
-    assert re.search(pattern.replace("{root}", re.escape(str(root))).replace("{{", "{").replace("}}", "}"), error), error
+    assert re.search(pattern.replace("{root}", re.escape(str(root))).replace("{{", "{").replace("}}", "}"), error), (
+        error
+    )
     assert files_below(root) == before
     assert files_below(tmp_path) == {}
 
@@ -327,34 +563,105 @@ def test_no_code_of_a_checkpoint_runs(root: Path) -> None:
     (root / "it_ran").unlink()
 
 
-# ---------------------------------------------------------------------------------------------------- it is told, and training goes on
+# ---------------------------------------------------------------------------------------------------- it is told, and
+# training goes on
 
 TOLD = [
     ("no boxes in validation", F, "--coco_path {root}/no_boxes_val", "no_boxes_val/.*.json has no box: AP will be -1"),
-    ("an absent image", F, "--coco_path {root}/absent", "1 of 4 images of .* are not in .*: gone.png \\(image 2\\): they are left out"),
-    ("one file twice", F, "--coco_path {root}/one_file", "1 files are listed by several images, the first is 000000.png: keep one entry"),
-    ("another size", F, "--coco_path {root}/other_size", "1 of 4 .* can't be used, .*000000.png: 72 x 60 pixels, but image 1 is 72 x 33"),
-    ("many objects", F, "--coco_path {root}/many",
-     "1 images have more objects than --num_queries 20, image 1 has 3\\d: .* use --num_queries 3\\d or more"),
-    ("shared images", F, "--coco_path {root}/shared",
-     "4 images of validation are training images too, the first is .*shared/val2017/000000.png \\(image 1; in training 1\\): .* take"),
-    ("other class names", F, "--coco_path {root}/other_names_val", "class 1 is 'red' in .* and 'violet' in .* one list of categories"),
+    (
+        "an absent image",
+        F,
+        "--coco_path {root}/absent",
+        "1 of 4 images of .* are not in .*: gone.png \\(image 2\\): they are left out",
+    ),
+    (
+        "one file twice",
+        F,
+        "--coco_path {root}/one_file",
+        "1 files are listed by several images, the first is 000000.png: keep one entry",
+    ),
+    (
+        "another size",
+        F,
+        "--coco_path {root}/other_size",
+        "1 of 4 .* can't be used, .*000000.png: 72 x 60 pixels, but image 1 is 72 x 33",
+    ),
+    (
+        "many objects",
+        F,
+        "--coco_path {root}/many",
+        "1 images have more objects than --num_queries 20, image 1 has 3\\d: .* use --num_queries 3\\d or more",
+    ),
+    (
+        "shared images",
+        F,
+        "--coco_path {root}/shared",
+        "4 images of validation are training images too, the first is .*shared/val2017/000000.png \\(image 1; in "
+        "training 1\\): .* take",
+    ),
+    (
+        "other class names",
+        F,
+        "--coco_path {root}/other_names_val",
+        "class 1 is 'red' in .* and 'violet' in .* one list of categories",
+    ),
     ("an unlisted category", F, "--coco_path {root}/unlisted", "category ids \\[50\\] are used but not listed"),
-    ("an unlisted image", F, "--coco_path {root}/stranger",
-     "1 annotations of images that the file does not list are left out, the first is annotation 1 of image 12345"),
-    ("NaN", F, "--coco_path {root}/box_nan", "1 annotations with a box that is not finite are left out, .* annotation 1 of image 1"),
+    (
+        "an unlisted image",
+        F,
+        "--coco_path {root}/stranger",
+        "1 annotations of images that the file does not list are left out, the first is annotation 1 of image 12345",
+    ),
+    (
+        "NaN",
+        F,
+        "--coco_path {root}/box_nan",
+        "1 annotations with a box that is not finite are left out, .* annotation 1 of image 1",
+    ),
     ("width 0", F, "--coco_path {root}/box_zero", "1 annotations with a box without area, .* annotation 1 of image 1"),
-    ("width -3", F, "--coco_path {root}/box_negative", "1 annotations with a box without area, .* annotation 1 of image 1"),
-    ("outside", F, "--coco_path {root}/box_outside", "1 annotations with a box .* outside its image, .* annotation 1 of image 1"),
-    ("partly outside", F, "--coco_path {root}/box_partly", "1 boxes stand over the edge of their image and are cut to it, .* annotation 1"),
-    ("bad among good", P, "--imagenet_path {root}/some_bad", "2 of 4 .* can't be used, the first is .*000.png: can't be decoded"),
-    ("links to nowhere", P, "--imagenet_path {root}/links", "1 of 3 .* can't be used, the first is .*lost.png: no such file"),
-    ("one of a list absent", P, "--imagenet_path {root}/list.txt", "1 of 3 .* can't be used, the first is .*gone.png: no such file"),
+    (
+        "width -3",
+        F,
+        "--coco_path {root}/box_negative",
+        "1 annotations with a box without area, .* annotation 1 of image 1",
+    ),
+    (
+        "outside",
+        F,
+        "--coco_path {root}/box_outside",
+        "1 annotations with a box .* outside its image, .* annotation 1 of image 1",
+    ),
+    (
+        "partly outside",
+        F,
+        "--coco_path {root}/box_partly",
+        "1 boxes stand over the edge of their image and are cut to it, .* annotation 1",
+    ),
+    (
+        "bad among good",
+        P,
+        "--imagenet_path {root}/some_bad",
+        "2 of 4 .* can't be used, the first is .*000.png: can't be decoded",
+    ),
+    (
+        "links to nowhere",
+        P,
+        "--imagenet_path {root}/links",
+        "1 of 3 .* can't be used, the first is .*lost.png: no such file",
+    ),
+    (
+        "one of a list absent",
+        P,
+        "--imagenet_path {root}/list.txt",
+        "1 of 3 .* can't be used, the first is .*gone.png: no such file",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("what", "script", "words", "pattern"), TOLD, ids=[row[0] for row in TOLD])
-def test_told_before_training(what: str, script: str, words: str, pattern: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_told_before_training(
+    what: str, script: str, words: str, pattern: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status, lines = call(script, words.format(root=root).split(), monkeypatch)
     assert status == "started"
     (line,) = [line for line in lines if re.search(pattern, line)]
@@ -364,7 +671,10 @@ def test_told_before_training(what: str, script: str, words: str, pattern: str, 
 
 def test_good_data_are_not_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files of both splits have the same names, and are other images."""
-    for script, words in ((FINETUNE, ["--coco_path", root / "coco"]), (PRETRAIN, ["--imagenet_path", root / "photographs"])):
+    for script, words in (
+        (FINETUNE, ["--coco_path", root / "coco"]),
+        (PRETRAIN, ["--imagenet_path", root / "photographs"]),
+    ):
         status, lines = call(script, words, monkeypatch)
         assert status == "started"
         assert lines[-1] == "data check: nothing to warn of"
@@ -378,11 +688,21 @@ def test_strips_are_resized(root: Path) -> None:
 
 def test_images_of_every_kind_and_bad_ones_with_their_reason(root: Path, tmp_path: Path) -> None:
     grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
-    for name, mode in (("grey.png", "L"), ("cmyk.jpg", "CMYK"), ("palette.png", "P"), ("ünï — 图.png", "RGBA"), ("bits.png", "1")):
+    for name, mode in (
+        ("grey.png", "L"),
+        ("cmyk.jpg", "CMYK"),
+        ("palette.png", "P"),
+        ("ünï — 图.png", "RGBA"),
+        ("bits.png", "1"),
+    ):
         grey.convert("RGB").convert(mode).save(tmp_path / name)
     for path in tmp_path.iterdir():
         assert open_image(str(path)).mode == "RGB"
-    for name, reason in (("some_bad/000.png", "truncated"), ("some_bad/001.png", "an empty file"), ("text/0.jpg", "of no format that")):
+    for name, reason in (
+        ("some_bad/000.png", "truncated"),
+        ("some_bad/001.png", "an empty file"),
+        ("text/0.jpg", "of no format that"),
+    ):
         with pytest.raises(BadImageError, match=rf"can't be decoded \(.*{reason}"):
             open_image(str(root / name))
 
@@ -392,7 +712,10 @@ def test_images_of_every_kind_and_bad_ones_with_their_reason(root: Path, tmp_pat
 
 def test_devices_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for script, data in ((FINETUNE, ["--coco_path", root / "coco"]), (PRETRAIN, ["--imagenet_path", root / "photographs"])):
+    for script, data in (
+        (FINETUNE, ["--coco_path", root / "coco"]),
+        (PRETRAIN, ["--imagenet_path", root / "photographs"]),
+    ):
         status, lines = call(script, [*data, "--device", "cuda"], monkeypatch)
         assert status == 1
         assert re.search("error: --device cuda: no CUDA GPU is visible to PyTorch .*; use --device cpu", lines[-1])
@@ -404,9 +727,12 @@ def test_devices_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"), [(errno.EACCES, "; choose"), (errno.EROFS, "; choose"), (errno.ENOSPC, "; make room or choose")]
+    ("number", "remedy"),
+    [(errno.EACCES, "; choose"), (errno.EROFS, "; choose"), (errno.ENOSPC, "; make room or choose")],
 )
-def test_folders_that_take_no_file(number: int, remedy: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_take_no_file(
+    number: int, remedy: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(path: Path, content: bytes) -> None:
         path.touch()  # on a full disk an empty file can be made
         raise OSError(number, os.strerror(number))
@@ -421,10 +747,15 @@ def test_folders_that_take_no_file(number: int, remedy: str, root: Path, tmp_pat
 def test_a_disk_without_room_for_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
-    for script, data in ((FINETUNE, ["--coco_path", root / "coco"]), (PRETRAIN, ["--imagenet_path", root / "photographs"])):
+    for script, data in (
+        (FINETUNE, ["--coco_path", root / "coco"]),
+        (PRETRAIN, ["--imagenet_path", root / "photographs"]),
+    ):
         status, lines = call(script, [*data, "--output_dir", tmp_path])
         assert status == 1
-        assert re.search(r"error: --output_dir .*: a checkpoint needs 1\d\d MiB, the disk has 1 MiB left: make room", lines[-1])
+        assert re.search(
+            r"error: --output_dir .*: a checkpoint needs 1\d\d MiB, the disk has 1 MiB left: make room", lines[-1]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -447,7 +778,9 @@ def test_a_disk_that_fills_up_in_training(root: Path, tmp_path: Path) -> None:
         status, lines = call(PRETRAIN, [*words, "--epochs", 2, "--resume", "auto"])
     assert status == 1
     (error,) = [line for line in lines if line.startswith("error: ")]
-    assert re.search(r"cannot write .*checkpoint.pth: no room \(.*\); the previous file is kept; make room or choose", error)
+    assert re.search(
+        r"cannot write .*checkpoint.pth: no room \(.*\); the previous file is kept; make room or choose", error
+    )
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     pre_train(*words, "--epochs", 2, "--resume", "auto")
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]

@@ -1,4 +1,5 @@
 """The benchmark times only what gives equal numbers, in turns, and writes what it measured."""
+
 import json
 import types
 from pathlib import Path
@@ -21,7 +22,12 @@ def test_deformable_attention_on_the_cpu(tmp_path: Path) -> None:
     run(tmp_path)
     result = json.loads((tmp_path / "ms_deform_attn.json").read_text())
     rows = [row for row in result["rows"] if row["contender"] == "pytorch"]
-    assert [row["comparison"] for row in rows] == ["encoder, float32", "decoder, float32", "encoder, bfloat16", "decoder, bfloat16"]
+    assert [row["comparison"] for row in rows] == [
+        "encoder, float32",
+        "decoder, float32",
+        "encoder, bfloat16",
+        "decoder, bfloat16",
+    ]
     assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["speedup"] == 1 for row in rows)
     assert "NVIDIA GPU" in result["not_measured"]["triton"]
     assert result["environment"]["torch"] in torch.__version__
@@ -46,19 +52,29 @@ def test_points_of_the_encoder_lie_around_their_pixel() -> None:
     assert grad_output.shape == (2, 112, 256)
     assert locations.dtype == weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum((3, 4)), torch.ones(2, 112, 8))
-    distance = (locations[:, 0, :, 0] - torch.tensor([0.5 / 11, 0.5 / 8])) * torch.tensor([11.0, 8.0])  # pixels of the first map
+    distance = (locations[:, 0, :, 0] - torch.tensor([0.5 / 11, 0.5 / 8])) * torch.tensor(
+        [11.0, 8.0]
+    )  # pixels of the first map
     assert float(distance.norm(dim=-1).max()) < 4 + 3
 
 
-@pytest.mark.parametrize(("peer", "module", "path"), [
-    ("transformers", "transformers.models.deformable_detr.modeling_deformable_detr", "MultiScaleDeformableAttention"),
-    ("mmcv", "mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction"),
-    ("published extension", "MultiScaleDeformableAttention", ""),
-])
+@pytest.mark.parametrize(
+    ("peer", "module", "path"),
+    [
+        (
+            "transformers",
+            "transformers.models.deformable_detr.modeling_deformable_detr",
+            "MultiScaleDeformableAttention",
+        ),
+        ("mmcv", "mmcv.ops.multi_scale_deform_attn", "MultiScaleDeformableAttnFunction"),
+        ("published extension", "MultiScaleDeformableAttention", ""),
+    ],
+)
 def test_a_public_implementation_is_called_with_its_own_arguments(
     peer: str, module: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stand-ins with the signatures of the public ones, which compute with ours."""
+
     def attention(value, sizes, starts, locations, weights, step):
         assert (value.dtype, sizes.dtype, step) == (torch.float32, torch.int64, 64)
         assert starts.tolist() == [0, 48]
@@ -86,7 +102,9 @@ def test_a_public_implementation_is_called_with_its_own_arguments(
         monkeypatch.setitem(benchmark.sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
     monkeypatch.setitem(benchmark.sys.modules, module, stand_in)
     shapes = [(6, 8), (3, 4)]
-    comparison = benchmark.compare_one("case", shapes, benchmark.deform_inputs("decoder", shapes, 1, torch.float32, CPU))
+    comparison = benchmark.compare_one(
+        "case", shapes, benchmark.deform_inputs("decoder", shapes, 1, torch.float32, CPU)
+    )
     assert peer in comparison.contenders, comparison.left_out
     assert set(benchmark.check(comparison)) == set(comparison.contenders)
 
@@ -119,7 +137,9 @@ def test_contenders_take_turns_and_ratios_are_of_medians(monkeypatch: pytest.Mon
         return fake_seconds[calls[-1]].pop(0)
 
     monkeypatch.setattr(benchmark, "seconds", seconds)
-    first, second = benchmark.measure(benchmark.Comparison("case", {"a": contender("a"), "b": contender("b")}, 0.0), 3, CPU)
+    first, second = benchmark.measure(
+        benchmark.Comparison("case", {"a": contender("a"), "b": contender("b")}, 0.0), 3, CPU
+    )
     assert calls == ["a", "b"] * 5  # the check, the length of a turn, three turns
     assert (first.median_ms, second.median_ms, second.speedup) == (3000, 1000, 3)
     assert (first.low_ms, first.high_ms) == (2500, 5500)

@@ -1,4 +1,7 @@
-"""tools/check_dataset.py: each planted fault is found with its file and ids, nothing else is, and the exit status says so."""
+"""tools/check_dataset.py: each planted fault is found with its file and ids, nothing else is, and the exit status says
+so.
+"""
+
 import csv
 import json
 import shutil
@@ -41,7 +44,9 @@ def problems(folder: Path) -> set[tuple[str, str, str, str]]:
     """(kind, split, name of the file, ids) of each line of problems.csv."""
     with (folder / "problems.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {(row["kind"], row["split"], Path(row["file"]).name, f"{row['image_id']}/{row['annotation_id']}") for row in rows}
+    return {
+        (row["kind"], row["split"], Path(row["file"]).name, f"{row['image_id']}/{row['annotation_id']}") for row in rows
+    }
 
 
 def edit(root: Path, split: str, change) -> None:
@@ -104,23 +109,42 @@ def plant_faults(root: Path) -> None:
         exif[0x0112] = 6
         picture.save(images / "000008.png", "JPEG", exif=exif)
     shutil.copy(images / "000000.png", images / "000009.png")
-    edit(root, TRAIN, lambda content: content["images"][9].update({k: content["images"][0][k] for k in ("height", "width")}))
+    edit(
+        root,
+        TRAIN,
+        lambda content: content["images"][9].update({k: content["images"][0][k] for k in ("height", "width")}),
+    )
     Image.fromarray(draw(1, 9, 40)[0]).save(images / "000007.png")
     edit(root, TRAIN, lambda content: content["images"][7].update(height=9, width=40))
-    Image.open(images / "000001.png").save(root / VAL / "000002.png", compress_level=0)  # the same pixels in another file
+    Image.open(images / "000001.png").save(
+        root / VAL / "000002.png", compress_level=0
+    )  # the same pixels in another file
     edit(root, VAL, lambda content: content["images"][2].update({"height": 66, "width": 64}))
     edit(root, VAL, lambda content: content["categories"][0].update(name="violet"))
 
 
 FOUND_IN_TRAIN = {
-    ("box without area", "000000.png", "1/912"), ("box not finite", "000000.png", "1/913"), ("box outside image", "000000.png", "1/914"),
-    ("box partly outside", "000000.png", "1/915"), ("image not listed", f"instances_{TRAIN}.json", "77/916"),
-    ("category not listed", "000001.png", "2/917"), ("category not listed", "000001.png", "2/918"),
-    ("category out of range", "000001.png", "2/"), ("box twice", "000001.png", "2/"), ("more objects than queries", "000002.png", "3/"),
-    ("image absent", "gone.png", "4/"), ("size differs", "000004.png", "5/"), ("image unreadable", "000005.png", "6/"),
-    ("image unreadable", "000006.png", "7/"), ("image tiny", "000007.png", "8/"), ("box partly outside", "000007.png", "8/907"),
-    ("rotated by EXIF", "000008.png", "9/"), ("other extension", "000008.png", "9/"), ("duplicate image", "000009.png", "10/"),
-    ("duplicate image", "000010.png", "12/"), ("file name twice", "000010.png", "12/"),
+    ("box without area", "000000.png", "1/912"),
+    ("box not finite", "000000.png", "1/913"),
+    ("box outside image", "000000.png", "1/914"),
+    ("box partly outside", "000000.png", "1/915"),
+    ("image not listed", f"instances_{TRAIN}.json", "77/916"),
+    ("category not listed", "000001.png", "2/917"),
+    ("category not listed", "000001.png", "2/918"),
+    ("category out of range", "000001.png", "2/"),
+    ("box twice", "000001.png", "2/"),
+    ("more objects than queries", "000002.png", "3/"),
+    ("image absent", "gone.png", "4/"),
+    ("size differs", "000004.png", "5/"),
+    ("image unreadable", "000005.png", "6/"),
+    ("image unreadable", "000006.png", "7/"),
+    ("image tiny", "000007.png", "8/"),
+    ("box partly outside", "000007.png", "8/907"),
+    ("rotated by EXIF", "000008.png", "9/"),
+    ("other extension", "000008.png", "9/"),
+    ("duplicate image", "000009.png", "10/"),
+    ("duplicate image", "000010.png", "12/"),
+    ("file name twice", "000010.png", "12/"),
 }
 
 
@@ -129,8 +153,12 @@ def test_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch: pytes
     plant_faults(root)
     started, pool = [], check_dataset.ProcessPoolExecutor
     monkeypatch.setattr(check_dataset, "CHUNK", 5)
-    monkeypatch.setattr(check_dataset, "ProcessPoolExecutor", lambda workers, **rest: started.append(workers) or pool(workers, **rest))
-    status, lines = check("--coco_path", root, "--output_dir", tmp_path / "out", "--num_queries", 20, "--num_workers", 100)
+    monkeypatch.setattr(
+        check_dataset, "ProcessPoolExecutor", lambda workers, **rest: started.append(workers) or pool(workers, **rest)
+    )
+    status, lines = check(
+        "--coco_path", root, "--output_dir", tmp_path / "out", "--num_queries", 20, "--num_workers", 100
+    )
     assert status == 1
     assert started == [2, 1], "no more processes than there is work for"
     found = problems(tmp_path / "out")
@@ -166,7 +194,10 @@ def test_unlabelled_images(tmp_path: Path) -> None:
     shutil.copy(images / "000.png", images / "copy.png")
     status, _ = check("--imagenet_path", images, "--output_dir", tmp_path / "out")
     assert status == 1
-    assert problems(tmp_path / "out") == {("image unreadable", "train", "bad.jpg", "/"), ("duplicate image", "train", "copy.png", "/")}
+    assert problems(tmp_path / "out") == {
+        ("image unreadable", "train", "bad.jpg", "/"),
+        ("duplicate image", "train", "copy.png", "/"),
+    }
     assert (tmp_path / "out" / "dataset.png").exists()
 
 
@@ -240,9 +271,15 @@ def large_set(images: int, first_id: int, folder: Path) -> CocoDetection:
     annotations = parse_coco(content, "large.json")
     boxes = rng.uniform(0, 20, (images * 7, 2))
     annotations = Annotations(
-        "large.json", type(annotations.file_names)(["one.png"] * images), np.arange(first_id, first_id + images),
-        np.full((images, 2), 40), np.arange(images + 1) * 7, np.column_stack([boxes, boxes + 10]).astype(np.float32),
-        np.ones(images * 7, dtype=np.int64), np.full(images * 7, 100, dtype=np.float32), {1: "thing"},
+        "large.json",
+        type(annotations.file_names)(["one.png"] * images),
+        np.arange(first_id, first_id + images),
+        np.full((images, 2), 40),
+        np.arange(images + 1) * 7,
+        np.column_stack([boxes, boxes + 10]).astype(np.float32),
+        np.ones(images * 7, dtype=np.int64),
+        np.full(images * 7, 100, dtype=np.float32),
+        {1: "thing"},
     )
     return CocoDetection(str(folder), annotations, lambda image, target, rng: (image, target), 2)
 

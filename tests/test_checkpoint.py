@@ -1,4 +1,5 @@
 """Checkpoints: their entries, adopting an architecture, moving trained weights into a model."""
+
 import random
 from argparse import Namespace
 
@@ -27,7 +28,11 @@ D, WIDTH = 8, 12
 
 def detector_shapes(kind="detr", classes=4, queries=6, pre_norm=False, layers=2, learned=False):
     """Names and shapes of a small detector whose backbone is a stub."""
-    shapes = {"backbone.0.body.conv1.weight": (2, 3, 1, 1), "input_proj.weight": (D, 2, 1, 1), "query_embed.weight": (queries, D)}
+    shapes = {
+        "backbone.0.body.conv1.weight": (2, 3, 1, 1),
+        "input_proj.weight": (D, 2, 1, 1),
+        "query_embed.weight": (queries, D),
+    }
     shapes.update({"bbox_embed.layers.0.weight": (4, D), "bbox_embed.layers.0.bias": (4,)})
     rows = classes + (kind == "detr")
     shapes.update({"class_embed.weight": (rows, D), "class_embed.bias": (rows,)})
@@ -60,7 +65,9 @@ def module_of(state, classification=None):
                 module.add_module(name, nn.Module())
             module = module._modules[name]
         module.register_parameter(leaf, nn.Parameter(value.clone()))
-    root.classification = Namespace(kind=classification or ("focal" if any("ca_qpos" in key for key in state) else "softmax"))
+    root.classification = Namespace(
+        kind=classification or ("focal" if any("ca_qpos" in key for key in state) else "softmax")
+    )
     return root
 
 
@@ -90,8 +97,13 @@ def test_bare_and_wrapped_state_dicts_become_model(tmp_path):
 
 
 def test_names_of_siamese_detr_become_detrs(tmp_path):
-    state = {"backbone.conv1.weight": torch.ones(1), "transformer.x": torch.ones(1), "pred_head.bbox_embed.w": torch.ones(1),
-             "pred_head.criterion.empty_weight": torch.ones(3), "enc_head.0.w": torch.ones(1)}
+    state = {
+        "backbone.conv1.weight": torch.ones(1),
+        "transformer.x": torch.ones(1),
+        "pred_head.bbox_embed.w": torch.ones(1),
+        "pred_head.criterion.empty_weight": torch.ones(3),
+        "enc_head.0.w": torch.ones(1),
+    }
     torch.save({"state_dict": state}, tmp_path / "f.pth")
     names = set(load_checkpoint(tmp_path / "f.pth")["model"])
     assert names == {"backbone.0.body.conv1.weight", "transformer.x", "bbox_embed.w", "enc_head.0.w"}
@@ -128,22 +140,53 @@ def test_random_states_come_back_through_a_file(tmp_path):
 
 
 def settings(**changes):
-    flags = {"detector": "detr", "pre_norm": False, "enc_layers": 6, "dec_layers": 6, "hidden_dim": 256, "dim_feedforward": 2048,
-             "num_queries": 100, "position_embedding": "sine", "dilation": False, "nheads": 8, "backbone": "resnet50",
-             "backbone_norm": "frozen", "lr": 1e-4}
+    flags = {
+        "detector": "detr",
+        "pre_norm": False,
+        "enc_layers": 6,
+        "dec_layers": 6,
+        "hidden_dim": 256,
+        "dim_feedforward": 2048,
+        "num_queries": 100,
+        "position_embedding": "sine",
+        "dilation": False,
+        "nheads": 8,
+        "backbone": "resnet50",
+        "backbone_norm": "frozen",
+        "lr": 1e-4,
+    }
     return Namespace(**{**flags, **changes})
 
 
 @pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
 def test_flags_that_were_not_given_are_adopted(kind):
-    stored = {"detector": kind, "dilation": True, "nheads": 4, "backbone": "timm:x", "position_embedding": "sine_shifted",
-              "backbone_norm": "live", "lr": 5.0}
+    stored = {
+        "detector": kind,
+        "dilation": True,
+        "nheads": 4,
+        "backbone": "timm:x",
+        "position_embedding": "sine_shifted",
+        "backbone_norm": "live",
+        "lr": 5.0,
+    }
     checkpoint = checkpoint_of(detector_state(kind=kind, pre_norm=kind == "detr"), args=stored)
     args = settings()
     lines = adopt_architecture(checkpoint, args, {"lr"})
-    expected = {"detector": kind, "pre_norm": kind == "detr", "enc_layers": 2, "dec_layers": 2, "hidden_dim": D,
-                "dim_feedforward": WIDTH, "num_queries": 6, "position_embedding": "sine_shifted", "dilation": True,
-                "nheads": 4, "backbone": "timm:x", "backbone_norm": "live", "lr": 1e-4}
+    expected = {
+        "detector": kind,
+        "pre_norm": kind == "detr",
+        "enc_layers": 2,
+        "dec_layers": 2,
+        "hidden_dim": D,
+        "dim_feedforward": WIDTH,
+        "num_queries": 6,
+        "position_embedding": "sine_shifted",
+        "dilation": True,
+        "nheads": 4,
+        "backbone": "timm:x",
+        "backbone_norm": "live",
+        "lr": 1e-4,
+    }
     assert vars(args) == expected
     assert any("--nheads 4" in line and "run/file.pth" in line for line in lines)
     assert adopt_architecture(checkpoint, args, set()) == []
@@ -158,8 +201,17 @@ def test_flags_of_other_detectors_are_not_adopted():
     assert args.enc_n_points is args.dec_n_points is None
 
 
-@pytest.mark.parametrize(("flag", "value"), [("pre_norm", True), ("dec_layers", 3), ("detector", "conditional_detr"),
-                                             ("hidden_dim", 256), ("nheads", 8), ("position_embedding", "learned")])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("pre_norm", True),
+        ("dec_layers", 3),
+        ("detector", "conditional_detr"),
+        ("hidden_dim", 256),
+        ("nheads", 8),
+        ("position_embedding", "learned"),
+    ],
+)
 def test_a_given_flag_that_contradicts_is_an_error(flag, value):
     checkpoint = checkpoint_of(detector_state(), args={"nheads": 4, "position_embedding": "sine"})
     with pytest.raises(UserError) as excinfo:
@@ -182,13 +234,16 @@ def test_learned_positions_show_in_the_weights():
     assert args.position_embedding == "learned"
 
 
-@pytest.mark.parametrize(("stored", "extra", "expected"), [
-    ({"position_embedding": "sine"}, {}, "sine"),
-    ({"position_embedding": "sine", "object_embedding_loss": True}, {}, "sine_shifted"),
-    ({"position_embedding": "sine"}, {"feature_embed.layers.0.weight": (D, D)}, "sine_shifted"),
-    ({"position_embedding": "sine", "detector": "detr"}, {"feature_embed.layers.0.weight": (D, D)}, "sine"),
-    ({}, {}, "sine"),
-])
+@pytest.mark.parametrize(
+    ("stored", "extra", "expected"),
+    [
+        ({"position_embedding": "sine"}, {}, "sine"),
+        ({"position_embedding": "sine", "object_embedding_loss": True}, {}, "sine_shifted"),
+        ({"position_embedding": "sine"}, {"feature_embed.layers.0.weight": (D, D)}, "sine_shifted"),
+        ({"position_embedding": "sine", "detector": "detr"}, {"feature_embed.layers.0.weight": (D, D)}, "sine"),
+        ({}, {}, "sine"),
+    ],
+)
 def test_detreg_calls_its_shifted_positions_sine(stored, extra, expected):
     state = {**detector_state(), **{key: torch.ones(shape) for key, shape in extra.items()}}
     args = settings(position_embedding="learned")
@@ -221,7 +276,8 @@ def test_resnets_are_recognised_by_their_blocks(name):
     assert resnet_name({"backbone.0.body." + key: value for key, value in state.items()}, "backbone.0.body.") == name
 
 
-# ---------------------------------------------------------------------------------------------------- pre-trained weights
+# ---------------------------------------------------------------------------------------------------- pre-trained
+# weights
 
 
 def test_a_resumed_run_loads_exactly_or_says_where_it_differs():
@@ -229,8 +285,10 @@ def test_a_resumed_run_loads_exactly_or_says_where_it_differs():
     model = module_of(detector_state(seed=2))
     load_exactly(model, checkpoint_of(state))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    for other, words in ((detector_state(classes=9), ("class_embed.weight", "[10, 8]", "2 differences")),
-                         (detector_state(pre_norm=True), ("also has transformer.encoder.norm.weight",))):
+    for other, words in (
+        (detector_state(classes=9), ("class_embed.weight", "[10, 8]", "2 differences")),
+        (detector_state(pre_norm=True), ("also has transformer.encoder.norm.weight",)),
+    ):
         with pytest.raises(UserError) as excinfo:
             load_exactly(model, checkpoint_of(other))
         one_line(excinfo, "run/file.pth", *words)
@@ -286,16 +344,28 @@ def test_focal_heads_have_no_background_row():
 
 
 @pytest.mark.parametrize("names", [True, False])
-@pytest.mark.parametrize(("of_file", "of_model", "kept"), [
-    ("focal", "focal", True), ("focal", "softmax", False), ("softmax", "focal", False), (None, "focal", False), (None, "softmax", True)])
+@pytest.mark.parametrize(
+    ("of_file", "of_model", "kept"),
+    [
+        ("focal", "focal", True),
+        ("focal", "softmax", False),
+        ("softmax", "focal", False),
+        (None, "focal", False),
+        (None, "softmax", True),
+    ],
+)
 def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept, names):
-    """A DETR with 5 rows each: 5 focal classes or 4 and "no object". What the file says counts, else what was published."""
+    """A DETR with 5 rows each: 5 focal classes or 4 and "no object". What the file says counts, else what was
+    published.
+    """
     classes = {row: f"class {row}" for row in range(5 if of_file == "focal" else 4)}
     state = detector_state(seed=1)
     model = module_of(detector_state(seed=2), of_model)
     fresh = model.class_embed.weight.detach().clone()
     entries = {"class_names": classes} if names else {}
-    report = load_pretrained(model, checkpoint_of(state, args={"classification": of_file} if of_file else None, **entries), classes)
+    report = load_pretrained(
+        model, checkpoint_of(state, args={"classification": of_file} if of_file else None, **entries), classes
+    )
     assert torch.equal(model.class_embed.weight, state["class_embed.weight"] if kept else fresh)
     assert ("class_embed.bias" in report.reinitialised) is not kept
     assert any("starts anew" in note and "focal" in note and "softmax" in note for note in report.notes) is not kept
@@ -349,15 +419,30 @@ def test_a_mask_file_goes_into_a_box_model_and_back():
     assert list(report.reinitialised) == ["mask_head.lay1.weight"]
 
 
-@pytest.mark.parametrize(("file", "model", "words"), [
-    (detector_state(kind="conditional_detr"), detector_state(), ("conditional_detr", "--detector conditional_detr")),
-    ({"layer1.0.conv1.weight": torch.ones(1), "conv1.weight": torch.ones(1)}, detector_state(), ("--backbone_weights",)),
-    ({"some.weight": torch.ones(1)}, detector_state(), ("no detector",)),
-    (detector_state(pre_norm=True), detector_state(), ("encoder.norm", "--pre_norm")),
-    (detector_state(), detector_state(pre_norm=True), ("encoder.norm", "--pre_norm")),
-    (detector_state(layers=3), detector_state(), ("layers.2", "--enc_layers")),
-    ({**detector_state(), "input_proj.weight": torch.ones(D, 3, 1, 1)}, detector_state(), ("input_proj", "--backbone")),
-])
+@pytest.mark.parametrize(
+    ("file", "model", "words"),
+    [
+        (
+            detector_state(kind="conditional_detr"),
+            detector_state(),
+            ("conditional_detr", "--detector conditional_detr"),
+        ),
+        (
+            {"layer1.0.conv1.weight": torch.ones(1), "conv1.weight": torch.ones(1)},
+            detector_state(),
+            ("--backbone_weights",),
+        ),
+        ({"some.weight": torch.ones(1)}, detector_state(), ("no detector",)),
+        (detector_state(pre_norm=True), detector_state(), ("encoder.norm", "--pre_norm")),
+        (detector_state(), detector_state(pre_norm=True), ("encoder.norm", "--pre_norm")),
+        (detector_state(layers=3), detector_state(), ("layers.2", "--enc_layers")),
+        (
+            {**detector_state(), "input_proj.weight": torch.ones(D, 3, 1, 1)},
+            detector_state(),
+            ("input_proj", "--backbone"),
+        ),
+    ],
+)
 def test_a_file_that_does_not_fit_is_an_error_and_changes_nothing(file, model, words):
     model = module_of(model)
     fresh = {key: value.clone() for key, value in model.state_dict().items()}

@@ -1,4 +1,5 @@
 """COCO evaluation: every backend against pycocotools, and what the libraries leave to the caller."""
+
 import numpy as np
 import pytest
 import torch
@@ -23,10 +24,16 @@ def random_truth(rng: np.random.RandomState) -> dict:
         for _ in range(rng.choice([0, 1, 3, 12])):
             w, h = rng.rand(2) * rng.choice([20, 80, 200]) + 0.5
             x, y = rng.rand(2) * 150
-            annotations.append({
-                "id": len(annotations), "image_id": image["id"], "category_id": int(rng.choice(categories)),
-                "bbox": [x, y, w, h], "iscrowd": int(rng.rand() < 0.2), "area": w * h * rng.choice([1, 0.5]),
-            })
+            annotations.append(
+                {
+                    "id": len(annotations),
+                    "image_id": image["id"],
+                    "category_id": int(rng.choice(categories)),
+                    "bbox": [x, y, w, h],
+                    "iscrowd": int(rng.rand() < 0.2),
+                    "area": w * h * rng.choice([1, 0.5]),
+                }
+            )
     return {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in categories]}
 
 
@@ -42,9 +49,14 @@ def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
                 near = mine[rng.randint(len(mine))]
                 bbox, label = np.array(near["bbox"]) + rng.randn(4) * rng.choice([0, 1, 5]), near["category_id"]
             bbox[2:] = bbox[2:].clip(0)
-            results.append({
-                "image_id": image["id"], "category_id": int(label), "bbox": bbox.tolist(), "score": round(rng.rand(), 2),
-            })
+            results.append(
+                {
+                    "image_id": image["id"],
+                    "category_id": int(label),
+                    "bbox": bbox.tolist(),
+                    "score": round(rng.rand(), 2),
+                }
+            )
     return results
 
 
@@ -59,7 +71,8 @@ def test_what_training_takes_is_evaluated(backend: str) -> None:
     """Entries that `parse_coco` accepts, so that no run ends at its first evaluation."""
     pytest.importorskip(backend)
     plain = {
-        "images": [{"id": 1, "width": 90, "height": 90}], "categories": [{"id": 2, "name": "cat"}],
+        "images": [{"id": 1, "width": 90, "height": 90}],
+        "categories": [{"id": 2, "name": "cat"}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [10, 10, 40, 40]}],
     }
     results = [{"image_id": 1, "category_id": 2, "bbox": [10, 10, 40, 40], "score": 0.9}]
@@ -80,7 +93,10 @@ def test_backend_equals_pycocotools(backend: str) -> None:
         expected, actual = summary(truth, results, "pycocotools"), summary(truth, results, backend)
         np.testing.assert_allclose(actual["stats"], expected["stats"], rtol=0, atol=1e-9, err_msg=f"seed {seed}")
         for row, known in zip(actual["per_class"], expected["per_class"], strict=True):
-            assert row == {name: value if isinstance(value, str) else pytest.approx(value, abs=1e-9) for name, value in known.items()}, seed
+            assert row == {
+                name: value if isinstance(value, str) else pytest.approx(value, abs=1e-9)
+                for name, value in known.items()
+            }, seed
 
 
 def simple_truth(**annotation) -> dict:
@@ -102,7 +118,9 @@ def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.Ca
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
     assert result["stats"][3:6] == pytest.approx([-1, 1, -1])
-    assert result["per_class"] == [{"id": 2, "name": "cat", "objects": 1, **dict.fromkeys(("AP", "AP50", "AP75"), pytest.approx(1))}]
+    assert result["per_class"] == [
+        {"id": 2, "name": "cat", "objects": 1, **dict.fromkeys(("AP", "AP50", "AP75"), pytest.approx(1))}
+    ]
     assert capfd.readouterr().out == ""
 
 
@@ -119,7 +137,13 @@ def test_no_detection_is_as_in_pycocotools() -> None:
     """-1 where an area range has no truth; crowds are none, and both ends of a range belong to it."""
     empty = simple_truth()
     empty["annotations"] = []
-    cases = [empty, simple_truth(iscrowd=1), simple_truth(area=32.0**2), simple_truth(area=96.0**2), simple_truth(area=5e5)]
+    cases = [
+        empty,
+        simple_truth(iscrowd=1),
+        simple_truth(area=32.0**2),
+        simple_truth(area=96.0**2),
+        simple_truth(area=5e5),
+    ]
     for truth in cases + [random_truth(np.random.RandomState(seed)) for seed in range(12)]:
         evaluator = CocoEvaluator(truth)
         truth_api, none = COCO(), COCO()
@@ -174,9 +198,17 @@ def test_a_class_that_is_listed_twice_counts_once(backend: str) -> None:
     assert summary(twice, results, backend) == summary(truth, results, backend)
 
 
-@pytest.mark.parametrize("bbox", [
-    [10, 10, 0, 5], [10, 10, -5, 5], [10, float("nan"), 5, 5], [10, 10, float("inf"), 5], [10, 10, 1e39, 5], [100, 10, 5, 5],
-])
+@pytest.mark.parametrize(
+    "bbox",
+    [
+        [10, 10, 0, 5],
+        [10, 10, -5, 5],
+        [10, float("nan"), 5, 5],
+        [10, 10, float("inf"), 5],
+        [10, 10, 1e39, 5],
+        [100, 10, 5, 5],
+    ],
+)
 def test_boxes_that_training_leaves_out_are_no_objects_to_find(bbox: list) -> None:
     truth = simple_truth()
     truth["images"] = [{**image, "file_name": "a.jpg"} for image in truth["images"]]

@@ -1,4 +1,7 @@
-"""Several runs beside each other: numbers are those of the logs, settings those that differ, and nothing is overwritten."""
+"""Several runs beside each other: numbers are those of the logs, settings those that differ, and nothing is
+overwritten.
+"""
+
 import csv
 import json
 import subprocess
@@ -23,8 +26,14 @@ def write_run(folder: Path, entries: list[dict], **settings) -> Path:
 
 
 def evaluated(epoch: int, ap: float, **values) -> dict:
-    return {"epoch": epoch, "train_loss": 3.0 - epoch, "train_loss_ce": 1.0, "test_coco_eval_bbox": [ap, ap + 0.2] + [0.0] * 10,
-            "n_parameters": 41302368, **values}
+    return {
+        "epoch": epoch,
+        "train_loss": 3.0 - epoch,
+        "train_loss_ce": 1.0,
+        "test_coco_eval_bbox": [ap, ap + 0.2] + [0.0] * 10,
+        "n_parameters": 41302368,
+        **values,
+    }
 
 
 def compare(*words: object) -> list[str]:
@@ -41,9 +50,15 @@ def rows(path: Path) -> dict[str, dict[str, str]]:
 @pytest.fixture
 def two(tmp_path: Path) -> tuple[Path, Path]:
     pytest.importorskip("matplotlib")
-    entries = [evaluated(0, 0.1, train_seconds=20), evaluated(1, 0.3, train_seconds=40), evaluated(2, 0.25, train_seconds=60)]
+    entries = [
+        evaluated(0, 0.1, train_seconds=20),
+        evaluated(1, 0.3, train_seconds=40),
+        evaluated(2, 0.25, train_seconds=60),
+    ]
     first = write_run(tmp_path / "first", entries, lr=1e-4, seed=1, amp="no")
-    return first, write_run(tmp_path / "second", [evaluated(0, 0.2), {"epoch": 1, "train_loss": 1.0}], lr=1e-3, seed=1, amp="no")
+    return first, write_run(
+        tmp_path / "second", [evaluated(0, 0.2), {"epoch": 1, "train_loss": 1.0}], lr=1e-3, seed=1, amp="no"
+    )
 
 
 def test_numbers_and_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
@@ -52,8 +67,18 @@ def test_numbers_and_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
     first, second = table["first"], table["second"]
     assert (first["epochs"], first["best AP"], first["of epoch"], first["last AP"]) == ("3 of 3", "0.300", "2", "0.250")
     assert (first["best AP50"], first["last AP50"], first["train loss"]) == ("0.500", "0.450", "1.000")
-    assert (first["images/s"], first["an epoch"], first["training"], first["trainable"]) == ("6.0", "0:20", "1:00", "41.3 M")
-    assert (second["epochs"], second["best AP"], second["images/s"], second["training"]) == ("2 of 3", "0.200", "-", "-")
+    assert (first["images/s"], first["an epoch"], first["training"], first["trainable"]) == (
+        "6.0",
+        "0:20",
+        "1:00",
+        "41.3 M",
+    )
+    assert (second["epochs"], second["best AP"], second["images/s"], second["training"]) == (
+        "2 of 3",
+        "0.200",
+        "-",
+        "-",
+    )
     assert (first["--lr"], second["--lr"]) == ("0.0001", "0.001")
     assert not {"--seed", "--amp", "--output_dir"} & set(first)
     text = "\n".join(lines)
@@ -64,13 +89,23 @@ def test_numbers_and_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_pre_training_shows_losses(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    entries = [{"epoch": 0, "train_loss": 9.0, "train_loss_ce": 2.0, "train_loss_ce_0": 5.0, "train_loss_ce_unscaled": 4.0,
-                "train_loss_feature": 0.5}]
+    entries = [
+        {
+            "epoch": 0,
+            "train_loss": 9.0,
+            "train_loss_ce": 2.0,
+            "train_loss_ce_0": 5.0,
+            "train_loss_ce_unscaled": 4.0,
+            "train_loss_feature": 0.5,
+        }
+    ]
     run = write_run(tmp_path / "pre", entries, pretext="random_query_patch")
     compare(run, "--output", tmp_path / "x.png")
     (row,) = rows(tmp_path / "x.csv").values()
     assert {name: value for name, value in row.items() if "loss" in name} == {
-        "train loss": "9.000", "train loss_ce": "2.000", "train loss_feature": "0.500",
+        "train loss": "9.000",
+        "train loss_ce": "2.000",
+        "train loss_feature": "0.500",
     }
     assert not any("AP" in name for name in row)
 
@@ -100,14 +135,23 @@ def test_names_tell_folders_apart(tmp_path: Path) -> None:
     assert [run.name for run in compare_runs.read_runs(places)] == ["a/run", "b/run"]
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    ({}, "not the output folder of a run"), ({"args.json": '{"settings": {"lr": 1}}'}, "first epoch is not finished"),
-    ({"log.txt": ""}, "empty log"), ({"log.txt": "no json\n{}\n"}, "line 1: not a JSON object"), ({"log.txt": "5\n{}\n"}, "line 1"),
-    ({"log.txt": '{"epoch": 0}\n{"epoch": "one"}\n'}, "line 2: epoch is 'one'; correct or remove the line"),
-    ({"log.txt": '{"epoch": [0]}\n'}, r"epoch is '\[0\]'"), ({"log.txt": '{"train_loss": "nan?"}'}, "train_loss is 'nan[?]'"),
-    ({"log.txt": '{"test_coco_eval_bbox": [0.1]}'}, "test_coco_eval_bbox is"), ({"log.txt": '{"train_seconds": "1"}'}, "train_seconds"),
-    ({"log.txt": '{"test_coco_eval_bbox": {"AP": 1}}'}, "test_coco_eval_bbox is"), ({"log.txt": b"\xff\xfe\x00"}, "log.txt is no text"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "not the output folder of a run"),
+        ({"args.json": '{"settings": {"lr": 1}}'}, "first epoch is not finished"),
+        ({"log.txt": ""}, "empty log"),
+        ({"log.txt": "no json\n{}\n"}, "line 1: not a JSON object"),
+        ({"log.txt": "5\n{}\n"}, "line 1"),
+        ({"log.txt": '{"epoch": 0}\n{"epoch": "one"}\n'}, "line 2: epoch is 'one'; correct or remove the line"),
+        ({"log.txt": '{"epoch": [0]}\n'}, r"epoch is '\[0\]'"),
+        ({"log.txt": '{"train_loss": "nan?"}'}, "train_loss is 'nan[?]'"),
+        ({"log.txt": '{"test_coco_eval_bbox": [0.1]}'}, "test_coco_eval_bbox is"),
+        ({"log.txt": '{"train_seconds": "1"}'}, "train_seconds"),
+        ({"log.txt": '{"test_coco_eval_bbox": {"AP": 1}}'}, "test_coco_eval_bbox is"),
+        ({"log.txt": b"\xff\xfe\x00"}, "log.txt is no text"),
+    ],
+)
 def test_folders_that_are_no_runs(tmp_path: Path, content: dict[str, str | bytes], said: str) -> None:
     folder = tmp_path / "thing"
     folder.mkdir()
@@ -119,9 +163,16 @@ def test_folders_that_are_no_runs(tmp_path: Path, content: dict[str, str | bytes
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.parametrize("record", [
-    "{", "[1]", '{"settings": [1], "images": "many"}', '{"settings": 5, "images": []}', '{"images": [null]}',
-])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "{",
+        "[1]",
+        '{"settings": [1], "images": "many"}',
+        '{"settings": 5, "images": []}',
+        '{"images": [null]}',
+    ],
+)
 def test_damaged_settings_are_none(record: str, tmp_path: Path) -> None:
     """The log is what counts."""
     pytest.importorskip("matplotlib")

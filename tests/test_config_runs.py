@@ -1,7 +1,9 @@
-"""Every config runs: the published model is built without memory for its weights, and three steps, or an evaluation, of a small one.
+"""Every config runs: the published model is built without memory for its weights, and three steps, or an evaluation, of
+a small one.
 
 Steps are run once for configs that differ in numbers alone.
 """
+
 import re
 from pathlib import Path
 
@@ -15,25 +17,70 @@ from tests.documents import CONFIGS, SCRIPTS, config_words, parse
 from util.arguments import plain_settings, resolve
 
 CONDITIONAL_100 = 43_418_401 - 200 * 256
-# Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits counts.
+# Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits
+# counts.
 PARAMETERS = {
-    "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32": 43_869_129, "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
-    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32": 44_200_137, "r50_condtr_100q": 44_792_265, "r50_condtr_300q": 44_843_465,
-    "r50_vanillatr": 42_949_575, "r50_deformtr_ms": 42_413_769, "r50_deformtr_ss": 35_491_657,
-    "UPDETR_pretrain_in": 42_619_079, "UPDETR_finetune": 41_525_280, "UPDETR_eval": 41_525_280, "DETR_r50_swav": 41_525_280,
-    "UPDETR_vanilla_finetune": 41_524_768, "UPDETR_deformable_finetune": 40_069_665, "UPDETR_deformable_single_scale_finetune": 34_066_593,
-    "UPDETR_conditional_300q_finetune": 43_418_401, "UPDETR_conditional_finetune": CONDITIONAL_100,
-    "Scratch_vanilla": 41_524_768, "Scratch_conditional": CONDITIONAL_100, "Scratch_deformable": 40_069_665, "DeformableDETR": 40_069_665,
-    "DETReg_top30_in_detr": 41_525_280 + 768 * 257, "DETReg_fine_tune": None, "DETReg_few_shot": None,
-    "DETReg_vanilla_finetune": 41_524_768, "DETReg_conditional_finetune": CONDITIONAL_100, "DETReg_deformable_finetune": 40_069_665,
-    "DETReg_conditional_pretrain": CONDITIONAL_100 + 768 * 257, "DETReg": 40_069_665 + 768 * 257,
-    "ConditionalDETR_r101": 62_358_305, "ConditionalDETR": 43_418_401, "DETR_r101": 60_464_672, "DETR": 41_524_768,
-    "r50_deformable_detr_single_scale": 34_066_593, "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus": 41_181_529,
-    "r50_deformable_detr_plus": 40_849_660, "r50_deformable_detr": 40_069_665,
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32": 43_869_129,
+    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32": 44_200_137,
+    "r50_condtr_100q": 44_792_265,
+    "r50_condtr_300q": 44_843_465,
+    "r50_vanillatr": 42_949_575,
+    "r50_deformtr_ms": 42_413_769,
+    "r50_deformtr_ss": 35_491_657,
+    "UPDETR_pretrain_in": 42_619_079,
+    "UPDETR_finetune": 41_525_280,
+    "UPDETR_eval": 41_525_280,
+    "DETR_r50_swav": 41_525_280,
+    "UPDETR_vanilla_finetune": 41_524_768,
+    "UPDETR_deformable_finetune": 40_069_665,
+    "UPDETR_deformable_single_scale_finetune": 34_066_593,
+    "UPDETR_conditional_300q_finetune": 43_418_401,
+    "UPDETR_conditional_finetune": CONDITIONAL_100,
+    "Scratch_vanilla": 41_524_768,
+    "Scratch_conditional": CONDITIONAL_100,
+    "Scratch_deformable": 40_069_665,
+    "DeformableDETR": 40_069_665,
+    "DETReg_top30_in_detr": 41_525_280 + 768 * 257,
+    "DETReg_fine_tune": None,
+    "DETReg_few_shot": None,
+    "DETReg_vanilla_finetune": 41_524_768,
+    "DETReg_conditional_finetune": CONDITIONAL_100,
+    "DETReg_deformable_finetune": 40_069_665,
+    "DETReg_conditional_pretrain": CONDITIONAL_100 + 768 * 257,
+    "DETReg": 40_069_665 + 768 * 257,
+    "ConditionalDETR_r101": 62_358_305,
+    "ConditionalDETR": 43_418_401,
+    "DETR_r101": 60_464_672,
+    "DETR": 41_524_768,
+    "r50_deformable_detr_single_scale": 34_066_593,
+    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus": 41_181_529,
+    "r50_deformable_detr_plus": 40_849_660,
+    "r50_deformable_detr": 40_069_665,
 }
 SMALL = [
-    "--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "32", "--enc_layers", "1", "--dec_layers", "2", "--num_queries", "20",
-    "--device", "cpu", "--num_workers", "0", "--image_size", "64", "--max_size", "96", "--batch_size", "2",
+    "--hidden_dim",
+    "32",
+    "--nheads",
+    "4",
+    "--dim_feedforward",
+    "32",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--num_queries",
+    "20",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--image_size",
+    "64",
+    "--max_size",
+    "96",
+    "--batch_size",
+    "2",
 ]
 PRETEXT_SIZES = {
     "random_query_patch": ["--num_patches", "5", "--patch_size", "32"],
@@ -65,7 +112,9 @@ def save_small(words: list[str], path: Path) -> Path:
 
 
 def source_config(words: list[str]) -> list[str]:
-    """The config whose output a command takes as `--pretrain` or `--resume`; of a published file, the one that it comes from."""
+    """The config whose output a command takes as `--pretrain` or `--resume`; of a published file, the one that it comes
+    from.
+    """
     given = next(word for flag, word in zip(words, words[1:], strict=False) if flag in ("--pretrain", "--resume"))
     return config_words(CONFIGS["DETR_r50_coco" if given.startswith("https://") else Path(given).parent.name])
 
@@ -128,7 +177,9 @@ def test_config_runs_three_steps(name: str, coco: Path, voc: Path, unlabelled: P
     data += ["--filter_pct", "1"] if "--filter_pct" in words else []  # a share of four images is too few
     data += ["--novel_classes", "red"] if "--few_shot" in words and "voc" not in words else []
     data += ["--few_shot_file", write_shots(coco, tmp_path / "shots")] if "--few_shot_file" in words else []
-    start_from = ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
+    start_from = (
+        ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
+    )
     lines = start(small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run"))
     assert sum(line.startswith("step on") for line in lines) == 2
     assert any("nothing was saved" in line for line in lines)
@@ -141,5 +192,16 @@ def test_config_evaluates(name: str, coco: Path, tmp_path: Path) -> None:
     """Flags of the architecture are left out: they are those of the checkpoint."""
     words = config_words(CONFIGS[name])
     checkpoint = save_small(source_config(words), tmp_path / "trained.pth")
-    start([*words, *SMALL[-8:], "--coco_path", str(coco), "--resume", str(checkpoint), "--output_dir", str(tmp_path / "run")])
+    start(
+        [
+            *words,
+            *SMALL[-8:],
+            "--coco_path",
+            str(coco),
+            "--resume",
+            str(checkpoint),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
     assert (tmp_path / "run" / "metrics.json").exists()

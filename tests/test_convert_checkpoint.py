@@ -1,4 +1,5 @@
 """Files of every published code base: told apart, read by --pretrain and --resume as they are, converted and back."""
+
 import re
 import subprocess
 import sys
@@ -10,7 +11,18 @@ import torch
 
 from models import build_model
 from models.checkpoint_check import check_parameters
-from tests.published_files import SMALL, detreg, filled, patch_parts, published_files, settings, shapes, siamese, siamese_file, updetr
+from tests.published_files import (
+    SMALL,
+    detreg,
+    filled,
+    patch_parts,
+    published_files,
+    settings,
+    shapes,
+    siamese,
+    siamese_file,
+    updetr,
+)
 from tests.tiny import ROOT, logged
 from tools import convert_checkpoint, convert_to_detr
 from util.architecture import architecture
@@ -25,14 +37,30 @@ from util.weight_files import read_weights
 
 FILES = published_files()
 PRETEXTS = {
-    "updetr": "random_query_patch", "detreg detr": "region_prior", "siamese detr": "siamese", "siamese conditional": "siamese",
-    "siamese updetr": "random_query_patch", "detreg": "region_prior", "siamese deformable": "siamese", "siamese single scale": "siamese",
+    "updetr": "random_query_patch",
+    "detreg detr": "region_prior",
+    "siamese detr": "siamese",
+    "siamese conditional": "siamese",
+    "siamese updetr": "random_query_patch",
+    "detreg": "region_prior",
+    "siamese deformable": "siamese",
+    "siamese single scale": "siamese",
 }
 DETECTORS = sorted(set(FILES) - set(PRETEXTS) - {"masks"})
 CODE_BASES = {
-    "detr": "detr", "conditional": "conditional_detr", "masks": "detr", "updetr": "updetr", "updetr finetuned": "updetr",
-    "detreg detr": "detreg", "siamese detr": "siamese", "siamese conditional": "siamese", "siamese updetr": "siamese",
-    "deformable": "deformable_detr", "deformable two-stage": "deformable_detr", "detreg": "detreg", "siamese deformable": "siamese",
+    "detr": "detr",
+    "conditional": "conditional_detr",
+    "masks": "detr",
+    "updetr": "updetr",
+    "updetr finetuned": "updetr",
+    "detreg detr": "detreg",
+    "siamese detr": "siamese",
+    "siamese conditional": "siamese",
+    "siamese updetr": "siamese",
+    "deformable": "deformable_detr",
+    "deformable two-stage": "deformable_detr",
+    "detreg": "detreg",
+    "siamese deformable": "siamese",
     "siamese single scale": "siamese",
 }
 
@@ -91,20 +119,23 @@ def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
 # ---------------------------------------------------------------------------------------------------- published sizes
 
 
-@pytest.mark.parametrize(("state", "number"), [
-    (lambda: shapes("detr", outputs=92), 458),
-    (lambda: shapes("conditional_detr"), 564),
-    (lambda: updetr("--pre_norm", backbone="resnet50"), 466),
-    (lambda: detreg("detr", "--pre_norm"), 464),
-    (lambda: siamese("detr", channels=2048), 495),
-    (lambda: siamese("conditional_detr", "--num_queries", "100", channels=2048), 601),
-    (lambda: shapes("deformable_detr"), 561),
-    (lambda: shapes("deformable_detr", "--with_box_refine"), 597),
-    (lambda: shapes("deformable_detr", "--with_box_refine", "--two_stage"), 630),
-    (lambda: detreg("deformable_detr"), 565),
-    (lambda: siamese("deformable_detr", channels=3584), 559),
-    (lambda: siamese("deformable_detr", "--num_feature_levels", "1", channels=2048), 547),
-])
+@pytest.mark.parametrize(
+    ("state", "number"),
+    [
+        (lambda: shapes("detr", outputs=92), 458),
+        (lambda: shapes("conditional_detr"), 564),
+        (lambda: updetr("--pre_norm", backbone="resnet50"), 466),
+        (lambda: detreg("detr", "--pre_norm"), 464),
+        (lambda: siamese("detr", channels=2048), 495),
+        (lambda: siamese("conditional_detr", "--num_queries", "100", channels=2048), 601),
+        (lambda: shapes("deformable_detr"), 561),
+        (lambda: shapes("deformable_detr", "--with_box_refine"), 597),
+        (lambda: shapes("deformable_detr", "--with_box_refine", "--two_stage"), 630),
+        (lambda: detreg("deformable_detr"), 565),
+        (lambda: siamese("deformable_detr", channels=3584), 559),
+        (lambda: siamese("deformable_detr", "--num_feature_levels", "1", channels=2048), 547),
+    ],
+)
 def test_full_size_files_have_the_published_number_of_tensors_and_fit(state, number: int) -> None:
     """The synthetic files stand for the real ones, which are as large."""
     state = state()
@@ -166,7 +197,11 @@ def test_queries_of_siamese_deformable_detr_are_position_then_content() -> None:
 
 def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
     state = FILES["updetr"]["model"]
-    for content in ({"model": {f"module.{key}": value for key, value in state.items()}}, dict(state), {"state_dict": state}):
+    for content in (
+        {"model": {f"module.{key}": value for key, value in state.items()}},
+        dict(state),
+        {"state_dict": state},
+    ):
         checkpoint = as_checkpoint(content, "x.pth")
         assert code_base(checkpoint) == "updetr"
         check_parameters(checkpoint)
@@ -175,24 +210,55 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
 # ---------------------------------------------------------------------------------------------------- the tool: telling
 
 
-@pytest.mark.parametrize(("kind", "words"), [
-    ("detr", ("UP-DETR and DETReg", "a trained detector", "91 classes and `no object`", "the weights can't tell: dilation and nheads")),
-    ("conditional", ("Conditional DETR\n", "91 classes (sigmoid)", "epoch 49", "nheads 4, dilation False", "--eval --resume")),
-    ("masks", ("with a mask head", "250 classes", "--to predetr --out NEW_FILE")),
-    ("updetr", ("UP-DETR\n", "pre-training (random_query_patch", "2 classes and `no object`", "--pre_norm", "--pretrain")),
-    ("detreg detr", ("DETReg\n", "region_prior", "position_embedding sine_shifted", "91 classes and `no object`")),
-    ("siamese conditional", ("Siamese DETR\n", "iteration 300000", "optimizer", "--num_queries 20", "checked    all names and shapes")),
-])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (
+            "detr",
+            (
+                "UP-DETR and DETReg",
+                "a trained detector",
+                "91 classes and `no object`",
+                "the weights can't tell: dilation and nheads",
+            ),
+        ),
+        (
+            "conditional",
+            ("Conditional DETR\n", "91 classes (sigmoid)", "epoch 49", "nheads 4, dilation False", "--eval --resume"),
+        ),
+        ("masks", ("with a mask head", "250 classes", "--to predetr --out NEW_FILE")),
+        (
+            "updetr",
+            ("UP-DETR\n", "pre-training (random_query_patch", "2 classes and `no object`", "--pre_norm", "--pretrain"),
+        ),
+        ("detreg detr", ("DETReg\n", "region_prior", "position_embedding sine_shifted", "91 classes and `no object`")),
+        (
+            "siamese conditional",
+            ("Siamese DETR\n", "iteration 300000", "optimizer", "--num_queries 20", "checked    all names and shapes"),
+        ),
+    ],
+)
 def test_the_tool_tells_what_a_file_is(kind: str, words: tuple[str, ...], file_of) -> None:
     text = run(file_of(kind))
     for word in words:
         assert word in text, text
 
 
-@pytest.mark.parametrize(("beside", "origin"), [({"prototypes.weight": (4, 4)}, "SwAV"), ({"fc.weight": (4, 4)}, "torchvision")])
+@pytest.mark.parametrize(
+    ("beside", "origin"), [({"prototypes.weight": (4, 4)}, "SwAV"), ({"fc.weight": (4, 4)}, "torchvision")]
+)
 def test_a_backbone_is_told_and_not_converted(beside: dict, origin: str, file_of, tmp_path: Path) -> None:
-    body = {key.removeprefix("backbone.0.body."): value for key, value in FILES["detr"]["model"].items() if key.startswith("backbone.")}
-    path = file_of({f"module.{key}": value for key, value in {**body, **{key: torch.ones(size) for key, size in beside.items()}}.items()})
+    body = {
+        key.removeprefix("backbone.0.body."): value
+        for key, value in FILES["detr"]["model"].items()
+        if key.startswith("backbone.")
+    }
+    path = file_of(
+        {
+            f"module.{key}": value
+            for key, value in {**body, **{key: torch.ones(size) for key, size in beside.items()}}.items()
+        }
+    )
     text = run(path)
     assert "resnet18" in text
     assert origin in text
@@ -204,12 +270,24 @@ def test_a_backbone_is_told_and_not_converted(beside: dict, origin: str, file_of
 # ------------------------------------------------------------------------------------------------ the tool: converting
 
 
-@pytest.mark.parametrize(("kind", "to"), [
-    ("detr", "detr"), ("conditional", "detr"), ("updetr", "updetr"), ("updetr finetuned", "updetr"), ("detreg detr", "detreg"),
-    ("siamese detr", "siamese"), ("siamese conditional", "siamese"), ("siamese updetr", "siamese"),
-    ("deformable", "detr"), ("deformable two-stage", "detr"), ("detreg", "detreg"), ("siamese deformable", "siamese"),
-    ("siamese single scale", "siamese"),
-])
+@pytest.mark.parametrize(
+    ("kind", "to"),
+    [
+        ("detr", "detr"),
+        ("conditional", "detr"),
+        ("updetr", "updetr"),
+        ("updetr finetuned", "updetr"),
+        ("detreg detr", "detreg"),
+        ("siamese detr", "siamese"),
+        ("siamese conditional", "siamese"),
+        ("siamese updetr", "siamese"),
+        ("deformable", "detr"),
+        ("deformable two-stage", "detr"),
+        ("detreg", "detreg"),
+        ("siamese deformable", "siamese"),
+        ("siamese single scale", "siamese"),
+    ],
+)
 def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) -> None:
     first = file_of(kind)
     run(first, "--to", "predetr", "--out", tmp_path / "ours.pth")
@@ -223,7 +301,9 @@ def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) ->
     known, probable = architecture(ours)
     assert {**likely, **certain}.items() <= {**probable, **known}.items()
     assert "PreDETR, converted from" in run(tmp_path / "ours.pth")
-    assert code_base(load_checkpoint(tmp_path / "back.pth")) == (CODE_BASES[kind] if kind != "updetr finetuned" else "detr")
+    assert code_base(load_checkpoint(tmp_path / "back.pth")) == (
+        CODE_BASES[kind] if kind != "updetr finetuned" else "detr"
+    )
 
 
 @pytest.mark.parametrize("kind", FILES)
@@ -244,7 +324,9 @@ def test_mask_files_lose_their_mask_head_and_say_so(file_of, tmp_path: Path) -> 
         text = run(file_of("masks"), "--to", to, "--out", tmp_path / f"{to}.pth")
         assert "left out: 32 tensors of bbox_attention, mask_head" in text
         state = read_weights(tmp_path / f"{to}.pth")["model"]
-        assert_equal(state, {key[5:]: value for key, value in FILES["masks"]["model"].items() if key.startswith("detr.")})
+        assert_equal(
+            state, {key[5:]: value for key, value in FILES["masks"]["model"].items() if key.startswith("detr.")}
+        )
 
 
 def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path) -> None:
@@ -262,16 +344,33 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
     assert content["args"].seed == 7
     text = run(file_of("siamese conditional"), "--to", "detr", "--out", tmp_path / "detr.pth")
     assert "left out: 2 tensors of class_embed" in text
-    assert_equal(read_weights(tmp_path / "detr.pth")["model"], {
-        key: value for key, value in load_checkpoint(file_of("conditional"))["model"].items() if "class_embed" not in key
-    } | {key: value for key, value in as_checkpoint(FILES["siamese conditional"], "x")["model"].items()
-         if not key.startswith(("class_embed", "patch2query", "feature_align", "enc_head"))})
+    assert_equal(
+        read_weights(tmp_path / "detr.pth")["model"],
+        {
+            key: value
+            for key, value in load_checkpoint(file_of("conditional"))["model"].items()
+            if "class_embed" not in key
+        }
+        | {
+            key: value
+            for key, value in as_checkpoint(FILES["siamese conditional"], "x")["model"].items()
+            if not key.startswith(("class_embed", "patch2query", "feature_align", "enc_head"))
+        },
+    )
 
 
 @pytest.mark.parametrize(("detector", "channels"), [("detr", 512), ("conditional_detr", 512), ("deformable_detr", 896)])
-def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(detector: str, channels: int, file_of, tmp_path: Path) -> None:
+def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
+    detector: str, channels: int, file_of, tmp_path: Path
+) -> None:
     state = filled({**shapes(detector, *SMALL, outputs=3), **patch_parts(32, channels)})
-    stored = {"script": "main.py", "pretext": "random_query_patch", "detector": detector, "nheads": 4, "position_embedding": "sine"}
+    stored = {
+        "script": "main.py",
+        "pretext": "random_query_patch",
+        "detector": detector,
+        "nheads": 4,
+        "position_embedding": "sine",
+    }
     path = file_of({"model": state, "args": stored, "version": 1, "epoch": 3, "optimizer": {}})
     for to in ("detr", "updetr", "detreg", "siamese"):
         if to == "updetr" and detector != "detr" or to == "detreg" and detector == "conditional_detr":
@@ -281,7 +380,10 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(detec
         shifted = to == "detreg" or to == "detr" and detector == "deformable_detr"
         assert ("warning: trained with the position code sine" in text) is shifted
         back = load_checkpoint(tmp_path / f"{to}.pth")["model"]
-        left_out = {"detr": ("class_embed.", "patch2query.", "feature_align."), "detreg": ("patch2query.", "feature_align.")}.get(to, ())
+        left_out = {
+            "detr": ("class_embed.", "patch2query.", "feature_align."),
+            "detreg": ("patch2query.", "feature_align."),
+        }.get(to, ())
         assert_equal(back, {key: value for key, value in state.items() if not (left_out and key.startswith(left_out))})
     raw = read_weights(tmp_path / "siamese.pth")["state_dict"]
     assert torch.equal(raw["head.criterion.empty_weight"], torch.tensor([1.0, 1.0, 0.1]))
@@ -289,13 +391,18 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(detec
     assert not (tmp_path / "no.pth").exists()
 
 
-@pytest.mark.parametrize(("kind", "to", "words"), [
-    ("conditional", "updetr", ("conditional_detr", "UP-DETR does not have", "another --to")),
-    ("conditional", "detreg", ("conditional_detr", "DETReg does not have")),
-    ("detr", "siamese", ("no pretext", "--to detr")),
-    ("detreg detr", "siamese", ("no pretext of Siamese DETR",)),
-])
-def test_a_layout_without_a_place_for_it_is_refused(kind: str, to: str, words: tuple[str, ...], file_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "to", "words"),
+    [
+        ("conditional", "updetr", ("conditional_detr", "UP-DETR does not have", "another --to")),
+        ("conditional", "detreg", ("conditional_detr", "DETReg does not have")),
+        ("detr", "siamese", ("no pretext", "--to detr")),
+        ("detreg detr", "siamese", ("no pretext of Siamese DETR",)),
+    ],
+)
+def test_a_layout_without_a_place_for_it_is_refused(
+    kind: str, to: str, words: tuple[str, ...], file_of, tmp_path: Path
+) -> None:
     text = refused(file_of(kind), "--to", to, "--out", tmp_path / "new.pth")
     assert all(word in text for word in words)
     assert not (tmp_path / "new.pth").exists()
@@ -327,16 +434,30 @@ def without(state: dict, word: str) -> dict:
     return {key: value for key, value in state.items() if word not in key}
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda s: without(s, "decoder.layers.1.linear"), ("lacks 4 of the", "transformer.decoder.layers.1.linear1.weight", "...")),
-    (lambda s: {**s, "novel.weight": torch.ones(1), "novel.bias": torch.ones(1)}, ("has 2 names", "novel.weight, novel.bias")),
-    (lambda s: {**s, "input_proj.weight": torch.ones(32, 9, 1, 1)}, ("other shapes", "input_proj.weight [32, 9, 1, 1] (not [32, 512,")),
-    (lambda s: without(s, "class_embed.bias"), ("lacks 1", "class_embed.bias")),
-    (lambda s: without(s, "layer3"), ("lacks", "tensors of its detr: backbone.0.body.")),
-    (lambda s: {f"x.{key}": value for key, value in s.items()}, ("x.",)),
-    (lambda s: {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, ("no detector", "2 tensors", "a.weight")),
-])
-def test_odd_files_are_refused_with_the_names_that_puzzle(change, words: tuple[str, ...], file_of, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda s: without(s, "decoder.layers.1.linear"),
+            ("lacks 4 of the", "transformer.decoder.layers.1.linear1.weight", "..."),
+        ),
+        (
+            lambda s: {**s, "novel.weight": torch.ones(1), "novel.bias": torch.ones(1)},
+            ("has 2 names", "novel.weight, novel.bias"),
+        ),
+        (
+            lambda s: {**s, "input_proj.weight": torch.ones(32, 9, 1, 1)},
+            ("other shapes", "input_proj.weight [32, 9, 1, 1] (not [32, 512,"),
+        ),
+        (lambda s: without(s, "class_embed.bias"), ("lacks 1", "class_embed.bias")),
+        (lambda s: without(s, "layer3"), ("lacks", "tensors of its detr: backbone.0.body.")),
+        (lambda s: {f"x.{key}": value for key, value in s.items()}, ("x.",)),
+        (lambda s: {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, ("no detector", "2 tensors", "a.weight")),
+    ],
+)
+def test_odd_files_are_refused_with_the_names_that_puzzle(
+    change, words: tuple[str, ...], file_of, tmp_path: Path
+) -> None:
     path = file_of({"model": change(FILES["detr"]["model"])})
     for extra in ((), ("--to", "predetr", "--out", tmp_path / "new.pth")):
         text = refused(path, *extra)
@@ -345,11 +466,26 @@ def test_odd_files_are_refused_with_the_names_that_puzzle(change, words: tuple[s
     assert not (tmp_path / "new.pth").exists()
 
 
-@pytest.mark.parametrize(("kind", "change", "words"), [
-    ("deformable", lambda s: {f"model.{key}": value for key, value in s.items()}, "unknown in a deformable_detr.*: model.transformer."),
-    ("conditional", lambda s: without(s, "transformer.encoder."), r"lacks 72 .*transformer.encoder.layers.0.self_attn"),
-    ("deformable", lambda s: {**s, "_extra_state": {}}, r"'model' holds '_extra_state' \(dict\), which is no named tensor"),
-])
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        (
+            "deformable",
+            lambda s: {f"model.{key}": value for key, value in s.items()},
+            "unknown in a deformable_detr.*: model.transformer.",
+        ),
+        (
+            "conditional",
+            lambda s: without(s, "transformer.encoder."),
+            r"lacks 72 .*transformer.encoder.layers.0.self_attn",
+        ),
+        (
+            "deformable",
+            lambda s: {**s, "_extra_state": {}},
+            r"'model' holds '_extra_state' \(dict\), which is no named tensor",
+        ),
+    ],
+)
 def test_files_that_are_almost_detectors_are_refused(kind: str, change, words: str, file_of) -> None:
     """By the tool, and by --pretrain."""
     path = file_of({"model": change(FILES[kind]["model"])})
@@ -358,10 +494,18 @@ def test_files_that_are_almost_detectors_are_refused(kind: str, change, words: s
         start("--pretrain", path)
 
 
-@pytest.mark.parametrize("beside", [
-    {"args": ["--lr", "1"]}, {"args": "text"}, {"args": {"nheads": "4", "detector": {"type": "x"}}}, {"meta": "v1"},
-    {"class_names": ["cat", "dog"]}, {"model": "deformable_detr", "state_dict": FILES["deformable"]["model"]},
-], ids=lambda beside: " ".join(beside))
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"args": ["--lr", "1"]},
+        {"args": "text"},
+        {"args": {"nheads": "4", "detector": {"type": "x"}}},
+        {"meta": "v1"},
+        {"class_names": ["cat", "dog"]},
+        {"model": "deformable_detr", "state_dict": FILES["deformable"]["model"]},
+    ],
+    ids=lambda beside: " ".join(beside),
+)
 def test_other_programs_keep_other_things_beside_the_weights(beside: dict, file_of) -> None:
     text = run(file_of({"model": FILES["deformable"]["model"], **beside}))
     assert "checked    all names and shapes are those of a deformable_detr" in text
@@ -369,7 +513,9 @@ def test_other_programs_keep_other_things_beside_the_weights(beside: dict, file_
 
 
 def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path: Path) -> None:
-    """Without class head, which a two-stage detector has under two names; with heads that only the user knows the number of."""
+    """Without class head, which a two-stage detector has under two names; with heads that only the user knows the
+    number of.
+    """
     state = filled(detreg("deformable_detr", *SMALL, "--two_stage", "--with_box_refine"))
     stored = settings(object_embedding_loss=True, num_queries=20)
     text = run(file_of({"model": state, "args": stored}), "--to", "detr", "--out", tmp_path / "new.pth")
@@ -386,9 +532,20 @@ def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path:
 
 
 def test_flags_that_only_this_code_base_has_are_not_told_for_others(file_of, tmp_path: Path) -> None:
-    live = {**vars(settings(object_embedding_loss=True)), "backbone_norm": "live", "position_embedding": "sine_shifted", "detector": "detr"}
-    text = run(file_of({"model": FILES["detreg detr"]["model"], "args": live}), "--to", "detreg", "--out", tmp_path / "new.pth")
-    assert [flag in text.splitlines()[-1] for flag in ("--pre_norm", "--backbone_norm", "sine_shifted")] == [True, False, False]
+    live = {
+        **vars(settings(object_embedding_loss=True)),
+        "backbone_norm": "live",
+        "position_embedding": "sine_shifted",
+        "detector": "detr",
+    }
+    text = run(
+        file_of({"model": FILES["detreg detr"]["model"], "args": live}), "--to", "detreg", "--out", tmp_path / "new.pth"
+    )
+    assert [flag in text.splitlines()[-1] for flag in ("--pre_norm", "--backbone_norm", "sine_shifted")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_position_code_of_another_code_base_is_refused(file_of) -> None:
@@ -406,7 +563,9 @@ def test_a_truncated_file_and_a_text_are_refused(file_of, tmp_path: Path) -> Non
     assert "'model'" in refused(file_of({"epoch": 3}))
 
 
-@pytest.mark.parametrize("words", [["tools/convert_checkpoint.py"], ["tools/convert_to_detr.py", "--ckpt"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "words", [["tools/convert_checkpoint.py"], ["tools/convert_to_detr.py", "--ckpt"]], ids=lambda words: words[0]
+)
 def test_tools_run_from_any_directory_and_fail_in_one_line(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / words[0]), *words[1:], "nothing.pth"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
@@ -437,7 +596,9 @@ def test_convert_to_detr_writes_what_pretrain_loads(kind: str, flag: str, file_o
 
 def test_convert_to_detr_refuses_what_is_not_its_own(file_of, tmp_path: Path) -> None:
     assert "not of Siamese DETR" in refused("--ckpt", file_of("updetr"), "--out", tmp_path / "a", tool=convert_to_detr)
-    assert "--deform" in refused("--ckpt", file_of("siamese detr"), "--out", tmp_path / "a", "--deform", tool=convert_to_detr)
+    assert "--deform" in refused(
+        "--ckpt", file_of("siamese detr"), "--out", tmp_path / "a", "--deform", tool=convert_to_detr
+    )
     assert not (tmp_path / "a").exists()
 
 
@@ -451,5 +612,10 @@ def test_full_conditional_detr_becomes_564_tensors_less_its_head(file_of, tmp_pa
 def test_filled_files_differ_between_names() -> None:
     """Round trips could not see two names exchanged if their numbers were equal."""
     state = filled(shapes("detr", *SMALL))
-    assert not torch.equal(state["transformer.decoder.layers.0.norm1.weight"], state["transformer.decoder.layers.1.norm1.weight"])
-    assert state["backbone.0.body.layer4.0.conv1.weight"].flatten()[0] != state["backbone.0.body.layer4.0.conv2.weight"].flatten()[0]
+    assert not torch.equal(
+        state["transformer.decoder.layers.0.norm1.weight"], state["transformer.decoder.layers.1.norm1.weight"]
+    )
+    assert (
+        state["backbone.0.body.layer4.0.conv1.weight"].flatten()[0]
+        != state["backbone.0.body.layer4.0.conv2.weight"].flatten()[0]
+    )

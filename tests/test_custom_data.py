@@ -1,4 +1,5 @@
 """Own data: classes from the training file, rows counted from 0, the user's ids in everything that is written."""
+
 import json
 from argparse import Namespace
 from collections.abc import Callable
@@ -69,6 +70,7 @@ def test_labels_count_from_0_in_the_order_of_the_ids(pristine: Path) -> None:
 
 def test_validation_classes_are_told_by_name(pristine: Path, tmp_path: Path) -> None:
     """Other ids, and only two of the three classes: rows are those of training, ids those of the file."""
+
     def other_ids(content: dict) -> None:
         renumber(content, {7: 0, 3: 7, 1000: 5})
         content["categories"] = [category for category in content["categories"] if category["name"] != "blue"]
@@ -104,8 +106,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "words"), BAD, ids=["unknown name", "no class", "one name twice", "unlisted id"])
-def test_bad_classes_are_one_line(pristine: Path, tmp_path: Path, name: str, change: Callable, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "words"), BAD, ids=["unknown name", "no class", "one name twice", "unlisted id"]
+)
+def test_bad_classes_are_one_line(
+    pristine: Path, tmp_path: Path, name: str, change: Callable, words: tuple[str, ...]
+) -> None:
     args = custom_args(pristine, **{f"{name}_annotations": changed(pristine, tmp_path, name, change)})
     with pytest.raises(UserError) as error:
         build_labelled(args)
@@ -114,11 +120,16 @@ def test_bad_classes_are_one_line(pristine: Path, tmp_path: Path, name: str, cha
     assert "\n" not in text
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (["--num_classes", "91"], "--num_classes 91"), (["--train_images", ""], "add --train_images DIR"),
-    (["--train_annotations", ""], "add --train_annotations FILE"), (["--coco_path", "COCO"], "--coco_path COCO is not for"),
-    (["--dataset_file", "coco"], "add --dataset_file custom"),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--num_classes", "91"], "--num_classes 91"),
+        (["--train_images", ""], "add --train_images DIR"),
+        (["--train_annotations", ""], "add --train_annotations FILE"),
+        (["--coco_path", "COCO"], "--coco_path COCO is not for"),
+        (["--dataset_file", "coco"], "add --dataset_file custom"),
+    ],
+)
 def test_flags_that_contradict(pristine: Path, words: list[str], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         build_dataset("train", custom_args(pristine, *words))
@@ -129,7 +140,9 @@ def test_unlabelled_images_from_the_same_flag(pristine: Path, tmp_path: Path) ->
     args = tiny_args(PRETRAIN, "--dataset_file", "custom", "--train_images", str(pristine / "photos"))
     assert len(build_dataset("train", args)) == 4
     with pytest.raises(UserError, match="--train_images"):
-        tiny_args(PRETRAIN, "--imagenet_path", str(tmp_path), "--dataset_file", "custom", "--train_images", str(pristine))
+        tiny_args(
+            PRETRAIN, "--imagenet_path", str(tmp_path), "--dataset_file", "custom", "--train_images", str(pristine)
+        )
     with pytest.raises(UserError, match="needs --train_images DIR"):
         build_dataset("train", tiny_args(PRETRAIN, "--dataset_file", "custom"))
 
@@ -152,7 +165,8 @@ def test_the_evaluator_turns_labels_into_ids(pristine: Path) -> None:
     found, expected = evaluator.results(), truth["annotations"]
     assert len(found) == len(expected), "label 5 has no id and is left out"
     assert {(r["image_id"], r["category_id"], *r["bbox"]) for r in found} == {
-        (a["image_id"], a["category_id"], *map(float, a["bbox"])) for a in expected}
+        (a["image_id"], a["category_id"], *map(float, a["bbox"])) for a in expected
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- runs
@@ -200,8 +214,18 @@ def test_a_resumed_run_refuses_other_classes(run: Path, pristine: Path, tmp_path
 def test_evaluation_needs_the_validation_flags_alone(run: Path, pristine: Path, tmp_path: Path) -> None:
     """The training data may be gone; a file with other ids gives the same numbers and its own ids."""
     path = changed(pristine, tmp_path, "val", lambda content: renumber(content, {7: 70, 3: 90, 1000: 1}))
-    fine_tune("--eval", "--resume", run / "checkpoint.pth", "--train_images", "gone", "--train_annotations", "gone.json",
-              *own_flags(pristine, "val", val_annotations=path), "--output_dir", tmp_path / "eval")
+    fine_tune(
+        "--eval",
+        "--resume",
+        run / "checkpoint.pth",
+        "--train_images",
+        "gone",
+        "--train_annotations",
+        "gone.json",
+        *own_flags(pristine, "val", val_annotations=path),
+        "--output_dir",
+        tmp_path / "eval",
+    )
     last = json.loads((run / "log.txt").read_text().splitlines()[-1])
     values = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert values["coco_eval_bbox"] == last["test_coco_eval_bbox"]
@@ -213,40 +237,72 @@ def test_evaluation_needs_the_validation_flags_alone(run: Path, pristine: Path, 
 
 def test_ids_as_they_are_do_not_fit_rows_counted_from_0(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--dataset_file custom --val_images"):
-        fine_tune("--eval", "--resume", run / "checkpoint.pth", "--dataset_file", "coco", "--coco_path", write_coco(tmp_path / "coco"))
+        fine_tune(
+            "--eval",
+            "--resume",
+            run / "checkpoint.pth",
+            "--dataset_file",
+            "coco",
+            "--coco_path",
+            write_coco(tmp_path / "coco"),
+        )
 
 
 def test_a_detector_with_ids_as_they_are_is_evaluated_by_name(pristine: Path, tmp_path: Path) -> None:
-    """A published file holds no names: its 91 rows are COCO's. Rows that mean nothing here are left out of the results."""
+    """A published file holds no names: its 91 rows are COCO's. Rows that mean nothing here are left out of the
+    results.
+    """
     torch.manual_seed(0)
     model = build_model(tiny_args(FINETUNE, "--backbone_norm", "frozen"))[0]
     save_checkpoint({"model": model.state_dict(), "args": {"nheads": 4}}, tmp_path / "coco.pth")
     names = {"red": "person", "green": "dog", "blue": "toothbrush"}
-    path = changed(pristine, tmp_path, "val", lambda c: [category.update(name=names[category["name"]]) for category in c["categories"]])
+    path = changed(
+        pristine,
+        tmp_path,
+        "val",
+        lambda c: [category.update(name=names[category["name"]]) for category in c["categories"]],
+    )
     flags = own_flags(pristine, "val", val_annotations=path)
     fine_tune("--eval", "--resume", tmp_path / "coco.pth", *flags, "--output_dir", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["category_id"] for row in found} <= {7, 3, 1000} | set(coco_names.NAMES)
-    dataset = build_dataset("val", Namespace(**{**vars(custom_args(pristine, val_annotations=path)), "classes": classes_of(
-        load_checkpoint(tmp_path / "coco.pth"))}))
-    assert (dataset.num_classes, {row: dataset.category_ids[row] for row in (1, 18, 90)}) == (91, {1: 7, 18: 3, 90: 1000})
+    dataset = build_dataset(
+        "val",
+        Namespace(
+            **{
+                **vars(custom_args(pristine, val_annotations=path)),
+                "classes": classes_of(load_checkpoint(tmp_path / "coco.pth")),
+            }
+        ),
+    )
+    assert (dataset.num_classes, {row: dataset.category_ids[row] for row in (1, 18, 90)}) == (
+        91,
+        {1: 7, 18: 3, 90: 1000},
+    )
     assert not {3, 7} & set(dataset.category_ids), "these ids mean something else in this file"
 
 
-# ---------------------------------------------------------------------------------------------------- starting from others
+# ---------------------------------------------------------------------------------------------------- starting from
+# others
 
 
 def head(model: torch.nn.Module) -> np.ndarray:
     return model.class_embed.bias.detach().numpy().copy()
 
 
-def started(tmp_path: Path, names: dict[int, str], detector: str = "detr", rows: int = 91, **stored: object) -> tuple[list, list]:
+def started(
+    tmp_path: Path, names: dict[int, str], detector: str = "detr", rows: int = 91, **stored: object
+) -> tuple[list, list]:
     """(rows of the new head by name, rows of the file's): the bias of each row of the file is its number."""
     with torch.random.fork_rng():
-        source = build_model(tiny_args(FINETUNE, "--num_classes", str(rows), "--detector", detector, "--backbone_norm", "frozen"))[0]
+        source = build_model(
+            tiny_args(FINETUNE, "--num_classes", str(rows), "--detector", detector, "--backbone_norm", "frozen")
+        )[0]
         source.class_embed.bias.data = torch.arange(len(source.class_embed.bias), dtype=torch.float32)
         save_checkpoint({"model": source.state_dict(), **stored}, tmp_path / "file.pth")
-        args = tiny_args(FINETUNE, "--num_classes", str(len(names)), "--detector", detector, "--backbone_norm", "frozen")
+        args = tiny_args(
+            FINETUNE, "--num_classes", str(len(names)), "--detector", detector, "--backbone_norm", "frozen"
+        )
         model = build_model(args)[0]
     fresh = head(model)
     load_pretrained(model, load_checkpoint(tmp_path / "file.pth"), names)
@@ -276,6 +332,16 @@ def test_coco_has_80_names_and_gaps() -> None:
 
 def test_pre_training_and_fine_tuning_on_own_data(pristine: Path, tmp_path: Path) -> None:
     pretrained, tuned = tmp_path / "pre" / "checkpoint.pth", tmp_path / "fine" / "checkpoint.pth"
-    pre_train("--dataset_file", "custom", "--train_images", pristine / "photos", "--output_dir", pretrained.parent, "--epochs", 1, *FROZEN)
+    pre_train(
+        "--dataset_file",
+        "custom",
+        "--train_images",
+        pristine / "photos",
+        "--output_dir",
+        pretrained.parent,
+        "--epochs",
+        1,
+        *FROZEN,
+    )
     fine_tune(*own_flags(pristine), "--pretrain", pretrained, "--output_dir", tuned.parent, "--epochs", 1, *FROZEN)
     assert read_checkpoint(tuned)["category_ids"] == {0: 3, 1: 7, 2: 1000}

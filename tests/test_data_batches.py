@@ -1,4 +1,5 @@
 """Batches: padding, packing, normalisation; the loader gives the same samples whatever its workers."""
+
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,7 +17,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def sample(height: int, width: int, objects: int, **extra) -> tuple[Tensor, dict]:
     generator = torch.Generator().manual_seed(height * width)
     image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-    return image, {"boxes": torch.rand(objects, 4), "labels": torch.arange(objects), "size": torch.tensor([height, width]), **extra}
+    return image, {
+        "boxes": torch.rand(objects, 4),
+        "labels": torch.arange(objects),
+        "size": torch.tensor([height, width]),
+        **extra,
+    }
 
 
 def test_padding() -> None:

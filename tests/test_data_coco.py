@@ -1,4 +1,5 @@
 """COCO annotations: layouts, what is kept, what is left out, and what stops with a message."""
+
 import json
 import logging
 from argparse import Namespace
@@ -53,12 +54,26 @@ def write_coco(root: Path, data: dict | None = None, folder: str = "train2017", 
 
 
 def coco_args(root: Path | None, **changes) -> Namespace:
-    return Namespace(**{
-        "seed": 3, "num_workers": 0, "batch_size": 2, "device": "cpu", "dataset_file": "coco",
-        "coco_path": str(root) if root else None, "data_root": None, "imagenet_path": None, "pretext": None,
-        "proposals": "random", "num_patches": 4, "patch_size": 24, "image_size": 48, "max_size": None,
-        "num_classes": None, **changes,
-    })
+    return Namespace(
+        **{
+            "seed": 3,
+            "num_workers": 0,
+            "batch_size": 2,
+            "device": "cpu",
+            "dataset_file": "coco",
+            "coco_path": str(root) if root else None,
+            "data_root": None,
+            "imagenet_path": None,
+            "pretext": None,
+            "proposals": "random",
+            "num_patches": 4,
+            "patch_size": 24,
+            "image_size": 48,
+            "max_size": None,
+            "num_classes": None,
+            **changes,
+        }
+    )
 
 
 def test_targets_of_a_whole_file() -> None:
@@ -78,14 +93,17 @@ def test_targets_of_a_whole_file() -> None:
         assert target["iscrowd"].tolist() == [0] * len(target["labels"])
 
 
-@pytest.mark.parametrize(("bad", "words"), [
-    (record(9, 11, [5, 5, float("nan"), 4]), "not finite"),
-    (record(9, 11, [5, 5, float("inf"), 4]), "not finite"),
-    (record(9, 11, [5, 5, 0, 4]), "without area"),
-    (record(9, 11, [5, 5, -3, 4]), "without area"),
-    (record(9, 11, [50, 5, 3, 4]), "without area, or outside its image"),
-    (record(9, 77, [5, 5, 3, 4]), "does not list"),
-])
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (record(9, 11, [5, 5, float("nan"), 4]), "not finite"),
+        (record(9, 11, [5, 5, float("inf"), 4]), "not finite"),
+        (record(9, 11, [5, 5, 0, 4]), "without area"),
+        (record(9, 11, [5, 5, -3, 4]), "without area"),
+        (record(9, 11, [50, 5, 3, 4]), "without area, or outside its image"),
+        (record(9, 77, [5, 5, 3, 4]), "does not list"),
+    ],
+)
 def test_unusable_boxes_are_left_out_and_named(bad: dict, words: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="predetr"):
         annotations = parse_coco(content([*GOOD, bad]), "some.json")
@@ -96,14 +114,17 @@ def test_unusable_boxes_are_left_out_and_named(bad: dict, words: str, caplog: py
     assert f"annotation 9 of image {bad['image_id']}" in message
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"bbox": [1, 2, 3]}, r"annotation 9 of image 11 has bbox \[1, 2, 3\]"),
-    ({"bbox": None}, "annotation 9 of image 11 has bbox None"),
-    ({"bbox": [1, 2, "3", 4]}, "annotation 9 of image 11 has bbox"),
-    ({"category_id": -1}, "category_id of .* is -1: it must be at least 0"),
-    ({"category_id": "cat"}, "category_id of .* is 'cat': it must be an integer"),
-    ({"image_id": "a"}, "image_id of .* is 'a'"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bbox": [1, 2, 3]}, r"annotation 9 of image 11 has bbox \[1, 2, 3\]"),
+        ({"bbox": None}, "annotation 9 of image 11 has bbox None"),
+        ({"bbox": [1, 2, "3", 4]}, "annotation 9 of image 11 has bbox"),
+        ({"category_id": -1}, "category_id of .* is -1: it must be at least 0"),
+        ({"category_id": "cat"}, "category_id of .* is 'cat': it must be an integer"),
+        ({"image_id": "a"}, "image_id of .* is 'a'"),
+    ],
+)
 def test_malformed_annotations_stop(change: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_coco(content([*GOOD, {**record(9, 11, [1, 2, 3, 4]), **change}]), "some.json")
@@ -122,25 +143,40 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
         parse_coco(twice, "file")
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"images": [1]}, "entry 0 of 'images' is 1: it must be an object"),
-    ({"annotations": [record(1, 11, [1, 2, 3, 4]), 3]}, "entry 1 of 'annotations' is 3: it must be an object"),
-    ({"categories": ["cat"]}, "entry 0 of 'categories' is 'cat': it must be an object"),
-    ({"categories": [{"id": None}]}, "id of .* is None: it must be an integer"),
-    ({"images": [{"id": 11, "file_name": "a.png", "height": "a"}]}, "image 11 has height 'a': it must be in pixels"),
-    ({"images": [{"id": 11, "file_name": "a.png", "width": [3]}]}, r"image 11 has width \[3\]: it must be in pixels"),
-    ({"images": [{"id": 11, "file_name": "a.png", "width": float("nan")}]}, "image 11 has width nan"),
-    ({"images": [{"id": 10**30, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
-    ({"images": [{"id": 11}]}, "image 11 has no file_name: add it"),
-    ({"images": [{"id": 11, "file_name": ""}]}, "image 11 has no file_name: add it"),
-    ({"images": [{"id": 11, "file_name": "\ud800.png"}]}, "image 11 has the file_name .*, which no file can have"),
-    ({"images": [{"id": -1, "file_name": "a.png"}]}, "id of .* is -1: it must be at least 0"),
-    ({"images": [{"id": 2**53, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
-    ({"categories": [{"id": True, "name": "cat"}]}, "id of .* is True: it must be an integer"),
-    ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "the categories 'cat' and 'dog' have the same id 1"),
-    ({"annotations": [{**record(1, 11, [1, 2, 3, 4]), "iscrowd": "0"}]}, "annotation 1 of image 11 has iscrowd '0': it must be 0 or 1"),
-    ({"annotations": [record(1, 11, [1, 2, 3, 10**400])]}, "annotation 1 of image 11 has bbox"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": [1]}, "entry 0 of 'images' is 1: it must be an object"),
+        ({"annotations": [record(1, 11, [1, 2, 3, 4]), 3]}, "entry 1 of 'annotations' is 3: it must be an object"),
+        ({"categories": ["cat"]}, "entry 0 of 'categories' is 'cat': it must be an object"),
+        ({"categories": [{"id": None}]}, "id of .* is None: it must be an integer"),
+        (
+            {"images": [{"id": 11, "file_name": "a.png", "height": "a"}]},
+            "image 11 has height 'a': it must be in pixels",
+        ),
+        (
+            {"images": [{"id": 11, "file_name": "a.png", "width": [3]}]},
+            r"image 11 has width \[3\]: it must be in pixels",
+        ),
+        ({"images": [{"id": 11, "file_name": "a.png", "width": float("nan")}]}, "image 11 has width nan"),
+        ({"images": [{"id": 10**30, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
+        ({"images": [{"id": 11}]}, "image 11 has no file_name: add it"),
+        ({"images": [{"id": 11, "file_name": ""}]}, "image 11 has no file_name: add it"),
+        ({"images": [{"id": 11, "file_name": "\ud800.png"}]}, "image 11 has the file_name .*, which no file can have"),
+        ({"images": [{"id": -1, "file_name": "a.png"}]}, "id of .* is -1: it must be at least 0"),
+        ({"images": [{"id": 2**53, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
+        ({"categories": [{"id": True, "name": "cat"}]}, "id of .* is True: it must be an integer"),
+        (
+            {"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]},
+            "the categories 'cat' and 'dog' have the same id 1",
+        ),
+        (
+            {"annotations": [{**record(1, 11, [1, 2, 3, 4]), "iscrowd": "0"}]},
+            "annotation 1 of image 11 has iscrowd '0': it must be 0 or 1",
+        ),
+        ({"annotations": [record(1, 11, [1, 2, 3, 10**400])]}, "annotation 1 of image 11 has bbox"),
+    ],
+)
 def test_entries_of_another_type_stop_with_one_line(tmp_path: Path, change: dict, words: str) -> None:
     path = tmp_path / "some.json"
     path.write_text(json.dumps({**content(GOOD), **change}))
@@ -164,7 +200,10 @@ def test_files_as_other_programs_write_them(tmp_path: Path, encoding: str) -> No
 
 
 def test_files_that_are_no_text_of_json(tmp_path: Path) -> None:
-    for text, words in (("é".encode("latin-1"), "is not UTF-8 .*: save it as UTF-8"), (b"[" * 100_000, "is not valid JSON")):
+    for text, words in (
+        ("é".encode("latin-1"), "is not UTF-8 .*: save it as UTF-8"),
+        (b"[" * 100_000, "is not valid JSON"),
+    ):
         (tmp_path / "some.json").write_bytes(b'{"info": "' * (text[0] > 127) + text)
         with pytest.raises(UserError, match=words):
             read_coco(str(tmp_path / "some.json"))

@@ -1,4 +1,5 @@
 """Unlabelled images: folder trees, damaged and odd files, query patches."""
+
 import io
 import os
 import struct
@@ -34,11 +35,26 @@ def save(path: Path, **settings) -> Path:
 
 
 def pretext_args(path: Path, **changes) -> Namespace:
-    return Namespace(**{
-        "seed": 3, "num_workers": 0, "batch_size": 2, "device": "cpu", "dataset_file": "coco", "coco_path": None,
-        "data_root": None, "imagenet_path": str(path), "pretext": "random_query_patch", "proposals": "random",
-        "num_patches": 4, "patch_size": 24, "image_size": 48, "max_size": None, "num_classes": None, **changes,
-    })
+    return Namespace(
+        **{
+            "seed": 3,
+            "num_workers": 0,
+            "batch_size": 2,
+            "device": "cpu",
+            "dataset_file": "coco",
+            "coco_path": None,
+            "data_root": None,
+            "imagenet_path": str(path),
+            "pretext": "random_query_patch",
+            "proposals": "random",
+            "num_patches": 4,
+            "patch_size": 24,
+            "image_size": 48,
+            "max_size": None,
+            "num_classes": None,
+            **changes,
+        }
+    )
 
 
 def test_folder_tree_in_sorted_order(tmp_path: Path) -> None:
@@ -62,7 +78,11 @@ def test_symbolic_links_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "back").symlink_to(root, target_is_directory=True)
     (root / "self").symlink_to(root, target_is_directory=True)
     folder = ImageFolder(str(root))
-    assert [os.path.relpath(folder.path(i), root) for i in range(len(folder))] == ["file.png", "gone.png", "linked/one.png"]
+    assert [os.path.relpath(folder.path(i), root) for i in range(len(folder))] == [
+        "file.png",
+        "gone.png",
+        "linked/one.png",
+    ]
     with pytest.raises(BadImageError, match="no such file"):  # and so it is told and counted
         read_image(folder.path(1))
 
@@ -175,7 +195,11 @@ def test_truncated_images_raise(tmp_path: Path, extension: str) -> None:
 def test_no_image_and_no_file(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("this is text")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name, reason in (("text.jpg", "can't be decoded"), ("empty.jpg", "can't be decoded"), ("none.jpg", "no such file")):
+    for name, reason in (
+        ("text.jpg", "can't be decoded"),
+        ("empty.jpg", "can't be decoded"),
+        ("none.jpg", "no such file"),
+    ):
         with pytest.raises(BadImageError, match=reason):
             read_image(str(tmp_path / name))
 
@@ -195,8 +219,10 @@ def test_what_pillow_does_not_implement_is_a_bad_image(tmp_path: Path) -> None:
         read_image(str(path))
 
 
-@pytest.mark.parametrize(("error", "expected"), [
-    (AttributeError("first\nsecond"), BadImageError), (RuntimeError(), BadImageError), (MemoryError(), MemoryError)])
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(AttributeError("first\nsecond"), BadImageError), (RuntimeError(), BadImageError), (MemoryError(), MemoryError)],
+)
 def test_any_error_of_decoding_but_want_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type
 ) -> None:
@@ -280,7 +306,10 @@ def test_bad_and_tiny_images_are_replaced_and_reported(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"broken")
     dataset = build_dataset("train", pretext_args(tmp_path))
     image, target = dataset[(0, 2)]
-    assert [(os.path.basename(path), reason[:5]) for path, reason in target["problems"]] == [("c.png", "can't"), ("d.png", "64 x ")]
+    assert [(os.path.basename(path), reason[:5]) for path, reason in target["problems"]] == [
+        ("c.png", "can't"),
+        ("d.png", "64 x "),
+    ]
     assert int(target["image_id"]) == 0
     assert "problems" not in dataset[(0, 0)][1]
     # The replacement has random numbers of its own, not those of the image it repeats.

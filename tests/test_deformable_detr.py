@@ -1,4 +1,5 @@
 """Deformable DETR: its variants, names and initial values, levels and masks, proposals, and what trains it."""
+
 import json
 from pathlib import Path
 
@@ -39,20 +40,32 @@ def at_published_size(*flags: str) -> nn.Module:
 # ---------------------------------------------------------------------------------------------------- names and sizes
 
 
-@pytest.mark.parametrize(("flags", "keys", "trainable"), [
-    ([], 561, 39_847_265), (["--with_box_refine"], 597, 40_627_260), (["--with_box_refine", "--two_stage"], 630, 40_959_129),
-    (["--num_feature_levels", "1"], 549, 33_844_193), (["--num_feature_levels", "1", "--dilation"], 549, 33_844_193),
-], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "keys", "trainable"),
+    [
+        ([], 561, 39_847_265),
+        (["--with_box_refine"], 597, 40_627_260),
+        (["--with_box_refine", "--two_stage"], 630, 40_959_129),
+        (["--num_feature_levels", "1"], 549, 33_844_193),
+        (["--num_feature_levels", "1", "--dilation"], 549, 33_844_193),
+    ],
+    ids=str,
+)
 def test_published_sizes(flags: list[str], keys: int, trainable: int) -> None:
     model = at_published_size(*flags)
     assert len(model.state_dict()) == keys
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
 
 
-@pytest.mark.parametrize(("case", "flags"), [
-    ("ss", ["--num_feature_levels", "1"]), ("ms", []), ("refine", ["--with_box_refine"]),
-    ("twostage", ["--with_box_refine", "--two_stage"]),
-])
+@pytest.mark.parametrize(
+    ("case", "flags"),
+    [
+        ("ss", ["--num_feature_levels", "1"]),
+        ("ms", []),
+        ("refine", ["--with_box_refine"]),
+        ("twostage", ["--with_box_refine", "--two_stage"]),
+    ],
+)
 def test_names_shapes_and_order_are_the_published_ones(case: str, flags: list[str]) -> None:
     """The order too: the state of a published optimiser belongs to parameters by their place."""
     js = json.loads((GOLDEN / f"deform_r50_{case}.json").read_text())
@@ -65,7 +78,9 @@ def test_names_shapes_and_order_are_the_published_ones(case: str, flags: list[st
 @variants
 def test_state_dict_lists_aliases_and_loads_both_ways(flags: list[str]) -> None:
     model, other = build(*flags)[0].eval(), build(*flags, seed=1)[0].eval()
-    state = {key: value.clone() for key, value in model.state_dict().items()}  # as from a file: nothing is shared any more
+    state = {
+        key: value.clone() for key, value in model.state_dict().items()
+    }  # as from a file: nothing is shared any more
     refine, two_stage = "--with_box_refine" in flags, "--two_stage" in flags
     assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in state) is refine
     assert ("transformer.decoder.class_embed.0.weight" in state) is two_stage
@@ -103,10 +118,16 @@ def test_initial_values() -> None:
     assert model.class_embed[0].bias.sigmoid().tolist() == pytest.approx([0.01] * 91)
 
 
-@pytest.mark.parametrize(("flags", "sizes"), [
-    ([], [-2.0, -2.0]), (["--with_box_refine"], [-2.0, 0.0]), (["--two_stage"], [0.0, 0.0, 0.0]),
-    (["--two_stage", "--with_box_refine"], [0.0, 0.0, 0.0]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ([], [-2.0, -2.0]),
+        (["--with_box_refine"], [-2.0, 0.0]),
+        (["--two_stage"], [0.0, 0.0, 0.0]),
+        (["--two_stage", "--with_box_refine"], [0.0, 0.0, 0.0]),
+    ],
+    ids=str,
+)
 def test_boxes_start_small_at_their_reference(flags: list[str], sizes: list[float]) -> None:
     model, _ = build(*flags)
     assert len(model.bbox_embed) == len(model.class_embed) == len(sizes)
@@ -165,7 +186,9 @@ def test_attention_does_not_read_padding() -> None:
 
 @pytest.mark.parametrize("flags", [*VARIANTS, ["--num_feature_levels", "2"]], ids=str)
 def test_a_partner_changes_nothing(flags: list[str]) -> None:
-    """Where backbone and group norm let it: references, shares, proposals and boxes are of the image without its padding."""
+    """Where backbone and group norm let it: references, shares, proposals and boxes are of the image without its
+    padding.
+    """
     model, _ = build(*flags, "--num_queries", "8", "--hidden_dim", "64")
     model.eval()
     model.backbone[0].body = Pooled(model.backbone[0].strides, model.backbone[0].num_channels)
@@ -207,7 +230,9 @@ def test_layers_start_from_the_boxes_before(flags: list[str]) -> None:
         nn.init.normal_(head.layers[-1].weight, std=0.3)
     states = model.decode(model.encode(make_batch()))
     outputs = model.predict(states)
-    assert [x.shape[-1] for x in states.references] == ([4] * 3 if "--two_stage" in flags else [2, 4, 4] if flags else [2] * 3)
+    assert [x.shape[-1] for x in states.references] == (
+        [4] * 3 if "--two_stage" in flags else [2, 4, 4] if flags else [2] * 3
+    )
     boxes = [layer["pred_boxes"] for layer in (*outputs["aux_outputs"], outputs)]
     for layer, references in enumerate(states.references[1:]):
         assert not references.requires_grad or "--with_box_refine" not in flags
@@ -233,7 +258,9 @@ def test_query_groups_fold_self_attention_only() -> None:
         part = slice(group * 5, group * 5 + 5)
         alone = model.predict(model.decode(memory, Queries(learned.position[:, part], learned.content[:, part])))
         torch.testing.assert_close(groups["pred_boxes"][:, part], alone["pred_boxes"], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(groups["pred_logits"], model.predict(model.decode(memory, learned))["pred_logits"], atol=1e-4)
+    assert not torch.allclose(
+        groups["pred_logits"], model.predict(model.decode(memory, learned))["pred_logits"], atol=1e-4
+    )
 
 
 def test_queries_of_each_image_are_its_own() -> None:
@@ -263,7 +290,9 @@ def test_two_stage_takes_the_best_proposals() -> None:
     assert proposals["pred_logits"].shape == (2, tokens, 91)
     assert proposals["pred_boxes"].shape == (2, tokens, 4)
     best = proposals["pred_logits"][..., 0].argsort(1, descending=True)[:, :QUERIES]
-    torch.testing.assert_close(states.references[0], proposals["pred_boxes"].gather(1, best[..., None].expand(-1, -1, 4)))
+    torch.testing.assert_close(
+        states.references[0], proposals["pred_boxes"].gather(1, best[..., None].expand(-1, -1, 4))
+    )
     assert not states.references[0].requires_grad
     assert (proposals["pred_boxes"][memory.padding_mask] == 1).all()
     valid = blocks.cell_proposals(memory)[1]
@@ -316,7 +345,9 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
     assert not torch.equal(criterion(outputs, other)["loss_ce"], losses["loss_ce"])
     plain = {name: value for name, value in outputs.items() if name != "enc_outputs"}
     assert_same({name: value for name, value in losses.items() if not name.endswith("_enc")}, criterion(plain, targets))
-    proposals = criterion({**outputs["enc_outputs"]}, [{**target, "labels": target["labels"] * 0} for target in targets])
+    proposals = criterion(
+        {**outputs["enc_outputs"]}, [{**target, "labels": target["labels"] * 0} for target in targets]
+    )
     for name in ("loss_ce", "loss_bbox", "loss_giou"):
         assert torch.equal(proposals[name], losses[f"{name}_enc"])
     criterion.total(losses).backward()
@@ -324,7 +355,8 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
     assert missing == []
 
 
-# ---------------------------------------------------------------------------------------------------- backbones and precision
+# ---------------------------------------------------------------------------------------------------- backbones and
+# precision
 
 
 @variants
@@ -362,7 +394,9 @@ def test_bfloat16(flags: list[str]) -> None:
     seen = []
     real = blocks.ms_deform_attn
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "ms_deform_attn", lambda *args: seen.append((args[0].dtype, args[2].dtype)) or real(*args))
+        patch.setattr(
+            blocks, "ms_deform_attn", lambda *args: seen.append((args[0].dtype, args[2].dtype)) or real(*args)
+        )
         with torch.autocast("cpu", torch.bfloat16):
             states = model.decode(model.encode(make_batch()))
             outputs = model.predict(states)
@@ -394,13 +428,16 @@ def test_the_flag_reaches_every_attention() -> None:
 # ---------------------------------------------------------------------------------------------------- flags
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (["--detector", "detr", "--two_stage"], "--two_stage.*--detector deformable_detr"),
-    (["--detector", "conditional_detr", "--num_feature_levels", "4"], "--num_feature_levels.*deformable_detr"),
-    (["--detector", "deformable_detr", "--pre_norm"], "--pre_norm.*post-norm"),
-    (["--detector", "deformable_detr", "--with_box_refine", "--no_aux_loss"], "--no_aux_loss.*--with_box_refine"),
-    (["--detector", "deformable_detr", "--ms_deform_attn", "triton"], "--ms_deform_attn triton"),
-])
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--detector", "detr", "--two_stage"], "--two_stage.*--detector deformable_detr"),
+        (["--detector", "conditional_detr", "--num_feature_levels", "4"], "--num_feature_levels.*deformable_detr"),
+        (["--detector", "deformable_detr", "--pre_norm"], "--pre_norm.*post-norm"),
+        (["--detector", "deformable_detr", "--with_box_refine", "--no_aux_loss"], "--no_aux_loss.*--with_box_refine"),
+        (["--detector", "deformable_detr", "--ms_deform_attn", "triton"], "--ms_deform_attn triton"),
+    ],
+)
 def test_flags_that_do_not_go_together(flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_model(tiny_args(FINETUNE, *flags))[0](make_batch())
@@ -409,37 +446,71 @@ def test_flags_that_do_not_go_together(flags: list[str], words: str) -> None:
 def test_defaults_are_the_published_ones() -> None:
     args = resolve(make_parser(FINETUNE).parse_args(["--detector", "deformable_detr"]))
     expected = {
-        "lr": 2e-4, "lr_backbone": 2e-5, "lr_linear_proj_mult": 0.1, "epochs": 50, "lr_drop": 40, "num_queries": 300,
+        "lr": 2e-4,
+        "lr_backbone": 2e-5,
+        "lr_linear_proj_mult": 0.1,
+        "epochs": 50,
+        "lr_drop": 40,
+        "num_queries": 300,
         "dim_feedforward": 1024,
-        "num_feature_levels": 4, "enc_n_points": 4, "dec_n_points": 4, "with_box_refine": False, "two_stage": False, "save_every": 5,
-        "position_embedding": "sine_shifted", "classification": "focal", "set_cost_class": 2.0, "cls_loss_coef": 2.0, "batch_size": 2,
-        "lr_backbone_names": ["backbone.0"], "lr_linear_proj_names": ["reference_points", "sampling_offsets"], "sgd": False,
-        "ms_deform_attn": "auto", "weight_decay": 1e-4, "clip_max_norm": 0.1,
+        "num_feature_levels": 4,
+        "enc_n_points": 4,
+        "dec_n_points": 4,
+        "with_box_refine": False,
+        "two_stage": False,
+        "save_every": 5,
+        "position_embedding": "sine_shifted",
+        "classification": "focal",
+        "set_cost_class": 2.0,
+        "cls_loss_coef": 2.0,
+        "batch_size": 2,
+        "lr_backbone_names": ["backbone.0"],
+        "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+        "sgd": False,
+        "ms_deform_attn": "auto",
+        "weight_decay": 1e-4,
+        "clip_max_norm": 0.1,
     }
     assert {name: getattr(args, name) for name in expected} == expected
     pretext = resolve(make_parser(PRETRAIN).parse_args(["--detector", "deformable_detr"]))
-    assert (pretext.lr, pretext.lr_linear_proj_mult, pretext.num_queries, pretext.classification) == (1e-4, 1.0, 300, "softmax")
+    assert (pretext.lr, pretext.lr_linear_proj_mult, pretext.num_queries, pretext.classification) == (
+        1e-4,
+        1.0,
+        300,
+        "softmax",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- optimiser
 
 
-@pytest.mark.parametrize(("flags", "counts"), [
-    ([], [230, 42, 26]), (["--with_box_refine"], [270, 42, 26]), (["--with_box_refine", "--two_stage"], [285, 42, 24]),
-    (["--num_feature_levels", "1"], [218, 42, 26]),
-], ids=str)
+@pytest.mark.parametrize(
+    ("flags", "counts"),
+    [
+        ([], [230, 42, 26]),
+        (["--with_box_refine"], [270, 42, 26]),
+        (["--with_box_refine", "--two_stage"], [285, 42, 24]),
+        (["--num_feature_levels", "1"], [218, 42, 26]),
+    ],
+    ids=str,
+)
 def test_three_groups(flags: list[str], counts: list[int]) -> None:
     model = at_published_size(*flags)
     groups = parameter_groups(model, 2e-4, 2e-5, ["backbone.0"], ["reference_points", "sampling_offsets"], 0.1)
     assert [len(group["params"]) for group in groups] == counts
     assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
     slow = {id(p) for p in groups[2]["params"]}
-    assert all(("sampling_offsets" in name or "reference_points" in name) is (id(p) in slow) for name, p in model.named_parameters())
+    assert all(
+        ("sampling_offsets" in name or "reference_points" in name) is (id(p) in slow)
+        for name, p in model.named_parameters()
+    )
 
 
 def test_learned_positions_follow_the_names_of_the_backbone() -> None:
     model, _ = build("--position_embedding", "learned")
     names = {id(p): name for name, p in model.named_parameters()}
-    of_group = [{names[id(p)].split(".")[1] for p in group["params"] if names[id(p)].startswith("backbone")}
-                for group in parameter_groups(model, 1.0, 1.0, ["backbone.0"], ["sampling_offsets"])]
+    of_group = [
+        {names[id(p)].split(".")[1] for p in group["params"] if names[id(p)].startswith("backbone")}
+        for group in parameter_groups(model, 1.0, 1.0, ["backbone.0"], ["sampling_offsets"])
+    ]
     assert of_group == [{"1"}, {"0"}, set()]

@@ -1,4 +1,5 @@
 """Deformable DETR in files and scripts: what a checkpoint tells of it, and the way from patches to classes."""
+
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,28 @@ from util.checkpoint import Checkpoint, load_pretrained
 from util.flags import FINETUNE
 
 
-@pytest.mark.parametrize("flags", [
-    ["--num_feature_levels", "2", "--with_box_refine"], ["--two_stage"], ["--two_stage", "--with_box_refine", "--enc_n_points", "2"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--num_feature_levels", "2", "--with_box_refine"],
+        ["--two_stage"],
+        ["--two_stage", "--with_box_refine", "--enc_n_points", "2"],
+    ],
+    ids=" ".join,
+)
 def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
     args = tiny_args(FINETUNE, "--detector", "deformable_detr", *flags)
     state = build_model(args)[0].state_dict()
     certain, _ = architecture({"model": state, "args": {"nheads": 4}})
-    wanted = {"detector": "deformable_detr", "with_box_refine": args.with_box_refine, "two_stage": args.two_stage,
-              "num_feature_levels": args.num_feature_levels, "enc_layers": 1, "dec_layers": 2, "hidden_dim": 32}
+    wanted = {
+        "detector": "deformable_detr",
+        "with_box_refine": args.with_box_refine,
+        "two_stage": args.two_stage,
+        "num_feature_levels": args.num_feature_levels,
+        "enc_layers": 1,
+        "dec_layers": 2,
+        "hidden_dim": 32,
+    }
     assert wanted.items() <= certain.items()
     known = {**architecture({"model": state, "args": {"nheads": 4}})[1], **certain}
     assert (known["enc_n_points"], known["dec_n_points"]) == (args.enc_n_points, args.dec_n_points)
@@ -39,7 +53,8 @@ def test_points_of_a_published_file() -> None:
 
 def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
     source, model = (
-        build_model(tiny_args(FINETUNE, "--detector", "deformable_detr", "--two_stage", "--num_classes", number))[0] for number in "94"
+        build_model(tiny_args(FINETUNE, "--detector", "deformable_detr", "--two_stage", "--num_classes", number))[0]
+        for number in "94"
     )
     fresh = {key: value.clone() for key, value in model.state_dict().items()}
     file = Checkpoint({"model": source.state_dict(), "class_names": {1: "cat"}})
@@ -54,24 +69,57 @@ def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
 
 @pytest.mark.parametrize("flags", [[], ["--with_box_refine", "--num_feature_levels", "2"]], ids=["plain", "refine"])
 def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
-    """Pre-training with patches, fine-tuning from it without repeating a flag, going on, and evaluation, through the scripts."""
-    pre_train("--detector", "deformable_detr", "--feature_recon", *flags, "--imagenet_path", write_images(tmp_path / "photographs"),
-              "--output_dir", tmp_path / "pretrain", "--epochs", 1)
+    """Pre-training with patches, fine-tuning from it without repeating a flag, going on, and evaluation, through the
+    scripts.
+    """
+    pre_train(
+        "--detector",
+        "deformable_detr",
+        "--feature_recon",
+        *flags,
+        "--imagenet_path",
+        write_images(tmp_path / "photographs"),
+        "--output_dir",
+        tmp_path / "pretrain",
+        "--epochs",
+        1,
+    )
     checkpoint = tmp_path / "pretrain" / "checkpoint.pth"
     source = read_checkpoint(checkpoint)["model"]
     data = ("--coco_path", write_coco(tmp_path / "coco"), "--output_dir", tmp_path / "finetune")
-    fine_tune(*data, "--pretrain", checkpoint, "--epochs", 1, "--lr", 1e-12, "--lr_backbone", 1e-12, "--clip_max_norm", 0,
-              "--weight_decay", 0, "--lr_drop_epochs", 1, 2)
+    fine_tune(
+        *data,
+        "--pretrain",
+        checkpoint,
+        "--epochs",
+        1,
+        "--lr",
+        1e-12,
+        "--lr_backbone",
+        1e-12,
+        "--clip_max_norm",
+        0,
+        "--weight_decay",
+        0,
+        "--lr_drop_epochs",
+        1,
+        2,
+    )
     tuned = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
     assert tuned["args"]["detector"] == "deformable_detr"
     assert tuned["args"]["with_box_refine"] is bool(flags)
     assert tuned["args"]["num_feature_levels"] == (2 if flags else 4)
-    kept = [key for key in tuned["model"] if "class_embed" not in key and not key.endswith(("running_mean", "running_var"))]
+    kept = [
+        key for key in tuned["model"] if "class_embed" not in key and not key.endswith(("running_mean", "running_var"))
+    ]
     for key in kept:
         torch.testing.assert_close(tuned["model"][key], source[key], rtol=0, atol=1e-8)
     assert len(kept) > 100
     fine_tune(*data, "--resume", "auto", "--epochs", 2)
     assert [record["epoch"] for record in read_log(tmp_path / "finetune")] == [0, 1]
-    assert [len(group["params"]) for group in read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"]["param_groups"]][2] > 0
+    assert [
+        len(group["params"])
+        for group in read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"]["param_groups"]
+    ][2] > 0
     assert (tmp_path / "finetune" / "checkpoint0000.pth").exists()  # kept where the rate drops
     fine_tune("--coco_path", tmp_path / "coco", "--resume", tmp_path / "finetune" / "checkpoint.pth", "--eval")

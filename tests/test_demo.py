@@ -1,4 +1,5 @@
 """The demo's commands are commands of the scripts; finished stages are reused, other people's folders refused."""
+
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -104,7 +105,11 @@ def test_patch_overlap_tells_own_from_other_patches() -> None:
 def test_results_table_shows_the_last_evaluation(tmp_path: Path) -> None:
     for name in result_page.RUNS:
         (tmp_path / name).mkdir()
-        lines = [{"epoch": 0, "test_coco_eval_bbox": [0.5] * 12}, {"epoch": 1}, {"epoch": 2, "test_coco_eval_bbox": [0.25] * 12}]
+        lines = [
+            {"epoch": 0, "test_coco_eval_bbox": [0.5] * 12},
+            {"epoch": 1},
+            {"epoch": 2, "test_coco_eval_bbox": [0.25] * 12},
+        ]
         (tmp_path / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     table = result_page.results_table(tmp_path)
     assert table.count("<td>0.250</td><td>0.250</td><td>0.250</td><td>0.500</td>") == 2

@@ -1,4 +1,5 @@
 """Two processes on CPUs (gloo): they equal one with twice the batch, and both ways to launch them work."""
+
 import json
 import math
 import os
@@ -9,11 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from tiny import FROZEN, PRETEXT_FLAGS, ROOT, RUN_FLAGS, assert_same, read_checkpoint, read_log, write_coco, write_images
+from tiny import (
+    FROZEN,
+    PRETEXT_FLAGS,
+    ROOT,
+    RUN_FLAGS,
+    assert_same,
+    read_checkpoint,
+    read_log,
+    write_coco,
+    write_images,
+)
 from torch import Tensor
 
 from util import distributed
-from util.distributed import all_gather_object, all_reduce_sum, get_rank, get_world_size, init_distributed, is_main_process
+from util.distributed import (
+    all_gather_object,
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main_process,
+)
 from util.logger import UserError
 
 
@@ -31,13 +49,24 @@ def of_both(results: dict[str, list], name: str) -> list[dict]:
 def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float, atol: float) -> None:
     assert list(a) == list(b)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
-@pytest.mark.parametrize("name", [
-    "softmax_with_equal_counts", "focal_with_any_counts", "one_decoder_layer", "encoder_proposals", "pretext", "siamese",
-    "region_prior", "teacher",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "softmax_with_equal_counts",
+        "focal_with_any_counts",
+        "one_decoder_layer",
+        "encoder_proposals",
+        "pretext",
+        "siamese",
+        "region_prior",
+        "teacher",
+    ],
+)
 def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[str, list], tmp_path: Path) -> None:
     first, second = of_both(results, name)
     single = two_processes.SCENARIOS[name](tmp_path)
@@ -68,7 +97,9 @@ def test_processes_evaluate_with_the_statistics_of_the_first(results: dict[str, 
 def test_training_changed_the_weights(results: dict[str, list]) -> None:
     """Equality above would mean little for a run that stands still."""
     two, three = (of_both(results, name)[0]["weights"] for name in ("softmax_with_equal_counts", "pretext"))
-    moved = [name for name in two if name in three and "class_embed" not in name and not torch.equal(two[name], three[name])]
+    moved = [
+        name for name in two if name in three and "class_embed" not in name and not torch.equal(two[name], three[name])
+    ]
     assert any("layer4" in name for name in moved)
     assert any("decoder" in name for name in moved)
 
@@ -137,8 +168,20 @@ def test_two_processes_stop_together_and_resume_exactly(results: dict[str, list]
 
 
 def launched(module: list[str], script: str, flags: list[object]) -> str:
-    command = [sys.executable, "-m", *module, "--nproc_per_node", 2, "--master_port", two_processes.free_port(), script, *flags]
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        *module,
+        "--nproc_per_node",
+        2,
+        "--master_port",
+        two_processes.free_port(),
+        script,
+        *flags,
+    ]
+    done = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -146,9 +189,23 @@ def launched(module: list[str], script: str, flags: list[object]) -> str:
 def test_torchrun(tmp_path: Path) -> None:
     """Live batch norm, padding, an odd number of images to evaluate: the whole script with two processes."""
     coco, run = write_coco(tmp_path / "coco", train=4), tmp_path / "run"
-    text = launched(["torch.distributed.run"], "finetune_main.py", [
-        *RUN_FLAGS, "--lr_backbone", "0", "--coco_path", coco, "--output_dir", run, "--epochs", 1, "--batch_size", 1,
-    ])
+    text = launched(
+        ["torch.distributed.run"],
+        "finetune_main.py",
+        [
+            *RUN_FLAGS,
+            "--lr_backbone",
+            "0",
+            "--coco_path",
+            coco,
+            "--output_dir",
+            run,
+            "--epochs",
+            1,
+            "--batch_size",
+            1,
+        ],
+    )
     assert text.count("distributed: 2 processes, gloo") == 1  # only the first process speaks
     assert text.count("4 training and 3 validation images") == 1
     assert "epoch 1/1 2/2" in text
@@ -162,9 +219,22 @@ def test_torchrun(tmp_path: Path) -> None:
 def test_torch_distributed_launch(tmp_path: Path) -> None:
     """The launcher of the published commands."""
     images, run = write_images(tmp_path / "photographs", count=4), tmp_path / "run"
-    text = launched(["torch.distributed.launch", "--use_env"], "main.py", [
-        *RUN_FLAGS, *PRETEXT_FLAGS, *FROZEN, "--imagenet_path", images, "--output_dir", run, "--epochs", 1, "--feature_recon",
-    ])
+    text = launched(
+        ["torch.distributed.launch", "--use_env"],
+        "main.py",
+        [
+            *RUN_FLAGS,
+            *PRETEXT_FLAGS,
+            *FROZEN,
+            "--imagenet_path",
+            images,
+            "--output_dir",
+            run,
+            "--epochs",
+            1,
+            "--feature_recon",
+        ],
+    )
     assert "epoch 1/1 1/1" in text
     assert read_checkpoint(run / "checkpoint.pth")["world_size"] == 2
 
@@ -176,7 +246,9 @@ def test_a_single_process_needs_no_group() -> None:
 
 
 def test_starting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, also inside a SLURM allocation with one task, stays without a group; several tasks need an address."""
+    """One process, also inside a SLURM allocation with one task, stays without a group; several tasks need an
+    address.
+    """
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert init_distributed("cpu") == torch.device("cpu")
@@ -196,7 +268,12 @@ def test_a_task_of_slurm_with_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
-        for name, value in (("SLURM_PROCID", 3), ("SLURM_LOCALID", 3), ("SLURM_STEP_NUM_TASKS", 4), ("MASTER_ADDR", "localhost")):
+        for name, value in (
+            ("SLURM_PROCID", 3),
+            ("SLURM_LOCALID", 3),
+            ("SLURM_STEP_NUM_TASKS", 4),
+            ("MASTER_ADDR", "localhost"),
+        ):
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
         distributed._slurm_environment()

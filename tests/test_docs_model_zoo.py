@@ -1,4 +1,7 @@
-"""docs/model_zoo.md: every row has a command that runs on a file of its kind, and the number of tensors that such a file has."""
+"""docs/model_zoo.md: every row has a command that runs on a file of its kind, and the number of tensors that such a
+file has.
+"""
+
 import re
 import shlex
 from collections.abc import Callable
@@ -46,7 +49,9 @@ FILES: dict[str, Callable[..., dict]] = {
     "single scale, DC5": lambda *size: shapes("deformable_detr", "--num_feature_levels", "1", "--dilation", *size),
     "box refinement": lambda *size: shapes("deformable_detr", REFINE, *size),
     "box refinement and two-stage": lambda *size: shapes("deformable_detr", REFINE, "--two_stage", *size),
-    "up-detr-pre-training-60ep-imagenet.pth": lambda *size: updetr("--pre_norm", *size, backbone="resnet18" if size else "resnet50"),
+    "up-detr-pre-training-60ep-imagenet.pth": lambda *size: updetr(
+        "--pre_norm", *size, backbone="resnet18" if size else "resnet50"
+    ),
     "up-detr-coco-fine-tuned-300ep.pth": lambda *size: shapes("detr", "--pre_norm", *size, outputs=92),
     "checkpoint_imagenet.pth": lambda *size: detreg("deformable_detr", *size),
     "checkpoint_imagenet_detr.pth": lambda *size: detreg("detr", "--pre_norm", *size),
@@ -56,13 +61,17 @@ FILES: dict[str, Callable[..., dict]] = {
     "Conditional DETR, 100 queries, COCO": of_siamese("conditional_detr", 2048, "--num_queries", "100"),
     "DETR (post-norm), 100 queries, ImageNet": of_siamese("detr", 2048),
     "Deformable DETR, four levels, 300 queries, ImageNet": of_siamese("deformable_detr", 3584),
-    "Deformable DETR, single scale, 300 queries, ImageNet": of_siamese("deformable_detr", 2048, "--num_feature_levels", "1"),
+    "Deformable DETR, single scale, 300 queries, ImageNet": of_siamese(
+        "deformable_detr", 2048, "--num_feature_levels", "1"
+    ),
 }
 
 
 def rows() -> list[list[str]]:
     """The cells of every row that has a command: file, where, size, tensors, published AP, here."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`python finetune_main.py" in line]
+    lines = [
+        line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`python finetune_main.py" in line
+    ]
     return [[cell.strip() for cell in line.split(" | ")] for line in (line.strip("| ") for line in lines)]
 
 
@@ -72,7 +81,9 @@ def row_command(row: list[str]) -> str:
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].strip("`"))
 def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command evaluates, or starts to train, a small detector from a file of the kind that the row says, named as the row's."""
+    """The command evaluates, or starts to train, a small detector from a file of the kind that the row says, named as
+    the row's.
+    """
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
     write_coco(tmp_path / "data" / "MSCoco", train=3, val=2)
@@ -114,6 +125,8 @@ def test_row_is_right(row: list[str]) -> None:
 def test_the_page_shows_how_to_convert() -> None:
     shown = shown_commands(PAGE)
     assert {word for command in shown for word in command.split() if word.startswith("tools/")} == {
-        "tools/convert_checkpoint.py", "tools/convert_to_detr.py"}
+        "tools/convert_checkpoint.py",
+        "tools/convert_to_detr.py",
+    }
     for to in ("predetr", "detr", "updetr", "detreg", "siamese"):
         assert any(f"--to {to} " in command for command in shown)

@@ -1,8 +1,11 @@
-"""Every command of README, CONTRIBUTING and docs/ is read from the text and run, in its order, in a folder that looks like the project.
+"""Every command of README, CONTRIBUTING and docs/ is read from the text and run, in its order, in a folder that looks
+like the project.
 
-What takes a cluster is run as it stands but for flags behind it that make model, images and epochs small; it stops after three steps where
-no later command of its document needs its files. Launchers are run with a `python` that prints what it is asked to do.
+What takes a cluster is run as it stands but for flags behind it that make model, images and epochs small; it stops
+after three steps where no later command of its document needs its files. Launchers are run with a `python` that prints
+what it is asked to do.
 """
+
 import importlib.util
 import os
 import re
@@ -20,7 +23,16 @@ from tests.documents import DOCUMENTS, ROOT, SCRIPTS, TOOLS, config_words, shown
 from tests.published_files import SMALL, detreg, filled, masks, shapes, siamese, siamese_file, updetr
 from tests.test_docs_model_zoo import row_command
 from tests.test_docs_model_zoo import rows as checkpoint_rows
-from tests.tiny import MODEL_FLAGS, PRETEXT_FLAGS, VOC_LISTS, write_airbus, write_coco, write_images, write_shots, write_voc
+from tests.tiny import (
+    MODEL_FLAGS,
+    PRETEXT_FLAGS,
+    VOC_LISTS,
+    write_airbus,
+    write_coco,
+    write_images,
+    write_shots,
+    write_voc,
+)
 from tools import demo
 from util import registry
 from util.checkpoint import save_checkpoint
@@ -30,40 +42,74 @@ from util.weight_files import stored_at
 
 # What stands for the reader's own names.
 PLACEHOLDERS = {
-    "/path/to/coco": "data/MSCoco", "path/to/coco": "data/MSCoco", "path/to/imagenet": "data/ilsvrc/train", "NAME.sh": "DETR_r50_coco.sh",
-    "<checkpoint.pth>": "checkpoint.pth", "<OSS_CKPT>": "iter_300000.pth", "SCRIPT": "finetune_main.py", " FLAGS": " --seed 1",
-    "PARTITION": "gpu", " FILE": " checkpoint.pth", " DIR": " data/MSCoco", " WORD": " matcher",
+    "/path/to/coco": "data/MSCoco",
+    "path/to/coco": "data/MSCoco",
+    "path/to/imagenet": "data/ilsvrc/train",
+    "NAME.sh": "DETR_r50_coco.sh",
+    "<checkpoint.pth>": "checkpoint.pth",
+    "<OSS_CKPT>": "iter_300000.pth",
+    "SCRIPT": "finetune_main.py",
+    " FLAGS": " --seed 1",
+    "PARTITION": "gpu",
+    " FILE": " checkpoint.pth",
+    " DIR": " data/MSCoco",
+    " WORD": " matcher",
 }
 NOT_RUN = {
     "source .venv/bin/activate": "changes the shell that it is typed in",
-    "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "fetches packages; its files are read instead",
+    "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "fetches packages; its files "
+    "are read instead",
     "pip install -r requirements.txt -c constraints.txt": "fetches packages; its files are read instead",
-    "curl -L -o model.yml.gz https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
-    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md --pictures outputs/pictures":
-        "needs the runs of an hour; tests/test_transfer_runs.py writes such a page",
+    "curl -L -o model.yml.gz "
+    "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
+    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md --pictures "
+    "outputs/pictures": "needs the runs of an hour; tests/test_transfer_runs.py writes such a page",
 }
 RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
 NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",), "large_data.md": ("cv2",)}  # extras
 SMALL_TOOLS = {
-    "tools/cache_proposals.py": ["--num_workers", "0"], "tools/check_dataset.py": ["--num_workers", "0"],
+    "tools/cache_proposals.py": ["--num_workers", "0"],
+    "tools/check_dataset.py": ["--num_workers", "0"],
     "tools/make_split.py": ["--filter_pct", "0.5"],
     "tools/transfer_study.py prepare": ["--image_size", "64", "--fractions", "1", "0.5"],
-    "tools/transfer_study.py run": ["--list", "--fractions", "1", "0.5"],  # its runs are those of tests/test_transfer_runs.py
-    "tools/benchmark.py": ["--device", "cpu", "--image_size", "64", "--batch_size", "1", "--turns", "1", "--files", "50",
-                           "--annotated", "8"],
+    "tools/transfer_study.py run": [
+        "--list",
+        "--fractions",
+        "1",
+        "0.5",
+    ],  # its runs are those of tests/test_transfer_runs.py
+    "tools/benchmark.py": [
+        "--device",
+        "cpu",
+        "--image_size",
+        "64",
+        "--batch_size",
+        "1",
+        "--turns",
+        "1",
+        "--files",
+        "50",
+        "--annotated",
+        "8",
+    ],
     "tools/predict.py": ["--device", "cpu", "--num_workers", "0", "--image_size", "64"],
 }
 SCENES = ["--num_train", "4", "--num_val", "2", "--num_unlabelled", "4"]
-PRINTER = "#!/bin/sh\n[ \"$1\" = -c ] || printf '%s\\n' \"$@\"\n"  # in place of programs; `python -c` says nothing
+PRINTER = '#!/bin/sh\n[ "$1" = -c ] || printf \'%s\\n\' "$@"\n'  # in place of programs; `python -c` says nothing
 
-# --------------------------------------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------------------------------------------- the
+# folder
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of the project, data where the documents say, and a `python` that prints its words, also as the environment's."""
+    """The files of the project, data where the documents say, and a `python` that prints its words, also as the
+    environment's.
+    """
     for path in ROOT.iterdir():
-        if path.name not in ("data", "outputs", "exps", "proposals", ".venv", ".git") and not path.name.endswith("_output"):
+        if path.name not in ("data", "outputs", "exps", "proposals", ".venv", ".git") and not path.name.endswith(
+            "_output"
+        ):
             (tmp_path / path.name).symlink_to(path)
     for program in ("bin/python", "bin/srun", ".venv/bin/python"):
         (tmp_path / program).parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +150,11 @@ def given_file(path: str, words: list[str]) -> dict:
     backbone = ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
     if "iter_" in path or "siamese" in words or "condtr" in path:
         deformable = "--deform" in words
-        return siamese_file(siamese("deformable_detr" if deformable else "conditional_detr", *SMALL, channels=896 if deformable else 512))
+        return siamese_file(
+            siamese(
+                "deformable_detr" if deformable else "conditional_detr", *SMALL, channels=896 if deformable else 512
+            )
+        )
     if "panoptic" in path:
         return {"model": filled(masks())}
     usual = "deformable_detr" if "DETReg" in path else "detr"
@@ -129,7 +179,9 @@ def files_read(words: list[str]) -> list[str]:
 
 
 def give_files(words: list[str], own: bool) -> None:
-    """Files that the reader has from somewhere else. In README (`own`), what lies in outputs/ was written by a command before."""
+    """Files that the reader has from somewhere else. In README (`own`), what lies in outputs/ was written by a command
+    before.
+    """
     for name in files_read(words):
         place = Path(stored_at(name)) if name.startswith("https://") else Path(name)
         written_before = name.startswith("outputs/") and place.exists()
@@ -138,21 +190,34 @@ def give_files(words: list[str], own: bool) -> None:
             save_checkpoint(given_file(name, words), place)
 
 
-# -------------------------------------------------------------------------------------------------------------- the commands
+# -------------------------------------------------------------------------------------------------------------- the
+# commands
 
 
 def small(words: list[str], keeps: bool) -> list[str]:
     """The flags of a command of an entry script with what makes it small behind them."""
     more = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
     if not files_read(words):
-        more += [*MODEL_FLAGS, "--backbone", "resnet50" if "--dilation" in words else "resnet18", "--backbone_weights", "none"]
+        more += [
+            *MODEL_FLAGS,
+            "--backbone",
+            "resnet50" if "--dilation" in words else "resnet18",
+            "--backbone_weights",
+            "none",
+        ]
         if words[0] == "main.py":
             more += ["--max_prop", "5", "--patch_size", "32"] if "region_prior" in words else PRETEXT_FLAGS
             more += [] if importlib.util.find_spec("cv2") else ["--proposals", "random"]
     if "--eval" not in words:
         more += ["--filter_pct", "0.75"] if "--filter_pct" in words else []
         more += ["--novel_classes", "red"] if "--few_shot" in words and "data/MSCoco" in words else []
-        more += ["--batch_size", "2", "--epochs", "2" if "--resume" in words else "1", *([] if keeps else ["--dry_run"])]
+        more += [
+            "--batch_size",
+            "2",
+            "--epochs",
+            "2" if "--resume" in words else "1",
+            *([] if keeps else ["--dry_run"]),
+        ]
     return [*words[1:], *more]
 
 
@@ -172,16 +237,29 @@ def run_tool(words: list[str], own: bool) -> None:
 
 def run_shell(words: list[str]) -> list[str]:
     """Runs a launcher or a set-up script with the `python` that prints; returns what it printed."""
-    own = ("LAUNCH", "GPUS_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "PREDETR_VENV", "PYTHON", "PREDETR_SYSTEM_TORCH")
+    own = (
+        "LAUNCH",
+        "GPUS_PER_NODE",
+        "NODE_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "PREDETR_VENV",
+        "PYTHON",
+        "PREDETR_SYSTEM_TORCH",
+    )
     kept = {name: value for name, value in os.environ.items() if name not in own}
     environment = {**kept, "PATH": f"{Path.cwd() / 'bin'}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", shlex.join(words)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-c", shlex.join(words)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
 def run_launcher(words: list[str]) -> list[str]:
-    """What `torchrun`, tools/run_dist_launch.sh or tools/run_dist_slurm.sh would start in each process: [SCRIPT, FLAG, ...]"""
+    """What `torchrun`, tools/run_dist_launch.sh or tools/run_dist_slurm.sh would start in each process: [SCRIPT, FLAG,
+    ...]
+    """
     from torch.distributed.run import get_args_parser
 
     if words[0] != "torchrun":
@@ -197,9 +275,18 @@ def run_launcher(words: list[str]) -> list[str]:
 
 def run_set_up(words: list[str]) -> None:
     """tools/demo.sh and tools/test.sh, in an environment that is ready: they hand on their words."""
-    names = ["requirements.txt", "requirements-extras.txt", *(["requirements-dev.txt"] if words[1] == "tools/test.sh" else [])]
+    names = [
+        "requirements.txt",
+        "requirements-extras.txt",
+        *(["requirements-dev.txt"] if words[1] == "tools/test.sh" else []),
+    ]
     joined = b"".join((ROOT / name).read_bytes() for name in [*names, "constraints.txt"])
-    digest = subprocess.run(["cksum"], input=joined, capture_output=True, check=True).stdout.decode().replace(" ", "").strip()
+    digest = (
+        subprocess.run(["cksum"], input=joined, capture_output=True, check=True)
+        .stdout.decode()
+        .replace(" ", "")
+        .strip()
+    )
     Path(".venv", f".installed-{digest}").touch()
     printed = run_shell(words)
     if words[1] == "tools/demo.sh":
@@ -207,7 +294,11 @@ def run_set_up(words: list[str]) -> None:
         demo.make_stages(demo.get_args_parser().parse_args(printed[1:]))
     else:
         assert printed[:2] == ["-m", "ruff"]
-        assert printed[printed.index("pytest") + 1 :][-len(words[2:]) or None :] == words[2:] or words[2:] == ["--all"] or not words[2:]
+        assert (
+            printed[printed.index("pytest") + 1 :][-len(words[2:]) or None :] == words[2:]
+            or words[2:] == ["--all"]
+            or not words[2:]
+        )
 
 
 def run_command(command: str, later: str = "", own: bool = False) -> None:
@@ -243,7 +334,9 @@ def is_row(path: Path, command: str) -> bool:
     return path.name == "model_zoo.md" and command.startswith("python finetune_main.py")
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE], ids=lambda path: path.stem
+)
 def test_every_command_runs(path: Path, project: Path) -> None:
     """In the order of the document, so that each finds what those before it wrote."""
     for package in NEEDS.get(path.name, ()):
@@ -260,7 +353,11 @@ def test_no_command_is_left_out() -> None:
     """The only ones that are not run are listed, with the reason."""
     shown = {command for path in DOCUMENTS for command in shown_commands(path)}
     assert set(NOT_RUN) <= shown
-    rows = [command for command in shown_commands(ROOT / "docs" / "model_zoo.md") if is_row(ROOT / "docs" / "model_zoo.md", command)]
+    rows = [
+        command
+        for command in shown_commands(ROOT / "docs" / "model_zoo.md")
+        if is_row(ROOT / "docs" / "model_zoo.md", command)
+    ]
     assert rows == [row_command(row) for row in checkpoint_rows()]
     assert len(shown) > 60
 
@@ -275,11 +372,14 @@ def test_files_of_packages_are_readable() -> None:
         assert [requirements.Requirement(line) for line in lines if line]
 
 
-# --------------------------------------------------------------------------------------------------- what is named in the text
+# --------------------------------------------------------------------------------------------------- what is named in
+# the text
 
 
 def code_of(path: Path) -> str:
-    """All text of a document that is code: blocks, and what stands in backticks; not the commands of other code bases."""
+    """All text of a document that is code: blocks, and what stands in backticks; not the commands of other code
+    bases.
+    """
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     if path.name == "published_commands.md":
         text = re.sub(r"^\| `.*?(?<!\\)\|", "|", text, flags=re.M)
@@ -295,7 +395,9 @@ def test_links_and_named_files_exist(path: Path) -> None:
         target = (path.parent / link) if link else path
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
-    for name in re.findall(r"(?:^|[\s(/=])((?:configs|tools|tests|docs|models|datasets|util)/[\w./-]+\.\w+)", code_of(path), re.M):
+    for name in re.findall(
+        r"(?:^|[\s(/=])((?:configs|tools|tests|docs|models|datasets|util)/[\w./-]+\.\w+)", code_of(path), re.M
+    ):
         assert "NAME" in name or (ROOT / name).exists(), name
 
 
@@ -310,11 +412,20 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     for module in [*SCRIPTS.values(), *map(tool, TOOLS)]:
         with pytest.raises(SystemExit):
             module.parse(["--help"])
-    parsers = [demo.get_args_parser().format_help(), sample_scenes.get_args_parser().format_help(), capsys.readouterr().out]
+    parsers = [
+        demo.get_args_parser().format_help(),
+        sample_scenes.get_args_parser().format_help(),
+        capsys.readouterr().out,
+    ]
     return set(re.findall(r"--\w+", "\n".join(parsers))) | set(DEAD_FLAGS)
 
 
-OTHERS_FLAGS = {"--nproc_per_node", "--use_env", "--all", "--time"}  # of torchrun, the older launcher, tools/test.sh, srun
+OTHERS_FLAGS = {
+    "--nproc_per_node",
+    "--use_env",
+    "--all",
+    "--time",
+}  # of torchrun, the older launcher, tools/test.sh, srun
 
 
 def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:
@@ -351,7 +462,9 @@ def test_the_python_example_of_the_readme_runs() -> None:
 def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A detector of one's own is known to the script that it starts."""
     started = []
-    monkeypatch.setattr("util.session.run_script", lambda main, parse: started.append(parse(["--detector", "mine", "--eval"])))
+    monkeypatch.setattr(
+        "util.session.run_script", lambda main, parse: started.append(parse(["--detector", "mine", "--eval"]))
+    )
     monkeypatch.setattr(registry, "DETECTORS", dict(registry.DETECTORS))
     monkeypatch.setattr("util.flags.DETECTORS", registry.DETECTORS)
     (code,) = python_blocks(ROOT / "CONTRIBUTING.md")
@@ -361,7 +474,10 @@ def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch
 
 def test_python_examples_are_run() -> None:
     """All here but that of torch.hub, which tests/test_hub.py runs."""
-    assert {path.name: len(python_blocks(path)) for path in DOCUMENTS if python_blocks(path)} == {"README.md": 2, "CONTRIBUTING.md": 1}
+    assert {path.name: len(python_blocks(path)) for path in DOCUMENTS if python_blocks(path)} == {
+        "README.md": 2,
+        "CONTRIBUTING.md": 1,
+    }
 
 
 def test_citation_and_licence() -> None:

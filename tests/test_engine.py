@@ -1,4 +1,5 @@
 """The training loop and what a run leaves behind."""
+
 import json
 import math
 from pathlib import Path
@@ -41,16 +42,37 @@ from util.session import run_script
 def fine_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuning run of three epochs with two decoder layers, and its data."""
     root = tmp_path_factory.mktemp("fine")
-    fine_tune("--coco_path", write_coco(root / "coco", empty=(1,)), "--output_dir", root / "run", "--epochs", 3, "--lr_drop", 2,
-              "--save_every", 3, "--eval_every", 2)
+    fine_tune(
+        "--coco_path",
+        write_coco(root / "coco", empty=(1,)),
+        "--output_dir",
+        root / "run",
+        "--epochs",
+        3,
+        "--lr_drop",
+        2,
+        "--save_every",
+        3,
+        "--eval_every",
+        2,
+    )
     return root
 
 
 @pytest.fixture(scope="module")
 def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pretext")
-    pre_train("--imagenet_path", write_images(root / "photographs"), "--output_dir", root / "run", "--epochs", 1, "--feature_recon",
-              "--dec_layers", "1")
+    pre_train(
+        "--imagenet_path",
+        write_images(root / "photographs"),
+        "--output_dir",
+        root / "run",
+        "--epochs",
+        1,
+        "--feature_recon",
+        "--dec_layers",
+        "1",
+    )
     return root
 
 
@@ -126,7 +148,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path:
         engine.train_step(run, samples, targets, stop=False)
         spoil.remove()
         with pytest.raises(NonFiniteLoss, match="the gradient of the last step was not finite"):
-            engine.train_step(run, samples, targets, stop=False) if how == "next step" else engine.save(run, ["checkpoint.pth"])
+            engine.train_step(run, samples, targets, stop=False) if how == "next step" else engine.save(
+                run, ["checkpoint.pth"]
+            )
     assert not list(tmp_path.iterdir())
 
 
@@ -185,7 +209,8 @@ def test_batch_is_normalised_on_the_device_with_its_patches() -> None:
     assert targets[0]["labels"].dtype == torch.int64
 
 
-# ---------------------------------------------------------------------------------------------------- numbers of an epoch
+# ---------------------------------------------------------------------------------------------------- numbers of an
+# epoch
 
 
 def test_averages() -> None:
@@ -221,13 +246,21 @@ def test_check_finite_names_losses_and_images() -> None:
 def test_logged_values_have_the_published_names() -> None:
     losses = {"loss_ce": 2.0, "loss_ce_0": 3.0, "class_error": 50.0, "cardinality_error": 4.0}
     assert engine.logged_values(losses, {"loss_ce": 2.0, "loss_ce_0": 1.0}) == {
-        "loss_ce_unscaled": 2.0, "loss_ce_0_unscaled": 3.0, "class_error_unscaled": 50.0, "cardinality_error_unscaled": 4.0,
-        "loss_ce": 4.0, "loss_ce_0": 3.0, "loss": 7.0, "class_error": 50.0,
+        "loss_ce_unscaled": 2.0,
+        "loss_ce_0_unscaled": 3.0,
+        "class_error_unscaled": 50.0,
+        "cardinality_error_unscaled": 4.0,
+        "loss_ce": 4.0,
+        "loss_ce_0": 3.0,
+        "loss": 7.0,
+        "class_error": 50.0,
     }
 
 
 def test_class_error_is_of_all_matched_pairs_of_an_epoch() -> None:
-    """Four pairs, all wrong, one pair, right, and a batch without any: 80 %. Published: the mean of batches, 100 for one without pairs."""
+    """Four pairs, all wrong, one pair, right, and a batch without any: 80 %. Published: the mean of batches, 100 for
+    one without pairs.
+    """
     averages = Averages()
     for error, pairs in ((100.0, 4), (0.0, 1), (100.0, 0)):
         losses = to_host(with_pairs({"loss_ce": torch.tensor(2.0), "class_error": torch.tensor(error)}, pairs))
@@ -267,7 +300,9 @@ def test_log_has_the_published_form(fine_run: Path) -> None:
     evaluated = published_names("test", losses, suffixes) | {"test_coco_eval_bbox"}
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line in lines:
-        expected = published_names("train", losses, suffixes) | common | (evaluated if line["epoch"] in (1, 2) else set())
+        expected = (
+            published_names("train", losses, suffixes) | common | (evaluated if line["epoch"] in (1, 2) else set())
+        )
         assert set(line) == expected
     assert [line["train_lr"] for line in lines] == pytest.approx([1e-4, 1e-4, 1e-5])
     assert len(lines[-1]["test_coco_eval_bbox"]) == 12
@@ -275,7 +310,9 @@ def test_log_has_the_published_form(fine_run: Path) -> None:
     statistics = sum(value.numel() for key, value in model.items() if "running_" in key)
     assert lines[0]["n_parameters"] == sum(value.numel() for value in model.values()) - statistics
     for line in lines:
-        assert line["train_loss"] == pytest.approx(sum(line[f"train_{name}{suffix}"] for name in losses for suffix in suffixes))
+        assert line["train_loss"] == pytest.approx(
+            sum(line[f"train_{name}{suffix}"] for name in losses for suffix in suffixes)
+        )
         assert line["train_loss_bbox"] == pytest.approx(5 * line["train_loss_bbox_unscaled"])
 
 
@@ -287,10 +324,23 @@ def test_log_of_a_pretext(pretext_run: Path) -> None:
 
 
 def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
-    """`checkpoint0001.pth` before the rate drop after 2 epochs, `checkpoint0002.pth` by --save_every 3, no other and no rest."""
+    """`checkpoint0001.pth` before the rate drop after 2 epochs, `checkpoint0002.pth` by --save_every 3, no other and no
+    rest.
+    """
     assert {path.name for path in (fine_run / "run").iterdir()} == {
-        "args.json", "checkpoint.pth", "checkpoint0001.pth", "checkpoint0002.pth", "checkpoint_best.pth", "curves.png", "log.txt",
-        "metrics.json", "per_class.json", "predictions.png", "result.html", "results.json", "samples.png",
+        "args.json",
+        "checkpoint.pth",
+        "checkpoint0001.pth",
+        "checkpoint0002.pth",
+        "checkpoint_best.pth",
+        "curves.png",
+        "log.txt",
+        "metrics.json",
+        "per_class.json",
+        "predictions.png",
+        "result.html",
+        "results.json",
+        "samples.png",
     }
     for name in ("curves.png", "predictions.png", "samples.png"):
         with Image.open(fine_run / "run" / name) as image:
@@ -308,7 +358,13 @@ def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
 
 def test_files_of_a_pretext_run(pretext_run: Path) -> None:
     assert {path.name for path in (pretext_run / "run").iterdir()} == {
-        "args.json", "checkpoint.pth", "curves.png", "log.txt", "patches.png", "result.html", "samples.png",
+        "args.json",
+        "checkpoint.pth",
+        "curves.png",
+        "log.txt",
+        "patches.png",
+        "result.html",
+        "samples.png",
     }
 
 
@@ -316,7 +372,15 @@ def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -
     for root in (fine_run, pretext_run):
         checkpoint = read_checkpoint(root / "run" / "checkpoint.pth")  # weights_only=True
         published = {"model", "optimizer", "lr_scheduler", "epoch", "args"}
-        assert published | {"random_states", "class_names", "normalization", "version", "best", "batch", "averages"} <= set(checkpoint)
+        assert published | {
+            "random_states",
+            "class_names",
+            "normalization",
+            "version",
+            "best",
+            "batch",
+            "averages",
+        } <= set(checkpoint)
         assert type(checkpoint["args"]) is dict
         assert checkpoint["batch"] == 0
         assert checkpoint["world_size"] == len(checkpoint["random_states"]) == 1
@@ -330,8 +394,12 @@ def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -
 
 def test_best_checkpoint_is_that_of_the_best_ap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.2, 0.5, 0.3])
-    monkeypatch.setattr(finetune_main.Evaluation, "__call__", lambda self, model, epoch: {"test_coco_eval_bbox": [next(scores)] * 12})
-    fine_tune("--coco_path", write_coco(tmp_path / "coco", train=2), "--output_dir", tmp_path / "run", "--epochs", 3, *FROZEN)
+    monkeypatch.setattr(
+        finetune_main.Evaluation, "__call__", lambda self, model, epoch: {"test_coco_eval_bbox": [next(scores)] * 12}
+    )
+    fine_tune(
+        "--coco_path", write_coco(tmp_path / "coco", train=2), "--output_dir", tmp_path / "run", "--epochs", 3, *FROZEN
+    )
     best, last = (read_checkpoint(tmp_path / "run" / name) for name in ("checkpoint_best.pth", "checkpoint.pth"))
     assert (best["epoch"], best["best"]) == (1, 0.5)
     assert (last["epoch"], last["best"]) == (2, 0.5)
@@ -348,10 +416,25 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(fine_run: Path,
 
     monkeypatch.setattr(engine, "evaluate", kept)
     before = {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()}
-    finetune_main.main(finetune_main.parse([
-        "--coco_path", str(fine_run / "coco"), "--resume", str(fine_run / "run" / "checkpoint.pth"), "--eval", "--output_dir",
-        str(tmp_path / "eval"), "--device", "cpu", "--num_workers", "0", "--image_size", "64",
-    ]))
+    finetune_main.main(
+        finetune_main.parse(
+            [
+                "--coco_path",
+                str(fine_run / "coco"),
+                "--resume",
+                str(fine_run / "run" / "checkpoint.pth"),
+                "--eval",
+                "--output_dir",
+                str(tmp_path / "eval"),
+                "--device",
+                "cpu",
+                "--num_workers",
+                "0",
+                "--image_size",
+                "64",
+            ]
+        )
+    )
     last = read_log(fine_run / "run")[-1]
     assert values["coco_eval_bbox"] == last["test_coco_eval_bbox"]
     for name, value in values.items():
@@ -360,24 +443,44 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(fine_run: Path,
     for name in ("metrics.json", "per_class.json", "results.json"):
         assert (tmp_path / "eval" / name).read_bytes() == before[name]
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {
-        "eval_args.json", "metrics.json", "per_class.json", "results.json", "predictions.png", "result.html",
+        "eval_args.json",
+        "metrics.json",
+        "per_class.json",
+        "results.json",
+        "predictions.png",
+        "result.html",
     }
     assert {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()} == before
 
 
 def test_evaluation_without_auxiliary_losses(fine_run: Path) -> None:
     with logged() as lines:
-        finetune_main.main(finetune_main.parse([
-            "--coco_path", str(fine_run / "coco"), "--resume", str(fine_run / "run" / "checkpoint.pth"), "--eval", "--no_aux_loss",
-            "--device", "cpu", "--num_workers", "0", "--image_size", "64",
-        ]))
+        finetune_main.main(
+            finetune_main.parse(
+                [
+                    "--coco_path",
+                    str(fine_run / "coco"),
+                    "--resume",
+                    str(fine_run / "run" / "checkpoint.pth"),
+                    "--eval",
+                    "--no_aux_loss",
+                    "--device",
+                    "cpu",
+                    "--num_workers",
+                    "0",
+                    "--image_size",
+                    "64",
+                ]
+            )
+        )
     assert any(line.startswith("AP ") for line in lines)
 
 
 def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path) -> None:
     photographs = pretext_run / "photographs"
     for start, flag, data, counted in (
-        (fine_tune, "--coco_path", fine_run / "coco", "4 training"), (pre_train, "--imagenet_path", photographs, "4 images"),
+        (fine_tune, "--coco_path", fine_run / "coco", "4 training"),
+        (pre_train, "--imagenet_path", photographs, "4 images"),
     ):
         with logged() as lines:
             start(flag, data, "--output_dir", tmp_path / "run", "--dry_run", "--epochs", 7, "--batch_size", 2)
@@ -408,8 +511,17 @@ def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:
 
 def test_images_without_objects_train(fine_run: Path, tmp_path: Path) -> None:
     with logged() as lines:
-        fine_tune("--coco_path", write_coco(tmp_path / "coco", train=4, empty=(0, 1)), "--epochs", 1, "--output_dir", tmp_path / "run",
-                  "--batch_size", 1, *FROZEN)
+        fine_tune(
+            "--coco_path",
+            write_coco(tmp_path / "coco", train=4, empty=(0, 1)),
+            "--epochs",
+            1,
+            "--output_dir",
+            tmp_path / "run",
+            "--batch_size",
+            1,
+            *FROZEN,
+        )
     assert any("2 without objects" in line for line in lines)
     line = read_log(tmp_path / "run")[0]
     assert line["train_loss_bbox"] > 0
@@ -430,7 +542,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     monkeypatch.setattr(engine, "to_device", poisoned)
 
 
-def test_run_ends_on_a_non_finite_loss_and_keeps_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ends_on_a_non_finite_loss_and_keeps_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     coco, flags = write_coco(tmp_path / "coco"), ("--epochs", "3", "--eval_every", "9", "--batch_size", "2", *FROZEN)
     reference = tmp_path / "reference"
     fine_tune("--coco_path", coco, "--output_dir", reference, *flags[:1], "1", *flags[2:])

@@ -1,4 +1,5 @@
 """docs/experiments.md: every config in one row, with the numbers that the config's own comment and flags have."""
+
 import re
 from argparse import Namespace
 
@@ -33,7 +34,7 @@ def published_ap(comment: str) -> list[str]:
 
 
 def hardware(comment: str) -> str:
-    """"8 x 2": GPUs and images on each, "? x 2" where the number of GPUs is not said; empty where nothing is."""
+    """ "8 x 2": GPUs and images on each, "? x 2" where the number of GPUs is not said; empty where nothing is."""
     comment = comment.replace("\n# ", " ")
     found = re.search(r"(\d+) (?:V100|GPUs?)(?: |, )(?:`--batch_size )?(\d+)(?:` each| images? each)", comment)
     alone = re.search(r"(\d+) images? a GPU\b", comment)
@@ -72,7 +73,11 @@ def test_row_says_what_the_config_says(row: list[str]) -> None:
 def test_numbers_of_the_readme_are_those_of_the_page() -> None:
     """AP of each config that the front page names beside a number."""
     known = {name_of(row): set(re.findall(r"\d+\.\d+", row[2])) for row in rows()}
-    lines = [line for line in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| (none|`\w+`)[^|]* \|.*configs/", line)]
+    lines = [
+        line
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if re.match(r"\| (none|`\w+`)[^|]* \|.*configs/", line)
+    ]
     assert len(lines) > 10
     for line in lines:
         cells = [cell.strip() for cell in line.split("|")[1:-1]]

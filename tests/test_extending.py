@@ -1,4 +1,7 @@
-"""A detector, a pretext, a data set, a proposal method and a backbone from outside the tree: one file and one line each, then a run."""
+"""A detector, a pretext, a data set, a proposal method and a backbone from outside the tree: one file and one line
+each, then a run.
+"""
+
 import textwrap
 from pathlib import Path
 
@@ -115,9 +118,13 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(folder)
     entry = DetectorEntry("toy_detector:build", mark=".toy_attention.", defaults={"num_queries": 8})
     monkeypatch.setitem(registry.DETECTORS, "toy", entry)
-    pretext = PretextEntry("toy_pretext:Blind", "datasets.query_patches:build_query_patches", parts=("blind_shift.",),
-                           flags=("num_patches",),
-                           defaults={"epochs": 3, "num_classes": 2})
+    pretext = PretextEntry(
+        "toy_pretext:Blind",
+        "datasets.query_patches:build_query_patches",
+        parts=("blind_shift.",),
+        flags=("num_patches",),
+        defaults={"epochs": 3, "num_classes": 2},
+    )
     monkeypatch.setitem(registry.PRETEXTS, "blind", pretext)
     monkeypatch.setitem(registry.DATASETS, "validation_twice", DatasetEntry("toy_data:build"))
     monkeypatch.setitem(registry.PROPOSALS, "left_half", "toy_proposals:build")
@@ -126,25 +133,66 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train("--detector", "toy", "--pretext", "blind", "--proposals", "left_half", "--backbone", "one_convolution",
-              "--imagenet_path", images, "--output_dir", tmp_path / "a")
+    pre_train(
+        "--detector",
+        "toy",
+        "--pretext",
+        "blind",
+        "--proposals",
+        "left_half",
+        "--backbone",
+        "one_convolution",
+        "--imagenet_path",
+        images,
+        "--output_dir",
+        tmp_path / "a",
+    )
     assert len(read_log(tmp_path / "a")) == 3  # the pretext's own default
     first = read_checkpoint(tmp_path / "a" / "checkpoint.pth")
     assert {"blind_shift.bias", "backbone.0.body.convolution.weight"} <= set(first["model"])
     assert first["args"]["proposals"] == "left_half"
 
-    fine_tune("--detector", "toy", "--backbone", "one_convolution", "--dataset_file", "validation_twice", "--coco_path", coco,
-              "--pretrain", tmp_path / "a" / "checkpoint.pth", "--output_dir", tmp_path / "b", "--epochs", "1", "--lr_backbone", "1e-4")
+    fine_tune(
+        "--detector",
+        "toy",
+        "--backbone",
+        "one_convolution",
+        "--dataset_file",
+        "validation_twice",
+        "--coco_path",
+        coco,
+        "--pretrain",
+        tmp_path / "a" / "checkpoint.pth",
+        "--output_dir",
+        tmp_path / "b",
+        "--epochs",
+        "1",
+        "--lr_backbone",
+        "1e-4",
+    )
     second = read_checkpoint(tmp_path / "b" / "checkpoint.pth")
     assert "blind_shift.bias" not in second["model"]
     assert second["args"]["num_queries"] == 20, "the flag wins over the detector's default"
 
     with logged() as lines:
-        pre_train("--pretext", "random_query_patch", "--dataset_file", "validation_twice", "--coco_path", coco, "--dry_run")
+        pre_train(
+            "--pretext", "random_query_patch", "--dataset_file", "validation_twice", "--coco_path", coco, "--dry_run"
+        )
     assert any("3 images of --dataset_file validation_twice, without their labels" in line for line in lines)
     with logged() as lines:
-        fine_tune("--eval", "--resume", tmp_path / "b" / "checkpoint.pth", "--coco_path", coco, "--dataset_file", "validation_twice",
-                  "--detector", "toy", "--backbone", "one_convolution")
+        fine_tune(
+            "--eval",
+            "--resume",
+            tmp_path / "b" / "checkpoint.pth",
+            "--coco_path",
+            coco,
+            "--dataset_file",
+            "validation_twice",
+            "--detector",
+            "toy",
+            "--backbone",
+            "one_convolution",
+        )
     assert any("evaluating on 3 images" in line for line in lines)
 
 

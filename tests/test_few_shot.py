@@ -1,4 +1,7 @@
-"""Few shots: which classes are novel, what is trained on, draws of others, and that base and novel AP are what they say."""
+"""Few shots: which classes are novel, what is trained on, draws of others, and that base and novel AP are what they
+say.
+"""
+
 import json
 from collections import Counter
 from pathlib import Path
@@ -50,8 +53,10 @@ def trained_on(root: Path, *flags: object) -> Annotations:
 def objects(annotations: Annotations) -> Counter:
     """(image id, label, box) of every object, and how often."""
     image = few_shot.images_of(annotations)
-    return Counter((int(annotations.image_ids[i]), int(label), tuple(box)) for i, label, box in
-                   zip(image, annotations.labels, annotations.boxes_xyxy_abs.tolist(), strict=True))
+    return Counter(
+        (int(annotations.image_ids[i]), int(label), tuple(box))
+        for i, label, box in zip(image, annotations.labels, annotations.boxes_xyxy_abs.tolist(), strict=True)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- which are novel
@@ -61,8 +66,14 @@ def test_the_published_splits() -> None:
     """VOC's classes are COCO's novel ones under other names; each split of VOC has 5 of them."""
     from datasets.voc import CLASSES
 
-    other = {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant",
-             "diningtable": "dining table", "tvmonitor": "tv"}
+    other = {
+        "motorbike": "motorcycle",
+        "aeroplane": "airplane",
+        "sofa": "couch",
+        "pottedplant": "potted plant",
+        "diningtable": "dining table",
+        "tvmonitor": "tv",
+    }
     assert {other.get(name, name) for name in CLASSES} == set(few_shot.COCO_NOVEL)
     assert len(set(NAMES.values()) - set(few_shot.COCO_NOVEL)) == 60
     for names in few_shot.VOC_NOVEL.values():
@@ -74,21 +85,33 @@ def test_the_published_splits() -> None:
         assert few_shot.novel_names(args, dict(enumerate(CLASSES))) == ("boat", "cat", "motorbike", "sheep", "sofa")
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    ("--few_shot base", "have no class 'person' to be novel, they have red, green, blue: name novel classes by --novel_classes"),
-    ("--few_shot base --novel_classes rde", "have no class 'rde' to be novel"),
-    ("--few_shot base --novel_classes red green blue", "--novel_classes names all 3 classes of the data"),
-    ("--shots 5", "--shots says nothing without --few_shot"),
-    ("--novel_classes red", "--novel_classes says nothing without --few_shot"),
-    ("--novel_split 2", "--novel_split says nothing without --few_shot"),
-    ("--few_shot base --novel_split 2", "--novel_split 2 is a published list of VOC's classes"),
-    ("--few_shot base --shots 5", "--shots draws objects of novel or of all classes, --few_shot base takes all"),
-    ("--few_shot base --few_shot_file x", "--few_shot_file draws objects of novel or of all"),
-    ("--few_shot novel", "--few_shot novel needs the objects to train on: add --shots K or --few_shot_file PATH"),
-    ("--few_shot all --shots 5 --filter_pct 0.1", "--shots and --filter_pct both say what to train on"),
-    ("--few_shot all --few_shot_file x --split_file y", "--few_shot_file and --split_file both say what to train on"),
-    ("--few_shot novel --novel_classes red --few_shot_file x", "--few_shot_file x does not exist: give a COCO file"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--few_shot base",
+            "have no class 'person' to be novel, they have red, green, blue: name novel classes by --novel_classes",
+        ),
+        ("--few_shot base --novel_classes rde", "have no class 'rde' to be novel"),
+        ("--few_shot base --novel_classes red green blue", "--novel_classes names all 3 classes of the data"),
+        ("--shots 5", "--shots says nothing without --few_shot"),
+        ("--novel_classes red", "--novel_classes says nothing without --few_shot"),
+        ("--novel_split 2", "--novel_split says nothing without --few_shot"),
+        ("--few_shot base --novel_split 2", "--novel_split 2 is a published list of VOC's classes"),
+        ("--few_shot base --shots 5", "--shots draws objects of novel or of all classes, --few_shot base takes all"),
+        ("--few_shot base --few_shot_file x", "--few_shot_file draws objects of novel or of all"),
+        ("--few_shot novel", "--few_shot novel needs the objects to train on: add --shots K or --few_shot_file PATH"),
+        ("--few_shot all --shots 5 --filter_pct 0.1", "--shots and --filter_pct both say what to train on"),
+        (
+            "--few_shot all --few_shot_file x --split_file y",
+            "--few_shot_file and --split_file both say what to train on",
+        ),
+        (
+            "--few_shot novel --novel_classes red --few_shot_file x",
+            "--few_shot_file x does not exist: give a COCO file",
+        ),
+    ],
+)
 def test_bad_flags_are_refused_in_one_line(flags: str, said: str, coco: Path) -> None:
     with pytest.raises(UserError, match=said) as error:
         trained_on(coco, *flags.split())
@@ -108,7 +131,8 @@ def test_own_data_need_names_of_novel_classes(tmp_path: Path) -> None:
     assert sorted(few.labels.tolist()) == [0, 1, 2]  # no class is novel: K shots of all
 
 
-# ---------------------------------------------------------------------------------------------------- what is trained on
+# ---------------------------------------------------------------------------------------------------- what is trained
+# on
 
 
 def test_base_training_has_no_novel_object_and_no_empty_image(coco: Path) -> None:
@@ -132,8 +156,14 @@ def random_annotations(rng: np.random.Generator) -> Annotations:
     content = {
         "images": [{"id": 3 * i + 1, "file_name": f"{i}.png", "height": 50, "width": 60} for i in range(images)],
         "annotations": [
-            {"id": 10 + j, "image_id": 3 * int(rng.integers(images)) + 1, "category_id": 2 * int(rng.integers(kinds)), "iscrowd": 0,
-             "bbox": [*rng.integers(0, 20, 2).tolist(), *rng.integers(1, 20, 2).tolist()]} for j in range(int(rng.integers(1, 80)))
+            {
+                "id": 10 + j,
+                "image_id": 3 * int(rng.integers(images)) + 1,
+                "category_id": 2 * int(rng.integers(kinds)),
+                "iscrowd": 0,
+                "bbox": [*rng.integers(0, 20, 2).tolist(), *rng.integers(1, 20, 2).tolist()],
+            }
+            for j in range(int(rng.integers(1, 80)))
         ],
         "categories": [{"id": 2 * k, "name": f"kind{k}"} for k in range(kinds)],
     }
@@ -196,7 +226,9 @@ def test_voc(voc: Path) -> None:
     few = build_dataset("train", tiny_args(FINETUNE, *flags, "1", "--few_shot", "novel", "--shots", "2")).annotations
     assert [few.class_names[label] for label in few.labels.tolist()] == ["bird", "bird"]
     assert len(few.difficult) == 2
-    with pytest.raises(UserError, match="--few_shot novel leaves no object to train on .*of 5 novel classes in 11 images"):
+    with pytest.raises(
+        UserError, match="--few_shot novel leaves no object to train on .*of 5 novel classes in 11 images"
+    ):
         build_dataset("train", tiny_args(FINETUNE, *flags, "2", "--few_shot", "novel", "--shots", "2"))
 
 
@@ -217,9 +249,14 @@ def test_a_folder_of_published_files(coco: Path, tmp_path: Path) -> None:
     (folder / "full_box_2shot_blue_trainval.json").unlink()
     novel = trained_on(coco, "--few_shot", "novel", *RED, "--few_shot_file", folder, "--shots", 2)
     assert set(novel.labels.tolist()) == {1}
-    with pytest.raises(UserError, match="lacks 1 of 3 files, the first is full_box_2shot_blue_trainval.json: it has files of 2, 3 shots"):
+    with pytest.raises(
+        UserError,
+        match="lacks 1 of 3 files, the first is full_box_2shot_blue_trainval.json: it has files of 2, 3 shots",
+    ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
-    with pytest.raises(UserError, match="lacks 3 of 3 files, the first is full_box_5shot_red_trainval.json: it has files of 2, 3 shots"):
+    with pytest.raises(
+        UserError, match="lacks 3 of 3 files, the first is full_box_5shot_red_trainval.json: it has files of 2, 3 shots"
+    ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 5)
     with pytest.raises(UserError, match="is a folder: add --shots K"):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder)
@@ -245,25 +282,41 @@ def test_one_file(coco: Path, tmp_path: Path) -> None:
         key = "image_id" if "bbox" in item else "id"
         item[key] = 1000 - item[key]
     (tmp_path / "other_ids.json").write_text(json.dumps(content))
-    assert objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "other_ids.json")) == expected
+    assert (
+        objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "other_ids.json")) == expected
+    )
     content = json.loads(path.read_text())
     del content["categories"]
     (tmp_path / "no_categories.json").write_text(json.dumps(content))
-    assert objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "no_categories.json")) == expected
+    assert (
+        objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "no_categories.json"))
+        == expected
+    )
     labels = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", path).labels.tolist()
     name = ("red", "green", "blue")[labels[0] - 1]
     part = trained_on(coco, "--few_shot", "novel", "--novel_classes", name, "--few_shot_file", path)
     assert part.labels.tolist() == [labels[0]] * labels.count(labels[0])
 
 
-@pytest.mark.parametrize(("changes", "flags", "said"), [
-    ({"categories": [{"id": i, "name": f"kind{i}"} for i in (1, 2, 3)]}, "", "has objects of the category 'kind.', which .* does not have"),
-    ({"images": [{"id": i, "file_name": f"other{i}.png", "height": 60, "width": 72} for i in range(1, 13)]}, "",
-     "of 12 images are not among those of .*train2017.json, the first is other1.png \\(image 1\\): it was made for other data"),
-    ({}, "--shots 3", "--shots 3 chooses files of a folder, --few_shot_file .* is one file: leave --shots out"),
-    ({"annotations": []}, "", "--few_shot all leaves no object to train on"),
-    ({"annotations": 5}, "", "has no list 'annotations'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "flags", "said"),
+    [
+        (
+            {"categories": [{"id": i, "name": f"kind{i}"} for i in (1, 2, 3)]},
+            "",
+            "has objects of the category 'kind.', which .* does not have",
+        ),
+        (
+            {"images": [{"id": i, "file_name": f"other{i}.png", "height": 60, "width": 72} for i in range(1, 13)]},
+            "",
+            "of 12 images are not among those of .*train2017.json, the first is other1.png \\(image 1\\): it was "
+            "made for other data",
+        ),
+        ({}, "--shots 3", "--shots 3 chooses files of a folder, --few_shot_file .* is one file: leave --shots out"),
+        ({"annotations": []}, "", "--few_shot all leaves no object to train on"),
+        ({"annotations": 5}, "", "has no list 'annotations'"),
+    ],
+)
 def test_bad_files_are_refused(changes: dict, flags: str, said: str, coco: Path, tmp_path: Path) -> None:
     path = shots_file(coco, tmp_path / "few.json", **changes)
     with pytest.raises(UserError, match=said) as error:
@@ -273,13 +326,18 @@ def test_bad_files_are_refused(changes: dict, flags: str, said: str, coco: Path,
 
 def test_a_file_of_another_class_is_refused(coco: Path, tmp_path: Path) -> None:
     folder = write_shots(coco, tmp_path / "seed0", shots=(2,))
-    (folder / "full_box_2shot_red_trainval.json").write_bytes((folder / "full_box_2shot_blue_trainval.json").read_bytes())
-    with pytest.raises(UserError, match="2shot_red_trainval.json has objects of the category 'blue': in such a folder a file holds"):
+    (folder / "full_box_2shot_red_trainval.json").write_bytes(
+        (folder / "full_box_2shot_blue_trainval.json").read_bytes()
+    )
+    with pytest.raises(
+        UserError, match="2shot_red_trainval.json has objects of the category 'blue': in such a folder a file holds"
+    ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
 
 
 def test_images_of_one_name_in_two_folders() -> None:
     """The id decides between them; a name alone can't."""
+
     def content(*images: tuple[int, str]) -> dict:
         return {
             "images": [{"id": i, "file_name": name, "height": 50, "width": 60} for i, name in images],
@@ -287,7 +345,9 @@ def test_images_of_one_name_in_two_folders() -> None:
             "categories": [{"id": 1, "name": "red"}],
         }
 
-    find = few_shot._Finder(parse_coco(content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg")), "train"))
+    find = few_shot._Finder(
+        parse_coco(content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg")), "train")
+    )
     assert find(parse_coco(content((2, "1.png"), (30, "000000000003.jpg")), "few")).tolist() == [1, 2]
     with pytest.raises(UserError, match="few: 1 of 1 images are not among those of train, the first is 1.png"):
         find(parse_coco(content((7, "1.png")), "few"))
@@ -305,7 +365,11 @@ def detections(truth: dict, rng: np.random.Generator) -> dict[int, dict[str, tor
         boxes[:, 2:] += boxes[:, :2]
         boxes += rng.normal(0, 1.5, boxes.shape)
         labels = [a["category_id"] if rng.random() < 0.8 else 0 for a in rows] + [int(rng.integers(5))]
-        found[image["id"]] = {"boxes": torch.tensor(boxes), "scores": torch.tensor(rng.random(len(boxes))), "labels": torch.tensor(labels)}
+        found[image["id"]] = {
+            "boxes": torch.tensor(boxes),
+            "scores": torch.tensor(rng.random(len(boxes))),
+            "labels": torch.tensor(labels),
+        }
     return found
 
 
@@ -313,8 +377,15 @@ def many_objects(rng: np.random.Generator) -> dict:
     return {
         "images": [{"id": i, "file_name": f"{i}.png", "height": 100, "width": 100} for i in range(1, 9)],
         "annotations": [
-            {"id": j + 1, "image_id": int(rng.integers(1, 9)), "category_id": int(rng.integers(5)), "iscrowd": 0, "area": 400,
-             "bbox": [*rng.integers(0, 60, 2).tolist(), *rng.integers(10, 40, 2).tolist()]} for j in range(60)
+            {
+                "id": j + 1,
+                "image_id": int(rng.integers(1, 9)),
+                "category_id": int(rng.integers(5)),
+                "iscrowd": 0,
+                "area": 400,
+                "bbox": [*rng.integers(0, 60, 2).tolist(), *rng.integers(10, 40, 2).tolist()],
+            }
+            for j in range(60)
         ],
         "categories": [{"id": k, "name": f"kind{k}"} for k in range(6)],  # kind5 has no object
     }
@@ -338,7 +409,8 @@ def test_novel_ap_of_coco_is_that_of_an_evaluation_of_novel_classes(backend: str
     means = few_shot.group_means(rows)
     alone = {
         "novel": evaluated([c for c in truth["categories"] if c["name"] in novel]),
-        "base": evaluated([c for c in truth["categories"] if c["name"] not in novel]), "all": whole,
+        "base": evaluated([c for c in truth["categories"] if c["name"] not in novel]),
+        "all": whole,
     }
     for name, summary in alone.items():
         assert means[name] == pytest.approx(summary["stats"][:3], abs=1e-12), name
@@ -369,8 +441,10 @@ def test_nothing_found_and_nothing_to_find() -> None:
     """A detector of base classes alone has novel AP 0, data without novel objects -1; neither is NaN."""
     rng = np.random.default_rng(2)
     truth = many_objects(rng)
-    found = {image: {name: value[prediction["labels"] < 3] for name, value in prediction.items()}
-             for image, prediction in detections(truth, rng).items()}
+    found = {
+        image: {name: value[prediction["labels"] < 3] for name, value in prediction.items()}
+        for image, prediction in detections(truth, rng).items()
+    }
     evaluator = CocoEvaluator(truth)
     evaluator.update(found)
     rows = evaluator.summarize()["per_class"]
@@ -395,9 +469,26 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
     assert record["ids"] == trained_on(coco, "--few_shot", "base", *RED).image_ids.tolist()
 
     with logged() as lines:
-        fine_tune(*common, "--few_shot", "all", "--shots", 2, "--seed", 5, "--pretrain", base / "checkpoint.pth", "--output_dir", few)
-    assert any("class_embed: 4 of 91 class rows kept by name" in line for line in lines)  # up to the last name: 0, red, green, blue
-    assert any("base and novel classes:\n  base     2 classes  AP " in line and "\n  novel    1 classes  AP " in line for line in lines)
+        fine_tune(
+            *common,
+            "--few_shot",
+            "all",
+            "--shots",
+            2,
+            "--seed",
+            5,
+            "--pretrain",
+            base / "checkpoint.pth",
+            "--output_dir",
+            few,
+        )
+    assert any(
+        "class_embed: 4 of 91 class rows kept by name" in line for line in lines
+    )  # up to the last name: 0, red, green, blue
+    assert any(
+        "base and novel classes:\n  base     2 classes  AP " in line and "\n  novel    1 classes  AP " in line
+        for line in lines
+    )
     logs = read_log(few)[-1]
     assert set(logs["test_few_shot"]) == {"base", "novel", "all"}
     assert logs["test_few_shot"]["all"] == pytest.approx(logs["test_coco_eval_bbox"][:3], abs=1e-12)
@@ -415,9 +506,20 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
         trained_on(coco, "--split_file", few / "subset.json")
     fine_tune(*common, "--few_shot", "all", "--few_shot_file", few / "subset.json", "--output_dir", same, "--dry_run")
 
-    fine_tune("--coco_path", coco, "--resume", few / "checkpoint.pth", "--eval", "--output_dir", same)  # the run's own settings
+    fine_tune(
+        "--coco_path", coco, "--resume", few / "checkpoint.pth", "--eval", "--output_dir", same
+    )  # the run's own settings
     assert json.loads((same / "metrics.json").read_text())["few_shot"].keys() == logs["test_few_shot"].keys()
-    fine_tune(*common[:4], "--few_shot", "all", "--resume", base / "checkpoint.pth", "--eval", "--output_dir", tmp_path / "eval")
+    fine_tune(
+        *common[:4],
+        "--few_shot",
+        "all",
+        "--resume",
+        base / "checkpoint.pth",
+        "--eval",
+        "--output_dir",
+        tmp_path / "eval",
+    )
     of_base = json.loads((tmp_path / "eval" / "metrics.json").read_text())["few_shot"]
     assert all(0 <= value <= 1 for value in of_base["novel"])  # and not NaN, though it was never trained on
     fine_tune("--resume", "auto", "--output_dir", few, "--epochs", 2, "--eval_every", 9)
@@ -433,12 +535,22 @@ def test_few_shots_of_own_data_and_voc(voc: Path, tmp_path: Path) -> None:
     assert {item["id"]: item["name"] for item in kept["categories"]} == {7: "red", 3: "green", 1000: "blue"}
     source = {item["id"]: item for item in json.loads((own / "train.json").read_text())["annotations"]}
     assert [(i["category_id"], i["image_id"]) for i in kept["annotations"]] == [
-        (source[i["id"]]["category_id"], source[i["id"]]["image_id"]) for i in kept["annotations"]]
-    fine_tune(*flags, "--few_shot_file", tmp_path / "few" / "subset.json", "--output_dir", tmp_path / "again", "--dry_run")
+        (source[i["id"]]["category_id"], source[i["id"]]["image_id"]) for i in kept["annotations"]
+    ]
+    fine_tune(
+        *flags, "--few_shot_file", tmp_path / "few" / "subset.json", "--output_dir", tmp_path / "again", "--dry_run"
+    )
     pascal = ("--dataset_file", "voc", "--voc_path", voc, "--few_shot", "all", "--epochs", 1, *FROZEN)
     fine_tune(*pascal, "--shots", 2, "--output_dir", tmp_path / "voc")
     numbers = json.loads((tmp_path / "voc" / "metrics.json").read_text())
     assert numbers["few_shot"]["all"] == pytest.approx(numbers["coco_eval_bbox"], abs=1e-12)
     drawn = json.loads((tmp_path / "voc" / "subset.json").read_text())["annotations"]
     assert [item["id"] for item in drawn] == list(range(1, len(drawn) + 1))
-    fine_tune(*pascal, "--few_shot_file", tmp_path / "voc" / "subset.json", "--output_dir", tmp_path / "voc_again", "--dry_run")
+    fine_tune(
+        *pascal,
+        "--few_shot_file",
+        tmp_path / "voc" / "subset.json",
+        "--output_dir",
+        tmp_path / "voc_again",
+        "--dry_run",
+    )

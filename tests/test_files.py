@@ -1,4 +1,5 @@
 """Files are written whole or not at all, whoever writes them."""
+
 import errno
 import json
 import os

@@ -1,4 +1,5 @@
 """Numbers of the published implementations: every case of a folder of golden files whose model the project has."""
+
 from pathlib import Path
 
 import golden_data
@@ -13,7 +14,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = sorted(path.stem for path in folder.glob("*.npz"))
     data = [name for name in names if name.startswith("data_")]
     siamese = [name for name in names if name.startswith("siamese_")]
-    chosen = {"model_case": [name for name in names if name not in data + siamese], "siamese_case": siamese, "data_case": data}
+    chosen = {
+        "model_case": [name for name in names if name not in data + siamese],
+        "siamese_case": siamese,
+        "data_case": data,
+    }
     for fixture, cases in chosen.items():
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, cases)
@@ -65,7 +70,11 @@ def test_siamese_steps(siamese_case: str, golden_dir: Path) -> None:
 
 
 def test_data(data_case: str, golden_dir: Path) -> None:
-    checks = [checks[data_case] for checks in (golden_data.CHECKS, golden_parts.CHECKS, golden_siamese.CHECKS) if data_case in checks]
+    checks = [
+        checks[data_case]
+        for checks in (golden_data.CHECKS, golden_parts.CHECKS, golden_siamese.CHECKS)
+        if data_case in checks
+    ]
     if not checks:
         pytest.skip(f"{data_case}: its data is not part of this version")
     js, z = golden_models.load(data_case, golden_dir)

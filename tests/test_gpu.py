@@ -1,4 +1,7 @@
-"""What only a GPU can show. Without one every test here is skipped; run it alone with `bash tools/test.sh tests/test_gpu.py`."""
+"""What only a GPU can show. Without one every test here is skipped; run it alone with `bash tools/test.sh
+tests/test_gpu.py`.
+"""
+
 import subprocess
 import sys
 import warnings
@@ -136,16 +139,78 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     data = str(tmp_path / "scenes")
-    run("-m", "datasets.sample_scenes", "--output", data, "--num_train", "32", "--num_val", "8", "--num_unlabelled", "32", "--size", "96")
-    small = ["--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2", "--image_size", "96", "--batch_size", "8", "--amp", "bf16"]
+    run(
+        "-m",
+        "datasets.sample_scenes",
+        "--output",
+        data,
+        "--num_train",
+        "32",
+        "--num_val",
+        "8",
+        "--num_unlabelled",
+        "32",
+        "--size",
+        "96",
+    )
+    small = [
+        "--backbone",
+        "resnet18",
+        "--enc_layers",
+        "1",
+        "--dec_layers",
+        "2",
+        "--image_size",
+        "96",
+        "--batch_size",
+        "8",
+        "--amp",
+        "bf16",
+    ]
     common = [*small, "--epochs", "1", "--device", "cuda", "--backbone_weights", "none"]
-    run("main.py", "--imagenet_path", f"{data}/unlabelled", "--output_dir", str(tmp_path / "pre"), "--feature_recon", *common)
+    run(
+        "main.py",
+        "--imagenet_path",
+        f"{data}/unlabelled",
+        "--output_dir",
+        str(tmp_path / "pre"),
+        "--feature_recon",
+        *common,
+    )
     checkpoint = str(tmp_path / "pre" / "checkpoint.pth")
-    run("finetune_main.py", "--coco_path", data, "--num_classes", "5", "--pretrain", checkpoint, "--output_dir", str(tmp_path / "fine"),
-        "--image_size", "96", "--batch_size", "8", "--amp", "bf16", "--epochs", "1", "--device", "cuda")
+    run(
+        "finetune_main.py",
+        "--coco_path",
+        data,
+        "--num_classes",
+        "5",
+        "--pretrain",
+        checkpoint,
+        "--output_dir",
+        str(tmp_path / "fine"),
+        "--image_size",
+        "96",
+        "--batch_size",
+        "8",
+        "--amp",
+        "bf16",
+        "--epochs",
+        "1",
+        "--device",
+        "cuda",
+    )
     assert (tmp_path / "fine" / "results.json").exists()
     # A run of a CPU goes on: its AdamW keeps step counts elsewhere than the fused one.
-    words = ["finetune_main.py", "--coco_path", data, "--num_classes", "5", "--output_dir", str(tmp_path / "moved"), *small]
+    words = [
+        "finetune_main.py",
+        "--coco_path",
+        data,
+        "--num_classes",
+        "5",
+        "--output_dir",
+        str(tmp_path / "moved"),
+        *small,
+    ]
     run(*words, "--backbone_weights", "none", "--epochs", "1", "--device", "cpu")
     run(*words, "--resume", "auto", "--epochs", "2", "--device", "cuda")
     assert len((tmp_path / "moved" / "log.txt").read_text().splitlines()) == 2
@@ -210,7 +275,9 @@ def test_other_image_sizes_neither_compile_kernels_nor_wait_for_them() -> None:
 
     def compiled() -> int:
         device = torch.cuda.current_device()
-        return sum(len(kernel.device_caches[device][0]) for kernel in (kernels._forward_kernel, kernels._backward_kernel))
+        return sum(
+            len(kernel.device_caches[device][0]) for kernel in (kernels._forward_kernel, kernels._backward_kernel)
+        )
 
     step(5, 7, 3)
     before = compiled()

@@ -1,4 +1,5 @@
 """hubconf.py: every entry point, what it builds, and what it says of files that are not its own."""
+
 import argparse
 import os
 import re
@@ -17,22 +18,46 @@ from util.arguments import make_parser, resolve
 from util.flags import FINETUNE, PRETRAIN
 from util.logger import UserError
 
-# Parameters that train and those that never do (of the frozen stem and first stage), as the published implementations have them.
+# Parameters that train and those that never do (of the frozen stem and first stage), as the published implementations
+# have them.
 PARAMETERS = {
-    "detr_resnet50": 41_524_768, "detr_resnet50_dc5": 41_524_768, "detr_resnet101": 60_464_672, "detr_resnet101_dc5": 60_464_672,
-    "conditional_detr_resnet50": 43_418_401, "conditional_detr_resnet50_dc5": 43_418_401, "conditional_detr_resnet101": 62_358_305,
-    "conditional_detr_resnet101_dc5": 62_358_305, "deformable_detr_resnet50": 40_069_665,
-    "deformable_detr_resnet50_single_scale": 34_066_593, "deformable_detr_resnet50_single_scale_dc5": 34_066_593,
-    "deformable_detr_resnet50_refine": 40_849_660, "deformable_detr_resnet50_refine_two_stage": 41_181_529,
+    "detr_resnet50": 41_524_768,
+    "detr_resnet50_dc5": 41_524_768,
+    "detr_resnet101": 60_464_672,
+    "detr_resnet101_dc5": 60_464_672,
+    "conditional_detr_resnet50": 43_418_401,
+    "conditional_detr_resnet50_dc5": 43_418_401,
+    "conditional_detr_resnet101": 62_358_305,
+    "conditional_detr_resnet101_dc5": 62_358_305,
+    "deformable_detr_resnet50": 40_069_665,
+    "deformable_detr_resnet50_single_scale": 34_066_593,
+    "deformable_detr_resnet50_single_scale_dc5": 34_066_593,
+    "deformable_detr_resnet50_refine": 40_849_660,
+    "deformable_detr_resnet50_refine_two_stage": 41_181_529,
 }
-SMALL = ["--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "32", "--enc_layers", "1", "--dec_layers", "2", "--num_queries", "20"]
+SMALL = [
+    "--hidden_dim",
+    "32",
+    "--nheads",
+    "4",
+    "--dim_feedforward",
+    "32",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--num_queries",
+    "20",
+]
 SMALL += ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]
 STORED = ("dilation", "nheads", "backbone", "num_queries")  # of what the published code bases keep beside the weights
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 def save_model(path: Path, *flags: str, script: str = FINETUNE, with_args: bool = True) -> torch.nn.Module:
-    """A checkpoint of a model with random weights, as the published code bases write it. Returns the model, for evaluation."""
+    """A checkpoint of a model with random weights, as the published code bases write it. Returns the model, for
+    evaluation.
+    """
     args = resolve(make_parser(script).parse_args([*flags]))
     model = models.build_model(args)[0]
     published = argparse.Namespace(**{name: getattr(args, name) for name in STORED})
@@ -42,7 +67,11 @@ def save_model(path: Path, *flags: str, script: str = FINETUNE, with_args: bool 
 
 def run(code: str, cwd: Path, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True,
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -103,14 +132,29 @@ torch.save({"outputs": outputs, "found": found}, "out.pt")
 """
 
 
-@pytest.mark.parametrize(("name", "pretrained", "flags"), [
-    ("detr_resnet50", True, ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]),
-    ("deformable_detr_resnet50_refine_two_stage", "file.pth", [
-        *SMALL, "--detector", "deformable_detr", "--with_box_refine", "--two_stage",
-    ]),
-])
-def test_loaded_through_torch_hub_from_elsewhere(name: str, pretrained: bool | str, flags: list[str], tmp_path: Path) -> None:
-    """The whole way, the first at full size: outputs are those of the model that the file was written from, and nothing is fetched."""
+@pytest.mark.parametrize(
+    ("name", "pretrained", "flags"),
+    [
+        ("detr_resnet50", True, ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]),
+        (
+            "deformable_detr_resnet50_refine_two_stage",
+            "file.pth",
+            [
+                *SMALL,
+                "--detector",
+                "deformable_detr",
+                "--with_box_refine",
+                "--two_stage",
+            ],
+        ),
+    ],
+)
+def test_loaded_through_torch_hub_from_elsewhere(
+    name: str, pretrained: bool | str, flags: list[str], tmp_path: Path
+) -> None:
+    """The whole way, the first at full size: outputs are those of the model that the file was written from, and nothing
+    is fetched.
+    """
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("whose = 'another'\n")
     torch.save(IMAGES, tmp_path / "images.pt")
@@ -134,12 +178,15 @@ def test_what_the_name_leaves_open_is_taken_from_the_file(small: Path) -> None:
     assert model.backbone[0].norm == "frozen"
 
 
-@pytest.mark.parametrize(("name", "options", "said"), [
-    ("detr_resnet101", {}, "no detr_resnet101, for it has backbone resnet50 (not resnet101): load detr_resnet50"),
-    ("detr_resnet50_dc5", {}, "dilation False (not True): load detr_resnet50"),
-    ("conditional_detr_resnet50", {}, "detector detr (not conditional_detr): load detr_resnet50"),
-    ("detr_resnet50", {"num_classes": 20}, "knows 91 classes, not 20: give num_classes=91"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("detr_resnet101", {}, "no detr_resnet101, for it has backbone resnet50 (not resnet101): load detr_resnet50"),
+        ("detr_resnet50_dc5", {}, "dilation False (not True): load detr_resnet50"),
+        ("conditional_detr_resnet50", {}, "detector detr (not conditional_detr): load detr_resnet50"),
+        ("detr_resnet50", {"num_classes": 20}, "knows 91 classes, not 20: give num_classes=91"),
+    ],
+)
 def test_file_of_another_model_is_refused(small: Path, name: str, options: dict, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)) as refused:
         getattr(hubconf, name)(pretrained=str(small), **options)
@@ -161,10 +208,13 @@ def test_file_of_a_pretext_is_refused(tmp_path: Path) -> None:
         hubconf.detr_resnet50(pretrained=str(tmp_path / "pretext.pth"))
 
 
-@pytest.mark.parametrize(("name", "page"), [
-    ("conditional_detr_resnet101_dc5", "https://github.com/Atten4Vis/ConditionalDETR"),
-    ("deformable_detr_resnet50_refine", "https://github.com/fundamentalvision/Deformable-DETR"),
-])
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [
+        ("conditional_detr_resnet101_dc5", "https://github.com/Atten4Vis/ConditionalDETR"),
+        ("deformable_detr_resnet50_refine", "https://github.com/fundamentalvision/Deformable-DETR"),
+    ],
+)
 def test_weights_on_a_page_are_not_fetched(name: str, page: str) -> None:
     with pytest.raises(UserError, match=f'{page} .*give pretrained="PATH"'):
         getattr(hubconf, name)(pretrained=True)

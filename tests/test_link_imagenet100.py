@@ -1,4 +1,5 @@
 """The subset of ImageNet that DETReg's tables use, as links."""
+
 import re
 import shutil
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Matching and losses against plain references: loops over layers, images, queries and targets, straight from the formulas."""
+"""Matching and losses against plain references: loops over layers, images, queries and targets, straight from the
+formulas.
+"""
+
 import math
 
 import numpy as np
@@ -26,7 +29,9 @@ def classes(kind: str, **costs: float) -> Classification:
 def predictions(kind: str, layers: int, batch: int, queries: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random logits [L, B, Q, C] and boxes [L, B, Q, 4] in float64, leaves that ask for gradients."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(layers, batch, queries, NUM_CLASSES + (kind == "softmax"), generator=generator, dtype=torch.float64)
+    logits = torch.randn(
+        layers, batch, queries, NUM_CLASSES + (kind == "softmax"), generator=generator, dtype=torch.float64
+    )
     centre = torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.6 + 0.2
     size = torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.5 + 0.02
     return logits.requires_grad_(), torch.cat([centre, size], -1).requires_grad_()
@@ -40,7 +45,9 @@ def as_outputs(logits: Tensor, boxes: Tensor) -> dict:
 def with_features(outputs: dict, num_targets: int, seed: int = 0) -> dict:
     generator = torch.Generator().manual_seed(seed)
     for layer in (*outputs["aux_outputs"], outputs):
-        layer["pred_features"] = torch.randn(*layer["pred_logits"].shape[:2], FEATURES, generator=generator, dtype=torch.float64)
+        layer["pred_features"] = torch.randn(
+            *layer["pred_logits"].shape[:2], FEATURES, generator=generator, dtype=torch.float64
+        )
         layer["pred_features"].requires_grad_()
     return {**outputs, "target_features": torch.randn(num_targets, FEATURES, generator=generator, dtype=torch.float64)}
 
@@ -75,8 +82,10 @@ def plain_cost(how: Classification, logits: list[float], box: list[float], label
 def plain_match(how: Classification, logits: Tensor, boxes: Tensor, target: dict) -> list[tuple[int, int]]:
     """(query, target) pairs of one layer and image from the full matrix of costs."""
     labels, true_boxes = target["labels"].tolist(), target["boxes"].tolist()
-    cost = [[plain_cost(how, q, b, k, t) for k, t in zip(labels, true_boxes, strict=True)]
-            for q, b in zip(logits.tolist(), boxes.tolist(), strict=True)]
+    cost = [
+        [plain_cost(how, q, b, k, t) for k, t in zip(labels, true_boxes, strict=True)]
+        for q, b in zip(logits.tolist(), boxes.tolist(), strict=True)
+    ]
     rows, columns = linear_sum_assignment(np.asarray(cost).reshape(len(logits), len(labels)))
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
@@ -111,8 +120,11 @@ def plain_losses(
             b = features[sum(len(t["labels"]) for t in targets[:i]) + t]
             feature += 2 - 2 * float(a @ b / a.norm() / b.norm())
     return {
-        "loss_ce": ce / weight_sum if how.kind == "softmax" else ce / num_boxes, "loss_bbox": l1 / num_boxes, "loss_giou": giou / num_boxes,
-        "loss_feature": feature / num_boxes, "cardinality_error": cardinality,
+        "loss_ce": ce / weight_sum if how.kind == "softmax" else ce / num_boxes,
+        "loss_bbox": l1 / num_boxes,
+        "loss_giou": giou / num_boxes,
+        "loss_feature": feature / num_boxes,
+        "cardinality_error": cardinality,
     }
 
 
@@ -158,7 +170,9 @@ def test_each_cost_has_its_own_weight(weights: tuple[float, float, float]) -> No
     logits, boxes = predictions("softmax", 1, 1, 6, seed=3)
     target = {**double(make_targets([4], NUM_CLASSES, seed=3))[0], "labels": torch.tensor([4, 0, 3, 1])}
     pairs = HungarianMatcher(how)(logits, boxes, [target]).pairs[0][0]
-    assert list(zip(*(side.tolist() for side in pairs), strict=True)) == plain_match(how, logits[0, 0], boxes[0, 0], target)
+    assert list(zip(*(side.tolist() for side in pairs), strict=True)) == plain_match(
+        how, logits[0, 0], boxes[0, 0], target
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,8 +182,10 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=5)), classes(kind)
     criterion = SetCriterion(how, expand_weights(WEIGHTS, 1))
     query_order, target_orders = torch.randperm(queries), [torch.randperm(count) for count in counts]
-    shuffled = [{name: value[order] if name != "image_id" else value for name, value in target.items()}
-                for target, order in zip(targets, target_orders, strict=True)]
+    shuffled = [
+        {name: value[order] if name != "image_id" else value for name, value in target.items()}
+        for target, order in zip(targets, target_orders, strict=True)
+    ]
     plain = criterion(as_outputs(logits, boxes), targets)
     before = criterion.last_matches
     moved = criterion(as_outputs(logits[:, :, query_order], boxes[:, :, query_order]), shuffled)
@@ -228,7 +244,10 @@ class CopyCounter(TorchDispatchMode):
         name = function.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero") or by_mask:
+        if (
+            name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero")
+            or by_mask
+        ):
             self.waits.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -254,7 +273,9 @@ def test_one_copy_to_the_host(kind: str, layers: int, counts: list[int], monkeyp
     with CopyCounter() as counter:
         criterion(outputs, targets)
     assert copies == (["cpu", "numpy"] if sum(counts) else [])  # `numpy` reads what `cpu` has brought
-    assert len(counter.waits) == (2 if kind == "focal" else 0)  # `one_hot` looks at its input on CPUs, on GPUs it does not
+    assert len(counter.waits) == (
+        2 if kind == "focal" else 0
+    )  # `one_hot` looks at its input on CPUs, on GPUs it does not
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -286,7 +307,9 @@ def test_class_error_is_the_share_of_wrong_classes_in_percent(kind: str) -> None
     logits = logits * 0
     for q in range(4):  # each query stands on its target; three of them say the right class
         logits[0, 0, q, target["labels"][q] if q < 3 else 0] = 3.0
-    losses = SetCriterion(classes(kind, cost_class=0.0), WEIGHTS)(as_outputs(logits, target["boxes"][None, None]), [target])
+    losses = SetCriterion(classes(kind, cost_class=0.0), WEIGHTS)(
+        as_outputs(logits, target["boxes"][None, None]), [target]
+    )
     assert float(losses["class_error"]) == pytest.approx(25.0)
     assert float(losses["loss_bbox"]) == pytest.approx(0.0)
     assert float(losses["loss_giou"]) == pytest.approx(0.0, abs=1e-9)
@@ -298,7 +321,9 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
     logits, boxes = predictions(kind, layers, 3, 5, seed=2)
     targets = double(make_targets(counts, NUM_CLASSES, seed=2))
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
-    criterion = SetCriterion(classes(kind), expand_weights(WEIGHTS, layers - 1), ("labels", "boxes", "cardinality", "features"))
+    criterion = SetCriterion(
+        classes(kind), expand_weights(WEIGHTS, layers - 1), ("labels", "boxes", "cardinality", "features")
+    )
     together = criterion(outputs, targets)
     gradients = torch.autograd.grad(criterion.total(together), [logits, boxes])
     total = 0.0
@@ -350,7 +375,14 @@ def test_more_targets_than_queries(kind: str) -> None:
 
 
 def test_weights_of_the_total() -> None:
-    assert expand_weights({"a": 1.0, "b": 2.0}, 2) == {"a": 1.0, "b": 2.0, "a_0": 1.0, "b_0": 2.0, "a_1": 1.0, "b_1": 2.0}
+    assert expand_weights({"a": 1.0, "b": 2.0}, 2) == {
+        "a": 1.0,
+        "b": 2.0,
+        "a_0": 1.0,
+        "b_0": 2.0,
+        "a_1": 1.0,
+        "b_1": 2.0,
+    }
     assert expand_weights({"a": 1.0}, 0) == {"a": 1.0}
     criterion = SetCriterion(classes("softmax"), {"loss_ce": 2.0, "loss_bbox": 10.0, "loss_missing": 7.0})
     losses = {"loss_ce": torch.tensor(3.0), "loss_bbox": torch.tensor(0.5), "class_error": torch.tensor(50.0)}
@@ -377,7 +409,9 @@ def test_half_precision_predictions_are_scored_in_float32() -> None:
     logits, boxes = (x.detach() for x in predictions("softmax", 2, 1, 5))
     targets = make_targets([2], NUM_CLASSES)
     half = SetCriterion(classes("softmax"), WEIGHTS)(as_outputs(logits.bfloat16(), boxes.bfloat16()), targets)
-    full = SetCriterion(classes("softmax"), WEIGHTS)(as_outputs(logits.bfloat16().float(), boxes.bfloat16().float()), targets)
+    full = SetCriterion(classes("softmax"), WEIGHTS)(
+        as_outputs(logits.bfloat16().float(), boxes.bfloat16().float()), targets
+    )
     assert all(half[name].dtype == torch.float32 and torch.equal(half[name], full[name]) for name in half)
 
 
@@ -398,7 +432,9 @@ def test_box_formats_are_inverse() -> None:
 
 
 def test_generalised_iou_equals_the_plain_one() -> None:
-    a, b = (x.detach()[0, 0] for x in (predictions("focal", 1, 1, 9, seed=1)[1], predictions("focal", 1, 1, 9, seed=2)[1]))
+    a, b = (
+        x.detach()[0, 0] for x in (predictions("focal", 1, 1, 9, seed=1)[1], predictions("focal", 1, 1, 9, seed=2)[1])
+    )
     pairwise = generalized_box_iou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
     paired = paired_giou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
     for i, j in np.ndindex(9, 9):

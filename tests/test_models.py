@@ -1,4 +1,5 @@
 """Detectors: shapes, options, names of parameters, padding, precision, what trains."""
+
 import json
 from pathlib import Path
 
@@ -24,8 +25,17 @@ from util.registry import DETECTORS
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 LAYERS, QUERIES = 2, 20  # of the small model
-COUNTS = {"detr_r50": 458, "detr_r50_prenorm": 460, "detr_r50_learned": 460, "detr_r50_dc5": 458, "detr_r101": 713, "cond_r50": 564,
-          "cond_r50_dc5": 564, "updetr_r50": 466, "updetr_r50_norecon_postnorm": 460}
+COUNTS = {
+    "detr_r50": 458,
+    "detr_r50_prenorm": 460,
+    "detr_r50_learned": 460,
+    "detr_r50_dc5": 458,
+    "detr_r101": 713,
+    "cond_r50": 564,
+    "cond_r50_dc5": 564,
+    "updetr_r50": 466,
+    "updetr_r50_norecon_postnorm": 460,
+}
 
 
 def build(*flags: str, seed: int = 0) -> Detector:
@@ -46,10 +56,20 @@ def check_layer(layer: dict, batch: int, queries: int, classes: int) -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("flags", [
-    [], ["--num_queries", "7"], ["--position_embedding", "learned"], ["--position_embedding", "sine_shifted"], ["--enc_layers", "2"],
-    ["--hidden_dim", "48", "--nheads", "2"], ["--classification", "focal"], ["--classification", "softmax"],
-], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--num_queries", "7"],
+        ["--position_embedding", "learned"],
+        ["--position_embedding", "sine_shifted"],
+        ["--enc_layers", "2"],
+        ["--hidden_dim", "48", "--nheads", "2"],
+        ["--classification", "focal"],
+        ["--classification", "softmax"],
+    ],
+    ids=" ".join,
+)
 def test_outputs(detector: str, flags: list[str]) -> None:
     model = build("--detector", detector, *flags)
     outputs = model(make_batch([(64, 96), (40, 64)]))
@@ -74,10 +94,15 @@ def test_without_auxiliary_outputs(detector: str) -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_weights_of_all_layers(detector: str) -> None:
-    args = tiny_args(FINETUNE, "--detector", detector, "--dec_layers", "3", "--cls_loss_coef", "4", "--bbox_loss_coef", "6")
+    args = tiny_args(
+        FINETUNE, "--detector", detector, "--dec_layers", "3", "--cls_loss_coef", "4", "--bbox_loss_coef", "6"
+    )
     model, criterion, _ = build_model(args)
-    expected = {f"{name}{suffix}": weight for suffix in ("", "_0", "_1")
-                for name, weight in (("loss_ce", 4.0), ("loss_bbox", 6.0), ("loss_giou", 2.0))}
+    expected = {
+        f"{name}{suffix}": weight
+        for suffix in ("", "_0", "_1")
+        for name, weight in (("loss_ce", 4.0), ("loss_bbox", 6.0), ("loss_giou", 2.0))
+    }
     assert criterion.weight_dict == expected
     losses = criterion(model(make_batch()), make_targets([2, 0]))
     assert set(expected) <= set(losses)
@@ -85,7 +110,9 @@ def test_weights_of_all_layers(detector: str) -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_contract_of_the_stages(detector: str) -> None:
-    """`encode`, `decode`, `predict` in a row are `forward`; queries may come from outside; groups do not see each other."""
+    """`encode`, `decode`, `predict` in a row are `forward`; queries may come from outside; groups do not see each
+    other.
+    """
     model = build("--detector", detector).eval()
     samples = make_batch([(64, 64), (64, 96)])
     memory = model.encode(samples)
@@ -129,7 +156,9 @@ def test_pre_norm() -> None:
     assert "transformer.encoder.norm.weight" in model.state_dict()
     assert "transformer.encoder.norm.weight" not in build().state_dict()
     check_layer(model(make_batch()), 2, QUERIES, 92)
-    assert not torch.allclose(model.eval()(make_batch())["pred_boxes"], build().eval()(make_batch())["pred_boxes"], atol=1e-4)
+    assert not torch.allclose(
+        model.eval()(make_batch())["pred_boxes"], build().eval()(make_batch())["pred_boxes"], atol=1e-4
+    )
 
 
 def test_pre_norm_is_refused_by_conditional_detr() -> None:
@@ -163,9 +192,19 @@ def test_dilation_needs_bottlenecks() -> None:
 def test_names_are_the_published_ones(case: str) -> None:
     js = json.loads((GOLDEN / f"{case}.json").read_text())
     script = "main.py" if "updetr" in case else FINETUNE
-    args = make_parser(script).parse_args(["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"])
+    args = make_parser(script).parse_args(
+        ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]
+    )
     args.detector = "conditional_detr" if "cond" in case else "detr"
-    for name in ("backbone", "dilation", "pre_norm", "position_embedding", "num_queries", "num_patches", "feature_recon"):
+    for name in (
+        "backbone",
+        "dilation",
+        "pre_norm",
+        "position_embedding",
+        "num_queries",
+        "num_patches",
+        "feature_recon",
+    ):
         setattr(args, name, js["args"].get(name))
     with torch.device("meta"):
         state = build_model(resolve(args))[0].state_dict()
@@ -195,8 +234,8 @@ def test_weights_load_strictly_and_give_equal_outputs(detector: str) -> None:
 
 
 def test_initial_values() -> None:
-    """Layers start with equal biases and different matrices; focal heads at a probability of 0.01, boxes of Conditional DETR at their
-    reference point."""
+    """Layers start with equal biases and different matrices; focal heads at a probability of 0.01, boxes of Conditional
+    DETR at their reference point."""
     model = build("--detector", "conditional_detr", "--enc_layers", "2")
     assert model.class_embed.bias.sigmoid().tolist() == pytest.approx([0.01] * 91)
     first, second = model.transformer.encoder.layers
@@ -224,11 +263,15 @@ def test_promise_of_no_padding_changes_nothing(detector: str) -> None:
 
 
 class Cells(nn.Module):
-    """A backbone whose cells see their own 32 x 32 pixels only; a convolutional one also sees the border to the padding."""
+    """A backbone whose cells see their own 32 x 32 pixels only; a convolutional one also sees the border to the
+    padding.
+    """
 
     def __init__(self, maps: list[tuple[int, int]]) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3, channels, kernel_size=stride, stride=stride) for channels, stride in maps)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(3, channels, kernel_size=stride, stride=stride) for channels, stride in maps
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {str(i): conv(images) for i, conv in enumerate(self.convs)}
@@ -237,7 +280,9 @@ class Cells(nn.Module):
 @pytest.mark.parametrize("positions", ["sine", "sine_shifted"])
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_padding_is_not_seen(detector: str, positions: str) -> None:
-    """An image gives the same alone and beside a larger one, where the backbone lets it: positions, attention and boxes do."""
+    """An image gives the same alone and beside a larger one, where the backbone lets it: positions, attention and boxes
+    do.
+    """
     model = build("--detector", detector, "--position_embedding", positions, "--enc_layers", "2").eval()
     backbone = model.backbone[0]
     backbone.body = Cells(list(zip(backbone.num_channels, backbone.strides, strict=True)))
@@ -273,7 +318,10 @@ def test_sine_positions_from_the_formula() -> None:
     for name, shift in (("sine", 0.0), ("sine_shifted", 0.5)):
         code = POSITION_ENCODINGS[name](8)(mask)
         assert code.shape == (1, 8, 3, 4)
-        y, x = (2 - shift) / 3 * 2 * torch.pi, (1 - shift) / 3 * 2 * torch.pi  # second row of three, first column of three
+        y, x = (
+            (2 - shift) / 3 * 2 * torch.pi,
+            (1 - shift) / 3 * 2 * torch.pi,
+        )  # second row of three, first column of three
         expected = [f(torch.tensor(v / t)) for v in (y, x) for t in (1.0, 10000**0.5) for f in (torch.sin, torch.cos)]
         torch.testing.assert_close(code[0, :, 1, 0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
@@ -301,7 +349,9 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
     torch.manual_seed(0)
     model, criterion, _ = build_model(tiny_args(FINETUNE, "--detector", detector, "--dropout", "0"))
     inside = []
-    model.transformer.encoder.layers[0].linear1.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    model.transformer.encoder.layers[0].linear1.register_forward_hook(
+        lambda module, inputs, output: inside.append(output.dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(make_batch())
     assert inside == [torch.bfloat16]
@@ -310,15 +360,21 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
     losses = criterion(outputs, make_targets([2, 1]))
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     criterion.total(losses).backward()
-    assert all(torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+    assert all(
+        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None
+    )
     plain = model(make_batch())
     torch.testing.assert_close(outputs["pred_boxes"], plain["pred_boxes"], rtol=0.1, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("flags", [*([name] for name in DETECTORS), ["deformable_detr", "--with_box_refine", "--two_stage"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [*([name] for name in DETECTORS), ["deformable_detr", "--with_box_refine", "--two_stage"]], ids=" ".join
+)
 def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -> None:
-    """For those who predict: `model.half()` takes images of its type, and its boxes are nearly those of the whole precision."""
+    """For those who predict: `model.half()` takes images of its type, and its boxes are nearly those of the whole
+    precision.
+    """
     model, images = build("--detector", *flags).eval(), make_batch()
     with torch.no_grad():
         expected = model(images)
@@ -335,7 +391,9 @@ def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_stem_and_first_stage_never_train(detector: str) -> None:
     torch.manual_seed(0)
-    model, criterion, _ = build_model(tiny_args(FINETUNE, "--detector", detector, "--backbone_norm", "frozen", "--dropout", "0"))
+    model, criterion, _ = build_model(
+        tiny_args(FINETUNE, "--detector", detector, "--backbone_norm", "frozen", "--dropout", "0")
+    )
     criterion.total(criterion(model(make_batch()), make_targets([2, 1]))).backward()
     for name, parameter in model.named_parameters():
         early = name.startswith("backbone.") and not any(stage in name for stage in ("layer2", "layer3", "layer4"))
@@ -370,11 +428,15 @@ def test_live_and_frozen_batch_norm_have_the_same_names() -> None:
     assert {k: v.shape for k, v in live.state_dict().items()} == {k: v.shape for k, v in frozen.state_dict().items()}
     frozen.load_state_dict(live.state_dict(), strict=True)
     a, b = LiveBatchNorm2d(4).eval(), FrozenBatchNorm2d(4)
-    a.load_state_dict({"weight": torch.rand(4), "bias": torch.rand(4), "running_mean": torch.rand(4), "running_var": torch.rand(4)})
+    a.load_state_dict(
+        {"weight": torch.rand(4), "bias": torch.rand(4), "running_mean": torch.rand(4), "running_var": torch.rand(4)}
+    )
     b.load_state_dict(a.state_dict())
     images = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(a(images), b(images))
-    torch.testing.assert_close(live.eval()(make_batch())["pred_boxes"], frozen.eval()(make_batch())["pred_boxes"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        live.eval()(make_batch())["pred_boxes"], frozen.eval()(make_batch())["pred_boxes"], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("name", "frozen_until"), [("tf_efficientnet_lite0", "blocks_2"), ("resnet18", "layer2")])
@@ -385,7 +447,9 @@ def test_timm_backbone(name: str, frozen_until: str) -> None:
     maps = backbone(torch.randn(1, 3, 64, 96))
     assert backbone.strides == [8, 16, 32]
     described = zip(backbone.num_channels, backbone.strides, strict=True)
-    assert [tuple(x.shape[1:]) for x in maps] == [(channels, 64 // stride, 96 // stride) for channels, stride in described]
+    assert [tuple(x.shape[1:]) for x in maps] == [
+        (channels, 64 // stride, 96 // stride) for channels, stride in described
+    ]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
     names = [key for key, _ in backbone.body.named_parameters()]
     first = next(i for i, key in enumerate(names) if key.replace(".", "_").startswith(frozen_until))
@@ -418,7 +482,9 @@ def test_unknown_timm_backbone() -> None:
 def test_softmax_gives_each_query_its_best_class() -> None:
     logits = torch.tensor([[[0.0, 2.0, 5.0], [1.0, 0.0, -1.0]]])  # two classes and "no object"
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.2, 0.2]]])
-    result = PostProcess(Classification("softmax", 2, 1.0))({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]]))[0]
+    result = PostProcess(Classification("softmax", 2, 1.0))(
+        {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]])
+    )[0]
     assert result["labels"].tolist() == [1, 0]
     torch.testing.assert_close(result["scores"], torch.stack([logits[0, 0].softmax(0)[1], logits[0, 1].softmax(0)[0]]))
     torch.testing.assert_close(result["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 10.0, 40.0, 30.0]]))

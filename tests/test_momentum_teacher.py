@@ -2,12 +2,24 @@
 
 Two processes with one are compared with a single one by test_distributed.py.
 """
+
 from pathlib import Path
 
 import pytest
 import torch
 from test_siamese import FLAGS, build, view_targets
-from tiny import FROZEN, assert_same, fine_tune, make_batch, pre_train, read_checkpoint, stop_after, tiny_args, write_coco, write_images
+from tiny import (
+    FROZEN,
+    assert_same,
+    fine_tune,
+    make_batch,
+    pre_train,
+    read_checkpoint,
+    stop_after,
+    tiny_args,
+    write_coco,
+    write_images,
+)
 
 from models import build_model
 from models.pretext.momentum_teacher import MomentumTeacher
@@ -32,7 +44,9 @@ def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-@pytest.mark.parametrize("backbone", [(), TRAINED, ("--backbone_norm", "live", *TRAINED)], ids=["frozen", "trained", "live"])
+@pytest.mark.parametrize(
+    "backbone", [(), TRAINED, ("--backbone_norm", "live", *TRAINED)], ids=["frozen", "trained", "live"]
+)
 def test_before_any_step_it_gives_the_targets_of_the_network_itself(detector: str, backbone: tuple) -> None:
     """The same copies, statistics of the batch, no dropout: nothing differs. Afterwards no gradient reaches it."""
     batch, targets = make_batch([(64, 64), (64, 96)] * 2), view_targets(4)
@@ -43,7 +57,13 @@ def test_before_any_step_it_gives_the_targets_of_the_network_itself(detector: st
         losses = criterion.train()(outputs, targets)
         criterion.total(losses).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append(({name: outputs[name].detach() for name in ("projections", "predictions", "target_features")}, losses, gradients))
+        results.append(
+            (
+                {name: outputs[name].detach() for name in ("projections", "predictions", "target_features")},
+                losses,
+                gradients,
+            )
+        )
     without, with_teacher = results
     assert_same(without, with_teacher)
     assert not outputs["projections"].requires_grad
@@ -61,7 +81,9 @@ def test_equation_1() -> None:
         model.teacher.network.load_state_dict(start)
         model.after_step(share)
         teacher = dict(model.teacher.network.named_parameters())
-        expected = {name: momentum * before[name] + (1 - momentum) * model.get_parameter(name).detach() for name in teacher}
+        expected = {
+            name: momentum * before[name] + (1 - momentum) * model.get_parameter(name).detach() for name in teacher
+        }
         torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -86,11 +108,15 @@ def test_running_statistics_are_those_of_the_student() -> None:
     statistics = [name for name in teacher if "running" in name or "num_batches" in name]
     assert {name.split(".")[0] for name in statistics} == {"backbone", "enc_head"}
     assert_same({name: teacher[name] for name in statistics}, {name: student[name] for name in statistics})
-    assert int(student["enc_head.0.projector.mlp.1.num_batches_tracked"]) == 2, "one pass a view: the teacher's own do not count"
+    assert int(student["enc_head.0.projector.mlp.1.num_batches_tracked"]) == 2, (
+        "one pass a view: the teacher's own do not count"
+    )
 
 
 def test_targets_are_the_teachers() -> None:
-    """Another teacher changes the projections and, with a backbone of its own, the features of the crops; nothing else."""
+    """Another teacher changes the projections and, with a backbone of its own, the features of the crops; nothing
+    else.
+    """
     batch, targets = make_batch(4), view_targets(4)
     for backbone, others in (((), {"projections"}), (TRAINED, {"projections", "target_features"})):
         model, _ = build("--teacher_momentum", "0.9", "--box_disturbance", "0", *backbone)
@@ -119,12 +145,21 @@ def test_it_moves_with_the_model() -> None:
     assert build()[0].frozen_parts() == {}
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (("--pretext", "random_query_patch", "--proposals", "random"), "--teacher_momentum means nothing to --pretext random_query_patch"),
-    (("--pretext", "region_prior", "--num_patches", "10"), "--teacher_momentum means nothing to --pretext region_prior"),
-    (("--teacher_momentum", "1.5"), r"--teacher_momentum 1.5 must lie in \[0, 1\]"),
-    (("--global_loss_coef", "0"), "--teacher_momentum 0.9 has no target to give"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ("--pretext", "random_query_patch", "--proposals", "random"),
+            "--teacher_momentum means nothing to --pretext random_query_patch",
+        ),
+        (
+            ("--pretext", "region_prior", "--num_patches", "10"),
+            "--teacher_momentum means nothing to --pretext region_prior",
+        ),
+        (("--teacher_momentum", "1.5"), r"--teacher_momentum 1.5 must lie in \[0, 1\]"),
+        (("--global_loss_coef", "0"), "--teacher_momentum 0.9 has no target to give"),
+    ],
+)
 def test_refused_in_one_line(flags: tuple, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         build_model(tiny_args(PRETRAIN, *FLAGS, "--backbone_norm", "frozen", "--teacher_momentum", "0.9", *flags))
@@ -134,9 +169,24 @@ def test_refused_in_one_line(flags: tuple, said: str) -> None:
 def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three steps an epoch, two epochs, stopped after the fourth step."""
     images = write_images(tmp_path / "images", count=6)
-    flags = [*FLAGS, *FROZEN, "--imagenet_path", images, "--epochs", "2", "--lr_drop", "1", "--lr", "1e-2", "--teacher_momentum", "0.5"]
+    flags = [
+        *FLAGS,
+        *FROZEN,
+        "--imagenet_path",
+        images,
+        "--epochs",
+        "2",
+        "--lr_drop",
+        "1",
+        "--lr",
+        "1e-2",
+        "--teacher_momentum",
+        "0.5",
+    ]
     shares, follow = [], MomentumTeacher.follow
-    monkeypatch.setattr(MomentumTeacher, "follow", lambda self, student, share: (shares.append(share), follow(self, student, share)))
+    monkeypatch.setattr(
+        MomentumTeacher, "follow", lambda self, student, share: (shares.append(share), follow(self, student, share))
+    )
     pre_train(*flags, "--output_dir", tmp_path / "whole")
     assert shares == pytest.approx([i / 6 for i in range(6)])
     stop_after(monkeypatch, 4)
@@ -150,7 +200,9 @@ def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monk
     distance = (teacher["query_embed.weight"] - whole["model"]["query_embed.weight"]).abs().max()
     assert 1e-4 < distance < 0.1, "it lags behind"
 
-    fine_tune("--coco_path", write_coco(tmp_path / "coco"), "--pretrain", tmp_path / "whole" / "checkpoint.pth", "--dry_run")
+    fine_tune(
+        "--coco_path", write_coco(tmp_path / "coco"), "--pretrain", tmp_path / "whole" / "checkpoint.pth", "--dry_run"
+    )
     del whole["frozen"]
     torch.save(whole, tmp_path / "without.pth")
     with pytest.raises(UserError, match="lacks the frozen network momentum_teacher"):

@@ -1,4 +1,7 @@
-"""Multi-scale deformable attention: the PyTorch path against published numbers, the Triton kernels against the PyTorch path."""
+"""Multi-scale deformable attention: the PyTorch path against published numbers, the Triton kernels against the PyTorch
+path.
+"""
+
 import os
 import subprocess
 import sys
@@ -25,7 +28,9 @@ def test_golden_numbers(request: pytest.FixtureRequest) -> None:
     inputs = [torch.from_numpy(z[f"msda/{name}"]) for name in names]
     shapes = [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()]
     found = deform_cases.run(inputs, shapes, "pytorch")
-    for name, tensor in zip(("output", "grad_value", "grad_sampling_locations", "grad_attention_weights"), found, strict=True):
+    for name, tensor in zip(
+        ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights"), found, strict=True
+    ):
         np.testing.assert_allclose(tensor.numpy(), z[f"msda/{name}"], rtol=1e-5, atol=1e-5)
 
 
@@ -43,7 +48,7 @@ def test_a_point_reads_what_the_formula_says() -> None:
     locations = points.view(1, 5, 1, 1, 1, 2).requires_grad_()
     output = ms_deform_attn(value, [(2, 3)], locations, torch.full((1, 5, 1, 1, 1), 2.0))
     torch.testing.assert_close(output.flatten(), torch.tensor([0.0, 4.0, 0.0, 0.0, 0.0]))
-    gradient, = torch.autograd.grad(output.sum(), locations)
+    (gradient,) = torch.autograd.grad(output.sum(), locations)
     assert gradient[0, 4].count_nonzero() == 0
     assert gradient[0, 1].flatten().tolist() == pytest.approx([2 * 3 * 1.0, 2 * 2 * 3.0])
 
@@ -51,7 +56,9 @@ def test_a_point_reads_what_the_formula_says() -> None:
 def test_derivatives_of_the_pytorch_path() -> None:
     case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
     value, locations, weights, _ = (tensor.double().requires_grad_() for tensor in make_inputs(case))
-    assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, case.shapes, p, w, "pytorch"), (value, locations, weights))
+    assert torch.autograd.gradcheck(
+        lambda v, p, w: ms_deform_attn(v, case.shapes, p, w, "pytorch"), (value, locations, weights)
+    )
 
 
 def test_autocast_changes_nothing() -> None:
@@ -72,9 +79,13 @@ def test_pytorch_path_compiles_and_exports() -> None:
             return ms_deform_attn(value, case.shapes, locations, weights)
 
     expected = Model()(value, locations, weights)
-    torch.testing.assert_close(torch.compile(Model(), backend="aot_eager", fullgraph=True)(value, locations, weights), expected)
+    torch.testing.assert_close(
+        torch.compile(Model(), backend="aot_eager", fullgraph=True)(value, locations, weights), expected
+    )
     queries = torch.export.Dim("queries", min=2, max=1000)
-    exported = torch.export.export(Model(), (value, locations, weights), dynamic_shapes=({}, {1: queries}, {1: queries}))
+    exported = torch.export.export(
+        Model(), (value, locations, weights), dynamic_shapes=({}, {1: queries}, {1: queries})
+    )
     torch.testing.assert_close(exported.module()(value, locations[:, :3], weights[:, :3]), expected[:, :3])
 
 
@@ -84,7 +95,12 @@ def test_pytorch_path_compiles_and_exports() -> None:
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `choose` asks of the machine answers as on a Hopper GPU with all that Triton needs."""
-    for name, answer in (("HAS_TRITON", True), ("HAS_COMPILER", True), ("INTERPRETED", False), ("_capability", lambda _: (9, 0))):
+    for name, answer in (
+        ("HAS_TRITON", True),
+        ("HAS_COMPILER", True),
+        ("INTERPRETED", False),
+        ("_capability", lambda _: (9, 0)),
+    ):
         monkeypatch.setattr(module, name, answer)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
@@ -100,9 +116,14 @@ def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("_gpu")
-@pytest.mark.parametrize(("name", "answer", "text"), [
-    ("HAS_TRITON", False, "not installed"), ("HAS_COMPILER", False, "gcc or clang"), ("_capability", lambda _: (7, 5), "capability 8.0"),
-])
+@pytest.mark.parametrize(
+    ("name", "answer", "text"),
+    [
+        ("HAS_TRITON", False, "not installed"),
+        ("HAS_COMPILER", False, "gcc or clang"),
+        ("_capability", lambda _: (7, 5), "capability 8.0"),
+    ],
+)
 def test_what_keeps_triton_from_running(name: str, answer: object, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, name, answer)
     assert choose("auto", GPU, torch.float32) == "pytorch"
@@ -126,8 +147,11 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
     value, locations, weights, _ = make_inputs(CASES["odd numbers"])
     shapes = CASES["odd numbers"].shapes
     for wrong in (
-        (value, shapes[:2], locations, weights), (value[:, :-1], shapes, locations, weights), (value, shapes, locations, weights[:, 1:]),
-        (value[:1], shapes, locations, weights), (value[:, :, :1], shapes, locations, weights),
+        (value, shapes[:2], locations, weights),
+        (value[:, :-1], shapes, locations, weights),
+        (value, shapes, locations, weights[:, 1:]),
+        (value[:1], shapes, locations, weights),
+        (value[:, :, :1], shapes, locations, weights),
         (value, shapes, locations[..., :1], weights),
     ):
         with pytest.raises(ValueError, match="maps|weights|heads"):
@@ -142,7 +166,9 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
 def test_kernels_under_the_interpreter(part: str) -> None:
     """Triton reads its switch when kernels are defined, so they run in a process of their own."""
     script = [sys.executable, str(ROOT / "tests" / "deform_cases.py"), part]
-    done = subprocess.run(script, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        script, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -155,7 +181,9 @@ def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
     from models.ms_deform_attn_triton import ELEMENTS, WARPS
 
     constants = {"H": 8, "D": 32, "L": 4, "P": 4, "BLOCK_Q": ELEMENTS // 32, "BLOCK_D": 32}
-    types = {"S": "i32", "Q": "i32", "shapes": ("fp32",) * 8} | dict.fromkeys(("value", "output", "grad_output"), f"*{value_type}")
+    types = {"S": "i32", "Q": "i32", "shapes": ("fp32",) * 8} | dict.fromkeys(
+        ("value", "output", "grad_output"), f"*{value_type}"
+    )
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
     positions = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     aligned = {positions[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
@@ -166,9 +194,13 @@ def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
 
 @needs_triton
 @pytest.mark.parametrize(("capability", "value_type"), [(80, "bf16"), (90, "fp32"), (90, "bf16")])
-def test_kernels_compile_for_gpus(capability: int, value_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler sees types and layouts that the interpreter does not. On Hopper, what makes the kernels fast has to stay:
-    reads and additions of 16 bytes a thread (8 where a half value is read for the gradient), no detour through shared memory."""
+def test_kernels_compile_for_gpus(
+    capability: int, value_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler sees types and layouts that the interpreter does not. On Hopper, what makes the kernels fast has to
+    stay: reads and additions of 16 bytes a thread (8 where a half value is read for the gradient), no detour through
+    shared memory.
+    """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from models import ms_deform_attn_triton as kernels
 

@@ -1,4 +1,5 @@
 """Every command of docs/own_data.md runs, in its order, on sample scenes with category ids of a user."""
+
 import json
 import re
 import shlex
@@ -22,7 +23,10 @@ from util.weight_files import stored_at
 pytest.importorskip("skimage")
 PAGE = (ROOT / "docs" / "own_data.md").read_text()
 SCRIPTS = {
-    "main.py": pretrain_main, "finetune_main.py": finetune_main, "tools/predict.py": predict, "tools/check_dataset.py": check_dataset,
+    "main.py": pretrain_main,
+    "finetune_main.py": finetune_main,
+    "tools/predict.py": predict,
+    "tools/check_dataset.py": check_dataset,
 }
 SMALL = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
 TRAINING = ["--epochs", "1", "--batch_size", "2", "--lr_backbone", "0", "--backbone_norm", "frozen"]
@@ -61,7 +65,8 @@ def small(command: list[str]) -> list[str]:
     script, words = command[1], command[2:]
     extra = {
         "main.py": [*MODEL_FLAGS, *PRETEXT_FLAGS, "--backbone_weights", "none", "--epochs", "1", "--batch_size", "2"],
-        "finetune_main.py": TRAINING[2:] if "--eval" in words else TRAINING, "tools/predict.py": ["--threshold", "0"],
+        "finetune_main.py": TRAINING[2:] if "--eval" in words else TRAINING,
+        "tools/predict.py": ["--threshold", "0"],
     }
     return [*words, "--num_workers", "0"] if script == "tools/check_dataset.py" else [*words, *SMALL, *extra[script]]
 
@@ -76,14 +81,22 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
         if command[1] == "finetune_main.py" and "--eval" not in command:
             assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), "shapes are not COCO's"
             assert f"--checkpoint {command[command.index('--output_dir') + 1]}/checkpoint_best.pth" in lines[-1]
-    assert [command[1] for command in commands()][:4] == ["tools/check_dataset.py", "main.py", "finetune_main.py", "tools/predict.py"]
+    assert [command[1] for command in commands()][:4] == [
+        "tools/check_dataset.py",
+        "main.py",
+        "finetune_main.py",
+        "tools/predict.py",
+    ]
     assert json.loads((workplace / "check" / "check.json").read_text())["val"]["readable"] == 2
     checkpoint = read_checkpoint(workplace / "outputs" / "own" / "checkpoint_best.pth")
     assert {checkpoint["category_ids"][row]: name for row, name in checkpoint["class_names"].items()} == {
-        IDS[label]: name for label, name in names.items()}
+        IDS[label]: name for label, name in names.items()
+    }
     found = json.loads((workplace / "predictions" / "predictions.json").read_text())
     assert found
-    assert {(row["category_id"], row["category_name"]) for row in found} <= {(IDS[label], name) for label, name in names.items()}
+    assert {(row["category_id"], row["category_name"]) for row in found} <= {
+        (IDS[label], name) for label, name in names.items()
+    }
     example = json.loads(re.findall(r"```json\n(\[.*?)```", PAGE, re.DOTALL)[0])
     assert set(found[0]) == set(example[0])
     metrics = json.loads((workplace / "outputs" / "own_eval" / "metrics.json").read_text())

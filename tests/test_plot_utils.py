@@ -1,4 +1,5 @@
 """Logs are read as they are written; pages and curves show what they were given."""
+
 import errno
 import json
 import os
@@ -18,7 +19,9 @@ BLACK = np.zeros((100, 200, 3), np.uint8)
 
 def write_log(folder: Path, lines: list) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    (folder / "log.txt").write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return folder
 
 
@@ -81,10 +84,12 @@ def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) 
     assert picture(out).std() > 0
     loss, ap = figures[0].axes
     assert {line.get_label(): list(line.get_ydata()) for line in loss.lines} == {
-        "training": [5.0, 4.0], "evaluation": [6.0, 5.5]
+        "training": [5.0, 4.0],
+        "evaluation": [6.0, 5.5],
     }
     assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ap.lines} == {
-        "AP": ([2], [0.2]), "AP50": ([2], [0.4])
+        "AP": ([2], [0.2]),
+        "AP50": ([2], [0.4]),
     }
 
 
@@ -103,11 +108,16 @@ def test_an_empty_log_is_drawn_too(tmp_path: Path) -> None:
     assert picture(plot_logs(write_log(tmp_path / "run", []), out_png=tmp_path / "x.png")).size
 
 
-@pytest.mark.parametrize("draw", [
-    lambda path: plot_logs(write_log(path.parent / "run", [entry(0)]), ("loss",), path),
-    lambda path: prediction_page([], {}, path),
-])
-def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw) -> None:
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: plot_logs(write_log(path.parent / "run", [entry(0)]), ("loss",), path),
+        lambda path: prediction_page([], {}, path),
+    ],
+)
+def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw
+) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "a.png"
     path.write_text("old")
@@ -149,7 +159,9 @@ def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
     truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
     found = {"boxes": torch.tensor([[20.0, 20, 150, 90]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.6])}
     pages = [
-        picture(prediction_page([(BLACK, found, truth)] * 3, {1: "ring"}, tmp_path / "p.png", score_threshold=threshold))
+        picture(
+            prediction_page([(BLACK, found, truth)] * 3, {1: "ring"}, tmp_path / "p.png", score_threshold=threshold)
+        )
         for threshold in (0.5, 0.7)
     ]
     assert plot_utils.PALETTE[0] in colours_in(pages[0])
@@ -176,7 +188,9 @@ def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path)
 def test_patch_page_gives_each_patch_its_colour(tmp_path: Path) -> None:
     patches = [np.full((30, 20, 3), value, np.uint8) for value in (40, 80, 120)]
     boxes = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
-    page = picture(patch_page([(BLACK, patches, boxes, {"boxes": boxes, "scores": [0.1, 0.2, 0.3]})], tmp_path / "q.png"))
+    page = picture(
+        patch_page([(BLACK, patches, boxes, {"boxes": boxes, "scores": [0.1, 0.2, 0.3]})], tmp_path / "q.png")
+    )
     assert set(plot_utils.PALETTE[:3]) <= colours_in(page)
     only = {"boxes": boxes[:1], "scores": [0.9], "patches": [2]}
     assert picture(patch_page([(BLACK, patches, boxes, only)], tmp_path / "r.png")).size

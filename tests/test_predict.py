@@ -1,4 +1,5 @@
 """tools/predict.py finds what evaluation finds, on any images, and never hides or replaces anything."""
+
 import json
 import shutil
 import subprocess
@@ -42,7 +43,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
     """Scores and boxes to the last bit, but for boxes that leave the image; ids of the user, and names."""
-    lines = run("--checkpoint", data / "run" / "checkpoint.pth", "--images", data / "held_out", "--output_dir", tmp_path, "--threshold", 0)
+    lines = run(
+        "--checkpoint",
+        data / "run" / "checkpoint.pth",
+        "--images",
+        data / "held_out",
+        "--output_dir",
+        tmp_path,
+        "--threshold",
+        0,
+    )
     images = {image["file_name"]: image for image in json.loads((data / "val.json").read_text())["images"]}
     expected: dict[int, list] = {}
     for row in json.loads((data / "eval" / "results.json").read_text()):
@@ -71,9 +81,13 @@ def test_threshold_and_drawings(data: Path, tmp_path: Path) -> None:
     scores = sorted(row["score"] for row in read(tmp_path / "all"))
     run(*words, "--output_dir", tmp_path / "half", "--threshold", scores[len(scores) // 2])
     assert [row["score"] for row in read(tmp_path / "half")] == [
-        row["score"] for row in read(tmp_path / "all") if row["score"] >= scores[len(scores) // 2]]
+        row["score"] for row in read(tmp_path / "all") if row["score"] >= scores[len(scores) // 2]
+    ]
     for number, path in enumerate(sorted((data / "held_out").iterdir()), start=1):
-        with Image.open(path) as before, Image.open(tmp_path / "all" / "drawn" / f"{number:06d}_{path.stem}.jpg") as after:
+        with (
+            Image.open(path) as before,
+            Image.open(tmp_path / "all" / "drawn" / f"{number:06d}_{path.stem}.jpg") as after,
+        ):
             assert before.size == after.size
             assert np.abs(np.asarray(before.convert("RGB"), float) - np.asarray(after, float)).max() > 60
     with Image.open(tmp_path / "all" / "predictions.png") as page:
@@ -94,7 +108,9 @@ def test_bad_images_are_reported_and_counted(data: Path, tmp_path: Path) -> None
     (folder / "c.jpg").write_bytes((folder / "c.jpg").read_bytes()[:400])
     words = ["--checkpoint", data / "run" / "checkpoint.pth", "--threshold", 0, "--no_draw"]
     lines = run(*words, "--images", folder, "--output_dir", tmp_path / "out", "--batch_size", 2)
-    assert {(row["image_id"], row["file_name"]) for row in read(tmp_path / "out")} == {(i + 2, f"b/{i:06d}.png") for i in range(3)}
+    assert {(row["image_id"], row["file_name"]) for row in read(tmp_path / "out")} == {
+        (i + 2, f"b/{i:06d}.png") for i in range(3)
+    }
     left = [line for line in lines if line.startswith("left out")]
     assert [str(folder / name) in line for name, line in zip(("a.jpg", "c.jpg"), left, strict=True)] == [True, True]
     assert "3 of 5 images" in lines[-1]
@@ -142,11 +158,24 @@ def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
 def test_a_published_file(tmp_path: Path) -> None:
     """Bare weights of 91 rows: the architecture comes from them, the names from COCO."""
     torch.manual_seed(0)
-    model = build_model(tiny_args(FINETUNE, "--detector", "conditional_detr", "--backbone_norm", "frozen", "--nheads", "8"))[0]
+    model = build_model(
+        tiny_args(FINETUNE, "--detector", "conditional_detr", "--backbone_norm", "frozen", "--nheads", "8")
+    )[0]
     save_checkpoint({"model": model.state_dict()}, tmp_path / "published.pth")
     images = write_images(tmp_path / "photos", 2)
-    lines = run("--checkpoint", tmp_path / "published.pth", "--images", images, "--output_dir", tmp_path / "out", "--threshold", 0,
-                "--image_size", 64, "--no_draw")
+    lines = run(
+        "--checkpoint",
+        tmp_path / "published.pth",
+        "--images",
+        images,
+        "--output_dir",
+        tmp_path / "out",
+        "--threshold",
+        0,
+        "--image_size",
+        64,
+        "--no_draw",
+    )
     found = {row["category_id"]: row["category_name"] for row in read(tmp_path / "out")}
     assert any("holds no class names: COCO's are used" in line for line in lines)
     assert len(found) > 3
@@ -155,22 +184,43 @@ def test_a_published_file(tmp_path: Path) -> None:
 
 def test_a_detector_of_raw_ids(tmp_path: Path) -> None:
     fine_tune("--coco_path", write_coco(tmp_path / "coco"), "--output_dir", tmp_path / "run", "--epochs", 1, *FROZEN)
-    run("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--images", tmp_path / "coco" / "val2017", "--output_dir", tmp_path / "out",
-        "--threshold", 0, "--no_draw")
+    run(
+        "--checkpoint",
+        tmp_path / "run" / "checkpoint.pth",
+        "--images",
+        tmp_path / "coco" / "val2017",
+        "--output_dir",
+        tmp_path / "out",
+        "--threshold",
+        0,
+        "--no_draw",
+    )
     names = {1: "red", 2: "green", 3: "blue"}
     assert {row["category_name"] for row in read(tmp_path / "out")} <= {names.get(i, f"class {i}") for i in range(91)}
-    assert all(row["category_name"] == names.get(row["category_id"], row["category_name"]) for row in read(tmp_path / "out"))
+    assert all(
+        row["category_name"] == names.get(row["category_id"], row["category_name"]) for row in read(tmp_path / "out")
+    )
 
 
 def test_pre_training_knows_no_classes(data: Path, tmp_path: Path) -> None:
     args = tiny_args(PRETRAIN, "--backbone_norm", "frozen")
-    save_checkpoint({"model": build_model(args)[0].state_dict(), "args": {"nheads": 4, "pretext": args.pretext}}, tmp_path / "pre.pth")
+    save_checkpoint(
+        {"model": build_model(args)[0].state_dict(), "args": {"nheads": 4, "pretext": args.pretext}},
+        tmp_path / "pre.pth",
+    )
     with pytest.raises(UserError, match="is from pre-training and knows no classes"):
         run("--checkpoint", tmp_path / "pre.pth", "--images", data / "held_out", "--output_dir", tmp_path / "out")
 
 
 def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
-    words = ["--checkpoint", data / "run" / "checkpoint.pth", "--images", data / "held_out" / "000001.png", "--output_dir", "out"]
+    words = [
+        "--checkpoint",
+        data / "run" / "checkpoint.pth",
+        "--images",
+        data / "held_out" / "000001.png",
+        "--output_dir",
+        "out",
+    ]
     command = [sys.executable, ROOT / "tools" / "predict.py", *SMALL, *map(str, words)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -178,10 +228,14 @@ def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "predictions.png").is_file()
 
 
-@pytest.mark.parametrize(("words", "expected"), [
-    (["--threshold", "2"], "scores lie between 0 and 1"), (["--threshold", "half"], "scores lie between 0 and 1, got half"),
-    (["--treshold", "0.3"], "did you mean --threshold?"),
-])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--threshold", "2"], "scores lie between 0 and 1"),
+        (["--threshold", "half"], "scores lie between 0 and 1, got half"),
+        (["--treshold", "0.3"], "did you mean --threshold?"),
+    ],
+)
 def test_wrong_flags(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as leave:
         predict.parse(["--checkpoint", "c", "--images", "i", "--output_dir", "o", *words])

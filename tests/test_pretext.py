@@ -1,10 +1,21 @@
 """Pretexts on every detector: their invariants, their state dict, and what they leave to fine-tuning."""
+
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import fine_tune, logged, make_batch, make_targets, pre_train, read_checkpoint, tiny_args, write_coco, write_images
+from tiny import (
+    fine_tune,
+    logged,
+    make_batch,
+    make_targets,
+    pre_train,
+    read_checkpoint,
+    tiny_args,
+    write_coco,
+    write_images,
+)
 from torch import Tensor, nn
 
 from models import build_model
@@ -36,7 +47,10 @@ def build(detector: str, *flags: str, pretext: str = "random_query_patch", seed:
 
 def patch_targets(patches: int = PATCHES, images: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
     """Images of 64 x 64; where a pretext needs two views of each, the second half are the second views."""
-    return [{**target, "size": torch.tensor([64, 64])} for target in make_targets([patches] * images, seed=seed, patches=patches)]
+    return [
+        {**target, "size": torch.tensor([64, 64])}
+        for target in make_targets([patches] * images, seed=seed, patches=patches)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- any pretext
@@ -69,7 +83,9 @@ def test_state_dict_is_flat_and_loads_both_ways(pretext: str, detector: str) -> 
     assert any(not torch.equal(value, other.state_dict()[key]) for key, value in state.items())
     other.load_state_dict(state, strict=True)
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
-    other.load_state_dict({key: value.clone() for key, value in state.items()}, strict=True)  # without PyTorch's metadata
+    other.load_state_dict(
+        {key: value.clone() for key, value in state.items()}, strict=True
+    )  # without PyTorch's metadata
     assert list(state) == list(other.state_dict())
     del state["query_embed.weight"]
     with pytest.raises(RuntimeError, match="query_embed"):
@@ -91,7 +107,10 @@ def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
     """Four images, seen again and again, are learnt: the loss falls to less than half in 60 steps."""
     flags = ["--dropout", "0", "--hidden_dim", "64", "--fre_cnn", "--backbone_norm", "frozen"]
     # Batch norm of two images a view has outputs of -1 and 1: at its full weight that noise hides what falls.
-    own = {"random_query_patch": ["--mask_ratio", "0"], "siamese": ["--box_disturbance", "0", "--global_loss_coef", "1"]}
+    own = {
+        "random_query_patch": ["--mask_ratio", "0"],
+        "siamese": ["--box_disturbance", "0", "--global_loss_coef", "1"],
+    }
     model, criterion = build(detector, *flags, *own.get(pretext, ()), pretext=pretext)
     samples, targets = make_batch(4), patch_targets(images=4)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
@@ -106,7 +125,8 @@ def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
     assert min(history[-5:]) < 0.5 * history[0], history[::10]
 
 
-# ---------------------------------------------------------------------------------------------------- random query patch
+# ---------------------------------------------------------------------------------------------------- random query
+# patch
 
 
 @on_detectors
@@ -123,7 +143,8 @@ def test_shapes(detector: str) -> None:
         assert layer["pred_features"].shape == (2, QUERIES, channels)
     assert outputs["target_features"].shape == (2 * PATCHES, channels)
     assert criterion.weight_dict == {
-        f"{name}{suffix}": weight for suffix in ("", "_0")
+        f"{name}{suffix}": weight
+        for suffix in ("", "_0")
         for name, weight in (("loss_ce", 1.0), ("loss_bbox", 5.0), ("loss_giou", 2.0), ("loss_feature", 1.0))
     }
 
@@ -162,7 +183,9 @@ def test_queries_of_one_patch_see_each_other(detector: str) -> None:
     model.eval()
     before = model(make_batch(), patch_targets())["pred_logits"]
     with torch.no_grad():
-        model.detector.query_embed.weight[4] += torch.randn_like(model.detector.query_embed.weight[4])  # the first query of group 1
+        model.detector.query_embed.weight[4] += torch.randn_like(
+            model.detector.query_embed.weight[4]
+        )  # the first query of group 1
     after = model(make_batch(), patch_targets())["pred_logits"]
     moved = (after - before).abs().amax((0, 2)) > 1e-5
     assert moved.tolist() == [4 <= query < 8 for query in range(QUERIES)]
@@ -204,8 +227,11 @@ def test_feature_loss_lies_between_0_and_4(detector: str) -> None:
     def with_prediction(features: Tensor) -> float:
         """The loss when each query predicts `features` of its own group, and matching gives each patch its group."""
         perfect = {
-            "pred_logits": torch.zeros(2, QUERIES, 3), "pred_features": features.repeat_interleave(QUERIES // PATCHES, dim=1),
-            "pred_boxes": torch.stack([target["boxes"] for target in targets]).repeat_interleave(QUERIES // PATCHES, dim=1),
+            "pred_logits": torch.zeros(2, QUERIES, 3),
+            "pred_features": features.repeat_interleave(QUERIES // PATCHES, dim=1),
+            "pred_boxes": torch.stack([target["boxes"] for target in targets]).repeat_interleave(
+                QUERIES // PATCHES, dim=1
+            ),
             "target_features": outputs["target_features"],
         }
         return float(criterion(perfect, targets)["loss_feature"])
@@ -218,7 +244,9 @@ def test_feature_loss_lies_between_0_and_4(detector: str) -> None:
 @pytest.mark.parametrize("num_patches", [1, 2, 4, 5, 10, 20, 25, 50, 100])
 def test_every_number_of_patches_that_divides_the_queries(detector: str, num_patches: int) -> None:
     """The published mask leaves rows without a query to see for some of these, and outputs that are not finite."""
-    model, criterion = build(detector, "--num_queries", "100", "--num_patches", str(num_patches), "--backbone_norm", "frozen")
+    model, criterion = build(
+        detector, "--num_queries", "100", "--num_patches", str(num_patches), "--backbone_norm", "frozen"
+    )
     targets = patch_targets(num_patches, images=1)
     outputs = model(make_batch(1), targets)
     for layer in (*outputs["aux_outputs"], outputs):
@@ -289,7 +317,9 @@ def test_share_of_queries_that_are_left_out() -> None:
 
 @on_detectors
 def test_query_shuffle(detector: str) -> None:
-    """In training learned queries go to patches in a new order each step, the same for all images; at evaluation never."""
+    """In training learned queries go to patches in a new order each step, the same for all images; at evaluation
+    never.
+    """
     model, _ = build(detector, "--query_shuffle", "--mask_ratio", "0")
     features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
@@ -302,11 +332,15 @@ def test_query_shuffle(detector: str) -> None:
             order = torch.cdist(drawn, learned.expand(2, -1, -1)).argmin(-1)
             torch.testing.assert_close(drawn, learned[order], rtol=1e-4, atol=1e-5)
             assert torch.equal(order[0], order[1])
-            assert content is None or torch.equal(queries.content[0], content[0, order[0]])  # what a query starts from goes with it
+            assert content is None or torch.equal(
+                queries.content[0], content[0, order[0]]
+            )  # what a query starts from goes with it
             assert sorted(order[0].tolist()) == list(range(QUERIES))
             orders.append(order[0].tolist())
         assert orders[0] != orders[1]
-        torch.testing.assert_close(model.eval().patch_queries(features, 2, PATCHES).position - full, learned.expand(2, -1, -1))
+        torch.testing.assert_close(
+            model.eval().patch_queries(features, 2, PATCHES).position - full, learned.expand(2, -1, -1)
+        )
 
 
 def test_order_of_queries_and_patches() -> None:
@@ -328,13 +362,17 @@ def test_patch_features_are_pooled_maps() -> None:
     torch.testing.assert_close(model.patch_features(patches), expected)
 
 
-@pytest.mark.parametrize(("case", "flags"), [("updetr_r50", ["--pre_norm", "--feature_recon"]), ("updetr_r50_norecon_postnorm", [])])
+@pytest.mark.parametrize(
+    ("case", "flags"), [("updetr_r50", ["--pre_norm", "--feature_recon"]), ("updetr_r50_norecon_postnorm", [])]
+)
 def test_names_of_the_published_checkpoint(case: str, flags: list[str]) -> None:
     js = json.loads((GOLDEN / f"{case}.json").read_text())
     args = make_parser(PRETRAIN).parse_args(["--backbone_weights", "none", "--device", "cpu", *flags])
     with torch.device("meta"):
         state = build_model(args)[0].state_dict()
-    assert {key: list(value.shape) for key, value in state.items()} == {key: entry["shape"] for key, entry in js["state_dict"].items()}
+    assert {key: list(value.shape) for key, value in state.items()} == {
+        key: entry["shape"] for key, entry in js["state_dict"].items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- transfer
@@ -345,8 +383,21 @@ OWN_PARTS = tuple(part for entry in PRETEXTS.values() for part in entry.parts)
 @pairs
 def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) -> None:
     """Pre-train a few steps, fine-tune one: what is transferred, what starts anew, that it trains."""
-    pre_train("--pretext", pretext, "--detector", detector, *OWN_FLAGS[pretext], "--imagenet_path", write_images(tmp_path / "photographs"),
-              "--output_dir", tmp_path / "pretrain", "--epochs", 2, "--lr", 1e-3)
+    pre_train(
+        "--pretext",
+        pretext,
+        "--detector",
+        detector,
+        *OWN_FLAGS[pretext],
+        "--imagenet_path",
+        write_images(tmp_path / "photographs"),
+        "--output_dir",
+        tmp_path / "pretrain",
+        "--epochs",
+        2,
+        "--lr",
+        1e-3,
+    )
     source = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["model"]
     first: dict[str, Tensor] = {}
 
@@ -357,13 +408,27 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
     hook = nn.modules.module.register_module_forward_pre_hook(keep_first_weights)
     try:
         with logged() as lines:
-            fine_tune("--coco_path", write_coco(tmp_path / "coco", train=2), "--pretrain", tmp_path / "pretrain" / "checkpoint.pth",
-                      "--output_dir", tmp_path / "finetune", "--epochs", 1, "--lr", 1e-3, "--lr_backbone", 1e-3)
+            fine_tune(
+                "--coco_path",
+                write_coco(tmp_path / "coco", train=2),
+                "--pretrain",
+                tmp_path / "pretrain" / "checkpoint.pth",
+                "--output_dir",
+                tmp_path / "finetune",
+                "--epochs",
+                1,
+                "--lr",
+                1e-3,
+                "--lr_backbone",
+                1e-3,
+            )
     finally:
         hook.remove()
     transferred = {key for key in source if not key.startswith(OWN_PARTS) and "class_embed" not in key}
     assert transferred == {key for key in first if "class_embed" not in key}
-    classes, boxes = (("class_embed.0", "bbox_embed.0") if "bbox_embed.0.layers.2.weight" in source else ("class_embed", "bbox_embed"))
+    classes, boxes = (
+        ("class_embed.0", "bbox_embed.0") if "bbox_embed.0.layers.2.weight" in source else ("class_embed", "bbox_embed")
+    )
     assert {"query_embed.weight", f"{boxes}.layers.2.weight", "backbone.0.body.conv1.weight"} <= transferred
     for key in transferred:
         assert torch.equal(first[key], source[key]), key
@@ -377,8 +442,14 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
     settings = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["args"]
     for flag in ("detector", "position_embedding", "pre_norm"):  # taken over from the file
         assert trained["args"][flag] == settings[flag], flag
-    for key in ("query_embed.weight", f"{boxes}.layers.2.weight", f"{classes}.weight", "backbone.0.body.layer4.1.conv2.weight",
-                "transformer.encoder.layers.0.linear1.weight", "transformer.decoder.layers.1.linear2.weight"):
+    for key in (
+        "query_embed.weight",
+        f"{boxes}.layers.2.weight",
+        f"{classes}.weight",
+        "backbone.0.body.layer4.1.conv2.weight",
+        "transformer.encoder.layers.0.linear1.weight",
+        "transformer.decoder.layers.1.linear2.weight",
+    ):
         assert not torch.equal(trained["model"][key], first[key]), key
 
 

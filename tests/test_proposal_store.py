@@ -1,4 +1,7 @@
-"""The store of proposals: built in parts by processes that may be killed, verified when read, and equal to the method itself."""
+"""The store of proposals: built in parts by processes that may be killed, verified when read, and equal to the method
+itself.
+"""
+
 import json
 import multiprocessing
 import os
@@ -72,7 +75,9 @@ def test_a_store_gives_the_boxes_of_the_method_in_the_same_order(images: Path, s
     for index in (0, 5, 11):
         image = read_image(folder.path(index))
         for seed in (1, 2):
-            assert torch.equal(from_store(image, SampleRandom(seed), folder.name(index)), live(image, SampleRandom(seed), ""))
+            assert torch.equal(
+                from_store(image, SampleRandom(seed), folder.name(index)), live(image, SampleRandom(seed), "")
+            )
 
 
 def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, store: Path) -> None:
@@ -159,21 +164,31 @@ def test_workers_end_with_a_killed_builder(images: Path, tmp_path: Path) -> None
         time.sleep(0.01)
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    while any(Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" for pid in workers):
+    while any(
+        Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        for pid in workers
+    ):
         assert time.monotonic() < deadline, "a worker outlives its builder"
         time.sleep(0.05)
 
 
-def test_a_worker_that_dies_is_a_clear_line(images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_a_clear_line(
+    images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cache_proposals, "make_chunk", lambda *_: os._exit(9))
-        with pytest.raises(UserError, match="a process was ended from outside .* run the same command again, perhaps with --num_workers 1"):
+        with pytest.raises(
+            UserError,
+            match="a process was ended from outside .* run the same command again, perhaps with --num_workers 1",
+        ):
             cache(images, tmp_path / "store", "--num_workers", 2)
     cache(images, tmp_path / "store")
     assert content(tmp_path / "store") == content(store)
 
 
-def test_a_merge_that_is_broken_off_is_repeated(images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_is_broken_off_is_repeated(
+    images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "store"
 
     def fail(*_args, **_settings) -> None:
@@ -212,8 +227,15 @@ def flip_a_box(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("damage", [
-    flip_a_box, lambda path: path.write_bytes(path.read_bytes()[:-50]), lambda path: path.write_bytes(b""), lambda path: np.savez(path)])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_box,
+        lambda path: path.write_bytes(path.read_bytes()[:-50]),
+        lambda path: path.write_bytes(b""),
+        lambda path: np.savez(path),
+    ],
+)
 def test_a_damaged_chunk_is_one_line(damage, images: Path, tmp_path: Path) -> None:
     for shard in ("1/2", "2/2"):
         cache(images, tmp_path / "store", "--shard", shard)
@@ -247,7 +269,9 @@ def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
     Image.fromarray(draw(77, 51, 60)[0]).save(path)  # the size that it had: only its content tells
     with pytest.raises(UserError, match=r"1 of 4 images differ .* the first is a/000\.png"):
         cache(images, tmp_path / "store", "--check")
-    with pytest.raises(UserError, match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the data set changed"):
+    with pytest.raises(
+        UserError, match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the data set changed"
+    ):
         stored(tmp_path / "store", images)
     Image.fromarray(draw(1, 70, 90)[0]).save(path)
     with pytest.raises(UserError, match=r"a/000\.png has 90 x 70 pixels, but had 60 x 51"):
@@ -271,7 +295,9 @@ def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -
     with pytest.raises(UserError, match="holds proposals with settings .* now it is"):
         cache(images, store, "--ss_resize", 64)
     with pytest.raises(UserError, match="draws its boxes anew"):
-        cache_proposals.make_plan(Namespace(images=str(images), list=None, proposals="random", num_patches=3, max_prop=3))
+        cache_proposals.make_plan(
+            Namespace(images=str(images), list=None, proposals="random", num_patches=3, max_prop=3)
+        )
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds other files"):
@@ -291,7 +317,9 @@ def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -
 
 
 def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("b/deep/001.png 17\na/002.png 3\na/002.png 3\n", encoding="utf-8-sig")  # as Windows writes it
+    (tmp_path / "list.txt").write_text(
+        "b/deep/001.png 17\na/002.png 3\na/002.png 3\n", encoding="utf-8-sig"
+    )  # as Windows writes it
     cache(images, tmp_path / "some", "--list", tmp_path / "list.txt")
     some, whole = ProposalStore(tmp_path / "some"), ProposalStore(store)
     assert [some.names[i] for i in range(len(some.names))] == ["a/002.png", "b/deep/001.png"]
@@ -304,7 +332,10 @@ def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
 
 def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
     """Also where only some images have scores: the others are drawn in a new order."""
-    rows = {"a/000.png": np.array([[0.5, 1, 9, 9, 0.1], [2, 2, 8, 8.25, 0.9]]), "a/001.png": np.array([[0, 0, 5, 5], [1, 1, 6, 6.0]])}
+    rows = {
+        "a/000.png": np.array([[0.5, 1, 9, 9, 0.1], [2, 2, 8, 8.25, 0.9]]),
+        "a/001.png": np.array([[0, 0, 5, 5], [1, 1, 6, 6.0]]),
+    }
     np.savez(tmp_path / "boxes.npz", **rows)
     (tmp_path / "list.txt").write_text("\n".join(rows))
     cache(images, tmp_path / "store", "--list", tmp_path / "list.txt", "--proposals", f"file:{tmp_path / 'boxes.npz'}")
@@ -321,10 +352,18 @@ def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
 def test_damaged_stores(store: Path, tmp_path: Path) -> None:
     for name, change, message in (
         ("boxes.npy", lambda path: path.write_bytes(path.read_bytes()[:-50]), "boxes.npy can't be read"),
-        ("offsets.npy", lambda path: np.save(path, np.load(path)[:-1]), "its arrays are not as long as header.json says"),
+        (
+            "offsets.npy",
+            lambda path: np.save(path, np.load(path)[:-1]),
+            "its arrays are not as long as header.json says",
+        ),
         ("sizes.npy", Path.unlink, "sizes.npy can't be read"),
         ("header.json", lambda path: path.write_text("{"), "header.json can't be read"),
-        ("header.json", lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99})), "has format 99"),
+        (
+            "header.json",
+            lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99})),
+            "has format 99",
+        ),
     ):
         copy = tmp_path / "copy"
         shutil.copytree(store, copy)
@@ -346,7 +385,16 @@ def test_arrays_are_mapped_and_not_sent_to_workers(images: Path, store: Path) ->
 
 @pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior"])
 def test_data_sets_take_their_boxes_from_a_store(images: Path, store: Path, pretext: str) -> None:
-    flags = ["--pretext", pretext, "--imagenet_path", str(images), "--proposals", "selective_search", "--cache_path", str(store)]
+    flags = [
+        "--pretext",
+        pretext,
+        "--imagenet_path",
+        str(images),
+        "--proposals",
+        "selective_search",
+        "--cache_path",
+        str(store),
+    ]
     if pretext == "region_prior":
         flags += ["--max_prop", "6", "--num_patches", "10"]  # the default: this pretext refuses others
     dataset = build_dataset("train", tiny_args(PRETRAIN, *flags))

@@ -1,4 +1,5 @@
 """Proposal methods: selective search, EdgeBoxes, boxes from files, and what a data set takes of them."""
+
 import builtins
 import json
 import multiprocessing
@@ -91,7 +92,9 @@ def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
     assert not torch.equal(own[0], own[1])
     uniform = [SelectiveSearch()(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
     assert {tuple(box) for box in own[0].tolist()} == {tuple(box) for box in uniform[0].tolist()}
-    small, any_size = (torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws]) for draws in (own, uniform))
+    small, any_size = (
+        torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws]) for draws in (own, uniform)
+    )
     assert small.mean() < 0.9 * any_size.mean()
     header = {"method": "selective_search", "settings": SelectiveSearch().settings}
     with pytest.raises(UserError, match="was made with order None, the flags say OpenCV's"):
@@ -113,7 +116,9 @@ def test_an_error_of_opencv_is_of_that_image_alone(cv2, photo: np.ndarray, monke
     def fail(*_args, **_flags) -> None:
         raise cv2.error("out of\nmemory")
 
-    monkeypatch.setattr(cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation", lambda: types.SimpleNamespace(setBaseImage=fail))
+    monkeypatch.setattr(
+        cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation", lambda: types.SimpleNamespace(setBaseImage=fail)
+    )
     monkeypatch.setattr(cv2.ximgproc, "createEdgeBoxes", fail)
     for method in (SelectiveSearch(), EdgeBoxes()):
         with pytest.raises(BadImageError, match="OpenCV can't search it .out of memory"):
@@ -127,8 +132,19 @@ def test_edge_boxes_are_opencv_s_best_first(cv2, photo: np.ndarray) -> None:
     boxes, scores = EdgeBoxes().search(photo)
     edges, orientation = edge_boxes_module.gradient_edges(photo.astype(np.float32) / 255)
     raw, raw_scores = cv2.ximgproc.createEdgeBoxes(
-        alpha=0.65, beta=0.75, eta=1, minScore=0.01, maxBoxes=512, edgeMinMag=0.1, edgeMergeThr=0.5, clusterMinMag=0.5, maxAspectRatio=3,
-        minBoxArea=1000, gamma=2, kappa=1.5).getBoundingBoxes(edges, orientation)
+        alpha=0.65,
+        beta=0.75,
+        eta=1,
+        minScore=0.01,
+        maxBoxes=512,
+        edgeMinMag=0.1,
+        edgeMergeThr=0.5,
+        clusterMinMag=0.5,
+        maxAspectRatio=3,
+        minBoxArea=1000,
+        gamma=2,
+        kappa=1.5,
+    ).getBoundingBoxes(edges, orientation)
     assert len(boxes) > 5
     assert np.array_equal(boxes, np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1))
     assert np.array_equal(scores, raw_scores.ravel())
@@ -165,24 +181,40 @@ def test_without_boxes_the_image_is_sharpened_and_enlarged(cv2, monkeypatch: pyt
 
 
 def test_a_flat_image_gives_its_middle(cv2) -> None:
-    for (height, width), expected in (((90, 120), [30, 22, 90, 66]), ((1, 1), [0, 0, 1, 1]), ((5, 300), [75, 1, 225, 3])):
+    for (height, width), expected in (
+        ((90, 120), [30, 22, 90, 66]),
+        ((1, 1), [0, 0, 1, 1]),
+        ((5, 300), [75, 1, 225, 3]),
+    ):
         boxes, scores = EdgeBoxes().search(np.full((height, width, 3), 77, dtype=np.uint8))
         assert boxes.tolist() == [expected]
         assert scores.tolist() == [0]
 
 
 def write_forest(path: Path) -> Path:
-    """A forest in OpenCV's format with one tree of three nodes: where the gradient at a patch's centre is small there is no edge, else
-    the middle column of the patch is one."""
+    """A forest in OpenCV's format with one tree of three nodes: where the gradient at a patch's centre is small there
+    is no edge, else the middle column of the patch is one."""
     options = {
-        "stride": 2, "shrinkNumber": 2, "patchSize": 32, "patchInnerSize": 16, "numberOfGradientOrientations": 4,
-        "gradientSmoothingRadius": 0, "regFeatureSmoothingRadius": 2, "ssFeatureSmoothingRadius": 8, "gradientNormalizationRadius": 4,
-        "selfsimilarityGridSize": 5, "numberOfTrees": 1, "numberOfTreesToEvaluate": 1,
+        "stride": 2,
+        "shrinkNumber": 2,
+        "patchSize": 32,
+        "patchInnerSize": 16,
+        "numberOfGradientOrientations": 4,
+        "gradientSmoothingRadius": 0,
+        "regFeatureSmoothingRadius": 2,
+        "ssFeatureSmoothingRadius": 8,
+        "gradientNormalizationRadius": 4,
+        "selfsimilarityGridSize": 5,
+        "numberOfTrees": 1,
+        "numberOfTreesToEvaluate": 1,
     }
     gradient = 3 * 16 * 16 + 8 * 16 + 8  # channels are colours first, each on 16 x 16 cells
     edge = [y * 16 + 8 for y in range(16)]
     arrays = {
-        "childs": [2, 0, 0], "featureIds": [gradient, 0, 0], "thresholds": [0.05, 0.0, 0.0], "edgeBoundaries": [0, 0, 0, len(edge)],
+        "childs": [2, 0, 0],
+        "featureIds": [gradient, 0, 0],
+        "thresholds": [0.05, 0.0, 0.0],
+        "edgeBoundaries": [0, 0, 0, len(edge)],
         "edgeBins": edge,
     }
     lines = ["%YAML:1.0", "---", "options:", *(f"   {key}: {value}" for key, value in options.items())]
@@ -298,10 +330,16 @@ def from_file(path: object):
 
 IMAGE = torch.zeros(3, 60, 80, dtype=torch.uint8)
 COCO = {
-    "images": [{"id": 9, "file_name": "b/x.jpg"}, {"id": 4, "file_name": "a/x.jpg"}, {"id": 5, "file_name": "empty.jpg"}],
+    "images": [
+        {"id": 9, "file_name": "b/x.jpg"},
+        {"id": 4, "file_name": "a/x.jpg"},
+        {"id": 5, "file_name": "empty.jpg"},
+    ],
     "annotations": [
-        {"image_id": 9, "bbox": [10, 20, 5, 6], "score": 0.2}, {"image_id": 4, "bbox": [1, 2, 3, 4], "score": 0.1},
-        {"image_id": 9, "bbox": [70, 50, 50, 50], "score": 0.9}, {"image_id": 9, "bbox": [90, 5, 5, 5], "score": 0.8},
+        {"image_id": 9, "bbox": [10, 20, 5, 6], "score": 0.2},
+        {"image_id": 4, "bbox": [1, 2, 3, 4], "score": 0.1},
+        {"image_id": 9, "bbox": [70, 50, 50, 50], "score": 0.9},
+        {"image_id": 9, "bbox": [90, 5, 5, 5], "score": 0.8},
     ],
 }
 
@@ -332,14 +370,25 @@ def test_coco_file_without_scores_is_drawn_in_a_new_order(tmp_path: Path) -> Non
     assert sorted(orders[0]) == [i for i in range(20) if i != 7]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("{", "not valid JSON"), ([], "does not say which image is which"), ({"images": []}, "has no list 'annotations'"),
-    ({**COCO, "annotations": [{"image_id": 77, "bbox": [1, 2, 3, 4]}]}, "no COCO file"),
-    ({**COCO, "annotations": [{"image_id": 4, "bbox": [1, 2, 3]}]}, "no COCO file"),
-    ({**COCO, "annotations": [*COCO["annotations"], {"image_id": 4, "bbox": [1, 2, 3, 4]}]}, "1 of 5 boxes have no score"),
-    ({**COCO, "images": [*COCO["images"], {"id": 4, "file_name": "c"}]}, "two images have the same id"),
-    ({**COCO, "images": [*COCO["images"], {"id": 6, "file_name": "a/x.jpg"}]}, "two images have the same file_name"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ([], "does not say which image is which"),
+        ({"images": []}, "has no list 'annotations'"),
+        ({**COCO, "annotations": [{"image_id": 77, "bbox": [1, 2, 3, 4]}]}, "no COCO file"),
+        ({**COCO, "annotations": [{"image_id": 4, "bbox": [1, 2, 3]}]}, "no COCO file"),
+        (
+            {**COCO, "annotations": [*COCO["annotations"], {"image_id": 4, "bbox": [1, 2, 3, 4]}]},
+            "1 of 5 boxes have no score",
+        ),
+        ({**COCO, "images": [*COCO["images"], {"id": 4, "file_name": "c"}]}, "two images have the same id"),
+        (
+            {**COCO, "images": [*COCO["images"], {"id": 6, "file_name": "a/x.jpg"}]},
+            "two images have the same file_name",
+        ),
+    ],
+)
 def test_bad_coco_files(tmp_path: Path, content: object, message: str) -> None:
     (tmp_path / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(UserError, match=message):
@@ -404,7 +453,10 @@ def test_npy_files_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_npz_archive(tmp_path: Path) -> None:
-    np.savez(tmp_path / "boxes.npz", **{"a/x.jpg": np.array([[0, 0, 5, 5, 0.1], [1, 1, 9, 9, 0.7]]), "b/x.jpg": np.zeros((0, 4))})
+    np.savez(
+        tmp_path / "boxes.npz",
+        **{"a/x.jpg": np.array([[0, 0, 5, 5, 0.1], [1, 1, 9, 9, 0.7]]), "b/x.jpg": np.zeros((0, 4))},
+    )
     method = from_file(tmp_path / "boxes.npz")
     assert method(IMAGE, SampleRandom(0), "a/x.jpg").tolist() == [[1, 1, 9, 9], [0, 0, 5, 5]]
     assert len(method(IMAGE, SampleRandom(0), "b/x.jpg")) == 0
@@ -423,10 +475,16 @@ def test_damaged_and_odd_files_are_one_line(tmp_path: Path) -> None:
     archive.write_bytes(data)
     np.save(tmp_path / "a.npy", {"box": [[1, 2, 3, 4], [1, 2]]})
     np.save(tmp_path / "b.npy", {"box": boxes, "score": ["high"]})
-    (tmp_path / "c.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:128] + b"\x80\x04R.")  # a pickle that ends in an IndexError
-    for path, name, said in ((archive, "a.jpg", "array a.jpg can't be read .Bad CRC"), (archive, "b.jpg", "array b.jpg can't be read .Obj"),
-                             (tmp_path, "a.jpg", "a.npy holds rows of different"), (tmp_path, "b.jpg", "b.npy holds .* 1 scores, <U4"),
-                             (tmp_path, "c.jpg", "c.npy can't be read")):
+    (tmp_path / "c.npy").write_bytes(
+        (tmp_path / "a.npy").read_bytes()[:128] + b"\x80\x04R."
+    )  # a pickle that ends in an IndexError
+    for path, name, said in (
+        (archive, "a.jpg", "array a.jpg can't be read .Bad CRC"),
+        (archive, "b.jpg", "array b.jpg can't be read .Obj"),
+        (tmp_path, "a.jpg", "a.npy holds rows of different"),
+        (tmp_path, "b.jpg", "b.npy holds .* 1 scores, <U4"),
+        (tmp_path, "c.jpg", "c.npy can't be read"),
+    ):
         with pytest.raises(UserError, match=said):
             from_file(path)(IMAGE, SampleRandom(0), name)
 

@@ -1,4 +1,7 @@
-"""docs/published_commands.md: both columns of every row mean the same flags, but for the differences that the row names."""
+"""docs/published_commands.md: both columns of every row mean the same flags, but for the differences that the row
+names.
+"""
+
 import re
 import shlex
 
@@ -24,8 +27,11 @@ def published_rows() -> list[tuple[str, str, str, str]]:
 
 
 ROWS = published_rows()
-# Those that train, evaluate or convert; tests/test_hub.py checks those of torch.hub, tests/test_setup_env.py the set-up.
-POSSIBLE = [row for row in ROWS if row[0] in CODE_BASES and row[2].startswith("`") and not row[2].startswith("`torch.hub")]
+# Those that train, evaluate or convert; tests/test_hub.py checks those of torch.hub, tests/test_setup_env.py the
+# set-up.
+POSSIBLE = [
+    row for row in ROWS if row[0] in CODE_BASES and row[2].startswith("`") and not row[2].startswith("`torch.hub")
+]
 
 
 def code(cell: str) -> list[str]:
@@ -46,8 +52,12 @@ def test_what_is_not_here_is_said() -> None:
 
 
 def flags_behind(words: list[str]) -> list[str]:
-    """What is written behind a config, or behind a script of another name; names of the reader's files count as none."""
-    start = next(i for i, word in enumerate(words) if re.search(r"\.(sh|py)[>\]]?$|^file>", word) and "run_dist" not in word)
+    """What is written behind a config, or behind a script of another name; names of the reader's files count as
+    none.
+    """
+    start = next(
+        i for i, word in enumerate(words) if re.search(r"\.(sh|py)[>\]]?$|^file>", word) and "run_dist" not in word
+    )
     return [word for word in words[start + 1 :] if re.match(r"--|[\d.]+$", word)]
 
 
@@ -76,7 +86,9 @@ def test_config_of_a_published_command_differs_only_where_it_says_so(row: tuple[
     if config is None:
         return
     given, kept = check_command(code(row[2])), parse(config_words(ROOT / config[1]))
-    differ = {flag for flag in vars(kept) if getattr(given, flag, None) != getattr(kept, flag)} - PATH_FLAGS - {"_filled"}
+    differ = (
+        {flag for flag in vars(kept) if getattr(given, flag, None) != getattr(kept, flag)} - PATH_FLAGS - {"_filled"}
+    )
     assert differ == {flag.lstrip("-") for flag in re.findall(r"--\w+", row[3])}
 
 

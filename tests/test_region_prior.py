@@ -1,4 +1,5 @@
 """DETReg's pretext: published numbers, the embedding target, what the data gives, and its way through both scripts."""
+
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -34,7 +35,16 @@ from util.logger import UserError
 from util.registry import DETECTORS
 
 FLAGS = (  # --num_patches: the default, which this pretext does not refuse
-    "--pretext", "region_prior", "--object_embedding_loss", "--proposals", "random", "--max_prop", "10", "--num_patches", "10")
+    "--pretext",
+    "region_prior",
+    "--object_embedding_loss",
+    "--proposals",
+    "random",
+    "--max_prop",
+    "10",
+    "--num_patches",
+    "10",
+)
 
 
 @pytest.fixture
@@ -56,7 +66,9 @@ def test_intermediate_embedding_equals_the_published_one(golden_dir: Path) -> No
     encoder = build_target_encoder("intermediate", backbone, "none")
     assert not any("layer3" in name for name in encoder.state_dict())
     crops = torch.from_numpy(z["crops_q32"]).float() / 32
-    torch.testing.assert_close(describe(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["intermediate_embedding"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        describe(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["intermediate_embedding"]), rtol=0, atol=1e-5
+    )
 
 
 def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
@@ -64,7 +76,9 @@ def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
     encoder = build_target_encoder("head", Backbone("resnet50"), "none")
     encoder.load_state_dict(weights, strict=False)  # but for counters that nothing reads
     crops = torch.from_numpy(z["crops_q32"]).float() / 32
-    torch.testing.assert_close(describe(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["head_embedding_eval"]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        describe(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["head_embedding_eval"]), rtol=0, atol=1e-5
+    )
     published = describe(encoder, [crops], published_statistics=True)
     torch.testing.assert_close(published, torch.from_numpy(z["head_embedding_train_bn"]), rtol=0, atol=1e-4)
 
@@ -76,9 +90,21 @@ def test_head_embedding_needs_the_network_of_the_file() -> None:
 
 def test_weights_without_a_projection_head_are_refused(tmp_path: Path) -> None:
     torch.save(Backbone("resnet50").body.state_dict(), tmp_path / "resnet50.pth")
-    with pytest.raises(UserError, match="--obj_embedding_head head needs a file with SwAV's projection head: .*intermediate"):
-        build_model(tiny_args(PRETRAIN, *FLAGS, "--backbone", "resnet50", "--obj_embedding_head", "head", "--backbone_weights",
-                              str(tmp_path / "resnet50.pth")))
+    with pytest.raises(
+        UserError, match="--obj_embedding_head head needs a file with SwAV's projection head: .*intermediate"
+    ):
+        build_model(
+            tiny_args(
+                PRETRAIN,
+                *FLAGS,
+                "--backbone",
+                "resnet50",
+                "--obj_embedding_head",
+                "head",
+                "--backbone_weights",
+                str(tmp_path / "resnet50.pth"),
+            )
+        )
 
 
 def test_a_random_target_is_said() -> None:
@@ -126,7 +152,9 @@ def test_without_any_target_the_loss_is_zero_and_connected() -> None:
 
 
 def test_embeddings_are_of_the_matched_proposals() -> None:
-    """The loss is the mean distance between each matched query's prediction and the embedding of that proposal's crop."""
+    """The loss is the mean distance between each matched query's prediction and the embedding of that proposal's
+    crop.
+    """
     model, criterion, _ = build()
     targets = targets_with_patches([3, 2])
     outputs = model(make_batch(), targets)
@@ -146,11 +174,13 @@ def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
     criterion.total(losses).backward()
     assert {name for name in losses if "embedding" in name} == {"loss_object_embedding"}
     assert "loss_ce_enc" in losses
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "distributed training waits for every gradient"
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad), (
+        "distributed training waits for every gradient"
+    )
 
 
 def test_objectness_alone() -> None:
-    model, *_ , args = build("--num_classes", "1", "--detector", "conditional_detr")
+    model, *_, args = build("--num_classes", "1", "--detector", "conditional_detr")
     assert model.classes.num_outputs == 1
     assert args.num_classes == 1
 
@@ -184,7 +214,9 @@ def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, "--image_size", "96")
     dataset.patch_transform.augment = False
     dataset.proposals = lambda image, rng, name: torch.tensor(
-        [[x, y, x + 12, y + 12] for x in range(0, image.shape[2] - 11, 12) for y in range(0, image.shape[1] - 11, 12)], dtype=torch.float32)
+        [[x, y, x + 12, y + 12] for x in range(0, image.shape[2] - 11, 12) for y in range(0, image.shape[1] - 11, 12)],
+        dtype=torch.float32,
+    )
     colours = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     squares = colours.repeat_interleave(12, 1).repeat_interleave(12, 2)
     for index in range(len(dataset)):
@@ -246,10 +278,23 @@ def test_pre_train_resume_and_fine_tune(detector: str, tmp_path: Path) -> None:
         assert torch.equal(value, first["frozen"]["target_encoder"][name])
         assert torch.equal(value, resumed["frozen"]["target_encoder"][name])
     assert all(torch.equal(value, resumed["model"][name]) for name, value in whole["model"].items())
-    assert read_log(tmp_path / "a")[1]["train_loss_object_embedding"] == read_log(tmp_path / "b")[1]["train_loss_object_embedding"]
+    assert (
+        read_log(tmp_path / "a")[1]["train_loss_object_embedding"]
+        == read_log(tmp_path / "b")[1]["train_loss_object_embedding"]
+    )
 
-    fine_tune("--detector", detector, "--coco_path", coco, "--pretrain", tmp_path / "a" / "checkpoint.pth",
-              "--output_dir", tmp_path / "c", "--epochs", "1")
+    fine_tune(
+        "--detector",
+        detector,
+        "--coco_path",
+        coco,
+        "--pretrain",
+        tmp_path / "a" / "checkpoint.pth",
+        "--output_dir",
+        tmp_path / "c",
+        "--epochs",
+        "1",
+    )
     tuned = read_checkpoint(tmp_path / "c" / "checkpoint.pth")
     assert not any(name.startswith("feature_embed") for name in tuned["model"])
     assert tuned["args"]["position_embedding"] == "sine_shifted"
@@ -257,7 +302,9 @@ def test_pre_train_resume_and_fine_tune(detector: str, tmp_path: Path) -> None:
 
 def test_a_published_checkpoint_brings_its_encoder_where_its_backbone_is_frozen() -> None:
     model, *_ = build("--lr_backbone", "0")
-    other = {name: torch.randn_like(value) for name, value in model.state_dict().items() if name.startswith("backbone.")}
+    other = {
+        name: torch.randn_like(value) for name, value in model.state_dict().items() if name.startswith("backbone.")
+    }
     model.load_state_dict({**model.state_dict(), **other})
     model.load_frozen({}, "file.pth")
     weight = model.target_encoder.backbone.body.conv1.weight
@@ -268,9 +315,22 @@ def test_a_published_checkpoint_brings_its_encoder_where_its_backbone_is_frozen(
 
 
 def test_a_published_run_goes_on(tmp_path: Path) -> None:
-    """DETReg's file of Deformable DETR has neither encoder nor pretext's name, and `feature_embed` before the boxes' head."""
+    """DETReg's file of Deformable DETR has neither encoder nor pretext's name, and `feature_embed` before the boxes'
+    head.
+    """
     images = write_images(tmp_path / "images")
-    flags = [*FLAGS, "--model", "deformable_detr", "--imagenet_path", images, "--batch_size", "2", "--dropout", "0", *FROZEN]
+    flags = [
+        *FLAGS,
+        "--model",
+        "deformable_detr",
+        "--imagenet_path",
+        images,
+        "--batch_size",
+        "2",
+        "--dropout",
+        "0",
+        *FROZEN,
+    ]
     pre_train(*flags, "--output_dir", tmp_path / "a", "--epochs", "1")
     file = read_checkpoint(tmp_path / "a" / "checkpoint.pth")
     names = list(file["model"])
@@ -283,12 +343,26 @@ def test_a_published_run_goes_on(tmp_path: Path) -> None:
         return [name for name in each if not others.match(name)]
 
     numbers = dict(zip(counted(names), file["optimizer"]["param_groups"][0]["params"], strict=True))
-    state = {k: file["optimizer"]["state"][numbers[name]] for k, name in zip(numbers.values(), counted(order), strict=True)}
-    torch.save({
-        "model": {name: file["model"][name] for name in order}, "epoch": 0, "lr_scheduler": file["lr_scheduler"],
-        "optimizer": {**file["optimizer"], "state": {**file["optimizer"]["state"], **state}},
-        "args": Namespace(model="deformable_detr", dataset="imagenet", strategy="topk", object_embedding_loss=True, nheads=4, seed=42),
-    }, tmp_path / "published.pth")
+    state = {
+        k: file["optimizer"]["state"][numbers[name]] for k, name in zip(numbers.values(), counted(order), strict=True)
+    }
+    torch.save(
+        {
+            "model": {name: file["model"][name] for name in order},
+            "epoch": 0,
+            "lr_scheduler": file["lr_scheduler"],
+            "optimizer": {**file["optimizer"], "state": {**file["optimizer"]["state"], **state}},
+            "args": Namespace(
+                model="deformable_detr",
+                dataset="imagenet",
+                strategy="topk",
+                object_embedding_loss=True,
+                nheads=4,
+                seed=42,
+            ),
+        },
+        tmp_path / "published.pth",
+    )
     with pytest.raises(UserError, match="add --pretext region_prior"):
         pre_train("--imagenet_path", images, "--resume", tmp_path / "published.pth")
     pre_train(*flags, "--output_dir", tmp_path / "b", "--epochs", "2", "--resume", tmp_path / "published.pth")

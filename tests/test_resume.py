@@ -1,4 +1,5 @@
 """A run that stops and goes on gives the numbers of one that never stopped."""
+
 import os
 import re
 import signal
@@ -57,10 +58,16 @@ def start_pretext(data: Path, *flags: object) -> None:
 
 
 CASES: dict[str, tuple[Callable, tuple]] = {
-    "live": (start_labelled, ("--lr_backbone", 0)),  # batch statistics change, weights of the backbone do not: small files
+    "live": (
+        start_labelled,
+        ("--lr_backbone", 0),
+    ),  # batch statistics change, weights of the backbone do not: small files
     "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
     "pretext": (start_pretext, FROZEN),
-    "proposals": (start_labelled, (*FROZEN, "--detector", "deformable_detr", "--two_stage", "--with_box_refine", "--lr_drop_epochs", 1, 3)),
+    "proposals": (
+        start_labelled,
+        (*FROZEN, "--detector", "deformable_detr", "--two_stage", "--with_box_refine", "--lr_drop_epochs", 1, 3),
+    ),
 }
 whole_runs: dict[str, Path] = {}
 
@@ -77,7 +84,17 @@ def whole_run(case: str, data: Path) -> Path:
 def assert_equal_runs(folder: Path, expected: Path) -> None:
     """Weights, moments, schedule, random states, best score and every logged number."""
     ours, whole = read_checkpoint(folder / "checkpoint.pth"), read_checkpoint(expected / "checkpoint.pth")
-    for name in ("model", "optimizer", "lr_scheduler", "epoch", "batch", "averages", "best", "random_states", "class_names"):
+    for name in (
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "epoch",
+        "batch",
+        "averages",
+        "best",
+        "random_states",
+        "class_names",
+    ):
         assert_same(ours[name], whole[name], name)
     assert len(read_log(folder)) == 4
     assert_same_logs(folder, expected)
@@ -106,8 +123,12 @@ def test_dropout_is_drawn_anew(data: Path) -> None:
 
 
 @pytest.mark.parametrize("by_signal", [True, False])
-def test_stop_between_training_and_evaluation(by_signal: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epoch is saved before it is evaluated: a signal stops at once there, and what was left out is done first afterwards."""
+def test_stop_between_training_and_evaluation(
+    by_signal: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The epoch is saved before it is evaluated: a signal stops at once there, and what was left out is done first
+    afterwards.
+    """
     evaluate, (start, flags) = finetune_main.Evaluation.__call__, CASES["live"]
 
     def interrupted(self, model, epoch):
@@ -119,7 +140,9 @@ def test_stop_between_training_and_evaluation(by_signal: bool, data: Path, tmp_p
         return evaluate(self, model, epoch)
 
     monkeypatch.setattr(finetune_main.Evaluation, "__call__", interrupted)
-    with pytest.raises(StopRequested if by_signal else KeyboardInterrupt, match="during evaluation; saved in" if by_signal else None):
+    with pytest.raises(
+        StopRequested if by_signal else KeyboardInterrupt, match="during evaluation; saved in" if by_signal else None
+    ):
         start(data, "--output_dir", tmp_path, *flags)
     assert len(read_log(tmp_path)) == 1
     assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
@@ -145,12 +168,20 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
     monkeypatch.setattr(engine, "train_step", stopped)
 
 
-@pytest.mark.parametrize(("case", "step", "number"), [
-    ("live", 3, signal.SIGTERM), ("pretext", 3, signal.SIGINT), ("pretext", 4, signal.SIGTERM), ("pretext", 8, signal.SIGTERM),
-])
-def test_stop_at_the_end_of_an_epoch(case: str, step: int, number: int, data: Path, tmp_path: Path, monkeypatch) -> None:
-    """Two steps an epoch. A signal that comes after step 3 is told by the flag of step 4, the last of the second epoch; one that comes
-    after step 4, or after the last step of all, is told by none."""
+@pytest.mark.parametrize(
+    ("case", "step", "number"),
+    [
+        ("live", 3, signal.SIGTERM),
+        ("pretext", 3, signal.SIGINT),
+        ("pretext", 4, signal.SIGTERM),
+        ("pretext", 8, signal.SIGTERM),
+    ],
+)
+def test_stop_at_the_end_of_an_epoch(
+    case: str, step: int, number: int, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Two steps an epoch. A signal that comes after step 3 is told by the flag of step 4, the last of the second epoch;
+    one that comes after step 4, or after the last step of all, is told by none."""
     start, flags = CASES[case]
     stop_at(monkeypatch, step, number)
     with pytest.raises(StopRequested, match=r"after batch 2 of 2; saved in .*--resume auto"):
@@ -199,10 +230,26 @@ def test_stop_without_output_folder_says_so(data: Path, monkeypatch: pytest.Monk
 
 def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
     """SIGTERM to a real process: exit status 143, one line that says where to go on, and a checkpoint of that place."""
-    command = [sys.executable, "finetune_main.py", *RUN_FLAGS, *FROZEN, "--coco_path", write_coco(tmp_path / "coco", train=300),
-               "--output_dir", tmp_path / "run", "--batch_size", "1"]
-    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "finetune_main.py",
+        *RUN_FLAGS,
+        *FROZEN,
+        "--coco_path",
+        write_coco(tmp_path / "coco", train=300),
+        "--output_dir",
+        tmp_path / "run",
+        "--batch_size",
+        "1",
+    ]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     try:
         assert any(line.startswith("AdamW") for line in process.stdout)  # the last line before training
         time.sleep(1)
@@ -220,7 +267,8 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
     assert 0 < checkpoint["batch"] < 300
 
 
-# ---------------------------------------------------------------------------------------------------- what can be resumed
+# ---------------------------------------------------------------------------------------------------- what can be
+# resumed
 
 
 def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path: Path) -> None:
@@ -240,7 +288,9 @@ def test_resuming_a_finished_run(data: Path, tmp_path: Path) -> None:
 
 
 def published_checkpoint(path: Path) -> dict:
-    """A DETR checkpoint as the published code writes it under PyTorch 1.5: a pickled Namespace, integer steps, nothing newer."""
+    """A DETR checkpoint as the published code writes it under PyTorch 1.5: a pickled Namespace, integer steps, nothing
+    newer.
+    """
     torch.manual_seed(1)
     args = tiny_args(FINETUNE, "--backbone_norm", "frozen")
     model, _, _ = build_model(args)
@@ -249,15 +299,57 @@ def published_checkpoint(path: Path) -> dict:
     for group in optimizer.param_groups:
         ids = [140_000_000_000 + len(state) + i for i in range(len(group["params"]))]  # 1.5 wrote addresses
         for key, parameter in zip(ids, group["params"], strict=True):
-            state[key] = {"step": 7, "exp_avg": torch.full_like(parameter, 1e-3), "exp_avg_sq": torch.full_like(parameter, 1e-3)}
-        groups.append({"lr": group["lr"], "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "amsgrad": False,
-                       "initial_lr": group["lr"], "params": ids})
-    schedule = {"step_size": 200, "gamma": 0.1, "base_lrs": [1e-4, 1e-5], "last_epoch": 2, "_step_count": 3, "_last_lr": [1e-4, 1e-5]}
-    settings = Namespace(lr=1e-4, lr_backbone=1e-5, batch_size=2, epochs=300, lr_drop=200, backbone="resnet18", dilation=False, nheads=4,
-                         position_embedding="sine", hidden_dim=32, num_queries=20, pre_norm=False, masks=False, frozen_weights=None,
-                         output_dir="exps", aux_loss=True, dataset_file="coco", distributed=True)
-    checkpoint = {"model": model.state_dict(), "optimizer": {"state": state, "param_groups": groups}, "lr_scheduler": schedule, "epoch": 1,
-                  "args": settings}
+            state[key] = {
+                "step": 7,
+                "exp_avg": torch.full_like(parameter, 1e-3),
+                "exp_avg_sq": torch.full_like(parameter, 1e-3),
+            }
+        groups.append(
+            {
+                "lr": group["lr"],
+                "betas": (0.9, 0.999),
+                "eps": 1e-8,
+                "weight_decay": 1e-4,
+                "amsgrad": False,
+                "initial_lr": group["lr"],
+                "params": ids,
+            }
+        )
+    schedule = {
+        "step_size": 200,
+        "gamma": 0.1,
+        "base_lrs": [1e-4, 1e-5],
+        "last_epoch": 2,
+        "_step_count": 3,
+        "_last_lr": [1e-4, 1e-5],
+    }
+    settings = Namespace(
+        lr=1e-4,
+        lr_backbone=1e-5,
+        batch_size=2,
+        epochs=300,
+        lr_drop=200,
+        backbone="resnet18",
+        dilation=False,
+        nheads=4,
+        position_embedding="sine",
+        hidden_dim=32,
+        num_queries=20,
+        pre_norm=False,
+        masks=False,
+        frozen_weights=None,
+        output_dir="exps",
+        aux_loss=True,
+        dataset_file="coco",
+        distributed=True,
+    )
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": {"state": state, "param_groups": groups},
+        "lr_scheduler": schedule,
+        "epoch": 1,
+        "args": settings,
+    }
     torch.save(checkpoint, path)
     return checkpoint
 
@@ -265,7 +357,16 @@ def published_checkpoint(path: Path) -> dict:
 def test_resuming_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published = published_checkpoint(tmp_path / "theirs.pth")
     with logged() as lines:
-        fine_tune("--coco_path", data / "coco", "--resume", tmp_path / "theirs.pth", "--output_dir", tmp_path / "ours", "--epochs", 4)
+        fine_tune(
+            "--coco_path",
+            data / "coco",
+            "--resume",
+            tmp_path / "theirs.pth",
+            "--output_dir",
+            tmp_path / "ours",
+            "--epochs",
+            4,
+        )
     assert "continuing at epoch 3 of 4" in lines
     assert [line["epoch"] for line in read_log(tmp_path / "ours")] == [2, 3]
     ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
@@ -293,18 +394,50 @@ def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Pat
 def test_evaluating_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published_checkpoint(tmp_path / "theirs.pth")
     with logged() as lines:
-        finetune_main.main(finetune_main.parse([
-            "--batch_size", "2", "--eval", "--no_aux_loss", "--coco_path", str(data / "coco"), "--resume", str(tmp_path / "theirs.pth"),
-            "--device", "cpu", "--image_size", "64", "--num_workers", "0",
-        ]))
+        finetune_main.main(
+            finetune_main.parse(
+                [
+                    "--batch_size",
+                    "2",
+                    "--eval",
+                    "--no_aux_loss",
+                    "--coco_path",
+                    str(data / "coco"),
+                    "--resume",
+                    str(tmp_path / "theirs.pth"),
+                    "--device",
+                    "cpu",
+                    "--image_size",
+                    "64",
+                    "--num_workers",
+                    "0",
+                ]
+            )
+        )
     assert any(line.startswith("AP ") for line in lines)
 
 
 def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None:
     torch.save({"model": published_checkpoint(tmp_path / "theirs.pth")["model"]}, tmp_path / "weights.pth")
     with logged() as lines:
-        fine_tune("--coco_path", data / "coco", "--resume", tmp_path / "weights.pth", "--start_epoch", 2, "--epochs", 3, "--output_dir",
-                  tmp_path / "run", "--lr_backbone", 0, "--backbone_norm", "frozen", "--nheads", 4)
+        fine_tune(
+            "--coco_path",
+            data / "coco",
+            "--resume",
+            tmp_path / "weights.pth",
+            "--start_epoch",
+            2,
+            "--epochs",
+            3,
+            "--output_dir",
+            tmp_path / "run",
+            "--lr_backbone",
+            0,
+            "--backbone_norm",
+            "frozen",
+            "--nheads",
+            4,
+        )
     assert any("weights only" in line and "from epoch 3" in line for line in lines)
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert checkpoint["epoch"] == 2
@@ -314,12 +447,18 @@ def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None
 def test_flags_of_the_command_win_and_it_is_said(data: Path, tmp_path: Path) -> None:
     start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path)
     with logged() as lines:
-        start_pretext(data, *FROZEN, "--epochs", 3, "--output_dir", tmp_path, "--resume", "auto", "--lr", 5e-3, "--lr_drop", 2)
+        start_pretext(
+            data, *FROZEN, "--epochs", 3, "--output_dir", tmp_path, "--resume", "auto", "--lr", 5e-3, "--lr_drop", 2
+        )
     assert any("0.001" in line and "0.005" in line and "--lr_drop 3 -> 2" in line for line in lines)
-    assert [line["train_lr"] for line in read_log(tmp_path)] == pytest.approx([1e-3, 1e-3, 5e-4])  # the drop after 2 epochs is behind
+    assert [line["train_lr"] for line in read_log(tmp_path)] == pytest.approx(
+        [1e-3, 1e-3, 5e-4]
+    )  # the drop after 2 epochs is behind
 
 
-def test_another_number_of_processes_starts_the_epoch_anew(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_processes_starts_the_epoch_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = (*FROZEN, "--epochs", 2, "--batch_size", 1, "--output_dir", tmp_path)
     stop_at(monkeypatch, 2)
     with pytest.raises(StopRequested):
@@ -333,7 +472,9 @@ def test_another_number_of_processes_starts_the_epoch_anew(data: Path, tmp_path:
     with logged() as lines:
         start_pretext(data, *flags, "--resume", "auto")
     assert any("2 processes, this run has 1" in line for line in lines)
-    steps = {int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()}
+    steps = {
+        int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
+    }
     assert steps == {3 + 10}
 
 
@@ -347,7 +488,9 @@ def test_another_batch_size_starts_the_epoch_anew(data: Path, tmp_path: Path, mo
     with logged() as lines:
         start_pretext(data, *flags, "--batch_size", 2, "--resume", "auto")
     assert any("its epoch starts anew" in line for line in lines)
-    steps = {int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()}
+    steps = {
+        int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
+    }
     assert steps == {3 + 2}  # five images, two batches of two
 
 
@@ -359,10 +502,22 @@ def test_resume_keeps_this_runs_weight_decay_and_names_a_changed_freeze(data: Pa
 
 
 def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_path: Path) -> None:
-    """Pre-trained with live norms, then frozen by `--lr_backbone 0`: its running means are those of the file to the end."""
+    """Pre-trained with live norms, then frozen by `--lr_backbone 0`: its running means are those of the file to the
+    end.
+    """
     fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path / "live", "--backbone_norm", "live", "--epochs", 1)
-    fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path / "frozen", "--pretrain", tmp_path / "live" / "checkpoint.pth",
-              "--lr_backbone", 0, "--epochs", 1)
+    fine_tune(
+        "--coco_path",
+        data / "coco",
+        "--output_dir",
+        tmp_path / "frozen",
+        "--pretrain",
+        tmp_path / "live" / "checkpoint.pth",
+        "--lr_backbone",
+        0,
+        "--epochs",
+        1,
+    )
     live, frozen = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("live", "frozen"))
     assert (live["args"]["backbone_norm"], frozen["args"]["backbone_norm"]) == ("live", "frozen")
     for key, value in live["model"].items():
@@ -372,15 +527,44 @@ def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_pat
 
 def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
     """`--resume` alone goes on as the run began; a flag that is given counts."""
-    start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--batch_size", 1, "--clip_max_norm", 0.3, "--num_workers", 0)
-    flags = ["--resume", "auto", "--output_dir", str(tmp_path), "--epochs", "3", "--bbox_loss_coef", "4", "--device", "cpu"]
+    start_pretext(
+        data,
+        *FROZEN,
+        "--epochs",
+        2,
+        "--output_dir",
+        tmp_path,
+        "--batch_size",
+        1,
+        "--clip_max_norm",
+        0.3,
+        "--num_workers",
+        0,
+    )
+    flags = [
+        "--resume",
+        "auto",
+        "--output_dir",
+        str(tmp_path),
+        "--epochs",
+        "3",
+        "--bbox_loss_coef",
+        "4",
+        "--device",
+        "cpu",
+    ]
     args = pretrain_main.parse(flags)
     prepare_checkpoint(args)
     stored = read_checkpoint(tmp_path / "checkpoint.pth")["args"]
     changed = {name for name, value in stored.items() if getattr(args, name, None) != value}
     assert changed <= {"resume", "epochs", "bbox_loss_coef", "num_workers"}
     assert (args.batch_size, args.clip_max_norm, args.lr, args.hidden_dim, args.imagenet_path) == (
-        1, 0.3, 1e-3, 32, str(data / "photographs"))
+        1,
+        0.3,
+        1e-3,
+        32,
+        str(data / "photographs"),
+    )
     assert (args.epochs, args.bbox_loss_coef) == (3, 4.0)
 
 
@@ -413,7 +597,11 @@ def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> N
         (fine_tune, (*coco, "--resume", detector, "--num_queries", 30), "--num_queries 30 contradicts"),
         (fine_tune, (*coco, "--resume", detector, "--pre_norm"), "--pre_norm on contradicts"),
         (fine_tune, (*coco, "--resume", tmp_path / "none.pth"), "none.pth"),
-        (fine_tune, (*coco, "--resume", detector, "--detector", "conditional_detr"), "--detector conditional_detr contradicts"),
+        (
+            fine_tune,
+            (*coco, "--resume", detector, "--detector", "conditional_detr"),
+            "--detector conditional_detr contradicts",
+        ),
     ):
         with pytest.raises(UserError, match=words) as error:
             start(*flags, "--dry_run")
@@ -423,7 +611,17 @@ def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> N
 def test_auto_with_pretrain_starts_from_it_once(data: Path, tmp_path: Path) -> None:
     """A job that is requeued keeps its command: --pretrain counts the first time, --resume auto afterwards."""
     pretext = save_model(tmp_path / "pretext.pth", PRETRAIN, *FROZEN)
-    flags = ("--coco_path", data / "coco", "--pretrain", pretext, "--resume", "auto", "--output_dir", tmp_path / "run", *FROZEN)
+    flags = (
+        "--coco_path",
+        data / "coco",
+        "--pretrain",
+        pretext,
+        "--resume",
+        "auto",
+        "--output_dir",
+        tmp_path / "run",
+        *FROZEN,
+    )
     with logged() as first:
         fine_tune(*flags, "--epochs", 1)
     assert any("re-initialised" in line for line in first)

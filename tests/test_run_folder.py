@@ -1,4 +1,7 @@
-"""The folder of a run explains itself: where settings come from, what the model was shown, one page, and commands that work."""
+"""The folder of a run explains itself: where settings come from, what the model was shown, one page, and commands that
+work.
+"""
+
 import json
 import random
 import re
@@ -11,7 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import FROZEN, assert_same, fine_tune, logged, pre_train, read_checkpoint, read_log, tiny_args, write_coco, write_images
+from tiny import (
+    FROZEN,
+    assert_same,
+    fine_tune,
+    logged,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
 
 import finetune_main
 import main as pretrain_main
@@ -32,14 +46,30 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data; `first`, a run of one epoch; `second`, from the first one's weights; `pretext`; an evaluation of `first`."""
+    """Data; `first`, a run of one epoch; `second`, from the first one's weights; `pretext`; an evaluation of
+    `first`.
+    """
     root = tmp_path_factory.mktemp("runs")
     coco = write_coco(root / "coco")
     fine_tune("--coco_path", coco, "--output_dir", root / "first", "--epochs", 1, *FROZEN)
-    fine_tune("--coco_path", coco, "--output_dir", root / "second", "--epochs", 1, "--pretrain", root / "first" / "checkpoint.pth",
-              "--lr_backbone", 0, "--lr", "3e-4")
+    fine_tune(
+        "--coco_path",
+        coco,
+        "--output_dir",
+        root / "second",
+        "--epochs",
+        1,
+        "--pretrain",
+        root / "first" / "checkpoint.pth",
+        "--lr_backbone",
+        0,
+        "--lr",
+        "3e-4",
+    )
     fine_tune("--resume", root / "first" / "checkpoint.pth", "--eval", "--output_dir", root / "evaluation")
-    pre_train("--imagenet_path", write_images(root / "photographs"), "--output_dir", root / "pretext", "--epochs", 1, *FROZEN)
+    pre_train(
+        "--imagenet_path", write_images(root / "photographs"), "--output_dir", root / "pretext", "--epochs", 1, *FROZEN
+    )
     return root
 
 
@@ -71,7 +101,8 @@ def read_page(folder: Path) -> Reader:
     return Reader((folder / "result.html").read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------- settings and versions
+# ---------------------------------------------------------------------------------------------------- settings and
+# versions
 
 
 def test_settings_say_where_they_come_from(runs: Path) -> None:
@@ -103,8 +134,10 @@ def test_the_device_that_was_not_given_is_a_default(tmp_path: Path) -> None:
 def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) -> None:
     with logged() as lines:
         fine_tune("--coco_path", runs / "coco", "--dry_run", "--pretrain", runs / "first" / "checkpoint.pth", *FROZEN)
-    given, adopted, defaults = (next(line for line in lines if line.startswith(f"settings, {title}"))
-                                for title in ("given", "from the checkpoint", "defaults"))
+    given, adopted, defaults = (
+        next(line for line in lines if line.startswith(f"settings, {title}"))
+        for title in ("given", "from the checkpoint", "defaults")
+    )
     assert "dec_layers=2" in given
     assert "detector=detr" in adopted
     assert "weight_decay=0.0001" in defaults
@@ -138,7 +171,8 @@ def test_damaged_settings_are_no_error(tmp_path: Path) -> None:
     assert read_record(tmp_path / "none.json") == {}
 
 
-# ---------------------------------------------------------------------------------------------------- what the model is shown
+# ---------------------------------------------------------------------------------------------------- what the model is
+# shown
 
 
 def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
@@ -163,7 +197,9 @@ def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> 
     dataset = build_dataset("train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "photographs")))
     sample = dataset[(0, 1)]
     (row,) = batch_rows([sample], **IMAGENET)
-    assert [torch.from_numpy(patch).permute(2, 0, 1).tolist() for patch in row["patches"]] == sample[1]["patches"].tolist()
+    assert [torch.from_numpy(patch).permute(2, 0, 1).tolist() for patch in row["patches"]] == sample[1][
+        "patches"
+    ].tolist()
     draw_samples(tmp_path, dataset, 2, 0, IMAGENET, count=2)
     with plot_utils.Image.open(tmp_path / "samples.png") as image:
         colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
@@ -171,7 +207,9 @@ def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> 
 
 
 def test_a_patch_has_the_box_of_its_most_confident_query() -> None:
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])[None, :, None] * torch.tensor([1.0, 0.0, -1.0])  # two classes and "no object"
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])[None, :, None] * torch.tensor(
+        [1.0, 0.0, -1.0]
+    )  # two classes and "no object"
     boxes = torch.arange(4.0)[None, :, None].expand(1, 4, 4)
     found, scores = RandomQueryPatch.patch_boxes({"pred_logits": logits, "pred_boxes": boxes}, 2)
     assert found[..., 0].tolist() == [[1.0, 3.0]]
@@ -181,7 +219,9 @@ def test_a_patch_has_the_box_of_its_most_confident_query() -> None:
 def test_class_names_are_on_the_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
     monkeypatch.setattr(plot_utils, "_label", lambda _draw, text, *_rest: written.append(text))
-    draw_samples(tmp_path, build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco"))), 2, 0, IMAGENET)
+    draw_samples(
+        tmp_path, build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco"))), 2, 0, IMAGENET
+    )
     assert written
     assert set(written) <= {"red", "green", "blue"}
 
@@ -198,8 +238,14 @@ def test_a_run_with_a_folder_trains_as_one_without(runs: Path, tmp_path: Path, m
     """Samples, found patches and pages change no weight: dropout is on, so that every draw would be seen."""
     states = []
     save = pretrain_main.engine.save
-    monkeypatch.setattr(pretrain_main.engine, "save", lambda run, names: (states.append(
-        {name: tensor.clone() for name, tensor in run.model.state_dict().items()}), save(run, names)))
+    monkeypatch.setattr(
+        pretrain_main.engine,
+        "save",
+        lambda run, names: (
+            states.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()}),
+            save(run, names),
+        ),
+    )
     for folder in ("", tmp_path / "run"):
         pre_train("--imagenet_path", runs / "photographs", "--epochs", 2, "--output_dir", folder, *FROZEN)
     assert (tmp_path / "run" / "patches.png").exists()
@@ -221,8 +267,16 @@ def test_samples_that_cannot_be_read_do_not_end_a_run(runs: Path, tmp_path: Path
 def test_page_of_a_fine_tuning_run(runs: Path) -> None:
     shown = read_page(runs / "second")
     assert shown.titles[0] == "second"
-    assert {"Average precision on held-out images", "Losses in training", "Curves", "Boxes on held-out images", "Settings",
-            "Training images as the model gets them", "Files of this folder", "Commands"} <= set(shown.titles)
+    assert {
+        "Average precision on held-out images",
+        "Losses in training",
+        "Curves",
+        "Boxes on held-out images",
+        "Settings",
+        "Training images as the model gets them",
+        "Files of this folder",
+        "Commands",
+    } <= set(shown.titles)
     assert len(shown.pictures) == 3
     assert all(source.startswith("data:image/png;base64,") for source in shown.pictures)
     assert "Epochs logged: 1 of 1" in shown.text
@@ -236,7 +290,9 @@ def test_page_of_a_fine_tuning_run(runs: Path) -> None:
 def test_page_of_a_pre_training_run(runs: Path) -> None:
     shown = read_page(runs / "pretext")
     assert "Average precision on held-out images" not in shown.titles
-    assert {"Losses in training", "What the patches' queries find", "Training images as the model gets them"} <= set(shown.titles)
+    assert {"Losses in training", "What the patches' queries find", "Training images as the model gets them"} <= set(
+        shown.titles
+    )
     assert "random_query_patch" in shown.text
 
 
@@ -289,7 +345,9 @@ def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) 
         assert any(line.startswith("the data have changed since this run was started: ") for line in lines) is expected
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a job that is requeued with its own command."""
     flags = ["--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 1, "--resume", "auto", *FROZEN]
     with monkeypatch.context() as patch:
@@ -302,7 +360,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(runs: Path, tmp_p
         fine_tune(*flags)
 
 
-def test_overwrite_leaves_no_page_of_the_run_before(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwrite_leaves_no_page_of_the_run_before(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("predictions.png", "metrics.json", "curves.png", "log.txt", "args.json"):
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
     (tmp_path / "checkpoint0099.pth").write_bytes(b"of the run before")
@@ -321,7 +381,15 @@ def test_overwrite_costs_nothing_where_the_new_run_can_not_start(runs: Path, tmp
     with pytest.raises(UserError, match="no folder"):
         fine_tune("--coco_path", tmp_path / "typo", "--output_dir", tmp_path, "--overwrite", *FROZEN)
     with pytest.raises(UserError, match="--overwrite would remove what this run starts from"):
-        fine_tune("--coco_path", runs / "coco", "--pretrain", tmp_path / "checkpoint.pth", "--output_dir", tmp_path, "--overwrite")
+        fine_tune(
+            "--coco_path",
+            runs / "coco",
+            "--pretrain",
+            tmp_path / "checkpoint.pth",
+            "--output_dir",
+            tmp_path,
+            "--overwrite",
+        )
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -331,7 +399,9 @@ def test_the_remedy_for_a_folder_that_is_taken_is_one(runs: Path, tmp_path: Path
     for more in ((), ("--resume", "auto")):
         with pytest.raises(UserError, match=r"holds an evaluation \(eval_args.json\): --overwrite to replace it"):
             fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, *more, *FROZEN)
-    with pytest.raises(UserError, match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite"):
+    with pytest.raises(
+        UserError, match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite"
+    ):
         fine_tune("--coco_path", runs / "coco", "--output_dir", runs / "first", *FROZEN)
 
 

@@ -1,4 +1,5 @@
 """Sample scenes: exact masks and boxes, a function of seed and index, and folders that are never overwritten."""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,9 @@ def test_objects_vary_and_occlude_each_other() -> None:
 def test_held_out_scenes_use_other_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["val"])
     assert {split: group for split, (_, group) in SPLITS.items()} == {
-        "train": "train", "val": "val", "unlabelled": "train"
+        "train": "train",
+        "val": "val",
+        "unlabelled": "train",
     }
     groups = []
     original = sample_scenes._photographs
@@ -112,7 +115,9 @@ def test_every_class_has_an_outline_of_its_own() -> None:
     assert middles["disc"] == middles["star"] == middles["triangle"] == 1
 
 
-@pytest.mark.parametrize("arguments", [(1, 0, 64, "test"), (1, 0, 16, "train"), (1, 0, 64, "train", 0), (1, 0, 64, "train", 9)])
+@pytest.mark.parametrize(
+    "arguments", [(1, 0, 64, "test"), (1, 0, 16, "train"), (1, 0, 64, "train", 0), (1, 0, 64, "train", 9)]
+)
 def test_wrong_arguments_are_refused(arguments: tuple) -> None:
     with pytest.raises(ValueError):
         make_scene(*arguments)
@@ -190,7 +195,10 @@ def test_a_full_disk_ends_the_command_with_one_line(tmp_path: Path, monkeypatch:
     with pytest.raises(SystemExit) as stopped:
         sample_scenes.main(["--output", str(tmp_path / "scenes"), "--num_train", "1", "--num_val", "1", "--size", "64"])
     message = str(stopped.value.code)
-    assert message == f"error: cannot write {tmp_path / 'scenes'}: No space left on device; make room or choose another --output"
+    assert (
+        message
+        == f"error: cannot write {tmp_path / 'scenes'}: No space left on device; make room or choose another --output"
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,5 @@
 """Order of samples: over processes, epochs and interruptions; random numbers of a sample."""
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +9,9 @@ from util.random_state import SampleRandom
 
 
 def batches(**settings) -> list[list[tuple[int, int]]]:
-    return list(EpochSampler(**{"dataset_len": 23, "batch_size": 4, "shuffle": True, "seed": 7, "drop_last": True, **settings}))
+    return list(
+        EpochSampler(**{"dataset_len": 23, "batch_size": 4, "shuffle": True, "seed": 7, "drop_last": True, **settings})
+    )
 
 
 def test_processes_together_equal_one_process() -> None:
@@ -27,7 +30,9 @@ def test_an_epoch_has_its_own_permutation_and_number() -> None:
     assert second == batches(epoch=1)
     assert [i for batch in first for _, i in batch] != [i for batch in batches(epoch=0, seed=8) for _, i in batch]
     orders = [batches(epoch=epoch, seed=seed) for seed in range(4) for epoch in range(4)]
-    assert len({tuple(i for batch in order for _, i in batch) for order in orders}) == 16, "no epoch of a seed is one of another seed"
+    assert len({tuple(i for batch in order for _, i in batch) for order in orders}) == 16, (
+        "no epoch of a seed is one of another seed"
+    )
 
 
 def test_resuming_in_mid_epoch() -> None:

@@ -1,4 +1,7 @@
-"""The two commands as a user meets them: published command lines, the wrong script, folders in use, one line for each error."""
+"""The two commands as a user meets them: published command lines, the wrong script, folders in use, one line for each
+error.
+"""
+
 import json
 import os
 import shlex
@@ -44,7 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "photographs")
     torch.manual_seed(0)
     for name, script, flags in (
-        ("pretext", PRETRAIN, ["--feature_recon", "--num_patches", "10"]), ("detector", FINETUNE, []),
+        ("pretext", PRETRAIN, ["--feature_recon", "--num_patches", "10"]),
+        ("detector", FINETUNE, []),
     ):
         args = tiny_args(script, "--pre_norm", "--backbone_norm", "frozen", *flags)
         stored = {"nheads": 4, "pretext": args.pretext, "script": script}
@@ -71,12 +75,28 @@ def _log_as_before():
     log.handlers[:], log.propagate = handlers, propagate
 
 
-# ---------------------------------------------------------------------------------------------------- published commands
+# ---------------------------------------------------------------------------------------------------- published
+# commands
 
 
 def test_published_pre_training(data: Path, tmp_path: Path) -> None:
-    words = ["--lr_drop", 40, "--epochs", 60, "--pre_norm", "--num_patches", 10, "--batch_size", 32, "--feature_recon", "--fre_cnn",
-             "--imagenet_path", data / "photographs", "--output_dir", tmp_path / "out"]
+    words = [
+        "--lr_drop",
+        40,
+        "--epochs",
+        60,
+        "--pre_norm",
+        "--num_patches",
+        10,
+        "--batch_size",
+        32,
+        "--feature_recon",
+        "--fre_cnn",
+        "--imagenet_path",
+        data / "photographs",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     small = [*MODEL_FLAGS, *SMALL, "--batch_size", 4, "--patch_size", 32]
     status, lines = call(PRETRAIN, *words, *small, "--dry_run")
     assert status == 0
@@ -84,14 +104,37 @@ def test_published_pre_training(data: Path, tmp_path: Path) -> None:
     status, lines = call(PRETRAIN, *words, *small, "--epochs", 1)
     assert status == 0
     assert set(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["model"]) == set(
-        torch.load(data / "pretext.pth", weights_only=True)["model"])
+        torch.load(data / "pretext.pth", weights_only=True)["model"]
+    )
     finished = next(line for line in lines if line.startswith("finished"))
-    assert f"finetune_main.py --detector detr --coco_path COCO --pretrain {tmp_path / 'out' / 'checkpoint.pth'}" in finished
+    assert (
+        f"finetune_main.py --detector detr --coco_path COCO --pretrain {tmp_path / 'out' / 'checkpoint.pth'}"
+        in finished
+    )
 
 
 def test_published_fine_tuning(data: Path) -> None:
-    status, lines = call(FINETUNE, "--lr_drop", 200, "--epochs", 300, "--lr_backbone", "5e-4", "--pre_norm", "--coco_path", data / "coco",
-                         "--pretrain", data / "pretext.pth", "--device", "cpu", "--num_workers", 0, "--image_size", 64, "--dry_run")
+    status, lines = call(
+        FINETUNE,
+        "--lr_drop",
+        200,
+        "--epochs",
+        300,
+        "--lr_backbone",
+        "5e-4",
+        "--pre_norm",
+        "--coco_path",
+        data / "coco",
+        "--pretrain",
+        data / "pretext.pth",
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        "--image_size",
+        64,
+        "--dry_run",
+    )
     assert status == 0
     table = "\n".join(lines)
     assert "feature_align" in table  # not used
@@ -100,8 +143,26 @@ def test_published_fine_tuning(data: Path) -> None:
 
 
 def test_published_evaluation(data: Path, tmp_path: Path) -> None:
-    status, lines = call(FINETUNE, "--batch_size", 2, "--eval", "--no_aux_loss", "--pre_norm", "--coco_path", data / "coco", "--resume",
-                         data / "detector.pth", "--device", "cpu", "--num_workers", 0, "--image_size", 64, "--output_dir", tmp_path)
+    status, lines = call(
+        FINETUNE,
+        "--batch_size",
+        2,
+        "--eval",
+        "--no_aux_loss",
+        "--pre_norm",
+        "--coco_path",
+        data / "coco",
+        "--resume",
+        data / "detector.pth",
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        "--image_size",
+        64,
+        "--output_dir",
+        tmp_path,
+    )
     assert status == 0
     assert any(line.startswith("AP ") for line in lines)
     assert len(json.loads((tmp_path / "metrics.json").read_text())["coco_eval_bbox"]) == 12
@@ -120,8 +181,15 @@ def test_published_training_with_auto(data: Path, tmp_path: Path) -> None:
 
 
 def run_program(*words: object, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([str(word) for word in words], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
-                          timeout=100, check=False)
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert "Traceback" not in done.stdout + done.stderr
     return done
 
@@ -129,8 +197,15 @@ def run_program(*words: object, **environment: str) -> subprocess.CompletedProce
 def test_a_config_runs(data: Path) -> None:
     """The published pre-training from its file, made small by further flags."""
     small = [*MODEL_FLAGS, *SMALL, "--batch_size", 4, "--patch_size", 32]
-    done = run_program("bash", "configs/UPDETR_pretrain_in.sh", "--imagenet_path", data / "photographs", *small, "--dry_run",
-                       LAUNCH=sys.executable)
+    done = run_program(
+        "bash",
+        "configs/UPDETR_pretrain_in.sh",
+        "--imagenet_path",
+        data / "photographs",
+        *small,
+        "--dry_run",
+        LAUNCH=sys.executable,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "feature_recon=True" in done.stdout
     assert "dry run: 1 steps an epoch" in done.stdout
@@ -154,11 +229,19 @@ def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
 # ---------------------------------------------------------------------------------------------------- the wrong script
 
 
-@pytest.mark.parametrize("words", [
-    ["--eval", "--resume", "detr.pth", "--coco_path", "a b"], ["--masks"], ["--frozen_weights", "detr.pth"], ["--frozen_weights=detr.pth"],
-    ["--coco_path", "COCO"], ["--coco_path=COCO", "--lr", "1e-4"],
-    ["--dataset", "coco", "--pretrain", "pre.pth", "--model", "deformable_detr"], ["--dataset=coco"],
-])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--eval", "--resume", "detr.pth", "--coco_path", "a b"],
+        ["--masks"],
+        ["--frozen_weights", "detr.pth"],
+        ["--frozen_weights=detr.pth"],
+        ["--coco_path", "COCO"],
+        ["--coco_path=COCO", "--lr", "1e-4"],
+        ["--dataset", "coco", "--pretrain", "pre.pth", "--model", "deformable_detr"],
+        ["--dataset=coco"],
+    ],
+)
 def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Path) -> None:
     status, lines = call(PRETRAIN, *words, "--output_dir", tmp_path / "out")
     assert status == 1
@@ -173,7 +256,16 @@ def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Pat
 
 
 def test_coco_images_can_be_asked_for_with_the_pretext(data: Path) -> None:
-    status, lines = call(PRETRAIN, "--pretext", "random_query_patch", "--coco_path", data / "coco", *RUN_FLAGS, *PRETEXT_FLAGS, "--dry_run")
+    status, lines = call(
+        PRETRAIN,
+        "--pretext",
+        "random_query_patch",
+        "--coco_path",
+        data / "coco",
+        *RUN_FLAGS,
+        *PRETEXT_FLAGS,
+        "--dry_run",
+    )
     assert status == 0
     assert any(line.startswith("4 images in ") and line.endswith("train2017") for line in lines)
 
@@ -209,7 +301,9 @@ def test_a_folder_that_is_not_a_runs_is_fine(data: Path, tmp_path: Path) -> None
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_without_a_folder_nothing_is_saved_and_it_is_said(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_nothing_is_saved_and_it_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with logged() as lines:
         pre_train("--imagenet_path", data / "photographs", "--epochs", 1, *FROZEN)
@@ -231,7 +325,11 @@ def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None
         (FINETUNE, [*coco, "--batch_size", 64], ("4 training images", "--batch_size 4")),
         (FINETUNE, [*coco, "--output_dir", tmp_path / "file"], ("--output_dir", "file")),
         (FINETUNE, [*coco, "--pre_norm", "--detector", "conditional_detr"], ("--pre_norm", "post-norm")),
-        (FINETUNE, [*coco, "--pretrain", data / "detector.pth", "--detector", "conditional_detr"], ("--detector", "detector.pth")),
+        (
+            FINETUNE,
+            [*coco, "--pretrain", data / "detector.pth", "--detector", "conditional_detr"],
+            ("--detector", "detector.pth"),
+        ),
         (PRETRAIN, ["--imagenet_path", tmp_path / "empty"], ("empty",)),
         (PRETRAIN, ["--imagenet_path", tmp_path / "none"], ("none",)),
         (PRETRAIN, [], ("--imagenet_path",)),
@@ -252,7 +350,9 @@ def test_a_broken_image_reader_in_a_loader_process_is_one_line(tmp_path: Path) -
     images.mkdir()
     for name in ("a.png", "b.png"):
         (images / name).write_bytes(b"not an image")
-    status, lines = call(PRETRAIN, *RUN_FLAGS, *PRETEXT_FLAGS, "--imagenet_path", images, "--num_workers", 1, "--epochs", 1)
+    status, lines = call(
+        PRETRAIN, *RUN_FLAGS, *PRETEXT_FLAGS, "--imagenet_path", images, "--num_workers", 1, "--epochs", 1
+    )
     assert status == 1
     error = next(line for line in lines if line.startswith("error: "))
     assert "\n" not in error
@@ -272,6 +372,16 @@ def test_settings_of_a_run_are_kept(data: Path, tmp_path: Path) -> None:
 
 def test_two_runs_with_one_seed_are_equal_and_with_another_differ(data: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        pre_train("--imagenet_path", data / "photographs", "--output_dir", tmp_path / name, "--epochs", 1, "--seed", seed, *FROZEN)
+        pre_train(
+            "--imagenet_path",
+            data / "photographs",
+            "--output_dir",
+            tmp_path / name,
+            "--epochs",
+            1,
+            "--seed",
+            seed,
+            *FROZEN,
+        )
     logs = {name: {**read_log(tmp_path / name)[0], "train_seconds": 0} for name in "abc"}
     assert logs["a"] == logs["b"] != logs["c"]

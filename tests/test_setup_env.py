@@ -1,4 +1,5 @@
 """The set-up's messages on machines where it can't go on, and that a ready environment is reused without pip."""
+
 import os
 import shutil
 import subprocess
@@ -35,8 +36,11 @@ def set_up(project: Path, **environment: str) -> subprocess.CompletedProcess:
     command = "set -euo pipefail; source tools/setup_env.sh requirements.txt; echo using $PY"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREDETR", "PYTHON"))}
     return subprocess.run(
-        [BASH, "-c", command], cwd=project, env={**kept, "PATH": str(project / "bin"), **environment},
-        capture_output=True, text=True,
+        [BASH, "-c", command],
+        cwd=project,
+        env={**kept, "PATH": str(project / "bin"), **environment},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -1,8 +1,9 @@
 """Siamese DETR: the pretext on every detector, its batch norm, and its way through both scripts.
 
-Published numbers are checked by test_golden.py, views by test_two_views.py, two processes by test_distributed.py, fine-tuning by
-test_pretext.py.
+Published numbers are checked by test_golden.py, views by test_two_views.py, two processes by test_distributed.py,
+fine-tuning by test_pretext.py.
 """
+
 import math
 from pathlib import Path
 
@@ -66,13 +67,18 @@ def test_losses_and_gradients(detector: str) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("backbone" not in name), name
         assert parameter.requires_grad == (parameter.grad is not None), name
-    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in ("patch2query.weight", "feature_align.layers.1.weight"))
+    assert all(
+        model.get_parameter(name).grad.abs().sum() > 0
+        for name in ("patch2query.weight", "feature_align.layers.1.weight")
+    )
     head = model.classes
     assert (head.kind, head.num_outputs, model.detector.backbone[1].shift) == ("softmax", 3, 0.0)
 
 
 def test_targets_give_no_gradient() -> None:
-    """Of global discrimination only the predictions are learnt from, of regions only the prediction of the crop's feature."""
+    """Of global discrimination only the predictions are learnt from, of regions only the prediction of the crop's
+    feature.
+    """
     model, criterion = build()
     outputs = model.train()(make_batch(4), view_targets(4))
     assert not outputs["target_features"].requires_grad
@@ -101,8 +107,8 @@ def test_global_loss_compares_the_views_of_one_image() -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_queries_of_one_view_decode_the_other(detector: str) -> None:
-    """Other pixels in view 1 of image 0 change the outputs of both its views and of nothing else; other boxes in view 1 only those of
-    view 2, since the queries come from there. Each image has queries of its own."""
+    """Other pixels in view 1 of image 0 change the outputs of both its views and of nothing else; other boxes in view 1
+    only those of view 2, since the queries come from there. Each image has queries of its own."""
     model, _ = build("--detector", detector, "--box_disturbance", "0")
     model.eval()
     batch, targets = make_batch(4), view_targets(4)
@@ -125,8 +131,11 @@ def differs(a: Tensor, b: Tensor) -> list[bool]:
 def test_published_deformable_queries_are_those_of_the_first_image() -> None:
     features = torch.randn(6, 5, 512)
     for detector in ("deformable_detr", "detr"):
-        model, _ = build("--detector", detector, "--num_feature_levels", "1", "--reproduce_published") if detector != "detr" else build(
-            "--reproduce_published")
+        model, _ = (
+            build("--detector", detector, "--num_feature_levels", "1", "--reproduce_published")
+            if detector != "detr"
+            else build("--reproduce_published")
+        )
         position = model.region_queries(features).position
         shared = torch.equal(position[0], position[1])
         assert shared == (detector == "deformable_detr")
@@ -149,15 +158,20 @@ def test_padding_is_not_in_the_pooled_memory(levels: int) -> None:
 
 @pytest.mark.parametrize("levels", [1, 4])
 def test_queries_are_the_features_at_the_boxes(levels: int) -> None:
-    """Of maps whose value is the column, or the row, a region is read as its middle in cells of that map; boxes are in pixels of the
-    view, without its padding, and a region smaller than a cell is read as one cell."""
+    """Of maps whose value is the column, or the row, a region is read as its middle in cells of that map; boxes are in
+    pixels of the view, without its padding, and a region smaller than a cell is read as one cell."""
     model, _ = build("--detector", "deformable_detr", "--num_feature_levels", str(levels))
     memory = model.detector.encode(make_batch([(256, 256), (256, 320)]))
     for feature in memory.features:
         height, width = feature.tensor.shape[2:]
         feature.tensor = torch.zeros_like(feature.tensor)
         feature.tensor[:, 0], feature.tensor[:, 1] = torch.arange(width).float(), torch.arange(height).float()[:, None]
-    boxes = torch.tensor([[[64.0, 32.0, 160.0, 192.0], [96.0, 96.0, 96.0, 96.0]], [[160.0, 96.0, 256.0, 128.0], [0.0, 64.0, 128.0, 96.0]]])
+    boxes = torch.tensor(
+        [
+            [[64.0, 32.0, 160.0, 192.0], [96.0, 96.0, 96.0, 96.0]],
+            [[160.0, 96.0, 256.0, 128.0], [0.0, 64.0, 128.0, 96.0]],
+        ]
+    )
     found = model.region_features(memory, boxes).split([feature.tensor.shape[1] for feature in memory.features], -1)
     for part, stride in zip(found, (8, 16, 32)[-len(found) :], strict=True):
         corner, sides = boxes[..., :2] / stride, ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1)
@@ -184,19 +198,28 @@ def test_ablations_leave_their_parts_out() -> None:
     assert not [name for name in model.state_dict() if name.startswith(("enc_head", "feature_align"))]
     targets = [{name: x for name, x in target.items() if name != "patches"} for target in view_targets(2)]
     losses = criterion(model.train()(make_batch(2), targets), targets)
-    assert {name for name in losses if "_0" not in name} == {"loss_ce", "class_error", "cardinality_error", "loss_bbox", "loss_giou"}
+    assert {name for name in losses if "_0" not in name} == {
+        "loss_ce",
+        "class_error",
+        "cardinality_error",
+        "loss_bbox",
+        "loss_giou",
+    }
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    (("--view_iou", "1"), "--view_iou 1"),
-    (("--box_disturbance", "0.5"), "--box_disturbance 0.5"),
-    (("--num_queries", "21"), "--num_patches 5 does not divide --num_queries 21"),
-    (("--detector", "deformable_detr", "--two_stage", "--with_box_refine"), "--two_stage"),
-    (("--batch_size", "1"), "--global_loss_coef 0"),
-    (("--mask_ratio", "0.2"), "--mask_ratio means nothing to --pretext siamese"),
-    (("--max_iters", "10"), "--max_iters and --lr_drop_iters"),
-    (("--max_iters", "10", "--lr_drop_iters", "5", "--start_epoch", "3"), "--start_epoch counts epochs"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--view_iou", "1"), "--view_iou 1"),
+        (("--box_disturbance", "0.5"), "--box_disturbance 0.5"),
+        (("--num_queries", "21"), "--num_patches 5 does not divide --num_queries 21"),
+        (("--detector", "deformable_detr", "--two_stage", "--with_box_refine"), "--two_stage"),
+        (("--batch_size", "1"), "--global_loss_coef 0"),
+        (("--mask_ratio", "0.2"), "--mask_ratio means nothing to --pretext siamese"),
+        (("--max_iters", "10"), "--max_iters and --lr_drop_iters"),
+        (("--max_iters", "10", "--lr_drop_iters", "5", "--start_epoch", "3"), "--start_epoch counts epochs"),
+    ],
+)
 def test_flags_that_make_no_sense(flags: tuple, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build(*flags)
@@ -210,7 +233,9 @@ def test_the_last_flag_decides_what_a_schedule_counts() -> None:
     assert (args.max_iters, args.lr_drop_iters, args.epochs) == (10, 5, 60)
 
 
-@pytest.mark.parametrize(("detector", "levels"), [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)])
+@pytest.mark.parametrize(
+    ("detector", "levels"), [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)]
+)
 def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> None:
     """Heads and batch norm too, so that published pre-training can be continued."""
     own = ("--num_feature_levels", str(levels)) if levels else ()
@@ -243,8 +268,8 @@ def test_batch_norm_is_pytorchs_in_one_process() -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were the whole run, or
-    stopped after three."""
+    """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were
+    the whole run, or stopped after three."""
     images = write_images(tmp_path / "images")
     flags = [*FLAGS, "--detector", detector, "--imagenet_path", images, "--lr_drop_iters", "3", *FROZEN]
     pre_train(*flags, "--output_dir", tmp_path / "a", "--max_iters", "5")
@@ -254,7 +279,9 @@ def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest
         stop_after(monkeypatch, 3)
         with pytest.raises(StopRequested):
             pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "5")
-    assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == (2 if detector == "detr" else 3)
+    assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == (
+        2 if detector == "detr" else 3
+    )
     pre_train("--output_dir", tmp_path / "b", "--max_iters", "5", "--resume", "auto")
     whole, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab")
     assert_same(resumed["model"], whole["model"])

@@ -1,4 +1,5 @@
 """Learning from a part of the labelled images: which ones, and that a run says so."""
+
 import json
 from pathlib import Path
 
@@ -21,10 +22,14 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_published_drawing() -> None:
     """numpy's default_rng(seed).choice of the sorted ids, of a rounded number, without replacement."""
     ids = np.random.RandomState(0).permutation(117266)[:5000]
-    expected = sorted(np.random.default_rng(42).choice(sorted(ids.tolist()), round(5000 * 0.01), replace=False).tolist())
+    expected = sorted(
+        np.random.default_rng(42).choice(sorted(ids.tolist()), round(5000 * 0.01), replace=False).tolist()
+    )
     assert draw_ids(ids, 0.01, 42).tolist() == expected
     assert draw_ids(ids, 0.01, 43).tolist() != expected
-    assert draw_ids(np.arange(1000), 0.01, 42).tolist() == [85, 88, 94, 201, 430, 436, 649, 695, 767, 855], "numpy draws otherwise now"
+    assert draw_ids(np.arange(1000), 0.01, 42).tolist() == [85, 88, 94, 201, 430, 436, 649, 695, 767, 855], (
+        "numpy draws otherwise now"
+    )
     assert len(draw_ids(np.arange(118287), 0.01, 42)) == 1183
     assert draw_ids(np.arange(10), 1, 1).tolist() == list(range(10))
 
@@ -51,22 +56,44 @@ def test_every_kind_of_data(tmp_path: Path) -> None:
 
 
 def test_files_of_splits(coco: Path, tmp_path: Path) -> None:
-    flags = ["--coco_path", str(coco), "--filter_pct", "0.25", "0.5", "--seeds", "1", "42", "--output_dir", str(tmp_path / "splits")]
+    flags = [
+        "--coco_path",
+        str(coco),
+        "--filter_pct",
+        "0.25",
+        "0.5",
+        "--seeds",
+        "1",
+        "42",
+        "--output_dir",
+        str(tmp_path / "splits"),
+    ]
     make_split.main(make_split.parse(flags))
     written = {path.name for path in (tmp_path / "splits").iterdir()}
     assert written == {f"{part}_seed{seed}.json" for part in (0.25, 0.5) for seed in (1, 42)}
     chosen = tmp_path / "splits" / "0.5_seed42.json"
     by_file = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(chosen)))
     by_seed = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "0.5"))
-    assert by_file.annotations.image_ids.tolist() == by_seed.annotations.image_ids.tolist() == json.loads(chosen.read_text())["ids"]
+    assert (
+        by_file.annotations.image_ids.tolist()
+        == by_seed.annotations.image_ids.tolist()
+        == json.loads(chosen.read_text())["ids"]
+    )
     with pytest.raises(UserError, match="exists and is not overwritten"):
         make_split.main(make_split.parse(flags))
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (None, "can't be read as JSON"), ("1 2 3", "can't be read as JSON"), ("{}", "holds no list of image ids"), ("[]", "holds no list"),
-    ('["a"]', "holds no list of image ids"), ('{"ids": [1, 777]}', "1 of 2 images are not in .*the first has id 777"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "can't be read as JSON"),
+        ("1 2 3", "can't be read as JSON"),
+        ("{}", "holds no list of image ids"),
+        ("[]", "holds no list"),
+        ('["a"]', "holds no list of image ids"),
+        ('{"ids": [1, 777]}', "1 of 2 images are not in .*the first has id 777"),
+    ],
+)
 def test_bad_files_of_splits_are_refused(content: str | None, said: str, coco: Path, tmp_path: Path) -> None:
     path = tmp_path / "split.json"
     if content is not None:
@@ -89,12 +116,37 @@ def test_bad_shares_are_refused(coco: Path, capsys: pytest.CaptureFixture) -> No
 def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
     """Another run takes the same by --split_file, and one that goes on draws them again by its own seed."""
     first, second = tmp_path / "first", tmp_path / "second"
-    fine_tune("--coco_path", coco, "--filter_pct", "0.5", "--seed", "3", "--epochs", 1, "--eval_every", 9, "--output_dir", first, *FROZEN)
+    fine_tune(
+        "--coco_path",
+        coco,
+        "--filter_pct",
+        "0.5",
+        "--seed",
+        "3",
+        "--epochs",
+        1,
+        "--eval_every",
+        9,
+        "--output_dir",
+        first,
+        *FROZEN,
+    )
     kept = json.loads((first / "subset.json").read_text())
     assert (kept["filter_pct"], kept["seed"]) == (0.5, 3)
     assert kept["ids"] == draw_ids(np.arange(1, 13), 0.5, 3).tolist()
     assert json.loads((first / "args.json").read_text())["data"]["train"].startswith("0.5 by seed 3 of 12 images")
-    fine_tune("--coco_path", coco, "--split_file", first / "subset.json", "--epochs", 1, "--output_dir", second, *FROZEN, "--dry_run")
+    fine_tune(
+        "--coco_path",
+        coco,
+        "--split_file",
+        first / "subset.json",
+        "--epochs",
+        1,
+        "--output_dir",
+        second,
+        *FROZEN,
+        "--dry_run",
+    )
     args = tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(first / "subset.json"), "--seed", "8")
     again = describe_subset(build_dataset("train", args).annotations, args)
     assert {**kept, "drawn": again["drawn"]} == again, "share and seed are those of the drawing, not of the run"

@@ -1,4 +1,7 @@
-"""Sizes of the detectors: parameters as published code counts them, multiply-adds as measured, and nothing is touched by counting."""
+"""Sizes of the detectors: parameters as published code counts them, multiply-adds as measured, and nothing is touched
+by counting.
+"""
+
 import copy
 
 import pytest
@@ -34,29 +37,40 @@ def on_meta(args) -> nn.Module:
         return build_model(args)[0]
 
 
-@pytest.mark.parametrize(("flags", "trainable", "total"), [
-    ((), 41_302_368, 41_524_768),
-    (("--dilation",), 41_302_368, 41_524_768),
-    (("--backbone", "resnet101"), 60_242_272, 60_464_672),
-    (("--position_embedding", "learned"), 41_315_168, 41_537_568),
-    (("--pre_norm",), 41_302_880, 41_525_280),
-    (("--backbone", "resnet18"), 28_686_688, 28_843_552),
-    (CONDITIONAL, 43_196_001, 43_418_401),
-    ((*CONDITIONAL, "--backbone", "resnet101"), 62_135_905, 62_358_305),
-    (DEFORMABLE, 39_847_265, 40_069_665),
-    (REFINE, 40_627_260, 40_849_660),
-    ((*REFINE, "--two_stage"), 40_959_129, 41_181_529),
-    (ONE_LEVEL, 33_844_193, 34_066_593),
-], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("flags", "trainable", "total"),
+    [
+        ((), 41_302_368, 41_524_768),
+        (("--dilation",), 41_302_368, 41_524_768),
+        (("--backbone", "resnet101"), 60_242_272, 60_464_672),
+        (("--position_embedding", "learned"), 41_315_168, 41_537_568),
+        (("--pre_norm",), 41_302_880, 41_525_280),
+        (("--backbone", "resnet18"), 28_686_688, 28_843_552),
+        (CONDITIONAL, 43_196_001, 43_418_401),
+        ((*CONDITIONAL, "--backbone", "resnet101"), 62_135_905, 62_358_305),
+        (DEFORMABLE, 39_847_265, 40_069_665),
+        (REFINE, 40_627_260, 40_849_660),
+        ((*REFINE, "--two_stage"), 40_959_129, 41_181_529),
+        (ONE_LEVEL, 33_844_193, 34_066_593),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
 def test_parameters_are_those_of_the_published_code(flags: tuple, trainable: int, total: int) -> None:
     assert count_parameters(on_meta(published_args(*flags))) == (total, trainable)
 
 
-@pytest.mark.parametrize(("flags", "expected", "tolerance"), [
-    ((), 81.2, 0.02),  # measured with the published code
-    # Published figures, which are means over images of several shapes.
-    (("--dilation",), 187, 0.08), (CONDITIONAL, 90, 0.08), (DEFORMABLE, 173, 0.08), (ONE_LEVEL, 78, 0.08),
-], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+@pytest.mark.parametrize(
+    ("flags", "expected", "tolerance"),
+    [
+        ((), 81.2, 0.02),  # measured with the published code
+        # Published figures, which are means over images of several shapes.
+        (("--dilation",), 187, 0.08),
+        (CONDITIONAL, 90, 0.08),
+        (DEFORMABLE, 173, 0.08),
+        (ONE_LEVEL, 78, 0.08),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
 def test_multiply_adds_at_800_by_1066(flags: tuple, expected: float, tolerance: float) -> None:
     detector = on_meta(published_args(*flags))
     assert count_multiply_adds(detector, 800, 1066) / 1e9 == pytest.approx(expected, rel=tolerance)
@@ -99,16 +113,28 @@ def test_published_figures_are_quoted_for_published_architectures_only() -> None
     assert published_figures(published_args()) == (41, 86)
     assert published_figures(published_args(*CONDITIONAL, "--dilation")) == (44, 195)
     assert published_figures(published_args(*ONE_LEVEL)) == (34, 78)
-    for other in (("--num_queries", "50"), ("--enc_layers", "3"), ("--backbone", "resnet18"), ("--pre_norm",), ("--hidden_dim", "128")):
+    for other in (
+        ("--num_queries", "50"),
+        ("--enc_layers", "3"),
+        ("--backbone", "resnet18"),
+        ("--pre_norm",),
+        ("--hidden_dim", "128"),
+    ):
         assert published_figures(published_args(*other)) is None, other
     for more in ("--with_box_refine", "--two_stage"):
         assert published_figures(published_args("--detector", "deformable_detr", more)) is None
     assert {name for name, *_ in PUBLISHED} <= set(DETECTORS)
 
 
-@pytest.mark.parametrize(("flags", "expected"), [
-    ((), (800, 1066)), (("--image_size", "400"), (400, 533)), (("--max_size", "800"), (600, 800)), (("--max_size", "1333"), (800, 1066)),
-])
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), (800, 1066)),
+        (("--image_size", "400"), (400, 533)),
+        (("--max_size", "800"), (600, 800)),
+        (("--max_size", "1333"), (800, 1066)),
+    ],
+)
 def test_evaluation_size(flags: tuple, expected: tuple) -> None:
     assert evaluation_size(published_args(*flags)) == expected
 

@@ -1,4 +1,5 @@
 """Images inside of tar files: the same samples as from folders, found once, and one line for what is wrong."""
+
 import io
 import json
 import os
@@ -41,7 +42,6 @@ def _kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_cache_in(tmp_path / "user" / "predetr", monkeypatch)
 
 
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders with the names of tar files, so that names and order are those of images in tar files."""
@@ -79,7 +79,9 @@ def test_samples_of_tar_files_are_those_of_folders(pretext: str, folders: Path, 
 
 def test_worker_processes_read_tar_files(folders: Path, shards: Path) -> None:
     args = tiny_args(PRETRAIN, "--num_workers", "2", "--batch_size", "2")
-    batches = [list(build_loader(dataset_of(root, "random_query_patch"), args, train=True)) for root in (shards, folders)]
+    batches = [
+        list(build_loader(dataset_of(root, "random_query_patch"), args, train=True)) for root in (shards, folders)
+    ]
     for ours, theirs in zip(*batches, strict=True):
         assert torch.equal(ours[0].tensors, theirs[0].tensors)
         assert torch.equal(ours[1].tensors["patches"], theirs[1].tensors["patches"])
@@ -91,8 +93,14 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 2)
     one, two = (tmp_path / "images" / name for name in ("000.png", "001.png"))
     with tarfile.open(tmp_path / "x.tar", "w", format=style) as tar:
-        for path, name in ((one, "./" + "long/" * 30 + "a.png"), (one, "twice.PNG"), (one, "._hidden.png"), (two, "twice.PNG"),
-                           (one, "./a/.thumbnails/x.png"), (tmp_path / "images", "folder.png")):
+        for path, name in (
+            (one, "./" + "long/" * 30 + "a.png"),
+            (one, "twice.PNG"),
+            (one, "._hidden.png"),
+            (two, "twice.PNG"),
+            (one, "./a/.thumbnails/x.png"),
+            (tmp_path / "images", "folder.png"),
+        ):
             tar.add(path, name, recursive=False)
         link = tarfile.TarInfo("link.png")
         link.type, link.linkname = tarfile.SYMTYPE, "twice.PNG"
@@ -104,15 +112,25 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
     assert images.skipped == 3
 
 
-@pytest.mark.parametrize(("pattern", "expected"), [
-    ("t-{00..02}.tar", ["t-00.tar", "t-01.tar", "t-02.tar"]), ("t-{01..10}.tar", None), ("t-{8..10}.tar", None),
-    ("{t,u}-0{0,1}.tar", ["t-00.tar", "t-01.tar", "u-00.tar", "u-01.tar"]), ("t-*.tar", ["t-00.tar", "t-01.tar", "t-02.tar"]),
-    ("{t,u}-?1.tar", ["t-01.tar", "u-01.tar"]), ("d*/{00..01}.tar", ["deep/00.tar", "deep/01.tar"]), ("v*.tar", None),
-])
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("t-{00..02}.tar", ["t-00.tar", "t-01.tar", "t-02.tar"]),
+        ("t-{01..10}.tar", None),
+        ("t-{8..10}.tar", None),
+        ("{t,u}-0{0,1}.tar", ["t-00.tar", "t-01.tar", "u-00.tar", "u-01.tar"]),
+        ("t-*.tar", ["t-00.tar", "t-01.tar", "t-02.tar"]),
+        ("{t,u}-?1.tar", ["t-01.tar", "u-01.tar"]),
+        ("d*/{00..01}.tar", ["deep/00.tar", "deep/01.tar"]),
+        ("v*.tar", None),
+    ],
+)
 def test_patterns(pattern: str, expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, "t-00.tar", "t-01.tar", "t-02.tar", "u-00.tar", "u-01.tar", "deep/00.tar", "deep/01.tar")
     if expected is None:
-        with pytest.raises(UserError, match=r"(t-03|t-8|v\*).tar does not exist: give a pattern of tar files that are there, or their"):
+        with pytest.raises(
+            UserError, match=r"(t-03|t-8|v\*).tar does not exist: give a pattern of tar files that are there, or their"
+        ):
             tar_shards.expand(str(tmp_path / pattern))
         return
     assert tar_shards.expand(str(tmp_path / pattern)) == (str(tmp_path), expected)
@@ -151,7 +169,9 @@ def test_headers_are_read_once(shards: Path, tmp_path: Path, monkeypatch: pytest
     assert changed == 1
     (root / "a.tar").write_bytes((shards / "a.tar").read_bytes())
     os.utime(root / "a.tar", LONG_AGO)
-    assert opened.of(lambda: ImageFolder(str(root)))[0] == 1, "of the same size, and its time is set back: it may hold others"
+    assert opened.of(lambda: ImageFolder(str(root)))[0] == 1, (
+        "of the same size, and its time is set back: it may hold others"
+    )
     assert [images.name(i) for i in range(len(images))][-1] == "b.tar/4.png"
     os.utime(root / "b.tar")  # just now: it may change once more
     assert [opened.of(lambda: ImageFolder(str(root)))[0] for _ in range(2)] == [1, 1]
@@ -175,16 +195,26 @@ def with_garbage(content: bytes) -> bytes:
     return content[:start] + b"garbage!" * 64 + content[start + 512 :]
 
 
-@pytest.mark.parametrize(("edit", "message"), [
-    (lambda content: content[: end_of_members(content) - 300], "x.tar is not a whole tar file .*: was it copied to its end"),
-    (lambda content: content[: end_of_members(content)], r"x.tar lacks the end mark of tar files.*truncate -s \+1024"),
-    (lambda content: content[: end_of_members(content) + 100], "x.tar lacks the end mark of tar files"),
-    (with_garbage, r"x.tar is damaged: there is no header at byte \d+"),
-    (lambda content: b"", "x.tar is not a whole tar file"), (lambda content: b"text " * 300, "x.tar is not a whole tar file"),
-    (lambda content: b"\x1f\x8b" + content, r"x.tar is compressed \(gzip\), .* uncompress it"),
-    (lambda content: b"\x28\xb5\x2f\xfd" + content, r"x.tar is compressed \(zstd\)"),
-    (lambda content: bytes(10240), r"x.tar holds no image \(0 other files\)"),
-])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda content: content[: end_of_members(content) - 300],
+            "x.tar is not a whole tar file .*: was it copied to its end",
+        ),
+        (
+            lambda content: content[: end_of_members(content)],
+            r"x.tar lacks the end mark of tar files.*truncate -s \+1024",
+        ),
+        (lambda content: content[: end_of_members(content) + 100], "x.tar lacks the end mark of tar files"),
+        (with_garbage, r"x.tar is damaged: there is no header at byte \d+"),
+        (lambda content: b"", "x.tar is not a whole tar file"),
+        (lambda content: b"text " * 300, "x.tar is not a whole tar file"),
+        (lambda content: b"\x1f\x8b" + content, r"x.tar is compressed \(gzip\), .* uncompress it"),
+        (lambda content: b"\x28\xb5\x2f\xfd" + content, r"x.tar is compressed \(zstd\)"),
+        (lambda content: bytes(10240), r"x.tar holds no image \(0 other files\)"),
+    ],
+)
 def test_bad_tar_files(edit, message: str, shards: Path, tmp_path: Path) -> None:
     path = edit_tar(shards / "a.tar", tmp_path / "x.tar", edit)
     with pytest.raises(UserError, match=message) as raised:
@@ -222,7 +252,9 @@ def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> No
         read_image(image)
 
 
-def test_stop_in_mid_epoch_over_tar_files(shards: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_in_mid_epoch_over_tar_files(
+    shards: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The resumed run equals one over the same images in folders that never stopped."""
     flags = (*FROZEN, "--batch_size", 1, "--epochs", 2, "--feature_recon")
     pre_train("--imagenet_path", folders, "--output_dir", tmp_path / "whole", *flags)
@@ -239,8 +271,10 @@ def test_stop_in_mid_epoch_over_tar_files(shards: Path, folders: Path, tmp_path:
 def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_path: Path) -> None:
     """The same store as for folders; it is checked against either, and serves training on both."""
     names = [str(path.relative_to(folders)) for path in folders.rglob("*.png")]
-    content = {"images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
-               "annotations": [{"image_id": i, "bbox": [4 * i, 5, 20, 30 - k]} for i in range(len(names)) for k in range(4)]}
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": i, "bbox": [4 * i, 5, 20, 30 - k]} for i in range(len(names)) for k in range(4)],
+    }
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     stores = []
     for place in (shards, folders, shards / "*.tar"):

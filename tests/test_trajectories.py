@@ -1,11 +1,13 @@
 """Loss curves of short runs, kept in `tests/golden/trajectories.json`: a change that hurts learning changes them.
 
-Each pretext and the fine-tuning of each detector trains for 12 steps on pictures that are made on the spot, by the same loop, data
-pipeline, optimiser and schedule as a real run. In float64, so that what differs between machines and versions of PyTorch stays small.
-Where a change is meant to alter the curves, this writes the file anew, and the change says why:
+Each pretext and the fine-tuning of each detector trains for 12 steps on pictures that are made on the spot, by the same
+loop, data pipeline, optimiser and schedule as a real run. In float64, so that what differs between machines and
+versions of PyTorch stays small. Where a change is meant to alter the curves, this writes the file anew, and the change
+says why:
 
     python tests/test_trajectories.py --write
 """
+
 import json
 import sys
 import tempfile
@@ -30,15 +32,58 @@ from util.session import seed_everything  # noqa: E402
 FILE = ROOT / "tests" / "golden" / "trajectories.json"
 STEPS = 12
 FLAGS = (
-    "--epochs", "6", "--lr_drop", "4", "--batch_size", "4", "--lr", "1e-3", "--weight_decay", "2", "--dropout", "0", "--num_workers", "0",
-    "--backbone_norm", "live",
+    "--epochs",
+    "6",
+    "--lr_drop",
+    "4",
+    "--batch_size",
+    "4",
+    "--lr",
+    "1e-3",
+    "--weight_decay",
+    "2",
+    "--dropout",
+    "0",
+    "--num_workers",
+    "0",
+    "--backbone_norm",
+    "live",
 )
 CASES = {
     "random_query_patch": (PRETRAIN, ("--detector", "detr", "--feature_recon", "--fre_cnn")),
-    "region_prior": (PRETRAIN, ("--detector", "deformable_detr", "--with_box_refine", "--proposals", "random", "--num_patches", "10",
-                                "--max_prop", "6", "--object_embedding_loss", "--lr_backbone", "0")),
+    "region_prior": (
+        PRETRAIN,
+        (
+            "--detector",
+            "deformable_detr",
+            "--with_box_refine",
+            "--proposals",
+            "random",
+            "--num_patches",
+            "10",
+            "--max_prop",
+            "6",
+            "--object_embedding_loss",
+            "--lr_backbone",
+            "0",
+        ),
+    ),
     # On this detector, and slowly: where queries are nearly alike, rounding decides on matches.
-    "siamese": (PRETRAIN, ("--detector", "detr", "--proposals", "random", "--lr_backbone", "0", "--global_loss_coef", "1", "--lr", "3e-4")),
+    "siamese": (
+        PRETRAIN,
+        (
+            "--detector",
+            "detr",
+            "--proposals",
+            "random",
+            "--lr_backbone",
+            "0",
+            "--global_loss_coef",
+            "1",
+            "--lr",
+            "3e-4",
+        ),
+    ),
     "detr": (FINETUNE, ("--pre_norm", "--lr_backbone", "1e-4")),
     "conditional_detr": (FINETUNE, ("--lr_backbone", "0")),
     "deformable_detr": (FINETUNE, ("--with_box_refine", "--lr_backbone", "1e-4")),
@@ -65,8 +110,13 @@ def run_case(name: str, folder: Path) -> dict:
     for key, p in model.named_parameters():
         part = ".".join(key.removeprefix("detector.").split(".")[:2])
         moved[part] = moved.get(part, 0.0) + float((p.detach() - start[key]).square().sum())
-    names = [key for key in steps[0] if "loss" in key and not key.endswith(("_unscaled", "_enc")) and not key[-1].isdigit()]
-    return {"losses": {key: [values[key] for values in steps] for key in names}, "moved": {key: x**0.5 for key, x in moved.items() if x}}
+    names = [
+        key for key in steps[0] if "loss" in key and not key.endswith(("_unscaled", "_enc")) and not key[-1].isdigit()
+    ]
+    return {
+        "losses": {key: [values[key] for values in steps] for key in names},
+        "moved": {key: x**0.5 for key, x in moved.items() if x},
+    }
 
 
 def record(run: engine.Run) -> list[dict[str, float]]:
@@ -91,16 +141,21 @@ def tolerances() -> np.ndarray:
     return np.geomspace(3e-4, 1e-2, STEPS)
 
 
-@pytest.mark.skipif(not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="bytes are resized with other rounding here")
+@pytest.mark.skipif(
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="bytes are resized with other rounding here"
+)
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_those_of_the_file(name: str, tmp_path: Path) -> None:
     expected, ours = json.loads(FILE.read_text())[name], run_case(name, tmp_path)
     assert set(ours["losses"]) == set(expected["losses"])
     for key, curve in ours["losses"].items():
-        difference = np.abs(np.array(curve) - expected["losses"][key]) / np.maximum(np.abs(expected["losses"][key]), 1e-2)
+        difference = np.abs(np.array(curve) - expected["losses"][key]) / np.maximum(
+            np.abs(expected["losses"][key]), 1e-2
+        )
         step = int((difference / tolerances()).argmax())
         assert (difference <= tolerances()).all(), (
-            f"{key} of step {step} is {curve[step]:.6f}, was {expected['losses'][key][step]:.6f}; meant? see the head of this file"
+            f"{key} of step {step} is {curve[step]:.6f}, was {expected['losses'][key][step]:.6f}; meant? see the "
+            f"head of this file"
         )
     assert ours["moved"] == pytest.approx(expected["moved"], rel=1e-2)
 

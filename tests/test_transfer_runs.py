@@ -1,4 +1,5 @@
 """Runs of a transfer study: skipped when done, resumed, stopped and reported; once for real, with a tiny model."""
+
 import importlib
 import io
 import json
@@ -38,7 +39,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.PRESETS, "cpu-smoke", TINY)
 
 
-# ---------------------------------------------------------------------------------------- the runs, with programs in their place
+# ---------------------------------------------------------------------------------------- the runs, with programs in
+# their place
 
 STAND_IN = """
 import json, os, signal, subprocess, sys, time
@@ -66,16 +68,16 @@ if how == "waits" and not os.path.exists(folder + "/begun"):
     time.sleep(60)
 ap = 0.1 + 0.01 * ("siamese" in name)
 entry = {"epoch": 0, "test_coco_eval_bbox": [ap, 2 * ap] + [0] * 10}
-for file, text in (("log.txt", json.dumps(entry) + "\\n"), ("checkpoint.pth", "x"), ("header.json", "{}"), ("results.json", "[]"),
-                   ("proposal_metrics.json", json.dumps({"AR100": 0.2}))):
+for file, text in (("log.txt", json.dumps(entry) + "\\n"), ("checkpoint.pth", "x"), ("header.json", "{}"),
+                   ("results.json", "[]"), ("proposal_metrics.json", json.dumps({"AR100": 0.2}))):
     with open(folder + "/" + file, "w") as out:
         out.write(text)
 """
 
 
 class StandIns:
-    """Programs of milliseconds in place of the runs; behaviour: a part of a step's name -> "fails", "waits" (for SIGTERM, once), or
-    "stays" (whatever the signal, with a worker in a session of its own, as torchrun has them)."""
+    """Programs of milliseconds in place of the runs; behaviour: a part of a step's name -> "fails", "waits" (for
+    SIGTERM, once), or "stays" (whatever the signal, with a worker in a session of its own, as torchrun has them)."""
 
     def __init__(self) -> None:
         self.behaviour: dict[str, str] = {}
@@ -112,8 +114,12 @@ def test_done_runs_are_skipped_and_other_settings_refused(data: Path, tmp_path: 
     listed = study("run", *words, "--list")
     assert listed[-1] == "11 runs: 11 done"
     study("run", *words, "--seeds", 1, 2, 3)
-    assert stand_ins.started[len(first):] == [f"finetune/conditional_detr/{row}/1_seed3" for row in ("none", "siamese")]
-    with pytest.raises(UserError, match=r"siamese_seed1 was made with other settings: --backbone resnet18 then and resnet34 now"):
+    assert stand_ins.started[len(first) :] == [
+        f"finetune/conditional_detr/{row}/1_seed3" for row in ("none", "siamese")
+    ]
+    with pytest.raises(
+        UserError, match=r"siamese_seed1 was made with other settings: --backbone resnet18 then and resnet34 now"
+    ):
         study("run", *words, "--backbone", "resnet34")
     with pytest.raises(UserError, match="was made with --preset cpu-smoke, now it is cpu"):
         study("run", *words, "--preset", "cpu")
@@ -122,7 +128,10 @@ def test_done_runs_are_skipped_and_other_settings_refused(data: Path, tmp_path: 
 def test_failures_are_reported_and_others_go_on(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
     stand_ins.behaviour = {"pretrain/conditional_detr/siamese": "fails"}
     words = run_words(data, tmp_path / "out", *ROWS)
-    with logged() as lines, pytest.raises(UserError, match=r"^4 of 11 runs failed: pretrain/conditional_detr/siamese_seed1, "):
+    with (
+        logged() as lines,
+        pytest.raises(UserError, match=r"^4 of 11 runs failed: pretrain/conditional_detr/siamese_seed1, "),
+    ):
         transfer_study.main(transfer_study.parse(["run", *map(str, words)]))
     text = "\n".join(lines)
     assert "failed with status 1: pretrain/conditional_detr/siamese_seed1" in text
@@ -137,7 +146,9 @@ def test_failures_are_reported_and_others_go_on(data: Path, tmp_path: Path, stan
     assert "Not finished" not in (tmp_path / "out" / "transfer.md").read_text()
 
 
-def test_the_time_limit_asks_runs_to_save_and_the_same_command_goes_on(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_the_time_limit_asks_runs_to_save_and_the_same_command_goes_on(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
     stand_ins.behaviour = {"none/1_seed1": "waits"}
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2)
     began = time.monotonic()
@@ -213,7 +224,10 @@ def test_one_table_has_one_setting_whatever_the_calls(data: Path, tmp_path: Path
     words = run_words(data, tmp_path / "out", "--fractions", 1)
     study("run", *words, "--pretexts", "none", "siamese", "--seeds", 1)
     for more in (["none", "--seeds", 4], ["none", "--seeds", 1, "--fractions", 0.5]):
-        with pytest.raises(UserError, match=r"would stand in a table with .* have other settings: --backbone resnet18 then and resnet34"):
+        with pytest.raises(
+            UserError,
+            match=r"would stand in a table with .* have other settings: --backbone resnet18 then and resnet34",
+        ):
             study("run", *words, "--backbone", "resnet34", "--pretexts", *more)
     study("run", *words, "--pretexts", "random_query_patch", "--seeds", 1, 2, "--fractions", 1, 0.5)
 
@@ -224,7 +238,9 @@ def test_what_was_made_from_an_earlier_pre_training_is_named(data: Path, tmp_pat
     place = tmp_path / "out" / "pretrain" / "conditional_detr"
     shutil.rmtree(place / "siamese_seed1")
     (place / "siamese_seed1.json").unlink()
-    with pytest.raises(UserError, match="recall/conditional_detr/siamese_seed1 was made from an earlier pretrain/conditional_detr/siam"):
+    with pytest.raises(
+        UserError, match="recall/conditional_detr/siamese_seed1 was made from an earlier pretrain/conditional_detr/siam"
+    ):
         study("run", *words)
     shutil.rmtree(tmp_path / "out" / "recall")
     shutil.rmtree(tmp_path / "out" / "finetune")
@@ -246,7 +262,9 @@ def test_folders_of_something_else_are_refused(data: Path, tmp_path: Path, stand
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-def test_the_rate_is_chosen_on_val_and_kept(data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_is_chosen_on_val_and_kept(
+    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The best over all rows, whatever the first one says."""
     better = '0.02 * ("none" in name and "0.0001" in words) + 0.2 * ("siamese" in name and "0.0002" in words)'
     monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", f"ap = 0.1 + {better}"))
@@ -258,7 +276,9 @@ def test_the_rate_is_chosen_on_val_and_kept(data: Path, tmp_path: Path, stand_in
     count = len(stand_ins.started)
     record = json.loads((tmp_path / "out" / "choose" / "conditional_detr" / "none" / "lr0.0001.json").read_text())
     assert flags_of(record["words"])["--val_annotations"] == "{data}/annotations/val.json"
-    tuned = flags_of(json.loads((tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "1_seed1.json").read_text())["words"])
+    tuned = flags_of(
+        json.loads((tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "1_seed1.json").read_text())["words"]
+    )
     assert (tuned["--lr"], tuned["--val_annotations"]) == ("0.0002", "{data}/annotations/test.json")
     assert not any("was chosen without" in line for line in study("run", *words))
     assert len(stand_ins.started) == count
@@ -293,32 +313,54 @@ def test_each_detector_has_its_own_choice(data: Path, tmp_path: Path, stand_ins:
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, "--choose", "lr")
     study("run", *words)
     study("run", *words, "--detectors", "conditional_detr", "detr")
-    assert stand_ins.started[3:] == ["choose/detr/none/lr0.0001", "choose/detr/none/lr0.0002", "finetune/detr/none/1_seed1"]
+    assert stand_ins.started[3:] == [
+        "choose/detr/none/lr0.0001",
+        "choose/detr/none/lr0.0002",
+        "finetune/detr/none/1_seed1",
+    ]
     choices = json.loads((tmp_path / "out" / "study.json").read_text())["choices"]
     assert {detector: choice["lr"] for detector, choice in choices.items()} == {"conditional_detr": 1e-4, "detr": 1e-4}
 
 
 def test_runs_at_another_rate_than_the_chosen_one_are_an_error(
-    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    tmp_path: Path,
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
     study("run", *words)
-    monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 * (1 + ("0.0002" in words))'))
+    monkeypatch.setattr(
+        sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 * (1 + ("0.0002" in words))')
+    )
     with pytest.raises(UserError, match="1_seed1 was made with other settings: --lr 0.0001 then and 0.0002 now"):
         study("run", *words, "--choose", "lr")
     assert study("run", *words)[-1] == "all runs are done", "a choice that can't be kept is not"
 
 
-def test_an_ablation_is_compared_with_its_pretext(data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 + 0.02 * ("random/" in name)'))
+def test_an_ablation_is_compared_with_its_pretext(
+    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sys.modules[__name__], "STAND_IN", STAND_IN.replace("ap = 0.1", 'ap = 0.1 + 0.02 * ("random/" in name)')
+    )
     study("run", *run_words(data, tmp_path / "out", *ROWS, "--ablations", "siamese-random"))
     page = (tmp_path / "out" / "transfer.md").read_text()
     assert "- `siamese-random`: +3.0 ± 0.0 AP: higher over 2 seeds; " in page
     assert "random boxes in place of proposals. Against `siamese`: +2.0 ± 0.0 AP: higher over 2 seeds." in page
 
 
-def test_true_boxes_are_compared_with_proposals_on_the_same_images(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
-    rows = ("--pretexts", "none", "region_prior", "--ablations", "region_prior-labelled_images", "region_prior-true_boxes")
+def test_true_boxes_are_compared_with_proposals_on_the_same_images(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
+    rows = (
+        "--pretexts",
+        "none",
+        "region_prior",
+        "--ablations",
+        "region_prior-labelled_images",
+        "region_prior-true_boxes",
+    )
     study("run", *run_words(data, tmp_path / "out", *rows, *ROWS[3:]))
     page = (tmp_path / "out" / "transfer.md").read_text()
     said = next(line for line in page.splitlines() if line.startswith("- `region_prior-true_boxes`"))
@@ -326,7 +368,10 @@ def test_true_boxes_are_compared_with_proposals_on_the_same_images(data: Path, t
 
 
 def test_the_page_says_which_pre_training_a_run_is_from(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
-    words, page = run_words(data, tmp_path / "out", "--fractions", 1, "--pretexts", "none", "siamese"), tmp_path / "out" / "transfer.md"
+    words, page = (
+        run_words(data, tmp_path / "out", "--fractions", 1, "--pretexts", "none", "siamese"),
+        tmp_path / "out" / "transfer.md",
+    )
     study("run", *words, "region_prior", "--seeds", 1, 2)
     assert "Each pretext was pre-trained once" in page.read_text()
     assert "| 1: 11.0, 2: 11.0 |" in page.read_text()
@@ -337,7 +382,10 @@ def test_the_page_says_which_pre_training_a_run_is_from(data: Path, tmp_path: Pa
 
 
 def test_versions_of_the_code_are_named_where_a_table_has_several(
-    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch,
+    data: Path,
+    tmp_path: Path,
+    stand_ins: StandIns,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words, page = run_words(data, tmp_path / "out", *ROWS[:-3]), tmp_path / "out" / "transfer.md"
     for seed, code in ((1, "aaa"), (2, "bbb")):
@@ -346,13 +394,16 @@ def test_versions_of_the_code_are_named_where_a_table_has_several(
         assert ("were made with 2 versions of the code: aaa, bbb" in page.read_text()) == (seed == 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ a study as a whole
+# ------------------------------------------------------------------------------------------------------------ a study
+# as a whole
 
 
 class Forked:
-    """A run of a study in a copy of this process, where everything is imported already: a fresh one would need seconds for that.
+    """A run of a study in a copy of this process, where everything is imported already: a fresh one would need seconds
+    for that.
 
-    A copy has none of the threads that libraries may have started here: one thread, and the evaluator that needs no other.
+    A copy has none of the threads that libraries may have started here: one thread, and the evaluator that needs no
+    other.
     """
 
     def __init__(self, words: list[str], output: BinaryIO) -> None:
@@ -377,7 +428,9 @@ class Forked:
         evaluates = name != "main"
         runner.log.handlers.clear()
         try:
-            run_script(module.main, module.parse, [*words[2:], *(["--coco_evaluator", "pycocotools"] if evaluates else [])])
+            run_script(
+                module.main, module.parse, [*words[2:], *(["--coco_evaluator", "pycocotools"] if evaluates else [])]
+            )
         except SystemExit as left:
             return left.code
         except BaseException:  # noqa: BLE001 - nothing may leave the copy
@@ -403,7 +456,9 @@ def test_a_study_from_end_to_end(data: Path, tmp_path: Path, tiny: None, monkeyp
     """Real runs of a tiny model: one is killed in its midst and goes on, all finish, and the page has their numbers."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(runner, "start_process", lambda words, settings, output, lock: Forked(words, output))
-    words = run_words(data, tmp_path / "out", "--pretexts", "none", "random_query_patch", "--fractions", 0.5, "--seeds", 1)
+    words = run_words(
+        data, tmp_path / "out", "--pretexts", "none", "random_query_patch", "--fractions", 0.5, "--seeds", 1
+    )
     place = tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "0.5_seed1"
     killed = []
 
@@ -441,7 +496,16 @@ def test_a_study_from_end_to_end(data: Path, tmp_path: Path, tiny: None, monkeyp
 
 
 def test_as_a_program(data: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "tools" / "transfer_study.py"), "run", "--data", str(data), "--output_dir", "x", "--list"]
+    words = [
+        sys.executable,
+        str(ROOT / "tools" / "transfer_study.py"),
+        "run",
+        "--data",
+        str(data),
+        "--output_dir",
+        "x",
+        "--list",
+    ]
     done = subprocess.run([*words, "--fractions", "0.3"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout.startswith("error: --fractions 0.3")

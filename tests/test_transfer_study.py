@@ -1,4 +1,7 @@
-"""A transfer study: its data are disjoint, its plan fair, its numbers those of the definitions. Its runs: tests/test_transfer_runs.py."""
+"""A transfer study: its data are disjoint, its plan fair, its numbers those of the definitions. Its runs:
+tests/test_transfer_runs.py.
+"""
+
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -25,7 +28,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("study"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- data
+# ---------------------------------------------------------------------------------------------------------------- data
 
 
 def names(data: Path, part: str) -> set[str]:
@@ -40,7 +43,11 @@ def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -
     listed = set((data / "unlabelled.txt").read_text().split())
     assert {f"labelled/{name}" for name in train} <= listed
     assert not {f"labelled/{name}" for name in val | test} & listed
-    assert sorted(Path(name).name for name in listed if name.startswith("unlabelled")) == ["000.png.jpg", "001.png.jpg", "002.png.jpg"]
+    assert sorted(Path(name).name for name in listed if name.startswith("unlabelled")) == [
+        "000.png.jpg",
+        "001.png.jpg",
+        "002.png.jpg",
+    ]
     manifest = read_manifest(data)
     assert manifest["unlabelled"]["left_out_as_held_out"] == 2
     assert manifest["unlabelled"]["images"] == len(listed) == 23
@@ -50,15 +57,36 @@ def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -
 def test_copies_of_validation_images_are_left_out_too(data: Path, tmp_path: Path) -> None:
     """All training images again, as unlabelled ones: those of val are not for pre-training."""
     coco = data.parent / "coco"
-    study("prepare", "--coco_path", coco, "--unlabelled", coco / "train2017", "--no_labelled_images", "--image_size", 64,
-          "--fractions", 1, "--output_dir", tmp_path / "data")
+    study(
+        "prepare",
+        "--coco_path",
+        coco,
+        "--unlabelled",
+        coco / "train2017",
+        "--no_labelled_images",
+        "--image_size",
+        64,
+        "--fractions",
+        1,
+        "--output_dir",
+        tmp_path / "data",
+    )
     listed = {Path(name).name for name in (tmp_path / "data" / "unlabelled.txt").read_text().split()}
     assert listed == {Path(name).name for name in names(tmp_path / "data", "train")}
     assert read_manifest(tmp_path / "data")["unlabelled"]["left_out_as_held_out"] == 4
 
 
 def test_no_val_and_a_limit_of_unlabelled_images(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    words = ["--coco_path", data.parent / "coco", "--unlabelled", data.parent / "unlabelled", "--fractions", 1, "--image_size", 64]
+    words = [
+        "--coco_path",
+        data.parent / "coco",
+        "--unlabelled",
+        data.parent / "unlabelled",
+        "--fractions",
+        1,
+        "--image_size",
+        64,
+    ]
     study("prepare", *words, "--val_share", 0, "--max_unlabelled", 3, "--output_dir", tmp_path / "data")
     manifest = read_manifest(tmp_path / "data")
     assert [manifest[part]["images"] for part in ("train", "val", "test")] == [24, 0, 6]
@@ -103,15 +131,27 @@ def test_crowds_stay_crowds(custom: bool, tmp_path: Path) -> None:
     file.write_text(json.dumps(content))
     words = ["--coco_path", coco]
     if custom:
-        words = ["--dataset_file", "custom", "--train_images", coco / "train2017", "--val_images", coco / "val2017", "--val_annotations",
-                 file, "--train_annotations", coco / "annotations" / "instances_train2017.json"]
+        words = [
+            "--dataset_file",
+            "custom",
+            "--train_images",
+            coco / "train2017",
+            "--val_images",
+            coco / "val2017",
+            "--val_annotations",
+            file,
+            "--train_annotations",
+            coco / "annotations" / "instances_train2017.json",
+        ]
     study("prepare", *words, "--image_size", 32, "--fractions", 1, "--output_dir", tmp_path / "data")
     test = json.loads((tmp_path / "data" / "annotations" / "test.json").read_text())
     assert len(test["annotations"]) == len(content["annotations"])
     (found,) = [box for box in test["annotations"] if box["iscrowd"]]
     classes = [{category["id"]: category["name"] for category in part["categories"]} for part in (test, content)]
     assert classes[0][found["category_id"]] == classes[1][crowd["category_id"]]
-    small, large = (next(image for image in part["images"] if image["id"] == crowd["image_id"]) for part in (test, content))
+    small, large = (
+        next(image for image in part["images"] if image["id"] == crowd["image_id"]) for part in (test, content)
+    )
     assert found["bbox"][2] == pytest.approx(crowd["bbox"][2] * small["width"] / large["width"], abs=0.01)
     assert read_manifest(tmp_path / "data")["test"]["boxes"] == len(content["annotations"]) - 1
 
@@ -127,8 +167,11 @@ def test_a_fraction_is_as_long_as_the_whole(data: Path) -> None:
 
 
 def test_repeated_images_keep_their_boxes() -> None:
-    content = {"images": [{"id": 7, "file_name": "a"}, {"id": 9, "file_name": "b"}], "categories": [],
-               "annotations": [{"id": 1, "image_id": 9, "bbox": [1, 2, 3, 4]}]}
+    content = {
+        "images": [{"id": 7, "file_name": "a"}, {"id": 9, "file_name": "b"}],
+        "categories": [],
+        "annotations": [{"id": 1, "image_id": 9, "bbox": [1, 2, 3, 4]}],
+    }
     again = repeated(content, 5)
     assert [image["file_name"] for image in again["images"]] == ["a", "b", "a", "b", "a"]
     assert [image["id"] for image in again["images"]] == [1, 2, 3, 4, 5]
@@ -137,8 +180,21 @@ def test_repeated_images_keep_their_boxes() -> None:
 
 def test_boxes_are_in_the_pixels_of_the_small_images(tmp_path: Path) -> None:
     voc = write_voc(tmp_path / "VOCdevkit", {"2007_trainval": 8, "2007_test": 3})
-    study("prepare", "--dataset_file", "voc", "--voc_path", voc, "--voc_train", "2007_trainval", "--image_size", 32, "--fractions", 1,
-          "--output_dir", tmp_path / "data")
+    study(
+        "prepare",
+        "--dataset_file",
+        "voc",
+        "--voc_path",
+        voc,
+        "--voc_train",
+        "2007_trainval",
+        "--image_size",
+        32,
+        "--fractions",
+        1,
+        "--output_dir",
+        tmp_path / "data",
+    )
     content = json.loads((tmp_path / "data" / "annotations" / "test.json").read_text())
     assert content["annotations"]
     sizes = {image["id"]: image for image in content["images"]}
@@ -156,7 +212,17 @@ def test_boxes_are_in_the_pixels_of_the_small_images(tmp_path: Path) -> None:
 
 
 def test_prepare_goes_on_and_refuses_other_settings(data: Path, tmp_path: Path) -> None:
-    words = ["--coco_path", data.parent / "coco", "--unlabelled", data.parent / "unlabelled", "--image_size", 64, "--fractions", 1, 0.5]
+    words = [
+        "--coco_path",
+        data.parent / "coco",
+        "--unlabelled",
+        data.parent / "unlabelled",
+        "--image_size",
+        64,
+        "--fractions",
+        1,
+        0.5,
+    ]
     assert study("prepare", *words, "--output_dir", data)[-1] == f"{data} is finished"
     with pytest.raises(UserError, match="prepared with val_share 0.15, now it is 0.3"):
         study("prepare", *words, "--val_share", 0.3, "--output_dir", data)
@@ -177,12 +243,22 @@ def test_prepare_goes_on_and_refuses_other_settings(data: Path, tmp_path: Path) 
 def test_rare_classes_are_left_out(data: Path, tmp_path: Path) -> None:
     counts = [read_manifest(data)[part]["boxes_by_class"] for part in ("train", "test")]
     least = min(counts[1].values()) + 1
-    study("prepare", "--coco_path", data.parent / "coco", "--image_size", 64, "--min_objects", least, "--output_dir", tmp_path / "data")
+    study(
+        "prepare",
+        "--coco_path",
+        data.parent / "coco",
+        "--image_size",
+        64,
+        "--min_objects",
+        least,
+        "--output_dir",
+        tmp_path / "data",
+    )
     kept = {name for name in counts[0] if all(count[name] >= least for count in counts)}
     assert set(read_manifest(tmp_path / "data")["test"]["boxes_by_class"]) == kept != set(counts[0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------- plan
+# ---------------------------------------------------------------------------------------------------------------- plan
 
 
 def plan_of(data: Path, *words: object) -> list[plan.Step]:
@@ -193,8 +269,12 @@ def plan_of(data: Path, *words: object) -> list[plan.Step]:
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("detector", presets.DETECTOR_FLAGS)
 def test_fine_tunings_differ_in_where_they_start_alone(data: Path, preset: str, detector: str) -> None:
-    steps = plan_of(data, "--preset", preset, "--detectors", detector, "--ablations", "region_prior-random", "--fractions", 1)
-    tuned = [flags_of(step.words) for step in steps if step.kind == "finetune" and step.fraction == 1 and step.seed == 2]
+    steps = plan_of(
+        data, "--preset", preset, "--detectors", detector, "--ablations", "region_prior-random", "--fractions", 1
+    )
+    tuned = [
+        flags_of(step.words) for step in steps if step.kind == "finetune" and step.fraction == 1 and step.seed == 2
+    ]
     assert len(tuned) == 5
     assert "--pretrain" not in tuned[0]
     assert len({flags.pop("--pretrain", "") for flags in tuned}) == 5
@@ -206,8 +286,11 @@ def test_fine_tunings_differ_in_where_they_start_alone(data: Path, preset: str, 
 def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
     """Every row of every preset; configs are run by bash, and their names exist."""
     of_configs = {pretext for _, pretext in presets.PRESETS[preset].configs}
-    ablations = [name for name, row in presets.ABLATIONS.items()
-                 if row.pretext not in of_configs or row.times == 1 and None not in row.changes.values()]
+    ablations = [
+        name
+        for name, row in presets.ABLATIONS.items()
+        if row.pretext not in of_configs or row.times == 1 and None not in row.changes.values()
+    ]
     words = ["--preset", preset, "--detectors", *presets.DETECTOR_FLAGS, "--seeds", 1, "--fractions", 1, "--ablations"]
     steps = plan_of(data, *words, *ablations)
     for step in steps:
@@ -225,10 +308,26 @@ def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
 
 def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Path) -> None:
     """A store knows its model, and pre-training on it has to name the same."""
-    steps = plan_of(data, "--pretexts", "none", "--ablations", "region_prior-edge_boxes", "region_prior-random", "--seeds", 1,
-                    "--fractions", 1, "--edge_model", tmp_path / "model.yml.gz")
+    steps = plan_of(
+        data,
+        "--pretexts",
+        "none",
+        "--ablations",
+        "region_prior-edge_boxes",
+        "region_prior-random",
+        "--seeds",
+        1,
+        "--fractions",
+        1,
+        "--edge_model",
+        tmp_path / "model.yml.gz",
+    )
     named = {step.name for step in steps if f"--edge_model {tmp_path / 'model.yml.gz'}" in " ".join(step.words)}
-    assert named == {"proposals/edge_boxes", "pretrain/conditional_detr/region_prior-edge_boxes_seed1", "recall/proposals/edge_boxes"}
+    assert named == {
+        "proposals/edge_boxes",
+        "pretrain/conditional_detr/region_prior-edge_boxes_seed1",
+        "recall/proposals/edge_boxes",
+    }
 
 
 def test_commands_for_several_gpus() -> None:
@@ -262,24 +361,34 @@ def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
     assert [step.name for step in steps] == [f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "mine")]
     none, mine = (flags_of(step.words) for step in steps)
     assert mine == {**none, "--pretrain": str(file), "--output_dir": "{study}/finetune/conditional_detr/mine/1_seed1"}
-    for words, what in (("mine", "give NAME=FILE"), (f"a/b={file}", "give NAME=FILE"), (f"siamese={file}", "is another row's name"),
-                        (f"mine={file}x", "there is no file")):
+    for words, what in (
+        ("mine", "give NAME=FILE"),
+        (f"a/b={file}", "give NAME=FILE"),
+        (f"siamese={file}", "is another row's name"),
+        (f"mine={file}x", "there is no file"),
+    ):
         with pytest.raises(UserError, match=what):
             plan_of(data, "--fractions", 1, "--pretrained", words)
 
 
 @pytest.mark.parametrize("change", ["no_reconstruction", "longer"])
 def test_a_config_can_not_be_cut(data: Path, change: str) -> None:
-    with pytest.raises(UserError, match=rf"{change} changes or leaves out what configs/UPDETR_conditional_pretrain_in\.sh sets"):
+    with pytest.raises(
+        UserError, match=rf"{change} changes or leaves out what configs/UPDETR_conditional_pretrain_in\.sh sets"
+    ):
         plan_of(data, "--preset", "paper", "--fractions", 1, "--ablations", f"random_query_patch-{change}")
 
 
 def test_a_longer_row_has_more_steps_of_pre_training_and_nothing_else(data: Path) -> None:
     """The rate drops at the same share of them; fine-tuning is the same."""
     rows = "region_prior", "region_prior-longer"
-    steps = plan_of(data, "--preset", "cpu", "--pretexts", rows[0], "--ablations", rows[1], "--seeds", 1, "--fractions", 1)
-    pretrained, tuned = ([flags_of(step.words) for step in steps if step.kind == kind and step.variant in rows]
-                         for kind in ("pretrain", "finetune"))
+    steps = plan_of(
+        data, "--preset", "cpu", "--pretexts", rows[0], "--ablations", rows[1], "--seeds", 1, "--fractions", 1
+    )
+    pretrained, tuned = (
+        [flags_of(step.words) for step in steps if step.kind == kind and step.variant in rows]
+        for kind in ("pretrain", "finetune")
+    )
     lengths = [(int(flags.pop("--max_iters")), int(flags.pop("--lr_drop_iters"))) for flags in pretrained]
     assert lengths[1] == tuple(4 * steps for steps in lengths[0])
     for pair in (pretrained, tuned):
@@ -292,7 +401,8 @@ def test_fractions_have_to_be_prepared(data: Path) -> None:
         plan_of(data, "--fractions", 0.25)
 
 
-# ----------------------------------------------------------------------------------------------------------------- statistics
+# -----------------------------------------------------------------------------------------------------------------
+# statistics
 
 
 def test_mean_and_deviation_by_hand() -> None:
@@ -310,14 +420,19 @@ def test_paired_difference_by_hand() -> None:
     assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert not found.shown
     assert in_words(found) == "+2.0 ± 2.5 AP: no difference that 3 seeds can show"
-    assert in_words(paired_difference({1: 5.0, 2: 6.1}, {1: 1.0, 2: 2.0}), "AP50") == "+4.0 ± 0.6 AP50: higher over 2 seeds"
+    assert (
+        in_words(paired_difference({1: 5.0, 2: 6.1}, {1: 1.0, 2: 2.0}), "AP50")
+        == "+4.0 ± 0.6 AP50: higher over 2 seeds"
+    )
     assert in_words(paired_difference({1: 1.0, 2: 2.0}, {1: 5.0, 2: 6.1})) == "-4.0 ± 0.6 AP: lower over 2 seeds"
     assert in_words(paired_difference({1: 1.0}, {1: 1.04})) == "+0.0 AP with one seed: nothing can be said"
     assert in_words(paired_difference({1: 1.0}, {2: 1.0})) == "not measured yet"
 
 
 def test_runs_of_one_pre_training_count_once() -> None:
-    """Differences 1, 3 of one pre-training and 5, 7 of another: means 2 and 6, deviation 8 ** 0.5, t of one degree of freedom 12.7062."""
+    """Differences 1, 3 of one pre-training and 5, 7 of another: means 2 and 6, deviation 8 ** 0.5, t of one degree of
+    freedom 12.7062.
+    """
     values, baseline = {1: 1.0, 2: 5.0, 3: 3.0, 4: 7.0}, dict.fromkeys(range(1, 5), 0.0)
     found = paired_difference(values, baseline, {1: 1, 2: 2, 3: 1, 4: 2})
     assert (found.mean, found.count, found.what) == (4.0, 2, "pre-trainings")

@@ -1,4 +1,5 @@
 """Augmentation beyond the golden cases: draws apart from pixels, fast path against the published one, scaled sizes."""
+
 import numpy as np
 import pytest
 import torch
@@ -33,8 +34,12 @@ def photograph(height: int = 60, width: int = 90) -> Image.Image:
 def target() -> dict[str, Tensor]:
     boxes = torch.tensor([[5.0, 5.0, 40.0, 30.0], [60.0, 40.0, 90.0, 60.0]])
     return {
-        "boxes": boxes, "labels": torch.tensor([3, 7]), "area": torch.tensor([875.0, 600.0]),
-        "iscrowd": torch.zeros(2, dtype=torch.int64), "size": torch.tensor([60, 90]), "orig_size": torch.tensor([60, 90]),
+        "boxes": boxes,
+        "labels": torch.tensor([3, 7]),
+        "area": torch.tensor([875.0, 600.0]),
+        "iscrowd": torch.zeros(2, dtype=torch.int64),
+        "size": torch.tensor([60, 90]),
+        "orig_size": torch.tensor([60, 90]),
     }
 
 

@@ -1,4 +1,7 @@
-"""Two views of an image: their geometry, regions in both, samples and batches of them. Published numbers are checked by test_golden.py."""
+"""Two views of an image: their geometry, regions in both, samples and batches of them. Published numbers are checked by
+test_golden.py.
+"""
+
 from pathlib import Path
 
 import numpy as np
@@ -131,8 +134,14 @@ def test_samples_are_two_views_with_their_regions(tmp_path: Path) -> None:
         assert images.shape == (2, 3, height, width)
         assert images.dtype == torch.uint8
         assert {name: tuple(x.shape) for name, x in target.items()} == {
-            "boxes": (2, 5, 4), "labels": (2, 5), "area": (2, 5), "iscrowd": (2, 5), "image_id": (2, 1), "orig_size": (2, 2),
-            "size": (2, 2), "patches": (2, 5, 3, 32, 32),
+            "boxes": (2, 5, 4),
+            "labels": (2, 5),
+            "area": (2, 5),
+            "iscrowd": (2, 5),
+            "image_id": (2, 1),
+            "orig_size": (2, 2),
+            "size": (2, 2),
+            "patches": (2, 5, 3, 32, 32),
         }
         assert target["labels"].unique().tolist() == [1]
         assert target["size"].tolist() == [[height, width]] * 2
@@ -154,17 +163,24 @@ def test_regions_come_from_the_proposals_that_are_asked_for(tmp_path: Path) -> N
     for epoch in range(6):
         images, target = dataset[(epoch, 0)]
         box = target["boxes"][:, 1]
-        torch.testing.assert_close(box[0, 2:], box[1, 2:], rtol=1e-4, atol=1e-4)  # both views have one scale without shrink
+        torch.testing.assert_close(
+            box[0, 2:], box[1, 2:], rtol=1e-4, atol=1e-4
+        )  # both views have one scale without shrink
         seen += int((box[0, :2] - box[1, :2]).abs().min() > 0.05)
     assert seen > 3
 
 
 def test_views_without_a_region_in_common_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A box is soon where both views show it; one that no overlap can hold leaves copies of the overlap, and the image counts as good."""
+    """A box is soon where both views show it; one that no overlap can hold leaves copies of the overlap, and the image
+    counts as good.
+    """
     drawn = []
     monkeypatch.setattr(two_views, "draw_views", lambda *args, **kwargs: drawn.append(1) or draw_views(*args, **kwargs))
     dataset = make_dataset(tmp_path)
-    for box, low, high in (([0.0, 0.0, 24.0, 20.0], 9, 8 * two_views.TRIES - 1), ([0.0, 0.0, 2.0, 2.0], 8 * two_views.TRIES, None)):
+    for box, low, high in (
+        ([0.0, 0.0, 24.0, 20.0], 9, 8 * two_views.TRIES - 1),
+        ([0.0, 0.0, 2.0, 2.0], 8 * two_views.TRIES, None),
+    ):
         dataset.proposals = lambda image, rng, name, box=box: torch.tensor([box])
         drawn.clear()
         targets = [dataset[(epoch, 0)][1] for epoch in range(8)]
@@ -199,7 +215,9 @@ def test_thin_grey_and_tiny_images(tmp_path: Path) -> None:
 
 def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
-    dataset.proposals = lambda image, rng, name: torch.tensor([[9.0, 9.0, 60.0, 60.0]] * int(image.shape[1] != 66)).reshape(-1, 4)
+    dataset.proposals = lambda image, rng, name: torch.tensor(
+        [[9.0, 9.0, 60.0, 60.0]] * int(image.shape[1] != 66)
+    ).reshape(-1, 4)
     _, target = dataset[(0, 0)]
     assert target["problems"] == [(dataset.path(0), "no proposals")]
     _, packed = collate([(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), target), dataset[(0, 1)]])
@@ -233,7 +251,9 @@ def test_views_of_an_image_stand_together_on_the_page(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     samples = [dataset[(0, i)] for i in (0, 3)]
     rows = batch_rows(samples, [0.5] * 3, [0.5] * 3)
-    assert [row["title"].split(":")[0] for row in rows] == [f"image {image}, view {view}" for image in (0, 3) for view in (1, 2)]
+    assert [row["title"].split(":")[0] for row in rows] == [
+        f"image {image}, view {view}" for image in (0, 3) for view in (1, 2)
+    ]
     for i, row in enumerate(rows):
         view = samples[i // 2][0][i % 2]
         assert torch.equal(torch.from_numpy(row["image"]).permute(2, 0, 1)[:, : view.shape[1], : view.shape[2]], view)

@@ -1,4 +1,7 @@
-"""PASCAL VOC: VOCdevkit as published, XML files of own data, COCO-style files, and a run from training to evaluation."""
+"""PASCAL VOC: VOCdevkit as published, XML files of own data, COCO-style files, and a run from training to
+evaluation.
+"""
+
 import json
 import re
 import shutil
@@ -57,7 +60,9 @@ def test_published_lists_ids_labels_and_corners(pristine: Path) -> None:
     assert (name, difficult) == (re.search("<name>(\\w+)<", text)[1], False)
     target = train[0][1]
     rows = slice(0, train.annotations.offsets[1])
-    assert set(target["labels"].tolist()) <= {CLASSES.index(record["objects"][i][0]) for i in range(len(record["objects"]))}
+    assert set(target["labels"].tolist()) <= {
+        CLASSES.index(record["objects"][i][0]) for i in range(len(record["objects"]))
+    }
     assert train.annotations.boxes_xyxy_abs[rows].tolist() == [list(box) for _, box, _ in record["objects"]]
     difficult_ones = [item for i in range(len(train)) for item in read_xml(str(xml_of(train, i)))["objects"] if item[2]]
     assert train.annotations.difficult.sum() == len(difficult_ones) > 0, "they are trained on, as published"
@@ -69,7 +74,9 @@ def xml_of(dataset, index: int) -> Path:
 
 
 def test_lists_and_class_count_by_flag(pristine: Path) -> None:
-    train, val = build_labelled(args_of(pristine, "--voc_train", "2012_trainval", "--voc_val", "2007_test", "--num_classes", "21"))
+    train, val = build_labelled(
+        args_of(pristine, "--voc_train", "2012_trainval", "--voc_val", "2007_test", "--num_classes", "21")
+    )
     assert (len(train), len(val), train.num_classes, val.num_classes) == (2, 3, 21, 21)
     with pytest.raises(UserError, match="--num_classes has 7 classes, the data 20"):
         build_labelled(args_of(pristine, "--num_classes", "7"))
@@ -81,7 +88,11 @@ def test_detregs_names_and_the_place_below_data_root(tmp_path: Path) -> None:
     write_voc(tmp_path / "pascal" / "VOCdevkit", {"2007_test": 1})
     args = tiny_args(FINETUNE, "--dataset", "voc", "--data_root", str(tmp_path))
     assert (args.dataset_file, args.voc_path) == ("voc", str(tmp_path / "pascal/VOCdevkit"))
-    for flags in (("--dataset", "voc"), ("--dataset_file", "voc"), ("--dataset_file", "voc", "--voc_path", str(tmp_path / "pascal"))):
+    for flags in (
+        ("--dataset", "voc"),
+        ("--dataset_file", "voc"),
+        ("--dataset_file", "voc", "--voc_path", str(tmp_path / "pascal")),
+    ):
         assert len(build_dataset("val", tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path)))) == 1
     args = tiny_args(PRETRAIN, "--dataset", "voc")
     assert (args.dataset_file, args.voc_path) == ("voc", "data/pascal/VOCdevkit")
@@ -95,13 +106,17 @@ def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path
     for kind, count in (("voc", 5), ("voc_coco", 2)):
         flags = ("--dataset_file", kind, "--voc_path")
         for pretext in PRETEXTS:
-            args = tiny_args(PRETRAIN, "--pretext", pretext, "--num_patches", "10", "--proposals", "random", *flags, str(devkit))
+            args = tiny_args(
+                PRETRAIN, "--pretext", pretext, "--num_patches", "10", "--proposals", "random", *flags, str(devkit)
+            )
             train, val = build_dataset("train", args), build_dataset("val", args)
             assert (len(train), len(val)) == (count, 3)
         assert [val.images.name(i) for i in range(3)] == [f"VOC2007/JPEGImages/00020{i}.jpg" for i in (1, 2, 3)]
         assert val.path(2) == str(devkit / "VOC2007/JPEGImages/000203.jpg")
     assert "patches" in build_dataset("train", tiny_args(PRETRAIN, *flags, str(devkit)))[0][1]
-    here, there = (build_dataset("val", tiny_args(PRETRAIN, *flags, str(place))).fingerprint() for place in (devkit, pristine))
+    here, there = (
+        build_dataset("val", tiny_args(PRETRAIN, *flags, str(place))).fingerprint() for place in (devkit, pristine)
+    )
     assert here == there != train.fingerprint()
     with pytest.raises(UserError, match="--imagenet_path and --voc_path both name the unlabelled images"):
         tiny_args(PRETRAIN, *flags, "x", "--imagenet_path", "y")
@@ -113,8 +128,14 @@ def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path
 
 
 def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
-    """`--dataset_file voc_coco` and the published annotation files hold the same; COCO's metric counts `difficult` objects."""
-    voc_to_coco.main(voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]))
+    """`--dataset_file voc_coco` and the published annotation files hold the same; COCO's metric counts `difficult`
+    objects.
+    """
+    voc_to_coco.main(
+        voc_to_coco.parse(
+            [str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]
+        )
+    )
     args = args_of(pristine, "--dataset_file", "voc_coco")
     assert args.voc_train == ["2012_trainval"]
     train, val = build_labelled(args)
@@ -132,21 +153,43 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
     detect_the_truth(evaluator, val.annotations)
     stats = evaluator.summarize()["stats"]
     assert (len(stats), stats[0]) == (12, pytest.approx(1.0))
-    assert build_labelled(args_of(pristine, "--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval"))[0].path(4)
+    assert build_labelled(
+        args_of(pristine, "--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval")
+    )[0].path(4)
 
 
-@pytest.mark.parametrize(("damage", "said"), [
-    (lambda root: root.rename(root.parent / "elsewhere"), r"VOCdevkit is no folder: --voc_path takes VOCdevkit"),
-    (lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").unlink(), "VOC2012/ImageSets/Main/trainval.txt can't be read"),
-    (lambda root: (root / "VOC2007/ImageSets/Main/trainval.txt").write_text("cat"), "VOC image cat: names are numbers"),
-    (lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").write_text("000001"),
-     "VOC2007 lists 000001 and VOC2012 lists 000001, which get the same image id 2021000001: give them"),
-    (lambda root: (root / XML).unlink(), f"{XML} can't be read"),
-    (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is no valid XML"),
-    (lambda root: (root / XML).write_text(voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])), "000001.xml: object 1 is of class 'orc'"),
-    (lambda root: (root / XML).write_text("<a><object><name>cat</name></object></a>"), "000001.xml: an object needs <name>"),
-    (lambda root: (root / XML).write_text("<annotation><object/></annotation>"), "000001.xml: an object needs <name>.*no name"),
-])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda root: root.rename(root.parent / "elsewhere"), r"VOCdevkit is no folder: --voc_path takes VOCdevkit"),
+        (
+            lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").unlink(),
+            "VOC2012/ImageSets/Main/trainval.txt can't be read",
+        ),
+        (
+            lambda root: (root / "VOC2007/ImageSets/Main/trainval.txt").write_text("cat"),
+            "VOC image cat: names are numbers",
+        ),
+        (
+            lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").write_text("000001"),
+            "VOC2007 lists 000001 and VOC2012 lists 000001, which get the same image id 2021000001: give them",
+        ),
+        (lambda root: (root / XML).unlink(), f"{XML} can't be read"),
+        (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is no valid XML"),
+        (
+            lambda root: (root / XML).write_text(voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])),
+            "000001.xml: object 1 is of class 'orc'",
+        ),
+        (
+            lambda root: (root / XML).write_text("<a><object><name>cat</name></object></a>"),
+            "000001.xml: an object needs <name>",
+        ),
+        (
+            lambda root: (root / XML).write_text("<annotation><object/></annotation>"),
+            "000001.xml: an object needs <name>.*no name",
+        ),
+    ],
+)
 def test_bad_devkits_are_refused_in_one_line(devkit: Path, damage, said: str) -> None:
     damage(devkit)
     with pytest.raises(UserError, match=said) as refusal:
@@ -178,8 +221,17 @@ def test_a_box_outside_its_image_is_left_out_with_a_warning(devkit: Path) -> Non
 def test_own_data_with_xml_files(pristine: Path) -> None:
     own = pristine / "VOC2007"
     args = tiny_args(
-        FINETUNE, "--dataset_file", "custom", "--train_images", str(own / "JPEGImages"), "--train_annotations", str(own / "Annotations"),
-        "--val_images", str(own / "JPEGImages"), "--val_annotations", str(own / "Annotations"),
+        FINETUNE,
+        "--dataset_file",
+        "custom",
+        "--train_images",
+        str(own / "JPEGImages"),
+        "--train_annotations",
+        str(own / "Annotations"),
+        "--val_images",
+        str(own / "JPEGImages"),
+        "--val_annotations",
+        str(own / "Annotations"),
     )
     train, val = build_labelled(args)
     assert (len(train), train.num_classes, train.category_ids) == (6, 3, None)
@@ -201,12 +253,16 @@ def test_names_of_images_may_stand_on_lines_of_their_own(devkit: Path) -> None:
     folder = devkit / "VOC2007" / "Annotations"
     before = read_xml_folder(str(folder))
     for path in folder.iterdir():
-        path.write_text(path.read_text().replace("<filename>", "<filename>\n  ").replace("</filename>", "\n</filename>"))
+        path.write_text(
+            path.read_text().replace("<filename>", "<filename>\n  ").replace("</filename>", "\n</filename>")
+        )
     assert list(read_xml_folder(str(folder)).file_names) == list(before.file_names)
 
 
 def test_own_data_without_xml_files(tmp_path: Path) -> None:
-    args = tiny_args(FINETUNE, "--dataset_file", "custom", "--train_images", str(tmp_path), "--train_annotations", str(tmp_path))
+    args = tiny_args(
+        FINETUNE, "--dataset_file", "custom", "--train_images", str(tmp_path), "--train_annotations", str(tmp_path)
+    )
     with pytest.raises(UserError, match="has no .xml file"):
         build_dataset("train", args)
 
@@ -216,16 +272,30 @@ def detect_the_truth(evaluator, annotations) -> None:
 
     for i, number in enumerate(annotations.image_ids.tolist()):
         rows = slice(annotations.offsets[i], annotations.offsets[i + 1])
-        evaluator.update({number: {
-            "boxes": torch.from_numpy(annotations.boxes_xyxy_abs[rows]), "labels": torch.from_numpy(annotations.labels[rows]),
-            "scores": torch.ones(len(annotations.labels[rows])),
-        }})
+        evaluator.update(
+            {
+                number: {
+                    "boxes": torch.from_numpy(annotations.boxes_xyxy_abs[rows]),
+                    "labels": torch.from_numpy(annotations.labels[rows]),
+                    "scores": torch.ones(len(annotations.labels[rows])),
+                }
+            }
+        )
 
 
 def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path) -> None:
-    """Names and fields as Siamese DETR has them; boxes are the raw corners, without + 1 or - 1, and difficult objects are no crowds."""
-    voc_to_coco.main(voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]))
-    assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == ["voc_test2007.cocostyle.json", "voc_trainval2012.cocostyle.json"]
+    """Names and fields as Siamese DETR has them; boxes are the raw corners, without + 1 or - 1, and difficult objects
+    are no crowds.
+    """
+    voc_to_coco.main(
+        voc_to_coco.parse(
+            [str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]
+        )
+    )
+    assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == [
+        "voc_test2007.cocostyle.json",
+        "voc_trainval2012.cocostyle.json",
+    ]
     content = json.loads((tmp_path / "meta" / "voc_test2007.cocostyle.json").read_text())
     assert [image["id"] for image in content["images"]] == [201, 202, 203]
     assert set(content["images"][0]) >= {"file_name", "width", "height"}
@@ -239,14 +309,23 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
     twelve = json.loads((tmp_path / "meta" / "voc_trainval2012.cocostyle.json").read_text())
     assert [image["id"] for image in twelve["images"]] == [2012000101, 2012000102]
     places = {
-        "train_images": pristine / "VOC2012/JPEGImages", "train_annotations": tmp_path / "meta/voc_trainval2012.cocostyle.json",
-        "val_images": pristine / "VOC2007/JPEGImages", "val_annotations": tmp_path / "meta/voc_test2007.cocostyle.json",
+        "train_images": pristine / "VOC2012/JPEGImages",
+        "train_annotations": tmp_path / "meta/voc_trainval2012.cocostyle.json",
+        "val_images": pristine / "VOC2007/JPEGImages",
+        "val_annotations": tmp_path / "meta/voc_test2007.cocostyle.json",
     }
-    args = tiny_args(FINETUNE, "--dataset_file", "custom", *(word for name, place in places.items() for word in (f"--{name}", str(place))))
+    args = tiny_args(
+        FINETUNE,
+        "--dataset_file",
+        "custom",
+        *(word for name, place in places.items() for word in (f"--{name}", str(place))),
+    )
     train, val = build_labelled(args)
     assert (len(train), len(val), train.num_classes) == (2, 3, 20)
     with pytest.raises(UserError, match="exists and is not overwritten"):
-        voc_to_coco.main(voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2007_test"]))
+        voc_to_coco.main(
+            voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2007_test"])
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- a run
@@ -271,12 +350,24 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"] == line["test_voc_area"]
 
 
-@pytest.mark.parametrize(("flags", "said"), [
-    ("--voc_metric area", "--voc_metric means nothing to --dataset_file coco: leave it out or use --dataset_file voc"),
-    ("--voc_train 2012_trainval", "--voc_train means nothing to --dataset_file coco: leave it out or use --dataset_file voc or voc_coco"),
-    ("--dataset_file voc_coco --voc_metric area", "--voc_metric means nothing to --dataset_file voc_coco: leave it out or use"),
-    ("--dataset_file custom --voc_val 2012_val", "--voc_val means nothing to --dataset_file custom"),
-])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--voc_metric area",
+            "--voc_metric means nothing to --dataset_file coco: leave it out or use --dataset_file voc",
+        ),
+        (
+            "--voc_train 2012_trainval",
+            "--voc_train means nothing to --dataset_file coco: leave it out or use --dataset_file voc or voc_coco",
+        ),
+        (
+            "--dataset_file voc_coco --voc_metric area",
+            "--voc_metric means nothing to --dataset_file voc_coco: leave it out or use",
+        ),
+        ("--dataset_file custom --voc_val 2012_val", "--voc_val means nothing to --dataset_file custom"),
+    ],
+)
 def test_flags_that_other_data_do_not_read_are_refused(flags: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         tiny_args(FINETUNE, *flags.split())
@@ -287,11 +378,26 @@ def test_a_resumed_run_on_other_data_forgets_them(pristine: Path) -> None:
     stored = vars(args_of(pristine, "--voc_metric", "area", "--voc_train", "2007_trainval"))
     args = make_parser(FINETUNE).parse_args(["--dataset_file", "voc_coco"])
     _adopt_settings(args, stored, {"dataset_file"})
-    assert (resolve(args).voc_metric, args.voc_train, args.num_queries) == ("11point", ["2012_trainval"], stored["num_queries"])
+    assert (resolve(args).voc_metric, args.voc_train, args.num_queries) == (
+        "11point",
+        ["2012_trainval"],
+        stored["num_queries"],
+    )
 
 
 def test_proposals_are_evaluated_on_any_kind_of_data(pristine: Path) -> None:
-    words = ["--proposals", "random", "--max_prop", "50", "--dataset_file", "voc", "--voc_path", str(pristine), "--num_workers", "0"]
+    words = [
+        "--proposals",
+        "random",
+        "--max_prop",
+        "50",
+        "--dataset_file",
+        "voc",
+        "--voc_path",
+        str(pristine),
+        "--num_workers",
+        "0",
+    ]
     numbers = evaluate_proposals.main(evaluate_proposals.parse(words))
     assert 0 <= numbers["AR1"] <= numbers["AR1000"] <= 1
 

@@ -1,7 +1,9 @@
-"""VOC's average precision: cases that can be worked out by hand, a plain implementation beside ours, and DETReg's rounding.
+"""VOC's average precision: cases that can be worked out by hand, a plain implementation beside ours, and DETReg's
+rounding.
 
 DETReg's own numbers are in `tests/golden_data.py`.
 """
+
 from dataclasses import replace
 
 import numpy as np
@@ -21,13 +23,23 @@ def truth(*objects: tuple, images: int = 3, classes: tuple[str, ...] = ("cat", "
     """objects: (image id, label, box) or (image id, label, box, difficult)."""
     padded = [(*item, False)[:4] for item in objects]
     columns = {
-        "id": np.arange(len(padded)), "image": np.array([i for i, *_ in padded], np.int64), "crowd": np.zeros(len(padded), bool),
-        "label": np.array([label for _, label, *_ in padded], np.int64), "area": np.ones(len(padded), np.float32),
+        "id": np.arange(len(padded)),
+        "image": np.array([i for i, *_ in padded], np.int64),
+        "crowd": np.zeros(len(padded), bool),
+        "label": np.array([label for _, label, *_ in padded], np.int64),
+        "area": np.ones(len(padded), np.float32),
         "box": np.array([box for _, _, box, _ in padded], np.float32).reshape(-1, 4),
         "difficult": np.array([item[3] for item in padded], bool),
     }
     ids = np.arange(1, images + 1)
-    return from_columns(columns, "made", PackedStrings(f"{i}.jpg" for i in ids), ids, np.zeros((images, 2), int), dict(enumerate(classes)))
+    return from_columns(
+        columns,
+        "made",
+        PackedStrings(f"{i}.jpg" for i in ids),
+        ids,
+        np.zeros((images, 2), int),
+        dict(enumerate(classes)),
+    )
 
 
 def evaluated(annotations: Annotations, *found: tuple, **options) -> VocEvaluator:
@@ -35,10 +47,15 @@ def evaluated(annotations: Annotations, *found: tuple, **options) -> VocEvaluato
     evaluator = VocEvaluator(annotations, **options)
     for image in {item[0] for item in found}:
         mine = [item for item in found if item[0] == image]
-        evaluator.update({image: {
-            "boxes": torch.tensor([item[2] for item in mine], dtype=torch.float64), "labels": torch.tensor([item[1] for item in mine]),
-            "scores": torch.tensor([item[3] for item in mine], dtype=torch.float64),
-        }})
+        evaluator.update(
+            {
+                image: {
+                    "boxes": torch.tensor([item[2] for item in mine], dtype=torch.float64),
+                    "labels": torch.tensor([item[1] for item in mine]),
+                    "scores": torch.tensor([item[3] for item in mine], dtype=torch.float64),
+                }
+            }
+        )
     return evaluator
 
 
@@ -60,7 +77,10 @@ def test_the_truth_is_perfect_and_nothing_is_zero() -> None:
     assert [(row["id"], row["name"], row["objects"]) for row in summary["per_class"]] == [(0, "cat", 2), (1, "dog", 1)]
     assert evaluated(annotations).summarize()["stats"] == [0, 0, 0]
     assert evaluated(truth(), (1, 0, BOX, 0.5)).summarize() == {
-        "stats": [-1] * 3, "voc_11point": [-1] * 3, "voc_area": [-1] * 3, "per_class": [],
+        "stats": [-1] * 3,
+        "voc_11point": [-1] * 3,
+        "voc_area": [-1] * 3,
+        "per_class": [],
     }
 
 
@@ -93,7 +113,9 @@ def test_difficult_objects_are_neither_missed_nor_found() -> None:
     assert ap50(evaluated(annotations, (1, 0, BOX, 0.5))) == pytest.approx(1), "not found, not missed"
     hits = [(1, 0, FAR, 0.9), (1, 0, moved(FAR, 1), 0.8), (1, 0, BOX, 0.5)]
     assert ap50(evaluated(annotations, *hits)) == pytest.approx(1), "found twice, neither right nor wrong"
-    assert [row["id"] for row in evaluated(annotations, *hits).summarize()["per_class"]] == [0], "a class of difficult objects has no AP"
+    assert [row["id"] for row in evaluated(annotations, *hits).summarize()["per_class"]] == [0], (
+        "a class of difficult objects has no AP"
+    )
     ordinary = replace(annotations, difficult=None)
     assert ap50(evaluated(ordinary, (1, 0, BOX, 0.5))) == pytest.approx(0.25)
 
@@ -148,12 +170,15 @@ def random_case(seed: int) -> tuple[Annotations, list[tuple]]:
 
 
 def plainly(objects: list[tuple], found: list[tuple], threshold: float) -> tuple[list[float], list[float]]:
-    """Recall and precision as the devkit goes through detections, one by one. objects: (image, box, difficult) of one class."""
+    """Recall and precision as the devkit goes through detections, one by one. objects: (image, box, difficult) of one
+    class.
+    """
     taken, right, wrong, recall, precision = set(), 0, 0, [], []
     total = sum(not difficult for *_, difficult in objects)
     for image, _, box, _ in sorted(found, key=lambda item: -item[3]):
         overlaps = [
-            float(paired_iou(np.array([box]), np.array([other]))[0]) if where == image else -1.0 for where, other, _ in objects
+            float(paired_iou(np.array([box]), np.array([other]))[0]) if where == image else -1.0
+            for where, other, _ in objects
         ]
         best = int(np.argmax(overlaps)) if overlaps else None
         if best is not None and overlaps[best] >= threshold:
@@ -179,10 +204,14 @@ def test_equals_a_plain_implementation(seed: int) -> None:
         assert (label in tables) == any(not difficult for *_, difficult in objects)
         for k, threshold in enumerate(THRESHOLDS) if label in tables else ():
             recall, precision = plainly(objects, [item for item in found if item[1] == label], threshold)
-            points = [max((p for p, r in zip(precision, recall, strict=True) if r >= k / 10), default=0.0) for k in range(11)]
+            points = [
+                max((p for p, r in zip(precision, recall, strict=True) if r >= k / 10), default=0.0) for k in range(11)
+            ]
             assert tables[label]["11point"][k] == pytest.approx(np.mean(points), abs=1e-12)
             steps = np.diff([0.0, *recall])
-            assert tables[label]["area"][k] == pytest.approx(sum(s * max(precision[i:]) for i, s in enumerate(steps)), abs=1e-12)
+            assert tables[label]["area"][k] == pytest.approx(
+                sum(s * max(precision[i:]) for i, s in enumerate(steps)), abs=1e-12
+            )
 
 
 def test_ap_falls_with_the_threshold_and_lies_between_0_and_1() -> None:
@@ -200,7 +229,9 @@ def test_several_processes_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where an image comes to two of them."""
     annotations, found = random_case(3)
     single = evaluated(annotations, *found).summarize()
-    parts = [evaluated(annotations, *[item for item in found if item[0] in images]) for images in ((1, 3, 5), (2, 3, 4))]
+    parts = [
+        evaluated(annotations, *[item for item in found if item[0] in images]) for images in ((1, 3, 5), (2, 3, 4))
+    ]
     monkeypatch.setattr(detections_module, "all_gather_object", lambda mine: [part._detections for part in parts])
     for part in parts:
         part.synchronize_between_processes()

@@ -1,4 +1,5 @@
 """Weight files: read without running code, fetched once, saved whole or not at all."""
+
 import collections
 import hashlib
 import logging
@@ -37,13 +38,32 @@ def one_line(excinfo, *words):
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["old.pth", "old.pth.tar"])
 def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
-    args = Namespace(lr=1e-4, output_dir=pathlib.PosixPath("a/b"), score=np.float64(0.5), seed=np.int64(3), table=np.arange(3),
-                     extra=collections.OrderedDict(x=1), lists=collections.defaultdict(list, k=[1, 2]), names=["backbone.0"])
-    torch.save({"model": {"module." + key: value for key, value in STATE.items()}, "epoch": 3, "args": args},
-               tmp_path / name, _use_new_zipfile_serialization=zipped)
+    args = Namespace(
+        lr=1e-4,
+        output_dir=pathlib.PosixPath("a/b"),
+        score=np.float64(0.5),
+        seed=np.int64(3),
+        table=np.arange(3),
+        extra=collections.OrderedDict(x=1),
+        lists=collections.defaultdict(list, k=[1, 2]),
+        names=["backbone.0"],
+    )
+    torch.save(
+        {"model": {"module." + key: value for key, value in STATE.items()}, "epoch": 3, "args": args},
+        tmp_path / name,
+        _use_new_zipfile_serialization=zipped,
+    )
     checkpoint = load_checkpoint(tmp_path / name)
-    assert checkpoint["args"] == {"lr": 1e-4, "output_dir": "a/b", "score": 0.5, "seed": 3, "table": [0, 1, 2],
-                                  "extra": {"x": 1}, "lists": {"k": [1, 2]}, "names": ["backbone.0"]}
+    assert checkpoint["args"] == {
+        "lr": 1e-4,
+        "output_dir": "a/b",
+        "score": 0.5,
+        "seed": 3,
+        "table": [0, 1, 2],
+        "extra": {"x": 1},
+        "lists": {"k": [1, 2]},
+        "names": ["backbone.0"],
+    }
     assert type(checkpoint["args"]["score"]) is float
     assert type(checkpoint["args"]["lists"]) is dict
     assert list(checkpoint["model"]) == list(STATE)
@@ -113,11 +133,21 @@ def broken_files(folder):
     torch.save({"optimizer": {}}, folder / "other.pth")
 
 
-@pytest.mark.parametrize(("name", "word"), [
-    ("text.pth", "text file"), ("short.pth", "incomplete"), ("empty.pth", "empty"), ("folder.pth", "folder"),
-    ("missing.pth", "no such file"), ("bytes.pth", "damaged"), ("pickle.pth", "pickle.pth"), ("tensor.pth", "Tensor"),
-    ("other.pth", "'model'"), ("half.safetensors", "half.safetensors"),
-])
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("text.pth", "text file"),
+        ("short.pth", "incomplete"),
+        ("empty.pth", "empty"),
+        ("folder.pth", "folder"),
+        ("missing.pth", "no such file"),
+        ("bytes.pth", "damaged"),
+        ("pickle.pth", "pickle.pth"),
+        ("tensor.pth", "Tensor"),
+        ("other.pth", "'model'"),
+        ("half.safetensors", "half.safetensors"),
+    ],
+)
 def test_a_file_that_is_no_checkpoint_gives_one_line(tmp_path, name, word):
     broken_files(tmp_path)
     with pytest.raises(UserError) as excinfo:
@@ -188,8 +218,14 @@ def test_the_place_for_a_file_fetched_by_hand_is_where_it_is_looked_for(hub, mon
     assert load_checkpoint(url)["model"]
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no route"), TimeoutError("timed out"),
-                                   RuntimeError('invalid hash value (expected "e632da11", got "00")')])
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib.error.URLError("no route"),
+        TimeoutError("timed out"),
+        RuntimeError('invalid hash value (expected "e632da11", got "00")'),
+    ],
+)
 def test_an_address_that_fails_names_file_address_and_place(hub, monkeypatch, error):
     def download(*_args, **_kwargs):
         raise error
@@ -214,7 +250,8 @@ def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
     save_checkpoint(state, tmp_path / "new" / "checkpoint.pth")
     loaded = load_checkpoint(tmp_path / "new" / "checkpoint.pth")
     assert {key: loaded[key] for key in ("epoch", "args", "class_names")} == {
-        key: state[key] for key in ("epoch", "args", "class_names")}
+        key: state[key] for key in ("epoch", "args", "class_names")
+    }
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pth"]
 
 
@@ -262,7 +299,9 @@ def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
     assert hasattr(resource, "RLIMIT_FSIZE")
     path = tmp_path / "checkpoint.pth"
     root = pathlib.Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert "no room" in done.stdout

@@ -1,4 +1,5 @@
 """Small models, batches, data sets and runs that several test modules use."""
+
 import contextlib
 import json
 import logging
@@ -23,8 +24,20 @@ from util.session import end_loaders
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_FLAGS = [
-    "--backbone", "resnet18", "--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "64", "--enc_layers", "1", "--dec_layers", "2",
-    "--num_queries", "20",
+    "--backbone",
+    "resnet18",
+    "--hidden_dim",
+    "32",
+    "--nheads",
+    "4",
+    "--dim_feedforward",
+    "64",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--num_queries",
+    "20",
 ]
 RUN_FLAGS = [*MODEL_FLAGS, "--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
 FROZEN = ("--lr_backbone", "0", "--backbone_norm", "frozen")  # small checkpoints: no moments of the backbone
@@ -37,14 +50,25 @@ def tiny_args(script: str = FINETUNE, *flags: str) -> Namespace:
     return resolve(make_parser(script).parse_args([*RUN_FLAGS, *pretext, *flags]))
 
 
-def make_targets(counts: list[int], num_classes: int = 5, seed: int = 0, patches: int = 0, patch_size: int = 32) -> list[dict[str, Tensor]]:
-    """A target for each count, with boxes inside the image and as many objects; `patches` replaces the counts for a pretext."""
+def make_targets(
+    counts: list[int], num_classes: int = 5, seed: int = 0, patches: int = 0, patch_size: int = 32
+) -> list[dict[str, Tensor]]:
+    """A target for each count, with boxes inside the image and as many objects; `patches` replaces the counts for a
+    pretext.
+    """
     generator = torch.Generator().manual_seed(seed)
     targets = []
     for i, count in enumerate(counts):
         count = patches or count
-        centre, size = torch.rand(count, 2, generator=generator) * 0.5 + 0.25, torch.rand(count, 2, generator=generator) * 0.4 + 0.05
-        labels = torch.ones(count, dtype=torch.int64) if patches else torch.randint(1, num_classes, (count,), generator=generator)
+        centre, size = (
+            torch.rand(count, 2, generator=generator) * 0.5 + 0.25,
+            torch.rand(count, 2, generator=generator) * 0.4 + 0.05,
+        )
+        labels = (
+            torch.ones(count, dtype=torch.int64)
+            if patches
+            else torch.randint(1, num_classes, (count,), generator=generator)
+        )
         target = {"boxes": torch.cat([centre, size], 1), "labels": labels, "image_id": torch.tensor([100 + i])}
         if patches:
             target["patches"] = torch.randn(patches, 3, patch_size, patch_size, generator=generator)
@@ -85,10 +109,16 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
             Image.fromarray(pixels).save(root / name / f"{i:06d}.png")
             images.append({"id": first + i + 1, "file_name": f"{i:06d}.png", "height": height, "width": width})
             for box, label in zip(boxes, labels, strict=True) if i not in empty or name != "train2017" else ():
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": first + i + 1, "bbox": box, "category_id": label, "area": box[2] * box[3],
-                    "iscrowd": 0,
-                })
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": first + i + 1,
+                        "bbox": box,
+                        "category_id": label,
+                        "area": box[2] * box[3],
+                        "iscrowd": 0,
+                    }
+                )
         categories = [{"id": i, "name": name} for i, name in enumerate(("red", "green", "blue"), start=1)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
@@ -96,13 +126,18 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
 
 
 def write_shots(coco: Path, folder: Path, shots: tuple[int, ...] = (10, 30), prefix: str = "COCO_train2014_") -> Path:
-    """The first objects of each class of `write_coco` as Wang et al. publish theirs: a COCO file for each class and number of shots."""
+    """The first objects of each class of `write_coco` as Wang et al. publish theirs: a COCO file for each class and
+    number of shots.
+    """
     folder.mkdir(parents=True)
     content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
     for count, category in ((count, category) for count in shots for category in content["categories"]):
         chosen = [item for item in content["annotations"] if item["category_id"] == category["id"]][:count]
-        images = [{**image, "file_name": f"{prefix}{image['file_name']}"} for image in content["images"]
-                  if image["id"] in {item["image_id"] for item in chosen}]
+        images = [
+            {**image, "file_name": f"{prefix}{image['file_name']}"}
+            for image in content["images"]
+            if image["id"] in {item["image_id"] for item in chosen}
+        ]
         path = folder / f"full_box_{count}shot_{category['name']}_trainval.json"
         path.write_text(json.dumps({**content, "images": images, "annotations": chosen}))
     return folder
@@ -115,28 +150,38 @@ VOC_LISTS = {"2007_trainval": 3, "2012_trainval": 2, "2007_test": 3}
 def voc_xml(name: str, size_hw: tuple[int, int], objects: list[tuple[str, list[int], int]]) -> str:
     """objects: (class, (x, y, w, h) from 0 on, difficult)."""
     items = "".join(
-        f"<object><name>{kind}</name><difficult>{difficult}</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax>"
-        f"<ymax>{y + h}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
-        "</part></object>" for kind, (x, y, w, h), difficult in objects
+        f"<object><name>{kind}</name><difficult>{difficult}</difficult><bndbox><xmin>{x + 1}</xmin>"
+        f"<ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox>"
+        f"<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox>"
+        "</part></object>"
+        for kind, (x, y, w, h), difficult in objects
     )
     size = f"<size><width>{size_hw[1]}</width><height>{size_hw[0]}</height><depth>3</depth></size>"
     return f"<annotation><filename>{name}</filename>{size}{items}</annotation>"
 
 
 def write_voc(root: Path, lists: dict[str, int] | None = None) -> Path:
-    """A small VOCdevkit with as many images in each list; the last object of an image is difficult where there are several."""
+    """A small VOCdevkit with as many images in each list; the last object of an image is difficult where there are
+    several.
+    """
     for first, (image_set, count) in enumerate((lists or VOC_LISTS).items()):
         year, _, part = image_set.partition("_")
         folder = root / f"VOC{year}"
         for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        names = [f"{100 * first + i + 1:06d}" if year == "2007" else f"{year}_{100 * first + i + 1:06d}" for i in range(count)]
+        names = [
+            f"{100 * first + i + 1:06d}" if year == "2007" else f"{year}_{100 * first + i + 1:06d}"
+            for i in range(count)
+        ]
         (folder / "ImageSets" / "Main" / f"{part}.txt").write_text("\n".join(names) + "\n")
         for i, name in enumerate(names):
             height, width = 60 + 6 * (i % 3), 72 - 8 * (i % 2)
             pixels, boxes, labels = draw(100 * first + i, height, width)
             Image.fromarray(pixels).save(folder / "JPEGImages" / f"{name}.jpg")
-            objects = [(VOC_NAMES[k], box, int(0 < j == len(boxes) - 1)) for j, (box, k) in enumerate(zip(boxes, labels, strict=True))]
+            objects = [
+                (VOC_NAMES[k], box, int(0 < j == len(boxes) - 1))
+                for j, (box, k) in enumerate(zip(boxes, labels, strict=True))
+            ]
             (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(f"{name}.jpg", (height, width), objects))
     return root
 
@@ -182,7 +227,9 @@ def renumber(content: dict, ids: dict[int, int]) -> dict:
 
 
 def write_own_data(root: Path) -> Path:
-    """`write_coco` as a user's own: photos/a/*.png with train.json, held_out/*.png with val.json, category ids with gaps."""
+    """`write_coco` as a user's own: photos/a/*.png with train.json, held_out/*.png with val.json, category ids with
+    gaps.
+    """
     write_coco(root, train=4, val=3)
     (root / "photos").mkdir()
     (root / "train2017").rename(root / "photos" / "a")
@@ -197,8 +244,13 @@ def write_own_data(root: Path) -> Path:
 
 def own_flags(root: Path, *parts: str, **files: Path) -> list[str]:
     """The flags of `write_own_data`, or those of `parts` ("train", "val"); `files` replaces places by flag name."""
-    places = {"train_images": root / "photos", "train_annotations": root / "train.json", "val_images": root / "held_out",
-              "val_annotations": root / "val.json", **files}
+    places = {
+        "train_images": root / "photos",
+        "train_annotations": root / "train.json",
+        "val_images": root / "held_out",
+        "val_annotations": root / "val.json",
+        **files,
+    }
     chosen = [name for name in places if not parts or name.split("_")[0] in parts]
     return ["--dataset_file", "custom", *(word for name in chosen for word in (f"--{name}", str(places[name])))]
 
@@ -225,7 +277,9 @@ def pre_train(*flags: object) -> None:
 
 @contextlib.contextmanager
 def loaders_end() -> Iterator[None]:
-    """Ends the loader processes of a run, as a script does; otherwise some later test waits for them when they are collected."""
+    """Ends the loader processes of a run, as a script does; otherwise some later test waits for them when they are
+    collected.
+    """
     try:
         yield
     finally:

@@ -1,8 +1,10 @@
 """What the tests of distributed training run in each of two processes, and once more in a single one to compare.
 
-Each scenario takes the folder for files and returns plain values and tensors. `launch` starts the processes and gives the results of
+Each scenario takes the folder for files and returns plain values and tensors. `launch` starts the processes and gives
+the results of
 both: {scenario: [of process 0, of process 1]}.
 """
+
 import math
 import os
 import socket
@@ -69,7 +71,9 @@ class Pairs(Scenes):
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
         image, target = super().load(index, rng)
         target["boxes"] = torch.stack([target["boxes"], target["boxes"].flip(0)])
-        return torch.stack([image, image.flip(1)]), {name: x if name == "boxes" else torch.stack([x, x]) for name, x in target.items()}
+        return torch.stack([image, image.flip(1)]), {
+            name: x if name == "boxes" else torch.stack([x, x]) for name, x in target.items()
+        }
 
 
 def in_float64(original: Callable) -> Callable:
@@ -77,13 +81,17 @@ def in_float64(original: Callable) -> Callable:
 
     def to_device(*args) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
         samples, targets = original(*args)
-        double = [{name: x.double() if x.is_floating_point() else x for name, x in target.items()} for target in targets]
+        double = [
+            {name: x.double() if x.is_floating_point() else x for name, x in target.items()} for target in targets
+        ]
         return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), double
 
     return to_device
 
 
-def make_run(args: Namespace, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True) -> engine.Run:
+def make_run(
+    args: Namespace, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True
+) -> engine.Run:
     """A run of this process; `args.batch_size` is that of all processes together."""
     torch.manual_seed(get_rank())  # weights are those of the first process
     args.batch_size //= get_world_size()
@@ -138,7 +146,9 @@ def one_decoder_layer(folder: Path) -> dict:
 
 
 def encoder_proposals(folder: Path) -> dict:
-    return train("--detector", "deformable_detr", "--two_stage", "--with_box_refine", counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6))
+    return train(
+        "--detector", "deformable_detr", "--two_stage", "--with_box_refine", counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6)
+    )
 
 
 def pretext(folder: Path) -> dict:
@@ -147,7 +157,16 @@ def pretext(folder: Path) -> dict:
 
 def siamese(folder: Path) -> dict:
     """Batch statistics of projector and predictor are those of both processes."""
-    flags = ("--pretext", "siamese", "--proposals", "random", "--box_disturbance", "0", "--detector", "conditional_detr")
+    flags = (
+        "--pretext",
+        "siamese",
+        "--proposals",
+        "random",
+        "--box_disturbance",
+        "0",
+        "--detector",
+        "conditional_detr",
+    )
     return train(*flags, counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
 
 
@@ -186,7 +205,9 @@ def statistics_in_an_evaluation(folder: Path) -> dict:
 
 def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[engine.Run, dict]:
     """One step on four images of which each process takes two."""
-    args = tiny_args(FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--detector", detector, "--batch_size", "4")
+    args = tiny_args(
+        FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--detector", detector, "--batch_size", "4"
+    )
     run = make_run(args, double=False)
     share = 4 // get_world_size()
     mine = slice(get_rank() * share, (get_rank() + 1) * share)
@@ -212,7 +233,12 @@ def not_finite_on_one_process(folder: Path) -> dict:
     before, share = weights_of(run), 4 // get_world_size()
     mine = slice(get_rank() * share, (get_rank() + 1) * share)
     try:
-        engine.train_step(run, NestedTensor(images.tensors[mine], images.mask[mine], False), make_targets([2, 1, 1, 0])[mine], stop=False)
+        engine.train_step(
+            run,
+            NestedTensor(images.tensors[mine], images.mask[mine], False),
+            make_targets([2, 1, 1, 0])[mine],
+            stop=False,
+        )
     except NonFiniteLoss as error:
         same = all(torch.equal(value, before[name]) for name, value in weights_of(run).items())
         return {"message": str(error), "same": same}
@@ -250,9 +276,16 @@ def evaluation(folder: Path) -> dict:
         "images": [{"id": 100 + i, "width": SIDE, "height": SIDE, "file_name": f"{i}.png"} for i in range(7)],
         "categories": [{"id": i, "name": str(i)} for i in range(1, 5)],
         "annotations": [
-            {"id": 2 * i + k + 1, "image_id": 100 + i, "category_id": int(labels[i, k]), "iscrowd": 0,
-             "bbox": (torch.cat([box[:2] - box[2:] / 2, box[2:]]) * SIDE).tolist(), "area": float(box[2:].prod()) * SIDE**2}
-            for i in range(7) for k, box in enumerate(boxes[i])
+            {
+                "id": 2 * i + k + 1,
+                "image_id": 100 + i,
+                "category_id": int(labels[i, k]),
+                "iscrowd": 0,
+                "bbox": (torch.cat([box[:2] - box[2:] / 2, box[2:]]) * SIDE).tolist(),
+                "area": float(box[2:].prod()) * SIDE**2,
+            }
+            for i in range(7)
+            for k, box in enumerate(boxes[i])
         ],
     }
     moved = boxes.clone()
@@ -264,13 +297,23 @@ def evaluation(folder: Path) -> dict:
     found = {}
     for name, evaluator in (("coco", CocoEvaluator(truth)), ("voc", VocEvaluator(parse_coco(truth, "made")))):
         found[name], examples = engine.evaluate(
-            Oracle(moved, labels, 5), criterion, {"bbox": PostProcess(classification)}, build_loader(dataset, args, train=False), evaluator,
-            torch.device("cpu"), {"mean": [0.0] * 3, "std": [1 / 255] * 3}, amp=False, keep_examples=2,
+            Oracle(moved, labels, 5),
+            criterion,
+            {"bbox": PostProcess(classification)},
+            build_loader(dataset, args, train=False),
+            evaluator,
+            torch.device("cpu"),
+            {"mean": [0.0] * 3, "std": [1 / 255] * 3},
+            amp=False,
+            keep_examples=2,
         )
     voc = {name: found["voc"][name] for name in ("coco_eval_bbox", "voc_area", "per_class")}
     return {
-        "stats": found["coco"]["coco_eval_bbox"], "voc": voc, "class_error": found["coco"]["class_error"],
-        "results": evaluator.results(), "examples": [row["image_id"] for row in examples],
+        "stats": found["coco"]["coco_eval_bbox"],
+        "voc": voc,
+        "class_error": found["coco"]["class_error"],
+        "results": evaluator.results(),
+        "examples": [row["image_id"] for row in examples],
     }
 
 
@@ -307,13 +350,20 @@ def stop_and_resume(folder: Path) -> dict:
     engine.fit(resumed)
     states = checkpoint["random_states"]
     return {
-        "message": message, "whole": weights_of(whole), "resumed": weights_of(resumed), "steps": len(calls), "states": len(states),
-        "states_differ": not torch.equal(states[0]["torch"], states[-1]["torch"]), "numbers": [whole.best, resumed.best],
+        "message": message,
+        "whole": weights_of(whole),
+        "resumed": weights_of(resumed),
+        "steps": len(calls),
+        "states": len(states),
+        "states_differ": not torch.equal(states[0]["torch"], states[-1]["torch"]),
+        "numbers": [whole.best, resumed.best],
     }
 
 
 def one_looks_for_images(folder: Path) -> dict:
-    """Where a process looked, what it knows of the images afterwards, and what both say of a folder that is not there."""
+    """Where a process looked, what it knows of the images afterwards, and what both say of a folder that is not
+    there.
+    """
     root, scandir, looked = from_main(lambda: write_images(folder / "images", 3)), os.scandir, []
     os.scandir = lambda path: (looked.append(str(path)), scandir(path))[1]
     try:
@@ -327,11 +377,26 @@ def one_looks_for_images(folder: Path) -> dict:
     return {"looked": looked, "paths": [images.path(i) for i in range(len(images))], "refused": refused}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (
-    softmax_with_equal_counts, focal_with_any_counts, one_decoder_layer, encoder_proposals, pretext, siamese, region_prior, teacher,
-    uneven_batch_norm, statistics_in_an_evaluation, one_process_without_targets, not_finite_on_one_process, evaluation,
-    one_looks_for_images, stop_and_resume,
-)}
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        softmax_with_equal_counts,
+        focal_with_any_counts,
+        one_decoder_layer,
+        encoder_proposals,
+        pretext,
+        siamese,
+        region_prior,
+        teacher,
+        uneven_batch_norm,
+        statistics_in_an_evaluation,
+        one_process_without_targets,
+        not_finite_on_one_process,
+        evaluation,
+        one_looks_for_images,
+        stop_and_resume,
+    )
+}
 
 
 # ---------------------------------------------------------------------------------------------------- starting
@@ -345,7 +410,9 @@ def free_port() -> int:
 
 def _process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     init_distributed("cpu")
     results = {}
     for name, scenario in SCENARIOS.items():

@@ -1,12 +1,14 @@
-"""Times the parts that have more than one implementation, ours and public ones, in the same run, and the start of runs on large data.
+"""Times the parts that have more than one implementation, ours and public ones, in the same run, and the start of runs
+on large data.
 
     python tools/benchmark.py ms_deform_attn [--device cuda] [--image_size 800] [--batch_size 2]
     python tools/benchmark.py data_start --device cpu --turns 1
 
-Every contender first has to give the numbers of the first one. Then all take turns, so that what else the machine does meets them
-alike. `--output` receives a table (SUBJECT.md) and all numbers (SUBJECT.json). A new subject is a function that returns comparisons
-and a line in SUBJECTS.
+Every contender first has to give the numbers of the first one. Then all take turns, so that what else the machine does
+meets them alike. `--output` receives a table (SUBJECT.md) and all numbers (SUBJECT.json). A new subject is a function
+that returns comparisons and a line in SUBJECTS.
 """
+
 import argparse
 import importlib
 import json
@@ -36,10 +38,11 @@ SECONDS_A_TURN = 0.02  # calls of a contender are repeated until a turn lasts ab
 
 @dataclass
 class Comparison:
-    """Contenders at the same work; each call does it once and returns what is compared. The first one is what the others are held to.
+    """Contenders at the same work; each call does it once and returns what is compared. The first one is what the
+    others are held to.
 
-    `tolerance` is the largest difference allowed, as a share of the largest number of each tensor. `slow`: a turn is one call, and what
-    counts is the CPU time of this process, for work of seconds on the CPU that never waits.
+    `tolerance` is the largest difference allowed, as a share of the largest number of each tensor. `slow`: a turn is
+    one call, and what counts is the CPU time of this process, for work of seconds on the CPU that never waits.
     """
 
     name: str
@@ -80,17 +83,20 @@ def check(comparison: Comparison) -> dict[str, float]:
     for name in others:
         found = comparison.contenders[name]()
         differences[name] = max(
-            float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(found, expected, strict=True)
+            float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-12))
+            for a, b in zip(found, expected, strict=True)
         )
         if not differences[name] <= comparison.tolerance:
             raise UserError(
-                f"{comparison.name}: {name} differs from {first} by {differences[name]:.2g}, more than {comparison.tolerance:.2g}; "
-                "its time would mean nothing"
+                f"{comparison.name}: {name} differs from {first} by {differences[name]:.2g}, more than "
+                f"{comparison.tolerance:.2g}; its time would mean nothing"
             )
     return differences
 
 
-def seconds(call: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def seconds(
+    call: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Seconds for each of `calls` calls in a row: between events on a GPU, by the clock elsewhere."""
     if device.type != "cuda":
         began = clock()
@@ -125,7 +131,8 @@ def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Ro
     peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
     clock = time.process_time if comparison.slow else time.perf_counter
     calls = {
-        name: 1 if comparison.slow else max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device))) for name, call in contenders.items()
+        name: 1 if comparison.slow else max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device)))
+        for name, call in contenders.items()
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress(turns * len(contenders), comparison.name)
@@ -136,8 +143,15 @@ def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Ro
     base = statistics.median(next(iter(times.values())))
     return [
         Row(
-            comparison.name, name, median := statistics.median(values), *quartiles(values), base / median, peaks[name],
-            differences[name], turns, calls[name],
+            comparison.name,
+            name,
+            median := statistics.median(values),
+            *quartiles(values),
+            base / median,
+            peaks[name],
+            differences[name],
+            turns,
+            calls[name],
         )
         for name, values in times.items()
     ]
@@ -154,7 +168,9 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def compare_ms_deform_attn(args: argparse.Namespace, device: torch.device) -> Iterator[Comparison]:
-    """Forward and backward at the shapes of training: four maps of images with sides 3 : 4, 8 heads of 32 channels, 4 points."""
+    """Forward and backward at the shapes of training: four maps of images with sides 3 : 4, 8 heads of 32 channels, 4
+    points.
+    """
     shapes = map_shapes(args.image_size)
     for dtype in args.dtypes:
         for part in ("encoder", "decoder"):
@@ -170,15 +186,18 @@ def map_shapes(height: int) -> list[tuple[int, int]]:
 def deform_inputs(
     part: str, shapes: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(value, locations, weights, gradient of the output). Encoder: each pixel is a query; decoder: 300 queries anywhere.
+    """(value, locations, weights, gradient of the output). Encoder: each pixel is a query; decoder: 300 queries
+    anywhere.
 
-    Points lie as in training's first steps: 1 to 4 pixels away in a direction of each head, here with half a pixel of noise.
-    Locations and weights are in float32, as autocast leaves them.
+    Points lie as in training's first steps: 1 to 4 pixels away in a direction of each head, here with half a pixel of
+    noise. Locations and weights are in float32, as autocast leaves them.
     """
     heads, channels, points = 8, 32, 4
     generator = torch.Generator().manual_seed(0)
     if part == "encoder":
-        rows_columns = [torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes]
+        rows_columns = [
+            torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes
+        ]
         reference = torch.cat([torch.stack((x, y), -1).flatten(0, 1) for y, x in rows_columns]).expand(batch, -1, -1)
     else:
         reference = torch.rand(batch, 300, 2, generator=generator)
@@ -217,7 +236,9 @@ def compare_one(name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, 
     return Comparison(name, contenders, 2e-2 if value.dtype != torch.float32 else 1e-3, left_out)
 
 
-def forward_backward(call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def forward_backward(
+    call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
 
     def run() -> tuple[Tensor, ...]:
@@ -268,7 +289,8 @@ def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Calla
     return lambda v, p, w: Compiled.apply(v.float(), p, w).to(v.dtype)
 
 
-# Public implementations compute in float32, also under autocast. One that can't be imported or run is left out, with the reason.
+# Public implementations compute in float32, also under autocast. One that can't be imported or run is left out, with
+# the reason.
 PEERS = {"transformers": transformers_peer, "mmcv": mmcv_peer, "published extension": extension_peer}
 
 
@@ -283,7 +305,8 @@ def compare_data_start(args: argparse.Namespace, device: torch.device) -> Iterat
 
 
 SUBJECTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Comparison]]] = {
-    "data_start": compare_data_start, "ms_deform_attn": compare_ms_deform_attn,
+    "data_start": compare_data_start,
+    "ms_deform_attn": compare_ms_deform_attn,
 }
 
 
@@ -308,30 +331,44 @@ def environment(device: torch.device) -> dict[str, str]:
 def table(subject: str, rows: list[Row], left_out: dict[str, str], settings: dict, where: dict[str, str]) -> str:
     """The result as markdown."""
     lines = [
-        f"# {subject}", "", ", ".join(f"{key} {value}" for key, value in where.items()) + ".", "",
-        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".", "",
+        f"# {subject}",
+        "",
+        ", ".join(f"{key} {value}" for key, value in where.items()) + ".",
+        "",
+        "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
+        "",
         "| work | implementation | median ms (quartiles) | speed, first = 1 | memory MiB | largest difference |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         memory = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
         lines.append(
-            f"| {row.comparison} | {row.contender} | {row.median_ms:.3g} ({row.low_ms:.3g} to {row.high_ms:.3g}) | {row.speedup:.2f} "
-            f"| {memory} | {row.difference:.1e} |"
+            f"| {row.comparison} | {row.contender} | {row.median_ms:.3g} ({row.low_ms:.3g} to {row.high_ms:.3g}) | "
+            f"{row.speedup:.2f} | {memory} | {row.difference:.1e} |"
         )
     lines += ["", *(f"Not measured: {name} ({reason})." for name, reason in left_out.items())]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("subject", choices=sorted(SUBJECTS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--image_size", type=int, default=800, help="short side of the images in pixels; the long one is 4/3 of it")
+    parser.add_argument(
+        "--image_size", type=int, default=800, help="short side of the images in pixels; the long one is 4/3 of it"
+    )
     parser.add_argument("--batch_size", type=int, default=2, help="images")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--files", type=int, default=1_281_167, help="data_start: unlabelled images, empty files in 1000 folders")
-    parser.add_argument("--annotated", type=int, default=100_000, help="data_start: images with 7 boxes each, and as many in tar files")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+    )
+    parser.add_argument(
+        "--files", type=int, default=1_281_167, help="data_start: unlabelled images, empty files in 1000 folders"
+    )
+    parser.add_argument(
+        "--annotated", type=int, default=100_000, help="data_start: images with 7 boxes each, and as many in tar files"
+    )
     parser.add_argument("--turns", type=int, default=20, help="how often each contender is timed")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
@@ -361,7 +398,12 @@ def main(args: argparse.Namespace) -> None:
     text = table(args.subject, rows, left_out, settings, where)
     log.info("%s", text)
     write_text(targets[0], text)
-    numbers = {"environment": where, "settings": settings, "rows": [vars(row) for row in rows], "not_measured": left_out}
+    numbers = {
+        "environment": where,
+        "settings": settings,
+        "rows": [vars(row) for row in rows],
+        "not_measured": left_out,
+    }
     write_text(targets[1], json.dumps(numbers, indent=1))
     log.info("written: %s", args.output)
 

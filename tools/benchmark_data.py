@@ -1,8 +1,10 @@
-"""What `tools/benchmark.py data_start` times: finding many images, and reading their annotations, before the first step of a run.
+"""What `tools/benchmark.py data_start` times: finding many images, and reading their annotations, before the first step
+of a run.
 
-Files are made in a folder of their own among the temporary ones and removed at the end. They were written just before, so that the
-system has them in memory, and nothing waits: CPU time is what counts. A cold disk is slower.
+Files are made in a folder of their own among the temporary ones and removed at the end. They were written just before,
+so that the system has them in memory, and nothing waits: CPU time is what counts. A cold disk is slower.
 """
+
 import io
 import json
 import os
@@ -38,7 +40,9 @@ LONG_AGO = 1e9, 1e9  # what has just changed is not remembered
 
 
 def cases(files: int, annotated: int) -> Iterator[Case]:
-    """(what is done, how -> a call that returns what must be equal). Leaves nothing behind, and keeps nothing in the user's cache."""
+    """(what is done, how -> a call that returns what must be equal). Leaves nothing behind, and keeps nothing in the
+    user's cache.
+    """
     folder, cache = Path(tempfile.mkdtemp(prefix="predetr_benchmark_")), os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     try:
@@ -48,10 +52,15 @@ def cases(files: int, annotated: int) -> Iterator[Case]:
             root = folder / ("polygons" if polygons else "boxes")
             write_annotated(root, annotated, polygons)
             what = f"{annotated} images, {BOXES} boxes each, {'with' if polygons else 'no'} polygons"
-            yield f"annotations of {what}", {
-                "json.load": lambda root=root: summary(parse_coco(json.loads(annotation_file(root).read_bytes()), "")),
-                "read_coco": lambda root=root: summary(read_coco(str(annotation_file(root)))),
-            }
+            yield (
+                f"annotations of {what}",
+                {
+                    "json.load": lambda root=root: summary(
+                        parse_coco(json.loads(annotation_file(root).read_bytes()), "")
+                    ),
+                    "read_coco": lambda root=root: summary(read_coco(str(annotation_file(root)))),
+                },
+            )
             yield f"all before the first step, {what}", {"fine-tuning": lambda root=root: first_batch(root)}
             shutil.rmtree(root)
     finally:
@@ -147,18 +156,34 @@ def content(names: list[str], first: int, polygons: bool) -> dict:
         for _ in range(BOXES):
             x, y, w, h = (round(rng.uniform(low, high), 2) for low, high in ((0, 30), (0, 20), (4, 30), (4, 20)))
             corners = [round(rng.uniform(0, height), 2) for _ in range(2 * CORNERS if polygons else 0)]
-            boxes.append({
-                "segmentation": [corners], "area": round(w * h, 4), "iscrowd": 0, "image_id": image, "bbox": [x, y, w, h],
-                "category_id": rng.randint(1, 90), "id": len(boxes) + 1,
-            })
+            boxes.append(
+                {
+                    "segmentation": [corners],
+                    "area": round(w * h, 4),
+                    "iscrowd": 0,
+                    "image_id": image,
+                    "bbox": [x, y, w, h],
+                    "category_id": rng.randint(1, 90),
+                    "id": len(boxes) + 1,
+                }
+            )
     url = "http://images.cocodataset.org/train2017/"
     return {
         "images": [
-            {"license": 3, "file_name": name, "coco_url": url + name, "height": height, "width": width, "id": first + i,
-             "date_captured": "2013-11-14 11:18:45", "flickr_url": f"http://farm9.staticflickr.com/8186/{name}"}
+            {
+                "license": 3,
+                "file_name": name,
+                "coco_url": url + name,
+                "height": height,
+                "width": width,
+                "id": first + i,
+                "date_captured": "2013-11-14 11:18:45",
+                "flickr_url": f"http://farm9.staticflickr.com/8186/{name}",
+            }
             for i, name in enumerate(names)
         ],
-        "annotations": boxes, "categories": [{"supercategory": "thing", "id": i, "name": f"class {i}"} for i in range(1, 91)],
+        "annotations": boxes,
+        "categories": [{"supercategory": "thing", "id": i, "name": f"class {i}"} for i in range(1, 91)],
     }
 
 
@@ -170,12 +195,25 @@ def _jpeg(seed: int) -> bytes:
 
 
 def summary(annotations: Annotations) -> list[Tensor]:
-    return [torch.from_numpy(array) for array in (annotations.boxes_xyxy_abs, annotations.labels, annotations.image_ids)]
+    return [
+        torch.from_numpy(array) for array in (annotations.boxes_xyxy_abs, annotations.labels, annotations.image_ids)
+    ]
 
 
 def first_batch(root: Path) -> list[Tensor]:
     """All that the number of images can slow down between reading the flags and the first step; no model."""
-    flags = ["--coco_path", str(root), "--device", "cpu", "--num_workers", "0", "--image_size", "64", "--batch_size", "2"]
+    flags = [
+        "--coco_path",
+        str(root),
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+        "--image_size",
+        "64",
+        "--batch_size",
+        "2",
+    ]
     args = resolve(finetune_main.parse(flags))
     seed_everything(args.seed)
     train_set, val_set = build_labelled(args)

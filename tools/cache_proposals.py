@@ -3,9 +3,10 @@
     python tools/cache_proposals.py --images data/ilsvrc/train --output_dir proposals/ilsvrc_ss128
     python main.py --pretext region_prior --imagenet_path data/ilsvrc/train --cache_path proposals/ilsvrc_ss128
 
-It may be stopped or killed at any moment: the same command goes on. Several machines share the work in one folder by --shard 1/4 to 4/4;
-when all are done, --merge makes the store. --check compares every image with a finished store.
+It may be stopped or killed at any moment: the same command goes on. Several machines share the work in one folder by
+--shard 1/4 to 4/4; when all are done, --merge makes the store. --check compares every image with a finished store.
 """
+
 import argparse
 import multiprocessing
 import os
@@ -37,14 +38,31 @@ _job: dict[str, Plan] = {}
 
 def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser("tools.cache_proposals", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--images", required=True, metavar="DIR", help="as for training: any folder tree, a list of files, or tar files")
-    parser.add_argument("--list", metavar="FILE", help="only these images of the folder: one relative path a line (a label may follow)")
+    parser.add_argument(
+        "--images", required=True, metavar="DIR", help="as for training: any folder tree, a list of files, or tar files"
+    )
+    parser.add_argument(
+        "--list", metavar="FILE", help="only these images of the folder: one relative path a line (a label may follow)"
+    )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the store; later --cache_path")
-    parser.add_argument("--proposals", type=proposal_name, default="selective_search", metavar="NAME|file:PATH",
-                        help="method, or boxes to convert (selective_search)")
-    parser.add_argument("--ss_resize", type=at_least_zero(), default=DEFAULTS["ss_resize"], metavar="PIXELS", help="as for training (128)")
+    parser.add_argument(
+        "--proposals",
+        type=proposal_name,
+        default="selective_search",
+        metavar="NAME|file:PATH",
+        help="method, or boxes to convert (selective_search)",
+    )
+    parser.add_argument(
+        "--ss_resize",
+        type=at_least_zero(),
+        default=DEFAULTS["ss_resize"],
+        metavar="PIXELS",
+        help="as for training (128)",
+    )
     parser.add_argument("--edge_model", default="", metavar="FILE", help="as for training")
-    parser.add_argument("--num_workers", type=at_least_zero(), default=usable_cores(), help="processes (all cores; 0: this one alone)")
+    parser.add_argument(
+        "--num_workers", type=at_least_zero(), default=usable_cores(), help="processes (all cores; 0: this one alone)"
+    )
     parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="only part i of n, without merging")
     parser.add_argument("--merge", action="store_true", help="make the store out of all parts, without searching")
     parser.add_argument("--check", action="store_true", help="compare every image's content with the finished store")
@@ -72,7 +90,10 @@ def main(args: Namespace) -> None:
         bar = Progress(plan.num_chunks, "merging")
         report(merge(plan, bar.step))
     else:
-        log.info("shard %d/%d is done: run the others, and then the same command with --merge in place of --shard", *args.shard)
+        log.info(
+            "shard %d/%d is done: run the others, and then the same command with --merge in place of --shard",
+            *args.shard,
+        )
 
 
 def make_plan(args: Namespace) -> Plan:
@@ -127,8 +148,13 @@ def search(plan: Plan, shard: tuple[int, int], num_workers: int) -> None:
     if searched:
         seconds = time.monotonic() - began
         processes = max(min(num_workers, len(todo)), 1)
-        log.info("%d images in %.1f s on %d processes: %.2f images/s a process", searched, seconds, processes,
-                 searched / seconds / processes)
+        log.info(
+            "%d images in %.1f s on %d processes: %.2f images/s a process",
+            searched,
+            seconds,
+            processes,
+            searched / seconds / processes,
+        )
 
 
 def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int, int]]:
@@ -142,8 +168,10 @@ def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int
         for future in as_completed([pool.submit(_make_chunk, chunk) for chunk in todo]):
             yield future.result()
     except BrokenProcessPool as error:
-        raise UserError("a process was ended from outside (is the memory full?): finished parts are kept, run the same command again, "
-                        f"perhaps with --num_workers {max(num_workers // 2, 1)}") from error
+        raise UserError(
+            "a process was ended from outside (is the memory full?): finished parts are kept, run the same command "
+            f"again, perhaps with --num_workers {max(num_workers // 2, 1)}"
+        ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for what is being searched
 
@@ -168,11 +196,18 @@ def _make_chunk(chunk: int) -> tuple[int, int]:
 def report(store: ProposalStore) -> None:
     header = store.header
     size = sum(path.stat().st_size for path in store.folder.iterdir())
-    log.info("%s: %d images, %.1f boxes and %.0f bytes an image", store.folder, header["images"], header["boxes"] / header["images"],
-             size / header["images"])
+    log.info(
+        "%s: %d images, %.1f boxes and %.0f bytes an image",
+        store.folder,
+        header["images"],
+        header["boxes"] / header["images"],
+        size / header["images"],
+    )
     if header["unreadable"]:
         name, reason = header["problems"][0]
-        log.warning("%d images could not be read and have no boxes, the first is %s: %s", header["unreadable"], name, reason)
+        log.warning(
+            "%d images could not be read and have no boxes, the first is %s: %s", header["unreadable"], name, reason
+        )
 
 
 def find_files(store: ProposalStore, root: str) -> Callable[[int], ImageFile]:
@@ -206,8 +241,10 @@ def check(store: ProposalStore, root: str) -> None:
             wrong.append(store.names[row])
         bar.step()
     if wrong:
-        raise UserError(f"{len(wrong)} of {len(store.names)} images differ from those that {store.folder} was made of, the first is "
-                        f"{wrong[0]}: make another store")
+        raise UserError(
+            f"{len(wrong)} of {len(store.names)} images differ from those that {store.folder} was made of, the first "
+            f"is {wrong[0]}: make another store"
+        )
     log.info("all %d images are those that %s was made of", len(store.names), store.folder)
 
 

@@ -4,10 +4,12 @@
     python tools/check_dataset.py --dataset_file custom --train_images photographs --train_annotations boxes.json
     python tools/check_dataset.py --imagenet_path photographs
 
-Every image is decoded as in training. With `--output_dir` it writes `problems.csv` (each finding with its file and ids), `check.json`
-(their numbers, and those of images, boxes and classes) and `dataset.png` (image sizes, objects an image, box sizes, classes).
-Exit status: 0 nothing wrong (there may be warnings), 1 problems or data that can't be read, 2 flags.
+Every image is decoded as in training. With `--output_dir` it writes `problems.csv` (each finding with its file and
+ids), `check.json` (their numbers, and those of images, boxes and classes) and `dataset.png` (image sizes, objects an
+image, box sizes, classes). Exit status: 0 nothing wrong (there may be warnings), 1 problems or data that can't be read,
+2 flags.
 """
+
 import csv
 import io
 import json
@@ -47,9 +49,26 @@ from util.plot_utils import PALETTE, figure_classes
 from util.session import run_script
 
 SHARED_FLAGS = (  # as the entry scripts declare them
-    "imagenet_path", "coco_path", "data_root", "dataset_file", "dataset", "train_images", "train_annotations", "val_images",
-    "val_annotations", "voc_path", "voc_train", "voc_val", "airbus_path", "filter_pct", "split_file", "detector", "num_queries",
-    "num_classes", "num_workers", "seed",
+    "imagenet_path",
+    "coco_path",
+    "data_root",
+    "dataset_file",
+    "dataset",
+    "train_images",
+    "train_annotations",
+    "val_images",
+    "val_annotations",
+    "voc_path",
+    "voc_train",
+    "voc_val",
+    "airbus_path",
+    "filter_pct",
+    "split_file",
+    "detector",
+    "num_queries",
+    "num_classes",
+    "num_workers",
+    "seed",
 )
 PROBLEMS, SUMMARY, PICTURE = FILES = ("problems.csv", "check.json", "dataset.png")
 COLUMNS = ("severity", "kind", "split", "file", "image_id", "annotation_id", "detail")
@@ -59,7 +78,11 @@ CHUNK = 16  # files that a process gets at once
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/check_dataset.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", metavar="DIR", help="where problems.csv, check.json and dataset.png go; empty: nothing is written")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="where problems.csv, check.json and dataset.png go; empty: nothing is written",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace those of an earlier check")
     known = {action.dest: action for script in (PRETRAIN, FINETUNE) for action in make_parser(script)._actions}
     for name in SHARED_FLAGS:
@@ -108,7 +131,9 @@ def open_splits(settings: Namespace) -> tuple[list[Split], list[Problem]]:
         return [Split("train", [images.path(i) for i in numbers], files=[images.file(i) for i in numbers])], []
     names = ["train", "val"]
     if settings.dataset_file == "custom":  # one of both may be checked alone
-        names = [name for name in names if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")] or names
+        names = [
+            name for name in names if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")
+        ] or names
     limit = settings.num_classes
     if settings.dataset_file == "coco":
         settings.num_classes = None  # ids beyond the classes are listed one by one
@@ -144,8 +169,10 @@ def read_images(split: Split, workers: int) -> list[ImageFacts]:
         with ProcessPoolExecutor(workers, initializer=_leave_ctrl_c_to_the_main_process) as pool:
             return counted(pool.map(inspect_image, split.files or split.paths, chunksize=CHUNK))
     except BrokenProcessPool as error:
-        raise UserError("a process that decoded images died (not enough memory, or a file that a decoder can't stand): "
-                        "--num_workers 0 shows where") from error
+        raise UserError(
+            "a process that decoded images died (not enough memory, or a file that a decoder can't stand): "
+            "--num_workers 0 shows where"
+        ) from error
 
 
 def _leave_ctrl_c_to_the_main_process() -> None:
@@ -159,12 +186,18 @@ def find_problems(splits: Sequence[Split], settings: Namespace) -> Iterator[Prob
     """Everything about images whose `facts` are there, their boxes, and two splits together."""
     for split in splits:
         for index, facts in enumerate(split.facts):
-            yield from image_problems(facts, split.paths[index], split.name, split.listed_hw(index), split.image_id(index))
+            yield from image_problems(
+                facts, split.paths[index], split.name, split.listed_hw(index), split.image_id(index)
+            )
         if split.dataset:
-            yield from annotation_problems(split.dataset, split.name, settings.num_queries, _class_limit(split, settings))
+            yield from annotation_problems(
+                split.dataset, split.name, settings.num_queries, _class_limit(split, settings)
+            )
         for first, *others in duplicates(split.facts).values():
             for other in others:
-                yield Problem("duplicate image", split.name, split.paths[other], f"as {split.paths[first]}", split.image_id(other))
+                yield Problem(
+                    "duplicate image", split.name, split.paths[other], f"as {split.paths[first]}", split.image_id(other)
+                )
     if len(splits) == 2:
         train, val = splits
         for text in compare_classes(train.dataset, val.dataset):
@@ -242,7 +275,10 @@ def write_report(folder: Path, problems: Sequence[Problem], splits: Sequence[Spl
     write_text(folder / PROBLEMS, text.getvalue().encode("utf-8", "backslashreplace").decode())
     counts = Counter((problem.kind, problem.split) for problem in problems)
     found = {kind: {split: counts[kind, split] for split in ("train", "val") if counts[kind, split]} for kind in KINDS}
-    summary = {"found": {kind: number for kind, number in found.items() if number}, **{split.name: numbers_of(split) for split in splits}}
+    summary = {
+        "found": {kind: number for kind, number in found.items() if number},
+        **{split.name: numbers_of(split) for split in splits},
+    }
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     try:
         if splits:
@@ -286,7 +322,9 @@ def _draw_image_sizes(axes, splits: Sequence[Split], colours: dict) -> None:
         if sizes:
             heights, widths = np.array(list(sizes)).T
             area = 8 + 400 * np.array(list(sizes.values())) / len(split.paths)
-            axes.scatter(widths, heights, s=area, color=colours[split.name], alpha=0.5, label=f"{split.name}: {len(split.paths)}")
+            axes.scatter(
+                widths, heights, s=area, color=colours[split.name], alpha=0.5, label=f"{split.name}: {len(split.paths)}"
+            )
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
 
@@ -296,7 +334,13 @@ def _draw_objects(axes, splits: Sequence[Split], colours: dict) -> None:
     for split in splits:
         counts = np.diff(split.dataset.annotations.offsets)
         share = np.bincount(counts) / max(len(counts), 1)
-        axes.step(np.arange(len(share)), share, where="mid", color=colours[split.name], label=f"{split.name}: mean {counts.mean():.1f}")
+        axes.step(
+            np.arange(len(share)),
+            share,
+            where="mid",
+            color=colours[split.name],
+            label=f"{split.name}: mean {counts.mean():.1f}",
+        )
 
 
 def _draw_box_sizes(axes, splits: Sequence[Split], colours: dict) -> None:
@@ -309,7 +353,14 @@ def _draw_box_sizes(axes, splits: Sequence[Split], colours: dict) -> None:
         if len(sides):
             bins = np.geomspace(max(sides.min(), 0.5), sides.max() * 1.01, 40)
             weights = np.full(len(sides), 1 / len(sides))
-            axes.hist(sides, bins, weights=weights, histtype="step", color=colours[split.name], label=f"{split.name}: {len(sides)} boxes")
+            axes.hist(
+                sides,
+                bins,
+                weights=weights,
+                histtype="step",
+                color=colours[split.name],
+                label=f"{split.name}: {len(sides)} boxes",
+            )
     for border in (32, 96):
         axes.axvline(border, color="0.7", linewidth=0.8)
 
@@ -335,7 +386,8 @@ def _draw_classes(axes, splits: Sequence[Split], colours: dict) -> None:
 def prepare_folder(args: Namespace) -> Path | None:
     """
     Raises:
-        UserError: the folder can't be written, lies among the images, or holds an earlier check and `--overwrite` was not given.
+        UserError: the folder can't be written, lies among the images, or holds an earlier check and `--overwrite` was
+            not given.
     """
     if not args.output_dir:
         return None

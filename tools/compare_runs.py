@@ -1,10 +1,12 @@
-"""Shows several runs beside each other: what differs in their settings, how far they came, their results, speed and curves.
+"""Shows several runs beside each other: what differs in their settings, how far they came, their results, speed and
+curves.
 
     python tools/compare_runs.py RUN_DIR RUN_DIR ... [--output compare.png | DIR]
 
-A run is the output folder of a training run, or any folder with a log.txt of DETR and what descends from it, or such a file itself. The
-table is printed and kept as CSV beside the plot. Rows without evaluation (pre-training) show losses.
+A run is the output folder of a training run, or any folder with a log.txt of DETR and what descends from it, or such a
+file itself. The table is printed and kept as CSV beside the plot. Rows without evaluation (pre-training) show losses.
 """
+
 import argparse
 import csv
 import io
@@ -25,7 +27,17 @@ from util.run_page import evaluations, loss_names
 from util.session import run_script
 
 # Settings that say where a run is and how it was started, not what it does.
-NOT_COMPARED = {"output_dir", "resume", "overwrite", "dry_run", "dist_url", "num_workers", "start_epoch", "script", "eval"}
+NOT_COMPARED = {
+    "output_dir",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "dist_url",
+    "num_workers",
+    "start_epoch",
+    "script",
+    "eval",
+}
 IN_A_NAME = 2  # settings; more of them would make a legend illegible
 SHORT = 24  # characters
 Row = dict[str, str]
@@ -43,14 +55,23 @@ class ComparedRun:
     @property
     def settings(self) -> dict[str, Any]:
         settings = self.record.get("settings")
-        return {name: value for name, value in settings.items() if name not in NOT_COMPARED} if isinstance(settings, dict) else {}
+        return (
+            {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+            if isinstance(settings, dict)
+            else {}
+        )
 
 
 def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser("tools/compare_runs.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a run, or a log.txt")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), metavar="FILE.png|DIR",
-                        help="the plot, and beside it the table as .csv; in a folder both are named compare (compare.png)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("compare.png"),
+        metavar="FILE.png|DIR",
+        help="the plot, and beside it the table as .csv; in a folder both are named compare (compare.png)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison there")
     return parser.parse_args(argv)
 
@@ -101,7 +122,9 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
-    """setting -> its value in each run, "-" where a run doesn't say. Runs without args.json take no part in the comparison."""
+    """setting -> its value in each run, "-" where a run doesn't say. Runs without args.json take no part in the
+    comparison.
+    """
     known = [run.settings for run in runs if run.settings]
     names = sorted({name for settings in known for name in settings})
     differing = [name for name in names if len({str(settings.get(name)) for settings in known}) > 1]
@@ -121,8 +144,13 @@ def results(run: ComparedRun) -> Row:
     if evaluated:
         best = max(evaluated, key=lambda item: item[1][0])
         best50 = max(stats[1] for _, stats in evaluated)
-        row |= {"best AP": f"{best[1][0]:.3f}", "of epoch": str(best[0]), "last AP": f"{evaluated[-1][1][0]:.3f}",
-                "best AP50": f"{best50:.3f}", "last AP50": f"{evaluated[-1][1][1]:.3f}"}
+        row |= {
+            "best AP": f"{best[1][0]:.3f}",
+            "of epoch": str(best[0]),
+            "last AP": f"{evaluated[-1][1][0]:.3f}",
+            "best AP50": f"{best50:.3f}",
+            "last AP50": f"{evaluated[-1][1][1]:.3f}",
+        }
     names = loss_names(run.entries)
     row |= {f"train {name}": f"{last[f'train_{name}']:.3f}" for name in (names[:1] if evaluated else names)}
     seconds, images = last.get("train_seconds"), run.record.get("images")
@@ -157,7 +185,10 @@ def labels(runs: Sequence[ComparedRun], differing: dict[str, list[str]]) -> list
     if not few:
         return [run.name for run in runs]
     details = [", ".join(f"{name} {values[i]}" for name, values in differing.items()) for i in range(len(runs))]
-    return [f"{run.name} ({detail})" if detail and run.settings else run.name for run, detail in zip(runs, details, strict=True)]
+    return [
+        f"{run.name} ({detail})" if detail and run.settings else run.name
+        for run, detail in zip(runs, details, strict=True)
+    ]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -172,9 +203,14 @@ def main(args: Namespace) -> None:
     plot, table = output_files(args.output, args.overwrite)
     runs = read_runs(args.runs)
     differing, rows = differing_settings(runs), complete([results(run) for run in runs])
-    log.info("%s", markdown(["run", *rows[0]], [[run.name, *row.values()] for run, row in zip(runs, rows, strict=True)]))
+    log.info(
+        "%s", markdown(["run", *rows[0]], [[run.name, *row.values()] for run, row in zip(runs, rows, strict=True)])
+    )
     if differing:
-        log.info("\nsettings that differ:\n%s", markdown(["setting", *(run.name for run in runs)], [[k, *v] for k, v in differing.items()]))
+        log.info(
+            "\nsettings that differ:\n%s",
+            markdown(["setting", *(run.name for run in runs)], [[k, *v] for k, v in differing.items()]),
+        )
     silent = [run.name for run in runs if not run.settings]
     if silent and len(runs) > 1:
         log.info("\nno %s, so that settings are not compared: %s", SETTINGS, ", ".join(silent))

@@ -3,11 +3,12 @@
     python tools/convert_checkpoint.py FILE                               # what is it?
     python tools/convert_checkpoint.py FILE --to FORMAT --out NEW_FILE
 
-FILE is a path or an address. Formats: `predetr` (ours; keeps everything and stores what names don't tell), `detr` (DETR, Conditional
-DETR, Deformable DETR), `updetr`, `detreg`, `siamese`. `--pretrain` and `--resume` read every published layout as it is: converting is
-for other code bases, and for a file that says by itself what it is. No file runs code, none is overwritten, and names or shapes that
-fit no known detector are refused.
+FILE is a path or an address. Formats: `predetr` (ours; keeps everything and stores what names don't tell), `detr`
+(DETR, Conditional DETR, Deformable DETR), `updetr`, `detreg`, `siamese`. `--pretrain` and `--resume` read every
+published layout as it is: converting is for other code bases, and for a file that says by itself what it is. No file
+runs code, none is overwritten, and names or shapes that fit no known detector are refused.
 """
+
 import argparse
 import sys
 from argparse import Namespace
@@ -31,11 +32,14 @@ from util.logger import UserError, log
 from util.session import run_script
 from util.weight_files import read_weights
 
+SIZES = ("backbone", "num_queries", "enc_layers", "dec_layers", "hidden_dim", "dim_feedforward")
 PRETEXT_OF_CODE_BASE = {"random_query_patch": "UP-DETR", "region_prior": "DETReg", "siamese": "Siamese DETR"}
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = argparse.ArgumentParser("tools.convert_checkpoint", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "tools.convert_checkpoint", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("file", metavar="FILE", help="a checkpoint or weight file: path or address")
     parser.add_argument("--to", choices=FORMATS, help="layout to write")
     parser.add_argument("--out", type=Path, metavar="NEW_FILE", help="where to write it; must not exist")
@@ -62,7 +66,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
         "code base": _code_base(checkpoint, kind, pretext),
         "holds": f"{stage}{', with a mask head, which this version does not use' if masks else ''}",
         "model": f"{checkpoint.tensors} tensors, {_unique_numbers(state):,} numbers",
-        "detector": f"{kind}: {_shown(certain, ('backbone', 'num_queries', 'enc_layers', 'dec_layers', 'hidden_dim', 'dim_feedforward'))}",
+        "detector": f"{kind}: {_shown(certain, SIZES)}",
         "options": _options(certain, likely),
         "classes": _classes(checkpoint),
         "flags": " ".join(model_flags(checkpoint)) or "none: the detector's defaults",
@@ -82,7 +86,10 @@ def _usage(checkpoint: Checkpoint, masks: bool) -> str:
     path = checkpoint.source
     if masks:
         return f"python tools/convert_checkpoint.py {path} --to predetr --out NEW_FILE, which takes the detector out"
-    return f"python finetune_main.py --coco_path DIR {'--pretrain' if begins_training(checkpoint) else '--eval --resume'} {path}"
+    return (
+        f"python finetune_main.py --coco_path DIR "
+        f"{'--pretrain' if begins_training(checkpoint) else '--eval --resume'} {path}"
+    )
 
 
 def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
@@ -99,7 +106,10 @@ def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
 
 
 def _options(certain: dict[str, Any], likely: dict[str, Any]) -> str:
-    known = _shown(certain, ("pre_norm", "num_feature_levels", "with_box_refine", "two_stage", "nheads", "dilation", "position_embedding"))
+    known = _shown(
+        certain,
+        ("pre_norm", "num_feature_levels", "with_box_refine", "two_stage", "nheads", "dilation", "position_embedding"),
+    )
     guessed = [f"probably {flag} {value}" for flag, value in likely.items()]
     unknown = [flag for flag in ("dilation", "nheads") if flag not in {**certain, **likely}]
     tail = [f"the weights can't tell: {' and '.join(unknown)}"] if unknown else []
@@ -126,7 +136,9 @@ def model_flags(checkpoint: Checkpoint) -> list[str]:
     known = {**likely, **certain}
     usual = resolve(make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"]))
     differing = {flag: value for flag, value in known.items() if getattr(usual, flag, value) != value}
-    return [f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in differing.items() if value is not False]
+    return [
+        f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in differing.items() if value is not False
+    ]
 
 
 def _rest(checkpoint: Checkpoint) -> str:
@@ -162,14 +174,20 @@ def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
     if to == OURS:
         how = f"--{'pretrain' if begins_training(checkpoint) else 'resume'} {out}; no further flags are needed"
     else:  # all code bases spell flags alike, but have neither live batch norm nor a choice between the two sine codes
-        flags = " ".join(flag for flag in model_flags(checkpoint) if flag.split()[0] not in ("--backbone_norm", "--position_embedding")
-                         or flag.endswith(" learned"))
+        flags = " ".join(
+            flag
+            for flag in model_flags(checkpoint)
+            if flag.split()[0] not in ("--backbone_norm", "--position_embedding") or flag.endswith(" learned")
+        )
         how = f"{LAYOUTS[to].loading.replace('FILE', str(out))}{f'; flags of this detector: {flags}' if flags else ''}"
     log.info("wrote %s: %d tensors in the layout %s\nload it by %s", out, len(state), to, how)
 
 
 def describe_backbone(path: str, name: str, origin: str) -> list[str]:
-    return [f"{path} holds a backbone without a detector: {name} ({origin})", f"use        --backbone {name} --backbone_weights {path}"]
+    return [
+        f"{path} holds a backbone without a detector: {name} ({origin})",
+        f"use        --backbone {name} --backbone_weights {path}",
+    ]
 
 
 def main(args: Namespace) -> None:
@@ -178,7 +196,10 @@ def main(args: Namespace) -> None:
     if backbone:
         log.info("\n".join(describe_backbone(args.file, *backbone)))
         if args.to:
-            raise UserError(f"{args.file} holds no detector, and --to converts detectors; --backbone_weights reads this file as it is")
+            raise UserError(
+                f"{args.file} holds no detector, and --to converts detectors; --backbone_weights reads this file "
+                f"as it is"
+            )
         return
     checkpoint = as_checkpoint(content, args.file)
     check_parameters(checkpoint)

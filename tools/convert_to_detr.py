@@ -2,11 +2,13 @@
 
     python tools/convert_to_detr.py --ckpt OSS_CKPT --export SAVE_DIR [--deform]
 
-Writes SAVE_DIR/detr_NAME (or the file SAVE_DIR, where that ends in .pth), which `finetune_main.py --pretrain` and that code base's
-fine-tuning code read. Kept: backbone, transformer, input projections, queries, box head, `patch2query`. Left out, as fine-tuning does
-not use them: class head, `feature_align`, `enc_head`. In Deformable DETR the two tables of queries become the one that every other code
-base has. `--pretrain` reads the original file too; `tools/convert_checkpoint.py` converts without leaving anything out.
+Writes SAVE_DIR/detr_NAME (or the file SAVE_DIR, where that ends in .pth), which `finetune_main.py --pretrain` and that
+code base's fine-tuning code read. Kept: backbone, transformer, input projections, queries, box head, `patch2query`.
+Left out, as fine-tuning does not use them: class head, `feature_align`, `enc_head`. In Deformable DETR the two tables
+of queries become the one that every other code base has. `--pretrain` reads the original file too;
+`tools/convert_checkpoint.py` converts without leaving anything out.
 """
+
 import argparse
 import sys
 from argparse import Namespace
@@ -25,9 +27,18 @@ LEFT_OUT = ("class_embed.", "feature_align.", "enc_head.")
 
 def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser("tools.convert_to_detr", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--ckpt", required=True, metavar="OSS_CKPT", help="checkpoint of the pre-training: path or address")
-    parser.add_argument("--export", "--out", dest="export", type=Path, default=Path("."), metavar="SAVE_DIR",
-                        help="folder of the new file detr_NAME, or its name with .pth (default: here)")
+    parser.add_argument(
+        "--ckpt", required=True, metavar="OSS_CKPT", help="checkpoint of the pre-training: path or address"
+    )
+    parser.add_argument(
+        "--export",
+        "--out",
+        dest="export",
+        type=Path,
+        default=Path("."),
+        metavar="SAVE_DIR",
+        help="folder of the new file detr_NAME, or its name with .pth (default: here)",
+    )
     parser.add_argument("--deform", action="store_true", help="it is Deformable DETR; the file says so by itself")
     return parser.parse_args(argv)
 
@@ -37,7 +48,9 @@ def main(args: Namespace) -> None:
     check_parameters(checkpoint)
     kind, origin = detector_kind(checkpoint["model"]), code_base(checkpoint)
     if origin != "siamese":
-        raise UserError(f"--ckpt {args.ckpt} is not of Siamese DETR's code base; tools/convert_checkpoint.py tells what it is")
+        raise UserError(
+            f"--ckpt {args.ckpt} is not of Siamese DETR's code base; tools/convert_checkpoint.py tells what it is"
+        )
     if args.deform and kind != "deformable_detr":
         raise UserError(f"--deform is for Deformable DETR, and {args.ckpt} holds {kind}: leave it out")
     out = args.export if args.export.suffix == ".pth" else args.export / f"detr_{Path(args.ckpt).name}"
@@ -46,8 +59,13 @@ def main(args: Namespace) -> None:
     content, _ = convert(checkpoint, OURS)
     content["model"] = {key: value for key, value in content["model"].items() if not key.startswith(LEFT_OUT)}
     save_checkpoint(content, out)
-    log.info("wrote %s: %s, %d tensors\nfine-tune it by python finetune_main.py --coco_path DIR --pretrain %s", out, kind,
-             len(content["model"]), out)
+    log.info(
+        "wrote %s: %s, %d tensors\nfine-tune it by python finetune_main.py --coco_path DIR --pretrain %s",
+        out,
+        kind,
+        len(content["model"]),
+        out,
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The whole path as a user would type it: pre-train without labels, fine-tune from that and without it, one page at the end.
+"""The whole path as a user would type it: pre-train without labels, fine-tune from that and without it, one page at the
+end.
 
     bash tools/demo.sh [--coco_path DIR] [--output_dir DIR]
 
-The stages are commands, printed before they run. On a CPU of several cores the run without pre-training goes on beside the other two:
-small models gain little from a second thread. A finished stage is reused when the demo runs again, an interrupted one goes on where it
-stopped.
+The stages are commands, printed before they run. On a CPU of several cores the run without pre-training goes on beside
+the other two: small models gain little from a second thread. A finished stage is reused when the demo runs again, an
+interrupted one goes on where it stopped.
 """
+
 import argparse
 import json
 import os
@@ -31,8 +33,20 @@ MARKER = "demo.json"  # in the demo's folder: it belongs to the demo
 SCENES, PRETRAIN, FINETUNE, SCRATCH = "scenes", "pretrain", "finetune_pretrained", "finetune_scratch"
 
 MODEL_FLAGS = [
-    "--detector", "conditional_detr", "--backbone", "timm:tf_efficientnet_lite0", "--backbone_weights", "imagenet",
-    "--enc_layers", "1", "--dec_layers", "3", "--dim_feedforward", "512", "--dropout", "0",
+    "--detector",
+    "conditional_detr",
+    "--backbone",
+    "timm:tf_efficientnet_lite0",
+    "--backbone_weights",
+    "imagenet",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "3",
+    "--dim_feedforward",
+    "512",
+    "--dropout",
+    "0",
 ]
 
 
@@ -67,7 +81,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--coco_path", type=Path, help="data in the layout of COCO (default: sample scenes, made here)")
     parser.add_argument("--imagenet_path", type=Path, help="unlabelled images for pre-training (the training images)")
     parser.add_argument("--output_dir", default=Path("demo_output"), type=Path)
-    parser.add_argument("--overwrite", action="store_true", help="run all anew; replaces stages of an earlier demo there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="run all anew; replaces stages of an earlier demo there"
+    )
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
     for name in asdict(ON_SCENES):
         text = f"{getattr(ON_SCENES, name)} on scenes, {getattr(ON_REAL_DATA, name)} on real data"
@@ -164,7 +180,9 @@ def run_stage(stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[s
         shutil.rmtree(folder, ignore_errors=True)
         record = None
     if record and record["command"] != stage.command:
-        raise UserError(f"{folder} was made with other settings: add --overwrite to run anew, or choose another --output_dir")
+        raise UserError(
+            f"{folder} was made with other settings: add --overwrite to run anew, or choose another --output_dir"
+        )
     if record and record["finished"]:
         log.info("already done in %s, reused (--overwrite runs it anew)", format_seconds(record["seconds"]))
         return record["seconds"]
@@ -204,7 +222,9 @@ def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     pipe = subprocess.PIPE if prefix else None
     error = subprocess.STDOUT if prefix else None
-    process = subprocess.Popen([sys.executable, *command[1:]], cwd=ROOT, env=environment, stdout=pipe, stderr=error, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]], cwd=ROOT, env=environment, stdout=pipe, stderr=error, text=True
+    )
     try:
         for line in process.stdout or ():
             log.info("%s%s", prefix, line.rstrip())
@@ -230,7 +250,9 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
         done = []
         for stage in stages:
             log.info("\n%s=== %s\n$ %s", prefix, stage.title, shlex.join(stage.command))
-            seconds = run_stage(stage, args.output_dir / stage.name, args.overwrite, lambda words: run_command(words, prefix, threads))
+            seconds = run_stage(
+                stage, args.output_dir / stage.name, args.overwrite, lambda words: run_command(words, prefix, threads)
+            )
             done.append({**asdict(stage), "seconds": seconds})
         return done
 
@@ -241,7 +263,8 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
     threads = max(1, (os.cpu_count() or 1) // 2)
     with ThreadPoolExecutor(2) as pool:
         branches = [
-            pool.submit(run, [pretrain, finetune], "[pre-trained] ", threads), pool.submit(run, [scratch], "[from scratch] ", threads)
+            pool.submit(run, [pretrain, finetune], "[pre-trained] ", threads),
+            pool.submit(run, [scratch], "[from scratch] ", threads),
         ]
         return done + branches[0].result() + branches[1].result()
 

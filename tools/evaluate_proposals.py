@@ -3,10 +3,12 @@
     python tools/evaluate_proposals.py --coco_path COCO --checkpoint outputs/pretrain/checkpoint.pth
     python tools/evaluate_proposals.py --coco_path COCO --proposals selective_search
 
-Prints AP, AP50, AP75 (best 100 boxes of an image) and the average recall of the best 1, 10, 100 and 1000 boxes on the validation images,
-as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in `proposals.json`, COCO's results. The numbers
-named `_swapped` are those of the boxes of another image: what is not above them has not looked at the image.
+Prints AP, AP50, AP75 (best 100 boxes of an image) and the average recall of the best 1, 10, 100 and 1000 boxes on the
+validation images, as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in
+`proposals.json`, COCO's results. The numbers named `_swapped` are those of the boxes of another image: what is not
+above them has not looked at the image.
 """
+
 import json
 import sys
 from argparse import Namespace
@@ -41,12 +43,31 @@ from util.registry import PRETEXTS
 from util.session import prepare_checkpoint, run_script, start_session
 
 DATA_FLAGS = (
-    "coco_path", "data_root", "dataset_file", "voc_path", "voc_val", "airbus_path", "val_images", "val_annotations", "image_size",
-    "max_size", "coco_evaluator",
+    "coco_path",
+    "data_root",
+    "dataset_file",
+    "voc_path",
+    "voc_val",
+    "airbus_path",
+    "val_images",
+    "val_annotations",
+    "image_size",
+    "max_size",
+    "coco_evaluator",
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
 # Those that main.py has too: what it was given says which data a pretext is evaluated on.
-SHARED_FLAGS = ("coco_path", "data_root", "dataset_file", "voc_path", "voc_val", "airbus_path", "image_size", "max_size", *RUN_FLAGS)
+SHARED_FLAGS = (
+    "coco_path",
+    "data_root",
+    "dataset_file",
+    "voc_path",
+    "voc_val",
+    "airbus_path",
+    "image_size",
+    "max_size",
+    *RUN_FLAGS,
+)
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
 FILES = ("proposal_metrics.json", "proposals.json")
 MOST_BOXES = 1000
@@ -54,7 +75,9 @@ MOST_BOXES = 1000
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/evaluate_proposals.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", metavar="PATH|URL", help="of pre-training or of a trained detector; not with --proposals")
+    parser.add_argument(
+        "--checkpoint", metavar="PATH|URL", help="of pre-training or of a trained detector; not with --proposals"
+    )
     parser.add_argument("--output_dir", metavar="DIR", help="where numbers and boxes are written; empty: nowhere")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
     for script, flags in ((FINETUNE, DATA_FLAGS + RUN_FLAGS), (PRETRAIN, METHOD_FLAGS)):
@@ -66,7 +89,9 @@ def parse(argv: list[str]) -> Namespace:
 
 @dataclass
 class BoxFinder:
-    """A detector whose queries each give one box; `label` is the class output that says "object", None: the best of all classes."""
+    """A detector whose queries each give one box; `label` is the class output that says "object", None: the best of all
+    classes.
+    """
 
     model: nn.Module
     label: int | None
@@ -75,17 +100,24 @@ class BoxFinder:
 
     @torch.no_grad()
     def __call__(self, samples, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
-        """Normalised images -> `scores` [K], `labels` [K] and `boxes` [K, 4], (x0, y0, x1, y1) in pixels of sizes_hw; the best 1000."""
+        """Normalised images -> `scores` [K], `labels` [K] and `boxes` [K, 4], (x0, y0, x1, y1) in pixels of sizes_hw;
+        the best 1000.
+        """
         with autocast(self.device, self.amp):
             outputs = self.model(samples)
-        logits, boxes = full_precision(outputs["pred_logits"]), box_cxcywh_to_xyxy(full_precision(outputs["pred_boxes"]))
+        logits, boxes = (
+            full_precision(outputs["pred_logits"]),
+            box_cxcywh_to_xyxy(full_precision(outputs["pred_boxes"])),
+        )
         kind = self.model.classification.kind
         scores = logits.softmax(-1)[..., :-1] if kind == "softmax" else logits.sigmoid()
         scores = scores.amax(-1) if self.label is None else scores[..., self.label]
         scores, order = scores.topk(min(MOST_BOXES, scores.shape[1]), dim=1)
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * sizes_hw.flip(1).repeat(1, 2)[:, None].to(boxes)
         labels = torch.full(scores.shape, OBJECT)
-        return [{"scores": s, "labels": n, "boxes": b} for s, n, b in zip(scores.cpu(), labels, boxes.cpu(), strict=True)]
+        return [
+            {"scores": s, "labels": n, "boxes": b} for s, n, b in zip(scores.cpu(), labels, boxes.cpu(), strict=True)
+        ]
 
 
 def load_finder(args: Namespace) -> tuple[BoxFinder, Namespace]:
@@ -116,7 +148,10 @@ def _settings(args: Namespace, *flags: str) -> Namespace:
 
 
 def _without_pretext(checkpoint: Checkpoint) -> Checkpoint:
-    kept = Checkpoint(checkpoint, model={key: value for key, value in checkpoint["model"].items() if not key.startswith(pretext_parts())})
+    kept = Checkpoint(
+        checkpoint,
+        model={key: value for key, value in checkpoint["model"].items() if not key.startswith(pretext_parts())},
+    )
     kept.source = checkpoint.source
     return kept
 
@@ -142,21 +177,28 @@ def _find_all(finder: BoxFinder, loader: DataLoader, evaluator: ProposalEvaluato
 
 
 def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module, int], dict[str, float]]:
-    """For `engine.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on validation images: those of COCO, or
-    of the labelled data set whose images it is pre-trained on.
+    """For `engine.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on validation images:
+    those of COCO, or of the labelled data set whose images it is pre-trained on.
 
-    args: those of main.py, resolved. Images have the size that evaluation usually has, unless the run has a size of its own.
+    args: those of main.py, resolved. Images have the size that evaluation usually has, unless the run has a size of its
+    own.
 
     Raises:
         UserError: no such images.
     """
     settings = _settings(args)
-    settings.dataset_file = "coco" if args.dataset_file == "custom" else args.dataset_file  # whose flags main.py does not have all
+    settings.dataset_file = (
+        "coco" if args.dataset_file == "custom" else args.dataset_file
+    )  # whose flags main.py does not have all
     if args.image_size == PRETEXTS[args.pretext].defaults["image_size"]:
         settings.image_size = None
     resolve(settings).num_classes = None  # of the data, whose classes do not matter
     dataset = build_dataset("val", settings)
-    loader, truth, label = build_loader(dataset, settings, train=False), dataset.truth(), min(OBJECT, args.num_classes - 1)
+    loader, truth, label = (
+        build_loader(dataset, settings, train=False),
+        dataset.truth(),
+        min(OBJECT, args.num_classes - 1),
+    )
 
     def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
         share_statistics(bare(model))
@@ -211,7 +253,9 @@ def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
             count += len(boxes)
             boxes = boxes[:MOST_BOXES]
             scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]
-            evaluator.update({image_id: {"scores": scores, "labels": torch.full((len(boxes),), OBJECT), "boxes": boxes}})
+            evaluator.update(
+                {image_id: {"scores": scores, "labels": torch.full((len(boxes),), OBJECT), "boxes": boxes}}
+            )
         bar.step()
     log.info("%.1f boxes an image", count / max(len(dataset), 1))
     return evaluator
@@ -220,7 +264,10 @@ def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
 def main(args: Namespace) -> dict[str, float]:
     """Returns the numbers by name."""
     if bool(args.checkpoint) == bool(args.proposals):
-        raise UserError("give --checkpoint PATH for a model, or --proposals NAME for a method" + (", not both" if args.proposals else ""))
+        raise UserError(
+            "give --checkpoint PATH for a model, or --proposals NAME for a method"
+            + (", not both" if args.proposals else "")
+        )
     folder = make_folder(args.output_dir, FILES, args.overwrite) if args.output_dir else None
 
     def evaluator_of(dataset: SampleDataset) -> ProposalEvaluator:
@@ -230,7 +277,11 @@ def main(args: Namespace) -> dict[str, float]:
     numbers = evaluator.summarize()
     log.info("without classes: %s", _shown(numbers))
     if folder is not None and is_main_process():
-        what = {"checkpoint": args.checkpoint} if args.checkpoint else {"proposals": args.proposals, "cache_path": args.cache_path}
+        what = (
+            {"checkpoint": args.checkpoint}
+            if args.checkpoint
+            else {"proposals": args.proposals, "cache_path": args.cache_path}
+        )
         write_text(folder / FILES[0], json.dumps({**what, **numbers}, indent=1) + "\n")
         write_text(folder / FILES[1], json.dumps(evaluator.results()))
     return numbers

@@ -2,9 +2,11 @@
 
     python tools/make_split.py --coco_path COCO --filter_pct 0.01 0.1 --seeds 1 2 3 --output_dir splits
 
-Writes splits/0.01_seed1.json and so on, which `finetune_main.py --split_file` takes. The drawing is that of `--filter_pct` and `--seed`,
-as long as all images are there: absent ones are left out here before the drawing, and there after it.
+Writes splits/0.01_seed1.json and so on, which `finetune_main.py --split_file` takes. The drawing is that of
+`--filter_pct` and `--seed`, as long as all images are there: absent ones are left out here before the drawing, and
+there after it.
 """
+
 import json
 import sys
 from argparse import Namespace
@@ -21,15 +23,31 @@ from util.logger import UserError, log
 from util.session import run_script
 
 DATA_FLAGS = (
-    "coco_path", "data_root", "dataset_file", "dataset", "train_images", "train_annotations", "voc_path", "voc_train", "airbus_path",
+    "coco_path",
+    "data_root",
+    "dataset_file",
+    "dataset",
+    "train_images",
+    "train_annotations",
+    "voc_path",
+    "voc_train",
+    "airbus_path",
 )
 
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/make_split.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--filter_pct", type=share, nargs="+", default=[0.01, 0.02, 0.05, 0.1], metavar="SHARE",
-                        help="shares of the images (0.01 0.02 0.05 0.1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="one file of each share and seed (42)")
+    parser.add_argument(
+        "--filter_pct",
+        type=share,
+        nargs="+",
+        default=[0.01, 0.02, 0.05, 0.1],
+        metavar="SHARE",
+        help="shares of the images (0.01 0.02 0.05 0.1)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="one file of each share and seed (42)"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
     for action in make_parser(FINETUNE)._actions:
         if action.dest in DATA_FLAGS:
@@ -38,7 +56,9 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    places = {(part, seed): args.output_dir / f"{part:g}_seed{seed}.json" for part in args.filter_pct for seed in args.seeds}
+    places = {
+        (part, seed): args.output_dir / f"{part:g}_seed{seed}.json" for part in args.filter_pct for seed in args.seeds
+    }
     for path in places.values():
         if path.exists():
             raise UserError(f"{path} exists and is not overwritten: give another --output_dir")
@@ -50,7 +70,13 @@ def main(args: Namespace) -> None:
         ids = draw_ids(annotations.image_ids, part, seed)
         if not len(ids):
             raise UserError(f"--filter_pct {part:g} of {len(annotations)} images is none: take a larger share")
-        content = {"source": annotations.source, "images": len(annotations), "filter_pct": part, "seed": seed, "ids": ids.tolist()}
+        content = {
+            "source": annotations.source,
+            "images": len(annotations),
+            "filter_pct": part,
+            "seed": seed,
+            "ids": ids.tolist(),
+        }
         write_text(path, json.dumps(content))
         log.info("wrote %s: %d of %d images", path, len(ids), len(annotations))
 

@@ -2,9 +2,11 @@
 
     python tools/predict.py --checkpoint outputs/own/checkpoint_best.pth --images photographs --output_dir predictions
 
-Writes `predictions.json` (COCO's results, with file and class names), `drawn/` (each image with its boxes) and `predictions.png`, a page
-of the first images. Everything that evaluation takes from the checkpoint is taken from it here too.
+Writes `predictions.json` (COCO's results, with file and class names), `drawn/` (each image with its boxes) and
+`predictions.png`, a page of the first images. Everything that evaluation takes from the checkpoint is taken from it
+here too.
 """
+
 import argparse
 import json
 import sys
@@ -37,15 +39,29 @@ from util.logger import Progress, UserError, log
 from util.plot_utils import draw_boxes, found_page
 from util.session import prepare_checkpoint, run_script, start_session
 
-SHARED_FLAGS = ("device", "batch_size", "image_size", "max_size", "num_workers", "amp")  # as finetune_main.py declares them
+SHARED_FLAGS = (
+    "device",
+    "batch_size",
+    "image_size",
+    "max_size",
+    "num_workers",
+    "amp",
+)  # as finetune_main.py declares them
 RESULTS, PAGE, DRAWN = "predictions.json", "predictions.png", "drawn"
 ON_PAGE = 12
 
 
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/predict.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, metavar="PATH|URL", help="of a trained detector, ours or a published one")
-    parser.add_argument("--images", required=True, metavar="DIR|FILE|LIST", help="folder tree, one image, or text file with a path a line")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="PATH|URL", help="of a trained detector, ours or a published one"
+    )
+    parser.add_argument(
+        "--images",
+        required=True,
+        metavar="DIR|FILE|LIST",
+        help="folder tree, one image, or text file with a path a line",
+    )
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="where predictions are written")
     parser.add_argument("--threshold", type=_share, default=0.5, help="lowest score of an object that is kept (0.5)")
     parser.add_argument("--no_draw", action="store_true", help="no drawn images and no page")
@@ -88,28 +104,40 @@ def load_detector(args: Namespace) -> tuple[Detector, Namespace]:
     settings = make_parser(FINETUNE).parse_args(["--eval", "--resume", args.checkpoint])
     for name in SHARED_FLAGS:
         setattr(settings, name, getattr(args, name))
-    settings.batch_size = settings.batch_size or 1  # padding changes what is found, so that an image's neighbours would matter
+    settings.batch_size = (
+        settings.batch_size or 1
+    )  # padding changes what is found, so that an image's neighbours would matter
     device = start_session(settings)
     checkpoint = prepare_checkpoint(settings)
     classes = classes_of(checkpoint)
     if not stored_names(checkpoint):
-        log.info("%s holds no class names: %s", args.checkpoint, "COCO's are used" if classes.names else "objects have numbers only")
+        log.info(
+            "%s holds no class names: %s",
+            args.checkpoint,
+            "COCO's are used" if classes.names else "objects have numbers only",
+        )
     settings.num_classes = classes.count
     model, _, postprocessors = build_model(settings)
     load_exactly(model, checkpoint)
     model.to(device, memory_format=torch.channels_last).eval()
     backbone = model.backbone[0]
-    return Detector(model, postprocessors["bbox"], classes, device, settings.amp == "bf16", backbone.mean, backbone.std), settings
+    return Detector(
+        model, postprocessors["bbox"], classes, device, settings.amp == "bf16", backbone.mean, backbone.std
+    ), settings
 
 
 @torch.no_grad()
 def find(detector: Detector, samples, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
-    """`scores` [K], `labels` [K] and `boxes` [K, 4] (x0, y0, x1, y1 in pixels of the file, cut at its border) of each image, best first."""
+    """`scores` [K], `labels` [K] and `boxes` [K, 4] (x0, y0, x1, y1 in pixels of the file, cut at its border) of each
+    image, best first.
+    """
     samples = normalize(samples.to(detector.device, non_blocking=True), detector.mean, detector.std)
     with autocast(detector.device, detector.amp):
         outputs = detector.model(samples)
     found = []
-    for result, (height, width) in zip(detector.postprocess(outputs, sizes_hw.to(detector.device)), sizes_hw.tolist(), strict=True):
+    for result, (height, width) in zip(
+        detector.postprocess(outputs, sizes_hw.to(detector.device)), sizes_hw.tolist(), strict=True
+    ):
         result = {name: values.cpu() for name, values in result.items()}
         result["boxes"] = torch.minimum(result["boxes"].clamp(min=0), torch.tensor([width, height] * 2))
         order = result["scores"].argsort(descending=True, stable=True)
@@ -130,11 +158,17 @@ class Predictions:
 
 def entries(result: dict[str, Tensor], image_id: int, name: str, classes: Classes, threshold: float) -> Iterator[dict]:
     """One image's entries of predictions.json: COCO's results and the names of file and class."""
-    for score, label, (x0, y0, x1, y1) in zip(*(result[key].tolist() for key in ("scores", "labels", "boxes")), strict=True):
+    for score, label, (x0, y0, x1, y1) in zip(
+        *(result[key].tolist() for key in ("scores", "labels", "boxes")), strict=True
+    ):
         if score >= threshold:
             yield {
-                "image_id": image_id, "file_name": name, "category_id": classes.ids.get(label, label),
-                "category_name": classes.names.get(label, f"class {label}"), "bbox": [x0, y0, x1 - x0, y1 - y0], "score": score,
+                "image_id": image_id,
+                "file_name": name,
+                "category_id": classes.ids.get(label, label),
+                "category_name": classes.names.get(label, f"class {label}"),
+                "bbox": [x0, y0, x1 - x0, y1 - y0],
+                "score": score,
             }
 
 
@@ -154,7 +188,9 @@ def predict(detector: Detector, images: ImageFolder, args: Namespace, settings: 
             done.with_objects += bool(found)
             done.best_score = max(done.best_score, float(result["scores"].max()))
             if not args.no_draw:
-                _draw(images.file(number - 1), images.name(number - 1), number, found, args.output_dir / DRAWN, done.page)
+                _draw(
+                    images.file(number - 1), images.name(number - 1), number, found, args.output_dir / DRAWN, done.page
+                )
         bar.step(f"{len(done.rows)} objects", len(targets) + len(problems))
     if len(done.problems) == len(images):
         path, reason = done.problems[0]
@@ -167,7 +203,11 @@ def _draw(file: ImageFile, name: str, number: int, found: list[dict], folder: Pa
     image = np.asarray(open_image(file))
     boxes = np.array([row["bbox"] for row in found], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    boxes_of = {"boxes": boxes, "labels": [row["category_name"] for row in found], "scores": [row["score"] for row in found]}
+    boxes_of = {
+        "boxes": boxes,
+        "labels": [row["category_name"] for row in found],
+        "scores": [row["score"] for row in found],
+    }
     drawn, content = Image.fromarray(draw_boxes(image, boxes, boxes_of["labels"], boxes_of["scores"])), BytesIO()
     drawn.save(content, format="JPEG", quality=92)
     write_atomically(folder / f"{number:06d}_{Path(name).stem}.jpg", lambda out: out.write(content.getvalue()))
@@ -179,14 +219,17 @@ def earlier_predictions(args: Namespace) -> list[Path]:
     """The drawn images of an earlier run, which this one replaces.
 
     Raises:
-        UserError: the folder can't be written, lies among the images, or holds predictions and `--overwrite` was not given.
+        UserError: the folder can't be written, lies among the images, or holds predictions and `--overwrite` was not
+            given.
     """
     folder = args.output_dir
     check_apart(folder, args.images)
     drawn = sorted((folder / DRAWN).glob("[0-9]*_*.jpg"))
     found = [path for path in (folder / RESULTS, folder / PAGE, *drawn) if path.exists()]
     if found and not args.overwrite:
-        raise UserError(f"--output_dir {folder} holds predictions already ({found[0].name}): choose another folder, or --overwrite")
+        raise UserError(
+            f"--output_dir {folder} holds predictions already ({found[0].name}): choose another folder, or --overwrite"
+        )
     make_folder(folder)
     return drawn
 

@@ -3,6 +3,7 @@
 One HTML file with its pictures inside (they also lie beside it): AP of both runs, their curves, what the queries of the
 pre-trained detector find, boxes on held-out images, the commands and their time. The last line of output names it.
 """
+
 import argparse
 import html
 import json
@@ -36,7 +37,13 @@ def find_in_held_out(checkpoint_path: Path, images: str, limit: int) -> list[Fou
     As in UP-DETR's demonstration, each patch has the box of the most confident query of its group.
     """
     checkpoint = load_checkpoint(checkpoint_path)
-    settings = {**checkpoint["args"], "imagenet_path": images, "backbone_weights": "none", "device": "cpu", "resolved": True}
+    settings = {
+        **checkpoint["args"],
+        "imagenet_path": images,
+        "backbone_weights": "none",
+        "device": "cpu",
+        "resolved": True,
+    }
     args = Namespace(**settings)
     model, _, _ = build_model(args)
     model.load_state_dict(checkpoint["model"])
@@ -51,7 +58,9 @@ def find_in_held_out(checkpoint_path: Path, images: str, limit: int) -> list[Fou
 
 
 def patch_overlap(found: list[Found]) -> tuple[float, float]:
-    """Mean IoU of the found boxes with their patch's place, and, for comparison, with another patch's place of the image."""
+    """Mean IoU of the found boxes with their patch's place, and, for comparison, with another patch's place of the
+    image.
+    """
     own, other = [], []
     for item in found:
         iou = box_iou(item.found_xyxy_abs, item.boxes_xyxy_abs)[0]
@@ -88,23 +97,28 @@ def results_table(folder: Path) -> str:
 def write_page(folder: Path, facts: dict, pictures: dict[str, Path], overlap: tuple[float, float]) -> Path:
     """`result.html`, with the pictures inside."""
 
-    shown = {name: picture(pictures[name], alt) for name, alt in {
-        "curves": "loss, AP and AP50 of both runs", "patches": "patches and the boxes found", "pretraining": "losses of pre-training",
-        **{name: f"predictions beside the truth, {title}" for name, title in RUNS.items()},
-    }.items()}
+    shown = {
+        name: picture(pictures[name], alt)
+        for name, alt in {
+            "curves": "loss, AP and AP50 of both runs",
+            "patches": "patches and the boxes found",
+            "pretraining": "losses of pre-training",
+            **{name: f"predictions beside the truth, {title}" for name, title in RUNS.items()},
+        }.items()
+    }
     body = f"""
 <p class="note">{html.escape(facts["data"])} {html.escape(facts["machine"])}</p>
 <h2>Average precision on held-out images</h2>
 {results_table(folder)}
-<p>AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, after the last epoch; both runs have the same data, settings and number
-of epochs, and start from the same ImageNet weights of the backbone.</p>
+<p>AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, after the last epoch; both runs have the same data, settings and
+number of epochs, and start from the same ImageNet weights of the backbone.</p>
 <p class="note">One run each, with one seed and minutes of training: a difference between the two says nothing about
 pre-training in general. {html.escape(facts["caution"])}</p>
 {shown["curves"]}
 <h2>What the pre-trained detector finds, without a label</h2>
 <p>Patches are cut at random from held-out images; the detector is asked where they come from. Each patch and the box of
-its most confident query have one colour; numbers are scores. Over {facts["measured"]} images the boxes overlap their own
-patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the same image by {overlap[1]:.2f}.
+its most confident query have one colour; numbers are scores. Over {facts["measured"]} images the boxes overlap
+their own patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the same image by {overlap[1]:.2f}.
 {_overlap_in_words(*overlap)}</p>
 {shown["patches"]}
 {shown["pretraining"]}
@@ -121,8 +135,8 @@ def _overlap_in_words(own: float, other: float) -> str:
     if own - other > 0.05:
         return "So the patches say where to look."
     return (
-        "So the patches hardly say yet where to look: the published pre-training shows its detector 1.28 million images "
-        "60 times, a demo some thousands."
+        "So the patches hardly say yet where to look: the published pre-training shows its detector 1.28 million "
+        "images 60 times, a demo some thousands."
     )
 
 
@@ -144,7 +158,9 @@ def gather_facts(folder: Path) -> dict:
     data = f"{train} labelled images, {val} held out."
     if on_scenes:
         data = f"Sample scenes: {data} The held-out scenes are made from other photographs than those for training."
-    device = environment["gpu"] if settings["device"].startswith("cuda") else f"CPU, {environment['cpu_threads']} threads"
+    device = (
+        environment["gpu"] if settings["device"].startswith("cuda") else f"CPU, {environment['cpu_threads']} threads"
+    )
     total = format_seconds(sum(stage["seconds"] for stage in stages))
     return {
         "stages": stages,

@@ -19,6 +19,7 @@ if [ -n "$SETUP_SYSTEM" ] && ! "$PY" -m ruff --version >/dev/null 2>&1; then
     echo "tests: ruff is not here and can't be fetched: the lint check is left out"
 else
     "$PY" -m ruff check .
+    "$PY" -m ruff format --check .
 fi
 workers=()
 if "$PY" -c 'import xdist' 2>/dev/null; then workers=(-n 2); fi

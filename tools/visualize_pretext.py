@@ -1,14 +1,17 @@
 """Pictures of a pretext: what it sees of images, and what a pre-trained model makes of them.
 
     python tools/visualize_pretext.py --pretext region_prior --imagenet_path PHOTOGRAPHS --output_dir pictures
-    python tools/visualize_pretext.py --checkpoint outputs/pretrain/checkpoint.pth --imagenet_path PHOTOGRAPHS --output_dir pictures
-    python tools/visualize_pretext.py --checkpoint CHECKPOINT --imagenet_path cat.jpg --boxes 10 20 200 180 --output_dir pictures
+    python tools/visualize_pretext.py --checkpoint outputs/pretrain/checkpoint.pth --imagenet_path PHOTOGRAPHS
+    --output_dir pictures
+    python tools/visualize_pretext.py --checkpoint CHECKPOINT --imagenet_path cat.jpg --boxes 10 20 200 180 --output_dir
+    pictures
 
-`samples.png`: training samples as the model gets them. With a checkpoint also `patches.png`, where each query patch was found (UP-DETR) or
-each region of one view in the other (Siamese DETR), or `objects.png`, proposals and the model's most object-like boxes beside them
-(DETReg), and the true boxes where `--truth_path` gives labels.
+`samples.png`: training samples as the model gets them. With a checkpoint also `patches.png`, where each query patch was
+found (UP-DETR) or each region of one view in the other (Siamese DETR), or `objects.png`, proposals and the model's most
+object-like boxes beside them (DETReg), and the true boxes where `--truth_path` gives labels.
 It takes all flags of main.py; those of a checkpoint's run are known from it.
 """
+
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -46,9 +49,13 @@ FEW = 10  # boxes that are drawn where nothing says how many objects there are
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/visualize_pretext.py", parents=[make_parser(PRETRAIN)], description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", metavar="PATH|URL", help="of pre-training; without one only samples are drawn")
-    parser.add_argument("--truth_path", metavar="DIR", help="COCO folder: its validation images with their objects, for objects.png")
+    parser.add_argument(
+        "--truth_path", metavar="DIR", help="COCO folder: its validation images with their objects, for objects.png"
+    )
     parser.add_argument("--count", type=positive(), default=SHOWN, help=f"images ({SHOWN})")
-    parser.add_argument("--boxes", type=float, nargs="+", metavar="PIXEL", help="x0 y0 x1 y1 of patches, chosen by hand for one image")
+    parser.add_argument(
+        "--boxes", type=float, nargs="+", metavar="PIXEL", help="x0 y0 x1 y1 of patches, chosen by hand for one image"
+    )
     return parser.parse_args(argv)
 
 
@@ -63,7 +70,9 @@ class ChosenBoxes:
         height, width = image.shape[-2:]
         inside = (self.boxes[:, :2] >= 0).all(1) & (self.boxes[:, 2:] <= torch.tensor([width, height])).all(1)
         if not (inside & (self.boxes[:, 2:] - self.boxes[:, :2] >= 1).all(1)).all():
-            raise UserError(f"--boxes: each box needs x0 < x1 <= {width} and y0 < y1 <= {height}, the size of {name}, in pixels")
+            raise UserError(
+                f"--boxes: each box needs x0 < x1 <= {width} and y0 < y1 <= {height}, the size of {name}, in pixels"
+            )
         return self.boxes
 
 
@@ -83,15 +92,31 @@ def prepare(args: Namespace) -> tuple[SampleDataset, Path]:
 
 
 def object_rows(args: Namespace) -> list[list[tuple]]:
-    """DETReg's panels for `args.count` images: proposals, the model's boxes that look most like objects, the true boxes if known.
+    """DETReg's panels for `args.count` images: proposals, the model's boxes that look most like objects, the true boxes
+    if known.
 
     As many boxes are drawn as the image has objects.
     """
     flags = ["--checkpoint", args.checkpoint, "--device", args.device, "--num_workers", "0"]
     finder, settings = load_finder(parse_evaluation(flags))
     labelled = bool(args.truth_path)
-    source = Namespace(**{**vars(args), "pretext": None, "dataset_file": "coco", "classes": None, "num_classes": None, "max_size": None,
-                          "image_size": settings.image_size, "eval": True, "coco_path": args.truth_path}) if labelled else args
+    source = (
+        Namespace(
+            **{
+                **vars(args),
+                "pretext": None,
+                "dataset_file": "coco",
+                "classes": None,
+                "num_classes": None,
+                "max_size": None,
+                "image_size": settings.image_size,
+                "eval": True,
+                "coco_path": args.truth_path,
+            }
+        )
+        if labelled
+        else args
+    )
     dataset = build_dataset("val", source)
     proposals = Selected(build_proposals(Namespace(**{**vars(args), "cache_path": ""})), args.strategy, args.max_prop)
     backbone = finder.model.backbone[0]
@@ -106,13 +131,17 @@ def object_rows(args: Namespace) -> list[list[tuple]]:
         pixels = image.permute(1, 2, 0).numpy()
         name = dataset.annotations.file_names[index] if labelled else dataset.images.name(index)
         boxes = proposals(image, SampleRandom.of(args.seed, 0, index), name)[:count]
-        row = [("proposals", pixels, _boxes(boxes)), ("most object-like", pixels, _boxes(found["boxes"][:count], found["scores"][:count]))]
+        row = [
+            ("proposals", pixels, _boxes(boxes)),
+            ("most object-like", pixels, _boxes(found["boxes"][:count], found["scores"][:count])),
+        ]
         rows.append(row + ([("truth", pixels, _boxes(truth))] if labelled else []))
     return rows
 
 
 def draw_objects(args: Namespace) -> None:
-    """objects.png in `args.output_dir` of the checkpoint `args.resume` and COCO's validation images; `args` are those of main.py.
+    """objects.png in `args.output_dir` of the checkpoint `args.resume` and COCO's validation images; `args` are those
+    of main.py.
 
     Every process calls it, the first one writes.
 
@@ -126,7 +155,10 @@ def draw_objects(args: Namespace) -> None:
     args.checkpoint, args.truth_path, args.count = args.resume, coco_root(args), SHOWN
     rows = object_rows(args)
     if is_main_process():
-        log.info("proposals, the model's boxes and the true ones: %s", panel_page(rows, Path(args.output_dir) / "objects.png"))
+        log.info(
+            "proposals, the model's boxes and the true ones: %s",
+            panel_page(rows, Path(args.output_dir) / "objects.png"),
+        )
 
 
 def _boxes(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict:

@@ -2,9 +2,10 @@
 
     python tools/voc_to_coco.py data/pascal/VOCdevkit --output_dir data/pascal/meta
 
-One file a list, such as voc_trainval2012.cocostyle.json, for other programs. Here `--dataset_file voc_coco` trains and evaluates on
-the same boxes from VOCdevkit itself.
+One file a list, such as voc_trainval2012.cocostyle.json, for other programs. Here `--dataset_file voc_coco` trains and
+evaluates on the same boxes from VOCdevkit itself.
 """
+
 import argparse
 import json
 import sys
@@ -27,7 +28,9 @@ def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser("tools/voc_to_coco.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("voc_path", metavar="VOCDEVKIT", help="folder with VOC2007 and VOC2012")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
-    parser.add_argument("--sets", type=voc_set, nargs="+", default=SETS, metavar="SET", help=f"year and list ({' '.join(SETS)})")
+    parser.add_argument(
+        "--sets", type=voc_set, nargs="+", default=SETS, metavar="SET", help=f"year and list ({' '.join(SETS)})"
+    )
     return parser.parse_args(argv)
 
 
@@ -40,8 +43,13 @@ def main(args: Namespace) -> None:
     for name, path in places.items():
         annotations = read_voc(root, [name])
         write_text(path, json.dumps(coco_style(annotations)))
-        log.info("wrote %s: %d images, %d boxes, %d of them difficult", path, len(annotations), len(annotations.labels),
-                 annotations.difficult.sum())
+        log.info(
+            "wrote %s: %d images, %d boxes, %d of them difficult",
+            path,
+            len(annotations),
+            len(annotations.labels),
+            annotations.difficult.sum(),
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Tells the architecture of a detector from its weights and the settings stored beside them."""
+
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +18,13 @@ RESNET_BLOCKS = {
     (True, 3, 8, 36, 3): "resnet152",
 }
 STORED = {  # what the weights cannot tell, and its type: other programs keep other things under these names
-    "detector": str, "dilation": bool, "nheads": int, "backbone": str, "position_embedding": str, "enc_n_points": int, "dec_n_points": int,
+    "detector": str,
+    "dilation": bool,
+    "nheads": int,
+    "backbone": str,
+    "position_embedding": str,
+    "enc_n_points": int,
+    "dec_n_points": int,
 }
 
 
@@ -40,8 +47,8 @@ def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
 
 
 def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The architecture behind a checkpoint by the names of flags that its detector reads: (what is certain, what is only likely). `nheads`
-    is used where it says none.
+    """The architecture behind a checkpoint by the names of flags that its detector reads: (what is certain, what is
+    only likely). `nheads` is used where it says none.
 
     Certain is what the weights show and what the stored `args` say. Likely is what a published file without `args`
     usually means, and what may differ without harm.
@@ -58,7 +65,9 @@ def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[s
     if "dc5" in Path(getattr(checkpoint, "source", "")).name.lower():
         likely["dilation"] = True
     _add_position_embedding(certain, likely, state, args, kind)
-    foreign = {flag for entry in DETECTORS.values() for flag in entry.flags} - set(DETECTORS[kind].flags if kind else ())
+    foreign = {flag for entry in DETECTORS.values() for flag in entry.flags} - set(
+        DETECTORS[kind].flags if kind else ()
+    )
     for known in (certain, likely):
         for flag in [flag for flag, value in known.items() if value is None or flag in foreign]:
             del known[flag]
@@ -73,10 +82,14 @@ def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, An
         found = (re.match(rf"transformer\.{part}\.layers\.(\d+)\.", key) for key in state)
         return max((int(match[1]) + 1 for match in found if match), default=None)
 
-    known = {"detector": kind, "enc_layers": layers("encoder"), "dec_layers": layers("decoder"),
-             "hidden_dim": rows("transformer.decoder.layers.0.norm1.weight"),
-             "dim_feedforward": rows("transformer.decoder.layers.0.linear1.weight"),
-             "num_queries": rows("query_embed.weight")}
+    known = {
+        "detector": kind,
+        "enc_layers": layers("encoder"),
+        "dec_layers": layers("decoder"),
+        "hidden_dim": rows("transformer.decoder.layers.0.norm1.weight"),
+        "dim_feedforward": rows("transformer.decoder.layers.0.linear1.weight"),
+        "num_queries": rows("query_embed.weight"),
+    }
     if kind == "deformable_detr":
         known["num_feature_levels"] = rows("transformer.level_embed")
         known["two_stage"] = "transformer.enc_output.weight" in state
@@ -87,11 +100,18 @@ def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, An
 
 
 def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]:
-    """Points for each head and map of Deformable DETR: its offsets have a row for each head, map, point and coordinate."""
-    rows = {f"{part[:3]}_n_points": state.get(f"transformer.{part}.layers.0.{attention}.sampling_offsets.bias")
-            for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))}
-    return {flag: len(offsets) // (2 * nheads * len(state["transformer.level_embed"]))
-            for flag, offsets in rows.items() if offsets is not None and "transformer.level_embed" in state}
+    """Points for each head and map of Deformable DETR: its offsets have a row for each head, map, point and
+    coordinate.
+    """
+    rows = {
+        f"{part[:3]}_n_points": state.get(f"transformer.{part}.layers.0.{attention}.sampling_offsets.bias")
+        for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))
+    }
+    return {
+        flag: len(offsets) // (2 * nheads * len(state["transformer.level_embed"]))
+        for flag, offsets in rows.items()
+        if offsets is not None and "transformer.level_embed" in state
+    }
 
 
 def _add_position_embedding(

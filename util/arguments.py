@@ -2,6 +2,7 @@
 
 `util.flags` declares the flags; `resolve` fills what was not given and refuses what contradicts itself.
 """
+
 import argparse
 import difflib
 import itertools
@@ -18,7 +19,8 @@ from util.flags import DATASET_PLACES, DEAD_FLAGS, FINETUNE, PRETRAIN, add_flags
 from util.logger import UserError, log
 from util.registry import DATASETS, DETECTORS, PRETEXTS, choose
 
-# The value of a flag that was not given. The detector's line in `util.registry` may change it, and the pretext's changes that.
+# The value of a flag that was not given. The detector's line in `util.registry` may change it, and the pretext's
+# changes that.
 DEFAULTS: dict[str, object] = {
     "lr": 1e-4,
     "lr_backbone": 1e-5,
@@ -118,7 +120,9 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> argparse.Namespace:
+    def parse_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self._unknown_message(unknown[0]))
@@ -130,7 +134,10 @@ class Parser(argparse.ArgumentParser):
         if flag in make_parser(other)._option_string_actions:
             return f"{flag} is a flag of {other}, not of {self.prog}"
         if word.endswith(".tar"):
-            return f"unknown argument {word}: put a pattern of tar files into quotes, or the shell makes several words of it"
+            return (
+                f"unknown argument {word}: put a pattern of tar files into quotes, or the shell makes several "
+                f"words of it"
+            )
         nearest = difflib.get_close_matches(flag, list(self._option_string_actions), n=1, cutoff=0.65)
         return f"unknown argument {word}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
 
@@ -151,7 +158,8 @@ def check_right_script(argv: list[str]) -> None:
     """Refuses, with the exact command to use, to pre-train with flags that only make sense for `finetune_main.py`.
 
     Raises:
-        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` or `--dataset coco` (voc, airbus) without `--pretext`.
+        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` or `--dataset coco` (voc, airbus) without
+            `--pretext`.
     """
     flags = {word.split("=")[0] for word in argv}
     pretext = {"--eval"} if "--pretext" in flags else set()  # evaluates a pre-trained model
@@ -163,14 +171,21 @@ def check_right_script(argv: list[str]) -> None:
             wrong.append(f"--dataset {name} without --pretext")
     if wrong:
         raise UserError(
-            f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:\n"
+            f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with "
+            f"labels:\n"
             f"  python {FINETUNE} {shlex.join(_for_finetuning(argv))}"
-            + ("\nTo pre-train on the images of that folder, add: --pretext random_query_patch" if wrong[0].endswith("--pretext") else "")
+            + (
+                "\nTo pre-train on the images of that folder, add: --pretext random_query_patch"
+                if wrong[0].endswith("--pretext")
+                else ""
+            )
         )
 
 
 def _for_finetuning(argv: list[str]) -> list[str]:
-    """The words of a command line without the flags, and their values, that `finetune_main.py` does not have or refuses."""
+    """The words of a command line without the flags, and their values, that `finetune_main.py` does not have or
+    refuses.
+    """
     known = make_parser(FINETUNE)._option_string_actions
     kept, keeps = [], True
     for word in argv:
@@ -185,11 +200,16 @@ def _for_finetuning(argv: list[str]) -> list[str]:
 def given_flags(args: argparse.Namespace) -> set[str]:
     """Names of the flags that the user gave; call it before `resolve`."""
     filled = args.__dict__.get("_filled", set())
-    return {name for name, value in vars(args).items() if value is not None and name != "script" and name[0] != "_" and name not in filled}
+    return {
+        name
+        for name, value in vars(args).items()
+        if value is not None and name != "script" and name[0] != "_" and name not in filled
+    }
 
 
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
-    """Fills, in place, what was not given; calling it again changes nothing. A pretext decides before a detector, a detector before all.
+    """Fills, in place, what was not given; calling it again changes nothing. A pretext decides before a detector, a
+    detector before all.
 
     Raises:
         UserError: flags contradict each other.
@@ -203,20 +223,38 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     if script == PRETRAIN:
         set_default(args, "eval_every", 0)  # never: pre-training needs no labels
     data = choose(DATASETS, "--dataset_file", args.dataset_file).defaults
-    defaults = {**DEFAULTS, **data, **choose(DETECTORS, "--detector", args.detector).defaults, **_pretext_defaults(args)}
+    defaults = {
+        **DEFAULTS,
+        **data,
+        **choose(DETECTORS, "--detector", args.detector).defaults,
+        **_pretext_defaults(args),
+    }
     for name, value in defaults.items():
         set_default(args, name, value)
     set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
     if "num_workers" not in _given(args):
         args.num_workers = min(args.num_workers, usable_cores())
     schedule = ("lr_drop_epochs", "max_iters", "lr_drop_iters")
-    for name in ("eval", "overwrite", "dry_run", "imagenet_path", *PLACES, "split_file", "max_size", *schedule, *OWN_DATA, "few_shot",
-                 *FEW_SHOT):
+    for name in (
+        "eval",
+        "overwrite",
+        "dry_run",
+        "imagenet_path",
+        *PLACES,
+        "split_file",
+        "max_size",
+        *schedule,
+        *OWN_DATA,
+        "few_shot",
+        *FEW_SHOT,
+    ):
         if not hasattr(args, name):
             setattr(args, name, None)
     if script == PRETRAIN:
         if args.fre_cnn and "lr_backbone" in _given(args) and args.lr_backbone > 0:
-            raise UserError(f"--fre_cnn freezes the backbone and --lr_backbone {args.lr_backbone:g} trains it: give one of them")
+            raise UserError(
+                f"--fre_cnn freezes the backbone and --lr_backbone {args.lr_backbone:g} trains it: give one of them"
+            )
         if args.lr_backbone is None:
             args.lr_backbone = args.lr
         args.lr_backbone = 0.0 if args.fre_cnn else args.lr_backbone
@@ -293,13 +331,20 @@ def _check(args: argparse.Namespace) -> None:
         _check_readers(args, "pretext", PRETEXTS)
         classes = PRETEXTS[args.pretext].defaults.get("num_classes", args.num_classes)
         if args.num_classes != classes:
-            raise UserError(f"--num_classes {args.num_classes}: --pretext {args.pretext} has {classes} classes: leave it out")
+            raise UserError(
+                f"--num_classes {args.num_classes}: --pretext {args.pretext} has {classes} classes: leave it out"
+            )
     if args.hidden_dim % args.nheads:
-        raise UserError(f"--hidden_dim {args.hidden_dim} can't be split over --nheads {args.nheads}: choose a multiple of it")
+        raise UserError(
+            f"--hidden_dim {args.hidden_dim} can't be split over --nheads {args.nheads}: choose a multiple of it"
+        )
     if args.hidden_dim % 4:
         raise UserError(f"--hidden_dim {args.hidden_dim}: sine positions need a multiple of 4")
     if args.with_box_refine and not args.aux_loss and not args.eval:
-        raise UserError("--no_aux_loss leaves the boxes of earlier layers unlearnt, and --with_box_refine builds on them: give one of them")
+        raise UserError(
+            "--no_aux_loss leaves the boxes of earlier layers unlearnt, and --with_box_refine builds on them: give "
+            "one of them"
+        )
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout} must lie in [0, 1)")
     if not 0 <= args.mask_ratio < 1:
@@ -307,7 +352,10 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 < args.view_iou < 1:
         raise UserError(f"--view_iou {args.view_iou} must lie between 0 and 1")
     if not 0 <= args.box_disturbance < 0.5:
-        raise UserError(f"--box_disturbance {args.box_disturbance} must lie in [0, 0.5): both corners of a box move by as much of its side")
+        raise UserError(
+            f"--box_disturbance {args.box_disturbance} must lie in [0, 0.5): both corners of a box move by as much "
+            f"of its side"
+        )
     if args.teacher_momentum is not None and not 0 <= args.teacher_momentum <= 1:
         raise UserError(f"--teacher_momentum {args.teacher_momentum:g} must lie in [0, 1], for instance 0.99")
     if args.eval and not (args.resume or args.pretrain):
@@ -318,18 +366,24 @@ def _check(args: argparse.Namespace) -> None:
     _check_schedule(args)
     _check_numbers(args)
     if max(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou) <= 0:
-        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing would tell a good match from a bad one")
+        raise UserError(
+            "--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: nothing would tell a good match from "
+            "a bad one"
+        )
     if args.resume == "auto" and not args.output_dir:
         raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
     if args.pretext and "num_patches" in PRETEXTS[args.pretext].flags and args.num_queries % args.num_patches:
         raise UserError(
-            f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}, and every patch needs the same number of "
-            f"queries: use --num_patches {_divisor_near(args.num_patches, args.num_queries)}, or another --num_queries"
+            f"--num_patches {args.num_patches} does not divide --num_queries {args.num_queries}, and every patch "
+            "needs the same number of queries: use --num_patches "
+            f"{_divisor_near(args.num_patches, args.num_queries)}, or another --num_queries"
         )
 
 
 def _check_effect(args: argparse.Namespace, defaults: dict[str, object]) -> None:
-    """A flag that is given and that nothing would read is an error, but for its default: published commands have some of those."""
+    """A flag that is given and that nothing would read is an error, but for its default: published commands have some
+    of those.
+    """
     needs = (
         ("object_embedding_coef", args.object_embedding_loss, "--object_embedding_loss"),
         ("obj_embedding_head", args.object_embedding_loss, "--object_embedding_loss"),
@@ -347,12 +401,17 @@ def _check_effect(args: argparse.Namespace, defaults: dict[str, object]) -> None
 
 def _check_schedule(args: argparse.Namespace) -> None:
     if bool(args.max_iters) != bool(args.lr_drop_iters):
-        raise UserError("--max_iters and --lr_drop_iters need each other: a schedule counts iterations or epochs, not both")
+        raise UserError(
+            "--max_iters and --lr_drop_iters need each other: a schedule counts iterations or epochs, not both"
+        )
     given = _given_in_command(args)
     for name in ("epochs", "lr_drop", "lr_drop_epochs", "start_epoch") if args.max_iters else ():
         if name in given and getattr(args, name):
             if "max_iters" not in given:
-                raise UserError(f"--{name} counts epochs and this checkpoint's --max_iters {args.max_iters} iterations: change that one")
+                raise UserError(
+                    f"--{name} counts epochs and this checkpoint's --max_iters {args.max_iters} iterations: change "
+                    f"that one"
+                )
             raise UserError(f"--{name} counts epochs and --max_iters {args.max_iters} iterations: give one of them")
 
 
@@ -361,13 +420,19 @@ def _check_readers(args: argparse.Namespace, kind: str, registry: dict) -> None:
     chosen = getattr(args, kind)
     guessed = kind == "pretext" and kind not in _given(args)  # a flag of another pretext says that another one is meant
     for name in sorted({name for entry in registry.values() for name in entry.flags} - set(registry[chosen].flags)):
-        if name in DEFAULTS and (getattr(args, name, DEFAULTS[name]) != DEFAULTS[name] or guessed and was_given(args, name)):
+        if name in DEFAULTS and (
+            getattr(args, name, DEFAULTS[name]) != DEFAULTS[name] or guessed and was_given(args, name)
+        ):
             able = [other for other, entry in registry.items() if name in entry.flags]
-            raise UserError(f"--{name} means nothing to --{kind} {chosen}: leave it out or use --{kind} {' or '.join(able)}")
+            raise UserError(
+                f"--{name} means nothing to --{kind} {chosen}: leave it out or use --{kind} {' or '.join(able)}"
+            )
 
 
 def _divisor_near(number: int, of: int) -> int:
-    return min((divisor for divisor in range(1, of + 1) if of % divisor == 0), key=lambda divisor: abs(divisor - number))
+    return min(
+        (divisor for divisor in range(1, of + 1) if of % divisor == 0), key=lambda divisor: abs(divisor - number)
+    )
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -377,14 +442,20 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UserError(f"--seed {args.seed} has more than 63 bits: choose a smaller number")
     for name in ("image_size", "max_size"):
         if (getattr(args, name) or SMALLEST_IMAGE) < SMALLEST_IMAGE:
-            raise UserError(f"--{name} {getattr(args, name)}: the backbone sees nothing in images that small; use {SMALLEST_IMAGE} or more")
+            raise UserError(
+                f"--{name} {getattr(args, name)}: the backbone sees nothing in images that small; use "
+                f"{SMALLEST_IMAGE} or more"
+            )
     if args.start_epoch >= args.epochs and not args.resume:
-        raise UserError(f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}: leave it out or train longer")
+        raise UserError(
+            f"--start_epoch {args.start_epoch} leaves nothing to train of --epochs {args.epochs}: leave it out or "
+            f"train longer"
+        )
 
 
 def flags_read(args: argparse.Namespace) -> set[str]:
-    """Names of the flags that mean something in this run: the script has them, and not only other detectors, pretexts or data sets read
-    them."""
+    """Names of the flags that mean something in this run: the script has them, and not only other detectors, pretexts
+    or data sets read them."""
     names = {action.dest for action in make_parser(args.script)._actions}
     for registry, chosen in ((DETECTORS, args.detector), (PRETEXTS, args.pretext), (DATASETS, args.dataset_file)):
         if chosen:
@@ -398,12 +469,17 @@ def _check_data(args: argparse.Namespace) -> None:
         raise UserError(f"--{own[0]} {getattr(args, own[0])} is for own data: add --dataset_file custom")
     for name in PLACES if places else ():
         if getattr(args, name) and name not in places:
-            raise UserError(f"--{name} {getattr(args, name)} is not for --dataset_file {args.dataset_file}: give "
-                            + " ".join(f"--{flag}" for flag in places))
+            raise UserError(
+                f"--{name} {getattr(args, name)} is not for --dataset_file {args.dataset_file}: give "
+                + " ".join(f"--{flag}" for flag in places)
+            )
     if places:
         _check_readers(args, "dataset_file", DATASETS)
     if args.split_file and args.filter_pct > 0:
-        raise UserError(f"--split_file {args.split_file} and --filter_pct {args.filter_pct:g} both say what to train on: give one of them")
+        raise UserError(
+            f"--split_file {args.split_file} and --filter_pct {args.filter_pct:g} both say what to train on: give "
+            f"one of them"
+        )
     _check_few_shot(args)
     sources = [name for name in ("imagenet_path", *PLACES, "train_images") if getattr(args, name)]
     if args.imagenet_path and len(sources) > 1:
@@ -417,13 +493,20 @@ def _check_few_shot(args: argparse.Namespace) -> None:
     if given and not args.few_shot:
         raise UserError(f"--{given[0]} says nothing without --few_shot: add --few_shot base, novel or all")
     if args.novel_split != 1 and (args.novel_classes or "voc_path" not in DATASETS[args.dataset_file].places):
-        raise UserError(f"--novel_split {args.novel_split} is a published list of VOC's classes: leave it out, and name others by "
-                        "--novel_classes")
+        raise UserError(
+            f"--novel_split {args.novel_split} is a published list of VOC's classes: leave it out, and name others by "
+            "--novel_classes"
+        )
     drawn = [name for name in ("shots", "few_shot_file") if getattr(args, name)]
     if args.few_shot == "base" and drawn:
-        raise UserError(f"--{drawn[0]} draws objects of novel or of all classes, --few_shot base takes all of its classes: leave one out")
+        raise UserError(
+            f"--{drawn[0]} draws objects of novel or of all classes, --few_shot base takes all of its classes: "
+            f"leave one out"
+        )
     if args.few_shot in ("novel", "all") and not drawn and not args.eval:
-        raise UserError(f"--few_shot {args.few_shot} needs the objects to train on: add --shots K or --few_shot_file PATH")
+        raise UserError(
+            f"--few_shot {args.few_shot} needs the objects to train on: add --shots K or --few_shot_file PATH"
+        )
     for name, other in (("filter_pct", args.filter_pct > 0), ("split_file", args.split_file)) if drawn else ():
         if other:
             raise UserError(f"--{drawn[0]} and --{name} both say what to train on: give one of them")
@@ -441,4 +524,8 @@ def setting_origins(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def plain_settings(args: argparse.Namespace) -> dict[str, object]:
     """The resolved flags as plain values, to print and to keep in checkpoints."""
-    return {name: value for name, value in sorted(vars(args).items()) if name not in ("resolved", "classes") and name[0] != "_"}
+    return {
+        name: value
+        for name, value in sorted(vars(args).items())
+        if name not in ("resolved", "classes") and name[0] != "_"
+    }

@@ -1,4 +1,5 @@
 """Boxes as (cx, cy, w, h) and (x0, y0, x1, y1), their overlap and generalised IoU (Rezatofighi et al., CVPR 2019)."""
+
 import torch
 from torch import Tensor
 from torchvision.ops import masks_to_boxes as inclusive_masks_to_boxes
@@ -63,5 +64,10 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 
 __all__ = [
-    "box_cxcywh_to_xyxy", "box_iou", "box_xyxy_to_cxcywh", "generalized_box_iou", "masks_to_boxes", "paired_giou",
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
+    "generalized_box_iou",
+    "masks_to_boxes",
+    "paired_giou",
 ]

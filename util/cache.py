@@ -1,8 +1,10 @@
-"""What it took long to find out about the user's files, kept for later runs in a folder of the user's, never beside the data.
+"""What it took long to find out about the user's files, kept for later runs in a folder of the user's, never beside the
+data.
 
-A file holds arrays and is found again by its kind and the path that it is about. All of them may be removed at any time. Whether what is
-kept is still true only its reader can tell.
+A file holds arrays and is found again by its kind and the path that it is about. All of them may be removed at any
+time. Whether what is kept is still true only its reader can tell.
 """
+
 import hashlib
 import os
 from io import BytesIO
@@ -17,16 +19,16 @@ FORMAT = 1  # of every kind: a change of what an array means
 
 
 def cache_folder() -> Path | None:
-    """`predetr` in $XDG_CACHE_HOME, or else in ~/.cache; None for a user without a home (XDG Base Directory Specification, which does not
-    let a relative path count)."""
+    """`predetr` in $XDG_CACHE_HOME, or else in ~/.cache; None for a user without a home (XDG Base Directory
+    Specification, which does not let a relative path count)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     base = base if os.path.isabs(base) else os.path.expanduser("~/.cache")
     return Path(base) / "predetr" if os.path.isabs(base) else None
 
 
 def load_arrays(kind: str, source: str) -> dict[str, np.ndarray] | None:
-    """What `save_arrays` kept last, None where there is nothing. A file that is damaged or of another format counts as nothing, and a line
-    says so."""
+    """What `save_arrays` kept last, None where there is nothing. A file that is damaged or of another format counts as
+    nothing, and a line says so."""
     path = _place(kind, source)
     try:
         if path is None or not path.is_file():
@@ -46,7 +48,9 @@ def load_arrays(kind: str, source: str) -> dict[str, np.ndarray] | None:
 
 
 def save_arrays(kind: str, source: str, arrays: dict[str, np.ndarray]) -> None:
-    """Replaces what was kept of this kind and source. Where the folder can't be written a line says so, and nothing is kept."""
+    """Replaces what was kept of this kind and source. Where the folder can't be written a line says so, and nothing is
+    kept.
+    """
     path = _place(kind, source)
     if path is None:
         return

@@ -2,6 +2,7 @@
 
 A checkpoint is a dict of plain containers and tensors. Its `model` is a state dict with the published parameter names.
 """
+
 import os
 import random
 import re
@@ -33,7 +34,8 @@ SCALARS = (type(None), bool, int, float, str, bytes)
 class Checkpoint(dict):
     """The dict of a checkpoint that knows the file it came from (`source`), for messages.
 
-    `siamese`: the pretext, where the file had the names of Siamese DETR's code base. `tensors`: how many the file's model has.
+    `siamese`: the pretext, where the file had the names of Siamese DETR's code base. `tensors`: how many the file's
+    model has.
     """
 
     source: str = "the checkpoint"
@@ -56,7 +58,9 @@ def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -
 def as_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
     """What `load_checkpoint` makes of the content of a file. Raises UserError when it holds no weights."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'; choose another file")
+        raise UserError(
+            f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'; choose another file"
+        )
     checkpoint = Checkpoint(_with_model(content, source))
     state = strip_prefix(checkpoint["model"], "module.")
     checkpoint.source, checkpoint.tensors, checkpoint.siamese = str(source), len(state), siamese_pretext(state)
@@ -99,24 +103,31 @@ def _with_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
         return {"model": content}
     for name in ("model", "state_dict"):
         entries = content.get(name).items() if isinstance(content.get(name), Mapping) else ()
-        odd = next((f"{key!r} ({type(value).__name__})" for key, value in entries if not is_state_dict({key: value})), None)
+        odd = next(
+            (f"{key!r} ({type(value).__name__})" for key, value in entries if not is_state_dict({key: value})), None
+        )
         if odd:
-            raise UserError(f"{source}: '{name}' holds {odd}, which is no named tensor; save model.state_dict() in its place, or choose "
-                            "another file")
+            raise UserError(
+                f"{source}: '{name}' holds {odd}, which is no named tensor; save model.state_dict() in its place, or "
+                "choose another file"
+            )
     keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
     raise UserError(f"{source} holds {keys}, but no 'model' with weights; choose another file")
 
 
 def is_state_dict(value: Any) -> bool:
     """True for a non-empty mapping of names to tensors."""
-    return isinstance(value, Mapping) and len(value) > 0 and all(
-        isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+    )
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
     """The state dict without `prefix`, if every key has it; else a copy as it is."""
     if state and all(key.startswith(prefix) for key in state):
-        return {key[len(prefix):]: value for key, value in state.items()}
+        return {key[len(prefix) :]: value for key, value in state.items()}
     return dict(state)
 
 
@@ -137,8 +148,10 @@ def _check_plain(value: Any, where: str) -> None:
     if type(value) in SCALARS or type(value) in (Tensor, nn.Parameter):
         return
     if type(value) not in CONTAINERS:
-        raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__qualname__}; "
-                        "a checkpoint holds only plain containers, numbers, texts and tensors")
+        raise TypeError(
+            f"{where} is a {type(value).__module__}.{type(value).__qualname__}; "
+            "a checkpoint holds only plain containers, numbers, texts and tensors"
+        )
     if isinstance(value, dict):
         for key, entry in value.items():
             _check_plain(key, f"a key of {where}")
@@ -157,8 +170,12 @@ def random_states() -> dict[str, Any]:
     version, numbers, gauss_next = random.getstate()
     return {
         "python": [version, list(numbers), gauss_next],
-        "numpy": {"keys": torch.from_numpy(keys.astype(np.int64)), "position": int(position),
-                  "has_gauss": int(has_gauss), "gauss": float(gauss)},
+        "numpy": {
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -173,7 +190,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
     np.random.set_state(("MT19937", keys, legacy["position"], legacy["has_gauss"], legacy["gauss"]))
     torch.set_rng_state(states["torch"].cpu())
     if torch.cuda.is_available():
-        for device, state in enumerate(states["cuda"][:torch.cuda.device_count()]):
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), device)
 
 
@@ -197,7 +214,8 @@ def adopt_architecture(
     """Sets in `args` the architecture of the checkpoint, for flags that are not in `given`.
 
     Flags that `args` does not have are left out. Returns lines that say what changed. A given `num_queries` may differ
-    (`load_pretrained` tiles or cuts the embeddings), except with `same_queries`, for a run that is resumed or evaluated.
+    (`load_pretrained` tiles or cuts the embeddings), except with `same_queries`, for a run that is resumed or
+    evaluated.
     Raises UserError for any other given flag that contradicts the file.
     """
     source = getattr(checkpoint, "source", Checkpoint.source)
@@ -213,11 +231,15 @@ def adopt_architecture(
             setattr(args, flag, value)
             adopted.append(f"--{flag} {_shown(value)}")
         elif flag == "num_queries" and not same_queries:
-            lines.append(f"--num_queries {wanted}: the {value} query embeddings of {source} are "
-                         f"{'tiled' if wanted > value else 'cut'}")
+            lines.append(
+                f"--num_queries {wanted}: the {value} query embeddings of {source} are "
+                f"{'tiled' if wanted > value else 'cut'}"
+            )
         elif flag in certain:
-            raise UserError(f"--{flag} {_shown(wanted)} contradicts {source}, which was trained with --{flag} "
-                            f"{_shown(value)}; leave --{flag} out or choose another file")
+            raise UserError(
+                f"--{flag} {_shown(wanted)} contradicts {source}, which was trained with --{flag} "
+                f"{_shown(value)}; leave --{flag} out or choose another file"
+            )
     return [f"as in {source}: {', '.join(adopted)}", *lines] if adopted else lines
 
 
@@ -229,7 +251,9 @@ def _no_detector(state: Mapping[str, Tensor], source: str) -> str:
     if any(key.endswith(("conv1.weight", "conv_stem.weight")) for key in state):
         return f"{source} holds a backbone without a detector; give it as --backbone_weights {source}"
     names = ", ".join(list(state)[:3])
-    return f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); choose another file"
+    return (
+        f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); choose another file"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- pre-training
@@ -244,13 +268,21 @@ def load_exactly(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     except RuntimeError as error:
         missing = [f"lacks {key}" for key in target if key not in state]
         surplus = [f"also has {key}" for key in state if key not in target]
-        shapes = [f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
-                  for key, value in state.items() if key in target and value.shape != target[key].shape]
+        shapes = [
+            f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
+            for key, value in state.items()
+            if key in target and value.shape != target[key].shape
+        ]
         differences = shapes + missing + surplus or [str(error).splitlines()[0]]
         masks = any(key.startswith("mask_head.") for key in state)
-        remedy = (f"take the detector out of this mask model by tools/convert_checkpoint.py {source} --to predetr --out FILE" if masks else
-                  f"{_fitting_flag(differences[0])}, or start from its weights by --pretrain")
-        raise UserError(f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); {remedy}") from error
+        remedy = (
+            f"take the detector out of this mask model by tools/convert_checkpoint.py {source} --to predetr --out FILE"
+            if masks
+            else f"{_fitting_flag(differences[0])}, or start from its weights by --pretrain"
+        )
+        raise UserError(
+            f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); {remedy}"
+        ) from error
 
 
 def load_pretrained(
@@ -259,9 +291,9 @@ def load_pretrained(
     """Starts `model` from the weights of a pretext or of a detector.
 
     From a pretext, class heads and the pretext's own parts are dropped. From a detector of the same classification
-    (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row -> name)
-    stay. A file without names keeps a head of equal shape, and has COCO's names where it has 91 rows and the model another
-    number. Queries of another number are tiled or cut. All else of the
+    (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row ->
+    name) stay. A file without names keeps a head of equal shape, and has COCO's names where it has 91 rows and the
+    model another number. Queries of another number are tiled or cut. All else of the
     detector must be in the file, with equal shapes.
 
     Raises:
@@ -295,7 +327,13 @@ def load_pretrained(
 
 
 def _fitted(
-    key: str, tensor: Tensor, own: Tensor, rows: dict[int, int] | None, has_background: bool, proposal_head: str, report: LoadReport
+    key: str,
+    tensor: Tensor,
+    own: Tensor,
+    rows: dict[int, int] | None,
+    has_background: bool,
+    proposal_head: str,
+    report: LoadReport,
 ) -> Tensor | None:
     """What of the file's tensor goes into the model's, None for nothing."""
     if proposal_head in key:
@@ -327,8 +365,9 @@ def _check_kind(state: Mapping[str, Tensor], target: Mapping[str, Tensor], sourc
     if found is None:
         raise UserError(_no_detector(state, source))
     if found != wanted:
-        raise UserError(f"{source} looks like {found}, the model is {wanted}; "
-                        f"add --detector {found} or choose another file")
+        raise UserError(
+            f"{source} looks like {found}, the model is {wanted}; add --detector {found} or choose another file"
+        )
 
 
 def _fit_queries(tensor: Tensor, own: Tensor, report: LoadReport) -> Tensor:
@@ -341,7 +380,9 @@ def _fit_queries(tensor: Tensor, own: Tensor, report: LoadReport) -> Tensor:
 
 
 def _class_names(checkpoint: Mapping[str, Any], rows_of_model: int) -> dict[int, str]:
-    """Row -> name in the file. In a head of the same size a file without names keeps every row, so that none is guessed."""
+    """Row -> name in the file. In a head of the same size a file without names keeps every row, so that none is
+    guessed.
+    """
     classes = classes_of(checkpoint)
     return stored_names(checkpoint) if classes.count == rows_of_model else classes.names
 
@@ -383,13 +424,19 @@ def _class_rows(
 
 
 def _proposal_head(target: Mapping[str, Tensor]) -> str:
-    """In the names of the class head of a two-stage detector's encoder, which stands behind those of the decoder layers."""
-    layers = len({match[1] for match in (re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target) if match})
+    """In the names of the class head of a two-stage detector's encoder, which stands behind those of the decoder
+    layers.
+    """
+    layers = len(
+        {match[1] for match in (re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target) if match}
+    )
     return f"class_embed.{layers}."
 
 
 def _proposal_rows(tensor: Tensor, own: Tensor, has_background: bool) -> Tensor | None:
-    """Its first row tells objects from background whatever the classes, so that it is worth keeping with other classes too."""
+    """Its first row tells objects from background whatever the classes, so that it is worth keeping with other classes
+    too.
+    """
     if tensor.shape == own.shape or tensor.shape[1:] != own.shape[1:]:
         return tensor if tensor.shape == own.shape else None
     head = own.clone()
@@ -403,16 +450,21 @@ def _check_complete(chosen: dict[str, Tensor], target: Mapping[str, Tensor], rep
     """Nothing of the detector may silently start at random, be of another shape, or stay behind in the file."""
     for key, value in chosen.items():
         if value.shape != target[key].shape:
-            raise UserError(f"{source}: {key} is {list(value.shape)}, the model's is {list(target[key].shape)}; "
-                            f"{_fitting_flag(key)}")
+            raise UserError(
+                f"{source}: {key} is {list(value.shape)}, the model's is {list(target[key].shape)}; "
+                f"{_fitting_flag(key)}"
+            )
     missing = [key for key in target if key not in chosen and _is_core(key)]
     if missing:
-        raise UserError(f"{source} lacks {len(missing)} tensors of the model, first {missing[0]}; "
-                        f"{_fitting_flag(missing[0])}")
+        raise UserError(
+            f"{source} lacks {len(missing)} tensors of the model, first {missing[0]}; {_fitting_flag(missing[0])}"
+        )
     behind = [key for key in report.unused if _is_core(key)]
     if behind:
-        raise UserError(f"{source} has {len(behind)} tensors that the model does not use, first {behind[0]}; "
-                        f"{_fitting_flag(behind[0])}")
+        raise UserError(
+            f"{source} has {len(behind)} tensors that the model does not use, first {behind[0]}; "
+            f"{_fitting_flag(behind[0])}"
+        )
 
 
 def _is_core(key: str) -> bool:
@@ -422,12 +474,21 @@ def _is_core(key: str) -> bool:
 
 def _fitting_flag(key: str) -> str:
     points = "--nheads, --num_feature_levels, --enc_n_points and --dec_n_points"
-    flags = {"encoder.norm.": "--pre_norm", ".sampling_offsets.": points, ".attention_weights.": points,
-             "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
-             "decoder.layers.": "--dec_layers, --hidden_dim and --dim_feedforward",
-             "backbone.1.": "--position_embedding", "backbone.0.": "--backbone", "input_proj.": "--backbone and --num_feature_levels",
-             "level_embed": "--num_feature_levels", "decoder.bbox_embed.": "--with_box_refine", "enc_output": "--two_stage",
-             "class_embed.": "--num_classes and --classification", "query_embed.": "--num_queries",
-             "feature_embed.": "--object_embedding_loss and --obj_embedding_head"}
+    flags = {
+        "encoder.norm.": "--pre_norm",
+        ".sampling_offsets.": points,
+        ".attention_weights.": points,
+        "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
+        "decoder.layers.": "--dec_layers, --hidden_dim and --dim_feedforward",
+        "backbone.1.": "--position_embedding",
+        "backbone.0.": "--backbone",
+        "input_proj.": "--backbone and --num_feature_levels",
+        "level_embed": "--num_feature_levels",
+        "decoder.bbox_embed.": "--with_box_refine",
+        "enc_output": "--two_stage",
+        "class_embed.": "--num_classes and --classification",
+        "query_embed.": "--num_queries",
+        "feature_embed.": "--object_embedding_loss and --obj_embedding_head",
+    }
     fitting = next((flag for part, flag in flags.items() if part in key), "--detector and its architecture flags")
     return f"give {fitting} as the file was trained"

@@ -1,4 +1,5 @@
 """What the rows of a class head mean: names, and the category ids of annotation files."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from util.architecture import detector_kind
 
 @dataclass(frozen=True)
 class Classes:
-    """names: row -> class name; ids: row -> category id in annotation files; a row may have neither (COCO's ids have gaps).
+    """names: row -> class name; ids: row -> category id in annotation files; a row may have neither (COCO's ids have
+    gaps).
 
     count: rows of the head without "no object". source: the file that says so, for messages.
     """
@@ -37,7 +39,9 @@ def stored_names(checkpoint: Mapping[str, Any]) -> dict[int, str]:
 
 
 def head_kind(checkpoint: Mapping[str, Any]) -> str:
-    """`softmax` or `focal`: what the file says, else as published, since shapes do not tell. Pre-training with query patches is softmax."""
+    """`softmax` or `focal`: what the file says, else as published, since shapes do not tell. Pre-training with query
+    patches is softmax.
+    """
     stored, model = (checkpoint.get("args") or {}).get("classification"), checkpoint["model"]
     softmax = detector_kind(model) == "detr" or any(key.startswith("patch2query.") for key in model)
     return stored or ("softmax" if softmax else "focal")

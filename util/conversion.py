@@ -1,4 +1,5 @@
 """Whose file a checkpoint is, and the same weights in the layout of another code base."""
+
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,13 @@ from util.published_layouts import SIAMESE_HEADS, to_siamese_names
 
 OURS = "predetr"
 CODE_BASES = {
-    OURS: "PreDETR", "detr": "DETR", "conditional_detr": "Conditional DETR", "deformable_detr": "Deformable DETR", "updetr": "UP-DETR",
-    "detreg": "DETReg", "siamese": "Siamese DETR",
+    OURS: "PreDETR",
+    "detr": "DETR",
+    "conditional_detr": "Conditional DETR",
+    "deformable_detr": "Deformable DETR",
+    "updetr": "UP-DETR",
+    "detreg": "DETReg",
+    "siamese": "Siamese DETR",
 }
 ALIASES = "transformer.decoder."  # below it the heads stand a second time in some Deformable DETRs
 MASK_PARTS = ("mask_head.", "bbox_attention.")
@@ -24,8 +30,8 @@ TRAINING_STATE = ("optimizer", "lr_scheduler", "meta")  # goes on only with the 
 
 @dataclass(frozen=True)
 class Layout:
-    """A published layout. detectors: what its code base builds. parts: of a pretext, which it has a place for. shifted: detectors whose
-    `sine` position code is shifted by half a cell there. loading: how the file is given to it."""
+    """A published layout. detectors: what its code base builds. parts: of a pretext, which it has a place for. shifted:
+    detectors whose `sine` position code is shifted by half a cell there. loading: how the file is given to it."""
 
     name: str
     detectors: tuple[str, ...]
@@ -36,15 +42,35 @@ class Layout:
 
 LAYOUTS = {
     "detr": Layout(
-        "DETR, Conditional DETR and Deformable DETR", ("detr", "conditional_detr", "deformable_detr"), (), ("deformable_detr",),
-        "--resume FILE --eval in the code base of the detector, or --pretrain FILE in the fine-tuning code of Siamese DETR",
+        "DETR, Conditional DETR and Deformable DETR",
+        ("detr", "conditional_detr", "deformable_detr"),
+        (),
+        ("deformable_detr",),
+        "--resume FILE --eval in the code base of the detector, or --pretrain FILE in the fine-tuning code of "
+        "Siamese DETR",
     ),
-    "updetr": Layout("UP-DETR", ("detr",), ("patch2query.", "feature_align."), (), "--pretrain FILE; --resume FILE --eval for a detector"),
-    "detreg": Layout("DETReg", ("detr", "deformable_detr"), ("feature_embed.",), ("detr", "deformable_detr"),
-                     "--pretrain FILE; --resume FILE --eval for a detector. `args` is an argparse.Namespace, which DETReg reads: "
-                     "its torch.load needs weights_only=False from PyTorch 2.6 on"),
-    "siamese": Layout("Siamese DETR", ("detr", "conditional_detr", "deformable_detr"), ("patch2query.", "feature_align.", "enc_head."), (),
-                      "--load_from FILE of its train.py"),
+    "updetr": Layout(
+        "UP-DETR",
+        ("detr",),
+        ("patch2query.", "feature_align."),
+        (),
+        "--pretrain FILE; --resume FILE --eval for a detector",
+    ),
+    "detreg": Layout(
+        "DETReg",
+        ("detr", "deformable_detr"),
+        ("feature_embed.",),
+        ("detr", "deformable_detr"),
+        "--pretrain FILE; --resume FILE --eval for a detector. `args` is an argparse.Namespace, which DETReg reads: "
+        "its torch.load needs weights_only=False from PyTorch 2.6 on",
+    ),
+    "siamese": Layout(
+        "Siamese DETR",
+        ("detr", "conditional_detr", "deformable_detr"),
+        ("patch2query.", "feature_align.", "enc_head."),
+        (),
+        "--load_from FILE of its train.py",
+    ),
 }
 FORMATS = (OURS, *LAYOUTS)
 
@@ -52,7 +78,8 @@ FORMATS = (OURS, *LAYOUTS)
 def code_base(checkpoint: Checkpoint) -> str:
     """A key of CODE_BASES: who wrote the file, as far as names and stored settings tell.
 
-    The files of a fine-tuned detector are alike in DETR, UP-DETR and DETReg: without settings they count as the detector's own.
+    The files of a fine-tuned detector are alike in DETR, UP-DETR and DETReg: without settings they count as the
+    detector's own.
     """
     state, settings = checkpoint["model"], checkpoint.get("args") or {}
     kind = detector_kind(state)
@@ -79,10 +106,11 @@ def pretext_of(checkpoint: Checkpoint) -> str | None:
 
 
 def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]:
-    """The content of a file in the format `to` (one of FORMATS), and lines that say what was left out or what differs there.
+    """The content of a file in the format `to` (one of FORMATS), and lines that say what was left out or what differs
+    there.
 
-    The tensors are those of the checkpoint. `predetr` keeps all of a detector and its pretext, and stores what the names don't tell.
-    A published layout holds weights alone.
+    The tensors are those of the checkpoint. `predetr` keeps all of a detector and its pretext, and stores what the
+    names don't tell. A published layout holds weights alone.
 
     Raises:
         UserError: the code base of that layout has no such detector or no place for its weights.
@@ -92,11 +120,15 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
         return _ours(checkpoint, state, notes), notes
     layout, kind, pretext = LAYOUTS[to], detector_kind(state), pretext_of(checkpoint)
     if kind not in layout.detectors:
-        raise UserError(f"{checkpoint.source} holds {kind}, which {layout.name} does not have ({', '.join(layout.detectors)}); "
-                        "choose another --to")
+        raise UserError(
+            f"{checkpoint.source} holds {kind}, which {layout.name} does not have ({', '.join(layout.detectors)}); "
+            "choose another --to"
+        )
     if to == "siamese" and pretext not in SIAMESE_HEADS:
-        raise UserError(f"{checkpoint.source} holds no pretext of Siamese DETR's code base, which only pre-trains; its fine-tuning code "
-                        "reads the format detr: choose --to detr")
+        raise UserError(
+            f"{checkpoint.source} holds no pretext of Siamese DETR's code base, which only pre-trains; its "
+            "fine-tuning code reads the format detr: choose --to detr"
+        )
     state = _drop(state, tuple(part for part in pretext_parts() if part not in layout.parts), notes)
     if to == "detr" and pretext:
         state = _drop(state, ("class_embed.", f"{ALIASES}class_embed."), notes)
@@ -106,7 +138,10 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
     if to == "detreg":
         certain, likely = architecture(checkpoint)
         seed = (checkpoint.get("args") or {}).get("seed", 42)
-        return {"model": state, "args": Namespace(**likely, **certain, seed=seed, object_embedding_loss=bool(pretext))}, notes
+        return {
+            "model": state,
+            "args": Namespace(**likely, **certain, seed=seed, object_embedding_loss=bool(pretext)),
+        }, notes
     return {"model": state}, notes
 
 
@@ -145,5 +180,7 @@ def _note_positions(checkpoint: Checkpoint, layout: Layout, kind: str, notes: li
     trained = certain.get("position_embedding", likely.get("position_embedding"))
     there = "sine_shifted" if kind in layout.shifted else "sine"
     if trained not in (there, "learned"):
-        notes.append(f"warning: trained with the position code {trained}, where {layout.name} computes {there}: half a cell apart, "
-                     "so that the numbers there will differ")
+        notes.append(
+            f"warning: trained with the position code {trained}, where {layout.name} computes {there}: half a cell "
+            "apart, so that the numbers there will differ"
+        )

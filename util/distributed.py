@@ -1,4 +1,5 @@
 """Processes: start, rank, collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
+
 import datetime
 import os
 import subprocess
@@ -58,7 +59,9 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def share_statistics(model: nn.Module) -> None:
-    """Batch norm of each process has seen other images: before an evaluation all take those of the first, which a checkpoint holds."""
+    """Batch norm of each process has seen other images: before an evaluation all take those of the first, which a
+    checkpoint holds.
+    """
     norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     broadcast(buffer for norm in norms for buffer in norm.buffers())
 
@@ -86,7 +89,8 @@ def from_main(make: Callable[[], Result]) -> Result:
 def _slurm_environment() -> None:
     """Translates an `srun` task into the environment of torchrun; one task alone needs no process group.
 
-    The shell of a batch job has SLURM_PROCID and SLURM_NTASKS too, but is no task: only srun's steps say how many tasks they have.
+    The shell of a batch job has SLURM_PROCID and SLURM_NTASKS too, but is no task: only srun's steps say how many tasks
+    they have.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in os.environ or tasks < 2 or "RANK" in os.environ:
@@ -105,20 +109,26 @@ def _first_slurm_host() -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise UserError("SLURM run without MASTER_ADDR: export MASTER_ADDR=<first host> and MASTER_PORT before srun") from error
+        raise UserError(
+            "SLURM run without MASTER_ADDR: export MASTER_ADDR=<first host> and MASTER_PORT before srun"
+        ) from error
 
 
 def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
-    """Joins the process group when started by torchrun, `torch.distributed.launch --use_env` or srun; returns the device.
+    """Joins the process group when started by torchrun, `torch.distributed.launch --use_env` or srun; returns the
+    device.
 
-    NCCL where the device is a GPU, gloo on CPUs. A single process stays without a group, and a second call changes nothing.
+    NCCL where the device is a GPU, gloo on CPUs. A single process stays without a group, and a second call changes
+    nothing.
     """
     _slurm_environment()
     use_cuda = torch.device(device).type == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise UserError(f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu")
     if use_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them")
+        raise UserError(
+            f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them"
+        )
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if use_cuda and torch.device(device).index is not None:
             torch.cuda.set_device(device)  # streams, events and pinned memory go by the current one
@@ -137,8 +147,11 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], _meeting_place(dist_url))
     # A process that prepares data or evaluates alone may keep the others waiting for longer than the default.
     dist.init_process_group(
-        "nccl" if use_cuda else "gloo", init_method=dist_url, timeout=datetime.timedelta(hours=2),
-        world_size=int(os.environ["WORLD_SIZE"]), rank=int(os.environ["RANK"]),
+        "nccl" if use_cuda else "gloo",
+        init_method=dist_url,
+        timeout=datetime.timedelta(hours=2),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=int(os.environ["RANK"]),
     )
     log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
     return own

@@ -1,4 +1,5 @@
 """Writes whole files or none."""
+
 import contextlib
 import errno
 import os
@@ -17,10 +18,11 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
     """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
 
     Makes the folder where it is missing. Whatever happens, `path` is the previous file or the new one, and no temporary
-    file stays, unless the process is killed. Raises UserError with one line when the disk is full or the folder can't be written.
+    file stays, unless the process is killed. Raises UserError with one line when the disk is full or the folder can't
+    be written.
 
-    shared: several processes may write to `path` at once, of which the last one wins. The temporary file of a killed one then stays;
-    else the next that writes to `path` takes it over.
+    shared: several processes may write to `path` at once, of which the last one wins. The temporary file of a killed
+    one then stays; else the next that writes to `path` takes it over.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex if shared else path.name}.tmp")
@@ -42,7 +44,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
 
 
 def make_folder(folder: str | os.PathLike, names: Iterable[str] = (), overwrite: bool = False) -> Path:
-    """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be made.
+    """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be
+    made.
 
     names: of the files that will be written to it.
 
@@ -73,8 +76,10 @@ def check_apart(folder: str | os.PathLike, images: str | os.PathLike) -> None:
         UserError: the folder of `--output_dir` is the one of images, or lies in it.
     """
     if os.path.isdir(images) and Path(folder).resolve().is_relative_to(Path(images).resolve()):
-        raise UserError(f"--output_dir {folder} lies in the images' folder {images}, where its pictures would be taken for images: choose "
-                        "another folder")
+        raise UserError(
+            f"--output_dir {folder} lies in the images' folder {images}, where its pictures would be taken for "
+            "images: choose another folder"
+        )
 
 
 def write_text(path: str | os.PathLike, text: str, shared: bool = False) -> Path:
@@ -98,7 +103,7 @@ class _Recorder:
         total = len(left)
         try:
             while left:
-                left = left[self.file.write(left):]
+                left = left[self.file.write(left) :]
         except OSError as error:
             self.problem = self.problem or error
             raise

@@ -1,4 +1,5 @@
 """What happened to each tensor when weights went into a model."""
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -1,4 +1,5 @@
 """One logger for the project, a progress bar, and the error that a user can mend."""
+
 import logging
 import sys
 import time
@@ -8,7 +9,9 @@ log = logging.getLogger("predetr")
 
 
 class UserError(Exception):
-    """Something that the user can mend: one line with the file or flag, the value and the remedy. Entry scripts print it and exit."""
+    """Something that the user can mend: one line with the file or flag, the value and the remedy. Entry scripts print
+    it and exit.
+    """
 
 
 class NonFinite(ArithmeticError):

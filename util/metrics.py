@@ -1,4 +1,5 @@
 """Numbers of an epoch: averages, and losses that are read without making the device wait."""
+
 import math
 import sys
 from collections.abc import Iterable
@@ -22,10 +23,11 @@ def to_host(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 class LossReader:
-    """Averages named scalars over the processes and brings them to the host while the device goes on with the backward pass.
+    """Averages named scalars over the processes and brings them to the host while the device goes on with the backward
+    pass.
 
-    Make it after the criterion and before `backward()`; `read()` afterwards, before the optimiser's step. One copy for all values;
-    `flags` of the processes (such as "stop asked for") are added up in the same collective.
+    Make it after the criterion and before `backward()`; `read()` afterwards, before the optimiser's step. One copy for
+    all values; `flags` of the processes (such as "stop asked for") are added up in the same collective.
     """
 
     def __init__(self, values: dict[str, Tensor], flag: float = 0.0) -> None:
@@ -76,14 +78,22 @@ def check_gradient(norm: Tensor | None) -> None:
         NonFiniteLoss: it is NaN or infinite.
     """
     if norm is not None and not math.isfinite(norm):
-        raise NonFiniteLoss("the gradient of the last step was not finite, and the weights are spoiled: lower --lr, or use --amp no; "
-                            "--resume continues from the last checkpoint, which is from before it")
+        raise NonFiniteLoss(
+            "the gradient of the last step was not finite, and the weights are spoiled: lower --lr, or use --amp no; "
+            "--resume continues from the last checkpoint, which is from before it"
+        )
 
 
 def with_pairs(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
-    """`class_error` as a sum over matched pairs, and their number: so batches and processes with more pairs count more."""
+    """`class_error` as a sum over matched pairs, and their number: so batches and processes with more pairs count
+    more.
+    """
     error = losses["class_error"].detach()
-    return {**losses, "class_error": error * pairs, PAIRS: error.new_full((), float(pairs))}  # a fill does not wait for the device
+    return {
+        **losses,
+        "class_error": error * pairs,
+        PAIRS: error.new_full((), float(pairs)),
+    }  # a fill does not wait for the device
 
 
 def per_pair(losses: dict[str, float]) -> dict[str, float]:

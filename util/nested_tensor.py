@@ -1,4 +1,5 @@
 """A padded batch of images and where its padding is."""
+
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 class NestedTensor:
     """Images padded at the bottom and the right to a common size.
 
-    tensors: [B, 3, H, W]; mask: bool [B, H, W], True on padding. `padded` is known on the host: False promises that no image
-    has padding, so that attention can do without a mask and no device has to be asked.
+    tensors: [B, 3, H, W]; mask: bool [B, H, W], True on padding. `padded` is known on the host: False promises that no
+    image has padding, so that attention can do without a mask and no device has to be asked.
     """
 
     tensors: Tensor
@@ -19,7 +20,9 @@ class NestedTensor:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "NestedTensor":
         return NestedTensor(
-            self.tensors.to(device, non_blocking=non_blocking), self.mask.to(device, non_blocking=non_blocking), self.padded
+            self.tensors.to(device, non_blocking=non_blocking),
+            self.mask.to(device, non_blocking=non_blocking),
+            self.padded,
         )
 
     def pin_memory(self) -> "NestedTensor":
@@ -50,7 +53,9 @@ def nested_tensor_from_list(images: list[Tensor]) -> NestedTensor:
 
 
 def as_nested_tensor(samples: "NestedTensor | Tensor | list[Tensor]") -> NestedTensor:
-    """Accepts what a detector may be called with: a `NestedTensor`, a batch [B, 3, H, W] or a list of images [3, h, w]."""
+    """Accepts what a detector may be called with: a `NestedTensor`, a batch [B, 3, H, W] or a list of images [3, h,
+    w].
+    """
     if isinstance(samples, NestedTensor):
         return samples
     if isinstance(samples, Tensor):

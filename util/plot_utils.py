@@ -4,6 +4,7 @@ Curves are drawn by matplotlib (an extra, imported where used), pages by Pillow.
 temporary name first. Boxes are (x1, y1, x2, y2) in pixels of their image, images uint8 [H, W, 3] RGB. Boxes, labels and
 scores may be NumPy arrays, lists or tensors on the CPU.
 """
+
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,8 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
     A last line that was cut off is left out.
 
     Raises:
-        UserError: there is no such file or it is no text, a line in its middle is no JSON object, or a line has text where numbers belong.
+        UserError: there is no such file or it is no text, a line in its middle is no JSON object, or a line has text
+            where numbers belong.
     """
     path = Path(run) / "log.txt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
@@ -50,7 +52,9 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text ({error.reason} at byte {error.start}): give a run's output folder or its log.txt") from error
+        raise UserError(
+            f"{path} is no text ({error.reason} at byte {error.start}): give a run's output folder or its log.txt"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -61,7 +65,9 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
         if isinstance(entry, dict):
             wrong = next((key for key, value in entry.items() if not _as_logged(key, value)), None)
             if wrong is not None:
-                raise UserError(f"{path}, line {number}: {wrong} is {str(entry[wrong])[:60]!r}; correct or remove the line")
+                raise UserError(
+                    f"{path}, line {number}: {wrong} is {str(entry[wrong])[:60]!r}; correct or remove the line"
+                )
             epochs[entry.get("epoch", number - 1)] = entry
         elif number < len(lines):
             raise UserError(f"{path}, line {number}: not a JSON object; remove the line")
@@ -242,18 +248,26 @@ def prediction_page(
 
 
 def found_page(rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3) -> Path:
-    """Draws what was found in images without truth: (title, image, boxes with class names as `labels` and with `scores`)."""
+    """Draws what was found in images without truth: (title, image, boxes with class names as `labels` and with
+    `scores`).
+    """
     return panel_page([[row] for row in rows], out_png, columns)
 
 
-def panel_page(
-    rows: Sequence[Sequence[tuple[str, np.ndarray, Boxes]]], out_png: str | Path, columns: int = 1
-) -> Path:
-    """Draws images in several panels: each row has (title, image, boxes with names as `labels`, and with `scores` or None)."""
+def panel_page(rows: Sequence[Sequence[tuple[str, np.ndarray, Boxes]]], out_png: str | Path, columns: int = 1) -> Path:
+    """Draws images in several panels: each row has (title, image, boxes with names as `labels`, and with `scores` or
+    None).
+    """
     cells = []
     for panels in rows:
-        shown = [draw_boxes(*_zoomed(image, found["boxes"]), found["labels"], found["scores"]) for _, image, found in panels]
-        cells.append(_beside(shown, [title[: picture.shape[1] // 8] for (title, _, _), picture in zip(panels, shown, strict=True)]))
+        shown = [
+            draw_boxes(*_zoomed(image, found["boxes"]), found["labels"], found["scores"]) for _, image, found in panels
+        ]
+        cells.append(
+            _beside(
+                shown, [title[: picture.shape[1] // 8] for (title, _, _), picture in zip(panels, shown, strict=True)]
+            )
+        )
     return _save(_grid(cells, columns), out_png)
 
 
@@ -285,11 +299,14 @@ def patch_page(
     return _save(_grid(cells, columns), out_png)
 
 
-def sample_page(rows: Sequence[Mapping[str, Any]], class_names: Mapping[int, str], out_png: str | Path, columns: int = 2) -> Path:
+def sample_page(
+    rows: Sequence[Mapping[str, Any]], class_names: Mapping[int, str], out_png: str | Path, columns: int = 2
+) -> Path:
     """Draws what a model is shown in training.
 
-    A row has `image` (with its padding), `boxes` [N, 4], `labels` [N], `patches` (M of uint8 [h, w, 3], cut from the boxes; often
-    none) and `title`. Boxes have the names of their classes, or those of patches the patch's number and colour.
+    A row has `image` (with its padding), `boxes` [N, 4], `labels` [N], `patches` (M of uint8 [h, w, 3], cut from the
+    boxes; often none) and `title`. Boxes have the names of their classes, or those of patches the patch's number and
+    colour.
     """
     cells = []
     for row in rows:

@@ -1,4 +1,5 @@
 """Random numbers of one sample or epoch: a function of (seed, epoch, index), whatever worker makes it and when."""
+
 import random
 from functools import cached_property
 

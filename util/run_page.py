@@ -1,8 +1,10 @@
-"""The page of a run: one HTML file with its pictures inside, made from what lies in the run's folder and from nothing else.
+"""The page of a run: one HTML file with its pictures inside, made from what lies in the run's folder and from nothing
+else.
 
-It is written when training begins and after each epoch, so that a run that was interrupted has one too. The parts that make a page of
-anything (`page`, `picture`, `table`) are also used for the demo's.
+It is written when training begins and after each epoch, so that a run that was interrupted has one too. The parts that
+make a page of anything (`page`, `picture`, `table`) are also used for the demo's.
 """
+
 import base64
 import html
 import shlex
@@ -23,11 +25,13 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; mar
 h1 { margin-bottom: 0 } h2 { margin-top: 2em; border-bottom: 1px solid #ddd; padding-bottom: .2em }
 img { max-width: 100%; display: block; margin: 1em 0 }
 table { border-collapse: collapse } td, th { padding: .35em 1em; text-align: right; border-bottom: 1px solid #ddd }
-th:first-child { text-align: left } pre { background: #f5f5f5; padding: .8em 1em; overflow-x: auto; white-space: pre-wrap }
+th:first-child { text-align: left } pre { background: #f5f5f5; padding: .8em 1em; overflow-x: auto;
+  white-space: pre-wrap }
 td { overflow-wrap: anywhere } summary { cursor: pointer } .note { color: #555 }
 """
 FILES = {
-    SETTINGS: "every setting, which were given and which come from a checkpoint, versions, device, fingerprint of the data, model",
+    SETTINGS: "every setting, which were given and which come from a checkpoint, versions, device, fingerprint of "
+    "the data, model",
     EVAL_SETTINGS: "the same of the last run with --eval",
     "subset.json": "the images, or the objects of few shots, that it learns from, where these are a part of the data",
     "log.txt": "one JSON object an epoch: train_* and test_* values (train_seconds: of training, so far)",
@@ -45,14 +49,18 @@ PICTURES = (  # title, file, what it shows
     ("Curves", "curves.png", "losses and AP by epoch"),
     ("Boxes on held-out images", "predictions.png", "predictions beside the truth"),
     ("What the patches' queries find", "patches.png", "patches, their places and the boxes found"),
-    ("Training images as the model gets them", "samples.png",
-     "augmented, padded to their batch (striped) and normalised; the normalisation is undone here"),
+    (
+        "Training images as the model gets them",
+        "samples.png",
+        "augmented, padded to their batch (striped) and normalised; the normalisation is undone here",
+    ),
 )
 
 
 def page(title: str, body: str) -> str:
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+        f'<!doctype html><html lang="en"><meta '
+        f'charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
         f"<h1>{html.escape(title)}</h1>{body}</html>"
     )
 
@@ -69,13 +77,16 @@ def table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str
     """rows: (name, cells) each; texts are escaped."""
     shown = "".join(f"<th>{html.escape(name)}</th>" for name in head)
     lines = [
-        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>" for name, cells in rows
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in cells)}</tr>"
+        for name, cells in rows
     ]
     return f"<table><tr><th></th>{shown}</tr>{''.join(lines)}</table>"
 
 
 def report(folder: Path | None) -> None:
-    """Draws curves.png, all losses and AP of the log, and writes the page. What can't be drawn is said once, and training goes on."""
+    """Draws curves.png, all losses and AP of the log, and writes the page. What can't be drawn is said once, and
+    training goes on.
+    """
     if folder is None or not is_main_process():
         return
     try:
@@ -107,12 +118,18 @@ def write_run_page(folder: Path) -> Path:
     training, evaluation = read_record(folder / SETTINGS), read_record(folder / EVAL_SETTINGS)
     record = training or evaluation
     entries = read_log(folder) if (folder / "log.txt").is_file() else []
-    body = "".join([
-        f'<p class="note">{html.escape(_what_it_is(record))}<br>{html.escape(_how_far(entries, training.get("settings", {})))}</p>',
-        _numbers(folder, entries),
-        *(_pictured(folder, *item) for item in PICTURES),
-        _settings(record), _surroundings(record), _files(folder), _commands(folder, training),
-    ])
+    body = "".join(
+        [
+            f'<p class="note">{html.escape(_what_it_is(record))}<br>'
+            f"{html.escape(_how_far(entries, training.get('settings', {})))}</p>",
+            _numbers(folder, entries),
+            *(_pictured(folder, *item) for item in PICTURES),
+            _settings(record),
+            _surroundings(record),
+            _files(folder),
+            _commands(folder, training),
+        ]
+    )
     return write_text(folder / PAGE, page(folder.resolve().name, body))
 
 
@@ -134,7 +151,11 @@ def _what_it_is(record: Mapping[str, Any]) -> str:
     images = record.get("images")
     if images:
         counts = images if isinstance(images, list) else [images]
-        text += " Images: " + ", ".join(f"{count:,} {name}" for count, name in zip(counts, ("to train", "held out"), strict=False)) + "."
+        text += (
+            " Images: "
+            + ", ".join(f"{count:,} {name}" for count, name in zip(counts, ("to train", "held out"), strict=False))
+            + "."
+        )
     return text
 
 
@@ -149,7 +170,9 @@ def _how_far(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) 
 
 def evaluations(entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[float]]]:
     """(epoch counted from 1, the numbers of COCO) of each epoch that was evaluated."""
-    return [(e.get("epoch", i) + 1, e["test_coco_eval_bbox"]) for i, e in enumerate(entries) if e.get("test_coco_eval_bbox")]
+    return [
+        (e.get("epoch", i) + 1, e["test_coco_eval_bbox"]) for i, e in enumerate(entries) if e.get("test_coco_eval_bbox")
+    ]
 
 
 def loss_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -179,7 +202,10 @@ def _numbers(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str:
     names = loss_names(entries)
     if names:
         ends = dict.fromkeys((0, len(entries) - 1))  # one row where there is one epoch
-        cells = [(f"epoch {entries[i].get('epoch', i) + 1}", [_short(entries[i].get(f"train_{name}")) for name in names]) for i in ends]
+        cells = [
+            (f"epoch {entries[i].get('epoch', i) + 1}", [_short(entries[i].get(f"train_{name}")) for name in names])
+            for i in ends
+        ]
         parts.append("<h2>Losses in training</h2>" + table([name.replace("_", " ") for name in names], cells))
     return "".join(parts)
 
@@ -190,7 +216,11 @@ def _short(value: float | None) -> str:
 
 def _pictured(folder: Path, title: str, name: str, alt: str) -> str:
     shown = picture(folder / name, alt)
-    return f'<h2>{html.escape(title)}</h2><p class="note">{html.escape(alt[0].upper() + alt[1:])}.</p>{shown}' if shown else ""
+    return (
+        f'<h2>{html.escape(title)}</h2><p class="note">{html.escape(alt[0].upper() + alt[1:])}.</p>{shown}'
+        if shown
+        else ""
+    )
 
 
 def _settings(record: Mapping[str, Any]) -> str:
@@ -203,7 +233,10 @@ def _settings(record: Mapping[str, Any]) -> str:
     for title, names in (("given", given), ("taken over from the checkpoint", adopted)):
         if names:
             shown += table([title], [(name, [settings[name]]) for name in names])
-    return shown + f"<details><summary>defaults</summary>{table(['default'], [(name, [settings[name]]) for name in rest])}</details>"
+    return (
+        shown + f"<details><summary>defaults</summary>"
+        f"{table(['default'], [(name, [settings[name]]) for name in rest])}</details>"
+    )
 
 
 def _surroundings(record: Mapping[str, Any]) -> str:
@@ -213,7 +246,10 @@ def _surroundings(record: Mapping[str, Any]) -> str:
     prints = data.items() if isinstance(data, dict) else [("data", data)]
     rows = [(name, [value]) for name, value in record["environment"].items()]
     rows += [(f"fingerprint, {name}", [value]) for name, value in prints]
-    rows += [(f"earlier start {i + 1}", [start.get("started", "?")]) for i, start in enumerate(record.get("earlier_starts", []))]
+    rows += [
+        (f"earlier start {i + 1}", [start.get("started", "?")])
+        for i, start in enumerate(record.get("earlier_starts", []))
+    ]
     return "<h2>Versions, device, data</h2>" + table([""], rows)
 
 
@@ -230,22 +266,50 @@ def commands(folder: Path, record: Mapping[str, Any]) -> dict[str, list[str]]:
     script, place = settings.get("script", FINETUNE), str(folder)
     processes = str(environment.get("processes", "1"))
     launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
-    found = {"go on, after an interruption or with more --epochs": [*launcher, script, "--resume", "auto", "--output_dir", place]}
+    found = {
+        "go on, after an interruption or with more --epochs": [
+            *launcher,
+            script,
+            "--resume",
+            "auto",
+            "--output_dir",
+            place,
+        ]
+    }
     if script == PRETRAIN:
         checkpoint = str(folder / "checkpoint.pth")
         found["fine-tune from it"] = [
-            "python", FINETUNE, "--pretrain", checkpoint, "--coco_path", "COCO", "--output_dir", f"{place}_finetuned",
+            "python",
+            FINETUNE,
+            "--pretrain",
+            checkpoint,
+            "--coco_path",
+            "COCO",
+            "--output_dir",
+            f"{place}_finetuned",
         ]
     else:
         best = folder / "checkpoint_best.pth"
         best = str(best if best.exists() else folder / "checkpoint.pth")
         found["evaluate"] = ["python", FINETUNE, "--resume", best, "--eval", "--output_dir", f"{place}_eval"]
-    found["compare with another run"] = ["python", "tools/compare_runs.py", place, "OTHER_RUN", "--output", f"{place}_compared"]
+    found["compare with another run"] = [
+        "python",
+        "tools/compare_runs.py",
+        place,
+        "OTHER_RUN",
+        "--output",
+        f"{place}_compared",
+    ]
     return found
 
 
 def _commands(folder: Path, training: Mapping[str, Any]) -> str:
     if "settings" not in training:
         return ""
-    shown = [f"<p>To {title}:</p><pre>{html.escape(shlex.join(words))}</pre>" for title, words in commands(folder, training).items()]
-    return f'<h2>Commands</h2><p class="note">In the project\'s folder, with its environment active.</p>{"".join(shown)}'
+    shown = [
+        f"<p>To {title}:</p><pre>{html.escape(shlex.join(words))}</pre>"
+        for title, words in commands(folder, training).items()
+    ]
+    return (
+        f'<h2>Commands</h2><p class="note">In the project\'s folder, with its environment active.</p>{"".join(shown)}'
+    )

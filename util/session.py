@@ -1,4 +1,5 @@
 """Starting and ending an entry script: logger, processes, seeds, and errors as one line."""
+
 import multiprocessing
 import random
 import secrets
@@ -17,14 +18,37 @@ from util.flags import FINETUNE, PRETRAIN
 from util.logger import NonFinite, StopRequested, UserError, log, setup_logger
 from util.registry import DETECTORS, PRETEXTS
 
-# What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched again.
+# What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched
+# again.
 OWN_TO_A_SESSION = {
-    "output_dir", "resume", "overwrite", "dry_run", "eval", "pretrain", "device", "num_workers", "dist_url", "start_epoch",
-    "backbone_weights", "ms_deform_attn",
+    "output_dir",
+    "resume",
+    "overwrite",
+    "dry_run",
+    "eval",
+    "pretrain",
+    "device",
+    "num_workers",
+    "dist_url",
+    "start_epoch",
+    "backbone_weights",
+    "ms_deform_attn",
 }
 # Not taken over by a run on another kind of data.
-DATA_PLACES = {"data_root", "dataset", "voc_train", "voc_val", "voc_metric", "filter_pct", "split_file", "few_shot", "novel_split",
-               *FEW_SHOT, *PLACES, *OWN_DATA}
+DATA_PLACES = {
+    "data_root",
+    "dataset",
+    "voc_train",
+    "voc_val",
+    "voc_metric",
+    "filter_pct",
+    "split_file",
+    "few_shot",
+    "novel_split",
+    *FEW_SHOT,
+    *PLACES,
+    *OWN_DATA,
+}
 # What a published file says of training and means the same here.
 PUBLISHED = ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "lr_drop")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
@@ -37,8 +61,8 @@ def start_session(args: Namespace) -> torch.device:
 
 
 def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
-    """Finds and reads the checkpoint of `--resume` or `--pretrain`, lets flags that were not given take over its architecture, and
-    resolves all flags. `args.resume` is a path or an address afterwards, or empty.
+    """Finds and reads the checkpoint of `--resume` or `--pretrain`, lets flags that were not given take over its
+    architecture, and resolves all flags. `args.resume` is a path or an address afterwards, or empty.
 
     Raises:
         UserError: the file can't be used, or a flag contradicts it.
@@ -48,7 +72,10 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
         raise UserError("--overwrite replaces the run that --resume auto continues: give one of them")
     resume = find_resume(args.resume, args.output_dir)
     if len(set(all_gather_object(bool(resume)))) > 1:
-        raise UserError(f"--resume auto: only some processes see a checkpoint in {args.output_dir}; use a folder that all nodes share")
+        raise UserError(
+            f"--resume auto: only some processes see a checkpoint in {args.output_dir}; use a folder that all "
+            f"nodes share"
+        )
     if args.resume == "auto" and resume is None:
         log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
     if resume and getattr(args, "pretrain", None):
@@ -66,34 +93,49 @@ def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
         _check_kind(args, checkpoint)
         if resume:
             _adopt_settings(args, checkpoint.get("args", {}), given)
-    args._given, args._adopted = given, given_flags(args) - given - {"resume"}  # kept with the run, see `setting_origins`
+    args._given, args._adopted = (
+        given,
+        given_flags(args) - given - {"resume"},
+    )  # kept with the run, see `setting_origins`
     resolve(args)
     return checkpoint
 
 
 def _adopt_settings(args: Namespace, stored: dict, given: set[str]) -> None:
-    """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given, and those of training in
-    published ones, whose other settings have other meanings."""
+    """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given, and those of
+    training in published ones, whose other settings have other meanings."""
     if args.script == FINETUNE and "script" not in stored:
         others = ("epochs", "lr_drop") if "max_iters" in given else ()
         stored = {name: stored[name] for name in PUBLISHED if name in stored and name not in others}
     elif stored.get("script") != args.script:
         return
     other_data = "dataset_file" in given and stored.get("dataset_file") != args.dataset_file
-    kept = OWN_TO_A_SESSION | (DATA_PLACES if other_data else set()) | ({"lr_drop_epochs"} if "lr_drop" in given else set())
+    kept = (
+        OWN_TO_A_SESSION
+        | (DATA_PLACES if other_data else set())
+        | ({"lr_drop_epochs"} if "lr_drop" in given else set())
+    )
     for name, value in stored.items():
         if name in vars(args) and name not in given and name not in kept and value is not None:
             setattr(args, name, value)
 
 
 def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
-    """A run that is resumed must be of the kind that the script runs; every detector of a file must be one that can be built."""
+    """A run that is resumed must be of the kind that the script runs; every detector of a file must be one that can be
+    built.
+    """
     if args.detector not in DETECTORS:
-        raise UserError(f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})")
+        raise UserError(
+            f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})"
+        )
     if args.resume and args.script == FINETUNE and is_pretext(checkpoint):
-        raise UserError(f"{checkpoint.source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}")
+        raise UserError(
+            f"{checkpoint.source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}"
+        )
     if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):
-        raise UserError(f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints")
+        raise UserError(
+            f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints"
+        )
     if args.resume and args.script == PRETRAIN:
         _check_pretext(args, checkpoint)
 
@@ -115,14 +157,16 @@ def seed_everything(seed: int) -> None:
 
 
 def end_loaders() -> None:
-    """Ends all loader processes. They ignore the signals that multiprocessing would end them with at exit, and PyTorch takes a killed
-    one for an accident as long as it listens."""
+    """Ends all loader processes. They ignore the signals that multiprocessing would end them with at exit, and PyTorch
+    takes a killed one for an accident as long as it listens."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
 
 
-def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], Namespace], argv: list[str] | None = None) -> None:
+def run_script(
+    main: Callable[[Namespace], None], parse: Callable[[list[str]], Namespace], argv: list[str] | None = None
+) -> None:
     """Runs an entry script; what the user can mend is one line and exit status 1, a requested stop is status 143."""
     setup_logger()
     argv = sys.argv[1:] if argv is None else argv
@@ -133,7 +177,10 @@ def run_script(main: Callable[[Namespace], None], parse: Callable[[list[str]], N
         log.error("error: %s", one_line(error))
         status = 1
     except torch.OutOfMemoryError as error:
-        log.error("error: the GPU's memory is full (%s): lower --batch_size or --image_size, or use --amp bf16", str(error).split(". ")[0])
+        log.error(
+            "error: the GPU's memory is full (%s): lower --batch_size or --image_size, or use --amp bf16",
+            str(error).split(". ")[0],
+        )
         status = 1
     except StopRequested as stop:
         log.error("stopped: %s", stop)

@@ -1,4 +1,5 @@
 """SIGINT and SIGTERM in the hands of a block of code, and SIGKILL for what does not heed them."""
+
 import contextlib
 import os
 import signal
@@ -7,7 +8,9 @@ from pathlib import Path
 
 
 class SignalHandler:
-    """`with handler:` calls its `_handle` for both signals, and puts back what was there. Does nothing outside the main thread."""
+    """`with handler:` calls its `_handle` for both signals, and puts back what was there. Does nothing outside the main
+    thread.
+    """
 
     def __init__(self) -> None:
         self.previous = {}
@@ -27,7 +30,9 @@ class SignalHandler:
 
 
 def kill_family(pid: int) -> None:
-    """Ends a process and all below it at once, also those in sessions of their own as torchrun's are. Without /proc: its session alone."""
+    """Ends a process and all below it at once, also those in sessions of their own as torchrun's are. Without /proc:
+    its session alone.
+    """
     with contextlib.suppress(AttributeError):  # Windows has neither sessions nor this signal
         for end, member in [*((os.kill, member) for member in _family(pid)), (os.killpg, pid)]:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,5 @@
 """Reads weight files without running code in them, and fetches them from an address."""
+
 import argparse
 import contextlib
 import hashlib
@@ -81,8 +82,10 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
 def _what_is_wrong(path: Path, error: Exception) -> str:
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-        return (f"it holds the Python object {refused[1]}, which may run code, so it is not loaded; "
-                "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made")
+        return (
+            f"it holds the Python object {refused[1]}, which may run code, so it is not loaded; "
+            "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made"
+        )
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"not enough memory to load it ({_first_line(error)})"
     with path.open("rb") as file:
@@ -92,8 +95,10 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
     if head.startswith(b"PK"):
         return "it is an incomplete checkpoint, or another kind of zip: fetch or save it again"
     if head.startswith(b"\x80"):
-        return ("it is a pickle of more than tensors and plain containers, which may run code, so it is not loaded; "
-                "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made")
+        return (
+            "it is a pickle of more than tensors and plain containers, which may run code, so it is not loaded; "
+            "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made"
+        )
     return "it is no checkpoint of torch.save, or a damaged one: choose another file, or fetch it again"
 
 
@@ -140,14 +145,17 @@ def _empty_dict(*_factory: Any) -> dict:
 def fetch(url: str) -> Path:
     """The local file of an address: in torch.hub's folder of checkpoints, downloaded once.
 
-    A name like `NAME-0676ba61.pth` carries the start of the SHA-256 sum, which is checked on download. Other names may be
-    those of several files (`checkpoint.pth`), so that the stored one gets a piece of the address's sum (`stored_at`).
+    A name like `NAME-0676ba61.pth` carries the start of the SHA-256 sum, which is checked on download. Other names may
+    be those of several files (`checkpoint.pth`), so that the stored one gets a piece of the address's sum
+    (`stored_at`).
     Raises UserError with one line that names the file, its address, and where to put it by hand.
     """
     name = _file_name(url)
     if not name.lower().endswith(SUFFIXES):
-        raise UserError(f"{url} does not end in the name of a weight file ({', '.join(SUFFIXES)}); "
-                        "download the file with a browser and give its path")
+        raise UserError(
+            f"{url} does not end in the name of a weight file ({', '.join(SUFFIXES)}); "
+            "download the file with a browser and give its path"
+        )
     path = stored_at(url)
     if path.exists():
         log.info("using %s", path)
@@ -158,8 +166,9 @@ def fetch(url: str) -> Path:
             if not path.exists():
                 _download(url, path)
     except (OSError, HTTPException, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot fetch {name} from {url} ({_first_line(error)}); "
-                        f"download it elsewhere and put it at {path}") from error
+        raise UserError(
+            f"cannot fetch {name} from {url} ({_first_line(error)}); download it elsewhere and put it at {path}"
+        ) from error
     return path
 
 
@@ -167,7 +176,9 @@ def stored_at(url: str) -> Path:
     """Where `fetch` keeps the file of an address: the same name for two addresses only where it tells the content."""
     name = _file_name(url)
     if url not in KEPT_NAMES and not HASHED.search(name):
-        stem, suffixes = re.fullmatch(r"(.*?)((?:\.(?:pth|tar|pt|bin|ckpt|safetensors))*)", name, re.IGNORECASE).groups()
+        stem, suffixes = re.fullmatch(
+            r"(.*?)((?:\.(?:pth|tar|pt|bin|ckpt|safetensors))*)", name, re.IGNORECASE
+        ).groups()
         name = f"{stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{suffixes}"
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 

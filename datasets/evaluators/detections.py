@@ -1,4 +1,5 @@
 """What every evaluator of boxes does alike: it collects detections image by image, over all processes."""
+
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from util.distributed import all_gather_object
 class Detections:
     """Detections of the images of a data set; an image that comes twice, or from several processes, counts once.
 
-    image_ids: those that may come. category_ids: the annotations' category id of each label, None where labels are these ids; a
-    detection whose label has none is left out, since nothing could match it.
+    image_ids: those that may come. category_ids: the annotations' category id of each label, None where labels are
+    these ids; a detection whose label has none is left out, since nothing could match it.
     """
 
     def __init__(self, image_ids: Iterable[int], category_ids: Mapping[int, int] | None = None) -> None:

@@ -1,4 +1,5 @@
 """AP of each class as text for the log."""
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,9 @@ WIDTH = 140  # of a line
 
 
 def class_table(rows: Sequence[dict[str, Any]]) -> str:
-    """rows: "per_class" of an evaluator's summary. As many a line as fit, by id; of very many the best and worst, by AP."""
+    """rows: "per_class" of an evaluator's summary. As many a line as fit, by id; of very many the best and worst, by
+    AP.
+    """
     if not rows:
         return "no class has objects"
     if len(rows) > SHOWN:

@@ -1,4 +1,7 @@
-"""Boxes without classes: how much of what is annotated do they cover? As DETReg reports it (Bar et al., CVPR 2022, section 4.4)."""
+"""Boxes without classes: how much of what is annotated do they cover? As DETReg reports it (Bar et al., CVPR 2022,
+section 4.4).
+"""
+
 from typing import Any
 
 import numpy as np
@@ -19,10 +22,12 @@ class ProposalEvaluator(CocoEvaluator):
             annotation["category_id"] = OBJECT
 
     def summarize(self) -> dict[str, float]:
-        """AP, AP50 and AP75 of the best 100 boxes of an image, AR1, AR10, AR100 and AR1000 of as many, ARs, ARm and ARl of the best 1000.
+        """AP, AP50 and AP75 of the best 100 boxes of an image, AR1, AR10, AR100 and AR1000 of as many, ARs, ARm and ARl
+        of the best 1000.
 
-        Then AP50_swapped, AR10_swapped and AR100_swapped: the same of each image with the boxes of the image before it, moved to its size.
-        It is what boxes reach that do not depend on the image; well spread, they have a high recall too, and have found nothing.
+        Then AP50_swapped, AR10_swapped and AR100_swapped: the same of each image with the boxes of the image before it,
+        moved to its size. It is what boxes reach that do not depend on the image; well spread, they have a high recall
+        too, and have found nothing.
 
         -1 where there is no truth; 0 without a single box.
         """
@@ -42,8 +47,12 @@ class ProposalEvaluator(CocoEvaluator):
         return dict(zip(NAMES, values + [mean_of_known(recall[:, :, area, -1]) for area in (1, 2, 3)], strict=True))
 
     def _swapped(self, rows: np.ndarray) -> np.ndarray:
-        """The boxes of each image at the same relative place of the next one, in the order of ids; of the last one in the first."""
-        images = sorted((image["id"], image.get("width") or 0, image.get("height") or 0) for image in self.truth["images"])
+        """The boxes of each image at the same relative place of the next one, in the order of ids; of the last one in
+        the first.
+        """
+        images = sorted(
+            (image["id"], image.get("width") or 0, image.get("height") or 0) for image in self.truth["images"]
+        )
         ids, sizes = np.array([image[0] for image in images]), np.array([image[1:] for image in images], dtype=float)
         if not sizes.all():  # data that does not say its sizes
             sizes = np.ones_like(sizes)

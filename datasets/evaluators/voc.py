@@ -1,8 +1,9 @@
 """Average precision as PASCAL VOC defines it (Everingham et al., IJCV 2010, section 4.2), over IoU 0.50 to 0.95.
 
-The boxes of VOC's devkit are whole numbers that include their last pixel. Here a box is the area that these pixels cover, so that the
-plain intersection over union is that of the devkit.
+The boxes of VOC's devkit are whole numbers that include their last pixel. Here a box is the area that these pixels
+cover, so that the plain intersection over union is that of the devkit.
 """
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,16 +35,20 @@ class _Objects:
 class VocEvaluator(Detections):
     """Collects detections image by image and compares them with annotations in arrays.
 
-    An object that is marked `difficult` need not be found: it does not count as missed, and a detection that covers it best counts
-    neither as right nor as wrong. A second detection of an object is wrong.
+    An object that is marked `difficult` need not be found: it does not count as missed, and a detection that covers it
+    best counts neither as right nor as wrong. A second detection of an object is wrong.
 
-    metric: "11point", the mean of the best precision at recalls of 0, 0.1, ... 1 (VOC until 2009, and for its 2007 test images), or "area"
-    under the monotonous precision-recall curve (from 2010 on). reproduce_published: as DETReg evaluates, which rounds scores to 3 decimals
-    and corners to 1, takes an overlap only above the threshold, and compares recalls with 0.1 added up.
+    metric: "11point", the mean of the best precision at recalls of 0, 0.1, ... 1 (VOC until 2009, and for its 2007 test
+    images), or "area" under the monotonous precision-recall curve (from 2010 on). reproduce_published: as DETReg
+    evaluates, which rounds scores to 3 decimals and corners to 1, takes an overlap only above the threshold, and
+    compares recalls with 0.1 added up.
     """
 
     def __init__(
-        self, annotations: Annotations, metric: str = METRICS[0], category_ids: Mapping[int, int] | None = None,
+        self,
+        annotations: Annotations,
+        metric: str = METRICS[0],
+        category_ids: Mapping[int, int] | None = None,
         reproduce_published: bool = False,
     ) -> None:
         super().__init__(annotations.image_ids.tolist(), category_ids)
@@ -51,19 +56,28 @@ class VocEvaluator(Detections):
         self._image_of = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
 
     def summarize(self) -> dict[str, Any]:
-        """{"stats": AP, AP50 and AP75 of the chosen metric, "voc_11point" and "voc_area": the same three of each, "per_class"}.
+        """{"stats": AP, AP50 and AP75 of the chosen metric, "voc_11point" and "voc_area": the same three of each,
+        "per_class"}.
 
-        `per_class` has a row {"id", "name", "objects", "AP", "AP50", "AP75"} of the chosen metric for each class with an object that is not
-        difficult; others are in no mean. -1: there is no such class.
+        `per_class` has a row {"id", "name", "objects", "AP", "AP50", "AP75"} of the chosen metric for each class with
+        an object that is not difficult; others are in no mean. -1: there is no such class.
         """
         tables = self.tables()
         means = {metric: _stats([table[metric] for table in tables.values()]) for metric in METRICS}
         per_class = [
-            {"id": label, "name": self.annotations.class_names[label], "objects": self._objects(label).count,
-             **dict(zip(STAT_NAMES, _stats([table[self.metric]]), strict=True))}
+            {
+                "id": label,
+                "name": self.annotations.class_names[label],
+                "objects": self._objects(label).count,
+                **dict(zip(STAT_NAMES, _stats([table[self.metric]]), strict=True)),
+            }
             for label, table in tables.items()
         ]
-        return {"stats": means[self.metric], **{f"voc_{metric}": values for metric, values in means.items()}, "per_class": per_class}
+        return {
+            "stats": means[self.metric],
+            **{f"voc_{metric}": values for metric, values in means.items()},
+            "per_class": per_class,
+        }
 
     def tables(self) -> dict[int, dict[str, np.ndarray]]:
         """Category id -> AP [10 thresholds] by each of METRICS, of classes with an object that is not difficult."""
@@ -82,7 +96,9 @@ class VocEvaluator(Detections):
 
     def _objects(self, label: int) -> _Objects:
         rows = np.flatnonzero(self.annotations.labels == label)
-        difficult = np.zeros(len(rows), bool) if self.annotations.difficult is None else self.annotations.difficult[rows]
+        difficult = (
+            np.zeros(len(rows), bool) if self.annotations.difficult is None else self.annotations.difficult[rows]
+        )
         return _Objects(self._image_of[rows], self.annotations.boxes_xyxy_abs[rows].astype(np.float64), difficult)
 
     def _average_precisions(self, rows: np.ndarray, objects: _Objects) -> dict[str, np.ndarray]:
@@ -93,12 +109,16 @@ class VocEvaluator(Detections):
             "area": np.array([area(*points) for points in curves]),
         }
 
-    def _curve(self, overlap: np.ndarray, best: np.ndarray, objects: _Objects, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    def _curve(
+        self, overlap: np.ndarray, best: np.ndarray, objects: _Objects, threshold: float
+    ) -> tuple[np.ndarray, np.ndarray]:
         covers = overlap > threshold if self.published else overlap >= threshold
         return curve(covers, best, objects.difficult, objects.count)
 
     def _best_objects(self, rows: np.ndarray, objects: _Objects) -> tuple[np.ndarray, np.ndarray]:
-        """For each detection the largest IoU with an object of its image, 0 without any, and the first such object's index."""
+        """For each detection the largest IoU with an object of its image, 0 without any, and the first such object's
+        index.
+        """
         image = np.searchsorted(self.annotations.image_ids, rows[:, 0].astype(np.int64))
         first, last = np.searchsorted(objects.image, image, "left"), np.searchsorted(objects.image, image, "right")
         counts = last - first
@@ -121,7 +141,9 @@ def _by_score(rows: np.ndarray) -> np.ndarray:
 
 
 def _rounded(rows: np.ndarray) -> np.ndarray:
-    """As DETReg writes detections to text and reads them again: corners count from 1 there, the right and lower ones inclusive."""
+    """As DETReg writes detections to text and reads them again: corners count from 1 there, the right and lower ones
+    inclusive.
+    """
     rows = rows.copy()
     rows[:, 1:3] += 1
     rows[:, 5] = [float(f"{value:.3f}") for value in rows[:, 5].tolist()]
@@ -142,7 +164,8 @@ def paired_iou(boxes_xyxy_abs: np.ndarray, others_xyxy_abs: np.ndarray) -> np.nd
 def curve(covers: np.ndarray, best: np.ndarray, difficult: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
     """(recall, precision) after each detection, in the order of falling scores.
 
-    covers bool [N]: it overlaps its best object (`best`, an index into difficult [M]) enough. total: objects that are not difficult.
+    covers bool [N]: it overlaps its best object (`best`, an index into difficult [M]) enough. total: objects that are
+    not difficult.
     """
     ignored = np.zeros(len(covers), bool)
     ignored[covers] = difficult[best[covers]]
@@ -155,7 +178,9 @@ def curve(covers: np.ndarray, best: np.ndarray, difficult: np.ndarray, total: in
 
 
 def eleven_points(recall: np.ndarray, precision: np.ndarray, published: bool = False) -> float:
-    """Mean of the best precision at a recall of 0, 0.1, ... 1 or more. published: 0.1 added up, which passes 0.3, 0.6 and 0.7."""
+    """Mean of the best precision at a recall of 0, 0.1, ... 1 or more. published: 0.1 added up, which passes 0.3, 0.6
+    and 0.7.
+    """
     points = np.arange(0, 1.1, 0.1) if published else np.arange(11) / 10
     best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
     return float(best[np.searchsorted(recall, points, "left")].mean())

@@ -1,13 +1,16 @@
 """Where boxes of unlabelled images come from: one file a method, one line in `util.registry`.
 
-A proposal method is called with (image uint8 [3, H, W], SampleRandom, name) and returns float32 boxes [N, 4], (x0, y0, x1, y1) in pixels
-of that image, each with an area; N may be 0 and may differ between images. `name` is the image's path relative to the data set's folder,
-by which stored boxes are found. The order is the method's: best first where it has scores, else drawn anew at each call. The same image,
-random state and name give the same boxes in the same order in any process.
+A proposal method is called with (image uint8 [3, H, W], SampleRandom, name) and returns float32 boxes [N, 4], (x0, y0,
+x1, y1) in pixels of that image, each with an area; N may be 0 and may differ between images. `name` is the image's path
+relative to the data set's folder, by which stored boxes are found. The order is the method's: best first where it has
+scores, else drawn anew at each call. The same image, random state and name give the same boxes in the same order in any
+process.
 
-Methods that search the image are a `datasets.proposals.search.BoxSearch`, whose `search` also returns scores, and whose boxes
-`tools/cache_proposals.py` can store. `Selected` takes some of the boxes of a method, `FixedNumber` always as many.
+Methods that search the image are a `datasets.proposals.search.BoxSearch`, whose `search` also returns scores, and whose
+boxes `tools/cache_proposals.py` can store. `Selected` takes some of the boxes of a method, `FixedNumber` always as
+many.
 """
+
 from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -42,7 +45,9 @@ def build_proposals(args: Namespace, images: "ImageFiles | None" = None) -> Prop
     is_file = args.proposals.startswith("file:")
     for flag, owner in (("edge_model", "edge_boxes"), ("ss_resize", "selective_search")):
         if getattr(args, flag, DEFAULTS[flag]) != DEFAULTS[flag] and args.proposals != owner:
-            raise UserError(f"--{flag} means nothing to --proposals {args.proposals}: leave it out or use --proposals {owner}")
+            raise UserError(
+                f"--{flag} means nothing to --proposals {args.proposals}: leave it out or use --proposals {owner}"
+            )
     method = load(choose(PROPOSALS, "--proposals", "file:" if is_file else args.proposals))(args)
     if getattr(args, "cache_path", None):
         from datasets.proposals.store import StoredProposals
@@ -54,11 +59,13 @@ def build_proposals(args: Namespace, images: "ImageFiles | None" = None) -> Prop
 
 
 def select(count: int, strategy: str, max_prop: int, rng: SampleRandom) -> Tensor:
-    """Which of `count` boxes, in the order of their method, a sample gets: indices int64 [K] in increasing order for topk and mc
-    (Bar et al., CVPR 2022, section 3.1).
+    """Which of `count` boxes, in the order of their method, a sample gets: indices int64 [K] in increasing order for
+    topk and mc (Bar et al., CVPR 2022, section 3.1).
 
-    topk: the first `max_prop`. random: as many at random, from all. mc, importance sampling: box i (from 1) with probability
-    -ln(i / 301) max_prop / 300, at most 1, and none behind the 300th; `max_prop` is the mean number where there are 300 boxes.
+    topk: the first `max_prop`. random: as many at random, from all. mc, importance sampling: box i (from 1) with
+    probability
+    -ln(i / 301) max_prop / 300, at most 1, and none behind the 300th; `max_prop` is the mean number where there are 300
+    boxes.
     """
     if strategy == "topk":
         return torch.arange(min(count, max_prop))
@@ -96,12 +103,18 @@ class FixedNumber:
         boxes = self.proposals(image, rng, name)
         if not len(boxes):
             raise BadImageError("no proposals")
-        return boxes[: self.count] if len(boxes) >= self.count else repeat_boxes(boxes, self.count, tuple(image.shape[-2:]), rng)
+        return (
+            boxes[: self.count]
+            if len(boxes) >= self.count
+            else repeat_boxes(boxes, self.count, tuple(image.shape[-2:]), rng)
+        )
 
 
 def repeat_boxes(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom) -> Tensor:
-    """N > 0 boxes and as many jittered copies, taken in turn, that there are `count`, as in Siamese DETR's code: each coordinate moves by
-    up to 10 % of the box's width or height, (2 sigmoid(z) - 1) / 10 of it with z normal, inside the image."""
+    """N > 0 boxes and as many jittered copies, taken in turn, that there are `count`, as in Siamese DETR's code: each
+    coordinate moves by up to 10 % of the box's width or height, (2 sigmoid(z) - 1) / 10 of it with z normal, inside the
+    image.
+    """
     copies = boxes_xyxy_abs[torch.arange(len(boxes_xyxy_abs), count) % len(boxes_xyxy_abs)]
     shift = (2 * torch.sigmoid(torch.randn(copies.shape, generator=rng.torch)) - 1) * JITTER
     height, width = size_hw

@@ -1,4 +1,5 @@
 """EdgeBoxes (Zitnick and Dollar, ECCV 2014) by OpenCV, as Siamese DETR (section 4.1) makes its boxes."""
+
 import hashlib
 import os
 from argparse import Namespace
@@ -24,8 +25,8 @@ STRONG = 99.0  # percentile of gradients that counts as an edge of strength 1
 class EdgeBoxes(BoxSearch):
     """Up to 512 boxes in whole pixels, best first, with OpenCV's default parameters, which are the published ones.
 
-    Where there are none, the image is sharpened and enlarged, and where there are none again the box is the middle half of the image with
-    score 0.
+    Where there are none, the image is sharpened and enlarged, and where there are none again the box is the middle half
+    of the image with score 0.
 
     Args:
         model: file of the structured forest that finds edges, as published; empty: gradients instead.
@@ -47,7 +48,14 @@ class EdgeBoxes(BoxSearch):
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
         kept = (corners[:, 2:] > corners[:, :2]).all(1)
         if not kept.any():
-            middle = [[width // 4, height // 4, max(3 * (width // 4), width // 4 + 1), max(3 * (height // 4), height // 4 + 1)]]
+            middle = [
+                [
+                    width // 4,
+                    height // 4,
+                    max(3 * (width // 4), width // 4 + 1),
+                    max(3 * (height // 4), height // 4 + 1),
+                ]
+            ]
             return np.array(middle, dtype=np.uint16), np.zeros(1, dtype=np.float32)
         return corners[kept].astype(np.uint16), scores[kept]
 
@@ -70,8 +78,8 @@ def structured_edges(model: str, pixels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def gradient_edges(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same from gradients of the smoothed image: per pixel the channel with the largest one, 1 where it is as strong as the
-    strongest 1 % of the image; only where it is no smaller than on both sides across the edge."""
+    """The same from gradients of the smoothed image: per pixel the channel with the largest one, 1 where it is as
+    strong as the strongest 1 % of the image; only where it is no smaller than on both sides across the edge."""
     cv2 = opencv()
     smooth = cv2.GaussianBlur(pixels, (0, 0), BLUR)
     dx, dy = (cv2.Sobel(smooth, cv2.CV_32F, *axis).reshape(pixels.shape) for axis in ((1, 0), (0, 1)))
@@ -102,7 +110,9 @@ def _digest(path: str) -> str:
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError as error:
-        raise UserError(f"--edge_model {path} can't be read ({error.strerror}): docs/proposals.md says how to get it") from error
+        raise UserError(
+            f"--edge_model {path} can't be read ({error.strerror}): docs/proposals.md says how to get it"
+        ) from error
 
 
 @cache
@@ -112,7 +122,9 @@ def _detector(model: str) -> Any:
     try:
         return cv2.ximgproc.createStructuredEdgeDetection(model)
     except cv2.error as error:
-        raise UserError(f"--edge_model {model} is no structured forest of OpenCV: docs/proposals.md says how to get one") from error
+        raise UserError(
+            f"--edge_model {model} is no structured forest of OpenCV: docs/proposals.md says how to get one"
+        ) from error
 
 
 def build_edge_boxes(args: Namespace) -> EdgeBoxes:
@@ -128,6 +140,8 @@ def build_edge_boxes(args: Namespace) -> EdgeBoxes:
         if model:
             _detector(method.model)
         else:
-            log.warning("edge_boxes: edges are plain image gradients, not the published structured forest: give --edge_model FILE, see "
-                        "docs/proposals.md")
+            log.warning(
+                "edge_boxes: edges are plain image gradients, not the published structured forest: give --edge_model "
+                "FILE, see docs/proposals.md"
+            )
     return method

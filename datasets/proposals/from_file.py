@@ -1,4 +1,7 @@
-"""Boxes that somebody else made: COCO files, NumPy files, folders of the published .npy caches, stores (`--proposals file:PATH`)."""
+"""Boxes that somebody else made: COCO files, NumPy files, folders of the published .npy caches, stores (`--proposals
+file:PATH`).
+"""
+
 import io
 import json
 import os
@@ -22,13 +25,16 @@ if TYPE_CHECKING:
 FORMS = "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a store of tools/cache_proposals.py"
 # What a pickled array of NumPy is made of: nothing else is let in, so that no file runs code.
 _ARRAY_PARTS = {
-    ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), *((f"numpy.{core}.multiarray", part) for core in ("core", "_core")
-                                                                       for part in ("_reconstruct", "scalar")),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    *((f"numpy.{core}.multiarray", part) for core in ("core", "_core") for part in ("_reconstruct", "scalar")),
 }
 
 
 class FileProposals(BoxSearch):
-    """Boxes float32 (x0, y0, x1, y1) in pixels, clipped to the image; those without area are left out. With scores they are best first.
+    """Boxes float32 (x0, y0, x1, y1) in pixels, clipped to the image; those without area are left out. With scores they
+    are best first.
 
     A subclass has `read(name)`, which raises UserError for an image that it does not know.
     """
@@ -46,7 +52,9 @@ class FileProposals(BoxSearch):
     def search(self, image: np.ndarray, name: str) -> Found:
         boxes, scores = self.read(name)
         height, width = image.shape[:2]
-        boxes = np.clip(boxes.astype(np.float32).reshape(-1, 4), 0, np.array([width, height, width, height], dtype=np.float32))
+        boxes = np.clip(
+            boxes.astype(np.float32).reshape(-1, 4), 0, np.array([width, height, width, height], dtype=np.float32)
+        )
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
         if scores is None:
             return boxes[kept], None
@@ -60,12 +68,16 @@ class FileProposals(BoxSearch):
     def check(self, images: "ImageFiles") -> None:
         missing = [name for name in map(images.name, range(len(images))) if not self.knows(name)]
         if missing:
-            raise UserError(f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}: {self.hint}")
+            raise UserError(
+                f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}: "
+                f"{self.hint}"
+            )
 
 
 class CocoProposals(FileProposals):
-    """A JSON object with `images` (id, file_name) and `annotations` (image_id, bbox, perhaps score); crowds are left out. Or a list of
-    results (image_id, bbox, score) and, after a comma, the file whose `images` they belong to. Images without a box are known too.
+    """A JSON object with `images` (id, file_name) and `annotations` (image_id, bbox, perhaps score); crowds are left
+    out. Or a list of results (image_id, bbox, score) and, after a comma, the file whose `images` they belong to. Images
+    without a box are known too.
 
     Raises:
         UserError: no such file, or not of these forms.
@@ -76,10 +88,16 @@ class CocoProposals(FileProposals):
         super().__init__(first)
         content = _read_json(first)
         if isinstance(content, list) and not second:
-            raise UserError(f"{first} is a list of results and does not say which image is which: give --proposals "
-                            f"file:{first},ANNOTATIONS with the COCO file of these images")
+            raise UserError(
+                f"{first} is a list of results and does not say which image is which: give --proposals "
+                f"file:{first},ANNOTATIONS with the COCO file of these images"
+            )
         images = _part(_read_json(second) if second else content, "images", second or first)
-        rows = _part({"results": content}, "results", first) if isinstance(content, list) else _part(content, "annotations", first)
+        rows = (
+            _part({"results": content}, "results", first)
+            if isinstance(content, list)
+            else _part(content, "annotations", first)
+        )
         self._pack(images, [row for row in rows if not row.get("iscrowd", 0)])
 
     def _pack(self, images: list[dict], rows: list[dict]) -> None:
@@ -91,14 +109,18 @@ class CocoProposals(FileProposals):
             boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4)
             scores = np.array([row.get("score", np.nan) for row in rows], dtype=np.float32)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.path} is no COCO file ({type(error).__name__}: {error}): images need id and file_name, annotations "
-                            "image_id of one of them and bbox [x, y, width, height]") from error
+            raise UserError(
+                f"{self.path} is no COCO file ({type(error).__name__}: {error}): images need id and file_name, "
+                "annotations image_id of one of them and bbox [x, y, width, height]"
+            ) from error
         for key in ("id", "file_name"):
             if len({image[key] for image in images}) < len(images):
                 raise UserError(f"{self.path}: two images have the same {key}: each needs its own")
         unscored = np.isnan(scores)
         if unscored.any() and not unscored.all():
-            raise UserError(f"{self.path}: {unscored.sum()} of {len(rows)} boxes have no score: give all of them one or none")
+            raise UserError(
+                f"{self.path}: {unscored.sum()} of {len(rows)} boxes have no score: give all of them one or none"
+            )
         sort = np.argsort(of_image, kind="stable")
         boxes[:, 2:] += boxes[:, :2]
         self.boxes = boxes[sort].astype(np.float32)
@@ -150,9 +172,11 @@ class ArchiveProposals(FileProposals):
 
 
 class FolderProposals(FileProposals):
-    """The published caches: for the image `sub/name.jpg` the file `sub/name.npy`, or `name.npy` where no such folder is there.
+    """The published caches: for the image `sub/name.jpg` the file `sub/name.npy`, or `name.npy` where no such folder is
+    there.
 
-    DETReg's hold an array [N, 4] without scores; Siamese DETR's a dictionary of `box` [N, 4], best first, and `score`. Also [N, 5].
+    DETReg's hold an array [N, 4] without scores; Siamese DETR's a dictionary of `box` [N, 4], best first, and `score`.
+    Also [N, 5].
     """
 
     hint = "it needs NAME.npy in the folders of the images, or in one folder if no two images have the same base name"
@@ -226,15 +250,22 @@ def _boxes_and_scores(content: Any, where: str) -> Found:
     try:
         boxes, scores = np.asarray(content), None if scores is None else np.asarray(scores)
     except ValueError as error:
-        raise UserError(f"{where} holds rows of different lengths: expected boxes [N, 4] or [N, 5], and a score for each") from error
+        raise UserError(
+            f"{where} holds rows of different lengths: expected boxes [N, 4] or [N, 5], and a score for each"
+        ) from error
     if boxes.size == 0:
         boxes = np.zeros((0, 4), dtype=np.float32)
     if boxes.dtype.kind not in "iuf" or boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
-        raise UserError(f"{where} holds {boxes.dtype} {list(boxes.shape)}: expected boxes (x0, y0, x1, y1) in pixels, [N, 4] or [N, 5]")
+        raise UserError(
+            f"{where} holds {boxes.dtype} {list(boxes.shape)}: expected boxes (x0, y0, x1, y1) in pixels, [N, 4] "
+            f"or [N, 5]"
+        )
     if boxes.shape[1] == 5:
         boxes, scores = boxes[:, :4], boxes[:, 4]
     if scores is not None and (scores.dtype.kind not in "iuf" or scores.size != len(boxes)):
-        raise UserError(f"{where} holds {len(boxes)} boxes and {scores.size} scores, {scores.dtype}: there must be as many numbers")
+        raise UserError(
+            f"{where} holds {len(boxes)} boxes and {scores.size} scores, {scores.dtype}: there must be as many numbers"
+        )
     return boxes, None if scores is None else scores.reshape(-1)
 
 

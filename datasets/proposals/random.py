@@ -1,4 +1,5 @@
 """UP-DETR's random boxes (Dai et al., CVPR 2021, section 3): any size and aspect, whatever the image shows."""
+
 from argparse import Namespace
 
 import torch

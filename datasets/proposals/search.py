@@ -1,4 +1,5 @@
 """What all methods have in common that search an image for boxes."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -22,8 +23,9 @@ Found = tuple[np.ndarray, np.ndarray | None]
 class BoxSearch:
     """A method whose boxes depend on the image, or its name, alone; only the order of boxes without scores is random.
 
-    A subclass has `search`, and `settings`, which holds everything that its boxes depend on (plain values: they are kept with a store
-    and compared). `grid`: boxes are counted on as many steps along each side of the image; 0: in pixels. `dtype`: of the boxes.
+    A subclass has `search`, and `settings`, which holds everything that its boxes depend on (plain values: they are
+    kept with a store and compared). `grid`: boxes are counted on as many steps along each side of the image; 0: in
+    pixels. `dtype`: of the boxes.
     """
 
     grid = 0
@@ -31,8 +33,8 @@ class BoxSearch:
     settings: dict[str, object]
 
     def search(self, image: np.ndarray, name: str) -> Found:
-        """RGB uint8 [H, W, 3] -> (boxes (x0, y0, x1, y1) [N, 4] in steps of the grid, always in the same order; scores float32 [N] in
-        falling order, or None where the method knows none).
+        """RGB uint8 [H, W, 3] -> (boxes (x0, y0, x1, y1) [N, 4] in steps of the grid, always in the same order; scores
+        float32 [N] in falling order, or None where the method knows none).
 
         Raises:
             UserError: what is needed is not there.
@@ -71,7 +73,8 @@ def bad_image_where_opencv_fails() -> Iterator[None]:
 
 
 def opencv() -> ModuleType:
-    """OpenCV with its module ximgproc, on one thread: loader processes share the cores, so that more would only compete.
+    """OpenCV with its module ximgproc, on one thread: loader processes share the cores, so that more would only
+    compete.
 
     Raises:
         UserError: it is not installed, or without ximgproc.
@@ -79,11 +82,13 @@ def opencv() -> ModuleType:
     try:
         import cv2
     except ImportError as error:
-        raise UserError(f"selective_search and edge_boxes need OpenCV: pip install {PACKAGE}, or use boxes from files") from error
+        raise UserError(
+            f"selective_search and edge_boxes need OpenCV: pip install {PACKAGE}, or use boxes from files"
+        ) from error
     if not hasattr(cv2, "ximgproc"):
         raise UserError(
-            f"the installed OpenCV {cv2.__version__} has no ximgproc: pip uninstall opencv-python opencv-python-headless, "
-            f"then pip install --force-reinstall {PACKAGE}"
+            f"the installed OpenCV {cv2.__version__} has no ximgproc: pip uninstall opencv-python "
+            f"opencv-python-headless, then pip install --force-reinstall {PACKAGE}"
         )
     cv2.setNumThreads(1)
     return cv2

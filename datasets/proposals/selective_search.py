@@ -1,4 +1,7 @@
-"""Selective search (Uijlings et al., IJCV 2013) by OpenCV, in the setting of DETReg (Bar et al., CVPR 2022) or at full resolution."""
+"""Selective search (Uijlings et al., IJCV 2013) by OpenCV, in the setting of DETReg (Bar et al., CVPR 2022) or at full
+resolution.
+"""
+
 import ctypes
 import os
 from argparse import Namespace
@@ -16,8 +19,9 @@ PUBLISHED_SIDE = 128
 class SelectiveSearch(BoxSearch):
     """OpenCV's fast mode on the image resized to `side` x `side` pixels whatever its shape (0: on the image as it is).
 
-    As in DETReg's code the channels are red, green, blue, where OpenCV expects blue first. OpenCV returns a fixed set of boxes in an
-    order of C's `rand`, which no seed of Python controls; here they are sorted, and `BoxSearch` draws their order.
+    As in DETReg's code the channels are red, green, blue, where OpenCV expects blue first. OpenCV returns a fixed set
+    of boxes in an order of C's `rand`, which no seed of Python controls; here they are sorted, and `BoxSearch` draws
+    their order.
     """
 
     def __init__(self, side: int = PUBLISHED_SIDE) -> None:
@@ -41,9 +45,11 @@ class SelectiveSearch(BoxSearch):
 
 
 class PublishedOrder(SelectiveSearch):
-    """`--reproduce_published`: the order of OpenCV, a random number times the depth of each region, so that small ones tend to come first.
+    """`--reproduce_published`: the order of OpenCV, a random number times the depth of each region, so that small ones
+    tend to come first.
 
-    C's generator is seeded from the sample's random state (the published code leaves it alone); a system without it gives any order.
+    C's generator is seeded from the sample's random state (the published code leaves it alone); a system without it
+    gives any order.
     """
 
     def __init__(self, side: int = PUBLISHED_SIDE) -> None:

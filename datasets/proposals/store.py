@@ -10,6 +10,7 @@ A store is a folder of
   file_bytes.npy, file_crc32.npy   int64 and uint32 [I], of the image files
 `datasets.proposals.store_builder` writes it.
 """
+
 import json
 import os
 from functools import cached_property
@@ -46,7 +47,9 @@ class ProposalStore:
         arrays = (self.offsets, self.boxes, self.sizes_hw, self.names)
         lengths = (self.header["images"] + 1, self.header["boxes"], self.header["images"], self.header["images"])
         if tuple(map(len, arrays)) != lengths or self.offsets[-1] != len(self.boxes):
-            raise UserError(f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make it anew")
+            raise UserError(
+                f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make it anew"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "header": self.header}
@@ -57,7 +60,9 @@ class ProposalStore:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{path} can't be read ({reason}): copy the store again or make it anew with {TOOL}") from error
+            raise UserError(
+                f"{path} can't be read ({reason}): copy the store again or make it anew with {TOOL}"
+            ) from error
 
     @cached_property
     def names(self) -> PackedStrings:
@@ -104,20 +109,26 @@ def _read_header(folder: Path) -> dict[str, Any]:
         header = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         if (folder / "chunks").is_dir():
-            raise UserError(f"{folder} is not finished: run {TOOL} with the same flags again (after --shard: with --merge)") from error
+            raise UserError(
+                f"{folder} is not finished: run {TOOL} with the same flags again (after --shard: with --merge)"
+            ) from error
         raise UserError(
-            f"{folder} holds no proposals ({HEADER} is missing): make them with {TOOL}; published .npy files are read by "
-            f"--proposals file:{folder} without --cache_path"
+            f"{folder} holds no proposals ({HEADER} is missing): make them with {TOOL}; published .npy files are read "
+            f"by --proposals file:{folder} without --cache_path"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error}): copy the store again or make it anew with {TOOL}") from error
     if header.get("format") != FORMAT:
-        raise UserError(f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it anew with {TOOL}")
+        raise UserError(
+            f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it anew with {TOOL}"
+        )
     return header
 
 
 class StoredProposals(BoxSearch):
-    """The boxes of a store, as the method itself would give them; the order of boxes without scores is drawn anew at each call."""
+    """The boxes of a store, as the method itself would give them; the order of boxes without scores is drawn anew at
+    each call.
+    """
 
     def __init__(self, store: ProposalStore) -> None:
         self.store = store
@@ -132,7 +143,9 @@ class StoredProposals(BoxSearch):
             UserError: it was not; or the method has nothing that could be stored.
         """
         if not isinstance(method, BoxSearch) or name.startswith("file:"):
-            raise UserError(f"--cache_path {folder} is for methods that search the image, not for --proposals {name}: leave it out")
+            raise UserError(
+                f"--cache_path {folder} is for methods that search the image, not for --proposals {name}: leave it out"
+            )
         store = ProposalStore(folder)
         cls.check_origin(folder, store.header, method, name)
         return cls(store)
@@ -148,14 +161,16 @@ class StoredProposals(BoxSearch):
         if wrong:
             key = wrong[0]
             raise UserError(
-                f"--cache_path {folder} was made with {key} {made.get(key)}, the flags say {wanted.get(key)}: change the flags, make "
-                f"another store with {TOOL}, or take it as it is by --proposals file:{folder} without --cache_path"
+                f"--cache_path {folder} was made with {key} {made.get(key)}, the flags say {wanted.get(key)}: change "
+                f"the flags, make another store with {TOOL}, or take it as it is by --proposals file:{folder} without "
+                "--cache_path"
             )
 
     def check(self, images: "ImageFiles") -> None:
         """
         Raises:
-            UserError: images are missing, or files are not those that were searched (their size differs; a few are looked at).
+            UserError: images are missing, or files are not those that were searched (their size differs; a few are
+                looked at).
         """
         self._check_names(images)
         step = max(len(images) // SPOT_CHECKS, 1)
@@ -165,8 +180,13 @@ class StoredProposals(BoxSearch):
             if size is not None and size != self.store.file_bytes[row]:
                 raise self._changed(images.path(i), f"{size} bytes", f"{self.store.file_bytes[row]}")
         header = self.store.header
-        log.info("proposals: %s, %d boxes in %d images, of which %d could not be read", self.store.folder, header["boxes"],
-                 header["images"], header["unreadable"])
+        log.info(
+            "proposals: %s, %d boxes in %d images, of which %d could not be read",
+            self.store.folder,
+            header["boxes"],
+            header["images"],
+            header["unreadable"],
+        )
 
     def _check_names(self, images: "ImageFiles") -> None:
         if images.fingerprint() == self.store.header["names"]:
@@ -175,14 +195,17 @@ class StoredProposals(BoxSearch):
         missing = [i for i in range(len(images)) if images.name(i) not in known]
         if missing:
             raise UserError(
-                f"{self.store.folder} lacks {len(missing)} of {len(images)} images, the first is {images.name(missing[0])}: names count "
-                f"from the folder that is given as images; make another store with {TOOL}"
+                f"{self.store.folder} lacks {len(missing)} of {len(images)} images, the first is "
+                f"{images.name(missing[0])}: names count from the folder that is given as images; make another store "
+                f"with {TOOL}"
             )
 
     def search(self, image: np.ndarray, name: str = "") -> Found:
         row = self.store.names.find(name)
         if row is None:
-            raise UserError(f"{self.store.folder} has no image {name}: the data set changed; make another store with {TOOL}")
+            raise UserError(
+                f"{self.store.folder} has no image {name}: the data set changed; make another store with {TOOL}"
+            )
         size, stored = tuple(image.shape[:2]), tuple(self.store.sizes_hw[row].tolist())
         if stored == (0, 0):
             raise BadImageError(f"it could not be read when its proposals were stored; make another store with {TOOL}")
@@ -192,5 +215,6 @@ class StoredProposals(BoxSearch):
 
     def _changed(self, name: str, now: str, then: str) -> UserError:
         return UserError(
-            f"{name} has {now}, but had {then} when {self.store.folder} was made: the data set changed; make another store with {TOOL}"
+            f"{name} has {now}, but had {then} when {self.store.folder} was made: the data set changed; make "
+            f"another store with {TOOL}"
         )

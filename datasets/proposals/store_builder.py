@@ -1,9 +1,11 @@
 """Makes a store of proposals (`datasets.proposals.store`) in parts that survive a kill at any moment.
 
-The images, sorted by name, are cut into chunks, whose number depends on nothing but the number of images. `chunks/plan.json` says what is
-being made, `chunks/NUMBER.npz` is the result of one chunk; each is there as a whole or not at all. So any number of processes and machines
-can share the work, and what was done is not done again. `merge` makes the arrays out of all chunks, and the header last.
+The images, sorted by name, are cut into chunks, whose number depends on nothing but the number of images.
+`chunks/plan.json` says what is being made, `chunks/NUMBER.npz` is the result of one chunk; each is there as a whole or
+not at all. So any number of processes and machines can share the work, and what was done is not done again. `merge`
+makes the arrays out of all chunks, and the header last.
 """
+
 import json
 import shutil
 import zlib
@@ -64,7 +66,11 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """Equal for two builds whose chunks may be mixed."""
         return {
-            "format": FORMAT, "method": self.title, "settings": self.method.settings, "grid": self.method.grid, "images": len(self.names),
+            "format": FORMAT,
+            "method": self.title,
+            "settings": self.method.settings,
+            "grid": self.method.grid,
+            "images": len(self.names),
             "names": f"{len(self.names)} images, {self.names.digest()[:16]}",
         }
 
@@ -88,7 +94,9 @@ class Plan:
         return True
 
     def clean(self) -> None:
-        """Removes what a finished store does not need: the chunks, and temporary files of processes that were killed."""
+        """Removes what a finished store does not need: the chunks, and temporary files of processes that were
+        killed.
+        """
         shutil.rmtree(self.folder / "chunks", ignore_errors=True)  # another process may be removing them too
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
@@ -106,8 +114,8 @@ class Plan:
         for key, value in self.identity().items():
             if there.get(key) != value:
                 raise UserError(
-                    f"--output_dir {self.folder} holds proposals with {key} {there.get(key)}, now it is {value}: give another folder, or "
-                    "remove this one"
+                    f"--output_dir {self.folder} holds proposals with {key} {there.get(key)}, now it is {value}: give "
+                    "another folder, or remove this one"
                 )
 
 
@@ -117,10 +125,12 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[int, int]:
     boxes, scores, sizes, files, problems = zip(*rows, strict=True)
     arrays = {
         "counts": np.array([len(part) for part in boxes], dtype=np.int64),
-        "boxes": np.concatenate(boxes).astype(plan.method.dtype), "scores": np.concatenate(scores),
+        "boxes": np.concatenate(boxes).astype(plan.method.dtype),
+        "scores": np.concatenate(scores),
         "sizes": np.array(sizes, dtype=np.int32),
         "file_bytes": np.array([size for size, _ in files], dtype=np.int64),
-        "file_crc32": np.array([crc for _, crc in files], dtype=np.uint32), "problems": np.array(problems, dtype=np.str_),
+        "file_crc32": np.array([crc for _, crc in files], dtype=np.uint32),
+        "problems": np.array(problems, dtype=np.str_),
     }
     content = BytesIO()
     np.savez(content, **arrays)
@@ -171,7 +181,9 @@ def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalStore:
 
 @contextmanager
 def _unless_finished(plan: Plan) -> Iterator[None]:
-    """Another process with the same flags may finish the store at any moment and remove the chunks: what fails then is not needed."""
+    """Another process with the same flags may finish the store at any moment and remove the chunks: what fails then is
+    not needed.
+    """
     try:
         yield
     except UserError:
@@ -183,8 +195,8 @@ def _merge(plan: Plan, step: Callable[[], None]) -> None:
     missing = plan.missing()
     if missing:
         raise UserError(
-            f"{plan.folder} lacks {len(missing)} of {plan.num_chunks} chunks, the first is {missing[0]} (with --shard i/n that of shard "
-            f"{missing[0]} mod n + 1): run {TOOL} for them, and then with --merge"
+            f"{plan.folder} lacks {len(missing)} of {plan.num_chunks} chunks, the first is {missing[0]} (with --shard "
+            f"i/n that of shard {missing[0]} mod n + 1): run {TOOL} for them, and then with --merge"
         )
     counts, problems, has_scores = [], [], False
     for chunk in range(plan.num_chunks):
@@ -196,19 +208,29 @@ def _merge(plan: Plan, step: Callable[[], None]) -> None:
         step()
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
     _write_arrays(plan, offsets, has_scores)
-    header = {**plan.identity(), "boxes": int(offsets[-1]), "scores": has_scores, "unreadable": len(problems), "problems": problems}
+    header = {
+        **plan.identity(),
+        "boxes": int(offsets[-1]),
+        "scores": has_scores,
+        "unreadable": len(problems),
+        "problems": problems,
+    }
     write_text(plan.folder / HEADER, json.dumps(header, indent=1), shared=True)
 
 
 def _write_arrays(plan: Plan, offsets: np.ndarray, has_scores: bool) -> None:
     data, ends = plan.names.arrays()
     for name, array in (("offsets", offsets), ("name_bytes", data), ("name_ends", ends)):
-        write_atomically(plan.folder / f"{name}.npy", lambda file, array=array: np.lib.format.write_array(file, array), shared=True)
+        write_atomically(
+            plan.folder / f"{name}.npy", lambda file, array=array: np.lib.format.write_array(file, array), shared=True
+        )
     images, boxes = len(plan.names), int(offsets[-1])
     shapes = {"boxes": (boxes, 4), "sizes": (images, 2), "file_bytes": (images,), "file_crc32": (images,)}
     for name, shape in {**shapes, **({"scores": (boxes,)} if has_scores else {})}.items():
         write_atomically(
-            plan.folder / f"{name}.npy", lambda file, name=name, shape=shape: _stream(file, shape, _parts(plan, name)), shared=True,
+            plan.folder / f"{name}.npy",
+            lambda file, name=name, shape=shape: _stream(file, shape, _parts(plan, name)),
+            shared=True,
         )
 
 

@@ -1,9 +1,11 @@
 """What a detector learns without labels.
 
-A pretext wraps any detector: `pretext(samples, targets) -> outputs` for `SetCriterion`. It owns its extra heads, its classification
-and its list of losses. `state_dict()` is flat: the detector's keys have no prefix, beside the pretext's own. It never looks at which
-detector it wraps. A pretext is a class here and a line in `PRETEXTS`; what it sees of an image is a file in `datasets`.
+A pretext wraps any detector: `pretext(samples, targets) -> outputs` for `SetCriterion`. It owns its extra heads, its
+classification and its list of losses. `state_dict()` is flat: the detector's keys have no prefix, beside the pretext's
+own. It never looks at which detector it wraps. A pretext is a class here and a line in `PRETEXTS`; what it sees of an
+image is a file in `datasets`.
 """
+
 import torch
 from torch import Tensor, nn
 
@@ -47,15 +49,20 @@ class Pretext(nn.Module):
         return {}
 
     def frozen_parts(self) -> dict[str, nn.Module]:
-        """Networks without gradients: outside of state dict, optimiser and DDP, kept apart in checkpoints. In several processes they begin
-        as those of the first one."""
+        """Networks without gradients: outside of state dict, optimiser and DDP, kept apart in checkpoints. In several
+        processes they begin as those of the first one."""
         return {}
 
     def load_frozen(self, stored: dict[str, dict[str, Tensor]], source: str) -> None:
-        """Fills the frozen parts from what a checkpoint keeps of them: name -> state dict. `source` names it in errors."""
+        """Fills the frozen parts from what a checkpoint keeps of them: name -> state dict. `source` names it in
+        errors.
+        """
         for name, part in self.frozen_parts().items():
             if name not in stored:
-                raise UserError(f"{source} lacks the frozen network {name} of this pretext: resume it with the flags that it was made with")
+                raise UserError(
+                    f"{source} lacks the frozen network {name} of this pretext: resume it with the flags that it "
+                    f"was made with"
+                )
             part.load_state_dict(stored[name])
 
     def after_step(self, share_done: float) -> None:
@@ -79,7 +86,9 @@ class QueryPatchPretext(Pretext):
 
     @staticmethod
     def classification(args) -> Classification:
-        """Softmax over two classes (patches have label 1, class 0 is unused, as published) and "no object", on every detector."""
+        """Softmax over two classes (patches have label 1, class 0 is unused, as published) and "no object", on every
+        detector.
+        """
         return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
 
     def loss_weights(self, args) -> dict[str, float]:
@@ -87,7 +96,9 @@ class QueryPatchPretext(Pretext):
         return {**weights, "loss_feature": args.feature_loss_coef} if "features" in self.losses else weights
 
     def predict_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> None:
-        """Adds `pred_features` [B, Q, F] of each decoder layer to its outputs, and the targets [B * M, F]. layers: [L, B, Q, D]."""
+        """Adds `pred_features` [B, Q, F] of each decoder layer to its outputs, and the targets [B * M, F]. layers: [L,
+        B, Q, D].
+        """
         with torch.autocast(layers.device.type, enabled=False):
             predicted = self.feature_align(full_precision(layers))
         outputs["pred_features"], outputs["target_features"] = predicted[-1], target_features
@@ -113,17 +124,21 @@ def check_region_queries(detector: Detector, num_patches: int) -> None:
     """
     if detector.two_stage:
         raise UserError(
-            "--two_stage: such a detector has no learned queries that patches could be added to; leave it out with this pretext"
+            "--two_stage: such a detector has no learned queries that patches could be added to; leave it out with "
+            "this pretext"
         )
     if detector.num_queries % num_patches:
         raise UserError(
-            f"--num_patches {num_patches} does not divide --num_queries {detector.num_queries}: every patch needs the same number "
-            f"of queries, for instance --num_queries {max(1, round(detector.num_queries / num_patches)) * num_patches}"
+            f"--num_patches {num_patches} does not divide --num_queries {detector.num_queries}: every patch needs the "
+            "same number of queries, for instance --num_queries "
+            f"{max(1, round(detector.num_queries / num_patches)) * num_patches}"
         )
 
 
 def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
-    """The mean of each map of the backbone: [N, 3, S, S] -> [N, F]; several levels are joined. Gradients only where it trains."""
+    """The mean of each map of the backbone: [N, 3, S, S] -> [N, F]; several levels are joined. Gradients only where it
+    trains.
+    """
     with torch.set_grad_enabled(torch.is_grad_enabled() and not backbone.frozen):
         return torch.cat([full_precision(x).mean((2, 3)) for x in backbone(images)], dim=1)
 

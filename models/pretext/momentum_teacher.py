@@ -1,4 +1,7 @@
-"""A momentum teacher: a copy of a pretext that follows it slowly and gives it targets (BYOL, Grill et al., NeurIPS 2020, section 3.1)."""
+"""A momentum teacher: a copy of a pretext that follows it slowly and gives it targets (BYOL, Grill et al., NeurIPS
+2020, section 3.1).
+"""
+
 import copy
 import math
 
@@ -13,10 +16,12 @@ from util.nested_tensor import NestedTensor
 class MomentumTeacher:
     """`network` is a copy of a pretext without gradients, whose parameters move after each step by equation 1:
 
-        teacher <- m * teacher + (1 - m) * student,    m = 1 - (1 - momentum) * (cos(pi * share of training done) + 1) / 2
+        teacher <- m * teacher + (1 - m) * student,    m = 1 - (1 - momentum) * (cos(pi * share of training done) + 1) /
+        2
 
-    Dropout is off in it. Batch norm takes the statistics of the batch in training, as the student's does; running statistics are the
-    student's. A backbone that does not train is not copied: its maps are those that the student's made.
+    Dropout is off in it. Batch norm takes the statistics of the batch in training, as the student's does; running
+    statistics are the student's. A backbone that does not train is not copied: its maps are those that the student's
+    made.
 
     Args:
         student: complete; what it gets later is not in the copy.
@@ -26,7 +31,9 @@ class MomentumTeacher:
     def __init__(self, student: nn.Module, momentum: float) -> None:
         backbone = student.detector.backbone[0]
         self.momentum, self.maps = momentum, _GivenMaps() if backbone.frozen else None
-        self.network = copy.deepcopy(student, {id(backbone): self.maps} if self.maps else {}).requires_grad_(False).eval()
+        self.network = (
+            copy.deepcopy(student, {id(backbone): self.maps} if self.maps else {}).requires_grad_(False).eval()
+        )
         self.norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
 
     @torch.no_grad()

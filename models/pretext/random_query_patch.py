@@ -1,8 +1,9 @@
 """Random query patch detection, the pretext of UP-DETR (Dai et al., CVPR 2021), on any detector.
 
-Patches are cut out of an image; the pooled backbone feature of a patch is added to the position of a group of object queries; the
-decoder has to find where in the image the patch comes from, and to reconstruct its feature.
+Patches are cut out of an image; the pooled backbone feature of a patch is added to the position of a group of object
+queries; the decoder has to find where in the image the patch comes from, and to reconstruct its feature.
 """
+
 import torch
 from torch import Tensor, nn
 
@@ -15,9 +16,9 @@ from util.nested_tensor import as_nested_tensor
 class RandomQueryPatch(QueryPatchPretext):
     """Shapes: B images, M patches an image, Q queries, D model width, F backbone channels.
 
-    Query n belongs to patch n // (Q / M). Queries of one patch see only each other in self-attention (section 3.2, done by query
-    groups). In training the patch feature is left out of a query with probability `mask_ratio`. At evaluation any number x <= M of
-    patches may be given: the first x * Q / M queries are used.
+    Query n belongs to patch n // (Q / M). Queries of one patch see only each other in self-attention (section 3.2, done
+    by query groups). In training the patch feature is left out of a query with probability `mask_ratio`. At evaluation
+    any number x <= M of patches may be given: the first x * Q / M queries are used.
 
     Args:
         query_shuffle: assign learned queries to patches anew in each training step (the authors found no gain).
@@ -25,7 +26,12 @@ class RandomQueryPatch(QueryPatchPretext):
     """
 
     def __init__(
-        self, detector: Detector, num_patches: int, mask_ratio: float = 0.1, query_shuffle: bool = False, feature_recon: bool = True
+        self,
+        detector: Detector,
+        num_patches: int,
+        mask_ratio: float = 0.1,
+        query_shuffle: bool = False,
+        feature_recon: bool = True,
     ) -> None:
         super().__init__(detector)
         check_region_queries(detector, num_patches)
@@ -52,7 +58,9 @@ class RandomQueryPatch(QueryPatchPretext):
         patches = self._stack_patches(targets)
         memory = self.detector.encode(as_nested_tensor(samples))
         features = self.patch_features(patches.flatten(0, 1))
-        states = self.detector.decode(memory, self.patch_queries(features, *patches.shape[:2]), query_groups=patches.shape[1])
+        states = self.detector.decode(
+            memory, self.patch_queries(features, *patches.shape[:2]), query_groups=patches.shape[1]
+        )
         outputs = self.detector.predict(states)
         if self.feature_recon:
             self.predict_features(outputs, states.layers, features.detach())
@@ -61,7 +69,9 @@ class RandomQueryPatch(QueryPatchPretext):
     def _stack_patches(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = {len(target["patches"]) for target in targets}
         if len(counts) != 1 or max(counts) > self.num_patches:
-            raise ValueError(f"every image must bring the same number of patches, at most {self.num_patches}; got {sorted(counts)}")
+            raise ValueError(
+                f"every image must bring the same number of patches, at most {self.num_patches}; got {sorted(counts)}"
+            )
         return torch.stack([target["patches"] for target in targets])
 
     def patch_features(self, patches: Tensor) -> Tensor:
@@ -84,4 +94,3 @@ class RandomQueryPatch(QueryPatchPretext):
     def keep_mask(self, batch: int, num_queries: int, device: torch.device) -> Tensor:
         """1 where a query keeps its patch feature, 0 where it is left out: [B, Q, 1]."""
         return (torch.rand(batch, num_queries, 1, device=device) > self.mask_ratio).float()
-

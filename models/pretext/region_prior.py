@@ -1,4 +1,7 @@
-"""DETReg (Bar et al., CVPR 2022): detect the boxes of a proposal method, and predict an embedding of what is in each."""
+"""DETReg (Bar et al., CVPR 2022): detect the boxes of a proposal method, and predict an embedding of what is in
+each.
+"""
+
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +17,26 @@ from util.nested_tensor import as_nested_tensor
 class RegionPrior(Pretext):
     """The detector sees whole images with its own queries; targets are proposals, all of one class.
 
-    With `target_encoder`, `feature_embed` predicts from the last decoder layer what that frozen network says of the crop of each matched
-    proposal. The encoder is in neither state dict nor optimiser; checkpoints keep it apart.
+    With `target_encoder`, `feature_embed` predicts from the last decoder layer what that frozen network says of the
+    crop of each matched proposal. The encoder is in neither state dict nor optimiser; checkpoints keep it apart.
 
     Args:
         published_statistics: see `models.target_encoder.describe`.
     """
 
-    def __init__(self, detector: Detector, target_encoder: nn.Module | None = None, published_statistics: bool = False) -> None:
+    def __init__(
+        self, detector: Detector, target_encoder: nn.Module | None = None, published_statistics: bool = False
+    ) -> None:
         super().__init__(detector)
         self.losses = ("labels", "boxes", "cardinality")
         self.published_statistics = published_statistics
-        object.__setattr__(self, "target_encoder", target_encoder)  # not a submodule: outside of state dict, parameters and DDP
+        object.__setattr__(
+            self, "target_encoder", target_encoder
+        )  # not a submodule: outside of state dict, parameters and DDP
         if target_encoder is not None:
-            self.feature_embed = MLP(detector.hidden_dim, detector.hidden_dim, target_encoder.num_channels, num_layers=2)
+            self.feature_embed = MLP(
+                detector.hidden_dim, detector.hidden_dim, target_encoder.num_channels, num_layers=2
+            )
             self.losses += ("object_embedding",)
 
     @classmethod
@@ -35,14 +44,21 @@ class RegionPrior(Pretext):
         if not args.object_embedding_loss:
             return cls(detector)
         if args.backbone_weights == "none" and not args.resume:
-            log.warning("--object_embedding_loss with --backbone_weights none: the embeddings to predict are those of a random network")
+            log.warning(
+                "--object_embedding_loss with --backbone_weights none: the embeddings to predict are those of a "
+                "random network"
+            )
         encoder = build_target_encoder(args.obj_embedding_head, detector.backbone[0], args.backbone_weights)
         return cls(detector, encoder, args.reproduce_published and args.obj_embedding_head == "head")
 
     @staticmethod
     def classification(args) -> Classification:
-        """As the detector's own: objectness is one of its classes (published: label 1 of 91), or the only one with `--num_classes 1`."""
-        return Classification(args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+        """As the detector's own: objectness is one of its classes (published: label 1 of 91), or the only one with
+        `--num_classes 1`.
+        """
+        return Classification(
+            args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
+        )
 
     def loss_weights(self, args) -> dict[str, float]:
         return {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
@@ -51,9 +67,11 @@ class RegionPrior(Pretext):
         return {"loss_object_embedding": args.object_embedding_coef} if "object_embedding" in self.losses else {}
 
     def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
-        """samples: normalised images; with embeddings each target has `patches` [N_i, 3, S, S], normalised like the images.
+        """samples: normalised images; with embeddings each target has `patches` [N_i, 3, S, S], normalised like the
+        images.
 
-        Returns the detector's outputs, with `pred_features` [B, Q, F] of the last layer and `target_features` [sum N_i, F].
+        Returns the detector's outputs, with `pred_features` [B, Q, F] of the last layer and `target_features` [sum N_i,
+        F].
         """
         memory = self.detector.encode(as_nested_tensor(samples))
         states = self.detector.decode(memory)
@@ -80,4 +98,6 @@ class RegionPrior(Pretext):
         elif isinstance(self.target_encoder, IntermediateEncoder) and self.detector.backbone[0].frozen:
             self.target_encoder.copy_weights(self.detector.backbone[0])
         else:
-            raise UserError(f"{source} lacks the target encoder of --object_embedding_loss: start a new run from --backbone_weights")
+            raise UserError(
+                f"{source} lacks the target encoder of --object_embedding_loss: start a new run from --backbone_weights"
+            )

@@ -1,8 +1,9 @@
 """Siamese DETR (Chen et al., CVPR 2023) on any detector: regions of one view are found in the other.
 
-Shapes: B images of two views each, M regions, Q queries, D model width, F backbone channels. A batch holds view 1 of all images, then
-view 2; box m of a view shows the same region as box m of the other one.
+Shapes: B images of two views each, M regions, Q queries, D model width, F backbone channels. A batch holds view 1 of
+all images, then view 2; box m of a view shows the same region as box m of the other one.
 """
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
@@ -21,29 +22,41 @@ ROI_SIDE = 7  # cells of a map's grid that a region is read with
 
 
 class Siamese(QueryPatchPretext):
-    """Each image is encoded once. The queries of one view, made from the features of its regions, decode the other view's memory.
+    """Each image is encoded once. The queries of one view, made from the features of its regions, decode the other
+    view's memory.
 
-    Targets are the regions' boxes in the view that is decoded, without disturbance. Region discrimination predicts the feature of the
-    region's crop from the queries' view; global discrimination compares the pooled memories of the two views as SimSiam does. A part whose
-    weight is 0 is not built.
+    Targets are the regions' boxes in the view that is decoded, without disturbance. Region discrimination predicts the
+    feature of the region's crop from the queries' view; global discrimination compares the pooled memories of the two
+    views as SimSiam does. A part whose weight is 0 is not built.
 
     Args:
         box_disturbance: share of width and height by which a corner of a query's box moves at most.
-        reproduce_published: padding counts in the pooled memory, and on a detector whose queries have a learned content (Deformable
-            DETR) the queries of the first image serve the whole batch.
-        teacher_momentum: None: targets are the network's own, without gradient, as published. Else a momentum teacher gives the
-            projections that global discrimination predicts and, where the backbone trains, the features of the regions' crops.
+        reproduce_published: padding counts in the pooled memory, and on a detector whose queries have a learned content
+            (Deformable DETR) the queries of the first image serve the whole batch.
+        teacher_momentum: None: targets are the network's own, without gradient, as published. Else a momentum teacher
+            gives the projections that global discrimination predicts and, where the backbone trains, the features of
+            the regions' crops.
     """
 
     teacher: MomentumTeacher | None = None
 
     def __init__(
-        self, detector: Detector, num_patches: int, box_disturbance: float = 0.1, region_discrimination: bool = True,
-        global_discrimination: bool = True, reproduce_published: bool = False, teacher_momentum: float | None = None,
+        self,
+        detector: Detector,
+        num_patches: int,
+        box_disturbance: float = 0.1,
+        region_discrimination: bool = True,
+        global_discrimination: bool = True,
+        reproduce_published: bool = False,
+        teacher_momentum: float | None = None,
     ) -> None:
         super().__init__(detector)
         check_region_queries(detector, num_patches)
-        self.num_patches, self.box_disturbance, self.reproduce_published = num_patches, box_disturbance, reproduce_published
+        self.num_patches, self.box_disturbance, self.reproduce_published = (
+            num_patches,
+            box_disturbance,
+            reproduce_published,
+        )
         channels, dim = detector.backbone[0].num_channels, detector.hidden_dim
         self.patch2query = nn.Linear(sum(channels), dim)
         self.losses = ("labels", "boxes", "cardinality")
@@ -59,23 +72,39 @@ class Siamese(QueryPatchPretext):
     @classmethod
     def from_args(cls, args, detector: Detector) -> "Siamese":
         if args.global_loss_coef and args.batch_size * get_world_size() < 2:
-            raise UserError("--batch_size 1: batch norm of global discrimination needs two images; use 2 or more, or --global_loss_coef 0")
-        if args.teacher_momentum is not None and not args.global_loss_coef and (not args.feature_loss_coef or detector.backbone[0].frozen):
-            raise UserError(f"--teacher_momentum {args.teacher_momentum:g} has no target to give: leave it out, or use --global_loss_coef, "
-                            "or --lr_backbone with --feature_loss_coef")
-        return cls(detector, args.num_patches, args.box_disturbance, args.feature_loss_coef > 0, args.global_loss_coef > 0,
-                   args.reproduce_published, args.teacher_momentum)
+            raise UserError(
+                "--batch_size 1: batch norm of global discrimination needs two images; use 2 or more, or "
+                "--global_loss_coef 0"
+            )
+        if (
+            args.teacher_momentum is not None
+            and not args.global_loss_coef
+            and (not args.feature_loss_coef or detector.backbone[0].frozen)
+        ):
+            raise UserError(
+                f"--teacher_momentum {args.teacher_momentum:g} has no target to give: leave it out, or use "
+                "--global_loss_coef, or --lr_backbone with --feature_loss_coef"
+            )
+        return cls(
+            detector,
+            args.num_patches,
+            args.box_disturbance,
+            args.feature_loss_coef > 0,
+            args.global_loss_coef > 0,
+            args.reproduce_published,
+            args.teacher_momentum,
+        )
 
     def last_layer_weights(self, args) -> dict[str, float]:
         return {"loss_enc_global_contra": args.global_loss_coef} if "global_contrast" in self.losses else {}
 
     def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
-        """samples: 2B normalised views; each target has `boxes` [M, 4], `size` (h, w) and, for region discrimination, `patches`
-        [M, 3, S, S], normalised like the images.
+        """samples: 2B normalised views; each target has `boxes` [M, 4], `size` (h, w) and, for region discrimination,
+        `patches` [M, 3, S, S], normalised like the images.
 
-        Returns the detector's outputs for the 2B views, each asked with the regions of its partner, so that the targets of a view are
-        those of the outputs. With them `pred_features` [2B, Q, F] in each layer and `target_features` [2B * M, F], and `projections` and
-        `predictions` [2B, D].
+        Returns the detector's outputs for the 2B views, each asked with the regions of its partner, so that the targets
+        of a view are those of the outputs. With them `pred_features` [2B, Q, F] in each layer and `target_features` [2B
+        * M, F], and `projections` and `predictions` [2B, D].
 
         Raises:
             ValueError: views bring different numbers of regions, or not `num_patches` of them.
@@ -109,11 +138,16 @@ class Siamese(QueryPatchPretext):
     def _stack_boxes(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = sorted({len(target["boxes"]) for target in targets})
         if counts != [self.num_patches] or len(targets) % 2:
-            raise ValueError(f"two views an image and {self.num_patches} regions a view are needed; got {len(targets)} views with {counts}")
+            raise ValueError(
+                f"two views an image and {self.num_patches} regions a view are needed; got {len(targets)} views "
+                f"with {counts}"
+            )
         return torch.stack([target["boxes"] for target in targets])
 
     def disturb(self, boxes_cxcywh: Tensor, sizes: Tensor) -> Tensor:
-        """Boxes [2B, M, 4] of views with `sizes` (h, w) [2B, 2] -> boxes_xyxy_abs [2B, M, 4], each corner moved, inside the view."""
+        """Boxes [2B, M, 4] of views with `sizes` (h, w) [2B, 2] -> boxes_xyxy_abs [2B, M, 4], each corner moved, inside
+        the view.
+        """
         sides = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes_cxcywh.dtype)
         corners = box_cxcywh_to_xyxy(boxes_cxcywh) * sides
         return move_corners(corners, self.normals(corners), self.box_disturbance).clamp(min=0).minimum(sides)
@@ -138,7 +172,9 @@ class Siamese(QueryPatchPretext):
         if self.reproduce_published and learned.content is not None:
             halves = features.unflatten(0, (2, -1))
             features = halves[:, :1].expand_as(halves).flatten(0, 1)
-        from_regions = self.patch2query(features).repeat_interleave(self.detector.num_queries // self.num_patches, dim=1)
+        from_regions = self.patch2query(features).repeat_interleave(
+            self.detector.num_queries // self.num_patches, dim=1
+        )
         return Queries(learned.position + from_regions, learned.content)
 
     @torch.no_grad()
@@ -166,8 +202,14 @@ class GlobalHead(nn.Module):
         super().__init__()
         self.projector, self.predictor = nn.Module(), nn.Module()
         self.projector.mlp = nn.Sequential(
-            nn.Linear(channels, dim), SyncedBatchNorm(dim), nn.ReLU(), nn.Linear(dim, dim), SyncedBatchNorm(dim), nn.ReLU(),
-            nn.Linear(dim, dim), SyncedBatchNorm(dim),
+            nn.Linear(channels, dim),
+            SyncedBatchNorm(dim),
+            nn.ReLU(),
+            nn.Linear(dim, dim),
+            SyncedBatchNorm(dim),
+            nn.ReLU(),
+            nn.Linear(dim, dim),
+            SyncedBatchNorm(dim),
         )
         self.predictor.mlp = nn.Sequential(nn.Linear(dim, dim), SyncedBatchNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
 

@@ -1,4 +1,5 @@
 """The folder of a study: what study.json says, the rates that were chosen, and who may work on it."""
+
 import contextlib
 import json
 import platform
@@ -30,22 +31,43 @@ def check_study(study: dict[str, Any], args: Namespace, manifest: dict[str, Any]
     """
     if not study:
         if args.output_dir.is_dir() and any(path.name != ".lock" for path in args.output_dir.iterdir()):
-            raise UserError(f"--output_dir {args.output_dir} holds something that is not of a study: choose another folder")
+            raise UserError(
+                f"--output_dir {args.output_dir} holds something that is not of a study: choose another folder"
+            )
         return
     if study["data"]["sha256"] != manifest["sha256"]:
-        raise UserError(f"--output_dir {args.output_dir} was made with other data than --data {args.data}: choose another folder")
+        raise UserError(
+            f"--output_dir {args.output_dir} was made with other data than --data {args.data}: choose another folder"
+        )
     if study["preset"] != args.preset:
-        raise UserError(f"--output_dir {args.output_dir} was made with --preset {study['preset']}, now it is {args.preset}: choose another "
-                        "folder")
+        raise UserError(
+            f"--output_dir {args.output_dir} was made with --preset {study['preset']}, now it is {args.preset}: "
+            "choose another folder"
+        )
 
 
-def begin_study(args: Namespace, options: Options, study: dict[str, Any], manifest: dict[str, Any], steps: list[Step]) -> None:
+def begin_study(
+    args: Namespace, options: Options, study: dict[str, Any], manifest: dict[str, Any], steps: list[Step]
+) -> None:
     planned = {**study.get("steps", {}), **{step.name: step.facts() for step in steps}}
-    start = {**environment(), "command": shown_command(sys.argv), "jobs": args.jobs, "machine": processor(), "cores": args.cores}
+    start = {
+        **environment(),
+        "command": shown_command(sys.argv),
+        "jobs": args.jobs,
+        "machine": processor(),
+        "cores": args.cores,
+    }
     facts = {name: getattr(options.preset, name) for name in ("title", "batch", "images", "pretrain", "backbone_rate")}
     facts["model"] = options.model
-    record = {**study, "preset": args.preset, "preset_settings": facts, "data": manifest, "data_folder": str(args.data.resolve()),
-              "steps": planned, "starts": [*study.get("starts", []), start]}
+    record = {
+        **study,
+        "preset": args.preset,
+        "preset_settings": facts,
+        "data": manifest,
+        "data_folder": str(args.data.resolve()),
+        "steps": planned,
+        "starts": [*study.get("starts", []), start],
+    }
     write_text(args.output_dir / STUDY, json.dumps(record, indent=1) + "\n")
 
 
@@ -59,7 +81,8 @@ def processor() -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[BinaryIO]:
-    """One process works on a study. The runs inherit the lock: while one of a killed tool is left, nobody starts a second one beside it.
+    """One process works on a study. The runs inherit the lock: while one of a killed tool is left, nobody starts a
+    second one beside it.
 
     Raises:
         UserError: somebody holds it.
@@ -72,11 +95,14 @@ def locked(folder: Path) -> Iterator[BinaryIO]:
         except ImportError:  # Windows
             pass
         except OSError as error:
-            raise UserError(f"--output_dir {folder}: another process works on this study; wait for it or end it") from error
+            raise UserError(
+                f"--output_dir {folder}: another process works on this study; wait for it or end it"
+            ) from error
         yield file
 
 
-# ---------------------------------------------------------------------------------------------------------------- chosen rates
+# ----------------------------------------------------------------------------------------------------------------
+# chosen rates
 
 
 def chosen_rates(study: dict[str, Any]) -> dict[str, float]:
@@ -110,4 +136,6 @@ def best_rates(folder: Path, steps: list[Step]) -> dict[str, dict[str, Any]]:
 def keep_choices(folder: Path, choices: dict[str, dict[str, Any]]) -> None:
     """Every row then learns at them, in later calls too."""
     study = read_study(folder)
-    write_text(folder / STUDY, json.dumps({**study, "choices": {**study.get("choices", {}), **choices}}, indent=1) + "\n")
+    write_text(
+        folder / STUDY, json.dumps({**study, "choices": {**study.get("choices", {}), **choices}}, indent=1) + "\n"
+    )

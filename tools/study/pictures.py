@@ -1,4 +1,5 @@
 """Curves of a study, and the same test images as each row of its tables sees them."""
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,13 @@ def draw_predictions(runs: Mapping[str, Path], data: Path, path: Path) -> Path:
     names = {category["id"]: category["name"] for category in truth["categories"]}
     true_boxes = _by_image([box for box in truth["annotations"] if not box["iscrowd"]])
     labelled = [image for image in truth["images"] if true_boxes.get(image["id"])]
-    chosen = [labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, min(SHOWN, len(labelled))).round().astype(int))]
-    found = {name: _by_image(json.loads((folder / "results.json").read_text(encoding="utf-8"))) for name, folder in runs.items()}
+    chosen = [
+        labelled[i] for i in np.unique(np.linspace(0, len(labelled) - 1, min(SHOWN, len(labelled))).round().astype(int))
+    ]
+    found = {
+        name: _by_image(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+        for name, folder in runs.items()
+    }
     rows = []
     for image in chosen:
         pixels = np.asarray(open_image(str(data / "labelled" / image["file_name"])))

@@ -1,13 +1,15 @@
-"""The data of a transfer study: small copies of the images, boxes in their pixels, fixed splits, and a manifest of it all.
+"""The data of a transfer study: small copies of the images, boxes in their pixels, fixed splits, and a manifest of it
+all.
 
-    annotations/{train,val,test}.json    COCO's format; `val` is cut off from the source's training part, `test` is its evaluation part
-    annotations/train_0.1.json           the images of splits/0.1.json, listed again until an epoch is as long as one of train.json
-    splits/0.1.json                      their ids, for --split_file
-    labelled/{train,test}/               images of train and val, and of test
-    labelled/true_boxes.txt              training images with two boxes or more, for pre-training on annotations/true_boxes.json
-    unlabelled/N/, unlabelled.txt        images of source N; the list of all that are pre-trained on
-    manifest.json                        counts, seeds, hashes; written last
+annotations/{train,val,test}.json    COCO's format; `val` is cut off from the source's training part, `test` is its
+evaluation part annotations/train_0.1.json           the images of splits/0.1.json, listed again until an epoch is as
+long as one of train.json splits/0.1.json                      their ids, for --split_file
+labelled/{train,test}/               images of train and val, and of test
+labelled/true_boxes.txt              training images with two boxes or more, for pre-training on
+annotations/true_boxes.json unlabelled/N/, unlabelled.txt        images of source N; the list of all that are
+pre-trained on manifest.json                        counts, seeds, hashes; written last
 """
+
 import hashlib
 import json
 import math
@@ -38,8 +40,17 @@ from util.run_folder import read_record
 
 MANIFEST, BEGUN = "manifest.json", "settings.json"
 DATA_FLAGS = (
-    "coco_path", "data_root", "dataset_file", "voc_path", "voc_train", "voc_val", "airbus_path", "train_images", "train_annotations",
-    "val_images", "val_annotations",
+    "coco_path",
+    "data_root",
+    "dataset_file",
+    "voc_path",
+    "voc_train",
+    "voc_val",
+    "airbus_path",
+    "train_images",
+    "train_annotations",
+    "val_images",
+    "val_annotations",
 )
 LONGEST = 1333 / 800  # of the short side, as in training
 JPEG = b"\xff\xd8\xff"  # how such a file begins
@@ -98,9 +109,16 @@ def prepare(args: Namespace) -> Path:
     folder = args.output_dir
     settings = {
         "labelled": {name: _short(getattr(args, name)) for name in DATA_FLAGS if getattr(args, name)},
-        "unlabelled": [short_place(place) for place in args.unlabelled], "image_size": args.image_size, "quality": args.quality,
-        "val_share": args.val_share, "fractions": args.fractions, "split_seed": args.split_seed, "min_objects": args.min_objects,
-        "labelled_without_labels": not args.no_labelled_images, "max_unlabelled": args.max_unlabelled, "pillow": pillow_version,
+        "unlabelled": [short_place(place) for place in args.unlabelled],
+        "image_size": args.image_size,
+        "quality": args.quality,
+        "val_share": args.val_share,
+        "fractions": args.fractions,
+        "split_seed": args.split_seed,
+        "min_objects": args.min_objects,
+        "labelled_without_labels": not args.no_labelled_images,
+        "max_unlabelled": args.max_unlabelled,
+        "pillow": pillow_version,
     }
     if _begin(folder, settings, [*args.unlabelled]):
         log.info("%s is finished", folder)
@@ -111,13 +129,25 @@ def prepare(args: Namespace) -> Path:
     images = sorted(path for name in ("labelled", "unlabelled") for path in (folder / name).rglob("*.jpg"))
     size = sum(path.stat().st_size for path in images)
     manifest = {
-        "command": shown_command(sys.argv), "settings": settings,
-        **{name: part.describe() for name, part in parts.items()}, **facts, "image_files": len(images),
-        "image_bytes": size, "sha256": {**hashes, "all images": _digest(folder, images)},
+        "command": shown_command(sys.argv),
+        "settings": settings,
+        **{name: part.describe() for name, part in parts.items()},
+        **facts,
+        "image_files": len(images),
+        "image_bytes": size,
+        "sha256": {**hashes, "all images": _digest(folder, images)},
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    log.info("%s: %d training, %d validation, %d test and %d unlabelled images; %.1f MB in %d files", folder, len(parts["train"].ids),
-             len(parts["val"].ids), len(parts["test"].ids), facts["unlabelled"]["images"], size / 1e6, len(images))
+    log.info(
+        "%s: %d training, %d validation, %d test and %d unlabelled images; %.1f MB in %d files",
+        folder,
+        len(parts["train"].ids),
+        len(parts["val"].ids),
+        len(parts["test"].ids),
+        facts["unlabelled"]["images"],
+        size / 1e6,
+        len(images),
+    )
     return folder / MANIFEST
 
 
@@ -134,15 +164,18 @@ def _begin(folder: Path, settings: dict[str, Any], sources: list[str]) -> bool:
     differing = [name for name in settings if before and before.get(name) != settings[name]]
     if differing:
         name = differing[0]
-        raise UserError(f"--output_dir {folder} was prepared with {name} {before.get(name)}, now it is {settings[name]}: choose another "
-                        "folder")
+        raise UserError(
+            f"--output_dir {folder} was prepared with {name} {before.get(name)}, now it is {settings[name]}: choose "
+            "another folder"
+        )
     if not before and any(folder.iterdir()):
         raise UserError(f"--output_dir {folder} holds something that is not of a study: choose another folder")
     write_text(folder / BEGUN, json.dumps(settings, indent=1) + "\n")
     return (folder / MANIFEST).exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- labelled images
+# ------------------------------------------------------------------------------------------------------------- labelled
+# images
 
 
 def write_labelled(args: Namespace, folder: Path) -> dict[str, Part]:
@@ -154,8 +187,10 @@ def write_labelled(args: Namespace, folder: Path) -> dict[str, Part]:
     sources = {name: build_dataset(image_set, settings) for name, image_set in (("train", "train"), ("test", "val"))}
     both = {name: _shrink_all(source, folder, name, args) for name, source in sources.items()}
     if both["test"].dropped:
-        raise UserError(f"{sources['test'].annotation_file}: {both['test'].dropped} images can't be read, see above: a test needs all of "
-                        "them")
+        raise UserError(
+            f"{sources['test'].annotation_file}: {both['test'].dropped} images can't be read, see above: a test needs "
+            "all of them"
+        )
     whole = both["train"]
     cut = set(draw_ids(np.array(whole.ids), args.val_share, args.split_seed).tolist())
     parts = {"train": whole.only(set(whole.ids) - cut), "val": whole.only(cut), "test": both["test"]}
@@ -166,8 +201,10 @@ def write_labelled(args: Namespace, folder: Path) -> dict[str, Part]:
         if name == "val" and not args.val_share:
             continue
         if not part.ids or not part.objects():
-            raise UserError(f"the {name} part has {len(part.ids)} images and no box: give more data, or other --val_share and "
-                            "--min_objects")
+            raise UserError(
+                f"the {name} part has {len(part.ids)} images and no box: give more data, or other --val_share and "
+                "--min_objects"
+            )
         write_text(folder / "annotations" / f"{name}.json", json.dumps(part.content))
     for fraction in args.fractions:
         _write_split(folder, parts["train"], fraction, args.split_seed)
@@ -180,9 +217,15 @@ def _frequent(parts: dict[str, Part], least: int) -> set[int]:
     classes = {category["id"]: category["name"] for category in parts["train"].content["categories"]}
     kept = {number for number in classes if all(count[number] >= least for count in counts)}
     if least and kept:
-        log.info("classes with %d objects or more in both parts: %s", least, ", ".join(classes[number] for number in sorted(kept)))
+        log.info(
+            "classes with %d objects or more in both parts: %s",
+            least,
+            ", ".join(classes[number] for number in sorted(kept)),
+        )
     if not kept:
-        raise UserError(f"--min_objects {least}: no class has as many objects in training and in test; give a smaller number")
+        raise UserError(
+            f"--min_objects {least}: no class has as many objects in training and in test; give a smaller number"
+        )
     return kept
 
 
@@ -209,19 +252,31 @@ def _shrink_all(source: CocoDetection, folder: Path, name: str, args: Namespace)
 
 
 def _crowds(source: CocoDetection, last: int) -> list[dict[str, Any]]:
-    """Regions of many objects in COCO's files: nobody learns them, and evaluation counts what is found there as neither right nor wrong."""
+    """Regions of many objects in COCO's files: nobody learns them, and evaluation counts what is found there as neither
+    right nor wrong.
+    """
     truth, labels = source.truth(), {number: label for label, number in (source.category_ids or {}).items()}
     content = read_json(truth) if isinstance(truth, str) else truth
     return [
-        {"id": number, "image_id": box["image_id"], "category_id": labels.get(box["category_id"], box["category_id"]), "bbox": box["bbox"],
-         "area": box.get("area", box["bbox"][2] * box["bbox"][3]), "iscrowd": 1}
+        {
+            "id": number,
+            "image_id": box["image_id"],
+            "category_id": labels.get(box["category_id"], box["category_id"]),
+            "bbox": box["bbox"],
+            "area": box.get("area", box["bbox"][2] * box["bbox"][3]),
+            "iscrowd": 1,
+        }
         for number, box in enumerate((box for box in content["annotations"] if box.get("iscrowd")), start=last + 1)
     ]
 
 
 def _scaled(box: dict[str, Any], x: float, y: float) -> dict[str, Any]:
     left, top, width, height = box["bbox"]
-    return {**box, "bbox": [round(value, 2) for value in (left * x, top * y, width * x, height * y)], "area": round(box["area"] * x * y, 2)}
+    return {
+        **box,
+        "bbox": [round(value, 2) for value in (left * x, top * y, width * x, height * y)],
+        "area": round(box["area"] * x * y, 2),
+    }
 
 
 def _write_true_boxes(folder: Path, train: Part) -> None:
@@ -248,7 +303,13 @@ def _write_split(folder: Path, train: Part, fraction: float, seed: int) -> None:
     ids = draw_ids(np.array(train.ids), fraction, seed).tolist()
     if not ids:
         raise UserError(f"--fractions {fraction:g} of {len(train.ids)} images is none: give a larger one")
-    record = {"source": "annotations/train.json", "images": len(train.ids), "filter_pct": fraction, "seed": seed, "ids": ids}
+    record = {
+        "source": "annotations/train.json",
+        "images": len(train.ids),
+        "filter_pct": fraction,
+        "seed": seed,
+        "ids": ids,
+    }
     write_text(folder / "splits" / f"{split_name(fraction)}.json", json.dumps(record))
     write_text(folder / annotation_file(fraction), json.dumps(repeated(train.only(set(ids)).content, len(train.ids))))
 
@@ -256,7 +317,8 @@ def _write_split(folder: Path, train: Part, fraction: float, seed: int) -> None:
 def repeated(content: dict[str, Any], count: int) -> dict[str, Any]:
     """COCO content whose images come again under new ids until there are `count`.
 
-    Epochs of few images would spend their time on checkpoints and evaluations, and rate schedules and curves could not be compared.
+    Epochs of few images would spend their time on checkpoints and evaluations, and rate schedules and curves could not
+    be compared.
     """
     boxes: dict[int, list[dict]] = {}
     for box in content["annotations"]:
@@ -270,7 +332,8 @@ def repeated(content: dict[str, Any], count: int) -> dict[str, Any]:
     return {**content, "images": images, "annotations": annotations}
 
 
-# ------------------------------------------------------------------------------------------------------------ unlabelled images
+# ------------------------------------------------------------------------------------------------------------
+# unlabelled images
 
 
 def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Part]) -> dict[str, Any]:
@@ -292,18 +355,31 @@ def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Part]) -> d
             bar.step()
         sources.append({"source": short_place(place), "images": len(found)})
         names += found
-    held_out = [folder / "labelled" / image["file_name"] for name in ("val", "test") for image in parts[name].content["images"]]
+    held_out = [
+        folder / "labelled" / image["file_name"] for name in ("val", "test") for image in parts[name].content["images"]
+    ]
     copies = same_pictures([folder / name for name in names], held_out)
     for name in copies:
         log.info("left out %s: it is one of the held-out images", name.relative_to(folder))
         name.unlink()
     names = [name for name in names if folder / name not in copies]
-    own = [] if args.no_labelled_images else [f"labelled/{image['file_name']}" for image in parts["train"].content["images"]]
+    own = (
+        []
+        if args.no_labelled_images
+        else [f"labelled/{image['file_name']}" for image in parts["train"].content["images"]]
+    )
     if not names and not own:
         raise UserError("no unlabelled image: give --unlabelled FOLDER, or leave out --no_labelled_images")
     write_text(folder / "unlabelled.txt", "".join(f"{name}\n" for name in [*names, *own]))
-    return {"unlabelled": {"images": len(names) + len(own), "sources": sources, "of_the_labelled_training_part": len(own),
-                           "left_out_as_held_out": len(copies), "unreadable": unreadable}}
+    return {
+        "unlabelled": {
+            "images": len(names) + len(own),
+            "sources": sources,
+            "of_the_labelled_training_part": len(own),
+            "left_out_as_held_out": len(copies),
+            "unreadable": unreadable,
+        }
+    }
 
 
 def draw_unlabelled(lengths: list[int], most: int | None, seed: int) -> list[list[int]]:
@@ -311,7 +387,10 @@ def draw_unlabelled(lengths: list[int], most: int | None, seed: int) -> list[lis
     total = sum(lengths)
     chosen = np.arange(total) if most is None or most >= total else draw_ids(np.arange(total), most / total, seed)
     starts = np.cumsum([0, *lengths])
-    return [(chosen[(chosen >= start) & (chosen < end)] - start).tolist() for start, end in zip(starts[:-1], starts[1:], strict=True)]
+    return [
+        (chosen[(chosen >= start) & (chosen < end)] - start).tolist()
+        for start, end in zip(starts[:-1], starts[1:], strict=True)
+    ]
 
 
 def small_name(name: str) -> str:
@@ -321,7 +400,8 @@ def small_name(name: str) -> str:
 
 
 def shrink(source: ImageFile, target: Path, args: Namespace) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Writes a JPEG whose short side is `args.image_size` at most; one that is there already is kept. (old, new) (width, height).
+    """Writes a JPEG whose short side is `args.image_size` at most; one that is there already is kept. (old, new)
+    (width, height).
 
     A JPEG that is small enough is copied as it is.
 
@@ -367,7 +447,8 @@ def fingerprint(path: Path) -> np.ndarray:
     return pixels / max(float(np.linalg.norm(pixels)), 1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -377,7 +458,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     manifest = read_record(folder / MANIFEST)
     if not manifest:
-        raise UserError(f"--data {folder} holds no {MANIFEST}: make it by `tools/transfer_study.py prepare --output_dir {folder}`")
+        raise UserError(
+            f"--data {folder} holds no {MANIFEST}: make it by `tools/transfer_study.py prepare --output_dir {folder}`"
+        )
     for name, digest in manifest["sha256"].items():
         if name != "all images" and (not (folder / name).is_file() or _sha256(folder / name) != digest):
             raise UserError(f"--data {folder}: {name} is not what was prepared: prepare it again into another folder")
@@ -389,8 +472,14 @@ def steps_an_epoch(manifest: dict[str, Any], batch_size: int) -> int:
 
 
 def _texts(folder: Path) -> list[Path]:
-    return sorted([*(folder / "annotations").glob("*.json"), *(folder / "splits").glob("*.json"), folder / "unlabelled.txt",
-                   folder / "labelled" / "true_boxes.txt"])
+    return sorted(
+        [
+            *(folder / "annotations").glob("*.json"),
+            *(folder / "splits").glob("*.json"),
+            folder / "unlabelled.txt",
+            folder / "labelled" / "true_boxes.txt",
+        ]
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,5 @@
 """The page of a study: tables over seeds, paired differences, curves, and how it was made."""
+
 import csv
 import io
 from pathlib import Path
@@ -16,8 +17,8 @@ LOSSES = ("test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou")  # we
 
 
 def write_report(folder: Path, output: Path, picture_folder: Path) -> Path:
-    """Tables, curves and a CSV file of all numbers beside `output`, a page of predictions for each detector and fraction in
-    `picture_folder`; returns `output`.
+    """Tables, curves and a CSV file of all numbers beside `output`, a page of predictions for each detector and
+    fraction in `picture_folder`; returns `output`.
 
     What a person wrote between the marks of an earlier page in its place is kept.
 
@@ -44,8 +45,10 @@ def words_before(output: Path) -> str:
     try:
         return words_of_person(page)
     except ValueError as error:
-        raise UserError(f"--output {output}: {error}; bring back '{WORDS}' and '{END_OF_WORDS}' around your words, or choose another "
-                        "name") from error
+        raise UserError(
+            f"--output {output}: {error}; bring back '{WORDS}' and '{END_OF_WORDS}' around your words, or choose "
+            "another name"
+        ) from error
 
 
 def all_numbers(results: Results) -> str:
@@ -58,7 +61,9 @@ def all_numbers(results: Results) -> str:
             entries = [entry for entry in read_log(place) if entry.get("test_coco_eval_bbox")]
             for (epoch, stats), entry in zip(evaluations(entries), entries, strict=True):
                 origin = results.origins[detector, row, fraction][seed] or ""
-                writer.writerow([detector, row, fraction, seed, origin, epoch, *stats, *(entry.get(name, "") for name in LOSSES)])
+                writer.writerow(
+                    [detector, row, fraction, seed, origin, epoch, *stats, *(entry.get(name, "") for name in LOSSES)]
+                )
     return table.getvalue()
 
 
@@ -70,11 +75,16 @@ def draw_all_curves(results: Results, folder: Path) -> dict[tuple[str, float], P
         for row in rows:
             runs = results.runs.get((detector, row, fraction), {})
             if runs:
-                curves[row] = [[(epoch, 100 * stats[AP]) for epoch, stats in evaluations(read_log(place))] for place in runs.values()]
+                curves[row] = [
+                    [(epoch, 100 * stats[AP]) for epoch, stats in evaluations(read_log(place))]
+                    for place in runs.values()
+                ]
         if curves:
             path = folder / f"{detector}_{fraction:g}.png"
             try:
-                drawn[detector, fraction] = pictures.draw_curves(curves, path, f"{detector}, {100 * fraction:g} % of the labels")
+                drawn[detector, fraction] = pictures.draw_curves(
+                    curves, path, f"{detector}, {100 * fraction:g} % of the labels"
+                )
             except UserError as error:
                 log.warning("no curves: %s", error)
                 return {}
@@ -82,7 +92,9 @@ def draw_all_curves(results: Results, folder: Path) -> dict[tuple[str, float], P
 
 
 def draw_all_predictions(results: Results, folder: Path) -> None:
-    """One page for each detector and fraction, of the first seed that every row has. Needs the study's data where it was prepared."""
+    """One page for each detector and fraction, of the first seed that every row has. Needs the study's data where it
+    was prepared.
+    """
     data = Path(results.study["data_folder"])
     if not (data / "annotations" / "test.json").is_file():
         log.warning("no pages of predictions: the study's data is not in %s any more", data)

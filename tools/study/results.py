@@ -1,4 +1,5 @@
 """What a study has so far, read from the runs' own files."""
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ Cell = tuple[str, str, float]  # detector, row, fraction
 
 @dataclass
 class Results:
-    """What a study has so far. runs: cell -> seed -> folder of a finished fine-tuning; origins: cell -> seed -> seed of the pre-training
-    that it started from; planned: cell -> its seeds; recalls: facts and numbers of each evaluation without classes; seconds: kind -> those
-    of its finished runs; unfinished: names."""
+    """What a study has so far. runs: cell -> seed -> folder of a finished fine-tuning; origins: cell -> seed -> seed of
+    the pre-training that it started from; planned: cell -> its seeds; recalls: facts and numbers of each evaluation
+    without classes; seconds: kind -> those of its finished runs; unfinished: names."""
 
     folder: Path
     study: dict[str, Any]
@@ -31,12 +32,22 @@ class Results:
 
     def values(self, cell: Cell, number: int) -> dict[int, float]:
         """seed -> AP or AP50 in percent, after the last epoch."""
-        return {seed: 100 * evaluations(read_log(place))[-1][1][number] for seed, place in sorted(self.runs.get(cell, {}).items())}
+        return {
+            seed: 100 * evaluations(read_log(place))[-1][1][number]
+            for seed, place in sorted(self.runs.get(cell, {}).items())
+        }
 
     def codes(self, detector: str, fraction: float) -> list[str]:
         """Versions of the code that made the runs of a table, where they say so."""
-        places = [place for cell, by_seed in self.runs.items() if (cell[0], cell[2]) == (detector, fraction) for place in by_seed.values()]
-        return list(dict.fromkeys(read_record(place.with_name(f"{place.name}.json")).get("code", "unknown") for place in places))
+        places = [
+            place
+            for cell, by_seed in self.runs.items()
+            if (cell[0], cell[2]) == (detector, fraction)
+            for place in by_seed.values()
+        ]
+        return list(
+            dict.fromkeys(read_record(place.with_name(f"{place.name}.json")).get("code", "unknown") for place in places)
+        )
 
     def cells(self) -> dict[tuple[str, float], list[str]]:
         """(detector, fraction) -> rows."""

@@ -1,8 +1,9 @@
 """Runs the steps of a study, several at once: skips what is done, goes on with what was interrupted, and stops cleanly.
 
-Each step has a folder below the study's, and beside it NAME.json, its record (command, seconds, state), and NAME.log, its output.
-study.json holds the data's hashes, the preset, what was chosen, and every step that was ever planned.
+Each step has a folder below the study's, and beside it NAME.json, its record (command, seconds, state), and NAME.log,
+its output. study.json holds the data's hashes, the preset, what was chosen, and every step that was ever planned.
 """
+
 import contextlib
 import json
 import os
@@ -39,7 +40,8 @@ from util.signals import SignalHandler, kill_family
 POLL = 0.2  # seconds
 GRACE = 45.0  # seconds that a run has to save itself before it is ended; torchrun gives its processes 30 of them
 VARIES = {  # kind of a step -> flags in which runs of one column of a table may differ
-    "finetune": ("--seed", "--output_dir", "--pretrain", "--train_annotations"), "pretrain": ("--seed", "--output_dir"),
+    "finetune": ("--seed", "--output_dir", "--pretrain", "--train_annotations"),
+    "pretrain": ("--seed", "--output_dir"),
 }
 TAIL = 6  # lines of a failed run's output
 
@@ -68,16 +70,26 @@ def run_study(args: Namespace) -> None:
         work = do_work(args, options, manifest, steps, stop, deadline, lock)
         if undecided and not work.unfinished():
             choices = best_rates(args.output_dir, steps)
-            options = replace(options, rates={**rates, **{detector: choice["lr"] for detector, choice in choices.items()}})
+            options = replace(
+                options, rates={**rates, **{detector: choice["lr"] for detector, choice in choices.items()}}
+            )
             steps = make_plan(options, manifest)
-            check_plan(steps, read_study(args.output_dir), args.output_dir)  # before it is kept: a choice binds all later calls
+            check_plan(
+                steps, read_study(args.output_dir), args.output_dir
+            )  # before it is kept: a choice binds all later calls
             keep_choices(args.output_dir, choices)
             work = do_work(args, options, manifest, steps, stop, deadline, lock)
     finish(args, work, stop)
 
 
 def do_work(
-    args: Namespace, options: Options, manifest: dict[str, Any], steps: list[Step], stop: "Stop", deadline: float | None, lock: BinaryIO,
+    args: Namespace,
+    options: Options,
+    manifest: dict[str, Any],
+    steps: list[Step],
+    stop: "Stop",
+    deadline: float | None,
+    lock: BinaryIO,
 ) -> "Work":
     """Writes a checked plan down, and runs it as far as it goes."""
     begin_study(args, options, read_study(args.output_dir), manifest, steps)
@@ -94,14 +106,19 @@ def finish(args: Namespace, work: "Work", stop: "Stop") -> None:
     if any(is_done(step, args.output_dir) and step.kind == "finetune" for step in work.steps):
         write_report(args.output_dir, args.output_dir / "transfer.md", args.output_dir)
     if work.failed:
-        raise UserError(f"{len(work.failed)} of {len(work.steps)} runs failed: {', '.join(work.failed)}; their .log files in "
-                        f"{args.output_dir} say why; {again}")
+        raise UserError(
+            f"{len(work.failed)} of {len(work.steps)} runs failed: {', '.join(work.failed)}; their .log files in "
+            f"{args.output_dir} say why; {again}"
+        )
     if left:
-        raise StopRequested(f"{'' if stop.asked else 'time is up: '}{len(left)} of {len(work.steps)} runs are left; {again}")
+        raise StopRequested(
+            f"{'' if stop.asked else 'time is up: '}{len(left)} of {len(work.steps)} runs are left; {again}"
+        )
     log.info("all runs are done")
 
 
-# --------------------------------------------------------------------------------------------------------------------- the steps
+# ---------------------------------------------------------------------------------------------------------------------
+# the steps
 
 
 def record_path(step: Step, folder: Path) -> Path:
@@ -109,7 +126,10 @@ def record_path(step: Step, folder: Path) -> Path:
 
 
 def is_done(step: Step, folder: Path) -> bool:
-    return bool(read_record(record_path(step, folder)).get("finished")) and (folder / step.name / RESULTS[step.kind]).is_file()
+    return (
+        bool(read_record(record_path(step, folder)).get("finished"))
+        and (folder / step.name / RESULTS[step.kind]).is_file()
+    )
 
 
 def origins(step: Step, folder: Path) -> dict[str, int | None]:
@@ -127,7 +147,8 @@ def state_of(step: Step, folder: Path) -> str:
 def check_plan(steps: list[Step], study: dict[str, Any], folder: Path) -> None:
     """
     Raises:
-        UserError: a step was begun with other settings, or would stand in a table with runs that have others; they are named.
+        UserError: a step was begun with other settings, or would stand in a table with runs that have others; they are
+            named.
     """
     _check_settings(steps, folder)
     _check_alike(steps, study, folder)
@@ -137,30 +158,47 @@ def _check_settings(steps: list[Step], folder: Path) -> None:
     for step in steps:
         record = read_record(record_path(step, folder))
         if not record and (folder / step.name).exists() and any((folder / step.name).iterdir()):
-            raise UserError(f"{folder / step.name} was not written by this study: move it away, or choose another --output_dir")
+            raise UserError(
+                f"{folder / step.name} was not written by this study: move it away, or choose another --output_dir"
+            )
         differing = difference(record["words"], step.words) if record else ""
         if differing:
-            raise UserError(f"{folder / step.name} was made with other settings: {differing}; choose another --output_dir, or remove the "
-                            "folder and the .json beside it")
-        stale = [name for name, when in origins(step, folder).items() if record and record.get("origins", {}).get(name, when) != when]
+            raise UserError(
+                f"{folder / step.name} was made with other settings: {differing}; choose another --output_dir, or "
+                "remove the folder and the .json beside it"
+            )
+        stale = [
+            name
+            for name, when in origins(step, folder).items()
+            if record and record.get("origins", {}).get(name, when) != when
+        ]
         if stale:
-            raise UserError(f"{folder / step.name} was made from an earlier {stale[0]}: remove the folder and the .json beside it, and it "
-                            "is made again")
+            raise UserError(
+                f"{folder / step.name} was made from an earlier {stale[0]}: remove the folder and the .json beside "
+                "it, and it is made again"
+            )
 
 
 def _check_alike(steps: list[Step], study: dict[str, Any], folder: Path) -> None:
-    """What stands in one table has to differ in what the table names, and in nothing else, whatever the calls that made it."""
+    """What stands in one table has to differ in what the table names, and in nothing else, whatever the calls that made
+    it.
+    """
     planned = {step.name for step in steps}
-    earlier = [(name, facts, read_record(folder / f"{name}.json")) for name, facts in study.get("steps", {}).items()
-               if name not in planned and facts["kind"] in VARIES]
+    earlier = [
+        (name, facts, read_record(folder / f"{name}.json"))
+        for name, facts in study.get("steps", {}).items()
+        if name not in planned and facts["kind"] in VARIES
+    ]
     for step in steps:
         for name, facts, record in earlier:
             same_row = step.kind == "finetune" or facts["variant"] == step.variant
             if record and (facts["kind"], facts["detector"]) == (step.kind, step.detector) and same_row:
                 differing = difference(record["words"], step.words, VARIES[step.kind])
                 if differing:
-                    raise UserError(f"{folder / step.name} would stand in a table with {name} and have other settings: {differing}; choose "
-                                    "another --output_dir")
+                    raise UserError(
+                        f"{folder / step.name} would stand in a table with {name} and have other settings: "
+                        f"{differing}; choose another --output_dir"
+                    )
 
 
 def cores_of(step: Step, args: Namespace) -> int:
@@ -183,7 +221,9 @@ def command_of(step: Step, args: Namespace) -> list[str]:
 
 
 def launched(words: list[str], processes: int, python: str, root: Path) -> tuple[list[str], dict[str, str]]:
-    """The whole command, and what its environment has to have. Configs are run by bash, and start the script with $LAUNCH."""
+    """The whole command, and what its environment has to have. Configs are run by bash, and start the script with
+    $LAUNCH.
+    """
     starts = [python]
     if processes > 1 and not words[0].startswith("tools/"):
         starts += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -231,7 +271,12 @@ class Stop(SignalHandler):
 def start_process(words: list[str], settings: dict[str, str], output: BinaryIO, lock: BinaryIO) -> subprocess.Popen:
     """In a session of its own: Ctrl-C reaches it through us, once. It keeps the study's lock as long as it lives."""
     return subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **settings}, start_new_session=True,
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **settings},
+        start_new_session=True,
         pass_fds=[lock.fileno()] if os.name == "posix" else [],
     )
 
@@ -252,7 +297,9 @@ class Active:
 
 @dataclass
 class Work:
-    """Goes over the steps; failed: names of those that did, and of those that need them. code: its version, for the records."""
+    """Goes over the steps; failed: names of those that did, and of those that need them. code: its version, for the
+    records.
+    """
 
     args: Namespace
     steps: list[Step]
@@ -274,7 +321,9 @@ class Work:
             while (pending or self.active) and not self._must_end():
                 self._collect(done)
                 self._drop_hopeless(pending)
-                for step in [step for step in pending if done.issuperset(step.needs)][: self.args.jobs - len(self.active)]:
+                for step in [step for step in pending if done.issuperset(step.needs)][
+                    : self.args.jobs - len(self.active)
+                ]:
                     pending.remove(step)
                     self._start(step)
                 time.sleep(POLL)
@@ -295,7 +344,13 @@ class Work:
         words, more = launcher(command_of(step, self.args), PRESETS[self.args.preset].processes)
         path = record_path(step, folder)
         before = read_record(path).get("seconds", 0.0)
-        record = {"words": step.words, "origins": origins(step, folder), "code": self.code, "seconds": before, "finished": False}
+        record = {
+            "words": step.words,
+            "origins": origins(step, folder),
+            "code": self.code,
+            "seconds": before,
+            "finished": False,
+        }
         write_text(path, json.dumps(record, indent=1) + "\n")
         log.info("begins: %s%s", step.name, " again" if before else "")
         with path.with_suffix(".log").open("ab") as output:
@@ -310,21 +365,40 @@ class Work:
             if self._keep_record(run):
                 done.add(run.step.name)
                 left = self._left()
-                log.info("[%d/%d] done in %s: %s%s%s", len(done), len(self.steps), format_seconds(run.seconds), run.step.name,
-                         result_line(run.step, self.args.output_dir), f"; about {format_seconds(left)} left" if left else "")
+                log.info(
+                    "[%d/%d] done in %s: %s%s%s",
+                    len(done),
+                    len(self.steps),
+                    format_seconds(run.seconds),
+                    run.step.name,
+                    result_line(run.step, self.args.output_dir),
+                    f"; about {format_seconds(left)} left" if left else "",
+                )
             else:
                 self.failed.append(run.step.name)
                 path = record_path(run.step, self.args.output_dir).with_suffix(".log")
                 lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-                log.error("failed with status %s: %s, see %s\n%s", run.process.returncode, run.step.name, path,
-                          "\n".join(f"    {line}" for line in lines))
+                log.error(
+                    "failed with status %s: %s, see %s\n%s",
+                    run.process.returncode,
+                    run.step.name,
+                    path,
+                    "\n".join(f"    {line}" for line in lines),
+                )
 
     def _keep_record(self, run: Active) -> bool:
         """Writes down how a run ended; whether it is finished."""
         folder, status = self.args.output_dir, run.process.returncode
         finished = status == 0 and (folder / run.step.name / RESULTS[run.step.kind]).is_file()
-        record = {"words": run.step.words, "origins": origins(run.step, folder), "code": self.code, "seconds": round(run.seconds, 1),
-                  "finished": finished, "status": status, "failed": not finished and not self._must_end()}
+        record = {
+            "words": run.step.words,
+            "origins": origins(run.step, folder),
+            "code": self.code,
+            "seconds": round(run.seconds, 1),
+            "finished": finished,
+            "status": status,
+            "failed": not finished and not self._must_end(),
+        }
         if finished:
             record["finished_at"] = time.time_ns()
         write_text(record_path(run.step, folder), json.dumps(record, indent=1) + "\n")
@@ -349,7 +423,9 @@ class Work:
         return max(0.0, sum(sum(spent[kind]) / len(spent[kind]) for kind in kinds) - going) / self.args.jobs
 
     def _end_all(self) -> None:
-        """Every run is asked to save itself and to stop; who does not is ended after GRACE seconds, or at a second Ctrl-C."""
+        """Every run is asked to save itself and to stop; who does not is ended after GRACE seconds, or at a second
+        Ctrl-C.
+        """
         if self.active:
             log.info("stopping %s", ", ".join(run.step.name for run in self.active))
         asked = self.stop.asked
@@ -357,7 +433,11 @@ class Work:
             with contextlib.suppress(ProcessLookupError):
                 run.process.terminate()
         until = time.monotonic() + GRACE
-        while any(run.process.poll() is None for run in self.active) and time.monotonic() < until and self.stop.asked <= max(asked, 1):
+        while (
+            any(run.process.poll() is None for run in self.active)
+            and time.monotonic() < until
+            and self.stop.asked <= max(asked, 1)
+        ):
             time.sleep(POLL)
         for run in self.active:
             if run.process.poll() is None:

@@ -1,4 +1,5 @@
 """Numbers over seeds: mean and spread, and paired differences with what they can show."""
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over the seeds that both have; half_width: of the 95 % interval by Student's t, None of a single seed. what: is counted."""
+    """Mean over the seeds that both have; half_width: of the 95 % interval by Student's t, None of a single seed. what:
+    is counted.
+    """
 
     mean: float
     half_width: float | None
@@ -39,12 +42,15 @@ def summarize(values: Sequence[float]) -> Summary | None:
 
 
 def paired_difference(
-    values: Mapping[int, float], baseline: Mapping[int, float], origins: Mapping[int, int] | None = None,
+    values: Mapping[int, float],
+    baseline: Mapping[int, float],
+    origins: Mapping[int, int] | None = None,
 ) -> Difference | None:
     """values - baseline, both seed -> value, over the seeds that both have; None where there is none.
 
-    origins: seed -> pre-training that it started from. Runs of one pre-training share its luck: where there are several pre-trainings,
-    their means are what is compared. Of a single one, the interval is over its seeds and holds for it alone.
+    origins: seed -> pre-training that it started from. Runs of one pre-training share its luck: where there are several
+    pre-trainings, their means are what is compared. Of a single one, the interval is over its seeds and holds for it
+    alone.
     """
     from scipy.stats import t
 
