@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.collate import to_device
 from models.criterion import SetCriterion
-from util.checkpoint import random_states, save_checkpoint, set_random_states
+from util.checkpoints.checkpoint import random_states, save_checkpoint, set_random_states
 from util.distributed import (
     all_gather_object,
     barrier,
@@ -27,8 +27,11 @@ from util.distributed import (
     is_main_process,
     share_statistics,
 )
-from util.logger import NonFinite, Progress, StopRequested, UserError, format_seconds, log
-from util.metrics import (
+from util.errors import NonFinite, StopRequested, UserError
+from util.logger import Progress, format_seconds, log
+from util.nested_tensor import NestedTensor
+from util.runs.log import append_log, is_logged
+from util.runs.meters import (
     PAIRS,
     Averages,
     LossReader,
@@ -39,10 +42,8 @@ from util.metrics import (
     to_host,
     with_pairs,
 )
-from util.nested_tensor import NestedTensor
-from util.optimizer import build_optimizer, build_scheduler, restore_optimizer
-from util.run_folder import append_log, is_logged
-from util.signals import SignalHandler
+from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.runs.signals import SignalHandler
 
 CHECKPOINT_VERSION = 1
 

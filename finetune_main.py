@@ -18,24 +18,25 @@ from pathlib import Path
 import torch
 
 import engine
-from datasets import build_labelled, build_loader, few_shot, subsets
-from datasets.checks import check_at_start
+from datasets import build_labelled, build_loader
 from datasets.evaluators.per_class import class_table
+from datasets.labelled import few_shot, subsets
+from datasets.labelled.checks import check_at_start
 from datasets.sample_page import draw_samples
 from models import build_model
-from models.summary import describe_model
-from util.arguments import Parser, make_parser, plain_settings
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import Checkpoint, load_exactly, load_pretrained
-from util.classes import classes_of
+from util.checkpoints.checkpoint import Checkpoint, load_exactly, load_pretrained
+from util.checkpoints.classes import classes_of
 from util.distributed import is_main_process
 from util.files import write_text
-from util.flags import FINETUNE
 from util.logger import log
-from util.plot_utils import prediction_page
-from util.run_folder import check_room, describe_settings, prepare_output, save_settings
-from util.run_page import report
-from util.session import prepare_checkpoint, run_script, seed_everything, start_session
+from util.plots.pages import prediction_page
+from util.runs.folder import check_room, describe_settings, prepare_output, save_settings
+from util.runs.model_summary import describe_model
+from util.runs.page import report
+from util.runs.session import prepare_checkpoint, run_script, seed_everything, start_session
+from util.settings.arguments import Parser, make_parser, plain_settings
+from util.settings.flags import FINETUNE
 
 METRICS = (
     "AP",

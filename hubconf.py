@@ -106,10 +106,10 @@ def _build(
 ) -> _Any:
     _check_packages()
     from models import build_model
-    from util.arguments import make_parser
-    from util.checkpoint import load_checkpoint, load_exactly
-    from util.flags import FINETUNE
-    from util.logger import UserError
+    from util.checkpoints.checkpoint import load_checkpoint, load_exactly
+    from util.errors import UserError
+    from util.settings.arguments import make_parser
+    from util.settings.flags import FINETUNE
 
     if num_classes < 1:
         raise UserError(f"num_classes={num_classes}: a detector knows at least one class")
@@ -126,7 +126,7 @@ def _build(
 
 
 def _source(name: str, pretrained: bool | str) -> str:
-    from util.logger import UserError
+    from util.errors import UserError
 
     published = _MODELS[name][2]
     if pretrained is True and not published.endswith(".pth"):
@@ -140,10 +140,10 @@ def _source(name: str, pretrained: bool | str) -> str:
 
 def _adopt(name: str, args: _Any, checkpoint: _Any) -> None:
     """Takes from the file what the entry's name leaves open. Raises UserError where the file holds another model."""
-    from util.architecture import architecture
-    from util.checkpoint import adopt_architecture, is_pretext
-    from util.classes import classes_of, head_kind
-    from util.logger import UserError
+    from util.checkpoints.architecture import architecture
+    from util.checkpoints.checkpoint import adopt_architecture, is_pretext
+    from util.checkpoints.classes import classes_of, head_kind
+    from util.errors import UserError
 
     settings = _MODELS[name][1]
     certain, likely = architecture(checkpoint)

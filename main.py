@@ -17,18 +17,19 @@ import torch
 
 import engine
 from datasets import build_dataset, build_loader
-from datasets.checks import check_at_start
+from datasets.labelled.checks import check_at_start
 from datasets.sample import SampleDataset
 from datasets.sample_page import draw_found_patches, draw_samples
 from models import build_model
-from models.summary import describe_model
-from util.arguments import Parser, check_right_script, make_parser, plain_settings
-from util.checkpoint import load_exactly
-from util.flags import PRETRAIN
-from util.logger import UserError, log
-from util.run_folder import check_room, describe_settings, prepare_output, save_settings
-from util.run_page import report
-from util.session import prepare_checkpoint, run_script, seed_everything, start_session
+from util.checkpoints.checkpoint import load_exactly
+from util.errors import UserError
+from util.logger import log
+from util.runs.folder import check_room, describe_settings, prepare_output, save_settings
+from util.runs.model_summary import describe_model
+from util.runs.page import report
+from util.runs.session import prepare_checkpoint, run_script, seed_everything, start_session
+from util.settings.arguments import Parser, check_right_script, make_parser, plain_settings
+from util.settings.flags import PRETRAIN
 
 
 def get_args_parser() -> Parser:

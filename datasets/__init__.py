@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader
 from datasets.collate import collate
 from datasets.sample import SampleDataset
 from datasets.samplers import EpochSampler
-from util.classes import Classes
+from util.checkpoints.classes import Classes
 from util.distributed import get_rank, get_world_size
-from util.logger import UserError
-from util.registry import DATASETS, PRETEXTS, choose, load
+from util.errors import UserError
+from util.settings.registry import DATASETS, PRETEXTS, choose, load
 
 
 def build_dataset(image_set: str, args: Namespace) -> SampleDataset:

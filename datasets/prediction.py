@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datasets import init_worker
-from datasets.coco import labelled_transforms
 from datasets.collate import PackedTargets, collate
-from datasets.image_folder import ImageFiles, read_image
+from datasets.images.image_folder import ImageFiles, read_image
+from datasets.labelled.coco import labelled_transforms
 from datasets.sample import BadImageError, Target
 from datasets.transforms import Transform
 from util.nested_tensor import NestedTensor

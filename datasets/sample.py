@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.evaluators.detections import Detections
-from util.logger import UserError
+from util.errors import UserError
 from util.random_state import SampleRandom
 
 Target = dict[str, Any]

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from datasets.collate import collate, normalize, separate_views, to_device
-from datasets.image_folder import cut_box
+from datasets.images.image_folder import cut_box
 from datasets.sample import SampleDataset
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import is_main_process
-from util.logger import UserError, log
-from util.plot_utils import patch_page, sample_page
+from util.errors import UserError
+from util.logger import log
+from util.plots.pages import patch_page, sample_page
 
 SHOWN = 8
 STRIPES = 12  # pixels from one stripe of the padding to the next
@@ -51,7 +52,7 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]) -> list[dict]:
-    """What `util.plot_utils.sample_page` draws of one batch: the inputs of the model, with the normalisation undone.
+    """What `util.plots.pages.sample_page` draws of one batch: the inputs of the model, with the normalisation undone.
     Views of an image stand together."""
     batch, packed = collate(samples)
     inputs = normalize(batch, mean, std)
@@ -96,7 +97,7 @@ class Found:
     scores: Tensor
 
     def row(self) -> tuple:
-        """For `util.plot_utils.patch_page`."""
+        """For `util.plots.pages.patch_page`."""
         return self.image, self.patches, self.boxes_xyxy_abs, {"boxes": self.found_xyxy_abs, "scores": self.scores}
 
 

@@ -1,19 +1,19 @@
 """Detectors, pretexts and their losses. `build_model(args)` makes what both entry scripts train.
 
-Adding a detector or a pretext is one file and one line in `util.registry`. A detector's file has
+Adding a detector or a pretext is one file and one line in `util.settings.registry`. A detector's file has
 `build(args, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
 """
 
 from torch import nn
 
 from models.backbone import Backbone, BackboneWithPositions
-from models.backbone_weights import load_backbone_weights
 from models.classification import Classification
 from models.criterion import SetCriterion, expand_weights
 from models.position_encoding import POSITION_ENCODINGS
 from models.postprocess import PostProcess
-from util.arguments import resolve
-from util.registry import DETECTORS, PRETEXTS, choose, load
+from util.checkpoints.backbone_weights import load_backbone_weights
+from util.settings.arguments import resolve
+from util.settings.registry import DETECTORS, PRETEXTS, choose, load
 
 
 def build_backbone(args) -> BackboneWithPositions:

@@ -1,4 +1,4 @@
-"""Feature extractors. A backbone is a file with a builder and a line in `util.registry.BACKBONES`.
+"""Feature extractors. A backbone is a file with a builder and a line in `util.settings.registry.BACKBONES`.
 
 `Backbone(images [B, 3, H, W]) -> list of maps [B, C, h, w]`, with `strides` and `num_channels` of the maps and the
 `mean` and `std` that its images are normalised with.
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from util.nested_tensor import NestedTensor
-from util.registry import BACKBONES, choose, load
+from util.settings.registry import BACKBONES, choose, load
 
 
 @dataclass

@@ -6,13 +6,13 @@ from argparse import Namespace
 import torch
 
 from models import build_model
-from util.architecture import without_detr_prefix
-from util.arguments import make_parser, resolve
-from util.checkpoint import Checkpoint, adopt_architecture, pretext_parts
-from util.classes import class_rows
-from util.flags import FINETUNE
-from util.logger import UserError
-from util.registry import DETECTORS
+from util.checkpoints.architecture import without_detr_prefix
+from util.checkpoints.checkpoint import Checkpoint, adopt_architecture, pretext_parts
+from util.checkpoints.classes import class_rows
+from util.errors import UserError
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE
+from util.settings.registry import DETECTORS
 
 # What files hold beside a detector and the parts of a pretext: a mask head, and what counters leave behind.
 BESIDE = re.compile(

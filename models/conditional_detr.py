@@ -10,7 +10,7 @@ from models.detector import Memory, Queries, States, as_weights
 from models.detr import SingleScaleDetector, Transformer, build_encoder
 from models.position_encoding import sine_embed_points
 from models.transformer import MLP, Block, clones
-from util.logger import UserError
+from util.errors import UserError
 
 
 def concat_heads(a: Tensor, b: Tensor, num_heads: int) -> Tensor:

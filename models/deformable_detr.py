@@ -22,7 +22,7 @@ from models.deformable_transformer import (
 )
 from models.detector import Detector, Queries, States, as_weights, flatten_map
 from models.transformer import MLP, clones
-from util.logger import UserError
+from util.errors import UserError
 from util.nested_tensor import NestedTensor
 
 

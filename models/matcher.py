@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models.classification import Classification
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
-from util.logger import NonFinite
+from util.errors import NonFinite
 
 
 class NonFinitePrediction(NonFinite):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.logger import UserError
+from util.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "pytorch", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

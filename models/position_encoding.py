@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from util.logger import UserError
+from util.errors import UserError
 
 TEMPERATURE = 10000.0
 

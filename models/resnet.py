@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from models.backbone import Body
-from models.backbone_weights import backbone_normalization
-from util.logger import UserError
+from util.checkpoints.backbone_weights import backbone_normalization
+from util.errors import UserError
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbone import Backbone
-from models.backbone_weights import load_backbone_weights
-from util.logger import UserError
+from util.checkpoints.backbone_weights import load_backbone_weights
+from util.errors import UserError
 
 PROJECTION = (2048, 2048, 128)  # SwAV's head: features, hidden, output
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from models.backbone import Body
-from models.backbone_weights import backbone_normalization
-from util.logger import UserError
+from util.checkpoints.backbone_weights import backbone_normalization
+from util.errors import UserError
 
 
 def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body:

@@ -1,13 +1,11 @@
 """Options and settings that all tests share."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,12 +24,12 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting multiply-adds is a good part of the time of a small run; the tests of the summary do it."""
-    if request.node.path.name not in ("test_summary.py", "test_scripts.py", "test_deformable_runs.py"):
-        monkeypatch.setattr("models.summary._multiply_adds_or_none", lambda *args: None)
+    if request.node.path.name not in ("test_model_summary.py", "test_scripts.py", "test_deformable_runs.py"):
+        monkeypatch.setattr("util.runs.model_summary._multiply_adds_or_none", lambda *args: None)
 
 
 def pytest_unconfigure() -> None:
     """Where a test failed or was broken off, pytest would wait for its loader processes."""
-    from util.session import end_loaders
+    from util.runs.session import end_loaders
 
     end_loaders()

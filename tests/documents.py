@@ -10,8 +10,8 @@ from pathlib import Path
 
 import finetune_main
 import main as pretrain_main
-from datasets import sample_scenes
-from util.arguments import resolve
+from tools.demo import scenes as sample_scenes
+from util.settings.arguments import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
@@ -85,7 +85,7 @@ def check_command(words: list[str]) -> Namespace | None:
     """Fails unless the command can be run as it stands, with the data in place. Returns the settings of a training
     command.
     """
-    if words[:3] == ["python", "-m", "datasets.sample_scenes"]:
+    if words[:3] == ["python", "-m", "tools.demo.scenes"]:
         sample_scenes.get_args_parser().parse_args(words[3:])
         return None
     if words[0] == "python" and words[1] in TOOLS:

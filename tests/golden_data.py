@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from datasets.annotations import Annotations, from_columns, parse_coco
 from datasets.collate import normalize_images
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator, area, eleven_points
-from datasets.image_folder import to_tensor
-from datasets.packed_strings import PackedStrings
+from datasets.images.image_folder import to_tensor
+from datasets.images.packed_strings import PackedStrings
+from datasets.labelled.annotations import Annotations, from_columns, parse_coco
+from datasets.pretext.random_query_patch import query_target
 from datasets.proposals.random import RandomProposals
 from datasets.proposals.search import to_pixels
 from datasets.proposals.selective_search import corners_of
-from datasets.query_patches import query_target
 from datasets.transforms import (
     PatchAugmentation,
     RandomResize,

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from models import build_model
 from models.criterion import SetCriterion
 from models.pretext import Pretext
-from util.architecture import detector_kind
-from util.arguments import make_parser, resolve
-from util.flags import FINETUNE, PRETRAIN
+from util.checkpoints.architecture import detector_kind
 from util.nested_tensor import NestedTensor
-from util.optimizer import build_optimizer
+from util.runs.optimizer import build_optimizer
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE, PRETRAIN
 
 PRETEXT_OF = {"patch2query": "random_query_patch", "feature_embed": "region_prior"}  # by a part of a parameter's name
 
@@ -28,7 +28,7 @@ PRETEXT_OF = {"patch2query": "random_query_patch", "feature_embed": "region_prio
 def unsupported(js: dict) -> str | None:
     """Why the project has no model for this case, or None where it has one."""
     if "state_dict" not in js:
-        return "a part of a model, which tests/test_region_prior.py checks"
+        return "a part of a model, which tests/models/pretext/test_region_prior.py checks"
     keys = js["state_dict"]
     parts = {"mask_head": "the mask head"}
     return next(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_models import close
 
 from models.classification import Classification, inverse_sigmoid, sigmoid_focal_loss
 from models.deformable_transformer import (
@@ -21,6 +20,7 @@ from models.matcher import HungarianMatcher
 from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import SinePositionEncoding, sine_embed_points
 from models.postprocess import PostProcess
+from tests.golden_models import close
 from util.box_ops import box_iou, box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes
 
 

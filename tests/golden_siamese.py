@@ -7,21 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_models import Case, close, load, load_fill
 from PIL import Image
 from torch import Tensor
 
-from datasets.two_views import common_regions, cut_view, draw_views, pick_regions, random_regions
+from datasets.pretext.siamese import common_regions, cut_view, draw_views, pick_regions, random_regions
 from models import build_model
 from models.pretext.siamese import move_corners
-from util.architecture import detector_kind
-from util.arguments import make_parser, resolve
+from tests.golden_models import Case, close, load, load_fill
 from util.box_ops import box_xyxy_to_cxcywh
-from util.flags import PRETRAIN
+from util.checkpoints.architecture import detector_kind
+from util.checkpoints.published_layouts import to_detr_names
 from util.nested_tensor import NestedTensor
-from util.optimizer import build_optimizer
-from util.published_layouts import to_detr_names
 from util.random_state import SampleRandom
+from util.runs.optimizer import build_optimizer
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import PRETRAIN
 
 
 def our_args(js: dict) -> Namespace:

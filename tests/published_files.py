@@ -11,8 +11,8 @@ from torch import Tensor
 
 from models import build_model
 from tests.tiny import MODEL_FLAGS
-from util.arguments import make_parser, resolve
-from util.flags import FINETUNE
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE
 
 SMALL = tuple(MODEL_FLAGS)
 CHANNELS = {"resnet18": 512, "resnet50": 2048}

@@ -18,17 +18,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, logged, pre_train, read_log, tiny_args, write_coco, write_images
 
 import finetune_main
 import main as pretrain_main
-from datasets.image_folder import open_image
+from datasets.images.image_folder import open_image
 from datasets.sample import BadImageError
 from models import build_model
-from util.checkpoint import save_checkpoint
-from util.flags import FINETUNE, PRETRAIN
+from tests.tiny import (
+    FROZEN,
+    PRETEXT_FLAGS,
+    RUN_FLAGS,
+    logged,
+    pre_train,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
+from util.checkpoints.checkpoint import save_checkpoint
 from util.logger import log
-from util.session import run_script
+from util.runs.session import run_script
+from util.settings.flags import FINETUNE, PRETRAIN
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
 TRAIN, VAL = "train2017", "val2017"

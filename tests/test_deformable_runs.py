@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import fine_tune, pre_train, read_checkpoint, read_log, tiny_args, write_coco, write_images
 
 from models import build_model
-from util.architecture import architecture
-from util.arguments import make_parser, resolve
-from util.checkpoint import Checkpoint, load_pretrained
-from util.flags import FINETUNE
+from tests.tiny import fine_tune, pre_train, read_checkpoint, read_log, tiny_args, write_coco, write_images
+from util.checkpoints.architecture import architecture
+from util.checkpoints.checkpoint import Checkpoint, load_pretrained
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import two_processes
-from tiny import (
+from torch import Tensor
+
+from tests import two_processes
+from tests.tiny import (
     FROZEN,
     PRETEXT_FLAGS,
     ROOT,
@@ -21,8 +23,6 @@ from tiny import (
     write_coco,
     write_images,
 )
-from torch import Tensor
-
 from util import distributed
 from util.distributed import (
     all_gather_object,
@@ -32,7 +32,7 @@ from util.distributed import (
     init_distributed,
     is_main_process,
 )
-from util.logger import UserError
+from util.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import (
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import engine
+import finetune_main
+from datasets.collate import PackedTargets, normalize_images
+from models import build_model
+from tests.tiny import (
     FROZEN,
     RUN_FLAGS,
     assert_same,
@@ -22,20 +29,13 @@ from tiny import (
     write_coco,
     write_images,
 )
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-import engine
-import finetune_main
-from datasets.collate import PackedTargets, normalize_images
-from models import build_model
 from util.distributed import get_world_size
-from util.flags import FINETUNE, PRETRAIN
-from util.metrics import Averages, LossReader, NonFiniteLoss, check_finite, to_host, with_pairs
 from util.nested_tensor import NestedTensor
-from util.optimizer import build_optimizer, parameter_groups
-from util.registry import DETECTORS
-from util.session import run_script
+from util.runs.meters import Averages, LossReader, NonFiniteLoss, check_finite, to_host, with_pairs
+from util.runs.optimizer import build_optimizer, parameter_groups
+from util.runs.session import run_script
+from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings.registry import DETECTORS
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 
-import golden_data
-import golden_models
-import golden_parts
-import golden_siamese
 import pytest
+
+from tests import golden_data, golden_models, golden_parts, golden_siamese
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -7,16 +7,15 @@ import sys
 import warnings
 from pathlib import Path
 
-import deform_cases
-import golden_models
 import pytest
 import torch
 
 from engine import Run, autocast, train_step
 from models.backbone import Backbone
 from models.ms_deform_attn import choose, ms_deform_attn
-from util.metrics import LossReader
+from tests import deform_cases, golden_models
 from util.nested_tensor import NestedTensor
+from util.runs.meters import LossReader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch")
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +140,7 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
     data = str(tmp_path / "scenes")
     run(
         "-m",
-        "datasets.sample_scenes",
+        "tools.demo.scenes",
         "--output",
         data,
         "--num_train",

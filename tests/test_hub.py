@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT
 
 import hubconf
 import models
-from util.arguments import make_parser, resolve
-from util.flags import FINETUNE, PRETRAIN
-from util.logger import UserError
+from tests.tiny import ROOT
+from util.errors import UserError
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE, PRETRAIN
 
 # Parameters that train and those that never do (of the frozen stem and first stage), as the published implementations
 # have them.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from util.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, load
+from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main", "finetune_main", "hubconf"}
@@ -49,8 +49,8 @@ def test_the_tree_is_what_the_rules_are_about() -> None:
         "engine",
         "models.detr",
         "models.pretext",
-        "datasets.coco",
-        "util.arguments",
+        "datasets.labelled.coco",
+        "util.settings.arguments",
     } <= names
 
 
@@ -114,7 +114,7 @@ def test_library_code_does_not_exit_or_print(path: Path) -> None:
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert "print" not in calls
     is_script = path.parent.name == "tools" or "__main__" in strings(path)
-    if not is_script and module_name(path) != "util.session":
+    if not is_script and module_name(path) != "util.runs.session":
         assert not calls & {"exit", "quit", "sys.exit", "os._exit"}
 
 

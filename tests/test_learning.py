@@ -9,11 +9,11 @@ import engine
 from datasets import build_dataset
 from datasets.collate import collate
 from datasets.evaluators.coco import CocoEvaluator
-from datasets.sample_scenes import write_coco
 from models import build_model
-from util.arguments import make_parser, resolve
-from util.flags import FINETUNE
-from util.registry import DETECTORS
+from tools.demo.scenes import write_coco
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE
+from util.settings.registry import DETECTORS
 
 pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")

@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import (
+
+import engine
+import finetune_main
+import main as pretrain_main
+from models import build_model
+from tests.tiny import (
     FROZEN,
     ROOT,
     RUN_FLAGS,
@@ -27,16 +32,11 @@ from tiny import (
     write_coco,
     write_images,
 )
-
-import engine
-import finetune_main
-import main as pretrain_main
-from models import build_model
-from util.arguments import plain_settings
-from util.checkpoint import save_checkpoint
-from util.flags import FINETUNE, PRETRAIN
-from util.logger import StopRequested, UserError
-from util.session import prepare_checkpoint
+from util.checkpoints.checkpoint import save_checkpoint
+from util.errors import StopRequested, UserError
+from util.runs.session import prepare_checkpoint
+from util.settings.arguments import plain_settings
+from util.settings.flags import FINETUNE, PRETRAIN
 
 FLAGS = ("--epochs", 4, "--lr_drop", 3, "--lr", 1e-3)  # the rate drops before the last epoch
 

@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import (
+
+import finetune_main
+import main as pretrain_main
+from models import build_model
+from tests.tiny import (
     FROZEN,
     MODEL_FLAGS,
     PRETEXT_FLAGS,
@@ -26,14 +30,10 @@ from tiny import (
     write_coco,
     write_images,
 )
-
-import finetune_main
-import main as pretrain_main
-from models import build_model
-from util.checkpoint import save_checkpoint
-from util.flags import FINETUNE, PRETRAIN
+from util.checkpoints.checkpoint import save_checkpoint
 from util.logger import log
-from util.session import run_script
+from util.runs.session import run_script
+from util.settings.flags import FINETUNE, PRETRAIN
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
 SMALL = ["--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]

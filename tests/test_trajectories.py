@@ -18,16 +18,15 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as a script
-
-from tiny import tiny_args, write_coco, write_images  # noqa: E402
-from two_processes import in_float64  # noqa: E402
+sys.path.insert(0, str(ROOT))  # as a script
 
 import engine  # noqa: E402
 from datasets import build_dataset, build_loader  # noqa: E402
 from models import build_model  # noqa: E402
-from util.flags import FINETUNE, PRETRAIN  # noqa: E402
-from util.session import seed_everything  # noqa: E402
+from tests.tiny import tiny_args, write_coco, write_images  # noqa: E402
+from tests.two_processes import in_float64  # noqa: E402
+from util.runs.session import seed_everything  # noqa: E402
+from util.settings.flags import FINETUNE, PRETRAIN  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "trajectories.json"
 STEPS = 12

@@ -16,11 +16,11 @@ from torch import Tensor
 import engine
 import finetune_main
 import main as pretrain_main
-from util.arguments import make_parser, resolve
-from util.flags import FINETUNE, PRETRAIN
 from util.logger import log
 from util.nested_tensor import NestedTensor, as_nested_tensor
-from util.session import end_loaders
+from util.runs.session import end_loaders
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE, PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_FLAGS = [

@@ -14,29 +14,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 import engine
 from datasets import build_loader
-from datasets.annotations import parse_coco
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
-from datasets.image_folder import ImageFolder
+from datasets.images.image_folder import ImageFolder
+from datasets.labelled.annotations import parse_coco
 from datasets.sample import SampleDataset
 from models import build_model
 from models.classification import Classification
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.synced_batch_norm import SyncedBatchNorm
+from tests.tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
 from util.distributed import from_main, get_rank, get_world_size, init_distributed, share_statistics, shutdown
-from util.flags import FINETUNE, PRETRAIN
-from util.logger import StopRequested, UserError
-from util.metrics import NonFiniteLoss
+from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
 from util.random_state import SampleRandom
-from util.session import seed_everything
+from util.runs.meters import NonFiniteLoss
+from util.runs.session import seed_everything
+from util.settings.flags import FINETUNE, PRETRAIN
 
 WORLD = 2
 KEEP = {"normalization": {"mean": [0.5] * 3, "std": [0.25] * 3}}

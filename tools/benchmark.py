@@ -28,9 +28,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models.ms_deform_attn import choose, ms_deform_attn  # noqa: E402
+from util.errors import UserError
 from util.files import write_text  # noqa: E402
-from util.logger import Progress, UserError, log  # noqa: E402
-from util.session import run_script  # noqa: E402
+from util.logger import Progress, log  # noqa: E402
+from util.runs.session import run_script  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "mmcv")
 SECONDS_A_TURN = 0.02  # calls of a contender are repeated until a turn lasts about that long

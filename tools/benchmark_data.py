@@ -21,14 +21,14 @@ from torch import Tensor
 
 import finetune_main
 from datasets import build_labelled, build_loader
-from datasets.annotations import Annotations, parse_coco, read_coco
-from datasets.checks import check_at_start
-from datasets.listing import list_folder
-from datasets.tar_shards import open_shards
-from util.arguments import resolve
+from datasets.images.listing import list_folder
+from datasets.images.tar_shards import open_shards
+from datasets.labelled.annotations import Annotations, parse_coco, read_coco
+from datasets.labelled.checks import check_at_start
 from util.cache import cache_folder
 from util.logger import Progress, log
-from util.session import seed_everything
+from util.runs.session import seed_everything
+from util.settings.arguments import resolve
 
 Case = tuple[str, dict[str, Callable[[], list[Tensor]]]]
 FOLDERS, IN_A_SHARD = 1000, 10_000

@@ -21,17 +21,18 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
-from datasets.image_folder import ImageFile, ImageFiles, ImageFolder
-from datasets.packed_strings import PackedStrings
+from datasets.images.image_folder import ImageFile, ImageFiles, ImageFolder
+from datasets.images.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
 from datasets.proposals.search import BoxSearch
 from datasets.proposals.store import ProposalStore
 from datasets.proposals.store_builder import Plan, file_identity, make_chunk, merge
 from datasets.sample import BadImageError
-from util.arguments import DEFAULTS, usable_cores
-from util.flags import at_least_zero, proposal_name
-from util.logger import Progress, UserError, log
-from util.session import run_script
+from util.errors import UserError
+from util.logger import Progress, log
+from util.runs.session import run_script
+from util.settings.arguments import DEFAULTS, usable_cores
+from util.settings.flags import at_least_zero, proposal_name
 
 _job: dict[str, Plan] = {}
 

@@ -28,7 +28,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset, classes_in
-from datasets.checks import (
+from datasets.images.image_folder import ImageFile, ImageFolder
+from datasets.labelled.checks import (
     KINDS,
     ImageFacts,
     Problem,
@@ -39,14 +40,15 @@ from datasets.checks import (
     image_problems,
     inspect_image,
 )
-from datasets.coco import PUBLISHED_NUM_CLASSES
-from datasets.image_folder import ImageFile, ImageFolder
-from util.arguments import Parser, make_parser, resolve, was_given
+from datasets.labelled.coco import PUBLISHED_NUM_CLASSES
+from util.errors import UserError
 from util.files import check_apart, make_folder, write_atomically, write_text
-from util.flags import FINETUNE, PRETRAIN
-from util.logger import Progress, UserError, log
-from util.plot_utils import PALETTE, figure_classes
-from util.session import run_script
+from util.logger import Progress, log
+from util.plots.boxes import PALETTE
+from util.plots.curves import figure_classes
+from util.runs.session import run_script
+from util.settings.arguments import Parser, make_parser, resolve, was_given
+from util.settings.flags import FINETUNE, PRETRAIN
 
 SHARED_FLAGS = (  # as the entry scripts declare them
     "imagenet_path",

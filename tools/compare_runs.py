@@ -19,12 +19,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
+from util.errors import UserError
 from util.files import write_text
-from util.logger import UserError, format_seconds, log
-from util.plot_utils import plot_curves, read_log
-from util.run_folder import SETTINGS, read_record
-from util.run_page import evaluations, loss_names
-from util.session import run_script
+from util.logger import format_seconds, log
+from util.plots.curves import plot_curves
+from util.runs.folder import SETTINGS, read_record
+from util.runs.log import read_log
+from util.runs.page import evaluations, loss_names
+from util.runs.session import run_script
 
 # Settings that say where a run is and how it was started, not what it does.
 NOT_COMPARED = {

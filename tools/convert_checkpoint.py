@@ -19,18 +19,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
-from models.backbone_weights import held_backbone
 from models.checkpoint_check import check_parameters
-from util.architecture import architecture, detector_kind, without_detr_prefix
-from util.arguments import make_parser, resolve
-from util.checkpoint import Checkpoint, as_checkpoint, is_pretext
-from util.classes import class_rows, head_kind, stored_names
-from util.conversion import CODE_BASES, FORMATS, LAYOUTS, MASK_PARTS, OURS, code_base, convert, pretext_of
+from util.checkpoints.architecture import architecture, detector_kind, without_detr_prefix
+from util.checkpoints.backbone_weights import held_backbone
+from util.checkpoints.checkpoint import Checkpoint, as_checkpoint, is_pretext
+from util.checkpoints.classes import class_rows, head_kind, stored_names
+from util.checkpoints.conversion import CODE_BASES, FORMATS, LAYOUTS, MASK_PARTS, OURS, code_base, convert, pretext_of
+from util.checkpoints.weight_files import read_weights
+from util.errors import UserError
 from util.files import write_atomically
-from util.flags import FINETUNE
-from util.logger import UserError, log
-from util.session import run_script
-from util.weight_files import read_weights
+from util.logger import log
+from util.runs.session import run_script
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE
 
 SIZES = ("backbone", "num_queries", "enc_layers", "dec_layers", "hidden_dim", "dim_feedforward")
 PRETEXT_OF_CODE_BASE = {"random_query_patch": "UP-DETR", "region_prior": "DETReg", "siamese": "Siamese DETR"}

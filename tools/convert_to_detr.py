@@ -16,11 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 from models.checkpoint_check import check_parameters
-from util.architecture import detector_kind
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.conversion import OURS, code_base, convert
-from util.logger import UserError, log
-from util.session import run_script
+from util.checkpoints.architecture import detector_kind
+from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoints.conversion import OURS, code_base, convert
+from util.errors import UserError
+from util.logger import log
+from util.runs.session import run_script
 
 LEFT_OUT = ("class_embed.", "feature_align.", "enc_head.")
 

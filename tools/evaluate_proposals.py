@@ -24,23 +24,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools
 
 from datasets import build_dataset, build_loader, init_worker
 from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
-from datasets.image_folder import read_image
+from datasets.images.image_folder import read_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError, SampleDataset
 from engine import ProblemCounter, autocast, bare, to_device
 from models import build_model
 from models.detector import full_precision
-from util.arguments import Parser, make_parser, resolve
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
-from util.classes import class_rows, head_kind
+from util.checkpoints.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
+from util.checkpoints.classes import class_rows, head_kind
 from util.distributed import is_main_process, share_statistics
+from util.errors import UserError
 from util.files import make_folder, write_text
-from util.flags import FINETUNE, PRETRAIN
-from util.logger import Progress, UserError, log
+from util.logger import Progress, log
 from util.random_state import SampleRandom
-from util.registry import PRETEXTS
-from util.session import prepare_checkpoint, run_script, start_session
+from util.runs.session import prepare_checkpoint, run_script, start_session
+from util.settings.arguments import Parser, make_parser, resolve
+from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings.registry import PRETEXTS
 
 DATA_FLAGS = (
     "coco_path",

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
-from util.logger import UserError, log
-from util.session import run_script
+from util.errors import UserError
+from util.logger import log
+from util.runs.session import run_script
 
 PARTS = ("train", "val")
 CLASSES = Path(__file__).resolve().parent.parent / "datasets" / "imagenet100.txt"

@@ -15,12 +15,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset
-from datasets.subsets import draw_ids
-from util.arguments import Parser, make_parser, resolve
+from datasets.labelled.subsets import draw_ids
+from util.errors import UserError
 from util.files import write_text
-from util.flags import FINETUNE, share
-from util.logger import UserError, log
-from util.session import run_script
+from util.logger import log
+from util.runs.session import run_script
+from util.settings.arguments import Parser, make_parser, resolve
+from util.settings.flags import FINETUNE, share
 
 DATA_FLAGS = (
     "coco_path",

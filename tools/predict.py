@@ -25,19 +25,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets.collate import normalize
-from datasets.image_folder import ImageFile, ImageFolder, open_image
+from datasets.images.image_folder import ImageFile, ImageFolder, open_image
 from datasets.prediction import build_prediction_loader
 from engine import autocast
 from models import build_model
 from models.postprocess import PostProcess
-from util.arguments import Parser, make_parser
-from util.checkpoint import load_exactly
-from util.classes import Classes, classes_of, stored_names
+from util.checkpoints.checkpoint import load_exactly
+from util.checkpoints.classes import Classes, classes_of, stored_names
+from util.errors import UserError
 from util.files import check_apart, make_folder, write_atomically, write_text
-from util.flags import FINETUNE
-from util.logger import Progress, UserError, log
-from util.plot_utils import draw_boxes, found_page
-from util.session import prepare_checkpoint, run_script, start_session
+from util.logger import Progress, log
+from util.plots.boxes import draw_boxes
+from util.plots.pages import found_page
+from util.runs.session import prepare_checkpoint, run_script, start_session
+from util.settings.arguments import Parser, make_parser
+from util.settings.flags import FINETUNE
 
 SHARED_FLAGS = (
     "device",

@@ -20,10 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from tools.study.presets import ABLATIONS, NONE, PRESETS
-from util.arguments import Parser, make_parser, usable_cores
-from util.flags import FINETUNE, at_least_zero, positive, share
-from util.registry import DETECTORS, PRETEXTS
-from util.session import run_script
+from util.runs.session import run_script
+from util.settings.arguments import Parser, make_parser, usable_cores
+from util.settings.flags import FINETUNE, at_least_zero, positive, share
+from util.settings.registry import DETECTORS, PRETEXTS
 
 
 def parse(argv: list[str]) -> Namespace:

@@ -23,24 +23,25 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset
-from datasets.coco import coco_root
 from datasets.collate import collate, to_device
+from datasets.labelled.coco import coco_root
 from datasets.proposals import Selected, build_proposals
 from datasets.sample import SampleDataset
 from datasets.sample_page import SHOWN, draw_found_patches, draw_samples
 from models import build_model
 from tools.evaluate_proposals import load_finder
 from tools.evaluate_proposals import parse as parse_evaluation
-from util.arguments import Parser, make_parser
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoint import load_exactly
+from util.checkpoints.checkpoint import load_exactly
 from util.distributed import is_main_process
+from util.errors import UserError
 from util.files import make_folder
-from util.flags import PRETRAIN, positive
-from util.logger import UserError, log
-from util.plot_utils import panel_page
+from util.logger import log
+from util.plots.pages import panel_page
 from util.random_state import SampleRandom
-from util.session import prepare_checkpoint, run_script, start_session
+from util.runs.session import prepare_checkpoint, run_script, start_session
+from util.settings.arguments import Parser, make_parser
+from util.settings.flags import PRETRAIN, positive
 
 PICTURES = ("samples.png", "patches.png", "objects.png")
 FEW = 10  # boxes that are drawn where nothing says how many objects there are

@@ -14,12 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
-from datasets.voc import read_voc, voc_root
-from datasets.voc_coco import coco_style
+from datasets.labelled.voc import read_voc, voc_root
+from datasets.labelled.voc_coco import coco_style
+from util.errors import UserError
 from util.files import write_text
-from util.flags import voc_set
-from util.logger import UserError, log
-from util.session import run_script
+from util.logger import log
+from util.runs.session import run_script
+from util.settings.flags import voc_set
 
 SETS = ("2007_trainval", "2007_test", "2012_trainval")
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from util.errors import UserError
 from util.files import write_atomically
-from util.logger import UserError, log
+from util.logger import log
 
 FORMAT = 1  # of every kind: a change of what an array means
 

@@ -1,6 +1,7 @@
 """Processes: start, rank, collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
 
 import datetime
+import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterable
@@ -10,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from util.logger import UserError, log
+from util.errors import UserError
+
+log = logging.getLogger("predetr")  # by name, since util.logger asks this module who writes
 
 Result = TypeVar("Result")
 

@@ -1,31 +1,17 @@
-"""One logger for the project, a progress bar, and the error that a user can mend."""
+"""One logger for the project, and a progress bar."""
 
 import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
 
+from util.distributed import is_main_process
+
 log = logging.getLogger("predetr")
-
-
-class UserError(Exception):
-    """Something that the user can mend: one line with the file or flag, the value and the remedy. Entry scripts print
-    it and exit.
-    """
-
-
-class NonFinite(ArithmeticError):
-    """A prediction or a loss is NaN or infinite; the message names where."""
-
-
-class StopRequested(Exception):
-    """The process was asked to stop (SIGTERM, SIGINT); the message says where the run was saved."""
 
 
 class _MainProcessOnly(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        from util.distributed import is_main_process
-
         return record.levelno >= logging.ERROR or is_main_process()
 
 
@@ -57,8 +43,6 @@ class Progress:
     """
 
     def __init__(self, total: int, description: str, start: int = 0, plain_seconds: float = 15.0) -> None:
-        from util.distributed import is_main_process
-
         self.total, self.description, self.done, self.start = total, description, start, start
         self.tail = ""
         self.began = self.last_shown = time.monotonic()

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from datasets.annotations import has_area, read_json
 from datasets.evaluators.detections import Detections
-from util.logger import UserError
+from datasets.labelled.annotations import has_area, read_json
+from util.errors import UserError
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 THRESHOLDS = (slice(None), slice(0, 1), slice(5, 6))  # of the ten those of AP, AP50, AP75

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from datasets.annotations import Annotations
 from datasets.evaluators.detections import Detections
+from datasets.labelled.annotations import Annotations
 
 METRICS = ("11point", "area")
 THRESHOLDS = np.arange(50, 100, 5) / 100

@@ -1,4 +1,4 @@
-"""Where boxes of unlabelled images come from: one file a method, one line in `util.registry`.
+"""Where boxes of unlabelled images come from: one file a method, one line in `util.settings.registry`.
 
 A proposal method is called with (image uint8 [3, H, W], SampleRandom, name) and returns float32 boxes [N, 4], (x0, y0,
 x1, y1) in pixels of that image, each with an area; N may be 0 and may differ between images. `name` is the image's path
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from datasets.sample import BadImageError
-from util.arguments import DEFAULTS
-from util.logger import UserError
+from util.errors import UserError
 from util.random_state import SampleRandom
-from util.registry import PROPOSALS, choose, load
+from util.settings.arguments import DEFAULTS
+from util.settings.registry import PROPOSALS, choose, load
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFiles
+    from datasets.images.image_folder import ImageFiles
 
 Proposals = Callable[[Tensor, SampleRandom, str], Tensor]
 STRATEGIES = ("topk", "random", "mc")

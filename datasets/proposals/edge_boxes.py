@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv
-from util.logger import UserError, log
+from util.errors import UserError
+from util.logger import log
 
 MAX_BOXES = 512
 RETRY_SIDE = 1000  # pixels that the short side of an image without boxes is enlarged to at least

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from datasets.packed_strings import PackedStrings
+from datasets.images.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch, Found
 from datasets.proposals.store import ProposalStore, StoredProposals, is_store
-from util.logger import UserError
+from util.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFiles
+    from datasets.images.image_folder import ImageFiles
 
 FORMS = "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a store of tools/cache_proposals.py"
 # What a pickled array of NumPy is made of: nothing else is let in, so that no file runs code.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from datasets.sample import BadImageError
 from util.random_state import SampleRandom
-from util.registry import PRETEXTS
+from util.settings.registry import PRETEXTS
 
 MIN_SIDE = 8
 

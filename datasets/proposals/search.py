@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from datasets.sample import BadImageError
-from util.logger import UserError
+from util.errors import UserError
 from util.random_state import SampleRandom
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFiles
+    from datasets.images.image_folder import ImageFiles
 
 PACKAGE = "opencv-contrib-python-headless"
 Found = tuple[np.ndarray, np.ndarray | None]

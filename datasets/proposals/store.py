@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasets.image_folder import file_size
-from datasets.packed_strings import PackedStrings
+from datasets.images.image_folder import file_size
+from datasets.images.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch, Found
 from datasets.sample import BadImageError
-from util.logger import UserError, log
+from util.errors import UserError
+from util.logger import log
 
 if TYPE_CHECKING:
-    from datasets.image_folder import ImageFiles
+    from datasets.images.image_folder import ImageFiles
 
 FORMAT = 1
 HEADER = "header.json"

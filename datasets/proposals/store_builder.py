@@ -18,13 +18,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from datasets.image_folder import ImageFile, ImageFiles, open_image, read_bytes
-from datasets.packed_strings import PackedStrings
+from datasets.images.image_folder import ImageFile, ImageFiles, open_image, read_bytes
+from datasets.images.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch
 from datasets.proposals.store import FORMAT, HEADER, TOOL, ProposalStore, is_store
 from datasets.sample import BadImageError
+from util.errors import UserError
 from util.files import write_atomically, write_text
-from util.logger import UserError
 
 CHUNKS = 512  # at least as many, where there are enough images
 LARGEST_CHUNK = 64  # images

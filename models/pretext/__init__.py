@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.classification import Classification
 from models.detector import Detector, full_precision
-from util.logger import UserError
+from util.errors import UserError
 
 DETECTOR_PREFIX = "detector."
 

@@ -10,7 +10,8 @@ from models.detector import Detector, full_precision
 from models.pretext import Pretext
 from models.target_encoder import IntermediateEncoder, build_target_encoder, describe
 from models.transformer import MLP
-from util.logger import UserError, log
+from util.errors import UserError
+from util.logger import log
 from util.nested_tensor import as_nested_tensor
 
 

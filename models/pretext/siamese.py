@@ -15,7 +15,7 @@ from models.synced_batch_norm import SyncedBatchNorm
 from models.transformer import MLP
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import get_world_size
-from util.logger import UserError
+from util.errors import UserError
 from util.nested_tensor import as_nested_tensor
 
 ROI_SIDE = 7  # cells of a map's grid that a region is read with

@@ -11,11 +11,12 @@ from typing import Any, BinaryIO
 
 from tools.study.plan import Options, Step
 from tools.study.prepare import shown_command
+from util.errors import UserError
 from util.files import write_text
-from util.logger import UserError, log
-from util.plot_utils import read_log
-from util.run_folder import environment, read_record
-from util.run_page import evaluations
+from util.logger import log
+from util.runs.folder import environment, read_record
+from util.runs.log import read_log
+from util.runs.page import evaluations
 
 STUDY = "study.json"
 

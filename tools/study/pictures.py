@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from datasets.image_folder import open_image
+from datasets.images.image_folder import open_image
 from util.files import write_atomically
-from util.plot_utils import PALETTE, figure_classes, panel_page
+from util.plots.boxes import PALETTE
+from util.plots.curves import figure_classes
+from util.plots.pages import panel_page
 
 SHOWN = 8  # test images on a page of predictions
 Curves = Mapping[str, Sequence[Sequence[tuple[int, float]]]]  # row -> for each seed (epoch, AP)

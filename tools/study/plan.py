@@ -25,8 +25,8 @@ from tools.study.presets import (
     pretext_flags,
     variant_of,
 )
-from util.flags import FINETUNE, PRETRAIN
-from util.logger import UserError
+from util.errors import UserError
+from util.settings.flags import FINETUNE, PRETRAIN
 
 STORED = ("selective_search", "edge_boxes")  # methods whose boxes are searched once, before pre-training
 RESULTS = {  # kind of a step -> the file that a finished one has

@@ -27,16 +27,17 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from datasets import build_dataset
-from datasets.annotations import Annotations, read_json
-from datasets.coco import CocoDetection
-from datasets.image_folder import ImageFile, ImageFolder, open_file, open_image, read_bytes
+from datasets.images.image_folder import ImageFile, ImageFolder, open_file, open_image, read_bytes
+from datasets.labelled.annotations import Annotations, read_json
+from datasets.labelled.coco import CocoDetection
+from datasets.labelled.subsets import draw_ids
 from datasets.sample import BadImageError
-from datasets.subsets import draw_ids
-from util.arguments import make_parser, resolve
+from util.errors import UserError
 from util.files import check_apart, make_folder, write_atomically, write_text
-from util.flags import FINETUNE
-from util.logger import Progress, UserError, log
-from util.run_folder import read_record
+from util.logger import Progress, log
+from util.runs.folder import read_record
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import FINETUNE
 
 MANIFEST, BEGUN = "manifest.json", "settings.json"
 DATA_FLAGS = (

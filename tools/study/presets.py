@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from util.logger import UserError
-from util.registry import PRETEXTS
+from util.errors import UserError
+from util.settings.registry import PRETEXTS
 
 Flags = dict[str, Any]
 NONE = "none"

@@ -7,10 +7,12 @@ from pathlib import Path
 from tools.study import pictures
 from tools.study.results import AP, Results, collect
 from tools.study.text import END_OF_WORDS, TITLE, WORDS, all_parts, words_of_person
+from util.errors import UserError
 from util.files import write_text
-from util.logger import UserError, log
-from util.plot_utils import BBOX_STATS, read_log
-from util.run_page import evaluations
+from util.logger import log
+from util.plots.curves import BBOX_STATS
+from util.runs.log import read_log
+from util.runs.page import evaluations
 
 STATS = (*(name.replace(" ", "_") for name in BBOX_STATS), "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large")
 LOSSES = ("test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou")  # weighted: of all layers, then of the last

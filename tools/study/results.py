@@ -6,10 +6,10 @@ from typing import Any
 
 from tools.study.folder import read_study
 from tools.study.plan import RESULTS
-from util.logger import UserError
-from util.plot_utils import read_log
-from util.run_folder import read_record
-from util.run_page import evaluations
+from util.errors import UserError
+from util.runs.folder import read_record
+from util.runs.log import read_log
+from util.runs.page import evaluations
 
 AP, AP50 = 0, 1  # places in COCO's numbers
 Cell = tuple[str, str, float]  # detector, row, fraction

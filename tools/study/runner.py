@@ -30,12 +30,13 @@ from tools.study.folder import (
 from tools.study.plan import RESULTS, Options, Step, choice_plan, difference, make_plan, options_of
 from tools.study.prepare import read_manifest
 from tools.study.presets import PRESETS
+from util.errors import StopRequested, UserError
 from util.files import make_folder, write_text
-from util.logger import StopRequested, UserError, format_seconds, log
-from util.plot_utils import read_log
-from util.run_folder import ROOT, environment, read_record
-from util.run_page import evaluations
-from util.signals import SignalHandler, kill_family
+from util.logger import format_seconds, log
+from util.runs.folder import ROOT, environment, read_record
+from util.runs.log import read_log
+from util.runs.page import evaluations
+from util.runs.signals import SignalHandler, kill_family
 
 POLL = 0.2  # seconds
 GRACE = 45.0  # seconds that a run has to save itself before it is ended; torchrun gives its processes 30 of them

@@ -12,7 +12,7 @@ from tools.study.presets import ABLATIONS, NONE, UNTRAINED
 from tools.study.results import AP, AP50, Cell, Results
 from tools.study.statistics import Difference, in_words, paired_difference, signed, summarize
 from util.logger import format_seconds
-from util.run_folder import read_record
+from util.runs.folder import read_record
 
 TITLE = "# Transfer study"
 WORDS, END_OF_WORDS = (

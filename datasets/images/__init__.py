@@ -1,0 +1,1 @@
+"""Unlabelled images: folders, lists and tar shards."""

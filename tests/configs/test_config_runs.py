@@ -1,0 +1,207 @@
+"""Every config runs: the published model is built without memory for its weights, and three steps, or an evaluation, of
+a small one.
+
+Steps are run once for configs that differ in numbers alone.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from models import build_model
+from tests.documents import CONFIGS, SCRIPTS, config_words, parse
+from tests.tiny import logged, write_airbus, write_coco, write_images, write_shots, write_voc
+from util.settings.arguments import plain_settings, resolve
+
+CONDITIONAL_100 = 43_418_401 - 200 * 256
+# Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits
+# counts.
+PARAMETERS = {
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32": 43_869_129,
+    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32": 44_200_137,
+    "r50_condtr_100q": 44_792_265,
+    "r50_condtr_300q": 44_843_465,
+    "r50_vanillatr": 42_949_575,
+    "r50_deformtr_ms": 42_413_769,
+    "r50_deformtr_ss": 35_491_657,
+    "UPDETR_pretrain_in": 42_619_079,
+    "UPDETR_finetune": 41_525_280,
+    "UPDETR_eval": 41_525_280,
+    "DETR_r50_swav": 41_525_280,
+    "UPDETR_vanilla_finetune": 41_524_768,
+    "UPDETR_deformable_finetune": 40_069_665,
+    "UPDETR_deformable_single_scale_finetune": 34_066_593,
+    "UPDETR_conditional_300q_finetune": 43_418_401,
+    "UPDETR_conditional_finetune": CONDITIONAL_100,
+    "Scratch_vanilla": 41_524_768,
+    "Scratch_conditional": CONDITIONAL_100,
+    "Scratch_deformable": 40_069_665,
+    "DeformableDETR": 40_069_665,
+    "DETReg_top30_in_detr": 41_525_280 + 768 * 257,
+    "DETReg_fine_tune": None,
+    "DETReg_few_shot": None,
+    "DETReg_vanilla_finetune": 41_524_768,
+    "DETReg_conditional_finetune": CONDITIONAL_100,
+    "DETReg_deformable_finetune": 40_069_665,
+    "DETReg_conditional_pretrain": CONDITIONAL_100 + 768 * 257,
+    "DETReg": 40_069_665 + 768 * 257,
+    "ConditionalDETR_r101": 62_358_305,
+    "ConditionalDETR": 43_418_401,
+    "DETR_r101": 60_464_672,
+    "DETR": 41_524_768,
+    "r50_deformable_detr_single_scale": 34_066_593,
+    "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus": 41_181_529,
+    "r50_deformable_detr_plus": 40_849_660,
+    "r50_deformable_detr": 40_069_665,
+}
+SMALL = [
+    "--hidden_dim",
+    "32",
+    "--nheads",
+    "4",
+    "--dim_feedforward",
+    "32",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--num_queries",
+    "20",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--image_size",
+    "64",
+    "--max_size",
+    "96",
+    "--batch_size",
+    "2",
+]
+PRETEXT_SIZES = {
+    "random_query_patch": ["--num_patches", "5", "--patch_size", "32"],
+    "region_prior": ["--max_prop", "5", "--patch_size", "32", "--proposals", "random"],
+    "siamese": ["--num_patches", "5", "--patch_size", "32", "--proposals", "random"],
+}
+
+
+def small_words(words: list[str], *flags: object) -> list[str]:
+    """A config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
+    shallow = ["--backbone", "resnet50" if "--dilation" in words else "resnet18"]
+    pretext = next((name for name in PRETEXT_SIZES if name in words), "random_query_patch")
+    size = [*SMALL, *PRETEXT_SIZES[pretext]] if words[0] == "main.py" else SMALL
+    return [*words, *size, *shallow, *map(str, flags)]
+
+
+def start(words: list[str]) -> list[str]:
+    """Runs a command in this process; returns the lines of its log."""
+    with logged() as lines:
+        SCRIPTS[words[0]].main(SCRIPTS[words[0]].parse(words[1:]))
+    return lines
+
+
+def save_small(words: list[str], path: Path) -> Path:
+    """The checkpoint that a config's command for a small model would end with, but for its values."""
+    args = resolve(parse(small_words(words, "--backbone_weights", "none", "--backbone_norm", "frozen"), resolved=False))
+    torch.save({"model": build_model(args)[0].state_dict(), "args": plain_settings(args), "epoch": 0}, path)
+    return path
+
+
+def source_config(words: list[str]) -> list[str]:
+    """The config whose output a command takes as `--pretrain` or `--resume`; of a published file, the one that it comes
+    from.
+    """
+    given = next(word for flag, word in zip(words, words[1:], strict=False) if flag in ("--pretrain", "--resume"))
+    return config_words(CONFIGS["DETR_r50_coco" if given.startswith("https://") else Path(given).parent.name])
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("data") / "coco", train=4, val=2)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_voc(tmp_path_factory.mktemp("data") / "VOCdevkit")
+
+
+@pytest.fixture(scope="module")
+def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(autouse=True)
+def _no_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained backbones are elsewhere; that they are asked for where they should be is in the tables of settings."""
+    monkeypatch.setattr(models, "load_backbone_weights", lambda body, name, source: None)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_builds_the_published_model(name: str) -> None:
+    args = parse(config_words(CONFIGS[name], "--device", "cpu"))
+    with torch.device("meta"):
+        model, criterion, _ = build_model(args)
+    known = next((count for part, count in PARAMETERS.items() if name.startswith(part)), None)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert known in (None, count)
+    assert known is not None or "pretrain" in name or "--pretrain" in config_words(CONFIGS[name])
+    layers = {key.rsplit("_", 1)[-1] for key in criterion.weight_dict}
+    assert ("4" in layers) == args.aux_loss
+
+
+def without_numbers(name: str) -> str:
+    """A config's command with `#` for each number, and for the config that it starts from that one's."""
+    command = CONFIGS[name].read_text().split("exec ")[1].split("--output_dir")[0]
+    command = re.sub(r"exps/([^/]+)/checkpoint.pth", lambda source: without_numbers(source[1]), command)
+    return re.sub(r" [\d.]\S*", " #", command)
+
+
+# Of commands that differ in numbers alone, one; the tables of settings have all of them.
+DIFFERENT = {without_numbers(name): name for name in CONFIGS if not name.endswith(("_eval", "_eval_coco"))}
+
+
+@pytest.mark.parametrize("name", sorted(DIFFERENT.values()))
+def test_config_runs_three_steps(name: str, coco: Path, voc: Path, unlabelled: Path, tmp_path: Path) -> None:
+    words = config_words(CONFIGS[name])
+    data, kind = ["--coco_path", coco], dict(zip(words, words[1:], strict=False)).get("--dataset")
+    if "--imagenet_path" in words or kind in ("imagenet", "imagenet100", "airbus_pretrain"):
+        data = ["--imagenet_path", unlabelled]
+    elif {"voc", "voc_coco"} & set(words):
+        data = ["--voc_path", voc, "--voc_train", "2007_trainval", "2012_trainval"]  # one list alone is too few
+    elif kind == "airbus":
+        data = ["--airbus_path", write_airbus(tmp_path / "airbus", images=6)]
+    data += ["--filter_pct", "1"] if "--filter_pct" in words else []  # a share of four images is too few
+    data += ["--novel_classes", "red"] if "--few_shot" in words and "voc" not in words else []
+    data += ["--few_shot_file", write_shots(coco, tmp_path / "shots")] if "--few_shot_file" in words else []
+    start_from = (
+        ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
+    )
+    lines = start(small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run"))
+    assert sum(line.startswith("step on") for line in lines) == 2
+    assert any("nothing was saved" in line for line in lines)
+    if start_from and source_config(words)[0] == "main.py":
+        assert any("patch2query" in line or "feature_embed" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(("_eval", "_eval_coco"))])
+def test_config_evaluates(name: str, coco: Path, tmp_path: Path) -> None:
+    """Flags of the architecture are left out: they are those of the checkpoint."""
+    words = config_words(CONFIGS[name])
+    checkpoint = save_small(source_config(words), tmp_path / "trained.pth")
+    start(
+        [
+            *words,
+            *SMALL[-8:],
+            "--coco_path",
+            str(coco),
+            "--resume",
+            str(checkpoint),
+            "--output_dir",
+            str(tmp_path / "run"),
+        ]
+    )
+    assert (tmp_path / "run" / "metrics.json").exists()

@@ -1,0 +1,313 @@
+"""Images inside of tar files: the same samples as from folders, found once, and one line for what is wrong."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main as pretrain_main
+from datasets import build_dataset, build_loader
+from datasets.images import tar_shards
+from datasets.images.image_folder import ImageFolder, read_image
+from datasets.proposals.store import ProposalStore
+from datasets.sample import BadImageError, SampleDataset
+from tests.large_data import LONG_AGO, Counted, keep_cache_in, pack, touch
+from tests.tiny import (
+    FROZEN,
+    RUN_FLAGS,
+    assert_same,
+    assert_same_logs,
+    draw,
+    logged,
+    pre_train,
+    read_checkpoint,
+    stop_after,
+    tiny_args,
+    write_images,
+)
+from tools import cache_proposals, check_dataset
+from util.errors import StopRequested, UserError
+from util.settings.arguments import make_parser, resolve
+from util.settings.flags import PRETRAIN
+
+
+@pytest.fixture(autouse=True)
+def _kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_cache_in(tmp_path / "user" / "predetr", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders with the names of tar files, so that names and order are those of images in tar files."""
+    root = tmp_path_factory.mktemp("data") / "folders"
+    for i, name in enumerate(["b.tar/0.png", "b.tar/deep/1.png", "a.tar/2.png", "a.tar/3.png", "a.tar-1.tar/4.png"]):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(i, 66 + 4 * i, 80)[0]).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def shards(folders: Path) -> Path:
+    return pack(folders, folders.parent / "shards")
+
+
+def dataset_of(root: Path, pretext: str, proposals: str = "random") -> SampleDataset:
+    flags = ["--pretext", pretext, "--proposals", proposals, "--imagenet_path", str(root), "--patch_size", "32"]
+    flags += ["--max_prop", "5"] if pretext == "region_prior" else ["--num_patches", "5"]
+    return build_dataset("train", resolve(make_parser(PRETRAIN).parse_args([*RUN_FLAGS, *flags])))
+
+
+@pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior", "siamese"])
+def test_samples_of_tar_files_are_those_of_folders(pretext: str, folders: Path, shards: Path) -> None:
+    """Names, order, pixels and every random draw."""
+    inside, beside = dataset_of(shards, pretext), dataset_of(folders, pretext)
+    assert inside.fingerprint() == beside.fingerprint()
+    assert len(inside) == len(beside) == 5
+    for index in range(5):
+        assert inside.images.name(index) == beside.images.name(index)
+        assert torch.equal(inside.read(index), beside.read(index))
+        for epoch in (0, 3):
+            assert_same(inside[epoch, index], beside[epoch, index])
+
+
+def test_worker_processes_read_tar_files(folders: Path, shards: Path) -> None:
+    args = tiny_args(PRETRAIN, "--num_workers", "2", "--batch_size", "2")
+    batches = [
+        list(build_loader(dataset_of(root, "random_query_patch"), args, train=True)) for root in (shards, folders)
+    ]
+    for ours, theirs in zip(*batches, strict=True):
+        assert torch.equal(ours[0].tensors, theirs[0].tensors)
+        assert torch.equal(ours[1].tensors["patches"], theirs[1].tensors["patches"])
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
+    """Names as `tar cf x.tar .` writes them, long ones, a name twice, links, hidden files and folders."""
+    write_images(tmp_path / "images", 2)
+    one, two = (tmp_path / "images" / name for name in ("000.png", "001.png"))
+    with tarfile.open(tmp_path / "x.tar", "w", format=style) as tar:
+        for path, name in (
+            (one, "./" + "long/" * 30 + "a.png"),
+            (one, "twice.PNG"),
+            (one, "._hidden.png"),
+            (two, "twice.PNG"),
+            (one, "./a/.thumbnails/x.png"),
+            (tmp_path / "images", "folder.png"),
+        ):
+            tar.add(path, name, recursive=False)
+        link = tarfile.TarInfo("link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "twice.PNG"
+        tar.addfile(link)
+    images = ImageFolder(str(tmp_path / "x.tar"))
+    assert [images.name(i) for i in range(len(images))] == ["x.tar/" + "long/" * 30 + "a.png", "x.tar/twice.PNG"]
+    assert torch.equal(read_image(images.file(1)), read_image(str(two))), "the last one, as if it were unpacked"
+    assert images.path(1) == str(tmp_path / "x.tar" / "twice.PNG")
+    assert images.skipped == 3
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("t-{00..02}.tar", ["t-00.tar", "t-01.tar", "t-02.tar"]),
+        ("t-{01..10}.tar", None),
+        ("t-{8..10}.tar", None),
+        ("{t,u}-0{0,1}.tar", ["t-00.tar", "t-01.tar", "u-00.tar", "u-01.tar"]),
+        ("t-*.tar", ["t-00.tar", "t-01.tar", "t-02.tar"]),
+        ("{t,u}-?1.tar", ["t-01.tar", "u-01.tar"]),
+        ("d*/{00..01}.tar", ["deep/00.tar", "deep/01.tar"]),
+        ("v*.tar", None),
+    ],
+)
+def test_patterns(pattern: str, expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "t-00.tar", "t-01.tar", "t-02.tar", "u-00.tar", "u-01.tar", "deep/00.tar", "deep/01.tar")
+    if expected is None:
+        with pytest.raises(
+            UserError, match=r"(t-03|t-8|v\*).tar does not exist: give a pattern of tar files that are there, or their"
+        ):
+            tar_shards.expand(str(tmp_path / pattern))
+        return
+    assert tar_shards.expand(str(tmp_path / pattern)) == (str(tmp_path), expected)
+    monkeypatch.chdir(tmp_path)
+    assert tar_shards.expand(pattern) == ("", expected)
+    assert tar_shards.expand("t-00.tar") is None
+
+
+def test_a_pattern_names_images_as_their_folder_does(shards: Path) -> None:
+    whole, chosen = ImageFolder(str(shards)), ImageFolder(str(shards / "{b,a}.tar"))
+    assert list(chosen.names) == [name for name in whole.names if "-1" not in name]
+    for index, name in enumerate(chosen.names):
+        assert chosen.file(index) == whole.file(whole.names.find(name))
+
+
+def test_a_pattern_that_the_shell_has_spread(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        pretrain_main.parse(["--imagenet_path", "t-0.tar", "t-1.tar", "--output_dir", "x"])
+    assert "put a pattern of tar files into quotes" in capsys.readouterr().err
+
+
+def test_headers_are_read_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one file alone where one has changed."""
+    root = tmp_path / "copy"
+    shutil.copytree(shards, root)
+    opened = Counted(monkeypatch, tarfile, "open")
+    first, images = opened.of(lambda: ImageFolder(str(root)))
+    later, again = opened.of(lambda: ImageFolder(str(root)))
+    assert (first, later) == (3, 0)
+    assert images.fingerprint() == again.fingerprint()
+    for index in range(len(images)):
+        assert images.file(index) == again.file(index)
+    shutil.copy(shards / "a.tar-1.tar", root / "b.tar")
+    os.utime(root / "b.tar", LONG_AGO)
+    changed, images = opened.of(lambda: ImageFolder(str(root)))
+    assert changed == 1
+    (root / "a.tar").write_bytes((shards / "a.tar").read_bytes())
+    os.utime(root / "a.tar", LONG_AGO)
+    assert opened.of(lambda: ImageFolder(str(root)))[0] == 1, (
+        "of the same size, and its time is set back: it may hold others"
+    )
+    assert [images.name(i) for i in range(len(images))][-1] == "b.tar/4.png"
+    os.utime(root / "b.tar")  # just now: it may change once more
+    assert [opened.of(lambda: ImageFolder(str(root)))[0] for _ in range(2)] == [1, 1]
+
+
+def edit_tar(source: Path, target: Path, edit) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(edit(source.read_bytes()))
+    return target
+
+
+def end_of_members(content: bytes) -> int:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        last = tar.getmembers()[-1]
+    return last.offset_data + -(-last.size // 512) * 512
+
+
+def with_garbage(content: bytes) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        start = tar.getmembers()[2].offset
+    return content[:start] + b"garbage!" * 64 + content[start + 512 :]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda content: content[: end_of_members(content) - 300],
+            "x.tar is not a whole tar file .*: was it copied to its end",
+        ),
+        (
+            lambda content: content[: end_of_members(content)],
+            r"x.tar lacks the end mark of tar files.*truncate -s \+1024",
+        ),
+        (lambda content: content[: end_of_members(content) + 100], "x.tar lacks the end mark of tar files"),
+        (with_garbage, r"x.tar is damaged: there is no header at byte \d+"),
+        (lambda content: b"", "x.tar is not a whole tar file"),
+        (lambda content: b"text " * 300, "x.tar is not a whole tar file"),
+        (lambda content: b"\x1f\x8b" + content, r"x.tar is compressed \(gzip\), .* uncompress it"),
+        (lambda content: b"\x28\xb5\x2f\xfd" + content, r"x.tar is compressed \(zstd\)"),
+        (lambda content: bytes(10240), r"x.tar holds no image \(0 other files\)"),
+    ],
+)
+def test_bad_tar_files(edit, message: str, shards: Path, tmp_path: Path) -> None:
+    path = edit_tar(shards / "a.tar", tmp_path / "x.tar", edit)
+    with pytest.raises(UserError, match=message) as raised:
+        ImageFolder(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_compressed_and_missing_tar_files(shards: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
+        tar.add(shards, "x")
+    for place in (tmp_path, tmp_path / "x.tar.gz"):
+        with pytest.raises(UserError, match=r"x.tar.gz is compressed \(gzip\)"):
+            ImageFolder(str(place))
+    with pytest.raises(UserError, match="none.tar does not exist: give a folder of images or of tar files"):
+        ImageFolder(str(tmp_path / "none.tar"))
+
+
+def test_tar_files_beside_images_are_told(shards: Path, folders: Path, tmp_path: Path) -> None:
+    """Archives often stay where they were unpacked."""
+    shutil.copytree(folders / "b.tar", tmp_path / "images")
+    shutil.copy(shards / "b.tar", tmp_path / "images")
+    with logged() as lines:
+        assert len(ImageFolder(str(tmp_path / "images"))) == 2
+    assert any("holds images beside 1 tar files, which are not read" in line for line in lines)
+
+
+def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> None:
+    path = shutil.copy(shards / "a.tar", tmp_path)
+    image = ImageFolder(path).file(1)
+    os.truncate(path, image.offset + 100)
+    with pytest.raises(BadImageError, match=r"a.tar ends before it: it has changed since the start"):
+        read_image(image)
+    os.unlink(path)
+    with pytest.raises(BadImageError, match=r"a.tar can't be read \(no such file"):
+        read_image(image)
+
+
+def test_stop_in_mid_epoch_over_tar_files(
+    shards: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The resumed run equals one over the same images in folders that never stopped."""
+    flags = (*FROZEN, "--batch_size", 1, "--epochs", 2, "--feature_recon")
+    pre_train("--imagenet_path", folders, "--output_dir", tmp_path / "whole", *flags)
+    stop_after(monkeypatch, 8)
+    with pytest.raises(StopRequested, match="epoch 2, after batch 3 of 5"):
+        pre_train("--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags)
+    pre_train("--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto")
+    whole, ours = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
+    assert_same(ours["model"], whole["model"])
+    assert_same(ours["optimizer"], whole["optimizer"])
+    assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_path: Path) -> None:
+    """The same store as for folders; it is checked against either, and serves training on both."""
+    names = [str(path.relative_to(folders)) for path in folders.rglob("*.png")]
+    content = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+        "annotations": [{"image_id": i, "bbox": [4 * i, 5, 20, 30 - k]} for i in range(len(names)) for k in range(4)],
+    }
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    stores = []
+    for place in (shards, folders, shards / "*.tar"):
+        words = ["--images", str(place), "--output_dir", str(tmp_path / f"store{len(stores)}"), "--num_workers", "0"]
+        cache_proposals.main(cache_proposals.parse([*words, "--proposals", f"file:{tmp_path / 'boxes.json'}"]))
+        cache_proposals.main(cache_proposals.parse([*words, "--check"]))
+        stores.append(ProposalStore(tmp_path / f"store{len(stores)}"))
+    for other in stores[1:]:
+        for part in ("offsets", "boxes", "sizes_hw", "file_bytes", "file_crc32"):
+            assert np.array_equal(getattr(stores[0], part), getattr(other, part)), part
+        assert list(stores[0].names) == list(other.names)
+    inside, beside = (dataset_of(root, "region_prior", f"file:{stores[0].folder}") for root in (shards, folders))
+    assert_same(inside[0, 1], beside[0, 1])
+
+    changed = tmp_path / "changed"
+    shutil.copytree(shards, changed)
+    shutil.copy(shards / "a.tar", changed / "b.tar")
+    with pytest.raises(UserError, match=r"2 of 5 images differ from those .* the first is b.tar/0.png"):
+        cache_proposals.check(stores[0], str(changed))
+
+
+def test_a_check_reads_images_in_tar_files(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(shards, tmp_path / "shards")
+    with tarfile.open(tmp_path / "shards" / "c.tar", "w") as tar:
+        for name in ("bad.png", "empty.png"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 9 if name == "bad.png" else 0
+            tar.addfile(entry, io.BytesIO(b"no image!"))
+    words = ["--imagenet_path", str(tmp_path / "shards"), "--num_workers", "0", "--output_dir", str(tmp_path / "check")]
+    with pytest.raises((SystemExit, UserError)):
+        check_dataset.main(check_dataset.parse(words))
+    assert json.loads((tmp_path / "check" / "check.json").read_text())["train"]["readable"] == 5
+    problems = (tmp_path / "check" / "problems.csv").read_text()
+    assert "c.tar/bad.png" in problems
+    assert "can't be decoded (an empty file)" in problems

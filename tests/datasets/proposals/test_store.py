@@ -1,0 +1,410 @@
+"""The store of proposals: built in parts by processes that may be killed, verified when read, and equal to the method
+itself.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import shutil
+import signal
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets.proposals.store_builder as store_builder
+from datasets import build_dataset
+from datasets.images.image_folder import ImageFolder, read_image
+from datasets.proposals import build_proposals
+from datasets.proposals.store import ProposalStore
+from datasets.sample import BadImageError
+from tests.tiny import draw, logged, tiny_args
+from tools import cache_proposals
+from util.errors import UserError
+from util.random_state import SampleRandom
+from util.settings.flags import PRETRAIN
+
+pytest.importorskip("cv2", reason="OpenCV is not installed")
+
+
+def write_tree(root: Path, count: int = 12) -> Path:
+    """Images in two folders with the same base names, of different content."""
+    for i in range(count):
+        path = root / ("a" if i % 2 else "b/deep") / f"{i // 2:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw(i, 50 + i % 3, 60)[0]).save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tree(tmp_path_factory.mktemp("data") / "images")
+
+
+def cache(images: Path, output: Path, *flags: object) -> None:
+    words = ["--images", images, "--output_dir", output, "--num_workers", 0, *flags]
+    cache_proposals.main(cache_proposals.parse(list(map(str, words))))
+
+
+@pytest.fixture(scope="module")
+def store(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Selective search at the published setting, made by one process. Tests must not change it."""
+    output = tmp_path_factory.mktemp("store") / "ss128"
+    cache(images, output)
+    return output
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def stored(folder: Path, images: Path | None = None, **flags: object):
+    known = ImageFolder(str(images)) if images else None
+    return build_proposals(Namespace(**{"proposals": "selective_search", "cache_path": str(folder), **flags}), known)
+
+
+def test_a_store_gives_the_boxes_of_the_method_in_the_same_order(images: Path, store: Path) -> None:
+    folder = ImageFolder(str(images))
+    live, from_store = build_proposals(Namespace(proposals="selective_search")), stored(store, images)
+    for index in (0, 5, 11):
+        image = read_image(folder.path(index))
+        for seed in (1, 2):
+            assert torch.equal(
+                from_store(image, SampleRandom(seed), folder.name(index)), live(image, SampleRandom(seed), "")
+            )
+
+
+def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, store: Path) -> None:
+    path = ImageFolder(str(images)).path(0)
+    method = stored(store)
+    draws = [method(read_image(path), SampleRandom.of(3, epoch, 0), "a/000.png") for epoch in (0, 1, 0)]
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.equal(draws[0], draws[1])
+
+
+def test_equal_base_names_do_not_collide(images: Path, store: Path) -> None:
+    method, live = stored(store), build_proposals(Namespace(proposals="selective_search"))
+    for name in ("a/000.png", "b/deep/000.png"):
+        image = read_image(str(images / name))
+        assert torch.equal(method(image, SampleRandom(0), name), live(image, SampleRandom(0), name))
+
+
+@pytest.mark.parametrize("method", ["edge_boxes", "full"])
+def test_other_methods(images: Path, tmp_path: Path, method: str) -> None:
+    flags = ("--ss_resize", 0) if method == "full" else ("--proposals", method)
+    cache(images, tmp_path / "store", *flags)
+    args = Namespace(proposals="selective_search", ss_resize=0) if method == "full" else Namespace(proposals=method)
+    live = build_proposals(args)
+    from_store = stored(tmp_path / "store", images, **vars(args))
+    image = read_image(str(images / "a" / "001.png"))
+    assert torch.equal(from_store(image, SampleRandom(7), "a/001.png"), live(image, SampleRandom(7), ""))
+    expected = live.search(image.permute(1, 2, 0).numpy(), "")[1]
+    found = from_store.search(image.permute(1, 2, 0).numpy(), "a/001.png")[1]
+    assert (expected is None and found is None) or np.array_equal(found, expected)
+
+
+def test_two_workers_equal_one(images: Path, store: Path, tmp_path: Path) -> None:
+    cache(images, tmp_path / "two", "--num_workers", 2)
+    assert content(tmp_path / "two") == content(store)
+
+
+def test_shards_and_merge_equal_one_run(images: Path, store: Path, tmp_path: Path) -> None:
+    output = tmp_path / "parts"
+    for shard in ("3/3", "1/3"):
+        cache(images, output, "--shard", shard)
+    with pytest.raises(UserError, match=r"lacks 4 of 12 chunks, the first is 1 .*--merge"):
+        cache(images, output, "--merge")
+    with pytest.raises(UserError, match="is not finished"):
+        stored(output)
+    cache(images, output, "--shard", "2/3")
+    cache(images, output, "--merge")
+    assert content(output) == content(store)
+    with logged() as lines:
+        cache(images, output)
+    assert lines[-1].endswith("is finished")
+
+
+def test_a_killed_builder_goes_on_to_the_same_store(images: Path, store: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, workers and all, until a run gets through."""
+    context, moments = multiprocessing.get_context("fork"), random.Random(5)
+    output, kills, counts = tmp_path / "killed", 0, []
+    while not (output / "header.json").exists():
+        builder = context.Process(target=cache, args=(images, output, "--num_workers", 2))
+        builder.start()
+        builder.join(moments.uniform(0.02, 0.3) if kills < 6 else 60)
+        if builder.is_alive():
+            os.kill(builder.pid, signal.SIGKILL)
+            builder.join()
+            kills += 1
+            if not (output / "header.json").exists():  # a finished store has merged its parts and removed them
+                counts.append(len(list(output.glob("chunks/*.npz"))))
+    cache(images, output)
+    assert kills, "no run was killed"
+    assert counts == sorted(counts), "finished parts are kept"
+    assert content(output) == content(store)
+
+
+def test_workers_end_with_a_killed_builder(images: Path, tmp_path: Path) -> None:
+    words = (images, tmp_path / "killed", "--num_workers", 2, "--ss_resize", 0)
+    builder = multiprocessing.get_context("fork").Process(target=cache, args=words)
+    builder.start()
+    children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
+    if not children.exists():
+        builder.join()
+        pytest.skip("this system does not list child processes")
+    deadline, workers = time.monotonic() + 20, []
+    while len(workers) < 2 and builder.is_alive() and time.monotonic() < deadline:
+        workers = children.read_text().split()
+        time.sleep(0.01)
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    while any(
+        Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        for pid in workers
+    ):
+        assert time.monotonic() < deadline, "a worker outlives its builder"
+        time.sleep(0.05)
+
+
+def test_a_worker_that_dies_is_a_clear_line(
+    images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_proposals, "make_chunk", lambda *_: os._exit(9))
+        with pytest.raises(
+            UserError,
+            match="a process was ended from outside .* run the same command again, perhaps with --num_workers 1",
+        ):
+            cache(images, tmp_path / "store", "--num_workers", 2)
+    cache(images, tmp_path / "store")
+    assert content(tmp_path / "store") == content(store)
+
+
+def test_a_merge_that_is_broken_off_is_repeated(
+    images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "store"
+
+    def fail(*_args, **_settings) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store_builder, "_stream", fail)
+        with pytest.raises(KeyboardInterrupt):
+            cache(images, output)
+    with monkeypatch.context() as patch:
+        patch.setattr(store_builder.shutil, "rmtree", fail)
+        with pytest.raises(KeyboardInterrupt):
+            cache(images, output)
+    (output / ".0123.tmp").touch()  # of a process that was killed
+    cache(images, output)
+    assert content(output) == content(store)
+
+
+def test_two_that_merge_at_once(images: Path, store: Path, tmp_path: Path) -> None:
+    """The second finishes while the first is at its first chunk."""
+    output = tmp_path / "store"
+    cache(images, output, "--shard", "1/2")
+    cache(images, output, "--shard", "2/2")
+    plan = cache_proposals.make_plan(cache_proposals.parse(["--images", str(images), "--output_dir", str(output)]))
+    others = iter([lambda: store_builder.merge(plan)])
+    assert store_builder.merge(plan, lambda: next(others, lambda: None)()).header == ProposalStore(store).header
+    assert content(output) == content(store)
+    store_builder.make_chunk(plan, 0)  # a third one is still searching
+    store_builder.merge(plan)
+    assert content(output) == content(store)
+
+
+def flip_a_box(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[data.index(b"boxes.npy") + 139] ^= 255
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_a_box,
+        lambda path: path.write_bytes(path.read_bytes()[:-50]),
+        lambda path: path.write_bytes(b""),
+        lambda path: np.savez(path),
+    ],
+)
+def test_a_damaged_chunk_is_one_line(damage, images: Path, tmp_path: Path) -> None:
+    for shard in ("1/2", "2/2"):
+        cache(images, tmp_path / "store", "--shard", shard)
+    damage(tmp_path / "store" / "chunks" / "000003.npz")
+    with pytest.raises(UserError, match=r"000003\.npz is damaged \(.+\): remove it and run"):
+        cache(images, tmp_path / "store", "--merge")
+
+
+def test_unreadable_images_are_counted_and_stored_as_such(tmp_path: Path) -> None:
+    images = write_tree(tmp_path / "images", 4)
+    (images / "a" / "broken.png").write_bytes(b"no image")
+    with logged() as lines:
+        cache(images, tmp_path / "store")
+    assert any("1 images could not be read" in line and "broken.png: can't be decoded" in line for line in lines)
+    header = ProposalStore(tmp_path / "store").header
+    assert (header["images"], header["unreadable"], header["problems"][0][0]) == (5, 1, "a/broken.png")
+    method = stored(tmp_path / "store", images)
+    with pytest.raises(BadImageError, match="could not be read when its proposals were stored"):
+        method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRandom(0), "a/broken.png")
+    assert len(method(read_image(str(images / "a" / "001.png")), SampleRandom(0), "a/001.png"))
+
+
+def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
+    images = write_tree(tmp_path / "images", 4)
+    cache(images, tmp_path / "store")
+    method, path = stored(tmp_path / "store", images), images / "a" / "000.png"
+    with logged() as lines:
+        cache(images, tmp_path / "store", "--check")
+    assert "all 4 images" in lines[-1]
+
+    Image.fromarray(draw(77, 51, 60)[0]).save(path)  # the size that it had: only its content tells
+    with pytest.raises(UserError, match=r"1 of 4 images differ .* the first is a/000\.png"):
+        cache(images, tmp_path / "store", "--check")
+    with pytest.raises(
+        UserError, match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the data set changed"
+    ):
+        stored(tmp_path / "store", images)
+    Image.fromarray(draw(1, 70, 90)[0]).save(path)
+    with pytest.raises(UserError, match=r"a/000\.png has 90 x 70 pixels, but had 60 x 51"):
+        method(read_image(str(path)), SampleRandom(0), "a/000.png")
+    Image.fromarray(draw(1, 51, 60)[0]).save(images / "new.png")
+    with pytest.raises(UserError, match=r"lacks 1 of 5 images, the first is new\.png"):
+        stored(tmp_path / "store", images)
+    with pytest.raises(UserError, match=r"holds proposals with images 4, now it is 5"):
+        cache(images, tmp_path / "store")
+    with pytest.raises(UserError, match=r"has no image new\.png"):
+        method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRandom(0), "new.png")
+
+
+def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was made with resize 128, the flags say 0"):
+        stored(store, ss_resize=0)
+    with pytest.raises(UserError, match="was made with method selective_search, the flags say edge_boxes"):
+        stored(store, proposals="edge_boxes")
+    with pytest.raises(UserError, match="not for --proposals random"):
+        stored(store, proposals="random", num_patches=4)
+    with pytest.raises(UserError, match="holds proposals with settings .* now it is"):
+        cache(images, store, "--ss_resize", 64)
+    with pytest.raises(UserError, match="draws its boxes anew"):
+        cache_proposals.make_plan(
+            Namespace(images=str(images), list=None, proposals="random", num_patches=3, max_prop=3)
+        )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds other files"):
+        cache(images, tmp_path / "other")
+    with pytest.raises(UserError, match="holds no proposals .*--proposals file:"):
+        stored(tmp_path / "other")
+
+
+def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -> None:
+    """A subset of the images may be trained on, and file:STORE takes a store whatever made it."""
+    method = build_proposals(Namespace(proposals=f"file:{store}"), ImageFolder(str(images)))
+    image = read_image(str(images / "a" / "002.png"))
+    assert torch.equal(method(image, SampleRandom(0), "a/002.png"), stored(store)(image, SampleRandom(0), "a/002.png"))
+    names = images / "some.txt"
+    names.write_text("a/002.png\nb/deep/001.png\n")
+    stored(store, names)
+
+
+def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(
+        "b/deep/001.png 17\na/002.png 3\na/002.png 3\n", encoding="utf-8-sig"
+    )  # as Windows writes it
+    cache(images, tmp_path / "some", "--list", tmp_path / "list.txt")
+    some, whole = ProposalStore(tmp_path / "some"), ProposalStore(store)
+    assert [some.names[i] for i in range(len(some.names))] == ["a/002.png", "b/deep/001.png"]
+    for row in range(2):
+        assert np.array_equal(some.found(row)[0], whole.found(whole.names.find(some.names[row]))[0])
+    (tmp_path / "list.txt").write_text("nowhere.png\n")
+    with pytest.raises(UserError, match=r"its first image nowhere\.png is not in"):
+        cache(images, tmp_path / "none", "--list", tmp_path / "list.txt")
+
+
+def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
+    """Also where only some images have scores: the others are drawn in a new order."""
+    rows = {
+        "a/000.png": np.array([[0.5, 1, 9, 9, 0.1], [2, 2, 8, 8.25, 0.9]]),
+        "a/001.png": np.array([[0, 0, 5, 5], [1, 1, 6, 6.0]]),
+    }
+    np.savez(tmp_path / "boxes.npz", **rows)
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    cache(images, tmp_path / "store", "--list", tmp_path / "list.txt", "--proposals", f"file:{tmp_path / 'boxes.npz'}")
+    store = ProposalStore(tmp_path / "store")
+    assert store.boxes.dtype == np.float32
+    boxes, scores = store.found(0)
+    assert boxes.tolist() == [[2, 2, 8, 8.25], [0.5, 1, 9, 9]]
+    assert np.allclose(scores, [0.9, 0.1])
+    assert store.found(1)[1] is None
+    cache(images, tmp_path / "again", "--list", tmp_path / "list.txt", "--proposals", f"file:{tmp_path / 'store'}")
+    assert np.array_equal(ProposalStore(tmp_path / "again").boxes, store.boxes)
+
+
+def test_damaged_stores(store: Path, tmp_path: Path) -> None:
+    for name, change, message in (
+        ("boxes.npy", lambda path: path.write_bytes(path.read_bytes()[:-50]), "boxes.npy can't be read"),
+        (
+            "offsets.npy",
+            lambda path: np.save(path, np.load(path)[:-1]),
+            "its arrays are not as long as header.json says",
+        ),
+        ("sizes.npy", Path.unlink, "sizes.npy can't be read"),
+        ("header.json", lambda path: path.write_text("{"), "header.json can't be read"),
+        (
+            "header.json",
+            lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99})),
+            "has format 99",
+        ),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(store, copy)
+        change(copy / name)
+        with pytest.raises(UserError, match=message):
+            stored(copy)
+        shutil.rmtree(copy)
+
+
+def test_arrays_are_mapped_and_not_sent_to_workers(images: Path, store: Path) -> None:
+    method = stored(store, images)
+    assert isinstance(method.store.boxes, np.memmap)
+    sent = pickle.dumps(method)
+    assert len(sent) < 2000
+    image = read_image(str(images / "a" / "000.png"))
+    again = pickle.loads(sent)  # noqa: S301 - as loader processes receive it
+    assert torch.equal(again(image, SampleRandom(0), "a/000.png"), method(image, SampleRandom(0), "a/000.png"))
+
+
+@pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior"])
+def test_data_sets_take_their_boxes_from_a_store(images: Path, store: Path, pretext: str) -> None:
+    flags = [
+        "--pretext",
+        pretext,
+        "--imagenet_path",
+        str(images),
+        "--proposals",
+        "selective_search",
+        "--cache_path",
+        str(store),
+    ]
+    if pretext == "region_prior":
+        flags += ["--max_prop", "6", "--num_patches", "10"]  # the default: this pretext refuses others
+    dataset = build_dataset("train", tiny_args(PRETRAIN, *flags))
+    first, again, later = dataset[(0, 3)][1], dataset[(0, 3)][1], dataset[(1, 3)][1]
+    assert torch.equal(first["boxes"], again["boxes"])
+    assert not torch.equal(first["boxes"], later["boxes"])
+    assert 2 <= len(first["boxes"]) <= 6
+
+
+def test_shard_flag() -> None:
+    for word in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(SystemExit):
+            cache_proposals.parse(["--images", "x", "--output_dir", "y", "--shard", word])

@@ -1,0 +1,135 @@
+"""Batches: padding, packing, normalisation; the loader gives the same samples whatever its workers."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from datasets import build_dataset, build_loader
+from datasets.collate import PackedTargets, collate, normalize, normalize_images
+from util.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def sample(height: int, width: int, objects: int, **extra) -> tuple[Tensor, dict]:
+    generator = torch.Generator().manual_seed(height * width)
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return image, {
+        "boxes": torch.rand(objects, 4),
+        "labels": torch.arange(objects),
+        "size": torch.tensor([height, width]),
+        **extra,
+    }
+
+
+def test_padding() -> None:
+    batch = [sample(20, 30, 2), sample(25, 10, 0)]
+    samples, _ = collate(batch)
+    assert samples.padded
+    assert samples.tensors.dtype == torch.uint8
+    assert samples.tensors.shape == (2, 3, 25, 30)
+    for (image, _), padded, mask in zip(batch, samples.tensors, samples.mask, strict=True):
+        _, h, w = image.shape
+        assert torch.equal(padded[:, :h, :w], image)
+        assert int(padded.sum()) == int(image.sum())
+        assert not mask[:h, :w].any()
+        assert int(mask.sum()) == mask.numel() - h * w
+
+
+def test_equal_sizes_need_no_padding() -> None:
+    samples, _ = collate([sample(20, 30, 1), sample(20, 30, 1)])
+    assert not samples.padded
+    assert not samples.mask.any()
+
+
+def test_packing_and_unpacking() -> None:
+    targets = [sample(8, 8, n)[1] for n in (2, 0, 3)]
+    targets[1]["problems"] = [("a.png", "broken")]
+    packed = PackedTargets.pack(targets)
+    assert set(packed.tensors) == {"boxes", "labels", "size"}
+    assert packed.rows["boxes"] == [2, 0, 3]
+    assert packed.problems == [("a.png", "broken")]
+    assert len(packed) == 3
+    for original, unpacked in zip(targets, packed.to("cpu").unpack(), strict=True):
+        assert set(unpacked) == {"boxes", "labels", "size"}
+        assert all(torch.equal(unpacked[key], original[key]) for key in unpacked)
+    assert packed.unpack()[2]["boxes"].data_ptr() == packed.tensors["boxes"][2:].data_ptr()
+
+
+def test_targets_with_different_keys() -> None:
+    with pytest.raises(ValueError, match="different keys"):
+        PackedTargets.pack([sample(8, 8, 1)[1], sample(8, 8, 1, patches=torch.zeros(1))[1]])
+
+
+def test_normalisation() -> None:
+    batch = [sample(20, 30, 0), sample(25, 10, 0)]
+    samples = normalize(collate(batch)[0], MEAN, STD)
+    assert samples.tensors.dtype == torch.float32
+    for (image, _), normalized in zip(batch, samples.tensors, strict=True):
+        _, h, w = image.shape
+        expected = (image / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        assert torch.equal(normalized[:, :h, :w], expected)
+        assert torch.equal(normalized, torch.nn.functional.pad(expected, (0, 30 - w, 0, 25 - h)))
+    patches = torch.stack([image for image, _ in [sample(8, 8, 0)] * 2])
+    assert torch.equal(normalize_images(patches, MEAN, STD)[1], normalize_images(patches[1], MEAN, STD))
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> Namespace:
+    from tests.datasets.images.test_image_folder import pretext_args, save
+
+    for i in range(7):
+        save(tmp_path / f"{i}.png", seed=i, width=60 + 5 * i, height=64)
+    return pretext_args(tmp_path)
+
+
+def epoch_of(args: Namespace, train: bool, epoch: int = 0, start_batch: int = 0) -> list[tuple[Tensor, list[dict]]]:
+    dataset = build_dataset("train" if train else "val", args)
+    loader = build_loader(dataset, args, train)
+    loader.batch_sampler.set_epoch(epoch, start_batch)
+    return [(samples.tensors, targets.unpack()) for samples, targets in loader]
+
+
+def assert_same(first: list, second: list) -> None:
+    assert len(first) == len(second)
+    for (images, targets), (other_images, other_targets) in zip(first, second, strict=True):
+        assert torch.equal(images, other_images)
+        for target, other in zip(targets, other_targets, strict=True):
+            assert all(torch.equal(target[key], other[key]) for key in target)
+
+
+def test_workers_do_not_change_samples(args: Namespace) -> None:
+    alone = epoch_of(args, train=True, epoch=1)
+    assert len(alone) == 3
+    args.num_workers = 2
+    assert_same(alone, epoch_of(args, train=True, epoch=1))
+    assert_same(alone[2:], epoch_of(args, train=True, epoch=1, start_batch=2))
+
+
+def test_epochs_differ_and_evaluation_does_not(args: Namespace) -> None:
+    first, second = epoch_of(args, train=True), epoch_of(args, train=True, epoch=1)
+    assert [int(t["image_id"]) for _, b in first for t in b] != [int(t["image_id"]) for _, b in second for t in b]
+    held_out = epoch_of(args, train=False)
+    assert [int(target["image_id"]) for _, batch in held_out for target in batch] == list(range(7))
+    assert_same(held_out, epoch_of(args, train=False))
+
+
+def test_persistent_workers_follow_the_epoch(args: Namespace) -> None:
+    args.num_workers = 1
+    loader = build_loader(build_dataset("train", args), args, train=True)
+    epochs = []
+    for epoch in range(2):
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append([(samples.tensors, targets.unpack()) for samples, targets in loader])
+    assert_same(epochs[0], epoch_of(args, train=True, epoch=0))
+    assert_same(epochs[1], epoch_of(args, train=True, epoch=1))
+
+
+def test_too_few_images_for_a_batch(args: Namespace) -> None:
+    args.batch_size = 8
+    with pytest.raises(UserError, match="7 training images are fewer than one batch .* --batch_size 7"):
+        build_loader(build_dataset("train", args), args, train=True)
+    assert len(build_loader(build_dataset("val", args), args, train=False)) == 1

@@ -1,0 +1,176 @@
+"""Augmentation beyond the golden cases: draws apart from pixels, fast path against the published one, scaled sizes."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from datasets.hue import shift_hue
+from datasets.images.image_folder import to_tensor
+from datasets.transforms import (
+    Compose,
+    PatchAugmentation,
+    RandomResize,
+    RandomSelect,
+    RandomSizeCrop,
+    crop,
+    detection_transforms,
+    pretext_transforms,
+    resize,
+    resized_size,
+)
+from util.random_state import SampleRandom
+
+
+def photograph(height: int = 60, width: int = 90) -> Image.Image:
+    """Smooth colours with edges, so that resampling has something to disagree about."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [128 + 90 * np.sin(x / 9), 128 + 90 * np.cos(y / 11), 90 + 60 * ((x // 30 + y // 30) % 2)]
+    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
+
+
+def target() -> dict[str, Tensor]:
+    boxes = torch.tensor([[5.0, 5.0, 40.0, 30.0], [60.0, 40.0, 90.0, 60.0]])
+    return {
+        "boxes": boxes,
+        "labels": torch.tensor([3, 7]),
+        "area": torch.tensor([875.0, 600.0]),
+        "iscrowd": torch.zeros(2, dtype=torch.int64),
+        "size": torch.tensor([60, 90]),
+        "orig_size": torch.tensor([60, 90]),
+    }
+
+
+def grey_levels_apart(tensor: Tensor, image: Image.Image) -> float:
+    return float((tensor.float() - to_tensor(image).float()).abs().mean())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_tensor_path_equals_pillow_path(seed: int) -> None:
+    transforms = detection_transforms("train", image_size=100)
+    image = photograph()
+    fast, fast_target = transforms(to_tensor(image), target(), SampleRandom(seed))
+    plain, plain_target = transforms(image, target(), SampleRandom(seed))
+    assert fast.dtype == torch.uint8
+    assert fast.shape == plain.shape
+    assert float((fast.float() - plain.float()).abs().mean()) < 1
+    for key, value in plain_target.items():
+        assert torch.equal(fast_target[key], value), key
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_patch_augmentation_of_tensors_is_close_to_pillow(seed: int) -> None:
+    augmentation = PatchAugmentation(32, augment=True)
+    image = photograph()
+    fast, _ = augmentation(to_tensor(image), {}, SampleRandom(seed))
+    plain, _ = augmentation(image, {}, SampleRandom(seed))
+    assert fast.shape == (3, 32, 32)
+    assert grey_levels_apart(fast, plain) < 2
+
+
+@pytest.mark.parametrize("factor", [-0.5, -0.1, -0.037, 0.0, 0.061, 1 / 6, 0.5])
+def test_hue_is_torchvisions_to_the_last_bit(factor: float) -> None:
+    """On every colour of six levels a channel (all ties, all greys, black and white), and on any others."""
+    levels = torch.arange(0, 256, 51, dtype=torch.uint8)
+    few = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).flatten(2)
+    any_colour = torch.randint(0, 256, (3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for image in (few, any_colour, any_colour.flip(0)[..., ::2]):
+        assert torch.equal(shift_hue(image, factor), F.adjust_hue(image, factor))
+
+
+def test_patch_augmentation_has_the_published_probabilities() -> None:
+    draws = [PatchAugmentation(32, augment=True).draw(SampleRandom(seed), (50, 50)) for seed in range(600)]
+    shares = [np.mean([bool(jitter) for jitter, _, _ in draws]), np.mean([grey for _, grey, _ in draws])]
+    radii = [radius for _, _, radius in draws if radius is not None]
+    assert np.allclose([*shares, len(radii) / len(draws)], [0.8, 0.2, 0.5], atol=0.07)
+    assert 0.1 <= min(radii) < 0.3
+    assert 1.8 < max(radii) <= 2.0
+    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
+    for jitter, _, _ in draws:
+        assert not jitter or {name for name, _ in jitter} == set(ranges)
+        assert all(ranges[name][0] <= factor <= ranges[name][1] for name, factor in jitter)
+    assert len({tuple(name for name, _ in jitter) for jitter, _, _ in draws if jitter}) == 24
+
+
+def test_drawing_knows_the_size_that_applying_gives() -> None:
+    for seed in range(20):
+        transforms = detection_transforms("train", image_size=120)
+        parameters = transforms.draw(SampleRandom(seed), (60, 90))
+        image, _ = transforms.apply(to_tensor(photograph()), target(), parameters)
+        assert tuple(image.shape[1:]) == transforms.output_size((60, 90), parameters)
+
+
+def test_same_parameters_give_the_same_sample() -> None:
+    transforms = detection_transforms("train", image_size=120)
+    parameters = transforms.draw(SampleRandom(1), (60, 90))
+    first, _ = transforms.apply(to_tensor(photograph()), target(), parameters)
+    second, _ = transforms.apply(to_tensor(photograph()), target(), parameters)
+    assert torch.equal(first, second)
+
+
+def test_inputs_are_left_unchanged() -> None:
+    image, before = to_tensor(photograph()), target()
+    pixels, boxes = image.clone(), before["boxes"].clone()
+    for seed in range(6):
+        detection_transforms("train", image_size=80)(image, before, SampleRandom(seed))
+    assert torch.equal(image, pixels)
+    assert torch.equal(before["boxes"], boxes)
+
+
+def test_published_sizes() -> None:
+    flip, select, _ = detection_transforms("train").transforms
+    whole, cropped = select.choices
+    assert whole.sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
+    assert whole.max_size == 1333
+    before, cut, after = cropped.transforms
+    assert (before.sizes, before.max_size) == ([400, 500, 600], None)
+    assert (cut.min_size, cut.max_size) == (384, 600)
+    assert (after.sizes, after.max_size) == (whole.sizes, 1333)
+    pretext = pretext_transforms("train").transforms[0]
+    assert (pretext.sizes, pretext.max_size) == ([320, 336, 352, 368, 400, 416, 432, 448, 464, 480], 600)
+    held_out = [detection_transforms("val").transforms[0], pretext_transforms("val").transforms[0]]
+    assert [(step.sizes, step.max_size) for step in held_out] == [([800], 1333), ([480], 600)]
+
+
+def test_sizes_scale_with_image_size() -> None:
+    _, select, _ = detection_transforms("train", image_size=128).transforms
+    whole, cropped = select.choices
+    assert (min(whole.sizes), max(whole.sizes), whole.max_size) == (77, 128, 213)
+    assert cropped.transforms[0].sizes == [64, 80, 96]
+    assert (cropped.transforms[1].min_size, cropped.transforms[1].max_size) == (61, 96)
+    assert pretext_transforms("val", image_size=240).transforms[0].max_size == 300
+    assert detection_transforms("val", image_size=128, max_size=150).transforms[0].max_size == 150
+
+
+def test_resize_rule() -> None:
+    examples = {(480, 640): (800, 1066), (720, 1280): (750, 1333), (1000, 333): (1333, 444), (427, 640): (800, 1199)}
+    for size, expected in examples.items():
+        assert resized_size(size, 800, 1333) == expected
+    assert resized_size((100, 2000), 800, 1333) == (67, 1340)  # rounding may exceed the maximum, as published
+
+
+def test_crop_smaller_than_its_minimum() -> None:
+    image, cut = RandomSizeCrop(100, 200)(to_tensor(photograph(60, 90)), target(), SampleRandom(0))
+    assert image.shape == (3, 60, 90)
+    assert cut["boxes"].shape == (2, 4)
+
+
+def test_crop_may_leave_no_object() -> None:
+    _, cut = crop(to_tensor(photograph()), target(), (0, 0, 5, 5))
+    assert cut["boxes"].shape == (0, 4)
+    assert [len(cut[key]) for key in ("labels", "area", "iscrowd")] == [0, 0, 0]
+
+
+def test_resize_scales_area_by_realised_ratios() -> None:
+    _, scaled = resize(to_tensor(photograph()), target(), (33, 47))
+    sides = scaled["boxes"][:, 2:] - scaled["boxes"][:, :2]
+    assert torch.allclose(sides.prod(1), scaled["area"], rtol=1e-5)
+    assert scaled["size"].tolist() == [33, 47]
+
+
+def test_select_takes_both_branches() -> None:
+    select = RandomSelect(Compose([RandomResize([10])]), Compose([RandomResize([20])]))
+    choices = [select.draw(SampleRandom(seed), (60, 90))[0] for seed in range(400)]
+    assert 0.4 < np.mean(choices) < 0.6

@@ -1,0 +1,122 @@
+"""Every command of docs/own_data.md runs, in its order, on sample scenes with category ids of a user."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import finetune_main
+import main as pretrain_main
+from models import build_model
+from tests.documents import shown_commands
+from tests.tiny import MODEL_FLAGS, PRETEXT_FLAGS, ROOT, logged, read_checkpoint, renumber, tiny_args
+from tools import check_dataset, predict
+from tools.demo.scenes import class_names, write_coco
+from util.checkpoints.checkpoint import save_checkpoint
+from util.checkpoints.weight_files import stored_at
+from util.settings.flags import FINETUNE
+
+pytest.importorskip("skimage")
+PAGE = (ROOT / "docs" / "own_data.md").read_text()
+SCRIPTS = {
+    "main.py": pretrain_main,
+    "finetune_main.py": finetune_main,
+    "tools/predict.py": predict,
+    "tools/check_dataset.py": check_dataset,
+}
+SMALL = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
+TRAINING = ["--epochs", "1", "--batch_size", "2", "--lr_backbone", "0", "--backbone_norm", "frozen"]
+IDS = {1: 7, 2: 3, 3: 1000, 4: 12}
+PUBLISHED = re.findall(r"--pretrain (https://\S+)", PAGE)
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(command) for command in shown_commands(ROOT / "docs" / "own_data.md")]
+
+
+def lay_out(folder: Path) -> None:
+    """The page's folders with few scenes, and a small file in the place of the published detector."""
+    write_coco(folder, num_train=4, num_val=2, num_unlabelled=4, size=64)
+    for split in ("train", "val"):
+        (folder / f"{split}2017").rename(folder / split)
+        content = json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
+        (folder / f"{split}.json").write_text(json.dumps(renumber(content, IDS)))
+    shutil.copytree(folder / "unlabelled", folder / "new")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.chdir(tmp_path)
+    lay_out(tmp_path / "my_data")
+    torch.manual_seed(0)
+    model = build_model(tiny_args(FINETUNE, "--backbone_norm", "frozen", "--nheads", "8"))[0]
+    for address in set(PUBLISHED):
+        save_checkpoint({"model": model.state_dict()}, stored_at(address))
+    return tmp_path
+
+
+def small(command: list[str]) -> list[str]:
+    """The words behind the script's name, with what makes it small behind them."""
+    script, words = command[1], command[2:]
+    extra = {
+        "main.py": [*MODEL_FLAGS, *PRETEXT_FLAGS, "--backbone_weights", "none", "--epochs", "1", "--batch_size", "2"],
+        "finetune_main.py": TRAINING[2:] if "--eval" in words else TRAINING,
+        "tools/predict.py": ["--threshold", "0"],
+    }
+    return [*words, "--num_workers", "0"] if script == "tools/check_dataset.py" else [*words, *SMALL, *extra[script]]
+
+
+def test_every_command_of_the_page_runs(workplace: Path) -> None:
+    names = class_names(len(IDS))
+    for command in commands():
+        assert command[0] == "python"
+        module = SCRIPTS[command[1]]
+        with logged() as lines:
+            module.main(module.parse(small(command)))
+        if command[1] == "finetune_main.py" and "--eval" not in command:
+            assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), "shapes are not COCO's"
+            assert f"--checkpoint {command[command.index('--output_dir') + 1]}/checkpoint_best.pth" in lines[-1]
+    assert [command[1] for command in commands()][:4] == [
+        "tools/check_dataset.py",
+        "main.py",
+        "finetune_main.py",
+        "tools/predict.py",
+    ]
+    assert json.loads((workplace / "check" / "check.json").read_text())["val"]["readable"] == 2
+    checkpoint = read_checkpoint(workplace / "outputs" / "own" / "checkpoint_best.pth")
+    assert {checkpoint["category_ids"][row]: name for row, name in checkpoint["class_names"].items()} == {
+        IDS[label]: name for label, name in names.items()
+    }
+    found = json.loads((workplace / "predictions" / "predictions.json").read_text())
+    assert found
+    assert {(row["category_id"], row["category_name"]) for row in found} <= {
+        (IDS[label], name) for label, name in names.items()
+    }
+    example = json.loads(re.findall(r"```json\n(\[.*?)```", PAGE, re.DOTALL)[0])
+    assert set(found[0]) == set(example[0])
+    metrics = json.loads((workplace / "outputs" / "own_eval" / "metrics.json").read_text())
+    assert len(metrics["coco_eval_bbox"]) == 12
+
+
+def test_own_pre_training_fits_the_fine_tuning(workplace: Path) -> None:
+    """What the page says of `--pretrain outputs/own_pretrain/checkpoint.pth`."""
+    _, first, second, *_ = commands()
+    pretrain_main.main(pretrain_main.parse(small(first)))
+    second[second.index("--pretrain") + 1] = "outputs/own_pretrain/checkpoint.pth"
+    assert "outputs/own_pretrain/checkpoint.pth" in PAGE
+    finetune_main.main(finetune_main.parse(small([*second, "--dry_run"])))
+
+
+def test_the_annotations_of_the_page_are_read(tmp_path: Path) -> None:
+    from datasets.labelled.annotations import read_coco
+
+    path = tmp_path / "train.json"
+    path.write_text(re.findall(r"```json\n(\{.*?)```", PAGE, re.DOTALL)[0])
+    annotations = read_coco(str(path))
+    assert annotations.class_names == {7: "helmet", 1000: "vest"}
+    assert annotations.boxes_xyxy_abs.tolist() == [[610, 220, 700, 360]]

@@ -1,0 +1,302 @@
+"""Siamese DETR: the pretext on every detector, its batch norm, and its way through both scripts.
+
+Published numbers are checked by test_golden.py, views by test_two_views.py, two processes by test_distributed.py,
+fine-tuning by test_pretext.py.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models import build_model
+from models.pretext.siamese import partner
+from models.synced_batch_norm import SyncedBatchNorm
+from tests.published_files import SMALL, siamese, siamese_file
+from tests.tiny import (
+    FROZEN,
+    assert_same,
+    make_batch,
+    make_targets,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    stop_after,
+    tiny_args,
+    write_images,
+)
+from util.box_ops import box_cxcywh_to_xyxy
+from util.checkpoints.checkpoint import as_checkpoint, load_exactly
+from util.errors import StopRequested, UserError
+from util.nested_tensor import NestedTensor
+from util.settings.flags import PRETRAIN
+from util.settings.registry import DETECTORS
+
+FLAGS = ("--pretext", "siamese", "--proposals", "random")
+
+
+# -------------------------------------------------------------------------------------------------------------- pretext
+
+
+def build(*flags: str) -> tuple:
+    torch.manual_seed(0)
+    return build_model(tiny_args(PRETRAIN, *FLAGS, "--backbone_norm", "frozen", "--dropout", "0", *flags))[:2]
+
+
+def view_targets(views: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    return [{**target, "size": torch.tensor([64, 64])} for target in make_targets([5] * views, seed=seed, patches=5)]
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_losses_and_gradients(detector: str) -> None:
+    model, criterion = build("--detector", detector)
+    targets = view_targets(6)
+    losses = criterion.train()(model.train()(make_batch(6), targets), targets)
+    for name, value in losses.items():
+        assert bool(value.isfinite()), name
+    assert 0 <= losses["loss_enc_global_contra"] <= 4
+    assert 0 <= losses["loss_feature"] <= 4
+    assert 0.5 < losses["projection_std"] * math.sqrt(32) <= 1.0001
+    weights = criterion.weight_dict
+    assert (weights["loss_ce"], weights["loss_bbox"], weights["loss_giou"], weights["loss_feature"]) == (1, 5, 2, 3)
+    assert (weights["loss_feature_0"], weights["loss_enc_global_contra"]) == (3, 10)
+    assert not {"loss_enc_global_contra_0", "projection_std"} & set(weights)
+    criterion.total(losses).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("backbone" not in name), name
+        assert parameter.requires_grad == (parameter.grad is not None), name
+    assert all(
+        model.get_parameter(name).grad.abs().sum() > 0
+        for name in ("patch2query.weight", "feature_align.layers.1.weight")
+    )
+    head = model.classes
+    assert (head.kind, head.num_outputs, model.detector.backbone[1].shift) == ("softmax", 3, 0.0)
+
+
+def test_targets_give_no_gradient() -> None:
+    """Of global discrimination only the predictions are learnt from, of regions only the prediction of the crop's
+    feature.
+    """
+    model, criterion = build()
+    outputs = model.train()(make_batch(4), view_targets(4))
+    assert not outputs["target_features"].requires_grad
+    projections = outputs["projections"].detach().requires_grad_()
+    predictions = outputs["predictions"].detach().requires_grad_()
+    targets = view_targets(4)
+    losses = criterion({**outputs, "projections": projections, "predictions": predictions}, targets)
+    losses["loss_enc_global_contra"].backward()
+    assert projections.grad is None
+    assert predictions.grad.abs().sum() > 0
+
+
+def test_global_loss_compares_the_views_of_one_image() -> None:
+    model, criterion = build()
+    targets = view_targets(4)
+    outputs = model(make_batch(4), targets)
+    directions = torch.eye(32)[:2]
+    same = torch.cat([directions, directions])
+    swapped = torch.cat([directions, directions.flip(0)])
+    for first, expected in ((same, 0.0), (swapped, 2.0)):
+        losses = criterion({**outputs, "projections": first, "predictions": first}, targets)
+        assert float(losses["loss_enc_global_contra"]) == pytest.approx(expected, abs=1e-6)
+    collapsed = torch.ones(4, 32)
+    assert criterion({**outputs, "projections": collapsed, "predictions": same}, targets)["projection_std"] < 1e-3
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_queries_of_one_view_decode_the_other(detector: str) -> None:
+    """Other pixels in view 1 of image 0 change the outputs of both its views and of nothing else; other boxes in view 1
+    only those of view 2, since the queries come from there. Each image has queries of its own."""
+    model, _ = build("--detector", detector, "--box_disturbance", "0")
+    model.eval()
+    batch, targets = make_batch(4), view_targets(4)
+    changed = batch.tensors.clone()
+    changed[0] = changed[0].flip(-1) * 2
+    moved = [dict(target) for target in targets]
+    moved[0]["boxes"] = view_targets(1, seed=9)[0]["boxes"]
+    with torch.no_grad():
+        before = model(batch, targets)["pred_logits"]
+        pixels = model(NestedTensor(changed, batch.mask, False), targets)["pred_logits"]
+        boxes = model(batch, moved)["pred_logits"]
+    assert differs(before, pixels) == [True, False, True, False]
+    assert differs(before, boxes) == [False, False, True, False]
+
+
+def differs(a: Tensor, b: Tensor) -> list[bool]:
+    return [not torch.allclose(x, y, atol=1e-6) for x, y in zip(a, b, strict=True)]
+
+
+def test_published_deformable_queries_are_those_of_the_first_image() -> None:
+    features = torch.randn(6, 5, 512)
+    for detector in ("deformable_detr", "detr"):
+        model, _ = (
+            build("--detector", detector, "--num_feature_levels", "1", "--reproduce_published")
+            if detector != "detr"
+            else build("--reproduce_published")
+        )
+        position = model.region_queries(features).position
+        shared = torch.equal(position[0], position[1])
+        assert shared == (detector == "deformable_detr")
+        assert not torch.equal(position[0], position[3])
+    mended, _ = build("--detector", "deformable_detr", "--num_feature_levels", "1")
+    assert not torch.equal(mended.region_queries(features).position[0], mended.region_queries(features).position[1])
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+def test_padding_is_not_in_the_pooled_memory(levels: int) -> None:
+    model, _ = build("--detector", "deformable_detr", "--num_feature_levels", str(levels))
+    memory = model.detector.encode(make_batch([(64, 64), (64, 128), (64, 64), (64, 128)]))
+    pooled = model.pooled_memory(memory)
+    memory.tokens = memory.tokens.masked_fill(memory.padding_mask[..., None], 7.0)
+    torch.testing.assert_close(model.pooled_memory(memory), pooled)
+    assert pooled.shape == (4, 32 * min(levels, 3))
+    model.reproduce_published = True
+    assert differs(model.pooled_memory(memory), pooled) == [True, False, True, False]
+
+
+@pytest.mark.parametrize("levels", [1, 4])
+def test_queries_are_the_features_at_the_boxes(levels: int) -> None:
+    """Of maps whose value is the column, or the row, a region is read as its middle in cells of that map; boxes are in
+    pixels of the view, without its padding, and a region smaller than a cell is read as one cell."""
+    model, _ = build("--detector", "deformable_detr", "--num_feature_levels", str(levels))
+    memory = model.detector.encode(make_batch([(256, 256), (256, 320)]))
+    for feature in memory.features:
+        height, width = feature.tensor.shape[2:]
+        feature.tensor = torch.zeros_like(feature.tensor)
+        feature.tensor[:, 0], feature.tensor[:, 1] = torch.arange(width).float(), torch.arange(height).float()[:, None]
+    boxes = torch.tensor(
+        [
+            [[64.0, 32.0, 160.0, 192.0], [96.0, 96.0, 96.0, 96.0]],
+            [[160.0, 96.0, 256.0, 128.0], [0.0, 64.0, 128.0, 96.0]],
+        ]
+    )
+    found = model.region_features(memory, boxes).split([feature.tensor.shape[1] for feature in memory.features], -1)
+    for part, stride in zip(found, (8, 16, 32)[-len(found) :], strict=True):
+        corner, sides = boxes[..., :2] / stride, ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1)
+        torch.testing.assert_close(part[..., :2], corner + sides / 2)
+    assert len(found) == min(levels, 3)
+
+
+def test_disturbed_boxes_move_by_a_tenth_at_most_and_stay_inside() -> None:
+    model, _ = build()
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.2], [0.1, 0.9, 0.2, 0.2]]]).repeat(200, 1, 1)
+    sizes = torch.tensor([[100, 200]]).repeat(200, 1)
+    moved = model.disturb(boxes, sizes)
+    exact = box_cxcywh_to_xyxy(boxes) * torch.tensor([200.0, 100.0, 200.0, 100.0])
+    share = (moved - exact).abs() / torch.tensor([[[80.0, 20.0] * 2, [40.0, 20.0] * 2]])
+    assert share.max() <= 0.1 + 1e-4
+    assert share[:, 0].mean() > 0.02
+    assert moved.min() >= 0
+    assert moved[..., 3].max() <= 100
+    assert (moved[:, 1, 3] == 100).any()
+
+
+def test_ablations_leave_their_parts_out() -> None:
+    model, criterion = build("--global_loss_coef", "0", "--feature_loss_coef", "0")
+    assert not [name for name in model.state_dict() if name.startswith(("enc_head", "feature_align"))]
+    targets = [{name: x for name, x in target.items() if name != "patches"} for target in view_targets(2)]
+    losses = criterion(model.train()(make_batch(2), targets), targets)
+    assert {name for name in losses if "_0" not in name} == {
+        "loss_ce",
+        "class_error",
+        "cardinality_error",
+        "loss_bbox",
+        "loss_giou",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--view_iou", "1"), "--view_iou 1"),
+        (("--box_disturbance", "0.5"), "--box_disturbance 0.5"),
+        (("--num_queries", "21"), "--num_patches 5 does not divide --num_queries 21"),
+        (("--detector", "deformable_detr", "--two_stage", "--with_box_refine"), "--two_stage"),
+        (("--batch_size", "1"), "--global_loss_coef 0"),
+        (("--mask_ratio", "0.2"), "--mask_ratio means nothing to --pretext siamese"),
+        (("--max_iters", "10"), "--max_iters and --lr_drop_iters"),
+        (("--max_iters", "10", "--lr_drop_iters", "5", "--start_epoch", "3"), "--start_epoch counts epochs"),
+    ],
+)
+def test_flags_that_make_no_sense(flags: tuple, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build(*flags)
+
+
+def test_the_last_flag_decides_what_a_schedule_counts() -> None:
+    steps, epochs = ("--max_iters", "10", "--lr_drop_iters", "5"), ("--epochs", "3", "--lr_drop", "2")
+    args = tiny_args(PRETRAIN, *FLAGS, *steps, *epochs)
+    assert (args.max_iters, args.lr_drop_iters, args.epochs, args.lr_drop) == (None, None, 3, 2)
+    args = tiny_args(PRETRAIN, *FLAGS, *epochs, *steps)
+    assert (args.max_iters, args.lr_drop_iters, args.epochs) == (10, 5, 60)
+
+
+@pytest.mark.parametrize(
+    ("detector", "levels"), [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)]
+)
+def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> None:
+    """Heads and batch norm too, so that published pre-training can be continued."""
+    own = ("--num_feature_levels", str(levels)) if levels else ()
+    file = siamese_file(siamese(detector, *SMALL, *own, channels=896 if levels > 1 else 512))
+    model, _ = build("--detector", detector, *own)
+    load_exactly(model, as_checkpoint(file, "iter_300000.pth"))
+    for name in ("patch2query.weight", "enc_head.0.projector.mlp.0.weight", "enc_head.0.predictor.mlp.1.running_var"):
+        assert torch.equal(model.state_dict()[name], file["state_dict"][name]), name
+
+
+def test_views_that_do_not_fit_are_an_error() -> None:
+    model, _ = build()
+    with pytest.raises(ValueError, match=r"3 views with \[5\]"):
+        model(make_batch(3), view_targets(3))
+
+
+def test_partner_exchanges_the_halves() -> None:
+    assert partner(torch.arange(6)).tolist() == [3, 4, 5, 0, 1, 2]
+
+
+def test_batch_norm_is_pytorchs_in_one_process() -> None:
+    ours, theirs = SyncedBatchNorm(4), nn.BatchNorm1d(4)
+    x = torch.randn(5, 4)
+    assert torch.equal(ours(x), theirs(x))
+    assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were
+    the whole run, or stopped after three."""
+    images = write_images(tmp_path / "images")
+    flags = [*FLAGS, "--detector", detector, "--imagenet_path", images, "--lr_drop_iters", "3", *FROZEN]
+    pre_train(*flags, "--output_dir", tmp_path / "a", "--max_iters", "5")
+    if detector == "detr":
+        pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "2")
+    else:
+        stop_after(monkeypatch, 3)
+        with pytest.raises(StopRequested):
+            pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "5")
+    assert read_checkpoint(tmp_path / "b" / "checkpoint.pth")["lr_scheduler"]["last_epoch"] == (
+        2 if detector == "detr" else 3
+    )
+    pre_train("--output_dir", tmp_path / "b", "--max_iters", "5", "--resume", "auto")
+    whole, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab")
+    assert_same(resumed["model"], whole["model"])
+    assert_same(resumed["optimizer"], whole["optimizer"])
+    assert whole["lr_scheduler"]["last_epoch"] == 5
+    log = read_log(tmp_path / "a")
+    assert [line["epoch"] for line in log] == [0, 1, 2]
+    assert [line["train_lr"] for line in log] == pytest.approx([1e-4, 5.5e-5, 1e-5])
+    assert whole["optimizer"]["state"][0]["step"] == 5
+    assert log[0]["train_projection_std_unscaled"] > 0.01
+    assert whole["args"]["position_embedding"] == "sine", "on every detector; fine-tuning takes it over"
+
+
+def test_a_schedule_of_epochs_is_not_resumed_by_iterations(tmp_path: Path) -> None:
+    flags = [*FLAGS, "--imagenet_path", write_images(tmp_path / "images"), "--output_dir", tmp_path / "a", *FROZEN]
+    pre_train(*flags, "--epochs", "1", "--lr_drop", "1")
+    with pytest.raises(UserError, match="counts epochs"):
+        pre_train(*flags, "--max_iters", "9", "--lr_drop_iters", "5", "--resume", "auto")

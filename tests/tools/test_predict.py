@@ -1,0 +1,243 @@
+"""tools/predict.py finds what evaluation finds, on any images, and never hides or replaces anything."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import build_model
+from tests.tiny import FROZEN, ROOT, fine_tune, logged, own_flags, tiny_args, write_coco, write_images, write_own_data
+from tools import predict
+from util import coco as coco_names
+from util.checkpoints.checkpoint import save_checkpoint
+from util.errors import UserError
+from util.settings.flags import FINETUNE, PRETRAIN
+
+SMALL = ["--device", "cpu", "--num_workers", "0"]
+
+
+def run(*words: object) -> list[str]:
+    with logged() as lines:
+        predict.main(predict.parse([*SMALL, *map(str, words)]))
+    return lines
+
+
+def read(folder: Path) -> list[dict]:
+    return json.loads((folder / "predictions.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Own data, a detector trained on it (run/checkpoint.pth), and its evaluation with one image a batch (eval)."""
+    root = write_own_data(tmp_path_factory.mktemp("own"))
+    fine_tune(*own_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
+    fine_tune("--eval", "--resume", root / "run" / "checkpoint.pth", "--batch_size", 1, "--output_dir", root / "eval")
+    return root
+
+
+def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
+    """Scores and boxes to the last bit, but for boxes that leave the image; ids of the user, and names."""
+    lines = run(
+        "--checkpoint",
+        data / "run" / "checkpoint.pth",
+        "--images",
+        data / "held_out",
+        "--output_dir",
+        tmp_path,
+        "--threshold",
+        0,
+    )
+    images = {image["file_name"]: image for image in json.loads((data / "val.json").read_text())["images"]}
+    expected: dict[int, list] = {}
+    for row in json.loads((data / "eval" / "results.json").read_text()):
+        expected.setdefault(row["image_id"], []).append(row)
+    found = read(tmp_path)
+    assert len(found) == sum(map(len, expected.values())) > 0
+    assert lines[-1].startswith(f"{len(found)} objects in 3 of 3 images (score from 0): ")
+    names = {3: "green", 7: "red", 1000: "blue"}
+    for name, image in images.items():
+        rows = [row for row in found if row["file_name"] == name]
+        assert {row["image_id"] for row in rows} == {1 + sorted(images).index(name)}
+        assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+        same = {row["score"]: row for row in expected[image["id"]]}
+        for row in rows:
+            other = same[row["score"]]
+            assert row["category_id"] == other["category_id"]
+            assert row["category_name"] == names[row["category_id"]]
+            x, y, w, h = other["bbox"]
+            edges = np.clip([x, y, x + w, y + h], 0, [image["width"], image["height"]] * 2)
+            np.testing.assert_allclose(row["bbox"], [*edges[:2], *(edges[2:] - edges[:2])], atol=1e-4)
+
+
+def test_threshold_and_drawings(data: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", data / "run" / "checkpoint.pth", "--images", data / "held_out"]
+    run(*words, "--output_dir", tmp_path / "all", "--threshold", 0)
+    scores = sorted(row["score"] for row in read(tmp_path / "all"))
+    run(*words, "--output_dir", tmp_path / "half", "--threshold", scores[len(scores) // 2])
+    assert [row["score"] for row in read(tmp_path / "half")] == [
+        row["score"] for row in read(tmp_path / "all") if row["score"] >= scores[len(scores) // 2]
+    ]
+    for number, path in enumerate(sorted((data / "held_out").iterdir()), start=1):
+        with (
+            Image.open(path) as before,
+            Image.open(tmp_path / "all" / "drawn" / f"{number:06d}_{path.stem}.jpg") as after,
+        ):
+            assert before.size == after.size
+            assert np.abs(np.asarray(before.convert("RGB"), float) - np.asarray(after, float)).max() > 60
+    with Image.open(tmp_path / "all" / "predictions.png") as page:
+        assert page.width > 3 * 280
+    lines = run(*words, "--output_dir", tmp_path / "none", "--threshold", 1, "--no_draw")
+    assert read(tmp_path / "none") == []
+    assert f"the best score is {scores[-1]:.2f}, see --threshold" in lines[-1]
+    assert [path.name for path in (tmp_path / "none").iterdir()] == ["predictions.json"]
+
+
+def test_bad_images_are_reported_and_counted(data: Path, tmp_path: Path) -> None:
+    """A text file and a cut JPEG among good ones: the others keep their numbers, whatever the batch."""
+    folder = tmp_path / "photos"
+    shutil.copytree(data / "held_out", folder / "b")
+    (folder / "a.jpg").write_text("no image")
+    with Image.open(folder / "b" / "000000.png") as image:
+        image.save(folder / "c.jpg")
+    (folder / "c.jpg").write_bytes((folder / "c.jpg").read_bytes()[:400])
+    words = ["--checkpoint", data / "run" / "checkpoint.pth", "--threshold", 0, "--no_draw"]
+    lines = run(*words, "--images", folder, "--output_dir", tmp_path / "out", "--batch_size", 2)
+    assert {(row["image_id"], row["file_name"]) for row in read(tmp_path / "out")} == {
+        (i + 2, f"b/{i:06d}.png") for i in range(3)
+    }
+    left = [line for line in lines if line.startswith("left out")]
+    assert [str(folder / name) in line for name, line in zip(("a.jpg", "c.jpg"), left, strict=True)] == [True, True]
+    assert "3 of 5 images" in lines[-1]
+    assert "unreadable: 2; in" in lines[-1]
+    shutil.rmtree(folder / "b")
+    with pytest.raises(UserError, match=r"none of the 2 images can be read, the first is .*a.jpg"):
+        run(*words, "--images", folder, "--output_dir", tmp_path / "bad")
+
+
+def test_one_image_and_a_list(data: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", data / "run" / "checkpoint.pth", "--threshold", 0, "--no_draw"]
+    run(*words, "--images", data / "held_out" / "000001.png", "--output_dir", tmp_path / "one")
+    (data / "list.txt").write_text("held_out/000002.png\nheld_out/000001.png\n")
+    run(*words, "--images", data / "list.txt", "--output_dir", tmp_path / "list")
+    one, both = read(tmp_path / "one"), read(tmp_path / "list")
+    assert {row["file_name"] for row in one} == {"000001.png"}
+    assert [row["score"] for row in both if row["image_id"] == 2] == [row["score"] for row in one]
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        run(*words, "--images", tmp_path / "nowhere", "--output_dir", tmp_path / "no")
+
+
+def test_nothing_is_replaced_unasked(data: Path, tmp_path: Path) -> None:
+    words = ["--checkpoint", data / "run" / "checkpoint.pth", "--output_dir", tmp_path, "--threshold", 0]
+    run(*words, "--images", data / "held_out")
+    before = (tmp_path / "predictions.json").read_text()
+    with pytest.raises(UserError, match=r"holds predictions already \(predictions.json\): .*--overwrite"):
+        run(*words, "--images", data / "held_out" / "000001.png")
+    with pytest.raises(UserError, match="no such file"):
+        run("--checkpoint", tmp_path / "none.pth", *words[2:], "--images", data / "held_out", "--overwrite")
+    assert (tmp_path / "predictions.json").read_text() == before
+    (tmp_path / "drawn" / "mine.jpg").write_text("of the user")
+    run(*words, "--images", data / "held_out" / "000001.png", "--overwrite")
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["000001_000001.jpg", "mine.jpg"]
+
+
+def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
+    """The next run would find objects on what this one has drawn."""
+    images = write_images(tmp_path / "photos", 1)
+    for folder in (images, images / "found"):
+        with pytest.raises(UserError, match="lies in the images' folder .*: choose another folder"):
+            run("--checkpoint", data / "run" / "checkpoint.pth", "--images", images, "--output_dir", folder)
+    assert [path.name for path in images.iterdir()] == ["000.png"]
+
+
+def test_a_published_file(tmp_path: Path) -> None:
+    """Bare weights of 91 rows: the architecture comes from them, the names from COCO."""
+    torch.manual_seed(0)
+    model = build_model(
+        tiny_args(FINETUNE, "--detector", "conditional_detr", "--backbone_norm", "frozen", "--nheads", "8")
+    )[0]
+    save_checkpoint({"model": model.state_dict()}, tmp_path / "published.pth")
+    images = write_images(tmp_path / "photos", 2)
+    lines = run(
+        "--checkpoint",
+        tmp_path / "published.pth",
+        "--images",
+        images,
+        "--output_dir",
+        tmp_path / "out",
+        "--threshold",
+        0,
+        "--image_size",
+        64,
+        "--no_draw",
+    )
+    found = {row["category_id"]: row["category_name"] for row in read(tmp_path / "out")}
+    assert any("holds no class names: COCO's are used" in line for line in lines)
+    assert len(found) > 3
+    assert found == {number: coco_names.NAMES.get(number, f"class {number}") for number in found}
+
+
+def test_a_detector_of_raw_ids(tmp_path: Path) -> None:
+    fine_tune("--coco_path", write_coco(tmp_path / "coco"), "--output_dir", tmp_path / "run", "--epochs", 1, *FROZEN)
+    run(
+        "--checkpoint",
+        tmp_path / "run" / "checkpoint.pth",
+        "--images",
+        tmp_path / "coco" / "val2017",
+        "--output_dir",
+        tmp_path / "out",
+        "--threshold",
+        0,
+        "--no_draw",
+    )
+    names = {1: "red", 2: "green", 3: "blue"}
+    assert {row["category_name"] for row in read(tmp_path / "out")} <= {names.get(i, f"class {i}") for i in range(91)}
+    assert all(
+        row["category_name"] == names.get(row["category_id"], row["category_name"]) for row in read(tmp_path / "out")
+    )
+
+
+def test_pre_training_knows_no_classes(data: Path, tmp_path: Path) -> None:
+    args = tiny_args(PRETRAIN, "--backbone_norm", "frozen")
+    save_checkpoint(
+        {"model": build_model(args)[0].state_dict(), "args": {"nheads": 4, "pretext": args.pretext}},
+        tmp_path / "pre.pth",
+    )
+    with pytest.raises(UserError, match="is from pre-training and knows no classes"):
+        run("--checkpoint", tmp_path / "pre.pth", "--images", data / "held_out", "--output_dir", tmp_path / "out")
+
+
+def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
+    words = [
+        "--checkpoint",
+        data / "run" / "checkpoint.pth",
+        "--images",
+        data / "held_out" / "000001.png",
+        "--output_dir",
+        "out",
+    ]
+    command = [sys.executable, ROOT / "tools" / "predict.py", *SMALL, *map(str, words)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("in out/predictions.json")
+    assert (tmp_path / "out" / "predictions.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--threshold", "2"], "scores lie between 0 and 1"),
+        (["--threshold", "half"], "scores lie between 0 and 1, got half"),
+        (["--treshold", "0.3"], "did you mean --threshold?"),
+    ],
+)
+def test_wrong_flags(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leave:
+        predict.parse(["--checkpoint", "c", "--images", "i", "--output_dir", "o", *words])
+    assert leave.value.code == 2
+    assert expected in capsys.readouterr().err

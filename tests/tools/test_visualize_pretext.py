@@ -1,0 +1,225 @@
+"""Pictures of pretexts, and the evaluation that main.py does of its own models."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import main as pretrain_main
+from tests.tiny import (
+    FROZEN,
+    PRETEXT_FLAGS,
+    RUN_FLAGS,
+    logged,
+    pre_train,
+    read_log,
+    write_coco,
+    write_images,
+    write_voc,
+)
+from tools import evaluate_proposals, visualize_pretext
+from util.errors import UserError
+
+REGION = ("--pretext", "region_prior", "--proposals", "random", "--num_patches", "10", "--max_prop", "6")
+BATCH = "2"
+
+
+def draw(*flags: object) -> list[str]:
+    with logged() as lines:
+        visualize_pretext.main(visualize_pretext.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)]))
+    return lines
+
+
+def size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+def test_samples_of_a_pretext_need_no_model(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a", "--count", "2")
+    draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "b", "--count", "4")
+    assert size(tmp_path / "b" / "samples.png")[1] > size(tmp_path / "a" / "samples.png")[1]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["samples.png"]
+    with pytest.raises(UserError, match="samples.png already"):
+        draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a")
+
+
+def test_patches_of_a_model_and_patches_chosen_by_hand(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    pre_train("--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth")
+    draw(*model, "--output_dir", tmp_path / "a", "--count", "2")  # the images are those of the run
+    assert (tmp_path / "a" / "patches.png").exists()
+    draw(
+        *model,
+        "--imagenet_path",
+        images / "000.png",
+        "--boxes",
+        5,
+        5,
+        40,
+        40,
+        20,
+        10,
+        70,
+        60,
+        "--output_dir",
+        tmp_path / "b",
+    )
+    assert (tmp_path / "b" / "patches.png").exists()
+    for boxes, said in (((5, 5, 400, 40), "80"), ((5, 5, 40), "3 numbers"), ((9, 9, 9, 9), "x0 < x1")):
+        with pytest.raises(UserError, match=said):
+            draw(*model, "--imagenet_path", images / "000.png", "--boxes", *boxes, "--output_dir", tmp_path / "c")
+
+
+@pytest.mark.parametrize("flags", [(), ("--feature_loss_coef", "0")], ids=["with crops", "without"])
+def test_regions_of_one_view_found_in_the_other(flags: tuple, tmp_path: Path) -> None:
+    """Both views of each image are drawn, each with the regions of the other."""
+    images = write_images(tmp_path / "images")
+    pre_train(
+        "--pretext",
+        "siamese",
+        "--proposals",
+        "random",
+        *flags,
+        "--imagenet_path",
+        images,
+        "--epochs",
+        "1",
+        "--batch_size",
+        "2",
+        "--output_dir",
+        tmp_path / "run",
+        *FROZEN,
+    )
+    draw("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "a", "--count", "2")
+    draw("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "b", "--count", "4")
+    assert size(tmp_path / "b" / "patches.png")[1] > size(tmp_path / "a" / "patches.png")[1]
+
+
+def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--num_patches", "10")
+    draw(*model, "--output_dir", tmp_path / "a", "--count", "2")
+    draw(*model, "--output_dir", tmp_path / "b", "--count", "2", "--truth_path", coco)
+    two, three = (size(tmp_path / name / "objects.png") for name in "ab")
+    assert three[0] > two[0], "the truth is a third panel"
+
+
+def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
+    """`./configs/DETReg_top30_in.sh --resume exps/DETReg_top30_in/checkpoint.pth --eval`, as published."""
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    words = [
+        *RUN_FLAGS,
+        *REGION,
+        "--imagenet_path",
+        images,
+        "--coco_path",
+        coco,
+        "--output_dir",
+        tmp_path / "run",
+        "--eval",
+    ]
+    pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
+    assert json.loads((tmp_path / "run" / "proposal_metrics.json").read_text())["AR100"] >= 0
+    assert not (tmp_path / "run" / "objects.png").exists(), "pictures are for --viz"
+    with pytest.raises(UserError, match="--eval needs the model"):
+        pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+    with pytest.raises(UserError, match="python finetune_main.py"):
+        pretrain_main.parse(["--eval", "--coco_path", str(coco)])
+
+
+def test_viz_draws_what_a_model_finds(tmp_path: Path) -> None:
+    """DETReg's three panels for each validation image; nothing else of the run is touched."""
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    words = [
+        *RUN_FLAGS,
+        *REGION,
+        "--imagenet_path",
+        images,
+        "--data_root",
+        tmp_path,
+        "--output_dir",
+        tmp_path / "run",
+        "--viz",
+    ]
+    (tmp_path / "MSCoco").symlink_to(coco)
+    pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
+    assert size(tmp_path / "run" / "objects.png")[0] > 3 * 64
+    assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
+    with pytest.raises(UserError, match="--viz needs the model"):
+        pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+
+
+def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
+    """After every second epoch and the last; the last numbers are those of --eval, and training is not disturbed."""
+    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
+    flags = [*REGION, "--imagenet_path", images, "--epochs", "3", "--batch_size", BATCH, *FROZEN]
+    pre_train(*flags, "--output_dir", tmp_path / "plain")
+    (tmp_path / "MSCoco").symlink_to(coco)
+    pre_train(*flags, "--output_dir", tmp_path / "run", "--data_root", tmp_path, "--eval_every", "2")
+    log = read_log(tmp_path / "run")
+    assert ["test_object_AR100" in record for record in log] == [False, True, True]
+    assert [r["train_loss"] for r in log] == [r["train_loss"] for r in read_log(tmp_path / "plain")]
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    numbers = evaluate_proposals.main(
+        evaluate_proposals.parse(
+            [
+                "--checkpoint",
+                str(checkpoint),
+                "--coco_path",
+                str(coco),
+                "--image_size",
+                "64",
+                "--num_workers",
+                "0",
+                "--device",
+                "cpu",
+                "--batch_size",
+                BATCH,
+            ]
+        )
+    )
+    assert {f"test_object_{name}": value for name, value in numbers.items()} == {
+        name: value for name, value in log[-1].items() if name.startswith("test_")
+    }
+    with pytest.raises(UserError, match="nowhere"):
+        pre_train(*flags, "--output_dir", tmp_path / "b", "--data_root", tmp_path / "nowhere", "--eval_every", "2")
+
+
+def test_boxes_are_evaluated_on_the_data_of_pre_training(tmp_path: Path) -> None:
+    """VOC's test images here, in training and by --eval."""
+    data = ["--dataset_file", "voc", "--voc_path", write_voc(tmp_path / "VOCdevkit"), "--voc_val", "2007_test"]
+    run, folder = tmp_path / "run", tmp_path / "eval"
+    with logged() as lines:
+        pre_train(
+            *REGION, *data, "--epochs", "1", "--batch_size", BATCH, *FROZEN, "--output_dir", run, "--eval_every", "1"
+        )
+        words = [
+            "--pretext",
+            "region_prior",
+            *data,
+            "--resume",
+            run / "checkpoint.pth",
+            "--eval",
+            "--output_dir",
+            folder,
+            "--image_size",
+            "64",
+            "--num_workers",
+            "0",
+            "--device",
+            "cpu",
+            "--batch_size",
+            BATCH,
+        ]
+        pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+    numbers, (record,) = json.loads((folder / "proposal_metrics.json").read_text()), read_log(run)
+    assert record["test_object_AR100"] == numbers["AR100"]
+    assert sum("VOCdevkit (2007_test): 3 images" in line for line in lines) == 2, "in training and by --eval"

@@ -1,0 +1,452 @@
+"""Checkpoints: their entries, adopting an architecture, moving trained weights into a model."""
+
+import random
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from util.checkpoints.architecture import resnet_name
+from util.checkpoints.checkpoint import (
+    Checkpoint,
+    adopt_architecture,
+    find_resume,
+    load_checkpoint,
+    load_exactly,
+    load_pretrained,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    strip_prefix,
+)
+from util.errors import UserError
+
+D, WIDTH = 8, 12
+
+
+def detector_shapes(kind="detr", classes=4, queries=6, pre_norm=False, layers=2, learned=False):
+    """Names and shapes of a small detector whose backbone is a stub."""
+    shapes = {
+        "backbone.0.body.conv1.weight": (2, 3, 1, 1),
+        "input_proj.weight": (D, 2, 1, 1),
+        "query_embed.weight": (queries, D),
+    }
+    shapes.update({"bbox_embed.layers.0.weight": (4, D), "bbox_embed.layers.0.bias": (4,)})
+    rows = classes + (kind == "detr")
+    shapes.update({"class_embed.weight": (rows, D), "class_embed.bias": (rows,)})
+    for layer in range(layers):
+        shapes[f"transformer.encoder.layers.{layer}.linear1.weight"] = (WIDTH, D)
+        decoder = f"transformer.decoder.layers.{layer}."
+        shapes.update({decoder + "linear1.weight": (WIDTH, D), decoder + "norm1.weight": (D,)})
+        cross = "ca_qpos_sine_proj.weight" if kind == "conditional_detr" else "multihead_attn.in_proj_weight"
+        shapes[decoder + cross] = (D, D)
+    if pre_norm:
+        shapes["transformer.encoder.norm.weight"] = (D,)
+    if learned:
+        shapes["backbone.1.row_embed.weight"] = (50, D // 2)
+    return shapes
+
+
+def detector_state(seed=0, **choices):
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(shape, generator=generator) for key, shape in detector_shapes(**choices).items()}
+
+
+def module_of(state, classification=None):
+    """A module whose state dict has these names, with the detector's own classification unless one is given."""
+    root = nn.Module()
+    for key, value in state.items():
+        *path, leaf = key.split(".")
+        module = root
+        for name in path:
+            if name not in module._modules:
+                module.add_module(name, nn.Module())
+            module = module._modules[name]
+        module.register_parameter(leaf, nn.Parameter(value.clone()))
+    root.classification = Namespace(
+        kind=classification or ("focal" if any("ca_qpos" in key for key in state) else "softmax")
+    )
+    return root
+
+
+def checkpoint_of(state, **entries):
+    checkpoint = Checkpoint(model=state, **entries)
+    checkpoint.source = "run/file.pth"
+    return checkpoint
+
+
+def one_line(excinfo, *words):
+    text = str(excinfo.value)
+    assert "\n" not in text
+    for word in words:
+        assert str(word) in text
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------- entries
+
+
+def test_bare_and_wrapped_state_dicts_become_model(tmp_path):
+    state = detector_state()
+    for content in (state, {"state_dict": state, "meta": {}}, {"model": state}):
+        torch.save(content, tmp_path / "f.pth")
+        loaded = load_checkpoint(tmp_path / "f.pth")["model"]
+        assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+def test_names_of_siamese_detr_become_detrs(tmp_path):
+    state = {
+        "backbone.conv1.weight": torch.ones(1),
+        "transformer.x": torch.ones(1),
+        "pred_head.bbox_embed.w": torch.ones(1),
+        "pred_head.criterion.empty_weight": torch.ones(3),
+        "enc_head.0.w": torch.ones(1),
+    }
+    torch.save({"state_dict": state}, tmp_path / "f.pth")
+    names = set(load_checkpoint(tmp_path / "f.pth")["model"])
+    assert names == {"backbone.0.body.conv1.weight", "transformer.x", "bbox_embed.w", "enc_head.0.w"}
+
+
+def test_strip_prefix_only_when_every_key_has_it():
+    assert set(strip_prefix({"module.a": 1, "module.b": 2})) == {"a", "b"}
+    assert set(strip_prefix({"module.a": 1, "b": 2})) == {"module.a", "b"}
+
+
+def test_find_resume(tmp_path):
+    assert find_resume("", tmp_path) is None
+    assert find_resume("x.pth", None) == "x.pth"
+    assert find_resume("auto", tmp_path) is None
+    (tmp_path / "checkpoint.pth").touch()
+    assert find_resume("auto", tmp_path) == str(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="--output_dir"):
+        find_resume("auto", "")
+
+
+def test_random_states_come_back_through_a_file(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand(), torch.rand(2).tolist()
+
+    draw()
+    save_checkpoint({"model": {"w": torch.ones(1)}, "random": random_states()}, tmp_path / "f.pth")
+    first = draw()
+    draw()
+    set_random_states(load_checkpoint(tmp_path / "f.pth")["random"])
+    assert draw() == first
+
+
+# ---------------------------------------------------------------------------------------------------- architecture
+
+
+def settings(**changes):
+    flags = {
+        "detector": "detr",
+        "pre_norm": False,
+        "enc_layers": 6,
+        "dec_layers": 6,
+        "hidden_dim": 256,
+        "dim_feedforward": 2048,
+        "num_queries": 100,
+        "position_embedding": "sine",
+        "dilation": False,
+        "nheads": 8,
+        "backbone": "resnet50",
+        "backbone_norm": "frozen",
+        "lr": 1e-4,
+    }
+    return Namespace(**{**flags, **changes})
+
+
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
+def test_flags_that_were_not_given_are_adopted(kind):
+    stored = {
+        "detector": kind,
+        "dilation": True,
+        "nheads": 4,
+        "backbone": "timm:x",
+        "position_embedding": "sine_shifted",
+        "backbone_norm": "live",
+        "lr": 5.0,
+    }
+    checkpoint = checkpoint_of(detector_state(kind=kind, pre_norm=kind == "detr"), args=stored)
+    args = settings()
+    lines = adopt_architecture(checkpoint, args, {"lr"})
+    expected = {
+        "detector": kind,
+        "pre_norm": kind == "detr",
+        "enc_layers": 2,
+        "dec_layers": 2,
+        "hidden_dim": D,
+        "dim_feedforward": WIDTH,
+        "num_queries": 6,
+        "position_embedding": "sine_shifted",
+        "dilation": True,
+        "nheads": 4,
+        "backbone": "timm:x",
+        "backbone_norm": "live",
+        "lr": 1e-4,
+    }
+    assert vars(args) == expected
+    assert any("--nheads 4" in line and "run/file.pth" in line for line in lines)
+    assert adopt_architecture(checkpoint, args, set()) == []
+
+
+def test_flags_of_other_detectors_are_not_adopted():
+    """A run keeps the defaults of all flags, also of those that its detector does not read."""
+    stored = {"detector": "detr", "enc_n_points": 4, "dec_n_points": 4}
+    args = settings(enc_n_points=None, dec_n_points=None)
+    (line,) = adopt_architecture(checkpoint_of(detector_state(kind="detr"), args=stored), args, set())
+    assert "n_points" not in line
+    assert args.enc_n_points is args.dec_n_points is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("pre_norm", True),
+        ("dec_layers", 3),
+        ("detector", "conditional_detr"),
+        ("hidden_dim", 256),
+        ("nheads", 8),
+        ("position_embedding", "learned"),
+    ],
+)
+def test_a_given_flag_that_contradicts_is_an_error(flag, value):
+    checkpoint = checkpoint_of(detector_state(), args={"nheads": 4, "position_embedding": "sine"})
+    with pytest.raises(UserError) as excinfo:
+        adopt_architecture(checkpoint, settings(**{flag: value}), {flag})
+    one_line(excinfo, f"--{flag}", "on" if value is True else value, "run/file.pth")
+
+
+def test_a_given_number_of_queries_may_differ():
+    args = settings(num_queries=9)
+    lines = adopt_architecture(checkpoint_of(detector_state()), args, {"num_queries"})
+    assert args.num_queries == 9
+    assert any("tiled" in line and "6" in line for line in lines)
+    with pytest.raises(UserError, match="--num_queries 9 contradicts"):
+        adopt_architecture(checkpoint_of(detector_state()), args, {"num_queries"}, same_queries=True)
+
+
+def test_learned_positions_show_in_the_weights():
+    args = settings()
+    adopt_architecture(checkpoint_of(detector_state(learned=True)), args, set())
+    assert args.position_embedding == "learned"
+
+
+@pytest.mark.parametrize(
+    ("stored", "extra", "expected"),
+    [
+        ({"position_embedding": "sine"}, {}, "sine"),
+        ({"position_embedding": "sine", "object_embedding_loss": True}, {}, "sine_shifted"),
+        ({"position_embedding": "sine"}, {"feature_embed.layers.0.weight": (D, D)}, "sine_shifted"),
+        ({"position_embedding": "sine", "detector": "detr"}, {"feature_embed.layers.0.weight": (D, D)}, "sine"),
+        ({}, {}, "sine"),
+    ],
+)
+def test_detreg_calls_its_shifted_positions_sine(stored, extra, expected):
+    state = {**detector_state(), **{key: torch.ones(shape) for key, shape in extra.items()}}
+    args = settings(position_embedding="learned")
+    adopt_architecture(checkpoint_of(state, args=stored), args, set())
+    assert args.position_embedding == expected
+
+
+def test_published_dc5_file_without_args_tells_by_its_name():
+    checkpoint = checkpoint_of(detector_state())
+    checkpoint.source = "detr-r50-dc5-f0fb7ef5.pth"
+    args = settings()
+    adopt_architecture(checkpoint, args, set())
+    assert args.dilation is True
+
+
+def test_a_mask_file_is_read_through_its_prefix():
+    state = {f"detr.{key}": value for key, value in detector_state(pre_norm=True).items()}
+    args = settings()
+    adopt_architecture(checkpoint_of(state), args, set())
+    assert (args.pre_norm, args.enc_layers, args.num_queries) == (True, 2, 6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_resnets_are_recognised_by_their_blocks(name):
+    import torchvision
+
+    with torch.device("meta"):
+        state = getattr(torchvision.models, name)().state_dict()
+    assert resnet_name(state) == name
+    assert resnet_name({"backbone.0.body." + key: value for key, value in state.items()}, "backbone.0.body.") == name
+
+
+# ---------------------------------------------------------------------------------------------------- pre-trained
+# weights
+
+
+def test_a_resumed_run_loads_exactly_or_says_where_it_differs():
+    state = detector_state(seed=1)
+    model = module_of(detector_state(seed=2))
+    load_exactly(model, checkpoint_of(state))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for other, words in (
+        (detector_state(classes=9), ("class_embed.weight", "[10, 8]", "2 differences")),
+        (detector_state(pre_norm=True), ("also has transformer.encoder.norm.weight",)),
+    ):
+        with pytest.raises(UserError) as excinfo:
+            load_exactly(model, checkpoint_of(other))
+        one_line(excinfo, "run/file.pth", *words)
+
+
+PARTS = {"patch2query.weight": (D, 3), "feature_align.layers.0.weight": (D, D)}
+
+
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
+def test_a_pretext_gives_everything_but_heads_and_its_own_parts(kind, published):
+    state = detector_state(seed=1, kind=kind, classes=2)
+    if published:
+        state.update({key: torch.ones(shape) for key, shape in PARTS.items()})
+        checkpoint = checkpoint_of(state)
+    else:
+        checkpoint = checkpoint_of(state, args={"pretext": "random_query_patch"}, class_names={1: "cat"})
+    model = module_of(detector_state(seed=2, kind=kind, classes=2))
+    fresh = {key: value.clone() for key, value in model.state_dict().items()}
+    report = load_pretrained(model, checkpoint, {1: "cat"})
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, fresh[key] if "class_embed" in key else state[key]), key
+    assert set(report.reinitialised) == {"class_embed.weight", "class_embed.bias"}
+    assert set(report.unused) == (set(PARTS) if published else set())
+    assert set(report.loaded) | set(report.reinitialised) == set(fresh)
+    table = report.table()
+    assert table.splitlines()[0].split() == ["module", "loaded", "re-initialised", "unused"]
+    assert any(line.split()[0] == "class_embed" for line in table.splitlines())
+
+
+def test_class_rows_move_by_name():
+    old_names, new_names = {0: "cat", 1: "dog", 3: "cow"}, {0: "cow", 1: "pig", 2: "cat"}
+    state = detector_state(seed=1, classes=4)
+    model = module_of(detector_state(seed=2, classes=3))
+    fresh = model.class_embed.weight.detach().clone()
+    report = load_pretrained(model, checkpoint_of(state, class_names=old_names), new_names)
+    head, old = model.class_embed.weight, state["class_embed.weight"]
+    assert torch.equal(head[0], old[3])
+    assert torch.equal(head[1], fresh[1])
+    assert torch.equal(head[2], old[0])
+    assert torch.equal(head[3], old[4]), "no object"
+    assert torch.equal(model.class_embed.bias[2], state["class_embed.bias"][0])
+    assert report.notes == ["class_embed: 2 of 3 class rows kept by name"]
+
+
+def test_focal_heads_have_no_background_row():
+    state = detector_state(seed=1, kind="conditional_detr", classes=3)
+    model = module_of(detector_state(seed=2, kind="conditional_detr", classes=3))
+    fresh = model.class_embed.weight.detach().clone()
+    load_pretrained(model, checkpoint_of(state, class_names={0: "a", 1: "b", 2: "c"}), {0: "a", 1: "x", 2: "y"})
+    assert torch.equal(model.class_embed.weight[0], state["class_embed.weight"][0])
+    assert torch.equal(model.class_embed.weight[1:], fresh[1:])
+
+
+@pytest.mark.parametrize("names", [True, False])
+@pytest.mark.parametrize(
+    ("of_file", "of_model", "kept"),
+    [
+        ("focal", "focal", True),
+        ("focal", "softmax", False),
+        ("softmax", "focal", False),
+        (None, "focal", False),
+        (None, "softmax", True),
+    ],
+)
+def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept, names):
+    """A DETR with 5 rows each: 5 focal classes or 4 and "no object". What the file says counts, else what was
+    published.
+    """
+    classes = {row: f"class {row}" for row in range(5 if of_file == "focal" else 4)}
+    state = detector_state(seed=1)
+    model = module_of(detector_state(seed=2), of_model)
+    fresh = model.class_embed.weight.detach().clone()
+    entries = {"class_names": classes} if names else {}
+    report = load_pretrained(
+        model, checkpoint_of(state, args={"classification": of_file} if of_file else None, **entries), classes
+    )
+    assert torch.equal(model.class_embed.weight, state["class_embed.weight"] if kept else fresh)
+    assert ("class_embed.bias" in report.reinitialised) is not kept
+    assert any("starts anew" in note and "focal" in note and "softmax" in note for note in report.notes) is not kept
+    assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
+
+
+def test_a_focal_detr_has_no_background_row_to_keep():
+    state, model = detector_state(seed=1), module_of(detector_state(seed=2), "focal")
+    fresh = model.class_embed.weight.detach().clone()
+    checkpoint = checkpoint_of(state, args={"classification": "focal"}, class_names={0: "a", 4: "e"})
+    load_pretrained(model, checkpoint, {0: "e", 4: "z"})
+    assert torch.equal(model.class_embed.weight[0], state["class_embed.weight"][4])
+    assert torch.equal(model.class_embed.weight[1:], fresh[1:])
+
+
+@pytest.mark.parametrize(("classes", "kept"), [(4, True), (7, False)])
+def test_a_file_without_names_keeps_a_head_of_equal_shape(classes, kept):
+    state = detector_state(seed=1, classes=4)
+    model = module_of(detector_state(seed=2, classes=classes))
+    report = load_pretrained(model, checkpoint_of(state), {0: "cat"})
+    assert ("class_embed.weight" in report.loaded) is kept
+    assert ("class_embed.weight" in report.reinitialised) is not kept
+
+
+def test_equal_names_keep_every_row_of_the_raw_ids():
+    names = {1: "person", 3: "car"}  # 0 and 2 have no name
+    state, model = detector_state(seed=1), module_of(detector_state(seed=2))
+    load_pretrained(model, checkpoint_of(state, class_names={str(row): name for row, name in names.items()}), names)
+    assert torch.equal(model.class_embed.weight, state["class_embed.weight"])
+
+
+@pytest.mark.parametrize("queries", [4, 15])
+def test_queries_are_tiled_or_cut(queries):
+    state = detector_state(seed=1, queries=6)
+    model = module_of(detector_state(seed=2, queries=queries))
+    report = load_pretrained(model, checkpoint_of(state), None)
+    for i in range(queries):
+        assert torch.equal(model.query_embed.weight[i], state["query_embed.weight"][i % 6])
+    assert "query_embed" in report.notes[0]
+
+
+def test_a_mask_file_goes_into_a_box_model_and_back():
+    state = detector_state(seed=1)
+    with_masks = {**{f"detr.{key}": value for key, value in state.items()}, "mask_head.lay1.weight": torch.ones(2, 2)}
+    model = module_of(detector_state(seed=2))
+    report = load_pretrained(model, checkpoint_of(with_masks), None)
+    assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
+    assert list(report.unused) == ["mask_head.lay1.weight"]
+    mask_model = module_of(with_masks)
+    report = load_pretrained(mask_model, checkpoint_of(detector_state(seed=3)), None)
+    assert list(report.reinitialised) == ["mask_head.lay1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("file", "model", "words"),
+    [
+        (
+            detector_state(kind="conditional_detr"),
+            detector_state(),
+            ("conditional_detr", "--detector conditional_detr"),
+        ),
+        (
+            {"layer1.0.conv1.weight": torch.ones(1), "conv1.weight": torch.ones(1)},
+            detector_state(),
+            ("--backbone_weights",),
+        ),
+        ({"some.weight": torch.ones(1)}, detector_state(), ("no detector",)),
+        (detector_state(pre_norm=True), detector_state(), ("encoder.norm", "--pre_norm")),
+        (detector_state(), detector_state(pre_norm=True), ("encoder.norm", "--pre_norm")),
+        (detector_state(layers=3), detector_state(), ("layers.2", "--enc_layers")),
+        (
+            {**detector_state(), "input_proj.weight": torch.ones(D, 3, 1, 1)},
+            detector_state(),
+            ("input_proj", "--backbone"),
+        ),
+    ],
+)
+def test_a_file_that_does_not_fit_is_an_error_and_changes_nothing(file, model, words):
+    model = module_of(model)
+    fresh = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError) as excinfo:
+        load_pretrained(model, checkpoint_of(file), None)
+    one_line(excinfo, "run/file.pth", *words)
+    assert all(torch.equal(value, fresh[key]) for key, value in model.state_dict().items())

@@ -1,0 +1,207 @@
+"""Logs are read as they are written; pages and curves show what they were given."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util.errors import UserError
+from util.plots import boxes, curves
+from util.plots.boxes import draw_boxes
+from util.plots.curves import curve, plot_curves, plot_logs
+from util.plots.pages import patch_page, prediction_page
+from util.runs.log import read_log
+
+BLACK = np.zeros((100, 200, 3), np.uint8)
+
+
+def write_log(folder: Path, lines: list) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
+    return folder
+
+
+def entry(epoch: int, **values) -> dict:
+    return {"epoch": epoch, "train_loss": 5.0 - epoch, "train_class_error": 50.0, **values}
+
+
+def picture(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def colours_in(image: np.ndarray) -> set:
+    return set(map(tuple, image.reshape(-1, 3).tolist()))
+
+
+def test_read_log(tmp_path: Path) -> None:
+    run = write_log(tmp_path, [entry(0), entry(1), entry(1, train_loss=1.5), "\n", '{"epoch": 2, "train_l'])
+    assert [e["train_loss"] for e in read_log(run)] == [5.0, 1.5]
+    assert read_log(run / "log.txt") == read_log(run)
+
+
+def test_bad_logs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such log"):
+        read_log(tmp_path)
+    run = write_log(tmp_path, [entry(0), "nonsense\n", entry(1)])
+    with pytest.raises(UserError, match="line 2"):
+        read_log(run)
+
+
+def test_curve_leaves_out_epochs_without_a_value() -> None:
+    entries = [entry(0), entry(1, test_coco_eval_bbox=[0.1, 0.3]), entry(2, train_loss=float("nan")), entry(3)]
+    assert curve(entries, "test_coco_eval_bbox", 1) == ([2], [0.3])
+    assert curve(entries, "train_loss") == ([1, 2, 4], [5.0, 4.0, 2.0])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    pytest.importorskip("matplotlib")
+    made, original = [], curves.figure_classes
+
+    def spy():
+        figure_class, canvas = original()
+
+        class Figure(figure_class):
+            def __init__(self, *args, **kwargs) -> None:
+                super().__init__(*args, **kwargs)
+                made.append(self)
+
+        return Figure, canvas
+
+    monkeypatch.setattr(curves, "figure_classes", spy)
+    return made
+
+
+def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) -> None:
+    bbox = [0.2, 0.4] + [0.0] * 10
+    run = write_log(tmp_path / "run", [entry(0, test_loss=6.0), entry(1, test_loss=5.5, test_coco_eval_bbox=bbox)])
+    out = plot_logs(run, ("loss", "loss_of_nobody", "mAP"), tmp_path / "curves.png")
+    assert picture(out).std() > 0
+    loss, ap = figures[0].axes
+    assert {line.get_label(): list(line.get_ydata()) for line in loss.lines} == {
+        "training": [5.0, 4.0],
+        "evaluation": [6.0, 5.5],
+    }
+    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ap.lines} == {
+        "AP": ([2], [0.2]),
+        "AP50": ([2], [0.4]),
+    }
+
+
+def test_plot_curves_overlays_runs(tmp_path: Path, figures: list) -> None:
+    bbox = [0.2, 0.4] + [0.0] * 10
+    runs = {name: write_log(tmp_path / name, [entry(0, test_coco_eval_bbox=bbox)]) for name in ("first", "second")}
+    plot_curves(runs, tmp_path / "both.png")
+    assert [axes.get_title() for axes in figures[0].axes] == ["loss", "AP", "AP50"]
+    ap50 = figures[0].axes[2]
+    assert [line.get_label() for line in ap50.lines] == ["first", "second"]
+    assert ap50.lines[0].get_color().tolist() != ap50.lines[1].get_color().tolist()
+
+
+def test_an_empty_log_is_drawn_too(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert picture(plot_logs(write_log(tmp_path / "run", []), out_png=tmp_path / "x.png")).size
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: plot_logs(write_log(path.parent / "run", [entry(0)]), ("loss",), path),
+        lambda path: prediction_page([], {}, path),
+    ],
+)
+def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw
+) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "a.png"
+    path.write_text("old")
+
+    def full(*_args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"a\.png: no room"):
+        draw(path)
+    assert path.read_text() == "old"
+    assert {p.name for p in tmp_path.iterdir()} <= {"a.png", "run"}
+
+
+def test_draw_boxes_puts_lines_where_the_boxes_are() -> None:
+    red = (255, 0, 0)
+    drawn = draw_boxes(BLACK, [[20, 30, 120, 80]], colours=[red])
+    assert BLACK.max() == 0
+    rows, columns = np.nonzero((drawn == red).all(-1))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (30, 80, 20, 120)
+    assert drawn[50, 70].tolist() == [0, 0, 0]
+
+
+def test_draw_boxes_takes_tensors_and_odd_boxes() -> None:
+    boxes = torch.tensor([[-50.0, -50.0, 500.0, 500.0], [90, 40, 30, 20], [float("nan")] * 4])
+    drawn = draw_boxes(BLACK, boxes, torch.tensor([1, 2, 3]), torch.tensor([0.5, 0.25, 1.0]))
+    assert drawn.shape == BLACK.shape
+    assert drawn.max() > 0
+    assert (draw_boxes(BLACK, torch.zeros(0, 4)) == BLACK).all()
+
+
+def test_a_label_keeps_its_colour() -> None:
+    first = colours_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [3]))
+    assert first == colours_in(draw_boxes(BLACK, [[10, 10, 90, 90], [100, 10, 190, 90]], [3, 3]))
+    assert first != colours_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [4]))
+
+
+def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
+    truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    found = {"boxes": torch.tensor([[20.0, 20, 150, 90]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.6])}
+    pages = [
+        picture(
+            prediction_page([(BLACK, found, truth)] * 3, {1: "ring"}, tmp_path / "p.png", score_threshold=threshold)
+        )
+        for threshold in (0.5, 0.7)
+    ]
+    assert boxes.PALETTE[0] in colours_in(pages[0])
+    assert boxes.PALETTE[0] not in colours_in(pages[1])
+
+
+def test_a_page_without_confident_predictions_shows_as_many_as_there_are_true_boxes(tmp_path: Path) -> None:
+    found = {"boxes": [[20, 20, 150, 90], [30, 30, 60, 60]], "labels": [1, 2], "scores": [0.2, 0.1]}
+    for count, shown in ((1, {0}), (2, {0, 1}), (0, set())):
+        truth = {"boxes": [[0, 0, 9, 9]] * count, "labels": [3] * count}
+        colours = colours_in(picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png")))
+        assert {i for i in range(2) if boxes.PALETTE[i] in colours} == shown, count
+    sure = {**found, "scores": [0.9, 0.8]}
+    truth = {"boxes": [[0, 0, 9, 9]], "labels": [3]}
+    assert boxes.PALETTE[1] in colours_in(picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png")))
+
+
+def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path) -> None:
+    assert picture(prediction_page([], {}, tmp_path / "none.png")).size
+    found = {"boxes": [[1, 1, 5, 5]], "labels": [77], "scores": [0.9]}
+    assert picture(prediction_page([(BLACK, found, found)], {}, tmp_path / "unknown.png")).size
+
+
+def test_patch_page_gives_each_patch_its_colour(tmp_path: Path) -> None:
+    patches = [np.full((30, 20, 3), value, np.uint8) for value in (40, 80, 120)]
+    boxes = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
+    page = picture(
+        patch_page([(BLACK, patches, boxes, {"boxes": boxes, "scores": [0.1, 0.2, 0.3]})], tmp_path / "q.png")
+    )
+    assert set(boxes.PALETTE[:3]) <= colours_in(page)
+    only = {"boxes": boxes[:1], "scores": [0.9], "patches": [2]}
+    assert picture(patch_page([(BLACK, patches, boxes, only)], tmp_path / "r.png")).size
+
+
+def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot_logs(write_log(tmp_path / "run", [entry(0)]), out_png=tmp_path / "x.png")

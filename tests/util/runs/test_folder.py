@@ -1,0 +1,474 @@
+"""The folder of a run explains itself: where settings come from, what the model was shown, one page, and commands that
+work.
+"""
+
+import json
+import random
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import finetune_main
+import main as pretrain_main
+from datasets import build_dataset
+from datasets.collate import collate
+from datasets.sample_page import batch_rows, draw_samples
+from models.pretext.random_query_patch import RandomQueryPatch
+from tests.tiny import (
+    FROZEN,
+    assert_same,
+    fine_tune,
+    logged,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
+from tools import compare_runs
+from util.errors import UserError
+from util.plots import boxes
+from util.runs import page as run_page
+from util.runs.folder import code_revision, describe_settings, environment, read_record
+from util.runs.page import commands, page, report, table, write_run_page
+from util.settings.arguments import plain_settings, resolve
+from util.settings.flags import FINETUNE, PRETRAIN
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data; `first`, a run of one epoch; `second`, from the first one's weights; `pretext`; an evaluation of
+    `first`.
+    """
+    root = tmp_path_factory.mktemp("runs")
+    coco = write_coco(root / "coco")
+    fine_tune("--coco_path", coco, "--output_dir", root / "first", "--epochs", 1, *FROZEN)
+    fine_tune(
+        "--coco_path",
+        coco,
+        "--output_dir",
+        root / "second",
+        "--epochs",
+        1,
+        "--pretrain",
+        root / "first" / "checkpoint.pth",
+        "--lr_backbone",
+        0,
+        "--lr",
+        "3e-4",
+    )
+    fine_tune("--resume", root / "first" / "checkpoint.pth", "--eval", "--output_dir", root / "evaluation")
+    pre_train(
+        "--imagenet_path", write_images(root / "photographs"), "--output_dir", root / "pretext", "--epochs", 1, *FROZEN
+    )
+    return root
+
+
+class Reader(HTMLParser):
+    """Text, titles and pictures of a page; complains about tags that don't fit together."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.text, self.titles, self.pictures = [], "", [], []
+        self.feed(text)
+        assert self.open == ["html"] or not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag == "img":
+            self.pictures.append(dict(attrs)["src"])
+        elif tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.titles.append(data)
+
+
+def read_page(folder: Path) -> Reader:
+    return Reader((folder / "result.html").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------- settings and
+# versions
+
+
+def test_settings_say_where_they_come_from(runs: Path) -> None:
+    first, second = (json.loads((runs / name / "args.json").read_text()) for name in ("first", "second"))
+    assert {"coco_path", "output_dir", "epochs", "hidden_dim", "device"} <= set(first["given"])
+    assert first["adopted"] == []
+    assert {"lr", "pretrain"} <= set(second["given"])
+    assert {"detector", "pre_norm", "backbone_norm"} <= set(second["adopted"])
+    for record in (first, second):
+        assert set(record["given"]) | set(record["adopted"]) <= set(record["settings"])
+        assert not set(record["given"]) & set(record["adopted"])
+        assert {"weight_decay", "seed", "amp"} <= set(record["settings"]) - {*record["given"], *record["adopted"]}
+    assert first["model"]["parameters"] > first["model"]["trainable"] > 0
+    assert first["model"]["multiply_adds_hw"] == [64, 85]
+
+
+def test_the_device_that_was_not_given_is_a_default(tmp_path: Path) -> None:
+    from util.runs.session import prepare_checkpoint, start_session
+    from util.settings.arguments import setting_origins
+
+    for flags, given in (([], False), (["--device", "cpu"], True)):
+        args = finetune_main.parse(flags)
+        start_session(args)
+        prepare_checkpoint(args)
+        assert ("device" in setting_origins(args)["given"]) is given
+        assert not any(name.startswith("_") for name in plain_settings(args))
+
+
+def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) -> None:
+    with logged() as lines:
+        fine_tune("--coco_path", runs / "coco", "--dry_run", "--pretrain", runs / "first" / "checkpoint.pth", *FROZEN)
+    given, adopted, defaults = (
+        next(line for line in lines if line.startswith(f"settings, {title}"))
+        for title in ("given", "from the checkpoint", "defaults")
+    )
+    assert "dec_layers=2" in given
+    assert "detector=detr" in adopted
+    assert "weight_decay=0.0001" in defaults
+    assert "dec_layers" not in defaults
+
+
+def test_environment_and_revision(tmp_path: Path) -> None:
+    found = environment()
+    assert {"command", "started", "code", "python", "torch", "torchvision", "numpy", "gpu", "processes"} <= set(found)
+    assert found["torch"] == torch.__version__
+    assert code_revision(tmp_path) == "unknown"
+    try:
+        subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return  # no git here
+    (tmp_path / "a").write_text("a")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", str(tmp_path), "add", "a"], check=True)
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-qm", "a"], check=True)
+    assert re.fullmatch("[0-9a-f]{40}", code_revision(tmp_path))
+    (tmp_path / "a").write_text("b")
+    assert re.fullmatch("[0-9a-f]{40}-dirty", code_revision(tmp_path))
+    (tmp_path / "inside").mkdir()
+    assert code_revision(tmp_path / "inside") == "unknown"  # a copy of the project inside another repository
+
+
+def test_damaged_settings_are_no_error(tmp_path: Path) -> None:
+    for content in ("", "{", "[1]"):
+        (tmp_path / "args.json").write_text(content)
+        assert read_record(tmp_path / "args.json") == {}
+    assert read_record(tmp_path / "none.json") == {}
+
+
+# ---------------------------------------------------------------------------------------------------- what the model is
+# shown
+
+
+def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
+    """Pixels come back through collation, normalisation and its inverse; padding is striped, boxes are in pixels."""
+    dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
+    samples = [dataset[(3, index)] for index in range(4)]
+    batch, _ = collate(samples)
+    for row, (image, target) in zip(batch_rows(samples, **IMAGENET), samples, strict=True):
+        _, height, width = image.shape
+        assert row["image"].shape[:2] == batch.tensors.shape[-2:]
+        assert torch.equal(torch.from_numpy(row["image"][:height, :width]).permute(2, 0, 1), image)
+        padding = np.concatenate([row["image"][height:].reshape(-1, 3), row["image"][:height, width:].reshape(-1, 3)])
+        assert {tuple(colour) for colour in padding.tolist()} <= {(124, 116, 104), (225, 225, 225)}
+        boxes = target["boxes"] * torch.tensor([width, height, width, height])
+        assert torch.allclose(row["boxes"][:, 2:] - row["boxes"][:, :2], boxes[:, 2:])
+        assert torch.allclose(row["boxes"].view(-1, 2, 2).mean(1), boxes[:, :2], atol=1e-4)
+        assert torch.equal(row["labels"], target["labels"])
+    assert batch.padded
+
+
+def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> None:
+    dataset = build_dataset("train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "photographs")))
+    sample = dataset[(0, 1)]
+    (row,) = batch_rows([sample], **IMAGENET)
+    assert [torch.from_numpy(patch).permute(2, 0, 1).tolist() for patch in row["patches"]] == sample[1][
+        "patches"
+    ].tolist()
+    draw_samples(tmp_path, dataset, 2, 0, IMAGENET, count=2)
+    with Image.open(tmp_path / "samples.png") as image:
+        colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
+    assert set(boxes.PALETTE[:5]) <= colours
+
+
+def test_a_patch_has_the_box_of_its_most_confident_query() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])[None, :, None] * torch.tensor(
+        [1.0, 0.0, -1.0]
+    )  # two classes and "no object"
+    boxes = torch.arange(4.0)[None, :, None].expand(1, 4, 4)
+    found, scores = RandomQueryPatch.patch_boxes({"pred_logits": logits, "pred_boxes": boxes}, 2)
+    assert found[..., 0].tolist() == [[1.0, 3.0]]
+    assert torch.allclose(scores, logits.softmax(-1)[:, [1, 3], 0])
+
+
+def test_class_names_are_on_the_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr(boxes, "draw_label", lambda _draw, text, *_rest: written.append(text))
+    draw_samples(
+        tmp_path, build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco"))), 2, 0, IMAGENET
+    )
+    assert written
+    assert set(written) <= {"red", "green", "blue"}
+
+
+def test_drawing_samples_touches_no_random_state(runs: Path, tmp_path: Path) -> None:
+    dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    draw_samples(tmp_path, dataset, 2, 5, IMAGENET)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
+
+
+def test_a_run_with_a_folder_trains_as_one_without(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples, found patches and pages change no weight: dropout is on, so that every draw would be seen."""
+    states = []
+    save = pretrain_main.engine.save
+    monkeypatch.setattr(
+        pretrain_main.engine,
+        "save",
+        lambda run, names: (
+            states.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()}),
+            save(run, names),
+        ),
+    )
+    for folder in ("", tmp_path / "run"):
+        pre_train("--imagenet_path", runs / "photographs", "--epochs", 2, "--output_dir", folder, *FROZEN)
+    assert (tmp_path / "run" / "patches.png").exists()
+    assert len(states) == 4
+    assert_same(states[1], states[3])
+
+
+def test_samples_that_cannot_be_read_do_not_end_a_run(runs: Path, tmp_path: Path) -> None:
+    dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
+    dataset.image_folder = str(tmp_path)
+    with logged() as lines:
+        draw_samples(tmp_path, dataset, 2, 0, IMAGENET)
+    assert any("no page of training samples" in line for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------- the page
+
+
+def test_page_of_a_fine_tuning_run(runs: Path) -> None:
+    shown = read_page(runs / "second")
+    assert shown.titles[0] == "second"
+    assert {
+        "Average precision on held-out images",
+        "Losses in training",
+        "Curves",
+        "Boxes on held-out images",
+        "Settings",
+        "Training images as the model gets them",
+        "Files of this folder",
+        "Commands",
+    } <= set(shown.titles)
+    assert len(shown.pictures) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in shown.pictures)
+    assert "Epochs logged: 1 of 1" in shown.text
+    assert f"from {runs / 'first' / 'checkpoint.pth'}" in shown.text
+    (entry,) = read_log(runs / "second")
+    assert f"{entry['train_loss']:.3f}" in shown.text
+    files = {path.name for path in (runs / "second").iterdir()} - {"result.html"}
+    assert all(name in shown.text for name in files)
+
+
+def test_page_of_a_pre_training_run(runs: Path) -> None:
+    shown = read_page(runs / "pretext")
+    assert "Average precision on held-out images" not in shown.titles
+    assert {"Losses in training", "What the patches' queries find", "Training images as the model gets them"} <= set(
+        shown.titles
+    )
+    assert "random_query_patch" in shown.text
+
+
+def test_page_of_an_evaluation(runs: Path) -> None:
+    shown = read_page(runs / "evaluation")
+    assert "Evaluation of detr" in shown.text
+    assert {"Average precision on held-out images", "Boxes on held-out images"} <= set(shown.titles)
+    assert not (runs / "evaluation" / "args.json").exists()
+
+
+def test_an_evaluation_in_the_folder_of_a_run_keeps_its_settings(runs: Path) -> None:
+    before = (runs / "first" / "args.json").read_bytes()
+    fine_tune("--resume", runs / "first" / "checkpoint.pth", "--eval", "--output_dir", runs / "first")
+    assert (runs / "first" / "args.json").read_bytes() == before
+    shown = read_page(runs / "first")
+    assert "Fine-tuning of detr" in shown.text
+    assert "eval_args.json" in shown.text
+
+
+def test_an_interrupted_run_has_a_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_main.engine, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, *FROZEN)
+    shown = read_page(tmp_path)
+    assert "Epochs logged: 0 of 3" in shown.text
+    assert shown.titles.count("Training images as the model gets them") == 1
+
+
+def test_a_resumed_run_remembers_its_earlier_starts(runs: Path, tmp_path: Path) -> None:
+    flags = ["--output_dir", tmp_path, "--num_workers", 0]
+    fine_tune("--coco_path", runs / "coco", *flags, "--epochs", 1, *FROZEN)
+    first = json.loads((tmp_path / "args.json").read_text())["environment"]
+    fine_tune(*flags, "--resume", "auto", "--epochs", 2)
+    record = json.loads((tmp_path / "args.json").read_text())
+    assert record["earlier_starts"] == [first]
+    assert "coco_path" in record["adopted"]
+    assert "Epochs logged: 2 of 2" in read_page(tmp_path).text
+
+
+def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) -> None:
+    flags = ["--output_dir", tmp_path, *FROZEN]
+    fine_tune("--coco_path", runs / "coco", *flags, "--epochs", 1)
+    other = write_coco(tmp_path / "other", train=6)
+    for place, expected in ((runs / "coco", False), (other, True)):
+        with logged() as lines:
+            fine_tune("--coco_path", place, *flags, "--epochs", 2, "--resume", "auto")
+        assert any(line.startswith("the data have changed since this run was started: ") for line in lines) is expected
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a job that is requeued with its own command."""
+    flags = ["--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 1, "--resume", "auto", *FROZEN]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_main.engine, "fit", lambda run: None)
+        fine_tune(*flags)
+    assert not (tmp_path / "checkpoint.pth").exists()
+    fine_tune(*flags)
+    (tmp_path / "checkpoint.pth").unlink()
+    with pytest.raises(UserError, match=r"holds another run \(log.txt\)"):
+        fine_tune(*flags)
+
+
+def test_overwrite_leaves_no_page_of_the_run_before(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("predictions.png", "metrics.json", "curves.png", "log.txt", "args.json"):
+        (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
+    (tmp_path / "checkpoint0099.pth").write_bytes(b"of the run before")
+    monkeypatch.setattr(finetune_main.engine, "fit", lambda run: None)
+    fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, "--overwrite", *FROZEN)
+    shown = read_page(tmp_path)
+    assert not {"Average precision on held-out images", "Curves", "Boxes on held-out images"} & set(shown.titles)
+    assert not (tmp_path / "checkpoint0099.pth").exists()
+
+
+def test_overwrite_costs_nothing_where_the_new_run_can_not_start(runs: Path, tmp_path: Path) -> None:
+    """A wrong path, or a start from what would be replaced."""
+    for name in ("log.txt", "args.json", "checkpoint.pth"):
+        (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no folder"):
+        fine_tune("--coco_path", tmp_path / "typo", "--output_dir", tmp_path, "--overwrite", *FROZEN)
+    with pytest.raises(UserError, match="--overwrite would remove what this run starts from"):
+        fine_tune(
+            "--coco_path",
+            runs / "coco",
+            "--pretrain",
+            tmp_path / "checkpoint.pth",
+            "--output_dir",
+            tmp_path,
+            "--overwrite",
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_remedy_for_a_folder_that_is_taken_is_one(runs: Path, tmp_path: Path) -> None:
+    """`--resume auto` goes on where there is a checkpoint, and only there."""
+    (tmp_path / "eval_args.json").write_text("{}")
+    for more in ((), ("--resume", "auto")):
+        with pytest.raises(UserError, match=r"holds an evaluation \(eval_args.json\): --overwrite to replace it"):
+            fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, *more, *FROZEN)
+    with pytest.raises(
+        UserError, match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite"
+    ):
+        fine_tune("--coco_path", runs / "coco", "--output_dir", runs / "first", *FROZEN)
+
+
+def test_commands_of_the_page_are_commands(runs: Path) -> None:
+    for name in ("second", "pretext"):
+        found = commands(runs / name, read_record(runs / name / "args.json"))
+        listed = re.findall("<pre>(.*?)</pre>", (runs / name / "result.html").read_text())
+        assert listed == [shlex.join(words) for words in found.values()]
+        for launcher, script, *flags in found.values():
+            assert launcher == "python"
+            if script == "tools/compare_runs.py":
+                assert compare_runs.parse(flags).runs[0] == runs / name
+            else:
+                resolve({"main.py": pretrain_main, "finetune_main.py": finetune_main}[script].parse(flags))
+    record = {"settings": {"script": FINETUNE}, "environment": {"processes": "4"}}
+    go_on = next(iter(commands(runs / "first", record).values()))
+    assert go_on[:3] == ["torchrun", "--nproc_per_node", "4"]
+
+
+def test_the_command_for_evaluation_works(runs: Path, tmp_path: Path) -> None:
+    """Data and sizes come from the checkpoint: nothing else has to be typed."""
+    words = commands(runs / "second", read_record(runs / "second" / "args.json"))["evaluate"]
+    finetune_main.main(finetune_main.parse([*words[2:-1], str(tmp_path), "--device", "cpu", "--num_workers", "0"]))
+    assert (tmp_path / "metrics.json").exists()
+
+
+def test_a_run_goes_on_without_matplotlib_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(run_page, "_said", set())
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5}\n')
+    with logged() as lines:
+        report(tmp_path)
+        report(tmp_path)
+    assert sum("matplotlib" in line for line in lines) == 1
+    assert "1.500" in read_page(tmp_path).text
+
+
+def test_page_without_settings_and_with_odd_texts(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text('{"train_loss": 2.0}\n')
+    write_run_page(tmp_path)
+    assert "The settings of this run are not in its folder." in read_page(tmp_path).text
+    odd = Reader(page("<b>", table(["<i>"], [("a&b", ["<script>"])])))
+    assert "<script>" in odd.text
+    assert odd.titles == ["<b>"]
+    report(None)
+
+
+def test_pages_are_not_written_without_a_folder(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pre_train("--imagenet_path", runs / "photographs", "--epochs", 1, *FROZEN)
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_in_checkpoints_are_as_before(runs: Path) -> None:
+    stored = read_checkpoint(runs / "first" / "checkpoint.pth")["args"]
+    assert stored["seed"] == 42
+    assert not any(name.startswith("_") for name in stored)
+
+
+def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
+    with logged() as lines:
+        describe_settings(tiny_args(FINETUNE))
+        describe_settings(tiny_args(PRETRAIN))
+    finetune, pretrain = ({word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line)
+    assert {"eval_every", "lr_drop"} <= finetune
+    assert not {"mask_ratio", "view_iou", "enc_n_points", "voc_metric", "script"} & finetune
+    assert {"mask_ratio", "lr_drop"} <= pretrain
+    assert not {"view_iou", "enc_n_points", "eval_every"} & pretrain

@@ -1,0 +1,529 @@
+"""Flags: published names and defaults, dead ones, the right script, and that each flag is read."""
+
+import argparse
+import ast
+import re
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import finetune_main
+import main as pretrain_main
+from models import build_model
+from util.errors import UserError
+from util.settings.arguments import DEFAULTS, Parser, given_flags, make_parser, plain_settings, resolve
+from util.settings.flags import DEAD_FLAGS, FINETUNE, PRETRAIN
+from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# The published parsers: flag -> default. `switch` stands for a flag without value that is off.
+SWITCH = "switch"
+SHARED = {
+    "lr": 1e-4,
+    "batch_size": 2,
+    "weight_decay": 1e-4,
+    "clip_max_norm": 0.1,
+    "backbone": "resnet50",
+    "dilation": SWITCH,
+    "position_embedding": "sine",
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "dim_feedforward": 2048,
+    "hidden_dim": 256,
+    "dropout": 0.1,
+    "nheads": 8,
+    "pre_norm": SWITCH,
+    "no_aux_loss": SWITCH,
+    "set_cost_bbox": 5.0,
+    "set_cost_giou": 2.0,
+    "bbox_loss_coef": 5.0,
+    "giou_loss_coef": 2.0,
+    "output_dir": "",
+    "seed": 42,
+    "resume": "",
+    "start_epoch": 0,
+    "dist_url": "env://",
+}
+LABELLED = {**SHARED, "lr_backbone": 1e-5, "dataset_file": "coco", "coco_path": None, "eval": SWITCH, "num_workers": 2}
+DETR = {**LABELLED, "epochs": 300, "lr_drop": 200, "num_queries": 100, "set_cost_class": 1.0, "eos_coef": 0.1}
+UPDETR_FINETUNE = {**DETR, "pretrain": ""}
+CONDITIONAL = {
+    **LABELLED,
+    "epochs": 50,
+    "lr_drop": 40,
+    "num_queries": 300,
+    "set_cost_class": 2.0,
+    "cls_loss_coef": 2.0,
+    "focal_alpha": 0.25,
+}
+UPDETR = {
+    **SHARED,
+    "epochs": 60,
+    "lr_drop": 40,
+    "num_queries": 100,
+    "num_patches": 10,
+    "set_cost_class": 1.0,
+    "eos_coef": 0.1,
+    "num_workers": 16,
+    "imagenet_path": None,
+    "feature_recon": SWITCH,
+    "query_shuffle": SWITCH,
+    "fre_cnn": SWITCH,
+}
+PARSERS = {
+    "detr": (FINETUNE, "detr", DETR),
+    "updetr_finetune": (FINETUNE, "detr", UPDETR_FINETUNE),
+    "conditional": (FINETUNE, "conditional_detr", CONDITIONAL),
+    "updetr": (PRETRAIN, "detr", UPDETR),
+}
+# Published flags that are refused: no effect there, or masks.
+REFUSED = {
+    "remove_difficult": None,
+    "world_size": "1",
+    "mask_loss_coef": "1",
+    "dice_loss_coef": "1",
+    "coco_panoptic_path": "P",
+    "masks": None,
+    "frozen_weights": "P",
+}
+
+
+def parse(script: str, *flags: str) -> Namespace:
+    return resolve(make_parser(script).parse_args(list(flags)))
+
+
+@pytest.fixture(autouse=True)
+def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default number of loader processes is limited to the cores of the machine."""
+    monkeypatch.setattr("util.settings.arguments.usable_cores", lambda: 64)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_published_flags_are_accepted_with_their_defaults(name: str) -> None:
+    script, detector, flags = PARSERS[name]
+    args = parse(script, "--detector", detector)
+    for flag, default in flags.items():
+        if flag == "no_aux_loss":
+            assert args.aux_loss is True
+        elif default is SWITCH:
+            assert not getattr(args, flag)
+        else:
+            assert getattr(args, flag) == default, flag
+            assert type(getattr(args, flag)) is type(default), flag
+    given = []
+    for flag, default in flags.items():
+        given += [f"--{flag}"] if default is SWITCH else [f"--{flag}", "P" if default in (None, "") else str(default)]
+    args = parse(script, "--detector", detector, "--device", "cpu", *given)
+    assert args.aux_loss is False
+    assert all(
+        getattr(args, flag) is True for flag, default in flags.items() if default is SWITCH and flag != "no_aux_loss"
+    )
+
+
+def test_published_choices_that_no_flag_shows() -> None:
+    """The class weight of DETR, the backbone rate of UP-DETR, and when numbered checkpoints are kept."""
+    assert parse(FINETUNE).cls_loss_coef == 1
+    assert parse(PRETRAIN, "--lr", "3e-4").lr_backbone == 3e-4
+    assert parse(PRETRAIN, "--fre_cnn").lr_backbone == 0
+    assert parse(PRETRAIN).mask_ratio == 0.1
+    assert [parse(PRETRAIN).save_every, parse(FINETUNE).save_every] == [20, 100]
+    assert [parse(PRETRAIN).backbone_weights, parse(FINETUNE).backbone_weights] == ["swav", "imagenet"]
+    assert [parse(PRETRAIN).image_size, parse(FINETUNE).image_size] == [480, 800]
+    assert [parse(FINETUNE, "--detector", d).classification for d in ("detr", "conditional_detr")] == [
+        "softmax",
+        "focal",
+    ]
+    assert parse(PRETRAIN, "--detector", "conditional_detr").set_cost_class == 1
+
+
+# DETReg's one parser for pre-training and fine-tuning: flag -> default; those of a detector are below.
+DETREG = {
+    "max_prop": 30,
+    "lr_linear_proj_mult": 0.1,
+    "batch_size": 4,
+    "weight_decay": 1e-4,
+    "clip_max_norm": 0.1,
+    "sgd": SWITCH,
+    "with_box_refine": SWITCH,
+    "two_stage": SWITCH,
+    "strategy": "topk",
+    "obj_embedding_head": "intermediate",
+    "backbone": "resnet50",
+    "dilation": SWITCH,
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "hidden_dim": 256,
+    "dropout": 0.1,
+    "nheads": 8,
+    "dec_n_points": 4,
+    "enc_n_points": 4,
+    "set_cost_bbox": 5.0,
+    "set_cost_giou": 2.0,
+    "object_embedding_coef": 1.0,
+    "bbox_loss_coef": 5.0,
+    "giou_loss_coef": 2.0,
+    "focal_alpha": 0.25,
+    "dataset_file": "coco",
+    "data_root": "data",
+    "output_dir": "",
+    "cache_path": "",
+    "seed": 42,
+    "random_seed": SWITCH,
+    "resume": "",
+    "start_epoch": 0,
+    "eval": SWITCH,
+    "viz": SWITCH,
+    "num_workers": 2,
+    "object_embedding_loss": SWITCH,
+    "pre_norm": SWITCH,
+    "eos_coef": 0.1,
+    "save_every": 5,
+}
+DETREG_OF = {
+    "deformable_detr": {
+        "lr": 2e-4,
+        "lr_backbone": 2e-5,
+        "epochs": 50,
+        "lr_drop": 40,
+        "dim_feedforward": 1024,
+        "num_queries": 300,
+        "set_cost_class": 2.0,
+        "cls_loss_coef": 2.0,
+        "num_feature_levels": 4,
+        "lr_backbone_names": ["backbone.0"],
+        "lr_linear_proj_names": ["reference_points", "sampling_offsets"],
+    },
+    "detr": {
+        "lr": 1e-4,
+        "lr_backbone": 1e-5,
+        "epochs": 300,
+        "lr_drop": 200,
+        "dim_feedforward": 2048,
+        "num_queries": 100,
+        "set_cost_class": 1.0,
+        "cls_loss_coef": 1.0,
+    },
+}
+# What means something with other values than these defaults, or in the other script, or nothing at all.
+DETREG_OTHERS = {
+    "eval_every": "1",
+    "dataset": "imagenet",
+    "load_backbone": "swav",
+    "position_embedding": "sine",
+    "device": "cpu",
+    "lr_drop_epochs": "9",
+    "no_aux_loss": None,
+}
+DETREG_OF_FINE_TUNING = {"filter_pct": "-1", "pretrain": "P"}
+DETREG_REFUSED = {
+    **REFUSED,
+    "filter_num": "1",
+    "reset_embedding_layer": "1",
+    "position_embedding_scale": "1",
+    "cache_mode": None,
+}
+
+
+@pytest.mark.parametrize("model", DETREG_OF)
+def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture) -> None:
+    """Its defaults are those of the pretext; what is not of pre-training is refused with the reason."""
+    words = ["--pretext", "region_prior", "--model", model]
+    args = parse(PRETRAIN, *words)
+    for flag, default in {**DETREG, **DETREG_OF[model]}.items():
+        assert (not getattr(args, flag)) if default is SWITCH else getattr(args, flag) == default, flag
+    for flag, default in {**DETREG, **DETREG_OF[model]}.items():
+        value = [] if default is SWITCH else [str(v) for v in default] if isinstance(default, list) else [str(default)]
+        if flag in ("with_box_refine", "two_stage") and model == "detr":
+            continue
+        extra = ["--resume", "P"] if flag in ("eval", "viz") else []
+        assert getattr(parse(PRETRAIN, *words, f"--{flag}", *value, *extra), flag) == (
+            True if default is SWITCH else default
+        ), flag
+    for flag, value in DETREG_OTHERS.items():
+        make_parser(PRETRAIN).parse_args([*words, f"--{flag}", *([value] if value else [])])
+    for flag, value in {**DETREG_OF_FINE_TUNING, **DETREG_REFUSED}.items():
+        with pytest.raises(SystemExit):
+            make_parser(PRETRAIN).parse_args([*words, f"--{flag}", *([value] if value else [])])
+        said = capsys.readouterr().err
+        assert f"--{flag}" in said
+        assert (
+            "is a flag of finetune_main.py"
+            if flag in DETREG_OF_FINE_TUNING
+            else DEAD_FLAGS.get(f"--{flag}", [0, ""])[1]
+        ) in said
+    for flag, value in DETREG_OF_FINE_TUNING.items():
+        assert str(getattr(make_parser(FINETUNE).parse_args([f"--{flag}", value]), flag)).startswith(value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            ["--strategy", "topk"],
+            "--strategy means nothing to --pretext random_query_patch: leave it out or use --pretext region_prior",
+        ),
+        (["--max_prop", "30"], "--pretext region_prior"),
+        (["--object_embedding_loss"], "--pretext region_prior"),
+    ],
+)
+def test_flags_of_a_pretext_that_was_not_asked_for(flags: list[str], said: str) -> None:
+    """Their defaults too: DETReg's command without --pretext must not pre-train as UP-DETR does."""
+    with pytest.raises(UserError, match=said):
+        parse(PRETRAIN, *flags)
+    assert parse(PRETRAIN, "--pretext", "region_prior", *flags).pretext == "region_prior"
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+@pytest.mark.parametrize(("flag", "value"), REFUSED.items())
+def test_dead_flags_are_refused_with_the_reason(script: str, flag: str, value: str | None, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser(script).parse_args([f"--{flag}", *([value] if value else [])])
+    assert stop.value.code != 0
+    message = capsys.readouterr().err
+    assert f"--{flag}" in message
+    assert DEAD_FLAGS[f"--{flag}"][1] in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("--lr_backbon", "--lr_backbone"),
+        ("--batchsize=4", "--batch_size"),
+        ("--lrdrop", "--lr_drop"),
+    ],
+)
+@pytest.mark.parametrize("parse_script", [pretrain_main.parse, finetune_main.parse])
+def test_unknown_flag_names_the_nearest(parse_script, wrong: str, right: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse_script([wrong])
+    message = capsys.readouterr().err
+    assert wrong in message
+    assert f"did you mean {right}?" in message
+
+
+def test_flags_are_never_abbreviated(capsys) -> None:
+    """`--num_q` must not silently become some flag that begins so."""
+    with pytest.raises(SystemExit):
+        finetune_main.parse(["--num_q", "5"])
+    assert "--num_queries" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch_size", "0"],
+        ["--epochs", "-1"],
+        ["--num_queries", "many"],
+        ["--position_embedding", "v9"],
+        ["--detector", "yolo"],
+        ["--lr"],
+        ["--amp", "fp16"],
+        ["stray"],
+    ],
+)
+def test_bad_values_are_one_line(flags: list[str], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        finetune_main.parse(flags)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert flags[0] in message
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        (FINETUNE, ["--hidden_dim", "30", "--nheads", "4"], "--nheads"),
+        (FINETUNE, ["--hidden_dim", "66", "--nheads", "11"], "multiple of 4"),
+        (FINETUNE, ["--dropout", "1"], "--dropout"),
+        (FINETUNE, ["--eval"], "--resume"),
+        (FINETUNE, ["--resume", "auto"], "--output_dir"),
+        (PRETRAIN, ["--num_patches", "7"], "--num_queries 100"),
+        (PRETRAIN, ["--mask_ratio", "1"], "--mask_ratio"),
+    ],
+)
+def test_contradictions_are_found_before_anything_starts(script: str, flags: list[str], word: str) -> None:
+    with pytest.raises(UserError, match=word):
+        parse(script, *flags)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+def test_resolve_is_idempotent(script: str, detector: str) -> None:
+    args = parse(script, "--detector", detector, "--lr", "3e-4", "--load_backbone", "random")
+    before = dict(vars(args))
+    assert resolve(args) is args
+    assert vars(args) == before
+    saved = plain_settings(args)  # what a checkpoint keeps
+    assert plain_settings(resolve(Namespace(**saved))) == saved
+
+
+def test_given_flags_are_those_of_the_user() -> None:
+    args = make_parser(FINETUNE).parse_args(["--pre_norm", "--lr", "1e-4", "--no_aux_loss"])
+    assert given_flags(args) == {"pre_norm", "lr", "aux_loss"}
+
+
+def test_aliases_of_backbone_weights() -> None:
+    assert parse(PRETRAIN, "--load_backbone", "supervised").backbone_weights == "imagenet"
+    assert parse(PRETRAIN, "--load_backbone", "").backbone_weights == "none"
+    assert parse(FINETUNE, "--backbone_weights", "some/file.pth").backbone_weights == "some/file.pth"
+    assert parse(PRETRAIN, "--backbone", "resnet18").backbone_weights == "imagenet"  # SwAV has only resnet50
+
+
+@pytest.mark.parametrize("flags", [["--resume", "P"], ["--resume", "P", "--eval"], ["--pretrain", "P"]])
+def test_no_backbone_is_fetched_when_a_checkpoint_holds_it(flags: list[str]) -> None:
+    assert parse(FINETUNE, *flags).backbone_weights == "none"
+    assert parse(FINETUNE, *flags).backbone_norm == "frozen"
+
+
+def test_random_weights_get_live_batch_norm() -> None:
+    assert parse(FINETUNE, "--backbone_weights", "none").backbone_norm == "live"
+    assert parse(FINETUNE, "--backbone_weights", "none", "--backbone_norm", "frozen").backbone_norm == "frozen"
+    assert parse(FINETUNE).backbone_norm == "frozen"
+
+
+@pytest.mark.parametrize("module", [pretrain_main, finetune_main])
+def test_parser_is_a_parent_of_another(module) -> None:
+    child = argparse.ArgumentParser("mine", parents=[module.get_args_parser()])
+    child.add_argument("--more", type=int)
+    args = child.parse_args(["--more", "3", "--num_queries", "20", "--hidden_dim", "64"])
+    assert (args.more, args.num_queries) == (3, 20)
+    assert resolve(args).script == ("main.py" if module is pretrain_main else "finetune_main.py")
+
+
+@pytest.mark.parametrize("module", [pretrain_main, finetune_main])
+def test_build_model_takes_unresolved_flags(module) -> None:
+    flags = [
+        "--backbone",
+        "resnet18",
+        "--backbone_weights",
+        "none",
+        "--hidden_dim",
+        "32",
+        "--dec_layers",
+        "1",
+        "--enc_layers",
+        "1",
+    ]
+    args = module.get_args_parser().parse_args(flags)
+    model, criterion, postprocessors = build_model(args)
+    assert isinstance(model, torch.nn.Module)
+    assert set(criterion.weight_dict) >= {"loss_ce", "loss_bbox", "loss_giou"}
+    assert set(postprocessors) == {"bbox"}
+    assert args.num_queries == 100
+
+
+def test_build_model_takes_a_namespace_of_a_user() -> None:
+    """Someone who imports the project gives only what differs from the defaults."""
+    model, _, _ = build_model(
+        Namespace(backbone="resnet18", backbone_weights="none", hidden_dim=32, detector="conditional_detr")
+    )
+    assert model.num_queries == 300
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+def test_help_has_a_text_for_every_flag(script: str) -> None:
+    for action in make_parser(script)._actions:
+        assert action.help, action.option_strings
+    text = Parser(script, parents=[make_parser(script)]).format_help()
+    assert "--detector {detr,conditional_detr,deformable_detr}" in text
+    assert "--masks" not in text
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "needed"),
+    [
+        (PRETRAIN, "--pretext region_prior --object_embedding_coef 5", "--object_embedding_loss"),
+        (PRETRAIN, "--pretext region_prior --obj_embedding_head head", "--object_embedding_loss"),
+        (PRETRAIN, "--feature_loss_coef 5", "--feature_recon"),
+        (FINETUNE, "--focal_alpha 0.5", "--classification focal"),
+        (FINETUNE, "--detector conditional_detr --eos_coef 0.5", "--classification softmax"),
+        (FINETUNE, "--lr_linear_proj_mult 0.5", "--lr_linear_proj_names"),
+    ],
+)
+def test_a_flag_that_nothing_reads_is_refused(script: str, words: str, needed: str) -> None:
+    words = [*words.split(), *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x"))]
+    with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or leave"):
+        parse(script, *words)
+    parse(script, *words[:-4], *words[-2:])  # without the flag
+
+
+def test_the_last_flag_says_when_rates_drop() -> None:
+    given = ("--lr_drop_epochs", "30", "40"), ("--lr_drop", "10")
+    args = parse(FINETUNE, *given[0], *given[1])
+    assert (args.lr_drop_epochs, args.lr_drop) == (None, 10)
+    assert parse(FINETUNE, *given[1], *given[0]).lr_drop_epochs == [30, 40]
+
+
+def defaults_of(script: str) -> Iterator[tuple[str, Any]]:
+    """Every default of every way to start a script, with the flag's name."""
+    first = ["--pretext", *PRETEXTS] if script == PRETRAIN else ["--dataset_file", *DATASETS]
+    for name in first[1:]:
+        for detector, entry in DETECTORS.items():
+            others = {flag for other in DETECTORS.values() for flag in other.flags} - set(entry.flags)
+            words = [first[0], name, "--detector", detector, "--backbone_weights", "none", "--device", "cpu"]
+            settings = vars(parse(script, *words)).items()
+            yield from ((flag, value) for flag, value in settings if flag not in others and f"--{flag}" not in words)
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+def test_help_names_every_default(script: str) -> None:
+    """Whatever pretext, detector and data change of it: who reads the help needs no other page."""
+    in_words = {("lr_backbone", 1e-4): "as --lr", ("eval_every", 0): "never", ("filter_pct", -1.0): "all"}
+    texts = {action.dest: action.help for action in make_parser(script)._actions}
+    for flag, value in defaults_of(script):
+        if flag not in texts or isinstance(value, bool) or not isinstance(value, int | float | str):
+            continue
+        numbers = {float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", texts[flag])}
+        named = value in texts[flag] if isinstance(value, str) else float(value) in numbers
+        assert named or in_words.get((flag, value), texts[flag] + "!") in texts[flag], (
+            f"--{flag} {value}: {texts[flag]}"
+        )
+
+
+def read_names() -> set[str]:
+    """Names that the code reads from `args`, by attribute or getattr. Checks of values do not count: they have no
+    effect of their own.
+    """
+    found = set()
+    for path in [
+        *ROOT.glob("*.py"),
+        *(p for folder in ("util", "models", "datasets", "tools") for p in (ROOT / folder).rglob("*.py")),
+    ]:
+        tree = ast.parse(path.read_text())
+        checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_check"]
+        checking = {id(node) for check in checks for node in ast.walk(check)}
+        for node in ast.walk(tree):
+            if id(node) in checking:
+                continue
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and "args" in ast.unparse(node.value):
+                found.add(node.attr)
+            elif (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func) in ("getattr", "hasattr")
+                and isinstance(node.args[1], ast.Constant)
+            ):
+                found.add(node.args[1].value)
+    return found
+
+
+def test_no_dead_flag() -> None:
+    """Every declared flag is read somewhere."""
+    read = read_names()
+    for script in (PRETRAIN, FINETUNE):
+        declared = {action.dest for action in make_parser(script)._actions if action.default is not argparse.SUPPRESS}
+        assert declared <= read, sorted(declared - read)
+
+
+def test_the_tables_of_defaults_have_only_flags() -> None:
+    declared = {action.dest for script in (PRETRAIN, FINETUNE) for action in make_parser(script)._actions}
+    for table in [DEFAULTS, *(entry.defaults for entry in [*DETECTORS.values(), *PRETEXTS.values()])]:
+        assert set(table) <= declared, sorted(set(table) - declared)
+        assert set(table) <= set(DEFAULTS), "what a line changes has a general value"

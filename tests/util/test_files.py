@@ -1,0 +1,119 @@
+"""Files are written whole or not at all, whoever writes them."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tools.demo.run import _write_json
+from util import files
+from util.checkpoints.checkpoint import save_checkpoint
+from util.errors import UserError
+from util.files import write_atomically, write_text
+from util.runs.log import append_log
+
+WRITERS = {
+    "text": lambda path: write_text(path, "new"),
+    "bytes": lambda path: write_atomically(path, lambda file: file.write(b"new")),
+    "checkpoint": lambda path: save_checkpoint({"epoch": 2}, path),
+    "demo": lambda path: _write_json(path, {"a": 1}),
+}
+
+
+def full(*_args, **_settings) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    if at == "write":
+        opened = Path.open
+
+        def open_full(self: Path, *args, **settings):
+            file = opened(self, *args, **settings)
+            return FullFile(file) if "w" in args[0] else file
+
+        monkeypatch.setattr(Path, "open", open_full)
+    else:
+        monkeypatch.setattr(os, at, full)
+
+
+class FullFile:
+    """Takes the first byte only."""
+
+    def __init__(self, file) -> None:
+        self.file = file
+
+    def write(self, data) -> int:
+        if self.file.tell():
+            full()
+        return self.file.write(bytes(data[:1]))
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("at", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_full_disk_gives_one_line_and_keeps_the_previous_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: str, at: str
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with monkeypatch.context() as patch:
+        fill_disk(patch, at)
+        with pytest.raises(UserError) as caught:
+            WRITERS[writer](path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"cannot write {path}: no room" in message
+    assert "the previous file is kept" in message
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    WRITERS[writer](path)
+    assert path.read_bytes() != b"old"
+
+
+def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
+    def stop(file) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
+    def write_meanwhile(file) -> None:
+        write_text(tmp_path / "file", "other", shared=True)
+        file.write(b"last")
+
+    assert write_atomically(tmp_path / "file", write_meanwhile, shared=True).read_text() == "last"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(files.os, "fsync", lambda _number: calls.append((tmp_path / "new" / "file").exists()))
+    assert write_text(tmp_path / "new" / "file", "ü") == tmp_path / "new" / "file"
+    assert calls == [False]
+    assert (tmp_path / "new" / "file").read_text(encoding="utf-8") == "ü"
+
+
+def test_a_folder_that_no_disk_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(UserError, match="no room"):
+        write_text(tmp_path / "new" / "file", "text")
+
+
+def test_the_log_is_kept_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append_log(tmp_path, {"epoch": 0})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"log\.txt: no room"):
+        append_log(tmp_path, {"epoch": 1})
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [{"epoch": 0}]

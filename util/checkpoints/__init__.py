@@ -1,0 +1,1 @@
+"""Checkpoints and weight files: what they hold, reading, adopting and converting them."""

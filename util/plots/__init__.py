@@ -1,0 +1,1 @@
+"""Pictures: curves, boxes and pages of images."""

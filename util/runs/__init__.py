@@ -1,0 +1,1 @@
+"""A run: its session, folder, log, page, meters and optimizer."""
