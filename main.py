@@ -15,13 +15,14 @@ from argparse import Namespace
 
 import torch
 
-import engine
+import trainer
 from datasets import build_dataset, build_loader
 from datasets.labelled.checks import check_at_start
 from datasets.sample import SampleDataset
 from datasets.sample_page import draw_found_patches, draw_samples
 from models import build_model
 from util.checkpoints.checkpoint import load_exactly
+from util.distributed import unwrap_model
 from util.errors import UserError
 from util.logger import log
 from util.runs.folder import check_room, describe_settings, prepare_output, save_settings
@@ -63,18 +64,18 @@ def evaluate(args: Namespace) -> None:
         visualize_pretext.draw_objects(args)
 
 
-def train(run: engine.Run, dataset: SampleDataset, args: Namespace) -> None:
+def train(run: trainer.Run, dataset: SampleDataset, args: Namespace) -> None:
     """All epochs, with pages of samples and of the run; says at the end what the model is good for."""
-    normalization = run.keep["normalization"]
+    normalization = run.normalization
     draw_samples(run.folder, dataset, args.batch_size, run.epoch, normalization)
     report(run.folder)
 
     def plot() -> None:
-        draw_found_patches(run.folder, engine.bare(run.model), dataset, normalization, run.device)
+        draw_found_patches(run.folder, unwrap_model(run.model), dataset, normalization, run.device)
         report(run.folder)
 
-    run.plot = plot
-    engine.fit(run)
+    run.on_epoch_end = plot
+    trainer.fit(run)
     if run.folder is not None:
         log.info(
             "finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
@@ -106,22 +107,22 @@ def main(args: Namespace) -> None:
     check_room(folder, model)
 
     backbone = model.detector.backbone[0]
-    keep = {
+    extras = {
         "args": plain_settings(args),
         "normalization": {"mean": list(backbone.mean), "std": list(backbone.std)},
         "class_names": {},
-        "version": engine.CHECKPOINT_VERSION,
+        "version": trainer.CHECKPOINT_VERSION,
     }
-    run = engine.make_run(args, model, criterion, loader, device, folder, keep)
+    run = trainer.make_run(args, model, criterion, loader, device, folder=folder, checkpoint_extras=extras)
     if args.eval_every:
         from tools.evaluate_proposals import while_training
 
         run.evaluate, run.eval_every = while_training(args, device), args.eval_every
     if checkpoint:
-        engine.continue_run(run, checkpoint)
+        trainer.continue_run(run, checkpoint)
     del checkpoint  # its tensors are in the model and the optimiser now
     if args.dry_run:
-        engine.dry_run(run)
+        trainer.dry_run(run)
         return
     save_settings(
         folder,

@@ -37,23 +37,17 @@ def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
     args = resolve(args)
     pretext = load(PRETEXTS[args.pretext].pretext) if args.pretext else None
     if pretext:
-        classification = pretext.classification(args)
+        classification = pretext.build_classification(args)
     else:
         classification = Classification(
             args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
         )
     detector = load(DETECTORS[args.detector].builder)(args, build_backbone(args), classification)
-    if pretext:
-        model = pretext.from_args(args, detector)
-        losses, weights = model.losses, model.loss_weights(args)
-    else:
-        model, losses = detector, ("labels", "boxes", "cardinality")
-        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    model = pretext.from_args(args, detector) if pretext else detector
     num_aux = args.dec_layers - 1 if args.aux_loss else 0
-    weight_dict = expand_weights(weights, num_aux, detector.two_stage)
-    if pretext:
-        weight_dict.update(model.last_layer_weights(args))
+    weight_dict = expand_weights(model.loss_weights(args), num_aux, detector.two_stage)
+    weight_dict.update(model.last_layer_weights(args))
     criterion = SetCriterion(
-        classification, weight_dict, losses, args.eos_coef, args.focal_alpha, args.reproduce_published
+        classification, weight_dict, model.losses, args.eos_coef, args.focal_alpha, args.reproduce_published
     )
     return model, criterion, {"bbox": PostProcess(classification)}

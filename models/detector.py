@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import BackboneWithPositions, FeatureMap
-from models.classification import Classification
+from models.trainable import TrainableModel
 from util.nested_tensor import NestedTensor, as_nested_tensor
 
 
@@ -55,17 +55,19 @@ class States:
     encoder_proposals: dict[str, Tensor] | None = None
 
 
-class Detector(nn.Module):
+class Detector(TrainableModel):
     """Base of the detectors: owns what they have in common; a subclass says how it encodes, decodes and predicts."""
 
     num_queries: int
     hidden_dim: int
-    classification: Classification
     aux_loss: bool
     backbone: BackboneWithPositions
     two_stage: bool = (
         False  # its queries come from encoder proposals, so that it has no learned ones and can't be given any
     )
+
+    def base_detector(self) -> "Detector":
+        return self
 
     def encode(self, samples: NestedTensor) -> Memory:
         raise NotImplementedError  # the contract

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
 import finetune_main
+import trainer
 from datasets.collate import PackedTargets, normalize_images
 from models import build_model
 from tests.tiny import (
@@ -76,13 +77,15 @@ def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_run(*flags: str, script: str = FINETUNE) -> tuple[engine.Run, NestedTensor, list[dict[str, Tensor]]]:
+def make_run(*flags: str, script: str = FINETUNE) -> tuple[trainer.Run, NestedTensor, list[dict[str, Tensor]]]:
     """A run without loader, a batch and its targets."""
     torch.manual_seed(0)
     args = tiny_args(script, "--backbone_norm", "frozen", "--dropout", "0", *flags)
     model, criterion, _ = build_model(args)
     keep = {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}
-    run = engine.make_run(args, model.train(), criterion.train(), None, torch.device("cpu"), None, keep)
+    run = trainer.make_run(
+        args, model.train(), criterion.train(), None, torch.device("cpu"), folder=None, checkpoint_extras=keep
+    )
     return run, make_batch(), make_targets([2, 1])
 
 
@@ -148,7 +151,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path:
         engine.train_step(run, samples, targets, stop=False)
         spoil.remove()
         with pytest.raises(NonFiniteLoss, match="the gradient of the last step was not finite"):
-            engine.train_step(run, samples, targets, stop=False) if how == "next step" else engine.save(
+            engine.train_step(run, samples, targets, stop=False) if how == "next step" else trainer.save(
                 run, ["checkpoint.pth"]
             )
     assert not list(tmp_path.iterdir())
@@ -488,7 +491,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         assert "epochs=7" in text  # resolved settings
         assert counted in text  # the data
         assert "loss" in next(line for line in lines if line.startswith("step on [2, 3, "))
-        estimate = next(line for line in lines if line.startswith("dry run: 2 steps an epoch"))
+        estimate = next(line for line in lines if line.startswith("dry run: 2 steps per epoch"))
         assert "for 7 epochs" in estimate
         assert "peak memory" in text
         assert not (tmp_path / "run").exists()
@@ -532,8 +535,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     """Makes the images of one step not finite."""
     original, steps = engine.to_device, []
 
-    def poisoned(*args):
-        samples, targets = original(*args)
+    def poisoned(*args, **normalization):
+        samples, targets = original(*args, **normalization)
         steps.append(1)
         if len(steps) == at_step:
             samples.tensors.fill_(math.nan)

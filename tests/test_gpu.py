@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Run, autocast, train_step
+from engine import TrainState, autocast, train_step
 from models.backbone import Backbone
 from models.ms_deform_attn import choose, ms_deform_attn
 from tests import deform_cases, golden_models
@@ -95,7 +95,17 @@ def test_training_step_with_fused_adamw() -> None:
     case, samples, targets = _on_gpu("cond_r50")
     optimizer = golden_models.build_optimizer(case.model, 1e-4, 1e-5, 1e-4)
     assert optimizer.defaults["fused"] is True
-    run = Run(case.model, case.criterion, optimizer, None, None, torch.device("cuda"), 1, 0.1, True, None, 1, {})
+    run = TrainState(
+        model=case.model,
+        criterion=case.criterion,
+        optimizer=optimizer,
+        scheduler=None,
+        loader=None,
+        device=torch.device("cuda"),
+        normalization={},
+        epochs=1,
+        amp=True,
+    )
     first, _ = train_step(run, samples, targets, stop=False)
     for _ in range(5):
         last, _ = train_step(run, samples, targets, stop=False)
@@ -109,7 +119,17 @@ def test_a_training_step_waits_as_often_for_many_images_as_for_few() -> None:
         case, samples, targets = _on_gpu("detr_r50")
         many = NestedTensor(samples.tensors.repeat(copies, 1, 1, 1), samples.mask.repeat(copies, 1, 1), samples.padded)
         optimizer = golden_models.build_optimizer(case.model, 1e-4, 1e-5, 1e-4)
-        run = Run(case.model, case.criterion, optimizer, None, None, torch.device("cuda"), 1, 0.1, False, None, 1, {})
+        run = TrainState(
+            model=case.model,
+            criterion=case.criterion,
+            optimizer=optimizer,
+            scheduler=None,
+            loader=None,
+            device=torch.device("cuda"),
+            normalization={},
+            epochs=1,
+            amp=False,
+        )
         train_step(run, many, targets * copies, stop=False)  # kernels are chosen, state is made
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")

@@ -9,7 +9,15 @@ from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, loa
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main", "finetune_main", "hubconf"}
-LAYERS = {"util": 0, "models": 1, "datasets": 1, "engine": 2, **dict.fromkeys(SCRIPTS, 3), "tools": 3}
+LAYERS = {
+    "util": 0,
+    "models": 1,
+    "datasets": 1,
+    "engine": 2,
+    **dict.fromkeys(("trainer", "evaluation", "predictor"), 3),
+    **dict.fromkeys(SCRIPTS, 4),
+    "tools": 4,
+}
 FILES = sorted(
     path
     for pattern in ("*.py", "util/**/*.py", "models/**/*.py", "datasets/**/*.py", "tools/**/*.py")
@@ -56,7 +64,7 @@ def test_the_tree_is_what_the_rules_are_about() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_one_way(path: Path) -> None:
-    """Scripts and tools -> engine -> models, datasets -> util; models and datasets never import each other."""
+    """Scripts, tools -> trainer, evaluation, predictor -> engine -> models, datasets -> util; models and datasets never import each other."""
     top = module_name(path).split(".")[0]
     assert top in LAYERS, f"{path} belongs to no layer"
     ours = {name.split(".")[0] for name in imported(path)} & set(LAYERS)

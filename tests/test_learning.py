@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import engine
+import trainer
 from datasets import build_dataset
 from datasets.collate import collate
 from datasets.evaluators.coco import CocoEvaluator
@@ -76,7 +77,9 @@ def test_eight_scenes_are_learnt(detector: str, scenes: Path) -> None:
     )
     model, criterion, postprocessors = build_model(args)
     model.train().to(memory_format=torch.channels_last)
-    run = engine.make_run(args, model, criterion.train(), None, torch.device("cpu"), None, {})
+    run = trainer.make_run(
+        args, model, criterion.train(), None, torch.device("cpu"), folder=None, checkpoint_extras={"normalization": {}}
+    )
     backbone, dataset = model.backbone[0], build_dataset("val", args)
     packed = collate([dataset[i] for i in range(len(dataset))])
     samples, targets = engine.to_device(*packed, torch.device("cpu"), backbone.mean, backbone.std)

@@ -16,6 +16,7 @@ import torch
 import engine
 import finetune_main
 import main as pretrain_main
+import trainer
 from models import build_model
 from tests.tiny import (
     FROZEN,
@@ -224,7 +225,7 @@ def test_stop_in_the_only_step_of_an_epoch(data: Path, tmp_path: Path, monkeypat
 
 def test_stop_without_output_folder_says_so(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 1)
-    with pytest.raises(StopRequested, match="not saved, since there is no --output_dir"):
+    with pytest.raises(StopRequested, match="not saved: no --output_dir"):
         start_pretext(data, *FROZEN, "--batch_size", 1)
 
 
@@ -259,7 +260,7 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 143, rest
     line = rest.strip().splitlines()[-1]
-    last = re.fullmatch(r"stopped: epoch 1, after batch (\d+) of 300; saved in (.*); go on with --resume auto", line)
+    last = re.fullmatch(r"stopped: epoch 1, after batch (\d+) of 300; saved in (.*); continue with --resume auto", line)
     assert last, rest
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert (checkpoint["epoch"], checkpoint["batch"]) == (-1, int(last[1]))
@@ -294,7 +295,7 @@ def published_checkpoint(path: Path) -> dict:
     torch.manual_seed(1)
     args = tiny_args(FINETUNE, "--backbone_norm", "frozen")
     model, _, _ = build_model(args)
-    optimizer = engine.build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
+    optimizer = trainer.build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     state, groups = {}, []
     for group in optimizer.param_groups:
         ids = [140_000_000_000 + len(state) + i for i in range(len(group["params"]))]  # 1.5 wrote addresses
@@ -487,7 +488,7 @@ def test_another_batch_size_starts_the_epoch_anew(data: Path, tmp_path: Path, mo
     monkeypatch.undo()
     with logged() as lines:
         start_pretext(data, *flags, "--batch_size", 2, "--resume", "auto")
-    assert any("its epoch starts anew" in line for line in lines)
+    assert any("the epoch starts over" in line for line in lines)
     steps = {
         int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
     }

@@ -100,7 +100,7 @@ def test_published_pre_training(data: Path, tmp_path: Path) -> None:
     small = [*MODEL_FLAGS, *SMALL, "--batch_size", 4, "--patch_size", 32]
     status, lines = call(PRETRAIN, *words, *small, "--dry_run")
     assert status == 0
-    assert any("dry run: 1 steps an epoch" in line and "60 epochs" in line for line in lines)
+    assert any("dry run: 1 steps per epoch" in line and "60 epochs" in line for line in lines)
     status, lines = call(PRETRAIN, *words, *small, "--epochs", 1)
     assert status == 0
     assert set(read_checkpoint(tmp_path / "out" / "checkpoint.pth")["model"]) == set(
@@ -139,7 +139,7 @@ def test_published_fine_tuning(data: Path) -> None:
     table = "\n".join(lines)
     assert "feature_align" in table  # not used
     assert "--enc_layers 1" in table  # taken over from the file, like all of the architecture
-    assert "dry run: 2 steps an epoch" in table
+    assert "dry run: 2 steps per epoch" in table
 
 
 def test_published_evaluation(data: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_config_runs(data: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "feature_recon=True" in done.stdout
-    assert "dry run: 1 steps an epoch" in done.stdout
+    assert "dry run: 1 steps per epoch" in done.stdout
 
 
 def test_a_program_that_fails(data: Path) -> None:

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a script
 
 import engine  # noqa: E402
+import trainer  # noqa: E402
 from datasets import build_dataset, build_loader  # noqa: E402
 from models import build_model  # noqa: E402
 from tests.tiny import tiny_args, write_coco, write_images  # noqa: E402
@@ -103,7 +104,7 @@ def run_case(name: str, folder: Path) -> dict:
     model, criterion = model.double(), criterion.double()
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
     keep = {"normalization": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    run = engine.make_run(args, model, criterion, loader, torch.device("cpu"), None, keep)
+    run = trainer.make_run(args, model, criterion, loader, torch.device("cpu"), folder=None, checkpoint_extras=keep)
     steps = record(run)
     moved: dict[str, float] = {}
     for key, p in model.named_parameters():
@@ -118,7 +119,7 @@ def run_case(name: str, folder: Path) -> dict:
     }
 
 
-def record(run: engine.Run) -> list[dict[str, float]]:
+def record(run: trainer.Run) -> list[dict[str, float]]:
     """Trains to the end; the logged values of each step."""
     steps, train_step, to_device = [], engine.train_step, engine.to_device
 
@@ -129,7 +130,7 @@ def record(run: engine.Run) -> list[dict[str, float]]:
 
     engine.train_step, engine.to_device = recorded, in_float64(to_device)
     try:
-        engine.fit(run)
+        trainer.fit(run)
     finally:
         engine.train_step, engine.to_device = train_step, to_device
     return steps

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 import engine
+import trainer
 from datasets import build_loader
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
@@ -29,8 +30,17 @@ from models.classification import Classification
 from models.criterion import SetCriterion
 from models.postprocess import PostProcess
 from models.synced_batch_norm import SyncedBatchNorm
+from models.trainable import TrainableModel
 from tests.tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
-from util.distributed import from_main, get_rank, get_world_size, init_distributed, share_statistics, shutdown
+from util.distributed import (
+    from_main,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    share_statistics,
+    shutdown,
+    unwrap_model,
+)
 from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
 from util.random_state import SampleRandom
@@ -79,8 +89,8 @@ class Pairs(Scenes):
 def in_float64(original: Callable) -> Callable:
     """Batches in float64, so that rounding is all that may differ between one process and two."""
 
-    def to_device(*args) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-        samples, targets = original(*args)
+    def to_device(*args, **normalization) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+        samples, targets = original(*args, **normalization)
         double = [
             {name: x.double() if x.is_floating_point() else x for name, x in target.items()} for target in targets
         ]
@@ -91,7 +101,7 @@ def in_float64(original: Callable) -> Callable:
 
 def make_run(
     args: Namespace, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True
-) -> engine.Run:
+) -> trainer.Run:
     """A run of this process; `args.batch_size` is that of all processes together."""
     torch.manual_seed(get_rank())  # weights are those of the first process
     args.batch_size //= get_world_size()
@@ -100,12 +110,14 @@ def make_run(
         model, criterion = model.double(), criterion.double()
     loader = build_loader(dataset, args, train=True) if dataset else None
     seed_everything(args.seed)
-    return engine.make_run(args, model.train(), criterion.train(), loader, torch.device("cpu"), folder, KEEP)
+    return trainer.make_run(
+        args, model.train(), criterion.train(), loader, torch.device("cpu"), folder=folder, checkpoint_extras=KEEP
+    )
 
 
-def weights_of(run: engine.Run) -> dict[str, Tensor]:
-    model = engine.bare(run.model)
-    parts = {"": model, **getattr(model, "frozen_parts", dict)()}
+def weights_of(run: trainer.Run) -> dict[str, Tensor]:
+    model = unwrap_model(run.model)
+    parts = {"": model, **model.frozen_parts()}
     return {name + key: value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
 
 
@@ -119,9 +131,9 @@ def train(*flags: str, counts: list[int], script: str = FINETUNE, dataset: type[
     run = make_run(args, dataset(counts, patches=5 if script == PRETRAIN else 0))
     original, seen = engine.to_device, []
 
-    def recorded(samples, targets, *rest):
+    def recorded(samples, targets, device, **normalization):
         seen.append(targets.tensors["image_id"].tolist())
-        return in_float64(original)(samples, targets, *rest)
+        return in_float64(original)(samples, targets, device, **normalization)
 
     engine.to_device = recorded
     try:
@@ -203,7 +215,7 @@ def statistics_in_an_evaluation(folder: Path) -> dict:
     return {"before": before, "after": norm.running_mean}
 
 
-def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[engine.Run, dict]:
+def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[trainer.Run, dict]:
     """One step on four images of which each process takes two."""
     args = tiny_args(
         FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--detector", detector, "--batch_size", "4"
@@ -245,7 +257,7 @@ def not_finite_on_one_process(folder: Path) -> dict:
     return {"message": "", "same": False}
 
 
-class Oracle(nn.Module):
+class Oracle(TrainableModel):
     """Finds out from the first pixel which image it sees, and answers from a table."""
 
     def __init__(self, boxes: Tensor, labels: Tensor, classes: int) -> None:
@@ -302,8 +314,8 @@ def evaluation(folder: Path) -> dict:
             {"bbox": PostProcess(classification)},
             build_loader(dataset, args, train=False),
             evaluator,
-            torch.device("cpu"),
-            {"mean": [0.0] * 3, "std": [1 / 255] * 3},
+            device=torch.device("cpu"),
+            normalization={"mean": [0.0] * 3, "std": [1 / 255] * 3},
             amp=False,
             keep_examples=2,
         )
@@ -321,13 +333,13 @@ def stop_and_resume(folder: Path) -> dict:
     """Only the second process is asked to stop; both do, and go on to where a run without a stop ends."""
     flags = (*FROZEN, "--batch_size", "4", "--epochs", "2", "--dropout", "0.3")
 
-    def start(name: str) -> engine.Run:
+    def start(name: str) -> trainer.Run:
         return make_run(tiny_args(FINETUNE, *flags), Scenes([2] * IMAGES), folder / name, double=False)
 
     for name in ("whole", "stopped"):
         (folder / name).mkdir(exist_ok=True)
     whole = start("whole")
-    engine.fit(whole)
+    trainer.fit(whole)
     stopped, original, calls = start("stopped"), engine.train_step, []
 
     def asked(run, samples, targets, stop):
@@ -336,7 +348,7 @@ def stop_and_resume(folder: Path) -> dict:
 
     engine.train_step = asked
     try:
-        engine.fit(stopped)
+        trainer.fit(stopped)
         message = ""
     except StopRequested as stop:
         message = str(stop)
@@ -345,9 +357,9 @@ def stop_and_resume(folder: Path) -> dict:
     checkpoint = torch.load(folder / "stopped" / "checkpoint.pth", weights_only=True)
     torch.manual_seed(12345)
     resumed = start("stopped")
-    engine.bare(resumed.model).load_state_dict(checkpoint["model"])
-    engine.continue_run(resumed, checkpoint)
-    engine.fit(resumed)
+    unwrap_model(resumed.model).load_state_dict(checkpoint["model"])
+    trainer.continue_run(resumed, checkpoint)
+    trainer.fit(resumed)
     states = checkpoint["random_states"]
     return {
         "message": message,

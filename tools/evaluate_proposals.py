@@ -12,8 +12,6 @@ above them has not looked at the image.
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,18 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
-from datasets import build_dataset, build_loader, init_worker
+from datasets import build_dataset, init_worker
 from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
 from datasets.images.image_folder import read_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError, SampleDataset
-from engine import ProblemCounter, autocast, bare, to_device
+from evaluation import MOST_BOXES, ClassAgnosticEvaluation, shown_metrics
 from models import build_model
-from models.detector import full_precision
-from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoints.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
 from util.checkpoints.classes import class_rows, head_kind
-from util.distributed import is_main_process, share_statistics
+from util.distributed import is_main_process
 from util.errors import UserError
 from util.files import make_folder, write_text
 from util.logger import Progress, log
@@ -71,7 +67,6 @@ SHARED_FLAGS = (
 )
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
 FILES = ("proposal_metrics.json", "proposals.json")
-MOST_BOXES = 1000
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -88,41 +83,9 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-@dataclass
-class BoxFinder:
-    """A detector whose queries each give one box; `label` is the class output that says "object", None: the best of all
-    classes.
-    """
-
-    model: nn.Module
-    label: int | None
-    device: torch.device
-    amp: bool
-
-    @torch.no_grad()
-    def __call__(self, samples, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
-        """Normalised images -> `scores` [K], `labels` [K] and `boxes` [K, 4], (x0, y0, x1, y1) in pixels of sizes_hw;
-        the best 1000.
-        """
-        with autocast(self.device, self.amp):
-            outputs = self.model(samples)
-        logits, boxes = (
-            full_precision(outputs["pred_logits"]),
-            box_cxcywh_to_xyxy(full_precision(outputs["pred_boxes"])),
-        )
-        kind = self.model.classification.kind
-        scores = logits.softmax(-1)[..., :-1] if kind == "softmax" else logits.sigmoid()
-        scores = scores.amax(-1) if self.label is None else scores[..., self.label]
-        scores, order = scores.topk(min(MOST_BOXES, scores.shape[1]), dim=1)
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * sizes_hw.flip(1).repeat(1, 2)[:, None].to(boxes)
-        labels = torch.full(scores.shape, OBJECT)
-        return [
-            {"scores": s, "labels": n, "boxes": b} for s, n, b in zip(scores.cpu(), labels, boxes.cpu(), strict=True)
-        ]
-
-
-def load_finder(args: Namespace) -> tuple[BoxFinder, Namespace]:
-    """The detector inside a checkpoint, with its class head, and the settings that its images need.
+def load_detector(args: Namespace) -> tuple[nn.Module, int | None, Namespace, torch.device]:
+    """The detector inside a checkpoint, its class output that says "object" (None: the best of all classes), the
+    settings that its images need, and the device.
 
     Raises:
         UserError: the file holds no detector.
@@ -137,7 +100,7 @@ def load_finder(args: Namespace) -> tuple[BoxFinder, Namespace]:
     model.to(device, memory_format=torch.channels_last).eval()
     label = min(OBJECT, settings.num_classes - 1) if is_pretext(checkpoint) else None
     settings.num_classes = None  # from here on of the data, whose classes do not matter
-    return BoxFinder(model, label, device, settings.amp == "bf16"), settings
+    return model, label, settings, device
 
 
 def _settings(args: Namespace, *flags: str) -> Namespace:
@@ -157,28 +120,15 @@ def _without_pretext(checkpoint: Checkpoint) -> Checkpoint:
     return kept
 
 
-def evaluate_model(args: Namespace, evaluator_of) -> ProposalEvaluator:
-    finder, settings = load_finder(args)
+def evaluate_model(args: Namespace) -> ProposalEvaluator:
+    model, label, settings, device = load_detector(args)
     dataset = build_dataset("val", settings)
-    return _find_all(finder, build_loader(dataset, settings, train=False), evaluator_of(dataset))
+    evaluator = args.coco_evaluator or "auto"
+    return ClassAgnosticEvaluation(settings, dataset, label=label, device=device, evaluator=evaluator).evaluate(model)
 
 
-def _find_all(finder: BoxFinder, loader: DataLoader, evaluator: ProposalEvaluator) -> ProposalEvaluator:
-    backbone, bar, problems = finder.model.backbone[0], Progress(len(loader), "evaluation"), ProblemCounter()
-    for samples, packed in loader:
-        problems.add(packed.problems)
-        inputs, targets = to_device(samples, packed, finder.device, backbone.mean, backbone.std)
-        results = finder(inputs, torch.stack([target["orig_size"] for target in targets]))
-        evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
-        bar.step()
-    if problems.count:
-        log.warning("%d images of the evaluation can't be used: their objects count as missed", problems.count)
-    evaluator.synchronize_between_processes()
-    return evaluator
-
-
-def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module, int], dict[str, float]]:
-    """For `engine.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on validation images:
+def while_training(args: Namespace, device: torch.device) -> ClassAgnosticEvaluation:
+    """For `trainer.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on validation images:
     those of COCO, or of the labelled data set whose images it is pre-trained on.
 
     args: those of main.py, resolved. Images have the size that evaluation usually has, unless the run has a size of its
@@ -195,24 +145,8 @@ def while_training(args: Namespace, device: torch.device) -> Callable[[nn.Module
         settings.image_size = None
     resolve(settings).num_classes = None  # of the data, whose classes do not matter
     dataset = build_dataset("val", settings)
-    loader, truth, label = (
-        build_loader(dataset, settings, train=False),
-        dataset.truth(),
-        min(OBJECT, args.num_classes - 1),
-    )
-
-    def evaluate(model: nn.Module, epoch: int) -> dict[str, float]:
-        share_statistics(bare(model))
-        finder = BoxFinder(bare(model).eval().detector, label, device, args.amp == "bf16")
-        numbers = _find_all(finder, loader, ProposalEvaluator(truth, args.coco_evaluator)).summarize()
-        log.info("without classes: %s", _shown(numbers))
-        return {f"test_object_{name}": value for name, value in numbers.items()}
-
-    return evaluate
-
-
-def _shown(numbers: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+    label = min(OBJECT, args.num_classes - 1)
+    return ClassAgnosticEvaluation(settings, dataset, label=label, device=device, evaluator=args.coco_evaluator)
 
 
 class ProposedBoxes(Dataset):
@@ -236,14 +170,14 @@ class ProposedBoxes(Dataset):
             return image_id, None
 
 
-def evaluate_method(args: Namespace, evaluator_of) -> ProposalEvaluator:
+def evaluate_method(args: Namespace) -> ProposalEvaluator:
     """Boxes of a method have no comparable scores in general: the order in which it gives them counts."""
     settings = _settings(args)
     start_session(settings)
     settings.max_prop = settings.max_prop or MOST_BOXES
     resolve(settings).num_classes = None  # of the data, whose classes do not matter
     dataset = build_dataset("val", settings)
-    evaluator = evaluator_of(dataset)
+    evaluator = ProposalEvaluator(dataset.truth(), args.coco_evaluator or "auto")
     settings.pretext = "region_prior"  # which takes `--max_prop` boxes
     boxes_of = ProposedBoxes(dataset, settings)
     loader = DataLoader(boxes_of, batch_size=None, num_workers=settings.num_workers, worker_init_fn=init_worker)
@@ -271,12 +205,9 @@ def main(args: Namespace) -> dict[str, float]:
         )
     folder = make_folder(args.output_dir, FILES, args.overwrite) if args.output_dir else None
 
-    def evaluator_of(dataset: SampleDataset) -> ProposalEvaluator:
-        return ProposalEvaluator(dataset.truth(), args.coco_evaluator or "auto")
-
-    evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args, evaluator_of)
+    evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args)
     numbers = evaluator.summarize()
-    log.info("without classes: %s", _shown(numbers))
+    log.info("class-agnostic: %s", shown_metrics(numbers))
     if folder is not None and is_main_process():
         what = (
             {"checkpoint": args.checkpoint}

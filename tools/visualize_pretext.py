@@ -28,8 +28,9 @@ from datasets.labelled.coco import coco_root
 from datasets.proposals import Selected, build_proposals
 from datasets.sample import SampleDataset
 from datasets.sample_page import SHOWN, draw_found_patches, draw_samples
+from evaluation import BoxFinder
 from models import build_model
-from tools.evaluate_proposals import load_finder
+from tools.evaluate_proposals import load_detector
 from tools.evaluate_proposals import parse as parse_evaluation
 from util.box_ops import box_cxcywh_to_xyxy
 from util.checkpoints.checkpoint import load_exactly
@@ -99,7 +100,8 @@ def object_rows(args: Namespace) -> list[list[tuple]]:
     As many boxes are drawn as the image has objects.
     """
     flags = ["--checkpoint", args.checkpoint, "--device", args.device, "--num_workers", "0"]
-    finder, settings = load_finder(parse_evaluation(flags))
+    model, label, settings, device = load_detector(parse_evaluation(flags))
+    finder = BoxFinder(model, label, device, settings.amp == "bf16")
     labelled = bool(args.truth_path)
     source = (
         Namespace(

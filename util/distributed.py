@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
 
@@ -59,6 +60,11 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
     """The values of the first process, in place."""
     for tensor in tensors if is_distributed() else ():
         dist.broadcast(tensor, 0)
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model without its DistributedDataParallel wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def share_statistics(model: nn.Module) -> None:

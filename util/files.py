@@ -43,6 +43,24 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], 
     return path
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Gives a file a second name, by a hard link where the file system has them; `path` is replaced at once.
+
+    What is written to either name later leaves the other alone, since `write_atomically` replaces names.
+
+    Raises:
+        UserError: as `write_atomically`.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        os.link(source, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with source.open("rb") as content:
+            write_atomically(path, lambda file: shutil.copyfileobj(content, file))
+
+
 def make_folder(folder: str | os.PathLike, names: Iterable[str] = (), overwrite: bool = False) -> Path:
     """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be
     made.

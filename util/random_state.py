@@ -1,7 +1,11 @@
-"""Random numbers of one sample or epoch: a function of (seed, epoch, index), whatever worker makes it and when."""
+"""Random numbers of one sample or epoch, a function of (seed, epoch, index) whatever worker makes it and when; and the
+states of the global generators, which checkpoints hold.
+"""
 
 import random
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,3 +52,33 @@ class SampleRandom:
 def _hash_seeds(*key: int) -> tuple[int, int, int]:
     words = np.random.SeedSequence([value % _UNSIGNED for value in key]).generate_state(3)
     return int(words[0]), int(words[1]), int(words[2])
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all global random generators (python, numpy, torch, every GPU) as plain containers and tensors."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, numbers, gauss_next = random.getstate()
+    return {
+        "python": [version, list(numbers), gauss_next],
+        "numpy": {
+            "keys": torch.from_numpy(keys.astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "gauss": float(gauss),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Restores what `random_states` gave; with fewer GPUs than then, only theirs."""
+    version, numbers, gauss_next = states["python"]
+    random.setstate((version, tuple(numbers), gauss_next))
+    legacy = states["numpy"]
+    keys = legacy["keys"].cpu().numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, legacy["position"], legacy["has_gauss"], legacy["gauss"]))
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state.cpu(), device)

@@ -12,23 +12,21 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.classification import Classification
 from models.detector import Detector, full_precision
+from models.trainable import TrainableModel
 from util.errors import UserError
 
 DETECTOR_PREFIX = "detector."
 
 
-class Pretext(nn.Module):
-    """Base of the pretexts: the wrapped detector and the flat state dict.
+class Pretext(TrainableModel):
+    """Base of the pretexts: the wrapped detector and the flat state dict."""
 
-    `loss_weights(args)` are the weights of the last layer; `losses` the names that the criterion computes.
-    """
-
-    losses: tuple[str, ...]
-    sees_targets = True  # it is called with the targets, a detector is not
+    needs_targets = True
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
         self.detector = detector
+        self.classification = detector.classification
         self.register_state_dict_post_hook(_flatten_keys)
         self.register_load_state_dict_pre_hook(_nest_keys)
 
@@ -37,46 +35,18 @@ class Pretext(nn.Module):
         raise NotImplementedError  # the contract
 
     @staticmethod
-    def classification(args) -> Classification:
+    def build_classification(args) -> Classification:
         """The classes that the pretext tells apart; decides the detector's class head."""
         raise NotImplementedError  # the contract
 
-    def loss_weights(self, args) -> dict[str, float]:
-        raise NotImplementedError  # the contract
-
-    def last_layer_weights(self, args) -> dict[str, float]:
-        """Weights of losses that only the last decoder layer has."""
-        return {}
-
-    def frozen_parts(self) -> dict[str, nn.Module]:
-        """Networks without gradients: outside of state dict, optimiser and DDP, kept apart in checkpoints. In several
-        processes they begin as those of the first one."""
-        return {}
-
-    def load_frozen(self, stored: dict[str, dict[str, Tensor]], source: str) -> None:
-        """Fills the frozen parts from what a checkpoint keeps of them: name -> state dict. `source` names it in
-        errors.
-        """
-        for name, part in self.frozen_parts().items():
-            if name not in stored:
-                raise UserError(
-                    f"{source} lacks the frozen network {name} of this pretext: resume it with the flags that it "
-                    f"was made with"
-                )
-            part.load_state_dict(stored[name])
-
-    def after_step(self, share_done: float) -> None:
-        """Called after each step of the optimiser. `share_done`, in [0, 1): of the training, before that step."""
+    def base_detector(self) -> Detector:
+        return self.detector
 
     def _apply(self, fn, *args, **kwargs):
         """Frozen parts go where the model goes."""
         for part in self.frozen_parts().values():
             part._apply(fn, *args, **kwargs)
         return super()._apply(fn, *args, **kwargs)
-
-    @property
-    def classes(self) -> Classification:
-        return self.detector.classification
 
 
 class QueryPatchPretext(Pretext):
@@ -85,14 +55,14 @@ class QueryPatchPretext(Pretext):
     feature_align: nn.Module  # predicts the feature of a query's patch, where `losses` has "features"
 
     @staticmethod
-    def classification(args) -> Classification:
+    def build_classification(args) -> Classification:
         """Softmax over two classes (patches have label 1, class 0 is unused, as published) and "no object", on every
         detector.
         """
         return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
 
     def loss_weights(self, args) -> dict[str, float]:
-        weights = {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+        weights = super().loss_weights(args)
         return {**weights, "loss_feature": args.feature_loss_coef} if "features" in self.losses else weights
 
     def predict_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> None:

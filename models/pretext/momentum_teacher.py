@@ -37,9 +37,9 @@ class MomentumTeacher:
         self.norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
 
     @torch.no_grad()
-    def follow(self, student: nn.Module, share_done: float) -> None:
-        """`share_done`: of the training, in [0, 1]."""
-        momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * share_done)) / 2
+    def follow(self, student: nn.Module, progress: float) -> None:
+        """`progress`: of the training, in [0, 1]."""
+        momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         own, source = dict(self.network.named_parameters()), dict(student.named_parameters())
         torch._foreach_lerp_(list(own.values()), [source[name] for name in own], 1 - momentum)
         statistics = dict(student.named_buffers())

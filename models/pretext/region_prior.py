@@ -53,16 +53,13 @@ class RegionPrior(Pretext):
         return cls(detector, encoder, args.reproduce_published and args.obj_embedding_head == "head")
 
     @staticmethod
-    def classification(args) -> Classification:
+    def build_classification(args) -> Classification:
         """As the detector's own: objectness is one of its classes (published: label 1 of 91), or the only one with
         `--num_classes 1`.
         """
         return Classification(
             args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
         )
-
-    def loss_weights(self, args) -> dict[str, float]:
-        return {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
 
     def last_layer_weights(self, args) -> dict[str, float]:
         return {"loss_object_embedding": args.object_embedding_coef} if "object_embedding" in self.losses else {}

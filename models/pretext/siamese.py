@@ -131,9 +131,9 @@ class Siamese(QueryPatchPretext):
     def frozen_parts(self) -> dict[str, nn.Module]:
         return {} if self.teacher is None else {"momentum_teacher": self.teacher.network}
 
-    def after_step(self, share_done: float) -> None:
+    def after_step(self, progress: float) -> None:
         if self.teacher is not None:
-            self.teacher.follow(self, share_done)
+            self.teacher.follow(self, progress)
 
     def _stack_boxes(self, targets: list[dict[str, Tensor]]) -> Tensor:
         counts = sorted({len(target["boxes"]) for target in targets})

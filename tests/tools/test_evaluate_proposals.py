@@ -191,10 +191,10 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
     rows = json.loads((tmp_path / "b" / "proposals.json").read_text())
     assert len(rows) == 3 * 20
     assert set(numbers) >= {"AP", "AR1", "AR10", "AR100", "AR1000", "AR10_swapped"}
-    finder, _ = evaluate_proposals.load_finder(
+    _, label, _, _ = evaluate_proposals.load_detector(
         evaluate_proposals.parse(["--checkpoint", str(checkpoint), "--device", "cpu"])
     )
-    assert finder.label == (0 if "--num_classes" in flags else 1)
+    assert label == (0 if "--num_classes" in flags else 1)
 
 
 def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
     fine_tune("--coco_path", coco, "--epochs", "1", "--output_dir", tmp_path / "a", *FROZEN)
     with logged() as lines:
         run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth", "--image_size", "64")
-    assert any(line.startswith("without classes: AP") for line in lines)
+    assert any(line.startswith("class-agnostic: AP") for line in lines)
     image = next((coco / "val2017").iterdir())
     image.write_bytes(b"broken")
     with logged() as lines:
         run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth", "--image_size", "64")
-    assert any(line.startswith(f"left out {image}: can't be decoded") for line in lines)
+    assert any(line.startswith(f"skipped {image}: can't be decoded") for line in lines)
     assert "1 images of the evaluation can't be used: their objects count as missed" in lines

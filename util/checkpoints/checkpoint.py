@@ -4,7 +4,6 @@ A checkpoint is a dict of plain containers and tensors. Its `model` is a state d
 """
 
 import os
-import random
 import re
 from argparse import Namespace
 from collections import Counter, OrderedDict
@@ -159,39 +158,6 @@ def _check_plain(value: Any, where: str) -> None:
     else:
         for index, entry in enumerate(value):
             _check_plain(entry, f"{where}[{index}]")
-
-
-# ---------------------------------------------------------------------------------------------------- random states
-
-
-def random_states() -> dict[str, Any]:
-    """The states of all global random generators (python, numpy, torch, every GPU) as plain containers and tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    version, numbers, gauss_next = random.getstate()
-    return {
-        "python": [version, list(numbers), gauss_next],
-        "numpy": {
-            "keys": torch.from_numpy(keys.astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(gauss),
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restores what `random_states` gave; with fewer GPUs than then, only theirs."""
-    version, numbers, gauss_next = states["python"]
-    random.setstate((version, tuple(numbers), gauss_next))
-    legacy = states["numpy"]
-    keys = legacy["keys"].cpu().numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, legacy["position"], legacy["has_gauss"], legacy["gauss"]))
-    torch.set_rng_state(states["torch"].cpu())
-    if torch.cuda.is_available():
-        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state.cpu(), device)
 
 
 # ---------------------------------------------------------------------------------------------------- architecture

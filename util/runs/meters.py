@@ -9,6 +9,7 @@ from torch import Tensor
 
 from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.errors import NonFinite
+from util.logger import log
 
 PAIRS = "matched_pairs"
 
@@ -20,6 +21,27 @@ class NonFiniteLoss(NonFinite):
 def to_host(values: dict[str, Tensor]) -> dict[str, float]:
     """Named scalars of this process alone, in one copy."""
     return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist(), strict=True))
+
+
+class BadImages:
+    """Bad images that the loader replaced: each is reported once with its path, all are counted."""
+
+    def __init__(self) -> None:
+        self.seen: set[str] = set()
+        self.count = 0
+
+    def add(self, problems: list[tuple[str, str]]) -> None:
+        """problems: (path, reason) of each image that was replaced by the next one."""
+        for path, reason in problems:
+            self.count += 1
+            if path not in self.seen:
+                self.seen.add(path)
+                log.warning("skipped %s: %s (the next image takes its place)", path, reason)
+
+    def warn_of_missed_objects(self) -> None:
+        """At the end of an evaluation, whose metrics go by image."""
+        if self.count:
+            log.warning("%d images of the evaluation can't be used: their objects count as missed", self.count)
 
 
 class LossReader:

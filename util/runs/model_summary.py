@@ -105,7 +105,7 @@ def describe_model(model: nn.Module, args: Namespace) -> dict[str, object]:
     `multiply_adds` are those of the detector on an image of `multiply_adds_hw`, None where they can't be counted.
     """
     total, trainable = count_parameters(model)
-    detector = getattr(model, "detector", model)
+    detector = model.base_detector()
     what = f"{args.pretext} on {args.detector}" if args.pretext else args.detector
     log.info(
         "%s, %s (%s batch norm, weights: %s): %s parameters, %s trainable; device %s, amp %s",

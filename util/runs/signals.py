@@ -4,7 +4,10 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+
+from util.errors import StopRequested
 
 
 class SignalHandler:
@@ -27,6 +30,35 @@ class SignalHandler:
 
     def _handle(self, number: int, frame) -> None:
         raise NotImplementedError  # the contract
+
+
+class StopSignal(SignalHandler):
+    """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once.
+
+    Inside `with stop.at_once():`, where nothing can be lost, the first signal raises `StopRequested`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requested = False
+        self.waits = True
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        self.waits = False
+        try:
+            if self.requested:
+                raise StopRequested("after training")
+            yield
+        finally:
+            self.waits = True
+
+    def _handle(self, number: int, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        if not self.waits:
+            raise StopRequested("during evaluation")
 
 
 def kill_family(pid: int) -> None:

@@ -239,9 +239,9 @@ def test_drawing_samples_touches_no_random_state(runs: Path, tmp_path: Path) -> 
 def test_a_run_with_a_folder_trains_as_one_without(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, found patches and pages change no weight: dropout is on, so that every draw would be seen."""
     states = []
-    save = pretrain_main.engine.save
+    save = pretrain_main.trainer.save
     monkeypatch.setattr(
-        pretrain_main.engine,
+        pretrain_main.trainer,
         "save",
         lambda run, names: (
             states.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()}),
@@ -318,7 +318,7 @@ def test_an_interrupted_run_has_a_page(runs: Path, tmp_path: Path, monkeypatch: 
     def interrupted(_run) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_main.engine, "fit", interrupted)
+    monkeypatch.setattr(finetune_main.trainer, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, *FROZEN)
     shown = read_page(tmp_path)
@@ -353,7 +353,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
     """As a job that is requeued with its own command."""
     flags = ["--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 1, "--resume", "auto", *FROZEN]
     with monkeypatch.context() as patch:
-        patch.setattr(finetune_main.engine, "fit", lambda run: None)
+        patch.setattr(finetune_main.trainer, "fit", lambda run: None)
         fine_tune(*flags)
     assert not (tmp_path / "checkpoint.pth").exists()
     fine_tune(*flags)
@@ -368,7 +368,7 @@ def test_overwrite_leaves_no_page_of_the_run_before(
     for name in ("predictions.png", "metrics.json", "curves.png", "log.txt", "args.json"):
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
     (tmp_path / "checkpoint0099.pth").write_bytes(b"of the run before")
-    monkeypatch.setattr(finetune_main.engine, "fit", lambda run: None)
+    monkeypatch.setattr(finetune_main.trainer, "fit", lambda run: None)
     fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, "--overwrite", *FROZEN)
     shown = read_page(tmp_path)
     assert not {"Average precision on held-out images", "Curves", "Boxes on held-out images"} & set(shown.titles)

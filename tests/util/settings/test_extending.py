@@ -49,7 +49,7 @@ FILES = {
                 return cls(detector)
 
             @staticmethod
-            def classification(args):
+            def build_classification(args):
                 return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
 
             def loss_weights(self, args):
