@@ -1,15 +1,15 @@
-"""What can be chosen by name: detectors, pretexts, data sets, proposal methods and backbones.
+"""What can be chosen by name: detectors, pretexts, datasets, proposal methods and backbones.
 
-Each is one file and one line here. The line says where the file's builder is ("module:name"), what its checkpoints are
-told by, and which defaults it changes. Nothing is imported before it is used, so that a builder may live in any package
-that Python finds:
+Each is one file and one line here. The line says where the file's builder is ("module:name"), how its checkpoints are
+recognised, which flags only it reads, and which defaults it changes. Nothing is imported before it is used, so that a
+builder may live in any package that Python finds:
 
     from util.settings.registry import DETECTORS, DetectorEntry
     DETECTORS["mine"] = DetectorEntry("my_package.my_detector:build", mark=".my_attention.")
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -20,10 +20,12 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """builder: `(args, backbone, classification) -> Detector`. mark: a part of a parameter's name that no other
-    detector has, by which its checkpoints are recognised. flags: names of flags that it reads and not every detector
-    does; the others refuse them.
-    defaults: flag name -> value, where they differ from those of `util.settings.arguments.DEFAULTS`."""
+    """
+    builder: `(settings, backbone, classification) -> Detector`.
+    mark: a part of a parameter's name that no other detector has, by which its checkpoints are recognised.
+    flags: names of flags that it reads and not every detector does; the others refuse them.
+    defaults: flag name -> value, where they differ from those of the table of flags.
+    """
 
     builder: str
     mark: str
@@ -33,10 +35,12 @@ class DetectorEntry:
 
 @dataclass(frozen=True)
 class PretextEntry:
-    """pretext: a subclass of `models.pretext.Pretext`. dataset: `(image_set, args) -> SampleDataset`, what it sees of
-    an image.
-    parts: names that its own parameters begin with, which fine-tuning leaves behind. flags, defaults: as those of a
-    detector; the defaults are stronger."""
+    """
+    pretext: a subclass of `models.pretext.Pretext`.
+    dataset: `(image_set, settings) -> SampleDataset`, what it sees of an image.
+    parts: names that its own parameters begin with, which fine-tuning leaves behind.
+    flags, defaults: as those of a detector; the defaults are stronger.
+    """
 
     pretext: str
     dataset: str
@@ -47,10 +51,14 @@ class PretextEntry:
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """builder: `(image_set, args) -> SampleDataset` of labelled images. images: `(image_set, args) -> ImageFiles`, the
-    same images for pre-training; empty: those that the builder gives, whose labels are then read and not used. places:
-    names of the flags that say where they lie, by which flags of other data sets are refused; empty: nothing is
-    refused. flags, defaults: as those of a detector; the defaults are weaker."""
+    """
+    builder: `(image_set, settings, classes=None) -> SampleDataset`, see `datasets`.
+    images: `(image_set, settings) -> ImageFiles`, the same images for pre-training; empty: those that the builder
+        gives, whose labels are then read and not used.
+    places: names of the flags that say where they lie, by which flags of other datasets are refused; empty: nothing is
+        refused.
+    flags, defaults: as those of a detector; the defaults are weaker.
+    """
 
     builder: str
     images: str = ""
@@ -205,15 +213,19 @@ BACKBONES: dict[str, str] = {
 }
 
 
-def choose(registry: dict[str, Entry], flag: str, name: str) -> Entry:
+def names_of(registry: Mapping[str, object]) -> str:
+    """All names of a registry in one line; a beginning of many names as `file:NAME`."""
+    return ", ".join(f"{known}NAME" if known.endswith(":") else known for known in registry)
+
+
+def lookup(registry: Mapping[str, Entry], flag: str, name: str) -> Entry:
     """The line of `name`.
 
     Raises:
         UserError: there is none; it says what `flag` can be.
     """
     if name not in registry:
-        names = ", ".join(f"{known}NAME" if known.endswith(":") else known for known in registry)
-        raise UserError(f"{flag} {name} is unknown: choose one of {names}")
+        raise UserError(f"{flag} {name} is unknown: choose one of {names_of(registry)}")
     return registry[name]
 
 
