@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from util.checkpoints.checkpoint import Checkpoint
 from util.settings.registry import DETECTORS
 
 RESNET_BLOCKS = {
@@ -46,15 +47,15 @@ def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
     return RESNET_BLOCKS.get((bottleneck, *(blocks[stage] for stage in "1234")))
 
 
-def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
+def architecture(checkpoint: Checkpoint, nheads: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
     """The architecture behind a checkpoint by the names of flags that its detector reads: (what is certain, what is
     only likely). `nheads` is used where it says none.
 
     Certain is what the weights show and what the stored `args` say. Likely is what a published file without `args`
     usually means, and what may differ without harm.
     """
-    state = without_detr_prefix(checkpoint["model"])
-    args = checkpoint.get("args") or {}
+    state = without_detr_prefix(checkpoint.model)
+    args = checkpoint.args
     certain = {flag: args[flag] for flag, kind in STORED.items() if isinstance(args.get(flag), kind)}
     kind = certain["detector"] if certain.get("detector") in DETECTORS else detector_kind(state)
     certain.update(_from_weights(state, kind))
@@ -62,7 +63,7 @@ def architecture(checkpoint: Mapping[str, Any], nheads: int = 8) -> tuple[dict[s
     likely = {"backbone_norm": args.get("backbone_norm"), **_sampling_points(state, certain.get("nheads") or nheads)}
     if certain.get("two_stage"):
         likely["num_queries"] = args.get("num_queries")  # how many proposals are taken shows in no weight
-    if "dc5" in Path(getattr(checkpoint, "source", "")).name.lower():
+    if "dc5" in Path(checkpoint.source).name.lower():
         likely["dilation"] = True
     _add_position_embedding(certain, likely, state, args, kind)
     foreign = {flag for entry in DETECTORS.values() for flag in entry.flags} - set(

@@ -1,13 +1,15 @@
-"""Checkpoints: what is in one, saving and finding them, and moving a trained detector into a model.
+"""What a checkpoint holds, and reading and writing its file.
 
-A checkpoint is a dict of plain containers and tensors. Its `model` is a state dict with the published parameter names.
+A file of torch.save holds plain containers and tensors only, under the published keys (`Checkpoint` has a field for
+each). Its `model` is a state dict with the published parameter names.
 """
 
+import dataclasses
 import os
-import re
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -15,81 +17,182 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.checkpoints.architecture import architecture, detector_kind, without_detr_prefix
-from util.checkpoints.classes import class_rows, classes_of, head_kind, stored_names
-from util.checkpoints.load_report import LoadReport
 from util.checkpoints.published_layouts import siamese_pretext, to_detr_names
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
 from util.files import write_atomically
-from util.settings.registry import PRETEXTS
 
-OPERATION_COUNTERS = ("total_ops", "total_params")  # left in some published files by a tool that counted operations
-CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
+VERSION = 1
+LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 SCALARS = (type(None), bool, int, float, str, bytes)
 
 
-class Checkpoint(dict):
-    """The dict of a checkpoint that knows the file it came from (`source`), for messages.
+@dataclass(kw_only=True)
+class Checkpoint:
+    """The content of a checkpoint. Files of other programs have some of it; what they have besides is in `others`.
 
-    `siamese`: the pretext, where the file had the names of Siamese DETR's code base. `tensors`: how many the file's
-    model has.
+    The weights, and what they mean:
+        model: state dict, with DETR's names and without `module.`.
+        args: the settings of the run by flag name; empty if the file has none.
+        class_names: row of the class head -> name. category_ids: row -> category id in the annotation files, where
+            rows are not these ids. normalization: `mean` and `std` of the backbone, for RGB in 0..1.
+        frozen: state dict of each frozen network of a pretext, such as its target encoder.
+        version: of this format. converted_from: the codebase that the file was converted from.
+
+    The state of the training, for an exact resume:
+        optimizer, lr_scheduler: their state dicts. epoch: the last finished one, counted from 0, as published. batch:
+        steps done in the next one. averages: of its values so far. pending: values of a finished epoch that is not
+        logged yet. best: the best AP so far. seconds: of training. world_size: number of processes. position_unit:
+        what `batch` counts. random_states: of the global generators, by rank.
+
+    Not in the file:
+        source: path or address, for messages. siamese: the pretext, if the file had the names of Siamese DETR's
+        codebase. tensors: how many the file's model has.
     """
 
+    model: dict[str, Tensor]
+    args: dict[str, Any] = field(default_factory=dict)
+    class_names: dict[int, str] = field(default_factory=dict)
+    category_ids: dict[int, int] | None = None
+    normalization: dict[str, Any] | None = None
+    frozen: dict[str, dict[str, Tensor]] | None = None
+    version: int | None = None
+    converted_from: str | None = None
+
+    optimizer: dict[str, Any] | None = None
+    lr_scheduler: dict[str, Any] | None = None
+    epoch: int | None = None
+    batch: int | None = None
+    averages: dict[str, list[float]] | None = None
+    pending: dict[str, Any] | None = None
+    best: float | None = None
+    seconds: float | None = None
+    world_size: int | None = None
+    position_unit: list[int] | None = None
+    random_states: list[dict[str, Any]] | None = None
+
+    others: dict[str, Any] = field(default_factory=dict)
     source: str = "the checkpoint"
     siamese: str | None = None
     tensors: int = 0
 
+    def __post_init__(self) -> None:
+        self.tensors = self.tensors or len(self.model)
 
-# ---------------------------------------------------------------------------------------------------- files
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], source: str = "the checkpoint") -> "Checkpoint":
+        """From the entries of a file whose `model` is a state dict. An entry that other programs use for other things
+        goes to `others`.
+        """
+        known, others = {}, {}
+        for key, value in content.items():
+            value = _as_field(key, value)
+            (others if value is None else known)[key] = content[key] if value is None else value
+        others = {key: value for key, value in others.items() if value is not None}
+        return cls(**known, others=others, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of a file, without those that have no value. What a file of another program lacks stays out."""
+        entries = {name: getattr(self, name) for name in STORED_FIELDS}
+        if self.version is None:
+            entries.update(args=self.args or None, class_names=self.class_names or None)
+        return {**self.others, **{name: value for name, value in entries.items() if value is not None}}
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it holds the state of a training, not weights alone."""
+        return None not in (self.optimizer, self.lr_scheduler, self.epoch)
+
+
+STORED_FIELDS = [
+    entry.name
+    for entry in dataclasses.fields(Checkpoint)
+    if entry.name not in ("others", "source", "siamese", "tensors")
+]
+_MAPPINGS = ("model", "category_ids", "normalization", "frozen", "optimizer", "lr_scheduler", "averages", "pending")
+_NUMBERS = ("version", "epoch", "batch", "best", "seconds", "world_size")
+
+
+def _as_field(key: str, value: Any) -> Any:
+    """The value as the field `key` holds it; None if it is no such field's."""
+    if key == "args":
+        plain = plain_settings(value)
+        return plain if isinstance(plain, Mapping) else None
+    if key == "class_names" and isinstance(value, list | tuple):  # of other programs
+        return dict(enumerate(value))
+    if key in ("class_names", "category_ids"):
+        return _by_row(value)
+    if key in _MAPPINGS:
+        return value if isinstance(value, Mapping) else None
+    if key in _NUMBERS:
+        return value if isinstance(value, int | float) else None
+    if key in ("position_unit", "random_states"):
+        return value if isinstance(value, list) else None
+    return value if key == "converted_from" else None
+
+
+def _by_row(value: Any) -> dict[int, Any] | None:
+    """JSON makes text of rows; None where the keys are no rows, as in {"cat": 0}."""
+    try:
+        return {int(row): entry for row, entry in value.items()}
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> Checkpoint:
     """A checkpoint from a local path or an https address (downloaded once), read without running code in it.
 
     `model` is a state dict without `module.`; a bare state dict and `state_dict` (mmcv) become `model`, and the names
-    of Siamese DETR's code base become DETR's. `args`, if there, is a plain dict. Raises UserError with one line.
+    of Siamese DETR's codebase become DETR's.
+
+    Raises:
+        UserError: one line that names the file and what is wrong with it.
     """
     return as_checkpoint(read_weights(path_or_url, map_location), path_or_url)
 
 
 def as_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
-    """What `load_checkpoint` makes of the content of a file. Raises UserError when it holds no weights."""
+    """What `load_checkpoint` makes of the content of a file.
+
+    Raises:
+        UserError: it holds no weights.
+    """
     if not isinstance(content, Mapping):
         raise UserError(
             f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'; choose another file"
         )
-    checkpoint = Checkpoint(_with_model(content, source))
-    state = strip_prefix(checkpoint["model"], "module.")
-    checkpoint.source, checkpoint.tensors, checkpoint.siamese = str(source), len(state), siamese_pretext(state)
-    checkpoint["model"] = to_detr_names(state)
-    settings = plain_settings(checkpoint.pop("args", None))
-    if isinstance(settings, Mapping):  # other programs keep other things under this name
-        checkpoint["args"] = settings
+    checkpoint = Checkpoint.from_dict(_with_model(content, source), str(source))
+    state = strip_prefix(checkpoint.model, "module.")
+    checkpoint.siamese, checkpoint.model = siamese_pretext(state), to_detr_names(state)
     return checkpoint
 
 
-def save_checkpoint(state: Mapping[str, Any], path: str | os.PathLike) -> None:
+def save_checkpoint(checkpoint: Checkpoint | Mapping[str, Any], path: str | os.PathLike) -> None:
     """Saves atomically: after any interruption `path` is the previous file or the complete new one.
 
-    Raises TypeError for anything but plain containers, numbers, texts and tensors (nothing else could be loaded with
-    `weights_only=True`), and UserError when the disk is full or the folder can't be written.
+    Raises:
+        TypeError: anything but plain containers, numbers, texts and tensors, since nothing else could be loaded with
+            `weights_only=True`.
+        UserError: the disk is full, or the folder can't be written.
     """
-    state = dict(state)
-    _check_plain(state, "checkpoint")
-    write_atomically(path, lambda file: torch.save(state, file))
+    entries = checkpoint.to_dict() if isinstance(checkpoint, Checkpoint) else dict(checkpoint)
+    _check_plain(entries, "checkpoint")
+    write_atomically(path, lambda file: torch.save(entries, file))
 
 
 def find_resume(path_or_auto: str | None, output_dir: str | os.PathLike | None) -> str | None:
-    """What to resume from: `auto` takes output_dir/checkpoint.pth when there, else None (start afresh)."""
+    """The path to resume from; None: start from scratch. `auto` is output_dir/checkpoint.pth, if it exists."""
     if not path_or_auto:
         return None
     if path_or_auto != "auto":
         return str(path_or_auto)
     if not output_dir:
         raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
-    path = Path(output_dir) / "checkpoint.pth"
+    path = Path(output_dir) / LATEST
     return str(path) if path.exists() else None
 
 
@@ -130,17 +233,17 @@ def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[s
     return dict(state)
 
 
-def plain_settings(settings: Any) -> Any:
+def plain_settings(value: Any) -> Any:
     """Settings as plain containers: Namespace -> dict, paths -> text, numpy numbers and arrays -> Python's."""
-    if isinstance(settings, Namespace):
-        settings = vars(settings)
-    if isinstance(settings, Mapping):
-        return {key: plain_settings(value) for key, value in settings.items()}
-    if isinstance(settings, list | tuple | set):
-        return type(settings)(plain_settings(value) for value in settings)
-    if isinstance(settings, np.generic | np.ndarray):
-        return settings.tolist()
-    return str(settings) if isinstance(settings, PurePath | torch.device) else settings
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: plain_settings(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return type(value)(plain_settings(item) for item in value)
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return str(value) if isinstance(value, PurePath | torch.device) else value
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -158,303 +261,3 @@ def _check_plain(value: Any, where: str) -> None:
     else:
         for index, entry in enumerate(value):
             _check_plain(entry, f"{where}[{index}]")
-
-
-# ---------------------------------------------------------------------------------------------------- architecture
-
-
-def pretext_parts() -> tuple[str, ...]:
-    """What the names of parameters begin with that fine-tuning leaves behind."""
-    return sum((entry.parts for entry in PRETEXTS.values()), ())
-
-
-def is_pretext(checkpoint: Mapping[str, Any]) -> bool:
-    """True for a checkpoint of pre-training without labels: ours or UP-DETR's, DETReg's, Siamese DETR's."""
-    named = any(key.startswith(pretext_parts()) for key in checkpoint["model"])
-    return named or bool((checkpoint.get("args") or {}).get("pretext"))
-
-
-def adopt_architecture(
-    checkpoint: Mapping[str, Any], args: Namespace, given: set[str], same_queries: bool = False
-) -> list[str]:
-    """Sets in `args` the architecture of the checkpoint, for flags that are not in `given`.
-
-    Flags that `args` does not have are left out. Returns lines that say what changed. A given `num_queries` may differ
-    (`load_pretrained` tiles or cuts the embeddings), except with `same_queries`, for a run that is resumed or
-    evaluated.
-    Raises UserError for any other given flag that contradicts the file.
-    """
-    source = getattr(checkpoint, "source", Checkpoint.source)
-    certain, likely = architecture(checkpoint, *([args.nheads] if "nheads" in given else []))
-    if certain.get("detector") is None:
-        raise UserError(_no_detector(checkpoint["model"], source))
-    adopted, lines = [], []
-    for flag, value in {**certain, **likely}.items():
-        wanted = getattr(args, flag, value)
-        if wanted == value:
-            continue
-        if flag not in given:
-            setattr(args, flag, value)
-            adopted.append(f"--{flag} {_shown(value)}")
-        elif flag == "num_queries" and not same_queries:
-            lines.append(
-                f"--num_queries {wanted}: the {value} query embeddings of {source} are "
-                f"{'tiled' if wanted > value else 'cut'}"
-            )
-        elif flag in certain:
-            raise UserError(
-                f"--{flag} {_shown(wanted)} contradicts {source}, which was trained with --{flag} "
-                f"{_shown(value)}; leave --{flag} out or choose another file"
-            )
-    return [f"as in {source}: {', '.join(adopted)}", *lines] if adopted else lines
-
-
-def _shown(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-
-
-def _no_detector(state: Mapping[str, Tensor], source: str) -> str:
-    if any(key.endswith(("conv1.weight", "conv_stem.weight")) for key in state):
-        return f"{source} holds a backbone without a detector; give it as --backbone_weights {source}"
-    names = ", ".join(list(state)[:3])
-    return (
-        f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); choose another file"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- pre-training
-
-
-def load_exactly(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Loads `model` strictly, to resume or evaluate. Raises UserError with one line when file and model differ."""
-    source, target = getattr(checkpoint, "source", Checkpoint.source), model.state_dict()
-    state = {key: value for key, value in checkpoint["model"].items() if not key.endswith(OPERATION_COUNTERS)}
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        missing = [f"lacks {key}" for key in target if key not in state]
-        surplus = [f"also has {key}" for key in state if key not in target]
-        shapes = [
-            f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
-            for key, value in state.items()
-            if key in target and value.shape != target[key].shape
-        ]
-        differences = shapes + missing + surplus or [str(error).splitlines()[0]]
-        masks = any(key.startswith("mask_head.") for key in state)
-        remedy = (
-            f"take the detector out of this mask model by tools/convert_checkpoint.py {source} --to predetr --out FILE"
-            if masks
-            else f"{_fitting_flag(differences[0])}, or start from its weights by --pretrain"
-        )
-        raise UserError(
-            f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); {remedy}"
-        ) from error
-
-
-def load_pretrained(
-    model: nn.Module, checkpoint: Mapping[str, Any], keep_classes: Mapping[int, str] | None = None
-) -> LoadReport:
-    """Starts `model` from the weights of a pretext or of a detector.
-
-    From a pretext, class heads and the pretext's own parts are dropped. From a detector of the same classification
-    (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row ->
-    name) stay. A file without names keeps a head of equal shape, and has COCO's names where it has 91 rows and the
-    model another number. Queries of another number are tiled or cut. All else of the
-    detector must be in the file, with equal shapes.
-
-    Raises:
-        UserError: the file is of another detector, lacks a tensor, or has one that the model would not use.
-    """
-    source = getattr(checkpoint, "source", Checkpoint.source)
-    target = model.state_dict()
-    state = _match_mask_prefix(checkpoint["model"], target)
-    _check_kind(state, target, source)
-    report, chosen = LoadReport(), {}
-    drop = is_pretext(checkpoint)
-    kind, own_kind = head_kind(checkpoint), model.classification.kind
-    rows = None if drop else _agreeing_rows(_class_names(checkpoint, class_rows(target, own_kind)), keep_classes)
-    if not drop and kind != own_kind:
-        report.notes.append(f"class_embed: starts anew, for the file's head is {kind}, the model's {own_kind}")
-    without_head, proposal_head = drop or kind != own_kind, _proposal_head(target)
-    for key, tensor in state.items():
-        own = target.get(key)
-        dropped = without_head and _is_class_head(key) or drop and key.startswith(pretext_parts())
-        if own is None:
-            report.unused[key] = tensor.numel()
-            continue
-        value = None if dropped else _fitted(key, tensor, own, rows, kind == "softmax", proposal_head, report)
-        if value is not None:
-            chosen[key] = value
-    _check_complete(chosen, target, report, source)
-    model.load_state_dict(chosen, strict=False)
-    report.loaded = {key: target[key].numel() for key in target if key in chosen}
-    report.reinitialised = {key: target[key].numel() for key in target if key not in chosen and not _is_counter(key)}
-    return report
-
-
-def _fitted(
-    key: str,
-    tensor: Tensor,
-    own: Tensor,
-    rows: dict[int, int] | None,
-    has_background: bool,
-    proposal_head: str,
-    report: LoadReport,
-) -> Tensor | None:
-    """What of the file's tensor goes into the model's, None for nothing."""
-    if proposal_head in key:
-        return _proposal_rows(tensor, own, has_background)
-    if _is_class_head(key):
-        return _class_rows(tensor, own, rows, has_background, report)
-    return _fit_queries(tensor, own, report) if key.endswith("query_embed.weight") else tensor
-
-
-def _is_class_head(key: str) -> bool:
-    return "class_embed" in key
-
-
-def _is_counter(key: str) -> bool:
-    """Left behind by live batch norm, and by tools that count operations."""
-    return key.endswith(("num_batches_tracked", *OPERATION_COUNTERS))
-
-
-def _match_mask_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adds or removes the `detr.` of a model with a mask head, so that the names of file and model meet."""
-    in_file, in_model = (any(key.startswith("detr.") for key in keys) for keys in (state, target))
-    if in_model and not in_file:
-        return {f"detr.{key}": value for key, value in state.items()}
-    return dict(state) if in_model or not in_file else without_detr_prefix(state)
-
-
-def _check_kind(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
-    found, wanted = detector_kind(state), detector_kind(target)
-    if found is None:
-        raise UserError(_no_detector(state, source))
-    if found != wanted:
-        raise UserError(
-            f"{source} looks like {found}, the model is {wanted}; add --detector {found} or choose another file"
-        )
-
-
-def _fit_queries(tensor: Tensor, own: Tensor, report: LoadReport) -> Tensor:
-    """[Q, D] of the file as [Q', D] of the model: query i is query i mod Q."""
-    before, after = len(tensor), len(own)
-    if before == after:
-        return tensor
-    report.notes.append(f"query_embed: {before} queries {'tiled' if after > before else 'cut'} to {after}")
-    return tensor[torch.arange(after) % before]
-
-
-def _class_names(checkpoint: Mapping[str, Any], rows_of_model: int) -> dict[int, str]:
-    """Row -> name in the file. In a head of the same size a file without names keeps every row, so that none is
-    guessed.
-    """
-    classes = classes_of(checkpoint)
-    return stored_names(checkpoint) if classes.count == rows_of_model else classes.names
-
-
-def _agreeing_rows(names: dict[int, str], keep_classes: Mapping[int, str] | None) -> dict[int, int] | None:
-    """{row of the model: row of the file} for class names in both; None where a side has no names."""
-    wanted = {int(row): name for row, name in (keep_classes or {}).items()}
-    if not names or not wanted:
-        return None
-    if names == wanted:  # rows between that have no name (COCO has eleven) are the same too
-        return {row: row for row in range(max(names) + 1)}
-    row_of = {name: row for row, name in sorted(names.items(), reverse=True)}
-    return {row: row_of[name] for row, name in wanted.items() if name in row_of}
-
-
-def _class_rows(
-    tensor: Tensor, own: Tensor, rows: dict[int, int] | None, has_background: bool, report: LoadReport
-) -> Tensor | None:
-    """The head [C, D] (or bias [C]) of the model with the rows of the file that agree; None if none does.
-
-    A softmax head ends with the row of "no object", which always agrees.
-    """
-    if rows is None:
-        return tensor if tensor.shape == own.shape else None
-    if tensor.shape[1:] != own.shape[1:]:
-        return None
-    background = int(has_background)
-    pairs = [(to, at) for to, at in rows.items() if to < len(own) - background and at < len(tensor) - background]
-    note = f"class_embed: {len(pairs)} of {len(own) - background} class rows kept by name"
-    if note not in report.notes:
-        report.notes.append(note)
-    if not pairs:
-        return None
-    pairs += [(-1, -1)] * background
-    head = own.clone()
-    to, at = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    head[to] = tensor.to(head)[at]
-    return head
-
-
-def _proposal_head(target: Mapping[str, Tensor]) -> str:
-    """In the names of the class head of a two-stage detector's encoder, which stands behind those of the decoder
-    layers.
-    """
-    layers = len(
-        {match[1] for match in (re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target) if match}
-    )
-    return f"class_embed.{layers}."
-
-
-def _proposal_rows(tensor: Tensor, own: Tensor, has_background: bool) -> Tensor | None:
-    """Its first row tells objects from background whatever the classes, so that it is worth keeping with other classes
-    too.
-    """
-    if tensor.shape == own.shape or tensor.shape[1:] != own.shape[1:]:
-        return tensor if tensor.shape == own.shape else None
-    head = own.clone()
-    head[0] = tensor[0]
-    if has_background:
-        head[-1] = tensor[-1]
-    return head
-
-
-def _check_complete(chosen: dict[str, Tensor], target: Mapping[str, Tensor], report: LoadReport, source: str) -> None:
-    """Nothing of the detector may silently start at random, be of another shape, or stay behind in the file."""
-    for key, value in chosen.items():
-        if value.shape != target[key].shape:
-            raise UserError(
-                f"{source}: {key} is {list(value.shape)}, the model's is {list(target[key].shape)}; "
-                f"{_fitting_flag(key)}"
-            )
-    missing = [key for key in target if key not in chosen and _is_core(key)]
-    if missing:
-        raise UserError(
-            f"{source} lacks {len(missing)} tensors of the model, first {missing[0]}; {_fitting_flag(missing[0])}"
-        )
-    behind = [key for key in report.unused if _is_core(key)]
-    if behind:
-        raise UserError(
-            f"{source} has {len(behind)} tensors that the model does not use, first {behind[0]}; "
-            f"{_fitting_flag(behind[0])}"
-        )
-
-
-def _is_core(key: str) -> bool:
-    core = key.removeprefix("detr.").startswith(CORE)
-    return core and not _is_class_head(key) and not _is_counter(key)
-
-
-def _fitting_flag(key: str) -> str:
-    points = "--nheads, --num_feature_levels, --enc_n_points and --dec_n_points"
-    flags = {
-        "encoder.norm.": "--pre_norm",
-        ".sampling_offsets.": points,
-        ".attention_weights.": points,
-        "encoder.layers.": "--enc_layers, --hidden_dim and --dim_feedforward",
-        "decoder.layers.": "--dec_layers, --hidden_dim and --dim_feedforward",
-        "backbone.1.": "--position_embedding",
-        "backbone.0.": "--backbone",
-        "input_proj.": "--backbone and --num_feature_levels",
-        "level_embed": "--num_feature_levels",
-        "decoder.bbox_embed.": "--with_box_refine",
-        "enc_output": "--two_stage",
-        "class_embed.": "--num_classes and --classification",
-        "query_embed.": "--num_queries",
-        "feature_embed.": "--object_embedding_loss and --obj_embedding_head",
-    }
-    fitting = next((flag for part, flag in flags.items() if part in key), "--detector and its architecture flags")
-    return f"give {fitting} as the file was trained"

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from util import coco as coco_names
 from util.checkpoints.architecture import detector_kind
+from util.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,19 @@ class Classes:
     source: str
 
 
-def classes_of(checkpoint: Mapping[str, Any]) -> Classes:
+def classes_of(checkpoint: Checkpoint) -> Classes:
     """The classes of a trained detector. A file without names is taken for one of COCO where its head has 91 rows."""
-    count = class_rows(checkpoint["model"], head_kind(checkpoint))
-    names = stored_names(checkpoint) or (coco_names.NAMES if count == coco_names.NUM_CLASSES else {})
-    ids = {int(row): number for row, number in (checkpoint.get("category_ids") or {}).items()}
-    return Classes(names, ids or {row: row for row in names}, count, getattr(checkpoint, "source", "the checkpoint"))
+    count = class_rows(checkpoint.model, head_kind(checkpoint))
+    names = checkpoint.class_names or (coco_names.NAMES if count == coco_names.NUM_CLASSES else {})
+    ids = checkpoint.category_ids or {row: row for row in names}
+    return Classes(names, ids, count, checkpoint.source)
 
 
-def stored_names(checkpoint: Mapping[str, Any]) -> dict[int, str]:
-    """Row -> class name as the checkpoint says (other programs keep a list); empty where it does not."""
-    names = checkpoint.get("class_names") or {}
-    return {int(row): name for row, name in (enumerate(names) if isinstance(names, list | tuple) else names.items())}
-
-
-def head_kind(checkpoint: Mapping[str, Any]) -> str:
+def head_kind(checkpoint: Checkpoint) -> str:
     """`softmax` or `focal`: what the file says, else as published, since shapes do not tell. Pre-training with query
     patches is softmax.
     """
-    stored, model = (checkpoint.get("args") or {}).get("classification"), checkpoint["model"]
+    stored, model = checkpoint.args.get("classification"), checkpoint.model
     softmax = detector_kind(model) == "detr" or any(key.startswith("patch2query.") for key in model)
     return stored or ("softmax" if softmax else "focal")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from util.checkpoints.adoption import is_pretext, pretext_parts
 from util.checkpoints.architecture import architecture, detector_kind, without_detr_prefix
-from util.checkpoints.checkpoint import Checkpoint, is_pretext, pretext_parts
+from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.classes import class_rows
 from util.checkpoints.published_layouts import SIAMESE_HEADS, to_siamese_names
 from util.errors import UserError
@@ -81,9 +82,9 @@ def code_base(checkpoint: Checkpoint) -> str:
     The files of a fine-tuned detector are alike in DETR, UP-DETR and DETReg: without settings they count as the
     detector's own.
     """
-    state, settings = checkpoint["model"], checkpoint.get("args") or {}
+    state, settings = checkpoint.model, checkpoint.args
     kind = detector_kind(state)
-    if settings.get("script") or "converted_from" in checkpoint:
+    if settings.get("script") or checkpoint.converted_from:
         return OURS
     patches = "patch2query.weight" in state
     if checkpoint.siamese or patches and (kind != "detr" or not class_rows(state, "focal")):
@@ -99,7 +100,7 @@ def pretext_of(checkpoint: Checkpoint) -> str | None:
     """`random_query_patch`, `region_prior` or `siamese`; None for a detector that was trained with labels."""
     if not is_pretext(checkpoint):
         return None
-    stored = (checkpoint.get("args") or {}).get("pretext")
+    stored = checkpoint.args.get("pretext")
     if stored or checkpoint.siamese:
         return stored or checkpoint.siamese
     return {"detreg": "region_prior", "siamese": "siamese"}.get(code_base(checkpoint), "random_query_patch")
@@ -137,7 +138,7 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
         return {"meta": {}, "state_dict": to_siamese_names(state, pretext, checkpoint.source)}, notes
     if to == "detreg":
         certain, likely = architecture(checkpoint)
-        seed = (checkpoint.get("args") or {}).get("seed", 42)
+        seed = checkpoint.args.get("seed", 42)
         return {
             "model": state,
             "args": Namespace(**likely, **certain, seed=seed, object_embedding_loss=bool(pretext)),
@@ -150,12 +151,13 @@ def _ours(checkpoint: Checkpoint, state: dict[str, Tensor], notes: list[str]) ->
     if origin == OURS:
         raise UserError(f"{checkpoint.source} is a checkpoint of {CODE_BASES[OURS]} already; choose another --to")
     reordered = checkpoint.siamese or len(state) != checkpoint.tensors
-    rest = {key: value for key, value in checkpoint.items() if not (reordered and key in TRAINING_STATE)}
-    left = sorted(set(checkpoint) - set(rest))
+    entries = checkpoint.to_dict()
+    rest = {key: value for key, value in entries.items() if not (reordered and key in TRAINING_STATE)}
+    left = sorted(set(entries) - set(rest))
     if left:
         notes.append(f"left out: {', '.join(left)}, which belong to training in that code base")
     certain, likely = architecture(checkpoint)
-    settings = {**(checkpoint.get("args") or {}), **likely, **certain}
+    settings = {**checkpoint.args, **likely, **certain}
     if pretext_of(checkpoint):
         settings["pretext"] = pretext_of(checkpoint)
     return {**rest, "model": state, "args": settings, "converted_from": origin}
@@ -163,7 +165,7 @@ def _ours(checkpoint: Checkpoint, state: dict[str, Tensor], notes: list[str]) ->
 
 def _without_masks(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
     notes: list[str] = []
-    return _drop(without_detr_prefix(checkpoint["model"]), MASK_PARTS, notes), notes
+    return _drop(without_detr_prefix(checkpoint.model), MASK_PARTS, notes), notes
 
 
 def _drop(state: Mapping[str, Tensor], parts: tuple[str, ...], notes: list[str]) -> dict[str, Tensor]:

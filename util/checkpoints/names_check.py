@@ -1,17 +1,18 @@
 """Whether a file holds exactly the parameters of the detector that it seems to be."""
 
 import re
-from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from models import build_model
+from util.checkpoints.adoption import adopt_architecture, pretext_parts
 from util.checkpoints.architecture import without_detr_prefix
-from util.checkpoints.checkpoint import Checkpoint, adopt_architecture, pretext_parts
+from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.classes import class_rows
 from util.errors import UserError
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE, Settings, resolve
 from util.settings.registry import DETECTORS
 
 # What files hold beside a detector and the parts of a pretext: a mask head, and what counters leave behind.
@@ -21,36 +22,44 @@ BESIDE = re.compile(
 )
 
 
-def detector_settings(checkpoint: Checkpoint) -> Namespace:
+def detector_settings(checkpoint: Checkpoint) -> Settings:
     """The resolved flags of `finetune_main.py` with the architecture of the checkpoint, as `--resume` would adopt them.
 
     Raises:
         UserError: the file holds no detector, or one that this version does not build.
     """
-    args = make_parser(FINETUNE).parse_args([])
-    adopt_architecture(checkpoint, args, set())
-    if args.detector not in DETECTORS:
+    adopted, _ = adopt_architecture(checkpoint, {})
+    if adopted["detector"] not in DETECTORS:
         raise UserError(
-            f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})"
+            f"{checkpoint.source} holds {adopted['detector']}, which this version does not build "
+            f"({', '.join(DETECTORS)})"
         )
-    args.backbone_weights, args.device = "none", "cpu"
-    return resolve(args)
+    return resolve({"backbone_weights": "none", "device": "cpu"}, adopted, FINETUNE)
 
 
-def check_parameters(checkpoint: Checkpoint) -> None:
-    """Compares names and shapes with a model of the same architecture, which is built without memory for its weights.
-    The class head may be missing as a whole: converters leave that of a pretext out.
+def check_parameters(checkpoint: Checkpoint, build_model: Callable[..., tuple[nn.Module, Any, Any]]) -> None:
+    """Compares names and shapes with a model of the same architecture, which is built on the meta device.
+
+    build_model: `models.build_model`, which this package lies below.
+
+    Raises:
+        UserError: see `detector_settings` and `check_names`.
+    """
+    settings = detector_settings(checkpoint).replace(classification="focal")  # whatever the head means, it has rows
+    state = without_detr_prefix(checkpoint.model)
+    with torch.device("meta"):
+        target = build_model(settings, class_rows(state, "focal") or 1)[0].state_dict()
+    check_names(state, target, kind=settings.detector, source=checkpoint.source)
+
+
+def check_names(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, kind: str, source: str) -> None:
+    """Compares a state dict with that of a detector of this `kind`; `source` names the file in errors.
+
+    The class head may be missing as a whole: converters drop that of a pretext.
 
     Raises:
         UserError: with the first names that are unknown, missing, or of another shape, and their number.
     """
-    args = detector_settings(checkpoint)
-    state = without_detr_prefix(checkpoint["model"])
-    outputs = class_rows(state, "focal")
-    args.classification, args.num_classes = "focal", outputs or 1  # whatever the head means, it has as many rows
-    with torch.device("meta"):
-        target = build_model(args)[0].state_dict()
-    kind, source = args.detector, checkpoint.source
     shapes = [
         f"{key} {list(value.shape)} (not {list(target[key].shape)})"
         for key, value in state.items()
