@@ -1,53 +1,72 @@
-"""Detectors, pretexts and their losses. `build_model(args)` makes what both entry scripts train.
+"""Detectors, pretexts and their losses. `build_model(settings)` makes what both entry scripts train.
 
 Adding a detector or a pretext is one file and one line in `util.settings.registry`. A detector's file has
-`build(args, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
+`build(settings, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
 """
+
+from argparse import Namespace
+from typing import Any
 
 from torch import nn
 
 from models.backbone import Backbone, BackboneWithPositions
-from models.classification import Classification
+from models.classification import Classification, matching_costs
 from models.criterion import SetCriterion, expand_weights
 from models.position_encoding import POSITION_ENCODINGS
 from models.postprocess import PostProcess
+from models.trainable import TrainableModel
 from util.checkpoints.backbone_weights import load_backbone_weights
-from util.settings.arguments import resolve
-from util.settings.registry import DETECTORS, PRETEXTS, choose, load
+from util.settings import Settings, resolve
+from util.settings.registry import DETECTORS, PRETEXTS, load, lookup
 
 
-def build_backbone(args) -> BackboneWithPositions:
-    """The feature extractor with its weights and its position code."""
-    stages = (2, 3, 4)[-args.num_feature_levels :]  # further levels are made by the detector
-    backbone = Backbone(args.backbone, args.backbone_norm, args.dilation, stages, trainable=args.lr_backbone > 0)
-    if args.backbone_weights != "none":
-        load_backbone_weights(backbone.body, args.backbone, args.backbone_weights)
-    positions = choose(
-        POSITION_ENCODINGS, "--position_embedding", args.position_embedding
-    )  # from a checkpoint it may be any
-    return BackboneWithPositions(backbone, positions(args.hidden_dim))
+def build_backbone(settings: Settings) -> BackboneWithPositions:
+    """The feature extractor with its weights and its positional encoding."""
+    stages = (2, 3, 4)[-settings.num_feature_levels :]  # further levels are made by the detector
+    backbone = Backbone(
+        settings.backbone,
+        settings.backbone_norm,
+        dilation=settings.dilation,
+        stages=stages,
+        trainable=settings.lr_backbone > 0,
+    )
+    if settings.backbone_weights != "none":
+        load_backbone_weights(backbone.body, settings.backbone, settings.backbone_weights)
+    # A checkpoint may say anything of it.
+    positions = lookup(POSITION_ENCODINGS, "--position_embedding", settings.position_embedding)
+    return BackboneWithPositions(backbone, positions(settings.hidden_dim))
 
 
-def build_model(args) -> tuple[nn.Module, SetCriterion, dict[str, PostProcess]]:
-    """The model (a detector, or a pretext around one), its criterion and its post-processors, from parsed flags.
+def build_model(
+    args: Settings | Namespace, num_classes: int | None = None
+) -> tuple[TrainableModel, SetCriterion, dict[str, nn.Module]]:
+    """The model (a detector, or a pretext around one), its criterion and its post-processors.
 
-    Flags that were not given are resolved first. A detector is called `model(samples)`, a pretext `model(samples,
-    targets)`; `criterion(outputs, targets)` gives the losses and `criterion.weight_dict` their weights.
+    A detector is called `model(samples)`, a pretext `model(samples, targets)`; `criterion(outputs, targets)` gives the
+    losses and `criterion.weight_dict` their weights.
+
+    Args:
+        args: settings, or parsed flags, which are resolved first.
+        num_classes: of a detector's head, as the data or a checkpoint says; by default that of the settings.
     """
-    args = resolve(args)
-    pretext = load(PRETEXTS[args.pretext].pretext) if args.pretext else None
+    settings = resolve(args)
+    pretext: Any = load(PRETEXTS[settings.pretext].pretext) if settings.pretext else None
     if pretext:
-        classification = pretext.build_classification(args)
+        classification = pretext.build_classification(settings)
     else:
-        classification = Classification(
-            args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
-        )
-    detector = load(DETECTORS[args.detector].builder)(args, build_backbone(args), classification)
-    model = pretext.from_args(args, detector) if pretext else detector
-    num_aux = args.dec_layers - 1 if args.aux_loss else 0
-    weight_dict = expand_weights(model.loss_weights(args), num_aux, detector.two_stage)
-    weight_dict.update(model.last_layer_weights(args))
+        count = settings.num_classes if num_classes is None else num_classes
+        classification = Classification(settings.classification, count, **matching_costs(settings))
+    detector = load(DETECTORS[settings.detector].builder)(settings, build_backbone(settings), classification)
+    model = pretext.from_settings(settings, detector) if pretext else detector
+    num_aux = settings.dec_layers - 1 if settings.aux_loss else 0
+    weight_dict = expand_weights(model.loss_weights(settings), num_aux, detector.two_stage)
+    weight_dict.update(model.last_layer_weights(settings))
     criterion = SetCriterion(
-        classification, weight_dict, model.losses, args.eos_coef, args.focal_alpha, args.reproduce_published
+        classification,
+        weight_dict,
+        losses=model.losses,
+        eos_coef=settings.eos_coef,
+        focal_alpha=settings.focal_alpha,
+        reproduce_published=settings.reproduce_published,
     )
     return model, criterion, {"bbox": PostProcess(classification)}

@@ -6,7 +6,14 @@ Shapes: B images, Q queries, S keys, D model width, H heads.
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda
 from torch.nn import functional
+
+FUSED_KERNELS = {
+    "flash": cuda.can_use_flash_attention,
+    "memory-efficient": cuda.can_use_efficient_attention,
+    "cuDNN": cuda.can_use_cudnn_attention,
+}
 
 
 def fold_groups(x: Tensor, groups: int) -> Tensor:
@@ -43,6 +50,22 @@ def attend(
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
+def usable_kernels(num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The fused kernels among which `scaled_dot_product_attention` chooses on a GPU, for batches without and with
+    padding; None on other devices, where PyTorch doesn't tell.
+    """
+    if device.type != "cuda":
+        return None
+    x = torch.empty(1, num_heads, 8, head_dim, device=device, dtype=dtype)
+    masks = {"without padding": None, "with padding": torch.ones(1, 1, 1, 8, device=device, dtype=torch.bool)}
+    usable = []
+    for case, mask in masks.items():
+        inputs = cuda.SDPAParams(x, x, x, mask, 0.0, False, False)
+        names = [name for name, can_use in FUSED_KERNELS.items() if can_use(inputs)]
+        usable.append(f"{' or '.join(names) or 'not fused'} {case}")
+    return ", ".join(usable)
+
+
 class MultiheadAttention(nn.Module):
     """Attention with its own projections; parameter names and initial values are those of
     `torch.nn.MultiheadAttention`.
@@ -51,6 +74,7 @@ class MultiheadAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
+        self.head_dim = dim // num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)
@@ -62,9 +86,16 @@ class MultiheadAttention(nn.Module):
     ) -> Tensor:
         """query [B, Q, D], key and value [B, S, D] -> [B, Q, D]; `padding_mask` and `query_groups` as in `attend`."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        inputs = (functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        query, key, value = (
+            functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(*inputs, self.num_heads, padding_mask, dropout, query_groups))
+        return self.out_proj(attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups))
+
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """{"attention": what may run}, or nothing where that is not known; see `usable_kernels`."""
+        usable = usable_kernels(self.num_heads, self.head_dim, device, dtype)
+        return {} if usable is None else {"attention": usable}
 
 
 class ProjectedAttention(nn.Module):

@@ -4,14 +4,15 @@
 `mean` and `std` that its images are normalised with.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from util.nested_tensor import NestedTensor
-from util.settings.registry import BACKBONES, choose, load
+from util.settings.registry import BACKBONES, load, lookup
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Body:
     """
 
     network: nn.Module
+    _: KW_ONLY
     strides: list[int]
     num_channels: list[int]
     mean: tuple[float, ...]
@@ -57,13 +59,14 @@ class Backbone(nn.Module):
         self,
         name: str,
         norm: str = "frozen",
+        *,
         dilation: bool = False,
         stages: tuple[int, ...] = (4,),
         trainable: bool = True,
     ) -> None:
         super().__init__()
         family = name[: name.find(":") + 1] or name
-        made: Body = load(choose(BACKBONES, "--backbone", family))(name, norm, dilation, stages)
+        made: Body = load(lookup(BACKBONES, "--backbone", family))(name, norm, dilation, stages)
         self.body, self.strides, self.num_channels = made.network, made.strides, made.num_channels
         self.name, self.norm, self.mean, self.std = name, norm, made.mean, made.std
         self.channels_last_maps = made.channels_last
@@ -88,7 +91,11 @@ class Backbone(nn.Module):
 
 
 class BackboneWithPositions(nn.Sequential):
-    """`0`: the backbone, `1`: the position code, so that keys are those of the published checkpoints."""
+    """`0`: the backbone, `1`: the positional encoding, so that keys are those of the published checkpoints."""
+
+    if TYPE_CHECKING:  # nn.Sequential says Module of each
+
+        def __getitem__(self, index: Any) -> Any: ...
 
     def forward(self, samples: NestedTensor) -> list[FeatureMap]:
         maps = []

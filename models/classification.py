@@ -4,11 +4,13 @@ One object, given to head initialisation, matcher, criterion and post-processor,
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from util.settings import Settings
 
 PRIOR = 0.01  # initial probability of a focal output (Lin et al. 2017, section 4.1)
 
@@ -22,6 +24,7 @@ class Classification:
 
     kind: str
     num_classes: int
+    _: KW_ONLY
     cost_class: float
     cost_bbox: float = 5.0
     cost_giou: float = 2.0
@@ -56,6 +59,15 @@ class Classification:
         negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
         positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
         return positive - negative
+
+
+def matching_costs(settings: Settings) -> dict[str, float]:
+    """The weights of the matching cost from the flags, for `Classification`."""
+    return {
+        "cost_class": settings.set_cost_class,
+        "cost_bbox": settings.set_cost_bbox,
+        "cost_giou": settings.set_cost_giou,
+    }
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

@@ -1,16 +1,19 @@
 """Conditional DETR (Meng et al., ICCV 2021): cross-attention whose query has a content and a spatial half."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from models.attention import ProjectedAttention
 from models.backbone import BackboneWithPositions
 from models.classification import Classification, inverse_sigmoid
-from models.detector import Memory, Queries, States, as_weights
-from models.detr import SingleScaleDetector, Transformer, build_encoder
+from models.detector import Memory, Queries, States, as_weights, without_autocast
+from models.detr import SingleScaleDetector, Transformer, build_encoder, detector_sizes
 from models.position_encoding import sine_embed_points
 from models.transformer import MLP, Block, clones
 from util.errors import UserError
+from util.settings import Settings
 
 
 def concat_heads(a: Tensor, b: Tensor, num_heads: int) -> Tensor:
@@ -25,6 +28,18 @@ class ConditionalDecoderLayer(Block):
     Only the first layer adds the query position to the content query and the key position to the content key, so only
     the first has `ca_qpos_proj`.
     """
+
+    sa_qcontent_proj: nn.Linear
+    sa_qpos_proj: nn.Linear
+    sa_kcontent_proj: nn.Linear
+    sa_kpos_proj: nn.Linear
+    sa_v_proj: nn.Linear
+    ca_qcontent_proj: nn.Linear
+    ca_qpos_proj: nn.Linear | None
+    ca_kcontent_proj: nn.Linear
+    ca_kpos_proj: nn.Linear
+    ca_v_proj: nn.Linear
+    ca_qpos_sine_proj: nn.Linear
 
     def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout, pre_norm=False)
@@ -64,12 +79,12 @@ class ConditionalDecoderLayer(Block):
 class ConditionalDecoder(nn.Module):
     def __init__(self, layer: ConditionalDecoderLayer, num_layers: int, dim: int) -> None:
         super().__init__()
-        self.layers = clones(layer, num_layers)
+        self.layers: Any = clones(layer, num_layers)
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, num_layers=2)
         self.ref_point_head = MLP(dim, dim, 2, num_layers=2)
         for later in self.layers[1:]:
-            later.ca_qpos_proj = None
+            later.register_module("ca_qpos_proj", None)
         if num_layers == 1:
             # Only layers after the first scale their spatial query; distributed training waits for every parameter's
             # gradient.
@@ -77,7 +92,7 @@ class ConditionalDecoder(nn.Module):
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> tuple[Tensor, Tensor]:
         """[B, Q, D] -> layers [L, B, Q, D] and reference points (x, y) [B, Q, 2] in [0, 1], the same for all layers."""
-        with torch.autocast(x.device.type, enabled=False):  # half of a box's centre is predicted here
+        with without_autocast(x):  # half of a box's centre is predicted here
             reference = self.ref_point_head(as_weights(query_position, self.ref_point_head)).sigmoid()
         sine = sine_embed_points(reference, x.shape[-1])
         outputs = []
@@ -91,8 +106,9 @@ class ConditionalDecoder(nn.Module):
 class ConditionalDETR(SingleScaleDetector):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        nn.init.zeros_(self.bbox_embed.layers[-1].weight)
-        nn.init.zeros_(self.bbox_embed.layers[-1].bias)
+        last = cast(nn.Linear, self.bbox_embed.layers[-1])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def decode(self, memory: Memory, queries: Queries | None = None, query_groups: int = 1) -> States:
         content, position = self.decoder_inputs(memory, queries)
@@ -101,16 +117,19 @@ class ConditionalDETR(SingleScaleDetector):
 
     def boxes(self, offsets: Tensor, states: States) -> Tensor:
         """The box head predicts the centre relative to the reference point (section 3.2)."""
+        assert states.references is not None  # decode gives them
         centre = offsets[..., :2] + inverse_sigmoid(torch.stack(states.references))
         return torch.cat([centre, offsets[..., 2:]], dim=-1).sigmoid()
 
 
-def build(args, backbone: BackboneWithPositions, classification: Classification) -> ConditionalDETR:
-    if args.pre_norm:
+def build(settings: Settings, backbone: BackboneWithPositions, classification: Classification) -> ConditionalDETR:
+    if settings.pre_norm:
         raise UserError(
             "--pre_norm: Conditional DETR is defined post-norm only (its spatial queries are scaled by normalised "
             "decoder outputs, and no pre-norm weights exist): leave --pre_norm out or use --detector detr"
         )
-    layer = ConditionalDecoderLayer(args.hidden_dim, args.nheads, args.dim_feedforward, args.dropout)
-    transformer = Transformer(build_encoder(args), ConditionalDecoder(layer, args.dec_layers, args.hidden_dim))
-    return ConditionalDETR(backbone, transformer, classification, args.num_queries, args.hidden_dim, args.aux_loss)
+    layer = ConditionalDecoderLayer(settings.hidden_dim, settings.nheads, settings.dim_feedforward, settings.dropout)
+    transformer = Transformer(
+        build_encoder(settings), ConditionalDecoder(layer, settings.dec_layers, settings.hidden_dim)
+    )
+    return ConditionalDETR(backbone, transformer, classification, **detector_sizes(settings))

@@ -1,7 +1,7 @@
 """The set-prediction loss: classes, boxes and features of matched pairs, all decoder layers as one batch."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,27 @@ from models.detector import full_precision
 from models.matcher import HungarianMatcher, Matches
 from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.distributed import all_reduce_sum, get_world_size
+from util.packed_targets import PackedTargets, Targets, pack_objects
 
 PROPOSAL_LOSSES = ("labels", "boxes", "cardinality")  # what of a detector's losses is scored on encoder proposals too
 
 
-@dataclass
+class Losses(dict[str, Tensor]):
+    """What the criterion returns: name -> scalar, and what was matched for it.
+
+    matches: of all decoder layers. proposal_matches: of the encoder proposals of a two-stage detector. num_pairs: what
+    `class_error` is a mean over, the matched pairs of the last decoder layer.
+    """
+
+    matches: Matches
+    proposal_matches: Matches | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        return self.matches.num_pairs
+
+
+@dataclass(kw_only=True)
 class _Batch:
     """Stacked predictions of L layers, their matches and the matched targets. K pairs, layer by layer."""
 
@@ -56,6 +72,7 @@ class SetCriterion(nn.Module):
         self,
         classification: Classification,
         weight_dict: dict[str, float],
+        *,
         losses: tuple[str, ...] = ("labels", "boxes", "cardinality"),
         eos_coef: float = 0.1,
         focal_alpha: float = 0.25,
@@ -68,57 +85,56 @@ class SetCriterion(nn.Module):
         class_weight = torch.ones(classification.num_outputs)
         if classification.kind == "softmax":
             class_weight[-1] = eos_coef
+        self.empty_weight: Tensor
         self.register_buffer("empty_weight", class_weight, persistent=False)
 
-    def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
+    def forward(self, outputs: dict, targets: Targets) -> Losses:
+        """Losses by name, each a scalar.
 
-        Returns name -> scalar. `matches` of the call stay in `self.last_matches` for those who want to see them, those
-        of encoder proposals in `self.last_proposal_matches`, the number of pairs that `class_error` is of in
-        `self.last_pairs`.
+        Args:
+            outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
+            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or in a list of dicts.
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
         """
-        num_boxes = self._num_boxes(sum(len(target["labels"]) for target in targets), outputs["pred_logits"].device)
-        losses, self.last_matches = self._score(self.losses, outputs, targets, num_boxes)
-        self.last_pairs = len(self.last_matches.source) // (1 + len(outputs.get("aux_outputs", [])))
+        targets = pack_objects(targets)
+        num_boxes = self._num_boxes(sum(targets.rows["labels"]), outputs["pred_logits"].device)
+        losses = self._score(self.losses, outputs, targets, num_boxes)
         if "enc_outputs" in outputs:
-            objects = [{**target, "labels": torch.zeros_like(target["labels"])} for target in targets]
             names = [name for name in self.losses if name in PROPOSAL_LOSSES]
-            proposal_losses, self.last_proposal_matches = self._score(names, outputs["enc_outputs"], objects, num_boxes)
-            proposal_losses.pop("class_error", None)
-            losses.update({f"{name}_enc": value for name, value in proposal_losses.items()})
+            no_classes = {**targets.tensors, "labels": torch.zeros_like(targets.tensors["labels"])}
+            scored = self._score(names, outputs["enc_outputs"], replace(targets, tensors=no_classes), num_boxes)
+            scored.pop("class_error", None)
+            losses.update({f"{name}_enc": value for name, value in scored.items()})
+            losses.proposal_matches = scored.matches
         return losses
 
-    def _score(
-        self, names: Iterable[str], outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | float
-    ) -> tuple[dict[str, Tensor], Matches]:
-        batch = self._prepare(outputs, targets, num_boxes)
-        losses: dict[str, Tensor] = {}
+    def _score(self, names: Iterable[str], outputs: dict, targets: PackedTargets, num_boxes: Tensor | float) -> Losses:
+        batch, losses = self._prepare(outputs, targets, num_boxes), Losses()
+        losses.matches = batch.matches
         for name in names:
             losses.update(getattr(self, f"loss_{name}")(batch))
-        return losses, batch.matches
+        return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum that is minimised."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+        weighted = [losses[name] * weight for name, weight in self.weight_dict.items() if name in losses]
+        return sum(weighted[1:], weighted[0])
 
-    def _prepare(self, outputs: dict, targets: list[dict[str, Tensor]], num_boxes: Tensor | float) -> _Batch:
+    def _prepare(self, outputs: dict, targets: PackedTargets, num_boxes: Tensor | float) -> _Batch:
         layers = [*outputs.get("aux_outputs", []), outputs]
         logits = full_precision(torch.stack([layer["pred_logits"] for layer in layers]))
         boxes = full_precision(torch.stack([layer["pred_boxes"] for layer in layers]))
-        matches = self.matcher(logits, boxes, targets)
-        counts = [len(target["labels"]) for target in targets]
         return _Batch(
-            logits,
-            boxes,
-            matches,
-            torch.cat([target["labels"] for target in targets]),
-            torch.cat([target["boxes"] for target in targets]).to(boxes.dtype),
-            num_boxes,
-            counts,
-            layers,
+            logits=logits,
+            boxes=boxes,
+            matches=self.matcher(logits, boxes, targets),
+            labels=targets.tensors["labels"],
+            true_boxes=targets.tensors["boxes"].to(boxes.dtype),
+            num_boxes=num_boxes,
+            counts=targets.rows["labels"],
+            outputs=layers,
         )
 
     def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
@@ -156,7 +172,7 @@ class SetCriterion(nn.Module):
 
     @torch.no_grad()
     def _class_error(self, batch: _Batch) -> Tensor:
-        pairs = len(batch.matches.source) // len(batch.logits)
+        pairs = batch.matches.num_pairs
         if pairs == 0:
             return batch.logits.new_full((), 100.0)  # a fill, which the host does not wait for
         source, target = batch.matches.source[-pairs:], batch.matches.target[-pairs:]
@@ -205,7 +221,7 @@ class SetCriterion(nn.Module):
         Bar et al. 2022, section 3.2. `target_features` [T, F] stands in the order of the targets.
         """
         outputs, layers = batch.outputs[-1], len(batch.logits)
-        pairs = len(batch.matches.source) // layers
+        pairs = batch.matches.num_pairs
         first = (layers - 1) * batch.logits.shape[1] * batch.logits.shape[2]  # of the last layer's queries among all
         source, target = (index[pairs * (layers - 1) :] for index in (batch.matches.source, batch.matches.target))
         predicted = full_precision(outputs["pred_features"]).flatten(0, 1)[source - first]

@@ -1,6 +1,7 @@
 """Deformable DETR (Zhu et al., ICLR 2021): one or several maps, iterative box refinement, and the two-stage variant."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,21 @@ from models.deformable_transformer import (
     DeformableEncoderLayer,
     DeformableMemory,
     DeformableTransformer,
+    apply_box_deltas,
     cell_proposals,
     embed_boxes,
-    move_boxes,
     valid_size,
 )
-from models.detector import Detector, Queries, States, as_weights, flatten_map
+from models.detector import Detector, Queries, States, as_weights, flatten_map, without_autocast
+from models.ms_deform_attn import choose
 from models.transformer import MLP, clones
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
+from util.settings import Settings
 
 
 class DeformableDETR(Detector):
-    """Attributes stand in the published order, on which the state of a published optimiser depends.
+    """Attributes stand in the published order, on which the state of a published optimizer depends.
 
     `class_embed` and `bbox_embed` have one head for each decoder layer (the same one, unless boxes are refined), and in
     a two-stage model one more for the encoder's proposals.
@@ -42,6 +45,7 @@ class DeformableDETR(Detector):
         backbone: BackboneWithPositions,
         transformer: DeformableTransformer,
         classification: Classification,
+        *,
         num_queries: int,
         hidden_dim: int,
         num_levels: int,
@@ -76,7 +80,7 @@ class DeformableDETR(Detector):
     def encode(self, samples: NestedTensor) -> DeformableMemory:
         features = self.backbone(samples)
         maps = self._project(features, samples)
-        shapes = [tuple(x.tensor.shape[-2:]) for x in maps]
+        shapes = [(x.tensor.shape[-2], x.tensor.shape[-1]) for x in maps]
         tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)
         position = torch.cat(
             [flatten_map(x.position) + level for x, level in zip(maps, self.transformer.level_embed, strict=True)], 1
@@ -86,10 +90,10 @@ class DeformableDETR(Detector):
         valid_sizes = torch.stack([valid_size(x.mask) for x in maps], 1)
         memory = DeformableMemory(
             features,
-            tokens,
-            position,
-            padding_mask,
-            shapes,
+            tokens=tokens,
+            position=position,
+            padding_mask=padding_mask,
+            shapes=shapes,
             sizes=sizes.to(tokens.device, non_blocking=True),
             valid_sizes=valid_sizes,
         )
@@ -111,6 +115,15 @@ class DeformableDETR(Detector):
             maps.append(FeatureMap(x, mask, self.backbone[1](mask).to(x.dtype)))
         return maps
 
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """
+        Raises:
+            UserError: the implementation that was asked for can't run there.
+        """
+        layer = self.transformer.decoder.layers[0]
+        deformable = choose(layer.cross_attn.implementation, device, dtype)
+        return {"deformable attention": deformable, **layer.self_attn.kernels(device, dtype)}
+
     def learned_queries(self, batch: int, count: int | None = None) -> Queries:
         """Raises ValueError in a two-stage model, which has none."""
         if self.query_embed is None:
@@ -118,7 +131,9 @@ class DeformableDETR(Detector):
         position, content = self.query_embed.weight[:count].expand(batch, -1, -1).chunk(2, dim=-1)
         return Queries(position, content)
 
-    def decode(self, memory: DeformableMemory, queries: Queries | None = None, query_groups: int = 1) -> States:
+    def decode(  # type: ignore[override]  # it takes what its own `encode` gives
+        self, memory: DeformableMemory, queries: Queries | None = None, query_groups: int = 1
+    ) -> States:
         """Raises ValueError when a two-stage model is given queries."""
         proposals = None
         if self.two_stage:
@@ -127,7 +142,7 @@ class DeformableDETR(Detector):
             queries, references, proposals = self._propose(memory)
         else:
             queries = queries or self.learned_queries(memory.tokens.shape[0])
-            with torch.autocast(memory.tokens.device.type, enabled=False):
+            with without_autocast(memory.tokens):
                 points = self.transformer.reference_points
                 references = points(as_weights(queries.position, points)).sigmoid()
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content
@@ -142,7 +157,7 @@ class DeformableDETR(Detector):
         queries: then all are taken.
         """
         transformer = self.transformer
-        with torch.autocast(memory.tokens.device.type, enabled=False):
+        with without_autocast(memory.tokens):
             start, valid = cell_proposals(memory)
             tokens = transformer.enc_output(as_weights(memory.tokens, transformer).masked_fill(~valid[..., None], 0.0))
             tokens = transformer.enc_output_norm(tokens)
@@ -157,19 +172,22 @@ class DeformableDETR(Detector):
         """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's
         tokens.
         """
+        assert states.references is not None
         layers = as_weights(states.layers, self.class_embed)
-        with torch.autocast(layers.device.type, enabled=False):
+        with without_autocast(layers):
             # Without zip's check: the last head of a two-stage model is the encoder's.
             logits = torch.stack([head(x) for head, x in zip(self.class_embed, layers, strict=False)])
             offsets = [head(x) for head, x in zip(self.bbox_embed, layers, strict=False)]
-            boxes = torch.stack([move_boxes(x, start) for x, start in zip(offsets, states.references, strict=True)])
+            boxes = torch.stack(
+                [apply_box_deltas(x, start) for x, start in zip(offsets, states.references, strict=True)]
+            )
             outputs = self.layer_outputs(logits, boxes)
         if states.encoder_proposals is not None:
             outputs["enc_outputs"] = states.encoder_proposals
         return outputs
 
 
-def _heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool) -> nn.ModuleList:
+def _heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool) -> Any:
     """A head for each decoder layer, and one for the encoder's proposals in a two-stage model."""
     own = clones(head, num_layers + 1)
     heads = list(own[:-1]) if refine else [own[0]] * num_layers
@@ -184,40 +202,49 @@ def _input_projections(channels: list[int], dim: int, num_levels: int) -> nn.Mod
         convs.append(nn.Conv2d(width, dim, kernel_size=3, stride=2, padding=1))
     for conv in convs:
         nn.init.xavier_uniform_(conv.weight)
+        assert conv.bias is not None
         nn.init.zeros_(conv.bias)
     groups = math.gcd(32, dim // 4)  # 32 as published; small models need a few channels in each, for maps of one cell
     return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
 
 
-def build(args, backbone: BackboneWithPositions, classification: Classification) -> DeformableDETR:
-    if args.pre_norm:
+def build(settings: Settings, backbone: BackboneWithPositions, classification: Classification) -> DeformableDETR:
+    if settings.pre_norm:
         raise UserError(
             "--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist: leave --pre_norm out"
         )
-    dim, levels = args.hidden_dim, args.num_feature_levels
+    dim, levels = settings.hidden_dim, settings.num_feature_levels
 
     def attention(points: int) -> DeformableAttention:
-        return DeformableAttention(dim, args.nheads, levels, points, args.ms_deform_attn)
+        return DeformableAttention(
+            dim, num_heads=settings.nheads, num_levels=levels, num_points=points, implementation=settings.ms_deform_attn
+        )
 
-    encoder_layer = DeformableEncoderLayer(attention(args.enc_n_points), dim, args.dim_feedforward, args.dropout)
+    encoder_layer = DeformableEncoderLayer(
+        attention(settings.enc_n_points), dim, settings.dim_feedforward, settings.dropout
+    )
     decoder_layer = DeformableDecoderLayer(
-        attention(args.dec_n_points), dim, args.nheads, args.dim_feedforward, args.dropout
+        attention(settings.dec_n_points),
+        dim,
+        num_heads=settings.nheads,
+        dim_feedforward=settings.dim_feedforward,
+        dropout=settings.dropout,
     )
     transformer = DeformableTransformer(
-        DeformableEncoder(encoder_layer, args.enc_layers),
-        DeformableDecoder(decoder_layer, args.dec_layers),
-        dim,
-        levels,
-        args.two_stage,
+        DeformableEncoder(encoder_layer, settings.enc_layers),
+        DeformableDecoder(decoder_layer, settings.dec_layers),
+        dim=dim,
+        num_levels=levels,
+        two_stage=settings.two_stage,
     )
     return DeformableDETR(
         backbone,
         transformer,
         classification,
-        args.num_queries,
-        dim,
-        levels,
-        args.with_box_refine,
-        args.two_stage,
-        args.aux_loss,
+        num_queries=settings.num_queries,
+        hidden_dim=dim,
+        num_levels=levels,
+        with_box_refine=settings.with_box_refine,
+        two_stage=settings.two_stage,
+        aux_loss=settings.aux_loss,
     )

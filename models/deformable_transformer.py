@@ -6,6 +6,7 @@ points. Points, sizes and references are (x, y); sizes of maps on the host are (
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from models.attention import MultiheadAttention
 from models.classification import inverse_sigmoid
-from models.detector import Memory, as_weights, full_precision
+from models.detector import Memory, as_weights, full_precision, without_autocast
 from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import sine_features
 from models.transformer import Block, clones, reset_matrices
@@ -42,7 +43,7 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (equation 3): offsets and weights of the points come from the query alone."""
 
     def __init__(
-        self, dim: int, num_heads: int, num_levels: int, num_points: int, implementation: str = "auto"
+        self, dim: int, *, num_heads: int, num_levels: int, num_points: int, implementation: str = "auto"
     ) -> None:
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
@@ -95,7 +96,7 @@ class DeformableAttention(nn.Module):
 
 
 class DeformableEncoderLayer(Block):
-    """Attributes stand in the published order, on which the state of a published optimiser depends."""
+    """Attributes stand in the published order, on which the state of a published optimizer depends."""
 
     def __init__(self, attention: DeformableAttention, dim: int, dim_feedforward: int, dropout: float) -> None:
         super().__init__(dropout, pre_norm=False)
@@ -114,7 +115,7 @@ class DeformableEncoderLayer(Block):
 class DeformableEncoder(nn.Module):
     def __init__(self, layer: DeformableEncoderLayer, num_layers: int) -> None:
         super().__init__()
-        self.layers = clones(layer, num_layers)
+        self.layers: Any = clones(layer, num_layers)
 
     def forward(self, memory: DeformableMemory) -> Tensor:
         """The tokens of `memory`, each of which has seen the others: [B, S, D]."""
@@ -130,7 +131,7 @@ class DeformableDecoderLayer(Block):
     """
 
     def __init__(
-        self, attention: DeformableAttention, dim: int, num_heads: int, dim_feedforward: int, dropout: float
+        self, attention: DeformableAttention, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float
     ) -> None:
         super().__init__(dropout, pre_norm=False)
         self.cross_attn = attention
@@ -165,9 +166,9 @@ class DeformableDecoder(nn.Module):
 
     def __init__(self, layer: DeformableDecoderLayer, num_layers: int) -> None:
         super().__init__()
-        self.layers = clones(layer, num_layers)
-        self.bbox_embed = None
-        self.class_embed = None
+        self.layers: Any = clones(layer, num_layers)
+        self.bbox_embed: Any = None
+        self.class_embed: Any = None
 
     def forward(
         self, x: Tensor, position: Tensor, references: Tensor, memory: DeformableMemory, query_groups: int
@@ -187,8 +188,8 @@ class DeformableDecoder(nn.Module):
     @torch.no_grad()
     def _refined(self, i: int, x: Tensor, references: Tensor) -> Tensor:
         """[B, Q, 4], without gradient: each layer learns from its own loss alone."""
-        with torch.autocast(x.device.type, enabled=False):
-            return move_boxes(self.bbox_embed[i](as_weights(x, self.bbox_embed)), references)
+        with without_autocast(x):
+            return apply_box_deltas(self.bbox_embed[i](as_weights(x, self.bbox_embed)), references)
 
 
 class DeformableTransformer(nn.Module):
@@ -196,7 +197,7 @@ class DeformableTransformer(nn.Module):
     model proposals of the encoder take their place."""
 
     def __init__(
-        self, encoder: DeformableEncoder, decoder: DeformableDecoder, dim: int, num_levels: int, two_stage: bool
+        self, encoder: DeformableEncoder, decoder: DeformableDecoder, *, dim: int, num_levels: int, two_stage: bool
     ) -> None:
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
@@ -217,14 +218,14 @@ class DeformableTransformer(nn.Module):
             nn.init.zeros_(self.reference_points.bias)
 
 
-def move_boxes(offsets: Tensor, references: Tensor) -> Tensor:
+def apply_box_deltas(deltas: Tensor, references: Tensor) -> Tensor:
     """Boxes (cx, cy, w, h) in [0, 1] from outputs of the box head [..., 4], relative to references: centres or whole
     boxes.
     """
     start = inverse_sigmoid(references)
     if start.shape[-1] == 2:
         start = functional.pad(start, (0, 2))
-    return (offsets + start).sigmoid()
+    return (deltas + start).sigmoid()
 
 
 def valid_size(mask: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ A detector is three stages, so that a pretext can enter between them:
 tokens, C class outputs. Boxes are (cx, cy, w, h) relative to each image without its padding.
 """
 
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class Memory:
     """
 
     features: list[FeatureMap]
+    _: KW_ONLY
     tokens: Tensor
     position: Tensor
     padding_mask: Tensor | None
@@ -82,6 +85,10 @@ class Detector(TrainableModel):
         """The detector's own queries for `batch` images: all, or the first `count`."""
         raise NotImplementedError  # the contract
 
+    def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+        """For the log: what attention runs on for activations of this type, operation -> kernel."""
+        return {}
+
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> dict:
         """Normalised images -> {"pred_logits" [B, Q, C], "pred_boxes" [B, Q, 4], "aux_outputs": the same of each
         earlier layer}.
@@ -93,7 +100,7 @@ class Detector(TrainableModel):
 
     def layer_outputs(self, logits: Tensor, boxes_cxcywh: Tensor) -> dict:
         """Predictions of all layers, [L, B, Q, C] and [L, B, Q, 4], in the published form."""
-        outputs = {"pred_logits": logits[-1], "pred_boxes": boxes_cxcywh[-1]}
+        outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes_cxcywh[-1]}
         if self.aux_loss:
             earlier = zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
             outputs["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
@@ -108,6 +115,18 @@ def flatten_map(x: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> Tensor:
     """At least float32: matching, losses and results never run in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`. The meta device, on which sizes are counted, has none."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Autocast is off inside, for the device of `x`."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def as_weights(x: Tensor, head: nn.Module) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.classification import Classification
 from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
 from util.errors import NonFinite
+from util.packed_targets import PackedTargets, Targets, pack_objects
 
 
 class NonFinitePrediction(NonFinite):
@@ -22,13 +23,17 @@ class Matches:
     """Matched pairs of all layers and images, layer by layer, image by image, sorted by query.
 
     source: int64 [K], positions in the flattened [L, B, Q] predictions. target: int64 [K], positions in the
-    concatenated targets of the batch. Both on the device. Every layer has K / L pairs. `pairs[layer][image]` holds the
-    (query, target) numpy arrays.
+    concatenated targets of the batch. Both on the device. `pairs[layer][image]` holds the (query, target) numpy arrays.
     """
 
     source: Tensor
     target: Tensor
     pairs: list[list[tuple[np.ndarray, np.ndarray]]]
+
+    @property
+    def num_pairs(self) -> int:
+        """K / L, the number of pairs in every layer."""
+        return len(self.source) // len(self.pairs)
 
 
 class HungarianMatcher:
@@ -44,25 +49,29 @@ class HungarianMatcher:
         self.classification = classification
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
+    def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Matches:
         """logits [L, B, Q, C], boxes_cxcywh [L, B, Q, 4]; each target has `labels` [n] and `boxes` [n, 4] (cx, cy, w,
-        h).
+        h), packed or in a list of dicts.
 
         Raises:
             NonFinitePrediction: a cost is NaN or infinite.
         """
-        counts = [len(target["labels"]) for target in targets]
+        targets = pack_objects(targets)
+        counts = targets.rows["labels"]
         cost = self.cost(logits, boxes_cxcywh, targets).cpu().numpy() if max(counts, default=0) else None
         if cost is not None:
             self._check_finite(cost, counts, targets)
         return self._assign(cost, counts, logits)
 
-    def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
+    def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Tensor:
         """[L, B, Q, N] with N the largest number of targets; what stands beyond an image's own number has no
         meaning.
         """
-        labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
-        true_boxes = pad_sequence([target["boxes"] for target in targets], batch_first=True).to(boxes_cxcywh.dtype)
+        targets = pack_objects(targets)
+        labels, true_boxes = (
+            pad_sequence(targets.tensors[key].split(targets.rows[key]), batch_first=True) for key in ("labels", "boxes")
+        )
+        true_boxes = true_boxes.to(boxes_cxcywh.dtype)
         distance = (boxes_cxcywh[..., :, None, :] - true_boxes[:, None]).abs().sum(-1)
         giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes_cxcywh), box_cxcywh_to_xyxy(true_boxes))
         weights = self.classification
@@ -71,17 +80,15 @@ class HungarianMatcher:
         return weights.cost_bbox * distance + weights.cost_class * class_cost - weights.cost_giou * giou
 
     @staticmethod
-    def _check_finite(cost: np.ndarray, counts: list[int], targets: list[dict[str, Tensor]]) -> None:
+    def _check_finite(cost: np.ndarray, counts: list[int], targets: PackedTargets) -> None:
         if np.isfinite(cost).all():
             return
         real = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]
         layers, images = np.nonzero((~np.isfinite(cost) & real[None, :, None, :]).any((2, 3)))
         if not len(layers):
             return
-        ids = [
-            int(targets[i]["image_id"]) if "image_id" in targets[i] else f"batch position {i}"
-            for i in np.unique(images)
-        ]
+        known = "image_id" in targets.tensors
+        ids = [int(targets[i]["image_id"]) if known else f"batch position {i}" for i in np.unique(images)]
         raise NonFinitePrediction(
             f"decoder layer {layers[0]} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images {ids[:8]}: "
             "look at their boxes, lower --lr, or use --amp no"
@@ -93,7 +100,10 @@ class HungarianMatcher:
         offsets = np.cumsum([0] + counts)
         none = np.zeros(0, dtype=np.int64)
         pairs = [
-            [linear_sum_assignment(cost[layer, i, :, :n]) if n else (none, none) for i, n in enumerate(counts)]
+            [
+                (none, none) if cost is None or not n else linear_sum_assignment(cost[layer, i, :, :n])
+                for i, n in enumerate(counts)
+            ]
             for layer in range(num_layers)
         ]
         first_query = (np.arange(num_layers)[:, None] * batch + np.arange(batch)) * num_queries

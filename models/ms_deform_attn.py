@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +122,7 @@ def _pytorch(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor
     by_level = weights.to(dtype).permute(3, 0, 2, 4, 1).reshape(L, B * H, 1, P, Q)
     # Map by map, queries last: no tensor of all samples is made, and sums run over whole rows. On a CPU this halves the
     # time.
-    summed = 0
+    summed: Any = 0
     for pixels, shape, points, weight in zip(maps, shapes, grid, by_level, strict=True):
         samples = F.grid_sample(
             pixels.unflatten(-1, tuple(shape)), points, mode="bilinear", padding_mode="zeros", align_corners=False

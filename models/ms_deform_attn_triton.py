@@ -238,7 +238,7 @@ def _launch(
     programs = B * H * triton.cdiv(Q, block_q)
     if programs == 0:
         return
-    # Triton compiles a kernel anew for integers that are 1 or divisible by 16, never for other values of a float.
+    # Triton recompiles a kernel for integers that are 1 or divisible by 16, never for other values of a float.
     sizes = tuple(float(size) for size in shapes)
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](

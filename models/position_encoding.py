@@ -1,4 +1,4 @@
-"""Position codes of feature maps: sine (Carion et al. 2020, appendix A.4), sine with a half-cell shift, and learned."""
+"""Positional encodings of maps: sine (Carion et al. 2020, appendix A.4), sine with a half-cell shift, and learned."""
 
 import math
 

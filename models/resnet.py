@@ -48,4 +48,5 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     channels = [width * 2 ** (stage - 1) for stage in stages]
     strides = [16 if dilation and stage == 4 else 2 ** (stage + 1) for stage in stages]
     early = {name for name, _ in body.named_parameters() if not name.startswith(("layer2", "layer3", "layer4"))}
-    return Body(body, strides, channels, *backbone_normalization(name), early)
+    mean, std = backbone_normalization(name)
+    return Body(body, strides=strides, num_channels=channels, mean=mean, std=std, early=early)

@@ -28,6 +28,11 @@ class SyncedBatchNorm(nn.BatchNorm1d):
     equal one with W x N.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, C] -> [N, C]"""
         if not self.training or get_world_size() == 1:

@@ -1,4 +1,4 @@
-"""Frozen networks that describe a crop of an image, the target of DETReg's object embedding (Bar et al., CVPR 2022,
+"""Frozen networks that encode a crop of an image, the target of DETReg's object embedding (Bar et al., CVPR 2022,
 section 3.2).
 """
 
@@ -90,7 +90,7 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
 
 
 @torch.no_grad()
-def describe(encoder: nn.Module, crops: list[Tensor], published_statistics: bool = False) -> Tensor:
+def encode_crops(encoder: nn.Module, crops: list[Tensor], published_statistics: bool = False) -> Tensor:
     """Crops of each image, [N_i, 3, S, S] -> [sum N_i, C], in one call.
 
     published_statistics: DETReg never puts its `head` network into evaluation mode, so that batch norm takes the

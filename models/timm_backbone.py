@@ -1,5 +1,7 @@
 """Any convolutional feature extractor of timm, as `timm:NAME`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,25 +18,31 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
         raise UserError(f"--backbone timm:{name} needs the package timm: pip install timm ({error})") from error
+    stride: dict[str, Any] = {"output_stride": 16} if dilation else {}
     try:
-        body = timm.create_model(
-            name, pretrained=False, features_only=True, **({"output_stride": 16} if dilation else {})
-        )
+        body: Any = timm.create_model(name, pretrained=False, features_only=True, **stride)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
         raise UserError(f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})") from error
     levels = len(body.feature_info)
     # Stage 4 is the last map, stage 1 the fourth from the end: strides 32, 16, 8, 4 as in a ResNet.
     indices = [levels - 5 + stage for stage in stages]
-    body = timm.create_model(
-        name, pretrained=False, features_only=True, out_indices=indices, **({"output_stride": 16} if dilation else {})
-    )
+    body = timm.create_model(name, pretrained=False, features_only=True, out_indices=indices, **stride)
     if norm == "frozen":
         body = freeze_batch_norm_2d(body)
     _probe(body, name)
     early = _up_to_stride_4(body, [name for name, _ in body.named_parameters()])
     channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
     strides, channels = list(body.feature_info.reduction()), list(body.feature_info.channels())
-    return Body(body, strides, channels, *backbone_normalization(full_name), early, channels_last)
+    mean, std = backbone_normalization(full_name)
+    return Body(
+        body,
+        strides=strides,
+        num_channels=channels,
+        mean=mean,
+        std=std,
+        early=early,
+        channels_last=channels_last,
+    )
 
 
 @torch.no_grad()
@@ -55,7 +63,7 @@ def _probe(body: nn.Module, name: str) -> None:
     body.train(training)
 
 
-def _up_to_stride_4(body: nn.Module, names: list[str]) -> set[str]:
+def _up_to_stride_4(body: Any, names: list[str]) -> set[str]:
     """Parameters of a timm extractor up to the end of its last map of stride 4 or less."""
     infos = [info for info in body.feature_info.info if info["reduction"] <= 4]
     if not infos:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from models.classification import Classification
 from util.errors import UserError
+from util.settings import Settings
 
 if TYPE_CHECKING:
     from models.detector import Detector
@@ -26,11 +27,21 @@ class TrainableModel(nn.Module):
         """The detector itself, or the one inside a pretext."""
         raise NotImplementedError  # the contract
 
-    def loss_weights(self, args) -> dict[str, float]:
-        """Weight in the total of each loss that all decoder layers have."""
-        return {"loss_ce": args.cls_loss_coef, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    @property
+    def normalization(self) -> dict[str, list[float]]:
+        """`mean` and `std` of the images, for RGB in 0..1, that the backbone was trained with."""
+        backbone = self.base_detector().backbone[0]
+        return {"mean": list(backbone.mean), "std": list(backbone.std)}
 
-    def last_layer_weights(self, args) -> dict[str, float]:
+    def loss_weights(self, settings: Settings) -> dict[str, float]:
+        """Weight in the total of each loss that all decoder layers have."""
+        return {
+            "loss_ce": settings.cls_loss_coef,
+            "loss_bbox": settings.bbox_loss_coef,
+            "loss_giou": settings.giou_loss_coef,
+        }
+
+    def last_layer_weights(self, settings: Settings) -> dict[str, float]:
         """Weight of each loss that only the last decoder layer has."""
         return {}
 

@@ -1,6 +1,7 @@
 """Blocks that detectors share: feed-forward, encoder, heads' MLP. Batch first: tokens are [B, S, D]."""
 
 import copy
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,7 +10,7 @@ from models.attention import MultiheadAttention
 
 
 def clones(layer: nn.Module, count: int) -> nn.ModuleList:
-    """`count` copies that start equal, as published: biases stay equal, matrices are drawn anew by `reset_matrices`."""
+    """`count` copies that start equal, as published: biases stay so, matrices are drawn again by `reset_matrices`."""
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
     def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, num_layers: int) -> None:
         super().__init__()
         dims = [dim_in] + [dim_hidden] * (num_layers - 1) + [dim_out]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.layers: Any = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim_in] -> [..., dim_out]"""
@@ -39,8 +40,12 @@ class Block(nn.Module):
     """What encoder and decoder layers share: residual dropout, the feed-forward network and `num_norms` layer norms.
 
     Subclasses make their attention first and then call `add_feed_forward`: the order of the parameters is the published
-    one, on which the state of a published optimiser depends.
+    one, on which the state of a published optimizer depends.
     """
+
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    norm3: nn.LayerNorm
 
     def __init__(self, dropout: float, pre_norm: bool) -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class Block(nn.Module):
 
 
 class EncoderLayer(Block):
-    def __init__(self, dim: int, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = MultiheadAttention(dim, num_heads, dropout)
         self.add_feed_forward(dim, dim_feedforward, num_norms=2)
@@ -85,7 +90,7 @@ class Encoder(nn.Module):
 
     def __init__(self, layer: EncoderLayer, num_layers: int, dim: int) -> None:
         super().__init__()
-        self.layers = clones(layer, num_layers)
+        self.layers: Any = clones(layer, num_layers)
         self.norm = nn.LayerNorm(dim) if layer.pre_norm else None
 
     def forward(self, x: Tensor, position: Tensor, padding_mask: Tensor | None) -> Tensor:

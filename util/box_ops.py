@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import masks_to_boxes as inclusive_masks_to_boxes
 
 
 def box_cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
@@ -49,25 +48,3 @@ def generalized_box_iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
 def paired_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """Generalised IoU of boxes paired one to one: [..., 4], [..., 4] -> [...]."""
     return _iou_and_giou(a_xyxy, b_xyxy)[2]
-
-
-def masks_to_boxes(masks: Tensor) -> Tensor:
-    """Boxes [N, 4] (x0, y0, x1, y1) of masks [N, H, W]; the last column and row are the last true pixel, as published.
-
-    An empty mask gives a box of zeros.
-    """
-    boxes = torch.zeros((len(masks), 4), dtype=torch.float32, device=masks.device)
-    filled = masks.flatten(1).any(1)
-    if filled.any():
-        boxes[filled] = inclusive_masks_to_boxes(masks[filled]).float()
-    return boxes
-
-
-__all__ = [
-    "box_cxcywh_to_xyxy",
-    "box_iou",
-    "box_xyxy_to_cxcywh",
-    "generalized_box_iou",
-    "masks_to_boxes",
-    "paired_giou",
-]

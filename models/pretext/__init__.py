@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.classification import Classification
-from models.detector import Detector, full_precision
+from models.classification import Classification, matching_costs
+from models.detector import Detector, full_precision, without_autocast
 from models.trainable import TrainableModel
 from util.errors import UserError
+from util.settings import Settings
 
 DETECTOR_PREFIX = "detector."
 
@@ -22,6 +23,7 @@ class Pretext(TrainableModel):
     """Base of the pretexts: the wrapped detector and the flat state dict."""
 
     needs_targets = True
+    detector: Detector
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -31,11 +33,11 @@ class Pretext(TrainableModel):
         self.register_load_state_dict_pre_hook(_nest_keys)
 
     @classmethod
-    def from_args(cls, args, detector: Detector) -> "Pretext":
+    def from_settings(cls, settings: Settings, detector: Detector) -> "Pretext":
         raise NotImplementedError  # the contract
 
     @staticmethod
-    def build_classification(args) -> Classification:
+    def build_classification(settings: Settings) -> Classification:
         """The classes that the pretext tells apart; decides the detector's class head."""
         raise NotImplementedError  # the contract
 
@@ -55,21 +57,21 @@ class QueryPatchPretext(Pretext):
     feature_align: nn.Module  # predicts the feature of a query's patch, where `losses` has "features"
 
     @staticmethod
-    def build_classification(args) -> Classification:
+    def build_classification(settings: Settings) -> Classification:
         """Softmax over two classes (patches have label 1, class 0 is unused, as published) and "no object", on every
         detector.
         """
-        return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+        return Classification("softmax", 2, **matching_costs(settings))
 
-    def loss_weights(self, args) -> dict[str, float]:
-        weights = super().loss_weights(args)
-        return {**weights, "loss_feature": args.feature_loss_coef} if "features" in self.losses else weights
+    def loss_weights(self, settings: Settings) -> dict[str, float]:
+        weights = super().loss_weights(settings)
+        return {**weights, "loss_feature": settings.feature_loss_coef} if "features" in self.losses else weights
 
     def predict_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> None:
         """Adds `pred_features` [B, Q, F] of each decoder layer to its outputs, and the targets [B * M, F]. layers: [L,
         B, Q, D].
         """
-        with torch.autocast(layers.device.type, enabled=False):
+        with without_autocast(layers):
             predicted = self.feature_align(full_precision(layers))
         outputs["pred_features"], outputs["target_features"] = predicted[-1], target_features
         for layer, aux in enumerate(outputs.get("aux_outputs", [])):

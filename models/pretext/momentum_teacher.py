@@ -4,20 +4,22 @@
 
 import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from models.detector import Memory
+from util.distributed import BATCH_NORMS
 from util.nested_tensor import NestedTensor
 
 
 class MomentumTeacher:
     """`network` is a copy of a pretext without gradients, whose parameters move after each step by equation 1:
 
-        teacher <- m * teacher + (1 - m) * student,    m = 1 - (1 - momentum) * (cos(pi * share of training done) + 1) /
-        2
+        teacher <- m * teacher + (1 - m) * student
+        m = 1 - (1 - momentum) * (cos(pi * progress) + 1) / 2, with the progress of the training in [0, 1]
 
     Dropout is off in it. Batch norm takes the statistics of the batch in training, as the student's does; running
     statistics are the student's. A backbone that does not train is not copied: its maps are those that the student's
@@ -28,20 +30,20 @@ class MomentumTeacher:
         momentum: at the start of training, in [0, 1]; 0: the student as it was before the step, 1: never moves.
     """
 
-    def __init__(self, student: nn.Module, momentum: float) -> None:
+    def __init__(self, student: Any, momentum: float) -> None:
         backbone = student.detector.backbone[0]
         self.momentum, self.maps = momentum, _GivenMaps() if backbone.frozen else None
-        self.network = (
+        self.network: Any = (
             copy.deepcopy(student, {id(backbone): self.maps} if self.maps else {}).requires_grad_(False).eval()
         )
-        self.norms = [module for module in self.network.modules() if isinstance(module, _BatchNorm)]
+        self.norms = [module for module in self.network.modules() if isinstance(module, BATCH_NORMS)]
 
     @torch.no_grad()
     def follow(self, student: nn.Module, progress: float) -> None:
         """`progress`: of the training, in [0, 1]."""
         momentum = 1 - (1 - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
         own, source = dict(self.network.named_parameters()), dict(student.named_parameters())
-        torch._foreach_lerp_(list(own.values()), [source[name] for name in own], 1 - momentum)
+        get_ema_multi_avg_fn(momentum)(list(own.values()), [source[name] for name in own], None)
         statistics = dict(student.named_buffers())
         for name, buffer in self.network.named_buffers():
             buffer.copy_(statistics[name])

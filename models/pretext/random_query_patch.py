@@ -11,17 +11,19 @@ from models.detector import Detector, Queries
 from models.pretext import QueryPatchPretext, check_region_queries, pooled_features
 from models.transformer import MLP
 from util.nested_tensor import as_nested_tensor
+from util.packed_targets import Targets
+from util.settings import Settings
 
 
 class RandomQueryPatch(QueryPatchPretext):
     """Shapes: B images, M patches an image, Q queries, D model width, F backbone channels.
 
     Query n belongs to patch n // (Q / M). Queries of one patch see only each other in self-attention (section 3.2, done
-    by query groups). In training the patch feature is left out of a query with probability `mask_ratio`. At evaluation
+    by query groups). In training a query lacks its patch feature with probability `mask_ratio`. At evaluation
     any number x <= M of patches may be given: the first x * Q / M queries are used.
 
     Args:
-        query_shuffle: assign learned queries to patches anew in each training step (the authors found no gain).
+        query_shuffle: assign learned queries to other patches in each training step (the authors found no gain).
         feature_recon: predict the patch's feature; the target is detached.
     """
 
@@ -29,6 +31,7 @@ class RandomQueryPatch(QueryPatchPretext):
         self,
         detector: Detector,
         num_patches: int,
+        *,
         mask_ratio: float = 0.1,
         query_shuffle: bool = False,
         feature_recon: bool = True,
@@ -44,10 +47,16 @@ class RandomQueryPatch(QueryPatchPretext):
         self.losses = ("labels", "boxes", "cardinality") + (("features",) if feature_recon else ())
 
     @classmethod
-    def from_args(cls, args, detector: Detector) -> "RandomQueryPatch":
-        return cls(detector, args.num_patches, args.mask_ratio, args.query_shuffle, args.feature_recon)
+    def from_settings(cls, settings: Settings, detector: Detector) -> "RandomQueryPatch":
+        return cls(
+            detector,
+            settings.num_patches,
+            mask_ratio=settings.mask_ratio,
+            query_shuffle=settings.query_shuffle,
+            feature_recon=settings.feature_recon,
+        )
 
-    def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
+    def forward(self, samples, targets: Targets) -> dict:
         """samples: normalised images; each target has `patches` [M, 3, S, S], normalised like the images.
 
         Returns the detector's outputs, with `pred_features` [B, Q, F] in each layer and `target_features` [B * M, F].
@@ -66,7 +75,7 @@ class RandomQueryPatch(QueryPatchPretext):
             self.predict_features(outputs, states.layers, features.detach())
         return outputs
 
-    def _stack_patches(self, targets: list[dict[str, Tensor]]) -> Tensor:
+    def _stack_patches(self, targets: Targets) -> Tensor:
         counts = {len(target["patches"]) for target in targets}
         if len(counts) != 1 or max(counts) > self.num_patches:
             raise ValueError(
@@ -92,5 +101,5 @@ class RandomQueryPatch(QueryPatchPretext):
         return Queries(learned.position + from_patches, learned.content)
 
     def keep_mask(self, batch: int, num_queries: int, device: torch.device) -> Tensor:
-        """1 where a query keeps its patch feature, 0 where it is left out: [B, Q, 1]."""
+        """1 where a query keeps its patch feature, 0 where it is dropped: [B, Q, 1]."""
         return (torch.rand(batch, num_queries, 1, device=device) > self.mask_ratio).float()

@@ -2,32 +2,34 @@
 each.
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
-from models.classification import Classification
-from models.detector import Detector, full_precision
+from models.classification import Classification, matching_costs
+from models.detector import Detector, full_precision, without_autocast
 from models.pretext import Pretext
-from models.target_encoder import IntermediateEncoder, build_target_encoder, describe
+from models.target_encoder import IntermediateEncoder, build_target_encoder, encode_crops
 from models.transformer import MLP
 from util.errors import UserError
-from util.logger import log
 from util.nested_tensor import as_nested_tensor
+from util.packed_targets import Targets
+from util.settings import Settings
 
 
 class RegionPrior(Pretext):
     """The detector sees whole images with its own queries; targets are proposals, all of one class.
 
-    With `target_encoder`, `feature_embed` predicts from the last decoder layer what that frozen network says of the
-    crop of each matched proposal. The encoder is in neither state dict nor optimiser; checkpoints keep it apart.
+    With `target_encoder`, `feature_embed` predicts from the last decoder layer that frozen network's embedding
+    of the crop of each matched proposal. The encoder is in neither state dict nor optimizer; checkpoints keep it apart.
 
     Args:
-        published_statistics: see `models.target_encoder.describe`.
+        published_statistics: see `models.target_encoder.encode_crops`.
     """
 
-    def __init__(
-        self, detector: Detector, target_encoder: nn.Module | None = None, published_statistics: bool = False
-    ) -> None:
+    target_encoder: Any
+
+    def __init__(self, detector: Detector, target_encoder: Any = None, published_statistics: bool = False) -> None:
         super().__init__(detector)
         self.losses = ("labels", "boxes", "cardinality")
         self.published_statistics = published_statistics
@@ -41,30 +43,23 @@ class RegionPrior(Pretext):
             self.losses += ("object_embedding",)
 
     @classmethod
-    def from_args(cls, args, detector: Detector) -> "RegionPrior":
-        if not args.object_embedding_loss:
+    def from_settings(cls, settings: Settings, detector: Detector) -> "RegionPrior":
+        if not settings.object_embedding_loss:
             return cls(detector)
-        if args.backbone_weights == "none" and not args.resume:
-            log.warning(
-                "--object_embedding_loss with --backbone_weights none: the embeddings to predict are those of a "
-                "random network"
-            )
-        encoder = build_target_encoder(args.obj_embedding_head, detector.backbone[0], args.backbone_weights)
-        return cls(detector, encoder, args.reproduce_published and args.obj_embedding_head == "head")
+        encoder = build_target_encoder(settings.obj_embedding_head, detector.backbone[0], settings.backbone_weights)
+        return cls(detector, encoder, settings.reproduce_published and settings.obj_embedding_head == "head")
 
     @staticmethod
-    def build_classification(args) -> Classification:
+    def build_classification(settings: Settings) -> Classification:
         """As the detector's own: objectness is one of its classes (published: label 1 of 91), or the only one with
         `--num_classes 1`.
         """
-        return Classification(
-            args.classification, args.num_classes, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou
-        )
+        return Classification(settings.classification, settings.num_classes, **matching_costs(settings))
 
-    def last_layer_weights(self, args) -> dict[str, float]:
-        return {"loss_object_embedding": args.object_embedding_coef} if "object_embedding" in self.losses else {}
+    def last_layer_weights(self, settings: Settings) -> dict[str, float]:
+        return {"loss_object_embedding": settings.object_embedding_coef} if "object_embedding" in self.losses else {}
 
-    def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
+    def forward(self, samples, targets: Targets) -> dict:
         """samples: normalised images; with embeddings each target has `patches` [N_i, 3, S, S], normalised like the
         images.
 
@@ -76,10 +71,12 @@ class RegionPrior(Pretext):
         outputs = self.detector.predict(states)
         if self.target_encoder is not None:
             last = full_precision(states.layers[-1])
-            with torch.autocast(last.device.type, enabled=False):
+            with without_autocast(last):
                 outputs["pred_features"] = self.feature_embed(last)
             crops = [target["patches"] for target in targets]
-            outputs["target_features"] = full_precision(describe(self.target_encoder, crops, self.published_statistics))
+            outputs["target_features"] = full_precision(
+                encode_crops(self.target_encoder, crops, self.published_statistics)
+            )
         return outputs
 
     def frozen_parts(self) -> dict[str, nn.Module]:

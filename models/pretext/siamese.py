@@ -4,11 +4,13 @@ Shapes: B images of two views each, M regions, Q queries, D model width, F backb
 all images, then view 2; box m of a view shows the same region as box m of the other one.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from models.detector import Detector, Memory, Queries, full_precision
+from models.detector import Detector, Memory, Queries, full_precision, without_autocast
 from models.pretext import QueryPatchPretext, check_region_queries, pooled_features
 from models.pretext.momentum_teacher import MomentumTeacher
 from models.synced_batch_norm import SyncedBatchNorm
@@ -17,6 +19,8 @@ from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import get_world_size
 from util.errors import UserError
 from util.nested_tensor import as_nested_tensor
+from util.packed_targets import Targets
+from util.settings import Settings
 
 ROI_SIDE = 7  # cells of a map's grid that a region is read with
 
@@ -30,7 +34,7 @@ class Siamese(QueryPatchPretext):
     views as SimSiam does. A part whose weight is 0 is not built.
 
     Args:
-        box_disturbance: share of width and height by which a corner of a query's box moves at most.
+        box_disturbance: fraction of width and height by which a corner of a query's box moves at most.
         reproduce_published: padding counts in the pooled memory, and on a detector whose queries have a learned content
             (Deformable DETR) the queries of the first image serve the whole batch.
         teacher_momentum: None: targets are the network's own, without gradient, as published. Else a momentum teacher
@@ -44,6 +48,7 @@ class Siamese(QueryPatchPretext):
         self,
         detector: Detector,
         num_patches: int,
+        *,
         box_disturbance: float = 0.1,
         region_discrimination: bool = True,
         global_discrimination: bool = True,
@@ -52,11 +57,8 @@ class Siamese(QueryPatchPretext):
     ) -> None:
         super().__init__(detector)
         check_region_queries(detector, num_patches)
-        self.num_patches, self.box_disturbance, self.reproduce_published = (
-            num_patches,
-            box_disturbance,
-            reproduce_published,
-        )
+        self.num_patches, self.box_disturbance = num_patches, box_disturbance
+        self.reproduce_published = reproduce_published
         channels, dim = detector.backbone[0].num_channels, detector.hidden_dim
         self.patch2query = nn.Linear(sum(channels), dim)
         self.losses = ("labels", "boxes", "cardinality")
@@ -70,35 +72,35 @@ class Siamese(QueryPatchPretext):
             self.teacher = MomentumTeacher(self, teacher_momentum)
 
     @classmethod
-    def from_args(cls, args, detector: Detector) -> "Siamese":
-        if args.global_loss_coef and args.batch_size * get_world_size() < 2:
+    def from_settings(cls, settings: Settings, detector: Detector) -> "Siamese":
+        if settings.global_loss_coef and settings.batch_size * get_world_size() < 2:
             raise UserError(
                 "--batch_size 1: batch norm of global discrimination needs two images; use 2 or more, or "
                 "--global_loss_coef 0"
             )
         if (
-            args.teacher_momentum is not None
-            and not args.global_loss_coef
-            and (not args.feature_loss_coef or detector.backbone[0].frozen)
+            settings.teacher_momentum is not None
+            and not settings.global_loss_coef
+            and (not settings.feature_loss_coef or detector.backbone[0].frozen)
         ):
             raise UserError(
-                f"--teacher_momentum {args.teacher_momentum:g} has no target to give: leave it out, or use "
+                f"--teacher_momentum {settings.teacher_momentum:g} has no target to give: leave it out, or use "
                 "--global_loss_coef, or --lr_backbone with --feature_loss_coef"
             )
         return cls(
             detector,
-            args.num_patches,
-            args.box_disturbance,
-            args.feature_loss_coef > 0,
-            args.global_loss_coef > 0,
-            args.reproduce_published,
-            args.teacher_momentum,
+            settings.num_patches,
+            box_disturbance=settings.box_disturbance,
+            region_discrimination=settings.feature_loss_coef > 0,
+            global_discrimination=settings.global_loss_coef > 0,
+            reproduce_published=settings.reproduce_published,
+            teacher_momentum=settings.teacher_momentum,
         )
 
-    def last_layer_weights(self, args) -> dict[str, float]:
-        return {"loss_enc_global_contra": args.global_loss_coef} if "global_contrast" in self.losses else {}
+    def last_layer_weights(self, settings: Settings) -> dict[str, float]:
+        return {"loss_enc_global_contra": settings.global_loss_coef} if "global_contrast" in self.losses else {}
 
-    def forward(self, samples, targets: list[dict[str, Tensor]]) -> dict:
+    def forward(self, samples, targets: Targets) -> dict:
         """samples: 2B normalised views; each target has `boxes` [M, 4], `size` (h, w) and, for region discrimination,
         `patches` [M, 3, S, S], normalised like the images.
 
@@ -121,10 +123,11 @@ class Siamese(QueryPatchPretext):
         if "features" in self.losses:
             self.predict_features(outputs, states.layers, self.crop_features(targets))
         if "global_contrast" in self.losses:
-            taught = None if self.teacher is None else self.teacher.encode(samples, memory)
-            with torch.autocast(memory.tokens.device.type, enabled=False):
+            with without_autocast(memory.tokens):
                 outputs["projections"], outputs["predictions"] = self.enc_head[0](self.pooled_memory(memory))
-                if taught is not None:
+            if self.teacher is not None:
+                taught = self.teacher.encode(samples, memory)
+                with without_autocast(memory.tokens):
                     outputs["projections"] = self.teacher.network.enc_head[0].project(self.pooled_memory(taught))
         return outputs
 
@@ -135,7 +138,7 @@ class Siamese(QueryPatchPretext):
         if self.teacher is not None:
             self.teacher.follow(self, progress)
 
-    def _stack_boxes(self, targets: list[dict[str, Tensor]]) -> Tensor:
+    def _stack_boxes(self, targets: Targets) -> Tensor:
         counts = sorted({len(target["boxes"]) for target in targets})
         if counts != [self.num_patches] or len(targets) % 2:
             raise ValueError(
@@ -150,7 +153,7 @@ class Siamese(QueryPatchPretext):
         """
         sides = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes_cxcywh.dtype)
         corners = box_cxcywh_to_xyxy(boxes_cxcywh) * sides
-        return move_corners(corners, self.normals(corners), self.box_disturbance).clamp(min=0).minimum(sides)
+        return jitter_boxes(corners, self.normals(corners), self.box_disturbance).clamp(min=0).minimum(sides)
 
     def normals(self, boxes: Tensor) -> Tensor:
         """What decides how far each coordinate moves."""
@@ -162,7 +165,7 @@ class Siamese(QueryPatchPretext):
         for feature, stride in zip(memory.features, strides, strict=True):
             maps = full_precision(feature.tensor)
             boxes = list(boxes_xyxy_abs.to(maps.dtype))
-            with torch.autocast(maps.device.type, enabled=False):
+            with without_autocast(maps):
                 parts.append(roi_align(maps, boxes, ROI_SIDE, spatial_scale=1 / stride).mean((2, 3)))
         return torch.cat(parts, 1).unflatten(0, boxes_xyxy_abs.shape[:2])
 
@@ -178,11 +181,11 @@ class Siamese(QueryPatchPretext):
         return Queries(learned.position + from_regions, learned.content)
 
     @torch.no_grad()
-    def crop_features(self, targets: list[dict[str, Tensor]]) -> Tensor:
+    def crop_features(self, targets: Targets) -> Tensor:
         """What the queries of each view predict: features of the crops of the other one, [2B * M, F]."""
         crops, backbone = torch.stack([target["patches"] for target in targets]), self.detector.backbone[0]
-        describes = backbone if self.teacher is None or backbone.frozen else self.teacher.network.detector.backbone[0]
-        return pooled_features(describes, partner(crops).flatten(0, 1))
+        encoder = backbone if self.teacher is None or backbone.frozen else self.teacher.network.detector.backbone[0]
+        return pooled_features(encoder, partner(crops).flatten(0, 1))
 
     def pooled_memory(self, memory: Memory) -> Tensor:
         """The mean of the memory's tokens, [2B, levels * D]: of each map that the backbone gave, joined."""
@@ -200,7 +203,8 @@ class GlobalHead(nn.Module):
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
-        self.projector, self.predictor = nn.Module(), nn.Module()
+        self.projector: Any = nn.Module()
+        self.predictor: Any = nn.Module()
         self.projector.mlp = nn.Sequential(
             nn.Linear(channels, dim),
             SyncedBatchNorm(dim),
@@ -227,7 +231,7 @@ def partner(views: Tensor) -> Tensor:
     return views.roll(len(views) // 2, 0)
 
 
-def move_corners(boxes_xyxy: Tensor, normals: Tensor, share: float) -> Tensor:
-    """Each coordinate moved by (2 sigmoid(z) - 1) * share of the box's width or height, z normal."""
+def jitter_boxes(boxes_xyxy: Tensor, normals: Tensor, fraction: float) -> Tensor:
+    """Each coordinate moved by (2 sigmoid(z) - 1) * fraction of the box's width or height, z normal."""
     sides = (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).repeat(*[1] * (boxes_xyxy.ndim - 1), 2)
-    return boxes_xyxy + (2 * normals.sigmoid() - 1) * share * sides
+    return boxes_xyxy + (2 * normals.sigmoid() - 1) * fraction * sides
