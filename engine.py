@@ -4,19 +4,21 @@ Everything comes in as an object: nothing here looks at the name of a detector, 
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from datasets.collate import to_device
+from datasets.samplers import EpochSampler
 from models.criterion import SetCriterion
 from util.distributed import all_gather_object, get_world_size, share_statistics, unwrap_model
 from util.errors import NonFinite, StopRequested
 from util.logger import Progress, log
 from util.nested_tensor import NestedTensor
+from util.packed_targets import Targets
 from util.runs.meters import (
     PAIRS,
     Averages,
@@ -48,7 +50,7 @@ class TrainState:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     loader: torch.utils.data.DataLoader
     device: torch.device
-    normalization: dict[str, Sequence[float]]
+    normalization: Mapping[str, Sequence[float]]
     epochs: int
     clip_max_norm: float = 0.1
     amp: bool = False
@@ -61,11 +63,16 @@ class TrainState:
     gradient_norm: Tensor | None = None
     seconds: float = 0.0
 
+    @property
+    def sampler(self) -> EpochSampler:
+        """The loader's, which knows the epoch and the position in it."""
+        return cast(EpochSampler, self.loader.batch_sampler)
+
     def progress(self) -> float:
         """Fraction of the training that is done, before the step that `batch` counts; 0 at the start."""
         if self.max_iters:
             return self.scheduler.last_epoch / self.max_iters
-        return (self.epoch + self.batch / self.loader.batch_sampler.batches_per_epoch) / self.epochs
+        return (self.epoch + self.batch / self.sampler.batches_per_epoch) / self.epochs
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -73,15 +80,20 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def forward_losses(
-    model: nn.Module, criterion: SetCriterion, samples: NestedTensor, targets: list[dict[str, Tensor]], amp: bool
-) -> tuple[dict, dict[str, Tensor], Tensor]:
-    """One forward pass: outputs, named losses, weighted total. Pretexts see the targets, detectors do not."""
+def forward(model: nn.Module, samples: NestedTensor, targets: Targets, amp: bool) -> dict:
+    """The outputs of a model. Pretexts see the targets, detectors do not."""
     with autocast(samples.tensors.device, amp):
-        outputs = model(samples, targets) if unwrap_model(model).needs_targets else model(samples)
+        return model(samples, targets) if unwrap_model(model).needs_targets else model(samples)
+
+
+def forward_losses(
+    model: nn.Module, criterion: SetCriterion, samples: NestedTensor, targets: Targets, amp: bool
+) -> tuple[dict, dict[str, Tensor], Tensor]:
+    """One forward pass: outputs, named losses, weighted total."""
+    outputs = forward(model, samples, targets, amp)
     losses = criterion(outputs, targets)
     total = criterion.total(losses)
-    return outputs, losses if criterion.reproduce_published else with_pairs(losses, criterion.last_pairs), total
+    return outputs, losses if criterion.reproduce_published else with_pairs(losses, losses.num_pairs), total
 
 
 def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
@@ -93,9 +105,7 @@ def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[s
     return {**values, **scaled, "loss": sum(scaled.values()), **kept}
 
 
-def train_step(
-    state: TrainState, samples: NestedTensor, targets: list[dict[str, Tensor]], stop: bool
-) -> tuple[dict[str, float], bool]:
+def train_step(state: TrainState, samples: NestedTensor, targets: Targets, stop: bool) -> tuple[dict[str, float], bool]:
     """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any process
     was asked to stop (`stop` is this one's answer).
 
@@ -128,7 +138,7 @@ def train_one_epoch(state: TrainState) -> None:
     """
     state.model.train()
     state.criterion.train()
-    sampler, model = state.loader.batch_sampler, unwrap_model(state.model)
+    sampler, model = state.sampler, unwrap_model(state.model)
     sampler.set_epoch(state.epoch, state.batch, state.max_iters and state.max_iters - state.scheduler.last_epoch)
     steps = state.batch + len(sampler)
     bar = Progress(steps, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
@@ -173,30 +183,35 @@ def _progress_text(values: dict[str, float], speed: float) -> str:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    criterion: SetCriterion,
+    criterion: SetCriterion | None,
     postprocessors: dict[str, nn.Module],
     loader: torch.utils.data.DataLoader,
     evaluator: Any,
     *,
     device: torch.device,
-    normalization: dict[str, Sequence[float]],
+    normalization: Mapping[str, Sequence[float]],
     amp: bool = False,
     keep_examples: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Losses and metrics over a dataset, each image once over all processes.
 
-    Returns (values, examples). values: the losses, `coco_eval_bbox` with the evaluator's metrics, AP first, and what
-    else the evaluator gives. examples: the first `keep_examples` images of this process with predictions and targets.
+    criterion: None: no losses. Returns (values, examples). values: the losses and what the evaluator's `summarize`
+    gives. examples: the first `keep_examples` images of this process with predictions and targets.
     """
     model = unwrap_model(model).eval()
     share_statistics(model)
-    criterion.eval()
-    averages, examples, bar, bad_images = Averages(), [], Progress(len(loader), "evaluation"), BadImages()
+    if criterion is not None:
+        criterion.eval()
+    averages, bar, bad_images = Averages(), Progress(len(loader), "evaluation"), BadImages()
+    examples: list[dict[str, Any]] = []
     for samples, packed in loader:
         bad_images.add(packed.problems)
         inputs, targets = to_device(samples, packed, device, **normalization)
-        outputs, losses, _ = forward_losses(model, criterion, inputs, targets, amp)
-        averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
+        if criterion is None:
+            outputs = forward(model, inputs, targets, amp)
+        else:
+            outputs, losses, _ = forward_losses(model, criterion, inputs, targets, amp)
+            averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
         sizes = torch.stack([target["orig_size"] for target in targets])
         results = results_to_host(postprocessors["bbox"](outputs, sizes))
         evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
@@ -206,7 +221,9 @@ def evaluate(
     values = averages.merged().means()
     evaluator.synchronize_between_processes()
     summary = evaluator.summarize()
-    return {**values, "coco_eval_bbox": summary.pop("stats"), **summary}, examples
+    if "stats" in summary:
+        summary["coco_eval_bbox"] = summary.pop("stats")  # the published key
+    return {**values, **summary}, examples
 
 
 def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -215,7 +232,7 @@ def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]
     return [{name: values[i] for name, values in host.items()} for i in range(len(results))]
 
 
-def _examples(samples: NestedTensor, targets: list[dict], results: list[dict], count: int) -> list[dict]:
+def _examples(samples: NestedTensor, targets: Targets, results: list[dict], count: int) -> list[dict]:
     """Images as the model saw them, uint8 [3, h, w], with boxes in their pixels."""
     kept = []
     for image, target, result in list(zip(samples.tensors, targets, results, strict=True))[: max(count, 0)]:

@@ -4,47 +4,51 @@ Both are called `evaluation(model, epoch)` and return the `test_*` values of the
 """
 
 import json
-from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import engine
-from datasets import build_loader
-from datasets.collate import to_device
+from datasets import build_dataset, build_loader
 from datasets.evaluators.per_class import class_table
-from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
+from datasets.evaluators.proposals import ProposalEvaluator
 from datasets.labelled import few_shot
 from datasets.sample import SampleDataset
 from models.criterion import SetCriterion
-from models.detector import Detector, full_precision
+from models.postprocess import ClassAgnosticPostProcess
+from predictor import Predictor
 from util.box_ops import box_cxcywh_to_xyxy
+from util.coco import BBOX_METRICS
 from util.distributed import is_main_process, share_statistics, unwrap_model
 from util.files import write_text
-from util.logger import Progress, log
+from util.logger import log
 from util.plots.pages import prediction_page
-from util.runs.meters import BadImages
+from util.settings import FINETUNE, Settings
+from util.settings import settings as make_settings
+from util.settings.frozen import GIVEN
+from util.settings.registry import PRETEXTS
 
-METRICS = (
-    "AP",
-    "AP50",
-    "AP75",
-    "AP small",
-    "AP medium",
-    "AP large",
-    "AR1",
-    "AR10",
-    "AR100",
-    "AR small",
-    "AR medium",
-    "AR large",
-)
+PROPOSAL_FILES = ("proposal_metrics.json", "proposals.json")  # metrics, and boxes in COCO's results format
 EXAMPLES = 12  # images on the page of predictions
-MOST_BOXES = 1000  # of an image, the best ones
+# What a pretext's settings say of the validation images and how they are loaded.
+VALIDATION_FLAGS = (
+    "dataset_file",
+    "coco_path",
+    "data_root",
+    "voc_path",
+    "voc_val",
+    "airbus_path",
+    "image_size",
+    "max_size",
+    "device",
+    "batch_size",
+    "num_workers",
+    "amp",
+    "seed",
+)
 
 
 class Evaluation:
@@ -54,23 +58,22 @@ class Evaluation:
 
     def __init__(
         self,
-        args: Namespace,
+        settings: Settings,
         dataset: SampleDataset,
         criterion: SetCriterion,
         postprocessors: dict[str, nn.Module],
         *,
         device: torch.device,
         folder: Path | None,
-        normalization: dict,
     ) -> None:
-        self.args, self.dataset, self.criterion, self.postprocessors = args, dataset, criterion, postprocessors
-        self.device, self.folder, self.normalization = device, folder, normalization
-        self.loader = build_loader(dataset, args, train=False)
-        self.novel = few_shot.novel_names(args, dataset.class_names) if args.few_shot else None
+        self.settings, self.dataset, self.criterion, self.postprocessors = settings, dataset, criterion, postprocessors
+        self.device, self.folder = device, folder
+        self.loader = build_loader(dataset, settings, train=False)
+        self.novel = few_shot.novel_names(settings, dataset.class_names) if settings.few_shot else None
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, Any]:
         """Returns the values for the log, with the prefix `test_`."""
-        evaluator = self.dataset.evaluator(self.args)
+        evaluator = self.dataset.evaluator(self.settings)
         values, examples = engine.evaluate(
             model,
             self.criterion,
@@ -78,8 +81,8 @@ class Evaluation:
             self.loader,
             evaluator,
             device=self.device,
-            normalization=self.normalization,
-            amp=self.args.amp == "bf16",
+            normalization=unwrap_model(model).normalization,
+            amp=self.settings.amp == "bf16",
             keep_examples=EXAMPLES,
         )
         per_class = values.pop("per_class")
@@ -100,7 +103,7 @@ class Evaluation:
 
 def _summary(values: Mapping[str, Any]) -> str:
     """AP and the loss in one line, recalls in a second one where there are any."""
-    shown = [f"{name} {value:.3f}" for name, value in zip(METRICS, values["coco_eval_bbox"], strict=False)]
+    shown = [f"{name} {value:.3f}" for name, value in zip(BBOX_METRICS, values["coco_eval_bbox"], strict=False)]
     recalls = f"\n{'  '.join(shown[6:])}" if shown[6:] else ""
     return f"{'  '.join(shown[:6])}  loss {values['loss']:.3f}{recalls}"
 
@@ -116,76 +119,82 @@ def _page_row(example: dict) -> tuple:
 # ------------------------------------------------------------------------------------------------------ class-agnostic
 
 
-@dataclass
-class BoxFinder:
-    """A detector whose queries each give one box.
-
-    label: the class output that says "object"; None: the best of all classes.
-    """
-
-    model: Detector
-    label: int | None
-    device: torch.device
-    amp: bool
-
-    @torch.no_grad()
-    def __call__(self, samples, sizes_hw: Tensor) -> list[dict[str, Tensor]]:
-        """Normalised images -> `scores` [K], `labels` [K] and `boxes` [K, 4], (x0, y0, x1, y1) in pixels of sizes_hw;
-        the best 1000.
-        """
-        with engine.autocast(self.device, self.amp):
-            outputs = self.model(samples)
-        logits = full_precision(outputs["pred_logits"])
-        boxes = box_cxcywh_to_xyxy(full_precision(outputs["pred_boxes"]))
-        scores = logits.softmax(-1)[..., :-1] if self.model.classification.kind == "softmax" else logits.sigmoid()
-        scores = scores.amax(-1) if self.label is None else scores[..., self.label]
-        scores, order = scores.topk(min(MOST_BOXES, scores.shape[1]), dim=1)
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4)) * sizes_hw.flip(1).repeat(1, 2)[:, None].to(boxes)
-        labels = torch.full(scores.shape, OBJECT)
-        return [
-            {"scores": s, "labels": n, "boxes": b} for s, n, b in zip(scores.cpu(), labels, boxes.cpu(), strict=True)
-        ]
-
-
 class ClassAgnosticEvaluation:
-    """How well the boxes of a pre-trained model cover the annotated objects, whatever their class, as DETReg reports it
-    (Bar et al. 2022, section 4.4): `test_object_AP` and more.
+    """How well the boxes of a model cover the annotated objects, whatever their class, as DETReg reports it (Bar et al.
+    2022, section 4.4).
 
-    dataset: labelled validation images. label: the class output that says "object"; None: the best of all classes.
+    Args:
+        settings: of the data, as `validation_settings` gives them.
+        label: the class output that says "object"; None: the best of all classes.
     """
 
-    def __init__(
-        self, args: Namespace, dataset: SampleDataset, *, label: int | None, device: torch.device, evaluator: str
-    ) -> None:
-        self.dataset, self.label, self.device, self.amp = dataset, label, device, args.amp == "bf16"
-        self.loader, self.ground_truth, self.evaluator = (
-            build_loader(dataset, args, train=False),
-            dataset.truth(),
-            evaluator,
-        )
+    def __init__(self, settings: Settings, dataset: SampleDataset, *, label: int | None, device: torch.device) -> None:
+        self.dataset, self.label, self.device = dataset, label, device
+        self.amp, self.backend = settings.amp == "bf16", settings.coco_evaluator
+        self.loader = build_loader(dataset, settings, train=False)
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:
-        metrics = self.evaluate(model).summarize()
+        """Returns `test_object_AP` and the other metrics for the log."""
+        metrics, _ = self.evaluate(model)
         log.info("class-agnostic: %s", shown_metrics(metrics))
         return {f"test_object_{name}": value for name, value in metrics.items()}
 
-    def evaluate(self, model: nn.Module) -> ProposalEvaluator:
-        """The evaluator with the boxes that `model` (a detector, or a pretext around one) finds in all images."""
-        model = unwrap_model(model)
-        share_statistics(model)
-        detector = model.eval().base_detector()
-        finder = BoxFinder(detector, self.label, self.device, self.amp)
-        evaluator = ProposalEvaluator(self.ground_truth, self.evaluator)
-        backbone, bar, bad_images = detector.backbone[0], Progress(len(self.loader), "evaluation"), BadImages()
-        for samples, packed in self.loader:
-            bad_images.add(packed.problems)
-            inputs, targets = to_device(samples, packed, self.device, backbone.mean, backbone.std)
-            results = finder(inputs, torch.stack([target["orig_size"] for target in targets]))
-            evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
-            bar.step()
-        bad_images.warn_of_missed_objects()
-        evaluator.synchronize_between_processes()
-        return evaluator
+    def evaluate(self, model: nn.Module) -> tuple[dict[str, float], ProposalEvaluator]:
+        """The metrics of `model`, a detector or a pretext around one, and the evaluator with its boxes."""
+        whole = unwrap_model(model)
+        share_statistics(whole)  # the pretext's own parts too, which continue to train
+        detector = whole.base_detector()
+        evaluator = ProposalEvaluator(self.dataset.ground_truth, self.backend)
+        postprocess = ClassAgnosticPostProcess(detector.classification, self.label)
+        metrics, _ = engine.evaluate(
+            detector,
+            None,
+            {"bbox": postprocess},
+            self.loader,
+            evaluator,
+            device=self.device,
+            normalization=detector.normalization,
+            amp=self.amp,
+        )
+        return metrics, evaluator
+
+
+def evaluate_proposals_of(predictor: Predictor, validation: Settings, folder: Path | None) -> dict[str, float]:
+    """Class-agnostic metrics of a predictor's detector on labelled validation images, logged and saved."""
+    dataset = build_dataset("val", validation, any_class_count=True)
+    label = predictor.postprocess.label
+    evaluation = ClassAgnosticEvaluation(validation, dataset, label=label, device=predictor.device)
+    metrics, evaluator = evaluation.evaluate(predictor.model)
+    save_proposal_metrics(folder, {"checkpoint": predictor.classes.source}, metrics, evaluator)
+    return metrics
+
+
+def save_proposal_metrics(
+    folder: Path | None, what: Mapping[str, Any], metrics: Mapping[str, float], evaluator: ProposalEvaluator
+) -> None:
+    """Logs the metrics, and writes them and the boxes into the folder."""
+    log.info("class-agnostic: %s", shown_metrics(metrics))
+    if folder is not None and is_main_process():
+        write_text(folder / PROPOSAL_FILES[0], json.dumps({**what, **metrics}, indent=1) + "\n")
+        write_text(folder / PROPOSAL_FILES[1], json.dumps(evaluator.results()))
+
+
+def validation_settings(settings: Settings) -> Settings:
+    """Settings of the labelled validation images on which the boxes of a pretext's detector are evaluated.
+
+    With `--eval` or `--viz` they follow from the given flags alone: how a checkpoint was trained must not change its
+    metrics. During training the images are those of the run's dataset, of COCO for a custom one, in the usual size of
+    an evaluation unless the run has a size of its own.
+    """
+    if settings.eval or settings.viz:
+        given = set(VALIDATION_FLAGS) & set(settings.names_from(GIVEN))
+        return make_settings(FINETUNE, **{name: getattr(settings, name) for name in sorted(given)})
+    flags: dict[str, Any] = {name: getattr(settings, name) for name in VALIDATION_FLAGS}
+    if settings.dataset_file == "custom":
+        flags["dataset_file"] = "coco"  # main.py does not have the flags of validation annotations
+    if settings.image_size == PRETEXTS[settings.pretext].defaults.get("image_size"):
+        del flags["image_size"]
+    return make_settings(FINETUNE, **flags)
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> str:

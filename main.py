@@ -1,17 +1,18 @@
 """Pre-trains a detector without labels.
 
-    python main.py --imagenet_path PHOTOGRAPHS --output_dir outputs/pretrain --detector conditional_detr
+    python main.py --imagenet_path IMAGES --output_dir outputs/pretrain --detector conditional_detr
 
-`python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` goes on with
+`python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` continues with
 labels.
 """
 
 import os
 
-# Before PyTorch is imported: threads that spin while they wait would starve the loader processes on the same cores.
+# Before PyTorch is imported: threads that spin while they wait would starve the dataloader workers on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from argparse import Namespace
+from typing import Any
 
 import torch
 
@@ -19,18 +20,23 @@ import trainer
 from datasets import build_dataset, build_loader
 from datasets.labelled.checks import check_at_start
 from datasets.sample import SampleDataset
-from datasets.sample_page import draw_found_patches, draw_samples
+from evaluation import PROPOSAL_FILES, ClassAgnosticEvaluation, evaluate_proposals_of, validation_settings
 from models import build_model
-from util.checkpoints.checkpoint import load_exactly
-from util.distributed import unwrap_model
+from predictor import Predictor, object_label
+from util.checkpoints.checkpoint import LATEST
+from util.checkpoints.loading import load_exactly
+from util.distributed import is_main_process, unwrap_model
 from util.errors import UserError
+from util.files import make_folder
 from util.logger import log
 from util.runs.folder import check_room, describe_settings, prepare_output, save_settings
 from util.runs.model_summary import describe_model
 from util.runs.page import report
-from util.runs.session import prepare_checkpoint, run_script, seed_everything, start_session
-from util.settings.arguments import Parser, check_right_script, make_parser, plain_settings
-from util.settings.flags import PRETRAIN
+from util.runs.session import run_script, start_session
+from util.settings import PRETRAIN, Parser, Settings, check_right_script, make_parser
+from visualization import draw_found_patches, draw_objects, draw_samples
+
+OBJECTS = "objects.png"
 
 
 def get_args_parser() -> Parser:
@@ -40,96 +46,114 @@ def get_args_parser() -> Parser:
 
 def parse(argv: list[str]) -> Namespace:
     check_right_script(argv)
-    return Parser("main.py", parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    return Parser(PRETRAIN, parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
 
 
 def evaluate(args: Namespace) -> None:
     """Boxes of the pre-trained model against the objects of validation images, whatever their class, as DETReg does on
-    COCO.
-
-    With `--eval` in numbers, with `--viz` in pictures of COCO.
+    COCO: with `--eval` in metrics, with `--viz` in pictures.
     """
-    from tools import evaluate_proposals, visualize_pretext
-
     if not args.resume:
         raise UserError(f"--{'eval' if args.eval else 'viz'} needs the model to evaluate: add --resume PATH")
+    if args.viz and not args.output_dir:
+        raise UserError("--viz: give --output_dir DIR for the pictures")
+    names = (*(PROPOSAL_FILES if args.eval else ()), *([OBJECTS] if args.viz else []))
+    folder = make_folder(args.output_dir, names, args.overwrite) if args.output_dir else None
+    session = start_session(args)
+    settings, validation = session.settings, validation_settings(session.settings)
+    assert session.checkpoint is not None  # `check_checkpoints` refuses an evaluation without one
+    predictor = Predictor.from_checkpoint(
+        session.checkpoint,
+        device=str(session.device),
+        amp=validation.amp,
+        image_size=validation.image_size,
+        max_size=validation.max_size,
+        class_agnostic=True,
+    )
     if args.eval:
-        flags = ["--checkpoint", args.resume, "--output_dir", args.output_dir or ""]
-        for name in evaluate_proposals.SHARED_FLAGS:
-            if getattr(args, name) is not None:
-                value = getattr(args, name)
-                flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-        evaluate_proposals.main(evaluate_proposals.parse([*flags, "--overwrite"]))
-    if args.viz:
-        visualize_pretext.draw_objects(args)
+        evaluate_proposals_of(predictor, validation, folder)
+    if folder is not None and args.viz and is_main_process():
+        path = draw_objects(predictor, settings, folder / OBJECTS, labelled=validation)
+        log.info("proposals, predicted and ground-truth boxes: %s", path)
 
 
-def train(run: trainer.Run, dataset: SampleDataset, args: Namespace) -> None:
+def warn_of_unpublished_pretext(settings: Settings) -> None:
+    """UP-DETR publishes its pre-training with flags that are off by default, there as here."""
+    if settings.pretext != "random_query_patch" or settings.reproduce_published:
+        return
+    published = (
+        ("pre_norm", "feature_recon", "fre_cnn") if settings.detector == "detr" else ("feature_recon", "fre_cnn")
+    )
+    missing = [f"--{name}" for name in published if not getattr(settings, name)]
+    if missing:
+        log.warning("UP-DETR's published pre-training also has %s: add them to repeat it", " ".join(missing))
+
+
+def train(run: trainer.Run, dataset: SampleDataset, settings: Settings) -> None:
     """All epochs, with pages of samples and of the run; says at the end what the model is good for."""
-    normalization = run.normalization
-    draw_samples(run.folder, dataset, args.batch_size, run.epoch, normalization)
+    draw_samples(run.folder, dataset, settings.batch_size, run.epoch, run.normalization)
     report(run.folder)
 
-    def plot() -> None:
-        draw_found_patches(run.folder, unwrap_model(run.model), dataset, normalization, run.device)
+    def on_epoch_end() -> None:
+        draw_found_patches(run.folder, unwrap_model(run.model), dataset, run.normalization, run.device)
         report(run.folder)
 
-    run.on_epoch_end = plot
+    run.on_epoch_end = on_epoch_end
     trainer.fit(run)
     if run.folder is not None:
         log.info(
             "finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
-            args.detector,
-            run.folder / "checkpoint.pth",
+            settings.detector,
+            run.folder / LATEST,
         )
+
+
+def class_agnostic_evaluation(settings: Settings, device: torch.device) -> ClassAgnosticEvaluation:
+    """The metrics of `--eval_every`, on the validation images of the dataset that is pre-trained on."""
+    validation = validation_settings(settings)
+    dataset = build_dataset("val", validation, any_class_count=True)
+    label = object_label(settings.num_classes)
+    return ClassAgnosticEvaluation(validation, dataset, label=label, device=device)
 
 
 def main(args: Namespace) -> None:
     if args.eval or args.viz:
         evaluate(args)
         return
-    device = start_session(args)
-    checkpoint = prepare_checkpoint(args)
-    seed_everything(args.seed)
-    folder = prepare_output(args)
-    describe_settings(args)
+    session = start_session(args)
+    settings, checkpoint, device = session.settings, session.checkpoint, session.device
+    folder = prepare_output(settings)
+    describe_settings(settings)
+    warn_of_unpublished_pretext(settings)
 
-    dataset = build_dataset("train", args)
-    loader = build_loader(dataset, args, train=True)
-    data_check = check_at_start(dataset, None, args)
-    model, criterion, _ = build_model(args)
+    dataset = build_dataset("train", settings)
+    loader = build_loader(dataset, settings, train=True)
+    facts: dict[str, Any] = {
+        "data": dataset.fingerprint(),
+        "images": len(dataset),
+        "data_check": check_at_start(dataset, None, settings),
+    }
+    model, criterion, _ = build_model(settings)
     if checkpoint:
         load_exactly(model, checkpoint)
-        model.load_frozen(checkpoint.get("frozen", {}), checkpoint.source)
-    model.to(device, memory_format=torch.channels_last)
+        model.load_frozen(checkpoint.frozen or {}, checkpoint.source)
+    model.to(device).to(memory_format=torch.channels_last)
     criterion.to(device)
-    summary = describe_model(model, args)
+    facts["model"] = describe_model(model, settings)
     check_room(folder, model)
 
-    backbone = model.detector.backbone[0]
-    extras = {
-        "args": plain_settings(args),
-        "normalization": {"mean": list(backbone.mean), "std": list(backbone.std)},
-        "class_names": {},
-        "version": trainer.CHECKPOINT_VERSION,
-    }
-    run = trainer.make_run(args, model, criterion, loader, device, folder=folder, checkpoint_extras=extras)
-    if args.eval_every:
-        from tools.evaluate_proposals import while_training
-
-        run.evaluate, run.eval_every = while_training(args, device), args.eval_every
+    extras = {"args": settings.as_dict()}
+    run = trainer.make_run(settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras)
+    if settings.eval_every:
+        run.evaluate, run.eval_every = class_agnostic_evaluation(settings, device), settings.eval_every
     if checkpoint:
         trainer.continue_run(run, checkpoint)
-    del checkpoint  # its tensors are in the model and the optimiser now
-    if args.dry_run:
+    del checkpoint, session  # its tensors are in the model and the optimizer now
+    if settings.dry_run:
         trainer.dry_run(run)
         return
-    save_settings(
-        folder,
-        args,
-        {"data": dataset.fingerprint(), "images": len(dataset), "data_check": data_check, "model": summary},
-    )
-    train(run, dataset, args)
+    save_settings(folder, settings, facts)
+    train(run, dataset, settings)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 import itertools
 import time
-from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ import engine
 from datasets.collate import to_device
 from models.criterion import SetCriterion
 from models.trainable import TrainableModel
-from util.checkpoints.checkpoint import save_checkpoint
+from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_checkpoint
 from util.distributed import (
     all_gather_object,
     barrier,
@@ -33,9 +32,8 @@ from util.random_state import random_states, set_random_states
 from util.runs.log import append_log, is_logged
 from util.runs.meters import Averages, check_gradient, peak_host_memory
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.settings import Settings
 
-CHECKPOINT_VERSION = 1
-LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 DRY_RUN_STEPS = 3  # the first is slower than the others
 
 
@@ -44,7 +42,7 @@ class Run(engine.TrainState):
     """A training run with the place where it is kept.
 
     folder: None: nothing is saved. save_every: epochs between numbered checkpoints. checkpoint_extras: what each
-    checkpoint holds besides the state: settings, class names, normalization. evaluate: (model, epoch) -> `test_*`
+    checkpoint holds besides the state and the normalization. evaluate: (model, epoch) -> `test_*`
     values of the log. on_epoch_end: called on rank 0 of a saved run, after the log's line. pending: values of a trained
     epoch whose evaluation is still to come. best: the best AP so far.
     """
@@ -63,30 +61,35 @@ class Run(engine.TrainState):
 
 
 def make_run(
-    args: Namespace,
+    settings: Settings,
     model: TrainableModel,
     criterion: SetCriterion,
     loader: torch.utils.data.DataLoader,
     device: torch.device,
     *,
     folder: Path | None,
-    checkpoint_extras: dict[str, Any],
+    checkpoint_extras: dict[str, Any] | None = None,
+    normalization: Mapping[str, Sequence[float]] | None = None,
 ) -> Run:
-    """Optimizer, schedule and distributed wrapper around a model that is on its device already."""
+    """Optimizer, schedule and distributed wrapper around a model that is on its device already.
+
+    checkpoint_extras: what each checkpoint holds besides the state and the normalization, by the fields of
+    `Checkpoint`: `args`, `class_names`, `category_ids`. normalization: by default that of the backbone.
+    """
     optimizer = build_optimizer(
         model,
-        args.lr,
-        args.lr_backbone,
-        args.weight_decay,
-        args.lr_backbone_names,
-        args.lr_linear_proj_names,
-        args.lr_linear_proj_mult,
-        args.sgd,
+        settings.lr,
+        settings.lr_backbone,
+        settings.weight_decay,
+        settings.lr_backbone_names,
+        settings.lr_linear_proj_names,
+        settings.lr_linear_proj_mult,
+        settings.sgd,
     )
-    if args.max_iters:
-        scheduler = build_scheduler(optimizer, args.lr_drop_iters)
+    if settings.max_iters:
+        scheduler = build_scheduler(optimizer, settings.lr_drop_iters)
     else:
-        scheduler = build_scheduler(optimizer, args.lr_drop, args.lr_drop_epochs)
+        scheduler = build_scheduler(optimizer, settings.lr_drop, settings.lr_drop_epochs)
     run = Run(
         model=_distributed(model, device),
         criterion=criterion,
@@ -94,15 +97,15 @@ def make_run(
         scheduler=scheduler,
         loader=loader,
         device=device,
-        normalization=checkpoint_extras["normalization"],
-        epochs=args.epochs,
-        clip_max_norm=args.clip_max_norm,
-        amp=args.amp == "bf16",
-        max_iters=args.max_iters,
-        epoch=args.start_epoch,
+        normalization=normalization or model.normalization,
+        epochs=settings.epochs,
+        clip_max_norm=settings.clip_max_norm,
+        amp=settings.amp == "bf16",
+        max_iters=settings.max_iters,
+        epoch=settings.start_epoch,
         folder=folder,
-        save_every=args.save_every,
-        checkpoint_extras=checkpoint_extras,
+        save_every=settings.save_every,
+        checkpoint_extras=checkpoint_extras or {},
     )
     _count_epochs(run)
     return run
@@ -121,7 +124,7 @@ def _count_epochs(run: Run) -> None:
     """With `max_iters`: the epochs that these steps are, the last one perhaps not whole."""
     if run.max_iters:
         left = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch
-        run.epochs = run.epoch + -(-left // run.loader.batch_sampler.batches_per_epoch)
+        run.epochs = run.epoch + -(-left // run.sampler.batches_per_epoch)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -194,7 +197,7 @@ def dry_run(run: Run) -> None:
     """Some steps on real batches: shapes, losses, time of an epoch, peak memory. Nothing is saved."""
     run.model.train()
     run.criterion.train()
-    steps, seconds = len(run.loader.batch_sampler), []
+    steps, seconds = len(run.sampler), []
     for samples, packed in itertools.islice(iter(run.loader), DRY_RUN_STEPS):
         began = time.monotonic()
         samples, targets = to_device(samples, packed, run.device, **run.normalization)
@@ -235,39 +238,40 @@ def save(run: Run, names: list[str]) -> None:
     barrier()
 
 
-def checkpoint_state(run: Run) -> dict[str, Any]:
+def checkpoint_state(run: Run) -> Checkpoint:
     """Everything that an exact resume needs. `epoch` is the last finished one, as published."""
     model = unwrap_model(run.model)
-    frozen = {name: part.state_dict() for name, part in model.frozen_parts().items()}
-    return {
-        "model": model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "lr_scheduler": run.scheduler.state_dict(),
-        "epoch": run.epoch - 1,
-        "batch": run.batch,
-        "averages": run.averages.state(),
-        "pending": run.pending,
-        "best": run.best,
-        "seconds": run.seconds,
-        "world_size": get_world_size(),
-        "position_unit": position_unit(run),
-        "random_states": all_gather_object(random_states()),
+    return Checkpoint(
+        model=model.state_dict(),
+        frozen={name: part.state_dict() for name, part in model.frozen_parts().items()} or None,
+        optimizer=run.optimizer.state_dict(),
+        lr_scheduler=run.scheduler.state_dict(),
+        epoch=run.epoch - 1,
+        batch=run.batch,
+        averages=run.averages.state(),
+        pending=run.pending,
+        best=run.best,
+        seconds=run.seconds,
+        world_size=get_world_size(),
+        position_unit=position_unit(run),
+        random_states=all_gather_object(random_states()),
+        normalization=dict(run.normalization),
+        version=VERSION,
         **run.checkpoint_extras,
-        **({"frozen": frozen} if frozen else {}),
-    }
+    )
 
 
-def continue_run(run: Run, checkpoint: Mapping[str, Any]) -> None:
+def continue_run(run: Run, checkpoint: Checkpoint) -> None:
     """Restores optimizer, schedule, position and random states. A checkpoint of weights alone starts at
     `--start_epoch`.
 
     Raises:
         UserError: its schedule counts iterations and this run's epochs, or the other way round.
     """
-    if not all(name in checkpoint for name in ("optimizer", "lr_scheduler", "epoch")):
+    if not checkpoint.can_resume:
         log.info("the checkpoint holds weights only: a new optimizer, from epoch %d", run.epoch + 1)
         return
-    if bool(run.max_iters) != bool(checkpoint.get("args", {}).get("max_iters")):
+    if bool(run.max_iters) != bool(checkpoint.args.get("max_iters")):
         counted = "epochs" if run.max_iters else "iterations"
         raise UserError(
             f"--max_iters: the schedule of this checkpoint counts {counted}; resume it with the same kind of schedule"
@@ -279,12 +283,14 @@ def continue_run(run: Run, checkpoint: Mapping[str, Any]) -> None:
     log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, where)
 
 
-def _restore_position(run: Run, checkpoint: Mapping[str, Any]) -> None:
+def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
     """Counterpart of `checkpoint_state`, without model and optimizer."""
-    run.epoch, run.batch = checkpoint["epoch"] + 1, checkpoint.get("batch", 0)
-    run.averages, run.best = Averages(checkpoint.get("averages")), checkpoint.get("best", -1.0)
-    run.pending, run.seconds = checkpoint.get("pending"), checkpoint.get("seconds", 0.0)
-    states = checkpoint.get("random_states", [])
+    assert checkpoint.epoch is not None  # of a checkpoint that can be resumed
+    run.epoch, run.batch = checkpoint.epoch + 1, checkpoint.batch or 0
+    run.averages, run.pending = Averages(checkpoint.averages), checkpoint.pending
+    run.best = -1.0 if checkpoint.best is None else checkpoint.best
+    run.seconds = checkpoint.seconds or 0.0
+    states = checkpoint.random_states or []
     if len(states) == get_world_size():
         set_random_states(states[get_rank()])
     elif states:
@@ -293,10 +299,10 @@ def _restore_position(run: Run, checkpoint: Mapping[str, Any]) -> None:
             len(states),
             get_world_size(),
         )
-    if run.batch and checkpoint.get("position_unit") != position_unit(run):
+    if run.batch and checkpoint.position_unit != position_unit(run):
         log.info(
             "images, batch size or processes are not those of the checkpoint (%s, now %s): the epoch starts over",
-            checkpoint.get("position_unit"),
+            checkpoint.position_unit,
             position_unit(run),
         )
         run.batch, run.averages = 0, Averages()
@@ -304,4 +310,4 @@ def _restore_position(run: Run, checkpoint: Mapping[str, Any]) -> None:
 
 def position_unit(run: Run) -> list[int]:
     """What a batch number counts: (images of the dataset, images of a global batch)."""
-    return [len(run.loader.dataset), run.loader.batch_sampler.batch_size * get_world_size()]
+    return [len(cast(Sized, run.loader.dataset)), run.sampler.batch_size * get_world_size()]

@@ -1,37 +1,50 @@
-"""Pages of training samples: as the model gets them, after augmentation, collation and normalisation, and what it finds
-in them.
+"""Pictures of training: samples as the model gets them, the query patches that a pretext finds, and DETReg's panels of
+proposals, predicted and ground-truth boxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from datasets import build_dataset
 from datasets.collate import collate, normalize, separate_views, to_device
-from datasets.images.image_folder import cut_box
-from datasets.sample import SampleDataset
+from datasets.images.image_folder import ImageFile, cut_box, read_image
+from datasets.images.unlabelled import unlabelled_images
+from datasets.proposals import Selected, build_proposals
+from datasets.sample import BadImageError, SampleDataset
+from predictor import Predictor
 from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import is_main_process
 from util.errors import UserError
 from util.logger import log
-from util.plots.pages import patch_page, sample_page
+from util.plots.pages import panel_page, patch_page, sample_page
+from util.random_state import SampleRandom
+from util.settings import Settings
 
-SHOWN = 8
+SHOWN = 8  # images on a page
+FEW = 10  # boxes drawn in an image for which no annotation says how many objects there are
 STRIPES = 12  # pixels from one stripe of the padding to the next
 
 
 def draw_samples(
-    folder: Path | None, dataset: SampleDataset, batch_size: int, epoch: int, normalization: dict, count: int = SHOWN
+    folder: Path | None,
+    dataset: SampleDataset,
+    batch_size: int,
+    epoch: int,
+    normalization: Mapping[str, Sequence[float]],
+    count: int = SHOWN,
 ) -> None:
-    """Writes samples.png: `count` images from all over the data set as `epoch` augments them, in batches of
+    """Writes samples.png: `count` images from all over the dataset as `epoch` augments them, in batches of
     `batch_size`.
 
     They are read beside the loader, whose order and random states are left alone: augmentation depends on (seed, epoch,
-    index) only. Real batches have other neighbours, and so other padding. A page that can't be drawn is said, and
-    training goes on.
+    index) only. Real batches have other neighbours, and so other padding. A page that can't be drawn is logged, and
+    training continues.
     """
     if folder is None or not is_main_process():
         return
@@ -47,7 +60,7 @@ def draw_samples(
 
 
 def _spread(length: int, count: int) -> list[int]:
-    """`count` indices from all over a data set, or all there are."""
+    """`count` indices from all over a dataset, or all there are."""
     return [i * length // count for i in range(count)] if length > count else list(range(length))
 
 
@@ -103,7 +116,7 @@ class Found:
 
 @torch.no_grad()
 def find_patches(
-    model: nn.Module, sample: tuple[Tensor, dict], normalization: dict, device: torch.device
+    model: Any, sample: tuple[Tensor, dict], normalization: Mapping[str, Sequence[float]], device: torch.device
 ) -> list[Found]:
     """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are; of two views, where the
     regions of each are in the other. Random states stay as they were."""
@@ -131,9 +144,9 @@ def _patches(image: Tensor, target: dict) -> list[np.ndarray]:
 
 def draw_found_patches(
     folder: Path | None,
-    model: nn.Module,
+    model: Any,
     dataset: SampleDataset,
-    normalization: dict,
+    normalization: Mapping[str, Sequence[float]],
     device: torch.device,
     count: int = 4,
 ) -> None:
@@ -151,3 +164,55 @@ def draw_found_patches(
         patch_page(rows, folder / "patches.png")
     except UserError as error:
         log.warning("no page of patches: %s", error)
+
+
+# ----------------------------------------------------------------------------------- proposals, objects, ground truth
+
+
+def draw_objects(
+    predictor: Predictor, settings: Settings, path: Path, *, labelled: Settings | None = None, count: int = SHOWN
+) -> Path:
+    """Draws proposals, the boxes that look most like objects to the model, and the ground truth where it is known.
+
+    Args:
+        predictor: class-agnostic.
+        settings: of the pretext: its proposals, and its images unless there are labelled ones.
+        path: of the PNG file.
+        labelled: settings of labelled images, whose validation images are drawn.
+        count: images to draw. As many boxes are drawn in each as it has objects.
+    """
+    proposals = Selected(build_proposals(settings.replace(cache_path="")), settings.strategy, settings.max_prop)
+    rows = []
+    for index, (file, name, boxes) in enumerate(_images(settings, labelled, count)):
+        try:
+            image = read_image(file)
+        except BadImageError as error:
+            log.warning("skipped %s: %s", name, error)
+            continue
+        pixels, drawn = image.permute(1, 2, 0).numpy(), FEW if boxes is None else max(len(boxes), 1)
+        found = predictor(image, threshold=0.0)
+        proposed = proposals(image, SampleRandom.of(settings.seed, 0, index), name)[:drawn]
+        row = [
+            ("proposals", pixels, _drawn(proposed)),
+            ("most object-like", pixels, _drawn(found.boxes[:drawn], found.scores[:drawn])),
+        ]
+        if boxes is not None:
+            height, width = image.shape[1:]
+            row.append(("ground truth", pixels, _drawn(boxes * torch.tensor([width, height] * 2))))
+        rows.append(row)
+    return panel_page(rows, path)
+
+
+def _images(settings: Settings, labelled: Settings | None, count: int) -> list[tuple[ImageFile, str, Tensor | None]]:
+    """(file, name, ground-truth boxes_xyxy relative to the image, None if unknown) of the first images."""
+    if labelled is None:
+        images = unlabelled_images("val", settings)
+        return [(images.file(i), images.name(i), None) for i in range(min(count, len(images)))]
+    dataset = build_dataset("val", labelled, any_class_count=True)
+    shown = range(min(count, len(dataset)))
+    names = dataset.annotations.file_names
+    return [(dataset.path(i), names[i], box_cxcywh_to_xyxy(dataset[i][1]["boxes"])) for i in shown]
+
+
+def _drawn(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict[str, Any]:
+    return {"boxes": np.asarray(boxes_xyxy_abs), "labels": None, "scores": None if scores is None else scores.tolist()}
