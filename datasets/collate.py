@@ -1,60 +1,13 @@
-"""Batches: images padded to one size as uint8, targets packed into a few tensors, normalisation on the device."""
+"""Batches: images padded to one size as uint8, packed targets, normalisation on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from util.nested_tensor import NestedTensor
-
-Problem = tuple[str, str]
-
-
-@dataclass
-class PackedTargets:
-    """The targets of a batch with ONE tensor a key, since each tensor that a worker sends costs a shared-memory handle.
-
-    tensors: key -> the rows of all images one after the other, [sum of rows, ...].
-    rows: key -> rows of each image; on the host, so that counting objects never asks a device.
-    problems: (path, reason) of each image that could not be used and was replaced.
-    """
-
-    tensors: dict[str, Tensor]
-    rows: dict[str, list[int]]
-    problems: list[Problem] = field(default_factory=list)
-
-    @classmethod
-    def pack(cls, targets: Sequence[dict[str, Any]]) -> "PackedTargets":
-        """Packs dicts of tensors with equal keys; `problems`, where a target has it, is kept aside.
-
-        Raises:
-            ValueError: targets whose tensor keys differ.
-        """
-        problems = [problem for target in targets for problem in target.get("problems", [])]
-        keys = [key for key in targets[0] if key != "problems"]
-        for target in targets:
-            if set(target) - {"problems"} != set(keys):
-                raise ValueError(f"targets of one batch have different keys: {sorted(target)} and {sorted(targets[0])}")
-        tensors = {key: torch.cat([target[key] for target in targets]) for key in keys}
-        return cls(tensors, {key: [len(target[key]) for target in targets] for key in keys}, problems)
-
-    def unpack(self) -> list[dict[str, Tensor]]:
-        """One dict an image; the tensors are views of the packed ones."""
-        columns = {key: tensor.split(self.rows[key]) for key, tensor in self.tensors.items()}
-        return [{key: column[i] for key, column in columns.items()} for i in range(len(self))]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
-        moved = {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in self.tensors.items()}
-        return PackedTargets(moved, self.rows, self.problems)
-
-    def pin_memory(self) -> "PackedTargets":
-        pinned = {key: tensor.pin_memory() for key, tensor in self.tensors.items()}
-        return PackedTargets(pinned, self.rows, self.problems)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.rows.values())))
+from util.packed_targets import PackedTargets
 
 
 def separate_views(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -109,10 +62,10 @@ def normalize(samples: NestedTensor, mean: Sequence[float], std: Sequence[float]
 
 def to_device(
     samples: NestedTensor, targets: PackedTargets, device: torch.device, mean: Sequence[float], std: Sequence[float]
-) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+) -> tuple[NestedTensor, PackedTargets]:
     """Copies a batch to the device and normalises images and patches there."""
     samples = normalize(samples.to(device, non_blocking=True), mean, std)
     targets = targets.to(device, non_blocking=True)
     if "patches" in targets.tensors:
         targets.tensors["patches"] = normalize_images(targets.tensors["patches"], mean, std)
-    return samples, targets.unpack()
+    return samples, targets

@@ -1,14 +1,17 @@
 """The base of all datasets: samples by (epoch, index), and what happens when an image is bad."""
 
-from argparse import Namespace
+import functools
 from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datasets.evaluators.coco import CocoEvaluator, GroundTruth, ground_truth_of
 from datasets.evaluators.detections import Detections
+from datasets.labelled.annotations import read_json
 from util.errors import UserError
 from util.random_state import SampleRandom
+from util.settings import Settings
 
 Target = dict[str, Any]
 Key = int | tuple[int, int]
@@ -23,15 +26,24 @@ class SampleDataset(Dataset):
     """Turns `load(index, rng)` of a subclass into `dataset[index]` and `dataset[(epoch, index)]`.
 
     Where `load` raises BadImageError the next index is used, with the random state of the one that was asked for, and
-    the target gets `problems`: [(path, reason), ...]. In evaluation it is used so too: the next image then counts twice
+    the target gets `problems`: [(path, reason), ...]. The same happens in evaluation: the next image then counts twice
     in the losses, and once in the metrics, which go by image ids and take the objects of the bad image for missed.
     A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
     """
 
     category_ids: dict[int, int] | None = None  # of labels in the annotation file, where labels are not these ids
 
+    # Of labelled datasets alone.
+    num_classes: int
+    class_names: dict[int, str]
+    annotations: Any
+    annotation_file: Any
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def path(self, index: int) -> str:
         """Path of the image file."""
@@ -49,17 +61,23 @@ class SampleDataset(Dataset):
         """Changes whenever the files or the annotations do: kept with each run."""
         raise NotImplementedError
 
-    def truth(self) -> str | dict[str, Any]:
-        """What a COCO evaluator compares a labelled data set with: an annotation file or its content."""
-        return self.annotation_file
+    def validate(self, image_set: str) -> None:
+        """Of a labelled dataset: refuses for training ("train") or evaluation ("val") what reading only noted down.
 
-    def evaluator(self, args: Namespace) -> Detections:
-        """A new evaluator of a labelled data set. Its `summarize` gives "stats", AP first, and "per_class" as
+        Raises:
+            UserError: such as images without a file in evaluation, which would falsify every metric.
+        """
+
+    @functools.cached_property
+    def ground_truth(self) -> GroundTruth:
+        """What COCO evaluators compare detections on a labelled dataset with; made once, shared by all of them."""
+        return ground_truth_of(read_json(self.annotation_file))
+
+    def evaluator(self, settings: Settings) -> Detections:
+        """A new evaluator of a labelled dataset. Its `summarize` gives "stats", AP first, and "per_class" as
         `CocoEvaluator` has it.
         """
-        from datasets.evaluators.coco import CocoEvaluator  # which reads annotations, and these need this file
-
-        return CocoEvaluator(self.truth(), args.coco_evaluator, self.category_ids)
+        return CocoEvaluator(self.ground_truth, settings.coco_evaluator, self.category_ids)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
         """

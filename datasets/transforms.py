@@ -2,7 +2,7 @@
 
 `draw(rng, size_hw)` returns plain parameters and asks no pixel; since a draw may depend on the image size (a crop after
 a resize), `output_size` says what a transform makes of it. `apply(image, target, parameters)` is deterministic. Images
-are uint8 tensors [3, H, W] (fast) or PIL images (equal to the published numbers to the last bit); pixels, boxes and
+are uint8 tensors [3, H, W] (fast) or PIL images (bit-exact with the published numbers); pixels, boxes and
 masks go through torchvision.transforms.v2. While transforms run, `target["boxes"]` is float32 [N, 4], (x0, y0, x1, y1)
 in pixels.
 
@@ -109,24 +109,6 @@ def crop(image: Picture, target: Target, region: tuple[int, int, int, int]) -> t
             if key in target:
                 target[key] = target[key][kept]
     return F.crop(image, top, left, height, width), target
-
-
-def pad(image: Picture, target: Target, right: int, bottom: int) -> tuple[Picture, Target]:
-    """Adds black columns at the right and rows at the bottom; boxes stay where they are.
-
-    Part of the published transforms; no recipe here draws it, the golden tests check it.
-    """
-    height, width = size_hw(image)
-    target = _with_size(target, (height + bottom, width + right))
-    if "masks" in target:
-        target["masks"] = F.pad(target["masks"], [0, 0, right, bottom])
-    return F.pad(image, [0, 0, right, bottom]), target
-
-
-def center_region(size: Size, crop_size: Size) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the middle of an image, for `crop`; published, checked, used by no recipe here."""
-    (height, width), (crop_height, crop_width) = size, crop_size
-    return round((height - crop_height) / 2), round((width - crop_width) / 2), crop_height, crop_width
 
 
 class Transform:

@@ -1,6 +1,22 @@
-"""The 80 categories of COCO detection: the published files of detectors were trained with these ids as rows and hold no
-names.
+"""What COCO detection defines: the names of its metrics, and its 80 categories. Published detectors were trained with
+the category ids as rows of their class heads, and their files hold no names.
 """
+
+BBOX_METRICS = (  # in the order of pycocotools
+    "AP",
+    "AP50",
+    "AP75",
+    "AP small",
+    "AP medium",
+    "AP large",
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR small",
+    "AR medium",
+    "AR large",
+)
+CLASS_METRICS = BBOX_METRICS[:3]  # of a single class
 
 NUM_CLASSES = 91  # rows of their class heads, "no object" not counted: the largest id + 1
 
@@ -95,6 +111,6 @@ _NAMES = (
     "teddy bear",
     "hair drier",
     "toothbrush",
-)  # from id 1; empty: an id that COCO left out
+)  # from id 1; empty: an id that COCO skips
 
 NAMES: dict[int, str] = {number: name for number, name in enumerate(_NAMES, start=1) if name}

@@ -12,10 +12,10 @@ import numpy as np
 
 from datasets.evaluators.detections import Detections
 from datasets.labelled.annotations import Annotations
+from util.coco import CLASS_METRICS
 
 METRICS = ("11point", "area")
 THRESHOLDS = np.arange(50, 100, 5) / 100
-STAT_NAMES = ("AP", "AP50", "AP75")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class VocEvaluator(Detections):
     ) -> None:
         super().__init__(annotations.image_ids.tolist(), category_ids)
         self.annotations, self.metric, self.published = annotations, metric, reproduce_published
-        self._image_of = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+        self._image_of = annotations.image_of
 
     def summarize(self) -> dict[str, Any]:
         """{"stats": AP, AP50 and AP75 of the chosen metric, "voc_11point" and "voc_area": the same three of each,
@@ -69,7 +69,7 @@ class VocEvaluator(Detections):
                 "id": label,
                 "name": self.annotations.class_names[label],
                 "objects": self._objects(label).count,
-                **dict(zip(STAT_NAMES, _stats([table[self.metric]]), strict=True)),
+                **dict(zip(CLASS_METRICS, _stats([table[self.metric]]), strict=True)),
             }
             for label, table in tables.items()
         ]

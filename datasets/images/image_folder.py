@@ -131,8 +131,7 @@ class ImageFolder(ImageFiles):
     (`datasets.images.tar_shards.expand`).
 
     Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in
-    `skipped`; hidden folders are not looked into. The main process looks, the others get what it found. A large folder
-    is looked up once (`datasets.images.listing`).
+    `skipped`; hidden folders are not entered. Rank 0 lists the folder, the others get what it found.
 
     Raises:
         UserError: nothing there, or no image in it; tar files that can't be used.

@@ -1,10 +1,10 @@
-"""Images inside of tar files, in the layout of WebDataset, read where they lie.
+"""Images in tar files, in the layout of WebDataset, read in place.
 
-WebDataset itself streams shards one after the other and mixes what passes by: there is no k-th sample of an epoch, so
-that a run could not go on where it stopped, nor would W processes see what one sees. Here `tarfile` of Python says once
-where each member begins; then any image is one seek and one read, as from a folder, and the same sampler, seeds and
-proposals serve both. The price: a tar file must not be compressed as a whole, and reads are in random order, which a
-hard disk is slow at.
+WebDataset itself streams shards one after the other and shuffles in a buffer: an epoch has no k-th sample, so a run
+could not resume where it stopped, and W processes would not see what one sees. Here Python's `tarfile` says at the
+start where each member begins; then any image is one seek and one read, as from a folder, and the same sampler, seeds
+and proposals serve both. The price: a tar file must not be compressed as a whole, and reads are in random order, which
+is slow on a hard disk.
 """
 
 import glob
@@ -13,7 +13,6 @@ import os
 import posixpath
 import re
 import tarfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets.images.listing import RULE, TAR_EXTENSIONS, UNSETTLED
+from datasets.images.listing import TAR_EXTENSIONS
 from datasets.images.packed_strings import PackedStrings
 from datasets.sample import BadImageError
-from util.cache import load_arrays, save_arrays
 from util.errors import UserError
 from util.logger import Progress
 
-KIND = "shard"
 BLOCK = 512  # bytes; what a tar file consists of
 THREADS = 8  # that read headers: they mostly wait for the disk
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -126,70 +123,30 @@ def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -
     """The images in tar files below a folder. Members that are hidden or in a hidden folder, links and those with other
     extensions are skipped.
 
-    Where members lie is kept between runs, and found anew in a file whose size or one of whose times of change is
-    another one.
-
     Raises:
         UserError: a file is compressed, damaged, not whole or no tar file.
     """
     names = sorted(names, key=lambda name: f"{name}/")  # so that the images are sorted by their whole names
     paths = [os.path.join(folder, name) for name in names]
-    extension_bytes = np.frombuffer("\n".join(sorted(extensions)).encode(), dtype=np.uint8)
-    kept = [_kept(path, extension_bytes) for path in paths]
-    todo = [i for i, index in enumerate(kept) if index is None]
-    bar = Progress(len(todo), "indexing tar files")
+    shards, offsets, sizes, skipped = [], [], [], 0
+    bar = Progress(len(paths), "indexing tar files")
     with ThreadPoolExecutor(THREADS) as pool:
-        for i, index in zip(todo, pool.map(lambda i: _make(paths[i], extension_bytes), todo), strict=True):
-            kept[i] = index
+        for places, others in pool.map(lambda path: _read_headers(path, extensions), paths):
+            members = sorted(places)
+            shards.append(PackedStrings(members))
+            table = np.array([places[member] for member in members], dtype=np.int64).reshape(-1, 2)
+            offsets.append(table[:, 0])
+            sizes.append(table[:, 1])
+            skipped += others
             bar.step()
-    parts = [PackedStrings.of_arrays(index["name_bytes"], index["name_ends"]) for index in kept]
     return Shards(
         paths,
-        PackedStrings.joined([f"{name}/" for name in names], parts),
-        np.cumsum([0, *map(len, parts)]),
-        np.concatenate([index["offsets"] for index in kept]),
-        np.concatenate([index["sizes"] for index in kept]),
-        sum(int(index["skipped"]) for index in kept),
+        PackedStrings.joined([f"{name}/" for name in names], shards),
+        np.cumsum([0, *map(len, shards)]),
+        np.concatenate(offsets),
+        np.concatenate(sizes),
+        skipped,
     )
-
-
-def _state(path: str) -> np.ndarray:
-    """int64 [3]: size, time of the last change of the content and of anything. Tar files are often as large as each
-    other, and copying may set the first time back, nothing the second."""
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): check the path and its permissions") from error
-    return np.array([status.st_size, status.st_mtime_ns, status.st_ctime_ns])
-
-
-def _kept(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray] | None:
-    arrays = load_arrays(KIND, os.path.realpath(path))
-    if arrays is None or arrays.get("rule", 1) != RULE or not np.array_equal(arrays["extensions"], extension_bytes):
-        return None
-    return arrays if np.array_equal(arrays["state"], _state(path)) else None
-
-
-def _make(path: str, extension_bytes: np.ndarray) -> dict[str, np.ndarray]:
-    """The index of one tar file, kept for later runs unless the file has changed just before."""
-    began, state = time.time(), _state(path)
-    found, skipped = _read_headers(path, frozenset(extension_bytes.tobytes().decode().split("\n")))
-    names = sorted(found)
-    name_bytes, name_ends = PackedStrings(names).arrays()
-    places = np.array([found[name] for name in names], dtype=np.int64).reshape(-1, 2)
-    index = {
-        "name_bytes": name_bytes,
-        "name_ends": name_ends,
-        "offsets": places[:, 0],
-        "sizes": places[:, 1],
-        "skipped": np.array(skipped),
-        "state": state,
-        "extensions": extension_bytes,
-        "rule": np.array(RULE),
-    }
-    if state[1] <= (began - UNSETTLED) * 1e9:
-        save_arrays(KIND, os.path.realpath(path), index)
-    return index
 
 
 def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tuple[int, int]], int]:

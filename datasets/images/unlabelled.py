@@ -1,13 +1,13 @@
-"""Which images a pretext sees: a folder, a list, or the images of a labelled data set without their labels."""
+"""Which images a pretext sees: a folder, a list, or the images of a labelled dataset without their labels."""
 
 import os
-from argparse import Namespace
 
 from datasets.images.image_folder import ImageFiles, ImageFolder
 from datasets.images.packed_strings import PackedStrings
 from util.errors import UserError
 from util.logger import log
-from util.settings.registry import DATASETS, choose, load
+from util.settings import Settings
+from util.settings.registry import DATASETS, load, lookup
 
 
 class ListedImages(ImageFiles):
@@ -26,29 +26,27 @@ class ListedImages(ImageFiles):
         log.info("%d images of %s, without their labels", len(names), what)
 
 
-def unlabelled_images(image_set: str, args: Namespace) -> ImageFiles:
+def unlabelled_images(image_set: str, settings: Settings) -> ImageFiles:
     """The images of `--imagenet_path` or `--train_images` where given, else the "train" or "val" images of
     `--dataset_file`.
 
-    The data set's line in the registry says where its images are; one that does not is asked for its labelled images.
+    The dataset's line in the registry says where its images are; one that does not is asked for its labelled images.
 
     Raises:
         UserError: no images.
     """
-    own = args.imagenet_path or getattr(args, "train_images", None)
-    if own:
-        return ImageFolder(own)
-    entry = choose(DATASETS, "--dataset_file", args.dataset_file)
+    folder = settings.imagenet_path or settings.train_images
+    if folder:
+        return ImageFolder(folder)
+    entry = lookup(DATASETS, "--dataset_file", settings.dataset_file)
     if entry.images:
-        return load(entry.images)(image_set, args)
-    # Number and names of classes are the pretext's in these flags.
-    labelled = load(entry.builder)(
-        image_set, Namespace(**{**vars(args), "pretext": None, "classes": None, "num_classes": None})
-    )
+        return load(entry.images)(image_set, settings)
+    labelled = load(entry.builder)(image_set, settings)
+    labelled.validate(image_set)
     paths = [labelled.path(index) for index in range(len(labelled))]
     base = os.path.commonpath([os.path.dirname(path) for path in paths])
     return ListedImages(
         base,
         PackedStrings(sorted(os.path.relpath(path, base) for path in paths)),
-        f"--dataset_file {args.dataset_file}",
+        f"--dataset_file {settings.dataset_file}",
     )

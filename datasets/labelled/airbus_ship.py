@@ -6,7 +6,6 @@ counted from 1 down the columns. An image without ships has one line without run
 
 import os
 import warnings
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -14,45 +13,50 @@ from PIL import Image
 
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, from_columns
-from datasets.labelled.coco import ConvertedDetection, labelled_transforms, usable
-from datasets.labelled.voc import class_count
+from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from util.checkpoints.classes import Classes
 from util.errors import UserError
+from util.settings import Settings
 
 IMAGES, RUNS = "train_v2", "train_ship_segmentations_v2.csv"
 HEADER = "ImageId,EncodedPixels"
 NAMES = {0: "ship"}
-VAL_SHARE, VAL_SEED = 0.1, 42  # the same images are held out in every run, whatever --seed
+VAL_FRACTION, VAL_SEED = 0.1, 42  # the same images are held out in every run, whatever --seed
 
 
-def build_airbus_ship(image_set: str, args: Namespace) -> ConvertedDetection:
+def build_airbus_ship(image_set: str, settings: Settings, classes: Classes | None = None) -> ConvertedDetection:
     """Images of `--airbus_path`, with and without ships: a tenth, drawn once and for all, is held out ("val").
 
     Raises:
         UserError: folder or file are missing or can't be used.
     """
-    root = airbus_root(args)
-    annotations = read_runs(os.path.join(root, RUNS), os.path.join(root, IMAGES))
+    root = airbus_root(settings)
+    image_folder = os.path.join(root, IMAGES)
+    annotations = read_runs(os.path.join(root, RUNS), image_folder)
     part = held_out(len(annotations)) if image_set == "val" else ~held_out(len(annotations))
-    annotations = usable(annotations.select(np.flatnonzero(part)), os.path.join(root, IMAGES), image_set, args)
-    transforms = labelled_transforms(image_set, args)
+    annotations = annotations.select(np.flatnonzero(part))
     return ConvertedDetection(
-        os.path.join(root, IMAGES), annotations, transforms, class_count(args, len(NAMES)), seed=args.seed
+        image_folder,
+        filter_annotations(annotations, image_folder, image_set, settings),
+        labelled_transforms(image_set, settings),
+        num_classes=len(NAMES),
+        seed=settings.seed,
     )
 
 
 def held_out(count: int) -> np.ndarray:
     """bool [count]: which images, in the order of their names, are for evaluation; at least one."""
-    chosen = np.random.default_rng(VAL_SEED).choice(count, max(round(count * VAL_SHARE), 1), replace=False)
+    chosen = np.random.default_rng(VAL_SEED).choice(count, max(round(count * VAL_FRACTION), 1), replace=False)
     return np.isin(np.arange(count), chosen)
 
 
-def airbus_root(args: Namespace) -> str:
+def airbus_root(settings: Settings) -> str:
     """The folder that holds images and runs.
 
     Raises:
         UserError: it does not exist.
     """
-    root = args.airbus_path or os.path.join(args.data_root or "", "airbus-ship-detection")
+    root = settings.airbus_path or os.path.join(settings.data_root or "", "airbus-ship-detection")
     if not os.path.isdir(os.path.join(root, IMAGES)):
         raise UserError(f"{os.path.join(root, IMAGES)} is no folder: --airbus_path takes one with {IMAGES} and {RUNS}")
     return root
@@ -128,9 +132,8 @@ def decode_runs(texts: list[str], height: int, width: int, places: list[str]) ->
     if not len(texts):
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
     first, last = pairs[:, 0] - 1, pairs.sum(1) - 2
-    beyond = (
-        last // height > first // height
-    )  # a run over the end of a column holds its last pixel and the first of the next
+    # A run over the end of a column holds its last pixel and the first of the next.
+    beyond = last // height > first // height
     starts = np.concatenate([[0], np.cumsum(counts // 2)[:-1]])
     boxes = np.stack(
         [

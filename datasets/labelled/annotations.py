@@ -1,4 +1,4 @@
-"""Boxes and labels of a whole data set in a few arrays: workers share them, where Python objects would be copied."""
+"""Boxes and labels of a whole dataset in a few arrays: workers share them, where Python objects would be copied."""
 
 import contextlib
 import gc
@@ -34,9 +34,9 @@ class Annotations:
 
     image_ids int64 [I]; sizes_hw int64 [I, 2], 0 where the file does not say; boxes_xyxy_abs float32 [A, 4], not
     clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
-    findings: what is wrong with entries of the file, left out or not. difficult: bool [A], None where the format has no
+    findings: what is wrong with entries of the file, skipped or not. difficult: bool [A], None where the format has no
     such mark.
-    drawn: says of which part of its images it consists, empty: all of them. ids: int64 [A], those that the file gives
+    drawn: which part of the images this is, empty: all of them. ids: int64 [A], those that the file gives
     its objects (in VOC their numbers in their files), -1 where it has none.
     """
 
@@ -58,9 +58,9 @@ class Annotations:
         return len(self.image_ids)
 
     @property
-    def max_label(self) -> int:
-        """The largest class id that is named or used; -1 without any."""
-        return max([*self.class_names, int(self.labels.max(initial=-1))], default=-1)
+    def image_of(self) -> np.ndarray:
+        """Index of its image for each object, int64 [A]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def target(self, index: int, size_hw: tuple[int, int]) -> Record:
         """The target of an image of this size before transforms: boxes (x0, y0, x1, y1) in pixels, clipped to it."""
@@ -186,7 +186,7 @@ def parse_coco(content: Record, source: str) -> Annotations:
     """Arrays from the content of a COCO detection file; `source` names it in messages.
 
     Labels are the raw category ids. A missing `iscrowd` counts as 0, a missing `area` is that of the box. Crowds are
-    left out. Left out with a warning and their number: boxes that are not finite, without area or outside their image,
+    skipped. Skipped with a warning and their number: boxes that are not finite, without area or outside their image,
     and annotations of unlisted images.
 
     Raises:
@@ -229,7 +229,7 @@ def from_columns(
     """From one array a field, a row an object: `id` (for messages) and `image` int64, its id; `label` int64; `crowd`
     bool; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32; `difficult` bool where the format has it.
 
-    image_ids int64 [I] sorted, sizes_hw int64 [I, 2] and file_names [I] are of the images. Objects are left out as in
+    image_ids int64 [I] sorted, sizes_hw int64 [I, 2] and file_names [I] are of the images. Objects are skipped as in
     `parse_coco`.
     """
     listed = np.array(list(class_names), dtype=np.int64)
@@ -314,7 +314,7 @@ def _file_name(image: Record, source: str) -> str:
 def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
     """One array a field, rows as in the file; boxes as (x0, y0, x1, y1), added up in float32 as published."""
     boxes_xywh = [_bbox(annotation, source) for annotation in annotations]
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is left out as such
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is skipped as such
         box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
     box_area = box[:, 2] * box[:, 3]
     area = np.array([_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32)
@@ -334,7 +334,7 @@ def _number_or(value: Any, default: float) -> float:
 
 
 def _is_crowd(annotation: Record, source: str) -> bool:
-    """Crowds are left out without a word, so that a text such as "0" must not pass for one."""
+    """Crowds are skipped without a warning, so that a text such as "0" must not pass for one."""
     value = annotation.get("iscrowd") or 0
     if value not in (0, 1):
         raise UserError(
@@ -406,7 +406,7 @@ def _report(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> Non
     if dropped.any():
         annotation, image = ids[np.flatnonzero(dropped)[0]]
         log.warning(
-            "%s: %d annotations %s are left out, the first is annotation %d of image %d",
+            "%s: %d annotations %s are skipped, the first is annotation %d of image %d",
             source,
             dropped.sum(),
             what,

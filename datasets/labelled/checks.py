@@ -1,7 +1,7 @@
-"""What is wrong with a data set: the cheap part at the start of each run, and what only reading every image shows.
+"""What is wrong with a dataset: one small function for each kind of finding, and its line in a table.
 
-The cheap part works on arrays that are read already, tries a few images, and takes below two seconds for COCO. `KINDS`
-lists every kind of finding; `tools/check_dataset.py` writes them all to a file.
+The start of each run calls the checks on arrays that are read already, and tries a few images: below two seconds for
+COCO. `tools/check_dataset.py` decodes every image as well and lists all findings.
 """
 
 import filecmp
@@ -9,61 +9,41 @@ import hashlib
 import os
 import time
 import warnings
-from argparse import Namespace
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from datasets.images.image_folder import ImageFile, open_file, open_image
+from datasets.images.image_folder import ImageFile, ImageFiles, open_file, open_image
 from datasets.labelled.annotations import Annotations
 from datasets.sample import BadImageError, SampleDataset
 from util.errors import UserError
 from util.logger import log
 from util.random_state import SampleRandom
+from util.settings import Settings
 
 TRIED_IMAGES, TRIED_SECONDS = 8, 2.0  # of each split at the start of a run
 COMPARED_PAIRS = 16  # images with the same name in both splits
-TINY_SIDE = 16  # pixels; pre-training leaves out what is not larger
 EXIF_ORIENTATION = 0x0112
-
-# kind -> (how bad, what it means). A "problem" makes numbers wrong or is left out; a "warning" is worth a look; "info"
-# is only counted.
-KINDS: dict[str, tuple[str, str]] = {
-    "unusable": ("problem", "the data set can't be read at all"),
-    "image absent": ("problem", "listed, but there is no such file"),
-    "image unreadable": ("problem", "can't be decoded; training takes the next image instead"),
-    "image tiny": ("problem", f"a side of {TINY_SIDE} pixels or less"),
-    "size differs": ("problem", "pixels are not those that the annotations state; training leaves the image out"),
-    "shared image": ("problem", "the same pixels in training and validation"),
-    "image not listed": ("problem", "an annotation of an image that the file does not list"),
-    "box not finite": ("problem", "NaN or infinity in a box, which is left out"),
-    "box without area": ("problem", "width or height of 0 or less; the box is left out"),
-    "box outside image": ("problem", "nothing of the box is in its image; it is left out"),
-    "category not listed": (
-        "problem",
-        "a class that the file does not list is not evaluated; own data with one are refused",
-    ),
-    "category out of range": ("problem", "needs a larger --num_classes"),
-    "more objects than queries": ("problem", "needs a larger --num_queries"),
-    "box partly outside": ("warning", "cut to its image in training"),
-    "box twice": ("warning", "the same class and box twice in an image"),
-    "file name twice": ("warning", "two entries of one file"),
-    "duplicate image": ("warning", "the same pixels twice in a split"),
-    "rotated by EXIF": ("warning", "viewers turn it, training takes the pixels as they are stored: compare its boxes"),
-    "classes differ": ("warning", "the classes of training and validation do not agree"),
-    "other extension": ("info", "the file's format is not what its name says; it is read all the same"),
-    "no objects": ("info", "an image without boxes"),
-}
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One finding: its kind (a key of KINDS), split ("train" or "val"), file, ids where there are any, and what was
-    seen.
-    """
+class ImageFacts:
+    """What decoding a file shows: (height, width) and a digest of the pixels as `open_image` gives them, the EXIF
+    orientation that it ignores (1: none); or the error."""
+
+    size_hw: tuple[int, int] = (0, 0)
+    digest: bytes = b""
+    orientation: int = 1
+    error: str = ""
+
+
+class Problem(NamedTuple):
+    """One finding: kind (a key of KINDS), split ("train" or "val"), file, what was seen, and ids where known."""
 
     kind: str
     split: str
@@ -74,37 +54,287 @@ class Problem:
 
     @property
     def severity(self) -> str:
-        return KINDS[self.kind][0]
+        return KINDS[self.kind].severity
+
+    def __str__(self) -> str:
+        ids = {"image": self.image_id, "annotation": self.annotation_id}
+        parts = [self.file, *(f"{name} {number}" for name, number in ids.items() if number is not None), self.detail]
+        return ", ".join(part for part in parts if part)
 
 
-# ---------------------------------------------------------------------------------------------------- at the start of a
-# run
+@dataclass
+class Split:
+    """The images of "train" or "val". num_queries, num_classes: as many objects and classes as the detector can find.
+
+    facts: of each image, empty where only annotations are checked.
+    """
+
+    name: str
+    images: SampleDataset | ImageFiles
+    num_queries: int = 0
+    num_classes: int = 0
+    facts: list[ImageFacts] = field(default_factory=list)
+
+    @cached_property
+    def annotations(self) -> Annotations | None:
+        """None of unlabelled images."""
+        found = getattr(self.images, "annotations", None)
+        return found if isinstance(found, Annotations) else None
+
+    def file(self, index: int) -> ImageFile:
+        """What is decoded, where that is not the path: an image may lie in a tar file."""
+        return self.images.file(index) if isinstance(self.images, ImageFiles) else self.images.path(index)
+
+    def problem(self, index: int, detail: str = "") -> Problem:
+        """Of one image; `run_checks` adds the kind."""
+        image_id = int(self.annotations.image_ids[index]) if self.annotations is not None else None
+        return Problem("", self.name, self.images.path(index), detail, image_id)
 
 
-def check_at_start(train: SampleDataset | None, val: SampleDataset | None, args: Namespace) -> dict[str, object]:
-    """The cheap part; logs a line for each thing that a user should know, and returns the facts for `args.json`.
+# ------------------------------------------------------------------------------------------------------------ images
 
-    `train` is None in evaluation, `val` in pre-training. Data sets without an attribute `annotations` are only tried.
+
+def unreadable(split: Split) -> Iterator[Problem]:
+    return (split.problem(index, facts.error) for index, facts in enumerate(split.facts) if facts.error)
+
+
+def _readable(split: Split) -> Iterator[tuple[int, ImageFacts]]:
+    return ((index, facts) for index, facts in enumerate(split.facts) if not facts.error)
+
+
+def size_differs(split: Split) -> Iterator[Problem]:
+    """Sizes of 0: the annotations do not state them."""
+    if split.annotations is None:
+        return
+    for index, facts in _readable(split):
+        listed, found = tuple(split.annotations.sizes_hw[index].tolist()), facts.size_hw
+        if all(listed) and listed != found:
+            turned = facts.orientation > 1 and listed == found[::-1]
+            hint = " (as if turned by EXIF: annotate or save it as stored)" if turned else ""
+            yield split.problem(index, f"{found[1]} x {found[0]} pixels, listed as {listed[1]} x {listed[0]}{hint}")
+
+
+def rotated_by_exif(split: Split) -> Iterator[Problem]:
+    for index, facts in _readable(split):
+        if facts.orientation > 1:
+            yield split.problem(index, f"orientation {facts.orientation}")
+
+
+def duplicates(split: Split) -> Iterator[Problem]:
+    for first, *others in same_pixels(split).values():
+        for other in others:
+            yield split.problem(other, f"as {split.images.path(first)}")
+
+
+def same_pixels(split: Split) -> dict[bytes, list[int]]:
+    """Digest -> indices of the images with these pixels, in order."""
+    groups: dict[bytes, list[int]] = {}
+    for index, facts in _readable(split):
+        groups.setdefault(facts.digest, []).append(index)
+    return groups
+
+
+# ------------------------------------------------------------------------------------------------------- annotations
+
+
+def found_in_reading(kind: str, split: Split) -> Iterator[Problem]:
+    """What `datasets.labelled.annotations` noted down."""
+    ids, names = split.annotations.findings.get(kind, (np.zeros((0, 2)), ()))
+    for (annotation_id, image_id), name in zip(ids.tolist(), names, strict=True):
+        file = os.path.join(split.images.image_folder, name) if name else split.annotations.source
+        yield Problem("", split.name, file, "", image_id, annotation_id if annotation_id >= 0 else None)
+
+
+def out_of_range(split: Split) -> Iterator[Problem]:
+    labels = split.annotations.labels
+    for row in np.flatnonzero(labels >= split.num_classes):
+        detail = f"category id {labels[row]}, --num_classes {split.num_classes}"
+        yield split.problem(split.annotations.image_of[row], detail)
+
+
+def too_many_objects(split: Split) -> Iterator[Problem]:
+    """The image with the most objects first."""
+    counts = np.diff(split.annotations.offsets)
+    over = np.flatnonzero(counts > split.num_queries)
+    for index in over[np.argsort(-counts[over], kind="stable")]:
+        yield split.problem(index, f"{counts[index]} objects, --num_queries {split.num_queries}")
+
+
+def box_twice(split: Split) -> Iterator[Problem]:
+    annotations = split.annotations
+    bits = (annotations.boxes_xyxy_abs + 0).view(np.int32)  # + 0: there are two zeros
+    rows = np.column_stack([annotations.image_of, annotations.labels, bits])
+    hashes = rows @ np.random.default_rng(0).integers(2**62, size=6)  # one number sorts faster than six
+    _, groups, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    seen: set[tuple[int, ...]] = set()
+    for row in np.flatnonzero(counts[groups] > 1):
+        key = tuple(rows[row].tolist())
+        if key not in seen:
+            seen.add(key)
+            continue
+        x0, y0, x1, y1 = annotations.boxes_xyxy_abs[row].tolist()
+        name = annotations.class_names[int(annotations.labels[row])]
+        detail = f"{name}, bbox [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}]"
+        yield split.problem(annotations.image_of[row], detail)
+
+
+def file_twice(split: Split) -> Iterator[Problem]:
+    """One problem for each file, at the second image that lists it."""
+    images: dict[str, list[int]] = {}
+    for index, name in enumerate(split.annotations.file_names):
+        images.setdefault(name, []).append(index)
+    for first, *others in images.values():
+        if others:
+            detail = f"also image {split.annotations.image_ids[first]}" + (", ..." if others[1:] else "")
+            yield split.problem(others[0], detail)
+
+
+def no_objects(split: Split) -> Iterator[Problem]:
+    return (split.problem(index) for index in np.flatnonzero(np.diff(split.annotations.offsets) == 0))
+
+
+# ---------------------------------------------------------------------------------------------- training and validation
+
+
+def shared_images(train: Split, val: Split) -> Iterator[Problem]:
+    """By pixels where all images were decoded; else a few of those with one name in both splits are compared, since
+    many datasets number both from 1.
+    """
+    pairs = _same_pixels_pairs(train, val) if train.facts and val.facts else _same_file_pairs(train, val)
+    for in_train, in_val in pairs:
+        yield val.problem(in_val, f"as {train.problem(in_train)}")
+
+
+def _same_pixels_pairs(train: Split, val: Split) -> Iterator[tuple[int, int]]:
+    in_train = same_pixels(train)
+    for digest, indices in same_pixels(val).items():
+        if digest in in_train:
+            yield from ((in_train[digest][0], index) for index in indices)
+
+
+def _same_file_pairs(train: Split, val: Split) -> list[tuple[int, int]]:
+    """All pairs with one name if those that are compared are all the same, else the same ones of these."""
+    rows = {os.path.basename(name): row for row, name in enumerate(train.annotations.file_names)}
+    names = [os.path.basename(name) for name in val.annotations.file_names]
+    pairs = [(rows[name], row) for row, name in enumerate(names) if name in rows]
+    chosen = np.unique(np.linspace(0, len(pairs) - 1, COMPARED_PAIRS).astype(int)) if pairs else []
+    same = [pairs[i] for i in chosen if same_file(train.images.path(pairs[i][0]), val.images.path(pairs[i][1]))]
+    return pairs if same and len(same) == len(chosen) else same
+
+
+def same_file(first: str, second: str) -> bool:
+    """Whether two files are one, or have the same content; False where one can't be read."""
+    try:
+        return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
+    except OSError:
+        return False
+
+
+def classes_differ(train: Split, val: Split) -> Iterator[Problem]:
+    names, others = train.annotations.class_names, val.annotations.class_names
+    for label, name in others.items():
+        if names.get(label, name) != name:
+            detail = f"class {label} is '{names[label]}' in {train.annotations.source} and '{name}' here"
+            yield Problem("", val.name, val.annotations.source, detail)
+
+    missing = [others[label] for label in np.setdiff1d(val.annotations.labels, train.annotations.labels).tolist()]
+    if missing:
+        some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
+        detail = f"{len(missing)} classes have boxes here and none in {train.annotations.source}: {some}"
+        yield Problem("", val.name, val.annotations.source, detail)
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+class Check(NamedTuple):
+    """severity: a "problem" makes metrics wrong or is skipped; a "warning" is worth a look; "info" is only counted.
+    find: problems of a split, or of training and validation; None: reading has noted them down (`found_in_reading`).
+    """
+
+    kind: str
+    severity: str
+    find: Callable[..., Iterator[Problem]] | None
+    meaning: str
+
+
+IMAGE_CHECKS = (
+    Check("image unreadable", "problem", unreadable, "can't be decoded; training takes the next image instead"),
+    Check("size differs", "problem", size_differs, "not the size in the annotations; training skips the image"),
+    Check("duplicate image", "warning", duplicates, "the same pixels twice in a split"),
+    Check("rotated by EXIF", "warning", rotated_by_exif, "training takes the pixels as stored: compare its boxes"),
+)
+ANNOTATION_CHECKS = (
+    Check("unusable", "problem", None, "the dataset can't be read at all"),
+    Check("image absent", "problem", None, "listed, but there is no such file"),
+    Check("image not listed", "problem", None, "an annotation of an image that the file does not list"),
+    Check("box not finite", "problem", None, "NaN or infinity in a box, which is skipped"),
+    Check("box without area", "problem", None, "width or height of 0 or less; the box is skipped"),
+    Check("box outside image", "problem", None, "nothing of the box is in its image; it is skipped"),
+    Check("category not listed", "problem", None, "not evaluated; --dataset_file custom refuses the file"),
+    Check("category out of range", "problem", out_of_range, "needs a larger --num_classes"),
+    Check("more objects than queries", "problem", too_many_objects, "needs a larger --num_queries to find them"),
+    Check("box partly outside", "warning", None, "clipped to its image in training"),
+    Check("box twice", "warning", box_twice, "the same class and box twice in an image"),
+    Check("file name twice", "warning", file_twice, "several images list one file: keep one entry"),
+    Check("no objects", "info", no_objects, "an image without boxes"),
+)
+PAIR_CHECKS = (
+    Check("shared image", "problem", shared_images, "in both splits, AP will be too good: remove it from one"),
+    Check("classes differ", "warning", classes_differ, "AP will mean little: use one list of categories"),
+)
+SEVERITIES = ("problem", "warning", "info")
+CHECKS = sorted((*IMAGE_CHECKS, *ANNOTATION_CHECKS, *PAIR_CHECKS), key=lambda check: SEVERITIES.index(check.severity))
+KINDS = {check.kind: check for check in CHECKS}
+LOGGED_IN_READING = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
+
+
+def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> list[Problem]:
+    """Everything that is found, the worst kinds first. Splits without `facts` have no findings in their images."""
+    labelled = [split for split in splits if split.annotations is not None]
+    problems = []
+    for check in checks:
+        if check in PAIR_CHECKS:
+            calls = [labelled] if len(labelled) == 2 else []
+        else:
+            calls = [[split] for split in (splits if check in IMAGE_CHECKS else labelled)]
+        for given in calls:
+            found = check.find(*given) if check.find else found_in_reading(check.kind, *given)
+            problems += [problem._replace(kind=check.kind) for problem in found]
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------ at the start of a run
+
+
+def check_at_start(train: SampleDataset | None, val: SampleDataset | None, settings: Settings) -> dict[str, object]:
+    """The checks that need no image, and a few images; logs a line for each kind of finding, and returns the facts for
+    `settings.json`.
+
+    `train` is None in evaluation, `val` in pre-training. Datasets without an attribute `annotations` are only tried.
 
     Raises:
         UserError: none of the images that were tried can be used, or there is no box to train on.
     """
-    splits = {name: dataset for name, dataset in (("train", train), ("val", val)) if dataset is not None}
-    facts: dict[str, object] = {}
-    warned: list[str] = []
-    told = 0  # what reading the annotations has warned of already
-    for name, dataset in splits.items():
-        warned += try_images(dataset)
-        facts[name] = {"images": len(dataset)}
-        if is_labelled(dataset):
-            facts[name].update(describe(dataset.annotations))
-            told += len(dataset.annotations.findings.keys() - {"box partly outside"})
-            warned += _check_annotations(dataset.annotations, name == "train", args.num_queries)
-    if len(splits) == 2 and all(map(is_labelled, splits.values())):
-        warned += compare_classes(train, val) + shared_images(train, val)
+    splits = [
+        Split(name, dataset, settings.num_queries, getattr(dataset, "num_classes", 0))
+        for name, dataset in (("train", train), ("val", val))
+        if dataset is not None
+    ]
+    facts: dict[str, object] = {split.name: {"images": len(split.images)} for split in splits}
+    warned = [line for split in splits for line in try_images(split.images)]
+    already = 0  # what reading the annotations has warned of
+    for split in splits:
+        if split.annotations is not None:
+            facts[split.name].update(describe(split.annotations))
+            already += len(split.annotations.findings.keys() & LOGGED_IN_READING)
+            warned += _no_boxes(split)
+    checks = [check for check in CHECKS if check.severity != "info" and check.kind not in LOGGED_IN_READING]
+    for kind, group in groupby(run_checks(splits, checks), key=lambda problem: problem.kind):
+        warned.append(_line(KINDS[kind], list(group)))
     for line in warned:
         log.warning("%s", line)
-    number = told + len(warned)
+    number = already + len(warned)
     log.info(
         "data check: %s",
         f"warnings: {number}; python tools/check_dataset.py reads every image and lists all"
@@ -114,9 +344,8 @@ def check_at_start(train: SampleDataset | None, val: SampleDataset | None, args:
     return {**facts, "warnings": warned}
 
 
-def is_labelled(dataset: SampleDataset) -> bool:
-    """Whether it has `annotations` that can be checked."""
-    return isinstance(getattr(dataset, "annotations", None), Annotations)
+def _line(check: Check, problems: Sequence[Problem]) -> str:
+    return f"{check.kind}: {len(problems)} ({check.meaning}), the first: {problems[0]}"
 
 
 def try_images(dataset: SampleDataset) -> list[str]:
@@ -137,17 +366,15 @@ def try_images(dataset: SampleDataset) -> list[str]:
             dataset.load(index, SampleRandom.of(dataset.seed, 0, index))
         except BadImageError as error:
             bad.append(f"{dataset.path(index)}: {error}")
-    # One slow image alone says nothing of a large data set.
+    # One slow image alone says nothing of a large dataset.
     if len(bad) == tried and (tried == len(indices) or tried > 1):
         raise UserError(
             f"none of {tried} images that were tried can be used, the first is {bad[0]}; check the image folder"
         )
-    if bad:
-        return [
-            f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; others will take "
-            f"their place"
-        ]
-    return []
+    if not bad:
+        return []
+    first = f"the first is {bad[0]}; others will take their place"
+    return [f"{len(bad)} of {tried} images that were tried can't be used, {first}"]
 
 
 def describe(annotations: Annotations) -> dict[str, object]:
@@ -162,113 +389,20 @@ def describe(annotations: Annotations) -> dict[str, object]:
     }
 
 
-def _check_annotations(annotations: Annotations, is_train: bool, num_queries: int) -> list[str]:
+def _no_boxes(split: Split) -> list[str]:
     """Raises UserError where a training set has no box."""
-    source, warned = annotations.source, []
-    if not len(annotations.labels):
-        if is_train:
-            raise UserError(
-                f"{source} has no box that can be trained on: look at its annotations, or pre-train without labels "
-                f"by main.py"
-            )
-        warned.append(f"{source} has no box: AP will be -1")
-    counts = np.diff(annotations.offsets)
-    over = np.flatnonzero(counts > num_queries)
-    if len(over):
-        most = int(counts.argmax())
-        warned.append(
-            f"{source}: {len(over)} images have more objects than --num_queries {num_queries}, image "
-            f"{annotations.image_ids[most]} has {counts[most]}: what is beyond can't be found; use --num_queries "
-            f"{counts[most]} or more"
-        )
-    partly = annotations.findings.get("box partly outside")
-    if partly:
-        annotation, image = partly[0][0]
-        warned.append(
-            f"{source}: {len(partly[0])} boxes stand over the edge of their image and are cut to it, the first is "
-            f"annotation {annotation} of image {image}"
-        )
-    twice = [name for name, number in Counter(names_of(annotations)).items() if number > 1]
-    if twice:
-        warned.append(
-            f"{source}: {len(twice)} files are listed by several images, the first is {twice[0]}: keep one entry a file"
-        )
-    return warned
-
-
-def names_of(annotations: Annotations) -> list[str]:
-    """The file name of every image."""
-    return [annotations.file_names[i] for i in range(len(annotations))]
-
-
-def compare_classes(train: SampleDataset, val: SampleDataset) -> list[str]:
-    """Warnings about classes of two labelled sets that should be the same."""
-    warned = []
-    differing = [label for label, name in val.class_names.items() if train.class_names.get(label, name) != name]
-    if differing:
-        label = differing[0]
-        warned.append(
-            f"class {label} is '{train.class_names[label]}' in {train.annotations.source} and "
-            f"'{val.class_names[label]}' in {val.annotations.source} ({len(differing)} ids differ): AP will mean "
-            "little; use one list of categories"
-        )
-    missing = np.setdiff1d(val.annotations.labels, train.annotations.labels)
-    if len(missing):
-        names = ", ".join(val.class_names.get(int(label), str(label)) for label in missing[:3])
-        warned.append(
-            f"{len(missing)} classes with boxes in {val.annotations.source} have none in {train.annotations.source} "
-            f"({names}): they can't be learnt"
-        )
-    return warned
-
-
-def shared_images(train: SampleDataset, val: SampleDataset) -> list[str]:
-    """Images with one name in both splits, if those that are compared are the same: many data sets number both from
-    1.
-    """
-    rows = {os.path.basename(name): row for row, name in enumerate(names_of(train.annotations))}
-    pairs = [
-        (rows[os.path.basename(name)], row)
-        for row, name in enumerate(names_of(val.annotations))
-        if os.path.basename(name) in rows
-    ]
-    compared = (
-        [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, COMPARED_PAIRS).astype(int))] if pairs else []
-    )
-    same = [(i, j) for i, j in compared if same_file(train.path(i), val.path(j))]
-    if not same:
+    source = split.annotations.source
+    if len(split.annotations.labels):
         return []
-    number = len(pairs) if len(same) == len(compared) else len(same)
-    i, j = same[0]
-    exact = "" if len(compared) == len(pairs) else f" ({len(compared)} of {len(pairs)} with one name were compared)"
-    ids = f"image {val.annotations.image_ids[j]}; in training {train.annotations.image_ids[i]}"
-    return [
-        f"{number} images of validation are training images too{exact}, the first is {val.path(j)} ({ids}): AP will "
-        "be too good; take them out of one of both"
-    ]
+    if split.name == "train":
+        raise UserError(
+            f"{source} has no box that can be trained on: look at its annotations, or pre-train without labels by "
+            "main.py"
+        )
+    return [f"{source} has no box: AP will be -1"]
 
 
-def same_file(first: str, second: str) -> bool:
-    """Whether two files are one, or have the same content; False where one can't be read."""
-    try:
-        return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
-    except OSError:
-        return False
-
-
-# ---------------------------------------------------------------------------------------------------- every image
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What reading a file shows: (height, width) and a digest of the pixels as `open_image` gives them, the EXIF
-    orientation that it ignores (1: none), format; or the error."""
-
-    size_hw: tuple[int, int] = (0, 0)
-    digest: bytes = b""
-    orientation: int = 1
-    format: str = ""
-    error: str = ""
+# -------------------------------------------------------------------------------------------------------- every image
 
 
 def inspect_image(file: ImageFile) -> ImageFacts:
@@ -278,13 +412,12 @@ def inspect_image(file: ImageFile) -> ImageFacts:
         try:
             pixels = open_image(file)
             with Image.open(open_file(file)) as image:
-                orientation, kind = _orientation(image), image.format or ""
+                orientation = _orientation(image)
         except (BadImageError, OSError) as error:
             return ImageFacts(error=str(error))
-    digest = hashlib.blake2b(
-        pixels.tobytes(), digest_size=16, salt=f"{pixels.width}x{pixels.height}".encode()[:16]
-    ).digest()
-    return ImageFacts((pixels.height, pixels.width), digest, orientation, kind)
+    salt = f"{pixels.width}x{pixels.height}".encode()[:16]
+    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt=salt).digest()
+    return ImageFacts((pixels.height, pixels.width), digest, orientation)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -294,101 +427,3 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - damaged metadata raise any type, and the pixels are fine
         return 1
-
-
-def image_problems(
-    facts: ImageFacts,
-    path: str,
-    split: str,
-    listed_hw: tuple[int, int] = (0, 0),
-    image_id: int | None = None,
-) -> Iterator[Problem]:
-    """What is wrong with one image; `listed_hw`: (height, width) that the annotations state, 0 where they do not."""
-
-    def problem(kind: str, detail: str) -> Problem:
-        return Problem(kind, split, path, detail, image_id)
-
-    if facts.error:
-        yield problem("image unreadable", facts.error)
-        return
-    height, width = facts.size_hw
-    if min(facts.size_hw) <= TINY_SIDE:
-        yield problem("image tiny", f"{width} x {height} pixels")
-    turned = facts.orientation not in (0, 1)
-    if all(listed_hw) and tuple(listed_hw) != facts.size_hw:
-        hint = (
-            " (as if turned by EXIF: annotate or save it as stored)"
-            if turned and tuple(listed_hw) == facts.size_hw[::-1]
-            else ""
-        )
-        yield problem("size differs", f"{width} x {height} pixels, listed as {listed_hw[1]} x {listed_hw[0]}{hint}")
-    if turned:
-        yield problem("rotated by EXIF", f"orientation {facts.orientation}")
-    extension = os.path.splitext(path)[1].lower()
-    expected = Image.registered_extensions().get(extension, "")
-    if {facts.format, expected} not in (
-        {facts.format},
-        {"JPEG", "MPO"},
-    ):  # MPO: a camera's JPEG with a preview behind it
-        yield problem("other extension", f"{facts.format} named {extension or 'without extension'}")
-
-
-def duplicates(facts: Sequence[ImageFacts]) -> dict[bytes, list[int]]:
-    """Digest -> indices of the images with these pixels, in order."""
-    groups: dict[bytes, list[int]] = {}
-    for index, found in enumerate(facts):
-        if not found.error:
-            groups.setdefault(found.digest, []).append(index)
-    return groups
-
-
-def annotation_problems(dataset: SampleDataset, split: str, num_queries: int, num_classes: int) -> Iterator[Problem]:
-    """What is wrong with the boxes and the list of images of a labelled split, each with its ids."""
-    annotations: Annotations = dataset.annotations
-    for kind, (ids, names) in annotations.findings.items():
-        for row, (annotation_id, image_id) in enumerate(ids.tolist()):
-            file = os.path.join(dataset.image_folder, names[row]) if names[row] else annotations.source
-            yield Problem(kind, split, file, "", image_id, annotation_id if annotation_id >= 0 else None)
-    counts, ids = np.diff(annotations.offsets), annotations.image_ids
-    image_of = np.repeat(np.arange(len(annotations)), counts)
-
-    def at(kind: str, images: np.ndarray, details: Sequence[str]) -> Iterator[Problem]:
-        for image, detail in zip(images.tolist(), details, strict=True):
-            yield Problem(kind, split, dataset.path(image), detail, int(ids[image]))
-
-    over = np.flatnonzero(counts > num_queries)
-    yield from at(
-        "more objects than queries", over, [f"{counts[i]} objects, --num_queries {num_queries}" for i in over]
-    )
-    labels, boxes = annotations.labels, annotations.boxes_xyxy_abs
-    rows = np.flatnonzero(labels >= num_classes)
-    yield from at(
-        "category out of range", image_of[rows], [f"category id {labels[r]}, --num_classes {num_classes}" for r in rows]
-    )
-    _, first = np.unique(np.column_stack([image_of, labels, boxes]), axis=0, return_index=True)
-    again = np.setdiff1d(np.arange(len(boxes)), first)
-    names = annotations.class_names
-    yield from at(
-        "box twice", image_of[again], [f"{names.get(int(labels[r]), labels[r])}, {_box_text(boxes[r])}" for r in again]
-    )
-    empty = np.flatnonzero(counts == 0)
-    yield from at("no objects", empty, [""] * len(empty))
-    yield from _names_twice(dataset, split)
-
-
-def _box_text(box_xyxy_abs: np.ndarray) -> str:
-    x0, y0, x1, y1 = box_xyxy_abs.tolist()
-    return f"bbox [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}]"
-
-
-def _names_twice(dataset: SampleDataset, split: str) -> Iterator[Problem]:
-    first: dict[str, int] = {}
-    for image, name in enumerate(names_of(dataset.annotations)):
-        if first.setdefault(name, image) != image:
-            yield Problem(
-                "file name twice",
-                split,
-                dataset.path(image),
-                f"also image {dataset.annotations.image_ids[first[name]]}",
-                int(dataset.annotations.image_ids[image]),
-            )

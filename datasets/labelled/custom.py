@@ -1,39 +1,56 @@
-"""Own labelled images, for training and evaluation: a folder of them, and a COCO file or a folder of XML files. Labels
-count from 0.
+"""A custom labelled dataset, for training and evaluation: a folder of images, and a COCO file or a folder of XML files.
+Labels count from 0.
 
-Classes are told by their names. The training file says which there are, in the order of their ids; a checkpoint that is
-resumed or evaluated brings its own (`args.classes`). Files keep the ids of their user: labels are turned back where
-results are written.
+Classes are matched by name. The training file says which there are, in the order of their ids; a checkpoint that is
+resumed or evaluated brings its own (`classes`). Files keep the ids of their user: labels are mapped back where results
+are written.
 """
 
 import os
-from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 
 from datasets.images.image_folder import ImageFolder
-from datasets.labelled.annotations import Annotations, read_coco
-from datasets.labelled.coco import CocoDetection, ConvertedDetection, labelled_transforms, usable
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.coco import (
+    CocoDetection,
+    ConvertedDetection,
+    filter_annotations,
+    labelled_transforms,
+    read_annotations,
+)
 from datasets.labelled.voc import read_xml_folder
 from util.checkpoints.classes import Classes
 from util.errors import UserError
 from util.logger import log
-from util.settings.arguments import was_given
+from util.settings import Settings
 
 
-def build_custom(image_set: str, args: Namespace) -> CocoDetection:
+class CustomDetection(CocoDetection):
+    """Images of a COCO file whose classes are matched by name."""
+
+    def validate(self, image_set: str) -> None:
+        _refuse_unlisted(self.annotations)
+        super().validate(image_set)
+
+
+def build_custom(image_set: str, settings: Settings, classes: Classes | None = None) -> CocoDetection:
     """The images of `--train_images` or `--val_images` with their annotations.
 
-    Without `args.classes` the file's own classes are the labels.
+    classes: those of the class head; None: the file's own classes are the labels.
 
     Raises:
         UserError: a flag or a file is missing, or the file holds what makes training or evaluation wrong: classes of
-            one name, categories that are used and not listed, or classes that `args.classes` does not have.
+            one name, categories that are used and not listed, or classes that `classes` does not have.
     """
     training = image_set == "train"
-    folder, file = (args.train_images, args.train_annotations) if training else (args.val_images, args.val_annotations)
+    folder, file = (
+        (settings.train_images, settings.train_annotations)
+        if training
+        else (settings.val_images, settings.val_annotations)
+    )
     if not folder or not file:
         missing = f"--{image_set}_annotations FILE" if folder else f"--{image_set}_images DIR"
         raise UserError(
@@ -43,22 +60,31 @@ def build_custom(image_set: str, args: Namespace) -> CocoDetection:
         raise UserError(
             f"--{image_set}_images {folder} is no folder: give the one that the file names of {file} count from"
         )
-    xml = os.path.isdir(file)
-    annotations = usable(read_xml_folder(file) if xml else read_coco(file), folder, image_set, args)
-    _check_names(annotations, getattr(args, "check_only", False))
-    classes = getattr(args, "classes", None) or _own_classes(annotations)
-    _check_count(args, classes)
+    from_xml = os.path.isdir(file)  # which has no category ids
+    annotations, ground_truth = (read_xml_folder(file), None) if from_xml else read_annotations(file, image_set)
+    annotations = filter_annotations(annotations, folder, image_set, settings)
+    _check_names(annotations)
+    if classes is not None:
+        _refuse_unlisted(annotations)
+    classes = classes or _own_classes(annotations)
+    _check_count(settings, classes)
     ids = _ids_by_name(annotations, classes)
-    annotations, transforms = _with_rows(annotations, ids, classes), labelled_transforms(image_set, args)
-    if xml:  # which has no ids of its own
-        return ConvertedDetection(folder, annotations, transforms, classes.count, seed=args.seed)
-    return CocoDetection(
-        folder, annotations, transforms, classes.count, seed=args.seed, category_ids=_with_absent(ids, classes)
+    annotations, transforms = _with_rows(annotations, ids, classes), labelled_transforms(image_set, settings)
+    if from_xml:
+        return ConvertedDetection(folder, annotations, transforms, num_classes=classes.count, seed=settings.seed)
+    return CustomDetection(
+        folder,
+        annotations,
+        transforms,
+        num_classes=classes.count,
+        seed=settings.seed,
+        category_ids=_with_absent(ids, classes),
+        ground_truth=ground_truth,
     )
 
 
-def custom_images(image_set: str, args: Namespace) -> ImageFolder:
-    """Without labels an own data set is a folder, which `--train_images` or `--imagenet_path` would have named.
+def custom_images(image_set: str, settings: Settings) -> ImageFolder:
+    """Without labels a custom dataset is a folder, which `--train_images` or `--imagenet_path` would have named.
 
     Raises:
         UserError: always.
@@ -66,21 +92,25 @@ def custom_images(image_set: str, args: Namespace) -> ImageFolder:
     raise UserError("no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)")
 
 
-def _check_names(annotations: Annotations, check_only: bool) -> None:
-    source, names = annotations.source, annotations.class_names
-    if "category not listed" in annotations.findings and not check_only:
+def _refuse_unlisted(annotations: Annotations) -> None:
+    if "category not listed" in annotations.findings:
         (annotation, image), *_ = annotations.findings["category not listed"][0].tolist()
         raise UserError(
-            f"{source}: annotation {annotation} of image {image} has a category id that 'categories' does not list: "
-            "add the category with its name, or correct the id"
+            f"{annotations.source}: annotation {annotation} of image {image} has a category id that 'categories' does "
+            "not list: add the category with its name, or correct the id"
         )
+
+
+def _check_names(annotations: Annotations) -> None:
+    source, names = annotations.source, annotations.class_names
     if not names:
         raise UserError(f"{source} lists no categories: add an id and a name for each class")
     name, count = Counter(names.values()).most_common(1)[0]
     if count > 1:
         same = [number for number, other in names.items() if other == name]
         raise UserError(
-            f"{source}: the categories {same} are all named '{name}': classes are told by name, so rename or join them"
+            f"{source}: the categories {same} are all named '{name}': classes are matched by name, so rename or join "
+            "them"
         )
 
 
@@ -91,10 +121,10 @@ def _own_classes(annotations: Annotations) -> Classes:
     return Classes(names, ids, len(names), annotations.source)
 
 
-def _check_count(args: Namespace, classes: Classes) -> None:
-    if was_given(args, "num_classes") and args.num_classes != classes.count:
+def _check_count(settings: Settings, classes: Classes) -> None:
+    if settings.was_given("num_classes") and settings.num_classes != classes.count:
         raise UserError(
-            f"--num_classes {args.num_classes}, but {classes.source} has {classes.count} classes: leave the flag out"
+            f"--num_classes {settings.num_classes}, but {classes.source} has {classes.count} classes: omit the flag"
         )
 
 
@@ -106,7 +136,7 @@ def _ids_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
     """
     if not classes.names:
         raise UserError(
-            f"{classes.source} holds no class names to tell classes by: use it as --pretrain, or --dataset_file coco, "
+            f"{classes.source} holds no class names to match classes by: use it as --pretrain, or --dataset_file coco, "
             "whose category ids are the rows of its class head"
         )
     rows = {name: row for row, name in sorted(classes.names.items(), reverse=True)}

@@ -8,7 +8,6 @@ other data the user's own.
 
 import os
 import re
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from datasets.labelled.annotations import Annotations, parse_coco, read_json
+from util.coco import CLASS_METRICS
 from util.errors import UserError
 from util.logger import log
+from util.settings import Settings
 
 COCO_NOVEL = (
     "person",
@@ -47,23 +48,22 @@ VOC_NOVEL = {
     3: ("boat", "cat", "motorbike", "sheep", "sofa"),
 }
 FILE_OF_CLASS = "full_box_{shots}shot_{name}_trainval.json"  # in the folders that Wang et al. publish
-METRICS = ("AP", "AP50", "AP75")
 
 
-def novel_names(args: Namespace, class_names: Mapping[int, str]) -> tuple[str, ...]:
+def novel_names(settings: Settings, class_names: Mapping[int, str]) -> tuple[str, ...]:
     """The novel classes of data with these classes (label -> name); none where `--few_shot all` needs none and the data
     have no split.
 
     Raises:
         UserError: none are known or given, the data do not have one of them, or they leave no base class.
     """
-    voc = VOC_NOVEL[args.novel_split]
-    published = {"coco": COCO_NOVEL, "voc": voc, "voc_coco": voc}.get(args.dataset_file, ())
-    names = tuple(args.novel_classes or published)
-    if not names and args.few_shot != "all":
+    voc = VOC_NOVEL[settings.novel_split]
+    published = {"coco": COCO_NOVEL, "voc": voc, "voc_coco": voc}.get(settings.dataset_file, ())
+    names = tuple(settings.novel_classes or published)
+    if not names and settings.few_shot != "all":
         raise UserError(
-            f"--few_shot {args.few_shot}: which classes are novel is not published for --dataset_file "
-            f"{args.dataset_file}: name them by --novel_classes"
+            f"--few_shot {settings.few_shot}: which classes are novel is not published for --dataset_file "
+            f"{settings.dataset_file}: name them by --novel_classes"
         )
     unknown = [name for name in names if name not in class_names.values()]
     if unknown:
@@ -81,7 +81,7 @@ def novel_names(args: Namespace, class_names: Mapping[int, str]) -> tuple[str, .
 # on
 
 
-def training_part(annotations: Annotations, args: Namespace) -> Annotations:
+def training_part(annotations: Annotations, settings: Settings) -> Annotations:
     """What `--few_shot` leaves of the training images: objects of base classes, or those drawn of novel or all classes.
 
     Only these objects are left, and images without one of them are left out: what else an image shows counts as
@@ -90,24 +90,27 @@ def training_part(annotations: Annotations, args: Namespace) -> Annotations:
     Raises:
         UserError: see `novel_names` and `read_shots`; no object is left.
     """
-    kind = getattr(args, "few_shot", None)
+    kind = settings.few_shot
     if not kind:
         return annotations
-    novel, names = novel_names(args, annotations.class_names), annotations.class_names
+    novel, names = novel_names(settings, annotations.class_names), annotations.class_names
     classes = {label: name for label, name in names.items() if kind == "all" or (name in novel) == (kind == "novel")}
     if kind == "base":
         part, what = with_objects(annotations, np.isin(annotations.labels, list(classes))), "all objects"
-    elif args.few_shot_file:
-        part, what = read_shots(args.few_shot_file, args.shots, annotations, classes), f"{args.few_shot_file}, objects"
+    elif settings.few_shot_file:
+        part, what = (
+            read_shots(settings.few_shot_file, settings.shots, annotations, classes),
+            f"{settings.few_shot_file}, objects",
+        )
     else:
         part, what = (
-            draw_shots(annotations, classes, args.shots, args.seed),
-            f"{args.shots} objects each, drawn by seed {args.seed},",
+            draw_shots(annotations, classes, settings.shots, settings.seed),
+            f"{settings.shots} objects each, drawn by seed {settings.seed},",
         )
     what = f"{what} of {len(classes)} {'' if kind == 'all' else f'{kind} '}classes in {len(annotations)} images"
     if not len(part):
         raise UserError(f"{annotations.source}: --few_shot {kind} leaves no object to train on ({what})")
-    _report_counts(part, classes, None if args.few_shot_file else args.shots)
+    _report_counts(part, classes, None if settings.few_shot_file else settings.shots)
     log.info("%s: training on %d objects in %d images (%s)", annotations.source, len(part.labels), len(part), what)
     return replace(part, drawn=", ".join(filter(None, (annotations.drawn, what))))
 
@@ -125,14 +128,9 @@ def _report_counts(part: Annotations, classes: Mapping[int, str], shots: int | N
         )
 
 
-def images_of(annotations: Annotations) -> np.ndarray:
-    """Index of its image for each object, int64 [A]."""
-    return np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
-
-
 def with_objects(annotations: Annotations, kept: np.ndarray) -> Annotations:
     """Only these objects (bool [A]) and the images that have one of them."""
-    image_of = images_of(annotations)
+    image_of = annotations.image_of
     images = np.unique(image_of[kept])
     part = annotations.select(images)
     counts = np.bincount(image_of[kept], minlength=len(annotations))[images]
@@ -252,7 +250,7 @@ def _read_objects(file: str, annotations: Annotations, find: "_Finder", only: st
                 f"{file} has objects of the category '{name}': in such a folder a file holds those of its class alone"
             )
     numbers = np.array([labels[used[label]] for label in shots.labels.tolist()], dtype=np.int64)
-    return _Drawn(find(shots)[images_of(shots)], shots.boxes_xyxy_abs, numbers, shots.areas, shots.ids)
+    return _Drawn(find(shots)[shots.image_of], shots.boxes_xyxy_abs, numbers, shots.areas, shots.ids)
 
 
 class _Finder:
@@ -294,22 +292,22 @@ def _bare(file_name: str) -> str:
 
 
 def describe_part(
-    annotations: Annotations, args: Namespace, category_ids: Mapping[int, int] | None = None
+    annotations: Annotations, settings: Settings, category_ids: Mapping[int, int] | None = None
 ) -> dict[str, Any]:
     """What `subset.json` holds: how objects were chosen, and the ids of their images. Where few were drawn it is a COCO
     file of them too, which `--few_shot_file` reads; the annotation ids are the source's, if each has its own.
 
     category_ids: the source's category id of each label, None where labels are these ids.
     """
-    drawn = args.shots or args.few_shot_file
+    drawn = settings.shots or settings.few_shot_file
     record = {
         "source": annotations.source,
         "drawn": annotations.drawn,
-        "few_shot": args.few_shot,
-        "shots": args.shots,
-        "few_shot_file": args.few_shot_file,
-        "seed": args.seed if drawn and not args.few_shot_file else None,
-        "novel_classes": list(novel_names(args, annotations.class_names)),
+        "few_shot": settings.few_shot,
+        "shots": settings.shots,
+        "few_shot_file": settings.few_shot_file,
+        "seed": settings.seed if drawn and not settings.few_shot_file else None,
+        "novel_classes": list(novel_names(settings, annotations.class_names)),
         "ids": annotations.image_ids.tolist(),
     }
     if not drawn:
@@ -344,7 +342,7 @@ def group_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """
     groups = {name: [row for row in rows if name in ("all", row["group"])] for name in ("base", "novel", "all")}
     return {
-        name: [float(np.mean([row[metric] for row in members])) if members else -1.0 for metric in METRICS]
+        name: [float(np.mean([row[metric] for row in members])) if members else -1.0 for metric in CLASS_METRICS]
         for name, members in groups.items()
     }
 
@@ -354,7 +352,7 @@ def group_table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Sequence[
     counts = {name: sum(name in ("all", row["group"]) for row in rows) for name in means}
     lines = [
         f"  {name:5}  {counts[name]:>3} classes  "
-        + "  ".join(f"{metric} {value:.3f}" for metric, value in zip(METRICS, values, strict=True))
+        + "  ".join(f"{metric} {value:.3f}" for metric, value in zip(CLASS_METRICS, values, strict=True))
         for name, values in means.items()
     ]
     return "\n".join(["base and novel classes:", *lines])

@@ -3,7 +3,6 @@
 """
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,37 @@ import numpy as np
 from datasets.labelled.annotations import Annotations
 from util.errors import UserError
 from util.logger import log
+from util.settings import Settings
 
 FILE = "subset.json"
 
 
-def draw_ids(image_ids: np.ndarray, share: float, seed: int) -> np.ndarray:
+def draw_ids(image_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """As many of the sorted ids as DETReg draws by its `--filter_pct`, sorted (Bar et al., CVPR 2022, section 4.3).
 
-    share: above 0, at most 1.
+    fraction: above 0, at most 1.
     """
-    count = round(len(image_ids) * share)
+    count = round(len(image_ids) * fraction)
     return np.sort(np.random.default_rng(seed % 2**64).choice(np.sort(image_ids), count, replace=False))
 
 
-def training_subset(annotations: Annotations, args: Namespace) -> Annotations:
-    """The images of `--split_file`, or a share of `--filter_pct` drawn by `--seed`, or all.
+def training_subset(annotations: Annotations, settings: Settings) -> Annotations:
+    """The images of `--split_file`, or the fraction `--filter_pct` drawn by `--seed`, or all.
 
     Raises:
         UserError: no image would be left, or the file can't be used.
     """
-    if getattr(args, "split_file", None):
-        ids, what = read_split(args.split_file, annotations), f"{args.split_file}"
-    elif (getattr(args, "filter_pct", None) or -1) > 0:
+    if settings.split_file:
+        ids, what = read_split(settings.split_file, annotations), settings.split_file
+    elif (settings.filter_pct or -1) > 0:
         ids, what = (
-            draw_ids(annotations.image_ids, args.filter_pct, args.seed),
-            f"{args.filter_pct:g} by seed {args.seed}",
+            draw_ids(annotations.image_ids, settings.filter_pct, settings.seed),
+            f"{settings.filter_pct:g} by seed {settings.seed}",
         )
     else:
         return annotations
     if not len(ids):
-        raise UserError(f"--filter_pct {args.filter_pct:g} of {len(annotations)} images is none: take a larger share")
+        raise UserError(f"--filter_pct {settings.filter_pct:g} of {len(annotations)} images is none: give a larger one")
     drawn = f"{what} of {len(annotations)} images"
     log.info("%s: training on %d images (%s)", annotations.source, len(ids), drawn)
     part = annotations.select(np.flatnonzero(np.isin(annotations.image_ids, ids)))
@@ -82,16 +82,18 @@ def _read_json(path: str) -> Any:
         ) from error
 
 
-def describe_subset(annotations: Annotations, args: Namespace) -> dict[str, Any]:
-    """What `subset.json` holds: how the images were chosen, and their ids. Share and seed of `--split_file` are those
-    that it tells.
+def describe_subset(annotations: Annotations, settings: Settings) -> dict[str, Any]:
+    """What `subset.json` holds: how the images were chosen, and their ids. Fraction and seed of a `--split_file` are
+    those that it states.
     """
-    drawing = _read_json(args.split_file) if args.split_file else vars(args)
-    share, seed = (drawing.get(name) if isinstance(drawing, dict) else None for name in ("filter_pct", "seed"))
+    fraction, seed = settings.filter_pct, settings.seed
+    if settings.split_file:
+        content = _read_json(settings.split_file)
+        fraction, seed = (content.get(name) if isinstance(content, dict) else None for name in ("filter_pct", "seed"))
     return {
         "source": annotations.source,
         "drawn": annotations.drawn,
-        "filter_pct": share,
+        "filter_pct": fraction,
         "seed": seed,
         "ids": annotations.image_ids.tolist(),
     }

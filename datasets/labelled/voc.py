@@ -2,7 +2,6 @@
 
 import os
 import re
-from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from datasets.evaluators.voc import VocEvaluator
 from datasets.images.packed_strings import PackedStrings
 from datasets.images.unlabelled import ListedImages
 from datasets.labelled.annotations import Annotations, from_columns
-from datasets.labelled.coco import ConvertedDetection, labelled_transforms, usable
+from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from util.checkpoints.classes import Classes
 from util.errors import UserError
-from util.settings.arguments import was_given
+from util.settings import Settings
 
 CLASSES = (
     "aeroplane",
@@ -46,60 +46,46 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 class VocDetection(ConvertedDetection):
     """Images of VOC; labels are places in CLASSES, which are the category ids too. Evaluated as VOC defines it."""
 
-    def evaluator(self, args: Namespace) -> VocEvaluator:
-        return VocEvaluator(self.annotations, args.voc_metric, reproduce_published=args.reproduce_published)
+    def evaluator(self, settings: Settings) -> VocEvaluator:
+        return VocEvaluator(self.annotations, settings.voc_metric, reproduce_published=settings.reproduce_published)
 
 
-def build_voc(image_set: str, args: Namespace) -> VocDetection:
+def build_voc(image_set: str, settings: Settings, classes: Classes | None = None) -> VocDetection:
     """The images of `--voc_train` or `--voc_val` below `--voc_path`, those with `difficult` objects included.
 
     Raises:
-        UserError: folders, lists or files are missing or can't be used, or --num_classes is too small.
+        UserError: folders, lists or files are missing or can't be used.
     """
-    root = voc_root(args)
-    annotations = usable(
-        read_voc(root, args.voc_train if image_set == "train" else args.voc_val), root, image_set, args
-    )
+    root = voc_root(settings.voc_path, settings.data_root)
+    annotations = read_voc(root, settings.voc_train if image_set == "train" else settings.voc_val)
     return VocDetection(
-        root, annotations, labelled_transforms(image_set, args), class_count(args, len(CLASSES)), seed=args.seed
+        root,
+        filter_annotations(annotations, root, image_set, settings),
+        labelled_transforms(image_set, settings),
+        num_classes=len(CLASSES),
+        seed=settings.seed,
     )
 
 
-def voc_images(image_set: str, args: Namespace) -> ListedImages:
+def voc_images(image_set: str, settings: Settings) -> ListedImages:
     """The images of the same lists for pre-training; XML files are not read.
 
     Raises:
         UserError: folder or lists are missing, or name no image.
     """
-    root, image_sets = voc_root(args), args.voc_train if image_set == "train" else args.voc_val
+    root = voc_root(settings.voc_path, settings.data_root)
+    image_sets = settings.voc_train if image_set == "train" else settings.voc_val
     names = sorted({f"VOC{year}/JPEGImages/{name}.jpg" for year, name in _listed(root, image_sets)})
     return ListedImages(root, PackedStrings(names), f"{root} ({' '.join(image_sets)})")
 
 
-def class_count(args: Namespace, needed: int) -> int:
-    """Rows of the class head: those of a checkpoint that goes on, or `--num_classes`, or as many as the data has
-    classes.
-
-    Raises:
-        UserError: they are too few.
-    """
-    classes = getattr(args, "classes", None)
-    given = classes.count if classes else args.num_classes if was_given(args, "num_classes") else needed
-    if given < needed:
-        raise UserError(
-            f"{classes.source if classes else '--num_classes'} has {given} classes, the data {needed}: "
-            + ("give data of the same classes" if classes else f"use --num_classes {needed} or more")
-        )
-    return given
-
-
-def voc_root(args: Namespace) -> str:
-    """The folder that holds VOC2007 and VOC2012.
+def voc_root(voc_path: str | None, data_root: str | None) -> str:
+    """The folder that holds VOC2007 and VOC2012: `voc_path`, or `pascal/VOCdevkit` in `data_root`.
 
     Raises:
         UserError: it does not exist.
     """
-    given = args.voc_path or os.path.join(args.data_root or "", "pascal", "VOCdevkit")
+    given = voc_path or os.path.join(data_root or "", "pascal", "VOCdevkit")
     inside = os.path.join(given, "VOCdevkit")
     root = inside if os.path.isdir(inside) else given
     if not os.path.isdir(root):

@@ -5,28 +5,32 @@ of the names, category ids 0 to 19; `difficult` objects are ordinary ones, in tr
 read as it is.
 """
 
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from datasets.labelled.annotations import Annotations, parse_coco
-from datasets.labelled.coco import ConvertedDetection, labelled_transforms, usable
-from datasets.labelled.voc import CLASSES, class_count, read_voc, voc_root
+from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from datasets.labelled.voc import CLASSES, read_voc, voc_root
+from util.checkpoints.classes import Classes
+from util.settings import Settings
 
 
-def build_voc_coco(image_set: str, args: Namespace) -> ConvertedDetection:
+def build_voc_coco(image_set: str, settings: Settings, classes: Classes | None = None) -> ConvertedDetection:
     """The images of `--voc_train` or `--voc_val` below `--voc_path`.
 
     Raises:
         UserError: as `datasets.labelled.voc.build_voc`.
     """
-    root, image_sets = voc_root(args), args.voc_train if image_set == "train" else args.voc_val
-    source = f"{root} ({' '.join(image_sets)}, COCO's boxes)"
-    annotations = usable(
-        parse_coco(coco_style(read_voc(root, image_sets), whole_names=True), source), root, image_set, args
-    )
+    root = voc_root(settings.voc_path, settings.data_root)
+    image_sets = settings.voc_train if image_set == "train" else settings.voc_val
+    content = coco_style(read_voc(root, image_sets), whole_names=True)
+    annotations = parse_coco(content, f"{root} ({' '.join(image_sets)}, COCO's boxes)")
     return ConvertedDetection(
-        root, annotations, labelled_transforms(image_set, args), class_count(args, len(CLASSES)), seed=args.seed
+        root,
+        filter_annotations(annotations, root, image_set, settings),
+        labelled_transforms(image_set, settings),
+        num_classes=len(CLASSES),
+        seed=settings.seed,
     )
 
 

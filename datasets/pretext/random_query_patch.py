@@ -1,7 +1,5 @@
 """What random query patch detection sees (UP-DETR): an image, boxes in it, and the patches cut out of these boxes."""
 
-from argparse import Namespace
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from datasets.proposals import FixedNumber, Proposals, build_proposals
 from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
 from util.random_state import SampleRandom
+from util.settings import Settings
 
 TINY_SIDE = 16
 QUERY_LABEL = 1
@@ -27,6 +26,7 @@ class QueryPatches(UnlabelledDataset):
         self,
         images: ImageFiles,
         proposals: Proposals,
+        *,
         transforms: Transform,
         patch_transform: PatchAugmentation,
         seed: int = 0,
@@ -60,18 +60,18 @@ def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -
     }
 
 
-def build_query_patches(image_set: str, args: Namespace) -> QueryPatches:
+def build_query_patches(image_set: str, settings: Settings) -> QueryPatches:
     """What `unlabelled_images` gives, "val" without augmentation.
 
     Raises:
         UserError: no images.
     """
-    image_size = args.image_size or 480
-    images = unlabelled_images(image_set, args)
+    image_size = settings.image_size or 480
+    images = unlabelled_images(image_set, settings)
     return QueryPatches(
         images,
-        FixedNumber(build_proposals(args, images), args.num_patches),
-        pretext_transforms(image_set, image_size, args.max_size),
-        PatchAugmentation(args.patch_size, augment=image_set == "train"),
-        seed=args.seed,
+        FixedNumber(build_proposals(settings, images), settings.num_patches),
+        transforms=pretext_transforms(image_set, image_size, settings.max_size),
+        patch_transform=PatchAugmentation(settings.patch_size, augment=image_set == "train"),
+        seed=settings.seed,
     )

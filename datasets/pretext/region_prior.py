@@ -2,8 +2,6 @@
 box.
 """
 
-from argparse import Namespace
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from datasets.proposals import Proposals, Selected, build_proposals
 from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, region_transforms
 from util.random_state import SampleRandom
+from util.settings import Settings
 
 MIN_BOXES = 2  # an image with fewer is replaced, as published
 TRIES = 8  # draws of an augmentation that keeps as many
@@ -36,6 +35,7 @@ class RegionProposals(UnlabelledDataset):
         self,
         images: ImageFiles,
         proposals: Proposals,
+        *,
         transforms: Transform,
         whole_image: Transform,
         patch_transform: PatchAugmentation | None,
@@ -80,20 +80,22 @@ class RegionProposals(UnlabelledDataset):
         return patch
 
 
-def build_region_proposals(image_set: str, args: Namespace) -> RegionProposals:
+def build_region_proposals(image_set: str, settings: Settings) -> RegionProposals:
     """What `unlabelled_images` gives; "val" without augmentation.
 
     Raises:
         UserError: no images.
     """
     train = image_set == "train"
-    images = unlabelled_images(image_set, args)
+    images = unlabelled_images(image_set, settings)
     return RegionProposals(
         images,
-        Selected(build_proposals(args, images), args.strategy, args.max_prop),
-        region_transforms(image_set, args.image_size, args.max_size),
-        region_transforms("val", args.image_size, args.max_size),
-        PatchAugmentation(args.patch_size, augment=train) if args.object_embedding_loss else None,
-        label=QUERY_LABEL if args.num_classes > QUERY_LABEL else 0,
-        seed=args.seed,
+        Selected(build_proposals(settings, images), settings.strategy, settings.max_prop),
+        transforms=region_transforms(image_set, settings.image_size, settings.max_size),
+        whole_image=region_transforms("val", settings.image_size, settings.max_size),
+        patch_transform=PatchAugmentation(settings.patch_size, augment=train)
+        if settings.object_embedding_loss
+        else None,
+        label=QUERY_LABEL if settings.num_classes > QUERY_LABEL else 0,
+        seed=settings.seed,
     )

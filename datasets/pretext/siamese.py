@@ -4,7 +4,6 @@ Sizes are (height, width), crops (top, left, height, width), boxes (x0, y0, x1, 
 """
 
 import math
-from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +27,7 @@ from datasets.transforms import (
 )
 from util.box_ops import box_xyxy_to_cxcywh
 from util.random_state import SampleRandom
+from util.settings import Settings
 
 Crop = tuple[float, float, float, float]
 OUTER_SHARE, OUTER_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # area of the outer crop, and its width / height
@@ -200,6 +200,7 @@ class TwoViews(UnlabelledDataset):
         self,
         images: ImageFiles,
         proposals: Proposals | None,
+        *,
         geometry: Compose,
         colors: ColorAugmentation,
         patch_transform: PatchAugmentation | None,
@@ -257,22 +258,22 @@ def _target(boxes_xyxy_abs: Tensor, size: Size, index: int, original: Size) -> T
     }
 
 
-def build_two_views(image_set: str, args: Namespace) -> TwoViews:
+def build_two_views(image_set: str, settings: Settings) -> TwoViews:
     """What `unlabelled_images` gives; "val" leaves the colours as they are.
 
     Raises:
         UserError: no images.
     """
     train = image_set == "train"
-    images = unlabelled_images(image_set, args)
+    images = unlabelled_images(image_set, settings)
     return TwoViews(
         images,
-        None if args.proposals == "random" else build_proposals(args, images),
-        Compose([view_resize(args.image_size, args.max_size), RandomHorizontalFlip()]),
-        ColorAugmentation(train),
-        PatchAugmentation(args.patch_size, augment=train) if args.feature_loss_coef else None,
-        args.num_patches,
-        args.view_iou,
-        args.view_shrink,
-        seed=args.seed,
+        None if settings.proposals == "random" else build_proposals(settings, images),
+        geometry=Compose([view_resize(settings.image_size, settings.max_size), RandomHorizontalFlip()]),
+        colors=ColorAugmentation(train),
+        patch_transform=PatchAugmentation(settings.patch_size, augment=train) if settings.feature_loss_coef else None,
+        num_boxes=settings.num_patches,
+        iou=settings.view_iou,
+        shrink=settings.view_shrink,
+        seed=settings.seed,
     )

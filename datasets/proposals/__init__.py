@@ -11,7 +11,6 @@ boxes `tools/cache_proposals.py` can store. `Selected` takes some of the boxes o
 many.
 """
 
-from argparse import Namespace
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -22,37 +21,38 @@ from torch import Tensor
 from datasets.sample import BadImageError
 from util.errors import UserError
 from util.random_state import SampleRandom
-from util.settings.arguments import DEFAULTS
-from util.settings.registry import PROPOSALS, choose, load
+from util.settings import Settings
+from util.settings.kinds import STRATEGIES
+from util.settings.registry import PROPOSALS, load, lookup
+from util.settings.table import PRETRAIN, all_flags
 
 if TYPE_CHECKING:
     from datasets.images.image_folder import ImageFiles
 
 Proposals = Callable[[Tensor, SampleRandom, str], Tensor]
-STRATEGIES = ("topk", "random", "mc")
 MC_RANKS = 300  # importance sampling draws from as many of the first boxes
 JITTER = 0.1  # share of its width and height by which a corner of a repeated box moves at most
 
 
-def build_proposals(args: Namespace, images: "ImageFiles | None" = None) -> Proposals:
-    """The method that `args.proposals` names, from the store `args.cache_path` where that is given.
+def build_proposals(settings: Settings, images: "ImageFiles | None" = None) -> Proposals:
+    """The method that `settings.proposals` names, from the store `settings.cache_path` where that is given.
 
     images: the data set, of which stored boxes must know every image.
 
     Raises:
         UserError: an unknown name; a store or file that does not fit; a flag of another method.
     """
-    is_file = args.proposals.startswith("file:")
+    is_file, flags = settings.proposals.startswith("file:"), all_flags(PRETRAIN)
     for flag, owner in (("edge_model", "edge_boxes"), ("ss_resize", "selective_search")):
-        if getattr(args, flag, DEFAULTS[flag]) != DEFAULTS[flag] and args.proposals != owner:
+        if getattr(settings, flag) != flags[flag].default and settings.proposals != owner:
             raise UserError(
-                f"--{flag} means nothing to --proposals {args.proposals}: leave it out or use --proposals {owner}"
+                f"--{flag} means nothing to --proposals {settings.proposals}: omit it or use --proposals {owner}"
             )
-    method = load(choose(PROPOSALS, "--proposals", "file:" if is_file else args.proposals))(args)
-    if getattr(args, "cache_path", None):
+    method = load(lookup(PROPOSALS, "--proposals", "file:" if is_file else settings.proposals))(settings)
+    if settings.cache_path:
         from datasets.proposals.store import StoredProposals
 
-        method = StoredProposals.of(args.cache_path, method, args.proposals)
+        method = StoredProposals.of(settings.cache_path, method, settings.proposals)
     if images is not None and hasattr(method, "check"):
         method.check(images)
     return method
@@ -63,9 +63,8 @@ def select(count: int, strategy: str, max_prop: int, rng: SampleRandom) -> Tenso
     topk and mc (Bar et al., CVPR 2022, section 3.1).
 
     topk: the first `max_prop`. random: as many at random, from all. mc, importance sampling: box i (from 1) with
-    probability
-    -ln(i / 301) max_prop / 300, at most 1, and none behind the 300th; `max_prop` is the mean number where there are 300
-    boxes.
+    probability -ln(i / 301) max_prop / 300, at most 1, and none behind the 300th; `max_prop` is the mean number where
+    there are 300 boxes.
     """
     if strategy == "topk":
         return torch.arange(min(count, max_prop))

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from argparse import Namespace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image, ImageEnhance
 from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv
 from util.errors import UserError
 from util.logger import log
+from util.settings import Settings
 
 MAX_BOXES = 512
 RETRY_SIDE = 1000  # pixels that the short side of an image without boxes is enlarged to at least
@@ -128,15 +128,15 @@ def _detector(model: str) -> Any:
         ) from error
 
 
-def build_edge_boxes(args: Namespace) -> EdgeBoxes:
-    """With `args.edge_model`.
+def build_edge_boxes(settings: Settings) -> EdgeBoxes:
+    """With `settings.edge_model`.
 
     Raises:
         UserError: no OpenCV, unless a store takes its place; the model can't be read.
     """
-    model = getattr(args, "edge_model", None) or ""
+    model = settings.edge_model
     method = EdgeBoxes(os.path.abspath(model) if model else "")
-    if not getattr(args, "cache_path", None):
+    if not settings.cache_path:
         opencv()
         if model:
             _detector(method.model)

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from datasets.images.packed_strings import PackedStrings
 from datasets.proposals.search import BoxSearch, Found
 from datasets.proposals.store import ProposalStore, StoredProposals, is_store
 from util.errors import UserError
+from util.settings import Settings
 
 if TYPE_CHECKING:
     from datasets.images.image_folder import ImageFiles
@@ -285,15 +285,15 @@ def _part(content: Any, key: str, path: str) -> list[dict]:
     return part
 
 
-def build_from_file(args: Namespace) -> BoxSearch:
-    """Of `args.proposals`, file:PATH.
+def build_from_file(settings: Settings) -> BoxSearch:
+    """Of `settings.proposals`, file:PATH.
 
     Raises:
         UserError: PATH is none of the forms.
     """
-    path = args.proposals.partition(":")[2]
+    path = settings.proposals.partition(":")[2]
     if not path or not os.path.exists(path.partition(",")[0]):
-        raise UserError(f"--proposals {args.proposals}: no such file: give {FORMS}")
+        raise UserError(f"--proposals {settings.proposals}: no such file: give {FORMS}")
     if is_store(path) or os.path.isdir(os.path.join(path, "chunks")):
         return StoredProposals(ProposalStore(path))
     if os.path.isdir(path):
@@ -303,4 +303,4 @@ def build_from_file(args: Namespace) -> BoxSearch:
         return CocoProposals(path)
     if suffix == ".npz":
         return ArchiveProposals(path)
-    raise UserError(f"--proposals {args.proposals}: {suffix or 'it'} is not read: give {FORMS}")
+    raise UserError(f"--proposals {settings.proposals}: {suffix or 'it'} is not read: give {FORMS}")

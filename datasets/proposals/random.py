@@ -1,12 +1,11 @@
 """UP-DETR's random boxes (Dai et al., CVPR 2021, section 3): any size and aspect, whatever the image shows."""
 
-from argparse import Namespace
-
 import torch
 from torch import Tensor
 
 from datasets.sample import BadImageError
 from util.random_state import SampleRandom
+from util.settings import Settings
 from util.settings.registry import PRETEXTS
 
 MIN_SIDE = 8
@@ -37,7 +36,7 @@ class RandomProposals:
         return x, y, x + w, y + h
 
 
-def build_random(args: Namespace) -> RandomProposals:
-    """As many boxes as the pretext takes: `args.max_prop` where it reads that, else `args.num_patches`."""
-    pretext = PRETEXTS.get(getattr(args, "pretext", None))
-    return RandomProposals(args.max_prop if pretext and "max_prop" in pretext.flags else args.num_patches)
+def build_random(settings: Settings) -> RandomProposals:
+    """As many boxes as the pretext takes: `settings.max_prop` where it reads that, else `settings.num_patches`."""
+    pretext = PRETEXTS.get(settings.pretext)
+    return RandomProposals(settings.max_prop if pretext and "max_prop" in pretext.flags else settings.num_patches)

@@ -4,7 +4,6 @@ resolution.
 
 import ctypes
 import os
-from argparse import Namespace
 
 import numpy as np
 from PIL import Image
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv, to_pixels
 from util.random_state import SampleRandom
+from util.settings import Settings
 
 PUBLISHED_SIDE = 128
 
@@ -69,14 +69,13 @@ def corners_of(boxes_xywh: np.ndarray) -> np.ndarray:
     return np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]).astype(np.uint16)
 
 
-def build_selective_search(args: Namespace) -> SelectiveSearch:
-    """With `args.ss_resize` and `args.reproduce_published`.
+def build_selective_search(settings: Settings) -> SelectiveSearch:
+    """With `settings.ss_resize` and `settings.reproduce_published`.
 
     Raises:
         UserError: no OpenCV, unless a store takes its place.
     """
-    if not getattr(args, "cache_path", None):
+    if not settings.cache_path:
         opencv()
-    side = getattr(args, "ss_resize", None)
-    kind = PublishedOrder if getattr(args, "reproduce_published", False) else SelectiveSearch
-    return kind(PUBLISHED_SIDE if side is None else side)
+    kind = PublishedOrder if settings.reproduce_published else SelectiveSearch
+    return kind(settings.ss_resize)
