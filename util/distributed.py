@@ -16,6 +16,7 @@ from util.errors import UserError
 
 log = logging.getLogger("predetr")  # by name, since util.logger asks this module who writes
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Result = TypeVar("Result")
 
 
@@ -62,7 +63,7 @@ def broadcast(tensors: Iterable[torch.Tensor]) -> None:
         dist.broadcast(tensor, 0)
 
 
-def unwrap_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> Any:
     """The model without its DistributedDataParallel wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
@@ -71,7 +72,7 @@ def share_statistics(model: nn.Module) -> None:
     """Batch norm of each process has seen other images: before an evaluation all take those of the first, which a
     checkpoint holds.
     """
-    norms = [part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    norms = [part for part in model.modules() if isinstance(part, BATCH_NORMS)]
     broadcast(buffer for norm in norms for buffer in norm.buffers())
 
 
@@ -123,6 +124,31 @@ def _first_slurm_host() -> str:
         ) from error
 
 
+def check_device(device: str) -> torch.device:
+    """
+    Raises:
+        UserError: there is no such GPU.
+    """
+    wanted = torch.device(device)
+    if wanted.type != "cuda":
+        return wanted
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu")
+    if (wanted.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them"
+        )
+    return wanted
+
+
+def use_device(device: str) -> torch.device:
+    """Checks the device and makes it the current one: streams, events and pinned memory go by that."""
+    wanted = check_device(device)
+    if wanted.type == "cuda" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    return wanted
+
+
 def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     """Joins the process group when started by torchrun, `torch.distributed.launch --use_env` or srun; returns the
     device.
@@ -131,17 +157,9 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     nothing.
     """
     _slurm_environment()
-    use_cuda = torch.device(device).type == "cuda"
-    if use_cuda and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu")
-    if use_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them"
-        )
+    use_cuda = check_device(device).type == "cuda"
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        if use_cuda and torch.device(device).index is not None:
-            torch.cuda.set_device(device)  # streams, events and pinned memory go by the current one
-        return torch.device(device)
+        return use_device(device)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
         if local_rank >= torch.cuda.device_count():

@@ -2,12 +2,21 @@
 
 import logging
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
 
 from util.distributed import is_main_process
 
+Item = TypeVar("Item")
+
 log = logging.getLogger("predetr")
+
+# A line of `Progress` where there is no terminal: tqdm's own without the bar.
+LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class _MainProcessOnly(logging.Filter):
@@ -15,13 +24,23 @@ class _MainProcessOnly(logging.Filter):
         return record.levelno >= logging.ERROR or is_main_process()
 
 
+class _BesideBars(logging.StreamHandler):
+    """Clears the progress bars of a terminal for a line of the log, and draws them again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
+
+
 def setup_logger() -> None:
-    """Sends the log to standard output, from the first process only (errors come from every process)."""
+    """Sends the log to standard output, from rank 0 only (errors come from every process)."""
     if log.handlers:
         return
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
-    handler = logging.StreamHandler(sys.stdout)
+    # tqdm's own lock is shared with dataloader workers: one that is killed while it holds the lock would stop us too.
+    tqdm.set_lock(threading.RLock())
+    handler = _BesideBars(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_MainProcessOnly())
     log.addHandler(handler)
@@ -30,60 +49,68 @@ def setup_logger() -> None:
 
 
 def format_seconds(seconds: float) -> str:
-    """`3725.2` -> `1:02:05`, `65` -> `1:05`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    """`3725.2` -> `1:02:05`, `65` -> `01:05`, as in a progress bar."""
+    return tqdm.format_interval(round(seconds))
 
 
-class Progress:
-    """Progress of a long job: a bar that is redrawn on a terminal, plain lines (`plain_seconds` apart) elsewhere.
+class _Lines:
+    """A file for tqdm that turns what it would redraw into lines of standard output."""
 
-    `total` counts steps. `text(str)` sets what stands behind the time left, such as losses and images/s.
+    def write(self, text: str) -> None:
+        if text.strip():
+            sys.stdout.write(f"{text.strip()}\n")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+class Progress(tqdm):
+    """Progress of a long job, on rank 0: tqdm's bar on a terminal, elsewhere (log files) a plain line every
+    `seconds_between_lines` and one at the end.
+
+    `total` counts steps, `start` are those that were done before this process. It closes itself after the last one.
     """
 
-    def __init__(self, total: int, description: str, start: int = 0, plain_seconds: float = 15.0) -> None:
-        self.total, self.description, self.done, self.start = total, description, start, start
-        self.tail = ""
-        self.began = self.last_shown = time.monotonic()
-        self.shows = is_main_process() and log.isEnabledFor(logging.INFO)
-        self.terminal = sys.stdout.isatty()
-        self.every = 0.2 if self.terminal else plain_seconds
-        self.has_shown = False
+    monitor_interval = 0  # no thread: with miniters=1 every step looks at the clock
 
-    def step(self, tail: str | None = None, steps: int = 1) -> None:
-        """`steps` more are done; `tail`, if given, replaces the text at the end of the line."""
-        self.done += steps
-        self.tail = self.tail if tail is None else tail
-        now = time.monotonic()
-        if self.shows and (now - self.last_shown >= self.every or self.done >= self.total):
-            self.last_shown = now
-            self._show(now)
+    def __init__(
+        self, total: int, description: str, start: int = 0, *, unit: str = "it", seconds_between_lines: float = 15.0
+    ) -> None:
+        # A delay, however short, leaves out the bar at 0 steps, and leave=False a second line at the end.
+        lines = {"file": _Lines(), "mininterval": seconds_between_lines, "delay": 1e-9, "leave": False}
+        bar = {"file": sys.stdout, "mininterval": 0.2, "dynamic_ncols": True}
+        super().__init__(
+            total=total,
+            desc=description,
+            initial=start,
+            unit=unit,
+            disable=not (is_main_process() and log.isEnabledFor(logging.INFO)),
+            miniters=1,
+            smoothing=0,  # speed and time left from the mean over all steps of this process
+            **(bar if sys.stdout.isatty() else {**lines, "bar_format": LINE}),
+        )
+
+    def step(self, text: str | None = None, steps: int = 1) -> None:
+        """`steps` more are done; `text`, if given, replaces the one at the end of the line, such as losses."""
+        if text is not None:
+            self.set_postfix_str(text, refresh=False)
+        finished = self.n + steps >= self.total
+        if finished:
+            self.mininterval = 0  # the last step is shown whenever it comes
+        self.update(steps)
+        if finished:
+            self.close()
 
     def wants_text(self) -> bool:
         """True when the next step will be shown, so that text is only made when it is read."""
-        due = time.monotonic() - self.last_shown >= self.every or self.done + 1 >= self.total
-        return self.shows and due
-
-    def _show(self, now: float) -> None:
-        elapsed = now - self.began
-        left = elapsed / max(self.done - self.start, 1) * (self.total - self.done)
-        counts = f"{self.done}/{self.total}"
-        times = f"{format_seconds(elapsed)}<{format_seconds(left)}"
-        if self.terminal:
-            filled = round(20 * self.done / max(self.total, 1))
-            line = f"{self.description} [{'#' * filled}{'.' * (20 - filled)}] {counts} {times} {self.tail}"
-            end = "\n" if self.done >= self.total else ""
-            sys.stdout.write(f"\r\x1b[2K{line}{end}")
-        else:
-            sys.stdout.write(f"{self.description} {counts} {times} {self.tail}\n")
-        sys.stdout.flush()
-        self.has_shown = True
+        if self.disable:
+            return False
+        return time.time() - self.last_print_t >= self.mininterval or self.n + 1 >= self.total
 
 
-def progress(iterable: Iterable, total: int, description: str) -> Iterator:
+def progress(items: Sequence[Item], description: str) -> Iterator[Item]:
     """Iterates with a `Progress` beside it."""
-    bar = Progress(total, description)
-    for item in iterable:
+    bar = Progress(len(items), description)
+    for item in items:
         yield item
         bar.step()

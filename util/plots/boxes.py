@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
-# Colours that differ for colour-blind eyes too, and against photographs.
-PALETTE: tuple[Colour, ...] = (
+# Colors that color-blind eyes tell apart too, and that stand out from images.
+PALETTE: tuple[Color, ...] = (
     (230, 85, 13), (0, 114, 178), (0, 158, 115), (204, 51, 139), (240, 190, 30),
     (86, 180, 233), (138, 75, 8), (118, 60, 190), (150, 200, 30), (90, 90, 90),
 )  # fmt: skip
@@ -24,44 +24,43 @@ def draw_boxes(
     boxes_xyxy_abs: Any,
     labels: Sequence[int | str] | None = None,
     scores: Sequence[float] | None = None,
-    colours: Sequence[Colour] | None = None,
+    colors: Sequence[Color] | None = None,
 ) -> np.ndarray:
     """A copy of the image with boxes and "label score" on them.
 
-    `colours` are one a box; without them a label keeps its colour over all images. Boxes are cut at the image's border;
-    one that is not finite is left out.
+    `colors`: one per box; without them a label has the same color in all images. Boxes are clipped to the image; a box
+    that is not finite is skipped.
     """
+    # torchvision.utils.draw_bounding_boxes hides small boxes under their labels and cuts labels at the image's border.
     boxes, image = as_array(boxes_xyxy_abs).reshape(-1, 4), np.asarray(image)
     texts = _texts(len(boxes), labels, scores)
-    colours = colours or [
-        label_colour(label) for label in (as_list(labels) if labels is not None else range(len(boxes)))
-    ]
+    colors = colors or [label_color(label) for label in (range(len(boxes)) if labels is None else as_list(labels))]
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     line = max(2, round(max(picture.size) / 200))
-    font = load_font(max(11, round(max(picture.size) / 32)))
-    # Small boxes last, and names after all boxes, so that nothing covers them.
-    order = [i for i in np.argsort(-_areas(boxes)) if np.isfinite(boxes[i]).all()]
-    limit = np.array([picture.width - 1, picture.height - 1] * 2)
-    clipped = np.clip(boxes, 0, limit)
+    font = ImageFont.load_default(max(11, round(max(picture.size) / 32)))
+    # Small boxes last, and labels after all boxes, so that nothing covers them.
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    order = [i for i in np.argsort(-areas) if np.isfinite(boxes[i]).all()]
+    clipped = np.clip(boxes, 0, [picture.width - 1, picture.height - 1] * 2)
     for i in order:
         x1, y1, x2, y2 = clipped[i]
-        draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=tuple(colours[i]), width=line)
+        draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=tuple(colors[i]), width=line)
     for i in order:
         if texts[i]:
-            draw_label(draw, texts[i], clipped[i, :2], tuple(colours[i]), font, picture.size)
+            draw_label(picture, texts[i], clipped[i, :2], tuple(colors[i]), font)
     return np.asarray(picture)
 
 
-def draw_label(
-    draw: ImageDraw.ImageDraw, text: str, corner: np.ndarray, colour: Colour, font: Any, size: tuple
-) -> None:
+def draw_label(picture: Image.Image, text: str, corner: np.ndarray, color: Color, font: Any) -> None:
+    """The text on its color above the corner (x, y), or below it where there is no room, inside the picture."""
+    draw = ImageDraw.Draw(picture)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5
-    x = min(max(corner[0], 0), max(size[0] - width, 0))
+    x = min(max(corner[0], 0), max(picture.width - width, 0))
     y = corner[1] - height if corner[1] >= height else corner[1]
-    draw.rectangle((x, y, x + width, y + height), fill=colour)
-    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 150
+    draw.rectangle((x, y, x + width, y + height), fill=color)
+    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 150
     draw.text((x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
 
 
@@ -71,17 +70,13 @@ def _texts(count: int, labels: Any, scores: Any) -> list[str]:
     return [" ".join(filter(None, pair)) for pair in zip(names, numbers, strict=True)]
 
 
-def label_colour(label: int | str) -> Colour:
+def label_color(label: int | str) -> Color:
     number = label if isinstance(label, int) else sum(map(ord, label))
     return PALETTE[(number - 1) % len(PALETTE)]
 
 
-def cycle_colours(count: int) -> list[Colour]:
+def cycle_colors(count: int) -> list[Color]:
     return [PALETTE[i % len(PALETTE)] for i in range(count)]
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def as_array(values: Any) -> np.ndarray:
@@ -90,7 +85,3 @@ def as_array(values: Any) -> np.ndarray:
 
 def as_list(values: Any) -> list:
     return values.tolist() if hasattr(values, "tolist") else list(values)
-
-
-def load_font(size: int) -> Any:
-    return ImageFont.load_default(size)

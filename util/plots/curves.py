@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from util.coco import BBOX_METRICS
 from util.errors import UserError
 from util.files import write_atomically
-from util.plots.boxes import cycle_colours
+from util.plots.boxes import cycle_colors
 from util.runs.log import read_log
 
-BBOX_STATS = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+BBOX_STATS = BBOX_METRICS[:6]
 DEFAULT_FIELDS = ("loss", "class_error", "mAP")
 
 
@@ -48,7 +49,7 @@ def plot_logs(
 def plot_curves(
     runs: Mapping[str, str | Path], out_png: str | Path, fields: Sequence[str] = ("loss", "AP", "AP50")
 ) -> Path:
-    """Overlays runs (name -> folder or log.txt), a colour each; `fields` as in `plot_logs`, or one of `BBOX_STATS`."""
+    """Overlays runs (name -> folder or log.txt), a color each; `fields` as in `plot_logs`, or one of `BBOX_STATS`."""
     return _draw_curves({name: read_log(path) for name, path in runs.items()}, fields, out_png)
 
 
@@ -59,11 +60,11 @@ def _draw_curves(runs: Mapping[str, list[dict]], fields: Sequence[str], out_png:
     figure_canvas(figure)
     for number, field in enumerate(fields):
         axes = figure.add_subplot(1, len(fields), number + 1)
-        for colour, (name, entries) in zip(cycle_colours(len(runs)), runs.items(), strict=True):
+        for color, (name, entries) in zip(cycle_colors(len(runs)), runs.items(), strict=True):
             for label, style, (xs, ys) in _series(entries, field):
                 shown = f"{name}, {label}" if len(runs) > 1 and label else label or name
                 marker = "o" if style == "--" or len(xs) < 20 else None
-                axes.plot(xs, ys, style, color=np.divide(colour, 255), label=shown, marker=marker, markersize=3.5)
+                axes.plot(xs, ys, style, color=np.divide(color, 255), label=shown, marker=marker, markersize=3.5)
         _dress(axes, field)
     if not fields:
         figure.text(0.5, 0.5, "no epoch has been logged yet", ha="center")

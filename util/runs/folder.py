@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from util.checkpoints.checkpoint import BEST, LATEST
 from util.distributed import get_world_size, is_main_process
 from util.errors import UserError
 from util.files import make_folder, write_text
 from util.logger import log
-from util.settings.arguments import flags_read, plain_settings, setting_origins
+from util.settings import Settings, flags_read
+from util.settings.frozen import CHECKPOINT, GIVEN
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
-RUN_FILES = (  # what --overwrite takes away at once, so that nothing of the old run is taken for the new one's
+RUN_FILES = (  # what --overwrite removes, so that nothing of the old run is taken for the new one's
     "log.txt",
-    "checkpoint.pth",
-    "checkpoint_best.pth",
+    LATEST,
+    BEST,
     SETTINGS,
     EVAL_SETTINGS,
     "metrics.json",
@@ -53,11 +54,10 @@ PACKAGES = (
     "matplotlib",
     "pycocotools",
     "hotcoco",
-    "faster-coco-eval",
 )
 
 
-def prepare_output(args) -> Path | None:
+def prepare_output(settings: Settings) -> Path | None:
     """Makes the run's folder and refuses to mix two runs.
 
     Returns None where nothing is to be saved.
@@ -66,59 +66,57 @@ def prepare_output(args) -> Path | None:
         UserError: the folder can't be written, or holds files with the names of a run's, and this is neither the run
             that is resumed nor is `--overwrite` given.
     """
-    if not args.output_dir or args.dry_run:
-        if not args.dry_run:
-            log.info("--output_dir is not given: nothing of this run will be saved")
+    if settings.dry_run:
         return None
-    folder = Path(args.output_dir)
+    if not settings.output_dir:
+        log.warning("nothing of this run will be saved: add --output_dir DIR")
+        return None
+    folder = Path(settings.output_dir)
     if not is_main_process():
         return folder
     make_folder(folder)
-    found = _replaced(folder, args)
-    if found and not args.overwrite:
-        goes_on = (
-            (folder / "checkpoint.pth").exists() and not args.eval and "resume" not in setting_origins(args)["given"]
-        )
-        remedy = "add --resume auto to continue it, " if goes_on else ""
+    found = _replaced(folder, settings)
+    if found and not settings.overwrite:
+        resumable = (folder / LATEST).exists() and not settings.eval and settings.origins["resume"] != GIVEN
+        remedy = "add --resume auto to continue it, " if resumable else ""
         raise UserError(
-            f"--output_dir {folder} holds {_what(found, args)} ({found[0].name}): {remedy}--overwrite to replace it, "
-            "or choose another folder"
+            f"--output_dir {folder} holds {_what(found, settings)} ({found[0].name}): {remedy}--overwrite to replace "
+            "it, or choose another folder"
         )
-    if found and args.pretrain and Path(args.pretrain).resolve() in [path.resolve() for path in found]:
+    if found and settings.pretrain and Path(settings.pretrain).resolve() in [path.resolve() for path in found]:
         raise UserError(
-            f"--overwrite would remove what this run starts from, --pretrain {args.pretrain}: choose another "
-            f"--output_dir"
+            f"--overwrite would remove what this run starts from, --pretrain {settings.pretrain}: choose another "
+            "--output_dir"
         )
     return folder
 
 
-def _what(found: list[Path], args: Namespace) -> str:
-    if args.eval:
+def _what(found: list[Path], settings: Settings) -> str:
+    if settings.eval:
         return "other files"
     names = {path.name for path in found}
-    return (
-        "an evaluation"
-        if EVAL_SETTINGS in names and not names & {SETTINGS, "log.txt", "checkpoint.pth"}
-        else "another run"
-    )
+    evaluated = EVAL_SETTINGS in names and not names & {SETTINGS, "log.txt", LATEST}
+    return "an evaluation" if evaluated else "another run"
 
 
-def _replaced(folder: Path, args: Namespace) -> list[Path]:
+def _replaced(folder: Path, settings: Settings) -> list[Path]:
     """Files of another run, which this one can't share its folder with."""
     found = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    return [*found, *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")] if found and not _goes_on(folder, args) else []
+    if not found or _continues(folder, settings):
+        return []
+    return [*found, *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")]
 
 
-def _goes_on(folder: Path, args: Namespace) -> bool:
+def _continues(folder: Path, settings: Settings) -> bool:
     """Whether this start belongs to the run that lies in its folder; an evaluation may go beside any run or
     evaluation.
     """
-    if args.eval:
-        return any((folder / name).exists() for name in (SETTINGS, EVAL_SETTINGS, "log.txt", "checkpoint.pth"))
-    if args.resume:
-        return Path(args.resume).resolve().parent == folder.resolve()
-    # --resume auto of a run that was killed before its first checkpoint: it starts afresh, and nothing is lost.
-    auto = "resume" in setting_origins(args)["given"]
+    if settings.eval:
+        return any((folder / name).exists() for name in (SETTINGS, EVAL_SETTINGS, "log.txt", LATEST))
+    if settings.resume:
+        return Path(settings.resume).resolve().parent == folder.resolve()
+    # --resume auto of a run that was killed before its first checkpoint: it starts from scratch, and nothing is lost.
+    auto = settings.origins["resume"] == GIVEN
     return auto and (folder / SETTINGS).exists() and not (folder / "log.txt").exists()
 
 
@@ -187,28 +185,33 @@ def code_revision(root: Path = ROOT) -> str:
         return "unknown"
 
 
-def save_settings(folder: Path | None, args: Namespace, facts: Mapping[str, object]) -> None:
+def save_settings(
+    folder: Path | None,
+    settings: Settings,
+    facts: Mapping[str, object],
+    from_data: Mapping[str, object] | None = None,
+) -> None:
     """The first file of a run, when all else is ready; with `--overwrite` those of the run before go now.
 
-    args.json: every resolved flag, where those that are no defaults come from, versions, device, and `facts` of data
-    and model.
+    args.json: every setting (`from_data` as in `describe_settings`), where those that are no defaults come from,
+    versions, device, and `facts` of data and model.
 
     A run that is resumed keeps what args.json said of its earlier starts. An evaluation writes eval_args.json, so that
     it can go into the folder of a run.
     """
     if folder is None or not is_main_process():
         return
-    for other in (
-        _replaced(folder, args) if args.overwrite else ()
-    ):  # not before: a run that can't start must not cost the one before
-        other.unlink()
-    path = folder / (EVAL_SETTINGS if args.eval else SETTINGS)
-    before = read_record(path) if args.resume and not args.eval else {}
+    if settings.overwrite:  # not before: a run that can't start must not cost the one before
+        for other in _replaced(folder, settings):
+            other.unlink()
+    path = folder / (EVAL_SETTINGS if settings.eval else SETTINGS)
+    before = read_record(path) if settings.resume and not settings.eval else {}
     _warn_of_other_data(before.get("data"), facts.get("data"))
     earlier = [*before.get("earlier_starts", []), *([before["environment"]] if "environment" in before else [])]
     record = {
-        "settings": plain_settings(args),
-        **setting_origins(args),
+        "settings": {**settings.as_dict(), **(from_data or {})},
+        "given": settings.names_from(GIVEN),
+        "adopted": settings.names_from(CHECKPOINT),
         "environment": environment(),
         **facts,
         "earlier_starts": earlier,
@@ -237,19 +240,19 @@ def read_record(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def describe_settings(args: Namespace) -> None:
-    """Every resolved flag, in as few lines as fit: those given, those taken over from a checkpoint, and the defaults.
-    Without those that only another script, detector or pretext reads."""
-    settings, origins = plain_settings(args), setting_origins(args)
-    read = flags_read(args) - ({"epochs", "lr_drop"} if args.max_iters else set())
-    shown = {name: value for name, value in settings.items() if value not in (None, "", False, []) and name in read}
-    defaults = [name for name in shown if name not in (*origins["given"], *origins["adopted"])]
-    for title, names in (
-        ("given", origins["given"]),
-        ("from the checkpoint", origins["adopted"]),
-        ("defaults", defaults),
-    ):
+def describe_settings(settings: Settings, from_data: Mapping[str, object] | None = None) -> None:
+    """Logs every setting: those given, those adopted from a checkpoint, and the defaults. Without those that only
+    another script, detector or pretext reads, and those without a value.
+
+    from_data: what the data decides in place of a default, by flag name: the number of classes.
+    """
+    read = flags_read(settings) - ({"epochs", "lr_drop"} if settings.max_iters else set())
+    values = {**settings.as_dict(), **(from_data or {})}
+    shown = {name: values[name] for name in sorted(read) if values[name] not in (None, "", [])}
+    given, adopted = settings.names_from(GIVEN), settings.names_from(CHECKPOINT)
+    defaults = [name for name in shown if name not in (*given, *adopted)]
+    for title, names in (("given", given), ("from the checkpoint", adopted), ("defaults", defaults)):
         text = "  ".join(f"{name}={shown[name]}" for name in names if name in shown)
         if text:
-            wrapped = textwrap.fill(text, 140, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            wrapped = textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
             log.info("settings, %s: %s", title, wrapped)

@@ -45,10 +45,10 @@ class BadImages:
 
 
 class LossReader:
-    """Averages named scalars over the processes and brings them to the host while the device goes on with the backward
+    """Averages named scalars over the processes and brings them to the host while the device runs the backward
     pass.
 
-    Make it after the criterion and before `backward()`; `read()` afterwards, before the optimiser's step. One copy for
+    Make it after the criterion and before `backward()`; `read()` afterwards, before the optimizer's step. One copy for
     all values; `flags` of the processes (such as "stop asked for") are added up in the same collective.
     """
 

@@ -1,17 +1,16 @@
 """What a run trains, in numbers: parameters, those that train, multiply-adds, and the published figures beside them."""
 
 import copy
-from argparse import Namespace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from util.errors import UserError
 from util.logger import log
 from util.nested_tensor import NestedTensor
+from util.settings import Settings
 
 # (detector, backbone, DC5, feature levels) -> (parameters in millions, multiply-adds in G), as DETR, Conditional DETR
 # and Deformable DETR publish them, for validation images of COCO with a short side of 800.
@@ -47,29 +46,26 @@ def _sampling_flops(value_shape, grid_shape, *_args, out_shape=None, **_kwargs) 
 
 def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
     """Multiply-adds of `detector` on one image [3, height, width] without padding: convolutions, matrix products and
-    attention, and for deformable attention 5 for each value that is sampled. Norms, activations and sums are left out,
-    as published counts do.
+    attention, and for deformable attention 5 for each sampled value. Norms, activations and sums are not counted, as in
+    published figures.
 
-    Nothing is computed and no memory is used: a copy of the network runs on tensors that have shapes only. The network
-    itself and random states stay as they are.
+    Nothing is computed and no memory is used: a copy of the network runs on the meta device. The network itself and
+    random states stay as they are.
     """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: _sampling_flops})
-    shapes_only = FakeTensorMode()
-    network = _without_values(detector, shapes_only).eval()
+    network = _on_meta(detector).eval()
     # Attention by matrix products, which every version of the counter knows.
-    with torch.no_grad(), shapes_only, counter, sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), torch.device("meta"), counter, sdpa_kernel(SDPBackend.MATH):
         mask = torch.zeros((1, height, width), dtype=torch.bool)
         network(NestedTensor(torch.empty(1, 3, height, width), mask, padded=False))
     return counter.get_total_flops() // 2
 
 
-def _without_values(module: nn.Module, shapes_only: FakeTensorMode) -> nn.Module:
-    """A copy on the CPU whose parameters and buffers have shapes and types only; shared ones stay shared."""
-    with shapes_only:
-        tensors = {
-            id(tensor): torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-            for tensor in [*module.parameters(), *module.buffers()]
-        }
+def _on_meta(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have shapes and types only; shared ones stay shared."""
+    tensors = {
+        id(tensor): torch.empty_like(tensor, device="meta") for tensor in [*module.parameters(), *module.buffers()]
+    }
     copied = copy.deepcopy(module, tensors)
     for part in copied.modules():
         if hasattr(part, "implementation"):  # a kernel of a GPU, whose plain counterpart can be counted
@@ -77,55 +73,69 @@ def _without_values(module: nn.Module, shapes_only: FakeTensorMode) -> nn.Module
     return copied
 
 
-def evaluation_size(args: Namespace) -> tuple[int, int]:
-    """(height, width) of a photograph of 4:3 at the run's evaluation size: 800 x 1066 unless given otherwise."""
-    width = int(args.image_size * 4 / 3)
-    if args.max_size and width > args.max_size:
-        return round(args.max_size * 3 / 4), args.max_size
-    return args.image_size, width
+def evaluation_size(settings: Settings) -> tuple[int, int]:
+    """(height, width) of a 4:3 image at the run's evaluation size: 800 x 1066 unless given otherwise."""
+    width = int(settings.image_size * 4 / 3)
+    if settings.max_size and width > settings.max_size:
+        return round(settings.max_size * 3 / 4), settings.max_size
+    return settings.image_size, width
 
 
-def published_figures(args: Namespace) -> tuple[int, int] | None:
+def published_figures(settings: Settings) -> tuple[int, int] | None:
     """(millions of parameters, G of multiply-adds) of the published detector with this architecture; None if there is
     none.
     """
     sizes = {
         **PUBLISHED_SIZES,
-        "dim_feedforward": PUBLISHED_WIDTHS.get(args.detector, 2048),
-        "num_queries": PUBLISHED_QUERIES.get(args.detector, 300),
+        "dim_feedforward": PUBLISHED_WIDTHS.get(settings.detector, 2048),
+        "num_queries": PUBLISHED_QUERIES.get(settings.detector, 300),
     }
-    if args.with_box_refine or args.two_stage or any(getattr(args, name) != value for name, value in sizes.items()):
+    if (
+        settings.with_box_refine
+        or settings.two_stage
+        or any(getattr(settings, name) != value for name, value in sizes.items())
+    ):
         return None
-    return PUBLISHED.get((args.detector, args.backbone, args.dilation, args.num_feature_levels))
+    return PUBLISHED.get((settings.detector, settings.backbone, settings.dilation, settings.num_feature_levels))
 
 
-def describe_model(model: nn.Module, args: Namespace) -> dict[str, object]:
-    """Says what is trained and how large it is; returns the same numbers, to be kept with the run.
+def describe_model(model: nn.Module, settings: Settings) -> dict[str, object]:
+    """Logs what is trained, how large it is and which kernels run; returns the same, to be kept with the run.
 
     `multiply_adds` are those of the detector on an image of `multiply_adds_hw`, None where they can't be counted.
+    `kernels` say what attention runs on, see `Detector.kernels`.
     """
     total, trainable = count_parameters(model)
     detector = model.base_detector()
-    what = f"{args.pretext} on {args.detector}" if args.pretext else args.detector
+    what = f"{settings.pretext} on {settings.detector}" if settings.pretext else settings.detector
     log.info(
         "%s, %s (%s batch norm, weights: %s): %s parameters, %s trainable; device %s, amp %s",
         what,
-        args.backbone,
-        args.backbone_norm,
-        args.backbone_weights,
+        settings.backbone,
+        settings.backbone_norm,
+        settings.backbone_weights,
         f"{total:,}",
         f"{trainable:,}",
-        args.device,
-        args.amp,
+        settings.device,
+        settings.amp,
     )
     own = total - count_parameters(detector)[0]
     if own:
         log.info("  of these %s parameters belong to the pretext; fine-tuning leaves them behind", f"{own:,}")
-    height, width = evaluation_size(args)
+    dtype = torch.bfloat16 if settings.amp == "bf16" else torch.float32
+    kernels = detector.kernels(torch.device(settings.device), dtype)
+    if kernels:
+        log.info("  %s", "; ".join(f"{operation}: {kernel}" for operation, kernel in kernels.items()))
+    height, width = evaluation_size(settings)
     count = _multiply_adds_or_none(detector, height, width)
     if count is not None:
-        log.info("  %s for an image of %d x %d%s", _in_g(count), height, width, _published_text(args))
-    if args.backbone_norm == "live" and trainable and args.lr_backbone <= 0:
+        log.info("  %s for an image of %d x %d%s", _in_g(count), height, width, _published_text(settings))
+    if settings.object_embedding_loss and settings.backbone_weights == "none" and not settings.resume:
+        log.warning(
+            "--object_embedding_loss with --backbone_weights none: the embeddings to predict are those of a random "
+            "network"
+        )
+    if settings.backbone_norm == "live" and trainable and settings.lr_backbone <= 0:
         log.warning(
             "the backbone has random weights and is frozen: its features will hardly tell images apart; "
             "give --backbone_weights or leave it trainable (--lr_backbone above 0, no --fre_cnn)"
@@ -136,6 +146,7 @@ def describe_model(model: nn.Module, args: Namespace) -> dict[str, object]:
         "of_the_pretext": own,
         "multiply_adds": count,
         "multiply_adds_hw": [height, width],
+        "kernels": kernels,
     }
 
 
@@ -152,6 +163,6 @@ def _in_g(count: int) -> str:
     return f"{count / 1e9:.1f} G multiply-adds" if count >= 1e8 else f"{count / 1e6:.1f} M multiply-adds"
 
 
-def _published_text(args: Namespace) -> str:
-    figures = published_figures(args)
+def _published_text(settings: Settings) -> str:
+    figures = published_figures(settings)
     return "" if figures is None else f" (published: {figures[0]} M parameters, {figures[1]} G at a short side of 800)"

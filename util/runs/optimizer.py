@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, StepLR
 
+from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.logger import log
 
@@ -89,7 +90,7 @@ def _drop_epochs(state: dict) -> int | list[int]:
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: dict, model: nn.Module
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: Checkpoint, model: nn.Module
 ) -> None:
     """Takes over moments and epoch count; the rates and the drops of this run's flags win over those in the file, and
     it is said.
@@ -102,14 +103,14 @@ def restore_optimizer(
     """
     wanted = [group["initial_lr"] for group in optimizer.param_groups]
     decays = [group["weight_decay"] for group in optimizer.param_groups]
-    _check_same_groups(optimizer, checkpoint["optimizer"]["param_groups"])
+    _check_same_groups(optimizer, checkpoint.optimizer["param_groups"])
     optimizer.load_state_dict(_in_own_order(optimizer, checkpoint, model))
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
     stored_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    stored, drops = _drop_epochs(checkpoint["lr_scheduler"]), _drop_epochs(scheduler.state_dict())
+    stored, drops = _drop_epochs(checkpoint.lr_scheduler), _drop_epochs(scheduler.state_dict())
     if stored_rates == wanted and stored == drops:
-        scheduler.load_state_dict(checkpoint["lr_scheduler"])
+        scheduler.load_state_dict(checkpoint.lr_scheduler)
         return
     log.info(
         "learning rates %s -> %s, --lr_drop %s -> %s: this run's settings win over the file's",
@@ -118,7 +119,7 @@ def restore_optimizer(
         stored,
         drops,
     )
-    epochs = checkpoint["lr_scheduler"]["last_epoch"]
+    epochs = checkpoint.lr_scheduler["last_epoch"]
     scheduler.last_epoch, scheduler._step_count, scheduler.base_lrs = epochs, epochs + 1, wanted
     passed = epochs // drops if isinstance(drops, int) else sum(epoch <= epochs for epoch in drops)
     for group, lr in zip(optimizer.param_groups, wanted, strict=True):
@@ -126,15 +127,15 @@ def restore_optimizer(
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: dict, model: nn.Module) -> dict:
+def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, model: nn.Module) -> dict:
     """The file's state of the optimiser, whose groups hold numbers in place of parameters, with these in this
     optimiser's order.
     """
-    place = {key: i for i, key in enumerate(checkpoint["model"])}
+    place = {key: i for i, key in enumerate(checkpoint.model)}
     first: dict[int, int] = {}  # of a parameter that several names share, as an optimiser counts it
     for key, value in model.state_dict(keep_vars=True).items():
         first[id(value)] = min(first.get(id(value), len(place)), place.get(key, len(place)))
-    stored = checkpoint["optimizer"]
+    stored = checkpoint.optimizer
     groups = []
     for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True):
         order = sorted(range(len(own["params"])), key=lambda i, own=own: first.get(id(own["params"][i]), len(place)))

@@ -1,4 +1,4 @@
-"""Starting and ending an entry script: logger, processes, seeds, and errors as one line."""
+"""Starting and ending an entry script: logger, processes, checkpoint, settings, seeds, and errors as one line."""
 
 import multiprocessing
 import random
@@ -6,151 +6,82 @@ import secrets
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from util.checkpoints.checkpoint import Checkpoint, adopt_architecture, find_resume, is_pretext, load_checkpoint
+from util.checkpoints.adoption import adopt
+from util.checkpoints.checkpoint import Checkpoint, find_resume, load_checkpoint
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.errors import NonFinite, StopRequested, UserError
 from util.logger import log, setup_logger
-from util.settings.arguments import FEW_SHOT, OWN_DATA, PLACES, given_flags, resolve, set_default
-from util.settings.flags import FINETUNE, PRETRAIN
-from util.settings.registry import DETECTORS, PRETEXTS
+from util.settings import FINETUNE, Settings, given_flags, resolve
+from util.settings.resolving import default_device
 
-# What a checkpoint says of its own start and does not hand on; the backbone's weights lie in it and need not be fetched
-# again.
-OWN_TO_A_SESSION = {
-    "output_dir",
-    "resume",
-    "overwrite",
-    "dry_run",
-    "eval",
-    "pretrain",
-    "device",
-    "num_workers",
-    "dist_url",
-    "start_epoch",
-    "backbone_weights",
-    "ms_deform_attn",
-}
-# Not taken over by a run on another kind of data.
-DATA_PLACES = {
-    "data_root",
-    "dataset",
-    "voc_train",
-    "voc_val",
-    "voc_metric",
-    "filter_pct",
-    "split_file",
-    "few_shot",
-    "novel_split",
-    *FEW_SHOT,
-    *PLACES,
-    *OWN_DATA,
-}
-# What a published file says of training and means the same here.
-PUBLISHED = ("lr", "lr_backbone", "weight_decay", "clip_max_norm", "epochs", "lr_drop")
 STOPPED = 143  # what a shell reports of a process that SIGTERM ended
 
 
-def start_session(args: Namespace) -> torch.device:
-    """Joins the processes, seeds them, and returns the device. `args` need not be resolved."""
-    set_default(args, "device", "cuda" if torch.cuda.is_available() else "cpu")
-    return init_distributed(args.device, args.dist_url or "env://")
+@dataclass(frozen=True)
+class Session:
+    """What an entry script starts from.
+
+    settings: complete. checkpoint: of `--resume` or `--pretrain`, None without one. device: of this process.
+    """
+
+    settings: Settings
+    checkpoint: Checkpoint | None
+    device: torch.device
 
 
-def prepare_checkpoint(args: Namespace) -> Checkpoint | None:
-    """Finds and reads the checkpoint of `--resume` or `--pretrain`, lets flags that were not given take over its
-    architecture, and resolves all flags. `args.resume` is a path or an address afterwards, or empty.
+def start_session(args: Namespace | Mapping[str, Any], script: str | None = None) -> Session:
+    """Joins the processes, reads the checkpoint, resolves the settings and seeds the random generators.
+
+    `settings.resume` is the path or address of the checkpoint afterwards, or empty.
 
     Raises:
-        UserError: the file can't be used, or a flag contradicts it.
+        UserError: the checkpoint can't be used, or flags contradict it or each other.
     """
-    given = given_flags(args)
-    if args.resume == "auto" and args.overwrite:
-        raise UserError("--overwrite replaces the run that --resume auto continues: give one of them")
-    resume = find_resume(args.resume, args.output_dir)
-    if len(set(all_gather_object(bool(resume)))) > 1:
-        raise UserError(
-            f"--resume auto: only some processes see a checkpoint in {args.output_dir}; use a folder that all "
-            f"nodes share"
-        )
-    if args.resume == "auto" and resume is None:
-        log.info("--resume auto: no checkpoint in %s yet, starting afresh", args.output_dir)
-    if resume and getattr(args, "pretrain", None):
-        log.info("--resume: continuing from %s, --pretrain is not needed any more", resume)
-        args.pretrain = None
-    args.resume = resume or ""
-    if args.random_seed and not resume:
-        args.seed = all_gather_object(secrets.randbelow(2**31))[0]
-        log.info("--random_seed: %d", args.seed)
-    source = resume or getattr(args, "pretrain", None)
+    values = args if isinstance(args, Mapping) else vars(args)
+    script, given = script or values.get("script") or FINETUNE, given_flags(values)
+    device = init_distributed(given.get("device") or default_device(), given.get("dist_url") or "env://")
+    given = _with_resume(given)
+    source = given.get("resume") or given.get("pretrain")
     checkpoint = load_checkpoint(source) if source else None
-    if checkpoint is not None:
-        for line in adopt_architecture(checkpoint, args, given, same_queries=bool(resume)):
-            log.info(line)
-        _check_kind(args, checkpoint)
-        if resume:
-            _adopt_settings(args, checkpoint.get("args", {}), given)
-    args._given, args._adopted = (
-        given,
-        given_flags(args) - given - {"resume"},
-    )  # kept with the run, see `setting_origins`
-    resolve(args)
-    return checkpoint
+    adopted = adopt(checkpoint, given, script) if checkpoint else {}
+    settings = resolve(given, adopted, script)
+    seed_everything(settings.seed)
+    return Session(settings, checkpoint, device)
 
 
-def _adopt_settings(args: Namespace, stored: dict, given: set[str]) -> None:
-    """A run that goes on keeps its settings: those of our own checkpoints count where no flag was given, and those of
-    training in published ones, whose other settings have other meanings."""
-    if args.script == FINETUNE and "script" not in stored:
-        others = ("epochs", "lr_drop") if "max_iters" in given else ()
-        stored = {name: stored[name] for name in PUBLISHED if name in stored and name not in others}
-    elif stored.get("script") != args.script:
-        return
-    other_data = "dataset_file" in given and stored.get("dataset_file") != args.dataset_file
-    kept = (
-        OWN_TO_A_SESSION
-        | (DATA_PLACES if other_data else set())
-        | ({"lr_drop_epochs"} if "lr_drop" in given else set())
-    )
-    for name, value in stored.items():
-        if name in vars(args) and name not in given and name not in kept and value is not None:
-            setattr(args, name, value)
-
-
-def _check_kind(args: Namespace, checkpoint: Checkpoint) -> None:
-    """A run that is resumed must be of the kind that the script runs; every detector of a file must be one that can be
-    built.
-    """
-    if args.detector not in DETECTORS:
+def _with_resume(given: dict[str, Any]) -> dict[str, Any]:
+    """The given flags with the path that `--resume auto` means, and with the seed that `--random_seed` draws."""
+    evaluates = given.get("eval") or given.get("viz")
+    if given.get("resume") == "auto" and given.get("overwrite") and not evaluates:
+        raise UserError("--overwrite replaces the run that --resume auto continues: give one of them")
+    found = find_resume(given.get("resume"), given.get("output_dir"))
+    if len(set(all_gather_object(bool(found)))) > 1:
         raise UserError(
-            f"{checkpoint.source} holds {args.detector}, which this version does not build ({', '.join(DETECTORS)})"
+            f"--resume auto: only some processes see a checkpoint in {given['output_dir']}; use a folder that all "
+            "nodes share"
         )
-    if args.resume and args.script == FINETUNE and is_pretext(checkpoint):
-        raise UserError(
-            f"{checkpoint.source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}"
-        )
-    if args.resume and args.script == PRETRAIN and not is_pretext(checkpoint):
-        raise UserError(
-            f"{checkpoint.source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints"
-        )
-    if args.resume and args.script == PRETRAIN:
-        _check_pretext(args, checkpoint)
-
-
-def _check_pretext(args: Namespace, checkpoint: Checkpoint) -> None:
-    """A published file does not say which pretext it is of, but the names in it do."""
-    pretext = args.pretext or (checkpoint.get("args") or {}).get("pretext") or "random_query_patch"
-    able = [name for name, entry in PRETEXTS.items() if any(key.startswith(entry.parts) for key in checkpoint["model"])]
-    if able and pretext not in able:
-        raise UserError(f"{checkpoint.source} is not of --pretext {pretext}: add --pretext {able[0]}")
+    if given.get("resume") == "auto" and found is None:
+        log.info("--resume auto: no checkpoint in %s yet, starting from scratch", given["output_dir"])
+    if found and given.get("pretrain"):
+        log.info("--resume: continuing from %s, --pretrain is not needed any more", found)
+        given = {name: value for name, value in given.items() if name != "pretrain"}
+    if "resume" in given:
+        given = {**given, "resume": found or ""}
+    if given.get("random_seed") and not found:
+        given = {**given, "seed": all_gather_object(secrets.randbelow(2**31))[0]}
+        log.info("--random_seed: %d", given["seed"])
+    return given
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the generators of this process; processes differ by their number."""
+    """Seeds the global random generators of this process; the rank is added."""
     seed += get_rank()
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
@@ -158,20 +89,21 @@ def seed_everything(seed: int) -> None:
 
 
 def end_loaders() -> None:
-    """Ends all loader processes. They ignore the signals that multiprocessing would end them with at exit, and PyTorch
-    takes a killed one for an accident as long as it listens."""
+    """Ends all dataloader workers. They ignore the signals by which multiprocessing would end them at exit, and PyTorch
+    takes a killed one for an accident as long as it listens.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def run_script(
-    main: Callable[[Namespace], None], parse: Callable[[list[str]], Namespace], argv: list[str] | None = None
+    main: Callable[[Namespace], Any], parse: Callable[[list[str]], Namespace], argv: list[str] | None = None
 ) -> None:
     """Runs an entry script; what the user can mend is one line and exit status 1, a requested stop is status 143."""
     setup_logger()
     argv = sys.argv[1:] if argv is None else argv
-    status = 0
+    status: Any = 0
     try:
         main(parse(argv))
     except (UserError, NonFinite) as error:
@@ -201,7 +133,7 @@ def run_script(
 
 
 def one_line(error: Exception) -> str:
-    """The message alone: an error from a loader process arrives with its traceback as text."""
+    """The message alone: an error from a dataloader worker arrives with its traceback as text."""
     text = str(error)
     if "Traceback (most recent call last)" not in text:
         return text
