@@ -1,12 +1,10 @@
 """Does pre-training help? The same fine-tuning after each pretext and after none, over seeds and label fractions.
 
-    python tools/transfer_study.py prepare --voc_path data/pascal/VOCdevkit --dataset_file voc --unlabelled
-    data/ilsvrc/train \
-        --output_dir data/study
+    python tools/transfer_study.py prepare --dataset_file voc --voc_path data/pascal/VOCdevkit --output_dir data/study
     python tools/transfer_study.py run --data data/study --preset cpu --output_dir outputs/study
-    python tools/transfer_study.py report outputs/study --output docs/results/transfer.md
+    python tools/transfer_study.py report outputs/study --output outputs/transfer.md
 
-`run` may be stopped at any moment; the same command goes on. See docs/transfer_study.md.
+`run` may be stopped at any moment; the same command continues. See docs/transfer_study.md.
 """
 
 import argparse
@@ -20,10 +18,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
 from tools.study.presets import ABLATIONS, NONE, PRESETS
+from util.errors import UserError
 from util.runs.session import run_script
-from util.settings.arguments import Parser, make_parser, usable_cores
-from util.settings.flags import FINETUNE, at_least_zero, positive, share
+from util.settings import FINETUNE, Parser, add_flags, usable_cores
+from util.settings.kinds import at_least_zero, fraction, positive
 from util.settings.registry import DETECTORS, PRETEXTS
+
+EXTRAS = ("pandas", "psutil")
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -40,17 +41,17 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def fraction(text: str) -> float:
+def label_fraction(text: str) -> float:
     """A number above 0, at most 1."""
-    value = share(text)
+    value = fraction(text)
     if value < 0:
-        raise argparse.ArgumentTypeError(f"must lie above 0 and not above 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
 
 
-def share_or_none(text: str) -> float:
+def val_fraction(text: str) -> float:
     """0, or a number below 1."""
-    value = 0.0 if float(text) == 0 else fraction(text)
+    value = 0.0 if float(text) == 0 else label_fraction(text)
     if value == 1:
         raise argparse.ArgumentTypeError("1 leaves no training image")
     return value
@@ -60,124 +61,77 @@ def _add_prepare(commands) -> argparse.ArgumentParser:
     from tools.study.prepare import DATA_FLAGS
 
     parser = commands.add_parser("prepare", help="small copies of images, boxes, fixed splits")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="the study's data; later --data")
-    parser.add_argument(
+    flag = parser.add_argument
+    flag("--output_dir", type=Path, required=True, metavar="DIR", help="the study's data; later --data")
+    flag(
         "--unlabelled", nargs="*", default=[], metavar="DIR", help="images to pre-train on, beside the training images"
     )
-    parser.add_argument("--no_labelled_images", action="store_true", help="do not pre-train on the training images")
-    parser.add_argument(
-        "--image_size", type=positive(), default=160, metavar="PIXELS", help="short side, here and in training (160)"
-    )
-    parser.add_argument("--quality", type=positive(), default=82, help="of the JPEG files (82)")
-    parser.add_argument(
-        "--val_share",
-        type=share_or_none,
-        default=0.15,
-        help="of the training images, to choose settings on; 0: none (0.15)",
-    )
-    parser.add_argument(
-        "--max_unlabelled", type=positive(), metavar="N", help="so many of --unlabelled, drawn by --split_seed (all)"
-    )
-    parser.add_argument(
-        "--fractions", type=fraction, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)"
-    )
-    parser.add_argument("--split_seed", type=int, default=42, help="draws val and fractions (42)")
-    parser.add_argument(
-        "--min_objects",
-        type=at_least_zero(),
-        default=0,
-        metavar="N",
-        help="leave out classes with fewer objects in training or test (0)",
-    )
-    for action in make_parser(FINETUNE)._actions:
-        if action.dest in DATA_FLAGS:
-            parser._add_action(action)
+    flag("--no_labelled_images", action="store_true", help="do not pre-train on the training images")
+    flag("--image_size", type=positive(), default=160, metavar="PIXELS", help="short side of all images (160)")
+    flag("--quality", type=positive(), default=82, help="of the JPEG files (82)")
+    flag("--val_share", type=val_fraction, default=0.15, help="fraction of the training images kept for val (0.15)")
+    flag("--max_unlabelled", type=positive(), metavar="N", help="images of --unlabelled, drawn at random (all)")
+    labels = {"type": label_fraction, "nargs": "+", "default": [1.0, 0.1], "metavar": "FRACTION"}
+    flag("--fractions", **labels, help="of the labels (1 0.1)")
+    flag("--split_seed", type=int, default=42, help="random seed of val, fractions and unlabelled images (42)")
+    flag("--min_objects", type=at_least_zero(), default=0, metavar="N", help="drop classes with fewer objects (0)")
+    add_flags(parser, FINETUNE, DATA_FLAGS)
     return parser
 
 
 def _add_run(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("run", help="pre-training, fine-tuning, evaluation")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="of `prepare`")
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="the study: a folder a run")
-    parser.add_argument("--preset", choices=tuple(PRESETS), default="cpu", help="sizes, steps, rates (cpu)")
-    parser.add_argument(
-        "--detectors", nargs="+", choices=tuple(DETECTORS), default=["conditional_detr"], help="(conditional_detr)"
-    )
-    parser.add_argument("--pretexts", nargs="+", choices=(NONE, *PRETEXTS), default=[NONE, *PRETEXTS], help="(all)")
-    parser.add_argument("--ablations", nargs="+", choices=tuple(ABLATIONS), default=[], help="more rows (none)")
-    parser.add_argument(
-        "--pretrained", nargs="+", default=[], metavar="NAME=FILE", help="more rows that start from these files (none)"
-    )
-    parser.add_argument(
-        "--fractions", type=fraction, nargs="+", default=[1.0, 0.1], metavar="SHARE", help="of the labels (1 0.1)"
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="of fine-tuning (1 2 3)"
-    )
-    parser.add_argument(
-        "--pretrain_seeds",
-        type=int,
-        nargs="+",
-        default=[1],
-        metavar="SEED",
-        help="of pre-training; the n-th fine-tuning seed starts from the n-th, in turn (1)",
-    )
-    parser.add_argument("--backbone", help="in place of the preset's")
-    parser.add_argument("--backbone_weights", metavar="swav|imagenet|none|PATH|URL", help="in place of the preset's")
-    parser.add_argument(
-        "--edge_model",
-        metavar="FILE",
-        help="for EdgeBoxes, see docs/proposals.md; without one edges are plain gradients",
-    )
-    parser.add_argument(
-        "--choose",
-        choices=("lr",),
-        help="try the preset's rates on val first; the best over the rows of this call is kept",
-    )
-    parser.add_argument(
-        "--jobs", type=positive(), default=1, metavar="N", help="runs at once; each has cores / N threads (1)"
-    )
-    parser.add_argument("--num_workers", type=at_least_zero(), help="loader processes of a run (by cores and --jobs)")
-    parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
-    parser.add_argument(
-        "--time_limit",
-        type=positive(float),
-        metavar="MINUTES",
-        help="then stop with status 143; the same command goes on",
-    )
-    parser.add_argument(
-        "--keep_checkpoints", action="store_true", help="of finished runs, also those that nothing here needs any more"
-    )
-    parser.add_argument("--list", action="store_true", help="show the plan with states and commands, and stop")
+    flag = parser.add_argument
+    flag("--data", type=Path, required=True, metavar="DIR", help="of `prepare`")
+    flag("--output_dir", type=Path, required=True, metavar="DIR", help="the study, with a folder for each run")
+    flag("--preset", choices=tuple(PRESETS), default="cpu", help="model, steps and learning rates (cpu)")
+    flag("--detectors", nargs="+", choices=tuple(DETECTORS), default=["conditional_detr"], help="(conditional_detr)")
+    flag("--pretexts", nargs="+", choices=(NONE, *PRETEXTS), default=[NONE, *PRETEXTS], help="(all)")
+    flag("--ablations", nargs="+", choices=tuple(ABLATIONS), default=[], help="more rows (none)")
+    flag("--pretrained", nargs="+", default=[], metavar="NAME=FILE", help="more rows that start from these checkpoints")
+    labels = {"type": label_fraction, "nargs": "+", "default": [1.0, 0.1], "metavar": "FRACTION"}
+    flag("--fractions", **labels, help="of the labels (1 0.1)")
+    flag("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="SEED", help="of fine-tuning (1 2 3)")
+    text = "of pre-training; the n-th fine-tuning seed starts from the n-th, in turn (1)"
+    flag("--pretrain_seeds", type=int, nargs="+", default=[1], metavar="SEED", help=text)
+    flag("--lr", type=positive(float), help="learning rate of fine-tuning (the preset's)")
+    flag("--evaluate_on", choices=("test", "val"), default="test", help="val: to choose settings (test)")
+    flag("--backbone", help="replaces the preset's")
+    flag("--backbone_weights", metavar="swav|imagenet|none|PATH|URL", help="replaces the preset's")
+    flag("--edge_model", metavar="FILE", help="for EdgeBoxes, see docs/proposals.md; without it edges are gradients")
+    flag("--jobs", type=positive(), default=1, metavar="N", help="runs at once; each has cores / N threads (1)")
+    flag("--num_workers", type=at_least_zero(), help="dataloader workers of a run (by cores and --jobs)")
+    flag("--device", help="cuda or cpu (cuda if available)")
+    flag("--time_limit", type=positive(float), metavar="MINUTES", help="then stop with exit status 143")
+    flag("--keep_checkpoints", action="store_true", help="also those of finished runs that nothing needs any more")
+    flag("--list", action="store_true", help="show all runs with their states and commands, and exit")
     parser.set_defaults(cores=usable_cores())
     return parser
 
 
 def _add_report(commands) -> argparse.ArgumentParser:
-    parser = commands.add_parser("report", help="tables, curves, a page of predictions")
+    parser = commands.add_parser("report", help="tables, curves, CSV")
     parser.add_argument("study", type=Path, metavar="STUDY", help="the --output_dir of `run`")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE.md", help="tables, with curves in a folder beside it (STUDY/transfer.md)"
-    )
-    parser.add_argument(
-        "--pictures", type=Path, metavar="DIR", help="where predictions on test images are drawn (STUDY)"
-    )
+    text = "with .csv and curves beside it (STUDY/transfer.md)"
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help=text)
     return parser
 
 
 def main(args: Namespace) -> None:
-    if args.command == "prepare":
+    try:
         from tools.study.prepare import prepare
-
+        from tools.study.report import write_report
+        from tools.study.runner import run_study
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise UserError(f"a study needs {error.name}: pip install {error.name} (in requirements-extras.txt)") from error
+    if args.command == "prepare":
         prepare(args)
     elif args.command == "run":
-        from tools.study.runner import run_study
-
         run_study(args)
     else:
-        from tools.study.report import write_report
-
-        write_report(args.study, args.output or args.study / "transfer.md", args.pictures or args.study)
+        write_report(args.study, args.output or args.study / "transfer.md")
 
 
 if __name__ == "__main__":

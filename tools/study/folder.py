@@ -1,142 +1,115 @@
-"""The folder of a study: what study.json says, the rates that were chosen, and who may work on it."""
+"""The folder of a study: its settings and the records of its steps, which keep two studies from being mixed.
 
-import contextlib
+Each step has a folder below the study's, and beside it NAME.json (command, state, seconds) and NAME.log (its output).
+study.json has the study's settings, the data's manifest, and every step that was ever planned.
+"""
+
+import hashlib
 import json
-import platform
-import sys
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from tools.study.plan import Options, Step
+from tools.study.plan import Plan, Step
 from tools.study.prepare import shown_command
+from tools.study.presets import DETECTOR_FLAGS
 from util.errors import UserError
 from util.files import write_text
-from util.logger import log
-from util.runs.folder import environment, read_record
-from util.runs.log import read_log
-from util.runs.page import evaluations
+from util.runs.folder import read_record
 
 STUDY = "study.json"
+RESULTS = {  # kind of a step -> a file that only a finished one has
+    "proposals": "header.json",
+    "pretrain": "checkpoint.pth",
+    "recall": "proposal_metrics.json",
+    "finetune": "log.txt",
+}
 
 
-def read_study(folder: Path) -> dict[str, Any]:
-    return read_record(folder / STUDY)
+def study_settings(plan: Plan, args: Namespace) -> dict[str, Any]:
+    """What all runs of a study share, whatever the calls that made them."""
+    model = {f"--{name}": value for name, value in plan.model.items()}
+    return {
+        **{"--preset": args.preset, "--lr": plan.lr, "--evaluate_on": plan.part, **model},
+        "--edge_model": plan.edge_model,
+        "the sha256 of the data": _sha256(json.dumps(plan.manifest["sha256"], sort_keys=True)),
+        "the sha256 of the preset": _sha256(repr((plan.preset, DETECTOR_FLAGS))),
+    }
 
 
-def check_study(study: dict[str, Any], args: Namespace, manifest: dict[str, Any]) -> None:
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_study(plan: Plan, args: Namespace) -> None:
     """
     Raises:
-        UserError: the folder holds another study, or something else.
+        UserError: the folder holds a study with other settings, or something else.
     """
-    if not study:
-        if args.output_dir.is_dir() and any(path.name != ".lock" for path in args.output_dir.iterdir()):
-            raise UserError(
-                f"--output_dir {args.output_dir} holds something that is not of a study: choose another folder"
-            )
-        return
-    if study["data"]["sha256"] != manifest["sha256"]:
-        raise UserError(
-            f"--output_dir {args.output_dir} was made with other data than --data {args.data}: choose another folder"
-        )
-    if study["preset"] != args.preset:
-        raise UserError(
-            f"--output_dir {args.output_dir} was made with --preset {study['preset']}, now it is {args.preset}: "
-            "choose another folder"
-        )
+    folder, study = args.output_dir, read_record(args.output_dir / STUDY)
+    if not study and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        raise UserError(f"--output_dir {folder} holds files of something else: choose another folder")
+    for name, now in study_settings(plan, args).items() if study else ():
+        before = study.get("settings", {}).get(name)
+        if before != now:
+            change = f"{name} {before}, now it is {now}"
+            raise UserError(f"--output_dir {folder} was made with {change}: choose another folder")
 
 
-def begin_study(
-    args: Namespace, options: Options, study: dict[str, Any], manifest: dict[str, Any], steps: list[Step]
-) -> None:
-    planned = {**study.get("steps", {}), **{step.name: step.facts() for step in steps}}
-    start = {
-        **environment(),
-        "command": shown_command(sys.argv),
-        "jobs": args.jobs,
-        "machine": processor(),
-        "cores": args.cores,
-    }
-    facts = {name: getattr(options.preset, name) for name in ("title", "batch", "images", "pretrain", "backbone_rate")}
-    facts["model"] = options.model
-    record = {
-        **study,
-        "preset": args.preset,
-        "preset_settings": facts,
-        "data": manifest,
-        "data_folder": str(args.data.resolve()),
-        "steps": planned,
+def begin_study(plan: Plan, steps: list[Step], args: Namespace, environment: dict[str, Any]) -> None:
+    """Adds this call and its steps to study.json."""
+    study = read_record(args.output_dir / STUDY)
+    start = {**environment, "command": shown_command(), "cores": args.cores, "jobs": args.jobs}
+    study = {
+        "settings": study_settings(plan, args),
+        "title": plan.preset.title,
+        "data": plan.manifest,
+        "steps": {**study.get("steps", {}), **{step.name: step.facts() for step in steps}},
         "starts": [*study.get("starts", []), start],
     }
-    write_text(args.output_dir / STUDY, json.dumps(record, indent=1) + "\n")
+    write_text(args.output_dir / STUDY, json.dumps(study, indent=1) + "\n")
 
 
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
+def read_step(name: str, folder: Path) -> dict[str, Any]:
+    """The record of a step: script, flags, needed, code, state, pid, seconds, finished_at; empty before it begins."""
+    return read_record(folder / f"{name}.json")
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[BinaryIO]:
-    """One process works on a study. The runs inherit the lock: while one of a killed tool is left, nobody starts a
-    second one beside it.
+def has_result(name: str, kind: str, folder: Path) -> bool:
+    return (folder / name / RESULTS[kind]).is_file()
 
-    Raises:
-        UserError: somebody holds it.
+
+def state_of(name: str, kind: str, folder: Path) -> str:
+    """`to do`, `interrupted`, `failed` or `done`."""
+    state = read_step(name, folder).get("state", "to do")
+    if state == "done" and not has_result(name, kind, folder):
+        return "to do"
+    return "interrupted" if state == "running" else state
+
+
+def finish_times(step: Step, folder: Path) -> dict[str, int | None]:
+    """Each step that it needs -> when that one finished: another time, another result."""
+    return {name: read_step(name, folder).get("finished_at") for name in step.needs}
+
+
+def check_steps(steps: list[Step], folder: Path) -> None:
     """
-    with (folder / ".lock").open("ab") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows
-            pass
-        except OSError as error:
-            raise UserError(
-                f"--output_dir {folder}: another process works on this study; wait for it or end it"
-            ) from error
-        yield file
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# chosen rates
-
-
-def chosen_rates(study: dict[str, Any]) -> dict[str, float]:
-    """detector -> rate, of those that were tried."""
-    return {detector: choice["lr"] for detector, choice in study.get("choices", {}).items()}
-
-
-def warn_of_choices(options: Options, study: dict[str, Any]) -> None:
-    """A rate was chosen with the rows of that call, and holds for all."""
-    for detector, choice in study.get("choices", {}).items():
-        others = [variant.name for variant in options.variants if variant.name not in choice["val_AP"]]
-        if detector in options.detectors and others:
-            log.warning("the rate of %s was chosen without %s", detector, ", ".join(others))
-
-
-def best_rates(folder: Path, steps: list[Step]) -> dict[str, dict[str, Any]]:
-    """For each detector the rate with the best mean AP on val over all rows, and the table that it is from."""
-    tables: dict[str, dict[str, dict[str, float]]] = {}
+    Raises:
+        UserError: a step was begun with other flags, or from a pre-training that has been replaced since.
+    """
     for step in steps:
-        if step.kind == "choose":
-            ap = evaluations(read_log(folder / step.name))[-1][1][0]
-            tables.setdefault(step.detector, {}).setdefault(step.variant, {})[f"{step.rate:g}"] = round(100 * ap, 2)
-    choices = {}
-    for detector, table in tables.items():
-        best = max(next(iter(table.values())), key=lambda rate: sum(row[rate] for row in table.values()))
-        choices[detector] = {"lr": float(best), "val_AP": table}
-        log.info("--choose lr: %s has the best mean AP on val for %s: %s", best, detector, json.dumps(table))
-    return choices
-
-
-def keep_choices(folder: Path, choices: dict[str, dict[str, Any]]) -> None:
-    """Every row then learns at them, in later calls too."""
-    study = read_study(folder)
-    write_text(
-        folder / STUDY, json.dumps({**study, "choices": {**study.get("choices", {}), **choices}}, indent=1) + "\n"
-    )
+        place, record = folder / step.name, read_step(step.name, folder)
+        if not record:
+            if place.exists() and any(place.iterdir()):
+                raise UserError(f"{place} was not written by this study: move it away, or choose another --output_dir")
+            continue
+        before, now = record["flags"], step.flags
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                change = f"--{name} {before.get(name)} then and {now.get(name)} now"
+                remedy = "choose another --output_dir, or remove the folder and the .json beside it"
+                raise UserError(f"{place} was made with other settings: {change}; {remedy}")
+        for name, when in finish_times(step, folder).items():
+            if record["needed"].get(name) not in (None, when):
+                remedy = "remove the folder and the .json beside it, and it is made again"
+                raise UserError(f"{place} was made from an earlier {name}: {remedy}")

@@ -1,84 +1,94 @@
-"""What a study has so far, read from the runs' own files."""
+"""What a study has measured so far, as pandas tables, and paired differences between their rows."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tools.study.folder import read_study
-from tools.study.plan import RESULTS
+import pandas as pd
+from scipy import stats
+
+from tools.study.folder import STUDY, read_step, state_of
 from util.errors import UserError
+from util.plots.curves import BBOX_STATS
 from util.runs.folder import read_record
 from util.runs.log import read_log
-from util.runs.page import evaluations
 
-AP, AP50 = 0, 1  # places in COCO's numbers
-Cell = tuple[str, str, float]  # detector, row, fraction
-
-
-@dataclass
-class Results:
-    """What a study has so far. runs: cell -> seed -> folder of a finished fine-tuning; origins: cell -> seed -> seed of
-    the pre-training that it started from; planned: cell -> its seeds; recalls: facts and numbers of each evaluation
-    without classes; seconds: kind -> those of its finished runs; unfinished: names."""
-
-    folder: Path
-    study: dict[str, Any]
-    runs: dict[Cell, dict[int, Path]]
-    origins: dict[Cell, dict[int, int]]
-    planned: dict[Cell, list[int]]
-    recalls: list[dict[str, Any]]
-    seconds: dict[str, list[float]]
-    unfinished: list[str]
-
-    def values(self, cell: Cell, number: int) -> dict[int, float]:
-        """seed -> AP or AP50 in percent, after the last epoch."""
-        return {
-            seed: 100 * evaluations(read_log(place))[-1][1][number]
-            for seed, place in sorted(self.runs.get(cell, {}).items())
-        }
-
-    def codes(self, detector: str, fraction: float) -> list[str]:
-        """Versions of the code that made the runs of a table, where they say so."""
-        places = [
-            place
-            for cell, by_seed in self.runs.items()
-            if (cell[0], cell[2]) == (detector, fraction)
-            for place in by_seed.values()
-        ]
-        return list(
-            dict.fromkeys(read_record(place.with_name(f"{place.name}.json")).get("code", "unknown") for place in places)
-        )
-
-    def cells(self) -> dict[tuple[str, float], list[str]]:
-        """(detector, fraction) -> rows."""
-        found: dict[tuple[str, float], list[str]] = {}
-        for detector, row, fraction in self.planned:
-            found.setdefault((detector, fraction), []).append(row)
-        return dict(sorted(found.items(), key=lambda item: (item[0][0], -item[0][1])))
+CONFIDENCE = 0.95
+RUN = ["detector", "row", "fraction", "seed", "pretrain_seed"]  # what tells fine-tunings apart
+STATS = [*(name.replace(" ", "_") for name in BBOX_STATS), "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
+LOSSES = ["test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou"]
 
 
-def collect(folder: Path) -> Results:
+def read_study(folder: Path) -> dict[str, Any]:
     """
     Raises:
         UserError: no study there.
     """
-    study = read_study(folder)
-    if not study:
+    study = read_record(folder / STUDY)
+    if "steps" not in study or "settings" not in study:
         raise UserError(f"{folder} is no study: give the --output_dir of `tools/transfer_study.py run`")
-    results = Results(folder, study, {}, {}, {}, [], {}, [])
+    return study
+
+
+def read_steps(folder: Path, study: dict[str, Any]) -> pd.DataFrame:
+    """A line for each step that was ever planned: its facts and its record; done: whether it is finished."""
+    rows = []
     for name, facts in study["steps"].items():
-        record, kind = read_record(folder / f"{name}.json"), facts["kind"]
-        done = record.get("finished") and (folder / name / RESULTS[kind]).is_file()
-        if done:
-            results.seconds.setdefault(kind, []).append(record["seconds"])
-        else:
-            results.unfinished.append(name)
-        if kind == "finetune":
-            cell = facts["detector"], facts["variant"], facts["fraction"]
-            results.planned.setdefault(cell, []).append(facts["seed"])
-            if done:
-                results.runs.setdefault(cell, {})[facts["seed"]] = folder / name
-                results.origins.setdefault(cell, {})[facts["seed"]] = facts.get("pretrain_seed", 0)
-        elif kind == "recall" and done:
-            results.recalls.append({**facts, **read_record(folder / name / RESULTS[kind])})
-    return results
+        done = state_of(name, facts["kind"], folder) == "done"
+        rows.append({"name": name, **facts, **read_step(name, folder), "done": done})
+    steps = pd.DataFrame(rows).rename(columns={"variant": "row"})
+    return steps.astype({"seed": "Int64", "pretrain_seed": "Int64", "fraction": float})
+
+
+def read_evaluations(folder: Path, steps: pd.DataFrame) -> pd.DataFrame:
+    """A line for each evaluation of each finished fine-tuning: `RUN`, epoch (counted from 1), `STATS`, `LOSSES`."""
+    rows = []
+    for step in steps[steps["done"] & (steps["kind"] == "finetune")].to_dict("records"):
+        for entry in read_log(folder / step["name"]):
+            if entry.get("test_coco_eval_bbox"):
+                numbers = dict(zip(STATS, entry["test_coco_eval_bbox"], strict=False))  # VOC has no AP by size
+                run = {name: step[name] for name in RUN}
+                rows.append(
+                    {**run, "epoch": entry["epoch"] + 1, **numbers, **{name: entry.get(name) for name in LOSSES}}
+                )
+    table = pd.DataFrame(rows, columns=[*RUN, "epoch", *STATS, *LOSSES])
+    return table.astype({"seed": "Int64", "pretrain_seed": "Int64"}).sort_values([*RUN[:4], "epoch"], ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean of paired differences, half the width of its 95 % interval, and the number of what is paired."""
+
+    mean: float
+    half_width: float
+    count: int
+    what: str = "seeds"
+
+    @property
+    def verdict(self) -> str:
+        if self.count < 2:
+            return "one seed only" if self.count else "not measured"
+        if abs(self.mean) <= self.half_width:
+            return "no difference shown"
+        return "higher" if self.mean > 0 else "lower"
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "-"
+        mean = f"{round(self.mean, 1) + 0.0:+.1f}"  # nothing is -0.0
+        return f"{mean} ± {self.half_width:.1f}" if self.count > 1 else mean
+
+
+def paired_difference(values: pd.Series, baseline: pd.Series, origins: pd.Series | None = None) -> Difference:
+    """values - baseline, both indexed by seed, over the seeds that both have; the interval is Student's t.
+
+    origins: seed -> the pre-training that it started from. Runs from one pre-training are not independent: where there
+    are several pre-trainings, their means are compared.
+    """
+    differences, what = (values - baseline).dropna(), "seeds"
+    means = differences.groupby(origins).mean() if origins is not None else ()
+    if 1 < len(means) < len(differences):
+        differences, what = means, "pre-trainings"
+    count = len(differences)
+    half_width = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * differences.sem() if count > 1 else float("nan")
+    return Difference(float(differences.mean()), float(half_width), count, what)
