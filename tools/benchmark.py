@@ -1,8 +1,6 @@
-"""Times the parts that have more than one implementation, ours and public ones, in the same run, and the start of runs
-on large data.
+"""Times the parts that have more than one implementation, ours and public ones, in the same run.
 
     python tools/benchmark.py ms_deform_attn [--device cuda] [--image_size 800] [--batch_size 2]
-    python tools/benchmark.py data_start --device cpu --turns 1
 
 Every contender first has to give the numbers of the first one. Then all take turns, so that what else the machine does
 meets them alike. `--output` receives a table (SUBJECT.md) and all numbers (SUBJECT.json). A new subject is a function
@@ -31,6 +29,7 @@ from models.ms_deform_attn import choose, ms_deform_attn  # noqa: E402
 from util.errors import UserError
 from util.files import write_text  # noqa: E402
 from util.logger import Progress, log  # noqa: E402
+from util.markdown import markdown  # noqa: E402
 from util.runs.session import run_script  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "mmcv")
@@ -42,15 +41,13 @@ class Comparison:
     """Contenders at the same work; each call does it once and returns what is compared. The first one is what the
     others are held to.
 
-    `tolerance` is the largest difference allowed, as a share of the largest number of each tensor. `slow`: a turn is
-    one call, and what counts is the CPU time of this process, for work of seconds on the CPU that never waits.
+    `tolerance` is the largest difference allowed, as a fraction of the largest number of each tensor.
     """
 
     name: str
     contenders: dict[str, Callable[[], Iterable[Tensor]]]
     tolerance: float
     left_out: dict[str, str] = field(default_factory=dict)  # contender -> why it is not here
-    slow: bool = False
 
 
 @dataclass
@@ -95,15 +92,13 @@ def check(comparison: Comparison) -> dict[str, float]:
     return differences
 
 
-def seconds(
-    call: Callable[[], object], calls: int, device: torch.device, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds for each of `calls` calls in a row: between events on a GPU, by the clock elsewhere."""
     if device.type != "cuda":
-        began = clock()
+        began = time.perf_counter()
         for _ in range(calls):
             call()
-        return (clock() - began) / calls
+        return (time.perf_counter() - began) / calls
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -130,16 +125,12 @@ def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Ro
     differences = check(comparison)
     contenders = comparison.contenders
     peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
-    clock = time.process_time if comparison.slow else time.perf_counter
-    calls = {
-        name: 1 if comparison.slow else max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device)))
-        for name, call in contenders.items()
-    }
+    calls = {name: max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device))) for name, call in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress(turns * len(contenders), comparison.name)
     for _ in range(turns):
         for name, call in contenders.items():
-            times[name].append(1000 * seconds(call, calls[name], device, clock))
+            times[name].append(1000 * seconds(call, calls[name], device))
             progress.step()
     base = statistics.median(next(iter(times.values())))
     return [
@@ -295,18 +286,7 @@ def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Calla
 PEERS = {"transformers": transformers_peer, "mmcv": mmcv_peer, "published extension": extension_peer}
 
 
-def compare_data_start(args: argparse.Namespace, device: torch.device) -> Iterator[Comparison]:
-    """What a run does with its data before the first step, on the CPU."""
-    from tools.benchmark_data import cases
-
-    if device.type != "cpu":
-        raise UserError(f"data_start with --device {device}: nothing in it runs there; give --device cpu")
-    for name, contenders in cases(args.files, args.annotated):
-        yield Comparison(name, contenders, 0.0, slow=True)
-
-
 SUBJECTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Comparison]]] = {
-    "data_start": compare_data_start,
     "ms_deform_attn": compare_ms_deform_attn,
 }
 
@@ -331,6 +311,18 @@ def environment(device: torch.device) -> dict[str, str]:
 
 def table(subject: str, rows: list[Row], left_out: dict[str, str], settings: dict, where: dict[str, str]) -> str:
     """The result as markdown."""
+    head = ["work", "implementation", "median ms (quartiles)", "speed, first = 1", "memory MiB", "largest difference"]
+    cells = [
+        [
+            row.comparison,
+            row.contender,
+            f"{row.median_ms:.3g} ({row.low_ms:.3g} to {row.high_ms:.3g})",
+            f"{row.speedup:.2f}",
+            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
+            f"{row.difference:.1e}",
+        ]
+        for row in rows
+    ]
     lines = [
         f"# {subject}",
         "",
@@ -338,16 +330,10 @@ def table(subject: str, rows: list[Row], left_out: dict[str, str], settings: dic
         "",
         "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
         "",
-        "| work | implementation | median ms (quartiles) | speed, first = 1 | memory MiB | largest difference |",
-        "|---|---|---|---|---|---|",
+        markdown(head, cells),
+        "",
+        *(f"Not measured: {name} ({reason})." for name, reason in left_out.items()),
     ]
-    for row in rows:
-        memory = "-" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-        lines.append(
-            f"| {row.comparison} | {row.contender} | {row.median_ms:.3g} ({row.low_ms:.3g} to {row.high_ms:.3g}) | "
-            f"{row.speedup:.2f} | {memory} | {row.difference:.1e} |"
-        )
-    lines += ["", *(f"Not measured: {name} ({reason})." for name, reason in left_out.items())]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -364,17 +350,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
     )
-    parser.add_argument(
-        "--files", type=int, default=1_281_167, help="data_start: unlabelled images, empty files in 1000 folders"
-    )
-    parser.add_argument(
-        "--annotated", type=int, default=100_000, help="data_start: images with 7 boxes each, and as many in tar files"
-    )
     parser.add_argument("--turns", type=int, default=20, help="how often each contender is timed")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
     args = parser.parse_args(argv)
-    for name in ("image_size", "batch_size", "turns", "files", "annotated"):
+    for name in ("image_size", "batch_size", "turns"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: give at least 1")
     return args

@@ -31,14 +31,15 @@ from datasets.sample import BadImageError
 from util.errors import UserError
 from util.logger import Progress, log
 from util.runs.session import run_script
-from util.settings.arguments import DEFAULTS, usable_cores
-from util.settings.flags import at_least_zero, proposal_name
+from util.settings import PRETRAIN, Parser, add_flags, settings, usable_cores
+from util.settings.kinds import at_least_zero, proposal_method
 
+METHOD_FLAGS = ("ss_resize", "edge_model")
 _job: dict[str, Plan] = {}
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = argparse.ArgumentParser("tools.cache_proposals", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser("tools/cache_proposals.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--images", required=True, metavar="DIR", help="as for training: any folder tree, a list of files, or tar files"
     )
@@ -48,19 +49,12 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the store; later --cache_path")
     parser.add_argument(
         "--proposals",
-        type=proposal_name,
+        type=proposal_method,
         default="selective_search",
         metavar="NAME|file:PATH",
         help="method, or boxes to convert (selective_search)",
     )
-    parser.add_argument(
-        "--ss_resize",
-        type=at_least_zero(),
-        default=DEFAULTS["ss_resize"],
-        metavar="PIXELS",
-        help="as for training (128)",
-    )
-    parser.add_argument("--edge_model", default="", metavar="FILE", help="as for training")
+    add_flags(parser, PRETRAIN, METHOD_FLAGS)
     parser.add_argument(
         "--num_workers", type=at_least_zero(), default=usable_cores(), help="processes (all cores; 0: this one alone)"
     )
@@ -108,9 +102,10 @@ def make_plan(args: Namespace) -> Plan:
         images = ImageFolder(args.images)
         if images.shards is None:  # a list may be in any order
             images = ImageFiles(images.base, PackedStrings(sorted({images.name(i) for i in range(len(images))})))
-    method = build_proposals(args)
+    flags = {name: getattr(args, name) for name in METHOD_FLAGS}
+    method = build_proposals(settings(PRETRAIN, pretext="region_prior", proposals=args.proposals, **flags))
     if not isinstance(method, BoxSearch):
-        raise UserError(f"--proposals {args.proposals} draws its boxes anew each time: there is nothing to store")
+        raise UserError(f"--proposals {args.proposals} draws new boxes each time: there is nothing to store")
     return Plan(args.output_dir, images, method, args.proposals)
 
 
@@ -141,11 +136,11 @@ def search(plan: Plan, shard: tuple[int, int], num_workers: int) -> None:
     done = total - sum(len(plan.images_of(k)) for k in todo)
     if done:
         log.info("%d of %d images are done already", done, total)
-    bar, began, searched, unreadable = Progress(total, "proposals", start=done), time.monotonic(), 0, 0
+    bar = Progress(total, "proposals", start=done, unit=" images")
+    began, searched, unreadable = time.monotonic(), 0, 0
     for images, bad in _chunks(plan, todo, num_workers):
         searched, unreadable = searched + images, unreadable + bad
-        speed = searched / max(time.monotonic() - began, 1e-9)
-        bar.step(f"{speed:.1f} images/s" + (f", {unreadable} unreadable" if unreadable else ""), images)
+        bar.step(f"{unreadable} unreadable" if unreadable else None, images)
     if searched:
         seconds = time.monotonic() - began
         processes = max(min(num_workers, len(todo)), 1)

@@ -1,10 +1,10 @@
-"""Shows several runs beside each other: what differs in their settings, how far they came, their results, speed and
-curves.
+"""Compares runs: the settings that differ, epochs done, results, speed and curves.
 
     python tools/compare_runs.py RUN_DIR RUN_DIR ... [--output compare.png | DIR]
 
-A run is the output folder of a training run, or any folder with a log.txt of DETR and what descends from it, or such a
-file itself. The table is printed and kept as CSV beside the plot. Rows without evaluation (pre-training) show losses.
+A run is the output folder of a training run, or any folder with a log.txt as DETR and its forks write it, or such a
+file itself. The table is printed, and written as CSV beside the plot. Runs without evaluation (pre-training) show
+losses.
 """
 
 import argparse
@@ -22,13 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools
 from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
+from util.markdown import markdown
 from util.plots.curves import plot_curves
 from util.runs.folder import SETTINGS, read_record
 from util.runs.log import read_log
 from util.runs.page import evaluations, loss_names
 from util.runs.session import run_script
 
-# Settings that say where a run is and how it was started, not what it does.
+# Settings that say where a run is and how it was started, not what it trains.
 NOT_COMPARED = {
     "output_dir",
     "resume",
@@ -40,14 +41,14 @@ NOT_COMPARED = {
     "script",
     "eval",
 }
-IN_A_NAME = 2  # settings; more of them would make a legend illegible
+IN_A_NAME = 2  # settings; more would make the legend illegible
 SHORT = 24  # characters
 Row = dict[str, str]
 
 
 @dataclass
 class ComparedRun:
-    """record: args.json, empty where there is none. entries: the lines of the log, at least one."""
+    """record: args.json, empty if there is none. entries: the lines of the log, at least one."""
 
     name: str
     place: Path
@@ -72,17 +73,17 @@ def parse(argv: list[str]) -> Namespace:
         type=Path,
         default=Path("compare.png"),
         metavar="FILE.png|DIR",
-        help="the plot, and beside it the table as .csv; in a folder both are named compare (compare.png)",
+        help="the plot, with the table beside it as .csv; in a folder both are named compare (compare.png)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison there")
     return parser.parse_args(argv)
 
 
 def output_files(output: Path, overwrite: bool) -> tuple[Path, Path]:
-    """(plot, table) to be written.
+    """The paths of (plot, table).
 
     Raises:
-        UserError: one of them is there already, or the name is that of another kind of picture.
+        UserError: one of them exists, or the suffix is that of another image format.
     """
     plot = output if output.suffix == ".png" else output / "compare.png"
     if output.suffix not in ("", ".png") and not output.is_dir():
@@ -90,7 +91,7 @@ def output_files(output: Path, overwrite: bool) -> tuple[Path, Path]:
     table = plot.with_suffix(".csv")
     for path in (plot, table):
         if path.exists() and not overwrite:
-            raise UserError(f"--output: {path} is there already; add --overwrite to replace it, or choose another name")
+            raise UserError(f"--output: {path} exists; add --overwrite to replace it, or choose another name")
     return plot, table
 
 
@@ -124,9 +125,7 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
-    """setting -> its value in each run, "-" where a run doesn't say. Runs without args.json take no part in the
-    comparison.
-    """
+    """setting -> its value in each run, "-" where a run has none. Runs without args.json are not compared."""
     known = [run.settings for run in runs if run.settings]
     names = sorted({name for settings in known for name in settings})
     differing = [name for name in names if len({str(settings.get(name)) for settings in known}) > 1]
@@ -138,7 +137,7 @@ def _text(value: Any) -> str:
 
 
 def results(run: ComparedRun) -> Row:
-    """Epochs, AP or losses, speed and time, each as text; what the log doesn't say is left out."""
+    """Epochs, AP or losses, speed and time, each as text; what is not in the log is skipped."""
     last = run.entries[-1]
     done, planned = last.get("epoch", len(run.entries) - 1) + 1, run.settings.get("epochs")
     row = {"epochs": f"{done} of {planned}" if planned else str(done)}
@@ -148,7 +147,7 @@ def results(run: ComparedRun) -> Row:
         best50 = max(stats[1] for _, stats in evaluated)
         row |= {
             "best AP": f"{best[1][0]:.3f}",
-            "of epoch": str(best[0]),
+            "best epoch": str(best[0]),
             "last AP": f"{evaluated[-1][1][0]:.3f}",
             "best AP50": f"{best50:.3f}",
             "last AP50": f"{evaluated[-1][1][1]:.3f}",
@@ -161,7 +160,7 @@ def results(run: ComparedRun) -> Row:
         images = images if isinstance(images, int) else None  # a damaged args.json
         trained = len(run.entries)  # fewer than `done` where the run began with --start_epoch
         row |= {"images/s": f"{images * trained / seconds:.1f}"} if images else {}
-        row |= {"an epoch": format_seconds(seconds / trained), "training": format_seconds(seconds)}
+        row |= {"time/epoch": format_seconds(seconds / trained), "training time": format_seconds(seconds)}
     if last.get("n_parameters"):
         row["trainable"] = f"{last['n_parameters'] / 1e6:.1f} M"
     return row
@@ -173,16 +172,8 @@ def complete(rows: Sequence[Row]) -> list[Row]:
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns stand below each other as plain text too."""
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def labels(runs: Sequence[ComparedRun], differing: dict[str, list[str]]) -> list[str]:
-    """What the legend calls the runs: their names, with the settings that differ where these are few and short."""
+    """The names of the runs in the legend, with the settings that differ if these are few and short."""
     few = len(differing) <= IN_A_NAME and all(len(value) <= SHORT for values in differing.values() for value in values)
     if not few:
         return [run.name for run in runs]
@@ -215,7 +206,7 @@ def main(args: Namespace) -> None:
         )
     silent = [run.name for run in runs if not run.settings]
     if silent and len(runs) > 1:
-        log.info("\nno %s, so that settings are not compared: %s", SETTINGS, ", ".join(silent))
+        log.info("\nwithout %s, so their settings are not compared: %s", SETTINGS, ", ".join(silent))
     settings = [{f"--{name}": values[i] for name, values in differing.items()} for i in range(len(runs))]
     write_csv(table, [{"run": run.name, **row, **extra} for run, row, extra in zip(runs, rows, settings, strict=True)])
     trained = ("loss", "AP", "AP50") if any(evaluations(run.entries) for run in runs) else loss_names(runs[0].entries)

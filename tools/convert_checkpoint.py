@@ -19,19 +19,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
 
-from models.checkpoint_check import check_parameters
+from models import build_model
+from util.checkpoints.adoption import is_pretext
 from util.checkpoints.architecture import architecture, detector_kind, without_detr_prefix
 from util.checkpoints.backbone_weights import held_backbone
-from util.checkpoints.checkpoint import Checkpoint, as_checkpoint, is_pretext
-from util.checkpoints.classes import class_rows, head_kind, stored_names
+from util.checkpoints.checkpoint import Checkpoint, as_checkpoint
+from util.checkpoints.classes import class_rows, head_kind
 from util.checkpoints.conversion import CODE_BASES, FORMATS, LAYOUTS, MASK_PARTS, OURS, code_base, convert, pretext_of
+from util.checkpoints.names_check import check_parameters
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
 from util.files import write_atomically
 from util.logger import log
 from util.runs.session import run_script
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE, make_parser, resolve
 
 SIZES = ("backbone", "num_queries", "enc_layers", "dec_layers", "hidden_dim", "dim_feedforward")
 PRETEXT_OF_CODE_BASE = {"random_query_patch": "UP-DETR", "region_prior": "DETReg", "siamese": "Siamese DETR"}
@@ -55,7 +56,7 @@ def parse(argv: list[str]) -> Namespace:
 
 def describe(checkpoint: Checkpoint) -> list[str]:
     """What the file is, one property a line."""
-    state = without_detr_prefix(checkpoint["model"])
+    state = without_detr_prefix(checkpoint.model)
     pretext, kind = pretext_of(checkpoint), detector_kind(state)
     certain, likely = architecture(checkpoint)
     if pretext:
@@ -80,7 +81,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
 
 def begins_training(checkpoint: Checkpoint) -> bool:
     """Whether it knows no classes yet: a pretext, or what a converter made of one."""
-    return is_pretext(checkpoint) or not class_rows(checkpoint["model"], "focal")
+    return is_pretext(checkpoint) or not class_rows(checkpoint.model, "focal")
 
 
 def _usage(checkpoint: Checkpoint, masks: bool) -> str:
@@ -96,11 +97,11 @@ def _usage(checkpoint: Checkpoint, masks: bool) -> str:
 def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
     origin = code_base(checkpoint)
     name = CODE_BASES[origin]
-    if origin == OURS and "converted_from" in checkpoint:
-        return f"{name}, converted from {CODE_BASES.get(checkpoint['converted_from'], 'another code base')}"
+    if origin == OURS and checkpoint.converted_from:
+        return f"{name}, converted from {CODE_BASES.get(checkpoint.converted_from, 'another code base')}"
     if origin == "siamese" and not checkpoint.siamese:
         return f"{name}, from its convert_to_detr or its fine-tuning code"
-    if origin == kind and not checkpoint.get("args") and kind != "conditional_detr":
+    if origin == kind and not checkpoint.args and kind != "conditional_detr":
         alike = "UP-DETR and DETReg" if kind == "detr" else "DETReg"
         return f"{name}, or {alike}, whose fine-tuned files have the same names"
     return name
@@ -122,11 +123,11 @@ def _shown(known: dict[str, Any], flags: tuple[str, ...]) -> str:
 
 
 def _classes(checkpoint: Checkpoint) -> str:
-    outputs = class_rows(checkpoint["model"], "focal")
+    outputs = class_rows(checkpoint.model, "focal")
     if not outputs:
         return "no class head (left out when it was converted)"
     softmax = head_kind(checkpoint) == "softmax"
-    names = list(stored_names(checkpoint).values())
+    names = list(checkpoint.class_names.values())
     known = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "; without names"
     return (f"{outputs - 1} classes and `no object`" if softmax else f"{outputs} classes (sigmoid)") + known
 
@@ -143,11 +144,12 @@ def model_flags(checkpoint: Checkpoint) -> list[str]:
 
 
 def _rest(checkpoint: Checkpoint) -> str:
-    meta = checkpoint.get("meta") if isinstance(checkpoint.get("meta"), dict) else {}
-    epoch = checkpoint.get("epoch", meta.get("epoch"))
+    meta = checkpoint.others.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    epoch = meta.get("epoch") if checkpoint.epoch is None else checkpoint.epoch
     said = [] if epoch is None else [f"epoch {epoch}"]
     said += [f"iteration {meta['iter']}"] if "iter" in meta else []
-    said += [key for key in checkpoint if key not in ("model", "epoch")]
+    said += [key for key in checkpoint.to_dict() if key not in ("model", "epoch")]
     return ", ".join(said) or "nothing"
 
 
@@ -203,7 +205,7 @@ def main(args: Namespace) -> None:
             )
         return
     checkpoint = as_checkpoint(content, args.file)
-    check_parameters(checkpoint)
+    check_parameters(checkpoint, build_model)
     log.info("\n".join(describe(checkpoint)))
     if args.to:
         write(checkpoint, args.to, args.out)

@@ -15,10 +15,11 @@ from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
-from models.checkpoint_check import check_parameters
+from models import build_model
 from util.checkpoints.architecture import detector_kind
 from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from util.checkpoints.conversion import OURS, code_base, convert
+from util.checkpoints.names_check import check_parameters
 from util.errors import UserError
 from util.logger import log
 from util.runs.session import run_script
@@ -46,8 +47,8 @@ def parse(argv: list[str]) -> Namespace:
 
 def main(args: Namespace) -> None:
     checkpoint = load_checkpoint(args.ckpt)
-    check_parameters(checkpoint)
-    kind, origin = detector_kind(checkpoint["model"]), code_base(checkpoint)
+    check_parameters(checkpoint, build_model)
+    kind, origin = detector_kind(checkpoint.model), code_base(checkpoint)
     if origin != "siamese":
         raise UserError(
             f"--ckpt {args.ckpt} is not of Siamese DETR's code base; tools/convert_checkpoint.py tells what it is"

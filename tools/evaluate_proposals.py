@@ -5,17 +5,16 @@
 
 Prints AP, AP50, AP75 (best 100 boxes of an image) and the average recall of the best 1, 10, 100 and 1000 boxes on the
 validation images, as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in
-`proposals.json`, COCO's results. The numbers named `_swapped` are those of the boxes of another image: what is not
+`proposals.json`, COCO's results. The metrics named `_swapped` are those of the boxes of another image: what is not
 above them has not looked at the image.
 """
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
@@ -23,21 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools
 from datasets import build_dataset, init_worker
 from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
 from datasets.images.image_folder import read_image
-from datasets.proposals import build_proposals
+from datasets.proposals import Proposals, build_proposals
 from datasets.sample import BadImageError, SampleDataset
-from evaluation import MOST_BOXES, ClassAgnosticEvaluation, shown_metrics
-from models import build_model
-from util.checkpoints.checkpoint import Checkpoint, is_pretext, load_exactly, pretext_parts
-from util.checkpoints.classes import class_rows, head_kind
-from util.distributed import is_main_process
+from evaluation import PROPOSAL_FILES, evaluate_proposals_of, save_proposal_metrics
+from predictor import Predictor
 from util.errors import UserError
-from util.files import make_folder, write_text
+from util.files import make_folder
 from util.logger import Progress, log
 from util.random_state import SampleRandom
-from util.runs.session import prepare_checkpoint, run_script, start_session
-from util.settings.arguments import Parser, make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
-from util.settings.registry import PRETEXTS
+from util.runs.session import run_script, start_session
+from util.settings import FINETUNE, PRETRAIN, Parser, Settings, add_flags, settings
 
 DATA_FLAGS = (
     "coco_path",
@@ -53,20 +47,8 @@ DATA_FLAGS = (
     "coco_evaluator",
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
-# Those that main.py has too: what it was given says which data a pretext is evaluated on.
-SHARED_FLAGS = (
-    "coco_path",
-    "data_root",
-    "dataset_file",
-    "voc_path",
-    "voc_val",
-    "airbus_path",
-    "image_size",
-    "max_size",
-    *RUN_FLAGS,
-)
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
-FILES = ("proposal_metrics.json", "proposals.json")
+MOST_BOXES = 1000  # of an image, the first ones
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -74,87 +56,22 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--checkpoint", metavar="PATH|URL", help="of pre-training or of a trained detector; not with --proposals"
     )
-    parser.add_argument("--output_dir", metavar="DIR", help="where numbers and boxes are written; empty: nowhere")
+    parser.add_argument("--output_dir", metavar="DIR", help="where metrics and boxes are written; empty: nowhere")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
-    for script, flags in ((FINETUNE, DATA_FLAGS + RUN_FLAGS), (PRETRAIN, METHOD_FLAGS)):
-        for action in make_parser(script)._actions:
-            if action.dest in flags:
-                parser._add_action(action)
+    add_flags(parser, FINETUNE, DATA_FLAGS + RUN_FLAGS)
+    add_flags(parser, PRETRAIN, METHOD_FLAGS)
     return parser.parse_args(argv)
 
 
-def load_detector(args: Namespace) -> tuple[nn.Module, int | None, Namespace, torch.device]:
-    """The detector inside a checkpoint, its class output that says "object" (None: the best of all classes), the
-    settings that its images need, and the device.
-
-    Raises:
-        UserError: the file holds no detector.
-    """
-    settings = _settings(args, "--pretrain", args.checkpoint)
-    device = start_session(settings)
-    checkpoint = prepare_checkpoint(settings)
-    settings.classification = head_kind(checkpoint)
-    settings.num_classes = class_rows(checkpoint["model"], settings.classification)
-    model, _, _ = build_model(settings)
-    load_exactly(model, _without_pretext(checkpoint))
-    model.to(device, memory_format=torch.channels_last).eval()
-    label = min(OBJECT, settings.num_classes - 1) if is_pretext(checkpoint) else None
-    settings.num_classes = None  # from here on of the data, whose classes do not matter
-    return model, label, settings, device
-
-
-def _settings(args: Namespace, *flags: str) -> Namespace:
-    """Those of `finetune_main.py`, and of a proposal method."""
-    settings = make_parser(FINETUNE).parse_args(flags)
-    for name in DATA_FLAGS + RUN_FLAGS + METHOD_FLAGS:
-        setattr(settings, name, getattr(args, name))
-    return settings
-
-
-def _without_pretext(checkpoint: Checkpoint) -> Checkpoint:
-    kept = Checkpoint(
-        checkpoint,
-        model={key: value for key, value in checkpoint["model"].items() if not key.startswith(pretext_parts())},
-    )
-    kept.source = checkpoint.source
-    return kept
-
-
-def evaluate_model(args: Namespace) -> ProposalEvaluator:
-    model, label, settings, device = load_detector(args)
-    dataset = build_dataset("val", settings)
-    evaluator = args.coco_evaluator or "auto"
-    return ClassAgnosticEvaluation(settings, dataset, label=label, device=device, evaluator=evaluator).evaluate(model)
-
-
-def while_training(args: Namespace, device: torch.device) -> ClassAgnosticEvaluation:
-    """For `trainer.Run.evaluate`: `test_object_AP` and the other numbers of a pretext's detector, on validation images:
-    those of COCO, or of the labelled data set whose images it is pre-trained on.
-
-    args: those of main.py, resolved. Images have the size that evaluation usually has, unless the run has a size of its
-    own.
-
-    Raises:
-        UserError: no such images.
-    """
-    settings = _settings(args)
-    settings.dataset_file = (
-        "coco" if args.dataset_file == "custom" else args.dataset_file
-    )  # whose flags main.py does not have all
-    if args.image_size == PRETEXTS[args.pretext].defaults["image_size"]:
-        settings.image_size = None
-    resolve(settings).num_classes = None  # of the data, whose classes do not matter
-    dataset = build_dataset("val", settings)
-    label = min(OBJECT, args.num_classes - 1)
-    return ClassAgnosticEvaluation(settings, dataset, label=label, device=device, evaluator=args.coco_evaluator)
+def flags_of(args: Namespace, names: tuple[str, ...]) -> dict[str, object]:
+    return {name: getattr(args, name) for name in names}
 
 
 class ProposedBoxes(Dataset):
     """(image id, boxes [N, 4]) of each image, as it is on disk; None for one that can't be read."""
 
-    def __init__(self, dataset: SampleDataset, args: Namespace) -> None:
-        self.dataset, self.seed = dataset, args.seed
-        self.proposals = build_proposals(args)
+    def __init__(self, dataset: SampleDataset, proposals: Proposals, seed: int) -> None:
+        self.dataset, self.proposals, self.seed = dataset, proposals, seed
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,21 +83,18 @@ class ProposedBoxes(Dataset):
             image = read_image(self.dataset.path(index))
             return image_id, self.proposals(image, SampleRandom.of(self.seed, 0, index), annotations.file_names[index])
         except BadImageError as error:
-            log.warning("%s: %s", self.dataset.path(index), error)
+            log.warning("skipped %s: %s", self.dataset.path(index), error)
             return image_id, None
 
 
-def evaluate_method(args: Namespace) -> ProposalEvaluator:
+def evaluate_method(args: Namespace, validation: Settings) -> ProposalEvaluator:
     """Boxes of a method have no comparable scores in general: the order in which it gives them counts."""
-    settings = _settings(args)
-    start_session(settings)
-    settings.max_prop = settings.max_prop or MOST_BOXES
-    resolve(settings).num_classes = None  # of the data, whose classes do not matter
-    dataset = build_dataset("val", settings)
-    evaluator = ProposalEvaluator(dataset.truth(), args.coco_evaluator or "auto")
-    settings.pretext = "region_prior"  # which takes `--max_prop` boxes
-    boxes_of = ProposedBoxes(dataset, settings)
-    loader = DataLoader(boxes_of, batch_size=None, num_workers=settings.num_workers, worker_init_fn=init_worker)
+    flags = {**flags_of(args, METHOD_FLAGS), "max_prop": args.max_prop or MOST_BOXES}
+    method = settings(PRETRAIN, pretext="region_prior", **flags)
+    dataset = build_dataset("val", validation, any_class_count=True)
+    evaluator = ProposalEvaluator(dataset.ground_truth, validation.coco_evaluator)
+    boxes_of = ProposedBoxes(dataset, build_proposals(method), validation.seed)
+    loader = DataLoader(boxes_of, batch_size=None, num_workers=validation.num_workers, worker_init_fn=init_worker)
     bar, count = Progress(len(dataset), "proposals"), 0
     for image_id, boxes in loader:
         if boxes is not None:
@@ -188,35 +102,30 @@ def evaluate_method(args: Namespace) -> ProposalEvaluator:
             count += len(boxes)
             boxes = boxes[:MOST_BOXES]
             scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]
-            evaluator.update(
-                {image_id: {"scores": scores, "labels": torch.full((len(boxes),), OBJECT), "boxes": boxes}}
-            )
+            labels = torch.full((len(boxes),), OBJECT)
+            evaluator.update({image_id: {"scores": scores, "labels": labels, "boxes": boxes}})
         bar.step()
-    log.info("%.1f boxes an image", count / max(len(dataset), 1))
+    log.info("%.1f boxes per image", count / max(len(dataset), 1))
     return evaluator
 
 
 def main(args: Namespace) -> dict[str, float]:
-    """Returns the numbers by name."""
+    """Returns the metrics by name."""
     if bool(args.checkpoint) == bool(args.proposals):
-        raise UserError(
-            "give --checkpoint PATH for a model, or --proposals NAME for a method"
-            + (", not both" if args.proposals else "")
-        )
-    folder = make_folder(args.output_dir, FILES, args.overwrite) if args.output_dir else None
-
-    evaluator = (evaluate_model if args.checkpoint else evaluate_method)(args)
-    numbers = evaluator.summarize()
-    log.info("class-agnostic: %s", shown_metrics(numbers))
-    if folder is not None and is_main_process():
-        what = (
-            {"checkpoint": args.checkpoint}
-            if args.checkpoint
-            else {"proposals": args.proposals, "cache_path": args.cache_path}
-        )
-        write_text(folder / FILES[0], json.dumps({**what, **numbers}, indent=1) + "\n")
-        write_text(folder / FILES[1], json.dumps(evaluator.results()))
-    return numbers
+        both = ", not both" if args.proposals else ""
+        raise UserError(f"give --checkpoint PATH for a model, or --proposals NAME for a method{both}")
+    folder = make_folder(args.output_dir, PROPOSAL_FILES, args.overwrite) if args.output_dir else None
+    session = start_session(flags_of(args, DATA_FLAGS + RUN_FLAGS), FINETUNE)
+    validation = session.settings
+    if args.checkpoint:
+        device = str(session.device)
+        predictor = Predictor.from_checkpoint(args.checkpoint, device=device, amp=validation.amp, class_agnostic=True)
+        return evaluate_proposals_of(predictor, validation, folder)
+    evaluator = evaluate_method(args, validation)
+    metrics = evaluator.summarize()
+    what = {"proposals": args.proposals, "cache_path": args.cache_path}
+    save_proposal_metrics(folder, what, metrics, evaluator)
+    return metrics
 
 
 if __name__ == "__main__":

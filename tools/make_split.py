@@ -20,8 +20,8 @@ from util.errors import UserError
 from util.files import write_text
 from util.logger import log
 from util.runs.session import run_script
-from util.settings.arguments import Parser, make_parser, resolve
-from util.settings.flags import FINETUNE, share
+from util.settings import FINETUNE, Parser, add_flags, resolve
+from util.settings.kinds import fraction
 
 DATA_FLAGS = (
     "coco_path",
@@ -40,37 +40,34 @@ def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/make_split.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--filter_pct",
-        type=share,
+        dest="fractions",
+        type=fraction,
         nargs="+",
         default=[0.01, 0.02, 0.05, 0.1],
-        metavar="SHARE",
-        help="shares of the images (0.01 0.02 0.05 0.1)",
+        metavar="FRACTION",
+        help="fractions of the images (0.01 0.02 0.05 0.1)",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="one file of each share and seed (42)"
+        "--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="one file for each fraction and seed (42)"
     )
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
-    for action in make_parser(FINETUNE)._actions:
-        if action.dest in DATA_FLAGS:
-            parser._add_action(action)
+    add_flags(parser, FINETUNE, DATA_FLAGS)
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
     places = {
-        (part, seed): args.output_dir / f"{part:g}_seed{seed}.json" for part in args.filter_pct for seed in args.seeds
+        (part, seed): args.output_dir / f"{part:g}_seed{seed}.json" for part in args.fractions for seed in args.seeds
     }
     for path in places.values():
         if path.exists():
             raise UserError(f"{path} exists and is not overwritten: give another --output_dir")
-    settings = make_parser(FINETUNE).parse_args([])
-    for name in DATA_FLAGS:
-        setattr(settings, name, getattr(args, name))
-    annotations = build_dataset("train", resolve(settings)).annotations
+    settings = resolve({name: getattr(args, name) for name in DATA_FLAGS})
+    annotations = build_dataset("train", settings).annotations
     for (part, seed), path in places.items():
         ids = draw_ids(annotations.image_ids, part, seed)
         if not len(ids):
-            raise UserError(f"--filter_pct {part:g} of {len(annotations)} images is none: take a larger share")
+            raise UserError(f"--filter_pct {part:g} of {len(annotations)} images is none: give a larger one")
         content = {
             "source": annotations.source,
             "images": len(annotations),

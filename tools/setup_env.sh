@@ -73,7 +73,7 @@ setup_on_system_torch() {
 with open(sysconfig.get_path("purelib") + "/packages_below.pth", "w") as file: file.write(sys.argv[1] + "\n")' "$packages"
     "$PY" -m pip install --quiet --retries 1 "${SETUP_FILES[@]}" >/dev/null 2>&1 ||
         setup_say "the index did not give all packages of ${SETUP_NAMES[*]}; going on with those that are there"
-    "$PY" -c 'import torch, torchvision, scipy, pycocotools, numpy, PIL' ||
+    "$PY" -c 'import torch, torchvision, scipy, pycocotools, numpy, PIL, tqdm, jinja2' ||
         setup_fail "a package of requirements.txt is missing (see above), and the package index can't be reached"
     SETUP_SYSTEM=1
 }

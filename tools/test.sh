@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then ruff, then the tests. Two processes; below 20 minutes on two cores.
+# Sets up what is missing, then ruff, mypy and the tests. Two processes; below 20 minutes on two cores.
 #   bash tools/test.sh              all tests but those marked slow
 #   bash tools/test.sh --all        all tests
 #   bash tools/test.sh -k matcher   anything else goes to pytest
@@ -15,11 +15,12 @@ done
 cd "$ROOT"
 # One thread a process: the tests are small, and more threads than cores would make them slower.
 export OMP_NUM_THREADS=1
-if [ -n "$SETUP_SYSTEM" ] && ! "$PY" -m ruff --version >/dev/null 2>&1; then
-    echo "tests: ruff is not here and can't be fetched: the lint check is left out"
+if [ -n "$SETUP_SYSTEM" ] && ! "$PY" -c 'import mypy, ruff' 2>/dev/null; then
+    echo "tests: ruff or mypy is missing and can't be fetched: lint and type check are skipped"
 else
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .
+    "$PY" -m mypy
 fi
 workers=()
 if "$PY" -c 'import xdist' 2>/dev/null; then workers=(-n 2); fi

@@ -9,7 +9,6 @@ evaluates on the same boxes from VOCdevkit itself.
 import argparse
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
@@ -20,12 +19,12 @@ from util.errors import UserError
 from util.files import write_text
 from util.logger import log
 from util.runs.session import run_script
-from util.settings.flags import voc_set
+from util.settings.kinds import voc_set
 
 SETS = ("2007_trainval", "2007_test", "2012_trainval")
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools/voc_to_coco.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("voc_path", metavar="VOCDEVKIT", help="folder with VOC2007 and VOC2012")
     parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
@@ -35,12 +34,12 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     places = {name: args.output_dir / "voc_{1}{0}.cocostyle.json".format(*name.split("_", 1)) for name in args.sets}
     for path in places.values():
         if path.exists():
             raise UserError(f"{path} exists and is not overwritten: give another --output_dir, or other --sets")
-    root = voc_root(Namespace(voc_path=args.voc_path, data_root=None))
+    root = voc_root(args.voc_path, None)
     for name, path in places.items():
         annotations = read_voc(root, [name])
         write_text(path, json.dumps(coco_style(annotations)))

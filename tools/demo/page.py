@@ -1,14 +1,12 @@
 """Writes the page of a demo: `python -m tools.demo.page DEMO_DIR`.
 
-One HTML file with its pictures inside (they also lie beside it): AP of both runs, their curves, what the queries of the
-pre-trained detector find, boxes on held-out images, the commands and their time. The last line of output names it.
+One HTML file with its pictures inside (they are also beside it): AP of both runs, their curves, what the queries of the
+pre-trained detector find, boxes on held-out images, the commands and their time. page.html.j2 holds the markup. The
+last line of output is the path of the page.
 """
 
 import argparse
-import html
 import json
-import shlex
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,18 +14,22 @@ import torch
 
 from datasets import build_dataset
 from datasets.labelled.coco import coco_files
-from datasets.sample_page import Found, find_patches
 from models import build_model
 from util.box_ops import box_iou
-from util.checkpoints.checkpoint import load_checkpoint
+from util.checkpoints.loading import load_exactly
 from util.errors import UserError
 from util.files import write_text
-from util.logger import format_seconds, log, progress, setup_logger
+from util.logger import format_seconds, log, progress
 from util.plots.curves import BBOX_STATS, plot_curves
 from util.plots.pages import patch_page
+from util.runs.html import render
 from util.runs.log import read_log
-from util.runs.page import PAGE, evaluations, page, picture, table
+from util.runs.page import PAGE, Rows, evaluations
+from util.runs.session import run_script, start_session
+from util.settings import PRETRAIN
+from visualization import Found, find_patches
 
+TEMPLATE = Path(__file__).with_name("page.html.j2")
 MARKER = "demo.json"
 RUNS = {"finetune_pretrained": "pre-trained, then fine-tuned", "finetune_scratch": "without pre-training"}
 SHOWN_IMAGES = 6
@@ -39,30 +41,21 @@ def find_in_held_out(checkpoint_path: Path, images: str, limit: int) -> list[Fou
 
     As in UP-DETR's demonstration, each patch has the box of the most confident query of its group.
     """
-    checkpoint = load_checkpoint(checkpoint_path)
-    settings = {
-        **checkpoint["args"],
-        "imagenet_path": images,
-        "backbone_weights": "none",
-        "device": "cpu",
-        "resolved": True,
-    }
-    args = Namespace(**settings)
-    model, _, _ = build_model(args)
-    model.load_state_dict(checkpoint["model"])
-    model.eval()
-    dataset = build_dataset("val", args)
+    given = {"resume": str(checkpoint_path), "eval": True, "imagenet_path": images, "device": "cpu"}
+    session = start_session(given, PRETRAIN)
+    model, _, _ = build_model(session.settings)
+    load_exactly(model, session.checkpoint)
+    dataset = build_dataset("val", session.settings)
     count = min(limit, len(dataset))
-    device = torch.device("cpu")
     return [
-        find_patches(model, dataset[index], checkpoint["normalization"], device)[0]
-        for index in progress(range(count), count, "patch queries")
+        find_patches(model.eval(), dataset[index], model.normalization, session.device)[0]
+        for index in progress(range(count), "patch queries")
     ]
 
 
 def patch_overlap(found: list[Found]) -> tuple[float, float]:
-    """Mean IoU of the found boxes with their patch's place, and, for comparison, with another patch's place of the
-    image.
+    """Mean IoU of the found boxes with the place of their own patch and, for comparison, with that of another patch in
+    the image.
     """
     own, other = [], []
     for item in found:
@@ -85,8 +78,12 @@ def draw_pictures(folder: Path, images: str) -> tuple[dict[str, Path], tuple[flo
     return pictures, patch_overlap(found)
 
 
-def results_table(folder: Path) -> str:
-    """The last evaluation of each run and its best AP, as HTML."""
+def results(folder: Path) -> Rows:
+    """AP, AP50 and AP75 of each run's last evaluation, and its best AP.
+
+    Raises:
+        UserError: a run has no evaluation.
+    """
     rows = []
     for name, title in RUNS.items():
         evaluated = evaluations(read_log(folder / name))
@@ -94,58 +91,23 @@ def results_table(folder: Path) -> str:
             raise UserError(f"{folder / name} has no evaluation yet: run the demo to its end")
         best = max(stats[0] for _, stats in evaluated)
         rows.append((title, [f"{value:.3f}" for value in (*evaluated[-1][1][:3], best)]))
-    return table([*BBOX_STATS[:3], "best AP"], rows)
+    return rows
 
 
 def write_page(folder: Path, facts: dict, pictures: dict[str, Path], overlap: tuple[float, float]) -> Path:
     """`result.html`, with the pictures inside."""
-
-    shown = {
-        name: picture(pictures[name], alt)
-        for name, alt in {
-            "curves": "loss, AP and AP50 of both runs",
-            "patches": "patches and the boxes found",
-            "pretraining": "losses of pre-training",
-            **{name: f"predictions beside the truth, {title}" for name, title in RUNS.items()},
-        }.items()
-    }
-    body = f"""
-<p class="note">{html.escape(facts["data"])} {html.escape(facts["machine"])}</p>
-<h2>Average precision on held-out images</h2>
-{results_table(folder)}
-<p>AP over IoU 0.50 to 0.95, at 0.50 and at 0.75, after the last epoch; both runs have the same data, settings and
-number of epochs, and start from the same ImageNet weights of the backbone.</p>
-<p class="note">One run each, with one seed and minutes of training: a difference between the two says nothing about
-pre-training in general. {html.escape(facts["caution"])}</p>
-{shown["curves"]}
-<h2>What the pre-trained detector finds, without a label</h2>
-<p>Patches are cut at random from held-out images; the detector is asked where they come from. Each patch and the box of
-its most confident query have one colour; numbers are scores. Over {facts["measured"]} images the boxes overlap
-their own patch's place by a mean IoU of {overlap[0]:.2f}, another patch's place in the same image by {overlap[1]:.2f}.
-{_overlap_in_words(*overlap)}</p>
-{shown["patches"]}
-{shown["pretraining"]}
-<h2>Boxes on held-out images</h2>
-{"".join(f"<h3>{title}</h3>{shown[name]}" for name, title in RUNS.items())}
-<h2>Commands and time</h2>
-{"".join(_stage_html(stage) for stage in facts["stages"])}
-<p class="note">In the project's folder, with its environment active (<code>source .venv/bin/activate</code>).</p>
-"""
-    return write_text(folder / PAGE, page("PreDETR demo", body))
-
-
-def _overlap_in_words(own: float, other: float) -> str:
-    if own - other > 0.05:
-        return "So the patches say where to look."
-    return (
-        "So the patches hardly say yet where to look: the published pre-training shows its detector 1.28 million "
-        "images 60 times, a demo some thousands."
+    text = render(
+        TEMPLATE,
+        title="PreDETR demo",
+        facts=facts,
+        head=[*BBOX_STATS[:3], "best AP"],
+        results=results(folder),
+        own_iou=overlap[0],
+        other_iou=overlap[1],
+        pictures=pictures,
+        runs=RUNS,
     )
-
-
-def _stage_html(stage: dict) -> str:
-    title, command = html.escape(stage["title"]), html.escape(shlex.join(stage["command"]))
-    return f"<p>{title}: {format_seconds(stage['seconds'])}</p><pre>{command}</pre>"
+    return write_text(folder / PAGE, text)
 
 
 def gather_facts(folder: Path) -> dict:
@@ -160,7 +122,7 @@ def gather_facts(folder: Path) -> dict:
     train, val = record["images"]
     data = f"{train} labelled images, {val} held out."
     if on_scenes:
-        data = f"Sample scenes: {data} The held-out scenes are made from other photographs than those for training."
+        data = f"Sample scenes: {data} The held-out scenes are made from other photographs than the training ones."
     device = (
         environment["gpu"] if settings["device"].startswith("cuda") else f"CPU, {environment['cpu_threads']} threads"
     )
@@ -169,29 +131,29 @@ def gather_facts(folder: Path) -> dict:
         "stages": stages,
         "coco_path": settings["coco_path"],
         "data": data,
-        "machine": f"{device}, torch {environment['torch']}; {total} for the stages together.",
+        "machine": f"{device}, torch {environment['torch']}; {total} for all stages together.",
         "caution": "Shapes on photographs are far easier than real images." if on_scenes else "",
         "measured": min(val, MEASURED_IMAGES),
     }
 
 
-def main(folder: Path) -> None:
+def parse(argv: list[str]) -> Namespace:
+    parser = argparse.ArgumentParser("tools.demo.page", description="Write the page of a demo")
+    parser.add_argument("folder", type=Path, help="the demo's --output_dir")
+    return parser.parse_args(argv)
+
+
+def main(args: Namespace) -> None:
+    folder = args.folder
     facts = gather_facts(folder)
     images = coco_files(facts["coco_path"], "val")[0]
     pictures, overlap = draw_pictures(folder, images)
-    page = write_page(folder, facts, pictures, overlap)
+    path = write_page(folder, facts, pictures, overlap)
     for name, title in RUNS.items():
         _, stats = evaluations(read_log(folder / name))[-1]
         log.info("%s: AP %.3f, AP50 %.3f", title, stats[0], stats[1])
-    log.info("%s", page.resolve())
+    log.info("%s", path.resolve())
 
 
 if __name__ == "__main__":
-    setup_logger()
-    parser = argparse.ArgumentParser("tools.demo.page", description="Write the page of a demo")
-    parser.add_argument("folder", type=Path, help="the demo's --output_dir")
-    try:
-        main(parser.parse_args().folder)
-    except UserError as error:
-        log.error("error: %s", error)
-        sys.exit(1)
+    run_script(main, parse)

@@ -1,11 +1,10 @@
-"""The whole path as a user would type it: pre-train without labels, fine-tune from that and without it, one page at the
-end.
+"""An end-to-end demo: pre-train without labels, fine-tune with and without that pre-training, write a page of results.
 
     bash tools/demo.sh [--coco_path DIR] [--output_dir DIR]
 
-The stages are commands, printed before they run. On a CPU of several cores the run without pre-training goes on beside
-the other two: small models gain little from a second thread. A finished stage is reused when the demo runs again, an
-interrupted one goes on where it stopped.
+The stages are commands as a user would type them, and printed before they run. On a CPU with several cores the run
+without pre-training runs in parallel with the other two: small models gain little from a second thread. When the demo
+runs again, a finished stage is reused and an interrupted one resumes.
 """
 
 import argparse
@@ -24,36 +23,32 @@ from pathlib import Path
 import torch
 
 from datasets.labelled.coco import coco_files
+from tools.demo.scenes import DEFAULT_NUM_CLASSES
 from util.errors import UserError
 from util.files import write_text
-from util.logger import format_seconds, log, setup_logger
+from util.logger import format_seconds, log
+from util.runs.folder import read_record
+from util.runs.session import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_FILE = "stage.json"  # beside the folder of each stage: its command, its seconds, whether it is finished
 MARKER = "demo.json"  # in the demo's folder: it belongs to the demo
 SCENES, PRETRAIN, FINETUNE, SCRATCH = "scenes", "pretrain", "finetune_pretrained", "finetune_scratch"
 
-MODEL_FLAGS = [
-    "--detector",
-    "conditional_detr",
-    "--backbone",
-    "timm:tf_efficientnet_lite0",
-    "--backbone_weights",
-    "imagenet",
-    "--enc_layers",
-    "1",
-    "--dec_layers",
-    "3",
-    "--dim_feedforward",
-    "512",
-    "--dropout",
-    "0",
-]
+MODEL = {
+    "detector": "conditional_detr",
+    "backbone": "timm:tf_efficientnet_lite0",
+    "backbone_weights": "imagenet",
+    "enc_layers": 1,
+    "dec_layers": 3,
+    "dim_feedforward": 512,
+    "dropout": 0,
+}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What differs between the sample scenes, which have to be done in minutes, and real data."""
+    """What differs between the sample scenes, which must take minutes, and real data."""
 
     image_size: int
     num_queries: int
@@ -76,14 +71,23 @@ class Stage:
     command: list[str]
 
 
+def _absolute(text: str) -> Path:
+    """The demo's commands run in the project's folder."""
+    return Path(text).resolve()
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the demo; those of size and length default to `ON_SCENES` or `ON_REAL_DATA`."""
     parser = argparse.ArgumentParser("tools/demo.sh", description="Pre-train, fine-tune, evaluate; one page at the end")
-    parser.add_argument("--coco_path", type=Path, help="data in the layout of COCO (default: sample scenes, made here)")
-    parser.add_argument("--imagenet_path", type=Path, help="unlabelled images for pre-training (the training images)")
-    parser.add_argument("--output_dir", default=Path("demo_output"), type=Path)
     parser.add_argument(
-        "--overwrite", action="store_true", help="run all anew; replaces stages of an earlier demo there"
+        "--coco_path", type=_absolute, help="data in the layout of COCO (default: sample scenes, made here)"
+    )
+    parser.add_argument(
+        "--imagenet_path", type=_absolute, help="unlabelled images for pre-training (the training images)"
+    )
+    parser.add_argument("--output_dir", default="demo_output", type=_absolute)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="run all stages from scratch; replaces those of an earlier demo there"
     )
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
     for name in asdict(ON_SCENES):
@@ -91,7 +95,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=int, help=text)
     parser.add_argument("--num_train", default=600, type=int, help="sample scenes for training, and as many unlabelled")
     parser.add_argument("--num_val", default=100, type=int, help="held-out sample scenes")
-    parser.add_argument("--num_workers", default=1, type=int, help="loader processes")
+    parser.add_argument("--num_workers", default=1, type=int, help="dataloader workers per run")
     parser.add_argument("--seed", default=1, type=int)
     return parser
 
@@ -107,29 +111,40 @@ def make_stages(args: argparse.Namespace) -> list[Stage]:
     """The commands, in order."""
     budget, output = budget_from(args), args.output_dir
     coco_path = args.coco_path or output / SCENES
+    model = _flags(**MODEL, num_queries=budget.num_queries, image_size=budget.image_size)
+    model += _flags(batch_size=budget.batch_size, num_workers=args.num_workers, seed=args.seed, device=args.device)
+    patches = 10 if budget.num_queries % 10 == 0 and budget.num_queries >= 100 else 5
+    pretrain = ["main.py", *model, *_flags(imagenet_path=_unlabelled(args, coco_path), num_patches=patches)]
+    pretrain += _flags(patch_size=64, feature_recon=True, fre_cnn=True, **_schedule(budget.pretrain_epochs), lr="1e-4")
+    finetune = ["finetune_main.py", *model, *_flags(coco_path=coco_path, num_classes=_num_classes(args))]
+    finetune += _flags(**_schedule(budget.epochs), lr="2e-4", lr_backbone="2e-4", eval_every=budget.eval_every)
+    from_pretrained = [*finetune, *_flags(pretrain=output / PRETRAIN / "checkpoint.pth")]
     stages = [] if args.coco_path else [Stage(SCENES, "make sample scenes", _scenes_command(args, coco_path))]
-    shared = [*MODEL_FLAGS, "--num_queries", budget.num_queries, "--image_size", budget.image_size]
-    shared += ["--batch_size", budget.batch_size, "--num_workers", args.num_workers, "--seed", args.seed]
-    shared += ["--device", args.device] if args.device else []
-    pretrain = ["main.py", *shared, "--imagenet_path", _unlabelled(args, coco_path), *_pretext_flags(budget)]
-    finetune = ["finetune_main.py", *shared, "--coco_path", coco_path, "--num_classes", _num_classes(args)]
-    finetune += ["--epochs", budget.epochs, "--lr_drop", _drop(budget.epochs), "--lr", "2e-4", "--lr_backbone", "2e-4"]
-    finetune += ["--eval_every", budget.eval_every]
-    from_pretrained = [*finetune, "--pretrain", output / PRETRAIN / "checkpoint.pth"]
     for name, title, command in (
         (PRETRAIN, "pre-train without labels", pretrain),
         (FINETUNE, "fine-tune the pre-trained detector", from_pretrained),
         (SCRATCH, "the same without pre-training", finetune),
     ):
-        command = ["python", *command, "--output_dir", output / name, "--resume", "auto"]
-        stages.append(Stage(name, title, [str(word) for word in command]))
+        stages.append(Stage(name, title, ["python", *command, *_flags(output_dir=output / name, resume="auto")]))
     return stages
 
 
+def _flags(**values: object) -> list[str]:
+    """`epochs=3` -> `--epochs 3`, True -> the flag alone; None is skipped."""
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def _schedule(epochs: int) -> dict[str, int]:
+    return {"epochs": epochs, "lr_drop": max(1, round(0.75 * epochs))}
+
+
 def _scenes_command(args: argparse.Namespace, folder: Path) -> list[str]:
-    counts = ["--num_train", args.num_train, "--num_val", args.num_val, "--num_unlabelled", args.num_train]
-    command = ["python", "-m", "tools.demo.scenes", "--output", folder, *counts, "--seed", args.seed]
-    return [str(word) for word in command]
+    counts = {"num_train": args.num_train, "num_val": args.num_val, "num_unlabelled": args.num_train}
+    return ["python", "-m", "tools.demo.scenes", *_flags(output=folder, **counts, seed=args.seed)]
 
 
 def _unlabelled(args: argparse.Namespace, coco_path: Path) -> Path:
@@ -138,21 +153,9 @@ def _unlabelled(args: argparse.Namespace, coco_path: Path) -> Path:
     return Path(coco_files(str(coco_path), "train")[0]) if args.coco_path else coco_path / "unlabelled"
 
 
-def _pretext_flags(budget: Budget) -> list:
-    patches = 10 if budget.num_queries % 10 == 0 and budget.num_queries >= 100 else 5
-    flags = ["--num_patches", patches, "--patch_size", "64", "--feature_recon", "--fre_cnn"]
-    return [*flags, "--epochs", budget.pretrain_epochs, "--lr_drop", _drop(budget.pretrain_epochs), "--lr", "1e-4"]
-
-
-def _drop(epochs: int) -> int:
-    return max(1, round(0.75 * epochs))
-
-
 def _num_classes(args: argparse.Namespace) -> int:
     """The largest category id + 1, as the detectors count."""
     if not args.coco_path:
-        from tools.demo.scenes import DEFAULT_NUM_CLASSES
-
         return DEFAULT_NUM_CLASSES + 1
     path = Path(coco_files(str(args.coco_path), "train")[1])
     try:
@@ -162,30 +165,34 @@ def _num_classes(args: argparse.Namespace) -> int:
 
 
 def claim_folder(output: Path) -> None:
-    """Makes the demo's folder; UserError if it holds something else."""
+    """Makes the demo's folder.
+
+    Raises:
+        UserError: it holds something else.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / MARKER).is_file():
-        raise UserError(f"--output_dir {output} holds something that is not of the demo: choose another folder")
+        raise UserError(f"--output_dir {output} holds files that are not of the demo: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
     if not (output / MARKER).exists():
         _write_json(output / MARKER, {"stages": []})
 
 
 def run_stage(stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[str]], int]) -> float:
-    """Runs a stage unless it is finished; seconds that it took, over all attempts.
+    """Runs a stage unless it is finished; returns the seconds that it took, over all attempts.
 
     Raises:
         UserError: the command failed, or the folder is of a stage with other settings and `overwrite` is not given.
     """
-    record = _read_record(folder)
+    record = read_record(_record_path(folder))
     if record and overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-        record = None
+        record = {}
     if record and record["command"] != stage.command:
         raise UserError(
-            f"{folder} was made with other settings: add --overwrite to run anew, or choose another --output_dir"
+            f"{folder} was made with other settings: add --overwrite to replace it, or choose another --output_dir"
         )
     if record and record["finished"]:
-        log.info("already done in %s, reused (--overwrite runs it anew)", format_seconds(record["seconds"]))
+        log.info("already done in %s, reused (--overwrite runs it again)", format_seconds(record["seconds"]))
         return record["seconds"]
     before, began = record["seconds"] if record else 0.0, time.monotonic()
     _write_record(folder, stage.command, before, finished=False)
@@ -193,18 +200,13 @@ def run_stage(stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[s
     seconds = before + time.monotonic() - began
     _write_record(folder, stage.command, seconds, finished=status == 0)
     if status:
-        raise UserError(f"'{stage.title}' failed with status {status}, see above; the same command goes on from there")
+        raise UserError(f"'{stage.title}' failed with status {status}, see above; the same command resumes it")
     return seconds
 
 
 def _record_path(folder: Path) -> Path:
     # Beside the stage's folder: the scenes' one has to be empty before they are written.
     return folder.with_name(f"{folder.name}.{STAGE_FILE}")
-
-
-def _read_record(folder: Path) -> dict | None:
-    path = _record_path(folder)
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _write_record(folder: Path, command: list[str], seconds: float, finished: bool) -> None:
@@ -216,9 +218,9 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
-    """Runs `python ...` of a stage with this Python, in the project's folder; its exit status.
+    """Runs `python ...` of a stage with this Python, in the project's folder; returns its exit status.
 
-    With a `prefix` every line of output begins with it, so that two stages can run side by side; `threads` bounds each.
+    With a `prefix` every line of output begins with it, so that two stages can run in parallel; `threads` limits each.
     """
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     pipe = subprocess.PIPE if prefix else None
@@ -231,17 +233,17 @@ def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
             log.info("%s%s", prefix, line.rstrip())
         return process.wait()
     except KeyboardInterrupt:
-        process.wait()  # Ctrl-C reached it too: it saves its checkpoint first
+        process.wait()  # Ctrl-C reaches it too: it saves its checkpoint first
         raise
 
 
-def beside_each_other(device: str | None) -> bool:
-    """Whether two runs share the machine: on a CPU with several cores."""
+def runs_in_parallel(device: str | None) -> bool:
+    """Whether two stages share the machine: on a CPU with several cores."""
     return (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" and (os.cpu_count() or 1) > 1
 
 
 def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
-    """Runs the stages in order, or the last beside the two before it; what was done, with the seconds of each.
+    """Runs the stages in order, or the last in parallel with the two before it; returns them with their seconds.
 
     Raises:
         UserError: a stage failed.
@@ -257,7 +259,7 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
             done.append({**asdict(stage), "seconds": seconds})
         return done
 
-    if not beside_each_other(args.device):
+    if not runs_in_parallel(args.device):
         return run(stages)
     *before, pretrain, finetune, scratch = stages
     done = run(before)
@@ -271,27 +273,19 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> None:
-    args.output_dir = args.output_dir.resolve()
-    for name in ("coco_path", "imagenet_path"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).resolve())
     stages = make_stages(args)
     claim_folder(args.output_dir)
     began = time.monotonic()
-    done = run_all(stages, args)
+    try:
+        done = run_all(stages, args)
+    except KeyboardInterrupt:
+        log.error("the same command resumes the demo")
+        raise
     _write_json(args.output_dir / MARKER, {"stages": done, "wall_seconds": round(time.monotonic() - began, 1)})
-    log.info("\n=== draw the result page")
+    log.info("\n=== write the result page")
     if run_command(["python", "-m", "tools.demo.page", str(args.output_dir)]):
-        raise UserError("the result page could not be drawn, see above")
+        raise UserError("the result page could not be written, see above")
 
 
 if __name__ == "__main__":
-    setup_logger()
-    try:
-        main(get_args_parser().parse_args())
-    except (UserError, ValueError) as error:
-        log.error("error: %s", error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        log.error("stopped; the same command goes on from here")
-        sys.exit(130)
+    run_script(main, get_args_parser().parse_args)

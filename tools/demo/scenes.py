@@ -1,7 +1,7 @@
 """Labelled images made on the spot, so that the whole path runs without a file of the user's.
 
 A scene is a crop of a photograph with one to four objects on it. What a class is, its shape says (disc, triangle, star,
-ring, ...); its surface is a crop of a photograph, so that colour and texture tell nothing. Sizes, aspect and rotation
+ring, ...); its surface is a crop of a photograph, so that color and texture tell nothing. Sizes, aspect and rotation
 vary, objects hide each other and leave the image, and clutter (bars and blobs with surfaces of the same kind) is no
 object. Masks and boxes are exact: those of the pixels that remain visible. Everything is a function of
 (seed, split, index).
@@ -132,7 +132,7 @@ class _Canvas:
     def __init__(self, rng: np.random.Generator, size: int, photographs: tuple[Image.Image, ...]) -> None:
         self.rng, self.size, self.photographs = rng, size, photographs
         self.background = _photo_crop(rng, photographs, size, size, scale=(0.35, 1.0), tint=25)
-        self.colour = np.zeros((size, size, 3), np.float32)
+        self.color = np.zeros((size, size, 3), np.float32)
         self.light = np.ones((size, size, 1), np.float32)  # part of what lies behind that still shows
         self.free = np.ones((size, size), bool)
 
@@ -164,12 +164,12 @@ class _Canvas:
         surfaces = [_photo_crop(self.rng, self.photographs, height, width, scale=(0.1, 0.4), tint=60) for _ in range(3)]
         # Of three surfaces the one that stands out most: a shape that can't be seen could not be learnt.
         surface = max(surfaces, key=lambda s: float(np.abs(s.mean((0, 1)) - behind).sum()))
-        self.colour[part] += self.light[part] * alpha[..., None] * surface
+        self.color[part] += self.light[part] * alpha[..., None] * surface
         self.light[part] *= 1 - alpha[..., None]
 
     def image(self) -> np.ndarray:
         """The scene as uint8 [H, W, 3]."""
-        return np.clip(np.rint(self.colour + self.light * self.background), 0, 255).astype(np.uint8)
+        return np.clip(np.rint(self.color + self.light * self.background), 0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=2)
@@ -203,9 +203,9 @@ def _photo_crop(
     scale: tuple[float, float],
     tint: float,
 ) -> np.ndarray:
-    """A crop of a random photograph with jittered light and colour, float32 [height, width, 3] in 0..255.
+    """A crop of a random photograph with jittered light and color, float32 [height, width, 3] in 0..255.
 
-    `scale` bounds the crop's longer side as a part of the photograph's shorter one, `tint` the shift of each colour.
+    `scale` bounds the crop's longer side as a part of the photograph's shorter one, `tint` the shift of each color.
     """
     photograph = photographs[int(rng.integers(len(photographs)))]
     longer = rng.uniform(*scale) * min(photograph.size)
@@ -338,7 +338,7 @@ def _replace_folder(output: Path, building: Path) -> None:
 def _write_split(root: Path, folder: str, split: str, count: int, size: int, seed: int, num_classes: int) -> None:
     (root / folder).mkdir()
     images, annotations = [], []
-    for index in progress(range(count), count, f"scenes, {split}"):
+    for index in progress(range(count), f"scenes, {split}"):
         image, boxes_xyxy_abs, labels, masks = make_scene(seed, index, size, split, num_classes)
         name = f"{index + 1:012d}.jpg"
         Image.fromarray(image).save(root / folder / name, quality=95, subsampling=0)
