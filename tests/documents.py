@@ -11,7 +11,7 @@ from pathlib import Path
 import finetune_main
 import main as pretrain_main
 from tools.demo import scenes as sample_scenes
-from util.settings.arguments import resolve
+from util.settings import resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}

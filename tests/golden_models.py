@@ -5,7 +5,6 @@ Every quantity is checked within the tolerances of tests/golden/README.md.
 
 import importlib.util
 import json
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from models.criterion import SetCriterion
+from models.criterion import Losses, SetCriterion
 from models.pretext import Pretext
 from util.checkpoints.architecture import detector_kind
 from util.nested_tensor import NestedTensor
 from util.runs.optimizer import build_optimizer
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, Settings, make_parser, resolve
 
 PRETEXT_OF = {"patch2query": "random_query_patch", "feature_embed": "region_prior"}  # by a part of a parameter's name
 
@@ -46,7 +44,7 @@ class Case:
     model: nn.Module
     criterion: SetCriterion
     postprocess: nn.Module
-    args: Namespace
+    args: Settings
 
     @property
     def is_pretext(self) -> bool:
@@ -65,7 +63,7 @@ def load_fill(folder: Path):
     return module
 
 
-def our_args(js: dict) -> Namespace:
+def our_args(js: dict) -> Settings:
     """Our flags for the settings of a case, as its published parser had them."""
     keys, published = js["state_dict"], js["args"]
     pretext = next((name for part, name in PRETEXT_OF.items() if any(part in key for key in keys)), None)
@@ -81,9 +79,7 @@ def our_args(js: dict) -> Namespace:
         args.position_embedding = "sine_shifted"  # what its code calls sine
     args.backbone_weights, args.backbone_norm, args.device = "none", "frozen", "cpu"
     args.reproduce_published, args.num_workers = True, 0
-    resolve(args)
-    args.lr_backbone = published["lr_backbone"]
-    return args
+    return resolve(args).replace(lr_backbone=published["lr_backbone"])
 
 
 def build(name: str, folder: Path) -> Case:
@@ -172,11 +168,11 @@ def check_mid(case: Case) -> None:
     close(tokens if encoded.shape == tokens.shape else tokens.transpose(0, 1), encoded, atol=2e-4)
 
 
-def check_matches(case: Case, prefix: str = "") -> None:
-    pairs = case.criterion.last_matches.pairs
+def check_matches(case: Case, losses: Losses, prefix: str = "") -> None:
+    pairs = losses.matches.pairs
     names = [f"aux{layer}" for layer in range(len(pairs) - 1)] + ["last"]
     if f"{prefix}match/enc/img0" in case.z:
-        pairs, names = [*pairs, *case.criterion.last_proposal_matches.pairs], [*names, "enc"]
+        pairs, names = [*pairs, *losses.proposal_matches.pairs], [*names, "enc"]
     for name, per_image in zip(names, pairs, strict=True):
         for image, (query, target) in enumerate(per_image):
             key = f"{prefix}match/{name}/img{image}"
@@ -192,7 +188,12 @@ def check_cost(case: Case, outputs: dict, targets: list[dict]) -> None:
 
 
 def check_losses(case: Case, losses: dict, expected: dict, rtol: float) -> None:
+    """In float32 the boxes of a two-stage detector differ by up to 1.4e-5 between numbers of threads and CPUs (table in
+    tests/golden/README.md), and so do the losses made of them: 1.16e-5 was seen. In float64 all are held alike.
+    """
     assert set(losses) == set(expected)
+    if rtol > 1e-7 and "out/enc/pred_boxes" in case.z:
+        rtol = 2 * rtol
     for name, value in expected.items():
         close(losses[name], value, rtol=rtol, atol=1e-6 if rtol > 1e-7 else 1e-9)
     total = sum(expected[name] * case.js["weight_dict"][name] for name in expected if name in case.js["weight_dict"])
@@ -229,12 +230,31 @@ def check_gradients(case: Case, norms: np.ndarray, total: float, rtol: float, co
             assert np.linalg.norm(gradient - expected) <= 1e-2 * np.linalg.norm(expected) + 1e-6 * norms.max(), key
 
 
+TIED = 1e-6  # scores so close are equal up to rounding, and which of them ranks first depends on the CPU
+
+
 def check_post(case: Case, outputs: dict) -> None:
+    """Results stand in the published order. Tied scores alone may change places: cond_r50_dc5 has two that are equal to
+    the last digit at ranks 74 and 75, of which either comes first.
+    """
     results = case.postprocess(outputs, torch.tensor(case.js["target_sizes"]))
     for image, result in enumerate(results):
-        close(result["scores"], case.z[f"post/img{image}/scores"], atol=1e-5)
-        assert np.array_equal(result["labels"].numpy(), case.z[f"post/img{image}/labels"])
-        close(result["boxes"], case.z[f"post/img{image}/boxes"], atol=1e-2)
+        scores, labels, boxes = (case.z[f"post/img{image}/{name}"] for name in ("scores", "labels", "boxes"))
+        close(result["scores"], scores, atol=1e-5)
+        own, published = tie_order(scores, result["boxes"].numpy()), tie_order(scores, boxes)
+        assert np.array_equal(result["labels"].numpy()[own], labels[published])
+        close(result["boxes"][own], boxes[published], atol=1e-2)
+
+
+def tie_order(scores: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Indices in the order of the ranks, among tied scores by the left border of the box."""
+    falls = np.append(0, np.cumsum(scores[:-1] - scores[1:] > TIED))
+    return np.lexsort((boxes[:, 0], falls)) if is_ranked(scores) else np.arange(len(scores))
+
+
+def is_ranked(scores: np.ndarray) -> bool:
+    """Focal results come best first; those of softmax in the order of the queries."""
+    return bool((scores[:-1] >= scores[1:]).all())
 
 
 def check_float32(case: Case) -> None:
@@ -251,7 +271,7 @@ def check_float32(case: Case) -> None:
         return
     check_weights_and_groups(case)
     losses = case.criterion(outputs, targets)
-    check_matches(case)
+    check_matches(case, losses)
     with torch.no_grad():
         check_cost(case, outputs, targets)
     check_losses(case, losses, case.js["losses"], rtol=1e-5)
@@ -271,7 +291,7 @@ def check_without_targets(case: Case, outputs: dict, targets: list[dict]) -> Non
             outputs = {**outputs, "target_features": torch.cat([target["patches"] for target in changed])}
         with torch.no_grad():
             losses = case.criterion(outputs, changed)
-        check_matches(case, f"{name}/")
+        check_matches(case, losses, f"{name}/")
         check_losses(case, losses, case.js[name]["losses"], rtol=1e-5)
 
 

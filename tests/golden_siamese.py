@@ -12,7 +12,8 @@ from torch import Tensor
 
 from datasets.pretext.siamese import common_regions, cut_view, draw_views, pick_regions, random_regions
 from models import build_model
-from models.pretext.siamese import move_corners
+from models.criterion import Losses
+from models.pretext.siamese import jitter_boxes
 from tests.golden_models import Case, close, load, load_fill
 from util.box_ops import box_xyxy_to_cxcywh
 from util.checkpoints.architecture import detector_kind
@@ -20,8 +21,7 @@ from util.checkpoints.published_layouts import to_detr_names
 from util.nested_tensor import NestedTensor
 from util.random_state import SampleRandom
 from util.runs.optimizer import build_optimizer
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN, make_parser, resolve
 
 
 def our_args(js: dict) -> Namespace:
@@ -77,7 +77,7 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str,
     return NestedTensor(batch, mask), targets
 
 
-def check_direction(case: Case, outputs: dict, targets: list[dict], direction: int) -> None:
+def check_direction(case: Case, outputs: dict, losses: Losses, targets: list[dict], direction: int) -> None:
     """`direction` 1: queries of view 1, outputs of view 2."""
     half = len(targets) // 2
     mine = slice(half, None) if direction == 1 else slice(half)
@@ -96,7 +96,7 @@ def check_direction(case: Case, outputs: dict, targets: list[dict], direction: i
     for i, target in enumerate(targets[mine]):
         close(target["boxes"], z[f"targets_v{direction}/boxes{i}"], atol=1e-6)
     layers = [f"aux{layer}" for layer in range(len(outputs["aux_outputs"]))] + ["last"]
-    for name, per_image in zip(layers, case.criterion.last_matches.pairs, strict=True):
+    for name, per_image in zip(layers, losses.matches.pairs, strict=True):
         for i, (query, target) in enumerate(per_image[mine]):
             assert np.array_equal(np.stack([query, target]), z[f"match_v{direction}/{name}/img{i}"]), (
                 direction,
@@ -128,7 +128,7 @@ def check_gradients(case: Case, expected: np.ndarray, rtol: float) -> None:
     np.testing.assert_allclose(values, expected, rtol=rtol, atol=1e-6 * expected.max())
 
 
-def check_mode(case: Case, training: bool, dtype: torch.dtype, expected: dict, rtol: float) -> dict:
+def check_mode(case: Case, training: bool, dtype: torch.dtype, expected: dict, rtol: float) -> tuple[dict, Losses]:
     """Losses of one pass, whose gradients are computed in float32."""
     case.model.train(training).zero_grad()
     samples, targets = inputs(case, dtype)
@@ -145,7 +145,7 @@ def check_mode(case: Case, training: bool, dtype: torch.dtype, expected: dict, r
     )
     if dtype == torch.float32:
         case.criterion.total(losses).backward()
-    return outputs
+    return outputs, losses
 
 
 def check_float32(case: Case) -> None:
@@ -154,10 +154,10 @@ def check_float32(case: Case) -> None:
     assert js["weight_dict"] == case.criterion.weight_dict
     assert sum(p.numel() for p in case.model.parameters() if p.requires_grad) == js["trainable_params"]
     case.criterion.train()
-    outputs = check_mode(case, False, torch.float32, js["eval"]["losses"], 1e-5)
+    outputs, losses = check_mode(case, False, torch.float32, js["eval"]["losses"], 1e-5)
     targets = inputs(case, torch.float32)[1]
     for direction in (1, 2):
-        check_direction(case, outputs, targets, direction)
+        check_direction(case, outputs, losses, targets, direction)
     half = len(targets) // 2
     close(outputs["projections"][:half], z["mid/enc_head.0.projector"], atol=1e-4)
     close(outputs["predictions"][:half], z["mid/enc_head.0.predictor"], atol=1e-4)
@@ -225,7 +225,7 @@ def check_data(name: str, js: dict, z: dict, folder: Path) -> None:
             if picked is not None:
                 close(picked[side], case[f"picked_view{side + 1}"], atol=1e-4)
     boxes, normals = torch.from_numpy(z["disturb/boxes_xyxy"]), torch.from_numpy(z["disturb/normals"])
-    close(move_corners(boxes, normals, 0.1), z["disturb/out_ratio0.1_h90_w110"], rtol=1e-6)
+    close(jitter_boxes(boxes, normals, 0.1), z["disturb/out_ratio0.1_h90_w110"], rtol=1e-6)
 
 
 CHECKS = {"data_siamese": check_data}

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from models import build_model
 from tests.tiny import MODEL_FLAGS
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE, make_parser, resolve
 
 SMALL = tuple(MODEL_FLAGS)
 CHANNELS = {"resnet18": 512, "resnet50": 2048}

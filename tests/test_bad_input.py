@@ -38,7 +38,7 @@ from tests.tiny import (
 from util.checkpoints.checkpoint import save_checkpoint
 from util.logger import log
 from util.runs.session import run_script
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
 TRAIN, VAL = "train2017", "val2017"
@@ -379,7 +379,7 @@ REFUSED = [
         "share above 1",
         F,
         "--coco_path {root}/coco --detector conditional_detr --focal_alpha 7",
-        "--focal_alpha 7 is a share",
+        "--focal_alpha 7 is a fraction",
         1,
     ),
     ("a huge seed", P, f"--imagenet_path x --seed {10**30}", f"--seed {10**30} has more than 63 bits: choose", 1),
@@ -486,14 +486,14 @@ REFUSED = [
         "another detector",
         F,
         "--detector detr --pretrain {root}/conditional.pth",
-        "--detector detr contradicts {root}/conditional.pth, .* conditional_detr; leave",
+        "--detector detr contradicts {root}/conditional.pth, .* conditional_detr; omit",
         1,
     ),
     (
         "other sizes",
         F,
         "--resume {root}/detr.pth --hidden_dim 64",
-        "--hidden_dim 64 contradicts {root}/detr.pth, .* 32; leave",
+        "--hidden_dim 64 contradicts {root}/detr.pth, .* 32; omit",
         1,
     ),
     ("of pre-training", F, "--resume {root}/pretext.pth --eval", "pretext.pth is from pre-training .*--pretrain", 1),
@@ -582,13 +582,13 @@ TOLD = [
         "an absent image",
         F,
         "--coco_path {root}/absent",
-        "1 of 4 images of .* are not in .*: gone.png \\(image 2\\): they are left out",
+        "1 of 4 images of .* are not in .*: gone.png \\(image 2\\): they are skipped",
     ),
     (
         "one file twice",
         F,
         "--coco_path {root}/one_file",
-        "1 files are listed by several images, the first is 000000.png: keep one entry",
+        "file name twice: 1 .* keep one entry\\), the first: .*000000.png",
     ),
     (
         "another size",
@@ -600,33 +600,33 @@ TOLD = [
         "many objects",
         F,
         "--coco_path {root}/many",
-        "1 images have more objects than --num_queries 20, image 1 has 3\\d: .* use --num_queries 3\\d or more",
+        "more objects than queries: 1 .* larger --num_queries .* image 1, 3\\d objects, --num_queries 20",
     ),
     (
         "shared images",
         F,
         "--coco_path {root}/shared",
-        "4 images of validation are training images too, the first is .*shared/val2017/000000.png \\(image 1; in "
-        "training 1\\): .* take",
+        "shared image: 4 .* remove it from one\\), the first: .*shared/val2017/000000.png, image 1, as "
+        ".*train2017/000000.png, image 1",
     ),
     (
         "other class names",
         F,
         "--coco_path {root}/other_names_val",
-        "class 1 is 'red' in .* and 'violet' in .* one list of categories",
+        "classes differ: .* one list of categories.* class 1 is 'red' in .* and 'violet' here",
     ),
     ("an unlisted category", F, "--coco_path {root}/unlisted", "category ids \\[50\\] are used but not listed"),
     (
         "an unlisted image",
         F,
         "--coco_path {root}/stranger",
-        "1 annotations of images that the file does not list are left out, the first is annotation 1 of image 12345",
+        "1 annotations of images that the file does not list are skipped, the first is annotation 1 of image 12345",
     ),
     (
         "NaN",
         F,
         "--coco_path {root}/box_nan",
-        "1 annotations with a box that is not finite are left out, .* annotation 1 of image 1",
+        "1 annotations with a box that is not finite are skipped, .* annotation 1 of image 1",
     ),
     ("width 0", F, "--coco_path {root}/box_zero", "1 annotations with a box without area, .* annotation 1 of image 1"),
     (
@@ -645,7 +645,7 @@ TOLD = [
         "partly outside",
         F,
         "--coco_path {root}/box_partly",
-        "1 boxes stand over the edge of their image and are cut to it, .* annotation 1",
+        "box partly outside: 1 \\(clipped .* annotation 1",
     ),
     (
         "bad among good",

@@ -8,9 +8,9 @@ import torch
 from models import build_model
 from tests.tiny import fine_tune, pre_train, read_checkpoint, read_log, tiny_args, write_coco, write_images
 from util.checkpoints.architecture import architecture
-from util.checkpoints.checkpoint import Checkpoint, load_pretrained
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE
+from util.checkpoints.checkpoint import Checkpoint
+from util.checkpoints.loading import load_pretrained
+from util.settings import FINETUNE, make_parser, resolve
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from util.settings.flags import FINETUNE
 def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
     args = tiny_args(FINETUNE, "--detector", "deformable_detr", *flags)
     state = build_model(args)[0].state_dict()
-    certain, _ = architecture({"model": state, "args": {"nheads": 4}})
+    certain, _ = architecture(Checkpoint(model=state, args={"nheads": 4}))
     wanted = {
         "detector": "deformable_detr",
         "with_box_refine": args.with_box_refine,
@@ -36,7 +36,7 @@ def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
         "hidden_dim": 32,
     }
     assert wanted.items() <= certain.items()
-    known = {**architecture({"model": state, "args": {"nheads": 4}})[1], **certain}
+    known = {**architecture(Checkpoint(model=state, args={"nheads": 4}))[1], **certain}
     assert (known["enc_n_points"], known["dec_n_points"]) == (args.enc_n_points, args.dec_n_points)
 
 
@@ -45,7 +45,7 @@ def test_points_of_a_published_file() -> None:
     words = ["--detector", "deformable_detr", "--backbone_weights", "none", "--enc_n_points", "2"]
     with torch.device("meta"):
         state = build_model(resolve(make_parser(FINETUNE).parse_args(words)))[0].state_dict()
-    certain, likely = architecture({"model": state})
+    certain, likely = architecture(Checkpoint(model=state))
     assert (likely["enc_n_points"], likely["dec_n_points"]) == (2, 4)
     assert certain["num_queries"] == 300
     assert likely["position_embedding"] == "sine_shifted"
@@ -57,7 +57,7 @@ def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
         for number in "94"
     )
     fresh = {key: value.clone() for key, value in model.state_dict().items()}
-    file = Checkpoint({"model": source.state_dict(), "class_names": {1: "cat"}})
+    file = Checkpoint(model=source.state_dict(), class_names={1: "cat"})
     load_pretrained(model, file, {2: "dog", 3: "cat"})
     state = model.state_dict()
     assert torch.equal(state["class_embed.2.weight"][0], source.class_embed[2].weight[0])

@@ -208,7 +208,7 @@ def test_torchrun(tmp_path: Path) -> None:
     )
     assert text.count("distributed: 2 processes, gloo") == 1  # only the first process speaks
     assert text.count("4 training and 3 validation images") == 1
-    assert "epoch 1/1 2/2" in text
+    assert "epoch 1/1: 2/2 [" in text
     assert len(read_log(run)) == 1
     checkpoint = read_checkpoint(run / "checkpoint.pth")
     assert checkpoint["world_size"] == len(checkpoint["random_states"]) == 2
@@ -235,7 +235,7 @@ def test_torch_distributed_launch(tmp_path: Path) -> None:
             "--feature_recon",
         ],
     )
-    assert "epoch 1/1 1/1" in text
+    assert "epoch 1/1: 1/1 [" in text
     assert read_checkpoint(run / "checkpoint.pth")["world_size"] == 2
 
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 import finetune_main
 import trainer
-from datasets.collate import PackedTargets, normalize_images
+from datasets.collate import normalize_images
 from models import build_model
 from tests.tiny import (
     FROZEN,
@@ -32,10 +32,11 @@ from tests.tiny import (
 )
 from util.distributed import get_world_size
 from util.nested_tensor import NestedTensor
+from util.packed_targets import PackedTargets
 from util.runs.meters import Averages, LossReader, NonFiniteLoss, check_finite, to_host, with_pairs
 from util.runs.optimizer import build_optimizer, parameter_groups
 from util.runs.session import run_script
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN
 from util.settings.registry import DETECTORS
 
 
@@ -82,9 +83,9 @@ def make_run(*flags: str, script: str = FINETUNE) -> tuple[trainer.Run, NestedTe
     torch.manual_seed(0)
     args = tiny_args(script, "--backbone_norm", "frozen", "--dropout", "0", *flags)
     model, criterion, _ = build_model(args)
-    keep = {"normalization": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    normalization = {"mean": [0.5] * 3, "std": [0.5] * 3}
     run = trainer.make_run(
-        args, model.train(), criterion.train(), None, torch.device("cpu"), folder=None, checkpoint_extras=keep
+        args, model.train(), criterion.train(), None, torch.device("cpu"), folder=None, normalization=normalization
     )
     return run, make_batch(), make_targets([2, 1])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine import TrainState, autocast, train_step
+from models.attention import usable_kernels
 from models.backbone import Backbone
 from models.ms_deform_attn import choose, ms_deform_attn
 from tests import deform_cases, golden_models
@@ -47,7 +48,7 @@ def test_golden_numbers_on_the_gpu(name: str) -> None:
     host = {key: value.cpu() for key, value in outputs.items() if isinstance(value, torch.Tensor)}
     golden_models.close(host["pred_logits"], case.z["out/pred_logits"], atol=1e-3)
     golden_models.close(host["pred_boxes"], case.z["out/pred_boxes"], atol=1e-4)
-    golden_models.check_matches(case)
+    golden_models.check_matches(case, losses)
     golden_models.check_losses(case, {key: value.cpu() for key, value in losses.items()}, case.js["losses"], rtol=1e-4)
 
 
@@ -60,6 +61,12 @@ def test_bfloat16_keeps_boxes_and_losses_in_float32(name: str) -> None:
     losses = case.criterion(outputs, targets)
     assert all(torch.isfinite(value) for value in losses.values())
     case.criterion.total(losses).backward()
+
+
+def test_usable_attention_kernels_are_told() -> None:
+    told = usable_kernels(8, 32, torch.device("cuda"), torch.bfloat16)
+    assert "flash" in told.split("without padding")[0]
+    assert "flash" not in told.split("without padding")[1]
 
 
 def test_criterion_waits_for_the_device_once() -> None:

@@ -15,8 +15,7 @@ import hubconf
 import models
 from tests.tiny import ROOT
 from util.errors import UserError
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, make_parser, resolve
 
 # Parameters that train and those that never do (of the frozen stem and first stage), as the published implementations
 # have them.
@@ -216,7 +215,7 @@ def test_file_of_a_pretext_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_weights_on_a_page_are_not_fetched(name: str, page: str) -> None:
-    with pytest.raises(UserError, match=f'{page} .*give pretrained="PATH"'):
+    with pytest.raises(UserError, match=f"{page} .*give its path"):
         getattr(hubconf, name)(pretrained=True)
 
 
@@ -235,7 +234,7 @@ def test_the_example_of_the_readme_runs(small: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(ROOT)
     names: dict = {}
     exec(compile(code.replace("pretrained=True", f"pretrained={str(small)!r}"), "README.md", "exec"), names)
-    assert [set(image) for image in names["found"]] == [{"scores", "labels", "boxes"}] * 2
+    assert [set(image) for image in names["results"]] == [{"scores", "labels", "boxes"}] * 2
 
 
 def test_documents_name_entry_points() -> None:

@@ -35,9 +35,8 @@ from tests.tiny import (
 )
 from util.checkpoints.checkpoint import save_checkpoint
 from util.errors import StopRequested, UserError
-from util.runs.session import prepare_checkpoint
-from util.settings.arguments import plain_settings
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.runs.session import start_session
+from util.settings import FINETUNE, PRETRAIN
 
 FLAGS = ("--epochs", 4, "--lr_drop", 3, "--lr", 1e-3)  # the rate drops before the last epoch
 
@@ -275,7 +274,7 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
 def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path: Path) -> None:
     with logged() as lines:
         start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path / "new", "--resume", "auto")
-    assert any("--resume auto" in line and "starting afresh" in line for line in lines)
+    assert any("--resume auto" in line and "starting from scratch" in line for line in lines)
     assert read_checkpoint(tmp_path / "new" / "checkpoint.pth")["epoch"] == 0
 
 
@@ -554,8 +553,7 @@ def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: 
         "--device",
         "cpu",
     ]
-    args = pretrain_main.parse(flags)
-    prepare_checkpoint(args)
+    args = start_session(pretrain_main.parse(flags)).settings
     stored = read_checkpoint(tmp_path / "checkpoint.pth")["args"]
     changed = {name for name, value in stored.items() if getattr(args, name, None) != value}
     assert changed <= {"resume", "epochs", "bbox_loss_coef", "num_workers"}
@@ -572,12 +570,11 @@ def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: 
 @pytest.mark.parametrize("stored", ["imagenet", "none"])
 @pytest.mark.parametrize("flags", [["--resume"], ["--eval", "--resume"], ["--pretrain"]])
 def test_nothing_is_fetched_for_a_detector_that_is_there(stored: str, flags: list[str], tmp_path: Path) -> None:
-    """The run had begun with downloaded weights; going on with it or evaluating it needs none of them."""
+    """The run had begun with downloaded weights; continuing or evaluating it needs none of them."""
     path = save_model(tmp_path / "checkpoint.pth", FINETUNE, "--backbone_norm", "frozen")
-    settings = {**plain_settings(tiny_args(FINETUNE)), "backbone_weights": stored, "backbone_norm": "frozen"}
+    settings = {**tiny_args(FINETUNE).as_dict(), "backbone_weights": stored, "backbone_norm": "frozen"}
     save_checkpoint({**read_checkpoint(path), "args": settings}, path)
-    args = finetune_main.parse([*flags, str(path), "--coco_path", "P"])
-    prepare_checkpoint(args)
+    args = start_session(finetune_main.parse([*flags, str(path), "--coco_path", "P"])).settings
     assert (args.backbone, args.backbone_weights, args.backbone_norm) == ("resnet18", "none", "frozen")
 
 

@@ -33,7 +33,7 @@ from tests.tiny import (
 from util.checkpoints.checkpoint import save_checkpoint
 from util.logger import log
 from util.runs.session import run_script
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, resolve
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
 SMALL = ["--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
@@ -173,7 +173,7 @@ def test_published_training_with_auto(data: Path, tmp_path: Path) -> None:
     words = ["--coco_path", data / "coco", "--output_dir", tmp_path, "--resume", "auto", *MODEL_FLAGS, *SMALL, *FROZEN]
     status, first = call(FINETUNE, *words, "--epochs", 1)
     assert status == 0
-    assert any("starting afresh" in line for line in first)
+    assert any("starting from scratch" in line for line in first)
     status, second = call(FINETUNE, *words, "--epochs", 2)
     assert status == 0
     assert "continuing at epoch 2 of 2" in second
@@ -307,8 +307,26 @@ def test_without_a_folder_nothing_is_saved_and_it_is_said(
     monkeypatch.chdir(tmp_path)
     with logged() as lines:
         pre_train("--imagenet_path", data / "photographs", "--epochs", 1, *FROZEN)
-    assert any("nothing of this run will be saved" in line for line in lines)
+    assert any("nothing of this run will be saved: add --output_dir DIR" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        ([], "--pre_norm --feature_recon --fre_cnn"),
+        (["--fre_cnn", "--feature_recon"], "has --pre_norm:"),
+        (["--detector", "conditional_detr"], "has --feature_recon --fre_cnn:"),
+        (["--pre_norm", "--fre_cnn", "--feature_recon"], ""),
+        (["--pretext", "siamese"], ""),
+        (["--reproduce_published"], ""),
+    ],
+)
+def test_the_published_pre_training_of_up_detr_has_more_flags(flags: list[str], missing: str) -> None:
+    """They are off by default, as in UP-DETR's own script; a run without them says so."""
+    with logged() as lines:
+        pretrain_main.warn_of_unpublished_pretext(resolve(pretrain_main.parse(flags)))
+    assert [missing in line for line in lines] == ([True] if missing else [])
 
 
 # ---------------------------------------------------------------------------------------------------- one line an error

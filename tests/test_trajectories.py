@@ -27,7 +27,7 @@ from models import build_model  # noqa: E402
 from tests.tiny import tiny_args, write_coco, write_images  # noqa: E402
 from tests.two_processes import in_float64  # noqa: E402
 from util.runs.session import seed_everything  # noqa: E402
-from util.settings.flags import FINETUNE, PRETRAIN  # noqa: E402
+from util.settings import FINETUNE, PRETRAIN  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "trajectories.json"
 STEPS = 12
@@ -103,8 +103,10 @@ def run_case(name: str, folder: Path) -> dict:
     model, criterion, _ = build_model(args)
     model, criterion = model.double(), criterion.double()
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
-    keep = {"normalization": {"mean": [0.5] * 3, "std": [0.25] * 3}}
-    run = trainer.make_run(args, model, criterion, loader, torch.device("cpu"), folder=None, checkpoint_extras=keep)
+    normalization = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    run = trainer.make_run(
+        args, model, criterion, loader, torch.device("cpu"), folder=None, normalization=normalization
+    )
     steps = record(run)
     moved: dict[str, float] = {}
     for key, p in model.named_parameters():

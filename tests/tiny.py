@@ -19,8 +19,7 @@ import main as pretrain_main
 from util.logger import log
 from util.nested_tensor import NestedTensor, as_nested_tensor
 from util.runs.session import end_loaders
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, Settings, make_parser, resolve, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL_FLAGS = [
@@ -48,6 +47,11 @@ def tiny_args(script: str = FINETUNE, *flags: str) -> Namespace:
     """Resolved flags of a small model; `flags` come last and win."""
     pretext = PRETEXT_FLAGS if script == PRETRAIN else []
     return resolve(make_parser(script).parse_args([*RUN_FLAGS, *pretext, *flags]))
+
+
+def proposal_settings(**flags: object) -> Settings:
+    """Settings of region prior with these values, which are not checked together."""
+    return settings(PRETRAIN, pretext="region_prior").replace(**flags)
 
 
 def make_targets(

@@ -9,8 +9,8 @@ import math
 import os
 import socket
 import traceback
-from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 import engine
 import trainer
 from datasets import build_loader
-from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.coco import CocoEvaluator, ground_truth_of
 from datasets.evaluators.voc import VocEvaluator
 from datasets.images.image_folder import ImageFolder
 from datasets.labelled.annotations import parse_coco
@@ -32,6 +32,7 @@ from models.postprocess import PostProcess
 from models.synced_batch_norm import SyncedBatchNorm
 from models.trainable import TrainableModel
 from tests.tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
+from util.checkpoints.checkpoint import load_checkpoint
 from util.distributed import (
     from_main,
     get_rank,
@@ -43,13 +44,14 @@ from util.distributed import (
 )
 from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
+from util.packed_targets import PackedTargets
 from util.random_state import SampleRandom
 from util.runs.meters import NonFiniteLoss
 from util.runs.session import seed_everything
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, Settings
 
 WORLD = 2
-KEEP = {"normalization": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+NORMALIZATION = {"mean": [0.5] * 3, "std": [0.25] * 3}
 IMAGES, SIDE = 12, 64
 
 
@@ -89,29 +91,27 @@ class Pairs(Scenes):
 def in_float64(original: Callable) -> Callable:
     """Batches in float64, so that rounding is all that may differ between one process and two."""
 
-    def to_device(*args, **normalization) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    def to_device(*args, **normalization) -> tuple[NestedTensor, PackedTargets]:
         samples, targets = original(*args, **normalization)
-        double = [
-            {name: x.double() if x.is_floating_point() else x for name, x in target.items()} for target in targets
-        ]
-        return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), double
+        double = {name: x.double() if x.is_floating_point() else x for name, x in targets.tensors.items()}
+        return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), replace(targets, tensors=double)
 
     return to_device
 
 
 def make_run(
-    args: Namespace, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True
+    args: Settings, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True
 ) -> trainer.Run:
     """A run of this process; `args.batch_size` is that of all processes together."""
     torch.manual_seed(get_rank())  # weights are those of the first process
-    args.batch_size //= get_world_size()
+    args = args.replace(batch_size=args.batch_size // get_world_size())
     model, criterion, _ = build_model(args)
     if double:
         model, criterion = model.double(), criterion.double()
     loader = build_loader(dataset, args, train=True) if dataset else None
     seed_everything(args.seed)
     return trainer.make_run(
-        args, model.train(), criterion.train(), loader, torch.device("cpu"), folder=folder, checkpoint_extras=KEEP
+        args, model.train(), criterion.train(), loader, torch.device("cpu"), folder=folder, normalization=NORMALIZATION
     )
 
 
@@ -303,11 +303,14 @@ def evaluation(folder: Path) -> dict:
     moved = boxes.clone()
     moved[::2, 0, 2] *= 0.8
     moved[1, 1, 0] += 0.4
-    classification = Classification("focal", 5, 2.0)
+    classification = Classification("focal", 5, cost_class=2.0)
     criterion = SetCriterion(classification, {"loss_ce": 1.0})
     args = tiny_args(FINETUNE, "--batch_size", "2")
     found = {}
-    for name, evaluator in (("coco", CocoEvaluator(truth)), ("voc", VocEvaluator(parse_coco(truth, "made")))):
+    for name, evaluator in (
+        ("coco", CocoEvaluator(ground_truth_of(truth))),
+        ("voc", VocEvaluator(parse_coco(truth, "made"))),
+    ):
         found[name], examples = engine.evaluate(
             Oracle(moved, labels, 5),
             criterion,
@@ -354,13 +357,13 @@ def stop_and_resume(folder: Path) -> dict:
         message = str(stop)
     finally:
         engine.train_step = original
-    checkpoint = torch.load(folder / "stopped" / "checkpoint.pth", weights_only=True)
+    checkpoint = load_checkpoint(folder / "stopped" / "checkpoint.pth")
     torch.manual_seed(12345)
     resumed = start("stopped")
-    unwrap_model(resumed.model).load_state_dict(checkpoint["model"])
+    unwrap_model(resumed.model).load_state_dict(checkpoint.model)
     trainer.continue_run(resumed, checkpoint)
     trainer.fit(resumed)
-    states = checkpoint["random_states"]
+    states = checkpoint.random_states
     return {
         "message": message,
         "whole": weights_of(whole),

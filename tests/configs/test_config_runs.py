@@ -14,7 +14,7 @@ import models
 from models import build_model
 from tests.documents import CONFIGS, SCRIPTS, config_words, parse
 from tests.tiny import logged, write_airbus, write_coco, write_images, write_shots, write_voc
-from util.settings.arguments import plain_settings, resolve
+from util.settings import resolve
 
 CONDITIONAL_100 = 43_418_401 - 200 * 256
 # Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits
@@ -107,7 +107,7 @@ def start(words: list[str]) -> list[str]:
 def save_small(words: list[str], path: Path) -> Path:
     """The checkpoint that a config's command for a small model would end with, but for its values."""
     args = resolve(parse(small_words(words, "--backbone_weights", "none", "--backbone_norm", "frozen"), resolved=False))
-    torch.save({"model": build_model(args)[0].state_dict(), "args": plain_settings(args), "epoch": 0}, path)
+    torch.save({"model": build_model(args)[0].state_dict(), "args": args.as_dict(), "epoch": 0}, path)
     return path
 
 

@@ -1,6 +1,5 @@
 """Batches: padding, packing, normalisation; the loader gives the same samples whatever its workers."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,10 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset, build_loader
-from datasets.collate import PackedTargets, collate, normalize, normalize_images
+from datasets.collate import collate, normalize, normalize_images
 from util.errors import UserError
+from util.packed_targets import PackedTargets, pack_objects
+from util.settings import Settings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -59,6 +60,28 @@ def test_packing_and_unpacking() -> None:
     assert packed.unpack()[2]["boxes"].data_ptr() == packed.tensors["boxes"][2:].data_ptr()
 
 
+def test_packed_targets_are_a_sequence_of_those_of_the_images() -> None:
+    targets = [sample(8, 8, n)[1] for n in (2, 0, 3)]
+    packed = PackedTargets.pack(targets)
+    for i, (original, iterated) in enumerate(zip(targets, packed, strict=True)):
+        for own in (packed[i], packed[i - 3], iterated):
+            assert set(own) == set(original)
+            assert all(torch.equal(own[key], original[key]) for key in own)
+    with pytest.raises(IndexError):
+        packed[3]
+
+
+def test_objects_are_packed_once() -> None:
+    """What a loader packed is read as it is; of a list only the objects, and image ids of any form, are taken."""
+    targets = [{**sample(8, 8, n)[1], "image_id": torch.tensor(n), "masks": torch.zeros(n, 8, 8)} for n in (2, 0, 3)]
+    packed = pack_objects(targets)
+    assert set(packed.tensors) == {"boxes", "labels", "image_id"}
+    assert packed.rows["labels"] == [2, 0, 3]
+    assert packed.tensors["image_id"].tolist() == [2, 0, 3]
+    assert pack_objects(packed) is packed
+    assert "image_id" not in pack_objects([targets[0], sample(8, 8, 1)[1]]).tensors
+
+
 def test_targets_with_different_keys() -> None:
     with pytest.raises(ValueError, match="different keys"):
         PackedTargets.pack([sample(8, 8, 1)[1], sample(8, 8, 1, patches=torch.zeros(1))[1]])
@@ -78,7 +101,7 @@ def test_normalisation() -> None:
 
 
 @pytest.fixture
-def args(tmp_path: Path) -> Namespace:
+def args(tmp_path: Path) -> Settings:
     from tests.datasets.images.test_image_folder import pretext_args, save
 
     for i in range(7):
@@ -86,7 +109,7 @@ def args(tmp_path: Path) -> Namespace:
     return pretext_args(tmp_path)
 
 
-def epoch_of(args: Namespace, train: bool, epoch: int = 0, start_batch: int = 0) -> list[tuple[Tensor, list[dict]]]:
+def epoch_of(args: Settings, train: bool, epoch: int = 0, start_batch: int = 0) -> list[tuple[Tensor, list[dict]]]:
     dataset = build_dataset("train" if train else "val", args)
     loader = build_loader(dataset, args, train)
     loader.batch_sampler.set_epoch(epoch, start_batch)
@@ -101,15 +124,15 @@ def assert_same(first: list, second: list) -> None:
             assert all(torch.equal(target[key], other[key]) for key in target)
 
 
-def test_workers_do_not_change_samples(args: Namespace) -> None:
+def test_workers_do_not_change_samples(args: Settings) -> None:
     alone = epoch_of(args, train=True, epoch=1)
     assert len(alone) == 3
-    args.num_workers = 2
+    args = args.replace(num_workers=2)
     assert_same(alone, epoch_of(args, train=True, epoch=1))
     assert_same(alone[2:], epoch_of(args, train=True, epoch=1, start_batch=2))
 
 
-def test_epochs_differ_and_evaluation_does_not(args: Namespace) -> None:
+def test_epochs_differ_and_evaluation_does_not(args: Settings) -> None:
     first, second = epoch_of(args, train=True), epoch_of(args, train=True, epoch=1)
     assert [int(t["image_id"]) for _, b in first for t in b] != [int(t["image_id"]) for _, b in second for t in b]
     held_out = epoch_of(args, train=False)
@@ -117,8 +140,8 @@ def test_epochs_differ_and_evaluation_does_not(args: Namespace) -> None:
     assert_same(held_out, epoch_of(args, train=False))
 
 
-def test_persistent_workers_follow_the_epoch(args: Namespace) -> None:
-    args.num_workers = 1
+def test_persistent_workers_follow_the_epoch(args: Settings) -> None:
+    args = args.replace(num_workers=1)
     loader = build_loader(build_dataset("train", args), args, train=True)
     epochs = []
     for epoch in range(2):
@@ -128,8 +151,8 @@ def test_persistent_workers_follow_the_epoch(args: Namespace) -> None:
     assert_same(epochs[1], epoch_of(args, train=True, epoch=1))
 
 
-def test_too_few_images_for_a_batch(args: Namespace) -> None:
-    args.batch_size = 8
+def test_too_few_images_for_a_batch(args: Settings) -> None:
+    args = args.replace(batch_size=8)
     with pytest.raises(UserError, match="7 training images are fewer than one batch .* --batch_size 7"):
         build_loader(build_dataset("train", args), args, train=True)
     assert len(build_loader(build_dataset("val", args), args, train=False)) == 1

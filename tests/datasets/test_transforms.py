@@ -24,7 +24,7 @@ from datasets.transforms import (
 from util.random_state import SampleRandom
 
 
-def photograph(height: int = 60, width: int = 90) -> Image.Image:
+def picture(height: int = 60, width: int = 90) -> Image.Image:
     """Smooth colours with edges, so that resampling has something to disagree about."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [128 + 90 * np.sin(x / 9), 128 + 90 * np.cos(y / 11), 90 + 60 * ((x // 30 + y // 30) % 2)]
@@ -50,7 +50,7 @@ def grey_levels_apart(tensor: Tensor, image: Image.Image) -> float:
 @pytest.mark.parametrize("seed", range(12))
 def test_tensor_path_equals_pillow_path(seed: int) -> None:
     transforms = detection_transforms("train", image_size=100)
-    image = photograph()
+    image = picture()
     fast, fast_target = transforms(to_tensor(image), target(), SampleRandom(seed))
     plain, plain_target = transforms(image, target(), SampleRandom(seed))
     assert fast.dtype == torch.uint8
@@ -63,7 +63,7 @@ def test_tensor_path_equals_pillow_path(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_patch_augmentation_of_tensors_is_close_to_pillow(seed: int) -> None:
     augmentation = PatchAugmentation(32, augment=True)
-    image = photograph()
+    image = picture()
     fast, _ = augmentation(to_tensor(image), {}, SampleRandom(seed))
     plain, _ = augmentation(image, {}, SampleRandom(seed))
     assert fast.shape == (3, 32, 32)
@@ -98,20 +98,20 @@ def test_drawing_knows_the_size_that_applying_gives() -> None:
     for seed in range(20):
         transforms = detection_transforms("train", image_size=120)
         parameters = transforms.draw(SampleRandom(seed), (60, 90))
-        image, _ = transforms.apply(to_tensor(photograph()), target(), parameters)
+        image, _ = transforms.apply(to_tensor(picture()), target(), parameters)
         assert tuple(image.shape[1:]) == transforms.output_size((60, 90), parameters)
 
 
 def test_same_parameters_give_the_same_sample() -> None:
     transforms = detection_transforms("train", image_size=120)
     parameters = transforms.draw(SampleRandom(1), (60, 90))
-    first, _ = transforms.apply(to_tensor(photograph()), target(), parameters)
-    second, _ = transforms.apply(to_tensor(photograph()), target(), parameters)
+    first, _ = transforms.apply(to_tensor(picture()), target(), parameters)
+    second, _ = transforms.apply(to_tensor(picture()), target(), parameters)
     assert torch.equal(first, second)
 
 
 def test_inputs_are_left_unchanged() -> None:
-    image, before = to_tensor(photograph()), target()
+    image, before = to_tensor(picture()), target()
     pixels, boxes = image.clone(), before["boxes"].clone()
     for seed in range(6):
         detection_transforms("train", image_size=80)(image, before, SampleRandom(seed))
@@ -152,19 +152,19 @@ def test_resize_rule() -> None:
 
 
 def test_crop_smaller_than_its_minimum() -> None:
-    image, cut = RandomSizeCrop(100, 200)(to_tensor(photograph(60, 90)), target(), SampleRandom(0))
+    image, cut = RandomSizeCrop(100, 200)(to_tensor(picture(60, 90)), target(), SampleRandom(0))
     assert image.shape == (3, 60, 90)
     assert cut["boxes"].shape == (2, 4)
 
 
 def test_crop_may_leave_no_object() -> None:
-    _, cut = crop(to_tensor(photograph()), target(), (0, 0, 5, 5))
+    _, cut = crop(to_tensor(picture()), target(), (0, 0, 5, 5))
     assert cut["boxes"].shape == (0, 4)
     assert [len(cut[key]) for key in ("labels", "area", "iscrowd")] == [0, 0, 0]
 
 
 def test_resize_scales_area_by_realised_ratios() -> None:
-    _, scaled = resize(to_tensor(photograph()), target(), (33, 47))
+    _, scaled = resize(to_tensor(picture()), target(), (33, 47))
     sides = scaled["boxes"][:, 2:] - scaled["boxes"][:, :2]
     assert torch.allclose(sides.prod(1), scaled["area"], rtol=1e-5)
     assert scaled["size"].tolist() == [33, 47]

@@ -38,7 +38,7 @@ from util.checkpoints.checkpoint import save_checkpoint
 from util.checkpoints.weight_files import stored_at
 from util.errors import UserError
 from util.settings import registry
-from util.settings.flags import DEAD_FLAGS
+from util.settings.table import REFUSED_FLAGS
 
 # What stands for the reader's own names.
 PLACEHOLDERS = {
@@ -60,10 +60,11 @@ NOT_RUN = {
     "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "fetches packages; its files "
     "are read instead",
     "pip install -r requirements.txt -c constraints.txt": "fetches packages; its files are read instead",
+    "pip install -e .": "installs; tests/predetr/test_installed.py does, into a folder of its own",
     "curl -L -o model.yml.gz "
     "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
-    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md --pictures "
-    "outputs/pictures": "needs the runs of an hour; tests/tools/study/test_transfer_runs.py writes such a page",
+    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs the runs of an hour; "
+    "tests/tools/study/test_report.py writes such a report",
 }
 RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
 NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",), "large_data.md": ("cv2",)}  # extras
@@ -77,7 +78,7 @@ SMALL_TOOLS = {
         "--fractions",
         "1",
         "0.5",
-    ],  # its runs are those of tests/tools/study/test_transfer_runs.py
+    ],  # its runs are those of tests/tools/study/test_runner.py
     "tools/benchmark.py": [
         "--device",
         "cpu",
@@ -87,10 +88,6 @@ SMALL_TOOLS = {
         "1",
         "--turns",
         "1",
-        "--files",
-        "50",
-        "--annotated",
-        "8",
     ],
     "tools/predict.py": ["--device", "cpu", "--num_workers", "0", "--image_size", "64"],
 }
@@ -123,7 +120,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("ilsvrc", "ilsvrc100"):
         write_images(tmp_path / "data" / name / "train" / "photographs")
     pack_images(tmp_path / "data" / "ilsvrc" / "train" / "photographs", tmp_path / "data" / "shards")
-    monkeypatch.setattr("util.cache.cache_folder", lambda: tmp_path / "cache")
     for name in (ROOT / "datasets" / "imagenet100.txt").read_text().split():
         (tmp_path / "data" / "ilsvrc" / "train" / name).mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -417,7 +413,7 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
         sample_scenes.get_args_parser().format_help(),
         capsys.readouterr().out,
     ]
-    return set(re.findall(r"--\w+", "\n".join(parsers))) | set(DEAD_FLAGS)
+    return set(re.findall(r"--\w+", "\n".join(parsers))) | set(REFUSED_FLAGS)
 
 
 OTHERS_FLAGS = {
@@ -451,12 +447,12 @@ def python_blocks(path: Path) -> list[str]:
 
 def test_the_python_example_of_the_readme_runs() -> None:
     (code,) = (block for block in python_blocks(ROOT / "README.md") if "build_model" in block)
-    small = '"none", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2"]'
-    code = code.replace('"none"]', small).replace("256, 320", "64, 96")
+    small = '"none", backbone="resnet18", enc_layers=1, dec_layers=2)'
+    code = code.replace('"none")', small).replace("256, 320", "64, 96")
     names: dict = {}
     exec(compile(code, "README.md", "exec"), names)
     assert names["outputs"]["pred_boxes"].shape == (1, 300, 4)
-    assert set(names["found"][0]) == {"scores", "labels", "boxes"}
+    assert set(names["results"][0]) == {"scores", "labels", "boxes"}
 
 
 def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,17 +461,16 @@ def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         "util.runs.session.run_script", lambda main, parse: started.append(parse(["--detector", "mine", "--eval"]))
     )
-    monkeypatch.setattr(registry, "DETECTORS", dict(registry.DETECTORS))
-    monkeypatch.setattr("util.settings.flags.DETECTORS", registry.DETECTORS)
+    monkeypatch.setitem(registry.DETECTORS, "mine", registry.DETECTORS["detr"])  # removed again afterwards
     (code,) = python_blocks(ROOT / "CONTRIBUTING.md")
     exec(compile(code, "CONTRIBUTING.md", "exec"), {})
     assert started[0].detector == "mine"
 
 
 def test_python_examples_are_run() -> None:
-    """All here but that of torch.hub, which tests/test_hub.py runs."""
+    """All here but that of torch.hub, which tests/test_hub.py runs, and of Predictor, in tests/test_predictor.py."""
     assert {path.name: len(python_blocks(path)) for path in DOCUMENTS if python_blocks(path)} == {
-        "README.md": 2,
+        "README.md": 3,
         "CONTRIBUTING.md": 1,
     }
 

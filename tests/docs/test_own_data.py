@@ -18,7 +18,7 @@ from tools import check_dataset, predict
 from tools.demo.scenes import class_names, write_coco
 from util.checkpoints.checkpoint import save_checkpoint
 from util.checkpoints.weight_files import stored_at
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE
 
 pytest.importorskip("skimage")
 PAGE = (ROOT / "docs" / "own_data.md").read_text()

@@ -15,10 +15,9 @@ from models.detector import Queries
 from tests.tiny import assert_same, make_batch, make_targets, tiny_args
 from util.errors import UserError
 from util.runs.optimizer import parameter_groups
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, make_parser, resolve
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 VARIANTS = ([], ["--with_box_refine"], ["--two_stage"], ["--two_stage", "--with_box_refine"])
 variants = pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: " ".join(flags) or "plain")
 QUERIES = 20
@@ -67,7 +66,7 @@ def test_published_sizes(flags: list[str], keys: int, trainable: int) -> None:
     ],
 )
 def test_names_shapes_and_order_are_the_published_ones(case: str, flags: list[str]) -> None:
-    """The order too: the state of a published optimiser belongs to parameters by their place."""
+    """The order too: the state of a published optimizer belongs to parameters by their place."""
     js = json.loads((GOLDEN / f"deform_r50_{case}.json").read_text())
     model = at_published_size(*flags, "--num_queries", str(js["args"]["num_queries"]))
     published = [(key, entry["shape"]) for key, entry in js["state_dict"].items()]
@@ -344,7 +343,8 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
         assert torch.equal(criterion(outputs, other)[name], losses[name])
     assert not torch.equal(criterion(outputs, other)["loss_ce"], losses["loss_ce"])
     plain = {name: value for name, value in outputs.items() if name != "enc_outputs"}
-    assert_same({name: value for name, value in losses.items() if not name.endswith("_enc")}, criterion(plain, targets))
+    decoder = {name: value for name, value in losses.items() if not name.endswith("_enc")}
+    assert_same(decoder, dict(criterion(plain, targets)))
     proposals = criterion(
         {**outputs["enc_outputs"]}, [{**target, "labels": target["labels"] * 0} for target in targets]
     )
@@ -481,7 +481,7 @@ def test_defaults_are_the_published_ones() -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- optimiser
+# ---------------------------------------------------------------------------------------------------- optimizer
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from models.classification import Classification
 from models.criterion import SetCriterion, expand_weights
 from models.matcher import HungarianMatcher, NonFinitePrediction
 from tests.tiny import make_targets
-from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes, paired_giou
+from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, paired_giou
+from util.packed_targets import PackedTargets
 
 KINDS = ("softmax", "focal")
 NUM_CLASSES, FEATURES = 6, 7
@@ -187,13 +188,12 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
         for target, order in zip(targets, target_orders, strict=True)
     ]
     plain = criterion(as_outputs(logits, boxes), targets)
-    before = criterion.last_matches
     moved = criterion(as_outputs(logits[:, :, query_order], boxes[:, :, query_order]), shuffled)
     for name in plain:
         torch.testing.assert_close(moved[name], plain[name], rtol=1e-12, atol=1e-12)
     for layer, image in np.ndindex(2, 3):
-        after = zip(*criterion.last_matches.pairs[layer][image], strict=True)
-        original = set(zip(*(side.tolist() for side in before.pairs[layer][image]), strict=True))
+        after = zip(*moved.matches.pairs[layer][image], strict=True)
+        original = set(zip(*(side.tolist() for side in plain.matches.pairs[layer][image]), strict=True))
         assert {(int(query_order[q]), int(target_orders[image][t])) for q, t in after} == original
 
 
@@ -268,7 +268,7 @@ def test_one_copy_to_the_host(kind: str, layers: int, counts: list[int], monkeyp
     logits, boxes = predictions(kind, layers, len(counts), 6)
     targets = double(make_targets(counts, NUM_CLASSES))
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
-    criterion = SetCriterion(classes(kind), WEIGHTS, ("labels", "boxes", "cardinality", "features"))
+    criterion = SetCriterion(classes(kind), WEIGHTS, losses=("labels", "boxes", "cardinality", "features"))
     copies.clear()
     with CopyCounter() as counter:
         criterion(outputs, targets)
@@ -289,7 +289,7 @@ def test_losses_equal_the_plain_ones(kind: str, counts: list[int]) -> None:
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=11)), classes(kind)
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
     names = ("labels", "boxes", "cardinality", "features")
-    losses = SetCriterion(how, WEIGHTS, names, eos_coef, alpha)(outputs, targets)
+    losses = SetCriterion(how, WEIGHTS, losses=names, eos_coef=eos_coef, focal_alpha=alpha)(outputs, targets)
     expected = {}
     for i, layer in enumerate([*outputs["aux_outputs"], outputs]):
         suffix = f"_{i}" if i < layers - 1 else ""
@@ -322,7 +322,7 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
     targets = double(make_targets(counts, NUM_CLASSES, seed=2))
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
     criterion = SetCriterion(
-        classes(kind), expand_weights(WEIGHTS, layers - 1), ("labels", "boxes", "cardinality", "features")
+        classes(kind), expand_weights(WEIGHTS, layers - 1), losses=("labels", "boxes", "cardinality", "features")
     )
     together = criterion(outputs, targets)
     gradients = torch.autograd.grad(criterion.total(together), [logits, boxes])
@@ -345,7 +345,9 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
 def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
     """A process without objects must take part in every collective, with gradients for the same parameters."""
     logits, boxes = predictions(kind, 3, 2, 5)
-    criterion = SetCriterion(classes(kind), expand_weights(WEIGHTS, 2), ("labels", "boxes", "cardinality", "features"))
+    criterion = SetCriterion(
+        classes(kind), expand_weights(WEIGHTS, 2), losses=("labels", "boxes", "cardinality", "features")
+    )
     with_targets = criterion(with_features(as_outputs(logits, boxes), 3), double(make_targets([1, 2], NUM_CLASSES)))
     outputs = with_features(as_outputs(logits, boxes), 0)
     none = criterion(outputs, double(make_targets([0, 0], NUM_CLASSES)))
@@ -366,11 +368,30 @@ def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_packed_targets_give_the_losses_of_a_list(kind: str) -> None:
+    """Bit by bit, also those of encoder proposals, which see no classes."""
+    logits, boxes = predictions(kind, 2, 3, 7, seed=4)
+    targets = double(make_targets([4, 2, 0], NUM_CLASSES, seed=4))
+    packed = PackedTargets.pack(targets)
+    outputs = {**as_outputs(logits, boxes), "enc_outputs": as_outputs(logits[:1], boxes[:1])}
+    criterion = SetCriterion(classes(kind), expand_weights(WEIGHTS, 1, proposals=True))
+    listed, fast = criterion(outputs, targets), criterion(outputs, packed)
+    assert "loss_ce_enc" in fast
+    assert "class_error_enc" not in fast
+    assert {name: value.item() for name, value in fast.items()} == {name: v.item() for name, v in listed.items()}
+    assert torch.equal(packed.tensors["labels"], torch.cat([target["labels"] for target in targets]))
+    for one, other in ((listed.matches, fast.matches), (listed.proposal_matches, fast.proposal_matches)):
+        assert torch.equal(one.source, other.source)
+        assert torch.equal(one.target, other.target)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_more_targets_than_queries(kind: str) -> None:
     logits, boxes = predictions(kind, 2, 2, 3)
     criterion = SetCriterion(classes(kind), expand_weights(WEIGHTS, 1))
     losses = criterion(as_outputs(logits, boxes), double(make_targets([8, 1], NUM_CLASSES)))
-    assert [len(pair[0]) for pair in criterion.last_matches.pairs[0]] == [3, 1]
+    assert [len(pair[0]) for pair in losses.matches.pairs[0]] == [3, 1]
+    assert losses.num_pairs == 4
     assert all(torch.isfinite(value) for value in losses.values())
 
 
@@ -448,9 +469,3 @@ def test_boxes_without_area_are_finite() -> None:
     assert torch.isfinite(overlap).all()
     overlap.sum().backward()
     assert torch.isfinite(points.grad).all()
-
-
-def test_masks_to_boxes() -> None:
-    masks = torch.zeros(2, 6, 8, dtype=torch.bool)
-    masks[0, 1:4, 2:7] = True
-    assert masks_to_boxes(masks).tolist() == [[2, 1, 6, 3], [0, 0, 0, 0]]

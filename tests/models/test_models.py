@@ -19,11 +19,10 @@ from models.transformer import MLP
 from tests.tiny import make_batch, make_targets, tiny_args
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, as_nested_tensor
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE, make_parser, resolve
 from util.settings.registry import DETECTORS
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 LAYERS, QUERIES = 2, 20  # of the small model
 COUNTS = {
     "detr_r50": 458,
@@ -482,7 +481,7 @@ def test_unknown_timm_backbone() -> None:
 def test_softmax_gives_each_query_its_best_class() -> None:
     logits = torch.tensor([[[0.0, 2.0, 5.0], [1.0, 0.0, -1.0]]])  # two classes and "no object"
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.2, 0.2, 0.2]]])
-    result = PostProcess(Classification("softmax", 2, 1.0))(
+    result = PostProcess(Classification("softmax", 2, cost_class=1.0))(
         {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]])
     )[0]
     assert result["labels"].tolist() == [1, 0]
@@ -494,7 +493,7 @@ def test_focal_gives_the_best_pairs() -> None:
     logits = torch.tensor([[[0.0, 3.0], [2.0, 1.0], [-1.0, -2.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]])
     outputs = {"pred_logits": logits, "pred_boxes": boxes}
-    result = PostProcess(Classification("focal", 2, 1.0), top_k=4)(outputs, torch.tensor([[10, 20]]))[0]
+    result = PostProcess(Classification("focal", 2, cost_class=1.0), top_k=4)(outputs, torch.tensor([[10, 20]]))[0]
     assert result["labels"].tolist() == [1, 0, 1, 0]
     torch.testing.assert_close(result["scores"], torch.tensor([3.0, 2.0, 1.0, 0.0]).sigmoid())
     assert result["boxes"].tolist() == [[0, 0, 20, 10], [0, 0, 10, 5], [0, 0, 10, 5], [0, 0, 20, 10]]
@@ -502,4 +501,6 @@ def test_focal_gives_the_best_pairs() -> None:
 
 def test_few_queries_give_few_results() -> None:
     outputs = {"pred_logits": torch.randn(1, 3, 2), "pred_boxes": torch.rand(1, 3, 4)}
-    assert len(PostProcess(Classification("focal", 2, 1.0))(outputs, torch.tensor([[9, 9]]))[0]["scores"]) == 6
+    assert (
+        len(PostProcess(Classification("focal", 2, cost_class=1.0))(outputs, torch.tensor([[9, 9]]))[0]["scores"]) == 6
+    )

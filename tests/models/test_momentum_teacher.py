@@ -1,4 +1,4 @@
-"""`--teacher_momentum`: what the teacher is, what it gives, and a run with one that stops and goes on.
+"""`--teacher_momentum`: what the teacher is, what it gives, and a run with one that stops and resumes.
 
 Two processes with one are compared with a single one by test_distributed.py.
 """
@@ -24,14 +24,14 @@ from tests.tiny import (
     write_images,
 )
 from util.errors import StopRequested, UserError
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN
 from util.settings.registry import DETECTORS
 
 TRAINED = ("--lr_backbone", "1e-5")  # a backbone that trains, as far as its norms are frozen
 
 
 def moved(model: torch.nn.Module) -> None:
-    """What a step of the optimiser might do."""
+    """What a step of the optimizer might do."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -12,7 +12,6 @@ import pytest
 
 from tests.tiny import ROOT, logged
 from tools import compare_runs
-from tools.compare_runs import markdown
 from util.errors import UserError
 
 
@@ -65,15 +64,20 @@ def test_numbers_and_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
     lines = compare(*two, "--output", tmp_path / "out")
     table = rows(tmp_path / "out" / "compare.csv")
     first, second = table["first"], table["second"]
-    assert (first["epochs"], first["best AP"], first["of epoch"], first["last AP"]) == ("3 of 3", "0.300", "2", "0.250")
+    assert (first["epochs"], first["best AP"], first["best epoch"], first["last AP"]) == (
+        "3 of 3",
+        "0.300",
+        "2",
+        "0.250",
+    )
     assert (first["best AP50"], first["last AP50"], first["train loss"]) == ("0.500", "0.450", "1.000")
-    assert (first["images/s"], first["an epoch"], first["training"], first["trainable"]) == (
+    assert (first["images/s"], first["time/epoch"], first["training time"], first["trainable"]) == (
         "6.0",
-        "0:20",
-        "1:00",
+        "00:20",
+        "01:00",
         "41.3 M",
     )
-    assert (second["epochs"], second["best AP"], second["images/s"], second["training"]) == (
+    assert (second["epochs"], second["best AP"], second["images/s"], second["training time"]) == (
         "2 of 3",
         "0.200",
         "-",
@@ -191,17 +195,13 @@ def test_missing_and_doubled_folders(two: tuple[Path, Path], tmp_path: Path) -> 
 
 def test_nothing_is_overwritten_without_saying(two: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("mine")
-    with pytest.raises(UserError, match=r"mine\.csv is there already.*--overwrite"):
+    with pytest.raises(UserError, match=r"mine\.csv exists.*--overwrite"):
         compare(*two, "--output", tmp_path / "mine.png")
     assert (tmp_path / "mine.csv").read_text() == "mine"
     compare(*two, "--output", tmp_path / "mine.png", "--overwrite")
     assert set(rows(tmp_path / "mine.csv")) == {"first", "second"}
     with pytest.raises(UserError, match="PNG"):
         compare(*two, "--output", tmp_path / "a.jpg")
-
-
-def test_table_is_markdown() -> None:
-    assert markdown(["run", "AP"], [["a", "0.1"]]).splitlines() == ["| run | AP  |", "| --- | --- |", "| a   | 0.1 |"]
 
 
 def test_as_a_program_from_another_folder(two: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from models import build_model
-from models.checkpoint_check import check_parameters
 from tests.published_files import (
     SMALL,
     detreg,
@@ -25,15 +24,17 @@ from tests.published_files import (
 )
 from tests.tiny import ROOT, logged
 from tools import convert_checkpoint, convert_to_detr
+from util.checkpoints.adoption import is_pretext
 from util.checkpoints.architecture import architecture
-from util.checkpoints.checkpoint import as_checkpoint, is_pretext, load_checkpoint, load_exactly, load_pretrained
+from util.checkpoints.checkpoint import Checkpoint, as_checkpoint, load_checkpoint
 from util.checkpoints.classes import class_rows, head_kind
 from util.checkpoints.conversion import code_base, convert, pretext_of
+from util.checkpoints.loading import load_exactly, load_pretrained
+from util.checkpoints.names_check import check_parameters
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
-from util.runs.session import prepare_checkpoint
-from util.settings.arguments import make_parser
-from util.settings.flags import FINETUNE
+from util.runs.session import start_session
+from util.settings import FINETUNE, Settings, make_parser
 
 FILES = published_files()
 PRETEXTS = {
@@ -89,18 +90,17 @@ def refused(*words: object, tool=convert_checkpoint) -> str:
     return str(caught.value)
 
 
-def start(flag: str, path: Path, *flags: str) -> tuple[torch.nn.Module, dict, Namespace]:
-    """What finetune_main.py makes of a file: (model with its weights, checkpoint, flags)."""
-    args = make_parser(FINETUNE).parse_args([flag, str(path), "--device", "cpu", *flags])
-    checkpoint = prepare_checkpoint(args)
-    args.num_classes = class_rows(checkpoint["model"], "focal") or 5
-    args.num_classes -= args.classification == "softmax"
-    model = build_model(args)[0]
+def start(flag: str, path: Path, *flags: str) -> tuple[torch.nn.Module, Checkpoint, Settings]:
+    """What finetune_main.py makes of a file: (model with its weights, checkpoint, settings)."""
+    session = start_session(make_parser(FINETUNE).parse_args([flag, str(path), "--device", "cpu", *flags]))
+    settings, checkpoint = session.settings, session.checkpoint
+    count = (class_rows(checkpoint.model, "focal") or 5) - (settings.classification == "softmax")
+    model = build_model(settings, count)[0]
     if flag == "--pretrain":
         load_pretrained(model, checkpoint, None)
     else:
         load_exactly(model, checkpoint)
-    return model, checkpoint, args
+    return model, checkpoint, settings
 
 
 def assert_equal(state: dict, other: dict) -> None:
@@ -112,8 +112,8 @@ def assert_equal(state: dict, other: dict) -> None:
 @pytest.mark.parametrize("detector", ["detr", "conditional_detr", "deformable_detr"])
 def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
     """On every detector; a focal head would read "no object" as a class."""
-    assert head_kind({"model": siamese(detector)}) == "softmax"
-    assert head_kind({"model": shapes(detector)}) == ("softmax" if detector == "detr" else "focal")
+    assert head_kind(Checkpoint(model=siamese(detector))) == "softmax"
+    assert head_kind(Checkpoint(model=shapes(detector))) == ("softmax" if detector == "detr" else "focal")
 
 
 # ---------------------------------------------------------------------------------------------------- published sizes
@@ -142,7 +142,7 @@ def test_full_size_files_have_the_published_number_of_tensors_and_fit(state, num
     assert len(state) == number
     checkpoint = as_checkpoint({"model": state}, "x.pth")
     assert checkpoint.tensors == number
-    check_parameters(checkpoint)
+    check_parameters(checkpoint, build_model)
 
 
 # ------------------------------------------------------------------------------------------------------- read as it is
@@ -154,13 +154,13 @@ def test_code_base_and_pretext_are_recognised(kind: str) -> None:
     assert code_base(checkpoint) == CODE_BASES[kind]
     assert pretext_of(checkpoint) == PRETEXTS.get(kind)
     assert is_pretext(checkpoint) is (kind in PRETEXTS)
-    check_parameters(checkpoint)
+    check_parameters(checkpoint, build_model)
 
 
 @pytest.mark.parametrize("kind", PRETEXTS)
 def test_pretrain_reads_every_published_pre_training(kind: str, file_of) -> None:
     model, checkpoint, args = start("--pretrain", file_of(kind))
-    state, source = model.state_dict(), checkpoint["model"]
+    state, source = model.state_dict(), checkpoint.model
     heads = {key for key in state if "class_embed" in key}
     assert heads
     for key in set(state) - heads:
@@ -187,7 +187,7 @@ def test_counters_of_operations_in_published_files_are_passed_over(file_of) -> N
 
 def test_queries_of_siamese_deformable_detr_are_position_then_content() -> None:
     raw = FILES["siamese deformable"]["state_dict"]
-    state = as_checkpoint(FILES["siamese deformable"], "x.pth")["model"]
+    state = as_checkpoint(FILES["siamese deformable"], "x.pth").model
     assert torch.equal(state["query_embed.weight"][:, :32], raw["query_embed.weight"])
     assert torch.equal(state["query_embed.weight"][:, 32:], raw["transformer.tgt_embed.weight"])
     for layer in range(2):
@@ -204,7 +204,7 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
     ):
         checkpoint = as_checkpoint(content, "x.pth")
         assert code_base(checkpoint) == "updetr"
-        check_parameters(checkpoint)
+        check_parameters(checkpoint, build_model)
 
 
 # ---------------------------------------------------------------------------------------------------- the tool: telling
@@ -296,7 +296,7 @@ def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) ->
     entry = "state_dict" if to == "siamese" else "model"
     assert_equal(read_weights(tmp_path / "back.pth")[entry], FILES[kind][entry])
     ours, theirs = load_checkpoint(tmp_path / "ours.pth"), load_checkpoint(first)
-    assert (pretext_of(ours), ours["converted_from"]) == (pretext_of(theirs), code_base(theirs))
+    assert (pretext_of(ours), ours.converted_from) == (pretext_of(theirs), code_base(theirs))
     certain, likely = architecture(theirs)
     known, probable = architecture(ours)
     assert {**likely, **certain}.items() <= {**probable, **known}.items()
@@ -310,10 +310,10 @@ def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) ->
 def test_converted_to_ours_it_loads_like_the_original(kind: str, file_of, tmp_path: Path) -> None:
     run(file_of(kind), "--to", "predetr", "--out", tmp_path / "ours.pth")
     model, checkpoint, args = start("--pretrain" if kind in PRETEXTS else "--resume", tmp_path / "ours.pth")
-    source = {key.removeprefix("detr."): value for key, value in as_checkpoint(FILES[kind], "x.pth")["model"].items()}
+    source = {key.removeprefix("detr."): value for key, value in as_checkpoint(FILES[kind], "x.pth").model.items()}
     for key, value in model.state_dict().items():
         assert kind in PRETEXTS and "class_embed" in key or torch.equal(value, source[key]), key
-    assert checkpoint.get("epoch") == FILES[kind].get("epoch")
+    assert checkpoint.epoch == FILES[kind].get("epoch")
     assert args.position_embedding == ("sine_shifted" if kind.startswith(("detreg", "deformable")) else "sine")
 
 
@@ -346,14 +346,10 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
     assert "left out: 2 tensors of class_embed" in text
     assert_equal(
         read_weights(tmp_path / "detr.pth")["model"],
-        {
-            key: value
-            for key, value in load_checkpoint(file_of("conditional"))["model"].items()
-            if "class_embed" not in key
-        }
+        {key: value for key, value in load_checkpoint(file_of("conditional")).model.items() if "class_embed" not in key}
         | {
             key: value
-            for key, value in as_checkpoint(FILES["siamese conditional"], "x")["model"].items()
+            for key, value in as_checkpoint(FILES["siamese conditional"], "x").model.items()
             if not key.startswith(("class_embed", "patch2query", "feature_align", "enc_head"))
         },
     )
@@ -379,7 +375,7 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
         text = run(path, "--to", to, "--out", tmp_path / f"{to}.pth")
         shifted = to == "detreg" or to == "detr" and detector == "deformable_detr"
         assert ("warning: trained with the position code sine" in text) is shifted
-        back = load_checkpoint(tmp_path / f"{to}.pth")["model"]
+        back = load_checkpoint(tmp_path / f"{to}.pth").model
         left_out = {
             "detr": ("class_embed.", "patch2query.", "feature_align."),
             "detreg": ("patch2query.", "feature_align."),
@@ -411,7 +407,7 @@ def test_a_layout_without_a_place_for_it_is_refused(
 def test_heads_that_differ_between_layers_do_not_become_one() -> None:
     state = {"bbox_embed.0.layers.0.weight": torch.ones(2), "bbox_embed.1.layers.0.weight": torch.zeros(2)}
     checkpoint = as_checkpoint({"model": {**FILES["siamese conditional"]["state_dict"]}}, "x.pth")
-    checkpoint["model"].update(state)
+    checkpoint.model.update(state)
     with pytest.raises(UserError, match="--with_box_refine"):
         convert(checkpoint, "siamese")
 
@@ -588,7 +584,7 @@ def test_convert_to_detr_writes_what_pretrain_loads(kind: str, flag: str, file_o
     state = without(read_weights(out)["model"], "patch2query")
     model, checkpoint, args = start("--pretrain", out)
     assert set(state) == {key for key in model.state_dict() if "class_embed" not in key}
-    source = as_checkpoint(FILES[kind], "x.pth")["model"]
+    source = as_checkpoint(FILES[kind], "x.pth").model
     assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items() if "class_embed" not in key)
     assert args.position_embedding == "sine"
     assert code_base(checkpoint) == "predetr"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.evaluators.coco import BACKENDS, _stats
+from datasets.evaluators.coco import BACKENDS, _stats, ground_truth_of
 from datasets.evaluators.proposals import ProposalEvaluator
+from predictor import Predictor
 from tests import golden_models
 from tests.tiny import FROZEN, fine_tune, logged, pre_train, write_coco, write_images
 from tools import evaluate_proposals
@@ -35,7 +36,7 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
 def test_numbers_equal_the_published_ones(backend: str, golden_dir: Path) -> None:
     pytest.importorskip(backend)
     case = json.loads((golden_dir / "coco_eval_case.json").read_text())
-    evaluator = ProposalEvaluator(case["gt"], backend)
+    evaluator = ProposalEvaluator(ground_truth_of(case["gt"]), backend)
     update(evaluator, case["dt"])
     rows = evaluator.rows_xywh()
     rows[:, 6] = 1
@@ -61,7 +62,7 @@ TRUTH = {
 
 
 def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
-    evaluator = ProposalEvaluator(TRUTH)
+    evaluator = ProposalEvaluator(ground_truth_of(TRUTH))
     boxes = torch.tensor([[90.0, 90, 95, 95]] * 8 + [[10.0 * i, 10, 10 * i + 8, 18] for i in range(1, 5)])
     evaluator.update({7: {"scores": torch.linspace(1, 0.1, 12), "labels": torch.full((12,), 99), "boxes": boxes}})
     numbers = evaluator.summarize()
@@ -69,8 +70,8 @@ def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
 
 
 def test_without_boxes_all_is_zero_and_without_truth_unknown() -> None:
-    assert set(ProposalEvaluator(TRUTH).summarize().values()) == {0.0}
-    assert set(ProposalEvaluator({**TRUTH, "annotations": []}).summarize().values()) == {-1.0}
+    assert set(ProposalEvaluator(ground_truth_of(TRUTH)).summarize().values()) == {0.0}
+    assert set(ProposalEvaluator(ground_truth_of({**TRUTH, "annotations": []})).summarize().values()) == {-1.0}
 
 
 def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
@@ -95,7 +96,7 @@ def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
             for i, box in absolute.items()
         ],
     }
-    evaluator = ProposalEvaluator(truth)
+    evaluator = ProposalEvaluator(ground_truth_of(truth))
     evaluator.update(
         {i: {"scores": torch.ones(1), "labels": torch.ones(1), "boxes": absolute[i][None]} for i in (1, 2)}
     )
@@ -136,6 +137,13 @@ def test_more_random_boxes_recall_more(tmp_path: Path) -> None:
     )
 
 
+def test_random_boxes_are_as_many_as_the_recall_counts(tmp_path: Path) -> None:
+    coco = write_coco(tmp_path / "coco")
+    with logged() as lines:
+        run("--coco_path", coco, "--proposals", "random")
+    assert "1000.0 boxes per image" in lines
+
+
 def test_max_prop_cuts_the_boxes_of_every_method(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     truth = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
@@ -151,7 +159,7 @@ def test_max_prop_cuts_the_boxes_of_every_method(tmp_path: Path) -> None:
         run(*flags, "--output_dir", tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "proposals.json").read_text())
     assert len(rows) == len({row["image_id"] for row in rows}) < len(truth["annotations"])
-    assert "1.0 boxes an image" in lines
+    assert "1.0 boxes per image" in lines
 
 
 def test_a_model_or_a_method_but_not_both_or_neither(tmp_path: Path) -> None:
@@ -191,10 +199,8 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
     rows = json.loads((tmp_path / "b" / "proposals.json").read_text())
     assert len(rows) == 3 * 20
     assert set(numbers) >= {"AP", "AR1", "AR10", "AR100", "AR1000", "AR10_swapped"}
-    _, label, _, _ = evaluate_proposals.load_detector(
-        evaluate_proposals.parse(["--checkpoint", str(checkpoint), "--device", "cpu"])
-    )
-    assert label == (0 if "--num_classes" in flags else 1)
+    predictor = Predictor.from_checkpoint(checkpoint, device="cpu", class_agnostic=True)
+    assert predictor.postprocess.label == (0 if "--num_classes" in flags else 1)
 
 
 def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from datasets import build_dataset
 from tests.tiny import logged, tiny_args, write_images
 from tools import link_imagenet100
 from util.errors import UserError
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN
 
 CLASSES = link_imagenet100.CLASSES.read_text().split()
 

@@ -17,7 +17,7 @@ from tools import predict
 from util import coco as coco_names
 from util.checkpoints.checkpoint import save_checkpoint
 from util.errors import UserError
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN
 
 SMALL = ["--device", "cpu", "--num_workers", "0"]
 
@@ -111,7 +111,7 @@ def test_bad_images_are_reported_and_counted(data: Path, tmp_path: Path) -> None
     assert {(row["image_id"], row["file_name"]) for row in read(tmp_path / "out")} == {
         (i + 2, f"b/{i:06d}.png") for i in range(3)
     }
-    left = [line for line in lines if line.startswith("left out")]
+    left = [line for line in lines if line.startswith("skipped")]
     assert [str(folder / name) in line for name, line in zip(("a.jpg", "c.jpg"), left, strict=True)] == [True, True]
     assert "3 of 5 images" in lines[-1]
     assert "unreadable: 2; in" in lines[-1]

@@ -106,7 +106,7 @@ def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
     draw(*model, "--output_dir", tmp_path / "a", "--count", "2")
     draw(*model, "--output_dir", tmp_path / "b", "--count", "2", "--truth_path", coco)
     two, three = (size(tmp_path / name / "objects.png") for name in "ab")
-    assert three[0] > two[0], "the truth is a third panel"
+    assert three[0] > two[0], "the ground truth is a third panel"
 
 
 def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
@@ -124,8 +124,16 @@ def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
         tmp_path / "run",
         "--eval",
     ]
-    pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
-    assert json.loads((tmp_path / "run" / "proposal_metrics.json").read_text())["AR100"] >= 0
+    resumed = [*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]
+    pretrain_main.main(pretrain_main.parse(resumed))
+    metrics = tmp_path / "run" / "proposal_metrics.json"
+    assert json.loads(metrics.read_text())["AR100"] >= 0
+    metrics.write_text("{}")
+    with pytest.raises(UserError, match="holds proposal_metrics.json already: choose another folder, or --overwrite"):
+        pretrain_main.main(pretrain_main.parse(resumed))
+    assert metrics.read_text() == "{}"
+    pretrain_main.main(pretrain_main.parse([*resumed, "--overwrite"]))
+    assert json.loads(metrics.read_text())["AR100"] >= 0
     assert not (tmp_path / "run" / "objects.png").exists(), "pictures are for --viz"
     with pytest.raises(UserError, match="--eval needs the model"):
         pretrain_main.main(pretrain_main.parse([*map(str, words)]))

@@ -8,9 +8,10 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.evaluators import coco as coco_module
 from datasets.evaluators import detections as detections_module
-from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend
+from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend, ground_truth_of
 from datasets.labelled.annotations import parse_coco
 from tests.golden_data import detections_by_image
+from tests.tiny import logged
 from util.errors import UserError
 
 FAST = [name for name in BACKENDS if name != "pycocotools"]
@@ -61,7 +62,7 @@ def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
 
 
 def summary(truth: dict, results: list[dict], backend: str) -> dict:
-    evaluator = CocoEvaluator(truth, backend)
+    evaluator = CocoEvaluator(ground_truth_of(truth), backend)
     evaluator.update(detections_by_image(results))
     return evaluator.summarize()
 
@@ -113,7 +114,7 @@ def exact_hit() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "pycocotools"] + ["auto"])
 def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.CaptureFixture) -> None:
-    evaluator = CocoEvaluator(simple_truth(), backend)
+    evaluator = CocoEvaluator(ground_truth_of(simple_truth()), backend)
     evaluator.update({5: exact_hit()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
@@ -125,7 +126,7 @@ def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.Ca
 
 
 def test_no_detection_gives_zeros_where_there_is_truth() -> None:
-    evaluator = CocoEvaluator(simple_truth())
+    evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
     none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     for predictions in ({}, {5: none}, {6: {**exact_hit(), "labels": torch.tensor([77])}}):
         evaluator.update(predictions)
@@ -145,10 +146,10 @@ def test_no_detection_is_as_in_pycocotools() -> None:
         simple_truth(area=5e5),
     ]
     for truth in cases + [random_truth(np.random.RandomState(seed)) for seed in range(12)]:
-        evaluator = CocoEvaluator(truth)
+        evaluator = CocoEvaluator(ground_truth_of(truth))
         truth_api, none = COCO(), COCO()
-        for api, annotations in ((truth_api, evaluator.truth["annotations"]), (none, [])):
-            api.dataset = {**evaluator.truth, "annotations": [dict(annotation) for annotation in annotations]}
+        for api, annotations in ((truth_api, evaluator.ground_truth["annotations"]), (none, [])):
+            api.dataset = {**evaluator.ground_truth, "annotations": [dict(annotation) for annotation in annotations]}
             api.createIndex()
         reference = COCOeval(truth_api, none, "bbox")
         reference.evaluate()
@@ -162,16 +163,16 @@ def test_no_detection_is_as_in_pycocotools() -> None:
 
 
 def test_results_are_coco_results() -> None:
-    evaluator = CocoEvaluator(simple_truth())
+    evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
     evaluator.update({5: exact_hit()})
     (result,) = evaluator.results()
     assert result == {"image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], "score": pytest.approx(0.9)}
 
 
 def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = CocoEvaluator(simple_truth())
+    evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
     evaluator.update({5: exact_hit()})
-    other = CocoEvaluator(simple_truth())
+    other = CocoEvaluator(ground_truth_of(simple_truth()))
     other.update({5: exact_hit(), 6: exact_hit()})
     monkeypatch.setattr(detections_module, "all_gather_object", lambda mine: [mine, other._detections])
     evaluator.synchronize_between_processes()
@@ -184,7 +185,7 @@ def test_unlisted_truth_is_not_evaluated() -> None:
         {"id": 1, "image_id": 777, "category_id": 2, "bbox": [0, 0, 5, 5]},
         {"id": 2, "image_id": 5, "category_id": 777, "bbox": [0, 0, 5, 5]},
     ]
-    evaluator = CocoEvaluator(truth)
+    evaluator = CocoEvaluator(ground_truth_of(truth))
     evaluator.update({5: exact_hit()})
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
 
@@ -214,7 +215,7 @@ def test_boxes_that_training_leaves_out_are_no_objects_to_find(bbox: list) -> No
     truth["images"] = [{**image, "file_name": "a.jpg"} for image in truth["images"]]
     truth["annotations"].append({"id": 1, "image_id": 5, "category_id": 2, "bbox": bbox})
     assert len(parse_coco(truth, "truth").labels) == 1
-    evaluator = CocoEvaluator(truth)
+    evaluator = CocoEvaluator(ground_truth_of(truth))
     evaluator.update({5: exact_hit()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
@@ -225,22 +226,23 @@ def test_of_a_sound_file_nothing_is_left_out() -> None:
     """A crowd has no limit: it is never looked for."""
     for seed in range(6):
         truth = random_truth(np.random.RandomState(seed))
-        kept = CocoEvaluator(truth).truth["annotations"]
+        kept = ground_truth_of(truth)["annotations"]
         assert [(a["bbox"], a["area"]) for a in kept] == [(a["bbox"], a["area"]) for a in truth["annotations"]]
-    assert len(CocoEvaluator(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5])).truth["annotations"]) == 1
+    assert len(ground_truth_of(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5]))["annotations"]) == 1
 
 
-def test_errors_name_the_cause(tmp_path) -> None:
+def test_errors_name_the_cause() -> None:
     with pytest.raises(ValueError, match="image 9 is not in the annotations"):
-        CocoEvaluator(simple_truth()).update({9: exact_hit()})
+        CocoEvaluator(ground_truth_of(simple_truth())).update({9: exact_hit()})
     with pytest.raises(UserError, match="evaluator nonsense is unknown"):
         choose_backend("nonsense")
-    with pytest.raises(UserError, match="missing.json"):
-        CocoEvaluator(str(tmp_path / "missing.json"))
 
 
 def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coco_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None)
-    assert choose_backend("auto") == "pycocotools"
-    with pytest.raises(UserError, match="pip install faster-coco-eval"):
-        choose_backend("faster_coco_eval")
+    coco_module._log_choice.cache_clear()
+    with logged() as lines:
+        assert [choose_backend("auto") for _ in range(3)] == ["pycocotools"] * 3
+    assert lines == ["COCO metrics: computed by pycocotools"], "once per run"
+    with pytest.raises(UserError, match="pip install hotcoco"):
+        choose_backend("hotcoco")

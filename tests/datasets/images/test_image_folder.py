@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,10 @@ from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.checks import inspect_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError
+from tests.tiny import proposal_settings
 from util.errors import UserError
 from util.random_state import SampleRandom
+from util.settings import PRETRAIN, Settings, settings
 from util.settings.registry import PROPOSALS
 
 
@@ -34,8 +35,8 @@ def save(path: Path, **settings) -> Path:
     return path
 
 
-def pretext_args(path: Path, **changes) -> Namespace:
-    return Namespace(
+def pretext_args(path: Path, **changes) -> Settings:
+    return settings(PRETRAIN).replace(
         **{
             "seed": 3,
             "num_workers": 0,
@@ -52,6 +53,7 @@ def pretext_args(path: Path, **changes) -> Namespace:
             "image_size": 48,
             "max_size": None,
             "num_classes": None,
+            "train_images": None,
             **changes,
         }
     )
@@ -282,7 +284,7 @@ def test_patches_are_cut_from_the_original_image(tmp_path: Path) -> None:
 def test_proposals_lie_inside_the_image(name: str) -> None:
     if name != "random":
         pytest.importorskip("cv2", reason="OpenCV is not installed")
-    propose = build_proposals(Namespace(proposals=name, num_patches=50))
+    propose = build_proposals(proposal_settings(proposals=name, num_patches=50))
     boxes = propose(torch.zeros(3, 17, 300, dtype=torch.uint8), SampleRandom(0))
     assert boxes.dtype == torch.float32
     assert bool((boxes[:, 2:] > boxes[:, :2]).all())

@@ -1,4 +1,4 @@
-"""Images inside of tar files: the same samples as from folders, found once, and one line for what is wrong."""
+"""Images in tar files: the same samples as from folders, and one line for what is wrong."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from datasets.images import tar_shards
 from datasets.images.image_folder import ImageFolder, read_image
 from datasets.proposals.store import ProposalStore
 from datasets.sample import BadImageError, SampleDataset
-from tests.large_data import LONG_AGO, Counted, keep_cache_in, pack, touch
+from tests.large_data import pack, touch
 from tests.tiny import (
     FROZEN,
     RUN_FLAGS,
@@ -34,13 +34,7 @@ from tests.tiny import (
 )
 from tools import cache_proposals, check_dataset
 from util.errors import StopRequested, UserError
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import PRETRAIN
-
-
-@pytest.fixture(autouse=True)
-def _kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_cache_in(tmp_path / "user" / "predetr", monkeypatch)
+from util.settings import PRETRAIN, make_parser, resolve
 
 
 @pytest.fixture(scope="module")
@@ -150,32 +144,7 @@ def test_a_pattern_names_images_as_their_folder_does(shards: Path) -> None:
 def test_a_pattern_that_the_shell_has_spread(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         pretrain_main.parse(["--imagenet_path", "t-0.tar", "t-1.tar", "--output_dir", "x"])
-    assert "put a pattern of tar files into quotes" in capsys.readouterr().err
-
-
-def test_headers_are_read_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one file alone where one has changed."""
-    root = tmp_path / "copy"
-    shutil.copytree(shards, root)
-    opened = Counted(monkeypatch, tarfile, "open")
-    first, images = opened.of(lambda: ImageFolder(str(root)))
-    later, again = opened.of(lambda: ImageFolder(str(root)))
-    assert (first, later) == (3, 0)
-    assert images.fingerprint() == again.fingerprint()
-    for index in range(len(images)):
-        assert images.file(index) == again.file(index)
-    shutil.copy(shards / "a.tar-1.tar", root / "b.tar")
-    os.utime(root / "b.tar", LONG_AGO)
-    changed, images = opened.of(lambda: ImageFolder(str(root)))
-    assert changed == 1
-    (root / "a.tar").write_bytes((shards / "a.tar").read_bytes())
-    os.utime(root / "a.tar", LONG_AGO)
-    assert opened.of(lambda: ImageFolder(str(root)))[0] == 1, (
-        "of the same size, and its time is set back: it may hold others"
-    )
-    assert [images.name(i) for i in range(len(images))][-1] == "b.tar/4.png"
-    os.utime(root / "b.tar")  # just now: it may change once more
-    assert [opened.of(lambda: ImageFolder(str(root)))[0] for _ in range(2)] == [1, 1]
+    assert "quote a pattern of tar files" in capsys.readouterr().err
 
 
 def edit_tar(source: Path, target: Path, edit) -> Path:

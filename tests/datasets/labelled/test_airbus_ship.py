@@ -10,7 +10,7 @@ from datasets.evaluators.coco import CocoEvaluator
 from datasets.labelled.airbus_ship import HEADER, decode_runs, held_out, read_runs
 from tests.tiny import FROZEN, SHIPS_HW, fine_tune, logged, pre_train, read_log, runs_of, tiny_args, write_airbus
 from util.errors import UserError
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN
 
 HEIGHT, WIDTH = SHIPS_HW
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import build_dataset
-from datasets.evaluators.coco import CocoEvaluator
-from datasets.labelled.annotations import parse_coco, read_coco
+from datasets import build_dataset, build_labelled, sample
+from datasets.evaluators.coco import ground_truth_of
+from datasets.labelled import coco as labelled_coco
+from datasets.labelled.annotations import parse_coco, read_coco, read_json
 from datasets.labelled.coco import coco_files
+from tests.tiny import write_airbus
 from util.errors import UserError
+from util.settings import FINETUNE, Settings, settings
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
 
@@ -53,8 +55,8 @@ def write_coco(root: Path, data: dict | None = None, folder: str = "train2017", 
     return root
 
 
-def coco_args(root: Path | None, **changes) -> Namespace:
-    return Namespace(
+def coco_args(root: Path | None, **changes) -> Settings:
+    return settings(FINETUNE).replace(
         **{
             "seed": 3,
             "num_workers": 0,
@@ -71,6 +73,10 @@ def coco_args(root: Path | None, **changes) -> Namespace:
             "image_size": 48,
             "max_size": None,
             "num_classes": None,
+            "train_images": None,
+            "split_file": None,
+            "filter_pct": -1.0,
+            "few_shot": None,
             **changes,
         }
     )
@@ -196,7 +202,7 @@ def test_files_as_other_programs_write_them(tmp_path: Path, encoding: str) -> No
     path = tmp_path / "some.json"
     path.write_text(json.dumps({**content(GOOD), "info": "é"}, ensure_ascii=False), encoding=encoding)
     assert len(read_coco(str(path))) == len(parse_coco(content(GOOD), "file"))
-    assert CocoEvaluator(str(path)).truth == CocoEvaluator(content(GOOD)).truth
+    assert ground_truth_of(read_json(str(path))) == ground_truth_of(content(GOOD))
 
 
 def test_files_that_are_no_text_of_json(tmp_path: Path) -> None:
@@ -289,6 +295,7 @@ def test_class_count(tmp_path: Path) -> None:
         build_dataset("train", coco_args(tmp_path, num_classes=90))
     write_coco(tmp_path, content([record(1, 11, [1, 1, 2, 3], category_id=120)]))
     assert build_dataset("train", coco_args(tmp_path)).num_classes == 121
+    assert build_dataset("train", coco_args(tmp_path, num_classes=90), any_class_count=True).num_classes == 121
 
 
 def test_absent_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -341,3 +348,27 @@ def test_images_of_a_labelled_set_without_their_labels(tmp_path: Path) -> None:
     dataset = build_dataset("train", coco_args(tmp_path, pretext="random_query_patch"))
     assert len(dataset) == 3
     assert dataset[0][1]["labels"].tolist() == [1] * 4
+
+
+def test_a_file_is_read_once_for_all_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_coco(tmp_path, content(GOOD), "val2017", "val2017")
+    reads: list[str] = []
+    for module in (labelled_coco, sample):
+        monkeypatch.setattr(module, "read_json", lambda path: reads.append(path) or read_json(path))
+    args = coco_args(tmp_path, coco_evaluator="auto")
+    dataset = build_dataset("val", args)
+    evaluators = [dataset.evaluator(args) for _ in range(3)]
+    assert len(reads) == 1
+    assert all(evaluator.ground_truth is dataset.ground_truth for evaluator in evaluators)
+
+
+def test_facts_of_the_data_do_not_go_into_the_settings(tmp_path: Path) -> None:
+    for name in ("train2017", "val2017"):
+        write_coco(tmp_path, content(GOOD), name, name)
+    args = coco_args(tmp_path, eval=False)
+    train, val = build_labelled(args)
+    assert (train.num_classes, val.num_classes) == (91, 91)
+    write_airbus(tmp_path / "ships")
+    ships = {"dataset_file": "airbus_ship", "airbus_path": str(tmp_path / "ships"), "pretext": "random_query_patch"}
+    args = args.replace(**ships)
+    assert len(build_dataset("train", args)) > 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from datasets import build_dataset, build_labelled
-from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.coco import CocoEvaluator, ground_truth_of
 from models import build_model
 from tests.tiny import (
     FROZEN,
@@ -26,10 +26,11 @@ from tests.tiny import (
     write_own_data,
 )
 from util import coco as coco_names
-from util.checkpoints.checkpoint import load_checkpoint, load_pretrained, save_checkpoint
+from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from util.checkpoints.classes import Classes, classes_of
+from util.checkpoints.loading import load_pretrained
 from util.errors import UserError
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN
 
 ROWS = {0: "green", 1: "red", 2: "blue"}
 
@@ -90,8 +91,8 @@ def test_an_absent_class_never_takes_the_id_of_another(pristine: Path, tmp_path:
         content["annotations"] = []
 
     args = custom_args(pristine, val_annotations=changed(pristine, tmp_path, "val", only_red))
-    args.classes = Classes(ROWS, {0: 3, 1: 7, 2: 1000}, 3, "train.json")
-    assert build_dataset("val", args).category_ids == {1: 3, 2: 1000}, "3 is red here, so green has no id"
+    classes = Classes(ROWS, {0: 3, 1: 7, 2: 1000}, 3, "train.json")
+    assert build_dataset("val", args, classes).category_ids == {1: 3, 2: 1000}, "3 is red here, so green has no id"
 
 
 def rename_val(content: dict) -> None:
@@ -152,7 +153,7 @@ def test_unlabelled_images_from_the_same_flag(pristine: Path, tmp_path: Path) ->
 
 def test_the_evaluator_turns_labels_into_ids(pristine: Path) -> None:
     truth = json.loads((pristine / "val.json").read_text())
-    evaluator = CocoEvaluator(truth, category_ids={0: 3, 1: 7, 2: 1000})
+    evaluator = CocoEvaluator(ground_truth_of(truth), category_ids={0: 3, 1: 7, 2: 1000})
     rows = {3: 0, 7: 1, 1000: 2}
     for image in truth["images"]:
         objects = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
@@ -266,15 +267,8 @@ def test_a_detector_with_ids_as_they_are_is_evaluated_by_name(pristine: Path, tm
     fine_tune("--eval", "--resume", tmp_path / "coco.pth", *flags, "--output_dir", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["category_id"] for row in found} <= {7, 3, 1000} | set(coco_names.NAMES)
-    dataset = build_dataset(
-        "val",
-        Namespace(
-            **{
-                **vars(custom_args(pristine, val_annotations=path)),
-                "classes": classes_of(load_checkpoint(tmp_path / "coco.pth")),
-            }
-        ),
-    )
+    classes = classes_of(load_checkpoint(tmp_path / "coco.pth"))
+    dataset = build_dataset("val", custom_args(pristine, val_annotations=path), classes)
     assert (dataset.num_classes, {row: dataset.category_ids[row] for row in (1, 18, 90)}) == (
         91,
         {1: 7, 18: 3, 90: 1000},

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from datasets import build_dataset, build_labelled
-from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.coco import CocoEvaluator, ground_truth_of
 from datasets.evaluators.voc import VocEvaluator
 from datasets.labelled import few_shot
 from datasets.labelled.annotations import Annotations, parse_coco
@@ -31,7 +31,7 @@ from tests.tiny import (
 )
 from util.coco import NAMES
 from util.errors import UserError
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE
 
 RED = ("--novel_classes", "red")
 
@@ -53,7 +53,7 @@ def trained_on(root: Path, *flags: object) -> Annotations:
 
 def objects(annotations: Annotations) -> Counter:
     """(image id, label, box) of every object, and how often."""
-    image = few_shot.images_of(annotations)
+    image = annotations.image_of
     return Counter(
         (int(annotations.image_ids[i]), int(label), tuple(box))
         for i, label, box in zip(image, annotations.labels, annotations.boxes_xyxy_abs.tolist(), strict=True)
@@ -187,7 +187,7 @@ def test_a_draw_is_exact(seed: int) -> None:
     rows = [row[number] for number in few.ids.tolist()]
     assert np.array_equal(few.boxes_xyxy_abs, whole.boxes_xyxy_abs[rows])
     assert np.array_equal(few.areas, whole.areas[rows])
-    assert few.image_ids[few_shot.images_of(few)].tolist() == whole.image_ids[few_shot.images_of(whole)][rows].tolist()
+    assert few.image_ids[few.image_of].tolist() == whole.image_ids[whole.image_of][rows].tolist()
     part = few_shot.draw_shots(whole, dict(list(whole.class_names.items())[:1]), max(shots - 1, 1), seed)
     assert not objects(part) - objects(few)  # fewer shots of fewer classes are a part
 
@@ -400,7 +400,7 @@ def test_novel_ap_of_coco_is_that_of_an_evaluation_of_novel_classes(backend: str
     found = detections(truth, rng)
 
     def evaluated(categories: list[dict]) -> dict:
-        evaluator = CocoEvaluator({**truth, "categories": categories}, backend)
+        evaluator = CocoEvaluator(ground_truth_of({**truth, "categories": categories}), backend)
         evaluator.update(found)
         return evaluator.summarize()
 
@@ -446,7 +446,7 @@ def test_nothing_found_and_nothing_to_find() -> None:
         image: {name: value[prediction["labels"] < 3] for name, value in prediction.items()}
         for image, prediction in detections(truth, rng).items()
     }
-    evaluator = CocoEvaluator(truth)
+    evaluator = CocoEvaluator(ground_truth_of(truth))
     evaluator.update(found)
     rows = evaluator.summarize()["per_class"]
     means = few_shot.group_means(few_shot.with_groups(rows, ("kind3", "kind4")))

@@ -11,7 +11,7 @@ from datasets.labelled.subsets import describe_subset, draw_ids
 from tests.tiny import FROZEN, fine_tune, own_flags, tiny_args, write_coco, write_own_data, write_voc
 from tools import make_split
 from util.errors import UserError
-from util.settings.flags import FINETUNE
+from util.settings import FINETUNE
 
 
 @pytest.fixture(scope="module")

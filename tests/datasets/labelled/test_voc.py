@@ -18,10 +18,10 @@ from datasets.labelled.annotations import read_coco
 from datasets.labelled.voc import CLASSES, image_id, read_voc, read_xml, read_xml_folder
 from tests.tiny import FROZEN, fine_tune, logged, read_checkpoint, read_log, tiny_args, voc_xml, write_voc
 from tools import evaluate_proposals, voc_to_coco
+from util.checkpoints.adoption import adopt_settings
+from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
-from util.runs.session import _adopt_settings
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, resolve
 from util.settings.registry import PRETEXTS
 
 XML = "VOC2007/Annotations/000001.xml"
@@ -78,7 +78,9 @@ def test_lists_and_class_count_by_flag(pristine: Path) -> None:
         args_of(pristine, "--voc_train", "2012_trainval", "--voc_val", "2007_test", "--num_classes", "21")
     )
     assert (len(train), len(val), train.num_classes, val.num_classes) == (2, 3, 21, 21)
-    with pytest.raises(UserError, match="--num_classes has 7 classes, the data 20"):
+    with pytest.raises(
+        UserError, match=r"has category id 19, but --num_classes is 7: .* --num_classes 20 \(or more\)$"
+    ):
         build_labelled(args_of(pristine, "--num_classes", "7"))
     both = read_voc(str(pristine), ["2007_trainval", "2007_trainval"])
     assert len(both) == 3, "an image of two lists counts once"
@@ -355,15 +357,15 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     [
         (
             "--voc_metric area",
-            "--voc_metric means nothing to --dataset_file coco: leave it out or use --dataset_file voc",
+            "--voc_metric means nothing to --dataset_file coco: omit it or use --dataset_file voc",
         ),
         (
             "--voc_train 2012_trainval",
-            "--voc_train means nothing to --dataset_file coco: leave it out or use --dataset_file voc or voc_coco",
+            "--voc_train means nothing to --dataset_file coco: omit it or use --dataset_file voc or voc_coco",
         ),
         (
             "--dataset_file voc_coco --voc_metric area",
-            "--voc_metric means nothing to --dataset_file voc_coco: leave it out or use",
+            "--voc_metric means nothing to --dataset_file voc_coco: omit it or use",
         ),
         ("--dataset_file custom --voc_val 2012_val", "--voc_val means nothing to --dataset_file custom"),
     ],
@@ -375,10 +377,10 @@ def test_flags_that_other_data_do_not_read_are_refused(flags: str, said: str) ->
 
 def test_a_resumed_run_on_other_data_forgets_them(pristine: Path) -> None:
     """A detector of `voc` that is evaluated by COCO's metric."""
-    stored = vars(args_of(pristine, "--voc_metric", "area", "--voc_train", "2007_trainval"))
-    args = make_parser(FINETUNE).parse_args(["--dataset_file", "voc_coco"])
-    _adopt_settings(args, stored, {"dataset_file"})
-    assert (resolve(args).voc_metric, args.voc_train, args.num_queries) == (
+    stored = args_of(pristine, "--voc_metric", "area", "--voc_train", "2007_trainval").as_dict()
+    given = {"dataset_file": "voc_coco"}
+    args = resolve(given, adopt_settings(Checkpoint(model={}, args=stored), given, FINETUNE))
+    assert (args.voc_metric, args.voc_train, args.num_queries) == (
         "11point",
         ["2012_trainval"],
         stored["num_queries"],

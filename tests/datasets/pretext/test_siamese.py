@@ -23,12 +23,12 @@ from datasets.pretext.siamese import (
     pick_regions,
     random_regions,
 )
-from datasets.sample_page import batch_rows
 from datasets.transforms import view_resize
 from tests.tiny import assert_same, tiny_args, write_images
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
 from util.random_state import SampleRandom
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN
+from visualization import batch_rows
 
 FLAGS = ("--pretext", "siamese", "--proposals", "random")
 SIZE = (240, 320)

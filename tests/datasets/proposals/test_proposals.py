@@ -7,7 +7,6 @@ import os
 import pickle
 import sys
 import types
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from datasets.proposals.from_file import read_npy
 from datasets.proposals.selective_search import SelectiveSearch
 from datasets.proposals.store import StoredProposals
 from datasets.sample import BadImageError
-from tests.tiny import logged, write_images
+from tests.tiny import logged, proposal_settings, write_images
 from util.errors import UserError
 from util.random_state import SampleRandom
 
@@ -57,16 +56,18 @@ def test_published_setting_scales_boxes_of_a_square_of_128(cv2, photo: np.ndarra
     method.switchToSelectiveSearchFast()
     raw = method.process().astype(np.float32) / 128 * np.array([140, 100, 140, 100], dtype=np.float32)
     expected = {tuple(box) for box in np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1).tolist()}
-    boxes = build_proposals(Namespace(proposals="selective_search"))(as_tensor(photo), SampleRandom(0), "")
+    boxes = build_proposals(proposal_settings(proposals="selective_search"))(as_tensor(photo), SampleRandom(0), "")
     assert len(boxes) == len(expected) > 30
     assert {tuple(box) for box in boxes.tolist()} == expected
 
 
 def test_full_resolution(cv2, photo: np.ndarray) -> None:
-    full = build_proposals(Namespace(proposals="selective_search", ss_resize=0))(as_tensor(photo), SampleRandom(0), "")
+    full = build_proposals(proposal_settings(proposals="selective_search", ss_resize=0))(
+        as_tensor(photo), SampleRandom(0), ""
+    )
     assert torch.equal(full, full.round())
     assert [0, 0, 140, 100] in full.tolist()
-    resized = build_proposals(Namespace(proposals="selective_search"))(as_tensor(photo), SampleRandom(0), "")
+    resized = build_proposals(proposal_settings(proposals="selective_search"))(as_tensor(photo), SampleRandom(0), "")
     assert {tuple(box) for box in full.tolist()} != {tuple(box) for box in resized.tolist()}
 
 
@@ -86,7 +87,7 @@ def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) ->
 
 def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
     """It puts small regions first; seeded by the sample, so that a worker gives the same."""
-    method = build_proposals(Namespace(proposals="selective_search", reproduce_published=True))
+    method = build_proposals(proposal_settings(proposals="selective_search", reproduce_published=True))
     own = [method(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
     assert torch.equal(own[0], method(as_tensor(photo), SampleRandom(0)))
     assert not torch.equal(own[0], own[1])
@@ -234,7 +235,7 @@ def test_structured_edges(cv2, tmp_path: Path) -> None:
     assert edges[40:56, 40:56].max() == 0
     assert orientation.shape == edges.shape == (96, 96)
     with logged() as lines:
-        method = build_proposals(Namespace(proposals="edge_boxes", edge_model=str(forest)))
+        method = build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(forest)))
     assert not lines
     assert method.settings["edges"].startswith("structured forest ")
     boxes = pickle.loads(pickle.dumps(method))(as_tensor(image), SampleRandom(0))  # noqa: S301 - as loader processes receive it
@@ -246,23 +247,23 @@ def test_structured_edges(cv2, tmp_path: Path) -> None:
 
 def test_a_wrong_or_absent_edge_model(cv2, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--edge_model .*none can't be read"):
-        build_proposals(Namespace(proposals="edge_boxes", edge_model=str(tmp_path / "none")))
+        build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "none")))
     (tmp_path / "text.yml").write_text("hello")
     with pytest.raises(UserError, match="no structured forest of OpenCV"):
-        build_proposals(Namespace(proposals="edge_boxes", edge_model=str(tmp_path / "text.yml")))
+        build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "text.yml")))
     with logged() as lines:
-        build_proposals(Namespace(proposals="edge_boxes", edge_model=""))
+        build_proposals(proposal_settings(proposals="edge_boxes", edge_model=""))
     assert len(lines) == 1
     assert "plain image gradients" in lines[0]
     with pytest.raises(UserError, match="--edge_model means nothing to --proposals random"):
-        build_proposals(Namespace(proposals="random", num_patches=3, edge_model="x"))
+        build_proposals(proposal_settings(proposals="random", num_patches=3, edge_model="x"))
 
 
 @pytest.mark.parametrize("name", ["selective_search", "edge_boxes"])
 def test_missing_opencv_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(__version__="4.10.0"))
     with pytest.raises(UserError, match="4.10.0 has no ximgproc.*opencv-contrib-python-headless"):
-        build_proposals(Namespace(proposals=name))
+        build_proposals(proposal_settings(proposals=name))
     true_import = builtins.__import__
     monkeypatch.delitem(sys.modules, "cv2")
 
@@ -273,7 +274,7 @@ def test_missing_opencv_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(builtins, "__import__", no_cv2)
     with pytest.raises(UserError, match="pip install opencv-contrib-python-headless"):
-        build_proposals(Namespace(proposals=name))
+        build_proposals(proposal_settings(proposals=name))
 
 
 # What is taken
@@ -325,7 +326,7 @@ def test_selected_takes_from_the_method_s_order() -> None:
 
 
 def from_file(path: object):
-    return build_proposals(Namespace(proposals=f"file:{path}"))
+    return build_proposals(proposal_settings(proposals=f"file:{path}"))
 
 
 IMAGE = torch.zeros(3, 60, 80, dtype=torch.uint8)
@@ -428,7 +429,9 @@ def test_equal_base_names_in_a_flat_cache_are_refused(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     np.save(tmp_path / "cache" / "000.npy", np.array([[0, 0, 5, 5.0]]))
     with pytest.raises(UserError, match=r"000\.npy would be used for a/000\.png and for b/000\.png"):
-        build_proposals(Namespace(proposals=f"file:{tmp_path / 'cache'}"), ImageFolder(str(tmp_path / "images")))
+        build_proposals(
+            proposal_settings(proposals=f"file:{tmp_path / 'cache'}"), ImageFolder(str(tmp_path / "images"))
+        )
 
 
 class Runs:
@@ -502,4 +505,4 @@ def test_missing_images_are_found_at_the_start(tmp_path: Path) -> None:
     content = {"images": [{"id": 1, "file_name": "000.png"}], "annotations": []}
     path = write_json(tmp_path / "boxes.json", content)
     with pytest.raises(UserError, match=r"has no boxes for 2 of 3 images, the first is 001\.png"):
-        build_proposals(Namespace(proposals=f"file:{path}"), images)
+        build_proposals(proposal_settings(proposals=f"file:{path}"), images)

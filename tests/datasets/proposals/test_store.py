@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,11 @@ from datasets.images.image_folder import ImageFolder, read_image
 from datasets.proposals import build_proposals
 from datasets.proposals.store import ProposalStore
 from datasets.sample import BadImageError
-from tests.tiny import draw, logged, tiny_args
+from tests.tiny import draw, logged, proposal_settings, tiny_args
 from tools import cache_proposals
 from util.errors import UserError
 from util.random_state import SampleRandom
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
 
@@ -66,12 +65,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def stored(folder: Path, images: Path | None = None, **flags: object):
     known = ImageFolder(str(images)) if images else None
-    return build_proposals(Namespace(**{"proposals": "selective_search", "cache_path": str(folder), **flags}), known)
+    return build_proposals(
+        proposal_settings(**{"proposals": "selective_search", "cache_path": str(folder), **flags}), known
+    )
 
 
 def test_a_store_gives_the_boxes_of_the_method_in_the_same_order(images: Path, store: Path) -> None:
     folder = ImageFolder(str(images))
-    live, from_store = build_proposals(Namespace(proposals="selective_search")), stored(store, images)
+    live, from_store = build_proposals(proposal_settings(proposals="selective_search")), stored(store, images)
     for index in (0, 5, 11):
         image = read_image(folder.path(index))
         for seed in (1, 2):
@@ -89,7 +90,7 @@ def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, s
 
 
 def test_equal_base_names_do_not_collide(images: Path, store: Path) -> None:
-    method, live = stored(store), build_proposals(Namespace(proposals="selective_search"))
+    method, live = stored(store), build_proposals(proposal_settings(proposals="selective_search"))
     for name in ("a/000.png", "b/deep/000.png"):
         image = read_image(str(images / name))
         assert torch.equal(method(image, SampleRandom(0), name), live(image, SampleRandom(0), name))
@@ -99,9 +100,9 @@ def test_equal_base_names_do_not_collide(images: Path, store: Path) -> None:
 def test_other_methods(images: Path, tmp_path: Path, method: str) -> None:
     flags = ("--ss_resize", 0) if method == "full" else ("--proposals", method)
     cache(images, tmp_path / "store", *flags)
-    args = Namespace(proposals="selective_search", ss_resize=0) if method == "full" else Namespace(proposals=method)
-    live = build_proposals(args)
-    from_store = stored(tmp_path / "store", images, **vars(args))
+    choice = {"proposals": "selective_search", "ss_resize": 0} if method == "full" else {"proposals": method}
+    live = build_proposals(proposal_settings(**choice))
+    from_store = stored(tmp_path / "store", images, **choice)
     image = read_image(str(images / "a" / "001.png"))
     assert torch.equal(from_store(image, SampleRandom(7), "a/001.png"), live(image, SampleRandom(7), ""))
     expected = live.search(image.permute(1, 2, 0).numpy(), "")[1]
@@ -294,10 +295,9 @@ def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -
         stored(store, proposals="random", num_patches=4)
     with pytest.raises(UserError, match="holds proposals with settings .* now it is"):
         cache(images, store, "--ss_resize", 64)
-    with pytest.raises(UserError, match="draws its boxes anew"):
-        cache_proposals.make_plan(
-            Namespace(images=str(images), list=None, proposals="random", num_patches=3, max_prop=3)
-        )
+    words = ["--images", str(images), "--output_dir", str(tmp_path / "new"), "--proposals", "random"]
+    with pytest.raises(UserError, match="draws new boxes"):
+        cache_proposals.make_plan(cache_proposals.parse(words))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds other files"):
@@ -308,7 +308,7 @@ def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -
 
 def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -> None:
     """A subset of the images may be trained on, and file:STORE takes a store whatever made it."""
-    method = build_proposals(Namespace(proposals=f"file:{store}"), ImageFolder(str(images)))
+    method = build_proposals(proposal_settings(proposals=f"file:{store}"), ImageFolder(str(images)))
     image = read_image(str(images / "a" / "002.png"))
     assert torch.equal(method(image, SampleRandom(0), "a/002.png"), stored(store)(image, SampleRandom(0), "a/002.png"))
     names = images / "some.txt"

@@ -22,11 +22,10 @@ from tests.tiny import (
     write_images,
 )
 from util.errors import UserError
-from util.settings.arguments import make_parser
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN, make_parser
 from util.settings.registry import DETECTORS, PRETEXTS
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 PAIRS = [(pretext, detector) for pretext in PRETEXTS for detector in DETECTORS]
 pairs = pytest.mark.parametrize(("pretext", "detector"), PAIRS)
 on_detectors = pytest.mark.parametrize("detector", DETECTORS)
@@ -221,7 +220,6 @@ def test_feature_loss_lies_between_0_and_4(detector: str) -> None:
     outputs = model(make_batch(), targets)
     loss = criterion(outputs, targets)["loss_feature"]
     assert 1 < loss.item() < 3  # about 2 for independent directions
-    criterion.last_matches = None
     truth = outputs["target_features"].view(2, PATCHES, -1)
 
     def with_prediction(features: Tensor) -> float:
@@ -253,7 +251,7 @@ def test_every_number_of_patches_that_divides_the_queries(detector: str, num_pat
         assert all(torch.isfinite(layer[name]).all() for name in ("pred_logits", "pred_boxes", "pred_features"))
     losses = criterion(outputs, targets)
     assert all(torch.isfinite(loss) for loss in losses.values())
-    assert len(criterion.last_matches.pairs[0][0][0]) == num_patches
+    assert len(losses.matches.pairs[0][0][0]) == num_patches
 
 
 @on_detectors
@@ -382,7 +380,7 @@ OWN_PARTS = tuple(part for entry in PRETEXTS.values() for part in entry.parts)
 
 @pairs
 def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) -> None:
-    """Pre-train a few steps, fine-tune one: what is transferred, what starts anew, that it trains."""
+    """Pre-train a few steps, fine-tune one: what is transferred, what starts from scratch, that it trains."""
     pre_train(
         "--pretext",
         pretext,

@@ -14,7 +14,7 @@ from datasets import build_dataset
 from datasets.transforms import Compose
 from models import build_model
 from models.backbone import Backbone
-from models.target_encoder import build_target_encoder, describe
+from models.target_encoder import build_target_encoder, encode_crops
 from tests import golden_models
 from tests.tiny import (
     FROZEN,
@@ -31,7 +31,8 @@ from tests.tiny import (
 )
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
-from util.settings.flags import PRETRAIN
+from util.runs.model_summary import describe_model
+from util.settings import PRETRAIN
 from util.settings.registry import DETECTORS
 
 FLAGS = (  # --num_patches: the default, which this pretext does not refuse
@@ -67,7 +68,7 @@ def test_intermediate_embedding_equals_the_published_one(golden_dir: Path) -> No
     assert not any("layer3" in name for name in encoder.state_dict())
     crops = torch.from_numpy(z["crops_q32"]).float() / 32
     torch.testing.assert_close(
-        describe(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["intermediate_embedding"]), rtol=0, atol=1e-5
+        encode_crops(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["intermediate_embedding"]), rtol=0, atol=1e-5
     )
 
 
@@ -77,9 +78,9 @@ def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
     encoder.load_state_dict(weights, strict=False)  # but for counters that nothing reads
     crops = torch.from_numpy(z["crops_q32"]).float() / 32
     torch.testing.assert_close(
-        describe(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["head_embedding_eval"]), rtol=0, atol=1e-5
+        encode_crops(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["head_embedding_eval"]), rtol=0, atol=1e-5
     )
-    published = describe(encoder, [crops], published_statistics=True)
+    published = encode_crops(encoder, [crops], published_statistics=True)
     torch.testing.assert_close(published, torch.from_numpy(z["head_embedding_train_bn"]), rtol=0, atol=1e-4)
 
 
@@ -108,8 +109,9 @@ def test_weights_without_a_projection_head_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_random_target_is_said() -> None:
+    model, _, args = build()
     with logged() as lines:
-        build()
+        describe_model(model, args)
     assert any("those of a random network" in line for line in lines)
 
 
@@ -138,7 +140,7 @@ def test_losses_reach_detector_and_embedding_but_not_the_encoder(detector: str) 
     assert not any("target_encoder" in name for name in [*model.state_dict(), *dict(model.named_parameters())])
     assert all(p.grad is None for p in model.target_encoder.parameters())
     kinds = {"detr": ("softmax", 92), "conditional_detr": ("focal", 91), "deformable_detr": ("focal", 91)}
-    assert (model.classes.kind, model.classes.num_outputs) == kinds[detector]
+    assert (model.classification.kind, model.classification.num_outputs) == kinds[detector]
 
 
 def test_without_any_target_the_loss_is_zero_and_connected() -> None:
@@ -158,12 +160,12 @@ def test_embeddings_are_of_the_matched_proposals() -> None:
     model, criterion, _ = build()
     targets = targets_with_patches([3, 2])
     outputs = model(make_batch(), targets)
-    loss = criterion(outputs, targets)["loss_object_embedding"]
+    losses = criterion(outputs, targets)
     by_hand = []
-    for image, (query, target) in enumerate(criterion.last_matches.pairs[-1]):
-        crops = describe(model.target_encoder, [targets[image]["patches"]])
+    for image, (query, target) in enumerate(losses.matches.pairs[-1]):
+        crops = encode_crops(model.target_encoder, [targets[image]["patches"]])
         by_hand.append((outputs["pred_features"][image][torch.as_tensor(query)] - crops[torch.as_tensor(target)]).abs())
-    torch.testing.assert_close(loss, torch.cat(by_hand).mean())
+    torch.testing.assert_close(losses["loss_object_embedding"], torch.cat(by_hand).mean())
 
 
 @pytest.mark.parametrize("flags", [("--two_stage",), ("--two_stage", "--with_box_refine", "--num_classes", "1")])
@@ -181,7 +183,7 @@ def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
 
 def test_objectness_alone() -> None:
     model, *_, args = build("--num_classes", "1", "--detector", "conditional_detr")
-    assert model.classes.num_outputs == 1
+    assert model.classification.num_outputs == 1
     assert args.num_classes == 1
 
 

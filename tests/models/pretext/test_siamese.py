@@ -28,10 +28,11 @@ from tests.tiny import (
     write_images,
 )
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoints.checkpoint import as_checkpoint, load_exactly
+from util.checkpoints.checkpoint import as_checkpoint
+from util.checkpoints.loading import load_exactly
 from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
-from util.settings.flags import PRETRAIN
+from util.settings import PRETRAIN
 from util.settings.registry import DETECTORS
 
 FLAGS = ("--pretext", "siamese", "--proposals", "random")
@@ -71,7 +72,7 @@ def test_losses_and_gradients(detector: str) -> None:
         model.get_parameter(name).grad.abs().sum() > 0
         for name in ("patch2query.weight", "feature_align.layers.1.weight")
     )
-    head = model.classes
+    head = model.classification
     assert (head.kind, head.num_outputs, model.detector.backbone[1].shift) == ("softmax", 3, 0.0)
 
 

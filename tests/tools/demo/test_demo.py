@@ -14,7 +14,7 @@ from tools.demo import page as result_page
 from tools.demo import run as demo
 from tools.demo import scenes as sample_scenes
 from util.errors import UserError
-from util.settings.arguments import resolve
+from util.settings import resolve
 
 
 def demo_args(tmp_path: Path, *flags: str) -> Namespace:
@@ -103,7 +103,7 @@ def test_patch_overlap_tells_own_from_other_patches() -> None:
     assert result_page.patch_overlap([found]) == (0.75, 0.0)
 
 
-def test_results_table_shows_the_last_evaluation(tmp_path: Path) -> None:
+def test_results_show_the_last_evaluation(tmp_path: Path) -> None:
     for name in result_page.RUNS:
         (tmp_path / name).mkdir()
         lines = [
@@ -112,11 +112,11 @@ def test_results_table_shows_the_last_evaluation(tmp_path: Path) -> None:
             {"epoch": 2, "test_coco_eval_bbox": [0.25] * 12},
         ]
         (tmp_path / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    table = result_page.results_table(tmp_path)
-    assert table.count("<td>0.250</td><td>0.250</td><td>0.250</td><td>0.500</td>") == 2
+    rows = result_page.results(tmp_path)
+    assert rows == [(title, ["0.250", "0.250", "0.250", "0.500"]) for title in result_page.RUNS.values()]
     (tmp_path / "finetune_scratch" / "log.txt").write_text('{"epoch": 0}\n')
     with pytest.raises(UserError, match="no evaluation"):
-        result_page.results_table(tmp_path)
+        result_page.results(tmp_path)
 
 
 def test_no_finished_demo(tmp_path: Path) -> None:

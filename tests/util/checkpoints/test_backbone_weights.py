@@ -189,7 +189,7 @@ def test_normalization_of_resnets():
 
 def test_import_does_not_need_timm():
     code = "import sys; sys.modules['timm'] = None; import util.checkpoints.backbone_weights"
-    root = Path(backbone_weights.__file__).parent.parent
+    root = Path(backbone_weights.__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
 
 

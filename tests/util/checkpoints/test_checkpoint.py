@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from util.checkpoints.adoption import adopt_architecture, adopt_settings
 from util.checkpoints.architecture import resnet_name
-from util.checkpoints.checkpoint import (
-    Checkpoint,
-    adopt_architecture,
-    find_resume,
-    load_checkpoint,
-    load_exactly,
-    load_pretrained,
-    random_states,
-    save_checkpoint,
-    set_random_states,
-    strip_prefix,
-)
+from util.checkpoints.checkpoint import Checkpoint, find_resume, load_checkpoint, save_checkpoint, strip_prefix
+from util.checkpoints.loading import load_exactly, load_pretrained
 from util.errors import UserError
+from util.random_state import random_states, set_random_states
 
 D, WIDTH = 8, 12
 
@@ -72,9 +64,7 @@ def module_of(state, classification=None):
 
 
 def checkpoint_of(state, **entries):
-    checkpoint = Checkpoint(model=state, **entries)
-    checkpoint.source = "run/file.pth"
-    return checkpoint
+    return Checkpoint.from_dict({"model": state, **entries}, "run/file.pth")
 
 
 def one_line(excinfo, *words):
@@ -92,7 +82,7 @@ def test_bare_and_wrapped_state_dicts_become_model(tmp_path):
     state = detector_state()
     for content in (state, {"state_dict": state, "meta": {}}, {"model": state}):
         torch.save(content, tmp_path / "f.pth")
-        loaded = load_checkpoint(tmp_path / "f.pth")["model"]
+        loaded = load_checkpoint(tmp_path / "f.pth").model
         assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
@@ -105,13 +95,34 @@ def test_names_of_siamese_detr_become_detrs(tmp_path):
         "enc_head.0.w": torch.ones(1),
     }
     torch.save({"state_dict": state}, tmp_path / "f.pth")
-    names = set(load_checkpoint(tmp_path / "f.pth")["model"])
+    names = set(load_checkpoint(tmp_path / "f.pth").model)
     assert names == {"backbone.0.body.conv1.weight", "transformer.x", "bbox_embed.w", "enc_head.0.w"}
 
 
 def test_strip_prefix_only_when_every_key_has_it():
     assert set(strip_prefix({"module.a": 1, "module.b": 2})) == {"a", "b"}
     assert set(strip_prefix({"module.a": 1, "b": 2})) == {"module.a", "b"}
+
+
+def test_classes_by_name_of_another_program_are_no_class_names():
+    content = {"model": detector_state(), "class_names": {"cat": 0}, "category_ids": {"cat": 1}}
+    checkpoint = Checkpoint.from_dict(content)
+    assert not checkpoint.class_names
+    assert not checkpoint.category_ids
+
+
+def test_a_stored_choice_that_is_gone_is_not_adopted():
+    stored = {"script": "finetune_main.py", "coco_evaluator": "abolished", "num_queries": 6}
+    checkpoint = checkpoint_of(detector_state(), args=stored)
+    assert "coco_evaluator" not in adopt_settings(checkpoint, {"resume": "a.pth"}, "finetune_main.py")
+
+
+def test_an_evaluation_of_a_pretext_does_not_adopt_where_the_data_was():
+    stored = {"script": "main.py", "dataset_file": "voc", "voc_path": "voc", "num_queries": 6}
+    checkpoint = checkpoint_of(detector_state(), args=stored)
+    given = {"resume": "a.pth", "coco_path": "coco"}
+    assert adopt_settings(checkpoint, given, "main.py")["dataset_file"] == "voc"
+    assert adopt_settings(checkpoint, {**given, "eval": True}, "main.py") == {"num_queries": 6}
 
 
 def test_find_resume(tmp_path):
@@ -132,30 +143,18 @@ def test_random_states_come_back_through_a_file(tmp_path):
     save_checkpoint({"model": {"w": torch.ones(1)}, "random": random_states()}, tmp_path / "f.pth")
     first = draw()
     draw()
-    set_random_states(load_checkpoint(tmp_path / "f.pth")["random"])
+    set_random_states(load_checkpoint(tmp_path / "f.pth").others["random"])
     assert draw() == first
 
 
 # ---------------------------------------------------------------------------------------------------- architecture
 
 
-def settings(**changes):
-    flags = {
-        "detector": "detr",
-        "pre_norm": False,
-        "enc_layers": 6,
-        "dec_layers": 6,
-        "hidden_dim": 256,
-        "dim_feedforward": 2048,
-        "num_queries": 100,
-        "position_embedding": "sine",
-        "dilation": False,
-        "nheads": 8,
-        "backbone": "resnet50",
-        "backbone_norm": "frozen",
-        "lr": 1e-4,
-    }
-    return Namespace(**{**flags, **changes})
+def adopted(state, given=None, source="run/file.pth", **stored):
+    """What a run adopts from a file with these weights and these stored settings."""
+    checkpoint = Checkpoint(model=state, args=stored, source=source)
+    values, _ = adopt_architecture(checkpoint, given or {})
+    return values
 
 
 @pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
@@ -170,8 +169,7 @@ def test_flags_that_were_not_given_are_adopted(kind):
         "lr": 5.0,
     }
     checkpoint = checkpoint_of(detector_state(kind=kind, pre_norm=kind == "detr"), args=stored)
-    args = settings()
-    lines = adopt_architecture(checkpoint, args, {"lr"})
+    values, lines = adopt_architecture(checkpoint, {"lr": 1e-4})
     expected = {
         "detector": kind,
         "pre_norm": kind == "detr",
@@ -185,20 +183,20 @@ def test_flags_that_were_not_given_are_adopted(kind):
         "nheads": 4,
         "backbone": "timm:x",
         "backbone_norm": "live",
-        "lr": 1e-4,
     }
-    assert vars(args) == expected
+    if kind == "conditional_detr":
+        expected["pre_norm"] = False
+    assert values == expected
     assert any("--nheads 4" in line and "run/file.pth" in line for line in lines)
-    assert adopt_architecture(checkpoint, args, set()) == []
+    assert adopt_architecture(checkpoint, values) == ({}, [])
 
 
 def test_flags_of_other_detectors_are_not_adopted():
     """A run keeps the defaults of all flags, also of those that its detector does not read."""
     stored = {"detector": "detr", "enc_n_points": 4, "dec_n_points": 4}
-    args = settings(enc_n_points=None, dec_n_points=None)
-    (line,) = adopt_architecture(checkpoint_of(detector_state(kind="detr"), args=stored), args, set())
+    values, (line,) = adopt_architecture(checkpoint_of(detector_state(kind="detr"), args=stored), {})
     assert "n_points" not in line
-    assert args.enc_n_points is args.dec_n_points is None
+    assert not {"enc_n_points", "dec_n_points"} & set(values)
 
 
 @pytest.mark.parametrize(
@@ -215,23 +213,20 @@ def test_flags_of_other_detectors_are_not_adopted():
 def test_a_given_flag_that_contradicts_is_an_error(flag, value):
     checkpoint = checkpoint_of(detector_state(), args={"nheads": 4, "position_embedding": "sine"})
     with pytest.raises(UserError) as excinfo:
-        adopt_architecture(checkpoint, settings(**{flag: value}), {flag})
+        adopt_architecture(checkpoint, {flag: value})
     one_line(excinfo, f"--{flag}", "on" if value is True else value, "run/file.pth")
 
 
 def test_a_given_number_of_queries_may_differ():
-    args = settings(num_queries=9)
-    lines = adopt_architecture(checkpoint_of(detector_state()), args, {"num_queries"})
-    assert args.num_queries == 9
+    values, lines = adopt_architecture(checkpoint_of(detector_state()), {"num_queries": 9})
+    assert "num_queries" not in values
     assert any("tiled" in line and "6" in line for line in lines)
     with pytest.raises(UserError, match="--num_queries 9 contradicts"):
-        adopt_architecture(checkpoint_of(detector_state()), args, {"num_queries"}, same_queries=True)
+        adopt_architecture(checkpoint_of(detector_state()), {"num_queries": 9}, same_queries=True)
 
 
 def test_learned_positions_show_in_the_weights():
-    args = settings()
-    adopt_architecture(checkpoint_of(detector_state(learned=True)), args, set())
-    assert args.position_embedding == "learned"
+    assert adopted(detector_state(learned=True))["position_embedding"] == "learned"
 
 
 @pytest.mark.parametrize(
@@ -246,24 +241,17 @@ def test_learned_positions_show_in_the_weights():
 )
 def test_detreg_calls_its_shifted_positions_sine(stored, extra, expected):
     state = {**detector_state(), **{key: torch.ones(shape) for key, shape in extra.items()}}
-    args = settings(position_embedding="learned")
-    adopt_architecture(checkpoint_of(state, args=stored), args, set())
-    assert args.position_embedding == expected
+    assert adopted(state, **stored)["position_embedding"] == expected
 
 
 def test_published_dc5_file_without_args_tells_by_its_name():
-    checkpoint = checkpoint_of(detector_state())
-    checkpoint.source = "detr-r50-dc5-f0fb7ef5.pth"
-    args = settings()
-    adopt_architecture(checkpoint, args, set())
-    assert args.dilation is True
+    assert adopted(detector_state(), source="detr-r50-dc5-f0fb7ef5.pth")["dilation"] is True
 
 
 def test_a_mask_file_is_read_through_its_prefix():
     state = {f"detr.{key}": value for key, value in detector_state(pre_norm=True).items()}
-    args = settings()
-    adopt_architecture(checkpoint_of(state), args, set())
-    assert (args.pre_norm, args.enc_layers, args.num_queries) == (True, 2, 6)
+    values = adopted(state)
+    assert (values["pre_norm"], values["enc_layers"], values["num_queries"]) == (True, 2, 6)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
@@ -368,7 +356,10 @@ def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept
     )
     assert torch.equal(model.class_embed.weight, state["class_embed.weight"] if kept else fresh)
     assert ("class_embed.bias" in report.reinitialised) is not kept
-    assert any("starts anew" in note and "focal" in note and "softmax" in note for note in report.notes) is not kept
+    assert (
+        any("starts from scratch" in note and "focal" in note and "softmax" in note for note in report.notes)
+        is not kept
+    )
     assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
 
 

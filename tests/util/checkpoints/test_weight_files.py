@@ -54,7 +54,7 @@ def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
         _use_new_zipfile_serialization=zipped,
     )
     checkpoint = load_checkpoint(tmp_path / name)
-    assert checkpoint["args"] == {
+    assert checkpoint.args == {
         "lr": 1e-4,
         "output_dir": "a/b",
         "score": 0.5,
@@ -64,10 +64,10 @@ def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
         "lists": {"k": [1, 2]},
         "names": ["backbone.0"],
     }
-    assert type(checkpoint["args"]["score"]) is float
-    assert type(checkpoint["args"]["lists"]) is dict
-    assert list(checkpoint["model"]) == list(STATE)
-    assert checkpoint["epoch"] == 3
+    assert type(checkpoint.args["score"]) is float
+    assert type(checkpoint.args["lists"]) is dict
+    assert list(checkpoint.model) == list(STATE)
+    assert checkpoint.epoch == 3
 
 
 def test_old_numpy_names_and_windows_paths_load(tmp_path):
@@ -82,7 +82,7 @@ def test_old_numpy_names_and_windows_paths_load(tmp_path):
                 data = data.replace(b"cpathlib._local\n", b"cpathlib\n").replace(b"PurePosixPath", b"WindowsPath")
                 assert b"WindowsPath" in data
             new.writestr(entry, data)
-    assert load_checkpoint(tmp_path / "old.pth")["args"] == {"a": 2.0, "p": "x\\y"}
+    assert load_checkpoint(tmp_path / "old.pth").args == {"a": 2.0, "p": "x\\y"}
 
 
 class RunsCode:
@@ -174,7 +174,7 @@ def test_an_address_is_fetched_once_and_its_hash_checked(hub, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
     url = "https://example.org/detr/detr-r50-e632da11.pth"
     for _ in range(2):
-        assert load_checkpoint(url)["model"]
+        assert load_checkpoint(url).model
     assert calls == [(url, "e632da11")]
     load_checkpoint("https://example.org/r50_deformable_detr-checkpoint.pth")
     assert calls[1][1] is None
@@ -191,7 +191,7 @@ def test_addresses_with_one_base_name_are_different_files(hub, monkeypatch, capl
     urls = ["https://example.org/a/checkpoint.pth.tar", "https://example.org/b/checkpoint.pth.tar"]
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="predetr"):
-            assert [float(load_checkpoint(url)["model"]["w"]) for url in urls] == [1, 2]
+            assert [float(load_checkpoint(url).model["w"]) for url in urls] == [1, 2]
     assert calls == [(url, None) for url in urls], "what was added to the names is no sum to check"
     for url in urls:
         name = f"checkpoint-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth.tar"
@@ -215,7 +215,7 @@ def test_the_place_for_a_file_fetched_by_hand_is_where_it_is_looked_for(hub, mon
         fetch(url)
     place = str(excinfo.value).split("put it at ")[1]
     save_checkpoint({"model": STATE}, place)
-    assert load_checkpoint(url)["model"]
+    assert load_checkpoint(url).model
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
     state = {"model": STATE, "epoch": 1, "args": {"lr": 0.1, "names": ["a"], "none": None}, "class_names": {1: "cat"}}
     save_checkpoint(state, tmp_path / "new" / "checkpoint.pth")
     loaded = load_checkpoint(tmp_path / "new" / "checkpoint.pth")
-    assert {key: loaded[key] for key in ("epoch", "args", "class_names")} == {
+    assert {key: getattr(loaded, key) for key in ("epoch", "args", "class_names")} == {
         key: state[key] for key in ("epoch", "args", "class_names")
     }
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pth"]
@@ -298,7 +298,7 @@ def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
     """A limit on the size of files stands for a full disk: writes fail in the same way."""
     assert hasattr(resource, "RLIMIT_FSIZE")
     path = tmp_path / "checkpoint.pth"
-    root = pathlib.Path(__file__).parent.parent
+    root = pathlib.Path(__file__).parents[3]
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(path)], cwd=root, capture_output=True, text=True, check=False
     )
@@ -306,7 +306,7 @@ def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
     assert done.stdout.count("\n") == 1
     assert "no room" in done.stdout
     assert str(path) in done.stdout
-    assert load_checkpoint(path)["model"]["w"].shape == (10,)
+    assert load_checkpoint(path).model["w"].shape == (10,)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
@@ -324,7 +324,7 @@ def test_read_weights_takes_safetensors(tmp_path):
 
 
 def test_every_load_is_weights_only():
-    root = pathlib.Path(weight_files.__file__).parent.parent
+    root = pathlib.Path(weight_files.__file__).parents[2]
     for folder in ("util", "models", "."):
         for path in (root / folder).glob("*.py"):
             for line in path.read_text().splitlines():

@@ -37,7 +37,7 @@ def picture(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def colours_in(image: np.ndarray) -> set:
+def colors_in(image: np.ndarray) -> set:
     return set(map(tuple, image.reshape(-1, 3).tolist()))
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(
 
 def test_draw_boxes_puts_lines_where_the_boxes_are() -> None:
     red = (255, 0, 0)
-    drawn = draw_boxes(BLACK, [[20, 30, 120, 80]], colours=[red])
+    drawn = draw_boxes(BLACK, [[20, 30, 120, 80]], colors=[red])
     assert BLACK.max() == 0
     rows, columns = np.nonzero((drawn == red).all(-1))
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (30, 80, 20, 120)
@@ -152,10 +152,10 @@ def test_draw_boxes_takes_tensors_and_odd_boxes() -> None:
     assert (draw_boxes(BLACK, torch.zeros(0, 4)) == BLACK).all()
 
 
-def test_a_label_keeps_its_colour() -> None:
-    first = colours_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [3]))
-    assert first == colours_in(draw_boxes(BLACK, [[10, 10, 90, 90], [100, 10, 190, 90]], [3, 3]))
-    assert first != colours_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [4]))
+def test_a_label_keeps_its_color() -> None:
+    first = colors_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [3]))
+    assert first == colors_in(draw_boxes(BLACK, [[10, 10, 90, 90], [100, 10, 190, 90]], [3, 3]))
+    assert first != colors_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [4]))
 
 
 def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
@@ -167,19 +167,19 @@ def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
         )
         for threshold in (0.5, 0.7)
     ]
-    assert boxes.PALETTE[0] in colours_in(pages[0])
-    assert boxes.PALETTE[0] not in colours_in(pages[1])
+    assert boxes.PALETTE[0] in colors_in(pages[0])
+    assert boxes.PALETTE[0] not in colors_in(pages[1])
 
 
 def test_a_page_without_confident_predictions_shows_as_many_as_there_are_true_boxes(tmp_path: Path) -> None:
     found = {"boxes": [[20, 20, 150, 90], [30, 30, 60, 60]], "labels": [1, 2], "scores": [0.2, 0.1]}
     for count, shown in ((1, {0}), (2, {0, 1}), (0, set())):
         truth = {"boxes": [[0, 0, 9, 9]] * count, "labels": [3] * count}
-        colours = colours_in(picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png")))
-        assert {i for i in range(2) if boxes.PALETTE[i] in colours} == shown, count
+        colors = colors_in(picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png")))
+        assert {i for i in range(2) if boxes.PALETTE[i] in colors} == shown, count
     sure = {**found, "scores": [0.9, 0.8]}
     truth = {"boxes": [[0, 0, 9, 9]], "labels": [3]}
-    assert boxes.PALETTE[1] in colours_in(picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png")))
+    assert boxes.PALETTE[1] in colors_in(picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png")))
 
 
 def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path) -> None:
@@ -188,15 +188,15 @@ def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path)
     assert picture(prediction_page([(BLACK, found, found)], {}, tmp_path / "unknown.png")).size
 
 
-def test_patch_page_gives_each_patch_its_colour(tmp_path: Path) -> None:
+def test_patch_page_gives_each_patch_its_color(tmp_path: Path) -> None:
     patches = [np.full((30, 20, 3), value, np.uint8) for value in (40, 80, 120)]
-    boxes = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
+    places = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
     page = picture(
-        patch_page([(BLACK, patches, boxes, {"boxes": boxes, "scores": [0.1, 0.2, 0.3]})], tmp_path / "q.png")
+        patch_page([(BLACK, patches, places, {"boxes": places, "scores": [0.1, 0.2, 0.3]})], tmp_path / "q.png")
     )
-    assert set(boxes.PALETTE[:3]) <= colours_in(page)
-    only = {"boxes": boxes[:1], "scores": [0.9], "patches": [2]}
-    assert picture(patch_page([(BLACK, patches, boxes, only)], tmp_path / "r.png")).size
+    assert set(boxes.PALETTE[:3]) <= colors_in(page)
+    only = {"boxes": places[:1], "scores": [0.9], "patches": [2]}
+    assert picture(patch_page([(BLACK, patches, places, only)], tmp_path / "r.png")).size
 
 
 def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ import finetune_main
 import main as pretrain_main
 from datasets import build_dataset
 from datasets.collate import collate
-from datasets.sample_page import batch_rows, draw_samples
 from models.pretext.random_query_patch import RandomQueryPatch
 from tests.tiny import (
     FROZEN,
@@ -39,9 +38,11 @@ from util.errors import UserError
 from util.plots import boxes
 from util.runs import page as run_page
 from util.runs.folder import code_revision, describe_settings, environment, read_record
-from util.runs.page import commands, page, report, table, write_run_page
-from util.settings.arguments import plain_settings, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.runs.page import commands, report, write_run_page
+from util.runs.session import start_session
+from util.settings import FINETUNE, PRETRAIN, resolve
+from util.settings.frozen import GIVEN
+from visualization import batch_rows, draw_samples
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -122,15 +123,10 @@ def test_settings_say_where_they_come_from(runs: Path) -> None:
 
 
 def test_the_device_that_was_not_given_is_a_default(tmp_path: Path) -> None:
-    from util.runs.session import prepare_checkpoint, start_session
-    from util.settings.arguments import setting_origins
-
     for flags, given in (([], False), (["--device", "cpu"], True)):
-        args = finetune_main.parse(flags)
-        start_session(args)
-        prepare_checkpoint(args)
-        assert ("device" in setting_origins(args)["given"]) is given
-        assert not any(name.startswith("_") for name in plain_settings(args))
+        settings = start_session(finetune_main.parse(flags)).settings
+        assert ("device" in settings.names_from(GIVEN)) is given
+        assert not any(name.startswith("_") for name in settings.as_dict())
 
 
 def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) -> None:
@@ -144,6 +140,8 @@ def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) 
     assert "detector=detr" in adopted
     assert "weight_decay=0.0001" in defaults
     assert "dec_layers" not in defaults
+    assert "lr_backbone=0.0" in given, "0 is a value"
+    assert "sgd=False" in defaults, "and so is False"
 
 
 def test_environment_and_revision(tmp_path: Path) -> None:
@@ -187,7 +185,7 @@ def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
         assert row["image"].shape[:2] == batch.tensors.shape[-2:]
         assert torch.equal(torch.from_numpy(row["image"][:height, :width]).permute(2, 0, 1), image)
         padding = np.concatenate([row["image"][height:].reshape(-1, 3), row["image"][:height, width:].reshape(-1, 3)])
-        assert {tuple(colour) for colour in padding.tolist()} <= {(124, 116, 104), (225, 225, 225)}
+        assert {tuple(color) for color in padding.tolist()} <= {(124, 116, 104), (225, 225, 225)}
         boxes = target["boxes"] * torch.tensor([width, height, width, height])
         assert torch.allclose(row["boxes"][:, 2:] - row["boxes"][:, :2], boxes[:, 2:])
         assert torch.allclose(row["boxes"].view(-1, 2, 2).mean(1), boxes[:, :2], atol=1e-4)
@@ -204,8 +202,8 @@ def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> 
     ].tolist()
     draw_samples(tmp_path, dataset, 2, 0, IMAGENET, count=2)
     with Image.open(tmp_path / "samples.png") as image:
-        colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
-    assert set(boxes.PALETTE[:5]) <= colours
+        colors = {color[:3] for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert set(boxes.PALETTE[:5]) <= colors
 
 
 def test_a_patch_has_the_box_of_its_most_confident_query() -> None:
@@ -425,14 +423,14 @@ def test_commands_of_the_page_are_commands(runs: Path) -> None:
 
 def test_the_command_for_evaluation_works(runs: Path, tmp_path: Path) -> None:
     """Data and sizes come from the checkpoint: nothing else has to be typed."""
-    words = commands(runs / "second", read_record(runs / "second" / "args.json"))["evaluate"]
+    words = commands(runs / "second", read_record(runs / "second" / "args.json"))["evaluate it"]
     finetune_main.main(finetune_main.parse([*words[2:-1], str(tmp_path), "--device", "cpu", "--num_workers", "0"]))
     assert (tmp_path / "metrics.json").exists()
 
 
 def test_a_run_goes_on_without_matplotlib_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(run_page, "_said", set())
+    monkeypatch.setattr(run_page, "_warned", set())
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5}\n')
     with logged() as lines:
         report(tmp_path)
@@ -445,9 +443,14 @@ def test_page_without_settings_and_with_odd_texts(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text('{"train_loss": 2.0}\n')
     write_run_page(tmp_path)
     assert "The settings of this run are not in its folder." in read_page(tmp_path).text
-    odd = Reader(page("<b>", table(["<i>"], [("a&b", ["<script>"])])))
-    assert "<script>" in odd.text
-    assert odd.titles == ["<b>"]
+    odd = tmp_path / "<b>"
+    odd.mkdir()
+    record = {"settings": {"detector": "<script>", "lr": "a&b"}, "given": ["lr"], "environment": {"<i>": "</td>"}}
+    (odd / "args.json").write_text(json.dumps(record))
+    write_run_page(odd)
+    shown = read_page(odd)
+    assert shown.titles == ["<b>", "Settings", "Versions, device, data", "Files of this folder", "Commands"]
+    assert all(text in shown.text for text in ("<script>", "a&b", "<i>", "</td>"))
     report(None)
 
 
@@ -470,5 +473,5 @@ def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
     finetune, pretrain = ({word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line)
     assert {"eval_every", "lr_drop"} <= finetune
     assert not {"mask_ratio", "view_iou", "enc_n_points", "voc_metric", "script"} & finetune
-    assert {"mask_ratio", "lr_drop"} <= pretrain
-    assert not {"view_iou", "enc_n_points", "eval_every"} & pretrain
+    assert {"mask_ratio", "lr_drop", "eval_every"} <= pretrain, "0, never, is a value"
+    assert not {"view_iou", "enc_n_points"} & pretrain

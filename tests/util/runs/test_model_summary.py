@@ -10,6 +10,7 @@ from torch import nn
 
 from models import build_model
 from tests.tiny import RUN_FLAGS, logged, tiny_args
+from util.errors import UserError
 from util.runs.model_summary import (
     PUBLISHED,
     count_multiply_adds,
@@ -18,8 +19,7 @@ from util.runs.model_summary import (
     evaluation_size,
     published_figures,
 )
-from util.settings.arguments import make_parser, resolve
-from util.settings.flags import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, make_parser, resolve
 from util.settings.registry import DETECTORS, PRETEXTS
 
 CONDITIONAL, DEFORMABLE = ("--detector", "conditional_detr"), ("--detector", "deformable_detr")
@@ -148,6 +148,17 @@ def test_a_run_says_its_size() -> None:
     assert "81.2 G multiply-adds for an image of 800 x 1066 (published: 41 M parameters, 86 G" in text
     assert summary["parameters"] == 41_524_768
     assert summary["multiply_adds_hw"] == [800, 1066]
+
+
+def test_a_run_says_which_kernels_it_uses() -> None:
+    args = published_args(*DEFORMABLE)
+    with logged() as lines:
+        summary = describe_model(on_meta(args), args)
+    assert summary["kernels"] == {"deformable attention": "pytorch"}
+    assert any("deformable attention: pytorch" in line for line in lines)
+    args = published_args(*DEFORMABLE, "--ms_deform_attn", "triton")
+    with pytest.raises(UserError, match="--ms_deform_attn triton"):
+        describe_model(on_meta(args), args)
 
 
 @pytest.mark.parametrize("pretext", PRETEXTS)

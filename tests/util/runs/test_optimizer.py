@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tests.tiny import logged
+from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
 
@@ -57,7 +58,7 @@ def test_schedules_resume(before: tuple, after: tuple) -> None:
     resumed = optimizer_of()
     schedule = build_scheduler(resumed, *after)
     with logged() as lines:
-        restore_optimizer(resumed, schedule, file, nn.Module())
+        restore_optimizer(resumed, schedule, Checkpoint(**file), nn.Module())
     assert any("--lr_drop" in line for line in lines) is (before != after)
     whole = optimizer_of()
     expected = stepped(whole, build_scheduler(whole, *after), 6)[2:]
@@ -75,7 +76,7 @@ def test_sgd_and_adamw_do_not_mix() -> None:
     }
     adamw = optimizer_of()
     with pytest.raises(UserError, match="SGD.*AdamW.*--sgd"):
-        restore_optimizer(adamw, build_scheduler(adamw, 2), file, nn.Module())
+        restore_optimizer(adamw, build_scheduler(adamw, 2), Checkpoint(**file), nn.Module())
 
 
 def three_parts(*names: str) -> nn.ModuleDict:
@@ -107,7 +108,7 @@ def test_moments_follow_the_names_of_the_file() -> None:
     }
     ours = three_parts("transformer", "class_embed", "bbox_embed", "backbone", "feature_embed")
     resumed = build_optimizer(ours, 1.0, 1.0, 0.0)
-    restore_optimizer(resumed, build_scheduler(resumed, 2), file, ours)
+    restore_optimizer(resumed, build_scheduler(resumed, 2), Checkpoint(**file), ours)
     for name, parameter in ours.named_parameters():
         assert torch.equal(
             resumed.state[parameter]["exp_avg"], optimizer.state[theirs.get_parameter(name)]["exp_avg"]
@@ -115,7 +116,7 @@ def test_moments_follow_the_names_of_the_file() -> None:
 
     file["model"] = dict(reversed(file["model"].items()))  # an order that is not the optimiser's
     with pytest.raises(UserError, match="in an order that its weights don't tell"):
-        restore_optimizer(resumed, build_scheduler(resumed, 2), file, ours)
+        restore_optimizer(resumed, build_scheduler(resumed, 2), Checkpoint(**file), ours)
 
 
 def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> None:
@@ -133,7 +134,7 @@ def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> No
     resumed = build_optimizer(elsewhere, 1.0, 1.0, 0.0)
     for group in resumed.param_groups:
         group["fused"] = True
-    restore_optimizer(resumed, build_scheduler(resumed, 9), file, elsewhere)
+    restore_optimizer(resumed, build_scheduler(resumed, 9), Checkpoint(**file), elsewhere)
     assert {state["step"].device.type for state in resumed.state.values()} == {"meta"}
     assert all(group["fused"] for group in resumed.param_groups)
 

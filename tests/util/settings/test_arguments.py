@@ -15,9 +15,9 @@ import finetune_main
 import main as pretrain_main
 from models import build_model
 from util.errors import UserError
-from util.settings.arguments import DEFAULTS, Parser, given_flags, make_parser, plain_settings, resolve
-from util.settings.flags import DEAD_FLAGS, FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, Parser, given_flags, make_parser, resolve
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
+from util.settings.table import FLAGS, REFUSED_FLAGS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -99,8 +99,8 @@ def parse(script: str, *flags: str) -> Namespace:
 
 @pytest.fixture(autouse=True)
 def _many_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default number of loader processes is limited to the cores of the machine."""
-    monkeypatch.setattr("util.settings.arguments.usable_cores", lambda: 64)
+    """The default number of dataloader workers is limited to the cores of the machine."""
+    monkeypatch.setattr("util.settings.resolving.usable_cores", lambda: 64)
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -254,7 +254,7 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
         assert (
             "is a flag of finetune_main.py"
             if flag in DETREG_OF_FINE_TUNING
-            else DEAD_FLAGS.get(f"--{flag}", [0, ""])[1]
+            else REFUSED_FLAGS.get(f"--{flag}", [0, ""])[1]
         ) in said
     for flag, value in DETREG_OF_FINE_TUNING.items():
         assert str(getattr(make_parser(FINETUNE).parse_args([f"--{flag}", value]), flag)).startswith(value)
@@ -265,7 +265,7 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
     [
         (
             ["--strategy", "topk"],
-            "--strategy means nothing to --pretext random_query_patch: leave it out or use --pretext region_prior",
+            "--strategy means nothing to --pretext random_query_patch: omit it or use --pretext region_prior",
         ),
         (["--max_prop", "30"], "--pretext region_prior"),
         (["--object_embedding_loss"], "--pretext region_prior"),
@@ -286,7 +286,7 @@ def test_dead_flags_are_refused_with_the_reason(script: str, flag: str, value: s
     assert stop.value.code != 0
     message = capsys.readouterr().err
     assert f"--{flag}" in message
-    assert DEAD_FLAGS[f"--{flag}"][1] in message
+    assert REFUSED_FLAGS[f"--{flag}"][1] in message
     assert message.count("\n") == 1
 
 
@@ -358,16 +358,14 @@ def test_contradictions_are_found_before_anything_starts(script: str, flags: lis
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
 def test_resolve_is_idempotent(script: str, detector: str) -> None:
     args = parse(script, "--detector", detector, "--lr", "3e-4", "--load_backbone", "random")
-    before = dict(vars(args))
     assert resolve(args) is args
-    assert vars(args) == before
-    saved = plain_settings(args)  # what a checkpoint keeps
-    assert plain_settings(resolve(Namespace(**saved))) == saved
+    saved = args.as_dict()  # what a checkpoint holds
+    assert resolve(Namespace(**saved)).as_dict() == saved
 
 
 def test_given_flags_are_those_of_the_user() -> None:
     args = make_parser(FINETUNE).parse_args(["--pre_norm", "--lr", "1e-4", "--no_aux_loss"])
-    assert given_flags(args) == {"pre_norm", "lr", "aux_loss"}
+    assert given_flags(args) == {"pre_norm": True, "lr": 1e-4, "aux_loss": False}
 
 
 def test_aliases_of_backbone_weights() -> None:
@@ -413,11 +411,13 @@ def test_build_model_takes_unresolved_flags(module) -> None:
         "1",
     ]
     args = module.get_args_parser().parse_args(flags)
+    before = dict(vars(args))
     model, criterion, postprocessors = build_model(args)
+    assert vars(args) == before, "the namespace is the user's"
     assert isinstance(model, torch.nn.Module)
     assert set(criterion.weight_dict) >= {"loss_ce", "loss_bbox", "loss_giou"}
     assert set(postprocessors) == {"bbox"}
-    assert args.num_queries == 100
+    assert model.base_detector().num_queries == 100
 
 
 def test_build_model_takes_a_namespace_of_a_user() -> None:
@@ -450,7 +450,7 @@ def test_help_has_a_text_for_every_flag(script: str) -> None:
 )
 def test_a_flag_that_nothing_reads_is_refused(script: str, words: str, needed: str) -> None:
     words = [*words.split(), *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x"))]
-    with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or leave"):
+    with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or omit"):
         parse(script, *words)
     parse(script, *words[:-4], *words[-2:])  # without the flag
 
@@ -469,7 +469,7 @@ def defaults_of(script: str) -> Iterator[tuple[str, Any]]:
         for detector, entry in DETECTORS.items():
             others = {flag for other in DETECTORS.values() for flag in other.flags} - set(entry.flags)
             words = [first[0], name, "--detector", detector, "--backbone_weights", "none", "--device", "cpu"]
-            settings = vars(parse(script, *words)).items()
+            settings = parse(script, *words).as_dict().items()
             yield from ((flag, value) for flag, value in settings if flag not in others and f"--{flag}" not in words)
 
 
@@ -498,12 +498,16 @@ def read_names() -> set[str]:
         *(p for folder in ("util", "models", "datasets", "tools") for p in (ROOT / folder).rglob("*.py")),
     ]:
         tree = ast.parse(path.read_text())
-        checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "_check"]
+        checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and path.name == "checks.py"]
         checking = {id(node) for check in checks for node in ast.walk(check)}
         for node in ast.walk(tree):
             if id(node) in checking:
                 continue
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and "args" in ast.unparse(node.value):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Load)
+                and re.search(r"args|settings|validation|draft", ast.unparse(node.value))
+            ):
                 found.add(node.attr)
             elif (
                 isinstance(node, ast.Call)
@@ -511,6 +515,10 @@ def read_names() -> set[str]:
                 and isinstance(node.args[1], ast.Constant)
             ):
                 found.add(node.args[1].value)
+            elif isinstance(node, ast.Subscript) and ast.unparse(node.value) in ("draft", "given"):
+                found.add(ast.unparse(node.slice).strip("'"))
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "given.get":
+                found.add(ast.unparse(node.args[0]).strip("'"))
     return found
 
 
@@ -522,8 +530,7 @@ def test_no_dead_flag() -> None:
         assert declared <= read, sorted(declared - read)
 
 
-def test_the_tables_of_defaults_have_only_flags() -> None:
-    declared = {action.dest for script in (PRETRAIN, FINETUNE) for action in make_parser(script)._actions}
-    for table in [DEFAULTS, *(entry.defaults for entry in [*DETECTORS.values(), *PRETEXTS.values()])]:
-        assert set(table) <= declared, sorted(set(table) - declared)
-        assert set(table) <= set(DEFAULTS), "what a line changes has a general value"
+def test_the_registries_change_and_name_only_flags() -> None:
+    declared = {flag.name for flag in FLAGS}
+    for entry in [*DETECTORS.values(), *PRETEXTS.values(), *DATASETS.values()]:
+        assert set(entry.defaults) | set(entry.flags) <= declared, entry

@@ -15,7 +15,7 @@ from util.settings.registry import DatasetEntry, DetectorEntry, PretextEntry
 FILES = {
     "toy_detector": '''
         """DETR whose boxes are never wider than half the image."""
-        from models.detr import DETR, Decoder, DecoderLayer, Transformer, build_encoder
+        from models.detr import DETR, Decoder, DecoderLayer, Transformer, build_encoder, detector_sizes, layer_sizes
 
 
         class HalfDETR(DETR):
@@ -24,15 +24,15 @@ FILES = {
 
 
         def build(args, backbone, classification):
-            layer = DecoderLayer(args.hidden_dim, args.nheads, args.dim_feedforward, args.dropout, args.pre_norm)
+            layer = DecoderLayer(args.hidden_dim, **layer_sizes(args))
             transformer = Transformer(build_encoder(args), Decoder(layer, args.dec_layers, args.hidden_dim))
-            return HalfDETR(backbone, transformer, classification, args.num_queries, args.hidden_dim, args.aux_loss)
+            return HalfDETR(backbone, transformer, classification, **detector_sizes(args))
     ''',
     "toy_pretext": '''
         """Finds the same boxes without being shown the patches."""
         from torch import nn
 
-        from models.classification import Classification
+        from models.classification import Classification, matching_costs
         from models.pretext import Pretext
         from util.nested_tensor import as_nested_tensor
 
@@ -45,12 +45,12 @@ FILES = {
                 self.blind_shift = nn.Linear(1, detector.hidden_dim)
 
             @classmethod
-            def from_args(cls, args, detector):
+            def from_settings(cls, args, detector):
                 return cls(detector)
 
             @staticmethod
             def build_classification(args):
-                return Classification("softmax", 2, args.set_cost_class, args.set_cost_bbox, args.set_cost_giou)
+                return Classification("softmax", 2, **matching_costs(args))
 
             def loss_weights(self, args):
                 return {"loss_ce": 1.0, "loss_bbox": args.bbox_loss_coef, "loss_giou": 2.0}
@@ -66,8 +66,8 @@ FILES = {
         from datasets.labelled.coco import build_coco
 
 
-        def build(image_set, args):
-            return build_coco("val", args)
+        def build(image_set, args, classes=None):
+            return build_coco("val", args, classes)
     ''',
     "toy_proposals": '''
         """The left half of the image, as often as boxes are wanted."""
@@ -103,7 +103,7 @@ FILES = {
 
 
         def build(name, norm, dilation, stages):
-            return Body(OneConvolution(), [32], [24], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), early=set())
+            return Body(OneConvolution(), strides=[32], num_channels=[24], mean=(0.5,) * 3, std=(0.5,) * 3, early=set())
     ''',
 }
 
@@ -197,12 +197,11 @@ def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) 
 
 
 def test_the_defaults_of_a_new_detector_hold_where_no_flag_is_given(toys: None) -> None:
-    from util.settings.arguments import make_parser, resolve
-    from util.settings.flags import FINETUNE
+    from util.settings import FINETUNE, make_parser, resolve
 
     assert resolve(make_parser(FINETUNE).parse_args(["--detector", "toy"])).num_queries == 8
 
 
 def test_an_unknown_name_lists_the_new_ones(toys: None) -> None:
     with pytest.raises(UserError, match=r"--backbone resnet999 is unknown.*one_convolution"):
-        registry.choose(registry.BACKBONES, "--backbone", "resnet999")
+        registry.lookup(registry.BACKBONES, "--backbone", "resnet999")

@@ -1,0 +1,188 @@
+"""The one inference path: inputs of every kind give the same predictions, in pixels of the image."""
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets.images.image_folder import ImageFolder, read_image
+from models import build_model
+from predictor import Prediction, Predictor, as_image
+from tests.tiny import FROZEN, ROOT, fine_tune, own_flags, tiny_args, write_images, write_own_data
+from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import UserError
+from util.settings import PRETRAIN
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = write_own_data(tmp_path_factory.mktemp("own"))
+    fine_tune(*own_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
+    return root
+
+
+@pytest.fixture(scope="module")
+def predictor(data: Path) -> Predictor:
+    return Predictor.from_checkpoint(data / "run" / "checkpoint.pth", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def path(data: Path) -> Path:
+    return sorted((data / "held_out").iterdir())[0]
+
+
+def assert_same(first: Prediction, second: Prediction) -> None:
+    for name in ("scores", "labels", "boxes"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert (first.names, first.category_ids, first.size_hw) == (second.names, second.category_ids, second.size_hw)
+
+
+def test_a_path_an_image_an_array_and_a_tensor_give_the_same(predictor: Predictor, path: Path) -> None:
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    expected = predictor(path, threshold=0)
+    assert len(expected) == 20
+    for same in (str(path), Image.open(path), pixels, tensor, tensor.float() / 255, read_image(str(path))):
+        assert_same(predictor(same, threshold=0), expected)
+    several = predictor([path, pixels, tensor], threshold=0)
+    assert isinstance(several, list)
+    for one in several:
+        assert_same(one, expected)
+
+
+def test_boxes_are_in_pixels_of_the_image_and_best_first(predictor: Predictor, path: Path) -> None:
+    found = predictor(path, threshold=0)
+    with Image.open(path) as image:
+        width, height = image.size
+    assert found.size_hw == (height, width)
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    assert (found.boxes >= 0).all()
+    assert (found.boxes <= torch.tensor([width, height, width, height])).all()
+    twice = predictor(Image.open(path).resize((2 * width, 2 * height), Image.Resampling.NEAREST), threshold=0)
+    assert twice.size_hw == (2 * height, 2 * width)
+    assert twice.boxes.max() > found.boxes.max()
+
+
+def test_names_and_ids_are_those_of_the_training_data(predictor: Predictor, path: Path) -> None:
+    found = predictor(path, threshold=0)
+    names = {3: "green", 7: "red", 1000: "blue"}
+    assert [names[number] for number in found.category_ids] == found.names
+    rows = found.to_coco(5)
+    assert [row["category_id"] for row in rows] == found.category_ids
+    x, y, w, h = rows[0]["bbox"]
+    np.testing.assert_allclose([x, y, x + w, y + h], found.boxes[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_threshold_keeps_the_best(predictor: Predictor, path: Path) -> None:
+    found = predictor(path, threshold=0)
+    threshold = float(found.scores[4])
+    kept = predictor(path, threshold=threshold)
+    assert len(kept) == len(kept.names) == len(kept.category_ids) == int((found.scores >= threshold).sum())
+    assert_same(kept, found.above(threshold))
+
+
+def test_batches_of_padded_images_keep_their_order(predictor: Predictor, data: Path) -> None:
+    paths = sorted((data / "held_out").iterdir())
+    alone, batched = predictor(paths, threshold=0), predictor(iter(paths), threshold=0, batch_size=2)
+    assert [one.size_hw for one in alone] == [one.size_hw for one in batched]
+    for one, other in zip(alone, batched, strict=True):
+        torch.testing.assert_close(one.scores[:3], other.scores[:3], atol=0.05, rtol=0)
+
+
+def test_files_are_decoded_once_and_bad_ones_are_results(
+    predictor: Predictor, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = write_images(tmp_path / "images", count=3)
+    (images / "b.jpg").write_bytes(b"broken")
+    folder, reads = ImageFolder(str(images)), []
+    monkeypatch.setattr("predictor.read_image", lambda file: reads.append(file) or read_image(file))
+    results = list(predictor.predict_files(folder, threshold=0, batch_size=2))
+    assert [result.index for result in results] == list(range(4))
+    assert len(reads) == len(set(reads)) == 4
+    broken = [result for result in results if result.problem]
+    assert [folder.name(result.index) for result in broken] == ["b.jpg"]
+    assert broken[0].prediction is broken[0].image is None
+    for result in results:
+        if result.prediction is not None:
+            assert result.prediction.size_hw == tuple(result.image.shape[1:])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 4), np.uint8),
+        torch.zeros(1, 3, 4, 4),
+        torch.zeros(4, 4, 3),
+        torch.zeros(3, 4, 4, dtype=torch.int64),
+    ],
+)
+def test_other_shapes_and_types_are_refused(wrong) -> None:
+    with pytest.raises(ValueError, match="must be .*, got "):
+        as_image(wrong)
+
+
+def test_a_file_that_is_no_image_is_one_line(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"a.jpg: can't be decoded"):
+        predictor(tmp_path / "a.jpg")
+
+
+def test_sizes_and_precision_can_be_chosen(data: Path, path: Path) -> None:
+    source = data / "run" / "checkpoint.pth"
+    small = Predictor.from_checkpoint(source, device="cpu", image_size=32, amp="bf16")
+    assert (small.settings.image_size, small.amp) == (32, True)
+    assert small(path, threshold=0).scores.dtype == torch.float32
+    read = Predictor.from_checkpoint(load_checkpoint(source), device="cpu")
+    assert_same(read(path, threshold=0), Predictor.from_checkpoint(str(source), device="cpu")(path, threshold=0))
+
+
+def test_a_pretext_predicts_class_agnostic_boxes_only(tmp_path: Path, path: Path) -> None:
+    args = tiny_args(PRETRAIN)
+    model, _, _ = build_model(args)
+    save_checkpoint({"model": model.state_dict(), "args": args.as_dict()}, tmp_path / "pretext.pth")
+    with pytest.raises(UserError, match="knows no classes"):
+        Predictor.from_checkpoint(tmp_path / "pretext.pth", device="cpu")
+    finder = Predictor.from_checkpoint(tmp_path / "pretext.pth", device="cpu", class_agnostic=True)
+    found = finder(path, threshold=0)
+    assert len(found) == 20
+    assert set(found.names) == {"object"}
+    assert finder.postprocess.label == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"device": "cuda:99"}, "--device cuda:99: (no CUDA GPU is visible|there are)"),
+        ({"device": "gpu"}, "gpu is no device"),
+        ({"amp": "fp16"}, "amp='fp16': choose one of no, bf16"),
+        ({"image_size": 0}, "image_size=0: must be above 0"),
+    ],
+)
+def test_bad_options_are_one_line(data: Path, options: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Predictor.from_checkpoint(data / "run" / "checkpoint.pth", **options)
+
+
+def test_a_published_model_that_no_program_can_fetch() -> None:
+    with pytest.raises(UserError, match="download the file with a browser and give its path"):
+        Predictor.from_checkpoint("deformable_detr_resnet50")
+
+
+def test_the_three_lines_of_the_readme(
+    data: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (code,) = (block for block in blocks if "import Predictor" in block)
+    assert len(code.strip().splitlines()) == 5  # with the import
+    (tmp_path / "outputs" / "coco").mkdir(parents=True)
+    shutil.copy(data / "run" / "checkpoint.pth", tmp_path / "outputs" / "coco")
+    Image.open(path).convert("RGB").save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code.replace("threshold=0.5", "threshold=0"), "README.md", "exec"), {})
+    assert "tensor(" in capsys.readouterr().out

@@ -1,0 +1,178 @@
+"""The steps of a transfer study: a fair plan, of commands that the scripts take."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from tests.documents import config_words, parse, tool
+from tests.study_cases import prepare_data, run_words
+from tests.tiny import ROOT
+from tools import transfer_study
+from tools.study import presets
+from tools.study.plan import Step, plan_of, words_of
+from tools.study.prepare import read_manifest
+from tools.study.runner import command
+from util.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepare_data(tmp_path_factory.mktemp("study"))
+
+
+def steps_of(data: Path, *words: object) -> list[Step]:
+    args = transfer_study.parse(["run", *map(str, run_words(data, Path("out"), *words))])
+    return plan_of(args, read_manifest(data)).steps()
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("detector", presets.DETECTOR_FLAGS)
+def test_fine_tunings_differ_in_where_they_start_alone(data: Path, preset: str, detector: str) -> None:
+    steps = steps_of(
+        data, "--preset", preset, "--detectors", detector, "--ablations", "region_prior-random", "--fractions", 1
+    )
+    tuned = [dict(step.flags) for step in steps if step.kind == "finetune" and step.fraction == 1 and step.seed == 2]
+    assert len(tuned) == 5
+    assert "pretrain" not in tuned[0]
+    assert len({flags.pop("pretrain", "") for flags in tuned}) == 5
+    assert len({flags.pop("output_dir") for flags in tuned}) == 5
+    assert all(flags == tuned[0] for flags in tuned)
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
+    """Every row of every preset; configs are run by bash, and their names exist."""
+    of_configs = {pretext for _, pretext in presets.PRESETS[preset].configs}
+    ablations = [
+        name
+        for name, row in presets.ABLATIONS.items()
+        if row.pretext not in of_configs or row.times == 1 and None not in row.changes.values()
+    ]
+    words = ["--preset", preset, "--detectors", *presets.DETECTOR_FLAGS, "--seeds", 1, "--fractions", 1, "--ablations"]
+    steps = steps_of(data, *words, *ablations)
+    for step in steps:
+        flags = [word.replace("{data}", str(data)).replace("{study}", "out") for word in words_of(step.flags)]
+        words = [step.script, *flags]
+        if words[0].endswith(".sh"):
+            words = config_words(ROOT / words[0], *words[1:])
+        if words[0].startswith("tools/"):
+            tool(words[0]).parse(words[1:])
+        else:
+            settings = parse(words)
+            published = 800 if words[0] == "finetune_main.py" else 480
+            assert settings.image_size == (published if preset == "paper" else 64)
+            assert settings.seed == 1
+
+
+def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Path) -> None:
+    """A store knows its model, and pre-training on it has to name the same."""
+    steps = steps_of(
+        data,
+        "--pretexts",
+        "none",
+        "--ablations",
+        "region_prior-edge_boxes",
+        "region_prior-random",
+        "--seeds",
+        1,
+        "--fractions",
+        1,
+        "--edge_model",
+        tmp_path / "model.yml.gz",
+    )
+    named = {step.name for step in steps if step.flags.get("edge_model") == str(tmp_path / "model.yml.gz")}
+    assert named == {
+        "proposals/edge_boxes",
+        "pretrain/conditional_detr/region_prior-edge_boxes_seed1",
+    }
+
+
+def test_commands_for_several_gpus() -> None:
+    """A config starts its script with $LAUNCH; tools are one process; processes share the cores."""
+    torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
+    args = Namespace(data=Path("d"), output_dir=Path("o"), cores=32, jobs=2, num_workers=None, device=None)
+
+    def of(preset: str, kind: str, script: str) -> tuple[list[str], dict[str, str]]:
+        args.preset = preset
+        return command(Step("x", kind, script, {"seed": 1}), args, "python", Path())
+
+    flags = ["--seed", "1", "--num_workers"]
+    assert of("paper", "finetune", "finetune_main.py") == (
+        [*torchrun, "finetune_main.py", *flags, "1"],
+        {"OMP_NUM_THREADS": "2"},
+    )
+    config = ["bash", "configs/a.sh", *flags]
+    several = {"OMP_NUM_THREADS": "2", "LAUNCH": " ".join(torchrun)}
+    assert of("paper", "pretrain", "configs/a.sh") == ([*config, "1"], several)
+    alone = {"OMP_NUM_THREADS": "16"}
+    assert of("cpu", "pretrain", "configs/a.sh") == ([*config, "8"], {**alone, "LAUNCH": "python"})
+    assert of("paper", "recall", "tools/a.py") == of("cpu", "recall", "tools/a.py")
+    assert of("cpu", "recall", "tools/a.py") == (["python", "tools/a.py", *flags, "8"], alone)
+    assert of("cpu", "proposals", "tools/a.py") == (["python", "tools/a.py", *flags, "16"], alone)
+
+
+def test_seeds_come_whole(data: Path) -> None:
+    """Order of the plan: a stopped study is balanced; one pre-training serves all fine-tunings."""
+    fractions = "--fractions", 1, 0.5
+    steps = steps_of(data, "--seeds", 5, 6, "--pretrain_seeds", 1, *fractions)
+    tuned = [step for step in steps if step.kind == "finetune"]
+    assert [step.seed for step in tuned] == [5] * 8 + [6] * 8
+    assert [step.fraction for step in tuned[:8]] == [1.0] * 4 + [0.5] * 4
+    assert sum(step.kind == "pretrain" for step in steps) == 3, "one a pretext"
+    varied = steps_of(data, "--seeds", 5, 6, "--pretrain_seeds", 1, 2, *fractions)
+    starts = {step.seed: step.needs for step in varied if step.kind == "finetune" and step.variant == "siamese"}
+    assert starts == {seed: (f"pretrain/conditional_detr/siamese_seed{seed - 4}",) for seed in (5, 6)}
+
+
+def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
+    """It is fine-tuned as all others are; nothing is pre-trained for it."""
+    file = tmp_path / "mine.pth"
+    file.touch()
+    steps = steps_of(data, "--pretexts", "none", "--seeds", 1, "--fractions", 1, "--pretrained", f"mine={file}")
+    assert [step.name for step in steps] == [f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "mine")]
+    none, mine = (dict(step.flags) for step in steps)
+    assert mine == {**none, "pretrain": str(file), "output_dir": "{study}/finetune/conditional_detr/mine/1_seed1"}
+    for words, what in (
+        ("mine", "give NAME=FILE"),
+        (f"a/b={file}", "give NAME=FILE"),
+        (f"siamese={file}", "is another row's name"),
+        (f"mine={file}x", "there is no file"),
+    ):
+        with pytest.raises(UserError, match=what):
+            steps_of(data, "--fractions", 1, "--pretrained", words)
+
+
+@pytest.mark.parametrize("change", ["no_reconstruction", "longer"])
+def test_a_config_can_not_be_cut(data: Path, change: str) -> None:
+    with pytest.raises(UserError, match=rf"{change}: configs/UPDETR_conditional_pretrain_in\.sh fixes what it changes"):
+        steps_of(data, "--preset", "paper", "--fractions", 1, "--ablations", f"random_query_patch-{change}")
+
+
+def test_a_longer_row_has_more_steps_of_pre_training_and_nothing_else(data: Path) -> None:
+    """The rate drops at the same share of them; fine-tuning is the same."""
+    rows = "region_prior", "region_prior-longer"
+    steps = steps_of(
+        data, "--preset", "cpu", "--pretexts", rows[0], "--ablations", rows[1], "--seeds", 1, "--fractions", 1
+    )
+    pretrained, tuned = (
+        [dict(step.flags) for step in steps if step.kind == kind and step.variant in rows]
+        for kind in ("pretrain", "finetune")
+    )
+    lengths = [(int(flags.pop("max_iters")), int(flags.pop("lr_drop_iters"))) for flags in pretrained]
+    assert lengths[1] == tuple(4 * steps for steps in lengths[0])
+    for pair in (pretrained, tuned):
+        places = [flags.pop("output_dir") for flags in pair], [flags.pop("pretrain", "") for flags in pair]
+        assert pair[0] == pair[1], places
+
+
+def test_fractions_have_to_be_prepared(data: Path) -> None:
+    with pytest.raises(UserError, match=r"--fractions 0\.25: .* has 0\.5 1"):
+        steps_of(data, "--fractions", 0.25)
+
+
+def test_settings_are_chosen_on_the_validation_images(data: Path) -> None:
+    steps = steps_of(data, "--fractions", 1, "--seeds", 1, "--evaluate_on", "val", "--lr", 3e-4)
+    tuned = [step.flags for step in steps if step.kind == "finetune"]
+    assert {flags["val_annotations"] for flags in tuned} == {"{data}/annotations/val.json"}
+    assert {(flags["lr"], flags["lr_backbone"]) for flags in tuned} == {(3e-4, 3e-4 * 0.1)}
