@@ -1,14 +1,16 @@
-"""Every flag of both entry scripts: one row each. Parsers, help, checks and resolving are made from this table.
+"""Every flag of both entry scripts: one row each, `util.settings.flag.Flag`.
+
+Parsers, help, checks and resolving are made from this table.
 
 A row has the general default. The line of a dataset, a detector or a pretext in `util.settings.registry` may change it
 (a pretext's change is stronger than a detector's, a detector's than a dataset's), and says which flags are read by it
 alone. The help names all of these defaults by itself.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from util.settings.flag import FINETUNE, PRETRAIN, SCRIPTS, Flag, flags_in
 from util.settings.kinds import (
     at_least_zero,
     device,
@@ -19,96 +21,10 @@ from util.settings.kinds import (
     strategy,
     voc_set,
 )
-from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, names_of
+from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 
-PRETRAIN, FINETUNE = "main.py", "finetune_main.py"
-SCRIPTS = (PRETRAIN, FINETUNE)
 GROUPS = ("run", "optimization", "model", "matching and losses", "data", "pretext", "fine-tuning and evaluation")
 RUN, OPTIMIZATION, MODEL, LOSSES, DATA, PRETEXT, FINETUNING = GROUPS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Flag:
-    """One flag.
-
-    Attributes:
-        name: without dashes. aliases: other spellings, with dashes.
-        help: what it means, with its unit. The default is appended; default_help replaces the general one in words.
-        type: converts a value's text and refuses bad ones; None: a switch. values: what can be chosen; a registry's
-            names, as they are when the parser is made.
-        default: general value; None: off for a switch, otherwise none, or decided by a rule in
-            `util.settings.resolving`.
-        off: spelling of the switch that turns it off; it then is on by default.
-        several: whether it takes a list of values.
-        session: belongs to this start of a run only; a resumed run does not adopt it from its checkpoint.
-        data: says where data is or which part of it is used; not adopted by a run on another kind of dataset.
-        counts: what a flag of the schedule counts, `epochs` or `steps`; replaces: flags that it makes void.
-        published: means the same in checkpoints of the published codebases, and is adopted from them.
-        needs: (flag with value, predicate of the settings) without which nothing reads it.
-        interval: of its values, as "[0, 1)".
-    """
-
-    name: str
-    help: str
-    group: str
-    scripts: tuple[str, ...] = SCRIPTS
-    aliases: tuple[str, ...] = ()
-    type: Callable[[str], Any] | None = None
-    values: Collection[Any] | None = None
-    default: Any = None
-    default_help: str = ""
-    metavar: str | None = None
-    off: str = ""
-    several: bool = False
-    session: bool = False
-    data: bool = False
-    counts: str = ""
-    replaces: tuple[str, ...] = ()
-    published: bool = False
-    needs: tuple[str, Callable[[Mapping[str, Any]], bool]] | None = None
-    interval: str = ""
-
-    @property
-    def is_switch(self) -> bool:
-        return self.type is None
-
-    def general_default(self) -> Any:
-        """A new list where it is one."""
-        if self.is_switch:
-            return bool(self.default)
-        return list(self.default) if isinstance(self.default, list) else self.default
-
-    def text(self) -> str:
-        """The help with all defaults."""
-        text = self.help.replace("{proposals}", names_of(PROPOSALS).replace("file:NAME", "file:PATH"))
-        if self.is_switch:
-            return text
-        changed = _registry_defaults(self)
-        general = self.default_help or _shown(self.default)
-        parts = ([general] if general else []) + [f"{name}: {value}" for name, value in changed.items()]
-        return f"{text} (default: {'; '.join(parts)})" if parts else text
-
-
-def _registry_defaults(flag: Flag) -> dict[str, str]:
-    """{names joined by commas: default} of the datasets, detectors and pretexts that change it."""
-    registries: list[Mapping[str, Any]] = [DATASETS, DETECTORS]
-    if PRETRAIN in flag.scripts:
-        registries.append(PRETEXTS)
-    by_value: dict[str, list[str]] = {}
-    for registry in registries:
-        for name, entry in registry.items():
-            if entry.defaults.get(flag.name) is not None:
-                by_value.setdefault(_shown(entry.defaults[flag.name]), []).append(name)
-    general = _shown(flag.default)
-    return {", ".join(names): value for value, names in by_value.items() if value != general or flag.default_help}
-
-
-def _shown(value: Any) -> str:
-    if value is None or value == "" or isinstance(value, bool):
-        return ""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 _EPOCHS, _STEPS = ("epochs", "lr_drop", "lr_drop_epochs"), ("max_iters", "lr_drop_iters")
@@ -130,839 +46,575 @@ def _object_embedding(settings: Mapping[str, Any]) -> bool:
 
 
 FLAGS: tuple[Flag, ...] = (
-    # ------------------------------------------------------------------------------------------------------------- run
-    Flag(
-        name="output_dir",
-        group=RUN,
-        type=str,
-        default="",
-        metavar="DIR",
-        session=True,
-        help="folder for everything that this run writes; without it nothing is saved",
-    ),
-    Flag(
-        name="resume",
-        group=RUN,
-        type=str,
-        default="",
-        metavar="PATH|URL|auto",
-        session=True,
-        help="resume a run from this checkpoint; auto: from checkpoint.pth in --output_dir, if it exists",
-    ),
-    Flag(
-        name="overwrite",
-        group=RUN,
-        session=True,
-        help="replace the files of another run in --output_dir",
-    ),
-    Flag(
-        name="dry_run",
-        group=RUN,
-        session=True,
-        help="check settings and data, try three steps, estimate time and memory, and stop",
-    ),
-    Flag(
-        name="device",
-        group=RUN,
-        type=device,
-        session=True,
-        help="cuda, cuda:N or cpu",
-        default_help="cuda if available",
-    ),
-    Flag(name="seed", group=RUN, type=int, default=42, help="random seed; the rank is added"),
-    Flag(
-        name="random_seed",
-        group=RUN,
-        help="draw a new random seed for this run; it is stored with the run",
-    ),
-    Flag(
-        name="num_workers",
-        group=RUN,
-        type=at_least_zero(),
-        default=2,
-        session=True,
-        help="dataloader workers per process; by default at most the number of cores",
-    ),
-    Flag(
-        name="amp",
-        group=RUN,
-        type=str,
-        values=("no", "bf16"),
-        default="no",
-        help="mixed precision; bf16: the network in bfloat16, boxes, matching and losses in float32",
-    ),
-    Flag(
-        name="start_epoch",
-        group=RUN,
-        type=at_least_zero(),
-        default=0,
-        session=True,
-        counts="epochs",
-        help="first epoch, counted from 0, if --resume holds weights only",
-    ),
-    Flag(
-        name="save_every",
-        group=RUN,
-        type=positive(),
-        default=100,
-        metavar="EPOCHS",
-        help="epochs between numbered checkpoints; one more is saved before each learning rate drop",
-    ),
-    Flag(
-        name="dist_url",
-        group=RUN,
-        type=str,
-        default="env://",
-        session=True,
-        help="address at which the processes of a distributed run meet",
-    ),
-    Flag(
-        name="reproduce_published",
-        group=RUN,
-        help="the published behaviour wherever this project departs from it, see docs/differences.md",
-    ),
-    # ---------------------------------------------------------------------------------------------------- optimization
-    Flag(
-        name="lr",
-        group=OPTIMIZATION,
-        type=positive(float),
-        default=1e-4,
-        published=True,
-        help="learning rate of the transformer and the heads",
-    ),
-    Flag(
-        name="lr_backbone",
-        group=OPTIMIZATION,
-        type=at_least_zero(float),
-        default=1e-5,
-        published=True,
-        default_help="1e-05; random_query_patch: as --lr",
-        help="learning rate of the backbone; 0 freezes it",
-    ),
-    Flag(name="batch_size", group=OPTIMIZATION, type=positive(), default=2, help="images per process (GPU)"),
-    Flag(
-        name="weight_decay",
-        group=OPTIMIZATION,
-        type=at_least_zero(float),
-        default=1e-4,
-        published=True,
-        help="weight decay of AdamW",
-    ),
-    Flag(
-        name="epochs",
-        group=OPTIMIZATION,
-        type=positive(),
-        default=300,
-        counts="epochs",
-        replaces=_STEPS,
-        published=True,
-        help="length of the training",
-    ),
-    Flag(
-        name="lr_drop",
-        group=OPTIMIZATION,
-        type=positive(),
-        default=200,
-        metavar="EPOCHS",
-        counts="epochs",
-        replaces=(*_STEPS, "lr_drop_epochs"),
-        published=True,
-        help="divide the learning rate by 10 every so many epochs",
-    ),
-    Flag(
-        name="lr_drop_epochs",
-        group=OPTIMIZATION,
-        type=positive(),
-        several=True,
-        metavar="EPOCH",
-        counts="epochs",
-        replaces=(*_STEPS, "lr_drop"),
-        help="divide the learning rate by 10 after each of these epochs, instead of --lr_drop",
-    ),
-    Flag(
-        name="max_iters",
-        group=OPTIMIZATION,
-        type=positive(),
-        metavar="STEPS",
-        counts="steps",
-        replaces=_EPOCHS,
-        help="length of the training in steps, instead of --epochs; a longer one of a finished run starts a new epoch",
-    ),
-    Flag(
-        name="lr_drop_iters",
-        group=OPTIMIZATION,
-        type=positive(),
-        metavar="STEPS",
-        counts="steps",
-        replaces=_EPOCHS,
-        help="divide the learning rate by 10 every so many steps, with --max_iters",
-    ),
-    Flag(
-        name="lr_backbone_names",
-        group=OPTIMIZATION,
-        type=str,
-        several=True,
-        default=["backbone"],
-        metavar="PART",
-        help="parameters whose name contains one of these are trained with --lr_backbone",
-    ),
-    Flag(
-        name="lr_linear_proj_names",
-        group=OPTIMIZATION,
-        type=str,
-        several=True,
-        default=[],
-        metavar="PART",
-        help="parameters whose name contains one of these are trained with --lr times --lr_linear_proj_mult",
-    ),
-    Flag(
-        name="lr_linear_proj_mult",
-        group=OPTIMIZATION,
-        type=positive(float),
-        default=0.1,
-        needs=("--lr_linear_proj_names", lambda settings: bool(settings["lr_linear_proj_names"])),
-        help="factor of the learning rate for --lr_linear_proj_names",
-    ),
-    Flag(name="sgd", group=OPTIMIZATION, help="SGD with momentum 0.9 instead of AdamW"),
-    Flag(
-        name="clip_max_norm",
-        group=OPTIMIZATION,
-        type=finite,
-        default=0.1,
-        published=True,
-        help="clip gradients to this norm; 0 or less: no clipping",
-    ),
-    # ----------------------------------------------------------------------------------------------------------- model
-    Flag(
-        name="detector",
-        group=MODEL,
-        aliases=("--model",),
-        type=str,
-        values=DETECTORS,
-        default="detr",
-        help="the detector to train",
-    ),
-    Flag(
-        name="backbone",
-        group=MODEL,
-        type=str,
-        default="resnet50",
-        help="resnet18, resnet34, resnet50, resnet101 or timm:NAME",
-    ),
-    Flag(
-        name="backbone_weights",
-        group=MODEL,
-        aliases=("--load_backbone",),
-        type=str,
-        metavar="swav|imagenet|none|PATH|URL",
-        session=True,
-        default_help="main.py: swav for resnet50, else imagenet; finetune_main.py: imagenet; with a checkpoint: none",
-        help="pre-trained weights of the backbone",
-    ),
-    Flag(
-        name="backbone_norm",
-        group=MODEL,
-        type=str,
-        values=("frozen", "live"),
-        default_help="frozen; live if the weights are random",
-        help="batch norm of the backbone",
-    ),
-    Flag(name="dilation", group=MODEL, help="stride 16 in the last stage of the backbone (DC5)"),
-    Flag(
-        name="position_embedding",
-        group=MODEL,
-        type=str,
-        values=("sine", "sine_shifted", "learned"),
-        default="sine",
-        help="positional encoding; sine_shifted: sine at the centers of the cells",
-    ),
-    Flag(name="enc_layers", group=MODEL, type=positive(), default=6, help="encoder layers"),
-    Flag(name="dec_layers", group=MODEL, type=positive(), default=6, help="decoder layers"),
-    Flag(
-        name="dim_feedforward",
-        group=MODEL,
-        type=positive(),
-        default=2048,
-        help="width of the feed-forward networks in the transformer",
-    ),
-    Flag(name="hidden_dim", group=MODEL, type=positive(), default=256, help="width of the transformer"),
-    Flag(name="nheads", group=MODEL, type=positive(), default=8, help="attention heads"),
-    Flag(name="dropout", group=MODEL, type=float, default=0.1, interval="[0, 1)", help="dropout in the transformer"),
-    Flag(name="num_queries", group=MODEL, type=positive(), default=100, help="object queries"),
-    Flag(name="pre_norm", group=MODEL, help="layer norm before each block, not after it"),
-    Flag(
-        name="num_feature_levels",
-        group=MODEL,
-        type=positive(),
-        default=1,
-        metavar="LEVELS",
-        help="feature levels that Deformable DETR reads: up to three of the backbone, then strided convolutions",
-    ),
-    Flag(
-        name="with_box_refine",
-        group=MODEL,
-        help="iterative box refinement in the decoder of Deformable DETR",
-    ),
-    Flag(
-        name="two_stage",
-        group=MODEL,
-        help="queries of Deformable DETR come from proposals of its encoder",
-    ),
-    Flag(
-        name="enc_n_points",
-        group=MODEL,
-        type=positive(),
-        default=4,
-        help="sampling points per head and level in the encoder of Deformable DETR",
-    ),
-    Flag(
-        name="dec_n_points",
-        group=MODEL,
-        type=positive(),
-        default=4,
-        help="sampling points per head and level in the decoder of Deformable DETR",
-    ),
-    Flag(
-        name="ms_deform_attn",
-        group=MODEL,
-        type=str,
-        values=("auto", "pytorch", "triton"),
-        default="auto",
-        session=True,
-        help="implementation of deformable attention; auto: triton on a GPU, else pytorch",
-    ),
-    # --------------------------------------------------------------------------------------------- matching and losses
-    Flag(
-        name="aux_loss",
-        group=LOSSES,
-        off="--no_aux_loss",
-        default=True,
-        help="no auxiliary losses on the earlier decoder layers",
-    ),
-    Flag(
-        name="set_cost_class",
-        group=LOSSES,
-        type=at_least_zero(float),
-        default=1.0,
-        help="matching: weight of the class cost",
-    ),
-    Flag(
-        name="set_cost_bbox",
-        group=LOSSES,
-        type=at_least_zero(float),
-        default=5.0,
-        help="matching: weight of the L1 box cost",
-    ),
-    Flag(
-        name="set_cost_giou",
-        group=LOSSES,
-        type=at_least_zero(float),
-        default=2.0,
-        help="matching: weight of the generalized IoU cost",
-    ),
-    Flag(
-        name="cls_loss_coef",
-        group=LOSSES,
-        type=at_least_zero(float),
-        default=1.0,
-        help="weight of the classification loss",
-    ),
-    Flag(name="bbox_loss_coef", group=LOSSES, type=at_least_zero(float), default=5.0, help="weight of the L1 box loss"),
-    Flag(
-        name="giou_loss_coef",
-        group=LOSSES,
-        type=at_least_zero(float),
-        default=2.0,
-        help="weight of the generalized IoU loss",
-    ),
-    Flag(
-        name="eos_coef",
-        group=LOSSES,
-        type=positive(float),
-        default=0.1,
-        needs=("--classification softmax", lambda settings: settings["classification"] == "softmax"),
-        help="weight of the class `no object` in softmax classification",
-    ),
-    Flag(
-        name="focal_alpha",
-        group=LOSSES,
-        type=finite,
-        default=0.25,
-        needs=("--classification focal", lambda settings: settings["classification"] == "focal"),
-        help="weight of positives in the focal loss",
-    ),
-    # ------------------------------------------------------------------------------------------------------------ data
-    Flag(
-        name="coco_path",
-        group=DATA,
-        type=str,
-        metavar="DIR",
-        data=True,
-        help="COCO: annotations/ beside train2017/ and val2017/, or beside images/train2017/",
-    ),
-    Flag(
-        name="data_root",
-        group=DATA,
-        type=str,
-        default="data",
-        metavar="DIR",
-        data=True,
-        help="folder with MSCoco, pascal/VOCdevkit and airbus-ship-detection, used if no other path is given",
-    ),
-    Flag(
-        name="dataset_file",
-        group=DATA,
-        type=str,
-        values=DATASETS,
-        default="coco",
-        help="kind of dataset; pre-training takes its images without labels; custom: see --train_images",
-    ),
-    Flag(
-        name="voc_path",
-        group=DATA,
-        type=str,
-        metavar="DIR",
-        data=True,
-        help="VOCdevkit, with VOC2007 and VOC2012 in it",
-    ),
-    Flag(
-        name="voc_train",
-        group=DATA,
-        type=voc_set,
-        several=True,
-        default=["2007_trainval", "2012_trainval"],
-        metavar="SET",
-        data=True,
-        help="VOC: image sets to train on",
-    ),
-    Flag(
-        name="voc_val",
-        group=DATA,
-        type=voc_set,
-        several=True,
-        default=["2007_test"],
-        metavar="SET",
-        data=True,
-        help="VOC: image sets to evaluate on",
-    ),
-    Flag(
-        name="airbus_path",
-        group=DATA,
-        type=str,
-        metavar="DIR",
-        data=True,
-        help="Airbus Ship: train_v2/ beside train_ship_segmentations_v2.csv",
-    ),
-    Flag(
-        name="dataset",
-        group=DATA,
-        type=str,
-        values=tuple(DATASET_PLACES),
-        data=True,
-        help="DETReg's name for a dataset in --data_root: ilsvrc, ilsvrc100, MSCoco, pascal, airbus-ship-detection",
-    ),
-    Flag(
-        name="train_images",
-        group=DATA,
-        type=str,
-        metavar="DIR",
-        data=True,
-        help="custom dataset: training images; file names in the annotations are relative to this folder",
-    ),
-    Flag(
-        name="image_size",
-        group=DATA,
-        type=positive(),
-        default=800,
-        metavar="PIXELS",
-        help="short side at evaluation; all published training sizes scale with it",
-    ),
-    Flag(
-        name="max_size",
-        group=DATA,
-        type=positive(),
-        metavar="PIXELS",
-        default_help="1333, pre-training 600; scaled with --image_size",
-        help="longest side",
-    ),
-    # --------------------------------------------------------------------------------------------------------- pretext
-    Flag(
-        name="pretext",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=str,
-        values=PRETEXTS,
-        default_help="random_query_patch",
-        help="the pretext task: what is learnt without labels",
-    ),
-    Flag(
-        name="imagenet_path",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=str,
-        metavar="DIR",
-        default_help="the images of --dataset_file",
-        help="unlabelled images: any folder tree, a list of files, tar files or a pattern of them",
-    ),
-    Flag(
-        name="proposals",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=proposal_method,
-        default="random",
-        metavar="NAME|file:PATH",
-        help="proposal method: {proposals}; see docs/proposals.md",
-    ),
-    Flag(
-        name="cache_path",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=str,
-        default="",
-        metavar="DIR",
-        help="take proposals from this cache of tools/cache_proposals.py",
-    ),
-    Flag(
-        name="strategy",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=strategy,
-        default="topk",
-        metavar="topk|random|mc",
-        help="which proposals are used: the first ones, random ones, or earlier ones with higher probability",
-    ),
-    Flag(
-        name="max_prop",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=positive(),
-        default=30,
-        help="proposals per image at most; with mc on average",
-    ),
-    Flag(
-        name="ss_resize",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=at_least_zero(),
-        default=128,
-        metavar="PIXELS",
-        help="selective_search: images are resized to a square of this side; 0: not resized",
-    ),
-    Flag(
-        name="edge_model",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=str,
-        default="",
-        metavar="FILE",
-        help="edge_boxes: OpenCV's model.yml.gz; without it edges are image gradients",
-    ),
-    Flag(
-        name="num_patches",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=positive(),
-        default=10,
-        help="query patches per image; must divide --num_queries",
-    ),
-    Flag(
-        name="patch_size",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=positive(),
-        default=128,
-        metavar="PIXELS",
-        help="side of a query patch",
-    ),
-    Flag(
-        name="mask_ratio",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=float,
-        default=0.1,
-        interval="[0, 1)",
-        help="random_query_patch: fraction of queries that are not given their patch in training",
-    ),
-    Flag(
-        name="feature_loss_coef",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=at_least_zero(float),
-        default=1.0,
-        needs=(
-            "--feature_recon",
-            lambda settings: settings["pretext"] != "random_query_patch" or bool(settings["feature_recon"]),
+    *flags_in(
+        RUN,
+        SCRIPTS,
+        Flag(
+            "output_dir",
+            "folder for everything that this run writes; without it nothing is saved",
+            str,
+            default="",
+            metavar="DIR",
+            session=True,
         ),
-        help="weight of the feature reconstruction loss; siamese: of region discrimination, 0 switches it off",
+        Flag(
+            "resume",
+            "resume a run from this checkpoint; auto: from checkpoint.pth in --output_dir, if it exists",
+            str,
+            default="",
+            metavar="PATH|URL|auto",
+            session=True,
+        ),
+        Flag("overwrite", "replace the files of another run in --output_dir", session=True),
+        Flag("dry_run", "check settings and data, try three steps, estimate time and memory, and stop", session=True),
+        Flag("device", "cuda, cuda:N or cpu", device, default_help="cuda if available", session=True),
+        Flag("seed", "random seed; the rank is added", int, default=42),
+        Flag("random_seed", "draw a new random seed for this run; it is stored with the run"),
+        Flag(
+            "num_workers",
+            "dataloader workers per process; by default at most the number of cores",
+            at_least_zero(),
+            default=2,
+            session=True,
+        ),
+        Flag(
+            "amp",
+            "mixed precision; bf16: the network in bfloat16, boxes, matching and losses in float32",
+            str,
+            values=("no", "bf16"),
+            default="no",
+        ),
+        Flag(
+            "start_epoch",
+            "first epoch, counted from 0, if --resume holds weights only",
+            at_least_zero(),
+            default=0,
+            counts="epochs",
+            session=True,
+        ),
+        Flag(
+            "save_every",
+            "epochs between numbered checkpoints; one more is saved before each learning rate drop",
+            positive(),
+            default=100,
+            metavar="EPOCHS",
+        ),
+        Flag(
+            "dist_url", "address at which the processes of a distributed run meet", str, default="env://", session=True
+        ),
+        Flag(
+            "reproduce_published",
+            "the published behaviour wherever this project departs from it, see docs/differences.md",
+        ),
     ),
-    Flag(
-        name="global_loss_coef",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=at_least_zero(float),
-        default=10.0,
-        help="siamese: weight of global discrimination; 0 switches it off",
+    *flags_in(
+        OPTIMIZATION,
+        SCRIPTS,
+        Flag("lr", "learning rate of the transformer and the heads", positive(float), default=1e-4, published=True),
+        Flag(
+            "lr_backbone",
+            "learning rate of the backbone; 0 freezes it",
+            at_least_zero(float),
+            default=1e-5,
+            default_help="1e-05; random_query_patch: as --lr",
+            published=True,
+        ),
+        Flag("batch_size", "images per process (GPU)", positive(), default=2),
+        Flag("weight_decay", "weight decay of AdamW", at_least_zero(float), default=1e-4, published=True),
+        Flag(
+            "epochs",
+            "length of the training",
+            positive(),
+            default=300,
+            counts="epochs",
+            replaces=_STEPS,
+            published=True,
+        ),
+        Flag(
+            "lr_drop",
+            "divide the learning rate by 10 every so many epochs",
+            positive(),
+            default=200,
+            metavar="EPOCHS",
+            counts="epochs",
+            replaces=(*_STEPS, "lr_drop_epochs"),
+            published=True,
+        ),
+        Flag(
+            "lr_drop_epochs",
+            "divide the learning rate by 10 after each of these epochs, instead of --lr_drop",
+            positive(),
+            metavar="EPOCH",
+            several=True,
+            counts="epochs",
+            replaces=(*_STEPS, "lr_drop"),
+        ),
+        Flag(
+            "max_iters",
+            "length of the training in steps, instead of --epochs; a longer one of a finished run starts a new epoch",
+            positive(),
+            metavar="STEPS",
+            counts="steps",
+            replaces=_EPOCHS,
+        ),
+        Flag(
+            "lr_drop_iters",
+            "divide the learning rate by 10 every so many steps, with --max_iters",
+            positive(),
+            metavar="STEPS",
+            counts="steps",
+            replaces=_EPOCHS,
+        ),
+        Flag(
+            "lr_backbone_names",
+            "parameters whose name contains one of these are trained with --lr_backbone",
+            str,
+            default=["backbone"],
+            metavar="PART",
+            several=True,
+        ),
+        Flag(
+            "lr_linear_proj_names",
+            "parameters whose name contains one of these are trained with --lr times --lr_linear_proj_mult",
+            str,
+            default=[],
+            metavar="PART",
+            several=True,
+        ),
+        Flag(
+            "lr_linear_proj_mult",
+            "factor of the learning rate for --lr_linear_proj_names",
+            positive(float),
+            default=0.1,
+            needs=("--lr_linear_proj_names", lambda settings: bool(settings["lr_linear_proj_names"])),
+        ),
+        Flag("sgd", "SGD with momentum 0.9 instead of AdamW"),
+        Flag(
+            "clip_max_norm", "clip gradients to this norm; 0 or less: no clipping", finite, default=0.1, published=True
+        ),
     ),
-    Flag(
-        name="box_disturbance",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=at_least_zero(float),
-        default=0.1,
-        metavar="FRACTION",
-        interval="[0, 0.5)",
-        help="siamese: the corners of a query's box move by up to this fraction of its sides",
+    *flags_in(
+        MODEL,
+        SCRIPTS,
+        Flag("detector", "the detector to train", str, values=DETECTORS, default="detr", aliases=("--model",)),
+        Flag("backbone", "resnet18, resnet34, resnet50, resnet101 or timm:NAME", str, default="resnet50"),
+        Flag(
+            "backbone_weights",
+            "pre-trained weights of the backbone",
+            str,
+            default_help="main.py: swav for resnet50, else imagenet; "
+            "finetune_main.py: imagenet; with a checkpoint: none",
+            metavar="swav|imagenet|none|PATH|URL",
+            aliases=("--load_backbone",),
+            session=True,
+        ),
+        Flag(
+            "backbone_norm",
+            "batch norm of the backbone",
+            str,
+            values=("frozen", "live"),
+            default_help="frozen; live if the weights are random",
+        ),
+        Flag("dilation", "stride 16 in the last stage of the backbone (DC5)"),
+        Flag(
+            "position_embedding",
+            "positional encoding; sine_shifted: sine at the centers of the cells",
+            str,
+            values=("sine", "sine_shifted", "learned"),
+            default="sine",
+        ),
+        Flag("enc_layers", "encoder layers", positive(), default=6),
+        Flag("dec_layers", "decoder layers", positive(), default=6),
+        Flag("dim_feedforward", "width of the feed-forward networks in the transformer", positive(), default=2048),
+        Flag("hidden_dim", "width of the transformer", positive(), default=256),
+        Flag("nheads", "attention heads", positive(), default=8),
+        Flag("dropout", "dropout in the transformer", float, default=0.1, interval="[0, 1)"),
+        Flag("num_queries", "object queries", positive(), default=100),
+        Flag("pre_norm", "layer norm before each block, not after it"),
+        Flag(
+            "num_feature_levels",
+            "feature levels that Deformable DETR reads: up to three of the backbone, then strided convolutions",
+            positive(),
+            default=1,
+            metavar="LEVELS",
+        ),
+        Flag("with_box_refine", "iterative box refinement in the decoder of Deformable DETR"),
+        Flag("two_stage", "queries of Deformable DETR come from proposals of its encoder"),
+        Flag(
+            "enc_n_points",
+            "sampling points per head and level in the encoder of Deformable DETR",
+            positive(),
+            default=4,
+        ),
+        Flag(
+            "dec_n_points",
+            "sampling points per head and level in the decoder of Deformable DETR",
+            positive(),
+            default=4,
+        ),
+        Flag(
+            "ms_deform_attn",
+            "implementation of deformable attention; auto: triton on a GPU, else pytorch",
+            str,
+            values=("auto", "pytorch", "triton"),
+            default="auto",
+            session=True,
+        ),
     ),
-    Flag(
-        name="view_iou",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=positive(float),
-        default=0.5,
-        interval="(0, 1)",
-        help="siamese: IoU of the two views",
+    *flags_in(
+        LOSSES,
+        SCRIPTS,
+        Flag("aux_loss", "no auxiliary losses on the earlier decoder layers", default=True, off="--no_aux_loss"),
+        Flag("set_cost_class", "matching: weight of the class cost", at_least_zero(float), default=1.0),
+        Flag("set_cost_bbox", "matching: weight of the L1 box cost", at_least_zero(float), default=5.0),
+        Flag("set_cost_giou", "matching: weight of the generalized IoU cost", at_least_zero(float), default=2.0),
+        Flag("cls_loss_coef", "weight of the classification loss", at_least_zero(float), default=1.0),
+        Flag("bbox_loss_coef", "weight of the L1 box loss", at_least_zero(float), default=5.0),
+        Flag("giou_loss_coef", "weight of the generalized IoU loss", at_least_zero(float), default=2.0),
+        Flag(
+            "eos_coef",
+            "weight of the class `no object` in softmax classification",
+            positive(float),
+            default=0.1,
+            needs=("--classification softmax", lambda settings: settings["classification"] == "softmax"),
+        ),
+        Flag(
+            "focal_alpha",
+            "weight of positives in the focal loss",
+            finite,
+            default=0.25,
+            needs=("--classification focal", lambda settings: settings["classification"] == "focal"),
+        ),
     ),
-    Flag(
-        name="view_shrink",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        off="--no_view_shrink",
-        default=True,
-        help="siamese: views overlap by exactly --view_iou, not by at least as much",
+    *flags_in(
+        DATA,
+        SCRIPTS,
+        Flag(
+            "coco_path",
+            "COCO: annotations/ beside train2017/ and val2017/, or beside images/train2017/",
+            str,
+            metavar="DIR",
+            data=True,
+        ),
+        Flag(
+            "data_root",
+            "folder with MSCoco, pascal/VOCdevkit and airbus-ship-detection, used if no other path is given",
+            str,
+            default="data",
+            metavar="DIR",
+            data=True,
+        ),
+        Flag(
+            "dataset_file",
+            "kind of dataset; pre-training takes its images without labels; custom: see --train_images",
+            str,
+            values=DATASETS,
+            default="coco",
+        ),
+        Flag("voc_path", "VOCdevkit, with VOC2007 and VOC2012 in it", str, metavar="DIR", data=True),
+        Flag(
+            "voc_train",
+            "VOC: image sets to train on",
+            voc_set,
+            default=["2007_trainval", "2012_trainval"],
+            metavar="SET",
+            several=True,
+            data=True,
+        ),
+        Flag(
+            "voc_val",
+            "VOC: image sets to evaluate on",
+            voc_set,
+            default=["2007_test"],
+            metavar="SET",
+            several=True,
+            data=True,
+        ),
+        Flag(
+            "airbus_path",
+            "Airbus Ship: train_v2/ beside train_ship_segmentations_v2.csv",
+            str,
+            metavar="DIR",
+            data=True,
+        ),
+        Flag(
+            "dataset",
+            "DETReg's name for a dataset in --data_root: ilsvrc, ilsvrc100, MSCoco, pascal, airbus-ship-detection",
+            str,
+            values=tuple(DATASET_PLACES),
+            data=True,
+        ),
+        Flag(
+            "train_images",
+            "custom dataset: training images; file names in the annotations are relative to this folder",
+            str,
+            metavar="DIR",
+            data=True,
+        ),
+        Flag(
+            "image_size",
+            "short side at evaluation; all published training sizes scale with it",
+            positive(),
+            default=800,
+            metavar="PIXELS",
+        ),
+        Flag(
+            "max_size",
+            "longest side",
+            positive(),
+            default_help="1333, pre-training 600; scaled with --image_size",
+            metavar="PIXELS",
+        ),
     ),
-    Flag(
-        name="teacher_momentum",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=finite,
-        metavar="M",
-        interval="[0, 1]",
-        default_help="off; 0.99 is a good value",
-        help="siamese: targets come from a moving average of the network with this initial momentum",
+    *flags_in(
+        PRETEXT,
+        (PRETRAIN,),
+        Flag(
+            "pretext",
+            "the pretext task: what is learnt without labels",
+            str,
+            values=PRETEXTS,
+            default_help="random_query_patch",
+        ),
+        Flag(
+            "imagenet_path",
+            "unlabelled images: any folder tree, a list of files, tar files or a pattern of them",
+            str,
+            default_help="the images of --dataset_file",
+            metavar="DIR",
+        ),
+        Flag(
+            "proposals",
+            "proposal method: {proposals}; see docs/proposals.md",
+            proposal_method,
+            default="random",
+            metavar="NAME|file:PATH",
+        ),
+        Flag(
+            "cache_path", "take proposals from this cache of tools/cache_proposals.py", str, default="", metavar="DIR"
+        ),
+        Flag(
+            "strategy",
+            "which proposals are used: the first ones, random ones, or earlier ones with higher probability",
+            strategy,
+            default="topk",
+            metavar="topk|random|mc",
+        ),
+        Flag("max_prop", "proposals per image at most; with mc on average", positive(), default=30),
+        Flag(
+            "ss_resize",
+            "selective_search: images are resized to a square of this side; 0: not resized",
+            at_least_zero(),
+            default=128,
+            metavar="PIXELS",
+        ),
+        Flag(
+            "edge_model",
+            "edge_boxes: OpenCV's model.yml.gz; without it edges are image gradients",
+            str,
+            default="",
+            metavar="FILE",
+        ),
+        Flag("num_patches", "query patches per image; must divide --num_queries", positive(), default=10),
+        Flag("patch_size", "side of a query patch", positive(), default=128, metavar="PIXELS"),
+        Flag(
+            "mask_ratio",
+            "random_query_patch: fraction of queries that are not given their patch in training",
+            float,
+            default=0.1,
+            interval="[0, 1)",
+        ),
+        Flag(
+            "feature_loss_coef",
+            "weight of the feature reconstruction loss; siamese: of region discrimination, 0 switches it off",
+            at_least_zero(float),
+            default=1.0,
+            needs=(
+                "--feature_recon",
+                lambda settings: settings["pretext"] != "random_query_patch" or bool(settings["feature_recon"]),
+            ),
+        ),
+        Flag(
+            "global_loss_coef",
+            "siamese: weight of global discrimination; 0 switches it off",
+            at_least_zero(float),
+            default=10.0,
+        ),
+        Flag(
+            "box_disturbance",
+            "siamese: the corners of a query's box move by up to this fraction of its sides",
+            at_least_zero(float),
+            default=0.1,
+            metavar="FRACTION",
+            interval="[0, 0.5)",
+        ),
+        Flag("view_iou", "siamese: IoU of the two views", positive(float), default=0.5, interval="(0, 1)"),
+        Flag(
+            "view_shrink",
+            "siamese: views overlap by exactly --view_iou, not by at least as much",
+            default=True,
+            off="--no_view_shrink",
+        ),
+        Flag(
+            "teacher_momentum",
+            "siamese: targets come from a moving average of the network with this initial momentum",
+            finite,
+            default_help="off; 0.99 is a good value",
+            metavar="M",
+            interval="[0, 1]",
+        ),
+        Flag("feature_recon", "random_query_patch: reconstruct the features of the patches"),
+        Flag("fre_cnn", "freeze the backbone"),
+        Flag("query_shuffle", "random_query_patch: assign queries to patches at random in each step"),
+        Flag(
+            "num_classes",
+            "classes of the head; region_prior: class 1 is `object`, and 1 class means objectness alone",
+            positive(),
+            default=91,
+        ),
+        Flag(
+            "eval",
+            "with --resume: class-agnostic AP and AR on the validation images of --dataset_file, and stop",
+            session=True,
+        ),
+        Flag(
+            "viz",
+            "with --resume: draw proposals, predicted and ground-truth boxes of some of those images in objects.png",
+            session=True,
+        ),
+        Flag(
+            "eval_every",
+            "the metrics of --eval during training, every so many epochs and after the last one",
+            positive(),
+            default=0,
+            default_help="never",
+            metavar="EPOCHS",
+        ),
+        Flag("object_embedding_loss", "region_prior: also predict an embedding of each proposal's crop"),
+        Flag(
+            "object_embedding_coef",
+            "weight of the object embedding loss",
+            at_least_zero(float),
+            default=1.0,
+            needs=("--object_embedding_loss", _object_embedding),
+        ),
+        Flag(
+            "obj_embedding_head",
+            "target embedding: mean of the backbone's stage 2, or the output of SwAV's projection head",
+            str,
+            values=("intermediate", "head"),
+            default="intermediate",
+            needs=("--object_embedding_loss", _object_embedding),
+        ),
     ),
-    Flag(
-        name="feature_recon",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        help="random_query_patch: reconstruct the features of the patches",
-    ),
-    Flag(name="fre_cnn", group=PRETEXT, scripts=(PRETRAIN,), help="freeze the backbone"),
-    Flag(
-        name="query_shuffle",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        help="random_query_patch: assign queries to patches at random in each step",
-    ),
-    Flag(
-        name="num_classes",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=positive(),
-        default=91,
-        help="classes of the head; region_prior: class 1 is `object`, and 1 class means objectness alone",
-    ),
-    Flag(
-        name="eval",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        session=True,
-        help="with --resume: class-agnostic AP and AR on the validation images of --dataset_file, and stop",
-    ),
-    Flag(
-        name="viz",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        session=True,
-        help="with --resume: draw proposals, predicted and ground-truth boxes of some of those images in objects.png",
-    ),
-    Flag(
-        name="eval_every",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=positive(),
-        default=0,
-        default_help="never",
-        metavar="EPOCHS",
-        help="the metrics of --eval during training, every so many epochs and after the last one",
-    ),
-    Flag(
-        name="object_embedding_loss",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        help="region_prior: also predict an embedding of each proposal's crop",
-    ),
-    Flag(
-        name="object_embedding_coef",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=at_least_zero(float),
-        default=1.0,
-        needs=("--object_embedding_loss", _object_embedding),
-        help="weight of the object embedding loss",
-    ),
-    Flag(
-        name="obj_embedding_head",
-        group=PRETEXT,
-        scripts=(PRETRAIN,),
-        type=str,
-        values=("intermediate", "head"),
-        default="intermediate",
-        needs=("--object_embedding_loss", _object_embedding),
-        help="target embedding: mean of the backbone's stage 2, or the output of SwAV's projection head",
-    ),
-    # -------------------------------------------------------------------------------------- fine-tuning and evaluation
-    Flag(
-        name="pretrain",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        default="",
-        metavar="PATH|URL",
-        session=True,
-        help="start from the weights of this checkpoint, of a pretext or of a detector",
-    ),
-    Flag(name="eval", group=FINETUNING, scripts=(FINETUNE,), session=True, help="evaluate only"),
-    Flag(
-        name="eval_every",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=positive(),
-        default=1,
-        metavar="EPOCHS",
-        help="evaluate every so many epochs and after the last one",
-    ),
-    Flag(
-        name="train_annotations",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        metavar="FILE",
-        data=True,
-        help="custom dataset: a COCO file or a folder of VOC's XML; it defines the classes",
-    ),
-    Flag(
-        name="val_images",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        metavar="DIR",
-        data=True,
-        help="custom dataset: validation images",
-    ),
-    Flag(
-        name="val_annotations",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        metavar="FILE",
-        data=True,
-        help="custom dataset: annotations of the validation images; classes are matched by name",
-    ),
-    Flag(
-        name="voc_metric",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        values=("11point", "area"),
-        default="11point",
-        data=True,
-        help="which AP of VOC is reported as AP; both are saved",
-    ),
-    Flag(
-        name="filter_pct",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=fraction,
-        default=-1.0,
-        default_help="all",
-        metavar="FRACTION",
-        data=True,
-        help="train on this fraction of the images, drawn by --seed",
-    ),
-    Flag(
-        name="split_file",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        metavar="FILE",
-        data=True,
-        help="train on the images of this file of tools/make_split.py, or of a run's subset.json",
-    ),
-    Flag(
-        name="few_shot",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        values=("base", "novel", "all"),
-        data=True,
-        help="train on objects of these classes only; novel and all with --shots or --few_shot_file; evaluate base and "
-        "novel classes",
-    ),
-    Flag(
-        name="shots",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=positive(),
-        metavar="K",
-        data=True,
-        help="few_shot: K objects of each class, drawn by --seed",
-    ),
-    Flag(
-        name="few_shot_file",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        metavar="PATH",
-        data=True,
-        help="few_shot: the objects of a COCO file or subset.json, or with --shots of a published folder of such files",
-    ),
-    Flag(
-        name="novel_classes",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        several=True,
-        metavar="NAME",
-        data=True,
-        default_help="coco: the 20 classes of VOC",
-        help="few_shot: the novel classes",
-    ),
-    Flag(
-        name="novel_split",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=int,
-        values=(1, 2, 3),
-        default=1,
-        data=True,
-        help="few_shot: number of the published list of novel classes of VOC",
-    ),
-    Flag(
-        name="num_classes",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=positive(),
-        default=91,
-        default_help="91; voc 20; airbus_ship 1; custom: the number of classes in the annotations",
-        help="largest category id + 1",
-    ),
-    Flag(
-        name="classification",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        values=("softmax", "focal"),
-        default="softmax",
-        help="classification loss of the detector",
-    ),
-    Flag(
-        name="coco_evaluator",
-        group=FINETUNING,
-        scripts=(FINETUNE,),
-        type=str,
-        values=("auto", "hotcoco", "pycocotools"),
-        default="auto",
-        help="implementation of COCO's metrics, with equal results; auto: hotcoco if installed, else pycocotools",
+    *flags_in(
+        FINETUNING,
+        (FINETUNE,),
+        Flag(
+            "pretrain",
+            "start from the weights of this checkpoint, of a pretext or of a detector",
+            str,
+            default="",
+            metavar="PATH|URL",
+            session=True,
+        ),
+        Flag("eval", "evaluate only", session=True),
+        Flag(
+            "eval_every",
+            "evaluate every so many epochs and after the last one",
+            positive(),
+            default=1,
+            metavar="EPOCHS",
+        ),
+        Flag(
+            "train_annotations",
+            "custom dataset: a COCO file or a folder of VOC's XML; it defines the classes",
+            str,
+            metavar="FILE",
+            data=True,
+        ),
+        Flag("val_images", "custom dataset: validation images", str, metavar="DIR", data=True),
+        Flag(
+            "val_annotations",
+            "custom dataset: annotations of the validation images; classes are matched by name",
+            str,
+            metavar="FILE",
+            data=True,
+        ),
+        Flag(
+            "voc_metric",
+            "which AP of VOC is reported as AP; both are saved",
+            str,
+            values=("11point", "area"),
+            default="11point",
+            data=True,
+        ),
+        Flag(
+            "filter_pct",
+            "train on this fraction of the images, drawn by --seed",
+            fraction,
+            default=-1.0,
+            default_help="all",
+            metavar="FRACTION",
+            data=True,
+        ),
+        Flag(
+            "split_file",
+            "train on the images of this file of tools/make_split.py, or of a run's subset.json",
+            str,
+            metavar="FILE",
+            data=True,
+        ),
+        Flag(
+            "few_shot",
+            "train on objects of these classes only; novel and all with --shots or --few_shot_file; evaluate base and "
+            "novel classes",
+            str,
+            values=("base", "novel", "all"),
+            data=True,
+        ),
+        Flag("shots", "few_shot: K objects of each class, drawn by --seed", positive(), metavar="K", data=True),
+        Flag(
+            "few_shot_file",
+            "few_shot: the objects of a COCO file or subset.json, or with --shots of a published folder of such files",
+            str,
+            metavar="PATH",
+            data=True,
+        ),
+        Flag(
+            "novel_classes",
+            "few_shot: the novel classes",
+            str,
+            default_help="coco: the 20 classes of VOC",
+            metavar="NAME",
+            several=True,
+            data=True,
+        ),
+        Flag(
+            "novel_split",
+            "few_shot: number of the published list of novel classes of VOC",
+            int,
+            values=(1, 2, 3),
+            default=1,
+            data=True,
+        ),
+        Flag(
+            "num_classes",
+            "largest category id + 1",
+            positive(),
+            default=91,
+            default_help="91; voc 20; airbus_ship 1; custom: the number of classes in the annotations",
+        ),
+        Flag(
+            "classification", "classification loss of the detector", str, values=("softmax", "focal"), default="softmax"
+        ),
+        Flag(
+            "coco_evaluator",
+            "implementation of COCO's metrics, with equal results; auto: hotcoco if installed, else pycocotools",
+            str,
+            values=("auto", "hotcoco", "pycocotools"),
+            default="auto",
+        ),
     ),
 )
 
