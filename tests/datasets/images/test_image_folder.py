@@ -52,7 +52,6 @@ def pretext_args(path: Path, **changes) -> Settings:
             "patch_size": 24,
             "image_size": 48,
             "max_size": None,
-            "num_classes": None,
             "train_images": None,
             **changes,
         }

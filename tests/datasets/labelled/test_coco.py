@@ -72,7 +72,6 @@ def coco_args(root: Path | None, **changes) -> Settings:
             "patch_size": 24,
             "image_size": 48,
             "max_size": None,
-            "num_classes": None,
             "train_images": None,
             "split_file": None,
             "filter_pct": -1.0,
@@ -294,7 +293,8 @@ def test_class_count(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"category id 90, but --num_classes is 90: .* --num_classes 91 \(or more\)$"):
         build_dataset("train", coco_args(tmp_path, num_classes=90))
     write_coco(tmp_path, content([record(1, 11, [1, 1, 2, 3], category_id=120)]))
-    assert build_dataset("train", coco_args(tmp_path)).num_classes == 121
+    with pytest.raises(UserError, match=r"category id 120, but --num_classes is 91: .* --num_classes 121 \(or more\)$"):
+        build_dataset("train", coco_args(tmp_path))
     assert build_dataset("train", coco_args(tmp_path, num_classes=90), any_class_count=True).num_classes == 121
 
 
