@@ -145,7 +145,7 @@ def use_device(device: str) -> torch.device:
     """Checks the device and makes it the current one: streams, events and pinned memory go by that."""
     wanted = check_device(device)
     if wanted.type == "cuda" and wanted.index is not None:
-        torch.cuda.set_device(wanted)
+        torch.cuda.set_device(device)
     return wanted
 
 
