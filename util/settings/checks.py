@@ -37,7 +37,7 @@ def check_choices(settings: Settings) -> None:
         chosen = value if flag.several else [value]
         for item in chosen or ():
             if flag.values is not None and item is not None and item not in flag.values:
-                raise UserError(f"--{name} {item}: choose one of {', '.join(map(str, flag.values))}")
+                raise UserError(f"--{name} {item} is unknown: choose one of {', '.join(map(str, flag.values))}")
 
 
 def check_intervals(settings: Settings) -> None:

@@ -132,5 +132,5 @@ def test_a_list_of_settings_is_a_copy() -> None:
 
 
 def test_a_value_that_the_command_line_refuses_is_refused_from_a_mapping_too() -> None:
-    with pytest.raises(UserError, match="--amp fp16: choose one of no, bf16"):
+    with pytest.raises(UserError, match="--amp fp16 is unknown: choose one of no, bf16"):
         resolve({"amp": "fp16"})
