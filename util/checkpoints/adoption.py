@@ -10,7 +10,7 @@ from util.checkpoints.architecture import architecture
 from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.logger import log
-from util.settings import FINETUNE, PRETRAIN, Flag, flags_of
+from util.settings import FINETUNE, PRETRAIN, flags_of
 from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.table import names_where
 
@@ -133,16 +133,10 @@ def adopt_settings(checkpoint: Checkpoint, given: Mapping[str, Any], script: str
         skipped.add("lr_drop_epochs")
     flags = {name: flag for name, flag in flags_of(script).items() if name not in skipped}
     adopted = {name: value for name, value in stored.items() if name in flags and value is not None}
-    gone = {name for name, value in adopted.items() if not _is_choice(flags[name], value)}
+    gone = {name for name, value in adopted.items() if not flags[name].is_choice(value)}
     for name in sorted(gone):
         log.warning("%s: --%s %s is no longer a choice; its default is used", checkpoint.source, name, adopted[name])
     return {name: value for name, value in adopted.items() if name not in gone}
-
-
-def _is_choice(flag: Flag, value: Any) -> bool:
-    if flag.values is None:
-        return True
-    return all(item in flag.values for item in (value if isinstance(value, list | tuple) else [value]))
 
 
 def no_detector(state: Mapping[str, Tensor], source: str) -> str:

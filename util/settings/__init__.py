@@ -60,8 +60,8 @@ def _converted(flag: Flag, value: Any) -> Any:
         converted = flag.type(str(value))  # type: ignore[misc]  # no switch
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{flag.name}={value!r}: {error}") from error
-    if flag.values is not None and converted not in tuple(flag.values):
-        raise UserError(f"{flag.name}={value!r}: choose one of {', '.join(map(str, flag.values))}")
+    if not flag.is_choice(converted):
+        raise UserError(f"{flag.name}={value!r}: choose one of {', '.join(map(str, flag.values or ()))}")
     return converted
 
 

@@ -34,10 +34,8 @@ def check_choices(settings: Settings) -> None:
     """What the command line refuses by itself may still come from Python or from a checkpoint."""
     for name, flag in all_flags(settings.script).items():
         value = getattr(settings, name)
-        chosen = value if flag.several else [value]
-        for item in chosen or ():
-            if flag.values is not None and item is not None and item not in flag.values:
-                raise UserError(f"--{name} {item} is unknown: choose one of {', '.join(map(str, flag.values))}")
+        if value is not None and not flag.is_choice(value):
+            raise UserError(f"--{name} {value} is unknown: choose one of {', '.join(map(str, flag.values or ()))}")
 
 
 def check_intervals(settings: Settings) -> None:

@@ -58,6 +58,11 @@ class Flag:
     def is_switch(self) -> bool:
         return self.type is None
 
+    def is_choice(self, value: Any) -> bool:
+        """Whether a value, or each of a list, is one of `values`; always where anything can be given."""
+        items = value if isinstance(value, list | tuple) else [value]
+        return self.values is None or all(item in self.values for item in items)
+
     def general_default(self) -> Any:
         """A new list where it is one."""
         if self.is_switch:
