@@ -3,7 +3,7 @@
 A proposal method is called with (image uint8 [3, H, W], SampleRandom, name) and returns float32 boxes [N, 4], (x0, y0,
 x1, y1) in pixels of that image, each with an area; N may be 0 and may differ between images. `name` is the image's path
 relative to the data set's folder, by which stored boxes are found. The order is the method's: best first where it has
-scores, else drawn anew at each call. The same image, random state and name give the same boxes in the same order in any
+scores, else redrawn at each call. The same image, random state and name give the same boxes in the same order in any
 process.
 
 Methods that search the image are a `datasets.proposals.search.BoxSearch`, whose `search` also returns scores, and whose

@@ -73,7 +73,7 @@ def bad_image_where_opencv_fails() -> Iterator[None]:
 
 
 def opencv() -> ModuleType:
-    """OpenCV with its module ximgproc, on one thread: loader processes share the cores, so that more would only
+    """OpenCV with its module ximgproc, on one thread: dataloader workers share the cores, so that more would only
     compete.
 
     Raises:

@@ -49,7 +49,7 @@ class ProposalStore:
         lengths = (self.header["images"] + 1, self.header["boxes"], self.header["images"], self.header["images"])
         if tuple(map(len, arrays)) != lengths or self.offsets[-1] != len(self.boxes):
             raise UserError(
-                f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make it anew"
+                f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make another"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class ProposalStore:
         except (OSError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{path} can't be read ({reason}): copy the store again or make it anew with {TOOL}"
+                f"{path} can't be read ({reason}): copy the store again or make it again with {TOOL}"
             ) from error
 
     @cached_property
@@ -118,16 +118,16 @@ def _read_header(folder: Path) -> dict[str, Any]:
             f"by --proposals file:{folder} without --cache_path"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): copy the store again or make it anew with {TOOL}") from error
+        raise UserError(f"{path} can't be read ({error}): copy the store again or make it again with {TOOL}") from error
     if header.get("format") != FORMAT:
         raise UserError(
-            f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it anew with {TOOL}"
+            f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it again with {TOOL}"
         )
     return header
 
 
 class StoredProposals(BoxSearch):
-    """The boxes of a store, as the method itself would give them; the order of boxes without scores is drawn anew at
+    """The boxes of a store, as the method itself would give them; the order of boxes without scores is redrawn at
     each call.
     """
 
