@@ -93,7 +93,11 @@ def forward_losses(
     outputs = forward(model, samples, targets, amp)
     losses = criterion(outputs, targets)
     total = criterion.total(losses)
-    return outputs, losses if criterion.reproduce_published else with_pairs(losses, losses.num_pairs), total
+    return (
+        outputs,
+        losses if criterion.reproduce_published else with_pairs(losses, losses.num_pairs),
+        total,
+    )
 
 
 def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
@@ -105,7 +109,9 @@ def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[s
     return {**values, **scaled, "loss": sum(scaled.values()), **kept}
 
 
-def train_step(state: TrainState, samples: NestedTensor, targets: Targets, stop: bool) -> tuple[dict[str, float], bool]:
+def train_step(
+    state: TrainState, samples: NestedTensor, targets: Targets, stop: bool
+) -> tuple[dict[str, float], bool]:
     """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any process
     was asked to stop (`stop` is this one's answer).
 
@@ -119,7 +125,9 @@ def train_step(state: TrainState, samples: NestedTensor, targets: Targets, stop:
         state.optimizer.zero_grad(set_to_none=True)
         total.backward()
         values = reader.read()
-        check_finite(values, (int(target["image_id"]) for target in targets))  # ids are read only in case of an error
+        check_finite(
+            values, (int(target["image_id"]) for target in targets)
+        )  # ids are read only in case of an error
     except NonFinite:
         check_gradient(state.gradient_norm)
         raise
@@ -139,7 +147,9 @@ def train_one_epoch(state: TrainState) -> None:
     state.model.train()
     state.criterion.train()
     sampler, model = state.sampler, unwrap_model(state.model)
-    sampler.set_epoch(state.epoch, state.batch, state.max_iters and state.max_iters - state.scheduler.last_epoch)
+    sampler.set_epoch(
+        state.epoch, state.batch, state.max_iters and state.max_iters - state.scheduler.last_epoch
+    )
     steps = state.batch + len(sampler)
     bar = Progress(steps, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
     began, images, bad_before = time.monotonic(), 0, state.bad_images.count
@@ -158,7 +168,9 @@ def train_one_epoch(state: TrainState) -> None:
         bar.step(_progress_text(values, speed) if bar.wants_text() else None)
         if stop:
             _stop(state, began, steps)
-    if any(all_gather_object(state.stop.requested)):  # the signal came in the last step, after its flag was sent
+    if any(
+        all_gather_object(state.stop.requested)
+    ):  # the signal came in the last step, after its flag was sent
         _stop(state, began, steps)
     if state.bad_images.count > bad_before:
         log.warning(
@@ -176,7 +188,11 @@ def _stop(state: TrainState, began: float, steps: int) -> None:
 
 
 def _progress_text(values: dict[str, float], speed: float) -> str:
-    losses = [f"{name.removeprefix('loss_')} {values[name]:.3f}" for name in PROGRESS_LOSSES if name in values]
+    losses = [
+        f"{name.removeprefix('loss_')} {values[name]:.3f}"
+        for name in PROGRESS_LOSSES
+        if name in values
+    ]
     return f"{' '.join(losses)} {speed:.1f} images/s lr {values['lr']:.1e}"
 
 
@@ -232,10 +248,14 @@ def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]
     return [{name: values[i] for name, values in host.items()} for i in range(len(results))]
 
 
-def _examples(samples: NestedTensor, targets: Targets, results: list[dict], count: int) -> list[dict]:
+def _examples(
+    samples: NestedTensor, targets: Targets, results: list[dict], count: int
+) -> list[dict]:
     """Images as the model saw them, uint8 [3, h, w], with boxes in their pixels."""
     kept = []
-    for image, target, result in list(zip(samples.tensors, targets, results, strict=True))[: max(count, 0)]:
+    for image, target, result in list(zip(samples.tensors, targets, results, strict=True))[
+        : max(count, 0)
+    ]:
         (height, width), original = target["size"].tolist(), target["orig_size"].tolist()
         scale = torch.tensor([width / original[1], height / original[0]] * 2)
         kept.append(

@@ -31,7 +31,10 @@ from util.settings import settings as make_settings
 from util.settings.frozen import GIVEN
 from util.settings.registry import PRETEXTS
 
-PROPOSAL_FILES = ("proposal_metrics.json", "proposals.json")  # metrics, and boxes in COCO's results format
+PROPOSAL_FILES = (
+    "proposal_metrics.json",
+    "proposals.json",
+)  # metrics, and boxes in COCO's results format
 EXAMPLES = 12  # images on the page of predictions
 # What a pretext's settings say of the validation images and how they are loaded.
 VALIDATION_FLAGS = (
@@ -66,10 +69,17 @@ class Evaluation:
         device: torch.device,
         folder: Path | None,
     ) -> None:
-        self.settings, self.dataset, self.criterion, self.postprocessors = settings, dataset, criterion, postprocessors
+        self.settings, self.dataset, self.criterion, self.postprocessors = (
+            settings,
+            dataset,
+            criterion,
+            postprocessors,
+        )
         self.device, self.folder = device, folder
         self.loader = build_loader(dataset, settings, train=False)
-        self.novel = few_shot.novel_names(settings, dataset.class_names) if settings.few_shot else None
+        self.novel = (
+            few_shot.novel_names(settings, dataset.class_names) if settings.few_shot else None
+        )
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, Any]:
         """Returns the values for the log, with the prefix `test_`."""
@@ -94,8 +104,13 @@ class Evaluation:
         log.info("%s\n%s", _summary(values), table)
         if self.folder is not None and is_main_process():
             write_text(self.folder / "results.json", json.dumps(evaluator.results()))
-            write_text(self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1))
-            write_text(self.folder / "per_class.json", json.dumps({"epoch": epoch, "classes": per_class}, indent=1))
+            write_text(
+                self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1)
+            )
+            write_text(
+                self.folder / "per_class.json",
+                json.dumps({"epoch": epoch, "classes": per_class}, indent=1),
+            )
             rows = [_page_row(example) for example in examples]
             prediction_page(rows, self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}
@@ -103,7 +118,10 @@ class Evaluation:
 
 def _summary(values: Mapping[str, Any]) -> str:
     """AP and the loss in one line, recalls in a second one where there are any."""
-    shown = [f"{name} {value:.3f}" for name, value in zip(BBOX_METRICS, values["coco_eval_bbox"], strict=False)]
+    shown = [
+        f"{name} {value:.3f}"
+        for name, value in zip(BBOX_METRICS, values["coco_eval_bbox"], strict=False)
+    ]
     recalls = f"\n{'  '.join(shown[6:])}" if shown[6:] else ""
     return f"{'  '.join(shown[:6])}  loss {values['loss']:.3f}{recalls}"
 
@@ -112,8 +130,14 @@ def _page_row(example: dict) -> tuple:
     """(image, predictions, ground truth) of one example, boxes in pixels of the image."""
     image = example["image"]
     height, width = image.shape[1:]
-    boxes = box_cxcywh_to_xyxy(example["boxes_cxcywh"]) * torch.tensor([width, height, width, height])
-    return image.permute(1, 2, 0).numpy(), example["predictions"], {"boxes": boxes, "labels": example["labels"]}
+    boxes = box_cxcywh_to_xyxy(example["boxes_cxcywh"]) * torch.tensor(
+        [width, height, width, height]
+    )
+    return (
+        image.permute(1, 2, 0).numpy(),
+        example["predictions"],
+        {"boxes": boxes, "labels": example["labels"]},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ class-agnostic
@@ -128,7 +152,9 @@ class ClassAgnosticEvaluation:
         label: the class output that says "object"; None: the best of all classes.
     """
 
-    def __init__(self, settings: Settings, dataset: SampleDataset, *, label: int | None, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, dataset: SampleDataset, *, label: int | None, device: torch.device
+    ) -> None:
         self.dataset, self.label, self.device = dataset, label, device
         self.amp, self.backend = settings.amp == "bf16", settings.coco_evaluator
         self.loader = build_loader(dataset, settings, train=False)
@@ -159,7 +185,9 @@ class ClassAgnosticEvaluation:
         return metrics, evaluator
 
 
-def evaluate_proposals_of(predictor: Predictor, validation: Settings, folder: Path | None) -> dict[str, float]:
+def evaluate_proposals_of(
+    predictor: Predictor, validation: Settings, folder: Path | None
+) -> dict[str, float]:
     """Class-agnostic metrics of a predictor's detector on labelled validation images, logged and saved."""
     dataset = build_dataset("val", validation, any_class_count=True)
     label = predictor.postprocess.label
@@ -170,7 +198,10 @@ def evaluate_proposals_of(predictor: Predictor, validation: Settings, folder: Pa
 
 
 def save_proposal_metrics(
-    folder: Path | None, what: Mapping[str, Any], metrics: Mapping[str, float], evaluator: ProposalEvaluator
+    folder: Path | None,
+    what: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    evaluator: ProposalEvaluator,
 ) -> None:
     """Logs the metrics, and writes them and the boxes into the folder."""
     log.info("class-agnostic: %s", shown_metrics(metrics))

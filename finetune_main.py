@@ -45,11 +45,16 @@ def get_args_parser() -> Parser:
 
 
 def parse(argv: list[str]) -> Namespace:
-    return Parser(FINETUNE, parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    return Parser(
+        FINETUNE, parents=[get_args_parser()], description=__doc__.splitlines()[0]
+    ).parse_args(argv)
 
 
 def load_weights(
-    model: torch.nn.Module, checkpoint: Checkpoint | None, settings: Settings, class_names: dict[int, str]
+    model: torch.nn.Module,
+    checkpoint: Checkpoint | None,
+    settings: Settings,
+    class_names: dict[int, str],
 ) -> None:
     """All weights of a checkpoint that is resumed or evaluated; of one to start from what fits, with a table of it."""
     if checkpoint and settings.pretrain:
@@ -95,8 +100,14 @@ def save_subset(folder: Path | None, train_set: SampleDataset, settings: Setting
     """
     annotations = getattr(train_set, "annotations", None)
     if folder is not None and is_main_process() and annotations is not None and annotations.drawn:
-        few = few_shot.describe_part(annotations, settings, train_set.category_ids) if settings.few_shot else None
-        write_text(folder / subsets.FILE, json.dumps(few or subsets.describe_subset(annotations, settings)))
+        few = (
+            few_shot.describe_part(annotations, settings, train_set.category_ids)
+            if settings.few_shot
+            else None
+        )
+        write_text(
+            folder / subsets.FILE, json.dumps(few or subsets.describe_subset(annotations, settings))
+        )
 
 
 def train(run: trainer.Run) -> None:
@@ -117,11 +128,17 @@ def main(args: Namespace) -> None:
     session = start_session(args)
     settings, checkpoint, device = session.settings, session.checkpoint, session.device
     folder = prepare_output(settings)
-    train_set, val_set = build_labelled(settings, classes_of(checkpoint) if checkpoint and settings.resume else None)
+    train_set, val_set = build_labelled(
+        settings, classes_of(checkpoint) if checkpoint and settings.resume else None
+    )
     from_data = {"num_classes": val_set.num_classes}
     describe_settings(settings, from_data)
     loader = build_loader(train_set, settings, train=True) if train_set is not None else None
-    sets = {name: images for name, images in (("train", train_set), ("val", val_set)) if images is not None}
+    sets = {
+        name: images
+        for name, images in (("train", train_set), ("val", val_set))
+        if images is not None
+    }
     facts: dict[str, Any] = {
         "data": {name: images.fingerprint() for name, images in sets.items()},
         "data_check": check_at_start(train_set, val_set, settings),
@@ -134,7 +151,9 @@ def main(args: Namespace) -> None:
     facts["model"] = describe_model(model, settings)
     check_room(folder, model)
 
-    evaluation = Evaluation(settings, val_set, criterion, postprocessors, device=device, folder=folder)
+    evaluation = Evaluation(
+        settings, val_set, criterion, postprocessors, device=device, folder=folder
+    )
     if train_set is None or loader is None:
         assert checkpoint is not None  # --eval comes with --resume or --pretrain
         save_settings(folder, settings, facts, from_data)
@@ -142,7 +161,9 @@ def main(args: Namespace) -> None:
         return
     log.info("%d training and %d validation images", len(train_set), len(val_set))
     extras = checkpoint_extras(settings, train_set)
-    run = trainer.make_run(settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras)
+    run = trainer.make_run(
+        settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
+    )
     if checkpoint is not None and settings.resume:
         trainer.continue_run(run, checkpoint)
     del checkpoint, session  # its tensors are in the model and the optimizer now

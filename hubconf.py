@@ -51,7 +51,11 @@ globals().update({name: _entry_point(name) for name in _HUB_MODELS})
 
 
 def _build(
-    name: str, pretrained: bool | str, num_classes: int, return_postprocessor: bool, backbone_weights: str
+    name: str,
+    pretrained: bool | str,
+    num_classes: int,
+    return_postprocessor: bool,
+    backbone_weights: str,
 ) -> _Any:
     _check_packages(("models", "util"))
     from models import build_model
@@ -63,10 +67,16 @@ def _build(
 
     if num_classes < 1:
         raise UserError(f"num_classes={num_classes}: a detector knows at least one class")
-    given = {**_HUB_MODELS[name].settings, "num_classes": num_classes, "backbone_weights": backbone_weights}
+    given = {
+        **_HUB_MODELS[name].settings,
+        "num_classes": num_classes,
+        "backbone_weights": backbone_weights,
+    }
     adopted: dict[str, _Any] = {}
     checkpoint = (
-        load_checkpoint(published_file(name) if pretrained is True else str(pretrained)) if pretrained else None
+        load_checkpoint(published_file(name) if pretrained is True else str(pretrained))
+        if pretrained
+        else None
     )
     if checkpoint:
         adopted = _adopt(name, given, checkpoint)

@@ -20,7 +20,12 @@ import trainer
 from datasets import build_dataset, build_loader
 from datasets.labelled.checks import check_at_start
 from datasets.sample import SampleDataset
-from evaluation import PROPOSAL_FILES, ClassAgnosticEvaluation, evaluate_proposals_of, validation_settings
+from evaluation import (
+    PROPOSAL_FILES,
+    ClassAgnosticEvaluation,
+    evaluate_proposals_of,
+    validation_settings,
+)
 from models import build_model
 from predictor import Predictor, object_label
 from util.checkpoints.checkpoint import LATEST
@@ -46,7 +51,9 @@ def get_args_parser() -> Parser:
 
 def parse(argv: list[str]) -> Namespace:
     check_right_script(argv)
-    return Parser(PRETRAIN, parents=[get_args_parser()], description=__doc__.splitlines()[0]).parse_args(argv)
+    return Parser(
+        PRETRAIN, parents=[get_args_parser()], description=__doc__.splitlines()[0]
+    ).parse_args(argv)
 
 
 def evaluate(args: Namespace) -> None:
@@ -54,7 +61,9 @@ def evaluate(args: Namespace) -> None:
     COCO: with `--eval` in metrics, with `--viz` in pictures.
     """
     if not args.resume:
-        raise UserError(f"--{'eval' if args.eval else 'viz'} needs the model to evaluate: add --resume PATH")
+        raise UserError(
+            f"--{'eval' if args.eval else 'viz'} needs the model to evaluate: add --resume PATH"
+        )
     if args.viz and not args.output_dir:
         raise UserError("--viz: give --output_dir DIR for the pictures")
     names = (*(PROPOSAL_FILES if args.eval else ()), *([OBJECTS] if args.viz else []))
@@ -82,11 +91,15 @@ def warn_of_unpublished_pretext(settings: Settings) -> None:
     if settings.pretext != "random_query_patch" or settings.reproduce_published:
         return
     published = (
-        ("pre_norm", "feature_recon", "fre_cnn") if settings.detector == "detr" else ("feature_recon", "fre_cnn")
+        ("pre_norm", "feature_recon", "fre_cnn")
+        if settings.detector == "detr"
+        else ("feature_recon", "fre_cnn")
     )
     missing = [f"--{name}" for name in published if not getattr(settings, name)]
     if missing:
-        log.warning("UP-DETR's published pre-training also has %s: add them to repeat it", " ".join(missing))
+        log.warning(
+            "UP-DETR's published pre-training also has %s: add them to repeat it", " ".join(missing)
+        )
 
 
 def train(run: trainer.Run, dataset: SampleDataset, settings: Settings) -> None:
@@ -95,7 +108,9 @@ def train(run: trainer.Run, dataset: SampleDataset, settings: Settings) -> None:
     report(run.folder)
 
     def on_epoch_end() -> None:
-        draw_found_patches(run.folder, unwrap_model(run.model), dataset, run.normalization, run.device)
+        draw_found_patches(
+            run.folder, unwrap_model(run.model), dataset, run.normalization, run.device
+        )
         report(run.folder)
 
     run.on_epoch_end = on_epoch_end
@@ -143,9 +158,14 @@ def main(args: Namespace) -> None:
     check_room(folder, model)
 
     extras = {"args": settings.as_dict()}
-    run = trainer.make_run(settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras)
+    run = trainer.make_run(
+        settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
+    )
     if settings.eval_every:
-        run.evaluate, run.eval_every = class_agnostic_evaluation(settings, device), settings.eval_every
+        run.evaluate, run.eval_every = (
+            class_agnostic_evaluation(settings, device),
+            settings.eval_every,
+        )
     if checkpoint:
         trainer.continue_run(run, checkpoint)
     del checkpoint, session  # its tensors are in the model and the optimizer now

@@ -79,7 +79,13 @@ class Prediction:
         boxes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1)
         rows = zip(self.category_ids, self.names, boxes.tolist(), self.scores.tolist(), strict=True)
         return [
-            {"image_id": image_id, "category_id": number, "category_name": name, "bbox": box, "score": score}
+            {
+                "image_id": image_id,
+                "category_id": number,
+                "category_name": name,
+                "bbox": box,
+                "score": score,
+            }
             for number, name, box, score in rows
         ]
 
@@ -144,7 +150,9 @@ class Predictor:
             log.info("%s holds no class names: %s", checkpoint.source, used)
         model, _, postprocessors = build_model(settings, classes.count)
         load_exactly(model, checkpoint)
-        return cls(model, postprocessors["bbox"], classes, settings, device=torch.device(settings.device))
+        return cls(
+            model, postprocessors["bbox"], classes, settings, device=torch.device(settings.device)
+        )
 
     @classmethod
     def _class_agnostic(cls, checkpoint: Checkpoint, given: dict[str, Any]) -> "Predictor":
@@ -165,7 +173,9 @@ class Predictor:
     ) -> Prediction: ...
 
     @overload
-    def __call__(self, images: Iterable[Input], *, threshold: float = 0.5, batch_size: int = 1) -> list[Prediction]: ...
+    def __call__(
+        self, images: Iterable[Input], *, threshold: float = 0.5, batch_size: int = 1
+    ) -> list[Prediction]: ...
 
     def __call__(
         self, images: Input | Iterable[Input], *, threshold: float = 0.5, batch_size: int = 1
@@ -219,7 +229,12 @@ class Predictor:
         )
 
     def predict_files(
-        self, images: ImageFiles, *, threshold: float = 0.5, batch_size: int = 1, num_workers: int = 0
+        self,
+        images: ImageFiles,
+        *,
+        threshold: float = 0.5,
+        batch_size: int = 1,
+        num_workers: int = 0,
     ) -> Iterator["FileResult"]:
         """Goes over many files in their order, read by dataloader workers. Each file is decoded once, and one that
         can't be read is a result with the reason.
@@ -280,7 +295,10 @@ def _collate_readable(
     batch: Sequence[tuple[FileResult, tuple[Tensor, Target] | None]],
 ) -> tuple[NestedTensor | None, Tensor | None, list[FileResult]]:
     """The batch of the images that can be read, None without any, their sizes, and all results."""
-    files, samples = [file for file, _ in batch], [sample for _, sample in batch if sample is not None]
+    files, samples = (
+        [file for file, _ in batch],
+        [sample for _, sample in batch if sample is not None],
+    )
     if not samples:
         return None, None, files
     return collate(samples)[0], torch.stack([target["orig_size"] for _, target in samples]), files
@@ -314,10 +332,18 @@ def as_image(image: Input) -> Tensor:
         return to_tensor(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"an array must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"an array must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
+            )
         return torch.from_numpy(image.copy()).permute(2, 0, 1)
-    if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
-        raise ValueError(f"a tensor must be [3, H, W], uint8 or float in 0..1, got {image.dtype} {list(image.shape)}")
+    if (
+        image.ndim != 3
+        or image.shape[0] != 3
+        or not (image.dtype == torch.uint8 or image.is_floating_point())
+    ):
+        raise ValueError(
+            f"a tensor must be [3, H, W], uint8 or float in 0..1, got {image.dtype} {list(image.shape)}"
+        )
     if image.dtype == torch.uint8:
         return image.cpu()
     return (image.detach().cpu().float() * 255).round().clamp(0, 255).to(torch.uint8)

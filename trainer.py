@@ -115,7 +115,9 @@ def _distributed(model: TrainableModel, device: torch.device) -> nn.Module:
     """The model in DistributedDataParallel where there are several processes."""
     if get_world_size() == 1:
         return model
-    broadcast(tensor for part in model.frozen_parts().values() for tensor in part.state_dict().values())
+    broadcast(
+        tensor for part in model.frozen_parts().values() for tensor in part.state_dict().values()
+    )
     devices = [device] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
@@ -137,14 +139,20 @@ def fit(run: Run) -> None:
         NonFiniteLoss: a loss was NaN or infinite; the last checkpoint is untouched.
         StopRequested: a signal asked to stop; the run was saved, in mid-epoch too.
     """
-    saved = f"saved in {run.folder}; continue with --resume auto" if run.folder else "not saved: no --output_dir"
+    saved = (
+        f"saved in {run.folder}; continue with --resume auto"
+        if run.folder
+        else "not saved: no --output_dir"
+    )
     with run.stop:
         try:
             if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
                 _finish_epoch(run)  # the run was ended between training and evaluation
             if run.epoch >= run.epochs:
                 log.warning(
-                    "nothing to train: the checkpoint has finished epoch %d, --epochs is %d", run.epoch, run.epochs
+                    "nothing to train: the checkpoint has finished epoch %d, --epochs is %d",
+                    run.epoch,
+                    run.epochs,
                 )
             while run.epoch < run.epochs:
                 _train_and_save(run)
@@ -180,7 +188,9 @@ def _finish_epoch(run: Run) -> None:
         record.update(values)
         _keep_best(run, values)
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    record.update({"epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)})
+    record.update(
+        {"epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)}
+    )
     append_log(run.folder, record)
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
         run.on_epoch_end()
@@ -203,7 +213,12 @@ def dry_run(run: Run) -> None:
         samples, targets = to_device(samples, packed, run.device, **run.normalization)
         values, _ = engine.train_step(run, samples, targets, stop=False)
         seconds.append(time.monotonic() - began)
-        log.info("step on %s: loss %.3f, %.2f s", list(samples.tensors.shape), values["loss"], seconds[-1])
+        log.info(
+            "step on %s: loss %.3f, %.2f s",
+            list(samples.tensors.shape),
+            values["loss"],
+            seconds[-1],
+        )
     epoch = min(seconds) * steps
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device)

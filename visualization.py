@@ -53,7 +53,9 @@ def draw_samples(
         samples = [dataset[(epoch, index)] for index in _spread(len(dataset), count)]
         rows = []
         for start in range(0, len(samples), batch_size):
-            rows += batch_rows(samples[start : start + batch_size], normalization["mean"], normalization["std"])
+            rows += batch_rows(
+                samples[start : start + batch_size], normalization["mean"], normalization["std"]
+            )
         sample_page(rows, names, folder / "samples.png")
     except UserError as error:
         log.warning("no page of training samples: %s", error)
@@ -64,7 +66,9 @@ def _spread(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)] if length > count else list(range(length))
 
 
-def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]) -> list[dict]:
+def batch_rows(
+    samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]
+) -> list[dict]:
     """What `util.plots.pages.sample_page` draws of one batch: the inputs of the model, with the normalisation undone.
     Views of an image stand together."""
     batch, packed = collate(samples)
@@ -73,7 +77,9 @@ def batch_rows(samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], st
     pixels = ((inputs.tensors * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
     height, width = pixels.shape[-2:]
     rows, views = [], len(pixels) // len(samples)
-    for place, (image, mask, target) in enumerate(zip(pixels, inputs.mask, packed.unpack(), strict=True)):
+    for place, (image, mask, target) in enumerate(
+        zip(pixels, inputs.mask, packed.unpack(), strict=True)
+    ):
         h, w = target["size"].tolist()
         view = f", view {place // len(samples) + 1}" if views > 1 else ""
         rows.append(
@@ -111,26 +117,40 @@ class Found:
 
     def row(self) -> tuple:
         """For `util.plots.pages.patch_page`."""
-        return self.image, self.patches, self.boxes_xyxy_abs, {"boxes": self.found_xyxy_abs, "scores": self.scores}
+        return (
+            self.image,
+            self.patches,
+            self.boxes_xyxy_abs,
+            {"boxes": self.found_xyxy_abs, "scores": self.scores},
+        )
 
 
 @torch.no_grad()
 def find_patches(
-    model: Any, sample: tuple[Tensor, dict], normalization: Mapping[str, Sequence[float]], device: torch.device
+    model: Any,
+    sample: tuple[Tensor, dict],
+    normalization: Mapping[str, Sequence[float]],
+    device: torch.device,
 ) -> list[Found]:
     """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are; of two views, where the
     regions of each are in the other. Random states stay as they were."""
     views = separate_views([sample]) if sample[0].ndim == 4 else [sample]
-    inputs, targets = to_device(*collate([sample]), device, normalization["mean"], normalization["std"])
+    inputs, targets = to_device(
+        *collate([sample]), device, normalization["mean"], normalization["std"]
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         outputs = model(inputs, targets)
-    boxes, scores = (values.cpu() for values in model.patch_boxes(outputs, len(targets[0]["boxes"])))
+    boxes, scores = (
+        values.cpu() for values in model.patch_boxes(outputs, len(targets[0]["boxes"]))
+    )
     found = []
     for i, (image, target) in enumerate(views):
         asked = views[(i + len(views) // 2) % len(views)]
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
         places, answers = (box_cxcywh_to_xyxy(b) * size for b in (target["boxes"], boxes[i]))
-        found.append(Found(image.permute(1, 2, 0).numpy(), _patches(*asked), places, answers, scores[i]))
+        found.append(
+            Found(image.permute(1, 2, 0).numpy(), _patches(*asked), places, answers, scores[i])
+        )
     return found
 
 
@@ -139,7 +159,10 @@ def _patches(image: Tensor, target: dict) -> list[np.ndarray]:
     if "patches" in target:
         return [patch.permute(1, 2, 0).numpy() for patch in target["patches"]]
     size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-    return [cut_box(image, box).permute(1, 2, 0).numpy() for box in box_cxcywh_to_xyxy(target["boxes"]) * size]
+    return [
+        cut_box(image, box).permute(1, 2, 0).numpy()
+        for box in box_cxcywh_to_xyxy(target["boxes"]) * size
+    ]
 
 
 def draw_found_patches(
@@ -160,7 +183,11 @@ def draw_found_patches(
     model.eval()
     try:
         samples = [dataset[(0, index)] for index in _spread(len(dataset), count)]
-        rows = [found.row() for sample in samples for found in find_patches(model, sample, normalization, device)]
+        rows = [
+            found.row()
+            for sample in samples
+            for found in find_patches(model, sample, normalization, device)
+        ]
         patch_page(rows, folder / "patches.png")
     except UserError as error:
         log.warning("no page of patches: %s", error)
@@ -170,7 +197,12 @@ def draw_found_patches(
 
 
 def draw_objects(
-    predictor: Predictor, settings: Settings, path: Path, *, labelled: Settings | None = None, count: int = SHOWN
+    predictor: Predictor,
+    settings: Settings,
+    path: Path,
+    *,
+    labelled: Settings | None = None,
+    count: int = SHOWN,
 ) -> Path:
     """Draws proposals, the boxes that look most like objects to the model, and the ground truth where it is known.
 
@@ -181,7 +213,9 @@ def draw_objects(
         labelled: settings of labelled images, whose validation images are drawn.
         count: images to draw. As many boxes are drawn in each as it has objects.
     """
-    proposals = Selected(build_proposals(settings.replace(cache_path="")), settings.strategy, settings.max_prop)
+    proposals = Selected(
+        build_proposals(settings.replace(cache_path="")), settings.strategy, settings.max_prop
+    )
     rows = []
     for index, (file, name, boxes) in enumerate(_images(settings, labelled, count)):
         try:
@@ -203,7 +237,9 @@ def draw_objects(
     return panel_page(rows, path)
 
 
-def _images(settings: Settings, labelled: Settings | None, count: int) -> list[tuple[ImageFile, str, Tensor | None]]:
+def _images(
+    settings: Settings, labelled: Settings | None, count: int
+) -> list[tuple[ImageFile, str, Tensor | None]]:
     """(file, name, ground-truth boxes_xyxy relative to the image, None if unknown) of the first images."""
     if labelled is None:
         images = unlabelled_images("val", settings)
@@ -215,4 +251,8 @@ def _images(settings: Settings, labelled: Settings | None, count: int) -> list[t
 
 
 def _drawn(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict[str, Any]:
-    return {"boxes": np.asarray(boxes_xyxy_abs), "labels": None, "scores": None if scores is None else scores.tolist()}
+    return {
+        "boxes": np.asarray(boxes_xyxy_abs),
+        "labels": None,
+        "scores": None if scores is None else scores.tolist(),
+    }

@@ -37,7 +37,11 @@ from util.settings.registry import DATASETS, PRETEXTS, load, lookup
 
 
 def build_dataset(
-    image_set: str, settings: Settings, classes: Classes | None = None, *, any_class_count: bool = False
+    image_set: str,
+    settings: Settings,
+    classes: Classes | None = None,
+    *,
+    any_class_count: bool = False,
 ) -> SampleDataset:
     """What the pretext sees if `settings.pretext` is set, else labelled images.
 
@@ -51,13 +55,17 @@ def build_dataset(
         raise ValueError(f"image_set must be train or val, got {image_set!r}")
     if settings.pretext:
         return load(lookup(PRETEXTS, "--pretext", settings.pretext).dataset)(image_set, settings)
-    dataset = load(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)(image_set, settings, classes)
+    dataset = load(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)(
+        image_set, settings, classes
+    )
     dataset.validate(image_set)
     dataset.num_classes = _class_count(dataset, settings, classes, any_class_count)
     return dataset
 
 
-def build_labelled(settings: Settings, classes: Classes | None = None) -> tuple[SampleDataset | None, SampleDataset]:
+def build_labelled(
+    settings: Settings, classes: Classes | None = None
+) -> tuple[SampleDataset | None, SampleDataset]:
     """(training images, None with `settings.eval`; validation images).
 
     classes: what the rows of the class head mean in a checkpoint that is resumed or evaluated; None: as the training
@@ -67,7 +75,9 @@ def build_labelled(settings: Settings, classes: Classes | None = None) -> tuple[
         UserError: as `build_dataset`.
     """
     train_set = None if settings.eval else build_dataset("train", settings, classes)
-    return train_set, build_dataset("val", settings, classes_in(train_set) if train_set is not None else classes)
+    return train_set, build_dataset(
+        "val", settings, classes_in(train_set) if train_set is not None else classes
+    )
 
 
 def classes_in(dataset: SampleDataset) -> Classes:
@@ -76,7 +86,9 @@ def classes_in(dataset: SampleDataset) -> Classes:
     return Classes(dataset.class_names, ids, dataset.num_classes, dataset.annotation_file)
 
 
-def _class_count(dataset: SampleDataset, settings: Settings, classes: Classes | None, any_count: bool) -> int:
+def _class_count(
+    dataset: SampleDataset, settings: Settings, classes: Classes | None, any_count: bool
+) -> int:
     """Rows of the class head: those of `classes`, or `--num_classes`, or as is usual for the data.
 
     Raises:
@@ -93,7 +105,9 @@ def _class_count(dataset: SampleDataset, settings: Settings, classes: Classes | 
         return count
     found = f"{dataset.annotation_file} has category id {needed - 1}, but"
     if classes is not None:
-        raise UserError(f"{found} {classes.source} has {count} classes: give data of the same classes")
+        raise UserError(
+            f"{found} {classes.source} has {count} classes: give data of the same classes"
+        )
     raise UserError(
         f"{found} --num_classes is {count}: ids are rows of the class head, so use --num_classes {needed} (or more)"
     )

@@ -10,7 +10,9 @@ from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
 
 
-def separate_views(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[tuple[Tensor, dict[str, Any]]]:
+def separate_views(
+    batch: Sequence[tuple[Tensor, dict[str, Any]]],
+) -> list[tuple[Tensor, dict[str, Any]]]:
     """Samples of V views -> samples of one: view 1 of all, then view 2, and so on. `problems` stay with view 1."""
     separate = []
     for view in range(len(batch[0][0])):
@@ -34,7 +36,9 @@ def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTenso
     images = [image for image, _ in batch]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     padded = any(image.shape[1:] != (height, width) for image in images)
-    tensors = torch.empty((len(images), 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
+    tensors = torch.empty(
+        (len(images), 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last
+    )
     mask = torch.full((len(images), height, width), padded)
     for i, image in enumerate(images):
         _, h, w = image.shape
@@ -61,7 +65,11 @@ def normalize(samples: NestedTensor, mean: Sequence[float], std: Sequence[float]
 
 
 def to_device(
-    samples: NestedTensor, targets: PackedTargets, device: torch.device, mean: Sequence[float], std: Sequence[float]
+    samples: NestedTensor,
+    targets: PackedTargets,
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> tuple[NestedTensor, PackedTargets]:
     """Copies a batch to the device and normalises images and patches there."""
     samples = normalize(samples.to(device, non_blocking=True), mean, std)

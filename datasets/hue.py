@@ -35,7 +35,9 @@ def _from_hue(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
     place = hue * SECTORS
     sector = place.floor()
     part, rest = saturation * place.sub_(sector), 1 - saturation
-    kinds = torch.stack([value, (1 - part).mul_(value), part.add_(rest).mul_(value), rest.mul_(value)])
+    kinds = torch.stack(
+        [value, (1 - part).mul_(value), part.add_(rest).mul_(value), rest.mul_(value)]
+    )
     high, falling, rising, low = F.to_dtype(kinds, torch.uint8, scale=True).unbind()
     sector = sector.to(torch.uint8)
     s1, s2, s3, s4, s5 = ((sector == i).view(torch.uint8) for i in range(1, SECTORS))

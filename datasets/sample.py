@@ -31,7 +31,9 @@ class SampleDataset(Dataset):
     A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
     """
 
-    category_ids: dict[int, int] | None = None  # of labels in the annotation file, where labels are not these ids
+    category_ids: dict[int, int] | None = (
+        None  # of labels in the annotation file, where labels are not these ids
+    )
 
     # Of labelled datasets alone.
     num_classes: int

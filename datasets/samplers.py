@@ -57,10 +57,14 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         global_size = self.batch_size * self.world_size
         for batch in range(self.start_batch, self.start_batch + len(self)):
             start = batch * global_size
-            mine = order[start + self.rank : min(start + global_size, self.dataset_len) : self.world_size]
+            mine = order[
+                start + self.rank : min(start + global_size, self.dataset_len) : self.world_size
+            ]
             yield [(epoch, index) for index in mine.tolist()]
 
     def _order(self) -> torch.Tensor:
         if not self.shuffle:
             return torch.arange(self.dataset_len)
-        return torch.randperm(self.dataset_len, generator=SampleRandom.of(self.seed, self.epoch).torch)
+        return torch.randperm(
+            self.dataset_len, generator=SampleRandom.of(self.seed, self.epoch).torch
+        )

@@ -88,10 +88,14 @@ def resize(image: Picture, target: Target, size: Size) -> tuple[Picture, Target]
         target["area"] = target["area"] * (size[1] / old[1] * (size[0] / old[0]))
     if "masks" in target:
         target["masks"] = _plain(F.resize(tv_tensors.Mask(target["masks"]), list(size)))
-    return F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True), target
+    return F.resize(
+        image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True
+    ), target
 
 
-def crop(image: Picture, target: Target, region: tuple[int, int, int, int]) -> tuple[Picture, Target]:
+def crop(
+    image: Picture, target: Target, region: tuple[int, int, int, int]
+) -> tuple[Picture, Target]:
     """Cuts (top, left, height, width) out; objects whose clipped box has no area are dropped from every key."""
     top, left, height, width = region
     target = _with_size(target, (height, width))
@@ -146,7 +150,9 @@ class Compose(Transform):
             size = transform.output_size(size, drawn)
         return size
 
-    def apply(self, image: Picture, target: Target, parameters: list[Any]) -> tuple[Picture, Target]:
+    def apply(
+        self, image: Picture, target: Target, parameters: list[Any]
+    ) -> tuple[Picture, Target]:
         for transform, drawn in zip(self.transforms, parameters, strict=True):
             image, target = transform.apply(image, target, drawn)
         return image, target
@@ -165,7 +171,9 @@ class RandomSelect(Transform):
     def output_size(self, size: Size, parameters: tuple[int, Any]) -> Size:
         return self.choices[parameters[0]].output_size(size, parameters[1])
 
-    def apply(self, image: Picture, target: Target, parameters: tuple[int, Any]) -> tuple[Picture, Target]:
+    def apply(
+        self, image: Picture, target: Target, parameters: tuple[int, Any]
+    ) -> tuple[Picture, Target]:
         return self.choices[parameters[0]].apply(image, target, parameters[1])
 
 
@@ -217,7 +225,9 @@ class RandomSizeCrop(Transform):
     def output_size(self, size: Size, parameters: tuple[int, int, int, int]) -> Size:
         return parameters[2], parameters[3]
 
-    def apply(self, image: Picture, target: Target, parameters: tuple[int, int, int, int]) -> tuple[Picture, Target]:
+    def apply(
+        self, image: Picture, target: Target, parameters: tuple[int, int, int, int]
+    ) -> tuple[Picture, Target]:
         return crop(image, target, parameters)
 
 
@@ -240,12 +250,19 @@ class ColorAugmentation(Transform):
     Without `augment` nothing.
     """
 
-    JITTER = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
+    JITTER = {
+        "brightness": (0.6, 1.4),
+        "contrast": (0.6, 1.4),
+        "saturation": (0.6, 1.4),
+        "hue": (-0.1, 0.1),
+    }
 
     def __init__(self, augment: bool) -> None:
         self.augment = augment
 
-    def draw(self, rng: SampleRandom, size: Size) -> tuple[list[tuple[str, float]], bool, float | None]:
+    def draw(
+        self, rng: SampleRandom, size: Size
+    ) -> tuple[list[tuple[str, float]], bool, float | None]:
         """([(colour function, factor) in the order to apply], greyscale?, blur radius in pixels or None)."""
         if not self.augment:
             return [], False, None
@@ -267,7 +284,10 @@ class ColorAugmentation(Transform):
         return [factors[i] for i in order]
 
     def apply(
-        self, image: Picture, target: Target, parameters: tuple[list[tuple[str, float]], bool, float | None]
+        self,
+        image: Picture,
+        target: Target,
+        parameters: tuple[list[tuple[str, float]], bool, float | None],
     ) -> tuple[Picture, Target]:
         jitter, grey, radius = parameters
         if isinstance(image, Tensor):
@@ -295,7 +315,10 @@ class PatchAugmentation(ColorAugmentation):
         return self.patch_size, self.patch_size
 
     def apply(
-        self, image: Picture, target: Target, parameters: tuple[list[tuple[str, float]], bool, float | None]
+        self,
+        image: Picture,
+        target: Target,
+        parameters: tuple[list[tuple[str, float]], bool, float | None],
     ) -> tuple[Picture, Target]:
         image = F.resize(image, [self.patch_size, self.patch_size], antialias=True)
         return super().apply(image, target, parameters)
@@ -305,7 +328,9 @@ def _blur(image: Picture, radius: float) -> Picture:
     """Gaussian blur with a standard deviation of `radius` pixels."""
     if isinstance(image, Image.Image):
         return image.filter(ImageFilter.GaussianBlur(radius))
-    reach = min(math.ceil(2.5 * radius), min(size_hw(image)) - 1)  # the border is mirrored, which needs as many pixels
+    reach = min(
+        math.ceil(2.5 * radius), min(size_hw(image)) - 1
+    )  # the border is mirrored, which needs as many pixels
     return F.gaussian_blur(image, [2 * reach + 1] * 2, [radius, radius])
 
 
@@ -313,7 +338,9 @@ def _scaled(sizes: Sequence[int], image_size: int, published: int) -> list[int]:
     return [max(round(size * image_size / published), 1) for size in sizes]
 
 
-def detection_transforms(image_set: str, image_size: int = 800, max_size: int | None = None) -> Compose:
+def detection_transforms(
+    image_set: str, image_size: int = 800, max_size: int | None = None
+) -> Compose:
     """DETR's augmentation for "train", the plain resize for "val".
 
     Published for a short side of 800: sizes 480, 512, ... 800 (long side 1333), crops of 384 to 600 after resizing to
@@ -330,7 +357,9 @@ def detection_transforms(image_set: str, image_size: int = 800, max_size: int | 
     return Compose([RandomHorizontalFlip(), RandomSelect(sizes, cropped), ToSample()])
 
 
-def pretext_transforms(image_set: str, image_size: int = 480, max_size: int | None = None) -> Compose:
+def pretext_transforms(
+    image_set: str, image_size: int = 480, max_size: int | None = None
+) -> Compose:
     """UP-DETR's resize: no flip and no crop.
 
     Published for 480: ten short sides from 320 to 480 (the list of steps of 16 lacks 384), long side 600. For another
@@ -342,11 +371,15 @@ def pretext_transforms(image_set: str, image_size: int = 480, max_size: int | No
 def _pretext_resize(image_set: str, image_size: int, max_size: int | None) -> RandomResize:
     if max_size is None:
         (max_size,) = _scaled([600], image_size, 480)
-    published = [480] if image_set != "train" else [size for size in range(320, 481, 16) if size != 384]
+    published = (
+        [480] if image_set != "train" else [size for size in range(320, 481, 16) if size != 384]
+    )
     return RandomResize(_scaled(published, image_size, 480), max_size)
 
 
-def region_transforms(image_set: str, image_size: int = 480, max_size: int | None = None) -> Compose:
+def region_transforms(
+    image_set: str, image_size: int = 480, max_size: int | None = None
+) -> Compose:
     """DETReg's augmentation for "train": DETR's flips and crops, with UP-DETR's sizes; the plain resize for "val".
 
     Published for 480: crops of 384 to 600 after resizing to 400, 500 or 600; for another `image_size` all sizes scale.

@@ -56,7 +56,9 @@ def build_model(
     else:
         count = settings.num_classes if num_classes is None else num_classes
         classification = Classification(settings.classification, count, **matching_costs(settings))
-    detector = load(DETECTORS[settings.detector].builder)(settings, build_backbone(settings), classification)
+    detector = load(DETECTORS[settings.detector].builder)(
+        settings, build_backbone(settings), classification
+    )
     model = pretext.from_settings(settings, detector) if pretext else detector
     num_aux = settings.dec_layers - 1 if settings.aux_loss else 0
     weight_dict = expand_weights(model.loss_weights(settings), num_aux, detector.two_stage)

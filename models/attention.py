@@ -44,20 +44,29 @@ def attend(
     """
     batch, length = query.shape[:2]
     query, key, value = (fold_groups(x, query_groups) for x in (query, key, value))
-    query, key, value = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (
+        x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
+    )
     mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
-    out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout
+    )
     return out.transpose(1, 2).reshape(batch, length, -1)
 
 
-def usable_kernels(num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def usable_kernels(
+    num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
     """The fused kernels among which `scaled_dot_product_attention` chooses on a GPU, for batches without and with
     padding; None on other devices, where PyTorch doesn't tell.
     """
     if device.type != "cuda":
         return None
     x = torch.empty(1, num_heads, 8, head_dim, device=device, dtype=dtype)
-    masks = {"without padding": None, "with padding": torch.ones(1, 1, 1, 8, device=device, dtype=torch.bool)}
+    masks = {
+        "without padding": None,
+        "with padding": torch.ones(1, 1, 1, 8, device=device, dtype=torch.bool),
+    }
     usable = []
     for case, mask in masks.items():
         inputs = cuda.SDPAParams(x, x, x, mask, 0.0, False, False)
@@ -82,15 +91,23 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, query_groups: int = 1
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        query_groups: int = 1,
     ) -> Tensor:
         """query [B, Q, D], key and value [B, S, D] -> [B, Q, D]; `padding_mask` and `query_groups` as in `attend`."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         query, key, value = (
-            functional.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+            functional.linear(x, w, b)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups))
+        return self.out_proj(
+            attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
+        )
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """{"attention": what may run}, or nothing where that is not known; see `usable_kernels`."""
@@ -110,7 +127,14 @@ class ProjectedAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, query_groups: int = 1
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        query_groups: int = 1,
     ) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups))
+        return self.out_proj(
+            attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
+        )

@@ -70,7 +70,9 @@ def matching_costs(settings: Settings) -> dict[str, float]:
     }
 
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def sigmoid_focal_loss(
+    logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
     """Element-wise focal loss (Lin et al. 2017, equation 5); targets in {0, 1}, same shape. A negative alpha means no
     weighting.
     """

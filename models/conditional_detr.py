@@ -53,7 +53,12 @@ class ConditionalDecoderLayer(Block):
         self.add_feed_forward(dim, dim_feedforward, num_norms=3)
 
     def forward(
-        self, x: Tensor, query_position: Tensor, query_sine: Tensor, memory: Memory, query_groups: int
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        query_sine: Tensor,
+        memory: Memory,
+        query_groups: int,
     ) -> Tensor:
         """x, query_position and query_sine [B, Q, D] -> [B, Q, D]"""
 
@@ -90,10 +95,14 @@ class ConditionalDecoder(nn.Module):
             # gradient.
             self.query_scale.requires_grad_(False)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
+    ) -> tuple[Tensor, Tensor]:
         """[B, Q, D] -> layers [L, B, Q, D] and reference points (x, y) [B, Q, 2] in [0, 1], the same for all layers."""
         with without_autocast(x):  # half of a box's centre is predicted here
-            reference = self.ref_point_head(as_weights(query_position, self.ref_point_head)).sigmoid()
+            reference = self.ref_point_head(
+                as_weights(query_position, self.ref_point_head)
+            ).sigmoid()
         sine = sine_embed_points(reference, x.shape[-1])
         outputs = []
         for i, layer in enumerate(self.layers):
@@ -110,7 +119,9 @@ class ConditionalDETR(SingleScaleDetector):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def decode(self, memory: Memory, queries: Queries | None = None, query_groups: int = 1) -> States:
+    def decode(
+        self, memory: Memory, queries: Queries | None = None, query_groups: int = 1
+    ) -> States:
         content, position = self.decoder_inputs(memory, queries)
         layers, reference = self.transformer.decoder(content, position, memory, query_groups)
         return States(layers, [reference] * len(layers))
@@ -122,13 +133,17 @@ class ConditionalDETR(SingleScaleDetector):
         return torch.cat([centre, offsets[..., 2:]], dim=-1).sigmoid()
 
 
-def build(settings: Settings, backbone: BackboneWithPositions, classification: Classification) -> ConditionalDETR:
+def build(
+    settings: Settings, backbone: BackboneWithPositions, classification: Classification
+) -> ConditionalDETR:
     if settings.pre_norm:
         raise UserError(
             "--pre_norm: Conditional DETR is defined post-norm only (its spatial queries are scaled by normalised "
             "decoder outputs, and no pre-norm weights exist): leave --pre_norm out or use --detector detr"
         )
-    layer = ConditionalDecoderLayer(settings.hidden_dim, settings.nheads, settings.dim_feedforward, settings.dropout)
+    layer = ConditionalDecoderLayer(
+        settings.hidden_dim, settings.nheads, settings.dim_feedforward, settings.dropout
+    )
     transformer = Transformer(
         build_encoder(settings), ConditionalDecoder(layer, settings.dec_layers, settings.hidden_dim)
     )

@@ -14,7 +14,11 @@ from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.distributed import all_reduce_sum, get_world_size
 from util.packed_targets import PackedTargets, Targets, pack_objects
 
-PROPOSAL_LOSSES = ("labels", "boxes", "cardinality")  # what of a detector's losses is scored on encoder proposals too
+PROPOSAL_LOSSES = (
+    "labels",
+    "boxes",
+    "cardinality",
+)  # what of a detector's losses is scored on encoder proposals too
 
 
 class Losses(dict[str, Tensor]):
@@ -104,13 +108,17 @@ class SetCriterion(nn.Module):
         if "enc_outputs" in outputs:
             names = [name for name in self.losses if name in PROPOSAL_LOSSES]
             no_classes = {**targets.tensors, "labels": torch.zeros_like(targets.tensors["labels"])}
-            scored = self._score(names, outputs["enc_outputs"], replace(targets, tensors=no_classes), num_boxes)
+            scored = self._score(
+                names, outputs["enc_outputs"], replace(targets, tensors=no_classes), num_boxes
+            )
             scored.pop("class_error", None)
             losses.update({f"{name}_enc": value for name, value in scored.items()})
             losses.proposal_matches = scored.matches
         return losses
 
-    def _score(self, names: Iterable[str], outputs: dict, targets: PackedTargets, num_boxes: Tensor | float) -> Losses:
+    def _score(
+        self, names: Iterable[str], outputs: dict, targets: PackedTargets, num_boxes: Tensor | float
+    ) -> Losses:
         batch, losses = self._prepare(outputs, targets, num_boxes), Losses()
         losses.matches = batch.matches
         for name in names:
@@ -119,7 +127,9 @@ class SetCriterion(nn.Module):
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum that is minimised."""
-        weighted = [losses[name] * weight for name, weight in self.weight_dict.items() if name in losses]
+        weighted = [
+            losses[name] * weight for name, weight in self.weight_dict.items() if name in losses
+        ]
         return sum(weighted[1:], weighted[0])
 
     def _prepare(self, outputs: dict, targets: PackedTargets, num_boxes: Tensor | float) -> _Batch:
@@ -152,7 +162,10 @@ class SetCriterion(nn.Module):
     def _named(name: str, values: Tensor) -> dict[str, Tensor]:
         """Values [L] -> the published names: a suffix for all layers but the last."""
         last = len(values) - 1
-        return {name if layer == last else f"{name}_{layer}": value for layer, value in enumerate(values.unbind())}
+        return {
+            name if layer == last else f"{name}_{layer}": value
+            for layer, value in enumerate(values.unbind())
+        }
 
     def loss_labels(self, batch: _Batch) -> dict[str, Tensor]:
         """Classification over all queries; `class_error` (%) of the last layer's matched queries is for the log."""
@@ -163,11 +176,16 @@ class SetCriterion(nn.Module):
         classes[batch.matches.source] = batch.labels[batch.matches.target]
         if self.classification.kind == "softmax":
             weight = self.empty_weight.to(flat.dtype)
-            nll = functional.cross_entropy(flat, classes, weight, reduction="none").view(num_layers, -1)
+            nll = functional.cross_entropy(flat, classes, weight, reduction="none").view(
+                num_layers, -1
+            )
             values = nll.sum(1) / weight[classes].view(num_layers, -1).sum(1)
         else:
             one_hot = functional.one_hot(classes, outputs + 1)[:, :-1].to(flat.dtype)
-            values = sigmoid_focal_loss(flat, one_hot, self.focal_alpha).view(num_layers, -1).sum(1) / batch.num_boxes
+            values = (
+                sigmoid_focal_loss(flat, one_hot, self.focal_alpha).view(num_layers, -1).sum(1)
+                / batch.num_boxes
+            )
         return {**self._named("loss_ce", values), "class_error": self._class_error(batch)}
 
     @torch.no_grad()
@@ -207,7 +225,9 @@ class SetCriterion(nn.Module):
 
         Dai et al. 2021, equation 4. `target_features` [T, F] stands in the order of the targets.
         """
-        predicted = full_precision(torch.stack([layer["pred_features"] for layer in batch.outputs])).flatten(0, 2)
+        predicted = full_precision(
+            torch.stack([layer["pred_features"] for layer in batch.outputs])
+        ).flatten(0, 2)
         true = full_precision(batch.outputs[-1]["target_features"])
         predicted = functional.normalize(predicted[batch.matches.source], dim=1)
         true = functional.normalize(true, dim=1)[batch.matches.target]
@@ -222,8 +242,12 @@ class SetCriterion(nn.Module):
         """
         outputs, layers = batch.outputs[-1], len(batch.logits)
         pairs = batch.matches.num_pairs
-        first = (layers - 1) * batch.logits.shape[1] * batch.logits.shape[2]  # of the last layer's queries among all
-        source, target = (index[pairs * (layers - 1) :] for index in (batch.matches.source, batch.matches.target))
+        first = (
+            (layers - 1) * batch.logits.shape[1] * batch.logits.shape[2]
+        )  # of the last layer's queries among all
+        source, target = (
+            index[pairs * (layers - 1) :] for index in (batch.matches.source, batch.matches.target)
+        )
         predicted = full_precision(outputs["pred_features"]).flatten(0, 1)[source - first]
         distance = (predicted - full_precision(outputs["target_features"])[target]).abs()
         return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
@@ -240,7 +264,10 @@ class SetCriterion(nn.Module):
         projected = functional.normalize(full_precision(outputs["projections"]).detach(), dim=1)
         predicted = functional.normalize(full_precision(outputs["predictions"]), dim=1)
         distance = 2 - 2 * (predicted * projected.roll(len(projected) // 2, 0)).sum(1)
-        return {"loss_enc_global_contra": distance.mean(), "projection_std": self._spread(projected)}
+        return {
+            "loss_enc_global_contra": distance.mean(),
+            "projection_std": self._spread(projected),
+        }
 
     @torch.no_grad()
     def _spread(self, x: Tensor) -> Tensor:
@@ -252,7 +279,9 @@ class SetCriterion(nn.Module):
         return (square - mean.square()).clamp(min=0).sqrt().mean()
 
 
-def expand_weights(weights: dict[str, float], num_aux_layers: int, proposals: bool = False) -> dict[str, float]:
+def expand_weights(
+    weights: dict[str, float], num_aux_layers: int, proposals: bool = False
+) -> dict[str, float]:
     """The weights of the last layer, and the same for each earlier one with its suffix, and for the losses of encoder
     proposals.
     """
@@ -261,6 +290,10 @@ def expand_weights(weights: dict[str, float], num_aux_layers: int, proposals: bo
         expanded.update({f"{name}_{layer}": weight for name, weight in weights.items()})
     if proposals:
         expanded.update(
-            {f"{name}_enc": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou") if name in weights}
+            {
+                f"{name}_enc": weights[name]
+                for name in ("loss_ce", "loss_bbox", "loss_giou")
+                if name in weights
+            }
         )
     return expanded

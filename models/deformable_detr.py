@@ -68,9 +68,16 @@ class DeformableDETR(Detector):
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * hidden_dim)
         self.input_proj = _input_projections(backbone[0].num_channels, hidden_dim, num_levels)
         self.backbone = backbone
-        self.num_queries, self.hidden_dim, self.aux_loss, self.two_stage = num_queries, hidden_dim, aux_loss, two_stage
+        self.num_queries, self.hidden_dim, self.aux_loss, self.two_stage = (
+            num_queries,
+            hidden_dim,
+            aux_loss,
+            two_stage,
+        )
         self.classification = classification
-        if not two_stage:  # boxes start with a side of sigmoid(-2) = 0.12 of the image, proposals with their own
+        if (
+            not two_stage
+        ):  # boxes start with a side of sigmoid(-2) = 0.12 of the image, proposals with their own
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
         if with_box_refine:
             transformer.decoder.bbox_embed = self.bbox_embed
@@ -83,7 +90,11 @@ class DeformableDETR(Detector):
         shapes = [(x.tensor.shape[-2], x.tensor.shape[-1]) for x in maps]
         tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)
         position = torch.cat(
-            [flatten_map(x.position) + level for x, level in zip(maps, self.transformer.level_embed, strict=True)], 1
+            [
+                flatten_map(x.position) + level
+                for x, level in zip(maps, self.transformer.level_embed, strict=True)
+            ],
+            1,
         )
         padding_mask = torch.cat([x.mask.flatten(1) for x in maps], 1) if samples.padded else None
         sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32)
@@ -146,7 +157,9 @@ class DeformableDETR(Detector):
                 points = self.transformer.reference_points
                 references = points(as_weights(queries.position, points)).sigmoid()
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content
-        layers, references = self.transformer.decoder(content, queries.position, references, memory, query_groups)
+        layers, references = self.transformer.decoder(
+            content, queries.position, references, memory, query_groups
+        )
         return States(layers, references, proposals)
 
     def _propose(self, memory: DeformableMemory) -> tuple[Queries, Tensor, dict[str, Tensor]]:
@@ -159,14 +172,20 @@ class DeformableDETR(Detector):
         transformer = self.transformer
         with without_autocast(memory.tokens):
             start, valid = cell_proposals(memory)
-            tokens = transformer.enc_output(as_weights(memory.tokens, transformer).masked_fill(~valid[..., None], 0.0))
+            tokens = transformer.enc_output(
+                as_weights(memory.tokens, transformer).masked_fill(~valid[..., None], 0.0)
+            )
             tokens = transformer.enc_output_norm(tokens)
             logits, box_logits = self.class_embed[-1](tokens), self.bbox_embed[-1](tokens) + start
             best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
             references = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
             embedded = as_weights(embed_boxes(references, self.hidden_dim), transformer.pos_trans)
             code = transformer.pos_trans_norm(transformer.pos_trans(embedded))
-        return Queries(*code.chunk(2, dim=-1)), references, {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()}
+        return (
+            Queries(*code.chunk(2, dim=-1)),
+            references,
+            {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()},
+        )
 
     def predict(self, states: States) -> dict:
         """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's
@@ -176,10 +195,15 @@ class DeformableDETR(Detector):
         layers = as_weights(states.layers, self.class_embed)
         with without_autocast(layers):
             # Without zip's check: the last head of a two-stage model is the encoder's.
-            logits = torch.stack([head(x) for head, x in zip(self.class_embed, layers, strict=False)])
+            logits = torch.stack(
+                [head(x) for head, x in zip(self.class_embed, layers, strict=False)]
+            )
             offsets = [head(x) for head, x in zip(self.bbox_embed, layers, strict=False)]
             boxes = torch.stack(
-                [apply_box_deltas(x, start) for x, start in zip(offsets, states.references, strict=True)]
+                [
+                    apply_box_deltas(x, start)
+                    for x, start in zip(offsets, states.references, strict=True)
+                ]
             )
             outputs = self.layer_outputs(logits, boxes)
         if states.encoder_proposals is not None:
@@ -204,11 +228,15 @@ def _input_projections(channels: list[int], dim: int, num_levels: int) -> nn.Mod
         nn.init.xavier_uniform_(conv.weight)
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
-    groups = math.gcd(32, dim // 4)  # 32 as published; small models need a few channels in each, for maps of one cell
+    groups = math.gcd(
+        32, dim // 4
+    )  # 32 as published; small models need a few channels in each, for maps of one cell
     return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
 
 
-def build(settings: Settings, backbone: BackboneWithPositions, classification: Classification) -> DeformableDETR:
+def build(
+    settings: Settings, backbone: BackboneWithPositions, classification: Classification
+) -> DeformableDETR:
     if settings.pre_norm:
         raise UserError(
             "--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist: leave --pre_norm out"
@@ -217,7 +245,11 @@ def build(settings: Settings, backbone: BackboneWithPositions, classification: C
 
     def attention(points: int) -> DeformableAttention:
         return DeformableAttention(
-            dim, num_heads=settings.nheads, num_levels=levels, num_points=points, implementation=settings.ms_deform_attn
+            dim,
+            num_heads=settings.nheads,
+            num_levels=levels,
+            num_points=points,
+            implementation=settings.ms_deform_attn,
         )
 
     encoder_layer = DeformableEncoderLayer(

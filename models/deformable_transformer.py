@@ -19,9 +19,9 @@ from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import sine_features
 from models.transformer import Block, clones, reset_matrices
 
-PROPOSAL_SIZE = (
-    0.05  # side of the box that a cell of the finest map proposes, relative to the image; doubles with each level
-)
+# Side of the box proposed at each cell of the finest level, relative to the image; it doubles
+# with each level.
+PROPOSAL_SIZE = 0.05
 
 
 @dataclass(kw_only=True)
@@ -43,7 +43,13 @@ class DeformableAttention(nn.Module):
     """Multi-scale deformable attention (equation 3): offsets and weights of the points come from the query alone."""
 
     def __init__(
-        self, dim: int, *, num_heads: int, num_levels: int, num_points: int, implementation: str = "auto"
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        implementation: str = "auto",
     ) -> None:
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
@@ -63,13 +69,19 @@ class DeformableAttention(nn.Module):
         offsets = directions[:, None, None] * steps[:, None]
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
-        for weight in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+        for weight in (
+            self.sampling_offsets.weight,
+            self.attention_weights.weight,
+            self.attention_weights.bias,
+        ):
             nn.init.zeros_(weight)
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
 
-    def forward(self, query: Tensor, references: Tensor, tokens: Tensor, memory: DeformableMemory) -> Tensor:
+    def forward(
+        self, query: Tensor, references: Tensor, tokens: Tensor, memory: DeformableMemory
+    ) -> Tensor:
         """What each query reads of `tokens`, which lie as `memory` describes.
 
         query [B, Q, D], tokens [B, S, D]; references [B, Q, L, 2] (points) or [B, Q, L, 4] (cx, cy, w, h), relative to
@@ -92,13 +104,17 @@ class DeformableAttention(nn.Module):
         else:
             locations = references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
         value = value.unflatten(-1, (self.num_heads, -1))
-        return self.output_proj(ms_deform_attn(value, memory.shapes, locations, weights, self.implementation))
+        return self.output_proj(
+            ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
+        )
 
 
 class DeformableEncoderLayer(Block):
     """Attributes stand in the published order, on which the state of a published optimizer depends."""
 
-    def __init__(self, attention: DeformableAttention, dim: int, dim_feedforward: int, dropout: float) -> None:
+    def __init__(
+        self, attention: DeformableAttention, dim: int, dim_feedforward: int, dropout: float
+    ) -> None:
         super().__init__(dropout, pre_norm=False)
         self.self_attn = attention
         self.norm1 = nn.LayerNorm(dim)
@@ -108,7 +124,9 @@ class DeformableEncoderLayer(Block):
 
     def forward(self, x: Tensor, references: Tensor, memory: DeformableMemory) -> Tensor:
         """x [B, S, D], references [B, S, L, 2] -> [B, S, D]"""
-        x = self.residual(x, self.norm1, lambda y: self.self_attn(y + memory.position, references, y, memory))
+        x = self.residual(
+            x, self.norm1, lambda y: self.self_attn(y + memory.position, references, y, memory)
+        )
         return self.residual(x, self.norm2, self.feed_forward)
 
 
@@ -131,7 +149,13 @@ class DeformableDecoderLayer(Block):
     """
 
     def __init__(
-        self, attention: DeformableAttention, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float
+        self,
+        attention: DeformableAttention,
+        dim: int,
+        *,
+        num_heads: int,
+        dim_feedforward: int,
+        dropout: float,
     ) -> None:
         super().__init__(dropout, pre_norm=False)
         self.cross_attn = attention
@@ -143,7 +167,12 @@ class DeformableDecoderLayer(Block):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(
-        self, x: Tensor, position: Tensor, references: Tensor, memory: DeformableMemory, query_groups: int
+        self,
+        x: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: DeformableMemory,
+        query_groups: int,
     ) -> Tensor:
         """x, position [B, Q, D]; references [B, Q, 2 or 4], relative to the images. Returns [B, Q, D]."""
         ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)
@@ -153,7 +182,9 @@ class DeformableDecoderLayer(Block):
             return self.self_attn(y + position, y + position, y, query_groups=query_groups)
 
         x = self.residual(x, self.norm2, self_attention)
-        x = self.residual(x, self.norm1, lambda y: self.cross_attn(y + position, on_maps, memory.tokens, memory))
+        x = self.residual(
+            x, self.norm1, lambda y: self.cross_attn(y + position, on_maps, memory.tokens, memory)
+        )
         return self.residual(x, self.norm3, self.feed_forward)
 
 
@@ -171,7 +202,12 @@ class DeformableDecoder(nn.Module):
         self.class_embed: Any = None
 
     def forward(
-        self, x: Tensor, position: Tensor, references: Tensor, memory: DeformableMemory, query_groups: int
+        self,
+        x: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: DeformableMemory,
+        query_groups: int,
     ) -> tuple[Tensor, list[Tensor]]:
         """x, position [B, Q, D], references [B, Q, 2 or 4] -> layers [L, B, Q, D], and the references that each layer
         started from.
@@ -197,7 +233,13 @@ class DeformableTransformer(nn.Module):
     model proposals of the encoder take their place."""
 
     def __init__(
-        self, encoder: DeformableEncoder, decoder: DeformableDecoder, *, dim: int, num_levels: int, two_stage: bool
+        self,
+        encoder: DeformableEncoder,
+        decoder: DeformableDecoder,
+        *,
+        dim: int,
+        num_levels: int,
+        two_stage: bool,
     ) -> None:
         super().__init__()
         self.level_embed = nn.Parameter(torch.empty(num_levels, dim))

@@ -65,9 +65,9 @@ class Detector(TrainableModel):
     hidden_dim: int
     aux_loss: bool
     backbone: BackboneWithPositions
-    two_stage: bool = (
-        False  # its queries come from encoder proposals, so that it has no learned ones and can't be given any
-    )
+    # Two-stage queries come from encoder proposals: there are no learned ones, and a pretext can't
+    # bring its own.
+    two_stage: bool = False
 
     def base_detector(self) -> "Detector":
         return self
@@ -75,7 +75,9 @@ class Detector(TrainableModel):
     def encode(self, samples: NestedTensor) -> Memory:
         raise NotImplementedError  # the contract
 
-    def decode(self, memory: Memory, queries: Queries | None = None, query_groups: int = 1) -> States:
+    def decode(
+        self, memory: Memory, queries: Queries | None = None, query_groups: int = 1
+    ) -> States:
         raise NotImplementedError  # the contract
 
     def predict(self, states: States) -> dict:
@@ -126,7 +128,11 @@ def under_autocast(x: Tensor) -> bool:
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """Autocast is off inside, for the device of `x`."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.amp.is_autocast_available(device)
+        else nullcontext()
+    )
 
 
 def as_weights(x: Tensor, head: nn.Module) -> Tensor:

@@ -25,17 +25,23 @@ from util.settings import Settings
 
 
 class DecoderLayer(Block):
-    def __init__(self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(
+        self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
+    ) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = MultiheadAttention(dim, num_heads, dropout)
         self.multihead_attn = MultiheadAttention(dim, num_heads, dropout)
         self.add_feed_forward(dim, dim_feedforward, num_norms=3)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> Tensor:
+    def forward(
+        self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
+    ) -> Tensor:
         """x, query_position [B, Q, D] -> [B, Q, D]"""
 
         def self_attention(y: Tensor) -> Tensor:
-            return self.self_attn(y + query_position, y + query_position, y, query_groups=query_groups)
+            return self.self_attn(
+                y + query_position, y + query_position, y, query_groups=query_groups
+            )
 
         def cross_attention(y: Tensor) -> Tensor:
             key = memory.tokens + memory.position
@@ -54,7 +60,9 @@ class Decoder(nn.Module):
         self.layers: Any = clones(layer, num_layers)
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int) -> Tensor:
+    def forward(
+        self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
+    ) -> Tensor:
         """[B, Q, D] -> [L, B, Q, D]"""
         outputs = []
         for layer in self.layers:
@@ -82,7 +90,11 @@ def layer_sizes(settings: Settings) -> dict[str, Any]:
 
 def detector_sizes(settings: Settings) -> dict[str, Any]:
     """What the flags say of a `SingleScaleDetector`."""
-    return {"num_queries": settings.num_queries, "hidden_dim": settings.hidden_dim, "aux_loss": settings.aux_loss}
+    return {
+        "num_queries": settings.num_queries,
+        "hidden_dim": settings.hidden_dim,
+        "aux_loss": settings.aux_loss,
+    }
 
 
 def build_encoder(settings: Settings) -> Encoder:
@@ -112,7 +124,9 @@ class SingleScaleDetector(Detector):
         self.class_embed = nn.Linear(hidden_dim, classification.num_outputs)
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, num_layers=3)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.input_proj = nn.Conv2d(cast(Backbone, backbone[0]).num_channels[-1], hidden_dim, kernel_size=1)
+        self.input_proj = nn.Conv2d(
+            cast(Backbone, backbone[0]).num_channels[-1], hidden_dim, kernel_size=1
+        )
         self.backbone = backbone
         self.num_queries, self.hidden_dim, self.aux_loss = num_queries, hidden_dim, aux_loss
         self.classification = classification
@@ -124,7 +138,9 @@ class SingleScaleDetector(Detector):
         position = flatten_map(last.position)
         padding_mask = last.mask.flatten(1) if samples.padded else None
         tokens = flatten_map(self.input_proj(last.tensor))
-        if under_autocast(tokens):  # post-norm layers widen their sums at once, pre-norm ones never would
+        if under_autocast(
+            tokens
+        ):  # post-norm layers widen their sums at once, pre-norm ones never would
             tokens = full_precision(tokens)
         tokens = self.transformer.encoder(tokens, position, padding_mask)
         return Memory(
@@ -160,12 +176,18 @@ class SingleScaleDetector(Detector):
 
 
 class DETR(SingleScaleDetector):
-    def decode(self, memory: Memory, queries: Queries | None = None, query_groups: int = 1) -> States:
+    def decode(
+        self, memory: Memory, queries: Queries | None = None, query_groups: int = 1
+    ) -> States:
         content, position = self.decoder_inputs(memory, queries)
         return States(self.transformer.decoder(content, position, memory, query_groups))
 
 
-def build(settings: Settings, backbone: BackboneWithPositions, classification: Classification) -> DETR:
+def build(
+    settings: Settings, backbone: BackboneWithPositions, classification: Classification
+) -> DETR:
     layer = DecoderLayer(settings.hidden_dim, **layer_sizes(settings))
-    transformer = Transformer(build_encoder(settings), Decoder(layer, settings.dec_layers, settings.hidden_dim))
+    transformer = Transformer(
+        build_encoder(settings), Decoder(layer, settings.dec_layers, settings.hidden_dim)
+    )
     return DETR(backbone, transformer, classification, **detector_sizes(settings))

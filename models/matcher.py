@@ -58,7 +58,11 @@ class HungarianMatcher:
         """
         targets = pack_objects(targets)
         counts = targets.rows["labels"]
-        cost = self.cost(logits, boxes_cxcywh, targets).cpu().numpy() if max(counts, default=0) else None
+        cost = (
+            self.cost(logits, boxes_cxcywh, targets).cpu().numpy()
+            if max(counts, default=0)
+            else None
+        )
         if cost is not None:
             self._check_finite(cost, counts, targets)
         return self._assign(cost, counts, logits)
@@ -69,7 +73,8 @@ class HungarianMatcher:
         """
         targets = pack_objects(targets)
         labels, true_boxes = (
-            pad_sequence(targets.tensors[key].split(targets.rows[key]), batch_first=True) for key in ("labels", "boxes")
+            pad_sequence(targets.tensors[key].split(targets.rows[key]), batch_first=True)
+            for key in ("labels", "boxes")
         )
         true_boxes = true_boxes.to(boxes_cxcywh.dtype)
         distance = (boxes_cxcywh[..., :, None, :] - true_boxes[:, None]).abs().sum(-1)
@@ -77,7 +82,11 @@ class HungarianMatcher:
         weights = self.classification
         labels = labels.expand(len(logits), -1, -1)
         class_cost = weights.class_cost(logits, labels)
-        return weights.cost_bbox * distance + weights.cost_class * class_cost - weights.cost_giou * giou
+        return (
+            weights.cost_bbox * distance
+            + weights.cost_class * class_cost
+            - weights.cost_giou * giou
+        )
 
     @staticmethod
     def _check_finite(cost: np.ndarray, counts: list[int], targets: PackedTargets) -> None:
@@ -88,7 +97,10 @@ class HungarianMatcher:
         if not len(layers):
             return
         known = "image_id" in targets.tensors
-        ids = [int(targets[i]["image_id"]) if known else f"batch position {i}" for i in np.unique(images)]
+        ids = [
+            int(targets[i]["image_id"]) if known else f"batch position {i}"
+            for i in np.unique(images)
+        ]
         raise NonFinitePrediction(
             f"decoder layer {layers[0]} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images {ids[:8]}: "
             "look at their boxes, lower --lr, or use --amp no"
@@ -101,14 +113,24 @@ class HungarianMatcher:
         none = np.zeros(0, dtype=np.int64)
         pairs = [
             [
-                (none, none) if cost is None or not n else linear_sum_assignment(cost[layer, i, :, :n])
+                (none, none)
+                if cost is None or not n
+                else linear_sum_assignment(cost[layer, i, :, :n])
                 for i, n in enumerate(counts)
             ]
             for layer in range(num_layers)
         ]
         first_query = (np.arange(num_layers)[:, None] * batch + np.arange(batch)) * num_queries
-        source = [first_query[layer, i] + pairs[layer][i][0] for layer in range(num_layers) for i in range(batch)]
-        target = [offsets[i] + pairs[layer][i][1] for layer in range(num_layers) for i in range(batch)]
-        index = torch.from_numpy(np.stack([np.concatenate(source), np.concatenate(target)]).astype(np.int64))
+        source = [
+            first_query[layer, i] + pairs[layer][i][0]
+            for layer in range(num_layers)
+            for i in range(batch)
+        ]
+        target = [
+            offsets[i] + pairs[layer][i][1] for layer in range(num_layers) for i in range(batch)
+        ]
+        index = torch.from_numpy(
+            np.stack([np.concatenate(source), np.concatenate(target)]).astype(np.int64)
+        )
         source_index, target_index = index.to(logits.device, non_blocking=True)
         return Matches(source_index, target_index, pairs)

@@ -30,7 +30,11 @@ INTERPRETED = (
 
 
 def ms_deform_attn(
-    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor, implementation: str = "auto"
+    value: Tensor,
+    shapes: Sequence[tuple[int, int]],
+    locations: Tensor,
+    weights: Tensor,
+    implementation: str = "auto",
 ) -> Tensor:
     """Samples every map at the locations (bilinear, zero outside, pixel coordinate = location * size - 0.5) and adds up
     by weights.
@@ -64,7 +68,9 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
     Under `torch.use_deterministic_algorithms` "auto" is "pytorch", where PyTorch itself says what it can't repeat.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"--ms_deform_attn {implementation}: choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise UserError(
+            f"--ms_deform_attn {implementation}: choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
     if implementation == "auto":
         runs = (
             device.type == "cuda"
@@ -98,17 +104,27 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def _check(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> None:
+def _check(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> None:
     B, S, H, _ = value.shape
     if sum(height * width for height, width in shapes) != S:
-        raise ValueError(f"value has {S} pixels, maps of {[tuple(shape) for shape in shapes]} have another number")
+        raise ValueError(
+            f"value has {S} pixels, maps of {[tuple(shape) for shape in shapes]} have another number"
+        )
     if locations.dim() != 6 or locations.shape[-1] != 2 or locations.shape[:-1] != weights.shape:
-        raise ValueError(f"locations {tuple(locations.shape)} are not weights {tuple(weights.shape)} with x and y")
+        raise ValueError(
+            f"locations {tuple(locations.shape)} are not weights {tuple(weights.shape)} with x and y"
+        )
     if (locations.shape[0], *locations.shape[2:4]) != (B, H, len(shapes)):
-        raise ValueError(f"locations {tuple(locations.shape)} are not for {B} images, {H} heads and {len(shapes)} maps")
+        raise ValueError(
+            f"locations {tuple(locations.shape)} are not for {B} images, {H} heads and {len(shapes)} maps"
+        )
 
 
-def _pytorch(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+def _pytorch(
+    value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     B, _, H, D = value.shape
     _, Q, _, L, P, _ = locations.shape
@@ -125,7 +141,11 @@ def _pytorch(value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor
     summed: Any = 0
     for pixels, shape, points, weight in zip(maps, shapes, grid, by_level, strict=True):
         samples = F.grid_sample(
-            pixels.unflatten(-1, tuple(shape)), points, mode="bilinear", padding_mode="zeros", align_corners=False
+            pixels.unflatten(-1, tuple(shape)),
+            points,
+            mode="bilinear",
+            padding_mode="zeros",
+            align_corners=False,
         )
         summed = summed + (samples * weight).sum(-2)  # [B * H, D, Q]
     return summed.view(B, H, D, Q).permute(0, 3, 1, 2).reshape(B, Q, H * D).to(value.dtype)

@@ -90,7 +90,12 @@ def _read(value, offsets, masks):
 def _corner_shares(weight, dx, dy):
     """Weight of each corner in the sum, as a column."""
     above, below = weight * (1 - dy), weight * dy
-    return (above * (1 - dx))[:, None], (above * dx)[:, None], (below * (1 - dx))[:, None], (below * dx)[:, None]
+    return (
+        (above * (1 - dx))[:, None],
+        (above * dx)[:, None],
+        (below * (1 - dx))[:, None],
+        (below * dx)[:, None],
+    )
 
 
 @triton.jit
@@ -105,7 +110,9 @@ def _derivatives(g00, g01, g10, g11, weight, dx, dy, height, width):
 @triton.jit
 def _store_columns(target, rows, tile, columns, inside, COUNT: tl.constexpr):
     tl.store(
-        target + rows[:, None] + columns, tile.to(target.dtype.element_ty), mask=inside[:, None] & (columns < COUNT)
+        target + rows[:, None] + columns,
+        tile.to(target.dtype.element_ty),
+        mask=inside[:, None] & (columns < COUNT),
     )
 
 
@@ -140,7 +147,9 @@ def _forward_kernel(
             left, upper, dx, dy = _sample_position(locations, point, inside, height, width)
             at, on_map = _corners(left, upper, start, height, width, channels, D, H * D)
             v00, v01, v10, v11 = _read(value, at, on_map)
-            share = _corner_shares(tl.load(weights + point, mask=inside, other=0.0).to(tl.float32), dx, dy)
+            share = _corner_shares(
+                tl.load(weights + point, mask=inside, other=0.0).to(tl.float32), dx, dy
+            )
             result += v00 * share[0] + v01 * share[1] + v10 * share[2] + v11 * share[3]
         start += height.to(tl.int32) * width.to(tl.int32)
     output += item * D + rows[:, None] * (H * D) + channels
@@ -181,7 +190,9 @@ def _backward_kernel(
     for level in range(L):
         height, width = _level_shape(shapes, level, L)
         points = item * (L * P) + rows * (H * L * P) + level * P
-        by_place = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)  # columns: x, y of the first point, x, y of the second ...
+        by_place = tl.zeros(
+            [BLOCK_Q, BLOCK_D], tl.float32
+        )  # columns: x, y of the first point, x, y of the second ...
         by_share = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)  # columns: the points
         for p in tl.static_range(P):
             left, upper, dx, dy = _sample_position(locations, points + p, inside, height, width)
@@ -195,11 +206,18 @@ def _backward_kernel(
             )
             weight = tl.load(weights + points + p, mask=inside, other=0.0).to(tl.float32)
             by_x, by_y, by_weight = _derivatives(g00, g01, g10, g11, weight, dx, dy, height, width)
-            by_place = tl.where(channels == 2 * p, by_x, tl.where(channels == 2 * p + 1, by_y, by_place))
+            by_place = tl.where(
+                channels == 2 * p, by_x, tl.where(channels == 2 * p + 1, by_y, by_place)
+            )
             by_share = tl.where(channels == p, by_weight, by_share)
             share = _corner_shares(weight, dx, dy)
             for corner in tl.static_range(4):
-                tl.atomic_add(grad_value + at[corner], grad * share[corner], mask=on_map[corner], sem="relaxed")
+                tl.atomic_add(
+                    grad_value + at[corner],
+                    grad * share[corner],
+                    mask=on_map[corner],
+                    sem="relaxed",
+                )
         _store_columns(grad_locations, 2 * points, by_place, channels, inside, 2 * P)
         _store_columns(grad_weights, points, by_share, channels, inside, P)
         start += height.to(tl.int32) * width.to(tl.int32)
@@ -228,7 +246,12 @@ def backward(
 
 
 def _launch(
-    kernel, tensors: tuple[Tensor, ...], shapes: Sequence[int], value: Tensor, locations: Tensor, columns: int
+    kernel,
+    tensors: tuple[Tensor, ...],
+    shapes: Sequence[int],
+    value: Tensor,
+    locations: Tensor,
+    columns: int,
 ) -> None:
     """Runs a kernel whose tile has room for the channels of a head and for `columns` other numbers of a query."""
     B, S, H, D = value.shape
@@ -242,5 +265,17 @@ def _launch(
     sizes = tuple(float(size) for size in shapes)
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](
-            *tensors, sizes, S, Q, H, D, L, P, block_q, block_d, num_warps=WARPS, num_stages=1, enable_fp_fusion=True
+            *tensors,
+            sizes,
+            S,
+            Q,
+            H,
+            D,
+            L,
+            P,
+            block_q,
+            block_d,
+            num_warps=WARPS,
+            num_stages=1,
+            enable_fp_fusion=True,
         )

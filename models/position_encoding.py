@@ -48,7 +48,9 @@ class SinePositionEncoding(nn.Module):
             eps, scale = 1e-6, 2 * math.pi
             y = (y - self.shift) / (y[:, -1:, :] + eps) * scale
             x = (x - self.shift) / (x[:, :, -1:] + eps) * scale
-        code = torch.cat([sine_features(y, self.num_features), sine_features(x, self.num_features)], dim=-1)
+        code = torch.cat(
+            [sine_features(y, self.num_features), sine_features(x, self.num_features)], dim=-1
+        )
         return code.permute(0, 3, 1, 2)
 
 
@@ -75,7 +77,9 @@ class LearnedPositionEncoding(nn.Module):
                 "use a smaller --image_size, no --dilation, or --position_embedding sine"
             )
         rows, columns = self.row_embed.weight[:height], self.col_embed.weight[:width]
-        code = torch.cat([columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
+        code = torch.cat(
+            [columns[None].expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1
+        )
         return code.permute(2, 0, 1).expand(batch, -1, -1, -1)
 
 

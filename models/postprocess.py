@@ -23,7 +23,10 @@ class PostProcess(nn.Module):
         """target_sizes: [B, 2], (height, width) of each image. Returns for each image `scores` [K], `labels` [K],
         `boxes` [K, 4].
         """
-        logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
+        logits, boxes = (
+            full_precision(outputs["pred_logits"]),
+            full_precision(outputs["pred_boxes"]),
+        )
         if self.classification.kind == "softmax":
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)
         else:
@@ -33,7 +36,10 @@ class PostProcess(nn.Module):
             query = torch.div(index, logits.shape[2], rounding_mode="floor")
             boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
-        return [{"scores": s, "labels": k, "boxes": b} for s, k, b in zip(scores, labels, boxes_xyxy_abs, strict=True)]
+        return [
+            {"scores": s, "labels": k, "boxes": b}
+            for s, k, b in zip(scores, labels, boxes_xyxy_abs, strict=True)
+        ]
 
 
 class ClassAgnosticPostProcess(nn.Module):
@@ -43,21 +49,33 @@ class ClassAgnosticPostProcess(nn.Module):
     (x0, y0, x1, y1) in pixels of the sizes asked for, not clipped, and have the label 1.
     """
 
-    def __init__(self, classification: Classification, label: int | None = None, top_k: int = 1000) -> None:
+    def __init__(
+        self, classification: Classification, label: int | None = None, top_k: int = 1000
+    ) -> None:
         super().__init__()
         self.classification, self.label, self.top_k = classification, label, top_k
 
     @torch.no_grad()
     def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """As `PostProcess.forward`."""
-        logits, boxes = full_precision(outputs["pred_logits"]), full_precision(outputs["pred_boxes"])
-        scores = logits.softmax(-1)[..., :-1] if self.classification.kind == "softmax" else logits.sigmoid()
+        logits, boxes = (
+            full_precision(outputs["pred_logits"]),
+            full_precision(outputs["pred_boxes"]),
+        )
+        scores = (
+            logits.softmax(-1)[..., :-1]
+            if self.classification.kind == "softmax"
+            else logits.sigmoid()
+        )
         scores = scores.amax(-1) if self.label is None else scores[..., self.label]
         scores, order = scores.topk(min(self.top_k, scores.shape[1]), dim=1)
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
         labels = torch.ones_like(order)
-        return [{"scores": s, "labels": n, "boxes": b} for s, n, b in zip(scores, labels, boxes_xyxy_abs, strict=True)]
+        return [
+            {"scores": s, "labels": n, "boxes": b}
+            for s, n, b in zip(scores, labels, boxes_xyxy_abs, strict=True)
+        ]
 
 
 def to_pixels(boxes_cxcywh: Tensor, sizes_hw: Tensor) -> Tensor:

@@ -27,10 +27,14 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
         super().__init__(num_features)
         self.register_buffer("num_batches_tracked", None)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *args
+    ) -> None:
         # Without a version PyTorch would add a counter that this norm does not have, and then find it unexpected.
         state_dict.pop(f"{prefix}num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "version": self._version}, *args)
+        super()._load_from_state_dict(
+            state_dict, prefix, {**local_metadata, "version": self._version}, *args
+        )
 
 
 def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body:
@@ -43,10 +47,16 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     resnet = getattr(torchvision.models, name)(
         weights=None, norm_layer=norm_layer, replace_stride_with_dilation=[False, False, dilation]
     )
-    body = IntermediateLayerGetter(resnet, {f"layer{stage}": str(i) for i, stage in enumerate(stages)})
+    body = IntermediateLayerGetter(
+        resnet, {f"layer{stage}": str(i) for i, stage in enumerate(stages)}
+    )
     width = 64 if name in ("resnet18", "resnet34") else 256
     channels = [width * 2 ** (stage - 1) for stage in stages]
     strides = [16 if dilation and stage == 4 else 2 ** (stage + 1) for stage in stages]
-    early = {name for name, _ in body.named_parameters() if not name.startswith(("layer2", "layer3", "layer4"))}
+    early = {
+        name
+        for name, _ in body.named_parameters()
+        if not name.startswith(("layer2", "layer3", "layer4"))
+    }
     mean, std = backbone_normalization(name)
     return Body(body, strides=strides, num_channels=channels, mean=mean, std=std, early=early)

@@ -37,7 +37,9 @@ class IntermediateEncoder(nn.Module):
                 f"--obj_embedding_head intermediate: --backbone {backbone.name} has no {missing[0]} in stage 2; "
                 f"use another"
             )
-        self.backbone.body.load_state_dict({key: copy.deepcopy(source[key]) for key in self.backbone.body.state_dict()})
+        self.backbone.body.load_state_dict(
+            {key: copy.deepcopy(source[key]) for key in self.backbone.body.state_dict()}
+        )
 
     def forward(self, crops: Tensor) -> Tensor:
         return self.backbone(crops)[-1].mean((2, 3))
@@ -60,7 +62,10 @@ class HeadEncoder(nn.Module):
         for stage, module in backbone.body.named_children():
             self.add_module(stage, module)
         self.projection_head = nn.Sequential(
-            nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, self.num_channels)
+            nn.Linear(features, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, self.num_channels),
         )
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -77,7 +82,9 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
     Raises:
         UserError: the weights can't be had, or have no projection head where that is asked for.
     """
-    encoder = IntermediateEncoder(backbone) if head == "intermediate" else HeadEncoder(backbone.name)
+    encoder = (
+        IntermediateEncoder(backbone) if head == "intermediate" else HeadEncoder(backbone.name)
+    )
     if head == "head" and weights != "none":
         try:
             load_backbone_weights(encoder, backbone.name, weights)
@@ -90,7 +97,9 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
 
 
 @torch.no_grad()
-def encode_crops(encoder: nn.Module, crops: list[Tensor], published_statistics: bool = False) -> Tensor:
+def encode_crops(
+    encoder: nn.Module, crops: list[Tensor], published_statistics: bool = False
+) -> Tensor:
     """Crops of each image, [N_i, 3, S, S] -> [sum N_i, C], in one call.
 
     published_statistics: DETReg never puts its `head` network into evaluation mode, so that batch norm takes the

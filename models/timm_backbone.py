@@ -17,16 +17,22 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         import timm
         from timm.layers import freeze_batch_norm_2d
     except ImportError as error:
-        raise UserError(f"--backbone timm:{name} needs the package timm: pip install timm ({error})") from error
+        raise UserError(
+            f"--backbone timm:{name} needs the package timm: pip install timm ({error})"
+        ) from error
     stride: dict[str, Any] = {"output_stride": 16} if dilation else {}
     try:
         body: Any = timm.create_model(name, pretrained=False, features_only=True, **stride)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-        raise UserError(f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})") from error
+        raise UserError(
+            f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})"
+        ) from error
     levels = len(body.feature_info)
     # Stage 4 is the last map, stage 1 the fourth from the end: strides 32, 16, 8, 4 as in a ResNet.
     indices = [levels - 5 + stage for stage in stages]
-    body = timm.create_model(name, pretrained=False, features_only=True, out_indices=indices, **stride)
+    body = timm.create_model(
+        name, pretrained=False, features_only=True, out_indices=indices, **stride
+    )
     if norm == "frozen":
         body = freeze_batch_norm_2d(body)
     _probe(body, name)

@@ -27,7 +27,9 @@ class MLP(nn.Module):
     def __init__(self, dim_in: int, dim_hidden: int, dim_out: int, num_layers: int) -> None:
         super().__init__()
         dims = [dim_in] + [dim_hidden] * (num_layers - 1) + [dim_out]
-        self.layers: Any = nn.ModuleList(nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.layers: Any = nn.ModuleList(
+            nn.Linear(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim_in] -> [..., dim_out]"""
@@ -70,7 +72,9 @@ class Block(nn.Module):
 
 
 class EncoderLayer(Block):
-    def __init__(self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool) -> None:
+    def __init__(
+        self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
+    ) -> None:
         super().__init__(dropout, pre_norm)
         self.self_attn = MultiheadAttention(dim, num_heads, dropout)
         self.add_feed_forward(dim, dim_feedforward, num_norms=2)

@@ -47,6 +47,8 @@ def add_to_path() -> None:
         ImportError: `predetr` was installed without the project's folder.
     """
     if not (ROOT / "finetune_main.py").is_file():
-        raise ImportError("predetr runs from the project's folder, and is installed without it: pip install -e FOLDER")
+        raise ImportError(
+            "predetr runs from the project's folder, and is installed without it: pip install -e FOLDER"
+        )
     if sys.path[0] != str(ROOT):
         sys.path.insert(0, str(ROOT))

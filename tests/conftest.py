@@ -24,7 +24,11 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting multiply-adds is a good part of the time of a small run; the tests of the summary do it."""
-    if request.node.path.name not in ("test_model_summary.py", "test_scripts.py", "test_deformable_runs.py"):
+    if request.node.path.name not in (
+        "test_model_summary.py",
+        "test_scripts.py",
+        "test_deformable_runs.py",
+    ):
         monkeypatch.setattr("util.runs.model_summary._multiply_adds_or_none", lambda *args: None)
 
 

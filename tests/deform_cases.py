@@ -44,14 +44,24 @@ CASES = {
     "odd numbers": Case(2, 5, 3, 24, 3, ((4, 5), (3, 2), (1, 3))),
     "usual": Case(2, 18, 2, 32, 4, ((6, 8), (3, 4), (2, 2), (1, 1))),
     "wide heads": Case(1, 10, 2, 64, 4, ((3, 5), (2, 2))),
-    "five maps, eight points, narrow heads": Case(1, 3, 2, 8, 8, ((5, 4), (3, 3), (2, 2), (1, 2), (1, 1))),
+    "five maps, eight points, narrow heads": Case(
+        1, 3, 2, 8, 8, ((5, 4), (3, 3), (2, 2), (1, 2), (1, 1))
+    ),
     "single cells": Case(2, 3, 1, 20, 2, ((1, 1), (1, 1))),
     "borders": Case(1, 18, 2, 16, 2, ((4, 8), (2, 4)), points="borders"),
     "far outside": Case(2, 8, 2, 8, 4, ((4, 5), (2, 3)), points="far"),
-    "bfloat16": Case(1, 9, 2, 32, 4, ((5, 6), (3, 3)), (torch.bfloat16, torch.float32, torch.float32)),
-    "float16": Case(1, 9, 2, 24, 3, ((5, 6), (3, 3)), (torch.float16, torch.float32, torch.float16)),
-    "half locations": Case(1, 5, 2, 16, 2, ((4, 4), (2, 2)), (torch.float32, torch.float16, torch.bfloat16)),
-    "double locations": Case(1, 5, 2, 16, 2, ((5, 4), (2, 3)), (torch.float32, torch.float64, torch.float64)),
+    "bfloat16": Case(
+        1, 9, 2, 32, 4, ((5, 6), (3, 3)), (torch.bfloat16, torch.float32, torch.float32)
+    ),
+    "float16": Case(
+        1, 9, 2, 24, 3, ((5, 6), (3, 3)), (torch.float16, torch.float32, torch.float16)
+    ),
+    "half locations": Case(
+        1, 5, 2, 16, 2, ((4, 4), (2, 2)), (torch.float32, torch.float16, torch.bfloat16)
+    ),
+    "double locations": Case(
+        1, 5, 2, 16, 2, ((5, 4), (2, 3)), (torch.float32, torch.float64, torch.float64)
+    ),
 }
 
 
@@ -79,15 +89,23 @@ def make_inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor
     generator = torch.Generator().manual_seed(case.Q)
     size = torch.tensor([(width, height) for height, width in case.shapes])[:, None]
     locations = (sampling_pixels(case, generator) + 0.5) / size
-    value = torch.randn(case.B, sum(h * w for h, w in case.shapes), case.H, case.D, generator=generator)
+    value = torch.randn(
+        case.B, sum(h * w for h, w in case.shapes), case.H, case.D, generator=generator
+    )
     weights = torch.rand(locations.shape[:-1], generator=generator)
     grad_output = torch.randn(case.B, case.Q, case.H * case.D, generator=generator)
     dtypes = (*case.dtypes, case.dtypes[0])
-    return tuple(t.to(device, dtype) for t, dtype in zip((value, locations, weights, grad_output), dtypes, strict=True))
+    return tuple(
+        t.to(device, dtype)
+        for t, dtype in zip((value, locations, weights, grad_output), dtypes, strict=True)
+    )
 
 
 def run(
-    inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]], implementation: str, attention=ms_deform_attn
+    inputs: Sequence[Tensor],
+    shapes: Sequence[tuple[int, int]],
+    implementation: str,
+    attention=ms_deform_attn,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(output, gradients of value, locations and weights)."""
     *leaves, grad_output = (tensor.detach() for tensor in inputs)
@@ -96,11 +114,17 @@ def run(
     return output.detach(), *torch.autograd.grad(output, leaves, grad_output)
 
 
-def check(name: str, found: Sequence[Tensor], inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> None:
+def check(
+    name: str, found: Sequence[Tensor], inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]]
+) -> None:
     """Holds a result to float64 arithmetic on the same (rounded) inputs."""
     expected = run([tensor.double() for tensor in inputs], shapes, "pytorch")
     for part, a, b, like in zip(
-        ("output", "value", "locations", "weights"), found, expected, (inputs[0], *inputs), strict=False
+        ("output", "value", "locations", "weights"),
+        found,
+        expected,
+        (inputs[0], *inputs),
+        strict=False,
     ):
         assert a.dtype == like.dtype, f"{name}: {part} is {a.dtype}"
         assert torch.isfinite(a).all(), f"{name}: {part} is not finite"
@@ -115,9 +139,13 @@ class Model(nn.Module):
 
     def forward(self, maps: list[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
         value = (
-            torch.cat([pixels.flatten(2) for pixels in maps], 2).transpose(1, 2).unflatten(2, (weights.shape[2], -1))
+            torch.cat([pixels.flatten(2) for pixels in maps], 2)
+            .transpose(1, 2)
+            .unflatten(2, (weights.shape[2], -1))
         )
-        return ms_deform_attn(value, [pixels.shape[-2:] for pixels in maps], locations, weights, "triton")
+        return ms_deform_attn(
+            value, [pixels.shape[-2:] for pixels in maps], locations, weights, "triton"
+        )
 
 
 def check_numbers() -> None:
@@ -134,9 +162,17 @@ def check_registration() -> None:
     value, locations, weights, grad_output = make_inputs(case)
     flat = [3, 4, 2, 2]
     torch.library.opcheck(
-        _triton, (value.clone().requires_grad_(), flat, locations.requires_grad_(), weights.requires_grad_())
+        _triton,
+        (
+            value.clone().requires_grad_(),
+            flat,
+            locations.requires_grad_(),
+            weights.requires_grad_(),
+        ),
     )
-    torch.library.opcheck(_triton_backward, (grad_output, value, flat, locations.detach(), weights.detach()))
+    torch.library.opcheck(
+        _triton_backward, (grad_output, value, flat, locations.detach(), weights.detach())
+    )
     compiled = torch.compile(ms_deform_attn, backend="aot_eager", fullgraph=True)
     for a, b in zip(
         run((value, locations, weights, grad_output), case.shapes, "triton", compiled),
@@ -144,15 +180,25 @@ def check_registration() -> None:
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-    sizes = {2: torch.export.Dim("height", min=2, max=99), 3: torch.export.Dim("width", min=2, max=99)}
-    others = {2: torch.export.Dim("other_height", min=2, max=99), 3: torch.export.Dim("other_width", min=2, max=99)}
+    sizes = {
+        2: torch.export.Dim("height", min=2, max=99),
+        3: torch.export.Dim("width", min=2, max=99),
+    }
+    others = {
+        2: torch.export.Dim("other_height", min=2, max=99),
+        3: torch.export.Dim("other_width", min=2, max=99),
+    }
     maps = [torch.randn(2, 16, 3, 4), torch.randn(2, 16, 2, 5)]
     exported = torch.export.export(
-        Model(), (maps, locations.detach(), weights.detach()), dynamic_shapes=([sizes, others], {}, {})
+        Model(),
+        (maps, locations.detach(), weights.detach()),
+        dynamic_shapes=([sizes, others], {}, {}),
     )
     assert any("predetr.ms_deform_attn" in str(node.target) for node in exported.graph.nodes)
     larger = [torch.randn(2, 16, 7, 6), torch.randn(2, 16, 4, 3)]
-    torch.testing.assert_close(exported.module()(larger, locations, weights), Model()(larger, locations, weights))
+    torch.testing.assert_close(
+        exported.module()(larger, locations, weights), Model()(larger, locations, weights)
+    )
 
 
 if __name__ == "__main__":

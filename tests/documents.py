@@ -17,7 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.sh"))}
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
-TOOLS = {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py") if "\ndef parse(" in path.read_text()}
+TOOLS = {
+    f"tools/{path.name}"
+    for path in (ROOT / "tools").glob("*.py")
+    if "\ndef parse(" in path.read_text()
+}
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|curl) |\./\S+\.sh\b)"
 )
@@ -43,14 +47,21 @@ def _shown(text: str) -> Iterator[str]:
         elif span is not None:
             yield " ".join(span.split())
         elif language == "bash":
-            yield from (re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines())
+            yield from (
+                re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines()
+            )
 
 
 def config_words(config: Path, *extra: str, cwd: Path = ROOT) -> list[str]:
     """What a config would run: the script and its flags, printed by `$LAUNCH` in place of Python."""
     environment = {**os.environ, "LAUNCH": r"printf %s\n"}
     done = subprocess.run(
-        ["bash", str(config), *extra], cwd=cwd, env=environment, capture_output=True, text=True, check=True
+        ["bash", str(config), *extra],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.splitlines()
 
@@ -71,7 +82,9 @@ def without_launcher(words: list[str]) -> list[str]:
 def script_words(words: list[str]) -> list[str]:
     """A command that trains or evaluates, without its launcher and with the words of its config: [SCRIPT, FLAG, ...]"""
     words = words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)) :]
-    before = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}.get(words[0].removeprefix("./"), 0)
+    before = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}.get(
+        words[0].removeprefix("./"), 0
+    )
     if before:
         assert words[before - 1].isdigit(), "the number of processes"
         words = words[before:]

@@ -42,7 +42,9 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def _close(actual: Any, expected: Any, what: str) -> None:
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-6, atol=1e-6, err_msg=what)
+    np.testing.assert_allclose(
+        np.asarray(actual), np.asarray(expected), rtol=1e-6, atol=1e-6, err_msg=what
+    )
 
 
 def _transform_input(npz: Arrays) -> tuple[Image.Image, dict[str, torch.Tensor]]:
@@ -80,11 +82,15 @@ def check_transforms(case_json: Mapping[str, Any], npz: Arrays) -> None:
         for key in ("boxes", "area"):
             _close(target[key], npz[f"tf/{name}/{key}"], f"{name}/{key}")
         for key in ("labels", "iscrowd", "orig_size", "size", "masks"):
-            np.testing.assert_array_equal(target[key].numpy(), npz[f"tf/{name}/{key}"], err_msg=f"{name}/{key}")
+            np.testing.assert_array_equal(
+                target[key].numpy(), npz[f"tf/{name}/{key}"], err_msg=f"{name}/{key}"
+            )
 
 
 def check_resize_sizes(case_json: Mapping[str, Any]) -> None:
-    for width, height, short_side, max_size, out_width, out_height in case_json["resize_sizes_w_h_size_max_outw_outh"]:
+    for width, height, short_side, max_size, out_width, out_height in case_json[
+        "resize_sizes_w_h_size_max_outw_outh"
+    ]:
         size = resized_size((height, width), short_side, max_size)
         assert size == (out_height, out_width), (width, height, short_side, max_size)
 
@@ -104,14 +110,19 @@ def check_train_pipeline(case_json: Mapping[str, Any], npz: Arrays) -> None:
         assert target["labels"].tolist() == expected["labels"]
         _close(target["boxes"], expected["boxes"], "boxes")
         normalized = normalize_images(image, MEAN, STD)
-        _close([normalized.mean(), normalized.std()], [expected["mean"], expected["std"]], "mean and deviation")
+        _close(
+            [normalized.mean(), normalized.std()],
+            [expected["mean"], expected["std"]],
+            "mean and deviation",
+        )
 
 
 def check_coco_prepare(case_json: Mapping[str, Any], npz: Arrays) -> None:
     """Crowds dropped, boxes clipped, degenerate ones dropped, raw category ids."""
     image_id = int(npz["coco_prepare/image_id"][0])
     annotations = [
-        {"id": i, "image_id": image_id, **record} for i, record in enumerate(case_json["coco_prepare_annotations"])
+        {"id": i, "image_id": image_id, **record}
+        for i, record in enumerate(case_json["coco_prepare_annotations"])
     ]
     content = {
         "images": [{"id": image_id, "width": 80, "height": 60, "file_name": "image.jpg"}],
@@ -149,9 +160,13 @@ def check_coco_eval(case_json: Mapping[str, Any], golden_dir: Path) -> None:
         evaluator = CocoEvaluator(ground_truth_of(case["gt"]), backend)
         evaluator.update(detections_by_image(case["dt"]))
         summary = evaluator.summarize()
-        np.testing.assert_allclose(summary["stats"], expected["stats_bbox_pycocotools"], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            summary["stats"], expected["stats_bbox_pycocotools"], rtol=0, atol=1e-9
+        )
         per_class = [value for value in expected["per_class_AP"] if value > -1]
-        np.testing.assert_allclose([row["AP"] for row in summary["per_class"]], per_class, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            [row["AP"] for row in summary["per_class"]], per_class, rtol=0, atol=1e-9
+        )
 
 
 def check_data_detr(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
@@ -163,7 +178,9 @@ def check_data_detr(case: str, case_json: Mapping[str, Any], npz: Arrays, golden
     check_coco_eval(case_json, golden_dir)
 
 
-def check_data_updetr(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
+def check_data_updetr(
+    case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path
+) -> None:
     """Random boxes, and the transforms of patches and image without augmentation, on a PIL image."""
     image = Image.fromarray(npz["image_uint8"])
     size = (image.height, image.width)
@@ -187,7 +204,9 @@ def voc_annotations(case: Mapping[str, Any]) -> Annotations:
     """What the XML files of a case would hold: corners from 1 on, all inclusive."""
     ids = sorted(map(int, case["annotations"]))
     objects = [(i, item) for i in ids for item in case["annotations"][f"{i:06d}"]]
-    boxes = np.array([item["bbox"] for _, item in objects], dtype=np.float32) - np.array([1, 1, 0, 0], dtype=np.float32)
+    boxes = np.array([item["bbox"] for _, item in objects], dtype=np.float32) - np.array(
+        [1, 1, 0, 0], dtype=np.float32
+    )
     columns = {
         "id": np.arange(len(objects)),
         "image": np.array([i for i, _ in objects]),
@@ -199,7 +218,12 @@ def voc_annotations(case: Mapping[str, Any]) -> Annotations:
     }
     names = PackedStrings(f"{i:06d}.jpg" for i in ids)
     return from_columns(
-        columns, "golden", names, np.array(ids), np.zeros((len(ids), 2), int), dict(enumerate(case["classes"]))
+        columns,
+        "golden",
+        names,
+        np.array(ids),
+        np.zeros((len(ids), 2), int),
+        dict(enumerate(case["classes"])),
     )
 
 
@@ -224,7 +248,10 @@ def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) 
         ap50, ap75, ap = expected["mAP50_mAP75_mAP"]
         np.testing.assert_allclose(summary["stats"], [ap, ap50, ap75], rtol=0, atol=1e-12)
         np.testing.assert_allclose(
-            [tables[row][metric] for row in range(3)], expected["AP_class_by_threshold"], rtol=0, atol=1e-12
+            [tables[row][metric] for row in range(3)],
+            expected["AP_class_by_threshold"],
+            rtol=0,
+            atol=1e-12,
         )
         recall, precision = evaluator.curve(0, 0.5)
         np.testing.assert_allclose(recall, npz[f"voc/{published}/cat_rec"], rtol=0, atol=1e-12)
@@ -235,12 +262,22 @@ def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) 
     assert abs(area(recall, precision) - known["area"]) < 1e-12
 
 
-def check_data_detreg(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
+def check_data_detreg(
+    case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path
+) -> None:
     """VOC's AP; boxes of selective search: from OpenCV's whole numbers to pixels."""
     check_voc_eval(case_json, npz, golden_dir)
     boxes = corners_of(npz["ss/raw_xywh_in_128x128"])
-    np.testing.assert_array_equal(to_pixels(boxes, 128, (90, 140)).numpy(), npz["ss/boxes_xyxy_h90_w140"])
-    np.testing.assert_array_equal(to_pixels(boxes, 0, (90, 140)).numpy(), npz["ss/boxes_xyxy_noresize"])
+    np.testing.assert_array_equal(
+        to_pixels(boxes, 128, (90, 140)).numpy(), npz["ss/boxes_xyxy_h90_w140"]
+    )
+    np.testing.assert_array_equal(
+        to_pixels(boxes, 0, (90, 140)).numpy(), npz["ss/boxes_xyxy_noresize"]
+    )
 
 
-CHECKS = {"data_detr": check_data_detr, "data_updetr": check_data_updetr, "data_detreg": check_data_detreg}
+CHECKS = {
+    "data_detr": check_data_detr,
+    "data_updetr": check_data_updetr,
+    "data_detreg": check_data_detreg,
+}

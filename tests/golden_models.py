@@ -20,7 +20,10 @@ from util.nested_tensor import NestedTensor
 from util.runs.optimizer import build_optimizer
 from util.settings import FINETUNE, PRETRAIN, Settings, make_parser, resolve
 
-PRETEXT_OF = {"patch2query": "random_query_patch", "feature_embed": "region_prior"}  # by a part of a parameter's name
+PRETEXT_OF = {
+    "patch2query": "random_query_patch",
+    "feature_embed": "region_prior",
+}  # by a part of a parameter's name
 
 
 def unsupported(js: dict) -> str | None:
@@ -30,7 +33,11 @@ def unsupported(js: dict) -> str | None:
     keys = js["state_dict"]
     parts = {"mask_head": "the mask head"}
     return next(
-        (f"{what} is not part of this version" for part, what in parts.items() if any(part in key for key in keys)),
+        (
+            f"{what} is not part of this version"
+            for part, what in parts.items()
+            if any(part in key for key in keys)
+        ),
         None,
     )
 
@@ -66,16 +73,29 @@ def load_fill(folder: Path):
 def our_args(js: dict) -> Settings:
     """Our flags for the settings of a case, as its published parser had them."""
     keys, published = js["state_dict"], js["args"]
-    pretext = next((name for part, name in PRETEXT_OF.items() if any(part in key for key in keys)), None)
+    pretext = next(
+        (name for part, name in PRETEXT_OF.items() if any(part in key for key in keys)), None
+    )
     args = make_parser(PRETRAIN if pretext else FINETUNE).parse_args([])
     args.pretext = pretext
     args.detector = detector_kind(keys)
     for name, value in published.items():
-        if hasattr(args, name) and name not in ("dataset_file", "resume", "output_dir", "eval", "device", "dist_url"):
+        if hasattr(args, name) and name not in (
+            "dataset_file",
+            "resume",
+            "output_dir",
+            "eval",
+            "device",
+            "dist_url",
+        ):
             setattr(args, name, value)
     if args.detector != "deformable_detr":
-        args.num_feature_levels = args.lr_linear_proj_names = None  # DETReg's parser has them for both
-    if (args.detector == "deformable_detr" or pretext == "region_prior") and published["position_embedding"] == "sine":
+        args.num_feature_levels = args.lr_linear_proj_names = (
+            None  # DETReg's parser has them for both
+        )
+    if (args.detector == "deformable_detr" or pretext == "region_prior") and published[
+        "position_embedding"
+    ] == "sine":
         args.position_embedding = "sine_shifted"  # what its code calls sine
     args.backbone_weights, args.backbone_norm, args.device = "none", "frozen", "cpu"
     args.reproduce_published, args.num_workers = True, 0
@@ -87,15 +107,25 @@ def build(name: str, folder: Path) -> Case:
     args = our_args(js)
     model, criterion, postprocessors = build_model(args)
     shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
-    published = [(key, entry["shape"]) for key, entry in js["state_dict"].items() if not key.endswith("empty_weight")]
+    published = [
+        (key, entry["shape"])
+        for key, entry in js["state_dict"].items()
+        if not key.endswith("empty_weight")
+    ]
     assert dict(shapes) == dict(published)
     # DETR lists its modules in the order they were made, as far as it matters.
-    assert shapes == published or args.pretext == "region_prior" or args.detector != "deformable_detr"
+    assert (
+        shapes == published or args.pretext == "region_prior" or args.detector != "deformable_detr"
+    )
     fill = load_fill(folder)
     weights = fill.fill_shapes(fill.float_entries(js), js["seed"], js["tied_groups"])
     for key, value in weights.items():
-        np.testing.assert_allclose(value.astype(np.float64).sum(), js["state_dict"][key]["sum"], rtol=1e-6, atol=1e-4)
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in weights.items()}, strict=True)
+        np.testing.assert_allclose(
+            value.astype(np.float64).sum(), js["state_dict"][key]["sum"], rtol=1e-6, atol=1e-4
+        )
+    model.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in weights.items()}, strict=True
+    )
     if args.pretext == "region_prior":
         object.__setattr__(
             model, "target_encoder", nn.Identity()
@@ -106,7 +136,10 @@ def build(name: str, folder: Path) -> Case:
 def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
     images = [case.z[f"image{i}_q32"] for i in range(2)]
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
-    batch, mask = torch.zeros(2, 3, height, width, dtype=dtype), torch.ones(2, height, width, dtype=torch.bool)
+    batch, mask = (
+        torch.zeros(2, 3, height, width, dtype=dtype),
+        torch.ones(2, height, width, dtype=torch.bool),
+    )
     for i, image in enumerate(images):
         batch[i, :, : image.shape[1], : image.shape[2]] = torch.from_numpy(image).to(dtype) / 32
         mask[i, : image.shape[1], : image.shape[2]] = False
@@ -136,20 +169,32 @@ def close(actual, expected, rtol: float = 0.0, atol: float = 0.0) -> None:
 
 def check_outputs(case: Case, outputs: dict, prefix: str = "out/") -> None:
     z = case.z
-    loose = 10 if "out/enc/pred_boxes" in z else 1  # proposals that are chosen by their rank take rounding further
+    loose = (
+        10 if "out/enc/pred_boxes" in z else 1
+    )  # proposals that are chosen by their rank take rounding further
     close(outputs["pred_logits"], z[f"{prefix}pred_logits"], atol=1e-4 * loose)
     close(outputs["pred_boxes"], z[f"{prefix}pred_boxes"], atol=1e-5 * loose)
     if f"{prefix}aux_query_idx" in z:
         index = z[f"{prefix}aux_query_idx"]
         for layer, aux in enumerate(outputs["aux_outputs"]):
-            close(aux["pred_logits"][:, index], z[f"{prefix}aux{layer}/pred_logits"], atol=1e-4 * loose)
+            close(
+                aux["pred_logits"][:, index],
+                z[f"{prefix}aux{layer}/pred_logits"],
+                atol=1e-4 * loose,
+            )
             close(aux["pred_boxes"], z[f"{prefix}aux{layer}/pred_boxes"], atol=1e-5 * loose)
     if f"{prefix}enc/pred_boxes" in z:
         proposals = outputs["enc_outputs"]
         close(proposals["pred_logits"][..., 0], z[f"{prefix}enc/pred_logits_c0"], atol=1e-4)
-        close(proposals["pred_logits"][:, z[f"{prefix}enc/token_idx"]], z[f"{prefix}enc/pred_logits"], atol=1e-4)
+        close(
+            proposals["pred_logits"][:, z[f"{prefix}enc/token_idx"]],
+            z[f"{prefix}enc/pred_logits"],
+            atol=1e-4,
+        )
         close(proposals["pred_boxes"], z[f"{prefix}enc/pred_boxes"], atol=1e-5)
-    feature = next((name for name in (f"{prefix}pred_feature", f"{prefix}pred_features") if name in z), None)
+    feature = next(
+        (name for name in (f"{prefix}pred_feature", f"{prefix}pred_features") if name in z), None
+    )
     if feature:
         expected = z[feature]
         ours = outputs["pred_features"][..., : expected.shape[-1]]
@@ -181,10 +226,17 @@ def check_matches(case: Case, losses: Losses, prefix: str = "") -> None:
 
 
 def check_cost(case: Case, outputs: dict, targets: list[dict]) -> None:
-    cost = case.criterion.matcher.cost(outputs["pred_logits"][None], outputs["pred_boxes"][None], targets)[0]
+    cost = case.criterion.matcher.cost(
+        outputs["pred_logits"][None], outputs["pred_boxes"][None], targets
+    )[0]
     loose = 10 if "out/enc/pred_boxes" in case.z else 1  # as the logits that it is made of
     for image, target in enumerate(targets):
-        close(cost[image, :, : len(target["labels"])], case.z[f"cost/last/img{image}"], rtol=1e-5, atol=1e-4 * loose)
+        close(
+            cost[image, :, : len(target["labels"])],
+            case.z[f"cost/last/img{image}"],
+            rtol=1e-5,
+            atol=1e-4 * loose,
+        )
 
 
 def check_losses(case: Case, losses: dict, expected: dict, rtol: float) -> None:
@@ -196,12 +248,18 @@ def check_losses(case: Case, losses: dict, expected: dict, rtol: float) -> None:
         rtol = 2 * rtol
     for name, value in expected.items():
         close(losses[name], value, rtol=rtol, atol=1e-6 if rtol > 1e-7 else 1e-9)
-    total = sum(expected[name] * case.js["weight_dict"][name] for name in expected if name in case.js["weight_dict"])
+    total = sum(
+        expected[name] * case.js["weight_dict"][name]
+        for name in expected
+        if name in case.js["weight_dict"]
+    )
     close(case.criterion.total(losses), total, rtol=rtol)
 
 
 def check_weights_and_groups(case: Case) -> None:
-    expected = {name: weight for name, weight in case.js["weight_dict"].items() if name in case.js["losses"]}
+    expected = {
+        name: weight for name, weight in case.js["weight_dict"].items() if name in case.js["losses"]
+    }
     assert case.criterion.weight_dict == expected
     parameters = list(case.model.parameters())
     assert sum(p.numel() for p in parameters) == case.js["total_params"]
@@ -217,17 +275,28 @@ def public_name(name: str) -> str:
     return name.removeprefix("detector.")
 
 
-def check_gradients(case: Case, norms: np.ndarray, total: float, rtol: float, compare_values: bool) -> None:
-    parameters = {public_name(name): p for name, p in case.model.named_parameters() if p.requires_grad}
-    ours = np.array([float(parameters[name].grad.double().norm()) for name in case.js["grad_names"]])
-    np.testing.assert_allclose(ours, norms, rtol=rtol, atol=1e-6 * norms.max() if rtol > 1e-7 else 1e-9 * norms.max())
+def check_gradients(
+    case: Case, norms: np.ndarray, total: float, rtol: float, compare_values: bool
+) -> None:
+    parameters = {
+        public_name(name): p for name, p in case.model.named_parameters() if p.requires_grad
+    }
+    ours = np.array(
+        [float(parameters[name].grad.double().norm()) for name in case.js["grad_names"]]
+    )
+    np.testing.assert_allclose(
+        ours, norms, rtol=rtol, atol=1e-6 * norms.max() if rtol > 1e-7 else 1e-9 * norms.max()
+    )
     close(np.sqrt((ours**2).sum()), total, rtol=1e-4 if rtol > 1e-7 else 1e-7)
     for key in case.z if compare_values else ():
         if key.startswith("grad/"):
             expected = case.z[key]
             gradient = parameters[key.removeprefix("grad/")].grad[: len(expected)].numpy()
             # Single entries differ by rounding through 50 layers; the whole gradient may not.
-            assert np.linalg.norm(gradient - expected) <= 1e-2 * np.linalg.norm(expected) + 1e-6 * norms.max(), key
+            assert (
+                np.linalg.norm(gradient - expected)
+                <= 1e-2 * np.linalg.norm(expected) + 1e-6 * norms.max()
+            ), key
 
 
 TIED = 1e-6  # scores so close are equal up to rounding, and which of them ranks first depends on the CPU
@@ -239,7 +308,9 @@ def check_post(case: Case, outputs: dict) -> None:
     """
     results = case.postprocess(outputs, torch.tensor(case.js["target_sizes"]))
     for image, result in enumerate(results):
-        scores, labels, boxes = (case.z[f"post/img{image}/{name}"] for name in ("scores", "labels", "boxes"))
+        scores, labels, boxes = (
+            case.z[f"post/img{image}/{name}"] for name in ("scores", "labels", "boxes")
+        )
         close(result["scores"], scores, atol=1e-5)
         own, published = tie_order(scores, result["boxes"].numpy()), tie_order(scores, boxes)
         assert np.array_equal(result["labels"].numpy()[own], labels[published])
@@ -276,7 +347,9 @@ def check_float32(case: Case) -> None:
         check_cost(case, outputs, targets)
     check_losses(case, losses, case.js["losses"], rtol=1e-5)
     case.criterion.total(losses).backward()
-    check_gradients(case, case.z["grad_norms"], case.js["grad_total_norm"], rtol=5e-3, compare_values=True)
+    check_gradients(
+        case, case.z["grad_norms"], case.js["grad_total_norm"], rtol=5e-3, compare_values=True
+    )
     case.model.zero_grad()
     check_without_targets(case, outputs, targets)
 
@@ -288,7 +361,10 @@ def check_without_targets(case: Case, outputs: dict, targets: list[dict]) -> Non
         if "losses" not in case.js.get(name, {}):
             continue
         if case.args.pretext == "region_prior":
-            outputs = {**outputs, "target_features": torch.cat([target["patches"] for target in changed])}
+            outputs = {
+                **outputs,
+                "target_features": torch.cat([target["patches"] for target in changed]),
+            }
         with torch.no_grad():
             losses = case.criterion(outputs, changed)
         check_matches(case, losses, f"{name}/")
@@ -305,14 +381,24 @@ def check_float64(case: Case) -> None:
     logits, boxes = case.z["f64/pred_logits"], case.z["f64/pred_boxes"]
     # Rounding to the type of the file is all that stands between the two.
     rounding = 1e-9 if logits.dtype == np.float64 else 1e-6
-    chosen = case.z["out/aux_query_idx"] if logits.shape[1] < outputs["pred_logits"].shape[1] else slice(None)
-    close(outputs["pred_logits"][:, chosen, : logits.shape[-1]], logits, rtol=rounding, atol=rounding)
+    chosen = (
+        case.z["out/aux_query_idx"]
+        if logits.shape[1] < outputs["pred_logits"].shape[1]
+        else slice(None)
+    )
+    close(
+        outputs["pred_logits"][:, chosen, : logits.shape[-1]], logits, rtol=rounding, atol=rounding
+    )
     close(outputs["pred_boxes"][:, chosen], boxes, rtol=rounding, atol=rounding)
     losses = case.criterion(outputs, targets)
     check_losses(case, losses, case.js["float64"]["losses"], rtol=1e-9)
     case.criterion.total(losses).backward()
     check_gradients(
-        case, case.z["f64/grad_norms"], case.js["float64"]["grad_total_norm"], rtol=1e-7, compare_values=False
+        case,
+        case.z["f64/grad_norms"],
+        case.js["float64"]["grad_total_norm"],
+        rtol=1e-7,
+        compare_values=False,
     )
     model.zero_grad()
     if "step_losses" in case.js["float64"]:
@@ -370,4 +456,6 @@ def check_patch_queries(case: Case) -> None:
         case.model.train()
         outputs = forward(case, samples, targets)
         check_outputs(case, outputs, "train/out/")
-        check_losses(case, case.criterion(outputs, targets), case.js["train_mode"]["losses"], rtol=1e-5)
+        check_losses(
+            case, case.criterion(outputs, targets), case.js["train_mode"]["losses"], rtol=1e-5
+        )

@@ -28,11 +28,17 @@ def check_matcher(js: dict, z: dict, kind: str) -> None:
     section = js[f"matcher_{kind}"]
     for case in section["cases"]:
         prefix = f"matcher_{kind}/{case}"
-        logits, boxes = torch.from_numpy(z[f"{prefix}/pred_logits"]), torch.from_numpy(z[f"{prefix}/pred_boxes"])
+        logits, boxes = (
+            torch.from_numpy(z[f"{prefix}/pred_logits"]),
+            torch.from_numpy(z[f"{prefix}/pred_boxes"]),
+        )
         classes = logits.shape[-1] - (kind == "softmax")
         matcher = HungarianMatcher(Classification(kind, classes, **section["weights"]))
         targets = [
-            {"labels": torch.from_numpy(z[f"{prefix}/labels{i}"]), "boxes": torch.from_numpy(z[f"{prefix}/boxes{i}"])}
+            {
+                "labels": torch.from_numpy(z[f"{prefix}/labels{i}"]),
+                "boxes": torch.from_numpy(z[f"{prefix}/boxes{i}"]),
+            }
             for i in range(2)
         ]
         matches = matcher(logits[None], boxes[None], targets)
@@ -54,12 +60,23 @@ def check_detr(name: str, js: dict, z: dict, folder: Path) -> None:
     x, t = torch.from_numpy(z["loss/x"]), torch.from_numpy(z["loss/t"])
     boxes = js["loss"]["num_boxes"]
     close(sigmoid_focal_loss(x, t).mean(1).sum() / boxes, js["loss"]["sigmoid_focal"], rtol=1e-6)
-    close(sigmoid_focal_loss(x, t, alpha=-1).mean(1).sum() / boxes, js["loss"]["sigmoid_focal_alpha_neg"], rtol=1e-6)
+    close(
+        sigmoid_focal_loss(x, t, alpha=-1).mean(1).sum() / boxes,
+        js["loss"]["sigmoid_focal_alpha_neg"],
+        rtol=1e-6,
+    )
 
 
 def check_conditional(name: str, js: dict, z: dict, folder: Path) -> None:
-    close(sine_embed_points(torch.from_numpy(z["sineembed/pos"]), 256), z["sineembed/out"], atol=1e-5)
-    close(inverse_sigmoid(torch.from_numpy(z["inverse_sigmoid/x"])), z["inverse_sigmoid/out"], rtol=1e-6, atol=1e-6)
+    close(
+        sine_embed_points(torch.from_numpy(z["sineembed/pos"]), 256), z["sineembed/out"], atol=1e-5
+    )
+    close(
+        inverse_sigmoid(torch.from_numpy(z["inverse_sigmoid/x"])),
+        z["inverse_sigmoid/out"],
+        rtol=1e-6,
+        atol=1e-6,
+    )
     check_matcher(js, z, "focal")
     logits, boxes = torch.from_numpy(z["post/logits"]), torch.from_numpy(z["post/boxes"])
     post = PostProcess(Classification("focal", logits.shape[-1], cost_class=2.0))
@@ -94,17 +111,33 @@ def check_deformable(name: str, js: dict, z: dict, folder: Path) -> None:
         for part in ("value", "sampling_locations", "attention_weights")
     )
     out = ms_deform_attn(
-        value, [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()], locations, weights, "pytorch"
+        value,
+        [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()],
+        locations,
+        weights,
+        "pytorch",
     )
     close(out, z["msda/output"], rtol=1e-5, atol=1e-6)
     out.backward(torch.from_numpy(z["msda/grad_output"]))
-    for part, tensor in (("value", value), ("sampling_locations", locations), ("attention_weights", weights)):
+    for part, tensor in (
+        ("value", value),
+        ("sampling_locations", locations),
+        ("attention_weights", weights),
+    ):
         close(tensor.grad, z[f"msda/grad_{part}"], rtol=1e-4, atol=1e-5)
     for levels in (1, 4):
         attention = DeformableAttention(256, num_heads=8, num_levels=levels, num_points=4)
         attention.reset_parameters()
-        close(attention.sampling_offsets.bias, z[f"init/sampling_offsets_bias_d256_l{levels}_h8_p4"], atol=1e-6)
-    close(embed_boxes(torch.from_numpy(z["proposal_pos/x"]).sigmoid(), 256), z["proposal_pos/out"], atol=1e-5)
+        close(
+            attention.sampling_offsets.bias,
+            z[f"init/sampling_offsets_bias_d256_l{levels}_h8_p4"],
+            atol=1e-6,
+        )
+    close(
+        embed_boxes(torch.from_numpy(z["proposal_pos/x"]).sigmoid(), 256),
+        z["proposal_pos/out"],
+        atol=1e-5,
+    )
     check_cells(z)
 
 
@@ -112,7 +145,8 @@ def check_cells(z: dict) -> None:
     shapes = [tuple(shape) for shape in z["proposals/shapes"].tolist()]
     padding = torch.from_numpy(z["proposals/mask_flat"])
     masks = [
-        x.unflatten(1, shape) for x, shape in zip(padding.split([h * w for h, w in shapes], 1), shapes, strict=True)
+        x.unflatten(1, shape)
+        for x, shape in zip(padding.split([h * w for h, w in shapes], 1), shapes, strict=True)
     ]
     memory = DeformableMemory(
         [],

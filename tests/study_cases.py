@@ -37,7 +37,17 @@ def prepare_data(root: Path) -> Path:
     for i in range(2):
         with Image.open(coco / "val2017" / f"{i:06d}.png") as image:
             image.resize((150, 130)).save(unlabelled / f"copy{i}.jpg", quality=70)
-    words = ["--coco_path", coco, "--unlabelled", unlabelled, "--image_size", 64, "--fractions", 1, 0.5]
+    words = [
+        "--coco_path",
+        coco,
+        "--unlabelled",
+        unlabelled,
+        "--image_size",
+        64,
+        "--fractions",
+        1,
+        0.5,
+    ]
     study("prepare", *words, "--output_dir", root / "data")
     return root / "data"
 
@@ -47,7 +57,9 @@ def run_words(data: Path, folder: Path, *more: object) -> list[object]:
     return [*places, "--preset", "cpu-smoke", "--device", "cpu", "--num_workers", 0, *more]
 
 
-def made_up_study(folder: Path, aps: Mapping[tuple[str, int], float | None], codes: tuple[str, ...] = ("aaa",)) -> Path:
+def made_up_study(
+    folder: Path, aps: Mapping[tuple[str, int], float | None], codes: tuple[str, ...] = ("aaa",)
+) -> Path:
     """A study of Conditional DETR on a tenth of the labels, without runs.
 
     aps: (row, seed) -> AP from 0 to 1, None where the run is left; AP50 is twice as high. All rows but `none` start
@@ -63,10 +75,21 @@ def made_up_study(folder: Path, aps: Mapping[tuple[str, int], float | None], cod
             (folder / name).mkdir(parents=True)
             record = {"state": "done", "seconds": 60.0, "code": codes[number % len(codes)]}
             (folder / f"{name}.json").write_text(json.dumps(record))
-            lines = [{"epoch": i, "test_coco_eval_bbox": [x, 2 * x] + [0] * 10} for i, x in enumerate((ap / 2, ap))]
-            (folder / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            lines = [
+                {"epoch": i, "test_coco_eval_bbox": [x, 2 * x] + [0] * 10}
+                for i, x in enumerate((ap / 2, ap))
+            ]
+            (folder / name / "log.txt").write_text(
+                "".join(json.dumps(line) + "\n" for line in lines)
+            )
     data = {part: {"images": 4, "boxes": 8} for part in ("train", "val", "test", "unlabelled")}
-    start = {"command": "python tools/transfer_study.py run", "gpu": "none", "cores": 2, "jobs": 1, "code": "aaa"}
+    start = {
+        "command": "python tools/transfer_study.py run",
+        "gpu": "none",
+        "cores": 2,
+        "jobs": 1,
+        "code": "aaa",
+    }
     study = {
         "settings": {"--preset": "cpu"},
         "title": "made up",

@@ -68,7 +68,9 @@ def edited(root: Path, name: str, change: Callable[[dict], object], split: str =
     content = json.loads(file.read_text())
     replaced = change(content)
     file.write_text(
-        replaced if isinstance(replaced, str) else json.dumps(replaced if isinstance(replaced, list) else content)
+        replaced
+        if isinstance(replaced, str)
+        else json.dumps(replaced if isinstance(replaced, list) else content)
     )
 
 
@@ -89,7 +91,9 @@ ANNOTATIONS = {
         {**content["annotations"][0], "id": 100 + i} for i in range(30)
     ),
     "absent": lambda content: content["images"][1].update(file_name="gone.png"),
-    "all_absent": lambda content: [image.update(file_name="gone.png") for image in content["images"]] and None,
+    "all_absent": lambda content: (
+        [image.update(file_name="gone.png") for image in content["images"]] and None
+    ),
     "other_size": lambda content: content["images"][0].update(height=33),
     "other_names": lambda content: content["categories"][0].update(name="violet"),
     "id_120": first_annotation(category_id=120),
@@ -149,14 +153,19 @@ def make_bad_images(root: Path) -> None:
     shutil.copytree(root / "coco", folder)
     shutil.rmtree(folder / VAL)
     shutil.copytree(folder / TRAIN, folder / VAL)
-    shutil.copy(folder / "annotations" / f"instances_{TRAIN}.json", folder / "annotations" / f"instances_{VAL}.json")
+    shutil.copy(
+        folder / "annotations" / f"instances_{TRAIN}.json",
+        folder / "annotations" / f"instances_{VAL}.json",
+    )
 
 
 def make_bad_files(root: Path) -> None:
     (root / "file").write_text("mine")
     (root / "taken").mkdir()
     (root / "taken" / "results.json").write_text("mine")
-    (root / "list.txt").write_text("photographs/000.png\nphotographs/gone.png\nphotographs/001.png\n")
+    (root / "list.txt").write_text(
+        "photographs/000.png\nphotographs/gone.png\nphotographs/001.png\n"
+    )
     (root / "lost.txt").write_text("gone.png\n")
     (root / "no_val").mkdir()
     (root / "no_val" / TRAIN).symlink_to(root / "coco" / TRAIN)
@@ -171,7 +180,9 @@ def make_checkpoints(root: Path) -> None:
     ):
         args = tiny_args(script, "--backbone_norm", "frozen", *flags)
         stored = {"nheads": 4, "pretext": args.pretext, "script": script}
-        save_checkpoint({"model": build_model(args)[0].state_dict(), "args": stored}, root / f"{name}.pth")
+        save_checkpoint(
+            {"model": build_model(args)[0].state_dict(), "args": stored}, root / f"{name}.pth"
+        )
     whole = (root / "detr.pth").read_bytes()
     (root / "cut.pth").write_bytes(whole[: len(whole) // 2])
     (root / "text.pth").write_text("<html>not here</html>\n")
@@ -190,7 +201,9 @@ def _log_as_before():
     log.handlers[:], log.propagate = handlers, propagate
 
 
-def call(script: str, words: list, monkeypatch: pytest.MonkeyPatch | None = None) -> tuple[int | str, list[str]]:
+def call(
+    script: str, words: list, monkeypatch: pytest.MonkeyPatch | None = None
+) -> tuple[int | str, list[str]]:
     """(exit status or "started", log) of an entry script in this process; with `monkeypatch` it ends where a model
     would be made.
     """
@@ -201,7 +214,14 @@ def call(script: str, words: list, monkeypatch: pytest.MonkeyPatch | None = None
             raise Started
 
         monkeypatch.setattr(module, "build_model", start)
-    small = [*RUN_FLAGS, *(PRETEXT_FLAGS if script == PRETRAIN else []), "--epochs", "1", "--data_root", "/nowhere"]
+    small = [
+        *RUN_FLAGS,
+        *(PRETEXT_FLAGS if script == PRETRAIN else []),
+        "--epochs",
+        "1",
+        "--data_root",
+        "/nowhere",
+    ]
     with logged() as lines:
         try:
             run_script(module.main, module.parse, [*small, *map(str, words)])
@@ -221,8 +241,20 @@ def files_below(root: Path) -> dict[str, int]:
 F, P = FINETUNE, PRETRAIN
 REFUSED = [
     # what, script, flags, what the line must say, exit status
-    ("missing folder", F, "--coco_path {root}/none", "{root}/none is no folder: --coco_path takes", 1),
-    ("missing folder", P, "--imagenet_path {root}/none", "{root}/none does not exist: give a folder of images", 1),
+    (
+        "missing folder",
+        F,
+        "--coco_path {root}/none",
+        "{root}/none is no folder: --coco_path takes",
+        1,
+    ),
+    (
+        "missing folder",
+        P,
+        "--imagenet_path {root}/none",
+        "{root}/none does not exist: give a folder of images",
+        1,
+    ),
     (
         "empty folder",
         F,
@@ -230,10 +262,28 @@ REFUSED = [
         "{root}/empty has neither train2017 nor images/train2017: put .* custom",
         1,
     ),
-    ("empty folder", P, "--imagenet_path {root}/empty", "{root}/empty holds no image .*: give a folder", 1),
+    (
+        "empty folder",
+        P,
+        "--imagenet_path {root}/empty",
+        "{root}/empty holds no image .*: give a folder",
+        1,
+    ),
     ("no images", F, "--coco_path {root}/notes", "{root}/notes has neither", 1),
-    ("no images", P, "--imagenet_path {root}/notes", "{root}/notes holds no image \\(1 other files\\): give", 1),
-    ("no validation images", F, "--coco_path {root}/no_val", "{root}/no_val has neither val2017 nor images/val2017", 1),
+    (
+        "no images",
+        P,
+        "--imagenet_path {root}/notes",
+        "{root}/notes holds no image \\(1 other files\\): give",
+        1,
+    ),
+    (
+        "no validation images",
+        F,
+        "--coco_path {root}/no_val",
+        "{root}/no_val has neither val2017 nor images/val2017",
+        1,
+    ),
     (
         "a folder of images",
         F,
@@ -297,13 +347,49 @@ REFUSED = [
         "half/.*_train2017.json is not valid JSON \\(.*\\): is the download complete",
         1,
     ),
-    ("half a file", F, "--coco_path {root}/half_val", "half_val/.*_val2017.json is not valid JSON", 1),
+    (
+        "half a file",
+        F,
+        "--coco_path {root}/half_val",
+        "half_val/.*_val2017.json is not valid JSON",
+        1,
+    ),
     ("an empty file", F, "--coco_path {root}/nothing", "nothing/.*.json is not valid JSON", 1),
-    ("a list", F, "--coco_path {root}/list", "list/.*.json has no list 'images': a COCO detection file has", 1),
-    ("no categories", F, "--coco_path {root}/no_categories", "has no list 'categories': a COCO detection file has", 1),
-    ("no images listed", F, "--coco_path {root}/no_images", "no_images/.*.json lists no image: give", 1),
-    ("no boxes", F, "--coco_path {root}/no_boxes", "no_boxes/.*.json has no box that can be trained on: .* main.py", 1),
-    ("an id twice", F, "--coco_path {root}/same_ids", "two images have the same id 1: ids must be unique", 1),
+    (
+        "a list",
+        F,
+        "--coco_path {root}/list",
+        "list/.*.json has no list 'images': a COCO detection file has",
+        1,
+    ),
+    (
+        "no categories",
+        F,
+        "--coco_path {root}/no_categories",
+        "has no list 'categories': a COCO detection file has",
+        1,
+    ),
+    (
+        "no images listed",
+        F,
+        "--coco_path {root}/no_images",
+        "no_images/.*.json lists no image: give",
+        1,
+    ),
+    (
+        "no boxes",
+        F,
+        "--coco_path {root}/no_boxes",
+        "no_boxes/.*.json has no box that can be trained on: .* main.py",
+        1,
+    ),
+    (
+        "an id twice",
+        F,
+        "--coco_path {root}/same_ids",
+        "two images have the same id 1: ids must be unique",
+        1,
+    ),
     (
         "a large category id",
         F,
@@ -318,9 +404,27 @@ REFUSED = [
         "has category id 3, but --num_classes is 2: .* --num_classes 4",
         1,
     ),
-    ("a negative category id", F, "--coco_path {root}/id_minus", "category_id of .* is -1: it must be at least 0", 1),
-    ("a text for an id", F, "--coco_path {root}/id_text", "category_id of .* is '1': it must be an integer", 1),
-    ("no bbox", F, "--coco_path {root}/box_null", "annotation 1 of image 1 has bbox None: it must be", 1),
+    (
+        "a negative category id",
+        F,
+        "--coco_path {root}/id_minus",
+        "category_id of .* is -1: it must be at least 0",
+        1,
+    ),
+    (
+        "a text for an id",
+        F,
+        "--coco_path {root}/id_text",
+        "category_id of .* is '1': it must be an integer",
+        1,
+    ),
+    (
+        "no bbox",
+        F,
+        "--coco_path {root}/box_null",
+        "annotation 1 of image 1 has bbox None: it must be",
+        1,
+    ),
     (
         "a short bbox",
         F,
@@ -365,13 +469,31 @@ REFUSED = [
         1,
     ),
     ("unknown", F, "--coco_pth x", "unknown argument --coco_pth; did you mean --coco_path", 2),
-    ("unknown", P, "--imagnet_path x", "unknown argument --imagnet_path; did you mean --imagenet_path", 2),
-    ("of the other script", P, "--pretrain x", "--pretrain is a flag of finetune_main.py, not of main.py", 2),
+    (
+        "unknown",
+        P,
+        "--imagnet_path x",
+        "unknown argument --imagnet_path; did you mean --imagenet_path",
+        2,
+    ),
+    (
+        "of the other script",
+        P,
+        "--pretrain x",
+        "--pretrain is a flag of finetune_main.py, not of main.py",
+        2,
+    ),
     ("of the other script", F, "--num_patches 3", "--num_patches is a flag of main.py", 2),
     ("no value", F, "--coco_path", "argument --coco_path: expected one argument", 2),
     ("a wrong choice", F, "--detector dert", "--detector.*: invalid choice: 'dert' .*'detr'", 2),
     ("size 0", F, "--image_size 0", "--image_size: must be above 0, got 0", 2),
-    ("size 1", P, "--imagenet_path {root}/photographs --image_size 1", "--image_size 1: .* use 32 or more", 1),
+    (
+        "size 1",
+        P,
+        "--imagenet_path {root}/photographs --image_size 1",
+        "--image_size 1: .* use 32 or more",
+        1,
+    ),
     ("weight 0", F, "--eos_coef 0", "--eos_coef: must be above 0, got 0", 2),
     ("rate inf", F, "--lr inf", "--lr: must be above 0, got inf", 2),
     ("clip nan", F, "--clip_max_norm nan", "--clip_max_norm: must be a finite number, got nan", 2),
@@ -382,8 +504,20 @@ REFUSED = [
         "--focal_alpha 7 is a fraction",
         1,
     ),
-    ("a huge seed", P, f"--imagenet_path x --seed {10**30}", f"--seed {10**30} has more than 63 bits: choose", 1),
-    ("no such device", F, "--device mps", "--device: mps is no device of this project: use cuda, cuda:N or cpu", 2),
+    (
+        "a huge seed",
+        P,
+        f"--imagenet_path x --seed {10**30}",
+        f"--seed {10**30} has more than 63 bits: choose",
+        1,
+    ),
+    (
+        "no such device",
+        F,
+        "--device mps",
+        "--device: mps is no device of this project: use cuda, cuda:N or cpu",
+        2,
+    ),
     (
         "contradiction",
         P,
@@ -405,7 +539,13 @@ REFUSED = [
         "--overwrite replaces the run that --resume",
         1,
     ),
-    ("contradiction", F, "--coco_path x --start_epoch 5", "--start_epoch 5 leaves nothing to train of --epochs 1", 1),
+    (
+        "contradiction",
+        F,
+        "--coco_path x --start_epoch 5",
+        "--start_epoch 5 leaves nothing to train of --epochs 1",
+        1,
+    ),
     (
         "contradiction",
         F,
@@ -413,7 +553,13 @@ REFUSED = [
         "--coco_path x is not for --dataset_file custom: give --train_images",
         1,
     ),
-    ("incomplete", F, "--coco_path x --eval", "--eval needs the detector to evaluate: add --resume PATH", 1),
+    (
+        "incomplete",
+        F,
+        "--coco_path x --eval",
+        "--eval needs the detector to evaluate: add --resume PATH",
+        1,
+    ),
     (
         "incomplete",
         F,
@@ -496,7 +642,13 @@ REFUSED = [
         "--hidden_dim 64 contradicts {root}/detr.pth, .* 32; omit",
         1,
     ),
-    ("of pre-training", F, "--resume {root}/pretext.pth --eval", "pretext.pth is from pre-training .*--pretrain", 1),
+    (
+        "of pre-training",
+        F,
+        "--resume {root}/pretext.pth --eval",
+        "pretext.pth is from pre-training .*--pretrain",
+        1,
+    ),
     (
         "of fine-tuning",
         P,
@@ -511,7 +663,10 @@ CHECKPOINTS = [
     ("zero.pth", "is empty; fetch or save it again"),
     ("gone.pth", "no such file; check the path"),
     ("code.pkl", "may run code, so it is not loaded; save its tensors alone"),
-    ("code.pth", "holds the Python object .*, which may run code, so it is not loaded; save its tensors alone"),
+    (
+        "code.pth",
+        "holds the Python object .*, which may run code, so it is not loaded; save its tensors alone",
+    ),
     ("list.pth", "holds a list, not a checkpoint .*; choose another file"),
     ("backbone.pth", "holds a backbone without a detector; give it as --backbone_weights"),
     ("empty", "is a folder, not a checkpoint; name the file in it"),
@@ -526,7 +681,9 @@ for file, text in CHECKPOINTS:
 
 
 @pytest.mark.parametrize(
-    ("what", "script", "words", "pattern", "status"), REFUSED, ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in REFUSED]
+    ("what", "script", "words", "pattern", "status"),
+    REFUSED,
+    ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in REFUSED],
 )
 def test_refused_in_one_line(
     what: str,
@@ -542,7 +699,11 @@ def test_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     before = files_below(root)
     words = words.format(root=root).split()
-    output = [] if "--output_dir" in words or words[-2:] == ["--resume", "auto"] else ["--output_dir", tmp_path / "out"]
+    output = (
+        []
+        if "--output_dir" in words or words[-2:] == ["--resume", "auto"]
+        else ["--output_dir", tmp_path / "out"]
+    )
     left, lines = call(script, [*output, *words], monkeypatch)
     captured = capfd.readouterr()
     assert left == status
@@ -555,9 +716,9 @@ def test_refused_in_one_line(
     assert error.startswith("error: ")
     assert "\n" not in error
     assert "Traceback" not in captured.out + captured.err
-    assert re.search(pattern.replace("{root}", re.escape(str(root))).replace("{{", "{").replace("}}", "}"), error), (
-        error
-    )
+    assert re.search(
+        pattern.replace("{root}", re.escape(str(root))).replace("{{", "{").replace("}}", "}"), error
+    ), error
     assert files_below(root) == before
     assert files_below(tmp_path) == {}
 
@@ -565,7 +726,9 @@ def test_refused_in_one_line(
 def test_no_code_of_a_checkpoint_runs(root: Path) -> None:
     """The files that the cases above refuse would have made this one."""
     for file in ("code.pkl", "code.pth"):
-        status, _ = call(FINETUNE, ["--coco_path", root / "coco", "--backbone_weights", root / file])
+        status, _ = call(
+            FINETUNE, ["--coco_path", root / "coco", "--backbone_weights", root / file]
+        )
         assert status == 1
     assert not (root / "it_ran").exists()
     pickle.loads((root / "code.pkl").read_bytes())  # noqa: S301 - they do run code where a loader is careless
@@ -577,7 +740,12 @@ def test_no_code_of_a_checkpoint_runs(root: Path) -> None:
 # training goes on
 
 TOLD = [
-    ("no boxes in validation", F, "--coco_path {root}/no_boxes_val", "no_boxes_val/.*.json has no box: AP will be -1"),
+    (
+        "no boxes in validation",
+        F,
+        "--coco_path {root}/no_boxes_val",
+        "no_boxes_val/.*.json has no box: AP will be -1",
+    ),
     (
         "an absent image",
         F,
@@ -615,7 +783,12 @@ TOLD = [
         "--coco_path {root}/other_names_val",
         "classes differ: .* one list of categories.* class 1 is 'red' in .* and 'violet' here",
     ),
-    ("an unlisted category", F, "--coco_path {root}/unlisted", "category ids \\[50\\] are used but not listed"),
+    (
+        "an unlisted category",
+        F,
+        "--coco_path {root}/unlisted",
+        "category ids \\[50\\] are used but not listed",
+    ),
     (
         "an unlisted image",
         F,
@@ -628,7 +801,12 @@ TOLD = [
         "--coco_path {root}/box_nan",
         "1 annotations with a box that is not finite are skipped, .* annotation 1 of image 1",
     ),
-    ("width 0", F, "--coco_path {root}/box_zero", "1 annotations with a box without area, .* annotation 1 of image 1"),
+    (
+        "width 0",
+        F,
+        "--coco_path {root}/box_zero",
+        "1 annotations with a box without area, .* annotation 1 of image 1",
+    ),
     (
         "width -3",
         F,
@@ -676,7 +854,10 @@ def test_told_before_training(
     assert status == "started"
     (line,) = [line for line in lines if re.search(pattern, line)]
     assert "\n" not in line
-    assert any(line.startswith("data check: warnings: ") and "tools/check_dataset.py" in line for line in lines)
+    assert any(
+        line.startswith("data check: warnings: ") and "tools/check_dataset.py" in line
+        for line in lines
+    )
 
 
 def test_good_data_are_not_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -728,17 +909,29 @@ def test_devices_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         status, lines = call(script, [*data, "--device", "cuda"], monkeypatch)
         assert status == 1
-        assert re.search("error: --device cuda: no CUDA GPU is visible to PyTorch .*; use --device cpu", lines[-1])
+        assert re.search(
+            "error: --device cuda: no CUDA GPU is visible to PyTorch .*; use --device cpu",
+            lines[-1],
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    status, lines = call(FINETUNE, ["--coco_path", root / "coco", "--device", "cuda:7"], monkeypatch)
+    status, lines = call(
+        FINETUNE, ["--coco_path", root / "coco", "--device", "cuda:7"], monkeypatch
+    )
     assert status == 1
-    assert "error: --device cuda:7: there are 2 GPUs, counted from cuda:0; use one of them" in lines[-1]
+    assert (
+        "error: --device cuda:7: there are 2 GPUs, counted from cuda:0; use one of them"
+        in lines[-1]
+    )
 
 
 @pytest.mark.parametrize(
     ("number", "remedy"),
-    [(errno.EACCES, "; choose"), (errno.EROFS, "; choose"), (errno.ENOSPC, "; make room or choose")],
+    [
+        (errno.EACCES, "; choose"),
+        (errno.EROFS, "; choose"),
+        (errno.ENOSPC, "; make room or choose"),
+    ],
 )
 def test_folders_that_take_no_file(
     number: int, remedy: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -748,13 +941,19 @@ def test_folders_that_take_no_file(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    status, lines = call(FINETUNE, ["--coco_path", root / "coco", "--output_dir", tmp_path], monkeypatch)
+    status, lines = call(
+        FINETUNE, ["--coco_path", root / "coco", "--output_dir", tmp_path], monkeypatch
+    )
     assert status == 1
-    assert lines[-1].startswith(f"error: --output_dir {tmp_path} can't be written: {os.strerror(number)}{remedy}")
+    assert lines[-1].startswith(
+        f"error: --output_dir {tmp_path} can't be written: {os.strerror(number)}{remedy}"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_for_a_checkpoint(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_for_a_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
     for script, data in (
@@ -764,7 +963,8 @@ def test_a_disk_without_room_for_a_checkpoint(root: Path, tmp_path: Path, monkey
         status, lines = call(script, [*data, "--output_dir", tmp_path])
         assert status == 1
         assert re.search(
-            r"error: --output_dir .*: a checkpoint needs 1\d\d MiB, the disk has 1 MiB left: make room", lines[-1]
+            r"error: --output_dir .*: a checkpoint needs 1\d\d MiB, the disk has 1 MiB left: make room",
+            lines[-1],
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -789,7 +989,8 @@ def test_a_disk_that_fills_up_in_training(root: Path, tmp_path: Path) -> None:
     assert status == 1
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert re.search(
-        r"cannot write .*checkpoint.pth: no room \(.*\); the previous file is kept; make room or choose", error
+        r"cannot write .*checkpoint.pth: no room \(.*\); the previous file is kept; make room or choose",
+        error,
     )
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
     pre_train(*words, "--epochs", 2, "--resume", "auto")

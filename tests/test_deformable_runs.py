@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from models import build_model
-from tests.tiny import fine_tune, pre_train, read_checkpoint, read_log, tiny_args, write_coco, write_images
+from tests.tiny import (
+    fine_tune,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    write_coco,
+    write_images,
+)
 from util.checkpoints.architecture import architecture
 from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.loading import load_pretrained
@@ -53,7 +61,11 @@ def test_points_of_a_published_file() -> None:
 
 def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
     source, model = (
-        build_model(tiny_args(FINETUNE, "--detector", "deformable_detr", "--two_stage", "--num_classes", number))[0]
+        build_model(
+            tiny_args(
+                FINETUNE, "--detector", "deformable_detr", "--two_stage", "--num_classes", number
+            )
+        )[0]
         for number in "94"
     )
     fresh = {key: value.clone() for key, value in model.state_dict().items()}
@@ -64,10 +76,14 @@ def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
     assert torch.equal(state["class_embed.2.weight"][1:], fresh["class_embed.2.weight"][1:])
     assert torch.equal(state["class_embed.0.weight"][3], source.class_embed[0].weight[1])
     assert torch.equal(state["class_embed.0.weight"][:3], fresh["class_embed.0.weight"][:3])
-    assert torch.equal(state["transformer.decoder.class_embed.0.weight"], state["class_embed.0.weight"])
+    assert torch.equal(
+        state["transformer.decoder.class_embed.0.weight"], state["class_embed.0.weight"]
+    )
 
 
-@pytest.mark.parametrize("flags", [[], ["--with_box_refine", "--num_feature_levels", "2"]], ids=["plain", "refine"])
+@pytest.mark.parametrize(
+    "flags", [[], ["--with_box_refine", "--num_feature_levels", "2"]], ids=["plain", "refine"]
+)
 def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
     """Pre-training with patches, fine-tuning from it without repeating a flag, going on, and evaluation, through the
     scripts.
@@ -110,7 +126,9 @@ def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
     assert tuned["args"]["with_box_refine"] is bool(flags)
     assert tuned["args"]["num_feature_levels"] == (2 if flags else 4)
     kept = [
-        key for key in tuned["model"] if "class_embed" not in key and not key.endswith(("running_mean", "running_var"))
+        key
+        for key in tuned["model"]
+        if "class_embed" not in key and not key.endswith(("running_mean", "running_var"))
     ]
     for key in kept:
         torch.testing.assert_close(tuned["model"][key], source[key], rtol=0, atol=1e-8)
@@ -119,7 +137,15 @@ def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
     assert [record["epoch"] for record in read_log(tmp_path / "finetune")] == [0, 1]
     assert [
         len(group["params"])
-        for group in read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"]["param_groups"]
+        for group in read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"][
+            "param_groups"
+        ]
     ][2] > 0
     assert (tmp_path / "finetune" / "checkpoint0000.pth").exists()  # kept where the rate drops
-    fine_tune("--coco_path", tmp_path / "coco", "--resume", tmp_path / "finetune" / "checkpoint.pth", "--eval")
+    fine_tune(
+        "--coco_path",
+        tmp_path / "coco",
+        "--resume",
+        tmp_path / "finetune" / "checkpoint.pth",
+        "--eval",
+    )

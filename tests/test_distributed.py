@@ -46,7 +46,9 @@ def of_both(results: dict[str, list], name: str) -> list[dict]:
     return results[name]
 
 
-def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float, atol: float) -> None:
+def assert_close_weights(
+    a: dict[str, Tensor], b: dict[str, Tensor], rtol: float, atol: float
+) -> None:
     assert list(a) == list(b)
     for name in a:
         torch.testing.assert_close(
@@ -67,17 +69,25 @@ def assert_close_weights(a: dict[str, Tensor], b: dict[str, Tensor], rtol: float
         "teacher",
     ],
 )
-def test_two_processes_equal_one_with_twice_the_batch(name: str, results: dict[str, list], tmp_path: Path) -> None:
+def test_two_processes_equal_one_with_twice_the_batch(
+    name: str, results: dict[str, list], tmp_path: Path
+) -> None:
     first, second = of_both(results, name)
     single = two_processes.SCENARIOS[name](tmp_path)
     assert_same(first["weights"], second["weights"])
     assert_close_weights(first["weights"], single["weights"], rtol=1e-7, atol=1e-9)
     for key in single["log"]:
         if "cardinality" not in key:
-            assert first["log"][key] == second["log"][key] == pytest.approx(single["log"][key], rel=1e-5), key
+            assert (
+                first["log"][key]
+                == second["log"][key]
+                == pytest.approx(single["log"][key], rel=1e-5)
+            ), key
 
 
-def test_batch_norm_of_unequal_shares_is_that_of_all_rows(results: dict[str, list], tmp_path: Path) -> None:
+def test_batch_norm_of_unequal_shares_is_that_of_all_rows(
+    results: dict[str, list], tmp_path: Path
+) -> None:
     """Outputs, gradients and running statistics are PyTorch's in one process with all rows."""
     first, second = of_both(results, "uneven_batch_norm")
     single = two_processes.uneven_batch_norm(tmp_path)
@@ -96,16 +106,22 @@ def test_processes_evaluate_with_the_statistics_of_the_first(results: dict[str, 
 
 def test_training_changed_the_weights(results: dict[str, list]) -> None:
     """Equality above would mean little for a run that stands still."""
-    two, three = (of_both(results, name)[0]["weights"] for name in ("softmax_with_equal_counts", "pretext"))
+    two, three = (
+        of_both(results, name)[0]["weights"] for name in ("softmax_with_equal_counts", "pretext")
+    )
     moved = [
-        name for name in two if name in three and "class_embed" not in name and not torch.equal(two[name], three[name])
+        name
+        for name in two
+        if name in three and "class_embed" not in name and not torch.equal(two[name], three[name])
     ]
     assert any("layer4" in name for name in moved)
     assert any("decoder" in name for name in moved)
 
 
 @pytest.mark.parametrize("name", ["softmax_with_equal_counts", "pretext"])
-def test_processes_see_disjoint_samples(name: str, results: dict[str, list], tmp_path: Path) -> None:
+def test_processes_see_disjoint_samples(
+    name: str, results: dict[str, list], tmp_path: Path
+) -> None:
     """In each step the images of one process with twice the batch, divided between the two."""
     first, second = (result["seen"] for result in of_both(results, name))
     single = two_processes.SCENARIOS[name](tmp_path)["seen"]
@@ -116,14 +132,18 @@ def test_processes_see_disjoint_samples(name: str, results: dict[str, list], tmp
     assert sorted(sum(first + second, [])) == [100 + i for i in range(two_processes.IMAGES)]
 
 
-def test_a_process_without_targets_does_not_stop_the_other(results: dict[str, list], tmp_path: Path) -> None:
+def test_a_process_without_targets_does_not_stop_the_other(
+    results: dict[str, list], tmp_path: Path
+) -> None:
     first, second = of_both(results, "one_process_without_targets")
     single = two_processes.one_process_without_targets(tmp_path)
     for case, expected in single.items():
         assert_same(first[case]["weights"], second[case]["weights"])
         assert all(math.isfinite(value) for value in first[case]["values"].values())
         if case == "conditional_detr 3":  # focal losses are normalised over all processes
-            assert first[case]["values"]["loss"] == pytest.approx(expected["values"]["loss"], rel=1e-4)
+            assert first[case]["values"]["loss"] == pytest.approx(
+                expected["values"]["loss"], rel=1e-4
+            )
 
 
 def test_a_loss_that_is_not_finite_stops_both_before_the_step(results: dict[str, list]) -> None:
@@ -180,7 +200,12 @@ def launched(module: list[str], script: str, flags: list[object]) -> str:
         *flags,
     ]
     done = subprocess.run(
-        [str(word) for word in command], cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        [str(word) for word in command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -213,7 +238,11 @@ def test_torchrun(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(run / "checkpoint.pth")
     assert checkpoint["world_size"] == len(checkpoint["random_states"]) == 2
     assert not any(key.startswith("module.") for key in checkpoint["model"])
-    assert {row["image_id"] for row in json.loads((run / "results.json").read_text())} == {501, 502, 503}
+    assert {row["image_id"] for row in json.loads((run / "results.json").read_text())} == {
+        501,
+        502,
+        503,
+    }
 
 
 def test_torch_distributed_launch(tmp_path: Path) -> None:
@@ -253,7 +282,9 @@ def test_starting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     assert init_distributed("cpu") == torch.device("cpu")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setenv("SLURM_NTASKS", "4")  # the shell of a batch job, which srun starts no task in
+    monkeypatch.setenv(
+        "SLURM_NTASKS", "4"
+    )  # the shell of a batch job, which srun starts no task in
     assert init_distributed("cpu") == torch.device("cpu")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert init_distributed("cpu") == torch.device("cpu")
@@ -277,7 +308,11 @@ def test_a_task_of_slurm_with_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
         distributed._slurm_environment()
-        assert (os.environ["LOCAL_RANK"], os.environ["RANK"], os.environ["WORLD_SIZE"]) == (tasks_gpu, "3", "4")
+        assert (os.environ["LOCAL_RANK"], os.environ["RANK"], os.environ["WORLD_SIZE"]) == (
+            tasks_gpu,
+            "3",
+            "4",
+        )
 
 
 def test_a_gpu_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,14 +78,22 @@ def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_run(*flags: str, script: str = FINETUNE) -> tuple[trainer.Run, NestedTensor, list[dict[str, Tensor]]]:
+def make_run(
+    *flags: str, script: str = FINETUNE
+) -> tuple[trainer.Run, NestedTensor, list[dict[str, Tensor]]]:
     """A run without loader, a batch and its targets."""
     torch.manual_seed(0)
     args = tiny_args(script, "--backbone_norm", "frozen", "--dropout", "0", *flags)
     model, criterion, _ = build_model(args)
     normalization = {"mean": [0.5] * 3, "std": [0.5] * 3}
     run = trainer.make_run(
-        args, model.train(), criterion.train(), None, torch.device("cpu"), folder=None, normalization=normalization
+        args,
+        model.train(),
+        criterion.train(),
+        None,
+        torch.device("cpu"),
+        folder=None,
+        normalization=normalization,
     )
     return run, make_batch(), make_targets([2, 1])
 
@@ -99,7 +107,11 @@ def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) 
     run, samples, targets = make_run("--detector", detector)
     engine.train_step(run, samples, targets, stop=False)  # the optimiser has moments to spoil
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
-    moments = {name: value.clone() for state in run.optimizer.state.values() for name, value in state.items()}
+    moments = {
+        name: value.clone()
+        for state in run.optimizer.state.values()
+        for name, value in state.items()
+    }
     if where == "image without objects":
         targets = make_targets([2, 0])
     bad = NestedTensor(samples.tensors.clone(), samples.mask, samples.padded)
@@ -111,7 +123,9 @@ def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) 
         assert torch.equal(value, weights[name]), name
     after = {name: value for state in run.optimizer.state.values() for name, value in state.items()}
     assert_same(after, moments)
-    values, _ = engine.train_step(run, samples, make_targets([2, 1]), stop=False)  # and training can go on
+    values, _ = engine.train_step(
+        run, samples, make_targets([2, 1]), stop=False
+    )  # and training can go on
     assert math.isfinite(values["loss"])
 
 
@@ -123,7 +137,10 @@ def test_step_lowers_the_loss_and_clips_gradients() -> None:
     assert float(norm) == pytest.approx(0.1, rel=1e-3)
     free, samples, targets = make_run("--clip_max_norm", "0")
     engine.train_step(free, samples, targets, stop=False)
-    assert torch.stack([p.grad.norm() for p in free.model.parameters() if p.grad is not None]).norm() > 0.2
+    assert (
+        torch.stack([p.grad.norm() for p in free.model.parameters() if p.grad is not None]).norm()
+        > 0.2
+    )
 
 
 def test_a_step_reads_no_image_ids_from_the_device() -> None:
@@ -152,9 +169,9 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path:
         engine.train_step(run, samples, targets, stop=False)
         spoil.remove()
         with pytest.raises(NonFiniteLoss, match="the gradient of the last step was not finite"):
-            engine.train_step(run, samples, targets, stop=False) if how == "next step" else trainer.save(
-                run, ["checkpoint.pth"]
-            )
+            engine.train_step(
+                run, samples, targets, stop=False
+            ) if how == "next step" else trainer.save(run, ["checkpoint.pth"])
     assert not list(tmp_path.iterdir())
 
 
@@ -180,7 +197,9 @@ def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
     """Pre-norm layers add to what they are given, which nothing widens on the way."""
     run, samples, _ = make_run(*norm)
     given = []
-    run.model.transformer.encoder.register_forward_pre_hook(lambda module, inputs: given.append(inputs[0].dtype))
+    run.model.transformer.encoder.register_forward_pre_hook(
+        lambda module, inputs: given.append(inputs[0].dtype)
+    )
     with engine.autocast(torch.device("cpu"), enabled=True):
         run.model(samples)
     assert given == [torch.float32]
@@ -189,10 +208,17 @@ def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
 def test_optimizer_has_the_published_groups() -> None:
     run, _, _ = make_run("--lr", "2e-4", "--lr_backbone", "3e-5", "--weight_decay", "0.01")
     groups = run.optimizer.param_groups
-    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(2e-4, 0.01), (3e-5, 0.01)]
-    backbone = {id(p) for name, p in run.model.named_parameters() if "backbone" in name and p.requires_grad}
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [
+        (2e-4, 0.01),
+        (3e-5, 0.01),
+    ]
+    backbone = {
+        id(p) for name, p in run.model.named_parameters() if "backbone" in name and p.requires_grad
+    }
     assert {id(p) for p in groups[1]["params"]} == backbone
-    assert sum(len(group["params"]) for group in groups) == sum(p.requires_grad for p in run.model.parameters())
+    assert sum(len(group["params"]) for group in groups) == sum(
+        p.requires_grad for p in run.model.parameters()
+    )
     frozen, _, _ = make_run("--lr_backbone", "0")
     assert [len(group["params"]) for group in frozen.optimizer.param_groups][1] == 0
     assert build_optimizer(run.model, 1e-4, 1e-5, 0.0).__class__ is torch.optim.AdamW
@@ -202,13 +228,21 @@ def test_optimizer_has_the_published_groups() -> None:
 def test_batch_is_normalised_on_the_device_with_its_patches() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     patches = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    target = {"labels": torch.ones(2, dtype=torch.int64), "boxes": torch.rand(2, 4), "patches": patches}
+    target = {
+        "labels": torch.ones(2, dtype=torch.int64),
+        "boxes": torch.rand(2, 4),
+        "patches": patches,
+    }
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     packed = PackedTargets.pack([target, target])
     mask = torch.zeros(2, 8, 8, dtype=torch.bool)
-    samples, targets = engine.to_device(NestedTensor(images, mask, False), packed, torch.device("cpu"), mean, std)
+    samples, targets = engine.to_device(
+        NestedTensor(images, mask, False), packed, torch.device("cpu"), mean, std
+    )
     torch.testing.assert_close(samples.tensors, normalize_images(images, mean, std))
-    expected = (patches / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    expected = (patches / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        :, None, None
+    ]
     torch.testing.assert_close(targets[1]["patches"], expected)
     assert targets[0]["labels"].dtype == torch.int64
 
@@ -231,7 +265,10 @@ def test_averages() -> None:
 
 
 def test_losses_are_read_in_one_piece() -> None:
-    losses = {"b": torch.tensor(2.0, requires_grad=True), "a": torch.tensor(1.0, dtype=torch.float64)}
+    losses = {
+        "b": torch.tensor(2.0, requires_grad=True),
+        "a": torch.tensor(1.0, dtype=torch.float64),
+    }
     assert LossReader(losses).read() == to_host(losses) == {"a": 1.0, "b": 2.0}
     reader = LossReader(losses, flag=1.0)
     reader.read()
@@ -267,14 +304,24 @@ def test_class_error_is_of_all_matched_pairs_of_an_epoch() -> None:
     """
     averages = Averages()
     for error, pairs in ((100.0, 4), (0.0, 1), (100.0, 0)):
-        losses = to_host(with_pairs({"loss_ce": torch.tensor(2.0), "class_error": torch.tensor(error)}, pairs))
+        losses = to_host(
+            with_pairs({"loss_ce": torch.tensor(2.0), "class_error": torch.tensor(error)}, pairs)
+        )
         averages.add(engine.logged_values(losses, {"loss_ce": 1.0}), weight=3)
-    expected = {"loss_ce_unscaled": 2, "loss_ce": 2, "loss": 2, "class_error": 80, "class_error_unscaled": 80}
+    expected = {
+        "loss_ce_unscaled": 2,
+        "loss_ce": 2,
+        "loss": 2,
+        "class_error": 80,
+        "class_error_unscaled": 80,
+    }
     assert averages.means() == pytest.approx(expected)
     assert Averages(averages.state()).means() == averages.means()
     published = Averages()
     for error in (100.0, 0.0, 100.0):
-        published.add(engine.logged_values({"loss_ce": 2.0, "class_error": error}, {"loss_ce": 1.0}))
+        published.add(
+            engine.logged_values({"loss_ce": 2.0, "class_error": error}, {"loss_ce": 1.0})
+        )
     assert published.means()["class_error"] == pytest.approx(200 / 3)
 
 
@@ -284,7 +331,9 @@ def test_class_error_is_published_on_demand(tmp_path: Path) -> None:
     flags = ("--coco_path", coco, "--epochs", 1, "--batch_size", 1, "--lr", 1e-9, *FROZEN)
     for name, extra in (("ours", ()), ("published", ("--reproduce_published",))):
         fine_tune(*flags, *extra, "--output_dir", tmp_path / name)
-    ours, published = (read_log(tmp_path / name)[0]["train_class_error"] for name in ("ours", "published"))
+    ours, published = (
+        read_log(tmp_path / name)[0]["train_class_error"] for name in ("ours", "published")
+    )
     assert published == pytest.approx((300 + ours) / 4)
 
 
@@ -293,8 +342,12 @@ def test_class_error_is_published_on_demand(tmp_path: Path) -> None:
 
 def published_names(prefix: str, losses: tuple[str, ...], suffixes: tuple[str, ...]) -> set[str]:
     names = {f"{name}{suffix}" for name in losses for suffix in suffixes}
-    raw = {f"{name}_unscaled" for name in names} | {f"cardinality_error{suffix}_unscaled" for suffix in suffixes}
-    return {f"{prefix}_{name}" for name in names | raw | {"loss", "class_error", "class_error_unscaled"}}
+    raw = {f"{name}_unscaled" for name in names} | {
+        f"cardinality_error{suffix}_unscaled" for suffix in suffixes
+    }
+    return {
+        f"{prefix}_{name}" for name in names | raw | {"loss", "class_error", "class_error_unscaled"}
+    }
 
 
 def test_log_has_the_published_form(fine_run: Path) -> None:
@@ -305,7 +358,9 @@ def test_log_has_the_published_form(fine_run: Path) -> None:
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line in lines:
         expected = (
-            published_names("train", losses, suffixes) | common | (evaluated if line["epoch"] in (1, 2) else set())
+            published_names("train", losses, suffixes)
+            | common
+            | (evaluated if line["epoch"] in (1, 2) else set())
         )
         assert set(line) == expected
     assert [line["train_lr"] for line in lines] == pytest.approx([1e-4, 1e-4, 1e-5])
@@ -393,23 +448,41 @@ def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -
     assert fine["class_names"] == {1: "red", 2: "green", 3: "blue"}
     assert fine["normalization"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert read_checkpoint(fine_run / "run" / "checkpoint0001.pth")["epoch"] == 1
-    assert not any("detector." in key for key in read_checkpoint(pretext_run / "run" / "checkpoint.pth")["model"])
+    assert not any(
+        "detector." in key
+        for key in read_checkpoint(pretext_run / "run" / "checkpoint.pth")["model"]
+    )
 
 
-def test_best_checkpoint_is_that_of_the_best_ap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_checkpoint_is_that_of_the_best_ap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scores = iter([0.2, 0.5, 0.3])
     monkeypatch.setattr(
-        finetune_main.Evaluation, "__call__", lambda self, model, epoch: {"test_coco_eval_bbox": [next(scores)] * 12}
+        finetune_main.Evaluation,
+        "__call__",
+        lambda self, model, epoch: {"test_coco_eval_bbox": [next(scores)] * 12},
     )
     fine_tune(
-        "--coco_path", write_coco(tmp_path / "coco", train=2), "--output_dir", tmp_path / "run", "--epochs", 3, *FROZEN
+        "--coco_path",
+        write_coco(tmp_path / "coco", train=2),
+        "--output_dir",
+        tmp_path / "run",
+        "--epochs",
+        3,
+        *FROZEN,
     )
-    best, last = (read_checkpoint(tmp_path / "run" / name) for name in ("checkpoint_best.pth", "checkpoint.pth"))
+    best, last = (
+        read_checkpoint(tmp_path / "run" / name)
+        for name in ("checkpoint_best.pth", "checkpoint.pth")
+    )
     assert (best["epoch"], best["best"]) == (1, 0.5)
     assert (last["epoch"], last["best"]) == (2, 0.5)
 
 
-def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(fine_run: Path, tmp_path: Path, monkeypatch) -> None:
+def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(
+    fine_run: Path, tmp_path: Path, monkeypatch
+) -> None:
     values = {}
     evaluate = engine.evaluate
 
@@ -487,7 +560,17 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         (pre_train, "--imagenet_path", photographs, "4 images"),
     ):
         with logged() as lines:
-            start(flag, data, "--output_dir", tmp_path / "run", "--dry_run", "--epochs", 7, "--batch_size", 2)
+            start(
+                flag,
+                data,
+                "--output_dir",
+                tmp_path / "run",
+                "--dry_run",
+                "--epochs",
+                7,
+                "--batch_size",
+                2,
+            )
         text = "\n".join(lines)
         assert "epochs=7" in text  # resolved settings
         assert counted in text  # the data
@@ -549,7 +632,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
 def test_run_ends_on_a_non_finite_loss_and_keeps_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    coco, flags = write_coco(tmp_path / "coco"), ("--epochs", "3", "--eval_every", "9", "--batch_size", "2", *FROZEN)
+    coco, flags = (
+        write_coco(tmp_path / "coco"),
+        ("--epochs", "3", "--eval_every", "9", "--batch_size", "2", *FROZEN),
+    )
     reference = tmp_path / "reference"
     fine_tune("--coco_path", coco, "--output_dir", reference, *flags[:1], "1", *flags[2:])
     poison(monkeypatch, at_step=4)  # the second step of the second epoch

@@ -34,6 +34,10 @@ def test_an_evaluation_during_training_has_the_runs_data_and_the_usual_size() ->
 
 @pytest.mark.parametrize("flag", ["eval", "viz"])
 def test_an_evaluation_needs_a_checkpoint(flag: str) -> None:
-    args = make_parser(PRETRAIN).parse_args([f"--{flag}", "--pretext", "region_prior", "--device", "cpu"])
-    with pytest.raises(UserError, match=f"--{flag} needs the detector to evaluate: add --resume PATH"):
+    args = make_parser(PRETRAIN).parse_args(
+        [f"--{flag}", "--pretext", "region_prior", "--device", "cpu"]
+    )
+    with pytest.raises(
+        UserError, match=f"--{flag} needs the detector to evaluate: add --resume PATH"
+    ):
         resolve(args)

@@ -18,7 +18,9 @@ from tests import deform_cases, golden_models
 from util.nested_tensor import NestedTensor
 from util.runs.meters import LossReader
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible to PyTorch")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU is visible to PyTorch"
+)
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 CASES = ("detr_r50", "cond_r50", "deform_r50_ms", "updetr_r50", "detreg_deform")
@@ -29,7 +31,11 @@ def _on_gpu(name: str) -> tuple[golden_models.Case, NestedTensor, list[dict]]:
     samples, targets = golden_models.inputs(case, torch.float32)
     case.model.cuda()
     case.criterion.cuda().train()
-    return case, samples.to("cuda"), [{key: value.cuda() for key, value in target.items()} for target in targets]
+    return (
+        case,
+        samples.to("cuda"),
+        [{key: value.cuda() for key, value in target.items()} for target in targets],
+    )
 
 
 @pytest.fixture
@@ -49,7 +55,9 @@ def test_golden_numbers_on_the_gpu(name: str) -> None:
     golden_models.close(host["pred_logits"], case.z["out/pred_logits"], atol=1e-3)
     golden_models.close(host["pred_boxes"], case.z["out/pred_boxes"], atol=1e-4)
     golden_models.check_matches(case, losses)
-    golden_models.check_losses(case, {key: value.cpu() for key, value in losses.items()}, case.js["losses"], rtol=1e-4)
+    golden_models.check_losses(
+        case, {key: value.cpu() for key, value in losses.items()}, case.js["losses"], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -124,7 +132,11 @@ def test_a_training_step_waits_as_often_for_many_images_as_for_few() -> None:
     counts = []
     for copies in (1, 4):
         case, samples, targets = _on_gpu("detr_r50")
-        many = NestedTensor(samples.tensors.repeat(copies, 1, 1, 1), samples.mask.repeat(copies, 1, 1), samples.padded)
+        many = NestedTensor(
+            samples.tensors.repeat(copies, 1, 1, 1),
+            samples.mask.repeat(copies, 1, 1),
+            samples.padded,
+        )
         optimizer = golden_models.build_optimizer(case.model, 1e-4, 1e-5, 1e-4)
         run = TrainState(
             model=case.model,
@@ -155,13 +167,17 @@ def test_frozen_backbone_in_channels_last(name: str) -> None:
     backbone = Backbone(name, trainable=False).cuda().eval()
     images = torch.randn(2, 3, 128, 160, device="cuda")
     plain = backbone(images)[-1]
-    fast = backbone.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))[-1]
+    fast = backbone.to(memory_format=torch.channels_last)(
+        images.to(memory_format=torch.channels_last)
+    )[-1]
     torch.testing.assert_close(fast, plain, rtol=1e-2, atol=1e-3 * float(plain.abs().max()))
 
 
 def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
     def run(*words: str) -> None:
-        done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
     data = str(tmp_path / "scenes")
@@ -254,7 +270,13 @@ def _triton_runs() -> None:
 DEFORM_CASES = deform_cases.CASES | {
     "many programs": deform_cases.Case(2, 1500, 8, 32, 4, ((25, 34), (13, 17), (7, 9), (4, 5))),
     "many programs in bfloat16": deform_cases.Case(
-        2, 1500, 8, 32, 4, ((25, 34), (13, 17), (7, 9), (4, 5)), (torch.bfloat16, torch.float32, torch.float32)
+        2,
+        1500,
+        8,
+        32,
+        4,
+        ((25, 34), (13, 17), (7, 9), (4, 5)),
+        (torch.bfloat16, torch.float32, torch.float32),
     ),
 }
 
@@ -267,14 +289,20 @@ def test_deformable_attention_equals_the_pytorch_path(name: str) -> None:
     inputs = deform_cases.make_inputs(case, "cuda")
     deform_cases.check(name, deform_cases.run(inputs, case.shapes, "auto"), inputs, case.shapes)
     scattered = [tensor.mT.contiguous().mT for tensor in inputs]
-    deform_cases.check(name, deform_cases.run(scattered, case.shapes, "triton"), inputs, case.shapes)
+    deform_cases.check(
+        name, deform_cases.run(scattered, case.shapes, "triton"), inputs, case.shapes
+    )
 
 
 @pytest.mark.usefixtures("_triton_runs")
 def test_derivatives_of_the_pytorch_path_on_the_gpu() -> None:
     case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
-    leaves = tuple(tensor.double().requires_grad_() for tensor in deform_cases.make_inputs(case, "cuda")[:3])
-    assert torch.autograd.gradcheck(lambda v, p, w: ms_deform_attn(v, case.shapes, p, w), leaves, nondet_tol=1e-9)
+    leaves = tuple(
+        tensor.double().requires_grad_() for tensor in deform_cases.make_inputs(case, "cuda")[:3]
+    )
+    assert torch.autograd.gradcheck(
+        lambda v, p, w: ms_deform_attn(v, case.shapes, p, w), leaves, nondet_tol=1e-9
+    )
 
 
 @pytest.mark.usefixtures("_triton_runs")
@@ -282,7 +310,9 @@ def test_deformable_attention_in_a_compiled_function() -> None:
     case = DEFORM_CASES["usual"]
     inputs = deform_cases.make_inputs(case, "cuda")
     compiled = torch.compile(ms_deform_attn, fullgraph=True)
-    deform_cases.check("compiled", deform_cases.run(inputs, case.shapes, "auto", compiled), inputs, case.shapes)
+    deform_cases.check(
+        "compiled", deform_cases.run(inputs, case.shapes, "auto", compiled), inputs, case.shapes
+    )
 
 
 @pytest.mark.usefixtures("_triton_runs")
@@ -302,7 +332,8 @@ def test_other_image_sizes_neither_compile_kernels_nor_wait_for_them() -> None:
     def compiled() -> int:
         device = torch.cuda.current_device()
         return sum(
-            len(kernel.device_caches[device][0]) for kernel in (kernels._forward_kernel, kernels._backward_kernel)
+            len(kernel.device_caches[device][0])
+            for kernel in (kernels._forward_kernel, kernels._backward_kernel)
         )
 
     step(5, 7, 3)
@@ -319,7 +350,9 @@ def test_more_numbers_than_32_bits_count() -> None:
         pytest.skip("needs 40 GiB of free GPU memory")
     case = deform_cases.Case(5, 9, 8, 64, 4, ((1024, 1024),))
     value = torch.randn(5, 2**20, 8, 64, device="cuda", dtype=torch.bfloat16)
-    locations = ((deform_cases.sampling_pixels(case, torch.Generator().manual_seed(0)) + 0.5) / 1024).cuda()
+    locations = (
+        (deform_cases.sampling_pixels(case, torch.Generator().manual_seed(0)) + 0.5) / 1024
+    ).cuda()
     weights = torch.rand(5, 9, 8, 1, 4, device="cuda")
     inputs = value, locations, weights, torch.randn(5, 9, 512, device="cuda", dtype=torch.bfloat16)
     found = [tensor[-1:].clone() for tensor in deform_cases.run(inputs, case.shapes, "triton")]

@@ -49,18 +49,28 @@ SMALL = [
     "20",
 ]
 SMALL += ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]
-STORED = ("dilation", "nheads", "backbone", "num_queries")  # of what the published code bases keep beside the weights
+STORED = (
+    "dilation",
+    "nheads",
+    "backbone",
+    "num_queries",
+)  # of what the published code bases keep beside the weights
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
-def save_model(path: Path, *flags: str, script: str = FINETUNE, with_args: bool = True) -> torch.nn.Module:
+def save_model(
+    path: Path, *flags: str, script: str = FINETUNE, with_args: bool = True
+) -> torch.nn.Module:
     """A checkpoint of a model with random weights, as the published code bases write it. Returns the model, for
     evaluation.
     """
     args = resolve(make_parser(script).parse_args([*flags]))
     model = models.build_model(args)[0]
     published = argparse.Namespace(**{name: getattr(args, name) for name in STORED})
-    torch.save({"model": model.state_dict(), **({"args": published, "epoch": 49} if with_args else {})}, path)
+    torch.save(
+        {"model": model.state_dict(), **({"args": published, "epoch": 49} if with_args else {})},
+        path,
+    )
     return model.eval()
 
 
@@ -87,7 +97,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_hub_lists_the_entry_points() -> None:
     """By torch.hub's rule: what can be called and does not begin with an underscore."""
-    listed = [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")]
+    listed = [
+        name
+        for name in dir(hubconf)
+        if callable(getattr(hubconf, name)) and not name.startswith("_")
+    ]
     assert set(listed) == set(PARAMETERS)
     for name in listed:
         entry = getattr(hubconf, name)
@@ -100,7 +114,9 @@ def test_hub_lists_the_entry_points() -> None:
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_entry_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = []
-    monkeypatch.setattr(models, "load_backbone_weights", lambda body, name, source: fetched.append((name, source)))
+    monkeypatch.setattr(
+        models, "load_backbone_weights", lambda body, name, source: fetched.append((name, source))
+    )
     with torch.device("meta"):
         model, postprocessor = getattr(hubconf, name)(return_postprocessor=True)
         other = getattr(hubconf, name)(num_classes=7)
@@ -110,7 +126,11 @@ def test_entry_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyP
     assert model.backbone[0].strides[-1] == (16 if name.endswith("dc5") else 32)
     assert model.aux_loss is False
     assert postprocessor.classification.kind == ("softmax" if name.startswith("detr") else "focal")
-    rows = {len(value) for key, value in other.state_dict().items() if "class_embed" in key and key.endswith("bias")}
+    rows = {
+        len(value)
+        for key, value in other.state_dict().items()
+        if "class_embed" in key and key.endswith("bias")
+    }
     assert rows == {7 + name.startswith("detr")}
 
 
@@ -134,7 +154,11 @@ torch.save({"outputs": outputs, "found": found}, "out.pt")
 @pytest.mark.parametrize(
     ("name", "pretrained", "flags"),
     [
-        ("detr_resnet50", True, ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]),
+        (
+            "detr_resnet50",
+            True,
+            ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"],
+        ),
         (
             "deformable_detr_resnet50_refine_two_stage",
             "file.pth",
@@ -157,7 +181,11 @@ def test_loaded_through_torch_hub_from_elsewhere(
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("whose = 'another'\n")
     torch.save(IMAGES, tmp_path / "images.pt")
-    place = tmp_path / "hub" / "checkpoints" / "detr-r50-e632da11.pth" if pretrained is True else tmp_path / pretrained
+    place = (
+        tmp_path / "hub" / "checkpoints" / "detr-r50-e632da11.pth"
+        if pretrained is True
+        else tmp_path / pretrained
+    )
     place.parent.mkdir(parents=True, exist_ok=True)
     model = save_model(place, *flags, with_args=pretrained is not True)
     with torch.no_grad():
@@ -173,16 +201,28 @@ def test_loaded_through_torch_hub_from_elsewhere(
 
 def test_what_the_name_leaves_open_is_taken_from_the_file(small: Path) -> None:
     model = hubconf.detr_resnet50(pretrained=str(small))
-    assert (model.num_queries, model.hidden_dim, len(model.transformer.decoder.layers)) == (20, 32, 2)
+    assert (model.num_queries, model.hidden_dim, len(model.transformer.decoder.layers)) == (
+        20,
+        32,
+        2,
+    )
     assert model.backbone[0].norm == "frozen"
 
 
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("detr_resnet101", {}, "no detr_resnet101, for it has backbone resnet50 (not resnet101): load detr_resnet50"),
+        (
+            "detr_resnet101",
+            {},
+            "no detr_resnet101, for it has backbone resnet50 (not resnet101): load detr_resnet50",
+        ),
         ("detr_resnet50_dc5", {}, "dilation False (not True): load detr_resnet50"),
-        ("conditional_detr_resnet50", {}, "detector detr (not conditional_detr): load detr_resnet50"),
+        (
+            "conditional_detr_resnet50",
+            {},
+            "detector detr (not conditional_detr): load detr_resnet50",
+        ),
         ("detr_resnet50", {"num_classes": 20}, "knows 91 classes, not 20: give num_classes=91"),
     ],
 )
@@ -233,13 +273,18 @@ def test_the_example_of_the_readme_runs(small: Path, monkeypatch: pytest.MonkeyP
     (code,) = (block for block in blocks if "torch.hub" in block)
     monkeypatch.chdir(ROOT)
     names: dict = {}
-    exec(compile(code.replace("pretrained=True", f"pretrained={str(small)!r}"), "README.md", "exec"), names)
+    exec(
+        compile(code.replace("pretrained=True", f"pretrained={str(small)!r}"), "README.md", "exec"),
+        names,
+    )
     assert [set(image) for image in names["results"]] == [{"scores", "labels", "boxes"}] * 2
 
 
 def test_documents_name_entry_points() -> None:
     for document in (ROOT / "README.md", ROOT / "docs" / "published_commands.md"):
-        used = re.findall(r"""torch\.hub\.load\(["']([^"']+)["'],\s*["'](\w+)["']""", document.read_text())
+        used = re.findall(
+            r"""torch\.hub\.load\(["']([^"']+)["'],\s*["'](\w+)["']""", document.read_text()
+        )
         assert used, document
         assert {name for _, name in used} <= set(PARAMETERS), document
 

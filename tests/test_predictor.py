@@ -38,15 +38,28 @@ def path(data: Path) -> Path:
 def assert_same(first: Prediction, second: Prediction) -> None:
     for name in ("scores", "labels", "boxes"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
-    assert (first.names, first.category_ids, first.size_hw) == (second.names, second.category_ids, second.size_hw)
+    assert (first.names, first.category_ids, first.size_hw) == (
+        second.names,
+        second.category_ids,
+        second.size_hw,
+    )
 
 
-def test_a_path_an_image_an_array_and_a_tensor_give_the_same(predictor: Predictor, path: Path) -> None:
+def test_a_path_an_image_an_array_and_a_tensor_give_the_same(
+    predictor: Predictor, path: Path
+) -> None:
     pixels = np.asarray(Image.open(path).convert("RGB"))
     tensor = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
     expected = predictor(path, threshold=0)
     assert len(expected) == 20
-    for same in (str(path), Image.open(path), pixels, tensor, tensor.float() / 255, read_image(str(path))):
+    for same in (
+        str(path),
+        Image.open(path),
+        pixels,
+        tensor,
+        tensor.float() / 255,
+        read_image(str(path)),
+    ):
         assert_same(predictor(same, threshold=0), expected)
     several = predictor([path, pixels, tensor], threshold=0)
     assert isinstance(several, list)
@@ -62,7 +75,9 @@ def test_boxes_are_in_pixels_of_the_image_and_best_first(predictor: Predictor, p
     assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
     assert (found.boxes >= 0).all()
     assert (found.boxes <= torch.tensor([width, height, width, height])).all()
-    twice = predictor(Image.open(path).resize((2 * width, 2 * height), Image.Resampling.NEAREST), threshold=0)
+    twice = predictor(
+        Image.open(path).resize((2 * width, 2 * height), Image.Resampling.NEAREST), threshold=0
+    )
     assert twice.size_hw == (2 * height, 2 * width)
     assert twice.boxes.max() > found.boxes.max()
 
@@ -81,13 +96,21 @@ def test_a_threshold_keeps_the_best(predictor: Predictor, path: Path) -> None:
     found = predictor(path, threshold=0)
     threshold = float(found.scores[4])
     kept = predictor(path, threshold=threshold)
-    assert len(kept) == len(kept.names) == len(kept.category_ids) == int((found.scores >= threshold).sum())
+    assert (
+        len(kept)
+        == len(kept.names)
+        == len(kept.category_ids)
+        == int((found.scores >= threshold).sum())
+    )
     assert_same(kept, found.above(threshold))
 
 
 def test_batches_of_padded_images_keep_their_order(predictor: Predictor, data: Path) -> None:
     paths = sorted((data / "held_out").iterdir())
-    alone, batched = predictor(paths, threshold=0), predictor(iter(paths), threshold=0, batch_size=2)
+    alone, batched = (
+        predictor(paths, threshold=0),
+        predictor(iter(paths), threshold=0, batch_size=2),
+    )
     assert [one.size_hw for one in alone] == [one.size_hw for one in batched]
     for one, other in zip(alone, batched, strict=True):
         torch.testing.assert_close(one.scores[:3], other.scores[:3], atol=0.05, rtol=0)
@@ -139,7 +162,10 @@ def test_sizes_and_precision_can_be_chosen(data: Path, path: Path) -> None:
     assert (small.settings.image_size, small.amp) == (32, True)
     assert small(path, threshold=0).scores.dtype == torch.float32
     read = Predictor.from_checkpoint(load_checkpoint(source), device="cpu")
-    assert_same(read(path, threshold=0), Predictor.from_checkpoint(str(source), device="cpu")(path, threshold=0))
+    assert_same(
+        read(path, threshold=0),
+        Predictor.from_checkpoint(str(source), device="cpu")(path, threshold=0),
+    )
 
 
 def test_a_pretext_predicts_class_agnostic_boxes_only(tmp_path: Path, path: Path) -> None:
@@ -175,7 +201,11 @@ def test_a_published_model_that_no_program_can_fetch() -> None:
 
 
 def test_the_three_lines_of_the_readme(
-    data: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    data: Path,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (code,) = (block for block in blocks if "import Predictor" in block)

@@ -54,7 +54,14 @@ def start_labelled(data: Path, *flags: object) -> None:
 
 
 def start_pretext(data: Path, *flags: object) -> None:
-    pre_train("--imagenet_path", data / "photographs", "--feature_recon", "--query_shuffle", *FLAGS, *flags)
+    pre_train(
+        "--imagenet_path",
+        data / "photographs",
+        "--feature_recon",
+        "--query_shuffle",
+        *FLAGS,
+        *flags,
+    )
 
 
 CASES: dict[str, tuple[Callable, tuple]] = {
@@ -66,7 +73,16 @@ CASES: dict[str, tuple[Callable, tuple]] = {
     "pretext": (start_pretext, FROZEN),
     "proposals": (
         start_labelled,
-        (*FROZEN, "--detector", "deformable_detr", "--two_stage", "--with_box_refine", "--lr_drop_epochs", 1, 3),
+        (
+            *FROZEN,
+            "--detector",
+            "deformable_detr",
+            "--two_stage",
+            "--with_box_refine",
+            "--lr_drop_epochs",
+            1,
+            3,
+        ),
     ),
 }
 whole_runs: dict[str, Path] = {}
@@ -83,7 +99,10 @@ def whole_run(case: str, data: Path) -> Path:
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
     """Weights, moments, schedule, random states, best score and every logged number."""
-    ours, whole = read_checkpoint(folder / "checkpoint.pth"), read_checkpoint(expected / "checkpoint.pth")
+    ours, whole = (
+        read_checkpoint(folder / "checkpoint.pth"),
+        read_checkpoint(expected / "checkpoint.pth"),
+    )
     for name in (
         "model",
         "optimizer",
@@ -141,7 +160,8 @@ def test_stop_between_training_and_evaluation(
 
     monkeypatch.setattr(finetune_main.Evaluation, "__call__", interrupted)
     with pytest.raises(
-        StopRequested if by_signal else KeyboardInterrupt, match="during evaluation; saved in" if by_signal else None
+        StopRequested if by_signal else KeyboardInterrupt,
+        match="during evaluation; saved in" if by_signal else None,
     ):
         start(data, "--output_dir", tmp_path, *flags)
     assert len(read_log(tmp_path)) == 1
@@ -195,7 +215,9 @@ def test_stop_at_the_end_of_an_epoch(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # handlers are put back
 
 
-def test_stop_in_the_middle_of_a_longer_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_in_the_middle_of_a_longer_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Five steps an epoch; the resumed epoch reports the averages of all of them."""
     flags = ("--backbone_norm", "frozen", "--batch_size", 1, "--epochs", 2, "--num_workers", 2)
     start_labelled(data, "--output_dir", tmp_path / "whole", *flags)
@@ -206,13 +228,17 @@ def test_stop_in_the_middle_of_a_longer_epoch(data: Path, tmp_path: Path, monkey
     with logged() as lines:
         start_labelled(data, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto")
     assert "continuing at epoch 2 of 2, batch 3" in lines
-    whole, ours = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
+    whole, ours = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")
+    )
     assert_same(ours["model"], whole["model"])
     assert_same(ours["optimizer"], whole["optimizer"])
     assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_stop_in_the_only_step_of_an_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_in_the_only_step_of_an_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one step an epoch a signal always comes in the last one, and must not be lost."""
     stop_at(monkeypatch, 1)
     with pytest.raises(StopRequested):
@@ -251,7 +277,9 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        assert any(line.startswith("AdamW") for line in process.stdout)  # the last line before training
+        assert any(
+            line.startswith("AdamW") for line in process.stdout
+        )  # the last line before training
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=60)
@@ -259,7 +287,10 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode == 143, rest
     line = rest.strip().splitlines()[-1]
-    last = re.fullmatch(r"stopped: epoch 1, after batch (\d+) of 300; saved in (.*); continue with --resume auto", line)
+    last = re.fullmatch(
+        r"stopped: epoch 1, after batch (\d+) of 300; saved in (.*); continue with --resume auto",
+        line,
+    )
     assert last, rest
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert (checkpoint["epoch"], checkpoint["batch"]) == (-1, int(last[1]))
@@ -273,7 +304,9 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
 
 def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path: Path) -> None:
     with logged() as lines:
-        start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path / "new", "--resume", "auto")
+        start_pretext(
+            data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path / "new", "--resume", "auto"
+        )
     assert any("--resume auto" in line and "starting from scratch" in line for line in lines)
     assert read_checkpoint(tmp_path / "new" / "checkpoint.pth")["epoch"] == 0
 
@@ -297,7 +330,9 @@ def published_checkpoint(path: Path) -> dict:
     optimizer = trainer.build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     state, groups = {}, []
     for group in optimizer.param_groups:
-        ids = [140_000_000_000 + len(state) + i for i in range(len(group["params"]))]  # 1.5 wrote addresses
+        ids = [
+            140_000_000_000 + len(state) + i for i in range(len(group["params"]))
+        ]  # 1.5 wrote addresses
         for key, parameter in zip(ids, group["params"], strict=True):
             state[key] = {
                 "step": 7,
@@ -370,7 +405,9 @@ def test_resuming_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     assert "continuing at epoch 3 of 4" in lines
     assert [line["epoch"] for line in read_log(tmp_path / "ours")] == [2, 3]
     ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
-    assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {7 + 4}  # two epochs of two steps
+    assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {
+        7 + 4
+    }  # two epochs of two steps
     assert list(ours["model"]) == list(published["model"])
     frozen = "backbone.0.body.layer1.0.conv1.weight"
     assert torch.equal(ours["model"][frozen], published["model"][frozen])
@@ -383,7 +420,14 @@ def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Pat
     checkpoint["optimizer"]["param_groups"][1].update(lr=5e-5, initial_lr=5e-5)
     torch.save(checkpoint, tmp_path / "theirs.pth")
     with logged() as lines:
-        fine_tune("--coco_path", data / "coco", "--resume", tmp_path / "theirs.pth", "--output_dir", tmp_path / "ours")
+        fine_tune(
+            "--coco_path",
+            data / "coco",
+            "--resume",
+            tmp_path / "theirs.pth",
+            "--output_dir",
+            tmp_path / "ours",
+        )
     assert "continuing at epoch 3 of 3" in lines
     assert not any("win over" in line for line in lines)
     ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
@@ -418,7 +462,9 @@ def test_evaluating_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
 
 
 def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None:
-    torch.save({"model": published_checkpoint(tmp_path / "theirs.pth")["model"]}, tmp_path / "weights.pth")
+    torch.save(
+        {"model": published_checkpoint(tmp_path / "theirs.pth")["model"]}, tmp_path / "weights.pth"
+    )
     with logged() as lines:
         fine_tune(
             "--coco_path",
@@ -448,7 +494,18 @@ def test_flags_of_the_command_win_and_it_is_said(data: Path, tmp_path: Path) -> 
     start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path)
     with logged() as lines:
         start_pretext(
-            data, *FROZEN, "--epochs", 3, "--output_dir", tmp_path, "--resume", "auto", "--lr", 5e-3, "--lr_drop", 2
+            data,
+            *FROZEN,
+            "--epochs",
+            3,
+            "--output_dir",
+            tmp_path,
+            "--resume",
+            "auto",
+            "--lr",
+            5e-3,
+            "--lr_drop",
+            2,
         )
     assert any("0.001" in line and "0.005" in line and "--lr_drop 3 -> 2" in line for line in lines)
     assert [line["train_lr"] for line in read_log(tmp_path)] == pytest.approx(
@@ -467,18 +524,23 @@ def test_another_number_of_processes_starts_the_epoch_anew(
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
     assert checkpoint["batch"] == 3
     images, global_batch = checkpoint["position_unit"]
-    checkpoint.update(position_unit=[images, 2 * global_batch], random_states=checkpoint["random_states"] * 2)
+    checkpoint.update(
+        position_unit=[images, 2 * global_batch], random_states=checkpoint["random_states"] * 2
+    )
     save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
     with logged() as lines:
         start_pretext(data, *flags, "--resume", "auto")
     assert any("2 processes, this run has 1" in line for line in lines)
     steps = {
-        int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
+        int(state["step"])
+        for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
     }
     assert steps == {3 + 10}
 
 
-def test_another_batch_size_starts_the_epoch_anew(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_batch_size_starts_the_epoch_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch number means other images then: going on from it would leave some out."""
     flags = (*FROZEN, "--epochs", 1, "--output_dir", tmp_path)
     stop_at(monkeypatch, 2)
@@ -489,14 +551,28 @@ def test_another_batch_size_starts_the_epoch_anew(data: Path, tmp_path: Path, mo
         start_pretext(data, *flags, "--batch_size", 2, "--resume", "auto")
     assert any("the epoch starts over" in line for line in lines)
     steps = {
-        int(state["step"]) for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
+        int(state["step"])
+        for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
     }
     assert steps == {3 + 2}  # five images, two batches of two
 
 
-def test_resume_keeps_this_runs_weight_decay_and_names_a_changed_freeze(data: Path, tmp_path: Path) -> None:
+def test_resume_keeps_this_runs_weight_decay_and_names_a_changed_freeze(
+    data: Path, tmp_path: Path
+) -> None:
     start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path)
-    start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--resume", "auto", "--weight_decay", 0.5)
+    start_pretext(
+        data,
+        *FROZEN,
+        "--epochs",
+        2,
+        "--output_dir",
+        tmp_path,
+        "--resume",
+        "auto",
+        "--weight_decay",
+        0.5,
+    )
     groups = read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.5}
 
@@ -505,7 +581,16 @@ def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_pat
     """Pre-trained with live norms, then frozen by `--lr_backbone 0`: its running means are those of the file to the
     end.
     """
-    fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path / "live", "--backbone_norm", "live", "--epochs", 1)
+    fine_tune(
+        "--coco_path",
+        data / "coco",
+        "--output_dir",
+        tmp_path / "live",
+        "--backbone_norm",
+        "live",
+        "--epochs",
+        1,
+    )
     fine_tune(
         "--coco_path",
         data / "coco",
@@ -518,7 +603,9 @@ def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_pat
         "--epochs",
         1,
     )
-    live, frozen = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("live", "frozen"))
+    live, frozen = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("live", "frozen")
+    )
     assert (live["args"]["backbone_norm"], frozen["args"]["backbone_norm"]) == ("live", "frozen")
     for key, value in live["model"].items():
         if key.startswith("backbone."):
@@ -569,19 +656,31 @@ def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: 
 
 @pytest.mark.parametrize("stored", ["imagenet", "none"])
 @pytest.mark.parametrize("flags", [["--resume"], ["--eval", "--resume"], ["--pretrain"]])
-def test_nothing_is_fetched_for_a_detector_that_is_there(stored: str, flags: list[str], tmp_path: Path) -> None:
+def test_nothing_is_fetched_for_a_detector_that_is_there(
+    stored: str, flags: list[str], tmp_path: Path
+) -> None:
     """The run had begun with downloaded weights; continuing or evaluating it needs none of them."""
     path = save_model(tmp_path / "checkpoint.pth", FINETUNE, "--backbone_norm", "frozen")
-    settings = {**tiny_args(FINETUNE).as_dict(), "backbone_weights": stored, "backbone_norm": "frozen"}
+    settings = {
+        **tiny_args(FINETUNE).as_dict(),
+        "backbone_weights": stored,
+        "backbone_norm": "frozen",
+    }
     save_checkpoint({**read_checkpoint(path), "args": settings}, path)
     args = start_session(finetune_main.parse([*flags, str(path), "--coco_path", "P"])).settings
-    assert (args.backbone, args.backbone_weights, args.backbone_norm) == ("resnet18", "none", "frozen")
+    assert (args.backbone, args.backbone_weights, args.backbone_norm) == (
+        "resnet18",
+        "none",
+        "frozen",
+    )
 
 
 def save_model(path: Path, script: str, *flags: str) -> Path:
     args = tiny_args(script, *flags)
     model, _, _ = build_model(args)
-    save_checkpoint({"model": model.state_dict(), "args": {"nheads": 4, "pretext": args.pretext}}, path)
+    save_checkpoint(
+        {"model": model.state_dict(), "args": {"nheads": 4, "pretext": args.pretext}}, path
+    )
     return path
 
 
@@ -592,7 +691,11 @@ def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> N
     for start, flags, words in (
         (fine_tune, (*coco, "--resume", pretext), "give it as --pretrain"),
         (pre_train, (*photographs, "--resume", detector), "resume only its own"),
-        (fine_tune, (*coco, "--resume", detector, "--num_queries", 30), "--num_queries 30 contradicts"),
+        (
+            fine_tune,
+            (*coco, "--resume", detector, "--num_queries", 30),
+            "--num_queries 30 contradicts",
+        ),
         (fine_tune, (*coco, "--resume", detector, "--pre_norm"), "--pre_norm on contradicts"),
         (fine_tune, (*coco, "--resume", tmp_path / "none.pth"), "none.pth"),
         (

@@ -36,7 +36,16 @@ from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, resolve
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
-SMALL = ["--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
+SMALL = [
+    "--backbone_weights",
+    "none",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--image_size",
+    "64",
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         args = tiny_args(script, "--pre_norm", "--backbone_norm", "frozen", *flags)
         stored = {"nheads": 4, "pretext": args.pretext, "script": script}
-        save_checkpoint({"model": build_model(args)[0].state_dict(), "args": stored}, root / f"{name}.pth")
+        save_checkpoint(
+            {"model": build_model(args)[0].state_dict(), "args": stored}, root / f"{name}.pth"
+        )
     return root
 
 
@@ -170,7 +181,17 @@ def test_published_evaluation(data: Path, tmp_path: Path) -> None:
 
 
 def test_published_training_with_auto(data: Path, tmp_path: Path) -> None:
-    words = ["--coco_path", data / "coco", "--output_dir", tmp_path, "--resume", "auto", *MODEL_FLAGS, *SMALL, *FROZEN]
+    words = [
+        "--coco_path",
+        data / "coco",
+        "--output_dir",
+        tmp_path,
+        "--resume",
+        "auto",
+        *MODEL_FLAGS,
+        *SMALL,
+        *FROZEN,
+    ]
     status, first = call(FINETUNE, *words, "--epochs", 1)
     assert status == 0
     assert any("starting from scratch" in line for line in first)
@@ -247,7 +268,11 @@ def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Pat
     assert status == 1
     text = "\n".join(lines)
     assert text.startswith("error: ")
-    command = next(line.strip() for line in text.splitlines() if line.strip().startswith("python finetune_main.py"))
+    command = next(
+        line.strip()
+        for line in text.splitlines()
+        if line.strip().startswith("python finetune_main.py")
+    )
     assert not (tmp_path / "out").exists()
     args = finetune_main.parse(shlex.split(command)[2:])  # what is shown is a command that works
     assert args.output_dir == str(tmp_path / "out")
@@ -280,7 +305,15 @@ def test_flags_of_pre_training_in_fine_tuning(capsys: pytest.CaptureFixture) -> 
 
 
 def test_a_folder_with_another_run_is_refused(data: Path, tmp_path: Path) -> None:
-    words = ["--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN]
+    words = [
+        "--imagenet_path",
+        data / "photographs",
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        1,
+        *FROZEN,
+    ]
     pre_train(*words)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     status, lines = call(PRETRAIN, *RUN_FLAGS, *PRETEXT_FLAGS, *words)
@@ -297,7 +330,9 @@ def test_a_folder_with_another_run_is_refused(data: Path, tmp_path: Path) -> Non
 
 def test_a_folder_that_is_not_a_runs_is_fine(data: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    pre_train("--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN)
+    pre_train(
+        "--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN
+    )
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -322,7 +357,9 @@ def test_without_a_folder_nothing_is_saved_and_it_is_said(
         (["--reproduce_published"], ""),
     ],
 )
-def test_the_published_pre_training_of_up_detr_has_more_flags(flags: list[str], missing: str) -> None:
+def test_the_published_pre_training_of_up_detr_has_more_flags(
+    flags: list[str], missing: str
+) -> None:
     """They are off by default, as in UP-DETR's own script; a run without them says so."""
     with logged() as lines:
         pretrain_main.warn_of_unpublished_pretext(resolve(pretrain_main.parse(flags)))
@@ -342,7 +379,11 @@ def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None
         (FINETUNE, [*coco, "--num_classes", 2], ("--num_classes 4",)),
         (FINETUNE, [*coco, "--batch_size", 64], ("4 training images", "--batch_size 4")),
         (FINETUNE, [*coco, "--output_dir", tmp_path / "file"], ("--output_dir", "file")),
-        (FINETUNE, [*coco, "--pre_norm", "--detector", "conditional_detr"], ("--pre_norm", "post-norm")),
+        (
+            FINETUNE,
+            [*coco, "--pre_norm", "--detector", "conditional_detr"],
+            ("--pre_norm", "post-norm"),
+        ),
         (
             FINETUNE,
             [*coco, "--pretrain", data / "detector.pth", "--detector", "conditional_detr"],
@@ -355,7 +396,9 @@ def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None
         (PRETRAIN, [*photographs, "--backbone", "resnet19"], ("--backbone resnet19", "resnet50")),
     ):
         small = [*RUN_FLAGS, *(PRETEXT_FLAGS if script == PRETRAIN else [])]
-        status, lines = call(script, *small, *words, "--data_root", tmp_path / "nothing", "--epochs", 1)
+        status, lines = call(
+            script, *small, *words, "--data_root", tmp_path / "nothing", "--epochs", 1
+        )
         assert status == 1, words
         error = next(line for line in lines if line.startswith("error: "))
         assert "\n" not in error
@@ -369,7 +412,15 @@ def test_a_broken_image_reader_in_a_loader_process_is_one_line(tmp_path: Path) -
     for name in ("a.png", "b.png"):
         (images / name).write_bytes(b"not an image")
     status, lines = call(
-        PRETRAIN, *RUN_FLAGS, *PRETEXT_FLAGS, "--imagenet_path", images, "--num_workers", 1, "--epochs", 1
+        PRETRAIN,
+        *RUN_FLAGS,
+        *PRETEXT_FLAGS,
+        "--imagenet_path",
+        images,
+        "--num_workers",
+        1,
+        "--epochs",
+        1,
     )
     assert status == 1
     error = next(line for line in lines if line.startswith("error: "))
@@ -379,7 +430,9 @@ def test_a_broken_image_reader_in_a_loader_process_is_one_line(tmp_path: Path) -
 
 
 def test_settings_of_a_run_are_kept(data: Path, tmp_path: Path) -> None:
-    fine_tune("--coco_path", data / "coco", "--output_dir", tmp_path, "--epochs", 1, "--seed", 5, *FROZEN)
+    fine_tune(
+        "--coco_path", data / "coco", "--output_dir", tmp_path, "--epochs", 1, "--seed", 5, *FROZEN
+    )
     kept = json.loads((tmp_path / "args.json").read_text())
     assert kept["settings"]["seed"] == 5
     assert kept["settings"]["detector"] == "detr"
@@ -388,7 +441,9 @@ def test_settings_of_a_run_are_kept(data: Path, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "checkpoint.pth")["args"]["seed"] == 5
 
 
-def test_two_runs_with_one_seed_are_equal_and_with_another_differ(data: Path, tmp_path: Path) -> None:
+def test_two_runs_with_one_seed_are_equal_and_with_another_differ(
+    data: Path, tmp_path: Path
+) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         pre_train(
             "--imagenet_path",

@@ -11,7 +11,9 @@ from tests.tiny import FROZEN, fine_tune, read_checkpoint, write_coco
 from util.files import link_or_copy
 
 
-def test_a_new_best_epoch_writes_the_model_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_best_epoch_writes_the_model_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the evaluation, which may be killed, and with its score; the best one is another name of the second."""
     original, written = trainer.save_checkpoint, []
 
@@ -21,13 +23,28 @@ def test_a_new_best_epoch_writes_the_model_twice(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(trainer, "save_checkpoint", counted)
     coco = write_coco(tmp_path / "coco")
-    fine_tune("--coco_path", coco, "--epochs", 1, "--save_every", 1, "--output_dir", tmp_path / "run", *FROZEN)
+    fine_tune(
+        "--coco_path",
+        coco,
+        "--epochs",
+        1,
+        "--save_every",
+        1,
+        "--output_dir",
+        tmp_path / "run",
+        *FROZEN,
+    )
     assert written == ["checkpoint.pth", "checkpoint.pth"]
-    latest, best = (read_checkpoint(tmp_path / "run" / name) for name in ("checkpoint.pth", "checkpoint_best.pth"))
+    latest, best = (
+        read_checkpoint(tmp_path / "run" / name)
+        for name in ("checkpoint.pth", "checkpoint_best.pth")
+    )
     assert latest["best"] == best["best"] > -1
     numbered = read_checkpoint(tmp_path / "run" / "checkpoint0000.pth")
     for other in (best, numbered):
-        assert all(torch.equal(value, other["model"][key]) for key, value in latest["model"].items())
+        assert all(
+            torch.equal(value, other["model"][key]) for key, value in latest["model"].items()
+        )
 
 
 def test_a_second_name_keeps_its_content_when_the_first_is_replaced(tmp_path: Path) -> None:
@@ -41,7 +58,9 @@ def test_a_second_name_keeps_its_content_when_the_first_is_replaced(tmp_path: Pa
     assert (first.read_text(), second.read_text()) == ("new", "old")
 
 
-def test_a_file_system_without_links_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_gets_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_args) -> None:
         raise OSError("no links here")
 

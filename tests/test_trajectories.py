@@ -105,7 +105,13 @@ def run_case(name: str, folder: Path) -> dict:
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
     normalization = {"mean": [0.5] * 3, "std": [0.25] * 3}
     run = trainer.make_run(
-        args, model, criterion, loader, torch.device("cpu"), folder=None, normalization=normalization
+        args,
+        model,
+        criterion,
+        loader,
+        torch.device("cpu"),
+        folder=None,
+        normalization=normalization,
     )
     steps = record(run)
     moved: dict[str, float] = {}
@@ -113,7 +119,9 @@ def run_case(name: str, folder: Path) -> dict:
         part = ".".join(key.removeprefix("detector.").split(".")[:2])
         moved[part] = moved.get(part, 0.0) + float((p.detach() - start[key]).square().sum())
     names = [
-        key for key in steps[0] if "loss" in key and not key.endswith(("_unscaled", "_enc")) and not key[-1].isdigit()
+        key
+        for key in steps[0]
+        if "loss" in key and not key.endswith(("_unscaled", "_enc")) and not key[-1].isdigit()
     ]
     return {
         "losses": {key: [values[key] for values in steps] for key in names},
@@ -144,7 +152,8 @@ def tolerances() -> np.ndarray:
 
 
 @pytest.mark.skipif(
-    not torch.backends.cpu.get_cpu_capability().startswith("AVX"), reason="bytes are resized with other rounding here"
+    not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
+    reason="bytes are resized with other rounding here",
 )
 @pytest.mark.parametrize("name", CASES)
 def test_losses_are_those_of_the_file(name: str, tmp_path: Path) -> None:

@@ -38,8 +38,23 @@ MODEL_FLAGS = [
     "--num_queries",
     "20",
 ]
-RUN_FLAGS = [*MODEL_FLAGS, "--backbone_weights", "none", "--device", "cpu", "--num_workers", "0", "--image_size", "64"]
-FROZEN = ("--lr_backbone", "0", "--backbone_norm", "frozen")  # small checkpoints: no moments of the backbone
+RUN_FLAGS = [
+    *MODEL_FLAGS,
+    "--backbone_weights",
+    "none",
+    "--device",
+    "cpu",
+    "--num_workers",
+    "0",
+    "--image_size",
+    "64",
+]
+FROZEN = (
+    "--lr_backbone",
+    "0",
+    "--backbone_norm",
+    "frozen",
+)  # small checkpoints: no moments of the backbone
 PRETEXT_FLAGS = ["--num_patches", "5", "--patch_size", "32"]
 
 
@@ -73,7 +88,11 @@ def make_targets(
             if patches
             else torch.randint(1, num_classes, (count,), generator=generator)
         )
-        target = {"boxes": torch.cat([centre, size], 1), "labels": labels, "image_id": torch.tensor([100 + i])}
+        target = {
+            "boxes": torch.cat([centre, size], 1),
+            "labels": labels,
+            "image_id": torch.tensor([100 + i]),
+        }
         if patches:
             target["patches"] = torch.randn(patches, 3, patch_size, patch_size, generator=generator)
         targets.append(target)
@@ -84,7 +103,9 @@ def make_batch(sizes: list[tuple[int, int]] | int = 2, seed: int = 0) -> NestedT
     """Random normalised images of these (height, width), or as many of 64 x 64."""
     sizes = [(64, 64)] * sizes if isinstance(sizes, int) else sizes
     generator = torch.Generator().manual_seed(seed)
-    return as_nested_tensor([torch.randn(3, height, width, generator=generator) for height, width in sizes])
+    return as_nested_tensor(
+        [torch.randn(3, height, width, generator=generator) for height, width in sizes]
+    )
 
 
 def draw(seed: int, height: int, width: int) -> tuple[np.ndarray, list[list[int]], list[int]]:
@@ -111,8 +132,12 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
             height, width = 60 + 6 * (i % 3), 72 - 8 * (i % 2)
             pixels, boxes, labels = draw(first + i, height, width)
             Image.fromarray(pixels).save(root / name / f"{i:06d}.png")
-            images.append({"id": first + i + 1, "file_name": f"{i:06d}.png", "height": height, "width": width})
-            for box, label in zip(boxes, labels, strict=True) if i not in empty or name != "train2017" else ():
+            images.append(
+                {"id": first + i + 1, "file_name": f"{i:06d}.png", "height": height, "width": width}
+            )
+            for box, label in (
+                zip(boxes, labels, strict=True) if i not in empty or name != "train2017" else ()
+            ):
                 annotations.append(
                     {
                         "id": len(annotations) + 1,
@@ -123,20 +148,28 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
                         "iscrowd": 0,
                     }
                 )
-        categories = [{"id": i, "name": name} for i, name in enumerate(("red", "green", "blue"), start=1)]
+        categories = [
+            {"id": i, "name": name} for i, name in enumerate(("red", "green", "blue"), start=1)
+        ]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
     return root
 
 
-def write_shots(coco: Path, folder: Path, shots: tuple[int, ...] = (10, 30), prefix: str = "COCO_train2014_") -> Path:
+def write_shots(
+    coco: Path, folder: Path, shots: tuple[int, ...] = (10, 30), prefix: str = "COCO_train2014_"
+) -> Path:
     """The first objects of each class of `write_coco` as Wang et al. publish theirs: a COCO file for each class and
     number of shots.
     """
     folder.mkdir(parents=True)
     content = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
-    for count, category in ((count, category) for count in shots for category in content["categories"]):
-        chosen = [item for item in content["annotations"] if item["category_id"] == category["id"]][:count]
+    for count, category in (
+        (count, category) for count in shots for category in content["categories"]
+    ):
+        chosen = [item for item in content["annotations"] if item["category_id"] == category["id"]][
+            :count
+        ]
         images = [
             {**image, "file_name": f"{prefix}{image['file_name']}"}
             for image in content["images"]
@@ -186,7 +219,9 @@ def write_voc(root: Path, lists: dict[str, int] | None = None) -> Path:
                 (VOC_NAMES[k], box, int(0 < j == len(boxes) - 1))
                 for j, (box, k) in enumerate(zip(boxes, labels, strict=True))
             ]
-            (folder / "Annotations" / f"{name}.xml").write_text(voc_xml(f"{name}.jpg", (height, width), objects))
+            (folder / "Annotations" / f"{name}.xml").write_text(
+                voc_xml(f"{name}.jpg", (height, width), objects)
+            )
     return root
 
 
@@ -197,7 +232,9 @@ def runs_of(mask: np.ndarray) -> str:
     """bool [H, W] -> the competition's text, by its definition: pixels from 1 down the columns."""
     flat = np.concatenate([[0], mask.T.ravel().astype(int), [0]])
     change = np.flatnonzero(np.diff(flat))
-    return " ".join(f"{first + 1} {end - first}" for first, end in zip(change[::2], change[1::2], strict=True))
+    return " ".join(
+        f"{first + 1} {end - first}" for first, end in zip(change[::2], change[1::2], strict=True)
+    )
 
 
 def write_airbus(root: Path, images: int = 10) -> Path:
@@ -205,7 +242,10 @@ def write_airbus(root: Path, images: int = 10) -> Path:
     (root / "train_v2").mkdir(parents=True)
     rng, lines = np.random.RandomState(0), []
     for i in range(images):
-        name, pixels = f"{rng.randint(16**8):08x}.jpg", rng.randint(90, 130, (*SHIPS_HW, 3), dtype=np.uint8)
+        name, pixels = (
+            f"{rng.randint(16**8):08x}.jpg",
+            rng.randint(90, 130, (*SHIPS_HW, 3), dtype=np.uint8),
+        )
         for ship in range(i % 3):
             mask = np.zeros(SHIPS_HW, bool)
             mask[10 + ship : 30, 5 + 30 * ship : 25 + 30 * ship] = True
@@ -214,7 +254,9 @@ def write_airbus(root: Path, images: int = 10) -> Path:
         if not i % 3:
             lines.append(f"{name},")
         Image.fromarray(pixels).save(root / "train_v2" / name)
-    (root / "train_ship_segmentations_v2.csv").write_text("\n".join(["ImageId,EncodedPixels", *lines]) + "\n")
+    (root / "train_ship_segmentations_v2.csv").write_text(
+        "\n".join(["ImageId,EncodedPixels", *lines]) + "\n"
+    )
     return root
 
 
@@ -256,7 +298,11 @@ def own_flags(root: Path, *parts: str, **files: Path) -> list[str]:
         **files,
     }
     chosen = [name for name in places if not parts or name.split("_")[0] in parts]
-    return ["--dataset_file", "custom", *(word for name in chosen for word in (f"--{name}", str(places[name])))]
+    return [
+        "--dataset_file",
+        "custom",
+        *(word for name in chosen for word in (f"--{name}", str(places[name]))),
+    ]
 
 
 def write_images(root: Path, count: int = 4) -> Path:

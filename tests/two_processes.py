@@ -61,7 +61,11 @@ class Scenes(SampleDataset):
     def __init__(self, counts: list[int], patches: int = 0) -> None:
         super().__init__(seed=0)
         self.targets = make_targets(counts, patches=patches)
-        self.images = (make_batch([(SIDE, SIDE)] * len(counts)).tensors * 40 + 128).clamp(0, 255).to(torch.uint8)
+        self.images = (
+            (make_batch([(SIDE, SIDE)] * len(counts)).tensors * 40 + 128)
+            .clamp(0, 255)
+            .to(torch.uint8)
+        )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -93,14 +97,21 @@ def in_float64(original: Callable) -> Callable:
 
     def to_device(*args, **normalization) -> tuple[NestedTensor, PackedTargets]:
         samples, targets = original(*args, **normalization)
-        double = {name: x.double() if x.is_floating_point() else x for name, x in targets.tensors.items()}
-        return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), replace(targets, tensors=double)
+        double = {
+            name: x.double() if x.is_floating_point() else x for name, x in targets.tensors.items()
+        }
+        return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), replace(
+            targets, tensors=double
+        )
 
     return to_device
 
 
 def make_run(
-    args: Settings, dataset: SampleDataset | None = None, folder: Path | None = None, double: bool = True
+    args: Settings,
+    dataset: SampleDataset | None = None,
+    folder: Path | None = None,
+    double: bool = True,
 ) -> trainer.Run:
     """A run of this process; `args.batch_size` is that of all processes together."""
     torch.manual_seed(get_rank())  # weights are those of the first process
@@ -111,20 +122,32 @@ def make_run(
     loader = build_loader(dataset, args, train=True) if dataset else None
     seed_everything(args.seed)
     return trainer.make_run(
-        args, model.train(), criterion.train(), loader, torch.device("cpu"), folder=folder, normalization=NORMALIZATION
+        args,
+        model.train(),
+        criterion.train(),
+        loader,
+        torch.device("cpu"),
+        folder=folder,
+        normalization=NORMALIZATION,
     )
 
 
 def weights_of(run: trainer.Run) -> dict[str, Tensor]:
     model = unwrap_model(run.model)
     parts = {"": model, **model.frozen_parts()}
-    return {name + key: value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+    return {
+        name + key: value.clone()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- scenarios
 
 
-def train(*flags: str, counts: list[int], script: str = FINETUNE, dataset: type[Scenes] = Scenes) -> dict:
+def train(
+    *flags: str, counts: list[int], script: str = FINETUNE, dataset: type[Scenes] = Scenes
+) -> dict:
     """Three steps of four images; what each process saw and the weights afterwards."""
     exact = ("--backbone_norm", "frozen", "--dropout", "0")
     args = tiny_args(script, *exact, "--batch_size", "4", "--lr", "1e-3", *flags)
@@ -154,12 +177,18 @@ def focal_with_any_counts(folder: Path) -> dict:
 
 def one_decoder_layer(folder: Path) -> dict:
     """Its `query_scale` has no gradient, for which distributed training must not wait."""
-    return train("--detector", "conditional_detr", "--dec_layers", "1", counts=[1, 2, 0] * (IMAGES // 3))
+    return train(
+        "--detector", "conditional_detr", "--dec_layers", "1", counts=[1, 2, 0] * (IMAGES // 3)
+    )
 
 
 def encoder_proposals(folder: Path) -> dict:
     return train(
-        "--detector", "deformable_detr", "--two_stage", "--with_box_refine", counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6)
+        "--detector",
+        "deformable_detr",
+        "--two_stage",
+        "--with_box_refine",
+        counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6),
     )
 
 
@@ -184,26 +213,51 @@ def siamese(folder: Path) -> dict:
 
 def region_prior(folder: Path) -> dict:
     """The frozen network that says what embeddings are, random here, is one for both."""
-    flags = ("--pretext", "region_prior", "--object_embedding_loss", "--num_patches", "10", "--lr_backbone", "1e-3")
+    flags = (
+        "--pretext",
+        "region_prior",
+        "--object_embedding_loss",
+        "--num_patches",
+        "10",
+        "--lr_backbone",
+        "1e-3",
+    )
     return train(*flags, counts=[5] * IMAGES, script=PRETRAIN)
 
 
 def teacher(folder: Path) -> dict:
     """The momentum teacher too, of a backbone that trains."""
-    flags = ("--pretext", "siamese", "--proposals", "random", "--box_disturbance", "0", "--lr_backbone", "1e-3")
-    return train(*flags, "--teacher_momentum", "0.5", counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
+    flags = (
+        "--pretext",
+        "siamese",
+        "--proposals",
+        "random",
+        "--box_disturbance",
+        "0",
+        "--lr_backbone",
+        "1e-3",
+    )
+    return train(
+        *flags, "--teacher_momentum", "0.5", counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs
+    )
 
 
 def uneven_batch_norm(folder: Path) -> dict:
     """Eight rows, of which the first process has three and the second five; the loss is a sum over all."""
-    rows, weights = torch.randn(2, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows, weights = torch.randn(
+        2, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     mine = slice(None) if get_world_size() == 1 else slice(3) if get_rank() == 0 else slice(3, None)
     norm, x = SyncedBatchNorm(4).double(), rows[mine].clone().requires_grad_()
     with torch.no_grad():
         norm.weight.copy_(torch.arange(1, 5)), norm.bias.copy_(torch.arange(4))
     outputs = norm(x)
     (outputs * weights[mine]).sum().backward()
-    return {"rows": torch.cat([outputs.detach(), x.grad], 1), "weight": norm.weight.grad, "state": norm.state_dict()}
+    return {
+        "rows": torch.cat([outputs.detach(), x.grad], 1),
+        "weight": norm.weight.grad,
+        "state": norm.state_dict(),
+    }
 
 
 def statistics_in_an_evaluation(folder: Path) -> dict:
@@ -218,7 +272,15 @@ def statistics_in_an_evaluation(folder: Path) -> dict:
 def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[trainer.Run, dict]:
     """One step on four images of which each process takes two."""
     args = tiny_args(
-        FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--detector", detector, "--batch_size", "4"
+        FINETUNE,
+        "--backbone_norm",
+        "frozen",
+        "--dropout",
+        "0",
+        "--detector",
+        detector,
+        "--batch_size",
+        "4",
     )
     run = make_run(args, double=False)
     share = 4 // get_world_size()
@@ -266,7 +328,11 @@ class Oracle(TrainableModel):
 
     def forward(self, samples: NestedTensor) -> dict:
         index = samples.tensors[:, 0, 0, 0].round().long()
-        logits = nn.functional.one_hot(self.labels[index], self.classes).float() * 8 - 4 + index[:, None, None] * 0.1
+        logits = (
+            nn.functional.one_hot(self.labels[index], self.classes).float() * 8
+            - 4
+            + index[:, None, None] * 0.1
+        )
         return {"pred_logits": logits, "pred_boxes": self.boxes[index]}
 
 
@@ -283,9 +349,14 @@ class Numbered(Scenes):
 def evaluation(folder: Path) -> dict:
     """Seven images, of which one process has four: found exactly, found nearly, not found."""
     dataset = Numbered([2] * 7)
-    boxes, labels = (torch.stack([target[name] for target in dataset.targets]) for name in ("boxes", "labels"))
+    boxes, labels = (
+        torch.stack([target[name] for target in dataset.targets]) for name in ("boxes", "labels")
+    )
     truth = {
-        "images": [{"id": 100 + i, "width": SIDE, "height": SIDE, "file_name": f"{i}.png"} for i in range(7)],
+        "images": [
+            {"id": 100 + i, "width": SIDE, "height": SIDE, "file_name": f"{i}.png"}
+            for i in range(7)
+        ],
         "categories": [{"id": i, "name": str(i)} for i in range(1, 5)],
         "annotations": [
             {
@@ -337,7 +408,9 @@ def stop_and_resume(folder: Path) -> dict:
     flags = (*FROZEN, "--batch_size", "4", "--epochs", "2", "--dropout", "0.3")
 
     def start(name: str) -> trainer.Run:
-        return make_run(tiny_args(FINETUNE, *flags), Scenes([2] * IMAGES), folder / name, double=False)
+        return make_run(
+            tiny_args(FINETUNE, *flags), Scenes([2] * IMAGES), folder / name, double=False
+        )
 
     for name in ("whole", "stopped"):
         (folder / name).mkdir(exist_ok=True)
@@ -347,7 +420,9 @@ def stop_and_resume(folder: Path) -> dict:
 
     def asked(run, samples, targets, stop):
         calls.append(1)
-        return original(run, samples, targets, len(calls) == 2 and get_rank() == get_world_size() - 1)
+        return original(
+            run, samples, targets, len(calls) == 2 and get_rank() == get_world_size() - 1
+        )
 
     engine.train_step = asked
     try:
@@ -389,7 +464,11 @@ def one_looks_for_images(folder: Path) -> dict:
         refused = str(error)
     finally:
         os.scandir = scandir
-    return {"looked": looked, "paths": [images.path(i) for i in range(len(images))], "refused": refused}
+    return {
+        "looked": looked,
+        "paths": [images.path(i) for i in range(len(images))],
+        "refused": refused,
+    }
 
 
 SCENARIOS = {
@@ -426,7 +505,11 @@ def free_port() -> int:
 def _process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(WORLD), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     init_distributed("cpu")
     results = {}
@@ -444,5 +527,7 @@ def _process(rank: int, port: int, folder: Path) -> None:
 def launch(folder: Path) -> dict[str, list]:
     """Runs all scenarios in two processes."""
     spawn(_process, args=(free_port(), folder), nprocs=WORLD)
-    results = [torch.load(folder / f"results{rank}.pth", weights_only=True) for rank in range(WORLD)]
+    results = [
+        torch.load(folder / f"results{rank}.pth", weights_only=True) for rank in range(WORLD)
+    ]
     return {name: [result.get(name, "not reached") for result in results] for name in SCENARIOS}

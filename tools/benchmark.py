@@ -125,7 +125,10 @@ def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Ro
     differences = check(comparison)
     contenders = comparison.contenders
     peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
-    calls = {name: max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device))) for name, call in contenders.items()}
+    calls = {
+        name: max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device)))
+        for name, call in contenders.items()
+    }
     times: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress(turns * len(contenders), comparison.name)
     for _ in range(turns):
@@ -172,7 +175,10 @@ def compare_ms_deform_attn(args: argparse.Namespace, device: torch.device) -> It
 
 def map_shapes(height: int) -> list[tuple[int, int]]:
     """(height, width) of the four maps of an image of that height, which is as wide as COCO's usual 800 x 1066."""
-    return [(math.ceil(height / stride), math.ceil(round(height * 1066 / 800) / stride)) for stride in (8, 16, 32, 64)]
+    return [
+        (math.ceil(height / stride), math.ceil(round(height * 1066 / 800) / stride))
+        for stride in (8, 16, 32, 64)
+    ]
 
 
 def deform_inputs(
@@ -188,9 +194,12 @@ def deform_inputs(
     generator = torch.Generator().manual_seed(0)
     if part == "encoder":
         rows_columns = [
-            torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij") for h, w in shapes
+            torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+            for h, w in shapes
         ]
-        reference = torch.cat([torch.stack((x, y), -1).flatten(0, 1) for y, x in rows_columns]).expand(batch, -1, -1)
+        reference = torch.cat(
+            [torch.stack((x, y), -1).flatten(0, 1) for y, x in rows_columns]
+        ).expand(batch, -1, -1)
     else:
         reference = torch.rand(batch, 300, 2, generator=generator)
     angle = torch.arange(heads) * (2 * math.pi / heads)
@@ -205,7 +214,12 @@ def deform_inputs(
     weights = torch.randn(*size, generator=generator).flatten(3).softmax(-1).view(size)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels, generator=generator)
     grad_output = torch.randn(batch, reference.shape[1], heads * channels, generator=generator)
-    return value.to(device, dtype), locations.to(device), weights.to(device), grad_output.to(device, dtype)
+    return (
+        value.to(device, dtype),
+        locations.to(device),
+        weights.to(device),
+        grad_output.to(device, dtype),
+    )
 
 
 def compare_one(name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...]) -> Comparison:
@@ -217,14 +231,21 @@ def compare_one(name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, 
         calls["triton"] = lambda v, p, w: ms_deform_attn(v, shapes, p, w, "triton")
     except UserError as error:
         left_out["triton"] = str(error)
-    contenders = {key: forward_backward(call, (value, locations, weights), grad_output) for key, call in calls.items()}
+    contenders = {
+        key: forward_backward(call, (value, locations, weights), grad_output)
+        for key, call in calls.items()
+    }
     for peer, load in PEERS.items():
         try:
-            contender = forward_backward(load(shapes, value.device), (value, locations, weights), grad_output)
+            contender = forward_backward(
+                load(shapes, value.device), (value, locations, weights), grad_output
+            )
             contender()
             contenders[peer] = contender
         except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and the others are still worth a table
-            left_out[peer] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            left_out[peer] = (
+                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
     return Comparison(name, contenders, 2e-2 if value.dtype != torch.float32 else 1e-3, left_out)
 
 
@@ -248,7 +269,9 @@ def as_tensors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[Ten
 
 
 def transformers_peer(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
-    from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
+    from transformers.models.deformable_detr.modeling_deformable_detr import (
+        MultiScaleDeformableAttention,
+    )
 
     sizes, starts = as_tensors(shapes, device)
     module = MultiScaleDeformableAttention()
@@ -259,7 +282,9 @@ def mmcv_peer(shapes: list[tuple[int, int]], device: torch.device) -> Callable[.
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
     sizes, starts = as_tensors(shapes, device)
-    return lambda v, p, w: MultiScaleDeformableAttnFunction.apply(v.float(), sizes, starts, p, w, 64).to(v.dtype)
+    return lambda v, p, w: MultiScaleDeformableAttnFunction.apply(
+        v.float(), sizes, starts, p, w, 64
+    ).to(v.dtype)
 
 
 def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
@@ -276,14 +301,20 @@ def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Calla
         @staticmethod
         def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
             v, p, w = ctx.saved_tensors
-            return tuple(extension.ms_deform_attn_backward(v, sizes, starts, p, w, grad.contiguous(), 64))
+            return tuple(
+                extension.ms_deform_attn_backward(v, sizes, starts, p, w, grad.contiguous(), 64)
+            )
 
     return lambda v, p, w: Compiled.apply(v.float(), p, w).to(v.dtype)
 
 
 # Public implementations compute in float32, also under autocast. One that can't be imported or run is left out, with
 # the reason.
-PEERS = {"transformers": transformers_peer, "mmcv": mmcv_peer, "published extension": extension_peer}
+PEERS = {
+    "transformers": transformers_peer,
+    "mmcv": mmcv_peer,
+    "published extension": extension_peer,
+}
 
 
 SUBJECTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Comparison]]] = {
@@ -299,7 +330,9 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
-        hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+        hardware = (
+            f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} thread(s)"
+        )
     found = {"device": hardware, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -309,9 +342,18 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
-def table(subject: str, rows: list[Row], left_out: dict[str, str], settings: dict, where: dict[str, str]) -> str:
+def table(
+    subject: str, rows: list[Row], left_out: dict[str, str], settings: dict, where: dict[str, str]
+) -> str:
     """The result as markdown."""
-    head = ["work", "implementation", "median ms (quartiles)", "speed, first = 1", "memory MiB", "largest difference"]
+    head = [
+        "work",
+        "implementation",
+        "median ms (quartiles)",
+        "speed, first = 1",
+        "memory MiB",
+        "largest difference",
+    ]
     cells = [
         [
             row.comparison,
@@ -342,16 +384,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("subject", choices=sorted(SUBJECTS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument(
-        "--image_size", type=int, default=800, help="short side of the images in pixels; the long one is 4/3 of it"
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
+    parser.add_argument(
+        "--image_size",
+        type=int,
+        default=800,
+        help="short side of the images in pixels; the long one is 4/3 of it",
     )
     parser.add_argument("--batch_size", type=int, default=2, help="images")
     parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16", "float16"]
+        "--dtypes",
+        nargs="+",
+        default=["float32", "bfloat16"],
+        choices=["float32", "bfloat16", "float16"],
     )
     parser.add_argument("--turns", type=int, default=20, help="how often each contender is timed")
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
     args = parser.parse_args(argv)
     for name in ("image_size", "batch_size", "turns"):
@@ -364,7 +416,9 @@ def main(args: argparse.Namespace) -> None:
     targets = [args.output / f"{args.subject}.{suffix}" for suffix in ("md", "json")]
     earlier = next((path for path in targets if path.exists()), None)
     if earlier and not args.overwrite:
-        raise UserError(f"--output {args.output}: {earlier.name} is there already; give another folder or --overwrite")
+        raise UserError(
+            f"--output {args.output}: {earlier.name} is there already; give another folder or --overwrite"
+        )
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: no GPU is visible to PyTorch; give --device cpu")
     device = torch.device(args.device)
@@ -374,7 +428,11 @@ def main(args: argparse.Namespace) -> None:
     for comparison in SUBJECTS[args.subject](args, device):
         rows += measure(comparison, args.turns, device)
         left_out |= comparison.left_out
-    settings = {key: value for key, value in vars(args).items() if key not in ("subject", "output", "overwrite")}
+    settings = {
+        key: value
+        for key, value in vars(args).items()
+        if key not in ("subject", "output", "overwrite")
+    }
     where = environment(device)
     text = table(args.subject, rows, left_out, settings, where)
     log.info("%s", text)

@@ -20,7 +20,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 from datasets.images.image_folder import ImageFile, ImageFiles, ImageFolder
 from datasets.images.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
@@ -41,12 +43,23 @@ _job: dict[str, Plan] = {}
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/cache_proposals.py", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--images", required=True, metavar="DIR", help="as for training: any folder tree, a list of files, or tar files"
+        "--images",
+        required=True,
+        metavar="DIR",
+        help="as for training: any folder tree, a list of files, or tar files",
     )
     parser.add_argument(
-        "--list", metavar="FILE", help="only these images of the folder: one relative path a line (a label may follow)"
+        "--list",
+        metavar="FILE",
+        help="only these images of the folder: one relative path a line (a label may follow)",
     )
-    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="the store; later --cache_path")
+    parser.add_argument(
+        "--output_dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="the store; later --cache_path",
+    )
     parser.add_argument(
         "--proposals",
         type=proposal_method,
@@ -56,11 +69,24 @@ def parse(argv: list[str]) -> Namespace:
     )
     add_flags(parser, PRETRAIN, METHOD_FLAGS)
     parser.add_argument(
-        "--num_workers", type=at_least_zero(), default=usable_cores(), help="processes (all cores; 0: this one alone)"
+        "--num_workers",
+        type=at_least_zero(),
+        default=usable_cores(),
+        help="processes (all cores; 0: this one alone)",
     )
-    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="i/n", help="only part i of n, without merging")
-    parser.add_argument("--merge", action="store_true", help="make the store out of all parts, without searching")
-    parser.add_argument("--check", action="store_true", help="compare every image's content with the finished store")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="i/n",
+        help="only part i of n, without merging",
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="make the store out of all parts, without searching"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare every image's content with the finished store"
+    )
     return parser.parse_args(argv)
 
 
@@ -97,15 +123,23 @@ def make_plan(args: Namespace) -> Plan:
         UserError: no images; a method that can't be stored.
     """
     if args.list:
-        images = ImageFiles(args.images, PackedStrings(sorted(set(_listed(args.list, args.images)))))
+        images = ImageFiles(
+            args.images, PackedStrings(sorted(set(_listed(args.list, args.images))))
+        )
     else:
         images = ImageFolder(args.images)
         if images.shards is None:  # a list may be in any order
-            images = ImageFiles(images.base, PackedStrings(sorted({images.name(i) for i in range(len(images))})))
+            images = ImageFiles(
+                images.base, PackedStrings(sorted({images.name(i) for i in range(len(images))}))
+            )
     flags = {name: getattr(args, name) for name in METHOD_FLAGS}
-    method = build_proposals(settings(PRETRAIN, pretext="region_prior", proposals=args.proposals, **flags))
+    method = build_proposals(
+        settings(PRETRAIN, pretext="region_prior", proposals=args.proposals, **flags)
+    )
     if not isinstance(method, BoxSearch):
-        raise UserError(f"--proposals {args.proposals} draws new boxes each time: there is nothing to store")
+        raise UserError(
+            f"--proposals {args.proposals} draws new boxes each time: there is nothing to store"
+        )
     return Plan(args.output_dir, images, method, args.proposals)
 
 
@@ -114,14 +148,18 @@ def _listed(path: str, folder: str) -> Iterator[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--list {path} can't be read ({error}): give a text file with one path a line") from error
+        raise UserError(
+            f"--list {path} can't be read ({error}): give a text file with one path a line"
+        ) from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not names:
         raise UserError(f"--list {path} is empty: give one relative path a line")
     with_labels = not os.path.exists(os.path.join(folder, names[0])) and len(names[0].split()) > 1
     names = [name.rsplit(maxsplit=1)[0] if with_labels else name for name in names]
     if not os.path.exists(os.path.join(folder, names[0])):
-        raise UserError(f"--list {path}: its first image {names[0]} is not in {folder}: paths count from --images")
+        raise UserError(
+            f"--list {path}: its first image {names[0]} is not in {folder}: paths count from --images"
+        )
     yield from names
 
 
@@ -159,7 +197,9 @@ def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int
         return
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     context = multiprocessing.get_context(method)
-    pool = ProcessPoolExecutor(min(num_workers, len(todo)), context, _start_worker, (plan, os.getpid()))
+    pool = ProcessPoolExecutor(
+        min(num_workers, len(todo)), context, _start_worker, (plan, os.getpid())
+    )
     try:
         for future in as_completed([pool.submit(_make_chunk, chunk) for chunk in todo]):
             yield future.result()
@@ -169,7 +209,9 @@ def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int
             f"again, perhaps with --num_workers {max(num_workers // 2, 1)}"
         ) from error
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nobody waits for what is being searched
+        pool.shutdown(
+            wait=False, cancel_futures=True
+        )  # after Ctrl-C nobody waits for what is being searched
 
 
 def _start_worker(plan: Plan, parent: int) -> None:
@@ -202,7 +244,10 @@ def report(store: ProposalStore) -> None:
     if header["unreadable"]:
         name, reason = header["problems"][0]
         log.warning(
-            "%d images could not be read and have no boxes, the first is %s: %s", header["unreadable"], name, reason
+            "%d images could not be read and have no boxes, the first is %s: %s",
+            header["unreadable"],
+            name,
+            reason,
         )
 
 

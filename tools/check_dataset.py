@@ -24,11 +24,21 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from datasets import classes_in
 from datasets.images.image_folder import ImageFolder
-from datasets.labelled.checks import KINDS, ImageFacts, Problem, Split, describe, inspect_image, run_checks
+from datasets.labelled.checks import (
+    KINDS,
+    ImageFacts,
+    Problem,
+    Split,
+    describe,
+    inspect_image,
+    run_checks,
+)
 from util.errors import UserError
 from util.files import check_apart, make_folder, write_atomically, write_text
 from util.logger import Progress, log
@@ -72,7 +82,9 @@ def parse(argv: list[str]) -> Namespace:
         metavar="DIR",
         help="where problems.csv, check.json and dataset.png go; empty: nothing is written",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace those of an earlier check")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace those of an earlier check"
+    )
     add_flags(parser, PRETRAIN, ["imagenet_path"])
     add_flags(parser, FINETUNE, SHARED_FLAGS)
     return parser.parse_args(argv)
@@ -90,7 +102,9 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Problem]]:
     names = ["train", "val"]
     if settings.dataset_file == "custom":  # one of both may be checked alone
         names = [
-            name for name in names if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")
+            name
+            for name in names
+            if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")
         ]
     builder = load(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
     splits, problems, classes = [], [], None
@@ -140,7 +154,9 @@ def table(problems: Sequence[Problem], splits: Sequence[Split]) -> str:
     """A line per kind, the worst first: how many in each split, what it means and the first of them."""
     counts = Counter((problem.kind, problem.split) for problem in problems)
     first = {problem.kind: str(problem) for problem in reversed(problems)}
-    first["unusable"] = f"\n{'':17}".join(problem.detail for problem in problems if problem.kind == "unusable")
+    first["unusable"] = f"\n{'':17}".join(
+        problem.detail for problem in problems if problem.kind == "unusable"
+    )
     lines = [f"{'':8} {'':26} {'train':>8} {'val':>8}"]
     for kind, check in KINDS.items():
         if first.get(kind):
@@ -164,7 +180,9 @@ def counts_of(split: Split) -> dict[str, object]:
         counts.update(describe(split.annotations))
         images, boxes = count_classes(split)
         names = split.annotations.class_names
-        counts["classes"] = {names[label]: {"images": images[label], "boxes": boxes[label]} for label in names}
+        counts["classes"] = {
+            names[label]: {"images": images[label], "boxes": boxes[label]} for label in names
+        }
     return counts
 
 
@@ -182,7 +200,9 @@ def write_report(folder: Path, problems: Sequence[Problem], splits: Sequence[Spl
     # File names need not be UTF-8.
     write_text(folder / PROBLEMS, text.getvalue().encode("utf-8", "backslashreplace").decode())
     found: dict[str, dict[str, int]] = {}
-    for (kind, split), count in Counter((problem.kind, problem.split) for problem in problems).items():
+    for (kind, split), count in Counter(
+        (problem.kind, problem.split) for problem in problems
+    ).items():
         found.setdefault(kind, {})[split] = count
     summary = {"found": found, **{split.name: counts_of(split) for split in splits}}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -204,7 +224,9 @@ def draw_summary(splits: Sequence[Split], path: Path) -> None:
     """
     figure_class, canvas = figure_classes()
     labelled = [split for split in splits if split.annotations is not None]
-    figure = figure_class(figsize=(12, 8.5) if labelled else (6.5, 4.5), layout="constrained", dpi=110)
+    figure = figure_class(
+        figsize=(12, 8.5) if labelled else (6.5, 4.5), layout="constrained", dpi=110
+    )
     canvas(figure)
     rows, columns = (2, 2) if labelled else (1, 1)
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(rows * columns)]
@@ -256,7 +278,12 @@ def _draw_objects(axes, splits: Sequence[Split], colors: dict) -> None:
 
 def _draw_box_sizes(axes, splits: Sequence[Split], colors: dict) -> None:
     """The borders of COCO's small, medium and large are drawn."""
-    axes.set(title="box sizes", xlabel="square root of the area (pixels)", ylabel="fraction of boxes", xscale="log")
+    axes.set(
+        title="box sizes",
+        xlabel="square root of the area (pixels)",
+        ylabel="fraction of boxes",
+        xscale="log",
+    )
     for split in splits:
         boxes = split.annotations.boxes_xyxy_abs
         sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64))
@@ -284,8 +311,21 @@ def _draw_classes(axes, splits: Sequence[Split], colors: dict) -> None:
     places, width = np.arange(len(order)), 0.8 / len(splits)
     for number, (split, (images, boxes)) in enumerate(counts.items()):
         at = places + (number - (len(splits) - 1) / 2) * width
-        axes.bar(at, [boxes[label] for label in order], width, color=colors[split], alpha=0.4, label=f"{split}: boxes")
-        axes.bar(at, [images[label] for label in order], width / 2, color=colors[split], label=f"{split}: images")
+        axes.bar(
+            at,
+            [boxes[label] for label in order],
+            width,
+            color=colors[split],
+            alpha=0.4,
+            label=f"{split}: boxes",
+        )
+        axes.bar(
+            at,
+            [images[label] for label in order],
+            width / 2,
+            color=colors[split],
+            label=f"{split}: images",
+        )
     more = f" ({len(order)} of {len(names)})" if len(order) < len(names) else ""
     axes.set(title=f"classes{more}", yscale="symlog", ylabel="count", xticks=places)
     axes.set_xticklabels([names[label][:16] for label in order], rotation=90, fontsize=7)

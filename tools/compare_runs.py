@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from util.errors import UserError
 from util.files import write_text
@@ -67,7 +69,9 @@ class ComparedRun:
 
 def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser("tools/compare_runs.py", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a run, or a log.txt")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN_DIR", help="output folder of a run, or a log.txt"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -75,7 +79,9 @@ def parse(argv: list[str]) -> Namespace:
         metavar="FILE.png|DIR",
         help="the plot, with the table beside it as .csv; in a folder both are named compare (compare.png)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier comparison there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier comparison there"
+    )
     return parser.parse_args(argv)
 
 
@@ -87,11 +93,15 @@ def output_files(output: Path, overwrite: bool) -> tuple[Path, Path]:
     """
     plot = output if output.suffix == ".png" else output / "compare.png"
     if output.suffix not in ("", ".png") and not output.is_dir():
-        raise UserError(f"--output {output}: the plot is a PNG; give a name that ends with .png, or a folder")
+        raise UserError(
+            f"--output {output}: the plot is a PNG; give a name that ends with .png, or a folder"
+        )
     table = plot.with_suffix(".csv")
     for path in (plot, table):
         if path.exists() and not overwrite:
-            raise UserError(f"--output: {path} exists; add --overwrite to replace it, or choose another name")
+            raise UserError(
+                f"--output: {path} exists; add --overwrite to replace it, or choose another name"
+            )
     return plot, table
 
 
@@ -105,7 +115,11 @@ def read_runs(places: Sequence[Path]) -> list[ComparedRun]:
     for place, folder, name in zip(places, folders, _names(places), strict=True):
         record = read_record(folder / SETTINGS)
         if place.is_dir() and not (place / "log.txt").is_file():
-            begun = "its first epoch is not finished yet" if record else "it is not the output folder of a run"
+            begun = (
+                "its first epoch is not finished yet"
+                if record
+                else "it is not the output folder of a run"
+            )
             raise UserError(f"{place} has no log.txt: {begun}")
         entries = read_log(place)
         if not entries:
@@ -120,7 +134,9 @@ def _names(places: Sequence[Path]) -> list[str]:
     if len(set(parts)) < len(parts):
         twice = next(place for i, place in enumerate(places) if parts[i] in parts[:i])
         raise UserError(f"{twice} is given twice: name each run once")
-    count = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts))
+    count = next(
+        n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts)
+    )
     return ["/".join(p[-count:]) for p in parts]
 
 
@@ -153,14 +169,20 @@ def results(run: ComparedRun) -> Row:
             "last AP50": f"{evaluated[-1][1][1]:.3f}",
         }
     names = loss_names(run.entries)
-    row |= {f"train {name}": f"{last[f'train_{name}']:.3f}" for name in (names[:1] if evaluated else names)}
+    row |= {
+        f"train {name}": f"{last[f'train_{name}']:.3f}"
+        for name in (names[:1] if evaluated else names)
+    }
     seconds, images = last.get("train_seconds"), run.record.get("images")
     if seconds:
         images = images[0] if isinstance(images, list) and images else images
         images = images if isinstance(images, int) else None  # a damaged args.json
         trained = len(run.entries)  # fewer than `done` where the run began with --start_epoch
         row |= {"images/s": f"{images * trained / seconds:.1f}"} if images else {}
-        row |= {"time/epoch": format_seconds(seconds / trained), "training time": format_seconds(seconds)}
+        row |= {
+            "time/epoch": format_seconds(seconds / trained),
+            "training time": format_seconds(seconds),
+        }
     if last.get("n_parameters"):
         row["trainable"] = f"{last['n_parameters'] / 1e6:.1f} M"
     return row
@@ -174,10 +196,15 @@ def complete(rows: Sequence[Row]) -> list[Row]:
 
 def labels(runs: Sequence[ComparedRun], differing: dict[str, list[str]]) -> list[str]:
     """The names of the runs in the legend, with the settings that differ if these are few and short."""
-    few = len(differing) <= IN_A_NAME and all(len(value) <= SHORT for values in differing.values() for value in values)
+    few = len(differing) <= IN_A_NAME and all(
+        len(value) <= SHORT for values in differing.values() for value in values
+    )
     if not few:
         return [run.name for run in runs]
-    details = [", ".join(f"{name} {values[i]}" for name, values in differing.items()) for i in range(len(runs))]
+    details = [
+        ", ".join(f"{name} {values[i]}" for name, values in differing.items())
+        for i in range(len(runs))
+    ]
     return [
         f"{run.name} ({detail})" if detail and run.settings else run.name
         for run, detail in zip(runs, details, strict=True)
@@ -197,20 +224,42 @@ def main(args: Namespace) -> None:
     runs = read_runs(args.runs)
     differing, rows = differing_settings(runs), complete([results(run) for run in runs])
     log.info(
-        "%s", markdown(["run", *rows[0]], [[run.name, *row.values()] for run, row in zip(runs, rows, strict=True)])
+        "%s",
+        markdown(
+            ["run", *rows[0]],
+            [[run.name, *row.values()] for run, row in zip(runs, rows, strict=True)],
+        ),
     )
     if differing:
         log.info(
             "\nsettings that differ:\n%s",
-            markdown(["setting", *(run.name for run in runs)], [[k, *v] for k, v in differing.items()]),
+            markdown(
+                ["setting", *(run.name for run in runs)], [[k, *v] for k, v in differing.items()]
+            ),
         )
     silent = [run.name for run in runs if not run.settings]
     if silent and len(runs) > 1:
-        log.info("\nwithout %s, so their settings are not compared: %s", SETTINGS, ", ".join(silent))
-    settings = [{f"--{name}": values[i] for name, values in differing.items()} for i in range(len(runs))]
-    write_csv(table, [{"run": run.name, **row, **extra} for run, row, extra in zip(runs, rows, settings, strict=True)])
-    trained = ("loss", "AP", "AP50") if any(evaluations(run.entries) for run in runs) else loss_names(runs[0].entries)
-    plot_curves(dict(zip(labels(runs, differing), (run.place for run in runs), strict=True)), plot, trained)
+        log.info(
+            "\nwithout %s, so their settings are not compared: %s", SETTINGS, ", ".join(silent)
+        )
+    settings = [
+        {f"--{name}": values[i] for name, values in differing.items()} for i in range(len(runs))
+    ]
+    write_csv(
+        table,
+        [
+            {"run": run.name, **row, **extra}
+            for run, row, extra in zip(runs, rows, settings, strict=True)
+        ],
+    )
+    trained = (
+        ("loss", "AP", "AP50")
+        if any(evaluations(run.entries) for run in runs)
+        else loss_names(runs[0].entries)
+    )
+    plot_curves(
+        dict(zip(labels(runs, differing), (run.place for run in runs), strict=True)), plot, trained
+    )
     log.info("\n%s\n%s", table, plot)
 
 

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from models import build_model
 from util.checkpoints.adoption import is_pretext
@@ -25,7 +27,16 @@ from util.checkpoints.architecture import architecture, detector_kind, without_d
 from util.checkpoints.backbone_weights import held_backbone
 from util.checkpoints.checkpoint import Checkpoint, as_checkpoint
 from util.checkpoints.classes import class_rows, head_kind
-from util.checkpoints.conversion import CODE_BASES, FORMATS, LAYOUTS, MASK_PARTS, OURS, code_base, convert, pretext_of
+from util.checkpoints.conversion import (
+    CODE_BASES,
+    FORMATS,
+    LAYOUTS,
+    MASK_PARTS,
+    OURS,
+    code_base,
+    convert,
+    pretext_of,
+)
 from util.checkpoints.names_check import check_parameters
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
@@ -35,7 +46,11 @@ from util.runs.session import run_script
 from util.settings import FINETUNE, make_parser, resolve
 
 SIZES = ("backbone", "num_queries", "enc_layers", "dec_layers", "hidden_dim", "dim_feedforward")
-PRETEXT_OF_CODE_BASE = {"random_query_patch": "UP-DETR", "region_prior": "DETReg", "siamese": "Siamese DETR"}
+PRETEXT_OF_CODE_BASE = {
+    "random_query_patch": "UP-DETR",
+    "region_prior": "DETReg",
+    "siamese": "Siamese DETR",
+}
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -44,10 +59,14 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("file", metavar="FILE", help="a checkpoint or weight file: path or address")
     parser.add_argument("--to", choices=FORMATS, help="layout to write")
-    parser.add_argument("--out", type=Path, metavar="NEW_FILE", help="where to write it; must not exist")
+    parser.add_argument(
+        "--out", type=Path, metavar="NEW_FILE", help="where to write it; must not exist"
+    )
     args = parser.parse_args(argv)
     if (args.to is None) != (args.out is None):
-        parser.error("--to and --out belong together: give both to convert, none to be told what the file is")
+        parser.error(
+            "--to and --out belong together: give both to convert, none to be told what the file is"
+        )
     return args
 
 
@@ -62,7 +81,9 @@ def describe(checkpoint: Checkpoint) -> list[str]:
     if pretext:
         stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODE_BASE.get(pretext, 'its own')})"
     else:
-        stage = "a detector to be fine-tuned" if begins_training(checkpoint) else "a trained detector"
+        stage = (
+            "a detector to be fine-tuned" if begins_training(checkpoint) else "a trained detector"
+        )
     masks = any(key.startswith(MASK_PARTS) for key in state)
     rows = {
         "code base": _code_base(checkpoint, kind, pretext),
@@ -110,7 +131,15 @@ def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
 def _options(certain: dict[str, Any], likely: dict[str, Any]) -> str:
     known = _shown(
         certain,
-        ("pre_norm", "num_feature_levels", "with_box_refine", "two_stage", "nheads", "dilation", "position_embedding"),
+        (
+            "pre_norm",
+            "num_feature_levels",
+            "with_box_refine",
+            "two_stage",
+            "nheads",
+            "dilation",
+            "position_embedding",
+        ),
     )
     guessed = [f"probably {flag} {value}" for flag, value in likely.items()]
     unknown = [flag for flag in ("dilation", "nheads") if flag not in {**certain, **likely}]
@@ -128,18 +157,30 @@ def _classes(checkpoint: Checkpoint) -> str:
         return "no class head (left out when it was converted)"
     softmax = head_kind(checkpoint) == "softmax"
     names = list(checkpoint.class_names.values())
-    known = f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "; without names"
-    return (f"{outputs - 1} classes and `no object`" if softmax else f"{outputs} classes (sigmoid)") + known
+    known = (
+        f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        if names
+        else "; without names"
+    )
+    return (
+        f"{outputs - 1} classes and `no object`" if softmax else f"{outputs} classes (sigmoid)"
+    ) + known
 
 
 def model_flags(checkpoint: Checkpoint) -> list[str]:
     """The flags of the architecture that differ from the detector's defaults."""
     certain, likely = architecture(checkpoint)
     known = {**likely, **certain}
-    usual = resolve(make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"]))
-    differing = {flag: value for flag, value in known.items() if getattr(usual, flag, value) != value}
+    usual = resolve(
+        make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"])
+    )
+    differing = {
+        flag: value for flag, value in known.items() if getattr(usual, flag, value) != value
+    }
     return [
-        f"--{flag}" if value is True else f"--{flag} {value}" for flag, value in differing.items() if value is not False
+        f"--{flag}" if value is True else f"--{flag} {value}"
+        for flag, value in differing.items()
+        if value is not False
     ]
 
 
@@ -155,7 +196,9 @@ def _rest(checkpoint: Checkpoint) -> str:
 
 def _unique_numbers(state: dict[str, torch.Tensor]) -> int:
     """Numbers in the file; tensors that stand under several names count once."""
-    return sum({(value.data_ptr(), value.shape): value.numel() for value in state.values()}.values())
+    return sum(
+        {(value.data_ptr(), value.shape): value.numel() for value in state.values()}.values()
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- convert
@@ -180,7 +223,8 @@ def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
         flags = " ".join(
             flag
             for flag in model_flags(checkpoint)
-            if flag.split()[0] not in ("--backbone_norm", "--position_embedding") or flag.endswith(" learned")
+            if flag.split()[0] not in ("--backbone_norm", "--position_embedding")
+            or flag.endswith(" learned")
         )
         how = f"{LAYOUTS[to].loading.replace('FILE', str(out))}{f'; flags of this detector: {flags}' if flags else ''}"
     log.info("wrote %s: %d tensors in the layout %s\nload it by %s", out, len(state), to, how)

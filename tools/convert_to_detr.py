@@ -14,7 +14,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 from models import build_model
 from util.checkpoints.architecture import detector_kind
 from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
@@ -28,9 +30,14 @@ LEFT_OUT = ("class_embed.", "feature_align.", "enc_head.")
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = argparse.ArgumentParser("tools.convert_to_detr", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "tools.convert_to_detr", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument(
-        "--ckpt", required=True, metavar="OSS_CKPT", help="checkpoint of the pre-training: path or address"
+        "--ckpt",
+        required=True,
+        metavar="OSS_CKPT",
+        help="checkpoint of the pre-training: path or address",
     )
     parser.add_argument(
         "--export",
@@ -41,7 +48,9 @@ def parse(argv: list[str]) -> Namespace:
         metavar="SAVE_DIR",
         help="folder of the new file detr_NAME, or its name with .pth (default: here)",
     )
-    parser.add_argument("--deform", action="store_true", help="it is Deformable DETR; the file says so by itself")
+    parser.add_argument(
+        "--deform", action="store_true", help="it is Deformable DETR; the file says so by itself"
+    )
     return parser.parse_args(argv)
 
 
@@ -54,12 +63,20 @@ def main(args: Namespace) -> None:
             f"--ckpt {args.ckpt} is not of Siamese DETR's code base; tools/convert_checkpoint.py tells what it is"
         )
     if args.deform and kind != "deformable_detr":
-        raise UserError(f"--deform is for Deformable DETR, and {args.ckpt} holds {kind}: leave it out")
-    out = args.export if args.export.suffix == ".pth" else args.export / f"detr_{Path(args.ckpt).name}"
+        raise UserError(
+            f"--deform is for Deformable DETR, and {args.ckpt} holds {kind}: leave it out"
+        )
+    out = (
+        args.export
+        if args.export.suffix == ".pth"
+        else args.export / f"detr_{Path(args.ckpt).name}"
+    )
     if out.exists():
         raise UserError(f"{out} exists and is not overwritten: give another --export")
     content, _ = convert(checkpoint, OURS)
-    content["model"] = {key: value for key, value in content["model"].items() if not key.startswith(LEFT_OUT)}
+    content["model"] = {
+        key: value for key, value in content["model"].items() if not key.startswith(LEFT_OUT)
+    }
     save_checkpoint(content, out)
     log.info(
         "wrote %s: %s, %d tensors\nfine-tune it by python finetune_main.py --coco_path DIR --pretrain %s",

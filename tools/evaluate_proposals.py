@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset, init_worker
 from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
@@ -54,10 +56,16 @@ MOST_BOXES = 1000  # of an image, the first ones
 def parse(argv: list[str]) -> Namespace:
     parser = Parser("tools/evaluate_proposals.py", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", metavar="PATH|URL", help="of pre-training or of a trained detector; not with --proposals"
+        "--checkpoint",
+        metavar="PATH|URL",
+        help="of pre-training or of a trained detector; not with --proposals",
     )
-    parser.add_argument("--output_dir", metavar="DIR", help="where metrics and boxes are written; empty: nowhere")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier evaluation wrote there")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", help="where metrics and boxes are written; empty: nowhere"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what an earlier evaluation wrote there"
+    )
     add_flags(parser, FINETUNE, DATA_FLAGS + RUN_FLAGS)
     add_flags(parser, PRETRAIN, METHOD_FLAGS)
     return parser.parse_args(argv)
@@ -81,7 +89,9 @@ class ProposedBoxes(Dataset):
         image_id = int(annotations.image_ids[index])
         try:
             image = read_image(self.dataset.path(index))
-            return image_id, self.proposals(image, SampleRandom.of(self.seed, 0, index), annotations.file_names[index])
+            return image_id, self.proposals(
+                image, SampleRandom.of(self.seed, 0, index), annotations.file_names[index]
+            )
         except BadImageError as error:
             log.warning("skipped %s: %s", self.dataset.path(index), error)
             return image_id, None
@@ -94,7 +104,9 @@ def evaluate_method(args: Namespace, validation: Settings) -> ProposalEvaluator:
     dataset = build_dataset("val", validation, any_class_count=True)
     evaluator = ProposalEvaluator(dataset.ground_truth, validation.coco_evaluator)
     boxes_of = ProposedBoxes(dataset, build_proposals(method), validation.seed)
-    loader = DataLoader(boxes_of, batch_size=None, num_workers=validation.num_workers, worker_init_fn=init_worker)
+    loader = DataLoader(
+        boxes_of, batch_size=None, num_workers=validation.num_workers, worker_init_fn=init_worker
+    )
     bar, count = Progress(len(dataset), "proposals"), 0
     for image_id, boxes in loader:
         if boxes is not None:
@@ -113,13 +125,19 @@ def main(args: Namespace) -> dict[str, float]:
     """Returns the metrics by name."""
     if bool(args.checkpoint) == bool(args.proposals):
         both = ", not both" if args.proposals else ""
-        raise UserError(f"give --checkpoint PATH for a model, or --proposals NAME for a method{both}")
-    folder = make_folder(args.output_dir, PROPOSAL_FILES, args.overwrite) if args.output_dir else None
+        raise UserError(
+            f"give --checkpoint PATH for a model, or --proposals NAME for a method{both}"
+        )
+    folder = (
+        make_folder(args.output_dir, PROPOSAL_FILES, args.overwrite) if args.output_dir else None
+    )
     session = start_session(flags_of(args, DATA_FLAGS + RUN_FLAGS), FINETUNE)
     validation = session.settings
     if args.checkpoint:
         device = str(session.device)
-        predictor = Predictor.from_checkpoint(args.checkpoint, device=device, amp=validation.amp, class_agnostic=True)
+        predictor = Predictor.from_checkpoint(
+            args.checkpoint, device=device, amp=validation.amp, class_agnostic=True
+        )
         return evaluate_proposals_of(predictor, validation, folder)
     evaluator = evaluate_method(args, validation)
     metrics = evaluator.summarize()

@@ -12,7 +12,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from util.errors import UserError
 from util.logger import log
@@ -23,12 +25,22 @@ CLASSES = Path(__file__).resolve().parent.parent / "datasets" / "imagenet100.txt
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = argparse.ArgumentParser("tools.link_imagenet100", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument(
-        "--imagenet", required=True, type=Path, metavar="DIR", help="a folder for each class in train/, perhaps in val/"
+    parser = argparse.ArgumentParser(
+        "tools.link_imagenet100", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument(
-        "--output_dir", required=True, type=Path, metavar="DIR", help="where train/ and val/ with the links go"
+        "--imagenet",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="a folder for each class in train/, perhaps in val/",
+    )
+    parser.add_argument(
+        "--output_dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where train/ and val/ with the links go",
     )
     return parser.parse_args(argv)
 
@@ -45,17 +57,27 @@ def main(args: Namespace) -> None:
             f"--imagenet {args.imagenet} has no folder train: give the one that holds train/n01440764 and so on"
         )
     parts = [part for part in PARTS if (args.imagenet / part).is_dir()]
-    wanted = [(args.imagenet / part / name, args.output_dir / part / name) for part in parts for name in classes]
+    wanted = [
+        (args.imagenet / part / name, args.output_dir / part / name)
+        for part in parts
+        for name in classes
+    ]
     present = [(source, link) for source, link in wanted if source.is_dir()]
     for source, link in present:
         _check_free(source, link)
     made = sum(_link(source, link) for source, link in present)
     log.info(
-        "%s: %d links made, %d were there, for %s", args.output_dir, made, len(present) - made, " and ".join(parts)
+        "%s: %d links made, %d were there, for %s",
+        args.output_dir,
+        made,
+        len(present) - made,
+        " and ".join(parts),
     )
     if len(parts) < len(PARTS):
         log.info("%s has no val; pre-training needs train alone", args.imagenet)
-    missing = [str(source.relative_to(args.imagenet)) for source, _ in wanted if not source.is_dir()]
+    missing = [
+        str(source.relative_to(args.imagenet)) for source, _ in wanted if not source.is_dir()
+    ]
     if missing:
         raise UserError(
             f"{args.imagenet} lacks {len(missing)} of the {len(wanted)} class folders, the first is {missing[0]}; the "
@@ -66,7 +88,9 @@ def main(args: Namespace) -> None:
 def _check_free(source: Path, link: Path) -> None:
     """Before anything is made: either nothing is there, or the same link."""
     if os.path.lexists(link) and not _is_same(source, link):
-        raise UserError(f"{link} exists and is no link to {source}: choose another --output_dir, or remove it")
+        raise UserError(
+            f"{link} exists and is no link to {source}: choose another --output_dir, or remove it"
+        )
 
 
 def _is_same(source: Path, link: Path) -> bool:
@@ -81,7 +105,9 @@ def _link(source: Path, link: Path) -> bool:
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(source.resolve(), target_is_directory=True)
     except OSError as error:
-        raise UserError(f"{link} can't be made ({error.strerror}): check --output_dir {link.parent.parent}") from error
+        raise UserError(
+            f"{link} can't be made ({error.strerror}): check --output_dir {link.parent.parent}"
+        ) from error
     return True
 
 

@@ -12,7 +12,9 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset
 from datasets.labelled.subsets import draw_ids
@@ -48,16 +50,25 @@ def parse(argv: list[str]) -> Namespace:
         help="fractions of the images (0.01 0.02 0.05 0.1)",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[42], metavar="SEED", help="one file for each fraction and seed (42)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[42],
+        metavar="SEED",
+        help="one file for each fraction and seed (42)",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written"
+    )
     add_flags(parser, FINETUNE, DATA_FLAGS)
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
     places = {
-        (part, seed): args.output_dir / f"{part:g}_seed{seed}.json" for part in args.fractions for seed in args.seeds
+        (part, seed): args.output_dir / f"{part:g}_seed{seed}.json"
+        for part in args.fractions
+        for seed in args.seeds
     }
     for path in places.values():
         if path.exists():
@@ -67,7 +78,9 @@ def main(args: Namespace) -> None:
     for (part, seed), path in places.items():
         ids = draw_ids(annotations.image_ids, part, seed)
         if not len(ids):
-            raise UserError(f"--filter_pct {part:g} of {len(annotations)} images is none: give a larger one")
+            raise UserError(
+                f"--filter_pct {part:g} of {len(annotations)} images is none: give a larger one"
+            )
         content = {
             "source": annotations.source,
             "images": len(annotations),

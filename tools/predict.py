@@ -19,7 +19,9 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from datasets.images.image_folder import ImageFolder
 from predictor import FileResult, Prediction, Predictor
@@ -45,13 +47,28 @@ def parse(argv: list[str]) -> Namespace:
         help="a trained detector, ours or a published one; or the name of a published model, see hubconf.py",
     )
     parser.add_argument(
-        "--images", required=True, metavar="DIR|FILE|LIST", help="folder tree, one image, or text file of paths"
+        "--images",
+        required=True,
+        metavar="DIR|FILE|LIST",
+        help="folder tree, one image, or text file of paths",
     )
-    parser.add_argument("--output_dir", required=True, type=Path, metavar="DIR", help="where predictions are written")
-    parser.add_argument("--threshold", type=_score, default=0.5, help="lowest score of an object (default: 0.5)")
+    parser.add_argument(
+        "--output_dir",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="where predictions are written",
+    )
+    parser.add_argument(
+        "--threshold", type=_score, default=0.5, help="lowest score of an object (default: 0.5)"
+    )
     parser.add_argument("--no_draw", action="store_true", help="no drawn images and no page")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions in --output_dir")
-    add_flags(parser, FINETUNE, ("device", "batch_size", "image_size", "max_size", "num_workers", "amp"))
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace earlier predictions in --output_dir"
+    )
+    add_flags(
+        parser, FINETUNE, ("device", "batch_size", "image_size", "max_size", "num_workers", "amp")
+    )
     return parser.parse_args(argv)
 
 
@@ -81,12 +98,16 @@ def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predi
     done, bar = Predictions(), Progress(len(images), "predict")
     workers = NUM_WORKERS if args.num_workers is None else args.num_workers
     # A batch of one by default: padding changes what is found, so that an image's neighbours would matter.
-    for result in predictor.predict_files(images, threshold=0, batch_size=args.batch_size or 1, num_workers=workers):
+    for result in predictor.predict_files(
+        images, threshold=0, batch_size=args.batch_size or 1, num_workers=workers
+    ):
         _take(result, images, args, done)
         bar.step(f"{len(done.rows)} objects")
     if len(done.problems) == len(images):
         path, reason = done.problems[0]
-        raise UserError(f"none of the {len(images)} images can be read, the first is {path}: {reason}")
+        raise UserError(
+            f"none of the {len(images)} images can be read, the first is {path}: {reason}"
+        )
     return done
 
 
@@ -99,19 +120,33 @@ def _take(result: FileResult, images: ImageFolder, args: Namespace, done: Predic
         return
     if len(result.prediction):
         done.best_score = max(done.best_score, float(result.prediction.scores[0]))
-    prediction, name, number = result.prediction.above(args.threshold), images.name(result.index), result.index + 1
+    prediction, name, number = (
+        result.prediction.above(args.threshold),
+        images.name(result.index),
+        result.index + 1,
+    )
     done.rows += [{"file_name": name, **row} for row in prediction.to_coco(number)]
     done.with_objects += len(prediction) > 0
     if not args.no_draw:
-        _draw(result.image, prediction, args.output_dir / DRAWN / f"{number:06d}_{Path(name).stem}.jpg")
+        _draw(
+            result.image,
+            prediction,
+            args.output_dir / DRAWN / f"{number:06d}_{Path(name).stem}.jpg",
+        )
         if len(done.page) < ON_PAGE:
-            boxes = {"boxes": prediction.boxes, "labels": prediction.names, "scores": prediction.scores}
+            boxes = {
+                "boxes": prediction.boxes,
+                "labels": prediction.names,
+                "scores": prediction.scores,
+            }
             done.page.append((Path(name).name, result.image.permute(1, 2, 0).numpy(), boxes))
 
 
 def _draw(image: Tensor, prediction: Prediction, path: Path) -> None:
     """Names of files have the image's number, since names alone may repeat in a tree of folders."""
-    drawn = draw_boxes(image.permute(1, 2, 0).numpy(), prediction.boxes, prediction.names, prediction.scores)
+    drawn = draw_boxes(
+        image.permute(1, 2, 0).numpy(), prediction.boxes, prediction.names, prediction.scores
+    )
     content = BytesIO()
     Image.fromarray(drawn).save(content, format="JPEG", quality=92)
     write_atomically(path, lambda file: file.write(content.getvalue()))
@@ -139,9 +174,13 @@ def earlier_predictions(args: Namespace) -> list[Path]:
 def summary(done: Predictions, images: int, args: Namespace) -> str:
     """One line: how many objects of which classes in how many images."""
     counts = Counter(row["category_name"] for row in done.rows).most_common()
-    by_class = ", ".join(f"{name} {count}" for name, count in counts[:8]) + (", ..." if len(counts) > 8 else "")
+    by_class = ", ".join(f"{name} {count}" for name, count in counts[:8]) + (
+        ", ..." if len(counts) > 8 else ""
+    )
     text = f"{len(done.rows)} objects in {done.with_objects} of {images} images (score from {args.threshold:g})"
-    text += f": {by_class}" if counts else f"; the best score is {done.best_score:.2f}, see --threshold"
+    text += (
+        f": {by_class}" if counts else f"; the best score is {done.best_score:.2f}, see --threshold"
+    )
     text += f"; unreadable: {len(done.problems)}" if done.problems else ""
     return f"{text}; in {args.output_dir / RESULTS}"
 

@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `python tools/NAME.py` works from any directory
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset
 from datasets.sample import SampleDataset
@@ -39,14 +41,28 @@ PICTURES = ("samples.png", "patches.png", "objects.png")
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = Parser("tools/visualize_pretext.py", parents=[make_parser(PRETRAIN)], description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", metavar="PATH|URL", help="of pre-training; without one only samples are drawn")
+    parser = Parser(
+        "tools/visualize_pretext.py",
+        parents=[make_parser(PRETRAIN)],
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument(
-        "--truth_path", metavar="DIR", help="COCO folder: its validation images with their objects, for objects.png"
+        "--checkpoint",
+        metavar="PATH|URL",
+        help="of pre-training; without one only samples are drawn",
+    )
+    parser.add_argument(
+        "--truth_path",
+        metavar="DIR",
+        help="COCO folder: its validation images with their objects, for objects.png",
     )
     parser.add_argument("--count", type=positive(), default=SHOWN, help=f"images ({SHOWN})")
     parser.add_argument(
-        "--boxes", type=float, nargs="+", metavar="PIXEL", help="x0 y0 x1 y1 of patches, chosen by hand for one image"
+        "--boxes",
+        type=float,
+        nargs="+",
+        metavar="PIXEL",
+        help="x0 y0 x1 y1 of patches, chosen by hand for one image",
     )
     return parser.parse_args(argv)
 
@@ -60,7 +76,9 @@ class ChosenBoxes:
     def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
         """Raises UserError for a box that does not lie in the image."""
         height, width = image.shape[-2:]
-        inside = (self.boxes[:, :2] >= 0).all(1) & (self.boxes[:, 2:] <= torch.tensor([width, height])).all(1)
+        inside = (self.boxes[:, :2] >= 0).all(1) & (
+            self.boxes[:, 2:] <= torch.tensor([width, height])
+        ).all(1)
         if not (inside & (self.boxes[:, 2:] - self.boxes[:, :2] >= 1).all(1)).all():
             raise UserError(
                 f"--boxes: each box needs x0 < x1 <= {width} and y0 < y1 <= {height}, the size of {name}, in pixels"
@@ -92,11 +110,19 @@ def main(args: Namespace) -> None:
     if checkpoint:
         load_exactly(model, checkpoint)
         model.load_frozen(checkpoint.frozen or {}, checkpoint.source)
-        draw_found_patches(folder, model.to(device), dataset, model.normalization, device, args.count)
+        draw_found_patches(
+            folder, model.to(device), dataset, model.normalization, device, args.count
+        )
         if not hasattr(model, "patch_boxes"):
-            predictor = Predictor.from_checkpoint(checkpoint, device=str(device), class_agnostic=True)
-            labelled = make_settings(FINETUNE, coco_path=args.truth_path) if args.truth_path else None
-            draw_objects(predictor, settings, folder / "objects.png", labelled=labelled, count=args.count)
+            predictor = Predictor.from_checkpoint(
+                checkpoint, device=str(device), class_agnostic=True
+            )
+            labelled = (
+                make_settings(FINETUNE, coco_path=args.truth_path) if args.truth_path else None
+            )
+            draw_objects(
+                predictor, settings, folder / "objects.png", labelled=labelled, count=args.count
+            )
     log.info("in %s: %s", folder, ", ".join(name for name in PICTURES if (folder / name).exists()))
 
 

@@ -29,7 +29,9 @@ def _iou_and_giou(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor, Tenso
     union = _area(a_xyxy) + _area(b_xyxy) - inter
     tiny = torch.finfo(union.dtype).tiny
     iou = inter / union.clamp(min=tiny)
-    span = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+    span = torch.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:]) - torch.minimum(
+        a_xyxy[..., :2], b_xyxy[..., :2]
+    )
     hull = span[..., 0] * span[..., 1]
     return iou, union, iou - (hull - union) / hull.clamp(min=tiny)
 

@@ -109,7 +109,9 @@ def _slurm_environment() -> None:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
     os.environ.setdefault("MASTER_PORT", "29500")
     os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], str(tasks)
-    alone = torch.cuda.device_count() == 1  # each task sees its own GPU and no other, as with --gpus-per-task=1
+    alone = (
+        torch.cuda.device_count() == 1
+    )  # each task sees its own GPU and no other, as with --gpus-per-task=1
     os.environ.setdefault("LOCAL_RANK", "0" if alone else os.environ.get("SLURM_LOCALID", "0"))
 
 
@@ -133,7 +135,9 @@ def check_device(device: str) -> torch.device:
     if wanted.type != "cuda":
         return wanted
     if not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu")
+        raise UserError(
+            f"--device {device}: no CUDA GPU is visible to PyTorch {torch.__version__}; use --device cpu"
+        )
     if (wanted.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"--device {device}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0; use one of them"
@@ -185,7 +189,11 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
 
 
 def _meeting_place(dist_url: str) -> str:
-    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}" if dist_url == "env://" else dist_url
+    return (
+        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        if dist_url == "env://"
+        else dist_url
+    )
 
 
 def shutdown() -> None:

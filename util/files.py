@@ -14,7 +14,9 @@ from util.errors import UserError
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], Any], shared: bool = False) -> Path:
+def write_atomically(
+    path: str | os.PathLike, write: Callable[[BinaryIO], Any], shared: bool = False
+) -> Path:
     """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
 
     Makes the folder where it is missing. Whatever happens, `path` is the previous file or the new one, and no temporary
@@ -61,7 +63,9 @@ def link_or_copy(source: Path, path: Path) -> None:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
 
 
-def make_folder(folder: str | os.PathLike, names: Iterable[str] = (), overwrite: bool = False) -> Path:
+def make_folder(
+    folder: str | os.PathLike, names: Iterable[str] = (), overwrite: bool = False
+) -> Path:
     """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be
     made.
 
@@ -73,7 +77,9 @@ def make_folder(folder: str | os.PathLike, names: Iterable[str] = (), overwrite:
     folder = Path(folder)
     found = [] if overwrite else [name for name in names if (folder / name).exists()]
     if found:
-        raise UserError(f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite")
+        raise UserError(
+            f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite"
+        )
     tried = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +88,14 @@ def make_folder(folder: str | os.PathLike, names: Iterable[str] = (), overwrite:
         finally:
             tried.unlink(missing_ok=True)
     except OSError as error:
-        remedy = "make room or choose another folder" if error.errno in DISK_FULL else "choose another folder"
-        raise UserError(f"--output_dir {folder} can't be written: {error.strerror}; {remedy}") from error
+        remedy = (
+            "make room or choose another folder"
+            if error.errno in DISK_FULL
+            else "choose another folder"
+        )
+        raise UserError(
+            f"--output_dir {folder} can't be written: {error.strerror}; {remedy}"
+        ) from error
     return folder
 
 

@@ -37,7 +37,9 @@ def setup_logger() -> None:
     if log.handlers:
         return
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # file names may hold what the terminal's encoding does not
     # tqdm's own lock is shared with dataloader workers: one that is killed while it holds the lock would stop us too.
     tqdm.set_lock(threading.RLock())
     handler = _BesideBars(sys.stdout)
@@ -74,10 +76,21 @@ class Progress(tqdm):
     monitor_interval = 0  # no thread: with miniters=1 every step looks at the clock
 
     def __init__(
-        self, total: int, description: str, start: int = 0, *, unit: str = "it", seconds_between_lines: float = 15.0
+        self,
+        total: int,
+        description: str,
+        start: int = 0,
+        *,
+        unit: str = "it",
+        seconds_between_lines: float = 15.0,
     ) -> None:
         # A delay, however short, leaves out the bar at 0 steps, and leave=False a second line at the end.
-        lines = {"file": _Lines(), "mininterval": seconds_between_lines, "delay": 1e-9, "leave": False}
+        lines = {
+            "file": _Lines(),
+            "mininterval": seconds_between_lines,
+            "delay": 1e-9,
+            "leave": False,
+        }
         bar = {"file": sys.stdout, "mininterval": 0.2, "dynamic_ncols": True}
         super().__init__(
             total=total,

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts whose columns are aligned in plain text too."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (head, *rows)]
+    lines = [
+        [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in (head, *rows)
+    ]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -61,6 +61,8 @@ def as_nested_tensor(samples: "NestedTensor | Tensor | list[Tensor]") -> NestedT
     if isinstance(samples, Tensor):
         if samples.ndim != 4:
             raise ValueError(f"a batch must be [B, 3, H, W], got shape {tuple(samples.shape)}")
-        mask = torch.zeros((samples.shape[0], *samples.shape[-2:]), dtype=torch.bool, device=samples.device)
+        mask = torch.zeros(
+            (samples.shape[0], *samples.shape[-2:]), dtype=torch.bool, device=samples.device
+        )
         return NestedTensor(samples, mask, padded=False)
     return nested_tensor_from_list(list(samples))

@@ -39,9 +39,13 @@ class PackedTargets:
         keys = [key for key in targets[0] if key != "problems"]
         for target in targets:
             if set(target) - {"problems"} != set(keys):
-                raise ValueError(f"targets of one batch have different keys: {sorted(target)} and {sorted(targets[0])}")
+                raise ValueError(
+                    f"targets of one batch have different keys: {sorted(target)} and {sorted(targets[0])}"
+                )
         tensors = {key: torch.cat([target[key] for target in targets]) for key in keys}
-        return cls(tensors, {key: [len(target[key]) for target in targets] for key in keys}, problems)
+        return cls(
+            tensors, {key: [len(target[key]) for target in targets] for key in keys}, problems
+        )
 
     def unpack(self) -> list[dict[str, Tensor]]:
         """One dict for each image; the tensors are views of the packed ones."""
@@ -49,7 +53,10 @@ class PackedTargets:
         return [{key: column[i] for key, column in columns.items()} for i in range(len(self))]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
-        moved = {key: tensor.to(device, non_blocking=non_blocking) for key, tensor in self.tensors.items()}
+        moved = {
+            key: tensor.to(device, non_blocking=non_blocking)
+            for key, tensor in self.tensors.items()
+        }
         return PackedTargets(moved, self.rows, self.problems)
 
     def pin_memory(self) -> "PackedTargets":

@@ -43,12 +43,16 @@ def _hotcoco(ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence
     return _run(evaluation)
 
 
-def _pycocotools(ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]) -> Curves:
+def _pycocotools(
+    ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]
+) -> Curves:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     coco = COCO()
-    own = [dict(annotation) for annotation in ground_truth["annotations"]]  # pycocotools writes into them
+    own = [
+        dict(annotation) for annotation in ground_truth["annotations"]
+    ]  # pycocotools writes into them
     coco.dataset = {**ground_truth, "annotations": own}
     coco.createIndex()
     evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
@@ -83,7 +87,9 @@ def choose_backend(name: str) -> str:
         _log_choice(installed[0])
         return installed[0]
     if name not in installed:
-        raise UserError(f"evaluator {name} is not installed: pip install {'pycocotools' if name == 'auto' else name}")
+        raise UserError(
+            f"evaluator {name} is not installed: pip install {'pycocotools' if name == 'auto' else name}"
+        )
     return name
 
 
@@ -105,7 +111,10 @@ class CocoEvaluator(Detections):
     """
 
     def __init__(
-        self, ground_truth: GroundTruth, backend: str = "auto", category_ids: Mapping[int, int] | None = None
+        self,
+        ground_truth: GroundTruth,
+        backend: str = "auto",
+        category_ids: Mapping[int, int] | None = None,
     ) -> None:
         self.backend = choose_backend(backend)
         self.ground_truth = ground_truth
@@ -129,7 +138,10 @@ class CocoEvaluator(Detections):
             for k, label in enumerate(classes)
         }
         known = {label: numbers for label, numbers in values.items() if numbers[0] > -1}
-        return {"stats": _stats(precision, recall), "per_class": _per_class(self.ground_truth, known)}
+        return {
+            "stats": _stats(precision, recall),
+            "per_class": _per_class(self.ground_truth, known),
+        }
 
     def _curves(self, rows: np.ndarray, limits: Sequence[int]) -> Curves:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -140,12 +152,19 @@ def _without_detections(ground_truth: GroundTruth) -> dict[str, Any]:
     """What pycocotools' rules give where nothing was found, which the backends do not take: 0 where there is ground
     truth, else -1.
     """
-    objects = [annotation for annotation in ground_truth["annotations"] if not annotation["iscrowd"]]
+    objects = [
+        annotation for annotation in ground_truth["annotations"] if not annotation["iscrowd"]
+    ]
     overall, *by_area = (
-        0.0 if any(low <= annotation["area"] <= high for annotation in objects) else -1.0 for low, high in AREAS
+        0.0 if any(low <= annotation["area"] <= high for annotation in objects) else -1.0
+        for low, high in AREAS
     )
     classes = sorted(
-        {annotation["category_id"] for annotation in objects if AREAS[0][0] <= annotation["area"] <= AREAS[0][1]}
+        {
+            annotation["category_id"]
+            for annotation in objects
+            if AREAS[0][0] <= annotation["area"] <= AREAS[0][1]
+        }
     )
     return {
         "stats": [overall] * 3 + by_area + [overall] * 3 + by_area,
@@ -153,11 +172,15 @@ def _without_detections(ground_truth: GroundTruth) -> dict[str, Any]:
     }
 
 
-def _per_class(ground_truth: GroundTruth, values: Mapping[int, Sequence[float]]) -> list[dict[str, Any]]:
+def _per_class(
+    ground_truth: GroundTruth, values: Mapping[int, Sequence[float]]
+) -> list[dict[str, Any]]:
     """values: category id -> AP, AP50, AP75. Rows as `CocoEvaluator.summarize` gives them."""
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     counts = Counter(
-        annotation["category_id"] for annotation in ground_truth["annotations"] if not annotation["iscrowd"]
+        annotation["category_id"]
+        for annotation in ground_truth["annotations"]
+        if not annotation["iscrowd"]
     )
     return [
         {
@@ -194,9 +217,16 @@ def ground_truth_of(content: Mapping[str, Any]) -> GroundTruth:
     Annotations of unlisted images or classes are skipped, as they are never evaluated, and so are the boxes that
     `parse_coco` skips. A class that is listed twice counts once.
     """
-    sizes_hw = {image["id"]: (image.get("height") or 0, image.get("width") or 0) for image in content["images"]}
+    sizes_hw = {
+        image["id"]: (image.get("height") or 0, image.get("width") or 0)
+        for image in content["images"]
+    }
     classes = {category["id"]: str(category.get("name", "")) for category in content["categories"]}
-    listed = [a for a in content["annotations"] if a["image_id"] in sizes_hw and a["category_id"] in classes]
+    listed = [
+        a
+        for a in content["annotations"]
+        if a["image_id"] in sizes_hw and a["category_id"] in classes
+    ]
     counted = _counted(listed, np.array([sizes_hw[a["image_id"]] for a in listed]).reshape(-1, 2))
     keys = ("id", "width", "height", "file_name")
     annotations = [
@@ -205,14 +235,19 @@ def ground_truth_of(content: Mapping[str, Any]) -> GroundTruth:
             "image_id": a["image_id"],
             "category_id": a["category_id"],
             "bbox": a["bbox"],
-            "area": a["area"] if isinstance(a.get("area"), int | float) else a["bbox"][2] * a["bbox"][3],
+            "area": a["area"]
+            if isinstance(a.get("area"), int | float)
+            else a["bbox"][2] * a["bbox"][3],
             "iscrowd": a.get("iscrowd") or 0,
         }
         for i, a in enumerate(itertools.compress(listed, counted), start=1)
     ]
     return {
         "info": {},
-        "images": [{key: image[key] for key in keys if image.get(key) is not None} for image in content["images"]],
+        "images": [
+            {key: image[key] for key in keys if image.get(key) is not None}
+            for image in content["images"]
+        ],
         "annotations": annotations,
         "categories": [{"id": number, "name": name} for number, name in classes.items()],
     }
@@ -223,7 +258,9 @@ def _counted(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -> np.
     in their image.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float32).reshape(-1, 4)
+        boxes = np.array(
+            [annotation["bbox"] for annotation in annotations], dtype=np.float32
+        ).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
     crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
     return np.isfinite(boxes).all(1) & (crowd | has_area(boxes, sizes_hw))

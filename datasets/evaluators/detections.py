@@ -16,7 +16,9 @@ class Detections:
     these ids; a detection whose label has none is left out, since nothing could match it.
     """
 
-    def __init__(self, image_ids: Iterable[int], category_ids: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self, image_ids: Iterable[int], category_ids: Mapping[int, int] | None = None
+    ) -> None:
         self._image_ids, self._category_ids = set(image_ids), category_ids
         self._detections: dict[int, np.ndarray] = {}
 
@@ -34,7 +36,9 @@ class Detections:
             rows[:, 1:5] = prediction["boxes"].detach().double().cpu().numpy()
             rows[:, 5] = prediction["scores"].detach().double().cpu().numpy()
             rows[:, 6] = prediction["labels"].cpu().numpy()
-            self._detections[image_id] = rows if self._category_ids is None else self._with_category_ids(rows)
+            self._detections[image_id] = (
+                rows if self._category_ids is None else self._with_category_ids(rows)
+            )
 
     def _with_category_ids(self, rows: np.ndarray) -> np.ndarray:
         known = rows[np.isin(rows[:, 6], list(self._category_ids))]
@@ -62,6 +66,11 @@ class Detections:
     def results(self) -> list[dict[str, Any]]:
         """The detections in COCO's results format (`bbox` as x, y, width, height)."""
         return [
-            {"image_id": int(row[0]), "category_id": int(row[6]), "bbox": row[1:5].tolist(), "score": float(row[5])}
+            {
+                "image_id": int(row[0]),
+                "category_id": int(row[6]),
+                "bbox": row[1:5].tolist(),
+                "score": float(row[5]),
+            }
             for row in self.rows_xywh()
         ]

@@ -19,7 +19,9 @@ class ProposalEvaluator(CocoEvaluator):
     def __init__(self, ground_truth: GroundTruth, backend: str = "auto") -> None:
         one_class = {
             "categories": [{"id": OBJECT, "name": "object"}],
-            "annotations": [{**annotation, "category_id": OBJECT} for annotation in ground_truth["annotations"]],
+            "annotations": [
+                {**annotation, "category_id": OBJECT} for annotation in ground_truth["annotations"]
+            ],
         }
         super().__init__({**ground_truth, **one_class}, backend)
 
@@ -36,7 +38,9 @@ class ProposalEvaluator(CocoEvaluator):
         rows = self.rows_xywh()
         rows[:, 6] = OBJECT
         if not len(rows):
-            known = any(not annotation["iscrowd"] for annotation in self.ground_truth["annotations"])
+            known = any(
+                not annotation["iscrowd"] for annotation in self.ground_truth["annotations"]
+            )
             return dict.fromkeys((*METRICS, *SWAPPED.values()), 0.0 if known else -1.0)
         numbers, swapped = self._numbers(rows), self._numbers(self._swapped(rows))
         return {**numbers, **{new: swapped[name] for name, new in SWAPPED.items()}}
@@ -44,18 +48,32 @@ class ProposalEvaluator(CocoEvaluator):
     def _numbers(self, rows: np.ndarray) -> dict[str, float]:
         precision, recall = self._curves(rows, LIMITS)
         best_100 = precision[:, :, :, 0, LIMITS.index(100)]
-        values = [mean_of_known(best_100), mean_of_known(best_100[:1]), mean_of_known(best_100[5:6])]
+        values = [
+            mean_of_known(best_100),
+            mean_of_known(best_100[:1]),
+            mean_of_known(best_100[5:6]),
+        ]
         values += [mean_of_known(recall[:, :, 0, limit]) for limit in range(len(LIMITS))]
-        return dict(zip(METRICS, values + [mean_of_known(recall[:, :, area, -1]) for area in (1, 2, 3)], strict=True))
+        return dict(
+            zip(
+                METRICS,
+                values + [mean_of_known(recall[:, :, area, -1]) for area in (1, 2, 3)],
+                strict=True,
+            )
+        )
 
     def _swapped(self, rows: np.ndarray) -> np.ndarray:
         """The boxes of each image at the same relative place of the next one, in the order of ids; of the last one in
         the first.
         """
         images = sorted(
-            (image["id"], image.get("width") or 0, image.get("height") or 0) for image in self.ground_truth["images"]
+            (image["id"], image.get("width") or 0, image.get("height") or 0)
+            for image in self.ground_truth["images"]
         )
-        ids, sizes = np.array([image[0] for image in images]), np.array([image[1:] for image in images], dtype=float)
+        ids, sizes = (
+            np.array([image[0] for image in images]),
+            np.array([image[1:] for image in images], dtype=float),
+        )
         if not sizes.all():  # data that does not say its sizes
             sizes = np.ones_like(sizes)
         own = np.searchsorted(ids, rows[:, 0])

@@ -81,9 +81,14 @@ class VocEvaluator(Detections):
 
     def tables(self) -> dict[int, dict[str, np.ndarray]]:
         """Category id -> AP [10 thresholds] by each of METRICS, of classes with an object that is not difficult."""
-        labels = [label for label in sorted(self.annotations.class_names) if self._objects(label).count]
+        labels = [
+            label for label in sorted(self.annotations.class_names) if self._objects(label).count
+        ]
         rows = self._comparable_rows()
-        return {label: self._average_precisions(rows[rows[:, 6] == label], self._objects(label)) for label in labels}
+        return {
+            label: self._average_precisions(rows[rows[:, 6] == label], self._objects(label))
+            for label in labels
+        }
 
     def curve(self, label: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
         """(recall, precision) of a class after each detection, in the order of falling scores."""
@@ -97,9 +102,15 @@ class VocEvaluator(Detections):
     def _objects(self, label: int) -> _Objects:
         rows = np.flatnonzero(self.annotations.labels == label)
         difficult = (
-            np.zeros(len(rows), bool) if self.annotations.difficult is None else self.annotations.difficult[rows]
+            np.zeros(len(rows), bool)
+            if self.annotations.difficult is None
+            else self.annotations.difficult[rows]
         )
-        return _Objects(self._image_of[rows], self.annotations.boxes_xyxy_abs[rows].astype(np.float64), difficult)
+        return _Objects(
+            self._image_of[rows],
+            self.annotations.boxes_xyxy_abs[rows].astype(np.float64),
+            difficult,
+        )
 
     def _average_precisions(self, rows: np.ndarray, objects: _Objects) -> dict[str, np.ndarray]:
         overlap, best = self._best_objects(_by_score(rows), objects)
@@ -120,7 +131,10 @@ class VocEvaluator(Detections):
         index.
         """
         image = np.searchsorted(self.annotations.image_ids, rows[:, 0].astype(np.int64))
-        first, last = np.searchsorted(objects.image, image, "left"), np.searchsorted(objects.image, image, "right")
+        first, last = (
+            np.searchsorted(objects.image, image, "left"),
+            np.searchsorted(objects.image, image, "right"),
+        )
         counts = last - first
         overlap, best = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
         some = np.flatnonzero(counts)
@@ -132,7 +146,9 @@ class VocEvaluator(Detections):
         iou = paired_iou(rows[detection, 1:5], objects.boxes[candidate])
         overlap[some] = np.maximum.reduceat(iou, starts)
         largest = np.flatnonzero(iou == overlap[detection])[::-1]
-        best[detection[largest]] = candidate[largest]  # of equal ones the first, which is written last
+        best[detection[largest]] = candidate[
+            largest
+        ]  # of equal ones the first, which is written last
         return overlap, best
 
 
@@ -147,7 +163,9 @@ def _rounded(rows: np.ndarray) -> np.ndarray:
     rows = rows.copy()
     rows[:, 1:3] += 1
     rows[:, 5] = [float(f"{value:.3f}") for value in rows[:, 5].tolist()]
-    rows[:, 1:5] = np.array([float(f"{value:.1f}") for value in rows[:, 1:5].ravel().tolist()]).reshape(-1, 4)
+    rows[:, 1:5] = np.array(
+        [float(f"{value:.1f}") for value in rows[:, 1:5].ravel().tolist()]
+    ).reshape(-1, 4)
     rows[:, 1:3] -= 1
     return rows
 
@@ -161,7 +179,9 @@ def paired_iou(boxes_xyxy_abs: np.ndarray, others_xyxy_abs: np.ndarray) -> np.nd
     return shared / np.maximum(areas[0] + areas[1] - shared, np.finfo(np.float64).eps)
 
 
-def curve(covers: np.ndarray, best: np.ndarray, difficult: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+def curve(
+    covers: np.ndarray, best: np.ndarray, difficult: np.ndarray, total: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(recall, precision) after each detection, in the order of falling scores.
 
     covers bool [N]: it overlaps its best object (`best`, an index into difficult [M]) enough. total: objects that are

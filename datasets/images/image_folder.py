@@ -32,7 +32,9 @@ warnings.filterwarnings("ignore", message="Palette images with Transparency", ca
 def image_extensions() -> frozenset[str]:
     """Extensions that Pillow decodes, in lower case, with the dot."""
     known = Image.registered_extensions()
-    return frozenset(ext for ext, kind in known.items() if kind in Image.OPEN and kind not in _NOT_DECODED)
+    return frozenset(
+        ext for ext, kind in known.items() if kind in Image.OPEN and kind not in _NOT_DECODED
+    )
 
 
 def open_file(file: ImageFile) -> str | BinaryIO:
@@ -75,7 +77,9 @@ def open_image(file: ImageFile) -> Image.Image:
             if image.mode == "F":
                 raise BadImageError("floating-point pixels; save it as 8 or 16 bit")
             if image.mode.startswith("I"):
-                return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+                return Image.fromarray(
+                    (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
+                ).convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
@@ -142,7 +146,12 @@ class ImageFolder(ImageFiles):
         super().__init__(files.base, files.names, files.shards)
         self.root = root
         where = root if self.shards is None else f"{len(self.shards.paths)} tar files of {root}"
-        log.info("%d images in %s%s", len(self), where, f", {self.skipped} other files skipped" if self.skipped else "")
+        log.info(
+            "%d images in %s%s",
+            len(self),
+            where,
+            f", {self.skipped} other files skipped" if self.skipped else "",
+        )
 
 
 def find_images(root: str) -> tuple[ImageFiles, int]:
@@ -192,7 +201,9 @@ def _read_list(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is neither a folder nor a text file with one image path a line") from error
+        raise UserError(
+            f"{path} is neither a folder nor a text file with one image path a line"
+        ) from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if names and not _is_there(os.path.join(os.path.dirname(path), names[0])):
         entry = names[0] if len(names[0]) <= 80 else f"{names[0][:80]}..."

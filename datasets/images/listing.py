@@ -35,7 +35,9 @@ def list_folder(root: str, extensions: frozenset[str]) -> Listing:
     """
     walk = _Walk(extensions)
     walk.enter(root)
-    return Listing(PackedStrings(sorted(walk.images)), PackedStrings(sorted(walk.tars)), walk.skipped)
+    return Listing(
+        PackedStrings(sorted(walk.images)), PackedStrings(sorted(walk.tars)), walk.skipped
+    )
 
 
 class _Walk:
@@ -48,7 +50,9 @@ class _Walk:
         self.skipped = 0
         self._logged = time.monotonic()
 
-    def enter(self, folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> None:
+    def enter(
+        self, folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+    ) -> None:
         """Lists a folder and those below it.
 
         prefix: its path below the first one. above: (device, inode) of the folders around it.
@@ -56,11 +60,15 @@ class _Walk:
         try:
             status, entries = os.stat(folder), list(os.scandir(folder))
         except OSError as error:
-            raise UserError(f"{folder} can't be read ({error.strerror}): check the permissions") from error
+            raise UserError(
+                f"{folder} can't be read ({error.strerror}): check the permissions"
+            ) from error
         above = above | {(status.st_dev, status.st_ino)}
         for entry in entries:
             name, is_link = prefix + entry.name, entry.is_symlink()
-            if os.path.isdir(entry) if is_link else entry.is_dir():  # a link may lead where reading is not allowed
+            if (
+                os.path.isdir(entry) if is_link else entry.is_dir()
+            ):  # a link may lead where reading is not allowed
                 inside = entry.stat()
                 if not entry.name.startswith(".") and (inside.st_dev, inside.st_ino) not in above:
                     self.enter(entry.path, f"{name}/", above)
@@ -74,7 +82,11 @@ class _Walk:
 
     def _is_image(self, entry: os.DirEntry, is_link: bool) -> bool:
         extension = os.path.splitext(entry.name)[1].lower()
-        return extension in self.extensions and not entry.name.startswith(".") and (is_link or entry.is_file())
+        return (
+            extension in self.extensions
+            and not entry.name.startswith(".")
+            and (is_link or entry.is_file())
+        )
 
     def _skip(self, name: str) -> None:
         self.skipped += 1

@@ -94,7 +94,13 @@ def expand(pattern: str) -> tuple[str, list[str]] | None:
     folder = os.path.dirname(pattern[: special.start()])
     found = []
     for part in _without_braces(pattern):
-        paths = sorted(glob.glob(part)) if glob.has_magic(part) else [part] if os.path.exists(part) else []
+        paths = (
+            sorted(glob.glob(part))
+            if glob.has_magic(part)
+            else [part]
+            if os.path.exists(part)
+            else []
+        )
         if not paths:
             raise UserError(
                 f"{pattern}: {part} does not exist: give a pattern of tar files that are there, or their folder"
@@ -107,7 +113,9 @@ def _without_braces(pattern: str) -> list[str]:
     pieces = re.split(r"\{([^{}]*)\}", pattern)  # text, inside of braces, text, ...
     return [
         "".join(choice)
-        for choice in itertools.product(*([p] if i % 2 == 0 else _choices(p) for i, p in enumerate(pieces)))
+        for choice in itertools.product(
+            *([p] if i % 2 == 0 else _choices(p) for i, p in enumerate(pieces))
+        )
     ]
 
 
@@ -126,7 +134,9 @@ def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -
     Raises:
         UserError: a file is compressed, damaged, not whole or no tar file.
     """
-    names = sorted(names, key=lambda name: f"{name}/")  # so that the images are sorted by their whole names
+    names = sorted(
+        names, key=lambda name: f"{name}/"
+    )  # so that the images are sorted by their whole names
     paths = [os.path.join(folder, name) for name in names]
     shards, offsets, sizes, skipped = [], [], [], 0
     bar = Progress(len(paths), "indexing tar files")
@@ -175,9 +185,13 @@ def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tupl
                         skipped += not member.isdir()
                 _check_end(path, file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path} is not a whole tar file ({error}): was it copied to its end?") from error
+        raise UserError(
+            f"{path} is not a whole tar file ({error}): was it copied to its end?"
+        ) from error
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): check the file and its permissions") from error
+        raise UserError(
+            f"{path} can't be read ({error.strerror}): check the file and its permissions"
+        ) from error
     return places, skipped
 
 

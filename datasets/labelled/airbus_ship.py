@@ -24,7 +24,9 @@ NAMES = {0: "ship"}
 VAL_FRACTION, VAL_SEED = 0.1, 42  # the same images are held out in every run, whatever --seed
 
 
-def build_airbus_ship(image_set: str, settings: Settings, classes: Classes | None = None) -> ConvertedDetection:
+def build_airbus_ship(
+    image_set: str, settings: Settings, classes: Classes | None = None
+) -> ConvertedDetection:
     """Images of `--airbus_path`, with and without ships: a tenth, drawn once and for all, is held out ("val").
 
     Raises:
@@ -46,7 +48,9 @@ def build_airbus_ship(image_set: str, settings: Settings, classes: Classes | Non
 
 def held_out(count: int) -> np.ndarray:
     """bool [count]: which images, in the order of their names, are for evaluation; at least one."""
-    chosen = np.random.default_rng(VAL_SEED).choice(count, max(round(count * VAL_FRACTION), 1), replace=False)
+    chosen = np.random.default_rng(VAL_SEED).choice(
+        count, max(round(count * VAL_FRACTION), 1), replace=False
+    )
     return np.isin(np.arange(count), chosen)
 
 
@@ -58,7 +62,9 @@ def airbus_root(settings: Settings) -> str:
     """
     root = settings.airbus_path or os.path.join(settings.data_root or "", "airbus-ship-detection")
     if not os.path.isdir(os.path.join(root, IMAGES)):
-        raise UserError(f"{os.path.join(root, IMAGES)} is no folder: --airbus_path takes one with {IMAGES} and {RUNS}")
+        raise UserError(
+            f"{os.path.join(root, IMAGES)} is no folder: --airbus_path takes one with {IMAGES} and {RUNS}"
+        )
     return root
 
 
@@ -76,7 +82,9 @@ def read_runs(path: str, image_folder: str) -> Annotations:
         raise UserError(f"{path} lists no image")
     height, width = _size_hw(image_folder, images)
     rows = [row for row, text in enumerate(runs) if text]
-    boxes, areas = decode_runs([runs[row] for row in rows], height, width, [f"{path}, line {row + 2}" for row in rows])
+    boxes, areas = decode_runs(
+        [runs[row] for row in rows], height, width, [f"{path}, line {row + 2}" for row in rows]
+    )
     numbers = {name: number for number, name in enumerate(images, start=1)}
     columns = {
         "id": np.array(rows, dtype=np.int64) + 2,
@@ -87,7 +95,9 @@ def read_runs(path: str, image_folder: str) -> Annotations:
         "area": areas,
     }
     sizes = np.tile(np.array([height, width]), (len(images), 1))
-    return from_columns(columns, path, PackedStrings(images), np.arange(1, len(images) + 1), sizes, NAMES)
+    return from_columns(
+        columns, path, PackedStrings(images), np.arange(1, len(images) + 1), sizes, NAMES
+    )
 
 
 def _read_lines(path: str) -> tuple[list[str], list[str]]:
@@ -113,10 +123,14 @@ def _size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
             raise UserError(
                 f"{os.path.join(image_folder, name)} can't be decoded: replace it, all sizes are told by it"
             ) from error
-    raise UserError(f"none of {len(names)} images is in {image_folder}: put the competition's {IMAGES} there")
+    raise UserError(
+        f"none of {len(names)} images is in {image_folder}: put the competition's {IMAGES} there"
+    )
 
 
-def decode_runs(texts: list[str], height: int, width: int, places: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def decode_runs(
+    texts: list[str], height: int, width: int, places: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """Runs of each ship -> boxes float32 [N, 4], (x0, y0, x1, y1) in pixels, and areas float32 [N] in pixels.
 
     places: what messages call each ship.
@@ -126,8 +140,16 @@ def decode_runs(texts: list[str], height: int, width: int, places: list[str]) ->
     """
     counts = np.array([len(text.split()) for text in texts], dtype=np.int64)
     numbers = _numbers(" ".join(texts))
-    pairs = None if numbers is None or len(numbers) != counts.sum() or (counts % 2).any() else numbers.reshape(-1, 2)
-    if pairs is None or ((pairs < 1) | (pairs > height * width)).any() or (pairs.sum(1) > height * width + 1).any():
+    pairs = (
+        None
+        if numbers is None or len(numbers) != counts.sum() or (counts % 2).any()
+        else numbers.reshape(-1, 2)
+    )
+    if (
+        pairs is None
+        or ((pairs < 1) | (pairs > height * width)).any()
+        or (pairs.sum(1) > height * width + 1).any()
+    ):
         raise UserError(_first_bad(texts, height, width, places))
     if not len(texts):
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)

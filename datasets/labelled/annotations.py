@@ -66,7 +66,9 @@ class Annotations:
         """The target of an image of this size before transforms: boxes (x0, y0, x1, y1) in pixels, clipped to it."""
         rows = slice(self.offsets[index], self.offsets[index + 1])
         height, width = size_hw
-        boxes = np.clip(self.boxes_xyxy_abs[rows], 0, np.array([width, height, width, height], dtype=np.float32))
+        boxes = np.clip(
+            self.boxes_xyxy_abs[rows], 0, np.array([width, height, width, height], dtype=np.float32)
+        )
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
         size = torch.tensor(size_hw)
         return {
@@ -81,7 +83,9 @@ class Annotations:
 
     def select(self, images: np.ndarray) -> "Annotations":
         """Only these images (indices [J], in this order)."""
-        rows = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in images] or [np.arange(0)])
+        rows = np.concatenate(
+            [np.arange(self.offsets[i], self.offsets[i + 1]) for i in images] or [np.arange(0)]
+        )
         counts = np.diff(self.offsets)[images]
         return replace(
             self,
@@ -98,7 +102,13 @@ class Annotations:
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.file_names.digest().encode())
-        for array in (self.image_ids, self.offsets, self.boxes_xyxy_abs, self.labels, self.difficult):
+        for array in (
+            self.image_ids,
+            self.offsets,
+            self.boxes_xyxy_abs,
+            self.labels,
+            self.difficult,
+        ):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
         drawn = f"{self.drawn}, " if self.drawn else ""
@@ -129,7 +139,9 @@ class Annotations:
                 }
                 for i, (image, label, (x0, y0, x1, y1), area) in enumerate(rows, start=1)
             ],
-            "categories": [{"id": label, "name": name} for label, name in sorted(self.class_names.items())],
+            "categories": [
+                {"id": label, "name": name} for label, name in sorted(self.class_names.items())
+            ],
         }
 
 
@@ -175,9 +187,13 @@ def read_json(path: str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: put the COCO annotations there") from error
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): check the path and its permissions") from error
+        raise UserError(
+            f"{path} can't be read ({error.strerror}): check the path and its permissions"
+        ) from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise UserError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): is the download complete?") from error
 
@@ -193,16 +209,22 @@ def parse_coco(content: Record, source: str) -> Annotations:
         UserError: parts are missing, entries are no objects, ids are no integers from 0 on or not unique, a file name,
             size, bbox or iscrowd is malformed.
     """
-    images, annotations, categories = (_part(content, key, source) for key in ("images", "annotations", "categories"))
+    images, annotations, categories = (
+        _part(content, key, source) for key in ("images", "annotations", "categories")
+    )
     images = sorted(images, key=lambda image: _identifier(image, "id", source))
     image_ids = np.array([image["id"] for image in images], dtype=np.int64)
     same = image_ids[1:][image_ids[1:] == image_ids[:-1]]
     if len(same):
-        raise UserError(f"{source}: two images have the same id {same[0]}: ids must be unique; correct or remove one")
+        raise UserError(
+            f"{source}: two images have the same id {same[0]}: ids must be unique; correct or remove one"
+        )
     file_names = PackedStrings(_file_name(image, source) for image in images)
     sizes = np.array([_size_hw(image, source) for image in images], dtype=np.int64).reshape(-1, 2)
     columns = _columns(annotations, source)
-    return from_columns(columns, source, file_names, image_ids, sizes, _class_names(categories, source))
+    return from_columns(
+        columns, source, file_names, image_ids, sizes, _class_names(categories, source)
+    )
 
 
 def _class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
@@ -235,7 +257,11 @@ def from_columns(
     listed = np.array(list(class_names), dtype=np.int64)
     rows, findings = _usable_rows(columns, image_ids, sizes_hw, file_names, listed, source)
     columns = {key: column[rows] for key, column in columns.items()}
-    counts = np.bincount(columns["image"], minlength=len(image_ids)) if len(rows) else np.zeros(len(image_ids), int)
+    counts = (
+        np.bincount(columns["image"], minlength=len(image_ids))
+        if len(rows)
+        else np.zeros(len(image_ids), int)
+    )
     return Annotations(
         source,
         file_names,
@@ -289,7 +315,9 @@ def _size_hw(image: Record, source: str) -> tuple[int, int]:
 def _identifier(record: Record, key: str, source: str) -> int:
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise UserError(f"{source}: {key} of {_short(record)} is {_short(value)}: it must be an integer; correct it")
+        raise UserError(
+            f"{source}: {key} of {_short(record)} is {_short(value)}: it must be an integer; correct it"
+        )
     if not 0 <= value < ID_LIMIT:
         raise UserError(
             f"{source}: {key} of {_short(record)} is {_short(value)}: it must be at least 0 and less than 2^53; "
@@ -301,7 +329,9 @@ def _identifier(record: Record, key: str, source: str) -> int:
 def _file_name(image: Record, source: str) -> str:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
-        raise UserError(f"{source}: image {image['id']} has no file_name: add it or remove the image")
+        raise UserError(
+            f"{source}: image {image['id']} has no file_name: add it or remove the image"
+        )
     try:
         os.fsencode(name)
     except UnicodeEncodeError as error:
@@ -317,12 +347,18 @@ def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is skipped as such
         box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
     box_area = box[:, 2] * box[:, 3]
-    area = np.array([_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32)
+    area = np.array(
+        [_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32
+    )
     box[:, 2:] += box[:, :2]
     return {
         "id": np.array([_annotation_id(annotation) for annotation in annotations], dtype=np.int64),
-        "image": np.array([_identifier(a, "image_id", source) for a in annotations], dtype=np.int64),
-        "label": np.array([_identifier(a, "category_id", source) for a in annotations], dtype=np.int64),
+        "image": np.array(
+            [_identifier(a, "image_id", source) for a in annotations], dtype=np.int64
+        ),
+        "label": np.array(
+            [_identifier(a, "category_id", source) for a in annotations], dtype=np.int64
+        ),
         "crowd": np.array([_is_crowd(a, source) for a in annotations], dtype=bool),
         "box": box,
         "area": np.where(np.isnan(area), box_area, area).astype(np.float32),
@@ -395,7 +431,9 @@ def _usable_rows(
     findings = {}
     for kind, mask in found.items():
         if mask.any():
-            names = PackedStrings(file_names[order[i]] if listed[i] else "" for i in np.flatnonzero(mask))
+            names = PackedStrings(
+                file_names[order[i]] if listed[i] else "" for i in np.flatnonzero(mask)
+            )
             findings[kind] = (ids[mask], names)
     columns["image"] = order
     rows = np.flatnonzero(usable & with_area)
@@ -432,5 +470,9 @@ def has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
 def _with_unnamed(names: dict[int, str], labels: np.ndarray, source: str) -> dict[int, str]:
     unnamed = sorted(set(np.unique(labels).tolist()) - set(names))
     if unnamed:
-        log.warning("%s: category ids %s are used but not listed: they are trained but not evaluated", source, unnamed)
+        log.warning(
+            "%s: category ids %s are used but not listed: they are trained but not evaluated",
+            source,
+            unnamed,
+        )
     return {**names, **{label: str(label) for label in unnamed}}

@@ -58,7 +58,11 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         ids = {"image": self.image_id, "annotation": self.annotation_id}
-        parts = [self.file, *(f"{name} {number}" for name, number in ids.items() if number is not None), self.detail]
+        parts = [
+            self.file,
+            *(f"{name} {number}" for name, number in ids.items() if number is not None),
+            self.detail,
+        ]
         return ", ".join(part for part in parts if part)
 
 
@@ -83,7 +87,11 @@ class Split:
 
     def file(self, index: int) -> ImageFile:
         """What is decoded, where that is not the path: an image may lie in a tar file."""
-        return self.images.file(index) if isinstance(self.images, ImageFiles) else self.images.path(index)
+        return (
+            self.images.file(index)
+            if isinstance(self.images, ImageFiles)
+            else self.images.path(index)
+        )
 
     def problem(self, index: int, detail: str = "") -> Problem:
         """Of one image; `run_checks` adds the kind."""
@@ -95,7 +103,9 @@ class Split:
 
 
 def unreadable(split: Split) -> Iterator[Problem]:
-    return (split.problem(index, facts.error) for index, facts in enumerate(split.facts) if facts.error)
+    return (
+        split.problem(index, facts.error) for index, facts in enumerate(split.facts) if facts.error
+    )
 
 
 def _readable(split: Split) -> Iterator[tuple[int, ImageFacts]]:
@@ -111,7 +121,9 @@ def size_differs(split: Split) -> Iterator[Problem]:
         if all(listed) and listed != found:
             turned = facts.orientation > 1 and listed == found[::-1]
             hint = " (as if turned by EXIF: annotate or save it as stored)" if turned else ""
-            yield split.problem(index, f"{found[1]} x {found[0]} pixels, listed as {listed[1]} x {listed[0]}{hint}")
+            yield split.problem(
+                index, f"{found[1]} x {found[0]} pixels, listed as {listed[1]} x {listed[0]}{hint}"
+            )
 
 
 def rotated_by_exif(split: Split) -> Iterator[Problem]:
@@ -142,7 +154,9 @@ def found_in_reading(kind: str, split: Split) -> Iterator[Problem]:
     ids, names = split.annotations.findings.get(kind, (np.zeros((0, 2)), ()))
     for (annotation_id, image_id), name in zip(ids.tolist(), names, strict=True):
         file = os.path.join(split.images.image_folder, name) if name else split.annotations.source
-        yield Problem("", split.name, file, "", image_id, annotation_id if annotation_id >= 0 else None)
+        yield Problem(
+            "", split.name, file, "", image_id, annotation_id if annotation_id >= 0 else None
+        )
 
 
 def out_of_range(split: Split) -> Iterator[Problem]:
@@ -164,7 +178,9 @@ def box_twice(split: Split) -> Iterator[Problem]:
     annotations = split.annotations
     bits = (annotations.boxes_xyxy_abs + 0).view(np.int32)  # + 0: there are two zeros
     rows = np.column_stack([annotations.image_of, annotations.labels, bits])
-    hashes = rows @ np.random.default_rng(0).integers(2**62, size=6)  # one number sorts faster than six
+    hashes = rows @ np.random.default_rng(0).integers(
+        2**62, size=6
+    )  # one number sorts faster than six
     _, groups, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     seen: set[tuple[int, ...]] = set()
     for row in np.flatnonzero(counts[groups] > 1):
@@ -185,12 +201,16 @@ def file_twice(split: Split) -> Iterator[Problem]:
         images.setdefault(name, []).append(index)
     for first, *others in images.values():
         if others:
-            detail = f"also image {split.annotations.image_ids[first]}" + (", ..." if others[1:] else "")
+            detail = f"also image {split.annotations.image_ids[first]}" + (
+                ", ..." if others[1:] else ""
+            )
             yield split.problem(others[0], detail)
 
 
 def no_objects(split: Split) -> Iterator[Problem]:
-    return (split.problem(index) for index in np.flatnonzero(np.diff(split.annotations.offsets) == 0))
+    return (
+        split.problem(index) for index in np.flatnonzero(np.diff(split.annotations.offsets) == 0)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- training and validation
@@ -200,7 +220,11 @@ def shared_images(train: Split, val: Split) -> Iterator[Problem]:
     """By pixels where all images were decoded; else a few of those with one name in both splits are compared, since
     many datasets number both from 1.
     """
-    pairs = _same_pixels_pairs(train, val) if train.facts and val.facts else _same_file_pairs(train, val)
+    pairs = (
+        _same_pixels_pairs(train, val)
+        if train.facts and val.facts
+        else _same_file_pairs(train, val)
+    )
     for in_train, in_val in pairs:
         yield val.problem(in_val, f"as {train.problem(in_train)}")
 
@@ -218,7 +242,11 @@ def _same_file_pairs(train: Split, val: Split) -> list[tuple[int, int]]:
     names = [os.path.basename(name) for name in val.annotations.file_names]
     pairs = [(rows[name], row) for row, name in enumerate(names) if name in rows]
     chosen = np.unique(np.linspace(0, len(pairs) - 1, COMPARED_PAIRS).astype(int)) if pairs else []
-    same = [pairs[i] for i in chosen if same_file(train.images.path(pairs[i][0]), val.images.path(pairs[i][1]))]
+    same = [
+        pairs[i]
+        for i in chosen
+        if same_file(train.images.path(pairs[i][0]), val.images.path(pairs[i][1]))
+    ]
     return pairs if same and len(same) == len(chosen) else same
 
 
@@ -234,13 +262,20 @@ def classes_differ(train: Split, val: Split) -> Iterator[Problem]:
     names, others = train.annotations.class_names, val.annotations.class_names
     for label, name in others.items():
         if names.get(label, name) != name:
-            detail = f"class {label} is '{names[label]}' in {train.annotations.source} and '{name}' here"
+            detail = (
+                f"class {label} is '{names[label]}' in {train.annotations.source} and '{name}' here"
+            )
             yield Problem("", val.name, val.annotations.source, detail)
 
-    missing = [others[label] for label in np.setdiff1d(val.annotations.labels, train.annotations.labels).tolist()]
+    missing = [
+        others[label]
+        for label in np.setdiff1d(val.annotations.labels, train.annotations.labels).tolist()
+    ]
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if missing[3:] else "")
-        detail = f"{len(missing)} classes have boxes here and none in {train.annotations.source}: {some}"
+        detail = (
+            f"{len(missing)} classes have boxes here and none in {train.annotations.source}: {some}"
+        )
         yield Problem("", val.name, val.annotations.source, detail)
 
 
@@ -259,32 +294,74 @@ class Check(NamedTuple):
 
 
 IMAGE_CHECKS = (
-    Check("image unreadable", "problem", unreadable, "can't be decoded; training takes the next image instead"),
-    Check("size differs", "problem", size_differs, "not the size in the annotations; training skips the image"),
+    Check(
+        "image unreadable",
+        "problem",
+        unreadable,
+        "can't be decoded; training takes the next image instead",
+    ),
+    Check(
+        "size differs",
+        "problem",
+        size_differs,
+        "not the size in the annotations; training skips the image",
+    ),
     Check("duplicate image", "warning", duplicates, "the same pixels twice in a split"),
-    Check("rotated by EXIF", "warning", rotated_by_exif, "training takes the pixels as stored: compare its boxes"),
+    Check(
+        "rotated by EXIF",
+        "warning",
+        rotated_by_exif,
+        "training takes the pixels as stored: compare its boxes",
+    ),
 )
 ANNOTATION_CHECKS = (
     Check("unusable", "problem", None, "the dataset can't be read at all"),
     Check("image absent", "problem", None, "listed, but there is no such file"),
-    Check("image not listed", "problem", None, "an annotation of an image that the file does not list"),
+    Check(
+        "image not listed", "problem", None, "an annotation of an image that the file does not list"
+    ),
     Check("box not finite", "problem", None, "NaN or infinity in a box, which is skipped"),
     Check("box without area", "problem", None, "width or height of 0 or less; the box is skipped"),
-    Check("box outside image", "problem", None, "nothing of the box is in its image; it is skipped"),
-    Check("category not listed", "problem", None, "not evaluated; --dataset_file custom refuses the file"),
+    Check(
+        "box outside image", "problem", None, "nothing of the box is in its image; it is skipped"
+    ),
+    Check(
+        "category not listed",
+        "problem",
+        None,
+        "not evaluated; --dataset_file custom refuses the file",
+    ),
     Check("category out of range", "problem", out_of_range, "needs a larger --num_classes"),
-    Check("more objects than queries", "problem", too_many_objects, "needs a larger --num_queries to find them"),
+    Check(
+        "more objects than queries",
+        "problem",
+        too_many_objects,
+        "needs a larger --num_queries to find them",
+    ),
     Check("box partly outside", "warning", None, "clipped to its image in training"),
     Check("box twice", "warning", box_twice, "the same class and box twice in an image"),
     Check("file name twice", "warning", file_twice, "several images list one file: keep one entry"),
     Check("no objects", "info", no_objects, "an image without boxes"),
 )
 PAIR_CHECKS = (
-    Check("shared image", "problem", shared_images, "in both splits, AP will be too good: remove it from one"),
-    Check("classes differ", "warning", classes_differ, "AP will mean little: use one list of categories"),
+    Check(
+        "shared image",
+        "problem",
+        shared_images,
+        "in both splits, AP will be too good: remove it from one",
+    ),
+    Check(
+        "classes differ",
+        "warning",
+        classes_differ,
+        "AP will mean little: use one list of categories",
+    ),
 )
 SEVERITIES = ("problem", "warning", "info")
-CHECKS = sorted((*IMAGE_CHECKS, *ANNOTATION_CHECKS, *PAIR_CHECKS), key=lambda check: SEVERITIES.index(check.severity))
+CHECKS = sorted(
+    (*IMAGE_CHECKS, *ANNOTATION_CHECKS, *PAIR_CHECKS),
+    key=lambda check: SEVERITIES.index(check.severity),
+)
 KINDS = {check.kind: check for check in CHECKS}
 LOGGED_IN_READING = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
 
@@ -307,7 +384,9 @@ def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> lis
 # ------------------------------------------------------------------------------------------------ at the start of a run
 
 
-def check_at_start(train: SampleDataset | None, val: SampleDataset | None, settings: Settings) -> dict[str, object]:
+def check_at_start(
+    train: SampleDataset | None, val: SampleDataset | None, settings: Settings
+) -> dict[str, object]:
     """The checks that need no image, and a few images; logs a line for each kind of finding, and returns the facts for
     `settings.json`.
 
@@ -329,7 +408,11 @@ def check_at_start(train: SampleDataset | None, val: SampleDataset | None, setti
             facts[split.name].update(describe(split.annotations))
             already += len(split.annotations.findings.keys() & LOGGED_IN_READING)
             warned += _no_boxes(split)
-    checks = [check for check in CHECKS if check.severity != "info" and check.kind not in LOGGED_IN_READING]
+    checks = [
+        check
+        for check in CHECKS
+        if check.severity != "info" and check.kind not in LOGGED_IN_READING
+    ]
     for kind, group in groupby(run_checks(splits, checks), key=lambda problem: problem.kind):
         warned.append(_line(KINDS[kind], list(group)))
     for line in warned:
@@ -408,7 +491,9 @@ def _no_boxes(split: Split) -> list[str]:
 def inspect_image(file: ImageFile) -> ImageFacts:
     """Decodes one file as training does. It never raises for a bad file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata would come without the file's name
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's remarks on odd metadata would come without the file's name
         try:
             pixels = open_image(file)
             with Image.open(open_file(file)) as image:

@@ -31,16 +31,22 @@ def coco_root(settings: Settings) -> str:
     Raises:
         UserError: neither is given, or the folder does not exist.
     """
-    root = settings.coco_path or (os.path.join(settings.data_root, "MSCoco") if settings.data_root else None)
+    root = settings.coco_path or (
+        os.path.join(settings.data_root, "MSCoco") if settings.data_root else None
+    )
     if not root:
-        raise UserError("no data: give --coco_path DIR (with train2017, val2017 and annotations) or --data_root DIR")
+        raise UserError(
+            "no data: give --coco_path DIR (with train2017, val2017 and annotations) or --data_root DIR"
+        )
     if not os.path.isdir(root):
         own = (
             "; a file of annotations goes with --dataset_file custom, see docs/own_data.md"
             if os.path.isfile(root)
             else ""
         )
-        raise UserError(f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations{own}")
+        raise UserError(
+            f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations{own}"
+        )
     return root
 
 
@@ -188,7 +194,9 @@ def labelled_transforms(image_set: str, settings: Settings) -> Transform:
     return detection_transforms(image_set, settings.image_size or 800, settings.max_size)
 
 
-def filter_annotations(annotations: Annotations, image_folder: str, image_set: str, settings: Settings) -> Annotations:
+def filter_annotations(
+    annotations: Annotations, image_folder: str, image_set: str, settings: Settings
+) -> Annotations:
     """The chosen images in training, all in evaluation; those without a file are skipped, and `findings` lists them.
     Logs how many are left.
 
@@ -198,7 +206,9 @@ def filter_annotations(annotations: Annotations, image_folder: str, image_set: s
     if image_set == "train":
         annotations = training_subset(annotations, settings)
     annotations = _with_files(annotations, image_folder)
-    if image_set == "train":  # after the files, so that as many objects as promised can be trained on
+    if (
+        image_set == "train"
+    ):  # after the files, so that as many objects as promised can be trained on
         annotations = training_part(annotations, settings)
     log.info(
         "%s: %d images, %d without objects, %d boxes, %d classes",
@@ -213,7 +223,9 @@ def filter_annotations(annotations: Annotations, image_folder: str, image_set: s
 
 def _with_files(annotations: Annotations, image_folder: str) -> Annotations:
     if not len(annotations):
-        raise UserError(f"{annotations.source} lists no image: give a file with images and their boxes")
+        raise UserError(
+            f"{annotations.source} lists no image: give a file with images and their boxes"
+        )
     present = _present(annotations, image_folder)
     missing = np.flatnonzero(~present)
     if not len(missing):
@@ -226,7 +238,9 @@ def _with_files(annotations: Annotations, image_folder: str) -> Annotations:
         )
     ids = np.column_stack([np.full(len(missing), -1), annotations.image_ids[missing]])
     absent = {"image absent": (ids, PackedStrings(annotations.file_names[i] for i in missing))}
-    return replace(annotations.select(np.flatnonzero(present)), findings={**annotations.findings, **absent})
+    return replace(
+        annotations.select(np.flatnonzero(present)), findings={**annotations.findings, **absent}
+    )
 
 
 def _present(annotations: Annotations, image_folder: str) -> np.ndarray:
@@ -238,5 +252,7 @@ def _present(annotations: Annotations, image_folder: str) -> np.ndarray:
         try:
             listings[folder] = set(os.listdir(path)) if os.path.isdir(path) else set()
         except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}): check the permissions") from error
+            raise UserError(
+                f"{path} can't be read ({error.strerror}): check the permissions"
+            ) from error
     return np.array([os.path.basename(name) in listings[os.path.dirname(name)] for name in names])

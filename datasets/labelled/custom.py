@@ -36,7 +36,9 @@ class CustomDetection(CocoDetection):
         super().validate(image_set)
 
 
-def build_custom(image_set: str, settings: Settings, classes: Classes | None = None) -> CocoDetection:
+def build_custom(
+    image_set: str, settings: Settings, classes: Classes | None = None
+) -> CocoDetection:
     """The images of `--train_images` or `--val_images` with their annotations.
 
     classes: those of the class head; None: the file's own classes are the labels.
@@ -61,7 +63,9 @@ def build_custom(image_set: str, settings: Settings, classes: Classes | None = N
             f"--{image_set}_images {folder} is no folder: give the one that the file names of {file} count from"
         )
     from_xml = os.path.isdir(file)  # which has no category ids
-    annotations, ground_truth = (read_xml_folder(file), None) if from_xml else read_annotations(file, image_set)
+    annotations, ground_truth = (
+        (read_xml_folder(file), None) if from_xml else read_annotations(file, image_set)
+    )
     annotations = filter_annotations(annotations, folder, image_set, settings)
     _check_names(annotations)
     if classes is not None:
@@ -69,9 +73,14 @@ def build_custom(image_set: str, settings: Settings, classes: Classes | None = N
     classes = classes or _own_classes(annotations)
     _check_count(settings, classes)
     ids = _ids_by_name(annotations, classes)
-    annotations, transforms = _with_rows(annotations, ids, classes), labelled_transforms(image_set, settings)
+    annotations, transforms = (
+        _with_rows(annotations, ids, classes),
+        labelled_transforms(image_set, settings),
+    )
     if from_xml:
-        return ConvertedDetection(folder, annotations, transforms, num_classes=classes.count, seed=settings.seed)
+        return ConvertedDetection(
+            folder, annotations, transforms, num_classes=classes.count, seed=settings.seed
+        )
     return CustomDetection(
         folder,
         annotations,
@@ -89,7 +98,9 @@ def custom_images(image_set: str, settings: Settings) -> ImageFolder:
     Raises:
         UserError: always.
     """
-    raise UserError("no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)")
+    raise UserError(
+        "no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)"
+    )
 
 
 def _refuse_unlisted(annotations: Annotations) -> None:
@@ -142,7 +153,9 @@ def _ids_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
     rows = {name: row for row, name in sorted(classes.names.items(), reverse=True)}
     for number, name in annotations.class_names.items():
         if name not in rows:
-            known = ", ".join(list(classes.names.values())[:8]) + (", ..." if len(classes.names) > 8 else "")
+            known = ", ".join(list(classes.names.values())[:8]) + (
+                ", ..." if len(classes.names) > 8 else ""
+            )
             raise UserError(
                 f"{annotations.source} has the category '{name}' (id {number}), {classes.source} has not ({known}): "
                 "give it the same name, or take it out"
@@ -168,5 +181,9 @@ def _with_rows(annotations: Annotations, ids: dict[int, int], classes: Classes) 
 
 def _with_absent(ids: dict[int, int], classes: Classes) -> dict[int, int]:
     """Classes that the file lacks have the id that they had in training, unless it means another class here."""
-    free = {row: number for row, number in classes.ids.items() if row not in ids and number not in ids.values()}
+    free = {
+        row: number
+        for row, number in classes.ids.items()
+        if row not in ids and number not in ids.values()
+    }
     return dict(sorted({**ids, **free}.items()))

@@ -47,7 +47,9 @@ VOC_NOVEL = {
     2: ("aeroplane", "bottle", "cow", "horse", "sofa"),
     3: ("boat", "cat", "motorbike", "sheep", "sofa"),
 }
-FILE_OF_CLASS = "full_box_{shots}shot_{name}_trainval.json"  # in the folders that Wang et al. publish
+FILE_OF_CLASS = (
+    "full_box_{shots}shot_{name}_trainval.json"  # in the folders that Wang et al. publish
+)
 
 
 def novel_names(settings: Settings, class_names: Mapping[int, str]) -> tuple[str, ...]:
@@ -67,13 +69,17 @@ def novel_names(settings: Settings, class_names: Mapping[int, str]) -> tuple[str
         )
     unknown = [name for name in names if name not in class_names.values()]
     if unknown:
-        known = ", ".join(list(class_names.values())[:8]) + (", ..." if len(class_names) > 8 else "")
+        known = ", ".join(list(class_names.values())[:8]) + (
+            ", ..." if len(class_names) > 8 else ""
+        )
         raise UserError(
             f"the data have no class '{unknown[0]}' to be novel, they have {known}: name novel classes by "
             f"--novel_classes"
         )
     if names and not set(class_names.values()) - set(names):
-        raise UserError(f"--novel_classes names all {len(class_names)} classes of the data: leave some as base classes")
+        raise UserError(
+            f"--novel_classes names all {len(class_names)} classes of the data: leave some as base classes"
+        )
     return names
 
 
@@ -94,9 +100,16 @@ def training_part(annotations: Annotations, settings: Settings) -> Annotations:
     if not kind:
         return annotations
     novel, names = novel_names(settings, annotations.class_names), annotations.class_names
-    classes = {label: name for label, name in names.items() if kind == "all" or (name in novel) == (kind == "novel")}
+    classes = {
+        label: name
+        for label, name in names.items()
+        if kind == "all" or (name in novel) == (kind == "novel")
+    }
     if kind == "base":
-        part, what = with_objects(annotations, np.isin(annotations.labels, list(classes))), "all objects"
+        part, what = (
+            with_objects(annotations, np.isin(annotations.labels, list(classes))),
+            "all objects",
+        )
     elif settings.few_shot_file:
         part, what = (
             read_shots(settings.few_shot_file, settings.shots, annotations, classes),
@@ -109,9 +122,17 @@ def training_part(annotations: Annotations, settings: Settings) -> Annotations:
         )
     what = f"{what} of {len(classes)} {'' if kind == 'all' else f'{kind} '}classes in {len(annotations)} images"
     if not len(part):
-        raise UserError(f"{annotations.source}: --few_shot {kind} leaves no object to train on ({what})")
+        raise UserError(
+            f"{annotations.source}: --few_shot {kind} leaves no object to train on ({what})"
+        )
     _report_counts(part, classes, None if settings.few_shot_file else settings.shots)
-    log.info("%s: training on %d objects in %d images (%s)", annotations.source, len(part.labels), len(part), what)
+    log.info(
+        "%s: training on %d objects in %d images (%s)",
+        annotations.source,
+        len(part.labels),
+        len(part),
+        what,
+    )
     return replace(part, drawn=", ".join(filter(None, (annotations.drawn, what))))
 
 
@@ -139,12 +160,19 @@ def with_objects(annotations: Annotations, kept: np.ndarray) -> Annotations:
 
 def _with_rows(part: Annotations, counts: np.ndarray, rows: np.ndarray) -> Annotations:
     """These rows of its objects, as many of each image as `counts` [I] says."""
-    arrays = {name: getattr(part, name) for name in ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids")}
+    arrays = {
+        name: getattr(part, name)
+        for name in ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids")
+    }
     chosen = {name: array[rows] for name, array in arrays.items() if array is not None}
-    return replace(part, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **chosen)
+    return replace(
+        part, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **chosen
+    )
 
 
-def draw_shots(annotations: Annotations, classes: Mapping[int, str], shots: int, seed: int) -> Annotations:
+def draw_shots(
+    annotations: Annotations, classes: Mapping[int, str], shots: int, seed: int
+) -> Annotations:
     """Exactly `shots` objects of each class (a label), or all where it has fewer; nothing published, this drawing is
     ours.
 
@@ -174,7 +202,9 @@ class _Drawn:
     ids: np.ndarray
 
 
-def read_shots(path: str, shots: int | None, annotations: Annotations, classes: Mapping[int, str]) -> Annotations:
+def read_shots(
+    path: str, shots: int | None, annotations: Annotations, classes: Mapping[int, str]
+) -> Annotations:
     """The objects of these classes (label -> name) in a COCO file, or in the files of a folder, one a class, as Wang et
     al. publish them.
 
@@ -201,25 +231,38 @@ def read_shots(path: str, shots: int | None, annotations: Annotations, classes: 
         )
     else:
         parts = [_read_objects(path, annotations, find)]
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])}
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])
+    }
     rows = np.flatnonzero(np.isin(columns["labels"], list(classes)))
     rows = rows[np.argsort(columns["image"][rows], kind="stable")]
     images, counts = np.unique(columns.pop("image")[rows], return_counts=True)
     difficult = None if annotations.difficult is None else np.zeros(len(columns["labels"]), bool)
-    return _with_rows(replace(annotations.select(images), difficult=difficult, **columns), counts, rows)
+    return _with_rows(
+        replace(annotations.select(images), difficult=difficult, **columns), counts, rows
+    )
 
 
 def _files_of_classes(folder: str, shots: int | None, classes: Mapping[int, str]) -> dict[str, str]:
     """Class name -> file."""
     if not shots:
-        raise UserError(f"--few_shot_file {folder} is a folder: add --shots K, which of its files to read")
-    files = {name: os.path.join(folder, FILE_OF_CLASS.format(shots=shots, name=name)) for name in classes.values()}
+        raise UserError(
+            f"--few_shot_file {folder} is a folder: add --shots K, which of its files to read"
+        )
+    files = {
+        name: os.path.join(folder, FILE_OF_CLASS.format(shots=shots, name=name))
+        for name in classes.values()
+    }
     missing = [os.path.basename(file) for file in files.values() if not os.path.exists(file)]
     if missing:
         pattern = re.compile(
-            FILE_OF_CLASS.replace("{shots}", r"(\d+)").replace("{name}", ".+").replace(".json", r"\.json")
+            FILE_OF_CLASS.replace("{shots}", r"(\d+)")
+            .replace("{name}", ".+")
+            .replace(".json", r"\.json")
         )
-        there = sorted({int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match})
+        there = sorted(
+            {int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match}
+        )
         remedy = (
             f"it has files of {', '.join(map(str, there))} shots"
             if there
@@ -231,11 +274,17 @@ def _files_of_classes(folder: str, shots: int | None, classes: Mapping[int, str]
     return files
 
 
-def _read_objects(file: str, annotations: Annotations, find: "_Finder", only: str | None = None) -> _Drawn:
+def _read_objects(
+    file: str, annotations: Annotations, find: "_Finder", only: str | None = None
+) -> _Drawn:
     """only: the class of all objects in the file."""
     content = read_json(file)
-    if isinstance(content, dict) and "categories" not in content:  # ids that count as in the training annotations
-        content["categories"] = [{"id": label, "name": name} for label, name in annotations.class_names.items()]
+    if (
+        isinstance(content, dict) and "categories" not in content
+    ):  # ids that count as in the training annotations
+        content["categories"] = [
+            {"id": label, "name": name} for label, name in annotations.class_names.items()
+        ]
     shots = parse_coco(content, file)
     labels = {name: label for label, name in sorted(annotations.class_names.items(), reverse=True)}
     used = {int(label): shots.class_names[int(label)] for label in np.unique(shots.labels)}
@@ -250,7 +299,9 @@ def _read_objects(file: str, annotations: Annotations, find: "_Finder", only: st
                 f"{file} has objects of the category '{name}': in such a folder a file holds those of its class alone"
             )
     numbers = np.array([labels[used[label]] for label in shots.labels.tolist()], dtype=np.int64)
-    return _Drawn(find(shots)[shots.image_of], shots.boxes_xyxy_abs, numbers, shots.areas, shots.ids)
+    return _Drawn(
+        find(shots)[shots.image_of], shots.boxes_xyxy_abs, numbers, shots.areas, shots.ids
+    )
 
 
 class _Finder:
@@ -270,7 +321,11 @@ class _Finder:
     def __call__(self, shots: Annotations) -> np.ndarray:
         """Indices of training images int64 [I]; -1 for an image without objects that is not among them."""
         found = np.array(
-            [self._find(int(number), shots.file_names[i]) for i, number in enumerate(shots.image_ids)], dtype=np.int64
+            [
+                self._find(int(number), shots.file_names[i])
+                for i, number in enumerate(shots.image_ids)
+            ],
+            dtype=np.int64,
         )
         lost = np.flatnonzero((found < 0) & (np.diff(shots.offsets) > 0))
         if len(lost):
@@ -284,7 +339,11 @@ class _Finder:
     def _find(self, number: int, file_name: str) -> int:
         name, ids = _bare(file_name), self.annotations.image_ids
         i = int(np.searchsorted(ids, number))
-        return i if i < len(ids) and ids[i] == number and self.names[i] == name else self.places.get(name, -1)
+        return (
+            i
+            if i < len(ids) and ids[i] == number and self.names[i] == name
+            else self.places.get(name, -1)
+        )
 
 
 def _bare(file_name: str) -> str:
@@ -340,9 +399,15 @@ def group_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
     rows: of `with_groups`. A class that is never found counts with 0.
     """
-    groups = {name: [row for row in rows if name in ("all", row["group"])] for name in ("base", "novel", "all")}
+    groups = {
+        name: [row for row in rows if name in ("all", row["group"])]
+        for name in ("base", "novel", "all")
+    }
     return {
-        name: [float(np.mean([row[metric] for row in members])) if members else -1.0 for metric in CLASS_METRICS]
+        name: [
+            float(np.mean([row[metric] for row in members])) if members else -1.0
+            for metric in CLASS_METRICS
+        ]
         for name, members in groups.items()
     }
 
@@ -352,7 +417,9 @@ def group_table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Sequence[
     counts = {name: sum(name in ("all", row["group"]) for row in rows) for name in means}
     lines = [
         f"  {name:5}  {counts[name]:>3} classes  "
-        + "  ".join(f"{metric} {value:.3f}" for metric, value in zip(CLASS_METRICS, values, strict=True))
+        + "  ".join(
+            f"{metric} {value:.3f}" for metric, value in zip(CLASS_METRICS, values, strict=True)
+        )
         for name, values in means.items()
     ]
     return "\n".join(["base and novel classes:", *lines])

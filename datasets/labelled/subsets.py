@@ -23,7 +23,9 @@ def draw_ids(image_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     fraction: above 0, at most 1.
     """
     count = round(len(image_ids) * fraction)
-    return np.sort(np.random.default_rng(seed % 2**64).choice(np.sort(image_ids), count, replace=False))
+    return np.sort(
+        np.random.default_rng(seed % 2**64).choice(np.sort(image_ids), count, replace=False)
+    )
 
 
 def training_subset(annotations: Annotations, settings: Settings) -> Annotations:
@@ -42,7 +44,9 @@ def training_subset(annotations: Annotations, settings: Settings) -> Annotations
     else:
         return annotations
     if not len(ids):
-        raise UserError(f"--filter_pct {settings.filter_pct:g} of {len(annotations)} images is none: give a larger one")
+        raise UserError(
+            f"--filter_pct {settings.filter_pct:g} of {len(annotations)} images is none: give a larger one"
+        )
     drawn = f"{what} of {len(annotations)} images"
     log.info("%s: training on %d images (%s)", annotations.source, len(ids), drawn)
     part = annotations.select(np.flatnonzero(np.isin(annotations.image_ids, ids)))
@@ -62,8 +66,14 @@ def read_split(path: str, annotations: Annotations) -> np.ndarray:
             f"--few_shot"
         )
     ids = content.get("ids") if isinstance(content, dict) else content
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and abs(i) < 2**63 for i in ids):
-        raise UserError(f"--split_file {path} holds no list of image ids: give a file of tools/make_split.py")
+    if (
+        not isinstance(ids, list)
+        or not ids
+        or not all(isinstance(i, int) and abs(i) < 2**63 for i in ids)
+    ):
+        raise UserError(
+            f"--split_file {path} holds no list of image ids: give a file of tools/make_split.py"
+        )
     unknown = np.setdiff1d(np.array(ids), annotations.image_ids)
     if len(unknown):
         raise UserError(
@@ -89,7 +99,10 @@ def describe_subset(annotations: Annotations, settings: Settings) -> dict[str, A
     fraction, seed = settings.filter_pct, settings.seed
     if settings.split_file:
         content = _read_json(settings.split_file)
-        fraction, seed = (content.get(name) if isinstance(content, dict) else None for name in ("filter_pct", "seed"))
+        fraction, seed = (
+            content.get(name) if isinstance(content, dict) else None
+            for name in ("filter_pct", "seed")
+        )
     return {
         "source": annotations.source,
         "drawn": annotations.drawn,

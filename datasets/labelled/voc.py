@@ -47,7 +47,9 @@ class VocDetection(ConvertedDetection):
     """Images of VOC; labels are places in CLASSES, which are the category ids too. Evaluated as VOC defines it."""
 
     def evaluator(self, settings: Settings) -> VocEvaluator:
-        return VocEvaluator(self.annotations, settings.voc_metric, reproduce_published=settings.reproduce_published)
+        return VocEvaluator(
+            self.annotations, settings.voc_metric, reproduce_published=settings.reproduce_published
+        )
 
 
 def build_voc(image_set: str, settings: Settings, classes: Classes | None = None) -> VocDetection:
@@ -89,7 +91,9 @@ def voc_root(voc_path: str | None, data_root: str | None) -> str:
     inside = os.path.join(given, "VOCdevkit")
     root = inside if os.path.isdir(inside) else given
     if not os.path.isdir(root):
-        raise UserError(f"{root} is no folder: --voc_path takes VOCdevkit, with VOC2007 and VOC2012 in it")
+        raise UserError(
+            f"{root} is no folder: --voc_path takes VOCdevkit, with VOC2007 and VOC2012 in it"
+        )
     return root
 
 
@@ -105,10 +109,17 @@ def read_voc(root: str, image_sets: Sequence[str]) -> Annotations:
     if not by_id:
         raise UserError(f"{root}: {' '.join(image_sets)} list no image")
     ids = sorted(by_id)
-    files = [os.path.join(root, f"VOC{by_id[i][0]}", "Annotations", f"{by_id[i][1]}.xml") for i in ids]
+    files = [
+        os.path.join(root, f"VOC{by_id[i][0]}", "Annotations", f"{by_id[i][1]}.xml") for i in ids
+    ]
     images = PackedStrings(f"VOC{by_id[i][0]}/JPEGImages/{by_id[i][1]}.jpg" for i in ids)
     return annotations_of(
-        [read_xml(file) for file in files], f"{root} ({' '.join(image_sets)})", images, ids, CLASSES, files
+        [read_xml(file) for file in files],
+        f"{root} ({' '.join(image_sets)})",
+        images,
+        ids,
+        CLASSES,
+        files,
     )
 
 
@@ -138,13 +149,18 @@ def read_xml_folder(folder: str) -> Annotations:
     Raises:
         UserError: no such file there, or one can't be used.
     """
-    files = sorted(str(path) for path in Path(folder).glob("[!.]*.xml"))  # macOS writes ._1.xml beside 1.xml
+    files = sorted(
+        str(path) for path in Path(folder).glob("[!.]*.xml")
+    )  # macOS writes ._1.xml beside 1.xml
     if not files:
-        raise UserError(f"{folder} has no .xml file: give a folder of VOC's XML files, or a COCO file")
+        raise UserError(
+            f"{folder} has no .xml file: give a folder of VOC's XML files, or a COCO file"
+        )
     records = [read_xml(file) for file in files]
     classes = sorted({name for record in records for name, *_ in record["objects"]})
     images = PackedStrings(
-        record["file"] or f"{Path(file).stem}.jpg" for record, file in zip(records, files, strict=True)
+        record["file"] or f"{Path(file).stem}.jpg"
+        for record, file in zip(records, files, strict=True)
     )
     return annotations_of(records, folder, images, range(1, len(files) + 1), classes, files)
 
@@ -192,7 +208,9 @@ def read_xml(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             root = ElementTree.fromstring(file.read())
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): each image needs its file in Annotations") from error
+        raise UserError(
+            f"{path} can't be read ({error.strerror}): each image needs its file in Annotations"
+        ) from error
     except ElementTree.ParseError as error:
         raise UserError(f"{path} is no valid XML ({error}): is the download complete?") from error
     try:

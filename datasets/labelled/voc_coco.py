@@ -15,7 +15,9 @@ from util.checkpoints.classes import Classes
 from util.settings import Settings
 
 
-def build_voc_coco(image_set: str, settings: Settings, classes: Classes | None = None) -> ConvertedDetection:
+def build_voc_coco(
+    image_set: str, settings: Settings, classes: Classes | None = None
+) -> ConvertedDetection:
     """The images of `--voc_train` or `--voc_val` below `--voc_path`.
 
     Raises:
@@ -48,7 +50,9 @@ def coco_style(annotations: Annotations, whole_names: bool = False) -> dict[str,
         "licenses": [],
         "categories": [{"id": label, "name": name} for label, name in enumerate(CLASSES)],
         "images": list(images.values()),
-        "annotations": [_annotation(item, images[item["image_id"]], difficult) for item, difficult in rows],
+        "annotations": [
+            _annotation(item, images[item["image_id"]], difficult) for item, difficult in rows
+        ],
     }
 
 

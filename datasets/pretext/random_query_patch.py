@@ -32,7 +32,11 @@ class QueryPatches(UnlabelledDataset):
         seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
-        self.proposals, self.transforms, self.patch_transform = proposals, transforms, patch_transform
+        self.proposals, self.transforms, self.patch_transform = (
+            proposals,
+            transforms,
+            patch_transform,
+        )
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         image = self.read(index)
@@ -40,7 +44,9 @@ class QueryPatches(UnlabelledDataset):
         if min(height, width) <= TINY_SIDE:
             raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
         boxes = self.proposals(image, rng, self.images.name(index))
-        patches = torch.stack([self.patch_transform(cut_box(image, box), {}, rng)[0] for box in boxes])
+        patches = torch.stack(
+            [self.patch_transform(cut_box(image, box), {}, rng)[0] for box in boxes]
+        )
         target = query_target(boxes, index, (height, width))
         image, target = self.transforms(image, target, rng)
         # Added last: the image's transforms are not for patches.

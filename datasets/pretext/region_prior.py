@@ -44,7 +44,11 @@ class RegionProposals(UnlabelledDataset):
     ) -> None:
         super().__init__(images, seed)
         self.proposals = proposals
-        self.transforms, self.whole_image, self.patch_transform = transforms, whole_image, patch_transform
+        self.transforms, self.whole_image, self.patch_transform = (
+            transforms,
+            whole_image,
+            patch_transform,
+        )
         self.label = label
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
@@ -52,11 +56,15 @@ class RegionProposals(UnlabelledDataset):
         boxes = self.proposals(original, rng, self.images.name(index))
         if len(boxes) < MIN_BOXES:
             raise BadImageError(f"{len(boxes)} proposals; an image needs {MIN_BOXES}")
-        augmentations = [self.patch_transform.draw(rng, (1, 1)) for _ in boxes] if self.patch_transform else []
+        augmentations = (
+            [self.patch_transform.draw(rng, (1, 1)) for _ in boxes] if self.patch_transform else []
+        )
         image, target = self._augment(original, self._target(boxes, index, original), rng)
         kept = target.pop("patches")  # the boxes that are still there
         if self.patch_transform:
-            target["patches"] = torch.stack([self._patch(original, boxes[i], augmentations[i]) for i in kept.tolist()])
+            target["patches"] = torch.stack(
+                [self._patch(original, boxes[i], augmentations[i]) for i in kept.tolist()]
+            )
         return image, target
 
     def _target(self, boxes_xyxy_abs: Tensor, index: int, image: Tensor) -> Target:
@@ -68,7 +76,9 @@ class RegionProposals(UnlabelledDataset):
             "patches": torch.arange(len(boxes_xyxy_abs)),
         }
 
-    def _augment(self, original: Tensor, target: Target, rng: SampleRandom) -> tuple[Tensor, Target]:
+    def _augment(
+        self, original: Tensor, target: Target, rng: SampleRandom
+    ) -> tuple[Tensor, Target]:
         for _ in range(TRIES):
             image, augmented = self.transforms(original, target, rng)
             if len(augmented["boxes"]) >= MIN_BOXES:

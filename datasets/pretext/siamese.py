@@ -30,7 +30,10 @@ from util.random_state import SampleRandom
 from util.settings import Settings
 
 Crop = tuple[float, float, float, float]
-OUTER_SHARE, OUTER_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)  # area of the outer crop, and its width / height
+OUTER_SHARE, OUTER_RATIO = (
+    (0.5, 1.0),
+    (3 / 4, 4 / 3),
+)  # area of the outer crop, and its width / height
 MIN_AREA = 0.05  # of a region, as a share of the overlap
 MAX_ASPECT = 8.0  # of random regions
 RANDOM_DRAWS = 100
@@ -52,13 +55,17 @@ class Views:
         """From pixels of the image to those of a view: [..., 4] -> [..., 4]"""
         top, left, height, width = view
         offset = boxes_xyxy_abs.new_tensor([left, top, left, top])
-        return (boxes_xyxy_abs - offset) * boxes_xyxy_abs.new_tensor([self.size[1] / width, self.size[0] / height] * 2)
+        return (boxes_xyxy_abs - offset) * boxes_xyxy_abs.new_tensor(
+            [self.size[1] / width, self.size[0] / height] * 2
+        )
 
     def between(self, boxes_xyxy_abs: Tensor, source: Crop, target: Crop) -> Tensor:
         """From pixels of one view to those of another: [..., 4] -> [..., 4]"""
         top, left, height, width = source
         scale = boxes_xyxy_abs.new_tensor([width / self.size[1], height / self.size[0]] * 2)
-        return self.map_boxes(boxes_xyxy_abs * scale + boxes_xyxy_abs.new_tensor([left, top, left, top]), target)
+        return self.map_boxes(
+            boxes_xyxy_abs * scale + boxes_xyxy_abs.new_tensor([left, top, left, top]), target
+        )
 
     def inside(self, boxes_xyxy_abs: Tensor) -> Tensor:
         """Which boxes lie in a view, its last edge excluded as published: [..., 4] -> bool [...]"""
@@ -140,7 +147,9 @@ def _area(boxes_xyxy_abs: Tensor) -> Tensor:
     return (boxes_xyxy_abs[..., 2:] - boxes_xyxy_abs[..., :2]).prod(-1)
 
 
-def random_regions(rng: SampleRandom, views: Views, draws: int = RANDOM_DRAWS) -> tuple[Tensor, Tensor]:
+def random_regions(
+    rng: SampleRandom, views: Views, draws: int = RANDOM_DRAWS
+) -> tuple[Tensor, Tensor]:
     """As `common_regions`, of `draws` random boxes with a whole-pixel corner in the overlap; only those of up to 8 : 1
     in both views.
 
@@ -155,31 +164,48 @@ def random_regions(rng: SampleRandom, views: Views, draws: int = RANDOM_DRAWS) -
     width = least + torch.from_numpy(rng.numpy.rand(draws)) * (x1 - x - least)
     first = torch.stack([x, y, x + width, y + height], 1)
     second = views.between(first, views.first, views.second)
-    kept = views.inside(first) & views.inside(second) & (_area(second) >= smallest) & _compact(first) & _compact(second)
+    kept = (
+        views.inside(first)
+        & views.inside(second)
+        & (_area(second) >= smallest)
+        & _compact(first)
+        & _compact(second)
+    )
     return first[kept], second[kept]
 
 
 def _compact(boxes_xyxy_abs: Tensor) -> Tensor:
     width, height = (boxes_xyxy_abs[:, 2:] - boxes_xyxy_abs[:, :2]).unbind(1)
-    return (width > 0) & (height > 0) & (width <= MAX_ASPECT * height) & (height <= MAX_ASPECT * width)
+    return (
+        (width > 0) & (height > 0) & (width <= MAX_ASPECT * height) & (height <= MAX_ASPECT * width)
+    )
 
 
-def pick_regions(first: Tensor, second: Tensor, views: Views, count: int, rng: SampleRandom) -> Tensor:
+def pick_regions(
+    first: Tensor, second: Tensor, views: Views, count: int, rng: SampleRandom
+) -> Tensor:
     """The overlap itself and the first `count` - 1 regions, in each view: [2, count, 4].
 
     Where there are fewer, jittered copies of them inside the overlap, or of the overlap where there is none.
     """
-    overlap = torch.stack([views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)])[
-        :, None
-    ]
+    overlap = torch.stack(
+        [views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
+    )[:, None]
     pairs = torch.stack([first, second])[:, : count - 1]
     missing = count - 1 - pairs.shape[1]
     if missing:
         sources = pairs[0] if pairs.shape[1] else overlap[0]
         origin = overlap[0, 0, :2].repeat(2)
         height, width = (overlap[0, 0, 2:] - overlap[0, 0, :2]).flip(0).tolist()
-        copies = repeat_boxes(sources - origin, len(sources) + missing, (height, width), rng)[len(sources) :] + origin
-        pairs = torch.cat([pairs, torch.stack([copies, views.between(copies, views.first, views.second)])], 1)
+        copies = (
+            repeat_boxes(sources - origin, len(sources) + missing, (height, width), rng)[
+                len(sources) :
+            ]
+            + origin
+        )
+        pairs = torch.cat(
+            [pairs, torch.stack([copies, views.between(copies, views.first, views.second)])], 1
+        )
     return torch.cat([overlap, pairs], 1)
 
 
@@ -211,7 +237,12 @@ class TwoViews(UnlabelledDataset):
     ) -> None:
         super().__init__(images, seed)
         self.proposals, self.geometry, self.colors = proposals, geometry, colors
-        self.patch_transform, self.num_boxes, self.iou, self.shrink = patch_transform, num_boxes, iou, shrink
+        self.patch_transform, self.num_boxes, self.iou, self.shrink = (
+            patch_transform,
+            num_boxes,
+            iou,
+            shrink,
+        )
 
     def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
         original = self.read(index)
@@ -236,19 +267,29 @@ class TwoViews(UnlabelledDataset):
     def _draw(self, boxes: Tensor, size: Size, rng: SampleRandom) -> tuple[Views, Tensor]:
         for _ in range(TRIES):
             views = draw_views(rng, size, self.iou, self.shrink)
-            pair = random_regions(rng, views) if self.proposals is None else common_regions(boxes, views)
+            pair = (
+                random_regions(rng, views)
+                if self.proposals is None
+                else common_regions(boxes, views)
+            )
             if len(pair[0]):
                 break
         return views, pick_regions(*pair, views, self.num_boxes, rng)
 
     def _crops(self, view: Tensor, boxes_xyxy_abs: Tensor, rng: SampleRandom) -> Tensor:
-        return torch.stack([self.patch_transform(cut_box(view, box), {}, rng)[0] for box in boxes_xyxy_abs])
+        return torch.stack(
+            [self.patch_transform(cut_box(view, box), {}, rng)[0] for box in boxes_xyxy_abs]
+        )
 
 
 def _target(boxes_xyxy_abs: Tensor, size: Size, index: int, original: Size) -> Target:
     """The target of two views with boxes [2, M, 4]."""
     scale = boxes_xyxy_abs.new_tensor([size[1], size[0]] * 2)
-    numbers = {"image_id": torch.tensor([index]), "orig_size": torch.tensor(original), "size": torch.tensor(size)}
+    numbers = {
+        "image_id": torch.tensor([index]),
+        "orig_size": torch.tensor(original),
+        "size": torch.tensor(size),
+    }
     return {
         "boxes": (box_xyxy_to_cxcywh(boxes_xyxy_abs) / scale).float(),
         "labels": torch.full(boxes_xyxy_abs.shape[:2], QUERY_LABEL),
@@ -269,9 +310,13 @@ def build_two_views(image_set: str, settings: Settings) -> TwoViews:
     return TwoViews(
         images,
         None if settings.proposals == "random" else build_proposals(settings, images),
-        geometry=Compose([view_resize(settings.image_size, settings.max_size), RandomHorizontalFlip()]),
+        geometry=Compose(
+            [view_resize(settings.image_size, settings.max_size), RandomHorizontalFlip()]
+        ),
         colors=ColorAugmentation(train),
-        patch_transform=PatchAugmentation(settings.patch_size, augment=train) if settings.feature_loss_coef else None,
+        patch_transform=PatchAugmentation(settings.patch_size, augment=train)
+        if settings.feature_loss_coef
+        else None,
         num_boxes=settings.num_patches,
         iou=settings.view_iou,
         shrink=settings.view_shrink,

@@ -48,7 +48,9 @@ def build_proposals(settings: Settings, images: "ImageFiles | None" = None) -> P
             raise UserError(
                 f"--{flag} means nothing to --proposals {settings.proposals}: omit it or use --proposals {owner}"
             )
-    method = load(lookup(PROPOSALS, "--proposals", "file:" if is_file else settings.proposals))(settings)
+    method = load(lookup(PROPOSALS, "--proposals", "file:" if is_file else settings.proposals))(
+        settings
+    )
     if settings.cache_path:
         from datasets.proposals.store import StoredProposals
 
@@ -109,7 +111,9 @@ class FixedNumber:
         )
 
 
-def repeat_boxes(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom) -> Tensor:
+def repeat_boxes(
+    boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], rng: SampleRandom
+) -> Tensor:
     """N > 0 boxes and as many jittered copies, taken in turn, that there are `count`, as in Siamese DETR's code: each
     coordinate moves by up to 10 % of the box's width or height, (2 sigmoid(z) - 1) / 10 of it with z normal, inside the
     image.
@@ -118,5 +122,7 @@ def repeat_boxes(boxes_xyxy_abs: Tensor, count: int, size_hw: tuple[int, int], r
     shift = (2 * torch.sigmoid(torch.randn(copies.shape, generator=rng.torch)) - 1) * JITTER
     height, width = size_hw
     sides = (copies[:, 2:] - copies[:, :2]).repeat(1, 2)
-    copies = torch.minimum((copies + shift * sides).clamp(min=0), copies.new_tensor([width, height, width, height]))
+    copies = torch.minimum(
+        (copies + shift * sides).clamp(min=0), copies.new_tensor([width, height, width, height])
+    )
     return torch.cat([boxes_xyxy_abs, copies])

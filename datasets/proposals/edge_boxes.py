@@ -18,7 +18,9 @@ MAX_BOXES = 512
 RETRY_SIDE = 1000  # pixels that the short side of an image without boxes is enlarged to at least
 SHARPEN = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], dtype=np.float32)
 CONTRAST = 1.5
-LARGEST_SIDE = 4000  # pixels that an enlarged long side has at most: a strip of 5 x 300 would grow without end
+LARGEST_SIDE = (
+    4000  # pixels that an enlarged long side has at most: a strip of 5 x 300 would grow without end
+)
 BLUR = 2.0  # pixels, before gradients: finer ones are texture
 STRONG = 99.0  # percentile of gradients that counts as an edge of strength 1
 
@@ -43,7 +45,9 @@ class EdgeBoxes(BoxSearch):
         height, width = image.shape[:2]
         boxes, scores = self._boxes(image)
         if not len(boxes):
-            factor = min(-(-RETRY_SIDE // min(height, width)), max(LARGEST_SIDE // max(height, width), 1))
+            factor = min(
+                -(-RETRY_SIDE // min(height, width)), max(LARGEST_SIDE // max(height, width), 1)
+            )
             boxes, scores = self._boxes(_sharpened(image, factor))
             boxes = boxes // factor
         corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
@@ -64,10 +68,18 @@ class EdgeBoxes(BoxSearch):
         """(int boxes (x, y, width, height) [N, 4], scores float32 [N]), best first."""
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
         with bad_image_where_opencv_fails():
-            edges, orientation = structured_edges(self.model, pixels) if self.model else gradient_edges(pixels)
-            found = opencv().ximgproc.createEdgeBoxes(maxBoxes=MAX_BOXES).getBoundingBoxes(edges, orientation)
+            edges, orientation = (
+                structured_edges(self.model, pixels) if self.model else gradient_edges(pixels)
+            )
+            found = (
+                opencv()
+                .ximgproc.createEdgeBoxes(maxBoxes=MAX_BOXES)
+                .getBoundingBoxes(edges, orientation)
+            )
         boxes, scores = found if isinstance(found, tuple) else (found, np.ones(len(found)))
-        return np.asarray(boxes, dtype=np.int64).reshape(-1, 4), np.asarray(scores, dtype=np.float32).reshape(-1)
+        return np.asarray(boxes, dtype=np.int64).reshape(-1, 4), np.asarray(
+            scores, dtype=np.float32
+        ).reshape(-1)
 
 
 def structured_edges(model: str, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,14 +95,19 @@ def gradient_edges(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     strong as the strongest 1 % of the image; only where it is no smaller than on both sides across the edge."""
     cv2 = opencv()
     smooth = cv2.GaussianBlur(pixels, (0, 0), BLUR)
-    dx, dy = (cv2.Sobel(smooth, cv2.CV_32F, *axis).reshape(pixels.shape) for axis in ((1, 0), (0, 1)))
+    dx, dy = (
+        cv2.Sobel(smooth, cv2.CV_32F, *axis).reshape(pixels.shape) for axis in ((1, 0), (0, 1))
+    )
     strongest = np.hypot(dx, dy).argmax(2)[..., None]
     dx, dy = (np.take_along_axis(part, strongest, 2)[..., 0] for part in (dx, dy))
     strength = np.hypot(dx, dy)
     orientation = np.mod(np.arctan2(dy, dx), np.float32(np.pi))
     y, x = np.indices(strength.shape, dtype=np.float32)
     across = (np.cos(orientation), np.sin(orientation))
-    sides = [cv2.remap(strength, x + sign * across[0], y + sign * across[1], cv2.INTER_LINEAR) for sign in (1, -1)]
+    sides = [
+        cv2.remap(strength, x + sign * across[0], y + sign * across[1], cv2.INTER_LINEAR)
+        for sign in (1, -1)
+    ]
     thin = np.where((strength >= sides[0]) & (strength >= sides[1]), strength, np.float32(0))
     scale = max(float(np.percentile(strength, STRONG)), 1e-6)
     return np.minimum(thin / np.float32(scale), np.float32(1)), orientation

@@ -28,7 +28,11 @@ _ARRAY_PARTS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),
-    *((f"numpy.{core}.multiarray", part) for core in ("core", "_core") for part in ("_reconstruct", "scalar")),
+    *(
+        (f"numpy.{core}.multiarray", part)
+        for core in ("core", "_core")
+        for part in ("_reconstruct", "scalar")
+    ),
 }
 
 
@@ -53,7 +57,9 @@ class FileProposals(BoxSearch):
         boxes, scores = self.read(name)
         height, width = image.shape[:2]
         boxes = np.clip(
-            boxes.astype(np.float32).reshape(-1, 4), 0, np.array([width, height, width, height], dtype=np.float32)
+            boxes.astype(np.float32).reshape(-1, 4),
+            0,
+            np.array([width, height, width, height], dtype=np.float32),
         )
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
         if scores is None:
@@ -183,7 +189,9 @@ class FolderProposals(FileProposals):
 
     def _find(self, name: str) -> Path | None:
         stem = Path(name).with_suffix(".npy")
-        return next((path for path in (self.path / stem, self.path / stem.name) if path.is_file()), None)
+        return next(
+            (path for path in (self.path / stem, self.path / stem.name) if path.is_file()), None
+        )
 
     def knows(self, name: str) -> bool:
         return self._find(name) is not None
@@ -194,7 +202,9 @@ class FolderProposals(FileProposals):
         for name in map(images.name, range(len(images))):
             other = used.setdefault(self._find(name), name)
             if other != name:
-                raise UserError(f"{self._find(name)} would be used for {other} and for {name}: {self.hint}")
+                raise UserError(
+                    f"{self._find(name)} would be used for {other} and for {name}: {self.hint}"
+                )
 
     def read(self, name: str) -> Found:
         path = self._find(name)
@@ -213,7 +223,11 @@ def read_npy(path: Path) -> Any:
     """
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         _, _, dtype = read_header(file)
         if not dtype.hasobject:
             file.seek(0)
@@ -273,7 +287,9 @@ def _read_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--proposals file:{path} can't be read ({error.strerror}): check the path") from error
+        raise UserError(
+            f"--proposals file:{path} can't be read ({error.strerror}): check the path"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}): is the file complete?") from error
 

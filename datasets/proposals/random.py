@@ -25,8 +25,12 @@ class RandomProposals:
         """
         height, width = image.shape[-2:]
         if min(height, width) < 2 * MIN_SIDE:
-            raise BadImageError(f"{width} x {height} pixels: random boxes need {2 * MIN_SIDE} on each side")
-        return torch.tensor([self._draw(rng, width, height) for _ in range(self.num_boxes)], dtype=torch.float32)
+            raise BadImageError(
+                f"{width} x {height} pixels: random boxes need {2 * MIN_SIDE} on each side"
+            )
+        return torch.tensor(
+            [self._draw(rng, width, height) for _ in range(self.num_boxes)], dtype=torch.float32
+        )
 
     @staticmethod
     def _draw(rng: SampleRandom, width: int, height: int) -> tuple[int, int, int, int]:
@@ -39,4 +43,6 @@ class RandomProposals:
 def build_random(settings: Settings) -> RandomProposals:
     """As many boxes as the pretext takes: `settings.max_prop` where it reads that, else `settings.num_patches`."""
     pretext = PRETEXTS.get(settings.pretext)
-    return RandomProposals(settings.max_prop if pretext and "max_prop" in pretext.flags else settings.num_patches)
+    return RandomProposals(
+        settings.max_prop if pretext and "max_prop" in pretext.flags else settings.num_patches
+    )

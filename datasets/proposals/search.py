@@ -59,7 +59,9 @@ def to_pixels(boxes_xyxy: np.ndarray, grid: int, size_hw: tuple[int, int]) -> Te
 
 def ordered(boxes: Tensor, scores: np.ndarray | None, rng: SampleRandom) -> Tensor:
     """Boxes with scores as they are, others in a random order."""
-    return boxes if scores is not None else boxes[torch.from_numpy(rng.numpy.permutation(len(boxes)))]
+    return (
+        boxes if scores is not None else boxes[torch.from_numpy(rng.numpy.permutation(len(boxes)))]
+    )
 
 
 @contextmanager

@@ -9,7 +9,13 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv, to_pixels
+from datasets.proposals.search import (
+    BoxSearch,
+    Found,
+    bad_image_where_opencv_fails,
+    opencv,
+    to_pixels,
+)
 from util.random_state import SampleRandom
 from util.settings import Settings
 
@@ -36,7 +42,9 @@ class SelectiveSearch(BoxSearch):
         """uint16 (x0, y0, x1, y1) [N, 4] in the order of OpenCV."""
         cv2 = opencv()
         if self.grid:
-            image = np.asarray(Image.fromarray(image).resize((self.grid, self.grid), Image.Resampling.BILINEAR))
+            image = np.asarray(
+                Image.fromarray(image).resize((self.grid, self.grid), Image.Resampling.BILINEAR)
+            )
         method = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
         with bad_image_where_opencv_fails():
             method.setBaseImage(np.ascontiguousarray(image))
@@ -59,7 +67,9 @@ class PublishedOrder(SelectiveSearch):
     def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
         if os.name == "posix":
             ctypes.CDLL(None).srand(int(rng.numpy.randint(2**31)))
-        return to_pixels(self._process(image.permute(1, 2, 0).numpy()), self.grid, tuple(image.shape[-2:]))
+        return to_pixels(
+            self._process(image.permute(1, 2, 0).numpy()), self.grid, tuple(image.shape[-2:])
+        )
 
 
 def corners_of(boxes_xywh: np.ndarray) -> np.ndarray:

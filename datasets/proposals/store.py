@@ -46,7 +46,12 @@ class ProposalStore:
         self.folder = Path(folder).absolute()
         self.header = _read_header(self.folder)
         arrays = (self.offsets, self.boxes, self.sizes_hw, self.names)
-        lengths = (self.header["images"] + 1, self.header["boxes"], self.header["images"], self.header["images"])
+        lengths = (
+            self.header["images"] + 1,
+            self.header["boxes"],
+            self.header["images"],
+            self.header["images"],
+        )
         if tuple(map(len, arrays)) != lengths or self.offsets[-1] != len(self.boxes):
             raise UserError(
                 f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make another"
@@ -97,7 +102,9 @@ class ProposalStore:
         """(boxes [N, 4] in steps of the grid, scores float32 [N] or None), copied."""
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         scores = None if self.scores is None else np.array(self.scores[rows])
-        return np.array(self.boxes[rows]), None if scores is None or np.isnan(scores).any() else scores
+        return np.array(self.boxes[rows]), None if scores is None or np.isnan(
+            scores
+        ).any() else scores
 
 
 def is_store(folder: str | os.PathLike) -> bool:
@@ -118,7 +125,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
             f"by --proposals file:{folder} without --cache_path"
         ) from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): copy the store again or make it again with {TOOL}") from error
+        raise UserError(
+            f"{path} can't be read ({error}): copy the store again or make it again with {TOOL}"
+        ) from error
     if header.get("format") != FORMAT:
         raise UserError(
             f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it again with {TOOL}"
@@ -134,7 +143,9 @@ class StoredProposals(BoxSearch):
     def __init__(self, store: ProposalStore) -> None:
         self.store = store
         self.grid, self.settings = store.header["grid"], store.header["settings"]
-        self.dtype = store.boxes.dtype.type  # a store of it must not cut the boxes of files to whole pixels
+        self.dtype = (
+            store.boxes.dtype.type
+        )  # a store of it must not cut the boxes of files to whole pixels
 
     @classmethod
     def of(cls, folder: str, method: object, name: str) -> "StoredProposals":
@@ -157,7 +168,10 @@ class StoredProposals(BoxSearch):
         Raises:
             UserError: the store of this header was made by another method or with other settings.
         """
-        made, wanted = {"method": header["method"], **header["settings"]}, {"method": name, **method.settings}
+        made, wanted = (
+            {"method": header["method"], **header["settings"]},
+            {"method": name, **method.settings},
+        )
         wrong = [key for key in {**wanted, **made} if made.get(key) != wanted.get(key)]
         if wrong:
             key = wrong[0]
@@ -179,7 +193,9 @@ class StoredProposals(BoxSearch):
             row = self.store.names.find(images.name(i))
             size = file_size(images.file(i))
             if size is not None and size != self.store.file_bytes[row]:
-                raise self._changed(images.path(i), f"{size} bytes", f"{self.store.file_bytes[row]}")
+                raise self._changed(
+                    images.path(i), f"{size} bytes", f"{self.store.file_bytes[row]}"
+                )
         header = self.store.header
         log.info(
             "proposals: %s, %d boxes in %d images, of which %d could not be read",
@@ -209,7 +225,9 @@ class StoredProposals(BoxSearch):
             )
         size, stored = tuple(image.shape[:2]), tuple(self.store.sizes_hw[row].tolist())
         if stored == (0, 0):
-            raise BadImageError(f"it could not be read when its proposals were stored; make another store with {TOOL}")
+            raise BadImageError(
+                f"it could not be read when its proposals were stored; make another store with {TOOL}"
+            )
         if size != stored:
             raise self._changed(name, f"{size[1]} x {size[0]} pixels", f"{stored[1]} x {stored[0]}")
         return self.store.found(row)

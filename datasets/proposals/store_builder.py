@@ -61,7 +61,11 @@ class Plan:
     def missing(self, shard: tuple[int, int] = (1, 1)) -> list[int]:
         """Chunks of shard (i, n), i from 1, that are still to be made."""
         done = {path.name for path in (self.folder / "chunks").glob("*.npz")}
-        return [k for k in range(shard[0] - 1, self.num_chunks, shard[1]) if self.chunk_path(k).name not in done]
+        return [
+            k
+            for k in range(shard[0] - 1, self.num_chunks, shard[1])
+            if self.chunk_path(k).name not in done
+        ]
 
     def identity(self) -> dict[str, Any]:
         """Equal for two builds whose chunks may be mixed."""
@@ -97,7 +101,9 @@ class Plan:
         """Removes what a finished store does not need: the chunks, and temporary files of processes that were
         killed.
         """
-        shutil.rmtree(self.folder / "chunks", ignore_errors=True)  # another process may be removing them too
+        shutil.rmtree(
+            self.folder / "chunks", ignore_errors=True
+        )  # another process may be removing them too
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -135,7 +141,9 @@ def make_chunk(plan: Plan, chunk: int) -> tuple[int, int]:
     content = BytesIO()
     np.savez(content, **arrays)
     with _unless_finished(plan):
-        write_atomically(plan.chunk_path(chunk), lambda file: file.write(content.getvalue()), shared=True)
+        write_atomically(
+            plan.chunk_path(chunk), lambda file: file.write(content.getvalue()), shared=True
+        )
     return len(rows), sum(map(bool, problems))
 
 
@@ -148,10 +156,18 @@ def _search(plan: Plan, index: int) -> tuple:
         identity = file_identity(file)
         image = np.asarray(open_image(file))
         if max(image.shape[:2]) > LARGEST_SIDE:
-            raise BadImageError(f"{image.shape[1]} x {image.shape[0]} pixels: a side may have {LARGEST_SIDE}")
+            raise BadImageError(
+                f"{image.shape[1]} x {image.shape[0]} pixels: a side may have {LARGEST_SIDE}"
+            )
         boxes, scores = plan.method.search(image, name)
     except BadImageError as error:
-        return np.zeros((0, 4), dtype=plan.method.dtype), np.zeros(0, dtype=np.float32), (0, 0), identity, str(error)
+        return (
+            np.zeros((0, 4), dtype=plan.method.dtype),
+            np.zeros(0, dtype=np.float32),
+            (0, 0),
+            identity,
+            str(error),
+        )
     if scores is None:
         scores = np.full(len(boxes), np.nan, dtype=np.float32)
     return boxes, scores, image.shape[:2], identity, ""
@@ -203,7 +219,9 @@ def _merge(plan: Plan, step: Callable[[], None]) -> None:
         count, reasons, scores = _read(plan, chunk, "counts", "problems", "scores")
         counts.append(count)
         names = [plan.names[i] for i in plan.images_of(chunk)]
-        problems += [[name, str(reason)] for name, reason in zip(names, reasons, strict=True) if reason]
+        problems += [
+            [name, str(reason)] for name, reason in zip(names, reasons, strict=True) if reason
+        ]
         has_scores = has_scores or bool(np.isfinite(scores).any())
         step()
     offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
@@ -222,10 +240,17 @@ def _write_arrays(plan: Plan, offsets: np.ndarray, has_scores: bool) -> None:
     data, ends = plan.names.arrays()
     for name, array in (("offsets", offsets), ("name_bytes", data), ("name_ends", ends)):
         write_atomically(
-            plan.folder / f"{name}.npy", lambda file, array=array: np.lib.format.write_array(file, array), shared=True
+            plan.folder / f"{name}.npy",
+            lambda file, array=array: np.lib.format.write_array(file, array),
+            shared=True,
         )
     images, boxes = len(plan.names), int(offsets[-1])
-    shapes = {"boxes": (boxes, 4), "sizes": (images, 2), "file_bytes": (images,), "file_crc32": (images,)}
+    shapes = {
+        "boxes": (boxes, 4),
+        "sizes": (images, 2),
+        "file_bytes": (images,),
+        "file_crc32": (images,),
+    }
     for name, shape in {**shapes, **({"scores": (boxes,)} if has_scores else {})}.items():
         write_atomically(
             plan.folder / f"{name}.npy",
@@ -244,7 +269,11 @@ def _stream(file: BinaryIO, shape: tuple[int, ...], parts: Iterable[np.ndarray])
     header_written = False
     for part in parts:
         if not header_written:
-            description = {"descr": np.lib.format.dtype_to_descr(part.dtype), "fortran_order": False, "shape": shape}
+            description = {
+                "descr": np.lib.format.dtype_to_descr(part.dtype),
+                "fortran_order": False,
+                "shape": shape,
+            }
             np.lib.format.write_array_header_1_0(file, description)
             header_written = True
         file.write(np.ascontiguousarray(part).tobytes())

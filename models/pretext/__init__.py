@@ -54,7 +54,9 @@ class Pretext(TrainableModel):
 class QueryPatchPretext(Pretext):
     """Base of the pretexts whose queries are made of patches or regions of an image, and find them."""
 
-    feature_align: nn.Module  # predicts the feature of a query's patch, where `losses` has "features"
+    feature_align: (
+        nn.Module
+    )  # predicts the feature of a query's patch, where `losses` has "features"
 
     @staticmethod
     def build_classification(settings: Settings) -> Classification:
@@ -65,7 +67,11 @@ class QueryPatchPretext(Pretext):
 
     def loss_weights(self, settings: Settings) -> dict[str, float]:
         weights = super().loss_weights(settings)
-        return {**weights, "loss_feature": settings.feature_loss_coef} if "features" in self.losses else weights
+        return (
+            {**weights, "loss_feature": settings.feature_loss_coef}
+            if "features" in self.losses
+            else weights
+        )
 
     def predict_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> None:
         """Adds `pred_features` [B, Q, F] of each decoder layer to its outputs, and the targets [B * M, F]. layers: [L,
@@ -83,7 +89,9 @@ class QueryPatchPretext(Pretext):
 
         Returns boxes_cxcywh [B, M, 4] and scores [B, M].
         """
-        scores = outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
+        scores = (
+            outputs["pred_logits"].softmax(-1)[..., :-1].amax(-1).unflatten(1, (num_patches, -1))
+        )
         best = scores.argmax(-1)[..., None, None].expand(-1, -1, 1, 4)
         boxes = outputs["pred_boxes"].unflatten(1, (num_patches, -1)).gather(2, best)
         return boxes.squeeze(2), scores.amax(-1)
@@ -118,7 +126,9 @@ def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
 def _flatten_keys(module: Pretext, state_dict: dict, prefix: str, local_metadata: dict) -> None:
     for key in list(state_dict):
         value = state_dict.pop(key)
-        state_dict[key.replace(prefix + DETECTOR_PREFIX, prefix, 1) if key.startswith(prefix) else key] = value
+        state_dict[
+            key.replace(prefix + DETECTOR_PREFIX, prefix, 1) if key.startswith(prefix) else key
+        ] = value
 
 
 def _nest_keys(module: Pretext, state_dict: dict, prefix: str, *_) -> None:

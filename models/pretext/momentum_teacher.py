@@ -34,9 +34,13 @@ class MomentumTeacher:
         backbone = student.detector.backbone[0]
         self.momentum, self.maps = momentum, _GivenMaps() if backbone.frozen else None
         self.network: Any = (
-            copy.deepcopy(student, {id(backbone): self.maps} if self.maps else {}).requires_grad_(False).eval()
+            copy.deepcopy(student, {id(backbone): self.maps} if self.maps else {})
+            .requires_grad_(False)
+            .eval()
         )
-        self.norms = [module for module in self.network.modules() if isinstance(module, BATCH_NORMS)]
+        self.norms = [
+            module for module in self.network.modules() if isinstance(module, BATCH_NORMS)
+        ]
 
     @torch.no_grad()
     def follow(self, student: nn.Module, progress: float) -> None:

@@ -38,12 +38,18 @@ class RandomQueryPatch(QueryPatchPretext):
     ) -> None:
         super().__init__(detector)
         check_region_queries(detector, num_patches)
-        self.num_patches, self.mask_ratio, self.query_shuffle = num_patches, mask_ratio, query_shuffle
+        self.num_patches, self.mask_ratio, self.query_shuffle = (
+            num_patches,
+            mask_ratio,
+            query_shuffle,
+        )
         self.feature_recon = feature_recon
         channels = sum(detector.backbone[0].num_channels)
         self.patch2query = nn.Linear(channels, detector.hidden_dim)
         if feature_recon:
-            self.feature_align = MLP(detector.hidden_dim, detector.hidden_dim, channels, num_layers=2)
+            self.feature_align = MLP(
+                detector.hidden_dim, detector.hidden_dim, channels, num_layers=2
+            )
         self.losses = ("labels", "boxes", "cardinality") + (("features",) if feature_recon else ())
 
     @classmethod
@@ -90,10 +96,16 @@ class RandomQueryPatch(QueryPatchPretext):
     def patch_queries(self, features: Tensor, batch: int, num_patches: int) -> Queries:
         """[B * M, F] -> queries for M * Q / num_patches of the detector's slots."""
         repeats = self.detector.num_queries // self.num_patches
-        from_patches = self.patch2query(features).view(batch, num_patches, -1).repeat_interleave(repeats, dim=1)
+        from_patches = (
+            self.patch2query(features)
+            .view(batch, num_patches, -1)
+            .repeat_interleave(repeats, dim=1)
+        )
         learned = self.detector.learned_queries(batch, from_patches.shape[1])
         if self.training:
-            from_patches = from_patches * self.keep_mask(batch, from_patches.shape[1], features.device)
+            from_patches = from_patches * self.keep_mask(
+                batch, from_patches.shape[1], features.device
+            )
             if self.query_shuffle:
                 order = torch.randperm(from_patches.shape[1], device=features.device)
                 content = None if learned.content is None else learned.content[:, order]

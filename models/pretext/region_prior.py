@@ -29,7 +29,9 @@ class RegionPrior(Pretext):
 
     target_encoder: Any
 
-    def __init__(self, detector: Detector, target_encoder: Any = None, published_statistics: bool = False) -> None:
+    def __init__(
+        self, detector: Detector, target_encoder: Any = None, published_statistics: bool = False
+    ) -> None:
         super().__init__(detector)
         self.losses = ("labels", "boxes", "cardinality")
         self.published_statistics = published_statistics
@@ -46,18 +48,30 @@ class RegionPrior(Pretext):
     def from_settings(cls, settings: Settings, detector: Detector) -> "RegionPrior":
         if not settings.object_embedding_loss:
             return cls(detector)
-        encoder = build_target_encoder(settings.obj_embedding_head, detector.backbone[0], settings.backbone_weights)
-        return cls(detector, encoder, settings.reproduce_published and settings.obj_embedding_head == "head")
+        encoder = build_target_encoder(
+            settings.obj_embedding_head, detector.backbone[0], settings.backbone_weights
+        )
+        return cls(
+            detector,
+            encoder,
+            settings.reproduce_published and settings.obj_embedding_head == "head",
+        )
 
     @staticmethod
     def build_classification(settings: Settings) -> Classification:
         """As the detector's own: objectness is one of its classes (published: label 1 of 91), or the only one with
         `--num_classes 1`.
         """
-        return Classification(settings.classification, settings.num_classes, **matching_costs(settings))
+        return Classification(
+            settings.classification, settings.num_classes, **matching_costs(settings)
+        )
 
     def last_layer_weights(self, settings: Settings) -> dict[str, float]:
-        return {"loss_object_embedding": settings.object_embedding_coef} if "object_embedding" in self.losses else {}
+        return (
+            {"loss_object_embedding": settings.object_embedding_coef}
+            if "object_embedding" in self.losses
+            else {}
+        )
 
     def forward(self, samples, targets: Targets) -> dict:
         """samples: normalised images; with embeddings each target has `patches` [N_i, 3, S, S], normalised like the
@@ -90,7 +104,10 @@ class RegionPrior(Pretext):
         """
         if stored or self.target_encoder is None:
             super().load_frozen(stored, source)
-        elif isinstance(self.target_encoder, IntermediateEncoder) and self.detector.backbone[0].frozen:
+        elif (
+            isinstance(self.target_encoder, IntermediateEncoder)
+            and self.detector.backbone[0].frozen
+        ):
             self.target_encoder.copy_weights(self.detector.backbone[0])
         else:
             raise UserError(

@@ -98,7 +98,11 @@ class Siamese(QueryPatchPretext):
         )
 
     def last_layer_weights(self, settings: Settings) -> dict[str, float]:
-        return {"loss_enc_global_contra": settings.global_loss_coef} if "global_contrast" in self.losses else {}
+        return (
+            {"loss_enc_global_contra": settings.global_loss_coef}
+            if "global_contrast" in self.losses
+            else {}
+        )
 
     def forward(self, samples, targets: Targets) -> dict:
         """samples: 2B normalised views; each target has `boxes` [M, 4], `size` (h, w) and, for region discrimination,
@@ -124,11 +128,15 @@ class Siamese(QueryPatchPretext):
             self.predict_features(outputs, states.layers, self.crop_features(targets))
         if "global_contrast" in self.losses:
             with without_autocast(memory.tokens):
-                outputs["projections"], outputs["predictions"] = self.enc_head[0](self.pooled_memory(memory))
+                outputs["projections"], outputs["predictions"] = self.enc_head[0](
+                    self.pooled_memory(memory)
+                )
             if self.teacher is not None:
                 taught = self.teacher.encode(samples, memory)
                 with without_autocast(memory.tokens):
-                    outputs["projections"] = self.teacher.network.enc_head[0].project(self.pooled_memory(taught))
+                    outputs["projections"] = self.teacher.network.enc_head[0].project(
+                        self.pooled_memory(taught)
+                    )
         return outputs
 
     def frozen_parts(self) -> dict[str, nn.Module]:
@@ -153,7 +161,11 @@ class Siamese(QueryPatchPretext):
         """
         sides = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes_cxcywh.dtype)
         corners = box_cxcywh_to_xyxy(boxes_cxcywh) * sides
-        return jitter_boxes(corners, self.normals(corners), self.box_disturbance).clamp(min=0).minimum(sides)
+        return (
+            jitter_boxes(corners, self.normals(corners), self.box_disturbance)
+            .clamp(min=0)
+            .minimum(sides)
+        )
 
     def normals(self, boxes: Tensor) -> Tensor:
         """What decides how far each coordinate moves."""
@@ -166,7 +178,9 @@ class Siamese(QueryPatchPretext):
             maps = full_precision(feature.tensor)
             boxes = list(boxes_xyxy_abs.to(maps.dtype))
             with without_autocast(maps):
-                parts.append(roi_align(maps, boxes, ROI_SIDE, spatial_scale=1 / stride).mean((2, 3)))
+                parts.append(
+                    roi_align(maps, boxes, ROI_SIDE, spatial_scale=1 / stride).mean((2, 3))
+                )
         return torch.cat(parts, 1).unflatten(0, boxes_xyxy_abs.shape[:2])
 
     def region_queries(self, features: Tensor) -> Queries:
@@ -183,8 +197,15 @@ class Siamese(QueryPatchPretext):
     @torch.no_grad()
     def crop_features(self, targets: Targets) -> Tensor:
         """What the queries of each view predict: features of the crops of the other one, [2B * M, F]."""
-        crops, backbone = torch.stack([target["patches"] for target in targets]), self.detector.backbone[0]
-        encoder = backbone if self.teacher is None or backbone.frozen else self.teacher.network.detector.backbone[0]
+        crops, backbone = (
+            torch.stack([target["patches"] for target in targets]),
+            self.detector.backbone[0],
+        )
+        encoder = (
+            backbone
+            if self.teacher is None or backbone.frozen
+            else self.teacher.network.detector.backbone[0]
+        )
         return pooled_features(encoder, partner(crops).flatten(0, 1))
 
     def pooled_memory(self, memory: Memory) -> Tensor:
@@ -195,7 +216,13 @@ class Siamese(QueryPatchPretext):
             return torch.cat([level.mean(1) for level in levels], 1)
         shown = [~mask[..., None] for mask in memory.padding_mask.split(cells, 1)]
         # Further levels, which the backbone did not give, are left over.
-        return torch.cat([(level * here).sum(1) / here.sum(1) for level, here in zip(levels, shown, strict=False)], 1)
+        return torch.cat(
+            [
+                (level * here).sum(1) / here.sum(1)
+                for level, here in zip(levels, shown, strict=False)
+            ],
+            1,
+        )
 
 
 class GlobalHead(nn.Module):
@@ -215,7 +242,9 @@ class GlobalHead(nn.Module):
             nn.Linear(dim, dim),
             SyncedBatchNorm(dim),
         )
-        self.predictor.mlp = nn.Sequential(nn.Linear(dim, dim), SyncedBatchNorm(dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.predictor.mlp = nn.Sequential(
+            nn.Linear(dim, dim), SyncedBatchNorm(dim), nn.ReLU(), nn.Linear(dim, dim)
+        )
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """[2B, C] -> projections and predictions [2B, D]"""

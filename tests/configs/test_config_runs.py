@@ -106,8 +106,15 @@ def start(words: list[str]) -> list[str]:
 
 def save_small(words: list[str], path: Path) -> Path:
     """The checkpoint that a config's command for a small model would end with, but for its values."""
-    args = resolve(parse(small_words(words, "--backbone_weights", "none", "--backbone_norm", "frozen"), resolved=False))
-    torch.save({"model": build_model(args)[0].state_dict(), "args": args.as_dict(), "epoch": 0}, path)
+    args = resolve(
+        parse(
+            small_words(words, "--backbone_weights", "none", "--backbone_norm", "frozen"),
+            resolved=False,
+        )
+    )
+    torch.save(
+        {"model": build_model(args)[0].state_dict(), "args": args.as_dict(), "epoch": 0}, path
+    )
     return path
 
 
@@ -115,8 +122,14 @@ def source_config(words: list[str]) -> list[str]:
     """The config whose output a command takes as `--pretrain` or `--resume`; of a published file, the one that it comes
     from.
     """
-    given = next(word for flag, word in zip(words, words[1:], strict=False) if flag in ("--pretrain", "--resume"))
-    return config_words(CONFIGS["DETR_r50_coco" if given.startswith("https://") else Path(given).parent.name])
+    given = next(
+        word
+        for flag, word in zip(words, words[1:], strict=False)
+        if flag in ("--pretrain", "--resume")
+    )
+    return config_words(
+        CONFIGS["DETR_r50_coco" if given.startswith("https://") else Path(given).parent.name]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -156,38 +169,62 @@ def test_config_builds_the_published_model(name: str) -> None:
 def without_numbers(name: str) -> str:
     """A config's command with `#` for each number, and for the config that it starts from that one's."""
     command = CONFIGS[name].read_text().split("exec ")[1].split("--output_dir")[0]
-    command = re.sub(r"exps/([^/]+)/checkpoint.pth", lambda source: without_numbers(source[1]), command)
+    command = re.sub(
+        r"exps/([^/]+)/checkpoint.pth", lambda source: without_numbers(source[1]), command
+    )
     return re.sub(r" [\d.]\S*", " #", command)
 
 
 # Of commands that differ in numbers alone, one; the tables of settings have all of them.
-DIFFERENT = {without_numbers(name): name for name in CONFIGS if not name.endswith(("_eval", "_eval_coco"))}
+DIFFERENT = {
+    without_numbers(name): name for name in CONFIGS if not name.endswith(("_eval", "_eval_coco"))
+}
 
 
 @pytest.mark.parametrize("name", sorted(DIFFERENT.values()))
-def test_config_runs_three_steps(name: str, coco: Path, voc: Path, unlabelled: Path, tmp_path: Path) -> None:
+def test_config_runs_three_steps(
+    name: str, coco: Path, voc: Path, unlabelled: Path, tmp_path: Path
+) -> None:
     words = config_words(CONFIGS[name])
     data, kind = ["--coco_path", coco], dict(zip(words, words[1:], strict=False)).get("--dataset")
     if "--imagenet_path" in words or kind in ("imagenet", "imagenet100", "airbus_pretrain"):
         data = ["--imagenet_path", unlabelled]
     elif {"voc", "voc_coco"} & set(words):
-        data = ["--voc_path", voc, "--voc_train", "2007_trainval", "2012_trainval"]  # one list alone is too few
+        data = [
+            "--voc_path",
+            voc,
+            "--voc_train",
+            "2007_trainval",
+            "2012_trainval",
+        ]  # one list alone is too few
     elif kind == "airbus":
         data = ["--airbus_path", write_airbus(tmp_path / "airbus", images=6)]
-    data += ["--filter_pct", "1"] if "--filter_pct" in words else []  # a share of four images is too few
+    data += (
+        ["--filter_pct", "1"] if "--filter_pct" in words else []
+    )  # a share of four images is too few
     data += ["--novel_classes", "red"] if "--few_shot" in words and "voc" not in words else []
-    data += ["--few_shot_file", write_shots(coco, tmp_path / "shots")] if "--few_shot_file" in words else []
-    start_from = (
-        ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")] if "--pretrain" in words else []
+    data += (
+        ["--few_shot_file", write_shots(coco, tmp_path / "shots")]
+        if "--few_shot_file" in words
+        else []
     )
-    lines = start(small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run"))
+    start_from = (
+        ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")]
+        if "--pretrain" in words
+        else []
+    )
+    lines = start(
+        small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run")
+    )
     assert sum(line.startswith("step on") for line in lines) == 2
     assert any("nothing was saved" in line for line in lines)
     if start_from and source_config(words)[0] == "main.py":
         assert any("patch2query" in line or "feature_embed" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.endswith(("_eval", "_eval_coco"))])
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if name.endswith(("_eval", "_eval_coco"))]
+)
 def test_config_evaluates(name: str, coco: Path, tmp_path: Path) -> None:
     """Flags of the architecture are left out: they are those of the checkpoint."""
     words = config_words(CONFIGS[name])

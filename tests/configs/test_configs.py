@@ -18,7 +18,13 @@ DETR = {
     "pre_norm": False,
     "dilation": False,
 }
-DETR_500 = {**DETR, "epochs": 500, "lr_drop": 400, "backbone_weights": "imagenet", "backbone": "resnet50"}
+DETR_500 = {
+    **DETR,
+    "epochs": 500,
+    "lr_drop": 400,
+    "backbone_weights": "imagenet",
+    "backbone": "resnet50",
+}
 DETR_50 = {**DETR_500, "epochs": 50, "lr_drop": 40}
 CONDITIONAL = {
     "detector": "conditional_detr",
@@ -189,7 +195,12 @@ DETREG_FEW_SHOT = {
     "batch_size": 4,
     "novel_classes": None,
 }
-VOC_AS_COCO = {"dataset_file": "voc_coco", "voc_train": ["2012_trainval"], "voc_val": ["2007_test"], "filter_pct": -1.0}
+VOC_AS_COCO = {
+    "dataset_file": "voc_coco",
+    "voc_train": ["2012_trainval"],
+    "voc_val": ["2007_test"],
+    "filter_pct": -1.0,
+}
 SIAMESE_DATA = {"coco": {"dataset_file": "coco"}, "voc": VOC_AS_COCO}
 # The columns of Siamese DETR's tables: three detectors.
 COLUMNS = {
@@ -240,9 +251,15 @@ UPDETR_FINETUNE = {
 }
 PUBLISHED = {
     "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": SIAMESE_CONDITIONAL_IN,
-    "r50_condtr_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "num_queries": 300},
+    "r50_condtr_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {
+        **SIAMESE_CONDITIONAL_IN,
+        "num_queries": 300,
+    },
     "r50_condtr_100q_syncbn_coco_edgebox_rdiscr_gdiscr_gpu16_step12w": SIAMESE_COCO,
-    "r50_vanillatr_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {**SIAMESE_IN, "detector": "detr"},
+    "r50_vanillatr_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w": {
+        **SIAMESE_IN,
+        "detector": "detr",
+    },
     "r50_deformtr_ms_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w": SIAMESE_DEFORMABLE,
     "r50_deformtr_ss_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w": {
         **SIAMESE_DEFORMABLE,
@@ -253,15 +270,50 @@ PUBLISHED = {
         "feature_loss_coef": 0.0,
         "global_loss_coef": 0.0,
     },
-    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "global_loss_coef": 0.0},
-    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32_step30w": {**SIAMESE_CONDITIONAL_IN, "feature_loss_coef": 0.0},
-    "r50_condtr_100q_syncbn_coco_edgebox_iou0.3_rdiscr_gdiscr_gpu16_step12w": {**SIAMESE_COCO, "view_iou": 0.3},
-    "r50_condtr_100q_syncbn_coco_edgebox_iou0.7_rdiscr_gdiscr_gpu16_step12w": {**SIAMESE_COCO, "view_iou": 0.7},
-    "r50_condtr_100q_syncbn_coco_randbox_rdiscr_gdiscr_gpu16_step12w": {**SIAMESE_COCO, "proposals": "random"},
-    "DETReg_top30_in": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc/train", "max_prop": 30, "epochs": 5},
-    "DETReg_top30_in100": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc100/train", "max_prop": 30, "epochs": 50},
-    "DETReg_top5_in100": {**DETREG_PRETRAIN, "imagenet_path": "data/ilsvrc100/train", "max_prop": 5, "epochs": 50},
-    "DETReg_top30_coco": {**DETREG_PRETRAIN, "coco_path": "data/MSCoco", "max_prop": 30, "epochs": 50},
+    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32_step30w": {
+        **SIAMESE_CONDITIONAL_IN,
+        "global_loss_coef": 0.0,
+    },
+    "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32_step30w": {
+        **SIAMESE_CONDITIONAL_IN,
+        "feature_loss_coef": 0.0,
+    },
+    "r50_condtr_100q_syncbn_coco_edgebox_iou0.3_rdiscr_gdiscr_gpu16_step12w": {
+        **SIAMESE_COCO,
+        "view_iou": 0.3,
+    },
+    "r50_condtr_100q_syncbn_coco_edgebox_iou0.7_rdiscr_gdiscr_gpu16_step12w": {
+        **SIAMESE_COCO,
+        "view_iou": 0.7,
+    },
+    "r50_condtr_100q_syncbn_coco_randbox_rdiscr_gdiscr_gpu16_step12w": {
+        **SIAMESE_COCO,
+        "proposals": "random",
+    },
+    "DETReg_top30_in": {
+        **DETREG_PRETRAIN,
+        "imagenet_path": "data/ilsvrc/train",
+        "max_prop": 30,
+        "epochs": 5,
+    },
+    "DETReg_top30_in100": {
+        **DETREG_PRETRAIN,
+        "imagenet_path": "data/ilsvrc100/train",
+        "max_prop": 30,
+        "epochs": 50,
+    },
+    "DETReg_top5_in100": {
+        **DETREG_PRETRAIN,
+        "imagenet_path": "data/ilsvrc100/train",
+        "max_prop": 5,
+        "epochs": 50,
+    },
+    "DETReg_top30_coco": {
+        **DETREG_PRETRAIN,
+        "coco_path": "data/MSCoco",
+        "max_prop": 30,
+        "epochs": 50,
+    },
     "DETReg_top30_in_detr": {
         **DETREG_PRETRAIN,
         "imagenet_path": "data/ilsvrc/train",
@@ -319,7 +371,11 @@ PUBLISHED = {
         "epochs": 60,
         "lr_drop": 60,
     },
-    "DETReg_conditional_pretrain_coco": {**DETREG_CONDITIONAL, "coco_path": "data/MSCoco", "epochs": 50},
+    "DETReg_conditional_pretrain_coco": {
+        **DETREG_CONDITIONAL,
+        "coco_path": "data/MSCoco",
+        "epochs": 50,
+    },
     "DETReg_top30_airbus": {
         **DETREG_PRETRAIN,
         "imagenet_path": "data/airbus-ship-detection/train_v2",
@@ -335,7 +391,12 @@ PUBLISHED = {
         "lr_drop": 40,
         "pretrain": "exps/DETReg_top30_airbus/checkpoint.pth",
     },
-    "DETReg_few_shot_base_coco": {**DETREG_FEW_SHOT, "few_shot": "base", "epochs": 50, "lr_drop": 40},
+    "DETReg_few_shot_base_coco": {
+        **DETREG_FEW_SHOT,
+        "few_shot": "base",
+        "epochs": 50,
+        "lr_drop": 40,
+    },
     **{
         f"DETReg_few_shot_{shots}shot_{name}": {
             **DETREG_FEW_SHOT,
@@ -346,7 +407,14 @@ PUBLISHED = {
         }
         for shots in (10, 30)
         for name, more in (
-            ("coco", {"pretrain": "exps/DETReg_few_shot_base_coco/checkpoint.pth", "epochs": 150, "lr_drop": 140}),
+            (
+                "coco",
+                {
+                    "pretrain": "exps/DETReg_few_shot_base_coco/checkpoint.pth",
+                    "epochs": 150,
+                    "lr_drop": 140,
+                },
+            ),
             ("no_base_coco", {"epochs": 1000, "lr_drop": 990}),
         )
     },
@@ -370,7 +438,12 @@ PUBLISHED = {
         "eval_every": 50,
         "pretrain": "exps/DETReg_few_shot_base_pascal/checkpoint.pth",
     },
-    "UPDETR_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 32, "pre_norm": True},
+    "UPDETR_pretrain_in": {
+        **UPDETR_PRETRAIN,
+        "detector": "detr",
+        "batch_size": 32,
+        "pre_norm": True,
+    },
     "UPDETR_finetune_coco": UPDETR_FINETUNE,
     "UPDETR_finetune_150epochs_coco": {**UPDETR_FINETUNE, "epochs": 150, "lr_drop": 100},
     **{
@@ -383,7 +456,13 @@ PUBLISHED = {
         }
         for name, epochs, drop in (("voc", 300, 200), ("150epochs_voc", 150, 100))
     },
-    "UPDETR_eval_coco": {"detector": "detr", "eval": True, "batch_size": 2, "pre_norm": True, "aux_loss": False},
+    "UPDETR_eval_coco": {
+        "detector": "detr",
+        "eval": True,
+        "batch_size": 2,
+        "pre_norm": True,
+        "aux_loss": False,
+    },
     "UPDETR_conditional_pretrain_in": {
         **UPDETR_PRETRAIN,
         "detector": "conditional_detr",
@@ -398,14 +477,22 @@ PUBLISHED = {
     },
     "UPDETR_conditional_300q_finetune_coco": {**CONDITIONAL, "lr_backbone": 5e-5, "resume": ""},
     "UPDETR_conditional_pretrain_coco": {**UPDETR_CONDITIONAL_COCO, "proposals": "random"},
-    "UPDETR_conditional_edgebox_pretrain_coco": {**UPDETR_CONDITIONAL_COCO, "proposals": "edge_boxes"},
+    "UPDETR_conditional_edgebox_pretrain_coco": {
+        **UPDETR_CONDITIONAL_COCO,
+        "proposals": "edge_boxes",
+    },
     "UPDETR_vanilla_pretrain_in": {**UPDETR_PRETRAIN, "detector": "detr", "batch_size": 16},
     **{
-        f"{prefix}_{column}_finetune_{data}": {**settings, **more, "pretrain": f"exps/{sources[column]}/checkpoint.pth"}
+        f"{prefix}_{column}_finetune_{data}": {
+            **settings,
+            **more,
+            "pretrain": f"exps/{sources[column]}/checkpoint.pth",
+        }
         for prefix, sources in PRE_TRAINED.items()
         for column, settings in COLUMNS.items()
         for data, more in SIAMESE_DATA.items()
-        if (prefix, column, data) != ("DETReg", "deformable", "coco")  # that is DETReg_fine_tune_full_coco
+        if (prefix, column, data)
+        != ("DETReg", "deformable", "coco")  # that is DETReg_fine_tune_full_coco
     },
     **{
         f"Scratch_{column}_{data}": {**settings, **more, "backbone_weights": "swav", "pretrain": ""}
@@ -439,7 +526,11 @@ PUBLISHED = {
     },
     "UPDETR_deformable_pretrain_in": UPDETR_DEFORMABLE,
     "UPDETR_deformable_single_scale_pretrain_in": {**UPDETR_DEFORMABLE, "num_feature_levels": 1},
-    "UPDETR_deformable_single_scale_finetune_coco": {**DEFORMABLE, "num_feature_levels": 1, "backbone_weights": "none"},
+    "UPDETR_deformable_single_scale_finetune_coco": {
+        **DEFORMABLE,
+        "num_feature_levels": 1,
+        "backbone_weights": "none",
+    },
     "DETR_r50_coco": DETR_500,
     "DETR_r50_dc5_coco": {**DETR_500, "dilation": True, "batch_size": 1},
     "DETR_r101_coco": {**DETR_500, "backbone": "resnet101"},
@@ -460,11 +551,20 @@ PUBLISHED = {
     "ConditionalDETR_r50_coco": CONDITIONAL,
     "ConditionalDETR_r50_dc5_coco": {**CONDITIONAL, "dilation": True, "batch_size": 1},
     "ConditionalDETR_r101_coco": {**CONDITIONAL, "backbone": "resnet101"},
-    "ConditionalDETR_r101_dc5_coco": {**CONDITIONAL, "backbone": "resnet101", "dilation": True, "batch_size": 1},
+    "ConditionalDETR_r101_dc5_coco": {
+        **CONDITIONAL,
+        "backbone": "resnet101",
+        "dilation": True,
+        "batch_size": 1,
+    },
     "ConditionalDETR_eval_coco": {"detector": "conditional_detr", "eval": True, "batch_size": 2},
     "r50_deformable_detr": DEFORMABLE,
     "r50_deformable_detr_single_scale": {**DEFORMABLE, "num_feature_levels": 1},
-    "r50_deformable_detr_single_scale_dc5": {**DEFORMABLE, "num_feature_levels": 1, "dilation": True},
+    "r50_deformable_detr_single_scale_dc5": {
+        **DEFORMABLE,
+        "num_feature_levels": 1,
+        "dilation": True,
+    },
     "r50_deformable_detr_plus_iterative_bbox_refinement": {**DEFORMABLE, "with_box_refine": True},
     "r50_deformable_detr_plus_iterative_bbox_refinement_plus_plus_two_stage": {
         **DEFORMABLE,
@@ -536,12 +636,18 @@ def fake_python(tmp_path: Path) -> dict[str, str]:
 
 def launch(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "tools" / "run_dist_launch.sh"), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_config_alone_runs_on_one_process(fake_python: dict[str, str]) -> None:
     done = subprocess.run(
-        ["bash", str(CONFIGS["DETR_r50_coco"])], env=fake_python, capture_output=True, text=True, check=True
+        ["bash", str(CONFIGS["DETR_r50_coco"])],
+        env=fake_python,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.splitlines() == config_words(CONFIGS["DETR_r50_coco"])
 
@@ -561,7 +667,11 @@ def test_config_alone_runs_on_one_process(fake_python: dict[str, str]) -> None:
 )
 @pytest.mark.parametrize("target", ["configs/UPDETR_pretrain_in.sh", "main.py"])
 def test_launcher_starts_torchrun_with_the_command(
-    fake_python: dict[str, str], target: str, processes: str, settings: dict[str, str], expected: tuple
+    fake_python: dict[str, str],
+    target: str,
+    processes: str,
+    settings: dict[str, str],
+    expected: tuple,
 ) -> None:
     from torch.distributed.run import get_args_parser
 
@@ -569,7 +679,13 @@ def test_launcher_starts_torchrun_with_the_command(
     words = done.stdout.splitlines()
     assert words[:2] == ["-m", "torch.distributed.run"], done.stderr
     run = get_args_parser().parse_args(words[2:])
-    assert (run.nnodes, int(run.nproc_per_node), run.node_rank, run.master_addr, run.master_port) == expected
+    assert (
+        run.nnodes,
+        int(run.nproc_per_node),
+        run.node_rank,
+        run.master_addr,
+        run.master_port,
+    ) == expected
     assert run.training_script == "main.py"
     assert run.training_script_args[-2:] == ["--imagenet_path", "my images"]
     assert parse(["main.py", *run.training_script_args]).imagenet_path == "my images"

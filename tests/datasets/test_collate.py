@@ -73,7 +73,10 @@ def test_packed_targets_are_a_sequence_of_those_of_the_images() -> None:
 
 def test_objects_are_packed_once() -> None:
     """What a loader packed is read as it is; of a list only the objects, and image ids of any form, are taken."""
-    targets = [{**sample(8, 8, n)[1], "image_id": torch.tensor(n), "masks": torch.zeros(n, 8, 8)} for n in (2, 0, 3)]
+    targets = [
+        {**sample(8, 8, n)[1], "image_id": torch.tensor(n), "masks": torch.zeros(n, 8, 8)}
+        for n in (2, 0, 3)
+    ]
     packed = pack_objects(targets)
     assert set(packed.tensors) == {"boxes", "labels", "image_id"}
     assert packed.rows["labels"] == [2, 0, 3]
@@ -93,11 +96,15 @@ def test_normalisation() -> None:
     assert samples.tensors.dtype == torch.float32
     for (image, _), normalized in zip(batch, samples.tensors, strict=True):
         _, h, w = image.shape
-        expected = (image / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        expected = (image / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
+            :, None, None
+        ]
         assert torch.equal(normalized[:, :h, :w], expected)
         assert torch.equal(normalized, torch.nn.functional.pad(expected, (0, 30 - w, 0, 25 - h)))
     patches = torch.stack([image for image, _ in [sample(8, 8, 0)] * 2])
-    assert torch.equal(normalize_images(patches, MEAN, STD)[1], normalize_images(patches[1], MEAN, STD))
+    assert torch.equal(
+        normalize_images(patches, MEAN, STD)[1], normalize_images(patches[1], MEAN, STD)
+    )
 
 
 @pytest.fixture
@@ -109,7 +116,9 @@ def args(tmp_path: Path) -> Settings:
     return pretext_args(tmp_path)
 
 
-def epoch_of(args: Settings, train: bool, epoch: int = 0, start_batch: int = 0) -> list[tuple[Tensor, list[dict]]]:
+def epoch_of(
+    args: Settings, train: bool, epoch: int = 0, start_batch: int = 0
+) -> list[tuple[Tensor, list[dict]]]:
     dataset = build_dataset("train" if train else "val", args)
     loader = build_loader(dataset, args, train)
     loader.batch_sampler.set_epoch(epoch, start_batch)
@@ -134,7 +143,9 @@ def test_workers_do_not_change_samples(args: Settings) -> None:
 
 def test_epochs_differ_and_evaluation_does_not(args: Settings) -> None:
     first, second = epoch_of(args, train=True), epoch_of(args, train=True, epoch=1)
-    assert [int(t["image_id"]) for _, b in first for t in b] != [int(t["image_id"]) for _, b in second for t in b]
+    assert [int(t["image_id"]) for _, b in first for t in b] != [
+        int(t["image_id"]) for _, b in second for t in b
+    ]
     held_out = epoch_of(args, train=False)
     assert [int(target["image_id"]) for _, batch in held_out for target in batch] == list(range(7))
     assert_same(held_out, epoch_of(args, train=False))
@@ -153,6 +164,8 @@ def test_persistent_workers_follow_the_epoch(args: Settings) -> None:
 
 def test_too_few_images_for_a_batch(args: Settings) -> None:
     args = args.replace(batch_size=8)
-    with pytest.raises(UserError, match="7 training images are fewer than one batch .* --batch_size 7"):
+    with pytest.raises(
+        UserError, match="7 training images are fewer than one batch .* --batch_size 7"
+    ):
         build_loader(build_dataset("train", args), args, train=True)
     assert len(build_loader(build_dataset("val", args), args, train=False)) == 1

@@ -10,7 +10,16 @@ from util.random_state import SampleRandom
 
 def batches(**settings) -> list[list[tuple[int, int]]]:
     return list(
-        EpochSampler(**{"dataset_len": 23, "batch_size": 4, "shuffle": True, "seed": 7, "drop_last": True, **settings})
+        EpochSampler(
+            **{
+                "dataset_len": 23,
+                "batch_size": 4,
+                "shuffle": True,
+                "seed": 7,
+                "drop_last": True,
+                **settings,
+            }
+        )
     )
 
 
@@ -28,7 +37,9 @@ def test_an_epoch_has_its_own_permutation_and_number() -> None:
     assert first != second
     assert {epoch for batch in second for epoch, _ in batch} == {1}
     assert second == batches(epoch=1)
-    assert [i for batch in first for _, i in batch] != [i for batch in batches(epoch=0, seed=8) for _, i in batch]
+    assert [i for batch in first for _, i in batch] != [
+        i for batch in batches(epoch=0, seed=8) for _, i in batch
+    ]
     orders = [batches(epoch=epoch, seed=seed) for seed in range(4) for epoch in range(4)]
     assert len({tuple(i for batch in order for _, i in batch) for order in orders}) == 16, (
         "no epoch of a seed is one of another seed"

@@ -27,7 +27,11 @@ from util.random_state import SampleRandom
 def picture(height: int = 60, width: int = 90) -> Image.Image:
     """Smooth colours with edges, so that resampling has something to disagree about."""
     y, x = np.mgrid[0:height, 0:width]
-    planes = [128 + 90 * np.sin(x / 9), 128 + 90 * np.cos(y / 11), 90 + 60 * ((x // 30 + y // 30) % 2)]
+    planes = [
+        128 + 90 * np.sin(x / 9),
+        128 + 90 * np.cos(y / 11),
+        90 + 60 * ((x // 30 + y // 30) % 2),
+    ]
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
 
 
@@ -75,19 +79,32 @@ def test_hue_is_torchvisions_to_the_last_bit(factor: float) -> None:
     """On every colour of six levels a channel (all ties, all greys, black and white), and on any others."""
     levels = torch.arange(0, 256, 51, dtype=torch.uint8)
     few = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).flatten(2)
-    any_colour = torch.randint(0, 256, (3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    any_colour = torch.randint(
+        0, 256, (3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     for image in (few, any_colour, any_colour.flip(0)[..., ::2]):
         assert torch.equal(shift_hue(image, factor), F.adjust_hue(image, factor))
 
 
 def test_patch_augmentation_has_the_published_probabilities() -> None:
-    draws = [PatchAugmentation(32, augment=True).draw(SampleRandom(seed), (50, 50)) for seed in range(600)]
-    shares = [np.mean([bool(jitter) for jitter, _, _ in draws]), np.mean([grey for _, grey, _ in draws])]
+    draws = [
+        PatchAugmentation(32, augment=True).draw(SampleRandom(seed), (50, 50))
+        for seed in range(600)
+    ]
+    shares = [
+        np.mean([bool(jitter) for jitter, _, _ in draws]),
+        np.mean([grey for _, grey, _ in draws]),
+    ]
     radii = [radius for _, _, radius in draws if radius is not None]
     assert np.allclose([*shares, len(radii) / len(draws)], [0.8, 0.2, 0.5], atol=0.07)
     assert 0.1 <= min(radii) < 0.3
     assert 1.8 < max(radii) <= 2.0
-    ranges = {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.6, 1.4), "hue": (-0.1, 0.1)}
+    ranges = {
+        "brightness": (0.6, 1.4),
+        "contrast": (0.6, 1.4),
+        "saturation": (0.6, 1.4),
+        "hue": (-0.1, 0.1),
+    }
     for jitter, _, _ in draws:
         assert not jitter or {name for name, _ in jitter} == set(ranges)
         assert all(ranges[name][0] <= factor <= ranges[name][1] for name, factor in jitter)
@@ -129,7 +146,10 @@ def test_published_sizes() -> None:
     assert (cut.min_size, cut.max_size) == (384, 600)
     assert (after.sizes, after.max_size) == (whole.sizes, 1333)
     pretext = pretext_transforms("train").transforms[0]
-    assert (pretext.sizes, pretext.max_size) == ([320, 336, 352, 368, 400, 416, 432, 448, 464, 480], 600)
+    assert (pretext.sizes, pretext.max_size) == (
+        [320, 336, 352, 368, 400, 416, 432, 448, 464, 480],
+        600,
+    )
     held_out = [detection_transforms("val").transforms[0], pretext_transforms("val").transforms[0]]
     assert [(step.sizes, step.max_size) for step in held_out] == [([800], 1333), ([480], 600)]
 
@@ -145,10 +165,18 @@ def test_sizes_scale_with_image_size() -> None:
 
 
 def test_resize_rule() -> None:
-    examples = {(480, 640): (800, 1066), (720, 1280): (750, 1333), (1000, 333): (1333, 444), (427, 640): (800, 1199)}
+    examples = {
+        (480, 640): (800, 1066),
+        (720, 1280): (750, 1333),
+        (1000, 333): (1333, 444),
+        (427, 640): (800, 1199),
+    }
     for size, expected in examples.items():
         assert resized_size(size, 800, 1333) == expected
-    assert resized_size((100, 2000), 800, 1333) == (67, 1340)  # rounding may exceed the maximum, as published
+    assert resized_size((100, 2000), 800, 1333) == (
+        67,
+        1340,
+    )  # rounding may exceed the maximum, as published
 
 
 def test_crop_smaller_than_its_minimum() -> None:

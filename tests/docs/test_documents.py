@@ -20,8 +20,26 @@ from PIL import Image
 
 from tests.docs.test_model_zoo import row_command
 from tests.docs.test_model_zoo import rows as checkpoint_rows
-from tests.documents import DOCUMENTS, ROOT, SCRIPTS, TOOLS, config_words, shown_commands, tool, without_launcher
-from tests.published_files import SMALL, detreg, filled, masks, shapes, siamese, siamese_file, updetr
+from tests.documents import (
+    DOCUMENTS,
+    ROOT,
+    SCRIPTS,
+    TOOLS,
+    config_words,
+    shown_commands,
+    tool,
+    without_launcher,
+)
+from tests.published_files import (
+    SMALL,
+    detreg,
+    filled,
+    masks,
+    shapes,
+    siamese,
+    siamese_file,
+    updetr,
+)
 from tests.tiny import (
     MODEL_FLAGS,
     PRETEXT_FLAGS,
@@ -67,7 +85,11 @@ NOT_RUN = {
     "tests/tools/study/test_report.py writes such a report",
 }
 RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
-NEEDS = {"README.md": ("skimage", "matplotlib"), "proposals.md": ("cv2",), "large_data.md": ("cv2",)}  # extras
+NEEDS = {
+    "README.md": ("skimage", "matplotlib"),
+    "proposals.md": ("cv2",),
+    "large_data.md": ("cv2",),
+}  # extras
 SMALL_TOOLS = {
     "tools/cache_proposals.py": ["--num_workers", "0"],
     "tools/check_dataset.py": ["--num_workers", "0"],
@@ -104,9 +126,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     environment's.
     """
     for path in ROOT.iterdir():
-        if path.name not in ("data", "outputs", "exps", "proposals", ".venv", ".git") and not path.name.endswith(
-            "_output"
-        ):
+        if path.name not in (
+            "data",
+            "outputs",
+            "exps",
+            "proposals",
+            ".venv",
+            ".git",
+        ) and not path.name.endswith("_output"):
             (tmp_path / path.name).symlink_to(path)
     for program in ("bin/python", "bin/srun", ".venv/bin/python"):
         (tmp_path / program).parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +141,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / program).chmod(0o755)
     write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
     write_shots(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit")
-    write_voc(tmp_path / "data" / "pascal" / "VOCdevkit", {**VOC_LISTS, "2012_train": 4, "2012_val": 2})
+    write_voc(
+        tmp_path / "data" / "pascal" / "VOCdevkit", {**VOC_LISTS, "2012_train": 4, "2012_val": 2}
+    )
     Image.new("RGB", (240, 200)).save(tmp_path / "photograph.jpg")
     write_airbus(tmp_path / "data" / "airbus-ship-detection")
     for name in ("ilsvrc", "ilsvrc100"):
         write_images(tmp_path / "data" / name / "train" / "photographs")
-    pack_images(tmp_path / "data" / "ilsvrc" / "train" / "photographs", tmp_path / "data" / "shards")
+    pack_images(
+        tmp_path / "data" / "ilsvrc" / "train" / "photographs", tmp_path / "data" / "shards"
+    )
     for name in (ROOT / "datasets" / "imagenet100.txt").read_text().split():
         (tmp_path / "data" / "ilsvrc" / "train" / name).mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -143,12 +174,16 @@ def _no_network(url: str, *args, **kwargs) -> None:
 
 def given_file(path: str, words: list[str]) -> dict:
     """What a file of somebody else's holds that a command reads: told from its name and the words around it."""
-    backbone = ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
+    backbone = (
+        ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
+    )
     if "iter_" in path or "siamese" in words or "condtr" in path:
         deformable = "--deform" in words
         return siamese_file(
             siamese(
-                "deformable_detr" if deformable else "conditional_detr", *SMALL, channels=896 if deformable else 512
+                "deformable_detr" if deformable else "conditional_detr",
+                *SMALL,
+                channels=896 if deformable else 512,
             )
         )
     if "panoptic" in path:
@@ -162,7 +197,11 @@ def given_file(path: str, words: list[str]) -> dict:
     if "--pretrain" in words and "DETReg" not in path and "http" not in path:
         return {"model": filled(updetr(*SMALL, "--pre_norm"))}
     norm = ("--pre_norm",) if "--pre_norm" in words else ()
-    return {"model": filled(shapes(detector, *SMALL, *backbone, *norm, outputs=92 if detector == "detr" else 91))}
+    return {
+        "model": filled(
+            shapes(detector, *SMALL, *backbone, *norm, outputs=92 if detector == "detr" else 91)
+        )
+    }
 
 
 def files_read(words: list[str]) -> list[str]:
@@ -181,7 +220,9 @@ def give_files(words: list[str], own: bool) -> None:
     for name in files_read(words):
         place = Path(stored_at(name)) if name.startswith("https://") else Path(name)
         written_before = name.startswith("outputs/") and place.exists()
-        assert written_before or not (own and name.startswith("outputs/")), f"no command before this one writes {name}"
+        assert written_before or not (own and name.startswith("outputs/")), (
+            f"no command before this one writes {name}"
+        )
         if not written_before:
             save_checkpoint(given_file(name, words), place)
 
@@ -202,11 +243,17 @@ def small(words: list[str], keeps: bool) -> list[str]:
             "none",
         ]
         if words[0] == "main.py":
-            more += ["--max_prop", "5", "--patch_size", "32"] if "region_prior" in words else PRETEXT_FLAGS
+            more += (
+                ["--max_prop", "5", "--patch_size", "32"]
+                if "region_prior" in words
+                else PRETEXT_FLAGS
+            )
             more += [] if importlib.util.find_spec("cv2") else ["--proposals", "random"]
     if "--eval" not in words:
         more += ["--filter_pct", "0.75"] if "--filter_pct" in words else []
-        more += ["--novel_classes", "red"] if "--few_shot" in words and "data/MSCoco" in words else []
+        more += (
+            ["--novel_classes", "red"] if "--few_shot" in words and "data/MSCoco" in words else []
+        )
         more += [
             "--batch_size",
             "2",
@@ -246,7 +293,11 @@ def run_shell(words: list[str]) -> list[str]:
     kept = {name: value for name, value in os.environ.items() if name not in own}
     environment = {**kept, "PATH": f"{Path.cwd() / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-c", shlex.join(words)], env=environment, capture_output=True, text=True, check=False
+        ["bash", "-c", shlex.join(words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -331,13 +382,19 @@ def is_row(path: Path, command: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE], ids=lambda path: path.stem
+    "path",
+    [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE],
+    ids=lambda path: path.stem,
 )
 def test_every_command_runs(path: Path, project: Path) -> None:
     """In the order of the document, so that each finds what those before it wrote."""
     for package in NEEDS.get(path.name, ()):
         pytest.importorskip(package)
-    commands = [command for command in sequence(path) if command not in NOT_RUN and not is_row(path, command)]
+    commands = [
+        command
+        for command in sequence(path)
+        if command not in NOT_RUN and not is_row(path, command)
+    ]
     for i, command in enumerate(commands):
         try:
             run_command(command, later="\n".join(commands[i + 1 :]), own=path == ROOT / "README.md")
@@ -379,7 +436,9 @@ def code_of(path: Path) -> str:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     if path.name == "published_commands.md":
         text = re.sub(r"^\| `.*?(?<!\\)\|", "|", text, flags=re.M)
-    return "\n".join([*re.findall(r"```bash\n(.*?)```", path.read_text(), re.S), *re.findall(r"`([^`]+)`", text)])
+    return "\n".join(
+        [*re.findall(r"```bash\n(.*?)```", path.read_text(), re.S), *re.findall(r"`([^`]+)`", text)]
+    )
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -392,7 +451,9 @@ def test_links_and_named_files_exist(path: Path) -> None:
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
     for name in re.findall(
-        r"(?:^|[\s(/=])((?:configs|tools|tests|docs|models|datasets|util)/[\w./-]+\.\w+)", code_of(path), re.M
+        r"(?:^|[\s(/=])((?:configs|tools|tests|docs|models|datasets|util)/[\w./-]+\.\w+)",
+        code_of(path),
+        re.M,
     ):
         assert "NAME" in name or (ROOT / name).exists(), name
 
@@ -438,7 +499,9 @@ def test_readme_names_every_part_that_can_be_chosen() -> None:
     assert named["--pretext"] == set(registry.PRETEXTS)
     assert named["--detector"] == set(registry.DETECTORS)
     assert named["--dataset_file"] == set(registry.DATASETS)
-    assert named["--proposals"] == {f"{name}PATH" if name.endswith(":") else name for name in registry.PROPOSALS}
+    assert named["--proposals"] == {
+        f"{name}PATH" if name.endswith(":") else name for name in registry.PROPOSALS
+    }
 
 
 def python_blocks(path: Path) -> list[str]:
@@ -459,9 +522,12 @@ def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch
     """A detector of one's own is known to the script that it starts."""
     started = []
     monkeypatch.setattr(
-        "util.runs.session.run_script", lambda main, parse: started.append(parse(["--detector", "mine", "--eval"]))
+        "util.runs.session.run_script",
+        lambda main, parse: started.append(parse(["--detector", "mine", "--eval"])),
     )
-    monkeypatch.setitem(registry.DETECTORS, "mine", registry.DETECTORS["detr"])  # removed again afterwards
+    monkeypatch.setitem(
+        registry.DETECTORS, "mine", registry.DETECTORS["detr"]
+    )  # removed again afterwards
     (code,) = python_blocks(ROOT / "CONTRIBUTING.md")
     exec(compile(code, "CONTRIBUTING.md", "exec"), {})
     assert started[0].detector == "mine"
@@ -478,6 +544,13 @@ def test_python_examples_are_run() -> None:
 def test_citation_and_licence() -> None:
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert [reference["year"] for reference in citation["references"]] == [2020, 2021, 2021, 2021, 2022, 2023]
+    assert [reference["year"] for reference in citation["references"]] == [
+        2020,
+        2021,
+        2021,
+        2021,
+        2022,
+        2023,
+    ]
     assert citation["license"] == "Apache-2.0"
     assert "END OF TERMS AND CONDITIONS" in (ROOT / "LICENSE").read_text()

@@ -36,7 +36,9 @@ def published_ap(comment: str) -> list[str]:
 def hardware(comment: str) -> str:
     """ "8 x 2": GPUs and images on each, "? x 2" where the number of GPUs is not said; empty where nothing is."""
     comment = comment.replace("\n# ", " ")
-    found = re.search(r"(\d+) (?:V100|GPUs?)(?: |, )(?:`--batch_size )?(\d+)(?:` each| images? each)", comment)
+    found = re.search(
+        r"(\d+) (?:V100|GPUs?)(?: |, )(?:`--batch_size )?(\d+)(?:` each| images? each)", comment
+    )
     alone = re.search(r"(\d+) images? a GPU\b", comment)
     return f"{found[1]} x {found[2]}" if found else f"? x {alone[1]}" if alone else ""
 
@@ -46,7 +48,11 @@ def schedule(args: Namespace) -> str:
         return "-"
     if args.max_iters:
         return f"{args.max_iters // 1000}k steps, drop {args.lr_drop_iters // 1000}k"
-    return f"{args.epochs}, drop {args.lr_drop}" if args.lr_drop < args.epochs else f"{args.epochs}, no drop"
+    return (
+        f"{args.epochs}, drop {args.lr_drop}"
+        if args.lr_drop < args.epochs
+        else f"{args.epochs}, no drop"
+    )
 
 
 def test_every_config_has_one_row() -> None:

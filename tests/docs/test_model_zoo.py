@@ -11,7 +11,16 @@ import pytest
 
 import finetune_main
 from tests.documents import ROOT, check_command, shown_commands
-from tests.published_files import SMALL, detreg, filled, masks, shapes, siamese, siamese_file, updetr
+from tests.published_files import (
+    SMALL,
+    detreg,
+    filled,
+    masks,
+    shapes,
+    siamese,
+    siamese_file,
+    updetr,
+)
 from tests.tiny import write_coco
 from util.checkpoints.architecture import architecture
 from util.checkpoints.checkpoint import as_checkpoint, save_checkpoint
@@ -19,14 +28,18 @@ from util.checkpoints.weight_files import stored_at
 
 PAGE = ROOT / "docs" / "model_zoo.md"
 R101 = ("--backbone", "resnet101")
-MASK_TENSORS = len(masks()) - len(shapes("detr", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2"))
+MASK_TENSORS = len(masks()) - len(
+    shapes("detr", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2")
+)
 REFINE = "--with_box_refine"
 TINY = ("--device", "cpu", "--num_workers", "0", "--image_size", "64")
 
 
 def of_siamese(detector: str, channels: int, *flags: str) -> Callable[..., dict]:
     """A small one is on ResNet-18, whose maps have a fourth of the `channels`."""
-    return lambda *size: siamese(detector, *flags, *size, channels=channels // 4 if size else channels)
+    return lambda *size: siamese(
+        detector, *flags, *size, channels=channels // 4 if size else channels
+    )
 
 
 # what a row's file holds -> its names and shapes; flags make it smaller
@@ -34,31 +47,49 @@ FILES: dict[str, Callable[..., dict]] = {
     "detr-r50-e632da11.pth": lambda *size: shapes("detr", *size, outputs=92),
     "detr-r50-dc5-f0fb7ef5.pth": lambda *size: shapes("detr", "--dilation", *size, outputs=92),
     "detr-r101-2c7b67e5.pth": lambda *size: shapes("detr", *R101, *size, outputs=92),
-    "detr-r101-dc5-a2e86def.pth": lambda *size: shapes("detr", *R101, "--dilation", *size, outputs=92),
+    "detr-r101-dc5-a2e86def.pth": lambda *size: shapes(
+        "detr", *R101, "--dilation", *size, outputs=92
+    ),
     "DETR-R50, 50 epochs": lambda *size: shapes("detr", *size, outputs=92),
     "DETR-R101, 50 epochs": lambda *size: shapes("detr", *R101, *size, outputs=92),
     "detr-r50-panoptic-00ce5173.pth": lambda *size: shapes("detr", *size, outputs=251),
-    "detr-r50-dc5-panoptic-da08f1b1.pth": lambda *size: shapes("detr", "--dilation", *size, outputs=251),
+    "detr-r50-dc5-panoptic-da08f1b1.pth": lambda *size: shapes(
+        "detr", "--dilation", *size, outputs=251
+    ),
     "detr-r101-panoptic-40021d53.pth": lambda *size: shapes("detr", *R101, *size, outputs=251),
     "ConditionalDETR_r50_epoch50.pth": lambda *size: shapes("conditional_detr", *size),
-    "ConditionalDETR_r50dc5_epoch50.pth": lambda *size: shapes("conditional_detr", "--dilation", *size),
+    "ConditionalDETR_r50dc5_epoch50.pth": lambda *size: shapes(
+        "conditional_detr", "--dilation", *size
+    ),
     "ConditionalDETR_r101_epoch50.pth": lambda *size: shapes("conditional_detr", *R101, *size),
-    "ConditionalDETR_r101dc5_epoch50.pth": lambda *size: shapes("conditional_detr", *R101, "--dilation", *size),
+    "ConditionalDETR_r101dc5_epoch50.pth": lambda *size: shapes(
+        "conditional_detr", *R101, "--dilation", *size
+    ),
     "four levels": lambda *size: shapes("deformable_detr", *size),
     "single scale": lambda *size: shapes("deformable_detr", "--num_feature_levels", "1", *size),
-    "single scale, DC5": lambda *size: shapes("deformable_detr", "--num_feature_levels", "1", "--dilation", *size),
+    "single scale, DC5": lambda *size: shapes(
+        "deformable_detr", "--num_feature_levels", "1", "--dilation", *size
+    ),
     "box refinement": lambda *size: shapes("deformable_detr", REFINE, *size),
-    "box refinement and two-stage": lambda *size: shapes("deformable_detr", REFINE, "--two_stage", *size),
+    "box refinement and two-stage": lambda *size: shapes(
+        "deformable_detr", REFINE, "--two_stage", *size
+    ),
     "up-detr-pre-training-60ep-imagenet.pth": lambda *size: updetr(
         "--pre_norm", *size, backbone="resnet18" if size else "resnet50"
     ),
-    "up-detr-coco-fine-tuned-300ep.pth": lambda *size: shapes("detr", "--pre_norm", *size, outputs=92),
+    "up-detr-coco-fine-tuned-300ep.pth": lambda *size: shapes(
+        "detr", "--pre_norm", *size, outputs=92
+    ),
     "checkpoint_imagenet.pth": lambda *size: detreg("deformable_detr", *size),
     "checkpoint_imagenet_detr.pth": lambda *size: detreg("detr", "--pre_norm", *size),
     "checkpoint_coco.pth": lambda *size: detreg("deformable_detr", *size),
     "full_coco_finetune.pth": lambda *size: shapes("deformable_detr", *size),
-    "Conditional DETR, 100 queries, ImageNet": of_siamese("conditional_detr", 2048, "--num_queries", "100"),
-    "Conditional DETR, 100 queries, COCO": of_siamese("conditional_detr", 2048, "--num_queries", "100"),
+    "Conditional DETR, 100 queries, ImageNet": of_siamese(
+        "conditional_detr", 2048, "--num_queries", "100"
+    ),
+    "Conditional DETR, 100 queries, COCO": of_siamese(
+        "conditional_detr", 2048, "--num_queries", "100"
+    ),
     "DETR (post-norm), 100 queries, ImageNet": of_siamese("detr", 2048),
     "Deformable DETR, four levels, 300 queries, ImageNet": of_siamese("deformable_detr", 3584),
     "Deformable DETR, single scale, 300 queries, ImageNet": of_siamese(
@@ -70,9 +101,14 @@ FILES: dict[str, Callable[..., dict]] = {
 def rows() -> list[list[str]]:
     """The cells of every row that has a command: file, where, size, tensors, published AP, here."""
     lines = [
-        line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`python finetune_main.py" in line
+        line
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ") and "`python finetune_main.py" in line
     ]
-    return [[cell.strip() for cell in line.split(" | ")] for line in (line.strip("| ") for line in lines)]
+    return [
+        [cell.strip() for cell in line.split(" | ")]
+        for line in (line.strip("| ") for line in lines)
+    ]
 
 
 def row_command(row: list[str]) -> str:
@@ -94,7 +130,11 @@ def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = args.resume or args.pretrain
     place = stored_at(source) if source.startswith("https://") else Path(source)
     save_checkpoint(siamese_file(state) if "iter_" in source else {"model": filled(state)}, place)
-    finetune_main.main(finetune_main.parse([*words, *TINY, *(() if args.eval else ("--dry_run", "--batch_size", "2"))]))
+    finetune_main.main(
+        finetune_main.parse(
+            [*words, *TINY, *(() if args.eval else ("--dry_run", "--batch_size", "2"))]
+        )
+    )
 
 
 def test_every_published_checkpoint_has_a_row() -> None:

@@ -13,7 +13,15 @@ import finetune_main
 import main as pretrain_main
 from models import build_model
 from tests.documents import shown_commands
-from tests.tiny import MODEL_FLAGS, PRETEXT_FLAGS, ROOT, logged, read_checkpoint, renumber, tiny_args
+from tests.tiny import (
+    MODEL_FLAGS,
+    PRETEXT_FLAGS,
+    ROOT,
+    logged,
+    read_checkpoint,
+    renumber,
+    tiny_args,
+)
 from tools import check_dataset, predict
 from tools.demo.scenes import class_names, write_coco
 from util.checkpoints.checkpoint import save_checkpoint
@@ -64,11 +72,24 @@ def small(command: list[str]) -> list[str]:
     """The words behind the script's name, with what makes it small behind them."""
     script, words = command[1], command[2:]
     extra = {
-        "main.py": [*MODEL_FLAGS, *PRETEXT_FLAGS, "--backbone_weights", "none", "--epochs", "1", "--batch_size", "2"],
+        "main.py": [
+            *MODEL_FLAGS,
+            *PRETEXT_FLAGS,
+            "--backbone_weights",
+            "none",
+            "--epochs",
+            "1",
+            "--batch_size",
+            "2",
+        ],
         "finetune_main.py": TRAINING[2:] if "--eval" in words else TRAINING,
         "tools/predict.py": ["--threshold", "0"],
     }
-    return [*words, "--num_workers", "0"] if script == "tools/check_dataset.py" else [*words, *SMALL, *extra[script]]
+    return (
+        [*words, "--num_workers", "0"]
+        if script == "tools/check_dataset.py"
+        else [*words, *SMALL, *extra[script]]
+    )
 
 
 def test_every_command_of_the_page_runs(workplace: Path) -> None:
@@ -79,8 +100,13 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
         with logged() as lines:
             module.main(module.parse(small(command)))
         if command[1] == "finetune_main.py" and "--eval" not in command:
-            assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), "shapes are not COCO's"
-            assert f"--checkpoint {command[command.index('--output_dir') + 1]}/checkpoint_best.pth" in lines[-1]
+            assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), (
+                "shapes are not COCO's"
+            )
+            assert (
+                f"--checkpoint {command[command.index('--output_dir') + 1]}/checkpoint_best.pth"
+                in lines[-1]
+            )
     assert [command[1] for command in commands()][:4] == [
         "tools/check_dataset.py",
         "main.py",
@@ -89,9 +115,9 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
     ]
     assert json.loads((workplace / "check" / "check.json").read_text())["val"]["readable"] == 2
     checkpoint = read_checkpoint(workplace / "outputs" / "own" / "checkpoint_best.pth")
-    assert {checkpoint["category_ids"][row]: name for row, name in checkpoint["class_names"].items()} == {
-        IDS[label]: name for label, name in names.items()
-    }
+    assert {
+        checkpoint["category_ids"][row]: name for row, name in checkpoint["class_names"].items()
+    } == {IDS[label]: name for label, name in names.items()}
     found = json.loads((workplace / "predictions" / "predictions.json").read_text())
     assert found
     assert {(row["category_id"], row["category_name"]) for row in found} <= {

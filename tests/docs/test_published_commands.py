@@ -30,7 +30,9 @@ ROWS = published_rows()
 # Those that train, evaluate or convert; tests/test_hub.py checks those of torch.hub, tests/tools/test_setup_env.py the
 # set-up.
 POSSIBLE = [
-    row for row in ROWS if row[0] in CODE_BASES and row[2].startswith("`") and not row[2].startswith("`torch.hub")
+    row
+    for row in ROWS
+    if row[0] in CODE_BASES and row[2].startswith("`") and not row[2].startswith("`torch.hub")
 ]
 
 
@@ -47,7 +49,15 @@ def test_all_code_bases_are_listed() -> None:
 
 def test_what_is_not_here_is_said() -> None:
     """A cell has a command or says in words why not, or by which other tool."""
-    words = "`", "not in this version", "not needed", "any folder", "no links", "the same commands", "another tool"
+    words = (
+        "`",
+        "not in this version",
+        "not needed",
+        "any folder",
+        "no links",
+        "the same commands",
+        "another tool",
+    )
     assert all(row[2].startswith(words) for row in ROWS)
 
 
@@ -56,7 +66,9 @@ def flags_behind(words: list[str]) -> list[str]:
     none.
     """
     start = next(
-        i for i, word in enumerate(words) if re.search(r"\.(sh|py)[>\]]?$|^file>", word) and "run_dist" not in word
+        i
+        for i, word in enumerate(words)
+        if re.search(r"\.(sh|py)[>\]]?$|^file>", word) and "run_dist" not in word
     )
     return [word for word in words[start + 1 :] if re.match(r"--|[\d.]+$", word)]
 
@@ -74,14 +86,21 @@ def test_command_here_means_the_published_one(row: tuple[str, str, str, str]) ->
         return
     theirs = without_launcher(theirs)
     theirs[0] = "main.py" if section == "UP-DETR" and theirs[0] == "main.py" else "finetune_main.py"
-    expected, actual = vars(parse(theirs, resolved=False)), vars(parse(without_launcher(ours), resolved=False))
-    assert actual.pop("detector") == ("conditional_detr" if section == "Conditional DETR" else expected["detector"])
+    expected, actual = (
+        vars(parse(theirs, resolved=False)),
+        vars(parse(without_launcher(ours), resolved=False)),
+    )
+    assert actual.pop("detector") == (
+        "conditional_detr" if section == "Conditional DETR" else expected["detector"]
+    )
     expected.pop("detector")
     assert actual == expected
 
 
 @pytest.mark.parametrize("row", POSSIBLE, ids=lambda row: f"{row[0]}: {row[1][-30:]}")
-def test_config_of_a_published_command_differs_only_where_it_says_so(row: tuple[str, str, str, str]) -> None:
+def test_config_of_a_published_command_differs_only_where_it_says_so(
+    row: tuple[str, str, str, str],
+) -> None:
     config = re.match(r"`(configs/\w+\.sh)`", row[3])
     if config is None:
         return

@@ -105,7 +105,9 @@ def test_initial_values() -> None:
         assert not attention.attention_weights.weight.any()
         assert not attention.attention_weights.bias.any()
         assert not attention.value_proj.bias.any()
-        offsets = attention.sampling_offsets.bias.detach().view(4, 4, 4, 2)  # heads, levels, points, (x, y)
+        offsets = attention.sampling_offsets.bias.detach().view(
+            4, 4, 4, 2
+        )  # heads, levels, points, (x, y)
         directions = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
         expected = directions[:, None, None] * torch.arange(1.0, 5)[:, None]
         torch.testing.assert_close(offsets, expected.expand(4, 4, 4, 2), rtol=0, atol=1e-6)
@@ -162,7 +164,9 @@ def test_masks_and_shares_of_every_level() -> None:
     memory = model.encode(make_batch([(128, 192), (64, 128)]))
     assert memory.shapes == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert memory.valid_sizes[1].tolist() == [[16, 8], [8, 4], [4, 2], [2, 1]]
-    torch.testing.assert_close(memory.valid_ratios, torch.tensor([[[1.0, 1.0]] * 4, [[2 / 3, 0.5]] * 4]))
+    torch.testing.assert_close(
+        memory.valid_ratios, torch.tensor([[[1.0, 1.0]] * 4, [[2 / 3, 0.5]] * 4])
+    )
     masks = memory.padding_mask.split([h * w for h, w in memory.shapes], 1)
     for (height, width), mask in zip(memory.shapes, masks, strict=True):
         assert not mask[0].any()
@@ -177,8 +181,14 @@ def test_attention_does_not_read_padding() -> None:
     memory = model.encode(make_batch([(128, 192), (64, 128)]))
     attention = model.transformer.encoder.layers[0].self_attn
     references = torch.rand(2, QUERIES, 4, 2)
-    query, changed = torch.randn(2, QUERIES, 32), memory.tokens + memory.padding_mask[..., None] * 100.0
-    before, after = attention(query, references, memory.tokens, memory), attention(query, references, changed, memory)
+    query, changed = (
+        torch.randn(2, QUERIES, 32),
+        memory.tokens + memory.padding_mask[..., None] * 100.0,
+    )
+    before, after = (
+        attention(query, references, memory.tokens, memory),
+        attention(query, references, changed, memory),
+    )
     assert torch.equal(before, after)
     assert not torch.allclose(before, attention(query, references, memory.tokens + 1, memory))
 
@@ -215,7 +225,10 @@ class Pooled(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         maps = [nn.functional.avg_pool2d(images, stride) * stride for stride in self.strides]
-        return [torch.einsum("bchw,dc->bdhw", x, weight) for x, weight in zip(maps, self.weights, strict=True)]
+        return [
+            torch.einsum("bchw,dc->bdhw", x, weight)
+            for x, weight in zip(maps, self.weights, strict=True)
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------- decoder
@@ -255,10 +268,16 @@ def test_query_groups_fold_self_attention_only() -> None:
     groups = model.predict(model.decode(memory, learned, query_groups=4))
     for group in range(4):
         part = slice(group * 5, group * 5 + 5)
-        alone = model.predict(model.decode(memory, Queries(learned.position[:, part], learned.content[:, part])))
-        torch.testing.assert_close(groups["pred_boxes"][:, part], alone["pred_boxes"], rtol=1e-4, atol=1e-5)
+        alone = model.predict(
+            model.decode(memory, Queries(learned.position[:, part], learned.content[:, part]))
+        )
+        torch.testing.assert_close(
+            groups["pred_boxes"][:, part], alone["pred_boxes"], rtol=1e-4, atol=1e-5
+        )
     assert not torch.allclose(
-        groups["pred_logits"], model.predict(model.decode(memory, learned))["pred_logits"], atol=1e-4
+        groups["pred_logits"],
+        model.predict(model.decode(memory, learned))["pred_logits"],
+        atol=1e-4,
     )
 
 
@@ -269,7 +288,9 @@ def test_queries_of_each_image_are_its_own() -> None:
     memory, learned = model.encode(make_batch()), model.learned_queries(2)
     position = learned.position.clone()
     position[1] += torch.randn(QUERIES, 32)
-    plain, changed = (model.decode(memory, Queries(x, learned.content)) for x in (learned.position, position))
+    plain, changed = (
+        model.decode(memory, Queries(x, learned.content)) for x in (learned.position, position)
+    )
     assert torch.equal(plain.layers[:, 0], changed.layers[:, 0])
     assert torch.equal(plain.references[0][0], changed.references[0][0])
     assert not torch.allclose(plain.references[0][1], changed.references[0][1], atol=1e-3)
@@ -305,10 +326,17 @@ def test_two_stage_proposals_of_cells() -> None:
     memory = model.encode(make_batch([(128, 128)]))
     boxes = model.decode(memory).encoder_proposals["pred_boxes"][0]
     counts = [h * w for h, w in memory.shapes]
-    for level, ((height, width), part) in enumerate(zip(memory.shapes, boxes.split(counts), strict=True)):
+    for level, ((height, width), part) in enumerate(
+        zip(memory.shapes, boxes.split(counts), strict=True)
+    ):
         grid = part.view(height, width, 4)
         middle = grid[height // 2, width // 2].tolist()
-        expected = [(width // 2 + 0.5) / width, (height // 2 + 0.5) / height, 0.05 * 2**level, 0.05 * 2**level]
+        expected = [
+            (width // 2 + 0.5) / width,
+            (height // 2 + 0.5) / height,
+            0.05 * 2**level,
+            0.05 * 2**level,
+        ]
         assert middle == pytest.approx(expected, abs=1e-5), level
 
 
@@ -335,7 +363,9 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
     model, criterion = build("--two_stage", *aux)
     outputs, targets = model(make_batch()), make_targets([3, 2])
     losses = criterion(outputs, targets)
-    weights = {name: weight for name, weight in criterion.weight_dict.items() if name.endswith("_enc")}
+    weights = {
+        name: weight for name, weight in criterion.weight_dict.items() if name.endswith("_enc")
+    }
     assert weights == {"loss_ce_enc": 2.0, "loss_bbox_enc": 5.0, "loss_giou_enc": 2.0}
     assert {name for name in losses if name.endswith("_enc")} == {*weights, "cardinality_error_enc"}
     other = [{**target, "labels": target["labels"] * 0 + 7} for target in targets]
@@ -346,7 +376,8 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
     decoder = {name: value for name, value in losses.items() if not name.endswith("_enc")}
     assert_same(decoder, dict(criterion(plain, targets)))
     proposals = criterion(
-        {**outputs["enc_outputs"]}, [{**target, "labels": target["labels"] * 0} for target in targets]
+        {**outputs["enc_outputs"]},
+        [{**target, "labels": target["labels"] * 0} for target in targets],
     )
     for name in ("loss_ce", "loss_bbox", "loss_giou"):
         assert torch.equal(proposals[name], losses[f"{name}_enc"])
@@ -395,7 +426,9 @@ def test_bfloat16(flags: list[str]) -> None:
     real = blocks.ms_deform_attn
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            blocks, "ms_deform_attn", lambda *args: seen.append((args[0].dtype, args[2].dtype)) or real(*args)
+            blocks,
+            "ms_deform_attn",
+            lambda *args: seen.append((args[0].dtype, args[2].dtype)) or real(*args),
         )
         with torch.autocast("cpu", torch.bfloat16):
             states = model.decode(model.encode(make_batch()))
@@ -405,7 +438,9 @@ def test_bfloat16(flags: list[str]) -> None:
     for layer in (outputs, *outputs["aux_outputs"]):
         assert layer["pred_boxes"].dtype == layer["pred_logits"].dtype == torch.float32
     if not flags:  # other variants choose or refine by what they predict
-        torch.testing.assert_close(outputs["pred_boxes"], model(make_batch())["pred_boxes"], rtol=0, atol=0.05)
+        torch.testing.assert_close(
+            outputs["pred_boxes"], model(make_batch())["pred_boxes"], rtol=0, atol=0.05
+        )
     criterion.total(criterion(outputs, make_targets([2, 1]))).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
@@ -413,14 +448,18 @@ def test_bfloat16(flags: list[str]) -> None:
 def test_one_export_serves_every_batch() -> None:
     model = build("--no_aux_loss", "--dec_layers", "1", "--num_feature_levels", "2")[0].eval()
     model.backbone[0].body = Pooled(model.backbone[0].strides, model.backbone[0].num_channels)
-    exported = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    exported = torch.export.export(
+        model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
+    )
     images = torch.randn(3, 3, 64, 96)
     torch.testing.assert_close(exported.module()(images)["pred_boxes"], model(images)["pred_boxes"])
 
 
 def test_the_flag_reaches_every_attention() -> None:
     model, _ = build("--ms_deform_attn", "pytorch", "--enc_n_points", "2", "--dec_n_points", "3")
-    attentions = [module for module in model.modules() if isinstance(module, blocks.DeformableAttention)]
+    attentions = [
+        module for module in model.modules() if isinstance(module, blocks.DeformableAttention)
+    ]
     assert {module.implementation for module in attentions} == {"pytorch"}
     assert [module.num_points for module in attentions] == [2, 3, 3]
 
@@ -432,10 +471,19 @@ def test_the_flag_reaches_every_attention() -> None:
     ("flags", "words"),
     [
         (["--detector", "detr", "--two_stage"], "--two_stage.*--detector deformable_detr"),
-        (["--detector", "conditional_detr", "--num_feature_levels", "4"], "--num_feature_levels.*deformable_detr"),
+        (
+            ["--detector", "conditional_detr", "--num_feature_levels", "4"],
+            "--num_feature_levels.*deformable_detr",
+        ),
         (["--detector", "deformable_detr", "--pre_norm"], "--pre_norm.*post-norm"),
-        (["--detector", "deformable_detr", "--with_box_refine", "--no_aux_loss"], "--no_aux_loss.*--with_box_refine"),
-        (["--detector", "deformable_detr", "--ms_deform_attn", "triton"], "--ms_deform_attn triton"),
+        (
+            ["--detector", "deformable_detr", "--with_box_refine", "--no_aux_loss"],
+            "--no_aux_loss.*--with_box_refine",
+        ),
+        (
+            ["--detector", "deformable_detr", "--ms_deform_attn", "triton"],
+            "--ms_deform_attn triton",
+        ),
     ],
 )
 def test_flags_that_do_not_go_together(flags: list[str], words: str) -> None:
@@ -473,7 +521,12 @@ def test_defaults_are_the_published_ones() -> None:
     }
     assert {name: getattr(args, name) for name in expected} == expected
     pretext = resolve(make_parser(PRETRAIN).parse_args(["--detector", "deformable_detr"]))
-    assert (pretext.lr, pretext.lr_linear_proj_mult, pretext.num_queries, pretext.classification) == (
+    assert (
+        pretext.lr,
+        pretext.lr_linear_proj_mult,
+        pretext.num_queries,
+        pretext.classification,
+    ) == (
         1e-4,
         1.0,
         300,
@@ -496,7 +549,9 @@ def test_defaults_are_the_published_ones() -> None:
 )
 def test_three_groups(flags: list[str], counts: list[int]) -> None:
     model = at_published_size(*flags)
-    groups = parameter_groups(model, 2e-4, 2e-5, ["backbone.0"], ["reference_points", "sampling_offsets"], 0.1)
+    groups = parameter_groups(
+        model, 2e-4, 2e-5, ["backbone.0"], ["reference_points", "sampling_offsets"], 0.1
+    )
     assert [len(group["params"]) for group in groups] == counts
     assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
     slow = {id(p) for p in groups[2]["params"]}

@@ -24,22 +24,37 @@ WEIGHTS = {"loss_ce": 2.0, "loss_bbox": 5.0, "loss_giou": 3.0, "loss_feature": 0
 
 
 def classes(kind: str, **costs: float) -> Classification:
-    return Classification(kind, NUM_CLASSES, **{"cost_class": 1.5, "cost_bbox": 5.0, "cost_giou": 2.0, **costs})
+    return Classification(
+        kind, NUM_CLASSES, **{"cost_class": 1.5, "cost_bbox": 5.0, "cost_giou": 2.0, **costs}
+    )
 
 
-def predictions(kind: str, layers: int, batch: int, queries: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def predictions(
+    kind: str, layers: int, batch: int, queries: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
     """Random logits [L, B, Q, C] and boxes [L, B, Q, 4] in float64, leaves that ask for gradients."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(
-        layers, batch, queries, NUM_CLASSES + (kind == "softmax"), generator=generator, dtype=torch.float64
+        layers,
+        batch,
+        queries,
+        NUM_CLASSES + (kind == "softmax"),
+        generator=generator,
+        dtype=torch.float64,
     )
-    centre = torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.6 + 0.2
-    size = torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.5 + 0.02
+    centre = (
+        torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.6 + 0.2
+    )
+    size = (
+        torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.5 + 0.02
+    )
     return logits.requires_grad_(), torch.cat([centre, size], -1).requires_grad_()
 
 
 def as_outputs(logits: Tensor, boxes: Tensor) -> dict:
-    aux = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits[:-1], boxes[:-1], strict=True)]
+    aux = [
+        {"pred_logits": a, "pred_boxes": b} for a, b in zip(logits[:-1], boxes[:-1], strict=True)
+    ]
     return {"pred_logits": logits[-1], "pred_boxes": boxes[-1], "aux_outputs": aux}
 
 
@@ -50,7 +65,12 @@ def with_features(outputs: dict, num_targets: int, seed: int = 0) -> dict:
             *layer["pred_logits"].shape[:2], FEATURES, generator=generator, dtype=torch.float64
         )
         layer["pred_features"].requires_grad_()
-    return {**outputs, "target_features": torch.randn(num_targets, FEATURES, generator=generator, dtype=torch.float64)}
+    return {
+        **outputs,
+        "target_features": torch.randn(
+            num_targets, FEATURES, generator=generator, dtype=torch.float64
+        ),
+    }
 
 
 def double(targets: list[dict]) -> list[dict]:
@@ -70,17 +90,25 @@ def plain_giou(a: list[float], b: list[float]) -> float:
     return inter / union - (hull - union) / hull
 
 
-def plain_cost(how: Classification, logits: list[float], box: list[float], label: int, true_box: list[float]) -> float:
+def plain_cost(
+    how: Classification, logits: list[float], box: list[float], label: int, true_box: list[float]
+) -> float:
     if how.kind == "softmax":
         class_cost = -math.exp(logits[label]) / sum(math.exp(x) for x in logits)
     else:
         p = 1 / (1 + math.exp(-logits[label]))
-        class_cost = 0.25 * (1 - p) ** 2 * -math.log(p + 1e-8) - 0.75 * p**2 * -math.log(1 - p + 1e-8)
+        class_cost = 0.25 * (1 - p) ** 2 * -math.log(p + 1e-8) - 0.75 * p**2 * -math.log(
+            1 - p + 1e-8
+        )
     l1 = sum(abs(x - y) for x, y in zip(box, true_box, strict=True))
-    return how.cost_bbox * l1 + how.cost_class * class_cost - how.cost_giou * plain_giou(box, true_box)
+    return (
+        how.cost_bbox * l1 + how.cost_class * class_cost - how.cost_giou * plain_giou(box, true_box)
+    )
 
 
-def plain_match(how: Classification, logits: Tensor, boxes: Tensor, target: dict) -> list[tuple[int, int]]:
+def plain_match(
+    how: Classification, logits: Tensor, boxes: Tensor, target: dict
+) -> list[tuple[int, int]]:
     """(query, target) pairs of one layer and image from the full matrix of costs."""
     labels, true_boxes = target["labels"].tolist(), target["boxes"].tolist()
     cost = [
@@ -92,11 +120,19 @@ def plain_match(how: Classification, logits: Tensor, boxes: Tensor, target: dict
 
 
 def plain_losses(
-    how: Classification, layer: dict, targets: list[dict], eos_coef: float, alpha: float, features: Tensor
+    how: Classification,
+    layer: dict,
+    targets: list[dict],
+    eos_coef: float,
+    alpha: float,
+    features: Tensor,
 ) -> dict[str, float]:
     """The published losses of one layer."""
     num_boxes = max(sum(len(t["labels"]) for t in targets), 1)
-    matches = [plain_match(how, layer["pred_logits"][i], layer["pred_boxes"][i], t) for i, t in enumerate(targets)]
+    matches = [
+        plain_match(how, layer["pred_logits"][i], layer["pred_boxes"][i], t)
+        for i, t in enumerate(targets)
+    ]
     ce = weight_sum = l1 = giou = feature = cardinality = 0.0
     for i, target in enumerate(targets):
         label_of, reports = {q: int(target["labels"][t]) for q, t in matches[i]}, 0
@@ -110,7 +146,11 @@ def plain_losses(
             else:
                 for k, x in enumerate(logits):
                     p, positive = 1 / (1 + math.exp(-x)), label_of.get(q) == k
-                    ce += alpha * (1 - p) ** 2 * -math.log(p) if positive else (1 - alpha) * p**2 * -math.log(1 - p)
+                    ce += (
+                        alpha * (1 - p) ** 2 * -math.log(p)
+                        if positive
+                        else (1 - alpha) * p**2 * -math.log(1 - p)
+                    )
                 reports += max(logits) > 0
         cardinality += abs(reports - len(target["labels"])) / len(targets)
         for q, t in matches[i]:
@@ -137,7 +177,9 @@ def plain_losses(
 def test_matches_equal_the_plain_ones(kind: str, seed: int) -> None:
     rng = np.random.RandomState(seed)
     layers, batch, queries = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 12)
-    counts = [int(rng.randint(0, 9)) for _ in range(batch)]  # more targets than queries among them, and none
+    counts = [
+        int(rng.randint(0, 9)) for _ in range(batch)
+    ]  # more targets than queries among them, and none
     logits, boxes = predictions(kind, layers, batch, queries, seed)
     targets, how = double(make_targets(counts, NUM_CLASSES, seed)), classes(kind)
     matches = HungarianMatcher(how)(logits, boxes, targets)
@@ -145,7 +187,10 @@ def test_matches_equal_the_plain_ones(kind: str, seed: int) -> None:
     for layer in range(layers):
         for i in range(batch):
             expected = plain_match(how, logits[layer, i], boxes[layer, i], targets[i])
-            assert list(zip(*(side.tolist() for side in matches.pairs[layer][i]), strict=True)) == expected
+            assert (
+                list(zip(*(side.tolist() for side in matches.pairs[layer][i]), strict=True))
+                == expected
+            )
             assert len(expected) == min(counts[i], queries)
             source += [(layer * batch + i) * queries + q for q, _ in expected]
             target_index += [int(offsets[i]) + t for _, t in expected]
@@ -160,8 +205,12 @@ def test_costs_equal_the_plain_ones(kind: str) -> None:
     cost = HungarianMatcher(how).cost(logits.detach(), boxes.detach(), targets)
     assert cost.shape == (2, 3, 5, 4)
     for layer, i, q in np.ndindex(2, 3, 5):
-        for t, (label, box) in enumerate(zip(targets[i]["labels"].tolist(), targets[i]["boxes"].tolist(), strict=True)):
-            expected = plain_cost(how, logits[layer, i, q].tolist(), boxes[layer, i, q].tolist(), label, box)
+        for t, (label, box) in enumerate(
+            zip(targets[i]["labels"].tolist(), targets[i]["boxes"].tolist(), strict=True)
+        ):
+            expected = plain_cost(
+                how, logits[layer, i, q].tolist(), boxes[layer, i, q].tolist(), label, box
+            )
             assert float(cost[layer, i, q, t]) == pytest.approx(expected, rel=1e-9)
 
 
@@ -169,7 +218,10 @@ def test_costs_equal_the_plain_ones(kind: str) -> None:
 def test_each_cost_has_its_own_weight(weights: tuple[float, float, float]) -> None:
     how = classes("softmax", cost_class=weights[0], cost_bbox=weights[1], cost_giou=weights[2])
     logits, boxes = predictions("softmax", 1, 1, 6, seed=3)
-    target = {**double(make_targets([4], NUM_CLASSES, seed=3))[0], "labels": torch.tensor([4, 0, 3, 1])}
+    target = {
+        **double(make_targets([4], NUM_CLASSES, seed=3))[0],
+        "labels": torch.tensor([4, 0, 3, 1]),
+    }
     pairs = HungarianMatcher(how)(logits, boxes, [target]).pairs[0][0]
     assert list(zip(*(side.tolist() for side in pairs), strict=True)) == plain_match(
         how, logits[0, 0], boxes[0, 0], target
@@ -182,7 +234,10 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
     logits, boxes = predictions(kind, 2, 3, queries, seed=5)
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=5)), classes(kind)
     criterion = SetCriterion(how, expand_weights(WEIGHTS, 1))
-    query_order, target_orders = torch.randperm(queries), [torch.randperm(count) for count in counts]
+    query_order, target_orders = (
+        torch.randperm(queries),
+        [torch.randperm(count) for count in counts],
+    )
     shuffled = [
         {name: value[order] if name != "image_id" else value for name, value in target.items()}
         for target, order in zip(targets, target_orders, strict=True)
@@ -193,7 +248,9 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
         torch.testing.assert_close(moved[name], plain[name], rtol=1e-12, atol=1e-12)
     for layer, image in np.ndindex(2, 3):
         after = zip(*moved.matches.pairs[layer][image], strict=True)
-        original = set(zip(*(side.tolist() for side in plain.matches.pairs[layer][image]), strict=True))
+        original = set(
+            zip(*(side.tolist() for side in plain.matches.pairs[layer][image]), strict=True)
+        )
         assert {(int(query_order[q]), int(target_orders[image][t])) for q, t in after} == original
 
 
@@ -201,7 +258,10 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
 def test_images_do_not_see_each_other(kind: str) -> None:
     """The matching of an image is the same alone and beside images with more targets (whose padding must not count)."""
     logits, boxes = predictions(kind, 2, 3, 6, seed=7)
-    targets, matcher = double(make_targets([2, 9, 0], NUM_CLASSES, seed=7)), HungarianMatcher(classes(kind))
+    targets, matcher = (
+        double(make_targets([2, 9, 0], NUM_CLASSES, seed=7)),
+        HungarianMatcher(classes(kind)),
+    )
     together = matcher(logits, boxes, targets)
     for i in range(3):
         alone = matcher(logits[:, i : i + 1], boxes[:, i : i + 1], targets[i : i + 1])
@@ -217,7 +277,10 @@ def test_non_finite_predictions_name_layer_and_images(kind: str, where: str, val
     logits, boxes = (x.detach().clone() for x in predictions(kind, 3, 4, 5))
     targets = double(make_targets([2, 0, 3, 1], NUM_CLASSES))
     if where == "logits":
-        logits[1, 2, 4], logits[1, 3, 0] = math.nan, math.nan  # an infinite logit is a certain class, not an error
+        logits[1, 2, 4], logits[1, 3, 0] = (
+            math.nan,
+            math.nan,
+        )  # an infinite logit is a certain class, not an error
     else:
         boxes[1, 2, 4, 0], boxes[1, 3, 0, 3] = value, value
     with pytest.raises(NonFinitePrediction, match=r"layer 1 .*\[102, 103\]"):
@@ -229,7 +292,9 @@ def test_non_finite_padding_of_the_cost_is_no_error(kind: str) -> None:
     """An image without targets has no cost: its predictions are judged by the loss, not by the matcher."""
     logits, boxes = (x.detach().clone() for x in predictions(kind, 1, 2, 5))
     boxes[0, 1] = math.nan
-    matches = HungarianMatcher(classes(kind))(logits, boxes, double(make_targets([2, 0], NUM_CLASSES)))
+    matches = HungarianMatcher(classes(kind))(
+        logits, boxes, double(make_targets([2, 0], NUM_CLASSES))
+    )
     assert len(matches.source) == 2
 
 
@@ -243,9 +308,19 @@ class CopyCounter(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
-        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        by_mask = any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices
+        )
         if (
-            name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "is_nonzero")
+            name
+            in (
+                "_local_scalar_dense",
+                "nonzero",
+                "masked_select",
+                "unique_dim",
+                "_unique2",
+                "is_nonzero",
+            )
             or by_mask
         ):
             self.waits.append(name)
@@ -254,7 +329,9 @@ class CopyCounter(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("layers", "counts"), [(1, [2]), (6, [3, 0, 7, 1]), (3, [0, 0])])
-def test_one_copy_to_the_host(kind: str, layers: int, counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_copy_to_the_host(
+    kind: str, layers: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The costs of all layers and images go to the host in one piece; nothing else is read from the device."""
     copies = []
     for name in ("cpu", "tolist", "item", "numpy", "__int__", "__float__", "__bool__"):
@@ -268,11 +345,15 @@ def test_one_copy_to_the_host(kind: str, layers: int, counts: list[int], monkeyp
     logits, boxes = predictions(kind, layers, len(counts), 6)
     targets = double(make_targets(counts, NUM_CLASSES))
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
-    criterion = SetCriterion(classes(kind), WEIGHTS, losses=("labels", "boxes", "cardinality", "features"))
+    criterion = SetCriterion(
+        classes(kind), WEIGHTS, losses=("labels", "boxes", "cardinality", "features")
+    )
     copies.clear()
     with CopyCounter() as counter:
         criterion(outputs, targets)
-    assert copies == (["cpu", "numpy"] if sum(counts) else [])  # `numpy` reads what `cpu` has brought
+    assert copies == (
+        ["cpu", "numpy"] if sum(counts) else []
+    )  # `numpy` reads what `cpu` has brought
     assert len(counter.waits) == (
         2 if kind == "focal" else 0
     )  # `one_hot` looks at its input on CPUs, on GPUs it does not
@@ -289,7 +370,9 @@ def test_losses_equal_the_plain_ones(kind: str, counts: list[int]) -> None:
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=11)), classes(kind)
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
     names = ("labels", "boxes", "cardinality", "features")
-    losses = SetCriterion(how, WEIGHTS, losses=names, eos_coef=eos_coef, focal_alpha=alpha)(outputs, targets)
+    losses = SetCriterion(how, WEIGHTS, losses=names, eos_coef=eos_coef, focal_alpha=alpha)(
+        outputs, targets
+    )
     expected = {}
     for i, layer in enumerate([*outputs["aux_outputs"], outputs]):
         suffix = f"_{i}" if i < layers - 1 else ""
@@ -322,7 +405,9 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
     targets = double(make_targets(counts, NUM_CLASSES, seed=2))
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
     criterion = SetCriterion(
-        classes(kind), expand_weights(WEIGHTS, layers - 1), losses=("labels", "boxes", "cardinality", "features")
+        classes(kind),
+        expand_weights(WEIGHTS, layers - 1),
+        losses=("labels", "boxes", "cardinality", "features"),
     )
     together = criterion(outputs, targets)
     gradients = torch.autograd.grad(criterion.total(together), [logits, boxes])
@@ -346,9 +431,13 @@ def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
     """A process without objects must take part in every collective, with gradients for the same parameters."""
     logits, boxes = predictions(kind, 3, 2, 5)
     criterion = SetCriterion(
-        classes(kind), expand_weights(WEIGHTS, 2), losses=("labels", "boxes", "cardinality", "features")
+        classes(kind),
+        expand_weights(WEIGHTS, 2),
+        losses=("labels", "boxes", "cardinality", "features"),
     )
-    with_targets = criterion(with_features(as_outputs(logits, boxes), 3), double(make_targets([1, 2], NUM_CLASSES)))
+    with_targets = criterion(
+        with_features(as_outputs(logits, boxes), 3), double(make_targets([1, 2], NUM_CLASSES))
+    )
     outputs = with_features(as_outputs(logits, boxes), 0)
     none = criterion(outputs, double(make_targets([0, 0], NUM_CLASSES)))
     assert set(none) == set(with_targets)
@@ -360,7 +449,11 @@ def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
         if "loss_ce" not in name:
             assert none[name] == 0
     assert none["class_error"] == 100
-    leaves = [logits, boxes, *(layer["pred_features"] for layer in (*outputs["aux_outputs"], outputs))]
+    leaves = [
+        logits,
+        boxes,
+        *(layer["pred_features"] for layer in (*outputs["aux_outputs"], outputs)),
+    ]
     gradients = torch.autograd.grad(criterion.total(none), leaves)
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
     assert gradients[0].abs().sum() > 0
@@ -378,9 +471,16 @@ def test_packed_targets_give_the_losses_of_a_list(kind: str) -> None:
     listed, fast = criterion(outputs, targets), criterion(outputs, packed)
     assert "loss_ce_enc" in fast
     assert "class_error_enc" not in fast
-    assert {name: value.item() for name, value in fast.items()} == {name: v.item() for name, v in listed.items()}
-    assert torch.equal(packed.tensors["labels"], torch.cat([target["labels"] for target in targets]))
-    for one, other in ((listed.matches, fast.matches), (listed.proposal_matches, fast.proposal_matches)):
+    assert {name: value.item() for name, value in fast.items()} == {
+        name: v.item() for name, v in listed.items()
+    }
+    assert torch.equal(
+        packed.tensors["labels"], torch.cat([target["labels"] for target in targets])
+    )
+    for one, other in (
+        (listed.matches, fast.matches),
+        (listed.proposal_matches, fast.proposal_matches),
+    ):
         assert torch.equal(one.source, other.source)
         assert torch.equal(one.target, other.target)
 
@@ -405,8 +505,14 @@ def test_weights_of_the_total() -> None:
         "b_1": 2.0,
     }
     assert expand_weights({"a": 1.0}, 0) == {"a": 1.0}
-    criterion = SetCriterion(classes("softmax"), {"loss_ce": 2.0, "loss_bbox": 10.0, "loss_missing": 7.0})
-    losses = {"loss_ce": torch.tensor(3.0), "loss_bbox": torch.tensor(0.5), "class_error": torch.tensor(50.0)}
+    criterion = SetCriterion(
+        classes("softmax"), {"loss_ce": 2.0, "loss_bbox": 10.0, "loss_missing": 7.0}
+    )
+    losses = {
+        "loss_ce": torch.tensor(3.0),
+        "loss_bbox": torch.tensor(0.5),
+        "class_error": torch.tensor(50.0),
+    }
     assert float(criterion.total(losses)) == 11.0
 
 
@@ -421,19 +527,27 @@ def test_published_cardinality_error_of_focal_outputs_on_request() -> None:
     logits[0, 0, 0, 1], logits[0, 0, 1, NUM_CLASSES - 1] = 2.0, 2.0
     targets = double(make_targets([2], NUM_CLASSES))
     ours = SetCriterion(classes("focal"), WEIGHTS)(as_outputs(logits, boxes), targets)
-    published = SetCriterion(classes("focal"), WEIGHTS, reproduce_published=True)(as_outputs(logits, boxes), targets)
+    published = SetCriterion(classes("focal"), WEIGHTS, reproduce_published=True)(
+        as_outputs(logits, boxes), targets
+    )
     assert float(ours["cardinality_error"]) == 0  # two scores above one half, two targets
-    assert float(published["cardinality_error"]) == 1  # three queries whose best class is not the last
+    assert (
+        float(published["cardinality_error"]) == 1
+    )  # three queries whose best class is not the last
 
 
 def test_half_precision_predictions_are_scored_in_float32() -> None:
     logits, boxes = (x.detach() for x in predictions("softmax", 2, 1, 5))
     targets = make_targets([2], NUM_CLASSES)
-    half = SetCriterion(classes("softmax"), WEIGHTS)(as_outputs(logits.bfloat16(), boxes.bfloat16()), targets)
+    half = SetCriterion(classes("softmax"), WEIGHTS)(
+        as_outputs(logits.bfloat16(), boxes.bfloat16()), targets
+    )
     full = SetCriterion(classes("softmax"), WEIGHTS)(
         as_outputs(logits.bfloat16().float(), boxes.bfloat16().float()), targets
     )
-    assert all(half[name].dtype == torch.float32 and torch.equal(half[name], full[name]) for name in half)
+    assert all(
+        half[name].dtype == torch.float32 and torch.equal(half[name], full[name]) for name in half
+    )
 
 
 def test_costs_may_not_all_be_zero() -> None:
@@ -449,17 +563,25 @@ def test_costs_may_not_all_be_zero() -> None:
 def test_box_formats_are_inverse() -> None:
     boxes = torch.rand(2, 5, 4, dtype=torch.float64)
     torch.testing.assert_close(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes)), boxes)
-    assert box_cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.4])).tolist() == pytest.approx([0.4, 0.2, 0.6, 0.6])
+    assert box_cxcywh_to_xyxy(torch.tensor([0.5, 0.4, 0.2, 0.4])).tolist() == pytest.approx(
+        [0.4, 0.2, 0.6, 0.6]
+    )
 
 
 def test_generalised_iou_equals_the_plain_one() -> None:
     a, b = (
-        x.detach()[0, 0] for x in (predictions("focal", 1, 1, 9, seed=1)[1], predictions("focal", 1, 1, 9, seed=2)[1])
+        x.detach()[0, 0]
+        for x in (
+            predictions("focal", 1, 1, 9, seed=1)[1],
+            predictions("focal", 1, 1, 9, seed=2)[1],
+        )
     )
     pairwise = generalized_box_iou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
     paired = paired_giou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
     for i, j in np.ndindex(9, 9):
-        assert float(pairwise[i, j]) == pytest.approx(plain_giou(a[i].tolist(), b[j].tolist()), abs=1e-12)
+        assert float(pairwise[i, j]) == pytest.approx(
+            plain_giou(a[i].tolist(), b[j].tolist()), abs=1e-12
+        )
     torch.testing.assert_close(paired, pairwise.diagonal())
 
 

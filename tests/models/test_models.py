@@ -94,7 +94,15 @@ def test_without_auxiliary_outputs(detector: str) -> None:
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_weights_of_all_layers(detector: str) -> None:
     args = tiny_args(
-        FINETUNE, "--detector", detector, "--dec_layers", "3", "--cls_loss_coef", "4", "--bbox_loss_coef", "6"
+        FINETUNE,
+        "--detector",
+        detector,
+        "--dec_layers",
+        "3",
+        "--cls_loss_coef",
+        "4",
+        "--bbox_loss_coef",
+        "6",
     )
     model, criterion, _ = build_model(args)
     expected = {
@@ -126,7 +134,9 @@ def test_contract_of_the_stages(detector: str) -> None:
     assert torch.equal(outputs["pred_boxes"], plain["pred_boxes"])
     assert torch.equal(outputs["pred_logits"], plain["pred_logits"])
     learned = model.learned_queries(2)
-    assert torch.equal(model.predict(model.decode(memory, learned))["pred_boxes"], plain["pred_boxes"])
+    assert torch.equal(
+        model.predict(model.decode(memory, learned))["pred_boxes"], plain["pred_boxes"]
+    )
     assert model.learned_queries(2, 5).position.shape == (2, 5, 32)
     groups = model.decode(memory, learned, query_groups=4)
     for group in range(4):
@@ -142,7 +152,11 @@ def test_samples_in_any_form(detector: str) -> None:
     model = build("--detector", detector).eval()
     samples = make_batch()
     expected = model(samples)["pred_boxes"]
-    for form in (samples.tensors, list(samples.tensors), NestedTensor(samples.tensors, samples.mask)):
+    for form in (
+        samples.tensors,
+        list(samples.tensors),
+        NestedTensor(samples.tensors, samples.mask),
+    ):
         torch.testing.assert_close(model(form)["pred_boxes"], expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
         model(samples.tensors[0])
@@ -156,7 +170,9 @@ def test_pre_norm() -> None:
     assert "transformer.encoder.norm.weight" not in build().state_dict()
     check_layer(model(make_batch()), 2, QUERIES, 92)
     assert not torch.allclose(
-        model.eval()(make_batch())["pred_boxes"], build().eval()(make_batch())["pred_boxes"], atol=1e-4
+        model.eval()(make_batch())["pred_boxes"],
+        build().eval()(make_batch())["pred_boxes"],
+        atol=1e-4,
     )
 
 
@@ -167,11 +183,15 @@ def test_pre_norm_is_refused_by_conditional_detr() -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_dilation_halves_the_stride(detector: str) -> None:
-    one_map = ("--num_feature_levels", "1") if "num_feature_levels" in DETECTORS[detector].flags else ()
+    one_map = (
+        ("--num_feature_levels", "1") if "num_feature_levels" in DETECTORS[detector].flags else ()
+    )
     flags = ("--detector", detector, "--backbone", "resnet50", *one_map)
     plain, dilated = build(*flags), build(*flags, "--dilation")
     assert [plain.backbone[0].strides[-1], dilated.backbone[0].strides[-1]] == [32, 16]
-    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in dilated.state_dict().items()}
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {
+        k: v.shape for k, v in dilated.state_dict().items()
+    }
     with torch.no_grad():
         assert dilated.encode(make_batch(1)).shapes == [(4, 4)]
         assert plain.encode(make_batch(1)).shapes == [(2, 2)]
@@ -218,12 +238,20 @@ def test_trainable_parameters_at_published_sizes(detector: str) -> None:
     with torch.device("meta"):
         model = build_model(resolve(make_parser(FINETUNE).parse_args(flags)))[0]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == {"detr": 41_302_368, "conditional_detr": 43_196_001, "deformable_detr": 39_847_265}[detector]
+    assert (
+        count
+        == {"detr": 41_302_368, "conditional_detr": 43_196_001, "deformable_detr": 39_847_265}[
+            detector
+        ]
+    )
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_weights_load_strictly_and_give_equal_outputs(detector: str) -> None:
-    model, other = build("--detector", detector, seed=0).eval(), build("--detector", detector, seed=1).eval()
+    model, other = (
+        build("--detector", detector, seed=0).eval(),
+        build("--detector", detector, seed=1).eval(),
+    )
     assert not torch.equal(model(make_batch())["pred_boxes"], other(make_batch())["pred_boxes"])
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(model(make_batch())["pred_boxes"], other(make_batch())["pred_boxes"])
@@ -282,21 +310,31 @@ def test_padding_is_not_seen(detector: str, positions: str) -> None:
     """An image gives the same alone and beside a larger one, where the backbone lets it: positions, attention and boxes
     do.
     """
-    model = build("--detector", detector, "--position_embedding", positions, "--enc_layers", "2").eval()
+    model = build(
+        "--detector", detector, "--position_embedding", positions, "--enc_layers", "2"
+    ).eval()
     backbone = model.backbone[0]
     backbone.body = Cells(list(zip(backbone.num_channels, backbone.strides, strict=True)))
     for module in model.modules():
-        if isinstance(module, nn.GroupNorm):  # its statistics are those of the padded map, as published
+        if isinstance(
+            module, nn.GroupNorm
+        ):  # its statistics are those of the padded map, as published
             module.forward = lambda x: x
         if isinstance(module, MLP):
-            nn.init.normal_(module.layers[-1].weight, std=0.3)  # zero at the start in the box heads of two detectors
+            nn.init.normal_(
+                module.layers[-1].weight, std=0.3
+            )  # zero at the start in the box heads of two detectors
     small, large = make_batch(1, seed=1).tensors[0], make_batch([(128, 192)], seed=2).tensors[0]
     alone, together = model([small]), model([small, large])
     assert as_nested_tensor([small, large]).padded is True
     for name in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together[name][1:], model([large])[name], rtol=1e-4, atol=1e-5)
-    unmasked = model(NestedTensor(as_nested_tensor([small, large]).tensors, torch.zeros(2, 128, 192, dtype=torch.bool)))
+    unmasked = model(
+        NestedTensor(
+            as_nested_tensor([small, large]).tensors, torch.zeros(2, 128, 192, dtype=torch.bool)
+        )
+    )
     assert not torch.allclose(unmasked["pred_boxes"][:1], alone["pred_boxes"], atol=1e-3)
 
 
@@ -321,7 +359,12 @@ def test_sine_positions_from_the_formula() -> None:
             (2 - shift) / 3 * 2 * torch.pi,
             (1 - shift) / 3 * 2 * torch.pi,
         )  # second row of three, first column of three
-        expected = [f(torch.tensor(v / t)) for v in (y, x) for t in (1.0, 10000**0.5) for f in (torch.sin, torch.cos)]
+        expected = [
+            f(torch.tensor(v / t))
+            for v in (y, x)
+            for t in (1.0, 10000**0.5)
+            for f in (torch.sin, torch.cos)
+        ]
         torch.testing.assert_close(code[0, :, 1, 0], torch.stack(expected), rtol=1e-4, atol=1e-4)
 
 
@@ -360,7 +403,9 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     criterion.total(losses).backward()
     assert all(
-        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None
+        torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32
+        for p in model.parameters()
+        if p.grad is not None
     )
     plain = model(make_batch())
     torch.testing.assert_close(outputs["pred_boxes"], plain["pred_boxes"], rtol=0.1, atol=0.05)
@@ -368,7 +413,9 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    "flags", [*([name] for name in DETECTORS), ["deformable_detr", "--with_box_refine", "--two_stage"]], ids=" ".join
+    "flags",
+    [*([name] for name in DETECTORS), ["deformable_detr", "--with_box_refine", "--two_stage"]],
+    ids=" ".join,
 )
 def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -> None:
     """For those who predict: `model.half()` takes images of its type, and its boxes are nearly those of the whole
@@ -379,9 +426,14 @@ def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -
         expected = model(images)
         found = model.to(dtype)(NestedTensor(images.tensors.to(dtype), images.mask))
     if "--two_stage" not in flags:  # there, rounding alone changes which tokens are proposed
-        torch.testing.assert_close(found["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=0.05)
+        torch.testing.assert_close(
+            found["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=0.05
+        )
     results = PostProcess(model.classification)(found, torch.tensor([[64, 64]] * 2))
-    assert all(result["boxes"].isfinite().all() and result["scores"].dtype == torch.float32 for result in results)
+    assert all(
+        result["boxes"].isfinite().all() and result["scores"].dtype == torch.float32
+        for result in results
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- what trains
@@ -395,7 +447,9 @@ def test_stem_and_first_stage_never_train(detector: str) -> None:
     )
     criterion.total(criterion(model(make_batch()), make_targets([2, 1]))).backward()
     for name, parameter in model.named_parameters():
-        early = name.startswith("backbone.") and not any(stage in name for stage in ("layer2", "layer3", "layer4"))
+        early = name.startswith("backbone.") and not any(
+            stage in name for stage in ("layer2", "layer3", "layer4")
+        )
         assert parameter.requires_grad is not early, name
         assert (parameter.grad is None) is early, name
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -424,21 +478,33 @@ def test_random_weights_train_with_live_batch_norm() -> None:
 
 def test_live_and_frozen_batch_norm_have_the_same_names() -> None:
     live, frozen = build(), build("--backbone_norm", "frozen")
-    assert {k: v.shape for k, v in live.state_dict().items()} == {k: v.shape for k, v in frozen.state_dict().items()}
+    assert {k: v.shape for k, v in live.state_dict().items()} == {
+        k: v.shape for k, v in frozen.state_dict().items()
+    }
     frozen.load_state_dict(live.state_dict(), strict=True)
     a, b = LiveBatchNorm2d(4).eval(), FrozenBatchNorm2d(4)
     a.load_state_dict(
-        {"weight": torch.rand(4), "bias": torch.rand(4), "running_mean": torch.rand(4), "running_var": torch.rand(4)}
+        {
+            "weight": torch.rand(4),
+            "bias": torch.rand(4),
+            "running_mean": torch.rand(4),
+            "running_var": torch.rand(4),
+        }
     )
     b.load_state_dict(a.state_dict())
     images = torch.randn(2, 4, 5, 5)
     torch.testing.assert_close(a(images), b(images))
     torch.testing.assert_close(
-        live.eval()(make_batch())["pred_boxes"], frozen.eval()(make_batch())["pred_boxes"], rtol=1e-4, atol=1e-4
+        live.eval()(make_batch())["pred_boxes"],
+        frozen.eval()(make_batch())["pred_boxes"],
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
-@pytest.mark.parametrize(("name", "frozen_until"), [("tf_efficientnet_lite0", "blocks_2"), ("resnet18", "layer2")])
+@pytest.mark.parametrize(
+    ("name", "frozen_until"), [("tf_efficientnet_lite0", "blocks_2"), ("resnet18", "layer2")]
+)
 def test_timm_backbone(name: str, frozen_until: str) -> None:
     """Strides and channels as described, norms frozen, and what comes before stride 8 never trains, as in a ResNet."""
     pytest.importorskip("timm", reason="timm is an extra")
@@ -466,7 +532,9 @@ def test_detector_on_a_timm_backbone(detector: str) -> None:
     model = build("--detector", detector, "--backbone", "timm:tf_efficientnet_lite0")
     check_layer(model.eval()(make_batch([(64, 64), (96, 64)])), 2, QUERIES, num_outputs(model))
     assert model.backbone[0].mean == (0.5, 0.5, 0.5)
-    assert any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())  # random weights: live
+    assert any(
+        isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()
+    )  # random weights: live
 
 
 def test_unknown_timm_backbone() -> None:
@@ -485,22 +553,38 @@ def test_softmax_gives_each_query_its_best_class() -> None:
         {"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]])
     )[0]
     assert result["labels"].tolist() == [1, 0]
-    torch.testing.assert_close(result["scores"], torch.stack([logits[0, 0].softmax(0)[1], logits[0, 1].softmax(0)[0]]))
-    torch.testing.assert_close(result["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 10.0, 40.0, 30.0]]))
+    torch.testing.assert_close(
+        result["scores"], torch.stack([logits[0, 0].softmax(0)[1], logits[0, 1].softmax(0)[0]])
+    )
+    torch.testing.assert_close(
+        result["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 10.0, 40.0, 30.0]])
+    )
 
 
 def test_focal_gives_the_best_pairs() -> None:
     logits = torch.tensor([[[0.0, 3.0], [2.0, 1.0], [-1.0, -2.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]])
     outputs = {"pred_logits": logits, "pred_boxes": boxes}
-    result = PostProcess(Classification("focal", 2, cost_class=1.0), top_k=4)(outputs, torch.tensor([[10, 20]]))[0]
+    result = PostProcess(Classification("focal", 2, cost_class=1.0), top_k=4)(
+        outputs, torch.tensor([[10, 20]])
+    )[0]
     assert result["labels"].tolist() == [1, 0, 1, 0]
     torch.testing.assert_close(result["scores"], torch.tensor([3.0, 2.0, 1.0, 0.0]).sigmoid())
-    assert result["boxes"].tolist() == [[0, 0, 20, 10], [0, 0, 10, 5], [0, 0, 10, 5], [0, 0, 20, 10]]
+    assert result["boxes"].tolist() == [
+        [0, 0, 20, 10],
+        [0, 0, 10, 5],
+        [0, 0, 10, 5],
+        [0, 0, 20, 10],
+    ]
 
 
 def test_few_queries_give_few_results() -> None:
     outputs = {"pred_logits": torch.randn(1, 3, 2), "pred_boxes": torch.rand(1, 3, 4)}
     assert (
-        len(PostProcess(Classification("focal", 2, cost_class=1.0))(outputs, torch.tensor([[9, 9]]))[0]["scores"]) == 6
+        len(
+            PostProcess(Classification("focal", 2, cost_class=1.0))(
+                outputs, torch.tensor([[9, 9]])
+            )[0]["scores"]
+        )
+        == 6
     )

@@ -45,21 +45,30 @@ def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize(
-    "backbone", [(), TRAINED, ("--backbone_norm", "live", *TRAINED)], ids=["frozen", "trained", "live"]
+    "backbone",
+    [(), TRAINED, ("--backbone_norm", "live", *TRAINED)],
+    ids=["frozen", "trained", "live"],
 )
-def test_before_any_step_it_gives_the_targets_of_the_network_itself(detector: str, backbone: tuple) -> None:
+def test_before_any_step_it_gives_the_targets_of_the_network_itself(
+    detector: str, backbone: tuple
+) -> None:
     """The same copies, statistics of the batch, no dropout: nothing differs. Afterwards no gradient reaches it."""
     batch, targets = make_batch([(64, 64), (64, 96)] * 2), view_targets(4)
     results = []
     for teacher in ((), ("--teacher_momentum", "0.9")):
-        model, criterion = build("--detector", detector, "--box_disturbance", "0", *backbone, *teacher)
+        model, criterion = build(
+            "--detector", detector, "--box_disturbance", "0", *backbone, *teacher
+        )
         outputs = model.train()(batch, targets)
         losses = criterion.train()(outputs, targets)
         criterion.total(losses).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append(
             (
-                {name: outputs[name].detach() for name in ("projections", "predictions", "target_features")},
+                {
+                    name: outputs[name].detach()
+                    for name in ("projections", "predictions", "target_features")
+                },
                 losses,
                 gradients,
             )
@@ -68,8 +77,12 @@ def test_before_any_step_it_gives_the_targets_of_the_network_itself(detector: st
     assert_same(without, with_teacher)
     assert not outputs["projections"].requires_grad
     assert not outputs["target_features"].requires_grad
-    assert not any(p.requires_grad or p.grad is not None for p in model.teacher.network.parameters())
-    assert not any("teacher" in name for name, _ in [*model.named_parameters(), *model.named_buffers()])
+    assert not any(
+        p.requires_grad or p.grad is not None for p in model.teacher.network.parameters()
+    )
+    assert not any(
+        "teacher" in name for name, _ in [*model.named_parameters(), *model.named_buffers()]
+    )
 
 
 def test_equation_1() -> None:
@@ -82,7 +95,8 @@ def test_equation_1() -> None:
         model.after_step(share)
         teacher = dict(model.teacher.network.named_parameters())
         expected = {
-            name: momentum * before[name] + (1 - momentum) * model.get_parameter(name).detach() for name in teacher
+            name: momentum * before[name] + (1 - momentum) * model.get_parameter(name).detach()
+            for name in teacher
         }
         torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
 
@@ -107,7 +121,9 @@ def test_running_statistics_are_those_of_the_student() -> None:
     student, teacher = model.state_dict(), model.teacher.network.state_dict()
     statistics = [name for name in teacher if "running" in name or "num_batches" in name]
     assert {name.split(".")[0] for name in statistics} == {"backbone", "enc_head"}
-    assert_same({name: teacher[name] for name in statistics}, {name: student[name] for name in statistics})
+    assert_same(
+        {name: teacher[name] for name in statistics}, {name: student[name] for name in statistics}
+    )
     assert int(student["enc_head.0.projector.mlp.1.num_batches_tracked"]) == 2, (
         "one pass a view: the teacher's own do not count"
     )
@@ -120,7 +136,9 @@ def test_targets_are_the_teachers() -> None:
     batch, targets = make_batch(4), view_targets(4)
     for backbone, others in (((), {"projections"}), (TRAINED, {"projections", "target_features"})):
         model, _ = build("--teacher_momentum", "0.9", "--box_disturbance", "0", *backbone)
-        has_backbone = any(name.startswith("backbone") for name in model.teacher.network.state_dict())
+        has_backbone = any(
+            name.startswith("backbone") for name in model.teacher.network.state_dict()
+        )
         assert has_backbone == bool(backbone), "a backbone that does not train is not copied"
         outputs = model.train()(batch, targets)
         for parameter in model.teacher.network.parameters():
@@ -162,11 +180,17 @@ def test_it_moves_with_the_model() -> None:
 )
 def test_refused_in_one_line(flags: tuple, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
-        build_model(tiny_args(PRETRAIN, *FLAGS, "--backbone_norm", "frozen", "--teacher_momentum", "0.9", *flags))
+        build_model(
+            tiny_args(
+                PRETRAIN, *FLAGS, "--backbone_norm", "frozen", "--teacher_momentum", "0.9", *flags
+            )
+        )
     assert "\n" not in str(error.value)
 
 
-def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three steps an epoch, two epochs, stopped after the fourth step."""
     images = write_images(tmp_path / "images", count=6)
     flags = [
@@ -185,7 +209,9 @@ def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monk
     ]
     shares, follow = [], MomentumTeacher.follow
     monkeypatch.setattr(
-        MomentumTeacher, "follow", lambda self, student, share: (shares.append(share), follow(self, student, share))
+        MomentumTeacher,
+        "follow",
+        lambda self, student, share: (shares.append(share), follow(self, student, share)),
     )
     pre_train(*flags, "--output_dir", tmp_path / "whole")
     assert shares == pytest.approx([i / 6 for i in range(6)])
@@ -193,7 +219,9 @@ def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monk
     with pytest.raises(StopRequested, match="epoch 2, after batch 1 of 3"):
         pre_train(*flags, "--output_dir", tmp_path / "stopped")
     pre_train(*flags, "--output_dir", tmp_path / "stopped", "--resume", "auto")
-    whole, resumed = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
+    whole, resumed = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")
+    )
     for name in ("model", "optimizer", "frozen", "random_states"):
         assert_same(resumed[name], whole[name], name)
     teacher = whole["frozen"]["momentum_teacher"]
@@ -201,7 +229,11 @@ def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(tmp_path: Path, monk
     assert 1e-4 < distance < 0.1, "it lags behind"
 
     fine_tune(
-        "--coco_path", write_coco(tmp_path / "coco"), "--pretrain", tmp_path / "whole" / "checkpoint.pth", "--dry_run"
+        "--coco_path",
+        write_coco(tmp_path / "coco"),
+        "--pretrain",
+        tmp_path / "whole" / "checkpoint.pth",
+        "--dry_run",
     )
     del whole["frozen"]
     torch.save(whole, tmp_path / "without.pth")

@@ -29,7 +29,9 @@ def test_golden_numbers(request: pytest.FixtureRequest) -> None:
     shapes = [tuple(shape) for shape in z["msda/spatial_shapes"].tolist()]
     found = deform_cases.run(inputs, shapes, "pytorch")
     for name, tensor in zip(
-        ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights"), found, strict=True
+        ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights"),
+        found,
+        strict=True,
     ):
         np.testing.assert_allclose(tensor.numpy(), z[f"msda/{name}"], rtol=1e-5, atol=1e-5)
 
@@ -38,13 +40,17 @@ def test_golden_numbers(request: pytest.FixtureRequest) -> None:
 def test_pytorch_path_in_each_dtype(name: str) -> None:
     """Dtypes of results, float32 arithmetic for half values, nothing that is not finite."""
     inputs = make_inputs(CASES[name])
-    deform_cases.check(name, deform_cases.run(inputs, CASES[name].shapes, "pytorch"), inputs, CASES[name].shapes)
+    deform_cases.check(
+        name, deform_cases.run(inputs, CASES[name].shapes, "pytorch"), inputs, CASES[name].shapes
+    )
 
 
 def test_a_point_reads_what_the_formula_says() -> None:
     """Pixel coordinate = location * size - 0.5; a pixel outside nothing is read and nothing has a derivative."""
     value = torch.arange(6.0).view(1, 6, 1, 1)  # a map of 2 x 3: 0 1 2 / 3 4 5
-    points = torch.tensor([[0.5 / 3, 0.25], [1 / 3, 0.5], [-0.5 / 3, 0.25], [0.0, 0.25], [1e6, 0.5]])
+    points = torch.tensor(
+        [[0.5 / 3, 0.25], [1 / 3, 0.5], [-0.5 / 3, 0.25], [0.0, 0.25], [1e6, 0.5]]
+    )
     locations = points.view(1, 5, 1, 1, 1, 2).requires_grad_()
     output = ms_deform_attn(value, [(2, 3)], locations, torch.full((1, 5, 1, 1, 1), 2.0))
     torch.testing.assert_close(output.flatten(), torch.tensor([0.0, 4.0, 0.0, 0.0, 0.0]))
@@ -55,7 +61,9 @@ def test_a_point_reads_what_the_formula_says() -> None:
 
 def test_derivatives_of_the_pytorch_path() -> None:
     case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
-    value, locations, weights, _ = (tensor.double().requires_grad_() for tensor in make_inputs(case))
+    value, locations, weights, _ = (
+        tensor.double().requires_grad_() for tensor in make_inputs(case)
+    )
     assert torch.autograd.gradcheck(
         lambda v, p, w: ms_deform_attn(v, case.shapes, p, w, "pytorch"), (value, locations, weights)
     )
@@ -75,18 +83,23 @@ def test_pytorch_path_compiles_and_exports() -> None:
     value, locations, weights, _ = make_inputs(case)
 
     class Model(torch.nn.Module):
-        def forward(self, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, value: torch.Tensor, locations: torch.Tensor, weights: torch.Tensor
+        ) -> torch.Tensor:
             return ms_deform_attn(value, case.shapes, locations, weights)
 
     expected = Model()(value, locations, weights)
     torch.testing.assert_close(
-        torch.compile(Model(), backend="aot_eager", fullgraph=True)(value, locations, weights), expected
+        torch.compile(Model(), backend="aot_eager", fullgraph=True)(value, locations, weights),
+        expected,
     )
     queries = torch.export.Dim("queries", min=2, max=1000)
     exported = torch.export.export(
         Model(), (value, locations, weights), dynamic_shapes=({}, {1: queries}, {1: queries})
     )
-    torch.testing.assert_close(exported.module()(value, locations[:, :3], weights[:, :3]), expected[:, :3])
+    torch.testing.assert_close(
+        exported.module()(value, locations[:, :3], weights[:, :3]), expected[:, :3]
+    )
 
 
 # ---- what runs where ----
@@ -124,7 +137,9 @@ def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         ("_capability", lambda _: (7, 5), "capability 8.0"),
     ],
 )
-def test_what_keeps_triton_from_running(name: str, answer: object, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_keeps_triton_from_running(
+    name: str, answer: object, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, name, answer)
     assert choose("auto", GPU, torch.float32) == "pytorch"
     with pytest.raises(UserError, match=text):
@@ -134,7 +149,10 @@ def test_what_keeps_triton_from_running(name: str, answer: object, text: str, mo
 @pytest.mark.usefixtures("_gpu")
 def test_errors_are_one_line() -> None:
     value, locations, weights, _ = make_inputs(CASES["one of all"])
-    for implementation, words in (("triton", "needs an NVIDIA GPU"), ("cuda", ", ".join(IMPLEMENTATIONS))):
+    for implementation, words in (
+        ("triton", "needs an NVIDIA GPU"),
+        ("cuda", ", ".join(IMPLEMENTATIONS)),
+    ):
         with pytest.raises(UserError, match=words) as error:
             ms_deform_attn(value, [(5, 6)], locations, weights, implementation)
         assert str(error.value).startswith(f"--ms_deform_attn {implementation}: ")
@@ -167,7 +185,12 @@ def test_kernels_under_the_interpreter(part: str) -> None:
     """Triton reads its switch when kernels are defined, so they run in a process of their own."""
     script = [sys.executable, str(ROOT / "tests" / "deform_cases.py"), part]
     done = subprocess.run(
-        script, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+        script,
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -184,10 +207,19 @@ def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
     types = {"S": "i32", "Q": "i32", "shapes": ("fp32",) * 8} | dict.fromkeys(
         ("value", "output", "grad_output"), f"*{value_type}"
     )
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in kernel.arg_names}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32")
+        for name in kernel.arg_names
+    }
     positions = {name: (i,) for i, name in enumerate(kernel.arg_names)}
-    aligned = {positions[name]: [["tt.divisibility", 16]] for name, kind in signature.items() if kind[0] == "*"}
-    source = ASTSource(kernel, signature, {positions[name]: number for name, number in constants.items()}, aligned)
+    aligned = {
+        positions[name]: [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind[0] == "*"
+    }
+    source = ASTSource(
+        kernel, signature, {positions[name]: number for name, number in constants.items()}, aligned
+    )
     options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 

@@ -25,8 +25,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():  # links, so that nothing is written into this tree
         if path.suffix == ".py" or path.is_dir():
             (project / path.name).symlink_to(path)
-    build = "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", build, str(site)], cwd=project, check=True, capture_output=True)
+    build = (
+        "import sys; from setuptools.build_meta import build_editable; build_editable(sys.argv[1])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", build, str(site)], cwd=project, check=True, capture_output=True
+    )
     (wheel,) = site.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(site)
     (site / "datasets").mkdir()
@@ -39,7 +43,11 @@ def python(code: str, site: Path, cwd: Path, *words: str) -> subprocess.Complete
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code = f"import site, sys; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r}); {code}"
     return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=cwd, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -47,7 +55,10 @@ def test_only_the_door_is_installed(site: Path, tmp_path: Path) -> None:
     (info,) = site.glob("*.dist-info")
     assert (info / "top_level.txt").read_text().split() == ["predetr"]
     done = python(
-        "import importlib.util as u; print(*[u.find_spec(n) for n in sys.argv[1:]])", site, tmp_path, "engine"
+        "import importlib.util as u; print(*[u.find_spec(n) for n in sys.argv[1:]])",
+        site,
+        tmp_path,
+        "engine",
     )
     assert done.stdout == "None\n", done.stderr
 
@@ -59,7 +70,9 @@ def test_importing_it_leaves_packages_of_others_alone(site: Path, tmp_path: Path
 
 
 def test_names_bring_the_packages_of_the_project(site: Path, tmp_path: Path) -> None:
-    done = python("from predetr import build_model; import datasets; print(datasets.__file__)", site, tmp_path)
+    done = python(
+        "from predetr import build_model; import datasets; print(datasets.__file__)", site, tmp_path
+    )
     assert done.stdout == f"{ROOT}/datasets/__init__.py\n", done.stderr
 
 
@@ -81,9 +94,14 @@ def test_a_copy_without_the_project_says_how_to_install_it(tmp_path: Path) -> No
     ("command", "script"),
     [("pretrain", "main.py"), ("finetune", "finetune_main.py"), ("predict", "tools/predict.py")],
 )
-def test_commands_run_from_any_folder(site: Path, tmp_path: Path, command: str, script: str) -> None:
+def test_commands_run_from_any_folder(
+    site: Path, tmp_path: Path, command: str, script: str
+) -> None:
     (info,) = site.glob("*.dist-info")
-    assert f"predetr-{command} = predetr.commands:{command}\n" in (info / "entry_points.txt").read_text()
+    assert (
+        f"predetr-{command} = predetr.commands:{command}\n"
+        in (info / "entry_points.txt").read_text()
+    )
     done = python(f"from predetr.commands import {command}; {command}()", site, tmp_path, "--help")
     assert done.stdout.startswith(f"usage: {script} "), done.stderr
 
@@ -109,7 +127,9 @@ def listed(path: Path) -> dict[str, list[str]]:
 
 def test_extras_are_those_of_the_requirement_files() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     (dev,) = listed(ROOT / "requirements-dev.txt").values()
     groups = listed(ROOT / "requirements-extras.txt")
     assert extras == {**groups, "all": [f"predetr[{','.join(groups)}]"], "dev": dev}

@@ -28,7 +28,10 @@ def test_deformable_attention_on_the_cpu(tmp_path: Path) -> None:
         "encoder, bfloat16",
         "decoder, bfloat16",
     ]
-    assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["speedup"] == 1 for row in rows)
+    assert all(
+        0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["speedup"] == 1
+        for row in rows
+    )
     assert "NVIDIA GPU" in result["not_measured"]["triton"]
     assert result["environment"]["torch"] in torch.__version__
     table = (tmp_path / "ms_deform_attn.md").read_text()
@@ -37,7 +40,10 @@ def test_deformable_attention_on_the_cpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--overwrite"):
         run(tmp_path)
     run(tmp_path, "--overwrite", "--dtypes", "float32")
-    assert len(json.loads((tmp_path / "ms_deform_attn.json").read_text())["rows"]) == 2 * len(rows) // 4
+    assert (
+        len(json.loads((tmp_path / "ms_deform_attn.json").read_text())["rows"])
+        == 2 * len(rows) // 4
+    )
 
 
 def test_shapes_are_those_of_training() -> None:
@@ -47,7 +53,9 @@ def test_shapes_are_those_of_training() -> None:
 
 def test_points_of_the_encoder_lie_around_their_pixel() -> None:
     shapes = [(8, 11), (4, 6)]
-    value, locations, weights, grad_output = benchmark.deform_inputs("encoder", shapes, 2, torch.bfloat16, CPU)
+    value, locations, weights, grad_output = benchmark.deform_inputs(
+        "encoder", shapes, 2, torch.bfloat16, CPU
+    )
     assert value.shape == (2, 112, 8, 32)
     assert grad_output.shape == (2, 112, 256)
     assert locations.dtype == weights.dtype == torch.float32
@@ -78,12 +86,16 @@ def test_a_public_implementation_is_called_with_its_own_arguments(
     def attention(value, sizes, starts, locations, weights, step):
         assert (value.dtype, sizes.dtype, step) == (torch.float32, torch.int64, 64)
         assert starts.tolist() == [0, 48]
-        return benchmark.ms_deform_attn(value, [tuple(size) for size in sizes.tolist()], locations, weights, "pytorch")
+        return benchmark.ms_deform_attn(
+            value, [tuple(size) for size in sizes.tolist()], locations, weights, "pytorch"
+        )
 
     def backward(value, sizes, starts, locations, weights, grad, step):
         leaves = [tensor.detach().requires_grad_() for tensor in (value, locations, weights)]
         with torch.enable_grad():
-            return torch.autograd.grad(attention(leaves[0], sizes, starts, *leaves[1:], step), leaves, grad)
+            return torch.autograd.grad(
+                attention(leaves[0], sizes, starts, *leaves[1:], step), leaves, grad
+            )
 
     class AsModule(torch.nn.Module):
         def forward(self, value, sizes, shapes, starts, locations, weights, step):
@@ -99,7 +111,9 @@ def test_a_public_implementation_is_called_with_its_own_arguments(
         setattr(stand_in, path, {"transformers": AsModule, "mmcv": AsFunction}[peer])
     parts = module.split(".")
     for i in range(1, len(parts)):
-        monkeypatch.setitem(benchmark.sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+        monkeypatch.setitem(
+            benchmark.sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i]))
+        )
     monkeypatch.setitem(benchmark.sys.modules, module, stand_in)
     shapes = [(6, 8), (3, 4)]
     comparison = benchmark.compare_one(
@@ -112,8 +126,12 @@ def test_a_public_implementation_is_called_with_its_own_arguments(
 def test_a_contender_with_other_numbers_is_not_timed() -> None:
     right, wrong = (lambda: [torch.ones(3)]), (lambda: [torch.tensor([1.0, 1.0, 1.1])])
     with pytest.raises(UserError, match="case: other differs from first by 0.1"):
-        benchmark.measure(benchmark.Comparison("case", {"first": right, "other": wrong}, 1e-3), 1, CPU)
-    nan = benchmark.Comparison("case", {"first": right, "other": lambda: [torch.full((3,), float("nan"))]}, 1e-3)
+        benchmark.measure(
+            benchmark.Comparison("case", {"first": right, "other": wrong}, 1e-3), 1, CPU
+        )
+    nan = benchmark.Comparison(
+        "case", {"first": right, "other": lambda: [torch.full((3,), float("nan"))]}, 1e-3
+    )
     with pytest.raises(UserError, match="nan"):
         benchmark.measure(nan, 1, CPU)
 

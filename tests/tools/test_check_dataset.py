@@ -35,7 +35,11 @@ def check(*words: object) -> tuple[int, list[str]]:
     """Exit status and log of the tool in this process."""
     with logged() as lines:
         try:
-            run_script(check_dataset.main, check_dataset.parse, [str(word) for word in ("--num_workers", 0, *words)])
+            run_script(
+                check_dataset.main,
+                check_dataset.parse,
+                [str(word) for word in ("--num_workers", 0, *words)],
+            )
         except SystemExit as leave:
             return leave.code, lines
     return 0, lines
@@ -46,7 +50,13 @@ def problems(folder: Path) -> set[tuple[str, str, str, str]]:
     with (folder / "problems.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
-        (row["kind"], row["split"], Path(row["file"]).name, f"{row['image_id']}/{row['annotation_id']}") for row in rows
+        (
+            row["kind"],
+            row["split"],
+            Path(row["file"]).name,
+            f"{row['image_id']}/{row['annotation_id']}",
+        )
+        for row in rows
     }
 
 
@@ -61,15 +71,24 @@ def test_a_clean_data_set(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco", empty=(2,))
     status, lines = check("--coco_path", root, "--output_dir", tmp_path / "out")
     assert status == 0
-    assert any(line.endswith("4 train images, 3 val images: 0 problems, 0 warnings") for line in lines)
+    assert any(
+        line.endswith("4 train images, 3 val images: 0 problems, 0 warnings") for line in lines
+    )
     assert problems(tmp_path / "out") == {("no objects", "train", "000002.png", "3/")}
     summary = json.loads((tmp_path / "out" / "check.json").read_text())
     assert summary["found"] == {"no objects": {"train": 1}}
     train = summary["train"]
     content = json.loads((root / "annotations" / f"instances_{TRAIN}.json").read_text())
     reds = [annotation for annotation in content["annotations"] if annotation["category_id"] == 1]
-    assert train["classes"]["red"] == {"images": len({red["image_id"] for red in reds}), "boxes": len(reds)}
-    assert (train["images"], train["readable"], train["boxes"]) == (4, 4, len(content["annotations"]))
+    assert train["classes"]["red"] == {
+        "images": len({red["image_id"] for red in reds}),
+        "boxes": len(reds),
+    }
+    assert (train["images"], train["readable"], train["boxes"]) == (
+        4,
+        4,
+        len(content["annotations"]),
+    )
     with Image.open(tmp_path / "out" / "dataset.png") as picture:
         assert min(picture.size) > 400
 
@@ -81,7 +100,9 @@ def plant_faults(root: Path) -> None:
     def change(content: dict) -> None:
         def annotate(image: int, bbox: list, category: int = 1) -> None:
             number = 900 + len(content["annotations"])
-            content["annotations"].append({"id": number, "image_id": image, "bbox": bbox, "category_id": category})
+            content["annotations"].append(
+                {"id": number, "image_id": image, "bbox": bbox, "category_id": category}
+            )
 
         content["annotations"] = []
         for image in range(1, 13):
@@ -99,7 +120,9 @@ def plant_faults(root: Path) -> None:
         content["images"][3]["file_name"] = "gone.png"
         content["images"][4]["height"] += 1
         content["images"][11]["file_name"] = content["images"][10]["file_name"]
-        content["images"][11].update(height=content["images"][10]["height"], width=content["images"][10]["width"])
+        content["images"][11].update(
+            height=content["images"][10]["height"], width=content["images"][10]["width"]
+        )
 
     edit(root, TRAIN, change)
     (images / "000005.png").write_text("text")
@@ -113,7 +136,9 @@ def plant_faults(root: Path) -> None:
     edit(
         root,
         TRAIN,
-        lambda content: content["images"][9].update({k: content["images"][0][k] for k in ("height", "width")}),
+        lambda content: content["images"][9].update(
+            {k: content["images"][0][k] for k in ("height", "width")}
+        ),
     )
     Image.fromarray(draw(1, 9, 40)[0]).save(images / "000007.png")
     edit(root, TRAIN, lambda content: content["images"][7].update(height=9, width=40))
@@ -147,21 +172,34 @@ FOUND_IN_TRAIN = {
 }
 
 
-def test_each_fault_is_found_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fault_is_found_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write_coco(tmp_path / "coco", train=12, val=5)
     plant_faults(root)
     started, pool = [], check_dataset.ProcessPoolExecutor
     monkeypatch.setattr(check_dataset, "CHUNK", 5)
     monkeypatch.setattr(
-        check_dataset, "ProcessPoolExecutor", lambda workers, **rest: started.append(workers) or pool(workers, **rest)
+        check_dataset,
+        "ProcessPoolExecutor",
+        lambda workers, **rest: started.append(workers) or pool(workers, **rest),
     )
     status, lines = check(
-        "--coco_path", root, "--output_dir", tmp_path / "out", "--num_queries", 20, "--num_workers", 100
+        "--coco_path",
+        root,
+        "--output_dir",
+        tmp_path / "out",
+        "--num_queries",
+        20,
+        "--num_workers",
+        100,
     )
     assert status == 1
     assert started == [2, 1], "no more processes than there is work for"
     found = problems(tmp_path / "out")
-    assert {(kind, file, ids) for kind, split, file, ids in found if split == "train"} == FOUND_IN_TRAIN
+    assert {
+        (kind, file, ids) for kind, split, file, ids in found if split == "train"
+    } == FOUND_IN_TRAIN
     in_val = {(kind, file) for kind, split, file, _ in found if split == "val"}
     assert {("shared image", "000002.png"), ("classes differ", f"instances_{VAL}.json")} <= in_val
     assert {kind for kind, _ in in_val} <= {"shared image", "classes differ", "box partly outside"}
@@ -182,7 +220,10 @@ def test_a_set_that_training_would_refuse_is_checked_all_the_same(tmp_path: Path
     file.write_text(file.read_text()[:500])
     status, lines = check("--coco_path", root, "--output_dir", tmp_path / "b")
     assert status == 1
-    assert {row[:2] for row in problems(tmp_path / "b")} == {("unusable", "train"), ("image absent", "val")}
+    assert {row[:2] for row in problems(tmp_path / "b")} == {
+        ("unusable", "train"),
+        ("image absent", "val"),
+    }
     assert any("is not valid JSON" in line and "2 val images: 2 problems" in line for line in lines)
 
 
@@ -206,7 +247,10 @@ def test_own_data(tmp_path: Path) -> None:
     file = root / "annotations" / f"instances_{TRAIN}.json"
 
     def large_ids(content: dict) -> None:
-        for key, records in (("id", content["categories"]), ("category_id", content["annotations"])):
+        for key, records in (
+            ("id", content["categories"]),
+            ("category_id", content["annotations"]),
+        ):
             for record in records:
                 record[key] += 5000
 
@@ -226,7 +270,9 @@ def test_reports_are_not_overwritten(tmp_path: Path) -> None:
     (out / "problems.csv").write_text("mine")
     status, lines = check("--imagenet_path", images, "--output_dir", out)
     assert status == 1
-    assert lines == [f"error: --output_dir {out} holds problems.csv already: choose another folder, or --overwrite"]
+    assert lines == [
+        f"error: --output_dir {out} holds problems.csv already: choose another folder, or --overwrite"
+    ]
     assert (out / "problems.csv").read_text() == "mine"
     assert check("--imagenet_path", images, "--output_dir", out, "--overwrite")[0] == 0
     assert (out / "problems.csv").read_text().startswith("severity,kind")
@@ -280,7 +326,9 @@ def large_set(images: int, first_id: int, folder: Path) -> CocoDetection:
         np.full(images * 7, 100, dtype=np.float32),
         {1: "thing"},
     )
-    return CocoDetection(str(folder), annotations, lambda image, target, rng: (image, target), num_classes=2)
+    return CocoDetection(
+        str(folder), annotations, lambda image, target, rng: (image, target), num_classes=2
+    )
 
 
 def test_the_check_at_the_start_takes_no_time(tmp_path: Path) -> None:

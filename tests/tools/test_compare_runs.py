@@ -19,7 +19,10 @@ def write_run(folder: Path, entries: list[dict], **settings) -> Path:
     folder.mkdir(parents=True)
     (folder / "log.txt").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     if settings:
-        record = {"settings": {"epochs": 3, "output_dir": str(folder), **settings}, "images": [120, 30]}
+        record = {
+            "settings": {"epochs": 3, "output_dir": str(folder), **settings},
+            "images": [120, 30],
+        }
         (folder / "args.json").write_text(json.dumps(record))
     return folder
 
@@ -56,7 +59,11 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     ]
     first = write_run(tmp_path / "first", entries, lr=1e-4, seed=1, amp="no")
     return first, write_run(
-        tmp_path / "second", [evaluated(0, 0.2), {"epoch": 1, "train_loss": 1.0}], lr=1e-3, seed=1, amp="no"
+        tmp_path / "second",
+        [evaluated(0, 0.2), {"epoch": 1, "train_loss": 1.0}],
+        lr=1e-3,
+        seed=1,
+        amp="no",
     )
 
 
@@ -70,7 +77,11 @@ def test_numbers_and_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
         "2",
         "0.250",
     )
-    assert (first["best AP50"], first["last AP50"], first["train loss"]) == ("0.500", "0.450", "1.000")
+    assert (first["best AP50"], first["last AP50"], first["train loss"]) == (
+        "0.500",
+        "0.450",
+        "1.000",
+    )
     assert (first["images/s"], first["time/epoch"], first["training time"], first["trainable"]) == (
         "6.0",
         "00:20",
@@ -116,7 +127,9 @@ def test_pre_training_shows_losses(tmp_path: Path) -> None:
 
 def test_published_logs_need_no_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
     """DETR publishes log.txt files with these keys and nothing beside them."""
-    published = write_run(tmp_path / "published", [evaluated(i, 0.4, train_lr=1e-4, test_loss=5.0) for i in range(2)])
+    published = write_run(
+        tmp_path / "published", [evaluated(i, 0.4, train_lr=1e-4, test_loss=5.0) for i in range(2)]
+    )
     lines = compare(published, two[0], "--output", tmp_path / "a.png")
     assert rows(tmp_path / "a.csv")["published"]["best AP"] == "0.400"
     assert rows(tmp_path / "a.csv")["published"]["epochs"] == "2"
@@ -147,7 +160,10 @@ def test_names_tell_folders_apart(tmp_path: Path) -> None:
         ({"log.txt": ""}, "empty log"),
         ({"log.txt": "no json\n{}\n"}, "line 1: not a JSON object"),
         ({"log.txt": "5\n{}\n"}, "line 1"),
-        ({"log.txt": '{"epoch": 0}\n{"epoch": "one"}\n'}, "line 2: epoch is 'one'; correct or remove the line"),
+        (
+            {"log.txt": '{"epoch": 0}\n{"epoch": "one"}\n'},
+            "line 2: epoch is 'one'; correct or remove the line",
+        ),
         ({"log.txt": '{"epoch": [0]}\n'}, r"epoch is '\[0\]'"),
         ({"log.txt": '{"train_loss": "nan?"}'}, "train_loss is 'nan[?]'"),
         ({"log.txt": '{"test_coco_eval_bbox": [0.1]}'}, "test_coco_eval_bbox is"),
@@ -156,7 +172,9 @@ def test_names_tell_folders_apart(tmp_path: Path) -> None:
         ({"log.txt": b"\xff\xfe\x00"}, "log.txt is no text"),
     ],
 )
-def test_folders_that_are_no_runs(tmp_path: Path, content: dict[str, str | bytes], said: str) -> None:
+def test_folders_that_are_no_runs(
+    tmp_path: Path, content: dict[str, str | bytes], said: str
+) -> None:
     folder = tmp_path / "thing"
     folder.mkdir()
     for name, text in content.items():

@@ -92,7 +92,9 @@ def refused(*words: object, tool=convert_checkpoint) -> str:
 
 def start(flag: str, path: Path, *flags: str) -> tuple[torch.nn.Module, Checkpoint, Settings]:
     """What finetune_main.py makes of a file: (model with its weights, checkpoint, settings)."""
-    session = start_session(make_parser(FINETUNE).parse_args([flag, str(path), "--device", "cpu", *flags]))
+    session = start_session(
+        make_parser(FINETUNE).parse_args([flag, str(path), "--device", "cpu", *flags])
+    )
     settings, checkpoint = session.settings, session.checkpoint
     count = (class_rows(checkpoint.model, "focal") or 5) - (settings.classification == "softmax")
     model = build_model(settings, count)[0]
@@ -113,7 +115,9 @@ def assert_equal(state: dict, other: dict) -> None:
 def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
     """On every detector; a focal head would read "no object" as a class."""
     assert head_kind(Checkpoint(model=siamese(detector))) == "softmax"
-    assert head_kind(Checkpoint(model=shapes(detector))) == ("softmax" if detector == "detr" else "focal")
+    assert head_kind(Checkpoint(model=shapes(detector))) == (
+        "softmax" if detector == "detr" else "focal"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- published sizes
@@ -178,8 +182,12 @@ def test_resume_reads_every_published_detector_strictly(kind: str, file_of) -> N
 
 
 def test_counters_of_operations_in_published_files_are_passed_over(file_of) -> None:
-    counters = {f"transformer.{name}": torch.zeros(1) for name in ("total_ops", "encoder.total_params")}
-    path = file_of({"model": {**FILES["deformable"]["model"], **counters}, "args": FILES["deformable"]["args"]})
+    counters = {
+        f"transformer.{name}": torch.zeros(1) for name in ("total_ops", "encoder.total_params")
+    }
+    path = file_of(
+        {"model": {**FILES["deformable"]["model"], **counters}, "args": FILES["deformable"]["args"]}
+    )
     model, _, _ = start("--resume", path, "--eval")
     assert_equal(model.state_dict(), FILES["deformable"]["model"])
     assert "checked    all names" in run(path)
@@ -191,7 +199,10 @@ def test_queries_of_siamese_deformable_detr_are_position_then_content() -> None:
     assert torch.equal(state["query_embed.weight"][:, :32], raw["query_embed.weight"])
     assert torch.equal(state["query_embed.weight"][:, 32:], raw["transformer.tgt_embed.weight"])
     for layer in range(2):
-        assert torch.equal(state[f"bbox_embed.{layer}.layers.0.weight"], raw["pred_head.bbox_embed.layers.0.weight"])
+        assert torch.equal(
+            state[f"bbox_embed.{layer}.layers.0.weight"],
+            raw["pred_head.bbox_embed.layers.0.weight"],
+        )
     assert "transformer.tgt_embed.weight" not in state
 
 
@@ -224,17 +235,43 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
         ),
         (
             "conditional",
-            ("Conditional DETR\n", "91 classes (sigmoid)", "epoch 49", "nheads 4, dilation False", "--eval --resume"),
+            (
+                "Conditional DETR\n",
+                "91 classes (sigmoid)",
+                "epoch 49",
+                "nheads 4, dilation False",
+                "--eval --resume",
+            ),
         ),
         ("masks", ("with a mask head", "250 classes", "--to predetr --out NEW_FILE")),
         (
             "updetr",
-            ("UP-DETR\n", "pre-training (random_query_patch", "2 classes and `no object`", "--pre_norm", "--pretrain"),
+            (
+                "UP-DETR\n",
+                "pre-training (random_query_patch",
+                "2 classes and `no object`",
+                "--pre_norm",
+                "--pretrain",
+            ),
         ),
-        ("detreg detr", ("DETReg\n", "region_prior", "position_embedding sine_shifted", "91 classes and `no object`")),
+        (
+            "detreg detr",
+            (
+                "DETReg\n",
+                "region_prior",
+                "position_embedding sine_shifted",
+                "91 classes and `no object`",
+            ),
+        ),
         (
             "siamese conditional",
-            ("Siamese DETR\n", "iteration 300000", "optimizer", "--num_queries 20", "checked    all names and shapes"),
+            (
+                "Siamese DETR\n",
+                "iteration 300000",
+                "optimizer",
+                "--num_queries 20",
+                "checked    all names and shapes",
+            ),
         ),
     ],
 )
@@ -245,9 +282,12 @@ def test_the_tool_tells_what_a_file_is(kind: str, words: tuple[str, ...], file_o
 
 
 @pytest.mark.parametrize(
-    ("beside", "origin"), [({"prototypes.weight": (4, 4)}, "SwAV"), ({"fc.weight": (4, 4)}, "torchvision")]
+    ("beside", "origin"),
+    [({"prototypes.weight": (4, 4)}, "SwAV"), ({"fc.weight": (4, 4)}, "torchvision")],
 )
-def test_a_backbone_is_told_and_not_converted(beside: dict, origin: str, file_of, tmp_path: Path) -> None:
+def test_a_backbone_is_told_and_not_converted(
+    beside: dict, origin: str, file_of, tmp_path: Path
+) -> None:
     body = {
         key.removeprefix("backbone.0.body."): value
         for key, value in FILES["detr"]["model"].items()
@@ -256,7 +296,10 @@ def test_a_backbone_is_told_and_not_converted(beside: dict, origin: str, file_of
     path = file_of(
         {
             f"module.{key}": value
-            for key, value in {**body, **{key: torch.ones(size) for key, size in beside.items()}}.items()
+            for key, value in {
+                **body,
+                **{key: torch.ones(size) for key, size in beside.items()},
+            }.items()
         }
     )
     text = run(path)
@@ -309,12 +352,19 @@ def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", FILES)
 def test_converted_to_ours_it_loads_like_the_original(kind: str, file_of, tmp_path: Path) -> None:
     run(file_of(kind), "--to", "predetr", "--out", tmp_path / "ours.pth")
-    model, checkpoint, args = start("--pretrain" if kind in PRETEXTS else "--resume", tmp_path / "ours.pth")
-    source = {key.removeprefix("detr."): value for key, value in as_checkpoint(FILES[kind], "x.pth").model.items()}
+    model, checkpoint, args = start(
+        "--pretrain" if kind in PRETEXTS else "--resume", tmp_path / "ours.pth"
+    )
+    source = {
+        key.removeprefix("detr."): value
+        for key, value in as_checkpoint(FILES[kind], "x.pth").model.items()
+    }
     for key, value in model.state_dict().items():
         assert kind in PRETEXTS and "class_embed" in key or torch.equal(value, source[key]), key
     assert checkpoint.epoch == FILES[kind].get("epoch")
-    assert args.position_embedding == ("sine_shifted" if kind.startswith(("detreg", "deformable")) else "sine")
+    assert args.position_embedding == (
+        "sine_shifted" if kind.startswith(("detreg", "deformable")) else "sine"
+    )
 
 
 def test_mask_files_lose_their_mask_head_and_say_so(file_of, tmp_path: Path) -> None:
@@ -325,7 +375,12 @@ def test_mask_files_lose_their_mask_head_and_say_so(file_of, tmp_path: Path) -> 
         assert "left out: 32 tensors of bbox_attention, mask_head" in text
         state = read_weights(tmp_path / f"{to}.pth")["model"]
         assert_equal(
-            state, {key[5:]: value for key, value in FILES["masks"]["model"].items() if key.startswith("detr.")}
+            state,
+            {
+                key[5:]: value
+                for key, value in FILES["masks"]["model"].items()
+                if key.startswith("detr.")
+            },
         )
 
 
@@ -333,7 +388,9 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
     """Another pretext's parts are named and left out; DETReg reads `args` as a Namespace."""
     text = run(file_of("detreg detr"), "--to", "updetr", "--out", tmp_path / "up.pth")
     assert "left out: 4 tensors of feature_embed" in text
-    assert "warning: trained with the position code sine_shifted, where UP-DETR computes sine" in text
+    assert (
+        "warning: trained with the position code sine_shifted, where UP-DETR computes sine" in text
+    )
     assert "--pre_norm" in text
     assert set(read_weights(tmp_path / "up.pth")) == {"model"}
     text = run(file_of("updetr"), "--to", "detreg", "--out", tmp_path / "reg.pth")
@@ -346,7 +403,11 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
     assert "left out: 2 tensors of class_embed" in text
     assert_equal(
         read_weights(tmp_path / "detr.pth")["model"],
-        {key: value for key, value in load_checkpoint(file_of("conditional")).model.items() if "class_embed" not in key}
+        {
+            key: value
+            for key, value in load_checkpoint(file_of("conditional")).model.items()
+            if "class_embed" not in key
+        }
         | {
             key: value
             for key, value in as_checkpoint(FILES["siamese conditional"], "x").model.items()
@@ -355,7 +416,9 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize(("detector", "channels"), [("detr", 512), ("conditional_detr", 512), ("deformable_detr", 896)])
+@pytest.mark.parametrize(
+    ("detector", "channels"), [("detr", 512), ("conditional_detr", 512), ("deformable_detr", 896)]
+)
 def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
     detector: str, channels: int, file_of, tmp_path: Path
 ) -> None:
@@ -369,7 +432,12 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
     }
     path = file_of({"model": state, "args": stored, "version": 1, "epoch": 3, "optimizer": {}})
     for to in ("detr", "updetr", "detreg", "siamese"):
-        if to == "updetr" and detector != "detr" or to == "detreg" and detector == "conditional_detr":
+        if (
+            to == "updetr"
+            and detector != "detr"
+            or to == "detreg"
+            and detector == "conditional_detr"
+        ):
             assert "does not have" in refused(path, "--to", to, "--out", tmp_path / "no.pth")
             continue
         text = run(path, "--to", to, "--out", tmp_path / f"{to}.pth")
@@ -380,7 +448,14 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
             "detr": ("class_embed.", "patch2query.", "feature_align."),
             "detreg": ("patch2query.", "feature_align."),
         }.get(to, ())
-        assert_equal(back, {key: value for key, value in state.items() if not (left_out and key.startswith(left_out))})
+        assert_equal(
+            back,
+            {
+                key: value
+                for key, value in state.items()
+                if not (left_out and key.startswith(left_out))
+            },
+        )
     raw = read_weights(tmp_path / "siamese.pth")["state_dict"]
     assert torch.equal(raw["head.criterion.empty_weight"], torch.tensor([1.0, 1.0, 0.1]))
     assert "already" in refused(path, "--to", "predetr", "--out", tmp_path / "no.pth")
@@ -405,7 +480,10 @@ def test_a_layout_without_a_place_for_it_is_refused(
 
 
 def test_heads_that_differ_between_layers_do_not_become_one() -> None:
-    state = {"bbox_embed.0.layers.0.weight": torch.ones(2), "bbox_embed.1.layers.0.weight": torch.zeros(2)}
+    state = {
+        "bbox_embed.0.layers.0.weight": torch.ones(2),
+        "bbox_embed.1.layers.0.weight": torch.zeros(2),
+    }
     checkpoint = as_checkpoint({"model": {**FILES["siamese conditional"]["state_dict"]}}, "x.pth")
     checkpoint.model.update(state)
     with pytest.raises(UserError, match="--with_box_refine"):
@@ -448,7 +526,10 @@ def without(state: dict, word: str) -> dict:
         (lambda s: without(s, "class_embed.bias"), ("lacks 1", "class_embed.bias")),
         (lambda s: without(s, "layer3"), ("lacks", "tensors of its detr: backbone.0.body.")),
         (lambda s: {f"x.{key}": value for key, value in s.items()}, ("x.",)),
-        (lambda s: {"a.weight": torch.ones(2), "b.weight": torch.ones(2)}, ("no detector", "2 tensors", "a.weight")),
+        (
+            lambda s: {"a.weight": torch.ones(2), "b.weight": torch.ones(2)},
+            ("no detector", "2 tensors", "a.weight"),
+        ),
     ],
 )
 def test_odd_files_are_refused_with_the_names_that_puzzle(
@@ -482,7 +563,9 @@ def test_odd_files_are_refused_with_the_names_that_puzzle(
         ),
     ],
 )
-def test_files_that_are_almost_detectors_are_refused(kind: str, change, words: str, file_of) -> None:
+def test_files_that_are_almost_detectors_are_refused(
+    kind: str, change, words: str, file_of
+) -> None:
     """By the tool, and by --pretrain."""
     path = file_of({"model": change(FILES[kind]["model"])})
     assert re.search(words, refused(path))
@@ -514,11 +597,16 @@ def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path:
     """
     state = filled(detreg("deformable_detr", *SMALL, "--two_stage", "--with_box_refine"))
     stored = settings(object_embedding_loss=True, num_queries=20)
-    text = run(file_of({"model": state, "args": stored}), "--to", "detr", "--out", tmp_path / "new.pth")
+    text = run(
+        file_of({"model": state, "args": stored}), "--to", "detr", "--out", tmp_path / "new.pth"
+    )
     assert "left out: 4 tensors of feature_embed" in text
     assert "left out: 12 tensors of class_embed" in text
     assert "--two_stage" in text.splitlines()[-1]
-    assert_equal(read_weights(tmp_path / "new.pth")["model"], without(without(state, "feature_embed"), "class_embed"))
+    assert_equal(
+        read_weights(tmp_path / "new.pth")["model"],
+        without(without(state, "feature_embed"), "class_embed"),
+    )
     text = run(tmp_path / "new.pth")
     for words in ("a detector to be fine-tuned", "no class head", f"--pretrain {tmp_path}/new.pth"):
         assert words in text
@@ -527,7 +615,9 @@ def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path:
     assert torch.equal(model.transformer.enc_output.weight, state["transformer.enc_output.weight"])
 
 
-def test_flags_that_only_this_code_base_has_are_not_told_for_others(file_of, tmp_path: Path) -> None:
+def test_flags_that_only_this_code_base_has_are_not_told_for_others(
+    file_of, tmp_path: Path
+) -> None:
     live = {
         **vars(settings(object_embedding_loss=True)),
         "backbone_norm": "live",
@@ -535,9 +625,15 @@ def test_flags_that_only_this_code_base_has_are_not_told_for_others(file_of, tmp
         "detector": "detr",
     }
     text = run(
-        file_of({"model": FILES["detreg detr"]["model"], "args": live}), "--to", "detreg", "--out", tmp_path / "new.pth"
+        file_of({"model": FILES["detreg detr"]["model"], "args": live}),
+        "--to",
+        "detreg",
+        "--out",
+        tmp_path / "new.pth",
     )
-    assert [flag in text.splitlines()[-1] for flag in ("--pre_norm", "--backbone_norm", "sine_shifted")] == [
+    assert [
+        flag in text.splitlines()[-1] for flag in ("--pre_norm", "--backbone_norm", "sine_shifted")
+    ] == [
         True,
         False,
         False,
@@ -545,7 +641,9 @@ def test_flags_that_only_this_code_base_has_are_not_told_for_others(file_of, tmp
 
 
 def test_a_position_code_of_another_code_base_is_refused(file_of) -> None:
-    text = refused(file_of({"model": FILES["detr"]["model"], "args": {"position_embedding": "rotary"}}))
+    text = refused(
+        file_of({"model": FILES["detr"]["model"], "args": {"position_embedding": "rotary"}})
+    )
     assert text.startswith("--position_embedding rotary is unknown: choose one of sine")
 
 
@@ -560,9 +658,13 @@ def test_a_truncated_file_and_a_text_are_refused(file_of, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "words", [["tools/convert_checkpoint.py"], ["tools/convert_to_detr.py", "--ckpt"]], ids=lambda words: words[0]
+    "words",
+    [["tools/convert_checkpoint.py"], ["tools/convert_to_detr.py", "--ckpt"]],
+    ids=lambda words: words[0],
 )
-def test_tools_run_from_any_directory_and_fail_in_one_line(words: list[str], tmp_path: Path) -> None:
+def test_tools_run_from_any_directory_and_fail_in_one_line(
+    words: list[str], tmp_path: Path
+) -> None:
     command = [sys.executable, str(ROOT / words[0]), *words[1:], "nothing.pth"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
@@ -575,7 +677,9 @@ def test_tools_run_from_any_directory_and_fail_in_one_line(words: list[str], tmp
 
 @pytest.mark.parametrize("flag", ["--export", "--out"])
 @pytest.mark.parametrize("kind", [kind for kind in PRETEXTS if kind.startswith("siamese")])
-def test_convert_to_detr_writes_what_pretrain_loads(kind: str, flag: str, file_of, tmp_path: Path) -> None:
+def test_convert_to_detr_writes_what_pretrain_loads(
+    kind: str, flag: str, file_of, tmp_path: Path
+) -> None:
     path = file_of(kind, "iter_300000.pth")
     deform = ["--deform"] if "deformable" in kind and flag == "--export" else []
     text = run("--ckpt", path, flag, tmp_path / "new", *deform, tool=convert_to_detr)
@@ -585,13 +689,19 @@ def test_convert_to_detr_writes_what_pretrain_loads(kind: str, flag: str, file_o
     model, checkpoint, args = start("--pretrain", out)
     assert set(state) == {key for key in model.state_dict() if "class_embed" not in key}
     source = as_checkpoint(FILES[kind], "x.pth").model
-    assert all(torch.equal(value, source[key]) for key, value in model.state_dict().items() if "class_embed" not in key)
+    assert all(
+        torch.equal(value, source[key])
+        for key, value in model.state_dict().items()
+        if "class_embed" not in key
+    )
     assert args.position_embedding == "sine"
     assert code_base(checkpoint) == "predetr"
 
 
 def test_convert_to_detr_refuses_what_is_not_its_own(file_of, tmp_path: Path) -> None:
-    assert "not of Siamese DETR" in refused("--ckpt", file_of("updetr"), "--out", tmp_path / "a", tool=convert_to_detr)
+    assert "not of Siamese DETR" in refused(
+        "--ckpt", file_of("updetr"), "--out", tmp_path / "a", tool=convert_to_detr
+    )
     assert "--deform" in refused(
         "--ckpt", file_of("siamese detr"), "--out", tmp_path / "a", "--deform", tool=convert_to_detr
     )
@@ -609,7 +719,8 @@ def test_filled_files_differ_between_names() -> None:
     """Round trips could not see two names exchanged if their numbers were equal."""
     state = filled(shapes("detr", *SMALL))
     assert not torch.equal(
-        state["transformer.decoder.layers.0.norm1.weight"], state["transformer.decoder.layers.1.norm1.weight"]
+        state["transformer.decoder.layers.0.norm1.weight"],
+        state["transformer.decoder.layers.1.norm1.weight"],
     )
     assert (
         state["backbone.0.body.layer4.0.conv1.weight"].flatten()[0]

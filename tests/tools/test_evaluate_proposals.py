@@ -23,7 +23,13 @@ def update(evaluator: ProposalEvaluator, detections: list[dict]) -> None:
         boxes[:, 2:] += boxes[:, :2]
         scores = torch.tensor([detection["score"] for detection in own], dtype=torch.float64)
         evaluator.update(
-            {image_id: {"scores": scores, "labels": torch.tensor([d["category_id"] for d in own]), "boxes": boxes}}
+            {
+                image_id: {
+                    "scores": scores,
+                    "labels": torch.tensor([d["category_id"] for d in own]),
+                    "boxes": boxes,
+                }
+            }
         )
 
 
@@ -46,15 +52,22 @@ def test_numbers_equal_the_published_ones(backend: str, golden_dir: Path) -> Non
         np.testing.assert_allclose(ours, published[name]["stats"], rtol=0, atol=1e-9)
     stats, numbers = published["default_1_10_100"]["stats"], evaluator.summarize()
     assert [numbers[name] for name in ("AP", "AP50", "AP75")] == pytest.approx(stats[:3], abs=1e-9)
-    assert [numbers[name] for name in ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")] == pytest.approx(
-        stats[6:], abs=1e-9
-    )
+    assert [
+        numbers[name] for name in ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+    ] == pytest.approx(stats[6:], abs=1e-9)
 
 
 TRUTH = {
     "images": [{"id": 7, "width": 100, "height": 100, "file_name": "a.png"}],
     "annotations": [
-        {"id": i, "image_id": 7, "category_id": 5 + i % 2, "bbox": [10.0 * i, 10, 8, 8], "area": 64, "iscrowd": 0}
+        {
+            "id": i,
+            "image_id": 7,
+            "category_id": 5 + i % 2,
+            "bbox": [10.0 * i, 10, 8, 8],
+            "area": 64,
+            "iscrowd": 0,
+        }
         for i in range(1, 5)
     ],
     "categories": [{"id": 5, "name": "five"}, {"id": 6, "name": "six"}],
@@ -63,15 +76,21 @@ TRUTH = {
 
 def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
     evaluator = ProposalEvaluator(ground_truth_of(TRUTH))
-    boxes = torch.tensor([[90.0, 90, 95, 95]] * 8 + [[10.0 * i, 10, 10 * i + 8, 18] for i in range(1, 5)])
-    evaluator.update({7: {"scores": torch.linspace(1, 0.1, 12), "labels": torch.full((12,), 99), "boxes": boxes}})
+    boxes = torch.tensor(
+        [[90.0, 90, 95, 95]] * 8 + [[10.0 * i, 10, 10 * i + 8, 18] for i in range(1, 5)]
+    )
+    evaluator.update(
+        {7: {"scores": torch.linspace(1, 0.1, 12), "labels": torch.full((12,), 99), "boxes": boxes}}
+    )
     numbers = evaluator.summarize()
     assert (numbers["AR1"], numbers["AR10"], numbers["AR100"], numbers["AR1000"]) == (0, 0.5, 1, 1)
 
 
 def test_without_boxes_all_is_zero_and_without_truth_unknown() -> None:
     assert set(ProposalEvaluator(ground_truth_of(TRUTH)).summarize().values()) == {0.0}
-    assert set(ProposalEvaluator(ground_truth_of({**TRUTH, "annotations": []})).summarize().values()) == {-1.0}
+    assert set(
+        ProposalEvaluator(ground_truth_of({**TRUTH, "annotations": []})).summarize().values()
+    ) == {-1.0}
 
 
 def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
@@ -82,7 +101,9 @@ def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
     )
     absolute = {i: torch.tensor(places[i]) * torch.tensor([*sizes[i], *sizes[i]]) for i in sizes}
     truth = {
-        "images": [{"id": i, "width": width, "height": height} for i, (width, height) in sizes.items()],
+        "images": [
+            {"id": i, "width": width, "height": height} for i, (width, height) in sizes.items()
+        ],
         "categories": [{"id": 5, "name": "a"}],
         "annotations": [
             {
@@ -98,7 +119,10 @@ def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
     }
     evaluator = ProposalEvaluator(ground_truth_of(truth))
     evaluator.update(
-        {i: {"scores": torch.ones(1), "labels": torch.ones(1), "boxes": absolute[i][None]} for i in (1, 2)}
+        {
+            i: {"scores": torch.ones(1), "labels": torch.ones(1), "boxes": absolute[i][None]}
+            for i in (1, 2)
+        }
     )
     numbers = evaluator.summarize()
     assert numbers["AR10"] == numbers["AR100"] == pytest.approx(2 / 3)
@@ -109,13 +133,17 @@ def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
 
 
 def run(*flags: object) -> dict[str, float]:
-    return evaluate_proposals.main(evaluate_proposals.parse([*map(str, flags), "--num_workers", "0"]))
+    return evaluate_proposals.main(
+        evaluate_proposals.parse([*map(str, flags), "--num_workers", "0"])
+    )
 
 
 def test_a_method_that_knows_the_truth_is_perfect(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     truth = coco / "annotations" / "instances_val2017.json"
-    numbers = run("--coco_path", coco, "--proposals", f"file:{truth}", "--output_dir", tmp_path / "out")
+    numbers = run(
+        "--coco_path", coco, "--proposals", f"file:{truth}", "--output_dir", tmp_path / "out"
+    )
     assert numbers["AR100"] == pytest.approx(1)
     kept = json.loads((tmp_path / "out" / "proposal_metrics.json").read_text())
     assert kept["AR100"] == numbers["AR100"]
@@ -172,10 +200,22 @@ def test_a_model_or_a_method_but_not_both_or_neither(tmp_path: Path) -> None:
     ("pretext", "flags"),
     [
         ("random_query_patch", ()),
-        ("region_prior", ("--proposals", "random", "--num_patches", "10", "--object_embedding_loss")),
         (
             "region_prior",
-            ("--proposals", "random", "--num_patches", "10", "--num_classes", "1", "--detector", "conditional_detr"),
+            ("--proposals", "random", "--num_patches", "10", "--object_embedding_loss"),
+        ),
+        (
+            "region_prior",
+            (
+                "--proposals",
+                "random",
+                "--num_patches",
+                "10",
+                "--num_classes",
+                "1",
+                "--detector",
+                "conditional_detr",
+            ),
         ),
     ],
 )
@@ -195,7 +235,16 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
         *FROZEN,
     )
     checkpoint = tmp_path / "a" / "checkpoint.pth"
-    numbers = run("--coco_path", coco, "--checkpoint", checkpoint, "--image_size", "64", "--output_dir", tmp_path / "b")
+    numbers = run(
+        "--coco_path",
+        coco,
+        "--checkpoint",
+        checkpoint,
+        "--image_size",
+        "64",
+        "--output_dir",
+        tmp_path / "b",
+    )
     rows = json.loads((tmp_path / "b" / "proposals.json").read_text())
     assert len(rows) == 3 * 20
     assert set(numbers) >= {"AP", "AR1", "AR10", "AR100", "AR1000", "AR10_swapped"}
@@ -207,11 +256,25 @@ def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     fine_tune("--coco_path", coco, "--epochs", "1", "--output_dir", tmp_path / "a", *FROZEN)
     with logged() as lines:
-        run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth", "--image_size", "64")
+        run(
+            "--coco_path",
+            coco,
+            "--checkpoint",
+            tmp_path / "a" / "checkpoint.pth",
+            "--image_size",
+            "64",
+        )
     assert any(line.startswith("class-agnostic: AP") for line in lines)
     image = next((coco / "val2017").iterdir())
     image.write_bytes(b"broken")
     with logged() as lines:
-        run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth", "--image_size", "64")
+        run(
+            "--coco_path",
+            coco,
+            "--checkpoint",
+            tmp_path / "a" / "checkpoint.pth",
+            "--image_size",
+            "64",
+        )
     assert any(line.startswith(f"skipped {image}: can't be decoded") for line in lines)
     assert "1 images of the evaluation can't be used: their objects count as missed" in lines

@@ -17,11 +17,15 @@ CLASSES = link_imagenet100.CLASSES.read_text().split()
 
 def link(imagenet: Path, output_dir: Path) -> list[str]:
     with logged() as lines:
-        link_imagenet100.main(link_imagenet100.parse(["--imagenet", str(imagenet), "--output_dir", str(output_dir)]))
+        link_imagenet100.main(
+            link_imagenet100.parse(["--imagenet", str(imagenet), "--output_dir", str(output_dir)])
+        )
     return lines
 
 
-def make_imagenet(root: Path, parts: tuple[str, ...] = ("train", "val"), without: tuple[str, ...] = ()) -> Path:
+def make_imagenet(
+    root: Path, parts: tuple[str, ...] = ("train", "val"), without: tuple[str, ...] = ()
+) -> Path:
     for part in parts:
         for name in ("n00000001", *CLASSES):
             if f"{part}/{name}" not in without:
@@ -40,14 +44,18 @@ def test_the_list_is_a_hundred_ids_in_order() -> None:
     assert (CLASSES[0], CLASSES[-1]) == ("n01558993", "n13040303")
 
 
-def test_a_hundred_classes_are_linked_and_seen_by_pre_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hundred_classes_are_linked_and_seen_by_pre_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_imagenet(tmp_path / "ilsvrc")
     write_images(tmp_path / "photos")
     for name in ("n00000001", CLASSES[3]):  # one class of the subset, one that is not
         shutil.copy(tmp_path / "photos" / "000.png", tmp_path / "ilsvrc" / "train" / name)
     monkeypatch.chdir(tmp_path)  # relative paths, as documented: links must hold from anywhere
     link(Path("ilsvrc"), Path("ilsvrc100"))
-    assert listing(tmp_path / "ilsvrc100") == sorted(f"{part}/{name}" for part in ("train", "val") for name in CLASSES)
+    assert listing(tmp_path / "ilsvrc100") == sorted(
+        f"{part}/{name}" for part in ("train", "val") for name in CLASSES
+    )
     monkeypatch.chdir("/")
     args = tiny_args(PRETRAIN, "--dataset", "imagenet100", "--data_root", str(tmp_path))
     assert len(build_dataset("train", args)) == 1
@@ -55,7 +63,9 @@ def test_a_hundred_classes_are_linked_and_seen_by_pre_training(tmp_path: Path, m
 
 def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     root = make_imagenet(tmp_path / "ilsvrc", without=(f"val/{CLASSES[7]}",))
-    with pytest.raises(UserError, match=f"lacks 1 of the 200 class folders, the first is val/{CLASSES[7]}"):
+    with pytest.raises(
+        UserError, match=f"lacks 1 of the 200 class folders, the first is val/{CLASSES[7]}"
+    ):
         link(root, tmp_path / "out")
     assert len(listing(tmp_path / "out")) == 199, "those that are there are linked"
     (root / "val" / CLASSES[7]).mkdir()
@@ -69,11 +79,15 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (own / "mine.png").write_bytes(b"mine")
     with pytest.raises(UserError, match=f"{CLASSES[50]} exists and is no link"):
         link(root, tmp_path / "out")
-    assert listing(tmp_path / "out") == [f"train/{CLASSES[50]}"], "and nothing was made before that was found"
+    assert listing(tmp_path / "out") == [f"train/{CLASSES[50]}"], (
+        "and nothing was made before that was found"
+    )
     assert (own / "mine.png").read_bytes() == b"mine"
     (tmp_path / "other" / "train").mkdir(parents=True)
     (tmp_path / "other" / "train" / CLASSES[0]).symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="exists and is no link"):  # a link to elsewhere, even a broken one
+    with pytest.raises(
+        UserError, match="exists and is no link"
+    ):  # a link to elsewhere, even a broken one
         link(root, tmp_path / "other")
 
 

@@ -12,7 +12,17 @@ import torch
 from PIL import Image
 
 from models import build_model
-from tests.tiny import FROZEN, ROOT, fine_tune, logged, own_flags, tiny_args, write_coco, write_images, write_own_data
+from tests.tiny import (
+    FROZEN,
+    ROOT,
+    fine_tune,
+    logged,
+    own_flags,
+    tiny_args,
+    write_coco,
+    write_images,
+    write_own_data,
+)
 from tools import predict
 from util import coco as coco_names
 from util.checkpoints.checkpoint import save_checkpoint
@@ -37,7 +47,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Own data, a detector trained on it (run/checkpoint.pth), and its evaluation with one image a batch (eval)."""
     root = write_own_data(tmp_path_factory.mktemp("own"))
     fine_tune(*own_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
-    fine_tune("--eval", "--resume", root / "run" / "checkpoint.pth", "--batch_size", 1, "--output_dir", root / "eval")
+    fine_tune(
+        "--eval",
+        "--resume",
+        root / "run" / "checkpoint.pth",
+        "--batch_size",
+        1,
+        "--output_dir",
+        root / "eval",
+    )
     return root
 
 
@@ -53,7 +71,9 @@ def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
         "--threshold",
         0,
     )
-    images = {image["file_name"]: image for image in json.loads((data / "val.json").read_text())["images"]}
+    images = {
+        image["file_name"]: image for image in json.loads((data / "val.json").read_text())["images"]
+    }
     expected: dict[int, list] = {}
     for row in json.loads((data / "eval" / "results.json").read_text()):
         expected.setdefault(row["image_id"], []).append(row)
@@ -64,7 +84,9 @@ def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
     for name, image in images.items():
         rows = [row for row in found if row["file_name"] == name]
         assert {row["image_id"] for row in rows} == {1 + sorted(images).index(name)}
-        assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+        assert [row["score"] for row in rows] == sorted(
+            (row["score"] for row in rows), reverse=True
+        )
         same = {row["score"]: row for row in expected[image["id"]]}
         for row in rows:
             other = same[row["score"]]
@@ -72,7 +94,9 @@ def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
             assert row["category_name"] == names[row["category_id"]]
             x, y, w, h = other["bbox"]
             edges = np.clip([x, y, x + w, y + h], 0, [image["width"], image["height"]] * 2)
-            np.testing.assert_allclose(row["bbox"], [*edges[:2], *(edges[2:] - edges[:2])], atol=1e-4)
+            np.testing.assert_allclose(
+                row["bbox"], [*edges[:2], *(edges[2:] - edges[:2])], atol=1e-4
+            )
 
 
 def test_threshold_and_drawings(data: Path, tmp_path: Path) -> None:
@@ -89,7 +113,10 @@ def test_threshold_and_drawings(data: Path, tmp_path: Path) -> None:
             Image.open(tmp_path / "all" / "drawn" / f"{number:06d}_{path.stem}.jpg") as after,
         ):
             assert before.size == after.size
-            assert np.abs(np.asarray(before.convert("RGB"), float) - np.asarray(after, float)).max() > 60
+            assert (
+                np.abs(np.asarray(before.convert("RGB"), float) - np.asarray(after, float)).max()
+                > 60
+            )
     with Image.open(tmp_path / "all" / "predictions.png") as page:
         assert page.width > 3 * 280
     lines = run(*words, "--output_dir", tmp_path / "none", "--threshold", 1, "--no_draw")
@@ -112,7 +139,9 @@ def test_bad_images_are_reported_and_counted(data: Path, tmp_path: Path) -> None
         (i + 2, f"b/{i:06d}.png") for i in range(3)
     }
     left = [line for line in lines if line.startswith("skipped")]
-    assert [str(folder / name) in line for name, line in zip(("a.jpg", "c.jpg"), left, strict=True)] == [True, True]
+    assert [
+        str(folder / name) in line for name, line in zip(("a.jpg", "c.jpg"), left, strict=True)
+    ] == [True, True]
     assert "3 of 5 images" in lines[-1]
     assert "unreadable: 2; in" in lines[-1]
     shutil.rmtree(folder / "b")
@@ -133,17 +162,36 @@ def test_one_image_and_a_list(data: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_is_replaced_unasked(data: Path, tmp_path: Path) -> None:
-    words = ["--checkpoint", data / "run" / "checkpoint.pth", "--output_dir", tmp_path, "--threshold", 0]
+    words = [
+        "--checkpoint",
+        data / "run" / "checkpoint.pth",
+        "--output_dir",
+        tmp_path,
+        "--threshold",
+        0,
+    ]
     run(*words, "--images", data / "held_out")
     before = (tmp_path / "predictions.json").read_text()
-    with pytest.raises(UserError, match=r"holds predictions already \(predictions.json\): .*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"holds predictions already \(predictions.json\): .*--overwrite"
+    ):
         run(*words, "--images", data / "held_out" / "000001.png")
     with pytest.raises(UserError, match="no such file"):
-        run("--checkpoint", tmp_path / "none.pth", *words[2:], "--images", data / "held_out", "--overwrite")
+        run(
+            "--checkpoint",
+            tmp_path / "none.pth",
+            *words[2:],
+            "--images",
+            data / "held_out",
+            "--overwrite",
+        )
     assert (tmp_path / "predictions.json").read_text() == before
     (tmp_path / "drawn" / "mine.jpg").write_text("of the user")
     run(*words, "--images", data / "held_out" / "000001.png", "--overwrite")
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["000001_000001.jpg", "mine.jpg"]
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "000001_000001.jpg",
+        "mine.jpg",
+    ]
 
 
 def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
@@ -151,7 +199,14 @@ def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "photos", 1)
     for folder in (images, images / "found"):
         with pytest.raises(UserError, match="lies in the images' folder .*: choose another folder"):
-            run("--checkpoint", data / "run" / "checkpoint.pth", "--images", images, "--output_dir", folder)
+            run(
+                "--checkpoint",
+                data / "run" / "checkpoint.pth",
+                "--images",
+                images,
+                "--output_dir",
+                folder,
+            )
     assert [path.name for path in images.iterdir()] == ["000.png"]
 
 
@@ -159,7 +214,9 @@ def test_a_published_file(tmp_path: Path) -> None:
     """Bare weights of 91 rows: the architecture comes from them, the names from COCO."""
     torch.manual_seed(0)
     model = build_model(
-        tiny_args(FINETUNE, "--detector", "conditional_detr", "--backbone_norm", "frozen", "--nheads", "8")
+        tiny_args(
+            FINETUNE, "--detector", "conditional_detr", "--backbone_norm", "frozen", "--nheads", "8"
+        )
     )[0]
     save_checkpoint({"model": model.state_dict()}, tmp_path / "published.pth")
     images = write_images(tmp_path / "photos", 2)
@@ -183,7 +240,15 @@ def test_a_published_file(tmp_path: Path) -> None:
 
 
 def test_a_detector_of_raw_ids(tmp_path: Path) -> None:
-    fine_tune("--coco_path", write_coco(tmp_path / "coco"), "--output_dir", tmp_path / "run", "--epochs", 1, *FROZEN)
+    fine_tune(
+        "--coco_path",
+        write_coco(tmp_path / "coco"),
+        "--output_dir",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        *FROZEN,
+    )
     run(
         "--checkpoint",
         tmp_path / "run" / "checkpoint.pth",
@@ -196,20 +261,33 @@ def test_a_detector_of_raw_ids(tmp_path: Path) -> None:
         "--no_draw",
     )
     names = {1: "red", 2: "green", 3: "blue"}
-    assert {row["category_name"] for row in read(tmp_path / "out")} <= {names.get(i, f"class {i}") for i in range(91)}
+    assert {row["category_name"] for row in read(tmp_path / "out")} <= {
+        names.get(i, f"class {i}") for i in range(91)
+    }
     assert all(
-        row["category_name"] == names.get(row["category_id"], row["category_name"]) for row in read(tmp_path / "out")
+        row["category_name"] == names.get(row["category_id"], row["category_name"])
+        for row in read(tmp_path / "out")
     )
 
 
 def test_pre_training_knows_no_classes(data: Path, tmp_path: Path) -> None:
     args = tiny_args(PRETRAIN, "--backbone_norm", "frozen")
     save_checkpoint(
-        {"model": build_model(args)[0].state_dict(), "args": {"nheads": 4, "pretext": args.pretext}},
+        {
+            "model": build_model(args)[0].state_dict(),
+            "args": {"nheads": 4, "pretext": args.pretext},
+        },
         tmp_path / "pre.pth",
     )
     with pytest.raises(UserError, match="is from pre-training and knows no classes"):
-        run("--checkpoint", tmp_path / "pre.pth", "--images", data / "held_out", "--output_dir", tmp_path / "out")
+        run(
+            "--checkpoint",
+            tmp_path / "pre.pth",
+            "--images",
+            data / "held_out",
+            "--output_dir",
+            tmp_path / "out",
+        )
 
 
 def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
@@ -222,7 +300,9 @@ def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
         "out",
     ]
     command = [sys.executable, ROOT / "tools" / "predict.py", *SMALL, *map(str, words)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("in out/predictions.json")
     assert (tmp_path / "out" / "predictions.png").is_file()

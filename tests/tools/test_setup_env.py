@@ -34,7 +34,11 @@ def project(tmp_path: Path) -> Path:
 
 def set_up(project: Path, **environment: str) -> subprocess.CompletedProcess:
     command = "set -euo pipefail; source tools/setup_env.sh requirements.txt; echo using $PY"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREDETR", "PYTHON"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREDETR", "PYTHON"))
+    }
     return subprocess.run(
         [BASH, "-c", command],
         cwd=project,
@@ -90,7 +94,11 @@ def fake_python(project: Path, install: int = 0, index: int = 0, torch: int = 1)
     for name in ("mkdir", "cp"):
         (project / "bin" / name).symlink_to(shutil.which(name))
     in_venv = f'case "$0" in */.venv/*) exit 0 ;; *) exit {torch} ;; esac'
-    tool(project / "bin", "python3", PYTHON.format(project=project, install=install, index=index, torch=in_venv))
+    tool(
+        project / "bin",
+        "python3",
+        PYTHON.format(project=project, install=install, index=index, torch=in_venv),
+    )
     return project / "pip.log"
 
 

@@ -21,13 +21,24 @@ from tests.tiny import (
 from tools import evaluate_proposals, visualize_pretext
 from util.errors import UserError
 
-REGION = ("--pretext", "region_prior", "--proposals", "random", "--num_patches", "10", "--max_prop", "6")
+REGION = (
+    "--pretext",
+    "region_prior",
+    "--proposals",
+    "random",
+    "--num_patches",
+    "10",
+    "--max_prop",
+    "6",
+)
 BATCH = "2"
 
 
 def draw(*flags: object) -> list[str]:
     with logged() as lines:
-        visualize_pretext.main(visualize_pretext.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)]))
+        visualize_pretext.main(
+            visualize_pretext.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)])
+        )
     return lines
 
 
@@ -69,9 +80,21 @@ def test_patches_of_a_model_and_patches_chosen_by_hand(tmp_path: Path) -> None:
         tmp_path / "b",
     )
     assert (tmp_path / "b" / "patches.png").exists()
-    for boxes, said in (((5, 5, 400, 40), "80"), ((5, 5, 40), "3 numbers"), ((9, 9, 9, 9), "x0 < x1")):
+    for boxes, said in (
+        ((5, 5, 400, 40), "80"),
+        ((5, 5, 40), "3 numbers"),
+        ((9, 9, 9, 9), "x0 < x1"),
+    ):
         with pytest.raises(UserError, match=said):
-            draw(*model, "--imagenet_path", images / "000.png", "--boxes", *boxes, "--output_dir", tmp_path / "c")
+            draw(
+                *model,
+                "--imagenet_path",
+                images / "000.png",
+                "--boxes",
+                *boxes,
+                "--output_dir",
+                tmp_path / "c",
+            )
 
 
 @pytest.mark.parametrize("flags", [(), ("--feature_loss_coef", "0")], ids=["with crops", "without"])
@@ -94,14 +117,37 @@ def test_regions_of_one_view_found_in_the_other(flags: tuple, tmp_path: Path) ->
         tmp_path / "run",
         *FROZEN,
     )
-    draw("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "a", "--count", "2")
-    draw("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--output_dir", tmp_path / "b", "--count", "4")
+    draw(
+        "--checkpoint",
+        tmp_path / "run" / "checkpoint.pth",
+        "--output_dir",
+        tmp_path / "a",
+        "--count",
+        "2",
+    )
+    draw(
+        "--checkpoint",
+        tmp_path / "run" / "checkpoint.pth",
+        "--output_dir",
+        tmp_path / "b",
+        "--count",
+        "4",
+    )
     assert size(tmp_path / "b" / "patches.png")[1] > size(tmp_path / "a" / "patches.png")[1]
 
 
 def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    pre_train(
+        *REGION,
+        "--imagenet_path",
+        images,
+        "--epochs",
+        "1",
+        "--output_dir",
+        tmp_path / "run",
+        *FROZEN,
+    )
     model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--num_patches", "10")
     draw(*model, "--output_dir", tmp_path / "a", "--count", "2")
     draw(*model, "--output_dir", tmp_path / "b", "--count", "2", "--truth_path", coco)
@@ -112,7 +158,16 @@ def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
 def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
     """`./configs/DETReg_top30_in.sh --resume exps/DETReg_top30_in/checkpoint.pth --eval`, as published."""
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    pre_train(
+        *REGION,
+        "--imagenet_path",
+        images,
+        "--epochs",
+        "1",
+        "--output_dir",
+        tmp_path / "run",
+        *FROZEN,
+    )
     words = [
         *RUN_FLAGS,
         *REGION,
@@ -129,7 +184,10 @@ def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "proposal_metrics.json"
     assert json.loads(metrics.read_text())["AR100"] >= 0
     metrics.write_text("{}")
-    with pytest.raises(UserError, match="holds proposal_metrics.json already: choose another folder, or --overwrite"):
+    with pytest.raises(
+        UserError,
+        match="holds proposal_metrics.json already: choose another folder, or --overwrite",
+    ):
         pretrain_main.main(pretrain_main.parse(resumed))
     assert metrics.read_text() == "{}"
     pretrain_main.main(pretrain_main.parse([*resumed, "--overwrite"]))
@@ -144,7 +202,16 @@ def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
 def test_viz_draws_what_a_model_finds(tmp_path: Path) -> None:
     """DETReg's three panels for each validation image; nothing else of the run is touched."""
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(*REGION, "--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
+    pre_train(
+        *REGION,
+        "--imagenet_path",
+        images,
+        "--epochs",
+        "1",
+        "--output_dir",
+        tmp_path / "run",
+        *FROZEN,
+    )
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     words = [
         *RUN_FLAGS,
@@ -158,7 +225,11 @@ def test_viz_draws_what_a_model_finds(tmp_path: Path) -> None:
         "--viz",
     ]
     (tmp_path / "MSCoco").symlink_to(coco)
-    pretrain_main.main(pretrain_main.parse([*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]))
+    pretrain_main.main(
+        pretrain_main.parse(
+            [*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]
+        )
+    )
     assert size(tmp_path / "run" / "objects.png")[0] > 3 * 64
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
     with pytest.raises(UserError, match="--viz needs the model"):
@@ -171,7 +242,9 @@ def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
     flags = [*REGION, "--imagenet_path", images, "--epochs", "3", "--batch_size", BATCH, *FROZEN]
     pre_train(*flags, "--output_dir", tmp_path / "plain")
     (tmp_path / "MSCoco").symlink_to(coco)
-    pre_train(*flags, "--output_dir", tmp_path / "run", "--data_root", tmp_path, "--eval_every", "2")
+    pre_train(
+        *flags, "--output_dir", tmp_path / "run", "--data_root", tmp_path, "--eval_every", "2"
+    )
     log = read_log(tmp_path / "run")
     assert ["test_object_AR100" in record for record in log] == [False, True, True]
     assert [r["train_loss"] for r in log] == [r["train_loss"] for r in read_log(tmp_path / "plain")]
@@ -198,16 +271,41 @@ def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
         name: value for name, value in log[-1].items() if name.startswith("test_")
     }
     with pytest.raises(UserError, match="nowhere"):
-        pre_train(*flags, "--output_dir", tmp_path / "b", "--data_root", tmp_path / "nowhere", "--eval_every", "2")
+        pre_train(
+            *flags,
+            "--output_dir",
+            tmp_path / "b",
+            "--data_root",
+            tmp_path / "nowhere",
+            "--eval_every",
+            "2",
+        )
 
 
 def test_boxes_are_evaluated_on_the_data_of_pre_training(tmp_path: Path) -> None:
     """VOC's test images here, in training and by --eval."""
-    data = ["--dataset_file", "voc", "--voc_path", write_voc(tmp_path / "VOCdevkit"), "--voc_val", "2007_test"]
+    data = [
+        "--dataset_file",
+        "voc",
+        "--voc_path",
+        write_voc(tmp_path / "VOCdevkit"),
+        "--voc_val",
+        "2007_test",
+    ]
     run, folder = tmp_path / "run", tmp_path / "eval"
     with logged() as lines:
         pre_train(
-            *REGION, *data, "--epochs", "1", "--batch_size", BATCH, *FROZEN, "--output_dir", run, "--eval_every", "1"
+            *REGION,
+            *data,
+            "--epochs",
+            "1",
+            "--batch_size",
+            BATCH,
+            *FROZEN,
+            "--output_dir",
+            run,
+            "--eval_every",
+            "1",
         )
         words = [
             "--pretext",
@@ -230,4 +328,6 @@ def test_boxes_are_evaluated_on_the_data_of_pre_training(tmp_path: Path) -> None
         pretrain_main.main(pretrain_main.parse([*map(str, words)]))
     numbers, (record,) = json.loads((folder / "proposal_metrics.json").read_text()), read_log(run)
     assert record["test_object_AR100"] == numbers["AR100"]
-    assert sum("VOCdevkit (2007_test): 3 images" in line for line in lines) == 2, "in training and by --eval"
+    assert sum("VOCdevkit (2007_test): 3 images" in line for line in lines) == 2, (
+        "in training and by --eval"
+    )

@@ -97,15 +97,21 @@ def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
-    monkeypatch.setattr(files.os, "fsync", lambda _number: calls.append((tmp_path / "new" / "file").exists()))
+    monkeypatch.setattr(
+        files.os, "fsync", lambda _number: calls.append((tmp_path / "new" / "file").exists())
+    )
     assert write_text(tmp_path / "new" / "file", "ü") == tmp_path / "new" / "file"
     assert calls == [False]
     assert (tmp_path / "new" / "file").read_text(encoding="utf-8") == "ü"
 
 
-def test_a_folder_that_no_disk_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_no_disk_has_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(UserError, match="no room"):
         write_text(tmp_path / "new" / "file", "text")
@@ -116,4 +122,6 @@ def test_the_log_is_kept_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"log\.txt: no room"):
         append_log(tmp_path, {"epoch": 1})
-    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [{"epoch": 0}]
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        {"epoch": 0}
+    ]

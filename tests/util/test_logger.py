@@ -68,7 +68,9 @@ def test_speed_counts_the_steps_of_this_process(capsys: pytest.CaptureFixture) -
     assert "1.00it/s" in line or "1.00s/it" in line
 
 
-def test_text_is_wanted_only_where_it_is_shown(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_is_wanted_only_where_it_is_shown(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bar = Progress(3, "x")
     assert not bar.wants_text()
     bar.last_print_t -= 16

@@ -4,4 +4,8 @@ from util.markdown import markdown
 
 
 def test_table_is_markdown() -> None:
-    assert markdown(["run", "AP"], [["a", "0.1"]]).splitlines() == ["| run | AP  |", "| --- | --- |", "| a   | 0.1 |"]
+    assert markdown(["run", "AP"], [["a", "0.1"]]).splitlines() == [
+        "| run | AP  |",
+        "| --- | --- |",
+        "| a   | 0.1 |",
+    ]

@@ -31,7 +31,10 @@ from visualization import Found, find_patches
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 MARKER = "demo.json"
-RUNS = {"finetune_pretrained": "pre-trained, then fine-tuned", "finetune_scratch": "without pre-training"}
+RUNS = {
+    "finetune_pretrained": "pre-trained, then fine-tuned",
+    "finetune_scratch": "without pre-training",
+}
 SHOWN_IMAGES = 6
 MEASURED_IMAGES = 60
 
@@ -72,7 +75,9 @@ def draw_pictures(folder: Path, images: str) -> tuple[dict[str, Path], tuple[flo
     pictures = {
         "curves": plot_curves(runs, folder / "curves.png"),
         "pretraining": folder / "pretrain" / "curves.png",
-        "patches": patch_page([item.row() for item in found[:SHOWN_IMAGES]], folder / "patch_queries.png"),
+        "patches": patch_page(
+            [item.row() for item in found[:SHOWN_IMAGES]], folder / "patch_queries.png"
+        ),
         **{name: folder / name / "predictions.png" for name in RUNS},
     }
     return pictures, patch_overlap(found)
@@ -94,7 +99,9 @@ def results(folder: Path) -> Rows:
     return rows
 
 
-def write_page(folder: Path, facts: dict, pictures: dict[str, Path], overlap: tuple[float, float]) -> Path:
+def write_page(
+    folder: Path, facts: dict, pictures: dict[str, Path], overlap: tuple[float, float]
+) -> Path:
     """`result.html`, with the pictures inside."""
     text = render(
         TEMPLATE,
@@ -116,7 +123,9 @@ def gather_facts(folder: Path) -> dict:
         stages = json.loads((folder / MARKER).read_text(encoding="utf-8"))["stages"]
         record = json.loads((folder / "finetune_scratch" / "args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no finished demo ({error}): run bash tools/demo.sh") from error
+        raise UserError(
+            f"{folder} holds no finished demo ({error}): run bash tools/demo.sh"
+        ) from error
     settings, environment = record["settings"], record["environment"]
     on_scenes = stages[0]["name"] == "scenes"
     train, val = record["images"]
@@ -124,7 +133,9 @@ def gather_facts(folder: Path) -> dict:
     if on_scenes:
         data = f"Sample scenes: {data} The held-out scenes are made from other photographs than the training ones."
     device = (
-        environment["gpu"] if settings["device"].startswith("cuda") else f"CPU, {environment['cpu_threads']} threads"
+        environment["gpu"]
+        if settings["device"].startswith("cuda")
+        else f"CPU, {environment['cpu_threads']} threads"
     )
     total = format_seconds(sum(stage["seconds"] for stage in stages))
     return {

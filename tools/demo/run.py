@@ -33,7 +33,12 @@ from util.runs.session import run_script
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_FILE = "stage.json"  # beside the folder of each stage: its command, its seconds, whether it is finished
 MARKER = "demo.json"  # in the demo's folder: it belongs to the demo
-SCENES, PRETRAIN, FINETUNE, SCRATCH = "scenes", "pretrain", "finetune_pretrained", "finetune_scratch"
+SCENES, PRETRAIN, FINETUNE, SCRATCH = (
+    "scenes",
+    "pretrain",
+    "finetune_pretrained",
+    "finetune_scratch",
+)
 
 MODEL = {
     "detector": "conditional_detr",
@@ -58,8 +63,12 @@ class Budget:
     eval_every: int
 
 
-ON_SCENES = Budget(image_size=192, num_queries=30, batch_size=4, pretrain_epochs=3, epochs=10, eval_every=2)
-ON_REAL_DATA = Budget(image_size=320, num_queries=100, batch_size=8, pretrain_epochs=10, epochs=24, eval_every=4)
+ON_SCENES = Budget(
+    image_size=192, num_queries=30, batch_size=4, pretrain_epochs=3, epochs=10, eval_every=2
+)
+ON_REAL_DATA = Budget(
+    image_size=320, num_queries=100, batch_size=8, pretrain_epochs=10, epochs=24, eval_every=4
+)
 
 
 @dataclass(frozen=True)
@@ -78,22 +87,35 @@ def _absolute(text: str) -> Path:
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of the demo; those of size and length default to `ON_SCENES` or `ON_REAL_DATA`."""
-    parser = argparse.ArgumentParser("tools/demo.sh", description="Pre-train, fine-tune, evaluate; one page at the end")
-    parser.add_argument(
-        "--coco_path", type=_absolute, help="data in the layout of COCO (default: sample scenes, made here)"
+    parser = argparse.ArgumentParser(
+        "tools/demo.sh", description="Pre-train, fine-tune, evaluate; one page at the end"
     )
     parser.add_argument(
-        "--imagenet_path", type=_absolute, help="unlabelled images for pre-training (the training images)"
+        "--coco_path",
+        type=_absolute,
+        help="data in the layout of COCO (default: sample scenes, made here)",
+    )
+    parser.add_argument(
+        "--imagenet_path",
+        type=_absolute,
+        help="unlabelled images for pre-training (the training images)",
     )
     parser.add_argument("--output_dir", default="demo_output", type=_absolute)
     parser.add_argument(
-        "--overwrite", action="store_true", help="run all stages from scratch; replaces those of an earlier demo there"
+        "--overwrite",
+        action="store_true",
+        help="run all stages from scratch; replaces those of an earlier demo there",
     )
     parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
     for name in asdict(ON_SCENES):
         text = f"{getattr(ON_SCENES, name)} on scenes, {getattr(ON_REAL_DATA, name)} on real data"
         parser.add_argument(f"--{name}", type=int, help=text)
-    parser.add_argument("--num_train", default=600, type=int, help="sample scenes for training, and as many unlabelled")
+    parser.add_argument(
+        "--num_train",
+        default=600,
+        type=int,
+        help="sample scenes for training, and as many unlabelled",
+    )
     parser.add_argument("--num_val", default=100, type=int, help="held-out sample scenes")
     parser.add_argument("--num_workers", default=1, type=int, help="dataloader workers per run")
     parser.add_argument("--seed", default=1, type=int)
@@ -112,20 +134,49 @@ def make_stages(args: argparse.Namespace) -> list[Stage]:
     budget, output = budget_from(args), args.output_dir
     coco_path = args.coco_path or output / SCENES
     model = _flags(**MODEL, num_queries=budget.num_queries, image_size=budget.image_size)
-    model += _flags(batch_size=budget.batch_size, num_workers=args.num_workers, seed=args.seed, device=args.device)
+    model += _flags(
+        batch_size=budget.batch_size,
+        num_workers=args.num_workers,
+        seed=args.seed,
+        device=args.device,
+    )
     patches = 10 if budget.num_queries % 10 == 0 and budget.num_queries >= 100 else 5
-    pretrain = ["main.py", *model, *_flags(imagenet_path=_unlabelled(args, coco_path), num_patches=patches)]
-    pretrain += _flags(patch_size=64, feature_recon=True, fre_cnn=True, **_schedule(budget.pretrain_epochs), lr="1e-4")
-    finetune = ["finetune_main.py", *model, *_flags(coco_path=coco_path, num_classes=_num_classes(args))]
-    finetune += _flags(**_schedule(budget.epochs), lr="2e-4", lr_backbone="2e-4", eval_every=budget.eval_every)
+    pretrain = [
+        "main.py",
+        *model,
+        *_flags(imagenet_path=_unlabelled(args, coco_path), num_patches=patches),
+    ]
+    pretrain += _flags(
+        patch_size=64,
+        feature_recon=True,
+        fre_cnn=True,
+        **_schedule(budget.pretrain_epochs),
+        lr="1e-4",
+    )
+    finetune = [
+        "finetune_main.py",
+        *model,
+        *_flags(coco_path=coco_path, num_classes=_num_classes(args)),
+    ]
+    finetune += _flags(
+        **_schedule(budget.epochs), lr="2e-4", lr_backbone="2e-4", eval_every=budget.eval_every
+    )
     from_pretrained = [*finetune, *_flags(pretrain=output / PRETRAIN / "checkpoint.pth")]
-    stages = [] if args.coco_path else [Stage(SCENES, "make sample scenes", _scenes_command(args, coco_path))]
+    stages = (
+        []
+        if args.coco_path
+        else [Stage(SCENES, "make sample scenes", _scenes_command(args, coco_path))]
+    )
     for name, title, command in (
         (PRETRAIN, "pre-train without labels", pretrain),
         (FINETUNE, "fine-tune the pre-trained detector", from_pretrained),
         (SCRATCH, "the same without pre-training", finetune),
     ):
-        stages.append(Stage(name, title, ["python", *command, *_flags(output_dir=output / name, resume="auto")]))
+        stages.append(
+            Stage(
+                name, title, ["python", *command, *_flags(output_dir=output / name, resume="auto")]
+            )
+        )
     return stages
 
 
@@ -143,14 +194,20 @@ def _schedule(epochs: int) -> dict[str, int]:
 
 
 def _scenes_command(args: argparse.Namespace, folder: Path) -> list[str]:
-    counts = {"num_train": args.num_train, "num_val": args.num_val, "num_unlabelled": args.num_train}
+    counts = {
+        "num_train": args.num_train,
+        "num_val": args.num_val,
+        "num_unlabelled": args.num_train,
+    }
     return ["python", "-m", "tools.demo.scenes", *_flags(output=folder, **counts, seed=args.seed)]
 
 
 def _unlabelled(args: argparse.Namespace, coco_path: Path) -> Path:
     if args.imagenet_path:
         return args.imagenet_path
-    return Path(coco_files(str(coco_path), "train")[0]) if args.coco_path else coco_path / "unlabelled"
+    return (
+        Path(coco_files(str(coco_path), "train")[0]) if args.coco_path else coco_path / "unlabelled"
+    )
 
 
 def _num_classes(args: argparse.Namespace) -> int:
@@ -159,9 +216,17 @@ def _num_classes(args: argparse.Namespace) -> int:
         return DEFAULT_NUM_CLASSES + 1
     path = Path(coco_files(str(args.coco_path), "train")[1])
     try:
-        return max(category["id"] for category in json.loads(path.read_text(encoding="utf-8"))["categories"]) + 1
+        return (
+            max(
+                category["id"]
+                for category in json.loads(path.read_text(encoding="utf-8"))["categories"]
+            )
+            + 1
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} can't be read as an annotation file of COCO ({error!r})") from error
+        raise UserError(
+            f"{path} can't be read as an annotation file of COCO ({error!r})"
+        ) from error
 
 
 def claim_folder(output: Path) -> None:
@@ -170,14 +235,22 @@ def claim_folder(output: Path) -> None:
     Raises:
         UserError: it holds something else.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not (output / MARKER).is_file():
-        raise UserError(f"--output_dir {output} holds files that are not of the demo: choose another folder")
+    if (
+        output.exists()
+        and (not output.is_dir() or any(output.iterdir()))
+        and not (output / MARKER).is_file()
+    ):
+        raise UserError(
+            f"--output_dir {output} holds files that are not of the demo: choose another folder"
+        )
     output.mkdir(parents=True, exist_ok=True)
     if not (output / MARKER).exists():
         _write_json(output / MARKER, {"stages": []})
 
 
-def run_stage(stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[str]], int]) -> float:
+def run_stage(
+    stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[str]], int]
+) -> float:
     """Runs a stage unless it is finished; returns the seconds that it took, over all attempts.
 
     Raises:
@@ -192,7 +265,10 @@ def run_stage(stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[s
             f"{folder} was made with other settings: add --overwrite to replace it, or choose another --output_dir"
         )
     if record and record["finished"]:
-        log.info("already done in %s, reused (--overwrite runs it again)", format_seconds(record["seconds"]))
+        log.info(
+            "already done in %s, reused (--overwrite runs it again)",
+            format_seconds(record["seconds"]),
+        )
         return record["seconds"]
     before, began = record["seconds"] if record else 0.0, time.monotonic()
     _write_record(folder, stage.command, before, finished=False)
@@ -200,7 +276,9 @@ def run_stage(stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[s
     seconds = before + time.monotonic() - began
     _write_record(folder, stage.command, seconds, finished=status == 0)
     if status:
-        raise UserError(f"'{stage.title}' failed with status {status}, see above; the same command resumes it")
+        raise UserError(
+            f"'{stage.title}' failed with status {status}, see above; the same command resumes it"
+        )
     return seconds
 
 
@@ -210,7 +288,10 @@ def _record_path(folder: Path) -> Path:
 
 
 def _write_record(folder: Path, command: list[str], seconds: float, finished: bool) -> None:
-    _write_json(_record_path(folder), {"command": command, "seconds": round(seconds, 1), "finished": finished})
+    _write_json(
+        _record_path(folder),
+        {"command": command, "seconds": round(seconds, 1), "finished": finished},
+    )
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -226,7 +307,12 @@ def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
     pipe = subprocess.PIPE if prefix else None
     error = subprocess.STDOUT if prefix else None
     process = subprocess.Popen(
-        [sys.executable, *command[1:]], cwd=ROOT, env=environment, stdout=pipe, stderr=error, text=True
+        [sys.executable, *command[1:]],
+        cwd=ROOT,
+        env=environment,
+        stdout=pipe,
+        stderr=error,
+        text=True,
     )
     try:
         for line in process.stdout or ():
@@ -239,7 +325,9 @@ def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
 
 def runs_in_parallel(device: str | None) -> bool:
     """Whether two stages share the machine: on a CPU with several cores."""
-    return (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" and (os.cpu_count() or 1) > 1
+    return (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" and (
+        os.cpu_count() or 1
+    ) > 1
 
 
 def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
@@ -254,7 +342,10 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
         for stage in stages:
             log.info("\n%s=== %s\n$ %s", prefix, stage.title, shlex.join(stage.command))
             seconds = run_stage(
-                stage, args.output_dir / stage.name, args.overwrite, lambda words: run_command(words, prefix, threads)
+                stage,
+                args.output_dir / stage.name,
+                args.overwrite,
+                lambda words: run_command(words, prefix, threads),
             )
             done.append({**asdict(stage), "seconds": seconds})
         return done
@@ -281,7 +372,10 @@ def main(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         log.error("the same command resumes the demo")
         raise
-    _write_json(args.output_dir / MARKER, {"stages": done, "wall_seconds": round(time.monotonic() - began, 1)})
+    _write_json(
+        args.output_dir / MARKER,
+        {"stages": done, "wall_seconds": round(time.monotonic() - began, 1)},
+    )
     log.info("\n=== write the result page")
     if run_command(["python", "-m", "tools.demo.page", str(args.output_dir)]):
         raise UserError("the result page could not be written, see above")

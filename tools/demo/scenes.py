@@ -77,7 +77,9 @@ def class_names(num_classes: int = DEFAULT_NUM_CLASSES) -> dict[int, str]:
     return dict(enumerate(CLASS_NAMES[:num_classes], start=1))
 
 
-def make_scene(seed: int, index: int, size: int, split: str, num_classes: int = DEFAULT_NUM_CLASSES) -> Scene:
+def make_scene(
+    seed: int, index: int, size: int, split: str, num_classes: int = DEFAULT_NUM_CLASSES
+) -> Scene:
     """Draws scene `index` of a split.
 
     Args:
@@ -109,7 +111,11 @@ def make_scene(seed: int, index: int, size: int, split: str, num_classes: int = 
             canvas.add(clutter_outlines(rng), length=rng.uniform(0.15, 0.5), min_visible=0.0)
             continue
         label = int(rng.integers(1, num_classes + 1))
-        mask = canvas.add(OUTLINES[classes[label]](rng), length=rng.uniform(*OBJECT_LENGTH), min_visible=MIN_VISIBLE)
+        mask = canvas.add(
+            OUTLINES[classes[label]](rng),
+            length=rng.uniform(*OBJECT_LENGTH),
+            min_visible=MIN_VISIBLE,
+        )
         if mask is not None:
             labels.append(label)
             masks.append(mask)
@@ -129,14 +135,20 @@ def _layers(rng: np.random.Generator) -> list[bool]:
 class _Canvas:
     """A scene composed from front to back: what is added later lies behind, so that no earlier mask changes."""
 
-    def __init__(self, rng: np.random.Generator, size: int, photographs: tuple[Image.Image, ...]) -> None:
+    def __init__(
+        self, rng: np.random.Generator, size: int, photographs: tuple[Image.Image, ...]
+    ) -> None:
         self.rng, self.size, self.photographs = rng, size, photographs
         self.background = _photo_crop(rng, photographs, size, size, scale=(0.35, 1.0), tint=25)
         self.color = np.zeros((size, size, 3), np.float32)
-        self.light = np.ones((size, size, 1), np.float32)  # part of what lies behind that still shows
+        self.light = np.ones(
+            (size, size, 1), np.float32
+        )  # part of what lies behind that still shows
         self.free = np.ones((size, size), bool)
 
-    def add(self, outlines: list[np.ndarray], length: float, min_visible: float, tries: int = 8) -> np.ndarray | None:
+    def add(
+        self, outlines: list[np.ndarray], length: float, min_visible: float, tries: int = 8
+    ) -> np.ndarray | None:
         """Puts a shape behind all others where enough of it shows: its visible region [H, W], or None if nowhere."""
         alpha = rasterise(turn(self.rng, outlines), length * self.size)
         height, width = alpha.shape
@@ -161,7 +173,10 @@ class _Canvas:
     def _paint(self, alpha: np.ndarray, part: tuple[slice, slice]) -> None:
         height, width = alpha.shape
         behind = self.background[part].mean((0, 1))
-        surfaces = [_photo_crop(self.rng, self.photographs, height, width, scale=(0.1, 0.4), tint=60) for _ in range(3)]
+        surfaces = [
+            _photo_crop(self.rng, self.photographs, height, width, scale=(0.1, 0.4), tint=60)
+            for _ in range(3)
+        ]
         # Of three surfaces the one that stands out most: a shape that can't be seen could not be learnt.
         surface = max(surfaces, key=lambda s: float(np.abs(s.mean((0, 1)) - behind).sum()))
         self.color[part] += self.light[part] * alpha[..., None] * surface
@@ -187,11 +202,15 @@ def _photograph_paths(group: str) -> list[Path]:
     # The files are read directly: skimage.data would download what it does not find.
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError("sample scenes are made from photographs in scikit-image's wheel: pip install scikit-image")
+        raise UserError(
+            "sample scenes are made from photographs in scikit-image's wheel: pip install scikit-image"
+        )
     paths = [Path(spec.submodule_search_locations[0], "data", name) for name in PHOTOGRAPHS[group]]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
-        raise UserError(f"{missing[0]} is missing in this scikit-image: pip install 'scikit-image>=0.22'")
+        raise UserError(
+            f"{missing[0]} is missing in this scikit-image: pip install 'scikit-image>=0.22'"
+        )
     return paths
 
 
@@ -209,11 +228,16 @@ def _photo_crop(
     """
     photograph = photographs[int(rng.integers(len(photographs)))]
     longer = rng.uniform(*scale) * min(photograph.size)
-    crop_width, crop_height = longer * width / max(height, width), longer * height / max(height, width)
+    crop_width, crop_height = (
+        longer * width / max(height, width),
+        longer * height / max(height, width),
+    )
     left = rng.uniform(0, photograph.width - crop_width)
     top = rng.uniform(0, photograph.height - crop_height)
     box = (left, top, left + crop_width, top + crop_height)
-    crop = np.asarray(photograph.resize((width, height), Image.Resampling.BILINEAR, box=box), np.float32)
+    crop = np.asarray(
+        photograph.resize((width, height), Image.Resampling.BILINEAR, box=box), np.float32
+    )
     if rng.random() < 0.5:
         crop = crop[:, ::-1]
     return np.clip((crop - 128) * rng.uniform(0.6, 1.2) + 128 + rng.uniform(-tint, tint, 3), 0, 255)
@@ -268,13 +292,21 @@ def write_coco(
     building = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:
         building.chmod(0o755)  # mkdtemp makes a private one
-        for folder, split in (("train2017", "train"), ("val2017", "val"), ("unlabelled", "unlabelled")):
+        for folder, split in (
+            ("train2017", "train"),
+            ("val2017", "val"),
+            ("unlabelled", "unlabelled"),
+        ):
             _write_split(building, folder, split, counts[folder], size, seed, num_classes)
-        (building / FINGERPRINT_FILE).write_text(json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8")
+        (building / FINGERPRINT_FILE).write_text(
+            json.dumps(fingerprint, indent=1) + "\n", encoding="utf-8"
+        )
         _replace_folder(output, building)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    log.info("sample scenes: %d for training, %d held out, %d unlabelled in %s", *counts.values(), output)
+    log.info(
+        "sample scenes: %d for training, %d held out, %d unlabelled in %s", *counts.values(), output
+    )
     return output
 
 
@@ -304,13 +336,23 @@ def _is_ready(output: Path, fingerprint: dict, overwrite: bool) -> bool:
     try:
         found = json.loads((output / FINGERPRINT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise UserError(f"{output} is not empty and holds no sample scenes: give another folder") from None
-    complete = all(_count_images(output / folder) == count for folder, count in fingerprint["images"].items())
+        raise UserError(
+            f"{output} is not empty and holds no sample scenes: give another folder"
+        ) from None
+    complete = all(
+        _count_images(output / folder) == count for folder, count in fingerprint["images"].items()
+    )
     if found == fingerprint and complete:
         return True
     if not overwrite:
-        why = "scenes of other settings" if complete or found != fingerprint else "only a part of its scenes"
-        raise UserError(f"{output} holds {why}: give another folder, or --overwrite to replace them")
+        why = (
+            "scenes of other settings"
+            if complete or found != fingerprint
+            else "only a part of its scenes"
+        )
+        raise UserError(
+            f"{output} holds {why}: give another folder, or --overwrite to replace them"
+        )
     return False
 
 
@@ -335,7 +377,9 @@ def _replace_folder(output: Path, building: Path) -> None:
             shutil.rmtree(old)
 
 
-def _write_split(root: Path, folder: str, split: str, count: int, size: int, seed: int, num_classes: int) -> None:
+def _write_split(
+    root: Path, folder: str, split: str, count: int, size: int, seed: int, num_classes: int
+) -> None:
     (root / folder).mkdir()
     images, annotations = [], []
     for index in progress(range(count), f"scenes, {split}"):
@@ -352,14 +396,19 @@ def _write_split(root: Path, folder: str, split: str, count: int, size: int, see
         "images": images,
         "annotations": annotations,
         "categories": [
-            {"id": label, "name": name, "supercategory": "shape"} for label, name in class_names(num_classes).items()
+            {"id": label, "name": name, "supercategory": "shape"}
+            for label, name in class_names(num_classes).items()
         ],
     }
     (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"instances_{folder}.json").write_text(json.dumps(content), encoding="utf-8")
+    (root / "annotations" / f"instances_{folder}.json").write_text(
+        json.dumps(content), encoding="utf-8"
+    )
 
 
-def _annotation(annotation_id: int, image_id: int, box_xyxy: np.ndarray, label: int, mask: np.ndarray) -> dict:
+def _annotation(
+    annotation_id: int, image_id: int, box_xyxy: np.ndarray, label: int, mask: np.ndarray
+) -> dict:
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     x1, y1, x2, y2 = (float(edge) for edge in box_xyxy)
     return {
@@ -375,15 +424,30 @@ def _annotation(annotation_id: int, image_id: int, box_xyxy: np.ndarray, label: 
 
 def get_args_parser() -> argparse.ArgumentParser:
     """The flags of `python -m tools.demo.scenes`."""
-    parser = argparse.ArgumentParser("tools.demo.scenes", description="Write sample scenes in the layout of COCO")
-    parser.add_argument("--output", required=True, type=Path, help="folder to write: new, empty or with such scenes")
+    parser = argparse.ArgumentParser(
+        "tools.demo.scenes", description="Write sample scenes in the layout of COCO"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, help="folder to write: new, empty or with such scenes"
+    )
     parser.add_argument("--num_train", default=600, type=int, help="labelled images for training")
-    parser.add_argument("--num_val", default=100, type=int, help="held-out images, from other photographs")
-    parser.add_argument("--num_unlabelled", default=600, type=int, help="further images without labels")
-    parser.add_argument("--size", default=160, type=int, help=f"side of the images in pixels, at least {MIN_SIZE}")
+    parser.add_argument(
+        "--num_val", default=100, type=int, help="held-out images, from other photographs"
+    )
+    parser.add_argument(
+        "--num_unlabelled", default=600, type=int, help="further images without labels"
+    )
+    parser.add_argument(
+        "--size", default=160, type=int, help=f"side of the images in pixels, at least {MIN_SIZE}"
+    )
     parser.add_argument("--seed", default=1, type=int)
     names = ", ".join(CLASS_NAMES)
-    parser.add_argument("--num_classes", default=DEFAULT_NUM_CLASSES, type=int, help=f"the first so many of: {names}")
+    parser.add_argument(
+        "--num_classes",
+        default=DEFAULT_NUM_CLASSES,
+        type=int,
+        help=f"the first so many of: {names}",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace scenes of other settings")
     return parser
 
@@ -398,7 +462,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except OSError as error:
         reason = error.strerror or error
-        sys.exit(f"error: cannot write {error.filename or args.output}: {reason}; make room or choose another --output")
+        sys.exit(
+            f"error: cannot write {error.filename or args.output}: {reason}; make room or choose another --output"
+        )
 
 
 if __name__ == "__main__":

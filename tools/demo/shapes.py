@@ -10,7 +10,9 @@ from PIL import Image, ImageDraw
 SUPERSAMPLING = 4
 
 
-def _circle(radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0), corners: int = 64) -> np.ndarray:
+def _circle(
+    radius: float = 1.0, centre: tuple[float, float] = (0.0, 0.0), corners: int = 64
+) -> np.ndarray:
     angles = np.linspace(0, 2 * np.pi, corners, endpoint=False)
     return np.stack([np.cos(angles), np.sin(angles)], 1) * radius + centre
 
@@ -30,7 +32,9 @@ def _cross(rng: np.random.Generator) -> list[np.ndarray]:
 
 def _blob(rng: np.random.Generator) -> list[np.ndarray]:
     angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-    radius = 1 + sum(rng.uniform(0.1, 0.25) * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4))
+    radius = 1 + sum(
+        rng.uniform(0.1, 0.25) * np.cos(k * angles + rng.uniform(0, 2 * np.pi)) for k in (2, 3, 4)
+    )
     return [np.stack([np.cos(angles), np.sin(angles)], 1) * radius[:, None]]
 
 
@@ -68,5 +72,7 @@ def rasterise(outlines: list[np.ndarray], length: float) -> np.ndarray:
     drawing = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     draw = ImageDraw.Draw(drawing)
     for outline, fill in zip(outlines, [255] + [0] * (len(outlines) - 1), strict=True):
-        draw.polygon([tuple(corner) for corner in (outline - low) * factor * SUPERSAMPLING], fill=fill)
+        draw.polygon(
+            [tuple(corner) for corner in (outline - low) * factor * SUPERSAMPLING], fill=fill
+        )
     return np.asarray(drawing.reduce(SUPERSAMPLING), np.float32) / 255

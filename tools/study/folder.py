@@ -48,7 +48,9 @@ def check_study(plan: Plan, args: Namespace) -> None:
     """
     folder, study = args.output_dir, read_record(args.output_dir / STUDY)
     if not study and folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-        raise UserError(f"--output_dir {folder} holds files of something else: choose another folder")
+        raise UserError(
+            f"--output_dir {folder} holds files of something else: choose another folder"
+        )
     for name, now in study_settings(plan, args).items() if study else ():
         before = study.get("settings", {}).get(name)
         if before != now:
@@ -56,7 +58,9 @@ def check_study(plan: Plan, args: Namespace) -> None:
             raise UserError(f"--output_dir {folder} was made with {change}: choose another folder")
 
 
-def begin_study(plan: Plan, steps: list[Step], args: Namespace, environment: dict[str, Any]) -> None:
+def begin_study(
+    plan: Plan, steps: list[Step], args: Namespace, environment: dict[str, Any]
+) -> None:
     """Adds this call and its steps to study.json."""
     study = read_record(args.output_dir / STUDY)
     start = {**environment, "command": shown_command(), "cores": args.cores, "jobs": args.jobs}
@@ -101,7 +105,9 @@ def check_steps(steps: list[Step], folder: Path) -> None:
         place, record = folder / step.name, read_step(step.name, folder)
         if not record:
             if place.exists() and any(place.iterdir()):
-                raise UserError(f"{place} was not written by this study: move it away, or choose another --output_dir")
+                raise UserError(
+                    f"{place} was not written by this study: move it away, or choose another --output_dir"
+                )
             continue
         before, now = record["flags"], step.flags
         for name in {**before, **now}:

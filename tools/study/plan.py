@@ -11,11 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from tools.study.prepare import annotation_file
-from tools.study.presets import DETECTOR_FLAGS, PRESETS, Flags, Preset, Variant, file_variant, variant_of
+from tools.study.presets import (
+    DETECTOR_FLAGS,
+    PRESETS,
+    Flags,
+    Preset,
+    Variant,
+    file_variant,
+    variant_of,
+)
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN
 
-STORED = ("selective_search", "edge_boxes")  # proposal methods whose boxes are computed once, before pre-training
+STORED = (
+    "selective_search",
+    "edge_boxes",
+)  # proposal methods whose boxes are computed once, before pre-training
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,11 @@ class Step:
 
     def facts(self) -> dict[str, Any]:
         """What a report needs to know of it."""
-        return {name: value for name, value in vars(self).items() if name not in ("name", "script", "flags", "needs")}
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("name", "script", "flags", "needs")
+        }
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,11 @@ class Plan:
     def _cache(self, variant: Variant) -> str:
         """Name of the step that computes its proposals; empty where pre-training makes them as it goes."""
         method = self._pretext(variant).get("proposals")
-        return f"proposals/{method}{'_labelled' if variant.labelled_images else ''}" if method in STORED else ""
+        return (
+            f"proposals/{method}{'_labelled' if variant.labelled_images else ''}"
+            if method in STORED
+            else ""
+        )
 
     def _search(self, variant: Variant) -> Flags:
         images = "labelled/true_boxes.txt" if variant.labelled_images else "unlabelled.txt"
@@ -96,8 +115,16 @@ class Plan:
 
     def proposals(self, variant: Variant) -> Step:
         name = self._cache(variant)
-        flags = {"proposals": self._pretext(variant)["proposals"], "output_dir": f"{{study}}/{name}"}
-        return Step(name, "proposals", "tools/cache_proposals.py", _given({**self._search(variant), **flags}))
+        flags = {
+            "proposals": self._pretext(variant)["proposals"],
+            "output_dir": f"{{study}}/{name}",
+        }
+        return Step(
+            name,
+            "proposals",
+            "tools/cache_proposals.py",
+            _given({**self._search(variant), **flags}),
+        )
 
     def pretraining(self, detector: str, variant: Variant, seed: int) -> Step:
         """
@@ -125,7 +152,16 @@ class Plan:
                 flags[length] *= variant.times
         script = f"configs/{config}.sh" if config else PRETRAIN
         needs = (cache,) if cache else ()
-        return Step(name, "pretrain", script, _given(flags), needs, detector, variant.name, pretrain_seed=seed)
+        return Step(
+            name,
+            "pretrain",
+            script,
+            _given(flags),
+            needs,
+            detector,
+            variant.name,
+            pretrain_seed=seed,
+        )
 
     def recall(self, pretraining: Step) -> Step:
         """Recall and precision of the boxes whatever their class, on the test images."""
@@ -140,11 +176,19 @@ class Plan:
             "overwrite": True,
         }
         script, needs = "tools/evaluate_proposals.py", (pretraining.name,)
-        return replace(pretraining, name=name, kind="recall", script=script, flags=flags, needs=needs)
+        return replace(
+            pretraining, name=name, kind="recall", script=script, flags=flags, needs=needs
+        )
 
-    def finetuning(self, detector: str, variant: Variant, fraction: float, seed: int, pretrain_seed: int) -> Step:
+    def finetuning(
+        self, detector: str, variant: Variant, fraction: float, seed: int, pretrain_seed: int
+    ) -> Step:
         name = f"finetune/{detector}/{variant.name}/{fraction:g}_seed{seed}"
-        needs = (f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}",) if variant.is_pretrained else ()
+        needs = (
+            (f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}",)
+            if variant.is_pretrained
+            else ()
+        )
         flags = {
             "detector": detector,
             **self._shared(detector, seed, name),
@@ -156,27 +200,61 @@ class Plan:
             "lr_backbone": self.lr and self.lr * self.preset.backbone_lr,
             **self.preset.finetune,
             **self.preset.finetune_detectors.get(detector, {}),
-            "pretrain": f"{{study}}/{needs[0]}/checkpoint.pth" if needs else variant.checkpoint or None,
+            "pretrain": f"{{study}}/{needs[0]}/checkpoint.pth"
+            if needs
+            else variant.checkpoint or None,
         }
         flags["eval_every"] = self._eval_every(flags)
         start = pretrain_seed if needs else None
-        return Step(name, "finetune", FINETUNE, _given(flags), needs, detector, variant.name, fraction, seed, start)
+        return Step(
+            name,
+            "finetune",
+            FINETUNE,
+            _given(flags),
+            needs,
+            detector,
+            variant.name,
+            fraction,
+            seed,
+            start,
+        )
 
     def _shared(self, detector: str, seed: int, name: str) -> Flags:
         """Flags of pre-training and fine-tuning."""
-        model = {**DETECTOR_FLAGS[detector], **self.model, **self.preset.detectors.get(detector, {})}
-        return {**model, **self._image_size(), "seed": seed, "output_dir": f"{{study}}/{name}", "resume": "auto"}
+        model = {
+            **DETECTOR_FLAGS[detector],
+            **self.model,
+            **self.preset.detectors.get(detector, {}),
+        }
+        return {
+            **model,
+            **self._image_size(),
+            "seed": seed,
+            "output_dir": f"{{study}}/{name}",
+            "resume": "auto",
+        }
 
     def _evaluated(self) -> Flags:
-        return {"val_images": "{data}/labelled", "val_annotations": f"{{data}}/annotations/{self.part}.json"}
+        return {
+            "val_images": "{data}/labelled",
+            "val_annotations": f"{{data}}/annotations/{self.part}.json",
+        }
 
     def _image_size(self) -> Flags:
-        return {} if self.preset.published_sizes else {"image_size": self.manifest["settings"]["image_size"]}
+        return (
+            {}
+            if self.preset.published_sizes
+            else {"image_size": self.manifest["settings"]["image_size"]}
+        )
 
     def _eval_every(self, flags: Flags) -> int:
         """Epochs between evaluations, for as many as the preset says."""
         steps_per_epoch = max(1, self.manifest["train"]["images"] // flags["batch_size"])
-        epochs = flags["epochs"] if "epochs" in flags else math.ceil(flags["max_iters"] / steps_per_epoch)
+        epochs = (
+            flags["epochs"]
+            if "epochs" in flags
+            else math.ceil(flags["max_iters"] / steps_per_epoch)
+        )
         return max(1, math.ceil(epochs / self.preset.evaluations))
 
 

@@ -43,7 +43,15 @@ DATA_FLAGS = [
     *("train_images", "train_annotations", "val_images", "val_annotations"),
 ]
 OWN_FLAGS = [
-    *("unlabelled", "no_labelled_images", "max_unlabelled", "image_size", "quality", "val_share", "fractions"),
+    *(
+        "unlabelled",
+        "no_labelled_images",
+        "max_unlabelled",
+        "image_size",
+        "quality",
+        "val_share",
+        "fractions",
+    ),
     *("split_seed", "min_objects"),
 ]
 MAX_RATIO = 1333 / 800  # long side over --image_size, as in training
@@ -66,9 +74,14 @@ def prepare(args: Namespace) -> None:
         return
     parts = write_labelled(args, folder)
     unlabelled = write_unlabelled(args, folder, parts)
-    texts = sorted([*folder.glob("annotations/*"), *folder.glob("splits/*"), *folder.rglob("*.txt")])
+    texts = sorted(
+        [*folder.glob("annotations/*"), *folder.glob("splits/*"), *folder.rglob("*.txt")]
+    )
     images = sorted(folder.rglob("*.jpg"))
-    digests = [{path.relative_to(folder).as_posix(): _sha256(path) for path in paths} for paths in (texts, images)]
+    digests = [
+        {path.relative_to(folder).as_posix(): _sha256(path) for path in paths}
+        for paths in (texts, images)
+    ]
     all_images = hashlib.sha256(json.dumps(digests[1]).encode()).hexdigest()
     manifest = {
         "command": shown_command(),
@@ -79,13 +92,18 @@ def prepare(args: Namespace) -> None:
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     counts = ", ".join(f"{manifest[name]['images']} {name}" for name in (*parts, "unlabelled"))
-    log.info("%s: %s images; %.1f MB", folder, counts, sum(path.stat().st_size for path in images) / 1e6)
+    log.info(
+        "%s: %s images; %.1f MB", folder, counts, sum(path.stat().st_size for path in images) / 1e6
+    )
 
 
 def _settings(args: Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in (*DATA_FLAGS, *OWN_FLAGS)}
     given["unlabelled"] = [_short(place) for place in args.unlabelled]
-    given = {name: _short(value) if isinstance(value, str) and "/" in value else value for name, value in given.items()}
+    given = {
+        name: _short(value) if isinstance(value, str) and "/" in value else value
+        for name, value in given.items()
+    }
     return json.loads(json.dumps({**given, "pillow": pillow_version}))
 
 
@@ -135,7 +153,9 @@ def write_labelled(args: Namespace, folder: Path) -> dict[str, Coco]:
         if name == "val" and not args.val_share:
             continue
         if not _objects(part):
-            raise UserError(f"the {name} part has no box: give more data, or change --val_share or --min_objects")
+            raise UserError(
+                f"the {name} part has no box: give more data, or change --val_share or --min_objects"
+            )
         write_text(folder / "annotations" / f"{name}.json", json.dumps(part))
     for fraction in args.fractions:
         if fraction < 1:
@@ -172,12 +192,21 @@ def _describe(content: Coco) -> dict[str, Any]:
 
 def _frequent_classes(parts: dict[str, Coco], least: int) -> set[int]:
     """Classes with enough objects to train on and to measure: the AP of a class with three test objects is noise."""
-    names, counts = _class_names(parts["train"]), [_objects(parts[name]) for name in ("train", "test")]
+    names, counts = (
+        _class_names(parts["train"]),
+        [_objects(parts[name]) for name in ("train", "test")],
+    )
     kept = {number for number in names if all(count[number] >= least for count in counts)}
     if not kept:
-        raise UserError(f"--min_objects {least}: no class has as many objects in training and test; give a smaller one")
+        raise UserError(
+            f"--min_objects {least}: no class has as many objects in training and test; give a smaller one"
+        )
     if least:
-        log.info("classes with %d objects or more: %s", least, ", ".join(names[number] for number in sorted(kept)))
+        log.info(
+            "classes with %d objects or more: %s",
+            least,
+            ", ".join(names[number] for number in sorted(kept)),
+        )
     return kept
 
 
@@ -187,16 +216,22 @@ def _shrink_all(source: CocoDetection, folder: Path, name: str, args: Namespace)
     for i, image in enumerate(progress(content["images"], f"{name} images")):
         relative = f"{name}/{small_name(image['file_name'])}"
         try:
-            (width, height), (new_width, new_height) = shrink(source.path(i), folder / "labelled" / relative, args)
+            (width, height), (new_width, new_height) = shrink(
+                source.path(i), folder / "labelled" / relative, args
+            )
             if annotations.sizes_hw[i].all() and tuple(annotations.sizes_hw[i]) != (height, width):
                 raise BadImageError("its size is not the one in the annotations")
         except BadImageError as error:
             if name == "test":  # a test without some of its images is another test
-                raise UserError(f"{source.path(i)}: {error}; the test needs all of its images, replace it") from error
+                raise UserError(
+                    f"{source.path(i)}: {error}; the test needs all of its images, replace it"
+                ) from error
             log.warning("skipped %s: %s", source.path(i), error)
             continue
         scales[image["id"]] = new_width / width, new_height / height
-        images.append({"id": image["id"], "file_name": relative, "height": new_height, "width": new_width})
+        images.append(
+            {"id": image["id"], "file_name": relative, "height": new_height, "width": new_width}
+        )
     objects = [*content["annotations"], *_crowds(source, len(content["annotations"]))]
     boxes = [_scaled(box, *scales[box["image_id"]]) for box in objects if box["image_id"] in scales]
     return {**content, "images": images, "annotations": boxes}
@@ -211,7 +246,10 @@ def _crowds(source: CocoDetection, last_id: int) -> list[dict[str, Any]]:
         if box["iscrowd"]
     ]
     kept = ("image_id", "category_id", "bbox", "area", "iscrowd")
-    return [{"id": last_id + i, **{key: box[key] for key in kept}} for i, box in enumerate(crowds, start=1)]
+    return [
+        {"id": last_id + i, **{key: box[key] for key in kept}}
+        for i, box in enumerate(crowds, start=1)
+    ]
 
 
 def _scaled(box: dict[str, Any], x: float, y: float) -> dict[str, Any]:
@@ -225,7 +263,9 @@ def _write_true_boxes(folder: Path, train: Coco) -> None:
     boxes = Counter(box["image_id"] for box in content["annotations"])
     names = [image["file_name"] for image in content["images"] if boxes[image["id"]] > 1]
     write_text(folder / "annotations" / "true_boxes.json", json.dumps(content))
-    write_text(folder / "labelled" / "true_boxes.txt", "".join(f"{name}\n" for name in sorted(names)))
+    write_text(
+        folder / "labelled" / "true_boxes.txt", "".join(f"{name}\n" for name in sorted(names))
+    )
 
 
 def annotation_file(fraction: float) -> str:
@@ -238,7 +278,13 @@ def _write_split(folder: Path, train: Coco, fraction: float, seed: int) -> None:
     ids = draw_ids(np.array([image["id"] for image in train["images"]]), fraction, seed).tolist()
     if not ids:
         raise UserError(f"--fractions {fraction:g} of {count} images is none: give a larger one")
-    split = {"source": "annotations/train.json", "images": count, "filter_pct": fraction, "seed": seed, "ids": ids}
+    split = {
+        "source": "annotations/train.json",
+        "images": count,
+        "filter_pct": fraction,
+        "seed": seed,
+        "ids": ids,
+    }
     write_text(folder / "splits" / f"{fraction:g}.json", json.dumps(split))
     write_text(folder / annotation_file(fraction), json.dumps(repeated(_select(train, ids), count)))
 
@@ -267,7 +313,9 @@ def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Coco]) -> d
     """Copies, and the list of all images to pre-train on: none that is in val or test. Returns counts."""
     names, sources, unreadable = [], [], 0
     folders = [ImageFolder(str(place)) for place in args.unlabelled]
-    drawn = draw_unlabelled([len(images) for images in folders], args.max_unlabelled, args.split_seed)
+    drawn = draw_unlabelled(
+        [len(images) for images in folders], args.max_unlabelled, args.split_seed
+    )
     for number, images in enumerate(folders):
         for i in progress(drawn[number], f"unlabelled images {number + 1}/{len(folders)}"):
             relative = f"unlabelled/{number}/{small_name(images.name(i))}"
@@ -278,15 +326,25 @@ def write_unlabelled(args: Namespace, folder: Path, parts: dict[str, Coco]) -> d
                 log.warning("skipped %s: %s", images.path(i), error)
                 unreadable += 1
         sources.append({"source": _short(args.unlabelled[number]), "images": len(drawn[number])})
-    held_out = [folder / "labelled" / image["file_name"] for part in ("val", "test") for image in parts[part]["images"]]
+    held_out = [
+        folder / "labelled" / image["file_name"]
+        for part in ("val", "test")
+        for image in parts[part]["images"]
+    ]
     copies = same_images([folder / name for name in names], held_out)
     for path in copies:
         log.info("skipped %s: it is one of the held-out images", path.relative_to(folder))
         path.unlink()
     names = [name for name in names if folder / name not in copies]
-    train = [] if args.no_labelled_images else [f"labelled/{image['file_name']}" for image in parts["train"]["images"]]
+    train = (
+        []
+        if args.no_labelled_images
+        else [f"labelled/{image['file_name']}" for image in parts["train"]["images"]]
+    )
     if not names and not train:
-        raise UserError("no unlabelled image: give --unlabelled FOLDER, or remove --no_labelled_images")
+        raise UserError(
+            "no unlabelled image: give --unlabelled FOLDER, or remove --no_labelled_images"
+        )
     write_text(folder / "unlabelled.txt", "".join(f"{name}\n" for name in [*names, *train]))
     return {
         "images": len(names) + len(train),
@@ -301,7 +359,11 @@ def draw_unlabelled(lengths: list[int], most: int | None, seed: int) -> list[lis
     """Of folders with so many images the indices of those that are used, at most `most` in all."""
     ends = np.cumsum(lengths)
     total = int(ends[-1]) if lengths else 0
-    chosen = np.arange(total) if most is None or most >= total else draw_ids(np.arange(total), most / total, seed)
+    chosen = (
+        np.arange(total)
+        if most is None or most >= total
+        else draw_ids(np.arange(total), most / total, seed)
+    )
     owners = np.searchsorted(ends, chosen, side="right")
     return [(chosen[owners == i] - (ends[i] - length)).tolist() for i, length in enumerate(lengths)]
 
@@ -312,7 +374,9 @@ def small_name(name: str) -> str:
     return str(path) if path.suffix == ".jpg" else f"{path}.jpg"
 
 
-def shrink(source: ImageFile, target: Path, args: Namespace) -> tuple[tuple[int, int], tuple[int, int]]:
+def shrink(
+    source: ImageFile, target: Path, args: Namespace
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Writes a JPEG whose short side is at most `args.image_size`; one that exists is kept, and a JPEG that is small
     enough is copied as it is. Returns the old and the new (width, height).
 
@@ -327,10 +391,15 @@ def shrink(source: ImageFile, target: Path, args: Namespace) -> tuple[tuple[int,
     image = open_image(source)
     if min(image.size) < MIN_SIDE:
         raise BadImageError(f"{image.width} x {image.height} pixels are too few")
-    factor = min(1.0, args.image_size / min(image.size), MAX_RATIO * args.image_size / max(image.size))
+    factor = min(
+        1.0, args.image_size / min(image.size), MAX_RATIO * args.image_size / max(image.size)
+    )
     size, data = tuple(max(1, round(side * factor)) for side in image.size), read_bytes(source)
     if factor < 1 or not data.startswith(JPEG):
-        small, file = image.resize(size, Image.Resampling.LANCZOS) if factor < 1 else image, BytesIO()
+        small, file = (
+            image.resize(size, Image.Resampling.LANCZOS) if factor < 1 else image,
+            BytesIO(),
+        )
         small.save(file, "JPEG", quality=args.quality, optimize=True)
         data = file.getvalue()
     write_atomically(target, lambda out: out.write(data))
@@ -349,7 +418,9 @@ def same_images(files: list[Path], held_out: list[Path]) -> set[Path]:
 def thumbnail(path: Path) -> np.ndarray:
     """float32 [256] of mean 0 and length 1: the brightness of 16 x 16 pixels."""
     with Image.open(path) as image:
-        pixels = np.asarray(image.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32).ravel()
+        pixels = np.asarray(
+            image.convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32
+        ).ravel()
     pixels -= pixels.mean()
     return pixels / max(float(np.linalg.norm(pixels)), 1e-6)
 
@@ -367,8 +438,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         remedy = f"make it by `tools/transfer_study.py prepare --output_dir {folder}`"
         raise UserError(f"--data {folder} holds no {MANIFEST}: {remedy}")
     for name, digest in manifest["sha256"].items():
-        if name != "all images" and (not (folder / name).is_file() or _sha256(folder / name) != digest):
-            raise UserError(f"--data {folder}: {name} is not what was prepared: prepare it again into another folder")
+        if name != "all images" and (
+            not (folder / name).is_file() or _sha256(folder / name) != digest
+        ):
+            raise UserError(
+                f"--data {folder}: {name} is not what was prepared: prepare it again into another folder"
+            )
     return manifest
 
 

@@ -97,7 +97,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "gpu-10min": Preset(
         title="one GPU in calls of ten minutes, with --jobs 4 or more and --time_limit 9",
-        model={**SMALL, "enc_layers": 3, "hidden_dim": 256, "dim_feedforward": 1024, "num_queries": 60},
+        model={
+            **SMALL,
+            "enc_layers": 3,
+            "hidden_dim": 256,
+            "dim_feedforward": 1024,
+            "num_queries": 60,
+        },
         pretrain={**schedule(32, 3125), "lr": 2e-4, "fre_cnn": True},
         finetune=schedule(16, 1250),
         pretexts=pretext_flags(10, 96, 15),
@@ -126,10 +132,16 @@ PRESETS: dict[str, Preset] = {
         configs={
             ("conditional_detr", "random_query_patch"): "UPDETR_conditional_pretrain_in",
             ("conditional_detr", "region_prior"): "DETReg_conditional_pretrain_in",
-            ("conditional_detr", "siamese"): "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w",
+            (
+                "conditional_detr",
+                "siamese",
+            ): "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w",
             ("deformable_detr", "random_query_patch"): "UPDETR_deformable_pretrain_in",
             ("deformable_detr", "region_prior"): "DETReg_top30_in",
-            ("deformable_detr", "siamese"): "r50_deformtr_ms_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w",
+            (
+                "deformable_detr",
+                "siamese",
+            ): "r50_deformtr_ms_300q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu64_step30w",
             ("detr", "random_query_patch"): "UPDETR_vanilla_pretrain_in",
             ("detr", "region_prior"): "DETReg_top30_in_detr",
             ("detr", "siamese"): "r50_vanillatr_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w",
@@ -169,12 +181,29 @@ _TRAINED = {"fre_cnn": None, "lr_backbone": 2e-5}, "the backbone is trained too"
 ABLATIONS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
-        Variant("random_query_patch-selective_search", {"proposals": "selective_search"}, "patches of proposals"),
+        Variant(
+            "random_query_patch-selective_search",
+            {"proposals": "selective_search"},
+            "patches of proposals",
+        ),
         Variant("random_query_patch-trained_cnn", *_TRAINED),
-        Variant("random_query_patch-no_reconstruction", {"feature_recon": None}, "no feature reconstruction loss"),
+        Variant(
+            "random_query_patch-no_reconstruction",
+            {"feature_recon": None},
+            "no feature reconstruction loss",
+        ),
         Variant("region_prior-random", *_RANDOM),
-        Variant("region_prior-edge_boxes", {"proposals": "edge_boxes"}, "EdgeBoxes instead of selective search"),
-        Variant("region_prior-labelled_images", {}, "only the images of region_prior-true_boxes", labelled_images=True),
+        Variant(
+            "region_prior-edge_boxes",
+            {"proposals": "edge_boxes"},
+            "EdgeBoxes instead of selective search",
+        ),
+        Variant(
+            "region_prior-labelled_images",
+            {},
+            "only the images of region_prior-true_boxes",
+            labelled_images=True,
+        ),
         Variant(
             "region_prior-true_boxes",
             {"proposals": "file:{data}/annotations/true_boxes.json"},
@@ -183,12 +212,17 @@ ABLATIONS: dict[str, Variant] = {
             against="region_prior-labelled_images",
         ),
         Variant("region_prior-trained_cnn", *_TRAINED),
-        Variant("region_prior-no_embedding", {"object_embedding_loss": None}, "no object embedding loss"),
+        Variant(
+            "region_prior-no_embedding", {"object_embedding_loss": None}, "no object embedding loss"
+        ),
         Variant("siamese-random", *_RANDOM),
         Variant("siamese-edge_boxes", {"proposals": "edge_boxes"}, "EdgeBoxes, as published"),
         Variant("siamese-no_regions", {"feature_loss_coef": 0}, "no region discrimination"),
         Variant("siamese-no_global", {"global_loss_coef": 0}, "no global discrimination"),
-        *(Variant(f"{name}-longer", {}, f"{LONGER} times the pre-training steps", times=LONGER) for name in PRETEXTS),
+        *(
+            Variant(f"{name}-longer", {}, f"{LONGER} times the pre-training steps", times=LONGER)
+            for name in PRETEXTS
+        ),
     )
 }
 
@@ -206,9 +240,13 @@ def file_variant(text: str) -> Variant:
     """
     name, _, file = text.partition("=")
     if not re.fullmatch(r"\w[\w.-]*", name) or not file:
-        raise UserError(f"--pretrained {text}: give NAME=FILE, the name of letters, digits and any of _ . -")
+        raise UserError(
+            f"--pretrained {text}: give NAME=FILE, the name of letters, digits and any of _ . -"
+        )
     if name in (NONE, *PRETEXTS, *ABLATIONS):
-        raise UserError(f"--pretrained {text}: {name} is another row's name; choose one of your own")
+        raise UserError(
+            f"--pretrained {text}: {name} is another row's name; choose one of your own"
+        )
     if not Path(file).is_file():
         raise UserError(f"--pretrained {text}: there is no file {file}; correct the path")
     return Variant(name, checkpoint=str(Path(file).resolve()))

@@ -11,7 +11,13 @@ from datasets.evaluators.proposals import SWAPPED
 from tools.compare_runs import markdown
 from tools.study.folder import RESULTS
 from tools.study.presets import ABLATIONS, NONE
-from tools.study.results import Difference, paired_difference, read_evaluations, read_steps, read_study
+from tools.study.results import (
+    Difference,
+    paired_difference,
+    read_evaluations,
+    read_steps,
+    read_study,
+)
 from util.errors import UserError
 from util.files import write_atomically, write_text
 from util.logger import format_seconds, log
@@ -19,7 +25,9 @@ from util.plots.boxes import cycle_colors
 from util.plots.curves import figure_classes
 from util.runs.folder import read_record
 
-MARK = "<!-- Written by tools/transfer_study.py. Put your own text into {notes} beside this file. -->"
+MARK = (
+    "<!-- Written by tools/transfer_study.py. Put your own text into {notes} beside this file. -->"
+)
 HOW_TO_READ = """## How to read it
 
 - AP is COCO's, in percent, of the images evaluated on, after the last step. ± behind a mean is the standard
@@ -44,16 +52,24 @@ def write_report(folder: Path, output: Path) -> None:
     study = read_study(folder)
     notes = output.with_suffix(".notes.md")
     mark = MARK.format(notes=notes.name)
-    if output.exists() and not output.read_text(encoding="utf-8", errors="replace").startswith(MARK[:40]):
-        raise UserError(f"--output {output} exists and is not a report of this tool: choose another name")
+    if output.exists() and not output.read_text(encoding="utf-8", errors="replace").startswith(
+        MARK[:40]
+    ):
+        raise UserError(
+            f"--output {output} exists and is not a report of this tool: choose another name"
+        )
     steps = read_steps(folder, study)
     evaluations = read_evaluations(folder, steps)
     write_text(output.with_suffix(".csv"), evaluations.to_csv(index=False))
     evaluations["AP"], evaluations["AP50"] = 100 * evaluations["AP"], 100 * evaluations["AP50"]
-    finetunings = steps[steps["kind"] == "finetune"].sort_values(["detector", "fraction"], ascending=[True, False])
+    finetunings = steps[steps["kind"] == "finetune"].sort_values(
+        ["detector", "fraction"], ascending=[True, False]
+    )
     cells = [
         Cell(detector, fraction, planned, evaluations)
-        for (detector, fraction), planned in finetunings.groupby(["detector", "fraction"], sort=False)
+        for (detector, fraction), planned in finetunings.groupby(
+            ["detector", "fraction"], sort=False
+        )
     ]
     parts = [
         f"{mark}\n\n# Transfer study",
@@ -74,7 +90,9 @@ class Cell:
     ap, ap50: percent after the last step, [seeds x rows]. seeds: of the pre-trainings, [seeds x rows].
     """
 
-    def __init__(self, detector: str, fraction: float, planned: pd.DataFrame, evaluations: pd.DataFrame) -> None:
+    def __init__(
+        self, detector: str, fraction: float, planned: pd.DataFrame, evaluations: pd.DataFrame
+    ) -> None:
         self.detector, self.fraction, self.rows = detector, fraction, list(planned["row"].unique())
         self.title = f"{detector}, {100 * fraction:g} % of the labels"
         own = (evaluations["detector"] == detector) & (evaluations["fraction"] == fraction)
@@ -82,12 +100,16 @@ class Cell:
         self.seeds = planned.pivot(index="seed", columns="row", values="pretrain_seed")
         final = self.evaluations.drop_duplicates(["row", "seed"], keep="last")
         self.ap, self.ap50 = (
-            final.pivot(index="seed", columns="row", values=name).reindex(self.seeds.index, columns=self.rows)
+            final.pivot(index="seed", columns="row", values=name).reindex(
+                self.seeds.index, columns=self.rows
+            )
             for name in ("AP", "AP50")
         )
         self.planned = planned.groupby("row")["seed"].agg(sorted)
 
-    def difference(self, row: str, other: str = NONE, values: pd.DataFrame | None = None) -> Difference:
+    def difference(
+        self, row: str, other: str = NONE, values: pd.DataFrame | None = None
+    ) -> Difference:
         values = self.ap if values is None else values
         baseline = values[other] if other in values else pd.Series(np.nan, values.index)
         return paired_difference(values[row], baseline, self.seeds[row])
@@ -114,11 +136,18 @@ def _findings(steps: pd.DataFrame, cells: list[Cell]) -> Iterator[str]:
                 found.setdefault(difference.verdict, []).append(f"`{row}` ({difference}{paired})")
         text = "; ".join(f"{verdict}: {', '.join(rows)}" for verdict, rows in sorted(found.items()))
         lines.append(f"- {cell.title}: {text}" if text else f"- {cell.title}: only `{NONE}`")
-    yield f"AP after pre-training against the same fine-tuning without it (`{NONE}`):\n\n" + "\n".join(lines)
+    yield (
+        f"AP after pre-training against the same fine-tuning without it (`{NONE}`):\n\n"
+        + "\n".join(lines)
+    )
     left = int((~steps["done"]).sum())
     if left:
         yield f"**Not finished: {left} of {len(steps)} runs are left.**"
-    codes = steps.loc[steps["done"] & (steps["kind"] == "finetune"), "code"].unique() if "code" in steps else []
+    codes = (
+        steps.loc[steps["done"] & (steps["kind"] == "finetune"), "code"].unique()
+        if "code" in steps
+        else []
+    )
     if len(codes) > 1:
         yield f"**The fine-tunings were made with {len(codes)} versions of the code: {', '.join(codes)}.**"
 
@@ -127,10 +156,16 @@ def _cell(cell: Cell, output: Path) -> Iterator[str]:
     yield f"## {cell.title}"
     table = []
     for row in cell.rows:
-        compared = [cell.difference(row, values=values) for values in (cell.ap, cell.ap50)] if row != NONE else ["", ""]
+        compared = (
+            [cell.difference(row, values=values) for values in (cell.ap, cell.ap50)]
+            if row != NONE
+            else ["", ""]
+        )
         spreads = [_spread(values[row]) for values in (cell.ap, cell.ap50)]
         table.append([row, *spreads, *map(str, compared), cell.by_seed(row)])
-    yield markdown(["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "AP by seed"], table)
+    yield markdown(
+        ["pre-training", "AP", "AP50", f"AP - {NONE}", f"AP50 - {NONE}", "AP by seed"], table
+    )
     ablations = [
         [row, ABLATIONS[row].meaning, other, str(difference), difference.verdict]
         for row in cell.rows
@@ -170,8 +205,17 @@ def draw_curves(evaluations: pd.DataFrame, path: Path, title: str) -> None:
     for colour, (row, runs) in zip(np.divide(cycle_colors(len(rows)), 255), rows, strict=True):
         curves = runs.pivot(index="epoch", columns="seed", values="AP").dropna()
         label = f"{row} ({curves.shape[1]} seeds)"
-        axes.plot(curves.index, curves.mean(axis=1), marker="o", markersize=3.5, color=colour, label=label)
-        axes.fill_between(curves.index, curves.min(axis=1), curves.max(axis=1), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(
+            curves.index, curves.mean(axis=1), marker="o", markersize=3.5, color=colour, label=label
+        )
+        axes.fill_between(
+            curves.index,
+            curves.min(axis=1),
+            curves.max(axis=1),
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )
     axes.set(xlabel="epoch of fine-tuning", ylabel="AP", title=title)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
@@ -197,17 +241,36 @@ def _recall(folder: Path, steps: pd.DataFrame) -> Iterator[str]:
 def _made_with(study: dict[str, Any], steps: pd.DataFrame) -> Iterator[str]:
     data, last = study["data"], study["starts"][-1]
     yield f"## How it was made\n\nPreset: {study['title']}."
-    model = [[name, str(value)] for name, value in study["settings"].items() if name.startswith("--") and value]
+    model = [
+        [name, str(value)]
+        for name, value in study["settings"].items()
+        if name.startswith("--") and value
+    ]
     yield markdown(["setting", "value"], model)
-    parts = [[part, str(data[part]["images"]), str(data[part]["boxes"])] for part in ("train", "val", "test")]
-    yield markdown(["images", "number", "boxes"], [*parts, ["unlabelled", str(data["unlabelled"]["images"]), ""]])
+    parts = [
+        [part, str(data[part]["images"]), str(data[part]["boxes"])]
+        for part in ("train", "val", "test")
+    ]
+    yield markdown(
+        ["images", "number", "boxes"],
+        [*parts, ["unlabelled", str(data["unlabelled"]["images"]), ""]],
+    )
     commands = dict.fromkeys([data["command"], *(start["command"] for start in study["starts"])])
     yield "\n".join(["```text", *commands, "```"])
-    versions = ", ".join(f"{name} {last[name]}" for name in ("python", "torch", "torchvision", "timm") if name in last)
+    versions = ", ".join(
+        f"{name} {last[name]}"
+        for name in ("python", "torch", "torchvision", "timm")
+        if name in last
+    )
     yield f"GPU: {last['gpu']}; {last['cores']} cores, {last['jobs']} runs at once; {versions}; code {last['code']}."
     done = steps[steps["done"]]
-    times = done.groupby("kind", sort=False)["seconds"].agg(["count", "sum", "mean"]) if len(done) else pd.DataFrame()
+    times = (
+        done.groupby("kind", sort=False)["seconds"].agg(["count", "sum", "mean"])
+        if len(done)
+        else pd.DataFrame()
+    )
     rows = [
-        [kind, str(int(n)), format_seconds(all_of), format_seconds(one)] for kind, n, all_of, one in times.itertuples()
+        [kind, str(int(n)), format_seconds(all_of), format_seconds(one)]
+        for kind, n, all_of, one in times.itertuples()
     ]
     yield markdown(["runs", "finished", "wall time in all", "mean"], rows)

@@ -15,7 +15,15 @@ from util.runs.log import read_log
 
 CONFIDENCE = 0.95
 RUN = ["detector", "row", "fraction", "seed", "pretrain_seed"]  # what tells fine-tunings apart
-STATS = [*(name.replace(" ", "_") for name in BBOX_STATS), "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large"]
+STATS = [
+    *(name.replace(" ", "_") for name in BBOX_STATS),
+    "AR1",
+    "AR10",
+    "AR100",
+    "AR_small",
+    "AR_medium",
+    "AR_large",
+]
 LOSSES = ["test_loss", "test_loss_ce", "test_loss_bbox", "test_loss_giou"]
 
 
@@ -26,7 +34,9 @@ def read_study(folder: Path) -> dict[str, Any]:
     """
     study = read_record(folder / STUDY)
     if "steps" not in study or "settings" not in study:
-        raise UserError(f"{folder} is no study: give the --output_dir of `tools/transfer_study.py run`")
+        raise UserError(
+            f"{folder} is no study: give the --output_dir of `tools/transfer_study.py run`"
+        )
     return study
 
 
@@ -46,13 +56,22 @@ def read_evaluations(folder: Path, steps: pd.DataFrame) -> pd.DataFrame:
     for step in steps[steps["done"] & (steps["kind"] == "finetune")].to_dict("records"):
         for entry in read_log(folder / step["name"]):
             if entry.get("test_coco_eval_bbox"):
-                numbers = dict(zip(STATS, entry["test_coco_eval_bbox"], strict=False))  # VOC has no AP by size
+                numbers = dict(
+                    zip(STATS, entry["test_coco_eval_bbox"], strict=False)
+                )  # VOC has no AP by size
                 run = {name: step[name] for name in RUN}
                 rows.append(
-                    {**run, "epoch": entry["epoch"] + 1, **numbers, **{name: entry.get(name) for name in LOSSES}}
+                    {
+                        **run,
+                        "epoch": entry["epoch"] + 1,
+                        **numbers,
+                        **{name: entry.get(name) for name in LOSSES},
+                    }
                 )
     table = pd.DataFrame(rows, columns=[*RUN, "epoch", *STATS, *LOSSES])
-    return table.astype({"seed": "Int64", "pretrain_seed": "Int64"}).sort_values([*RUN[:4], "epoch"], ignore_index=True)
+    return table.astype({"seed": "Int64", "pretrain_seed": "Int64"}).sort_values(
+        [*RUN[:4], "epoch"], ignore_index=True
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,9 @@ class Difference:
         return f"{mean} ± {self.half_width:.1f}" if self.count > 1 else mean
 
 
-def paired_difference(values: pd.Series, baseline: pd.Series, origins: pd.Series | None = None) -> Difference:
+def paired_difference(
+    values: pd.Series, baseline: pd.Series, origins: pd.Series | None = None
+) -> Difference:
     """values - baseline, both indexed by seed, over the seeds that both have; the interval is Student's t.
 
     origins: seed -> the pre-training that it started from. Runs from one pre-training are not independent: where there
@@ -90,5 +111,9 @@ def paired_difference(values: pd.Series, baseline: pd.Series, origins: pd.Series
     if 1 < len(means) < len(differences):
         differences, what = means, "pre-trainings"
     count = len(differences)
-    half_width = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * differences.sem() if count > 1 else float("nan")
+    half_width = (
+        stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * differences.sem()
+        if count > 1
+        else float("nan")
+    )
     return Difference(float(differences.mean()), float(half_width), count, what)

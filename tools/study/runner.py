@@ -63,7 +63,9 @@ def run_study(args: Namespace) -> None:
         lock = FileLock(args.output_dir / ".lock").acquire(timeout=0)
     except Timeout as error:
         remedy = "wait for it or end it"
-        raise UserError(f"--output_dir {args.output_dir}: another process works on this study; {remedy}") from error
+        raise UserError(
+            f"--output_dir {args.output_dir}: another process works on this study; {remedy}"
+        ) from error
     with lock, StopSignal() as stop:
         runner = Runner(args, plan, steps, stop, deadline)
         runner.run()
@@ -77,7 +79,9 @@ def finish(runner: "Runner") -> None:
         write_report(folder, folder / "transfer.md")
     if runner.failed:
         names = ", ".join(runner.failed)
-        raise UserError(f"{len(runner.failed)} of {total} runs failed: {names}; see their .log in {folder}; {AGAIN}")
+        raise UserError(
+            f"{len(runner.failed)} of {total} runs failed: {names}; see their .log in {folder}; {AGAIN}"
+        )
     if left:
         raise StopRequested(f"{len(left)} of {total} runs are left; {AGAIN}")
     log.info("all runs are done")
@@ -88,12 +92,21 @@ def show_steps(steps: list[Step], args: Namespace) -> None:
     states = [state_of(step.name, step.kind, args.output_dir) for step in steps]
     for step, state in zip(steps, states, strict=True):
         words, variables = command(step, args, "python", Path())
-        shown = [*(f"{name}={shlex.quote(value)}" for name, value in variables.items()), shlex.join(words)]
+        shown = [
+            *(f"{name}={shlex.quote(value)}" for name, value in variables.items()),
+            shlex.join(words),
+        ]
         log.info("[%s] %s\n    %s", state, step.name, " ".join(shown))
-    log.info("%d runs: %s", len(steps), ", ".join(f"{count} {state}" for state, count in Counter(states).items()))
+    log.info(
+        "%d runs: %s",
+        len(steps),
+        ", ".join(f"{count} {state}" for state, count in Counter(states).items()),
+    )
 
 
-def command(step: Step, args: Namespace, python: str = sys.executable, root: Path = ROOT) -> tuple[list[str], dict]:
+def command(
+    step: Step, args: Namespace, python: str = sys.executable, root: Path = ROOT
+) -> tuple[list[str], dict]:
     """The words of its command, and what its environment needs. Configs are run by bash and start Python by $LAUNCH."""
     processes = PRESETS[args.preset].processes if step.kind not in ("proposals", "recall") else 1
     cores = max(1, args.cores // (args.jobs * processes))  # of each process
@@ -108,7 +121,13 @@ def command(step: Step, args: Namespace, python: str = sys.executable, root: Pat
         words = [word.replace(name, place) for word in words]
     launch = [python]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
     threads = {"OMP_NUM_THREADS": str(cores)}
     if step.script.endswith(".sh"):
         return ["bash", str(root / step.script), *words], {**threads, "LAUNCH": shlex.join(launch)}
@@ -132,8 +151,16 @@ class Job:
 class Runner:
     """Runs steps until all are done, failed or asked to stop. failed: names, with those of steps that need them."""
 
-    def __init__(self, args: Namespace, plan: Plan, steps: list[Step], stop: StopSignal, deadline: float) -> None:
-        self.args, self.plan, self.steps, self.stop, self.deadline = args, plan, steps, stop, deadline
+    def __init__(
+        self, args: Namespace, plan: Plan, steps: list[Step], stop: StopSignal, deadline: float
+    ) -> None:
+        self.args, self.plan, self.steps, self.stop, self.deadline = (
+            args,
+            plan,
+            steps,
+            stop,
+            deadline,
+        )
         self.folder = args.output_dir
         self.jobs: list[Job] = []
         self.failed: list[str] = []
@@ -142,7 +169,9 @@ class Runner:
         self.seconds = defaultdict(list)  # kind -> of each finished run
 
     def unfinished(self) -> list[Step]:
-        return [step for step in self.steps if state_of(step.name, step.kind, self.folder) != "done"]
+        return [
+            step for step in self.steps if state_of(step.name, step.kind, self.folder) != "done"
+        ]
 
     def run(self) -> None:
         self._begin()
@@ -173,7 +202,9 @@ class Runner:
         for step in self.steps:
             record = read_step(step.name, self.folder)
             if record.get("state") == "running" and _is_alive(record["pid"], step.name):
-                raise UserError(f"{step.name} is still run by process {record['pid']}: wait for it or end it")
+                raise UserError(
+                    f"{step.name} is still run by process {record['pid']}: wait for it or end it"
+                )
         begin_study(self.plan, self.steps, self.args, self.environment)
         pending = self.unfinished()
         for step in self.steps:
@@ -242,19 +273,36 @@ class Runner:
                 self.seconds[step.kind].append(job.seconds)
                 found, left = result_line(step, self.folder), self._time_left()
                 count = f"{len(self.done)}/{len(self.steps)}"
-                log.info("[%s] done in %s: %s%s%s", count, format_seconds(job.seconds), step.name, found, left)
+                log.info(
+                    "[%s] done in %s: %s%s%s",
+                    count,
+                    format_seconds(job.seconds),
+                    step.name,
+                    found,
+                    left,
+                )
             else:
                 self.failed.append(step.name)
                 path = self.folder / f"{step.name}.log"
-                tail = "\n    ".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:])
-                log.error("failed with status %s: %s, see %s\n    %s", job.process.returncode, step.name, path, tail)
+                tail = "\n    ".join(
+                    path.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
+                )
+                log.error(
+                    "failed with status %s: %s, see %s\n    %s",
+                    job.process.returncode,
+                    step.name,
+                    path,
+                    tail,
+                )
 
     def _time_left(self) -> str:
         """By the mean time of finished runs of each kind; nothing before there is one of each."""
         left = [step for step in self.steps if step.name not in self.done]
         if not left or any(step.kind not in self.seconds for step in left):
             return ""
-        seconds = sum(mean(self.seconds[step.kind]) for step in left) - sum(job.seconds for job in self.jobs)
+        seconds = sum(mean(self.seconds[step.kind]) for step in left) - sum(
+            job.seconds for job in self.jobs
+        )
         return f"; about {format_seconds(max(seconds, 0) / self.args.jobs)} left"
 
     def _stop_all(self, grace: float) -> None:

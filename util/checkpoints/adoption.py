@@ -28,11 +28,15 @@ def is_pretext(checkpoint: Checkpoint) -> bool:
 
 def without_pretext(checkpoint: Checkpoint) -> Checkpoint:
     """The detector alone, with its class head."""
-    model = {key: value for key, value in checkpoint.model.items() if not key.startswith(pretext_parts())}
+    model = {
+        key: value for key, value in checkpoint.model.items() if not key.startswith(pretext_parts())
+    }
     return dataclasses.replace(checkpoint, model=model)
 
 
-def adopt(checkpoint: Checkpoint, given: Mapping[str, Any], script: str = FINETUNE) -> dict[str, Any]:
+def adopt(
+    checkpoint: Checkpoint, given: Mapping[str, Any], script: str = FINETUNE
+) -> dict[str, Any]:
     """What a checkpoint says of flags that were not given: for `resolve`, as `adopted`. With `resume` among the given
     flags also the settings of its run.
 
@@ -53,15 +57,21 @@ def _check_kind(known: Mapping[str, Any], checkpoint: Checkpoint, script: str) -
     """
     detector, source = known.get("detector", "detr"), checkpoint.source
     if detector not in DETECTORS:
-        raise UserError(f"{source} holds {detector}, which this version does not build ({', '.join(DETECTORS)})")
+        raise UserError(
+            f"{source} holds {detector}, which this version does not build ({', '.join(DETECTORS)})"
+        )
     if not known.get("resume"):
         return
     if script == FINETUNE and is_pretext(checkpoint):
-        raise UserError(f"{source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}")
+        raise UserError(
+            f"{source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}"
+        )
     if _evaluates_pretext(known, script):
         return  # any detector has boxes, whatever it was trained by
     if script == PRETRAIN and not is_pretext(checkpoint):
-        raise UserError(f"{source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints")
+        raise UserError(
+            f"{source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints"
+        )
     if script == PRETRAIN:
         _check_pretext(known.get("pretext"), checkpoint)
 
@@ -73,13 +83,22 @@ def _evaluates_pretext(known: Mapping[str, Any], script: str) -> bool:
 def _check_pretext(given: str | None, checkpoint: Checkpoint) -> None:
     """A published file does not say which pretext it is of, but the names in it do."""
     pretext = given or checkpoint.args.get("pretext") or "random_query_patch"
-    able = [name for name, entry in PRETEXTS.items() if any(key.startswith(entry.parts) for key in checkpoint.model)]
+    able = [
+        name
+        for name, entry in PRETEXTS.items()
+        if any(key.startswith(entry.parts) for key in checkpoint.model)
+    ]
     if able and pretext not in able:
-        raise UserError(f"{checkpoint.source} is not of --pretext {pretext}: add --pretext {able[0]}")
+        raise UserError(
+            f"{checkpoint.source} is not of --pretext {pretext}: add --pretext {able[0]}"
+        )
 
 
 def adopt_architecture(
-    checkpoint: Checkpoint, given: Mapping[str, Any], script: str = FINETUNE, same_queries: bool = False
+    checkpoint: Checkpoint,
+    given: Mapping[str, Any],
+    script: str = FINETUNE,
+    same_queries: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """The architecture of the checkpoint by flag name, for flags of `script` that were not given, and lines for the
     log.
@@ -102,7 +121,9 @@ def adopt_architecture(
             adopted[name] = value
         elif name == "num_queries" and not same_queries:
             change = "tiled" if given[name] > value else "cut"
-            lines.append(f"--num_queries {given[name]}: the {value} query embeddings of {source} are {change}")
+            lines.append(
+                f"--num_queries {given[name]}: the {value} query embeddings of {source} are {change}"
+            )
         elif name in certain:
             raise UserError(
                 f"--{name} {_shown(given[name])} contradicts {source}, which was trained with --{name} "
@@ -122,7 +143,9 @@ def adopt_settings(checkpoint: Checkpoint, given: Mapping[str, Any], script: str
     if script == FINETUNE and "script" not in stored:
         published = names_where(lambda flag: flag.published)
         counted = ("epochs", "lr_drop") if "max_iters" in given else ()
-        stored = {name: stored[name] for name in published if name in stored and name not in counted}
+        stored = {
+            name: stored[name] for name in published if name in stored and name not in counted
+        }
     elif stored.get("script") != script:
         return {}
     skipped = set(given) | names_where(lambda flag: flag.session)
@@ -135,17 +158,25 @@ def adopt_settings(checkpoint: Checkpoint, given: Mapping[str, Any], script: str
     adopted = {name: value for name, value in stored.items() if name in flags and value is not None}
     gone = {name for name, value in adopted.items() if not flags[name].is_choice(value)}
     for name in sorted(gone):
-        log.warning("%s: --%s %s is no longer a choice; its default is used", checkpoint.source, name, adopted[name])
+        log.warning(
+            "%s: --%s %s is no longer a choice; its default is used",
+            checkpoint.source,
+            name,
+            adopted[name],
+        )
     return {name: value for name, value in adopted.items() if name not in gone}
 
 
 def no_detector(state: Mapping[str, Tensor], source: str) -> str:
     """The message for a file without a detector."""
     if any(key.endswith(("conv1.weight", "conv_stem.weight")) for key in state):
-        return f"{source} holds a backbone without a detector; give it as --backbone_weights {source}"
+        return (
+            f"{source} holds a backbone without a detector; give it as --backbone_weights {source}"
+        )
     names = ", ".join(list(state)[:3])
     return (
-        f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); choose another file"
+        f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); "
+        "choose another file"
     )
 
 

@@ -56,13 +56,20 @@ def architecture(checkpoint: Checkpoint, nheads: int = 8) -> tuple[dict[str, Any
     """
     state = without_detr_prefix(checkpoint.model)
     args = checkpoint.args
-    certain = {flag: args[flag] for flag, kind in STORED.items() if isinstance(args.get(flag), kind)}
+    certain = {
+        flag: args[flag] for flag, kind in STORED.items() if isinstance(args.get(flag), kind)
+    }
     kind = certain["detector"] if certain.get("detector") in DETECTORS else detector_kind(state)
     certain.update(_from_weights(state, kind))
     certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
-    likely = {"backbone_norm": args.get("backbone_norm"), **_sampling_points(state, certain.get("nheads") or nheads)}
+    likely = {
+        "backbone_norm": args.get("backbone_norm"),
+        **_sampling_points(state, certain.get("nheads") or nheads),
+    }
     if certain.get("two_stage"):
-        likely["num_queries"] = args.get("num_queries")  # how many proposals are taken shows in no weight
+        likely["num_queries"] = args.get(
+            "num_queries"
+        )  # how many proposals are taken shows in no weight
     if "dc5" in Path(checkpoint.source).name.lower():
         likely["dilation"] = True
     _add_position_embedding(certain, likely, state, args, kind)
@@ -94,7 +101,9 @@ def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, An
     if kind == "deformable_detr":
         known["num_feature_levels"] = rows("transformer.level_embed")
         known["two_stage"] = "transformer.enc_output.weight" in state
-        known["with_box_refine"] = any(key.startswith("transformer.decoder.bbox_embed.") for key in state)
+        known["with_box_refine"] = any(
+            key.startswith("transformer.decoder.bbox_embed.") for key in state
+        )
     else:
         known["pre_norm"] = "transformer.encoder.norm.weight" in state
     return known
@@ -105,7 +114,9 @@ def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]
     coordinate.
     """
     rows = {
-        f"{part[:3]}_n_points": state.get(f"transformer.{part}.layers.0.{attention}.sampling_offsets.bias")
+        f"{part[:3]}_n_points": state.get(
+            f"transformer.{part}.layers.0.{attention}.sampling_offsets.bias"
+        )
         for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))
     }
     return {
@@ -116,11 +127,19 @@ def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]
 
 
 def _add_position_embedding(
-    certain: dict[str, Any], likely: dict[str, Any], state: Mapping[str, Tensor], args: Mapping[str, Any], kind: Any
+    certain: dict[str, Any],
+    likely: dict[str, Any],
+    state: Mapping[str, Tensor],
+    args: Mapping[str, Any],
+    kind: Any,
 ) -> None:
     """Deformable DETR and both detectors of DETReg shift the sine code by half a cell, and call it `sine` too."""
-    detreg = "object_embedding_loss" in args or any(key.startswith("feature_embed.") for key in state)
-    siamese = "patch2query.weight" in state  # patches on Deformable DETR are of its code base, which does not shift
+    detreg = "object_embedding_loss" in args or any(
+        key.startswith("feature_embed.") for key in state
+    )
+    siamese = (
+        "patch2query.weight" in state
+    )  # patches on Deformable DETR are of its code base, which does not shift
     shifts = detreg or (kind == "deformable_detr" and not siamese)
     spelling = {"v2": "sine", "v3": "learned"}
     code = spelling.get(certain.get("position_embedding"), certain.get("position_embedding"))
@@ -128,7 +147,9 @@ def _add_position_embedding(
         certain["position_embedding"] = "learned"
     elif code is not None:
         published = "detector" not in args
-        certain["position_embedding"] = "sine_shifted" if published and shifts and code == "sine" else code
+        certain["position_embedding"] = (
+            "sine_shifted" if published and shifts and code == "sine" else code
+        )
     else:
         likely["position_embedding"] = "sine_shifted" if shifts else "sine"
 

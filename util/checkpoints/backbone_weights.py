@@ -23,7 +23,10 @@ ORIGINS = {
     "teacher": "DINO",
     "fc.weight": "torchvision or another classifier",
 }
-PREFERRED = ("teacher", "encoder_q")  # of the networks in one file: DINO's teacher, MoCo's trained encoder
+PREFERRED = (
+    "teacher",
+    "encoder_q",
+)  # of the networks in one file: DINO's teacher, MoCo's trained encoder
 
 
 def load_backbone_weights(body: nn.Module, name: str, source: str) -> LoadReport:
@@ -78,7 +81,9 @@ def _imagenet(name: str) -> tuple[Any, str]:
     try:
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     except (ValueError, AttributeError) as error:
-        raise UserError(f"--backbone_weights imagenet: torchvision has none for {name}; give a file or none") from error
+        raise UserError(
+            f"--backbone_weights imagenet: torchvision has none for {name}; give a file or none"
+        ) from error
     return read_weights(url), url
 
 
@@ -90,11 +95,16 @@ def held_backbone(content: Any) -> tuple[str, str] | None:
     """
     states = _state_dicts(content)
     for _, state in [] if any(detector_kind(state) for _, state in states) else states:
-        names = filter(None, (resnet_name(state, prefix) for prefix in _prefixes(state, "conv1.weight")))
+        names = filter(
+            None, (resnet_name(state, prefix) for prefix in _prefixes(state, "conv1.weight"))
+        )
         name = next(names, None)
         if name:
             beside = " ".join([*map(str, content), *state])
-            return name, next((origin for mark, origin in ORIGINS.items() if mark in beside), "no mark of its origin")
+            return name, next(
+                (origin for mark, origin in ORIGINS.items() if mark in beside),
+                "no mark of its origin",
+            )
     return None
 
 
@@ -112,7 +122,9 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"--backbone {name} needs the package timm: pip install timm ({error})") from error
+        raise UserError(
+            f"--backbone {name} needs the package timm: pip install timm ({error})"
+        ) from error
     return timm
 
 
@@ -127,7 +139,9 @@ def _timm_pretrained(name: str) -> dict[str, Tensor]:
 
 def _timm_unreachable(timm: Any, short: str, error: Exception) -> str:
     config = timm.models.get_pretrained_cfg(short)
-    address = config and (config.url or (config.hf_hub_id and f"https://huggingface.co/{config.hf_hub_id}"))
+    address = config and (
+        config.url or (config.hf_hub_id and f"https://huggingface.co/{config.hf_hub_id}")
+    )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     if not address:
         return f"timm has no trained weights of {short} ({reason}); give --backbone_weights none or a file"
@@ -159,7 +173,11 @@ def _in_timm_order(content: Any, name: str) -> Any:
 
 
 def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
-    target = {key: value for key, value in body.state_dict().items() if not key.endswith("num_batches_tracked")}
+    target = {
+        key: value
+        for key, value in body.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
     state, prefix = _best_match(content, target)
     _check_resnet(state, prefix, name, origin)
     found = {key: state[prefix + _plain(key)] for key in target if prefix + _plain(key) in state}
@@ -174,7 +192,9 @@ def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
         for key, value in state.items()
         if key not in used and not key.endswith("num_batches_tracked")
     }
-    log.info(f"Backbone {name}: {len(found)} tensors from {origin}, {_dropped(unused, prefix)}, none missing")
+    log.info(
+        f"Backbone {name}: {len(found)} tensors from {origin}, {_dropped(unused, prefix)}, none missing"
+    )
     return LoadReport(loaded=_sizes(found), unused=unused)
 
 
@@ -190,18 +210,25 @@ def _best_match(content: Any, target: Mapping[str, Tensor]) -> tuple[dict[str, T
     best, best_score = ({}, ""), (0, False)
     for path, state in _state_dicts(content):
         for prefix in _prefixes(state, next(iter(wanted))):
-            count = sum(prefix + key in state and state[prefix + key].shape == shape for key, shape in wanted.items())
+            count = sum(
+                prefix + key in state and state[prefix + key].shape == shape
+                for key, shape in wanted.items()
+            )
             score = (count, any(word in f"{path}.{prefix}" for word in PREFERRED))
             if score > best_score or not best[0]:
                 best, best_score = (state, prefix), score
     return best
 
 
-def _state_dicts(content: Any, path: str = "", depth: int = 0) -> list[tuple[str, dict[str, Tensor]]]:
+def _state_dicts(
+    content: Any, path: str = "", depth: int = 0
+) -> list[tuple[str, dict[str, Tensor]]]:
     """(path, {plain name: tensor}) of the dict and of the dicts in it that hold tensors, three deep."""
     if not isinstance(content, Mapping) or depth > 3:
         return []
-    tensors = {_plain(str(key)): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {
+        _plain(str(key)): value for key, value in content.items() if isinstance(value, Tensor)
+    }
     found = [(path, tensors)] if tensors else []
     for key, value in content.items():
         found += _state_dicts(value, f"{path}.{key}", depth + 1)
@@ -222,7 +249,11 @@ def _check_resnet(state: Mapping[str, Tensor], prefix: str, name: str, origin: s
     """A deeper ResNet holds every name of a shallower one, in equal shapes, so that names alone do not tell."""
     prefixes = [prefix, *_prefixes(state, "conv1.weight")]
     held = next(filter(None, (resnet_name(state, candidate) for candidate in prefixes)), None)
-    if held and held != name.removeprefix("timm:") and name.removeprefix("timm:") in RESNET_BLOCKS.values():
+    if (
+        held
+        and held != name.removeprefix("timm:")
+        and name.removeprefix("timm:") in RESNET_BLOCKS.values()
+    ):
         raise UserError(
             f"{origin} holds {held} weights, --backbone is {name}; give --backbone {held} or another --backbone_weights"
         )

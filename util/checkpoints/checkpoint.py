@@ -97,7 +97,10 @@ class Checkpoint:
         entries = {name: getattr(self, name) for name in STORED_FIELDS}
         if self.version is None:
             entries.update(args=self.args or None, class_names=self.class_names or None)
-        return {**self.others, **{name: value for name, value in entries.items() if value is not None}}
+        return {
+            **self.others,
+            **{name: value for name, value in entries.items() if value is not None},
+        }
 
     @property
     def can_resume(self) -> bool:
@@ -110,7 +113,16 @@ STORED_FIELDS = [
     for entry in dataclasses.fields(Checkpoint)
     if entry.name not in ("others", "source", "siamese", "tensors")
 ]
-_MAPPINGS = ("model", "category_ids", "normalization", "frozen", "optimizer", "lr_scheduler", "averages", "pending")
+_MAPPINGS = (
+    "model",
+    "category_ids",
+    "normalization",
+    "frozen",
+    "optimizer",
+    "lr_scheduler",
+    "averages",
+    "pending",
+)
 _NUMBERS = ("version", "epoch", "batch", "best", "seconds", "world_size")
 
 
@@ -191,7 +203,9 @@ def find_resume(path_or_auto: str | None, output_dir: str | os.PathLike | None) 
     if path_or_auto != "auto":
         return str(path_or_auto)
     if not output_dir:
-        raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
+        raise UserError(
+            "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR"
+        )
     path = Path(output_dir) / LATEST
     return str(path) if path.exists() else None
 
@@ -206,7 +220,12 @@ def _with_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
     for name in ("model", "state_dict"):
         entries = content.get(name).items() if isinstance(content.get(name), Mapping) else ()
         odd = next(
-            (f"{key!r} ({type(value).__name__})" for key, value in entries if not is_state_dict({key: value})), None
+            (
+                f"{key!r} ({type(value).__name__})"
+                for key, value in entries
+                if not is_state_dict({key: value})
+            ),
+            None,
         )
         if odd:
             raise UserError(

@@ -43,5 +43,7 @@ def head_kind(checkpoint: Checkpoint) -> str:
 
 def class_rows(state: Mapping[str, Tensor], kind: str) -> int:
     """Rows of the class head without the "no object" of softmax; 0 where there is no head."""
-    biases = [value for key, value in state.items() if "class_embed" in key and key.endswith("bias")]
+    biases = [
+        value for key, value in state.items() if "class_embed" in key and key.endswith("bias")
+    ]
     return len(biases[0]) - (kind == "softmax") if biases else 0

@@ -26,7 +26,11 @@ CODE_BASES = {
 }
 ALIASES = "transformer.decoder."  # below it the heads stand a second time in some Deformable DETRs
 MASK_PARTS = ("mask_head.", "bbox_attention.")
-TRAINING_STATE = ("optimizer", "lr_scheduler", "meta")  # goes on only with the parameters in the order of the file
+TRAINING_STATE = (
+    "optimizer",
+    "lr_scheduler",
+    "meta",
+)  # goes on only with the parameters in the order of the file
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def code_base(checkpoint: Checkpoint) -> str:
     patches = "patch2query.weight" in state
     if checkpoint.siamese or patches and (kind != "detr" or not class_rows(state, "focal")):
         return "siamese"
-    if "object_embedding_loss" in settings or any(key.startswith("feature_embed.") for key in state):
+    if "object_embedding_loss" in settings or any(
+        key.startswith("feature_embed.") for key in state
+    ):
         return "detreg"
     if patches or kind == "detr" and "pretrain" in settings:
         return "updetr"
@@ -103,7 +109,9 @@ def pretext_of(checkpoint: Checkpoint) -> str | None:
     stored = checkpoint.args.get("pretext")
     if stored or checkpoint.siamese:
         return stored or checkpoint.siamese
-    return {"detreg": "region_prior", "siamese": "siamese"}.get(code_base(checkpoint), "random_query_patch")
+    return {"detreg": "region_prior", "siamese": "siamese"}.get(
+        code_base(checkpoint), "random_query_patch"
+    )
 
 
 def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]:
@@ -135,7 +143,10 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
         state = _drop(state, ("class_embed.", f"{ALIASES}class_embed."), notes)
     _note_positions(checkpoint, layout, kind, notes)
     if to == "siamese":
-        return {"meta": {}, "state_dict": to_siamese_names(state, pretext, checkpoint.source)}, notes
+        return {
+            "meta": {},
+            "state_dict": to_siamese_names(state, pretext, checkpoint.source),
+        }, notes
     if to == "detreg":
         certain, likely = architecture(checkpoint)
         seed = checkpoint.args.get("seed", 42)
@@ -149,10 +160,14 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
 def _ours(checkpoint: Checkpoint, state: dict[str, Tensor], notes: list[str]) -> dict[str, Any]:
     origin = code_base(checkpoint)
     if origin == OURS:
-        raise UserError(f"{checkpoint.source} is a checkpoint of {CODE_BASES[OURS]} already; choose another --to")
+        raise UserError(
+            f"{checkpoint.source} is a checkpoint of {CODE_BASES[OURS]} already; choose another --to"
+        )
     reordered = checkpoint.siamese or len(state) != checkpoint.tensors
     entries = checkpoint.to_dict()
-    rest = {key: value for key, value in entries.items() if not (reordered and key in TRAINING_STATE)}
+    rest = {
+        key: value for key, value in entries.items() if not (reordered and key in TRAINING_STATE)
+    }
     left = sorted(set(entries) - set(rest))
     if left:
         notes.append(f"left out: {', '.join(left)}, which belong to training in that code base")
@@ -168,7 +183,9 @@ def _without_masks(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]
     return _drop(without_detr_prefix(checkpoint.model), MASK_PARTS, notes), notes
 
 
-def _drop(state: Mapping[str, Tensor], parts: tuple[str, ...], notes: list[str]) -> dict[str, Tensor]:
+def _drop(
+    state: Mapping[str, Tensor], parts: tuple[str, ...], notes: list[str]
+) -> dict[str, Tensor]:
     """The state without names that begin with `parts`, which a note then names."""
     kept = {key: value for key, value in state.items() if not (parts and key.startswith(parts))}
     names = sorted({key.removeprefix(ALIASES).split(".")[0] for key in state if key not in kept})

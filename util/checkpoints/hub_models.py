@@ -36,12 +36,18 @@ _DEFORMABLE_PAGE = "https://github.com/fundamentalvision/Deformable-DETR"
 
 HUB_MODELS: dict[str, HubModel] = {
     "detr_resnet50": HubModel("DETR-R50, AP 42.0", _DETR, _FILES + "detr-r50-e632da11.pth"),
-    "detr_resnet50_dc5": HubModel("DETR-DC5-R50, AP 43.3", {**_DETR, **_DC5}, _FILES + "detr-r50-dc5-f0fb7ef5.pth"),
-    "detr_resnet101": HubModel("DETR-R101, AP 43.5", {**_DETR, **_R101}, _FILES + "detr-r101-2c7b67e5.pth"),
+    "detr_resnet50_dc5": HubModel(
+        "DETR-DC5-R50, AP 43.3", {**_DETR, **_DC5}, _FILES + "detr-r50-dc5-f0fb7ef5.pth"
+    ),
+    "detr_resnet101": HubModel(
+        "DETR-R101, AP 43.5", {**_DETR, **_R101}, _FILES + "detr-r101-2c7b67e5.pth"
+    ),
     "detr_resnet101_dc5": HubModel(
         "DETR-DC5-R101, AP 44.9", {**_DETR, **_R101, **_DC5}, _FILES + "detr-r101-dc5-a2e86def.pth"
     ),
-    "conditional_detr_resnet50": HubModel("Conditional DETR-R50, AP 41.0", _CONDITIONAL, _CONDITIONAL_PAGE),
+    "conditional_detr_resnet50": HubModel(
+        "Conditional DETR-R50, AP 41.0", _CONDITIONAL, _CONDITIONAL_PAGE
+    ),
     "conditional_detr_resnet50_dc5": HubModel(
         "Conditional DETR-DC5-R50, AP 43.7", {**_CONDITIONAL, **_DC5}, _CONDITIONAL_PAGE
     ),
@@ -53,7 +59,9 @@ HUB_MODELS: dict[str, HubModel] = {
         {**_CONDITIONAL, **_R101, **_DC5},
         _CONDITIONAL_PAGE,
     ),
-    "deformable_detr_resnet50": HubModel("Deformable DETR-R50, AP 44.5", _DEFORMABLE, _DEFORMABLE_PAGE),
+    "deformable_detr_resnet50": HubModel(
+        "Deformable DETR-R50, AP 44.5", _DEFORMABLE, _DEFORMABLE_PAGE
+    ),
     "deformable_detr_resnet50_single_scale": HubModel(
         "Deformable DETR-R50 with one level, AP 39.4",
         {**_DEFORMABLE, **_ONE_LEVEL},
@@ -101,7 +109,9 @@ def check_is(checkpoint: Checkpoint, name: str) -> None:
     held = {**likely, **certain}
     wanted = HUB_MODELS[name].settings
     differing = [
-        f"{flag} {held[flag]} (not {value})" for flag, value in wanted.items() if held.get(flag, value) != value
+        f"{flag} {held[flag]} (not {value})"
+        for flag, value in wanted.items()
+        if held.get(flag, value) != value
     ]
     if differing:
         fitting = (

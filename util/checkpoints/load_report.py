@@ -21,7 +21,10 @@ class LoadReport:
         rows += [(module, *(_count(column, module) for column in columns)) for module in modules]
         rows.append(("total", *(_count(column, None) for column in columns)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         return "\n".join(lines + self.notes)
 
 
@@ -36,4 +39,10 @@ def _count(column: Mapping[str, int], module: str | None) -> str:
 
 
 def _short(number: int) -> str:
-    return f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number / 1e3:.1f} k" if number >= 1e3 else str(number)
+    return (
+        f"{number / 1e6:.1f} M"
+        if number >= 1e6
+        else f"{number / 1e3:.1f} k"
+        if number >= 1e3
+        else str(number)
+    )

@@ -13,14 +13,21 @@ from util.checkpoints.classes import class_rows, classes_of, head_kind
 from util.checkpoints.load_report import LoadReport
 from util.errors import UserError
 
-OPERATION_COUNTERS = ("total_ops", "total_params")  # left in some published files by a tool that counts operations
+OPERATION_COUNTERS = (
+    "total_ops",
+    "total_params",
+)  # left in some published files by a tool that counts operations
 CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
 
 
 def load_exactly(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Loads `model` strictly, to resume or evaluate. Raises UserError with one line when file and model differ."""
     source, target = checkpoint.source, model.state_dict()
-    state = {key: value for key, value in checkpoint.model.items() if not key.endswith(OPERATION_COUNTERS)}
+    state = {
+        key: value
+        for key, value in checkpoint.model.items()
+        if not key.endswith(OPERATION_COUNTERS)
+    }
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
@@ -64,9 +71,15 @@ def load_pretrained(
     report, chosen = LoadReport(), {}
     drop = is_pretext(checkpoint)
     kind, own_kind = head_kind(checkpoint), model.classification.kind
-    rows = None if drop else _agreeing_rows(_class_names(checkpoint, class_rows(target, own_kind)), keep_classes)
+    rows = (
+        None
+        if drop
+        else _agreeing_rows(_class_names(checkpoint, class_rows(target, own_kind)), keep_classes)
+    )
     if not drop and kind != own_kind:
-        report.notes.append(f"class_embed: starts from scratch: the file's head is {kind}, the model's {own_kind}")
+        report.notes.append(
+            f"class_embed: starts from scratch: the file's head is {kind}, the model's {own_kind}"
+        )
     without_head, proposal_head = drop or kind != own_kind, _proposal_head(target)
     for key, tensor in state.items():
         own = target.get(key)
@@ -74,13 +87,19 @@ def load_pretrained(
         if own is None:
             report.unused[key] = tensor.numel()
             continue
-        value = None if dropped else _fitted(key, tensor, own, rows, kind == "softmax", proposal_head, report)
+        value = (
+            None
+            if dropped
+            else _fitted(key, tensor, own, rows, kind == "softmax", proposal_head, report)
+        )
         if value is not None:
             chosen[key] = value
     _check_complete(chosen, target, report, source)
     model.load_state_dict(chosen, strict=False)
     report.loaded = {key: target[key].numel() for key in target if key in chosen}
-    report.reinitialised = {key: target[key].numel() for key in target if key not in chosen and not _is_counter(key)}
+    report.reinitialised = {
+        key: target[key].numel() for key in target if key not in chosen and not _is_counter(key)
+    }
     return report
 
 
@@ -110,7 +129,9 @@ def _is_counter(key: str) -> bool:
     return key.endswith(("num_batches_tracked", *OPERATION_COUNTERS))
 
 
-def _match_mask_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _match_mask_prefix(
+    state: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Adds or removes the `detr.` of a model with a mask head, so that the names of file and model meet."""
     in_file, in_model = (any(key.startswith("detr.") for key in keys) for keys in (state, target))
     if in_model and not in_file:
@@ -133,7 +154,9 @@ def _fit_queries(tensor: Tensor, own: Tensor, report: LoadReport) -> Tensor:
     before, after = len(tensor), len(own)
     if before == after:
         return tensor
-    report.notes.append(f"query_embed: {before} queries {'tiled' if after > before else 'cut'} to {after}")
+    report.notes.append(
+        f"query_embed: {before} queries {'tiled' if after > before else 'cut'} to {after}"
+    )
     return tensor[torch.arange(after) % before]
 
 
@@ -145,7 +168,9 @@ def _class_names(checkpoint: Checkpoint, rows_of_model: int) -> dict[int, str]:
     return checkpoint.class_names if classes.count == rows_of_model else classes.names
 
 
-def _agreeing_rows(names: dict[int, str], keep_classes: Mapping[int, str] | None) -> dict[int, int] | None:
+def _agreeing_rows(
+    names: dict[int, str], keep_classes: Mapping[int, str] | None
+) -> dict[int, int] | None:
     """{row of the model: row of the file} for class names in both; None where a side has no names."""
     wanted = {int(row): name for row, name in (keep_classes or {}).items()}
     if not names or not wanted:
@@ -157,7 +182,11 @@ def _agreeing_rows(names: dict[int, str], keep_classes: Mapping[int, str] | None
 
 
 def _class_rows(
-    tensor: Tensor, own: Tensor, rows: dict[int, int] | None, has_background: bool, report: LoadReport
+    tensor: Tensor,
+    own: Tensor,
+    rows: dict[int, int] | None,
+    has_background: bool,
+    report: LoadReport,
 ) -> Tensor | None:
     """The head [C, D] (or bias [C]) of the model with the rows of the file that agree; None if none does.
 
@@ -168,7 +197,11 @@ def _class_rows(
     if tensor.shape[1:] != own.shape[1:]:
         return None
     background = int(has_background)
-    pairs = [(to, at) for to, at in rows.items() if to < len(own) - background and at < len(tensor) - background]
+    pairs = [
+        (to, at)
+        for to, at in rows.items()
+        if to < len(own) - background and at < len(tensor) - background
+    ]
     note = f"class_embed: {len(pairs)} of {len(own) - background} class rows kept by name"
     if note not in report.notes:
         report.notes.append(note)
@@ -186,7 +219,13 @@ def _proposal_head(target: Mapping[str, Tensor]) -> str:
     layers.
     """
     layers = len(
-        {match[1] for match in (re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target) if match}
+        {
+            match[1]
+            for match in (
+                re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target
+            )
+            if match
+        }
     )
     return f"class_embed.{layers}."
 
@@ -204,7 +243,9 @@ def _proposal_rows(tensor: Tensor, own: Tensor, has_background: bool) -> Tensor 
     return head
 
 
-def _check_complete(chosen: dict[str, Tensor], target: Mapping[str, Tensor], report: LoadReport, source: str) -> None:
+def _check_complete(
+    chosen: dict[str, Tensor], target: Mapping[str, Tensor], report: LoadReport, source: str
+) -> None:
     """Nothing of the detector may silently start at random, be of another shape, or stay behind in the file."""
     for key, value in chosen.items():
         if value.shape != target[key].shape:
@@ -248,5 +289,8 @@ def _fitting_flag(key: str) -> str:
         "query_embed.": "--num_queries",
         "feature_embed.": "--object_embedding_loss and --obj_embedding_head",
     }
-    fitting = next((flag for part, flag in flags.items() if part in key), "--detector and its architecture flags")
+    fitting = next(
+        (flag for part, flag in flags.items() if part in key),
+        "--detector and its architecture flags",
+    )
     return f"give {fitting} as the file was trained"

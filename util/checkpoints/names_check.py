@@ -37,7 +37,9 @@ def detector_settings(checkpoint: Checkpoint) -> Settings:
     return resolve({"backbone_weights": "none", "device": "cpu"}, adopted, FINETUNE)
 
 
-def check_parameters(checkpoint: Checkpoint, build_model: Callable[..., tuple[nn.Module, Any, Any]]) -> None:
+def check_parameters(
+    checkpoint: Checkpoint, build_model: Callable[..., tuple[nn.Module, Any, Any]]
+) -> None:
     """Compares names and shapes with a model of the same architecture, which is built on the meta device.
 
     build_model: `models.build_model`, which this package lies below.
@@ -45,14 +47,18 @@ def check_parameters(checkpoint: Checkpoint, build_model: Callable[..., tuple[nn
     Raises:
         UserError: see `detector_settings` and `check_names`.
     """
-    settings = detector_settings(checkpoint).replace(classification="focal")  # whatever the head means, it has rows
+    settings = detector_settings(checkpoint).replace(
+        classification="focal"
+    )  # whatever the head means, it has rows
     state = without_detr_prefix(checkpoint.model)
     with torch.device("meta"):
         target = build_model(settings, class_rows(state, "focal") or 1)[0].state_dict()
     check_names(state, target, kind=settings.detector, source=checkpoint.source)
 
 
-def check_names(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, kind: str, source: str) -> None:
+def check_names(
+    state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, kind: str, source: str
+) -> None:
     """Compares a state dict with that of a detector of this `kind`; `source` names the file in errors.
 
     The class head may be missing as a whole: converters drop that of a pretext.
@@ -66,9 +72,13 @@ def check_names(state: Mapping[str, Tensor], target: Mapping[str, Tensor], *, ki
         if key in target and value.shape != target[key].shape
     ]
     headless = not any("class_embed" in key for key in state)
-    missing = [key for key in target if key not in state and not (headless and "class_embed" in key)]
+    missing = [
+        key for key in target if key not in state and not (headless and "class_embed" in key)
+    ]
     unknown = [
-        key for key in state if key not in target and not key.startswith(pretext_parts()) and not BESIDE.fullmatch(key)
+        key
+        for key in state
+        if key not in target and not key.startswith(pretext_parts()) and not BESIDE.fullmatch(key)
     ]
     for keys, problem in (
         (unknown, f"has {len(unknown)} names that are unknown in a {kind} of any code base"),

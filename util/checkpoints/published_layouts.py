@@ -20,14 +20,22 @@ SIAMESE_HEADS = {
 }  # pretext -> where that code base keeps the heads
 BODY = "backbone.0.body."
 CONTENT, QUERIES = "transformer.tgt_embed.weight", "query_embed.weight"
-EOS_COEF = 0.1  # of all published configs of that code base, whose criterion keeps it in the state dict
+EOS_COEF = (
+    0.1  # of all published configs of that code base, whose criterion keeps it in the state dict
+)
 
 
 def siamese_pretext(state: Mapping[str, Tensor]) -> str | None:
     """The pretext behind a state dict with the names of Siamese DETR's code base; None for any other names."""
-    if "backbone.conv1.weight" not in state or not any(key.startswith("transformer.") for key in state):
+    if "backbone.conv1.weight" not in state or not any(
+        key.startswith("transformer.") for key in state
+    ):
         return None
-    found = (pretext for pretext, head in SIAMESE_HEADS.items() if any(key.startswith(head) for key in state))
+    found = (
+        pretext
+        for pretext, head in SIAMESE_HEADS.items()
+        if any(key.startswith(head) for key in state)
+    )
     return next(found, "siamese")
 
 
@@ -39,7 +47,8 @@ def to_detr_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if siamese_pretext(state) is not None:
         renamed = {
-            re.sub(r"^backbone\.", BODY, re.sub(r"^(pred_head|head)\.", "", key)): value for key, value in state.items()
+            re.sub(r"^backbone\.", BODY, re.sub(r"^(pred_head|head)\.", "", key)): value
+            for key, value in state.items()
         }
         state = {key: value for key, value in renamed.items() if not key.startswith("criterion.")}
     return _standard_deformable(state) if CONTENT in state and QUERIES in state else dict(state)
@@ -47,7 +56,9 @@ def to_detr_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _standard_deformable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     layers = {
-        int(match[1]) for match in (re.match(r"transformer\.decoder\.layers\.(\d+)\.", key) for key in state) if match
+        int(match[1])
+        for match in (re.match(r"transformer\.decoder\.layers\.(\d+)\.", key) for key in state)
+        if match
     }
     standard = {}
     for key, value in state.items():
@@ -61,7 +72,9 @@ def _standard_deformable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return standard
 
 
-def to_siamese_names(state: Mapping[str, Tensor], pretext: str, source: object) -> dict[str, Tensor]:
+def to_siamese_names(
+    state: Mapping[str, Tensor], pretext: str, source: object
+) -> dict[str, Tensor]:
     """The inverse of `to_detr_names`, with the criterion's class weights.
 
     `pretext` (`siamese` or `random_query_patch`) decides where the heads are.
@@ -81,7 +94,9 @@ def to_siamese_names(state: Mapping[str, Tensor], pretext: str, source: object) 
                     "has one for all; choose another --to"
                 )
             if name.endswith(".class_embed.bias"):
-                renamed[f"{SIAMESE_HEADS[pretext]}criterion.empty_weight"] = _class_weights(len(value))
+                renamed[f"{SIAMESE_HEADS[pretext]}criterion.empty_weight"] = _class_weights(
+                    len(value)
+                )
         elif key.startswith("backbone.1."):
             raise UserError(
                 f"{source} has learned positions ({key}), for which Siamese DETR's code base has no name; choose "

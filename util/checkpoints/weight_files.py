@@ -28,7 +28,9 @@ except ImportError:  # Windows: two processes may then fetch the same file twice
 
 SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors")
 CONNECT_SECONDS = 30.0
-HASHED = re.compile(r"-([0-9a-f]{8,64})\.")  # NAME-0676ba61.pth: the start of the file's SHA-256 sum
+HASHED = re.compile(
+    r"-([0-9a-f]{8,64})\."
+)  # NAME-0676ba61.pth: the start of the file's SHA-256 sum
 # Addresses whose file keeps its plain name where it is stored, as users and other programs put it there.
 KEPT_NAMES = ("https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",)
 
@@ -54,7 +56,9 @@ def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> A
         return _read_safetensors(path, map_location)
     try:
         with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickles of other programs; what matters is said below
+            warnings.simplefilter(
+                "ignore"
+            )  # on pickles of other programs; what matters is said below
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
         raise UserError(f"{path}: {_what_is_wrong(path, error)}") from error
@@ -64,7 +68,9 @@ def _check_file(path: Path) -> None:
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path to the checkpoint or weights")
     if path.is_dir():
-        raise UserError(f"{path} is a folder, not a checkpoint; name the file in it, such as {path / 'checkpoint.pth'}")
+        raise UserError(
+            f"{path} is a folder, not a checkpoint; name the file in it, such as {path / 'checkpoint.pth'}"
+        )
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; fetch or save it again")
 
@@ -73,11 +79,15 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        raise UserError(f"{path}: reading .safetensors needs the package safetensors (it comes with timm)") from error
+        raise UserError(
+            f"{path}: reading .safetensors needs the package safetensors (it comes with timm)"
+        ) from error
     try:
         return load_file(path, device=str(map_location or "cpu"))
     except Exception as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({_first_line(error)}); fetch it again") from error
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({_first_line(error)}); fetch it again"
+        ) from error
 
 
 def _what_is_wrong(path: Path, error: Exception) -> str:
@@ -104,7 +114,10 @@ def _what_is_wrong(path: Path, error: Exception) -> str:
 
 
 def _is_text(head: bytes) -> bool:
-    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in head) and head.decode("utf-8", "ignore") != ""
+    return (
+        all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+        and head.decode("utf-8", "ignore") != ""
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -115,13 +128,25 @@ def _harmless_globals() -> list:
     """Classes that old checkpoints hold in `args` and `meta`; none of them does anything but hold data."""
     from numpy._core import multiarray  # its public spelling, numpy.core, is deprecated
 
-    names = [(argparse.Namespace, "argparse.Namespace"), (np.ndarray, "numpy.ndarray"), (np.dtype, "numpy.dtype")]
+    names = [
+        (argparse.Namespace, "argparse.Namespace"),
+        (np.ndarray, "numpy.ndarray"),
+        (np.dtype, "numpy.dtype"),
+    ]
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        names += [(multiarray.scalar, f"{module}.scalar"), (multiarray._reconstruct, f"{module}._reconstruct")]
+        names += [
+            (multiarray.scalar, f"{module}.scalar"),
+            (multiarray._reconstruct, f"{module}._reconstruct"),
+        ]
     names += [type(np.dtype(code)) for code in "?bhilqBHILQefdUS"]
     for module in ("pathlib", "pathlib._local"):
-        names += [(_posix_text, f"{module}.{name}") for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")]
-        names += [(_windows_text, f"{module}.{name}") for name in ("WindowsPath", "PureWindowsPath")]
+        names += [
+            (_posix_text, f"{module}.{name}")
+            for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")
+        ]
+        names += [
+            (_windows_text, f"{module}.{name}") for name in ("WindowsPath", "PureWindowsPath")
+        ]
     names += [(_empty_dict, "collections.defaultdict")]
     for module in ("builtins", "__builtin__"):  # what defaultdict makes
         names += [(kind, f"{module}.{kind.__name__}") for kind in (list, dict, int, float, str)]
@@ -194,7 +219,9 @@ def _download(url: str, path: Path) -> None:
     waiting = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_SECONDS)  # a firewall that drops packets must not hang the run
     try:
-        torch.hub.download_url_to_file(url, str(path), suffix[1] if suffix else None, progress=is_main_process())
+        torch.hub.download_url_to_file(
+            url, str(path), suffix[1] if suffix else None, progress=is_main_process()
+        )
     finally:
         socket.setdefaulttimeout(waiting)
 

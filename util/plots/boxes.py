@@ -34,7 +34,9 @@ def draw_boxes(
     # torchvision.utils.draw_bounding_boxes hides small boxes under their labels and cuts labels at the image's border.
     boxes, image = as_array(boxes_xyxy_abs).reshape(-1, 4), np.asarray(image)
     texts = _texts(len(boxes), labels, scores)
-    colors = colors or [label_color(label) for label in (range(len(boxes)) if labels is None else as_list(labels))]
+    colors = colors or [
+        label_color(label) for label in (range(len(boxes)) if labels is None else as_list(labels))
+    ]
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     line = max(2, round(max(picture.size) / 200))
@@ -45,14 +47,20 @@ def draw_boxes(
     clipped = np.clip(boxes, 0, [picture.width - 1, picture.height - 1] * 2)
     for i in order:
         x1, y1, x2, y2 = clipped[i]
-        draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=tuple(colors[i]), width=line)
+        draw.rectangle(
+            (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)),
+            outline=tuple(colors[i]),
+            width=line,
+        )
     for i in order:
         if texts[i]:
             draw_label(picture, texts[i], clipped[i, :2], tuple(colors[i]), font)
     return np.asarray(picture)
 
 
-def draw_label(picture: Image.Image, text: str, corner: np.ndarray, color: Color, font: Any) -> None:
+def draw_label(
+    picture: Image.Image, text: str, corner: np.ndarray, color: Color, font: Any
+) -> None:
     """The text on its color above the corner (x, y), or below it where there is no room, inside the picture."""
     draw = ImageDraw.Draw(picture)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
@@ -61,7 +69,9 @@ def draw_label(picture: Image.Image, text: str, corner: np.ndarray, color: Color
     y = corner[1] - height if corner[1] >= height else corner[1]
     draw.rectangle((x, y, x + width, y + height), fill=color)
     bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 150
-    draw.text((x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font)
+    draw.text(
+        (x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font
+    )
 
 
 def _texts(count: int, labels: Any, scores: Any) -> list[str]:

@@ -17,7 +17,9 @@ BBOX_STATS = BBOX_METRICS[:6]
 DEFAULT_FIELDS = ("loss", "class_error", "mAP")
 
 
-def curve(entries: Sequence[Mapping[str, Any]], key: str, index: int | None = None) -> tuple[list[int], list[float]]:
+def curve(
+    entries: Sequence[Mapping[str, Any]], key: str, index: int | None = None
+) -> tuple[list[int], list[float]]:
     """Epochs (counted from 1) and finite values of `key`, or of its item `index`, where the log has it."""
     xs, ys = [], []
     for number, entry in enumerate(entries):
@@ -47,14 +49,20 @@ def plot_logs(
 
 
 def plot_curves(
-    runs: Mapping[str, str | Path], out_png: str | Path, fields: Sequence[str] = ("loss", "AP", "AP50")
+    runs: Mapping[str, str | Path],
+    out_png: str | Path,
+    fields: Sequence[str] = ("loss", "AP", "AP50"),
 ) -> Path:
     """Overlays runs (name -> folder or log.txt), a color each; `fields` as in `plot_logs`, or one of `BBOX_STATS`."""
     return _draw_curves({name: read_log(path) for name, path in runs.items()}, fields, out_png)
 
 
-def _draw_curves(runs: Mapping[str, list[dict]], fields: Sequence[str], out_png: str | Path) -> Path:
-    fields = [field for field in fields if any(_series(entries, field) for entries in runs.values())]
+def _draw_curves(
+    runs: Mapping[str, list[dict]], fields: Sequence[str], out_png: str | Path
+) -> Path:
+    fields = [
+        field for field in fields if any(_series(entries, field) for entries in runs.values())
+    ]
     figure_class, figure_canvas = figure_classes()
     figure = figure_class(figsize=(4.6 * max(len(fields), 1), 3.7), layout="constrained", dpi=110)
     figure_canvas(figure)
@@ -64,14 +72,24 @@ def _draw_curves(runs: Mapping[str, list[dict]], fields: Sequence[str], out_png:
             for label, style, (xs, ys) in _series(entries, field):
                 shown = f"{name}, {label}" if len(runs) > 1 and label else label or name
                 marker = "o" if style == "--" or len(xs) < 20 else None
-                axes.plot(xs, ys, style, color=np.divide(color, 255), label=shown, marker=marker, markersize=3.5)
+                axes.plot(
+                    xs,
+                    ys,
+                    style,
+                    color=np.divide(color, 255),
+                    label=shown,
+                    marker=marker,
+                    markersize=3.5,
+                )
         _dress(axes, field)
     if not fields:
         figure.text(0.5, 0.5, "no epoch has been logged yet", ha="center")
     return write_atomically(out_png, lambda file: figure.savefig(file, format="png"))
 
 
-def _series(entries: Sequence[Mapping], field: str) -> list[tuple[str, str, tuple[list[int], list[float]]]]:
+def _series(
+    entries: Sequence[Mapping], field: str
+) -> list[tuple[str, str, tuple[list[int], list[float]]]]:
     """(label, line style, points) of what a panel shows of one run."""
     if field == "mAP":
         series = [("AP", "-", curve(entries, "test_coco_eval_bbox", 0))]
@@ -102,5 +120,7 @@ def figure_classes() -> tuple[type, type]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("drawing needs matplotlib: pip install matplotlib (in requirements-extras.txt)") from None
+        raise UserError(
+            "drawing needs matplotlib: pip install matplotlib (in requirements-extras.txt)"
+        ) from None
     return Figure, FigureCanvasAgg

@@ -13,7 +13,15 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from util.files import write_atomically
-from util.plots.boxes import Color, as_array, as_list, cycle_colors, draw_boxes, draw_label, label_color
+from util.plots.boxes import (
+    Color,
+    as_array,
+    as_list,
+    cycle_colors,
+    draw_boxes,
+    draw_label,
+    label_color,
+)
 
 Boxes = Mapping[str, Any]  # "boxes" [N, 4], and "labels" [N], "scores" [N] where there are any
 
@@ -42,41 +50,63 @@ def prediction_page(
     cells = []
     for image, predictions, ground_truth in rows:
         scores = as_array(predictions["scores"])
-        keep = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= score_threshold][:max_boxes]
+        keep = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= score_threshold][
+            :max_boxes
+        ]
         shown = _zoomed(image, as_array(predictions["boxes"]).reshape(-1, 4)[keep])
         predicted = _named(shown, as_array(predictions["labels"])[keep], class_names, scores[keep])
-        real = _named(_zoomed(image, ground_truth["boxes"]), as_array(ground_truth["labels"]), class_names)
-        cells.append(_beside([predicted, real], [f"predictions (score >= {score_threshold:.2g})", "ground truth"]))
+        real = _named(
+            _zoomed(image, ground_truth["boxes"]), as_array(ground_truth["labels"]), class_names
+        )
+        cells.append(
+            _beside(
+                [predicted, real], [f"predictions (score >= {score_threshold:.2g})", "ground truth"]
+            )
+        )
     return _save(_grid(cells, columns), out_png)
 
 
-def found_page(rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3) -> Path:
+def found_page(
+    rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3
+) -> Path:
     """Draws predictions in images without ground truth: (title, image, boxes with class names as `labels` and with
     `scores`).
     """
     return panel_page([[row] for row in rows], out_png, columns)
 
 
-def panel_page(rows: Sequence[Sequence[tuple[str, np.ndarray, Boxes]]], out_png: str | Path, columns: int = 1) -> Path:
+def panel_page(
+    rows: Sequence[Sequence[tuple[str, np.ndarray, Boxes]]], out_png: str | Path, columns: int = 1
+) -> Path:
     """Draws images in several panels: each row has (title, image, boxes with names as `labels`, and with `scores` or
     None).
     """
     cells = []
     for panels in rows:
-        shown = [draw_boxes(*_zoomed(image, b["boxes"]), b["labels"], b["scores"]) for _, image, b in panels]
-        titles = [title[: picture.shape[1] // 8] for (title, _, _), picture in zip(panels, shown, strict=True)]
+        shown = [
+            draw_boxes(*_zoomed(image, b["boxes"]), b["labels"], b["scores"])
+            for _, image, b in panels
+        ]
+        titles = [
+            title[: picture.shape[1] // 8]
+            for (title, _, _), picture in zip(panels, shown, strict=True)
+        ]
         cells.append(_beside(shown, titles))
     return _save(_grid(cells, columns), out_png)
 
 
 def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
-    scores = np.concatenate([np.zeros(0), *(as_array(predictions["scores"]) for _, predictions, _ in rows)])
+    scores = np.concatenate(
+        [np.zeros(0), *(as_array(predictions["scores"]) for _, predictions, _ in rows)]
+    )
     count = min(sum(len(ground_truth["boxes"]) for _, _, ground_truth in rows), len(scores))
     return min(0.5, float(np.sort(scores)[-count])) if count else 0.5
 
 
 def patch_page(
-    rows: Sequence[tuple[np.ndarray, Sequence[np.ndarray], Any, Boxes]], out_png: str | Path, columns: int = 2
+    rows: Sequence[tuple[np.ndarray, Sequence[np.ndarray], Any, Boxes]],
+    out_png: str | Path,
+    columns: int = 2,
 ) -> Path:
     """Draws what a model that was pre-trained with query patches finds, each patch in its own color.
 
@@ -91,14 +121,26 @@ def patch_page(
         found = _zoomed(image, predictions["boxes"])
         owners = [int(i) for i in as_list(predictions.get("patches", range(len(found[1]))))]
         left = draw_boxes(*places, [str(i + 1) for i in range(len(places[1]))], None, colors)
-        middle = draw_boxes(*found, [f"{i + 1}:" for i in owners], predictions["scores"], [colors[i] for i in owners])
+        middle = draw_boxes(
+            *found,
+            [f"{i + 1}:" for i in owners],
+            predictions["scores"],
+            [colors[i] for i in owners],
+        )
         strip = _patch_strip(patches, colors, left.shape[0])
-        cells.append(_beside([left, middle, strip], ["the patches' places", "found by their queries", "patches"]))
+        cells.append(
+            _beside(
+                [left, middle, strip], ["the patches' places", "found by their queries", "patches"]
+            )
+        )
     return _save(_grid(cells, columns), out_png)
 
 
 def sample_page(
-    rows: Sequence[Mapping[str, Any]], class_names: Mapping[int, str], out_png: str | Path, columns: int = 2
+    rows: Sequence[Mapping[str, Any]],
+    class_names: Mapping[int, str],
+    out_png: str | Path,
+    columns: int = 2,
 ) -> Path:
     """Draws training images as a model gets them.
 
@@ -111,10 +153,22 @@ def sample_page(
         shown, patches = _zoomed(row["image"], row["boxes"]), row["patches"]
         if len(patches):
             colors = cycle_colors(len(patches))
-            drawn = draw_boxes(*shown, [str(i + 1) for i in range(len(shown[1]))], None, cycle_colors(len(shown[1])))
-            cells.append(_beside([drawn, _patch_strip(patches, colors, drawn.shape[0])], [row["title"], "patches"]))
+            drawn = draw_boxes(
+                *shown,
+                [str(i + 1) for i in range(len(shown[1]))],
+                None,
+                cycle_colors(len(shown[1])),
+            )
+            cells.append(
+                _beside(
+                    [drawn, _patch_strip(patches, colors, drawn.shape[0])],
+                    [row["title"], "patches"],
+                )
+            )
         else:
-            cells.append(_beside([_named(shown, as_array(row["labels"]), class_names)], [row["title"]]))
+            cells.append(
+                _beside([_named(shown, as_array(row["labels"]), class_names)], [row["title"]])
+            )
     return _save(_grid(cells, columns), out_png)
 
 
@@ -127,7 +181,12 @@ def _patch_strip(patches: Sequence[np.ndarray], colors: Sequence[Color], height:
     for i, patch in enumerate(patches):
         inner = side - 4
         cell = Image.new("RGB", (inner, inner), colors[i])
-        cell.paste(Image.fromarray(np.asarray(patch)).resize((inner - 8, inner - 8), Image.Resampling.BILINEAR), (4, 4))
+        cell.paste(
+            Image.fromarray(np.asarray(patch)).resize(
+                (inner - 8, inner - 8), Image.Resampling.BILINEAR
+            ),
+            (4, 4),
+        )
         draw_label(cell, str(i + 1), np.zeros(2), colors[i], FONT)
         strip.paste(cell, (i // lines * side + 2, i % lines * side + 2))
     return np.asarray(strip)
@@ -145,7 +204,10 @@ def _zoomed(image: np.ndarray, boxes_xyxy_abs: Any) -> tuple[np.ndarray, np.ndar
 
 
 def _named(
-    shown: tuple[np.ndarray, np.ndarray], labels: np.ndarray, class_names: Mapping[int, str], scores: Any = None
+    shown: tuple[np.ndarray, np.ndarray],
+    labels: np.ndarray,
+    class_names: Mapping[int, str],
+    scores: Any = None,
 ) -> np.ndarray:
     names = [class_names.get(int(label), f"class {int(label)}") for label in labels]
     return draw_boxes(*shown, names, scores, [label_color(int(label)) for label in labels])
@@ -155,7 +217,10 @@ def _beside(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Image.Imag
     """Pictures side by side with a title over each."""
     title = 20
     gap = MARGIN // 2
-    size = (sum(p.shape[1] + gap for p in pictures) - gap, max(p.shape[0] for p in pictures) + title)
+    size = (
+        sum(p.shape[1] + gap for p in pictures) - gap,
+        max(p.shape[0] for p in pictures) + title,
+    )
     cell = Image.new("RGB", size, PAGE)
     draw, x = ImageDraw.Draw(cell), 0
     for picture, text in zip(pictures, titles, strict=True):
@@ -173,7 +238,9 @@ def _grid(cells: Sequence[Image.Image], columns: int) -> Image.Image:
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     widths = [max(line[c].width for line in lines if c < len(line)) for c in range(columns)]
     heights = [max(cell.height for cell in line) for line in lines]
-    page = Image.new("RGB", (sum(widths) + 2 * MARGIN * columns, sum(heights) + MARGIN * (len(lines) + 1)), PAGE)
+    page = Image.new(
+        "RGB", (sum(widths) + 2 * MARGIN * columns, sum(heights) + MARGIN * (len(lines) + 1)), PAGE
+    )
     y = MARGIN
     for line, height in zip(lines, heights, strict=True):
         x = MARGIN

@@ -77,13 +77,19 @@ def prepare_output(settings: Settings) -> Path | None:
     make_folder(folder)
     found = _replaced(folder, settings)
     if found and not settings.overwrite:
-        resumable = (folder / LATEST).exists() and not settings.eval and settings.origins["resume"] != GIVEN
+        resumable = (
+            (folder / LATEST).exists() and not settings.eval and settings.origins["resume"] != GIVEN
+        )
         remedy = "add --resume auto to continue it, " if resumable else ""
         raise UserError(
             f"--output_dir {folder} holds {_what(found, settings)} ({found[0].name}): {remedy}--overwrite to replace "
             "it, or choose another folder"
         )
-    if found and settings.pretrain and Path(settings.pretrain).resolve() in [path.resolve() for path in found]:
+    if (
+        found
+        and settings.pretrain
+        and Path(settings.pretrain).resolve() in [path.resolve() for path in found]
+    ):
         raise UserError(
             f"--overwrite would remove what this run starts from, --pretrain {settings.pretrain}: choose another "
             "--output_dir"
@@ -112,7 +118,9 @@ def _continues(folder: Path, settings: Settings) -> bool:
     evaluation.
     """
     if settings.eval:
-        return any((folder / name).exists() for name in (SETTINGS, EVAL_SETTINGS, "log.txt", LATEST))
+        return any(
+            (folder / name).exists() for name in (SETTINGS, EVAL_SETTINGS, "log.txt", LATEST)
+        )
     if settings.resume:
         return Path(settings.resume).resolve().parent == folder.resolve()
     # --resume auto of a run that was killed before its first checkpoint: it starts from scratch, and nothing is lost.
@@ -180,7 +188,11 @@ def code_revision(root: Path = ROOT) -> str:
 
     try:
         inside = Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve()
-        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*") if inside else "unknown"
+        return (
+            git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+            if inside
+            else "unknown"
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -207,7 +219,10 @@ def save_settings(
     path = folder / (EVAL_SETTINGS if settings.eval else SETTINGS)
     before = read_record(path) if settings.resume and not settings.eval else {}
     _warn_of_other_data(before.get("data"), facts.get("data"))
-    earlier = [*before.get("earlier_starts", []), *([before["environment"]] if "environment" in before else [])]
+    earlier = [
+        *before.get("earlier_starts", []),
+        *([before["environment"]] if "environment" in before else []),
+    ]
     record = {
         "settings": {**settings.as_dict(), **(from_data or {})},
         "given": settings.names_from(GIVEN),
@@ -251,8 +266,14 @@ def describe_settings(settings: Settings, from_data: Mapping[str, object] | None
     shown = {name: values[name] for name in sorted(read) if values[name] not in (None, "", [])}
     given, adopted = settings.names_from(GIVEN), settings.names_from(CHECKPOINT)
     defaults = [name for name in shown if name not in (*given, *adopted)]
-    for title, names in (("given", given), ("from the checkpoint", adopted), ("defaults", defaults)):
+    for title, names in (
+        ("given", given),
+        ("from the checkpoint", adopted),
+        ("defaults", defaults),
+    ):
         text = "  ".join(f"{name}={shown[name]}" for name in names if name in shown)
         if text:
-            wrapped = textwrap.fill(text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+            wrapped = textwrap.fill(
+                text, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
             log.info("settings, %s: %s", title, wrapped)

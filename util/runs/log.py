@@ -52,7 +52,9 @@ def _as_logged(key: str, value: Any) -> bool:
     if key == "epoch":
         return type(value) is int
     if key == "test_coco_eval_bbox":
-        return not value or isinstance(value, list) and len(value) > 1 and all(map(_is_number, value))
+        return (
+            not value or isinstance(value, list) and len(value) > 1 and all(map(_is_number, value))
+        )
     return _is_number(value) or not key.startswith(("train_loss", "train_seconds", "n_parameters"))
 
 

@@ -20,7 +20,13 @@ class NonFiniteLoss(NonFinite):
 
 def to_host(values: dict[str, Tensor]) -> dict[str, float]:
     """Named scalars of this process alone, in one copy."""
-    return dict(zip(values, torch.stack([value.detach().float() for value in values.values()]).tolist(), strict=True))
+    return dict(
+        zip(
+            values,
+            torch.stack([value.detach().float() for value in values.values()]).tolist(),
+            strict=True,
+        )
+    )
 
 
 class BadImages:
@@ -41,7 +47,10 @@ class BadImages:
     def warn_of_missed_objects(self) -> None:
         """At the end of an evaluation, whose metrics go by image."""
         if self.count:
-            log.warning("%d images of the evaluation can't be used: their objects count as missed", self.count)
+            log.warning(
+                "%d images of the evaluation can't be used: their objects count as missed",
+                self.count,
+            )
 
 
 class LossReader:
@@ -131,7 +140,9 @@ class Averages:
     """Sums and counts by name; `state()` goes into checkpoints, so that a resumed epoch reports the whole epoch."""
 
     def __init__(self, state: dict[str, list[float]] | None = None) -> None:
-        self.sums: dict[str, list[float]] = {name: list(pair) for name, pair in (state or {}).items()}
+        self.sums: dict[str, list[float]] = {
+            name: list(pair) for name, pair in (state or {}).items()
+        }
 
     def add(self, values: dict[str, float], weight: float = 1.0) -> None:
         """PAIRS among the values is no value, but the weight of `class_error`."""

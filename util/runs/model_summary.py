@@ -27,10 +27,18 @@ PUBLISHED: dict[tuple[str, str, bool, int], tuple[int, int]] = {
     ("deformable_detr", "resnet50", True, 1): (34, 128),
     ("deformable_detr", "resnet50", False, 4): (40, 173),
 }
-PUBLISHED_SIZES = {"hidden_dim": 256, "nheads": 8, "enc_layers": 6, "dec_layers": 6, "pre_norm": False}
+PUBLISHED_SIZES = {
+    "hidden_dim": 256,
+    "nheads": 8,
+    "enc_layers": 6,
+    "dec_layers": 6,
+    "pre_norm": False,
+}
 PUBLISHED_WIDTHS = {"deformable_detr": 1024}  # of the feed-forward networks; 2048 elsewhere
 PUBLISHED_QUERIES = {"detr": 100}  # 300 elsewhere
-SAMPLED_VALUE = 5  # multiply-adds of one bilinear sample and its weighted sum (Zhu et al. 2021, appendix A.1)
+SAMPLED_VALUE = (
+    5  # multiply-adds of one bilinear sample and its weighted sum (Zhu et al. 2021, appendix A.1)
+)
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
@@ -52,7 +60,9 @@ def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
     Nothing is computed and no memory is used: a copy of the network runs on the meta device. The network itself and
     random states stay as they are.
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: _sampling_flops})
+    counter = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: _sampling_flops}
+    )
     network = _on_meta(detector).eval()
     # Attention by matrix products, which every version of the counter knows.
     with torch.no_grad(), torch.device("meta"), counter, sdpa_kernel(SDPBackend.MATH):
@@ -64,11 +74,14 @@ def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
 def _on_meta(module: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers have shapes and types only; shared ones stay shared."""
     tensors = {
-        id(tensor): torch.empty_like(tensor, device="meta") for tensor in [*module.parameters(), *module.buffers()]
+        id(tensor): torch.empty_like(tensor, device="meta")
+        for tensor in [*module.parameters(), *module.buffers()]
     }
     copied = copy.deepcopy(module, tensors)
     for part in copied.modules():
-        if hasattr(part, "implementation"):  # a kernel of a GPU, whose plain counterpart can be counted
+        if hasattr(
+            part, "implementation"
+        ):  # a kernel of a GPU, whose plain counterpart can be counted
             part.implementation = "pytorch"
     return copied
 
@@ -96,7 +109,9 @@ def published_figures(settings: Settings) -> tuple[int, int] | None:
         or any(getattr(settings, name) != value for name, value in sizes.items())
     ):
         return None
-    return PUBLISHED.get((settings.detector, settings.backbone, settings.dilation, settings.num_feature_levels))
+    return PUBLISHED.get(
+        (settings.detector, settings.backbone, settings.dilation, settings.num_feature_levels)
+    )
 
 
 def describe_model(model: nn.Module, settings: Settings) -> dict[str, object]:
@@ -121,16 +136,27 @@ def describe_model(model: nn.Module, settings: Settings) -> dict[str, object]:
     )
     own = total - count_parameters(detector)[0]
     if own:
-        log.info("  of these %s parameters belong to the pretext; fine-tuning leaves them behind", f"{own:,}")
+        log.info(
+            "  of these %s parameters belong to the pretext; fine-tuning leaves them behind",
+            f"{own:,}",
+        )
     dtype = torch.bfloat16 if settings.amp == "bf16" else torch.float32
     kernels = detector.kernels(torch.device(settings.device), dtype)
     if kernels:
-        log.info("  %s", "; ".join(f"{operation}: {kernel}" for operation, kernel in kernels.items()))
+        log.info(
+            "  %s", "; ".join(f"{operation}: {kernel}" for operation, kernel in kernels.items())
+        )
     height, width = evaluation_size(settings)
     count = _multiply_adds_or_none(detector, height, width)
     if count is not None:
-        log.info("  %s for an image of %d x %d%s", _in_g(count), height, width, _published_text(settings))
-    if settings.object_embedding_loss and settings.backbone_weights == "none" and not settings.resume:
+        log.info(
+            "  %s for an image of %d x %d%s", _in_g(count), height, width, _published_text(settings)
+        )
+    if (
+        settings.object_embedding_loss
+        and settings.backbone_weights == "none"
+        and not settings.resume
+    ):
         log.warning(
             "--object_embedding_loss with --backbone_weights none: the embeddings to predict are those of a random "
             "network"
@@ -155,14 +181,25 @@ def _multiply_adds_or_none(detector: nn.Module, height: int, width: int) -> int 
     try:
         return count_multiply_adds(detector, height, width)
     except (RuntimeError, TypeError, ValueError, AttributeError, UserError) as error:
-        log.info("  multiply-adds are not counted (%s)", str(error).strip().split("\n")[0] or type(error).__name__)
+        log.info(
+            "  multiply-adds are not counted (%s)",
+            str(error).strip().split("\n")[0] or type(error).__name__,
+        )
         return None
 
 
 def _in_g(count: int) -> str:
-    return f"{count / 1e9:.1f} G multiply-adds" if count >= 1e8 else f"{count / 1e6:.1f} M multiply-adds"
+    return (
+        f"{count / 1e9:.1f} G multiply-adds"
+        if count >= 1e8
+        else f"{count / 1e6:.1f} M multiply-adds"
+    )
 
 
 def _published_text(settings: Settings) -> str:
     figures = published_figures(settings)
-    return "" if figures is None else f" (published: {figures[0]} M parameters, {figures[1]} G at a short side of 800)"
+    return (
+        ""
+        if figures is None
+        else f" (published: {figures[0]} M parameters, {figures[1]} G at a short side of 800)"
+    )

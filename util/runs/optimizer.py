@@ -34,7 +34,10 @@ def parameter_groups(
     def named(name: str, parts: Sequence[str]) -> bool:
         return any(part in name for part in parts)
 
-    for flag, parts in (("--lr_backbone_names", backbone_names), ("--lr_linear_proj_names", slow_names)):
+    for flag, parts in (
+        ("--lr_backbone_names", backbone_names),
+        ("--lr_linear_proj_names", slow_names),
+    ):
         if parts and not any(named(name, parts) for name, _ in model.named_parameters()):
             raise UserError(
                 f"{flag} {' '.join(parts)}: no parameter of this model has such a name: correct it or leave it out"
@@ -47,7 +50,9 @@ def parameter_groups(
         {"params": backbone, "lr": lr_backbone},
     ]
     if slow_names:
-        groups.append({"params": [p for name, p in rest if named(name, slow_names)], "lr": lr * slow_mult})
+        groups.append(
+            {"params": [p for name, p in rest if named(name, slow_names)], "lr": lr * slow_mult}
+        )
     return groups
 
 
@@ -71,7 +76,9 @@ def build_optimizer(
         " + ".join(str(len(group["params"])) for group in groups),
     )
     if sgd:
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused or None)
+        return torch.optim.SGD(
+            groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused or None
+        )
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
 
 
@@ -81,16 +88,27 @@ def build_scheduler(
     """Rates x 0.1 after every `lr_drop` epochs (or whatever it is stepped with), or after each number of epochs in
     `lr_drop_epochs`.
     """
-    return MultiStepLR(optimizer, sorted(lr_drop_epochs)) if lr_drop_epochs else StepLR(optimizer, lr_drop)
+    return (
+        MultiStepLR(optimizer, sorted(lr_drop_epochs))
+        if lr_drop_epochs
+        else StepLR(optimizer, lr_drop)
+    )
 
 
 def _drop_epochs(state: dict) -> int | list[int]:
     """Of a scheduler's state: the period of its drops, or where they are."""
-    return state["step_size"] if "step_size" in state else sorted(Counter(state["milestones"]).elements())
+    return (
+        state["step_size"]
+        if "step_size" in state
+        else sorted(Counter(state["milestones"]).elements())
+    )
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, checkpoint: Checkpoint, model: nn.Module
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    checkpoint: Checkpoint,
+    model: nn.Module,
 ) -> None:
     """Takes over moments and epoch count; the rates and the drops of this run's flags win over those in the file, and
     it is said.
@@ -127,7 +145,9 @@ def restore_optimizer(
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, model: nn.Module) -> dict:
+def _in_own_order(
+    optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, model: nn.Module
+) -> dict:
     """The file's state of the optimiser, whose groups hold numbers in place of parameters, with these in this
     optimiser's order.
     """
@@ -138,11 +158,19 @@ def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, mode
     stored = checkpoint.optimizer
     groups = []
     for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True):
-        order = sorted(range(len(own["params"])), key=lambda i, own=own: first.get(id(own["params"][i]), len(place)))
+        order = sorted(
+            range(len(own["params"])),
+            key=lambda i, own=own: first.get(id(own["params"][i]), len(place)),
+        )
         numbers = [number for _, number in sorted(zip(order, group["params"], strict=True))]
         for parameter, number in zip(own["params"], numbers, strict=True):
             moment = next(
-                (value for value in stored["state"].get(number, {}).values() if getattr(value, "ndim", 0)), parameter
+                (
+                    value
+                    for value in stored["state"].get(number, {}).values()
+                    if getattr(value, "ndim", 0)
+                ),
+                parameter,
             )
             if moment.shape != parameter.shape:
                 raise UserError(
@@ -150,12 +178,16 @@ def _in_own_order(optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, mode
                     "new run with --pretrain, or leave the optimiser out of the file"
                 )
         # Where the state goes depends on it: fused steps lie on the GPU.
-        groups.append({**group, "params": numbers, "fused": own["fused"], "foreach": own["foreach"]})
+        groups.append(
+            {**group, "params": numbers, "fused": own["fused"], "foreach": own["foreach"]}
+        )
     return {**stored, "param_groups": groups}
 
 
 def _check_same_groups(optimizer: torch.optim.Optimizer, stored: list[dict]) -> None:
-    kinds = ["AdamW" if "betas" in group else "SGD" for group in (stored[0], optimizer.param_groups[0])]
+    kinds = [
+        "AdamW" if "betas" in group else "SGD" for group in (stored[0], optimizer.param_groups[0])
+    ]
     if kinds[0] != kinds[1]:
         remedy = "add --sgd" if kinds[0] == "SGD" else "leave out --sgd"
         raise UserError(

@@ -41,7 +41,11 @@ FILES = {
 PICTURES = (  # title, file, what it shows
     ("Curves", "curves.png", "Losses and AP by epoch."),
     ("Boxes on held-out images", "predictions.png", "Predictions beside the ground truth."),
-    ("What the patches' queries find", "patches.png", "Patches, where they were cut, and the boxes found."),
+    (
+        "What the patches' queries find",
+        "patches.png",
+        "Patches, where they were cut, and the boxes found.",
+    ),
     (
         "Training images as the model gets them",
         "samples.png",
@@ -110,7 +114,11 @@ def _summary(record: Mapping[str, Any]) -> str:
     settings, model, images = (record.get(key) or {} for key in ("settings", "model", "images"))
     if not settings:
         return "The settings of this run are not in its folder."
-    kind = f"Pre-training ({settings.get('pretext')})" if settings.get("script") == PRETRAIN else "Fine-tuning"
+    kind = (
+        f"Pre-training ({settings.get('pretext')})"
+        if settings.get("script") == PRETRAIN
+        else "Fine-tuning"
+    )
     kind = "Evaluation" if settings.get("eval") else kind
     source = settings.get("pretrain") or settings.get("resume")
     source = f"from {source}" if source else f"backbone weights: {settings.get('backbone_weights')}"
@@ -119,7 +127,11 @@ def _summary(record: Mapping[str, Any]) -> str:
         text += f" {model['parameters']:,} parameters, {model['trainable']:,} trainable"
         height, width = model["multiply_adds_hw"]
         count = model["multiply_adds"]
-        text += f"; {count / 1e9:.4g} G multiply-adds for an image of {height} x {width}." if count else "."
+        text += (
+            f"; {count / 1e9:.4g} G multiply-adds for an image of {height} x {width}."
+            if count
+            else "."
+        )
     if images:
         counts = images if isinstance(images, list) else [images]
         named = zip(counts, ("for training", "held out"), strict=False)
@@ -130,7 +142,10 @@ def _summary(record: Mapping[str, Any]) -> str:
 def _progress(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     if not settings and not entries:
         return ""
-    done, planned = (entries[-1].get("epoch", len(entries) - 1) + 1 if entries else 0), settings.get("epochs")
+    done, planned = (
+        (entries[-1].get("epoch", len(entries) - 1) + 1 if entries else 0),
+        settings.get("epochs"),
+    )
     text = f"Epochs logged: {done}" + (f" of {planned}" if planned else "")
     seconds = entries[-1].get("train_seconds") if entries else None
     return text + (f", {format_seconds(seconds)} of training." if seconds else ".")
@@ -139,13 +154,19 @@ def _progress(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any])
 def evaluations(entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[float]]]:
     """(epoch counted from 1, COCO's metrics) of each epoch that was evaluated."""
     return [
-        (e.get("epoch", i) + 1, e["test_coco_eval_bbox"]) for i, e in enumerate(entries) if e.get("test_coco_eval_bbox")
+        (e.get("epoch", i) + 1, e["test_coco_eval_bbox"])
+        for i, e in enumerate(entries)
+        if e.get("test_coco_eval_bbox")
     ]
 
 
 def loss_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     """The weighted losses of the last decoder layer that a log has, `loss` (the sum over all layers) first."""
-    names = [key.removeprefix("train_") for key in (entries[-1] if entries else {}) if key.startswith("train_loss")]
+    names = [
+        key.removeprefix("train_")
+        for key in (entries[-1] if entries else {})
+        if key.startswith("train_loss")
+    ]
     names = [name for name in names if not name.endswith("_unscaled") and not name[-1].isdigit()]
     return sorted(names, key=lambda name: name != "loss")  # otherwise in the log's order
 
@@ -155,7 +176,10 @@ def _average_precision(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Ro
     evaluated = evaluations(entries)
     if evaluated:
         best = max(evaluated, key=lambda item: item[1][0])
-        found = {f"last, epoch {evaluated[-1][0]}": evaluated[-1][1], f"best, epoch {best[0]}": best[1]}
+        found = {
+            f"last, epoch {evaluated[-1][0]}": evaluated[-1][1],
+            f"best, epoch {best[0]}": best[1],
+        }
     else:
         stats = read_record(folder / "metrics.json").get("coco_eval_bbox")
         found = {"this evaluation": stats} if stats else {}
@@ -166,7 +190,10 @@ def _losses(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Rows:
     """Of the first and the last epoch."""
     ends = dict.fromkeys((0, len(entries) - 1)) if names else {}  # one row where there is one epoch
     return _decimals(
-        {f"epoch {entries[i].get('epoch', i) + 1}": [entries[i].get(f"train_{n}") for n in names] for i in ends}
+        {
+            f"epoch {entries[i].get('epoch', i) + 1}": [entries[i].get(f"train_{n}") for n in names]
+            for i in ends
+        }
     )
 
 
@@ -177,10 +204,15 @@ def _decimals(values: Mapping[str, Sequence[float | None]]) -> Rows:
 def _settings_by_origin(record: Mapping[str, Any]) -> dict[str, Rows]:
     settings = record.get("settings", {})
     given, adopted = record.get("given", []), record.get("adopted", [])
-    rest = [name for name in settings if name not in {*given, *adopted} and settings[name] not in (None, "")]
+    rest = [
+        name
+        for name in settings
+        if name not in {*given, *adopted} and settings[name] not in (None, "")
+    ]
     origins = {"given": given, "adopted from the checkpoint": adopted, "default": rest}
     found = {
-        origin: [(name, [settings[name]]) for name in names if name in settings] for origin, names in origins.items()
+        origin: [(name, [settings[name]]) for name in names if name in settings]
+        for origin, names in origins.items()
     }
     return found if settings else {}
 
@@ -196,7 +228,10 @@ def _environment(record: Mapping[str, Any]) -> Rows:
             f"fingerprint, {name}": value
             for name, value in (data if isinstance(data, dict) else {"data": data}).items()
         },
-        **{f"earlier start {i + 1}": e.get("started", "?") for i, e in enumerate(record.get("earlier_starts", []))},
+        **{
+            f"earlier start {i + 1}": e.get("started", "?")
+            for i, e in enumerate(record.get("earlier_starts", []))
+        },
     }
     return [(name, [value]) for name, value in rows.items()]
 
@@ -204,7 +239,11 @@ def _environment(record: Mapping[str, Any]) -> Rows:
 def _files(folder: Path) -> Rows:
     rows = [(name, [text]) for name, text in FILES.items() if (folder / name).exists()]
     numbered = sorted(path.name for path in folder.glob("checkpoint[0-9]*.pth"))
-    return rows + [(name, [f"after epoch {int(name[10:-4]) + 1}"]) for name in numbered if name[10:-4].isdigit()]
+    return rows + [
+        (name, [f"after epoch {int(name[10:-4]) + 1}"])
+        for name in numbered
+        if name[10:-4].isdigit()
+    ]
 
 
 def commands(folder: Path, record: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -220,10 +259,19 @@ def commands(folder: Path, record: Mapping[str, Any]) -> dict[str, list[str]]:
 
     if script == PRETRAIN:
         checkpoint = str(folder / "checkpoint.pth")
-        found["fine-tune from it"] = finetune(["--pretrain", checkpoint, "--coco_path", "COCO"], "finetuned")
+        found["fine-tune from it"] = finetune(
+            ["--pretrain", checkpoint, "--coco_path", "COCO"], "finetuned"
+        )
     else:
         best = folder / "checkpoint_best.pth"
         best = best if best.exists() else folder / "checkpoint.pth"
         found["evaluate it"] = finetune(["--resume", str(best), "--eval"], "eval")
-    compare = ["python", "tools/compare_runs.py", place, "OTHER_RUN", "--output", f"{place}_compared"]
+    compare = [
+        "python",
+        "tools/compare_runs.py",
+        place,
+        "OTHER_RUN",
+        "--output",
+        f"{place}_compared",
+    ]
     return {**found, "compare it with another run": compare}

@@ -46,7 +46,9 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     """
     values = args if isinstance(args, Mapping) else vars(args)
     script, given = script or values.get("script") or FINETUNE, given_flags(values)
-    device = init_distributed(given.get("device") or default_device(), given.get("dist_url") or "env://")
+    device = init_distributed(
+        given.get("device") or default_device(), given.get("dist_url") or "env://"
+    )
     given = _with_resume(given)
     source = given.get("resume") or given.get("pretrain")
     checkpoint = load_checkpoint(source) if source else None
@@ -60,7 +62,9 @@ def _with_resume(given: dict[str, Any]) -> dict[str, Any]:
     """The given flags with the path that `--resume auto` means, and with the seed that `--random_seed` draws."""
     evaluates = given.get("eval") or given.get("viz")
     if given.get("resume") == "auto" and given.get("overwrite") and not evaluates:
-        raise UserError("--overwrite replaces the run that --resume auto continues: give one of them")
+        raise UserError(
+            "--overwrite replaces the run that --resume auto continues: give one of them"
+        )
     found = find_resume(given.get("resume"), given.get("output_dir"))
     if len(set(all_gather_object(bool(found)))) > 1:
         raise UserError(
@@ -68,7 +72,9 @@ def _with_resume(given: dict[str, Any]) -> dict[str, Any]:
             "nodes share"
         )
     if given.get("resume") == "auto" and found is None:
-        log.info("--resume auto: no checkpoint in %s yet, starting from scratch", given["output_dir"])
+        log.info(
+            "--resume auto: no checkpoint in %s yet, starting from scratch", given["output_dir"]
+        )
     if found and given.get("pretrain"):
         log.info("--resume: continuing from %s, --pretrain is not needed any more", found)
         given = {name: value for name, value in given.items() if name != "pretrain"}
@@ -98,7 +104,9 @@ def end_loaders() -> None:
 
 
 def run_script(
-    main: Callable[[Namespace], Any], parse: Callable[[list[str]], Namespace], argv: list[str] | None = None
+    main: Callable[[Namespace], Any],
+    parse: Callable[[list[str]], Namespace],
+    argv: list[str] | None = None,
 ) -> None:
     """Runs an entry script; what the user can mend is one line and exit status 1, a requested stop is status 143."""
     setup_logger()

@@ -40,7 +40,9 @@ def checked_flags(script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     for name in flags:
         if name not in known:
             raise UserError(f"{name} is no flag of {script}{nearest(name, known)}")
-    return {name: _checked(known[name], value) for name, value in flags.items() if value is not None}
+    return {
+        name: _checked(known[name], value) for name, value in flags.items() if value is not None
+    }
 
 
 def _checked(flag: Flag, value: Any) -> Any:
@@ -61,7 +63,9 @@ def _converted(flag: Flag, value: Any) -> Any:
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{flag.name}={value!r}: {error}") from error
     if not flag.is_choice(converted):
-        raise UserError(f"{flag.name}={value!r}: choose one of {', '.join(map(str, flag.values or ()))}")
+        raise UserError(
+            f"{flag.name}={value!r}: choose one of {', '.join(map(str, flag.values or ()))}"
+        )
     return converted
 
 

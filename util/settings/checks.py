@@ -35,7 +35,9 @@ def check_choices(settings: Settings) -> None:
     for name, flag in all_flags(settings.script).items():
         value = getattr(settings, name)
         if value is not None and not flag.is_choice(value):
-            raise UserError(f"--{name} {value} is unknown: choose one of {', '.join(map(str, flag.values or ()))}")
+            raise UserError(
+                f"--{name} {value} is unknown: choose one of {', '.join(map(str, flag.values or ()))}"
+            )
 
 
 def check_intervals(settings: Settings) -> None:
@@ -73,7 +75,9 @@ def check_model(settings: Settings) -> None:
             "of it"
         )
     if settings.hidden_dim % 4:
-        raise UserError(f"--hidden_dim {settings.hidden_dim}: sine positional encodings need a multiple of 4")
+        raise UserError(
+            f"--hidden_dim {settings.hidden_dim}: sine positional encodings need a multiple of 4"
+        )
     if settings.with_box_refine and not settings.aux_loss and not settings.eval:
         raise UserError(
             "--no_aux_loss leaves the boxes of earlier layers untrained, and --with_box_refine builds on them: give "
@@ -113,9 +117,13 @@ def check_checkpoints(settings: Settings) -> None:
         if getattr(settings, name) and not (settings.resume or settings.pretrain):
             raise UserError(f"--{name} needs the detector to evaluate: add --resume PATH")
     if settings.eval and settings.dry_run:
-        raise UserError("--dry_run tries training steps and --eval does not train: give one of them")
+        raise UserError(
+            "--dry_run tries training steps and --eval does not train: give one of them"
+        )
     if settings.resume == "auto" and not settings.output_dir:
-        raise UserError("--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR")
+        raise UserError(
+            "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR"
+        )
 
 
 def check_schedule(settings: Settings) -> None:
@@ -136,7 +144,9 @@ def check_schedule(settings: Settings) -> None:
         if flag.counts == "epochs" and name in given and getattr(settings, name):
             counted = f"--max_iters {settings.max_iters} iterations"
             if "max_iters" not in given:
-                raise UserError(f"--{name} counts epochs and this checkpoint's {counted}: change that one")
+                raise UserError(
+                    f"--{name} counts epochs and this checkpoint's {counted}: change that one"
+                )
             raise UserError(f"--{name} counts epochs and {counted}: give one of them")
 
 
@@ -144,7 +154,9 @@ def check_data(settings: Settings) -> None:
     places = DATASETS[settings.dataset_file].places
     custom = [name for name in CUSTOM_PATHS if getattr(settings, name)]
     if custom and places and custom[0] not in places:
-        raise UserError(f"--{custom[0]} {getattr(settings, custom[0])} is for custom data: add --dataset_file custom")
+        raise UserError(
+            f"--{custom[0]} {getattr(settings, custom[0])} is for custom data: add --dataset_file custom"
+        )
     for name in LABELLED_PATHS if places else ():
         if getattr(settings, name) and name not in places:
             wanted = " ".join(f"--{flag}" for flag in places)
@@ -156,10 +168,16 @@ def check_data(settings: Settings) -> None:
             f"--split_file {settings.split_file} and --filter_pct {settings.filter_pct:g} both say what to train on: "
             "give one of them"
         )
-    sources = [name for name in ("imagenet_path", *LABELLED_PATHS, "train_images") if getattr(settings, name)]
+    sources = [
+        name
+        for name in ("imagenet_path", *LABELLED_PATHS, "train_images")
+        if getattr(settings, name)
+    ]
     trains = not (settings.eval or settings.viz)  # otherwise no unlabelled images are read
     if settings.imagenet_path and len(sources) > 1 and trains:
-        raise UserError(f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them")
+        raise UserError(
+            f"--imagenet_path and --{sources[1]} both name the unlabelled images: give one of them"
+        )
     if settings.script == PRETRAIN and settings.output_dir:
         check_apart(settings.output_dir, settings.imagenet_path or settings.train_images or "")
 
@@ -168,8 +186,12 @@ def check_few_shot(settings: Settings) -> None:
     other_split = ["novel_split"] if settings.novel_split != 1 else []
     given = [name for name in FEW_SHOT if getattr(settings, name)] + other_split
     if given and not settings.few_shot:
-        raise UserError(f"--{given[0]} says nothing without --few_shot: add --few_shot base, novel or all")
-    if other_split and (settings.novel_classes or "voc_path" not in DATASETS[settings.dataset_file].places):
+        raise UserError(
+            f"--{given[0]} says nothing without --few_shot: add --few_shot base, novel or all"
+        )
+    if other_split and (
+        settings.novel_classes or "voc_path" not in DATASETS[settings.dataset_file].places
+    ):
         raise UserError(
             f"--novel_split {settings.novel_split} is a published list of VOC's classes: omit it, and name others by "
             "--novel_classes"
@@ -184,9 +206,14 @@ def check_few_shot(settings: Settings) -> None:
         raise UserError(
             f"--few_shot {settings.few_shot} needs the objects to train on: add --shots K or --few_shot_file PATH"
         )
-    for name, other in (("filter_pct", settings.filter_pct > 0), ("split_file", settings.split_file)):
+    for name, other in (
+        ("filter_pct", settings.filter_pct > 0),
+        ("split_file", settings.split_file),
+    ):
         if drawn and other:
-            raise UserError(f"--{drawn[0]} and --{name} both say what to train on: give one of them")
+            raise UserError(
+                f"--{drawn[0]} and --{name} both say what to train on: give one of them"
+            )
 
 
 def check_readers(settings: Settings) -> None:
@@ -207,7 +234,9 @@ def check_readers(settings: Settings) -> None:
             changed = getattr(settings, name) != flags[name].general_default()
             if changed or (guessed and settings.was_given(name)):
                 able = " or ".join(readers(name, registry))
-                raise UserError(f"--{name} means nothing to --{kind} {chosen}: omit it or use --{kind} {able}")
+                raise UserError(
+                    f"--{name} means nothing to --{kind} {chosen}: omit it or use --{kind} {able}"
+                )
 
 
 def check_has_effect(settings: Settings, defaults: Mapping[str, Any]) -> None:
@@ -220,7 +249,9 @@ def check_has_effect(settings: Settings, defaults: Mapping[str, Any]) -> None:
             continue
         needed, is_read = flag.needs
         if not is_read(values):
-            raise UserError(f"--{name} {values[name]} means nothing without {needed}: add that, or omit --{name}")
+            raise UserError(
+                f"--{name} {values[name]} means nothing without {needed}: add that, or omit --{name}"
+            )
 
 
 def flags_read(settings: Settings) -> set[str]:
@@ -228,7 +259,11 @@ def flags_read(settings: Settings) -> set[str]:
     or datasets read them.
     """
     names = set(flags_of(settings.script))
-    chosen = ((DETECTORS, settings.detector), (PRETEXTS, settings.pretext), (DATASETS, settings.dataset_file))
+    chosen = (
+        (DETECTORS, settings.detector),
+        (PRETEXTS, settings.pretext),
+        (DATASETS, settings.dataset_file),
+    )
     for registry, name in chosen:
         if name:
             names -= set(only_read_by_others(registry, name))

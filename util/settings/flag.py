@@ -71,12 +71,16 @@ class Flag:
 
     def text(self) -> str:
         """The help with all defaults."""
-        text = self.help.replace("{proposals}", names_of(PROPOSALS).replace("file:NAME", "file:PATH"))
+        text = self.help.replace(
+            "{proposals}", names_of(PROPOSALS).replace("file:NAME", "file:PATH")
+        )
         if self.is_switch:
             return text
         changed = _registry_defaults(self)
         general = self.default_help or _shown(self.default)
-        parts = ([general] if general else []) + [f"{name}: {value}" for name, value in changed.items()]
+        parts = ([general] if general else []) + [
+            f"{name}: {value}" for name, value in changed.items()
+        ]
         return f"{text} (default: {'; '.join(parts)})" if parts else text
 
 
@@ -91,7 +95,11 @@ def _registry_defaults(flag: Flag) -> dict[str, str]:
             if entry.defaults.get(flag.name) is not None:
                 by_value.setdefault(_shown(entry.defaults[flag.name]), []).append(name)
     general = _shown(flag.default)
-    return {", ".join(names): value for value, names in by_value.items() if value != general or flag.default_help}
+    return {
+        ", ".join(names): value
+        for value, names in by_value.items()
+        if value != general or flag.default_help
+    }
 
 
 def _shown(value: Any) -> str:

@@ -36,7 +36,9 @@ class Settings:
         try:
             return _own(self._values[name])
         except KeyError:
-            raise AttributeError(f"there is no setting {name}{nearest(name, self._values)}") from None
+            raise AttributeError(
+                f"there is no setting {name}{nearest(name, self._values)}"
+            ) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -78,11 +80,18 @@ class Settings:
             AttributeError: a name that is no setting.
         """
         _check_names(changes, self._values)
-        return Settings(self.script, {**self._values, **changes}, {**self._origins, **dict.fromkeys(changes, GIVEN)})
+        return Settings(
+            self.script,
+            {**self._values, **changes},
+            {**self._origins, **dict.fromkeys(changes, GIVEN)},
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Name -> value with the script, as plain values: for printing, JSON and checkpoints."""
-        return {**{name: _own(value) for name, value in self._values.items()}, "script": self.script}
+        return {
+            **{name: _own(value) for name, value in self._values.items()},
+            "script": self.script,
+        }
 
 
 def _own(value: Any) -> Any:

@@ -12,7 +12,10 @@ from util.settings.registry import PROPOSALS, names_of
 
 STRATEGIES = ("topk", "random", "mc")
 # DETReg's spellings of the same strategies.
-STRATEGY_ALIASES = {"random_sample": "random", **dict.fromkeys(("mc_1", "mc_2", "mc_3", "mc_4"), "mc")}
+STRATEGY_ALIASES = {
+    "random_sample": "random",
+    **dict.fromkeys(("mc_1", "mc_2", "mc_3", "mc_4"), "mc"),
+}
 
 
 def positive(kind: Callable = int) -> Callable:
@@ -60,7 +63,9 @@ def strategy(text: str) -> str:
     if text == "topk_edgebox":
         raise argparse.ArgumentTypeError("topk_edgebox is --strategy topk --proposals edge_boxes")
     if name not in STRATEGIES:
-        raise argparse.ArgumentTypeError(f"{text} is unknown: choose {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}")
+        raise argparse.ArgumentTypeError(
+            f"{text} is unknown: choose {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}"
+        )
     return name
 
 
@@ -71,12 +76,16 @@ def device(text: str) -> str:
     except RuntimeError:
         known = False
     if not known:
-        raise argparse.ArgumentTypeError(f"{text} is no device of this project: use cuda, cuda:N or cpu")
+        raise argparse.ArgumentTypeError(
+            f"{text} is no device of this project: use cuda, cuda:N or cpu"
+        )
     return text
 
 
 def voc_set(text: str) -> str:
     """Year and image list of VOC, such as 2007_trainval."""
     if not re.fullmatch(r"\d{4}_\w+", text):
-        raise argparse.ArgumentTypeError(f"{text} must be a year and a list in ImageSets/Main, such as 2012_trainval")
+        raise argparse.ArgumentTypeError(
+            f"{text} must be a year and a list in ImageSets/Main, such as 2012_trainval"
+        )
     return text

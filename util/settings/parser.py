@@ -16,7 +16,9 @@ class Parser(argparse.ArgumentParser):
     """Refuses unknown flags in one line that names the nearest known one; flags are never abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.spellings: set[str] = set()  # of all flags; before the parent, whose own flags are added there
+        self.spellings: set[str] = (
+            set()
+        )  # of all flags; before the parent, whose own flags are added there
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
         for parent in kwargs.get("parents", ()):
@@ -40,7 +42,9 @@ class Parser(argparse.ArgumentParser):
         if word.endswith(".tar"):
             return f"unknown argument {word}: quote a pattern of tar files, or the shell makes several words of it"
         nearest = difflib.get_close_matches(flag, sorted(self.spellings), n=1, cutoff=0.65)
-        return f"unknown argument {word}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
+        return f"unknown argument {word}" + (
+            f"; did you mean {nearest[0]}?" if nearest else "; see --help"
+        )
 
     def error(self, message: str):
         sys.stderr.write(f"error: {message}\n")
@@ -56,7 +60,12 @@ def make_parser(script: str) -> Parser:
     for name, (takes_value, why) in REFUSED_FLAGS.items():
         nargs = None if takes_value else 0
         parser.add_argument(
-            name, action=_Refuse, why=why, nargs=nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            name,
+            action=_Refuse,
+            why=why,
+            nargs=nargs,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
         )
     parser.spellings |= spellings(script)
     parser.set_defaults(script=script)
@@ -83,10 +92,14 @@ def _spellings(flag: Flag) -> set[str]:
 def _add(group: Any, flag: Flag) -> None:
     """Flags that are not given become None: what they then are, `util.settings.resolving` says."""
     if flag.off:
-        group.add_argument(flag.off, dest=flag.name, action="store_false", default=None, help=flag.text())
+        group.add_argument(
+            flag.off, dest=flag.name, action="store_false", default=None, help=flag.text()
+        )
         return
     if flag.is_switch:
-        group.add_argument(f"--{flag.name}", *flag.aliases, action="store_true", default=None, help=flag.text())
+        group.add_argument(
+            f"--{flag.name}", *flag.aliases, action="store_true", default=None, help=flag.text()
+        )
         return
     options: dict[str, Any] = {"type": flag.type, "help": flag.text()}
     if flag.values is not None:
@@ -134,10 +147,14 @@ def check_right_script(argv: Sequence[str]) -> None:
     """
     flags = {word.split("=")[0] for word in argv}
     pretext = {"--eval"} if "--pretext" in flags else set()  # evaluates a pre-trained model
-    wrong: list[str] = [flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags - pretext]
+    wrong: list[str] = [
+        flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags - pretext
+    ]
     if "--coco_path" in flags and not {"--pretext", "--imagenet_path"} & flags:
         wrong.append("--coco_path without --pretext")
-    for name in ("coco", "voc", "airbus") if "--pretext" not in flags else ():  # DETReg's names of labelled images
+    for name in (
+        ("coco", "voc", "airbus") if "--pretext" not in flags else ()
+    ):  # DETReg's names of labelled images
         if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
             wrong.append(f"--dataset {name} without --pretext")
     if wrong:

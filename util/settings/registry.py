@@ -85,7 +85,14 @@ DETECTORS: dict[str, DetectorEntry] = {
     "deformable_detr": DetectorEntry(
         "models.deformable_detr:build",
         mark=".sampling_offsets.",
-        flags=("num_feature_levels", "with_box_refine", "two_stage", "enc_n_points", "dec_n_points", "ms_deform_attn"),
+        flags=(
+            "num_feature_levels",
+            "with_box_refine",
+            "two_stage",
+            "enc_n_points",
+            "dec_n_points",
+            "ms_deform_attn",
+        ),
         defaults={
             "lr": 2e-4,
             "lr_backbone": 2e-5,
@@ -130,7 +137,13 @@ PRETEXTS: dict[str, PretextEntry] = {
         "models.pretext.region_prior:RegionPrior",
         "datasets.pretext.region_prior:build_region_proposals",
         parts=("feature_embed.",),
-        flags=("strategy", "max_prop", "object_embedding_loss", "object_embedding_coef", "obj_embedding_head"),
+        flags=(
+            "strategy",
+            "max_prop",
+            "object_embedding_loss",
+            "object_embedding_coef",
+            "obj_embedding_head",
+        ),
         defaults={
             "image_size": 480,
             "save_every": 5,
@@ -174,7 +187,9 @@ PRETEXTS: dict[str, PretextEntry] = {
 
 DATASETS: dict[str, DatasetEntry] = {
     "coco": DatasetEntry(
-        "datasets.labelled.coco:build_coco", "datasets.labelled.coco:coco_images", places=("coco_path",)
+        "datasets.labelled.coco:build_coco",
+        "datasets.labelled.coco:coco_images",
+        places=("coco_path",),
     ),
     "voc": DatasetEntry(
         "datasets.labelled.voc:build_voc",
@@ -189,7 +204,9 @@ DATASETS: dict[str, DatasetEntry] = {
         flags=("voc_train", "voc_val"),
         defaults={"voc_train": ["2012_trainval"]},
     ),
-    "airbus_ship": DatasetEntry("datasets.labelled.airbus_ship:build_airbus_ship", places=("airbus_path",)),
+    "airbus_ship": DatasetEntry(
+        "datasets.labelled.airbus_ship:build_airbus_ship", places=("airbus_path",)
+    ),
     "custom": DatasetEntry(
         "datasets.labelled.custom:build_custom",
         "datasets.labelled.custom:custom_images",

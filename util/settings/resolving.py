@@ -22,7 +22,9 @@ BACKBONE_WEIGHT_ALIASES = {"supervised": "imagenet", "random": "none", "": "none
 
 
 def resolve(
-    args: Settings | Namespace | Mapping[str, Any], adopted: Mapping[str, Any] | None = None, script: str | None = None
+    args: Settings | Namespace | Mapping[str, Any],
+    adopted: Mapping[str, Any] | None = None,
+    script: str | None = None,
 ) -> Settings:
     """Settings with a value for every flag. `args` is left as it is; settings that are resolved already come back.
 
@@ -81,7 +83,10 @@ class _Draft:
             self.set(name, value, origin)
 
     def was_given(self, name: str) -> bool:
-        return self.values[name] is not None and self.origins[name] in (frozen.GIVEN, frozen.CHECKPOINT)
+        return self.values[name] is not None and self.origins[name] in (
+            frozen.GIVEN,
+            frozen.CHECKPOINT,
+        )
 
 
 def _fill_defaults(draft: _Draft) -> dict[str, Any]:
@@ -108,7 +113,9 @@ def _fill_defaults(draft: _Draft) -> dict[str, Any]:
 def _fill_device(draft: _Draft) -> None:
     draft.default("device", default_device(), frozen.RULE)
     if not draft.was_given("num_workers"):
-        draft.set("num_workers", min(draft["num_workers"], usable_cores()), draft.origins["num_workers"])
+        draft.set(
+            "num_workers", min(draft["num_workers"], usable_cores()), draft.origins["num_workers"]
+        )
 
 
 def default_device() -> str:
@@ -153,10 +160,14 @@ def _fill_backbone(draft: _Draft) -> None:
     if source not in (None, "none") and (draft["resume"] or draft["eval"]):
         log.info("--backbone_weights %s is not needed: the checkpoint holds the backbone", source)
         source = None
-    has_checkpoint = draft["resume"] not in ("", "auto") or bool(draft["pretrain"]) or bool(draft["eval"])
+    has_checkpoint = (
+        draft["resume"] not in ("", "auto") or bool(draft["pretrain"]) or bool(draft["eval"])
+    )
     if source is None:
         imagenet = draft.script == FINETUNE or draft["backbone"] != "resnet50"
-        draft.set("backbone_weights", "none" if has_checkpoint else "imagenet" if imagenet else "swav")
+        draft.set(
+            "backbone_weights", "none" if has_checkpoint else "imagenet" if imagenet else "swav"
+        )
     else:
         alias = BACKBONE_WEIGHT_ALIASES.get(source, source)
         draft.set("backbone_weights", alias, draft.origins["backbone_weights"])
@@ -164,5 +175,9 @@ def _fill_backbone(draft: _Draft) -> None:
     draft.default("backbone_norm", "frozen" if frozen_norm else "live", frozen.RULE)
     # A backbone that begins with live norms and is not trained any more has to keep their statistics as well.
     trained = not draft["pretrain"] or draft["lr_backbone"] > 0
-    if not trained and draft["backbone_norm"] != "frozen" and draft.origins["backbone_norm"] != frozen.GIVEN:
+    if (
+        not trained
+        and draft["backbone_norm"] != "frozen"
+        and draft.origins["backbone_norm"] != frozen.GIVEN
+    ):
         draft.set("backbone_norm", "frozen")

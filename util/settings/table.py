@@ -23,7 +23,15 @@ from util.settings.kinds import (
 )
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 
-GROUPS = ("run", "optimization", "model", "matching and losses", "data", "pretext", "fine-tuning and evaluation")
+GROUPS = (
+    "run",
+    "optimization",
+    "model",
+    "matching and losses",
+    "data",
+    "pretext",
+    "fine-tuning and evaluation",
+)
 RUN, OPTIMIZATION, MODEL, LOSSES, DATA, PRETEXT, FINETUNING = GROUPS
 
 
@@ -66,8 +74,14 @@ FLAGS: tuple[Flag, ...] = (
             session=True,
         ),
         Flag("overwrite", "replace the files of another run in --output_dir", session=True),
-        Flag("dry_run", "check settings and data, try three steps, estimate time and memory, and stop", session=True),
-        Flag("device", "cuda, cuda:N or cpu", device, default_help="cuda if available", session=True),
+        Flag(
+            "dry_run",
+            "check settings and data, try three steps, estimate time and memory, and stop",
+            session=True,
+        ),
+        Flag(
+            "device", "cuda, cuda:N or cpu", device, default_help="cuda if available", session=True
+        ),
         Flag("seed", "random seed; the rank is added", int, default=42),
         Flag("random_seed", "draw a new random seed for this run; it is stored with the run"),
         Flag(
@@ -100,7 +114,11 @@ FLAGS: tuple[Flag, ...] = (
             metavar="EPOCHS",
         ),
         Flag(
-            "dist_url", "address at which the processes of a distributed run meet", str, default="env://", session=True
+            "dist_url",
+            "address at which the processes of a distributed run meet",
+            str,
+            default="env://",
+            session=True,
         ),
         Flag(
             "reproduce_published",
@@ -110,7 +128,13 @@ FLAGS: tuple[Flag, ...] = (
     *flags_in(
         OPTIMIZATION,
         SCRIPTS,
-        Flag("lr", "learning rate of the transformer and the heads", positive(float), default=1e-4, published=True),
+        Flag(
+            "lr",
+            "learning rate of the transformer and the heads",
+            positive(float),
+            default=1e-4,
+            published=True,
+        ),
         Flag(
             "lr_backbone",
             "learning rate of the backbone; 0 freezes it",
@@ -120,7 +144,13 @@ FLAGS: tuple[Flag, ...] = (
             published=True,
         ),
         Flag("batch_size", "images per process (GPU)", positive(), default=2),
-        Flag("weight_decay", "weight decay of AdamW", at_least_zero(float), default=1e-4, published=True),
+        Flag(
+            "weight_decay",
+            "weight decay of AdamW",
+            at_least_zero(float),
+            default=1e-4,
+            published=True,
+        ),
         Flag(
             "epochs",
             "length of the training",
@@ -186,18 +216,37 @@ FLAGS: tuple[Flag, ...] = (
             "factor of the learning rate for --lr_linear_proj_names",
             positive(float),
             default=0.1,
-            needs=("--lr_linear_proj_names", lambda settings: bool(settings["lr_linear_proj_names"])),
+            needs=(
+                "--lr_linear_proj_names",
+                lambda settings: bool(settings["lr_linear_proj_names"]),
+            ),
         ),
         Flag("sgd", "SGD with momentum 0.9 instead of AdamW"),
         Flag(
-            "clip_max_norm", "clip gradients to this norm; 0 or less: no clipping", finite, default=0.1, published=True
+            "clip_max_norm",
+            "clip gradients to this norm; 0 or less: no clipping",
+            finite,
+            default=0.1,
+            published=True,
         ),
     ),
     *flags_in(
         MODEL,
         SCRIPTS,
-        Flag("detector", "the detector to train", str, values=DETECTORS, default="detr", aliases=("--model",)),
-        Flag("backbone", "resnet18, resnet34, resnet50, resnet101 or timm:NAME", str, default="resnet50"),
+        Flag(
+            "detector",
+            "the detector to train",
+            str,
+            values=DETECTORS,
+            default="detr",
+            aliases=("--model",),
+        ),
+        Flag(
+            "backbone",
+            "resnet18, resnet34, resnet50, resnet101 or timm:NAME",
+            str,
+            default="resnet50",
+        ),
         Flag(
             "backbone_weights",
             "pre-trained weights of the backbone",
@@ -225,7 +274,12 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag("enc_layers", "encoder layers", positive(), default=6),
         Flag("dec_layers", "decoder layers", positive(), default=6),
-        Flag("dim_feedforward", "width of the feed-forward networks in the transformer", positive(), default=2048),
+        Flag(
+            "dim_feedforward",
+            "width of the feed-forward networks in the transformer",
+            positive(),
+            default=2048,
+        ),
         Flag("hidden_dim", "width of the transformer", positive(), default=256),
         Flag("nheads", "attention heads", positive(), default=8),
         Flag("dropout", "dropout in the transformer", float, default=0.1, interval="[0, 1)"),
@@ -264,26 +318,59 @@ FLAGS: tuple[Flag, ...] = (
     *flags_in(
         LOSSES,
         SCRIPTS,
-        Flag("aux_loss", "no auxiliary losses on the earlier decoder layers", default=True, off="--no_aux_loss"),
-        Flag("set_cost_class", "matching: weight of the class cost", at_least_zero(float), default=1.0),
-        Flag("set_cost_bbox", "matching: weight of the L1 box cost", at_least_zero(float), default=5.0),
-        Flag("set_cost_giou", "matching: weight of the generalized IoU cost", at_least_zero(float), default=2.0),
-        Flag("cls_loss_coef", "weight of the classification loss", at_least_zero(float), default=1.0),
+        Flag(
+            "aux_loss",
+            "no auxiliary losses on the earlier decoder layers",
+            default=True,
+            off="--no_aux_loss",
+        ),
+        Flag(
+            "set_cost_class",
+            "matching: weight of the class cost",
+            at_least_zero(float),
+            default=1.0,
+        ),
+        Flag(
+            "set_cost_bbox",
+            "matching: weight of the L1 box cost",
+            at_least_zero(float),
+            default=5.0,
+        ),
+        Flag(
+            "set_cost_giou",
+            "matching: weight of the generalized IoU cost",
+            at_least_zero(float),
+            default=2.0,
+        ),
+        Flag(
+            "cls_loss_coef", "weight of the classification loss", at_least_zero(float), default=1.0
+        ),
         Flag("bbox_loss_coef", "weight of the L1 box loss", at_least_zero(float), default=5.0),
-        Flag("giou_loss_coef", "weight of the generalized IoU loss", at_least_zero(float), default=2.0),
+        Flag(
+            "giou_loss_coef",
+            "weight of the generalized IoU loss",
+            at_least_zero(float),
+            default=2.0,
+        ),
         Flag(
             "eos_coef",
             "weight of the class `no object` in softmax classification",
             positive(float),
             default=0.1,
-            needs=("--classification softmax", lambda settings: settings["classification"] == "softmax"),
+            needs=(
+                "--classification softmax",
+                lambda settings: settings["classification"] == "softmax",
+            ),
         ),
         Flag(
             "focal_alpha",
             "weight of positives in the focal loss",
             finite,
             default=0.25,
-            needs=("--classification focal", lambda settings: settings["classification"] == "focal"),
+            needs=(
+                "--classification focal",
+                lambda settings: settings["classification"] == "focal",
+            ),
         ),
     ),
     *flags_in(
@@ -311,7 +398,9 @@ FLAGS: tuple[Flag, ...] = (
             values=DATASETS,
             default="coco",
         ),
-        Flag("voc_path", "VOCdevkit, with VOC2007 and VOC2012 in it", str, metavar="DIR", data=True),
+        Flag(
+            "voc_path", "VOCdevkit, with VOC2007 and VOC2012 in it", str, metavar="DIR", data=True
+        ),
         Flag(
             "voc_train",
             "VOC: image sets to train on",
@@ -391,7 +480,11 @@ FLAGS: tuple[Flag, ...] = (
             metavar="NAME|file:PATH",
         ),
         Flag(
-            "cache_path", "take proposals from this cache of tools/cache_proposals.py", str, default="", metavar="DIR"
+            "cache_path",
+            "take proposals from this cache of tools/cache_proposals.py",
+            str,
+            default="",
+            metavar="DIR",
         ),
         Flag(
             "strategy",
@@ -415,7 +508,12 @@ FLAGS: tuple[Flag, ...] = (
             default="",
             metavar="FILE",
         ),
-        Flag("num_patches", "query patches per image; must divide --num_queries", positive(), default=10),
+        Flag(
+            "num_patches",
+            "query patches per image; must divide --num_queries",
+            positive(),
+            default=10,
+        ),
         Flag("patch_size", "side of a query patch", positive(), default=128, metavar="PIXELS"),
         Flag(
             "mask_ratio",
@@ -431,7 +529,9 @@ FLAGS: tuple[Flag, ...] = (
             default=1.0,
             needs=(
                 "--feature_recon",
-                lambda settings: settings["pretext"] != "random_query_patch" or bool(settings["feature_recon"]),
+                lambda settings: (
+                    settings["pretext"] != "random_query_patch" or bool(settings["feature_recon"])
+                ),
             ),
         ),
         Flag(
@@ -448,7 +548,13 @@ FLAGS: tuple[Flag, ...] = (
             metavar="FRACTION",
             interval="[0, 0.5)",
         ),
-        Flag("view_iou", "siamese: IoU of the two views", positive(float), default=0.5, interval="(0, 1)"),
+        Flag(
+            "view_iou",
+            "siamese: IoU of the two views",
+            positive(float),
+            default=0.5,
+            interval="(0, 1)",
+        ),
         Flag(
             "view_shrink",
             "siamese: views overlap by exactly --view_iou, not by at least as much",
@@ -465,7 +571,9 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag("feature_recon", "random_query_patch: reconstruct the features of the patches"),
         Flag("fre_cnn", "freeze the backbone"),
-        Flag("query_shuffle", "random_query_patch: assign queries to patches at random in each step"),
+        Flag(
+            "query_shuffle", "random_query_patch: assign queries to patches at random in each step"
+        ),
         Flag(
             "num_classes",
             "classes of the head; region_prior: class 1 is `object`, and 1 class means objectness alone",
@@ -490,7 +598,10 @@ FLAGS: tuple[Flag, ...] = (
             default_help="never",
             metavar="EPOCHS",
         ),
-        Flag("object_embedding_loss", "region_prior: also predict an embedding of each proposal's crop"),
+        Flag(
+            "object_embedding_loss",
+            "region_prior: also predict an embedding of each proposal's crop",
+        ),
         Flag(
             "object_embedding_coef",
             "weight of the object embedding loss",
@@ -573,7 +684,13 @@ FLAGS: tuple[Flag, ...] = (
             values=("base", "novel", "all"),
             data=True,
         ),
-        Flag("shots", "few_shot: K objects of each class, drawn by --seed", positive(), metavar="K", data=True),
+        Flag(
+            "shots",
+            "few_shot: K objects of each class, drawn by --seed",
+            positive(),
+            metavar="K",
+            data=True,
+        ),
         Flag(
             "few_shot_file",
             "few_shot: the objects of a COCO file or subset.json, or with --shots of a published folder of such files",
@@ -606,7 +723,11 @@ FLAGS: tuple[Flag, ...] = (
             default_help="91; voc 20; airbus_ship 1; custom: the number of classes in the annotations",
         ),
         Flag(
-            "classification", "classification loss of the detector", str, values=("softmax", "focal"), default="softmax"
+            "classification",
+            "classification loss of the detector",
+            str,
+            values=("softmax", "focal"),
+            default="softmax",
         ),
         Flag(
             "coco_evaluator",
@@ -621,16 +742,28 @@ FLAGS: tuple[Flag, ...] = (
 # Flags of the published codebases that have no effect, here or there: flag -> (takes a value, why it is refused).
 REFUSED_FLAGS: dict[str, tuple[bool, str]] = {
     "--remove_difficult": (False, "the published code never reads it"),
-    "--world_size": (True, "the launcher says how many processes there are: torchrun --nproc_per_node N"),
+    "--world_size": (
+        True,
+        "the launcher says how many processes there are: torchrun --nproc_per_node N",
+    ),
     "--mask_loss_coef": (True, "this version predicts boxes only, so there is no mask loss"),
     "--dice_loss_coef": (True, "this version predicts boxes only, so there is no mask loss"),
     "--masks": (False, "this version predicts boxes only; train and evaluate without it"),
-    "--frozen_weights": (True, "it trains a mask head on a frozen detector, and this version predicts boxes only"),
-    "--coco_panoptic_path": (True, "this version predicts boxes only; train and evaluate without it"),
+    "--frozen_weights": (
+        True,
+        "it trains a mask head on a frozen detector, and this version predicts boxes only",
+    ),
+    "--coco_panoptic_path": (
+        True,
+        "this version predicts boxes only; train and evaluate without it",
+    ),
     "--position_embedding_scale": (True, "the published code never reads it: the scale is 2 pi"),
     "--filter_num": (True, "the published code never reads it"),
     "--reset_embedding_layer": (True, "the published code never reads it"),
-    "--cache_mode": (False, "image files are not kept in memory; the operating system caches what was read"),
+    "--cache_mode": (
+        False,
+        "image files are not kept in memory; the operating system caches what was read",
+    ),
 }
 
 

@@ -19,7 +19,10 @@ FAST = [name for name in BACKENDS if name != "pycocotools"]
 
 def random_truth(rng: np.random.RandomState) -> dict:
     categories = sorted(rng.choice(np.arange(1, 30), rng.randint(1, 6), replace=False).tolist())
-    images = [{"id": int(i), "width": 300, "height": 250} for i in rng.choice(10**6, rng.randint(1, 8), replace=False)]
+    images = [
+        {"id": int(i), "width": 300, "height": 250}
+        for i in rng.choice(10**6, rng.randint(1, 8), replace=False)
+    ]
     annotations = []
     for image in images:
         for _ in range(rng.choice([0, 1, 3, 12])):
@@ -35,7 +38,11 @@ def random_truth(rng: np.random.RandomState) -> dict:
                     "area": w * h * rng.choice([1, 0.5]),
                 }
             )
-    return {"images": images, "annotations": annotations, "categories": [{"id": c, "name": str(c)} for c in categories]}
+    return {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": c, "name": str(c)} for c in categories],
+    }
 
 
 def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
@@ -43,12 +50,22 @@ def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
     classes = [category["id"] for category in truth["categories"]] + [99]
     results = []
     for image in truth["images"]:
-        mine = [annotation for annotation in truth["annotations"] if annotation["image_id"] == image["id"]]
+        mine = [
+            annotation
+            for annotation in truth["annotations"]
+            if annotation["image_id"] == image["id"]
+        ]
         for _ in range(rng.choice([0, 1, 5, 30, 150])):
-            bbox, label = np.concatenate([rng.rand(2) * 200, rng.rand(2) * 100]), rng.choice(classes)
+            bbox, label = (
+                np.concatenate([rng.rand(2) * 200, rng.rand(2) * 100]),
+                rng.choice(classes),
+            )
             if mine and rng.rand() < 0.6:
                 near = mine[rng.randint(len(mine))]
-                bbox, label = np.array(near["bbox"]) + rng.randn(4) * rng.choice([0, 1, 5]), near["category_id"]
+                bbox, label = (
+                    np.array(near["bbox"]) + rng.randn(4) * rng.choice([0, 1, 5]),
+                    near["category_id"],
+                )
             bbox[2:] = bbox[2:].clip(0)
             results.append(
                 {
@@ -80,8 +97,16 @@ def test_what_training_takes_is_evaluated(backend: str) -> None:
     expected = summary(plain, results, backend)
     assert expected["stats"][0] == pytest.approx(1)
     for odd in ({"area": "large"}, {"area": None}, {"iscrowd": None}, {"iscrowd": False}):
-        assert summary({**plain, "annotations": [{**plain["annotations"][0], **odd}]}, results, backend) == expected
-    assert summary({**plain, "images": [{"id": 1, "width": None, "height": None}]}, results, backend) == expected
+        assert (
+            summary(
+                {**plain, "annotations": [{**plain["annotations"][0], **odd}]}, results, backend
+            )
+            == expected
+        )
+    assert (
+        summary({**plain, "images": [{"id": 1, "width": None, "height": None}]}, results, backend)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -92,7 +117,9 @@ def test_backend_equals_pycocotools(backend: str) -> None:
         truth = random_truth(rng)
         results = random_detections(rng, truth)
         expected, actual = summary(truth, results, "pycocotools"), summary(truth, results, backend)
-        np.testing.assert_allclose(actual["stats"], expected["stats"], rtol=0, atol=1e-9, err_msg=f"seed {seed}")
+        np.testing.assert_allclose(
+            actual["stats"], expected["stats"], rtol=0, atol=1e-9, err_msg=f"seed {seed}"
+        )
         for row, known in zip(actual["per_class"], expected["per_class"], strict=True):
             assert row == {
                 name: value if isinstance(value, str) else pytest.approx(value, abs=1e-9)
@@ -103,31 +130,48 @@ def test_backend_equals_pycocotools(backend: str) -> None:
 def simple_truth(**annotation) -> dict:
     return {
         "images": [{"id": 5, "width": 100, "height": 100}, {"id": 6, "width": 100, "height": 100}],
-        "annotations": [{"id": 0, "image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], **annotation}],
+        "annotations": [
+            {"id": 0, "image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], **annotation}
+        ],
         "categories": [{"id": 2, "name": "cat"}, {"id": 4, "name": "dog"}],
     }
 
 
 def exact_hit() -> dict[str, torch.Tensor]:
-    return {"boxes": torch.tensor([[10.0, 10, 60, 60]]), "scores": torch.tensor([0.9]), "labels": torch.tensor([2])}
+    return {
+        "boxes": torch.tensor([[10.0, 10, 60, 60]]),
+        "scores": torch.tensor([0.9]),
+        "labels": torch.tensor([2]),
+    }
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "pycocotools"] + ["auto"])
-def test_exact_detection_without_area_and_iscrowd(backend: str, capfd: pytest.CaptureFixture) -> None:
+def test_exact_detection_without_area_and_iscrowd(
+    backend: str, capfd: pytest.CaptureFixture
+) -> None:
     evaluator = CocoEvaluator(ground_truth_of(simple_truth()), backend)
     evaluator.update({5: exact_hit()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
     assert result["stats"][3:6] == pytest.approx([-1, 1, -1])
     assert result["per_class"] == [
-        {"id": 2, "name": "cat", "objects": 1, **dict.fromkeys(("AP", "AP50", "AP75"), pytest.approx(1))}
+        {
+            "id": 2,
+            "name": "cat",
+            "objects": 1,
+            **dict.fromkeys(("AP", "AP50", "AP75"), pytest.approx(1)),
+        }
     ]
     assert capfd.readouterr().out == ""
 
 
 def test_no_detection_gives_zeros_where_there_is_truth() -> None:
     evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
-    none = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
+    none = {
+        "boxes": torch.zeros(0, 4),
+        "scores": torch.zeros(0),
+        "labels": torch.zeros(0, dtype=torch.int64),
+    }
     for predictions in ({}, {5: none}, {6: {**exact_hit(), "labels": torch.tensor([77])}}):
         evaluator.update(predictions)
         row = {"id": 2, "name": "cat", "objects": 1, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
@@ -149,7 +193,10 @@ def test_no_detection_is_as_in_pycocotools() -> None:
         evaluator = CocoEvaluator(ground_truth_of(truth))
         truth_api, none = COCO(), COCO()
         for api, annotations in ((truth_api, evaluator.ground_truth["annotations"]), (none, [])):
-            api.dataset = {**evaluator.ground_truth, "annotations": [dict(annotation) for annotation in annotations]}
+            api.dataset = {
+                **evaluator.ground_truth,
+                "annotations": [dict(annotation) for annotation in annotations],
+            }
             api.createIndex()
         reference = COCOeval(truth_api, none, "bbox")
         reference.evaluate()
@@ -159,14 +206,21 @@ def test_no_detection_is_as_in_pycocotools() -> None:
         assert result["stats"] == reference.stats.tolist(), truth
         known = (reference.eval["precision"][:, :, :, 0, 2] > -1).any((0, 1))
         found = {row["id"]: row["AP"] for row in result["per_class"]}
-        assert found == {label: 0.0 for label, has in zip(reference.params.catIds, known, strict=True) if has}
+        assert found == {
+            label: 0.0 for label, has in zip(reference.params.catIds, known, strict=True) if has
+        }
 
 
 def test_results_are_coco_results() -> None:
     evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
     evaluator.update({5: exact_hit()})
     (result,) = evaluator.results()
-    assert result == {"image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], "score": pytest.approx(0.9)}
+    assert result == {
+        "image_id": 5,
+        "category_id": 2,
+        "bbox": [10, 10, 50, 50],
+        "score": pytest.approx(0.9),
+    }
 
 
 def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +228,9 @@ def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPa
     evaluator.update({5: exact_hit()})
     other = CocoEvaluator(ground_truth_of(simple_truth()))
     other.update({5: exact_hit(), 6: exact_hit()})
-    monkeypatch.setattr(detections_module, "all_gather_object", lambda mine: [mine, other._detections])
+    monkeypatch.setattr(
+        detections_module, "all_gather_object", lambda mine: [mine, other._detections]
+    )
     evaluator.synchronize_between_processes()
     assert [result["image_id"] for result in evaluator.results()] == [5, 6]
 
@@ -227,7 +283,9 @@ def test_of_a_sound_file_nothing_is_left_out() -> None:
     for seed in range(6):
         truth = random_truth(np.random.RandomState(seed))
         kept = ground_truth_of(truth)["annotations"]
-        assert [(a["bbox"], a["area"]) for a in kept] == [(a["bbox"], a["area"]) for a in truth["annotations"]]
+        assert [(a["bbox"], a["area"]) for a in kept] == [
+            (a["bbox"], a["area"]) for a in truth["annotations"]
+        ]
     assert len(ground_truth_of(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5]))["annotations"]) == 1
 
 
@@ -239,7 +297,9 @@ def test_errors_name_the_cause() -> None:
 
 
 def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None)
+    monkeypatch.setattr(
+        coco_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None
+    )
     coco_module._log_choice.cache_clear()
     with logged() as lines:
         assert [choose_backend("auto") for _ in range(3)] == ["pycocotools"] * 3

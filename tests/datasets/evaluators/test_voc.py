@@ -19,7 +19,9 @@ from datasets.labelled.annotations import Annotations, from_columns
 BOX, FAR = (10.0, 10.0, 30.0, 30.0), (60.0, 60.0, 90.0, 90.0)
 
 
-def truth(*objects: tuple, images: int = 3, classes: tuple[str, ...] = ("cat", "dog")) -> Annotations:
+def truth(
+    *objects: tuple, images: int = 3, classes: tuple[str, ...] = ("cat", "dog")
+) -> Annotations:
     """objects: (image id, label, box) or (image id, label, box, difficult)."""
     padded = [(*item, False)[:4] for item in objects]
     columns = {
@@ -72,9 +74,19 @@ def moved(box: tuple, pixels: float) -> tuple:
 
 def test_the_truth_is_perfect_and_nothing_is_zero() -> None:
     annotations = truth((1, 0, BOX), (1, 1, FAR), (2, 0, FAR))
-    summary = evaluated(annotations, (1, 0, BOX, 0.5), (1, 1, FAR, 0.1), (2, 0, FAR, 0.9)).summarize()
-    assert summary["stats"] == summary["voc_11point"] == summary["voc_area"] == pytest.approx([1, 1, 1])
-    assert [(row["id"], row["name"], row["objects"]) for row in summary["per_class"]] == [(0, "cat", 2), (1, "dog", 1)]
+    summary = evaluated(
+        annotations, (1, 0, BOX, 0.5), (1, 1, FAR, 0.1), (2, 0, FAR, 0.9)
+    ).summarize()
+    assert (
+        summary["stats"]
+        == summary["voc_11point"]
+        == summary["voc_area"]
+        == pytest.approx([1, 1, 1])
+    )
+    assert [(row["id"], row["name"], row["objects"]) for row in summary["per_class"]] == [
+        (0, "cat", 2),
+        (1, "dog", 1),
+    ]
     assert evaluated(annotations).summarize()["stats"] == [0, 0, 0]
     assert evaluated(truth(), (1, 0, BOX, 0.5)).summarize() == {
         "stats": [-1] * 3,
@@ -90,7 +102,9 @@ def test_both_metrics_by_hand() -> None:
     evaluator = evaluated(annotations, (1, 0, BOX, 0.9), (3, 0, BOX, 0.8), (2, 0, BOX, 0.7))
     assert ap50(evaluator, "area") == pytest.approx(0.5 + 0.5 * 2 / 3)
     assert ap50(evaluator, "11point") == pytest.approx((6 + 5 * 2 / 3) / 11)
-    assert evaluated(annotations, (1, 0, BOX, 0.9), metric="area").summarize()["stats"][1] == pytest.approx(0.5)
+    assert evaluated(annotations, (1, 0, BOX, 0.9), metric="area").summarize()["stats"][
+        1
+    ] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("right", "total"), [(3, 10), (6, 10), (7, 10)])
@@ -110,9 +124,13 @@ def test_a_second_detection_is_wrong() -> None:
 
 def test_difficult_objects_are_neither_missed_nor_found() -> None:
     annotations = truth((1, 0, BOX), (1, 0, FAR, True), (2, 1, BOX, True))
-    assert ap50(evaluated(annotations, (1, 0, BOX, 0.5))) == pytest.approx(1), "not found, not missed"
+    assert ap50(evaluated(annotations, (1, 0, BOX, 0.5))) == pytest.approx(1), (
+        "not found, not missed"
+    )
     hits = [(1, 0, FAR, 0.9), (1, 0, moved(FAR, 1), 0.8), (1, 0, BOX, 0.5)]
-    assert ap50(evaluated(annotations, *hits)) == pytest.approx(1), "found twice, neither right nor wrong"
+    assert ap50(evaluated(annotations, *hits)) == pytest.approx(1), (
+        "found twice, neither right nor wrong"
+    )
     assert [row["id"] for row in evaluated(annotations, *hits).summarize()["per_class"]] == [0], (
         "a class of difficult objects has no AP"
     )
@@ -142,8 +160,12 @@ def test_no_rounding_unless_published() -> None:
     found = [(1, 0, FAR, 0.9001), (1, 0, BOX, 0.9004)]
     assert ap50(evaluated(annotations, *found)) == pytest.approx(1)
     assert ap50(evaluated(annotations, *found, reproduce_published=True)) == pytest.approx(0.5)
-    evaluator = evaluated(annotations, (1, 0, (10.04, 10.06, 30.04, 30.06), 0.12345), reproduce_published=True)
-    assert evaluator._comparable_rows()[0, 1:6].tolist() == pytest.approx([10.0, 10.1, 30.0, 30.1, 0.123])
+    evaluator = evaluated(
+        annotations, (1, 0, (10.04, 10.06, 30.04, 30.06), 0.12345), reproduce_published=True
+    )
+    assert evaluator._comparable_rows()[0, 1:6].tolist() == pytest.approx(
+        [10.0, 10.1, 30.0, 30.1, 0.123]
+    )
     assert evaluator.rows()[0, 1:6].tolist() == [10.04, 10.06, 30.04, 30.06, 0.12345]
 
 
@@ -157,7 +179,10 @@ def random_case(seed: int) -> tuple[Annotations, list[tuple]]:
         low = rng.randint(0, 40, 2)
         return np.concatenate([low, low + rng.randint(5, 40, 2)]).astype(float)
 
-    objects = [(rng.randint(1, 6), rng.randint(2), tuple(box()), rng.rand() < 0.2) for _ in range(rng.randint(0, 25))]
+    objects = [
+        (rng.randint(1, 6), rng.randint(2), tuple(box()), rng.rand() < 0.2)
+        for _ in range(rng.randint(0, 25))
+    ]
     found = []
     for _ in range(60):
         image, label, place = rng.randint(1, 6), rng.randint(2), box()
@@ -169,7 +194,9 @@ def random_case(seed: int) -> tuple[Annotations, list[tuple]]:
     return truth(*objects, images=5), found
 
 
-def plainly(objects: list[tuple], found: list[tuple], threshold: float) -> tuple[list[float], list[float]]:
+def plainly(
+    objects: list[tuple], found: list[tuple], threshold: float
+) -> tuple[list[float], list[float]]:
     """Recall and precision as the devkit goes through detections, one by one. objects: (image, box, difficult) of one
     class.
     """
@@ -200,12 +227,18 @@ def test_equals_a_plain_implementation(seed: int) -> None:
     image_of = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
     for label in (0, 1):
         mine = np.flatnonzero(annotations.labels == label)
-        objects = [(image_of[i], annotations.boxes_xyxy_abs[i].astype(float), annotations.difficult[i]) for i in mine]
+        objects = [
+            (image_of[i], annotations.boxes_xyxy_abs[i].astype(float), annotations.difficult[i])
+            for i in mine
+        ]
         assert (label in tables) == any(not difficult for *_, difficult in objects)
         for k, threshold in enumerate(THRESHOLDS) if label in tables else ():
-            recall, precision = plainly(objects, [item for item in found if item[1] == label], threshold)
+            recall, precision = plainly(
+                objects, [item for item in found if item[1] == label], threshold
+            )
             points = [
-                max((p for p, r in zip(precision, recall, strict=True) if r >= k / 10), default=0.0) for k in range(11)
+                max((p for p, r in zip(precision, recall, strict=True) if r >= k / 10), default=0.0)
+                for k in range(11)
             ]
             assert tables[label]["11point"][k] == pytest.approx(np.mean(points), abs=1e-12)
             steps = np.diff([0.0, *recall])
@@ -230,9 +263,12 @@ def test_several_processes_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:
     annotations, found = random_case(3)
     single = evaluated(annotations, *found).summarize()
     parts = [
-        evaluated(annotations, *[item for item in found if item[0] in images]) for images in ((1, 3, 5), (2, 3, 4))
+        evaluated(annotations, *[item for item in found if item[0] in images])
+        for images in ((1, 3, 5), (2, 3, 4))
     ]
-    monkeypatch.setattr(detections_module, "all_gather_object", lambda mine: [part._detections for part in parts])
+    monkeypatch.setattr(
+        detections_module, "all_gather_object", lambda mine: [part._detections for part in parts]
+    )
     for part in parts:
         part.synchronize_between_processes()
     assert [part.summarize() for part in parts] == [single, single]
@@ -250,11 +286,31 @@ def test_results_are_cocos_results() -> None:
 
 def test_a_table_has_ids_and_names_together() -> None:
     def row(number: int, ap: float) -> dict:
-        return {"id": number, "name": f"kind {number}", "objects": 10 * number, "AP": ap, "AP50": ap, "AP75": ap}
+        return {
+            "id": number,
+            "name": f"kind {number}",
+            "objects": 10 * number,
+            "AP": ap,
+            "AP50": ap,
+            "AP75": ap,
+        }
 
     few = class_table([row(1, 0.25), row(7, 0.5), row(40, 1.0)]).splitlines()
     assert few[0] == "AP, AP50 and objects of each class:"
-    assert few[1].split()[:12] == ["1", "kind", "1", "0.250", "0.250", "10", "7", "kind", "7", "0.500", "0.500", "70"]
+    assert few[1].split()[:12] == [
+        "1",
+        "kind",
+        "1",
+        "0.250",
+        "0.250",
+        "10",
+        "7",
+        "kind",
+        "7",
+        "0.500",
+        "0.500",
+        "70",
+    ]
     coco = class_table([row(i, 0.5) for i in range(1, 81)]).splitlines()
     assert len(coco) == 1 + 27, "all of COCO's classes, three a line"
     assert max(map(len, coco)) <= 140

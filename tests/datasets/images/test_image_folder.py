@@ -133,7 +133,17 @@ def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
 
 
 def test_known_extensions() -> None:
-    assert {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"} <= image_extensions()
+    assert {
+        ".jpg",
+        ".jpeg",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".gif",
+        ".ppm",
+    } <= image_extensions()
     assert not {".mpg", ".pdf", ".h5", ".txt"} & image_extensions()
 
 
@@ -177,7 +187,9 @@ def test_tiff_files_are_turned_and_the_checker_knows(tmp_path: Path) -> None:
 
 def test_floating_point_pixels_are_bad(tmp_path: Path) -> None:
     for name, scale in (("dark.tif", 1), ("bright.tif", 1e6)):
-        Image.fromarray(np.random.RandomState(0).rand(30, 40).astype(np.float32) * scale).save(tmp_path / name)
+        Image.fromarray(np.random.RandomState(0).rand(30, 40).astype(np.float32) * scale).save(
+            tmp_path / name
+        )
         with pytest.raises(BadImageError, match="floating-point pixels; save it as 8 or 16 bit"):
             read_image(str(tmp_path / name))
         assert inspect_image(str(tmp_path / name)).error.startswith("floating-point pixels")
@@ -186,7 +198,9 @@ def test_floating_point_pixels_are_bad(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "gif", "bmp", "tif"])
 def test_truncated_images_raise(tmp_path: Path, extension: str) -> None:
     buffer = io.BytesIO()
-    picture(width=200, height=200).save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(extension, extension))
+    picture(width=200, height=200).save(
+        buffer, {"jpg": "jpeg", "tif": "tiff"}.get(extension, extension)
+    )
     path = tmp_path / f"half.{extension}"
     path.write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
     with pytest.raises(BadImageError):
@@ -222,7 +236,11 @@ def test_what_pillow_does_not_implement_is_a_bad_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(AttributeError("first\nsecond"), BadImageError), (RuntimeError(), BadImageError), (MemoryError(), MemoryError)],
+    [
+        (AttributeError("first\nsecond"), BadImageError),
+        (RuntimeError(), BadImageError),
+        (MemoryError(), MemoryError),
+    ],
 )
 def test_any_error_of_decoding_but_want_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type
@@ -263,19 +281,29 @@ def test_query_patches_sample(tmp_path: Path) -> None:
     assert torch.equal(image, again)
     assert all(torch.equal(target[key], same[key]) for key in target)
     assert not torch.equal(target["boxes"], dataset[(1, 1)][1]["boxes"])
-    assert not torch.equal(target["boxes"], build_dataset("train", pretext_args(tmp_path, seed=4))[(0, 1)][1]["boxes"])
+    assert not torch.equal(
+        target["boxes"], build_dataset("train", pretext_args(tmp_path, seed=4))[(0, 1)][1]["boxes"]
+    )
 
 
 def test_patches_are_cut_from_the_original_image(tmp_path: Path) -> None:
     """A held-out patch is the box's region: with patches as large as the region, pixel for pixel."""
     save(tmp_path / "one.png", width=200, height=100)
-    dataset = build_dataset("val", pretext_args(tmp_path, num_patches=1, image_size=100, max_size=200))
+    dataset = build_dataset(
+        "val", pretext_args(tmp_path, num_patches=1, image_size=100, max_size=200)
+    )
     image, target = dataset[0]
     cx, cy, w, h = (target["boxes"][0] * torch.tensor([200, 100, 200, 100])).tolist()
     x0, y0, x1, y1 = (round(v) for v in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
     assert image.shape == (3, 100, 200)
-    expected = Image.open(tmp_path / "one.png").crop((x0, y0, x1, y1)).resize((24, 24), Image.Resampling.BILINEAR)
-    difference = target["patches"][0].permute(1, 2, 0).numpy().astype(int) - np.asarray(expected).astype(int)
+    expected = (
+        Image.open(tmp_path / "one.png")
+        .crop((x0, y0, x1, y1))
+        .resize((24, 24), Image.Resampling.BILINEAR)
+    )
+    difference = target["patches"][0].permute(1, 2, 0).numpy().astype(int) - np.asarray(
+        expected
+    ).astype(int)
     assert np.abs(difference).max() <= 1
 
 
@@ -295,7 +323,9 @@ def test_unknown_names_list_the_choices(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     with pytest.raises(UserError, match="--proposals nonsense is unknown: choose one of random"):
         build_dataset("train", pretext_args(tmp_path, proposals="nonsense"))
-    with pytest.raises(UserError, match="--pretext nonsense is unknown: choose one of random_query_patch"):
+    with pytest.raises(
+        UserError, match="--pretext nonsense is unknown: choose one of random_query_patch"
+    ):
         build_dataset("train", pretext_args(tmp_path, pretext="nonsense"))
     with pytest.raises(UserError, match="--imagenet_path"):
         build_dataset("train", pretext_args(tmp_path, imagenet_path=None))
@@ -324,5 +354,7 @@ def test_too_many_bad_images_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     dataset = build_dataset("train", pretext_args(tmp_path))
     assert len(dataset[0][1]["problems"]) == 6
     monkeypatch.setattr(sample_module, "MAX_BAD_IN_A_ROW", 5)
-    with pytest.raises(UserError, match=r"5 images in a row can't be used, the first is .*0\.png: can't be decoded"):
+    with pytest.raises(
+        UserError, match=r"5 images in a row can't be used, the first is .*0\.png: can't be decoded"
+    ):
         dataset[0]

@@ -29,7 +29,14 @@ def found(root: Path) -> tuple[list[str], list[str], int]:
 
 def test_a_folder_is_listed_in_the_order_of_the_names(tmp_path: Path) -> None:
     """The numbers of the images, and so resumed runs, rest on it."""
-    names = ["a-b/1.png", "a/2.PNG", "a/deep/er/3.jpg", "a.jpg", "ümläut/4.png", os.fsdecode(b"\xff/5.png")]
+    names = [
+        "a-b/1.png",
+        "a/2.PNG",
+        "a/deep/er/3.jpg",
+        "a.jpg",
+        "ümläut/4.png",
+        os.fsdecode(b"\xff/5.png"),
+    ]
     root = touch(tmp_path / "images", *names, "notes.txt", "a/._1.png", "x.tar")
     assert found(root) == (sorted(names), ["x.tar"], 3)
 
@@ -69,7 +76,10 @@ def objects_in(root: object) -> int:
 
 def annotations_of(images: int, boxes: int = 7, **more: object) -> dict:
     return {
-        "images": [{"id": i, "file_name": f"{i:012d}.jpg", "height": 48, "width": 64} for i in range(images)],
+        "images": [
+            {"id": i, "file_name": f"{i:012d}.jpg", "height": 48, "width": 64}
+            for i in range(images)
+        ],
         "annotations": [
             {
                 "id": k + 1,
@@ -102,7 +112,10 @@ def test_images_of_folders_and_tar_files_hold_no_object_for_an_image(
     counts = []
     for images in (10, 500):
         root = touch(tmp_path / f"images{images}", *(f"a.tar/{i:04d}.png" for i in range(images)))
-        folder, inside = ImageFolder(str(root)), ImageFolder(str(pack(root, tmp_path / f"shards{images}")))
+        folder, inside = (
+            ImageFolder(str(root)),
+            ImageFolder(str(pack(root, tmp_path / f"shards{images}"))),
+        )
         counts.append([objects_in(folder), objects_in(inside)])
         assert len(pickle.dumps(folder)) < 400 + 30 * images
         assert len(pickle.dumps(inside)) < 1500 + 45 * images
@@ -138,7 +151,9 @@ def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
     content = annotations_of(3, segmentation=polygons)
     content["categories"][0]["name"] = '"segmentation": [1, 2]'
     content["images"][0]["file_name"] = 'segmentation": [.jpg'
-    for i, form in enumerate(({}, {"indent": 1}, {"separators": (",", ":")}, {"ensure_ascii": False})):
+    for i, form in enumerate(
+        ({}, {"indent": 1}, {"separators": (",", ":")}, {"ensure_ascii": False})
+    ):
         (tmp_path / f"{i}.json").write_text(json.dumps(content, **form))
         read = read_json(str(tmp_path / f"{i}.json"))
         expected = [] if isinstance(polygons, list) else polygons
@@ -147,7 +162,10 @@ def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
         assert read == {**content, "annotations": plain["annotations"]}
     for encoding in ("utf-16", "utf-8-sig"):
         (tmp_path / "other.json").write_text(json.dumps(content), encoding=encoding)
-        assert read_coco(str(tmp_path / "other.json")).fingerprint() == parse_coco(content, "made").fingerprint()
+        assert (
+            read_coco(str(tmp_path / "other.json")).fingerprint()
+            == parse_coco(content, "made").fingerprint()
+        )
 
 
 def test_a_message_counts_bytes_as_the_file_does(tmp_path: Path) -> None:

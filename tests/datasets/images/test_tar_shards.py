@@ -41,7 +41,9 @@ from util.settings import PRETRAIN, make_parser, resolve
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders with the names of tar files, so that names and order are those of images in tar files."""
     root = tmp_path_factory.mktemp("data") / "folders"
-    for i, name in enumerate(["b.tar/0.png", "b.tar/deep/1.png", "a.tar/2.png", "a.tar/3.png", "a.tar-1.tar/4.png"]):
+    for i, name in enumerate(
+        ["b.tar/0.png", "b.tar/deep/1.png", "a.tar/2.png", "a.tar/3.png", "a.tar-1.tar/4.png"]
+    ):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(i, 66 + 4 * i, 80)[0]).save(path)
@@ -54,13 +56,24 @@ def shards(folders: Path) -> Path:
 
 
 def dataset_of(root: Path, pretext: str, proposals: str = "random") -> SampleDataset:
-    flags = ["--pretext", pretext, "--proposals", proposals, "--imagenet_path", str(root), "--patch_size", "32"]
+    flags = [
+        "--pretext",
+        pretext,
+        "--proposals",
+        proposals,
+        "--imagenet_path",
+        str(root),
+        "--patch_size",
+        "32",
+    ]
     flags += ["--max_prop", "5"] if pretext == "region_prior" else ["--num_patches", "5"]
     return build_dataset("train", resolve(make_parser(PRETRAIN).parse_args([*RUN_FLAGS, *flags])))
 
 
 @pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior", "siamese"])
-def test_samples_of_tar_files_are_those_of_folders(pretext: str, folders: Path, shards: Path) -> None:
+def test_samples_of_tar_files_are_those_of_folders(
+    pretext: str, folders: Path, shards: Path
+) -> None:
     """Names, order, pixels and every random draw."""
     inside, beside = dataset_of(shards, pretext), dataset_of(folders, pretext)
     assert inside.fingerprint() == beside.fingerprint()
@@ -75,7 +88,8 @@ def test_samples_of_tar_files_are_those_of_folders(pretext: str, folders: Path, 
 def test_worker_processes_read_tar_files(folders: Path, shards: Path) -> None:
     args = tiny_args(PRETRAIN, "--num_workers", "2", "--batch_size", "2")
     batches = [
-        list(build_loader(dataset_of(root, "random_query_patch"), args, train=True)) for root in (shards, folders)
+        list(build_loader(dataset_of(root, "random_query_patch"), args, train=True))
+        for root in (shards, folders)
     ]
     for ours, theirs in zip(*batches, strict=True):
         assert torch.equal(ours[0].tensors, theirs[0].tensors)
@@ -101,8 +115,13 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "twice.PNG"
         tar.addfile(link)
     images = ImageFolder(str(tmp_path / "x.tar"))
-    assert [images.name(i) for i in range(len(images))] == ["x.tar/" + "long/" * 30 + "a.png", "x.tar/twice.PNG"]
-    assert torch.equal(read_image(images.file(1)), read_image(str(two))), "the last one, as if it were unpacked"
+    assert [images.name(i) for i in range(len(images))] == [
+        "x.tar/" + "long/" * 30 + "a.png",
+        "x.tar/twice.PNG",
+    ]
+    assert torch.equal(read_image(images.file(1)), read_image(str(two))), (
+        "the last one, as if it were unpacked"
+    )
     assert images.path(1) == str(tmp_path / "x.tar" / "twice.PNG")
     assert images.skipped == 3
 
@@ -120,11 +139,23 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
         ("v*.tar", None),
     ],
 )
-def test_patterns(pattern: str, expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    touch(tmp_path, "t-00.tar", "t-01.tar", "t-02.tar", "u-00.tar", "u-01.tar", "deep/00.tar", "deep/01.tar")
+def test_patterns(
+    pattern: str, expected: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(
+        tmp_path,
+        "t-00.tar",
+        "t-01.tar",
+        "t-02.tar",
+        "u-00.tar",
+        "u-01.tar",
+        "deep/00.tar",
+        "deep/01.tar",
+    )
     if expected is None:
         with pytest.raises(
-            UserError, match=r"(t-03|t-8|v\*).tar does not exist: give a pattern of tar files that are there, or their"
+            UserError,
+            match=r"(t-03|t-8|v\*).tar does not exist: give a pattern of tar files that are there, or their",
         ):
             tar_shards.expand(str(tmp_path / pattern))
         return
@@ -176,7 +207,10 @@ def with_garbage(content: bytes) -> bytes:
             lambda content: content[: end_of_members(content)],
             r"x.tar lacks the end mark of tar files.*truncate -s \+1024",
         ),
-        (lambda content: content[: end_of_members(content) + 100], "x.tar lacks the end mark of tar files"),
+        (
+            lambda content: content[: end_of_members(content) + 100],
+            "x.tar lacks the end mark of tar files",
+        ),
         (with_garbage, r"x.tar is damaged: there is no header at byte \d+"),
         (lambda content: b"", "x.tar is not a whole tar file"),
         (lambda content: b"text " * 300, "x.tar is not a whole tar file"),
@@ -198,7 +232,9 @@ def test_compressed_and_missing_tar_files(shards: Path, tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "x.tar.gz"):
         with pytest.raises(UserError, match=r"x.tar.gz is compressed \(gzip\)"):
             ImageFolder(str(place))
-    with pytest.raises(UserError, match="none.tar does not exist: give a folder of images or of tar files"):
+    with pytest.raises(
+        UserError, match="none.tar does not exist: give a folder of images or of tar files"
+    ):
         ImageFolder(str(tmp_path / "none.tar"))
 
 
@@ -215,7 +251,9 @@ def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> No
     path = shutil.copy(shards / "a.tar", tmp_path)
     image = ImageFolder(path).file(1)
     os.truncate(path, image.offset + 100)
-    with pytest.raises(BadImageError, match=r"a.tar ends before it: it has changed since the start"):
+    with pytest.raises(
+        BadImageError, match=r"a.tar ends before it: it has changed since the start"
+    ):
         read_image(image)
     os.unlink(path)
     with pytest.raises(BadImageError, match=r"a.tar can't be read \(no such file"):
@@ -231,8 +269,12 @@ def test_stop_in_mid_epoch_over_tar_files(
     stop_after(monkeypatch, 8)
     with pytest.raises(StopRequested, match="epoch 2, after batch 3 of 5"):
         pre_train("--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags)
-    pre_train("--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto")
-    whole, ours = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped"))
+    pre_train(
+        "--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto"
+    )
+    whole, ours = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")
+    )
     assert_same(ours["model"], whole["model"])
     assert_same(ours["optimizer"], whole["optimizer"])
     assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
@@ -243,37 +285,63 @@ def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_pat
     names = [str(path.relative_to(folders)) for path in folders.rglob("*.png")]
     content = {
         "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
-        "annotations": [{"image_id": i, "bbox": [4 * i, 5, 20, 30 - k]} for i in range(len(names)) for k in range(4)],
+        "annotations": [
+            {"image_id": i, "bbox": [4 * i, 5, 20, 30 - k]}
+            for i in range(len(names))
+            for k in range(4)
+        ],
     }
     (tmp_path / "boxes.json").write_text(json.dumps(content))
     stores = []
     for place in (shards, folders, shards / "*.tar"):
-        words = ["--images", str(place), "--output_dir", str(tmp_path / f"store{len(stores)}"), "--num_workers", "0"]
-        cache_proposals.main(cache_proposals.parse([*words, "--proposals", f"file:{tmp_path / 'boxes.json'}"]))
+        words = [
+            "--images",
+            str(place),
+            "--output_dir",
+            str(tmp_path / f"store{len(stores)}"),
+            "--num_workers",
+            "0",
+        ]
+        cache_proposals.main(
+            cache_proposals.parse([*words, "--proposals", f"file:{tmp_path / 'boxes.json'}"])
+        )
         cache_proposals.main(cache_proposals.parse([*words, "--check"]))
         stores.append(ProposalStore(tmp_path / f"store{len(stores)}"))
     for other in stores[1:]:
         for part in ("offsets", "boxes", "sizes_hw", "file_bytes", "file_crc32"):
             assert np.array_equal(getattr(stores[0], part), getattr(other, part)), part
         assert list(stores[0].names) == list(other.names)
-    inside, beside = (dataset_of(root, "region_prior", f"file:{stores[0].folder}") for root in (shards, folders))
+    inside, beside = (
+        dataset_of(root, "region_prior", f"file:{stores[0].folder}") for root in (shards, folders)
+    )
     assert_same(inside[0, 1], beside[0, 1])
 
     changed = tmp_path / "changed"
     shutil.copytree(shards, changed)
     shutil.copy(shards / "a.tar", changed / "b.tar")
-    with pytest.raises(UserError, match=r"2 of 5 images differ from those .* the first is b.tar/0.png"):
+    with pytest.raises(
+        UserError, match=r"2 of 5 images differ from those .* the first is b.tar/0.png"
+    ):
         cache_proposals.check(stores[0], str(changed))
 
 
-def test_a_check_reads_images_in_tar_files(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_check_reads_images_in_tar_files(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     shutil.copytree(shards, tmp_path / "shards")
     with tarfile.open(tmp_path / "shards" / "c.tar", "w") as tar:
         for name in ("bad.png", "empty.png"):
             entry = tarfile.TarInfo(name)
             entry.size = 9 if name == "bad.png" else 0
             tar.addfile(entry, io.BytesIO(b"no image!"))
-    words = ["--imagenet_path", str(tmp_path / "shards"), "--num_workers", "0", "--output_dir", str(tmp_path / "check")]
+    words = [
+        "--imagenet_path",
+        str(tmp_path / "shards"),
+        "--num_workers",
+        "0",
+        "--output_dir",
+        str(tmp_path / "check"),
+    ]
     with pytest.raises((SystemExit, UserError)):
         check_dataset.main(check_dataset.parse(words))
     assert json.loads((tmp_path / "check" / "check.json").read_text())["train"]["readable"] == 5

@@ -8,7 +8,17 @@ import pytest
 from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.labelled.airbus_ship import HEADER, decode_runs, held_out, read_runs
-from tests.tiny import FROZEN, SHIPS_HW, fine_tune, logged, pre_train, read_log, runs_of, tiny_args, write_airbus
+from tests.tiny import (
+    FROZEN,
+    SHIPS_HW,
+    fine_tune,
+    logged,
+    pre_train,
+    read_log,
+    runs_of,
+    tiny_args,
+    write_airbus,
+)
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN
 
@@ -46,13 +56,18 @@ def test_images_boxes_and_the_held_out_tenth(tmp_path: Path) -> None:
     both = [*train.annotations.image_ids.tolist(), *val.annotations.image_ids.tolist()]
     assert sorted(both) == list(range(1, 31))
     counts = np.concatenate([np.diff(part.annotations.offsets) for part in (train, val)])
-    assert sorted(counts.tolist()) == [0] * 10 + [1] * 10 + [2] * 10, "images without ships are kept"
+    assert sorted(counts.tolist()) == [0] * 10 + [1] * 10 + [2] * 10, (
+        "images without ships are kept"
+    )
     other = build_labelled(args_of(root, "--seed", "7"))[1]
     assert other.annotations.image_ids.tolist() == val.annotations.image_ids.tolist(), (
         "held out is always the same tenth"
     )
     whole = read_runs(str(root / "train_ship_segmentations_v2.csv"), str(root / "train_v2"))
-    assert {tuple(box) for box in whole.boxes_xyxy_abs.tolist()} == {(5, 10, 25, 30), (35, 11, 55, 30)}
+    assert {tuple(box) for box in whole.boxes_xyxy_abs.tolist()} == {
+        (5, 10, 25, 30),
+        (35, 11, 55, 30),
+    }
     assert set(whole.areas.tolist()) == {400, 380}
     assert held_out(1).tolist() == [True]
 
@@ -65,22 +80,28 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
 
 def test_detregs_names(tmp_path: Path) -> None:
     root = write_airbus(tmp_path / "airbus-ship-detection")
-    args = tiny_args(FINETUNE, "--dataset", "airbus", "--data_root", str(tmp_path), "--num_classes", "2")
+    args = tiny_args(
+        FINETUNE, "--dataset", "airbus", "--data_root", str(tmp_path), "--num_classes", "2"
+    )
     assert (args.dataset_file, args.airbus_path) == ("airbus_ship", str(root))
     assert build_labelled(args)[0].num_classes == 2
-    assert tiny_args(PRETRAIN, "--dataset", "airbus_pretrain", "--data_root", str(tmp_path)).imagenet_path == str(
-        root / "train_v2"
-    )
+    assert tiny_args(
+        PRETRAIN, "--dataset", "airbus_pretrain", "--data_root", str(tmp_path)
+    ).imagenet_path == str(root / "train_v2")
 
 
 def test_pre_training_on_the_images_that_are_not_held_out(tmp_path: Path) -> None:
     """Names, as proposal stores have them, count from the images' folder, and so they do for the whole folder."""
     root = write_airbus(tmp_path / "airbus", images=30)
     train, val = build_labelled(args_of(root))
-    args = tiny_args(PRETRAIN, "--dataset_file", "airbus_ship", "--airbus_path", str(root), "--num_classes", "2")
+    args = tiny_args(
+        PRETRAIN, "--dataset_file", "airbus_ship", "--airbus_path", str(root), "--num_classes", "2"
+    )
     seen, held = build_dataset("train", args), build_dataset("val", args)
     for images, labelled in ((seen.images, train), (held.images, val)):
-        assert [images.path(i) for i in range(len(images))] == [labelled.path(i) for i in range(len(labelled))]
+        assert [images.path(i) for i in range(len(images))] == [
+            labelled.path(i) for i in range(len(labelled))
+        ]
     assert seen.images.name(0) == Path(train.path(0)).name
     assert "patches" in seen[0][1]
     pre_train("--dataset_file", "airbus_ship", "--airbus_path", root, "--dry_run")
@@ -122,7 +143,9 @@ def test_a_run_is_evaluated_as_coco(tmp_path: Path) -> None:
 def test_bad_runs_are_refused_with_their_line(line: str, said: str, tmp_path: Path) -> None:
     root = write_airbus(tmp_path / "airbus", images=2)
     name = next((root / "train_v2").iterdir()).name
-    (root / "train_ship_segmentations_v2.csv").write_text(f"{HEADER}\n{line.format(name=name)}\n{name},1 2\n")
+    (root / "train_ship_segmentations_v2.csv").write_text(
+        f"{HEADER}\n{line.format(name=name)}\n{name},1 2\n"
+    )
     with pytest.raises(UserError, match=said) as refusal:
         build_labelled(args_of(root))
     assert "\n" not in str(refusal.value)

@@ -29,7 +29,8 @@ def content(annotations: list[dict], images: int = 3) -> dict:
     return {
         # Not in the order of the ids, and the last image has no object.
         "images": [
-            {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in reversed(range(10, 10 + images))
+            {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30}
+            for i in reversed(range(10, 10 + images))
         ],
         "annotations": annotations,
         "categories": CATEGORIES,
@@ -44,7 +45,9 @@ GOOD = [
 ]
 
 
-def write_coco(root: Path, data: dict | None = None, folder: str = "train2017", name: str = "train2017") -> Path:
+def write_coco(
+    root: Path, data: dict | None = None, folder: str = "train2017", name: str = "train2017"
+) -> Path:
     data = data or content(GOOD)
     (root / folder).mkdir(parents=True, exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
@@ -109,7 +112,9 @@ def test_targets_of_a_whole_file() -> None:
         (record(9, 77, [5, 5, 3, 4]), "does not list"),
     ],
 )
-def test_unusable_boxes_are_left_out_and_named(bad: dict, words: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_boxes_are_left_out_and_named(
+    bad: dict, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="predetr"):
         annotations = parse_coco(content([*GOOD, bad]), "some.json")
     assert len(annotations.labels) == 3
@@ -137,7 +142,10 @@ def test_malformed_annotations_stop(change: dict, words: str) -> None:
 
 def test_malformed_files_stop(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"images": [')
-    for path, words in ((tmp_path / "none.json", "does not exist"), (tmp_path / "half.json", "not valid JSON")):
+    for path, words in (
+        (tmp_path / "none.json", "does not exist"),
+        (tmp_path / "half.json", "not valid JSON"),
+    ):
         with pytest.raises(UserError, match=words):
             read_coco(str(path))
     with pytest.raises(UserError, match="no list 'categories'"):
@@ -152,7 +160,10 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"images": [1]}, "entry 0 of 'images' is 1: it must be an object"),
-        ({"annotations": [record(1, 11, [1, 2, 3, 4]), 3]}, "entry 1 of 'annotations' is 3: it must be an object"),
+        (
+            {"annotations": [record(1, 11, [1, 2, 3, 4]), 3]},
+            "entry 1 of 'annotations' is 3: it must be an object",
+        ),
         ({"categories": ["cat"]}, "entry 0 of 'categories' is 'cat': it must be an object"),
         ({"categories": [{"id": None}]}, "id of .* is None: it must be an integer"),
         (
@@ -163,13 +174,25 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
             {"images": [{"id": 11, "file_name": "a.png", "width": [3]}]},
             r"image 11 has width \[3\]: it must be in pixels",
         ),
-        ({"images": [{"id": 11, "file_name": "a.png", "width": float("nan")}]}, "image 11 has width nan"),
-        ({"images": [{"id": 10**30, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
+        (
+            {"images": [{"id": 11, "file_name": "a.png", "width": float("nan")}]},
+            "image 11 has width nan",
+        ),
+        (
+            {"images": [{"id": 10**30, "file_name": "a.png"}]},
+            "id of .* it must be at least 0 and less than",
+        ),
         ({"images": [{"id": 11}]}, "image 11 has no file_name: add it"),
         ({"images": [{"id": 11, "file_name": ""}]}, "image 11 has no file_name: add it"),
-        ({"images": [{"id": 11, "file_name": "\ud800.png"}]}, "image 11 has the file_name .*, which no file can have"),
+        (
+            {"images": [{"id": 11, "file_name": "\ud800.png"}]},
+            "image 11 has the file_name .*, which no file can have",
+        ),
         ({"images": [{"id": -1, "file_name": "a.png"}]}, "id of .* is -1: it must be at least 0"),
-        ({"images": [{"id": 2**53, "file_name": "a.png"}]}, "id of .* it must be at least 0 and less than"),
+        (
+            {"images": [{"id": 2**53, "file_name": "a.png"}]},
+            "id of .* it must be at least 0 and less than",
+        ),
         ({"categories": [{"id": True, "name": "cat"}]}, "id of .* is True: it must be an integer"),
         (
             {"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]},
@@ -182,7 +205,9 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
         ({"annotations": [record(1, 11, [1, 2, 3, 10**400])]}, "annotation 1 of image 11 has bbox"),
     ],
 )
-def test_entries_of_another_type_stop_with_one_line(tmp_path: Path, change: dict, words: str) -> None:
+def test_entries_of_another_type_stop_with_one_line(
+    tmp_path: Path, change: dict, words: str
+) -> None:
     path = tmp_path / "some.json"
     path.write_text(json.dumps({**content(GOOD), **change}))
     with pytest.raises(UserError, match=words) as caught:
@@ -199,7 +224,9 @@ def test_odd_ids_and_areas_of_annotations_are_taken() -> None:
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_files_as_other_programs_write_them(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "some.json"
-    path.write_text(json.dumps({**content(GOOD), "info": "é"}, ensure_ascii=False), encoding=encoding)
+    path.write_text(
+        json.dumps({**content(GOOD), "info": "é"}, ensure_ascii=False), encoding=encoding
+    )
     assert len(read_coco(str(path))) == len(parse_coco(content(GOOD), "file"))
     assert ground_truth_of(read_json(str(path))) == ground_truth_of(content(GOOD))
 
@@ -215,7 +242,9 @@ def test_files_that_are_no_text_of_json(tmp_path: Path) -> None:
 
 
 def test_boxes_beyond_float32_are_left_out_in_silence(recwarn: pytest.WarningsRecorder) -> None:
-    found = parse_coco(content([record(1, 11, [1, 1, 1e300, 3]), record(2, 11, [1, 1, 2, 3])]), "file")
+    found = parse_coco(
+        content([record(1, 11, [1, 1, 1e300, 3]), record(2, 11, [1, 1, 2, 3])]), "file"
+    )
     assert len(found.labels) == 1
     assert set(found.findings) == {"box not finite"}
     assert not recwarn.list
@@ -290,12 +319,23 @@ def test_class_count(tmp_path: Path) -> None:
     write_coco(tmp_path)
     assert build_dataset("train", coco_args(tmp_path)).num_classes == 91
     assert build_dataset("train", coco_args(tmp_path, num_classes=100)).num_classes == 100
-    with pytest.raises(UserError, match=r"category id 90, but --num_classes is 90: .* --num_classes 91 \(or more\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"category id 90, but --num_classes is 90: .* --num_classes 91 \(or more\)$",
+    ):
         build_dataset("train", coco_args(tmp_path, num_classes=90))
     write_coco(tmp_path, content([record(1, 11, [1, 1, 2, 3], category_id=120)]))
-    with pytest.raises(UserError, match=r"category id 120, but --num_classes is 91: .* --num_classes 121 \(or more\)$"):
+    with pytest.raises(
+        UserError,
+        match=r"category id 120, but --num_classes is 91: .* --num_classes 121 \(or more\)$",
+    ):
         build_dataset("train", coco_args(tmp_path))
-    assert build_dataset("train", coco_args(tmp_path, num_classes=90), any_class_count=True).num_classes == 121
+    assert (
+        build_dataset(
+            "train", coco_args(tmp_path, num_classes=90), any_class_count=True
+        ).num_classes
+        == 121
+    )
 
 
 def test_absent_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -350,7 +390,9 @@ def test_images_of_a_labelled_set_without_their_labels(tmp_path: Path) -> None:
     assert dataset[0][1]["labels"].tolist() == [1] * 4
 
 
-def test_a_file_is_read_once_for_all_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_read_once_for_all_evaluations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_coco(tmp_path, content(GOOD), "val2017", "val2017")
     reads: list[str] = []
     for module in (labelled_coco, sample):
@@ -369,6 +411,10 @@ def test_facts_of_the_data_do_not_go_into_the_settings(tmp_path: Path) -> None:
     train, val = build_labelled(args)
     assert (train.num_classes, val.num_classes) == (91, 91)
     write_airbus(tmp_path / "ships")
-    ships = {"dataset_file": "airbus_ship", "airbus_path": str(tmp_path / "ships"), "pretext": "random_query_patch"}
+    ships = {
+        "dataset_file": "airbus_ship",
+        "airbus_path": str(tmp_path / "ships"),
+        "pretext": "random_query_patch",
+    }
     args = args.replace(**ships)
     assert len(build_dataset("train", args)) > 0

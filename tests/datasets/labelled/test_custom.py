@@ -58,7 +58,11 @@ def changed(root: Path, folder: Path, name: str, change: Callable[[dict], object
 
 def test_labels_count_from_0_in_the_order_of_the_ids(pristine: Path) -> None:
     dataset = build_dataset("train", custom_args(pristine))
-    assert (dataset.num_classes, dataset.class_names, dataset.category_ids) == (3, ROWS, {0: 3, 1: 7, 2: 1000})
+    assert (dataset.num_classes, dataset.class_names, dataset.category_ids) == (
+        3,
+        ROWS,
+        {0: 3, 1: 7, 2: 1000},
+    )
     assert len(dataset) == 4
     assert dataset.path(0).endswith("photos/a/000000.png")
     content = json.loads((pristine / "train.json").read_text())
@@ -74,11 +78,15 @@ def test_validation_classes_are_told_by_name(pristine: Path, tmp_path: Path) -> 
 
     def other_ids(content: dict) -> None:
         renumber(content, {7: 0, 3: 7, 1000: 5})
-        content["categories"] = [category for category in content["categories"] if category["name"] != "blue"]
+        content["categories"] = [
+            category for category in content["categories"] if category["name"] != "blue"
+        ]
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 5]
 
     with logged() as lines:
-        _, val = build_labelled(custom_args(pristine, val_annotations=changed(pristine, tmp_path, "val", other_ids)))
+        _, val = build_labelled(
+            custom_args(pristine, val_annotations=changed(pristine, tmp_path, "val", other_ids))
+        )
     assert (val.num_classes, val.class_names, val.category_ids) == (3, ROWS, {0: 7, 1: 0, 2: 1000})
     assert set(val.annotations.labels.tolist()) <= {0, 1}
     assert len(val.annotations.labels)
@@ -92,7 +100,9 @@ def test_an_absent_class_never_takes_the_id_of_another(pristine: Path, tmp_path:
 
     args = custom_args(pristine, val_annotations=changed(pristine, tmp_path, "val", only_red))
     classes = Classes(ROWS, {0: 3, 1: 7, 2: 1000}, 3, "train.json")
-    assert build_dataset("val", args, classes).category_ids == {1: 3, 2: 1000}, "3 is red here, so green has no id"
+    assert build_dataset("val", args, classes).category_ids == {1: 3, 2: 1000}, (
+        "3 is red here, so green has no id"
+    )
 
 
 def rename_val(content: dict) -> None:
@@ -101,19 +111,35 @@ def rename_val(content: dict) -> None:
 
 BAD = [
     ("val", rename_val, ("val.json", "'Red' (id 7)", "train.json", "green, red, blue")),
-    ("train", lambda c: c["categories"].clear() or c["annotations"].clear(), ("train.json", "no categories")),
-    ("train", lambda c: c["categories"][0].update(name="blue"), ("train.json", "[7, 1000]", "'blue'")),
-    ("train", lambda c: c["annotations"][2].update(category_id=8), ("train.json", "annotation 3", "'categories'")),
+    (
+        "train",
+        lambda c: c["categories"].clear() or c["annotations"].clear(),
+        ("train.json", "no categories"),
+    ),
+    (
+        "train",
+        lambda c: c["categories"][0].update(name="blue"),
+        ("train.json", "[7, 1000]", "'blue'"),
+    ),
+    (
+        "train",
+        lambda c: c["annotations"][2].update(category_id=8),
+        ("train.json", "annotation 3", "'categories'"),
+    ),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "words"), BAD, ids=["unknown name", "no class", "one name twice", "unlisted id"]
+    ("name", "change", "words"),
+    BAD,
+    ids=["unknown name", "no class", "one name twice", "unlisted id"],
 )
 def test_bad_classes_are_one_line(
     pristine: Path, tmp_path: Path, name: str, change: Callable, words: tuple[str, ...]
 ) -> None:
-    args = custom_args(pristine, **{f"{name}_annotations": changed(pristine, tmp_path, name, change)})
+    args = custom_args(
+        pristine, **{f"{name}_annotations": changed(pristine, tmp_path, name, change)}
+    )
     with pytest.raises(UserError) as error:
         build_labelled(args)
     text = str(error.value)
@@ -138,11 +164,19 @@ def test_flags_that_contradict(pristine: Path, words: list[str], expected: str) 
 
 
 def test_unlabelled_images_from_the_same_flag(pristine: Path, tmp_path: Path) -> None:
-    args = tiny_args(PRETRAIN, "--dataset_file", "custom", "--train_images", str(pristine / "photos"))
+    args = tiny_args(
+        PRETRAIN, "--dataset_file", "custom", "--train_images", str(pristine / "photos")
+    )
     assert len(build_dataset("train", args)) == 4
     with pytest.raises(UserError, match="--train_images"):
         tiny_args(
-            PRETRAIN, "--imagenet_path", str(tmp_path), "--dataset_file", "custom", "--train_images", str(pristine)
+            PRETRAIN,
+            "--imagenet_path",
+            str(tmp_path),
+            "--dataset_file",
+            "custom",
+            "--train_images",
+            str(pristine),
         )
     with pytest.raises(UserError, match="needs --train_images DIR"):
         build_dataset("train", tiny_args(PRETRAIN, "--dataset_file", "custom"))
@@ -161,7 +195,9 @@ def test_the_evaluator_turns_labels_into_ids(pristine: Path) -> None:
         labels = torch.tensor([rows[a["category_id"]] for a in objects])
         boxes[:, 2:] += boxes[:, :2]
         boxes, labels = torch.cat([boxes, boxes[:1]]), torch.cat([labels, torch.tensor([5])])
-        evaluator.update({image["id"]: {"boxes": boxes, "labels": labels, "scores": torch.ones(len(boxes))}})
+        evaluator.update(
+            {image["id"]: {"boxes": boxes, "labels": labels, "scores": torch.ones(len(boxes))}}
+        )
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
     found, expected = evaluator.results(), truth["annotations"]
     assert len(found) == len(expected), "label 5 has no id and is left out"
@@ -178,7 +214,9 @@ def run(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs."""
     folder = tmp_path_factory.mktemp("run")
     with logged() as lines:
-        fine_tune(*own_flags(pristine), "--output_dir", folder, "--epochs", 2, "--save_every", 1, *FROZEN)
+        fine_tune(
+            *own_flags(pristine), "--output_dir", folder, "--epochs", 2, "--save_every", 1, *FROZEN
+        )
     (folder / "lines.txt").write_text("\n".join(lines))
     return folder
 
@@ -194,27 +232,51 @@ def test_a_run_keeps_the_classes_and_writes_own_ids(run: Path, pristine: Path) -
     assert {row["category_id"] for row in found} <= {3, 7, 1000}
     lines = (run / "lines.txt").read_text()
     assert "num_classes=3" in lines
-    best = run / ("checkpoint_best.pth" if (run / "checkpoint_best.pth").exists() else "checkpoint.pth")
+    best = run / (
+        "checkpoint_best.pth" if (run / "checkpoint_best.pth").exists() else "checkpoint.pth"
+    )
     assert f"python tools/predict.py --checkpoint {best} --images DIR" in lines.splitlines()[-1]
 
 
 def test_a_resumed_run_is_the_same(run: Path, tmp_path: Path) -> None:
     """From the first epoch's checkpoint, without any data flag."""
     fine_tune("--resume", run / "checkpoint0000.pth", "--output_dir", tmp_path, *FROZEN)
-    one, other = read_checkpoint(run / "checkpoint.pth"), read_checkpoint(tmp_path / "checkpoint.pth")
-    for name in ("model", "optimizer", "lr_scheduler", "epoch", "best", "random_states", "class_names", "category_ids"):
+    one, other = (
+        read_checkpoint(run / "checkpoint.pth"),
+        read_checkpoint(tmp_path / "checkpoint.pth"),
+    )
+    for name in (
+        "model",
+        "optimizer",
+        "lr_scheduler",
+        "epoch",
+        "best",
+        "random_states",
+        "class_names",
+        "category_ids",
+    ):
         assert_same(one[name], other[name], name)
 
 
 def test_a_resumed_run_refuses_other_classes(run: Path, pristine: Path, tmp_path: Path) -> None:
     path = changed(pristine, tmp_path, "train", rename_val)
     with pytest.raises(UserError, match=r"'Red' \(id 7\), .*checkpoint.pth has not"):
-        fine_tune(*own_flags(pristine, train_annotations=path), "--resume", run / "checkpoint.pth", "--epochs", 3)
+        fine_tune(
+            *own_flags(pristine, train_annotations=path),
+            "--resume",
+            run / "checkpoint.pth",
+            "--epochs",
+            3,
+        )
 
 
-def test_evaluation_needs_the_validation_flags_alone(run: Path, pristine: Path, tmp_path: Path) -> None:
+def test_evaluation_needs_the_validation_flags_alone(
+    run: Path, pristine: Path, tmp_path: Path
+) -> None:
     """The training data may be gone; a file with other ids gives the same numbers and its own ids."""
-    path = changed(pristine, tmp_path, "val", lambda content: renumber(content, {7: 70, 3: 90, 1000: 1}))
+    path = changed(
+        pristine, tmp_path, "val", lambda content: renumber(content, {7: 70, 3: 90, 1000: 1})
+    )
     fine_tune(
         "--eval",
         "--resume",
@@ -232,7 +294,9 @@ def test_evaluation_needs_the_validation_flags_alone(run: Path, pristine: Path, 
     assert values["coco_eval_bbox"] == last["test_coco_eval_bbox"]
     assert values["loss"] == pytest.approx(last["test_loss"])
     ids = {7: 70, 3: 90, 1000: 1}
-    trained, evaluated = (json.loads((folder / "results.json").read_text()) for folder in (run, tmp_path / "eval"))
+    trained, evaluated = (
+        json.loads((folder / "results.json").read_text()) for folder in (run, tmp_path / "eval")
+    )
     assert [{**row, "category_id": ids[row["category_id"]]} for row in trained] == evaluated
 
 
@@ -249,7 +313,9 @@ def test_ids_as_they_are_do_not_fit_rows_counted_from_0(run: Path, tmp_path: Pat
         )
 
 
-def test_a_detector_with_ids_as_they_are_is_evaluated_by_name(pristine: Path, tmp_path: Path) -> None:
+def test_a_detector_with_ids_as_they_are_is_evaluated_by_name(
+    pristine: Path, tmp_path: Path
+) -> None:
     """A published file holds no names: its 91 rows are COCO's. Rows that mean nothing here are left out of the
     results.
     """
@@ -290,12 +356,28 @@ def started(
     """(rows of the new head by name, rows of the file's): the bias of each row of the file is its number."""
     with torch.random.fork_rng():
         source = build_model(
-            tiny_args(FINETUNE, "--num_classes", str(rows), "--detector", detector, "--backbone_norm", "frozen")
+            tiny_args(
+                FINETUNE,
+                "--num_classes",
+                str(rows),
+                "--detector",
+                detector,
+                "--backbone_norm",
+                "frozen",
+            )
         )[0]
-        source.class_embed.bias.data = torch.arange(len(source.class_embed.bias), dtype=torch.float32)
+        source.class_embed.bias.data = torch.arange(
+            len(source.class_embed.bias), dtype=torch.float32
+        )
         save_checkpoint({"model": source.state_dict(), **stored}, tmp_path / "file.pth")
         args = tiny_args(
-            FINETUNE, "--num_classes", str(len(names)), "--detector", detector, "--backbone_norm", "frozen"
+            FINETUNE,
+            "--num_classes",
+            str(len(names)),
+            "--detector",
+            detector,
+            "--backbone_norm",
+            "frozen",
         )
         model = build_model(args)[0]
     fresh = head(model)
@@ -337,5 +419,14 @@ def test_pre_training_and_fine_tuning_on_own_data(pristine: Path, tmp_path: Path
         1,
         *FROZEN,
     )
-    fine_tune(*own_flags(pristine), "--pretrain", pretrained, "--output_dir", tuned.parent, "--epochs", 1, *FROZEN)
+    fine_tune(
+        *own_flags(pristine),
+        "--pretrain",
+        pretrained,
+        "--output_dir",
+        tuned.parent,
+        "--epochs",
+        1,
+        *FROZEN,
+    )
     assert read_checkpoint(tuned)["category_ids"] == {0: 3, 1: 7, 2: 1000}

@@ -43,12 +43,17 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_voc(tmp_path_factory.mktemp("data") / "voc", {"2007_trainval": 6, "2012_trainval": 5, "2007_test": 4})
+    return write_voc(
+        tmp_path_factory.mktemp("data") / "voc",
+        {"2007_trainval": 6, "2012_trainval": 5, "2007_test": 4},
+    )
 
 
 def trained_on(root: Path, *flags: object) -> Annotations:
     """The annotations that are left for training."""
-    return build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(root), *map(str, flags))).annotations
+    return build_dataset(
+        "train", tiny_args(FINETUNE, "--coco_path", str(root), *map(str, flags))
+    ).annotations
 
 
 def objects(annotations: Annotations) -> Counter:
@@ -56,7 +61,9 @@ def objects(annotations: Annotations) -> Counter:
     image = annotations.image_of
     return Counter(
         (int(annotations.image_ids[i]), int(label), tuple(box))
-        for i, label, box in zip(image, annotations.labels, annotations.boxes_xyxy_abs.tolist(), strict=True)
+        for i, label, box in zip(
+            image, annotations.labels, annotations.boxes_xyxy_abs.tolist(), strict=True
+        )
     )
 
 
@@ -82,8 +89,16 @@ def test_the_published_splits() -> None:
     args = tiny_args(FINETUNE, "--few_shot", "base")
     assert few_shot.novel_names(args, NAMES) == few_shot.COCO_NOVEL
     for kind in ("voc", "voc_coco"):
-        args = tiny_args(FINETUNE, "--few_shot", "base", "--dataset_file", kind, "--novel_split", "3")
-        assert few_shot.novel_names(args, dict(enumerate(CLASSES))) == ("boat", "cat", "motorbike", "sheep", "sofa")
+        args = tiny_args(
+            FINETUNE, "--few_shot", "base", "--dataset_file", kind, "--novel_split", "3"
+        )
+        assert few_shot.novel_names(args, dict(enumerate(CLASSES))) == (
+            "boat",
+            "cat",
+            "motorbike",
+            "sheep",
+            "sofa",
+        )
 
 
 @pytest.mark.parametrize(
@@ -94,15 +109,27 @@ def test_the_published_splits() -> None:
             "have no class 'person' to be novel, they have red, green, blue: name novel classes by --novel_classes",
         ),
         ("--few_shot base --novel_classes rde", "have no class 'rde' to be novel"),
-        ("--few_shot base --novel_classes red green blue", "--novel_classes names all 3 classes of the data"),
+        (
+            "--few_shot base --novel_classes red green blue",
+            "--novel_classes names all 3 classes of the data",
+        ),
         ("--shots 5", "--shots says nothing without --few_shot"),
         ("--novel_classes red", "--novel_classes says nothing without --few_shot"),
         ("--novel_split 2", "--novel_split says nothing without --few_shot"),
         ("--few_shot base --novel_split 2", "--novel_split 2 is a published list of VOC's classes"),
-        ("--few_shot base --shots 5", "--shots draws objects of novel or of all classes, --few_shot base takes all"),
+        (
+            "--few_shot base --shots 5",
+            "--shots draws objects of novel or of all classes, --few_shot base takes all",
+        ),
         ("--few_shot base --few_shot_file x", "--few_shot_file draws objects of novel or of all"),
-        ("--few_shot novel", "--few_shot novel needs the objects to train on: add --shots K or --few_shot_file PATH"),
-        ("--few_shot all --shots 5 --filter_pct 0.1", "--shots and --filter_pct both say what to train on"),
+        (
+            "--few_shot novel",
+            "--few_shot novel needs the objects to train on: add --shots K or --few_shot_file PATH",
+        ),
+        (
+            "--few_shot all --shots 5 --filter_pct 0.1",
+            "--shots and --filter_pct both say what to train on",
+        ),
         (
             "--few_shot all --few_shot_file x --split_file y",
             "--few_shot_file and --split_file both say what to train on",
@@ -121,14 +148,18 @@ def test_bad_flags_are_refused_in_one_line(flags: str, said: str, coco: Path) ->
 
 def test_own_data_need_names_of_novel_classes(tmp_path: Path) -> None:
     flags = own_flags(write_own_data(tmp_path / "own"))
-    with pytest.raises(UserError, match="not published for --dataset_file custom: name them by --novel_classes"):
+    with pytest.raises(
+        UserError, match="not published for --dataset_file custom: name them by --novel_classes"
+    ):
         build_dataset("train", tiny_args(FINETUNE, *flags, "--few_shot", "base"))
     train, val = build_labelled(tiny_args(FINETUNE, *flags, "--few_shot", "base", *RED))
     assert train.num_classes == val.num_classes == 3
     names = {train.class_names[label] for label in train.annotations.labels.tolist()}
     assert names == {"green", "blue"}
     assert set(train.class_names.values()) == {"red", "green", "blue"}  # rows for all
-    few = build_dataset("train", tiny_args(FINETUNE, *flags, "--few_shot", "all", "--shots", "1")).annotations
+    few = build_dataset(
+        "train", tiny_args(FINETUNE, *flags, "--few_shot", "all", "--shots", "1")
+    ).annotations
     assert sorted(few.labels.tolist()) == [0, 1, 2]  # no class is novel: K shots of all
 
 
@@ -143,7 +174,9 @@ def test_base_training_has_no_novel_object_and_no_empty_image(coco: Path) -> Non
     assert len(base) < len(whole)
     assert base.class_names == whole.class_names
     assert base.fingerprint().startswith("all objects of 2 base classes in 12 images, ")
-    val = build_dataset("val", tiny_args(FINETUNE, "--coco_path", str(coco), "--few_shot", "base", *RED))
+    val = build_dataset(
+        "val", tiny_args(FINETUNE, "--coco_path", str(coco), "--few_shot", "base", *RED)
+    )
     assert val.annotations.labels.tolist().count(1) > 0
 
 
@@ -155,7 +188,10 @@ def test_a_share_of_the_images_for_base_training(coco: Path) -> None:
 def random_annotations(rng: np.random.Generator) -> Annotations:
     images, kinds = int(rng.integers(1, 30)), int(rng.integers(1, 6))
     content = {
-        "images": [{"id": 3 * i + 1, "file_name": f"{i}.png", "height": 50, "width": 60} for i in range(images)],
+        "images": [
+            {"id": 3 * i + 1, "file_name": f"{i}.png", "height": 50, "width": 60}
+            for i in range(images)
+        ],
         "annotations": [
             {
                 "id": 10 + j,
@@ -188,7 +224,9 @@ def test_a_draw_is_exact(seed: int) -> None:
     assert np.array_equal(few.boxes_xyxy_abs, whole.boxes_xyxy_abs[rows])
     assert np.array_equal(few.areas, whole.areas[rows])
     assert few.image_ids[few.image_of].tolist() == whole.image_ids[whole.image_of][rows].tolist()
-    part = few_shot.draw_shots(whole, dict(list(whole.class_names.items())[:1]), max(shots - 1, 1), seed)
+    part = few_shot.draw_shots(
+        whole, dict(list(whole.class_names.items())[:1]), max(shots - 1, 1), seed
+    )
     assert not objects(part) - objects(few)  # fewer shots of fewer classes are a part
 
 
@@ -207,7 +245,9 @@ def test_too_few_objects_are_said(coco: Path) -> None:
     with logged() as lines:
         few = trained_on(coco, "--few_shot", "all", *RED, "--shots", 500)
     assert objects(few) == objects(trained_on(coco))
-    assert any("3 of 3 classes have fewer than 500 objects, the first is red" in line for line in lines)
+    assert any(
+        "3 of 3 classes have fewer than 500 objects, the first is red" in line for line in lines
+    )
 
 
 def test_a_draw_is_of_images_that_are_there(tmp_path: Path) -> None:
@@ -222,15 +262,23 @@ def test_a_draw_is_of_images_that_are_there(tmp_path: Path) -> None:
 def test_voc(voc: Path) -> None:
     flags = ["--dataset_file", "voc", "--voc_path", str(voc), "--novel_split"]
     base = build_dataset("train", tiny_args(FINETUNE, *flags, "3", "--few_shot", "base"))
-    assert {base.class_names[label] for label in base.annotations.labels.tolist()} == {"bird", "dog"}
+    assert {base.class_names[label] for label in base.annotations.labels.tolist()} == {
+        "bird",
+        "dog",
+    }
     assert base.num_classes == 20
-    few = build_dataset("train", tiny_args(FINETUNE, *flags, "1", "--few_shot", "novel", "--shots", "2")).annotations
+    few = build_dataset(
+        "train", tiny_args(FINETUNE, *flags, "1", "--few_shot", "novel", "--shots", "2")
+    ).annotations
     assert [few.class_names[label] for label in few.labels.tolist()] == ["bird", "bird"]
     assert len(few.difficult) == 2
     with pytest.raises(
-        UserError, match="--few_shot novel leaves no object to train on .*of 5 novel classes in 11 images"
+        UserError,
+        match="--few_shot novel leaves no object to train on .*of 5 novel classes in 11 images",
     ):
-        build_dataset("train", tiny_args(FINETUNE, *flags, "2", "--few_shot", "novel", "--shots", "2"))
+        build_dataset(
+            "train", tiny_args(FINETUNE, *flags, "2", "--few_shot", "novel", "--shots", "2")
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- drawn by others
@@ -256,12 +304,15 @@ def test_a_folder_of_published_files(coco: Path, tmp_path: Path) -> None:
     ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
     with pytest.raises(
-        UserError, match="lacks 3 of 3 files, the first is full_box_5shot_red_trainval.json: it has files of 2, 3 shots"
+        UserError,
+        match="lacks 3 of 3 files, the first is full_box_5shot_red_trainval.json: it has files of 2, 3 shots",
     ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 5)
     with pytest.raises(UserError, match="is a folder: add --shots K"):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder)
-    with pytest.raises(UserError, match="lacks 3 of 3 files.*: give the folder with such a file for each class"):
+    with pytest.raises(
+        UserError, match="lacks 3 of 3 files.*: give the folder with such a file for each class"
+    ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path, "--shots", 5)
 
 
@@ -284,13 +335,22 @@ def test_one_file(coco: Path, tmp_path: Path) -> None:
         item[key] = 1000 - item[key]
     (tmp_path / "other_ids.json").write_text(json.dumps(content))
     assert (
-        objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "other_ids.json")) == expected
+        objects(
+            trained_on(
+                coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "other_ids.json"
+            )
+        )
+        == expected
     )
     content = json.loads(path.read_text())
     del content["categories"]
     (tmp_path / "no_categories.json").write_text(json.dumps(content))
     assert (
-        objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "no_categories.json"))
+        objects(
+            trained_on(
+                coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "no_categories.json"
+            )
+        )
         == expected
     )
     labels = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", path).labels.tolist()
@@ -308,17 +368,28 @@ def test_one_file(coco: Path, tmp_path: Path) -> None:
             "has objects of the category 'kind.', which .* does not have",
         ),
         (
-            {"images": [{"id": i, "file_name": f"other{i}.png", "height": 60, "width": 72} for i in range(1, 13)]},
+            {
+                "images": [
+                    {"id": i, "file_name": f"other{i}.png", "height": 60, "width": 72}
+                    for i in range(1, 13)
+                ]
+            },
             "",
             "of 12 images are not among those of .*train2017.json, the first is other1.png \\(image 1\\): it was "
             "made for other data",
         ),
-        ({}, "--shots 3", "--shots 3 chooses files of a folder, --few_shot_file .* is one file: leave --shots out"),
+        (
+            {},
+            "--shots 3",
+            "--shots 3 chooses files of a folder, --few_shot_file .* is one file: leave --shots out",
+        ),
         ({"annotations": []}, "", "--few_shot all leaves no object to train on"),
         ({"annotations": 5}, "", "has no list 'annotations'"),
     ],
 )
-def test_bad_files_are_refused(changes: dict, flags: str, said: str, coco: Path, tmp_path: Path) -> None:
+def test_bad_files_are_refused(
+    changes: dict, flags: str, said: str, coco: Path, tmp_path: Path
+) -> None:
     path = shots_file(coco, tmp_path / "few.json", **changes)
     with pytest.raises(UserError, match=said) as error:
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", path, *flags.split())
@@ -331,7 +402,8 @@ def test_a_file_of_another_class_is_refused(coco: Path, tmp_path: Path) -> None:
         (folder / "full_box_2shot_blue_trainval.json").read_bytes()
     )
     with pytest.raises(
-        UserError, match="2shot_red_trainval.json has objects of the category 'blue': in such a folder a file holds"
+        UserError,
+        match="2shot_red_trainval.json has objects of the category 'blue': in such a folder a file holds",
     ):
         trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
 
@@ -341,16 +413,28 @@ def test_images_of_one_name_in_two_folders() -> None:
 
     def content(*images: tuple[int, str]) -> dict:
         return {
-            "images": [{"id": i, "file_name": name, "height": 50, "width": 60} for i, name in images],
-            "annotations": [{"id": 5 + i, "image_id": i, "category_id": 1, "bbox": [1, 2, 3, 4]} for i, _ in images],
+            "images": [
+                {"id": i, "file_name": name, "height": 50, "width": 60} for i, name in images
+            ],
+            "annotations": [
+                {"id": 5 + i, "image_id": i, "category_id": 1, "bbox": [1, 2, 3, 4]}
+                for i, _ in images
+            ],
             "categories": [{"id": 1, "name": "red"}],
         }
 
     find = few_shot._Finder(
-        parse_coco(content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg")), "train")
+        parse_coco(
+            content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg")), "train"
+        )
     )
-    assert find(parse_coco(content((2, "1.png"), (30, "000000000003.jpg")), "few")).tolist() == [1, 2]
-    with pytest.raises(UserError, match="few: 1 of 1 images are not among those of train, the first is 1.png"):
+    assert find(parse_coco(content((2, "1.png"), (30, "000000000003.jpg")), "few")).tolist() == [
+        1,
+        2,
+    ]
+    with pytest.raises(
+        UserError, match="few: 1 of 1 images are not among those of train, the first is 1.png"
+    ):
         find(parse_coco(content((7, "1.png")), "few"))
 
 
@@ -361,11 +445,15 @@ def detections(truth: dict, rng: np.random.Generator) -> dict[int, dict[str, tor
     """True boxes, moved, some with a wrong class or left out, and false ones."""
     found = {}
     for image in truth["images"]:
-        rows = [a for a in truth["annotations"] if a["image_id"] == image["id"] and rng.random() < 0.8]
+        rows = [
+            a for a in truth["annotations"] if a["image_id"] == image["id"] and rng.random() < 0.8
+        ]
         boxes = np.array([a["bbox"] for a in rows] + [[5, 5, 20, 20]], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         boxes += rng.normal(0, 1.5, boxes.shape)
-        labels = [a["category_id"] if rng.random() < 0.8 else 0 for a in rows] + [int(rng.integers(5))]
+        labels = [a["category_id"] if rng.random() < 0.8 else 0 for a in rows] + [
+            int(rng.integers(5))
+        ]
         found[image["id"]] = {
             "boxes": torch.tensor(boxes),
             "scores": torch.tensor(rng.random(len(boxes))),
@@ -376,7 +464,9 @@ def detections(truth: dict, rng: np.random.Generator) -> dict[int, dict[str, tor
 
 def many_objects(rng: np.random.Generator) -> dict:
     return {
-        "images": [{"id": i, "file_name": f"{i}.png", "height": 100, "width": 100} for i in range(1, 9)],
+        "images": [
+            {"id": i, "file_name": f"{i}.png", "height": 100, "width": 100} for i in range(1, 9)
+        ],
         "annotations": [
             {
                 "id": j + 1,
@@ -427,12 +517,19 @@ def test_novel_ap_of_voc(metric: str) -> None:
     found = detections(truth, rng)
 
     def evaluated(*classes: int) -> dict:
-        part = {**truth, "annotations": [item for item in truth["annotations"] if item["category_id"] in classes]}
+        part = {
+            **truth,
+            "annotations": [
+                item for item in truth["annotations"] if item["category_id"] in classes
+            ],
+        }
         evaluator = VocEvaluator(parse_coco(part, "truth"), metric)
         evaluator.update(found)
         return evaluator.summarize()
 
-    means = few_shot.group_means(few_shot.with_groups(evaluated(*range(5))["per_class"], ("kind0", "kind2")))
+    means = few_shot.group_means(
+        few_shot.with_groups(evaluated(*range(5))["per_class"], ("kind0", "kind2"))
+    )
     for name, classes in (("novel", (0, 2)), ("base", (1, 3, 4)), ("all", range(5))):
         assert means[name] == pytest.approx(evaluated(*classes)["stats"], abs=1e-12)
         assert 0 < means[name][0] < 1
@@ -466,7 +563,11 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
     common = ("--coco_path", coco, *RED, "--epochs", 1, *FROZEN)
     fine_tune(*common, "--few_shot", "base", "--output_dir", base)
     record = json.loads((base / "subset.json").read_text())
-    assert (record["few_shot"], record["novel_classes"], "annotations" in record) == ("base", ["red"], False)
+    assert (record["few_shot"], record["novel_classes"], "annotations" in record) == (
+        "base",
+        ["red"],
+        False,
+    )
     assert record["ids"] == trained_on(coco, "--few_shot", "base", *RED).image_ids.tolist()
 
     with logged() as lines:
@@ -487,30 +588,52 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
         "class_embed: 4 of 91 class rows kept by name" in line for line in lines
     )  # up to the last name: 0, red, green, blue
     assert any(
-        "base and novel classes:\n  base     2 classes  AP " in line and "\n  novel    1 classes  AP " in line
+        "base and novel classes:\n  base     2 classes  AP " in line
+        and "\n  novel    1 classes  AP " in line
         for line in lines
     )
     logs = read_log(few)[-1]
     assert set(logs["test_few_shot"]) == {"base", "novel", "all"}
     assert logs["test_few_shot"]["all"] == pytest.approx(logs["test_coco_eval_bbox"][:3], abs=1e-12)
-    groups = {row["name"]: row["group"] for row in json.loads((few / "per_class.json").read_text())["classes"]}
+    groups = {
+        row["name"]: row["group"]
+        for row in json.loads((few / "per_class.json").read_text())["classes"]
+    }
     assert groups == {"red": "novel", "green": "base", "blue": "base"}
     assert "Base and novel classes" in (few / "result.html").read_text()
-    assert read_checkpoint(few / "checkpoint.pth")["class_names"] == {1: "red", 2: "green", 3: "blue"}
+    assert read_checkpoint(few / "checkpoint.pth")["class_names"] == {
+        1: "red",
+        2: "green",
+        3: "blue",
+    }
 
     drawn = trained_on(coco, "--few_shot", "all", *RED, "--shots", 2, "--seed", 5)
     kept = json.loads((few / "subset.json").read_text())
     assert sorted(item["id"] for item in kept["annotations"]) == sorted(drawn.ids.tolist())
     again = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", few / "subset.json")
     assert objects(again) == objects(drawn)
-    with pytest.raises(UserError, match="holds objects of few shots, not whole images: give it as --few_shot_file"):
+    with pytest.raises(
+        UserError, match="holds objects of few shots, not whole images: give it as --few_shot_file"
+    ):
         trained_on(coco, "--split_file", few / "subset.json")
-    fine_tune(*common, "--few_shot", "all", "--few_shot_file", few / "subset.json", "--output_dir", same, "--dry_run")
+    fine_tune(
+        *common,
+        "--few_shot",
+        "all",
+        "--few_shot_file",
+        few / "subset.json",
+        "--output_dir",
+        same,
+        "--dry_run",
+    )
 
     fine_tune(
         "--coco_path", coco, "--resume", few / "checkpoint.pth", "--eval", "--output_dir", same
     )  # the run's own settings
-    assert json.loads((same / "metrics.json").read_text())["few_shot"].keys() == logs["test_few_shot"].keys()
+    assert (
+        json.loads((same / "metrics.json").read_text())["few_shot"].keys()
+        == logs["test_few_shot"].keys()
+    )
     fine_tune(
         *common[:4],
         "--few_shot",
@@ -522,7 +645,9 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
         tmp_path / "eval",
     )
     of_base = json.loads((tmp_path / "eval" / "metrics.json").read_text())["few_shot"]
-    assert all(0 <= value <= 1 for value in of_base["novel"])  # and not NaN, though it was never trained on
+    assert all(
+        0 <= value <= 1 for value in of_base["novel"]
+    )  # and not NaN, though it was never trained on
     fine_tune("--resume", "auto", "--output_dir", few, "--epochs", 2, "--eval_every", 9)
     assert json.loads((few / "subset.json").read_text()) == kept
 
@@ -533,15 +658,36 @@ def test_few_shots_of_own_data_and_voc(voc: Path, tmp_path: Path) -> None:
     flags = (*own_flags(own), "--few_shot", "all", *RED, "--epochs", 1, *FROZEN)
     fine_tune(*flags, "--shots", 1, "--output_dir", tmp_path / "few")
     kept = json.loads((tmp_path / "few" / "subset.json").read_text())
-    assert {item["id"]: item["name"] for item in kept["categories"]} == {7: "red", 3: "green", 1000: "blue"}
-    source = {item["id"]: item for item in json.loads((own / "train.json").read_text())["annotations"]}
+    assert {item["id"]: item["name"] for item in kept["categories"]} == {
+        7: "red",
+        3: "green",
+        1000: "blue",
+    }
+    source = {
+        item["id"]: item for item in json.loads((own / "train.json").read_text())["annotations"]
+    }
     assert [(i["category_id"], i["image_id"]) for i in kept["annotations"]] == [
         (source[i["id"]]["category_id"], source[i["id"]]["image_id"]) for i in kept["annotations"]
     ]
     fine_tune(
-        *flags, "--few_shot_file", tmp_path / "few" / "subset.json", "--output_dir", tmp_path / "again", "--dry_run"
+        *flags,
+        "--few_shot_file",
+        tmp_path / "few" / "subset.json",
+        "--output_dir",
+        tmp_path / "again",
+        "--dry_run",
     )
-    pascal = ("--dataset_file", "voc", "--voc_path", voc, "--few_shot", "all", "--epochs", 1, *FROZEN)
+    pascal = (
+        "--dataset_file",
+        "voc",
+        "--voc_path",
+        voc,
+        "--few_shot",
+        "all",
+        "--epochs",
+        1,
+        *FROZEN,
+    )
     fine_tune(*pascal, "--shots", 2, "--output_dir", tmp_path / "voc")
     numbers = json.loads((tmp_path / "voc" / "metrics.json").read_text())
     assert numbers["few_shot"]["all"] == pytest.approx(numbers["coco_eval_bbox"], abs=1e-12)

@@ -8,7 +8,15 @@ import pytest
 
 from datasets import build_dataset, build_labelled
 from datasets.labelled.subsets import describe_subset, draw_ids
-from tests.tiny import FROZEN, fine_tune, own_flags, tiny_args, write_coco, write_own_data, write_voc
+from tests.tiny import (
+    FROZEN,
+    fine_tune,
+    own_flags,
+    tiny_args,
+    write_coco,
+    write_own_data,
+    write_voc,
+)
 from tools import make_split
 from util.errors import UserError
 from util.settings import FINETUNE
@@ -23,13 +31,24 @@ def test_the_published_drawing() -> None:
     """numpy's default_rng(seed).choice of the sorted ids, of a rounded number, without replacement."""
     ids = np.random.RandomState(0).permutation(117266)[:5000]
     expected = sorted(
-        np.random.default_rng(42).choice(sorted(ids.tolist()), round(5000 * 0.01), replace=False).tolist()
+        np.random.default_rng(42)
+        .choice(sorted(ids.tolist()), round(5000 * 0.01), replace=False)
+        .tolist()
     )
     assert draw_ids(ids, 0.01, 42).tolist() == expected
     assert draw_ids(ids, 0.01, 43).tolist() != expected
-    assert draw_ids(np.arange(1000), 0.01, 42).tolist() == [85, 88, 94, 201, 430, 436, 649, 695, 767, 855], (
-        "numpy draws otherwise now"
-    )
+    assert draw_ids(np.arange(1000), 0.01, 42).tolist() == [
+        85,
+        88,
+        94,
+        201,
+        430,
+        436,
+        649,
+        695,
+        767,
+        855,
+    ], "numpy draws otherwise now"
     assert len(draw_ids(np.arange(118287), 0.01, 42)) == 1183
     assert draw_ids(np.arange(10), 1, 1).tolist() == list(range(10))
 
@@ -37,20 +56,45 @@ def test_the_published_drawing() -> None:
 def test_only_training_is_reduced_and_the_fingerprint_says_it(coco: Path) -> None:
     whole, part, again, other = (
         build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), *flags))
-        for flags in ((), ("--filter_pct", ".5"), ("--filter_pct", "0.5"), ("--filter_pct", ".5", "--seed", "7"))
+        for flags in (
+            (),
+            ("--filter_pct", ".5"),
+            ("--filter_pct", "0.5"),
+            ("--filter_pct", ".5", "--seed", "7"),
+        )
     )
     assert (len(whole), len(part), len(other)) == (12, 6, 6)
-    assert part.annotations.image_ids.tolist() == draw_ids(whole.annotations.image_ids, 0.5, 42).tolist()
+    assert (
+        part.annotations.image_ids.tolist()
+        == draw_ids(whole.annotations.image_ids, 0.5, 42).tolist()
+    )
     assert part.fingerprint() == again.fingerprint()
     assert part.fingerprint().startswith("0.5 by seed 42 of 12 images, 6 images, ")
     assert len({whole.fingerprint(), part.fingerprint(), other.fingerprint()}) == 3
-    assert len(build_dataset("val", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", ".5"))) == 3
-    assert len(build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "-1"))) == 12
+    assert (
+        len(
+            build_dataset(
+                "val", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", ".5")
+            )
+        )
+        == 3
+    )
+    assert (
+        len(
+            build_dataset(
+                "train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "-1")
+            )
+        )
+        == 12
+    )
 
 
 def test_every_kind_of_data(tmp_path: Path) -> None:
     voc, own = write_voc(tmp_path / "voc"), write_own_data(tmp_path / "own")
-    for flags, count in ((("--dataset_file", "voc", "--voc_path", str(voc)), 2), (own_flags(own), 2)):
+    for flags, count in (
+        (("--dataset_file", "voc", "--voc_path", str(voc)), 2),
+        (own_flags(own), 2),
+    ):
         train, val = build_labelled(tiny_args(FINETUNE, *flags, "--filter_pct", "0.4"))
         assert (len(train), len(val)) == (count, 3)
 
@@ -72,8 +116,12 @@ def test_files_of_splits(coco: Path, tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "splits").iterdir()}
     assert written == {f"{part}_seed{seed}.json" for part in (0.25, 0.5) for seed in (1, 42)}
     chosen = tmp_path / "splits" / "0.5_seed42.json"
-    by_file = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(chosen)))
-    by_seed = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "0.5"))
+    by_file = build_dataset(
+        "train", tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(chosen))
+    )
+    by_seed = build_dataset(
+        "train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "0.5")
+    )
     assert (
         by_file.annotations.image_ids.tolist()
         == by_seed.annotations.image_ids.tolist()
@@ -94,12 +142,16 @@ def test_files_of_splits(coco: Path, tmp_path: Path) -> None:
         ('{"ids": [1, 777]}', "1 of 2 images are not in .*the first has id 777"),
     ],
 )
-def test_bad_files_of_splits_are_refused(content: str | None, said: str, coco: Path, tmp_path: Path) -> None:
+def test_bad_files_of_splits_are_refused(
+    content: str | None, said: str, coco: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "split.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(UserError, match=said):
-        build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(path)))
+        build_dataset(
+            "train", tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(path))
+        )
 
 
 def test_bad_shares_are_refused(coco: Path, capsys: pytest.CaptureFixture) -> None:
@@ -108,7 +160,9 @@ def test_bad_shares_are_refused(coco: Path, capsys: pytest.CaptureFixture) -> No
             tiny_args(FINETUNE, "--filter_pct", text)
         assert "10 % is 0.1" in capsys.readouterr().err
     with pytest.raises(UserError, match="of 12 images is none"):
-        build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "0.01"))
+        build_dataset(
+            "train", tiny_args(FINETUNE, "--coco_path", str(coco), "--filter_pct", "0.01")
+        )
     with pytest.raises(UserError, match="--split_file x and --filter_pct 0.1"):
         tiny_args(FINETUNE, "--split_file", "x", "--filter_pct", "0.1")
 
@@ -134,7 +188,9 @@ def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
     kept = json.loads((first / "subset.json").read_text())
     assert (kept["filter_pct"], kept["seed"]) == (0.5, 3)
     assert kept["ids"] == draw_ids(np.arange(1, 13), 0.5, 3).tolist()
-    assert json.loads((first / "args.json").read_text())["data"]["train"].startswith("0.5 by seed 3 of 12 images")
+    assert json.loads((first / "args.json").read_text())["data"]["train"].startswith(
+        "0.5 by seed 3 of 12 images"
+    )
     fine_tune(
         "--coco_path",
         coco,
@@ -147,11 +203,23 @@ def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
         *FROZEN,
         "--dry_run",
     )
-    args = tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(first / "subset.json"), "--seed", "8")
+    args = tiny_args(
+        FINETUNE,
+        "--coco_path",
+        str(coco),
+        "--split_file",
+        str(first / "subset.json"),
+        "--seed",
+        "8",
+    )
     again = describe_subset(build_dataset("train", args).annotations, args)
-    assert {**kept, "drawn": again["drawn"]} == again, "share and seed are those of the drawing, not of the run"
+    assert {**kept, "drawn": again["drawn"]} == again, (
+        "share and seed are those of the drawing, not of the run"
+    )
     (tmp_path / "list.json").write_text("[2, 3]")
-    args = tiny_args(FINETUNE, "--coco_path", str(coco), "--split_file", str(tmp_path / "list.json"))
+    args = tiny_args(
+        FINETUNE, "--coco_path", str(coco), "--split_file", str(tmp_path / "list.json")
+    )
     plain = describe_subset(build_dataset("train", args).annotations, args)
     assert (plain["ids"], plain["filter_pct"], plain["seed"]) == ([2, 3], None, None)
     fine_tune("--resume", "auto", "--output_dir", first, "--epochs", 2)

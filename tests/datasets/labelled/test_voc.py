@@ -16,7 +16,16 @@ from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
 from datasets.labelled.annotations import read_coco
 from datasets.labelled.voc import CLASSES, image_id, read_voc, read_xml, read_xml_folder
-from tests.tiny import FROZEN, fine_tune, logged, read_checkpoint, read_log, tiny_args, voc_xml, write_voc
+from tests.tiny import (
+    FROZEN,
+    fine_tune,
+    logged,
+    read_checkpoint,
+    read_log,
+    tiny_args,
+    voc_xml,
+    write_voc,
+)
 from tools import evaluate_proposals, voc_to_coco
 from util.checkpoints.adoption import adopt_settings
 from util.checkpoints.checkpoint import Checkpoint
@@ -47,14 +56,26 @@ def args_of(root: Path, *flags: str):
 
 def test_published_lists_ids_labels_and_corners(pristine: Path) -> None:
     train, val = build_labelled(args_of(pristine))
-    assert train.annotations.image_ids.tolist() == [2021000001, 2021000002, 2021000003, 20212012000101, 20212012000102]
+    assert train.annotations.image_ids.tolist() == [
+        2021000001,
+        2021000002,
+        2021000003,
+        20212012000101,
+        20212012000102,
+    ]
     assert val.annotations.image_ids.tolist() == [2021000201, 2021000202, 2021000203]
     assert val.path(0) == str(pristine / "VOC2007" / "JPEGImages" / "000201.jpg")
-    assert (train.num_classes, train.class_names[0], train.class_names[19]) == (20, "aeroplane", "tvmonitor")
+    assert (train.num_classes, train.class_names[0], train.class_names[19]) == (
+        20,
+        "aeroplane",
+        "tvmonitor",
+    )
     assert (image_id("2007_000027"), image_id("000005")) == (20212007000027, 2021000005)
     record = read_xml(str(pristine / XML))
     text = (pristine / XML).read_text()
-    corners = [int(re.search(f"<{corner}>(\\d+)<", text)[1]) for corner in ("xmin", "ymin", "xmax", "ymax")]
+    corners = [
+        int(re.search(f"<{corner}>(\\d+)<", text)[1]) for corner in ("xmin", "ymin", "xmax", "ymax")
+    ]
     name, box, difficult = record["objects"][0]
     assert box == (corners[0] - 1, corners[1] - 1, corners[2], corners[3])
     assert (name, difficult) == (re.search("<name>(\\w+)<", text)[1], False)
@@ -63,9 +84,18 @@ def test_published_lists_ids_labels_and_corners(pristine: Path) -> None:
     assert set(target["labels"].tolist()) <= {
         CLASSES.index(record["objects"][i][0]) for i in range(len(record["objects"]))
     }
-    assert train.annotations.boxes_xyxy_abs[rows].tolist() == [list(box) for _, box, _ in record["objects"]]
-    difficult_ones = [item for i in range(len(train)) for item in read_xml(str(xml_of(train, i)))["objects"] if item[2]]
-    assert train.annotations.difficult.sum() == len(difficult_ones) > 0, "they are trained on, as published"
+    assert train.annotations.boxes_xyxy_abs[rows].tolist() == [
+        list(box) for _, box, _ in record["objects"]
+    ]
+    difficult_ones = [
+        item
+        for i in range(len(train))
+        for item in read_xml(str(xml_of(train, i)))["objects"]
+        if item[2]
+    ]
+    assert train.annotations.difficult.sum() == len(difficult_ones) > 0, (
+        "they are trained on, as published"
+    )
 
 
 def xml_of(dataset, index: int) -> Path:
@@ -75,11 +105,20 @@ def xml_of(dataset, index: int) -> Path:
 
 def test_lists_and_class_count_by_flag(pristine: Path) -> None:
     train, val = build_labelled(
-        args_of(pristine, "--voc_train", "2012_trainval", "--voc_val", "2007_test", "--num_classes", "21")
+        args_of(
+            pristine,
+            "--voc_train",
+            "2012_trainval",
+            "--voc_val",
+            "2007_test",
+            "--num_classes",
+            "21",
+        )
     )
     assert (len(train), len(val), train.num_classes, val.num_classes) == (2, 3, 21, 21)
     with pytest.raises(
-        UserError, match=r"has category id 19, but --num_classes is 7: .* --num_classes 20 \(or more\)$"
+        UserError,
+        match=r"has category id 19, but --num_classes is 7: .* --num_classes 20 \(or more\)$",
     ):
         build_labelled(args_of(pristine, "--num_classes", "7"))
     both = read_voc(str(pristine), ["2007_trainval", "2007_trainval"])
@@ -95,10 +134,15 @@ def test_detregs_names_and_the_place_below_data_root(tmp_path: Path) -> None:
         ("--dataset_file", "voc"),
         ("--dataset_file", "voc", "--voc_path", str(tmp_path / "pascal")),
     ):
-        assert len(build_dataset("val", tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path)))) == 1
+        assert (
+            len(build_dataset("val", tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path))))
+            == 1
+        )
     args = tiny_args(PRETRAIN, "--dataset", "voc")
     assert (args.dataset_file, args.voc_path) == ("voc", "data/pascal/VOCdevkit")
-    with pytest.raises(UserError, match="--dataset voc without --pretext: main.py pre-trains without labels"):
+    with pytest.raises(
+        UserError, match="--dataset voc without --pretext: main.py pre-trains without labels"
+    ):
         pretrain_main.parse(["--dataset", "voc"])  # as DETReg's main.py fine-tunes
 
 
@@ -109,20 +153,35 @@ def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path
         flags = ("--dataset_file", kind, "--voc_path")
         for pretext in PRETEXTS:
             args = tiny_args(
-                PRETRAIN, "--pretext", pretext, "--num_patches", "10", "--proposals", "random", *flags, str(devkit)
+                PRETRAIN,
+                "--pretext",
+                pretext,
+                "--num_patches",
+                "10",
+                "--proposals",
+                "random",
+                *flags,
+                str(devkit),
             )
             train, val = build_dataset("train", args), build_dataset("val", args)
             assert (len(train), len(val)) == (count, 3)
-        assert [val.images.name(i) for i in range(3)] == [f"VOC2007/JPEGImages/00020{i}.jpg" for i in (1, 2, 3)]
+        assert [val.images.name(i) for i in range(3)] == [
+            f"VOC2007/JPEGImages/00020{i}.jpg" for i in (1, 2, 3)
+        ]
         assert val.path(2) == str(devkit / "VOC2007/JPEGImages/000203.jpg")
     assert "patches" in build_dataset("train", tiny_args(PRETRAIN, *flags, str(devkit)))[0][1]
     here, there = (
-        build_dataset("val", tiny_args(PRETRAIN, *flags, str(place))).fingerprint() for place in (devkit, pristine)
+        build_dataset("val", tiny_args(PRETRAIN, *flags, str(place))).fingerprint()
+        for place in (devkit, pristine)
     )
     assert here == there != train.fingerprint()
-    with pytest.raises(UserError, match="--imagenet_path and --voc_path both name the unlabelled images"):
+    with pytest.raises(
+        UserError, match="--imagenet_path and --voc_path both name the unlabelled images"
+    ):
         tiny_args(PRETRAIN, *flags, "x", "--imagenet_path", "y")
-    with pytest.raises(UserError, match="--voc_path x is not for --dataset_file coco: give --coco_path"):
+    with pytest.raises(
+        UserError, match="--voc_path x is not for --dataset_file coco: give --coco_path"
+    ):
         tiny_args(PRETRAIN, "--voc_path", "x")
     (devkit / "VOC2007/ImageSets/Main/test.txt").write_text("")
     with pytest.raises(UserError, match=r"\(2007_test\) lists no image"):
@@ -135,7 +194,14 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
     """
     voc_to_coco.main(
         voc_to_coco.parse(
-            [str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]
+            [
+                str(pristine),
+                "--output_dir",
+                str(tmp_path / "meta"),
+                "--sets",
+                "2012_trainval",
+                "2007_test",
+            ]
         )
     )
     args = args_of(pristine, "--dataset_file", "voc_coco")
@@ -156,14 +222,19 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
     stats = evaluator.summarize()["stats"]
     assert (len(stats), stats[0]) == (12, pytest.approx(1.0))
     assert build_labelled(
-        args_of(pristine, "--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval")
+        args_of(
+            pristine, "--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval"
+        )
     )[0].path(4)
 
 
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda root: root.rename(root.parent / "elsewhere"), r"VOCdevkit is no folder: --voc_path takes VOCdevkit"),
+        (
+            lambda root: root.rename(root.parent / "elsewhere"),
+            r"VOCdevkit is no folder: --voc_path takes VOCdevkit",
+        ),
         (
             lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").unlink(),
             "VOC2012/ImageSets/Main/trainval.txt can't be read",
@@ -179,7 +250,9 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
         (lambda root: (root / XML).unlink(), f"{XML} can't be read"),
         (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is no valid XML"),
         (
-            lambda root: (root / XML).write_text(voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])),
+            lambda root: (root / XML).write_text(
+                voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])
+            ),
             "000001.xml: object 1 is of class 'orc'",
         ),
         (
@@ -210,11 +283,17 @@ def test_an_absent_image_is_left_out_of_training_and_stops_evaluation(devkit: Pa
 
 
 def test_a_box_outside_its_image_is_left_out_with_a_warning(devkit: Path) -> None:
-    (devkit / XML).write_text(voc_xml("a", (60, 72), [("cat", [500, 1, 5, 5], 0), ("dog", [1, 1, 5, 5], 1)]))
+    (devkit / XML).write_text(
+        voc_xml("a", (60, 72), [("cat", [500, 1, 5, 5], 0), ("dog", [1, 1, 5, 5], 1)])
+    )
     with logged() as lines:
         train = build_dataset("train", args_of(devkit))
-    assert any("outside its image" in line and "annotation 1 of image 2021000001" in line for line in lines)
-    assert train.annotations.difficult[: train.annotations.offsets[1]].tolist() == [True], "marks stay with their boxes"
+    assert any(
+        "outside its image" in line and "annotation 1 of image 2021000001" in line for line in lines
+    )
+    assert train.annotations.difficult[: train.annotations.offsets[1]].tolist() == [True], (
+        "marks stay with their boxes"
+    )
 
 
 # ------------------------------------------------------------------------------------------- own XML, COCO-style files
@@ -256,14 +335,22 @@ def test_names_of_images_may_stand_on_lines_of_their_own(devkit: Path) -> None:
     before = read_xml_folder(str(folder))
     for path in folder.iterdir():
         path.write_text(
-            path.read_text().replace("<filename>", "<filename>\n  ").replace("</filename>", "\n</filename>")
+            path.read_text()
+            .replace("<filename>", "<filename>\n  ")
+            .replace("</filename>", "\n</filename>")
         )
     assert list(read_xml_folder(str(folder)).file_names) == list(before.file_names)
 
 
 def test_own_data_without_xml_files(tmp_path: Path) -> None:
     args = tiny_args(
-        FINETUNE, "--dataset_file", "custom", "--train_images", str(tmp_path), "--train_annotations", str(tmp_path)
+        FINETUNE,
+        "--dataset_file",
+        "custom",
+        "--train_images",
+        str(tmp_path),
+        "--train_annotations",
+        str(tmp_path),
     )
     with pytest.raises(UserError, match="has no .xml file"):
         build_dataset("train", args)
@@ -291,7 +378,14 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
     """
     voc_to_coco.main(
         voc_to_coco.parse(
-            [str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2012_trainval", "2007_test"]
+            [
+                str(pristine),
+                "--output_dir",
+                str(tmp_path / "meta"),
+                "--sets",
+                "2012_trainval",
+                "2007_test",
+            ]
         )
     )
     assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == [
@@ -301,12 +395,21 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
     content = json.loads((tmp_path / "meta" / "voc_test2007.cocostyle.json").read_text())
     assert [image["id"] for image in content["images"]] == [201, 202, 203]
     assert set(content["images"][0]) >= {"file_name", "width", "height"}
-    assert [(category["id"], category["name"]) for category in content["categories"]] == list(enumerate(CLASSES))
+    assert [(category["id"], category["name"]) for category in content["categories"]] == list(
+        enumerate(CLASSES)
+    )
     first = content["annotations"][0]
-    name, (x0, y0, x1, y1), difficult = read_xml(str(pristine / "VOC2007/Annotations/000201.xml"))["objects"][0]
+    name, (x0, y0, x1, y1), difficult = read_xml(str(pristine / "VOC2007/Annotations/000201.xml"))[
+        "objects"
+    ][0]
     assert first["bbox"] == [x0 + 1, y0 + 1, x1 - x0 - 1, y1 - y0 - 1]
     assert first["area"] == first["bbox"][2] * first["bbox"][3]
-    assert (CLASSES[first["category_id"]], first["difficult"], first["iscrowd"], first["id"]) == (name, difficult, 0, 1)
+    assert (CLASSES[first["category_id"]], first["difficult"], first["iscrowd"], first["id"]) == (
+        name,
+        difficult,
+        0,
+        1,
+    )
     assert any(item["difficult"] for item in content["annotations"])
     twelve = json.loads((tmp_path / "meta" / "voc_trainval2012.cocostyle.json").read_text())
     assert [image["id"] for image in twelve["images"]] == [2012000101, 2012000102]
@@ -326,7 +429,9 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
     assert (len(train), len(val), train.num_classes) == (2, 3, 20)
     with pytest.raises(UserError, match="exists and is not overwritten"):
         voc_to_coco.main(
-            voc_to_coco.parse([str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2007_test"])
+            voc_to_coco.parse(
+                [str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2007_test"]
+            )
         )
 
 
@@ -336,7 +441,17 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
 def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with logged() as lines:
-        fine_tune("--dataset_file", "voc", "--voc_path", pristine, "--epochs", 1, "--output_dir", run, *FROZEN)
+        fine_tune(
+            "--dataset_file",
+            "voc",
+            "--voc_path",
+            pristine,
+            "--epochs",
+            1,
+            "--output_dir",
+            run,
+            *FROZEN,
+        )
     (line,) = read_log(run)
     assert len(line["test_coco_eval_bbox"]) == len(line["test_voc_area"]) == 3
     assert line["test_coco_eval_bbox"] == line["test_voc_11point"]
@@ -348,8 +463,19 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     checkpoint = read_checkpoint(run / "checkpoint.pth")
     assert checkpoint["class_names"] == dict(enumerate(CLASSES))
     assert "per_class.json" in (run / "result.html").read_text()
-    fine_tune("--eval", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "eval", "--voc_metric", "area")
-    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"] == line["test_voc_area"]
+    fine_tune(
+        "--eval",
+        "--resume",
+        run / "checkpoint.pth",
+        "--output_dir",
+        tmp_path / "eval",
+        "--voc_metric",
+        "area",
+    )
+    assert (
+        json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"]
+        == line["test_voc_area"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -367,7 +493,10 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
             "--dataset_file voc_coco --voc_metric area",
             "--voc_metric means nothing to --dataset_file voc_coco: omit it or use",
         ),
-        ("--dataset_file custom --voc_val 2012_val", "--voc_val means nothing to --dataset_file custom"),
+        (
+            "--dataset_file custom --voc_val 2012_val",
+            "--voc_val means nothing to --dataset_file custom",
+        ),
     ],
 )
 def test_flags_that_other_data_do_not_read_are_refused(flags: str, said: str) -> None:

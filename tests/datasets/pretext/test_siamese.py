@@ -87,9 +87,14 @@ def test_regions_lie_in_both_views_and_are_large_enough() -> None:
     boxes = torch.cat([corners, corners + 5 + torch.rand(200, 2, generator=generator) * 80], 1)
     for seed in range(5):
         views = draw_views(SampleRandom(seed), SIZE, 0.5, shrink=True)
-        overlap = [views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
+        overlap = [
+            views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)
+        ]
         smallest = MIN_AREA * float((overlap[0][2:] - overlap[0][:2]).prod())
-        for pair, measured in ((common_regions(boxes, views), 0), (random_regions(SampleRandom(seed), views), 1)):
+        for pair, measured in (
+            (common_regions(boxes, views), 0),
+            (random_regions(SampleRandom(seed), views), 1),
+        ):
             assert (pair[measured][:, 2:] - pair[measured][:, :2]).prod(1).min() >= smallest
             assert 3 < len(pair[0]) == len(pair[1])
             for side, regions in enumerate(pair):
@@ -106,7 +111,9 @@ def test_the_overlap_is_box_0_and_missing_boxes_are_jittered_copies(kept: int) -
     assert len(first) == kept
     picked = pick_regions(first, second, views, 10, SampleRandom(2))
     assert picked.shape == (2, 10, 4)
-    overlap = torch.stack([views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)])
+    overlap = torch.stack(
+        [views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
+    )
     torch.testing.assert_close(picked[:, 0], overlap)
     torch.testing.assert_close(views.between(picked[0], views.first, views.second), picked[1])
     assert torch.equal(picked[0, 1 : 1 + min(kept, 9)], first[:9])
@@ -123,7 +130,9 @@ def make_dataset(tmp_path: Path, *flags: str):
     folder = tmp_path / "images"
     if not folder.exists():
         write_images(folder)
-    return build_dataset("train", tiny_args(PRETRAIN, *FLAGS, "--imagenet_path", str(folder), *flags))
+    return build_dataset(
+        "train", tiny_args(PRETRAIN, *FLAGS, "--imagenet_path", str(folder), *flags)
+    )
 
 
 def test_samples_are_two_views_with_their_regions(tmp_path: Path) -> None:
@@ -158,7 +167,9 @@ def test_samples_are_two_views_with_their_regions(tmp_path: Path) -> None:
 def test_regions_come_from_the_proposals_that_are_asked_for(tmp_path: Path) -> None:
     """A box in the middle is in every overlap: it is box 1 of both views; the others are copies of it."""
     dataset = make_dataset(tmp_path)
-    dataset.proposals = lambda image, rng, name: torch.tensor([[30.0, 25.0, 50.0, 40.0], [0.0, 0.0, 2.0, 2.0]])
+    dataset.proposals = lambda image, rng, name: torch.tensor(
+        [[30.0, 25.0, 50.0, 40.0], [0.0, 0.0, 2.0, 2.0]]
+    )
     dataset.shrink = False
     seen = 0
     for epoch in range(6):
@@ -171,12 +182,18 @@ def test_regions_come_from_the_proposals_that_are_asked_for(tmp_path: Path) -> N
     assert seen > 3
 
 
-def test_views_without_a_region_in_common_are_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_without_a_region_in_common_are_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A box is soon where both views show it; one that no overlap can hold leaves copies of the overlap, and the image
     counts as good.
     """
     drawn = []
-    monkeypatch.setattr(two_views, "draw_views", lambda *args, **kwargs: drawn.append(1) or draw_views(*args, **kwargs))
+    monkeypatch.setattr(
+        two_views,
+        "draw_views",
+        lambda *args, **kwargs: drawn.append(1) or draw_views(*args, **kwargs),
+    )
     dataset = make_dataset(tmp_path)
     for box, low, high in (
         ([0.0, 0.0, 24.0, 20.0], 9, 8 * two_views.TRIES - 1),
@@ -200,7 +217,12 @@ def test_thin_grey_and_tiny_images(tmp_path: Path) -> None:
     """Thin ones are few pixels high after the resize, fewer than a blur reaches; one of 16 pixels is replaced."""
     folder, pixels = tmp_path / "odd", np.random.RandomState(0)
     folder.mkdir()
-    for name, shape in (("a", (17, 1500)), ("b", (1500, 17, 3)), ("c", (40, 50)), ("d", (16, 300, 3))):
+    for name, shape in (
+        ("a", (17, 1500)),
+        ("b", (1500, 17, 3)),
+        ("c", (40, 50)),
+        ("d", (16, 300, 3)),
+    ):
         Image.fromarray(pixels.randint(0, 255, shape, dtype=np.uint8)).save(folder / f"{name}.png")
     dataset = build_dataset("train", tiny_args(PRETRAIN, *FLAGS, "--imagenet_path", str(folder)))
     for epoch in range(8):
@@ -211,7 +233,9 @@ def test_thin_grey_and_tiny_images(tmp_path: Path) -> None:
             assert target["boxes"].isfinite().all()
             assert target["boxes"][..., 2:].min() > 0
     assert torch.equal(images, images[:, :1].expand_as(images)), "grey stays grey"
-    assert dataset[(0, 3)][1]["problems"] == [(dataset.path(3), "300 x 16 pixels; both sides must exceed 16")]
+    assert dataset[(0, 3)][1]["problems"] == [
+        (dataset.path(3), "300 x 16 pixels; both sides must exceed 16")
+    ]
 
 
 def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
@@ -228,7 +252,12 @@ def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
 def test_sizes_are_those_of_imagenet_or_coco() -> None:
     imagenet, coco = view_resize(480), view_resize(800)
     assert (min(imagenet.sizes), max(imagenet.sizes), imagenet.max_size) == (320, 480, 600)
-    assert (min(coco.sizes), max(coco.sizes), len(coco.sizes), coco.max_size) == (480, 800, 11, 1333)
+    assert (min(coco.sizes), max(coco.sizes), len(coco.sizes), coco.max_size) == (
+        480,
+        800,
+        11,
+        1333,
+    )
 
 
 def test_batches_hold_view_1_of_all_then_view_2(tmp_path: Path) -> None:
@@ -257,4 +286,7 @@ def test_views_of_an_image_stand_together_on_the_page(tmp_path: Path) -> None:
     ]
     for i, row in enumerate(rows):
         view = samples[i // 2][0][i % 2]
-        assert torch.equal(torch.from_numpy(row["image"]).permute(2, 0, 1)[:, : view.shape[1], : view.shape[2]], view)
+        assert torch.equal(
+            torch.from_numpy(row["image"]).permute(2, 0, 1)[:, : view.shape[1], : view.shape[2]],
+            view,
+        )

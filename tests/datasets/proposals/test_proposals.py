@@ -35,7 +35,9 @@ def cv2() -> types.ModuleType:
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
     """uint8 [100, 140, 3]."""
-    data = pytest.importorskip("skimage.data", reason="scikit-image, whose photographs are used, is not installed")
+    data = pytest.importorskip(
+        "skimage.data", reason="scikit-image, whose photographs are used, is not installed"
+    )
     return np.asarray(Image.fromarray(data.astronaut()).crop((0, 0, 420, 300)).resize((140, 100)))
 
 
@@ -52,11 +54,19 @@ def propose_elsewhere(queue, method, image: np.ndarray, seed: int) -> None:
 
 def test_published_setting_scales_boxes_of_a_square_of_128(cv2, photo: np.ndarray) -> None:
     method = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    method.setBaseImage(np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.BILINEAR)))
+    method.setBaseImage(
+        np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.BILINEAR))
+    )
     method.switchToSelectiveSearchFast()
-    raw = method.process().astype(np.float32) / 128 * np.array([140, 100, 140, 100], dtype=np.float32)
-    expected = {tuple(box) for box in np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1).tolist()}
-    boxes = build_proposals(proposal_settings(proposals="selective_search"))(as_tensor(photo), SampleRandom(0), "")
+    raw = (
+        method.process().astype(np.float32) / 128 * np.array([140, 100, 140, 100], dtype=np.float32)
+    )
+    expected = {
+        tuple(box) for box in np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1).tolist()
+    }
+    boxes = build_proposals(proposal_settings(proposals="selective_search"))(
+        as_tensor(photo), SampleRandom(0), ""
+    )
     assert len(boxes) == len(expected) > 30
     assert {tuple(box) for box in boxes.tolist()} == expected
 
@@ -67,7 +77,9 @@ def test_full_resolution(cv2, photo: np.ndarray) -> None:
     )
     assert torch.equal(full, full.round())
     assert [0, 0, 140, 100] in full.tolist()
-    resized = build_proposals(proposal_settings(proposals="selective_search"))(as_tensor(photo), SampleRandom(0), "")
+    resized = build_proposals(proposal_settings(proposals="selective_search"))(
+        as_tensor(photo), SampleRandom(0), ""
+    )
     assert {tuple(box) for box in full.tolist()} != {tuple(box) for box in resized.tolist()}
 
 
@@ -79,7 +91,9 @@ def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) ->
     assert not np.array_equal(here[0], here[2])
     assert np.array_equal(np.unique(here[0], axis=0), np.unique(here[2], axis=0))
     queue = multiprocessing.get_context("fork").SimpleQueue()
-    worker = multiprocessing.get_context("fork").Process(target=propose_elsewhere, args=(queue, method, photo, 2))
+    worker = multiprocessing.get_context("fork").Process(
+        target=propose_elsewhere, args=(queue, method, photo, 2)
+    )
     worker.start()
     assert np.array_equal(queue.get(), here[2])
     worker.join()
@@ -87,14 +101,17 @@ def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) ->
 
 def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
     """It puts small regions first; seeded by the sample, so that a worker gives the same."""
-    method = build_proposals(proposal_settings(proposals="selective_search", reproduce_published=True))
+    method = build_proposals(
+        proposal_settings(proposals="selective_search", reproduce_published=True)
+    )
     own = [method(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
     assert torch.equal(own[0], method(as_tensor(photo), SampleRandom(0)))
     assert not torch.equal(own[0], own[1])
     uniform = [SelectiveSearch()(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
     assert {tuple(box) for box in own[0].tolist()} == {tuple(box) for box in uniform[0].tolist()}
     small, any_size = (
-        torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws]) for draws in (own, uniform)
+        torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws])
+        for draws in (own, uniform)
     )
     assert small.mean() < 0.9 * any_size.mean()
     header = {"method": "selective_search", "settings": SelectiveSearch().settings}
@@ -113,12 +130,16 @@ def test_images_of_odd_shapes(cv2) -> None:
             assert bool((boxes[:, 2:] <= torch.tensor([width, height])).all())
 
 
-def test_an_error_of_opencv_is_of_that_image_alone(cv2, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_opencv_is_of_that_image_alone(
+    cv2, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_args, **_flags) -> None:
         raise cv2.error("out of\nmemory")
 
     monkeypatch.setattr(
-        cv2.ximgproc.segmentation, "createSelectiveSearchSegmentation", lambda: types.SimpleNamespace(setBaseImage=fail)
+        cv2.ximgproc.segmentation,
+        "createSelectiveSearchSegmentation",
+        lambda: types.SimpleNamespace(setBaseImage=fail),
     )
     monkeypatch.setattr(cv2.ximgproc, "createEdgeBoxes", fail)
     for method in (SelectiveSearch(), EdgeBoxes()):
@@ -162,22 +183,30 @@ def test_gradient_edges_are_thin_and_lie_where_the_image_changes() -> None:
     columns = np.unique(np.nonzero(edges > 0.1)[1])
     assert set(columns.tolist()) <= {29, 30}
     assert edges.max() == 1
-    assert np.allclose(np.sin(orientation[5:35, 29:31]), 0, atol=1e-4), "the normal of an upright edge is level"
+    assert np.allclose(np.sin(orientation[5:35, 29:31]), 0, atol=1e-4), (
+        "the normal of an upright edge is level"
+    )
 
 
-def test_without_boxes_the_image_is_sharpened_and_enlarged(cv2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_boxes_the_image_is_sharpened_and_enlarged(
+    cv2, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = np.full((100, 200, 3), 90, dtype=np.uint8)
     seen = []
 
     def boxes(_self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         seen.append(pixels.shape)
         found = [[15, 29, 101, 55], [3, 3, 5, 200]] if len(seen) == 2 else []
-        return np.array(found, dtype=np.int64).reshape(-1, 4), np.array([0.5, 0.25][: len(found)], dtype=np.float32)
+        return np.array(found, dtype=np.int64).reshape(-1, 4), np.array(
+            [0.5, 0.25][: len(found)], dtype=np.float32
+        )
 
     monkeypatch.setattr(EdgeBoxes, "_boxes", boxes)
     found, scores = EdgeBoxes().search(image)
     assert seen == [(100, 200, 3), (1000, 2000, 3)]
-    assert found.tolist() == [[1, 2, 11, 7]], "divided by 10, cut to whole numbers; a box without width is left out"
+    assert found.tolist() == [[1, 2, 11, 7]], (
+        "divided by 10, cut to whole numbers; a box without width is left out"
+    )
     assert scores.tolist() == [0.5]
 
 
@@ -218,7 +247,12 @@ def write_forest(path: Path) -> Path:
         "edgeBoundaries": [0, 0, 0, len(edge)],
         "edgeBins": edge,
     }
-    lines = ["%YAML:1.0", "---", "options:", *(f"   {key}: {value}" for key, value in options.items())]
+    lines = [
+        "%YAML:1.0",
+        "---",
+        "options:",
+        *(f"   {key}: {value}" for key, value in options.items()),
+    ]
     for key, values in arrays.items():
         lines += [f"{key}:", f"   - [ {', '.join(map(str, values))} ]"]
     path.write_text("\n".join(lines) + "\n")
@@ -230,7 +264,9 @@ def test_structured_edges(cv2, tmp_path: Path) -> None:
     forest = write_forest(tmp_path / "model.yml")
     image = np.zeros((96, 96, 3), dtype=np.uint8)
     image[24:72, 24:72] = (250, 40, 40)
-    edges, orientation = edge_boxes_module.structured_edges(str(forest), image.astype(np.float32) / 255)
+    edges, orientation = edge_boxes_module.structured_edges(
+        str(forest), image.astype(np.float32) / 255
+    )
     assert edges[30:66, 20:28].max() > 0
     assert edges[40:56, 40:56].max() == 0
     assert orientation.shape == edges.shape == (96, 96)
@@ -247,10 +283,14 @@ def test_structured_edges(cv2, tmp_path: Path) -> None:
 
 def test_a_wrong_or_absent_edge_model(cv2, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--edge_model .*none can't be read"):
-        build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "none")))
+        build_proposals(
+            proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "none"))
+        )
     (tmp_path / "text.yml").write_text("hello")
     with pytest.raises(UserError, match="no structured forest of OpenCV"):
-        build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "text.yml")))
+        build_proposals(
+            proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "text.yml"))
+        )
     with logged() as lines:
         build_proposals(proposal_settings(proposals="edge_boxes", edge_model=""))
     assert len(lines) == 1
@@ -305,13 +345,17 @@ def test_importance_sampling_follows_the_published_probabilities() -> None:
 
 def test_a_fixed_number_of_boxes() -> None:
     boxes = torch.tensor([[10.0, 10, 50, 30], [60, 40, 100, 80]])
-    assert torch.equal(FixedNumber(lambda *_: boxes, 1)(torch.zeros(3, 80, 100), SampleRandom(0), "a"), boxes[:1])
+    assert torch.equal(
+        FixedNumber(lambda *_: boxes, 1)(torch.zeros(3, 80, 100), SampleRandom(0), "a"), boxes[:1]
+    )
     filled = FixedNumber(lambda *_: boxes, 5)(torch.zeros(3, 80, 100), SampleRandom(0), "a")
     assert torch.equal(filled[:2], boxes)
     assert torch.equal(filled, repeat_boxes(boxes, 5, (80, 100), SampleRandom(0)))
     shift = (filled[2:] - boxes[[0, 1, 0]]).abs()
     assert shift.max() > 0
-    assert bool((shift <= 0.1 * torch.tensor([[40, 20, 40, 20], [40, 40, 40, 40], [40, 20, 40, 20]])).all())
+    assert bool(
+        (shift <= 0.1 * torch.tensor([[40, 20, 40, 20], [40, 40, 40, 40], [40, 20, 40, 20]])).all()
+    )
     assert bool((filled[:, 2:] <= torch.tensor([100, 80])).all())
     with pytest.raises(BadImageError, match="no proposals"):
         FixedNumber(lambda *_: boxes[:0], 5)(torch.zeros(3, 80, 100), SampleRandom(0), "a")
@@ -319,7 +363,9 @@ def test_a_fixed_number_of_boxes() -> None:
 
 def test_selected_takes_from_the_method_s_order() -> None:
     boxes = torch.arange(40.0).reshape(10, 4)
-    assert torch.equal(Selected(lambda *_: boxes, "topk", 3)(torch.zeros(3, 5, 5), SampleRandom(0), "a"), boxes[:3])
+    assert torch.equal(
+        Selected(lambda *_: boxes, "topk", 3)(torch.zeros(3, 5, 5), SampleRandom(0), "a"), boxes[:3]
+    )
 
 
 # Files
@@ -354,9 +400,14 @@ def test_coco_file_with_scores(tmp_path: Path) -> None:
     """By relative path, clipped, best first; what is outside the image is left out."""
     whole = from_file(write_json(tmp_path / "boxes.json", COCO))
     results = write_json(tmp_path / "results.json", COCO["annotations"])
-    parts = from_file(f"{results},{write_json(tmp_path / 'images.json', {'images': COCO['images']})}")
+    parts = from_file(
+        f"{results},{write_json(tmp_path / 'images.json', {'images': COCO['images']})}"
+    )
     for method in (whole, parts, pickle.loads(pickle.dumps(whole))):  # noqa: S301 - as loader processes receive it
-        assert method(IMAGE, SampleRandom(0), "b/x.jpg").tolist() == [[70, 50, 80, 60], [10, 20, 15, 26]]
+        assert method(IMAGE, SampleRandom(0), "b/x.jpg").tolist() == [
+            [70, 50, 80, 60],
+            [10, 20, 15, 26],
+        ]
         assert method(IMAGE, SampleRandom(0), "a/x.jpg").tolist() == [[1, 2, 4, 6]]
         assert method(IMAGE, SampleRandom(0), "empty.jpg").shape == (0, 4)
         with pytest.raises(UserError, match="lists no image x.jpg"):
@@ -383,7 +434,10 @@ def test_coco_file_without_scores_is_drawn_in_a_new_order(tmp_path: Path) -> Non
             {**COCO, "annotations": [*COCO["annotations"], {"image_id": 4, "bbox": [1, 2, 3, 4]}]},
             "1 of 5 boxes have no score",
         ),
-        ({**COCO, "images": [*COCO["images"], {"id": 4, "file_name": "c"}]}, "two images have the same id"),
+        (
+            {**COCO, "images": [*COCO["images"], {"id": 4, "file_name": "c"}]},
+            "two images have the same id",
+        ),
         (
             {**COCO, "images": [*COCO["images"], {"id": 6, "file_name": "a/x.jpg"}]},
             "two images have the same file_name",
@@ -391,7 +445,9 @@ def test_coco_file_without_scores_is_drawn_in_a_new_order(tmp_path: Path) -> Non
     ],
 )
 def test_bad_coco_files(tmp_path: Path, content: object, message: str) -> None:
-    (tmp_path / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    (tmp_path / "boxes.json").write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
     with pytest.raises(UserError, match=message):
         from_file(tmp_path / "boxes.json")
 
@@ -406,7 +462,9 @@ def test_published_caches(tmp_path: Path) -> None:
     for scores in (np.array([[0.9], [0.5], [0.1]]), np.array([0.9, 0.5, 0.1])):
         np.save(siamese / "n01" / "pic.npy", {"box": boxes.astype(np.int64), "score": scores})
         assert from_file(siamese)(IMAGE, SampleRandom(0), "n01/pic.JPEG").tolist() == boxes.tolist()
-    orders = [from_file(detreg)(IMAGE, SampleRandom(seed), "deep/pic.jpg").tolist() for seed in range(6)]
+    orders = [
+        from_file(detreg)(IMAGE, SampleRandom(seed), "deep/pic.jpg").tolist() for seed in range(6)
+    ]
     assert all(sorted(order) == sorted(boxes.tolist()) for order in orders)
     assert len({str(order) for order in orders}) > 1
     with pytest.raises(UserError, match="has no file for n01/other.jpg"):
@@ -416,9 +474,13 @@ def test_published_caches(tmp_path: Path) -> None:
 def test_caches_of_older_numpy(tmp_path: Path) -> None:
     """Their pickles name the module by its old name, and have an older protocol."""
     boxes = np.array([[1, 2, 30, 40], [5, 6, 20, 20]])
-    content = np.array({"box": boxes, "score": np.array([0.9, 0.5], dtype=np.float32)}, dtype=object)
+    content = np.array(
+        {"box": boxes, "score": np.array([0.9, 0.5], dtype=np.float32)}, dtype=object
+    )
     with (tmp_path / "pic.npy").open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": ()})
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|O", "fortran_order": False, "shape": ()}
+        )
         file.write(pickle.dumps(content, protocol=2).replace(b"numpy._core", b"numpy.core"))
     assert from_file(tmp_path)(IMAGE, SampleRandom(0), "pic.jpg").tolist() == boxes.tolist()
 
@@ -428,9 +490,12 @@ def test_equal_base_names_in_a_flat_cache_are_refused(tmp_path: Path) -> None:
         write_images(tmp_path / folder, 1)
     (tmp_path / "cache").mkdir()
     np.save(tmp_path / "cache" / "000.npy", np.array([[0, 0, 5, 5.0]]))
-    with pytest.raises(UserError, match=r"000\.npy would be used for a/000\.png and for b/000\.png"):
+    with pytest.raises(
+        UserError, match=r"000\.npy would be used for a/000\.png and for b/000\.png"
+    ):
         build_proposals(
-            proposal_settings(proposals=f"file:{tmp_path / 'cache'}"), ImageFolder(str(tmp_path / "images"))
+            proposal_settings(proposals=f"file:{tmp_path / 'cache'}"),
+            ImageFolder(str(tmp_path / "images")),
         )
 
 
@@ -458,7 +523,10 @@ def test_npy_files_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_npz_archive(tmp_path: Path) -> None:
     np.savez(
         tmp_path / "boxes.npz",
-        **{"a/x.jpg": np.array([[0, 0, 5, 5, 0.1], [1, 1, 9, 9, 0.7]]), "b/x.jpg": np.zeros((0, 4))},
+        **{
+            "a/x.jpg": np.array([[0, 0, 5, 5, 0.1], [1, 1, 9, 9, 0.7]]),
+            "b/x.jpg": np.zeros((0, 4)),
+        },
     )
     method = from_file(tmp_path / "boxes.npz")
     assert method(IMAGE, SampleRandom(0), "a/x.jpg").tolist() == [[1, 1, 9, 9], [0, 0, 5, 5]]

@@ -60,31 +60,42 @@ def store(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def stored(folder: Path, images: Path | None = None, **flags: object):
     known = ImageFolder(str(images)) if images else None
     return build_proposals(
-        proposal_settings(**{"proposals": "selective_search", "cache_path": str(folder), **flags}), known
+        proposal_settings(**{"proposals": "selective_search", "cache_path": str(folder), **flags}),
+        known,
     )
 
 
 def test_a_store_gives_the_boxes_of_the_method_in_the_same_order(images: Path, store: Path) -> None:
     folder = ImageFolder(str(images))
-    live, from_store = build_proposals(proposal_settings(proposals="selective_search")), stored(store, images)
+    live, from_store = (
+        build_proposals(proposal_settings(proposals="selective_search")),
+        stored(store, images),
+    )
     for index in (0, 5, 11):
         image = read_image(folder.path(index))
         for seed in (1, 2):
             assert torch.equal(
-                from_store(image, SampleRandom(seed), folder.name(index)), live(image, SampleRandom(seed), "")
+                from_store(image, SampleRandom(seed), folder.name(index)),
+                live(image, SampleRandom(seed), ""),
             )
 
 
 def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, store: Path) -> None:
     path = ImageFolder(str(images)).path(0)
     method = stored(store)
-    draws = [method(read_image(path), SampleRandom.of(3, epoch, 0), "a/000.png") for epoch in (0, 1, 0)]
+    draws = [
+        method(read_image(path), SampleRandom.of(3, epoch, 0), "a/000.png") for epoch in (0, 1, 0)
+    ]
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
 
@@ -100,11 +111,17 @@ def test_equal_base_names_do_not_collide(images: Path, store: Path) -> None:
 def test_other_methods(images: Path, tmp_path: Path, method: str) -> None:
     flags = ("--ss_resize", 0) if method == "full" else ("--proposals", method)
     cache(images, tmp_path / "store", *flags)
-    choice = {"proposals": "selective_search", "ss_resize": 0} if method == "full" else {"proposals": method}
+    choice = (
+        {"proposals": "selective_search", "ss_resize": 0}
+        if method == "full"
+        else {"proposals": method}
+    )
     live = build_proposals(proposal_settings(**choice))
     from_store = stored(tmp_path / "store", images, **choice)
     image = read_image(str(images / "a" / "001.png"))
-    assert torch.equal(from_store(image, SampleRandom(7), "a/001.png"), live(image, SampleRandom(7), ""))
+    assert torch.equal(
+        from_store(image, SampleRandom(7), "a/001.png"), live(image, SampleRandom(7), "")
+    )
     expected = live.search(image.permute(1, 2, 0).numpy(), "")[1]
     found = from_store.search(image.permute(1, 2, 0).numpy(), "a/001.png")[1]
     assert (expected is None and found is None) or np.array_equal(found, expected)
@@ -131,7 +148,9 @@ def test_shards_and_merge_equal_one_run(images: Path, store: Path, tmp_path: Pat
     assert lines[-1].endswith("is finished")
 
 
-def test_a_killed_builder_goes_on_to_the_same_store(images: Path, store: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_goes_on_to_the_same_store(
+    images: Path, store: Path, tmp_path: Path
+) -> None:
     """SIGKILL at random moments, workers and all, until a run gets through."""
     context, moments = multiprocessing.get_context("fork"), random.Random(5)
     output, kills, counts = tmp_path / "killed", 0, []
@@ -143,7 +162,9 @@ def test_a_killed_builder_goes_on_to_the_same_store(images: Path, store: Path, t
             os.kill(builder.pid, signal.SIGKILL)
             builder.join()
             kills += 1
-            if not (output / "header.json").exists():  # a finished store has merged its parts and removed them
+            if not (
+                output / "header.json"
+            ).exists():  # a finished store has merged its parts and removed them
                 counts.append(len(list(output.glob("chunks/*.npz"))))
     cache(images, output)
     assert kills, "no run was killed"
@@ -166,7 +187,8 @@ def test_workers_end_with_a_killed_builder(images: Path, tmp_path: Path) -> None
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
     while any(
-        Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        Path(f"/proc/{pid}/stat").exists()
+        and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
         for pid in workers
     ):
         assert time.monotonic() < deadline, "a worker outlives its builder"
@@ -213,9 +235,14 @@ def test_two_that_merge_at_once(images: Path, store: Path, tmp_path: Path) -> No
     output = tmp_path / "store"
     cache(images, output, "--shard", "1/2")
     cache(images, output, "--shard", "2/2")
-    plan = cache_proposals.make_plan(cache_proposals.parse(["--images", str(images), "--output_dir", str(output)]))
+    plan = cache_proposals.make_plan(
+        cache_proposals.parse(["--images", str(images), "--output_dir", str(output)])
+    )
     others = iter([lambda: store_builder.merge(plan)])
-    assert store_builder.merge(plan, lambda: next(others, lambda: None)()).header == ProposalStore(store).header
+    assert (
+        store_builder.merge(plan, lambda: next(others, lambda: None)()).header
+        == ProposalStore(store).header
+    )
     assert content(output) == content(store)
     store_builder.make_chunk(plan, 0)  # a third one is still searching
     store_builder.merge(plan)
@@ -250,9 +277,16 @@ def test_unreadable_images_are_counted_and_stored_as_such(tmp_path: Path) -> Non
     (images / "a" / "broken.png").write_bytes(b"no image")
     with logged() as lines:
         cache(images, tmp_path / "store")
-    assert any("1 images could not be read" in line and "broken.png: can't be decoded" in line for line in lines)
+    assert any(
+        "1 images could not be read" in line and "broken.png: can't be decoded" in line
+        for line in lines
+    )
     header = ProposalStore(tmp_path / "store").header
-    assert (header["images"], header["unreadable"], header["problems"][0][0]) == (5, 1, "a/broken.png")
+    assert (header["images"], header["unreadable"], header["problems"][0][0]) == (
+        5,
+        1,
+        "a/broken.png",
+    )
     method = stored(tmp_path / "store", images)
     with pytest.raises(BadImageError, match="could not be read when its proposals were stored"):
         method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRandom(0), "a/broken.png")
@@ -271,7 +305,8 @@ def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 4 images differ .* the first is a/000\.png"):
         cache(images, tmp_path / "store", "--check")
     with pytest.raises(
-        UserError, match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the data set changed"
+        UserError,
+        match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the data set changed",
     ):
         stored(tmp_path / "store", images)
     Image.fromarray(draw(1, 70, 90)[0]).save(path)
@@ -289,13 +324,22 @@ def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
 def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was made with resize 128, the flags say 0"):
         stored(store, ss_resize=0)
-    with pytest.raises(UserError, match="was made with method selective_search, the flags say edge_boxes"):
+    with pytest.raises(
+        UserError, match="was made with method selective_search, the flags say edge_boxes"
+    ):
         stored(store, proposals="edge_boxes")
     with pytest.raises(UserError, match="not for --proposals random"):
         stored(store, proposals="random", num_patches=4)
     with pytest.raises(UserError, match="holds proposals with settings .* now it is"):
         cache(images, store, "--ss_resize", 64)
-    words = ["--images", str(images), "--output_dir", str(tmp_path / "new"), "--proposals", "random"]
+    words = [
+        "--images",
+        str(images),
+        "--output_dir",
+        str(tmp_path / "new"),
+        "--proposals",
+        "random",
+    ]
     with pytest.raises(UserError, match="draws new boxes"):
         cache_proposals.make_plan(cache_proposals.parse(words))
     (tmp_path / "other").mkdir()
@@ -310,7 +354,10 @@ def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -
     """A subset of the images may be trained on, and file:STORE takes a store whatever made it."""
     method = build_proposals(proposal_settings(proposals=f"file:{store}"), ImageFolder(str(images)))
     image = read_image(str(images / "a" / "002.png"))
-    assert torch.equal(method(image, SampleRandom(0), "a/002.png"), stored(store)(image, SampleRandom(0), "a/002.png"))
+    assert torch.equal(
+        method(image, SampleRandom(0), "a/002.png"),
+        stored(store)(image, SampleRandom(0), "a/002.png"),
+    )
     names = images / "some.txt"
     names.write_text("a/002.png\nb/deep/001.png\n")
     stored(store, names)
@@ -338,20 +385,38 @@ def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
     }
     np.savez(tmp_path / "boxes.npz", **rows)
     (tmp_path / "list.txt").write_text("\n".join(rows))
-    cache(images, tmp_path / "store", "--list", tmp_path / "list.txt", "--proposals", f"file:{tmp_path / 'boxes.npz'}")
+    cache(
+        images,
+        tmp_path / "store",
+        "--list",
+        tmp_path / "list.txt",
+        "--proposals",
+        f"file:{tmp_path / 'boxes.npz'}",
+    )
     store = ProposalStore(tmp_path / "store")
     assert store.boxes.dtype == np.float32
     boxes, scores = store.found(0)
     assert boxes.tolist() == [[2, 2, 8, 8.25], [0.5, 1, 9, 9]]
     assert np.allclose(scores, [0.9, 0.1])
     assert store.found(1)[1] is None
-    cache(images, tmp_path / "again", "--list", tmp_path / "list.txt", "--proposals", f"file:{tmp_path / 'store'}")
+    cache(
+        images,
+        tmp_path / "again",
+        "--list",
+        tmp_path / "list.txt",
+        "--proposals",
+        f"file:{tmp_path / 'store'}",
+    )
     assert np.array_equal(ProposalStore(tmp_path / "again").boxes, store.boxes)
 
 
 def test_damaged_stores(store: Path, tmp_path: Path) -> None:
     for name, change, message in (
-        ("boxes.npy", lambda path: path.write_bytes(path.read_bytes()[:-50]), "boxes.npy can't be read"),
+        (
+            "boxes.npy",
+            lambda path: path.write_bytes(path.read_bytes()[:-50]),
+            "boxes.npy can't be read",
+        ),
         (
             "offsets.npy",
             lambda path: np.save(path, np.load(path)[:-1]),
@@ -361,7 +426,9 @@ def test_damaged_stores(store: Path, tmp_path: Path) -> None:
         ("header.json", lambda path: path.write_text("{"), "header.json can't be read"),
         (
             "header.json",
-            lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99})),
+            lambda path: path.write_text(
+                json.dumps({**json.loads(path.read_text()), "format": 99})
+            ),
             "has format 99",
         ),
     ):
@@ -380,7 +447,9 @@ def test_arrays_are_mapped_and_not_sent_to_workers(images: Path, store: Path) ->
     assert len(sent) < 2000
     image = read_image(str(images / "a" / "000.png"))
     again = pickle.loads(sent)  # noqa: S301 - as loader processes receive it
-    assert torch.equal(again(image, SampleRandom(0), "a/000.png"), method(image, SampleRandom(0), "a/000.png"))
+    assert torch.equal(
+        again(image, SampleRandom(0), "a/000.png"), method(image, SampleRandom(0), "a/000.png")
+    )
 
 
 @pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior"])
@@ -396,7 +465,12 @@ def test_data_sets_take_their_boxes_from_a_store(images: Path, store: Path, pret
         str(store),
     ]
     if pretext == "region_prior":
-        flags += ["--max_prop", "6", "--num_patches", "10"]  # the default: this pretext refuses others
+        flags += [
+            "--max_prop",
+            "6",
+            "--num_patches",
+            "10",
+        ]  # the default: this pretext refuses others
     dataset = build_dataset("train", tiny_args(PRETRAIN, *flags))
     first, again, later = dataset[(0, 3)][1], dataset[(0, 3)][1], dataset[(1, 3)][1]
     assert torch.equal(first["boxes"], again["boxes"])

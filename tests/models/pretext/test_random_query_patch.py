@@ -32,19 +32,33 @@ on_detectors = pytest.mark.parametrize("detector", DETECTORS)
 PATCHES, QUERIES = 5, 20
 OWN_FLAGS = {
     "random_query_patch": ["--feature_recon"],
-    "region_prior": ["--proposals", "random", "--max_prop", "5", "--object_embedding_loss", "--num_patches", "10"],
+    "region_prior": [
+        "--proposals",
+        "random",
+        "--max_prop",
+        "5",
+        "--object_embedding_loss",
+        "--num_patches",
+        "10",
+    ],
     "siamese": ["--proposals", "random"],
 }
 
 
-def build(detector: str, *flags: str, pretext: str = "random_query_patch", seed: int = 0) -> tuple[Pretext, nn.Module]:
+def build(
+    detector: str, *flags: str, pretext: str = "random_query_patch", seed: int = 0
+) -> tuple[Pretext, nn.Module]:
     torch.manual_seed(seed)
     own = OWN_FLAGS[pretext]
-    model, criterion, _ = build_model(tiny_args(PRETRAIN, "--pretext", pretext, "--detector", detector, *own, *flags))
+    model, criterion, _ = build_model(
+        tiny_args(PRETRAIN, "--pretext", pretext, "--detector", detector, *own, *flags)
+    )
     return model, criterion
 
 
-def patch_targets(patches: int = PATCHES, images: int = 2, seed: int = 0) -> list[dict[str, Tensor]]:
+def patch_targets(
+    patches: int = PATCHES, images: int = 2, seed: int = 0
+) -> list[dict[str, Tensor]]:
     """Images of 64 x 64; where a pretext needs two views of each, the second half are the second views."""
     return [
         {**target, "size": torch.tensor([64, 64])}
@@ -68,7 +82,9 @@ def test_pretext_runs_on_every_detector(pretext: str, detector: str) -> None:
         if not parameter.requires_grad:
             assert name.startswith("detector.backbone."), name
             continue
-        assert parameter.grad is not None, name  # a parameter without gradient would stop distributed training
+        assert parameter.grad is not None, (
+            name
+        )  # a parameter without gradient would stop distributed training
         assert torch.isfinite(parameter.grad).all(), name
 
 
@@ -137,14 +153,23 @@ def test_shapes(detector: str) -> None:
     assert channels == {"deformable_detr": 128 + 256 + 512}.get(detector, 512)
     assert len(layers) == 2
     for layer in layers:
-        assert layer["pred_logits"].shape == (2, QUERIES, 3)  # two classes and "no object", on every detector
+        assert layer["pred_logits"].shape == (
+            2,
+            QUERIES,
+            3,
+        )  # two classes and "no object", on every detector
         assert layer["pred_boxes"].shape == (2, QUERIES, 4)
         assert layer["pred_features"].shape == (2, QUERIES, channels)
     assert outputs["target_features"].shape == (2 * PATCHES, channels)
     assert criterion.weight_dict == {
         f"{name}{suffix}": weight
         for suffix in ("", "_0")
-        for name, weight in (("loss_ce", 1.0), ("loss_bbox", 5.0), ("loss_giou", 2.0), ("loss_feature", 1.0))
+        for name, weight in (
+            ("loss_ce", 1.0),
+            ("loss_bbox", 5.0),
+            ("loss_giou", 2.0),
+            ("loss_feature", 1.0),
+        )
     }
 
 
@@ -156,7 +181,10 @@ def test_without_reconstruction(detector: str) -> None:
     outputs = model(make_batch(), patch_targets())
     assert "pred_features" not in outputs
     assert "target_features" not in outputs
-    assert not any("loss_feature" in name for name in {**criterion(outputs, patch_targets()), **criterion.weight_dict})
+    assert not any(
+        "loss_feature" in name
+        for name in {**criterion(outputs, patch_targets()), **criterion.weight_dict}
+    )
 
 
 @on_detectors
@@ -172,8 +200,12 @@ def test_groups_do_not_see_each_other(detector: str, changed: int) -> None:
     group = torch.arange(QUERIES) // (QUERIES // PATCHES) == changed
     for name in ("pred_logits", "pred_boxes", "pred_features"):
         torch.testing.assert_close(after[name][0], before[name][0], rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(after[name][1, ~group], before[name][1, ~group], rtol=1e-5, atol=1e-6)
-    assert (after["pred_logits"][1, group] - before["pred_logits"][1, group]).abs().amax(-1).min() > 1e-4
+        torch.testing.assert_close(
+            after[name][1, ~group], before[name][1, ~group], rtol=1e-5, atol=1e-6
+        )
+    assert (after["pred_logits"][1, group] - before["pred_logits"][1, group]).abs().amax(
+        -1
+    ).min() > 1e-4
 
 
 @on_detectors
@@ -243,12 +275,21 @@ def test_feature_loss_lies_between_0_and_4(detector: str) -> None:
 def test_every_number_of_patches_that_divides_the_queries(detector: str, num_patches: int) -> None:
     """The published mask leaves rows without a query to see for some of these, and outputs that are not finite."""
     model, criterion = build(
-        detector, "--num_queries", "100", "--num_patches", str(num_patches), "--backbone_norm", "frozen"
+        detector,
+        "--num_queries",
+        "100",
+        "--num_patches",
+        str(num_patches),
+        "--backbone_norm",
+        "frozen",
     )
     targets = patch_targets(num_patches, images=1)
     outputs = model(make_batch(1), targets)
     for layer in (*outputs["aux_outputs"], outputs):
-        assert all(torch.isfinite(layer[name]).all() for name in ("pred_logits", "pred_boxes", "pred_features"))
+        assert all(
+            torch.isfinite(layer[name]).all()
+            for name in ("pred_logits", "pred_boxes", "pred_features")
+        )
     losses = criterion(outputs, targets)
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert len(losses.matches.pairs[0][0][0]) == num_patches
@@ -291,9 +332,15 @@ def test_queries_are_left_out_in_training_only(detector: str) -> None:
     features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
         learned = model.detector.learned_queries(2).position
-        full = model.patch2query(features).view(2, PATCHES, -1).repeat_interleave(QUERIES // PATCHES, dim=1)
+        full = (
+            model.patch2query(features)
+            .view(2, PATCHES, -1)
+            .repeat_interleave(QUERIES // PATCHES, dim=1)
+        )
         model.eval()
-        torch.testing.assert_close(model.patch_queries(features, 2, PATCHES).position, learned + full)
+        torch.testing.assert_close(
+            model.patch_queries(features, 2, PATCHES).position, learned + full
+        )
         model.train()
         drawn = model.patch_queries(features, 2, PATCHES).position
     left_out = (drawn - learned).abs().amax(-1) < 1e-6
@@ -321,8 +368,15 @@ def test_query_shuffle(detector: str) -> None:
     model, _ = build(detector, "--query_shuffle", "--mask_ratio", "0")
     features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
-        learned, content = model.detector.learned_queries(1).position[0], model.detector.learned_queries(1).content
-        full = model.patch2query(features).view(2, PATCHES, -1).repeat_interleave(QUERIES // PATCHES, dim=1)
+        learned, content = (
+            model.detector.learned_queries(1).position[0],
+            model.detector.learned_queries(1).content,
+        )
+        full = (
+            model.patch2query(features)
+            .view(2, PATCHES, -1)
+            .repeat_interleave(QUERIES // PATCHES, dim=1)
+        )
         orders = []
         for _ in range(2):
             queries = model.train().patch_queries(features, 2, PATCHES)
@@ -337,7 +391,8 @@ def test_query_shuffle(detector: str) -> None:
             orders.append(order[0].tolist())
         assert orders[0] != orders[1]
         torch.testing.assert_close(
-            model.eval().patch_queries(features, 2, PATCHES).position - full, learned.expand(2, -1, -1)
+            model.eval().patch_queries(features, 2, PATCHES).position - full,
+            learned.expand(2, -1, -1),
         )
 
 
@@ -347,9 +402,14 @@ def test_order_of_queries_and_patches() -> None:
     model.eval()
     features = torch.randn(PATCHES, 512)
     with torch.no_grad():
-        position = model.patch_queries(features, 1, PATCHES).position[0] - model.detector.query_embed.weight
+        position = (
+            model.patch_queries(features, 1, PATCHES).position[0]
+            - model.detector.query_embed.weight
+        )
         for query in range(QUERIES):
-            torch.testing.assert_close(position[query], model.patch2query(features[query // 4]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                position[query], model.patch2query(features[query // 4]), rtol=1e-4, atol=1e-5
+            )
 
 
 def test_patch_features_are_pooled_maps() -> None:
@@ -361,11 +421,14 @@ def test_patch_features_are_pooled_maps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "flags"), [("updetr_r50", ["--pre_norm", "--feature_recon"]), ("updetr_r50_norecon_postnorm", [])]
+    ("case", "flags"),
+    [("updetr_r50", ["--pre_norm", "--feature_recon"]), ("updetr_r50_norecon_postnorm", [])],
 )
 def test_names_of_the_published_checkpoint(case: str, flags: list[str]) -> None:
     js = json.loads((GOLDEN / f"{case}.json").read_text())
-    args = make_parser(PRETRAIN).parse_args(["--backbone_weights", "none", "--device", "cpu", *flags])
+    args = make_parser(PRETRAIN).parse_args(
+        ["--backbone_weights", "none", "--device", "cpu", *flags]
+    )
     with torch.device("meta"):
         state = build_model(args)[0].state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == {
@@ -422,20 +485,32 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
             )
     finally:
         hook.remove()
-    transferred = {key for key in source if not key.startswith(OWN_PARTS) and "class_embed" not in key}
+    transferred = {
+        key for key in source if not key.startswith(OWN_PARTS) and "class_embed" not in key
+    }
     assert transferred == {key for key in first if "class_embed" not in key}
     classes, boxes = (
-        ("class_embed.0", "bbox_embed.0") if "bbox_embed.0.layers.2.weight" in source else ("class_embed", "bbox_embed")
+        ("class_embed.0", "bbox_embed.0")
+        if "bbox_embed.0.layers.2.weight" in source
+        else ("class_embed", "bbox_embed")
     )
-    assert {"query_embed.weight", f"{boxes}.layers.2.weight", "backbone.0.body.conv1.weight"} <= transferred
+    assert {
+        "query_embed.weight",
+        f"{boxes}.layers.2.weight",
+        "backbone.0.body.conv1.weight",
+    } <= transferred
     for key in transferred:
         assert torch.equal(first[key], source[key]), key
     assert first[f"{classes}.weight"].shape[0] in (91, 92)
     table = "\n".join(lines)
     assert "re-initialised" in table
     heads = len({key for key in first if key.startswith("class_embed.")})
-    assert any(line.startswith("class_embed ") and f"{heads} (" in line for line in table.splitlines())
-    assert any(line.startswith(PRETEXTS[pretext].parts[0].rstrip(".")) for line in table.splitlines())
+    assert any(
+        line.startswith("class_embed ") and f"{heads} (" in line for line in table.splitlines()
+    )
+    assert any(
+        line.startswith(PRETEXTS[pretext].parts[0].rstrip(".")) for line in table.splitlines()
+    )
     trained = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
     settings = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["args"]
     for flag in ("detector", "position_embedding", "pre_norm"):  # taken over from the file
@@ -454,10 +529,21 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
 def test_pretext_moves_the_weights_it_should(tmp_path: Path) -> None:
     """A frozen backbone stays bit for bit in pre-training, everything else moves."""
     images = write_images(tmp_path / "photographs")
-    flags = ("--imagenet_path", images, "--feature_recon", "--fre_cnn", "--backbone_norm", "frozen", "--epochs", 1)
+    flags = (
+        "--imagenet_path",
+        images,
+        "--feature_recon",
+        "--fre_cnn",
+        "--backbone_norm",
+        "frozen",
+        "--epochs",
+        1,
+    )
     torch.manual_seed(42)
     pre_train(*flags, "--output_dir", tmp_path / "one")
     pre_train(*flags, "--output_dir", tmp_path / "two", "--lr", 1e-2)
-    one, two = (read_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
+    one, two = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two")
+    )
     for key in one:
         assert torch.equal(one[key], two[key]) is ("backbone" in key), key

@@ -57,7 +57,9 @@ def target_weights(golden_dir: Path, part: str) -> tuple[dict[str, Tensor], dict
     js, z = golden_models.load("detreg_target_embed", golden_dir)
     fill = golden_models.load_fill(golden_dir)
     weights = fill.fill_shapes(fill.float_entries(js[part]), js["seed"], [])
-    return {name.removeprefix("body."): torch.from_numpy(value) for name, value in weights.items()}, z
+    return {
+        name.removeprefix("body."): torch.from_numpy(value) for name, value in weights.items()
+    }, z
 
 
 def test_intermediate_embedding_equals_the_published_one(golden_dir: Path) -> None:
@@ -68,7 +70,10 @@ def test_intermediate_embedding_equals_the_published_one(golden_dir: Path) -> No
     assert not any("layer3" in name for name in encoder.state_dict())
     crops = torch.from_numpy(z["crops_q32"]).float() / 32
     torch.testing.assert_close(
-        encode_crops(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["intermediate_embedding"]), rtol=0, atol=1e-5
+        encode_crops(encoder, [crops[:1], crops[1:]]),
+        torch.from_numpy(z["intermediate_embedding"]),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -78,10 +83,15 @@ def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
     encoder.load_state_dict(weights, strict=False)  # but for counters that nothing reads
     crops = torch.from_numpy(z["crops_q32"]).float() / 32
     torch.testing.assert_close(
-        encode_crops(encoder, [crops[:1], crops[1:]]), torch.from_numpy(z["head_embedding_eval"]), rtol=0, atol=1e-5
+        encode_crops(encoder, [crops[:1], crops[1:]]),
+        torch.from_numpy(z["head_embedding_eval"]),
+        rtol=0,
+        atol=1e-5,
     )
     published = encode_crops(encoder, [crops], published_statistics=True)
-    torch.testing.assert_close(published, torch.from_numpy(z["head_embedding_train_bn"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        published, torch.from_numpy(z["head_embedding_train_bn"]), rtol=0, atol=1e-4
+    )
 
 
 def test_head_embedding_needs_the_network_of_the_file() -> None:
@@ -92,7 +102,8 @@ def test_head_embedding_needs_the_network_of_the_file() -> None:
 def test_weights_without_a_projection_head_are_refused(tmp_path: Path) -> None:
     torch.save(Backbone("resnet50").body.state_dict(), tmp_path / "resnet50.pth")
     with pytest.raises(
-        UserError, match="--obj_embedding_head head needs a file with SwAV's projection head: .*intermediate"
+        UserError,
+        match="--obj_embedding_head head needs a file with SwAV's projection head: .*intermediate",
     ):
         build_model(
             tiny_args(
@@ -137,9 +148,15 @@ def test_losses_reach_detector_and_embedding_but_not_the_encoder(detector: str) 
     assert "loss_object_embedding" in criterion.weight_dict
     assert "loss_object_embedding_0" not in criterion.weight_dict, "of the last layer only"
     assert float(model.feature_embed.layers[-1].weight.grad.abs().sum()) > 0
-    assert not any("target_encoder" in name for name in [*model.state_dict(), *dict(model.named_parameters())])
+    assert not any(
+        "target_encoder" in name for name in [*model.state_dict(), *dict(model.named_parameters())]
+    )
     assert all(p.grad is None for p in model.target_encoder.parameters())
-    kinds = {"detr": ("softmax", 92), "conditional_detr": ("focal", 91), "deformable_detr": ("focal", 91)}
+    kinds = {
+        "detr": ("softmax", 92),
+        "conditional_detr": ("focal", 91),
+        "deformable_detr": ("focal", 91),
+    }
     assert (model.classification.kind, model.classification.num_outputs) == kinds[detector]
 
 
@@ -164,11 +181,18 @@ def test_embeddings_are_of_the_matched_proposals() -> None:
     by_hand = []
     for image, (query, target) in enumerate(losses.matches.pairs[-1]):
         crops = encode_crops(model.target_encoder, [targets[image]["patches"]])
-        by_hand.append((outputs["pred_features"][image][torch.as_tensor(query)] - crops[torch.as_tensor(target)]).abs())
+        by_hand.append(
+            (
+                outputs["pred_features"][image][torch.as_tensor(query)]
+                - crops[torch.as_tensor(target)]
+            ).abs()
+        )
     torch.testing.assert_close(losses["loss_object_embedding"], torch.cat(by_hand).mean())
 
 
-@pytest.mark.parametrize("flags", [("--two_stage",), ("--two_stage", "--with_box_refine", "--num_classes", "1")])
+@pytest.mark.parametrize(
+    "flags", [("--two_stage",), ("--two_stage", "--with_box_refine", "--num_classes", "1")]
+)
 def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
     model, criterion, args = build("--detector", "deformable_detr", *flags)
     targets = targets_with_patches([3, 2], label=min(args.num_classes - 1, 1))
@@ -191,7 +215,9 @@ def make_dataset(tmp_path: Path, *flags: str):
     folder = tmp_path / "images"
     if not folder.exists():
         write_images(folder)
-    return build_dataset("train", tiny_args(PRETRAIN, *FLAGS, "--imagenet_path", str(folder), *flags))
+    return build_dataset(
+        "train", tiny_args(PRETRAIN, *FLAGS, "--imagenet_path", str(folder), *flags)
+    )
 
 
 def test_samples_are_proposals_with_their_crops(tmp_path: Path) -> None:
@@ -208,7 +234,9 @@ def test_samples_are_proposals_with_their_crops(tmp_path: Path) -> None:
     again = make_dataset(tmp_path)[(5, 1)]
     assert torch.equal(image, again[0])
     assert torch.equal(target["patches"], again[1]["patches"])
-    assert make_dataset(tmp_path, "--num_classes", "1")[(0, 1)][1]["labels"].unique().tolist() == [0]
+    assert make_dataset(tmp_path, "--num_classes", "1")[(0, 1)][1]["labels"].unique().tolist() == [
+        0
+    ]
 
 
 def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
@@ -216,21 +244,34 @@ def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path, "--image_size", "96")
     dataset.patch_transform.augment = False
     dataset.proposals = lambda image, rng, name: torch.tensor(
-        [[x, y, x + 12, y + 12] for x in range(0, image.shape[2] - 11, 12) for y in range(0, image.shape[1] - 11, 12)],
+        [
+            [x, y, x + 12, y + 12]
+            for x in range(0, image.shape[2] - 11, 12)
+            for y in range(0, image.shape[1] - 11, 12)
+        ],
         dtype=torch.float32,
     )
-    colours = torch.randint(0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    colours = torch.randint(
+        0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     squares = colours.repeat_interleave(12, 1).repeat_interleave(12, 2)
     for index in range(len(dataset)):
         height, width = dataset[(0, index)][1]["orig_size"].tolist()
-        Image.fromarray(squares[:, :height, :width].permute(1, 2, 0).numpy()).save(dataset.path(index))
+        Image.fromarray(squares[:, :height, :width].permute(1, 2, 0).numpy()).save(
+            dataset.path(index)
+        )
     lost = 0
     for epoch in range(20):
         image, target = dataset[(epoch, epoch % len(dataset))]
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-        boxes, (height, width) = box_cxcywh_to_xyxy(target["boxes"]) * size, target["orig_size"].tolist()
+        boxes, (height, width) = (
+            box_cxcywh_to_xyxy(target["boxes"]) * size,
+            target["orig_size"].tolist(),
+        )
         lost += len(boxes) < (height // 12) * (width // 12)
-        whole = ((boxes[:, 2:] - boxes[:, :2]) > 8).all(1)  # pixels in their middle are of one colour
+        whole = ((boxes[:, 2:] - boxes[:, :2]) > 8).all(
+            1
+        )  # pixels in their middle are of one colour
         middle = (boxes[:, :2] + boxes[:, 2:]).div(2).long()
         shown = torch.stack([image[:, y, x] for x, y in middle[whole].tolist()]).float()
         mean = target["patches"][whole].float().mean((2, 3))
@@ -263,13 +304,24 @@ def test_an_image_too_small_for_random_boxes_counts_as_a_problem(tmp_path: Path)
     dataset = make_dataset(tmp_path)
     Image.new("RGB", (40, 15)).save(dataset.path(0))
     _, target = dataset[(0, 0)]
-    assert target["problems"] == [(dataset.path(0), "40 x 15 pixels: random boxes need 16 on each side")]
+    assert target["problems"] == [
+        (dataset.path(0), "40 x 15 pixels: random boxes need 16 on each side")
+    ]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_pre_train_resume_and_fine_tune(detector: str, tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    flags = [*FLAGS, "--detector", detector, "--imagenet_path", images, "--batch_size", "2", *FROZEN]
+    flags = [
+        *FLAGS,
+        "--detector",
+        detector,
+        "--imagenet_path",
+        images,
+        "--batch_size",
+        "2",
+        *FROZEN,
+    ]
     pre_train(*flags, "--output_dir", tmp_path / "a", "--epochs", "2")
     whole = read_checkpoint(tmp_path / "a" / "checkpoint.pth")
     pre_train(*flags, "--output_dir", tmp_path / "b", "--epochs", "1")
@@ -305,7 +357,9 @@ def test_pre_train_resume_and_fine_tune(detector: str, tmp_path: Path) -> None:
 def test_a_published_checkpoint_brings_its_encoder_where_its_backbone_is_frozen() -> None:
     model, *_ = build("--lr_backbone", "0")
     other = {
-        name: torch.randn_like(value) for name, value in model.state_dict().items() if name.startswith("backbone.")
+        name: torch.randn_like(value)
+        for name, value in model.state_dict().items()
+        if name.startswith("backbone.")
     }
     model.load_state_dict({**model.state_dict(), **other})
     model.load_frozen({}, "file.pth")
@@ -337,16 +391,21 @@ def test_a_published_run_goes_on(tmp_path: Path) -> None:
     file = read_checkpoint(tmp_path / "a" / "checkpoint.pth")
     names = list(file["model"])
     at = next(i for i, name in enumerate(names) if name.startswith("bbox_embed"))
-    order = sorted(names, key=lambda name: at - 0.5 if name.startswith("feature_embed") else names.index(name))
+    order = sorted(
+        names, key=lambda name: at - 0.5 if name.startswith("feature_embed") else names.index(name)
+    )
 
     def counted(each: list[str]) -> list[str]:
         """Those of the first group: no backbone, no slow projections, no further names of a shared head."""
-        others = re.compile(r"backbone\.|.*(reference_points|sampling_offsets)|(class|bbox)_embed\.[1-9]")
+        others = re.compile(
+            r"backbone\.|.*(reference_points|sampling_offsets)|(class|bbox)_embed\.[1-9]"
+        )
         return [name for name in each if not others.match(name)]
 
     numbers = dict(zip(counted(names), file["optimizer"]["param_groups"][0]["params"], strict=True))
     state = {
-        k: file["optimizer"]["state"][numbers[name]] for k, name in zip(numbers.values(), counted(order), strict=True)
+        k: file["optimizer"]["state"][numbers[name]]
+        for k, name in zip(numbers.values(), counted(order), strict=True)
     }
     torch.save(
         {
@@ -367,7 +426,15 @@ def test_a_published_run_goes_on(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="add --pretext region_prior"):
         pre_train("--imagenet_path", images, "--resume", tmp_path / "published.pth")
-    pre_train(*flags, "--output_dir", tmp_path / "b", "--epochs", "2", "--resume", tmp_path / "published.pth")
+    pre_train(
+        *flags,
+        "--output_dir",
+        tmp_path / "b",
+        "--epochs",
+        "2",
+        "--resume",
+        tmp_path / "published.pth",
+    )
     pre_train(*flags, "--output_dir", tmp_path / "a", "--epochs", "2", "--resume", "auto")
     ours, theirs = (read_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ba")
     assert all(torch.equal(value, ours["model"][name]) for name, value in theirs["model"].items())

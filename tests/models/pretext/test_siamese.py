@@ -43,11 +43,16 @@ FLAGS = ("--pretext", "siamese", "--proposals", "random")
 
 def build(*flags: str) -> tuple:
     torch.manual_seed(0)
-    return build_model(tiny_args(PRETRAIN, *FLAGS, "--backbone_norm", "frozen", "--dropout", "0", *flags))[:2]
+    return build_model(
+        tiny_args(PRETRAIN, *FLAGS, "--backbone_norm", "frozen", "--dropout", "0", *flags)
+    )[:2]
 
 
 def view_targets(views: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    return [{**target, "size": torch.tensor([64, 64])} for target in make_targets([5] * views, seed=seed, patches=5)]
+    return [
+        {**target, "size": torch.tensor([64, 64])}
+        for target in make_targets([5] * views, seed=seed, patches=5)
+    ]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -61,7 +66,12 @@ def test_losses_and_gradients(detector: str) -> None:
     assert 0 <= losses["loss_feature"] <= 4
     assert 0.5 < losses["projection_std"] * math.sqrt(32) <= 1.0001
     weights = criterion.weight_dict
-    assert (weights["loss_ce"], weights["loss_bbox"], weights["loss_giou"], weights["loss_feature"]) == (1, 5, 2, 3)
+    assert (
+        weights["loss_ce"],
+        weights["loss_bbox"],
+        weights["loss_giou"],
+        weights["loss_feature"],
+    ) == (1, 5, 2, 3)
     assert (weights["loss_feature_0"], weights["loss_enc_global_contra"]) == (3, 10)
     assert not {"loss_enc_global_contra_0", "projection_std"} & set(weights)
     criterion.total(losses).backward()
@@ -103,7 +113,12 @@ def test_global_loss_compares_the_views_of_one_image() -> None:
         losses = criterion({**outputs, "projections": first, "predictions": first}, targets)
         assert float(losses["loss_enc_global_contra"]) == pytest.approx(expected, abs=1e-6)
     collapsed = torch.ones(4, 32)
-    assert criterion({**outputs, "projections": collapsed, "predictions": same}, targets)["projection_std"] < 1e-3
+    assert (
+        criterion({**outputs, "projections": collapsed, "predictions": same}, targets)[
+            "projection_std"
+        ]
+        < 1e-3
+    )
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -142,7 +157,9 @@ def test_published_deformable_queries_are_those_of_the_first_image() -> None:
         assert shared == (detector == "deformable_detr")
         assert not torch.equal(position[0], position[3])
     mended, _ = build("--detector", "deformable_detr", "--num_feature_levels", "1")
-    assert not torch.equal(mended.region_queries(features).position[0], mended.region_queries(features).position[1])
+    assert not torch.equal(
+        mended.region_queries(features).position[0], mended.region_queries(features).position[1]
+    )
 
 
 @pytest.mark.parametrize("levels", [1, 4])
@@ -166,16 +183,24 @@ def test_queries_are_the_features_at_the_boxes(levels: int) -> None:
     for feature in memory.features:
         height, width = feature.tensor.shape[2:]
         feature.tensor = torch.zeros_like(feature.tensor)
-        feature.tensor[:, 0], feature.tensor[:, 1] = torch.arange(width).float(), torch.arange(height).float()[:, None]
+        feature.tensor[:, 0], feature.tensor[:, 1] = (
+            torch.arange(width).float(),
+            torch.arange(height).float()[:, None],
+        )
     boxes = torch.tensor(
         [
             [[64.0, 32.0, 160.0, 192.0], [96.0, 96.0, 96.0, 96.0]],
             [[160.0, 96.0, 256.0, 128.0], [0.0, 64.0, 128.0, 96.0]],
         ]
     )
-    found = model.region_features(memory, boxes).split([feature.tensor.shape[1] for feature in memory.features], -1)
+    found = model.region_features(memory, boxes).split(
+        [feature.tensor.shape[1] for feature in memory.features], -1
+    )
     for part, stride in zip(found, (8, 16, 32)[-len(found) :], strict=True):
-        corner, sides = boxes[..., :2] / stride, ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1)
+        corner, sides = (
+            boxes[..., :2] / stride,
+            ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1),
+        )
         torch.testing.assert_close(part[..., :2], corner + sides / 2)
     assert len(found) == min(levels, 3)
 
@@ -196,8 +221,12 @@ def test_disturbed_boxes_move_by_a_tenth_at_most_and_stay_inside() -> None:
 
 def test_ablations_leave_their_parts_out() -> None:
     model, criterion = build("--global_loss_coef", "0", "--feature_loss_coef", "0")
-    assert not [name for name in model.state_dict() if name.startswith(("enc_head", "feature_align"))]
-    targets = [{name: x for name, x in target.items() if name != "patches"} for target in view_targets(2)]
+    assert not [
+        name for name in model.state_dict() if name.startswith(("enc_head", "feature_align"))
+    ]
+    targets = [
+        {name: x for name, x in target.items() if name != "patches"} for target in view_targets(2)
+    ]
     losses = criterion(model.train()(make_batch(2), targets), targets)
     assert {name for name in losses if "_0" not in name} == {
         "loss_ce",
@@ -218,7 +247,10 @@ def test_ablations_leave_their_parts_out() -> None:
         (("--batch_size", "1"), "--global_loss_coef 0"),
         (("--mask_ratio", "0.2"), "--mask_ratio means nothing to --pretext siamese"),
         (("--max_iters", "10"), "--max_iters and --lr_drop_iters"),
-        (("--max_iters", "10", "--lr_drop_iters", "5", "--start_epoch", "3"), "--start_epoch counts epochs"),
+        (
+            ("--max_iters", "10", "--lr_drop_iters", "5", "--start_epoch", "3"),
+            "--start_epoch counts epochs",
+        ),
     ],
 )
 def test_flags_that_make_no_sense(flags: tuple, said: str) -> None:
@@ -227,7 +259,10 @@ def test_flags_that_make_no_sense(flags: tuple, said: str) -> None:
 
 
 def test_the_last_flag_decides_what_a_schedule_counts() -> None:
-    steps, epochs = ("--max_iters", "10", "--lr_drop_iters", "5"), ("--epochs", "3", "--lr_drop", "2")
+    steps, epochs = (
+        ("--max_iters", "10", "--lr_drop_iters", "5"),
+        ("--epochs", "3", "--lr_drop", "2"),
+    )
     args = tiny_args(PRETRAIN, *FLAGS, *steps, *epochs)
     assert (args.max_iters, args.lr_drop_iters, args.epochs, args.lr_drop) == (None, None, 3, 2)
     args = tiny_args(PRETRAIN, *FLAGS, *epochs, *steps)
@@ -235,7 +270,8 @@ def test_the_last_flag_decides_what_a_schedule_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("detector", "levels"), [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)]
+    ("detector", "levels"),
+    [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)],
 )
 def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> None:
     """Heads and batch norm too, so that published pre-training can be continued."""
@@ -243,7 +279,11 @@ def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> Non
     file = siamese_file(siamese(detector, *SMALL, *own, channels=896 if levels > 1 else 512))
     model, _ = build("--detector", detector, *own)
     load_exactly(model, as_checkpoint(file, "iter_300000.pth"))
-    for name in ("patch2query.weight", "enc_head.0.projector.mlp.0.weight", "enc_head.0.predictor.mlp.1.running_var"):
+    for name in (
+        "patch2query.weight",
+        "enc_head.0.projector.mlp.0.weight",
+        "enc_head.0.predictor.mlp.1.running_var",
+    ):
         assert torch.equal(model.state_dict()[name], file["state_dict"][name]), name
 
 
@@ -268,11 +308,22 @@ def test_batch_norm_is_pytorchs_in_one_process() -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pre_train_and_resume(
+    detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were
     the whole run, or stopped after three."""
     images = write_images(tmp_path / "images")
-    flags = [*FLAGS, "--detector", detector, "--imagenet_path", images, "--lr_drop_iters", "3", *FROZEN]
+    flags = [
+        *FLAGS,
+        "--detector",
+        detector,
+        "--imagenet_path",
+        images,
+        "--lr_drop_iters",
+        "3",
+        *FROZEN,
+    ]
     pre_train(*flags, "--output_dir", tmp_path / "a", "--max_iters", "5")
     if detector == "detr":
         pre_train(*flags, "--output_dir", tmp_path / "b", "--max_iters", "2")
@@ -293,11 +344,20 @@ def test_pre_train_and_resume(detector: str, tmp_path: Path, monkeypatch: pytest
     assert [line["train_lr"] for line in log] == pytest.approx([1e-4, 5.5e-5, 1e-5])
     assert whole["optimizer"]["state"][0]["step"] == 5
     assert log[0]["train_projection_std_unscaled"] > 0.01
-    assert whole["args"]["position_embedding"] == "sine", "on every detector; fine-tuning takes it over"
+    assert whole["args"]["position_embedding"] == "sine", (
+        "on every detector; fine-tuning takes it over"
+    )
 
 
 def test_a_schedule_of_epochs_is_not_resumed_by_iterations(tmp_path: Path) -> None:
-    flags = [*FLAGS, "--imagenet_path", write_images(tmp_path / "images"), "--output_dir", tmp_path / "a", *FROZEN]
+    flags = [
+        *FLAGS,
+        "--imagenet_path",
+        write_images(tmp_path / "images"),
+        "--output_dir",
+        tmp_path / "a",
+        *FROZEN,
+    ]
     pre_train(*flags, "--epochs", "1", "--lr_drop", "1")
     with pytest.raises(UserError, match="counts epochs"):
         pre_train(*flags, "--max_iters", "9", "--lr_drop_iters", "5", "--resume", "auto")

@@ -26,14 +26,21 @@ def coco_path(tmp_path: Path) -> Path:
     folder = tmp_path / "coco"
     (folder / "images" / "train2017").mkdir(parents=True)
     (folder / "annotations").mkdir()
-    content = {"images": [], "annotations": [], "categories": [{"id": 3, "name": "a"}, {"id": 17, "name": "b"}]}
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 3, "name": "a"}, {"id": 17, "name": "b"}],
+    }
     (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
     return folder
 
 
 def test_commands_on_scenes_are_commands_of_the_scripts(tmp_path: Path) -> None:
     scenes, pretrain, finetune, scratch = demo.make_stages(demo_args(tmp_path))
-    assert sample_scenes.get_args_parser().parse_args(scenes.command[3:]).output == tmp_path / "out" / "scenes"
+    assert (
+        sample_scenes.get_args_parser().parse_args(scenes.command[3:]).output
+        == tmp_path / "out" / "scenes"
+    )
     settings = resolve(pretrain_main.parse(pretrain.command[2:]))
     assert (settings.detector, settings.pretext) == ("conditional_detr", "random_query_patch")
     assert settings.imagenet_path == str(tmp_path / "out" / "scenes" / "unlabelled")
@@ -45,7 +52,9 @@ def test_commands_on_scenes_are_commands_of_the_scripts(tmp_path: Path) -> None:
 def test_both_fine_tunings_have_the_same_budget(tmp_path: Path) -> None:
     """They differ in the checkpoint and the folder, in nothing else."""
     *_, finetune, scratch = demo.make_stages(demo_args(tmp_path))
-    with_checkpoint, without = (vars(finetune_main.parse(stage.command[2:])) for stage in (finetune, scratch))
+    with_checkpoint, without = (
+        vars(finetune_main.parse(stage.command[2:])) for stage in (finetune, scratch)
+    )
     with_checkpoint.pop("pretrain")
     without.pop("pretrain", None)
     assert with_checkpoint.pop("output_dir") != without.pop("output_dir")
@@ -53,7 +62,9 @@ def test_both_fine_tunings_have_the_same_budget(tmp_path: Path) -> None:
 
 
 def test_commands_on_real_data(tmp_path: Path, coco_path: Path) -> None:
-    pretrain, finetune, _ = demo.make_stages(demo_args(tmp_path, "--coco_path", str(coco_path), "--epochs", "7"))
+    pretrain, finetune, _ = demo.make_stages(
+        demo_args(tmp_path, "--coco_path", str(coco_path), "--epochs", "7")
+    )
     settings = resolve(pretrain_main.parse(pretrain.command[2:]))
     assert settings.imagenet_path == str(coco_path / "images" / "train2017")
     tuned = resolve(finetune_main.parse(finetune.command[2:]))
@@ -80,7 +91,9 @@ def test_a_finished_stage_is_reused_and_an_unfinished_one_goes_on(tmp_path: Path
     calls = []
 
     def run(status: int, stage: demo.Stage, overwrite: bool = False) -> float:
-        return demo.run_stage(stage, tmp_path / "a", overwrite, lambda command: calls.append(command) or status)
+        return demo.run_stage(
+            stage, tmp_path / "a", overwrite, lambda command: calls.append(command) or status
+        )
 
     stage = demo.Stage("a", "first", ["python", "x.py"])
     with pytest.raises(UserError, match="failed with status 3"):
@@ -99,7 +112,9 @@ def test_a_finished_stage_is_reused_and_an_unfinished_one_goes_on(tmp_path: Path
 
 def test_patch_overlap_tells_own_from_other_patches() -> None:
     places = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
-    found = result_page.Found(None, [], places, torch.tensor([[0.0, 0, 10, 5], [20, 20, 30, 30]]), torch.ones(2))
+    found = result_page.Found(
+        None, [], places, torch.tensor([[0.0, 0, 10, 5], [20, 20, 30, 30]]), torch.ones(2)
+    )
     assert result_page.patch_overlap([found]) == (0.75, 0.0)
 
 
@@ -113,7 +128,9 @@ def test_results_show_the_last_evaluation(tmp_path: Path) -> None:
         ]
         (tmp_path / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = result_page.results(tmp_path)
-    assert rows == [(title, ["0.250", "0.250", "0.250", "0.500"]) for title in result_page.RUNS.values()]
+    assert rows == [
+        (title, ["0.250", "0.250", "0.250", "0.500"]) for title in result_page.RUNS.values()
+    ]
     (tmp_path / "finetune_scratch" / "log.txt").write_text('{"epoch": 0}\n')
     with pytest.raises(UserError, match="no evaluation"):
         result_page.results(tmp_path)
@@ -131,7 +148,18 @@ def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    flags = ["--num_train", "8", "--num_val", "3", "--epochs", "1", "--pretrain_epochs", "1", "--image_size", "96"]
+    flags = [
+        "--num_train",
+        "8",
+        "--num_val",
+        "3",
+        "--epochs",
+        "1",
+        "--pretrain_epochs",
+        "1",
+        "--image_size",
+        "96",
+    ]
     args = ["--output_dir", "out", "--device", "cpu", *flags]
     demo.main(demo.get_args_parser().parse_args(args))
     page = (tmp_path / "out" / result_page.PAGE).read_text()

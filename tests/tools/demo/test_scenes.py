@@ -28,7 +28,12 @@ def test_form_of_a_scene() -> None:
         count = len(labels)
         assert 1 <= count <= 4
         assert image.shape == (96, 96, 3)
-        assert (image.dtype, boxes.dtype, labels.dtype, masks.dtype) == (np.uint8, np.float32, np.int64, bool)
+        assert (image.dtype, boxes.dtype, labels.dtype, masks.dtype) == (
+            np.uint8,
+            np.float32,
+            np.int64,
+            bool,
+        )
         assert boxes.shape == (count, 4)
         assert masks.shape == (count, 96, 96)
         assert labels.min() >= 1
@@ -37,7 +42,12 @@ def test_form_of_a_scene() -> None:
 
 def test_a_scene_is_a_function_of_seed_split_and_index() -> None:
     first = make_scene(1, 5, 64, "train")
-    for other in ((1, 6, 64, "train"), (2, 5, 64, "train"), (1, 5, 64, "val"), (1, 5, 64, "unlabelled")):
+    for other in (
+        (1, 6, 64, "train"),
+        (2, 5, 64, "train"),
+        (1, 5, 64, "val"),
+        (1, 5, 64, "unlabelled"),
+    ):
         assert not same(first[:1], make_scene(*other)[:1]), other
     assert same(first, make_scene(1, 5, 64, "train"))
 
@@ -93,7 +103,9 @@ def test_held_out_scenes_use_other_photographs(monkeypatch: pytest.MonkeyPatch) 
     }
     groups = []
     original = sample_scenes._photographs
-    monkeypatch.setattr(sample_scenes, "_photographs", lambda group: groups.append(group) or original(group))
+    monkeypatch.setattr(
+        sample_scenes, "_photographs", lambda group: groups.append(group) or original(group)
+    )
     for split in SPLITS:
         make_scene(1, 0, 64, split)
     assert groups == ["train", "val", "train"]
@@ -106,17 +118,22 @@ def test_only_photographs_with_a_free_licence() -> None:
 
 def test_every_class_has_an_outline_of_its_own() -> None:
     assert set(OUTLINES) == set(CLASS_NAMES)
-    drawn = {name: rasterise(outline(np.random.default_rng(0)), 40) for name, outline in OUTLINES.items()}
+    drawn = {
+        name: rasterise(outline(np.random.default_rng(0)), 40) for name, outline in OUTLINES.items()
+    }
     for alpha in drawn.values():
         assert max(alpha.shape) == 40
         assert alpha.max() == 1
-    middles = {name: alpha[alpha.shape[0] // 2, alpha.shape[1] // 2] for name, alpha in drawn.items()}
+    middles = {
+        name: alpha[alpha.shape[0] // 2, alpha.shape[1] // 2] for name, alpha in drawn.items()
+    }
     assert middles["ring"] == 0
     assert middles["disc"] == middles["star"] == middles["triangle"] == 1
 
 
 @pytest.mark.parametrize(
-    "arguments", [(1, 0, 64, "test"), (1, 0, 16, "train"), (1, 0, 64, "train", 0), (1, 0, 64, "train", 9)]
+    "arguments",
+    [(1, 0, 64, "test"), (1, 0, 16, "train"), (1, 0, 64, "train", 0), (1, 0, 64, "train", 9)],
 )
 def test_wrong_arguments_are_refused(arguments: tuple) -> None:
     with pytest.raises(ValueError):
@@ -124,11 +141,15 @@ def test_wrong_arguments_are_refused(arguments: tuple) -> None:
 
 
 def test_written_files_are_those_of_coco(tmp_path: Path) -> None:
-    folder = write_coco(tmp_path / "scenes", num_train=3, num_val=2, num_unlabelled=1, size=64, seed=5)
+    folder = write_coco(
+        tmp_path / "scenes", num_train=3, num_val=2, num_unlabelled=1, size=64, seed=5
+    )
     assert len(list((folder / "unlabelled").iterdir())) == 1
     for name, split, count in (("train2017", "train", 3), ("val2017", "val", 2)):
         coco = COCO(folder / "annotations" / f"instances_{name}.json")
-        assert {c["id"]: c["name"] for c in coco.cats.values()} == dict(enumerate(CLASS_NAMES[:4], start=1))
+        assert {c["id"]: c["name"] for c in coco.cats.values()} == dict(
+            enumerate(CLASS_NAMES[:4], start=1)
+        )
         assert len(coco.imgs) == count == len(list((folder / name).iterdir()))
         for image_id, record in coco.imgs.items():
             image, boxes, labels, masks = make_scene(5, image_id - 1, 64, split)
@@ -177,7 +198,9 @@ def test_a_foreign_folder_is_never_touched(tmp_path: Path, overwrite: bool) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_of_a_run_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_) -> None:
         raise OSError("disk full")
 
@@ -187,13 +210,26 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path, monkeypatch: pytes
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_ends_the_command_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_command_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_args, **_settings) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(SystemExit) as stopped:
-        sample_scenes.main(["--output", str(tmp_path / "scenes"), "--num_train", "1", "--num_val", "1", "--size", "64"])
+        sample_scenes.main(
+            [
+                "--output",
+                str(tmp_path / "scenes"),
+                "--num_train",
+                "1",
+                "--num_val",
+                "1",
+                "--size",
+                "64",
+            ]
+        )
     message = str(stopped.value.code)
     assert (
         message
@@ -203,7 +239,17 @@ def test_a_full_disk_ends_the_command_with_one_line(tmp_path: Path, monkeypatch:
 
 
 def test_command_line_in_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.demo.scenes", "--num_train", "2", "--num_val", "1", "--seed", "4"]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.demo.scenes",
+        "--num_train",
+        "2",
+        "--num_val",
+        "1",
+        "--seed",
+        "4",
+    ]
     command += ["--num_unlabelled", "0", "--size", "64", "--output"]
     done = subprocess.run([*command, tmp_path / "there"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -212,7 +258,9 @@ def test_command_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert len(files) == 6
     for file in files:
         assert (here / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
-    refused = subprocess.run([*command, ROOT / "datasets"], cwd=ROOT, capture_output=True, text=True)
+    refused = subprocess.run(
+        [*command, ROOT / "datasets"], cwd=ROOT, capture_output=True, text=True
+    )
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert len(refused.stderr.splitlines()) == 1

@@ -28,11 +28,25 @@ def steps_of(data: Path, *words: object) -> list[Step]:
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("detector", presets.DETECTOR_FLAGS)
-def test_fine_tunings_differ_in_where_they_start_alone(data: Path, preset: str, detector: str) -> None:
+def test_fine_tunings_differ_in_where_they_start_alone(
+    data: Path, preset: str, detector: str
+) -> None:
     steps = steps_of(
-        data, "--preset", preset, "--detectors", detector, "--ablations", "region_prior-random", "--fractions", 1
+        data,
+        "--preset",
+        preset,
+        "--detectors",
+        detector,
+        "--ablations",
+        "region_prior-random",
+        "--fractions",
+        1,
     )
-    tuned = [dict(step.flags) for step in steps if step.kind == "finetune" and step.fraction == 1 and step.seed == 2]
+    tuned = [
+        dict(step.flags)
+        for step in steps
+        if step.kind == "finetune" and step.fraction == 1 and step.seed == 2
+    ]
     assert len(tuned) == 5
     assert "pretrain" not in tuned[0]
     assert len({flags.pop("pretrain", "") for flags in tuned}) == 5
@@ -49,10 +63,23 @@ def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
         for name, row in presets.ABLATIONS.items()
         if row.pretext not in of_configs or row.times == 1 and None not in row.changes.values()
     ]
-    words = ["--preset", preset, "--detectors", *presets.DETECTOR_FLAGS, "--seeds", 1, "--fractions", 1, "--ablations"]
+    words = [
+        "--preset",
+        preset,
+        "--detectors",
+        *presets.DETECTOR_FLAGS,
+        "--seeds",
+        1,
+        "--fractions",
+        1,
+        "--ablations",
+    ]
     steps = steps_of(data, *words, *ablations)
     for step in steps:
-        flags = [word.replace("{data}", str(data)).replace("{study}", "out") for word in words_of(step.flags)]
+        flags = [
+            word.replace("{data}", str(data)).replace("{study}", "out")
+            for word in words_of(step.flags)
+        ]
         words = [step.script, *flags]
         if words[0].endswith(".sh"):
             words = config_words(ROOT / words[0], *words[1:])
@@ -81,7 +108,11 @@ def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Pat
         "--edge_model",
         tmp_path / "model.yml.gz",
     )
-    named = {step.name for step in steps if step.flags.get("edge_model") == str(tmp_path / "model.yml.gz")}
+    named = {
+        step.name
+        for step in steps
+        if step.flags.get("edge_model") == str(tmp_path / "model.yml.gz")
+    }
     assert named == {
         "proposals/edge_boxes",
         "pretrain/conditional_detr/region_prior-edge_boxes_seed1",
@@ -91,7 +122,9 @@ def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Pat
 def test_commands_for_several_gpus() -> None:
     """A config starts its script with $LAUNCH; tools are one process; processes share the cores."""
     torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
-    args = Namespace(data=Path("d"), output_dir=Path("o"), cores=32, jobs=2, num_workers=None, device=None)
+    args = Namespace(
+        data=Path("d"), output_dir=Path("o"), cores=32, jobs=2, num_workers=None, device=None
+    )
 
     def of(preset: str, kind: str, script: str) -> tuple[list[str], dict[str, str]]:
         args.preset = preset
@@ -121,18 +154,32 @@ def test_seeds_come_whole(data: Path) -> None:
     assert [step.fraction for step in tuned[:8]] == [1.0] * 4 + [0.5] * 4
     assert sum(step.kind == "pretrain" for step in steps) == 3, "one a pretext"
     varied = steps_of(data, "--seeds", 5, 6, "--pretrain_seeds", 1, 2, *fractions)
-    starts = {step.seed: step.needs for step in varied if step.kind == "finetune" and step.variant == "siamese"}
-    assert starts == {seed: (f"pretrain/conditional_detr/siamese_seed{seed - 4}",) for seed in (5, 6)}
+    starts = {
+        step.seed: step.needs
+        for step in varied
+        if step.kind == "finetune" and step.variant == "siamese"
+    }
+    assert starts == {
+        seed: (f"pretrain/conditional_detr/siamese_seed{seed - 4}",) for seed in (5, 6)
+    }
 
 
 def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
     """It is fine-tuned as all others are; nothing is pre-trained for it."""
     file = tmp_path / "mine.pth"
     file.touch()
-    steps = steps_of(data, "--pretexts", "none", "--seeds", 1, "--fractions", 1, "--pretrained", f"mine={file}")
-    assert [step.name for step in steps] == [f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "mine")]
+    steps = steps_of(
+        data, "--pretexts", "none", "--seeds", 1, "--fractions", 1, "--pretrained", f"mine={file}"
+    )
+    assert [step.name for step in steps] == [
+        f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "mine")
+    ]
     none, mine = (dict(step.flags) for step in steps)
-    assert mine == {**none, "pretrain": str(file), "output_dir": "{study}/finetune/conditional_detr/mine/1_seed1"}
+    assert mine == {
+        **none,
+        "pretrain": str(file),
+        "output_dir": "{study}/finetune/conditional_detr/mine/1_seed1",
+    }
     for words, what in (
         ("mine", "give NAME=FILE"),
         (f"a/b={file}", "give NAME=FILE"),
@@ -145,24 +192,50 @@ def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("change", ["no_reconstruction", "longer"])
 def test_a_config_can_not_be_cut(data: Path, change: str) -> None:
-    with pytest.raises(UserError, match=rf"{change}: configs/UPDETR_conditional_pretrain_in\.sh fixes what it changes"):
-        steps_of(data, "--preset", "paper", "--fractions", 1, "--ablations", f"random_query_patch-{change}")
+    with pytest.raises(
+        UserError,
+        match=rf"{change}: configs/UPDETR_conditional_pretrain_in\.sh fixes what it changes",
+    ):
+        steps_of(
+            data,
+            "--preset",
+            "paper",
+            "--fractions",
+            1,
+            "--ablations",
+            f"random_query_patch-{change}",
+        )
 
 
 def test_a_longer_row_has_more_steps_of_pre_training_and_nothing_else(data: Path) -> None:
     """The rate drops at the same share of them; fine-tuning is the same."""
     rows = "region_prior", "region_prior-longer"
     steps = steps_of(
-        data, "--preset", "cpu", "--pretexts", rows[0], "--ablations", rows[1], "--seeds", 1, "--fractions", 1
+        data,
+        "--preset",
+        "cpu",
+        "--pretexts",
+        rows[0],
+        "--ablations",
+        rows[1],
+        "--seeds",
+        1,
+        "--fractions",
+        1,
     )
     pretrained, tuned = (
         [dict(step.flags) for step in steps if step.kind == kind and step.variant in rows]
         for kind in ("pretrain", "finetune")
     )
-    lengths = [(int(flags.pop("max_iters")), int(flags.pop("lr_drop_iters"))) for flags in pretrained]
+    lengths = [
+        (int(flags.pop("max_iters")), int(flags.pop("lr_drop_iters"))) for flags in pretrained
+    ]
     assert lengths[1] == tuple(4 * steps for steps in lengths[0])
     for pair in (pretrained, tuned):
-        places = [flags.pop("output_dir") for flags in pair], [flags.pop("pretrain", "") for flags in pair]
+        places = (
+            [flags.pop("output_dir") for flags in pair],
+            [flags.pop("pretrain", "") for flags in pair],
+        )
         assert pair[0] == pair[1], places
 
 

@@ -20,7 +20,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names(data: Path, part: str) -> set[str]:
-    return {image["file_name"] for image in json.loads((data / "annotations" / f"{part}.json").read_text())["images"]}
+    return {
+        image["file_name"]
+        for image in json.loads((data / "annotations" / f"{part}.json").read_text())["images"]
+    }
 
 
 def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -> None:
@@ -59,12 +62,16 @@ def test_copies_of_validation_images_are_left_out_too(data: Path, tmp_path: Path
         "--output_dir",
         tmp_path / "data",
     )
-    listed = {Path(name).name for name in (tmp_path / "data" / "unlabelled.txt").read_text().split()}
+    listed = {
+        Path(name).name for name in (tmp_path / "data" / "unlabelled.txt").read_text().split()
+    }
     assert listed == {Path(name).name for name in names(tmp_path / "data", "train")}
     assert read_manifest(tmp_path / "data")["unlabelled"]["skipped_as_held_out"] == 4
 
 
-def test_no_val_and_a_limit_of_unlabelled_images(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_no_val_and_a_limit_of_unlabelled_images(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     words = [
         "--coco_path",
         data.parent / "coco",
@@ -75,13 +82,33 @@ def test_no_val_and_a_limit_of_unlabelled_images(data: Path, tmp_path: Path, cap
         "--image_size",
         64,
     ]
-    study("prepare", *words, "--val_share", 0, "--max_unlabelled", 3, "--output_dir", tmp_path / "data")
+    study(
+        "prepare",
+        *words,
+        "--val_share",
+        0,
+        "--max_unlabelled",
+        3,
+        "--output_dir",
+        tmp_path / "data",
+    )
     manifest = read_manifest(tmp_path / "data")
     assert [manifest[part]["images"] for part in ("train", "val", "test")] == [24, 0, 6]
     assert manifest["unlabelled"]["sources"][0]["images"] == 3
-    with pytest.raises(UserError, match="--evaluate_on val: the data was prepared with --val_share 0"):
+    with pytest.raises(
+        UserError, match="--evaluate_on val: the data was prepared with --val_share 0"
+    ):
         study(
-            "run", *run_words(tmp_path / "data", tmp_path / "out", "--fractions", 1, "--evaluate_on", "val", "--list")
+            "run",
+            *run_words(
+                tmp_path / "data",
+                tmp_path / "out",
+                "--fractions",
+                1,
+                "--evaluate_on",
+                "val",
+                "--list",
+            ),
         )
     for flag, value in (("--fractions", -1), ("--val_share", -1), ("--val_share", 1)):
         with pytest.raises(SystemExit):
@@ -91,10 +118,16 @@ def test_no_val_and_a_limit_of_unlabelled_images(data: Path, tmp_path: Path, cap
 
 
 def test_unlabelled_images_are_drawn_from_all_folders() -> None:
-    assert draw_unlabelled([2, 0, 3], None, 1) == draw_unlabelled([2, 0, 3], 9, 1) == [[0, 1], [], [0, 1, 2]]
+    assert (
+        draw_unlabelled([2, 0, 3], None, 1)
+        == draw_unlabelled([2, 0, 3], 9, 1)
+        == [[0, 1], [], [0, 1, 2]]
+    )
     drawn = draw_unlabelled([500, 500], 100, 1)
     assert drawn == draw_unlabelled([500, 500], 100, 1) != draw_unlabelled([500, 500], 100, 2)
-    assert sum(map(len, drawn)) == len({(i, j) for i, part in enumerate(drawn) for j in part}) == 100
+    assert (
+        sum(map(len, drawn)) == len({(i, j) for i, part in enumerate(drawn) for j in part}) == 100
+    )
     assert 30 < len(drawn[0]) < 70
 
 
@@ -102,12 +135,18 @@ def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None
     args, image = Namespace(image_size=64, quality=82), Image.new("RGB", (40, 50), (200, 30, 30))
     for name in ("a.jpg", "a.png"):
         image.save(tmp_path / name)
-        assert shrink(str(tmp_path / name), tmp_path / "out" / f"{name}.jpg", args) == ((40, 50), (40, 50))
+        assert shrink(str(tmp_path / name), tmp_path / "out" / f"{name}.jpg", args) == (
+            (40, 50),
+            (40, 50),
+        )
     assert (tmp_path / "out" / "a.jpg.jpg").read_bytes() == (tmp_path / "a.jpg").read_bytes()
     with Image.open(tmp_path / "out" / "a.png.jpg") as copy:
         assert copy.format == "JPEG"
     image.resize((80, 100)).save(tmp_path / "b.jpg")
-    assert shrink(str(tmp_path / "b.jpg"), tmp_path / "out" / "b.jpg", args) == ((80, 100), (64, 80))
+    assert shrink(str(tmp_path / "b.jpg"), tmp_path / "out" / "b.jpg", args) == (
+        (80, 100),
+        (64, 80),
+    )
 
 
 @pytest.mark.parametrize("custom", [False, True])
@@ -133,22 +172,33 @@ def test_crowds_stay_crowds(custom: bool, tmp_path: Path) -> None:
             "--train_annotations",
             coco / "annotations" / "instances_train2017.json",
         ]
-    study("prepare", *words, "--image_size", 32, "--fractions", 1, "--output_dir", tmp_path / "data")
+    study(
+        "prepare", *words, "--image_size", 32, "--fractions", 1, "--output_dir", tmp_path / "data"
+    )
     test = json.loads((tmp_path / "data" / "annotations" / "test.json").read_text())
     assert len(test["annotations"]) == len(content["annotations"])
     (found,) = [box for box in test["annotations"] if box["iscrowd"]]
-    classes = [{category["id"]: category["name"] for category in part["categories"]} for part in (test, content)]
+    classes = [
+        {category["id"]: category["name"] for category in part["categories"]}
+        for part in (test, content)
+    ]
     assert classes[0][found["category_id"]] == classes[1][crowd["category_id"]]
     small, large = (
-        next(image for image in part["images"] if image["id"] == crowd["image_id"]) for part in (test, content)
+        next(image for image in part["images"] if image["id"] == crowd["image_id"])
+        for part in (test, content)
     )
-    assert found["bbox"][2] == pytest.approx(crowd["bbox"][2] * small["width"] / large["width"], abs=0.01)
+    assert found["bbox"][2] == pytest.approx(
+        crowd["bbox"][2] * small["width"] / large["width"], abs=0.01
+    )
     assert read_manifest(tmp_path / "data")["test"]["boxes"] == len(content["annotations"]) - 1
 
 
 def test_a_fraction_is_as_long_as_the_whole(data: Path) -> None:
     split = json.loads((data / "splits" / "0.5.json").read_text())
-    whole, part = (json.loads((data / "annotations" / f"{name}.json").read_text()) for name in ("train", "train_0.5"))
+    whole, part = (
+        json.loads((data / "annotations" / f"{name}.json").read_text())
+        for name in ("train", "train_0.5")
+    )
     chosen = {image["file_name"] for image in whole["images"] if image["id"] in split["ids"]}
     assert len(chosen) == 10
     assert len(part["images"]) == len(whole["images"]) == 20
@@ -223,7 +273,9 @@ def test_prepare_goes_on_and_refuses_other_settings(data: Path, tmp_path: Path) 
     missing.unlink()
     (folder / "manifest.json").unlink()
     study("prepare", *words, "--output_dir", folder)
-    assert {path for path, written in before.items() if path.stat().st_mtime_ns != written} == {missing}
+    assert {path for path, written in before.items() if path.stat().st_mtime_ns != written} == {
+        missing
+    }
     assert read_manifest(folder)["sha256"] == read_manifest(data)["sha256"]
     (folder / "annotations" / "test.json").write_text("{}")
     with pytest.raises(UserError, match=r"annotations/test\.json is not what was prepared"):

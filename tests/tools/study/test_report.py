@@ -20,7 +20,9 @@ def series(values: dict[int, float]) -> pd.Series:
 
 def test_paired_difference_by_hand() -> None:
     """Differences 1, 2, 3: deviation 1, t of two degrees of freedom 4.302653; seed 9 has no partner."""
-    found = paired_difference(series({1: 11, 2: 22, 3: 33, 9: 0}), series({1: 10, 2: 20, 3: 30, 8: 5}))
+    found = paired_difference(
+        series({1: 11, 2: 22, 3: 33, 9: 0}), series({1: 10, 2: 20, 3: 30, 8: 5})
+    )
     assert (found.mean, found.count) == (2.0, 3)
     assert found.half_width == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
     assert (str(found), found.verdict) == ("+2.0 ± 2.5", "no difference shown")
@@ -44,7 +46,9 @@ def test_runs_of_one_pre_training_count_once() -> None:
     assert found.half_width == pytest.approx(12.7062047 * 2, rel=1e-6)
     assert found.verdict == "no difference shown"
     for origins in ({}, dict.fromkeys(range(1, 5), 1), {seed: seed for seed in range(1, 5)}):
-        assert paired_difference(values, baseline, series(origins)) == paired_difference(values, baseline)
+        assert paired_difference(values, baseline, series(origins)) == paired_difference(
+            values, baseline
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -63,8 +67,12 @@ def test_findings_come_first_and_tables_follow(tmp_path: Path) -> None:
         "region_prior": (0.06, 0.159),
         "random_query_patch": (0.11, 0.19),
     }
-    aps = {(row, seed): ap for row, values in rows.items() for seed, ap in enumerate(values, start=1)}
-    page = report(made_up_study(tmp_path / "out", {**aps, ("siamese-random", 1): None, ("mine", 1): 0.3}))
+    aps = {
+        (row, seed): ap for row, values in rows.items() for seed, ap in enumerate(values, start=1)
+    }
+    page = report(
+        made_up_study(tmp_path / "out", {**aps, ("siamese-random", 1): None, ("mine", 1): 0.3})
+    )
     title = "conditional_detr, 10 % of the labels"
     finding = next(line for line in page.splitlines() if line.startswith(f"- {title}"))
     assert finding == (
@@ -74,9 +82,24 @@ def test_findings_come_first_and_tables_follow(tmp_path: Path) -> None:
     )
     assert page.index(finding) < page.index(f"## {title}")
     assert "**Not finished: 1 of 10 runs are left.**" in page
-    table = [re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if line.startswith("| siamese ")]
-    assert table == [["siamese", "18.0 ± 8.5", "36.0 ± 17.0", "+3.0 ± 12.7", "+6.0 ± 25.4", "1 (1): 12.0, 2 (1): 24.0"]]
-    assert re.search(r"\| none +\| 15\.0 ± 7\.1 \| 30\.0 ± 14\.1 \| +\| +\| 1: 10\.0, 2: 20\.0", page)
+    table = [
+        re.split(r" *\| *", line)[1:-1]
+        for line in page.splitlines()
+        if line.startswith("| siamese ")
+    ]
+    assert table == [
+        [
+            "siamese",
+            "18.0 ± 8.5",
+            "36.0 ± 17.0",
+            "+3.0 ± 12.7",
+            "+6.0 ± 25.4",
+            "1 (1): 12.0, 2 (1): 24.0",
+        ]
+    ]
+    assert re.search(
+        r"\| none +\| 15\.0 ± 7\.1 \| 30\.0 ± 14\.1 \| +\| +\| 1: 10\.0, 2: 20\.0", page
+    )
     assert "1 (1): -" in page, "a run that is left"
 
 
@@ -90,8 +113,14 @@ def test_an_ablation_is_compared_with_its_pretext(tmp_path: Path) -> None:
     }
     aps = {(row, seed): ap for row, ap in rows.items() for seed in (1, 2)}
     page = report(made_up_study(tmp_path / "out", aps))
-    cells = [re.split(r" *\| *", line)[1:-1] for line in page.splitlines() if line.startswith("| region_prior-true")]
-    assert [(against, *found) for _, _, against, *found in (row for row in cells if len(row) == 5)] == [
+    cells = [
+        re.split(r" *\| *", line)[1:-1]
+        for line in page.splitlines()
+        if line.startswith("| region_prior-true")
+    ]
+    assert [
+        (against, *found) for _, _, against, *found in (row for row in cells if len(row) == 5)
+    ] == [
         ("region_prior", "+3.0 ± 0.0", "higher"),
         ("region_prior-labelled_images", "+2.0 ± 0.0", "higher"),
     ]
@@ -122,7 +151,9 @@ def test_own_text_outlives_the_report(tmp_path: Path) -> None:
 
 
 def test_every_evaluation_is_in_the_csv_file(tmp_path: Path) -> None:
-    folder = made_up_study(tmp_path / "out", {("none", 2): 0.1, ("none", 1): 0.3, ("siamese", 1): None})
+    folder = made_up_study(
+        tmp_path / "out", {("none", 2): 0.1, ("none", 1): 0.3, ("siamese", 1): None}
+    )
     report(folder)
     lines = (folder / "transfer.csv").read_text().splitlines()
     assert lines[0].startswith("detector,row,fraction,seed,pretrain_seed,epoch,AP,AP50,")
@@ -137,7 +168,11 @@ def test_every_evaluation_is_in_the_csv_file(tmp_path: Path) -> None:
 
 def test_curves_lie_beside_the_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    folder = made_up_study(tmp_path / "out", {("none", 1): 0.1, ("none", 2): 0.2, ("siamese", 1): 0.2})
+    folder = made_up_study(
+        tmp_path / "out", {("none", 1): 0.1, ("none", 2): 0.2, ("siamese", 1): 0.2}
+    )
     study("report", folder, "--output", tmp_path / "page" / "x.md")
-    assert (tmp_path / "page" / "x_curves" / "conditional_detr_0.1.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "page" / "x_curves" / "conditional_detr_0.1.png").read_bytes()[
+        :4
+    ] == b"\x89PNG"
     assert "(x_curves/conditional_detr_0.1.png)" in (tmp_path / "page" / "x.md").read_text()

@@ -86,10 +86,21 @@ class StandIns:
         self.behaviour: dict[str, str] = {}
         self.started: list[str] = []
 
-    def command(self, step: Step, args: Namespace, *listed: object) -> tuple[list[str], dict[str, str]]:
+    def command(
+        self, step: Step, args: Namespace, *listed: object
+    ) -> tuple[list[str], dict[str, str]]:
         self.started += [] if listed else [step.name]
         place = str(args.output_dir / step.name)
-        return [sys.executable, "-S", "-c", STAND_IN, json.dumps(self.behaviour), "x", "--output_dir", place], {}
+        return [
+            sys.executable,
+            "-S",
+            "-c",
+            STAND_IN,
+            json.dumps(self.behaviour),
+            "x",
+            "--output_dir",
+            place,
+        ], {}
 
 
 @pytest.fixture
@@ -104,17 +115,26 @@ ROWS = ("--pretexts", "none", "siamese", "--fractions", 1, "--seeds", 1, 2)
 NAMES = {
     "proposals/selective_search",
     *(f"{kind}/conditional_detr/siamese_seed1" for kind in ("pretrain", "recall")),
-    *(f"finetune/conditional_detr/{row}/1_seed{seed}" for row in ("none", "siamese") for seed in (1, 2)),
+    *(
+        f"finetune/conditional_detr/{row}/1_seed{seed}"
+        for row in ("none", "siamese")
+        for seed in (1, 2)
+    ),
 }
 
 
-def test_done_runs_are_skipped_and_other_settings_refused(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_done_runs_are_skipped_and_other_settings_refused(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
     """A run that was made with other settings, or would stand in one table with such, is an error."""
     words, out = run_words(data, tmp_path / "out", *ROWS, "--jobs", 4), tmp_path / "out"
     assert study("run", *words)[-1] == "all runs are done"
     first = list(stand_ins.started)
     assert (len(first), set(first)) == (7, NAMES)
-    before = [first.index(name) for name in ("proposals/selective_search", "pretrain/conditional_detr/siamese_seed1")]
+    before = [
+        first.index(name)
+        for name in ("proposals/selective_search", "pretrain/conditional_detr/siamese_seed1")
+    ]
     assert before == sorted(before)
     assert not list((out / "finetune").rglob("checkpoint.pth"))
     assert (out / "pretrain" / "conditional_detr" / "siamese_seed1" / "checkpoint.pth").exists()
@@ -125,29 +145,48 @@ def test_done_runs_are_skipped_and_other_settings_refused(data: Path, tmp_path: 
         f"finetune/conditional_detr/{row}/1_seed3" for row in ("none", "siamese")
     ]
     for more in ((), ("--seeds", 4), ("--pretexts", "none", "--fractions", 0.5)):
-        with pytest.raises(UserError, match="was made with --backbone resnet18, now it is resnet34: choose another"):
+        with pytest.raises(
+            UserError, match="was made with --backbone resnet18, now it is resnet34: choose another"
+        ):
             study("run", *words, "--backbone", "resnet34", *more)
-    for flag, before, now in (("preset", "cpu-smoke", "cpu"), ("lr", "0.0001", "0.3"), ("evaluate_on", "test", "val")):
+    for flag, before, now in (
+        ("preset", "cpu-smoke", "cpu"),
+        ("lr", "0.0001", "0.3"),
+        ("evaluate_on", "test", "val"),
+    ):
         with pytest.raises(UserError, match=f"was made with --{flag} {before}, now it is {now}"):
             study("run", *words, f"--{flag}", now)
-    with pytest.raises(UserError, match=r"siamese/1_seed2 was made with other settings: --pretrain .*seed1/.*seed2/"):
+    with pytest.raises(
+        UserError,
+        match=r"siamese/1_seed2 was made with other settings: --pretrain .*seed1/.*seed2/",
+    ):
         study("run", *words, "--pretrain_seeds", 1, 2)
     page = (out / "transfer.md").read_text()
     assert "no difference shown" not in page
-    assert "- conditional_detr, 100 % of the labels: higher: `siamese` (+1.0 ± 0.0, 3 seeds)" in page
+    assert (
+        "- conditional_detr, 100 % of the labels: higher: `siamese` (+1.0 ± 0.0, 3 seeds)" in page
+    )
     assert "| conditional_detr | siamese      | 1    |" in page, "class-agnostic recall"
 
 
 def test_a_listing_shows_states_and_commands(data: Path, tmp_path: Path, tiny: None) -> None:
     lines = study("run", *run_words(data, tmp_path / "out", *ROWS, "--list"))
     assert lines[-1] == "7 runs: 7 to do"
-    shown = next(line for line in lines if line.startswith("[to do] finetune/conditional_detr/siamese/1_seed2"))
-    assert f"--pretrain {tmp_path}/out/pretrain/conditional_detr/siamese_seed1/checkpoint.pth" in shown
+    shown = next(
+        line
+        for line in lines
+        if line.startswith("[to do] finetune/conditional_detr/siamese/1_seed2")
+    )
+    assert (
+        f"--pretrain {tmp_path}/out/pretrain/conditional_detr/siamese_seed1/checkpoint.pth" in shown
+    )
     assert " python finetune_main.py --detector conditional_detr " in shown
     assert not (tmp_path / "out").exists()
 
 
-def test_failures_are_reported_and_the_others_continue(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_failures_are_reported_and_the_others_continue(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
     stand_ins.behaviour = {"pretrain/conditional_detr/siamese": "fails"}
     words = list(map(str, run_words(data, tmp_path / "out", *ROWS)))
     failed = r"^4 of 7 runs failed: pretrain/conditional_detr/siamese_seed1, .*; the same command continues"
@@ -171,7 +210,9 @@ def test_the_time_limit_asks_runs_to_save_and_the_same_command_continues(
     data: Path, tmp_path: Path, stand_ins: StandIns
 ) -> None:
     stand_ins.behaviour = {"none/1_seed1": "waits"}
-    words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2)
+    words = run_words(
+        data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2
+    )
     began = time.monotonic()
     with pytest.raises(StopRequested, match="2 of 2 runs are left; the same command continues"):
         study("run", *words, "--time_limit", 0.02)
@@ -180,8 +221,12 @@ def test_the_time_limit_asks_runs_to_save_and_the_same_command_continues(
     assert (place / "1_seed1" / "begun").exists(), "it got SIGTERM"
     assert study("run", *words, "--list")[-1] == "2 runs: 1 interrupted, 1 to do"
     study("run", *words)
-    assert stand_ins.started == [f"finetune/conditional_detr/none/1_seed{seed}" for seed in (1, 1, 2)]
-    assert json.loads((place / "1_seed1.json").read_text())["seconds"] > 1, "both starts are counted"
+    assert stand_ins.started == [
+        f"finetune/conditional_detr/none/1_seed{seed}" for seed in (1, 1, 2)
+    ]
+    assert json.loads((place / "1_seed1.json").read_text())["seconds"] > 1, (
+        "both starts are counted"
+    )
 
 
 def interrupt_when(ready: Callable[[], bool], *signals: int) -> None:
@@ -199,21 +244,33 @@ def interrupt_when(ready: Callable[[], bool], *signals: int) -> None:
 
 def test_a_signal_stops_all_runs(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
     stand_ins.behaviour = {"seed": "waits"}
-    words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2, "--jobs", 2)
-    places = [tmp_path / "out" / "finetune" / "conditional_detr" / "none" / f"1_seed{seed}" for seed in (1, 2)]
+    words = run_words(
+        data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2, "--jobs", 2
+    )
+    places = [
+        tmp_path / "out" / "finetune" / "conditional_detr" / "none" / f"1_seed{seed}"
+        for seed in (1, 2)
+    ]
     interrupt_when(lambda: all((place / "waiting").exists() for place in places), signal.SIGTERM)
     with pytest.raises(StopRequested, match="2 of 2 runs are left"):
         study("run", *words)
     assert all((place / "begun").exists() for place in places)
 
 
-def test_a_second_ctrl_c_kills_runs_with_their_workers(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_a_second_ctrl_c_kills_runs_with_their_workers(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
     stand_ins.behaviour = {"seed": "stays"}
     worker = tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "1_seed1" / "worker"
     interrupt_when(worker.exists, signal.SIGINT, signal.SIGINT)
     began = time.monotonic()
     with pytest.raises(StopRequested, match="1 of 1 runs are left"):
-        study("run", *run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1))
+        study(
+            "run",
+            *run_words(
+                data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1
+            ),
+        )
     assert time.monotonic() - began < 30, "not after the time that runs have to save themselves"
     assert ends(int(worker.read_text())), "the worker continues"
 
@@ -232,17 +289,24 @@ def ends(pid: int) -> bool:
 
 def test_one_process_a_study(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(UserError, match="another process works on this study"):
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(UserError, match="another process works on this study"),
+    ):
         study("run", *run_words(data, tmp_path / "out", *ROWS))
 
 
-def test_a_run_that_outlived_its_study_is_not_started_twice(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_a_run_that_outlived_its_study_is_not_started_twice(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
     """The tool was killed, and the run that it had started lives on in a session of its own."""
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
     study("run", *words)
     name = "finetune/conditional_detr/none/1_seed1"
     path = tmp_path / "out" / f"{name}.json"
-    alive = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)", str(tmp_path / "out" / name)])
+    alive = subprocess.Popen(
+        [sys.executable, "-S", "-c", "import time; time.sleep(60)", str(tmp_path / "out" / name)]
+    )
     try:
         path.write_text(json.dumps({**read_record(path), "state": "running", "pid": alive.pid}))
         with pytest.raises(UserError, match=f"{name} is still run by process {alive.pid}"):
@@ -255,14 +319,19 @@ def test_a_run_that_outlived_its_study_is_not_started_twice(data: Path, tmp_path
     assert stand_ins.started == [name, name]
 
 
-def test_what_was_made_from_an_earlier_pre_training_is_named(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
-    words = run_words(data, tmp_path / "out", "--pretexts", "siamese", "--fractions", 1, "--seeds", 1)
+def test_what_was_made_from_an_earlier_pre_training_is_named(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
+    words = run_words(
+        data, tmp_path / "out", "--pretexts", "siamese", "--fractions", 1, "--seeds", 1
+    )
     study("run", *words)
     place = tmp_path / "out" / "pretrain" / "conditional_detr"
     shutil.rmtree(place / "siamese_seed1")
     (place / "siamese_seed1.json").unlink()
     with pytest.raises(
-        UserError, match="recall/conditional_detr/siamese_seed1 was made from an earlier pretrain/conditional_detr/siam"
+        UserError,
+        match="recall/conditional_detr/siamese_seed1 was made from an earlier pretrain/conditional_detr/siam",
     ):
         study("run", *words)
     shutil.rmtree(tmp_path / "out" / "recall")
@@ -272,7 +341,9 @@ def test_what_was_made_from_an_earlier_pre_training_is_named(data: Path, tmp_pat
     assert "finetune/conditional_detr/siamese/1_seed1" in stand_ins.started[before:]
 
 
-def test_folders_of_something_else_are_refused(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_folders_of_something_else_are_refused(
+    data: Path, tmp_path: Path, stand_ins: StandIns
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files of something else"):
@@ -303,7 +374,9 @@ def run_forked(words: list[str], output: int) -> None:
     signal.alarm(120)  # what hangs fails
     torch.set_num_threads(1)
     log.handlers.clear()
-    module = importlib.import_module(".".join(Path(words[1]).relative_to(ROOT).with_suffix("").parts))
+    module = importlib.import_module(
+        ".".join(Path(words[1]).relative_to(ROOT).with_suffix("").parts)
+    )
     more = [] if words[1].endswith("/main.py") else ["--coco_evaluator", "pycocotools"]
     run_script(module.main, module.parse, [*words[2:], *more])
 
@@ -321,7 +394,9 @@ class Forked(multiprocessing.get_context("fork").Process):
     returncode = property(poll)
 
 
-def test_a_study_from_end_to_end(data: Path, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_from_end_to_end(
+    data: Path, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Real runs of a tiny model: fine-tuning is killed in its evaluation and resumed; the report has its AP."""
     out, name = tmp_path / "out", "finetune/conditional_detr/random_query_patch/0.5_seed1"
     rows = ("--pretexts", "random_query_patch", "--fractions", 0.5, "--seeds", 1)
@@ -346,7 +421,15 @@ def test_a_study_from_end_to_end(data: Path, tmp_path: Path, tiny: None, monkeyp
 
 
 def test_as_a_program(data: Path, tmp_path: Path) -> None:
-    words = [sys.executable, str(ROOT / "tools" / "transfer_study.py"), "run", "--data", str(data), "--output_dir", "x"]
+    words = [
+        sys.executable,
+        str(ROOT / "tools" / "transfer_study.py"),
+        "run",
+        "--data",
+        str(data),
+        "--output_dir",
+        "x",
+    ]
     words += ["--list", "--fractions", "0.3"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -14,12 +14,18 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from util.checkpoints import backbone_weights
-from util.checkpoints.backbone_weights import backbone_normalization, efficientnet_lite0_file, load_backbone_weights
+from util.checkpoints.backbone_weights import (
+    backbone_normalization,
+    efficientnet_lite0_file,
+    load_backbone_weights,
+)
 from util.errors import UserError
 
 
 def body_of(name="resnet18", **options):
-    resnet = getattr(torchvision.models, name)(weights=None, norm_layer=FrozenBatchNorm2d, **options)
+    resnet = getattr(torchvision.models, name)(
+        weights=None, norm_layer=FrozenBatchNorm2d, **options
+    )
     return IntermediateLayerGetter(resnet, {"layer4": "0"})
 
 
@@ -27,7 +33,9 @@ def weights_of(name="resnet18"):
     """A whole torchvision network, with fc and live batch norm."""
     torch.manual_seed(5)
     state = getattr(torchvision.models, name)(weights=None).state_dict()
-    return {key: torch.rand_like(value) if "running" in key else value for key, value in state.items()}
+    return {
+        key: torch.rand_like(value) if "running" in key else value for key, value in state.items()
+    }
 
 
 def prefixed(state, prefix):
@@ -47,7 +55,10 @@ HEADS = {"projection_head.0.weight": torch.ones(2, 2), "prototypes.weight": torc
 LAYOUTS = {
     "torchvision": lambda s: s,
     "swav": lambda s: prefixed({**without_fc(s), **HEADS}, "module."),
-    "swav_state_dict": lambda s: {"state_dict": prefixed({**without_fc(s), **HEADS}, "module."), "epoch": 1},
+    "swav_state_dict": lambda s: {
+        "state_dict": prefixed({**without_fc(s), **HEADS}, "module."),
+        "epoch": 1,
+    },
     "swav_plain": lambda s: {**without_fc(s), **HEADS},
     "dino": lambda s: {
         "student": prefixed(other(without_fc(s)), "module.backbone."),
@@ -64,7 +75,12 @@ LAYOUTS = {
             "module.queue": torch.ones(2),
         },
     },
-    "detr": lambda s: {"model": {**prefixed(without_fc(s), "backbone.0.body."), "query_embed.weight": torch.ones(2)}},
+    "detr": lambda s: {
+        "model": {
+            **prefixed(without_fc(s), "backbone.0.body."),
+            "query_embed.weight": torch.ones(2),
+        }
+    },
     "detr_masks": lambda s: {"model": prefixed(without_fc(s), "detr.backbone.0.body.")},
     "siamese": lambda s: {
         "meta": {},
@@ -128,7 +144,9 @@ def test_weights_of_another_resnet_are_named(tmp_path, held, name):
     ("spoil", "words"),
     [
         (
-            lambda s: {key: value for key, value in s.items() if key != "layer2.0.bn1.running_mean"},
+            lambda s: {
+                key: value for key, value in s.items() if key != "layer2.0.bn1.running_mean"
+            },
             "layer2.0.bn1.running_mean",
         ),
         (lambda s: {**s, "layer3.0.conv2.weight": torch.ones(1, 1, 3, 3)}, "layer3.0.conv2.weight"),
@@ -152,9 +170,14 @@ def test_swav_is_for_resnet50_only():
 
 @pytest.mark.parametrize(
     ("name", "source", "file"),
-    [("resnet50", "swav", "swav_800ep_pretrain.pth.tar"), ("resnet18", "imagenet", "resnet18-f37072fd.pth")],
+    [
+        ("resnet50", "swav", "swav_800ep_pretrain.pth.tar"),
+        ("resnet18", "imagenet", "resnet18-f37072fd.pth"),
+    ],
 )
-def test_named_weights_come_from_the_hub_folder_or_name_the_file_to_fetch(tmp_path, name, source, file):
+def test_named_weights_come_from_the_hub_folder_or_name_the_file_to_fetch(
+    tmp_path, name, source, file
+):
     place = tmp_path / "hub" / "checkpoints" / file
     with pytest.raises(UserError) as excinfo:
         load_backbone_weights(body_of(name), name, source)
@@ -190,7 +213,9 @@ def test_normalization_of_resnets():
 def test_import_does_not_need_timm():
     code = "import sys; sys.modules['timm'] = None; import util.checkpoints.backbone_weights"
     root = Path(backbone_weights.__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=root, check=True, env={"PATH": "", "OMP_NUM_THREADS": "1"}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- timm
@@ -233,9 +258,13 @@ def test_the_lite0_package_recognises_a_coffee_and_a_cat(timm, lite0):
     assert (mean, std) == ((0.5,) * 3, (0.5,) * 3)
     for image, expected in ((data.coffee(), 967), (data.chelsea(), 285)):
         pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
-        pixels = torch.nn.functional.interpolate(pixels, 256, mode="bilinear", antialias=True)[..., 16:240, 16:240]
+        pixels = torch.nn.functional.interpolate(pixels, 256, mode="bilinear", antialias=True)[
+            ..., 16:240, 16:240
+        ]
         with torch.no_grad():
-            scores = model((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
+            scores = model(
+                (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+            )
         assert scores.argmax().item() == expected
 
 
@@ -247,7 +276,9 @@ def test_frozen_timm_bodies_and_flattened_names(timm, tmp_path):
     torch.save({"state_dict": full.state_dict()}, tmp_path / "f.pth")
     body = freeze_batch_norm_2d(timm.create_model("resnet18", pretrained=False, features_only=True))
     load_backbone_weights(body, "timm:resnet18", str(tmp_path / "f.pth"))
-    assert torch.equal(body.state_dict()["layer4.1.conv2.weight"], full.state_dict()["layer4.1.conv2.weight"])
+    assert torch.equal(
+        body.state_dict()["layer4.1.conv2.weight"], full.state_dict()["layer4.1.conv2.weight"]
+    )
 
     full = timm.create_model("convnext_atto", pretrained=False)
     torch.save(full.state_dict(), tmp_path / "g.pth")
@@ -255,7 +286,8 @@ def test_frozen_timm_bodies_and_flattened_names(timm, tmp_path):
     assert any(key.startswith("stages_0.") for key in body.state_dict())
     load_backbone_weights(body, "timm:convnext_atto", str(tmp_path / "g.pth"))
     assert torch.equal(
-        body.state_dict()["stages_3.blocks.0.conv_dw.weight"], full.state_dict()["stages.3.blocks.0.conv_dw.weight"]
+        body.state_dict()["stages_3.blocks.0.conv_dw.weight"],
+        full.state_dict()["stages.3.blocks.0.conv_dw.weight"],
     )
 
 

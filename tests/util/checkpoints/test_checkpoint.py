@@ -10,7 +10,13 @@ from torch import nn
 
 from util.checkpoints.adoption import adopt_architecture, adopt_settings
 from util.checkpoints.architecture import resnet_name
-from util.checkpoints.checkpoint import Checkpoint, find_resume, load_checkpoint, save_checkpoint, strip_prefix
+from util.checkpoints.checkpoint import (
+    Checkpoint,
+    find_resume,
+    load_checkpoint,
+    save_checkpoint,
+    strip_prefix,
+)
 from util.checkpoints.loading import load_exactly, load_pretrained
 from util.errors import UserError
 from util.random_state import random_states, set_random_states
@@ -32,7 +38,11 @@ def detector_shapes(kind="detr", classes=4, queries=6, pre_norm=False, layers=2,
         shapes[f"transformer.encoder.layers.{layer}.linear1.weight"] = (WIDTH, D)
         decoder = f"transformer.decoder.layers.{layer}."
         shapes.update({decoder + "linear1.weight": (WIDTH, D), decoder + "norm1.weight": (D,)})
-        cross = "ca_qpos_sine_proj.weight" if kind == "conditional_detr" else "multihead_attn.in_proj_weight"
+        cross = (
+            "ca_qpos_sine_proj.weight"
+            if kind == "conditional_detr"
+            else "multihead_attn.in_proj_weight"
+        )
         shapes[decoder + cross] = (D, D)
     if pre_norm:
         shapes["transformer.encoder.norm.weight"] = (D,)
@@ -43,7 +53,10 @@ def detector_shapes(kind="detr", classes=4, queries=6, pre_norm=False, layers=2,
 
 def detector_state(seed=0, **choices):
     generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator) for key, shape in detector_shapes(**choices).items()}
+    return {
+        key: torch.randn(shape, generator=generator)
+        for key, shape in detector_shapes(**choices).items()
+    }
 
 
 def module_of(state, classification=None):
@@ -96,7 +109,12 @@ def test_names_of_siamese_detr_become_detrs(tmp_path):
     }
     torch.save({"state_dict": state}, tmp_path / "f.pth")
     names = set(load_checkpoint(tmp_path / "f.pth").model)
-    assert names == {"backbone.0.body.conv1.weight", "transformer.x", "bbox_embed.w", "enc_head.0.w"}
+    assert names == {
+        "backbone.0.body.conv1.weight",
+        "transformer.x",
+        "bbox_embed.w",
+        "enc_head.0.w",
+    }
 
 
 def test_strip_prefix_only_when_every_key_has_it():
@@ -114,7 +132,9 @@ def test_classes_by_name_of_another_program_are_no_class_names():
 def test_a_stored_choice_that_is_gone_is_not_adopted():
     stored = {"script": "finetune_main.py", "coco_evaluator": "abolished", "num_queries": 6}
     checkpoint = checkpoint_of(detector_state(), args=stored)
-    assert "coco_evaluator" not in adopt_settings(checkpoint, {"resume": "a.pth"}, "finetune_main.py")
+    assert "coco_evaluator" not in adopt_settings(
+        checkpoint, {"resume": "a.pth"}, "finetune_main.py"
+    )
 
 
 def test_an_evaluation_of_a_pretext_does_not_adopt_where_the_data_was():
@@ -137,7 +157,13 @@ def test_find_resume(tmp_path):
 
 def test_random_states_come_back_through_a_file(tmp_path):
     def draw():
-        return random.random(), random.gauss(0, 1), np.random.normal(), np.random.rand(), torch.rand(2).tolist()
+        return (
+            random.random(),
+            random.gauss(0, 1),
+            np.random.normal(),
+            np.random.rand(),
+            torch.rand(2).tolist(),
+        )
 
     draw()
     save_checkpoint({"model": {"w": torch.ones(1)}, "random": random_states()}, tmp_path / "f.pth")
@@ -194,7 +220,9 @@ def test_flags_that_were_not_given_are_adopted(kind):
 def test_flags_of_other_detectors_are_not_adopted():
     """A run keeps the defaults of all flags, also of those that its detector does not read."""
     stored = {"detector": "detr", "enc_n_points": 4, "dec_n_points": 4}
-    values, (line,) = adopt_architecture(checkpoint_of(detector_state(kind="detr"), args=stored), {})
+    values, (line,) = adopt_architecture(
+        checkpoint_of(detector_state(kind="detr"), args=stored), {}
+    )
     assert "n_points" not in line
     assert not {"enc_n_points", "dec_n_points"} & set(values)
 
@@ -235,7 +263,11 @@ def test_learned_positions_show_in_the_weights():
         ({"position_embedding": "sine"}, {}, "sine"),
         ({"position_embedding": "sine", "object_embedding_loss": True}, {}, "sine_shifted"),
         ({"position_embedding": "sine"}, {"feature_embed.layers.0.weight": (D, D)}, "sine_shifted"),
-        ({"position_embedding": "sine", "detector": "detr"}, {"feature_embed.layers.0.weight": (D, D)}, "sine"),
+        (
+            {"position_embedding": "sine", "detector": "detr"},
+            {"feature_embed.layers.0.weight": (D, D)},
+            "sine",
+        ),
         ({}, {}, "sine"),
     ],
 )
@@ -261,7 +293,12 @@ def test_resnets_are_recognised_by_their_blocks(name):
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
     assert resnet_name(state) == name
-    assert resnet_name({"backbone.0.body." + key: value for key, value in state.items()}, "backbone.0.body.") == name
+    assert (
+        resnet_name(
+            {"backbone.0.body." + key: value for key, value in state.items()}, "backbone.0.body."
+        )
+        == name
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- pre-trained
@@ -293,7 +330,9 @@ def test_a_pretext_gives_everything_but_heads_and_its_own_parts(kind, published)
         state.update({key: torch.ones(shape) for key, shape in PARTS.items()})
         checkpoint = checkpoint_of(state)
     else:
-        checkpoint = checkpoint_of(state, args={"pretext": "random_query_patch"}, class_names={1: "cat"})
+        checkpoint = checkpoint_of(
+            state, args={"pretext": "random_query_patch"}, class_names={1: "cat"}
+        )
     model = module_of(detector_state(seed=2, kind=kind, classes=2))
     fresh = {key: value.clone() for key, value in model.state_dict().items()}
     report = load_pretrained(model, checkpoint, {1: "cat"})
@@ -326,7 +365,9 @@ def test_focal_heads_have_no_background_row():
     state = detector_state(seed=1, kind="conditional_detr", classes=3)
     model = module_of(detector_state(seed=2, kind="conditional_detr", classes=3))
     fresh = model.class_embed.weight.detach().clone()
-    load_pretrained(model, checkpoint_of(state, class_names={0: "a", 1: "b", 2: "c"}), {0: "a", 1: "x", 2: "y"})
+    load_pretrained(
+        model, checkpoint_of(state, class_names={0: "a", 1: "b", 2: "c"}), {0: "a", 1: "x", 2: "y"}
+    )
     assert torch.equal(model.class_embed.weight[0], state["class_embed.weight"][0])
     assert torch.equal(model.class_embed.weight[1:], fresh[1:])
 
@@ -352,12 +393,17 @@ def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept
     fresh = model.class_embed.weight.detach().clone()
     entries = {"class_names": classes} if names else {}
     report = load_pretrained(
-        model, checkpoint_of(state, args={"classification": of_file} if of_file else None, **entries), classes
+        model,
+        checkpoint_of(state, args={"classification": of_file} if of_file else None, **entries),
+        classes,
     )
     assert torch.equal(model.class_embed.weight, state["class_embed.weight"] if kept else fresh)
     assert ("class_embed.bias" in report.reinitialised) is not kept
     assert (
-        any("starts from scratch" in note and "focal" in note and "softmax" in note for note in report.notes)
+        any(
+            "starts from scratch" in note and "focal" in note and "softmax" in note
+            for note in report.notes
+        )
         is not kept
     )
     assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
@@ -366,7 +412,9 @@ def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept
 def test_a_focal_detr_has_no_background_row_to_keep():
     state, model = detector_state(seed=1), module_of(detector_state(seed=2), "focal")
     fresh = model.class_embed.weight.detach().clone()
-    checkpoint = checkpoint_of(state, args={"classification": "focal"}, class_names={0: "a", 4: "e"})
+    checkpoint = checkpoint_of(
+        state, args={"classification": "focal"}, class_names={0: "a", 4: "e"}
+    )
     load_pretrained(model, checkpoint, {0: "e", 4: "z"})
     assert torch.equal(model.class_embed.weight[0], state["class_embed.weight"][4])
     assert torch.equal(model.class_embed.weight[1:], fresh[1:])
@@ -384,7 +432,11 @@ def test_a_file_without_names_keeps_a_head_of_equal_shape(classes, kept):
 def test_equal_names_keep_every_row_of_the_raw_ids():
     names = {1: "person", 3: "car"}  # 0 and 2 have no name
     state, model = detector_state(seed=1), module_of(detector_state(seed=2))
-    load_pretrained(model, checkpoint_of(state, class_names={str(row): name for row, name in names.items()}), names)
+    load_pretrained(
+        model,
+        checkpoint_of(state, class_names={str(row): name for row, name in names.items()}),
+        names,
+    )
     assert torch.equal(model.class_embed.weight, state["class_embed.weight"])
 
 
@@ -400,7 +452,10 @@ def test_queries_are_tiled_or_cut(queries):
 
 def test_a_mask_file_goes_into_a_box_model_and_back():
     state = detector_state(seed=1)
-    with_masks = {**{f"detr.{key}": value for key, value in state.items()}, "mask_head.lay1.weight": torch.ones(2, 2)}
+    with_masks = {
+        **{f"detr.{key}": value for key, value in state.items()},
+        "mask_head.lay1.weight": torch.ones(2, 2),
+    }
     model = module_of(detector_state(seed=2))
     report = load_pretrained(model, checkpoint_of(with_masks), None)
     assert torch.equal(model.query_embed.weight, state["query_embed.weight"])

@@ -49,7 +49,11 @@ def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
         names=["backbone.0"],
     )
     torch.save(
-        {"model": {"module." + key: value for key, value in STATE.items()}, "epoch": 3, "args": args},
+        {
+            "model": {"module." + key: value for key, value in STATE.items()},
+            "epoch": 3,
+            "args": args,
+        },
         tmp_path / name,
         _use_new_zipfile_serialization=zipped,
     )
@@ -73,13 +77,21 @@ def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
 def test_old_numpy_names_and_windows_paths_load(tmp_path):
     """Files written with numpy 1 name numpy.core; a path of Windows cannot be made on Linux."""
     raw = tmp_path / "raw.pth"
-    torch.save({"model": {"w": torch.ones(1)}, "args": Namespace(a=np.float32(2), p=pathlib.PurePosixPath("x/y"))}, raw)
+    torch.save(
+        {
+            "model": {"w": torch.ones(1)},
+            "args": Namespace(a=np.float32(2), p=pathlib.PurePosixPath("x/y")),
+        },
+        raw,
+    )
     with zipfile.ZipFile(raw) as old, zipfile.ZipFile(tmp_path / "old.pth", "w") as new:
         for entry in old.infolist():
             data = old.read(entry)
             if entry.filename.endswith("data.pkl"):
                 data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-                data = data.replace(b"cpathlib._local\n", b"cpathlib\n").replace(b"PurePosixPath", b"WindowsPath")
+                data = data.replace(b"cpathlib._local\n", b"cpathlib\n").replace(
+                    b"PurePosixPath", b"WindowsPath"
+                )
                 assert b"WindowsPath" in data
             new.writestr(entry, data)
     assert load_checkpoint(tmp_path / "old.pth").args == {"a": 2.0, "p": "x\\y"}
@@ -103,7 +115,11 @@ class Evil:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": {"w": torch.ones(1)}, "args": Evil()}, "evil.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"model": {"w": torch.ones(1)}, "args": Evil()},
+        "evil.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(UserError) as excinfo:
         load_checkpoint("evil.pth")
     one_line(excinfo, "evil.pth", "system")
@@ -201,7 +217,10 @@ def test_addresses_with_one_base_name_are_different_files(hub, monkeypatch, capl
 
 def test_names_that_tell_the_content_stay(hub):
     assert stored_at(SWAV) == hub / "swav_800ep_pretrain.pth.tar"
-    assert stored_at("https://example.org/x/swav_800ep_pretrain.pth.tar").name != "swav_800ep_pretrain.pth.tar"
+    assert (
+        stored_at("https://example.org/x/swav_800ep_pretrain.pth.tar").name
+        != "swav_800ep_pretrain.pth.tar"
+    )
     assert stored_at("https://example.org/x/resnet50-0676ba61.pth") == hub / "resnet50-0676ba61.pth"
 
 
@@ -246,7 +265,12 @@ def test_an_address_without_a_file_name_is_refused():
 
 
 def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
-    state = {"model": STATE, "epoch": 1, "args": {"lr": 0.1, "names": ["a"], "none": None}, "class_names": {1: "cat"}}
+    state = {
+        "model": STATE,
+        "epoch": 1,
+        "args": {"lr": 0.1, "names": ["a"], "none": None},
+        "class_names": {1: "cat"},
+    }
     save_checkpoint(state, tmp_path / "new" / "checkpoint.pth")
     loaded = load_checkpoint(tmp_path / "new" / "checkpoint.pth")
     assert {key: getattr(loaded, key) for key in ("epoch", "args", "class_names")} == {
@@ -255,7 +279,9 @@ def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["checkpoint.pth"]
 
 
-@pytest.mark.parametrize("value", [Namespace(a=1), np.float64(1), pathlib.Path("x"), lambda: 0, np.zeros(2), object()])
+@pytest.mark.parametrize(
+    "value", [Namespace(a=1), np.float64(1), pathlib.Path("x"), lambda: 0, np.zeros(2), object()]
+)
 def test_only_plain_content_is_saved(tmp_path, value):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint({"epoch": 1}, path)
@@ -300,7 +326,11 @@ def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
     path = tmp_path / "checkpoint.pth"
     root = pathlib.Path(__file__).parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", FULL_DISK, str(path)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1

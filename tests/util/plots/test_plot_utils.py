@@ -42,7 +42,9 @@ def colors_in(image: np.ndarray) -> set:
 
 
 def test_read_log(tmp_path: Path) -> None:
-    run = write_log(tmp_path, [entry(0), entry(1), entry(1, train_loss=1.5), "\n", '{"epoch": 2, "train_l'])
+    run = write_log(
+        tmp_path, [entry(0), entry(1), entry(1, train_loss=1.5), "\n", '{"epoch": 2, "train_l']
+    )
     assert [e["train_loss"] for e in read_log(run)] == [5.0, 1.5]
     assert read_log(run / "log.txt") == read_log(run)
 
@@ -56,7 +58,12 @@ def test_bad_logs_are_named(tmp_path: Path) -> None:
 
 
 def test_curve_leaves_out_epochs_without_a_value() -> None:
-    entries = [entry(0), entry(1, test_coco_eval_bbox=[0.1, 0.3]), entry(2, train_loss=float("nan")), entry(3)]
+    entries = [
+        entry(0),
+        entry(1, test_coco_eval_bbox=[0.1, 0.3]),
+        entry(2, train_loss=float("nan")),
+        entry(3),
+    ]
     assert curve(entries, "test_coco_eval_bbox", 1) == ([2], [0.3])
     assert curve(entries, "train_loss") == ([1, 2, 4], [5.0, 4.0, 2.0])
 
@@ -82,7 +89,10 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list:
 
 def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) -> None:
     bbox = [0.2, 0.4] + [0.0] * 10
-    run = write_log(tmp_path / "run", [entry(0, test_loss=6.0), entry(1, test_loss=5.5, test_coco_eval_bbox=bbox)])
+    run = write_log(
+        tmp_path / "run",
+        [entry(0, test_loss=6.0), entry(1, test_loss=5.5, test_coco_eval_bbox=bbox)],
+    )
     out = plot_logs(run, ("loss", "loss_of_nobody", "mAP"), tmp_path / "curves.png")
     assert picture(out).std() > 0
     loss, ap = figures[0].axes
@@ -90,7 +100,9 @@ def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) 
         "training": [5.0, 4.0],
         "evaluation": [6.0, 5.5],
     }
-    assert {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ap.lines} == {
+    assert {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in ap.lines
+    } == {
         "AP": ([2], [0.2]),
         "AP50": ([2], [0.4]),
     }
@@ -98,7 +110,10 @@ def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) 
 
 def test_plot_curves_overlays_runs(tmp_path: Path, figures: list) -> None:
     bbox = [0.2, 0.4] + [0.0] * 10
-    runs = {name: write_log(tmp_path / name, [entry(0, test_coco_eval_bbox=bbox)]) for name in ("first", "second")}
+    runs = {
+        name: write_log(tmp_path / name, [entry(0, test_coco_eval_bbox=bbox)])
+        for name in ("first", "second")
+    }
     plot_curves(runs, tmp_path / "both.png")
     assert [axes.get_title() for axes in figures[0].axes] == ["loss", "AP", "AP50"]
     ap50 = figures[0].axes[2]
@@ -160,10 +175,19 @@ def test_a_label_keeps_its_color() -> None:
 
 def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
     truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-    found = {"boxes": torch.tensor([[20.0, 20, 150, 90]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.6])}
+    found = {
+        "boxes": torch.tensor([[20.0, 20, 150, 90]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.6]),
+    }
     pages = [
         picture(
-            prediction_page([(BLACK, found, truth)] * 3, {1: "ring"}, tmp_path / "p.png", score_threshold=threshold)
+            prediction_page(
+                [(BLACK, found, truth)] * 3,
+                {1: "ring"},
+                tmp_path / "p.png",
+                score_threshold=threshold,
+            )
         )
         for threshold in (0.5, 0.7)
     ]
@@ -171,15 +195,21 @@ def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
     assert boxes.PALETTE[0] not in colors_in(pages[1])
 
 
-def test_a_page_without_confident_predictions_shows_as_many_as_there_are_true_boxes(tmp_path: Path) -> None:
+def test_a_page_without_confident_predictions_shows_as_many_as_there_are_true_boxes(
+    tmp_path: Path,
+) -> None:
     found = {"boxes": [[20, 20, 150, 90], [30, 30, 60, 60]], "labels": [1, 2], "scores": [0.2, 0.1]}
     for count, shown in ((1, {0}), (2, {0, 1}), (0, set())):
         truth = {"boxes": [[0, 0, 9, 9]] * count, "labels": [3] * count}
-        colors = colors_in(picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png")))
+        colors = colors_in(
+            picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png"))
+        )
         assert {i for i in range(2) if boxes.PALETTE[i] in colors} == shown, count
     sure = {**found, "scores": [0.9, 0.8]}
     truth = {"boxes": [[0, 0, 9, 9]], "labels": [3]}
-    assert boxes.PALETTE[1] in colors_in(picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png")))
+    assert boxes.PALETTE[1] in colors_in(
+        picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png"))
+    )
 
 
 def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path) -> None:
@@ -192,7 +222,10 @@ def test_patch_page_gives_each_patch_its_color(tmp_path: Path) -> None:
     patches = [np.full((30, 20, 3), value, np.uint8) for value in (40, 80, 120)]
     places = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
     page = picture(
-        patch_page([(BLACK, patches, places, {"boxes": places, "scores": [0.1, 0.2, 0.3]})], tmp_path / "q.png")
+        patch_page(
+            [(BLACK, patches, places, {"boxes": places, "scores": [0.1, 0.2, 0.3]})],
+            tmp_path / "q.png",
+        )
     )
     assert set(boxes.PALETTE[:3]) <= colors_in(page)
     only = {"boxes": places[:1], "scores": [0.9], "patches": [2]}

@@ -69,9 +69,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--lr",
         "3e-4",
     )
-    fine_tune("--resume", root / "first" / "checkpoint.pth", "--eval", "--output_dir", root / "evaluation")
+    fine_tune(
+        "--resume", root / "first" / "checkpoint.pth", "--eval", "--output_dir", root / "evaluation"
+    )
     pre_train(
-        "--imagenet_path", write_images(root / "photographs"), "--output_dir", root / "pretext", "--epochs", 1, *FROZEN
+        "--imagenet_path",
+        write_images(root / "photographs"),
+        "--output_dir",
+        root / "pretext",
+        "--epochs",
+        1,
+        *FROZEN,
     )
     return root
 
@@ -109,7 +117,9 @@ def read_page(folder: Path) -> Reader:
 
 
 def test_settings_say_where_they_come_from(runs: Path) -> None:
-    first, second = (json.loads((runs / name / "args.json").read_text()) for name in ("first", "second"))
+    first, second = (
+        json.loads((runs / name / "args.json").read_text()) for name in ("first", "second")
+    )
     assert {"coco_path", "output_dir", "epochs", "hidden_dim", "device"} <= set(first["given"])
     assert first["adopted"] == []
     assert {"lr", "pretrain"} <= set(second["given"])
@@ -117,7 +127,10 @@ def test_settings_say_where_they_come_from(runs: Path) -> None:
     for record in (first, second):
         assert set(record["given"]) | set(record["adopted"]) <= set(record["settings"])
         assert not set(record["given"]) & set(record["adopted"])
-        assert {"weight_decay", "seed", "amp"} <= set(record["settings"]) - {*record["given"], *record["adopted"]}
+        assert {"weight_decay", "seed", "amp"} <= set(record["settings"]) - {
+            *record["given"],
+            *record["adopted"],
+        }
     assert first["model"]["parameters"] > first["model"]["trainable"] > 0
     assert first["model"]["multiply_adds_hw"] == [64, 85]
 
@@ -131,7 +144,14 @@ def test_the_device_that_was_not_given_is_a_default(tmp_path: Path) -> None:
 
 def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) -> None:
     with logged() as lines:
-        fine_tune("--coco_path", runs / "coco", "--dry_run", "--pretrain", runs / "first" / "checkpoint.pth", *FROZEN)
+        fine_tune(
+            "--coco_path",
+            runs / "coco",
+            "--dry_run",
+            "--pretrain",
+            runs / "first" / "checkpoint.pth",
+            *FROZEN,
+        )
     given, adopted, defaults = (
         next(line for line in lines if line.startswith(f"settings, {title}"))
         for title in ("given", "from the checkpoint", "defaults")
@@ -146,7 +166,17 @@ def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) 
 
 def test_environment_and_revision(tmp_path: Path) -> None:
     found = environment()
-    assert {"command", "started", "code", "python", "torch", "torchvision", "numpy", "gpu", "processes"} <= set(found)
+    assert {
+        "command",
+        "started",
+        "code",
+        "python",
+        "torch",
+        "torchvision",
+        "numpy",
+        "gpu",
+        "processes",
+    } <= set(found)
     assert found["torch"] == torch.__version__
     assert code_revision(tmp_path) == "unknown"
     try:
@@ -161,7 +191,9 @@ def test_environment_and_revision(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("b")
     assert re.fullmatch("[0-9a-f]{40}-dirty", code_revision(tmp_path))
     (tmp_path / "inside").mkdir()
-    assert code_revision(tmp_path / "inside") == "unknown"  # a copy of the project inside another repository
+    assert (
+        code_revision(tmp_path / "inside") == "unknown"
+    )  # a copy of the project inside another repository
 
 
 def test_damaged_settings_are_no_error(tmp_path: Path) -> None:
@@ -184,7 +216,9 @@ def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
         _, height, width = image.shape
         assert row["image"].shape[:2] == batch.tensors.shape[-2:]
         assert torch.equal(torch.from_numpy(row["image"][:height, :width]).permute(2, 0, 1), image)
-        padding = np.concatenate([row["image"][height:].reshape(-1, 3), row["image"][:height, width:].reshape(-1, 3)])
+        padding = np.concatenate(
+            [row["image"][height:].reshape(-1, 3), row["image"][:height, width:].reshape(-1, 3)]
+        )
         assert {tuple(color) for color in padding.tolist()} <= {(124, 116, 104), (225, 225, 225)}
         boxes = target["boxes"] * torch.tensor([width, height, width, height])
         assert torch.allclose(row["boxes"][:, 2:] - row["boxes"][:, :2], boxes[:, 2:])
@@ -194,12 +228,14 @@ def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
 
 
 def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> None:
-    dataset = build_dataset("train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "photographs")))
+    dataset = build_dataset(
+        "train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "photographs"))
+    )
     sample = dataset[(0, 1)]
     (row,) = batch_rows([sample], **IMAGENET)
-    assert [torch.from_numpy(patch).permute(2, 0, 1).tolist() for patch in row["patches"]] == sample[1][
-        "patches"
-    ].tolist()
+    assert [
+        torch.from_numpy(patch).permute(2, 0, 1).tolist() for patch in row["patches"]
+    ] == sample[1]["patches"].tolist()
     draw_samples(tmp_path, dataset, 2, 0, IMAGENET, count=2)
     with Image.open(tmp_path / "samples.png") as image:
         colors = {color[:3] for _, color in image.convert("RGB").getcolors(1 << 24)}
@@ -216,11 +252,17 @@ def test_a_patch_has_the_box_of_its_most_confident_query() -> None:
     assert torch.allclose(scores, logits.softmax(-1)[:, [1, 3], 0])
 
 
-def test_class_names_are_on_the_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_names_are_on_the_page(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     written = []
     monkeypatch.setattr(boxes, "draw_label", lambda _draw, text, *_rest: written.append(text))
     draw_samples(
-        tmp_path, build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco"))), 2, 0, IMAGENET
+        tmp_path,
+        build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco"))),
+        2,
+        0,
+        IMAGENET,
     )
     assert written
     assert set(written) <= {"red", "green", "blue"}
@@ -234,7 +276,9 @@ def test_drawing_samples_touches_no_random_state(runs: Path, tmp_path: Path) -> 
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
-def test_a_run_with_a_folder_trains_as_one_without(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_folder_trains_as_one_without(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Samples, found patches and pages change no weight: dropout is on, so that every draw would be seen."""
     states = []
     save = pretrain_main.trainer.save
@@ -242,12 +286,16 @@ def test_a_run_with_a_folder_trains_as_one_without(runs: Path, tmp_path: Path, m
         pretrain_main.trainer,
         "save",
         lambda run, names: (
-            states.append({name: tensor.clone() for name, tensor in run.model.state_dict().items()}),
+            states.append(
+                {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+            ),
             save(run, names),
         ),
     )
     for folder in ("", tmp_path / "run"):
-        pre_train("--imagenet_path", runs / "photographs", "--epochs", 2, "--output_dir", folder, *FROZEN)
+        pre_train(
+            "--imagenet_path", runs / "photographs", "--epochs", 2, "--output_dir", folder, *FROZEN
+        )
     assert (tmp_path / "run" / "patches.png").exists()
     assert len(states) == 4
     assert_same(states[1], states[3])
@@ -290,9 +338,11 @@ def test_page_of_a_fine_tuning_run(runs: Path) -> None:
 def test_page_of_a_pre_training_run(runs: Path) -> None:
     shown = read_page(runs / "pretext")
     assert "Average precision on held-out images" not in shown.titles
-    assert {"Losses in training", "What the patches' queries find", "Training images as the model gets them"} <= set(
-        shown.titles
-    )
+    assert {
+        "Losses in training",
+        "What the patches' queries find",
+        "Training images as the model gets them",
+    } <= set(shown.titles)
     assert "random_query_patch" in shown.text
 
 
@@ -305,14 +355,18 @@ def test_page_of_an_evaluation(runs: Path) -> None:
 
 def test_an_evaluation_in_the_folder_of_a_run_keeps_its_settings(runs: Path) -> None:
     before = (runs / "first" / "args.json").read_bytes()
-    fine_tune("--resume", runs / "first" / "checkpoint.pth", "--eval", "--output_dir", runs / "first")
+    fine_tune(
+        "--resume", runs / "first" / "checkpoint.pth", "--eval", "--output_dir", runs / "first"
+    )
     assert (runs / "first" / "args.json").read_bytes() == before
     shown = read_page(runs / "first")
     assert "Fine-tuning of detr" in shown.text
     assert "eval_args.json" in shown.text
 
 
-def test_an_interrupted_run_has_a_page(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_has_a_page(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(_run) -> None:
         raise KeyboardInterrupt
 
@@ -342,14 +396,30 @@ def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) 
     for place, expected in ((runs / "coco", False), (other, True)):
         with logged() as lines:
             fine_tune("--coco_path", place, *flags, "--epochs", 2, "--resume", "auto")
-        assert any(line.startswith("the data have changed since this run was started: ") for line in lines) is expected
+        assert (
+            any(
+                line.startswith("the data have changed since this run was started: ")
+                for line in lines
+            )
+            is expected
+        )
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a job that is requeued with its own command."""
-    flags = ["--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 1, "--resume", "auto", *FROZEN]
+    flags = [
+        "--coco_path",
+        runs / "coco",
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        1,
+        "--resume",
+        "auto",
+        *FROZEN,
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(finetune_main.trainer, "fit", lambda run: None)
         fine_tune(*flags)
@@ -367,19 +437,34 @@ def test_overwrite_leaves_no_page_of_the_run_before(
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
     (tmp_path / "checkpoint0099.pth").write_bytes(b"of the run before")
     monkeypatch.setattr(finetune_main.trainer, "fit", lambda run: None)
-    fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, "--overwrite", *FROZEN)
+    fine_tune(
+        "--coco_path",
+        runs / "coco",
+        "--output_dir",
+        tmp_path,
+        "--epochs",
+        3,
+        "--overwrite",
+        *FROZEN,
+    )
     shown = read_page(tmp_path)
-    assert not {"Average precision on held-out images", "Curves", "Boxes on held-out images"} & set(shown.titles)
+    assert not {"Average precision on held-out images", "Curves", "Boxes on held-out images"} & set(
+        shown.titles
+    )
     assert not (tmp_path / "checkpoint0099.pth").exists()
 
 
-def test_overwrite_costs_nothing_where_the_new_run_can_not_start(runs: Path, tmp_path: Path) -> None:
+def test_overwrite_costs_nothing_where_the_new_run_can_not_start(
+    runs: Path, tmp_path: Path
+) -> None:
     """A wrong path, or a start from what would be replaced."""
     for name in ("log.txt", "args.json", "checkpoint.pth"):
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError, match="no folder"):
-        fine_tune("--coco_path", tmp_path / "typo", "--output_dir", tmp_path, "--overwrite", *FROZEN)
+        fine_tune(
+            "--coco_path", tmp_path / "typo", "--output_dir", tmp_path, "--overwrite", *FROZEN
+        )
     with pytest.raises(UserError, match="--overwrite would remove what this run starts from"):
         fine_tune(
             "--coco_path",
@@ -397,10 +482,13 @@ def test_the_remedy_for_a_folder_that_is_taken_is_one(runs: Path, tmp_path: Path
     """`--resume auto` goes on where there is a checkpoint, and only there."""
     (tmp_path / "eval_args.json").write_text("{}")
     for more in ((), ("--resume", "auto")):
-        with pytest.raises(UserError, match=r"holds an evaluation \(eval_args.json\): --overwrite to replace it"):
+        with pytest.raises(
+            UserError, match=r"holds an evaluation \(eval_args.json\): --overwrite to replace it"
+        ):
             fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, *more, *FROZEN)
     with pytest.raises(
-        UserError, match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite"
+        UserError,
+        match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite",
     ):
         fine_tune("--coco_path", runs / "coco", "--output_dir", runs / "first", *FROZEN)
 
@@ -415,7 +503,11 @@ def test_commands_of_the_page_are_commands(runs: Path) -> None:
             if script == "tools/compare_runs.py":
                 assert compare_runs.parse(flags).runs[0] == runs / name
             else:
-                resolve({"main.py": pretrain_main, "finetune_main.py": finetune_main}[script].parse(flags))
+                resolve(
+                    {"main.py": pretrain_main, "finetune_main.py": finetune_main}[script].parse(
+                        flags
+                    )
+                )
     record = {"settings": {"script": FINETUNE}, "environment": {"processes": "4"}}
     go_on = next(iter(commands(runs / "first", record).values()))
     assert go_on[:3] == ["torchrun", "--nproc_per_node", "4"]
@@ -424,11 +516,15 @@ def test_commands_of_the_page_are_commands(runs: Path) -> None:
 def test_the_command_for_evaluation_works(runs: Path, tmp_path: Path) -> None:
     """Data and sizes come from the checkpoint: nothing else has to be typed."""
     words = commands(runs / "second", read_record(runs / "second" / "args.json"))["evaluate it"]
-    finetune_main.main(finetune_main.parse([*words[2:-1], str(tmp_path), "--device", "cpu", "--num_workers", "0"]))
+    finetune_main.main(
+        finetune_main.parse([*words[2:-1], str(tmp_path), "--device", "cpu", "--num_workers", "0"])
+    )
     assert (tmp_path / "metrics.json").exists()
 
 
-def test_a_run_goes_on_without_matplotlib_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_goes_on_without_matplotlib_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(run_page, "_warned", set())
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5}\n')
@@ -445,16 +541,28 @@ def test_page_without_settings_and_with_odd_texts(tmp_path: Path) -> None:
     assert "The settings of this run are not in its folder." in read_page(tmp_path).text
     odd = tmp_path / "<b>"
     odd.mkdir()
-    record = {"settings": {"detector": "<script>", "lr": "a&b"}, "given": ["lr"], "environment": {"<i>": "</td>"}}
+    record = {
+        "settings": {"detector": "<script>", "lr": "a&b"},
+        "given": ["lr"],
+        "environment": {"<i>": "</td>"},
+    }
     (odd / "args.json").write_text(json.dumps(record))
     write_run_page(odd)
     shown = read_page(odd)
-    assert shown.titles == ["<b>", "Settings", "Versions, device, data", "Files of this folder", "Commands"]
+    assert shown.titles == [
+        "<b>",
+        "Settings",
+        "Versions, device, data",
+        "Files of this folder",
+        "Commands",
+    ]
     assert all(text in shown.text for text in ("<script>", "a&b", "<i>", "</td>"))
     report(None)
 
 
-def test_pages_are_not_written_without_a_folder(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_are_not_written_without_a_folder(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     pre_train("--imagenet_path", runs / "photographs", "--epochs", 1, *FROZEN)
     assert not list(tmp_path.iterdir())
@@ -470,7 +578,9 @@ def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
     with logged() as lines:
         describe_settings(tiny_args(FINETUNE))
         describe_settings(tiny_args(PRETRAIN))
-    finetune, pretrain = ({word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line)
+    finetune, pretrain = (
+        {word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line
+    )
     assert {"eval_every", "lr_drop"} <= finetune
     assert not {"mask_ratio", "view_iou", "enc_n_points", "voc_metric", "script"} & finetune
     assert {"mask_ratio", "lr_drop", "eval_every"} <= pretrain, "0, never, is a value"

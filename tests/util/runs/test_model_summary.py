@@ -55,7 +55,9 @@ def on_meta(args) -> nn.Module:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_parameters_are_those_of_the_published_code(flags: tuple, trainable: int, total: int) -> None:
+def test_parameters_are_those_of_the_published_code(
+    flags: tuple, trainable: int, total: int
+) -> None:
     assert count_parameters(on_meta(published_args(*flags))) == (total, trainable)
 
 
@@ -85,7 +87,9 @@ def test_multiply_adds_of_known_layers() -> None:
         def forward(self, samples) -> torch.Tensor:
             grid = torch.zeros(1, 7, 2, 2)
             x = self.convolution(samples.tensors)
-            return self.linear(nn.functional.grid_sample(x, grid, align_corners=False).flatten(2).transpose(1, 2))
+            return self.linear(
+                nn.functional.grid_sample(x, grid, align_corners=False).flatten(2).transpose(1, 2)
+            )
 
     convolution, sampling, linear = 10 * 12 * 8 * 27, 5 * 8 * 14, 14 * 8 * 5
     assert count_multiply_adds(Layers(), 10, 12) == convolution + sampling + linear
@@ -97,7 +101,10 @@ def test_counting_leaves_the_network_alone(detector: str) -> None:
     torch.manual_seed(0)
     model = build_model(tiny_args(FINETUNE, "--detector", detector))[0].train()
     model.backbone.eval()
-    before, modes = copy.deepcopy(model.state_dict()), {name: part.training for name, part in model.named_modules()}
+    before, modes = (
+        copy.deepcopy(model.state_dict()),
+        {name: part.training for name, part in model.named_modules()},
+    )
     random_state = torch.get_rng_state()
     assert count_multiply_adds(model, 64, 85) > 1e8
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -145,7 +152,9 @@ def test_a_run_says_its_size() -> None:
         summary = describe_model(on_meta(args), args)
     text = "\n".join(lines)
     assert "41,524,768 parameters, 41,302,368 trainable" in text
-    assert "81.2 G multiply-adds for an image of 800 x 1066 (published: 41 M parameters, 86 G" in text
+    assert (
+        "81.2 G multiply-adds for an image of 800 x 1066 (published: 41 M parameters, 86 G" in text
+    )
     assert summary["parameters"] == 41_524_768
     assert summary["multiply_adds_hw"] == [800, 1066]
 
@@ -168,7 +177,9 @@ def test_a_pretext_counts_its_detector_and_its_own_parameters(pretext: str) -> N
     with logged() as lines:
         summary = describe_model(model, args)
     assert summary["of_the_pretext"] == summary["parameters"] - count_parameters(model.detector)[0]
-    assert summary["multiply_adds"] == count_multiply_adds(model.detector, *summary["multiply_adds_hw"])
+    assert summary["multiply_adds"] == count_multiply_adds(
+        model.detector, *summary["multiply_adds_hw"]
+    )
     assert any(pretext in line for line in lines)
 
 

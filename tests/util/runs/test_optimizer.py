@@ -35,26 +35,37 @@ def test_names_that_no_parameter_has_are_an_error(flag: str, names: dict) -> Non
     model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "reference": nn.Linear(2, 2)})
     with pytest.raises(UserError, match=f"{flag} .*no parameter"):
         build_optimizer(model, 1.0, 1.0, 0.0, **names)
-    groups = build_optimizer(model, 1.0, 1.0, 0.0, slow_names=["sampling_offsets", "reference"]).param_groups
+    groups = build_optimizer(
+        model, 1.0, 1.0, 0.0, slow_names=["sampling_offsets", "reference"]
+    ).param_groups
     assert [len(group["params"]) for group in groups] == [0, 2, 2]
 
 
 def test_drops_at_given_epochs() -> None:
     optimizer = optimizer_of()
-    assert stepped(optimizer, build_scheduler(optimizer, 99, [3, 1]), 5) == pytest.approx([1, 0.1, 0.1, 0.01, 0.01])
+    assert stepped(optimizer, build_scheduler(optimizer, 99, [3, 1]), 5) == pytest.approx(
+        [1, 0.1, 0.1, 0.01, 0.01]
+    )
     optimizer = optimizer_of()
-    assert stepped(optimizer, build_scheduler(optimizer, 2), 5) == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert stepped(optimizer, build_scheduler(optimizer, 2), 5) == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01]
+    )
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [((9, [1, 3]), (9, [1, 3])), ((2, None), (9, [1, 4])), ((9, [1, 3]), (2, None))]
+    ("before", "after"),
+    [((9, [1, 3]), (9, [1, 3])), ((2, None), (9, [1, 4])), ((9, [1, 3]), (2, None))],
 )
 def test_schedules_resume(before: tuple, after: tuple) -> None:
     """The rates of a resumed run are those of its own schedule from where the file stopped, and a change is said."""
     optimizer = optimizer_of()
     scheduler = build_scheduler(optimizer, *before)
     stepped(optimizer, scheduler, 2)
-    file = {"model": {}, "optimizer": optimizer.state_dict(), "lr_scheduler": scheduler.state_dict()}
+    file = {
+        "model": {},
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": scheduler.state_dict(),
+    }
     resumed = optimizer_of()
     schedule = build_scheduler(resumed, *after)
     with logged() as lines:
@@ -88,7 +99,9 @@ def three_parts(*names: str) -> nn.ModuleDict:
         "bbox_embed": (3, 5),
     }
     model = nn.ModuleDict({name: nn.Linear(*sizes[name]) for name in names})
-    model["copy"] = model["class_embed"]  # one parameter of two names, as the heads of decoder layers
+    model["copy"] = model[
+        "class_embed"
+    ]  # one parameter of two names, as the heads of decoder layers
     return model
 
 
@@ -111,7 +124,8 @@ def test_moments_follow_the_names_of_the_file() -> None:
     restore_optimizer(resumed, build_scheduler(resumed, 2), Checkpoint(**file), ours)
     for name, parameter in ours.named_parameters():
         assert torch.equal(
-            resumed.state[parameter]["exp_avg"], optimizer.state[theirs.get_parameter(name)]["exp_avg"]
+            resumed.state[parameter]["exp_avg"],
+            optimizer.state[theirs.get_parameter(name)]["exp_avg"],
         ), name
 
     file["model"] = dict(reversed(file["model"].items()))  # an order that is not the optimiser's
@@ -129,7 +143,11 @@ def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> No
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     schedule = build_scheduler(optimizer, 9)
-    file = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict()}
+    file = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": schedule.state_dict(),
+    }
     elsewhere = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)}).to("meta")
     resumed = build_optimizer(elsewhere, 1.0, 1.0, 0.0)
     for group in resumed.param_groups:
@@ -140,7 +158,11 @@ def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> No
 
 
 def test_a_learned_position_code_learns_beside_a_frozen_backbone() -> None:
-    model = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)}
+    )
     model["backbone"][0].requires_grad_(False)
     for rate, counts in ((0.0, [4, 0]), (0.5, [2, 2])):
-        assert [len(group["params"]) for group in build_optimizer(model, 1.0, rate, 0.0).param_groups] == counts
+        assert [
+            len(group["params"]) for group in build_optimizer(model, 1.0, rate, 0.0).param_groups
+        ] == counts

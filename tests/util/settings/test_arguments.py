@@ -49,8 +49,22 @@ SHARED = {
     "start_epoch": 0,
     "dist_url": "env://",
 }
-LABELLED = {**SHARED, "lr_backbone": 1e-5, "dataset_file": "coco", "coco_path": None, "eval": SWITCH, "num_workers": 2}
-DETR = {**LABELLED, "epochs": 300, "lr_drop": 200, "num_queries": 100, "set_cost_class": 1.0, "eos_coef": 0.1}
+LABELLED = {
+    **SHARED,
+    "lr_backbone": 1e-5,
+    "dataset_file": "coco",
+    "coco_path": None,
+    "eval": SWITCH,
+    "num_workers": 2,
+}
+DETR = {
+    **LABELLED,
+    "epochs": 300,
+    "lr_drop": 200,
+    "num_queries": 100,
+    "set_cost_class": 1.0,
+    "eos_coef": 0.1,
+}
 UPDETR_FINETUNE = {**DETR, "pretrain": ""}
 CONDITIONAL = {
     **LABELLED,
@@ -117,11 +131,17 @@ def test_published_flags_are_accepted_with_their_defaults(name: str) -> None:
             assert type(getattr(args, flag)) is type(default), flag
     given = []
     for flag, default in flags.items():
-        given += [f"--{flag}"] if default is SWITCH else [f"--{flag}", "P" if default in (None, "") else str(default)]
+        given += (
+            [f"--{flag}"]
+            if default is SWITCH
+            else [f"--{flag}", "P" if default in (None, "") else str(default)]
+        )
     args = parse(script, "--detector", detector, "--device", "cpu", *given)
     assert args.aux_loss is False
     assert all(
-        getattr(args, flag) is True for flag, default in flags.items() if default is SWITCH and flag != "no_aux_loss"
+        getattr(args, flag) is True
+        for flag, default in flags.items()
+        if default is SWITCH and flag != "no_aux_loss"
     )
 
 
@@ -132,9 +152,14 @@ def test_published_choices_that_no_flag_shows() -> None:
     assert parse(PRETRAIN, "--fre_cnn").lr_backbone == 0
     assert parse(PRETRAIN).mask_ratio == 0.1
     assert [parse(PRETRAIN).save_every, parse(FINETUNE).save_every] == [20, 100]
-    assert [parse(PRETRAIN).backbone_weights, parse(FINETUNE).backbone_weights] == ["swav", "imagenet"]
+    assert [parse(PRETRAIN).backbone_weights, parse(FINETUNE).backbone_weights] == [
+        "swav",
+        "imagenet",
+    ]
     assert [parse(PRETRAIN).image_size, parse(FINETUNE).image_size] == [480, 800]
-    assert [parse(FINETUNE, "--detector", d).classification for d in ("detr", "conditional_detr")] == [
+    assert [
+        parse(FINETUNE, "--detector", d).classification for d in ("detr", "conditional_detr")
+    ] == [
         "softmax",
         "focal",
     ]
@@ -235,9 +260,17 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
     words = ["--pretext", "region_prior", "--model", model]
     args = parse(PRETRAIN, *words)
     for flag, default in {**DETREG, **DETREG_OF[model]}.items():
-        assert (not getattr(args, flag)) if default is SWITCH else getattr(args, flag) == default, flag
+        assert (not getattr(args, flag)) if default is SWITCH else getattr(args, flag) == default, (
+            flag
+        )
     for flag, default in {**DETREG, **DETREG_OF[model]}.items():
-        value = [] if default is SWITCH else [str(v) for v in default] if isinstance(default, list) else [str(default)]
+        value = (
+            []
+            if default is SWITCH
+            else [str(v) for v in default]
+            if isinstance(default, list)
+            else [str(default)]
+        )
         if flag in ("with_box_refine", "two_stage") and model == "detr":
             continue
         extra = ["--resume", "P"] if flag in ("eval", "viz") else []
@@ -257,7 +290,9 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
             else REFUSED_FLAGS.get(f"--{flag}", [0, ""])[1]
         ) in said
     for flag, value in DETREG_OF_FINE_TUNING.items():
-        assert str(getattr(make_parser(FINETUNE).parse_args([f"--{flag}", value]), flag)).startswith(value)
+        assert str(
+            getattr(make_parser(FINETUNE).parse_args([f"--{flag}", value]), flag)
+        ).startswith(value)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +315,9 @@ def test_flags_of_a_pretext_that_was_not_asked_for(flags: list[str], said: str) 
 
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
 @pytest.mark.parametrize(("flag", "value"), REFUSED.items())
-def test_dead_flags_are_refused_with_the_reason(script: str, flag: str, value: str | None, capsys) -> None:
+def test_dead_flags_are_refused_with_the_reason(
+    script: str, flag: str, value: str | None, capsys
+) -> None:
     with pytest.raises(SystemExit) as stop:
         make_parser(script).parse_args([f"--{flag}", *([value] if value else [])])
     assert stop.value.code != 0
@@ -349,7 +386,9 @@ def test_bad_values_are_one_line(flags: list[str], capsys) -> None:
         (PRETRAIN, ["--mask_ratio", "1"], "--mask_ratio"),
     ],
 )
-def test_contradictions_are_found_before_anything_starts(script: str, flags: list[str], word: str) -> None:
+def test_contradictions_are_found_before_anything_starts(
+    script: str, flags: list[str], word: str
+) -> None:
     with pytest.raises(UserError, match=word):
         parse(script, *flags)
 
@@ -371,11 +410,17 @@ def test_given_flags_are_those_of_the_user() -> None:
 def test_aliases_of_backbone_weights() -> None:
     assert parse(PRETRAIN, "--load_backbone", "supervised").backbone_weights == "imagenet"
     assert parse(PRETRAIN, "--load_backbone", "").backbone_weights == "none"
-    assert parse(FINETUNE, "--backbone_weights", "some/file.pth").backbone_weights == "some/file.pth"
-    assert parse(PRETRAIN, "--backbone", "resnet18").backbone_weights == "imagenet"  # SwAV has only resnet50
+    assert (
+        parse(FINETUNE, "--backbone_weights", "some/file.pth").backbone_weights == "some/file.pth"
+    )
+    assert (
+        parse(PRETRAIN, "--backbone", "resnet18").backbone_weights == "imagenet"
+    )  # SwAV has only resnet50
 
 
-@pytest.mark.parametrize("flags", [["--resume", "P"], ["--resume", "P", "--eval"], ["--pretrain", "P"]])
+@pytest.mark.parametrize(
+    "flags", [["--resume", "P"], ["--resume", "P", "--eval"], ["--pretrain", "P"]]
+)
 def test_no_backbone_is_fetched_when_a_checkpoint_holds_it(flags: list[str]) -> None:
     assert parse(FINETUNE, *flags).backbone_weights == "none"
     assert parse(FINETUNE, *flags).backbone_norm == "frozen"
@@ -383,7 +428,10 @@ def test_no_backbone_is_fetched_when_a_checkpoint_holds_it(flags: list[str]) -> 
 
 def test_random_weights_get_live_batch_norm() -> None:
     assert parse(FINETUNE, "--backbone_weights", "none").backbone_norm == "live"
-    assert parse(FINETUNE, "--backbone_weights", "none", "--backbone_norm", "frozen").backbone_norm == "frozen"
+    assert (
+        parse(FINETUNE, "--backbone_weights", "none", "--backbone_norm", "frozen").backbone_norm
+        == "frozen"
+    )
     assert parse(FINETUNE).backbone_norm == "frozen"
 
 
@@ -423,7 +471,9 @@ def test_build_model_takes_unresolved_flags(module) -> None:
 def test_build_model_takes_a_namespace_of_a_user() -> None:
     """Someone who imports the project gives only what differs from the defaults."""
     model, _, _ = build_model(
-        Namespace(backbone="resnet18", backbone_weights="none", hidden_dim=32, detector="conditional_detr")
+        Namespace(
+            backbone="resnet18", backbone_weights="none", hidden_dim=32, detector="conditional_detr"
+        )
     )
     assert model.num_queries == 300
 
@@ -449,7 +499,10 @@ def test_help_has_a_text_for_every_flag(script: str) -> None:
     ],
 )
 def test_a_flag_that_nothing_reads_is_refused(script: str, words: str, needed: str) -> None:
-    words = [*words.split(), *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x"))]
+    words = [
+        *words.split(),
+        *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x")),
+    ]
     with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or omit"):
         parse(script, *words)
     parse(script, *words[:-4], *words[-2:])  # without the flag
@@ -467,21 +520,43 @@ def defaults_of(script: str) -> Iterator[tuple[str, Any]]:
     first = ["--pretext", *PRETEXTS] if script == PRETRAIN else ["--dataset_file", *DATASETS]
     for name in first[1:]:
         for detector, entry in DETECTORS.items():
-            others = {flag for other in DETECTORS.values() for flag in other.flags} - set(entry.flags)
-            words = [first[0], name, "--detector", detector, "--backbone_weights", "none", "--device", "cpu"]
+            others = {flag for other in DETECTORS.values() for flag in other.flags} - set(
+                entry.flags
+            )
+            words = [
+                first[0],
+                name,
+                "--detector",
+                detector,
+                "--backbone_weights",
+                "none",
+                "--device",
+                "cpu",
+            ]
             settings = parse(script, *words).as_dict().items()
-            yield from ((flag, value) for flag, value in settings if flag not in others and f"--{flag}" not in words)
+            yield from (
+                (flag, value)
+                for flag, value in settings
+                if flag not in others and f"--{flag}" not in words
+            )
 
 
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
 def test_help_names_every_default(script: str) -> None:
     """Whatever pretext, detector and data change of it: who reads the help needs no other page."""
-    in_words = {("lr_backbone", 1e-4): "as --lr", ("eval_every", 0): "never", ("filter_pct", -1.0): "all"}
+    in_words = {
+        ("lr_backbone", 1e-4): "as --lr",
+        ("eval_every", 0): "never",
+        ("filter_pct", -1.0): "all",
+    }
     texts = {action.dest: action.help for action in make_parser(script)._actions}
     for flag, value in defaults_of(script):
         if flag not in texts or isinstance(value, bool) or not isinstance(value, int | float | str):
             continue
-        numbers = {float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", texts[flag])}
+        numbers = {
+            float(number)
+            for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:e-?\d+)?", texts[flag])
+        }
         named = value in texts[flag] if isinstance(value, str) else float(value) in numbers
         assert named or in_words.get((flag, value), texts[flag] + "!") in texts[flag], (
             f"--{flag} {value}: {texts[flag]}"
@@ -495,10 +570,18 @@ def read_names() -> set[str]:
     found = set()
     for path in [
         *ROOT.glob("*.py"),
-        *(p for folder in ("util", "models", "datasets", "tools") for p in (ROOT / folder).rglob("*.py")),
+        *(
+            p
+            for folder in ("util", "models", "datasets", "tools")
+            for p in (ROOT / folder).rglob("*.py")
+        ),
     ]:
         tree = ast.parse(path.read_text())
-        checks = [node for node in tree.body if isinstance(node, ast.FunctionDef) and path.name == "checks.py"]
+        checks = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and path.name == "checks.py"
+        ]
         checking = {id(node) for check in checks for node in ast.walk(check)}
         for node in ast.walk(tree):
             if id(node) in checking:
@@ -526,7 +609,11 @@ def test_no_dead_flag() -> None:
     """Every declared flag is read somewhere."""
     read = read_names()
     for script in (PRETRAIN, FINETUNE):
-        declared = {action.dest for action in make_parser(script)._actions if action.default is not argparse.SUPPRESS}
+        declared = {
+            action.dest
+            for action in make_parser(script)._actions
+            if action.default is not argparse.SUPPRESS
+        }
         assert declared <= read, sorted(declared - read)
 
 

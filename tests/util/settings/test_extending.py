@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import fine_tune, logged, pre_train, read_checkpoint, read_log, write_coco, write_images
+from tests.tiny import (
+    fine_tune,
+    logged,
+    pre_train,
+    read_checkpoint,
+    read_log,
+    write_coco,
+    write_images,
+)
 from util.errors import UserError
 from util.settings import registry
 from util.settings.registry import DatasetEntry, DetectorEntry, PretextEntry
@@ -176,9 +184,18 @@ def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) 
 
     with logged() as lines:
         pre_train(
-            "--pretext", "random_query_patch", "--dataset_file", "validation_twice", "--coco_path", coco, "--dry_run"
+            "--pretext",
+            "random_query_patch",
+            "--dataset_file",
+            "validation_twice",
+            "--coco_path",
+            coco,
+            "--dry_run",
         )
-    assert any("3 images of --dataset_file validation_twice, without their labels" in line for line in lines)
+    assert any(
+        "3 images of --dataset_file validation_twice, without their labels" in line
+        for line in lines
+    )
     with logged() as lines:
         fine_tune(
             "--eval",

@@ -15,9 +15,20 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_settings_from_python_are_those_of_the_command_line() -> None:
-    words = ["--detector", "conditional_detr", "--num_queries", "50", "--no_aux_loss", "--lr_drop_epochs", "3", "4"]
+    words = [
+        "--detector",
+        "conditional_detr",
+        "--num_queries",
+        "50",
+        "--no_aux_loss",
+        "--lr_drop_epochs",
+        "3",
+        "4",
+    ]
     parsed = resolve(make_parser(FINETUNE).parse_args(words))
-    made = settings(detector="conditional_detr", num_queries=50, aux_loss=False, lr_drop_epochs=[3, 4])
+    made = settings(
+        detector="conditional_detr", num_queries=50, aux_loss=False, lr_drop_epochs=[3, 4]
+    )
     assert made == parsed
     assert made.origins == parsed.origins
 
@@ -56,7 +67,9 @@ def test_nobody_changes_settings() -> None:
     assert other.was_given("num_queries")
     with pytest.raises(AttributeError, match="did you mean num_queries"):
         made.replace(num_querys=1)
-    with pytest.raises(AttributeError, match="there is no setting num_querys; did you mean num_queries"):
+    with pytest.raises(
+        AttributeError, match="there is no setting num_querys; did you mean num_queries"
+    ):
         made.num_querys  # noqa: B018 - reading it is the test
 
 
@@ -105,7 +118,9 @@ def assigned(path: Path) -> list[str]:
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
             if ast.unparse(node.value).split(".")[-1] in ("settings", "args"):
                 found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
-        elif isinstance(node, ast.Call) and ast.unparse(node).startswith(("setattr(settings", "vars(settings")):
+        elif isinstance(node, ast.Call) and ast.unparse(node).startswith(
+            ("setattr(settings", "vars(settings")
+        ):
             found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
     return found
 
