@@ -1,6 +1,9 @@
-"""DETR's engine: one training step, one training epoch, one evaluation, for both entry scripts.
+"""The training and evaluation loops: one training step, one training epoch, one evaluation, for both entry scripts.
 
-Everything comes in as an object: nothing here looks at the name of a detector, a pretext or a dataset.
+Everything comes in as an object. Nothing here looks at the name of a detector, a pretext or a dataset.
+
+Letters in shape comments: B images per GPU, N objects of an image, K detections per image, H and W the padded size of a
+batch, h and w the size of one image.
 """
 
 import time
@@ -14,34 +17,48 @@ from torch import Tensor, nn
 from datasets.collate import to_device
 from datasets.samplers import EpochSampler
 from models.criterion import SetCriterion
-from util.distributed import all_gather_object, get_world_size, share_statistics, unwrap_model
+from util.distributed import (
+    all_gather_object,
+    broadcast_batch_norm_stats,
+    get_world_size,
+    unwrap_model,
+)
 from util.errors import NonFinite, StopRequested
 from util.logger import Progress, log
 from util.nested_tensor import NestedTensor
 from util.packed_targets import Targets
 from util.runs.meters import (
-    PAIRS,
+    NUM_MATCHES,
     Averages,
     BadImages,
     LossReader,
+    average_class_error,
     check_finite,
     check_gradient,
-    per_pair,
     to_host,
-    with_pairs,
+    weight_class_error,
 )
 from util.runs.signals import StopSignal
 
+# Losses in the progress bar; those that a run does not have are skipped.
 PROGRESS_LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_feature")
 
 
 @dataclass(kw_only=True)
 class TrainState:
-    """What is trained, with what, and how far it has come. `trainer.Run` adds where it is saved.
+    """Model, optimizer, data and progress of a training. `trainer.Run` adds where it is saved.
 
-    epochs: to train in all. max_iters: ends training after as many steps, which the learning rate schedule then counts
-    in place of epochs. normalization: `mean` and `std` of the backbone. epoch, batch: the next ones to train, counted
-    from 0. gradient_norm: of the last step, not read from the device yet. seconds: of training, over all sessions.
+    Attributes:
+        model: wrapped in DistributedDataParallel where there are several processes.
+        normalization: `mean` and `std` that the backbone was trained with, for RGB in [0, 1].
+        epochs: number of epochs in all.
+        clip_max_norm: maximum gradient norm; 0 turns clipping off.
+        amp: run the network in bfloat16.
+        max_iters: end training after this many steps; the learning rate schedule then counts steps instead of epochs.
+        epoch, batch: the next ones to train, from 0.
+        averages: losses of the current epoch so far.
+        gradient_norm: of the last step, on the device. It is read one step later, so that the host never waits for it.
+        seconds: training time, over all starts of the run.
     """
 
     model: nn.Module
@@ -59,78 +76,100 @@ class TrainState:
     batch: int = 0
     averages: Averages = field(default_factory=Averages)
     bad_images: BadImages = field(default_factory=BadImages)
-    stop: StopSignal = field(default_factory=StopSignal)
+    stop_signal: StopSignal = field(default_factory=StopSignal)
     gradient_norm: Tensor | None = None
     seconds: float = 0.0
 
     @property
     def sampler(self) -> EpochSampler:
-        """The loader's, which knows the epoch and the position in it."""
+        """The loader's batch sampler, which knows the epoch and the position in it."""
         return cast(EpochSampler, self.loader.batch_sampler)
 
     def progress(self) -> float:
-        """Fraction of the training that is done, before the step that `batch` counts; 0 at the start."""
+        """Return the finished fraction of the training before step `batch`; 0 at the start."""
         if self.max_iters:
-            return self.scheduler.last_epoch / self.max_iters
+            return self.scheduler.last_epoch / self.max_iters  # the scheduler's "epochs" are steps
         return (self.epoch + self.batch / self.sampler.batches_per_epoch) / self.epochs
+
+    def remaining_iters(self) -> int | None:
+        """Return the number of steps left until `max_iters`, None without `max_iters`."""
+        if not self.max_iters:
+            return None
+        return self.max_iters - self.scheduler.last_epoch
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """bfloat16 for the network; boxes, matching and losses stay in float32 by themselves."""
+    """Run the network in bfloat16. Boxes, matching and losses stay in float32: the models cast them themselves."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def forward(model: nn.Module, samples: NestedTensor, targets: Targets, amp: bool) -> dict:
-    """The outputs of a model. Pretexts see the targets, detectors do not."""
+    """Return the outputs of a model. Pretexts see the targets, detectors do not."""
     with autocast(samples.tensors.device, amp):
-        return model(samples, targets) if unwrap_model(model).needs_targets else model(samples)
+        if unwrap_model(model).needs_targets:
+            return model(samples, targets)
+        return model(samples)
 
 
 def forward_losses(
     model: nn.Module, criterion: SetCriterion, samples: NestedTensor, targets: Targets, amp: bool
 ) -> tuple[dict, dict[str, Tensor], Tensor]:
-    """One forward pass: outputs, named losses, weighted total."""
+    """Return (outputs, named losses, weighted total loss) of one forward pass."""
     outputs = forward(model, samples, targets, amp)
     losses = criterion(outputs, targets)
-    total = criterion.total(losses)
-    return (
-        outputs,
-        losses if criterion.reproduce_published else with_pairs(losses, losses.num_pairs),
-        total,
-    )
+    total = criterion.total_loss(losses)
+
+    if criterion.reproduce_published:
+        return outputs, losses, total  # the published class error is a mean over batches
+    return outputs, weight_class_error(losses, losses.num_pairs), total
 
 
 def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
-    """The published log: each weighted loss by its name, each raw value with `_unscaled`, `loss` the weighted sum."""
-    losses = per_pair(losses)
-    values = {f"{name}_unscaled": value for name, value in losses.items() if name != PAIRS}
+    """Return the values of the published log: each weighted loss by its name, each raw value with the suffix
+    `_unscaled`, and `loss`, the weighted sum.
+    """
+    losses = average_class_error(losses)
+    unscaled = {f"{name}_unscaled": value for name, value in losses.items() if name != NUM_MATCHES}
     scaled = {name: losses[name] * weight for name, weight in weights.items() if name in losses}
-    kept = {name: losses[name] for name in ("class_error", PAIRS) if name in losses}
-    return {**values, **scaled, "loss": sum(scaled.values()), **kept}
+
+    # NUM_MATCHES is the weight of `class_error` in `Averages`; it never reaches the log.
+    unweighted = {name: losses[name] for name in ("class_error", NUM_MATCHES) if name in losses}
+    return {**unscaled, **scaled, "loss": sum(scaled.values()), **unweighted}
 
 
 def train_step(
     state: TrainState, samples: NestedTensor, targets: Targets, stop: bool
 ) -> tuple[dict[str, float], bool]:
-    """Forward, backward, clip, step. Returns the values for the log, averaged over processes, and whether any process
-    was asked to stop (`stop` is this one's answer).
+    """Run forward, backward, gradient clipping and the optimizer step on one batch.
+
+    Args:
+        samples: normalized images, [B, 3, H, W].
+        stop: whether this process was asked to stop.
+
+    Returns:
+        The values for the log, averaged over processes, and whether any process was asked to stop.
 
     Raises:
-        NonFiniteLoss: before the optimizer's step, so that the weights stay as they are; or the gradient of the step
-            before was not finite, which is checked only now, since the host would have had to wait for the device.
+        NonFiniteLoss: a loss is NaN or infinite; it is raised before the optimizer step, so the weights are unchanged.
+            Or the gradient of the previous step was not finite, which is only read now.
     """
     try:
         _, losses, total = forward_losses(state.model, state.criterion, samples, targets, state.amp)
+
+        # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The stop flag
+        # travels in the same all-reduce, so that every rank stops after the same step.
         reader = LossReader(losses, float(stop))
         state.optimizer.zero_grad(set_to_none=True)
         total.backward()
+
         values = reader.read()
-        check_finite(
-            values, (int(target["image_id"]) for target in targets)
-        )  # ids are read only in case of an error
+        # A generator: reading an image id makes the host wait for the device, so ids are only read for the message.
+        check_finite(values, (int(target["image_id"]) for target in targets))
     except NonFinite:
+        # A non-finite gradient in the previous step is the cause of non-finite losses now: report that one.
         check_gradient(state.gradient_norm)
         raise
+
     if state.clip_max_norm > 0:
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         state.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, state.clip_max_norm)
@@ -139,61 +178,71 @@ def train_step(
 
 
 def train_one_epoch(state: TrainState) -> None:
-    """Trains from `state.batch` to the end of the epoch; `state.averages` grow with each step.
+    """Train from `state.batch` to the end of the epoch. `state.averages` collects the losses of all its steps.
 
     Raises:
+        NonFiniteLoss: see `train_step`.
         StopRequested: after a step; `state.batch` says where to continue.
     """
     state.model.train()
     state.criterion.train()
-    sampler, model = state.sampler, unwrap_model(state.model)
-    sampler.set_epoch(
-        state.epoch, state.batch, state.max_iters and state.max_iters - state.scheduler.last_epoch
-    )
-    steps = state.batch + len(sampler)
-    bar = Progress(steps, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
-    began, images, bad_before = time.monotonic(), 0, state.bad_images.count
+    model, sampler = unwrap_model(state.model), state.sampler
+    sampler.set_epoch(state.epoch, state.batch, state.remaining_iters())
+
+    num_batches = state.batch + len(sampler)
+    bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
+    num_images, num_bad_before = 0, state.bad_images.count
+    start = time.monotonic()
+
     for samples, packed in state.loader:
         state.bad_images.add(packed.problems)
-        images += sampler.batch_size * get_world_size()  # `samples` may hold several views of each
         samples, targets = to_device(samples, packed, state.device, **state.normalization)
-        values, stop = train_step(state, samples, targets, state.stop.requested)
+        values, stop = train_step(state, samples, targets, state.stop_signal.requested)
         values["lr"] = state.optimizer.param_groups[0]["lr"]
+
+        # A momentum teacher, for instance, is updated here, from the new weights.
         model.after_step(state.progress())
         if state.max_iters:
             state.scheduler.step()
         state.averages.add(values)
         state.batch += 1
-        speed = images / (time.monotonic() - began)
-        bar.step(_progress_text(values, speed) if bar.wants_text() else None)
+
+        # Not len(samples): a batch of a Siamese pretext has two views of each image.
+        num_images += sampler.batch_size * get_world_size()
+        throughput = num_images / (time.monotonic() - start)
+        bar.step(_progress_text(values, throughput) if bar.will_display() else None)
         if stop:
-            _stop(state, began, steps)
-    if any(
-        all_gather_object(state.stop.requested)
-    ):  # the signal came in the last step, after its flag was sent
-        _stop(state, began, steps)
-    if state.bad_images.count > bad_before:
+            _raise_stop(state, start, num_batches)
+
+    # A signal during the last step came after its flag was sent. All ranks must agree, or some would wait for others.
+    if any(all_gather_object(state.stop_signal.requested)):
+        _raise_stop(state, start, num_batches)
+    _warn_bad_images(state.bad_images, num_bad_before)
+    state.seconds += time.monotonic() - start
+
+
+def _raise_stop(state: TrainState, start: float, num_batches: int) -> None:
+    """Raise StopRequested. After the last batch too: the resumed run then ends the epoch without another step."""
+    state.seconds += time.monotonic() - start
+    raise StopRequested(f"epoch {state.epoch + 1}, after batch {state.batch} of {num_batches}")
+
+
+def _warn_bad_images(bad_images: BadImages, num_before: int) -> None:
+    if bad_images.count > num_before:
         log.warning(
-            "%d unreadable or tiny images were replaced in this epoch (%d different ones in this run)",
-            state.bad_images.count - bad_before,
-            len(state.bad_images.seen),
+            "%d unreadable or tiny images were replaced in this epoch (%d distinct ones in this run)",
+            bad_images.count - num_before,
+            len(bad_images.seen),
         )
-    state.seconds += time.monotonic() - began
 
 
-def _stop(state: TrainState, began: float, steps: int) -> None:
-    """Also after the last batch: the resumed run then finishes the epoch without a step."""
-    state.seconds += time.monotonic() - began
-    raise StopRequested(f"epoch {state.epoch + 1}, after batch {state.batch} of {steps}")
-
-
-def _progress_text(values: dict[str, float], speed: float) -> str:
+def _progress_text(values: dict[str, float], throughput: float) -> str:
     losses = [
         f"{name.removeprefix('loss_')} {values[name]:.3f}"
         for name in PROGRESS_LOSSES
         if name in values
     ]
-    return f"{' '.join(losses)} {speed:.1f} images/s lr {values['lr']:.1e}"
+    return f"{' '.join(losses)} lr {values['lr']:.1e} {throughput:.1f} images/s"
 
 
 @torch.no_grad()
@@ -207,19 +256,28 @@ def evaluate(
     device: torch.device,
     normalization: Mapping[str, Sequence[float]],
     amp: bool = False,
-    keep_examples: int = 0,
+    num_examples: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Losses and metrics over a dataset, each image once over all processes.
+    """Compute losses and metrics over a dataset. Each image is evaluated once over all processes.
 
-    criterion: None: no losses. Returns (values, examples). values: the losses and what the evaluator's `summarize`
-    gives. examples: the first `keep_examples` images of this process with predictions and targets.
+    Args:
+        criterion: None to skip the losses.
+        evaluator: gets the detections of each image by `update`, and computes the metrics in `summarize`.
+        num_examples: number of images to return with predictions and targets.
+
+    Returns:
+        (values, examples): the losses and the metrics, and the first `num_examples` images of this process.
     """
+    # Without DistributedDataParallel: ranks may have different numbers of batches, and its forward pass broadcasts
+    # buffers, which would wait for ranks that have finished.
     model = unwrap_model(model).eval()
-    share_statistics(model)
+    broadcast_batch_norm_stats(model)
     if criterion is not None:
         criterion.eval()
-    averages, bar, bad_images = Averages(), Progress(len(loader), "evaluation"), BadImages()
+
+    averages, bad_images = Averages(), BadImages()
     examples: list[dict[str, Any]] = []
+    bar = Progress(len(loader), "evaluation")
     for samples, packed in loader:
         bad_images.add(packed.problems)
         inputs, targets = to_device(samples, packed, device, **normalization)
@@ -228,43 +286,49 @@ def evaluate(
         else:
             outputs, losses, _ = forward_losses(model, criterion, inputs, targets, amp)
             averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
-        sizes = torch.stack([target["orig_size"] for target in targets])
-        results = results_to_host(postprocessors["bbox"](outputs, sizes))
+
+        # Sizes of the image files, so that boxes are in the pixels of the annotations.
+        sizes_hw = torch.stack([target["orig_size"] for target in targets])  # [B, 2]
+        results = results_to_host(postprocessors["bbox"](outputs, sizes_hw))
         evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
-        examples += _examples(samples, targets, results, keep_examples - len(examples))
+        examples += _collect_examples(samples, targets, results, num_examples - len(examples))
         bar.step()
+
     bad_images.warn_of_missed_objects()
     values = averages.merged().means()
     evaluator.synchronize_between_processes()
-    summary = evaluator.summarize()
-    if "stats" in summary:
-        summary["coco_eval_bbox"] = summary.pop("stats")  # the published key
-    return {**values, **summary}, examples
+    metrics = evaluator.summarize()
+    if "stats" in metrics:
+        metrics["coco_eval_bbox"] = metrics.pop("stats")  # the published key
+    return {**values, **metrics}, examples
 
 
 def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The results of a batch on the CPU: one copy for each kind of result, not one for each image."""
-    host = {name: torch.stack([result[name] for result in results]).cpu() for name in results[0]}
-    return [{name: values[i] for name, values in host.items()} for i in range(len(results))]
+    """Copy the results of a batch to the CPU, with one copy per key instead of one per image."""
+    # scores and labels [K] -> [B, K], boxes [K, 4] -> [B, K, 4]
+    host = {key: torch.stack([result[key] for result in results]).cpu() for key in results[0]}
+    return [{key: values[i] for key, values in host.items()} for i in range(len(results))]
 
 
-def _examples(
+def _collect_examples(
     samples: NestedTensor, targets: Targets, results: list[dict], count: int
 ) -> list[dict]:
-    """Images as the model saw them, uint8 [3, h, w], with boxes in their pixels."""
-    kept = []
-    for image, target, result in list(zip(samples.tensors, targets, results, strict=True))[
-        : max(count, 0)
-    ]:
-        (height, width), original = target["size"].tolist(), target["orig_size"].tolist()
-        scale = torch.tensor([width / original[1], height / original[0]] * 2)
-        kept.append(
+    """Return up to `count` images as the model saw them, with predictions and ground truth."""
+    examples: list[dict] = []
+    for image, target, result in zip(samples.tensors, targets, results, strict=True):
+        if len(examples) >= count:
+            break
+        height, width = target["size"].tolist()
+        orig_height, orig_width = target["orig_size"].tolist()
+        scale = torch.tensor([width / orig_width, height / orig_height] * 2)  # [4]
+        examples.append(
             {
-                "image": image[:, :height, :width].clone(),
+                "image": image[:, :height, :width].clone(),  # [3, H, W] -> [3, h, w], uint8
                 "image_id": int(target["image_id"]),
-                "boxes_cxcywh": target["boxes"].cpu(),
-                "labels": target["labels"].cpu(),
+                "boxes_cxcywh": target["boxes"].cpu(),  # [N, 4], relative to the image
+                "labels": target["labels"].cpu(),  # [N]
+                # Boxes are in pixels of the file, here of the resized image.
                 "predictions": {**result, "boxes": result["boxes"] * scale},
             }
         )
-    return kept
+    return examples

@@ -1,6 +1,6 @@
-"""What is measured on validation images: a detector with its classes, or boxes whatever their class.
+"""Evaluation on validation images: of a detector with its classes, or class-agnostic, of boxes only.
 
-Both are called `evaluation(model, epoch)` and return the `test_*` values of the log.
+Both evaluations are called as `evaluation(model, epoch)` and return the `test_*` values of the log.
 """
 
 import json
@@ -22,7 +22,7 @@ from models.postprocess import ClassAgnosticPostProcess
 from predictor import Predictor
 from util.box_ops import box_cxcywh_to_xyxy
 from util.coco import BBOX_METRICS
-from util.distributed import is_main_process, share_statistics, unwrap_model
+from util.distributed import broadcast_batch_norm_stats, is_main_process, unwrap_model
 from util.files import write_text
 from util.logger import log
 from util.plots.pages import prediction_page
@@ -31,12 +31,12 @@ from util.settings import settings as make_settings
 from util.settings.frozen import GIVEN
 from util.settings.registry import PRETEXTS
 
-PROPOSAL_FILES = (
-    "proposal_metrics.json",
-    "proposals.json",
-)  # metrics, and boxes in COCO's results format
-EXAMPLES = 12  # images on the page of predictions
-# What a pretext's settings say of the validation images and how they are loaded.
+METRICS_FILE = "proposal_metrics.json"
+BOXES_FILE = "proposals.json"  # in COCO's results format
+PROPOSAL_OUTPUTS = (METRICS_FILE, BOXES_FILE)
+NUM_EXAMPLES = 12  # images on the page of predictions
+
+# Settings of a pretext's run that say which validation images to use and how to load them.
 VALIDATION_FLAGS = (
     "dataset_file",
     "coco_path",
@@ -55,8 +55,8 @@ VALIDATION_FLAGS = (
 
 
 class Evaluation:
-    """Losses and metrics on the validation images, logged; `metrics.json`, `per_class.json`, `results.json` and a page
-    of predictions in the run's folder.
+    """Evaluate a detector: log losses and metrics, and write `metrics.json`, `per_class.json`, `results.json` and
+    `predictions.png` to the run's folder.
     """
 
     def __init__(
@@ -69,20 +69,16 @@ class Evaluation:
         device: torch.device,
         folder: Path | None,
     ) -> None:
-        self.settings, self.dataset, self.criterion, self.postprocessors = (
-            settings,
-            dataset,
-            criterion,
-            postprocessors,
-        )
+        self.settings, self.dataset = settings, dataset
+        self.criterion, self.postprocessors = criterion, postprocessors
         self.device, self.folder = device, folder
         self.loader = build_loader(dataset, settings, train=False)
-        self.novel = (
-            few_shot.novel_names(settings, dataset.class_names) if settings.few_shot else None
-        )
+        self.novel_classes = None
+        if settings.few_shot:
+            self.novel_classes = few_shot.novel_class_names(settings, dataset.class_names)
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, Any]:
-        """Returns the values for the log, with the prefix `test_`."""
+        """Evaluate `model` and return the values for the log, with the prefix `test_`."""
         evaluator = self.dataset.evaluator(self.settings)
         values, examples = engine.evaluate(
             model,
@@ -93,63 +89,62 @@ class Evaluation:
             device=self.device,
             normalization=unwrap_model(model).normalization,
             amp=self.settings.amp == "bf16",
-            keep_examples=EXAMPLES,
+            num_examples=NUM_EXAMPLES,
         )
+
         per_class = values.pop("per_class")
         table = class_table(per_class)
-        if self.novel is not None:
-            per_class = few_shot.with_groups(per_class, self.novel)
+        if self.novel_classes is not None:
+            per_class = few_shot.add_groups(per_class, self.novel_classes)
             values["few_shot"] = few_shot.group_means(per_class)
             table += "\n" + few_shot.group_table(per_class, values["few_shot"])
         log.info("%s\n%s", _summary(values), table)
+
         if self.folder is not None and is_main_process():
-            write_text(self.folder / "results.json", json.dumps(evaluator.results()))
-            write_text(
-                self.folder / "metrics.json", json.dumps({"epoch": epoch, **values}, indent=1)
-            )
-            write_text(
-                self.folder / "per_class.json",
-                json.dumps({"epoch": epoch, "classes": per_class}, indent=1),
-            )
-            rows = [_page_row(example) for example in examples]
+            results = evaluator.results()
+            write_text(self.folder / "results.json", json.dumps(results))
+            _write_json(self.folder / "metrics.json", {"epoch": epoch, **values})
+            _write_json(self.folder / "per_class.json", {"epoch": epoch, "classes": per_class})
+            rows = [_example_row(example) for example in examples]
             prediction_page(rows, self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}
 
 
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=1))
+
+
 def _summary(values: Mapping[str, Any]) -> str:
-    """AP and the loss in one line, recalls in a second one where there are any."""
-    shown = [
+    """Return the AP metrics and the loss in one line, and average recalls, if there are any, in a second one."""
+    metrics = [
         f"{name} {value:.3f}"
+        # Not strict: COCO has 12 metrics, VOC has three.
         for name, value in zip(BBOX_METRICS, values["coco_eval_bbox"], strict=False)
     ]
-    recalls = f"\n{'  '.join(shown[6:])}" if shown[6:] else ""
-    return f"{'  '.join(shown[:6])}  loss {values['loss']:.3f}{recalls}"
+    precision, recall = metrics[:6], metrics[6:]
+    text = f"{'  '.join(precision)}  loss {values['loss']:.3f}"
+    return f"{text}\n{'  '.join(recall)}" if recall else text
 
 
-def _page_row(example: dict) -> tuple:
-    """(image, predictions, ground truth) of one example, boxes in pixels of the image."""
-    image = example["image"]
+def _example_row(example: dict) -> tuple:
+    """Return (image uint8 [h, w, 3], predictions, ground truth), with boxes [N, 4] in pixels of the image."""
+    image = example["image"]  # [3, h, w]
     height, width = image.shape[1:]
-    boxes = box_cxcywh_to_xyxy(example["boxes_cxcywh"]) * torch.tensor(
-        [width, height, width, height]
-    )
-    return (
-        image.permute(1, 2, 0).numpy(),
-        example["predictions"],
-        {"boxes": boxes, "labels": example["labels"]},
-    )
+    scale = torch.tensor([width, height, width, height])
+    boxes_xyxy_abs = box_cxcywh_to_xyxy(example["boxes_cxcywh"]) * scale
+    ground_truth = {"boxes": boxes_xyxy_abs, "labels": example["labels"]}
+    return image.permute(1, 2, 0).numpy(), example["predictions"], ground_truth
 
 
 # ------------------------------------------------------------------------------------------------------ class-agnostic
 
 
 class ClassAgnosticEvaluation:
-    """How well the boxes of a model cover the annotated objects, whatever their class, as DETReg reports it (Bar et al.
-    2022, section 4.4).
+    """Class-agnostic AP and AR of a model's boxes, as DETReg reports them (Bar et al. 2022, section 4.4).
 
     Args:
-        settings: of the data, as `validation_settings` gives them.
-        label: the class output that says "object"; None: the best of all classes.
+        settings: of the validation data, see `validation_settings`.
+        label: the class output that means "object"; None takes the best score over all classes.
     """
 
     def __init__(
@@ -160,16 +155,18 @@ class ClassAgnosticEvaluation:
         self.loader = build_loader(dataset, settings, train=False)
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:
-        """Returns `test_object_AP` and the other metrics for the log."""
+        """Evaluate `model` and return `test_object_AP` and the other metrics for the log."""
         metrics, _ = self.evaluate(model)
-        log.info("class-agnostic: %s", shown_metrics(metrics))
+        log.info("class-agnostic: %s", format_metrics(metrics))
         return {f"test_object_{name}": value for name, value in metrics.items()}
 
     def evaluate(self, model: nn.Module) -> tuple[dict[str, float], ProposalEvaluator]:
-        """The metrics of `model`, a detector or a pretext around one, and the evaluator with its boxes."""
-        whole = unwrap_model(model)
-        share_statistics(whole)  # the pretext's own parts too, which continue to train
-        detector = whole.base_detector()
+        """Return the metrics of `model`, a detector or a pretext around one, and the evaluator with its boxes."""
+        pretext = unwrap_model(model)
+        # Also the batch norm of the pretext's own heads, which is not in the detector: training continues with it.
+        broadcast_batch_norm_stats(pretext)
+
+        detector = pretext.base_detector()
         evaluator = ProposalEvaluator(self.dataset.ground_truth, self.backend)
         postprocess = ClassAgnosticPostProcess(detector.classification, self.label)
         metrics, _ = engine.evaluate(
@@ -185,11 +182,11 @@ class ClassAgnosticEvaluation:
         return metrics, evaluator
 
 
-def evaluate_proposals_of(
+def evaluate_class_agnostic(
     predictor: Predictor, validation: Settings, folder: Path | None
 ) -> dict[str, float]:
-    """Class-agnostic metrics of a predictor's detector on labelled validation images, logged and saved."""
-    dataset = build_dataset("val", validation, any_class_count=True)
+    """Evaluate the boxes of a class-agnostic predictor on labelled validation images; log and save the metrics."""
+    dataset = build_dataset("val", validation, allow_any_num_classes=True)
     label = predictor.postprocess.label
     evaluation = ClassAgnosticEvaluation(validation, dataset, label=label, device=predictor.device)
     metrics, evaluator = evaluation.evaluate(predictor.model)
@@ -199,34 +196,38 @@ def evaluate_proposals_of(
 
 def save_proposal_metrics(
     folder: Path | None,
-    what: Mapping[str, Any],
+    source: Mapping[str, Any],
     metrics: Mapping[str, float],
     evaluator: ProposalEvaluator,
 ) -> None:
-    """Logs the metrics, and writes them and the boxes into the folder."""
-    log.info("class-agnostic: %s", shown_metrics(metrics))
+    """Log the metrics, and write them and the boxes to the folder.
+
+    source: what made the boxes; it is written in front of the metrics.
+    """
+    log.info("class-agnostic: %s", format_metrics(metrics))
     if folder is not None and is_main_process():
-        write_text(folder / PROPOSAL_FILES[0], json.dumps({**what, **metrics}, indent=1) + "\n")
-        write_text(folder / PROPOSAL_FILES[1], json.dumps(evaluator.results()))
+        write_text(folder / METRICS_FILE, json.dumps({**source, **metrics}, indent=1) + "\n")
+        write_text(folder / BOXES_FILE, json.dumps(evaluator.results()))
 
 
 def validation_settings(settings: Settings) -> Settings:
-    """Settings of the labelled validation images on which the boxes of a pretext's detector are evaluated.
+    """Return the settings of the labelled validation images for a pretext's detector.
 
     With `--eval` or `--viz` they follow from the given flags alone: how a checkpoint was trained must not change its
-    metrics. During training the images are those of the run's dataset, of COCO for a custom one, in the usual size of
-    an evaluation unless the run has a size of its own.
+    metrics. During training they follow the run: its dataset (COCO for a custom one) and its image size if that was
+    chosen, the usual evaluation size otherwise.
     """
     if settings.eval or settings.viz:
         given = set(VALIDATION_FLAGS) & set(settings.names_from(GIVEN))
         return make_settings(FINETUNE, **{name: getattr(settings, name) for name in sorted(given)})
+
     flags: dict[str, Any] = {name: getattr(settings, name) for name in VALIDATION_FLAGS}
     if settings.dataset_file == "custom":
         flags["dataset_file"] = "coco"  # main.py does not have the flags of validation annotations
     if settings.image_size == PRETEXTS[settings.pretext].defaults.get("image_size"):
-        del flags["image_size"]
+        del flags["image_size"]  # the pretext's default is smaller than the size for evaluation
     return make_settings(FINETUNE, **flags)
 
 
-def shown_metrics(metrics: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

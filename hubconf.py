@@ -9,7 +9,7 @@ results = postprocessor(outputs, sizes_hw)  # per image scores, labels, and boxe
 from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
-from predetr import check_packages as _check_packages
+from predetr import check_import_conflicts as _check_packages
 
 dependencies = ["torch", "torchvision", "scipy", "numpy"]
 
@@ -60,8 +60,8 @@ def _build(
     _check_packages(("models", "util"))
     from models import build_model
     from util.checkpoints.checkpoint import load_checkpoint
-    from util.checkpoints.hub_models import published_file
-    from util.checkpoints.loading import load_exactly
+    from util.checkpoints.hub_models import published_url
+    from util.checkpoints.loading import load_strict
     from util.errors import UserError
     from util.settings import FINETUNE, resolve
 
@@ -74,7 +74,7 @@ def _build(
     }
     adopted: dict[str, _Any] = {}
     checkpoint = (
-        load_checkpoint(published_file(name) if pretrained is True else str(pretrained))
+        load_checkpoint(published_url(name) if pretrained is True else str(pretrained))
         if pretrained
         else None
     )
@@ -84,28 +84,32 @@ def _build(
     model, _, postprocessors = build_model(resolve(given, adopted, FINETUNE))
     model.base_detector().aux_loss = False
     if checkpoint:
-        load_exactly(model, checkpoint)
+        load_strict(model, checkpoint)
     return (model, postprocessors["bbox"]) if return_postprocessor else model
 
 
 def _adopt(name: str, given: dict[str, _Any], checkpoint: _Any) -> dict[str, _Any]:
     """Takes from the file what the entry's name leaves open. Raises UserError where the file holds another model."""
     from util.checkpoints.adoption import adopt_architecture, is_pretext
-    from util.checkpoints.classes import classes_of, head_kind
-    from util.checkpoints.hub_models import check_is
+    from util.checkpoints.classes import infer_classes, infer_classification
+    from util.checkpoints.hub_models import check_hub_model
     from util.errors import UserError
 
-    check_is(checkpoint, name)
+    check_hub_model(checkpoint, name)
     adopted, _ = adopt_architecture(checkpoint, given)
     if is_pretext(checkpoint):
         raise UserError(
             f"{checkpoint.source} is from pre-training and knows no classes: fine-tune it with finetune_main.py "
             "--pretrain"
         )
-    count = classes_of(checkpoint).count
+    count = infer_classes(checkpoint).num_classes
     if count != given["num_classes"]:
         raise UserError(
             f"{checkpoint.source} knows {count} classes, not {given['num_classes']}: give num_classes={count}, or "
             "train others with finetune_main.py --pretrain"
         )
-    return {"backbone_norm": "frozen", **adopted, "classification": head_kind(checkpoint)}
+    return {
+        "backbone_norm": "frozen",
+        **adopted,
+        "classification": infer_classification(checkpoint),
+    }

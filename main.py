@@ -1,9 +1,9 @@
-"""Pre-trains a detector without labels.
+"""Pre-train a DETR detector without labels.
 
     python main.py --imagenet_path IMAGES --output_dir outputs/pretrain --detector conditional_detr
 
-`python main.py --help` lists every flag; `finetune_main.py --pretrain outputs/pretrain/checkpoint.pth` continues with
-labels.
+`python main.py --help` lists all flags. To continue with labels:
+`python finetune_main.py --coco_path COCO --pretrain outputs/pretrain/checkpoint.pth`.
 """
 
 import os
@@ -18,59 +18,65 @@ import torch
 
 import trainer
 from datasets import build_dataset, build_loader
-from datasets.labelled.checks import check_at_start
+from datasets.labelled.checks import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import (
-    PROPOSAL_FILES,
+    PROPOSAL_OUTPUTS,
     ClassAgnosticEvaluation,
-    evaluate_proposals_of,
+    evaluate_class_agnostic,
     validation_settings,
 )
 from models import build_model
 from predictor import Predictor, object_label
 from util.checkpoints.checkpoint import LATEST
-from util.checkpoints.loading import load_exactly
+from util.checkpoints.loading import load_strict
 from util.distributed import is_main_process, unwrap_model
 from util.errors import UserError
 from util.files import make_folder
 from util.logger import log
-from util.runs.folder import check_room, describe_settings, prepare_output, save_settings
-from util.runs.model_summary import describe_model
-from util.runs.page import report
+from util.runs.folder import check_disk_space, log_settings, prepare_output_dir, save_settings
+from util.runs.model_summary import log_model_summary
+from util.runs.page import update_run_page
 from util.runs.session import run_script, start_session
 from util.settings import PRETRAIN, Parser, Settings, check_right_script, make_parser
 from visualization import draw_found_patches, draw_objects, draw_samples
 
-OBJECTS = "objects.png"
+OBJECTS_PAGE = "objects.png"
 
 
 def get_args_parser() -> Parser:
-    """Every flag of pre-training, without `--help`, so that it can be a parent of another parser."""
+    """Return the parser of all pre-training flags, without `--help`: it can be the parent of another parser."""
     return make_parser(PRETRAIN)
 
 
 def parse(argv: list[str]) -> Namespace:
     check_right_script(argv)
-    return Parser(
-        PRETRAIN, parents=[get_args_parser()], description=__doc__.splitlines()[0]
-    ).parse_args(argv)
+    description = __doc__.splitlines()[0]
+    return Parser(PRETRAIN, parents=[get_args_parser()], description=description).parse_args(argv)
 
 
 def evaluate(args: Namespace) -> None:
-    """Boxes of the pre-trained model against the objects of validation images, whatever their class, as DETReg does on
-    COCO: with `--eval` in metrics, with `--viz` in pictures.
+    """Evaluate a pre-trained model class-agnostically on labelled validation images, as DETReg does on COCO.
+
+    `--eval` computes AP and AR, `--viz` draws the boxes.
     """
     if not args.resume:
-        raise UserError(
-            f"--{'eval' if args.eval else 'viz'} needs the model to evaluate: add --resume PATH"
-        )
+        flag = "--eval" if args.eval else "--viz"
+        raise UserError(f"{flag} needs the model to evaluate: add --resume PATH")
     if args.viz and not args.output_dir:
-        raise UserError("--viz: give --output_dir DIR for the pictures")
-    names = (*(PROPOSAL_FILES if args.eval else ()), *([OBJECTS] if args.viz else []))
-    folder = make_folder(args.output_dir, names, args.overwrite) if args.output_dir else None
+        raise UserError("--viz has no folder to write to: add --output_dir DIR")
+
+    # Checked first, so that the user does not wait for an evaluation that can't be saved.
+    folder = None
+    if args.output_dir:
+        outputs = PROPOSAL_OUTPUTS if args.eval else ()
+        if args.viz:
+            outputs = (*outputs, OBJECTS_PAGE)
+        folder = make_folder(args.output_dir, outputs, args.overwrite)
+
     session = start_session(args)
-    settings, validation = session.settings, validation_settings(session.settings)
-    assert session.checkpoint is not None  # `check_checkpoints` refuses an evaluation without one
+    assert session.checkpoint is not None  # settings refuse --eval and --viz without one
+    validation = validation_settings(session.settings)
     predictor = Predictor.from_checkpoint(
         session.checkpoint,
         device=str(session.device),
@@ -80,38 +86,42 @@ def evaluate(args: Namespace) -> None:
         class_agnostic=True,
     )
     if args.eval:
-        evaluate_proposals_of(predictor, validation, folder)
-    if folder is not None and args.viz and is_main_process():
-        path = draw_objects(predictor, settings, folder / OBJECTS, labelled=validation)
-        log.info("proposals, predicted and ground-truth boxes: %s", path)
+        evaluate_class_agnostic(predictor, validation, folder)
+    if args.viz and folder is not None and is_main_process():
+        path = draw_objects(predictor, session.settings, folder / OBJECTS_PAGE, labelled=validation)
+        log.info("proposals, predicted and ground-truth boxes drawn to %s", path)
 
 
-def warn_of_unpublished_pretext(settings: Settings) -> None:
-    """UP-DETR publishes its pre-training with flags that are off by default, there as here."""
+def warn_missing_published_flags(settings: Settings) -> None:
+    """Warn if the flags of UP-DETR's published pre-training are missing: they are off by default, there as here."""
     if settings.pretext != "random_query_patch" or settings.reproduce_published:
         return
-    published = (
-        ("pre_norm", "feature_recon", "fre_cnn")
-        if settings.detector == "detr"
-        else ("feature_recon", "fre_cnn")
-    )
+    published = ["feature_recon", "fre_cnn"]
+    if settings.detector == "detr":
+        published.insert(0, "pre_norm")  # the other detectors are post-norm only
     missing = [f"--{name}" for name in published if not getattr(settings, name)]
     if missing:
-        log.warning(
-            "UP-DETR's published pre-training also has %s: add them to repeat it", " ".join(missing)
-        )
+        flags = " ".join(missing)
+        log.warning("UP-DETR's published pre-training also has %s: add them to reproduce it", flags)
+
+
+def class_agnostic_evaluation(settings: Settings, device: torch.device) -> ClassAgnosticEvaluation:
+    """Return the evaluation of `--eval_every`, on the validation images of the run's dataset."""
+    validation = validation_settings(settings)
+    dataset = build_dataset("val", validation, allow_any_num_classes=True)
+    label = object_label(settings.num_classes)
+    return ClassAgnosticEvaluation(validation, dataset, label=label, device=device)
 
 
 def train(run: trainer.Run, dataset: SampleDataset, settings: Settings) -> None:
-    """All epochs, with pages of samples and of the run; says at the end what the model is good for."""
+    """Train all epochs, keep the pages of samples, patches and results up to date, and log the next command."""
     draw_samples(run.folder, dataset, settings.batch_size, run.epoch, run.normalization)
-    report(run.folder)
+    update_run_page(run.folder)
 
     def on_epoch_end() -> None:
-        draw_found_patches(
-            run.folder, unwrap_model(run.model), dataset, run.normalization, run.device
-        )
-        report(run.folder)
+        model = unwrap_model(run.model)
+        draw_found_patches(run.folder, model, dataset, run.normalization, run.device)
+        update_run_page(run.folder)
 
     run.on_epoch_end = on_epoch_end
     trainer.fit(run)
@@ -123,56 +133,48 @@ def train(run: trainer.Run, dataset: SampleDataset, settings: Settings) -> None:
         )
 
 
-def class_agnostic_evaluation(settings: Settings, device: torch.device) -> ClassAgnosticEvaluation:
-    """The metrics of `--eval_every`, on the validation images of the dataset that is pre-trained on."""
-    validation = validation_settings(settings)
-    dataset = build_dataset("val", validation, any_class_count=True)
-    label = object_label(settings.num_classes)
-    return ClassAgnosticEvaluation(validation, dataset, label=label, device=device)
-
-
 def main(args: Namespace) -> None:
     if args.eval or args.viz:
         evaluate(args)
         return
     session = start_session(args)
     settings, checkpoint, device = session.settings, session.checkpoint, session.device
-    folder = prepare_output(settings)
-    describe_settings(settings)
-    warn_of_unpublished_pretext(settings)
+    folder = prepare_output_dir(settings)
+    log_settings(settings)
+    warn_missing_published_flags(settings)
 
     dataset = build_dataset("train", settings)
     loader = build_loader(dataset, settings, train=True)
-    facts: dict[str, Any] = {
+    record: dict[str, Any] = {  # for args.json
         "data": dataset.fingerprint(),
         "images": len(dataset),
-        "data_check": check_at_start(dataset, None, settings),
+        "data_check": run_startup_checks(dataset, None, settings),
     }
+
     model, criterion, _ = build_model(settings)
     if checkpoint:
-        load_exactly(model, checkpoint)
+        load_strict(model, checkpoint)
         model.load_frozen(checkpoint.frozen or {}, checkpoint.source)
     model.to(device).to(memory_format=torch.channels_last)
     criterion.to(device)
-    facts["model"] = describe_model(model, settings)
-    check_room(folder, model)
+    record["model"] = log_model_summary(model, settings)
+    check_disk_space(folder, model)
 
     extras = {"args": settings.as_dict()}
-    run = trainer.make_run(
+    run = trainer.build_run(
         settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
     )
     if settings.eval_every:
-        run.evaluate, run.eval_every = (
-            class_agnostic_evaluation(settings, device),
-            settings.eval_every,
-        )
+        run.evaluate = class_agnostic_evaluation(settings, device)
+        run.eval_every = settings.eval_every
     if checkpoint:
-        trainer.continue_run(run, checkpoint)
-    del checkpoint, session  # its tensors are in the model and the optimizer now
+        trainer.resume_run(run, checkpoint)
+    del checkpoint, session  # frees the memory of its tensors: model and optimizer have them now
+
     if settings.dry_run:
         trainer.dry_run(run)
         return
-    save_settings(folder, settings, facts)
+    save_settings(folder, settings, record)
     train(run, dataset, settings)
 
 

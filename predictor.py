@@ -1,8 +1,12 @@
-"""The one inference path: a trained detector from a checkpoint, called with images.
+"""Inference: a trained detector from a checkpoint, called with images.
 
-predictor = Predictor.from_checkpoint("outputs/coco/checkpoint.pth")
-prediction = predictor("image.jpg")
-print(prediction.names, prediction.scores, prediction.boxes)
+    predictor = Predictor.from_checkpoint("outputs/coco/checkpoint.pth")
+    prediction = predictor("image.jpg")
+    print(prediction.names, prediction.scores, prediction.boxes)
+
+Tools, the hub and the evaluation of pre-trained models all use this class.
+
+Letters in shape comments: B images of a batch, K objects of an image, H and W the size of an image or a padded batch.
 """
 
 import itertools
@@ -20,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 import engine
 from datasets import init_worker
 from datasets.collate import collate, normalize
-from datasets.evaluators.proposals import OBJECT
+from datasets.evaluators.proposals import OBJECT_ID
 from datasets.images.image_folder import ImageFile, ImageFiles, read_image, to_tensor
 from datasets.labelled.coco import labelled_transforms
 from datasets.sample import BadImageError, Target
@@ -28,28 +32,33 @@ from datasets.transforms import Transform
 from models import build_model
 from models.postprocess import ClassAgnosticPostProcess
 from models.trainable import TrainableModel
-from util.checkpoints.adoption import adopt, is_pretext, without_pretext
+from util.checkpoints.adoption import is_pretext, settings_from_checkpoint, strip_pretext
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from util.checkpoints.classes import Classes, class_rows, classes_of, head_kind
-from util.checkpoints.hub_models import HUB_MODELS, published_file
-from util.checkpoints.loading import load_exactly
-from util.distributed import use_device
+from util.checkpoints.classes import Classes, count_classes, infer_classes, infer_classification
+from util.checkpoints.hub_models import HUB_MODELS, published_url
+from util.checkpoints.loading import load_strict
+from util.distributed import select_device
 from util.errors import UserError
 from util.logger import log
 from util.nested_tensor import NestedTensor
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import FINETUNE, Settings, checked_flags, resolve
 from util.settings.resolving import default_device
 
-Input = str | Path | Image.Image | np.ndarray | Tensor
+ImageInput = str | Path | Image.Image | np.ndarray | Tensor
 
 
 @dataclass
 class Prediction:
     """The objects found in one image, best first.
 
-    scores: float32 [K] in 0..1. labels: int64 [K], rows of the class head. boxes: float32 [K, 4], (x0, y0, x1, y1) in
-    pixels of the image, inside it. names: of the classes. category_ids: in annotation files. size_hw: of the image.
+    Attributes:
+        scores: float32 [K], in [0, 1].
+        labels: int64 [K], rows of the class head.
+        boxes: float32 [K, 4], (x0, y0, x1, y1) in pixels of the image, clipped to it.
+        size_hw: height and width of the image.
+        names: class names, K of them.
+        category_ids: ids of the classes in annotation files, K of them.
     """
 
     scores: Tensor
@@ -63,7 +72,7 @@ class Prediction:
         return len(self.scores)
 
     def above(self, threshold: float) -> "Prediction":
-        """The objects with a score of at least `threshold`."""
+        """Return the objects with a score of at least `threshold`."""
         keep = (self.scores >= threshold).nonzero().flatten().tolist()
         return replace(
             self,
@@ -75,28 +84,35 @@ class Prediction:
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """In COCO's results format (`bbox` as x, y, width, height), with `category_name` besides."""
-        boxes = torch.cat([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], dim=1)
-        rows = zip(self.category_ids, self.names, boxes.tolist(), self.scores.tolist(), strict=True)
+        """Return detections in COCO's results format (`bbox` is x, y, width, height), plus `category_name`."""
+        top_left, bottom_right = self.boxes[:, :2], self.boxes[:, 2:]
+        boxes_xywh = torch.cat([top_left, bottom_right - top_left], dim=1)  # [K, 4]
+        rows = zip(
+            self.category_ids, self.names, boxes_xywh.tolist(), self.scores.tolist(), strict=True
+        )
         return [
             {
                 "image_id": image_id,
-                "category_id": number,
+                "category_id": category_id,
                 "category_name": name,
                 "bbox": box,
                 "score": score,
             }
-            for number, name, box, score in rows
+            for category_id, name, box, score in rows
         ]
 
 
 class Predictor:
-    """A detector with all that inference needs: image sizes, normalization, post-processing, class names.
+    """A detector with everything that inference needs: image sizes, normalization, post-processing, class names.
 
     Attributes:
-        model: the detector, in evaluation mode on `device`. postprocess: outputs and sizes -> results. classes: what
-        the rows of the class head mean. settings: of the checkpoint's run. device. amp: whether the network runs in
-        bfloat16.
+        model: the detector, in evaluation mode on `device`.
+        postprocess: (outputs, image sizes) -> results.
+        classes: what the rows of the class head mean.
+        settings: of the run that trained the detector.
+        device: where the detector runs.
+        amp: True to run the network in bfloat16.
+        transforms: resizing, as in evaluation.
     """
 
     def __init__(
@@ -111,7 +127,8 @@ class Predictor:
         self.model = model.base_detector().to(device).to(memory_format=torch.channels_last).eval()
         self.postprocess: Any = postprocess
         self.classes, self.settings, self.device = classes, settings, device
-        self.amp, self.transforms = settings.amp == "bf16", labelled_transforms("val", settings)
+        self.amp = settings.amp == "bf16"
+        self.transforms = labelled_transforms("val", settings)
 
     @classmethod
     def from_checkpoint(
@@ -124,87 +141,114 @@ class Predictor:
         max_size: int | None = None,
         class_agnostic: bool = False,
     ) -> "Predictor":
-        """A trained detector. Everything that is not given is taken from the checkpoint.
+        """Load a trained detector. Arguments that are not given have the values of the checkpoint's run.
 
         Args:
-            source: a file, an address, the name of a published model (`detr_resnet50`; `hubconf.py` lists them), or a
-                checkpoint that was read already.
-            device: `cuda`, `cuda:N` or `cpu`; by default a GPU if there is one.
-            amp: `bf16`: the network in bfloat16. image_size, max_size: short and longest side, in pixels.
-            class_agnostic: one box for each query, whatever its class; then checkpoints of pre-training work too.
+            source: a file, a URL, the name of a published model (such as `detr_resnet50`; `hubconf.py` lists them), or
+                a checkpoint that is already loaded.
+            device: `cuda`, `cuda:N` or `cpu`; a GPU by default, if there is one.
+            amp: `bf16` runs the network in bfloat16, `no` in float32.
+            image_size: short side in pixels that images are resized to.
+            max_size: limit of the long side, in pixels.
+            class_agnostic: return one box per query regardless of its class. Checkpoints of pre-training need this.
 
         Raises:
-            UserError: the file holds no such detector, or can't be had; one line says why and what to do.
+            UserError: the file can't be loaded or has no such detector.
         """
         options = {"device": device, "amp": amp, "image_size": image_size, "max_size": max_size}
         given = checked_flags(FINETUNE, options)
-        use_device(given.get("device") or default_device())
-        checkpoint = source if isinstance(source, Checkpoint) else _load(str(source))
+        # Before the file is read: a wrong device is reported at once.
+        select_device(given.get("device") or default_device())
+
+        checkpoint = source if isinstance(source, Checkpoint) else _load_checkpoint(str(source))
         if class_agnostic:
             return cls._class_agnostic(checkpoint, given)
+
         given |= {"resume": checkpoint.source, "eval": True}
-        settings = resolve(given, adopt(checkpoint, given), FINETUNE)
-        classes = classes_of(checkpoint)
+        settings = resolve(given, settings_from_checkpoint(checkpoint, given), FINETUNE)
+        classes = infer_classes(checkpoint)
         if not checkpoint.class_names:
-            used = "COCO's are used" if classes.names else "objects have numbers only"
-            log.info("%s holds no class names: %s", checkpoint.source, used)
-        model, _, postprocessors = build_model(settings, classes.count)
-        load_exactly(model, checkpoint)
-        return cls(
-            model, postprocessors["bbox"], classes, settings, device=torch.device(settings.device)
-        )
+            used = "using COCO's" if classes.names else "objects are named by class number"
+            log.info("%s has no class names: %s", checkpoint.source, used)
+
+        model, _, postprocessors = build_model(settings, classes.num_classes)
+        load_strict(model, checkpoint)
+        postprocess = postprocessors["bbox"]
+        return cls(model, postprocess, classes, settings, device=torch.device(settings.device))
 
     @classmethod
     def _class_agnostic(cls, checkpoint: Checkpoint, given: dict[str, Any]) -> "Predictor":
-        """The detector inside a checkpoint of a pretext or of training, with its class head."""
-        given = {**given, "pretrain": checkpoint.source, "classification": head_kind(checkpoint)}
-        settings = resolve(given, adopt(checkpoint, given), FINETUNE)
-        count = class_rows(checkpoint.model, settings.classification)
-        model, _, _ = build_model(settings, count)
-        load_exactly(model, without_pretext(checkpoint))
-        label = object_label(count) if is_pretext(checkpoint) else None
-        classes = Classes({OBJECT: "object"}, {OBJECT: OBJECT}, count, checkpoint.source)
+        """Load the detector of a checkpoint, from a pretext or from training, with its own class head."""
+        given = {
+            **given,
+            "pretrain": checkpoint.source,
+            "classification": infer_classification(checkpoint),
+        }
+        settings = resolve(given, settings_from_checkpoint(checkpoint, given), FINETUNE)
+        num_classes = count_classes(checkpoint.model, settings.classification)
+        model, _, _ = build_model(settings, num_classes)
+        load_strict(model, strip_pretext(checkpoint))
+
+        # A pretext has one output that means "object"; a trained detector has real classes, of which the best counts.
+        label = object_label(num_classes) if is_pretext(checkpoint) else None
         postprocess = ClassAgnosticPostProcess(model.classification, label)
+        classes = Classes(
+            {OBJECT_ID: "object"}, {OBJECT_ID: OBJECT_ID}, num_classes, checkpoint.source
+        )
         return cls(model, postprocess, classes, settings, device=torch.device(settings.device))
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is an iterable of str too
-        self, images: Input, *, threshold: float = 0.5, batch_size: int = 1
+        self, images: ImageInput, *, threshold: float = 0.5, batch_size: int = 1
     ) -> Prediction: ...
 
     @overload
     def __call__(
-        self, images: Iterable[Input], *, threshold: float = 0.5, batch_size: int = 1
+        self, images: Iterable[ImageInput], *, threshold: float = 0.5, batch_size: int = 1
     ) -> list[Prediction]: ...
 
     def __call__(
-        self, images: Input | Iterable[Input], *, threshold: float = 0.5, batch_size: int = 1
+        self,
+        images: ImageInput | Iterable[ImageInput],
+        *,
+        threshold: float = 0.5,
+        batch_size: int = 1,
     ) -> Prediction | list[Prediction]:
-        """What is found in one image, or in each of several.
+        """Detect objects in one image, or in each of several.
 
         Args:
-            images: a path, an image of Pillow, an RGB array uint8 [H, W, 3], or a tensor [3, H, W] (uint8, or float in
-                0..1); or an iterable of these.
-            threshold: lowest score of an object.
-            batch_size: images of different sizes in a batch are padded, which changes predictions a little.
+            images: a path, a Pillow image, an RGB array uint8 [H, W, 3], or a tensor [3, H, W] (uint8, or float in
+                [0, 1]); or an iterable of these.
+            threshold: lowest score of an object, in [0, 1].
+            batch_size: images per batch. Images of different sizes are padded, which changes predictions slightly.
+
+        Returns:
+            One prediction for one image, a list of them for an iterable.
 
         Raises:
             UserError: an image can't be read.
-            ValueError: an array or tensor of another shape or type.
+            ValueError: an array or tensor has another shape or type.
         """
-        if isinstance(images, Input):
+        if isinstance(images, ImageInput):
             return self([images], threshold=threshold)[0]
-        found: list[Prediction] = []
-        for some in batched(images, batch_size):
-            batch = [prepare(as_image(image), self.transforms) for image in some]
-            sizes_hw = torch.stack([target["orig_size"] for _, target in batch])
-            found += self.predict_batch(collate(batch)[0], sizes_hw)
-        return [prediction.above(threshold) for prediction in found]
+
+        predictions: list[Prediction] = []
+        for chunk in batched(images, batch_size):
+            batch = [preprocess(to_uint8_tensor(image), self.transforms) for image in chunk]
+            sizes_hw = torch.stack([target["orig_size"] for _, target in batch])  # [B, 2]
+            predictions += self.predict_batch(collate(batch)[0], sizes_hw)
+        return [prediction.above(threshold) for prediction in predictions]
 
     @torch.no_grad()
     def predict_batch(self, samples: NestedTensor, sizes_hw: Tensor) -> list[Prediction]:
-        """samples: uint8 images, padded to one size. sizes_hw: int64 [B, 2] of the original images, in whose pixels the
-        boxes are.
+        """Detect objects in a collated batch.
+
+        Args:
+            samples: uint8 images [B, 3, H, W], resized and padded.
+            sizes_hw: int64 [B, 2], sizes of the original images. Boxes are in their pixels.
+
+        Returns:
+            A prediction for each image with all its objects, whatever their score.
         """
         samples = normalize(samples.to(self.device, non_blocking=True), **self.model.normalization)
         with engine.autocast(self.device, self.amp):
@@ -216,16 +260,19 @@ class Predictor:
         ]
 
     def _prediction(self, result: dict[str, Tensor], size_hw: tuple[int, int]) -> Prediction:
-        order = result["scores"].argsort(descending=True, stable=True)
-        scores, labels, boxes = (result[name][order] for name in ("scores", "labels", "boxes"))
-        limits = torch.tensor([size_hw[1], size_hw[0]] * 2)
+        # Softmax detectors have one result per query, in the order of the queries. A stable sort keeps ties in it.
+        order = result["scores"].argsort(descending=True, stable=True)  # [K]
+        labels = result["labels"][order]
+        height, width = size_hw
+        limits = torch.tensor([width, height, width, height])
         return Prediction(
-            scores,
-            labels,
-            torch.minimum(boxes.clamp(min=0), limits),
-            size_hw,
+            scores=result["scores"][order],
+            labels=labels,
+            # Post-processing does not clip, as published.
+            boxes=torch.minimum(result["boxes"][order].clamp(min=0), limits),  # [K, 4]
+            size_hw=size_hw,
             names=[self.classes.names.get(label, f"class {label}") for label in labels.tolist()],
-            category_ids=[self.classes.ids.get(label, label) for label in labels.tolist()],
+            category_ids=[self.classes.category_ids.get(label, label) for label in labels.tolist()],
         )
 
     def predict_files(
@@ -236,46 +283,56 @@ class Predictor:
         batch_size: int = 1,
         num_workers: int = 0,
     ) -> Iterator["FileResult"]:
-        """Goes over many files in their order, read by dataloader workers. Each file is decoded once, and one that
-        can't be read is a result with the reason.
+        """Yield a result for each of many files, in their order, read by dataloader workers.
+
+        Each file is decoded once. A file that can't be read gives a result with `error` instead of a prediction.
         """
         loader: DataLoader = DataLoader(
-            _Files(images, self.transforms),
+            _FileDataset(images, self.transforms),
             batch_size,
             collate_fn=_collate_readable,
             num_workers=num_workers,
             worker_init_fn=init_worker,
             pin_memory=self.device.type == "cuda",
         )
-        for samples, sizes_hw, files in loader:
-            found = iter(self.predict_batch(samples, sizes_hw)) if samples is not None else iter(())
-            for result in files:
-                if result.problem is None:
-                    result.prediction = next(found).above(threshold)
+        for samples, sizes_hw, results in loader:
+            predictions: Iterator[Prediction] = iter(())
+            if samples is not None:
+                predictions = iter(self.predict_batch(samples, sizes_hw))
+            for result in results:
+                if result.error is None:
+                    result.prediction = next(predictions).above(threshold)
                 yield result
 
 
 def object_label(num_classes: int) -> int:
-    """The class output of a pretext's detector that says "object"."""
-    return min(OBJECT, num_classes - 1)
+    """Return the class output of a pretext's detector that means "object": 1, or 0 if there is only one class."""
+    return min(OBJECT_ID, num_classes - 1)
 
 
-def _load(source: str) -> Checkpoint:
-    return load_checkpoint(published_file(source) if source in HUB_MODELS else source)
+def _load_checkpoint(source: str) -> Checkpoint:
+    return load_checkpoint(published_url(source) if source in HUB_MODELS else source)
 
 
 @dataclass
 class FileResult:
-    """index: of the file. image: uint8 [3, H, W], as decoded. problem: why it can't be read; then there is no image."""
+    """What was found in one file.
+
+    Attributes:
+        index: position of the file in the list of images.
+        image: uint8 [3, H, W], as decoded; None if the file can't be read.
+        prediction: the objects found; None if the file can't be read.
+        error: why the file can't be read.
+    """
 
     index: int
     image: Tensor | None = None
     prediction: Prediction | None = None
-    problem: str | None = None
+    error: str | None = None
 
 
-class _Files(Dataset):
-    """File i as (result without prediction, sample)."""
+class _FileDataset(Dataset):
+    """Item i is (result without a prediction, sample); the sample is None if the file can't be read."""
 
     def __init__(self, images: ImageFiles, transforms: Transform) -> None:
         self.images, self.transforms = images, transforms
@@ -287,66 +344,71 @@ class _Files(Dataset):
         try:
             image = read_image(self.images.file(index))
         except BadImageError as error:
-            return FileResult(index, problem=str(error)), None
-        return FileResult(index, image), prepare(image, self.transforms, index)
+            return FileResult(index, error=str(error)), None
+        return FileResult(index, image), preprocess(image, self.transforms, index)
 
 
 def _collate_readable(
     batch: Sequence[tuple[FileResult, tuple[Tensor, Target] | None]],
 ) -> tuple[NestedTensor | None, Tensor | None, list[FileResult]]:
-    """The batch of the images that can be read, None without any, their sizes, and all results."""
-    files, samples = (
-        [file for file, _ in batch],
-        [sample for _, sample in batch if sample is not None],
-    )
+    """Return (batch of the readable images, their sizes [B, 2], all results); the first two are None without any."""
+    results = [result for result, _ in batch]
+    samples = [sample for _, sample in batch if sample is not None]
     if not samples:
-        return None, None, files
-    return collate(samples)[0], torch.stack([target["orig_size"] for _, target in samples]), files
+        return None, None, results
+    sizes_hw = torch.stack([target["orig_size"] for _, target in samples])
+    return collate(samples)[0], sizes_hw, results
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items, the last one perhaps shorter (itertools.batched exists from Python 3.12 on)."""
+    """Yield lists of `size` items, the last one perhaps shorter. itertools.batched needs Python 3.12."""
     iterator = iter(items)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
 
 
-def prepare(image: Tensor, transforms: Transform, index: int = 0) -> tuple[Tensor, Target]:
-    """uint8 [3, H, W] -> what the model sees, and a target with its sizes."""
-    size = torch.tensor(image.shape[-2:])
-    target = {"image_id": torch.tensor([index + 1]), "orig_size": size, "size": size.clone()}
-    prepared, target = transforms(image, target, SampleRandom.of(0, 0, index))
-    return cast(Tensor, prepared), target
+def preprocess(image: Tensor, transforms: Transform, index: int = 0) -> tuple[Tensor, Target]:
+    """Resize an image uint8 [3, H, W] for the detector; return it with a target that has its sizes."""
+    size_hw = torch.tensor(image.shape[-2:])  # [2]
+    target = {
+        "image_id": torch.tensor([index + 1]),
+        "orig_size": size_hw,
+        "size": size_hw.clone(),  # the transforms change this one
+    }
+    # Transforms need a random state, but in evaluation there is only one size to draw.
+    resized, target = transforms(image, target, SampleRNG.from_key(0, 0, index))
+    return cast(Tensor, resized), target
 
 
-def as_image(image: Input) -> Tensor:
-    """uint8 [3, H, W], RGB, of what a predictor is called with.
+def to_uint8_tensor(image: ImageInput) -> Tensor:
+    """Convert any supported input to an RGB tensor uint8 [3, H, W] on the CPU.
 
     Raises:
-        UserError: a file that can't be read.
-        ValueError: an array or tensor of another shape or type.
+        UserError: a file can't be read.
+        ValueError: an array or tensor has another shape or type.
     """
     if isinstance(image, str | Path):
         return _read(str(image))
     if isinstance(image, Image.Image):
         return to_tensor(image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"an array must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}"
-            )
-        return torch.from_numpy(image.copy()).permute(2, 0, 1)
-    if (
-        image.ndim != 3
-        or image.shape[0] != 3
-        or not (image.dtype == torch.uint8 or image.is_floating_point())
-    ):
+        return _array_to_tensor(image)
+
+    is_float = image.is_floating_point()
+    if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or is_float):
         raise ValueError(
-            f"a tensor must be [3, H, W], uint8 or float in 0..1, got {image.dtype} {list(image.shape)}"
+            f"a tensor must be [3, H, W], uint8 or float in [0, 1], got {image.dtype} {list(image.shape)}"
         )
     if image.dtype == torch.uint8:
         return image.cpu()
+    # Back to uint8, so that every input takes the same path as a decoded file.
     return (image.detach().cpu().float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _array_to_tensor(image: np.ndarray) -> Tensor:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an array must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
 
 
 def _read(file: ImageFile) -> Tensor:

@@ -1,6 +1,7 @@
-"""A training run: made from settings, trained to its end, saved, restored, and tried out by a dry run."""
+"""A training run: build it from settings, train it, save it, resume it, or try a few steps of it (`--dry_run`)."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_
 from util.distributed import (
     all_gather_object,
     barrier,
-    broadcast,
+    broadcast_tensors,
     get_rank,
     get_world_size,
     is_main_process,
@@ -28,23 +29,28 @@ from util.distributed import (
 from util.errors import StopRequested, UserError
 from util.files import link_or_copy
 from util.logger import format_seconds, log
-from util.random_state import random_states, set_random_states
+from util.random_state import get_rng_states, set_rng_states
 from util.runs.log import append_log, is_logged
 from util.runs.meters import Averages, check_gradient, peak_host_memory
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.settings import Settings
 
-DRY_RUN_STEPS = 3  # the first is slower than the others
+DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
 
 
 @dataclass(kw_only=True)
 class Run(engine.TrainState):
-    """A training run with the place where it is kept.
+    """A training run and the folder where it is saved.
 
-    folder: None: nothing is saved. save_every: epochs between numbered checkpoints. checkpoint_extras: what each
-    checkpoint holds besides the state and the normalization. evaluate: (model, epoch) -> `test_*`
-    values of the log. on_epoch_end: called on rank 0 of a saved run, after the log's line. pending: values of a trained
-    epoch whose evaluation is still to come. best: the best AP so far.
+    Attributes:
+        folder: None if nothing is saved.
+        save_every: save a numbered checkpoint every this many epochs.
+        checkpoint_extras: what each checkpoint contains besides training state and normalization.
+        evaluate: (model, epoch) -> `test_*` values of the log; None to train without evaluation.
+        eval_every: evaluate every this many epochs, and after the last one.
+        on_epoch_end: called on rank 0 of a saved run, after the epoch's line is in the log.
+        pending: log values of an epoch that is trained but not evaluated and logged yet.
+        best_ap: best AP so far; -1 before the first evaluation.
     """
 
     folder: Path | None
@@ -54,13 +60,13 @@ class Run(engine.TrainState):
     eval_every: int = 1
     on_epoch_end: Callable[[], None] | None = None
     pending: dict[str, Any] | None = None
-    best: float = -1.0
+    best_ap: float = -1.0
 
 
-# -------------------------------------------------------------------------------------------------------------- making
+# --------------------------------------------------------------------------------------------------------------- build
 
 
-def make_run(
+def build_run(
     settings: Settings,
     model: TrainableModel,
     criterion: SetCriterion,
@@ -71,10 +77,11 @@ def make_run(
     checkpoint_extras: dict[str, Any] | None = None,
     normalization: Mapping[str, Sequence[float]] | None = None,
 ) -> Run:
-    """Optimizer, schedule and distributed wrapper around a model that is on its device already.
+    """Build optimizer, schedule and the distributed wrapper around a model that is already on its device.
 
-    checkpoint_extras: what each checkpoint holds besides the state and the normalization, by the fields of
-    `Checkpoint`: `args`, `class_names`, `category_ids`. normalization: by default that of the backbone.
+    Args:
+        checkpoint_extras: see `Run`; fields of `Checkpoint`: `args`, `class_names`, `category_ids`.
+        normalization: see `TrainState`; the backbone's by default.
     """
     optimizer = build_optimizer(
         model,
@@ -90,8 +97,9 @@ def make_run(
         scheduler = build_scheduler(optimizer, settings.lr_drop_iters)
     else:
         scheduler = build_scheduler(optimizer, settings.lr_drop, settings.lr_drop_epochs)
+
     run = Run(
-        model=_distributed(model, device),
+        model=_wrap_ddp(model, device),
         criterion=criterion,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -107,62 +115,68 @@ def make_run(
         save_every=settings.save_every,
         checkpoint_extras=checkpoint_extras or {},
     )
-    _count_epochs(run)
+    _update_num_epochs(run)
     return run
 
 
-def _distributed(model: TrainableModel, device: torch.device) -> nn.Module:
-    """The model in DistributedDataParallel where there are several processes."""
+def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
+    """Wrap the model in DistributedDataParallel if there are several processes."""
     if get_world_size() == 1:
         return model
-    broadcast(
-        tensor for part in model.frozen_parts().values() for tensor in part.state_dict().values()
-    )
-    devices = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+    # DDP broadcasts the parameters of rank 0, but frozen parts (target encoders) are outside of the model's state.
+    for part in model.frozen_parts().values():
+        broadcast_tensors(part.state_dict().values())
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _count_epochs(run: Run) -> None:
-    """With `max_iters`: the epochs that these steps are, the last one perhaps not whole."""
+def _update_num_epochs(run: Run) -> None:
+    """With `max_iters`, set `run.epochs` to the epochs that these steps take; the last one may be incomplete."""
     if run.max_iters:
-        left = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch
-        run.epochs = run.epoch + -(-left // run.sampler.batches_per_epoch)
+        # From the start of the current epoch, whose first `batch` steps are done.
+        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch
+        run.epochs = run.epoch + math.ceil(steps / run.sampler.batches_per_epoch)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+# --------------------------------------------------------------------------------------------------------------- train
 
 
 def fit(run: Run) -> None:
-    """Trains to the last epoch; each ends with the schedule's step, a checkpoint, the evaluation and a line of the log.
+    """Train to the last epoch. Each epoch ends with the scheduler step, a checkpoint, the evaluation and a log line.
 
     Raises:
-        NonFiniteLoss: a loss was NaN or infinite; the last checkpoint is untouched.
-        StopRequested: a signal asked to stop; the run was saved, in mid-epoch too.
+        NonFiniteLoss: a loss or gradient was NaN or infinite; the last checkpoint is unchanged.
+        StopRequested: a signal asked to stop; the run is saved, also in the middle of an epoch.
     """
-    saved = (
-        f"saved in {run.folder}; continue with --resume auto"
-        if run.folder
-        else "not saved: no --output_dir"
-    )
-    with run.stop:
+    with run.stop_signal:
         try:
-            if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
-                _finish_epoch(run)  # the run was ended between training and evaluation
-            if run.epoch >= run.epochs:
-                log.warning(
-                    "nothing to train: the checkpoint has finished epoch %d, --epochs is %d",
-                    run.epoch,
-                    run.epochs,
-                )
-            while run.epoch < run.epochs:
-                _train_and_save(run)
-                _finish_epoch(run)
+            _fit(run)
         except StopRequested as stop:
+            saved = "not saved: no --output_dir"
+            if run.folder is not None:
+                saved = f"saved in {run.folder}; continue with --resume auto"
             raise StopRequested(f"{stop}; {saved}") from None
 
 
+def _fit(run: Run) -> None:
+    # The run ended between the checkpoint and the evaluation of an epoch, which is made up for.
+    if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
+        _finish_epoch(run)
+    if run.epoch >= run.epochs:
+        log.warning(
+            "nothing to train: the checkpoint has finished epoch %d and --epochs is %d; give a larger --epochs to "
+            "train longer",
+            run.epoch,
+            run.epochs,
+        )
+    while run.epoch < run.epochs:
+        _train_and_save(run)
+        _finish_epoch(run)
+
+
 def _train_and_save(run: Run) -> None:
-    """One epoch, or what is left of it; when asked to stop, saves where it is."""
+    """Train one epoch, or the rest of one, and save it. When asked to stop, save in the middle of the epoch."""
     lr = run.optimizer.param_groups[0]["lr"]
     try:
         engine.train_one_epoch(run)
@@ -170,78 +184,99 @@ def _train_and_save(run: Run) -> None:
         run.pending = None
         save(run, [LATEST])
         raise
+
     if not run.max_iters:
         run.scheduler.step()
-    dropped = run.optimizer.param_groups[0]["lr"] != lr
+    lr_dropped = run.optimizer.param_groups[0]["lr"] != lr
     run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
-    run.epoch, run.batch, run.averages = run.epoch + 1, 0, Averages()
-    numbered = dropped or run.epoch % run.save_every == 0
-    save(run, [LATEST, f"checkpoint{run.epoch - 1:04d}.pth"] if numbered else [LATEST])
+    run.epoch += 1
+    run.batch, run.averages = 0, Averages()
+
+    # As published, a numbered checkpoint before each drop of the learning rate. Saved before the evaluation, which may
+    # be long and may be killed.
+    names = [LATEST]
+    if lr_dropped or run.epoch % run.save_every == 0:
+        names.append(f"checkpoint{run.epoch - 1:04d}.pth")
+    save(run, names)
 
 
 def _finish_epoch(run: Run) -> None:
-    """Evaluation, one line of the log, and the page of the epoch that was trained last. It is saved already."""
+    """Evaluate the epoch that was trained last, write its log line and update the run's page."""
     record = dict(run.pending or {})
-    if run.evaluate is not None and (run.epoch == run.epochs or run.epoch % run.eval_every == 0):
-        with run.stop.at_once():
+    is_last = run.epoch == run.epochs
+    if run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0):
+        # The epoch is saved already, so a signal may end the evaluation at once.
+        with run.stop_signal.immediately():
             values = run.evaluate(run.model, run.epoch - 1)
         record.update(values)
-        _keep_best(run, values)
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    record.update(
-        {"epoch": run.epoch - 1, "n_parameters": parameters, "train_seconds": round(run.seconds, 1)}
-    )
+        _save_if_best(run, values)
+
+    num_trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    record["epoch"] = run.epoch - 1
+    record["n_parameters"] = num_trainable
+    record["train_seconds"] = round(run.seconds, 1)
     append_log(run.folder, record)
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
         run.on_epoch_end()
 
 
-def _keep_best(run: Run, values: Mapping[str, Any]) -> None:
-    score = values.get("test_coco_eval_bbox", [-1.0])[0]
-    if score > run.best:
-        run.best = score
+def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:
+    ap = values.get("test_coco_eval_bbox", [-1.0])[0]  # AP, AP50, AP75, ...
+    if ap > run.best_ap:
+        run.best_ap = ap
         save(run, [LATEST, BEST])
 
 
+# ------------------------------------------------------------------------------------------------------------- dry run
+
+
 def dry_run(run: Run) -> None:
-    """Some steps on real batches: shapes, losses, time of an epoch, peak memory. Nothing is saved."""
+    """Run a few training steps on real batches and log losses, time per epoch and peak memory. Nothing is saved."""
     run.model.train()
     run.criterion.train()
-    steps, seconds = len(run.sampler), []
-    for samples, packed in itertools.islice(iter(run.loader), DRY_RUN_STEPS):
-        began = time.monotonic()
+    seconds = []
+    batches = itertools.islice(iter(run.loader), DRY_RUN_STEPS)
+    num_steps = min(DRY_RUN_STEPS, len(run.sampler))
+    for step, (samples, packed) in enumerate(batches, start=1):
+        start = time.monotonic()
         samples, targets = to_device(samples, packed, run.device, **run.normalization)
         values, _ = engine.train_step(run, samples, targets, stop=False)
-        seconds.append(time.monotonic() - began)
+        seconds.append(time.monotonic() - start)
         log.info(
-            "step on %s: loss %.3f, %.2f s",
+            "dry run: step %d of %d on a batch of %s: loss %.3f, %.2f s",
+            step,
+            num_steps,
             list(samples.tensors.shape),
             values["loss"],
             seconds[-1],
         )
-    epoch = min(seconds) * steps
-    if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.device)
-    else:
-        memory = peak_host_memory()
+
+    steps_per_epoch = len(run.sampler)
+    epoch_seconds = min(seconds) * steps_per_epoch
     log.info(
         "dry run: %d steps per epoch, about %s per epoch and %s for %d epochs (without data loading and evaluation)",
-        steps,
-        format_seconds(epoch),
-        format_seconds(epoch * run.epochs),
+        steps_per_epoch,
+        format_seconds(epoch_seconds),
+        format_seconds(epoch_seconds * run.epochs),
         run.epochs,
     )
-    log.info("dry run: peak memory %.1f GiB; nothing was saved", memory / 2**30)
+    if run.device.type == "cuda":
+        memory, kind = torch.cuda.max_memory_allocated(run.device), "GPU"
+    else:
+        memory, kind = peak_host_memory(), "host"
+    log.info("dry run: peak memory %.1f GiB (%s); nothing was saved", memory / 2**30, kind)
 
 
-# ---------------------------------------------------------------------------------------------------- saving, restoring
+# ----------------------------------------------------------------------------------------------------- save and resume
 
 
 def save(run: Run, names: list[str]) -> None:
-    """Writes the checkpoint once, and links the other names to it. Collective: every process calls it, rank 0 writes.
+    """Write the checkpoint once under the first name and link the others to it.
+
+    Collective: all ranks must call it, rank 0 writes.
 
     Raises:
-        NonFiniteLoss: the last step's gradient was not finite; nothing is written.
+        NonFiniteLoss: the gradient of the last step was not finite; nothing is written.
     """
     check_gradient(run.gradient_norm)
     state = checkpoint_state(run)
@@ -254,69 +289,81 @@ def save(run: Run, names: list[str]) -> None:
 
 
 def checkpoint_state(run: Run) -> Checkpoint:
-    """Everything that an exact resume needs. `epoch` is the last finished one, as published."""
+    """Return everything that an exact resume needs. Collective: it gathers the random states of all ranks."""
     model = unwrap_model(run.model)
+    frozen = {name: part.state_dict() for name, part in model.frozen_parts().items()}
     return Checkpoint(
         model=model.state_dict(),
-        frozen={name: part.state_dict() for name, part in model.frozen_parts().items()} or None,
+        frozen=frozen or None,
         optimizer=run.optimizer.state_dict(),
         lr_scheduler=run.scheduler.state_dict(),
-        epoch=run.epoch - 1,
+        epoch=run.epoch - 1,  # the last finished one, as in published checkpoints
         batch=run.batch,
         averages=run.averages.state(),
         pending=run.pending,
-        best=run.best,
+        best=run.best_ap,
         seconds=run.seconds,
         world_size=get_world_size(),
         position_unit=position_unit(run),
-        random_states=all_gather_object(random_states()),
+        random_states=all_gather_object(get_rng_states()),
         normalization=dict(run.normalization),
         version=VERSION,
         **run.checkpoint_extras,
     )
 
 
-def continue_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Restores optimizer, schedule, position and random states. A checkpoint of weights alone starts at
-    `--start_epoch`.
+def resume_run(run: Run, checkpoint: Checkpoint) -> None:
+    """Restore optimizer, schedule, progress and random states.
+
+    A checkpoint with weights only starts at `--start_epoch` with a new optimizer.
 
     Raises:
-        UserError: its schedule counts iterations and this run's epochs, or the other way round.
+        UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round.
     """
     if not checkpoint.can_resume:
-        log.info("the checkpoint holds weights only: a new optimizer, from epoch %d", run.epoch + 1)
+        log.info(
+            "the checkpoint has weights only: training starts from epoch %d with a new optimizer",
+            run.epoch + 1,
+        )
         return
     if bool(run.max_iters) != bool(checkpoint.args.get("max_iters")):
-        counted = "epochs" if run.max_iters else "iterations"
+        unit = "epochs (--epochs)" if run.max_iters else "steps (--max_iters)"
         raise UserError(
-            f"--max_iters: the schedule of this checkpoint counts {counted}; resume it with the same kind of schedule"
+            f"--max_iters: the learning rate schedule of this checkpoint counts {unit}; resume it with the same kind "
+            "of schedule"
         )
+
     restore_optimizer(run.optimizer, run.scheduler, checkpoint, unwrap_model(run.model))
-    _restore_position(run, checkpoint)
-    _count_epochs(run)
-    where = f", batch {run.batch}" if run.batch else ""
-    log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, where)
+    _restore_progress(run, checkpoint)
+    _update_num_epochs(run)
+    position = f", batch {run.batch}" if run.batch else ""
+    log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, position)
 
 
-def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
-    """Counterpart of `checkpoint_state`, without model and optimizer."""
-    assert checkpoint.epoch is not None  # of a checkpoint that can be resumed
-    run.epoch, run.batch = checkpoint.epoch + 1, checkpoint.batch or 0
-    run.averages, run.pending = Averages(checkpoint.averages), checkpoint.pending
-    run.best = -1.0 if checkpoint.best is None else checkpoint.best
+def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
+    """Counterpart of `checkpoint_state`, except for model and optimizer."""
+    assert checkpoint.epoch is not None  # true for every checkpoint that can be resumed
+    run.epoch = checkpoint.epoch + 1
+    run.batch = checkpoint.batch or 0
+    run.averages = Averages(checkpoint.averages)
+    run.pending = checkpoint.pending
+    run.best_ap = -1.0 if checkpoint.best is None else checkpoint.best
     run.seconds = checkpoint.seconds or 0.0
+
     states = checkpoint.random_states or []
     if len(states) == get_world_size():
-        set_random_states(states[get_rank()])
+        set_rng_states(states[get_rank()])
     elif states:
         log.info(
-            "the checkpoint is of %d processes, this run has %d: random states start from the seed",
+            "the checkpoint was saved by %d processes and this run has %d: random states start from --seed",
             len(states),
             get_world_size(),
         )
+
+    # A batch number means the same images only if dataset and global batch size are unchanged.
     if run.batch and checkpoint.position_unit != position_unit(run):
         log.info(
-            "images, batch size or processes are not those of the checkpoint (%s, now %s): the epoch starts over",
+            "number of images or global batch size changed (%s in the checkpoint, now %s): the epoch starts over",
             checkpoint.position_unit,
             position_unit(run),
         )
@@ -324,5 +371,5 @@ def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def position_unit(run: Run) -> list[int]:
-    """What a batch number counts: (images of the dataset, images of a global batch)."""
+    """Return what a batch number depends on: [images of the dataset, images of a global batch]."""
     return [len(cast(Sized, run.loader.dataset)), run.sampler.batch_size * get_world_size()]

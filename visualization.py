@@ -1,5 +1,8 @@
-"""Pictures of training: samples as the model gets them, the query patches that a pretext finds, and DETReg's panels of
-proposals, predicted and ground-truth boxes.
+"""Images for a look at training: samples as the model gets them, query patches and where a pretext finds them, and
+DETReg's panels of proposals, predicted and ground-truth boxes.
+
+Letters in shape comments: B images of a batch, M patches of an image, N objects, K boxes, S side of a patch, H and W
+the size of an image or of a padded batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +15,10 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset
-from datasets.collate import collate, normalize, separate_views, to_device
-from datasets.images.image_folder import ImageFile, cut_box, read_image
-from datasets.images.unlabelled import unlabelled_images
-from datasets.proposals import Selected, build_proposals
+from datasets.collate import collate, flatten_views, normalize, to_device
+from datasets.images.image_folder import ImageFile, crop_box, read_image
+from datasets.images.unlabelled import build_unlabelled_images
+from datasets.proposals import SelectedProposals, build_proposals
 from datasets.sample import BadImageError, SampleDataset
 from predictor import Predictor
 from util.box_ops import box_cxcywh_to_xyxy
@@ -23,12 +26,16 @@ from util.distributed import is_main_process
 from util.errors import UserError
 from util.logger import log
 from util.plots.pages import panel_page, patch_page, sample_page
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 
-SHOWN = 8  # images on a page
-FEW = 10  # boxes drawn in an image for which no annotation says how many objects there are
-STRIPES = 12  # pixels from one stripe of the padding to the next
+NUM_IMAGES = 8  # images on a page
+DEFAULT_NUM_BOXES = 10  # boxes to draw in an image without annotations
+STRIPE_PERIOD = 12  # pixels from one stripe of the padding to the next
+STRIPE_COLOR = 225  # light gray, all three channels
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
 
 
 def draw_samples(
@@ -37,132 +44,156 @@ def draw_samples(
     batch_size: int,
     epoch: int,
     normalization: Mapping[str, Sequence[float]],
-    count: int = SHOWN,
+    count: int = NUM_IMAGES,
 ) -> None:
-    """Writes samples.png: `count` images from all over the dataset as `epoch` augments them, in batches of
-    `batch_size`.
+    """Write samples.png: `count` images, evenly spaced over the dataset, augmented as in `epoch`.
 
-    They are read beside the loader, whose order and random states are left alone: augmentation depends on (seed, epoch,
-    index) only. Real batches have other neighbours, and so other padding. A page that can't be drawn is logged, and
-    training continues.
+    The images are batched by `batch_size`; in training they have other neighbors and therefore other padding. The
+    loader's order and random states are not touched, since augmentation depends on (seed, epoch, index) only. A page
+    that can't be drawn is logged, and training continues.
     """
     if folder is None or not is_main_process():
         return
-    names = getattr(dataset, "class_names", {})
+    class_names = getattr(dataset, "class_names", {})
     try:
-        samples = [dataset[(epoch, index)] for index in _spread(len(dataset), count)]
+        samples = [dataset[(epoch, index)] for index in _evenly_spaced(len(dataset), count)]
         rows = []
         for start in range(0, len(samples), batch_size):
-            rows += batch_rows(
-                samples[start : start + batch_size], normalization["mean"], normalization["std"]
-            )
-        sample_page(rows, names, folder / "samples.png")
+            batch = samples[start : start + batch_size]
+            rows += samples_to_rows(batch, normalization["mean"], normalization["std"])
+        sample_page(rows, class_names, folder / "samples.png")
     except UserError as error:
         log.warning("no page of training samples: %s", error)
 
 
-def _spread(length: int, count: int) -> list[int]:
-    """`count` indices from all over a dataset, or all there are."""
-    return [i * length // count for i in range(count)] if length > count else list(range(length))
+def _evenly_spaced(length: int, count: int) -> list[int]:
+    """Return `count` indices, evenly spaced over a dataset, or all of a smaller one."""
+    if length <= count:
+        return list(range(length))
+    return [i * length // count for i in range(count)]
 
 
-def batch_rows(
+def samples_to_rows(
     samples: Sequence[tuple[Tensor, dict]], mean: Sequence[float], std: Sequence[float]
 ) -> list[dict]:
-    """What `util.plots.pages.sample_page` draws of one batch: the inputs of the model, with the normalisation undone.
-    Views of an image stand together."""
+    """Return rows for `util.plots.pages.sample_page` from one batch: the model's inputs, denormalized.
+
+    The views of an image are next to each other.
+    """
     batch, packed = collate(samples)
     inputs = normalize(batch, mean, std)
-    shift, scale = (torch.tensor(list(values))[:, None, None] for values in (mean, std))
+    shift = torch.tensor(list(mean))[:, None, None]  # [3, 1, 1]
+    scale = torch.tensor(list(std))[:, None, None]  # [3, 1, 1]
+    # Through normalization and back: what is drawn is what the model gets, not what the file had.
     pixels = ((inputs.tensors * scale + shift) * 255).round().clamp(0, 255).to(torch.uint8)
     height, width = pixels.shape[-2:]
-    rows, views = [], len(pixels) // len(samples)
-    for place, (image, mask, target) in enumerate(
+
+    num_images = len(samples)
+    num_views = len(pixels) // num_images
+    rows = []
+    for i, (image, mask, target) in enumerate(
         zip(pixels, inputs.mask, packed.unpack(), strict=True)
     ):
         h, w = target["size"].tolist()
-        view = f", view {place // len(samples) + 1}" if views > 1 else ""
+        view = f", view {i // num_images + 1}" if num_views > 1 else ""
         rows.append(
             {
-                "image": _striped(image, mask),
-                "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),
+                "image": _mark_padding(image, mask),
+                "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),  # [N, 4]
                 "labels": target["labels"],
-                "patches": [patch.permute(1, 2, 0).numpy() for patch in target.get("patches", ())],
+                "patches": [_to_array(patch) for patch in target.get("patches", ())],
                 "title": f"image {int(target['image_id'])}{view}: {w} x {h} in {width} x {height}",
             }
         )
-    return [row for first in range(len(samples)) for row in rows[first :: len(samples)]]
+
+    # A batch has view 1 of all images, then view 2; on the page both views of an image come together.
+    return [row for first in range(num_images) for row in rows[first::num_images]]
 
 
-def _striped(image: Tensor, mask: Tensor) -> np.ndarray:
-    """uint8 [H, W, 3]; padding is what normalised zeros look like, with stripes so that it is seen."""
+def _mark_padding(image: Tensor, mask: Tensor) -> np.ndarray:
+    """Return uint8 [H, W, 3]. Padding is zero after normalization, so it has the mean color; stripes make it visible.
+
+    image: uint8 [3, H, W]. mask: bool [H, W], True on padding.
+    """
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in mask.shape), indexing="ij")
-    stripes = mask & ((rows + columns) % STRIPES < 2)
-    return torch.where(stripes, 225, image).permute(1, 2, 0).to(torch.uint8).numpy()
+    stripes = mask & ((rows + columns) % STRIPE_PERIOD < 2)  # [H, W], diagonal
+    return _to_array(torch.where(stripes, STRIPE_COLOR, image).to(torch.uint8))
+
+
+def _to_array(image: Tensor) -> np.ndarray:
+    return image.permute(1, 2, 0).numpy()  # [3, H, W] -> [H, W, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------- patches
 
 
 @dataclass
-class Found:
-    """What the queries of patches find in one image.
+class PatchPredictions:
+    """Where a pretext finds the patches of one image.
 
-    image uint8 [H, W, 3]; patches M of uint8 [S, S, 3]; boxes_xyxy_abs [M, 4], where the patches are from, and
-    found_xyxy_abs [M, 4], in pixels of the image; scores [M].
+    Attributes:
+        image: uint8 [H, W, 3].
+        patches: M arrays, uint8 [S, S, 3].
+        boxes_xyxy_abs: [M, 4], where the patches were cut out, in pixels of the image.
+        predicted_xyxy_abs: [M, 4], where they were found.
+        scores: [M].
     """
 
     image: np.ndarray
     patches: list[np.ndarray]
     boxes_xyxy_abs: Tensor
-    found_xyxy_abs: Tensor
+    predicted_xyxy_abs: Tensor
     scores: Tensor
 
     def row(self) -> tuple:
-        """For `util.plots.pages.patch_page`."""
-        return (
-            self.image,
-            self.patches,
-            self.boxes_xyxy_abs,
-            {"boxes": self.found_xyxy_abs, "scores": self.scores},
-        )
+        """Return a row for `util.plots.pages.patch_page`."""
+        predictions = {"boxes": self.predicted_xyxy_abs, "scores": self.scores}
+        return self.image, self.patches, self.boxes_xyxy_abs, predictions
 
 
 @torch.no_grad()
-def find_patches(
+def predict_patches(
     model: Any,
     sample: tuple[Tensor, dict],
     normalization: Mapping[str, Sequence[float]],
     device: torch.device,
-) -> list[Found]:
-    """Asks a pretext with `patch_boxes`, in evaluation mode, where the patches of a sample are; of two views, where the
-    regions of each are in the other. Random states stay as they were."""
-    views = separate_views([sample]) if sample[0].ndim == 4 else [sample]
-    inputs, targets = to_device(
-        *collate([sample]), device, normalization["mean"], normalization["std"]
-    )
+) -> list[PatchPredictions]:
+    """Find the patches of a sample with a pretext that has `patch_boxes`, in evaluation mode.
+
+    A sample with two views gives one result per view: the regions of the other view, found in this one. Random states
+    are restored.
+    """
+    views = flatten_views([sample]) if sample[0].ndim == 4 else [sample]
+    mean, std = normalization["mean"], normalization["std"]
+    inputs, targets = to_device(*collate([sample]), device, mean, std)
+
+    # The Siamese pretext disturbs boxes at random in evaluation mode too. Drawing a page must not change training.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         outputs = model(inputs, targets)
-    boxes, scores = (
-        values.cpu() for values in model.patch_boxes(outputs, len(targets[0]["boxes"]))
-    )
-    found = []
+    num_patches = len(targets[0]["boxes"])
+    boxes, scores = model.patch_boxes(outputs, num_patches)
+    boxes, scores = boxes.cpu(), scores.cpu()  # [B, M, 4] and [B, M]; B is the number of views
+
+    results = []
     for i, (image, target) in enumerate(views):
-        asked = views[(i + len(views) // 2) % len(views)]
-        size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-        places, answers = (box_cxcywh_to_xyxy(b) * size for b in (target["boxes"], boxes[i]))
-        found.append(
-            Found(image.permute(1, 2, 0).numpy(), _patches(*asked), places, answers, scores[i])
+        # The queries of a view are those of the other view; of a single view, its own.
+        patches = _patch_images(*views[(i + len(views) // 2) % len(views)])
+        scale = torch.tensor([image.shape[2], image.shape[1]] * 2)  # W, H, W, H
+        ground_truth = box_cxcywh_to_xyxy(target["boxes"]) * scale
+        predicted = box_cxcywh_to_xyxy(boxes[i]) * scale
+        results.append(
+            PatchPredictions(_to_array(image), patches, ground_truth, predicted, scores[i])
         )
-    return found
+    return results
 
 
-def _patches(image: Tensor, target: dict) -> list[np.ndarray]:
-    """The patches that come with a sample, else what is in its boxes; uint8 [h, w, 3] each."""
+def _patch_images(image: Tensor, target: dict) -> list[np.ndarray]:
+    """Return the patches of a sample, or the crops of its boxes if it has none; uint8 [h, w, 3] each."""
     if "patches" in target:
-        return [patch.permute(1, 2, 0).numpy() for patch in target["patches"]]
-    size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-    return [
-        cut_box(image, box).permute(1, 2, 0).numpy()
-        for box in box_cxcywh_to_xyxy(target["boxes"]) * size
-    ]
+        return [_to_array(patch) for patch in target["patches"]]
+    scale = torch.tensor([image.shape[2], image.shape[1]] * 2)
+    boxes_xyxy_abs = box_cxcywh_to_xyxy(target["boxes"]) * scale
+    return [_to_array(crop_box(image, box)) for box in boxes_xyxy_abs]
 
 
 def draw_found_patches(
@@ -173,27 +204,25 @@ def draw_found_patches(
     device: torch.device,
     count: int = 4,
 ) -> None:
-    """Writes patches.png for a pretext that says where patches are: the same few training samples each time, one by
-    one.
+    """Write patches.png for a pretext that has `patch_boxes`; do nothing for any other.
 
-    Leaves the model in evaluation mode, and random states as they were.
+    The samples are the same each time, those of epoch 0, so that pages of different epochs can be compared. They go
+    through the model one by one, without padding. Leaves the model in evaluation mode; random states are restored.
     """
     if folder is None or not is_main_process() or not hasattr(model, "patch_boxes"):
         return
     model.eval()
     try:
-        samples = [dataset[(0, index)] for index in _spread(len(dataset), count)]
-        rows = [
-            found.row()
-            for sample in samples
-            for found in find_patches(model, sample, normalization, device)
-        ]
+        rows = []
+        for index in _evenly_spaced(len(dataset), count):
+            results = predict_patches(model, dataset[(0, index)], normalization, device)
+            rows += [result.row() for result in results]
         patch_page(rows, folder / "patches.png")
     except UserError as error:
         log.warning("no page of patches: %s", error)
 
 
-# ----------------------------------------------------------------------------------- proposals, objects, ground truth
+# ------------------------------------------------------------------------------------- proposals, objects, ground truth
 
 
 def draw_objects(
@@ -202,37 +231,43 @@ def draw_objects(
     path: Path,
     *,
     labelled: Settings | None = None,
-    count: int = SHOWN,
+    count: int = NUM_IMAGES,
 ) -> Path:
-    """Draws proposals, the boxes that look most like objects to the model, and the ground truth where it is known.
+    """Draw proposals, the predicted boxes with the best scores, and the ground truth where it is known, side by side.
 
     Args:
-        predictor: class-agnostic.
-        settings: of the pretext: its proposals, and its images unless there are labelled ones.
-        path: of the PNG file.
-        labelled: settings of labelled images, whose validation images are drawn.
-        count: images to draw. As many boxes are drawn in each as it has objects.
+        predictor: a class-agnostic one.
+        settings: of the pretext: its proposals, and its images if `labelled` is None.
+        path: the PNG file to write.
+        labelled: settings of a labelled dataset, whose validation images are drawn.
+        count: number of images. In each, as many boxes are drawn as it has objects.
     """
-    proposals = Selected(
-        build_proposals(settings.replace(cache_path="")), settings.strategy, settings.max_prop
-    )
+    # Searched again: a cache of the training images does not have these.
+    method = build_proposals(settings.replace(cache_path=""))
+    proposals = SelectedProposals(method, settings.strategy, settings.max_prop)
+
     rows = []
-    for index, (file, name, boxes) in enumerate(_images(settings, labelled, count)):
+    for index, (file, name, gt_boxes) in enumerate(_images(settings, labelled, count)):
         try:
-            image = read_image(file)
+            image = read_image(file)  # uint8 [3, H, W]
         except BadImageError as error:
             log.warning("skipped %s: %s", name, error)
             continue
-        pixels, drawn = image.permute(1, 2, 0).numpy(), FEW if boxes is None else max(len(boxes), 1)
-        found = predictor(image, threshold=0.0)
-        proposed = proposals(image, SampleRandom.of(settings.seed, 0, index), name)[:drawn]
+
+        num_boxes = DEFAULT_NUM_BOXES if gt_boxes is None else max(len(gt_boxes), 1)
+        proposed = proposals(image, SampleRNG.from_key(settings.seed, 0, index), name)
+        found = predictor(image, threshold=0.0)  # best first
+        found_boxes, found_scores = found.boxes[:num_boxes], found.scores[:num_boxes]
+
+        pixels = _to_array(image)
         row = [
-            ("proposals", pixels, _drawn(proposed)),
-            ("most object-like", pixels, _drawn(found.boxes[:drawn], found.scores[:drawn])),
+            ("proposals", pixels, _to_draw(proposed[:num_boxes])),
+            ("predicted", pixels, _to_draw(found_boxes, found_scores)),
         ]
-        if boxes is not None:
+        if gt_boxes is not None:
             height, width = image.shape[1:]
-            row.append(("ground truth", pixels, _drawn(boxes * torch.tensor([width, height] * 2))))
+            gt_boxes_abs = gt_boxes * torch.tensor([width, height, width, height])
+            row.append(("ground truth", pixels, _to_draw(gt_boxes_abs)))
         rows.append(row)
     return panel_page(rows, path)
 
@@ -240,17 +275,24 @@ def draw_objects(
 def _images(
     settings: Settings, labelled: Settings | None, count: int
 ) -> list[tuple[ImageFile, str, Tensor | None]]:
-    """(file, name, ground-truth boxes_xyxy relative to the image, None if unknown) of the first images."""
+    """Return (file, name, ground-truth boxes) of the first images.
+
+    Boxes are (x0, y0, x1, y1) [N, 4] relative to the image, None without annotations.
+    """
     if labelled is None:
-        images = unlabelled_images("val", settings)
+        images = build_unlabelled_images("val", settings)
         return [(images.file(i), images.name(i), None) for i in range(min(count, len(images)))]
-    dataset = build_dataset("val", labelled, any_class_count=True)
-    shown = range(min(count, len(dataset)))
+
+    dataset = build_dataset("val", labelled, allow_any_num_classes=True)
     names = dataset.annotations.file_names
-    return [(dataset.path(i), names[i], box_cxcywh_to_xyxy(dataset[i][1]["boxes"])) for i in shown]
+    return [
+        (dataset.path(i), names[i], box_cxcywh_to_xyxy(dataset[i][1]["boxes"]))
+        for i in range(min(count, len(dataset)))
+    ]
 
 
-def _drawn(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict[str, Any]:
+def _to_draw(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict[str, Any]:
+    """Return boxes as `util.plots.pages.panel_page` takes them."""
     return {
         "boxes": np.asarray(boxes_xyxy_abs),
         "labels": None,

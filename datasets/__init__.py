@@ -1,24 +1,36 @@
-"""Data: what a model is shown.
+"""Datasets and dataloaders.
 
 A sample is `(image, target)`:
 
-- image: uint8 [3, H, W], RGB, not normalised (mean and standard deviation belong to the backbone;
-  `collate.normalize` applies them on the device).
-- target: `boxes` float32 [N, 4], (cx, cy, w, h) divided by the un-padded image's (W, H, W, H); `labels` int64 [N];
-  `image_id` int64 [1]; `orig_size` and `size` int64 [2], (H, W) of the file and of `image`; `area` float32 [N] in
-  pixels of `image`; `iscrowd` int64 [N]. A pretext adds keys of its own: `patches` uint8 [M, 3, S, S].
-- A sample of two views has one axis more, in front: image [2, 3, H, W], boxes [2, N, 4], and so on for every tensor.
-- `target["problems"]`, where present, lists (path, reason) of bad images that this one replaces; it alone is no tensor.
+- `image`: uint8 [3, H, W], RGB, not normalized. Mean and standard deviation belong to the backbone;
+  `datasets.collate.normalize` applies them on the device.
+- `target`: a dict of tensors,
+    boxes      float32 [N, 4], (cx, cy, w, h) divided by the (W, H, W, H) of the unpadded image
+    labels     int64 [N], rows of the class head
+    image_id   int64 [1]
+    orig_size  int64 [2], (H, W) of the image file
+    size       int64 [2], (H, W) of `image`
+    area       float32 [N], in pixels of `image`
+    iscrowd    int64 [N]
+    patches    uint8 [M, 3, S, S], crops of the boxes; only with a pretext
 
-A dataset takes an index or (epoch, index). Augmentation is a function of (seed, epoch, index). It has `path(index)`,
-`fingerprint()`, and, where labelled, `num_classes` (rows of the class head), `class_names` (label -> name),
-`annotation_file` and `category_ids` (the file's id of each label; None where labels are these ids),
-`validate(image_set)` and `evaluator(settings)`, by default COCO's with that file.
+- A sample of two views has a leading axis of 2 in every tensor: image [2, 3, H, W], boxes [2, N, 4], ...
+- `target["problems"]`, if present, lists the (path, reason) of the bad images that this sample replaces. It is the only
+  entry that is not a tensor.
 
-The builder of a labelled dataset is `(image_set, settings, classes=None) -> SampleDataset`; `classes` says what the
-rows of the class head mean, where a checkpoint or the training data decides that. It sets `num_classes` to what is
-usual for the data, skips what can't be used and keeps it as findings; `build_dataset` refuses what must not be trained
-on.
+A dataset is indexed by `index` or by `(epoch, index)`. Augmentation is a function of (seed, epoch, index).
+Every dataset has `path(index)` and `fingerprint()`. A labelled dataset also has
+
+- `num_classes`: rows of the class head;
+- `class_names`: label -> name;
+- `annotation_file`, and `category_ids`: label -> category id in that file, or None if labels are these ids;
+- `validate(image_set)`: raises if the data can't be trained on or evaluated;
+- `evaluator(settings)`: COCO's by default.
+
+The builder of a labelled dataset is `(image_set, settings, classes=None) -> SampleDataset`. `classes` gives the meaning
+of the rows of the class head if a checkpoint or the training set fixes it. The builder sets `num_classes` to the usual
+value for the data. It skips annotations that can't be used and records them as findings; `build_dataset` then rejects
+data that must not be trained on.
 """
 
 import signal
@@ -33,7 +45,7 @@ from util.checkpoints.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
 from util.settings import Settings
-from util.settings.registry import DATASETS, PRETEXTS, load, lookup
+from util.settings.registry import DATASETS, PRETEXTS, import_object, lookup
 
 
 def build_dataset(
@@ -41,83 +53,95 @@ def build_dataset(
     settings: Settings,
     classes: Classes | None = None,
     *,
-    any_class_count: bool = False,
+    allow_any_num_classes: bool = False,
 ) -> SampleDataset:
-    """What the pretext sees if `settings.pretext` is set, else labelled images.
+    """Build the dataset of the pretext if `settings.pretext` is set, otherwise the labelled dataset.
 
-    image_set: "train", or "val" (no augmentation). classes: what the rows of the class head mean; None: as the data
-    says. any_class_count: no class head reads the labels, so there may be as many classes as the data has.
+    Args:
+        image_set: "train", or "val" (no augmentation).
+        classes: the meaning of the rows of the class head. None: as in the data.
+        allow_any_num_classes: no class head reads the labels, so accept any number of classes.
 
     Raises:
-        UserError: an unknown name, or data that isn't there or can't be used.
+        UserError: an unknown name, or data that is missing or can't be used.
     """
     if image_set not in ("train", "val"):
         raise ValueError(f"image_set must be train or val, got {image_set!r}")
+
     if settings.pretext:
-        return load(lookup(PRETEXTS, "--pretext", settings.pretext).dataset)(image_set, settings)
-    dataset = load(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)(
-        image_set, settings, classes
-    )
+        builder = import_object(lookup(PRETEXTS, "--pretext", settings.pretext).dataset)
+        return builder(image_set, settings)
+
+    builder = import_object(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
+    dataset = builder(image_set, settings, classes)
     dataset.validate(image_set)
-    dataset.num_classes = _class_count(dataset, settings, classes, any_class_count)
+    dataset.num_classes = _resolve_num_classes(dataset, settings, classes, allow_any_num_classes)
     return dataset
 
 
 def build_labelled(
     settings: Settings, classes: Classes | None = None
 ) -> tuple[SampleDataset | None, SampleDataset]:
-    """(training images, None with `settings.eval`; validation images).
+    """Build (training set, or None with `settings.eval`; validation set).
 
-    classes: what the rows of the class head mean in a checkpoint that is resumed or evaluated; None: as the training
-    data says.
+    Args:
+        classes: the meaning of the rows of the class head in a checkpoint that is resumed or evaluated. None: as in
+            the training set.
 
     Raises:
-        UserError: as `build_dataset`.
+        UserError: see `build_dataset`.
     """
-    train_set = None if settings.eval else build_dataset("train", settings, classes)
-    return train_set, build_dataset(
-        "val", settings, classes_in(train_set) if train_set is not None else classes
-    )
+    train_set = None
+    if not settings.eval:
+        train_set = build_dataset("train", settings, classes)
+        # The training set fixes the labels, so that both sets number the same classes alike.
+        classes = classes_of_dataset(train_set)
+    return train_set, build_dataset("val", settings, classes)
 
 
-def classes_in(dataset: SampleDataset) -> Classes:
-    """What the labels of a labelled dataset mean."""
+def classes_of_dataset(dataset: SampleDataset) -> Classes:
+    """Return what the labels of a labelled dataset mean."""
     ids = dataset.category_ids or {label: label for label in dataset.class_names}
     return Classes(dataset.class_names, ids, dataset.num_classes, dataset.annotation_file)
 
 
-def _class_count(
-    dataset: SampleDataset, settings: Settings, classes: Classes | None, any_count: bool
+def _resolve_num_classes(
+    dataset: SampleDataset, settings: Settings, classes: Classes | None, allow_any: bool
 ) -> int:
-    """Rows of the class head: those of `classes`, or `--num_classes`, or as is usual for the data.
+    """Return the rows of the class head: those of `classes`, else `--num_classes`, else the usual value for the data.
 
     Raises:
-        UserError: they are too few.
+        UserError: a label of the data has no row.
     """
+    # Labels are rows of the class head, so the largest label counts, not the number of classes: COCO's 80 need 91 rows.
     needed = max(dataset.class_names, default=-1) + 1
     if classes is not None:
-        count = classes.count
-    elif any_count:
+        num_classes = classes.num_classes
+    elif allow_any:
         return max(dataset.num_classes, needed)
+    elif settings.was_given("num_classes"):
+        num_classes = settings.num_classes
     else:
-        count = settings.num_classes if settings.was_given("num_classes") else dataset.num_classes
-    if count >= needed:
-        return count
+        num_classes = dataset.num_classes
+
+    if num_classes >= needed:
+        return num_classes
     found = f"{dataset.annotation_file} has category id {needed - 1}, but"
     if classes is not None:
         raise UserError(
-            f"{found} {classes.source} has {count} classes: give data of the same classes"
+            f"{found} {classes.source} has {num_classes} classes: give data of the same classes"
         )
     raise UserError(
-        f"{found} --num_classes is {count}: ids are rows of the class head, so use --num_classes {needed} (or more)"
+        f"{found} --num_classes is {num_classes}: ids are rows of the class head, so use --num_classes {needed} "
+        "(or more)"
     )
 
 
 def build_loader(dataset: SampleDataset, settings: Settings, train: bool) -> DataLoader:
-    """Batches of this process as (NestedTensor of uint8, PackedTargets).
+    """Build the dataloader of this rank. It yields (NestedTensor of uint8, PackedTargets).
 
-    `train`: shuffled, the incomplete global batch dropped; otherwise in order and every image once over all processes.
-    `loader.batch_sampler.set_epoch(epoch, start_batch)` goes before each epoch.
+    With `train` the order is shuffled and the last incomplete global batch is dropped. Otherwise images come in order,
+    each exactly once over all ranks. Call `loader.batch_sampler.set_epoch(epoch, start_batch)` before each epoch.
 
     Raises:
         UserError: fewer training images than one global batch.
@@ -128,6 +152,7 @@ def build_loader(dataset: SampleDataset, settings: Settings, train: bool) -> Dat
             f"{len(dataset)} training images are fewer than one batch ({settings.batch_size} x {world_size} processes)"
             f": use --batch_size {max(len(dataset) // world_size, 1)} or less"
         )
+
     sampler = EpochSampler(
         len(dataset),
         settings.batch_size,
@@ -147,16 +172,17 @@ def build_loader(dataset: SampleDataset, settings: Settings, train: bool) -> Dat
         pin_memory=torch.device(settings.device).type == "cuda",
         worker_init_fn=init_worker,
         prefetch_factor=4 if workers else None,
-        # Its own generator: workers must not draw from the stream that dropout uses, or a resumed run would differ.
+        # A separate generator: without it the loader draws the workers' base seed from the global generator, which
+        # dropout uses too, and a resumed run would differ.
         generator=torch.Generator().manual_seed(settings.seed),
     )
 
 
 def init_worker(worker: int) -> None:
-    """Workers share the cores with each other, so that threads of their own would only compete. Ctrl-C, `timeout` and
-    cluster schedulers signal the whole process group: the main process still needs its workers to end the step and to
-    save.
-    """
+    """Set up a dataloader worker: one thread, and no reaction to SIGINT and SIGTERM."""
+    # Workers already share the CPU cores; more threads per worker would only compete.
     torch.set_num_threads(1)
+    # Ctrl-C, `timeout` and cluster schedulers signal the whole process group. The main process still needs its workers
+    # to finish the step and save a checkpoint.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

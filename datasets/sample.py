@@ -1,4 +1,4 @@
-"""The base of all datasets: samples by (epoch, index), and what happens when an image is bad."""
+"""Base class of all datasets: samples by (epoch, index), and the replacement of bad images."""
 
 import functools
 from typing import Any
@@ -6,36 +6,38 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.evaluators.coco import CocoEvaluator, GroundTruth, ground_truth_of
-from datasets.evaluators.detections import Detections
+from datasets.evaluators.coco import CocoEvaluator, GroundTruth, build_ground_truth
+from datasets.evaluators.detections import DetectionEvaluator
 from datasets.labelled.annotations import read_json
 from util.errors import UserError
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 
 Target = dict[str, Any]
-Key = int | tuple[int, int]
-MAX_BAD_IN_A_ROW = 100
+SampleKey = int | tuple[int, int]
+
+# A run of bad images this long is a broken folder, not a few broken files.
+MAX_CONSECUTIVE_BAD_IMAGES = 100
 
 
 class BadImageError(Exception):
-    """An image that can't be used (unreadable, too small, not what its annotation says); the text is the reason."""
+    """An image that can't be used: unreadable, too small, or not what its annotation says. The text is the reason."""
 
 
 class SampleDataset(Dataset):
-    """Turns `load(index, rng)` of a subclass into `dataset[index]` and `dataset[(epoch, index)]`.
+    """Base class that serves `dataset[index]` and `dataset[(epoch, index)]` from a subclass's `load(index, rng)`.
 
-    Where `load` raises BadImageError the next index is used, with the random state of the one that was asked for, and
-    the target gets `problems`: [(path, reason), ...]. The same happens in evaluation: the next image then counts twice
-    in the losses, and once in the metrics, which go by image ids and take the objects of the bad image for missed.
-    A subclass has `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
+    If `load` raises BadImageError, the next index takes its place, and the target gets `problems`: [(path, reason),
+    ...]. In evaluation the replacement counts twice in the losses, but once in the metrics: these go by image id, and
+    the objects of the bad image count as missed.
+
+    A subclass implements `__len__`, `path(index)`, `load(index, rng)` and `fingerprint()`.
     """
 
-    category_ids: dict[int, int] | None = (
-        None  # of labels in the annotation file, where labels are not these ids
-    )
+    # Label -> category id in the annotation file. None: labels are these ids.
+    category_ids: dict[int, int] | None = None
 
-    # Of labelled datasets alone.
+    # Labelled datasets only.
     num_classes: int
     class_names: dict[int, str]
     annotations: Any
@@ -48,11 +50,11 @@ class SampleDataset(Dataset):
         raise NotImplementedError
 
     def path(self, index: int) -> str:
-        """Path of the image file."""
+        """Return the path of the image file."""
         raise NotImplementedError
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        """The sample of one index, without fall-back.
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
+        """Load the sample of one index, without replacing a bad image.
 
         Raises:
             BadImageError: this image can't be used.
@@ -60,44 +62,51 @@ class SampleDataset(Dataset):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Changes whenever the files or the annotations do: kept with each run."""
+        """Return a string that changes with the files or annotations. It is saved with each run."""
         raise NotImplementedError
 
     def validate(self, image_set: str) -> None:
-        """Of a labelled dataset: refuses for training ("train") or evaluation ("val") what reading only noted down.
+        """Check that a labelled dataset can be used for training ("train") or evaluation ("val").
 
         Raises:
-            UserError: such as images without a file in evaluation, which would falsify every metric.
+            UserError: for example images without a file in evaluation, which would falsify every metric.
         """
 
     @functools.cached_property
     def ground_truth(self) -> GroundTruth:
-        """What COCO evaluators compare detections on a labelled dataset with; made once, shared by all of them."""
-        return ground_truth_of(read_json(self.annotation_file))
+        """The ground truth of a labelled dataset, built once and shared by all COCO evaluators."""
+        return build_ground_truth(read_json(self.annotation_file))
 
-    def evaluator(self, settings: Settings) -> Detections:
-        """A new evaluator of a labelled dataset. Its `summarize` gives "stats", AP first, and "per_class" as
-        `CocoEvaluator` has it.
+    def evaluator(self, settings: Settings) -> DetectionEvaluator:
+        """Build an evaluator of a labelled dataset.
+
+        Its `summarize` returns "stats", AP first, and "per_class", as `CocoEvaluator` does.
         """
         return CocoEvaluator(self.ground_truth, settings.coco_evaluator, self.category_ids)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, Target]:
-        """
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
+        """Return the sample of `index` (epoch 0) or `(epoch, index)`.
+
         Raises:
-            UserError: MAX_BAD_IN_A_ROW consecutive images, or all there are, can't be used.
+            UserError: MAX_CONSECUTIVE_BAD_IMAGES images in a row, or all images, can't be used.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         problems: list[tuple[str, str]] = []
-        for step in range(min(MAX_BAD_IN_A_ROW, len(self))):
+
+        for step in range(min(MAX_CONSECUTIVE_BAD_IMAGES, len(self))):
             candidate = (index + step) % len(self)
+            # Seeded by the index that was asked for: otherwise the replacement would repeat the augmentation, and the
+            # random boxes, of its own sample in this epoch.
+            rng = SampleRNG.from_key(self.seed, epoch, index)
             try:
-                image, target = self.load(candidate, SampleRandom.of(self.seed, epoch, index))
+                image, target = self.load(candidate, rng)
             except BadImageError as error:
                 problems.append((self.path(candidate), str(error)))
                 continue
             if problems:
                 target["problems"] = problems
             return image, target
+
         path, reason = problems[0]
         raise UserError(
             f"{len(problems)} images in a row can't be used, the first is {path}: {reason}; check the image folder"

@@ -1,13 +1,16 @@
-"""Augmentation: what is drawn (`draw`) apart from what is done (`apply`), in the published order of draws.
+"""Augmentation. Each transform splits the random draw (`draw`) from its application (`apply`).
 
-`draw(rng, size_hw)` returns plain parameters and asks no pixel; since a draw may depend on the image size (a crop after
-a resize), `output_size` says what a transform makes of it. `apply(image, target, parameters)` is deterministic. Images
-are uint8 tensors [3, H, W] (fast) or PIL images (bit-exact with the published numbers); pixels, boxes and
-masks go through torchvision.transforms.v2. While transforms run, `target["boxes"]` is float32 [N, 4], (x0, y0, x1, y1)
-in pixels.
+`draw(rng, size)` returns plain parameters and never reads a pixel. A draw may depend on the image size (a crop after a
+resize), so `output_size` gives the size that a transform produces. `apply(image, target, parameters)` is deterministic.
 
-The order of draws is that of DETR and UP-DETR: Python's `random` for choices, torch for the place of a crop and the
-colours, one after the other as the transforms are listed.
+Images are uint8 tensors [3, H, W] (fast) or PIL images (bit-exact with the published pipelines). Pixels, boxes and
+masks go through torchvision.transforms.v2. Inside a pipeline `target["boxes"]` is float32 [N, 4], (x0, y0, x1, y1) in
+pixels; `ToSample` converts it at the end.
+
+Draws come in the order of DETR and UP-DETR: choices and sizes from Python's `random`, crop positions and colors from
+torch, one transform after the other as listed.
+
+Shapes: N boxes; a size is (H, W) in pixels; a region is (top, left, height, width) in pixels.
 """
 
 import math
@@ -23,91 +26,105 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.hue import shift_hue
 from util.box_ops import box_xyxy_to_cxcywh
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 
-Picture = Tensor | Image.Image
+ImageLike = Tensor | Image.Image
 Size = tuple[int, int]
+Region = tuple[int, int, int, int]
 Target = dict[str, Any]
 
 
-def size_hw(image: Picture) -> Size:
-    """(height, width) in pixels."""
+def size_hw(image: ImageLike) -> Size:
+    """Return (height, width) in pixels."""
     if isinstance(image, Image.Image):
         return image.height, image.width
     return image.shape[-2], image.shape[-1]
 
 
 def resized_size(size: Size, short_side: int, max_size: int | None = None) -> Size:
-    """(H, W) after resizing the short side, with the published rounding.
+    """Return (H, W) after resizing the short side to `short_side`, with DETR's rounding.
 
-    The long side is truncated. Where it would exceed `max_size` the short side is lowered first, rounded half to even,
-    so the long side can still end a few pixels above or below the maximum.
+    If the long side would exceed `max_size`, the short side is lowered first and rounded half to even. The long side is
+    computed from the rounded short side and truncated, so it can end a few pixels above or below `max_size`.
     """
+    height, width = size
     low, high = min(size), max(size)
     if max_size is not None and high / low * short_side > max_size:
         short_side = round(max_size * low / high)
-        if short_side == 0:  # thinner than a pixel: one is kept, where the published code stops
-            return (1, max_size) if size[0] < size[1] else (max_size, 1)
+        if short_side == 0:
+            # Thinner than one pixel, where the published code fails: keep one pixel.
+            return (1, max_size) if height < width else (max_size, 1)
     if low == short_side:
         return size
+
     long_side = int(short_side * high / low)
-    return (short_side, long_side) if size[0] < size[1] else (long_side, short_side)
+    return (short_side, long_side) if height < width else (long_side, short_side)
 
 
-def _boxes(target: Target, size: Size) -> tv_tensors.BoundingBoxes:
+def _as_tv_boxes(target: Target, size: Size) -> tv_tensors.BoundingBoxes:
     return tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def _as_plain_tensor(tensor: Tensor) -> Tensor:
     return tensor.as_subclass(Tensor)
 
 
 def _with_size(target: Target, size: Size) -> Target:
+    """Return a shallow copy of the target with a new `size`; the caller's target stays unchanged."""
     return {**target, "size": torch.tensor(size)}
 
 
-def hflip(image: Picture, target: Target) -> tuple[Picture, Target]:
-    """Mirrors left and right."""
+def hflip(image: ImageLike, target: Target) -> tuple[ImageLike, Target]:
+    """Flip an image and its target horizontally."""
     target = dict(target)
     if "boxes" in target:
-        target["boxes"] = _plain(F.horizontal_flip(_boxes(target, size_hw(image))))
+        boxes = F.horizontal_flip(_as_tv_boxes(target, size_hw(image)))
+        target["boxes"] = _as_plain_tensor(boxes)
     if "masks" in target:
         target["masks"] = F.horizontal_flip(target["masks"])
     return F.horizontal_flip(image), target
 
 
-def resize(image: Picture, target: Target, size: Size) -> tuple[Picture, Target]:
-    """Resizes to exactly (H, W): bilinear with antialiasing, masks nearest; boxes and area by the realised ratios."""
-    old = size_hw(image)
+def resize(image: ImageLike, target: Target, size: Size) -> tuple[ImageLike, Target]:
+    """Resize to exactly (H, W): bilinear with antialiasing, masks with nearest neighbor.
+
+    Boxes and area scale with the actual ratios of the sides, which rounding makes slightly different in x and y.
+    """
+    old_size = size_hw(image)
     target = _with_size(target, size)
-    if old == tuple(size):
+    if old_size == tuple(size):
         return image, target
+
     if "boxes" in target:
-        target["boxes"] = _plain(F.resize(_boxes(target, old), list(size)))
+        target["boxes"] = _as_plain_tensor(F.resize(_as_tv_boxes(target, old_size), list(size)))
     if "area" in target:
-        target["area"] = target["area"] * (size[1] / old[1] * (size[0] / old[0]))
+        target["area"] = target["area"] * (size[1] / old_size[1] * (size[0] / old_size[0]))
     if "masks" in target:
-        target["masks"] = _plain(F.resize(tv_tensors.Mask(target["masks"]), list(size)))
-    return F.resize(
-        image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True
-    ), target
+        target["masks"] = _as_plain_tensor(F.resize(tv_tensors.Mask(target["masks"]), list(size)))
+    image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return image, target
 
 
-def crop(
-    image: Picture, target: Target, region: tuple[int, int, int, int]
-) -> tuple[Picture, Target]:
-    """Cuts (top, left, height, width) out; objects whose clipped box has no area are dropped from every key."""
+def crop(image: ImageLike, target: Target, region: Region) -> tuple[ImageLike, Target]:
+    """Crop an image and its target to (top, left, height, width).
+
+    Boxes are clipped. Objects whose clipped box has no area are dropped from every per-object key.
+    """
     top, left, height, width = region
     target = _with_size(target, (height, width))
-    kept: Tensor | None = None
+    kept: Tensor | None = None  # bool [N]
     if "masks" in target:
-        target["masks"] = F.crop(target["masks"], top, left, height, width)
+        target["masks"] = F.crop(target["masks"], top, left, height, width)  # [N, height, width]
         kept = target["masks"].flatten(1).any(1)
     if "boxes" in target:
-        boxes = _plain(F.crop(_boxes(target, size_hw(image)), top, left, height, width))
+        boxes = F.crop(_as_tv_boxes(target, size_hw(image)), top, left, height, width)
+        boxes = _as_plain_tensor(boxes)  # [N, 4]
         target["boxes"] = boxes
+        # DETR replaces the annotated area (of the segmentation) by the box's area here.
         target["area"] = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+        # As in DETR, boxes decide if there are both boxes and masks.
         kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+
     if kept is not None:
         for key in ("boxes", "labels", "area", "iscrowd", "masks", "patches"):
             if key in target:
@@ -116,33 +133,37 @@ def crop(
 
 
 class Transform:
-    """Draws parameters from random numbers and the image size, then applies them."""
+    """Base class: draw parameters from random numbers and the image size, then apply them."""
 
-    def draw(self, rng: SampleRandom, size: Size) -> Any:
-        """Parameters for an image of (H, W); None where nothing is random."""
+    def draw(self, rng: SampleRNG, size: Size) -> Any:
+        """Draw the parameters for an image of (H, W). None: nothing is random."""
 
     def output_size(self, size: Size, parameters: Any) -> Size:
-        """(H, W) that `apply` turns (H, W) into."""
+        """Return the (H, W) that `apply` produces from an image of (H, W)."""
         return size
 
-    def apply(self, image: Picture, target: Target, parameters: Any) -> tuple[Picture, Target]:
+    def apply(self, image: ImageLike, target: Target, parameters: Any) -> tuple[ImageLike, Target]:
+        """Transform an image and its target. The inputs are not modified."""
         raise NotImplementedError
 
-    def __call__(self, image: Picture, target: Target, rng: SampleRandom) -> tuple[Picture, Target]:
+    def __call__(
+        self, image: ImageLike, target: Target, rng: SampleRNG
+    ) -> tuple[ImageLike, Target]:
         return self.apply(image, target, self.draw(rng, size_hw(image)))
 
 
 class Compose(Transform):
-    """One after the other; draws too."""
+    """Apply transforms one after the other. All draws come before the first `apply`."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self.transforms = list(transforms)
 
-    def draw(self, rng: SampleRandom, size: Size) -> list[Any]:
+    def draw(self, rng: SampleRNG, size: Size) -> list[Any]:
         parameters = []
         for transform in self.transforms:
-            parameters.append(transform.draw(rng, size))
-            size = transform.output_size(size, parameters[-1])
+            drawn = transform.draw(rng, size)
+            size = transform.output_size(size, drawn)  # the next draw may depend on it
+            parameters.append(drawn)
         return parameters
 
     def output_size(self, size: Size, parameters: list[Any]) -> Size:
@@ -151,105 +172,122 @@ class Compose(Transform):
         return size
 
     def apply(
-        self, image: Picture, target: Target, parameters: list[Any]
-    ) -> tuple[Picture, Target]:
+        self, image: ImageLike, target: Target, parameters: list[Any]
+    ) -> tuple[ImageLike, Target]:
         for transform, drawn in zip(self.transforms, parameters, strict=True):
             image, target = transform.apply(image, target, drawn)
         return image, target
 
 
 class RandomSelect(Transform):
-    """The first transform with probability one half, else the second."""
+    """Choose one of two transforms with equal probability."""
 
     def __init__(self, first: Transform, second: Transform) -> None:
         self.choices = (first, second)
 
-    def draw(self, rng: SampleRandom, size: Size) -> tuple[int, Any]:
+    def draw(self, rng: SampleRNG, size: Size) -> tuple[int, Any]:
         choice = int(rng.python.random() >= 0.5)
+        # Only the chosen transform draws, as published; drawing for both would shift all later draws.
         return choice, self.choices[choice].draw(rng, size)
 
     def output_size(self, size: Size, parameters: tuple[int, Any]) -> Size:
-        return self.choices[parameters[0]].output_size(size, parameters[1])
+        choice, drawn = parameters
+        return self.choices[choice].output_size(size, drawn)
 
     def apply(
-        self, image: Picture, target: Target, parameters: tuple[int, Any]
-    ) -> tuple[Picture, Target]:
-        return self.choices[parameters[0]].apply(image, target, parameters[1])
+        self, image: ImageLike, target: Target, parameters: tuple[int, Any]
+    ) -> tuple[ImageLike, Target]:
+        choice, drawn = parameters
+        return self.choices[choice].apply(image, target, drawn)
 
 
 class RandomHorizontalFlip(Transform):
-    """Mirrors with probability one half."""
+    """Flip horizontally with probability 0.5."""
 
-    def draw(self, rng: SampleRandom, size: Size) -> bool:
+    def draw(self, rng: SampleRNG, size: Size) -> bool:
         return rng.python.random() < 0.5
 
-    def apply(self, image: Picture, target: Target, parameters: bool) -> tuple[Picture, Target]:
+    def apply(self, image: ImageLike, target: Target, parameters: bool) -> tuple[ImageLike, Target]:
         return hflip(image, target) if parameters else (image, target)
 
 
 class RandomResize(Transform):
-    """Resizes the short side to one of `sizes`, the long side to about `max_size` at most (`resized_size`)."""
+    """Resize the short side to one of `sizes` and the long side to at most about `max_size` (see `resized_size`)."""
 
     def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
-        self.sizes, self.max_size = list(sizes), max_size
+        self.sizes = list(sizes)
+        self.max_size = max_size
 
-    def draw(self, rng: SampleRandom, size: Size) -> int:
+    def draw(self, rng: SampleRNG, size: Size) -> int:
         return rng.python.choice(self.sizes)
 
     def output_size(self, size: Size, parameters: int) -> Size:
         return resized_size(size, parameters, self.max_size)
 
-    def apply(self, image: Picture, target: Target, parameters: int) -> tuple[Picture, Target]:
+    def apply(self, image: ImageLike, target: Target, parameters: int) -> tuple[ImageLike, Target]:
         return resize(image, target, self.output_size(size_hw(image), parameters))
 
 
 class RandomSizeCrop(Transform):
-    """Cuts a region whose width and height are drawn from [min_size, max_size] (or the image's side where smaller)."""
+    """Crop a region whose width and height are drawn from [min_size, max_size] pixels.
+
+    Both limits are lowered to the side of the image where it is shorter.
+    """
 
     def __init__(self, min_size: int, max_size: int) -> None:
-        self.min_size, self.max_size = min_size, max_size
+        self.min_size = min_size
+        self.max_size = max_size
 
-    def draw(self, rng: SampleRandom, size: Size) -> tuple[int, int, int, int]:
+    def draw(self, rng: SampleRNG, size: Size) -> Region:
         height, width = size
-        crop_width = self._side(rng, width)
-        crop_height = self._side(rng, height)
+        # Width before height, and top before left: the published order of draws.
+        crop_width = self._draw_side(rng, width)
+        crop_height = self._draw_side(rng, height)
         if (crop_height, crop_width) == size:
+            # No position to draw: the published crop draws none here either.
             return 0, 0, height, width
         top = int(torch.randint(0, height - crop_height + 1, (1,), generator=rng.torch))
         left = int(torch.randint(0, width - crop_width + 1, (1,), generator=rng.torch))
         return top, left, crop_height, crop_width
 
-    def _side(self, rng: SampleRandom, side: int) -> int:
+    def _draw_side(self, rng: SampleRNG, side: int) -> int:
         return rng.python.randint(min(self.min_size, side), min(self.max_size, side))
 
-    def output_size(self, size: Size, parameters: tuple[int, int, int, int]) -> Size:
-        return parameters[2], parameters[3]
+    def output_size(self, size: Size, parameters: Region) -> Size:
+        _, _, height, width = parameters
+        return height, width
 
     def apply(
-        self, image: Picture, target: Target, parameters: tuple[int, int, int, int]
-    ) -> tuple[Picture, Target]:
+        self, image: ImageLike, target: Target, parameters: Region
+    ) -> tuple[ImageLike, Target]:
         return crop(image, target, parameters)
 
 
 class ToSample(Transform):
-    """The end of a pipeline: a uint8 tensor [3, H, W], boxes as normalised (cx, cy, w, h)."""
+    """Last transform of a pipeline: the image as uint8 tensor [3, H, W], boxes as normalized (cx, cy, w, h)."""
 
-    def apply(self, image: Picture, target: Target, parameters: None) -> tuple[Tensor, Target]:
+    def apply(self, image: ImageLike, target: Target, parameters: None) -> tuple[Tensor, Target]:
         height, width = size_hw(image)
         target = dict(target)
         if "boxes" in target:
             scale = torch.tensor([width, height, width, height], dtype=torch.float32)
             target["boxes"] = box_xyxy_to_cxcywh(target["boxes"]) / scale
-        return F.pil_to_tensor(image) if isinstance(image, Image.Image) else image, target
+        if isinstance(image, Image.Image):
+            image = F.pil_to_tensor(image)  # [3, H, W]
+        return image, target
+
+
+# ([(color function, factor), ...] in the order of application, grayscale or not, blur radius in pixels or None)
+ColorParameters = tuple[list[tuple[str, float]], bool, float | None]
 
 
 class ColorAugmentation(Transform):
-    """Each with its probability: colour jitter, greyscale, blur (UP-DETR and Siamese DETR). Targets pass through
-    unchanged.
+    """Color jitter (probability 0.8), grayscale (0.2) and Gaussian blur (0.5), as in UP-DETR and Siamese DETR.
 
-    Without `augment` nothing.
+    Targets stay unchanged. Without `augment` the image does too.
     """
 
+    # torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1).
     JITTER = {
         "brightness": (0.6, 1.4),
         "contrast": (0.6, 1.4),
@@ -260,22 +298,20 @@ class ColorAugmentation(Transform):
     def __init__(self, augment: bool) -> None:
         self.augment = augment
 
-    def draw(
-        self, rng: SampleRandom, size: Size
-    ) -> tuple[list[tuple[str, float]], bool, float | None]:
-        """([(colour function, factor) in the order to apply], greyscale?, blur radius in pixels or None)."""
+    def draw(self, rng: SampleRNG, size: Size) -> ColorParameters:
         if not self.augment:
             return [], False, None
         jitter = self._draw_jitter(rng) if self._chance(rng, 0.8) else []
-        grey = self._chance(rng, 0.2)
+        grayscale = self._chance(rng, 0.2)
         radius = rng.python.uniform(0.1, 2.0) if self._chance(rng, 0.5) else None
-        return jitter, grey, radius
+        return jitter, grayscale, radius
 
     @staticmethod
-    def _chance(rng: SampleRandom, probability: float) -> bool:
+    def _chance(rng: SampleRNG, probability: float) -> bool:
         return float(torch.rand(1, generator=rng.torch)) <= probability
 
-    def _draw_jitter(self, rng: SampleRandom) -> list[tuple[str, float]]:
+    def _draw_jitter(self, rng: SampleRNG) -> list[tuple[str, float]]:
+        # The order first, then all four factors: ColorJitter's own order of draws.
         order = torch.randperm(len(self.JITTER), generator=rng.torch).tolist()
         factors = [
             (name, float(torch.empty(1).uniform_(low, high, generator=rng.torch)))
@@ -284,18 +320,20 @@ class ColorAugmentation(Transform):
         return [factors[i] for i in order]
 
     def apply(
-        self,
-        image: Picture,
-        target: Target,
-        parameters: tuple[list[tuple[str, float]], bool, float | None],
-    ) -> tuple[Picture, Target]:
-        jitter, grey, radius = parameters
+        self, image: ImageLike, target: Target, parameters: ColorParameters
+    ) -> tuple[ImageLike, Target]:
+        jitter, grayscale, radius = parameters
         if isinstance(image, Tensor):
-            image = image.contiguous()  # colour functions work plane by plane
+            image = (
+                image.contiguous()
+            )  # decoded images are channels-last; color functions go plane by plane
+
         for name, factor in jitter:
-            fast = name == "hue" and isinstance(image, Tensor)
-            image = (shift_hue if fast else getattr(F, f"adjust_{name}"))(image, factor)
-        if grey:
+            if name == "hue" and isinstance(image, Tensor):
+                image = shift_hue(image, factor)  # bit-exact, and faster
+            else:
+                image = getattr(F, f"adjust_{name}")(image, factor)
+        if grayscale:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
         if radius is not None:
             image = _blur(image, radius)
@@ -303,102 +341,110 @@ class ColorAugmentation(Transform):
 
 
 class PatchAugmentation(ColorAugmentation):
-    """UP-DETR's augmentation of a query patch: S x S, then the colours. Without `augment` only the resize
-    (evaluation).
-    """
+    """UP-DETR's augmentation of a query patch: resize to S x S, then the colors. Without `augment` only the resize."""
 
     def __init__(self, patch_size: int, augment: bool) -> None:
         super().__init__(augment)
         self.patch_size = patch_size
 
-    def output_size(self, size: Size, parameters: Any) -> Size:
+    def output_size(self, size: Size, parameters: ColorParameters) -> Size:
         return self.patch_size, self.patch_size
 
     def apply(
-        self,
-        image: Picture,
-        target: Target,
-        parameters: tuple[list[tuple[str, float]], bool, float | None],
-    ) -> tuple[Picture, Target]:
-        image = F.resize(image, [self.patch_size, self.patch_size], antialias=True)
+        self, image: ImageLike, target: Target, parameters: ColorParameters
+    ) -> tuple[ImageLike, Target]:
+        image = F.resize(image, [self.patch_size, self.patch_size], antialias=True)  # [3, S, S]
         return super().apply(image, target, parameters)
 
 
-def _blur(image: Picture, radius: float) -> Picture:
+def _blur(image: ImageLike, radius: float) -> ImageLike:
     """Gaussian blur with a standard deviation of `radius` pixels."""
     if isinstance(image, Image.Image):
         return image.filter(ImageFilter.GaussianBlur(radius))
-    reach = min(
-        math.ceil(2.5 * radius), min(size_hw(image)) - 1
-    )  # the border is mirrored, which needs as many pixels
-    return F.gaussian_blur(image, [2 * reach + 1] * 2, [radius, radius])
+    # 2.5 standard deviations, but torchvision mirrors the border and needs that many pixels inside.
+    reach = min(math.ceil(2.5 * radius), min(size_hw(image)) - 1)
+    kernel_size = 2 * reach + 1
+    return F.gaussian_blur(image, [kernel_size, kernel_size], [radius, radius])
 
 
-def _scaled(sizes: Sequence[int], image_size: int, published: int) -> list[int]:
+def _scale_sizes(sizes: Sequence[int], image_size: int, published: int) -> list[int]:
+    """Scale published sizes by image_size / published, rounded half to even, to at least one pixel."""
     return [max(round(size * image_size / published), 1) for size in sizes]
+
+
+def _scale_max_size(max_size: int | None, default: int, image_size: int, published: int) -> int:
+    """Return `max_size` if it is given, else the published default, scaled."""
+    if max_size is not None:
+        return max_size
+    return _scale_sizes([default], image_size, published)[0]
+
+
+def _flip_and_crop(sizes: RandomResize, image_size: int, published: int) -> Compose:
+    """DETR's training pipeline around a resize: flip, then the resize alone or a resize, a crop and the resize."""
+    before_crop = RandomResize(_scale_sizes([400, 500, 600], image_size, published))
+    random_crop = RandomSizeCrop(*_scale_sizes([384, 600], image_size, published))
+    cropped = Compose([before_crop, random_crop, sizes])
+    return Compose([RandomHorizontalFlip(), RandomSelect(sizes, cropped), ToSample()])
 
 
 def detection_transforms(
     image_set: str, image_size: int = 800, max_size: int | None = None
 ) -> Compose:
-    """DETR's augmentation for "train", the plain resize for "val".
+    """DETR's augmentation for "train", a plain resize for "val".
 
-    Published for a short side of 800: sizes 480, 512, ... 800 (long side 1333), crops of 384 to 600 after resizing to
-    400, 500 or 600. For another `image_size` each of these is multiplied by image_size / 800 and rounded half to even;
-    `max_size` None scales 1333 in the same way.
+    Published for a short side of 800: short sides 480, 512, ..., 800, long side up to 1333, crops of 384 to 600 after a
+    resize to 400, 500 or 600. For another `image_size` all of these are multiplied by image_size / 800 and rounded half
+    to even. `max_size` None scales 1333 in the same way.
     """
-    if max_size is None:
-        (max_size,) = _scaled([1333], image_size, 800)
+    max_size = _scale_max_size(max_size, 1333, image_size, published=800)
     if image_set != "train":
         return Compose([RandomResize([image_size], max_size), ToSample()])
-    sizes = RandomResize(_scaled(range(480, 801, 32), image_size, 800), max_size)
-    before_crop = RandomResize(_scaled([400, 500, 600], image_size, 800))
-    cropped = Compose([before_crop, RandomSizeCrop(*_scaled([384, 600], image_size, 800)), sizes])
-    return Compose([RandomHorizontalFlip(), RandomSelect(sizes, cropped), ToSample()])
+    sizes = RandomResize(_scale_sizes(range(480, 801, 32), image_size, 800), max_size)
+    return _flip_and_crop(sizes, image_size, published=800)
 
 
-def pretext_transforms(
+def query_patch_transforms(
     image_set: str, image_size: int = 480, max_size: int | None = None
 ) -> Compose:
-    """UP-DETR's resize: no flip and no crop.
+    """UP-DETR's resize, without flip and crop.
 
-    Published for 480: ten short sides from 320 to 480 (the list of steps of 16 lacks 384), long side 600. For another
-    `image_size` they scale as in `detection_transforms`.
+    Published for 480: ten short sides from 320 to 480, long side up to 600. For another `image_size` they scale as in
+    `detection_transforms`.
     """
     return Compose([_pretext_resize(image_set, image_size, max_size), ToSample()])
 
 
 def _pretext_resize(image_set: str, image_size: int, max_size: int | None) -> RandomResize:
-    if max_size is None:
-        (max_size,) = _scaled([600], image_size, 480)
-    published = (
-        [480] if image_set != "train" else [size for size in range(320, 481, 16) if size != 384]
-    )
-    return RandomResize(_scaled(published, image_size, 480), max_size)
+    """UP-DETR's sizes, which DETReg and Siamese DETR (on ImageNet) use too."""
+    max_size = _scale_max_size(max_size, 600, image_size, published=480)
+    if image_set == "train":
+        # Steps of 16; the published list lacks 384.
+        sizes = [size for size in range(320, 481, 16) if size != 384]
+    else:
+        sizes = [480]
+    return RandomResize(_scale_sizes(sizes, image_size, 480), max_size)
 
 
-def region_transforms(
+def region_prior_transforms(
     image_set: str, image_size: int = 480, max_size: int | None = None
 ) -> Compose:
-    """DETReg's augmentation for "train": DETR's flips and crops, with UP-DETR's sizes; the plain resize for "val".
+    """DETReg's augmentation for "train": DETR's flips and crops with UP-DETR's sizes. A plain resize for "val".
 
-    Published for 480: crops of 384 to 600 after resizing to 400, 500 or 600; for another `image_size` all sizes scale.
+    Published for 480: crops of 384 to 600 after a resize to 400, 500 or 600. For another `image_size` all sizes scale.
     """
     sizes = _pretext_resize(image_set, image_size, max_size)
     if image_set != "train":
         return Compose([sizes, ToSample()])
-    before_crop = RandomResize(_scaled([400, 500, 600], image_size, 480))
-    cropped = Compose([before_crop, RandomSizeCrop(*_scaled([384, 600], image_size, 480)), sizes])
-    return Compose([RandomHorizontalFlip(), RandomSelect(sizes, cropped), ToSample()])
+    # DETReg keeps DETR's crop sizes although its images are smaller, so they count as published for 480 here.
+    return _flip_and_crop(sizes, image_size, published=480)
 
 
-def view_resize(image_size: int = 480, max_size: int | None = None) -> RandomResize:
-    """Siamese DETR's resize before the views are cut.
+def siamese_resize(image_size: int = 480, max_size: int | None = None) -> RandomResize:
+    """Siamese DETR's resize before the views are cropped.
 
-    Published for 480 (ImageNet), as UP-DETR's, and for 800 (COCO), as DETR's; the nearer one is scaled to other sizes.
+    Published for 480 (ImageNet, UP-DETR's sizes) and for 800 (COCO, DETR's sizes). Other sizes scale the nearer one.
     """
-    if image_size <= 640:
+    if image_size <= 640:  # halfway between 480 and 800
         return _pretext_resize("train", image_size, max_size)
-    if max_size is None:
-        (max_size,) = _scaled([1333], image_size, 800)
-    return RandomResize(_scaled(range(480, 801, 32), image_size, 800), max_size)
+    max_size = _scale_max_size(max_size, 1333, image_size, published=800)
+    return RandomResize(_scale_sizes(range(480, 801, 32), image_size, 800), max_size)

@@ -1,7 +1,7 @@
-"""Detectors, pretexts and their losses. `build_model(settings)` makes what both entry scripts train.
+"""Detectors, pretext tasks and their losses. `build_model(settings)` builds what both entry scripts train.
 
-Adding a detector or a pretext is one file and one line in `util.settings.registry`. A detector's file has
-`build(settings, backbone, classification) -> Detector`, a pretext's a subclass of `Pretext`.
+A new detector or pretext task is one file and one line in `util.settings.registry`. A detector's file
+has `build(settings, backbone, classification) -> Detector`; a pretext's file has a subclass of `Pretext`.
 """
 
 from argparse import Namespace
@@ -11,18 +11,20 @@ from torch import nn
 
 from models.backbone import Backbone, BackboneWithPositions
 from models.classification import Classification, matching_costs
-from models.criterion import SetCriterion, expand_weights
+from models.criterion import SetCriterion, expand_weight_dict
 from models.position_encoding import POSITION_ENCODINGS
 from models.postprocess import PostProcess
 from models.trainable import TrainableModel
 from util.checkpoints.backbone_weights import load_backbone_weights
 from util.settings import Settings, resolve
-from util.settings.registry import DETECTORS, PRETEXTS, load, lookup
+from util.settings.registry import DETECTORS, PRETEXTS, import_object, lookup
 
 
 def build_backbone(settings: Settings) -> BackboneWithPositions:
-    """The feature extractor with its weights and its positional encoding."""
-    stages = (2, 3, 4)[-settings.num_feature_levels :]  # further levels are made by the detector
+    """Build the backbone, load its weights and add the positional encoding."""
+    # One level reads stage 4 alone, more levels add stages 3 and 2. Levels beyond these three are
+    # strided convolutions of the detector.
+    stages = (2, 3, 4)[-settings.num_feature_levels :]
     backbone = Backbone(
         settings.backbone,
         settings.backbone_norm,
@@ -32,36 +34,46 @@ def build_backbone(settings: Settings) -> BackboneWithPositions:
     )
     if settings.backbone_weights != "none":
         load_backbone_weights(backbone.body, settings.backbone, settings.backbone_weights)
-    # A checkpoint may say anything of it.
-    positions = lookup(POSITION_ENCODINGS, "--position_embedding", settings.position_embedding)
-    return BackboneWithPositions(backbone, positions(settings.hidden_dim))
+
+    # The name may come from a checkpoint, so it has not passed the parser's choices.
+    build_encoding = lookup(POSITION_ENCODINGS, "--position_embedding", settings.position_embedding)
+    return BackboneWithPositions(backbone, build_encoding(settings.hidden_dim))
 
 
 def build_model(
     args: Settings | Namespace, num_classes: int | None = None
 ) -> tuple[TrainableModel, SetCriterion, dict[str, nn.Module]]:
-    """The model (a detector, or a pretext around one), its criterion and its post-processors.
+    """Build the model (a detector, or a pretext around one), its criterion and its post-processors.
 
-    A detector is called `model(samples)`, a pretext `model(samples, targets)`; `criterion(outputs, targets)` gives the
-    losses and `criterion.weight_dict` their weights.
+    Call a detector as `model(samples)` and a pretext as `model(samples, targets)`.
+    `criterion(outputs, targets)` returns the losses, `criterion.weight_dict` has their weights.
 
     Args:
         args: settings, or parsed flags, which are resolved first.
-        num_classes: of a detector's head, as the data or a checkpoint says; by default that of the settings.
+        num_classes: number of classes of a detector's head, known from the dataset or a checkpoint.
+            Default: `settings.num_classes`. A pretext defines its own classes and ignores it.
     """
     settings = resolve(args)
-    pretext: Any = load(PRETEXTS[settings.pretext].pretext) if settings.pretext else None
+    pretext: Any = import_object(PRETEXTS[settings.pretext].pretext) if settings.pretext else None
+
+    # One Classification object configures head, matcher, criterion and post-processor.
     if pretext:
         classification = pretext.build_classification(settings)
     else:
-        count = settings.num_classes if num_classes is None else num_classes
-        classification = Classification(settings.classification, count, **matching_costs(settings))
-    detector = load(DETECTORS[settings.detector].builder)(
-        settings, build_backbone(settings), classification
-    )
+        if num_classes is None:
+            num_classes = settings.num_classes
+        classification = Classification(
+            settings.classification, num_classes, **matching_costs(settings)
+        )
+
+    build_detector = import_object(DETECTORS[settings.detector].builder)
+    detector = build_detector(settings, build_backbone(settings), classification)
     model = pretext.from_settings(settings, detector) if pretext else detector
-    num_aux = settings.dec_layers - 1 if settings.aux_loss else 0
-    weight_dict = expand_weights(model.loss_weights(settings), num_aux, detector.two_stage)
+
+    num_aux_layers = settings.dec_layers - 1 if settings.aux_loss else 0
+    weight_dict = expand_weight_dict(
+        model.loss_weights(settings), num_aux_layers, detector.two_stage
+    )
     weight_dict.update(model.last_layer_weights(settings))
     criterion = SetCriterion(
         classification,

@@ -1,7 +1,6 @@
-"""Multi-head attention on `scaled_dot_product_attention`: padding, query groups, and inputs that are projected
-elsewhere.
+"""Multi-head attention on `scaled_dot_product_attention`, with padding masks and query groups.
 
-Shapes: B images, Q queries, S keys, D model width, H heads.
+Shapes: B images, Q queries, S keys, D model width, H heads, G query groups.
 """
 
 import torch
@@ -17,8 +16,14 @@ FUSED_KERNELS = {
 
 
 def fold_groups(x: Tensor, groups: int) -> Tensor:
-    """[B, Q, D] -> [B * groups, Q / groups, D]: queries of one group see only each other in self-attention."""
-    return x if groups == 1 else x.reshape(x.shape[0] * groups, x.shape[1] // groups, x.shape[2])
+    """Fold query groups into the batch: [B, Q, D] -> [B * G, Q / G, D].
+
+    Groups are contiguous: query n is in group n // (Q / G). After folding, self-attention connects
+    the queries of one group only.
+    """
+    if groups == 1:
+        return x
+    return x.reshape(x.shape[0] * groups, x.shape[1] // groups, x.shape[2])  # [B * G, Q / G, D]
 
 
 def attend(
@@ -30,38 +35,45 @@ def attend(
     dropout: float = 0.0,
     query_groups: int = 1,
 ) -> Tensor:
-    """Scaled dot-product attention of H heads; widths of query and key may differ from the value's.
+    """Scaled dot-product attention with H heads. Query and key may be wider than the value.
 
     Args:
-        query: [B, Q, K]; key: [B, S, K]; value: [B, S, D]. K and D are split over the heads, the scale is 1 / sqrt(K /
-            H).
-        padding_mask: bool [B, S], True on keys to ignore; None where nothing is padded (the fastest kernels need that).
-        query_groups: only for self-attention: queries are cut into as many groups, each of which sees only itself. This
-            equals the block mask of UP-DETR (Dai et al. 2021, section 3.2) without a mask.
+        query: [B, Q, K].
+        key: [B, S, K]. K is split over the heads, the scale is 1 / sqrt(K / H).
+        value: [B, S, D]. D is split over the heads.
+        padding_mask: bool [B, S], True on keys to ignore. None if no image is padded: the flash
+            kernel accepts no mask.
+        query_groups: self-attention only (S = Q). Split the queries into this many groups that do
+            not attend to each other. Equals UP-DETR's attention mask (Dai et al. 2021, section 3.2).
 
     Returns:
         [B, Q, D]
     """
-    batch, length = query.shape[:2]
+    batch, num_queries = query.shape[:2]
     query, key, value = (fold_groups(x, query_groups) for x in (query, key, value))
     query, key, value = (
         x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key, value)
-    )
-    mask = None if padding_mask is None else ~padding_mask[:, None, None, :]
+    )  # [B * G, H, Q / G or S / G, K / H or D / H]
+
+    # PyTorch's boolean mask is True where attention is allowed, ours where a key is padding.
+    mask = None if padding_mask is None else ~padding_mask[:, None, None, :]  # [B, 1, 1, S]
     out = functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout
-    )
-    return out.transpose(1, 2).reshape(batch, length, -1)
+    )  # [B * G, H, Q / G, D / H]
+    return out.transpose(1, 2).reshape(batch, num_queries, -1)  # [B, Q, D]
 
 
 def usable_kernels(
     num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """The fused kernels among which `scaled_dot_product_attention` chooses on a GPU, for batches without and with
-    padding; None on other devices, where PyTorch doesn't tell.
+    """Describe the fused kernels that `scaled_dot_product_attention` may select on a GPU.
+
+    Batches with and without padding are listed separately. Returns None on other devices, where
+    PyTorch has no such query.
     """
     if device.type != "cuda":
         return None
+
     x = torch.empty(1, num_heads, 8, head_dim, device=device, dtype=dtype)
     masks = {
         "without padding": None,
@@ -76,8 +88,10 @@ def usable_kernels(
 
 
 class MultiheadAttention(nn.Module):
-    """Attention with its own projections; parameter names and initial values are those of
-    `torch.nn.MultiheadAttention`.
+    """Attention with query, key, value and output projections.
+
+    Parameter names and initial values are those of `torch.nn.MultiheadAttention`, so published DETR
+    weights load unchanged.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -98,26 +112,31 @@ class MultiheadAttention(nn.Module):
         padding_mask: Tensor | None = None,
         query_groups: int = 1,
     ) -> Tensor:
-        """query [B, Q, D], key and value [B, S, D] -> [B, Q, D]; `padding_mask` and `query_groups` as in `attend`."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        """Attend from query [B, Q, D] to key and value [B, S, D]; returns [B, Q, D].
+
+        `padding_mask` and `query_groups` as in `attend`.
+        """
+        weights = self.in_proj_weight.chunk(3)  # 3 x [D, D], in the order query, key, value
+        biases = self.in_proj_bias.chunk(3)  # 3 x [D]
         query, key, value = (
-            functional.linear(x, w, b)
-            for x, w, b in zip((query, key, value), weights, biases, strict=True)
-        )
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(
-            attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
+            functional.linear(x, weight, bias)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
 
+        dropout = self.dropout if self.training else 0.0
+        out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
+        return self.out_proj(out)
+
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-        """{"attention": what may run}, or nothing where that is not known; see `usable_kernels`."""
+        """Return {"attention": usable kernels}, or {} where they are unknown."""
         usable = usable_kernels(self.num_heads, self.head_dim, device, dtype)
         return {} if usable is None else {"attention": usable}
 
 
 class ProjectedAttention(nn.Module):
-    """Attention whose query, key and value come projected already; it has only the output projection (Conditional
-    DETR).
+    """Attention on query, key and value that are already projected, with an output projection only.
+
+    Conditional DETR projects content and position separately (Meng et al. 2021, section 3.3).
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -134,7 +153,7 @@ class ProjectedAttention(nn.Module):
         padding_mask: Tensor | None = None,
         query_groups: int = 1,
     ) -> Tensor:
+        """Attend from query [B, Q, K] to key [B, S, K] and value [B, S, D]; returns [B, Q, D]."""
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(
-            attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
-        )
+        out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
+        return self.out_proj(out)

@@ -1,7 +1,10 @@
-"""Feature extractors. A backbone is a file with a builder and a line in `util.settings.registry.BACKBONES`.
+"""Backbones: images in, feature maps out.
 
-`Backbone(images [B, 3, H, W]) -> list of maps [B, C, h, w]`, with `strides` and `num_channels` of the maps and the
-`mean` and `std` that its images are normalised with.
+`Backbone(images [B, 3, H, W]) -> list of feature maps [B, C, h, w]`. It has the `strides` and
+`num_channels` of the maps, and the `mean` and `std` that its images are normalized with.
+A new backbone is a file with a builder and a line in `util.settings.registry.BACKBONES`.
+
+Shapes: B images, H x W padded image size, h x w size of a feature map, C its channels, D model width.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -12,12 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from util.nested_tensor import NestedTensor
-from util.settings.registry import BACKBONES, load, lookup
+from util.settings.registry import BACKBONES, import_object, lookup
 
 
 @dataclass
 class FeatureMap:
-    """tensor [B, C, h, w]; mask bool [B, h, w], True on padding; position [B, D, h, w] in the tensor's type."""
+    """A feature map with its padding mask and positional encoding.
+
+    tensor: [B, C, h, w].
+    mask: bool [B, h, w], True on padding.
+    position: [B, D, h, w], in the dtype of `tensor`.
+    """
 
     tensor: Tensor
     mask: Tensor
@@ -26,11 +34,14 @@ class FeatureMap:
 
 @dataclass
 class Body:
-    """What a builder of the registry BACKBONES makes of (name, norm, dilation, stages).
+    """What a builder of the registry BACKBONES returns for (name, norm, dilation, stages).
 
-    network: images [B, 3, H, W] -> maps of the asked stages, a list or a dict; names of its tensors are those of its
-    weight files. strides, num_channels: of these maps. mean, std: what images are normalised with. early: names of the
-    parameters that fine-tuning leaves alone (stem and first stage). channels_last: maps come as [B, h, w, C].
+    network: images [B, 3, H, W] -> maps of the requested stages, as a list or a dict. Its parameter
+        names are those of its weight files.
+    strides, num_channels: of these maps.
+    mean, std: normalization of the images, RGB in 0..1.
+    early_names: parameter names of stem and first stage, which never train with frozen norms.
+    channels_last: the network returns maps as [B, h, w, C].
     """
 
     network: nn.Module
@@ -39,20 +50,20 @@ class Body:
     num_channels: list[int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    early: set[str]
+    early_names: set[str]
     channels_last: bool = False
 
 
 class Backbone(nn.Module):
-    """A feature extractor. With frozen norms its stem and first stage never train, as published; with live ones all of
-    it does.
+    """A feature extractor.
 
     Args:
-        name: a name of the registry, or `timm:NAME`.
-        norm: `frozen` (statistics and affine are constants) or `live` (needed where the weights are random).
-        dilation: stride 16 in place of 32 in the last stage (DC5).
-        stages: which of stages 1 to 4 are returned.
-        trainable: False freezes everything (`--lr_backbone` of 0, `--fre_cnn`).
+        name: a name in the registry, or `timm:NAME`.
+        norm: `frozen` (constant statistics and affine parameters) or `live` (ordinary batch norm, for
+            random weights).
+        dilation: replace the stride of the last stage by dilation, 16 in place of 32 (DC5).
+        stages: which of the stages 1 to 4 to return.
+        trainable: False freezes all parameters (`--lr_backbone 0`, `--fre_cnn`).
     """
 
     def __init__(
@@ -65,46 +76,68 @@ class Backbone(nn.Module):
         trainable: bool = True,
     ) -> None:
         super().__init__()
-        family = name[: name.find(":") + 1] or name
-        made: Body = load(lookup(BACKBONES, "--backbone", family))(name, norm, dilation, stages)
-        self.body, self.strides, self.num_channels = made.network, made.strides, made.num_channels
-        self.name, self.norm, self.mean, self.std = name, norm, made.mean, made.std
-        self.channels_last_maps = made.channels_last
-        self._freeze(trainable, made.early)
+        family = name[: name.find(":") + 1] or name  # "timm:NAME" -> "timm:"
+        build_body = import_object(lookup(BACKBONES, "--backbone", family))
+        body: Body = build_body(name, norm, dilation, stages)
 
-    def _freeze(self, trainable: bool, early: set[str]) -> None:
-        """With frozen norms only the later stages train; with live ones the whole backbone, since nothing in it is
-        trained yet.
-        """
+        self.body = body.network
+        self.strides, self.num_channels = body.strides, body.num_channels
+        self.name, self.norm = name, norm
+        self.mean, self.std = body.mean, body.std
+        self.channels_last_maps = body.channels_last
+        self._freeze(trainable, body.early_names)
+
+    def _freeze(self, trainable: bool, early_names: set[str]) -> None:
+        # As in DETR, stem and first stage keep their pre-trained weights. Live norms are for a backbone
+        # with random weights, where a frozen stem would stay random.
         for name, parameter in self.body.named_parameters():
-            parameter.requires_grad_(trainable and not (self.norm == "frozen" and name in early))
+            keep_frozen = self.norm == "frozen" and name in early_names
+            parameter.requires_grad_(trainable and not keep_frozen)
 
     @property
     def frozen(self) -> bool:
+        """Whether no parameter trains."""
         return not any(parameter.requires_grad for parameter in self.parameters())
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images: [B, 3, H, W], normalised with `mean` and `std`."""
+        """Extract feature maps, one [B, C, h, w] per stage.
+
+        images: [B, 3, H, W], normalized with `mean` and `std`.
+        """
         maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
-        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_last_maps else maps
+        if self.channels_last_maps:
+            maps = [x.permute(0, 3, 1, 2) for x in maps]  # [B, h, w, C] -> [B, C, h, w]
+        return maps
 
 
 class BackboneWithPositions(nn.Sequential):
-    """`0`: the backbone, `1`: the positional encoding, so that keys are those of the published checkpoints."""
+    """Backbone and positional encoding.
 
-    if TYPE_CHECKING:  # nn.Sequential says Module of each
+    A Sequential, because published checkpoints name the backbone `backbone.0` and a learned encoding
+    `backbone.1`.
+    """
+
+    if TYPE_CHECKING:  # nn.Sequential types every item as a plain Module
 
         def __getitem__(self, index: Any) -> Any: ...
 
     def forward(self, samples: NestedTensor) -> list[FeatureMap]:
+        """Extract one `FeatureMap` per stage."""
+        backbone, position_encoding = self[0], self[1]
         maps = []
-        for tensor in self[0](samples.tensors):
-            mask = resize_mask(samples.mask, tensor.shape[-2:])
-            maps.append(FeatureMap(tensor, mask, self[1](mask).to(tensor.dtype)))
+        for tensor in backbone(samples.tensors):  # [B, C, h, w]
+            mask = resize_mask(samples.mask, tensor.shape[-2:])  # [B, h, w]
+            position = position_encoding(mask).to(tensor.dtype)  # [B, D, h, w]
+            maps.append(FeatureMap(tensor, mask, position))
         return maps
 
 
 def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Padding mask [B, H, W] at another size [B, h, w], nearest neighbour by floor as published."""
-    return functional.interpolate(mask[None].float(), size=tuple(size)).to(torch.bool)[0]
+    """Resize a padding mask, bool [B, H, W] -> [B, h, w], by nearest neighbor.
+
+    As published, row i reads pixel row floor(i * H / h), columns likewise.
+    """
+    # The batch takes the place of the channels, which `interpolate` requires.
+    resized = functional.interpolate(mask[None].float(), size=tuple(size))  # [1, B, h, w]
+    return resized.to(torch.bool)[0]

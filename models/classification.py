@@ -1,6 +1,7 @@
-"""How a detector tells classes apart: softmax with a "no object" class, or independent focal (sigmoid) outputs.
+"""Classification by softmax with a "no object" class, or by independent sigmoids (focal loss).
 
-One object, given to head initialisation, matcher, criterion and post-processor, so that these can't disagree.
+One `Classification` object configures head, matcher, criterion and post-processor, so they always
+agree.
 """
 
 import math
@@ -12,14 +13,19 @@ from torch.nn import functional
 
 from util.settings import Settings
 
-PRIOR = 0.01  # initial probability of a focal output (Lin et al. 2017, section 4.1)
+PRIOR_PROB = 0.01  # initial probability of a focal output (Lin et al. 2017, section 4.1)
 
 
 @dataclass(frozen=True)
 class Classification:
-    """kind: `softmax` (one more output, the last, says "no object") or `focal`.
+    """The kind of classification, the number of classes and the weights of the matching cost.
 
-    num_classes: labels are 0 .. num_classes - 1. cost_*: weights of the three terms of the matching cost.
+    kind: `softmax` (one extra output, the last, for "no object") or `focal`.
+    num_classes: labels are 0 .. num_classes - 1.
+    cost_class, cost_bbox, cost_giou: weights of the matching cost, see `HungarianMatcher`.
+
+    Raises:
+        ValueError: unknown kind, or all costs are 0.
     """
 
     kind: str
@@ -34,35 +40,43 @@ class Classification:
             raise ValueError(f"classification must be softmax or focal, got {self.kind}")
         if self.cost_class == self.cost_bbox == self.cost_giou == 0:
             raise ValueError(
-                "all matching costs are 0: at least one of --set_cost_class, _bbox and _giou must be positive"
+                "all matching costs are 0: set at least one of --set_cost_class, --set_cost_bbox and "
+                "--set_cost_giou above 0"
             )
 
     @property
     def num_outputs(self) -> int:
+        """Width of the class head."""
         return self.num_classes + (self.kind == "softmax")
 
     def init_head(self, head: nn.Linear) -> None:
-        """Focal heads start at the prior probability; softmax heads keep the library's initial values."""
+        """Initialize the bias of a focal head; a softmax head keeps PyTorch's initial values."""
         if self.kind == "focal":
-            nn.init.constant_(head.bias, -math.log((1 - PRIOR) / PRIOR))
+            # sigmoid(bias) = PRIOR_PROB: otherwise the many negatives dominate the first steps.
+            nn.init.constant_(head.bias, -math.log((1 - PRIOR_PROB) / PRIOR_PROB))
 
     def class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cost of giving each query each label: logits [..., Q, C], labels int64 [..., N] -> [..., Q, N].
+        """Return the class term of the matching cost for every query and label.
 
-        Softmax: minus the probability (Carion et al. 2020, section 3.1). Focal: the loss as a positive minus the loss
-        as a negative, alpha 0.25 and gamma 2 as published, whatever the criterion's alpha.
+        logits: [..., Q, C]. labels: int64 [..., N]. Returns [..., Q, N].
+
+        Softmax: minus the probability (Carion et al. 2020, section 3.1). Focal: the focal loss as a
+        positive minus the focal loss as a negative. Its alpha is 0.25 and its gamma 2 as published,
+        independent of the criterion's `focal_alpha`.
         """
-        index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])
+        index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])  # [..., Q, N]
         if self.kind == "softmax":
-            return -logits.softmax(-1).gather(-1, index)
-        probability = logits.gather(-1, index).sigmoid()
+            return -logits.softmax(-1).gather(-1, index)  # [..., Q, N]
+
+        probability = logits.gather(-1, index).sigmoid()  # [..., Q, N]
+        # The published 1e-8 keeps the logarithms finite at saturated probabilities.
         negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
         positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
         return positive - negative
 
 
 def matching_costs(settings: Settings) -> dict[str, float]:
-    """The weights of the matching cost from the flags, for `Classification`."""
+    """Return the matching cost weights from the flags, as arguments of `Classification`."""
     return {
         "cost_class": settings.set_cost_class,
         "cost_bbox": settings.set_cost_bbox,
@@ -73,19 +87,20 @@ def matching_costs(settings: Settings) -> dict[str, float]:
 def sigmoid_focal_loss(
     logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0
 ) -> Tensor:
-    """Element-wise focal loss (Lin et al. 2017, equation 5); targets in {0, 1}, same shape. A negative alpha means no
-    weighting.
+    """Return the element-wise focal loss (Lin et al. 2017, equation 5), without reduction.
+
+    targets: 0 or 1, in the shape of `logits`. A negative `alpha` turns class weighting off.
     """
     probability = logits.sigmoid()
     cross_entropy = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p_true = probability * targets + (1 - probability) * (1 - targets)
-    loss = cross_entropy * (1 - p_true) ** gamma
+    p_t = probability * targets + (1 - probability) * (1 - targets)
+    loss = cross_entropy * (1 - p_t) ** gamma
     if alpha < 0:
         return loss
     return loss * (alpha * targets + (1 - alpha) * (1 - targets))
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) of values in [0, 1], with both terms kept at `eps` or more."""
+    """Return log(x / (1 - x)) of values in [0, 1]; x and 1 - x are clamped to at least `eps`."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

@@ -1,4 +1,7 @@
-"""Conditional DETR (Meng et al., ICCV 2021): cross-attention whose query has a content and a spatial half."""
+"""Conditional DETR (Meng et al., ICCV 2021): cross-attention with a content and a spatial query.
+
+Shapes: B images, Q queries, S memory tokens, D model width, H heads, L decoder layers.
+"""
 
 from typing import Any, cast
 
@@ -8,25 +11,25 @@ from torch import Tensor, nn
 from models.attention import ProjectedAttention
 from models.backbone import BackboneWithPositions
 from models.classification import Classification, inverse_sigmoid
-from models.detector import Memory, Queries, States, as_weights, without_autocast
-from models.detr import SingleScaleDetector, Transformer, build_encoder, detector_sizes
+from models.detector import Memory, Queries, States, to_weight_dtype, without_autocast
+from models.detr import SingleScaleDetector, Transformer, build_encoder, detector_kwargs
 from models.position_encoding import sine_embed_points
-from models.transformer import MLP, Block, clones
+from models.transformer import MLP, TransformerLayer, get_clones
 from util.errors import UserError
 from util.settings import Settings
 
 
 def concat_heads(a: Tensor, b: Tensor, num_heads: int) -> Tensor:
-    """Joins two tensors [B, S, D] head by head: [B, S, 2 D], head h holding (a_h, b_h)."""
-    a, b = (x.unflatten(-1, (num_heads, -1)) for x in (a, b))
-    return torch.cat([a, b], dim=-1).flatten(-2)
+    """Concatenate two tensors [B, S, D] head by head: [B, S, 2 D], head h is (a_h, b_h)."""
+    a, b = (x.unflatten(-1, (num_heads, -1)) for x in (a, b))  # [B, S, H, D / H] each
+    return torch.cat([a, b], dim=-1).flatten(-2)  # [B, S, H, 2 D / H] -> [B, S, 2 D]
 
 
-class ConditionalDecoderLayer(Block):
+class ConditionalDecoderLayer(TransformerLayer):
     """Self-attention, conditional cross-attention (section 3.3, equation 1), feed-forward; post-norm.
 
-    Only the first layer adds the query position to the content query and the key position to the content key, so only
-    the first has `ca_qpos_proj`.
+    Only the first layer adds the query position to the content query and the key position to the
+    content key, so only the first layer has `ca_qpos_proj`.
     """
 
     sa_qcontent_proj: nn.Linear
@@ -60,21 +63,28 @@ class ConditionalDecoderLayer(Block):
         memory: Memory,
         query_groups: int,
     ) -> Tensor:
-        """x, query_position and query_sine [B, Q, D] -> [B, Q, D]"""
+        """Decode one layer: x, query_position and query_sine [B, Q, D] -> [B, Q, D]."""
 
         def self_attention(y: Tensor) -> Tensor:
-            query = self.sa_qcontent_proj(y) + self.sa_qpos_proj(query_position)
-            key = self.sa_kcontent_proj(y) + self.sa_kpos_proj(query_position)
+            query = self.sa_qcontent_proj(y) + self.sa_qpos_proj(query_position)  # [B, Q, D]
+            key = self.sa_kcontent_proj(y) + self.sa_kpos_proj(query_position)  # [B, Q, D]
             return self.self_attn(query, key, self.sa_v_proj(y), query_groups=query_groups)
 
         def cross_attention(y: Tensor) -> Tensor:
-            query, key = self.ca_qcontent_proj(y), self.ca_kcontent_proj(memory.tokens)
-            key_position = self.ca_kpos_proj(memory.position)
+            query = self.ca_qcontent_proj(y)  # [B, Q, D]
+            key = self.ca_kcontent_proj(memory.tokens)  # [B, S, D]
+            key_position = self.ca_kpos_proj(memory.position)  # [B, S, D]
             if self.ca_qpos_proj is not None:
-                query, key = query + self.ca_qpos_proj(query_position), key + key_position
-            query = concat_heads(query, self.ca_qpos_sine_proj(query_sine), self.num_heads)
-            key = concat_heads(key, key_position, self.num_heads)
-            return self.cross_attn(query, key, self.ca_v_proj(memory.tokens), memory.padding_mask)
+                query = query + self.ca_qpos_proj(query_position)
+                key = key + key_position
+
+            # Concatenated per head, the dot product is content . content + spatial . spatial. Both
+            # terms share the scale 1 / sqrt(2 D / H).
+            query_spatial = self.ca_qpos_sine_proj(query_sine)  # [B, Q, D]
+            query = concat_heads(query, query_spatial, self.num_heads)  # [B, Q, 2 D]
+            key = concat_heads(key, key_position, self.num_heads)  # [B, S, 2 D]
+            value = self.ca_v_proj(memory.tokens)  # [B, S, D]
+            return self.cross_attn(query, key, value, memory.padding_mask)
 
         x = self.residual(x, self.norm1, self_attention)
         x = self.residual(x, self.norm2, cross_attention)
@@ -82,39 +92,51 @@ class ConditionalDecoderLayer(Block):
 
 
 class ConditionalDecoder(nn.Module):
+    """The decoder, and the reference point that each query predicts from its position."""
+
     def __init__(self, layer: ConditionalDecoderLayer, num_layers: int, dim: int) -> None:
         super().__init__()
-        self.layers: Any = clones(layer, num_layers)
+        self.layers: Any = get_clones(layer, num_layers)
         self.norm = nn.LayerNorm(dim)
         self.query_scale = MLP(dim, dim, dim, num_layers=2)
         self.ref_point_head = MLP(dim, dim, 2, num_layers=2)
         for later in self.layers[1:]:
             later.register_module("ca_qpos_proj", None)
         if num_layers == 1:
-            # Only layers after the first scale their spatial query; distributed training waits for every parameter's
-            # gradient.
+            # Only layers after the first use `query_scale`. Without them its weights get no gradient,
+            # and DDP would wait for one.
             self.query_scale.requires_grad_(False)
 
     def forward(
         self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
     ) -> tuple[Tensor, Tensor]:
-        """[B, Q, D] -> layers [L, B, Q, D] and reference points (x, y) [B, Q, 2] in [0, 1], the same for all layers."""
-        with without_autocast(x):  # half of a box's centre is predicted here
-            reference = self.ref_point_head(
-                as_weights(query_position, self.ref_point_head)
-            ).sigmoid()
-        sine = sine_embed_points(reference, x.shape[-1])
+        """Decode x and query_position [B, Q, D].
+
+        Returns the outputs of all layers [L, B, Q, D], and reference points (x, y) [B, Q, 2] in [0, 1]
+        that all layers share.
+        """
+        with without_autocast(x):  # the reference point is part of the box center: float32
+            position = to_weight_dtype(query_position, self.ref_point_head)
+            reference = self.ref_point_head(position).sigmoid()  # [B, Q, 2]
+        sine = sine_embed_points(reference, x.shape[-1])  # [B, Q, D]
+
         outputs = []
         for i, layer in enumerate(self.layers):
-            scaled = sine if i == 0 else sine * self.query_scale(x)
-            x = layer(x, query_position, scaled, memory, query_groups)
+            # Spatial query (section 3.3): the sinusoidal embedding of the reference point, scaled by a
+            # transformation of the previous layer's output before the shared norm. The first layer
+            # has no previous output and uses the embedding unscaled.
+            query_sine = sine if i == 0 else sine * self.query_scale(x)  # [B, Q, D]
+            x = layer(x, query_position, query_sine, memory, query_groups)  # [B, Q, D]
             outputs.append(self.norm(x))
-        return torch.stack(outputs), reference
+        return torch.stack(outputs), reference  # [L, B, Q, D], [B, Q, 2]
 
 
 class ConditionalDETR(SingleScaleDetector):
+    """DETR's encoder and heads with the conditional decoder."""
+
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        # Zero offsets: boxes start at their reference points with sides of sigmoid(0) = 0.5.
         last = cast(nn.Linear, self.bbox_embed.layers[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -127,24 +149,35 @@ class ConditionalDETR(SingleScaleDetector):
         return States(layers, [reference] * len(layers))
 
     def boxes(self, offsets: Tensor, states: States) -> Tensor:
-        """The box head predicts the centre relative to the reference point (section 3.2)."""
-        assert states.references is not None  # decode gives them
-        centre = offsets[..., :2] + inverse_sigmoid(torch.stack(states.references))
-        return torch.cat([centre, offsets[..., 2:]], dim=-1).sigmoid()
+        """Add the box head's output to the reference point, in logits (section 3.2).
+
+        offsets: [L, B, Q, 4]. Returns (cx, cy, w, h) in [0, 1], [L, B, Q, 4].
+        """
+        assert states.references is not None  # set by `decode`
+        references = inverse_sigmoid(torch.stack(states.references))  # [L, B, Q, 2]
+        center = offsets[..., :2] + references  # [L, B, Q, 2]
+        return torch.cat([center, offsets[..., 2:]], dim=-1).sigmoid()  # [L, B, Q, 4]
 
 
 def build(
     settings: Settings, backbone: BackboneWithPositions, classification: Classification
 ) -> ConditionalDETR:
+    """Build Conditional DETR.
+
+    Raises:
+        UserError: `--pre_norm`.
+    """
     if settings.pre_norm:
         raise UserError(
-            "--pre_norm: Conditional DETR is defined post-norm only (its spatial queries are scaled by normalised "
-            "decoder outputs, and no pre-norm weights exist): leave --pre_norm out or use --detector detr"
+            "--pre_norm: Conditional DETR is defined post-norm only (normalized decoder outputs scale "
+            "its spatial queries, and no pre-norm weights exist); remove --pre_norm or use "
+            "--detector detr"
         )
     layer = ConditionalDecoderLayer(
         settings.hidden_dim, settings.nheads, settings.dim_feedforward, settings.dropout
     )
-    transformer = Transformer(
-        build_encoder(settings), ConditionalDecoder(layer, settings.dec_layers, settings.hidden_dim)
-    )
-    return ConditionalDETR(backbone, transformer, classification, **detector_sizes(settings))
+    # This order fixes the random draws of the initial weights: layer, encoder, decoder.
+    encoder = build_encoder(settings)
+    decoder = ConditionalDecoder(layer, settings.dec_layers, settings.hidden_dim)
+    transformer = Transformer(encoder, decoder)
+    return ConditionalDETR(backbone, transformer, classification, **detector_kwargs(settings))

@@ -1,4 +1,11 @@
-"""The set-prediction loss: classes, boxes and features of matched pairs, all decoder layers as one batch."""
+"""The set prediction loss (Carion et al. 2020, section 3.1) and the losses of the pretext tasks.
+
+All decoder layers are matched and scored as one batch.
+
+Shapes: L decoder layers, B images, Q queries, C class outputs, F features, D embedding width, T targets
+of the whole batch, K matched pairs of all layers. Every layer has the same number of pairs, K / L: the
+sum of min(Q, targets) over the images.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -14,18 +21,15 @@ from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.distributed import all_reduce_sum, get_world_size
 from util.packed_targets import PackedTargets, Targets, pack_objects
 
-PROPOSAL_LOSSES = (
-    "labels",
-    "boxes",
-    "cardinality",
-)  # what of a detector's losses is scored on encoder proposals too
+# The losses that encoder proposals have too. They have no features or embeddings.
+PROPOSAL_LOSSES = ("labels", "boxes", "cardinality")
 
 
 class Losses(dict[str, Tensor]):
-    """What the criterion returns: name -> scalar, and what was matched for it.
+    """Losses by name, each a scalar, with the matches that they were computed from.
 
-    matches: of all decoder layers. proposal_matches: of the encoder proposals of a two-stage detector. num_pairs: what
-    `class_error` is a mean over, the matched pairs of the last decoder layer.
+    matches: of all decoder layers.
+    proposal_matches: of the encoder proposals of a two-stage detector, else None.
     """
 
     matches: Matches
@@ -33,43 +37,47 @@ class Losses(dict[str, Tensor]):
 
     @property
     def num_pairs(self) -> int:
+        """Matched pairs of the last decoder layer, over which `class_error` is a mean."""
         return self.matches.num_pairs
 
 
 @dataclass(kw_only=True)
-class _Batch:
-    """Stacked predictions of L layers, their matches and the matched targets. K pairs, layer by layer."""
+class _MatchedBatch:
+    """Stacked predictions of all layers, their matches and the targets."""
 
     logits: Tensor  # [L, B, Q, C]
     boxes: Tensor  # [L, B, Q, 4], (cx, cy, w, h)
     matches: Matches
-    labels: Tensor  # [T], all targets of the batch
-    true_boxes: Tensor  # [T, 4], (cx, cy, w, h)
-    num_boxes: Tensor | float
-    counts: list[int]
-    outputs: list[dict]
+    labels: Tensor  # [T]
+    target_boxes: Tensor  # [T, 4], (cx, cy, w, h)
+    num_boxes: Tensor | float  # normalizer of the losses, see `SetCriterion._num_boxes`
+    counts: list[int]  # targets of each image
+    outputs: list[dict]  # model outputs of each layer, the last layer last
 
-    def per_layer(self, values: Tensor) -> Tensor:
-        """[K] -> sums [L]"""
-        return values.reshape(len(self.logits), -1).sum(1)
+    def sum_per_layer(self, values: Tensor) -> Tensor:
+        """Sum the values of matched pairs per layer: [K] -> [L]."""
+        return values.reshape(len(self.logits), -1).sum(1)  # [L, K / L] -> [L]
 
 
 class SetCriterion(nn.Module):
-    """Matches predictions to targets and computes the named losses of every decoder layer.
+    """Match predictions to targets and compute the losses of every decoder layer.
 
-    The last layer's losses have plain names, those of earlier layers the suffix `_0`, `_1`, ... Each is a scalar
-    connected to the graph even where there is nothing to match, so that processes without targets take part in every
-    collective. Encoder proposals (`enc_outputs`) are matched and scored in a second pass, without regard to classes:
-    every target has label 0. Their losses have the suffix `_enc` (Zhu et al. 2021, appendix A.4).
+    Losses of the last layer have plain names, those of earlier layers the suffix `_0`, `_1`, ...
+    Each loss is a scalar that is connected to the graph even without any target, so that all ranks
+    have gradients for the same parameters.
+
+    Encoder proposals (`enc_outputs`) are matched and scored in a second pass that ignores classes:
+    every target gets label 0. Their losses have the suffix `_enc` (Zhu et al. 2021, appendix A.4).
 
     Args:
-        weight_dict: name -> weight in the total; names without weight are logged only.
-        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding`, `global_contrast` are
-            computed.
-        eos_coef: weight of "no object" in softmax classification.
+        weight_dict: name -> weight in the total loss. Values without a weight are only logged.
+        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding` and
+            `global_contrast` to compute.
+        eos_coef: class weight of "no object" in softmax classification.
         focal_alpha: weight of positives in focal classification.
-        reproduce_published: log the published cardinality error with focal outputs, which counts queries whose best
-            class is not the last one; by default it counts queries with a score above one half.
+        reproduce_published: for focal outputs log the published cardinality error, which counts
+            queries whose best class is not the last one. By default it counts queries with a score
+            above 0.5.
     """
 
     def __init__(
@@ -86,214 +94,241 @@ class SetCriterion(nn.Module):
         self.classification, self.weight_dict, self.losses = classification, weight_dict, losses
         self.focal_alpha, self.reproduce_published = focal_alpha, reproduce_published
         self.matcher = HungarianMatcher(classification)
-        class_weight = torch.ones(classification.num_outputs)
+
+        class_weight = torch.ones(classification.num_outputs)  # [C]
         if classification.kind == "softmax":
             class_weight[-1] = eos_coef
         self.empty_weight: Tensor
+        # Not persistent: published checkpoints have no buffer of the criterion.
         self.register_buffer("empty_weight", class_weight, persistent=False)
 
     def forward(self, outputs: dict, targets: Targets) -> Losses:
-        """Losses by name, each a scalar.
+        """Compute the losses.
 
         Args:
-            outputs: see `Detector.forward`, with `pred_features` and `target_features` for the loss `features`.
-            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or in a list of dicts.
+            outputs: see `Detector.forward`. The loss `features` also needs `pred_features` of every
+                layer and `target_features`, `object_embedding` needs both of the last layer, and
+                `global_contrast` needs `projections` and `predictions`.
+            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a list
+                of dicts.
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
         """
         targets = pack_objects(targets)
-        num_boxes = self._num_boxes(sum(targets.rows["labels"]), outputs["pred_logits"].device)
-        losses = self._score(self.losses, outputs, targets, num_boxes)
+        num_boxes = self._num_boxes(sum(targets.counts["labels"]), outputs["pred_logits"].device)
+        losses = self._compute_losses(self.losses, outputs, targets, num_boxes)
+
         if "enc_outputs" in outputs:
             names = [name for name in self.losses if name in PROPOSAL_LOSSES]
-            no_classes = {**targets.tensors, "labels": torch.zeros_like(targets.tensors["labels"])}
-            scored = self._score(
-                names, outputs["enc_outputs"], replace(targets, tensors=no_classes), num_boxes
+            labels = torch.zeros_like(targets.tensors["labels"])  # [T]
+            class_agnostic = replace(targets, tensors={**targets.tensors, "labels": labels})
+            proposal_losses = self._compute_losses(
+                names, outputs["enc_outputs"], class_agnostic, num_boxes
             )
-            scored.pop("class_error", None)
-            losses.update({f"{name}_enc": value for name, value in scored.items()})
-            losses.proposal_matches = scored.matches
+            proposal_losses.pop("class_error", None)  # meaningless with a single label
+            losses.update({f"{name}_enc": value for name, value in proposal_losses.items()})
+            losses.proposal_matches = proposal_losses.matches
         return losses
 
-    def _score(
+    def _compute_losses(
         self, names: Iterable[str], outputs: dict, targets: PackedTargets, num_boxes: Tensor | float
     ) -> Losses:
-        batch, losses = self._prepare(outputs, targets, num_boxes), Losses()
+        batch = self._match_layers(outputs, targets, num_boxes)
+        losses = Losses()
         losses.matches = batch.matches
         for name in names:
             losses.update(getattr(self, f"loss_{name}")(batch))
         return losses
 
-    def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum that is minimised."""
+    def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses, which training minimizes."""
         weighted = [
             losses[name] * weight for name, weight in self.weight_dict.items() if name in losses
         ]
         return sum(weighted[1:], weighted[0])
 
-    def _prepare(self, outputs: dict, targets: PackedTargets, num_boxes: Tensor | float) -> _Batch:
+    def _match_layers(
+        self, outputs: dict, targets: PackedTargets, num_boxes: Tensor | float
+    ) -> _MatchedBatch:
         layers = [*outputs.get("aux_outputs", []), outputs]
-        logits = full_precision(torch.stack([layer["pred_logits"] for layer in layers]))
-        boxes = full_precision(torch.stack([layer["pred_boxes"] for layer in layers]))
-        return _Batch(
+        logits = torch.stack([layer["pred_logits"] for layer in layers])  # [L, B, Q, C]
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers])  # [L, B, Q, 4]
+        logits, boxes = full_precision(logits), full_precision(boxes)
+        return _MatchedBatch(
             logits=logits,
             boxes=boxes,
             matches=self.matcher(logits, boxes, targets),
             labels=targets.tensors["labels"],
-            true_boxes=targets.tensors["boxes"].to(boxes.dtype),
+            target_boxes=targets.tensors["boxes"].to(boxes.dtype),
             num_boxes=num_boxes,
-            counts=targets.rows["labels"],
+            counts=targets.counts["labels"],
             outputs=layers,
         )
 
     def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
-        """Targets a process, at least 1; averaged over the processes in training (in evaluation these may have
-        different batches).
+        """Return the number of targets, at least 1; in training the mean over ranks.
+
+        DDP averages gradients, so each rank divides by the mean count. In evaluation ranks may have
+        different numbers of batches, and a collective would hang.
         """
         if get_world_size() == 1 or not self.training:
             return float(max(count, 1))
-        total = all_reduce_sum(
-            torch.full((1,), float(count), device=device)
-        )  # filled there: a copy would make the host wait
+        # `full` on the device: copying a host tensor would make the host wait.
+        total = all_reduce_sum(torch.full((1,), float(count), device=device))
         return (total / get_world_size()).clamp(min=1)[0]
 
     @staticmethod
-    def _named(name: str, values: Tensor) -> dict[str, Tensor]:
-        """Values [L] -> the published names: a suffix for all layers but the last."""
+    def _name_by_layer(name: str, values: Tensor) -> dict[str, Tensor]:
+        """Name values [L] as published: all layers but the last get their index as suffix."""
         last = len(values) - 1
         return {
             name if layer == last else f"{name}_{layer}": value
             for layer, value in enumerate(values.unbind())
         }
 
-    def loss_labels(self, batch: _Batch) -> dict[str, Tensor]:
-        """Classification over all queries; `class_error` (%) of the last layer's matched queries is for the log."""
-        num_layers, outputs = len(batch.logits), batch.logits.shape[-1]
-        flat = batch.logits.flatten(0, 2)
-        background = outputs - 1 if self.classification.kind == "softmax" else outputs
-        classes = torch.full(flat.shape[:1], background, dtype=torch.int64, device=flat.device)
-        classes[batch.matches.source] = batch.labels[batch.matches.target]
-        if self.classification.kind == "softmax":
-            weight = self.empty_weight.to(flat.dtype)
-            nll = functional.cross_entropy(flat, classes, weight, reduction="none").view(
-                num_layers, -1
-            )
-            values = nll.sum(1) / weight[classes].view(num_layers, -1).sum(1)
+    def loss_labels(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """Classification loss of all queries; unmatched queries are "no object".
+
+        Also returns `class_error`, the percentage of wrong classes among the matched queries of the
+        last layer, for the log.
+        """
+        num_layers, num_outputs = len(batch.logits), batch.logits.shape[-1]
+        softmax = self.classification.kind == "softmax"
+        # The last softmax output is "no object". Focal outputs have none: class C is one past the
+        # end, and its one-hot column is cut off.
+        no_object = num_outputs - 1 if softmax else num_outputs
+
+        logits = batch.logits.flatten(0, 2)  # [L * B * Q, C]
+        classes = torch.full(logits.shape[:1], no_object, dtype=torch.int64, device=logits.device)
+        classes[batch.matches.source] = batch.labels[batch.matches.target]  # [L * B * Q] from [K]
+
+        if softmax:
+            weight = self.empty_weight.to(logits.dtype)  # [C]
+            nll = functional.cross_entropy(logits, classes, weight, reduction="none")
+            nll = nll.view(num_layers, -1)  # [L, B * Q]
+            # As in DETR, a weighted mean over queries, not a sum over `num_boxes`.
+            values = nll.sum(1) / weight[classes].view(num_layers, -1).sum(1)  # [L]
         else:
-            one_hot = functional.one_hot(classes, outputs + 1)[:, :-1].to(flat.dtype)
-            values = (
-                sigmoid_focal_loss(flat, one_hot, self.focal_alpha).view(num_layers, -1).sum(1)
-                / batch.num_boxes
-            )
-        return {**self._named("loss_ce", values), "class_error": self._class_error(batch)}
-
-    @torch.no_grad()
-    def _class_error(self, batch: _Batch) -> Tensor:
-        pairs = batch.matches.num_pairs
-        if pairs == 0:
-            return batch.logits.new_full((), 100.0)  # a fill, which the host does not wait for
-        source, target = batch.matches.source[-pairs:], batch.matches.target[-pairs:]
-        right = batch.logits.flatten(0, 2)[source].argmax(-1) == batch.labels[target]
-        return 100 - 100 * right.to(batch.logits.dtype).mean()
-
-    def loss_boxes(self, batch: _Batch) -> dict[str, Tensor]:
-        """L1 of the normalised (cx, cy, w, h) and 1 - generalised IoU of matched pairs, over the number of boxes."""
-        predicted = batch.boxes.flatten(0, 2)[batch.matches.source]
-        true = batch.true_boxes[batch.matches.target]
-        l1 = (predicted - true).abs().sum(1)
-        giou = paired_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(true))
+            one_hot = functional.one_hot(classes, num_outputs + 1)  # [L * B * Q, C + 1]
+            one_hot = one_hot[:, :-1].to(logits.dtype)  # [L * B * Q, C]
+            loss = sigmoid_focal_loss(logits, one_hot, self.focal_alpha)  # [L * B * Q, C]
+            # The published mean over queries, times their number, is this sum.
+            values = loss.view(num_layers, -1).sum(1) / batch.num_boxes  # [L]
         return {
-            **self._named("loss_bbox", batch.per_layer(l1) / batch.num_boxes),
-            **self._named("loss_giou", batch.per_layer(1 - giou) / batch.num_boxes),
+            **self._name_by_layer("loss_ce", values),
+            "class_error": self._class_error(batch),
         }
 
     @torch.no_grad()
-    def loss_cardinality(self, batch: _Batch) -> dict[str, Tensor]:
-        """Mean over images of |queries that report an object - targets|; for the log."""
+    def _class_error(self, batch: _MatchedBatch) -> Tensor:
+        pairs = batch.matches.num_pairs  # K / L
+        if pairs == 0:
+            return batch.logits.new_full((), 100.0)  # filled on the device, the host does not wait
+
+        # Pairs are stored layer by layer: the last K / L belong to the last layer.
+        source, target = batch.matches.source[-pairs:], batch.matches.target[-pairs:]  # [K / L]
+        predicted = batch.logits.flatten(0, 2)[source].argmax(-1)  # [K / L]
+        correct = predicted == batch.labels[target]  # [K / L]
+        return 100 - 100 * correct.to(batch.logits.dtype).mean()
+
+    def loss_boxes(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """L1 of the normalized (cx, cy, w, h) and 1 - GIoU of matched pairs, over the number of boxes."""
+        predicted = batch.boxes.flatten(0, 2)[batch.matches.source]  # [K, 4]
+        target = batch.target_boxes[batch.matches.target]  # [K, 4]
+        l1 = (predicted - target).abs().sum(1)  # [K]
+        giou = paired_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(target))  # [K]
+        return {
+            **self._name_by_layer("loss_bbox", batch.sum_per_layer(l1) / batch.num_boxes),
+            **self._name_by_layer("loss_giou", batch.sum_per_layer(1 - giou) / batch.num_boxes),
+        }
+
+    @torch.no_grad()
+    def loss_cardinality(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """Mean over images of |queries that predict an object - targets|, for the log."""
         if self.classification.kind == "softmax" or self.reproduce_published:
-            reports = batch.logits.argmax(-1) != batch.logits.shape[-1] - 1
+            is_object = batch.logits.argmax(-1) != batch.logits.shape[-1] - 1  # [L, B, Q]
         else:
-            reports = batch.logits.amax(-1) > 0
-        counts = torch.tensor(batch.counts).to(batch.logits.device, non_blocking=True)
-        error = (reports.sum(-1) - counts).abs().to(batch.logits.dtype).mean(-1)
-        return self._named("cardinality_error", error)
+            is_object = batch.logits.amax(-1) > 0  # [L, B, Q]; sigmoid(0) = 0.5
+        counts = torch.tensor(batch.counts).to(batch.logits.device, non_blocking=True)  # [B]
+        error = (is_object.sum(-1) - counts).abs()  # [L, B]
+        return self._name_by_layer("cardinality_error", error.to(batch.logits.dtype).mean(-1))
 
-    def loss_features(self, batch: _Batch) -> dict[str, Tensor]:
-        """Squared distance of the normalised predicted and target feature of matched pairs, 2 - 2 cos, over the number
-        of boxes.
+    def loss_features(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """Squared distance of the normalized predicted and target features of matched pairs.
 
-        Dai et al. 2021, equation 4. `target_features` [T, F] stands in the order of the targets.
+        Equals 2 - 2 cos, summed over pairs and divided by the number of boxes (Dai et al. 2021,
+        equation 4). `target_features` [T, F] are in the order of the targets.
         """
-        predicted = full_precision(
-            torch.stack([layer["pred_features"] for layer in batch.outputs])
-        ).flatten(0, 2)
-        true = full_precision(batch.outputs[-1]["target_features"])
-        predicted = functional.normalize(predicted[batch.matches.source], dim=1)
-        true = functional.normalize(true, dim=1)[batch.matches.target]
-        distance = (predicted - true).square().sum(1)
-        return self._named("loss_feature", batch.per_layer(distance) / batch.num_boxes)
+        features = torch.stack([layer["pred_features"] for layer in batch.outputs])  # [L, B, Q, F]
+        predicted = full_precision(features).flatten(0, 2)[batch.matches.source]  # [K, F]
+        predicted = functional.normalize(predicted, dim=1)
+        target = full_precision(batch.outputs[-1]["target_features"])  # [T, F]
+        target = functional.normalize(target, dim=1)[batch.matches.target]  # [K, F]
 
-    def loss_object_embedding(self, batch: _Batch) -> dict[str, Tensor]:
-        """Mean L1 distance, over pairs and channels, of predicted and target embeddings of the last layer's matched
-        pairs; 0 without pairs.
+        distance = (predicted - target).square().sum(1)  # [K]
+        return self._name_by_layer("loss_feature", batch.sum_per_layer(distance) / batch.num_boxes)
 
-        Bar et al. 2022, section 3.2. `target_features` [T, F] stands in the order of the targets.
+    def loss_object_embedding(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """Mean L1 distance, over pairs and channels, of predicted and target object embeddings.
+
+        Last decoder layer only; 0 without pairs (Bar et al. 2022, section 3.2). `target_features`
+        [T, F] are in the order of the targets.
         """
-        outputs, layers = batch.outputs[-1], len(batch.logits)
-        pairs = batch.matches.num_pairs
-        first = (
-            (layers - 1) * batch.logits.shape[1] * batch.logits.shape[2]
-        )  # of the last layer's queries among all
-        source, target = (
-            index[pairs * (layers - 1) :] for index in (batch.matches.source, batch.matches.target)
-        )
-        predicted = full_precision(outputs["pred_features"]).flatten(0, 1)[source - first]
+        outputs = batch.outputs[-1]
+        num_layers, num_images, num_queries = batch.logits.shape[:3]
+        # Pairs are stored layer by layer: the last K / L belong to the last layer.
+        last_pairs = slice(batch.matches.num_pairs * (num_layers - 1), None)
+        source = batch.matches.source[last_pairs]  # [K / L]
+        target = batch.matches.target[last_pairs]  # [K / L]
+
+        # `source` counts the queries of all layers, the prediction has those of the last layer alone.
+        first_query = (num_layers - 1) * num_images * num_queries
+        features = full_precision(outputs["pred_features"]).flatten(0, 1)  # [B * Q, F]
+        predicted = features[source - first_query]  # [K / L, F]
         distance = (predicted - full_precision(outputs["target_features"])[target]).abs()
         return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
 
-    def loss_global_contrast(self, batch: _Batch) -> dict[str, Tensor]:
-        """2 - 2 cos of each view's prediction and the other view's projection, which is a constant to it; mean over all
-        views.
+    def loss_global_contrast(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """2 - 2 cos of each view's prediction and the other view's projection, mean over all views.
 
-        Chen and He 2021, equations 1 to 4, times two. Also for the log: `projection_std`, the standard deviation over
-        the views of normalised projections, mean over channels. It is about 1 / sqrt(channels) where they are spread, 0
-        where they have collapsed.
+        Projections are constants, no gradient flows into them (Chen and He 2021, equations 1 to 4,
+        times two). Also returns `projection_std` for the log: the standard deviation over the views of
+        normalized projections, mean over channels. It is about 1 / sqrt(D) if they are spread out and
+        0 if they have collapsed.
         """
         outputs = batch.outputs[-1]
-        projected = functional.normalize(full_precision(outputs["projections"]).detach(), dim=1)
-        predicted = functional.normalize(full_precision(outputs["predictions"]), dim=1)
-        distance = 2 - 2 * (predicted * projected.roll(len(projected) // 2, 0)).sum(1)
+        projected = full_precision(outputs["projections"]).detach()  # [B, D], the images are views
+        projected = functional.normalize(projected, dim=1)
+        predicted = functional.normalize(full_precision(outputs["predictions"]), dim=1)  # [B, D]
+        # View 1 of all images, then view 2: rolled by half, each row meets its other view.
+        other_view = projected.roll(len(projected) // 2, 0)  # [B, D]
+        distance = 2 - 2 * (predicted * other_view).sum(1)  # [B]
         return {
             "loss_enc_global_contra": distance.mean(),
-            "projection_std": self._spread(projected),
+            "projection_std": self._std_over_batch(projected),
         }
 
     @torch.no_grad()
-    def _spread(self, x: Tensor) -> Tensor:
-        """Standard deviation over the rows of [N, C] of all processes, mean over channels."""
-        sums = torch.cat([x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)])
-        if self.training:  # as in `_num_boxes`
+    def _std_over_batch(self, x: Tensor) -> Tensor:
+        """Return the standard deviation over the rows of [N, D] of all ranks, mean over channels."""
+        # Count, sums and sums of squares in one tensor: a single collective.
+        sums = torch.cat([x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)])  # [1 + 2 D]
+        if self.training:  # in evaluation ranks may have different numbers of batches
             all_reduce_sum(sums)
-        mean, square = (sums[1:] / sums[0]).chunk(2)
-        return (square - mean.square()).clamp(min=0).sqrt().mean()
+        mean, square = (sums[1:] / sums[0]).chunk(2)  # [D] each
+        variance = (square - mean.square()).clamp(min=0)  # rounding can go below 0
+        return variance.sqrt().mean()
 
 
-def expand_weights(
+def expand_weight_dict(
     weights: dict[str, float], num_aux_layers: int, proposals: bool = False
 ) -> dict[str, float]:
-    """The weights of the last layer, and the same for each earlier one with its suffix, and for the losses of encoder
-    proposals.
-    """
+    """Add the weights of earlier layers (suffix `_0`, ...) and of encoder proposals (`_enc`)."""
     expanded = dict(weights)
     for layer in range(num_aux_layers):
         expanded.update({f"{name}_{layer}": weight for name, weight in weights.items()})
     if proposals:
-        expanded.update(
-            {
-                f"{name}_enc": weights[name]
-                for name in ("loss_ce", "loss_bbox", "loss_giou")
-                if name in weights
-            }
-        )
+        names = [name for name in ("loss_ce", "loss_bbox", "loss_giou") if name in weights]
+        expanded.update({f"{name}_enc": weights[name] for name in names})
     return expanded

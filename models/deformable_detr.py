@@ -1,4 +1,9 @@
-"""Deformable DETR (Zhu et al., ICLR 2021): one or several maps, iterative box refinement, and the two-stage variant."""
+"""Deformable DETR (Zhu et al., ICLR 2021), single-scale and multi-scale, with iterative bounding box
+refinement and the two-stage variant.
+
+Shapes: B images, Q queries, D model width, L levels (feature maps), S tokens of all levels, N decoder
+layers, C class outputs, h x w size of a feature map.
+"""
 
 import math
 from typing import Any
@@ -17,27 +22,39 @@ from models.deformable_transformer import (
     DeformableMemory,
     DeformableTransformer,
     apply_box_deltas,
-    cell_proposals,
-    embed_boxes,
-    valid_size,
+    initial_proposals,
+    sine_embed_boxes,
+    valid_size_wh,
 )
-from models.detector import Detector, Queries, States, as_weights, flatten_map, without_autocast
-from models.ms_deform_attn import choose
-from models.transformer import MLP, clones
+from models.detector import (
+    Detector,
+    Queries,
+    States,
+    flatten_map,
+    to_weight_dtype,
+    without_autocast,
+)
+from models.ms_deform_attn import select_implementation
+from models.transformer import MLP, get_clones
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 from util.settings import Settings
 
 
 class DeformableDETR(Detector):
-    """Attributes stand in the published order, on which the state of a published optimizer depends.
+    """Deformable DETR.
 
-    `class_embed` and `bbox_embed` have one head for each decoder layer (the same one, unless boxes are refined), and in
-    a two-stage model one more for the encoder's proposals.
+    `class_embed` and `bbox_embed` list one head per decoder layer, and in a two-stage model one more
+    for the encoder proposals. Without box refinement all decoder layers share one head.
+
+    Attributes are assigned in the published order: a published optimizer state addresses parameters
+    by index.
 
     Args:
-        num_levels: maps that are read. The backbone gives its last ones; each further map has half the size of the one
-            before it.
+        num_levels: number of feature maps. The last ones of the backbone come first; each further map
+            has half the size of the one before.
+        with_box_refine: every decoder layer refines the boxes of the layer before (section 4.2).
+        two_stage: queries come from encoder proposals (section 4.2).
     """
 
     def __init__(
@@ -56,28 +73,26 @@ class DeformableDETR(Detector):
         super().__init__()
         self.transformer = transformer
         num_layers = len(transformer.decoder.layers)
-        class_head, box_head = (
-            nn.Linear(hidden_dim, classification.num_outputs),
-            MLP(hidden_dim, hidden_dim, 4, num_layers=3),
-        )
+        class_head = nn.Linear(hidden_dim, classification.num_outputs)
+        box_head = MLP(hidden_dim, hidden_dim, 4, num_layers=3)
         classification.init_head(class_head)
         nn.init.zeros_(box_head.layers[-1].weight)
         nn.init.zeros_(box_head.layers[-1].bias)
-        self.class_embed = _heads(class_head, num_layers, with_box_refine, two_stage)
-        self.bbox_embed = _heads(box_head, num_layers, with_box_refine, two_stage)
+
+        self.class_embed = _build_heads(class_head, num_layers, with_box_refine, two_stage)
+        self.bbox_embed = _build_heads(box_head, num_layers, with_box_refine, two_stage)
+        # One table of position and content, [Q, 2 D].
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * hidden_dim)
-        self.input_proj = _input_projections(backbone[0].num_channels, hidden_dim, num_levels)
+        num_channels = backbone[0].num_channels
+        self.input_proj = _build_input_projections(num_channels, hidden_dim, num_levels)
         self.backbone = backbone
-        self.num_queries, self.hidden_dim, self.aux_loss, self.two_stage = (
-            num_queries,
-            hidden_dim,
-            aux_loss,
-            two_stage,
-        )
+
+        self.num_queries, self.hidden_dim = num_queries, hidden_dim
+        self.aux_loss, self.two_stage = aux_loss, two_stage
         self.classification = classification
-        if (
-            not two_stage
-        ):  # boxes start with a side of sigmoid(-2) = 0.12 of the image, proposals with their own
+        if not two_stage:
+            # Boxes start with sides of sigmoid(-2) = 0.12 of the image. With refinement only those of
+            # the first layer do, the others start from the layer before. Proposals have their own size.
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
         if with_box_refine:
             transformer.decoder.bbox_embed = self.bbox_embed
@@ -88,138 +103,167 @@ class DeformableDETR(Detector):
         features = self.backbone(samples)
         maps = self._project(features, samples)
         shapes = [(x.tensor.shape[-2], x.tensor.shape[-1]) for x in maps]
-        tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)
+
+        tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)  # [B, S, D]
+        # The level embedding tells apart cells of different levels at the same position (section 4.1).
+        level_embed = self.transformer.level_embed  # [L, D]
         position = torch.cat(
-            [
-                flatten_map(x.position) + level
-                for x, level in zip(maps, self.transformer.level_embed, strict=True)
-            ],
-            1,
-        )
-        padding_mask = torch.cat([x.mask.flatten(1) for x in maps], 1) if samples.padded else None
-        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32)
-        valid_sizes = torch.stack([valid_size(x.mask) for x in maps], 1)
+            [flatten_map(x.position) + level for x, level in zip(maps, level_embed, strict=True)], 1
+        )  # [B, S, D]
+        padding_mask = None
+        if samples.padded:
+            padding_mask = torch.cat([x.mask.flatten(1) for x in maps], 1)  # [B, S]
+
+        sizes_wh = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32)
         memory = DeformableMemory(
             features,
             tokens=tokens,
             position=position,
             padding_mask=padding_mask,
             shapes=shapes,
-            sizes=sizes.to(tokens.device, non_blocking=True),
-            valid_sizes=valid_sizes,
+            sizes_wh=sizes_wh.to(tokens.device, non_blocking=True),  # [L, 2]
+            valid_sizes_wh=torch.stack([valid_size_wh(x.mask) for x in maps], 1),  # [B, L, 2]
         )
-        memory.tokens = self.transformer.encoder(memory)
+        memory.tokens = self.transformer.encoder(memory)  # [B, S, D]
         return memory
 
     def _project(self, features: list[FeatureMap], samples: NestedTensor) -> list[FeatureMap]:
-        """All levels at model width. The first map beyond the backbone's is made of its last one, the next ones of the
-        one before.
+        """Project all levels to the model width.
+
+        The first level beyond the backbone's reads the backbone's last map, before any projection. Each
+        further one reads the level before.
         """
-        maps = []
+        maps: list[FeatureMap] = []
         for level, projection in enumerate(self.input_proj):
             if level < len(features):
                 source = features[level]
-                maps.append(FeatureMap(projection(source.tensor), source.mask, source.position))
+                projected = projection(source.tensor)  # [B, D, h, w]
+                maps.append(FeatureMap(projected, source.mask, source.position))
                 continue
-            x = projection(features[-1].tensor if level == len(features) else maps[-1].tensor)
-            mask = resize_mask(samples.mask, x.shape[-2:])
-            maps.append(FeatureMap(x, mask, self.backbone[1](mask).to(x.dtype)))
+            source = features[-1] if level == len(features) else maps[-1]
+            projected = projection(source.tensor)  # [B, D, h / 2, w / 2], rounded up
+            mask = resize_mask(samples.mask, projected.shape[-2:])
+            position = self.backbone[1](mask).to(projected.dtype)
+            maps.append(FeatureMap(projected, mask, position))
         return maps
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-        """
+        """See `Detector.kernels`.
+
         Raises:
-            UserError: the implementation that was asked for can't run there.
+            UserError: the requested implementation cannot run on this device.
         """
         layer = self.transformer.decoder.layers[0]
-        deformable = choose(layer.cross_attn.implementation, device, dtype)
+        deformable = select_implementation(layer.cross_attn.implementation, device, dtype)
         return {"deformable attention": deformable, **layer.self_attn.kernels(device, dtype)}
 
     def learned_queries(self, batch: int, count: int | None = None) -> Queries:
-        """Raises ValueError in a two-stage model, which has none."""
+        """Return the learned queries, see `Detector.learned_queries`.
+
+        Raises:
+            ValueError: a two-stage model, which has none.
+        """
         if self.query_embed is None:
             raise ValueError("a two-stage detector has no learned queries")
-        position, content = self.query_embed.weight[:count].expand(batch, -1, -1).chunk(2, dim=-1)
+        table = self.query_embed.weight[:count].expand(batch, -1, -1)  # [B, Q, 2 D]
+        position, content = table.chunk(2, dim=-1)  # [B, Q, D] each; position first, as published
         return Queries(position, content)
 
-    def decode(  # type: ignore[override]  # it takes what its own `encode` gives
+    def decode(  # type: ignore[override]  # needs the memory of its own `encode`
         self, memory: DeformableMemory, queries: Queries | None = None, query_groups: int = 1
     ) -> States:
-        """Raises ValueError when a two-stage model is given queries."""
+        """Decode queries against the memory, see `Detector.decode`.
+
+        Raises:
+            ValueError: queries are given to a two-stage model.
+        """
         proposals = None
         if self.two_stage:
             if queries is not None:
                 raise ValueError("a two-stage detector makes its own queries")
-            queries, references, proposals = self._propose(memory)
+            queries, references, proposals = self._select_proposals(memory)
         else:
             queries = queries or self.learned_queries(memory.tokens.shape[0])
             with without_autocast(memory.tokens):
-                points = self.transformer.reference_points
-                references = points(as_weights(queries.position, points)).sigmoid()
+                head = self.transformer.reference_points
+                references = head(to_weight_dtype(queries.position, head)).sigmoid()  # [B, Q, 2]
+
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content
-        layers, references = self.transformer.decoder(
+        layers, layer_references = self.transformer.decoder(
             content, queries.position, references, memory, query_groups
-        )
-        return States(layers, references, proposals)
+        )  # [N, B, Q, D], N x [B, Q, 2 or 4]
+        return States(layers, layer_references, proposals)
 
-    def _propose(self, memory: DeformableMemory) -> tuple[Queries, Tensor, dict[str, Tensor]]:
-        """Queries and references [B, Q, 4] of the tokens that score best, and the predictions of all tokens for their
-        loss.
+    def _select_proposals(
+        self, memory: DeformableMemory
+    ) -> tuple[Queries, Tensor, dict[str, Tensor]]:
+        """Build queries and reference boxes [B, Q, 4] from the tokens with the highest scores.
 
-        The first class output is the score, whatever the classes (published). Small images have fewer tokens than
-        queries: then all are taken.
+        Also returns `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of all tokens, for their loss.
+        As published, the score is the first class output: the criterion gives every target of the
+        proposals label 0. An image with fewer tokens than queries uses all its tokens.
         """
         transformer = self.transformer
         with without_autocast(memory.tokens):
-            start, valid = cell_proposals(memory)
-            tokens = transformer.enc_output(
-                as_weights(memory.tokens, transformer).masked_fill(~valid[..., None], 0.0)
-            )
-            tokens = transformer.enc_output_norm(tokens)
-            logits, box_logits = self.class_embed[-1](tokens), self.bbox_embed[-1](tokens) + start
-            best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
-            references = box_logits.detach().gather(1, best[..., None].expand(-1, -1, 4)).sigmoid()
-            embedded = as_weights(embed_boxes(references, self.hidden_dim), transformer.pos_trans)
-            code = transformer.pos_trans_norm(transformer.pos_trans(embedded))
-        return (
-            Queries(*code.chunk(2, dim=-1)),
-            references,
-            {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()},
-        )
+            box_priors, valid = initial_proposals(memory)  # logits [B, S, 4], bool [B, S]
+            tokens = to_weight_dtype(memory.tokens, transformer)
+            tokens = tokens.masked_fill(~valid[..., None], 0.0)  # [B, S, D]
+            tokens = transformer.enc_output_norm(transformer.enc_output(tokens))
+            logits = self.class_embed[-1](tokens)  # [B, S, C]
+            box_logits = self.bbox_embed[-1](tokens) + box_priors  # [B, S, 4]
+
+            num_selected = min(self.num_queries, logits.shape[1])
+            best = logits[..., 0].topk(num_selected, dim=1).indices  # [B, Q]
+            index = best[..., None].expand(-1, -1, 4)  # [B, Q, 4]
+            # Detached: the proposals learn from their own loss only.
+            references = box_logits.detach().gather(1, index).sigmoid()  # [B, Q, 4]
+
+            embedded = sine_embed_boxes(references, self.hidden_dim)  # [B, Q, 2 D]
+            embedded = to_weight_dtype(embedded, transformer.pos_trans)
+            embedded = transformer.pos_trans_norm(transformer.pos_trans(embedded))  # [B, Q, 2 D]
+            position, content = embedded.chunk(2, dim=-1)  # [B, Q, D] each
+        proposals = {"pred_logits": logits, "pred_boxes": box_logits.sigmoid()}
+        return Queries(position, content), references, proposals
 
     def predict(self, states: States) -> dict:
-        """In a two-stage model also `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of the encoder's
-        tokens.
+        """Predict classes and boxes of all decoder layers.
+
+        A two-stage model also returns `enc_outputs`: `pred_logits` [B, S, C] and `pred_boxes`
+        [B, S, 4] of the encoder's tokens.
         """
         assert states.references is not None
-        layers = as_weights(states.layers, self.class_embed)
+        layers = to_weight_dtype(states.layers, self.class_embed)  # [N, B, Q, D]
         with without_autocast(layers):
-            # Without zip's check: the last head of a two-stage model is the encoder's.
+            # Not strict: the last head of a two-stage model belongs to the encoder proposals.
             logits = torch.stack(
                 [head(x) for head, x in zip(self.class_embed, layers, strict=False)]
-            )
-            offsets = [head(x) for head, x in zip(self.bbox_embed, layers, strict=False)]
+            )  # [N, B, Q, C]
+            deltas = [head(x) for head, x in zip(self.bbox_embed, layers, strict=False)]
             boxes = torch.stack(
                 [
-                    apply_box_deltas(x, start)
-                    for x, start in zip(offsets, states.references, strict=True)
+                    apply_box_deltas(delta, references)
+                    for delta, references in zip(deltas, states.references, strict=True)
                 ]
-            )
-            outputs = self.layer_outputs(logits, boxes)
+            )  # [N, B, Q, 4]
+            outputs = self.build_outputs(logits, boxes)
         if states.encoder_proposals is not None:
             outputs["enc_outputs"] = states.encoder_proposals
         return outputs
 
 
-def _heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool) -> Any:
-    """A head for each decoder layer, and one for the encoder's proposals in a two-stage model."""
-    own = clones(head, num_layers + 1)
-    heads = list(own[:-1]) if refine else [own[0]] * num_layers
-    return nn.ModuleList([*heads, own[-1]] if two_stage else heads)
+def _build_heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool) -> Any:
+    """Return a head per decoder layer, and one for the encoder proposals of a two-stage model."""
+    copies = get_clones(head, num_layers + 1)
+    # Without refinement one module is listed several times: published checkpoints have it under every
+    # index.
+    heads = list(copies[:-1]) if refine else [copies[0]] * num_layers
+    if two_stage:
+        heads.append(copies[-1])
+    return nn.ModuleList(heads)
 
 
-def _input_projections(channels: list[int], dim: int, num_levels: int) -> nn.ModuleList:
-    """1x1 convolutions of the backbone's maps, then 3x3 ones of stride 2, each with group norm."""
+def _build_input_projections(channels: list[int], dim: int, num_levels: int) -> nn.ModuleList:
+    """Return 1x1 convolutions for the backbone's maps, then 3x3 ones of stride 2; with group norm."""
     convs = [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
     for level in range(len(channels), num_levels):
         width = channels[-1] if level == len(channels) else dim
@@ -228,35 +272,42 @@ def _input_projections(channels: list[int], dim: int, num_levels: int) -> nn.Mod
         nn.init.xavier_uniform_(conv.weight)
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
-    groups = math.gcd(
-        32, dim // 4
-    )  # 32 as published; small models need a few channels in each, for maps of one cell
+
+    # 32 groups as published. A narrow model has fewer, with at least 4 channels each: a group of one
+    # channel would normalize a map of a single cell to 0.
+    groups = math.gcd(32, dim // 4)
     return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
 
 
 def build(
     settings: Settings, backbone: BackboneWithPositions, classification: Classification
 ) -> DeformableDETR:
+    """Build Deformable DETR.
+
+    Raises:
+        UserError: `--pre_norm`.
+    """
     if settings.pre_norm:
         raise UserError(
-            "--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist: leave --pre_norm out"
+            "--pre_norm: Deformable DETR is defined post-norm only and no pre-norm weights exist; remove "
+            "--pre_norm"
         )
-    dim, levels = settings.hidden_dim, settings.num_feature_levels
+    dim, num_levels = settings.hidden_dim, settings.num_feature_levels
 
-    def attention(points: int) -> DeformableAttention:
+    def build_attention(num_points: int) -> DeformableAttention:
         return DeformableAttention(
             dim,
             num_heads=settings.nheads,
-            num_levels=levels,
-            num_points=points,
+            num_levels=num_levels,
+            num_points=num_points,
             implementation=settings.ms_deform_attn,
         )
 
     encoder_layer = DeformableEncoderLayer(
-        attention(settings.enc_n_points), dim, settings.dim_feedforward, settings.dropout
+        build_attention(settings.enc_n_points), dim, settings.dim_feedforward, settings.dropout
     )
     decoder_layer = DeformableDecoderLayer(
-        attention(settings.dec_n_points),
+        build_attention(settings.dec_n_points),
         dim,
         num_heads=settings.nheads,
         dim_feedforward=settings.dim_feedforward,
@@ -266,7 +317,7 @@ def build(
         DeformableEncoder(encoder_layer, settings.enc_layers),
         DeformableDecoder(decoder_layer, settings.dec_layers),
         dim=dim,
-        num_levels=levels,
+        num_levels=num_levels,
         two_stage=settings.two_stage,
     )
     return DeformableDETR(
@@ -275,7 +326,7 @@ def build(
         classification,
         num_queries=settings.num_queries,
         hidden_dim=dim,
-        num_levels=levels,
+        num_levels=num_levels,
         with_box_refine=settings.with_box_refine,
         two_stage=settings.two_stage,
         aux_loss=settings.aux_loss,

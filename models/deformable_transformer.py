@@ -1,7 +1,10 @@
-"""Encoder and decoder of Deformable DETR (Zhu et al., ICLR 2021): every query reads a few points of each map.
+"""Encoder and decoder of Deformable DETR (Zhu et al., ICLR 2021).
 
-Shapes: B images, S tokens (all cells of all maps, map by map), Q queries, D model width, H heads, L maps (levels), P
-points. Points, sizes and references are (x, y); sizes of maps on the host are (h, w).
+Every query reads a few sampling points of each feature map.
+
+Shapes: B images, S tokens (the cells of all maps, map by map, row by row), Q queries, D model width,
+H heads, L levels (feature maps), P points, N decoder layers, h x w size of a map. Points, sizes and
+references are (x, y) or (w, h); `shapes` on the host are (h, w).
 """
 
 import math
@@ -14,33 +17,41 @@ from torch.nn import functional
 
 from models.attention import MultiheadAttention
 from models.classification import inverse_sigmoid
-from models.detector import Memory, as_weights, full_precision, without_autocast
+from models.detector import Memory, full_precision, to_weight_dtype, without_autocast
 from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import sine_features
-from models.transformer import Block, clones, reset_matrices
+from models.transformer import TransformerLayer, get_clones, xavier_init_matrices
 
-# Side of the box proposed at each cell of the finest level, relative to the image; it doubles
-# with each level.
+# Side of the box proposed at each cell of the finest level, relative to the image. It doubles with
+# each level (appendix A.4).
 PROPOSAL_SIZE = 0.05
 
 
 @dataclass(kw_only=True)
 class DeformableMemory(Memory):
-    """sizes: float32 [L, 2], (w, h) of the maps. valid_sizes: float32 [B, L, 2], cells of each map that are not
-    padding.
+    """`Memory` of several levels.
+
+    sizes_wh: float32 [L, 2], size of each padded map, in cells.
+    valid_sizes_wh: float32 [B, L, 2], size of the part of each map that is not padding, in cells.
     """
 
-    sizes: Tensor
-    valid_sizes: Tensor
+    sizes_wh: Tensor
+    valid_sizes_wh: Tensor
 
     @property
     def valid_ratios(self) -> Tensor:
-        """[B, L, 2] in (0, 1]: points relative to the image times this are relative to the padded map."""
-        return self.valid_sizes / self.sizes
+        """Valid fraction of each padded map, [B, L, 2] in (0, 1].
+
+        A point relative to the image times this ratio is relative to the padded map.
+        """
+        return self.valid_sizes_wh / self.sizes_wh
 
 
 class DeformableAttention(nn.Module):
-    """Multi-scale deformable attention (equation 3): offsets and weights of the points come from the query alone."""
+    """Multi-scale deformable attention (equation 3).
+
+    Sampling offsets and attention weights are predicted from the query alone; there are no keys.
+    """
 
     def __init__(
         self,
@@ -54,27 +65,32 @@ class DeformableAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         self.implementation = implementation
-        points = num_heads * num_levels * num_points
-        self.sampling_offsets = nn.Linear(dim, points * 2)
-        self.attention_weights = nn.Linear(dim, points)
+        num_samples = num_heads * num_levels * num_points  # per query
+        self.sampling_offsets = nn.Linear(dim, num_samples * 2)
+        self.attention_weights = nn.Linear(dim, num_samples)
         self.value_proj = nn.Linear(dim, dim)
         self.output_proj = nn.Linear(dim, dim)
 
     def reset_parameters(self) -> None:
-        """Head h looks into direction 2 pi h / H, point p at p + 1 cells, on every map alike, all with equal weight."""
+        """Initialize with fixed offsets and equal attention weights, as published.
+
+        Head i samples in direction 2 pi i / H, its point p at a distance of p + 1 cells, on all levels.
+        """
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)  # [H, 2]
+        # Points are on squares rather than circles: the larger coordinate of a direction is 1.
         directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)
-        offsets = directions[:, None, None] * steps[:, None]
+        steps = torch.arange(1, self.num_points + 1, dtype=torch.float32)  # [P]
+        offsets = directions[:, None, None] * steps[:, None]  # [H, 1, P, 2]
         with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.num_levels, -1, -1).flatten())
-        for weight in (
+            bias = offsets.expand(-1, self.num_levels, -1, -1).flatten()  # [H * L * P * 2]
+            self.sampling_offsets.bias.copy_(bias)
+        for parameter in (
             self.sampling_offsets.weight,
             self.attention_weights.weight,
             self.attention_weights.bias,
         ):
-            nn.init.zeros_(weight)
+            nn.init.zeros_(parameter)
         for projection in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
@@ -82,35 +98,50 @@ class DeformableAttention(nn.Module):
     def forward(
         self, query: Tensor, references: Tensor, tokens: Tensor, memory: DeformableMemory
     ) -> Tensor:
-        """What each query reads of `tokens`, which lie as `memory` describes.
+        """Sample `tokens` around the references of each query.
 
-        query [B, Q, D], tokens [B, S, D]; references [B, Q, L, 2] (points) or [B, Q, L, 4] (cx, cy, w, h), relative to
-        the padded maps. Returns [B, Q, D].
+        Args:
+            query: [B, Q, D].
+            references: points [B, Q, L, 2] or boxes (cx, cy, w, h) [B, Q, L, 4], relative to the padded
+                maps.
+            tokens: [B, S, D], in the layout of `memory`.
+
+        Returns:
+            [B, Q, D]
         """
-        value = self.value_proj(tokens)
+        value = self.value_proj(tokens)  # [B, S, D]
         if memory.padding_mask is not None:
+            # After the projection, whose bias would otherwise be read from the padding.
             value = value.masked_fill(memory.padding_mask[..., None], 0.0)
-        heads = (self.num_heads, self.num_levels, self.num_points)
-        offsets = full_precision(self.sampling_offsets(query)).unflatten(-1, (*heads, 2))
-        weights = (
-            full_precision(self.attention_weights(query))
-            .unflatten(-1, (self.num_heads, -1))
-            .softmax(-1)
-            .unflatten(-1, heads[1:])
-        )
-        references = references[:, :, None, :, None]  # to all heads and points
+        value = value.unflatten(-1, (self.num_heads, -1))  # [B, S, H, D / H]
+
+        # Locations in float32: bfloat16 resolves 1/256 close to 1, half a cell on a map of 128 cells.
+        sample_shape = (self.num_heads, self.num_levels, self.num_points)
+        offsets = full_precision(self.sampling_offsets(query))  # [B, Q, H * L * P * 2]
+        offsets = offsets.unflatten(-1, (*sample_shape, 2))  # [B, Q, H, L, P, 2]
+        weights = full_precision(self.attention_weights(query))  # [B, Q, H * L * P]
+        # One softmax over the points of all levels: the weights of a head sum to 1.
+        weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(-1)  # [B, Q, H, L * P]
+        weights = weights.unflatten(-1, sample_shape[1:])  # [B, Q, H, L, P]
+
+        references = references[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
         if references.shape[-1] == 2:
-            locations = references + offsets / memory.sizes[:, None]
+            # Offsets are in cells of each map.
+            locations = references + offsets / memory.sizes_wh[:, None]  # [B, Q, H, L, P, 2]
         else:
-            locations = references[..., :2] + offsets / self.num_points * references[..., 2:] * 0.5
-        value = value.unflatten(-1, (self.num_heads, -1))
-        return self.output_proj(
-            ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
-        )
+            # Offsets scale with the box. Initially point p is at (p + 1) / P of half its sides.
+            centers, sides = references[..., :2], references[..., 2:]
+            locations = centers + offsets / self.num_points * sides * 0.5  # [B, Q, H, L, P, 2]
+        sampled = ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
+        return self.output_proj(sampled)  # [B, Q, D]
 
 
-class DeformableEncoderLayer(Block):
-    """Attributes stand in the published order, on which the state of a published optimizer depends."""
+class DeformableEncoderLayer(TransformerLayer):
+    """Deformable self-attention and feed-forward; post-norm.
+
+    Attributes are assigned in the published order: a published optimizer state addresses parameters
+    by index.
+    """
 
     def __init__(
         self, attention: DeformableAttention, dim: int, dim_feedforward: int, dropout: float
@@ -123,29 +154,36 @@ class DeformableEncoderLayer(Block):
         self.norm2 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, references: Tensor, memory: DeformableMemory) -> Tensor:
-        """x [B, S, D], references [B, S, L, 2] -> [B, S, D]"""
-        x = self.residual(
-            x, self.norm1, lambda y: self.self_attn(y + memory.position, references, y, memory)
-        )
+        """Encode one layer: x [B, S, D], references [B, S, L, 2] -> [B, S, D]."""
+
+        def attention(y: Tensor) -> Tensor:
+            return self.self_attn(y + memory.position, references, y, memory)
+
+        x = self.residual(x, self.norm1, attention)
         return self.residual(x, self.norm2, self.feed_forward)
 
 
 class DeformableEncoder(nn.Module):
+    """A stack of encoder layers, without a final norm."""
+
     def __init__(self, layer: DeformableEncoderLayer, num_layers: int) -> None:
         super().__init__()
-        self.layers: Any = clones(layer, num_layers)
+        self.layers: Any = get_clones(layer, num_layers)
 
     def forward(self, memory: DeformableMemory) -> Tensor:
-        """The tokens of `memory`, each of which has seen the others: [B, S, D]."""
-        x, references = memory.tokens, cell_references(memory)
+        """Encode the tokens of `memory`: [B, S, D]."""
+        x = memory.tokens  # [B, S, D]
+        references = encoder_reference_points(memory)  # [B, S, L, 2]
         for layer in self.layers:
             x = layer(x, references, memory)
         return x
 
 
-class DeformableDecoderLayer(Block):
-    """Self-attention comes first, although its norm is the second: numbers and order of attributes are the published
-    ones.
+class DeformableDecoderLayer(TransformerLayer):
+    """Self-attention, deformable cross-attention, feed-forward; post-norm.
+
+    Self-attention runs first although its norm is `norm2`: norm numbers and attribute order are the
+    published ones.
     """
 
     def __init__(
@@ -174,30 +212,36 @@ class DeformableDecoderLayer(Block):
         memory: DeformableMemory,
         query_groups: int,
     ) -> Tensor:
-        """x, position [B, Q, D]; references [B, Q, 2 or 4], relative to the images. Returns [B, Q, D]."""
-        ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)
-        on_maps = references[:, :, None] * ratios[:, None]
+        """Decode one layer.
+
+        x, position: [B, Q, D]. references: [B, Q, 2 or 4], relative to the images. Returns [B, Q, D].
+        """
+        # From the image to each padded map; widths and heights scale as x and y do.
+        ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
+        map_references = references[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
 
         def self_attention(y: Tensor) -> Tensor:
             return self.self_attn(y + position, y + position, y, query_groups=query_groups)
 
+        def cross_attention(y: Tensor) -> Tensor:
+            return self.cross_attn(y + position, map_references, memory.tokens, memory)
+
         x = self.residual(x, self.norm2, self_attention)
-        x = self.residual(
-            x, self.norm1, lambda y: self.cross_attn(y + position, on_maps, memory.tokens, memory)
-        )
+        x = self.residual(x, self.norm1, cross_attention)
         return self.residual(x, self.norm3, self.feed_forward)
 
 
 class DeformableDecoder(nn.Module):
-    """`bbox_embed`, given by the detector, makes each layer refine the references of the next (appendix A.4).
+    """A stack of decoder layers, without a norm on their outputs.
 
-    `class_embed` is not used here. Both stand here because published checkpoints list the heads a second time under
-    these names.
+    With `bbox_embed`, set by the detector, each layer refines the references of the next (iterative
+    bounding box refinement, section 4.2 and appendix A.4). `class_embed` is not used here: published
+    checkpoints list the heads a second time under both names.
     """
 
     def __init__(self, layer: DeformableDecoderLayer, num_layers: int) -> None:
         super().__init__()
-        self.layers: Any = clones(layer, num_layers)
+        self.layers: Any = get_clones(layer, num_layers)
         self.bbox_embed: Any = None
         self.class_embed: Any = None
 
@@ -209,28 +253,37 @@ class DeformableDecoder(nn.Module):
         memory: DeformableMemory,
         query_groups: int,
     ) -> tuple[Tensor, list[Tensor]]:
-        """x, position [B, Q, D], references [B, Q, 2 or 4] -> layers [L, B, Q, D], and the references that each layer
-        started from.
+        """Decode x, position [B, Q, D] from references [B, Q, 2 or 4].
+
+        Returns the outputs of all layers [N, B, Q, D], and the references that each layer started from.
         """
-        outputs, started_from = [], []
+        outputs, layer_references = [], []
         for i, layer in enumerate(self.layers):
-            started_from.append(references)
-            x = layer(x, position, references, memory, query_groups)
+            layer_references.append(references)
+            x = layer(x, position, references, memory, query_groups)  # [B, Q, D]
             outputs.append(x)
-            if self.bbox_embed is not None and i + 1 < len(self.layers):
-                references = self._refined(i, x, references)
-        return torch.stack(outputs), started_from
+            is_last = i + 1 == len(self.layers)
+            if self.bbox_embed is not None and not is_last:
+                references = self._refine_references(i, x, references)  # [B, Q, 4]
+        return torch.stack(outputs), layer_references
 
     @torch.no_grad()
-    def _refined(self, i: int, x: Tensor, references: Tensor) -> Tensor:
-        """[B, Q, 4], without gradient: each layer learns from its own loss alone."""
+    def _refine_references(self, i: int, x: Tensor, references: Tensor) -> Tensor:
+        """Return the boxes of layer i, [B, Q, 4], as references of the next layer.
+
+        Without gradient, as published: each layer's head learns from that layer's own loss.
+        """
         with without_autocast(x):
-            return apply_box_deltas(self.bbox_embed[i](as_weights(x, self.bbox_embed)), references)
+            deltas = self.bbox_embed[i](to_weight_dtype(x, self.bbox_embed))  # [B, Q, 4]
+            return apply_box_deltas(deltas, references)
 
 
 class DeformableTransformer(nn.Module):
-    """Encoder, decoder, and where queries come from: `reference_points` turns positions into references; in a two-stage
-    model proposals of the encoder take their place."""
+    """Encoder and decoder, with the layers that turn queries into references.
+
+    One-stage: `reference_points` predicts a point from each query position. Two-stage: encoder
+    proposals are the references.
+    """
 
     def __init__(
         self,
@@ -242,7 +295,7 @@ class DeformableTransformer(nn.Module):
         two_stage: bool,
     ) -> None:
         super().__init__()
-        self.level_embed = nn.Parameter(torch.empty(num_levels, dim))
+        self.level_embed = nn.Parameter(torch.empty(num_levels, dim))  # [L, D]
         self.encoder, self.decoder = encoder, decoder
         if two_stage:
             self.enc_output = nn.Linear(dim, dim)
@@ -251,7 +304,9 @@ class DeformableTransformer(nn.Module):
             self.pos_trans_norm = nn.LayerNorm(2 * dim)
         else:
             self.reference_points = nn.Linear(dim, 2)
-        reset_matrices(self)
+
+        # Order matters: the general rule first, then what differs from it.
+        xavier_init_matrices(self)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
                 module.reset_parameters()
@@ -261,55 +316,69 @@ class DeformableTransformer(nn.Module):
 
 
 def apply_box_deltas(deltas: Tensor, references: Tensor) -> Tensor:
-    """Boxes (cx, cy, w, h) in [0, 1] from outputs of the box head [..., 4], relative to references: centres or whole
-    boxes.
+    """Add box head outputs to references, in logits.
+
+    deltas: [..., 4]. references: points (x, y) [..., 2] or boxes (cx, cy, w, h) [..., 4] in [0, 1].
+    Returns boxes (cx, cy, w, h) in [0, 1], [..., 4].
     """
     start = inverse_sigmoid(references)
     if start.shape[-1] == 2:
-        start = functional.pad(start, (0, 2))
+        start = functional.pad(start, (0, 2))  # [..., 4]; w and h come from the delta alone
     return (deltas + start).sigmoid()
 
 
-def valid_size(mask: Tensor) -> Tensor:
-    """Cells of a map that are not padding: bool [B, h, w] -> float32 [B, 2], (w, h)."""
-    return torch.stack([(~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)], -1).float()
+def valid_size_wh(mask: Tensor) -> Tensor:
+    """Return the size (w, h) of the part that is not padding: bool [B, h, w] -> float32 [B, 2].
+
+    Padding is at the bottom and the right, so the first row and the first column tell it.
+    """
+    width, height = (~mask[:, 0]).sum(1), (~mask[:, :, 0]).sum(1)  # [B] each
+    return torch.stack([width, height], -1).float()  # [B, 2]
 
 
-def cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """Centres (x, y) of a map's cells, in cells, row by row: float32 [height * width, 2]."""
-    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5
-    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5
-    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).flatten(0, 1)
+def cell_centers(height: int, width: int, device: torch.device) -> Tensor:
+    """Return the centers (x, y) of a map's cells, in cells, row by row: float32 [h * w, 2]."""
+    y = torch.arange(height, dtype=torch.float32, device=device) + 0.5  # [h]
+    x = torch.arange(width, dtype=torch.float32, device=device) + 0.5  # [w]
+    grid = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)  # [h, w, 2]
+    return grid.flatten(0, 1)  # [h * w, 2]
 
 
-def cell_references(memory: DeformableMemory) -> Tensor:
-    """Where each token lies on every padded map: float32 [B, S, L, 2]."""
-    ratios, device = memory.valid_ratios, memory.sizes.device
-    on_images = [
-        cell_centres(*shape, device) / (ratios[:, level, None] * memory.sizes[level])
-        for level, shape in enumerate(memory.shapes)
-    ]
-    return torch.cat(on_images, 1)[:, :, None] * ratios[:, None]
+def encoder_reference_points(memory: DeformableMemory) -> Tensor:
+    """Return the position of each token on every padded map: float32 [B, S, L, 2]."""
+    ratios = memory.valid_ratios  # [B, L, 2]
+    points = []
+    for level, (height, width) in enumerate(memory.shapes):
+        centers = cell_centers(height, width, memory.sizes_wh.device)  # [h * w, 2], in cells
+        valid_size = ratios[:, level, None] * memory.sizes_wh[level]  # [B, 1, 2]
+        points.append(centers / valid_size)  # [B, h * w, 2], relative to the image
+    return torch.cat(points, 1)[:, :, None] * ratios[:, None]  # [B, S, L, 2]
 
 
-def cell_proposals(memory: DeformableMemory) -> tuple[Tensor, Tensor]:
-    """The box that each token proposes before it is refined (section 4.2 and appendix A.4).
+def initial_proposals(memory: DeformableMemory) -> tuple[Tensor, Tensor]:
+    """Return the box that each token proposes before the heads refine it (section 4.2, appendix A.4).
 
-    Returns logits of (cx, cy, w, h), float32 [B, S, 4], infinite where the token is padding or its box touches the
-    border; and bool [B, S], True on the others.
+    Returns:
+        logits of (cx, cy, w, h), float32 [B, S, 4], infinite where the token is padding or a coordinate
+        is outside of (0.01, 0.99); and bool [B, S], True on the other tokens.
     """
     boxes = []
-    for level, shape in enumerate(memory.shapes):
-        centre = cell_centres(*shape, memory.sizes.device) / memory.valid_sizes[:, level, None]
-        boxes.append(torch.cat([centre, torch.full_like(centre, PROPOSAL_SIZE * 2**level)], -1))
-    boxes_cxcywh = torch.cat(boxes, 1)
-    valid = ((boxes_cxcywh > 0.01) & (boxes_cxcywh < 0.99)).all(-1)
+    for level, (height, width) in enumerate(memory.shapes):
+        centers = cell_centers(height, width, memory.sizes_wh.device)  # [h * w, 2], in cells
+        centers = centers / memory.valid_sizes_wh[:, level, None]  # [B, h * w, 2]
+        sides = torch.full_like(centers, PROPOSAL_SIZE * 2**level)  # [B, h * w, 2]
+        boxes.append(torch.cat([centers, sides], -1))
+    boxes_cxcywh = torch.cat(boxes, 1)  # [B, S, 4]
+
+    valid = ((boxes_cxcywh > 0.01) & (boxes_cxcywh < 0.99)).all(-1)  # [B, S]
     if memory.padding_mask is not None:
         valid = valid & ~memory.padding_mask
-    logits = torch.log(boxes_cxcywh / (1 - boxes_cxcywh))
+    logits = torch.log(boxes_cxcywh / (1 - boxes_cxcywh))  # [B, S, 4]
+    # As published. Sigmoid turns infinity into 1, for every output of the box head.
     return logits.masked_fill(~valid[..., None], math.inf), valid
 
 
-def embed_boxes(boxes_cxcywh: Tensor, dim: int) -> Tensor:
-    """Sine code of boxes [..., 4] in [0, 1], dim / 2 features a coordinate: [..., 2 dim]."""
-    return sine_features(boxes_cxcywh * (2 * math.pi), dim // 2).flatten(-2)
+def sine_embed_boxes(boxes_cxcywh: Tensor, dim: int) -> Tensor:
+    """Embed boxes [..., 4] in [0, 1] sinusoidally, dim / 2 features per coordinate: [..., 2 * dim]."""
+    features = sine_features(boxes_cxcywh * (2 * math.pi), dim // 2)  # [..., 4, dim / 2]
+    return features.flatten(-2)  # [..., 2 * dim]

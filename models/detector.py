@@ -1,13 +1,15 @@
-"""The contract of a detector, and what all detectors share.
+"""The detector contract, and what all detectors share.
 
-A detector is three stages, so that a pretext can enter between them:
+A detector has three stages, so that a pretext can enter between them:
 
     memory  = detector.encode(samples)                        # backbone and encoder
-    states  = detector.decode(memory, queries, query_groups)  # decoder, with learned queries unless others are given
+    states  = detector.decode(memory, queries, query_groups)  # decoder; queries default to learned ones
     outputs = detector.predict(states)                        # heads of all decoder layers
 
-`detector(samples)` is the three in a row. Shapes: B images, Q queries, D model width, L decoder layers, S memory
-tokens, C class outputs. Boxes are (cx, cy, w, h) relative to each image without its padding.
+`detector(samples)` runs the three in a row.
+
+Shapes: B images, Q queries, D model width, L decoder layers, S memory tokens, C class outputs, h x w
+size of a feature map. Boxes are (cx, cy, w, h) in [0, 1], relative to each image without its padding.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,10 +26,12 @@ from util.nested_tensor import NestedTensor, as_nested_tensor
 
 @dataclass
 class Memory:
-    """What the encoder made of a batch.
+    """Output of the encoder for a batch.
 
-    features: maps of the backbone, before any projection. tokens, position: [B, S, D]. padding_mask: bool [B, S], True
-    on padding, None where no image is padded. shapes: (h, w) of each level whose tokens are in the memory.
+    features: backbone feature maps, before any projection.
+    tokens, position: encoder output and positional encoding, [B, S, D].
+    padding_mask: bool [B, S], True on padding; None if no image is padded.
+    shapes: (h, w) of each level, in the order of the tokens.
     """
 
     features: list[FeatureMap]
@@ -40,7 +44,11 @@ class Memory:
 
 @dataclass
 class Queries:
-    """position [B, Q, D]; content [B, Q, D] or None where the decoder starts from zeros."""
+    """Object queries.
+
+    position: query positional embedding, [B, Q, D].
+    content: what the decoder starts from, [B, Q, D]; None for zeros.
+    """
 
     position: Tensor
     content: Tensor | None = None
@@ -48,9 +56,12 @@ class Queries:
 
 @dataclass
 class States:
-    """layers [L, B, Q, D]; references that each layer's boxes are relative to, [B, Q, 2 or 4] in [0, 1], or None where
-    boxes are predicted absolutely; encoder_proposals: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of a two-stage
-    detector.
+    """Output of the decoder.
+
+    layers: hidden states of all layers, [L, B, Q, D].
+    references: per layer, what its boxes are relative to: points [B, Q, 2] or boxes [B, Q, 4] in
+        [0, 1]. None if boxes are predicted absolutely.
+    encoder_proposals: `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of a two-stage detector.
     """
 
     layers: Tensor
@@ -59,49 +70,57 @@ class States:
 
 
 class Detector(TrainableModel):
-    """Base of the detectors: owns what they have in common; a subclass says how it encodes, decodes and predicts."""
+    """Base class of the detectors. A subclass implements `encode`, `decode` and `predict`."""
 
     num_queries: int
     hidden_dim: int
     aux_loss: bool
     backbone: BackboneWithPositions
-    # Two-stage queries come from encoder proposals: there are no learned ones, and a pretext can't
-    # bring its own.
+    # A two-stage detector builds its queries from encoder proposals: it has no learned queries, and a
+    # pretext cannot bring its own.
     two_stage: bool = False
 
     def base_detector(self) -> "Detector":
         return self
 
     def encode(self, samples: NestedTensor) -> Memory:
-        raise NotImplementedError  # the contract
+        """Run backbone and encoder on normalized images."""
+        raise NotImplementedError
 
     def decode(
         self, memory: Memory, queries: Queries | None = None, query_groups: int = 1
     ) -> States:
-        raise NotImplementedError  # the contract
+        """Decode queries against the memory.
+
+        queries: default to `learned_queries`. query_groups: number of groups of queries that do not
+        attend to each other, see `models.attention.attend`.
+        """
+        raise NotImplementedError
 
     def predict(self, states: States) -> dict:
-        raise NotImplementedError  # the contract
+        """Predict classes and boxes of all decoder layers; returns what `forward` does."""
+        raise NotImplementedError
 
     def learned_queries(self, batch: int, count: int | None = None) -> Queries:
-        """The detector's own queries for `batch` images: all, or the first `count`."""
-        raise NotImplementedError  # the contract
+        """Return the detector's own queries for `batch` images: all of them, or the first `count`."""
+        raise NotImplementedError
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-        """For the log: what attention runs on for activations of this type, operation -> kernel."""
+        """Return operation -> kernel that attention uses for activations of this dtype; for the log."""
         return {}
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> dict:
-        """Normalised images -> {"pred_logits" [B, Q, C], "pred_boxes" [B, Q, 4], "aux_outputs": the same of each
-        earlier layer}.
+        """Detect objects in normalized images.
 
-        A two-stage detector also gives "enc_outputs": the same of all S memory tokens, which the criterion scores
-        apart.
+        Returns:
+            `pred_logits` [B, Q, C] and `pred_boxes` [B, Q, 4] of the last decoder layer, and
+            `aux_outputs`, a list with the same of each earlier layer. A two-stage detector adds
+            `enc_outputs`, the same of all S memory tokens, which the criterion scores separately.
         """
         return self.predict(self.decode(self.encode(as_nested_tensor(samples))))
 
-    def layer_outputs(self, logits: Tensor, boxes_cxcywh: Tensor) -> dict:
-        """Predictions of all layers, [L, B, Q, C] and [L, B, Q, 4], in the published form."""
+    def build_outputs(self, logits: Tensor, boxes_cxcywh: Tensor) -> dict:
+        """Build DETR's output dict from logits [L, B, Q, C] and boxes [L, B, Q, 4] of all layers."""
         outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes_cxcywh[-1]}
         if self.aux_loss:
             earlier = zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
@@ -110,33 +129,34 @@ class Detector(TrainableModel):
 
 
 def flatten_map(x: Tensor) -> Tensor:
-    """[B, D, h, w] -> [B, h * w, D]"""
+    """Flatten a map into tokens, row by row: [B, D, h, w] -> [B, h * w, D]."""
     return x.flatten(2).transpose(1, 2)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """At least float32: matching, losses and results never run in half precision."""
+    """Cast half precision to float32; matching, losses and results never run in half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def under_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`. The meta device, on which sizes are counted, has none."""
+    """Return whether autocast is on for the device of `x`."""
     device = x.device.type
+    # The meta device, on which model sizes are computed, has no autocast.
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast is off inside, for the device of `x`."""
+    """Return a context with autocast off, for the device of `x`."""
     device = x.device.type
-    return (
-        torch.autocast(device, enabled=False)
-        if torch.amp.is_autocast_available(device)
-        else nullcontext()
-    )
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
-def as_weights(x: Tensor, head: nn.Module) -> Tensor:
-    """In the dtype of the head's weights: autocast never reaches heads and boxes, and a model that was made half runs
-    as a whole.
+def to_weight_dtype(x: Tensor, head: nn.Module) -> Tensor:
+    """Cast `x` to the dtype of the head's weights.
+
+    Under autocast these are float32, so heads and boxes stay in float32. A model that was cast as a
+    whole, for instance by `model.half()`, runs its heads in that dtype too.
     """
     return x.to(next(head.parameters()).dtype)

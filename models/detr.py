@@ -1,4 +1,8 @@
-"""DETR (Carion et al., ECCV 2020), post-norm and pre-norm."""
+"""DETR (Carion et al., ECCV 2020), post-norm and pre-norm, and the base of single-scale detectors.
+
+Shapes: B images, Q queries, S memory tokens, D model width, L decoder layers, C class outputs, h x w
+size of the feature map.
+"""
 
 from typing import Any, cast
 
@@ -13,18 +17,27 @@ from models.detector import (
     Memory,
     Queries,
     States,
-    as_weights,
     flatten_map,
     full_precision,
+    to_weight_dtype,
     under_autocast,
     without_autocast,
 )
-from models.transformer import MLP, Block, Encoder, EncoderLayer, clones, reset_matrices
+from models.transformer import (
+    MLP,
+    Encoder,
+    EncoderLayer,
+    TransformerLayer,
+    get_clones,
+    xavier_init_matrices,
+)
 from util.nested_tensor import NestedTensor
 from util.settings import Settings
 
 
-class DecoderLayer(Block):
+class DecoderLayer(TransformerLayer):
+    """Self-attention, cross-attention and feed-forward (appendix A.3)."""
+
     def __init__(
         self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
@@ -36,15 +49,16 @@ class DecoderLayer(Block):
     def forward(
         self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
     ) -> Tensor:
-        """x, query_position [B, Q, D] -> [B, Q, D]"""
+        """Decode one layer: x, query_position [B, Q, D] -> [B, Q, D]."""
 
+        # Positions are added to queries and keys in every layer, never to values.
         def self_attention(y: Tensor) -> Tensor:
             return self.self_attn(
                 y + query_position, y + query_position, y, query_groups=query_groups
             )
 
         def cross_attention(y: Tensor) -> Tensor:
-            key = memory.tokens + memory.position
+            key = memory.tokens + memory.position  # [B, S, D]
             return self.multihead_attn(y + query_position, key, memory.tokens, memory.padding_mask)
 
         x = self.residual(x, self.norm1, self_attention)
@@ -53,33 +67,39 @@ class DecoderLayer(Block):
 
 
 class Decoder(nn.Module):
-    """A stack of decoder layers; every layer's output passes the one shared norm, the next layer sees it without."""
+    """A stack of decoder layers with one shared output norm.
+
+    As published, every layer's output passes the norm on its way to the heads, while the next layer
+    reads it without. So the outputs of a post-norm model are normalized twice.
+    """
 
     def __init__(self, layer: DecoderLayer, num_layers: int, dim: int) -> None:
         super().__init__()
-        self.layers: Any = clones(layer, num_layers)
+        self.layers: Any = get_clones(layer, num_layers)
         self.norm = nn.LayerNorm(dim)
 
     def forward(
         self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
     ) -> Tensor:
-        """[B, Q, D] -> [L, B, Q, D]"""
+        """Decode x, query_position [B, Q, D] -> outputs of all layers [L, B, Q, D]."""
         outputs = []
         for layer in self.layers:
-            x = layer(x, query_position, memory, query_groups)
+            x = layer(x, query_position, memory, query_groups)  # [B, Q, D]
             outputs.append(self.norm(x))
-        return torch.stack(outputs)
+        return torch.stack(outputs)  # [L, B, Q, D]
 
 
 class Transformer(nn.Module):
+    """Encoder and decoder, with every matrix initialized by Xavier uniform."""
+
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        reset_matrices(self)
+        xavier_init_matrices(self)
 
 
-def layer_sizes(settings: Settings) -> dict[str, Any]:
-    """What the flags say of an encoder or decoder layer, beside its width."""
+def layer_kwargs(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `EncoderLayer` and `DecoderLayer` from the flags, except the width."""
     return {
         "num_heads": settings.nheads,
         "dim_feedforward": settings.dim_feedforward,
@@ -88,8 +108,8 @@ def layer_sizes(settings: Settings) -> dict[str, Any]:
     }
 
 
-def detector_sizes(settings: Settings) -> dict[str, Any]:
-    """What the flags say of a `SingleScaleDetector`."""
+def detector_kwargs(settings: Settings) -> dict[str, Any]:
+    """Return the keyword arguments of `SingleScaleDetector` from the flags."""
     return {
         "num_queries": settings.num_queries,
         "hidden_dim": settings.hidden_dim,
@@ -98,15 +118,16 @@ def detector_sizes(settings: Settings) -> dict[str, Any]:
 
 
 def build_encoder(settings: Settings) -> Encoder:
-    layer = EncoderLayer(settings.hidden_dim, **layer_sizes(settings))
+    """Build DETR's encoder."""
+    layer = EncoderLayer(settings.hidden_dim, **layer_kwargs(settings))
     return Encoder(layer, settings.enc_layers, settings.hidden_dim)
 
 
 class SingleScaleDetector(Detector):
-    """A detector on the last map of the backbone, with DETR's encoder, one table of queries, and heads shared by all
-    layers.
+    """Base of detectors on the last feature map, with DETR's encoder, one query table and shared heads.
 
-    Attributes stand in the published order, on which the state of a published optimizer depends.
+    Attributes are assigned in the published order: a published optimizer state addresses parameters
+    by index.
     """
 
     def __init__(
@@ -124,10 +145,10 @@ class SingleScaleDetector(Detector):
         self.class_embed = nn.Linear(hidden_dim, classification.num_outputs)
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, num_layers=3)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
-        self.input_proj = nn.Conv2d(
-            cast(Backbone, backbone[0]).num_channels[-1], hidden_dim, kernel_size=1
-        )
+        num_channels = cast(Backbone, backbone[0]).num_channels[-1]
+        self.input_proj = nn.Conv2d(num_channels, hidden_dim, kernel_size=1)
         self.backbone = backbone
+
         self.num_queries, self.hidden_dim, self.aux_loss = num_queries, hidden_dim, aux_loss
         self.classification = classification
         classification.init_head(self.class_embed)
@@ -135,14 +156,16 @@ class SingleScaleDetector(Detector):
     def encode(self, samples: NestedTensor) -> Memory:
         features = self.backbone(samples)
         last = features[-1]
-        position = flatten_map(last.position)
-        padding_mask = last.mask.flatten(1) if samples.padded else None
-        tokens = flatten_map(self.input_proj(last.tensor))
-        if under_autocast(
-            tokens
-        ):  # post-norm layers widen their sums at once, pre-norm ones never would
+        position = flatten_map(last.position)  # [B, S, D], S = h * w
+        padding_mask = last.mask.flatten(1) if samples.padded else None  # [B, S]
+        tokens = flatten_map(self.input_proj(last.tensor))  # [B, S, D]
+        if under_autocast(tokens):
+            # On a GPU autocast runs layer norm in float32, so the sums of a post-norm model are float32
+            # after its first norm. The residual stream of a pre-norm model passes no norm and would
+            # stay in half precision.
             tokens = full_precision(tokens)
-        tokens = self.transformer.encoder(tokens, position, padding_mask)
+
+        tokens = self.transformer.encoder(tokens, position, padding_mask)  # [B, S, D]
         return Memory(
             features,
             tokens=tokens,
@@ -156,26 +179,29 @@ class SingleScaleDetector(Detector):
         return layers[0].self_attn.kernels(device, dtype) if len(layers) else {}
 
     def learned_queries(self, batch: int, count: int | None = None) -> Queries:
-        return Queries(self.query_embed.weight[:count].expand(batch, -1, -1))
+        return Queries(self.query_embed.weight[:count].expand(batch, -1, -1))  # [B, Q, D]
 
     def decoder_inputs(self, memory: Memory, queries: Queries | None) -> tuple[Tensor, Tensor]:
-        """Content and position of the queries, [B, Q, D] each; the content starts from zeros unless it is given."""
+        """Return content and position of the queries, [B, Q, D] each; content defaults to zeros."""
         queries = queries or self.learned_queries(memory.tokens.shape[0])
         content = torch.zeros_like(queries.position) if queries.content is None else queries.content
         return content, queries.position
 
     def predict(self, states: States) -> dict:
-        layers = as_weights(states.layers, self.class_embed)
+        layers = to_weight_dtype(states.layers, self.class_embed)  # [L, B, Q, D]
         with without_autocast(layers):
-            logits, offsets = self.class_embed(layers), self.bbox_embed(layers)
-            return self.layer_outputs(logits, self.boxes(offsets, states))
+            logits = self.class_embed(layers)  # [L, B, Q, C]
+            offsets = self.bbox_embed(layers)  # [L, B, Q, 4]
+            return self.build_outputs(logits, self.boxes(offsets, states))
 
     def boxes(self, offsets: Tensor, states: States) -> Tensor:
-        """Output of the box head [L, B, Q, 4] -> boxes (cx, cy, w, h) in [0, 1]."""
+        """Turn the box head's output [L, B, Q, 4] into boxes (cx, cy, w, h) in [0, 1]."""
         return offsets.sigmoid()
 
 
 class DETR(SingleScaleDetector):
+    """DETR's decoder on a `SingleScaleDetector`."""
+
     def decode(
         self, memory: Memory, queries: Queries | None = None, query_groups: int = 1
     ) -> States:
@@ -186,8 +212,10 @@ class DETR(SingleScaleDetector):
 def build(
     settings: Settings, backbone: BackboneWithPositions, classification: Classification
 ) -> DETR:
-    layer = DecoderLayer(settings.hidden_dim, **layer_sizes(settings))
-    transformer = Transformer(
-        build_encoder(settings), Decoder(layer, settings.dec_layers, settings.hidden_dim)
-    )
-    return DETR(backbone, transformer, classification, **detector_sizes(settings))
+    """Build DETR."""
+    layer = DecoderLayer(settings.hidden_dim, **layer_kwargs(settings))
+    # This order fixes the random draws of the initial weights: layer, encoder, decoder.
+    encoder = build_encoder(settings)
+    decoder = Decoder(layer, settings.dec_layers, settings.hidden_dim)
+    transformer = Transformer(encoder, decoder)
+    return DETR(backbone, transformer, classification, **detector_kwargs(settings))

@@ -1,4 +1,10 @@
-"""Hungarian matching of queries to targets (Carion et al. 2020, section 3.1), all decoder layers and images at once."""
+"""Hungarian matching of queries to targets (Carion et al. 2020, section 3.1).
+
+All decoder layers and images are matched in one call.
+
+Shapes: L decoder layers, B images, Q queries, C class outputs, n targets of an image, N the largest n,
+T targets of the whole batch, K matched pairs of all layers.
+"""
 
 from dataclasses import dataclass
 
@@ -20,10 +26,11 @@ class NonFinitePrediction(NonFinite):
 
 @dataclass
 class Matches:
-    """Matched pairs of all layers and images, layer by layer, image by image, sorted by query.
+    """Matched pairs of all layers and images: layer by layer, image by image, sorted by query.
 
-    source: int64 [K], positions in the flattened [L, B, Q] predictions. target: int64 [K], positions in the
-    concatenated targets of the batch. Both on the device. `pairs[layer][image]` holds the (query, target) numpy arrays.
+    source: int64 [K], indices into the predictions flattened from [L, B, Q], on the device.
+    target: int64 [K], indices into the T concatenated targets of the batch, on the device.
+    pairs: `pairs[layer][image]` is (queries, targets), two numpy arrays with indices within the image.
     """
 
     source: Tensor
@@ -32,17 +39,22 @@ class Matches:
 
     @property
     def num_pairs(self) -> int:
-        """K / L, the number of pairs in every layer."""
+        """Number of pairs in one layer, K / L; the same in every layer."""
         return len(self.source) // len(self.pairs)
 
 
 class HungarianMatcher:
-    """Assigns each target of an image to a different query so that the sum of costs is least.
+    """Assign every target of an image to a different query at the lowest total cost.
 
-    The cost of a pair is `cost_class` times the class cost (see `Classification.class_cost`), plus `cost_bbox` times
-    the L1 distance of the normalised (cx, cy, w, h), minus `cost_giou` times the generalised IoU. With more targets
-    than queries only as many targets as queries are matched. Costs are computed on the device for the targets of the
-    own image only, copied to the host once, and the indices copied back once.
+    The cost of a pair is
+
+        cost_class * class cost + cost_bbox * L1 - cost_giou * GIoU
+
+    with `Classification.class_cost` and the L1 distance of the normalized (cx, cy, w, h). With more
+    targets than queries, only Q targets are matched.
+
+    Costs are computed on the device, for the targets of the own image only, and copied to the host once;
+    the indices are copied back once.
     """
 
     def __init__(self, classification: Classification) -> None:
@@ -50,38 +62,46 @@ class HungarianMatcher:
 
     @torch.no_grad()
     def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Matches:
-        """logits [L, B, Q, C], boxes_cxcywh [L, B, Q, 4]; each target has `labels` [n] and `boxes` [n, 4] (cx, cy, w,
-        h), packed or in a list of dicts.
+        """Match the predictions of all layers.
+
+        Args:
+            logits: [L, B, Q, C].
+            boxes_cxcywh: [L, B, Q, 4].
+            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a list
+                of dicts.
 
         Raises:
             NonFinitePrediction: a cost is NaN or infinite.
         """
         targets = pack_objects(targets)
-        counts = targets.rows["labels"]
-        cost = (
-            self.cost(logits, boxes_cxcywh, targets).cpu().numpy()
-            if max(counts, default=0)
-            else None
-        )
-        if cost is not None:
+        counts = targets.counts["labels"]
+        cost = None
+        if max(counts, default=0) > 0:
+            cost = self.cost_matrix(logits, boxes_cxcywh, targets).cpu().numpy()  # [L, B, Q, N]
             self._check_finite(cost, counts, targets)
         return self._assign(cost, counts, logits)
 
-    def cost(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Tensor:
-        """[L, B, Q, N] with N the largest number of targets; what stands beyond an image's own number has no
-        meaning.
+    def cost_matrix(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Tensor:
+        """Return the matching costs [L, B, Q, N].
+
+        Entries beyond an image's own number of targets are padding, without meaning.
         """
         targets = pack_objects(targets)
-        labels, true_boxes = (
-            pad_sequence(targets.tensors[key].split(targets.rows[key]), batch_first=True)
+        labels, target_boxes = (
+            pad_sequence(targets.tensors[key].split(targets.counts[key]), batch_first=True)
             for key in ("labels", "boxes")
-        )
-        true_boxes = true_boxes.to(boxes_cxcywh.dtype)
-        distance = (boxes_cxcywh[..., :, None, :] - true_boxes[:, None]).abs().sum(-1)
-        giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes_cxcywh), box_cxcywh_to_xyxy(true_boxes))
+        )  # [B, N], [B, N, 4]
+        target_boxes = target_boxes.to(boxes_cxcywh.dtype)
+
+        difference = boxes_cxcywh[..., :, None, :] - target_boxes[:, None]  # [L, B, Q, N, 4]
+        distance = difference.abs().sum(-1)  # [L, B, Q, N]
+        giou = generalized_box_iou(
+            box_cxcywh_to_xyxy(boxes_cxcywh), box_cxcywh_to_xyxy(target_boxes)
+        )  # [L, B, Q, N]
+        labels = labels.expand(len(logits), -1, -1)  # [L, B, N]
+        class_cost = self.classification.class_cost(logits, labels)  # [L, B, Q, N]
+
         weights = self.classification
-        labels = labels.expand(len(logits), -1, -1)
-        class_cost = weights.class_cost(logits, labels)
         return (
             weights.cost_bbox * distance
             + weights.cost_class * class_cost
@@ -90,47 +110,52 @@ class HungarianMatcher:
 
     @staticmethod
     def _check_finite(cost: np.ndarray, counts: list[int], targets: PackedTargets) -> None:
+        # One cheap test for the usual case. What it finds may still be padding.
         if np.isfinite(cost).all():
             return
-        real = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]
-        layers, images = np.nonzero((~np.isfinite(cost) & real[None, :, None, :]).any((2, 3)))
+        is_target = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]  # [B, N]
+        bad = ~np.isfinite(cost) & is_target[None, :, None, :]  # [L, B, Q, N]
+        layers, images = np.nonzero(bad.any((2, 3)))
         if not len(layers):
             return
-        known = "image_id" in targets.tensors
+
+        has_ids = "image_id" in targets.tensors
         ids = [
-            int(targets[i]["image_id"]) if known else f"batch position {i}"
+            int(targets[i]["image_id"]) if has_ids else f"batch position {i}"
             for i in np.unique(images)
         ]
         raise NonFinitePrediction(
-            f"decoder layer {layers[0]} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images {ids[:8]}: "
-            "look at their boxes, lower --lr, or use --amp no"
+            f"decoder layer {layers[0]} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images "
+            f"{ids[:8]}: check their boxes, lower --lr, or use --amp no"
         )
 
     @staticmethod
     def _assign(cost: np.ndarray | None, counts: list[int], logits: Tensor) -> Matches:
+        """Solve the assignment of each layer and image. `cost` is None if no image has a target."""
         num_layers, batch, num_queries = logits.shape[:3]
-        offsets = np.cumsum([0] + counts)
-        none = np.zeros(0, dtype=np.int64)
+        no_pairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         pairs = [
             [
-                (none, none)
-                if cost is None or not n
-                else linear_sum_assignment(cost[layer, i, :, :n])
+                linear_sum_assignment(cost[layer, i, :, :n])
+                if (cost is not None and n > 0)
+                else no_pairs
                 for i, n in enumerate(counts)
             ]
             for layer in range(num_layers)
         ]
-        first_query = (np.arange(num_layers)[:, None] * batch + np.arange(batch)) * num_queries
-        source = [
-            first_query[layer, i] + pairs[layer][i][0]
-            for layer in range(num_layers)
-            for i in range(batch)
-        ]
-        target = [
-            offsets[i] + pairs[layer][i][1] for layer in range(num_layers) for i in range(batch)
-        ]
-        index = torch.from_numpy(
-            np.stack([np.concatenate(source), np.concatenate(target)]).astype(np.int64)
-        )
-        source_index, target_index = index.to(logits.device, non_blocking=True)
-        return Matches(source_index, target_index, pairs)
+
+        # From indices within an image to indices into all predictions and all targets.
+        image_index = np.arange(num_layers)[:, None] * batch + np.arange(batch)  # [L, B]
+        first_query = image_index * num_queries  # [L, B]
+        first_target = np.cumsum([0] + counts)  # [B + 1]
+        source, target = [], []
+        for layer in range(num_layers):
+            for i, (query_index, target_index) in enumerate(pairs[layer]):
+                source.append(first_query[layer, i] + query_index)
+                target.append(first_target[i] + target_index)
+
+        # Stacked, both index lists reach the device in one copy.
+        stacked = np.stack([np.concatenate(source), np.concatenate(target)])  # [2, K]
+        index = torch.from_numpy(stacked.astype(np.int64))
+        source_on_device, target_on_device = index.to(logits.device, non_blocking=True)
+        return Matches(source_on_device, target_on_device, pairs)

@@ -1,13 +1,16 @@
-"""Triton kernels of multi-scale deformable attention, forward and backward. `models.ms_deform_attn` imports this file
-when they are used.
+"""Triton kernels of multi-scale deformable attention, forward and backward. `models.ms_deform_attn`
+imports this file on first use.
 
-A program computes BLOCK_Q neighbouring queries of one head. In the encoder neighbours look at neighbouring pixels,
-which are then mostly in the cache of their multiprocessor. All sums are in float32. The forward pass keeps nothing but
-its inputs; the backward pass reads the corners again, and adds to the gradient of value with atomic additions, four
-channels in one from Hopper on.
+A program computes BLOCK_Q neighboring queries of one head. In the encoder neighboring queries sample
+neighboring pixels, most of which are then in the cache of their multiprocessor. All sums are in
+float32. The forward pass saves nothing but its inputs: the backward pass reads the corners again and
+adds to the gradient of value atomically, four channels at once from Hopper on.
 
-These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have not been run on a GPU
-yet: `tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times them there.
+These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have not been
+run on a GPU yet: `tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times them there.
+
+Shapes: B images, S tokens (pixels of all maps), Q queries, H heads, D channels per head, L levels (maps),
+P points. A tile is [BLOCK_Q, BLOCK_D], queries x channels; a row [BLOCK_Q], a column [BLOCK_Q, 1].
 """
 
 import contextlib
@@ -18,14 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 512  # of the tile (queries x channels) of a program
-WARPS = 2
-MOST_QUERIES = 64  # a program takes at most, however narrow the heads
+TILE_ELEMENTS = 512  # queries x channels of a program
+NUM_WARPS = 2
+MAX_QUERIES = 64  # of a program, however narrow the heads
 
 
 @triton.jit
 def _level_shape(shapes, level, L: tl.constexpr):
-    """Height and width of a level. A tuple can't be indexed with a number that is known only at run time."""
+    """Return height and width of a level.
+
+    A tuple cannot be indexed with a number that is known only at run time, so select among all levels.
+    """
     height, width = tl.cast(shapes[0], tl.float32), tl.cast(shapes[1], tl.float32)
     for i in tl.static_range(1, L):
         height = tl.where(level == i, shapes[2 * i], height)
@@ -34,9 +40,10 @@ def _level_shape(shapes, level, L: tl.constexpr):
 
 
 @triton.jit
-def _program(Q, H: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """(image, head, first query) of this program. Heads run fastest: programs at work together then add to different
-    channels.
+def _program_block(Q, H: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """Return (image, head, first query) of this program.
+
+    The head changes fastest: programs that run at the same time then add to different channels.
     """
     blocks = tl.cdiv(Q, BLOCK_Q)
     index = tl.program_id(0)
@@ -45,10 +52,13 @@ def _program(Q, H: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _sample_position(locations, point, inside, height, width):
-    """(left pixel, upper pixel, distance from it in x, in y) of a sampling point in each row of the tile, float32."""
+    """Return (left pixel, upper pixel, distance from it in x, in y) of a sampling point in each row.
+
+    All are float32 [BLOCK_Q].
+    """
     x = tl.load(locations + 2 * point, mask=inside, other=-9.0).to(tl.float32) * width - 0.5
     y = tl.load(locations + 2 * point + 1, mask=inside, other=-9.0).to(tl.float32) * height - 0.5
-    # Two pixels outside nothing is read any more; clamped, no number is too large for an integer.
+    # Two pixels outside nothing is read any more. Clamped, no coordinate is too large for an integer.
     x = tl.minimum(tl.maximum(x, -2.0), width + 1.0)
     y = tl.minimum(tl.maximum(y, -2.0), height + 1.0)
     left, upper = tl.floor(x), tl.floor(y)
@@ -57,14 +67,15 @@ def _sample_position(locations, point, inside, height, width):
 
 @triton.jit
 def _corners(left, upper, start, height, width, channels, D: tl.constexpr, PIXEL: tl.constexpr):
-    """Offsets and masks of the corners upper left, upper right, lower left, lower right, each for the tile; pixels are
-    PIXEL apart.
+    """Return offsets and masks of the four corners, each a tile.
+
+    The order is upper left, upper right, lower left, lower right. PIXEL is the stride of a pixel.
     """
     is_channel = channels < D
     in_left, in_right = (left >= 0) & (left < width), (left >= -1) & (left < width - 1)
     in_upper, in_lower = (upper >= 0) & (upper < height), (upper >= -1) & (upper < height - 1)
     pixel = start + upper.to(tl.int32) * width.to(tl.int32) + left.to(tl.int32)
-    corner = pixel.to(tl.int64)[:, None] * PIXEL + channels
+    corner = pixel.to(tl.int64)[:, None] * PIXEL + channels  # int64: offsets may exceed 32 bits
     below = corner + width.to(tl.int64) * PIXEL
     offsets = corner, corner + PIXEL, below, below + PIXEL
     return offsets, (
@@ -76,8 +87,8 @@ def _corners(left, upper, start, height, width, channels, D: tl.constexpr, PIXEL
 
 
 @triton.jit
-def _read(value, offsets, masks):
-    """The four corners in float32, 0 outside the map."""
+def _load_corners(value, offsets, masks):
+    """Load the four corners as float32 tiles, 0 outside of the map."""
     return (
         tl.load(value + offsets[0], mask=masks[0], other=0.0).to(tl.float32),
         tl.load(value + offsets[1], mask=masks[1], other=0.0).to(tl.float32),
@@ -87,8 +98,8 @@ def _read(value, offsets, masks):
 
 
 @triton.jit
-def _corner_shares(weight, dx, dy):
-    """Weight of each corner in the sum, as a column."""
+def _corner_weights(weight, dx, dy):
+    """Return attention weight times bilinear weight of each corner, as columns."""
     above, below = weight * (1 - dy), weight * dy
     return (
         (above * (1 - dx))[:, None],
@@ -99,12 +110,16 @@ def _corner_shares(weight, dx, dy):
 
 
 @triton.jit
-def _derivatives(g00, g01, g10, g11, weight, dx, dy, height, width):
-    """By x, by y and by the weight, as columns, from the products of the output's gradient with the four corners."""
-    by_x = weight * width * ((1 - dy) * (g01 - g00) + dy * (g11 - g10))
-    by_y = weight * height * ((1 - dx) * (g10 - g00) + dx * (g11 - g01))
-    by_weight = (1 - dy) * ((1 - dx) * g00 + dx * g01) + dy * ((1 - dx) * g10 + dx * g11)
-    return by_x[:, None], by_y[:, None], by_weight[:, None]
+def _point_gradients(g00, g01, g10, g11, weight, dx, dy, height, width):
+    """Return the gradients of x, y and the attention weight of a point, as columns.
+
+    g00 .. g11: dot products of the output's gradient with the four corners.
+    """
+    # Width and height: the location is in [0, 1], the pixel coordinate is location * size - 0.5.
+    grad_x = weight * width * ((1 - dy) * (g01 - g00) + dy * (g11 - g10))
+    grad_y = weight * height * ((1 - dx) * (g10 - g00) + dx * (g11 - g01))
+    grad_weight = (1 - dy) * ((1 - dx) * g00 + dx * g01) + dy * ((1 - dx) * g10 + dx * g11)
+    return grad_x[:, None], grad_y[:, None], grad_weight[:, None]
 
 
 @triton.jit
@@ -116,6 +131,8 @@ def _store_columns(target, rows, tile, columns, inside, COUNT: tl.constexpr):
     )
 
 
+# S and Q differ between batches of images: without this, Triton would compile a kernel for each kind
+# of number (1, divisible by 16, other).
 @triton.jit(do_not_specialize=["S", "Q"])
 def _forward_kernel(
     value,
@@ -132,26 +149,28 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    image, head, first = _program(Q, H, BLOCK_Q)
+    image, head, first = _program_block(Q, H, BLOCK_Q)
     rows = tl.arange(0, BLOCK_Q)
     channels = tl.arange(0, BLOCK_D)[None, :]
     inside = first + rows < Q
-    item = (image.to(tl.int64) * Q + first) * H + head  # of the first row, in the order [B, Q, H]
-    value += image.to(tl.int64) * S * (H * D) + head * D
+    # Index of this program's first row in [B, Q, H]; the next query is H further.
+    item = (image.to(tl.int64) * Q + first) * H + head
+    value += image.to(tl.int64) * S * (H * D) + head * D  # value is [B, S, H, D]
+
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    start = 0
+    start = 0  # first pixel of the level
     for level in range(L):
         height, width = _level_shape(shapes, level, L)
         for p in tl.static_range(P):
-            point = item * (L * P) + rows * (H * L * P) + level * P + p
+            point = item * (L * P) + rows * (H * L * P) + level * P + p  # in [B, Q, H, L, P]
             left, upper, dx, dy = _sample_position(locations, point, inside, height, width)
             at, on_map = _corners(left, upper, start, height, width, channels, D, H * D)
-            v00, v01, v10, v11 = _read(value, at, on_map)
-            share = _corner_shares(
-                tl.load(weights + point, mask=inside, other=0.0).to(tl.float32), dx, dy
-            )
-            result += v00 * share[0] + v01 * share[1] + v10 * share[2] + v11 * share[3]
+            v00, v01, v10, v11 = _load_corners(value, at, on_map)
+            weight = tl.load(weights + point, mask=inside, other=0.0).to(tl.float32)
+            w00, w01, w10, w11 = _corner_weights(weight, dx, dy)
+            result += v00 * w00 + v01 * w01 + v10 * w10 + v11 * w11
         start += height.to(tl.int32) * width.to(tl.int32)
+
     output += item * D + rows[:, None] * (H * D) + channels
     tl.store(output, result.to(output.dtype.element_ty), mask=inside[:, None] & (channels < D))
 
@@ -175,59 +194,61 @@ def _backward_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    image, head, first = _program(Q, H, BLOCK_Q)
+    image, head, first = _program_block(Q, H, BLOCK_Q)
     rows = tl.arange(0, BLOCK_Q)
-    # A thread takes 4 channels in every read: as many as the widest addition has, so that no tile moves between
-    # layouts.
+    # A thread takes 4 channels in every read: as many as the widest atomic addition has, so that no tile
+    # moves between layouts.
     channels = tl.max_contiguous(tl.arange(0, BLOCK_D), 4)[None, :]
     inside = first + rows < Q
-    item = (image.to(tl.int64) * Q + first) * H + head
+    item = (image.to(tl.int64) * Q + first) * H + head  # as in the forward kernel
     of_image = image.to(tl.int64) * S * (H * D) + head * D
     value, grad_value = value + of_image, grad_value + of_image
     grad_output += item * D + rows[:, None] * (H * D) + channels
     grad = tl.load(grad_output, mask=inside[:, None] & (channels < D), other=0.0).to(tl.float32)
+
     start = 0
     for level in range(L):
         height, width = _level_shape(shapes, level, L)
-        points = item * (L * P) + rows * (H * L * P) + level * P
-        by_place = tl.zeros(
-            [BLOCK_Q, BLOCK_D], tl.float32
-        )  # columns: x, y of the first point, x, y of the second ...
-        by_share = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)  # columns: the points
+        points = item * (L * P) + rows * (H * L * P) + level * P  # first point of the level
+        # Gradients of all points of the level are collected in a tile and stored at once.
+        location_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)  # columns x_0, y_0, x_1, y_1, ...
+        weight_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)  # columns: points
         for p in tl.static_range(P):
             left, upper, dx, dy = _sample_position(locations, points + p, inside, height, width)
             at, on_map = _corners(left, upper, start, height, width, channels, D, H * D)
-            v00, v01, v10, v11 = _read(value, at, on_map)
-            g00, g01, g10, g11 = (
-                tl.sum(grad * v00, 1),
-                tl.sum(grad * v01, 1),
-                tl.sum(grad * v10, 1),
-                tl.sum(grad * v11, 1),
-            )
+            v00, v01, v10, v11 = _load_corners(value, at, on_map)
+            g00 = tl.sum(grad * v00, 1)  # [BLOCK_Q]
+            g01 = tl.sum(grad * v01, 1)
+            g10 = tl.sum(grad * v10, 1)
+            g11 = tl.sum(grad * v11, 1)
             weight = tl.load(weights + points + p, mask=inside, other=0.0).to(tl.float32)
-            by_x, by_y, by_weight = _derivatives(g00, g01, g10, g11, weight, dx, dy, height, width)
-            by_place = tl.where(
-                channels == 2 * p, by_x, tl.where(channels == 2 * p + 1, by_y, by_place)
+            grad_x, grad_y, grad_weight = _point_gradients(
+                g00, g01, g10, g11, weight, dx, dy, height, width
             )
-            by_share = tl.where(channels == p, by_weight, by_share)
-            share = _corner_shares(weight, dx, dy)
+            location_tile = tl.where(channels == 2 * p, grad_x, location_tile)
+            location_tile = tl.where(channels == 2 * p + 1, grad_y, location_tile)
+            weight_tile = tl.where(channels == p, grad_weight, weight_tile)
+
+            corner_weights = _corner_weights(weight, dx, dy)
             for corner in tl.static_range(4):
+                # Atomic: other queries, of this program and of others, read the same pixels.
                 tl.atomic_add(
                     grad_value + at[corner],
-                    grad * share[corner],
+                    grad * corner_weights[corner],
                     mask=on_map[corner],
                     sem="relaxed",
                 )
-        _store_columns(grad_locations, 2 * points, by_place, channels, inside, 2 * P)
-        _store_columns(grad_weights, points, by_share, channels, inside, P)
+        _store_columns(grad_locations, 2 * points, location_tile, channels, inside, 2 * P)
+        _store_columns(grad_weights, points, weight_tile, channels, inside, P)
         start += height.to(tl.int32) * width.to(tl.int32)
 
 
 def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    """Contiguous tensors as in `models.ms_deform_attn`, shapes as (h, w, h, w ...) -> [B, Q, H * D] in the dtype of
-    value.
+    """Run the forward kernel on contiguous tensors, in the shapes of `models.ms_deform_attn`.
+
+    shapes: (h, w, h, w, ...). Returns [B, Q, H * D] in the dtype of value.
     """
-    output = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
+    output = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])  # [B, Q, H * D]
     _launch(_forward_kernel, (value, locations, weights, output), shapes, value, locations, 1)
     return output
 
@@ -235,9 +256,11 @@ def forward(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Te
 def backward(
     grad_output: Tensor, value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights, each in the dtype of its tensor; that of value is summed in
-    float32.
+    """Return the gradients of value, locations and weights, each in the dtype of its tensor.
+
+    The gradient of value is summed in float32.
     """
+    # Zeros, since the kernel adds to it. Every entry of the other two is written.
     grad_value = torch.zeros_like(value, dtype=torch.float32)
     grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
     tensors = (grad_output, value, locations, weights, grad_value, grad_locations, grad_weights)
@@ -253,15 +276,17 @@ def _launch(
     locations: Tensor,
     columns: int,
 ) -> None:
-    """Runs a kernel whose tile has room for the channels of a head and for `columns` other numbers of a query."""
+    """Run a kernel whose tile has room for the channels of a head and for `columns` other columns."""
     B, S, H, D = value.shape
     _, Q, _, L, P, _ = locations.shape
     block_d = triton.next_power_of_2(max(D, columns, 4))
-    block_q = min(max(ELEMENTS // block_d, 1), MOST_QUERIES)
+    block_q = min(max(TILE_ELEMENTS // block_d, 1), MAX_QUERIES)
     programs = B * H * triton.cdiv(Q, block_q)
     if programs == 0:
         return
-    # Triton recompiles a kernel for integers that are 1 or divisible by 16, never for other values of a float.
+
+    # As floats: Triton recompiles a kernel for integers that are 1 or divisible by 16, never for other
+    # values of a float.
     sizes = tuple(float(size) for size in shapes)
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](
@@ -275,7 +300,7 @@ def _launch(
             P,
             block_q,
             block_d,
-            num_warps=WARPS,
+            num_warps=NUM_WARPS,
             num_stages=1,
             enable_fp_fusion=True,
         )

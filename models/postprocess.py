@@ -1,4 +1,7 @@
-"""From the network's output to scores, labels and boxes in pixels."""
+"""Post-processing: from model outputs to scores, labels and boxes in pixels.
+
+Shapes: B images, Q queries, C class outputs, K results per image.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +12,11 @@ from util.box_ops import box_cxcywh_to_xyxy
 
 
 class PostProcess(nn.Module):
-    """Softmax: each query gives its best class. Focal: the `top_k` best (query, class) pairs, best first.
+    """Convert model outputs into detections.
 
-    Boxes are (x0, y0, x1, y1) in pixels of the sizes asked for, not clipped, as published.
+    Softmax: one detection per query, its best class, in the order of the queries. Focal: the `top_k`
+    best (query, class) pairs, best first; a query may appear with several classes. Boxes are
+    (x0, y0, x1, y1) in pixels of the given sizes, not clipped, as published.
     """
 
     def __init__(self, classification: Classification, top_k: int = 100) -> None:
@@ -20,21 +25,25 @@ class PostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """target_sizes: [B, 2], (height, width) of each image. Returns for each image `scores` [K], `labels` [K],
-        `boxes` [K, 4].
+        """Post-process a batch.
+
+        target_sizes: (height, width) of each image, [B, 2]. Returns `scores` [K], `labels` [K] and
+        `boxes` [K, 4] of each image.
         """
-        logits, boxes = (
-            full_precision(outputs["pred_logits"]),
-            full_precision(outputs["pred_boxes"]),
-        )
+        logits = full_precision(outputs["pred_logits"])  # [B, Q, C]
+        boxes = full_precision(outputs["pred_boxes"])  # [B, Q, 4]
         if self.classification.kind == "softmax":
-            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
+            # "No object" takes part in the softmax, but is no detection.
+            scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q] each
         else:
-            num_pairs = logits.shape[1] * logits.shape[2]
-            scores, index = logits.sigmoid().flatten(1).topk(min(self.top_k, num_pairs), dim=1)
-            labels = index % logits.shape[2]
-            query = torch.div(index, logits.shape[2], rounding_mode="floor")
-            boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))
+            num_classes = logits.shape[2]
+            pair_scores = logits.sigmoid().flatten(1)  # [B, Q * C]
+            num_results = min(self.top_k, pair_scores.shape[1])  # K; small models have fewer pairs
+            scores, index = pair_scores.topk(num_results, dim=1)  # [B, K] each
+            labels = index % num_classes
+            query = torch.div(index, num_classes, rounding_mode="floor")  # [B, K]
+            boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))  # [B, K, 4]
+
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
         return [
             {"scores": s, "labels": k, "boxes": b}
@@ -43,10 +52,10 @@ class PostProcess(nn.Module):
 
 
 class ClassAgnosticPostProcess(nn.Module):
-    """One box of each query, whatever its class; the `top_k` best of an image, best first.
+    """Convert model outputs into class-agnostic detections: one per query, the `top_k` best first.
 
-    label: the class output that says "object", whose score counts; None: the best of all classes. The boxes are
-    (x0, y0, x1, y1) in pixels of the sizes asked for, not clipped, and have the label 1.
+    label: the class output that scores objectness; None scores by the best of all classes. Boxes are
+    (x0, y0, x1, y1) in pixels of the given sizes, not clipped. All labels are 1.
     """
 
     def __init__(
@@ -57,29 +66,34 @@ class ClassAgnosticPostProcess(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
-        """As `PostProcess.forward`."""
-        logits, boxes = (
-            full_precision(outputs["pred_logits"]),
-            full_precision(outputs["pred_boxes"]),
-        )
-        scores = (
-            logits.softmax(-1)[..., :-1]
-            if self.classification.kind == "softmax"
-            else logits.sigmoid()
-        )
-        scores = scores.amax(-1) if self.label is None else scores[..., self.label]
-        scores, order = scores.topk(min(self.top_k, scores.shape[1]), dim=1)
-        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
+        """Post-process a batch, see `PostProcess.forward`."""
+        logits = full_precision(outputs["pred_logits"])  # [B, Q, C]
+        boxes = full_precision(outputs["pred_boxes"])  # [B, Q, 4]
+        if self.classification.kind == "softmax":
+            class_scores = logits.softmax(-1)[..., :-1]  # [B, Q, C - 1], without "no object"
+        else:
+            class_scores = logits.sigmoid()  # [B, Q, C]
+        if self.label is None:
+            scores = class_scores.amax(-1)  # [B, Q]
+        else:
+            scores = class_scores[..., self.label]  # [B, Q]
+
+        scores, order = scores.topk(min(self.top_k, scores.shape[1]), dim=1)  # [B, K] each
+        boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))  # [B, K, 4]
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
         labels = torch.ones_like(order)
         return [
-            {"scores": s, "labels": n, "boxes": b}
-            for s, n, b in zip(scores, labels, boxes_xyxy_abs, strict=True)
+            {"scores": s, "labels": k, "boxes": b}
+            for s, k, b in zip(scores, labels, boxes_xyxy_abs, strict=True)
         ]
 
 
 def to_pixels(boxes_cxcywh: Tensor, sizes_hw: Tensor) -> Tensor:
-    """Normalised boxes [B, K, 4] -> (x0, y0, x1, y1) in pixels of images of (height, width) [B, 2]."""
-    height, width = sizes_hw.to(boxes_cxcywh).unbind(1)
-    scale = torch.stack([width, height, width, height], dim=1)
-    return box_cxcywh_to_xyxy(boxes_cxcywh) * scale[:, None]
+    """Scale normalized boxes to pixels.
+
+    boxes_cxcywh: [B, K, 4] in [0, 1]. sizes_hw: (height, width) of each image, [B, 2]. Returns
+    boxes_xyxy_abs [B, K, 4].
+    """
+    height, width = sizes_hw.to(boxes_cxcywh).unbind(1)  # [B] each
+    scale = torch.stack([width, height, width, height], dim=1)  # [B, 4]
+    return box_cxcywh_to_xyxy(boxes_cxcywh) * scale[:, None]  # [B, K, 4]

@@ -1,4 +1,4 @@
-"""ResNets of torchvision, with the published names."""
+"""ResNets of torchvision, with the parameter names of published DETR checkpoints."""
 
 import torchvision
 from torch import Tensor, nn
@@ -10,18 +10,20 @@ from util.errors import UserError
 
 
 class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """Batch norm whose statistics and affine are constants, in the type of its input: under autocast nothing is
-    widened.
+    """Batch norm with constant statistics and affine parameters, in the dtype of its input.
+
+    torchvision's own would turn half-precision activations into float32 under autocast.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
+        """[B, C, H, W] -> [B, C, H, W]"""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()  # [C]
+        shift = self.bias - self.running_mean * scale  # [C]
         return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
 
 
 class LiveBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that trains, with the state-dict keys of the frozen one (no `num_batches_tracked`)."""
+    """Trainable batch norm with the state-dict keys of the frozen one (no `num_batches_tracked`)."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
@@ -30,18 +32,24 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
     def _load_from_state_dict(
         self, state_dict: dict, prefix: str, local_metadata: dict, *args
     ) -> None:
-        # Without a version PyTorch would add a counter that this norm does not have, and then find it unexpected.
         state_dict.pop(f"{prefix}num_batches_tracked", None)
-        super()._load_from_state_dict(
-            state_dict, prefix, {**local_metadata, "version": self._version}, *args
-        )
+        # To a state dict without a version PyTorch adds `num_batches_tracked`, which this norm does not
+        # have, and then reports it as unexpected.
+        metadata = {**local_metadata, "version": self._version}
+        super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 
 
 def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body:
-    """`resnet18`, `resnet34`, `resnet50` or `resnet101`."""
-    if dilation and name in ("resnet18", "resnet34"):
+    """Build `resnet18`, `resnet34`, `resnet50` or `resnet101`, see `models.backbone.Body`.
+
+    Raises:
+        UserError: dilation with resnet18 or resnet34.
+    """
+    basic_blocks = name in ("resnet18", "resnet34")
+    if dilation and basic_blocks:
         raise UserError(
-            f"--dilation needs a ResNet with bottleneck blocks, --backbone {name} has none: use resnet50 or resnet101"
+            f"--dilation needs a ResNet with bottleneck blocks, --backbone {name} has none: use resnet50 "
+            "or resnet101"
         )
     norm_layer = FrozenBatchNorm2d if norm == "frozen" else LiveBatchNorm2d
     resnet = getattr(torchvision.models, name)(
@@ -50,13 +58,19 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     body = IntermediateLayerGetter(
         resnet, {f"layer{stage}": str(i) for i, stage in enumerate(stages)}
     )
-    width = 64 if name in ("resnet18", "resnet34") else 256
+
+    # Stage s has stride 2^(s + 1) and twice the channels of the stage before.
+    width = 64 if basic_blocks else 256
     channels = [width * 2 ** (stage - 1) for stage in stages]
     strides = [16 if dilation and stage == 4 else 2 ** (stage + 1) for stage in stages]
-    early = {
-        name
-        for name, _ in body.named_parameters()
-        if not name.startswith(("layer2", "layer3", "layer4"))
-    }
+    later_stages = ("layer2", "layer3", "layer4")
+    early_names = {key for key, _ in body.named_parameters() if not key.startswith(later_stages)}
     mean, std = backbone_normalization(name)
-    return Body(body, strides=strides, num_channels=channels, mean=mean, std=std, early=early)
+    return Body(
+        body,
+        strides=strides,
+        num_channels=channels,
+        mean=mean,
+        std=std,
+        early_names=early_names,
+    )

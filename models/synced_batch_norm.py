@@ -1,4 +1,4 @@
-"""Batch norm over the samples of all processes, on any backend: PyTorch's own refuses gloo."""
+"""Batch norm over the samples of all ranks, on any backend. PyTorch's SyncBatchNorm refuses gloo."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from util.distributed import all_reduce_sum, get_world_size
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """What one process puts in changes the loss of every process, so that gradients are summed too."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks. Each rank's input affects the loss of every rank, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_reduce_sum(x.clone())
+        return all_reduce_sum(x.clone())  # a copy, since the sum is in place
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -21,11 +21,10 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SyncedBatchNorm(nn.BatchNorm1d):
-    """`nn.BatchNorm1d` for [N, C] whose training statistics are of the samples of all processes together; N may differ
-    between them.
+    """`nn.BatchNorm1d` for [N, C] with training statistics over the samples of all ranks.
 
-    Every process must call it equally often. With gradients averaged over the processes, W processes with N samples
-    equal one with W x N.
+    N may differ between ranks, but every rank must call it equally often. With gradients averaged over
+    ranks, W ranks with N samples each equal one process with W * N samples.
     """
 
     running_mean: Tensor
@@ -37,15 +36,19 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         """[N, C] -> [N, C]"""
         if not self.training or get_world_size() == 1:
             return super().forward(x)
-        count = all_reduce_sum(x.new_full((1,), len(x)))
-        mean = _SumOverProcesses.apply(x.sum(0)) / count
-        centred = x - mean
-        variance = _SumOverProcesses.apply(centred.square().sum(0)) / count
-        self._keep(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        return centred * (variance + self.eps).rsqrt() * self.weight + self.bias
+
+        count = all_reduce_sum(x.new_full((1,), len(x)))  # [1]
+        mean = _AllReduceSum.apply(x.sum(0)) / count  # [C]
+        centered = x - mean  # [N, C]
+        # From centered values rather than the mean of squares, which would cancel.
+        variance = _AllReduceSum.apply(centered.square().sum(0)) / count  # [C]
+        # As in PyTorch, running statistics have the unbiased variance.
+        unbiased = variance.detach() * count / (count - 1).clamp(min=1)
+        self._update_running_stats(mean.detach(), unbiased)
+        return centered * (variance + self.eps).rsqrt() * self.weight + self.bias
 
     @torch.no_grad()
-    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_stats(self, mean: Tensor, variance: Tensor) -> None:
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)

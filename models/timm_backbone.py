@@ -1,4 +1,4 @@
-"""Any convolutional feature extractor of timm, as `timm:NAME`."""
+"""Any convolutional feature extractor of timm, as `--backbone timm:NAME`."""
 
 from typing import Any
 
@@ -11,7 +11,11 @@ from util.errors import UserError
 
 
 def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body:
-    """`timm:NAME`; maps of timm that come as [B, h, w, C] are said to be so."""
+    """Build `timm:NAME`, see `models.backbone.Body`.
+
+    Raises:
+        UserError: timm is not installed, or cannot build this network as a feature extractor.
+    """
     full_name, name = name, name.removeprefix("timm:")
     try:
         import timm
@@ -20,6 +24,7 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         raise UserError(
             f"--backbone timm:{name} needs the package timm: pip install timm ({error})"
         ) from error
+
     stride: dict[str, Any] = {"output_stride": 16} if dilation else {}
     try:
         body: Any = timm.create_model(name, pretrained=False, features_only=True, **stride)
@@ -27,36 +32,36 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         raise UserError(
             f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})"
         ) from error
-    levels = len(body.feature_info)
+
     # Stage 4 is the last map, stage 1 the fourth from the end: strides 32, 16, 8, 4 as in a ResNet.
+    # Build again with these maps only, since timm then drops the layers after the last one.
+    levels = len(body.feature_info)
     indices = [levels - 5 + stage for stage in stages]
     body = timm.create_model(
         name, pretrained=False, features_only=True, out_indices=indices, **stride
     )
     if norm == "frozen":
         body = freeze_batch_norm_2d(body)
-    _probe(body, name)
-    early = _up_to_stride_4(body, [name for name, _ in body.named_parameters()])
-    channels_last = str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC")
-    strides, channels = list(body.feature_info.reduction()), list(body.feature_info.channels())
+    _check_any_image_size(body, name)
+
     mean, std = backbone_normalization(full_name)
     return Body(
         body,
-        strides=strides,
-        num_channels=channels,
+        strides=list(body.feature_info.reduction()),
+        num_channels=list(body.feature_info.channels()),
         mean=mean,
         std=std,
-        early=early,
-        channels_last=channels_last,
+        early_names=_early_parameters(body, [key for key, _ in body.named_parameters()]),
+        channels_last=str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC"),
     )
 
 
 @torch.no_grad()
-def _probe(body: nn.Module, name: str) -> None:
-    """Detectors see images of any size; some networks of timm are made for one.
+def _check_any_image_size(body: nn.Module, name: str) -> None:
+    """Check that a network reads an image of an unusual size; some are built for one size.
 
     Raises:
-        UserError: the network refuses an image of another size.
+        UserError: it does not.
     """
     training = body.training
     try:
@@ -69,11 +74,15 @@ def _probe(body: nn.Module, name: str) -> None:
     body.train(training)
 
 
-def _up_to_stride_4(body: Any, names: list[str]) -> set[str]:
-    """Parameters of a timm extractor up to the end of its last map of stride 4 or less."""
+def _early_parameters(body: Any, names: list[str]) -> set[str]:
+    """Return the parameter names up to the end of the last map of stride 4 or less.
+
+    That is stem and first stage of a ResNet.
+    """
     infos = [info for info in body.feature_info.info if info["reduction"] <= 4]
     if not infos:
         return set()
+    # Modules of a feature extractor have underscores where the names in `feature_info` have dots.
     module = infos[-1]["module"].replace(".", "_")
     inside = [i for i, name in enumerate(names) if name.replace(".", "_").startswith(module + "_")]
     return set(names[: max(inside) + 1]) if inside else set()

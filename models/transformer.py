@@ -1,4 +1,7 @@
-"""Blocks that detectors share: feed-forward, encoder, heads' MLP. Batch first: tokens are [B, S, D]."""
+"""Transformer layers that detectors share: feed-forward, encoder, and the MLP of the heads.
+
+Tensors are batch first. Shapes: B images, S tokens, D model width.
+"""
 
 import copy
 from typing import Any
@@ -9,13 +12,16 @@ from torch.nn import functional
 from models.attention import MultiheadAttention
 
 
-def clones(layer: nn.Module, count: int) -> nn.ModuleList:
-    """`count` copies that start equal, as published: biases stay so, matrices are drawn again by `reset_matrices`."""
+def get_clones(layer: nn.Module, count: int) -> nn.ModuleList:
+    """Return `count` deep copies of a layer.
+
+    As published, the copies start with equal biases; `xavier_init_matrices` draws the matrices again.
+    """
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
-def reset_matrices(module: nn.Module) -> None:
-    """Xavier-uniform for every parameter of two or more dimensions."""
+def xavier_init_matrices(module: nn.Module) -> None:
+    """Initialize every parameter of two or more dimensions by Xavier uniform."""
     for parameter in module.parameters():
         if parameter.dim() > 1:
             nn.init.xavier_uniform_(parameter)
@@ -38,11 +44,11 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-class Block(nn.Module):
-    """What encoder and decoder layers share: residual dropout, the feed-forward network and `num_norms` layer norms.
+class TransformerLayer(nn.Module):
+    """Base of encoder and decoder layers: residual connections, feed-forward network, layer norms.
 
-    Subclasses make their attention first and then call `add_feed_forward`: the order of the parameters is the published
-    one, on which the state of a published optimizer depends.
+    Subclasses create their attention first and then call `add_feed_forward`. This is the published
+    parameter order: a published optimizer state addresses parameters by index.
     """
 
     norm1: nn.LayerNorm
@@ -54,24 +60,26 @@ class Block(nn.Module):
         self.drop, self.pre_norm = nn.Dropout(dropout), pre_norm
 
     def add_feed_forward(self, dim: int, dim_feedforward: int, num_norms: int) -> None:
+        """Add `linear1`, `linear2` and `norm1` .. `norm{num_norms}`."""
         self.linear1 = nn.Linear(dim, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, dim)
         for i in range(num_norms):
             self.add_module(f"norm{i + 1}", nn.LayerNorm(dim))
 
     def feed_forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], with dropout after the ReLU."""
         return self.linear2(self.drop(functional.relu(self.linear1(x))))
 
     def residual(self, x: Tensor, norm: nn.LayerNorm, sublayer) -> Tensor:
-        """`x` plus what `sublayer` makes of it, with the norm behind the sum, or before the sublayer in a pre-norm
-        model.
-        """
+        """Add `sublayer(x)` to `x`, with the norm before the sublayer (pre-norm) or after the sum."""
         if self.pre_norm:
             return x + self.drop(sublayer(norm(x)))
         return norm(x + self.drop(sublayer(x)))
 
 
-class EncoderLayer(Block):
+class EncoderLayer(TransformerLayer):
+    """Self-attention and feed-forward."""
+
     def __init__(
         self, dim: int, *, num_heads: int, dim_feedforward: int, dropout: float, pre_norm: bool
     ) -> None:
@@ -80,7 +88,7 @@ class EncoderLayer(Block):
         self.add_feed_forward(dim, dim_feedforward, num_norms=2)
 
     def forward(self, x: Tensor, position: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """x, position [B, S, D]; padding_mask bool [B, S] or None."""
+        """Encode one layer: x, position [B, S, D], padding_mask bool [B, S] or None -> [B, S, D]."""
 
         def attention(y: Tensor) -> Tensor:
             return self.self_attn(y + position, y + position, y, padding_mask)
@@ -90,14 +98,15 @@ class EncoderLayer(Block):
 
 
 class Encoder(nn.Module):
-    """A stack of encoder layers. Its final norm exists only in pre-norm models, as published."""
+    """A stack of encoder layers. As published, only a pre-norm model has a final norm."""
 
     def __init__(self, layer: EncoderLayer, num_layers: int, dim: int) -> None:
         super().__init__()
-        self.layers: Any = clones(layer, num_layers)
+        self.layers: Any = get_clones(layer, num_layers)
         self.norm = nn.LayerNorm(dim) if layer.pre_norm else None
 
     def forward(self, x: Tensor, position: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Encode x, position [B, S, D], padding_mask bool [B, S] or None -> [B, S, D]."""
         for layer in self.layers:
             x = layer(x, position, padding_mask)
         return x if self.norm is None else self.norm(x)

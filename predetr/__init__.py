@@ -23,12 +23,12 @@ _MODULES = {"Predictor": "predictor", "build_model": "models", "settings": "util
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    check_packages(PACKAGES)
+    check_import_conflicts(PACKAGES)
     add_to_path()
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 
-def check_packages(names: tuple[str, ...]) -> None:
+def check_import_conflicts(names: tuple[str, ...]) -> None:
     """Raises ImportError if a package of one of these names is imported already, and is not the project's."""
     for name in names:
         module = sys.modules.get(name)

@@ -1,4 +1,4 @@
-"""Options and settings that all tests share."""
+"""Options and fixtures that all tests share."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# Test files that look at the number of multiply-adds.
+COUNTING_TESTS = ("test_model_summary.py", "test_scripts.py", "test_deformable_runs.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,17 +25,13 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting multiply-adds is a good part of the time of a small run; the tests of the summary do it."""
-    if request.node.path.name not in (
-        "test_model_summary.py",
-        "test_scripts.py",
-        "test_deformable_runs.py",
-    ):
+    """Skip counting multiply-adds, which takes a good part of the time of a small run."""
+    if request.node.path.name not in COUNTING_TESTS:
         monkeypatch.setattr("util.runs.model_summary._multiply_adds_or_none", lambda *args: None)
 
 
 def pytest_unconfigure() -> None:
-    """Where a test failed or was broken off, pytest would wait for its loader processes."""
-    from util.runs.session import end_loaders
+    """End dataloader workers: after a failed or interrupted test, pytest would wait for them."""
+    from util.runs.session import kill_dataloader_workers
 
-    end_loaders()
+    kill_dataloader_workers()

@@ -1,4 +1,4 @@
-"""The documents' commands: read from their text, and taken apart by our own parsers."""
+"""The commands and examples of the documents: extracted from their text and parsed by the scripts' own parsers."""
 
 import importlib
 import os
@@ -7,6 +7,7 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import finetune_main
 import main as pretrain_main
@@ -25,35 +26,56 @@ TOOLS = {
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|curl) |\./\S+\.sh\b)"
 )
+LAUNCHERS = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}  # -> words before SCRIPT
+
+# A text that identifies each kind of Python example -> the test file that runs it.
+PYTHON_EXAMPLES = {
+    "import Predictor": "tests/test_predictor.py",
+    "build_model(": "tests/docs/test_documents.py",
+    "torch.hub.load(": "tests/test_hub.py",
+    "DETECTORS[": "tests/docs/test_documents.py",
+}
 
 
 def shown_commands(path: Path) -> list[str]:
-    """Every command of a document in its order: those of its bash blocks and those in backticks, in tables too.
+    """Return every command of a document in order: from bash blocks and from code spans, also in tables.
 
-    The first column of a table with the head "published" holds commands of other code bases, and is left out.
+    Skips the first column of a table with the head "published", which has commands of other codebases.
     """
-    return [command for command in _shown(path.read_text()) if COMMAND.match(command)]
+    return [command for command in _code_snippets(path.read_text()) if COMMAND.match(command)]
 
 
-def _shown(text: str) -> Iterator[str]:
-    theirs, row = False, ""
-    for found in re.finditer(r"^```(\w*)\n(.*?)^```|^\|([^\n]*)\|$|`([^`]+)`", text, re.S | re.M):
-        language, block, last_row, span = *found.groups()[:2], row, found[4]
-        if found[3] is not None:
-            row = found[3]
-            theirs = last_row.strip().startswith("published") if set(row) <= set("-|: ") else theirs
-            cells = re.split(r"(?<!\\)\|", row)[int(theirs) :]
+def _code_snippets(text: str) -> Iterator[str]:
+    """Yield each line of bash blocks, and each code span."""
+    skip_first_column, row = False, ""
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```|^\|([^\n]*)\|$|`([^`]+)`", text, re.S | re.M):
+        language, block, table_row, span = match.groups()
+
+        if table_row is not None:
+            previous_row, row = row, table_row
+            if set(row) <= set("-|: "):  # the line below a table's head
+                skip_first_column = previous_row.strip().startswith("published")
+            cells = re.split(r"(?<!\\)\|", row)[int(skip_first_column) :]
             yield from re.findall(r"`([^`]+)`", "|".join(cells))
         elif span is not None:
             yield " ".join(span.split())
         elif language == "bash":
-            yield from (
-                re.sub(r"\s+#.*", "", line) for line in block.replace("\\\n", " ").splitlines()
-            )
+            for line in block.replace("\\\n", " ").splitlines():
+                yield re.sub(r"\s+#.*", "", line)
+
+
+def python_blocks(path: Path) -> list[str]:
+    """Return the code of a document's Python blocks."""
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+
+
+def python_examples(kind: str) -> list[str]:
+    """Return the Python blocks of all documents that contain `kind`, a key of PYTHON_EXAMPLES."""
+    return [code for path in DOCUMENTS for code in python_blocks(path) if kind in code]
 
 
 def config_words(config: Path, *extra: str, cwd: Path = ROOT) -> list[str]:
-    """What a config would run: the script and its flags, printed by `$LAUNCH` in place of Python."""
+    """Return what a config would run, script and flags. `$LAUNCH` prints them in place of Python."""
     environment = {**os.environ, "LAUNCH": r"printf %s\n"}
     done = subprocess.run(
         ["bash", str(config), *extra],
@@ -67,7 +89,7 @@ def config_words(config: Path, *extra: str, cwd: Path = ROOT) -> list[str]:
 
 
 def parse(words: list[str], resolved: bool = True) -> Namespace:
-    """The flags of `[script, flag, ...]`. Fails for flags that the script does not take."""
+    """Parse `[script, flag, ...]`. Fails for flags that the script does not have."""
     args = SCRIPTS[words[0]].parse(words[1:])
     return resolve(args) if resolved else args
 
@@ -80,14 +102,13 @@ def without_launcher(words: list[str]) -> list[str]:
 
 
 def script_words(words: list[str]) -> list[str]:
-    """A command that trains or evaluates, without its launcher and with the words of its config: [SCRIPT, FLAG, ...]"""
+    """Return [SCRIPT, FLAG, ...] of a command that trains or evaluates, without launcher, with its config's flags."""
     words = words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)) :]
-    before = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}.get(
-        words[0].removeprefix("./"), 0
-    )
+    before = LAUNCHERS.get(words[0].removeprefix("./"), 0)
     if before:
         assert words[before - 1].isdigit(), "the number of processes"
         words = words[before:]
+
     config = words[0].removeprefix("./")
     if config.startswith("configs/"):
         return config_words(ROOT / config, *words[1:])
@@ -95,18 +116,16 @@ def script_words(words: list[str]) -> list[str]:
 
 
 def check_command(words: list[str]) -> Namespace | None:
-    """Fails unless the command can be run as it stands, with the data in place. Returns the settings of a training
-    command.
-    """
+    """Check that a command would run if the data existed. Returns the settings of a training command."""
     if words[:3] == ["python", "-m", "tools.demo.scenes"]:
         sample_scenes.get_args_parser().parse_args(words[3:])
         return None
     if words[0] == "python" and words[1] in TOOLS:
-        tool(words[1]).parse(words[2:])
+        import_tool(words[1]).parse(words[2:])
         return None
     return parse(script_words(words))
 
 
-def tool(name: str):
-    """The module of `tools/NAME.py`."""
+def import_tool(name: str) -> ModuleType:
+    """Import the module of `tools/NAME.py`."""
     return importlib.import_module(name.removesuffix(".py").replace("/", "."))

@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from datasets.collate import normalize_images
-from datasets.evaluators.coco import BACKENDS, CocoEvaluator, ground_truth_of
-from datasets.evaluators.voc import VocEvaluator, area, eleven_points
+from datasets.evaluators.coco import BACKENDS, CocoEvaluator, build_ground_truth
+from datasets.evaluators.voc import VocEvaluator, ap_11point, ap_area
 from datasets.images.image_folder import to_tensor
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, from_columns, parse_coco
+from datasets.labelled.annotations import Annotations, annotations_from_columns, parse_coco
 from datasets.pretext.random_query_patch import query_target
+from datasets.proposals.base import to_pixels
 from datasets.proposals.random import RandomProposals
-from datasets.proposals.search import to_pixels
-from datasets.proposals.selective_search import corners_of
+from datasets.proposals.selective_search import xywh_to_xyxy
 from datasets.transforms import (
     PatchAugmentation,
     RandomResize,
@@ -31,11 +31,11 @@ from datasets.transforms import (
     crop,
     detection_transforms,
     hflip,
-    pretext_transforms,
+    query_patch_transforms,
     resize,
     resized_size,
 )
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Arrays = Mapping[str, np.ndarray]
@@ -62,7 +62,7 @@ def _transform_input(npz: Arrays) -> tuple[Image.Image, dict[str, torch.Tensor]]
 
 def check_transforms(case_json: Mapping[str, Any], npz: Arrays) -> None:
     """Each transform alone, on a PIL image: pixels, masks and integers exact."""
-    rng = SampleRandom.fixed()
+    rng = SampleRNG.from_seeds()
     region = case_json["transforms"]["crop_region_top_left_h_w"]
     operations = {
         "hflip": hflip,
@@ -103,7 +103,7 @@ def check_train_pipeline(case_json: Mapping[str, Any], npz: Arrays) -> None:
         image = Image.fromarray(np.asarray(image).repeat(8, 0).repeat(8, 1))
         target = {key: value for key, value in target.items() if key != "masks"}
         target = {**target, "boxes": target["boxes"] * 8}
-        rng = SampleRandom.fixed(python=expected["random_seed"], torch=expected["torch_seed"])
+        rng = SampleRNG.from_seeds(python=expected["random_seed"], torch=expected["torch_seed"])
         image, target = transforms(image, target, rng)
         assert list(image.shape) == expected["shape"]
         assert target["size"].tolist() == expected["size"]
@@ -157,7 +157,7 @@ def check_coco_eval(case_json: Mapping[str, Any], golden_dir: Path) -> None:
     expected = case_json["coco_eval"]
     case = json.loads((Path(golden_dir) / expected["file"]).read_text())
     for backend in BACKENDS:
-        evaluator = CocoEvaluator(ground_truth_of(case["gt"]), backend)
+        evaluator = CocoEvaluator(build_ground_truth(case["gt"]), backend)
         evaluator.update(detections_by_image(case["dt"]))
         summary = evaluator.summarize()
         np.testing.assert_allclose(
@@ -184,7 +184,7 @@ def check_data_updetr(
     """Random boxes, and the transforms of patches and image without augmentation, on a PIL image."""
     image = Image.fromarray(npz["image_uint8"])
     size = (image.height, image.width)
-    rng = SampleRandom.fixed(numpy=case_json["random_patches"]["np_random_seed"])
+    rng = SampleRNG.from_seeds(numpy=case_json["random_patches"]["np_random_seed"])
     boxes = RandomProposals(len(npz["random_patches_xywh"]))(to_tensor(image), rng)
     boxes_xywh = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
     np.testing.assert_array_equal(boxes_xywh.long().numpy(), npz["random_patches_xywh"])
@@ -193,7 +193,7 @@ def check_data_updetr(
         patch, _ = patch_transform(image.crop(tuple(boxes[i].int().tolist())), {}, rng)
         normalized = normalize_images(to_tensor(patch), MEAN, STD)
         _close(normalized[:, ::4, ::4], npz[f"query_val_patch{i}_stride4"], f"patch {i}")
-    resized, target = pretext_transforms("val")(image, query_target(boxes, 0, size), rng)
+    resized, target = query_patch_transforms("val")(image, query_target(boxes, 0, size), rng)
     _close(normalize_images(resized, MEAN, STD)[:, ::8, ::8], npz["det_val/image_stride8"], "image")
     _close(target["boxes"], npz["det_val/boxes"], "boxes")
     _close(target["area"], npz["det_val/area"], "area")
@@ -217,13 +217,13 @@ def voc_annotations(case: Mapping[str, Any]) -> Annotations:
         "difficult": np.array([bool(item["difficult"]) for _, item in objects]),
     }
     names = PackedStrings(f"{i:06d}.jpg" for i in ids)
-    return from_columns(
+    return annotations_from_columns(
         columns,
-        "golden",
-        names,
-        np.array(ids),
-        np.zeros((len(ids), 2), int),
-        dict(enumerate(case["classes"])),
+        source="golden",
+        file_names=names,
+        image_ids=np.array(ids),
+        sizes_hw=np.zeros((len(ids), 2), int),
+        class_names=dict(enumerate(case["classes"])),
     )
 
 
@@ -244,7 +244,7 @@ def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) 
                 for image, found in case["predictions"].items()
             }
         )
-        summary, tables = evaluator.summarize(), evaluator.tables()
+        summary, tables = evaluator.summarize(), evaluator.ap_tables()
         ap50, ap75, ap = expected["mAP50_mAP75_mAP"]
         np.testing.assert_allclose(summary["stats"], [ap, ap50, ap75], rtol=0, atol=1e-12)
         np.testing.assert_allclose(
@@ -253,13 +253,13 @@ def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) 
             rtol=0,
             atol=1e-12,
         )
-        recall, precision = evaluator.curve(0, 0.5)
+        recall, precision = evaluator.precision_recall(0, 0.5)
         np.testing.assert_allclose(recall, npz[f"voc/{published}/cat_rec"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(precision, npz[f"voc/{published}/cat_prec"], rtol=0, atol=1e-12)
     known = case_json["voc_ap"]
     recall, precision = np.array(known["rec"]), np.array(known["prec"])
-    assert abs(eleven_points(recall, precision, published=True) - known["metric07"]) < 1e-12
-    assert abs(area(recall, precision) - known["area"]) < 1e-12
+    assert abs(ap_11point(recall, precision, published=True) - known["metric07"]) < 1e-12
+    assert abs(ap_area(recall, precision) - known["area"]) < 1e-12
 
 
 def check_data_detreg(
@@ -267,7 +267,7 @@ def check_data_detreg(
 ) -> None:
     """VOC's AP; boxes of selective search: from OpenCV's whole numbers to pixels."""
     check_voc_eval(case_json, npz, golden_dir)
-    boxes = corners_of(npz["ss/raw_xywh_in_128x128"])
+    boxes = xywh_to_xyxy(npz["ss/raw_xywh_in_128x128"])
     np.testing.assert_array_equal(
         to_pixels(boxes, 128, (90, 140)).numpy(), npz["ss/boxes_xyxy_h90_w140"]
     )

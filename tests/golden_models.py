@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models import build_model
 from models.criterion import Losses, SetCriterion
 from models.pretext import Pretext
-from util.checkpoints.architecture import detector_kind
+from util.checkpoints.architecture import infer_detector
 from util.nested_tensor import NestedTensor
 from util.runs.optimizer import build_optimizer
 from util.settings import FINETUNE, PRETRAIN, Settings, make_parser, resolve
@@ -78,7 +78,7 @@ def our_args(js: dict) -> Settings:
     )
     args = make_parser(PRETRAIN if pretext else FINETUNE).parse_args([])
     args.pretext = pretext
-    args.detector = detector_kind(keys)
+    args.detector = infer_detector(keys)
     for name, value in published.items():
         if hasattr(args, name) and name not in (
             "dataset_file",
@@ -226,7 +226,7 @@ def check_matches(case: Case, losses: Losses, prefix: str = "") -> None:
 
 
 def check_cost(case: Case, outputs: dict, targets: list[dict]) -> None:
-    cost = case.criterion.matcher.cost(
+    cost = case.criterion.matcher.cost_matrix(
         outputs["pred_logits"][None], outputs["pred_boxes"][None], targets
     )[0]
     loose = 10 if "out/enc/pred_boxes" in case.z else 1  # as the logits that it is made of
@@ -253,7 +253,7 @@ def check_losses(case: Case, losses: dict, expected: dict, rtol: float) -> None:
         for name in expected
         if name in case.js["weight_dict"]
     )
-    close(case.criterion.total(losses), total, rtol=rtol)
+    close(case.criterion.total_loss(losses), total, rtol=rtol)
 
 
 def check_weights_and_groups(case: Case) -> None:
@@ -346,7 +346,7 @@ def check_float32(case: Case) -> None:
     with torch.no_grad():
         check_cost(case, outputs, targets)
     check_losses(case, losses, case.js["losses"], rtol=1e-5)
-    case.criterion.total(losses).backward()
+    case.criterion.total_loss(losses).backward()
     check_gradients(
         case, case.z["grad_norms"], case.js["grad_total_norm"], rtol=5e-3, compare_values=True
     )
@@ -392,7 +392,7 @@ def check_float64(case: Case) -> None:
     close(outputs["pred_boxes"][:, chosen], boxes, rtol=rounding, atol=rounding)
     losses = case.criterion(outputs, targets)
     check_losses(case, losses, case.js["float64"]["losses"], rtol=1e-9)
-    case.criterion.total(losses).backward()
+    case.criterion.total_loss(losses).backward()
     check_gradients(
         case,
         case.z["f64/grad_norms"],
@@ -430,7 +430,7 @@ def check_steps(case: Case, samples: NestedTensor, targets: list[dict]) -> None:
     for step, value in enumerate(expected):
         if "steps/rand_uniform" in case.z:
             fix_keep_mask(case, case.z["steps/rand_uniform"][step : step + 1])
-        total = case.criterion.total(case.criterion(forward(case, samples, targets), targets))
+        total = case.criterion.total_loss(case.criterion(forward(case, samples, targets), targets))
         close(total, value, rtol=1e-9)
         optimizer.zero_grad()
         total.backward()

@@ -11,10 +11,10 @@ from models.classification import Classification, inverse_sigmoid, sigmoid_focal
 from models.deformable_transformer import (
     DeformableAttention,
     DeformableMemory,
-    cell_proposals,
-    cell_references,
-    embed_boxes,
-    valid_size,
+    encoder_reference_points,
+    initial_proposals,
+    sine_embed_boxes,
+    valid_size_wh,
 )
 from models.matcher import HungarianMatcher
 from models.ms_deform_attn import ms_deform_attn
@@ -134,7 +134,7 @@ def check_deformable(name: str, js: dict, z: dict, folder: Path) -> None:
             atol=1e-6,
         )
     close(
-        embed_boxes(torch.from_numpy(z["proposal_pos/x"]).sigmoid(), 256),
+        sine_embed_boxes(torch.from_numpy(z["proposal_pos/x"]).sigmoid(), 256),
         z["proposal_pos/out"],
         atol=1e-5,
     )
@@ -154,12 +154,12 @@ def check_cells(z: dict) -> None:
         position=torch.zeros(0),
         padding_mask=padding,
         shapes=shapes,
-        sizes=torch.tensor([(float(w), float(h)) for h, w in shapes]),
-        valid_sizes=torch.stack([valid_size(mask) for mask in masks], 1),
+        sizes_wh=torch.tensor([(float(w), float(h)) for h, w in shapes]),
+        valid_sizes_wh=torch.stack([valid_size_wh(mask) for mask in masks], 1),
     )
     close(memory.valid_ratios, z["valid_ratio/out"], rtol=1e-6)
-    close(cell_references(memory), z["enc_ref/out"], rtol=1e-6)
-    logits, valid = cell_proposals(memory)
+    close(encoder_reference_points(memory), z["enc_ref/out"], rtol=1e-6)
+    logits, valid = initial_proposals(memory)
     assert np.array_equal(valid.numpy(), z["proposals/kept"])
     close(logits, z["proposals/logit"], rtol=1e-5, atol=1e-6)
 

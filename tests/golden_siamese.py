@@ -12,20 +12,20 @@ from torch import Tensor
 
 from datasets.pretext.siamese import (
     common_regions,
-    cut_view,
+    crop_view,
     draw_views,
-    pick_regions,
     random_regions,
+    select_regions,
 )
 from models import build_model
 from models.criterion import Losses
 from models.pretext.siamese import jitter_boxes
 from tests.golden_models import Case, close, load, load_fill
 from util.box_ops import box_xyxy_to_cxcywh
-from util.checkpoints.architecture import detector_kind
+from util.checkpoints.architecture import infer_detector
 from util.checkpoints.published_layouts import to_detr_names
 from util.nested_tensor import NestedTensor
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.runs.optimizer import build_optimizer
 from util.settings import PRETRAIN, make_parser, resolve
 
@@ -46,7 +46,7 @@ def our_args(js: dict) -> Namespace:
         ]
     )
     args.detector, args.backbone_norm, args.reproduce_published = (
-        detector_kind(js["state_dict"]),
+        infer_detector(js["state_dict"]),
         "frozen",
         True,
     )
@@ -72,7 +72,7 @@ def build(name: str, folder: Path) -> Case:
     }
     model.load_state_dict({**state, **counters}, strict=True)
     normals = torch.from_numpy(z["disturb_normals"])
-    model.normals = lambda boxes: by_view(normals.unflatten(0, (-1, 2))).to(boxes.dtype)
+    model.sample_noise = lambda boxes: by_view(normals.unflatten(0, (-1, 2))).to(boxes.dtype)
     return Case(js, z, model, criterion, postprocessors["bbox"], args)
 
 
@@ -184,12 +184,12 @@ def check_mode(
             losses[name], value, rtol=1e-6 if logged else rtol, atol=1e-9 if rtol < 1e-7 else 1e-6
         )
     close(
-        case.criterion.total(losses),
+        case.criterion.total_loss(losses),
         sum(expected[name] * weight for name, weight in case.js["weight_dict"].items()),
         rtol=rtol,
     )
     if dtype == torch.float32:
-        case.criterion.total(losses).backward()
+        case.criterion.total_loss(losses).backward()
     return outputs, losses
 
 
@@ -240,7 +240,7 @@ def check_steps(case: Case) -> None:
         args.lr_linear_proj_mult,
     )
     for expected in case.js["adamw_lr_x0.01"]["step_losses"][:2]:
-        total = case.criterion.total(case.criterion(case.model(samples, targets), targets))
+        total = case.criterion.total_loss(case.criterion(case.model(samples, targets), targets))
         close(total, expected, rtol=1e-4)
         optimizer.zero_grad()
         total.backward()
@@ -253,30 +253,33 @@ def check_data(name: str, js: dict, z: dict, folder: Path) -> None:
     image = Image.fromarray(z["image_uint8"].repeat(4, 0).repeat(4, 1))
     for number, case in enumerate(js["two_view"]["cases"]):
         views = draw_views(
-            SampleRandom.fixed(python=case["seed"]), (240, 320), 0.5, case["views_bbox_stochastic"]
+            SampleRNG.from_seeds(python=case["seed"]),
+            (240, 320),
+            0.5,
+            case["views_bbox_stochastic"],
         )
         assert views.size == tuple(case["view_size_h_w"])
         close(views.overlap_xyxy_abs, case["inter_raw"], rtol=1e-9)
         for side, view in ((1, views.first), (2, views.second)):
             close(np.array(view), case[f"crop{side}_top_left_h_w"], rtol=1e-9)
             close(
-                views.map_boxes(views.overlap_xyxy_abs, view),
+                views.image_to_view(views.overlap_xyxy_abs, view),
                 case[f"inter_view{side}"],
                 rtol=1e-9,
                 atol=1e-9,
             )
             assert np.array_equal(
-                np.asarray(cut_view(image, view, views.size))[::8, ::8],
+                np.asarray(crop_view(image, view, views.size))[::8, ::8],
                 z[f"view{side}_{number}_stride8"],
             )
         regions = common_regions(torch.tensor(case["raw_boxes"]), views)
         picked = (
-            pick_regions(*regions, views, 6, SampleRandom(0)) if len(case["labels"]) >= 5 else None
+            select_regions(*regions, views, 6, SampleRNG(0)) if len(case["labels"]) >= 5 else None
         )
         proposed = case["gen_random"]
         right = np.array(proposed["labels"]) == 0
         random = random_regions(
-            SampleRandom.fixed(numpy=case["gen_random_np_seed"]), views, len(right)
+            SampleRNG.from_seeds(numpy=case["gen_random_np_seed"]), views, len(right)
         )
         for side in range(2):
             close(regions[side], case[f"anchors_view{side + 1}"], atol=1e-4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tests.tiny import MODEL_FLAGS, logged, write_coco, write_images
+from tests.tiny import MODEL_FLAGS, captured_log, write_coco, write_images
 from tools import transfer_study
 from tools.study import presets
 
@@ -25,7 +25,7 @@ TINY = presets.Preset(
 
 
 def study(command: str, *words: object) -> list[str]:
-    with logged() as lines:
+    with captured_log() as lines:
         transfer_study.main(transfer_study.parse([command, *map(str, words)]))
     return lines
 
@@ -57,7 +57,7 @@ def run_words(data: Path, folder: Path, *more: object) -> list[object]:
     return [*places, "--preset", "cpu-smoke", "--device", "cpu", "--num_workers", 0, *more]
 
 
-def made_up_study(
+def fake_study(
     folder: Path, aps: Mapping[tuple[str, int], float | None], codes: tuple[str, ...] = ("aaa",)
 ) -> Path:
     """A study of Conditional DETR on a tenth of the labels, without runs.

@@ -28,7 +28,7 @@ from tests.tiny import (
     FROZEN,
     PRETEXT_FLAGS,
     RUN_FLAGS,
-    logged,
+    captured_log,
     pre_train,
     read_log,
     tiny_args,
@@ -222,7 +222,7 @@ def call(
         "--data_root",
         "/nowhere",
     ]
-    with logged() as lines:
+    with captured_log() as lines:
         try:
             run_script(module.main, module.parse, [*small, *map(str, words)])
         except SystemExit as leave:
@@ -252,7 +252,7 @@ REFUSED = [
         "missing folder",
         P,
         "--imagenet_path {root}/none",
-        "{root}/none does not exist: give a folder of images",
+        "{root}/none does not exist; give a folder of images",
         1,
     ),
     (
@@ -266,7 +266,7 @@ REFUSED = [
         "empty folder",
         P,
         "--imagenet_path {root}/empty",
-        "{root}/empty holds no image .*: give a folder",
+        "{root}/empty contains no image .*; give a folder",
         1,
     ),
     ("no images", F, "--coco_path {root}/notes", "{root}/notes has neither", 1),
@@ -274,7 +274,7 @@ REFUSED = [
         "no images",
         P,
         "--imagenet_path {root}/notes",
-        "{root}/notes holds no image \\(1 other files\\): give",
+        "{root}/notes contains no image \\(1 other files\\); give",
         1,
     ),
     (
@@ -302,7 +302,7 @@ REFUSED = [
         "an annotation file",
         P,
         "--imagenet_path {root}/list/annotations/instances_val2017.json",
-        "its first entry .{{,90}}\\.\\.\\. does not exist; a list has one path a line",
+        "its first entry .{{,90}}\\.\\.\\. does not exist; a list has one path per line",
         1,
     ),
     (
@@ -515,7 +515,7 @@ REFUSED = [
         "no such device",
         F,
         "--device mps",
-        "--device: mps is no device of this project: use cuda, cuda:N or cpu",
+        "--device: mps is not supported: use cuda, cuda:N or cpu",
         2,
     ),
     (
@@ -581,28 +581,28 @@ REFUSED = [
         "a file",
         F,
         "--coco_path {root}/coco --output_dir {root}/file",
-        "--output_dir {root}/file can't be written: .*; choose another",
+        "--output_dir {root}/file is not writable: .*; choose another",
         1,
     ),
     (
         "below a file",
         P,
         "--imagenet_path {root}/photographs --output_dir {root}/file/out",
-        "file/out can't be written: .*; choose",
+        "file/out is not writable: .*; choose",
         1,
     ),
     (
         "the images' folder",
         P,
         "--imagenet_path {root}/photographs --output_dir {root}/photographs",
-        "--output_dir {root}/photographs lies in the images' folder .*: choose another folder",
+        "--output_dir {root}/photographs is inside the image folder .*: choose another folder",
         1,
     ),
     (
         "below the images",
         P,
         "--imagenet_path {root}/photographs --output_dir {root}/photographs/out",
-        "out lies in the images' folder",
+        "out is inside the image folder",
         1,
     ),
     (
@@ -653,24 +653,24 @@ REFUSED = [
         "of fine-tuning",
         P,
         "--imagenet_path x --resume {root}/detr.pth",
-        "detr.pth holds a detector without a pretext",
+        "detr.pth contains a detector without a pretext",
         1,
     ),
 ]
 CHECKPOINTS = [
-    ("cut.pth", "an incomplete checkpoint, .*fetch or save it again"),
-    ("text.pth", "it is a text file .*; fetch the file itself"),
-    ("zero.pth", "is empty; fetch or save it again"),
+    ("cut.pth", "an incomplete checkpoint .*download or save it again"),
+    ("text.pth", "it is a text file .*; download the file itself"),
+    ("zero.pth", "is empty; download or save it again"),
     ("gone.pth", "no such file; check the path"),
-    ("code.pkl", "may run code, so it is not loaded; save its tensors alone"),
+    ("code.pkl", "may run code, so it is not loaded; save only its tensors"),
     (
         "code.pth",
-        "holds the Python object .*, which may run code, so it is not loaded; save its tensors alone",
+        "contains the Python object .*, which may run code, so it is not loaded; save only its tensors",
     ),
-    ("list.pth", "holds a list, not a checkpoint .*; choose another file"),
-    ("backbone.pth", "holds a backbone without a detector; give it as --backbone_weights"),
-    ("empty", "is a folder, not a checkpoint; name the file in it"),
-    ("photographs/000.png", "it is no checkpoint of torch.save, .*: choose another file"),
+    ("list.pth", "contains a list, not a checkpoint .*; choose another file"),
+    ("backbone.pth", "contains a backbone, but no detector; pass it as --backbone_weights"),
+    ("empty", "is a folder, not a checkpoint; give the file in it"),
+    ("photographs/000.png", "it is not a torch.save file, .*; choose another file"),
 ]
 for file, text in CHECKPOINTS:
     REFUSED += [
@@ -892,7 +892,7 @@ def test_images_of_every_kind_and_bad_ones_with_their_reason(root: Path, tmp_pat
     for name, reason in (
         ("some_bad/000.png", "truncated"),
         ("some_bad/001.png", "an empty file"),
-        ("text/0.jpg", "of no format that"),
+        ("text/0.jpg", "unknown image format"),
     ):
         with pytest.raises(BadImageError, match=rf"can't be decoded \(.*{reason}"):
             open_image(str(root / name))
@@ -930,7 +930,7 @@ def test_devices_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch)
     [
         (errno.EACCES, "; choose"),
         (errno.EROFS, "; choose"),
-        (errno.ENOSPC, "; make room or choose"),
+        (errno.ENOSPC, "; free some space or choose"),
     ],
 )
 def test_folders_that_take_no_file(
@@ -946,7 +946,7 @@ def test_folders_that_take_no_file(
     )
     assert status == 1
     assert lines[-1].startswith(
-        f"error: --output_dir {tmp_path} can't be written: {os.strerror(number)}{remedy}"
+        f"error: --output_dir {tmp_path} is not writable: {os.strerror(number)}{remedy}"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -989,7 +989,7 @@ def test_a_disk_that_fills_up_in_training(root: Path, tmp_path: Path) -> None:
     assert status == 1
     (error,) = [line for line in lines if line.startswith("error: ")]
     assert re.search(
-        r"cannot write .*checkpoint.pth: no room \(.*\); the previous file is kept; make room or choose",
+        r"cannot write .*checkpoint.pth: disk full \(.*\); the previous file is kept; free some space or choose",
         error,
     )
     assert (tmp_path / "checkpoint.pth").read_bytes() == before

@@ -15,7 +15,7 @@ from tests.tiny import (
     write_coco,
     write_images,
 )
-from util.checkpoints.architecture import architecture
+from util.checkpoints.architecture import infer_architecture
 from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.loading import load_pretrained
 from util.settings import FINETUNE, make_parser, resolve
@@ -33,7 +33,7 @@ from util.settings import FINETUNE, make_parser, resolve
 def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
     args = tiny_args(FINETUNE, "--detector", "deformable_detr", *flags)
     state = build_model(args)[0].state_dict()
-    certain, _ = architecture(Checkpoint(model=state, args={"nheads": 4}))
+    certain, _ = infer_architecture(Checkpoint(model=state, args={"nheads": 4}))
     wanted = {
         "detector": "deformable_detr",
         "with_box_refine": args.with_box_refine,
@@ -44,7 +44,7 @@ def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
         "hidden_dim": 32,
     }
     assert wanted.items() <= certain.items()
-    known = {**architecture(Checkpoint(model=state, args={"nheads": 4}))[1], **certain}
+    known = {**infer_architecture(Checkpoint(model=state, args={"nheads": 4}))[1], **certain}
     assert (known["enc_n_points"], known["dec_n_points"]) == (args.enc_n_points, args.dec_n_points)
 
 
@@ -53,7 +53,7 @@ def test_points_of_a_published_file() -> None:
     words = ["--detector", "deformable_detr", "--backbone_weights", "none", "--enc_n_points", "2"]
     with torch.device("meta"):
         state = build_model(resolve(make_parser(FINETUNE).parse_args(words)))[0].state_dict()
-    certain, likely = architecture(Checkpoint(model=state))
+    certain, likely = infer_architecture(Checkpoint(model=state))
     assert (likely["enc_n_points"], likely["dec_n_points"]) == (2, 4)
     assert certain["num_queries"] == 300
     assert likely["position_embedding"] == "sine_shifted"

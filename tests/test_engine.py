@@ -19,8 +19,8 @@ from tests.tiny import (
     FROZEN,
     RUN_FLAGS,
     assert_same,
+    captured_log,
     fine_tune,
-    logged,
     make_batch,
     make_targets,
     pre_train,
@@ -33,7 +33,14 @@ from tests.tiny import (
 from util.distributed import get_world_size
 from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
-from util.runs.meters import Averages, LossReader, NonFiniteLoss, check_finite, to_host, with_pairs
+from util.runs.meters import (
+    Averages,
+    LossReader,
+    NonFiniteLoss,
+    check_finite,
+    to_host,
+    weight_class_error,
+)
 from util.runs.optimizer import build_optimizer, parameter_groups
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN
@@ -78,7 +85,7 @@ def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_run(
+def build_run(
     *flags: str, script: str = FINETUNE
 ) -> tuple[trainer.Run, NestedTensor, list[dict[str, Tensor]]]:
     """A run without loader, a batch and its targets."""
@@ -86,7 +93,7 @@ def make_run(
     args = tiny_args(script, "--backbone_norm", "frozen", "--dropout", "0", *flags)
     model, criterion, _ = build_model(args)
     normalization = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    run = trainer.make_run(
+    run = trainer.build_run(
         args,
         model.train(),
         criterion.train(),
@@ -104,7 +111,7 @@ def make_run(
 @pytest.mark.parametrize("detector", DETECTORS)
 @pytest.mark.parametrize("where", ["matched image", "image without objects"])
 def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) -> None:
-    run, samples, targets = make_run("--detector", detector)
+    run, samples, targets = build_run("--detector", detector)
     engine.train_step(run, samples, targets, stop=False)  # the optimiser has moments to spoil
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     moments = {
@@ -130,12 +137,12 @@ def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) 
 
 
 def test_step_lowers_the_loss_and_clips_gradients() -> None:
-    run, samples, targets = make_run("--lr", "1e-3", "--clip_max_norm", "0.1")
+    run, samples, targets = build_run("--lr", "1e-3", "--clip_max_norm", "0.1")
     history = [engine.train_step(run, samples, targets, stop=False)[0]["loss"] for _ in range(10)]
     assert history[-1] < history[0]
     norm = torch.stack([p.grad.norm() for p in run.model.parameters() if p.grad is not None]).norm()
     assert float(norm) == pytest.approx(0.1, rel=1e-3)
-    free, samples, targets = make_run("--clip_max_norm", "0")
+    free, samples, targets = build_run("--clip_max_norm", "0")
     engine.train_step(free, samples, targets, stop=False)
     assert (
         torch.stack([p.grad.norm() for p in free.model.parameters() if p.grad is not None]).norm()
@@ -147,7 +154,7 @@ def test_a_step_reads_no_image_ids_from_the_device() -> None:
     """Each would make the host wait for the whole backward pass; they are only for an error."""
     counts = []
     for batch in (2, 4):
-        run, _, _ = make_run("--sgd")  # AdamW counts its steps on the host
+        run, _, _ = build_run("--sgd")  # AdamW counts its steps on the host
         calls = []
 
         class Count(TorchDispatchMode):
@@ -163,7 +170,7 @@ def test_a_step_reads_no_image_ids_from_the_device() -> None:
 
 def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Path) -> None:
     for how in ("next step", "checkpoint"):
-        run, samples, targets = make_run()
+        run, samples, targets = build_run()
         run.folder = tmp_path
         spoil = run.model.class_embed.bias.register_hook(lambda gradient: gradient * math.inf)
         engine.train_step(run, samples, targets, stop=False)
@@ -176,14 +183,14 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path:
 
 
 def test_step_reports_who_asked_to_stop() -> None:
-    run, samples, targets = make_run()
+    run, samples, targets = build_run()
     assert engine.train_step(run, samples, targets, stop=True)[1] is True
     assert engine.train_step(run, samples, targets, stop=False)[1] is False
 
 
 @pytest.mark.parametrize("script", [FINETUNE, PRETRAIN])
 def test_bfloat16_step(script: str) -> None:
-    run, samples, targets = make_run("--amp", "bf16", script=script)
+    run, samples, targets = build_run("--amp", "bf16", script=script)
     assert run.amp is True
     if script == PRETRAIN:
         targets = make_targets([5, 5], patches=5)
@@ -195,7 +202,7 @@ def test_bfloat16_step(script: str) -> None:
 @pytest.mark.parametrize("norm", [(), ("--pre_norm",)])
 def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
     """Pre-norm layers add to what they are given, which nothing widens on the way."""
-    run, samples, _ = make_run(*norm)
+    run, samples, _ = build_run(*norm)
     given = []
     run.model.transformer.encoder.register_forward_pre_hook(
         lambda module, inputs: given.append(inputs[0].dtype)
@@ -206,7 +213,7 @@ def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
 
 
 def test_optimizer_has_the_published_groups() -> None:
-    run, _, _ = make_run("--lr", "2e-4", "--lr_backbone", "3e-5", "--weight_decay", "0.01")
+    run, _, _ = build_run("--lr", "2e-4", "--lr_backbone", "3e-5", "--weight_decay", "0.01")
     groups = run.optimizer.param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
         (2e-4, 0.01),
@@ -219,7 +226,7 @@ def test_optimizer_has_the_published_groups() -> None:
     assert sum(len(group["params"]) for group in groups) == sum(
         p.requires_grad for p in run.model.parameters()
     )
-    frozen, _, _ = make_run("--lr_backbone", "0")
+    frozen, _, _ = build_run("--lr_backbone", "0")
     assert [len(group["params"]) for group in frozen.optimizer.param_groups][1] == 0
     assert build_optimizer(run.model, 1e-4, 1e-5, 0.0).__class__ is torch.optim.AdamW
     assert len(parameter_groups(run.model, 1.0, 1.0)) == 2
@@ -305,7 +312,9 @@ def test_class_error_is_of_all_matched_pairs_of_an_epoch() -> None:
     averages = Averages()
     for error, pairs in ((100.0, 4), (0.0, 1), (100.0, 0)):
         losses = to_host(
-            with_pairs({"loss_ce": torch.tensor(2.0), "class_error": torch.tensor(error)}, pairs)
+            weight_class_error(
+                {"loss_ce": torch.tensor(2.0), "class_error": torch.tensor(error)}, pairs
+            )
         )
         averages.add(engine.logged_values(losses, {"loss_ce": 1.0}), weight=3)
     expected = {
@@ -531,7 +540,7 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(
 
 
 def test_evaluation_without_auxiliary_losses(fine_run: Path) -> None:
-    with logged() as lines:
+    with captured_log() as lines:
         finetune_main.main(
             finetune_main.parse(
                 [
@@ -559,7 +568,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         (fine_tune, "--coco_path", fine_run / "coco", "4 training"),
         (pre_train, "--imagenet_path", photographs, "4 images"),
     ):
-        with logged() as lines:
+        with captured_log() as lines:
             start(
                 flag,
                 data,
@@ -574,7 +583,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         text = "\n".join(lines)
         assert "epochs=7" in text  # resolved settings
         assert counted in text  # the data
-        assert "loss" in next(line for line in lines if line.startswith("step on [2, 3, "))
+        assert "loss" in next(line for line in lines if "on a batch of [2, 3, " in line)
         estimate = next(line for line in lines if line.startswith("dry run: 2 steps per epoch"))
         assert "for 7 epochs" in estimate
         assert "peak memory" in text
@@ -585,7 +594,7 @@ def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:
     images = write_images(tmp_path / "photographs", count=5)
     (images / "bad.png").write_bytes(b"no image at all")
     Image.new("RGB", (12, 60)).save(images / "001_tiny.png")
-    with logged() as lines:
+    with captured_log() as lines:
         pre_train("--imagenet_path", images, "--epochs", 3, "--batch_size", 7, *FROZEN)
     for name, reason in (("bad.png", "can't be decoded"), ("001_tiny.png", "12 x 60")):
         # The check at the start names one bad image of those that it tries; training reports each.
@@ -597,7 +606,7 @@ def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:
 
 
 def test_images_without_objects_train(fine_run: Path, tmp_path: Path) -> None:
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--coco_path",
             write_coco(tmp_path / "coco", train=4, empty=(0, 1)),
@@ -640,7 +649,7 @@ def test_run_ends_on_a_non_finite_loss_and_keeps_its_checkpoint(
     fine_tune("--coco_path", coco, "--output_dir", reference, *flags[:1], "1", *flags[2:])
     poison(monkeypatch, at_step=4)  # the second step of the second epoch
     argv = [*RUN_FLAGS, "--coco_path", str(coco), "--output_dir", str(tmp_path / "run"), *flags]
-    with logged() as lines, pytest.raises(SystemExit) as stop:
+    with captured_log() as lines, pytest.raises(SystemExit) as stop:
         run_script(finetune_main.main, finetune_main.parse, argv)
     assert stop.value.code == 1
     error = next(line for line in lines if line.startswith("error: "))

@@ -13,7 +13,7 @@ import torch
 from engine import TrainState, autocast, train_step
 from models.attention import usable_kernels
 from models.backbone import Backbone
-from models.ms_deform_attn import choose, ms_deform_attn
+from models.ms_deform_attn import ms_deform_attn, select_implementation
 from tests import deform_cases, golden_models
 from util.nested_tensor import NestedTensor
 from util.runs.meters import LossReader
@@ -68,7 +68,7 @@ def test_bfloat16_keeps_boxes_and_losses_in_float32(name: str) -> None:
     assert outputs["pred_boxes"].dtype == outputs["pred_logits"].dtype == torch.float32
     losses = case.criterion(outputs, targets)
     assert all(torch.isfinite(value) for value in losses.values())
-    case.criterion.total(losses).backward()
+    case.criterion.total_loss(losses).backward()
 
 
 def test_usable_attention_kernels_are_told() -> None:
@@ -82,7 +82,7 @@ def test_criterion_waits_for_the_device_once() -> None:
     case, samples, targets = _on_gpu("detr_r50")
     outputs = golden_models.forward(case, samples, targets)
     case.criterion(outputs, targets)
-    cost = case.criterion.matcher.cost
+    cost = case.criterion.matcher.cost_matrix
     calls = []
 
     def counted(*args):
@@ -93,13 +93,13 @@ def test_criterion_waits_for_the_device_once() -> None:
         torch.cuda.set_sync_debug_mode("error")
         return host
 
-    case.criterion.matcher.cost = counted
+    case.criterion.matcher.cost_matrix = counted
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         losses = case.criterion(outputs, targets)
         reader = LossReader(losses)
-        case.criterion.total(losses).backward()
+        case.criterion.total_loss(losses).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert calls == [1]
@@ -263,7 +263,7 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
 
 @pytest.fixture
 def _triton_runs() -> None:
-    if choose("auto", torch.device("cuda"), torch.float32) != "triton":
+    if select_implementation("auto", torch.device("cuda"), torch.float32) != "triton":
         pytest.skip("Triton does not run on this GPU")
 
 

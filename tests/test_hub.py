@@ -13,6 +13,7 @@ import torch
 
 import hubconf
 import models
+from tests.documents import python_examples
 from tests.tiny import ROOT
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN, make_parser, resolve
@@ -268,25 +269,25 @@ def test_package_of_the_same_name_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         hubconf.detr_resnet50(backbone_weights="none")
 
 
-def test_the_example_of_the_readme_runs(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (code,) = (block for block in blocks if "torch.hub" in block)
+def test_examples_of_the_documents_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    names: dict = {}
-    exec(
-        compile(code.replace("pretrained=True", f"pretrained={str(small)!r}"), "README.md", "exec"),
-        names,
-    )
-    assert [set(image) for image in names["results"]] == [{"scores", "labels", "boxes"}] * 2
+    for code in python_examples("torch.hub.load("):
+        code = code.replace("pretrained=True", f"pretrained={str(small)!r}")
+        names: dict = {}
+        exec(compile(code, "example", "exec"), names)
+        assert [set(image) for image in names["results"]] == [{"scores", "labels", "boxes"}] * 2
 
 
 def test_documents_name_entry_points() -> None:
-    for document in (ROOT / "README.md", ROOT / "docs" / "published_commands.md"):
+    for name in ("python_api.md", "published_commands.md"):
+        document = ROOT / "docs" / name
         used = re.findall(
-            r"""torch\.hub\.load\(["']([^"']+)["'],\s*["'](\w+)["']""", document.read_text()
+            r"""torch\.hub\.load\(\s*["']([^"']+)["'],\s*["'](\w+)["']""", document.read_text()
         )
         assert used, document
         assert {name for _, name in used} <= set(PARAMETERS), document
+    listed = re.findall(r"`(\w+_resnet\w+)`", (ROOT / "docs" / "python_api.md").read_text())
+    assert set(listed) == set(PARAMETERS)
 
 
 def test_a_detector_without_classes_is_refused() -> None:

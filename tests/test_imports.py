@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, load
+from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, import_object
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main", "finetune_main", "hubconf"}
@@ -142,7 +142,7 @@ def test_every_line_of_the_registries_leads_to_its_builder() -> None:
     places += [entry.images for entry in DATASETS.values() if entry.images]
     places += [place for entry in PRETEXTS.values() for place in (entry.pretext, entry.dataset)]
     for place in places:
-        assert callable(load(place)), place
+        assert callable(import_object(place)), place
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -81,7 +81,7 @@ def test_eight_scenes_are_learnt(detector: str, scenes: Path) -> None:
     )
     model, criterion, postprocessors = build_model(args)
     model.train().to(memory_format=torch.channels_last)
-    run = trainer.make_run(
+    run = trainer.build_run(
         args,
         model,
         criterion.train(),

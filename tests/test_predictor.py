@@ -1,6 +1,5 @@
 """The one inference path: inputs of every kind give the same predictions, in pixels of the image."""
 
-import re
 import shutil
 from pathlib import Path
 
@@ -11,8 +10,16 @@ from PIL import Image
 
 from datasets.images.image_folder import ImageFolder, read_image
 from models import build_model
-from predictor import Prediction, Predictor, as_image
-from tests.tiny import FROZEN, ROOT, fine_tune, own_flags, tiny_args, write_images, write_own_data
+from predictor import Prediction, Predictor, to_uint8_tensor
+from tests.documents import python_examples
+from tests.tiny import (
+    FROZEN,
+    custom_dataset_flags,
+    fine_tune,
+    tiny_args,
+    write_custom_dataset,
+    write_images,
+)
 from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.settings import PRETRAIN
@@ -20,8 +27,8 @@ from util.settings import PRETRAIN
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = write_own_data(tmp_path_factory.mktemp("own"))
-    fine_tune(*own_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
+    root = write_custom_dataset(tmp_path_factory.mktemp("own"))
+    fine_tune(*custom_dataset_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
     return root
 
 
@@ -126,7 +133,7 @@ def test_files_are_decoded_once_and_bad_ones_are_results(
     results = list(predictor.predict_files(folder, threshold=0, batch_size=2))
     assert [result.index for result in results] == list(range(4))
     assert len(reads) == len(set(reads)) == 4
-    broken = [result for result in results if result.problem]
+    broken = [result for result in results if result.error]
     assert [folder.name(result.index) for result in broken] == ["b.jpg"]
     assert broken[0].prediction is broken[0].image is None
     for result in results:
@@ -147,7 +154,7 @@ def test_files_are_decoded_once_and_bad_ones_are_results(
 )
 def test_other_shapes_and_types_are_refused(wrong) -> None:
     with pytest.raises(ValueError, match="must be .*, got "):
-        as_image(wrong)
+        to_uint8_tensor(wrong)
 
 
 def test_a_file_that_is_no_image_is_one_line(predictor: Predictor, tmp_path: Path) -> None:
@@ -200,19 +207,17 @@ def test_a_published_model_that_no_program_can_fetch() -> None:
         Predictor.from_checkpoint("deformable_detr_resnet50")
 
 
-def test_the_three_lines_of_the_readme(
+def test_examples_of_the_documents_run(
     data: Path,
     path: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    (code,) = (block for block in blocks if "import Predictor" in block)
-    assert len(code.strip().splitlines()) == 5  # with the import
     (tmp_path / "outputs" / "coco").mkdir(parents=True)
     shutil.copy(data / "run" / "checkpoint.pth", tmp_path / "outputs" / "coco")
     Image.open(path).convert("RGB").save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code.replace("threshold=0.5", "threshold=0"), "README.md", "exec"), {})
-    assert "tensor(" in capsys.readouterr().out
+    for code in python_examples("import Predictor"):
+        exec(compile(code.replace("threshold=0.5", "threshold=0"), "example", "exec"), {})
+        assert "tensor(" in capsys.readouterr().out

@@ -24,8 +24,8 @@ from tests.tiny import (
     RUN_FLAGS,
     assert_same,
     assert_same_logs,
+    captured_log,
     fine_tune,
-    logged,
     pre_train,
     read_checkpoint,
     read_log,
@@ -128,7 +128,7 @@ def test_two_and_two_epochs_equal_four(case: str, data: Path, tmp_path: Path) ->
     start(data, "--output_dir", tmp_path, *flags, "--epochs", 2)
     assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
     torch.manual_seed(999)  # whatever the next process starts with
-    with logged() as lines:
+    with captured_log() as lines:
         start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
     assert "continuing at epoch 3 of 4" in lines
     assert_equal_runs(tmp_path, whole_run(case, data))
@@ -225,7 +225,7 @@ def test_stop_in_the_middle_of_a_longer_epoch(
     with pytest.raises(StopRequested, match="epoch 2, after batch 3 of 5"):
         start_labelled(data, "--output_dir", tmp_path / "stopped", *flags)
     monkeypatch.undo()
-    with logged() as lines:
+    with captured_log() as lines:
         start_labelled(data, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto")
     assert "continuing at epoch 2 of 2, batch 3" in lines
     whole, ours = (
@@ -303,7 +303,7 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
 
 
 def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path: Path) -> None:
-    with logged() as lines:
+    with captured_log() as lines:
         start_pretext(
             data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path / "new", "--resume", "auto"
         )
@@ -314,7 +314,7 @@ def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path:
 def test_resuming_a_finished_run(data: Path, tmp_path: Path) -> None:
     start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path)
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    with logged() as lines:
+    with captured_log() as lines:
         start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path, "--resume", "auto")
     assert any("nothing to train" in line and "--epochs is 1" in line for line in lines)
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
@@ -391,7 +391,7 @@ def published_checkpoint(path: Path) -> dict:
 
 def test_resuming_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published = published_checkpoint(tmp_path / "theirs.pth")
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--coco_path",
             data / "coco",
@@ -419,7 +419,7 @@ def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Pat
     checkpoint["lr_scheduler"].update(step_size=400, base_lrs=[1e-4, 5e-5])
     checkpoint["optimizer"]["param_groups"][1].update(lr=5e-5, initial_lr=5e-5)
     torch.save(checkpoint, tmp_path / "theirs.pth")
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--coco_path",
             data / "coco",
@@ -437,7 +437,7 @@ def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Pat
 
 def test_evaluating_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published_checkpoint(tmp_path / "theirs.pth")
-    with logged() as lines:
+    with captured_log() as lines:
         finetune_main.main(
             finetune_main.parse(
                 [
@@ -465,7 +465,7 @@ def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None
     torch.save(
         {"model": published_checkpoint(tmp_path / "theirs.pth")["model"]}, tmp_path / "weights.pth"
     )
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--coco_path",
             data / "coco",
@@ -492,7 +492,7 @@ def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None
 
 def test_flags_of_the_command_win_and_it_is_said(data: Path, tmp_path: Path) -> None:
     start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path)
-    with logged() as lines:
+    with captured_log() as lines:
         start_pretext(
             data,
             *FROZEN,
@@ -528,9 +528,9 @@ def test_another_number_of_processes_starts_the_epoch_anew(
         position_unit=[images, 2 * global_batch], random_states=checkpoint["random_states"] * 2
     )
     save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
-    with logged() as lines:
+    with captured_log() as lines:
         start_pretext(data, *flags, "--resume", "auto")
-    assert any("2 processes, this run has 1" in line for line in lines)
+    assert any("2 processes and this run has 1" in line for line in lines)
     steps = {
         int(state["step"])
         for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
@@ -547,7 +547,7 @@ def test_another_batch_size_starts_the_epoch_anew(
     with pytest.raises(StopRequested):
         start_pretext(data, *flags, "--batch_size", 1)
     monkeypatch.undo()
-    with logged() as lines:
+    with captured_log() as lines:
         start_pretext(data, *flags, "--batch_size", 2, "--resume", "auto")
     assert any("the epoch starts over" in line for line in lines)
     steps = {
@@ -723,10 +723,10 @@ def test_auto_with_pretrain_starts_from_it_once(data: Path, tmp_path: Path) -> N
         tmp_path / "run",
         *FROZEN,
     )
-    with logged() as first:
+    with captured_log() as first:
         fine_tune(*flags, "--epochs", 1)
     assert any("re-initialised" in line for line in first)
-    with logged() as second:
+    with captured_log() as second:
         fine_tune(*flags, "--epochs", 2)
     assert any("--pretrain is not needed any more" in line for line in second)
     assert not any("re-initialised" in line for line in second)

@@ -21,8 +21,8 @@ from tests.tiny import (
     PRETEXT_FLAGS,
     ROOT,
     RUN_FLAGS,
+    captured_log,
     fine_tune,
-    logged,
     pre_train,
     read_checkpoint,
     read_log,
@@ -70,7 +70,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def call(script: str, *words: object) -> tuple[int, list[str]]:
     """Exit status and log of an entry script that runs in this process."""
     module, status = SCRIPTS[script], 0
-    with logged() as lines:
+    with captured_log() as lines:
         try:
             run_script(module.main, module.parse, [str(word) for word in words])
         except SystemExit as leave:
@@ -340,7 +340,7 @@ def test_without_a_folder_nothing_is_saved_and_it_is_said(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with logged() as lines:
+    with captured_log() as lines:
         pre_train("--imagenet_path", data / "photographs", "--epochs", 1, *FROZEN)
     assert any("nothing of this run will be saved: add --output_dir DIR" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
@@ -361,8 +361,8 @@ def test_the_published_pre_training_of_up_detr_has_more_flags(
     flags: list[str], missing: str
 ) -> None:
     """They are off by default, as in UP-DETR's own script; a run without them says so."""
-    with logged() as lines:
-        pretrain_main.warn_of_unpublished_pretext(resolve(pretrain_main.parse(flags)))
+    with captured_log() as lines:
+        pretrain_main.warn_missing_published_flags(resolve(pretrain_main.parse(flags)))
     assert [missing in line for line in lines] == ([True] if missing else [])
 
 

@@ -104,7 +104,7 @@ def run_case(name: str, folder: Path) -> dict:
     model, criterion = model.double(), criterion.double()
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
     normalization = {"mean": [0.5] * 3, "std": [0.25] * 3}
-    run = trainer.make_run(
+    run = trainer.build_run(
         args,
         model,
         criterion,

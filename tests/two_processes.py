@@ -20,7 +20,7 @@ from torch.multiprocessing.spawn import spawn
 import engine
 import trainer
 from datasets import build_loader
-from datasets.evaluators.coco import CocoEvaluator, ground_truth_of
+from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator
 from datasets.images.image_folder import ImageFolder
 from datasets.labelled.annotations import parse_coco
@@ -34,18 +34,18 @@ from models.trainable import TrainableModel
 from tests.tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
 from util.checkpoints.checkpoint import load_checkpoint
 from util.distributed import (
-    from_main,
+    broadcast_batch_norm_stats,
+    compute_on_rank0,
     get_rank,
     get_world_size,
     init_distributed,
-    share_statistics,
     shutdown,
     unwrap_model,
 )
 from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.runs.meters import NonFiniteLoss
 from util.runs.session import seed_everything
 from util.settings import FINETUNE, PRETRAIN, Settings
@@ -73,7 +73,7 @@ class Scenes(SampleDataset):
     def path(self, index: int) -> str:
         return f"image {index}"
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
         target = dict(self.targets[index])
         if "patches" in target:
             target["patches"] = (target["patches"] * 40 + 128).clamp(0, 255).to(torch.uint8)
@@ -84,7 +84,7 @@ class Scenes(SampleDataset):
 class Pairs(Scenes):
     """Two random views of each image, with as many regions."""
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
         image, target = super().load(index, rng)
         target["boxes"] = torch.stack([target["boxes"], target["boxes"].flip(0)])
         return torch.stack([image, image.flip(1)]), {
@@ -107,7 +107,7 @@ def in_float64(original: Callable) -> Callable:
     return to_device
 
 
-def make_run(
+def build_run(
     args: Settings,
     dataset: SampleDataset | None = None,
     folder: Path | None = None,
@@ -121,7 +121,7 @@ def make_run(
         model, criterion = model.double(), criterion.double()
     loader = build_loader(dataset, args, train=True) if dataset else None
     seed_everything(args.seed)
-    return trainer.make_run(
+    return trainer.build_run(
         args,
         model.train(),
         criterion.train(),
@@ -151,7 +151,7 @@ def train(
     """Three steps of four images; what each process saw and the weights afterwards."""
     exact = ("--backbone_norm", "frozen", "--dropout", "0")
     args = tiny_args(script, *exact, "--batch_size", "4", "--lr", "1e-3", *flags)
-    run = make_run(args, dataset(counts, patches=5 if script == PRETRAIN else 0))
+    run = build_run(args, dataset(counts, patches=5 if script == PRETRAIN else 0))
     original, seen = engine.to_device, []
 
     def recorded(samples, targets, device, **normalization):
@@ -265,7 +265,7 @@ def statistics_in_an_evaluation(folder: Path) -> dict:
     norm = nn.BatchNorm1d(3)
     norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(get_rank())))
     before = norm.running_mean.clone()
-    share_statistics(nn.Sequential(norm))
+    broadcast_batch_norm_stats(nn.Sequential(norm))
     return {"before": before, "after": norm.running_mean}
 
 
@@ -282,7 +282,7 @@ def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[traine
         "--batch_size",
         "4",
     )
-    run = make_run(args, double=False)
+    run = build_run(args, double=False)
     share = 4 // get_world_size()
     mine = slice(get_rank() * share, (get_rank() + 1) * share)
     samples = NestedTensor(images.tensors[mine], images.mask[mine], images.padded)
@@ -303,7 +303,7 @@ def not_finite_on_one_process(folder: Path) -> dict:
     images = make_batch(4)
     images.tensors[3, 0, 0, 0] = math.nan
     args = tiny_args(FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--batch_size", "4")
-    run = make_run(args, double=False)
+    run = build_run(args, double=False)
     before, share = weights_of(run), 4 // get_world_size()
     mine = slice(get_rank() * share, (get_rank() + 1) * share)
     try:
@@ -339,7 +339,7 @@ class Oracle(TrainableModel):
 class Numbered(Scenes):
     """Scenes whose first pixel is their number."""
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, dict]:
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
         image, target = super().load(index, rng)
         image = image.clone()
         image[:, 0, 0] = index
@@ -379,7 +379,7 @@ def evaluation(folder: Path) -> dict:
     args = tiny_args(FINETUNE, "--batch_size", "2")
     found = {}
     for name, evaluator in (
-        ("coco", CocoEvaluator(ground_truth_of(truth))),
+        ("coco", CocoEvaluator(build_ground_truth(truth))),
         ("voc", VocEvaluator(parse_coco(truth, "made"))),
     ):
         found[name], examples = engine.evaluate(
@@ -391,7 +391,7 @@ def evaluation(folder: Path) -> dict:
             device=torch.device("cpu"),
             normalization={"mean": [0.0] * 3, "std": [1 / 255] * 3},
             amp=False,
-            keep_examples=2,
+            num_examples=2,
         )
     voc = {name: found["voc"][name] for name in ("coco_eval_bbox", "voc_area", "per_class")}
     return {
@@ -408,7 +408,7 @@ def stop_and_resume(folder: Path) -> dict:
     flags = (*FROZEN, "--batch_size", "4", "--epochs", "2", "--dropout", "0.3")
 
     def start(name: str) -> trainer.Run:
-        return make_run(
+        return build_run(
             tiny_args(FINETUNE, *flags), Scenes([2] * IMAGES), folder / name, double=False
         )
 
@@ -436,7 +436,7 @@ def stop_and_resume(folder: Path) -> dict:
     torch.manual_seed(12345)
     resumed = start("stopped")
     unwrap_model(resumed.model).load_state_dict(checkpoint.model)
-    trainer.continue_run(resumed, checkpoint)
+    trainer.resume_run(resumed, checkpoint)
     trainer.fit(resumed)
     states = checkpoint.random_states
     return {
@@ -446,7 +446,7 @@ def stop_and_resume(folder: Path) -> dict:
         "steps": len(calls),
         "states": len(states),
         "states_differ": not torch.equal(states[0]["torch"], states[-1]["torch"]),
-        "numbers": [whole.best, resumed.best],
+        "numbers": [whole.best_ap, resumed.best_ap],
     }
 
 
@@ -454,7 +454,11 @@ def one_looks_for_images(folder: Path) -> dict:
     """Where a process looked, what it knows of the images afterwards, and what both say of a folder that is not
     there.
     """
-    root, scandir, looked = from_main(lambda: write_images(folder / "images", 3)), os.scandir, []
+    root, scandir, looked = (
+        compute_on_rank0(lambda: write_images(folder / "images", 3)),
+        os.scandir,
+        [],
+    )
     os.scandir = lambda path: (looked.append(str(path)), scandir(path))[1]
     try:
         images = ImageFolder(str(root))

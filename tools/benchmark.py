@@ -25,15 +25,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.ms_deform_attn import choose, ms_deform_attn  # noqa: E402
+from models.ms_deform_attn import ms_deform_attn, select_implementation  # noqa: E402
 from util.errors import UserError
 from util.files import write_text  # noqa: E402
 from util.logger import Progress, log  # noqa: E402
-from util.markdown import markdown  # noqa: E402
+from util.markdown import markdown_table  # noqa: E402
 from util.runs.session import run_script  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "mmcv")
-SECONDS_A_TURN = 0.02  # calls of a contender are repeated until a turn lasts about that long
+SECONDS_PER_TURN = 0.02  # calls of a contender are repeated until a turn lasts about that long
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Comparison:
     name: str
     contenders: dict[str, Callable[[], Iterable[Tensor]]]
     tolerance: float
-    left_out: dict[str, str] = field(default_factory=dict)  # contender -> why it is not here
+    skipped: dict[str, str] = field(default_factory=dict)  # contender -> why it is not here
 
 
 @dataclass
@@ -126,7 +126,7 @@ def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Ro
     contenders = comparison.contenders
     peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
     calls = {
-        name: max(1, math.ceil(SECONDS_A_TURN / seconds(call, 1, device)))
+        name: max(1, math.ceil(SECONDS_PER_TURN / seconds(call, 1, device)))
         for name, call in contenders.items()
     }
     times: dict[str, list[float]] = {name: [] for name in contenders}
@@ -166,14 +166,14 @@ def compare_ms_deform_attn(args: argparse.Namespace, device: torch.device) -> It
     """Forward and backward at the shapes of training: four maps of images with sides 3 : 4, 8 heads of 32 channels, 4
     points.
     """
-    shapes = map_shapes(args.image_size)
+    shapes = feature_map_shapes(args.image_size)
     for dtype in args.dtypes:
         for part in ("encoder", "decoder"):
-            inputs = deform_inputs(part, shapes, args.batch_size, getattr(torch, dtype), device)
-            yield compare_one(f"{part}, {dtype}", shapes, inputs)
+            inputs = attention_inputs(part, shapes, args.batch_size, getattr(torch, dtype), device)
+            yield compare_attention(f"{part}, {dtype}", shapes, inputs)
 
 
-def map_shapes(height: int) -> list[tuple[int, int]]:
+def feature_map_shapes(height: int) -> list[tuple[int, int]]:
     """(height, width) of the four maps of an image of that height, which is as wide as COCO's usual 800 x 1066."""
     return [
         (math.ceil(height / stride), math.ceil(round(height * 1066 / 800) / stride))
@@ -181,7 +181,7 @@ def map_shapes(height: int) -> list[tuple[int, int]]:
     ]
 
 
-def deform_inputs(
+def attention_inputs(
     part: str, shapes: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(value, locations, weights, gradient of the output). Encoder: each pixel is a query; decoder: 300 queries
@@ -222,20 +222,22 @@ def deform_inputs(
     )
 
 
-def compare_one(name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...]) -> Comparison:
+def compare_attention(
+    name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...]
+) -> Comparison:
     value, locations, weights, grad_output = inputs
-    left_out = {}
+    skipped = {}
     calls = {"pytorch": lambda v, p, w: ms_deform_attn(v, shapes, p, w, "pytorch")}
     try:
-        choose("triton", value.device, value.dtype)
+        select_implementation("triton", value.device, value.dtype)
         calls["triton"] = lambda v, p, w: ms_deform_attn(v, shapes, p, w, "triton")
     except UserError as error:
-        left_out["triton"] = str(error)
+        skipped["triton"] = str(error)
     contenders = {
         key: forward_backward(call, (value, locations, weights), grad_output)
         for key, call in calls.items()
     }
-    for peer, load in PEERS.items():
+    for peer, load in PUBLIC_IMPLEMENTATIONS.items():
         try:
             contender = forward_backward(
                 load(shapes, value.device), (value, locations, weights), grad_output
@@ -243,10 +245,10 @@ def compare_one(name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, 
             contender()
             contenders[peer] = contender
         except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and the others are still worth a table
-            left_out[peer] = (
+            skipped[peer] = (
                 f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
-    return Comparison(name, contenders, 2e-2 if value.dtype != torch.float32 else 1e-3, left_out)
+    return Comparison(name, contenders, 2e-2 if value.dtype != torch.float32 else 1e-3, skipped)
 
 
 def forward_backward(
@@ -261,36 +263,42 @@ def forward_backward(
     return run
 
 
-def as_tensors(shapes: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def level_sizes_and_starts(
+    shapes: list[tuple[int, int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
     """(sizes [L, 2], number of the first pixel [L]) of the maps, as public implementations take them."""
     sizes = torch.tensor(shapes, device=device)
     areas = sizes.prod(1)
     return sizes, areas.cumsum(0) - areas
 
 
-def transformers_peer(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
+def transformers_attention(
+    shapes: list[tuple[int, int]], device: torch.device
+) -> Callable[..., Tensor]:
     from transformers.models.deformable_detr.modeling_deformable_detr import (
         MultiScaleDeformableAttention,
     )
 
-    sizes, starts = as_tensors(shapes, device)
+    sizes, starts = level_sizes_and_starts(shapes, device)
     module = MultiScaleDeformableAttention()
     return lambda v, p, w: module(v.float(), sizes, shapes, starts, p, w, 64).to(v.dtype)
 
 
-def mmcv_peer(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
+def mmcv_attention(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
-    sizes, starts = as_tensors(shapes, device)
+    sizes, starts = level_sizes_and_starts(shapes, device)
     return lambda v, p, w: MultiScaleDeformableAttnFunction.apply(
         v.float(), sizes, starts, p, w, 64
     ).to(v.dtype)
 
 
-def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
+def extension_attention(
+    shapes: list[tuple[int, int]], device: torch.device
+) -> Callable[..., Tensor]:
     """The compiled extension that comes with the published code."""
     extension = importlib.import_module("MultiScaleDeformableAttention")
-    sizes, starts = as_tensors(shapes, device)
+    sizes, starts = level_sizes_and_starts(shapes, device)
 
     class Compiled(torch.autograd.Function):
         @staticmethod
@@ -310,10 +318,10 @@ def extension_peer(shapes: list[tuple[int, int]], device: torch.device) -> Calla
 
 # Public implementations compute in float32, also under autocast. One that can't be imported or run is left out, with
 # the reason.
-PEERS = {
-    "transformers": transformers_peer,
-    "mmcv": mmcv_peer,
-    "published extension": extension_peer,
+PUBLIC_IMPLEMENTATIONS = {
+    "transformers": transformers_attention,
+    "mmcv": mmcv_attention,
+    "published extension": extension_attention,
 }
 
 
@@ -343,7 +351,11 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def table(
-    subject: str, rows: list[Row], left_out: dict[str, str], settings: dict, where: dict[str, str]
+    subject: str,
+    rows: list[Row],
+    skipped: dict[str, str],
+    settings: dict,
+    environment_info: dict[str, str],
 ) -> str:
     """The result as markdown."""
     head = [
@@ -368,13 +380,13 @@ def table(
     lines = [
         f"# {subject}",
         "",
-        ", ".join(f"{key} {value}" for key, value in where.items()) + ".",
+        ", ".join(f"{key} {value}" for key, value in environment_info.items()) + ".",
         "",
         "Settings: " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".",
         "",
-        markdown(head, cells),
+        markdown_table(head, cells),
         "",
-        *(f"Not measured: {name} ({reason})." for name, reason in left_out.items()),
+        *(f"Not measured: {name} ({reason})." for name, reason in skipped.items()),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -424,24 +436,24 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    rows, left_out = [], {}
+    rows, skipped = [], {}
     for comparison in SUBJECTS[args.subject](args, device):
         rows += measure(comparison, args.turns, device)
-        left_out |= comparison.left_out
+        skipped |= comparison.skipped
     settings = {
         key: value
         for key, value in vars(args).items()
         if key not in ("subject", "output", "overwrite")
     }
-    where = environment(device)
-    text = table(args.subject, rows, left_out, settings, where)
+    environment_info = environment(device)
+    text = table(args.subject, rows, skipped, settings, environment_info)
     log.info("%s", text)
     write_text(targets[0], text)
     numbers = {
-        "environment": where,
+        "environment": environment_info,
         "settings": settings,
         "rows": [vars(row) for row in rows],
-        "not_measured": left_out,
+        "not_measured": skipped,
     }
     write_text(targets[1], json.dumps(numbers, indent=1))
     log.info("written: %s", args.output)

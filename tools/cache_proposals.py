@@ -26,18 +26,18 @@ sys.path.insert(
 from datasets.images.image_folder import ImageFile, ImageFiles, ImageFolder
 from datasets.images.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
-from datasets.proposals.search import BoxSearch
-from datasets.proposals.store import ProposalStore
-from datasets.proposals.store_builder import Plan, file_identity, make_chunk, merge
+from datasets.proposals.base import CacheableProposals
+from datasets.proposals.cache import ProposalCache
+from datasets.proposals.cache_builder import Plan, file_identity, make_chunk, merge
 from datasets.sample import BadImageError
 from util.errors import UserError
 from util.logger import Progress, log
 from util.runs.session import run_script
 from util.settings import PRETRAIN, Parser, add_flags, settings, usable_cores
-from util.settings.kinds import at_least_zero, proposal_method
+from util.settings.value_types import non_negative, proposal_method
 
 METHOD_FLAGS = ("ss_resize", "edge_model")
-_job: dict[str, Plan] = {}
+_worker_state: dict[str, Plan] = {}
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -70,13 +70,13 @@ def parse(argv: list[str]) -> Namespace:
     add_flags(parser, PRETRAIN, METHOD_FLAGS)
     parser.add_argument(
         "--num_workers",
-        type=at_least_zero(),
+        type=non_negative(),
         default=usable_cores(),
         help="processes (all cores; 0: this one alone)",
     )
     parser.add_argument(
         "--shard",
-        type=_shard,
+        type=_parse_shard,
         default=(1, 1),
         metavar="i/n",
         help="only part i of n, without merging",
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def _shard(text: str) -> tuple[int, int]:
+def _parse_shard(text: str) -> tuple[int, int]:
     part, _, of = text.partition("/")
     if not (part.isdigit() and of.isdigit() and 1 <= int(part) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 1 to n")
@@ -99,9 +99,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 def main(args: Namespace) -> None:
     if args.check:
-        check(ProposalStore(args.output_dir), args.images)
+        check(ProposalCache(args.output_dir), args.images)
         return
-    plan = make_plan(args)
+    plan = build_plan(args)
     if not plan.begin():
         log.info("%s is finished", plan.folder)
         return
@@ -109,7 +109,7 @@ def main(args: Namespace) -> None:
         search(plan, args.shard, args.num_workers)
     if args.shard == (1, 1) or args.merge:
         bar = Progress(plan.num_chunks, "merging")
-        report(merge(plan, bar.step))
+        log_summary(merge(plan, bar.step))
     else:
         log.info(
             "shard %d/%d is done: run the others, and then the same command with --merge in place of --shard",
@@ -117,14 +117,14 @@ def main(args: Namespace) -> None:
         )
 
 
-def make_plan(args: Namespace) -> Plan:
+def build_plan(args: Namespace) -> Plan:
     """
     Raises:
         UserError: no images; a method that can't be stored.
     """
     if args.list:
         images = ImageFiles(
-            args.images, PackedStrings(sorted(set(_listed(args.list, args.images))))
+            args.images, PackedStrings(sorted(set(_read_image_list(args.list, args.images))))
         )
     else:
         images = ImageFolder(args.images)
@@ -136,14 +136,14 @@ def make_plan(args: Namespace) -> Plan:
     method = build_proposals(
         settings(PRETRAIN, pretext="region_prior", proposals=args.proposals, **flags)
     )
-    if not isinstance(method, BoxSearch):
+    if not isinstance(method, CacheableProposals):
         raise UserError(
             f"--proposals {args.proposals} draws new boxes each time: there is nothing to store"
         )
     return Plan(args.output_dir, images, method, args.proposals)
 
 
-def _listed(path: str, folder: str) -> Iterator[str]:
+def _read_image_list(path: str, folder: str) -> Iterator[str]:
     """Relative paths of a list; the word behind a path, as in lists of classification data, is no part of it."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -170,8 +170,8 @@ def search(plan: Plan, shard: tuple[int, int], num_workers: int) -> None:
         UserError: a process was ended from outside.
     """
     todo, mine = plan.missing(shard), range(shard[0] - 1, plan.num_chunks, shard[1])
-    total = sum(len(plan.images_of(k)) for k in mine)
-    done = total - sum(len(plan.images_of(k)) for k in todo)
+    total = sum(len(plan.image_indices(k)) for k in mine)
+    done = total - sum(len(plan.image_indices(k)) for k in todo)
     if done:
         log.info("%d of %d images are done already", done, total)
     bar = Progress(total, "proposals", start=done, unit=" images")
@@ -216,22 +216,22 @@ def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int
 
 def _start_worker(plan: Plan, parent: int) -> None:
     """Ctrl-C is for the main process, and a worker must not outlive it, however it ends."""
-    _job["plan"] = plan
+    _worker_state["plan"] = plan
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _leave_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(1)
 
 
 def _make_chunk(chunk: int) -> tuple[int, int]:
-    return make_chunk(_job["plan"], chunk)
+    return make_chunk(_worker_state["plan"], chunk)
 
 
-def report(store: ProposalStore) -> None:
+def log_summary(store: ProposalCache) -> None:
     header = store.header
     size = sum(path.stat().st_size for path in store.folder.iterdir())
     log.info(
@@ -251,7 +251,7 @@ def report(store: ProposalStore) -> None:
         )
 
 
-def find_files(store: ProposalStore, root: str) -> Callable[[int], ImageFile]:
+def locate_images(store: ProposalCache, root: str) -> Callable[[int], ImageFile]:
     """Says where an image of the store is: below the folder, beside the list, or in a tar file."""
     beside = ImageFiles(root if os.path.isdir(root) else os.path.dirname(root), store.names)
     if ".tar/" not in store.names[0].lower() or os.path.exists(beside.path(0)):
@@ -265,13 +265,13 @@ def find_files(store: ProposalStore, root: str) -> Callable[[int], ImageFile]:
     return file_of
 
 
-def check(store: ProposalStore, root: str) -> None:
+def check(store: ProposalCache, root: str) -> None:
     """Compares size and CRC-32 of every file with those of the store.
 
     Raises:
         UserError: files differ or are missing.
     """
-    file_of = find_files(store, root)
+    file_of = locate_images(store, root)
     bar, wrong = Progress(len(store.names), "checking"), []
     for row in range(len(store.names)):
         try:

@@ -28,25 +28,25 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # `python tools/NAME.py` works from any directory
 
-from datasets import classes_in
+from datasets import classes_of_dataset
 from datasets.images.image_folder import ImageFolder
 from datasets.labelled.checks import (
     KINDS,
-    ImageFacts,
-    Problem,
+    Finding,
+    ImageInfo,
     Split,
-    describe,
     inspect_image,
     run_checks,
+    summarize_annotations,
 )
 from util.errors import UserError
-from util.files import check_apart, make_folder, write_atomically, write_text
+from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
 from util.plots.boxes import PALETTE
 from util.plots.curves import figure_classes
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, Parser, Settings, add_flags, resolve
-from util.settings.registry import DATASETS, load, lookup
+from util.settings.registry import DATASETS, import_object, lookup
 
 SHARED_FLAGS = (  # as finetune_main.py has them
     "coco_path",
@@ -93,8 +93,8 @@ def parse(argv: list[str]) -> Namespace:
 # ---------------------------------------------------------------------------------------------------- what is read
 
 
-def open_splits(settings: Settings) -> tuple[list[Split], list[Problem]]:
-    """The splits that can be read, and a problem for each that can't. It calls the builder alone: `build_dataset` would
+def open_splits(settings: Settings) -> tuple[list[Split], list[Finding]]:
+    """The splits that can be read, and a finding for each that can't. It calls the builder alone: `build_dataset` would
     refuse what is to be listed.
     """
     if settings.imagenet_path:
@@ -106,27 +106,27 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Problem]]:
             for name in names
             if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")
         ]
-    builder = load(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
-    splits, problems, classes = [], [], None
+    builder = import_object(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
+    splits, findings, classes = [], [], None
     for name in names or ["train"]:
         try:
             dataset = builder(name, settings, classes)
         except UserError as error:
-            problems.append(Problem("unusable", name, "", str(error)))
+            findings.append(Finding("unusable", name, "", str(error)))
             continue
-        classes = classes or classes_in(dataset)
+        classes = classes or classes_of_dataset(dataset)
         limit = settings.num_classes if settings.was_given("num_classes") else dataset.num_classes
         splits.append(Split(name, dataset, settings.num_queries, limit))
-    return splits, problems
+    return splits, findings
 
 
-def read_images(split: Split, workers: int) -> list[ImageFacts]:
+def inspect_images(split: Split, workers: int) -> list[ImageInfo]:
     """Decodes every image of a split in as many as `workers` processes (0: in this one)."""
     files = [split.file(index) for index in range(len(split.images))]
     workers = min(workers, len(files) // CHUNK)
     bar = Progress(len(files), f"{split.name} images")
 
-    def counted(facts: ImageFacts) -> ImageFacts:
+    def counted(facts: ImageInfo) -> ImageInfo:
         bar.step()
         return facts
 
@@ -150,12 +150,12 @@ def _ignore_ctrl_c() -> None:
 # ---------------------------------------------------------------------------------------------------- the report
 
 
-def table(problems: Sequence[Problem], splits: Sequence[Split]) -> str:
+def table(findings: Sequence[Finding], splits: Sequence[Split]) -> str:
     """A line per kind, the worst first: how many in each split, what it means and the first of them."""
-    counts = Counter((problem.kind, problem.split) for problem in problems)
-    first = {problem.kind: str(problem) for problem in reversed(problems)}
+    counts = Counter((finding.kind, finding.split) for finding in findings)
+    first = {finding.kind: str(finding) for finding in reversed(findings)}
     first["unusable"] = f"\n{'':17}".join(
-        problem.detail for problem in problems if problem.kind == "unusable"
+        finding.detail for finding in findings if finding.kind == "unusable"
     )
     lines = [f"{'':8} {'':26} {'train':>8} {'val':>8}"]
     for kind, check in KINDS.items():
@@ -165,19 +165,19 @@ def table(problems: Sequence[Problem], splits: Sequence[Split]) -> str:
                 f"{check.severity:8} {kind:26} {' '.join(cells)}  {check.meaning}\n{'':10}first: {first[kind]}"
             )
     images = ", ".join(f"{len(split.images)} {split.name} images" for split in splits)
-    severities = Counter(problem.severity for problem in problems)
+    severities = Counter(finding.severity for finding in findings)
     total = f"{images or 'no image'}: {severities['problem']} problems, {severities['warning']} warnings"
     return "\n".join([*(lines if len(lines) > 1 else []), total])
 
 
-def counts_of(split: Split) -> dict[str, object]:
+def summarize_split(split: Split) -> dict[str, object]:
     """Counts of a split, and of its classes."""
     sizes = np.array([facts.size_hw for facts in split.facts if not facts.error]).reshape(-1, 2)
     counts = {"images": len(split.images), "readable": len(sizes)}
     if len(sizes):
         counts["median_size_hw"] = np.median(sizes, 0).astype(int).tolist()
     if split.annotations is not None:
-        counts.update(describe(split.annotations))
+        counts.update(summarize_annotations(split.annotations))
         images, boxes = count_classes(split)
         names = split.annotations.class_names
         counts["classes"] = {
@@ -188,23 +188,23 @@ def counts_of(split: Split) -> dict[str, object]:
 
 def count_classes(split: Split) -> tuple[Counter, Counter]:
     """(images, boxes) of each label."""
-    pairs = np.column_stack([split.annotations.image_of, split.annotations.labels])
+    pairs = np.column_stack([split.annotations.image_indices, split.annotations.labels])
     return Counter(np.unique(pairs, axis=0)[:, 1].tolist()), Counter(pairs[:, 1].tolist())
 
 
-def write_report(folder: Path, problems: Sequence[Problem], splits: Sequence[Split]) -> None:
+def write_report(folder: Path, findings: Sequence[Finding], splits: Sequence[Split]) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows([getattr(problem, name) for name in COLUMNS] for problem in problems)
+    writer.writerows([getattr(finding, name) for name in COLUMNS] for finding in findings)
     # File names need not be UTF-8.
     write_text(folder / PROBLEMS, text.getvalue().encode("utf-8", "backslashreplace").decode())
     found: dict[str, dict[str, int]] = {}
     for (kind, split), count in Counter(
-        (problem.kind, problem.split) for problem in problems
+        (finding.kind, finding.split) for finding in findings
     ).items():
         found.setdefault(kind, {})[split] = count
-    summary = {"found": found, **{split.name: counts_of(split) for split in splits}}
+    summary = {"found": found, **{split.name: summarize_split(split) for split in splits}}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
     try:
         if splits:
@@ -342,7 +342,7 @@ def prepare_folder(args: Namespace) -> Path | None:
     """
     if not args.output_dir:
         return None
-    check_apart(args.output_dir, args.imagenet_path or "")
+    check_outside_images(args.output_dir, args.imagenet_path or "")
     folder = make_folder(args.output_dir, FILES, args.overwrite)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
@@ -352,18 +352,18 @@ def prepare_folder(args: Namespace) -> Path | None:
 def main(args: Namespace) -> None:
     folder = prepare_folder(args)
     settings = resolve(args)
-    splits, problems = open_splits(settings)
+    splits, findings = open_splits(settings)
     for split in splits:
-        split.facts = read_images(split, settings.num_workers)
-    problems += run_checks(splits)
-    log.info("%s", table(problems, splits))
+        split.facts = inspect_images(split, settings.num_workers)
+    findings += run_checks(splits)
+    log.info("%s", table(findings, splits))
     if folder is not None:
-        write_report(folder, problems, splits)
+        write_report(folder, findings, splits)
         written = [str(folder / name) for name in FILES if (folder / name).exists()]
         log.info("all findings, counts, picture: %s", ", ".join(written))
-    elif problems:
+    elif findings:
         log.info("--output_dir DIR writes all findings to a file")
-    if any(problem.severity == "problem" for problem in problems):
+    if any(finding.severity == "problem" for finding in findings):
         sys.exit(1)
 
 

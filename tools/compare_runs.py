@@ -24,15 +24,15 @@ sys.path.insert(
 from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
-from util.markdown import markdown
+from util.markdown import markdown_table
 from util.plots.curves import plot_curves
-from util.runs.folder import SETTINGS, read_record
+from util.runs.folder import SETTINGS, read_json_object
 from util.runs.log import read_log
 from util.runs.page import evaluations, loss_names
 from util.runs.session import run_script
 
 # Settings that say where a run is and how it was started, not what it trains.
-NOT_COMPARED = {
+IGNORED_SETTINGS = {
     "output_dir",
     "resume",
     "overwrite",
@@ -43,8 +43,8 @@ NOT_COMPARED = {
     "script",
     "eval",
 }
-IN_A_NAME = 2  # settings; more would make the legend illegible
-SHORT = 24  # characters
+MAX_SETTINGS_IN_LEGEND = 2  # settings; more would make the legend illegible
+MAX_VALUE_LENGTH = 24  # characters
 Row = dict[str, str]
 
 
@@ -53,7 +53,7 @@ class ComparedRun:
     """record: args.json, empty if there is none. entries: the lines of the log, at least one."""
 
     name: str
-    place: Path
+    path: Path
     record: dict[str, Any]
     entries: list[dict[str, Any]]
 
@@ -61,7 +61,7 @@ class ComparedRun:
     def settings(self) -> dict[str, Any]:
         settings = self.record.get("settings")
         return (
-            {name: value for name, value in settings.items() if name not in NOT_COMPARED}
+            {name: value for name, value in settings.items() if name not in IGNORED_SETTINGS}
             if isinstance(settings, dict)
             else {}
         )
@@ -105,34 +105,34 @@ def output_files(output: Path, overwrite: bool) -> tuple[Path, Path]:
     return plot, table
 
 
-def read_runs(places: Sequence[Path]) -> list[ComparedRun]:
+def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     """
     Raises:
-        UserError: a place is no run, has no finished epoch, or is given twice.
+        UserError: a path is no run, has no finished epoch, or is given twice.
     """
-    folders = [place if place.is_dir() else place.parent for place in places]
+    folders = [path if path.is_dir() else path.parent for path in paths]
     runs = []
-    for place, folder, name in zip(places, folders, _names(places), strict=True):
-        record = read_record(folder / SETTINGS)
-        if place.is_dir() and not (place / "log.txt").is_file():
+    for path, folder, name in zip(paths, folders, _names(paths), strict=True):
+        record = read_json_object(folder / SETTINGS)
+        if path.is_dir() and not (path / "log.txt").is_file():
             begun = (
                 "its first epoch is not finished yet"
                 if record
                 else "it is not the output folder of a run"
             )
-            raise UserError(f"{place} has no log.txt: {begun}")
-        entries = read_log(place)
+            raise UserError(f"{path} has no log.txt: {begun}")
+        entries = read_log(path)
         if not entries:
-            raise UserError(f"{place} has an empty log: no epoch is finished yet")
-        runs.append(ComparedRun(name, place, record, entries))
+            raise UserError(f"{path} has an empty log: no epoch is finished yet")
+        runs.append(ComparedRun(name, path, record, entries))
     return runs
 
 
-def _names(places: Sequence[Path]) -> list[str]:
+def _names(paths: Sequence[Path]) -> list[str]:
     """The last part of each path, or as many parts as tell them apart."""
-    parts = [(place if place.is_dir() else place.parent).resolve().parts for place in places]
+    parts = [(path if path.is_dir() else path.parent).resolve().parts for path in paths]
     if len(set(parts)) < len(parts):
-        twice = next(place for i, place in enumerate(places) if parts[i] in parts[:i])
+        twice = next(path for i, path in enumerate(paths) if parts[i] in parts[:i])
         raise UserError(f"{twice} is given twice: name each run once")
     count = next(
         n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts)
@@ -145,10 +145,10 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
     known = [run.settings for run in runs if run.settings]
     names = sorted({name for settings in known for name in settings})
     differing = [name for name in names if len({str(settings.get(name)) for settings in known}) > 1]
-    return {name: [_text(run.settings.get(name)) for run in runs] for name in differing}
+    return {name: [_format_value(run.settings.get(name)) for run in runs] for name in differing}
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "-" if value in (None, "") else str(value)
 
 
@@ -188,16 +188,16 @@ def results(run: ComparedRun) -> Row:
     return row
 
 
-def complete(rows: Sequence[Row]) -> list[Row]:
+def fill_missing_columns(rows: Sequence[Row]) -> list[Row]:
     """The rows with the same columns, "-" where a run has no value."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column, "-") for column in columns} for row in rows]
 
 
-def labels(runs: Sequence[ComparedRun], differing: dict[str, list[str]]) -> list[str]:
+def legend_labels(runs: Sequence[ComparedRun], differing: dict[str, list[str]]) -> list[str]:
     """The names of the runs in the legend, with the settings that differ if these are few and short."""
-    few = len(differing) <= IN_A_NAME and all(
-        len(value) <= SHORT for values in differing.values() for value in values
+    few = len(differing) <= MAX_SETTINGS_IN_LEGEND and all(
+        len(value) <= MAX_VALUE_LENGTH for values in differing.values() for value in values
     )
     if not few:
         return [run.name for run in runs]
@@ -222,10 +222,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 def main(args: Namespace) -> None:
     plot, table = output_files(args.output, args.overwrite)
     runs = read_runs(args.runs)
-    differing, rows = differing_settings(runs), complete([results(run) for run in runs])
+    differing, rows = differing_settings(runs), fill_missing_columns([results(run) for run in runs])
     log.info(
         "%s",
-        markdown(
+        markdown_table(
             ["run", *rows[0]],
             [[run.name, *row.values()] for run, row in zip(runs, rows, strict=True)],
         ),
@@ -233,7 +233,7 @@ def main(args: Namespace) -> None:
     if differing:
         log.info(
             "\nsettings that differ:\n%s",
-            markdown(
+            markdown_table(
                 ["setting", *(run.name for run in runs)], [[k, *v] for k, v in differing.items()]
             ),
         )
@@ -258,7 +258,9 @@ def main(args: Namespace) -> None:
         else loss_names(runs[0].entries)
     )
     plot_curves(
-        dict(zip(labels(runs, differing), (run.place for run in runs), strict=True)), plot, trained
+        dict(zip(legend_labels(runs, differing), (run.path for run in runs), strict=True)),
+        plot,
+        trained,
     )
     log.info("\n%s\n%s", table, plot)
 

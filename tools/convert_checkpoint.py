@@ -23,21 +23,21 @@ sys.path.insert(
 
 from models import build_model
 from util.checkpoints.adoption import is_pretext
-from util.checkpoints.architecture import architecture, detector_kind, without_detr_prefix
-from util.checkpoints.backbone_weights import held_backbone
-from util.checkpoints.checkpoint import Checkpoint, as_checkpoint
-from util.checkpoints.classes import class_rows, head_kind
+from util.checkpoints.architecture import infer_architecture, infer_detector, strip_detr_prefix
+from util.checkpoints.backbone_weights import identify_backbone
+from util.checkpoints.checkpoint import Checkpoint, parse_checkpoint
+from util.checkpoints.classes import count_classes, infer_classification
 from util.checkpoints.conversion import (
-    CODE_BASES,
+    CODEBASES,
     FORMATS,
     LAYOUTS,
-    MASK_PARTS,
+    MASK_PREFIXES,
     OURS,
-    code_base,
     convert,
-    pretext_of,
+    infer_codebase,
+    infer_pretext,
 )
-from util.checkpoints.names_check import check_parameters
+from util.checkpoints.parameter_check import check_parameters
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
 from util.files import write_atomically
@@ -46,7 +46,7 @@ from util.runs.session import run_script
 from util.settings import FINETUNE, make_parser, resolve
 
 SIZES = ("backbone", "num_queries", "enc_layers", "dec_layers", "hidden_dim", "dim_feedforward")
-PRETEXT_OF_CODE_BASE = {
+PRETEXT_OF_CODEBASE = {
     "random_query_patch": "UP-DETR",
     "region_prior": "DETReg",
     "siamese": "Siamese DETR",
@@ -75,20 +75,20 @@ def parse(argv: list[str]) -> Namespace:
 
 def describe(checkpoint: Checkpoint) -> list[str]:
     """What the file is, one property a line."""
-    state = without_detr_prefix(checkpoint.model)
-    pretext, kind = pretext_of(checkpoint), detector_kind(state)
-    certain, likely = architecture(checkpoint)
+    state = strip_detr_prefix(checkpoint.model)
+    pretext, kind = infer_pretext(checkpoint), infer_detector(state)
+    certain, likely = infer_architecture(checkpoint)
     if pretext:
-        stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODE_BASE.get(pretext, 'its own')})"
+        stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODEBASE.get(pretext, 'its own')})"
     else:
         stage = (
             "a detector to be fine-tuned" if begins_training(checkpoint) else "a trained detector"
         )
-    masks = any(key.startswith(MASK_PARTS) for key in state)
+    masks = any(key.startswith(MASK_PREFIXES) for key in state)
     rows = {
         "code base": _code_base(checkpoint, kind, pretext),
         "holds": f"{stage}{', with a mask head, which this version does not use' if masks else ''}",
-        "model": f"{checkpoint.tensors} tensors, {_unique_numbers(state):,} numbers",
+        "model": f"{checkpoint.num_tensors} tensors, {_unique_numbers(state):,} numbers",
         "detector": f"{kind}: {_shown(certain, SIZES)}",
         "options": _options(certain, likely),
         "classes": _classes(checkpoint),
@@ -102,7 +102,7 @@ def describe(checkpoint: Checkpoint) -> list[str]:
 
 def begins_training(checkpoint: Checkpoint) -> bool:
     """Whether it knows no classes yet: a pretext, or what a converter made of one."""
-    return is_pretext(checkpoint) or not class_rows(checkpoint.model, "focal")
+    return is_pretext(checkpoint) or not count_classes(checkpoint.model, "focal")
 
 
 def _usage(checkpoint: Checkpoint, masks: bool) -> str:
@@ -116,11 +116,11 @@ def _usage(checkpoint: Checkpoint, masks: bool) -> str:
 
 
 def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
-    origin = code_base(checkpoint)
-    name = CODE_BASES[origin]
+    origin = infer_codebase(checkpoint)
+    name = CODEBASES[origin]
     if origin == OURS and checkpoint.converted_from:
-        return f"{name}, converted from {CODE_BASES.get(checkpoint.converted_from, 'another code base')}"
-    if origin == "siamese" and not checkpoint.siamese:
+        return f"{name}, converted from {CODEBASES.get(checkpoint.converted_from, 'another code base')}"
+    if origin == "siamese" and not checkpoint.siamese_pretext:
         return f"{name}, from its convert_to_detr or its fine-tuning code"
     if origin == kind and not checkpoint.args and kind != "conditional_detr":
         alike = "UP-DETR and DETReg" if kind == "detr" else "DETReg"
@@ -152,10 +152,10 @@ def _shown(known: dict[str, Any], flags: tuple[str, ...]) -> str:
 
 
 def _classes(checkpoint: Checkpoint) -> str:
-    outputs = class_rows(checkpoint.model, "focal")
+    outputs = count_classes(checkpoint.model, "focal")
     if not outputs:
         return "no class head (left out when it was converted)"
-    softmax = head_kind(checkpoint) == "softmax"
+    softmax = infer_classification(checkpoint) == "softmax"
     names = list(checkpoint.class_names.values())
     known = (
         f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
@@ -169,7 +169,7 @@ def _classes(checkpoint: Checkpoint) -> str:
 
 def model_flags(checkpoint: Checkpoint) -> list[str]:
     """The flags of the architecture that differ from the detector's defaults."""
-    certain, likely = architecture(checkpoint)
+    certain, likely = infer_architecture(checkpoint)
     known = {**likely, **certain}
     usual = resolve(
         make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"])
@@ -185,7 +185,7 @@ def model_flags(checkpoint: Checkpoint) -> list[str]:
 
 
 def _rest(checkpoint: Checkpoint) -> str:
-    meta = checkpoint.others.get("meta")
+    meta = checkpoint.extra.get("meta")
     meta = meta if isinstance(meta, dict) else {}
     epoch = meta.get("epoch") if checkpoint.epoch is None else checkpoint.epoch
     said = [] if epoch is None else [f"epoch {epoch}"]
@@ -239,7 +239,7 @@ def describe_backbone(path: str, name: str, origin: str) -> list[str]:
 
 def main(args: Namespace) -> None:
     content = read_weights(args.file)
-    backbone = held_backbone(content)
+    backbone = identify_backbone(content)
     if backbone:
         log.info("\n".join(describe_backbone(args.file, *backbone)))
         if args.to:
@@ -248,7 +248,7 @@ def main(args: Namespace) -> None:
                 f"as it is"
             )
         return
-    checkpoint = as_checkpoint(content, args.file)
+    checkpoint = parse_checkpoint(content, args.file)
     check_parameters(checkpoint, build_model)
     log.info("\n".join(describe(checkpoint)))
     if args.to:

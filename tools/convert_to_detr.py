@@ -18,10 +18,10 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parent.parent)
 )  # `python tools/NAME.py` works from any directory
 from models import build_model
-from util.checkpoints.architecture import detector_kind
+from util.checkpoints.architecture import infer_detector
 from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from util.checkpoints.conversion import OURS, code_base, convert
-from util.checkpoints.names_check import check_parameters
+from util.checkpoints.conversion import OURS, convert, infer_codebase
+from util.checkpoints.parameter_check import check_parameters
 from util.errors import UserError
 from util.logger import log
 from util.runs.session import run_script
@@ -57,7 +57,7 @@ def parse(argv: list[str]) -> Namespace:
 def main(args: Namespace) -> None:
     checkpoint = load_checkpoint(args.ckpt)
     check_parameters(checkpoint, build_model)
-    kind, origin = detector_kind(checkpoint.model), code_base(checkpoint)
+    kind, origin = infer_detector(checkpoint.model), infer_codebase(checkpoint)
     if origin != "siamese":
         raise UserError(
             f"--ckpt {args.ckpt} is not of Siamese DETR's code base; tools/convert_checkpoint.py tells what it is"

@@ -22,16 +22,16 @@ sys.path.insert(
 )  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset, init_worker
-from datasets.evaluators.proposals import OBJECT, ProposalEvaluator
+from datasets.evaluators.proposals import OBJECT_ID, ProposalEvaluator
 from datasets.images.image_folder import read_image
 from datasets.proposals import Proposals, build_proposals
 from datasets.sample import BadImageError, SampleDataset
-from evaluation import PROPOSAL_FILES, evaluate_proposals_of, save_proposal_metrics
+from evaluation import PROPOSAL_OUTPUTS, evaluate_class_agnostic, save_proposal_metrics
 from predictor import Predictor
 from util.errors import UserError
 from util.files import make_folder
 from util.logger import Progress, log
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.runs.session import run_script, start_session
 from util.settings import FINETUNE, PRETRAIN, Parser, Settings, add_flags, settings
 
@@ -50,7 +50,7 @@ DATA_FLAGS = (
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
-MOST_BOXES = 1000  # of an image, the first ones
+MAX_BOXES = 1000  # of an image, the first ones
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -71,11 +71,11 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def flags_of(args: Namespace, names: tuple[str, ...]) -> dict[str, object]:
+def select_flags(args: Namespace, names: tuple[str, ...]) -> dict[str, object]:
     return {name: getattr(args, name) for name in names}
 
 
-class ProposedBoxes(Dataset):
+class ProposalDataset(Dataset):
     """(image id, boxes [N, 4]) of each image, as it is on disk; None for one that can't be read."""
 
     def __init__(self, dataset: SampleDataset, proposals: Proposals, seed: int) -> None:
@@ -90,20 +90,20 @@ class ProposedBoxes(Dataset):
         try:
             image = read_image(self.dataset.path(index))
             return image_id, self.proposals(
-                image, SampleRandom.of(self.seed, 0, index), annotations.file_names[index]
+                image, SampleRNG.from_key(self.seed, 0, index), annotations.file_names[index]
             )
         except BadImageError as error:
             log.warning("skipped %s: %s", self.dataset.path(index), error)
             return image_id, None
 
 
-def evaluate_method(args: Namespace, validation: Settings) -> ProposalEvaluator:
+def evaluate_proposal_method(args: Namespace, validation: Settings) -> ProposalEvaluator:
     """Boxes of a method have no comparable scores in general: the order in which it gives them counts."""
-    flags = {**flags_of(args, METHOD_FLAGS), "max_prop": args.max_prop or MOST_BOXES}
+    flags = {**select_flags(args, METHOD_FLAGS), "max_prop": args.max_prop or MAX_BOXES}
     method = settings(PRETRAIN, pretext="region_prior", **flags)
-    dataset = build_dataset("val", validation, any_class_count=True)
+    dataset = build_dataset("val", validation, allow_any_num_classes=True)
     evaluator = ProposalEvaluator(dataset.ground_truth, validation.coco_evaluator)
-    boxes_of = ProposedBoxes(dataset, build_proposals(method), validation.seed)
+    boxes_of = ProposalDataset(dataset, build_proposals(method), validation.seed)
     loader = DataLoader(
         boxes_of, batch_size=None, num_workers=validation.num_workers, worker_init_fn=init_worker
     )
@@ -112,9 +112,9 @@ def evaluate_method(args: Namespace, validation: Settings) -> ProposalEvaluator:
         if boxes is not None:
             boxes = boxes[: args.max_prop]  # None: all
             count += len(boxes)
-            boxes = boxes[:MOST_BOXES]
+            boxes = boxes[:MAX_BOXES]
             scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]
-            labels = torch.full((len(boxes),), OBJECT)
+            labels = torch.full((len(boxes),), OBJECT_ID)
             evaluator.update({image_id: {"scores": scores, "labels": labels, "boxes": boxes}})
         bar.step()
     log.info("%.1f boxes per image", count / max(len(dataset), 1))
@@ -129,17 +129,17 @@ def main(args: Namespace) -> dict[str, float]:
             f"give --checkpoint PATH for a model, or --proposals NAME for a method{both}"
         )
     folder = (
-        make_folder(args.output_dir, PROPOSAL_FILES, args.overwrite) if args.output_dir else None
+        make_folder(args.output_dir, PROPOSAL_OUTPUTS, args.overwrite) if args.output_dir else None
     )
-    session = start_session(flags_of(args, DATA_FLAGS + RUN_FLAGS), FINETUNE)
+    session = start_session(select_flags(args, DATA_FLAGS + RUN_FLAGS), FINETUNE)
     validation = session.settings
     if args.checkpoint:
         device = str(session.device)
         predictor = Predictor.from_checkpoint(
             args.checkpoint, device=device, amp=validation.amp, class_agnostic=True
         )
-        return evaluate_proposals_of(predictor, validation, folder)
-    evaluator = evaluate_method(args, validation)
+        return evaluate_class_agnostic(predictor, validation, folder)
+    evaluator = evaluate_proposal_method(args, validation)
     metrics = evaluator.summarize()
     what = {"proposals": args.proposals, "cache_path": args.cache_path}
     save_proposal_metrics(folder, what, metrics, evaluator)

@@ -17,13 +17,13 @@ sys.path.insert(
 )  # `python tools/NAME.py` works from any directory
 
 from datasets import build_dataset
-from datasets.labelled.subsets import draw_ids
+from datasets.labelled.subsets import sample_image_ids
 from util.errors import UserError
 from util.files import write_text
 from util.logger import log
 from util.runs.session import run_script
 from util.settings import FINETUNE, Parser, add_flags, resolve
-from util.settings.kinds import fraction
+from util.settings.value_types import fraction
 
 DATA_FLAGS = (
     "coco_path",
@@ -76,7 +76,7 @@ def main(args: Namespace) -> None:
     settings = resolve({name: getattr(args, name) for name in DATA_FLAGS})
     annotations = build_dataset("train", settings).annotations
     for (part, seed), path in places.items():
-        ids = draw_ids(annotations.image_ids, part, seed)
+        ids = sample_image_ids(annotations.image_ids, part, seed)
         if not len(ids):
             raise UserError(
                 f"--filter_pct {part:g} of {len(annotations)} images is none: give a larger one"

@@ -26,15 +26,15 @@ sys.path.insert(
 from datasets.images.image_folder import ImageFolder
 from predictor import FileResult, Prediction, Predictor
 from util.errors import UserError
-from util.files import check_apart, make_folder, write_atomically, write_text
+from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
 from util.plots.boxes import draw_boxes
-from util.plots.pages import found_page
+from util.plots.pages import detection_page
 from util.runs.session import run_script
 from util.settings import FINETUNE, Parser, add_flags
 
 RESULTS, PAGE, DRAWN = "predictions.json", "predictions.png", "drawn"
-ON_PAGE = 12
+IMAGES_ON_PAGE = 12
 NUM_WORKERS = 2
 
 
@@ -101,7 +101,7 @@ def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predi
     for result in predictor.predict_files(
         images, threshold=0, batch_size=args.batch_size or 1, num_workers=workers
     ):
-        _take(result, images, args, done)
+        _add_result(result, images, args, done)
         bar.step(f"{len(done.rows)} objects")
     if len(done.problems) == len(images):
         path, reason = done.problems[0]
@@ -111,10 +111,12 @@ def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predi
     return done
 
 
-def _take(result: FileResult, images: ImageFolder, args: Namespace, done: Predictions) -> None:
+def _add_result(
+    result: FileResult, images: ImageFolder, args: Namespace, done: Predictions
+) -> None:
     """Adds what was found in one file, and draws it."""
     if result.prediction is None or result.image is None:
-        path, reason = images.path(result.index), result.problem or ""
+        path, reason = images.path(result.index), result.error or ""
         log.warning("skipped %s: %s", path, reason)
         done.problems.append((path, reason))
         return
@@ -133,7 +135,7 @@ def _take(result: FileResult, images: ImageFolder, args: Namespace, done: Predic
             prediction,
             args.output_dir / DRAWN / f"{number:06d}_{Path(name).stem}.jpg",
         )
-        if len(done.page) < ON_PAGE:
+        if len(done.page) < IMAGES_ON_PAGE:
             boxes = {
                 "boxes": prediction.boxes,
                 "labels": prediction.names,
@@ -152,7 +154,7 @@ def _draw(image: Tensor, prediction: Prediction, path: Path) -> None:
     write_atomically(path, lambda file: file.write(content.getvalue()))
 
 
-def earlier_predictions(args: Namespace) -> list[Path]:
+def find_earlier_predictions(args: Namespace) -> list[Path]:
     """The drawn images of an earlier run, which this one replaces.
 
     Raises:
@@ -160,7 +162,7 @@ def earlier_predictions(args: Namespace) -> list[Path]:
             given.
     """
     folder = args.output_dir
-    check_apart(folder, args.images)
+    check_outside_images(folder, args.images)
     drawn = sorted((folder / DRAWN).glob("[0-9]*_*.jpg"))
     found = [path for path in (folder / RESULTS, folder / PAGE, *drawn) if path.exists()]
     if found and not args.overwrite:
@@ -186,7 +188,7 @@ def summary(done: Predictions, images: int, args: Namespace) -> str:
 
 
 def main(args: Namespace) -> None:
-    earlier = earlier_predictions(args)
+    earlier = find_earlier_predictions(args)
     images = ImageFolder(args.images)
     options = {name: getattr(args, name) for name in ("device", "amp", "image_size", "max_size")}
     predictor = Predictor.from_checkpoint(args.checkpoint, **options)
@@ -194,7 +196,7 @@ def main(args: Namespace) -> None:
         path.unlink()
     done = predict(predictor, images, args)
     if not args.no_draw:
-        found_page(done.page, args.output_dir / PAGE)
+        detection_page(done.page, args.output_dir / PAGE)
     write_text(args.output_dir / RESULTS, json.dumps(done.rows))
     log.info(summary(done, len(images), args))
 

@@ -1,10 +1,10 @@
-"""Does pre-training help? The same fine-tuning after each pretext and after none, over seeds and label fractions.
+"""Measures whether pre-training helps: fine-tunes after each pretext task and without, over seeds and label fractions.
 
     python tools/transfer_study.py prepare --dataset_file voc --voc_path data/pascal/VOCdevkit --output_dir data/study
     python tools/transfer_study.py run --data data/study --preset cpu --output_dir outputs/study
     python tools/transfer_study.py report outputs/study --output outputs/transfer.md
 
-`run` may be stopped at any moment; the same command continues. See docs/transfer_study.md.
+`run` can be stopped at any time; the same command resumes it. See docs/transfer_study.md.
 """
 
 import argparse
@@ -13,24 +13,24 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-# Before PyTorch is imported: the tool itself computes nothing.
+# OpenMP reads this when PyTorch is imported. The tool itself computes nothing, so its threads should not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# Makes `python tools/NAME.py` work from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tools.study.presets import ABLATIONS, NONE, PRESETS
+from tools.study.prepare import DATA_FLAGS, prepare
+from tools.study.presets import ABLATIONS, NO_PRETRAINING, PRESETS
 from util.errors import UserError
 from util.runs.session import run_script
 from util.settings import FINETUNE, Parser, add_flags, usable_cores
-from util.settings.kinds import at_least_zero, fraction, positive
 from util.settings.registry import DETECTORS, PRETEXTS
+from util.settings.value_types import fraction, non_negative, positive
 
-EXTRAS = ("pandas", "psutil")
+OPTIONAL_PACKAGES = ("pandas", "psutil")
 
 
 def parse(argv: list[str]) -> Namespace:
-    """`--help` shows the flags of all three commands."""
+    """Parse the command line; `--help` shows the flags of all three commands."""
     parser = argparse.ArgumentParser(
         "tools/transfer_study.py",
         description=__doc__.splitlines()[0],
@@ -40,199 +40,273 @@ def parse(argv: list[str]) -> Namespace:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="prepare|run|report", parser_class=Parser
     )
-    parts = [_add_prepare(commands), _add_run(commands), _add_report(commands)]
-    parser.epilog = "\n".join(part.format_help() for part in parts)
+    subparsers = [_add_prepare(commands), _add_run(commands), _add_report(commands)]
+
+    parser.epilog = "\n".join(subparser.format_help() for subparser in subparsers)
     return parser.parse_args(argv)
 
 
 def label_fraction(text: str) -> float:
-    """A number above 0, at most 1."""
+    """Parse a number above 0 and at most 1."""
     value = fraction(text)
+    # `fraction` also accepts DETReg's -1 for "all", which names no split here.
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
 
 
 def val_fraction(text: str) -> float:
-    """0, or a number below 1."""
+    """Parse 0, or a number above 0 and below 1."""
     value = 0.0 if float(text) == 0 else label_fraction(text)
     if value == 1:
-        raise argparse.ArgumentTypeError("1 leaves no training image")
+        raise argparse.ArgumentTypeError("1 leaves no training image; give less than 1")
     return value
 
 
-def _add_prepare(commands) -> argparse.ArgumentParser:
-    from tools.study.prepare import DATA_FLAGS
+def _add_fractions(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--fractions",
+        type=label_fraction,
+        nargs="+",
+        default=[1.0, 0.1],
+        metavar="FRACTION",
+        help=f"{text}, each above 0 and at most 1 (default: 1 0.1)",
+    )
 
-    parser = commands.add_parser("prepare", help="small copies of images, boxes, fixed splits")
-    flag = parser.add_argument
-    flag(
+
+def _add_prepare(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser("prepare", help="write resized images, boxes and fixed splits")
+    add = parser.add_argument
+
+    add(
         "--output_dir",
         type=Path,
         required=True,
         metavar="DIR",
-        help="the study's data; later --data",
+        help="folder for the study's data; give it to `run` as --data (required)",
     )
-    flag(
+    add(
         "--unlabelled",
         nargs="*",
         default=[],
         metavar="DIR",
-        help="images to pre-train on, beside the training images",
+        help="folders of images to pre-train on, in addition to the training images (default: none)",
     )
-    flag(
-        "--no_labelled_images", action="store_true", help="do not pre-train on the training images"
+    add(
+        "--no_labelled_images",
+        action="store_true",
+        help="pre-train on --unlabelled only, without the training images (default: off)",
     )
-    flag(
+    add(
         "--image_size",
         type=positive(),
         default=160,
         metavar="PIXELS",
-        help="short side of all images (160)",
+        help="short side of resized images in pixels; smaller images keep their size (default: 160)",
     )
-    flag("--quality", type=positive(), default=82, help="of the JPEG files (82)")
-    flag(
+    add(
+        "--quality",
+        type=positive(),
+        default=82,
+        help="JPEG quality of resized images, up to 95 as in Pillow (default: 82)",
+    )
+    add(
         "--val_share",
         type=val_fraction,
         default=0.15,
-        help="fraction of the training images kept for val (0.15)",
+        metavar="FRACTION",
+        help="fraction of the training images to split off as val, 0 for none (default: 0.15)",
     )
-    flag(
+    add(
         "--max_unlabelled",
         type=positive(),
         metavar="N",
-        help="images of --unlabelled, drawn at random (all)",
+        help="number of images to draw at random from all --unlabelled folders (default: all)",
     )
-    labels = {"type": label_fraction, "nargs": "+", "default": [1.0, 0.1], "metavar": "FRACTION"}
-    flag("--fractions", **labels, help="of the labels (1 0.1)")
-    flag(
+    _add_fractions(parser, "fractions of the labels to draw subsets for")
+    add(
         "--split_seed",
         type=int,
         default=42,
-        help="random seed of val, fractions and unlabelled images (42)",
+        metavar="SEED",
+        help="random seed of val, label fractions and --max_unlabelled (default: 42)",
     )
-    flag(
+    add(
         "--min_objects",
-        type=at_least_zero(),
+        type=non_negative(),
         default=0,
         metavar="N",
-        help="drop classes with fewer objects (0)",
+        help="drop classes with fewer objects than this in train or test (default: 0)",
     )
     add_flags(parser, FINETUNE, DATA_FLAGS)
     return parser
 
 
 def _add_run(commands) -> argparse.ArgumentParser:
-    parser = commands.add_parser("run", help="pre-training, fine-tuning, evaluation")
-    flag = parser.add_argument
-    flag("--data", type=Path, required=True, metavar="DIR", help="of `prepare`")
-    flag(
+    parser = commands.add_parser("run", help="pre-train, fine-tune and evaluate; resumes")
+    _add_run_folders(parser)
+    _add_run_plan(parser)
+    _add_run_execution(parser)
+    parser.set_defaults(cores=usable_cores())
+    return parser
+
+
+def _add_run_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder that `prepare` wrote (required)",
+    )
+    parser.add_argument(
         "--output_dir",
         type=Path,
         required=True,
         metavar="DIR",
-        help="the study, with a folder for each run",
+        help="folder of the study, with one folder per run in it (required)",
     )
-    flag(
+
+
+def _add_run_plan(parser: argparse.ArgumentParser) -> None:
+    """Add what decides which runs a study has, and with which settings."""
+    add = parser.add_argument
+    add(
         "--preset",
         choices=tuple(PRESETS),
         default="cpu",
-        help="model, steps and learning rates (cpu)",
+        help="model size, steps and learning rates (default: cpu)",
     )
-    flag(
+    add(
         "--detectors",
         nargs="+",
         choices=tuple(DETECTORS),
         default=["conditional_detr"],
-        help="(conditional_detr)",
+        help="detectors to study, one table each (default: conditional_detr)",
     )
-    flag(
-        "--pretexts", nargs="+", choices=(NONE, *PRETEXTS), default=[NONE, *PRETEXTS], help="(all)"
+    add(
+        "--pretexts",
+        nargs="+",
+        choices=(NO_PRETRAINING, *PRETEXTS),
+        default=[NO_PRETRAINING, *PRETEXTS],
+        help=f"pretext tasks to compare; {NO_PRETRAINING}: without pre-training (default: all)",
     )
-    flag("--ablations", nargs="+", choices=tuple(ABLATIONS), default=[], help="more rows (none)")
-    flag(
+    add(
+        "--ablations",
+        nargs="+",
+        choices=tuple(ABLATIONS),
+        default=[],
+        help="additional rows that change one thing about a pretext task (default: none)",
+    )
+    add(
         "--pretrained",
         nargs="+",
         default=[],
         metavar="NAME=FILE",
-        help="more rows that start from these checkpoints",
+        help="additional rows that start from these checkpoints (default: none)",
     )
-    labels = {"type": label_fraction, "nargs": "+", "default": [1.0, 0.1], "metavar": "FRACTION"}
-    flag("--fractions", **labels, help="of the labels (1 0.1)")
-    flag(
+    _add_fractions(parser, "fractions of the labels to fine-tune on; `prepare` has drawn them")
+    add(
         "--seeds",
         type=int,
         nargs="+",
         default=[1, 2, 3],
         metavar="SEED",
-        help="of fine-tuning (1 2 3)",
+        help="random seeds of fine-tuning, one run each (default: 1 2 3)",
     )
-    text = "of pre-training; the n-th fine-tuning seed starts from the n-th, in turn (1)"
-    flag("--pretrain_seeds", type=int, nargs="+", default=[1], metavar="SEED", help=text)
-    flag("--lr", type=positive(float), help="learning rate of fine-tuning (the preset's)")
-    flag(
+    add(
+        "--pretrain_seeds",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="SEED",
+        help="random seeds of pre-training, one run each; the fine-tuning seeds start from them in turn (default: 1)",
+    )
+    add(
+        "--lr",
+        type=positive(float),
+        help="learning rate of fine-tuning, for all rows (default: the preset's)",
+    )
+    add(
         "--evaluate_on",
         choices=("test", "val"),
         default="test",
-        help="val: to choose settings (test)",
+        help="split to evaluate on; val is for choosing settings (default: test)",
     )
-    flag("--backbone", help="replaces the preset's")
-    flag("--backbone_weights", metavar="swav|imagenet|none|PATH|URL", help="replaces the preset's")
-    flag(
+    add("--backbone", help="backbone of all models, as in finetune_main.py (default: the preset's)")
+    add(
+        "--backbone_weights",
+        metavar="swav|imagenet|none|PATH|URL",
+        help="initial weights of the backbone (default: the preset's)",
+    )
+    add(
         "--edge_model",
         metavar="FILE",
-        help="for EdgeBoxes, see docs/proposals.md; without it edges are gradients",
+        help="edge detection model for EdgeBoxes, see docs/proposals.md (default: image gradients)",
     )
-    flag(
+
+
+def _add_run_execution(parser: argparse.ArgumentParser) -> None:
+    """Add what decides how the runs are executed; none of it changes a result."""
+    add = parser.add_argument
+    add(
         "--jobs",
         type=positive(),
         default=1,
         metavar="N",
-        help="runs at once; each has cores / N threads (1)",
+        help="number of runs at once; each uses 1/N of the CPU cores (default: 1)",
     )
-    flag(
+    add(
         "--num_workers",
-        type=at_least_zero(),
-        help="dataloader workers of a run (by cores and --jobs)",
+        type=non_negative(),
+        metavar="N",
+        help="dataloader workers per process (default: by CPU cores and --jobs)",
     )
-    flag("--device", help="cuda or cpu (cuda if available)")
-    flag(
+    add("--device", help="cuda or cpu (default: cuda if available)")
+    add(
         "--time_limit",
         type=positive(float),
         metavar="MINUTES",
-        help="then stop with exit status 143",
+        help="stop after this many minutes with exit status 143; the same command resumes (default: none)",
     )
-    flag(
+    add(
         "--keep_checkpoints",
         action="store_true",
-        help="also those of finished runs that nothing needs any more",
+        help="keep checkpoints of finished runs that no other run needs (default: off)",
     )
-    flag(
-        "--list", action="store_true", help="show all runs with their states and commands, and exit"
+    add(
+        "--list",
+        action="store_true",
+        help="print all runs with their states and commands, and exit (default: off)",
     )
-    parser.set_defaults(cores=usable_cores())
-    return parser
 
 
 def _add_report(commands) -> argparse.ArgumentParser:
-    parser = commands.add_parser("report", help="tables, curves, CSV")
-    parser.add_argument("study", type=Path, metavar="STUDY", help="the --output_dir of `run`")
-    text = "with .csv and curves beside it (STUDY/transfer.md)"
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help=text)
+    parser = commands.add_parser("report", help="write tables, curves and a CSV file")
+    parser.add_argument(
+        "study", type=Path, metavar="STUDY", help="the --output_dir of `run` (required)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.md",
+        help="report to write; the CSV file and the curves go next to it (default: STUDY/transfer.md)",
+    )
     return parser
 
 
 def main(args: Namespace) -> None:
+    # pandas and psutil are optional, and `--help` has to work without them.
     try:
-        from tools.study.prepare import prepare
         from tools.study.report import write_report
         from tools.study.runner import run_study
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        if error.name not in OPTIONAL_PACKAGES:
             raise
         raise UserError(
             f"a study needs {error.name}: pip install {error.name} (in requirements-extras.txt)"
         ) from error
+
     if args.command == "prepare":
         prepare(args)
     elif args.command == "run":

@@ -26,16 +26,16 @@ from datasets import build_dataset
 from datasets.sample import SampleDataset
 from models import build_model
 from predictor import Predictor
-from util.checkpoints.loading import load_exactly
+from util.checkpoints.loading import load_strict
 from util.errors import UserError
 from util.files import make_folder
 from util.logger import log
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.runs.session import run_script, start_session
 from util.settings import FINETUNE, PRETRAIN, Parser, Settings, make_parser
 from util.settings import settings as make_settings
-from util.settings.kinds import positive
-from visualization import SHOWN, draw_found_patches, draw_objects, draw_samples
+from util.settings.value_types import positive
+from visualization import NUM_IMAGES, draw_found_patches, draw_objects, draw_samples
 
 PICTURES = ("samples.png", "patches.png", "objects.png")
 
@@ -56,7 +56,9 @@ def parse(argv: list[str]) -> Namespace:
         metavar="DIR",
         help="COCO folder: its validation images with their objects, for objects.png",
     )
-    parser.add_argument("--count", type=positive(), default=SHOWN, help=f"images ({SHOWN})")
+    parser.add_argument(
+        "--count", type=positive(), default=NUM_IMAGES, help=f"images ({NUM_IMAGES})"
+    )
     parser.add_argument(
         "--boxes",
         type=float,
@@ -67,13 +69,13 @@ def parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-class ChosenBoxes:
+class FixedBoxes:
     """The same boxes for every image, as a proposal method."""
 
     def __init__(self, boxes_xyxy_abs: list[float]) -> None:
         self.boxes = torch.tensor(boxes_xyxy_abs).view(-1, 4)
 
-    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
+    def __call__(self, image: Tensor, rng: SampleRNG, name: str = "") -> Tensor:
         """Raises UserError for a box that does not lie in the image."""
         height, width = image.shape[-2:]
         inside = (self.boxes[:, :2] >= 0).all(1) & (
@@ -86,7 +88,7 @@ class ChosenBoxes:
         return self.boxes
 
 
-def prepare(args: Namespace, settings: Settings) -> tuple[SampleDataset, Path]:
+def build_dataset_and_folder(args: Namespace, settings: Settings) -> tuple[SampleDataset, Path]:
     """The pretext's images, without augmentation where boxes are chosen by hand, and the folder for the pictures."""
     if not settings.output_dir:
         raise UserError("give --output_dir DIR for the pictures")
@@ -96,7 +98,7 @@ def prepare(args: Namespace, settings: Settings) -> tuple[SampleDataset, Path]:
     if args.boxes:
         if not hasattr(dataset, "proposals"):
             raise UserError(f"--boxes: --pretext {settings.pretext} takes no boxes from outside")
-        dataset.proposals = ChosenBoxes(args.boxes)
+        dataset.proposals = FixedBoxes(args.boxes)
         dataset[0]  # says what is wrong with the boxes
     return dataset, make_folder(settings.output_dir, PICTURES, settings.overwrite)
 
@@ -104,11 +106,11 @@ def prepare(args: Namespace, settings: Settings) -> tuple[SampleDataset, Path]:
 def main(args: Namespace) -> None:
     session = start_session({**vars(args), "resume": args.checkpoint})
     settings, checkpoint, device = session.settings, session.checkpoint, session.device
-    dataset, folder = prepare(args, settings)
+    dataset, folder = build_dataset_and_folder(args, settings)
     model, _, _ = build_model(settings)
     draw_samples(folder, dataset, settings.batch_size, 0, model.normalization, args.count)
     if checkpoint:
-        load_exactly(model, checkpoint)
+        load_strict(model, checkpoint)
         model.load_frozen(checkpoint.frozen or {}, checkpoint.source)
         draw_found_patches(
             folder, model.to(device), dataset, model.normalization, device, args.count

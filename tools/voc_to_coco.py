@@ -16,12 +16,12 @@ sys.path.insert(
 )  # `python tools/NAME.py` works from any directory
 
 from datasets.labelled.voc import read_voc, voc_root
-from datasets.labelled.voc_coco import coco_style
+from datasets.labelled.voc_coco import to_coco_style
 from util.errors import UserError
 from util.files import write_text
 from util.logger import log
 from util.runs.session import run_script
-from util.settings.kinds import voc_set
+from util.settings.value_types import voc_image_set
 
 SETS = ("2007_trainval", "2007_test", "2012_trainval")
 
@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sets",
-        type=voc_set,
+        type=voc_image_set,
         nargs="+",
         default=SETS,
         metavar="SET",
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     root = voc_root(args.voc_path, None)
     for name, path in places.items():
         annotations = read_voc(root, [name])
-        write_text(path, json.dumps(coco_style(annotations)))
+        write_text(path, json.dumps(to_coco_style(annotations)))
         log.info(
             "wrote %s: %d images, %d boxes, %d of them difficult",
             path,

@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models or datasets; `util` imports neither."""
+"""Utilities that know nothing about models or datasets. `util` imports neither."""

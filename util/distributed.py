@@ -1,4 +1,4 @@
-"""Processes: start, rank, collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
+"""Distributed training: launch, rank, and collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
 
 import datetime
 import logging
@@ -14,9 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
 
-log = logging.getLogger("predetr")  # by name, since util.logger asks this module who writes
+# By name: `util.logger` imports this module to ask for the rank.
+log = logging.getLogger("predetr")
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# A rank that prepares data or evaluates alone may keep the others waiting for longer than PyTorch's default.
+TIMEOUT = datetime.timedelta(hours=2)
 Result = TypeVar("Result")
 
 
@@ -42,7 +45,7 @@ def barrier() -> None:
 
 
 def all_gather_object(obj: Any) -> list[Any]:
-    """The object of every process, by rank, on every process."""
+    """Return the objects of all ranks, in their order, on every rank."""
     if not is_distributed():
         return [obj]
     gathered: list[Any] = [None] * get_world_size()
@@ -51,72 +54,83 @@ def all_gather_object(obj: Any) -> list[Any]:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over processes, in place; the tensor itself in a single process."""
+    """Sum a tensor over all ranks, in place, and return it."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
-def broadcast(tensors: Iterable[torch.Tensor]) -> None:
-    """The values of the first process, in place."""
-    for tensor in tensors if is_distributed() else ():
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite the tensors with those of rank 0, in place."""
+    if not is_distributed():
+        return
+    for tensor in tensors:
         dist.broadcast(tensor, 0)
 
 
 def unwrap_model(model: nn.Module) -> Any:
-    """The model without its DistributedDataParallel wrapper."""
+    """Return the model without its DistributedDataParallel wrapper."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def share_statistics(model: nn.Module) -> None:
-    """Batch norm of each process has seen other images: before an evaluation all take those of the first, which a
-    checkpoint holds.
+def broadcast_batch_norm_stats(model: nn.Module) -> None:
+    """Overwrite the batch norm statistics with those of rank 0.
+
+    Each rank has seen other images. Before an evaluation all ranks take the statistics that a checkpoint saves.
     """
-    norms = [part for part in model.modules() if isinstance(part, BATCH_NORMS)]
-    broadcast(buffer for norm in norms for buffer in norm.buffers())
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
+    broadcast_tensors(buffer for norm in norms for buffer in norm.buffers())
 
 
-def from_main(make: Callable[[], Result]) -> Result:
-    """What the main process makes, on every process; the others wait for it.
+def compute_on_rank0(compute: Callable[[], Result]) -> Result:
+    """Call a function on rank 0 only and return its result on every rank; the others wait.
 
     Raises:
-        UserError: on every process, where `make` raised it.
+        UserError: On every rank, if the function raises it.
     """
     if not is_distributed():
-        return make()
-    made: list[Any] = [None, None]
+        return compute()
+
+    result_or_error: list[Any] = [None, None]
     if is_main_process():
         try:
-            made[0] = make()
+            result_or_error[0] = compute()
         except UserError as error:
-            made[1] = str(error)
-    dist.broadcast_object_list(made, src=0)
-    if made[1] is not None:
-        raise UserError(made[1])
-    return made[0]
+            # Raising here would leave the other ranks waiting in the broadcast.
+            result_or_error[1] = str(error)
+    dist.broadcast_object_list(result_or_error, src=0)
+
+    result, error_message = result_or_error
+    if error_message is not None:
+        raise UserError(error_message)
+    return result
 
 
 def _slurm_environment() -> None:
-    """Translates an `srun` task into the environment of torchrun; one task alone needs no process group.
-
-    The shell of a batch job has SLURM_PROCID and SLURM_NTASKS too, but is no task: only srun's steps say how many tasks
-    they have.
-    """
+    """Translate the environment of an `srun` task into torchrun's; a single task needs no process group."""
+    # A batch job's shell has SLURM_PROCID and SLURM_NTASKS, too, but is no task. Only srun sets SLURM_STEP_NUM_TASKS.
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "SLURM_PROCID" not in os.environ or tasks < 2 or "RANK" in os.environ:
         return
+
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
-    os.environ.setdefault("MASTER_PORT", "29500")
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ["SLURM_PROCID"], str(tasks)
-    alone = (
-        torch.cuda.device_count() == 1
-    )  # each task sees its own GPU and no other, as with --gpus-per-task=1
-    os.environ.setdefault("LOCAL_RANK", "0" if alone else os.environ.get("SLURM_LOCALID", "0"))
+    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's default
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+
+    # With --gpus-per-task=1 a task sees its own GPU only, as cuda:0, whatever its number on the node.
+    has_own_gpu = torch.cuda.device_count() == 1
+    local_rank = "0" if has_own_gpu else os.environ.get("SLURM_LOCALID", "0")
+    os.environ.setdefault("LOCAL_RANK", local_rank)
 
 
 def _first_slurm_host() -> str:
-    """Raises UserError where SLURM does not tell."""
+    """Return the first host of the SLURM job.
+
+    Raises:
+        UserError: scontrol is not available or fails.
+    """
     command = ["scontrol", "show", "hostnames", os.environ.get("SLURM_JOB_NODELIST", "")]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -127,9 +141,10 @@ def _first_slurm_host() -> str:
 
 
 def check_device(device: str) -> torch.device:
-    """
+    """Return the device.
+
     Raises:
-        UserError: there is no such GPU.
+        UserError: The GPU does not exist.
     """
     wanted = torch.device(device)
     if wanted.type != "cuda":
@@ -145,8 +160,12 @@ def check_device(device: str) -> torch.device:
     return wanted
 
 
-def use_device(device: str) -> torch.device:
-    """Checks the device and makes it the current one: streams, events and pinned memory go by that."""
+def select_device(device: str) -> torch.device:
+    """Check the device and make it the current one, which streams, events and pinned memory use.
+
+    Raises:
+        UserError: The GPU does not exist.
+    """
     wanted = check_device(device)
     if wanted.type == "cuda" and wanted.index is not None:
         torch.cuda.set_device(device)
@@ -154,46 +173,52 @@ def use_device(device: str) -> torch.device:
 
 
 def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
-    """Joins the process group when started by torchrun, `torch.distributed.launch --use_env` or srun; returns the
-    device.
+    """Join the process group if torchrun, `torch.distributed.launch --use_env` or srun started this process.
 
-    NCCL where the device is a GPU, gloo on CPUs. A single process stays without a group, and a second call changes
-    nothing.
+    The backend is NCCL for GPUs and gloo for CPUs. A process that was started alone stays without a group. A second
+    call has no effect.
+
+    Returns:
+        The device of this process: with a group and GPUs, the GPU with the local rank.
+
+    Raises:
+        UserError: The GPU does not exist.
     """
     _slurm_environment()
     use_cuda = check_device(device).type == "cuda"
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return use_device(device)
+        return select_device(device)
+
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
-                "start fewer processes a node"
+                "start fewer processes per node"
             )
+        # Before NCCL starts: collectives run on the current GPU.
         torch.cuda.set_device(local_rank)
-    own = torch.device("cuda", local_rank) if use_cuda else torch.device(device)
+    own_device = torch.device("cuda", local_rank) if use_cuda else torch.device(device)
     if dist.is_initialized():
-        return own
-    log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], _meeting_place(dist_url))
-    # A process that prepares data or evaluates alone may keep the others waiting for longer than the default.
+        return own_device
+
+    log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], _init_address(dist_url))
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
         init_method=dist_url,
-        timeout=datetime.timedelta(hours=2),
+        timeout=TIMEOUT,
         world_size=int(os.environ["WORLD_SIZE"]),
         rank=int(os.environ["RANK"]),
     )
     log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
-    return own
+    return own_device
 
 
-def _meeting_place(dist_url: str) -> str:
-    return (
-        f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        if dist_url == "env://"
-        else dist_url
-    )
+def _init_address(dist_url: str) -> str:
+    """Return the address at which the processes meet, for the log."""
+    if dist_url != "env://":
+        return dist_url
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
 def shutdown() -> None:

@@ -1,14 +1,12 @@
-"""The exceptions that entry scripts turn into one line and an exit status."""
+"""Exceptions that entry scripts turn into one line of output and an exit status."""
 
 
 class UserError(Exception):
-    """Something that the user can mend: one line with the file or flag, the value and the remedy. Entry scripts print
-    it and exit.
-    """
+    """An error that the user can fix. The message is one line with the file or flag, the value and the remedy."""
 
 
 class NonFinite(ArithmeticError):
-    """A prediction or a loss is NaN or infinite; the message names where."""
+    """A prediction or a loss is NaN or infinite; the message names it."""
 
 
 class StopRequested(Exception):

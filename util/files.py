@@ -1,4 +1,4 @@
-"""Writes whole files or none."""
+"""Write files atomically: a reader sees the previous file or the new one, never a part."""
 
 import contextlib
 import errno
@@ -12,31 +12,36 @@ from typing import Any, BinaryIO
 from util.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PROBE_BYTES = 2**16  # a full disk still accepts an empty file
 
 
 def write_atomically(
     path: str | os.PathLike, write: Callable[[BinaryIO], Any], shared: bool = False
 ) -> Path:
-    """`write(file)` fills a hidden file in the same folder, which takes the name `path` only when it is on the disk.
+    """Write a temporary file in the same folder, sync it to the disk and rename it to `path`.
 
-    Makes the folder where it is missing. Whatever happens, `path` is the previous file or the new one, and no temporary
-    file stays, unless the process is killed. Raises UserError with one line when the disk is full or the folder can't
-    be written.
+    The folder is created if needed. If anything fails, the previous file stays and the temporary one is deleted, unless
+    the process is killed.
 
-    shared: several processes may write to `path` at once, of which the last one wins. The temporary file of a killed
-    one then stays; else the next that writes to `path` takes it over.
+    Args:
+        write: Called with the binary file to fill.
+        shared: Several processes may write to `path` at the same time; the last one wins. Each temporary file has a
+            unique name, so that of a killed process stays. Without `shared`, the next writer of `path` reuses it.
+
+    Raises:
+        UserError: The disk is full or the folder is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex if shared else path.name}.tmp")
-    recorder = _Recorder(temporary)
+    recorder = _ErrorRecorder(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with recorder as file:
             write(file)
-            file.sync()
+            file.sync()  # before the rename, or a crash could leave the new name on an empty file
         os.replace(temporary, path)
-    except BaseException as error:
-        cause = error if isinstance(error, OSError) else recorder.problem
+    except BaseException as error:  # KeyboardInterrupt must not leave a temporary file, either
+        cause = error if isinstance(error, OSError) else recorder.error
         with contextlib.suppress(OSError):
             temporary.unlink()
         if cause is None:
@@ -46,12 +51,12 @@ def write_atomically(
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Gives a file a second name, by a hard link where the file system has them; `path` is replaced at once.
+    """Give a file a second name by a hard link, or a copy if the file system has no links. Replaces `path` atomically.
 
-    What is written to either name later leaves the other alone, since `write_atomically` replaces names.
+    Writing to one name later does not change the other, because `write_atomically` replaces names.
 
     Raises:
-        UserError: as `write_atomically`.
+        UserError: As `write_atomically`.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -66,81 +71,82 @@ def link_or_copy(source: Path, path: Path) -> None:
 def make_folder(
     folder: str | os.PathLike, names: Iterable[str] = (), overwrite: bool = False
 ) -> Path:
-    """The folder of `--output_dir`, made where it is missing, and tried: on a full disk an empty file can still be
-    made.
+    """Create the folder of `--output_dir` and check that it is writable.
 
-    names: of the files that will be written to it.
+    Args:
+        names: Files that will be written to it.
+        overwrite: Accept that some of them exist.
 
     Raises:
-        UserError: it can't be written, or holds one of these files and `overwrite` is not set.
+        UserError: It is not writable, or has one of these files and `overwrite` is false.
     """
     folder = Path(folder)
     found = [] if overwrite else [name for name in names if (folder / name).exists()]
     if found:
         raise UserError(
-            f"--output_dir {folder} holds {found[0]} already: choose another folder, or --overwrite"
+            f"--output_dir {folder} already has {found[0]}: choose another folder, or add --overwrite"
         )
-    tried = folder / ".writable"
+
+    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            tried.write_bytes(bytes(2**16))
+            probe.write_bytes(bytes(PROBE_BYTES))
         finally:
-            tried.unlink(missing_ok=True)
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        remedy = (
-            "make room or choose another folder"
-            if error.errno in DISK_FULL
-            else "choose another folder"
-        )
+        remedy = "choose another folder"
+        if error.errno in DISK_FULL:
+            remedy = f"free some space or {remedy}"
         raise UserError(
-            f"--output_dir {folder} can't be written: {error.strerror}; {remedy}"
+            f"--output_dir {folder} is not writable: {error.strerror}; {remedy}"
         ) from error
     return folder
 
 
-def check_apart(folder: str | os.PathLike, images: str | os.PathLike) -> None:
-    """Pictures that are drawn below a folder of images would be taken for images by the next run.
+def check_outside_images(folder: str | os.PathLike, images: str | os.PathLike) -> None:
+    """Check that an output folder is not inside a folder of images: the next run would train on its pictures.
 
     Raises:
-        UserError: the folder of `--output_dir` is the one of images, or lies in it.
+        UserError: It is the image folder, or inside of it.
     """
     if os.path.isdir(images) and Path(folder).resolve().is_relative_to(Path(images).resolve()):
         raise UserError(
-            f"--output_dir {folder} lies in the images' folder {images}, where its pictures would be taken for "
+            f"--output_dir {folder} is inside the image folder {images}, so the next run would use its pictures as "
             "images: choose another folder"
         )
 
 
 def write_text(path: str | os.PathLike, text: str, shared: bool = False) -> Path:
-    """`write_atomically` of a text in UTF-8."""
+    """Write text in UTF-8, see `write_atomically`."""
     return write_atomically(path, lambda file: file.write(text.encode("utf-8")), shared)
 
 
-class _Recorder:
-    """A file that keeps its first OSError: torch.save turns "disk full" into an error that does not say so."""
+class _ErrorRecorder:
+    """A binary file that keeps its first OSError: torch.save turns "disk full" into an error that does not say so."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.problem: OSError | None = None
+        self.error: OSError | None = None
 
-    def __enter__(self) -> "_Recorder":
+    def __enter__(self) -> "_ErrorRecorder":
+        # Unbuffered, so that an error occurs in `write` and not when the file is closed.
         self.file = self.path.open("wb", buffering=0)
         return self
 
     def write(self, data: bytes) -> int:
-        left = memoryview(data).cast("B")
-        total = len(left)
+        remaining = memoryview(data).cast("B")
+        total = len(remaining)
         try:
-            while left:
-                left = left[self.file.write(left) :]
+            while remaining:  # an unbuffered write may be partial
+                remaining = remaining[self.file.write(remaining) :]
         except OSError as error:
-            self.problem = self.problem or error
+            self.error = self.error or error
             raise
         return total
 
     def flush(self) -> None:
-        """Nothing is buffered here."""
+        """Do nothing: there is no buffer."""
 
     def sync(self) -> None:
         os.fsync(self.file.fileno())
@@ -152,13 +158,13 @@ class _Recorder:
 def _cannot_write(path: Path, error: OSError) -> str:
     reason = error.strerror or str(error)
     if error.errno in DISK_FULL:
-        reason = f"no room ({reason}{_free(path.parent)})"
+        reason = f"disk full ({reason}{_free_space(path.parent)})"
     kept = "the previous file is kept; " if os.path.exists(path) else ""
-    return f"cannot write {path}: {reason}; {kept}make room or choose another --output_dir"
+    return f"cannot write {path}: {reason}; {kept}free some space or choose another --output_dir"
 
 
-def _free(folder: Path) -> str:
+def _free_space(folder: Path) -> str:
     try:
         return f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free on the disk"
-    except OSError:  # the folder could not be made
+    except OSError:  # the folder could not be created
         return ""

@@ -1,4 +1,4 @@
-"""One logger for the project, and a progress bar."""
+"""The project's logger, and a progress bar that works in terminals and log files."""
 
 import logging
 import sys
@@ -15,17 +15,19 @@ Item = TypeVar("Item")
 
 log = logging.getLogger("predetr")
 
-# A line of `Progress` where there is no terminal: tqdm's own without the bar.
-LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+# A line of `Progress` without a terminal: tqdm's own format without the bar.
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
 
 class _MainProcessOnly(logging.Filter):
+    """Pass everything on rank 0, and errors on every rank."""
+
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.ERROR or is_main_process()
 
 
-class _BesideBars(logging.StreamHandler):
-    """Clears the progress bars of a terminal for a line of the log, and draws them again below it."""
+class _ProgressBarHandler(logging.StreamHandler):
+    """Clear the progress bars of a terminal for a log line, and draw them again below it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(self.stream):
@@ -33,30 +35,30 @@ class _BesideBars(logging.StreamHandler):
 
 
 def setup_logger() -> None:
-    """Sends the log to standard output, from rank 0 only (errors come from every process)."""
+    """Send the log to standard output, from rank 0 only. Errors come from every rank."""
     if log.handlers:
         return
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # file names may hold what the terminal's encoding does not
-    # tqdm's own lock is shared with dataloader workers: one that is killed while it holds the lock would stop us too.
+        # File names may have characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # tqdm's own lock is shared with dataloader workers: one that is killed while holding it would stop this process.
     tqdm.set_lock(threading.RLock())
-    handler = _BesideBars(sys.stdout)
+
+    handler = _ProgressBarHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(_MainProcessOnly())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    log.propagate = False
+    log.propagate = False  # a root handler, if any, would print each line twice
 
 
 def format_seconds(seconds: float) -> str:
-    """`3725.2` -> `1:02:05`, `65` -> `01:05`, as in a progress bar."""
+    """Format a duration as in a progress bar: `3725.2` -> `1:02:05`, `65` -> `01:05`."""
     return tqdm.format_interval(round(seconds))
 
 
-class _Lines:
-    """A file for tqdm that turns what it would redraw into lines of standard output."""
+class _LineWriter:
+    """A file for tqdm that prints what it would redraw as lines on standard output."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -67,10 +69,16 @@ class _Lines:
 
 
 class Progress(tqdm):
-    """Progress of a long job, on rank 0: tqdm's bar on a terminal, elsewhere (log files) a plain line every
-    `seconds_between_lines` and one at the end.
+    """Progress of a long job, on rank 0: a tqdm bar in a terminal, plain lines elsewhere, such as in a log file.
 
-    `total` counts steps, `start` are those that were done before this process. It closes itself after the last one.
+    It closes itself after the last step.
+
+    Args:
+        total: Number of steps.
+        description: Start of the line.
+        start: Number of steps that were done before, by an earlier process of a resumed job.
+        unit: Name of a step in the rate, as in "12.5 images/s".
+        seconds_between_lines: Interval of the plain lines. The last step always has one.
     """
 
     monitor_interval = 0  # no thread: with miniters=1 every step looks at the clock
@@ -84,14 +92,16 @@ class Progress(tqdm):
         unit: str = "it",
         seconds_between_lines: float = 15.0,
     ) -> None:
-        # A delay, however short, leaves out the bar at 0 steps, and leave=False a second line at the end.
-        lines = {
-            "file": _Lines(),
-            "mininterval": seconds_between_lines,
-            "delay": 1e-9,
-            "leave": False,
-        }
-        bar = {"file": sys.stdout, "mininterval": 0.2, "dynamic_ncols": True}
+        if sys.stdout.isatty():
+            output = {"file": sys.stdout, "mininterval": 0.2, "dynamic_ncols": True}
+        else:
+            output = {
+                "file": _LineWriter(),
+                "bar_format": LINE_FORMAT,
+                "mininterval": seconds_between_lines,
+                "delay": 1e-9,  # any delay suppresses the line for 0 steps
+                "leave": False,  # else tqdm prints the last line again when it closes
+            }
         super().__init__(
             total=total,
             desc=description,
@@ -99,30 +109,30 @@ class Progress(tqdm):
             unit=unit,
             disable=not (is_main_process() and log.isEnabledFor(logging.INFO)),
             miniters=1,
-            smoothing=0,  # speed and time left from the mean over all steps of this process
-            **(bar if sys.stdout.isatty() else {**lines, "bar_format": LINE}),
+            smoothing=0,  # rate and remaining time from the mean over all steps of this process
+            **output,
         )
 
     def step(self, text: str | None = None, steps: int = 1) -> None:
-        """`steps` more are done; `text`, if given, replaces the one at the end of the line, such as losses."""
+        """Advance by some steps. A text, such as the losses, replaces the one at the end of the line."""
         if text is not None:
             self.set_postfix_str(text, refresh=False)
-        finished = self.n + steps >= self.total
-        if finished:
-            self.mininterval = 0  # the last step is shown whenever it comes
+        is_finished = self.n + steps >= self.total
+        if is_finished:
+            self.mininterval = 0  # show the last step, however soon it comes
         self.update(steps)
-        if finished:
+        if is_finished:
             self.close()
 
-    def wants_text(self) -> bool:
-        """True when the next step will be shown, so that text is only made when it is read."""
+    def will_display(self) -> bool:
+        """Return whether the next step will be shown, so that its text is only made when it is read."""
         if self.disable:
             return False
         return time.time() - self.last_print_t >= self.mininterval or self.n + 1 >= self.total
 
 
 def progress(items: Sequence[Item], description: str) -> Iterator[Item]:
-    """Iterates with a `Progress` beside it."""
+    """Iterate over a sequence and show the progress."""
     bar = Progress(len(items), description)
     for item in items:
         yield item

@@ -1,10 +1,10 @@
-"""Tables in Markdown, for the terminal and for documents."""
+"""Markdown tables, for the terminal and for documents."""
 
 from collections.abc import Sequence
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of texts whose columns are aligned in plain text too."""
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with padded cells, so that it is aligned as plain text, too."""
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     lines = [
         [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]

@@ -1,4 +1,7 @@
-"""The targets of a batch, packed into one tensor for each key."""
+"""The targets of a batch, packed into one tensor per key.
+
+Shapes: B images in the batch, N rows of a key over all images (for `boxes` and `labels`: objects).
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -7,64 +10,72 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Problem = tuple[str, str]
+Problem = tuple[str, str]  # (path of the image, reason)
 
 
+# Not a subclass of `collections.abc.Sequence`: some versions of PyTorch pin the items of a Sequence one by one and
+# never call its own `pin_memory`.
 @dataclass
 class PackedTargets:
-    """One tensor for each key: each tensor that a dataloader worker sends costs a shared-memory handle, and criterion
-    and matcher read the objects of all images at once.
+    """Targets of a batch, with the rows of all images concatenated per key.
 
-    It is also a sequence of the images' own targets: `len(targets)`, `targets[i]` and iteration give dicts whose
-    tensors are views. No subclass of `collections.abc.Sequence`: some versions of PyTorch pin the items of a sequence
-    one by one and never ask for its own `pin_memory`.
+    Each tensor that a dataloader worker sends costs a shared-memory handle, so a batch sends one tensor per key instead
+    of one per key and image. The criterion and the matcher also read the objects of all images at once.
 
-    tensors: key -> the rows of all images one after the other, [sum of rows, ...].
-    rows: key -> rows of each image; on the host, so that counting objects never asks a device.
-    problems: (path, reason) of each image that could not be used and was replaced.
+    A `PackedTargets` behaves like a list of per-image targets, too: `len(targets)`, `targets[i]` and iteration give
+    dicts whose tensors are views of the packed ones.
+
+    tensors: key -> the rows of all images, concatenated, [N, ...].
+    counts: key -> number of rows of each image, a list of B ints. They stay on the host, so that reading the number of
+        objects never synchronizes with the GPU.
+    problems: (path, reason) of each image that could not be used and was replaced by another one.
     """
 
     tensors: dict[str, Tensor]
-    rows: dict[str, list[int]]
+    counts: dict[str, list[int]]
     problems: list[Problem] = field(default_factory=list)
 
     @classmethod
     def pack(cls, targets: Sequence[dict[str, Any]]) -> "PackedTargets":
-        """Packs dicts of tensors with equal keys; `problems`, where a target has it, is kept aside.
+        """Pack B dicts of tensors with the same keys. The optional key `problems` is collected separately.
 
         Raises:
-            ValueError: targets whose tensor keys differ.
+            ValueError: The keys of two targets differ.
         """
         problems = [problem for target in targets for problem in target.get("problems", [])]
         keys = [key for key in targets[0] if key != "problems"]
+
         for target in targets:
             if set(target) - {"problems"} != set(keys):
                 raise ValueError(
                     f"targets of one batch have different keys: {sorted(target)} and {sorted(targets[0])}"
                 )
-        tensors = {key: torch.cat([target[key] for target in targets]) for key in keys}
-        return cls(
-            tensors, {key: [len(target[key]) for target in targets] for key in keys}, problems
-        )
+
+        tensors = {key: torch.cat([target[key] for target in targets]) for key in keys}  # [N, ...]
+        counts = {key: [len(target[key]) for target in targets] for key in keys}
+        return cls(tensors, counts, problems)
 
     def unpack(self) -> list[dict[str, Tensor]]:
-        """One dict for each image; the tensors are views of the packed ones."""
-        columns = {key: tensor.split(self.rows[key]) for key, tensor in self.tensors.items()}
+        """Return one dict per image; its tensors are views of the packed ones."""
+        columns = {key: tensor.split(self.counts[key]) for key, tensor in self.tensors.items()}
         return [{key: column[i] for key, column in columns.items()} for i in range(len(self))]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
+        """Return a copy with all tensors on `device`."""
         moved = {
             key: tensor.to(device, non_blocking=non_blocking)
             for key, tensor in self.tensors.items()
         }
-        return PackedTargets(moved, self.rows, self.problems)
+        return PackedTargets(moved, self.counts, self.problems)
 
     def pin_memory(self) -> "PackedTargets":
+        """Return a copy in pinned memory. The dataloader calls this where `pin_memory=True`."""
         pinned = {key: tensor.pin_memory() for key, tensor in self.tensors.items()}
-        return PackedTargets(pinned, self.rows, self.problems)
+        return PackedTargets(pinned, self.counts, self.problems)
 
     def __len__(self) -> int:
-        return len(next(iter(self.rows.values())))
+        # Every key has one count per image, so any key gives B.
+        return len(next(iter(self.counts.values())))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.unpack()[index]
@@ -77,13 +88,17 @@ Targets = PackedTargets | Sequence[dict[str, Tensor]]
 
 
 def pack_objects(targets: Targets) -> PackedTargets:
-    """The form in which criterion and matcher read targets: packed ones as they are; of a list of dicts `labels` and
-    `boxes`, and `image_id` where every image has one.
+    """Return targets in the form that the criterion and the matcher read.
+
+    Packed targets are returned unchanged. A list of dicts, as in DETR's interface, is packed: `labels` and `boxes`, and
+    `image_id` if every image has one.
     """
     if isinstance(targets, PackedTargets):
         return targets
+
     objects = [{key: target[key] for key in ("labels", "boxes")} for target in targets]
     if all("image_id" in target for target in targets):
-        for own, target in zip(objects, targets, strict=True):
-            own["image_id"] = torch.as_tensor(target["image_id"]).reshape(-1)
+        for packed, target in zip(objects, targets, strict=True):
+            # `pack` concatenates rows, so a scalar id becomes a row of length 1.
+            packed["image_id"] = torch.as_tensor(target["image_id"]).reshape(-1)  # [1]
     return PackedTargets.pack(objects)

@@ -1,5 +1,6 @@
-"""Random numbers of one sample or epoch, a function of (seed, epoch, index) whatever worker makes it and when; and the
-states of the global generators, which checkpoints hold.
+"""Random numbers: independent streams per sample or epoch, and the states of the global generators for checkpoints.
+
+The streams depend only on (seed, epoch, index), not on which dataloader worker makes the sample or when.
 """
 
 import random
@@ -13,28 +14,31 @@ import torch
 _UNSIGNED = 2**64
 
 
-class SampleRandom:
-    """Three independent streams, made when first used, because published pipelines draw from three libraries.
+class SampleRNG:
+    """Three independent streams, because published pipelines draw from three libraries. Each is created on first use.
 
-    `python` is a `random.Random`, `numpy` a `numpy.random.RandomState`, `torch` a CPU `torch.Generator`.
+    Attributes:
+        python: `random.Random`.
+        numpy: `numpy.random.RandomState`.
+        torch: `torch.Generator` on the CPU.
     """
 
     def __init__(self, seed: int) -> None:
         self._seeds = _hash_seeds(seed)
 
     @classmethod
-    def of(cls, seed: int, epoch: int, index: int = -1) -> "SampleRandom":
-        """The streams of sample `index` in `epoch` of a run with `seed`; without an index those of the epoch itself."""
-        state = cls.__new__(cls)
-        state._seeds = _hash_seeds(seed, epoch, index)
-        return state
+    def from_key(cls, seed: int, epoch: int, index: int = -1) -> "SampleRNG":
+        """Return the streams of a sample, or without an index those of the epoch."""
+        rng = cls.__new__(cls)
+        rng._seeds = _hash_seeds(seed, epoch, index)
+        return rng
 
     @classmethod
-    def fixed(cls, python: int = 0, numpy: int = 0, torch: int = 0) -> "SampleRandom":
-        """Streams with these raw seeds, as `random.seed`, `numpy.random.seed` and `torch.manual_seed` set them."""
-        state = cls.__new__(cls)
-        state._seeds = (python, numpy, torch)
-        return state
+    def from_seeds(cls, python: int = 0, numpy: int = 0, torch: int = 0) -> "SampleRNG":
+        """Return streams with raw seeds, as `random.seed`, `numpy.random.seed` and `torch.manual_seed` set them."""
+        rng = cls.__new__(cls)
+        rng._seeds = (python, numpy, torch)
+        return rng
 
     @cached_property
     def python(self) -> random.Random:
@@ -50,12 +54,17 @@ class SampleRandom:
 
 
 def _hash_seeds(*key: int) -> tuple[int, int, int]:
+    """Hash a key into one seed per stream, so that the streams of neighboring keys are independent."""
+    # SeedSequence takes no negative numbers, and seeds or the index -1 may be negative.
     words = np.random.SeedSequence([value % _UNSIGNED for value in key]).generate_state(3)
     return int(words[0]), int(words[1]), int(words[2])
 
 
-def random_states() -> dict[str, Any]:
-    """The states of all global random generators (python, numpy, torch, every GPU) as plain containers and tensors."""
+def get_rng_states() -> dict[str, Any]:
+    """Return the states of all global random generators: Python, NumPy, PyTorch and every GPU.
+
+    They are plain containers and tensors, which `torch.load(weights_only=True)` accepts.
+    """
     _, keys, position, has_gauss, gauss = np.random.get_state()
     version, numbers, gauss_next = random.getstate()
     return {
@@ -71,13 +80,16 @@ def random_states() -> dict[str, Any]:
     }
 
 
-def set_random_states(states: Mapping[str, Any]) -> None:
-    """Restores what `random_states` gave; with fewer GPUs than then, only theirs."""
+def set_rng_states(states: Mapping[str, Any]) -> None:
+    """Restore the states from `get_rng_states`. If there are fewer GPUs now, the states of the others are ignored."""
     version, numbers, gauss_next = states["python"]
     random.setstate((version, tuple(numbers), gauss_next))
+
     legacy = states["numpy"]
     keys = legacy["keys"].cpu().numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, legacy["position"], legacy["has_gauss"], legacy["gauss"]))
+
+    # Generators take their state from the CPU, wherever the checkpoint was loaded to.
     torch.set_rng_state(states["torch"].cpu())
     if torch.cuda.is_available():
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):

@@ -1,1 +1,1 @@
-"""From predictions to published numbers; one file a metric."""
+"""Metrics of predicted boxes, one file per metric."""

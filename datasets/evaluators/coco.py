@@ -1,4 +1,8 @@
-"""Average precision and recall of boxes as COCO defines them."""
+"""COCO average precision and recall of boxes.
+
+Shapes: N detections, A ground-truth boxes, K classes. Precision is [10 IoU thresholds, 101 recalls, K, 4 areas, M],
+recall is [10, K, 4, M], for M limits: the maximum number of detections per image and class.
+"""
 
 import contextlib
 import functools
@@ -11,30 +15,36 @@ from typing import Any
 
 import numpy as np
 
-from datasets.evaluators.detections import Detections
-from datasets.labelled.annotations import has_area
+from datasets.evaluators.detections import DetectionEvaluator
+from datasets.labelled.annotations import has_visible_area
 from util.coco import CLASS_METRICS
 from util.errors import UserError
 from util.logger import log
 
-THRESHOLDS = (slice(None), slice(0, 1), slice(5, 6))  # of the ten those of AP, AP50, AP75
-LIMITS = (1, 10, 100)  # detections of a class in an image, the best ones
-AREAS = (  # square pixels, both ends inside
+# AP, AP50 and AP75 as slices of the ten IoU thresholds 0.50, 0.55, ... 0.95.
+IOU_SLICES = (slice(None), slice(0, 1), slice(5, 6))
+
+MAX_DETS = (1, 10, 100)  # the best detections per image and class
+AREA_RANGES = (  # square pixels, both ends included
     (0, 1e10),  # all
     (0, 32**2),  # small
     (32**2, 96**2),  # medium
     (96**2, 1e10),  # large
 )
 
-GroundTruth = dict[str, Any]  # content of a COCO detection file as `ground_truth_of` completes it
+GroundTruth = dict[str, Any]  # content of a COCO detection file, completed by `build_ground_truth`
 
-# A backend gets the ground truth, detections float64 [N, 7] (image id, x, y, w, h, score, category id) and limits; it
-# returns precision [10 thresholds, 101 recalls, K classes, 4 areas, limits] and recall [10, K, 4, limits]; -1: no
-# ground truth.
-Curves = tuple[np.ndarray, np.ndarray]
+# (precision, recall), with the shapes above; -1 where there is no ground truth.
+PrecisionRecall = tuple[np.ndarray, np.ndarray]
+
+# A backend gets the ground truth, detections float64 [N, 7] (image id, x, y, width, height, score, category id) and the
+# limits.
+Backend = Callable[[GroundTruth, np.ndarray, Sequence[int]], PrecisionRecall]
 
 
-def _hotcoco(ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]) -> Curves:
+def _hotcoco(
+    ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]
+) -> PrecisionRecall:
     import hotcoco
 
     coco = hotcoco.COCO(ground_truth)
@@ -45,40 +55,39 @@ def _hotcoco(ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence
 
 def _pycocotools(
     ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]
-) -> Curves:
+) -> PrecisionRecall:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     coco = COCO()
-    own = [
-        dict(annotation) for annotation in ground_truth["annotations"]
-    ]  # pycocotools writes into them
-    coco.dataset = {**ground_truth, "annotations": own}
+    # pycocotools writes into the annotations, but evaluators share the ground truth: pass copies.
+    annotations = [dict(annotation) for annotation in ground_truth["annotations"]]
+    coco.dataset = {**ground_truth, "annotations": annotations}
     coco.createIndex()
     evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
     evaluation.params.maxDets = list(limits)
     return _run(evaluation)
 
 
-def _run(evaluation: Any) -> Curves:
+def _run(evaluation: Any) -> PrecisionRecall:
     evaluation.evaluate()
     evaluation.accumulate()
     curves = evaluation.eval
     return np.asarray(curves["precision"]), np.asarray(curves["recall"])
 
 
-BACKENDS: dict[str, Callable[[GroundTruth, np.ndarray, Sequence[int]], Curves]] = {
+# From fast to slow.
+BACKENDS: dict[str, Backend] = {
     "hotcoco": _hotcoco,
     "pycocotools": _pycocotools,
 }
 
 
-def choose_backend(name: str) -> str:
-    """A name of BACKENDS; "auto" is the fastest that is installed (they are listed from fast to slow), which is logged
-    once.
+def select_backend(name: str) -> str:
+    """Return a name of BACKENDS. "auto" selects the fastest one that is installed, and logs it once.
 
     Raises:
-        UserError: unknown or not installed.
+        UserError: The backend is unknown or not installed.
     """
     if name not in ("auto", *BACKENDS):
         raise UserError(f"evaluator {name} is unknown: choose auto or one of {', '.join(BACKENDS)}")
@@ -87,27 +96,28 @@ def choose_backend(name: str) -> str:
         _log_choice(installed[0])
         return installed[0]
     if name not in installed:
-        raise UserError(
-            f"evaluator {name} is not installed: pip install {'pycocotools' if name == 'auto' else name}"
-        )
+        package = "pycocotools" if name == "auto" else name
+        raise UserError(f"evaluator {name} is not installed: pip install {package}")
     return name
 
 
-@functools.cache
+@functools.cache  # logs a backend once, although each evaluation makes an evaluator
 def _log_choice(backend: str) -> None:
     log.info("COCO metrics: computed by %s", backend)
 
 
-class CocoEvaluator(Detections):
-    """Collects detections image by image and compares them with the ground truth of a COCO detection file.
+class CocoEvaluator(DetectionEvaluator):
+    """COCO metrics of boxes.
 
-    Both backends were compared on random cases with crowds, more than 100 detections an image, equal scores and
-    unlisted classes: hotcoco gives exactly pycocotools' metrics.
+    Both backends were compared on random cases with crowds, more than 100 detections per image, equal scores and
+    unlisted classes: hotcoco gives exactly the metrics of pycocotools.
 
-    ground_truth: from `ground_truth_of`; evaluators share it and don't change it. category_ids: see `Detections`.
+    ground_truth: from `build_ground_truth`. Evaluators share it and do not change it.
+    backend: see `select_backend`.
+    category_ids: see `DetectionEvaluator`.
 
     Raises:
-        UserError: a backend that isn't installed.
+        UserError: The backend is not installed.
     """
 
     def __init__(
@@ -116,151 +126,152 @@ class CocoEvaluator(Detections):
         backend: str = "auto",
         category_ids: Mapping[int, int] | None = None,
     ) -> None:
-        self.backend = choose_backend(backend)
+        self.backend = select_backend(backend)
         self.ground_truth = ground_truth
         super().__init__((image["id"] for image in ground_truth["images"]), category_ids)
 
     def summarize(self) -> dict[str, Any]:
-        """{"stats": the 12 values of `util.coco.BBOX_METRICS`, "per_class": a row for each class with objects in the
-        ground truth}.
+        """Return {"stats": the 12 values of `util.coco.BBOX_METRICS`, "per_class": rows}.
 
-        A row is {"id", "name", "objects", "AP", "AP50", "AP75"}, in the order of the category ids. As in pycocotools,
-        -1 stands for a value without ground truth. Without a single detection the others are 0.
+        There is a row for each class with ground-truth objects, in the order of the category ids: {"id", "name",
+        "objects", "AP", "AP50", "AP75"}.
+
+        As in pycocotools, -1 means that there is no ground truth for a value. Without any detections, all other values
+        are 0.
         """
-        classes = sorted(category["id"] for category in self.ground_truth["categories"])
-        rows = self.rows_xywh()
-        rows = rows[np.isin(rows[:, 6], classes)]  # others match nothing, and limits count by class
+        category_ids = sorted(category["id"] for category in self.ground_truth["categories"])
+        rows = self.rows_xywh()  # [N, 7]
+        # Detections of unlisted classes match nothing. Limits count per class, so dropping them changes no metric.
+        rows = rows[np.isin(rows[:, 6], category_ids)]
         if not len(rows):
-            return _without_detections(self.ground_truth)
-        precision, recall = self._curves(rows, LIMITS)
-        values = {
-            label: [mean_of_known(precision[select, :, k, 0, -1]) for select in THRESHOLDS]
-            for k, label in enumerate(classes)
-        }
-        known = {label: numbers for label, numbers in values.items() if numbers[0] > -1}
+            return _summary_without_detections(self.ground_truth)
+
+        precision, recall = self._curves(rows, MAX_DETS)
+        metrics = {}
+        for k, category_id in enumerate(category_ids):
+            values = [mean_valid(precision[ious, :, k, 0, -1]) for ious in IOU_SLICES]
+            if values[0] > -1:
+                metrics[category_id] = values
         return {
             "stats": _stats(precision, recall),
-            "per_class": _per_class(self.ground_truth, known),
+            "per_class": _per_class(self.ground_truth, metrics),
         }
 
-    def _curves(self, rows: np.ndarray, limits: Sequence[int]) -> Curves:
+    def _curves(self, rows: np.ndarray, limits: Sequence[int]) -> PrecisionRecall:
+        # The backends print their progress.
         with contextlib.redirect_stdout(io.StringIO()):
             return BACKENDS[self.backend](self.ground_truth, rows, limits)
 
 
-def _without_detections(ground_truth: GroundTruth) -> dict[str, Any]:
-    """What pycocotools' rules give where nothing was found, which the backends do not take: 0 where there is ground
-    truth, else -1.
+def _summary_without_detections(ground_truth: GroundTruth) -> dict[str, Any]:
+    """Return the summary for no detections: 0 where there is ground truth, else -1.
+
+    The backends do not accept an empty array. These are the values that the rules of pycocotools give.
     """
-    objects = [
-        annotation for annotation in ground_truth["annotations"] if not annotation["iscrowd"]
-    ]
+    objects = [a for a in ground_truth["annotations"] if not a["iscrowd"]]
     overall, *by_area = (
-        0.0 if any(low <= annotation["area"] <= high for annotation in objects) else -1.0
-        for low, high in AREAS
+        0.0 if any(low <= a["area"] <= high for a in objects) else -1.0 for low, high in AREA_RANGES
     )
-    classes = sorted(
-        {
-            annotation["category_id"]
-            for annotation in objects
-            if AREAS[0][0] <= annotation["area"] <= AREAS[0][1]
-        }
-    )
+    low, high = AREA_RANGES[0]
+    category_ids = sorted({a["category_id"] for a in objects if low <= a["area"] <= high})
+    zeros = dict.fromkeys(category_ids, [0.0] * len(CLASS_METRICS))
     return {
+        # AP, AP50, AP75 and AP by area, then AR1, AR10, AR100 and AR by area.
         "stats": [overall] * 3 + by_area + [overall] * 3 + by_area,
-        "per_class": _per_class(ground_truth, dict.fromkeys(classes, [0.0] * 3)),
+        "per_class": _per_class(ground_truth, zeros),
     }
 
 
 def _per_class(
-    ground_truth: GroundTruth, values: Mapping[int, Sequence[float]]
+    ground_truth: GroundTruth, metrics: Mapping[int, Sequence[float]]
 ) -> list[dict[str, Any]]:
-    """values: category id -> AP, AP50, AP75. Rows as `CocoEvaluator.summarize` gives them."""
+    """Return the rows of `CocoEvaluator.summarize`.
+
+    metrics: category id -> [AP, AP50, AP75].
+    """
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-    counts = Counter(
-        annotation["category_id"]
-        for annotation in ground_truth["annotations"]
-        if not annotation["iscrowd"]
-    )
+    counts = Counter(a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"])
     return [
         {
-            "id": label,
-            "name": names[label],
-            "objects": counts[label],
-            **dict(zip(CLASS_METRICS, values[label], strict=True)),
+            "id": category_id,
+            "name": names[category_id],
+            "objects": counts[category_id],
+            **dict(zip(CLASS_METRICS, metrics[category_id], strict=True)),
         }
-        for label in sorted(values)
+        for category_id in sorted(metrics)
     ]
 
 
-def mean_of_known(values: np.ndarray) -> float:
-    """-1 where nothing is known."""
-    known = values[values > -1]
-    return float(known.mean()) if known.size else -1.0
+def mean_valid(values: np.ndarray) -> float:
+    """Return the mean of the values other than -1 (no ground truth); -1 if there are none."""
+    valid = values[values > -1]
+    return float(valid.mean()) if valid.size else -1.0
 
 
 def _stats(precision: np.ndarray, recall: np.ndarray) -> list[float]:
-    """The values of BBOX_METRICS. Axes as in `Curves`; areas: all, small, medium, large; limits: 1, 10, 100 detections
-    an image.
-    """
-    thresholds = [mean_of_known(precision[select, :, :, 0, 2]) for select in THRESHOLDS]
-    areas = [mean_of_known(precision[:, :, :, area, 2]) for area in (1, 2, 3)]
-    limits = [mean_of_known(recall[:, :, 0, limit]) for limit in (0, 1, 2)]
-    area_recalls = [mean_of_known(recall[:, :, area, 2]) for area in (1, 2, 3)]
-    return thresholds + areas + limits + area_recalls
+    """Return the values of BBOX_METRICS, for the limits 1, 10 and 100."""
+    ap = [mean_valid(precision[ious, :, :, 0, 2]) for ious in IOU_SLICES]
+    ap_by_area = [mean_valid(precision[:, :, :, area, 2]) for area in (1, 2, 3)]
+    ar = [mean_valid(recall[:, :, 0, limit]) for limit in (0, 1, 2)]
+    ar_by_area = [mean_valid(recall[:, :, area, 2]) for area in (1, 2, 3)]
+    return ap + ap_by_area + ar + ar_by_area
 
 
-def ground_truth_of(content: Mapping[str, Any]) -> GroundTruth:
-    """What the backends need of a COCO detection file's content, complete: a missing `iscrowd` is 0, a missing `area`
-    is the box's, ids count from 1 (pycocotools takes an annotation with id 0 for unmatched).
+def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
+    """Return what the backends need of a COCO detection file.
 
-    Annotations of unlisted images or classes are skipped, as they are never evaluated, and so are the boxes that
-    `parse_coco` skips. A class that is listed twice counts once.
+    A missing `iscrowd` becomes 0, a missing `area` the area of the box. Annotation ids are renumbered from 1:
+    pycocotools treats a ground-truth box with id 0 as unmatched. A class that is listed twice counts once.
+
+    Annotations of unlisted images or classes are skipped, since they are never evaluated, and so are the boxes that
+    `parse_coco` skips.
     """
     sizes_hw = {
         image["id"]: (image.get("height") or 0, image.get("width") or 0)
         for image in content["images"]
     }
-    classes = {category["id"]: str(category.get("name", "")) for category in content["categories"]}
+    names = {category["id"]: str(category.get("name", "")) for category in content["categories"]}
     listed = [
-        a
-        for a in content["annotations"]
-        if a["image_id"] in sizes_hw and a["category_id"] in classes
+        a for a in content["annotations"] if a["image_id"] in sizes_hw and a["category_id"] in names
     ]
-    counted = _counted(listed, np.array([sizes_hw[a["image_id"]] for a in listed]).reshape(-1, 2))
-    keys = ("id", "width", "height", "file_name")
-    annotations = [
-        {
-            "id": i,
-            "image_id": a["image_id"],
-            "category_id": a["category_id"],
-            "bbox": a["bbox"],
-            "area": a["area"]
-            if isinstance(a.get("area"), int | float)
-            else a["bbox"][2] * a["bbox"][3],
-            "iscrowd": a.get("iscrowd") or 0,
-        }
-        for i, a in enumerate(itertools.compress(listed, counted), start=1)
+    sizes = np.array([sizes_hw[a["image_id"]] for a in listed]).reshape(-1, 2)  # [A, 2]
+    evaluated = itertools.compress(listed, _is_evaluated(listed, sizes))
+
+    image_keys = ("id", "width", "height", "file_name")
+    images = [
+        {key: image[key] for key in image_keys if image.get(key) is not None}
+        for image in content["images"]
     ]
     return {
         "info": {},
-        "images": [
-            {key: image[key] for key in keys if image.get(key) is not None}
-            for image in content["images"]
-        ],
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in classes.items()],
+        "images": images,
+        "annotations": [_complete(a, i) for i, a in enumerate(evaluated, start=1)],
+        "categories": [{"id": category_id, "name": name} for category_id, name in names.items()],
     }
 
 
-def _counted(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -> np.ndarray:
-    """bool [A]: crowds, and boxes with something to find: finite, in float32 as they are trained on, and with an area
-    in their image.
+def _complete(annotation: Mapping[str, Any], annotation_id: int) -> dict[str, Any]:
+    area = annotation.get("area")
+    if not isinstance(area, int | float):
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+    return {
+        "id": annotation_id,
+        "image_id": annotation["image_id"],
+        "category_id": annotation["category_id"],
+        "bbox": annotation["bbox"],
+        "area": area,
+        "iscrowd": annotation.get("iscrowd") or 0,
+    }
+
+
+def _is_evaluated(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -> np.ndarray:
+    """Return which annotations are evaluated, bool [A]: finite ones that are crowds or have an area in their image.
+
+    sizes_hw: [A, 2], size of each annotation's image.
     """
+    # In float32, as in training: the same boxes must count as infinite or without area.
     with np.errstate(over="ignore", invalid="ignore"):
-        boxes = np.array(
-            [annotation["bbox"] for annotation in annotations], dtype=np.float32
-        ).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-    crowd = np.array([bool(annotation.get("iscrowd")) for annotation in annotations], dtype=bool)
-    return np.isfinite(boxes).all(1) & (crowd | has_area(boxes, sizes_hw))
+        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]  # [A, 4], x0, y0, x1, y1
+    crowd = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
+    return np.isfinite(boxes).all(1) & (crowd | has_visible_area(boxes, sizes_hw))

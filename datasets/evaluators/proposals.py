@@ -1,82 +1,83 @@
-"""Boxes without classes: how much of what is annotated do they cover? As DETReg reports it (Bar et al., CVPR 2022,
-section 4.4).
+"""Class-agnostic AP and AR: how well boxes cover the annotated objects, regardless of their class.
+
+As reported by DETReg (Bar et al., CVPR 2022, section 4.4).
+
+Shapes: N boxes of all images, I images.
 """
 
 import numpy as np
 
-from datasets.evaluators.coco import CocoEvaluator, GroundTruth, mean_of_known
+from datasets.evaluators.coco import CocoEvaluator, GroundTruth, mean_valid
 from util.coco import CLASS_METRICS
 
-LIMITS = (1, 10, 100, 1000)
-OBJECT = 1
-METRICS = (*CLASS_METRICS, *(f"AR{limit}" for limit in LIMITS), "ARs", "ARm", "ARl")
+MAX_DETS = (1, 10, 100, 1000)
+OBJECT_ID = 1  # category id of the only class
+METRICS = (*CLASS_METRICS, *(f"AR{limit}" for limit in MAX_DETS), "ARs", "ARm", "ARl")
 SWAPPED = {name: f"{name}_swapped" for name in ("AP50", "AR10", "AR100")}
 
 
 class ProposalEvaluator(CocoEvaluator):
-    """COCO's evaluation with one class, "object", whatever the labels of ground truth and detections."""
+    """COCO evaluation with a single class, "object", regardless of the labels of ground truth and detections."""
 
     def __init__(self, ground_truth: GroundTruth, backend: str = "auto") -> None:
+        annotations = [
+            {**annotation, "category_id": OBJECT_ID} for annotation in ground_truth["annotations"]
+        ]
         one_class = {
-            "categories": [{"id": OBJECT, "name": "object"}],
-            "annotations": [
-                {**annotation, "category_id": OBJECT} for annotation in ground_truth["annotations"]
-            ],
+            "categories": [{"id": OBJECT_ID, "name": "object"}],
+            "annotations": annotations,
         }
         super().__init__({**ground_truth, **one_class}, backend)
 
     def summarize(self) -> dict[str, float]:
-        """AP, AP50 and AP75 of the best 100 boxes of an image, AR1, AR10, AR100 and AR1000 of as many, ARs, ARm and ARl
-        of the best 1000.
+        """Return the metrics by name.
 
-        Then AP50_swapped, AR10_swapped and AR100_swapped: the same of each image with the boxes of the image before it,
-        moved to its size. It is what boxes reach that do not depend on the image; well spread, they have a high recall
-        too, and have found nothing.
+        AP, AP50 and AP75 count the best 100 boxes per image, ARk the best k; ARs, ARm and ARl (small, medium and large
+        objects) the best 1000.
 
-        -1 where there is no ground truth; 0 without a single box.
+        AP50_swapped, AR10_swapped and AR100_swapped are a baseline: each image gets the boxes of the image before it,
+        scaled to its size. Evenly spread boxes have a high recall, too, without looking at the image.
+
+        -1 if there is no ground truth, 0 if there are no boxes.
         """
-        rows = self.rows_xywh()
-        rows[:, 6] = OBJECT
+        rows = self.rows_xywh()  # [N, 7]
+        rows[:, 6] = OBJECT_ID
         if not len(rows):
-            known = any(
-                not annotation["iscrowd"] for annotation in self.ground_truth["annotations"]
-            )
-            return dict.fromkeys((*METRICS, *SWAPPED.values()), 0.0 if known else -1.0)
-        numbers, swapped = self._numbers(rows), self._numbers(self._swapped(rows))
-        return {**numbers, **{new: swapped[name] for name, new in SWAPPED.items()}}
+            objects = [a for a in self.ground_truth["annotations"] if not a["iscrowd"]]
+            value = 0.0 if objects else -1.0
+            return dict.fromkeys((*METRICS, *SWAPPED.values()), value)
 
-    def _numbers(self, rows: np.ndarray) -> dict[str, float]:
-        precision, recall = self._curves(rows, LIMITS)
-        best_100 = precision[:, :, :, 0, LIMITS.index(100)]
+        metrics = self._metrics(rows)
+        swapped = self._metrics(self._swap_boxes(rows))
+        return {**metrics, **{new: swapped[name] for name, new in SWAPPED.items()}}
+
+    def _metrics(self, rows: np.ndarray) -> dict[str, float]:
+        precision, recall = self._curves(rows, MAX_DETS)
+        best_100 = precision[:, :, :, 0, MAX_DETS.index(100)]  # [10, 101, 1], all areas
         values = [
-            mean_of_known(best_100),
-            mean_of_known(best_100[:1]),
-            mean_of_known(best_100[5:6]),
+            mean_valid(best_100),
+            mean_valid(best_100[:1]),  # IoU 0.50
+            mean_valid(best_100[5:6]),  # IoU 0.75
         ]
-        values += [mean_of_known(recall[:, :, 0, limit]) for limit in range(len(LIMITS))]
-        return dict(
-            zip(
-                METRICS,
-                values + [mean_of_known(recall[:, :, area, -1]) for area in (1, 2, 3)],
-                strict=True,
-            )
-        )
+        values += [mean_valid(recall[:, :, 0, limit]) for limit in range(len(MAX_DETS))]
+        values += [mean_valid(recall[:, :, area, -1]) for area in (1, 2, 3)]
+        return dict(zip(METRICS, values, strict=True))
 
-    def _swapped(self, rows: np.ndarray) -> np.ndarray:
-        """The boxes of each image at the same relative place of the next one, in the order of ids; of the last one in
-        the first.
+    def _swap_boxes(self, rows: np.ndarray) -> np.ndarray:
+        """Return the boxes of each image, at the same relative position in the next image by id.
+
+        The boxes of the last image move to the first one.
         """
         images = sorted(
             (image["id"], image.get("width") or 0, image.get("height") or 0)
             for image in self.ground_truth["images"]
         )
-        ids, sizes = (
-            np.array([image[0] for image in images]),
-            np.array([image[1:] for image in images], dtype=float),
-        )
-        if not sizes.all():  # data that does not say its sizes
-            sizes = np.ones_like(sizes)
-        own = np.searchsorted(ids, rows[:, 0])
+        ids = np.array([image[0] for image in images])  # [I]
+        sizes_wh = np.array([image[1:] for image in images], dtype=float)  # [I, 2]
+        if not sizes_wh.all():  # a size is unknown: keep boxes in pixels
+            sizes_wh = np.ones_like(sizes_wh)
+
+        own = np.searchsorted(ids, rows[:, 0])  # [N]
         other = (own + 1) % len(ids)
-        scale = np.tile(sizes[other] / sizes[own], 2)
+        scale = np.tile(sizes_wh[other] / sizes_wh[own], 2)  # [N, 4], for x, y, width, height
         return np.concatenate([ids[other][:, None], rows[:, 1:5] * scale, rows[:, 5:]], axis=1)

@@ -1,4 +1,4 @@
-"""Unlabelled images from any folder tree, list of files or tar files, and how an image file becomes pixels."""
+"""Unlabelled images from a folder tree, a list of files or tar files, and decoding of image files."""
 
 import io
 import os
@@ -14,40 +14,43 @@ from torch import Tensor
 
 from datasets.images.listing import list_folder
 from datasets.images.packed_strings import PackedStrings
-from datasets.images.tar_shards import Member, Shards, expand, is_tar, open_shards
+from datasets.images.tar_shards import TarMember, TarShards, expand_pattern, is_tar, open_shards
 from datasets.sample import BadImageError, SampleDataset
-from util.distributed import from_main
+from util.distributed import compute_on_rank0
 from util.errors import UserError
 from util.logger import log
 
-ImageFile = str | Member  # a path, or a place in a tar file
+ImageFile = str | TarMember  # a path, or a file inside of a tar file
 
-# Formats that Pillow only recognises, or hands to another program.
-_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Pillow recognizes these formats but does not decode them, or hands them to an external program.
+_UNSUPPORTED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
+# `open_image` drops transparency on purpose.
 warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
 
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Extensions that Pillow decodes, in lower case, with the dot."""
-    known = Image.registered_extensions()
+    """Return the extensions that Pillow decodes, in lower case and with the dot."""
     return frozenset(
-        ext for ext, kind in known.items() if kind in Image.OPEN and kind not in _NOT_DECODED
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in _UNSUPPORTED_FORMATS
     )
 
 
 def open_file(file: ImageFile) -> str | BinaryIO:
-    """What Pillow opens."""
-    return io.BytesIO(file.read()) if isinstance(file, Member) else file
+    """Return what `PIL.Image.open` accepts for this file."""
+    return io.BytesIO(file.read()) if isinstance(file, TarMember) else file
 
 
 def read_bytes(file: ImageFile) -> bytes:
-    """
+    """Read a file.
+
     Raises:
         BadImageError: it can't be read.
     """
-    if isinstance(file, Member):
+    if isinstance(file, TarMember):
         return file.read()
     try:
         return Path(file).read_bytes()
@@ -56,37 +59,38 @@ def read_bytes(file: ImageFile) -> bytes:
 
 
 def file_size(file: ImageFile) -> int | None:
-    """Bytes; None where there is no such file."""
-    if isinstance(file, Member):
+    """Return the size in bytes. None: no such file."""
+    if isinstance(file, TarMember):
         return file.size
     return os.path.getsize(file) if os.path.exists(file) else None
 
 
 def open_image(file: ImageFile) -> Image.Image:
-    """A file as a decoded RGB image of Pillow. EXIF rotation is ignored, as in the published pipelines; TIFF files
-    alone are turned by Pillow itself when it decodes them.
+    """Decode an image file to an RGB image of Pillow.
 
-    Grey, palette, CMYK and transparent images are converted by Pillow (transparency is dropped); 16-bit grey loses its
-    low byte.
+    Gray, palette, CMYK and transparent images are converted by Pillow (transparency is dropped). 16-bit gray images
+    lose their low byte. EXIF rotation is ignored, as in the published pipelines, except for TIFF files: Pillow itself
+    rotates these when it decodes them.
 
     Raises:
-        BadImageError: unreadable, truncated, or no image; floating-point pixels, whose range nobody knows.
+        BadImageError: the file is unreadable, truncated or no image, or it has floating-point pixels.
     """
     try:
         with Image.open(open_file(file)) as image:
-            if image.mode == "F":
+            if image.mode == "F":  # their range is unknown: [0, 1], [0, 255] or anything else
                 raise BadImageError("floating-point pixels; save it as 8 or 16 bit")
             if image.mode.startswith("I"):
-                return Image.fromarray(
-                    (np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)
-                ).convert("RGB")
+                # Pillow would clip 16-bit values at 255, which makes the image white.
+                values = np.asarray(image).clip(0, 65535)  # [H, W]
+                return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
     except (MemoryError, BadImageError):
+        # Running out of memory is not the image's fault, so the next image must not replace it.
         raise
     except UnidentifiedImageError as error:
-        reason = "of no format that Pillow knows" if file_size(file) else "an empty file"
+        reason = "unknown image format" if file_size(file) else "an empty file"
         raise BadImageError(f"can't be decoded ({reason})") from error
     except (PermissionError, IsADirectoryError) as error:
         raise BadImageError(f"can't be opened ({error.strerror.lower()})") from error
@@ -96,21 +100,27 @@ def open_image(file: ImageFile) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W], channels-last in memory as it was decoded (resizing is fastest so)."""
+    """Convert an RGB image of Pillow to uint8 [3, H, W]."""
+    # A view of [H, W, 3]: channels-last in memory, which is the fastest layout for the resize.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_image(file: ImageFile) -> Tensor:
-    """uint8 [3, H, W], RGB; see `open_image`."""
+    """Read an RGB image as uint8 [3, H, W]; see `open_image`."""
     return to_tensor(open_image(file))
 
 
 class ImageFiles:
-    """Images by number. `name` is the path below `base`, by which proposals know an image; `path` is what messages say;
-    `file` is what `read_image` reads."""
+    """A sequence of image files.
 
-    def __init__(self, base: str, names: PackedStrings, shards: Shards | None = None) -> None:
-        self.base, self.names, self.shards = base, names, shards
+    Each image has a `name`, its path relative to `base`, which is its key in proposal caches; a `path`, for messages;
+    and a `file`, for `read_image`.
+    """
+
+    def __init__(self, base: str, names: PackedStrings, shards: TarShards | None = None) -> None:
+        self.base = base
+        self.names = names
+        self.shards = shards
 
     def __len__(self) -> int:
         return len(self.names)
@@ -125,70 +135,78 @@ class ImageFiles:
         return self.path(index) if self.shards is None else self.shards.member(index)
 
     def fingerprint(self) -> str:
-        """Of the names below the base, so that the same images elsewhere have the same one."""
+        """Return a digest of the relative paths: the same images in another location have the same one."""
         return f"{len(self)} images, {self.names.digest()[:16]}"
 
 
 class ImageFolder(ImageFiles):
-    """All images below a folder, in sorted order, or those a text file lists (one path a line, relative to the list),
-    or one image, or those in tar files: a folder with tar files and no image, one of them, or a pattern
-    (`datasets.images.tar_shards.expand`).
+    """All images of `root`, which is one of
 
-    Files with other extensions than `image_extensions()` (in any case) and hidden files are skipped and counted in
-    `skipped`; hidden folders are not entered. Rank 0 lists the folder, the others get what it found.
+    - a folder: all images in it and below, in sorted order; if it has tar files and no image, the images in these;
+    - a text file with one path per line, relative to the file's folder;
+    - one image;
+    - a tar file, or a pattern of tar files (`datasets.images.tar_shards.expand_pattern`).
+
+    Hidden files and files whose extension is not in `image_extensions()` (in any case) are skipped; `skipped` is their
+    number. Hidden folders are not entered. Rank 0 lists the files and the other ranks receive the result.
 
     Raises:
-        UserError: nothing there, or no image in it; tar files that can't be used.
+        UserError: `root` does not exist or has no image, or a tar file can't be used.
     """
 
     def __init__(self, root: str) -> None:
-        files, self.skipped = from_main(lambda: find_images(root))
+        files, self.skipped = compute_on_rank0(lambda: find_images(root))
         super().__init__(files.base, files.names, files.shards)
         self.root = root
+
         where = root if self.shards is None else f"{len(self.shards.paths)} tar files of {root}"
-        log.info(
-            "%d images in %s%s",
-            len(self),
-            where,
-            f", {self.skipped} other files skipped" if self.skipped else "",
-        )
+        others = f", {self.skipped} other files skipped" if self.skipped else ""
+        log.info("%d images in %s%s", len(self), where, others)
 
 
 def find_images(root: str) -> tuple[ImageFiles, int]:
-    """(the images, number of other files) of what `ImageFolder` takes."""
-    tars, skipped = None, 0
+    """Return (images, number of skipped files) of a `root` as in `ImageFolder`."""
+    files: ImageFiles | None = None
+    tars: tuple[str, list[str]] | None = None  # (folder, names of tar files in it)
+    skipped = 0
+
     if os.path.isdir(root):
         listing = list_folder(root, image_extensions())
-        files, tars, skipped = ImageFiles(root, listing.images), listing.tars, listing.skipped
-        if len(files) and len(tars):
+        files, skipped = ImageFiles(root, listing.images), listing.skipped
+        if len(listing.tars) and len(files):
+            # Archives often stay where they were unpacked. Reading them too would show each image twice.
             log.warning(
-                "%s holds images beside %d tar files, which are not read, the first is %s: a pattern of them would "
-                "read them alone",
+                "%s contains images and %d tar files, which are not read (the first is %s); give a pattern of tar "
+                "files to read these instead",
                 root,
-                len(tars),
-                tars[0],
+                len(listing.tars),
+                listing.tars[0],
             )
-        tars = None if len(files) or not len(tars) else (root, [tars[i] for i in range(len(tars))])
+        elif len(listing.tars):
+            tars = (root, list(listing.tars))
     elif os.path.exists(root):
         files, tars = _find_in_file(root)
     else:
-        tars = expand(root)
+        tars = expand_pattern(root)
         if tars is None:
             raise UserError(
-                f"{root} does not exist: give a folder of images or of tar files, or a text file with one path a line"
+                f"{root} does not exist; give a folder of images or tar files, or a text file with one path per line"
             )
+
     if tars is not None:
-        shards = open_shards(*tars, image_extensions())
-        files, skipped = ImageFiles(tars[0], shards.names, shards), shards.skipped
-    if not len(files):
+        folder, names = tars
+        shards = open_shards(folder, names, image_extensions())
+        files, skipped = ImageFiles(folder, shards.names, shards), shards.skipped
+    if not files:
         raise UserError(
-            f"{root} holds no image ({skipped} other files): give a folder with files such as .jpg or .png, or a list"
+            f"{root} contains no image ({skipped} other files); give a folder with files such as .jpg or .png, or a "
+            "list"
         )
     return files, skipped
 
 
 def _find_in_file(path: str) -> tuple[ImageFiles | None, tuple[str, list[str]] | None]:
-    """(images of a list or one image, folder and name of a tar file): one of both."""
+    """Return (images, None) for an image or a list, (None, (folder, [name])) for a tar file."""
     folder, name = os.path.split(path)
     if is_tar(path):
         return None, (folder, [name])
@@ -198,30 +216,36 @@ def _find_in_file(path: str) -> tuple[ImageFiles | None, tuple[str, list[str]] |
 
 
 def _read_list(path: str) -> list[str]:
+    """Read a text file with one image path per line; empty lines and lines that start with # are skipped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = (
+            Path(path).read_text(encoding="utf-8-sig").splitlines()
+        )  # -sig: Windows writes a byte order mark
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is neither a folder nor a text file with one image path a line"
+            f"{path}: neither a folder nor text; give a folder, or a text file with one image path per line"
         ) from error
+
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if names and not _is_there(os.path.join(os.path.dirname(path), names[0])):
+    # Checking the first entry is enough to find a wrong folder. A single missing image is reported when it is read.
+    if names and not _path_exists(os.path.join(os.path.dirname(path), names[0])):
         entry = names[0] if len(names[0]) <= 80 else f"{names[0][:80]}..."
         raise UserError(
-            f"{path}: its first entry {entry} does not exist; a list has one path a line, relative to the list's folder"
+            f"{path}: its first entry {entry} does not exist; a list has one path per line, relative to the list's "
+            "folder"
         )
     return names
 
 
-def _is_there(path: str) -> bool:
+def _path_exists(path: str) -> bool:
     try:
         return os.path.exists(path)
-    except ValueError:  # a line with a null byte: no text file
+    except ValueError:  # a null byte in the line: no text file
         return False
 
 
 class UnlabelledDataset(SampleDataset):
-    """Base of what pretexts see of unlabelled images."""
+    """Base class of the datasets that pretexts see."""
 
     def __init__(self, images: ImageFiles, seed: int) -> None:
         super().__init__(seed)
@@ -234,16 +258,20 @@ class UnlabelledDataset(SampleDataset):
         return self.images.path(index)
 
     def read(self, index: int) -> Tensor:
-        """uint8 [3, H, W]; see `read_image`."""
+        """Read an image as uint8 [3, H, W]; see `read_image`."""
         return read_image(self.images.file(index))
 
     def fingerprint(self) -> str:
         return self.images.fingerprint()
 
 
-def cut_box(image: Tensor, box_xyxy_abs: Tensor) -> Tensor:
-    """What lies in a box [4] of an image [3, H, W], rounded to pixels; a box smaller than a pixel shows the pixel."""
+def crop_box(image: Tensor, box_xyxy_abs: Tensor) -> Tensor:
+    """Crop an image [3, H, W] to a box [4] rounded to whole pixels: [3, h, w].
+
+    The crop is at least one pixel, also for a smaller box or one on the border of the image.
+    """
     height, width = image.shape[-2:]
     x0, y0, x1, y1 = box_xyxy_abs.round().int().tolist()
-    x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+    x0 = min(max(x0, 0), width - 1)
+    y0 = min(max(y0, 0), height - 1)
     return image[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]

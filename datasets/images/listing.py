@@ -1,4 +1,4 @@
-"""The files below a folder of images."""
+"""List the images and tar files in a folder tree."""
 
 import os
 import time
@@ -14,8 +14,10 @@ LOG_EVERY = 10.0  # seconds
 
 @dataclass(frozen=True)
 class Listing:
-    """Paths below the folder, sorted, of images and of tar files; `skipped` counts all other files and the tar
-    files.
+    """Result of `list_folder`.
+
+    images, tars: sorted paths relative to the folder.
+    skipped: number of files that are no images, tar files included.
     """
 
     images: PackedStrings
@@ -24,24 +26,25 @@ class Listing:
 
 
 def list_folder(root: str, extensions: frozenset[str]) -> Listing:
-    """Lists the files below a folder. Those with one of these extensions (in any case) are images, except hidden ones.
-    Hidden folders are skipped: programs keep previews and earlier versions there.
+    """List a folder tree. Images are the files with one of these extensions (in any case) that are not hidden.
 
-    Symbolic links are followed, except those that lead back to a folder above. A link with an image's extension that
-    leads nowhere is listed as an image.
+    Hidden folders are skipped: programs keep thumbnails and earlier versions there. Symbolic links are followed, except
+    to a folder that contains the link. A broken link with an image extension is listed as an image, so that it is
+    reported when it is read.
 
     Raises:
         UserError: a folder can't be read.
     """
-    walk = _Walk(extensions)
+    walk = _FolderWalk(extensions)
     walk.enter(root)
+    # Sorted: `os.scandir` has no fixed order, and a resumed run needs the same indices.
     return Listing(
         PackedStrings(sorted(walk.images)), PackedStrings(sorted(walk.tars)), walk.skipped
     )
 
 
-class _Walk:
-    """images, tars: paths found so far."""
+class _FolderWalk:
+    """State of a walk over a folder tree; `images` and `tars` are the relative paths found so far."""
 
     def __init__(self, extensions: frozenset[str]) -> None:
         self.extensions = extensions
@@ -51,31 +54,37 @@ class _Walk:
         self._logged = time.monotonic()
 
     def enter(
-        self, folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()
+        self, folder: str, prefix: str = "", ancestors: frozenset[tuple[int, int]] = frozenset()
     ) -> None:
-        """Lists a folder and those below it.
+        """List a folder and the folders below it.
 
-        prefix: its path below the first one. above: (device, inode) of the folders around it.
+        Args:
+            prefix: path of the folder relative to the root, with a slash at the end.
+            ancestors: (device, inode) of the folders that contain this one, to detect cycles of links.
         """
         try:
             status, entries = os.stat(folder), list(os.scandir(folder))
         except OSError as error:
             raise UserError(
-                f"{folder} can't be read ({error.strerror}): check the permissions"
+                f"{folder} can't be read ({error.strerror}); check the permissions"
             ) from error
-        above = above | {(status.st_dev, status.st_ino)}
+
+        ancestors = ancestors | {(status.st_dev, status.st_ino)}
         for entry in entries:
-            name, is_link = prefix + entry.name, entry.is_symlink()
-            if (
-                os.path.isdir(entry) if is_link else entry.is_dir()
-            ):  # a link may lead where reading is not allowed
+            name = prefix + entry.name
+            is_link = entry.is_symlink()
+            # `entry.is_dir()` raises if a link leads to a place that may not be read; `os.path.isdir` returns False.
+            is_dir = os.path.isdir(entry) if is_link else entry.is_dir()
+            if is_dir:
                 inside = entry.stat()
-                if not entry.name.startswith(".") and (inside.st_dev, inside.st_ino) not in above:
-                    self.enter(entry.path, f"{name}/", above)
+                is_cycle = (inside.st_dev, inside.st_ino) in ancestors
+                if not entry.name.startswith(".") and not is_cycle:
+                    self.enter(entry.path, f"{name}/", ancestors)
             elif self._is_image(entry, is_link):
                 self.images.append(name)
             else:
                 self._skip(name)
+
         if time.monotonic() - self._logged > LOG_EVERY:
             self._logged = time.monotonic()
             log.info("%d images so far", len(self.images))

@@ -1,10 +1,11 @@
-"""Images in tar files, in the layout of WebDataset, read in place.
+"""Images in tar files, in the layout of WebDataset, with random access.
 
-WebDataset itself streams shards one after the other and shuffles in a buffer: an epoch has no k-th sample, so a run
-could not resume where it stopped, and W processes would not see what one sees. Here Python's `tarfile` says at the
-start where each member begins; then any image is one seek and one read, as from a folder, and the same sampler, seeds
-and proposals serve both. The price: a tar file must not be compressed as a whole, and reads are in random order, which
-is slow on a hard disk.
+WebDataset streams shards one after the other and shuffles in a buffer: an epoch has no k-th sample, so a run could not
+resume where it stopped, and W ranks would not see the same batches as one process. Here Python's `tarfile` finds the
+offset of each member at the start. Reading an image is then one seek and one read, as from a folder, and sampler, seeds
+and proposals work the same.
+
+The price: a tar file must not be compressed as a whole, and random reads are slow on a hard disk.
 """
 
 import glob
@@ -16,7 +17,7 @@ import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,23 +27,32 @@ from datasets.sample import BadImageError
 from util.errors import UserError
 from util.logger import Progress
 
-BLOCK = 512  # bytes; what a tar file consists of
-THREADS = 8  # that read headers: they mostly wait for the disk
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+BLOCK_SIZE = 512  # bytes; headers and contents of a tar file start at multiples of it
+NUM_THREADS = 8  # for reading headers, which mostly waits for the disk
+
+# First bytes of compressed files.
+COMPRESSION_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 
 
-class Member(NamedTuple):
-    """A file inside of a tar file: it has `size` bytes from `offset` on."""
+class TarMember(NamedTuple):
+    """A file inside of a tar file: `size` bytes at `offset` of the tar file `path`."""
 
     path: str
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """
+        """Read the content.
+
         Raises:
-            BadImageError: the tar file is gone, can't be read or ends before.
+            BadImageError: the tar file is missing, unreadable or too short.
         """
+        # Opened for each read: dataloader workers must not share a file position.
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.offset)
@@ -50,16 +60,21 @@ class Member(NamedTuple):
         except OSError as error:
             raise BadImageError(f"{self.path} can't be read ({error.strerror.lower()})") from error
         if len(content) < self.size:
-            raise BadImageError(f"{self.path} ends before it: it has changed since the start")
+            raise BadImageError(
+                f"{self.path} ends before this image; the file has changed since the start of the run"
+            )
         return content
 
 
 @dataclass(frozen=True)
-class Shards:
-    """names: SHARD/MEMBER of all images, sorted; shard i has the rows starts[i] to starts[i + 1] of names, offsets and
-    sizes int64 [I].
+class TarShards:
+    """Index of the images in tar files.
 
-    paths: of the shards. skipped: number of other members.
+    paths: path of each tar file.
+    names: SHARD/MEMBER of all I images, sorted.
+    starts: shard i has the rows starts[i] to starts[i + 1] of names, offsets and sizes.
+    offsets, sizes: int64 [I], in bytes.
+    skipped: number of members that are no images.
     """
 
     paths: list[str]
@@ -69,149 +84,155 @@ class Shards:
     sizes: np.ndarray
     skipped: int
 
-    def member(self, index: int) -> Member:
+    def member(self, index: int) -> TarMember:
         shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return Member(self.paths[shard], int(self.offsets[index]), int(self.sizes[index]))
+        return TarMember(self.paths[shard], int(self.offsets[index]), int(self.sizes[index]))
 
 
 def is_tar(path: str) -> bool:
-    """By its name alone; compressed ones too."""
+    """Return whether a path has the extension of a tar file, compressed ones included."""
     return path.lower().endswith(TAR_EXTENSIONS)
 
 
-def expand(pattern: str) -> tuple[str, list[str]] | None:
-    """(folder, names in it) of the files of a pattern such as `train/part-{000000..000146}.tar` or `train/*.tar`; None:
-    no pattern.
+def expand_pattern(pattern: str) -> tuple[str, list[str]] | None:
+    """Expand a pattern such as `train/part-{000000..000146}.tar` or `train/*.tar` to (folder, names in it).
 
-    Braces hold a range of numbers of one width, or alternatives after commas; `*`, `?` and `[]` are those of the shell.
+    Braces contain a range of numbers, with leading zeros if both ends have the same width, or alternatives separated by
+    commas. `*`, `?` and `[]` work as in the shell. Returns None if there is none of these characters.
 
     Raises:
-        UserError: no such file; of braces, one of them is missing.
+        UserError: no file matches, or one file of a brace expression is missing.
     """
     special = re.search(r"[{*?[]", pattern)
     if special is None:
         return None
+
     folder = os.path.dirname(pattern[: special.start()])
     found = []
-    for part in _without_braces(pattern):
-        paths = (
-            sorted(glob.glob(part))
-            if glob.has_magic(part)
-            else [part]
-            if os.path.exists(part)
-            else []
-        )
+    for part in _expand_braces(pattern):
+        if glob.has_magic(part):
+            paths = sorted(glob.glob(part))
+        else:
+            paths = [part] if os.path.exists(part) else []
         if not paths:
+            # Braces name every file, so a missing shard is an error.
             raise UserError(
-                f"{pattern}: {part} does not exist: give a pattern of tar files that are there, or their folder"
+                f"{pattern}: {part} does not exist; give a pattern that matches tar files, or their folder"
             )
         found += paths
     return folder, sorted({os.path.relpath(path, folder or ".") for path in found})
 
 
-def _without_braces(pattern: str) -> list[str]:
-    pieces = re.split(r"\{([^{}]*)\}", pattern)  # text, inside of braces, text, ...
-    return [
-        "".join(choice)
-        for choice in itertools.product(
-            *([p] if i % 2 == 0 else _choices(p) for i, p in enumerate(pieces))
-        )
+def _expand_braces(pattern: str) -> list[str]:
+    pieces = re.split(
+        r"\{([^{}]*)\}", pattern
+    )  # text, inside of braces, text, inside of braces, ...
+    alternatives = [
+        _brace_alternatives(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)
     ]
+    return ["".join(choice) for choice in itertools.product(*alternatives)]
 
 
-def _choices(inside: str) -> list[str]:
+def _brace_alternatives(inside: str) -> list[str]:
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if ends is None:
         return inside.split(",")
-    width = len(ends[1]) if len(ends[1]) == len(ends[2]) else 0
-    return [f"{number:0{width}d}" for number in range(int(ends[1]), int(ends[2]) + 1)]
+    first, last = ends.groups()
+    width = len(first) if len(first) == len(last) else 0
+    return [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
 
 
-def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -> Shards:
-    """The images in tar files below a folder. Members that are hidden or in a hidden folder, links and those with other
-    extensions are skipped.
+def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -> TarShards:
+    """Index the images in the tar files `names` of a folder.
+
+    Links, members with other extensions, and members that are hidden or in a hidden folder are skipped.
 
     Raises:
-        UserError: a file is compressed, damaged, not whole or no tar file.
+        UserError: a file is compressed, damaged, incomplete or no tar file.
     """
-    names = sorted(
-        names, key=lambda name: f"{name}/"
-    )  # so that the images are sorted by their whole names
+    # Sorted with the slash, so that the names SHARD/MEMBER are sorted as a whole: "a.tar-1.tar/..." before "a.tar/...".
+    names = sorted(names, key=lambda name: f"{name}/")
     paths = [os.path.join(folder, name) for name in names]
-    shards, offsets, sizes, skipped = [], [], [], 0
+
+    members, offsets, sizes, skipped = [], [], [], 0
     bar = Progress(len(paths), "indexing tar files")
-    with ThreadPoolExecutor(THREADS) as pool:
-        for places, others in pool.map(lambda path: _read_headers(path, extensions), paths):
-            members = sorted(places)
-            shards.append(PackedStrings(members))
-            table = np.array([places[member] for member in members], dtype=np.int64).reshape(-1, 2)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        for images, others in pool.map(lambda path: _read_headers(path, extensions), paths):
+            image_names = sorted(images)
+            table = np.array([images[name] for name in image_names], dtype=np.int64).reshape(-1, 2)
+            members.append(PackedStrings(image_names))
             offsets.append(table[:, 0])
             sizes.append(table[:, 1])
             skipped += others
             bar.step()
-    return Shards(
-        paths,
-        PackedStrings.joined([f"{name}/" for name in names], shards),
-        np.cumsum([0, *map(len, shards)]),
-        np.concatenate(offsets),
-        np.concatenate(sizes),
-        skipped,
+
+    return TarShards(
+        paths=paths,
+        names=PackedStrings.concatenate([f"{name}/" for name in names], members),
+        starts=np.cumsum([0, *map(len, members)]),
+        offsets=np.concatenate(offsets),
+        sizes=np.concatenate(sizes),
+        skipped=skipped,
     )
 
 
 def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tuple[int, int]], int]:
-    """({name: (offset, size)} of the images, number of other files). Of members with the same name the last one counts,
-    as if unpacked.
-    """
-    places: dict[str, tuple[int, int]] = {}
+    """Return ({name: (offset, size)} of the images in a tar file, number of other files)."""
+    images: dict[str, tuple[int, int]] = {}
     skipped = 0
     try:
         with open(path, "rb") as file:
-            _refuse_compressed(path, file.read(6))
+            _reject_compressed(path, file.read(6))
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (member := tar.next()) is not None:
-                    tar.members.clear()  # of a file with a million members they would take gigabytes
+                    # tarfile keeps all members, which takes gigabytes for a file with a million of them.
+                    tar.members.clear()
                     name = posixpath.normpath(member.name).lstrip("/")
-                    hidden = any(part.startswith(".") for part in name.split("/"))
-                    if (
-                        member.isreg()
-                        and not member.issparse()
-                        and os.path.splitext(name)[1].lower() in extensions
-                        and not hidden
-                    ):
-                        places[name] = member.offset_data, member.size
-                    else:
-                        skipped += not member.isdir()
-                _check_end(path, file, tar.offset)
+                    if _is_image(member, name, extensions):
+                        # Of members with the same name the last one counts, as when the file is unpacked.
+                        images[name] = member.offset_data, member.size
+                    elif not member.isdir():
+                        skipped += 1
+                _check_end_marker(path, file, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"{path} is not a whole tar file ({error}): was it copied to its end?"
+            f"{path} is not a complete tar file ({error}); check that it was copied completely"
         ) from error
     except OSError as error:
         raise UserError(
-            f"{path} can't be read ({error.strerror}): check the file and its permissions"
+            f"{path} can't be read ({error.strerror}); check the file and its permissions"
         ) from error
-    return places, skipped
+    return images, skipped
 
 
-def _refuse_compressed(path: str, first_bytes: bytes) -> None:
-    for magic, name in MAGIC.items():
+def _is_image(member: tarfile.TarInfo, name: str, extensions: frozenset[str]) -> bool:
+    is_hidden = any(part.startswith(".") for part in name.split("/"))
+    # A sparse file is stored in pieces, so its content is not one run of bytes.
+    is_contiguous = member.isreg() and not member.issparse()
+    return is_contiguous and os.path.splitext(name)[1].lower() in extensions and not is_hidden
+
+
+def _reject_compressed(path: str, first_bytes: bytes) -> None:
+    for magic, name in COMPRESSION_MAGIC.items():
         if first_bytes.startswith(magic):
             raise UserError(
-                f"{path} is compressed ({name}), so that no image in it can be read alone: uncompress it (JPEG and "
-                "PNG files stay as small)"
+                f"{path} is compressed ({name}), so its images can't be read individually; uncompress it (JPEG and PNG "
+                "files hardly grow)"
             )
 
 
-def _check_end(path: str, file, offset: int) -> None:
-    """`tarfile` takes whatever is no header, and a missing end, for the end."""
+def _check_end_marker(path: str, file: BinaryIO, offset: int) -> None:
+    """Check that the end marker, a block of zeros, is at `offset`, where `tarfile` stopped.
+
+    `tarfile` stops without an error at anything that is not a header, and at the end of a file that was cut off.
+    """
     file.seek(offset)
-    block = file.read(BLOCK)
-    if len(block) < BLOCK:
+    block = file.read(BLOCK_SIZE)
+    if len(block) < BLOCK_SIZE:
         raise UserError(
-            f"{path} lacks the end mark of tar files: was it copied to its end? If so, truncate -s +1024 FILE adds "
-            f"the mark"
+            f"{path} lacks the end marker of a tar file; check that it was copied completely. If it was, truncate -s "
+            "+1024 FILE adds the marker"
         )
-    if block != bytes(BLOCK):
-        raise UserError(f"{path} is damaged: there is no header at byte {offset}; copy it again")
+    if block != bytes(BLOCK_SIZE):
+        raise UserError(f"{path} is damaged: no tar header at byte {offset}; copy it again")

@@ -1,1 +1,1 @@
-"""Labelled images: one file for each kind of data."""
+"""Labelled datasets, one file per kind."""

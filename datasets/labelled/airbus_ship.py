@@ -1,7 +1,9 @@
-"""Ships in satellite images: the competition "Airbus Ship Detection", whose file of runs of pixels is read as it is.
+"""Ships in satellite images: the Airbus Ship Detection competition, with its run-length encoded masks (RLE).
 
-Each line of `train_ship_segmentations_v2.csv` is one ship of one image, as pairs (first pixel, length); pixels are
-counted from 1 down the columns. An image without ships has one line without runs.
+Each line of `train_ship_segmentations_v2.csv` is one ship in one image: pairs (first pixel, length). Pixels are
+numbered from 1, down the columns. An image without ships has one line without pairs.
+
+Shapes: I images, N ships, R runs of all ships.
 """
 
 import os
@@ -12,96 +14,111 @@ import numpy as np
 from PIL import Image
 
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, from_columns
+from datasets.labelled.annotations import Annotations, annotations_from_columns
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
 from util.checkpoints.classes import Classes
 from util.errors import UserError
 from util.settings import Settings
 
-IMAGES, RUNS = "train_v2", "train_ship_segmentations_v2.csv"
+IMAGE_FOLDER = "train_v2"
+RLE_FILE = "train_ship_segmentations_v2.csv"
 HEADER = "ImageId,EncodedPixels"
-NAMES = {0: "ship"}
-VAL_FRACTION, VAL_SEED = 0.1, 42  # the same images are held out in every run, whatever --seed
+CLASS_NAMES = {0: "ship"}
+
+# The same images are held out for validation in every run, regardless of --seed.
+VAL_FRACTION = 0.1
+VAL_SEED = 42
 
 
 def build_airbus_ship(
     image_set: str, settings: Settings, classes: Classes | None = None
 ) -> ConvertedDetection:
-    """Images of `--airbus_path`, with and without ships: a tenth, drawn once and for all, is held out ("val").
+    """Build the dataset of `--airbus_path`, including images without ships. A tenth of the images is "val".
 
     Raises:
-        UserError: folder or file are missing or can't be used.
+        UserError: The folder or the CSV file is missing or malformed.
     """
     root = airbus_root(settings)
-    image_folder = os.path.join(root, IMAGES)
-    annotations = read_runs(os.path.join(root, RUNS), image_folder)
-    part = held_out(len(annotations)) if image_set == "val" else ~held_out(len(annotations))
-    annotations = annotations.select(np.flatnonzero(part))
+    image_folder = os.path.join(root, IMAGE_FOLDER)
+    annotations = read_rle_csv(os.path.join(root, RLE_FILE), image_folder)
+
+    in_val = val_mask(len(annotations))  # [I]
+    selected = in_val if image_set == "val" else ~in_val
+    annotations = annotations.select(np.flatnonzero(selected))
     return ConvertedDetection(
         image_folder,
         filter_annotations(annotations, image_folder, image_set, settings),
         labelled_transforms(image_set, settings),
-        num_classes=len(NAMES),
+        num_classes=len(CLASS_NAMES),
         seed=settings.seed,
     )
 
 
-def held_out(count: int) -> np.ndarray:
-    """bool [count]: which images, in the order of their names, are for evaluation; at least one."""
-    chosen = np.random.default_rng(VAL_SEED).choice(
-        count, max(round(count * VAL_FRACTION), 1), replace=False
-    )
-    return np.isin(np.arange(count), chosen)
+def val_mask(num_images: int) -> np.ndarray:
+    """Return which images, sorted by name, are in the validation set, bool [I]; at least one."""
+    num_val = max(round(num_images * VAL_FRACTION), 1)
+    chosen = np.random.default_rng(VAL_SEED).choice(num_images, num_val, replace=False)
+    return np.isin(np.arange(num_images), chosen)
 
 
 def airbus_root(settings: Settings) -> str:
-    """The folder that holds images and runs.
+    """Return the folder with the images and the CSV file.
 
     Raises:
-        UserError: it does not exist.
+        UserError: The folder does not exist.
     """
     root = settings.airbus_path or os.path.join(settings.data_root or "", "airbus-ship-detection")
-    if not os.path.isdir(os.path.join(root, IMAGES)):
+    images = os.path.join(root, IMAGE_FOLDER)
+    if not os.path.isdir(images):
         raise UserError(
-            f"{os.path.join(root, IMAGES)} is no folder: --airbus_path takes one with {IMAGES} and {RUNS}"
+            f"{images} is not a folder: --airbus_path takes one with {IMAGE_FOLDER} and {RLE_FILE}"
         )
     return root
 
 
-def read_runs(path: str, image_folder: str) -> Annotations:
-    """Images in the order of their names, which gives their ids from 1 on; `area` is the number of a ship's pixels.
+def read_rle_csv(path: str, image_folder: str) -> Annotations:
+    """Read the CSV file. Images are sorted by name and numbered from 1; `area` is the number of pixels of a ship.
 
-    All images have one size, which the first in the folder tells.
+    All images have the same size. It is read from the first one that exists.
 
     Raises:
-        UserError: missing, another header, or runs that are no pairs of numbers inside the image.
+        UserError: The file is missing, has another header, or has runs that are not pairs of numbers inside the image.
     """
-    names, runs = _read_lines(path)
+    names, runs = _read_csv(path)
     images = sorted(set(names))
     if not images:
-        raise UserError(f"{path} lists no image")
-    height, width = _size_hw(image_folder, images)
-    rows = [row for row, text in enumerate(runs) if text]
-    boxes, areas = decode_runs(
-        [runs[row] for row in rows], height, width, [f"{path}, line {row + 2}" for row in rows]
+        raise UserError(f"{path} lists no images: is the download complete?")
+    height, width = _read_size_hw(image_folder, images)
+
+    rows = [row for row, text in enumerate(runs) if text]  # lines with a ship
+    line_numbers = (
+        np.array(rows, dtype=np.int64) + 2
+    )  # lines count from 1, and the first is the header
+    boxes, areas = rle_to_boxes(
+        [runs[row] for row in rows], height, width, [f"{path}, line {n}" for n in line_numbers]
     )
-    numbers = {name: number for number, name in enumerate(images, start=1)}
+
+    image_ids = {name: i for i, name in enumerate(images, start=1)}
     columns = {
-        "id": np.array(rows, dtype=np.int64) + 2,
-        "image": np.array([numbers[names[row]] for row in rows], dtype=np.int64),
+        "id": line_numbers,
+        "image": np.array([image_ids[names[row]] for row in rows], dtype=np.int64),
         "label": np.zeros(len(rows), np.int64),
         "crowd": np.zeros(len(rows), bool),
         "box": boxes,
         "area": areas,
     }
-    sizes = np.tile(np.array([height, width]), (len(images), 1))
-    return from_columns(
-        columns, path, PackedStrings(images), np.arange(1, len(images) + 1), sizes, NAMES
+    return annotations_from_columns(
+        columns,
+        source=path,
+        file_names=PackedStrings(images),
+        image_ids=np.arange(1, len(images) + 1),
+        sizes_hw=np.tile(np.array([height, width]), (len(images), 1)),  # [I, 2]
+        class_names=CLASS_NAMES,
     )
 
 
-def _read_lines(path: str) -> tuple[list[str], list[str]]:
-    """(image names, runs) of each line behind the first."""
+def _read_csv(path: str) -> tuple[list[str], list[str]]:
+    """Return (image names, runs as text) of each line after the header."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +129,8 @@ def _read_lines(path: str) -> tuple[list[str], list[str]]:
     return [name.strip() for name, _, _ in parts], [text.strip() for _, _, text in parts]
 
 
-def _size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
+def _read_size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
+    """Return (height, width) in pixels of the first image that exists."""
     for name in names:
         try:
             with Image.open(os.path.join(image_folder, name)) as image:
@@ -121,59 +139,65 @@ def _size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
             continue
         except OSError as error:
             raise UserError(
-                f"{os.path.join(image_folder, name)} can't be decoded: replace it, all sizes are told by it"
+                f"{os.path.join(image_folder, name)} can't be decoded: replace it, the size of all images is read "
+                "from it"
             ) from error
     raise UserError(
-        f"none of {len(names)} images is in {image_folder}: put the competition's {IMAGES} there"
+        f"none of {len(names)} images is in {image_folder}: put the competition's {IMAGE_FOLDER} there"
     )
 
 
-def decode_runs(
-    texts: list[str], height: int, width: int, places: list[str]
+def rle_to_boxes(
+    texts: list[str], height: int, width: int, locations: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Runs of each ship -> boxes float32 [N, 4], (x0, y0, x1, y1) in pixels, and areas float32 [N] in pixels.
+    """Return the bounding boxes float32 [N, 4], (x0, y0, x1, y1) in pixels, and areas float32 [N] of RLE masks.
 
-    places: what messages call each ship.
+    texts: the runs of each ship, as in the CSV file.
+    height, width: of the images, in pixels.
+    locations: file and line of each ship, for messages.
 
     Raises:
-        UserError: runs that are no pairs of numbers inside the image.
+        UserError: Runs that are not pairs of numbers inside the image.
     """
-    counts = np.array([len(text.split()) for text in texts], dtype=np.int64)
-    numbers = _numbers(" ".join(texts))
-    pairs = (
-        None
-        if numbers is None or len(numbers) != counts.sum() or (counts % 2).any()
-        else numbers.reshape(-1, 2)
-    )
-    if (
-        pairs is None
-        or ((pairs < 1) | (pairs > height * width)).any()
-        or (pairs.sum(1) > height * width + 1).any()
-    ):
-        raise UserError(_first_bad(texts, height, width, places))
+    # All numbers are parsed and checked at once, which is fast. Only if something is wrong, each line is checked.
+    num_words = np.array([len(text.split()) for text in texts], dtype=np.int64)  # [N]
+    numbers = _parse_integers(" ".join(texts))
+    if numbers is None or len(numbers) != num_words.sum() or (num_words % 2).any():
+        raise UserError(_explain_bad_rle(texts, height, width, locations))
+    pairs = numbers.reshape(-1, 2)  # [R, 2], first pixel and length
+    in_image = (pairs >= 1).all() and (pairs <= height * width).all()
+    if not in_image or (pairs.sum(1) > height * width + 1).any():
+        raise UserError(_explain_bad_rle(texts, height, width, locations))
     if not len(texts):
         return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)
-    first, last = pairs[:, 0] - 1, pairs.sum(1) - 2
-    # A run over the end of a column holds its last pixel and the first of the next.
-    beyond = last // height > first // height
-    starts = np.concatenate([[0], np.cumsum(counts // 2)[:-1]])
+
+    # Pixel p, counted from 0, is in column p // height and row p % height.
+    first, last = pairs[:, 0] - 1, pairs.sum(1) - 2  # [R], [R]
+    # A run over the end of a column contains the last pixel of that column and the first pixel of the next one.
+    wraps = last // height > first // height
+    top = np.where(wraps, 0, first % height)
+    bottom = np.where(wraps, height - 1, last % height)
+
+    starts = np.concatenate([[0], np.cumsum(num_words // 2)[:-1]])  # [N], first run of each ship
     boxes = np.stack(
         [
             np.minimum.reduceat(first // height, starts),
-            np.minimum.reduceat(np.where(beyond, 0, first % height), starts),
-            np.maximum.reduceat(last // height, starts) + 1,
-            np.maximum.reduceat(np.where(beyond, height - 1, last % height), starts) + 1,
+            np.minimum.reduceat(top, starts),
+            np.maximum.reduceat(last // height, starts) + 1,  # + 1: a box ends after its last pixel
+            np.maximum.reduceat(bottom, starts) + 1,
         ],
         axis=1,
-    )
-    return boxes.astype(np.float32), np.add.reduceat(pairs[:, 1], starts).astype(np.float32)
+    )  # [N, 4]
+    areas = np.add.reduceat(pairs[:, 1], starts)  # [N]
+    return boxes.astype(np.float32), areas.astype(np.float32)
 
 
-def _numbers(text: str) -> np.ndarray | None:
-    """All numbers of a text at once; None where something else is in it."""
+def _parse_integers(text: str) -> np.ndarray | None:
+    """Return all integers of a text; None if it contains anything else."""
     if not text:
         return np.zeros(0, np.int64)
     with warnings.catch_warnings():
+        # At a word that is not a number, `fromstring` only warns and returns the numbers before it.
         warnings.simplefilter("error")
         try:
             return np.fromstring(text, dtype=np.int64, sep=" ")
@@ -181,15 +205,16 @@ def _numbers(text: str) -> np.ndarray | None:
             return None
 
 
-def _first_bad(texts: list[str], height: int, width: int, places: list[str]) -> str:
-    for text, place in zip(texts, places, strict=True):
+def _explain_bad_rle(texts: list[str], height: int, width: int, locations: list[str]) -> str:
+    """Return the message for the first bad line."""
+    for text, location in zip(texts, locations, strict=True):
         words = text.split()
         if len(words) % 2 or not all(word.isascii() and word.isdigit() for word in words):
-            return f"{place}: {text[:60]!r} is not pairs of a pixel and a length: correct it"
+            return f"{location}: {text[:60]!r} is not a list of pairs (first pixel, length): correct it"
         for first, length in zip(map(int, words[::2]), map(int, words[1::2]), strict=True):
             if first < 1 or length < 1 or first + length - 1 > height * width:
                 return (
-                    f"{place}: the run {first} {length} is not inside an image of {width} x {height} pixels, the size "
-                    "of the first, which all share: correct it"
+                    f"{location}: the run {first} {length} is not inside an image of {width} x {height} pixels, the "
+                    "size of the first image, which all share: correct it"
                 )
-    return f"{places[0]}: a number is too large: correct it"
+    return f"{locations[0]}: a number is too large: correct it"

@@ -24,8 +24,10 @@ Findings = dict[str, tuple[np.ndarray, PackedStrings]]
 ID_LIMIT = 2**53  # evaluators keep ids in float64
 # The value of such a key ends at the last bracket before the next key or the end of its object. A text can't hold the
 # key: its quotes would be escaped.
-POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
-EDGE = 1.0  # pixels that a box may stand over its image unnoticed: published boxes are rounded
+SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
+BOX_TOLERANCE = (
+    1.0  # pixels that a box may stand over its image unnoticed: published boxes are rounded
+)
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Annotations:
     clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
     findings: what is wrong with entries of the file, skipped or not. difficult: bool [A], None where the format has no
     such mark.
-    drawn: which part of the images this is, empty: all of them. ids: int64 [A], those that the file gives
+    subset: which part of the images this is, empty: all of them. ids: int64 [A], those that the file gives
     its objects (in VOC their numbers in their files), -1 where it has none.
     """
 
@@ -51,14 +53,14 @@ class Annotations:
     class_names: dict[int, str]
     findings: Findings = field(default_factory=dict)
     difficult: np.ndarray | None = None
-    drawn: str = ""
+    subset: str = ""
     ids: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     @property
-    def image_of(self) -> np.ndarray:
+    def image_indices(self) -> np.ndarray:
         """Index of its image for each object, int64 [A]."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
@@ -111,16 +113,18 @@ class Annotations:
         ):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
-        drawn = f"{self.drawn}, " if self.drawn else ""
+        drawn = f"{self.subset}, " if self.subset else ""
         return f"{drawn}{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
 
-    def as_coco(self) -> Record:
+    def to_coco(self) -> Record:
         """The content of a COCO detection file with the same images, objects and classes; labels are the category
         ids.
         """
-        image_of = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
+        image_indices = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
         boxes = self.boxes_xyxy_abs.astype(np.float64)
-        rows = zip(image_of, self.labels.tolist(), boxes.tolist(), self.areas.tolist(), strict=True)
+        rows = zip(
+            image_indices, self.labels.tolist(), boxes.tolist(), self.areas.tolist(), strict=True
+        )
         return {
             "images": [
                 {"id": number, "file_name": self.file_names[i], "height": height, "width": width}
@@ -151,12 +155,12 @@ def read_coco(path: str) -> Annotations:
     Raises:
         UserError: no such file, not JSON, or what makes training wrong (see `parse_coco`).
     """
-    with collector_paused():
+    with gc_paused():
         return parse_coco(read_json(path), path)
 
 
 @contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Python's collector of cycles looks at all objects again and again while millions are made, and none of JSON's is
     in a cycle: for COCO with its polygons that is three quarters of the time."""
     was_enabled = gc.isenabled()
@@ -178,9 +182,9 @@ def read_json(path: str) -> Any:
         UserError: no such file, or not JSON.
     """
     try:
-        with open(path, "rb") as file, collector_paused():
+        with open(path, "rb") as file, gc_paused():
             try:
-                return json.loads(POLYGONS.sub(b'"segmentation":[]', file.read()))
+                return json.loads(SEGMENTATION.sub(b'"segmentation":[]', file.read()))
             except ValueError:  # once more, so that the message counts bytes as the file does
                 file.seek(0)
                 return json.load(file)
@@ -210,27 +214,29 @@ def parse_coco(content: Record, source: str) -> Annotations:
             size, bbox or iscrowd is malformed.
     """
     images, annotations, categories = (
-        _part(content, key, source) for key in ("images", "annotations", "categories")
+        _records(content, key, source) for key in ("images", "annotations", "categories")
     )
-    images = sorted(images, key=lambda image: _identifier(image, "id", source))
+    images = sorted(images, key=lambda image: _parse_id(image, "id", source))
     image_ids = np.array([image["id"] for image in images], dtype=np.int64)
     same = image_ids[1:][image_ids[1:] == image_ids[:-1]]
     if len(same):
         raise UserError(
             f"{source}: two images have the same id {same[0]}: ids must be unique; correct or remove one"
         )
-    file_names = PackedStrings(_file_name(image, source) for image in images)
-    sizes = np.array([_size_hw(image, source) for image in images], dtype=np.int64).reshape(-1, 2)
-    columns = _columns(annotations, source)
-    return from_columns(
-        columns, source, file_names, image_ids, sizes, _class_names(categories, source)
+    file_names = PackedStrings(_parse_file_name(image, source) for image in images)
+    sizes = np.array([_parse_size_hw(image, source) for image in images], dtype=np.int64).reshape(
+        -1, 2
+    )
+    columns = _parse_columns(annotations, source)
+    return annotations_from_columns(
+        columns, source, file_names, image_ids, sizes, _parse_class_names(categories, source)
     )
 
 
-def _class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
+def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
-        number = _identifier(category, "id", source)
+        number = _parse_id(category, "id", source)
         name = str(category.get("name", number))
         if names.setdefault(number, name) != name:
             raise UserError(
@@ -240,7 +246,7 @@ def _class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
     return names
 
 
-def from_columns(
+def annotations_from_columns(
     columns: dict[str, np.ndarray],
     source: str,
     file_names: PackedStrings,
@@ -255,7 +261,7 @@ def from_columns(
     `parse_coco`.
     """
     listed = np.array(list(class_names), dtype=np.int64)
-    rows, findings = _usable_rows(columns, image_ids, sizes_hw, file_names, listed, source)
+    rows, findings = _filter_rows(columns, image_ids, sizes_hw, file_names, listed, source)
     columns = {key: column[rows] for key, column in columns.items()}
     counts = (
         np.bincount(columns["image"], minlength=len(image_ids))
@@ -271,14 +277,14 @@ def from_columns(
         columns["box"],
         columns["label"],
         columns["area"],
-        _with_unnamed(class_names, columns["label"], source),
+        _add_unlisted_classes(class_names, columns["label"], source),
         findings,
         columns.get("difficult"),
         ids=columns["id"],
     )
 
 
-def _part(content: Record, key: str, source: str) -> list[Record]:
+def _records(content: Record, key: str, source: str) -> list[Record]:
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise UserError(
             f"{source} has no list {key!r}: a COCO detection file has the lists images, annotations and categories"
@@ -286,13 +292,13 @@ def _part(content: Record, key: str, source: str) -> list[Record]:
     for index, entry in enumerate(content[key]):
         if not isinstance(entry, dict):
             raise UserError(
-                f"{source}: entry {index} of {key!r} is {_short(entry)}: it must be an object in braces; correct "
+                f"{source}: entry {index} of {key!r} is {_shorten(entry)}: it must be an object in braces; correct "
                 f"or remove it"
             )
     return content[key]
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return repr(value)[:80]
 
 
@@ -301,32 +307,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
 
 
-def _size_hw(image: Record, source: str) -> tuple[int, int]:
+def _parse_size_hw(image: Record, source: str) -> tuple[int, int]:
     """(height, width), 0 where the file does not say."""
     size = image.get("height") or 0, image.get("width") or 0
     for name, value in zip(("height", "width"), size, strict=True):
         if not _is_number(value) or not 0 <= value < 2**31:
             raise UserError(
-                f"{source}: image {image['id']} has {name} {_short(value)}: it must be in pixels; correct or remove it"
+                f"{source}: image {image['id']} has {name} {_shorten(value)}: it must be in pixels; correct it"
             )
     return int(size[0]), int(size[1])
 
 
-def _identifier(record: Record, key: str, source: str) -> int:
+def _parse_id(record: Record, key: str, source: str) -> int:
     value = record.get(key)
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(
-            f"{source}: {key} of {_short(record)} is {_short(value)}: it must be an integer; correct it"
+            f"{source}: {key} of {_shorten(record)} is {_shorten(value)}: it must be an integer; correct it"
         )
     if not 0 <= value < ID_LIMIT:
         raise UserError(
-            f"{source}: {key} of {_short(record)} is {_short(value)}: it must be at least 0 and less than 2^53; "
+            f"{source}: {key} of {_shorten(record)} is {_shorten(value)}: it must be at least 0 and less than 2^53; "
             f"correct it"
         )
     return value
 
 
-def _file_name(image: Record, source: str) -> str:
+def _parse_file_name(image: Record, source: str) -> str:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         raise UserError(
@@ -336,67 +342,68 @@ def _file_name(image: Record, source: str) -> str:
         os.fsencode(name)
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{source}: image {image['id']} has the file_name {_short(name)}, which no file can have: correct it"
+            f"{source}: image {image['id']} has the file_name {_shorten(name)}, which no file can have: correct it"
         ) from error
     return name
 
 
-def _columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
+def _parse_columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
     """One array a field, rows as in the file; boxes as (x0, y0, x1, y1), added up in float32 as published."""
-    boxes_xywh = [_bbox(annotation, source) for annotation in annotations]
+    boxes_xywh = [_parse_bbox(annotation, source) for annotation in annotations]
     with np.errstate(over="ignore"):  # what is too large becomes infinite, and is skipped as such
         box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
     box_area = box[:, 2] * box[:, 3]
     area = np.array(
-        [_number_or(annotation.get("area"), np.nan) for annotation in annotations], dtype=np.float32
+        [_parse_number(annotation.get("area"), np.nan) for annotation in annotations],
+        dtype=np.float32,
     )
     box[:, 2:] += box[:, :2]
     return {
-        "id": np.array([_annotation_id(annotation) for annotation in annotations], dtype=np.int64),
-        "image": np.array(
-            [_identifier(a, "image_id", source) for a in annotations], dtype=np.int64
+        "id": np.array(
+            [_parse_annotation_id(annotation) for annotation in annotations], dtype=np.int64
         ),
+        "image": np.array([_parse_id(a, "image_id", source) for a in annotations], dtype=np.int64),
         "label": np.array(
-            [_identifier(a, "category_id", source) for a in annotations], dtype=np.int64
+            [_parse_id(a, "category_id", source) for a in annotations], dtype=np.int64
         ),
-        "crowd": np.array([_is_crowd(a, source) for a in annotations], dtype=bool),
+        "crowd": np.array([_parse_iscrowd(a, source) for a in annotations], dtype=bool),
         "box": box,
         "area": np.where(np.isnan(area), box_area, area).astype(np.float32),
     }
 
 
-def _number_or(value: Any, default: float) -> float:
+def _parse_number(value: Any, default: float) -> float:
     return value if _is_number(value) else default
 
 
-def _is_crowd(annotation: Record, source: str) -> bool:
+def _parse_iscrowd(annotation: Record, source: str) -> bool:
     """Crowds are skipped without a warning, so that a text such as "0" must not pass for one."""
     value = annotation.get("iscrowd") or 0
     if value not in (0, 1):
         raise UserError(
             f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has iscrowd "
-            f"{_short(value)}: it must be 0 or 1"
+            f"{_shorten(value)}: it must be 0 or 1"
         )
     return bool(value)
 
 
-def _annotation_id(annotation: Record) -> int:
+def _parse_annotation_id(annotation: Record) -> int:
     """Only for messages: -1 where there is none."""
     number = annotation.get("id")
     return number if isinstance(number, int) and _is_number(number) else -1
 
 
-def _bbox(annotation: Record, source: str) -> Sequence[float]:
+def _parse_bbox(annotation: Record, source: str) -> Sequence[float]:
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         raise UserError(
             f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox "
-            f"{_short(bbox)}: it must be [x, y, width, height] in pixels"
+            f"{_shorten(bbox)}: it must be [x, y, width, height] in pixels"
         )
     return bbox
 
 
-def _usable_rows(
+def _filter_rows(
     columns: dict[str, np.ndarray],
     image_ids: np.ndarray,
     sizes_hw: np.ndarray,
@@ -415,17 +422,19 @@ def _usable_rows(
     finite = np.isfinite(columns["box"]).all(1)
     usable = listed & finite & ~columns["crowd"]
     sizes = sizes_hw[order] if len(sizes_hw) else np.zeros((len(order), 2))
-    with_area = has_area(columns["box"], sizes)
-    _report(~listed, "of images that the file does not list", ids, source)
-    _report(listed & ~finite, "with a box that is not finite", ids, source)
-    _report(usable & ~with_area, "with a box without area, or outside its image,", ids, source)
+    with_area = has_visible_area(columns["box"], sizes)
+    _warn_skipped(~listed, "of images that the file does not list", ids, source)
+    _warn_skipped(listed & ~finite, "with a box that is not finite", ids, source)
+    _warn_skipped(
+        usable & ~with_area, "with a box without area, or outside its image,", ids, source
+    )
     flat = ~(columns["box"][:, 2:] > columns["box"][:, :2]).all(1)
     found = {
         "image not listed": ~listed,
         "box not finite": listed & ~finite,
         "box without area": usable & flat,
         "box outside image": usable & ~with_area & ~flat,
-        "box partly outside": usable & with_area & _stands_over(columns["box"], sizes),
+        "box partly outside": usable & with_area & _exceeds_image(columns["box"], sizes),
         "category not listed": usable & ~np.isin(columns["label"], listed_ids),
     }
     findings = {}
@@ -440,7 +449,7 @@ def _usable_rows(
     return rows[np.argsort(order[rows], kind="stable")], findings
 
 
-def _report(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> None:
+def _warn_skipped(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> None:
     if dropped.any():
         annotation, image = ids[np.flatnonzero(dropped)[0]]
         log.warning(
@@ -453,13 +462,15 @@ def _report(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> Non
         )
 
 
-def _stands_over(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """Whether a box ends more than EDGE outside its image (size 0: not known, no limit)."""
+def _exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """Whether a box ends more than BOX_TOLERANCE outside its image (size 0: not known, no limit)."""
     limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
-    return (boxes_xyxy_abs[:, :2] < -EDGE).any(1) | (boxes_xyxy_abs[:, 2:] > limit + EDGE).any(1)
+    return (boxes_xyxy_abs[:, :2] < -BOX_TOLERANCE).any(1) | (
+        boxes_xyxy_abs[:, 2:] > limit + BOX_TOLERANCE
+    ).any(1)
 
 
-def has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+def has_visible_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
     """Whether something of the box is left inside its image (size 0: not known, no limit)."""
     limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
     low = np.clip(boxes_xyxy_abs[:, :2], 0, limit)
@@ -467,7 +478,7 @@ def has_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
     return (high > low).all(1)
 
 
-def _with_unnamed(names: dict[int, str], labels: np.ndarray, source: str) -> dict[int, str]:
+def _add_unlisted_classes(names: dict[int, str], labels: np.ndarray, source: str) -> dict[int, str]:
     unnamed = sorted(set(np.unique(labels).tolist()) - set(names))
     if unnamed:
         log.warning(

@@ -23,16 +23,16 @@ from datasets.labelled.annotations import Annotations
 from datasets.sample import BadImageError, SampleDataset
 from util.errors import UserError
 from util.logger import log
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 
-TRIED_IMAGES, TRIED_SECONDS = 8, 2.0  # of each split at the start of a run
+PROBED_IMAGES, PROBE_SECONDS = 8, 2.0  # of each split at the start of a run
 COMPARED_PAIRS = 16  # images with the same name in both splits
 EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class ImageFacts:
+class ImageInfo:
     """What decoding a file shows: (height, width) and a digest of the pixels as `open_image` gives them, the EXIF
     orientation that it ignores (1: none); or the error."""
 
@@ -42,7 +42,7 @@ class ImageFacts:
     error: str = ""
 
 
-class Problem(NamedTuple):
+class Finding(NamedTuple):
     """One finding: kind (a key of KINDS), split ("train" or "val"), file, what was seen, and ids where known."""
 
     kind: str
@@ -77,7 +77,7 @@ class Split:
     images: SampleDataset | ImageFiles
     num_queries: int = 0
     num_classes: int = 0
-    facts: list[ImageFacts] = field(default_factory=list)
+    facts: list[ImageInfo] = field(default_factory=list)
 
     @cached_property
     def annotations(self) -> Annotations | None:
@@ -93,26 +93,26 @@ class Split:
             else self.images.path(index)
         )
 
-    def problem(self, index: int, detail: str = "") -> Problem:
+    def finding(self, index: int, detail: str = "") -> Finding:
         """Of one image; `run_checks` adds the kind."""
         image_id = int(self.annotations.image_ids[index]) if self.annotations is not None else None
-        return Problem("", self.name, self.images.path(index), detail, image_id)
+        return Finding("", self.name, self.images.path(index), detail, image_id)
 
 
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def unreadable(split: Split) -> Iterator[Problem]:
+def find_unreadable_images(split: Split) -> Iterator[Finding]:
     return (
-        split.problem(index, facts.error) for index, facts in enumerate(split.facts) if facts.error
+        split.finding(index, facts.error) for index, facts in enumerate(split.facts) if facts.error
     )
 
 
-def _readable(split: Split) -> Iterator[tuple[int, ImageFacts]]:
+def _readable(split: Split) -> Iterator[tuple[int, ImageInfo]]:
     return ((index, facts) for index, facts in enumerate(split.facts) if not facts.error)
 
 
-def size_differs(split: Split) -> Iterator[Problem]:
+def find_size_mismatches(split: Split) -> Iterator[Finding]:
     """Sizes of 0: the annotations do not state them."""
     if split.annotations is None:
         return
@@ -121,24 +121,24 @@ def size_differs(split: Split) -> Iterator[Problem]:
         if all(listed) and listed != found:
             turned = facts.orientation > 1 and listed == found[::-1]
             hint = " (as if turned by EXIF: annotate or save it as stored)" if turned else ""
-            yield split.problem(
+            yield split.finding(
                 index, f"{found[1]} x {found[0]} pixels, listed as {listed[1]} x {listed[0]}{hint}"
             )
 
 
-def rotated_by_exif(split: Split) -> Iterator[Problem]:
+def find_exif_rotations(split: Split) -> Iterator[Finding]:
     for index, facts in _readable(split):
         if facts.orientation > 1:
-            yield split.problem(index, f"orientation {facts.orientation}")
+            yield split.finding(index, f"orientation {facts.orientation}")
 
 
-def duplicates(split: Split) -> Iterator[Problem]:
-    for first, *others in same_pixels(split).values():
+def find_duplicate_images(split: Split) -> Iterator[Finding]:
+    for first, *others in group_by_pixels(split).values():
         for other in others:
-            yield split.problem(other, f"as {split.images.path(first)}")
+            yield split.finding(other, f"as {split.images.path(first)}")
 
 
-def same_pixels(split: Split) -> dict[bytes, list[int]]:
+def group_by_pixels(split: Split) -> dict[bytes, list[int]]:
     """Digest -> indices of the images with these pixels, in order."""
     groups: dict[bytes, list[int]] = {}
     for index, facts in _readable(split):
@@ -149,35 +149,35 @@ def same_pixels(split: Split) -> dict[bytes, list[int]]:
 # ------------------------------------------------------------------------------------------------------- annotations
 
 
-def found_in_reading(kind: str, split: Split) -> Iterator[Problem]:
+def findings_of_parser(kind: str, split: Split) -> Iterator[Finding]:
     """What `datasets.labelled.annotations` noted down."""
     ids, names = split.annotations.findings.get(kind, (np.zeros((0, 2)), ()))
     for (annotation_id, image_id), name in zip(ids.tolist(), names, strict=True):
         file = os.path.join(split.images.image_folder, name) if name else split.annotations.source
-        yield Problem(
+        yield Finding(
             "", split.name, file, "", image_id, annotation_id if annotation_id >= 0 else None
         )
 
 
-def out_of_range(split: Split) -> Iterator[Problem]:
+def find_labels_out_of_range(split: Split) -> Iterator[Finding]:
     labels = split.annotations.labels
     for row in np.flatnonzero(labels >= split.num_classes):
         detail = f"category id {labels[row]}, --num_classes {split.num_classes}"
-        yield split.problem(split.annotations.image_of[row], detail)
+        yield split.finding(split.annotations.image_indices[row], detail)
 
 
-def too_many_objects(split: Split) -> Iterator[Problem]:
+def find_more_objects_than_queries(split: Split) -> Iterator[Finding]:
     """The image with the most objects first."""
     counts = np.diff(split.annotations.offsets)
     over = np.flatnonzero(counts > split.num_queries)
     for index in over[np.argsort(-counts[over], kind="stable")]:
-        yield split.problem(index, f"{counts[index]} objects, --num_queries {split.num_queries}")
+        yield split.finding(index, f"{counts[index]} objects, --num_queries {split.num_queries}")
 
 
-def box_twice(split: Split) -> Iterator[Problem]:
+def find_duplicate_boxes(split: Split) -> Iterator[Finding]:
     annotations = split.annotations
     bits = (annotations.boxes_xyxy_abs + 0).view(np.int32)  # + 0: there are two zeros
-    rows = np.column_stack([annotations.image_of, annotations.labels, bits])
+    rows = np.column_stack([annotations.image_indices, annotations.labels, bits])
     hashes = rows @ np.random.default_rng(0).integers(
         2**62, size=6
     )  # one number sorts faster than six
@@ -191,11 +191,11 @@ def box_twice(split: Split) -> Iterator[Problem]:
         x0, y0, x1, y1 = annotations.boxes_xyxy_abs[row].tolist()
         name = annotations.class_names[int(annotations.labels[row])]
         detail = f"{name}, bbox [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}]"
-        yield split.problem(annotations.image_of[row], detail)
+        yield split.finding(annotations.image_indices[row], detail)
 
 
-def file_twice(split: Split) -> Iterator[Problem]:
-    """One problem for each file, at the second image that lists it."""
+def find_duplicate_file_names(split: Split) -> Iterator[Finding]:
+    """One finding for each file, at the second image that lists it."""
     images: dict[str, list[int]] = {}
     for index, name in enumerate(split.annotations.file_names):
         images.setdefault(name, []).append(index)
@@ -204,39 +204,39 @@ def file_twice(split: Split) -> Iterator[Problem]:
             detail = f"also image {split.annotations.image_ids[first]}" + (
                 ", ..." if others[1:] else ""
             )
-            yield split.problem(others[0], detail)
+            yield split.finding(others[0], detail)
 
 
-def no_objects(split: Split) -> Iterator[Problem]:
+def find_images_without_objects(split: Split) -> Iterator[Finding]:
     return (
-        split.problem(index) for index in np.flatnonzero(np.diff(split.annotations.offsets) == 0)
+        split.finding(index) for index in np.flatnonzero(np.diff(split.annotations.offsets) == 0)
     )
 
 
 # ---------------------------------------------------------------------------------------------- training and validation
 
 
-def shared_images(train: Split, val: Split) -> Iterator[Problem]:
+def find_shared_images(train: Split, val: Split) -> Iterator[Finding]:
     """By pixels where all images were decoded; else a few of those with one name in both splits are compared, since
     many datasets number both from 1.
     """
     pairs = (
-        _same_pixels_pairs(train, val)
+        _pairs_with_same_pixels(train, val)
         if train.facts and val.facts
-        else _same_file_pairs(train, val)
+        else _pairs_with_same_file(train, val)
     )
     for in_train, in_val in pairs:
-        yield val.problem(in_val, f"as {train.problem(in_train)}")
+        yield val.finding(in_val, f"as {train.finding(in_train)}")
 
 
-def _same_pixels_pairs(train: Split, val: Split) -> Iterator[tuple[int, int]]:
-    in_train = same_pixels(train)
-    for digest, indices in same_pixels(val).items():
+def _pairs_with_same_pixels(train: Split, val: Split) -> Iterator[tuple[int, int]]:
+    in_train = group_by_pixels(train)
+    for digest, indices in group_by_pixels(val).items():
         if digest in in_train:
             yield from ((in_train[digest][0], index) for index in indices)
 
 
-def _same_file_pairs(train: Split, val: Split) -> list[tuple[int, int]]:
+def _pairs_with_same_file(train: Split, val: Split) -> list[tuple[int, int]]:
     """All pairs with one name if those that are compared are all the same, else the same ones of these."""
     rows = {os.path.basename(name): row for row, name in enumerate(train.annotations.file_names)}
     names = [os.path.basename(name) for name in val.annotations.file_names]
@@ -245,12 +245,12 @@ def _same_file_pairs(train: Split, val: Split) -> list[tuple[int, int]]:
     same = [
         pairs[i]
         for i in chosen
-        if same_file(train.images.path(pairs[i][0]), val.images.path(pairs[i][1]))
+        if is_same_file(train.images.path(pairs[i][0]), val.images.path(pairs[i][1]))
     ]
     return pairs if same and len(same) == len(chosen) else same
 
 
-def same_file(first: str, second: str) -> bool:
+def is_same_file(first: str, second: str) -> bool:
     """Whether two files are one, or have the same content; False where one can't be read."""
     try:
         return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
@@ -258,14 +258,14 @@ def same_file(first: str, second: str) -> bool:
         return False
 
 
-def classes_differ(train: Split, val: Split) -> Iterator[Problem]:
+def find_class_mismatches(train: Split, val: Split) -> Iterator[Finding]:
     names, others = train.annotations.class_names, val.annotations.class_names
     for label, name in others.items():
         if names.get(label, name) != name:
             detail = (
                 f"class {label} is '{names[label]}' in {train.annotations.source} and '{name}' here"
             )
-            yield Problem("", val.name, val.annotations.source, detail)
+            yield Finding("", val.name, val.annotations.source, detail)
 
     missing = [
         others[label]
@@ -276,7 +276,7 @@ def classes_differ(train: Split, val: Split) -> Iterator[Problem]:
         detail = (
             f"{len(missing)} classes have boxes here and none in {train.annotations.source}: {some}"
         )
-        yield Problem("", val.name, val.annotations.source, detail)
+        yield Finding("", val.name, val.annotations.source, detail)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -284,12 +284,12 @@ def classes_differ(train: Split, val: Split) -> Iterator[Problem]:
 
 class Check(NamedTuple):
     """severity: a "problem" makes metrics wrong or is skipped; a "warning" is worth a look; "info" is only counted.
-    find: problems of a split, or of training and validation; None: reading has noted them down (`found_in_reading`).
+    find: findings of a split, or of training and validation; None: reading has noted them down (`findings_of_parser`).
     """
 
     kind: str
     severity: str
-    find: Callable[..., Iterator[Problem]] | None
+    find: Callable[..., Iterator[Finding]] | None
     meaning: str
 
 
@@ -297,20 +297,20 @@ IMAGE_CHECKS = (
     Check(
         "image unreadable",
         "problem",
-        unreadable,
+        find_unreadable_images,
         "can't be decoded; training takes the next image instead",
     ),
     Check(
         "size differs",
         "problem",
-        size_differs,
+        find_size_mismatches,
         "not the size in the annotations; training skips the image",
     ),
-    Check("duplicate image", "warning", duplicates, "the same pixels twice in a split"),
+    Check("duplicate image", "warning", find_duplicate_images, "the same pixels twice in a split"),
     Check(
         "rotated by EXIF",
         "warning",
-        rotated_by_exif,
+        find_exif_rotations,
         "training takes the pixels as stored: compare its boxes",
     ),
 )
@@ -331,29 +331,36 @@ ANNOTATION_CHECKS = (
         None,
         "not evaluated; --dataset_file custom refuses the file",
     ),
-    Check("category out of range", "problem", out_of_range, "needs a larger --num_classes"),
+    Check(
+        "category out of range", "problem", find_labels_out_of_range, "needs a larger --num_classes"
+    ),
     Check(
         "more objects than queries",
         "problem",
-        too_many_objects,
+        find_more_objects_than_queries,
         "needs a larger --num_queries to find them",
     ),
     Check("box partly outside", "warning", None, "clipped to its image in training"),
-    Check("box twice", "warning", box_twice, "the same class and box twice in an image"),
-    Check("file name twice", "warning", file_twice, "several images list one file: keep one entry"),
-    Check("no objects", "info", no_objects, "an image without boxes"),
+    Check("box twice", "warning", find_duplicate_boxes, "the same class and box twice in an image"),
+    Check(
+        "file name twice",
+        "warning",
+        find_duplicate_file_names,
+        "several images list one file: keep one entry",
+    ),
+    Check("no objects", "info", find_images_without_objects, "an image without boxes"),
 )
 PAIR_CHECKS = (
     Check(
         "shared image",
         "problem",
-        shared_images,
+        find_shared_images,
         "in both splits, AP will be too good: remove it from one",
     ),
     Check(
         "classes differ",
         "warning",
-        classes_differ,
+        find_class_mismatches,
         "AP will mean little: use one list of categories",
     ),
 )
@@ -363,28 +370,28 @@ CHECKS = sorted(
     key=lambda check: SEVERITIES.index(check.severity),
 )
 KINDS = {check.kind: check for check in CHECKS}
-LOGGED_IN_READING = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
+LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
 
 
-def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> list[Problem]:
+def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> list[Finding]:
     """Everything that is found, the worst kinds first. Splits without `facts` have no findings in their images."""
     labelled = [split for split in splits if split.annotations is not None]
-    problems = []
+    findings = []
     for check in checks:
         if check in PAIR_CHECKS:
             calls = [labelled] if len(labelled) == 2 else []
         else:
             calls = [[split] for split in (splits if check in IMAGE_CHECKS else labelled)]
         for given in calls:
-            found = check.find(*given) if check.find else found_in_reading(check.kind, *given)
-            problems += [problem._replace(kind=check.kind) for problem in found]
-    return problems
+            found = check.find(*given) if check.find else findings_of_parser(check.kind, *given)
+            findings += [finding._replace(kind=check.kind) for finding in found]
+    return findings
 
 
 # ------------------------------------------------------------------------------------------------ at the start of a run
 
 
-def check_at_start(
+def run_startup_checks(
     train: SampleDataset | None, val: SampleDataset | None, settings: Settings
 ) -> dict[str, object]:
     """The checks that need no image, and a few images; logs a line for each kind of finding, and returns the facts for
@@ -401,20 +408,18 @@ def check_at_start(
         if dataset is not None
     ]
     facts: dict[str, object] = {split.name: {"images": len(split.images)} for split in splits}
-    warned = [line for split in splits for line in try_images(split.images)]
+    warned = [line for split in splits for line in probe_images(split.images)]
     already = 0  # what reading the annotations has warned of
     for split in splits:
         if split.annotations is not None:
-            facts[split.name].update(describe(split.annotations))
-            already += len(split.annotations.findings.keys() & LOGGED_IN_READING)
-            warned += _no_boxes(split)
+            facts[split.name].update(summarize_annotations(split.annotations))
+            already += len(split.annotations.findings.keys() & LOGGED_BY_PARSER)
+            warned += _check_has_boxes(split)
     checks = [
-        check
-        for check in CHECKS
-        if check.severity != "info" and check.kind not in LOGGED_IN_READING
+        check for check in CHECKS if check.severity != "info" and check.kind not in LOGGED_BY_PARSER
     ]
-    for kind, group in groupby(run_checks(splits, checks), key=lambda problem: problem.kind):
-        warned.append(_line(KINDS[kind], list(group)))
+    for kind, group in groupby(run_checks(splits, checks), key=lambda finding: finding.kind):
+        warned.append(_format_findings(KINDS[kind], list(group)))
     for line in warned:
         log.warning("%s", line)
     number = already + len(warned)
@@ -427,26 +432,28 @@ def check_at_start(
     return {**facts, "warnings": warned}
 
 
-def _line(check: Check, problems: Sequence[Problem]) -> str:
-    return f"{check.kind}: {len(problems)} ({check.meaning}), the first: {problems[0]}"
+def _format_findings(check: Check, findings: Sequence[Finding]) -> str:
+    return f"{check.kind}: {len(findings)} ({check.meaning}), the first: {findings[0]}"
 
 
-def try_images(dataset: SampleDataset) -> list[str]:
-    """Makes samples of a few images that are evenly spread, for TRIED_SECONDS at most.
+def probe_images(dataset: SampleDataset) -> list[str]:
+    """Makes samples of a few images that are evenly spread, for PROBE_SECONDS at most.
 
     Returns a warning where some can't be used.
 
     Raises:
         UserError: none can be used.
     """
-    indices = np.unique(np.linspace(0, len(dataset) - 1, TRIED_IMAGES).round().astype(int)).tolist()
+    indices = np.unique(
+        np.linspace(0, len(dataset) - 1, PROBED_IMAGES).round().astype(int)
+    ).tolist()
     began, tried, bad = time.monotonic(), 0, []
     for index in indices:
-        if tried and time.monotonic() - began > TRIED_SECONDS:
+        if tried and time.monotonic() - began > PROBE_SECONDS:
             break
         tried += 1
         try:
-            dataset.load(index, SampleRandom.of(dataset.seed, 0, index))
+            dataset.load(index, SampleRNG.from_key(dataset.seed, 0, index))
         except BadImageError as error:
             bad.append(f"{dataset.path(index)}: {error}")
     # One slow image alone says nothing of a large dataset.
@@ -460,7 +467,7 @@ def try_images(dataset: SampleDataset) -> list[str]:
     return [f"{len(bad)} of {tried} images that were tried can't be used, {first}"]
 
 
-def describe(annotations: Annotations) -> dict[str, object]:
+def summarize_annotations(annotations: Annotations) -> dict[str, object]:
     """Numbers of a split for the record of a run."""
     counts = np.diff(annotations.offsets)
     return {
@@ -472,7 +479,7 @@ def describe(annotations: Annotations) -> dict[str, object]:
     }
 
 
-def _no_boxes(split: Split) -> list[str]:
+def _check_has_boxes(split: Split) -> list[str]:
     """Raises UserError where a training set has no box."""
     source = split.annotations.source
     if len(split.annotations.labels):
@@ -488,7 +495,7 @@ def _no_boxes(split: Split) -> list[str]:
 # -------------------------------------------------------------------------------------------------------- every image
 
 
-def inspect_image(file: ImageFile) -> ImageFacts:
+def inspect_image(file: ImageFile) -> ImageInfo:
     """Decodes one file as training does. It never raises for a bad file."""
     with warnings.catch_warnings():
         warnings.simplefilter(
@@ -497,15 +504,15 @@ def inspect_image(file: ImageFile) -> ImageFacts:
         try:
             pixels = open_image(file)
             with Image.open(open_file(file)) as image:
-                orientation = _orientation(image)
+                orientation = _read_exif_orientation(image)
         except (BadImageError, OSError) as error:
-            return ImageFacts(error=str(error))
+            return ImageInfo(error=str(error))
     salt = f"{pixels.width}x{pixels.height}".encode()[:16]
     digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt=salt).digest()
-    return ImageFacts((pixels.height, pixels.width), digest, orientation)
+    return ImageInfo((pixels.height, pixels.width), digest, orientation)
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_exif_orientation(image: Image.Image) -> int:
     if image.format == "TIFF":  # Pillow has turned its pixels
         return 1
     try:

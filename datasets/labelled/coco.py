@@ -1,4 +1,7 @@
-"""Labelled images with COCO annotations, in the published layouts."""
+"""Labelled images with COCO annotations, in the published folder layouts.
+
+Shapes: I images.
+"""
 
 import functools
 import os
@@ -7,11 +10,11 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from datasets.evaluators.coco import GroundTruth, ground_truth_of
+from datasets.evaluators.coco import GroundTruth, build_ground_truth
 from datasets.images.image_folder import ImageFolder, read_image
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, collector_paused, parse_coco, read_json
-from datasets.labelled.few_shot import training_part
+from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
+from datasets.labelled.few_shot import few_shot_subset
 from datasets.labelled.subsets import training_subset
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import Transform, detection_transforms
@@ -19,42 +22,45 @@ from util.checkpoints.classes import Classes
 from util.coco import NUM_CLASSES
 from util.errors import UserError
 from util.logger import log
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 
 _FOLDERS = {"train": "train2017", "val": "val2017"}
 
 
 def coco_root(settings: Settings) -> str:
-    """`settings.coco_path`, or `MSCoco` under `settings.data_root`.
+    """Return the COCO folder: `settings.coco_path`, or `MSCoco` in `settings.data_root`.
 
     Raises:
-        UserError: neither is given, or the folder does not exist.
+        UserError: Neither is given, or the folder does not exist.
     """
-    root = settings.coco_path or (
-        os.path.join(settings.data_root, "MSCoco") if settings.data_root else None
-    )
+    root = settings.coco_path
+    if not root and settings.data_root:
+        root = os.path.join(settings.data_root, "MSCoco")
     if not root:
         raise UserError(
             "no data: give --coco_path DIR (with train2017, val2017 and annotations) or --data_root DIR"
         )
-    if not os.path.isdir(root):
-        own = (
-            "; a file of annotations goes with --dataset_file custom, see docs/own_data.md"
-            if os.path.isfile(root)
-            else ""
-        )
+    if os.path.isfile(root):
         raise UserError(
-            f"{root} is no folder: --coco_path takes one with train2017, val2017 and annotations{own}"
+            f"{root} is not a folder: --coco_path takes one with train2017, val2017 and annotations; use an "
+            "annotation file with --dataset_file custom, see docs/custom_dataset.md"
+        )
+    if not os.path.isdir(root):
+        raise UserError(
+            f"{root} is not a folder: --coco_path takes one with train2017, val2017 and annotations"
         )
     return root
 
 
 def coco_files(root: str, image_set: str) -> tuple[str, str]:
-    """(image folder, annotation file) of "train" or "val": `train2017` or `images/train2017`, and `annotations`.
+    """Return (image folder, annotation file) of "train" or "val".
+
+    The images are in `train2017` or `images/train2017`, the annotations in `annotations`: DETR and UP-DETR use the
+    first layout, Conditional DETR the second.
 
     Raises:
-        UserError: no image folder. The annotation file is not looked at.
+        UserError: The image folder does not exist. The annotation file is not checked here.
     """
     folder = _FOLDERS[image_set]
     candidates = [os.path.join(root, folder), os.path.join(root, "images", folder)]
@@ -63,16 +69,18 @@ def coco_files(root: str, image_set: str) -> tuple[str, str]:
             return candidate, os.path.join(root, "annotations", f"instances_{folder}.json")
     raise UserError(
         f"{root} has neither {folder} nor images/{folder}: put the {image_set} images into one of them, or name "
-        "folders and files of your own with --dataset_file custom"
+        "your own folders and files with --dataset_file custom"
     )
 
 
 class CocoDetection(SampleDataset):
     """Images with boxes; images without objects are kept.
 
-    num_classes: rows of the class head. category_ids: the annotation file's id of each label, None where labels are
-    these ids. ground_truth: what evaluators compare with, where it was read along with the annotations. An image whose
-    size differs from the annotation file's counts as bad: its boxes would be wrong.
+    An image whose size differs from the annotation file counts as bad, since its boxes would be wrong.
+
+    num_classes: size of the class head, without "no object".
+    category_ids: label -> category id of the annotation file; None if labels are these ids.
+    ground_truth: what COCO evaluators compare with, if it was read with the annotations.
     """
 
     def __init__(
@@ -87,10 +95,14 @@ class CocoDetection(SampleDataset):
         ground_truth: GroundTruth | None = None,
     ) -> None:
         super().__init__(seed)
-        self.image_folder, self.annotations, self.transforms = image_folder, annotations, transforms
-        self.num_classes, self.category_ids = num_classes, category_ids
+        self.image_folder = image_folder
+        self.annotations = annotations
+        self.transforms = transforms
+        self.num_classes = num_classes
+        self.category_ids = category_ids
         self.class_names = annotations.class_names
         if ground_truth is not None:
+            # Fills the cached property of the base class, which would read the file a second time.
             self.ground_truth = ground_truth
 
     @property
@@ -107,21 +119,30 @@ class CocoDetection(SampleDataset):
         return self.annotations.fingerprint()
 
     def validate(self, image_set: str) -> None:
-        """Images without a file are skipped in training; in evaluation they would falsify every metric."""
+        """Log a warning if images have no file: they are skipped in training.
+
+        Raises:
+            UserError: The same in evaluation, where it would make every metric wrong.
+        """
         absent = self.annotations.findings.get("image absent")
         if absent is None:
             return
-        (_, image), names = absent[0][0], absent[1]
+        ids, names = absent  # [K, 2], annotation id and image id; [K]
         what = (
             f"{len(names)} of {len(self) + len(names)} images of {self.annotation_file} are not in "
-            f"{self.image_folder}: {names[0]} (image {image})"
+            f"{self.image_folder}: {names[0]} (image {ids[0, 1]})"
         )
         if image_set != "train":
-            raise UserError(f"{what}: add the files or take the images out of the annotations")
+            raise UserError(f"{what}: add the files or remove the images from the annotations")
         log.warning("%s: they are skipped", what)
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        image = read_image(self.path(index))
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
+        """Return (image uint8 [3, H, W], target), after transforms.
+
+        Raises:
+            BadImageError: The file can't be decoded, or its size differs from the annotation file.
+        """
+        image = read_image(self.path(index))  # [3, H, W]
         height, width = image.shape[-2:]
         listed_height, listed_width = self.annotations.sizes_hw[index]
         if listed_height and listed_width and (listed_height, listed_width) != (height, width):
@@ -133,22 +154,27 @@ class CocoDetection(SampleDataset):
 
 
 class ConvertedDetection(CocoDetection):
-    """Images whose annotations were of another format; their labels are the category ids."""
+    """Images with annotations that were converted from another format. Labels are the category ids."""
 
     @functools.cached_property
     def ground_truth(self) -> GroundTruth:
-        return ground_truth_of(self.annotations.as_coco())
+        # There is no COCO file to read, so the ground truth comes from the arrays.
+        return build_ground_truth(self.annotations.to_coco())
 
 
 def build_coco(image_set: str, settings: Settings, classes: Classes | None = None) -> CocoDetection:
-    """The "train" or "val" images under `settings.coco_path` or `settings.data_root`.
+    """Build the dataset of the "train" or "val" images in `settings.coco_path` or `settings.data_root`.
+
+    classes: meaning of the class head in a checkpoint, None for a new head.
 
     Raises:
-        UserError: files are missing or hold what makes training or evaluation wrong.
+        UserError: Files are missing, or contain something that makes training or evaluation wrong.
     """
-    if classes is not None and any(row != number for row, number in classes.ids.items()):
+    if classes is not None and any(
+        row != category for row, category in classes.category_ids.items()
+    ):
         raise UserError(
-            f"{classes.source} counts its classes without gaps, --dataset_file coco takes the ids as they are: give "
+            f"{classes.source} numbers its classes without gaps, --dataset_file coco uses the ids unchanged: give "
             "--dataset_file custom --val_images DIR --val_annotations FILE"
         )
     image_folder, annotation_file = coco_files(coco_root(settings), image_set)
@@ -164,21 +190,25 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
 
 
 def read_annotations(path: str, image_set: str) -> tuple[Annotations, GroundTruth | None]:
-    """(annotations; of "val" the ground truth for evaluators, so that the file is read once) of a COCO file.
+    """Read a COCO file and return (annotations, ground truth for evaluators).
+
+    The ground truth is None for "train". For "val", both come from a single read of the file.
 
     Raises:
-        UserError: as `read_coco`.
+        UserError: See `read_coco`.
     """
-    with collector_paused():
+    with gc_paused():
         content = read_json(path)
-        return parse_coco(content, path), ground_truth_of(content) if image_set == "val" else None
+        annotations = parse_coco(content, path)
+        ground_truth = build_ground_truth(content) if image_set == "val" else None
+    return annotations, ground_truth
 
 
 def coco_images(image_set: str, settings: Settings) -> ImageFolder:
-    """All images of the folder, without a look at the annotation file.
+    """Return all images of the folder for pre-training. The annotation file is not read.
 
     Raises:
-        UserError: no such folder.
+        UserError: The folder does not exist.
     """
     try:
         root = coco_root(settings)
@@ -186,30 +216,32 @@ def coco_images(image_set: str, settings: Settings) -> ImageFolder:
         raise UserError(
             f"no unlabelled images: give --imagenet_path DIR (any folder tree) or --coco_path DIR ({error})"
         ) from error
-    return ImageFolder(coco_files(root, image_set)[0])
+    image_folder, _ = coco_files(root, image_set)
+    return ImageFolder(image_folder)
 
 
 def labelled_transforms(image_set: str, settings: Settings) -> Transform:
-    """Of labelled images, and of images on which objects are to be found ("val")."""
+    """Return the transforms of labelled images ("train"), and of evaluation and inference ("val")."""
     return detection_transforms(image_set, settings.image_size or 800, settings.max_size)
 
 
 def filter_annotations(
     annotations: Annotations, image_folder: str, image_set: str, settings: Settings
 ) -> Annotations:
-    """The chosen images in training, all in evaluation; those without a file are skipped, and `findings` lists them.
-    Logs how many are left.
+    """Return the selected images for "train", all images for "val". Log how many are left.
+
+    Images without a file are skipped, and listed in `findings`.
 
     Raises:
-        UserError: all files are missing; no image was chosen.
+        UserError: All files are missing, or no image is selected.
     """
     if image_set == "train":
         annotations = training_subset(annotations, settings)
-    annotations = _with_files(annotations, image_folder)
-    if (
-        image_set == "train"
-    ):  # after the files, so that as many objects as promised can be trained on
-        annotations = training_part(annotations, settings)
+    annotations = _drop_missing_files(annotations, image_folder)
+    if image_set == "train":
+        # After missing files are dropped: all K sampled objects of a class must be in images that exist.
+        annotations = few_shot_subset(annotations, settings)
+
     log.info(
         "%s: %d images, %d without objects, %d boxes, %d classes",
         annotations.source,
@@ -221,31 +253,36 @@ def filter_annotations(
     return annotations
 
 
-def _with_files(annotations: Annotations, image_folder: str) -> Annotations:
+def _drop_missing_files(annotations: Annotations, image_folder: str) -> Annotations:
     if not len(annotations):
         raise UserError(
-            f"{annotations.source} lists no image: give a file with images and their boxes"
+            f"{annotations.source} lists no images: give a file with images and their boxes"
         )
-    present = _present(annotations, image_folder)
+    present = _files_exist(annotations, image_folder)  # [I]
     missing = np.flatnonzero(~present)
     if not len(missing):
         return annotations
     if not present.any():
         raise UserError(
             f"{len(missing)} of {len(annotations)} images of {annotations.source} are not in {image_folder}: "
-            f"{annotations.file_names[missing[0]]} (image {annotations.image_ids[missing[0]]}): add the files or take "
-            "the images out of the annotations"
+            f"{annotations.file_names[missing[0]]} (image {annotations.image_ids[missing[0]]}): add the files or "
+            "remove the images from the annotations"
         )
-    ids = np.column_stack([np.full(len(missing), -1), annotations.image_ids[missing]])
-    absent = {"image absent": (ids, PackedStrings(annotations.file_names[i] for i in missing))}
+
+    ids = np.column_stack([np.full(len(missing), -1), annotations.image_ids[missing]])  # [K, 2]
+    names = PackedStrings(annotations.file_names[i] for i in missing)
     return replace(
-        annotations.select(np.flatnonzero(present)), findings={**annotations.findings, **absent}
+        annotations.select(np.flatnonzero(present)),
+        findings={**annotations.findings, "image absent": (ids, names)},
     )
 
 
-def _present(annotations: Annotations, image_folder: str) -> np.ndarray:
-    """bool [I]: whether the file is there. Lists each folder once, where asking for every file could take minutes."""
-    names = [annotations.file_names[i] for i in range(len(annotations))]
+def _files_exist(annotations: Annotations, image_folder: str) -> np.ndarray:
+    """Return which image files exist, bool [I].
+
+    Each folder is listed once. Checking every file on its own could take minutes.
+    """
+    names = list(annotations.file_names)
     listings: dict[str, set[str]] = {}
     for folder in {os.path.dirname(name) for name in names}:
         path = os.path.join(image_folder, folder)

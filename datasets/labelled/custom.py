@@ -1,9 +1,8 @@
-"""A custom labelled dataset, for training and evaluation: a folder of images, and a COCO file or a folder of XML files.
-Labels count from 0.
+"""A custom labelled dataset: a folder of images with a COCO file or a folder of VOC XML files. Labels start at 0.
 
-Classes are matched by name. The training file says which there are, in the order of their ids; a checkpoint that is
-resumed or evaluated brings its own (`classes`). Files keep the ids of their user: labels are mapped back where results
-are written.
+Classes are matched by name. The training file defines the classes, in the order of their ids. A checkpoint that is
+resumed or evaluated brings its own classes (`classes`). Results are written with the category ids of the user's file:
+labels are mapped back.
 """
 
 import os
@@ -32,27 +31,62 @@ class CustomDetection(CocoDetection):
     """Images of a COCO file whose classes are matched by name."""
 
     def validate(self, image_set: str) -> None:
-        _refuse_unlisted(self.annotations)
+        _check_categories_are_listed(self.annotations)
         super().validate(image_set)
 
 
 def build_custom(
     image_set: str, settings: Settings, classes: Classes | None = None
 ) -> CocoDetection:
-    """The images of `--train_images` or `--val_images` with their annotations.
+    """Build the dataset of `--train_images` or `--val_images` with their annotations.
 
-    classes: those of the class head; None: the file's own classes are the labels.
+    classes: meaning of the class head in a checkpoint. None: the classes of the file, for a new head.
 
     Raises:
-        UserError: a flag or a file is missing, or the file holds what makes training or evaluation wrong: classes of
-            one name, categories that are used and not listed, or classes that `classes` does not have.
+        UserError: A flag or a file is missing, or the file contains something that makes training or evaluation wrong:
+            two classes with the same name, categories that are used but not listed, or classes missing from `classes`.
     """
-    training = image_set == "train"
-    folder, file = (
-        (settings.train_images, settings.train_annotations)
-        if training
-        else (settings.val_images, settings.val_annotations)
+    folder, file = _paths(image_set, settings)
+    from_xml = os.path.isdir(file)  # XML files have class names, but no category ids
+    if from_xml:
+        annotations, ground_truth = read_xml_folder(file), None
+    else:
+        annotations, ground_truth = read_annotations(file, image_set)
+    annotations = filter_annotations(annotations, folder, image_set, settings)
+
+    _check_class_names(annotations)
+    if classes is not None:
+        # An unlisted category has no name to match. For a new head `validate` checks this later, so that
+        # tools/check_dataset.py can build the dataset and list every such annotation.
+        _check_categories_are_listed(annotations)
+    classes = classes or _classes_of_file(annotations)
+    _check_num_classes(settings, classes)
+
+    ids = _match_classes_by_name(annotations, classes)
+    annotations = _remap_labels(annotations, ids, classes)
+    transforms = labelled_transforms(image_set, settings)
+    if from_xml:
+        return ConvertedDetection(
+            folder, annotations, transforms, num_classes=classes.num_classes, seed=settings.seed
+        )
+    return CustomDetection(
+        folder,
+        annotations,
+        transforms,
+        num_classes=classes.num_classes,
+        seed=settings.seed,
+        category_ids=_add_absent_classes(ids, classes),
+        ground_truth=ground_truth,
     )
+
+
+def _paths(image_set: str, settings: Settings) -> tuple[str, str]:
+    """Return (image folder, COCO file or folder of XML files)."""
+    if image_set == "train":
+        folder, file = settings.train_images, settings.train_annotations
+    else:
+        folder, file = settings.val_images, settings.val_annotations
+
     if not folder or not file:
         missing = f"--{image_set}_annotations FILE" if folder else f"--{image_set}_images DIR"
         raise UserError(
@@ -60,130 +94,115 @@ def build_custom(
         )
     if not os.path.isdir(folder):
         raise UserError(
-            f"--{image_set}_images {folder} is no folder: give the one that the file names of {file} count from"
+            f"--{image_set}_images {folder} is not a folder: give the one that the file names in {file} are relative to"
         )
-    from_xml = os.path.isdir(file)  # which has no category ids
-    annotations, ground_truth = (
-        (read_xml_folder(file), None) if from_xml else read_annotations(file, image_set)
-    )
-    annotations = filter_annotations(annotations, folder, image_set, settings)
-    _check_names(annotations)
-    if classes is not None:
-        _refuse_unlisted(annotations)
-    classes = classes or _own_classes(annotations)
-    _check_count(settings, classes)
-    ids = _ids_by_name(annotations, classes)
-    annotations, transforms = (
-        _with_rows(annotations, ids, classes),
-        labelled_transforms(image_set, settings),
-    )
-    if from_xml:
-        return ConvertedDetection(
-            folder, annotations, transforms, num_classes=classes.count, seed=settings.seed
-        )
-    return CustomDetection(
-        folder,
-        annotations,
-        transforms,
-        num_classes=classes.count,
-        seed=settings.seed,
-        category_ids=_with_absent(ids, classes),
-        ground_truth=ground_truth,
-    )
+    return folder, file
 
 
 def custom_images(image_set: str, settings: Settings) -> ImageFolder:
-    """Without labels a custom dataset is a folder, which `--train_images` or `--imagenet_path` would have named.
+    """Raise an error: without labels, `--train_images` or `--imagenet_path` names the images.
 
     Raises:
-        UserError: always.
+        UserError: Always. This builder is only reached if neither flag is given.
     """
     raise UserError(
         "no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)"
     )
 
 
-def _refuse_unlisted(annotations: Annotations) -> None:
+def _check_categories_are_listed(annotations: Annotations) -> None:
     if "category not listed" in annotations.findings:
-        (annotation, image), *_ = annotations.findings["category not listed"][0].tolist()
+        ids, _ = annotations.findings["category not listed"]  # [K, 2]
+        annotation_id, image_id = ids[0].tolist()
         raise UserError(
-            f"{annotations.source}: annotation {annotation} of image {image} has a category id that 'categories' does "
-            "not list: add the category with its name, or correct the id"
+            f"{annotations.source}: annotation {annotation_id} of image {image_id} has a category id that "
+            "'categories' does not list: add the category with its name, or correct the id"
         )
 
 
-def _check_names(annotations: Annotations) -> None:
+def _check_class_names(annotations: Annotations) -> None:
     source, names = annotations.source, annotations.class_names
     if not names:
         raise UserError(f"{source} lists no categories: add an id and a name for each class")
+
     name, count = Counter(names.values()).most_common(1)[0]
     if count > 1:
-        same = [number for number, other in names.items() if other == name]
+        same = [category_id for category_id, other in names.items() if other == name]
         raise UserError(
-            f"{source}: the categories {same} are all named '{name}': classes are matched by name, so rename or join "
-            "them"
+            f"{source}: the categories {same} have the same name '{name}': classes are matched by name, so rename or "
+            "merge them"
         )
 
 
-def _own_classes(annotations: Annotations) -> Classes:
-    """Rows 0 ... K - 1 in the order of the ids."""
+def _classes_of_file(annotations: Annotations) -> Classes:
+    """Return the classes of the file as labels 0 to K - 1, in the order of their ids."""
     ids = dict(enumerate(sorted(annotations.class_names)))
-    names = {row: annotations.class_names[number] for row, number in ids.items()}
+    names = {label: annotations.class_names[category_id] for label, category_id in ids.items()}
     return Classes(names, ids, len(names), annotations.source)
 
 
-def _check_count(settings: Settings, classes: Classes) -> None:
-    if settings.was_given("num_classes") and settings.num_classes != classes.count:
+def _check_num_classes(settings: Settings, classes: Classes) -> None:
+    if settings.was_given("num_classes") and settings.num_classes != classes.num_classes:
         raise UserError(
-            f"--num_classes {settings.num_classes}, but {classes.source} has {classes.count} classes: omit the flag"
+            f"--num_classes {settings.num_classes}, but {classes.source} has {classes.num_classes} classes: "
+            "omit the flag"
         )
 
 
-def _ids_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
-    """{row: the file's category id} of the classes in the file.
+def _match_classes_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
+    """Return label -> category id of the file, for the classes in the file.
 
     Raises:
-        UserError: a class that `classes` does not have.
+        UserError: The file has a class that is not in `classes`.
     """
     if not classes.names:
         raise UserError(
-            f"{classes.source} holds no class names to match classes by: use it as --pretrain, or --dataset_file coco, "
-            "whose category ids are the rows of its class head"
+            f"{classes.source} has no class names, so classes can't be matched: use it as --pretrain, or use "
+            "--dataset_file coco, whose category ids are the rows of its class head"
         )
-    rows = {name: row for row, name in sorted(classes.names.items(), reverse=True)}
-    for number, name in annotations.class_names.items():
-        if name not in rows:
-            known = ", ".join(list(classes.names.values())[:8]) + (
-                ", ..." if len(classes.names) > 8 else ""
-            )
+
+    # In descending order, so that the lowest label wins if a checkpoint has a name twice.
+    labels = {name: label for label, name in sorted(classes.names.items(), reverse=True)}
+    for category_id, name in annotations.class_names.items():
+        if name not in labels:
+            more = ", ..." if len(classes.names) > 8 else ""
+            known = ", ".join(list(classes.names.values())[:8]) + more
             raise UserError(
-                f"{annotations.source} has the category '{name}' (id {number}), {classes.source} has not ({known}): "
-                "give it the same name, or take it out"
+                f"{annotations.source} has the category '{name}' (id {category_id}), {classes.source} does not "
+                f"({known}): rename it, or remove it"
             )
-    absent = [name for name in rows if name not in annotations.class_names.values()]
+
+    absent = [name for name in labels if name not in annotations.class_names.values()]
     if absent:
         log.info(
             "%s does not have %d of the %d classes: %s",
             annotations.source,
             len(absent),
-            len(rows),
+            len(labels),
             ", ".join(absent[:8]),
         )
-    return {rows[name]: number for number, name in annotations.class_names.items()}
+    return {labels[name]: category_id for category_id, name in annotations.class_names.items()}
 
 
-def _with_rows(annotations: Annotations, ids: dict[int, int], classes: Classes) -> Annotations:
-    """The annotations with rows of the class head for labels."""
-    numbers, rows = np.array(sorted((number, row) for row, number in ids.items()), dtype=np.int64).T
-    labels = rows[np.searchsorted(numbers, annotations.labels)]
-    return replace(annotations, labels=labels, class_names=dict(classes.names))
+def _remap_labels(annotations: Annotations, ids: dict[int, int], classes: Classes) -> Annotations:
+    """Return the annotations with labels of the class head instead of category ids.
+
+    ids: label -> category id.
+    """
+    pairs = sorted((category_id, label) for label, category_id in ids.items())
+    category_ids, labels = np.array(pairs, dtype=np.int64).T  # [K], [K]
+    remapped = labels[np.searchsorted(category_ids, annotations.labels)]  # [A]
+    return replace(annotations, labels=remapped, class_names=dict(classes.names))
 
 
-def _with_absent(ids: dict[int, int], classes: Classes) -> dict[int, int]:
-    """Classes that the file lacks have the id that they had in training, unless it means another class here."""
+def _add_absent_classes(ids: dict[int, int], classes: Classes) -> dict[int, int]:
+    """Return label -> category id with the classes that the file lacks.
+
+    They get the id that they had in training, unless it belongs to another class in this file. Then they get none.
+    """
     free = {
-        row: number
-        for row, number in classes.ids.items()
-        if row not in ids and number not in ids.values()
+        label: category_id
+        for label, category_id in classes.category_ids.items()
+        if label not in ids and category_id not in ids.values()
     }
     return dict(sorted({**ids, **free}.items()))

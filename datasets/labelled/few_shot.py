@@ -1,9 +1,10 @@
-"""Base and novel classes: training on all objects of the ones, then on K objects of each class, and what both kinds
-reach.
+"""Few-shot detection: train on all objects of the base classes, then on K objects of each class, and report AP of both.
 
-Which classes are novel decides everything else: `novel_names`. For COCO they are the 20 classes that VOC has too, for
-VOC one of the three splits of Wang et al., "Frustratingly Simple Few-Shot Object Detection" (ICML 2020, section 4), for
-other data the user's own.
+The novel classes decide everything else (`novel_class_names`). For COCO they are the 20 classes that VOC has, too. For
+VOC they are one of the three splits of Wang et al., "Frustratingly Simple Few-Shot Object Detection" (ICML 2020,
+section 4). For other datasets the user names them.
+
+Shapes: I images, A objects, as in `datasets.labelled.annotations`; N objects of a few-shot file.
 """
 
 import os
@@ -47,101 +48,110 @@ VOC_NOVEL = {
     2: ("aeroplane", "bottle", "cow", "horse", "sofa"),
     3: ("boat", "cat", "motorbike", "sheep", "sofa"),
 }
-FILE_OF_CLASS = (
-    "full_box_{shots}shot_{name}_trainval.json"  # in the folders that Wang et al. publish
-)
+
+# Name of a file in the folders that Wang et al. publish.
+CLASS_FILE = "full_box_{shots}shot_{name}_trainval.json"
 
 
-def novel_names(settings: Settings, class_names: Mapping[int, str]) -> tuple[str, ...]:
-    """The novel classes of data with these classes (label -> name); none where `--few_shot all` needs none and the data
-    have no split.
+def novel_class_names(settings: Settings, class_names: Mapping[int, str]) -> tuple[str, ...]:
+    """Return the novel classes of a dataset.
+
+    The result is empty for `--few_shot all` on a dataset without a published split: no class needs to be novel.
+
+    class_names: label -> name of the dataset's classes.
 
     Raises:
-        UserError: none are known or given, the data do not have one of them, or they leave no base class.
+        UserError: No novel classes are known or given, the dataset does not have one of them, or no base class is left.
     """
     voc = VOC_NOVEL[settings.novel_split]
     published = {"coco": COCO_NOVEL, "voc": voc, "voc_coco": voc}.get(settings.dataset_file, ())
     names = tuple(settings.novel_classes or published)
     if not names and settings.few_shot != "all":
         raise UserError(
-            f"--few_shot {settings.few_shot}: which classes are novel is not published for --dataset_file "
-            f"{settings.dataset_file}: name them by --novel_classes"
+            f"--few_shot {settings.few_shot}: no published novel classes for --dataset_file "
+            f"{settings.dataset_file}: name them with --novel_classes"
         )
+
     unknown = [name for name in names if name not in class_names.values()]
     if unknown:
-        known = ", ".join(list(class_names.values())[:8]) + (
-            ", ..." if len(class_names) > 8 else ""
-        )
+        more = ", ..." if len(class_names) > 8 else ""
+        known = ", ".join(list(class_names.values())[:8]) + more
         raise UserError(
-            f"the data have no class '{unknown[0]}' to be novel, they have {known}: name novel classes by "
-            f"--novel_classes"
+            f"the dataset has no novel class '{unknown[0]}', its classes are {known}: name novel classes with "
+            "--novel_classes"
         )
     if names and not set(class_names.values()) - set(names):
         raise UserError(
-            f"--novel_classes names all {len(class_names)} classes of the data: leave some as base classes"
+            f"--novel_classes names all {len(class_names)} classes of the dataset: leave some as base classes"
         )
     return names
 
 
-# ---------------------------------------------------------------------------------------------------- what is trained
-# on
+# ---------------------------------------------------------------------------------------------- objects to train on
 
 
-def training_part(annotations: Annotations, settings: Settings) -> Annotations:
-    """What `--few_shot` leaves of the training images: objects of base classes, or those drawn of novel or all classes.
+def few_shot_subset(annotations: Annotations, settings: Settings) -> Annotations:
+    """Return the training objects of `--few_shot`: all objects of the base classes, or K of each novel or each class.
 
-    Only these objects are left, and images without one of them are left out: what else an image shows counts as
-    background, as in the published files.
+    Images without such an object are dropped. Everything else in an image becomes background, as in the published
+    files.
 
     Raises:
-        UserError: see `novel_names` and `read_shots`; no object is left.
+        UserError: See `novel_class_names` and `read_shots`; or no object is left.
     """
     kind = settings.few_shot
     if not kind:
         return annotations
-    novel, names = novel_names(settings, annotations.class_names), annotations.class_names
+    names = annotations.class_names
+    novel = novel_class_names(settings, names)
     classes = {
         label: name
         for label, name in names.items()
-        if kind == "all" or (name in novel) == (kind == "novel")
+        if kind == "all" or ((name in novel) == (kind == "novel"))
     }
+
     if kind == "base":
-        part, what = (
-            with_objects(annotations, np.isin(annotations.labels, list(classes))),
-            "all objects",
-        )
+        subset = select_objects(annotations, np.isin(annotations.labels, list(classes)))
+        what = "all objects"
     elif settings.few_shot_file:
-        part, what = (
-            read_shots(settings.few_shot_file, settings.shots, annotations, classes),
-            f"{settings.few_shot_file}, objects",
-        )
+        subset = read_shots(settings.few_shot_file, settings.shots, annotations, classes)
+        what = f"{settings.few_shot_file}, objects"
     else:
-        part, what = (
-            draw_shots(annotations, classes, settings.shots, settings.seed),
-            f"{settings.shots} objects each, drawn by seed {settings.seed},",
-        )
-    what = f"{what} of {len(classes)} {'' if kind == 'all' else f'{kind} '}classes in {len(annotations)} images"
-    if not len(part):
+        subset = sample_shots(annotations, classes, settings.shots, settings.seed)
+        what = f"{settings.shots} objects each, drawn by seed {settings.seed},"
+
+    group = "" if kind == "all" else f"{kind} "
+    what = f"{what} of {len(classes)} {group}classes in {len(annotations)} images"
+    if not len(subset):
         raise UserError(
-            f"{annotations.source}: --few_shot {kind} leaves no object to train on ({what})"
+            f"{annotations.source}: --few_shot {kind} leaves no object to train on ({what}): check the classes and "
+            "the data"
         )
-    _report_counts(part, classes, None if settings.few_shot_file else settings.shots)
+    # A file may have any number of objects per class, so only a missing class is worth a warning.
+    _warn_too_few_objects(subset, classes, None if settings.few_shot_file else settings.shots)
     log.info(
         "%s: training on %d objects in %d images (%s)",
         annotations.source,
-        len(part.labels),
-        len(part),
+        len(subset.labels),
+        len(subset),
         what,
     )
-    return replace(part, drawn=", ".join(filter(None, (annotations.drawn, what))))
+    # `--filter_pct` may have selected images before.
+    return replace(subset, subset=", ".join(filter(None, (annotations.subset, what))))
 
 
-def _report_counts(part: Annotations, classes: Mapping[int, str], shots: int | None) -> None:
-    fewer = [name for label, name in classes.items() if (part.labels == label).sum() < (shots or 1)]
+def _warn_too_few_objects(
+    annotations: Annotations, classes: Mapping[int, str], shots: int | None
+) -> None:
+    fewer = [
+        name
+        for label, name in classes.items()
+        if (annotations.labels == label).sum() < (shots or 1)
+    ]
     if fewer:
         log.warning(
             "%s: %d of %d classes have %s, the first is %s",
-            part.source,
+            annotations.source,
             len(fewer),
             len(classes),
             f"fewer than {shots} objects" if shots else "no object",
@@ -149,50 +159,58 @@ def _report_counts(part: Annotations, classes: Mapping[int, str], shots: int | N
         )
 
 
-def with_objects(annotations: Annotations, kept: np.ndarray) -> Annotations:
-    """Only these objects (bool [A]) and the images that have one of them."""
-    image_of = annotations.image_of
-    images = np.unique(image_of[kept])
-    part = annotations.select(images)
-    counts = np.bincount(image_of[kept], minlength=len(annotations))[images]
-    return _with_rows(part, counts, kept[np.isin(image_of, images)])
+def select_objects(annotations: Annotations, keep: np.ndarray) -> Annotations:
+    """Return the objects where `keep` (bool [A]) is true, and the images that have at least one of them."""
+    image_indices = annotations.image_indices  # [A]
+    images = np.unique(image_indices[keep])  # [J]
+    selected = annotations.select(images)
+    counts = np.bincount(image_indices[keep], minlength=len(annotations))[images]  # [J]
+    # `selected` has only the rows of the kept images, so `keep` shrinks to them.
+    return _replace_objects(selected, counts, keep[np.isin(image_indices, images)])
 
 
-def _with_rows(part: Annotations, counts: np.ndarray, rows: np.ndarray) -> Annotations:
-    """These rows of its objects, as many of each image as `counts` [I] says."""
+def _replace_objects(annotations: Annotations, counts: np.ndarray, rows: np.ndarray) -> Annotations:
+    """Return the annotations with only these rows of their objects.
+
+    counts: int [I], number of rows of each image. rows: indices or mask, grouped by image.
+    """
     arrays = {
-        name: getattr(part, name)
+        name: getattr(annotations, name)
         for name in ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids")
     }
-    chosen = {name: array[rows] for name, array in arrays.items() if array is not None}
-    return replace(
-        part, offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), **chosen
-    )
+    selected = {name: array[rows] for name, array in arrays.items() if array is not None}
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # [I + 1]
+    return replace(annotations, offsets=offsets, **selected)
 
 
-def draw_shots(
+def sample_shots(
     annotations: Annotations, classes: Mapping[int, str], shots: int, seed: int
 ) -> Annotations:
-    """Exactly `shots` objects of each class (a label), or all where it has fewer; nothing published, this drawing is
-    ours.
+    """Return exactly `shots` random objects of each class, or all of a class that has fewer.
 
-    Each class is shuffled by (seed, label) and its first objects are taken. So a draw of 5 lies within that of 10, and
-    the novel classes have the same objects whether base classes are drawn too or not.
+    This draw is our own, not a published one. The objects of a class are shuffled with (seed, label), and the first
+    ones are used. So 5 shots are a part of 10 shots, and the novel classes get the same objects whether base classes
+    are drawn as well or not.
+
+    classes: label -> name.
     """
-    kept = np.zeros(len(annotations.labels), bool)
+    keep = np.zeros(len(annotations.labels), bool)  # [A]
     for label in classes:
         rows = np.flatnonzero(annotations.labels == label)
-        kept[np.random.default_rng([seed % 2**64, label]).permutation(rows)[:shots]] = True
-    return with_objects(annotations, kept)
+        rng = np.random.default_rng([seed % 2**64, label])  # NumPy accepts no negative seed
+        keep[rng.permutation(rows)[:shots]] = True
+    return select_objects(annotations, keep)
 
 
-# ---------------------------------------------------------------------------------------------------- drawn by others
+# ---------------------------------------------------------------------------------------------------- few-shot files
 
 
 @dataclass
-class _Drawn:
-    """Objects of a file: int64 [N] indices of training images, their boxes float32 [N, 4] (x0, y0, x1, y1), labels,
-    areas and ids.
+class _Shots:
+    """Objects of a few-shot file.
+
+    image: int64 [N], index of the training image. boxes_xyxy_abs: float32 [N, 4], (x0, y0, x1, y1) in pixels.
+    labels, areas, ids: [N], as in `Annotations`.
     """
 
     image: np.ndarray
@@ -205,221 +223,243 @@ class _Drawn:
 def read_shots(
     path: str, shots: int | None, annotations: Annotations, classes: Mapping[int, str]
 ) -> Annotations:
-    """The objects of these classes (label -> name) in a COCO file, or in the files of a folder, one a class, as Wang et
-    al. publish them.
+    """Return the objects in a COCO file, or in a folder with one file per class, as Wang et al. publish them.
 
-    Classes are told by name, images by their number or name (see `_Finder`). Boxes are the file's.
+    Classes are matched by name, images by id and name (see `_ImageMatcher`). Boxes are those of the file.
+
+    shots: which files of a folder to read; None for a single file.
+    annotations: the training images.
+    classes: label -> name; other classes in the files are ignored.
 
     Raises:
-        UserError: files are missing or can't be used, `shots` is missing for a folder or given for a file, or a file
-            has classes or images that the training data do not have.
+        UserError: Files are missing or malformed, `shots` is missing for a folder or given for a file, or a file has
+            classes or images that the training set does not have.
     """
-    find = _Finder(annotations)
+    match_images = _ImageMatcher(annotations)
     if os.path.isdir(path):
+        files = _class_files(path, shots, classes)
         parts = [
-            _read_objects(file, annotations, find, name)
-            for name, file in _files_of_classes(path, shots, classes).items()
+            _read_objects(file, annotations, match_images, name) for name, file in files.items()
         ]
     elif not os.path.exists(path):
         raise UserError(
             f"--few_shot_file {path} does not exist: give a COCO file of the objects to train on, or a folder with "
-            f"such a file for each class, {FILE_OF_CLASS.format(shots='10', name='CLASS')}"
+            f"such a file for each class, {CLASS_FILE.format(shots='10', name='CLASS')}"
         )
     elif shots:
         raise UserError(
-            f"--shots {shots} chooses files of a folder, --few_shot_file {path} is one file: leave --shots out"
+            f"--shots {shots} selects files of a folder, --few_shot_file {path} is a single file: omit --shots"
         )
     else:
-        parts = [_read_objects(path, annotations, find)]
+        parts = [_read_objects(path, annotations, match_images)]
+
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])
     }
+    # Group the rows by image, in the order of the training images.
     rows = np.flatnonzero(np.isin(columns["labels"], list(classes)))
     rows = rows[np.argsort(columns["image"][rows], kind="stable")]
-    images, counts = np.unique(columns.pop("image")[rows], return_counts=True)
+    images, counts = np.unique(columns.pop("image")[rows], return_counts=True)  # [J], [J]
+
+    # A COCO file does not mark difficult objects, and the array must have one entry per object of the file.
     difficult = None if annotations.difficult is None else np.zeros(len(columns["labels"]), bool)
-    return _with_rows(
-        replace(annotations.select(images), difficult=difficult, **columns), counts, rows
-    )
+    selected = replace(annotations.select(images), difficult=difficult, **columns)
+    return _replace_objects(selected, counts, rows)
 
 
-def _files_of_classes(folder: str, shots: int | None, classes: Mapping[int, str]) -> dict[str, str]:
-    """Class name -> file."""
+def _class_files(folder: str, shots: int | None, classes: Mapping[int, str]) -> dict[str, str]:
+    """Return class name -> file."""
     if not shots:
         raise UserError(
-            f"--few_shot_file {folder} is a folder: add --shots K, which of its files to read"
+            f"--few_shot_file {folder} is a folder: add --shots K to select its files of K shots"
         )
     files = {
-        name: os.path.join(folder, FILE_OF_CLASS.format(shots=shots, name=name))
+        name: os.path.join(folder, CLASS_FILE.format(shots=shots, name=name))
         for name in classes.values()
     }
     missing = [os.path.basename(file) for file in files.values() if not os.path.exists(file)]
     if missing:
-        pattern = re.compile(
-            FILE_OF_CLASS.replace("{shots}", r"(\d+)")
-            .replace("{name}", ".+")
-            .replace(".json", r"\.json")
-        )
-        there = sorted(
-            {int(match[1]) for match in map(pattern.fullmatch, os.listdir(folder)) if match}
-        )
-        remedy = (
-            f"it has files of {', '.join(map(str, there))} shots"
-            if there
-            else "give the folder with such a file for each class"
-        )
+        found = _shots_in_folder(folder)
+        if found:
+            remedy = f"it has files of {', '.join(map(str, found))} shots"
+        else:
+            remedy = "give the folder with such a file for each class"
         raise UserError(
             f"--few_shot_file {folder} lacks {len(missing)} of {len(files)} files, the first is {missing[0]}: {remedy}"
         )
     return files
 
 
+def _shots_in_folder(folder: str) -> list[int]:
+    """Return the numbers of shots for which a folder has files."""
+    pattern = CLASS_FILE.replace("{shots}", r"(\d+)").replace("{name}", ".+")
+    pattern = pattern.replace(".json", r"\.json")
+    matches = [re.fullmatch(pattern, name) for name in os.listdir(folder)]
+    return sorted({int(match[1]) for match in matches if match})
+
+
 def _read_objects(
-    file: str, annotations: Annotations, find: "_Finder", only: str | None = None
-) -> _Drawn:
-    """only: the class of all objects in the file."""
+    file: str, annotations: Annotations, match_images: "_ImageMatcher", only: str | None = None
+) -> _Shots:
+    """Return the objects of one file.
+
+    only: the class that all objects must have; None for any class.
+    """
     content = read_json(file)
-    if (
-        isinstance(content, dict) and "categories" not in content
-    ):  # ids that count as in the training annotations
+    if isinstance(content, dict) and "categories" not in content:
+        # Without names, ids mean the same as in the training annotations.
         content["categories"] = [
             {"id": label, "name": name} for label, name in annotations.class_names.items()
         ]
     shots = parse_coco(content, file)
+
+    # In descending order, so that the lowest label wins if two classes have the same name.
     labels = {name: label for label, name in sorted(annotations.class_names.items(), reverse=True)}
     used = {int(label): shots.class_names[int(label)] for label in np.unique(shots.labels)}
     for name in used.values():
         if name not in labels:
             raise UserError(
-                f"{file} has objects of the category '{name}', which {annotations.source} does not have: it is of "
-                f"other data"
+                f"{file} has objects of the category '{name}', which {annotations.source} does not have: it was made "
+                "for another dataset"
             )
         if only not in (None, name):
             raise UserError(
-                f"{file} has objects of the category '{name}': in such a folder a file holds those of its class alone"
+                f"{file} has objects of the category '{name}': in such a folder, each file has objects of its own "
+                "class only"
             )
-    numbers = np.array([labels[used[label]] for label in shots.labels.tolist()], dtype=np.int64)
-    return _Drawn(
-        find(shots)[shots.image_of], shots.boxes_xyxy_abs, numbers, shots.areas, shots.ids
-    )
+    remapped = np.array([labels[used[label]] for label in shots.labels.tolist()], dtype=np.int64)
+    image = match_images(shots)[shots.image_indices]  # [N]
+    return _Shots(image, shots.boxes_xyxy_abs, remapped, shots.areas, shots.ids)
 
 
-class _Finder:
+class _ImageMatcher:
     """Finds the images of other annotations among the training images.
 
-    They are the same where id and name agree, or the name alone, if only one training image has it. A name counts
-    without folder, extension and COCO's prefix, so that COCO_val2014_000000000042.jpg is 000000000042.jpg of 2017.
+    Two images match if their ids and names agree, or if their names agree and no other training image has that name.
+    Names are compared without folder, extension and the prefix of COCO 2014: COCO_val2014_000000000042.jpg is
+    000000000042.jpg of COCO 2017.
     """
 
     def __init__(self, annotations: Annotations) -> None:
         self.annotations = annotations
-        self.names = [_bare(annotations.file_names[i]) for i in range(len(annotations))]
-        self.places: dict[str, int] = {}
+        self.names = [_normalize_file_name(name) for name in annotations.file_names]
+        self.index_of_name: dict[str, int] = {}
         for i, name in enumerate(self.names):
-            self.places[name] = -1 if name in self.places else i
+            self.index_of_name[name] = -1 if name in self.index_of_name else i  # -1: ambiguous
 
     def __call__(self, shots: Annotations) -> np.ndarray:
-        """Indices of training images int64 [I]; -1 for an image without objects that is not among them."""
-        found = np.array(
-            [
-                self._find(int(number), shots.file_names[i])
-                for i, number in enumerate(shots.image_ids)
-            ],
-            dtype=np.int64,
-        )
-        lost = np.flatnonzero((found < 0) & (np.diff(shots.offsets) > 0))
-        if len(lost):
+        """Return the training image of each image of `shots`, int64 [I]; -1 for unmatched images without objects.
+
+        Raises:
+            UserError: An image with objects has no match.
+        """
+        found = [
+            self._find(image_id, shots.file_names[i])
+            for i, image_id in enumerate(shots.image_ids.tolist())
+        ]
+        indices = np.array(found, dtype=np.int64)  # [I]
+        unmatched = np.flatnonzero((indices < 0) & (np.diff(shots.offsets) > 0))
+        if len(unmatched):
+            first = unmatched[0]
             raise UserError(
-                f"{shots.source}: {len(lost)} of {len(found)} images are not among those of "
-                f"{self.annotations.source}, the first is {shots.file_names[lost[0]]} (image "
-                f"{shots.image_ids[lost[0]]}): it was made for other data"
+                f"{shots.source}: {len(unmatched)} of {len(indices)} images are not among those of "
+                f"{self.annotations.source}, the first is {shots.file_names[first]} (image "
+                f"{shots.image_ids[first]}): it was made for another dataset"
             )
-        return found
+        return indices
 
-    def _find(self, number: int, file_name: str) -> int:
-        name, ids = _bare(file_name), self.annotations.image_ids
-        i = int(np.searchsorted(ids, number))
-        return (
-            i
-            if i < len(ids) and ids[i] == number and self.names[i] == name
-            else self.places.get(name, -1)
-        )
+    def _find(self, image_id: int, file_name: str) -> int:
+        name, ids = _normalize_file_name(file_name), self.annotations.image_ids
+        i = int(np.searchsorted(ids, image_id))
+        if i < len(ids) and ids[i] == image_id and self.names[i] == name:
+            return i
+        return self.index_of_name.get(name, -1)
 
 
-def _bare(file_name: str) -> str:
-    return re.sub(r"^COCO_[a-z]+\d{4}_", "", os.path.splitext(os.path.basename(file_name))[0])
+def _normalize_file_name(file_name: str) -> str:
+    stem, _ = os.path.splitext(os.path.basename(file_name))
+    return re.sub(r"^COCO_[a-z]+\d{4}_", "", stem)
 
 
-def describe_part(
+def few_shot_record(
     annotations: Annotations, settings: Settings, category_ids: Mapping[int, int] | None = None
 ) -> dict[str, Any]:
-    """What `subset.json` holds: how objects were chosen, and the ids of their images. Where few were drawn it is a COCO
-    file of them too, which `--few_shot_file` reads; the annotation ids are the source's, if each has its own.
+    """Return the content of `subset.json`: how the objects were selected, and the ids of their images.
 
-    category_ids: the source's category id of each label, None where labels are these ids.
+    If objects were drawn or read from a file, the record is also a COCO file of them, which `--few_shot_file` reads.
+    Its annotation ids are those of the source, if they are unique.
+
+    category_ids: label -> category id of the source; None if labels are these ids.
     """
-    drawn = settings.shots or settings.few_shot_file
+    few = settings.shots or settings.few_shot_file
     record = {
         "source": annotations.source,
-        "drawn": annotations.drawn,
+        "drawn": annotations.subset,
         "few_shot": settings.few_shot,
         "shots": settings.shots,
         "few_shot_file": settings.few_shot_file,
-        "seed": settings.seed if drawn and not settings.few_shot_file else None,
-        "novel_classes": list(novel_names(settings, annotations.class_names)),
+        "seed": settings.seed if few and not settings.few_shot_file else None,
+        "novel_classes": list(novel_class_names(settings, annotations.class_names)),
         "ids": annotations.image_ids.tolist(),
     }
-    if not drawn:
+    if not few:
         return record
-    content = annotations.as_coco()
-    own = (
-        annotations.ids is not None
-        and len(np.unique(annotations.ids)) == len(annotations.ids)
-        and annotations.ids.min() > 0
-    )
-    for row, entry in enumerate(content["annotations"]):
-        entry["id"] = int(annotations.ids[row]) if own else entry["id"]
-        entry["category_id"] = (category_ids or {}).get(entry["category_id"], entry["category_id"])
-    for category in content["categories"]:
-        category["id"] = (category_ids or {}).get(category["id"], category["id"])
+
+    content = annotations.to_coco()
+    if _has_unique_ids(annotations):
+        for annotation_id, entry in zip(
+            annotations.ids.tolist(), content["annotations"], strict=True
+        ):
+            entry["id"] = annotation_id
+    if category_ids:
+        for entry in content["annotations"]:
+            entry["category_id"] = category_ids.get(entry["category_id"], entry["category_id"])
+        for category in content["categories"]:
+            category["id"] = category_ids.get(category["id"], category["id"])
     return {**record, **content}
+
+
+def _has_unique_ids(annotations: Annotations) -> bool:
+    """Return whether each object has its own id. VOC numbers the objects of each image from 1."""
+    ids = annotations.ids
+    return ids is not None and len(np.unique(ids)) == len(ids) and ids.min() > 0
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-def with_groups(rows: Sequence[Mapping[str, Any]], novel: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of an evaluator's "per_class" with "group": base or novel."""
+def add_groups(rows: Sequence[Mapping[str, Any]], novel: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the rows of an evaluator's "per_class" with a "group": "base" or "novel"."""
     return [{**row, "group": "novel" if row["name"] in novel else "base"} for row in rows]
 
 
 def group_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """{"base", "novel", "all"} -> AP, AP50, AP75: means over the classes of the group that have objects, -1 where none
-    has.
+    """Return {"base", "novel", "all"} -> [AP, AP50, AP75], the mean over the classes of the group.
 
-    rows: of `with_groups`. A class that is never found counts with 0.
+    Only classes with ground-truth objects count; a group without any has -1. A class that is never detected counts
+    as 0.
+
+    rows: from `add_groups`.
     """
-    groups = {
-        name: [row for row in rows if name in ("all", row["group"])]
-        for name in ("base", "novel", "all")
-    }
-    return {
-        name: [
-            float(np.mean([row[metric] for row in members])) if members else -1.0
-            for metric in CLASS_METRICS
-        ]
-        for name, members in groups.items()
-    }
+    means = {}
+    for name in ("base", "novel", "all"):
+        members = [row for row in rows if name in ("all", row["group"])]
+        if members:
+            means[name] = [
+                float(np.mean([row[metric] for row in members])) for metric in CLASS_METRICS
+            ]
+        else:
+            means[name] = [-1.0] * len(CLASS_METRICS)
+    return means
 
 
 def group_table(rows: Sequence[Mapping[str, Any]], means: Mapping[str, Sequence[float]]) -> str:
-    """A line of the log for each group."""
-    counts = {name: sum(name in ("all", row["group"]) for row in rows) for name in means}
-    lines = [
-        f"  {name:5}  {counts[name]:>3} classes  "
-        + "  ".join(
+    """Return the means as text for the log, one line per group."""
+    lines = ["base and novel classes:"]
+    for name, values in means.items():
+        count = sum(name in ("all", row["group"]) for row in rows)
+        metrics = [
             f"{metric} {value:.3f}" for metric, value in zip(CLASS_METRICS, values, strict=True)
-        )
-        for name, values in means.items()
-    ]
-    return "\n".join(["base and novel classes:", *lines])
+        ]
+        lines.append(f"  {name:5}  {count:>3} classes  " + "  ".join(metrics))
+    return "\n".join(lines)

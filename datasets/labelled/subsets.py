@@ -1,6 +1,4 @@
-"""A part of the training images, for learning from few labels. What was drawn is kept with the run, in
-`subset.json`.
-"""
+"""A random part of the training images, for training with fewer labels. Each run saves its choice in `subset.json`."""
 
 import json
 from dataclasses import replace
@@ -14,73 +12,80 @@ from util.errors import UserError
 from util.logger import log
 from util.settings import Settings
 
-FILE = "subset.json"
+SUBSET_FILE = "subset.json"
 
 
-def draw_ids(image_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """As many of the sorted ids as DETReg draws by its `--filter_pct`, sorted (Bar et al., CVPR 2022, section 4.3).
+def sample_image_ids(image_ids: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return a random fraction of the image ids, sorted, drawn as DETReg does for `--filter_pct`.
 
+    Bar et al., CVPR 2022, section 4.3.
+
+    image_ids: int64 [I], in any order.
     fraction: above 0, at most 1.
     """
     count = round(len(image_ids) * fraction)
-    return np.sort(
-        np.random.default_rng(seed % 2**64).choice(np.sort(image_ids), count, replace=False)
-    )
+    # The ids are sorted first: the draw must not depend on their order in the file. NumPy accepts no negative seed.
+    rng = np.random.default_rng(seed % 2**64)
+    return np.sort(rng.choice(np.sort(image_ids), count, replace=False))
 
 
 def training_subset(annotations: Annotations, settings: Settings) -> Annotations:
-    """The images of `--split_file`, or the fraction `--filter_pct` drawn by `--seed`, or all.
+    """Return the training images of `--split_file`, or the fraction `--filter_pct` drawn with `--seed`, or all.
 
     Raises:
-        UserError: no image would be left, or the file can't be used.
+        UserError: No image would be left, or the file can't be used.
     """
     if settings.split_file:
-        ids, what = read_split(settings.split_file, annotations), settings.split_file
-    elif (settings.filter_pct or -1) > 0:
-        ids, what = (
-            draw_ids(annotations.image_ids, settings.filter_pct, settings.seed),
-            f"{settings.filter_pct:g} by seed {settings.seed}",
-        )
+        ids = read_split(settings.split_file, annotations)
+        what = settings.split_file
+    elif settings.filter_pct and settings.filter_pct > 0:  # -1, as published, means all images
+        ids = sample_image_ids(annotations.image_ids, settings.filter_pct, settings.seed)
+        what = f"{settings.filter_pct:g} by seed {settings.seed}"
     else:
         return annotations
+
     if not len(ids):
         raise UserError(
             f"--filter_pct {settings.filter_pct:g} of {len(annotations)} images is none: give a larger one"
         )
-    drawn = f"{what} of {len(annotations)} images"
-    log.info("%s: training on %d images (%s)", annotations.source, len(ids), drawn)
-    part = annotations.select(np.flatnonzero(np.isin(annotations.image_ids, ids)))
-    return replace(part, drawn=drawn)
+    subset = f"{what} of {len(annotations)} images"
+    log.info("%s: training on %d images (%s)", annotations.source, len(ids), subset)
+    selected = annotations.select(np.flatnonzero(np.isin(annotations.image_ids, ids)))
+    return replace(selected, subset=subset)
 
 
 def read_split(path: str, annotations: Annotations) -> np.ndarray:
-    """The image ids of a file of `tools/make_split.py`, of a run's `subset.json`, or of a plain JSON list.
+    """Return the image ids of a split file, sorted, int64 [J].
+
+    A split file is written by `tools/make_split.py`, or is the `subset.json` of a run, or a plain JSON list of ids.
 
     Raises:
-        UserError: unreadable, no list of ids, or ids that the annotations do not have.
+        UserError: The file can't be read, has no list of ids, or has ids that the annotations do not have.
     """
     content = _read_json(path)
     if isinstance(content, dict) and "annotations" in content:
         raise UserError(
-            f"--split_file {path} holds objects of few shots, not whole images: give it as --few_shot_file with "
-            f"--few_shot"
+            f"--split_file {path} has few-shot objects, not whole images: give it as --few_shot_file with --few_shot"
         )
     ids = content.get("ids") if isinstance(content, dict) else content
-    if (
-        not isinstance(ids, list)
-        or not ids
-        or not all(isinstance(i, int) and abs(i) < 2**63 for i in ids)
-    ):
+    if not _is_list_of_ids(ids):
         raise UserError(
-            f"--split_file {path} holds no list of image ids: give a file of tools/make_split.py"
+            f"--split_file {path} has no list of image ids: give a file of tools/make_split.py"
         )
+
     unknown = np.setdiff1d(np.array(ids), annotations.image_ids)
     if len(unknown):
         raise UserError(
             f"--split_file {path}: {len(unknown)} of {len(ids)} images are not in {annotations.source}, the first has "
-            f"id {unknown[0]}: it was made for other data"
+            f"id {unknown[0]}: it was made for another dataset"
         )
     return np.unique(ids)
+
+
+def _is_list_of_ids(ids: Any) -> bool:
+    if not isinstance(ids, list) or not ids:
+        return False
+    return all(isinstance(i, int) and abs(i) < 2**63 for i in ids)  # np.int64 stores them
 
 
 def _read_json(path: str) -> Any:
@@ -92,20 +97,19 @@ def _read_json(path: str) -> Any:
         ) from error
 
 
-def describe_subset(annotations: Annotations, settings: Settings) -> dict[str, Any]:
-    """What `subset.json` holds: how the images were chosen, and their ids. Fraction and seed of a `--split_file` are
-    those that it states.
+def subset_record(annotations: Annotations, settings: Settings) -> dict[str, Any]:
+    """Return the content of `subset.json`: how the images were selected, and their ids.
+
+    With `--split_file`, fraction and seed are those in the file: this run drew nothing.
     """
     fraction, seed = settings.filter_pct, settings.seed
     if settings.split_file:
         content = _read_json(settings.split_file)
-        fraction, seed = (
-            content.get(name) if isinstance(content, dict) else None
-            for name in ("filter_pct", "seed")
-        )
+        stated = content if isinstance(content, dict) else {}
+        fraction, seed = stated.get("filter_pct"), stated.get("seed")
     return {
         "source": annotations.source,
-        "drawn": annotations.drawn,
+        "drawn": annotations.subset,
         "filter_pct": fraction,
         "seed": seed,
         "ids": annotations.image_ids.tolist(),

@@ -1,8 +1,8 @@
-"""PASCAL VOC as Siamese DETR's code base reads it: boxes as COCO's format would have them, and COCO's metric.
+"""PASCAL VOC as Siamese DETR's codebase reads it: annotations in COCO format, evaluated with COCO metrics.
 
-Boxes are [xmin, ymin, xmax - xmin, ymax - ymin] of the XML files, nothing added or taken away; image ids are the digits
-of the names, category ids 0 to 19; `difficult` objects are ordinary ones, in training and in evaluation. VOCdevkit is
-read as it is.
+Boxes are [xmin, ymin, xmax - xmin, ymax - ymin] with the numbers of the XML files, without adding or subtracting 1.
+Image ids are the digits of the names, category ids are 0 to 19. Objects marked `difficult` are ordinary ones, in
+training and in evaluation. VOCdevkit is read directly; no converted file is needed.
 """
 
 from pathlib import Path
@@ -18,15 +18,15 @@ from util.settings import Settings
 def build_voc_coco(
     image_set: str, settings: Settings, classes: Classes | None = None
 ) -> ConvertedDetection:
-    """The images of `--voc_train` or `--voc_val` below `--voc_path`.
+    """Build the dataset of `--voc_train` or `--voc_val` in `--voc_path`.
 
     Raises:
-        UserError: as `datasets.labelled.voc.build_voc`.
+        UserError: See `datasets.labelled.voc.build_voc`.
     """
     root = voc_root(settings.voc_path, settings.data_root)
     image_sets = settings.voc_train if image_set == "train" else settings.voc_val
-    content = coco_style(read_voc(root, image_sets), whole_names=True)
-    annotations = parse_coco(content, f"{root} ({' '.join(image_sets)}, COCO's boxes)")
+    content = to_coco_style(read_voc(root, image_sets), full_paths=True)
+    annotations = parse_coco(content, f"{root} ({' '.join(image_sets)}, COCO boxes)")
     return ConvertedDetection(
         root,
         filter_annotations(annotations, root, image_set, settings),
@@ -36,37 +36,41 @@ def build_voc_coco(
     )
 
 
-def coco_style(annotations: Annotations, whole_names: bool = False) -> dict[str, Any]:
-    """What the published annotation files hold of images that `datasets.labelled.voc.read_voc` read; dates and
-    addresses of images are not known.
+def to_coco_style(annotations: Annotations, full_paths: bool = False) -> dict[str, Any]:
+    """Return the content of a COCO file as Siamese DETR publishes it for VOC. Dates and URLs of images are not known.
 
-    whole_names: file names from VOCdevkit on; the published files have the last part alone.
+    annotations: from `datasets.labelled.voc.read_voc`.
+    full_paths: write file names relative to VOCdevkit. The published files have the name without folders.
     """
-    content = annotations.as_coco()
-    images = {image["id"]: _image(image, whole_names) for image in content["images"]}
+    content = annotations.to_coco()
+    images = {image["id"]: _convert_image(image, full_paths) for image in content["images"]}
     rows = zip(content["annotations"], annotations.difficult.tolist(), strict=True)
     return {
-        "info": {"description": "PASCAL VOC in COCO's format"},
+        "info": {"description": "PASCAL VOC in COCO format"},
         "licenses": [],
         "categories": [{"id": label, "name": name} for label, name in enumerate(CLASSES)],
         "images": list(images.values()),
         "annotations": [
-            _annotation(item, images[item["image_id"]], difficult) for item, difficult in rows
+            _convert_annotation(item, images[item["image_id"]], difficult)
+            for item, difficult in rows
         ],
     }
 
 
-def _image(image: dict[str, Any], whole_names: bool) -> dict[str, Any]:
+def _convert_image(image: dict[str, Any], full_paths: bool) -> dict[str, Any]:
     path = Path(image["file_name"])
     return {
         **image,
-        "id": int(path.stem.replace("_", "")),
-        "file_name": image["file_name"] if whole_names else path.name,
+        "id": int(path.stem.replace("_", "")),  # the digits alone, without DETReg's 2021 in front
+        "file_name": image["file_name"] if full_paths else path.name,
     }
 
 
-def _annotation(item: dict[str, Any], image: dict[str, Any], difficult: bool) -> dict[str, Any]:
+def _convert_annotation(
+    item: dict[str, Any], image: dict[str, Any], difficult: bool
+) -> dict[str, Any]:
     x, y, width, height = item["bbox"]
+    # `read_xml` subtracted 1 from xmin and ymin. Undo it: the published files have the raw corners.
     bbox = [x + 1, y + 1, width - 1, height - 1]
     return {
         "id": item["id"],

@@ -1,1 +1,1 @@
-"""What each pretext sees of an image; files have the names of those in models/pretext."""
+"""The datasets of the pretexts: what each pretext sees of an image. File names match those in models/pretext."""

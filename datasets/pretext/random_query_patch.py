@@ -1,25 +1,28 @@
-"""What random query patch detection sees (UP-DETR): an image, boxes in it, and the patches cut out of these boxes."""
+"""Dataset of random query patch detection (UP-DETR, Dai et al., CVPR 2021): boxes and the patches cropped from them.
+
+Shapes: M boxes and patches per image, S patch size in pixels.
+"""
 
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset, cut_box
-from datasets.images.unlabelled import unlabelled_images
-from datasets.proposals import FixedNumber, Proposals, build_proposals
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
+from datasets.images.unlabelled import build_unlabelled_images
+from datasets.proposals import FixedNumProposals, Proposals, build_proposals
 from datasets.sample import BadImageError, Target
-from datasets.transforms import PatchAugmentation, Transform, pretext_transforms
-from util.random_state import SampleRandom
+from datasets.transforms import PatchAugmentation, Transform, query_patch_transforms
+from util.random_state import SampleRNG
 from util.settings import Settings
 
-TINY_SIDE = 16
-QUERY_LABEL = 1
+MIN_IMAGE_SIDE = 16  # pixels; both sides must exceed it, as published
+QUERY_LABEL = 1  # as published: of the two classes only class 1 is used
 
 
-class QueryPatches(UnlabelledDataset):
-    """Samples with `patches` uint8 [M, 3, S, S] beside the M boxes they were cut from; every label is 1.
+class QueryPatchDataset(UnlabelledDataset):
+    """Samples with M boxes, all of label 1, and `patches` uint8 [M, 3, S, S], the crops of the boxes.
 
-    Boxes are drawn in the original image, patches are cut from it and augmented one after the other, then the image is
-    transformed, as published. An image with a side of 16 pixels or less counts as bad.
+    As published, boxes are drawn in the original image, patches are cropped from it and augmented one by one, and the
+    image is transformed last. An image with a side of 16 pixels or less is a bad image.
     """
 
     def __init__(
@@ -32,52 +35,56 @@ class QueryPatches(UnlabelledDataset):
         seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
-        self.proposals, self.transforms, self.patch_transform = (
-            proposals,
-            transforms,
-            patch_transform,
-        )
+        self.proposals = proposals
+        self.transforms = transforms
+        self.patch_transform = patch_transform
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        image = self.read(index)
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
+        image = self.read(index)  # [3, H, W]
         height, width = image.shape[-2:]
-        if min(height, width) <= TINY_SIDE:
-            raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
-        boxes = self.proposals(image, rng, self.images.name(index))
+        if min(height, width) <= MIN_IMAGE_SIDE:
+            raise BadImageError(
+                f"{width} x {height} pixels; both sides must exceed {MIN_IMAGE_SIDE}"
+            )
+
+        boxes = self.proposals(image, rng, self.images.name(index))  # [M, 4]
         patches = torch.stack(
-            [self.patch_transform(cut_box(image, box), {}, rng)[0] for box in boxes]
-        )
+            [self.patch_transform(crop_box(image, box), {}, rng)[0] for box in boxes]
+        )  # [M, 3, S, S]
         target = query_target(boxes, index, (height, width))
         image, target = self.transforms(image, target, rng)
-        # Added last: the image's transforms are not for patches.
-        return image, {**target, "patches": patches}
+
+        # Added last, because the transforms of the image must not touch the patches.
+        target = {**target, "patches": patches}
+        return image, target
 
 
 def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -> Target:
-    """The target of M boxes in an image that has not been transformed yet."""
+    """Build the target of M boxes in an image before any transform."""
+    num_boxes = len(boxes_xyxy_abs)
     return {
-        "boxes": boxes_xyxy_abs,
-        "labels": torch.full((len(boxes_xyxy_abs),), QUERY_LABEL),
+        "boxes": boxes_xyxy_abs,  # [M, 4]
+        "labels": torch.full((num_boxes,), QUERY_LABEL),
         "image_id": torch.tensor([index]),
         "area": (boxes_xyxy_abs[:, 2:] - boxes_xyxy_abs[:, :2]).prod(1),
-        "iscrowd": torch.zeros(len(boxes_xyxy_abs), dtype=torch.int64),
+        "iscrowd": torch.zeros(num_boxes, dtype=torch.int64),
         "orig_size": torch.tensor(size_hw),
         "size": torch.tensor(size_hw),
     }
 
 
-def build_query_patches(image_set: str, settings: Settings) -> QueryPatches:
-    """What `unlabelled_images` gives, "val" without augmentation.
+def build_query_patch_dataset(image_set: str, settings: Settings) -> QueryPatchDataset:
+    """Build the dataset from `build_unlabelled_images`; "val" is without augmentation.
 
     Raises:
-        UserError: no images.
+        UserError: no images, or proposals that do not fit them.
     """
     image_size = settings.image_size or 480
-    images = unlabelled_images(image_set, settings)
-    return QueryPatches(
+    images = build_unlabelled_images(image_set, settings)
+    return QueryPatchDataset(
         images,
-        FixedNumber(build_proposals(settings, images), settings.num_patches),
-        transforms=pretext_transforms(image_set, image_size, settings.max_size),
+        FixedNumProposals(build_proposals(settings, images), settings.num_patches),
+        transforms=query_patch_transforms(image_set, image_size, settings.max_size),
         patch_transform=PatchAugmentation(settings.patch_size, augment=image_set == "train"),
         seed=settings.seed,
     )

@@ -1,33 +1,39 @@
-"""What DETReg sees (Bar et al., CVPR 2022): an image, boxes that a proposal method gives it, and the crop of each
-box.
+"""Dataset of DETReg (Bar et al., CVPR 2022): boxes from a proposal method, and the crop of each box.
+
+Shapes: N boxes per image, S patch size in pixels.
 """
 
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset, cut_box
-from datasets.images.unlabelled import unlabelled_images
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
+from datasets.images.unlabelled import build_unlabelled_images
 from datasets.pretext.random_query_patch import QUERY_LABEL, query_target
-from datasets.proposals import Proposals, Selected, build_proposals
+from datasets.proposals import Proposals, SelectedProposals, build_proposals
 from datasets.sample import BadImageError, Target
-from datasets.transforms import PatchAugmentation, Transform, region_transforms
-from util.random_state import SampleRandom
+from datasets.transforms import (
+    ColorParameters,
+    PatchAugmentation,
+    Transform,
+    region_prior_transforms,
+)
+from util.random_state import SampleRNG
 from util.settings import Settings
 
 MIN_BOXES = 2  # an image with fewer is replaced, as published
-TRIES = 8  # draws of an augmentation that keeps as many
+MAX_CROP_ATTEMPTS = 8  # draws of the augmentation, until MIN_BOXES boxes are left
 
 
-class RegionProposals(UnlabelledDataset):
-    """Samples whose boxes are proposals, all of one class, with `patches` uint8 [N, 3, S, S], the augmented crop of
-    each box.
+class RegionPriorDataset(UnlabelledDataset):
+    """Samples whose boxes are proposals, all of one class, with `patches` uint8 [N, 3, S, S], the augmented crops.
 
-    Crops are cut from the original image; flips, crops and resizes of the image are not for them. A random crop may
-    lose boxes, and their patches with them. One that leaves fewer than two is drawn again, the last time without a
-    crop; the published code takes another image.
+    Patches are cropped from the original image: its flips, crops and resizes do not touch them. A random crop of the
+    image can lose boxes; their patches are dropped too. If fewer than two boxes are left, the augmentation is drawn
+    again, and finally the image is only resized. (The published code takes another image.)
 
     Args:
-        patch_transform: None: no `patches` (no object embedding is learnt).
+        resize_only: transform without crops, the last resort.
+        patch_transform: None: no `patches` (there is no object embedding to learn).
         label: of every box.
     """
 
@@ -37,38 +43,43 @@ class RegionProposals(UnlabelledDataset):
         proposals: Proposals,
         *,
         transforms: Transform,
-        whole_image: Transform,
+        resize_only: Transform,
         patch_transform: PatchAugmentation | None,
         label: int = QUERY_LABEL,
         seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
         self.proposals = proposals
-        self.transforms, self.whole_image, self.patch_transform = (
-            transforms,
-            whole_image,
-            patch_transform,
-        )
+        self.transforms = transforms
+        self.resize_only = resize_only
+        self.patch_transform = patch_transform
         self.label = label
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
-        original = self.read(index)
-        boxes = self.proposals(original, rng, self.images.name(index))
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
+        original = self.read(index)  # [3, H, W]
+        boxes = self.proposals(original, rng, self.images.name(index))  # [N, 4]
         if len(boxes) < MIN_BOXES:
             raise BadImageError(f"{len(boxes)} proposals; an image needs {MIN_BOXES}")
-        augmentations = (
-            [self.patch_transform.draw(rng, (1, 1)) for _ in boxes] if self.patch_transform else []
-        )
-        image, target = self._augment(original, self._target(boxes, index, original), rng)
-        kept = target.pop("patches")  # the boxes that are still there
+
+        # Patch augmentations are drawn before those of the image, as published, but applied only to the boxes that the
+        # image's crop keeps. Their draws do not depend on the size of a patch, so any size will do.
+        augmentations = []
+        if self.patch_transform:
+            augmentations = [self.patch_transform.draw(rng, (1, 1)) for _ in boxes]
+        image, target = self._augment(original, self._build_target(boxes, index, original), rng)
+
+        kept = target.pop("patches").tolist()  # indices of the boxes that are left
         if self.patch_transform:
             target["patches"] = torch.stack(
-                [self._patch(original, boxes[i], augmentations[i]) for i in kept.tolist()]
-            )
+                [self._crop_patch(original, boxes[i], augmentations[i]) for i in kept]
+            )  # [N, 3, S, S]
         return image, target
 
-    def _target(self, boxes_xyxy_abs: Tensor, index: int, image: Tensor) -> Target:
-        """`patches` holds numbers of boxes at first: a crop filters them like everything of a box."""
+    def _build_target(self, boxes_xyxy_abs: Tensor, index: int, image: Tensor) -> Target:
+        """Build the target before any transform.
+
+        `patches` contains box indices at first: a crop filters it like every per-object key.
+        """
         target = query_target(boxes_xyxy_abs, index, tuple(image.shape[-2:]))
         return {
             **target,
@@ -76,36 +87,40 @@ class RegionProposals(UnlabelledDataset):
             "patches": torch.arange(len(boxes_xyxy_abs)),
         }
 
-    def _augment(
-        self, original: Tensor, target: Target, rng: SampleRandom
-    ) -> tuple[Tensor, Target]:
-        for _ in range(TRIES):
+    def _augment(self, original: Tensor, target: Target, rng: SampleRNG) -> tuple[Tensor, Target]:
+        for _ in range(MAX_CROP_ATTEMPTS):
             image, augmented = self.transforms(original, target, rng)
             if len(augmented["boxes"]) >= MIN_BOXES:
                 return image, augmented
-        return self.whole_image(original, target, rng)
+        return self.resize_only(original, target, rng)
 
-    def _patch(self, image: Tensor, box_xyxy_abs: Tensor, parameters: tuple) -> Tensor:
-        patch, _ = self.patch_transform.apply(cut_box(image, box_xyxy_abs), {}, parameters)
+    def _crop_patch(
+        self, image: Tensor, box_xyxy_abs: Tensor, parameters: ColorParameters
+    ) -> Tensor:
+        """Return the augmented crop of a box [4]: [3, S, S]."""
+        patch, _ = self.patch_transform.apply(crop_box(image, box_xyxy_abs), {}, parameters)
         return patch
 
 
-def build_region_proposals(image_set: str, settings: Settings) -> RegionProposals:
-    """What `unlabelled_images` gives; "val" without augmentation.
+def build_region_prior_dataset(image_set: str, settings: Settings) -> RegionPriorDataset:
+    """Build the dataset from `build_unlabelled_images`; "val" is without augmentation.
 
     Raises:
-        UserError: no images.
+        UserError: no images, or proposals that do not fit them.
     """
-    train = image_set == "train"
-    images = unlabelled_images(image_set, settings)
-    return RegionProposals(
+    images = build_unlabelled_images(image_set, settings)
+    proposals = build_proposals(settings, images)
+    patch_transform = None
+    if settings.object_embedding_loss:
+        patch_transform = PatchAugmentation(settings.patch_size, augment=image_set == "train")
+
+    return RegionPriorDataset(
         images,
-        Selected(build_proposals(settings, images), settings.strategy, settings.max_prop),
-        transforms=region_transforms(image_set, settings.image_size, settings.max_size),
-        whole_image=region_transforms("val", settings.image_size, settings.max_size),
-        patch_transform=PatchAugmentation(settings.patch_size, augment=train)
-        if settings.object_embedding_loss
-        else None,
+        SelectedProposals(proposals, settings.strategy, settings.max_prop),
+        transforms=region_prior_transforms(image_set, settings.image_size, settings.max_size),
+        resize_only=region_prior_transforms("val", settings.image_size, settings.max_size),
+        patch_transform=patch_transform,
+        # A single class (a focal head has no row for "no object") is row 0.
         label=QUERY_LABEL if settings.num_classes > QUERY_LABEL else 0,
         seed=settings.seed,
     )

@@ -9,36 +9,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset, cut_box
-from datasets.images.unlabelled import unlabelled_images
-from datasets.pretext.random_query_patch import QUERY_LABEL, TINY_SIDE
-from datasets.proposals import Proposals, build_proposals, repeat_boxes
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
+from datasets.images.unlabelled import build_unlabelled_images
+from datasets.pretext.random_query_patch import MIN_IMAGE_SIDE, QUERY_LABEL
+from datasets.proposals import Proposals, build_proposals, pad_with_jittered_boxes
 from datasets.sample import BadImageError, Target
 from datasets.transforms import (
     ColorAugmentation,
     Compose,
+    ImageLike,
     PatchAugmentation,
-    Picture,
     RandomHorizontalFlip,
     Size,
     crop,
     resize,
-    view_resize,
+    siamese_resize,
 )
 from util.box_ops import box_xyxy_to_cxcywh
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 
 Crop = tuple[float, float, float, float]
-OUTER_SHARE, OUTER_RATIO = (
+OUTER_CROP_SCALE, OUTER_CROP_RATIO = (
     (0.5, 1.0),
     (3 / 4, 4 / 3),
 )  # area of the outer crop, and its width / height
-MIN_AREA = 0.05  # of a region, as a share of the overlap
-MAX_ASPECT = 8.0  # of random regions
-RANDOM_DRAWS = 100
-TRIES = 8  # pairs of views, until one has a region
-TINY_HEIGHT = 1e-10
+MIN_REGION_AREA = 0.05  # of a region, as a share of the overlap
+MAX_ASPECT_RATIO = 8.0  # of random regions
+NUM_RANDOM_BOXES = 100
+MAX_VIEW_ATTEMPTS = 8  # pairs of views, until one has a region
+EPS = 1e-10
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Views:
     overlap_xyxy_abs: Tensor
     size: Size
 
-    def map_boxes(self, boxes_xyxy_abs: Tensor, view: Crop) -> Tensor:
+    def image_to_view(self, boxes_xyxy_abs: Tensor, view: Crop) -> Tensor:
         """From pixels of the image to those of a view: [..., 4] -> [..., 4]"""
         top, left, height, width = view
         offset = boxes_xyxy_abs.new_tensor([left, top, left, top])
@@ -59,15 +59,15 @@ class Views:
             [self.size[1] / width, self.size[0] / height] * 2
         )
 
-    def between(self, boxes_xyxy_abs: Tensor, source: Crop, target: Crop) -> Tensor:
+    def map_between_views(self, boxes_xyxy_abs: Tensor, source: Crop, target: Crop) -> Tensor:
         """From pixels of one view to those of another: [..., 4] -> [..., 4]"""
         top, left, height, width = source
         scale = boxes_xyxy_abs.new_tensor([width / self.size[1], height / self.size[0]] * 2)
-        return self.map_boxes(
+        return self.image_to_view(
             boxes_xyxy_abs * scale + boxes_xyxy_abs.new_tensor([left, top, left, top]), target
         )
 
-    def inside(self, boxes_xyxy_abs: Tensor) -> Tensor:
+    def is_inside(self, boxes_xyxy_abs: Tensor) -> Tensor:
         """Which boxes lie in a view, its last edge excluded as published: [..., 4] -> bool [...]"""
         end = boxes_xyxy_abs.new_tensor([self.size[1], self.size[0]] * 2)
         return ((boxes_xyxy_abs >= 0) & (boxes_xyxy_abs < end)).all(-1)
@@ -81,24 +81,26 @@ def overlap_scale(iou: float) -> float:
     return (iou + math.sqrt(2 * iou * iou + 2 * iou)) / (iou + 2)
 
 
-def draw_outer_crop(rng: SampleRandom, size: Size) -> tuple[int, int, int, int]:
+def draw_outer_crop(rng: SampleRNG, size: Size) -> tuple[int, int, int, int]:
     """A crop of half to all of the area, inside the image; after ten tries that do not fit the largest one in the
     middle.
     """
     height, width = size
     for _ in range(10):
-        area = height * width * rng.python.uniform(*OUTER_SHARE)
-        ratio = math.exp(rng.python.uniform(math.log(OUTER_RATIO[0]), math.log(OUTER_RATIO[1])))
+        area = height * width * rng.python.uniform(*OUTER_CROP_SCALE)
+        ratio = math.exp(
+            rng.python.uniform(math.log(OUTER_CROP_RATIO[0]), math.log(OUTER_CROP_RATIO[1]))
+        )
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             top = rng.python.randint(0, height - h)
             return top, rng.python.randint(0, width - w), h, w
-    w = min(width, max(round(height * OUTER_RATIO[1]), 1))
-    h = min(height, max(round(width / OUTER_RATIO[0]), 1))
+    w = min(width, max(round(height * OUTER_CROP_RATIO[1]), 1))
+    h = min(height, max(round(width / OUTER_CROP_RATIO[0]), 1))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def draw_views(rng: SampleRandom, size: Size, iou: float, shrink: bool) -> Views:
+def draw_views(rng: SampleRNG, size: Size, iou: float, shrink: bool) -> Views:
     """Two views of an image: an outer crop whose centre is the overlap, each view from one of its corners to the
     overlap's far corner.
 
@@ -121,7 +123,7 @@ def draw_views(rng: SampleRandom, size: Size, iou: float, shrink: bool) -> Views
     return Views(first, second, overlap, (height, width))
 
 
-def cut_view(image: Picture, view: Crop, size: Size) -> Picture:
+def crop_view(image: ImageLike, view: Crop, size: Size) -> ImageLike:
     """The pixels of a view, at whole pixels, resized to (H, W)."""
     top, left, height, width = view
     y0, x0 = round(top), round(left)
@@ -137,9 +139,12 @@ def common_regions(boxes_xyxy_abs: Tensor, views: Views) -> tuple[Tensor, Tensor
     boxes = boxes_xyxy_abs.to(low.dtype)
     boxes = torch.cat([boxes[:, :2].maximum(low), boxes[:, 2:].minimum(high)], 1)
     boxes = boxes[(boxes[:, 2:] >= boxes[:, :2]).all(1)]
-    first, second = views.map_boxes(boxes, views.first), views.map_boxes(boxes, views.second)
-    smallest = MIN_AREA * _area(views.map_boxes(views.overlap_xyxy_abs, views.first))
-    kept = (_area(first) >= smallest) & (first >= 0).all(1) & views.inside(second)
+    first, second = (
+        views.image_to_view(boxes, views.first),
+        views.image_to_view(boxes, views.second),
+    )
+    smallest = MIN_REGION_AREA * _area(views.image_to_view(views.overlap_xyxy_abs, views.first))
+    kept = (_area(first) >= smallest) & (first >= 0).all(1) & views.is_inside(second)
     return first[kept], second[kept]
 
 
@@ -148,48 +153,51 @@ def _area(boxes_xyxy_abs: Tensor) -> Tensor:
 
 
 def random_regions(
-    rng: SampleRandom, views: Views, draws: int = RANDOM_DRAWS
+    rng: SampleRNG, views: Views, draws: int = NUM_RANDOM_BOXES
 ) -> tuple[Tensor, Tensor]:
     """As `common_regions`, of `draws` random boxes with a whole-pixel corner in the overlap; only those of up to 8 : 1
     in both views.
 
     As published, the area in the second view is compared with the overlap's in the first.
     """
-    x0, y0, x1, y1 = views.map_boxes(views.overlap_xyxy_abs, views.first).tolist()
-    smallest = MIN_AREA * (x1 - x0) * (y1 - y0)
+    x0, y0, x1, y1 = views.image_to_view(views.overlap_xyxy_abs, views.first).tolist()
+    smallest = MIN_REGION_AREA * (x1 - x0) * (y1 - y0)
     y = torch.from_numpy(rng.numpy.randint(int(y0), max(int(y1), int(y0) + 1), draws))
     x = torch.from_numpy(rng.numpy.randint(int(x0), max(int(x1), int(x0) + 1), draws))
-    height = torch.from_numpy(rng.numpy.rand(draws)) * (y1 - y) + TINY_HEIGHT
+    height = torch.from_numpy(rng.numpy.rand(draws)) * (y1 - y) + EPS
     least = smallest / height
     width = least + torch.from_numpy(rng.numpy.rand(draws)) * (x1 - x - least)
     first = torch.stack([x, y, x + width, y + height], 1)
-    second = views.between(first, views.first, views.second)
+    second = views.map_between_views(first, views.first, views.second)
     kept = (
-        views.inside(first)
-        & views.inside(second)
+        views.is_inside(first)
+        & views.is_inside(second)
         & (_area(second) >= smallest)
-        & _compact(first)
-        & _compact(second)
+        & _has_valid_shape(first)
+        & _has_valid_shape(second)
     )
     return first[kept], second[kept]
 
 
-def _compact(boxes_xyxy_abs: Tensor) -> Tensor:
+def _has_valid_shape(boxes_xyxy_abs: Tensor) -> Tensor:
     width, height = (boxes_xyxy_abs[:, 2:] - boxes_xyxy_abs[:, :2]).unbind(1)
     return (
-        (width > 0) & (height > 0) & (width <= MAX_ASPECT * height) & (height <= MAX_ASPECT * width)
+        (width > 0)
+        & (height > 0)
+        & (width <= MAX_ASPECT_RATIO * height)
+        & (height <= MAX_ASPECT_RATIO * width)
     )
 
 
-def pick_regions(
-    first: Tensor, second: Tensor, views: Views, count: int, rng: SampleRandom
+def select_regions(
+    first: Tensor, second: Tensor, views: Views, count: int, rng: SampleRNG
 ) -> Tensor:
     """The overlap itself and the first `count` - 1 regions, in each view: [2, count, 4].
 
     Where there are fewer, jittered copies of them inside the overlap, or of the overlap where there is none.
     """
     overlap = torch.stack(
-        [views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
+        [views.image_to_view(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
     )[:, None]
     pairs = torch.stack([first, second])[:, : count - 1]
     missing = count - 1 - pairs.shape[1]
@@ -198,18 +206,22 @@ def pick_regions(
         origin = overlap[0, 0, :2].repeat(2)
         height, width = (overlap[0, 0, 2:] - overlap[0, 0, :2]).flip(0).tolist()
         copies = (
-            repeat_boxes(sources - origin, len(sources) + missing, (height, width), rng)[
+            pad_with_jittered_boxes(sources - origin, len(sources) + missing, (height, width), rng)[
                 len(sources) :
             ]
             + origin
         )
         pairs = torch.cat(
-            [pairs, torch.stack([copies, views.between(copies, views.first, views.second)])], 1
+            [
+                pairs,
+                torch.stack([copies, views.map_between_views(copies, views.first, views.second)]),
+            ],
+            1,
         )
     return torch.cat([overlap, pairs], 1)
 
 
-class TwoViews(UnlabelledDataset):
+class SiameseDataset(UnlabelledDataset):
     """Samples of two views: image uint8 [2, 3, H, W], and in the target one more leading axis of 2 for everything. Box
     i of a view shows the region of box i of the other one; box 0 is the whole overlap.
 
@@ -244,11 +256,13 @@ class TwoViews(UnlabelledDataset):
             shrink,
         )
 
-    def load(self, index: int, rng: SampleRandom) -> tuple[Tensor, Target]:
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
         original = self.read(index)
         height, width = original.shape[-2:]
-        if min(height, width) <= TINY_SIDE:
-            raise BadImageError(f"{width} x {height} pixels; both sides must exceed {TINY_SIDE}")
+        if min(height, width) <= MIN_IMAGE_SIDE:
+            raise BadImageError(
+                f"{width} x {height} pixels; both sides must exceed {MIN_IMAGE_SIDE}"
+            )
         boxes = torch.zeros(0, 4)
         if self.proposals is not None:
             boxes = self.proposals(original, rng, self.images.name(index))
@@ -256,7 +270,7 @@ class TwoViews(UnlabelledDataset):
                 raise BadImageError("no proposals")
         image, moved = self.geometry(original, {"boxes": boxes}, rng)
         views, regions = self._draw(moved["boxes"], tuple(image.shape[-2:]), rng)
-        pixels = [cut_view(image, view, views.size) for view in (views.first, views.second)]
+        pixels = [crop_view(image, view, views.size) for view in (views.first, views.second)]
         target = _target(regions, views.size, index, (height, width))
         if self.patch_transform:
             target["patches"] = torch.stack(
@@ -264,8 +278,8 @@ class TwoViews(UnlabelledDataset):
             )
         return torch.stack([self.colors(view, {}, rng)[0] for view in pixels]), target
 
-    def _draw(self, boxes: Tensor, size: Size, rng: SampleRandom) -> tuple[Views, Tensor]:
-        for _ in range(TRIES):
+    def _draw(self, boxes: Tensor, size: Size, rng: SampleRNG) -> tuple[Views, Tensor]:
+        for _ in range(MAX_VIEW_ATTEMPTS):
             views = draw_views(rng, size, self.iou, self.shrink)
             pair = (
                 random_regions(rng, views)
@@ -274,11 +288,11 @@ class TwoViews(UnlabelledDataset):
             )
             if len(pair[0]):
                 break
-        return views, pick_regions(*pair, views, self.num_boxes, rng)
+        return views, select_regions(*pair, views, self.num_boxes, rng)
 
-    def _crops(self, view: Tensor, boxes_xyxy_abs: Tensor, rng: SampleRandom) -> Tensor:
+    def _crops(self, view: Tensor, boxes_xyxy_abs: Tensor, rng: SampleRNG) -> Tensor:
         return torch.stack(
-            [self.patch_transform(cut_box(view, box), {}, rng)[0] for box in boxes_xyxy_abs]
+            [self.patch_transform(crop_box(view, box), {}, rng)[0] for box in boxes_xyxy_abs]
         )
 
 
@@ -299,19 +313,19 @@ def _target(boxes_xyxy_abs: Tensor, size: Size, index: int, original: Size) -> T
     }
 
 
-def build_two_views(image_set: str, settings: Settings) -> TwoViews:
-    """What `unlabelled_images` gives; "val" leaves the colours as they are.
+def build_siamese_dataset(image_set: str, settings: Settings) -> SiameseDataset:
+    """What `build_unlabelled_images` gives; "val" leaves the colours as they are.
 
     Raises:
         UserError: no images.
     """
     train = image_set == "train"
-    images = unlabelled_images(image_set, settings)
-    return TwoViews(
+    images = build_unlabelled_images(image_set, settings)
+    return SiameseDataset(
         images,
         None if settings.proposals == "random" else build_proposals(settings, images),
         geometry=Compose(
-            [view_resize(settings.image_size, settings.max_size), RandomHorizontalFlip()]
+            [siamese_resize(settings.image_size, settings.max_size), RandomHorizontalFlip()]
         ),
         colors=ColorAugmentation(train),
         patch_transform=PatchAugmentation(settings.patch_size, augment=train)

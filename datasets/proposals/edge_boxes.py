@@ -9,23 +9,30 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from datasets.proposals.search import BoxSearch, Found, bad_image_where_opencv_fails, opencv
+from datasets.proposals.base import (
+    BoxesAndScores,
+    CacheableProposals,
+    import_opencv,
+    opencv_errors_as_bad_image,
+)
 from util.errors import UserError
 from util.logger import log
 from util.settings import Settings
 
 MAX_BOXES = 512
-RETRY_SIDE = 1000  # pixels that the short side of an image without boxes is enlarged to at least
-SHARPEN = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], dtype=np.float32)
-CONTRAST = 1.5
-LARGEST_SIDE = (
+RETRY_SHORT_SIDE = (
+    1000  # pixels that the short side of an image without boxes is enlarged to at least
+)
+SHARPEN_KERNEL = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], dtype=np.float32)
+CONTRAST_FACTOR = 1.5
+RETRY_MAX_LONG_SIDE = (
     4000  # pixels that an enlarged long side has at most: a strip of 5 x 300 would grow without end
 )
-BLUR = 2.0  # pixels, before gradients: finer ones are texture
-STRONG = 99.0  # percentile of gradients that counts as an edge of strength 1
+BLUR_SIGMA = 2.0  # pixels, before gradients: finer ones are texture
+STRONG_EDGE_PERCENTILE = 99.0  # percentile of gradients that counts as an edge of strength 1
 
 
-class EdgeBoxes(BoxSearch):
+class EdgeBoxes(CacheableProposals):
     """Up to 512 boxes in whole pixels, best first, with OpenCV's default parameters, which are the published ones.
 
     Where there are none, the image is sharpened and enlarged, and where there are none again the box is the middle half
@@ -40,13 +47,14 @@ class EdgeBoxes(BoxSearch):
         edges = f"structured forest {_digest(model)}" if model else "gradients"
         self.settings = {"max_boxes": MAX_BOXES, "edges": edges}
 
-    def search(self, image: np.ndarray, name: str = "") -> Found:
-        """See `BoxSearch`: uint16 boxes in pixels, float32 scores."""
+    def propose(self, image: np.ndarray, name: str = "") -> BoxesAndScores:
+        """See `CacheableProposals`: uint16 boxes in pixels, float32 scores."""
         height, width = image.shape[:2]
         boxes, scores = self._boxes(image)
         if not len(boxes):
             factor = min(
-                -(-RETRY_SIDE // min(height, width)), max(LARGEST_SIDE // max(height, width), 1)
+                -(-RETRY_SHORT_SIDE // min(height, width)),
+                max(RETRY_MAX_LONG_SIDE // max(height, width), 1),
             )
             boxes, scores = self._boxes(_sharpened(image, factor))
             boxes = boxes // factor
@@ -67,12 +75,12 @@ class EdgeBoxes(BoxSearch):
     def _boxes(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(int boxes (x, y, width, height) [N, 4], scores float32 [N]), best first."""
         pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-        with bad_image_where_opencv_fails():
+        with opencv_errors_as_bad_image():
             edges, orientation = (
                 structured_edges(self.model, pixels) if self.model else gradient_edges(pixels)
             )
             found = (
-                opencv()
+                import_opencv()
                 .ximgproc.createEdgeBoxes(maxBoxes=MAX_BOXES)
                 .getBoundingBoxes(edges, orientation)
             )
@@ -93,8 +101,8 @@ def structured_edges(model: str, pixels: np.ndarray) -> tuple[np.ndarray, np.nda
 def gradient_edges(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same from gradients of the smoothed image: per pixel the channel with the largest one, 1 where it is as
     strong as the strongest 1 % of the image; only where it is no smaller than on both sides across the edge."""
-    cv2 = opencv()
-    smooth = cv2.GaussianBlur(pixels, (0, 0), BLUR)
+    cv2 = import_opencv()
+    smooth = cv2.GaussianBlur(pixels, (0, 0), BLUR_SIGMA)
     dx, dy = (
         cv2.Sobel(smooth, cv2.CV_32F, *axis).reshape(pixels.shape) for axis in ((1, 0), (0, 1))
     )
@@ -109,14 +117,14 @@ def gradient_edges(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for sign in (1, -1)
     ]
     thin = np.where((strength >= sides[0]) & (strength >= sides[1]), strength, np.float32(0))
-    scale = max(float(np.percentile(strength, STRONG)), 1e-6)
+    scale = max(float(np.percentile(strength, STRONG_EDGE_PERCENTILE)), 1e-6)
     return np.minimum(thin / np.float32(scale), np.float32(1)), orientation
 
 
 def _sharpened(image: np.ndarray, factor: int) -> np.ndarray:
-    cv2 = opencv()
-    sharp = Image.fromarray(cv2.filter2D(np.ascontiguousarray(image), -1, SHARPEN))
-    contrast = np.asarray(ImageEnhance.Contrast(sharp).enhance(CONTRAST))
+    cv2 = import_opencv()
+    sharp = Image.fromarray(cv2.filter2D(np.ascontiguousarray(image), -1, SHARPEN_KERNEL))
+    contrast = np.asarray(ImageEnhance.Contrast(sharp).enhance(CONTRAST_FACTOR))
     return cv2.resize(contrast, None, fx=factor, fy=factor)
 
 
@@ -136,7 +144,7 @@ def _digest(path: str) -> str:
 @cache
 def _detector(model: str) -> Any:
     """Once a process: reading the published file takes seconds."""
-    cv2 = opencv()
+    cv2 = import_opencv()
     try:
         return cv2.ximgproc.createStructuredEdgeDetection(model)
     except cv2.error as error:
@@ -154,7 +162,7 @@ def build_edge_boxes(settings: Settings) -> EdgeBoxes:
     model = settings.edge_model
     method = EdgeBoxes(os.path.abspath(model) if model else "")
     if not settings.cache_path:
-        opencv()
+        import_opencv()
         if model:
             _detector(method.model)
         else:

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from datasets.images.packed_strings import PackedStrings
-from datasets.proposals.search import BoxSearch, Found
-from datasets.proposals.store import ProposalStore, StoredProposals, is_store
+from datasets.proposals.base import BoxesAndScores, CacheableProposals
+from datasets.proposals.cache import CachedProposals, ProposalCache, is_proposal_cache
 from util.errors import UserError
 from util.settings import Settings
 
 if TYPE_CHECKING:
     from datasets.images.image_folder import ImageFiles
 
-FORMS = "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a store of tools/cache_proposals.py"
+SUPPORTED_FORMATS = "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a store of tools/cache_proposals.py"
 # What a pickled array of NumPy is made of: nothing else is let in, so that no file runs code.
-_ARRAY_PARTS = {
+_ALLOWED_GLOBALS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),
@@ -36,7 +36,7 @@ _ARRAY_PARTS = {
 }
 
 
-class FileProposals(BoxSearch):
+class FileProposals(CacheableProposals):
     """Boxes float32 (x0, y0, x1, y1) in pixels, clipped to the image; those without area are left out. With scores they
     are best first.
 
@@ -50,10 +50,10 @@ class FileProposals(BoxSearch):
         self.path = Path(path).absolute()
         self.settings = {"file": self.path.name}
 
-    def read(self, name: str) -> Found:
+    def read(self, name: str) -> BoxesAndScores:
         raise NotImplementedError
 
-    def search(self, image: np.ndarray, name: str) -> Found:
+    def propose(self, image: np.ndarray, name: str) -> BoxesAndScores:
         boxes, scores = self.read(name)
         height, width = image.shape[:2]
         boxes = np.clip(
@@ -68,11 +68,13 @@ class FileProposals(BoxSearch):
         kept = kept[np.argsort(-scores[kept], kind="stable")]
         return boxes[kept], scores[kept]
 
-    def knows(self, name: str) -> bool:
+    def has_image(self, name: str) -> bool:
         raise NotImplementedError
 
     def check(self, images: "ImageFiles") -> None:
-        missing = [name for name in map(images.name, range(len(images))) if not self.knows(name)]
+        missing = [
+            name for name in map(images.name, range(len(images))) if not self.has_image(name)
+        ]
         if missing:
             raise UserError(
                 f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}: "
@@ -98,11 +100,11 @@ class CocoProposals(FileProposals):
                 f"{first} is a list of results and does not say which image is which: give --proposals "
                 f"file:{first},ANNOTATIONS with the COCO file of these images"
             )
-        images = _part(_read_json(second) if second else content, "images", second or first)
+        images = _get_list(_read_json(second) if second else content, "images", second or first)
         rows = (
-            _part({"results": content}, "results", first)
+            _get_list({"results": content}, "results", first)
             if isinstance(content, list)
-            else _part(content, "annotations", first)
+            else _get_list(content, "annotations", first)
         )
         self._pack(images, [row for row in rows if not row.get("iscrowd", 0)])
 
@@ -133,10 +135,10 @@ class CocoProposals(FileProposals):
         self.scores = None if unscored.all() else scores[sort]
         self.offsets = np.searchsorted(of_image[sort], np.arange(len(images) + 1))
 
-    def knows(self, name: str) -> bool:
+    def has_image(self, name: str) -> bool:
         return self.names.find(name) is not None
 
-    def read(self, name: str) -> Found:
+    def read(self, name: str) -> BoxesAndScores:
         row = self.names.find(name)
         if row is None:
             raise UserError(f"{self.path} lists no image {name}: {self.hint}")
@@ -144,7 +146,7 @@ class CocoProposals(FileProposals):
         return self.boxes[rows], None if self.scores is None else self.scores[rows]
 
 
-class ArchiveProposals(FileProposals):
+class NpzProposals(FileProposals):
     """An .npz file with an array for each image, named by its relative path: [N, 4], or [N, 5] with scores."""
 
     def __init__(self, path: str) -> None:
@@ -158,26 +160,26 @@ class ArchiveProposals(FileProposals):
     def _open(self) -> Any:
         """Opened in each process, since a file's position is shared after a fork."""
         if self._archive is None or self._archive[0] != os.getpid():
-            with _one_line_where_damaged(f"{self.path} is no .npz file of NumPy"):
+            with _damaged_file_as_user_error(f"{self.path} is no .npz file of NumPy"):
                 archive = np.load(self.path, allow_pickle=False)
                 if not isinstance(archive, np.lib.npyio.NpzFile):
                     raise ValueError("a single array")
                 self._archive = (os.getpid(), archive)
         return self._archive[1]
 
-    def knows(self, name: str) -> bool:
+    def has_image(self, name: str) -> bool:
         return name in self._names
 
-    def read(self, name: str) -> Found:
-        if not self.knows(name):
+    def read(self, name: str) -> BoxesAndScores:
+        if not self.has_image(name):
             raise UserError(f"{self.path} has no array {name}: {self.hint}")
         where = f"{self.path}, array {name}"
-        with _one_line_where_damaged(f"{where} can't be read"):
+        with _damaged_file_as_user_error(f"{where} can't be read"):
             content = self._open()[name]
         return _boxes_and_scores(content, where)
 
 
-class FolderProposals(FileProposals):
+class NpyFolderProposals(FileProposals):
     """The published caches: for the image `sub/name.jpg` the file `sub/name.npy`, or `name.npy` where no such folder is
     there.
 
@@ -193,7 +195,7 @@ class FolderProposals(FileProposals):
             (path for path in (self.path / stem, self.path / stem.name) if path.is_file()), None
         )
 
-    def knows(self, name: str) -> bool:
+    def has_image(self, name: str) -> bool:
         return self._find(name) is not None
 
     def check(self, images: "ImageFiles") -> None:
@@ -206,11 +208,11 @@ class FolderProposals(FileProposals):
                     f"{self._find(name)} would be used for {other} and for {name}: {self.hint}"
                 )
 
-    def read(self, name: str) -> Found:
+    def read(self, name: str) -> BoxesAndScores:
         path = self._find(name)
         if path is None:
             raise UserError(f"{self.path} has no file for {name}: {self.hint}")
-        with _one_line_where_damaged(f"{path} can't be read"):
+        with _damaged_file_as_user_error(f"{path} can't be read"):
             content = read_npy(path)
         return _boxes_and_scores(content, str(path))
 
@@ -241,13 +243,13 @@ class _ArrayUnpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(file.read()), encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ARRAY_PARTS:
+        if (module, name) not in _ALLOWED_GLOBALS:
             raise pickle.UnpicklingError(f"it holds a {module}.{name}, and only arrays are read")
         return super().find_class(module, name)
 
 
 @contextmanager
-def _one_line_where_damaged(message: str) -> Iterator[None]:
+def _damaged_file_as_user_error(message: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, UserError):
@@ -257,7 +259,7 @@ def _one_line_where_damaged(message: str) -> Iterator[None]:
         raise UserError(f"{message} ({reason}): is the file complete?") from error
 
 
-def _boxes_and_scores(content: Any, where: str) -> Found:
+def _boxes_and_scores(content: Any, where: str) -> BoxesAndScores:
     scores = None
     if isinstance(content, dict):
         content, scores = content.get("box"), content.get("score")
@@ -294,14 +296,14 @@ def _read_json(path: str) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): is the file complete?") from error
 
 
-def _part(content: Any, key: str, path: str) -> list[dict]:
+def _get_list(content: Any, key: str, path: str) -> list[dict]:
     part = content.get(key) if isinstance(content, dict) else None
     if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
         raise UserError(f"{path} has no list {key!r} of objects: it is no COCO file")
     return part
 
 
-def build_from_file(settings: Settings) -> BoxSearch:
+def build_from_file(settings: Settings) -> CacheableProposals:
     """Of `settings.proposals`, file:PATH.
 
     Raises:
@@ -309,14 +311,16 @@ def build_from_file(settings: Settings) -> BoxSearch:
     """
     path = settings.proposals.partition(":")[2]
     if not path or not os.path.exists(path.partition(",")[0]):
-        raise UserError(f"--proposals {settings.proposals}: no such file: give {FORMS}")
-    if is_store(path) or os.path.isdir(os.path.join(path, "chunks")):
-        return StoredProposals(ProposalStore(path))
+        raise UserError(f"--proposals {settings.proposals}: no such file: give {SUPPORTED_FORMATS}")
+    if is_proposal_cache(path) or os.path.isdir(os.path.join(path, "chunks")):
+        return CachedProposals(ProposalCache(path))
     if os.path.isdir(path):
-        return FolderProposals(path)
+        return NpyFolderProposals(path)
     suffix = Path(path.partition(",")[0]).suffix.lower()
     if suffix == ".json":
         return CocoProposals(path)
     if suffix == ".npz":
-        return ArchiveProposals(path)
-    raise UserError(f"--proposals {settings.proposals}: {suffix or 'it'} is not read: give {FORMS}")
+        return NpzProposals(path)
+    raise UserError(
+        f"--proposals {settings.proposals}: {suffix or 'it'} is not read: give {SUPPORTED_FORMATS}"
+    )

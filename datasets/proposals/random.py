@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from datasets.sample import BadImageError
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 from util.settings.registry import PRETEXTS
 
-MIN_SIDE = 8
+MIN_BOX_SIDE = 8
 
 
 class RandomProposals:
@@ -17,25 +17,28 @@ class RandomProposals:
     def __init__(self, num_boxes: int) -> None:
         self.num_boxes = num_boxes
 
-    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
+    def __call__(self, image: Tensor, rng: SampleRNG, name: str = "") -> Tensor:
         """Image [3, H, W] -> float32 [num_boxes, 4], (x0, y0, x1, y1) in whole pixels.
 
         Raises:
             BadImageError: a side is below 16 pixels.
         """
         height, width = image.shape[-2:]
-        if min(height, width) < 2 * MIN_SIDE:
+        if min(height, width) < 2 * MIN_BOX_SIDE:
             raise BadImageError(
-                f"{width} x {height} pixels: random boxes need {2 * MIN_SIDE} on each side"
+                f"{width} x {height} pixels: random boxes need {2 * MIN_BOX_SIDE} on each side"
             )
         return torch.tensor(
             [self._draw(rng, width, height) for _ in range(self.num_boxes)], dtype=torch.float32
         )
 
     @staticmethod
-    def _draw(rng: SampleRandom, width: int, height: int) -> tuple[int, int, int, int]:
+    def _draw(rng: SampleRNG, width: int, height: int) -> tuple[int, int, int, int]:
         draw = rng.numpy.randint
-        w, h = draw(MIN_SIDE, width - MIN_SIDE + 1), draw(MIN_SIDE, height - MIN_SIDE + 1)
+        w, h = (
+            draw(MIN_BOX_SIDE, width - MIN_BOX_SIDE + 1),
+            draw(MIN_BOX_SIDE, height - MIN_BOX_SIDE + 1),
+        )
         x, y = draw(0, width - w), draw(0, height - h)
         return x, y, x + w, y + h
 

@@ -9,24 +9,24 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from datasets.proposals.search import (
-    BoxSearch,
-    Found,
-    bad_image_where_opencv_fails,
-    opencv,
+from datasets.proposals.base import (
+    BoxesAndScores,
+    CacheableProposals,
+    import_opencv,
+    opencv_errors_as_bad_image,
     to_pixels,
 )
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import Settings
 
 PUBLISHED_SIDE = 128
 
 
-class SelectiveSearch(BoxSearch):
+class SelectiveSearch(CacheableProposals):
     """OpenCV's fast mode on the image resized to `side` x `side` pixels whatever its shape (0: on the image as it is).
 
     As in DETReg's code the channels are red, green, blue, where OpenCV expects blue first. OpenCV returns a fixed set
-    of boxes in an order of C's `rand`, which no seed of Python controls; here they are sorted, and `BoxSearch` draws
+    of boxes in an order of C's `rand`, which no seed of Python controls; here they are sorted, and `CacheableProposals` draws
     their order.
     """
 
@@ -34,25 +34,25 @@ class SelectiveSearch(BoxSearch):
         self.grid = side
         self.settings = {"mode": "fast", "resize": side}
 
-    def search(self, image: np.ndarray, name: str = "") -> Found:
-        """See `BoxSearch`: uint16 boxes in steps of 1 / `side`, or in pixels; no scores."""
+    def propose(self, image: np.ndarray, name: str = "") -> BoxesAndScores:
+        """See `CacheableProposals`: uint16 boxes in steps of 1 / `side`, or in pixels; no scores."""
         return np.unique(self._process(image), axis=0), None
 
     def _process(self, image: np.ndarray) -> np.ndarray:
         """uint16 (x0, y0, x1, y1) [N, 4] in the order of OpenCV."""
-        cv2 = opencv()
+        cv2 = import_opencv()
         if self.grid:
             image = np.asarray(
                 Image.fromarray(image).resize((self.grid, self.grid), Image.Resampling.BILINEAR)
             )
         method = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-        with bad_image_where_opencv_fails():
+        with opencv_errors_as_bad_image():
             method.setBaseImage(np.ascontiguousarray(image))
             method.switchToSelectiveSearchFast()
-            return corners_of(method.process())
+            return xywh_to_xyxy(method.process())
 
 
-class PublishedOrder(SelectiveSearch):
+class PublishedSelectiveSearch(SelectiveSearch):
     """`--reproduce_published`: the order of OpenCV, a random number times the depth of each region, so that small ones
     tend to come first.
 
@@ -64,7 +64,7 @@ class PublishedOrder(SelectiveSearch):
         super().__init__(side)
         self.settings = {**self.settings, "order": "OpenCV's"}
 
-    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
+    def __call__(self, image: Tensor, rng: SampleRNG, name: str = "") -> Tensor:
         if os.name == "posix":
             ctypes.CDLL(None).srand(int(rng.numpy.randint(2**31)))
         return to_pixels(
@@ -72,7 +72,7 @@ class PublishedOrder(SelectiveSearch):
         )
 
 
-def corners_of(boxes_xywh: np.ndarray) -> np.ndarray:
+def xywh_to_xyxy(boxes_xywh: np.ndarray) -> np.ndarray:
     """Whole numbers (x, y, width, height) -> uint16 (x0, y0, x1, y1) [N, 4]; boxes without area are left out."""
     boxes = np.asarray(boxes_xywh, dtype=np.int64).reshape(-1, 4)
     boxes = boxes[(boxes[:, 2:] > 0).all(1)]
@@ -86,6 +86,6 @@ def build_selective_search(settings: Settings) -> SelectiveSearch:
         UserError: no OpenCV, unless a store takes its place.
     """
     if not settings.cache_path:
-        opencv()
-    kind = PublishedOrder if settings.reproduce_published else SelectiveSearch
+        import_opencv()
+    kind = PublishedSelectiveSearch if settings.reproduce_published else SelectiveSearch
     return kind(settings.ss_resize)

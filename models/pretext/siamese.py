@@ -22,7 +22,7 @@ from util.nested_tensor import as_nested_tensor
 from util.packed_targets import Targets
 from util.settings import Settings
 
-ROI_SIDE = 7  # cells of a map's grid that a region is read with
+ROI_SIZE = 7  # cells of a map's grid that a region is read with
 
 
 class Siamese(QueryPatchPretext):
@@ -121,8 +121,8 @@ class Siamese(QueryPatchPretext):
         if self.teacher is not None:
             self.teacher.train(self.training)
         sizes = torch.stack([target["size"] for target in targets])
-        features = self.region_features(memory, self.disturb(boxes, sizes))
-        states = self.detector.decode(memory, self.region_queries(partner(features)))
+        features = self.region_features(memory, self.disturb_boxes(boxes, sizes))
+        states = self.detector.decode(memory, self.region_queries(swap_views(features)))
         outputs = self.detector.predict(states)
         if "features" in self.losses:
             self.predict_features(outputs, states.layers, self.crop_features(targets))
@@ -144,7 +144,7 @@ class Siamese(QueryPatchPretext):
 
     def after_step(self, progress: float) -> None:
         if self.teacher is not None:
-            self.teacher.follow(self, progress)
+            self.teacher.update(self, progress)
 
     def _stack_boxes(self, targets: Targets) -> Tensor:
         counts = sorted({len(target["boxes"]) for target in targets})
@@ -155,19 +155,19 @@ class Siamese(QueryPatchPretext):
             )
         return torch.stack([target["boxes"] for target in targets])
 
-    def disturb(self, boxes_cxcywh: Tensor, sizes: Tensor) -> Tensor:
+    def disturb_boxes(self, boxes_cxcywh: Tensor, sizes: Tensor) -> Tensor:
         """Boxes [2B, M, 4] of views with `sizes` (h, w) [2B, 2] -> boxes_xyxy_abs [2B, M, 4], each corner moved, inside
         the view.
         """
         sides = sizes.flip(-1).repeat(1, 2)[:, None].to(boxes_cxcywh.dtype)
         corners = box_cxcywh_to_xyxy(boxes_cxcywh) * sides
         return (
-            jitter_boxes(corners, self.normals(corners), self.box_disturbance)
+            jitter_boxes(corners, self.sample_noise(corners), self.box_disturbance)
             .clamp(min=0)
             .minimum(sides)
         )
 
-    def normals(self, boxes: Tensor) -> Tensor:
+    def sample_noise(self, boxes: Tensor) -> Tensor:
         """What decides how far each coordinate moves."""
         return torch.randn_like(boxes)
 
@@ -179,7 +179,7 @@ class Siamese(QueryPatchPretext):
             boxes = list(boxes_xyxy_abs.to(maps.dtype))
             with without_autocast(maps):
                 parts.append(
-                    roi_align(maps, boxes, ROI_SIDE, spatial_scale=1 / stride).mean((2, 3))
+                    roi_align(maps, boxes, ROI_SIZE, spatial_scale=1 / stride).mean((2, 3))
                 )
         return torch.cat(parts, 1).unflatten(0, boxes_xyxy_abs.shape[:2])
 
@@ -206,7 +206,7 @@ class Siamese(QueryPatchPretext):
             if self.teacher is None or backbone.frozen
             else self.teacher.network.detector.backbone[0]
         )
-        return pooled_features(encoder, partner(crops).flatten(0, 1))
+        return pooled_features(encoder, swap_views(crops).flatten(0, 1))
 
     def pooled_memory(self, memory: Memory) -> Tensor:
         """The mean of the memory's tokens, [2B, levels * D]: of each map that the backbone gave, joined."""
@@ -255,7 +255,7 @@ class GlobalHead(nn.Module):
         return torch.cat([self.projector.mlp(view) for view in pooled.chunk(2)])
 
 
-def partner(views: Tensor) -> Tensor:
+def swap_views(views: Tensor) -> Tensor:
     """What belongs to 2B views -> what belongs to the other view of each."""
     return views.roll(len(views) // 2, 0)
 

@@ -13,7 +13,14 @@ import torch
 import models
 from models import build_model
 from tests.documents import CONFIGS, SCRIPTS, config_words, parse
-from tests.tiny import logged, write_airbus, write_coco, write_images, write_shots, write_voc
+from tests.tiny import (
+    captured_log,
+    write_airbus,
+    write_coco,
+    write_few_shot_files,
+    write_images,
+    write_voc,
+)
 from util.settings import resolve
 
 CONDITIONAL_100 = 43_418_401 - 200 * 256
@@ -99,7 +106,7 @@ def small_words(words: list[str], *flags: object) -> list[str]:
 
 def start(words: list[str]) -> list[str]:
     """Runs a command in this process; returns the lines of its log."""
-    with logged() as lines:
+    with captured_log() as lines:
         SCRIPTS[words[0]].main(SCRIPTS[words[0]].parse(words[1:]))
     return lines
 
@@ -204,7 +211,7 @@ def test_config_runs_three_steps(
     )  # a share of four images is too few
     data += ["--novel_classes", "red"] if "--few_shot" in words and "voc" not in words else []
     data += (
-        ["--few_shot_file", write_shots(coco, tmp_path / "shots")]
+        ["--few_shot_file", write_few_shot_files(coco, tmp_path / "shots")]
         if "--few_shot_file" in words
         else []
     )
@@ -216,7 +223,7 @@ def test_config_runs_three_steps(
     lines = start(
         small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run")
     )
-    assert sum(line.startswith("step on") for line in lines) == 2
+    assert sum(line.startswith("dry run: step ") for line in lines) == 2
     assert any("nothing was saved" in line for line in lines)
     if start_from and source_config(words)[0] == "main.py":
         assert any("patch2query" in line or "feature_embed" in line for line in lines)

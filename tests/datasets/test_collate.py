@@ -51,7 +51,7 @@ def test_packing_and_unpacking() -> None:
     targets[1]["problems"] = [("a.png", "broken")]
     packed = PackedTargets.pack(targets)
     assert set(packed.tensors) == {"boxes", "labels", "size"}
-    assert packed.rows["boxes"] == [2, 0, 3]
+    assert packed.counts["boxes"] == [2, 0, 3]
     assert packed.problems == [("a.png", "broken")]
     assert len(packed) == 3
     for original, unpacked in zip(targets, packed.to("cpu").unpack(), strict=True):
@@ -79,7 +79,7 @@ def test_objects_are_packed_once() -> None:
     ]
     packed = pack_objects(targets)
     assert set(packed.tensors) == {"boxes", "labels", "image_id"}
-    assert packed.rows["labels"] == [2, 0, 3]
+    assert packed.counts["labels"] == [2, 0, 3]
     assert packed.tensors["image_id"].tolist() == [2, 0, 3]
     assert pack_objects(packed) is packed
     assert "image_id" not in pack_objects([targets[0], sample(8, 8, 1)[1]]).tensors

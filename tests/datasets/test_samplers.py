@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasets.samplers import EpochSampler
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 
 
 def batches(**settings) -> list[list[tuple[int, int]]]:
@@ -75,25 +75,25 @@ def test_wrong_settings() -> None:
         EpochSampler(10, 1, shuffle=False, rank=2, world_size=2)
 
 
-def numbers(rng: SampleRandom) -> tuple[float, float, float]:
+def numbers(rng: SampleRNG) -> tuple[float, float, float]:
     return rng.python.random(), float(rng.numpy.rand()), float(torch.rand(1, generator=rng.torch))
 
 
 def test_random_state_is_a_function_of_seed_epoch_and_index() -> None:
-    assert numbers(SampleRandom.of(1, 2, 3)) == numbers(SampleRandom.of(1, 2, 3))
+    assert numbers(SampleRNG.from_key(1, 2, 3)) == numbers(SampleRNG.from_key(1, 2, 3))
     keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (3, 2, 1), (-1, 2, 3)]
-    assert len({numbers(SampleRandom.of(*key)) for key in keys}) == len(keys)
+    assert len({numbers(SampleRNG.from_key(*key)) for key in keys}) == len(keys)
 
 
 def test_streams_are_independent_of_each_other() -> None:
-    one, other = SampleRandom(5), SampleRandom(5)
+    one, other = SampleRNG(5), SampleRNG(5)
     one.python.random()
     assert one.numpy.rand() == other.numpy.rand()
     assert torch.equal(torch.rand(2, generator=one.torch), torch.rand(2, generator=other.torch))
 
 
 def test_fixed_streams_are_those_of_the_libraries() -> None:
-    rng = SampleRandom.fixed(python=3, numpy=4, torch=5)
+    rng = SampleRNG.from_seeds(python=3, numpy=4, torch=5)
     assert rng.numpy.randint(1000) == np.random.RandomState(4).randint(1000)
     state = torch.get_rng_state()
     torch.manual_seed(5)

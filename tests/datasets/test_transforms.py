@@ -17,11 +17,11 @@ from datasets.transforms import (
     RandomSizeCrop,
     crop,
     detection_transforms,
-    pretext_transforms,
+    query_patch_transforms,
     resize,
     resized_size,
 )
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 
 
 def picture(height: int = 60, width: int = 90) -> Image.Image:
@@ -55,8 +55,8 @@ def grey_levels_apart(tensor: Tensor, image: Image.Image) -> float:
 def test_tensor_path_equals_pillow_path(seed: int) -> None:
     transforms = detection_transforms("train", image_size=100)
     image = picture()
-    fast, fast_target = transforms(to_tensor(image), target(), SampleRandom(seed))
-    plain, plain_target = transforms(image, target(), SampleRandom(seed))
+    fast, fast_target = transforms(to_tensor(image), target(), SampleRNG(seed))
+    plain, plain_target = transforms(image, target(), SampleRNG(seed))
     assert fast.dtype == torch.uint8
     assert fast.shape == plain.shape
     assert float((fast.float() - plain.float()).abs().mean()) < 1
@@ -68,8 +68,8 @@ def test_tensor_path_equals_pillow_path(seed: int) -> None:
 def test_patch_augmentation_of_tensors_is_close_to_pillow(seed: int) -> None:
     augmentation = PatchAugmentation(32, augment=True)
     image = picture()
-    fast, _ = augmentation(to_tensor(image), {}, SampleRandom(seed))
-    plain, _ = augmentation(image, {}, SampleRandom(seed))
+    fast, _ = augmentation(to_tensor(image), {}, SampleRNG(seed))
+    plain, _ = augmentation(image, {}, SampleRNG(seed))
     assert fast.shape == (3, 32, 32)
     assert grey_levels_apart(fast, plain) < 2
 
@@ -88,8 +88,7 @@ def test_hue_is_torchvisions_to_the_last_bit(factor: float) -> None:
 
 def test_patch_augmentation_has_the_published_probabilities() -> None:
     draws = [
-        PatchAugmentation(32, augment=True).draw(SampleRandom(seed), (50, 50))
-        for seed in range(600)
+        PatchAugmentation(32, augment=True).draw(SampleRNG(seed), (50, 50)) for seed in range(600)
     ]
     shares = [
         np.mean([bool(jitter) for jitter, _, _ in draws]),
@@ -114,14 +113,14 @@ def test_patch_augmentation_has_the_published_probabilities() -> None:
 def test_drawing_knows_the_size_that_applying_gives() -> None:
     for seed in range(20):
         transforms = detection_transforms("train", image_size=120)
-        parameters = transforms.draw(SampleRandom(seed), (60, 90))
+        parameters = transforms.draw(SampleRNG(seed), (60, 90))
         image, _ = transforms.apply(to_tensor(picture()), target(), parameters)
         assert tuple(image.shape[1:]) == transforms.output_size((60, 90), parameters)
 
 
 def test_same_parameters_give_the_same_sample() -> None:
     transforms = detection_transforms("train", image_size=120)
-    parameters = transforms.draw(SampleRandom(1), (60, 90))
+    parameters = transforms.draw(SampleRNG(1), (60, 90))
     first, _ = transforms.apply(to_tensor(picture()), target(), parameters)
     second, _ = transforms.apply(to_tensor(picture()), target(), parameters)
     assert torch.equal(first, second)
@@ -131,7 +130,7 @@ def test_inputs_are_left_unchanged() -> None:
     image, before = to_tensor(picture()), target()
     pixels, boxes = image.clone(), before["boxes"].clone()
     for seed in range(6):
-        detection_transforms("train", image_size=80)(image, before, SampleRandom(seed))
+        detection_transforms("train", image_size=80)(image, before, SampleRNG(seed))
     assert torch.equal(image, pixels)
     assert torch.equal(before["boxes"], boxes)
 
@@ -145,12 +144,15 @@ def test_published_sizes() -> None:
     assert (before.sizes, before.max_size) == ([400, 500, 600], None)
     assert (cut.min_size, cut.max_size) == (384, 600)
     assert (after.sizes, after.max_size) == (whole.sizes, 1333)
-    pretext = pretext_transforms("train").transforms[0]
+    pretext = query_patch_transforms("train").transforms[0]
     assert (pretext.sizes, pretext.max_size) == (
         [320, 336, 352, 368, 400, 416, 432, 448, 464, 480],
         600,
     )
-    held_out = [detection_transforms("val").transforms[0], pretext_transforms("val").transforms[0]]
+    held_out = [
+        detection_transforms("val").transforms[0],
+        query_patch_transforms("val").transforms[0],
+    ]
     assert [(step.sizes, step.max_size) for step in held_out] == [([800], 1333), ([480], 600)]
 
 
@@ -160,7 +162,7 @@ def test_sizes_scale_with_image_size() -> None:
     assert (min(whole.sizes), max(whole.sizes), whole.max_size) == (77, 128, 213)
     assert cropped.transforms[0].sizes == [64, 80, 96]
     assert (cropped.transforms[1].min_size, cropped.transforms[1].max_size) == (61, 96)
-    assert pretext_transforms("val", image_size=240).transforms[0].max_size == 300
+    assert query_patch_transforms("val", image_size=240).transforms[0].max_size == 300
     assert detection_transforms("val", image_size=128, max_size=150).transforms[0].max_size == 150
 
 
@@ -180,7 +182,7 @@ def test_resize_rule() -> None:
 
 
 def test_crop_smaller_than_its_minimum() -> None:
-    image, cut = RandomSizeCrop(100, 200)(to_tensor(picture(60, 90)), target(), SampleRandom(0))
+    image, cut = RandomSizeCrop(100, 200)(to_tensor(picture(60, 90)), target(), SampleRNG(0))
     assert image.shape == (3, 60, 90)
     assert cut["boxes"].shape == (2, 4)
 
@@ -200,5 +202,5 @@ def test_resize_scales_area_by_realised_ratios() -> None:
 
 def test_select_takes_both_branches() -> None:
     select = RandomSelect(Compose([RandomResize([10])]), Compose([RandomResize([20])]))
-    choices = [select.draw(SampleRandom(seed), (60, 90))[0] for seed in range(400)]
+    choices = [select.draw(SampleRNG(seed), (60, 90))[0] for seed in range(400)]
     assert 0.4 < np.mean(choices) < 0.6

@@ -149,9 +149,9 @@ def test_any_number_of_levels(levels: int) -> None:
     memory = model.encode(samples)
     assert memory.shapes == expected
     assert memory.tokens.shape == (2, sum(h * w for h, w in expected), 32)
-    assert memory.sizes.tolist() == [[w, h] for h, w in expected]
+    assert memory.sizes_wh.tolist() == [[w, h] for h, w in expected]
     losses = criterion(model(samples), targets)
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -163,7 +163,7 @@ def test_masks_and_shares_of_every_level() -> None:
     model, _ = build()
     memory = model.encode(make_batch([(128, 192), (64, 128)]))
     assert memory.shapes == [(16, 24), (8, 12), (4, 6), (2, 3)]
-    assert memory.valid_sizes[1].tolist() == [[16, 8], [8, 4], [4, 2], [2, 1]]
+    assert memory.valid_sizes_wh[1].tolist() == [[16, 8], [8, 4], [4, 2], [2, 1]]
     torch.testing.assert_close(
         memory.valid_ratios, torch.tensor([[[1.0, 1.0]] * 4, [[2 / 3, 0.5]] * 4])
     )
@@ -315,7 +315,7 @@ def test_two_stage_takes_the_best_proposals() -> None:
     )
     assert not states.references[0].requires_grad
     assert (proposals["pred_boxes"][memory.padding_mask] == 1).all()
-    valid = blocks.cell_proposals(memory)[1]
+    valid = blocks.initial_proposals(memory)[1]
     assert (proposals["pred_boxes"][valid] < 1).all()
     assert not valid[memory.padding_mask].any()
 
@@ -344,7 +344,7 @@ def test_small_images_have_fewer_proposals_than_queries() -> None:
     model, criterion = build("--two_stage", "--num_queries", "300")
     outputs = model(make_batch([(64, 64)] * 2))
     assert outputs["pred_boxes"].shape == (2, 64 + 16 + 4 + 1, 4)
-    assert torch.isfinite(criterion.total(criterion(outputs, make_targets([3, 1]))))
+    assert torch.isfinite(criterion.total_loss(criterion(outputs, make_targets([3, 1]))))
 
 
 def test_two_stage_has_no_learned_queries() -> None:
@@ -381,7 +381,7 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
     )
     for name in ("loss_ce", "loss_bbox", "loss_giou"):
         assert torch.equal(proposals[name], losses[f"{name}_enc"])
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert missing == []
 
@@ -394,7 +394,7 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
 def test_variants_train(flags: list[str]) -> None:
     model, criterion = build(*flags, "--dec_layers", "1")
     losses = criterion(model(make_batch([(64, 96), (96, 64)])), make_targets([0, 0]))
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
@@ -413,7 +413,7 @@ def test_backbone_of_timm() -> None:
     model, criterion = build("--backbone", "timm:tf_efficientnet_lite0")
     assert [projection[0].in_channels for projection in model.input_proj] == [40, 112, 320, 320]
     assert model.encode(make_batch([(64, 96)])).shapes == [(8, 12), (4, 6), (2, 3), (1, 2)]
-    criterion.total(criterion(model(make_batch()), make_targets([1, 2]))).backward()
+    criterion.total_loss(criterion(model(make_batch()), make_targets([1, 2]))).backward()
     assert all(p.grad is not None for p in model.input_proj.parameters())
 
 
@@ -441,7 +441,7 @@ def test_bfloat16(flags: list[str]) -> None:
         torch.testing.assert_close(
             outputs["pred_boxes"], model(make_batch())["pred_boxes"], rtol=0, atol=0.05
         )
-    criterion.total(criterion(outputs, make_targets([2, 1]))).backward()
+    criterion.total_loss(criterion(outputs, make_targets([2, 1]))).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.classification import Classification
-from models.criterion import SetCriterion, expand_weights
+from models.criterion import SetCriterion, expand_weight_dict
 from models.matcher import HungarianMatcher, NonFinitePrediction
 from tests.tiny import make_targets
 from util.box_ops import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, paired_giou
@@ -110,9 +110,9 @@ def plain_match(
     how: Classification, logits: Tensor, boxes: Tensor, target: dict
 ) -> list[tuple[int, int]]:
     """(query, target) pairs of one layer and image from the full matrix of costs."""
-    labels, true_boxes = target["labels"].tolist(), target["boxes"].tolist()
+    labels, target_boxes = target["labels"].tolist(), target["boxes"].tolist()
     cost = [
-        [plain_cost(how, q, b, k, t) for k, t in zip(labels, true_boxes, strict=True)]
+        [plain_cost(how, q, b, k, t) for k, t in zip(labels, target_boxes, strict=True)]
         for q, b in zip(logits.tolist(), boxes.tolist(), strict=True)
     ]
     rows, columns = linear_sum_assignment(np.asarray(cost).reshape(len(logits), len(labels)))
@@ -202,7 +202,7 @@ def test_matches_equal_the_plain_ones(kind: str, seed: int) -> None:
 def test_costs_equal_the_plain_ones(kind: str) -> None:
     logits, boxes = predictions(kind, 2, 3, 5)
     targets, how = double(make_targets([3, 1, 4], NUM_CLASSES)), classes(kind)
-    cost = HungarianMatcher(how).cost(logits.detach(), boxes.detach(), targets)
+    cost = HungarianMatcher(how).cost_matrix(logits.detach(), boxes.detach(), targets)
     assert cost.shape == (2, 3, 5, 4)
     for layer, i, q in np.ndindex(2, 3, 5):
         for t, (label, box) in enumerate(
@@ -233,7 +233,7 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
     counts, queries = [4, 2, 0], 7
     logits, boxes = predictions(kind, 2, 3, queries, seed=5)
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=5)), classes(kind)
-    criterion = SetCriterion(how, expand_weights(WEIGHTS, 1))
+    criterion = SetCriterion(how, expand_weight_dict(WEIGHTS, 1))
     query_order, target_orders = (
         torch.randperm(queries),
         [torch.randperm(count) for count in counts],
@@ -406,11 +406,11 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
     outputs = with_features(as_outputs(logits, boxes), sum(counts))
     criterion = SetCriterion(
         classes(kind),
-        expand_weights(WEIGHTS, layers - 1),
+        expand_weight_dict(WEIGHTS, layers - 1),
         losses=("labels", "boxes", "cardinality", "features"),
     )
     together = criterion(outputs, targets)
-    gradients = torch.autograd.grad(criterion.total(together), [logits, boxes])
+    gradients = torch.autograd.grad(criterion.total_loss(together), [logits, boxes])
     total = 0.0
     for i, layer in enumerate([*outputs["aux_outputs"], outputs]):
         single = {**layer, "target_features": outputs["target_features"]}
@@ -421,7 +421,7 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
             if name != "class_error" or not suffix:
                 torch.testing.assert_close(together[name + suffix], value, rtol=1e-12, atol=1e-12)
         total = total + sum(alone[name] * weight for name, weight in WEIGHTS.items())
-    torch.testing.assert_close(criterion.total(together), total)
+    torch.testing.assert_close(criterion.total_loss(together), total)
     for a, b in zip(gradients, torch.autograd.grad(total, [logits, boxes]), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -432,7 +432,7 @@ def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
     logits, boxes = predictions(kind, 3, 2, 5)
     criterion = SetCriterion(
         classes(kind),
-        expand_weights(WEIGHTS, 2),
+        expand_weight_dict(WEIGHTS, 2),
         losses=("labels", "boxes", "cardinality", "features"),
     )
     with_targets = criterion(
@@ -454,7 +454,7 @@ def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
         boxes,
         *(layer["pred_features"] for layer in (*outputs["aux_outputs"], outputs)),
     ]
-    gradients = torch.autograd.grad(criterion.total(none), leaves)
+    gradients = torch.autograd.grad(criterion.total_loss(none), leaves)
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
     assert gradients[0].abs().sum() > 0
     assert all(gradient.abs().sum() == 0 for gradient in gradients[1:])
@@ -467,7 +467,7 @@ def test_packed_targets_give_the_losses_of_a_list(kind: str) -> None:
     targets = double(make_targets([4, 2, 0], NUM_CLASSES, seed=4))
     packed = PackedTargets.pack(targets)
     outputs = {**as_outputs(logits, boxes), "enc_outputs": as_outputs(logits[:1], boxes[:1])}
-    criterion = SetCriterion(classes(kind), expand_weights(WEIGHTS, 1, proposals=True))
+    criterion = SetCriterion(classes(kind), expand_weight_dict(WEIGHTS, 1, proposals=True))
     listed, fast = criterion(outputs, targets), criterion(outputs, packed)
     assert "loss_ce_enc" in fast
     assert "class_error_enc" not in fast
@@ -488,7 +488,7 @@ def test_packed_targets_give_the_losses_of_a_list(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_targets_than_queries(kind: str) -> None:
     logits, boxes = predictions(kind, 2, 2, 3)
-    criterion = SetCriterion(classes(kind), expand_weights(WEIGHTS, 1))
+    criterion = SetCriterion(classes(kind), expand_weight_dict(WEIGHTS, 1))
     losses = criterion(as_outputs(logits, boxes), double(make_targets([8, 1], NUM_CLASSES)))
     assert [len(pair[0]) for pair in losses.matches.pairs[0]] == [3, 1]
     assert losses.num_pairs == 4
@@ -496,7 +496,7 @@ def test_more_targets_than_queries(kind: str) -> None:
 
 
 def test_weights_of_the_total() -> None:
-    assert expand_weights({"a": 1.0, "b": 2.0}, 2) == {
+    assert expand_weight_dict({"a": 1.0, "b": 2.0}, 2) == {
         "a": 1.0,
         "b": 2.0,
         "a_0": 1.0,
@@ -504,7 +504,7 @@ def test_weights_of_the_total() -> None:
         "a_1": 1.0,
         "b_1": 2.0,
     }
-    assert expand_weights({"a": 1.0}, 0) == {"a": 1.0}
+    assert expand_weight_dict({"a": 1.0}, 0) == {"a": 1.0}
     criterion = SetCriterion(
         classes("softmax"), {"loss_ce": 2.0, "loss_bbox": 10.0, "loss_missing": 7.0}
     )
@@ -513,7 +513,7 @@ def test_weights_of_the_total() -> None:
         "loss_bbox": torch.tensor(0.5),
         "class_error": torch.tensor(50.0),
     }
-    assert float(criterion.total(losses)) == 11.0
+    assert float(criterion.total_loss(losses)) == 11.0
 
 
 def test_criterion_has_nothing_to_save() -> None:

@@ -401,7 +401,7 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
         assert layer["pred_boxes"].dtype == layer["pred_logits"].dtype == torch.float32
     losses = criterion(outputs, make_targets([2, 1]))
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     assert all(
         torch.isfinite(p.grad).all() and p.grad.dtype == torch.float32
         for p in model.parameters()
@@ -445,7 +445,7 @@ def test_stem_and_first_stage_never_train(detector: str) -> None:
     model, criterion, _ = build_model(
         tiny_args(FINETUNE, "--detector", detector, "--backbone_norm", "frozen", "--dropout", "0")
     )
-    criterion.total(criterion(model(make_batch()), make_targets([2, 1]))).backward()
+    criterion.total_loss(criterion(model(make_batch()), make_targets([2, 1]))).backward()
     for name, parameter in model.named_parameters():
         early = name.startswith("backbone.") and not any(
             stage in name for stage in ("layer2", "layer3", "layer4")

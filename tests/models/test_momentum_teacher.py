@@ -30,7 +30,7 @@ from util.settings.registry import DETECTORS
 TRAINED = ("--lr_backbone", "1e-5")  # a backbone that trains, as far as its norms are frozen
 
 
-def moved(model: torch.nn.Module) -> None:
+def perturb_parameters(model: torch.nn.Module) -> None:
     """What a step of the optimizer might do."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -61,7 +61,7 @@ def test_before_any_step_it_gives_the_targets_of_the_network_itself(
         )
         outputs = model.train()(batch, targets)
         losses = criterion.train()(outputs, targets)
-        criterion.total(losses).backward()
+        criterion.total_loss(losses).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append(
             (
@@ -89,7 +89,7 @@ def test_equation_1() -> None:
     model, _ = build("--teacher_momentum", "0.8", *TRAINED)
     start = own_weights(model)
     before = {name: p.clone() for name, p in model.teacher.network.named_parameters()}
-    moved(model)
+    perturb_parameters(model)
     for share, momentum in ((0.0, 0.8), (0.5, 0.9), (1.0, 1.0)):
         model.teacher.network.load_state_dict(start)
         model.after_step(share)
@@ -107,7 +107,7 @@ def test_momentum_of_0_and_1(share: float) -> None:
     still, _ = build("--teacher_momentum", "1")
     start = own_weights(still)
     for model in (quick, still):
-        moved(model)
+        perturb_parameters(model)
         model.after_step(share)
     assert_same(dict(still.teacher.network.state_dict()), start)
     if share == 0:
@@ -168,11 +168,11 @@ def test_it_moves_with_the_model() -> None:
     [
         (
             ("--pretext", "random_query_patch", "--proposals", "random"),
-            "--teacher_momentum means nothing to --pretext random_query_patch",
+            "--teacher_momentum has no effect with --pretext random_query_patch",
         ),
         (
             ("--pretext", "region_prior", "--num_patches", "10"),
-            "--teacher_momentum means nothing to --pretext region_prior",
+            "--teacher_momentum has no effect with --pretext region_prior",
         ),
         (("--teacher_momentum", "1.5"), r"--teacher_momentum 1.5 must lie in \[0, 1\]"),
         (("--global_loss_coef", "0"), "--teacher_momentum 0.9 has no target to give"),
@@ -207,10 +207,10 @@ def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(
         "--teacher_momentum",
         "0.5",
     ]
-    shares, follow = [], MomentumTeacher.follow
+    shares, follow = [], MomentumTeacher.update
     monkeypatch.setattr(
         MomentumTeacher,
-        "follow",
+        "update",
         lambda self, student, share: (shares.append(share), follow(self, student, share)),
     )
     pre_train(*flags, "--output_dir", tmp_path / "whole")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from models import ms_deform_attn as module
-from models.ms_deform_attn import IMPLEMENTATIONS, choose, ms_deform_attn
+from models.ms_deform_attn import IMPLEMENTATIONS, ms_deform_attn, select_implementation
 from tests import deform_cases
 from tests.deform_cases import CASES, make_inputs
 from util.errors import UserError
@@ -107,11 +107,11 @@ def test_pytorch_path_compiles_and_exports() -> None:
 
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `choose` asks of the machine answers as on a Hopper GPU with all that Triton needs."""
+    """What `select_implementation` asks of the machine answers as on a Hopper GPU with all that Triton needs."""
     for name, answer in (
         ("HAS_TRITON", True),
         ("HAS_COMPILER", True),
-        ("INTERPRETED", False),
+        ("TRITON_INTERPRETED", False),
         ("_capability", lambda _: (9, 0)),
     ):
         monkeypatch.setattr(module, name, answer)
@@ -121,11 +121,19 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_gpu")
 def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert choose("auto", GPU, dtype) == choose("triton", GPU, dtype) == "triton"
-        assert choose("auto", CPU, dtype) == choose("pytorch", GPU, dtype) == "pytorch"
-    assert choose("auto", GPU, torch.float64) == "pytorch"
+        assert (
+            select_implementation("auto", GPU, dtype)
+            == select_implementation("triton", GPU, dtype)
+            == "triton"
+        )
+        assert (
+            select_implementation("auto", CPU, dtype)
+            == select_implementation("pytorch", GPU, dtype)
+            == "pytorch"
+        )
+    assert select_implementation("auto", GPU, torch.float64) == "pytorch"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert choose("auto", GPU, torch.float32) == "pytorch"
+    assert select_implementation("auto", GPU, torch.float32) == "pytorch"
 
 
 @pytest.mark.usefixtures("_gpu")
@@ -141,9 +149,9 @@ def test_what_keeps_triton_from_running(
     name: str, answer: object, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, name, answer)
-    assert choose("auto", GPU, torch.float32) == "pytorch"
+    assert select_implementation("auto", GPU, torch.float32) == "pytorch"
     with pytest.raises(UserError, match=text):
-        choose("triton", GPU, torch.float32)
+        select_implementation("triton", GPU, torch.float32)
 
 
 @pytest.mark.usefixtures("_gpu")
@@ -158,7 +166,7 @@ def test_errors_are_one_line() -> None:
         assert str(error.value).startswith(f"--ms_deform_attn {implementation}: ")
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="not float64"):
-        choose("triton", GPU, torch.float64)
+        select_implementation("triton", GPU, torch.float64)
 
 
 def test_tensors_that_do_not_belong_together_are_refused() -> None:
@@ -201,9 +209,9 @@ def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models.ms_deform_attn_triton import ELEMENTS, WARPS
+    from models.ms_deform_attn_triton import NUM_WARPS, TILE_ELEMENTS
 
-    constants = {"H": 8, "D": 32, "L": 4, "P": 4, "BLOCK_Q": ELEMENTS // 32, "BLOCK_D": 32}
+    constants = {"H": 8, "D": 32, "L": 4, "P": 4, "BLOCK_Q": TILE_ELEMENTS // 32, "BLOCK_D": 32}
     types = {"S": "i32", "Q": "i32", "shapes": ("fp32",) * 8} | dict.fromkeys(
         ("value", "output", "grad_output"), f"*{value_type}"
     )
@@ -220,7 +228,7 @@ def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
     source = ASTSource(
         kernel, signature, {positions[name]: number for name, number in constants.items()}, aligned
     )
-    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": NUM_WARPS, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 

@@ -48,12 +48,17 @@ def test_deformable_attention_on_the_cpu(tmp_path: Path) -> None:
 
 def test_shapes_are_those_of_training() -> None:
     args = benchmark.parse(["ms_deform_attn"])
-    assert benchmark.map_shapes(args.image_size) == [(100, 134), (50, 67), (25, 34), (13, 17)]
+    assert benchmark.feature_map_shapes(args.image_size) == [
+        (100, 134),
+        (50, 67),
+        (25, 34),
+        (13, 17),
+    ]
 
 
 def test_points_of_the_encoder_lie_around_their_pixel() -> None:
     shapes = [(8, 11), (4, 6)]
-    value, locations, weights, grad_output = benchmark.deform_inputs(
+    value, locations, weights, grad_output = benchmark.attention_inputs(
         "encoder", shapes, 2, torch.bfloat16, CPU
     )
     assert value.shape == (2, 112, 8, 32)
@@ -116,10 +121,10 @@ def test_a_public_implementation_is_called_with_its_own_arguments(
         )
     monkeypatch.setitem(benchmark.sys.modules, module, stand_in)
     shapes = [(6, 8), (3, 4)]
-    comparison = benchmark.compare_one(
-        "case", shapes, benchmark.deform_inputs("decoder", shapes, 1, torch.float32, CPU)
+    comparison = benchmark.compare_attention(
+        "case", shapes, benchmark.attention_inputs("decoder", shapes, 1, torch.float32, CPU)
     )
-    assert peer in comparison.contenders, comparison.left_out
+    assert peer in comparison.contenders, comparison.skipped
     assert set(benchmark.check(comparison)) == set(comparison.contenders)
 
 
@@ -146,7 +151,7 @@ def test_contenders_take_turns_and_ratios_are_of_medians(monkeypatch: pytest.Mon
 
         return call
 
-    monkeypatch.setattr(benchmark, "SECONDS_A_TURN", 0.5)  # one call of `fake_seconds` lasts 1
+    monkeypatch.setattr(benchmark, "SECONDS_PER_TURN", 0.5)  # one call of `fake_seconds` lasts 1
     fake_seconds = {"a": [1.0, 8.0, 2.0, 3.0], "b": [1.0, 1.0, 1.0, 2.0]}
 
     def seconds(call, count: int, _device, _clock=None) -> float:

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from datasets.labelled.annotations import Annotations, parse_coco
-from datasets.labelled.checks import KINDS, check_at_start, inspect_image, same_file
+from datasets.labelled.checks import KINDS, inspect_image, is_same_file, run_startup_checks
 from datasets.labelled.coco import CocoDetection
-from tests.tiny import draw, fine_tune, logged, write_coco, write_images
+from tests.tiny import captured_log, draw, fine_tune, write_coco, write_images
 from tools import check_dataset
 from util.logger import log
 from util.runs.session import run_script
@@ -33,7 +33,7 @@ def _log_as_before():
 
 def check(*words: object) -> tuple[int, list[str]]:
     """Exit status and log of the tool in this process."""
-    with logged() as lines:
+    with captured_log() as lines:
         try:
             run_script(
                 check_dataset.main,
@@ -271,7 +271,7 @@ def test_reports_are_not_overwritten(tmp_path: Path) -> None:
     status, lines = check("--imagenet_path", images, "--output_dir", out)
     assert status == 1
     assert lines == [
-        f"error: --output_dir {out} holds problems.csv already: choose another folder, or --overwrite"
+        f"error: --output_dir {out} already has problems.csv: choose another folder, or add --overwrite"
     ]
     assert (out / "problems.csv").read_text() == "mine"
     assert check("--imagenet_path", images, "--output_dir", out, "--overwrite")[0] == 0
@@ -295,7 +295,7 @@ def test_pixels_tell_images_apart(tmp_path: Path) -> None:
     a, same, other = (inspect_image(str(tmp_path / name)) for name in ("a.png", "a.bmp", "b.png"))
     assert a.digest == same.digest != other.digest
     assert a.size_hw == (40, 60)
-    assert not same_file(str(tmp_path / "a.png"), str(tmp_path / "gone.png"))
+    assert not is_same_file(str(tmp_path / "a.png"), str(tmp_path / "gone.png"))
 
 
 def test_a_run_keeps_what_was_checked(tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_the_check_at_the_start_takes_no_time(tmp_path: Path) -> None:
     train, val = large_set(118_000, 0, tmp_path), large_set(5_000, 500_000, tmp_path)
     args = resolve(check_dataset.parse([]))
     began = time.process_time()
-    facts = check_at_start(train, val, args)
+    facts = run_startup_checks(train, val, args)
     assert time.process_time() - began < 2
     assert facts["train"]["boxes"] == 826_000
     assert any(line.startswith("shared image: 5000 ") for line in facts["warnings"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT, logged
+from tests.tiny import ROOT, captured_log
 from tools import compare_runs
 from util.errors import UserError
 
@@ -39,7 +39,7 @@ def evaluated(epoch: int, ap: float, **values) -> dict:
 
 
 def compare(*words: object) -> list[str]:
-    with logged() as lines:
+    with captured_log() as lines:
         compare_runs.main(compare_runs.parse([str(word) for word in words]))
     return "\n".join(lines).splitlines()
 
@@ -141,10 +141,10 @@ def test_published_logs_need_no_settings(two: tuple[Path, Path], tmp_path: Path)
 def test_legend_names_what_differs(two: tuple[Path, Path], tmp_path: Path) -> None:
     runs = compare_runs.read_runs(two)
     differing = compare_runs.differing_settings(runs)
-    assert compare_runs.labels(runs, differing) == ["first (lr 0.0001)", "second (lr 0.001)"]
+    assert compare_runs.legend_labels(runs, differing) == ["first (lr 0.0001)", "second (lr 0.001)"]
     many = {name: ["1", "2"] for name in "abc"}
-    assert compare_runs.labels(runs, many) == ["first", "second"]
-    assert compare_runs.labels(runs, {"pretrain": ["-", "x" * 30]}) == ["first", "second"]
+    assert compare_runs.legend_labels(runs, many) == ["first", "second"]
+    assert compare_runs.legend_labels(runs, {"pretrain": ["-", "x" * 30]}) == ["first", "second"]
 
 
 def test_names_tell_folders_apart(tmp_path: Path) -> None:

@@ -22,15 +22,15 @@ from tests.published_files import (
     siamese_file,
     updetr,
 )
-from tests.tiny import ROOT, logged
+from tests.tiny import ROOT, captured_log
 from tools import convert_checkpoint, convert_to_detr
 from util.checkpoints.adoption import is_pretext
-from util.checkpoints.architecture import architecture
-from util.checkpoints.checkpoint import Checkpoint, as_checkpoint, load_checkpoint
-from util.checkpoints.classes import class_rows, head_kind
-from util.checkpoints.conversion import code_base, convert, pretext_of
-from util.checkpoints.loading import load_exactly, load_pretrained
-from util.checkpoints.names_check import check_parameters
+from util.checkpoints.architecture import infer_architecture
+from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, parse_checkpoint
+from util.checkpoints.classes import count_classes, infer_classification
+from util.checkpoints.conversion import convert, infer_codebase, infer_pretext
+from util.checkpoints.loading import load_pretrained, load_strict
+from util.checkpoints.parameter_check import check_parameters
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
 from util.runs.session import start_session
@@ -48,7 +48,7 @@ PRETEXTS = {
     "siamese single scale": "siamese",
 }
 DETECTORS = sorted(set(FILES) - set(PRETEXTS) - {"masks"})
-CODE_BASES = {
+CODEBASES = {
     "detr": "detr",
     "conditional": "conditional_detr",
     "masks": "detr",
@@ -78,7 +78,7 @@ def file_of(tmp_path: Path):
 
 
 def run(*words: object, tool=convert_checkpoint) -> str:
-    with logged() as lines:
+    with captured_log() as lines:
         tool.main(tool.parse([str(word) for word in words]))
     return "\n".join(lines)
 
@@ -96,12 +96,12 @@ def start(flag: str, path: Path, *flags: str) -> tuple[torch.nn.Module, Checkpoi
         make_parser(FINETUNE).parse_args([flag, str(path), "--device", "cpu", *flags])
     )
     settings, checkpoint = session.settings, session.checkpoint
-    count = (class_rows(checkpoint.model, "focal") or 5) - (settings.classification == "softmax")
+    count = (count_classes(checkpoint.model, "focal") or 5) - (settings.classification == "softmax")
     model = build_model(settings, count)[0]
     if flag == "--pretrain":
         load_pretrained(model, checkpoint, None)
     else:
-        load_exactly(model, checkpoint)
+        load_strict(model, checkpoint)
     return model, checkpoint, settings
 
 
@@ -114,8 +114,8 @@ def assert_equal(state: dict, other: dict) -> None:
 @pytest.mark.parametrize("detector", ["detr", "conditional_detr", "deformable_detr"])
 def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
     """On every detector; a focal head would read "no object" as a class."""
-    assert head_kind(Checkpoint(model=siamese(detector))) == "softmax"
-    assert head_kind(Checkpoint(model=shapes(detector))) == (
+    assert infer_classification(Checkpoint(model=siamese(detector))) == "softmax"
+    assert infer_classification(Checkpoint(model=shapes(detector))) == (
         "softmax" if detector == "detr" else "focal"
     )
 
@@ -144,8 +144,8 @@ def test_full_size_files_have_the_published_number_of_tensors_and_fit(state, num
     """The synthetic files stand for the real ones, which are as large."""
     state = state()
     assert len(state) == number
-    checkpoint = as_checkpoint({"model": state}, "x.pth")
-    assert checkpoint.tensors == number
+    checkpoint = parse_checkpoint({"model": state}, "x.pth")
+    assert checkpoint.num_tensors == number
     check_parameters(checkpoint, build_model)
 
 
@@ -154,9 +154,9 @@ def test_full_size_files_have_the_published_number_of_tensors_and_fit(state, num
 
 @pytest.mark.parametrize("kind", FILES)
 def test_code_base_and_pretext_are_recognised(kind: str) -> None:
-    checkpoint = as_checkpoint(FILES[kind], "x.pth")
-    assert code_base(checkpoint) == CODE_BASES[kind]
-    assert pretext_of(checkpoint) == PRETEXTS.get(kind)
+    checkpoint = parse_checkpoint(FILES[kind], "x.pth")
+    assert infer_codebase(checkpoint) == CODEBASES[kind]
+    assert infer_pretext(checkpoint) == PRETEXTS.get(kind)
     assert is_pretext(checkpoint) is (kind in PRETEXTS)
     check_parameters(checkpoint, build_model)
 
@@ -195,7 +195,7 @@ def test_counters_of_operations_in_published_files_are_passed_over(file_of) -> N
 
 def test_queries_of_siamese_deformable_detr_are_position_then_content() -> None:
     raw = FILES["siamese deformable"]["state_dict"]
-    state = as_checkpoint(FILES["siamese deformable"], "x.pth").model
+    state = parse_checkpoint(FILES["siamese deformable"], "x.pth").model
     assert torch.equal(state["query_embed.weight"][:, :32], raw["query_embed.weight"])
     assert torch.equal(state["query_embed.weight"][:, 32:], raw["transformer.tgt_embed.weight"])
     for layer in range(2):
@@ -213,8 +213,8 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
         dict(state),
         {"state_dict": state},
     ):
-        checkpoint = as_checkpoint(content, "x.pth")
-        assert code_base(checkpoint) == "updetr"
+        checkpoint = parse_checkpoint(content, "x.pth")
+        assert infer_codebase(checkpoint) == "updetr"
         check_parameters(checkpoint, build_model)
 
 
@@ -339,13 +339,16 @@ def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) ->
     entry = "state_dict" if to == "siamese" else "model"
     assert_equal(read_weights(tmp_path / "back.pth")[entry], FILES[kind][entry])
     ours, theirs = load_checkpoint(tmp_path / "ours.pth"), load_checkpoint(first)
-    assert (pretext_of(ours), ours.converted_from) == (pretext_of(theirs), code_base(theirs))
-    certain, likely = architecture(theirs)
-    known, probable = architecture(ours)
+    assert (infer_pretext(ours), ours.converted_from) == (
+        infer_pretext(theirs),
+        infer_codebase(theirs),
+    )
+    certain, likely = infer_architecture(theirs)
+    known, probable = infer_architecture(ours)
     assert {**likely, **certain}.items() <= {**probable, **known}.items()
     assert "PreDETR, converted from" in run(tmp_path / "ours.pth")
-    assert code_base(load_checkpoint(tmp_path / "back.pth")) == (
-        CODE_BASES[kind] if kind != "updetr finetuned" else "detr"
+    assert infer_codebase(load_checkpoint(tmp_path / "back.pth")) == (
+        CODEBASES[kind] if kind != "updetr finetuned" else "detr"
     )
 
 
@@ -357,7 +360,7 @@ def test_converted_to_ours_it_loads_like_the_original(kind: str, file_of, tmp_pa
     )
     source = {
         key.removeprefix("detr."): value
-        for key, value in as_checkpoint(FILES[kind], "x.pth").model.items()
+        for key, value in parse_checkpoint(FILES[kind], "x.pth").model.items()
     }
     for key, value in model.state_dict().items():
         assert kind in PRETEXTS and "class_embed" in key or torch.equal(value, source[key]), key
@@ -410,7 +413,7 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
         }
         | {
             key: value
-            for key, value in as_checkpoint(FILES["siamese conditional"], "x").model.items()
+            for key, value in parse_checkpoint(FILES["siamese conditional"], "x").model.items()
             if not key.startswith(("class_embed", "patch2query", "feature_align", "enc_head"))
         },
     )
@@ -484,7 +487,9 @@ def test_heads_that_differ_between_layers_do_not_become_one() -> None:
         "bbox_embed.0.layers.0.weight": torch.ones(2),
         "bbox_embed.1.layers.0.weight": torch.zeros(2),
     }
-    checkpoint = as_checkpoint({"model": {**FILES["siamese conditional"]["state_dict"]}}, "x.pth")
+    checkpoint = parse_checkpoint(
+        {"model": {**FILES["siamese conditional"]["state_dict"]}}, "x.pth"
+    )
     checkpoint.model.update(state)
     with pytest.raises(UserError, match="--with_box_refine"):
         convert(checkpoint, "siamese")
@@ -688,14 +693,14 @@ def test_convert_to_detr_writes_what_pretrain_loads(
     state = without(read_weights(out)["model"], "patch2query")
     model, checkpoint, args = start("--pretrain", out)
     assert set(state) == {key for key in model.state_dict() if "class_embed" not in key}
-    source = as_checkpoint(FILES[kind], "x.pth").model
+    source = parse_checkpoint(FILES[kind], "x.pth").model
     assert all(
         torch.equal(value, source[key])
         for key, value in model.state_dict().items()
         if "class_embed" not in key
     )
     assert args.position_embedding == "sine"
-    assert code_base(checkpoint) == "predetr"
+    assert infer_codebase(checkpoint) == "predetr"
 
 
 def test_convert_to_detr_refuses_what_is_not_its_own(file_of, tmp_path: Path) -> None:

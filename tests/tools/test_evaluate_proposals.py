@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.evaluators.coco import BACKENDS, _stats, ground_truth_of
+from datasets.evaluators.coco import BACKENDS, _stats, build_ground_truth
 from datasets.evaluators.proposals import ProposalEvaluator
 from predictor import Predictor
 from tests import golden_models
-from tests.tiny import FROZEN, fine_tune, logged, pre_train, write_coco, write_images
+from tests.tiny import FROZEN, captured_log, fine_tune, pre_train, write_coco, write_images
 from tools import evaluate_proposals
 from util.errors import UserError
 
@@ -42,7 +42,7 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
 def test_numbers_equal_the_published_ones(backend: str, golden_dir: Path) -> None:
     pytest.importorskip(backend)
     case = json.loads((golden_dir / "coco_eval_case.json").read_text())
-    evaluator = ProposalEvaluator(ground_truth_of(case["gt"]), backend)
+    evaluator = ProposalEvaluator(build_ground_truth(case["gt"]), backend)
     update(evaluator, case["dt"])
     rows = evaluator.rows_xywh()
     rows[:, 6] = 1
@@ -75,7 +75,7 @@ TRUTH = {
 
 
 def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
-    evaluator = ProposalEvaluator(ground_truth_of(TRUTH))
+    evaluator = ProposalEvaluator(build_ground_truth(TRUTH))
     boxes = torch.tensor(
         [[90.0, 90, 95, 95]] * 8 + [[10.0 * i, 10, 10 * i + 8, 18] for i in range(1, 5)]
     )
@@ -87,9 +87,9 @@ def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
 
 
 def test_without_boxes_all_is_zero_and_without_truth_unknown() -> None:
-    assert set(ProposalEvaluator(ground_truth_of(TRUTH)).summarize().values()) == {0.0}
+    assert set(ProposalEvaluator(build_ground_truth(TRUTH)).summarize().values()) == {0.0}
     assert set(
-        ProposalEvaluator(ground_truth_of({**TRUTH, "annotations": []})).summarize().values()
+        ProposalEvaluator(build_ground_truth({**TRUTH, "annotations": []})).summarize().values()
     ) == {-1.0}
 
 
@@ -117,7 +117,7 @@ def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
             for i, box in absolute.items()
         ],
     }
-    evaluator = ProposalEvaluator(ground_truth_of(truth))
+    evaluator = ProposalEvaluator(build_ground_truth(truth))
     evaluator.update(
         {
             i: {"scores": torch.ones(1), "labels": torch.ones(1), "boxes": absolute[i][None]}
@@ -167,7 +167,7 @@ def test_more_random_boxes_recall_more(tmp_path: Path) -> None:
 
 def test_random_boxes_are_as_many_as_the_recall_counts(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
-    with logged() as lines:
+    with captured_log() as lines:
         run("--coco_path", coco, "--proposals", "random")
     assert "1000.0 boxes per image" in lines
 
@@ -183,7 +183,7 @@ def test_max_prop_cuts_the_boxes_of_every_method(tmp_path: Path) -> None:
         "--max_prop",
         "1",
     )
-    with logged() as lines:
+    with captured_log() as lines:
         run(*flags, "--output_dir", tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "proposals.json").read_text())
     assert len(rows) == len({row["image_id"] for row in rows}) < len(truth["annotations"])
@@ -255,7 +255,7 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
 def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     fine_tune("--coco_path", coco, "--epochs", "1", "--output_dir", tmp_path / "a", *FROZEN)
-    with logged() as lines:
+    with captured_log() as lines:
         run(
             "--coco_path",
             coco,
@@ -267,7 +267,7 @@ def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
     assert any(line.startswith("class-agnostic: AP") for line in lines)
     image = next((coco / "val2017").iterdir())
     image.write_bytes(b"broken")
-    with logged() as lines:
+    with captured_log() as lines:
         run(
             "--coco_path",
             coco,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from datasets import build_dataset
-from tests.tiny import logged, tiny_args, write_images
+from tests.tiny import captured_log, tiny_args, write_images
 from tools import link_imagenet100
 from util.errors import UserError
 from util.settings import PRETRAIN
@@ -16,7 +16,7 @@ CLASSES = link_imagenet100.CLASSES.read_text().split()
 
 
 def link(imagenet: Path, output_dir: Path) -> list[str]:
-    with logged() as lines:
+    with captured_log() as lines:
         link_imagenet100.main(
             link_imagenet100.parse(["--imagenet", str(imagenet), "--output_dir", str(output_dir)])
         )

@@ -15,13 +15,13 @@ from models import build_model
 from tests.tiny import (
     FROZEN,
     ROOT,
+    captured_log,
+    custom_dataset_flags,
     fine_tune,
-    logged,
-    own_flags,
     tiny_args,
     write_coco,
+    write_custom_dataset,
     write_images,
-    write_own_data,
 )
 from tools import predict
 from util import coco as coco_names
@@ -33,7 +33,7 @@ SMALL = ["--device", "cpu", "--num_workers", "0"]
 
 
 def run(*words: object) -> list[str]:
-    with logged() as lines:
+    with captured_log() as lines:
         predict.main(predict.parse([*SMALL, *map(str, words)]))
     return lines
 
@@ -45,8 +45,8 @@ def read(folder: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Own data, a detector trained on it (run/checkpoint.pth), and its evaluation with one image a batch (eval)."""
-    root = write_own_data(tmp_path_factory.mktemp("own"))
-    fine_tune(*own_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
+    root = write_custom_dataset(tmp_path_factory.mktemp("own"))
+    fine_tune(*custom_dataset_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
     fine_tune(
         "--eval",
         "--resume",
@@ -198,7 +198,7 @@ def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
     """The next run would find objects on what this one has drawn."""
     images = write_images(tmp_path / "photos", 1)
     for folder in (images, images / "found"):
-        with pytest.raises(UserError, match="lies in the images' folder .*: choose another folder"):
+        with pytest.raises(UserError, match="is inside the image folder .*: choose another folder"):
             run(
                 "--checkpoint",
                 data / "run" / "checkpoint.pth",
@@ -234,9 +234,11 @@ def test_a_published_file(tmp_path: Path) -> None:
         "--no_draw",
     )
     found = {row["category_id"]: row["category_name"] for row in read(tmp_path / "out")}
-    assert any("holds no class names: COCO's are used" in line for line in lines)
+    assert any("has no class names: using COCO's" in line for line in lines)
     assert len(found) > 3
-    assert found == {number: coco_names.NAMES.get(number, f"class {number}") for number in found}
+    assert found == {
+        number: coco_names.CLASS_NAMES.get(number, f"class {number}") for number in found
+    }
 
 
 def test_a_detector_of_raw_ids(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tests.tiny import (
     FROZEN,
     PRETEXT_FLAGS,
     RUN_FLAGS,
-    logged,
+    captured_log,
     pre_train,
     read_log,
     write_coco,
@@ -35,7 +35,7 @@ BATCH = "2"
 
 
 def draw(*flags: object) -> list[str]:
-    with logged() as lines:
+    with captured_log() as lines:
         visualize_pretext.main(
             visualize_pretext.parse([*RUN_FLAGS, *PRETEXT_FLAGS, *map(str, flags)])
         )
@@ -186,7 +186,7 @@ def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
     metrics.write_text("{}")
     with pytest.raises(
         UserError,
-        match="holds proposal_metrics.json already: choose another folder, or --overwrite",
+        match="already has proposal_metrics.json: choose another folder, or add --overwrite",
     ):
         pretrain_main.main(pretrain_main.parse(resumed))
     assert metrics.read_text() == "{}"
@@ -293,7 +293,7 @@ def test_boxes_are_evaluated_on_the_data_of_pre_training(tmp_path: Path) -> None
         "2007_test",
     ]
     run, folder = tmp_path / "run", tmp_path / "eval"
-    with logged() as lines:
+    with captured_log() as lines:
         pre_train(
             *REGION,
             *data,

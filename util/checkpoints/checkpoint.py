@@ -1,7 +1,8 @@
-"""What a checkpoint holds, and reading and writing its file.
+"""The checkpoint format, and reading and writing its file.
 
-A file of torch.save holds plain containers and tensors only, under the published keys (`Checkpoint` has a field for
-each). Its `model` is a state dict with the published parameter names.
+A checkpoint is a `torch.save` file with plain containers and tensors only, so that it loads with `weights_only=True`.
+Its keys are the published ones plus this project's own; `Checkpoint` has a field for each. `model` is a state dict with
+the published parameter names.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from util.checkpoints.published_layouts import siamese_pretext, to_detr_names
+from util.checkpoints.published_layouts import infer_siamese_pretext, to_detr_names
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
 from util.files import write_atomically
@@ -30,25 +31,37 @@ SCALARS = (type(None), bool, int, float, str, bytes)
 
 @dataclass(kw_only=True)
 class Checkpoint:
-    """The content of a checkpoint. Files of other programs have some of it; what they have besides is in `others`.
+    """The content of a checkpoint file. Fields that a file of another program lacks are None or empty.
 
-    The weights, and what they mean:
-        model: state dict, with DETR's names and without `module.`.
-        args: the settings of the run by flag name; empty if the file has none.
-        class_names: row of the class head -> name. category_ids: row -> category id in the annotation files, where
-            rows are not these ids. normalization: `mean` and `std` of the backbone, for RGB in 0..1.
+    Weights, and what they mean:
+        model: state dict with DETR's parameter names, without `module.`.
+        args: settings of the run by flag name.
+        class_names: row of the class head -> class name.
+        category_ids: row of the class head -> category id in the annotation files; None: the rows are the ids.
+        normalization: `mean` and `std` of the backbone, for RGB in 0..1.
         frozen: state dict of each frozen network of a pretext, such as its target encoder.
-        version: of this format. converted_from: the codebase that the file was converted from.
+        version: version of this format.
+        converted_from: the codebase that the file was converted from.
 
-    The state of the training, for an exact resume:
-        optimizer, lr_scheduler: their state dicts. epoch: the last finished one, counted from 0, as published. batch:
-        steps done in the next one. averages: of its values so far. pending: values of a finished epoch that is not
-        logged yet. best: the best AP so far. seconds: of training. world_size: number of processes. position_unit:
-        what `batch` counts. random_states: of the global generators, by rank.
+    Training state, for an exact resume:
+        optimizer, lr_scheduler: their state dicts.
+        epoch: the last finished epoch, 0-based as in the published checkpoints; -1 in the first epoch.
+        batch: steps done in the epoch after it.
+        averages: running averages of that epoch, see `util.runs.meters.Averages`.
+        pending: values of a finished epoch that is not logged yet.
+        best: best AP so far.
+        seconds: training time so far.
+        world_size: number of processes.
+        position_unit: what `batch` counts: [images in the dataset, images per global batch].
+        random_states: states of the global random generators, by rank.
+
+    Other content:
+        extra: entries of other programs, by key. They are written back by `to_dict`.
 
     Not in the file:
-        source: path or address, for messages. siamese: the pretext, if the file had the names of Siamese DETR's
-        codebase. tensors: how many the file's model has.
+        source: path or URL, for messages.
+        siamese_pretext: the pretext, if the file had the parameter names of Siamese DETR's codebase.
+        num_tensors: number of tensors of the file's model.
     """
 
     model: dict[str, Tensor]
@@ -72,46 +85,49 @@ class Checkpoint:
     position_unit: list[int] | None = None
     random_states: list[dict[str, Any]] | None = None
 
-    others: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     source: str = "the checkpoint"
-    siamese: str | None = None
-    tensors: int = 0
+    siamese_pretext: str | None = None
+    num_tensors: int = 0
 
     def __post_init__(self) -> None:
-        self.tensors = self.tensors or len(self.model)
+        self.num_tensors = self.num_tensors or len(self.model)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], source: str = "the checkpoint") -> "Checkpoint":
-        """From the entries of a file whose `model` is a state dict. An entry that other programs use for other things
-        goes to `others`.
+        """Build a checkpoint from the entries of a file whose `model` is a state dict.
+
+        Entries with an unknown key, or with a value that does not fit the field of that name, go to `extra`.
         """
-        known, others = {}, {}
+        known, extra = {}, {}
         for key, value in content.items():
-            value = _as_field(key, value)
-            (others if value is None else known)[key] = content[key] if value is None else value
-        others = {key: value for key, value in others.items() if value is not None}
-        return cls(**known, others=others, source=source)
+            parsed = _parse_entry(key, value)
+            if parsed is not None:
+                known[key] = parsed
+            elif value is not None:
+                extra[key] = value
+        return cls(**known, extra=extra, source=source)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entries of a file, without those that have no value. What a file of another program lacks stays out."""
+        """Return the entries of the file. Fields without a value are skipped."""
         entries = {name: getattr(self, name) for name in STORED_FIELDS}
         if self.version is None:
-            entries.update(args=self.args or None, class_names=self.class_names or None)
-        return {
-            **self.others,
-            **{name: value for name, value in entries.items() if value is not None},
-        }
+            # A file of another program without `args` or `class_names` must not gain empty ones.
+            entries["args"] = self.args or None
+            entries["class_names"] = self.class_names or None
+        entries = {name: value for name, value in entries.items() if value is not None}
+        return {**self.extra, **entries}
 
     @property
     def can_resume(self) -> bool:
-        """Whether it holds the state of a training, not weights alone."""
+        """True if the file contains the training state, not just weights."""
         return None not in (self.optimizer, self.lr_scheduler, self.epoch)
 
 
 STORED_FIELDS = [
     entry.name
     for entry in dataclasses.fields(Checkpoint)
-    if entry.name not in ("others", "source", "siamese", "tensors")
+    if entry.name not in ("extra", "source", "siamese_pretext", "num_tensors")
 ]
 _MAPPINGS = (
     "model",
@@ -126,15 +142,15 @@ _MAPPINGS = (
 _NUMBERS = ("version", "epoch", "batch", "best", "seconds", "world_size")
 
 
-def _as_field(key: str, value: Any) -> Any:
-    """The value as the field `key` holds it; None if it is no such field's."""
+def _parse_entry(key: str, value: Any) -> Any:
+    """Return the value in the form that the field `key` has; None if it does not fit such a field."""
     if key == "args":
-        plain = plain_settings(value)
-        return plain if isinstance(plain, Mapping) else None
-    if key == "class_names" and isinstance(value, list | tuple):  # of other programs
-        return dict(enumerate(value))
+        settings = to_plain(value)
+        return settings if isinstance(settings, Mapping) else None
+    if key == "class_names" and isinstance(value, list | tuple):
+        return dict(enumerate(value))  # other programs store a list
     if key in ("class_names", "category_ids"):
-        return _by_row(value)
+        return _with_int_keys(value)
     if key in _MAPPINGS:
         return value if isinstance(value, Mapping) else None
     if key in _NUMBERS:
@@ -144,8 +160,8 @@ def _as_field(key: str, value: Any) -> Any:
     return value if key == "converted_from" else None
 
 
-def _by_row(value: Any) -> dict[int, Any] | None:
-    """JSON makes text of rows; None where the keys are no rows, as in {"cat": 0}."""
+def _with_int_keys(value: Any) -> dict[int, Any] | None:
+    """Return a dict with its keys as integers (JSON turns them into strings); None if they aren't, as in {"cat": 0}."""
     try:
         return {int(row): entry for row, entry in value.items()}
     except (AttributeError, TypeError, ValueError):
@@ -156,39 +172,41 @@ def _by_row(value: Any) -> dict[int, Any] | None:
 
 
 def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> Checkpoint:
-    """A checkpoint from a local path or an https address (downloaded once), read without running code in it.
+    """Load a checkpoint from a path or a URL (downloaded once), without running code in the file.
 
-    `model` is a state dict without `module.`; a bare state dict and `state_dict` (mmcv) become `model`, and the names
-    of Siamese DETR's codebase become DETR's.
+    A bare state dict and the entry `state_dict` (mmcv) become `model`, the prefix `module.` is removed, and the
+    parameter names of Siamese DETR's codebase become DETR's.
 
     Raises:
-        UserError: one line that names the file and what is wrong with it.
+        UserError: the file can't be read or contains no weights.
     """
-    return as_checkpoint(read_weights(path_or_url, map_location), path_or_url)
+    return parse_checkpoint(read_weights(path_or_url, map_location), path_or_url)
 
 
-def as_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
-    """What `load_checkpoint` makes of the content of a file.
+def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
+    """Return the checkpoint in a file's content, as `load_checkpoint` does. `source` names the file in messages.
 
     Raises:
-        UserError: it holds no weights.
+        UserError: the content has no weights.
     """
     if not isinstance(content, Mapping):
         raise UserError(
-            f"{source} holds a {type(content).__name__}, not a checkpoint with the entry 'model'; choose another file"
+            f"{source} contains a {type(content).__name__}, not a checkpoint with the entry 'model'; "
+            "choose another file"
         )
-    checkpoint = Checkpoint.from_dict(_with_model(content, source), str(source))
+    checkpoint = Checkpoint.from_dict(_find_model(content, source), str(source))
     state = strip_prefix(checkpoint.model, "module.")
-    checkpoint.siamese, checkpoint.model = siamese_pretext(state), to_detr_names(state)
+    checkpoint.siamese_pretext = infer_siamese_pretext(state)
+    checkpoint.model = to_detr_names(state)
     return checkpoint
 
 
 def save_checkpoint(checkpoint: Checkpoint | Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Saves atomically: after any interruption `path` is the previous file or the complete new one.
+    """Save a checkpoint atomically: if interrupted, `path` is either the previous file or the complete new one.
 
     Raises:
-        TypeError: anything but plain containers, numbers, texts and tensors, since nothing else could be loaded with
-            `weights_only=True`.
+        TypeError: the checkpoint contains anything but plain containers, numbers, strings and tensors, which
+            `weights_only=True` would refuse to load.
         UserError: the disk is full, or the folder can't be written.
     """
     entries = checkpoint.to_dict() if isinstance(checkpoint, Checkpoint) else dict(checkpoint)
@@ -196,8 +214,16 @@ def save_checkpoint(checkpoint: Checkpoint | Mapping[str, Any], path: str | os.P
     write_atomically(path, lambda file: torch.save(entries, file))
 
 
-def find_resume(path_or_auto: str | None, output_dir: str | os.PathLike | None) -> str | None:
-    """The path to resume from; None: start from scratch. `auto` is output_dir/checkpoint.pth, if it exists."""
+def resolve_resume_path(
+    path_or_auto: str | None, output_dir: str | os.PathLike | None
+) -> str | None:
+    """Return the path that `--resume` means, or None to start from scratch.
+
+    `auto` is output_dir/checkpoint.pth if that exists, so that a requeued job can keep its command.
+
+    Raises:
+        UserError: `auto` without an output_dir.
+    """
     if not path_or_auto:
         return None
     if path_or_auto != "auto":
@@ -210,69 +236,71 @@ def find_resume(path_or_auto: str | None, output_dir: str | os.PathLike | None) 
     return str(path) if path.exists() else None
 
 
-def _with_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
+def _find_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """Return the content with its weights under `model`."""
     for name in ("model", "state_dict"):
         if is_state_dict(content.get(name)):
+            # Some programs store a config or a name under `model`, next to the `state_dict`.
             rest = {key: value for key, value in content.items() if key not in (name, "model")}
             return {"model": content[name], **rest}
     if is_state_dict(content):
         return {"model": content}
+
     for name in ("model", "state_dict"):
-        entries = content.get(name).items() if isinstance(content.get(name), Mapping) else ()
-        odd = next(
-            (
-                f"{key!r} ({type(value).__name__})"
-                for key, value in entries
-                if not is_state_dict({key: value})
-            ),
-            None,
-        )
-        if odd:
-            raise UserError(
-                f"{source}: '{name}' holds {odd}, which is no named tensor; save model.state_dict() in its place, or "
-                "choose another file"
-            )
+        entries = content.get(name)
+        if isinstance(entries, Mapping):
+            _check_named_tensors(entries, name, source)
     keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
-    raise UserError(f"{source} holds {keys}, but no 'model' with weights; choose another file")
+    raise UserError(f"{source} contains {keys}, but no 'model' with weights; choose another file")
+
+
+def _check_named_tensors(entries: Mapping[Any, Any], name: str, source: Any) -> None:
+    for key, value in entries.items():
+        if not is_state_dict({key: value}):
+            raise UserError(
+                f"{source}: '{name}' contains {key!r} ({type(value).__name__}), which is not a named tensor; "
+                "save model.state_dict() instead, or choose another file"
+            )
 
 
 def is_state_dict(value: Any) -> bool:
-    """True for a non-empty mapping of names to tensors."""
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
-    )
+    """Return True for a non-empty mapping of names to tensors."""
+    if not isinstance(value, Mapping) or len(value) == 0:
+        return False
+    return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
 
 
 def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    """The state dict without `prefix`, if every key has it; else a copy as it is."""
+    """Return the state dict without `prefix` if every key has it, otherwise an unchanged copy."""
     if state and all(key.startswith(prefix) for key in state):
         return {key[len(prefix) :]: value for key, value in state.items()}
     return dict(state)
 
 
-def plain_settings(value: Any) -> Any:
-    """Settings as plain containers: Namespace -> dict, paths -> text, numpy numbers and arrays -> Python's."""
+def to_plain(value: Any) -> Any:
+    """Convert settings to plain Python: Namespace -> dict, paths and devices -> str, NumPy values -> Python's."""
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {key: plain_settings(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return type(value)(plain_settings(item) for item in value)
+        return type(value)(to_plain(item) for item in value)
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return str(value) if isinstance(value, PurePath | torch.device) else value
 
 
 def _check_plain(value: Any, where: str) -> None:
+    """Raise TypeError for anything that `weights_only=True` does not load. `where` is the place in the checkpoint."""
+    # Exact types: a subclass of dict or float (np.float64 is one) is pickled with its class.
     if type(value) in SCALARS or type(value) in (Tensor, nn.Parameter):
         return
     if type(value) not in CONTAINERS:
         raise TypeError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}; "
-            "a checkpoint holds only plain containers, numbers, texts and tensors"
+            "a checkpoint can only contain plain containers, numbers, strings and tensors"
         )
+
     if isinstance(value, dict):
         for key, entry in value.items():
             _check_plain(key, f"a key of {where}")

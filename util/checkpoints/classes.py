@@ -1,4 +1,4 @@
-"""What the rows of a class head mean: names, and the category ids of annotation files."""
+"""Classes of a detector's class head: their number, their names and the category ids of annotation files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,44 +6,55 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from util import coco as coco_names
-from util.checkpoints.architecture import detector_kind
+from util.checkpoints.architecture import infer_detector
 from util.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
 class Classes:
-    """names: row -> class name; ids: row -> category id in annotation files; a row may have neither (COCO's ids have
-    gaps).
+    """What the rows of a class head mean. A row may have neither name nor id: COCO's category ids have gaps.
 
-    count: rows of the head without "no object". source: the file that says so, for messages.
+    names: row -> class name. category_ids: row -> category id in annotation files. num_classes: rows of the head,
+    without the "no object" row of softmax. source: the file that defines the classes, for messages.
     """
 
     names: dict[int, str]
-    ids: dict[int, int]
-    count: int
+    category_ids: dict[int, int]
+    num_classes: int
     source: str
 
 
-def classes_of(checkpoint: Checkpoint) -> Classes:
-    """The classes of a trained detector. A file without names is taken for one of COCO where its head has 91 rows."""
-    count = class_rows(checkpoint.model, head_kind(checkpoint))
-    names = checkpoint.class_names or (coco_names.NAMES if count == coco_names.NUM_CLASSES else {})
-    ids = checkpoint.category_ids or {row: row for row in names}
-    return Classes(names, ids, count, checkpoint.source)
+def infer_classes(checkpoint: Checkpoint) -> Classes:
+    """Return the classes of a trained detector. A file without names and with 91 rows is taken to be COCO's."""
+    num_classes = count_classes(checkpoint.model, infer_classification(checkpoint))
+    names = checkpoint.class_names
+    if not names and num_classes == coco_names.NUM_CLASSES:
+        names = coco_names.CLASS_NAMES
+    # Without stored ids the rows are the category ids themselves, as in all published detectors.
+    category_ids = checkpoint.category_ids or {row: row for row in names}
+    return Classes(names, category_ids, num_classes, checkpoint.source)
 
 
-def head_kind(checkpoint: Checkpoint) -> str:
-    """`softmax` or `focal`: what the file says, else as published, since shapes do not tell. Pre-training with query
-    patches is softmax.
+def infer_classification(checkpoint: Checkpoint) -> str:
+    """Return `softmax` or `focal`: the stored setting, otherwise what the published codebase uses.
+
+    Shapes can't tell: 91 focal classes and 90 softmax classes with "no object" both have 91 rows. Pre-training with
+    query patches uses softmax on every detector.
     """
-    stored, model = checkpoint.args.get("classification"), checkpoint.model
-    softmax = detector_kind(model) == "detr" or any(key.startswith("patch2query.") for key in model)
-    return stored or ("softmax" if softmax else "focal")
+    stored = checkpoint.args.get("classification")
+    if stored:
+        return stored
+    has_patches = any(key.startswith("patch2query.") for key in checkpoint.model)
+    is_softmax = has_patches or infer_detector(checkpoint.model) == "detr"
+    return "softmax" if is_softmax else "focal"
 
 
-def class_rows(state: Mapping[str, Tensor], kind: str) -> int:
-    """Rows of the class head without the "no object" of softmax; 0 where there is no head."""
+def count_classes(state: Mapping[str, Tensor], classification: str) -> int:
+    """Return the number of rows of the class head, without softmax's "no object"; 0 if there is no head."""
     biases = [
         value for key, value in state.items() if "class_embed" in key and key.endswith("bias")
     ]
-    return len(biases[0]) - (kind == "softmax") if biases else 0
+    if not biases:
+        return 0
+    num_rows = len(biases[0])
+    return num_rows - 1 if classification == "softmax" else num_rows

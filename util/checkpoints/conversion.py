@@ -1,4 +1,4 @@
-"""Whose file a checkpoint is, and the same weights in the layout of another code base."""
+"""Tell which codebase wrote a checkpoint, and convert it to the layout of another codebase."""
 
 from argparse import Namespace
 from collections.abc import Mapping
@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from util.checkpoints.adoption import is_pretext, pretext_parts
-from util.checkpoints.architecture import architecture, detector_kind, without_detr_prefix
+from util.checkpoints.adoption import is_pretext, pretext_prefixes
+from util.checkpoints.architecture import infer_architecture, infer_detector, strip_detr_prefix
 from util.checkpoints.checkpoint import Checkpoint
-from util.checkpoints.classes import class_rows
+from util.checkpoints.classes import count_classes
 from util.checkpoints.published_layouts import SIAMESE_HEADS, to_siamese_names
 from util.errors import UserError
 
 OURS = "predetr"
-CODE_BASES = {
+CODEBASES = {
     OURS: "PreDETR",
     "detr": "DETR",
     "conditional_detr": "Conditional DETR",
@@ -24,182 +24,209 @@ CODE_BASES = {
     "detreg": "DETReg",
     "siamese": "Siamese DETR",
 }
-ALIASES = "transformer.decoder."  # below it the heads stand a second time in some Deformable DETRs
-MASK_PARTS = ("mask_head.", "bbox_attention.")
-TRAINING_STATE = (
-    "optimizer",
-    "lr_scheduler",
-    "meta",
-)  # goes on only with the parameters in the order of the file
+
+# Deformable DETR with box refinement or two-stage registers its heads a second time inside the decoder.
+DECODER_PREFIX = "transformer.decoder."
+MASK_PREFIXES = ("mask_head.", "bbox_attention.")
+
+# An optimizer counts its parameters by position: without the file's tensors in the file's order its state is useless.
+TRAINING_STATE = ("optimizer", "lr_scheduler", "meta")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A published layout. detectors: what its code base builds. parts: of a pretext, which it has a place for. shifted:
-    detectors whose `sine` position code is shifted by half a cell there. loading: how the file is given to it."""
+    """The checkpoint layout of a published codebase.
+
+    name: of the codebase. detectors: those it can build. pretext_prefixes: pretext parameters that it has.
+    shifted_sine: detectors whose `sine` positional encoding is shifted by half a cell there. usage: how to load the
+    file there.
+    """
 
     name: str
     detectors: tuple[str, ...]
-    parts: tuple[str, ...]
-    shifted: tuple[str, ...]
-    loading: str
+    pretext_prefixes: tuple[str, ...] = ()
+    shifted_sine: tuple[str, ...] = ()
+    usage: str
 
 
 LAYOUTS = {
     "detr": Layout(
-        "DETR, Conditional DETR and Deformable DETR",
-        ("detr", "conditional_detr", "deformable_detr"),
-        (),
-        ("deformable_detr",),
-        "--resume FILE --eval in the code base of the detector, or --pretrain FILE in the fine-tuning code of "
-        "Siamese DETR",
+        name="DETR, Conditional DETR and Deformable DETR",
+        detectors=("detr", "conditional_detr", "deformable_detr"),
+        shifted_sine=("deformable_detr",),
+        usage=(
+            "--resume FILE --eval in the codebase of the detector, or --pretrain FILE in the fine-tuning code of "
+            "Siamese DETR"
+        ),
     ),
     "updetr": Layout(
-        "UP-DETR",
-        ("detr",),
-        ("patch2query.", "feature_align."),
-        (),
-        "--pretrain FILE; --resume FILE --eval for a detector",
+        name="UP-DETR",
+        detectors=("detr",),
+        pretext_prefixes=("patch2query.", "feature_align."),
+        usage="--pretrain FILE; --resume FILE --eval for a detector",
     ),
     "detreg": Layout(
-        "DETReg",
-        ("detr", "deformable_detr"),
-        ("feature_embed.",),
-        ("detr", "deformable_detr"),
-        "--pretrain FILE; --resume FILE --eval for a detector. `args` is an argparse.Namespace, which DETReg reads: "
-        "its torch.load needs weights_only=False from PyTorch 2.6 on",
+        name="DETReg",
+        detectors=("detr", "deformable_detr"),
+        pretext_prefixes=("feature_embed.",),
+        shifted_sine=("detr", "deformable_detr"),
+        usage=(
+            "--pretrain FILE; --resume FILE --eval for a detector. `args` is an argparse.Namespace, which DETReg "
+            "reads: with PyTorch 2.6 or later its torch.load needs weights_only=False"
+        ),
     ),
     "siamese": Layout(
-        "Siamese DETR",
-        ("detr", "conditional_detr", "deformable_detr"),
-        ("patch2query.", "feature_align.", "enc_head."),
-        (),
-        "--load_from FILE of its train.py",
+        name="Siamese DETR",
+        detectors=("detr", "conditional_detr", "deformable_detr"),
+        pretext_prefixes=("patch2query.", "feature_align.", "enc_head."),
+        usage="--load_from FILE of its train.py",
     ),
 }
 FORMATS = (OURS, *LAYOUTS)
 
 
-def code_base(checkpoint: Checkpoint) -> str:
-    """A key of CODE_BASES: who wrote the file, as far as names and stored settings tell.
+def infer_codebase(checkpoint: Checkpoint) -> str:
+    """Return the key in CODEBASES of the codebase that wrote a checkpoint, from parameter names and stored settings.
 
-    The files of a fine-tuned detector are alike in DETR, UP-DETR and DETReg: without settings they count as the
-    detector's own.
+    Fine-tuned detectors of DETR, UP-DETR and DETReg have the same parameter names. Without settings they count as files
+    of the detector's own codebase.
     """
     state, settings = checkpoint.model, checkpoint.args
-    kind = detector_kind(state)
+    detector = infer_detector(state)
     if settings.get("script") or checkpoint.converted_from:
         return OURS
-    patches = "patch2query.weight" in state
-    if checkpoint.siamese or patches and (kind != "detr" or not class_rows(state, "focal")):
+
+    has_patches = "patch2query.weight" in state
+    # UP-DETR itself only builds DETR, and its files have a class head. `convert_to_detr` drops the head.
+    if checkpoint.siamese_pretext or (
+        has_patches and (detector != "detr" or not count_classes(state, "focal"))
+    ):
         return "siamese"
     if "object_embedding_loss" in settings or any(
         key.startswith("feature_embed.") for key in state
     ):
         return "detreg"
-    if patches or kind == "detr" and "pretrain" in settings:
+    if has_patches or (detector == "detr" and "pretrain" in settings):
         return "updetr"
-    return "siamese" if "pretrain" in settings else kind
+    # Siamese DETR's fine-tuning code is based on Conditional DETR and stores `pretrain` too.
+    return "siamese" if "pretrain" in settings else detector
 
 
-def pretext_of(checkpoint: Checkpoint) -> str | None:
-    """`random_query_patch`, `region_prior` or `siamese`; None for a detector that was trained with labels."""
+def infer_pretext(checkpoint: Checkpoint) -> str | None:
+    """Return `random_query_patch`, `region_prior` or `siamese`; None for a detector trained with labels."""
     if not is_pretext(checkpoint):
         return None
-    stored = checkpoint.args.get("pretext")
-    if stored or checkpoint.siamese:
-        return stored or checkpoint.siamese
-    return {"detreg": "region_prior", "siamese": "siamese"}.get(
-        code_base(checkpoint), "random_query_patch"
-    )
+    stored = checkpoint.args.get("pretext") or checkpoint.siamese_pretext
+    if stored:
+        return stored
+    pretexts = {"detreg": "region_prior", "siamese": "siamese"}
+    return pretexts.get(infer_codebase(checkpoint), "random_query_patch")
 
 
 def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]:
-    """The content of a file in the format `to` (one of FORMATS), and lines that say what was left out or what differs
-    there.
+    """Convert a checkpoint to the format `to` (one of FORMATS).
 
-    The tensors are those of the checkpoint. `predetr` keeps all of a detector and its pretext, and stores what the
-    names don't tell. A published layout holds weights alone.
+    `predetr` keeps everything of detector and pretext, and stores the settings that parameter names don't show. The
+    published layouts contain weights only. No tensor changes its values.
+
+    Returns:
+        The content of the new file, and notes on what was dropped or is computed differently there.
 
     Raises:
-        UserError: the code base of that layout has no such detector or no place for its weights.
+        UserError: the codebase of that layout does not have this detector, or has no place for its weights.
     """
-    state, notes = _without_masks(checkpoint)
+    notes: list[str] = []
+    state = _drop(strip_detr_prefix(checkpoint.model), MASK_PREFIXES, notes)
     if to == OURS:
-        return _ours(checkpoint, state, notes), notes
-    layout, kind, pretext = LAYOUTS[to], detector_kind(state), pretext_of(checkpoint)
-    if kind not in layout.detectors:
-        raise UserError(
-            f"{checkpoint.source} holds {kind}, which {layout.name} does not have ({', '.join(layout.detectors)}); "
-            "choose another --to"
-        )
-    if to == "siamese" and pretext not in SIAMESE_HEADS:
-        raise UserError(
-            f"{checkpoint.source} holds no pretext of Siamese DETR's code base, which only pre-trains; its "
-            "fine-tuning code reads the format detr: choose --to detr"
-        )
-    state = _drop(state, tuple(part for part in pretext_parts() if part not in layout.parts), notes)
+        return _to_predetr(checkpoint, state, notes), notes
+
+    layout, detector, pretext = LAYOUTS[to], infer_detector(state), infer_pretext(checkpoint)
+    _check_supported(checkpoint, to, detector, pretext)
+    unsupported = tuple(
+        prefix for prefix in pretext_prefixes() if prefix not in layout.pretext_prefixes
+    )
+    state = _drop(state, unsupported, notes)
     if to == "detr" and pretext:
-        state = _drop(state, ("class_embed.", f"{ALIASES}class_embed."), notes)
-    _note_positions(checkpoint, layout, kind, notes)
+        # The class head of a pretext has other classes than any labelled dataset.
+        state = _drop(state, ("class_embed.", f"{DECODER_PREFIX}class_embed."), notes)
+    _note_positional_encoding(checkpoint, layout, detector, notes)
+
     if to == "siamese":
-        return {
-            "meta": {},
-            "state_dict": to_siamese_names(state, pretext, checkpoint.source),
-        }, notes
+        state = to_siamese_names(state, pretext, checkpoint.source)
+        return {"meta": {}, "state_dict": state}, notes
     if to == "detreg":
-        certain, likely = architecture(checkpoint)
-        seed = checkpoint.args.get("seed", 42)
-        return {
-            "model": state,
-            "args": Namespace(**likely, **certain, seed=seed, object_embedding_loss=bool(pretext)),
-        }, notes
+        return {"model": state, "args": _detreg_args(checkpoint, pretext)}, notes
     return {"model": state}, notes
 
 
-def _ours(checkpoint: Checkpoint, state: dict[str, Tensor], notes: list[str]) -> dict[str, Any]:
-    origin = code_base(checkpoint)
-    if origin == OURS:
+def _check_supported(
+    checkpoint: Checkpoint, to: str, detector: str | None, pretext: str | None
+) -> None:
+    layout = LAYOUTS[to]
+    if detector not in layout.detectors:
         raise UserError(
-            f"{checkpoint.source} is a checkpoint of {CODE_BASES[OURS]} already; choose another --to"
+            f"{checkpoint.source} contains the detector {detector}, which {layout.name} does not have "
+            f"({', '.join(layout.detectors)}); choose another --to"
         )
-    reordered = checkpoint.siamese or len(state) != checkpoint.tensors
+    if to == "siamese" and pretext not in SIAMESE_HEADS:
+        raise UserError(
+            f"{checkpoint.source} has no pretext of Siamese DETR's codebase, which only pre-trains; its fine-tuning "
+            "code reads the format detr: use --to detr"
+        )
+
+
+def _detreg_args(checkpoint: Checkpoint, pretext: str | None) -> Namespace:
+    certain, likely = infer_architecture(checkpoint)
+    # DETReg's --resume takes the seed from the stored args. 42 is its default.
+    seed = checkpoint.args.get("seed", 42)
+    return Namespace(**likely, **certain, seed=seed, object_embedding_loss=bool(pretext))
+
+
+def _to_predetr(
+    checkpoint: Checkpoint, state: dict[str, Tensor], notes: list[str]
+) -> dict[str, Any]:
+    codebase = infer_codebase(checkpoint)
+    if codebase == OURS:
+        raise UserError(
+            f"{checkpoint.source} is already a {CODEBASES[OURS]} checkpoint; choose another --to"
+        )
+
     entries = checkpoint.to_dict()
-    rest = {
-        key: value for key, value in entries.items() if not (reordered and key in TRAINING_STATE)
-    }
-    left = sorted(set(entries) - set(rest))
-    if left:
-        notes.append(f"left out: {', '.join(left)}, which belong to training in that code base")
-    certain, likely = architecture(checkpoint)
+    is_reordered = checkpoint.siamese_pretext or len(state) != checkpoint.num_tensors
+    dropped = sorted(set(entries) & set(TRAINING_STATE)) if is_reordered else []
+    if dropped:
+        notes.append(f"dropped: {', '.join(dropped)}, which only that codebase can resume from")
+        entries = {key: value for key, value in entries.items() if key not in dropped}
+
+    certain, likely = infer_architecture(checkpoint)
     settings = {**checkpoint.args, **likely, **certain}
-    if pretext_of(checkpoint):
-        settings["pretext"] = pretext_of(checkpoint)
-    return {**rest, "model": state, "args": settings, "converted_from": origin}
-
-
-def _without_masks(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    notes: list[str] = []
-    return _drop(without_detr_prefix(checkpoint.model), MASK_PARTS, notes), notes
+    pretext = infer_pretext(checkpoint)
+    if pretext:
+        settings["pretext"] = pretext
+    return {**entries, "model": state, "args": settings, "converted_from": codebase}
 
 
 def _drop(
-    state: Mapping[str, Tensor], parts: tuple[str, ...], notes: list[str]
+    state: Mapping[str, Tensor], prefixes: tuple[str, ...], notes: list[str]
 ) -> dict[str, Tensor]:
-    """The state without names that begin with `parts`, which a note then names."""
-    kept = {key: value for key, value in state.items() if not (parts and key.startswith(parts))}
-    names = sorted({key.removeprefix(ALIASES).split(".")[0] for key in state if key not in kept})
-    if names:
-        notes.append(f"left out: {len(state) - len(kept)} tensors of {', '.join(names)}")
+    """Return the state dict without names that start with one of `prefixes`; a note lists the dropped modules."""
+    kept = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    modules = sorted(
+        {key.removeprefix(DECODER_PREFIX).split(".")[0] for key in state if key not in kept}
+    )
+    if modules:
+        notes.append(f"dropped: {len(state) - len(kept)} tensors of {', '.join(modules)}")
     return kept
 
 
-def _note_positions(checkpoint: Checkpoint, layout: Layout, kind: str, notes: list[str]) -> None:
-    certain, likely = architecture(checkpoint)
+def _note_positional_encoding(
+    checkpoint: Checkpoint, layout: Layout, detector: str | None, notes: list[str]
+) -> None:
+    certain, likely = infer_architecture(checkpoint)
     trained = certain.get("position_embedding", likely.get("position_embedding"))
-    there = "sine_shifted" if kind in layout.shifted else "sine"
-    if trained not in (there, "learned"):
+    computed = "sine_shifted" if detector in layout.shifted_sine else "sine"
+    if trained not in (computed, "learned"):
         notes.append(
-            f"warning: trained with the position code {trained}, where {layout.name} computes {there}: half a cell "
-            "apart, so that the numbers there will differ"
+            f"warning: trained with the positional encoding {trained}, but {layout.name} computes {computed}: they "
+            "differ by half a cell, so metrics there will differ"
         )

@@ -1,18 +1,22 @@
-"""The published detectors that `hubconf.py` and `Predictor` know by name."""
+"""Published detectors that `hubconf.py` and `Predictor` load by name."""
 
 from typing import Any, NamedTuple
 
-from util.checkpoints.architecture import architecture
+from util.checkpoints.architecture import infer_architecture
 from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 
 
 class HubModel(NamedTuple):
-    """title: what it is. settings: by flag name. address: of the published weights, or of the page that links them."""
+    """A published detector.
+
+    title: name and published AP (COCO val2017). settings: architecture by flag name. url: the published weights, or the
+    page that links them where they are on a file-sharing site.
+    """
 
     title: str
     settings: dict[str, Any]
-    address: str
+    url: str
 
 
 _DETR = {"detector": "detr", "backbone": "resnet50", "dilation": False}
@@ -24,12 +28,11 @@ _DEFORMABLE = {
     "with_box_refine": False,
     "two_stage": False,
 }
-_R101, _DC5, _ONE_LEVEL, _REFINE = (
-    {"backbone": "resnet101"},
-    {"dilation": True},
-    {"num_feature_levels": 1},
-    {"with_box_refine": True},
-)
+_R101 = {"backbone": "resnet101"}
+_DC5 = {"dilation": True}  # stride 16 instead of 32 in the last stage
+_SINGLE_SCALE = {"num_feature_levels": 1}
+_REFINE = {"with_box_refine": True}
+
 _FILES = "https://dl.fbaipublicfiles.com/detr/"
 _CONDITIONAL_PAGE = "https://github.com/Atten4Vis/ConditionalDETR"
 _DEFORMABLE_PAGE = "https://github.com/fundamentalvision/Deformable-DETR"
@@ -64,12 +67,12 @@ HUB_MODELS: dict[str, HubModel] = {
     ),
     "deformable_detr_resnet50_single_scale": HubModel(
         "Deformable DETR-R50 with one level, AP 39.4",
-        {**_DEFORMABLE, **_ONE_LEVEL},
+        {**_DEFORMABLE, **_SINGLE_SCALE},
         _DEFORMABLE_PAGE,
     ),
     "deformable_detr_resnet50_single_scale_dc5": HubModel(
         "Deformable DETR-DC5-R50 with one level, AP 41.5",
-        {**_DEFORMABLE, **_ONE_LEVEL, **_DC5},
+        {**_DEFORMABLE, **_SINGLE_SCALE, **_DC5},
         _DEFORMABLE_PAGE,
     ),
     "deformable_detr_resnet50_refine": HubModel(
@@ -85,40 +88,42 @@ HUB_MODELS: dict[str, HubModel] = {
 }
 
 
-def published_file(name: str) -> str:
-    """The address of the published weights.
+def published_url(name: str) -> str:
+    """Return the URL of the published weights.
 
     Raises:
-        UserError: no program can fetch them.
+        UserError: they are on a file-sharing site and can't be downloaded by a program.
     """
-    address = HUB_MODELS[name].address
-    if not address.endswith(".pth"):
+    url = HUB_MODELS[name].url
+    if not url.endswith(".pth"):
         raise UserError(
-            f"{name}: {address} links the published weights to a file-sharing site, from which a program can't fetch "
-            "them: download the file with a browser and give its path"
+            f"{name}: {url} links the published weights to a file-sharing site, which a program can't download "
+            "from; download the file with a browser and give its path"
         )
-    return address
+    return url
 
 
-def check_is(checkpoint: Checkpoint, name: str) -> None:
-    """
+def check_hub_model(checkpoint: Checkpoint, name: str) -> None:
+    """Check that a checkpoint has the architecture of the hub model `name`.
+
     Raises:
-        UserError: the file holds another model; it says which.
+        UserError: it has another architecture; the message names the hub model that fits.
     """
-    certain, likely = architecture(checkpoint)
-    held = {**likely, **certain}
-    wanted = HUB_MODELS[name].settings
-    differing = [
-        f"{flag} {held[flag]} (not {value})"
-        for flag, value in wanted.items()
-        if held.get(flag, value) != value
+    certain, likely = infer_architecture(checkpoint)
+    found = {**likely, **certain}
+    differences = [
+        f"{flag} {found[flag]} (not {value})"
+        for flag, value in HUB_MODELS[name].settings.items()
+        if found.get(flag, value) != value
     ]
-    if differing:
-        fitting = (
-            other
-            for other, model in HUB_MODELS.items()
-            if all(held.get(flag, value) == value for flag, value in model.settings.items())
-        )
+    if differences:
+        fitting = (other for other, model in HUB_MODELS.items() if _fits(found, model.settings))
         raise UserError(
-            f"{checkpoint.source} is no {name}, for it has {', '.join(differing)}: load {next(fitting, 'another file')}"
+            f"{checkpoint.source} is not a {name}: it has {', '.join(differences)}; "
+            f"load {next(fitting, 'another file')}"
         )
+
+
+def _fits(found: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Return True if no setting differs. What the checkpoint does not show, such as dilation, may have any value."""
+    return all(found.get(flag, value) == value for flag, value in settings.items())

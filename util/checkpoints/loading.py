@@ -1,28 +1,35 @@
-"""Weights of a checkpoint into a model: all of them, to resume or evaluate, or what fits, to start from."""
+"""Load a checkpoint into a model: strictly, to resume or evaluate, or what fits, to fine-tune.
+
+Shapes in comments: C rows of a class head ("no object" included), Q queries, D width.
+"""
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from util.checkpoints.adoption import is_pretext, no_detector, pretext_parts
-from util.checkpoints.architecture import detector_kind, without_detr_prefix
+from util.checkpoints.adoption import is_pretext, no_detector_message, pretext_prefixes
+from util.checkpoints.architecture import infer_detector, strip_detr_prefix
 from util.checkpoints.checkpoint import Checkpoint
-from util.checkpoints.classes import class_rows, classes_of, head_kind
+from util.checkpoints.classes import count_classes, infer_classes, infer_classification
 from util.checkpoints.load_report import LoadReport
 from util.errors import UserError
 
-OPERATION_COUNTERS = (
-    "total_ops",
-    "total_params",
-)  # left in some published files by a tool that counts operations
-CORE = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
+# Buffers that a FLOP counter left in some published files.
+OPERATION_COUNTERS = ("total_ops", "total_params")
+
+# Parameters that must come from the file. The class head may not fit, and pretexts have parts of their own.
+REQUIRED_PREFIXES = ("backbone.", "input_proj.", "transformer.", "query_embed.", "bbox_embed.")
 
 
-def load_exactly(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Loads `model` strictly, to resume or evaluate. Raises UserError with one line when file and model differ."""
-    source, target = checkpoint.source, model.state_dict()
+def load_strict(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load a checkpoint into `model` strictly, to resume or evaluate.
+
+    Raises:
+        UserError: names or shapes of file and model differ.
+    """
     state = {
         key: value
         for key, value in checkpoint.model.items()
@@ -31,93 +38,135 @@ def load_exactly(model: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        missing = [f"lacks {key}" for key in target if key not in state]
-        surplus = [f"also has {key}" for key in state if key not in target]
-        shapes = [
-            f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
-            for key, value in state.items()
-            if key in target and value.shape != target[key].shape
-        ]
-        differences = shapes + missing + surplus or [str(error).splitlines()[0]]
-        masks = any(key.startswith("mask_head.") for key in state)
+        raise UserError(_mismatch_message(model, state, checkpoint.source, error)) from error
+
+
+def _mismatch_message(
+    model: nn.Module, state: Mapping[str, Tensor], source: str, error: RuntimeError
+) -> str:
+    target = model.state_dict()
+    missing = [f"lacks {key}" for key in target if key not in state]
+    unexpected = [f"also has {key}" for key in state if key not in target]
+    shapes = [
+        f"has {key} as {list(value.shape)}, the model as {list(target[key].shape)}"
+        for key, value in state.items()
+        if key in target and value.shape != target[key].shape
+    ]
+    differences = shapes + missing + unexpected or [str(error).splitlines()[0]]
+
+    if any(key.startswith("mask_head.") for key in state):
         remedy = (
-            f"take the detector out of this mask model by tools/convert_checkpoint.py {source} --to predetr --out FILE"
-            if masks
-            else f"{_fitting_flag(differences[0])}, or start from its weights by --pretrain"
+            "extract the detector of this mask model with "
+            f"tools/convert_checkpoint.py {source} --to predetr --out FILE"
         )
-        raise UserError(
-            f"{source} is not of this model: it {differences[0]} ({len(differences)} differences); {remedy}"
-        ) from error
+    else:
+        remedy = f"{_suggest_flag(differences[0])}, or start from its weights with --pretrain"
+    return (
+        f"{source} does not match the model: it {differences[0]} "
+        f"({len(differences)} differences); {remedy}"
+    )
+
+
+@dataclass(frozen=True)
+class _ClassHead:
+    """How the class head of a file maps to the model's.
+
+    loads: False: the model's head keeps its initial values. rows: row of the model -> row of the file, for class names
+    in both; None: a side has no names. has_background: the last row is "no object". encoder_key: part of the parameter
+    names of a two-stage encoder's head.
+    """
+
+    loads: bool
+    rows: dict[int, int] | None
+    has_background: bool
+    encoder_key: str
 
 
 def load_pretrained(
-    model: nn.Module, checkpoint: Checkpoint, keep_classes: Mapping[int, str] | None = None
+    model: nn.Module, checkpoint: Checkpoint, class_names: Mapping[int, str] | None = None
 ) -> LoadReport:
-    """Starts `model` from the weights of a pretext or of a detector.
+    """Initialize `model` from a pre-trained checkpoint or from another detector, and report every tensor.
 
-    From a pretext, class heads and the pretext's own parts are dropped. From a detector of the same classification
-    (`model.classification.kind`), the class rows whose names agree with `keep_classes` (the model's classes, row ->
-    name) stay. A file without names keeps a head of equal shape, and has COCO's names where it has 91 rows and the
-    model another number. Queries of another number are tiled or cut. All else of the
-    detector must be in the file, with equal shapes.
+    - A pretext gives everything but its class head and its own parameters.
+    - A detector with the same classification (`model.classification.kind`) also gives the class rows whose names are in
+      `class_names`. Without names in the file, a head of equal shape is loaded whole; a head with 91 rows and another
+      shape than the model's is taken to have COCO's names.
+    - Query embeddings are tiled or truncated to the model's number of queries.
+    - All other detector parameters must be in the file with equal shapes.
+
+    Args:
+        class_names: the model's classes, row -> name.
 
     Raises:
-        UserError: the file is of another detector, lacks a tensor, or has one that the model would not use.
+        UserError: the file contains another detector, lacks a tensor, or has one that the model would not use. The
+            model is unchanged then.
     """
-    source = checkpoint.source
-    target = model.state_dict()
+    source, target = checkpoint.source, model.state_dict()
     state = _match_mask_prefix(checkpoint.model, target)
-    _check_kind(state, target, source)
-    report, chosen = LoadReport(), {}
-    drop = is_pretext(checkpoint)
-    kind, own_kind = head_kind(checkpoint), model.classification.kind
-    rows = (
-        None
-        if drop
-        else _agreeing_rows(_class_names(checkpoint, class_rows(target, own_kind)), keep_classes)
-    )
-    if not drop and kind != own_kind:
-        report.notes.append(
-            f"class_embed: starts from scratch: the file's head is {kind}, the model's {own_kind}"
-        )
-    without_head, proposal_head = drop or kind != own_kind, _proposal_head(target)
+    _check_detector(state, target, source)
+
+    report = LoadReport()
+    head = _match_class_head(model, checkpoint, class_names, report)
+    skipped = pretext_prefixes() if is_pretext(checkpoint) else ()
+    loaded: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        own = target.get(key)
-        dropped = without_head and _is_class_head(key) or drop and key.startswith(pretext_parts())
-        if own is None:
+        if key not in target:
             report.unused[key] = tensor.numel()
-            continue
-        value = (
-            None
-            if dropped
-            else _fitted(key, tensor, own, rows, kind == "softmax", proposal_head, report)
-        )
-        if value is not None:
-            chosen[key] = value
-    _check_complete(chosen, target, report, source)
-    model.load_state_dict(chosen, strict=False)
-    report.loaded = {key: target[key].numel() for key in target if key in chosen}
-    report.reinitialised = {
-        key: target[key].numel() for key in target if key not in chosen and not _is_counter(key)
+        elif not key.startswith(skipped):
+            fitted = _fit_tensor(key, tensor, target[key], head, report)
+            if fitted is not None:
+                loaded[key] = fitted
+
+    _check_complete(loaded, target, report, source)
+    model.load_state_dict(loaded, strict=False)
+    report.loaded = {key: target[key].numel() for key in target if key in loaded}
+    report.reinitialized = {
+        key: target[key].numel() for key in target if key not in loaded and not _is_counter(key)
     }
     return report
 
 
-def _fitted(
-    key: str,
-    tensor: Tensor,
-    own: Tensor,
-    rows: dict[int, int] | None,
-    has_background: bool,
-    proposal_head: str,
+def _match_class_head(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    class_names: Mapping[int, str] | None,
     report: LoadReport,
+) -> _ClassHead:
+    target = model.state_dict()
+    in_file, in_model = infer_classification(checkpoint), model.classification.kind
+    loads = not is_pretext(checkpoint)
+    if loads and in_file != in_model:
+        # Logits of a softmax are trained relative to each other, those of a sigmoid one by one.
+        loads = False
+        report.notes.append(
+            f"class_embed: starts from scratch: the file's head is {in_file}, the model's {in_model}"
+        )
+
+    rows = None
+    if loads:
+        names = _class_names_of_file(checkpoint, count_classes(target, in_model))
+        rows = _match_rows_by_name(names, class_names)
+    return _ClassHead(
+        loads=loads,
+        rows=rows,
+        has_background=in_file == "softmax",
+        encoder_key=_encoder_head_key(target),
+    )
+
+
+def _fit_tensor(
+    key: str, tensor: Tensor, target: Tensor, head: _ClassHead, report: LoadReport
 ) -> Tensor | None:
-    """What of the file's tensor goes into the model's, None for nothing."""
-    if proposal_head in key:
-        return _proposal_rows(tensor, own, has_background)
+    """Return what to load into the model's parameter `target`; None to keep its initial values."""
     if _is_class_head(key):
-        return _class_rows(tensor, own, rows, has_background, report)
-    return _fit_queries(tensor, own, report) if key.endswith("query_embed.weight") else tensor
+        if not head.loads:
+            return None
+        if head.encoder_key in key:
+            return _fit_encoder_head(tensor, target, head.has_background)
+        return _fit_class_head(tensor, target, head, report)
+    if key.endswith("query_embed.weight"):
+        return _fit_queries(tensor, target, report)
+    return tensor
 
 
 def _is_class_head(key: str) -> bool:
@@ -125,155 +174,157 @@ def _is_class_head(key: str) -> bool:
 
 
 def _is_counter(key: str) -> bool:
-    """Left behind by live batch norm, and by tools that count operations."""
+    """Return True for buffers of live batch norm and of FLOP counters, which don't affect the outputs."""
     return key.endswith(("num_batches_tracked", *OPERATION_COUNTERS))
 
 
 def _match_mask_prefix(
     state: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Adds or removes the `detr.` of a model with a mask head, so that the names of file and model meet."""
-    in_file, in_model = (any(key.startswith("detr.") for key in keys) for keys in (state, target))
+    """Add or remove the prefix `detr.` of models with a mask head, so that the names of file and model match."""
+    in_file = any(key.startswith("detr.") for key in state)
+    in_model = any(key.startswith("detr.") for key in target)
     if in_model and not in_file:
         return {f"detr.{key}": value for key, value in state.items()}
-    return dict(state) if in_model or not in_file else without_detr_prefix(state)
+    if in_file and not in_model:
+        return strip_detr_prefix(state)
+    return dict(state)
 
 
-def _check_kind(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
-    found, wanted = detector_kind(state), detector_kind(target)
+def _check_detector(state: Mapping[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
+    found, wanted = infer_detector(state), infer_detector(target)
     if found is None:
-        raise UserError(no_detector(state, source))
+        raise UserError(no_detector_message(state, source))
     if found != wanted:
         raise UserError(
-            f"{source} looks like {found}, the model is {wanted}; add --detector {found} or choose another file"
+            f"{source} contains the detector {found}, the model is {wanted}; "
+            f"add --detector {found} or choose another file"
         )
 
 
-def _fit_queries(tensor: Tensor, own: Tensor, report: LoadReport) -> Tensor:
-    """[Q, D] of the file as [Q', D] of the model: query i is query i mod Q."""
-    before, after = len(tensor), len(own)
+def _fit_queries(tensor: Tensor, target: Tensor, report: LoadReport) -> Tensor:
+    """Tile or truncate the query embeddings: query i of the model is query i mod Q of the file."""
+    before, after = len(tensor), len(target)
     if before == after:
         return tensor
-    report.notes.append(
-        f"query_embed: {before} queries {'tiled' if after > before else 'cut'} to {after}"
-    )
-    return tensor[torch.arange(after) % before]
+    change = "tiled" if after > before else "truncated"
+    report.notes.append(f"query_embed: {before} queries {change} to {after}")
+    return tensor[torch.arange(after) % before]  # [Q of the model, D]
 
 
-def _class_names(checkpoint: Checkpoint, rows_of_model: int) -> dict[int, str]:
-    """Row -> name in the file. In a head of the same size a file without names keeps every row, so that none is
-    guessed.
+def _class_names_of_file(checkpoint: Checkpoint, num_classes: int) -> dict[int, str]:
+    """Return row -> name. COCO's names are assumed only for a head of another size than the model's.
+
+    A head of equal size and without names is loaded whole, which needs no assumption.
     """
-    classes = classes_of(checkpoint)
-    return checkpoint.class_names if classes.count == rows_of_model else classes.names
+    classes = infer_classes(checkpoint)
+    return checkpoint.class_names if classes.num_classes == num_classes else classes.names
 
 
-def _agreeing_rows(
-    names: dict[int, str], keep_classes: Mapping[int, str] | None
+def _match_rows_by_name(
+    names: dict[int, str], class_names: Mapping[int, str] | None
 ) -> dict[int, int] | None:
-    """{row of the model: row of the file} for class names in both; None where a side has no names."""
-    wanted = {int(row): name for row, name in (keep_classes or {}).items()}
+    """Return {row of the model: row of the file} for class names in both; None if a side has no names."""
+    wanted = {int(row): name for row, name in (class_names or {}).items()}
     if not names or not wanted:
         return None
-    if names == wanted:  # rows between that have no name (COCO has eleven) are the same too
+    if names == wanted:  # the same dataset: rows without a name (COCO has eleven) match too
         return {row: row for row in range(max(names) + 1)}
+    # Sorted backwards so that the first row wins where a name occurs twice.
     row_of = {name: row for row, name in sorted(names.items(), reverse=True)}
     return {row: row_of[name] for row, name in wanted.items() if name in row_of}
 
 
-def _class_rows(
-    tensor: Tensor,
-    own: Tensor,
-    rows: dict[int, int] | None,
-    has_background: bool,
-    report: LoadReport,
+def _fit_class_head(
+    tensor: Tensor, target: Tensor, head: _ClassHead, report: LoadReport
 ) -> Tensor | None:
-    """The head [C, D] (or bias [C]) of the model with the rows of the file that agree; None if none does.
+    """Return the model's weight [C, D] or bias [C] with the matching rows of the file; None if no row matches.
 
-    A softmax head ends with the row of "no object", which always agrees.
+    "No object", the last row of a softmax head, always matches.
     """
-    if rows is None:
-        return tensor if tensor.shape == own.shape else None
-    if tensor.shape[1:] != own.shape[1:]:
+    if head.rows is None:
+        return tensor if tensor.shape == target.shape else None
+    if tensor.shape[1:] != target.shape[1:]:
         return None
-    background = int(has_background)
+
+    background = int(head.has_background)
     pairs = [
-        (to, at)
-        for to, at in rows.items()
-        if to < len(own) - background and at < len(tensor) - background
+        (row, source_row)
+        for row, source_row in head.rows.items()
+        if row < len(target) - background and source_row < len(tensor) - background
     ]
-    note = f"class_embed: {len(pairs)} of {len(own) - background} class rows kept by name"
-    if note not in report.notes:
+    note = f"class_embed: {len(pairs)} of {len(target) - background} class rows kept by name"
+    if note not in report.notes:  # once, not for every decoder layer
         report.notes.append(note)
     if not pairs:
         return None
     pairs += [(-1, -1)] * background
-    head = own.clone()
-    to, at = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    head[to] = tensor.to(head)[at]
-    return head
+
+    fitted = target.clone()  # rows without a match keep their initial values
+    rows, source_rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    fitted[rows] = tensor.to(fitted)[source_rows]
+    return fitted
 
 
-def _proposal_head(target: Mapping[str, Tensor]) -> str:
-    """In the names of the class head of a two-stage detector's encoder, which stands behind those of the decoder
-    layers.
+def _encoder_head_key(target: Mapping[str, Tensor]) -> str:
+    """Return the part of a name that the class head of a two-stage encoder has.
+
+    Deformable DETR numbers its heads by decoder layer. The encoder's head comes after the last one.
     """
-    layers = len(
-        {
-            match[1]
-            for match in (
-                re.search(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in target
-            )
-            if match
-        }
-    )
-    return f"class_embed.{layers}."
+    pattern = re.compile(r"transformer\.decoder\.layers\.(\d+)\.")
+    layers = {match[1] for match in map(pattern.search, target) if match}
+    return f"class_embed.{len(layers)}."
 
 
-def _proposal_rows(tensor: Tensor, own: Tensor, has_background: bool) -> Tensor | None:
-    """Its first row tells objects from background whatever the classes, so that it is worth keeping with other classes
-    too.
+def _fit_encoder_head(tensor: Tensor, target: Tensor, has_background: bool) -> Tensor | None:
+    """Return the class head of a two-stage encoder, for other classes too.
+
+    Its training targets all have label 0 (models/criterion.py), so that row 0 scores objects against background,
+    regardless of their class.
     """
-    if tensor.shape == own.shape or tensor.shape[1:] != own.shape[1:]:
-        return tensor if tensor.shape == own.shape else None
-    head = own.clone()
-    head[0] = tensor[0]
+    if tensor.shape == target.shape:
+        return tensor
+    if tensor.shape[1:] != target.shape[1:]:
+        return None
+    fitted = target.clone()
+    fitted[0] = tensor[0]
     if has_background:
-        head[-1] = tensor[-1]
-    return head
+        fitted[-1] = tensor[-1]
+    return fitted
 
 
 def _check_complete(
-    chosen: dict[str, Tensor], target: Mapping[str, Tensor], report: LoadReport, source: str
+    loaded: dict[str, Tensor], target: Mapping[str, Tensor], report: LoadReport, source: str
 ) -> None:
-    """Nothing of the detector may silently start at random, be of another shape, or stay behind in the file."""
-    for key, value in chosen.items():
+    """Check that no detector parameter silently keeps its initial values, changes its shape, or stays in the file."""
+    for key, value in loaded.items():
         if value.shape != target[key].shape:
             raise UserError(
                 f"{source}: {key} is {list(value.shape)}, the model's is {list(target[key].shape)}; "
-                f"{_fitting_flag(key)}"
+                f"{_suggest_flag(key)}"
             )
-    missing = [key for key in target if key not in chosen and _is_core(key)]
+    missing = [key for key in target if key not in loaded and _is_required(key)]
     if missing:
         raise UserError(
-            f"{source} lacks {len(missing)} tensors of the model, first {missing[0]}; {_fitting_flag(missing[0])}"
+            f"{source} lacks {len(missing)} tensors of the model, first {missing[0]}; {_suggest_flag(missing[0])}"
         )
-    behind = [key for key in report.unused if _is_core(key)]
-    if behind:
+    unused = [key for key in report.unused if _is_required(key)]
+    if unused:
         raise UserError(
-            f"{source} has {len(behind)} tensors that the model does not use, first {behind[0]}; "
-            f"{_fitting_flag(behind[0])}"
+            f"{source} has {len(unused)} tensors that the model does not use, first {unused[0]}; "
+            f"{_suggest_flag(unused[0])}"
         )
 
 
-def _is_core(key: str) -> bool:
-    core = key.removeprefix("detr.").startswith(CORE)
-    return core and not _is_class_head(key) and not _is_counter(key)
+def _is_required(key: str) -> bool:
+    in_detector = key.removeprefix("detr.").startswith(REQUIRED_PREFIXES)
+    return in_detector and not _is_class_head(key) and not _is_counter(key)
 
 
-def _fitting_flag(key: str) -> str:
+def _suggest_flag(key: str) -> str:
+    """Return which flags decide over a parameter. `key` may be a sentence with its name."""
     points = "--nheads, --num_feature_levels, --enc_n_points and --dec_n_points"
-    flags = {
+    flags = {  # the first match counts, so parts of layers come before the layers
         "encoder.norm.": "--pre_norm",
         ".sampling_offsets.": points,
         ".attention_weights.": points,
@@ -289,8 +340,6 @@ def _fitting_flag(key: str) -> str:
         "query_embed.": "--num_queries",
         "feature_embed.": "--object_embedding_loss and --obj_embedding_head",
     }
-    fitting = next(
-        (flag for part, flag in flags.items() if part in key),
-        "--detector and its architecture flags",
-    )
-    return f"give {fitting} as the file was trained"
+    matches = (flag for part, flag in flags.items() if part in key)
+    flag = next(matches, "--detector and its architecture flags")
+    return f"set {flag} as in the run that wrote the file"

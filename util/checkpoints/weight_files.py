@@ -1,4 +1,4 @@
-"""Reads weight files without running code in them, and fetches them from an address."""
+"""Read weight files without running code in them, and download them."""
 
 import argparse
 import contextlib
@@ -23,45 +23,52 @@ from util.logger import log
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes may then fetch the same file twice
+except ImportError:  # Windows has no file locks: two processes may download the same file twice
     fcntl = None
 
 SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors")
 CONNECT_SECONDS = 30.0
-HASHED = re.compile(
-    r"-([0-9a-f]{8,64})\."
-)  # NAME-0676ba61.pth: the start of the file's SHA-256 sum
-# Addresses whose file keeps its plain name where it is stored, as users and other programs put it there.
-KEPT_NAMES = ("https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",)
+
+# torch.hub's convention: NAME-0676ba61.pth ends with the first digits of the file's SHA-256 sum.
+HASH_PATTERN = re.compile(r"-([0-9a-f]{8,64})\.")
+
+# URLs whose file keeps its plain name in the cache, because other programs store it there under that name too.
+PLAIN_NAME_URLS = ("https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",)
+
+SAVE_TENSORS = (
+    "save only its tensors, torch.save({'model': model.state_dict()}, FILE), where it was created"
+)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def is_address(path_or_url: str | os.PathLike) -> bool:
-    """True for an http(s) address, False for a local path."""
+def is_url(path_or_url: str | os.PathLike) -> bool:
+    """Return True for an http(s) URL, False for a local path."""
     return str(path_or_url).lower().startswith(("https://", "http://"))
 
 
 def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> Any:
-    """What a file of torch.save (zip or the older form) or safetensors holds, always with `weights_only=True`.
+    """Return the content of a torch.save file (zip or legacy format) or a safetensors file.
 
-    Besides tensors and plain containers only harmless classes are accepted, so that files with a pickled `args` load:
-    argparse.Namespace, paths (they become text), numpy scalars and arrays, defaultdict (it becomes a dict).
-    Raises UserError with one line that names the file, what is wrong, and the remedy.
+    The file is always loaded with `weights_only=True`. Besides tensors and plain containers, a few harmless classes are
+    allowed, so that published checkpoints with a pickled `args` load: argparse.Namespace, paths (loaded as str), NumPy
+    scalars and arrays, defaultdict (loaded as dict).
+
+    Raises:
+        UserError: the file is missing, damaged, contains other classes, or can't be downloaded.
     """
-    path = fetch(str(path_or_url)) if is_address(path_or_url) else Path(path_or_url).expanduser()
+    path = fetch(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
     _check_file(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, map_location)
     try:
-        with torch.serialization.safe_globals(_harmless_globals()), warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # on pickles of other programs; what matters is said below
+        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
+            # PyTorch warns about pickles of other programs. What matters is in the errors below.
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        raise UserError(f"{path}: {_what_is_wrong(path, error)}") from error
+    except Exception as error:  # damaged files raise many types
+        raise UserError(f"{path}: {_diagnose(path, error)}") from error
 
 
 def _check_file(path: Path) -> None:
@@ -69,10 +76,10 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path}: no such file; check the path to the checkpoint or weights")
     if path.is_dir():
         raise UserError(
-            f"{path} is a folder, not a checkpoint; name the file in it, such as {path / 'checkpoint.pth'}"
+            f"{path} is a folder, not a checkpoint; give the file in it, such as {path / 'checkpoint.pth'}"
         )
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; fetch or save it again")
+        raise UserError(f"{path} is empty; download or save it again")
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
@@ -86,78 +93,88 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
         return load_file(path, device=str(map_location or "cpu"))
     except Exception as error:
         raise UserError(
-            f"{path} is damaged or no safetensors file ({_first_line(error)}); fetch it again"
+            f"{path} is damaged or not a safetensors file ({_first_line(error)}); download it again"
         ) from error
 
 
-def _what_is_wrong(path: Path, error: Exception) -> str:
+def _diagnose(path: Path, error: Exception) -> str:
+    """Return what is wrong with a file that torch.load refuses, and what to do."""
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     if refused:
-        return (
-            f"it holds the Python object {refused[1]}, which may run code, so it is not loaded; "
-            "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made"
-        )
+        return f"it contains the Python object {refused[1]}, which may run code, so it is not loaded; {SAVE_TENSORS}"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"not enough memory to load it ({_first_line(error)})"
+
     with path.open("rb") as file:
         head = file.read(256)
     if _is_text(head):
-        return "it is a text file (a web page or a Git LFS pointer?), not a checkpoint; fetch the file itself"
+        return "it is a text file (a web page or a Git LFS pointer?), not a checkpoint; download the file itself"
     if head.startswith(b"PK"):
-        return "it is an incomplete checkpoint, or another kind of zip: fetch or save it again"
-    if head.startswith(b"\x80"):
         return (
-            "it is a pickle of more than tensors and plain containers, which may run code, so it is not loaded; "
-            "save its tensors alone, torch.save({'model': model.state_dict()}, FILE), where it was made"
+            "it is an incomplete checkpoint or another kind of zip file; download or save it again"
         )
-    return "it is no checkpoint of torch.save, or a damaged one: choose another file, or fetch it again"
+    if head.startswith(b"\x80"):  # the first byte of every binary pickle
+        return (
+            "it is a pickle with more than tensors and plain containers, which may run code, so it is not loaded; "
+            f"{SAVE_TENSORS}"
+        )
+    return (
+        "it is not a torch.save file, or it is damaged; choose another file, or download it again"
+    )
 
 
 def _is_text(head: bytes) -> bool:
-    return (
-        all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
-        and head.decode("utf-8", "ignore") != ""
-    )
+    # The file's start may end inside a character, so that undecodable bytes are ignored.
+    is_printable = all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+    return is_printable and head.decode("utf-8", "ignore") != ""
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def _harmless_globals() -> list:
-    """Classes that old checkpoints hold in `args` and `meta`; none of them does anything but hold data."""
-    from numpy._core import multiarray  # its public spelling, numpy.core, is deprecated
+def _safe_globals() -> list:
+    """Return the classes and functions to allow: those in `args` and `meta` of published checkpoints.
 
-    names = [
+    None of them does more than store data. Some stand in for the original, under its name in the pickle.
+    """
+    from numpy._core import multiarray  # numpy.core, the public name, is deprecated
+
+    allowed = [
         (argparse.Namespace, "argparse.Namespace"),
         (np.ndarray, "numpy.ndarray"),
         (np.dtype, "numpy.dtype"),
     ]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        names += [
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # NumPy 1 and 2
+        allowed += [
             (multiarray.scalar, f"{module}.scalar"),
             (multiarray._reconstruct, f"{module}._reconstruct"),
         ]
-    names += [type(np.dtype(code)) for code in "?bhilqBHILQefdUS"]
+    allowed += [type(np.dtype(code)) for code in "?bhilqBHILQefdUS"]
+
+    # As str: a WindowsPath can't be created on Linux, nor a PosixPath on Windows. Python 3.13 has pathlib._local.
     for module in ("pathlib", "pathlib._local"):
-        names += [
-            (_posix_text, f"{module}.{name}")
+        allowed += [
+            (_posix_path_to_str, f"{module}.{name}")
             for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")
         ]
-        names += [
-            (_windows_text, f"{module}.{name}") for name in ("WindowsPath", "PureWindowsPath")
+        allowed += [
+            (_windows_path_to_str, f"{module}.{name}")
+            for name in ("WindowsPath", "PureWindowsPath")
         ]
-    names += [(_empty_dict, "collections.defaultdict")]
-    for module in ("builtins", "__builtin__"):  # what defaultdict makes
-        names += [(kind, f"{module}.{kind.__name__}") for kind in (list, dict, int, float, str)]
-    return names
+
+    # defaultdict, and the types that it may have as its factory.
+    allowed += [(_empty_dict, "collections.defaultdict")]
+    for module in ("builtins", "__builtin__"):
+        allowed += [(kind, f"{module}.{kind.__name__}") for kind in (list, dict, int, float, str)]
+    return allowed
 
 
-def _posix_text(*parts: str) -> str:
+def _posix_path_to_str(*parts: str) -> str:
     return str(pathlib.PurePosixPath(*parts))
 
 
-def _windows_text(*parts: str) -> str:
+def _windows_path_to_str(*parts: str) -> str:
     return str(pathlib.PureWindowsPath(*parts))
 
 
@@ -165,16 +182,16 @@ def _empty_dict(*_factory: Any) -> dict:
     return {}
 
 
-# ---------------------------------------------------------------------------------------------------- fetching
+# ---------------------------------------------------------------------------------------------------- downloading
 
 
 def fetch(url: str) -> Path:
-    """The local file of an address: in torch.hub's folder of checkpoints, downloaded once.
+    """Return the local file of a URL, downloaded once to torch.hub's `checkpoints` folder.
 
-    A name like `NAME-0676ba61.pth` carries the start of the SHA-256 sum, which is checked on download. Other names may
-    be those of several files (`checkpoint.pth`), so that the stored one gets a piece of the address's sum
-    (`stored_at`).
-    Raises UserError with one line that names the file, its address, and where to put it by hand.
+    The SHA-256 prefix in a name such as `NAME-0676ba61.pth` is verified on download.
+
+    Raises:
+        UserError: the download fails; the message says where to put the file by hand.
     """
     name = _file_name(url)
     if not name.lower().endswith(SUFFIXES):
@@ -182,26 +199,31 @@ def fetch(url: str) -> Path:
             f"{url} does not end in the name of a weight file ({', '.join(SUFFIXES)}); "
             "download the file with a browser and give its path"
         )
-    path = stored_at(url)
+    path = cached_path(url)
     if path.exists():
         log.info("using %s", path)
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path):
-            if not path.exists():
+        with _file_lock(path):
+            if not path.exists():  # another process may have downloaded it in the meantime
                 _download(url, path)
     except (OSError, HTTPException, ValueError, RuntimeError) as error:
         raise UserError(
-            f"cannot fetch {name} from {url} ({_first_line(error)}); download it elsewhere and put it at {path}"
+            f"cannot download {name} from {url} ({_first_line(error)}); "
+            f"download it elsewhere and put it at {path}"
         ) from error
     return path
 
 
-def stored_at(url: str) -> Path:
-    """Where `fetch` keeps the file of an address: the same name for two addresses only where it tells the content."""
+def cached_path(url: str) -> Path:
+    """Return where `fetch` stores the file of a URL.
+
+    Many files have names such as `checkpoint.pth`. Where the name has no content hash, the first 8 digits of the URL's
+    own SHA-256 sum are added, so that two URLs never share a file.
+    """
     name = _file_name(url)
-    if url not in KEPT_NAMES and not HASHED.search(name):
+    if url not in PLAIN_NAME_URLS and not HASH_PATTERN.search(name):
         stem, suffixes = re.fullmatch(
             r"(.*?)((?:\.(?:pth|tar|pt|bin|ckpt|safetensors))*)", name, re.IGNORECASE
         ).groups()
@@ -214,21 +236,25 @@ def _file_name(url: str) -> str:
 
 
 def _download(url: str, path: Path) -> None:
-    suffix = HASHED.search(_file_name(url))
-    log.info(f"Fetching {url} to {path}")
-    waiting = socket.getdefaulttimeout()
+    # Searched in the URL's name, not in `path`: digits added by `cached_path` are not a sum of the content.
+    content_hash = HASH_PATTERN.search(_file_name(url))
+    log.info("downloading %s to %s", url, path)
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_SECONDS)  # a firewall that drops packets must not hang the run
     try:
         torch.hub.download_url_to_file(
-            url, str(path), suffix[1] if suffix else None, progress=is_main_process()
+            url,
+            str(path),
+            content_hash[1] if content_hash else None,
+            progress=is_main_process(),
         )
     finally:
-        socket.setdefaulttimeout(waiting)
+        socket.setdefaulttimeout(timeout)
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Of the processes of one machine one downloads, the others wait and find the file."""
+def _file_lock(path: Path) -> Iterator[None]:
+    """Let one process per machine download `path`, while the others wait and then find the file."""
     if fcntl is None:
         yield
         return

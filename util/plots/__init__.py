@@ -1,1 +1,1 @@
-"""Pictures: curves, boxes and pages of images."""
+"""Plots: curves of a run, boxes on images, and pages of images."""

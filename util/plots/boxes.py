@@ -1,7 +1,7 @@
-"""Boxes drawn on images by Pillow.
+"""Draw boxes on images with Pillow.
 
-Boxes are (x1, y1, x2, y2) in pixels of their image, images uint8 [H, W, 3] RGB. Boxes, labels and scores may be NumPy
-arrays, lists or tensors on the CPU.
+Images are uint8 [H, W, 3] in RGB, boxes (x1, y1, x2, y2) in pixels of their image. Boxes, labels and scores may be
+NumPy arrays, lists or tensors on the CPU. Letters: N boxes.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
 
-# Colors that color-blind eyes tell apart too, and that stand out from images.
+# Colors that stand out from images and that color-blind readers can tell apart.
 PALETTE: tuple[Color, ...] = (
     (230, 85, 13), (0, 114, 178), (0, 158, 115), (204, 51, 139), (240, 190, 30),
     (86, 180, 233), (138, 75, 8), (118, 60, 190), (150, 200, 30), (90, 90, 90),
 )  # fmt: skip
+LUMA = (0.299, 0.587, 0.114)  # brightness of red, green and blue (ITU-R BT.601)
 
 
 def draw_boxes(
@@ -26,72 +27,80 @@ def draw_boxes(
     scores: Sequence[float] | None = None,
     colors: Sequence[Color] | None = None,
 ) -> np.ndarray:
-    """A copy of the image with boxes and "label score" on them.
+    """Return a copy of the image with N boxes and their "label score".
 
-    `colors`: one per box; without them a label has the same color in all images. Boxes are clipped to the image; a box
-    that is not finite is skipped.
+    torchvision's `draw_bounding_boxes` hides small boxes under their labels and cuts labels off at the border.
+
+    Args:
+        boxes_xyxy_abs: [N, 4]. Clipped to the image; a box that is not finite is skipped.
+        labels: N names or class ids.
+        scores: N numbers.
+        colors: N colors. By default a label has the same color in all images.
     """
-    # torchvision.utils.draw_bounding_boxes hides small boxes under their labels and cuts labels at the image's border.
-    boxes, image = as_array(boxes_xyxy_abs).reshape(-1, 4), np.asarray(image)
+    boxes = as_array(boxes_xyxy_abs).reshape(-1, 4)  # [N, 4]
     texts = _texts(len(boxes), labels, scores)
-    colors = colors or [
-        label_color(label) for label in (range(len(boxes)) if labels is None else as_list(labels))
-    ]
-    picture = Image.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    line = max(2, round(max(picture.size) / 200))
-    font = ImageFont.load_default(max(11, round(max(picture.size) / 32)))
-    # Small boxes last, and labels after all boxes, so that nothing covers them.
-    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    if colors is None:
+        color_keys = range(len(boxes)) if labels is None else as_list(labels)
+        colors = [label_color(key) for key in color_keys]
+
+    canvas = Image.fromarray(np.asarray(image))
+    draw = ImageDraw.Draw(canvas)
+    line_width = max(2, round(max(canvas.size) / 200))
+    font = ImageFont.load_default(max(11, round(max(canvas.size) / 32)))
+
+    # Large boxes first, and all labels after the boxes, so that no small box or label is covered.
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)  # [N]
     order = [i for i in np.argsort(-areas) if np.isfinite(boxes[i]).all()]
-    clipped = np.clip(boxes, 0, [picture.width - 1, picture.height - 1] * 2)
+    clipped = np.clip(boxes, 0, [canvas.width - 1, canvas.height - 1] * 2)  # [N, 4]
     for i in order:
         x1, y1, x2, y2 = clipped[i]
-        draw.rectangle(
-            (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)),
-            outline=tuple(colors[i]),
-            width=line,
-        )
+        # Pillow rejects boxes whose corners are swapped, which a detector may predict.
+        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        draw.rectangle(corners, outline=tuple(colors[i]), width=line_width)
     for i in order:
         if texts[i]:
-            draw_label(picture, texts[i], clipped[i, :2], tuple(colors[i]), font)
-    return np.asarray(picture)
+            draw_label(canvas, texts[i], clipped[i, :2], tuple(colors[i]), font)
+    return np.asarray(canvas)
 
 
-def draw_label(
-    picture: Image.Image, text: str, corner: np.ndarray, color: Color, font: Any
-) -> None:
-    """The text on its color above the corner (x, y), or below it where there is no room, inside the picture."""
-    draw = ImageDraw.Draw(picture)
+def draw_label(canvas: Image.Image, text: str, corner: np.ndarray, color: Color, font: Any) -> None:
+    """Draw text on a background of `color`: above the corner (x, y), or below it at the top border of the image."""
+    draw = ImageDraw.Draw(canvas)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5
-    x = min(max(corner[0], 0), max(picture.width - width, 0))
+
+    x = min(max(corner[0], 0), max(canvas.width - width, 0))
     y = corner[1] - height if corner[1] >= height else corner[1]
     draw.rectangle((x, y, x + width, y + height), fill=color)
-    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 150
-    draw.text(
-        (x + 3 - left, y + 2 - top), text, fill=(0, 0, 0) if bright else (255, 255, 255), font=font
-    )
+
+    is_bright = sum(weight * value for weight, value in zip(LUMA, color, strict=True)) > 150
+    text_color = (0, 0, 0) if is_bright else (255, 255, 255)
+    draw.text((x + 3 - left, y + 2 - top), text, fill=text_color, font=font)
 
 
 def _texts(count: int, labels: Any, scores: Any) -> list[str]:
+    """Return "label score" of each box, or the one of them that exists."""
     names = [""] * count if labels is None else [str(label) for label in as_list(labels)]
     numbers = [""] * count if scores is None else [f"{score:.2f}" for score in as_list(scores)]
     return [" ".join(filter(None, pair)) for pair in zip(names, numbers, strict=True)]
 
 
 def label_color(label: int | str) -> Color:
+    """Return the color of a class id or name, the same in every image."""
     number = label if isinstance(label, int) else sum(map(ord, label))
     return PALETTE[(number - 1) % len(PALETTE)]
 
 
 def cycle_colors(count: int) -> list[Color]:
+    """Return `count` colors, which repeat after the palette's end."""
     return [PALETTE[i % len(PALETTE)] for i in range(count)]
 
 
 def as_array(values: Any) -> np.ndarray:
+    """Convert a tensor, array or list to float64."""
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, np.float64)
 
 
 def as_list(values: Any) -> list:
+    """Convert a tensor, array or sequence to a list of plain values."""
     return values.tolist() if hasattr(values, "tolist") else list(values)

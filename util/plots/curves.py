@@ -1,4 +1,4 @@
-"""Curves of a run's log, drawn by matplotlib (an extra, imported where used)."""
+"""Plot the curves of runs from their logs, with matplotlib (an extra, imported where it is used)."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,23 +13,29 @@ from util.files import write_atomically
 from util.plots.boxes import cycle_colors
 from util.runs.log import read_log
 
-BBOX_STATS = BBOX_METRICS[:6]
+BBOX_STATS = BBOX_METRICS[:6]  # AP, AP50, AP75 and AP by size, in the log's order
 DEFAULT_FIELDS = ("loss", "class_error", "mAP")
+MAX_MARKED_POINTS = 20  # a longer training curve has no markers
+
+Points = tuple[list[int], list[float]]  # epochs, values
 
 
-def curve(
-    entries: Sequence[Mapping[str, Any]], key: str, index: int | None = None
-) -> tuple[list[int], list[float]]:
-    """Epochs (counted from 1) and finite values of `key`, or of its item `index`, where the log has it."""
-    xs, ys = [], []
+def curve(entries: Sequence[Mapping[str, Any]], key: str, index: int | None = None) -> Points:
+    """Return the epochs, counted from 1, and finite values of a key. Epochs without one are skipped.
+
+    Args:
+        entries: Lines of a log.
+        index: Item of a value that is a list.
+    """
+    epochs, values = [], []
     for number, entry in enumerate(entries):
         value = entry.get(key)
         if index is not None and value is not None:
             value = value[index] if index < len(value) else None  # VOC has no AP by size
         if value is not None and math.isfinite(value):
-            xs.append(entry.get("epoch", number) + 1)
-            ys.append(float(value))
-    return xs, ys
+            epochs.append(entry.get("epoch", number) + 1)
+            values.append(float(value))
+    return epochs, values
 
 
 def plot_logs(
@@ -37,15 +43,20 @@ def plot_logs(
     fields: Sequence[str] = DEFAULT_FIELDS,
     out_png: str | Path = "curves.png",
 ) -> Path:
-    """Draws `fields` of runs (folders or log.txt files), a panel each: training solid, evaluation dashed.
+    """Plot fields of runs, one panel per field: training solid, evaluation dashed.
 
-    A field is a name in the published log without `train_` or `test_`; `mAP` is AP and AP50 of `test_coco_eval_bbox`,
-    and is left out when no run was evaluated.
+    Args:
+        logs: Output folders of runs, or log.txt files.
+        fields: Names in the published log without `train_` or `test_`. `mAP` is AP and AP50 of `test_coco_eval_bbox`. A
+            field that no run has logged is skipped.
+        out_png: Image to write.
     """
-    logs = [Path(path) for path in ([logs] if isinstance(logs, str | Path) else logs)]
-    names = [path.name if path.is_dir() else path.parent.name for path in logs]
-    unique = names if len(set(names)) == len(names) else [str(path) for path in logs]
-    return _draw_curves(dict(zip(unique, map(read_log, logs), strict=True)), fields, out_png)
+    paths = [Path(path) for path in ([logs] if isinstance(logs, str | Path) else logs)]
+    names = [path.name if path.is_dir() else path.parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    runs = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
+    return _draw_curves(runs, fields, out_png)
 
 
 def plot_curves(
@@ -53,8 +64,15 @@ def plot_curves(
     out_png: str | Path,
     fields: Sequence[str] = ("loss", "AP", "AP50"),
 ) -> Path:
-    """Overlays runs (name -> folder or log.txt), a color each; `fields` as in `plot_logs`, or one of `BBOX_STATS`."""
-    return _draw_curves({name: read_log(path) for name, path in runs.items()}, fields, out_png)
+    """Plot several runs into the same panels, one color per run.
+
+    Args:
+        runs: Name -> output folder or log.txt.
+        out_png: Image to write.
+        fields: As in `plot_logs`, or names in `BBOX_STATS`.
+    """
+    logs = {name: read_log(path) for name, path in runs.items()}
+    return _draw_curves(logs, fields, out_png)
 
 
 def _draw_curves(
@@ -66,43 +84,55 @@ def _draw_curves(
     figure_class, figure_canvas = figure_classes()
     figure = figure_class(figsize=(4.6 * max(len(fields), 1), 3.7), layout="constrained", dpi=110)
     figure_canvas(figure)
-    for number, field in enumerate(fields):
-        axes = figure.add_subplot(1, len(fields), number + 1)
-        for color, (name, entries) in zip(cycle_colors(len(runs)), runs.items(), strict=True):
-            for label, style, (xs, ys) in _series(entries, field):
-                shown = f"{name}, {label}" if len(runs) > 1 and label else label or name
-                marker = "o" if style == "--" or len(xs) < 20 else None
-                axes.plot(
-                    xs,
-                    ys,
-                    style,
-                    color=np.divide(color, 255),
-                    label=shown,
-                    marker=marker,
-                    markersize=3.5,
-                )
-        _dress(axes, field)
+
+    for number, field in enumerate(fields, start=1):
+        axes = figure.add_subplot(1, len(fields), number)
+        _draw_panel(axes, runs, field)
+        _style_axes(axes, field)
     if not fields:
         figure.text(0.5, 0.5, "no epoch has been logged yet", ha="center")
     return write_atomically(out_png, lambda file: figure.savefig(file, format="png"))
 
 
-def _series(
-    entries: Sequence[Mapping], field: str
-) -> list[tuple[str, str, tuple[list[int], list[float]]]]:
-    """(label, line style, points) of what a panel shows of one run."""
+def _draw_panel(axes: Any, runs: Mapping[str, list[dict]], field: str) -> None:
+    """Draw one field of all runs."""
+    for color, (name, entries) in zip(cycle_colors(len(runs)), runs.items(), strict=True):
+        for label, style, (epochs, values) in _series(entries, field):
+            if len(runs) > 1:
+                legend = f"{name}, {label}" if label else name
+            else:
+                legend = label or name
+            # Evaluations may be few and far between.
+            has_markers = style == "--" or len(epochs) < MAX_MARKED_POINTS
+            axes.plot(
+                epochs,
+                values,
+                style,
+                color=np.divide(color, 255),
+                label=legend,
+                marker="o" if has_markers else None,
+                markersize=3.5,
+            )
+
+
+def _series(entries: Sequence[Mapping], field: str) -> list[tuple[str, str, Points]]:
+    """Return (label, line style, points) of each curve that a panel shows of one run."""
     if field == "mAP":
-        series = [("AP", "-", curve(entries, "test_coco_eval_bbox", 0))]
-        series.append(("AP50", "--", curve(entries, "test_coco_eval_bbox", 1)))
+        series = [
+            ("AP", "-", curve(entries, "test_coco_eval_bbox", 0)),
+            ("AP50", "--", curve(entries, "test_coco_eval_bbox", 1)),
+        ]
     elif field in BBOX_STATS:
         series = [("", "-", curve(entries, "test_coco_eval_bbox", BBOX_STATS.index(field)))]
     else:
-        series = [("training", "-", curve(entries, f"train_{field}"))]
-        series.append(("evaluation", "--", curve(entries, f"test_{field}")))
-    return [item for item in series if item[2][0]]
+        series = [
+            ("training", "-", curve(entries, f"train_{field}")),
+            ("evaluation", "--", curve(entries, f"test_{field}")),
+        ]
+    return [(label, style, points) for label, style, points in series if points[0]]
 
 
-def _dress(axes: Any, field: str) -> None:
+def _style_axes(axes: Any, field: str) -> None:
     is_ap = field == "mAP" or field in BBOX_STATS
     axes.set_title({"mAP": "average precision"}.get(field, field.replace("_", " ")), fontsize=11)
     axes.set_xlabel("epoch")
@@ -114,13 +144,17 @@ def _dress(axes: Any, field: str) -> None:
 
 
 def figure_classes() -> tuple[type, type]:
-    """matplotlib's Figure and the canvas that makes it a PNG; UserError where it is not installed."""
-    # The Agg canvas by name, so that a run neither needs a display nor changes the backend of a program that plots.
+    """Return matplotlib's Figure and the canvas that makes it a PNG.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    # Without pyplot: a run needs no display, and does not change the backend of a program that plots.
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "drawing needs matplotlib: pip install matplotlib (in requirements-extras.txt)"
+            "plotting needs matplotlib: pip install matplotlib (in requirements-extras.txt)"
         ) from None
     return Figure, FigureCanvasAgg

@@ -1,7 +1,7 @@
-"""Pages of images with boxes, written as PNG: predictions, training samples, query patches.
+"""Write pages of images with boxes as PNG: predictions, training samples, query patches.
 
-Boxes are (x1, y1, x2, y2) in pixels of their image, images uint8 [H, W, 3] RGB. Boxes, labels and scores may be NumPy
-arrays, lists or tensors on the CPU.
+Images are uint8 [H, W, 3] in RGB, boxes (x1, y1, x2, y2) in pixels of their image. Boxes, labels and scores may be
+NumPy arrays, lists or tensors on the CPU. Letters: N ground-truth or drawn boxes, K predictions, M patches.
 """
 
 import math
@@ -23,13 +23,21 @@ from util.plots.boxes import (
     label_color,
 )
 
-Boxes = Mapping[str, Any]  # "boxes" [N, 4], and "labels" [N], "scores" [N] where there are any
+Boxes = Mapping[str, Any]  # "boxes" [N, 4], and optionally "labels" [N] and "scores" [N]
 
-PAGE, FAINT = (255, 255, 255), (120, 120, 120)
+PAGE_COLOR, TITLE_COLOR = (255, 255, 255), (120, 120, 120)
 FONT = ImageFont.load_default(13)
-MARGIN = 12  # pixels around and between the pictures of a page
-MAX_SIDE = 640  # pixels; larger images are shown smaller
-MIN_SIDE = 280  # pixels; smaller ones larger, so that names can be read
+# All sizes are in pixels.
+CHARACTER_WIDTH = 8  # of FONT; a title that is longer than its picture is cut
+MARGIN = 12  # around and between the cells of a page
+TITLE_HEIGHT = 20
+MAX_SIDE = 640  # larger images are scaled down to this
+MIN_SIDE = 280  # smaller images are scaled up to this, so that labels are legible
+MAX_PATCH_SIDE, MIN_PATCH_SIDE = 110, 56
+# Pages are written every epoch. The best level makes files a tenth smaller and takes nine times as long.
+COMPRESS_LEVEL = 3
+
+MAX_SCORE_THRESHOLD = 0.5
 
 
 def prediction_page(
@@ -40,37 +48,59 @@ def prediction_page(
     max_boxes: int = 20,
     columns: int = 2,
 ) -> Path:
-    """Draws predictions beside the ground truth, one image per cell, `columns` cells per line.
+    """Draw predictions next to the ground truth, one image per cell.
 
-    `rows`: (image, predictions, ground truth); both are mappings with `boxes` [N, 4] and `labels` [N], predictions also
-    with `scores` [N]. Predictions with a score of at least `score_threshold` are drawn, at most `max_boxes` per image.
-    None is 0.5, or less until the page has as many predictions as ground-truth boxes: focal scores stay low for long.
+    Args:
+        rows: (image, predictions, ground truth). Both have `boxes` [N, 4] and `labels` [N], predictions also `scores`.
+        class_names: Label -> name.
+        out_png: Image to write.
+        score_threshold: Minimum score of a prediction, 0 to 1. Default: 0.5, or less if fewer predictions than
+            ground-truth boxes reach it, because focal scores stay low for many epochs.
+        max_boxes: Maximum number of predictions per image; the best are drawn.
+        columns: Number of cells per line.
     """
-    score_threshold = _page_threshold(rows) if score_threshold is None else score_threshold
+    if score_threshold is None:
+        score_threshold = _page_threshold(rows)
+
     cells = []
     for image, predictions, ground_truth in rows:
-        scores = as_array(predictions["scores"])
-        keep = [i for i in np.argsort(-scores, kind="stable") if scores[i] >= score_threshold][
-            :max_boxes
-        ]
-        shown = _zoomed(image, as_array(predictions["boxes"]).reshape(-1, 4)[keep])
-        predicted = _named(shown, as_array(predictions["labels"])[keep], class_names, scores[keep])
-        real = _named(
-            _zoomed(image, ground_truth["boxes"]), as_array(ground_truth["labels"]), class_names
+        scores = as_array(predictions["scores"])  # [K]
+        best_first = np.argsort(-scores, kind="stable")
+        keep = [i for i in best_first if scores[i] >= score_threshold][:max_boxes]
+        boxes = as_array(predictions["boxes"]).reshape(-1, 4)[keep]  # [N, 4]
+        labels = as_array(predictions["labels"])[keep]
+
+        predicted = _draw_named_boxes(
+            _resize_for_display(image, boxes), labels, class_names, scores[keep]
         )
-        cells.append(
-            _beside(
-                [predicted, real], [f"predictions (score >= {score_threshold:.2g})", "ground truth"]
-            )
+        real = _draw_named_boxes(
+            _resize_for_display(image, ground_truth["boxes"]),
+            as_array(ground_truth["labels"]),
+            class_names,
         )
+        titles = [f"predictions (score >= {score_threshold:.2g})", "ground truth"]
+        cells.append(_side_by_side([predicted, real], titles))
     return _save(_grid(cells, columns), out_png)
 
 
-def found_page(
+def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
+    """Return 0.5, or the lower score that leaves as many predictions as there are ground-truth boxes."""
+    all_scores = [as_array(predictions["scores"]) for _, predictions, _ in rows]
+    scores = np.concatenate([np.zeros(0), *all_scores])
+    num_boxes = sum(len(ground_truth["boxes"]) for _, _, ground_truth in rows)
+    count = min(num_boxes, len(scores))
+    if count == 0:
+        return MAX_SCORE_THRESHOLD
+    return min(MAX_SCORE_THRESHOLD, float(np.sort(scores)[-count]))
+
+
+def detection_page(
     rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3
 ) -> Path:
-    """Draws predictions in images without ground truth: (title, image, boxes with class names as `labels` and with
-    `scores`).
+    """Draw predictions in images without ground truth, one image per cell.
+
+    Args:
+        rows: (title, image, predictions with class names as `labels`, and with `scores`).
     """
     return panel_page([[row] for row in rows], out_png, columns)
 
@@ -78,29 +108,25 @@ def found_page(
 def panel_page(
     rows: Sequence[Sequence[tuple[str, np.ndarray, Boxes]]], out_png: str | Path, columns: int = 1
 ) -> Path:
-    """Draws images in several panels: each row has (title, image, boxes with names as `labels`, and with `scores` or
-    None).
+    """Draw images in several panels, one row per cell.
+
+    Args:
+        rows: Panels of each row: (title, image, boxes with names as `labels`, and `scores` or None).
     """
     cells = []
     for panels in rows:
-        shown = [
-            draw_boxes(*_zoomed(image, b["boxes"]), b["labels"], b["scores"])
-            for _, image, b in panels
+        pictures = [
+            draw_boxes(
+                *_resize_for_display(image, boxes["boxes"]), boxes["labels"], boxes["scores"]
+            )
+            for _, image, boxes in panels
         ]
         titles = [
-            title[: picture.shape[1] // 8]
-            for (title, _, _), picture in zip(panels, shown, strict=True)
+            title[: picture.shape[1] // CHARACTER_WIDTH]
+            for (title, _, _), picture in zip(panels, pictures, strict=True)
         ]
-        cells.append(_beside(shown, titles))
+        cells.append(_side_by_side(pictures, titles))
     return _save(_grid(cells, columns), out_png)
-
-
-def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
-    scores = np.concatenate(
-        [np.zeros(0), *(as_array(predictions["scores"]) for _, predictions, _ in rows)]
-    )
-    count = min(sum(len(ground_truth["boxes"]) for _, _, ground_truth in rows), len(scores))
-    return min(0.5, float(np.sort(scores)[-count])) if count else 0.5
 
 
 def patch_page(
@@ -108,31 +134,33 @@ def patch_page(
     out_png: str | Path,
     columns: int = 2,
 ) -> Path:
-    """Draws what a model that was pre-trained with query patches finds, each patch in its own color.
+    """Draw what a model that was pre-trained on query patches finds, each patch in its own color.
 
-    `rows`: (image, patches, patch_boxes_xyxy_abs [M, 4], predictions). The M patches are uint8 [h, w, 3], cut from
-    these boxes; predictions have `boxes` [K, 4], `scores` [K] and, unless box i belongs to patch i, `patches` [K] with
-    the patch's index. Left: the image with the patches' places; middle: the boxes found; right: the patches.
+    A cell has the image with the boxes of its patches, the predicted boxes, and the patches.
+
+    Args:
+        rows: (image, patches, patch_boxes_xyxy_abs [M, 4], predictions). The M patches are uint8 [h, w, 3], cropped
+            from these boxes. Predictions have `boxes` [K, 4], `scores` [K] and `patches` [K], the patch index of each;
+            without it, box i belongs to patch i.
     """
     cells = []
     for image, patches, patch_boxes, predictions in rows:
         colors = cycle_colors(len(patches))
-        places = _zoomed(image, patch_boxes)
-        found = _zoomed(image, predictions["boxes"])
-        owners = [int(i) for i in as_list(predictions.get("patches", range(len(found[1]))))]
-        left = draw_boxes(*places, [str(i + 1) for i in range(len(places[1]))], None, colors)
+        image_with_patches = _resize_for_display(image, patch_boxes)
+        image_with_found = _resize_for_display(image, predictions["boxes"])
+        num_found = len(image_with_found[1])
+        patch_of_box = [int(i) for i in as_list(predictions.get("patches", range(num_found)))]
+
+        left = draw_boxes(*image_with_patches, _numbers(len(image_with_patches[1])), None, colors)
         middle = draw_boxes(
-            *found,
-            [f"{i + 1}:" for i in owners],
+            *image_with_found,
+            [f"{i + 1}:" for i in patch_of_box],
             predictions["scores"],
-            [colors[i] for i in owners],
+            [colors[i] for i in patch_of_box],
         )
         strip = _patch_strip(patches, colors, left.shape[0])
-        cells.append(
-            _beside(
-                [left, middle, strip], ["the patches' places", "found by their queries", "patches"]
-            )
-        )
+        titles = ["boxes of the patches", "found by their queries", "patches"]
+        cells.append(_side_by_side([left, middle, strip], titles))
     return _save(_grid(cells, columns), out_png)
 
 
@@ -142,109 +170,112 @@ def sample_page(
     out_png: str | Path,
     columns: int = 2,
 ) -> Path:
-    """Draws training images as a model gets them.
+    """Draw training images as the model gets them, one image per cell.
 
-    A row has `image` (with its padding), `boxes` [N, 4], `labels` [N], `patches` (M of uint8 [h, w, 3], cut from the
-    boxes; often none) and `title`. Boxes are labelled with their class name, or with the number and color of their
-    patch.
+    Boxes are labelled with their class name, or with the number and color of their patch.
+
+    Args:
+        rows: Mappings with `image` including its padding, `boxes` [N, 4], `labels` [N], `title` and `patches`: M of
+            uint8 [h, w, 3], cropped from the boxes, often none.
+        class_names: Label -> name.
     """
     cells = []
     for row in rows:
-        shown, patches = _zoomed(row["image"], row["boxes"]), row["patches"]
-        if len(patches):
-            colors = cycle_colors(len(patches))
-            drawn = draw_boxes(
-                *shown,
-                [str(i + 1) for i in range(len(shown[1]))],
-                None,
-                cycle_colors(len(shown[1])),
-            )
-            cells.append(
-                _beside(
-                    [drawn, _patch_strip(patches, colors, drawn.shape[0])],
-                    [row["title"], "patches"],
-                )
-            )
-        else:
-            cells.append(
-                _beside([_named(shown, as_array(row["labels"]), class_names)], [row["title"]])
-            )
+        image_and_boxes = _resize_for_display(row["image"], row["boxes"])
+        patches = row["patches"]
+        if not len(patches):
+            picture = _draw_named_boxes(image_and_boxes, as_array(row["labels"]), class_names)
+            cells.append(_side_by_side([picture], [row["title"]]))
+            continue
+
+        num_boxes = len(image_and_boxes[1])
+        picture = draw_boxes(*image_and_boxes, _numbers(num_boxes), None, cycle_colors(num_boxes))
+        strip = _patch_strip(patches, cycle_colors(len(patches)), picture.shape[0])
+        cells.append(_side_by_side([picture, strip], [row["title"], "patches"]))
     return _save(_grid(cells, columns), out_png)
 
 
+def _numbers(count: int) -> list[str]:
+    """Return "1" to `count`."""
+    return [str(i + 1) for i in range(count)]
+
+
 def _patch_strip(patches: Sequence[np.ndarray], colors: Sequence[Color], height: int) -> np.ndarray:
-    """Patches below each other with colored frames and numbers, in as few columns as keep them legible."""
-    columns = max(1, math.ceil(len(patches) * 56 / height))
+    """Stack patches with colored frames and numbers, in as few columns as keep them legible: [height, w, 3]."""
+    columns = max(1, math.ceil(len(patches) * MIN_PATCH_SIDE / height))
     lines = max(1, math.ceil(len(patches) / columns))
-    side = min(height // lines, 110)
-    strip = Image.new("RGB", (columns * side, height), PAGE)
+    side = min(height // lines, MAX_PATCH_SIDE)
+    framed = side - 4  # a gap of 2 pixels on each side
+    inner = framed - 8  # a frame of 4 pixels on each side
+
+    strip = Image.new("RGB", (columns * side, height), PAGE_COLOR)
     for i, patch in enumerate(patches):
-        inner = side - 4
-        cell = Image.new("RGB", (inner, inner), colors[i])
-        cell.paste(
-            Image.fromarray(np.asarray(patch)).resize(
-                (inner - 8, inner - 8), Image.Resampling.BILINEAR
-            ),
-            (4, 4),
-        )
+        cell = Image.new("RGB", (framed, framed), colors[i])
+        picture = Image.fromarray(np.asarray(patch))
+        cell.paste(picture.resize((inner, inner), Image.Resampling.BILINEAR), (4, 4))
         draw_label(cell, str(i + 1), np.zeros(2), colors[i], FONT)
-        strip.paste(cell, (i // lines * side + 2, i % lines * side + 2))
+        column, line = divmod(i, lines)
+        strip.paste(cell, (column * side + 2, line * side + 2))
     return np.asarray(strip)
 
 
-def _zoomed(image: np.ndarray, boxes_xyxy_abs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Image and boxes at a size that is good to look at."""
+def _resize_for_display(image: np.ndarray, boxes_xyxy_abs: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Scale an image and its boxes [N, 4], so that the longest side is between MIN_SIDE and MAX_SIDE."""
     image, boxes = np.asarray(image), as_array(boxes_xyxy_abs).reshape(-1, 4)
     longest = max(image.shape[:2])
     factor = min(max(longest, MIN_SIDE), MAX_SIDE) / longest
     if factor == 1:
         return image, boxes
-    size = (round(image.shape[1] * factor), round(image.shape[0] * factor))
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)), boxes * factor
+    size_wh = (round(image.shape[1] * factor), round(image.shape[0] * factor))
+    resized = Image.fromarray(image).resize(size_wh, Image.Resampling.BICUBIC)
+    return np.asarray(resized), boxes * factor
 
 
-def _named(
-    shown: tuple[np.ndarray, np.ndarray],
+def _draw_named_boxes(
+    image_and_boxes: tuple[np.ndarray, np.ndarray],
     labels: np.ndarray,
     class_names: Mapping[int, str],
     scores: Any = None,
 ) -> np.ndarray:
     names = [class_names.get(int(label), f"class {int(label)}") for label in labels]
-    return draw_boxes(*shown, names, scores, [label_color(int(label)) for label in labels])
+    colors = [label_color(int(label)) for label in labels]
+    return draw_boxes(*image_and_boxes, names, scores, colors)
 
 
-def _beside(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Image.Image:
-    """Pictures side by side with a title over each."""
-    title = 20
+def _side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Image.Image:
+    """Put pictures next to each other, with a title above each."""
     gap = MARGIN // 2
-    size = (
-        sum(p.shape[1] + gap for p in pictures) - gap,
-        max(p.shape[0] for p in pictures) + title,
-    )
-    cell = Image.new("RGB", size, PAGE)
-    draw, x = ImageDraw.Draw(cell), 0
-    for picture, text in zip(pictures, titles, strict=True):
-        draw.text((x, 2), text, fill=FAINT, font=FONT)
-        cell.paste(Image.fromarray(picture), (x, title))
+    width = sum(picture.shape[1] + gap for picture in pictures) - gap
+    height = max(picture.shape[0] for picture in pictures) + TITLE_HEIGHT
+    cell = Image.new("RGB", (width, height), PAGE_COLOR)
+
+    draw = ImageDraw.Draw(cell)
+    x = 0
+    for picture, title in zip(pictures, titles, strict=True):
+        draw.text((x, 2), title, fill=TITLE_COLOR, font=FONT)
+        cell.paste(Image.fromarray(picture), (x, TITLE_HEIGHT))
         x += picture.shape[1] + gap
     return cell
 
 
 def _grid(cells: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Cells of any sizes in lines of `columns`; torchvision.utils.make_grid takes images of one size only."""
+    """Arrange cells in lines of `columns`. torchvision's `make_grid` needs images of one size."""
     if not cells:
-        return _beside([np.full((40, MIN_SIDE, 3), 255, np.uint8)], ["no image to show"])
+        blank = np.full((40, MIN_SIDE, 3), 255, np.uint8)
+        return _side_by_side([blank], ["no image to show"])
+
     columns = min(columns, len(cells))
     lines = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     widths = [max(line[c].width for line in lines if c < len(line)) for c in range(columns)]
     heights = [max(cell.height for cell in line) for line in lines]
-    page = Image.new(
-        "RGB", (sum(widths) + 2 * MARGIN * columns, sum(heights) + MARGIN * (len(lines) + 1)), PAGE
-    )
+    page_width = sum(widths) + 2 * MARGIN * columns
+    page_height = sum(heights) + MARGIN * (len(lines) + 1)
+    page = Image.new("RGB", (page_width, page_height), PAGE_COLOR)
+
     y = MARGIN
     for line, height in zip(lines, heights, strict=True):
         x = MARGIN
-        for cell, width in zip(line, widths, strict=False):
+        for cell, width in zip(line, widths, strict=False):  # the last line may be shorter
             page.paste(cell, (x, y))
             x += width + 2 * MARGIN
         y += height + MARGIN
@@ -252,5 +283,7 @@ def _grid(cells: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def _save(page: Image.Image, out_png: str | Path) -> Path:
-    # A page is written in each epoch: level 3 takes a ninth of the time of the smallest file, which is a tenth smaller.
-    return write_atomically(out_png, lambda file: page.save(file, format="PNG", compress_level=3))
+    def write(file) -> None:
+        page.save(file, format="PNG", compress_level=COMPRESS_LEVEL)
+
+    return write_atomically(out_png, write)

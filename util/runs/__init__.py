@@ -1,1 +1,1 @@
-"""A run: its session, folder, log, page, meters and optimizer."""
+"""A run: session, output folder, log, HTML page, meters and optimizer."""

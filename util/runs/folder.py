@@ -1,4 +1,4 @@
-"""The folder of a run: what is in it, and how it is written."""
+"""The output folder of a run: which files it contains, and how they are written."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,9 @@ from util.settings.frozen import CHECKPOINT, GIVEN
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
-RUN_FILES = (  # what --overwrite removes, so that nothing of the old run is taken for the new one's
+
+# Removed by --overwrite, so that no file of the old run is taken for one of the new run.
+RUN_FILES = (
     "log.txt",
     LATEST,
     BEST,
@@ -43,6 +45,8 @@ RUN_FILES = (  # what --overwrite removes, so that nothing of the old run is tak
     "samples.png",
     "patches.png",
 )
+
+# Packages whose versions are stored with each run.
 PACKAGES = (
     "torch",
     "torchvision",
@@ -57,14 +61,15 @@ PACKAGES = (
 )
 
 
-def prepare_output(settings: Settings) -> Path | None:
-    """Makes the run's folder and refuses to mix two runs.
+def prepare_output_dir(settings: Settings) -> Path | None:
+    """Create the output folder of a run. A folder with another run is refused.
 
-    Returns None where nothing is to be saved.
+    Returns:
+        The folder, or None if nothing is to be saved.
 
     Raises:
-        UserError: the folder can't be written, or holds files with the names of a run's, and this is neither the run
-            that is resumed nor is `--overwrite` given.
+        UserError: the folder can't be written, or it contains files of another run and neither `--resume` nor
+            `--overwrite` allows that.
     """
     if settings.dry_run:
         return None
@@ -74,87 +79,90 @@ def prepare_output(settings: Settings) -> Path | None:
     folder = Path(settings.output_dir)
     if not is_main_process():
         return folder
+
     make_folder(folder)
-    found = _replaced(folder, settings)
+    found = _files_of_other_run(folder, settings)
     if found and not settings.overwrite:
-        resumable = (
-            (folder / LATEST).exists() and not settings.eval and settings.origins["resume"] != GIVEN
-        )
-        remedy = "add --resume auto to continue it, " if resumable else ""
-        raise UserError(
-            f"--output_dir {folder} holds {_what(found, settings)} ({found[0].name}): {remedy}--overwrite to replace "
-            "it, or choose another folder"
-        )
-    if (
-        found
-        and settings.pretrain
-        and Path(settings.pretrain).resolve() in [path.resolve() for path in found]
-    ):
-        raise UserError(
-            f"--overwrite would remove what this run starts from, --pretrain {settings.pretrain}: choose another "
-            "--output_dir"
-        )
+        raise UserError(_occupied_message(folder, found, settings))
+    if found and settings.pretrain:
+        source = Path(settings.pretrain).resolve()
+        if source in [path.resolve() for path in found]:
+            raise UserError(
+                f"--overwrite would remove the checkpoint that this run starts from, --pretrain {settings.pretrain}; "
+                "choose another --output_dir"
+            )
     return folder
 
 
-def _what(found: list[Path], settings: Settings) -> str:
+def _occupied_message(folder: Path, found: list[Path], settings: Settings) -> str:
+    # Only a run with a checkpoint can be resumed, and only a command that did not ask for that needs the advice.
+    can_resume = (folder / LATEST).exists() and not settings.eval
+    suggest_resume = can_resume and settings.origins["resume"] != GIVEN
+    remedy = "add --resume auto to continue it, " if suggest_resume else ""
+    return (
+        f"--output_dir {folder} already contains {_name_content(found, settings)} ({found[0].name}); "
+        f"{remedy}--overwrite to replace it, or choose another folder"
+    )
+
+
+def _name_content(found: list[Path], settings: Settings) -> str:
     if settings.eval:
         return "other files"
     names = {path.name for path in found}
-    evaluated = EVAL_SETTINGS in names and not names & {SETTINGS, "log.txt", LATEST}
-    return "an evaluation" if evaluated else "another run"
+    is_evaluation = EVAL_SETTINGS in names and not names & {SETTINGS, "log.txt", LATEST}
+    return "an evaluation" if is_evaluation else "another run"
 
 
-def _replaced(folder: Path, settings: Settings) -> list[Path]:
-    """Files of another run, which this one can't share its folder with."""
+def _files_of_other_run(folder: Path, settings: Settings) -> list[Path]:
+    """Return the files in a folder that belong to another run than the one that starts now."""
     found = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    if not found or _continues(folder, settings):
+    if not found or _is_same_run(folder, settings):
         return []
     return [*found, *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")]
 
 
-def _continues(folder: Path, settings: Settings) -> bool:
-    """Whether this start belongs to the run that lies in its folder; an evaluation may go beside any run or
-    evaluation.
-    """
+def _is_same_run(folder: Path, settings: Settings) -> bool:
+    """Return True if this start continues the run in the folder, or evaluates in the folder of any run."""
     if settings.eval:
         return any(
             (folder / name).exists() for name in (SETTINGS, EVAL_SETTINGS, "log.txt", LATEST)
         )
     if settings.resume:
         return Path(settings.resume).resolve().parent == folder.resolve()
-    # --resume auto of a run that was killed before its first checkpoint: it starts from scratch, and nothing is lost.
-    auto = settings.origins["resume"] == GIVEN
-    return auto and (folder / SETTINGS).exists() and not (folder / "log.txt").exists()
+
+    # --resume auto without a checkpoint: the run was killed before its first one. It starts from scratch, and nothing
+    # is lost, as long as no epoch was logged.
+    resume_auto = settings.origins["resume"] == GIVEN
+    return resume_auto and (folder / SETTINGS).exists() and not (folder / "log.txt").exists()
 
 
-def check_room(folder: Path | None, model: nn.Module) -> None:
-    """
+def check_disk_space(folder: Path | None, model: nn.Module) -> None:
+    """Check that one checkpoint fits on the disk: the weights, and two optimizer moments per trainable parameter.
+
     Raises:
-        UserError: the disk has less room than one checkpoint needs: the weights, and two moments of those that are
-            trained.
+        UserError: it does not.
     """
     if folder is None or not is_main_process():
         return
     disk = shutil.disk_usage(folder)
     needed = sum(p.nbytes * (3 if p.requires_grad else 1) for p in model.parameters())
-    if disk.total and disk.free < needed:  # some network disks do not tell
+    if disk.total and disk.free < needed:  # some network disks report a size of 0
         raise UserError(
             f"--output_dir {folder}: a checkpoint needs {needed / 2**20:.0f} MiB, the disk has "
-            f"{disk.free / 2**20:.0f} MiB left: make room or choose another folder"
+            f"{disk.free / 2**20:.0f} MiB left; free some space or choose another folder"
         )
 
 
-def environment() -> dict[str, object]:
-    """Command, time, versions and device of this start, to be kept with the run. Nothing here can fail."""
+def collect_environment() -> dict[str, object]:
+    """Return command, time, versions and device of this start, to be stored with the run. Never raises."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "command": shlex.join(sys.argv),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "code": code_revision(),
+        "code": git_revision(),
         "python": platform.python_version(),
         **package_versions(),
-        "torch": torch.__version__,
+        "torch": torch.__version__,  # with the build, such as +cu128, which the package metadata may lack
         "cuda": torch.version.cuda or "none",
         "gpu": gpu,
         "cpu_threads": str(torch.get_num_threads()),
@@ -163,36 +171,32 @@ def environment() -> dict[str, object]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed ones among PACKAGES; none of them is imported."""
-    found = {}
+    """Return the versions of the PACKAGES that are installed, without importing them."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def code_revision(root: Path = ROOT) -> str:
-    """The git commit of the code, with `-dirty` where files were changed since; "unknown" outside a repository of its
-    own.
-    """
+def git_revision(root: Path = ROOT) -> str:
+    """Return the git commit of the code, with `-dirty` if files have changed since; "unknown" without a repository."""
 
     def git(*words: str) -> str:
-        # No lock on the index: a run must not get in the way of the user's own git.
-        settings = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        # No lock on the index: a run must not get in the way of the user's own git commands.
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
         command = ["git", "-C", str(root), *words]
         return subprocess.run(
-            command, env=settings, capture_output=True, text=True, timeout=10, check=True
+            command, env=environment, capture_output=True, text=True, timeout=10, check=True
         ).stdout.strip()
 
     try:
-        inside = Path(git("rev-parse", "--show-toplevel")).resolve() == root.resolve()
-        return (
-            git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-            if inside
-            else "unknown"
-        )
+        # A copy of the project inside another repository must not report that repository's commit.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return "unknown"
+        return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -203,74 +207,77 @@ def save_settings(
     facts: Mapping[str, object],
     from_data: Mapping[str, object] | None = None,
 ) -> None:
-    """The first file of a run, when all else is ready; with `--overwrite` those of the run before go now.
+    """Write args.json, the first file of a run: settings, their origin, versions, device, data and model.
 
-    args.json: every setting (`from_data` as in `describe_settings`), where those that are no defaults come from,
-    versions, device, and `facts` of data and model.
+    A resumed run keeps what args.json stores about its earlier starts. An evaluation writes eval_args.json, so that it
+    can go into the folder of a run. With `--overwrite`, the files of the previous run are removed here.
 
-    A run that is resumed keeps what args.json said of its earlier starts. An evaluation writes eval_args.json, so that
-    it can go into the folder of a run.
+    Args:
+        facts: more entries of the file, about data and model.
+        from_data: see `log_settings`.
     """
     if folder is None or not is_main_process():
         return
-    if settings.overwrite:  # not before: a run that can't start must not cost the one before
-        for other in _replaced(folder, settings):
-            other.unlink()
+    if settings.overwrite:  # not earlier: a run that fails to start must not cost the previous one
+        for path in _files_of_other_run(folder, settings):
+            path.unlink()
+
     path = folder / (EVAL_SETTINGS if settings.eval else SETTINGS)
-    before = read_record(path) if settings.resume and not settings.eval else {}
-    _warn_of_other_data(before.get("data"), facts.get("data"))
-    earlier = [
-        *before.get("earlier_starts", []),
-        *([before["environment"]] if "environment" in before else []),
-    ]
+    before = read_json_object(path) if settings.resume and not settings.eval else {}
+    _warn_if_data_changed(before.get("data"), facts.get("data"))
+
+    earlier_starts = list(before.get("earlier_starts", []))
+    if "environment" in before:
+        earlier_starts.append(before["environment"])
     record = {
         "settings": {**settings.as_dict(), **(from_data or {})},
         "given": settings.names_from(GIVEN),
         "adopted": settings.names_from(CHECKPOINT),
-        "environment": environment(),
+        "environment": collect_environment(),
         **facts,
-        "earlier_starts": earlier,
+        "earlier_starts": earlier_starts,
     }
     write_text(path, json.dumps(record, indent=1, default=str) + "\n")
 
 
-def _warn_of_other_data(before: object, now: object) -> None:
-    """The fingerprints of a run's data at its earlier start, none where there was no such, and of today's."""
+def _warn_if_data_changed(before: object, now: object) -> None:
+    """Compare the fingerprints of the data at the previous start (None if there was none) and now."""
     if before and before != now:
         log.warning(
-            "the data have changed since this run was started: %s then, %s now; its numbers are of a mixture",
+            "the data have changed since this run was started: %s then, %s now; its metrics mix both",
             before,
             now,
         )
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object in a run's folder; empty where the file is missing or damaged, so that an old folder never stops a
-    run.
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file of a run's folder; {} if it is missing or damaged.
+
+    An old or damaged folder must never stop a run.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def describe_settings(settings: Settings, from_data: Mapping[str, object] | None = None) -> None:
-    """Logs every setting: those given, those adopted from a checkpoint, and the defaults. Without those that only
-    another script, detector or pretext reads, and those without a value.
+def log_settings(settings: Settings, from_data: Mapping[str, object] | None = None) -> None:
+    """Log the settings that this run reads: those given, those from a checkpoint, and the defaults.
 
-    from_data: what the data decides in place of a default, by flag name: the number of classes.
+    Args:
+        from_data: settings that the data decides in place of a default, by flag name, such as the number of classes.
     """
-    read = flags_read(settings) - ({"epochs", "lr_drop"} if settings.max_iters else set())
+    read = flags_read(settings)
+    if settings.max_iters:
+        read = read - {"epochs", "lr_drop"}  # the schedule counts iterations
     values = {**settings.as_dict(), **(from_data or {})}
     shown = {name: values[name] for name in sorted(read) if values[name] not in (None, "", [])}
+
     given, adopted = settings.names_from(GIVEN), settings.names_from(CHECKPOINT)
     defaults = [name for name in shown if name not in (*given, *adopted)]
-    for title, names in (
-        ("given", given),
-        ("from the checkpoint", adopted),
-        ("defaults", defaults),
-    ):
+    groups = (("given", given), ("from the checkpoint", adopted), ("defaults", defaults))
+    for title, names in groups:
         text = "  ".join(f"{name}={shown[name]}" for name in names if name in shown)
         if text:
             wrapped = textwrap.fill(

@@ -11,7 +11,7 @@ from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.errors import NonFinite
 from util.logger import log
 
-PAIRS = "matched_pairs"
+NUM_MATCHES = "matched_pairs"
 
 
 class NonFiniteLoss(NonFinite):
@@ -115,7 +115,7 @@ def check_gradient(norm: Tensor | None) -> None:
         )
 
 
-def with_pairs(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
+def weight_class_error(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
     """`class_error` as a sum over matched pairs, and their number: so batches and processes with more pairs count
     more.
     """
@@ -123,15 +123,15 @@ def with_pairs(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
     return {
         **losses,
         "class_error": error * pairs,
-        PAIRS: error.new_full((), float(pairs)),
+        NUM_MATCHES: error.new_full((), float(pairs)),
     }  # a fill does not wait for the device
 
 
-def per_pair(losses: dict[str, float]) -> dict[str, float]:
-    """Of what `with_pairs` gave: `class_error` for a pair again, and none where nothing was matched."""
-    if PAIRS not in losses:
+def average_class_error(losses: dict[str, float]) -> dict[str, float]:
+    """Of what `weight_class_error` gave: `class_error` for a pair again, and none where nothing was matched."""
+    if NUM_MATCHES not in losses:
         return losses
-    pairs = losses[PAIRS]
+    pairs = losses[NUM_MATCHES]
     mean = {"class_error": losses["class_error"] / pairs} if pairs else {}
     return {**{name: value for name, value in losses.items() if name != "class_error"}, **mean}
 
@@ -145,10 +145,10 @@ class Averages:
         }
 
     def add(self, values: dict[str, float], weight: float = 1.0) -> None:
-        """PAIRS among the values is no value, but the weight of `class_error`."""
-        pairs = values.get(PAIRS, weight)
+        """NUM_MATCHES among the values is no value, but the weight of `class_error`."""
+        pairs = values.get(NUM_MATCHES, weight)
         for name, value in values.items():
-            if name != PAIRS:
+            if name != NUM_MATCHES:
                 count = pairs if name.startswith("class_error") else weight
                 pair = self.sums.setdefault(name, [0.0, 0.0])
                 pair[0] += value * count

@@ -36,7 +36,7 @@ PUBLISHED_SIZES = {
 }
 PUBLISHED_WIDTHS = {"deformable_detr": 1024}  # of the feed-forward networks; 2048 elsewhere
 PUBLISHED_QUERIES = {"detr": 100}  # 300 elsewhere
-SAMPLED_VALUE = (
+MULTIPLY_ADDS_PER_SAMPLE = (
     5  # multiply-adds of one bilinear sample and its weighted sum (Zhu et al. 2021, appendix A.1)
 )
 
@@ -49,7 +49,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 def _sampling_flops(value_shape, grid_shape, *_args, out_shape=None, **_kwargs) -> int:
     batch, channels = value_shape[:2]
-    return 2 * SAMPLED_VALUE * batch * channels * grid_shape[1] * grid_shape[2]
+    return 2 * MULTIPLY_ADDS_PER_SAMPLE * batch * channels * grid_shape[1] * grid_shape[2]
 
 
 def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
@@ -114,7 +114,7 @@ def published_figures(settings: Settings) -> tuple[int, int] | None:
     )
 
 
-def describe_model(model: nn.Module, settings: Settings) -> dict[str, object]:
+def log_model_summary(model: nn.Module, settings: Settings) -> dict[str, object]:
     """Logs what is trained, how large it is and which kernels run; returns the same, to be kept with the run.
 
     `multiply_adds` are those of the detector on an image of `multiply_adds_hw`, None where they can't be counted.

@@ -17,11 +17,11 @@ def parameter_groups(
     lr: float,
     lr_backbone: float,
     backbone_names: Sequence[str] = ("backbone",),
-    slow_names: Sequence[str] = (),
-    slow_mult: float = 0.1,
+    linear_proj_names: Sequence[str] = (),
+    linear_proj_mult: float = 0.1,
 ) -> list[dict]:
     """The published groups: all else at `lr`, the backbone (empty when it is frozen), and, where there are
-    `slow_names`, the projections of Deformable DETR at `lr` x `slow_mult`. A parameter belongs to a group if a part of
+    `linear_proj_names`, the projections of Deformable DETR at `lr` x `linear_proj_mult`. A parameter belongs to a group if a part of
     its name is among the group's names.
 
     Raises:
@@ -36,7 +36,7 @@ def parameter_groups(
 
     for flag, parts in (
         ("--lr_backbone_names", backbone_names),
-        ("--lr_linear_proj_names", slow_names),
+        ("--lr_linear_proj_names", linear_proj_names),
     ):
         if parts and not any(named(name, parts) for name, _ in model.named_parameters()):
             raise UserError(
@@ -46,12 +46,15 @@ def parameter_groups(
     backbone = [p for name, p in trainable if named(name, backbone_names)]
     rest = [(name, p) for name, p in trainable if not named(name, backbone_names)]
     groups = [
-        {"params": [p for name, p in rest if not named(name, slow_names)], "lr": lr},
+        {"params": [p for name, p in rest if not named(name, linear_proj_names)], "lr": lr},
         {"params": backbone, "lr": lr_backbone},
     ]
-    if slow_names:
+    if linear_proj_names:
         groups.append(
-            {"params": [p for name, p in rest if named(name, slow_names)], "lr": lr * slow_mult}
+            {
+                "params": [p for name, p in rest if named(name, linear_proj_names)],
+                "lr": lr * linear_proj_mult,
+            }
         )
     return groups
 
@@ -62,12 +65,14 @@ def build_optimizer(
     lr_backbone: float,
     weight_decay: float,
     backbone_names: Sequence[str] = ("backbone",),
-    slow_names: Sequence[str] = (),
-    slow_mult: float = 0.1,
+    linear_proj_names: Sequence[str] = (),
+    linear_proj_mult: float = 0.1,
     sgd: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum 0.9; fused on a GPU. Arguments are those of `parameter_groups`."""
-    groups = parameter_groups(model, lr, lr_backbone, backbone_names, slow_names, slow_mult)
+    groups = parameter_groups(
+        model, lr, lr_backbone, backbone_names, linear_proj_names, linear_proj_mult
+    )
     fused = any(p.is_cuda for group in groups for p in group["params"])
     log.info(
         "%s%s: %s tensors",

@@ -13,7 +13,7 @@ from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
 from util.plots.curves import BBOX_STATS, plot_logs
-from util.runs.folder import EVAL_SETTINGS, SETTINGS, read_record
+from util.runs.folder import EVAL_SETTINGS, SETTINGS, read_json_object
 from util.runs.html import render
 from util.runs.log import read_log
 from util.settings import FINETUNE, PRETRAIN
@@ -54,7 +54,7 @@ PICTURES = (  # title, file, what it shows
 )
 
 
-def report(folder: Path | None) -> None:
+def update_run_page(folder: Path | None) -> None:
     """Draws curves.png, all losses and AP of the log, and writes the page. What can't be drawn is logged once, and
     training continues.
     """
@@ -86,7 +86,10 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         UserError: a damaged log, or the page can't be written.
     """
-    training, evaluation = read_record(folder / SETTINGS), read_record(folder / EVAL_SETTINGS)
+    training, evaluation = (
+        read_json_object(folder / SETTINGS),
+        read_json_object(folder / EVAL_SETTINGS),
+    )
     record = training or evaluation
     entries = read_log(folder) if (folder / "log.txt").is_file() else []
     names = loss_names(entries)
@@ -97,7 +100,7 @@ def write_run_page(folder: Path) -> Path:
         progress=_progress(entries, training.get("settings", {})),
         bbox_stats=BBOX_STATS,
         average_precision=_average_precision(folder, entries),
-        few_shot=_decimals(read_record(folder / "metrics.json").get("few_shot") or {}),
+        few_shot=_decimals(read_json_object(folder / "metrics.json").get("few_shot") or {}),
         loss_names=[name.replace("_", " ") for name in names],
         losses=_losses(entries, names),
         pictures=[(title, folder / name, caption) for title, name, caption in PICTURES],
@@ -181,7 +184,7 @@ def _average_precision(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Ro
             f"best, epoch {best[0]}": best[1],
         }
     else:
-        stats = read_record(folder / "metrics.json").get("coco_eval_bbox")
+        stats = read_json_object(folder / "metrics.json").get("coco_eval_bbox")
         found = {"this evaluation": stats} if stats else {}
     return _decimals({name: stats[: len(BBOX_STATS)] for name, stats in found.items()})
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from util.checkpoints.adoption import adopt
-from util.checkpoints.checkpoint import Checkpoint, find_resume, load_checkpoint
+from util.checkpoints.adoption import settings_from_checkpoint
+from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, resolve_resume_path
 from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
 from util.errors import NonFinite, StopRequested, UserError
 from util.logger import log, setup_logger
@@ -52,7 +52,7 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     given = _with_resume(given)
     source = given.get("resume") or given.get("pretrain")
     checkpoint = load_checkpoint(source) if source else None
-    adopted = adopt(checkpoint, given, script) if checkpoint else {}
+    adopted = settings_from_checkpoint(checkpoint, given, script) if checkpoint else {}
     settings = resolve(given, adopted, script)
     seed_everything(settings.seed)
     return Session(settings, checkpoint, device)
@@ -65,7 +65,7 @@ def _with_resume(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             "--overwrite replaces the run that --resume auto continues: give one of them"
         )
-    found = find_resume(given.get("resume"), given.get("output_dir"))
+    found = resolve_resume_path(given.get("resume"), given.get("output_dir"))
     if len(set(all_gather_object(bool(found)))) > 1:
         raise UserError(
             f"--resume auto: only some processes see a checkpoint in {given['output_dir']}; use a folder that all "
@@ -94,7 +94,7 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def end_loaders() -> None:
+def kill_dataloader_workers() -> None:
     """Ends all dataloader workers. They ignore the signals by which multiprocessing would end them at exit, and PyTorch
     takes a killed one for an accident as long as it listens.
     """
@@ -133,7 +133,7 @@ def run_script(
         status = leave.code
     finally:
         sys.stdout.flush()
-        end_loaders()
+        kill_dataloader_workers()
     if status in (0, STOPPED):
         shutdown()  # otherwise the others may wait in a collective, and taking the group down would wait for them
     if status:

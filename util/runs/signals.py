@@ -12,7 +12,7 @@ class StopSignal:
     """Turns SIGTERM and SIGINT into a flag that is read after each step; a second SIGINT stops at once.
 
     What handled the signals before is put back at the end of `with stop:`. Does nothing outside the main thread.
-    Inside `with stop.at_once():`, where nothing can be lost, the first signal raises `StopRequested`.
+    Inside `with stop.immediately():`, where nothing can be lost, the first signal raises `StopRequested`.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediately(self) -> Iterator[None]:
         self.waits = False
         try:
             if self.requested:

@@ -1,8 +1,10 @@
-"""Settings: one table of flags (`table`), the parsers made from it (`parser`), and what was given made complete
-(`resolving`) into settings that nobody changes (`frozen`). What can be chosen by name is in `registry`.
+"""Settings of a run, from the command line or from Python.
 
-From a command line:  resolve(make_parser("finetune_main.py").parse_args(["--num_queries", "50"]))
-From Python:          settings(detector="conditional_detr", num_queries=50)
+`table` lists the flags, `parser` builds the command line from them, `resolving` fills in defaults and checks, and
+`frozen` has the immutable result. `registry` lists detectors, pretexts, datasets, proposal methods and backbones.
+
+    From a command line:  resolve(make_parser("finetune_main.py").parse_args(["--num_queries", "50"]))
+    From Python:          settings(detector="conditional_detr", num_queries=50)
 """
 
 import argparse
@@ -11,67 +13,72 @@ from typing import Any
 
 from util.errors import UserError
 from util.settings.checks import flags_read
-from util.settings.frozen import Settings, nearest
+from util.settings.frozen import Settings, did_you_mean
+from util.settings.help import HelpFormatter
 from util.settings.parser import Parser, add_flags, check_right_script, make_parser
 from util.settings.resolving import given_flags, resolve, usable_cores
 from util.settings.table import FINETUNE, PRETRAIN, Flag, flags_of
 
 
 def settings(script: str | None = None, **flags: Any) -> Settings:
-    """Complete settings from the flags that differ from their defaults, by their names without dashes.
+    """Return complete settings from the flags that differ from their defaults.
 
-    script: `main.py` or `finetune_main.py`; by default the one that has all of these flags, fine-tuning first. None
-    stands for a flag that is not given.
+    Args:
+        script: `main.py` or `finetune_main.py`. Default: the one that has all of these flags, fine-tuning first.
+        flags: Values by flag name without dashes. None means that a flag is not given.
 
     Raises:
-        UserError: an unknown flag, a value that it does not take, or flags that contradict each other.
+        UserError: A flag is unknown, a value is invalid, or flags contradict each other.
     """
-    script = script or (FINETUNE if set(flags) <= set(flags_of(FINETUNE)) else PRETRAIN)
+    if script is None:
+        script = FINETUNE if set(flags) <= set(flags_of(FINETUNE)) else PRETRAIN
     return resolve(checked_flags(script, flags), script=script)
 
 
 def checked_flags(script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that are not None, each as the command line of `script` would have it.
+    """Return the flags that are not None, each with the value that the command line of `script` would give it.
 
     Raises:
-        UserError: an unknown flag, or a value that it does not take.
+        UserError: A flag is unknown or a value is invalid.
     """
     known = flags_of(script)
     for name in flags:
         if name not in known:
-            raise UserError(f"{name} is no flag of {script}{nearest(name, known)}")
+            raise UserError(f"{name} is no flag of {script}{did_you_mean(name, known)}")
     return {
-        name: _checked(known[name], value) for name, value in flags.items() if value is not None
+        name: _checked_value(known[name], value)
+        for name, value in flags.items()
+        if value is not None
     }
 
 
-def _checked(flag: Flag, value: Any) -> Any:
-    """The value as the command line would have it."""
+def _checked_value(flag: Flag, value: Any) -> Any:
     if flag.is_switch:
         if not isinstance(value, bool):
             raise UserError(f"{flag.name}={value!r}: give True or False")
         return value
-    if flag.several:
+    if flag.multiple:
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         return [_converted(flag, item) for item in values]
     return _converted(flag, value)
 
 
 def _converted(flag: Flag, value: Any) -> Any:
+    """Pass a value through its text, so that Python and the command line accept exactly the same."""
     try:
-        converted = flag.type(str(value))  # type: ignore[misc]  # no switch
+        converted = flag.type(str(value))  # type: ignore[misc]  # not a switch, so it has a type
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(f"{flag.name}={value!r}: {error}") from error
     if not flag.is_choice(converted):
-        raise UserError(
-            f"{flag.name}={value!r}: choose one of {', '.join(map(str, flag.values or ()))}"
-        )
+        choices = ", ".join(map(str, flag.choices or ()))
+        raise UserError(f"{flag.name}={value!r}: choose one of {choices}")
     return converted
 
 
 __all__ = [
     "FINETUNE",
     "Flag",
+    "HelpFormatter",
     "PRETRAIN",
     "Parser",
     "Settings",

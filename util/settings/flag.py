@@ -5,7 +5,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, names_of
+from util.settings.help import format_default
+from util.settings.registry import BACKBONES, DATASETS, DETECTORS, PRETEXTS, PROPOSALS, list_names
 
 PRETRAIN, FINETUNE = "main.py", "finetune_main.py"
 SCRIPTS = (PRETRAIN, FINETUNE)
@@ -13,24 +14,29 @@ SCRIPTS = (PRETRAIN, FINETUNE)
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag.
+    """One flag of the entry scripts.
 
     Attributes:
-        name: without dashes. aliases: other spellings, with dashes.
-        group: under which the help shows it. scripts: those that have it.
-        help: what it means, with its unit. The default is appended; default_help replaces the general one in words.
-        type: converts a value's text and refuses bad ones; None: a switch. values: what can be chosen; a registry's
-            names, as they are when the parser is made.
-        default: general value; None: off for a switch, otherwise none, or decided by a rule in
+        name: Name without dashes.
+        help: Meaning and unit. `help_text` adds who reads the flag and its defaults.
+        type: Converts the text of a value and rejects bad ones; None for a switch.
+        group: Heading in `--help`.
+        scripts: Entry scripts that have the flag.
+        aliases: Other spellings, with dashes.
+        choices: Allowed values. A registry is read when the parser is built, so later entries count too.
+        default: General default. None means off for a switch; otherwise not set, or decided by a rule in
             `util.settings.resolving`.
-        off: spelling of the switch that turns it off; it then is on by default.
-        several: whether it takes a list of values.
-        session: belongs to this start of a run only; a resumed run does not adopt it from its checkpoint.
-        data: says where data is or which part of it is used; not adopted by a run on another kind of dataset.
-        counts: what a flag of the schedule counts, `epochs` or `steps`; replaces: flags that it makes void.
-        published: means the same in checkpoints of the published codebases, and is adopted from them.
-        needs: (flag with value, predicate of the settings) without which nothing reads it.
-        interval: of its values, as "[0, 1)".
+        default_help: Replaces the general default in the help, in words: one text, or one per script.
+        metavar: Kind or unit of the value in `--help`.
+        off_switch: Spelling of a switch that turns the setting off. The setting is then on by default.
+        multiple: Takes one or more values.
+        per_launch: Applies to this launch only. A resumed run does not adopt it from its checkpoint.
+        data_specific: Selects data. A run on another type of dataset does not adopt it.
+        schedule_unit: What a schedule flag counts, `epochs` or `steps`.
+        overrides: Flags that this one resets when it comes later on the command line.
+        published: Has the same meaning in checkpoints of the published codebases and is adopted from them.
+        requires: (flag with value, predicate of the settings) without which nothing reads this flag.
+        value_range: Interval of allowed values such as "[0, 1)".
     """
 
     name: str
@@ -40,76 +46,90 @@ class Flag:
     group: str = ""
     scripts: tuple[str, ...] = SCRIPTS
     aliases: tuple[str, ...] = ()
-    values: Collection[Any] | None = None
+    choices: Collection[Any] | None = None
     default: Any = None
-    default_help: str = ""
+    default_help: str | Mapping[str, str] = ""
     metavar: str | None = None
-    off: str = ""
-    several: bool = False
-    session: bool = False
-    data: bool = False
-    counts: str = ""
-    replaces: tuple[str, ...] = ()
+    off_switch: str = ""
+    multiple: bool = False
+    per_launch: bool = False
+    data_specific: bool = False
+    schedule_unit: str = ""
+    overrides: tuple[str, ...] = ()
     published: bool = False
-    needs: tuple[str, Callable[[Mapping[str, Any]], bool]] | None = None
-    interval: str = ""
+    requires: tuple[str, Callable[[Mapping[str, Any]], bool]] | None = None
+    value_range: str = ""
 
     @property
     def is_switch(self) -> bool:
         return self.type is None
 
     def is_choice(self, value: Any) -> bool:
-        """Whether a value, or each of a list, is one of `values`; always where anything can be given."""
+        """Return whether a value, or each item of a list, is one of `choices`; always true without choices."""
         items = value if isinstance(value, list | tuple) else [value]
-        return self.values is None or all(item in self.values for item in items)
+        return self.choices is None or all(item in self.choices for item in items)
 
     def general_default(self) -> Any:
-        """A new list where it is one."""
+        """Return the default before datasets, detectors and pretexts change it; a list is a new one each time."""
         if self.is_switch:
             return bool(self.default)
         return list(self.default) if isinstance(self.default, list) else self.default
 
-    def text(self) -> str:
-        """The help with all defaults."""
-        text = self.help.replace(
-            "{proposals}", names_of(PROPOSALS).replace("file:NAME", "file:PATH")
+    def help_text(self, script: str) -> str:
+        """Return the help of `script`: who reads the flag, its meaning, and every default.
+
+        Example: "deformable_detr: number of feature levels (default: 4)".
+        """
+        text = self.help.format(
+            proposals=list_names(PROPOSALS).replace("file:NAME", "file:PATH"),
+            backbones=list_names(BACKBONES),
         )
-        if self.is_switch:
-            return text
-        changed = _registry_defaults(self)
-        general = self.default_help or _shown(self.default)
-        parts = ([general] if general else []) + [
-            f"{name}: {value}" for name, value in changed.items()
+        readers = self._readers(script)
+        if readers:
+            text = f"{', '.join(readers)}: {text}"
+        return f"{text} (default: {'; '.join(self._defaults(script, readers))})"
+
+    def _readers(self, script: str) -> list[str]:
+        """Names of the only detectors, datasets or pretexts that read the flag; empty if all of them do."""
+        names = []
+        for registry in _registries(script):
+            readers = [name for name, entry in registry.items() if self.name in entry.flags]
+            if len(readers) < len(registry):
+                names += readers
+        return names
+
+    def _defaults(self, script: str, readers: list[str]) -> list[str]:
+        """The general default, then "names: value" for the datasets, detectors and pretexts that change it."""
+        in_words = self.default_help
+        if not isinstance(in_words, str):
+            in_words = in_words[script]
+        # The switch --no_aux_loss is off by default, although its setting `aux_loss` is on.
+        general = in_words or ("off" if self.is_switch else format_default(self.default))
+
+        names_by_value: dict[str, list[str]] = {}
+        for registry in _registries(script):
+            for name, entry in registry.items():
+                # None in a registry: a rule decides, which `default_help` explains.
+                if entry.defaults.get(self.name) is not None:
+                    value = format_default(entry.defaults[self.name])
+                    names_by_value.setdefault(value, []).append(name)
+        if len(readers) == 1 and names_by_value:
+            return list(names_by_value)  # the only reader's own default
+
+        changed = [
+            f"{', '.join(names)}: {value}"
+            for value, names in names_by_value.items()
+            if value != general
         ]
-        return f"{text} (default: {'; '.join(parts)})" if parts else text
+        return [general, *changed]
 
 
-def _registry_defaults(flag: Flag) -> dict[str, str]:
-    """{names joined by commas: default} of the datasets, detectors and pretexts that change it."""
+def _registries(script: str) -> list[Mapping[str, Any]]:
+    """The registries whose entries have flags and defaults. Only pre-training has pretexts."""
     registries: list[Mapping[str, Any]] = [DATASETS, DETECTORS]
-    if PRETRAIN in flag.scripts:
-        registries.append(PRETEXTS)
-    by_value: dict[str, list[str]] = {}
-    for registry in registries:
-        for name, entry in registry.items():
-            if entry.defaults.get(flag.name) is not None:
-                by_value.setdefault(_shown(entry.defaults[flag.name]), []).append(name)
-    general = _shown(flag.default)
-    return {
-        ", ".join(names): value
-        for value, names in by_value.items()
-        if value != general or flag.default_help
-    }
-
-
-def _shown(value: Any) -> str:
-    if value is None or value == "" or isinstance(value, bool):
-        return ""
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return [*registries, PRETEXTS] if script == PRETRAIN else registries
 
 
 def flags_in(group: str, scripts: tuple[str, ...], *flags: Flag) -> list[Flag]:
-    """The flags of one group of the help."""
+    """Return the flags with their heading in `--help` and the scripts that have them."""
     return [dataclasses.replace(flag, group=group, scripts=scripts) for flag in flags]

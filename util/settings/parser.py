@@ -1,4 +1,4 @@
-"""The parsers of both entry scripts and of the tools, made from the table of flags."""
+"""Build the parsers of both entry scripts and of the tools from the table of flags."""
 
 import argparse
 import difflib
@@ -9,18 +9,44 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from util.errors import UserError
-from util.settings.table import FINETUNE, GROUPS, PRETRAIN, REFUSED_FLAGS, Flag, flags_of
+from util.settings.help import HelpFormatter
+from util.settings.table import (
+    FINETUNE,
+    GROUPS,
+    PRETRAIN,
+    SCRIPTS,
+    UNSUPPORTED_FLAGS,
+    Flag,
+    flags_of,
+)
+
+SUGGESTION_CUTOFF = 0.65  # similarity of difflib, 0 to 1, below which no flag is suggested
+
+HELP_FOOTER = (
+    "A default after a name applies to that detector, pretext or dataset. If several apply, the "
+    "pretext's wins over the detector's, and the detector's over the dataset's. A name in front of a "
+    "description means that only this detector, pretext or dataset reads the flag."
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses unknown flags in one line that names the nearest known one; flags are never abbreviated."""
+    """Argument parser with one-line errors that suggest the nearest flag.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.spellings: set[str] = (
-            set()
-        )  # of all flags; before the parent, whose own flags are added there
+    Flags can't be abbreviated: `--num_q` would silently become another flag when one that starts like it is added.
+    """
+
+    def __init__(self, prog: str | None = None, **kwargs: Any) -> None:
+        # Spellings of all flags. Set first: the parent class adds `--help` and the parents' flags by `add_argument`.
+        self.spellings: set[str] = set()
+
         kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        if prog in SCRIPTS:
+            # argparse would print all flags twice: first in a usage of forty lines, then with their help.
+            kwargs.setdefault("usage", "%(prog)s [flags]")
+            kwargs.setdefault("epilog", HELP_FOOTER)
+        super().__init__(prog, **kwargs)
+
         for parent in kwargs.get("parents", ()):
             self.spellings |= getattr(parent, "spellings", set())
 
@@ -40,139 +66,166 @@ class Parser(argparse.ArgumentParser):
         if flag in spellings(other):
             return f"{flag} is a flag of {other}, not of {self.prog}"
         if word.endswith(".tar"):
-            return f"unknown argument {word}: quote a pattern of tar files, or the shell makes several words of it"
-        nearest = difflib.get_close_matches(flag, sorted(self.spellings), n=1, cutoff=0.65)
-        return f"unknown argument {word}" + (
-            f"; did you mean {nearest[0]}?" if nearest else "; see --help"
+            return f"unknown argument {word}: quote a pattern of tar files, or the shell expands it"
+
+        nearest = difflib.get_close_matches(
+            flag, sorted(self.spellings), n=1, cutoff=SUGGESTION_CUTOFF
         )
+        hint = f"did you mean {nearest[0]}?" if nearest else "see --help"
+        return f"unknown argument {word}; {hint}"
 
     def error(self, message: str):
+        # argparse would print the whole usage before the message.
         sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2)
 
 
 def make_parser(script: str) -> Parser:
-    """The parser of one entry script, without `--help`, so that it can be a parent of another."""
+    """Return the parser of one entry script, without `--help`, so that it can be the parent of another parser."""
     parser = Parser(script, add_help=False)
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for flag in flags_of(script).values():
-        _add(groups[flag.group], flag)
-    for name, (takes_value, why) in REFUSED_FLAGS.items():
-        nargs = None if takes_value else 0
+        _add_flag(groups[flag.group], flag, script)
+
+    for name, (takes_value, reason) in UNSUPPORTED_FLAGS.items():
         parser.add_argument(
             name,
-            action=_Refuse,
-            why=why,
-            nargs=nargs,
+            action=_UnsupportedFlag,
+            reason=reason,
+            nargs=None if takes_value else 0,
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
         )
+
+    # Flags in groups don't pass through `Parser.add_argument`.
     parser.spellings |= spellings(script)
     parser.set_defaults(script=script)
     return parser
 
 
 def add_flags(parser: Parser, script: str, names: Collection[str]) -> None:
-    """Adds some flags of an entry script to the parser of a tool."""
+    """Add some flags of an entry script to the parser of a tool."""
     for name in names:
         flag = flags_of(script)[name]
-        _add(parser, flag)
-        parser.spellings |= _spellings(flag)
+        _add_flag(parser, flag, script)
+        parser.spellings |= _flag_spellings(flag)
 
 
 def spellings(script: str) -> set[str]:
-    """All spellings of the flags of a script, with dashes; refused ones too."""
-    return set(REFUSED_FLAGS).union(*map(_spellings, flags_of(script).values()))
+    """Return all spellings of a script's flags, with dashes, including unsupported ones."""
+    return set(UNSUPPORTED_FLAGS).union(*map(_flag_spellings, flags_of(script).values()))
 
 
-def _spellings(flag: Flag) -> set[str]:
-    return {flag.off or f"--{flag.name}", *flag.aliases}
+def _flag_spellings(flag: Flag) -> set[str]:
+    return {flag.off_switch or f"--{flag.name}", *flag.aliases}
 
 
-def _add(group: Any, flag: Flag) -> None:
-    """Flags that are not given become None: what they then are, `util.settings.resolving` says."""
-    if flag.off:
-        group.add_argument(
-            flag.off, dest=flag.name, action="store_false", default=None, help=flag.text()
-        )
-        return
+def _add_flag(group: Any, flag: Flag, script: str) -> None:
+    """Add one flag to a parser or group.
+
+    The default is always None, which means "not given": `util.settings.resolving` fills in the real default, because it
+    depends on other flags and on the checkpoint.
+    """
+    help_text = flag.help_text(script)
     if flag.is_switch:
         group.add_argument(
-            f"--{flag.name}", *flag.aliases, action="store_true", default=None, help=flag.text()
+            flag.off_switch or f"--{flag.name}",
+            *flag.aliases,
+            dest=flag.name,
+            action="store_false" if flag.off_switch else "store_true",
+            default=None,
+            help=help_text,
         )
         return
-    options: dict[str, Any] = {"type": flag.type, "help": flag.text()}
-    if flag.values is not None:
-        options["choices"] = tuple(flag.values)
+
+    options: dict[str, Any] = {"type": flag.type, "help": help_text}
+    if flag.choices is not None:
+        options["choices"] = tuple(flag.choices)
     if flag.metavar:
         options["metavar"] = flag.metavar
-    if flag.several:
+    if flag.multiple:
         options["nargs"] = "+"
-    if flag.replaces:
-        options.update(action=_Schedule, replaces=flag.replaces)
+    if flag.overrides:
+        options.update(action=_ScheduleFlag, overrides=flag.overrides)
     group.add_argument(f"--{flag.name}", *flag.aliases, **options)
 
 
-class _Refuse(argparse.Action):
-    def __init__(self, *args: Any, why: str = "", **kwargs: Any) -> None:
-        self.why = why
+class _UnsupportedFlag(argparse.Action):
+    """Reject a flag of a published codebase and say why."""
+
+    def __init__(self, *args: Any, reason: str = "", **kwargs: Any) -> None:
+        self.reason = reason
         super().__init__(*args, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        parser.error(f"{option_string} has no effect: {self.why}")
+        parser.error(f"{option_string} has no effect: {self.reason}")
 
 
-class _Schedule(argparse.Action):
-    """The last flag decides what a schedule counts, so that flags after a config win."""
+class _ScheduleFlag(argparse.Action):
+    """Set one flag of the schedule and reset those that it overrides.
 
-    def __init__(self, *args: Any, replaces: tuple[str, ...] = (), **kwargs: Any) -> None:
-        self.replaces = replaces
+    The last one on the command line wins, so flags after a config file replace its schedule.
+    """
+
+    def __init__(self, *args: Any, overrides: tuple[str, ...] = (), **kwargs: Any) -> None:
+        self.overrides = overrides
         super().__init__(*args, **kwargs)
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
-        for name in self.replaces:
+        for name in self.overrides:
             setattr(namespace, name, None)
         setattr(namespace, self.dest, values)
 
 
-# ------------------------------------------------------------------------------------------------- the right script
+# ------------------------------------------------------------------------------------------ the right entry script
+
+# DETR trains and UP-DETR pre-trains with a main.py. These flags tell which one is meant.
+FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights")
+LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
 
 
 def check_right_script(argv: Sequence[str]) -> None:
-    """Refuses, with the exact command to use, to pre-train with flags that only make sense for `finetune_main.py`.
+    """Refuse to pre-train with flags that only make sense for `finetune_main.py`, and print the command to use.
 
     Raises:
-        UserError: `--eval`, `--masks`, `--frozen_weights`, or `--coco_path` or `--dataset coco` (voc, airbus) without
-            `--pretext`.
+        UserError: `--eval`, `--masks` or `--frozen_weights`, or `--coco_path` or `--dataset coco` (voc, airbus)
+            without `--pretext`.
     """
     flags = {word.split("=")[0] for word in argv}
-    pretext = {"--eval"} if "--pretext" in flags else set()  # evaluates a pre-trained model
-    wrong: list[str] = [
-        flag for flag in ("--eval", "--masks", "--frozen_weights") if flag in flags - pretext
+    # With --pretext, --eval evaluates a pre-trained model and labelled data serves as unlabelled images.
+    pretext_given = "--pretext" in flags
+
+    wrong = [
+        flag
+        for flag in FINETUNE_ONLY_FLAGS
+        if flag in flags and not (flag == "--eval" and pretext_given)
     ]
-    if "--coco_path" in flags and not {"--pretext", "--imagenet_path"} & flags:
-        wrong.append("--coco_path without --pretext")
-    for name in (
-        ("coco", "voc", "airbus") if "--pretext" not in flags else ()
-    ):  # DETReg's names of labelled images
-        if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
-            wrong.append(f"--dataset {name} without --pretext")
-    if wrong:
-        pretrain = "\nTo pre-train on the images of that folder, add: --pretext random_query_patch"
-        raise UserError(
-            f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:"
-            f"\n  python {FINETUNE} {shlex.join(_for_finetuning(argv))}"
-            + (pretrain if wrong[0].endswith("--pretext") else "")
-        )
+    if not pretext_given:
+        if "--coco_path" in flags and "--imagenet_path" not in flags:
+            wrong.append("--coco_path without --pretext")
+        for name in LABELLED_DATASETS:
+            if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
+                wrong.append(f"--dataset {name} without --pretext")
+    if not wrong:
+        return
+
+    message = (
+        f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:"
+        f"\n  python {FINETUNE} {shlex.join(_finetuning_args(argv))}"
+    )
+    if wrong[0].endswith("--pretext"):
+        message += "\nTo pre-train on the images of that folder, add: --pretext random_query_patch"
+    raise UserError(message)
 
 
-def _for_finetuning(argv: Sequence[str]) -> list[str]:
-    """The words of a command line without the flags, and their values, that `finetune_main.py` does not take."""
-    known = spellings(FINETUNE) - set(REFUSED_FLAGS)
-    kept, keeps = [], True
+def _finetuning_args(argv: Sequence[str]) -> list[str]:
+    """Drop the flags, with their values, that `finetune_main.py` does not have."""
+    known = spellings(FINETUNE) - set(UNSUPPORTED_FLAGS)
+    kept = []
+    keep = True
     for word in argv:
         if word.startswith("--"):
-            keeps = word.split("=")[0] in known
-        if keeps:
+            keep = word.split("=")[0] in known
+        if keep:  # a value follows its flag
             kept.append(word)
     return kept

@@ -1,11 +1,10 @@
-"""What can be chosen by name: detectors, pretexts, datasets, proposal methods and backbones.
+"""Registries: what can be chosen by name, that is detectors, pretexts, datasets, proposal methods and backbones.
 
-Each is one file and one line here. The line says where the file's builder is ("module:name"), how its checkpoints are
-recognised, which flags only it reads, and which defaults it changes. Nothing is imported before it is used, so that a
-builder may live in any package that Python finds:
+Each is one file and one entry here. The entry says where the builder is ("module:name"), which flags only it reads and
+which defaults it changes. Builders are imported when they are used, so they may be in any package that Python finds:
 
     from util.settings.registry import DETECTORS, DetectorEntry
-    DETECTORS["mine"] = DetectorEntry("my_package.my_detector:build", mark=".my_attention.")
+    DETECTORS["mine"] = DetectorEntry("my_package.my_detector:build", state_dict_marker=".my_attention.")
 """
 
 import importlib
@@ -20,58 +19,66 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class DetectorEntry:
-    """
-    builder: `(settings, backbone, classification) -> Detector`.
-    mark: a part of a parameter's name that no other detector has, by which its checkpoints are recognised.
-    flags: names of flags that it reads and not every detector does; the others refuse them.
-    defaults: flag name -> value, where they differ from those of the table of flags.
+    """A detector.
+
+    Attributes:
+        builder: `(settings, backbone, classification) -> Detector`.
+        state_dict_marker: Part of a parameter name that no other detector has. Its checkpoints are recognized by it.
+        flags: Names of flags that it reads and some other detectors do not. Those reject them.
+        defaults: Flag name -> value that replaces the general default.
     """
 
     builder: str
-    mark: str
+    state_dict_marker: str
     flags: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PretextEntry:
-    """
-    pretext: a subclass of `models.pretext.Pretext`.
-    dataset: `(image_set, settings) -> SampleDataset`, what it sees of an image.
-    parts: names that its own parameters begin with, which fine-tuning leaves behind.
-    flags, defaults: as those of a detector; the defaults are stronger.
+    """A pretext task.
+
+    Attributes:
+        pretext: Subclass of `models.pretext.Pretext`.
+        dataset: `(image_set, settings) -> SampleDataset`, the samples that it trains on.
+        parameter_prefixes: Prefixes of its own parameters, which fine-tuning drops.
+        flags: As in `DetectorEntry`.
+        defaults: As in `DetectorEntry`, and win over the detector's.
     """
 
     pretext: str
     dataset: str
-    parts: tuple[str, ...]
+    parameter_prefixes: tuple[str, ...]
     flags: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """
-    builder: `(image_set, settings, classes=None) -> SampleDataset`, see `datasets`.
-    images: `(image_set, settings) -> ImageFiles`, the same images for pre-training; empty: those that the builder
-        gives, whose labels are then read and not used.
-    places: names of the flags that say where they lie, by which flags of other datasets are refused; empty: nothing is
-        refused.
-    flags, defaults: as those of a detector; the defaults are weaker.
+    """A labelled dataset.
+
+    Attributes:
+        builder: `(image_set, settings, classes=None) -> SampleDataset`, see `datasets`.
+        images: `(image_set, settings) -> ImageFiles`, its images for pre-training. If empty, pre-training uses the
+            builder's images and ignores their labels.
+        path_flags: Names of the flags with its paths. Paths and flags of other datasets are then rejected; if empty,
+            nothing is.
+        flags: As in `DetectorEntry`.
+        defaults: As in `DetectorEntry`. The detector's and the pretext's win over them.
     """
 
     builder: str
     images: str = ""
-    places: tuple[str, ...] = ()
+    path_flags: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
     defaults: dict[str, object] = field(default_factory=dict)
 
 
 DETECTORS: dict[str, DetectorEntry] = {
-    "detr": DetectorEntry("models.detr:build", mark=".multihead_attn."),
+    "detr": DetectorEntry("models.detr:build", state_dict_marker=".multihead_attn."),
     "conditional_detr": DetectorEntry(
         "models.conditional_detr:build",
-        mark=".ca_qpos_sine_proj.",
+        state_dict_marker=".ca_qpos_sine_proj.",
         defaults={
             "epochs": 50,
             "lr_drop": 40,
@@ -84,7 +91,7 @@ DETECTORS: dict[str, DetectorEntry] = {
     ),
     "deformable_detr": DetectorEntry(
         "models.deformable_detr:build",
-        mark=".sampling_offsets.",
+        state_dict_marker=".sampling_offsets.",
         flags=(
             "num_feature_levels",
             "with_box_refine",
@@ -115,8 +122,8 @@ DETECTORS: dict[str, DetectorEntry] = {
 PRETEXTS: dict[str, PretextEntry] = {
     "random_query_patch": PretextEntry(
         "models.pretext.random_query_patch:RandomQueryPatch",
-        "datasets.pretext.random_query_patch:build_query_patches",
-        parts=("patch2query.", "feature_align."),
+        "datasets.pretext.random_query_patch:build_query_patch_dataset",
+        parameter_prefixes=("patch2query.", "feature_align."),
         flags=("num_patches", "mask_ratio", "feature_loss_coef", "feature_recon", "query_shuffle"),
         defaults={
             "epochs": 60,
@@ -130,13 +137,13 @@ PRETEXTS: dict[str, PretextEntry] = {
             "num_workers": 16,
             "lr": 1e-4,
             "lr_linear_proj_mult": 1.0,
-            "lr_backbone": None,  # as --lr
+            "lr_backbone": None,  # the same as --lr, see `util.settings.resolving`
         },
     ),
     "region_prior": PretextEntry(
         "models.pretext.region_prior:RegionPrior",
-        "datasets.pretext.region_prior:build_region_proposals",
-        parts=("feature_embed.",),
+        "datasets.pretext.region_prior:build_region_prior_dataset",
+        parameter_prefixes=("feature_embed.",),
         flags=(
             "strategy",
             "max_prop",
@@ -154,8 +161,8 @@ PRETEXTS: dict[str, PretextEntry] = {
     ),
     "siamese": PretextEntry(
         "models.pretext.siamese:Siamese",
-        "datasets.pretext.siamese:build_two_views",
-        parts=("patch2query.", "feature_align.", "enc_head."),
+        "datasets.pretext.siamese:build_siamese_dataset",
+        parameter_prefixes=("patch2query.", "feature_align.", "enc_head."),
         flags=(
             "num_patches",
             "feature_loss_coef",
@@ -189,32 +196,32 @@ DATASETS: dict[str, DatasetEntry] = {
     "coco": DatasetEntry(
         "datasets.labelled.coco:build_coco",
         "datasets.labelled.coco:coco_images",
-        places=("coco_path",),
+        path_flags=("coco_path",),
     ),
     "voc": DatasetEntry(
         "datasets.labelled.voc:build_voc",
         "datasets.labelled.voc:voc_images",
-        places=("voc_path",),
+        path_flags=("voc_path",),
         flags=("voc_train", "voc_val", "voc_metric"),
     ),
     "voc_coco": DatasetEntry(
         "datasets.labelled.voc_coco:build_voc_coco",
         "datasets.labelled.voc:voc_images",
-        places=("voc_path",),
+        path_flags=("voc_path",),
         flags=("voc_train", "voc_val"),
         defaults={"voc_train": ["2012_trainval"]},
     ),
     "airbus_ship": DatasetEntry(
-        "datasets.labelled.airbus_ship:build_airbus_ship", places=("airbus_path",)
+        "datasets.labelled.airbus_ship:build_airbus_ship", path_flags=("airbus_path",)
     ),
     "custom": DatasetEntry(
         "datasets.labelled.custom:build_custom",
         "datasets.labelled.custom:custom_images",
-        places=("train_images", "train_annotations", "val_images", "val_annotations"),
+        path_flags=("train_images", "train_annotations", "val_images", "val_annotations"),
     ),
 }
 
-# name, or the beginning of many names up to a colon -> builder `(args) -> method`, see `datasets.proposals`
+# Name, or prefix with a colon such as "file:" -> builder `(settings) -> method`, see `datasets.proposals`.
 PROPOSALS: dict[str, str] = {
     "random": "datasets.proposals.random:build_random",
     "selective_search": "datasets.proposals.selective_search:build_selective_search",
@@ -222,31 +229,30 @@ PROPOSALS: dict[str, str] = {
     "file:": "datasets.proposals.from_file:build_from_file",
 }
 
-
-# name, or the beginning of many names up to a colon -> builder `(name, norm, dilation, stages) -> models.backbone.Body`
+# Name, or prefix with a colon such as "timm:" -> builder `(name, norm, dilation, stages) -> models.backbone.Body`.
 BACKBONES: dict[str, str] = {
     **dict.fromkeys(("resnet18", "resnet34", "resnet50", "resnet101"), "models.resnet:build"),
     "timm:": "models.timm_backbone:build",
 }
 
 
-def names_of(registry: Mapping[str, object]) -> str:
-    """All names of a registry in one line; a beginning of many names as `file:NAME`."""
-    return ", ".join(f"{known}NAME" if known.endswith(":") else known for known in registry)
+def list_names(registry: Mapping[str, object]) -> str:
+    """Return all names of a registry, joined by commas; a prefix as `file:NAME`."""
+    return ", ".join(f"{name}NAME" if name.endswith(":") else name for name in registry)
 
 
 def lookup(registry: Mapping[str, Entry], flag: str, name: str) -> Entry:
-    """The line of `name`.
+    """Return the entry of `name`.
 
     Raises:
-        UserError: there is none; it says what `flag` can be.
+        UserError: There is none. The message lists what `flag` accepts.
     """
     if name not in registry:
-        raise UserError(f"{flag} {name} is unknown: choose one of {names_of(registry)}")
+        raise UserError(f"{flag} {name} is unknown: choose one of {list_names(registry)}")
     return registry[name]
 
 
-def load(place: str) -> Callable:
-    """The object at "module:name"."""
-    module, name = place.split(":")
+def import_object(path: str) -> Callable:
+    """Import the object at "module:name"."""
+    module, name = path.split(":")
     return getattr(importlib.import_module(module), name)

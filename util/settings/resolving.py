@@ -1,4 +1,4 @@
-"""From what was given to settings that rest: defaults by dataset, detector and pretext, rules, and checks; once."""
+"""Resolve given flags into `Settings`: defaults of dataset, detector and pretext, derived values, and checks."""
 
 import os
 from argparse import Namespace
@@ -14,11 +14,13 @@ from util.settings import frozen
 from util.settings.checks import check_settings
 from util.settings.frozen import Settings
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, lookup
-from util.settings.table import DATASET_PLACES, FINETUNE, PRETRAIN, all_flags, names_where
+from util.settings.table import DATASET_PATHS, FINETUNE, PRETRAIN, all_flags, names_where
 
-# Flag that says where a labelled dataset is -> the `--dataset_file` that DETReg's `--dataset` means by it.
+# Flag with the path of a labelled dataset -> the `--dataset_file` that DETReg's `--dataset` means by it.
 DATASET_OF_PATH = {"coco_path": "coco", "voc_path": "voc", "airbus_path": "airbus_ship"}
+# Spellings of DETReg's --load_backbone.
 BACKBONE_WEIGHT_ALIASES = {"supervised": "imagenet", "random": "none", "": "none"}
+DEFAULT_PRETEXT = "random_query_patch"
 
 
 def resolve(
@@ -26,46 +28,51 @@ def resolve(
     adopted: Mapping[str, Any] | None = None,
     script: str | None = None,
 ) -> Settings:
-    """Settings with a value for every flag. `args` is left as it is; settings that are resolved already come back.
+    """Return settings with a value for every flag. `args` is not changed; resolved settings are returned unchanged.
 
     Args:
-        args: parsed flags, or any namespace or mapping of flag names; None stands for a flag that was not given, and
-            names that are no flags are ignored.
-        adopted: what a checkpoint says of flags that were not given.
-        script: the entry script; by default the namespace's own `script`, or `finetune_main.py`.
+        args: Parsed flags, or any namespace or mapping with flag names. None means that a flag is not given. Names that
+            are not flags are ignored.
+        adopted: Values of a checkpoint for flags that are not given.
+        script: Entry script. Default: the namespace's own `script`, or `finetune_main.py`.
 
     Raises:
-        UserError: flags contradict each other, or a value is out of its range.
+        UserError: Flags contradict each other, or a value is out of its range.
     """
     if isinstance(args, Settings):
         return args
     values = dict(args) if isinstance(args, Mapping) else vars(args)
     script = script or values.get("script") or FINETUNE
     draft = _Draft(script, given_flags(values), adopted or {})
+
+    # Each step reads what earlier ones have filled in.
     defaults = _fill_defaults(draft)
     _fill_device(draft)
-    _fill_backbone_rate(draft)
+    _fill_backbone_lr(draft)
     _fill_dataset(draft)
     _fill_backbone(draft)
+
     settings = Settings(script, draft.values, draft.origins)
     check_settings(settings, defaults)
     return settings
 
 
 def given_flags(args: Namespace | Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that have a value, by name."""
+    """Return the flags that have a value, by name."""
     values = args if isinstance(args, Mapping) else vars(args)
     known = names_where(lambda flag: True)
     return {name: value for name, value in values.items() if name in known and value is not None}
 
 
 class _Draft:
-    """Values that are still being filled in, with their origins."""
+    """Values and origins of the flags while they are being filled in. A value of None is still open."""
 
     def __init__(self, script: str, given: Mapping[str, Any], adopted: Mapping[str, Any]) -> None:
-        self.script, self.flags = script, all_flags(script)
+        self.script = script
+        self.flags = all_flags(script)
         self.values: dict[str, Any] = dict.fromkeys(self.flags)
         self.origins: dict[str, str] = dict.fromkeys(self.flags, frozen.DEFAULT)
+        # Given flags come last: they win over the checkpoint.
         for values, origin in ((adopted, frozen.CHECKPOINT), (given, frozen.GIVEN)):
             for name, value in values.items():
                 if name in self.flags:
@@ -75,26 +82,28 @@ class _Draft:
         return self.values[name]
 
     def set(self, name: str, value: Any, origin: str = frozen.RULE) -> None:
-        self.values[name], self.origins[name] = value, origin
+        self.values[name] = value
+        self.origins[name] = origin
 
     def default(self, name: str, value: Any, origin: str = frozen.DEFAULT) -> None:
-        """Sets what has no value yet."""
+        """Set a value that is still open."""
         if self.values[name] is None:
             self.set(name, value, origin)
 
     def was_given(self, name: str) -> bool:
-        return self.values[name] is not None and self.origins[name] in (
-            frozen.GIVEN,
-            frozen.CHECKPOINT,
-        )
+        is_from_user = self.origins[name] in (frozen.GIVEN, frozen.CHECKPOINT)
+        return self.values[name] is not None and is_from_user
 
 
 def _fill_defaults(draft: _Draft) -> dict[str, Any]:
-    """Returns the default of each flag for this dataset, detector and pretext, whether or not it was given."""
+    """Fill in defaults. Return the default of every flag under this dataset, detector and pretext, given or not."""
+    # First the three flags that decide which registry entries have a say.
     draft.default("detector", draft.flags["detector"].default)
     draft.default("dataset_file", draft.flags["dataset_file"].default)
     if draft.script == PRETRAIN:
-        draft.default("pretext", "random_query_patch")
+        draft.default("pretext", DEFAULT_PRETEXT)
+
+    # Later layers win.
     layers = [
         (frozen.DEFAULT, {name: flag.general_default() for name, flag in draft.flags.items()}),
         (frozen.DATASET, lookup(DATASETS, "--dataset_file", draft["dataset_file"]).defaults),
@@ -104,6 +113,7 @@ def _fill_defaults(draft: _Draft) -> dict[str, Any]:
         layers.append((frozen.PRETEXT, lookup(PRETEXTS, "--pretext", draft["pretext"]).defaults))
     defaults = {name: value for _, values in layers for name, value in values.items()}
     origins = {name: origin for origin, values in layers for name in values}
+
     for name, value in defaults.items():
         if value is not None:
             draft.default(name, value, origins[name])
@@ -113,22 +123,25 @@ def _fill_defaults(draft: _Draft) -> dict[str, Any]:
 def _fill_device(draft: _Draft) -> None:
     draft.default("device", default_device(), frozen.RULE)
     if not draft.was_given("num_workers"):
-        draft.set(
-            "num_workers", min(draft["num_workers"], usable_cores()), draft.origins["num_workers"]
-        )
+        # Published defaults go up to 16 workers, for which a small machine has no cores.
+        num_workers = min(draft["num_workers"], usable_cores())
+        draft.set("num_workers", num_workers, draft.origins["num_workers"])
 
 
 def default_device() -> str:
+    """Return "cuda" if PyTorch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which a scheduler can limit."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use, which a job scheduler can limit."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _fill_backbone_rate(draft: _Draft) -> None:
-    """In pre-training the backbone may learn as fast as the transformer, or not at all."""
+def _fill_backbone_lr(draft: _Draft) -> None:
+    """In pre-training: use `--lr` where the pretext's default is None (UP-DETR), and 0 with `--fre_cnn`."""
     if draft.script != PRETRAIN:
         return
     if draft["fre_cnn"] and draft.was_given("lr_backbone") and draft["lr_backbone"] > 0:
@@ -141,43 +154,50 @@ def _fill_backbone_rate(draft: _Draft) -> None:
 
 
 def _fill_dataset(draft: _Draft) -> None:
-    """`--dataset NAME` says where the data is below `--data_root`, unless another flag does."""
+    """Translate DETReg's `--dataset NAME` into `--dataset_file` and a path below `--data_root`, unless given."""
     name = draft["dataset"]
     if not name:
         return
-    flag, folder = DATASET_PLACES[name]
+    flag, folder = DATASET_PATHS[name]
     if draft.script == FINETUNE and flag not in DATASET_OF_PATH:
         raise UserError(f"--dataset {name} has images without labels, for {PRETRAIN}")
+
     if flag in DATASET_OF_PATH and not draft.was_given("dataset_file"):
         draft.set("dataset_file", DATASET_OF_PATH[flag])
-    if not any(draft[other] for other in ("imagenet_path", *DATASET_OF_PATH, "train_images")):
+    path_flags = ("imagenet_path", *DATASET_OF_PATH, "train_images")
+    if not any(draft[other] for other in path_flags):
         draft.set(flag, str(Path(draft["data_root"]) / folder))
 
 
 def _fill_backbone(draft: _Draft) -> None:
-    """A checkpoint that holds a whole detector brings the backbone's weights; random ones need live batch norm."""
-    source = draft["backbone_weights"]
-    if source not in (None, "none") and (draft["resume"] or draft["eval"]):
-        log.info("--backbone_weights %s is not needed: the checkpoint holds the backbone", source)
-        source = None
-    has_checkpoint = (
-        draft["resume"] not in ("", "auto") or bool(draft["pretrain"]) or bool(draft["eval"])
-    )
-    if source is None:
-        imagenet = draft.script == FINETUNE or draft["backbone"] != "resnet50"
-        draft.set(
-            "backbone_weights", "none" if has_checkpoint else "imagenet" if imagenet else "swav"
-        )
-    else:
-        alias = BACKBONE_WEIGHT_ALIASES.get(source, source)
+    """Choose initial weights and batch norm of the backbone.
+
+    The checkpoint of a detector has the backbone's weights. A randomly initialized backbone has no statistics to
+    freeze, so it needs live batch norm.
+    """
+    weights = draft["backbone_weights"]
+    if weights not in (None, "none") and (draft["resume"] or draft["eval"]):
+        log.info("--backbone_weights %s is ignored: the checkpoint has the backbone", weights)
+        weights = None
+
+    # `start_session` has replaced "auto" with the path of the checkpoint, if there is one.
+    resumes = draft["resume"] not in ("", "auto")
+    has_checkpoint = resumes or bool(draft["pretrain"]) or bool(draft["eval"])
+    if weights is not None:
+        alias = BACKBONE_WEIGHT_ALIASES.get(weights, weights)
         draft.set("backbone_weights", alias, draft.origins["backbone_weights"])
-    frozen_norm = has_checkpoint or draft["backbone_weights"] != "none"
-    draft.default("backbone_norm", "frozen" if frozen_norm else "live", frozen.RULE)
-    # A backbone that begins with live norms and is not trained any more has to keep their statistics as well.
-    trained = not draft["pretrain"] or draft["lr_backbone"] > 0
-    if (
-        not trained
-        and draft["backbone_norm"] != "frozen"
-        and draft.origins["backbone_norm"] != frozen.GIVEN
-    ):
+    elif has_checkpoint:
+        draft.set("backbone_weights", "none")
+    else:
+        # UP-DETR and DETReg pre-train on SwAV, which has published weights for ResNet-50 only.
+        is_swav = draft.script == PRETRAIN and draft["backbone"] == "resnet50"
+        draft.set("backbone_weights", "swav" if is_swav else "imagenet")
+
+    has_trained_weights = has_checkpoint or draft["backbone_weights"] != "none"
+    draft.default("backbone_norm", "frozen" if has_trained_weights else "live", frozen.RULE)
+
+    # A pre-trained backbone with live norms that is not trained any more must keep their statistics, too.
+    is_trained = not draft["pretrain"] or draft["lr_backbone"] > 0
+    is_given = draft.origins["backbone_norm"] == frozen.GIVEN
+    if not is_trained and draft["backbone_norm"] != "frozen" and not is_given:
         draft.set("backbone_norm", "frozen")

@@ -1,44 +1,48 @@
-"""Every flag of both entry scripts: one row each, `util.settings.flag.Flag`.
+"""Every flag of both entry scripts: one `Flag` per row.
 
-Parsers, help, checks and resolving are made from this table.
+Parsers, help, defaults and checks are built from this table.
 
-A row has the general default. The line of a dataset, a detector or a pretext in `util.settings.registry` may change it
-(a pretext's change is stronger than a detector's, a detector's than a dataset's), and says which flags are read by it
-alone. The help names all of these defaults by itself.
+A row has the general default. A dataset, detector or pretext may change it in its entry of `util.settings.registry`;
+the pretext's default wins over the detector's, and the detector's over the dataset's. The entries also list the flags
+that only they read. `--help` shows all of this.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from util.settings.flag import FINETUNE, PRETRAIN, SCRIPTS, Flag, flags_in
-from util.settings.kinds import (
-    at_least_zero,
+from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
+from util.settings.value_types import (
     device,
     finite,
     fraction,
+    non_negative,
     positive,
     proposal_method,
     strategy,
-    voc_set,
+    voc_image_set,
 )
-from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 
+# Headings of `--help`, in its order.
 GROUPS = (
     "run",
-    "optimization",
+    "data",
+    "training with fewer labels",
+    "pretext task",
+    "proposals",
     "model",
     "matching and losses",
-    "data",
-    "pretext",
-    "fine-tuning and evaluation",
+    "optimization",
+    "evaluation",
 )
-RUN, OPTIMIZATION, MODEL, LOSSES, DATA, PRETEXT, FINETUNING = GROUPS
+RUN, DATA, FEWER_LABELS, PRETEXT, PROPOSALS, MODEL, LOSSES, OPTIMIZATION, EVALUATION = GROUPS
 
+# A schedule counts epochs or steps. Flags of one kind reset those of the other.
+_EPOCH_FLAGS = ("epochs", "lr_drop", "lr_drop_epochs")
+_STEP_FLAGS = ("max_iters", "lr_drop_iters")
 
-_EPOCHS, _STEPS = ("epochs", "lr_drop", "lr_drop_epochs"), ("max_iters", "lr_drop_iters")
-
-# DETReg's names of datasets -> (flag, folder below --data_root) that say the same.
-DATASET_PLACES = {
+# DETReg's dataset names -> (flag, folder below --data_root) that mean the same.
+DATASET_PATHS = {
     "imagenet": ("imagenet_path", "ilsvrc/train"),
     "imagenet100": ("imagenet_path", "ilsvrc100/train"),
     "coco_pretrain": ("coco_path", "MSCoco"),
@@ -49,82 +53,678 @@ DATASET_PLACES = {
 }
 
 
-def _object_embedding(settings: Mapping[str, Any]) -> bool:
+def _predicts_embeddings(settings: Mapping[str, Any]) -> bool:
     return bool(settings["object_embedding_loss"])
 
 
+def _reconstructs_features(settings: Mapping[str, Any]) -> bool:
+    # Siamese DETR's region discrimination uses the same weight and has no switch.
+    return settings["pretext"] != "random_query_patch" or bool(settings["feature_recon"])
+
+
 FLAGS: tuple[Flag, ...] = (
+    # ------------------------------------------------------------------------------------------------------ run
     *flags_in(
         RUN,
         SCRIPTS,
         Flag(
             "output_dir",
-            "folder for everything that this run writes; without it nothing is saved",
+            "folder for the checkpoints, log and pages of this run",
             str,
             default="",
+            default_help="not set, nothing is saved",
             metavar="DIR",
-            session=True,
+            per_launch=True,
         ),
         Flag(
             "resume",
-            "resume a run from this checkpoint; auto: from checkpoint.pth in --output_dir, if it exists",
+            "checkpoint to resume or, with --eval, to evaluate; auto: checkpoint.pth in --output_dir, if it exists",
             str,
             default="",
             metavar="PATH|URL|auto",
-            session=True,
+            per_launch=True,
         ),
-        Flag("overwrite", "replace the files of another run in --output_dir", session=True),
+    ),
+    *flags_in(
+        RUN,
+        (FINETUNE,),
+        Flag(
+            "pretrain",
+            "checkpoint to start from, pre-trained on a pretext task or trained with labels",
+            str,
+            default="",
+            metavar="PATH|URL",
+            per_launch=True,
+        ),
+    ),
+    *flags_in(
+        RUN,
+        SCRIPTS,
+        Flag("overwrite", "replace the files of an earlier run in --output_dir", per_launch=True),
         Flag(
             "dry_run",
-            "check settings and data, try three steps, estimate time and memory, and stop",
-            session=True,
+            "check settings and data, run three training steps, estimate time and memory, and stop",
+            per_launch=True,
         ),
         Flag(
-            "device", "cuda, cuda:N or cpu", device, default_help="cuda if available", session=True
+            "device",
+            "device to run on",
+            device,
+            default_help="cuda if available, else cpu",
+            metavar="cuda|cuda:N|cpu",
+            per_launch=True,
         ),
-        Flag("seed", "random seed; the rank is added", int, default=42),
-        Flag("random_seed", "draw a new random seed for this run; it is stored with the run"),
+        Flag("seed", "random seed; each process adds its rank", int, default=42, metavar="INT"),
+        Flag("random_seed", "draw a new seed instead of --seed; it is saved with the run"),
         Flag(
             "num_workers",
-            "dataloader workers per process; by default at most the number of cores",
-            at_least_zero(),
+            "number of dataloader workers per process; by default at most the number of CPU cores",
+            non_negative(),
             default=2,
-            session=True,
+            metavar="N",
+            per_launch=True,
         ),
         Flag(
             "amp",
-            "mixed precision; bf16: the network in bfloat16, boxes, matching and losses in float32",
+            "mixed precision; bf16 runs the network in bfloat16, and boxes, matching and losses in float32",
             str,
-            values=("no", "bf16"),
+            choices=("no", "bf16"),
             default="no",
         ),
         Flag(
             "start_epoch",
-            "first epoch, counted from 0, if --resume holds weights only",
-            at_least_zero(),
+            "first epoch, counted from 0, when --resume has only weights",
+            non_negative(),
             default=0,
-            counts="epochs",
-            session=True,
+            metavar="EPOCH",
+            schedule_unit="epochs",
+            per_launch=True,
         ),
         Flag(
             "save_every",
-            "epochs between numbered checkpoints; one more is saved before each learning rate drop",
+            "number of epochs between numbered checkpoints; one more is saved before each learning rate drop",
             positive(),
             default=100,
             metavar="EPOCHS",
         ),
         Flag(
             "dist_url",
-            "address at which the processes of a distributed run meet",
+            "URL at which distributed processes find each other, the init_method of torch.distributed",
             str,
             default="env://",
-            session=True,
+            metavar="URL",
+            per_launch=True,
         ),
         Flag(
             "reproduce_published",
-            "the published behaviour wherever this project departs from it, see docs/differences.md",
+            "behave like the published code where this project departs from it; see docs/differences.md",
         ),
     ),
+    # ----------------------------------------------------------------------------------------------------- data
+    *flags_in(
+        DATA,
+        (PRETRAIN,),
+        Flag(
+            "imagenet_path",
+            "unlabelled images: a folder tree, a text file of paths, tar files or a quoted pattern of tar files",
+            str,
+            default_help="the images of --dataset_file",
+            metavar="PATH",
+        ),
+    ),
+    *flags_in(
+        DATA,
+        SCRIPTS,
+        Flag(
+            "dataset_file",
+            "type of dataset; main.py uses its images without labels; custom: see --train_images",
+            str,
+            choices=DATASETS,
+            default="coco",
+        ),
+        Flag(
+            "coco_path",
+            "COCO folder: annotations/ next to train2017/ and val2017/, or next to images/train2017/",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "voc_path",
+            "VOCdevkit folder with VOC2007/ and VOC2012/",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "voc_train",
+            "image sets to train on, year and list, such as 2012_trainval",
+            voc_image_set,
+            default=["2007_trainval", "2012_trainval"],
+            metavar="SET",
+            multiple=True,
+            data_specific=True,
+        ),
+        Flag(
+            "voc_val",
+            "image sets to evaluate on, year and list",
+            voc_image_set,
+            default=["2007_test"],
+            metavar="SET",
+            multiple=True,
+            data_specific=True,
+        ),
+        Flag(
+            "airbus_path",
+            "Airbus Ship folder: train_v2/ next to train_ship_segmentations_v2.csv",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "data_root",
+            "folder with MSCoco/, pascal/VOCdevkit/ and airbus-ship-detection/, used if no other path is given",
+            str,
+            default="data",
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "dataset",
+            "DETReg's name of a dataset below --data_root; sets --dataset_file and its path",
+            str,
+            choices=tuple(DATASET_PATHS),
+            data_specific=True,
+        ),
+        Flag(
+            "train_images",
+            "custom dataset: training images; annotations name files relative to this folder",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+    ),
+    *flags_in(
+        DATA,
+        (FINETUNE,),
+        Flag(
+            "train_annotations",
+            "custom dataset: COCO file, or folder of VOC XML files; defines the classes",
+            str,
+            metavar="FILE|DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "val_images",
+            "custom dataset: validation images",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "val_annotations",
+            "custom dataset: annotations of the validation images; classes are matched by name",
+            str,
+            metavar="FILE|DIR",
+            data_specific=True,
+        ),
+    ),
+    *flags_in(
+        DATA,
+        SCRIPTS,
+        Flag(
+            "image_size",
+            "short side of images at evaluation, in pixels; training sizes scale with it",
+            positive(),
+            default=800,
+            metavar="PIXELS",
+        ),
+        Flag(
+            "max_size",
+            "maximum long side of images, in pixels",
+            positive(),
+            default_help={
+                PRETRAIN: "600, scaled with --image_size",
+                FINETUNE: "1333, scaled with --image_size",
+            },
+            metavar="PIXELS",
+        ),
+    ),
+    # ---------------------------------------------------------------------------------------------- fewer labels
+    *flags_in(
+        FEWER_LABELS,
+        (FINETUNE,),
+        Flag(
+            "filter_pct",
+            "fraction of the training images to use, above 0 and at most 1, drawn by --seed",
+            fraction,
+            default=-1.0,  # DETReg's "all"
+            default_help="all images",
+            metavar="FRACTION",
+            data_specific=True,
+        ),
+        Flag(
+            "split_file",
+            "train on the images in this file, from tools/make_split.py or a run's subset.json",
+            str,
+            default_help="all images",
+            metavar="FILE",
+            data_specific=True,
+        ),
+        Flag(
+            "few_shot",
+            "few-shot stage: train on all objects of base classes, or on --shots or --few_shot_file of novel or all "
+            "classes; AP is reported for base and novel classes",
+            str,
+            choices=("base", "novel", "all"),
+            data_specific=True,
+        ),
+        Flag(
+            "shots",
+            "few-shot: number of objects per class, drawn by --seed",
+            positive(),
+            metavar="K",
+            data_specific=True,
+        ),
+        Flag(
+            "few_shot_file",
+            "few-shot: objects to train on, a COCO file or subset.json; with --shots, a folder of published files",
+            str,
+            metavar="PATH",
+            data_specific=True,
+        ),
+        Flag(
+            "novel_classes",
+            "few-shot: names of the novel classes",
+            str,
+            default_help="coco: the 20 classes of VOC; voc, voc_coco: by --novel_split",
+            metavar="NAME",
+            multiple=True,
+            data_specific=True,
+        ),
+        Flag(
+            "novel_split",
+            "few-shot: number of the published split of VOC's classes into base and novel",
+            int,
+            choices=(1, 2, 3),
+            default=1,
+            data_specific=True,
+        ),
+    ),
+    # --------------------------------------------------------------------------------------------------- pretext
+    *flags_in(
+        PRETEXT,
+        (PRETRAIN,),
+        Flag(
+            "pretext",
+            "pretext task to pre-train on",
+            str,
+            choices=PRETEXTS,
+            default_help="random_query_patch",
+        ),
+        Flag(
+            "num_patches",
+            "number of query patches per image; divides --num_queries",
+            positive(),
+            default=10,
+            metavar="N",
+        ),
+        Flag(
+            "patch_size",
+            "side of the query patches, or of the crops of --object_embedding_loss, in pixels",
+            positive(),
+            default=128,
+            metavar="PIXELS",
+        ),
+        Flag(
+            "mask_ratio",
+            "fraction of the queries that get no patch features in training",
+            float,
+            default=0.1,
+            metavar="FRACTION",
+            value_range="[0, 1)",
+        ),
+        Flag("query_shuffle", "assign queries to patches at random in each step"),
+        Flag("feature_recon", "add a loss that reconstructs the patch features"),
+        Flag(
+            "feature_loss_coef",
+            "weight of the feature reconstruction loss; for siamese of region discrimination, where 0 removes it",
+            non_negative(float),
+            default=1.0,
+            metavar="WEIGHT",
+            requires=("--feature_recon", _reconstructs_features),
+        ),
+        Flag("fre_cnn", "freeze the backbone, as --lr_backbone 0 does"),
+        Flag(
+            "view_iou",
+            "IoU of the two views of an image: the minimum, or exact with --no_view_shrink",
+            positive(float),
+            default=0.5,
+            metavar="IOU",
+            value_range="(0, 1)",
+        ),
+        Flag(
+            "view_shrink",
+            "make the IoU of the two views exactly --view_iou, not at least that",
+            default=True,
+            off_switch="--no_view_shrink",
+        ),
+        Flag(
+            "box_disturbance",
+            "maximum shift of the corners of a query's box, as a fraction of its sides",
+            non_negative(float),
+            default=0.1,
+            metavar="FRACTION",
+            value_range="[0, 0.5)",
+        ),
+        Flag(
+            "global_loss_coef",
+            "weight of global discrimination; 0 removes it",
+            non_negative(float),
+            default=10.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "teacher_momentum",
+            "initial momentum of a teacher network (EMA) that gives the targets, 0 to 1; 0.99 is a good value",
+            finite,
+            default_help="not set, no teacher",
+            metavar="MOMENTUM",
+            value_range="[0, 1]",
+        ),
+        Flag("object_embedding_loss", "also predict an embedding of each proposal's crop"),
+        Flag(
+            "object_embedding_coef",
+            "weight of the object embedding loss",
+            non_negative(float),
+            default=1.0,
+            metavar="WEIGHT",
+            requires=("--object_embedding_loss", _predicts_embeddings),
+        ),
+        Flag(
+            "obj_embedding_head",
+            "target embedding; intermediate: mean of backbone stage 2, head: SwAV's projection head",
+            str,
+            choices=("intermediate", "head"),
+            default="intermediate",
+            requires=("--object_embedding_loss", _predicts_embeddings),
+        ),
+    ),
+    # ------------------------------------------------------------------------------------------------- proposals
+    *flags_in(
+        PROPOSALS,
+        (PRETRAIN,),
+        Flag(
+            "proposals",
+            "proposal method: {proposals}; see docs/proposals.md",
+            proposal_method,
+            default="random",
+            metavar="METHOD|file:PATH",
+        ),
+        Flag(
+            "cache_path",
+            "read proposals from this cache of tools/cache_proposals.py",
+            str,
+            default="",
+            metavar="DIR",
+        ),
+        Flag(
+            "strategy",
+            "which proposals to keep: the first ones, random ones, or (mc) first ones with higher probability",
+            strategy,
+            default="topk",
+            metavar="topk|random|mc",
+        ),
+        Flag(
+            "max_prop",
+            "maximum number of proposals per image; the mean number with --strategy mc",
+            positive(),
+            default=30,
+            metavar="N",
+        ),
+        Flag(
+            "ss_resize",
+            "selective_search: resize images to a square with this side, in pixels; 0 keeps their size",
+            non_negative(),
+            default=128,
+            metavar="PIXELS",
+        ),
+        Flag(
+            "edge_model",
+            "edge_boxes: OpenCV's structured edge model, model.yml.gz",
+            str,
+            default="",
+            default_help="not set, image gradients serve as edges",
+            metavar="FILE",
+        ),
+    ),
+    # ----------------------------------------------------------------------------------------------------- model
+    *flags_in(
+        MODEL,
+        SCRIPTS,
+        Flag(
+            "detector",
+            "detector architecture to train",
+            str,
+            choices=DETECTORS,
+            default="detr",
+            aliases=("--model",),
+        ),
+        Flag(
+            "backbone",
+            "backbone network: {backbones}",
+            str,
+            default="resnet50",
+            metavar="NAME",
+        ),
+        Flag(
+            "backbone_weights",
+            "initial weights of the backbone; none: random",
+            str,
+            default_help={
+                PRETRAIN: "swav for resnet50, else imagenet; none with a checkpoint",
+                FINETUNE: "imagenet; none with a checkpoint",
+            },
+            metavar="swav|imagenet|none|PATH|URL",
+            aliases=("--load_backbone",),
+            per_launch=True,
+        ),
+        Flag(
+            "backbone_norm",
+            "batch norm of the backbone: frozen statistics, or live ones that are trained",
+            str,
+            choices=("frozen", "live"),
+            default_help="frozen; live with random weights",
+        ),
+        Flag("dilation", "DC5: dilate the last backbone stage, for a stride of 16 instead of 32"),
+        Flag(
+            "position_embedding",
+            "positional encoding; sine_shifted: sine at the centers of the feature map's cells",
+            str,
+            choices=("sine", "sine_shifted", "learned"),
+            default="sine",
+        ),
+        Flag("enc_layers", "number of encoder layers", positive(), default=6, metavar="N"),
+        Flag("dec_layers", "number of decoder layers", positive(), default=6, metavar="N"),
+        Flag(
+            "dim_feedforward",
+            "width of the transformer's feed-forward networks, in channels",
+            positive(),
+            default=2048,
+            metavar="DIM",
+        ),
+        Flag(
+            "hidden_dim",
+            "width of the transformer, in channels; a multiple of 4 and of --nheads",
+            positive(),
+            default=256,
+            metavar="DIM",
+        ),
+        Flag(
+            "nheads",
+            "number of attention heads per layer",
+            positive(),
+            default=8,
+            metavar="N",
+        ),
+        Flag(
+            "dropout",
+            "dropout probability in the transformer",
+            float,
+            default=0.1,
+            metavar="P",
+            value_range="[0, 1)",
+        ),
+        Flag(
+            "num_queries",
+            "number of object queries per image",
+            positive(),
+            default=100,
+            metavar="N",
+        ),
+        Flag("pre_norm", "apply layer norm before each transformer block, not after it"),
+        Flag(
+            "num_feature_levels",
+            "number of feature levels: up to three from the backbone, the others by strided convolutions",
+            positive(),
+            default=1,
+            metavar="N",
+        ),
+        Flag("with_box_refine", "refine boxes from one decoder layer to the next"),
+        Flag("two_stage", "initialize queries from encoder proposals"),
+        Flag(
+            "enc_n_points",
+            "number of sampling points per head and level in the encoder",
+            positive(),
+            default=4,
+            metavar="N",
+        ),
+        Flag(
+            "dec_n_points",
+            "number of sampling points per head and level in the decoder",
+            positive(),
+            default=4,
+            metavar="N",
+        ),
+        Flag(
+            "ms_deform_attn",
+            "implementation of deformable attention; auto: triton on a GPU, else pytorch",
+            str,
+            choices=("auto", "pytorch", "triton"),
+            default="auto",
+            per_launch=True,
+        ),
+    ),
+    *flags_in(
+        MODEL,
+        (PRETRAIN,),
+        Flag(
+            "num_classes",
+            "number of classes of the head; region_prior: with 1 class it predicts objectness alone",
+            positive(),
+            default=91,
+            metavar="N",
+        ),
+    ),
+    *flags_in(
+        MODEL,
+        (FINETUNE,),
+        Flag(
+            "num_classes",
+            "number of classes of the head: largest category id + 1",
+            positive(),
+            default=91,
+            default_help="91; voc, voc_coco: 20; airbus_ship: 1; custom: as in the annotations",
+            metavar="N",
+        ),
+    ),
+    # ------------------------------------------------------------------------------------------------------ losses
+    *flags_in(
+        LOSSES,
+        (FINETUNE,),
+        Flag(
+            "classification",
+            "classification loss: softmax cross-entropy with a no-object class, or sigmoid focal loss",
+            str,
+            choices=("softmax", "focal"),
+            default="softmax",
+        ),
+    ),
+    *flags_in(
+        LOSSES,
+        SCRIPTS,
+        Flag(
+            "aux_loss",
+            "disable the auxiliary losses on all decoder layers but the last",
+            default=True,
+            off_switch="--no_aux_loss",
+        ),
+        Flag(
+            "set_cost_class",
+            "weight of the classification cost in matching",
+            non_negative(float),
+            default=1.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "set_cost_bbox",
+            "weight of the L1 box cost in matching",
+            non_negative(float),
+            default=5.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "set_cost_giou",
+            "weight of the generalized IoU cost in matching",
+            non_negative(float),
+            default=2.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "cls_loss_coef",
+            "weight of the classification loss",
+            non_negative(float),
+            default=1.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "bbox_loss_coef",
+            "weight of the L1 box loss",
+            non_negative(float),
+            default=5.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "giou_loss_coef",
+            "weight of the generalized IoU loss",
+            non_negative(float),
+            default=2.0,
+            metavar="WEIGHT",
+        ),
+        Flag(
+            "eos_coef",
+            "weight of the no-object class in softmax classification, relative to the others",
+            positive(float),
+            default=0.1,
+            metavar="WEIGHT",
+            requires=(
+                "--classification softmax",
+                lambda settings: settings["classification"] == "softmax",
+            ),
+        ),
+        Flag(
+            "focal_alpha",
+            "weight of positives in the focal loss, at most 1",
+            finite,
+            default=0.25,
+            metavar="ALPHA",
+            requires=(
+                "--classification focal",
+                lambda settings: settings["classification"] == "focal",
+            ),
+        ),
+    ),
+    # ------------------------------------------------------------------------------------------------ optimization
     *flags_in(
         OPTIMIZATION,
         SCRIPTS,
@@ -133,618 +733,175 @@ FLAGS: tuple[Flag, ...] = (
             "learning rate of the transformer and the heads",
             positive(float),
             default=1e-4,
+            metavar="LR",
             published=True,
         ),
         Flag(
             "lr_backbone",
             "learning rate of the backbone; 0 freezes it",
-            at_least_zero(float),
+            non_negative(float),
             default=1e-5,
-            default_help="1e-05; random_query_patch: as --lr",
+            default_help={PRETRAIN: "1e-5; random_query_patch: as --lr", FINETUNE: "1e-5"},
+            metavar="LR",
             published=True,
         ),
-        Flag("batch_size", "images per process (GPU)", positive(), default=2),
+        Flag(
+            "batch_size",
+            "number of images per process, that is per GPU",
+            positive(),
+            default=2,
+            metavar="N",
+        ),
         Flag(
             "weight_decay",
-            "weight decay of AdamW",
-            at_least_zero(float),
+            "weight decay of the optimizer",
+            non_negative(float),
             default=1e-4,
+            metavar="DECAY",
             published=True,
         ),
         Flag(
             "epochs",
-            "length of the training",
+            "number of epochs to train",
             positive(),
             default=300,
-            counts="epochs",
-            replaces=_STEPS,
+            metavar="N",
+            schedule_unit="epochs",
+            overrides=_STEP_FLAGS,
             published=True,
         ),
         Flag(
             "lr_drop",
-            "divide the learning rate by 10 every so many epochs",
+            "divide the learning rates by 10 every this many epochs",
             positive(),
             default=200,
             metavar="EPOCHS",
-            counts="epochs",
-            replaces=(*_STEPS, "lr_drop_epochs"),
+            schedule_unit="epochs",
+            overrides=(*_STEP_FLAGS, "lr_drop_epochs"),
             published=True,
         ),
         Flag(
             "lr_drop_epochs",
-            "divide the learning rate by 10 after each of these epochs, instead of --lr_drop",
+            "divide the learning rates by 10 after each of these epochs, instead of --lr_drop",
             positive(),
             metavar="EPOCH",
-            several=True,
-            counts="epochs",
-            replaces=(*_STEPS, "lr_drop"),
+            multiple=True,
+            schedule_unit="epochs",
+            overrides=(*_STEP_FLAGS, "lr_drop"),
         ),
         Flag(
             "max_iters",
-            "length of the training in steps, instead of --epochs; a longer one of a finished run starts a new epoch",
+            "number of steps to train, instead of --epochs; a finished run that resumes with more starts a new epoch",
             positive(),
             metavar="STEPS",
-            counts="steps",
-            replaces=_EPOCHS,
+            schedule_unit="steps",
+            overrides=_EPOCH_FLAGS,
         ),
         Flag(
             "lr_drop_iters",
-            "divide the learning rate by 10 every so many steps, with --max_iters",
+            "divide the learning rates by 10 every this many steps; goes with --max_iters",
             positive(),
             metavar="STEPS",
-            counts="steps",
-            replaces=_EPOCHS,
+            schedule_unit="steps",
+            overrides=_EPOCH_FLAGS,
         ),
         Flag(
             "lr_backbone_names",
-            "parameters whose name contains one of these are trained with --lr_backbone",
+            "train parameters whose name contains one of these strings with --lr_backbone",
             str,
             default=["backbone"],
-            metavar="PART",
-            several=True,
+            metavar="STRING",
+            multiple=True,
         ),
         Flag(
             "lr_linear_proj_names",
-            "parameters whose name contains one of these are trained with --lr times --lr_linear_proj_mult",
+            "train parameters whose name contains one of these strings with --lr times --lr_linear_proj_mult",
             str,
             default=[],
-            metavar="PART",
-            several=True,
+            metavar="STRING",
+            multiple=True,
         ),
         Flag(
             "lr_linear_proj_mult",
-            "factor of the learning rate for --lr_linear_proj_names",
+            "factor on the learning rate of --lr_linear_proj_names",
             positive(float),
             default=0.1,
-            needs=(
+            metavar="FACTOR",
+            requires=(
                 "--lr_linear_proj_names",
                 lambda settings: bool(settings["lr_linear_proj_names"]),
             ),
         ),
-        Flag("sgd", "SGD with momentum 0.9 instead of AdamW"),
+        Flag("sgd", "use SGD with momentum 0.9 instead of AdamW"),
         Flag(
             "clip_max_norm",
-            "clip gradients to this norm; 0 or less: no clipping",
+            "maximum L2 norm of the gradient; 0 or less disables clipping",
             finite,
             default=0.1,
+            metavar="NORM",
             published=True,
         ),
     ),
+    # -------------------------------------------------------------------------------------------------- evaluation
     *flags_in(
-        MODEL,
-        SCRIPTS,
-        Flag(
-            "detector",
-            "the detector to train",
-            str,
-            values=DETECTORS,
-            default="detr",
-            aliases=("--model",),
-        ),
-        Flag(
-            "backbone",
-            "resnet18, resnet34, resnet50, resnet101 or timm:NAME",
-            str,
-            default="resnet50",
-        ),
-        Flag(
-            "backbone_weights",
-            "pre-trained weights of the backbone",
-            str,
-            default_help="main.py: swav for resnet50, else imagenet; "
-            "finetune_main.py: imagenet; with a checkpoint: none",
-            metavar="swav|imagenet|none|PATH|URL",
-            aliases=("--load_backbone",),
-            session=True,
-        ),
-        Flag(
-            "backbone_norm",
-            "batch norm of the backbone",
-            str,
-            values=("frozen", "live"),
-            default_help="frozen; live if the weights are random",
-        ),
-        Flag("dilation", "stride 16 in the last stage of the backbone (DC5)"),
-        Flag(
-            "position_embedding",
-            "positional encoding; sine_shifted: sine at the centers of the cells",
-            str,
-            values=("sine", "sine_shifted", "learned"),
-            default="sine",
-        ),
-        Flag("enc_layers", "encoder layers", positive(), default=6),
-        Flag("dec_layers", "decoder layers", positive(), default=6),
-        Flag(
-            "dim_feedforward",
-            "width of the feed-forward networks in the transformer",
-            positive(),
-            default=2048,
-        ),
-        Flag("hidden_dim", "width of the transformer", positive(), default=256),
-        Flag("nheads", "attention heads", positive(), default=8),
-        Flag("dropout", "dropout in the transformer", float, default=0.1, interval="[0, 1)"),
-        Flag("num_queries", "object queries", positive(), default=100),
-        Flag("pre_norm", "layer norm before each block, not after it"),
-        Flag(
-            "num_feature_levels",
-            "feature levels that Deformable DETR reads: up to three of the backbone, then strided convolutions",
-            positive(),
-            default=1,
-            metavar="LEVELS",
-        ),
-        Flag("with_box_refine", "iterative box refinement in the decoder of Deformable DETR"),
-        Flag("two_stage", "queries of Deformable DETR come from proposals of its encoder"),
-        Flag(
-            "enc_n_points",
-            "sampling points per head and level in the encoder of Deformable DETR",
-            positive(),
-            default=4,
-        ),
-        Flag(
-            "dec_n_points",
-            "sampling points per head and level in the decoder of Deformable DETR",
-            positive(),
-            default=4,
-        ),
-        Flag(
-            "ms_deform_attn",
-            "implementation of deformable attention; auto: triton on a GPU, else pytorch",
-            str,
-            values=("auto", "pytorch", "triton"),
-            default="auto",
-            session=True,
-        ),
-    ),
-    *flags_in(
-        LOSSES,
-        SCRIPTS,
-        Flag(
-            "aux_loss",
-            "no auxiliary losses on the earlier decoder layers",
-            default=True,
-            off="--no_aux_loss",
-        ),
-        Flag(
-            "set_cost_class",
-            "matching: weight of the class cost",
-            at_least_zero(float),
-            default=1.0,
-        ),
-        Flag(
-            "set_cost_bbox",
-            "matching: weight of the L1 box cost",
-            at_least_zero(float),
-            default=5.0,
-        ),
-        Flag(
-            "set_cost_giou",
-            "matching: weight of the generalized IoU cost",
-            at_least_zero(float),
-            default=2.0,
-        ),
-        Flag(
-            "cls_loss_coef", "weight of the classification loss", at_least_zero(float), default=1.0
-        ),
-        Flag("bbox_loss_coef", "weight of the L1 box loss", at_least_zero(float), default=5.0),
-        Flag(
-            "giou_loss_coef",
-            "weight of the generalized IoU loss",
-            at_least_zero(float),
-            default=2.0,
-        ),
-        Flag(
-            "eos_coef",
-            "weight of the class `no object` in softmax classification",
-            positive(float),
-            default=0.1,
-            needs=(
-                "--classification softmax",
-                lambda settings: settings["classification"] == "softmax",
-            ),
-        ),
-        Flag(
-            "focal_alpha",
-            "weight of positives in the focal loss",
-            finite,
-            default=0.25,
-            needs=(
-                "--classification focal",
-                lambda settings: settings["classification"] == "focal",
-            ),
-        ),
-    ),
-    *flags_in(
-        DATA,
-        SCRIPTS,
-        Flag(
-            "coco_path",
-            "COCO: annotations/ beside train2017/ and val2017/, or beside images/train2017/",
-            str,
-            metavar="DIR",
-            data=True,
-        ),
-        Flag(
-            "data_root",
-            "folder with MSCoco, pascal/VOCdevkit and airbus-ship-detection, used if no other path is given",
-            str,
-            default="data",
-            metavar="DIR",
-            data=True,
-        ),
-        Flag(
-            "dataset_file",
-            "kind of dataset; pre-training takes its images without labels; custom: see --train_images",
-            str,
-            values=DATASETS,
-            default="coco",
-        ),
-        Flag(
-            "voc_path", "VOCdevkit, with VOC2007 and VOC2012 in it", str, metavar="DIR", data=True
-        ),
-        Flag(
-            "voc_train",
-            "VOC: image sets to train on",
-            voc_set,
-            default=["2007_trainval", "2012_trainval"],
-            metavar="SET",
-            several=True,
-            data=True,
-        ),
-        Flag(
-            "voc_val",
-            "VOC: image sets to evaluate on",
-            voc_set,
-            default=["2007_test"],
-            metavar="SET",
-            several=True,
-            data=True,
-        ),
-        Flag(
-            "airbus_path",
-            "Airbus Ship: train_v2/ beside train_ship_segmentations_v2.csv",
-            str,
-            metavar="DIR",
-            data=True,
-        ),
-        Flag(
-            "dataset",
-            "DETReg's name for a dataset in --data_root: ilsvrc, ilsvrc100, MSCoco, pascal, airbus-ship-detection",
-            str,
-            values=tuple(DATASET_PLACES),
-            data=True,
-        ),
-        Flag(
-            "train_images",
-            "custom dataset: training images; file names in the annotations are relative to this folder",
-            str,
-            metavar="DIR",
-            data=True,
-        ),
-        Flag(
-            "image_size",
-            "short side at evaluation; all published training sizes scale with it",
-            positive(),
-            default=800,
-            metavar="PIXELS",
-        ),
-        Flag(
-            "max_size",
-            "longest side",
-            positive(),
-            default_help="1333, pre-training 600; scaled with --image_size",
-            metavar="PIXELS",
-        ),
-    ),
-    *flags_in(
-        PRETEXT,
+        EVALUATION,
         (PRETRAIN,),
         Flag(
-            "pretext",
-            "the pretext task: what is learnt without labels",
-            str,
-            values=PRETEXTS,
-            default_help="random_query_patch",
-        ),
-        Flag(
-            "imagenet_path",
-            "unlabelled images: any folder tree, a list of files, tar files or a pattern of them",
-            str,
-            default_help="the images of --dataset_file",
-            metavar="DIR",
-        ),
-        Flag(
-            "proposals",
-            "proposal method: {proposals}; see docs/proposals.md",
-            proposal_method,
-            default="random",
-            metavar="NAME|file:PATH",
-        ),
-        Flag(
-            "cache_path",
-            "take proposals from this cache of tools/cache_proposals.py",
-            str,
-            default="",
-            metavar="DIR",
-        ),
-        Flag(
-            "strategy",
-            "which proposals are used: the first ones, random ones, or earlier ones with higher probability",
-            strategy,
-            default="topk",
-            metavar="topk|random|mc",
-        ),
-        Flag("max_prop", "proposals per image at most; with mc on average", positive(), default=30),
-        Flag(
-            "ss_resize",
-            "selective_search: images are resized to a square of this side; 0: not resized",
-            at_least_zero(),
-            default=128,
-            metavar="PIXELS",
-        ),
-        Flag(
-            "edge_model",
-            "edge_boxes: OpenCV's model.yml.gz; without it edges are image gradients",
-            str,
-            default="",
-            metavar="FILE",
-        ),
-        Flag(
-            "num_patches",
-            "query patches per image; must divide --num_queries",
-            positive(),
-            default=10,
-        ),
-        Flag("patch_size", "side of a query patch", positive(), default=128, metavar="PIXELS"),
-        Flag(
-            "mask_ratio",
-            "random_query_patch: fraction of queries that are not given their patch in training",
-            float,
-            default=0.1,
-            interval="[0, 1)",
-        ),
-        Flag(
-            "feature_loss_coef",
-            "weight of the feature reconstruction loss; siamese: of region discrimination, 0 switches it off",
-            at_least_zero(float),
-            default=1.0,
-            needs=(
-                "--feature_recon",
-                lambda settings: (
-                    settings["pretext"] != "random_query_patch" or bool(settings["feature_recon"])
-                ),
-            ),
-        ),
-        Flag(
-            "global_loss_coef",
-            "siamese: weight of global discrimination; 0 switches it off",
-            at_least_zero(float),
-            default=10.0,
-        ),
-        Flag(
-            "box_disturbance",
-            "siamese: the corners of a query's box move by up to this fraction of its sides",
-            at_least_zero(float),
-            default=0.1,
-            metavar="FRACTION",
-            interval="[0, 0.5)",
-        ),
-        Flag(
-            "view_iou",
-            "siamese: IoU of the two views",
-            positive(float),
-            default=0.5,
-            interval="(0, 1)",
-        ),
-        Flag(
-            "view_shrink",
-            "siamese: views overlap by exactly --view_iou, not by at least as much",
-            default=True,
-            off="--no_view_shrink",
-        ),
-        Flag(
-            "teacher_momentum",
-            "siamese: targets come from a moving average of the network with this initial momentum",
-            finite,
-            default_help="off; 0.99 is a good value",
-            metavar="M",
-            interval="[0, 1]",
-        ),
-        Flag("feature_recon", "random_query_patch: reconstruct the features of the patches"),
-        Flag("fre_cnn", "freeze the backbone"),
-        Flag(
-            "query_shuffle", "random_query_patch: assign queries to patches at random in each step"
-        ),
-        Flag(
-            "num_classes",
-            "classes of the head; region_prior: class 1 is `object`, and 1 class means objectness alone",
-            positive(),
-            default=91,
-        ),
-        Flag(
             "eval",
-            "with --resume: class-agnostic AP and AR on the validation images of --dataset_file, and stop",
-            session=True,
+            "evaluate --resume by class-agnostic AP and AR on the validation images of --dataset_file, and stop",
+            per_launch=True,
         ),
         Flag(
             "viz",
-            "with --resume: draw proposals, predicted and ground-truth boxes of some of those images in objects.png",
-            session=True,
+            "draw proposals, predictions and ground truth of --resume on some validation images, in objects.png",
+            per_launch=True,
         ),
         Flag(
             "eval_every",
-            "the metrics of --eval during training, every so many epochs and after the last one",
+            "number of epochs between evaluations by class-agnostic AP and AR; the last epoch is evaluated too",
             positive(),
             default=0,
             default_help="never",
             metavar="EPOCHS",
         ),
-        Flag(
-            "object_embedding_loss",
-            "region_prior: also predict an embedding of each proposal's crop",
-        ),
-        Flag(
-            "object_embedding_coef",
-            "weight of the object embedding loss",
-            at_least_zero(float),
-            default=1.0,
-            needs=("--object_embedding_loss", _object_embedding),
-        ),
-        Flag(
-            "obj_embedding_head",
-            "target embedding: mean of the backbone's stage 2, or the output of SwAV's projection head",
-            str,
-            values=("intermediate", "head"),
-            default="intermediate",
-            needs=("--object_embedding_loss", _object_embedding),
-        ),
     ),
     *flags_in(
-        FINETUNING,
+        EVALUATION,
         (FINETUNE,),
         Flag(
-            "pretrain",
-            "start from the weights of this checkpoint, of a pretext or of a detector",
-            str,
-            default="",
-            metavar="PATH|URL",
-            session=True,
+            "eval", "evaluate the checkpoint of --resume or --pretrain, and stop", per_launch=True
         ),
-        Flag("eval", "evaluate only", session=True),
         Flag(
             "eval_every",
-            "evaluate every so many epochs and after the last one",
+            "number of epochs between evaluations; the last epoch is evaluated too",
             positive(),
             default=1,
             metavar="EPOCHS",
         ),
         Flag(
-            "train_annotations",
-            "custom dataset: a COCO file or a folder of VOC's XML; it defines the classes",
-            str,
-            metavar="FILE",
-            data=True,
-        ),
-        Flag("val_images", "custom dataset: validation images", str, metavar="DIR", data=True),
-        Flag(
-            "val_annotations",
-            "custom dataset: annotations of the validation images; classes are matched by name",
-            str,
-            metavar="FILE",
-            data=True,
-        ),
-        Flag(
             "voc_metric",
-            "which AP of VOC is reported as AP; both are saved",
+            "definition of AP on VOC that is reported; both are saved",
             str,
-            values=("11point", "area"),
+            choices=("11point", "area"),
             default="11point",
-            data=True,
-        ),
-        Flag(
-            "filter_pct",
-            "train on this fraction of the images, drawn by --seed",
-            fraction,
-            default=-1.0,
-            default_help="all",
-            metavar="FRACTION",
-            data=True,
-        ),
-        Flag(
-            "split_file",
-            "train on the images of this file of tools/make_split.py, or of a run's subset.json",
-            str,
-            metavar="FILE",
-            data=True,
-        ),
-        Flag(
-            "few_shot",
-            "train on objects of these classes only; novel and all with --shots or --few_shot_file; evaluate base and "
-            "novel classes",
-            str,
-            values=("base", "novel", "all"),
-            data=True,
-        ),
-        Flag(
-            "shots",
-            "few_shot: K objects of each class, drawn by --seed",
-            positive(),
-            metavar="K",
-            data=True,
-        ),
-        Flag(
-            "few_shot_file",
-            "few_shot: the objects of a COCO file or subset.json, or with --shots of a published folder of such files",
-            str,
-            metavar="PATH",
-            data=True,
-        ),
-        Flag(
-            "novel_classes",
-            "few_shot: the novel classes",
-            str,
-            default_help="coco: the 20 classes of VOC",
-            metavar="NAME",
-            several=True,
-            data=True,
-        ),
-        Flag(
-            "novel_split",
-            "few_shot: number of the published list of novel classes of VOC",
-            int,
-            values=(1, 2, 3),
-            default=1,
-            data=True,
-        ),
-        Flag(
-            "num_classes",
-            "largest category id + 1",
-            positive(),
-            default=91,
-            default_help="91; voc 20; airbus_ship 1; custom: the number of classes in the annotations",
-        ),
-        Flag(
-            "classification",
-            "classification loss of the detector",
-            str,
-            values=("softmax", "focal"),
-            default="softmax",
+            data_specific=True,
         ),
         Flag(
             "coco_evaluator",
-            "implementation of COCO's metrics, with equal results; auto: hotcoco if installed, else pycocotools",
+            "implementation of the COCO metrics, with equal results; auto: hotcoco if installed, else pycocotools",
             str,
-            values=("auto", "hotcoco", "pycocotools"),
+            choices=("auto", "hotcoco", "pycocotools"),
             default="auto",
         ),
     ),
 )
 
-# Flags of the published codebases that have no effect, here or there: flag -> (takes a value, why it is refused).
-REFUSED_FLAGS: dict[str, tuple[bool, str]] = {
+# Flags of the published codebases that are rejected: flag -> (takes a value, reason).
+UNSUPPORTED_FLAGS: dict[str, tuple[bool, str]] = {
     "--remove_difficult": (False, "the published code never reads it"),
     "--world_size": (
         True,
-        "the launcher says how many processes there are: torchrun --nproc_per_node N",
+        "the launcher sets the number of processes: torchrun --nproc_per_node N",
     ),
     "--mask_loss_coef": (True, "this version predicts boxes only, so there is no mask loss"),
     "--dice_loss_coef": (True, "this version predicts boxes only, so there is no mask loss"),
@@ -762,32 +919,35 @@ REFUSED_FLAGS: dict[str, tuple[bool, str]] = {
     "--reset_embedding_layer": (True, "the published code never reads it"),
     "--cache_mode": (
         False,
-        "image files are not kept in memory; the operating system caches what was read",
+        "image files are not kept in memory; the operating system caches them",
     ),
 }
 
 
 def flags_of(script: str) -> dict[str, Flag]:
-    """Name -> row of the flags that a script has, in the order of the help."""
+    """Return name -> flag for the flags of one script, in the order of the table."""
     return {flag.name: flag for flag in FLAGS if script in flag.scripts}
 
 
 def all_flags(script: str) -> dict[str, Flag]:
-    """Every flag by name; of two with the same name the one of `script`. Settings have a value for each of them."""
+    """Return name -> flag for the flags of both scripts; if both define one, the definition of `script`.
+
+    `Settings` have a value for each of them, so shared code can read any setting under either script.
+    """
     return {**{flag.name: flag for flag in FLAGS}, **flags_of(script)}
 
 
 def names_where(condition: Callable[[Flag], Any]) -> set[str]:
-    """Names of the flags for which `condition` holds."""
+    """Return the names of the flags that meet a condition."""
     return {flag.name for flag in FLAGS if condition(flag)}
 
 
-def readers(name: str, registry: Mapping[str, Any]) -> list[str]:
-    """Which lines of a registry read a flag that not all of them read; empty for a flag that all of them read."""
+def flag_readers(name: str, registry: Mapping[str, Any]) -> list[str]:
+    """Return which entries of a registry list the flag as their own; empty if every entry reads it."""
     return [other for other, entry in registry.items() if name in entry.flags]
 
 
-def only_read_by_others(registry: Mapping[str, Any], chosen: str) -> Iterable[str]:
-    """Flags that other lines of a registry read and the chosen one does not."""
+def flags_of_others(registry: Mapping[str, Any], chosen: str) -> Iterable[str]:
+    """Return the flags that other entries of a registry read and the chosen one does not, sorted."""
     names = {name for entry in registry.values() for name in entry.flags}
     return sorted(names - set(registry[chosen].flags))

@@ -8,10 +8,10 @@ from pycocotools.cocoeval import COCOeval
 
 from datasets.evaluators import coco as coco_module
 from datasets.evaluators import detections as detections_module
-from datasets.evaluators.coco import BACKENDS, CocoEvaluator, choose_backend, ground_truth_of
+from datasets.evaluators.coco import BACKENDS, CocoEvaluator, build_ground_truth, select_backend
 from datasets.labelled.annotations import parse_coco
 from tests.golden_data import detections_by_image
-from tests.tiny import logged
+from tests.tiny import captured_log
 from util.errors import UserError
 
 FAST = [name for name in BACKENDS if name != "pycocotools"]
@@ -79,7 +79,7 @@ def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
 
 
 def summary(truth: dict, results: list[dict], backend: str) -> dict:
-    evaluator = CocoEvaluator(ground_truth_of(truth), backend)
+    evaluator = CocoEvaluator(build_ground_truth(truth), backend)
     evaluator.update(detections_by_image(results))
     return evaluator.summarize()
 
@@ -149,7 +149,7 @@ def exact_hit() -> dict[str, torch.Tensor]:
 def test_exact_detection_without_area_and_iscrowd(
     backend: str, capfd: pytest.CaptureFixture
 ) -> None:
-    evaluator = CocoEvaluator(ground_truth_of(simple_truth()), backend)
+    evaluator = CocoEvaluator(build_ground_truth(simple_truth()), backend)
     evaluator.update({5: exact_hit()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
@@ -166,7 +166,7 @@ def test_exact_detection_without_area_and_iscrowd(
 
 
 def test_no_detection_gives_zeros_where_there_is_truth() -> None:
-    evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
+    evaluator = CocoEvaluator(build_ground_truth(simple_truth()))
     none = {
         "boxes": torch.zeros(0, 4),
         "scores": torch.zeros(0),
@@ -190,7 +190,7 @@ def test_no_detection_is_as_in_pycocotools() -> None:
         simple_truth(area=5e5),
     ]
     for truth in cases + [random_truth(np.random.RandomState(seed)) for seed in range(12)]:
-        evaluator = CocoEvaluator(ground_truth_of(truth))
+        evaluator = CocoEvaluator(build_ground_truth(truth))
         truth_api, none = COCO(), COCO()
         for api, annotations in ((truth_api, evaluator.ground_truth["annotations"]), (none, [])):
             api.dataset = {
@@ -212,7 +212,7 @@ def test_no_detection_is_as_in_pycocotools() -> None:
 
 
 def test_results_are_coco_results() -> None:
-    evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
+    evaluator = CocoEvaluator(build_ground_truth(simple_truth()))
     evaluator.update({5: exact_hit()})
     (result,) = evaluator.results()
     assert result == {
@@ -224,9 +224,9 @@ def test_results_are_coco_results() -> None:
 
 
 def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = CocoEvaluator(ground_truth_of(simple_truth()))
+    evaluator = CocoEvaluator(build_ground_truth(simple_truth()))
     evaluator.update({5: exact_hit()})
-    other = CocoEvaluator(ground_truth_of(simple_truth()))
+    other = CocoEvaluator(build_ground_truth(simple_truth()))
     other.update({5: exact_hit(), 6: exact_hit()})
     monkeypatch.setattr(
         detections_module, "all_gather_object", lambda mine: [mine, other._detections]
@@ -241,7 +241,7 @@ def test_unlisted_truth_is_not_evaluated() -> None:
         {"id": 1, "image_id": 777, "category_id": 2, "bbox": [0, 0, 5, 5]},
         {"id": 2, "image_id": 5, "category_id": 777, "bbox": [0, 0, 5, 5]},
     ]
-    evaluator = CocoEvaluator(ground_truth_of(truth))
+    evaluator = CocoEvaluator(build_ground_truth(truth))
     evaluator.update({5: exact_hit()})
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
 
@@ -271,7 +271,7 @@ def test_boxes_that_training_leaves_out_are_no_objects_to_find(bbox: list) -> No
     truth["images"] = [{**image, "file_name": "a.jpg"} for image in truth["images"]]
     truth["annotations"].append({"id": 1, "image_id": 5, "category_id": 2, "bbox": bbox})
     assert len(parse_coco(truth, "truth").labels) == 1
-    evaluator = CocoEvaluator(ground_truth_of(truth))
+    evaluator = CocoEvaluator(build_ground_truth(truth))
     evaluator.update({5: exact_hit()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
@@ -282,18 +282,18 @@ def test_of_a_sound_file_nothing_is_left_out() -> None:
     """A crowd has no limit: it is never looked for."""
     for seed in range(6):
         truth = random_truth(np.random.RandomState(seed))
-        kept = ground_truth_of(truth)["annotations"]
+        kept = build_ground_truth(truth)["annotations"]
         assert [(a["bbox"], a["area"]) for a in kept] == [
             (a["bbox"], a["area"]) for a in truth["annotations"]
         ]
-    assert len(ground_truth_of(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5]))["annotations"]) == 1
+    assert len(build_ground_truth(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5]))["annotations"]) == 1
 
 
 def test_errors_name_the_cause() -> None:
     with pytest.raises(ValueError, match="image 9 is not in the annotations"):
-        CocoEvaluator(ground_truth_of(simple_truth())).update({9: exact_hit()})
+        CocoEvaluator(build_ground_truth(simple_truth())).update({9: exact_hit()})
     with pytest.raises(UserError, match="evaluator nonsense is unknown"):
-        choose_backend("nonsense")
+        select_backend("nonsense")
 
 
 def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +301,8 @@ def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         coco_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None
     )
     coco_module._log_choice.cache_clear()
-    with logged() as lines:
-        assert [choose_backend("auto") for _ in range(3)] == ["pycocotools"] * 3
+    with captured_log() as lines:
+        assert [select_backend("auto") for _ in range(3)] == ["pycocotools"] * 3
     assert lines == ["COCO metrics: computed by pycocotools"], "once per run"
     with pytest.raises(UserError, match="pip install hotcoco"):
-        choose_backend("hotcoco")
+        select_backend("hotcoco")

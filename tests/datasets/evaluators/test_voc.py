@@ -12,9 +12,9 @@ import torch
 
 from datasets.evaluators import detections as detections_module
 from datasets.evaluators.per_class import class_table
-from datasets.evaluators.voc import THRESHOLDS, VocEvaluator, area, eleven_points, paired_iou
+from datasets.evaluators.voc import IOU_THRESHOLDS, VocEvaluator, ap_11point, ap_area, paired_iou
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, from_columns
+from datasets.labelled.annotations import Annotations, annotations_from_columns
 
 BOX, FAR = (10.0, 10.0, 30.0, 30.0), (60.0, 60.0, 90.0, 90.0)
 
@@ -34,13 +34,13 @@ def truth(
         "difficult": np.array([item[3] for item in padded], bool),
     }
     ids = np.arange(1, images + 1)
-    return from_columns(
+    return annotations_from_columns(
         columns,
-        "made",
-        PackedStrings(f"{i}.jpg" for i in ids),
-        ids,
-        np.zeros((images, 2), int),
-        dict(enumerate(classes)),
+        source="synthetic",
+        file_names=PackedStrings(f"{i}.jpg" for i in ids),
+        image_ids=ids,
+        sizes_hw=np.zeros((images, 2), int),
+        class_names=dict(enumerate(classes)),
     )
 
 
@@ -111,8 +111,8 @@ def test_both_metrics_by_hand() -> None:
 def test_a_recall_of_exactly_three_tenths_counts(right: int, total: int) -> None:
     """0.1 added up is 0.30000000000000004; DETReg's comparison misses that point."""
     recall, precision = np.arange(1, right + 1) / total, np.ones(right)
-    assert eleven_points(recall, precision) == pytest.approx((right + 1) / 11)
-    assert eleven_points(recall, precision, published=True) == pytest.approx(right / 11)
+    assert ap_11point(recall, precision) == pytest.approx((right + 1) / 11)
+    assert ap_11point(recall, precision, published=True) == pytest.approx(right / 11)
 
 
 def test_a_second_detection_is_wrong() -> None:
@@ -223,16 +223,20 @@ def plainly(
 def test_equals_a_plain_implementation(seed: int) -> None:
     annotations, found = random_case(seed)
     found.sort(key=lambda item: item[0])  # equal scores count in the order of the images
-    tables = evaluated(annotations, *found).tables()
-    image_of = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
+    tables = evaluated(annotations, *found).ap_tables()
+    image_indices = np.repeat(annotations.image_ids, np.diff(annotations.offsets))
     for label in (0, 1):
         mine = np.flatnonzero(annotations.labels == label)
         objects = [
-            (image_of[i], annotations.boxes_xyxy_abs[i].astype(float), annotations.difficult[i])
+            (
+                image_indices[i],
+                annotations.boxes_xyxy_abs[i].astype(float),
+                annotations.difficult[i],
+            )
             for i in mine
         ]
         assert (label in tables) == any(not difficult for *_, difficult in objects)
-        for k, threshold in enumerate(THRESHOLDS) if label in tables else ():
+        for k, threshold in enumerate(IOU_THRESHOLDS) if label in tables else ():
             recall, precision = plainly(
                 objects, [item for item in found if item[1] == label], threshold
             )
@@ -250,12 +254,12 @@ def test_equals_a_plain_implementation(seed: int) -> None:
 def test_ap_falls_with_the_threshold_and_lies_between_0_and_1() -> None:
     for seed in range(5):
         annotations, found = random_case(100 + seed)
-        for table in evaluated(annotations, *found).tables().values():
+        for table in evaluated(annotations, *found).ap_tables().values():
             for values in table.values():
                 assert (np.diff(values) <= 1e-12).all()
                 assert values.min() >= 0
                 assert values.max() <= 1
-    assert area(np.zeros(0), np.zeros(0)) == eleven_points(np.zeros(0), np.zeros(0)) == 0
+    assert ap_area(np.zeros(0), np.zeros(0)) == ap_11point(np.zeros(0), np.zeros(0)) == 0
 
 
 def test_several_processes_equal_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from datasets.proposals import build_proposals
 from datasets.sample import BadImageError
 from tests.tiny import proposal_settings
 from util.errors import UserError
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import PRETRAIN, Settings, settings
 from util.settings.registry import PROPOSALS
 
@@ -119,7 +119,7 @@ def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         ImageFolder(str(tmp_path / "nowhere"))
     (tmp_path / "readme.md").write_text("nothing")
-    with pytest.raises(UserError, match=r"holds no image \(1 other files\)"):
+    with pytest.raises(UserError, match=r"contains no image \(1 other files\)"):
         ImageFolder(str(tmp_path))
 
 
@@ -312,7 +312,7 @@ def test_proposals_lie_inside_the_image(name: str) -> None:
     if name != "random":
         pytest.importorskip("cv2", reason="OpenCV is not installed")
     propose = build_proposals(proposal_settings(proposals=name, num_patches=50))
-    boxes = propose(torch.zeros(3, 17, 300, dtype=torch.uint8), SampleRandom(0))
+    boxes = propose(torch.zeros(3, 17, 300, dtype=torch.uint8), SampleRNG(0))
     assert boxes.dtype == torch.float32
     assert bool((boxes[:, 2:] > boxes[:, :2]).all())
     assert float(boxes.min()) >= 0
@@ -353,7 +353,7 @@ def test_too_many_bad_images_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save(tmp_path / "z.png", width=64, height=64)
     dataset = build_dataset("train", pretext_args(tmp_path))
     assert len(dataset[0][1]["problems"]) == 6
-    monkeypatch.setattr(sample_module, "MAX_BAD_IN_A_ROW", 5)
+    monkeypatch.setattr(sample_module, "MAX_CONSECUTIVE_BAD_IMAGES", 5)
     with pytest.raises(
         UserError, match=r"5 images in a row can't be used, the first is .*0\.png: can't be decoded"
     ):

@@ -74,7 +74,7 @@ def objects_in(root: object) -> int:
     return len(seen)
 
 
-def annotations_of(images: int, boxes: int = 7, **more: object) -> dict:
+def coco_content(images: int, boxes: int = 7, **more: object) -> dict:
     return {
         "images": [
             {"id": i, "file_name": f"{i:012d}.jpg", "height": 48, "width": 64}
@@ -97,7 +97,7 @@ def annotations_of(images: int, boxes: int = 7, **more: object) -> dict:
 
 def test_annotations_hold_no_object_for_an_image_or_box() -> None:
     """What a worker process would copy page by page, since looking at an object changes its count of references."""
-    small, large = (parse_coco(annotations_of(images), "made") for images in (20, 2000))
+    small, large = (parse_coco(coco_content(images), "made") for images in (20, 2000))
     assert objects_in(small) == objects_in(large)
     assert len(pickle.dumps(large)) < 7 * 2000 * 44 + 2000 * 60, "44 bytes a box, 60 an image"
     before = objects_in(large)
@@ -124,10 +124,10 @@ def test_images_of_folders_and_tar_files_hold_no_object_for_an_image(
 
 def test_packed_strings_joined() -> None:
     parts = [PackedStrings(strings) for strings in (["a", "", "ü"], [], ["bc"])]
-    joined = PackedStrings.joined(["x/", "y/", ""], parts)
+    joined = PackedStrings.concatenate(["x/", "y/", ""], parts)
     assert list(joined) == ["x/a", "x/", "x/ü", "bc"]
     assert joined.digest() == PackedStrings(["x/a", "x/", "x/ü", "bc"]).digest()
-    assert list(PackedStrings.joined([], [])) == []
+    assert list(PackedStrings.concatenate([], [])) == []
 
 
 # ------------------------------------------------------------------------------------------------- reading annotations
@@ -148,7 +148,7 @@ def test_packed_strings_joined() -> None:
 )
 def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
     """They are taken out of the text; keys and names that look like them stay."""
-    content = annotations_of(3, segmentation=polygons)
+    content = coco_content(3, segmentation=polygons)
     content["categories"][0]["name"] = '"segmentation": [1, 2]'
     content["images"][0]["file_name"] = 'segmentation": [.jpg'
     for i, form in enumerate(
@@ -158,7 +158,7 @@ def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
         read = read_json(str(tmp_path / f"{i}.json"))
         expected = [] if isinstance(polygons, list) else polygons
         assert all(annotation.pop("segmentation") == expected for annotation in read["annotations"])
-        plain = annotations_of(3)
+        plain = coco_content(3)
         assert read == {**content, "annotations": plain["annotations"]}
     for encoding in ("utf-16", "utf-8-sig"):
         (tmp_path / "other.json").write_text(json.dumps(content), encoding=encoding)
@@ -169,7 +169,7 @@ def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
 
 
 def test_a_message_counts_bytes_as_the_file_does(tmp_path: Path) -> None:
-    text = json.dumps(annotations_of(2, segmentation=[[1, 2, 3]]))[:-1] + ", oops}"
+    text = json.dumps(coco_content(2, segmentation=[[1, 2, 3]]))[:-1] + ", oops}"
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=rf"not valid JSON .*char {text.index('oops')}\)"):
         read_coco(str(tmp_path / "bad.json"))
@@ -177,7 +177,9 @@ def test_a_message_counts_bytes_as_the_file_does(tmp_path: Path) -> None:
 
 
 def test_python_does_not_search_for_cycles_meanwhile(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps(annotations_of(400, segmentation=[[1, 2]] * 9)))
+    (tmp_path / "a.json").write_text(
+        json.dumps(coco_content(400, segmentation=[[1, 2]] * 9))
+    )
     runs = []
     gc.callbacks.append(lambda phase, info: runs.append(phase))
     try:

@@ -16,7 +16,7 @@ import main as pretrain_main
 from datasets import build_dataset, build_loader
 from datasets.images import tar_shards
 from datasets.images.image_folder import ImageFolder, read_image
-from datasets.proposals.store import ProposalStore
+from datasets.proposals.cache import ProposalCache
 from datasets.sample import BadImageError, SampleDataset
 from tests.large_data import pack, touch
 from tests.tiny import (
@@ -24,8 +24,8 @@ from tests.tiny import (
     RUN_FLAGS,
     assert_same,
     assert_same_logs,
+    captured_log,
     draw,
-    logged,
     pre_train,
     read_checkpoint,
     stop_after,
@@ -155,14 +155,14 @@ def test_patterns(
     if expected is None:
         with pytest.raises(
             UserError,
-            match=r"(t-03|t-8|v\*).tar does not exist: give a pattern of tar files that are there, or their",
+            match=r"(t-03|t-8|v\*).tar does not exist; give a pattern that matches tar files, or their",
         ):
-            tar_shards.expand(str(tmp_path / pattern))
+            tar_shards.expand_pattern(str(tmp_path / pattern))
         return
-    assert tar_shards.expand(str(tmp_path / pattern)) == (str(tmp_path), expected)
+    assert tar_shards.expand_pattern(str(tmp_path / pattern)) == (str(tmp_path), expected)
     monkeypatch.chdir(tmp_path)
-    assert tar_shards.expand(pattern) == ("", expected)
-    assert tar_shards.expand("t-00.tar") is None
+    assert tar_shards.expand_pattern(pattern) == ("", expected)
+    assert tar_shards.expand_pattern("t-00.tar") is None
 
 
 def test_a_pattern_names_images_as_their_folder_does(shards: Path) -> None:
@@ -201,22 +201,22 @@ def with_garbage(content: bytes) -> bytes:
     [
         (
             lambda content: content[: end_of_members(content) - 300],
-            "x.tar is not a whole tar file .*: was it copied to its end",
+            "x.tar is not a complete tar file .*; check that it was copied completely",
         ),
         (
             lambda content: content[: end_of_members(content)],
-            r"x.tar lacks the end mark of tar files.*truncate -s \+1024",
+            r"x.tar lacks the end marker of a tar file.*truncate -s \+1024",
         ),
         (
             lambda content: content[: end_of_members(content) + 100],
-            "x.tar lacks the end mark of tar files",
+            "x.tar lacks the end marker of a tar file",
         ),
-        (with_garbage, r"x.tar is damaged: there is no header at byte \d+"),
-        (lambda content: b"", "x.tar is not a whole tar file"),
-        (lambda content: b"text " * 300, "x.tar is not a whole tar file"),
+        (with_garbage, r"x.tar is damaged: no tar header at byte \d+"),
+        (lambda content: b"", "x.tar is not a complete tar file"),
+        (lambda content: b"text " * 300, "x.tar is not a complete tar file"),
         (lambda content: b"\x1f\x8b" + content, r"x.tar is compressed \(gzip\), .* uncompress it"),
         (lambda content: b"\x28\xb5\x2f\xfd" + content, r"x.tar is compressed \(zstd\)"),
-        (lambda content: bytes(10240), r"x.tar holds no image \(0 other files\)"),
+        (lambda content: bytes(10240), r"x.tar contains no image \(0 other files\)"),
     ],
 )
 def test_bad_tar_files(edit, message: str, shards: Path, tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_compressed_and_missing_tar_files(shards: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"x.tar.gz is compressed \(gzip\)"):
             ImageFolder(str(place))
     with pytest.raises(
-        UserError, match="none.tar does not exist: give a folder of images or of tar files"
+        UserError, match="none.tar does not exist; give a folder of images or tar files"
     ):
         ImageFolder(str(tmp_path / "none.tar"))
 
@@ -242,9 +242,9 @@ def test_tar_files_beside_images_are_told(shards: Path, folders: Path, tmp_path:
     """Archives often stay where they were unpacked."""
     shutil.copytree(folders / "b.tar", tmp_path / "images")
     shutil.copy(shards / "b.tar", tmp_path / "images")
-    with logged() as lines:
+    with captured_log() as lines:
         assert len(ImageFolder(str(tmp_path / "images"))) == 2
-    assert any("holds images beside 1 tar files, which are not read" in line for line in lines)
+    assert any("contains images and 1 tar files, which are not read" in line for line in lines)
 
 
 def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> No
     image = ImageFolder(path).file(1)
     os.truncate(path, image.offset + 100)
     with pytest.raises(
-        BadImageError, match=r"a.tar ends before it: it has changed since the start"
+        BadImageError, match=r"a.tar ends before this image; the file has changed since the start"
     ):
         read_image(image)
     os.unlink(path)
@@ -306,7 +306,7 @@ def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_pat
             cache_proposals.parse([*words, "--proposals", f"file:{tmp_path / 'boxes.json'}"])
         )
         cache_proposals.main(cache_proposals.parse([*words, "--check"]))
-        stores.append(ProposalStore(tmp_path / f"store{len(stores)}"))
+        stores.append(ProposalCache(tmp_path / f"store{len(stores)}"))
     for other in stores[1:]:
         for part in ("offsets", "boxes", "sizes_hw", "file_bytes", "file_crc32"):
             assert np.array_equal(getattr(stores[0], part), getattr(other, part)), part

@@ -1,4 +1,4 @@
-"""COCO annotations: layouts, what is kept, what is left out, and what stops with a message."""
+"""COCO annotations: folder layouts, which boxes are kept or skipped, and errors of malformed files."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from datasets import build_dataset, build_labelled, sample
-from datasets.evaluators.coco import ground_truth_of
+from datasets.evaluators.coco import build_ground_truth
 from datasets.labelled import coco as labelled_coco
 from datasets.labelled.annotations import parse_coco, read_coco, read_json
 from datasets.labelled.coco import coco_files
@@ -21,13 +21,19 @@ from util.settings import FINETUNE, Settings, settings
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
 
 
-def record(number: int, image: int, bbox: list, **changes) -> dict:
-    return {"id": number, "image_id": image, "category_id": 1, "bbox": bbox, **changes}
+def record(annotation_id: int, image_id: int, bbox: list, **changes) -> dict:
+    return {
+        "id": annotation_id,
+        "image_id": image_id,
+        "category_id": 1,
+        "bbox": bbox,
+        **changes,
+    }
 
 
 def content(annotations: list[dict], images: int = 3) -> dict:
     return {
-        # Not in the order of the ids, and the last image has no object.
+        # Not sorted by id. The image with the highest id has no object.
         "images": [
             {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30}
             for i in reversed(range(10, 10 + images))
@@ -84,7 +90,7 @@ def coco_args(root: Path | None, **changes) -> Settings:
     )
 
 
-def test_targets_of_a_whole_file() -> None:
+def test_targets() -> None:
     annotations = parse_coco(content(GOOD), "file")
     assert annotations.image_ids.tolist() == [10, 11, 12]
     first, second, third = (annotations.target(i, (30, 40)) for i in range(3))
@@ -102,7 +108,7 @@ def test_targets_of_a_whole_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "words"),
+    ("bad", "message"),
     [
         (record(9, 11, [5, 5, float("nan"), 4]), "not finite"),
         (record(9, 11, [5, 5, float("inf"), 4]), "not finite"),
@@ -112,20 +118,20 @@ def test_targets_of_a_whole_file() -> None:
         (record(9, 77, [5, 5, 3, 4]), "does not list"),
     ],
 )
-def test_unusable_boxes_are_left_out_and_named(
-    bad: dict, words: str, caplog: pytest.LogCaptureFixture
+def test_unusable_boxes_are_skipped_with_a_warning(
+    bad: dict, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="predetr"):
         annotations = parse_coco(content([*GOOD, bad]), "some.json")
     assert len(annotations.labels) == 3
-    (message,) = caplog.messages
-    assert words in message
-    assert message.startswith("some.json: 1 annotations")
-    assert f"annotation 9 of image {bad['image_id']}" in message
+    (line,) = caplog.messages
+    assert message in line
+    assert line.startswith("some.json: 1 annotations")
+    assert f"annotation 9 of image {bad['image_id']}" in line
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"bbox": [1, 2, 3]}, r"annotation 9 of image 11 has bbox \[1, 2, 3\]"),
         ({"bbox": None}, "annotation 9 of image 11 has bbox None"),
@@ -135,18 +141,18 @@ def test_unusable_boxes_are_left_out_and_named(
         ({"image_id": "a"}, "image_id of .* is 'a'"),
     ],
 )
-def test_malformed_annotations_stop(change: dict, words: str) -> None:
-    with pytest.raises(UserError, match=words):
+def test_malformed_annotation_raises(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse_coco(content([*GOOD, {**record(9, 11, [1, 2, 3, 4]), **change}]), "some.json")
 
 
-def test_malformed_files_stop(tmp_path: Path) -> None:
+def test_malformed_file_raises(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"images": [')
-    for path, words in (
+    for path, message in (
         (tmp_path / "none.json", "does not exist"),
         (tmp_path / "half.json", "not valid JSON"),
     ):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=message):
             read_coco(str(path))
     with pytest.raises(UserError, match="no list 'categories'"):
         parse_coco({"images": [], "annotations": []}, "file")
@@ -157,7 +163,7 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"images": [1]}, "entry 0 of 'images' is 1: it must be an object"),
         (
@@ -186,7 +192,7 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
         ({"images": [{"id": 11, "file_name": ""}]}, "image 11 has no file_name: add it"),
         (
             {"images": [{"id": 11, "file_name": "\ud800.png"}]},
-            "image 11 has the file_name .*, which no file can have",
+            "image 11 has the file_name .*, which is not a valid file name",
         ),
         ({"images": [{"id": -1, "file_name": "a.png"}]}, "id of .* is -1: it must be at least 0"),
         (
@@ -205,43 +211,51 @@ def test_malformed_files_stop(tmp_path: Path) -> None:
         ({"annotations": [record(1, 11, [1, 2, 3, 10**400])]}, "annotation 1 of image 11 has bbox"),
     ],
 )
-def test_entries_of_another_type_stop_with_one_line(
-    tmp_path: Path, change: dict, words: str
+def test_malformed_entry_raises_a_one_line_error(
+    tmp_path: Path, change: dict, message: str
 ) -> None:
     path = tmp_path / "some.json"
     path.write_text(json.dumps({**content(GOOD), **change}))
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=message) as error:
         read_coco(str(path))
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
 
 
-def test_odd_ids_and_areas_of_annotations_are_taken() -> None:
-    odd = [record(10**30, 11, [1, 1, 2, 3], area=10**400), record("x", 11, [1, 1, 2, 3], area=None)]
-    assert parse_coco(content(odd), "file").areas.tolist() == [6, 6]
+def test_unusual_annotation_ids_and_areas_are_accepted() -> None:
+    annotations = [
+        record(10**30, 11, [1, 1, 2, 3], area=10**400),
+        record("x", 11, [1, 1, 2, 3], area=None),
+    ]
+    assert parse_coco(content(annotations), "file").areas.tolist() == [6, 6]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_files_as_other_programs_write_them(tmp_path: Path, encoding: str) -> None:
+def test_encodings(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "some.json"
     path.write_text(
         json.dumps({**content(GOOD), "info": "é"}, ensure_ascii=False), encoding=encoding
     )
     assert len(read_coco(str(path))) == len(parse_coco(content(GOOD), "file"))
-    assert ground_truth_of(read_json(str(path))) == ground_truth_of(content(GOOD))
+    assert build_ground_truth(read_json(str(path))) == build_ground_truth(content(GOOD))
 
 
-def test_files_that_are_no_text_of_json(tmp_path: Path) -> None:
-    for text, words in (
-        ("é".encode("latin-1"), "is not UTF-8 .*: save it as UTF-8"),
-        (b"[" * 100_000, "is not valid JSON"),
-    ):
-        (tmp_path / "some.json").write_bytes(b'{"info": "' * (text[0] > 127) + text)
-        with pytest.raises(UserError, match=words):
-            read_coco(str(tmp_path / "some.json"))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"info": "' + "é".encode("latin-1"), "is not UTF-8 .*: save it as UTF-8"),
+        (b"[" * 100_000, "is not valid JSON"),  # exceeds Python's recursion limit
+    ],
+)
+def test_undecodable_file_raises(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_coco(str(tmp_path / "some.json"))
 
 
-def test_boxes_beyond_float32_are_left_out_in_silence(recwarn: pytest.WarningsRecorder) -> None:
+def test_boxes_beyond_float32_are_skipped_without_numpy_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     found = parse_coco(
         content([record(1, 11, [1, 1, 1e300, 3]), record(2, 11, [1, 1, 2, 3])]), "file"
     )
@@ -250,19 +264,19 @@ def test_boxes_beyond_float32_are_left_out_in_silence(recwarn: pytest.WarningsRe
     assert not recwarn.list
 
 
-def test_a_folder_in_place_of_the_file_stops(tmp_path: Path) -> None:
+def test_folder_instead_of_file_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="can't be read"):
         read_coco(str(tmp_path))
 
 
-def test_unlisted_categories_are_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_unlisted_categories_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="predetr"):
         annotations = parse_coco(content([record(1, 11, [1, 1, 2, 3], category_id=55)]), "file")
     assert "[55]" in caplog.text
     assert annotations.class_names == {1: "person", 90: "toothbrush", 55: "55"}
 
 
-def test_no_annotations_at_all() -> None:
+def test_no_annotations() -> None:
     annotations = parse_coco(content([]), "file")
     assert len(annotations) == 3
     assert annotations.target(1, (30, 40))["boxes"].shape == (0, 4)
@@ -282,10 +296,10 @@ def test_data_root(tmp_path: Path) -> None:
     assert len(build_dataset("train", coco_args(None, data_root=str(tmp_path)))) == 3
 
 
-def test_missing_layout_says_what_is_expected(tmp_path: Path) -> None:
+def test_missing_folder_or_file_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--coco_path"):
         build_dataset("train", coco_args(None))
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         build_dataset("train", coco_args(tmp_path / "none"))
     with pytest.raises(UserError, match="neither val2017 nor images/val2017"):
         coco_files(str(write_coco(tmp_path)), "val")
@@ -294,7 +308,7 @@ def test_missing_layout_says_what_is_expected(tmp_path: Path) -> None:
         build_dataset("val", coco_args(tmp_path))
 
 
-def test_sample(tmp_path: Path) -> None:
+def test_sample_is_determined_by_epoch_and_index(tmp_path: Path) -> None:
     dataset = build_dataset("train", coco_args(write_coco(tmp_path)))
     image, target = dataset[(1, 1)]
     assert image.dtype == torch.uint8
@@ -306,7 +320,7 @@ def test_sample(tmp_path: Path) -> None:
     assert len({tuple(dataset[(epoch, 1)][0].shape) for epoch in range(8)}) > 1
 
 
-def test_held_out_samples_are_only_resized(tmp_path: Path) -> None:
+def test_validation_samples_are_only_resized(tmp_path: Path) -> None:
     write_coco(tmp_path, folder="val2017", name="val2017")
     dataset = build_dataset("val", coco_args(tmp_path, image_size=60))
     image, target = dataset[0]
@@ -315,7 +329,7 @@ def test_held_out_samples_are_only_resized(tmp_path: Path) -> None:
     assert torch.allclose(target["boxes"], expected)
 
 
-def test_class_count(tmp_path: Path) -> None:
+def test_num_classes(tmp_path: Path) -> None:
     write_coco(tmp_path)
     assert build_dataset("train", coco_args(tmp_path)).num_classes == 91
     assert build_dataset("train", coco_args(tmp_path, num_classes=100)).num_classes == 100
@@ -330,15 +344,13 @@ def test_class_count(tmp_path: Path) -> None:
         match=r"category id 120, but --num_classes is 91: .* --num_classes 121 \(or more\)$",
     ):
         build_dataset("train", coco_args(tmp_path))
-    assert (
-        build_dataset(
-            "train", coco_args(tmp_path, num_classes=90), any_class_count=True
-        ).num_classes
-        == 121
+    dataset = build_dataset(
+        "train", coco_args(tmp_path, num_classes=90), allow_any_num_classes=True
     )
+    assert dataset.num_classes == 121
 
 
-def test_absent_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_image_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_coco(tmp_path)
     write_coco(tmp_path, folder="val2017", name="val2017")
     for folder in ("train2017", "val2017"):
@@ -357,7 +369,7 @@ def test_absent_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None
         build_dataset("train", coco_args(tmp_path))
 
 
-def test_image_of_another_size_than_annotated(tmp_path: Path) -> None:
+def test_image_size_differs_from_annotation(tmp_path: Path) -> None:
     write_coco(tmp_path)
     Image.new("RGB", (30, 40)).save(tmp_path / "train2017" / "11.png")
     _, target = build_dataset("train", coco_args(tmp_path))[1]
@@ -383,14 +395,14 @@ def test_fingerprint_changes_with_the_boxes() -> None:
     assert parse_coco(content(moved), "a").fingerprint() != first
 
 
-def test_images_of_a_labelled_set_without_their_labels(tmp_path: Path) -> None:
+def test_pre_training_on_images_of_a_labelled_dataset(tmp_path: Path) -> None:
     write_coco(tmp_path)
     dataset = build_dataset("train", coco_args(tmp_path, pretext="random_query_patch"))
     assert len(dataset) == 3
     assert dataset[0][1]["labels"].tolist() == [1] * 4
 
 
-def test_a_file_is_read_once_for_all_evaluations(
+def test_annotation_file_is_read_once_for_all_evaluators(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_coco(tmp_path, content(GOOD), "val2017", "val2017")
@@ -404,7 +416,7 @@ def test_a_file_is_read_once_for_all_evaluations(
     assert all(evaluator.ground_truth is dataset.ground_truth for evaluator in evaluators)
 
 
-def test_facts_of_the_data_do_not_go_into_the_settings(tmp_path: Path) -> None:
+def test_dataset_does_not_change_the_settings(tmp_path: Path) -> None:
     for name in ("train2017", "val2017"):
         write_coco(tmp_path, content(GOOD), name, name)
     args = coco_args(tmp_path, eval=False)

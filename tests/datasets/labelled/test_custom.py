@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from datasets import build_dataset, build_labelled
-from datasets.evaluators.coco import CocoEvaluator, ground_truth_of
+from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from models import build_model
 from tests.tiny import (
     FROZEN,
     assert_same,
+    captured_log,
+    custom_dataset_flags,
     fine_tune,
-    logged,
-    own_flags,
     pre_train,
     read_checkpoint,
     renumber,
     tiny_args,
     write_coco,
-    write_own_data,
+    write_custom_dataset,
 )
 from util import coco as coco_names
 from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
-from util.checkpoints.classes import Classes, classes_of
+from util.checkpoints.classes import Classes, infer_classes
 from util.checkpoints.loading import load_pretrained
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN
@@ -37,11 +37,11 @@ ROWS = {0: "green", 1: "red", 2: "blue"}
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_own_data(tmp_path_factory.mktemp("own"))
+    return write_custom_dataset(tmp_path_factory.mktemp("own"))
 
 
 def custom_args(root: Path, *more: str, **files: Path) -> Namespace:
-    return tiny_args(FINETUNE, *own_flags(root, **files), *more)
+    return tiny_args(FINETUNE, *custom_dataset_flags(root, **files), *more)
 
 
 def changed(root: Path, folder: Path, name: str, change: Callable[[dict], object]) -> Path:
@@ -83,7 +83,7 @@ def test_validation_classes_are_told_by_name(pristine: Path, tmp_path: Path) -> 
         ]
         content["annotations"] = [a for a in content["annotations"] if a["category_id"] != 5]
 
-    with logged() as lines:
+    with captured_log() as lines:
         _, val = build_labelled(
             custom_args(pristine, val_annotations=changed(pristine, tmp_path, "val", other_ids))
         )
@@ -187,7 +187,7 @@ def test_unlabelled_images_from_the_same_flag(pristine: Path, tmp_path: Path) ->
 
 def test_the_evaluator_turns_labels_into_ids(pristine: Path) -> None:
     truth = json.loads((pristine / "val.json").read_text())
-    evaluator = CocoEvaluator(ground_truth_of(truth), category_ids={0: 3, 1: 7, 2: 1000})
+    evaluator = CocoEvaluator(build_ground_truth(truth), category_ids={0: 3, 1: 7, 2: 1000})
     rows = {3: 0, 7: 1, 1000: 2}
     for image in truth["images"]:
         objects = [a for a in truth["annotations"] if a["image_id"] == image["id"]]
@@ -213,9 +213,16 @@ def test_the_evaluator_turns_labels_into_ids(pristine: Path) -> None:
 def run(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two epochs."""
     folder = tmp_path_factory.mktemp("run")
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
-            *own_flags(pristine), "--output_dir", folder, "--epochs", 2, "--save_every", 1, *FROZEN
+            *custom_dataset_flags(pristine),
+            "--output_dir",
+            folder,
+            "--epochs",
+            2,
+            "--save_every",
+            1,
+            *FROZEN,
         )
     (folder / "lines.txt").write_text("\n".join(lines))
     return folder
@@ -262,7 +269,7 @@ def test_a_resumed_run_refuses_other_classes(run: Path, pristine: Path, tmp_path
     path = changed(pristine, tmp_path, "train", rename_val)
     with pytest.raises(UserError, match=r"'Red' \(id 7\), .*checkpoint.pth has not"):
         fine_tune(
-            *own_flags(pristine, train_annotations=path),
+            *custom_dataset_flags(pristine, train_annotations=path),
             "--resume",
             run / "checkpoint.pth",
             "--epochs",
@@ -285,7 +292,7 @@ def test_evaluation_needs_the_validation_flags_alone(
         "gone",
         "--train_annotations",
         "gone.json",
-        *own_flags(pristine, "val", val_annotations=path),
+        *custom_dataset_flags(pristine, "val", val_annotations=path),
         "--output_dir",
         tmp_path / "eval",
     )
@@ -329,11 +336,11 @@ def test_a_detector_with_ids_as_they_are_is_evaluated_by_name(
         "val",
         lambda c: [category.update(name=names[category["name"]]) for category in c["categories"]],
     )
-    flags = own_flags(pristine, "val", val_annotations=path)
+    flags = custom_dataset_flags(pristine, "val", val_annotations=path)
     fine_tune("--eval", "--resume", tmp_path / "coco.pth", *flags, "--output_dir", tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {row["category_id"] for row in found} <= {7, 3, 1000} | set(coco_names.NAMES)
-    classes = classes_of(load_checkpoint(tmp_path / "coco.pth"))
+    assert {row["category_id"] for row in found} <= {7, 3, 1000} | set(coco_names.CLASS_NAMES)
+    classes = infer_classes(load_checkpoint(tmp_path / "coco.pth"))
     dataset = build_dataset("val", custom_args(pristine, val_annotations=path), classes)
     assert (dataset.num_classes, {row: dataset.category_ids[row] for row in (1, 18, 90)}) == (
         91,
@@ -401,8 +408,8 @@ def test_rows_of_own_checkpoints_are_kept_by_their_names(tmp_path: Path) -> None
 
 
 def test_coco_has_80_names_and_gaps() -> None:
-    assert len(coco_names.NAMES) == len(set(coco_names.NAMES.values())) == 80
-    gaps = set(range(1, 91)) - set(coco_names.NAMES)
+    assert len(coco_names.CLASS_NAMES) == len(set(coco_names.CLASS_NAMES.values())) == 80
+    gaps = set(range(1, 91)) - set(coco_names.CLASS_NAMES)
     assert gaps == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
@@ -420,7 +427,7 @@ def test_pre_training_and_fine_tuning_on_own_data(pristine: Path, tmp_path: Path
         *FROZEN,
     )
     fine_tune(
-        *own_flags(pristine),
+        *custom_dataset_flags(pristine),
         "--pretrain",
         pretrained,
         "--output_dir",

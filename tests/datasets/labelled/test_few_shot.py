@@ -11,25 +11,25 @@ import pytest
 import torch
 
 from datasets import build_dataset, build_labelled
-from datasets.evaluators.coco import CocoEvaluator, ground_truth_of
+from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator
 from datasets.labelled import few_shot
 from datasets.labelled.annotations import Annotations, parse_coco
 from tests.tiny import (
     FROZEN,
+    captured_log,
+    custom_dataset_flags,
     fine_tune,
-    logged,
-    own_flags,
     read_checkpoint,
     read_log,
     renumber,
     tiny_args,
     write_coco,
-    write_own_data,
-    write_shots,
+    write_custom_dataset,
+    write_few_shot_files,
     write_voc,
 )
-from util.coco import NAMES
+from util.coco import CLASS_NAMES
 from util.errors import UserError
 from util.settings import FINETUNE
 
@@ -58,7 +58,7 @@ def trained_on(root: Path, *flags: object) -> Annotations:
 
 def objects(annotations: Annotations) -> Counter:
     """(image id, label, box) of every object, and how often."""
-    image = annotations.image_of
+    image = annotations.image_indices
     return Counter(
         (int(annotations.image_ids[i]), int(label), tuple(box))
         for i, label, box in zip(
@@ -83,16 +83,16 @@ def test_the_published_splits() -> None:
         "tvmonitor": "tv",
     }
     assert {other.get(name, name) for name in CLASSES} == set(few_shot.COCO_NOVEL)
-    assert len(set(NAMES.values()) - set(few_shot.COCO_NOVEL)) == 60
+    assert len(set(CLASS_NAMES.values()) - set(few_shot.COCO_NOVEL)) == 60
     for names in few_shot.VOC_NOVEL.values():
         assert len(set(names) & set(CLASSES)) == 5
     args = tiny_args(FINETUNE, "--few_shot", "base")
-    assert few_shot.novel_names(args, NAMES) == few_shot.COCO_NOVEL
+    assert few_shot.novel_class_names(args, CLASS_NAMES) == few_shot.COCO_NOVEL
     for kind in ("voc", "voc_coco"):
         args = tiny_args(
             FINETUNE, "--few_shot", "base", "--dataset_file", kind, "--novel_split", "3"
         )
-        assert few_shot.novel_names(args, dict(enumerate(CLASSES))) == (
+        assert few_shot.novel_class_names(args, dict(enumerate(CLASSES))) == (
             "boat",
             "cat",
             "motorbike",
@@ -113,26 +113,26 @@ def test_the_published_splits() -> None:
             "--few_shot base --novel_classes red green blue",
             "--novel_classes names all 3 classes of the data",
         ),
-        ("--shots 5", "--shots says nothing without --few_shot"),
-        ("--novel_classes red", "--novel_classes says nothing without --few_shot"),
-        ("--novel_split 2", "--novel_split says nothing without --few_shot"),
-        ("--few_shot base --novel_split 2", "--novel_split 2 is a published list of VOC's classes"),
+        ("--shots 5", "--shots has no effect without --few_shot"),
+        ("--novel_classes red", "--novel_classes has no effect without --few_shot"),
+        ("--novel_split 2", "--novel_split has no effect without --few_shot"),
+        ("--few_shot base --novel_split 2", "--novel_split 2 is a published split of VOC's classes"),
         (
             "--few_shot base --shots 5",
-            "--shots draws objects of novel or of all classes, --few_shot base takes all",
+            "--shots selects objects of novel or of all classes, --few_shot base trains on all",
         ),
-        ("--few_shot base --few_shot_file x", "--few_shot_file draws objects of novel or of all"),
+        ("--few_shot base --few_shot_file x", "--few_shot_file selects objects of novel or of all"),
         (
             "--few_shot novel",
             "--few_shot novel needs the objects to train on: add --shots K or --few_shot_file PATH",
         ),
         (
             "--few_shot all --shots 5 --filter_pct 0.1",
-            "--shots and --filter_pct both say what to train on",
+            "--shots and --filter_pct both select what to train on",
         ),
         (
             "--few_shot all --few_shot_file x --split_file y",
-            "--few_shot_file and --split_file both say what to train on",
+            "--few_shot_file and --split_file both select what to train on",
         ),
         (
             "--few_shot novel --novel_classes red --few_shot_file x",
@@ -147,7 +147,7 @@ def test_bad_flags_are_refused_in_one_line(flags: str, said: str, coco: Path) ->
 
 
 def test_own_data_need_names_of_novel_classes(tmp_path: Path) -> None:
-    flags = own_flags(write_own_data(tmp_path / "own"))
+    flags = custom_dataset_flags(write_custom_dataset(tmp_path / "own"))
     with pytest.raises(
         UserError, match="not published for --dataset_file custom: name them by --novel_classes"
     ):
@@ -182,7 +182,7 @@ def test_base_training_has_no_novel_object_and_no_empty_image(coco: Path) -> Non
 
 def test_a_share_of_the_images_for_base_training(coco: Path) -> None:
     part = trained_on(coco, "--few_shot", "base", *RED, "--filter_pct", "0.5")
-    assert part.drawn == "0.5 by seed 42 of 12 images, all objects of 2 base classes in 6 images"
+    assert part.subset == "0.5 by seed 42 of 12 images, all objects of 2 base classes in 6 images"
 
 
 def random_annotations(rng: np.random.Generator) -> Annotations:
@@ -213,7 +213,7 @@ def test_a_draw_is_exact(seed: int) -> None:
     rng = np.random.default_rng(seed)
     whole = random_annotations(rng)
     shots = int(rng.integers(1, 12))
-    few = few_shot.draw_shots(whole, whole.class_names, shots, seed)
+    few = few_shot.sample_shots(whole, whole.class_names, shots, seed)
     for label in whole.class_names:
         assert (few.labels == label).sum() == min(shots, (whole.labels == label).sum())
     assert not objects(few) - objects(whole)
@@ -223,8 +223,11 @@ def test_a_draw_is_exact(seed: int) -> None:
     rows = [row[number] for number in few.ids.tolist()]
     assert np.array_equal(few.boxes_xyxy_abs, whole.boxes_xyxy_abs[rows])
     assert np.array_equal(few.areas, whole.areas[rows])
-    assert few.image_ids[few.image_of].tolist() == whole.image_ids[whole.image_of][rows].tolist()
-    part = few_shot.draw_shots(
+    assert (
+        few.image_ids[few.image_indices].tolist()
+        == whole.image_ids[whole.image_indices][rows].tolist()
+    )
+    part = few_shot.sample_shots(
         whole, dict(list(whole.class_names.items())[:1]), max(shots - 1, 1), seed
     )
     assert not objects(part) - objects(few)  # fewer shots of fewer classes are a part
@@ -238,11 +241,11 @@ def test_draws_are_fixed_by_the_seed(coco: Path) -> None:
     assert Counter(first.labels.tolist()) == {1: 2, 2: 2, 3: 2}
     novel = trained_on(coco, "--few_shot", "novel", *RED, "--shots", 2)
     assert objects(novel) == Counter({key: n for key, n in objects(first).items() if key[1] == 1})
-    assert first.drawn == "2 objects each, drawn by seed 42, of 3 classes in 12 images"
+    assert first.subset == "2 objects each, drawn by seed 42, of 3 classes in 12 images"
 
 
 def test_too_few_objects_are_said(coco: Path) -> None:
-    with logged() as lines:
+    with captured_log() as lines:
         few = trained_on(coco, "--few_shot", "all", *RED, "--shots", 500)
     assert objects(few) == objects(trained_on(coco))
     assert any(
@@ -286,7 +289,7 @@ def test_voc(voc: Path) -> None:
 
 def test_a_folder_of_published_files(coco: Path, tmp_path: Path) -> None:
     """Names of 2014, a file a class; only classes that are asked for need one."""
-    folder = write_shots(coco, tmp_path / "seed0", shots=(2, 3), prefix="COCO_val2014_")
+    folder = write_few_shot_files(coco, tmp_path / "seed0", shots=(2, 3), prefix="COCO_val2014_")
     few = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
     assert Counter(few.labels.tolist()) == {1: 2, 2: 2, 3: 2}
     expected = set()
@@ -397,7 +400,7 @@ def test_bad_files_are_refused(
 
 
 def test_a_file_of_another_class_is_refused(coco: Path, tmp_path: Path) -> None:
-    folder = write_shots(coco, tmp_path / "seed0", shots=(2,))
+    folder = write_few_shot_files(coco, tmp_path / "seed0", shots=(2,))
     (folder / "full_box_2shot_red_trainval.json").write_bytes(
         (folder / "full_box_2shot_blue_trainval.json").read_bytes()
     )
@@ -423,7 +426,7 @@ def test_images_of_one_name_in_two_folders() -> None:
             "categories": [{"id": 1, "name": "red"}],
         }
 
-    find = few_shot._Finder(
+    find = few_shot._ImageMatcher(
         parse_coco(
             content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg")), "train"
         )
@@ -490,13 +493,13 @@ def test_novel_ap_of_coco_is_that_of_an_evaluation_of_novel_classes(backend: str
     found = detections(truth, rng)
 
     def evaluated(categories: list[dict]) -> dict:
-        evaluator = CocoEvaluator(ground_truth_of({**truth, "categories": categories}), backend)
+        evaluator = CocoEvaluator(build_ground_truth({**truth, "categories": categories}), backend)
         evaluator.update(found)
         return evaluator.summarize()
 
     whole = evaluated(truth["categories"])
     novel = ("kind1", "kind3", "kind5")
-    rows = few_shot.with_groups(whole["per_class"], novel)
+    rows = few_shot.add_groups(whole["per_class"], novel)
     means = few_shot.group_means(rows)
     alone = {
         "novel": evaluated([c for c in truth["categories"] if c["name"] in novel]),
@@ -528,7 +531,7 @@ def test_novel_ap_of_voc(metric: str) -> None:
         return evaluator.summarize()
 
     means = few_shot.group_means(
-        few_shot.with_groups(evaluated(*range(5))["per_class"], ("kind0", "kind2"))
+        few_shot.add_groups(evaluated(*range(5))["per_class"], ("kind0", "kind2"))
     )
     for name, classes in (("novel", (0, 2)), ("base", (1, 3, 4)), ("all", range(5))):
         assert means[name] == pytest.approx(evaluated(*classes)["stats"], abs=1e-12)
@@ -543,14 +546,14 @@ def test_nothing_found_and_nothing_to_find() -> None:
         image: {name: value[prediction["labels"] < 3] for name, value in prediction.items()}
         for image, prediction in detections(truth, rng).items()
     }
-    evaluator = CocoEvaluator(ground_truth_of(truth))
+    evaluator = CocoEvaluator(build_ground_truth(truth))
     evaluator.update(found)
     rows = evaluator.summarize()["per_class"]
-    means = few_shot.group_means(few_shot.with_groups(rows, ("kind3", "kind4")))
+    means = few_shot.group_means(few_shot.add_groups(rows, ("kind3", "kind4")))
     assert means["novel"] == [0.0] * 3
     assert means["base"][0] > 0
     assert means["all"][0] == pytest.approx(means["base"][0] * 3 / 5)
-    assert few_shot.group_means(few_shot.with_groups(rows, ("kind5",)))["novel"] == [-1.0] * 3
+    assert few_shot.group_means(few_shot.add_groups(rows, ("kind5",)))["novel"] == [-1.0] * 3
     assert few_shot.group_means([]) == {"base": [-1.0] * 3, "novel": [-1.0] * 3, "all": [-1.0] * 3}
 
 
@@ -570,7 +573,7 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
     )
     assert record["ids"] == trained_on(coco, "--few_shot", "base", *RED).image_ids.tolist()
 
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             *common,
             "--few_shot",
@@ -654,8 +657,8 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
 
 def test_few_shots_of_own_data_and_voc(voc: Path, tmp_path: Path) -> None:
     """Ids in subset.json are those of the user's file; VOC's objects have no ids of their own."""
-    own = write_own_data(tmp_path / "own")
-    flags = (*own_flags(own), "--few_shot", "all", *RED, "--epochs", 1, *FROZEN)
+    own = write_custom_dataset(tmp_path / "own")
+    flags = (*custom_dataset_flags(own), "--few_shot", "all", *RED, "--epochs", 1, *FROZEN)
     fine_tune(*flags, "--shots", 1, "--output_dir", tmp_path / "few")
     kept = json.loads((tmp_path / "few" / "subset.json").read_text())
     assert {item["id"]: item["name"] for item in kept["categories"]} == {

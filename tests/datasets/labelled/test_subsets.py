@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from datasets import build_dataset, build_labelled
-from datasets.labelled.subsets import describe_subset, draw_ids
+from datasets.labelled.subsets import sample_image_ids, subset_record
 from tests.tiny import (
     FROZEN,
+    custom_dataset_flags,
     fine_tune,
-    own_flags,
     tiny_args,
     write_coco,
-    write_own_data,
+    write_custom_dataset,
     write_voc,
 )
 from tools import make_split
@@ -35,9 +35,9 @@ def test_the_published_drawing() -> None:
         .choice(sorted(ids.tolist()), round(5000 * 0.01), replace=False)
         .tolist()
     )
-    assert draw_ids(ids, 0.01, 42).tolist() == expected
-    assert draw_ids(ids, 0.01, 43).tolist() != expected
-    assert draw_ids(np.arange(1000), 0.01, 42).tolist() == [
+    assert sample_image_ids(ids, 0.01, 42).tolist() == expected
+    assert sample_image_ids(ids, 0.01, 43).tolist() != expected
+    assert sample_image_ids(np.arange(1000), 0.01, 42).tolist() == [
         85,
         88,
         94,
@@ -49,8 +49,8 @@ def test_the_published_drawing() -> None:
         767,
         855,
     ], "numpy draws otherwise now"
-    assert len(draw_ids(np.arange(118287), 0.01, 42)) == 1183
-    assert draw_ids(np.arange(10), 1, 1).tolist() == list(range(10))
+    assert len(sample_image_ids(np.arange(118287), 0.01, 42)) == 1183
+    assert sample_image_ids(np.arange(10), 1, 1).tolist() == list(range(10))
 
 
 def test_only_training_is_reduced_and_the_fingerprint_says_it(coco: Path) -> None:
@@ -66,7 +66,7 @@ def test_only_training_is_reduced_and_the_fingerprint_says_it(coco: Path) -> Non
     assert (len(whole), len(part), len(other)) == (12, 6, 6)
     assert (
         part.annotations.image_ids.tolist()
-        == draw_ids(whole.annotations.image_ids, 0.5, 42).tolist()
+        == sample_image_ids(whole.annotations.image_ids, 0.5, 42).tolist()
     )
     assert part.fingerprint() == again.fingerprint()
     assert part.fingerprint().startswith("0.5 by seed 42 of 12 images, 6 images, ")
@@ -90,10 +90,10 @@ def test_only_training_is_reduced_and_the_fingerprint_says_it(coco: Path) -> Non
 
 
 def test_every_kind_of_data(tmp_path: Path) -> None:
-    voc, own = write_voc(tmp_path / "voc"), write_own_data(tmp_path / "own")
+    voc, own = write_voc(tmp_path / "voc"), write_custom_dataset(tmp_path / "own")
     for flags, count in (
         (("--dataset_file", "voc", "--voc_path", str(voc)), 2),
-        (own_flags(own), 2),
+        (custom_dataset_flags(own), 2),
     ):
         train, val = build_labelled(tiny_args(FINETUNE, *flags, "--filter_pct", "0.4"))
         assert (len(train), len(val)) == (count, 3)
@@ -187,7 +187,7 @@ def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
     )
     kept = json.loads((first / "subset.json").read_text())
     assert (kept["filter_pct"], kept["seed"]) == (0.5, 3)
-    assert kept["ids"] == draw_ids(np.arange(1, 13), 0.5, 3).tolist()
+    assert kept["ids"] == sample_image_ids(np.arange(1, 13), 0.5, 3).tolist()
     assert json.loads((first / "args.json").read_text())["data"]["train"].startswith(
         "0.5 by seed 3 of 12 images"
     )
@@ -212,7 +212,7 @@ def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
         "--seed",
         "8",
     )
-    again = describe_subset(build_dataset("train", args).annotations, args)
+    again = subset_record(build_dataset("train", args).annotations, args)
     assert {**kept, "drawn": again["drawn"]} == again, (
         "share and seed are those of the drawing, not of the run"
     )
@@ -220,7 +220,7 @@ def test_a_run_keeps_its_images(coco: Path, tmp_path: Path) -> None:
     args = tiny_args(
         FINETUNE, "--coco_path", str(coco), "--split_file", str(tmp_path / "list.json")
     )
-    plain = describe_subset(build_dataset("train", args).annotations, args)
+    plain = subset_record(build_dataset("train", args).annotations, args)
     assert (plain["ids"], plain["filter_pct"], plain["seed"]) == ([2, 3], None, None)
     fine_tune("--resume", "auto", "--output_dir", first, "--epochs", 2)
     assert json.loads((first / "subset.json").read_text()) == kept

@@ -18,8 +18,8 @@ from datasets.labelled.annotations import read_coco
 from datasets.labelled.voc import CLASSES, image_id, read_voc, read_xml, read_xml_folder
 from tests.tiny import (
     FROZEN,
+    captured_log,
     fine_tune,
-    logged,
     read_checkpoint,
     read_log,
     tiny_args,
@@ -274,7 +274,7 @@ def test_bad_devkits_are_refused_in_one_line(devkit: Path, damage, said: str) ->
 
 def test_an_absent_image_is_left_out_of_training_and_stops_evaluation(devkit: Path) -> None:
     (devkit / "VOC2007/JPEGImages/000001.jpg").unlink()
-    with logged() as lines:
+    with captured_log() as lines:
         assert len(build_dataset("train", args_of(devkit))) == 4
     assert any("1 of 5 images" in line and "000001.jpg" in line for line in lines)
     (devkit / "VOC2007/JPEGImages/000202.jpg").unlink()
@@ -286,7 +286,7 @@ def test_a_box_outside_its_image_is_left_out_with_a_warning(devkit: Path) -> Non
     (devkit / XML).write_text(
         voc_xml("a", (60, 72), [("cat", [500, 1, 5, 5], 0), ("dog", [1, 1, 5, 5], 1)])
     )
-    with logged() as lines:
+    with captured_log() as lines:
         train = build_dataset("train", args_of(devkit))
     assert any(
         "outside its image" in line and "annotation 1 of image 2021000001" in line for line in lines
@@ -440,7 +440,7 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
 
 def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--dataset_file",
             "voc",
@@ -483,19 +483,19 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     [
         (
             "--voc_metric area",
-            "--voc_metric means nothing to --dataset_file coco: omit it or use --dataset_file voc",
+            "--voc_metric has no effect with --dataset_file coco: omit it or use --dataset_file voc",
         ),
         (
             "--voc_train 2012_trainval",
-            "--voc_train means nothing to --dataset_file coco: omit it or use --dataset_file voc or voc_coco",
+            "--voc_train has no effect with --dataset_file coco: omit it or use --dataset_file voc or voc_coco",
         ),
         (
             "--dataset_file voc_coco --voc_metric area",
-            "--voc_metric means nothing to --dataset_file voc_coco: omit it or use",
+            "--voc_metric has no effect with --dataset_file voc_coco: omit it or use",
         ),
         (
             "--dataset_file custom --voc_val 2012_val",
-            "--voc_val means nothing to --dataset_file custom",
+            "--voc_val has no effect with --dataset_file custom",
         ),
     ],
 )

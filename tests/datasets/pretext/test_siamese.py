@@ -14,21 +14,21 @@ from datasets import build_dataset
 from datasets.collate import collate, to_device
 from datasets.pretext import siamese as two_views
 from datasets.pretext.siamese import (
-    MIN_AREA,
+    MIN_REGION_AREA,
     Views,
     common_regions,
     draw_outer_crop,
     draw_views,
     overlap_scale,
-    pick_regions,
     random_regions,
+    select_regions,
 )
-from datasets.transforms import view_resize
+from datasets.transforms import siamese_resize
 from tests.tiny import assert_same, tiny_args, write_images
 from util.box_ops import box_cxcywh_to_xyxy, box_iou
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import PRETRAIN
-from visualization import batch_rows
+from visualization import samples_to_rows
 
 FLAGS = ("--pretext", "siamese", "--proposals", "random")
 SIZE = (240, 320)
@@ -45,9 +45,9 @@ def iou_of(views: Views) -> float:
 
 @pytest.mark.parametrize("iou", [0.3, 0.5, 0.7])
 def test_views_overlap_by_view_iou_or_more(iou: float) -> None:
-    exact = [draw_views(SampleRandom(seed), SIZE, iou, shrink=False) for seed in range(10)]
+    exact = [draw_views(SampleRNG(seed), SIZE, iou, shrink=False) for seed in range(10)]
     assert [iou_of(views) for views in exact] == pytest.approx([iou] * 10)
-    shrunk = [iou_of(draw_views(SampleRandom(seed), SIZE, iou, shrink=True)) for seed in range(50)]
+    shrunk = [iou_of(draw_views(SampleRNG(seed), SIZE, iou, shrink=True)) for seed in range(50)]
     assert min(shrunk) >= iou - 1e-9
     assert max(shrunk) > iou + 0.2
 
@@ -59,7 +59,7 @@ def test_overlap_scale_is_the_published_one() -> None:
 def test_views_are_swapped_half_of_the_time_and_stay_inside() -> None:
     swapped = 0
     for seed in range(60):
-        views = draw_views(SampleRandom(seed), SIZE, 0.5, shrink=True)
+        views = draw_views(SampleRNG(seed), SIZE, 0.5, shrink=True)
         swapped += views.first[0] > views.second[0]
         for box in (as_box(views.first)[0], as_box(views.second)[0]):
             assert box.min() >= 0
@@ -69,15 +69,15 @@ def test_views_are_swapped_half_of_the_time_and_stay_inside() -> None:
 
 
 def test_outer_crop_of_a_long_image_is_its_middle() -> None:
-    assert draw_outer_crop(SampleRandom(0), (20, 2000)) == (0, 986, 20, 27)
-    assert draw_outer_crop(SampleRandom(0), (2000, 20)) == (986, 0, 27, 20)
+    assert draw_outer_crop(SampleRNG(0), (20, 2000)) == (0, 986, 20, 27)
+    assert draw_outer_crop(SampleRNG(0), (2000, 20)) == (986, 0, 27, 20)
 
 
 def test_mapping_there_and_back_is_the_identity() -> None:
-    views = draw_views(SampleRandom(3), SIZE, 0.5, shrink=True)
+    views = draw_views(SampleRNG(3), SIZE, 0.5, shrink=True)
     boxes = torch.rand(20, 4, dtype=torch.float64) * 100
-    there = views.between(boxes, views.first, views.second)
-    torch.testing.assert_close(views.between(there, views.second, views.first), boxes)
+    there = views.map_between_views(boxes, views.first, views.second)
+    torch.testing.assert_close(views.map_between_views(there, views.second, views.first), boxes)
     assert not torch.allclose(there, boxes)
 
 
@@ -86,14 +86,15 @@ def test_regions_lie_in_both_views_and_are_large_enough() -> None:
     corners = torch.rand(200, 2, generator=generator) * torch.tensor([280.0, 200.0])
     boxes = torch.cat([corners, corners + 5 + torch.rand(200, 2, generator=generator) * 80], 1)
     for seed in range(5):
-        views = draw_views(SampleRandom(seed), SIZE, 0.5, shrink=True)
+        views = draw_views(SampleRNG(seed), SIZE, 0.5, shrink=True)
         overlap = [
-            views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)
+            views.image_to_view(views.overlap_xyxy_abs, view)
+            for view in (views.first, views.second)
         ]
-        smallest = MIN_AREA * float((overlap[0][2:] - overlap[0][:2]).prod())
+        smallest = MIN_REGION_AREA * float((overlap[0][2:] - overlap[0][:2]).prod())
         for pair, measured in (
             (common_regions(boxes, views), 0),
-            (random_regions(SampleRandom(seed), views), 1),
+            (random_regions(SampleRNG(seed), views), 1),
         ):
             assert (pair[measured][:, 2:] - pair[measured][:, :2]).prod(1).min() >= smallest
             assert 3 < len(pair[0]) == len(pair[1])
@@ -101,21 +102,25 @@ def test_regions_lie_in_both_views_and_are_large_enough() -> None:
                 assert (regions >= -1e-9).all()
                 assert (regions[:, 2:] < torch.tensor([views.size[1], views.size[0]])).all()
                 assert (regions[:, :2] >= overlap[side][:2].floor() - 1e-6).all()
-            torch.testing.assert_close(views.between(pair[0], views.first, views.second), pair[1])
+            torch.testing.assert_close(
+                views.map_between_views(pair[0], views.first, views.second), pair[1]
+            )
 
 
 @pytest.mark.parametrize("kept", [0, 2, 20])
 def test_the_overlap_is_box_0_and_missing_boxes_are_jittered_copies(kept: int) -> None:
-    views = draw_views(SampleRandom(1), SIZE, 0.5, shrink=True)
-    first, second = (regions[:kept] for regions in random_regions(SampleRandom(1), views, 400))
+    views = draw_views(SampleRNG(1), SIZE, 0.5, shrink=True)
+    first, second = (regions[:kept] for regions in random_regions(SampleRNG(1), views, 400))
     assert len(first) == kept
-    picked = pick_regions(first, second, views, 10, SampleRandom(2))
+    picked = select_regions(first, second, views, 10, SampleRNG(2))
     assert picked.shape == (2, 10, 4)
     overlap = torch.stack(
-        [views.map_boxes(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
+        [views.image_to_view(views.overlap_xyxy_abs, view) for view in (views.first, views.second)]
     )
     torch.testing.assert_close(picked[:, 0], overlap)
-    torch.testing.assert_close(views.between(picked[0], views.first, views.second), picked[1])
+    torch.testing.assert_close(
+        views.map_between_views(picked[0], views.first, views.second), picked[1]
+    )
     assert torch.equal(picked[0, 1 : 1 + min(kept, 9)], first[:9])
     assert (picked[0, :, :2] >= overlap[0, :2] - 1).all()
     assert (picked[0, :, 2:] <= overlap[0, 2:] + 1e-9).all()
@@ -196,8 +201,8 @@ def test_views_without_a_region_in_common_are_drawn_again(
     )
     dataset = make_dataset(tmp_path)
     for box, low, high in (
-        ([0.0, 0.0, 24.0, 20.0], 9, 8 * two_views.TRIES - 1),
-        ([0.0, 0.0, 2.0, 2.0], 8 * two_views.TRIES, None),
+        ([0.0, 0.0, 24.0, 20.0], 9, 8 * two_views.MAX_VIEW_ATTEMPTS - 1),
+        ([0.0, 0.0, 2.0, 2.0], 8 * two_views.MAX_VIEW_ATTEMPTS, None),
     ):
         dataset.proposals = lambda image, rng, name, box=box: torch.tensor([box])
         drawn.clear()
@@ -250,7 +255,7 @@ def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
 
 
 def test_sizes_are_those_of_imagenet_or_coco() -> None:
-    imagenet, coco = view_resize(480), view_resize(800)
+    imagenet, coco = siamese_resize(480), siamese_resize(800)
     assert (min(imagenet.sizes), max(imagenet.sizes), imagenet.max_size) == (320, 480, 600)
     assert (min(coco.sizes), max(coco.sizes), len(coco.sizes), coco.max_size) == (
         480,
@@ -280,7 +285,7 @@ def test_batches_hold_view_1_of_all_then_view_2(tmp_path: Path) -> None:
 def test_views_of_an_image_stand_together_on_the_page(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     samples = [dataset[(0, i)] for i in (0, 3)]
-    rows = batch_rows(samples, [0.5] * 3, [0.5] * 3)
+    rows = samples_to_rows(samples, [0.5] * 3, [0.5] * 3)
     assert [row["title"].split(":")[0] for row in rows] == [
         f"image {image}, view {view}" for image in (0, 3) for view in (1, 2)
     ]

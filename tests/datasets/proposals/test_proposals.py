@@ -16,15 +16,21 @@ from PIL import Image
 
 import datasets.proposals.edge_boxes as edge_boxes_module
 from datasets.images.image_folder import ImageFolder
-from datasets.proposals import FixedNumber, Selected, build_proposals, repeat_boxes, select
+from datasets.proposals import (
+    FixedNumProposals,
+    SelectedProposals,
+    build_proposals,
+    pad_with_jittered_boxes,
+    select_indices,
+)
+from datasets.proposals.cache import CachedProposals
 from datasets.proposals.edge_boxes import EdgeBoxes
 from datasets.proposals.from_file import read_npy
 from datasets.proposals.selective_search import SelectiveSearch
-from datasets.proposals.store import StoredProposals
 from datasets.sample import BadImageError
-from tests.tiny import logged, proposal_settings, write_images
+from tests.tiny import captured_log, proposal_settings, write_images
 from util.errors import UserError
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def as_tensor(image: np.ndarray) -> torch.Tensor:
 
 
 def propose_elsewhere(queue, method, image: np.ndarray, seed: int) -> None:
-    queue.put(method(as_tensor(image), SampleRandom(seed)).numpy())
+    queue.put(method(as_tensor(image), SampleRNG(seed)).numpy())
 
 
 # Selective search
@@ -65,7 +71,7 @@ def test_published_setting_scales_boxes_of_a_square_of_128(cv2, photo: np.ndarra
         tuple(box) for box in np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1).tolist()
     }
     boxes = build_proposals(proposal_settings(proposals="selective_search"))(
-        as_tensor(photo), SampleRandom(0), ""
+        as_tensor(photo), SampleRNG(0), ""
     )
     assert len(boxes) == len(expected) > 30
     assert {tuple(box) for box in boxes.tolist()} == expected
@@ -73,12 +79,12 @@ def test_published_setting_scales_boxes_of_a_square_of_128(cv2, photo: np.ndarra
 
 def test_full_resolution(cv2, photo: np.ndarray) -> None:
     full = build_proposals(proposal_settings(proposals="selective_search", ss_resize=0))(
-        as_tensor(photo), SampleRandom(0), ""
+        as_tensor(photo), SampleRNG(0), ""
     )
     assert torch.equal(full, full.round())
     assert [0, 0, 140, 100] in full.tolist()
     resized = build_proposals(proposal_settings(proposals="selective_search"))(
-        as_tensor(photo), SampleRandom(0), ""
+        as_tensor(photo), SampleRNG(0), ""
     )
     assert {tuple(box) for box in full.tolist()} != {tuple(box) for box in resized.tolist()}
 
@@ -86,7 +92,7 @@ def test_full_resolution(cv2, photo: np.ndarray) -> None:
 def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) -> None:
     """OpenCV shuffles by C's rand; boxes of a worker must be a function of (seed, epoch, index)."""
     method = SelectiveSearch()
-    here = [method(as_tensor(photo), SampleRandom(seed)).numpy() for seed in (1, 1, 2)]
+    here = [method(as_tensor(photo), SampleRNG(seed)).numpy() for seed in (1, 1, 2)]
     assert np.array_equal(here[0], here[1])
     assert not np.array_equal(here[0], here[2])
     assert np.array_equal(np.unique(here[0], axis=0), np.unique(here[2], axis=0))
@@ -104,10 +110,10 @@ def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
     method = build_proposals(
         proposal_settings(proposals="selective_search", reproduce_published=True)
     )
-    own = [method(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
-    assert torch.equal(own[0], method(as_tensor(photo), SampleRandom(0)))
+    own = [method(as_tensor(photo), SampleRNG(seed)) for seed in range(12)]
+    assert torch.equal(own[0], method(as_tensor(photo), SampleRNG(0)))
     assert not torch.equal(own[0], own[1])
-    uniform = [SelectiveSearch()(as_tensor(photo), SampleRandom(seed)) for seed in range(12)]
+    uniform = [SelectiveSearch()(as_tensor(photo), SampleRNG(seed)) for seed in range(12)]
     assert {tuple(box) for box in own[0].tolist()} == {tuple(box) for box in uniform[0].tolist()}
     small, any_size = (
         torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws])
@@ -116,7 +122,7 @@ def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
     assert small.mean() < 0.9 * any_size.mean()
     header = {"method": "selective_search", "settings": SelectiveSearch().settings}
     with pytest.raises(UserError, match="was made with order None, the flags say OpenCV's"):
-        StoredProposals.check_origin("store", header, method, "selective_search")
+        CachedProposals.check_origin("store", header, method, "selective_search")
 
 
 def test_images_of_odd_shapes(cv2) -> None:
@@ -124,7 +130,7 @@ def test_images_of_odd_shapes(cv2) -> None:
     for height, width in ((1, 1), (2, 3), (5, 60)):
         image = rng.randint(0, 256, (height, width, 3), dtype=np.uint8)
         for method in (SelectiveSearch(), SelectiveSearch(0)):
-            boxes = method(as_tensor(image), SampleRandom(0))
+            boxes = method(as_tensor(image), SampleRNG(0))
             assert len(boxes)
             assert bool((boxes[:, 2:] > boxes[:, :2]).all())
             assert bool((boxes[:, 2:] <= torch.tensor([width, height])).all())
@@ -144,14 +150,14 @@ def test_an_error_of_opencv_is_of_that_image_alone(
     monkeypatch.setattr(cv2.ximgproc, "createEdgeBoxes", fail)
     for method in (SelectiveSearch(), EdgeBoxes()):
         with pytest.raises(BadImageError, match="OpenCV can't search it .out of memory"):
-            method(as_tensor(photo), SampleRandom(0))
+            method(as_tensor(photo), SampleRNG(0))
 
 
 # EdgeBoxes
 
 
 def test_edge_boxes_are_opencv_s_best_first(cv2, photo: np.ndarray) -> None:
-    boxes, scores = EdgeBoxes().search(photo)
+    boxes, scores = EdgeBoxes().propose(photo)
     edges, orientation = edge_boxes_module.gradient_edges(photo.astype(np.float32) / 255)
     raw, raw_scores = cv2.ximgproc.createEdgeBoxes(
         alpha=0.65,
@@ -171,7 +177,7 @@ def test_edge_boxes_are_opencv_s_best_first(cv2, photo: np.ndarray) -> None:
     assert np.array_equal(boxes, np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1))
     assert np.array_equal(scores, raw_scores.ravel())
     assert (np.diff(scores) <= 0).all()
-    drawn = [EdgeBoxes()(as_tensor(photo), SampleRandom(seed)) for seed in (1, 2)]
+    drawn = [EdgeBoxes()(as_tensor(photo), SampleRNG(seed)) for seed in (1, 2)]
     assert torch.equal(*drawn), "ranked boxes keep their order"
 
 
@@ -202,7 +208,7 @@ def test_without_boxes_the_image_is_sharpened_and_enlarged(
         )
 
     monkeypatch.setattr(EdgeBoxes, "_boxes", boxes)
-    found, scores = EdgeBoxes().search(image)
+    found, scores = EdgeBoxes().propose(image)
     assert seen == [(100, 200, 3), (1000, 2000, 3)]
     assert found.tolist() == [[1, 2, 11, 7]], (
         "divided by 10, cut to whole numbers; a box without width is left out"
@@ -216,7 +222,7 @@ def test_a_flat_image_gives_its_middle(cv2) -> None:
         ((1, 1), [0, 0, 1, 1]),
         ((5, 300), [75, 1, 225, 3]),
     ):
-        boxes, scores = EdgeBoxes().search(np.full((height, width, 3), 77, dtype=np.uint8))
+        boxes, scores = EdgeBoxes().propose(np.full((height, width, 3), 77, dtype=np.uint8))
         assert boxes.tolist() == [expected]
         assert scores.tolist() == [0]
 
@@ -270,11 +276,11 @@ def test_structured_edges(cv2, tmp_path: Path) -> None:
     assert edges[30:66, 20:28].max() > 0
     assert edges[40:56, 40:56].max() == 0
     assert orientation.shape == edges.shape == (96, 96)
-    with logged() as lines:
+    with captured_log() as lines:
         method = build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(forest)))
     assert not lines
     assert method.settings["edges"].startswith("structured forest ")
-    boxes = pickle.loads(pickle.dumps(method))(as_tensor(image), SampleRandom(0))  # noqa: S301 - as loader processes receive it
+    boxes = pickle.loads(pickle.dumps(method))(as_tensor(image), SampleRNG(0))  # noqa: S301 - as loader processes receive it
     expected, _ = cv2.ximgproc.createEdgeBoxes(maxBoxes=512).getBoundingBoxes(edges, orientation)
     assert boxes[:, :2].int().tolist() == expected[:, :2].tolist()
     forest.write_text(forest.read_text().replace("0.05", "0.06"))
@@ -291,7 +297,7 @@ def test_a_wrong_or_absent_edge_model(cv2, tmp_path: Path) -> None:
         build_proposals(
             proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "text.yml"))
         )
-    with logged() as lines:
+    with captured_log() as lines:
         build_proposals(proposal_settings(proposals="edge_boxes", edge_model=""))
     assert len(lines) == 1
     assert "plain image gradients" in lines[0]
@@ -321,22 +327,22 @@ def test_missing_opencv_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_select() -> None:
-    assert select(100, "topk", 30, SampleRandom(0)).tolist() == list(range(30))
-    assert select(7, "topk", 30, SampleRandom(0)).tolist() == list(range(7))
-    drawn = select(100, "random", 30, SampleRandom(0))
+    assert select_indices(100, "topk", 30, SampleRNG(0)).tolist() == list(range(30))
+    assert select_indices(7, "topk", 30, SampleRNG(0)).tolist() == list(range(7))
+    drawn = select_indices(100, "random", 30, SampleRNG(0))
     assert len(set(drawn.tolist())) == 30
     assert drawn.max() > 80
-    assert select(4, "random", 30, SampleRandom(0)).sort().values.tolist() == [0, 1, 2, 3]
+    assert select_indices(4, "random", 30, SampleRNG(0)).sort().values.tolist() == [0, 1, 2, 3]
     with pytest.raises(UserError, match="--strategy best is unknown"):
-        select(4, "best", 30, SampleRandom(0))
+        select_indices(4, "best", 30, SampleRNG(0))
     for strategy in ("topk", "random", "mc"):
-        assert len(select(0, strategy, 30, SampleRandom(0))) == 0
+        assert len(select_indices(0, strategy, 30, SampleRNG(0))) == 0
 
 
 def test_importance_sampling_follows_the_published_probabilities() -> None:
     taken = np.zeros(400)
     for seed in range(1500):
-        taken[select(400, "mc", 30, SampleRandom(seed)).numpy()] += 1
+        taken[select_indices(400, "mc", 30, SampleRNG(seed)).numpy()] += 1
     expected = -np.log(np.arange(1, 301) / 301) / 10
     assert taken[300:].sum() == 0
     assert np.abs(taken[:300] / 1500 - expected).max() < 0.06
@@ -346,11 +352,12 @@ def test_importance_sampling_follows_the_published_probabilities() -> None:
 def test_a_fixed_number_of_boxes() -> None:
     boxes = torch.tensor([[10.0, 10, 50, 30], [60, 40, 100, 80]])
     assert torch.equal(
-        FixedNumber(lambda *_: boxes, 1)(torch.zeros(3, 80, 100), SampleRandom(0), "a"), boxes[:1]
+        FixedNumProposals(lambda *_: boxes, 1)(torch.zeros(3, 80, 100), SampleRNG(0), "a"),
+        boxes[:1],
     )
-    filled = FixedNumber(lambda *_: boxes, 5)(torch.zeros(3, 80, 100), SampleRandom(0), "a")
+    filled = FixedNumProposals(lambda *_: boxes, 5)(torch.zeros(3, 80, 100), SampleRNG(0), "a")
     assert torch.equal(filled[:2], boxes)
-    assert torch.equal(filled, repeat_boxes(boxes, 5, (80, 100), SampleRandom(0)))
+    assert torch.equal(filled, pad_with_jittered_boxes(boxes, 5, (80, 100), SampleRNG(0)))
     shift = (filled[2:] - boxes[[0, 1, 0]]).abs()
     assert shift.max() > 0
     assert bool(
@@ -358,13 +365,14 @@ def test_a_fixed_number_of_boxes() -> None:
     )
     assert bool((filled[:, 2:] <= torch.tensor([100, 80])).all())
     with pytest.raises(BadImageError, match="no proposals"):
-        FixedNumber(lambda *_: boxes[:0], 5)(torch.zeros(3, 80, 100), SampleRandom(0), "a")
+        FixedNumProposals(lambda *_: boxes[:0], 5)(torch.zeros(3, 80, 100), SampleRNG(0), "a")
 
 
 def test_selected_takes_from_the_method_s_order() -> None:
     boxes = torch.arange(40.0).reshape(10, 4)
     assert torch.equal(
-        Selected(lambda *_: boxes, "topk", 3)(torch.zeros(3, 5, 5), SampleRandom(0), "a"), boxes[:3]
+        SelectedProposals(lambda *_: boxes, "topk", 3)(torch.zeros(3, 5, 5), SampleRNG(0), "a"),
+        boxes[:3],
     )
 
 
@@ -404,20 +412,20 @@ def test_coco_file_with_scores(tmp_path: Path) -> None:
         f"{results},{write_json(tmp_path / 'images.json', {'images': COCO['images']})}"
     )
     for method in (whole, parts, pickle.loads(pickle.dumps(whole))):  # noqa: S301 - as loader processes receive it
-        assert method(IMAGE, SampleRandom(0), "b/x.jpg").tolist() == [
+        assert method(IMAGE, SampleRNG(0), "b/x.jpg").tolist() == [
             [70, 50, 80, 60],
             [10, 20, 15, 26],
         ]
-        assert method(IMAGE, SampleRandom(0), "a/x.jpg").tolist() == [[1, 2, 4, 6]]
-        assert method(IMAGE, SampleRandom(0), "empty.jpg").shape == (0, 4)
+        assert method(IMAGE, SampleRNG(0), "a/x.jpg").tolist() == [[1, 2, 4, 6]]
+        assert method(IMAGE, SampleRNG(0), "empty.jpg").shape == (0, 4)
         with pytest.raises(UserError, match="lists no image x.jpg"):
-            method(IMAGE, SampleRandom(0), "x.jpg")
+            method(IMAGE, SampleRNG(0), "x.jpg")
 
 
 def test_coco_file_without_scores_is_drawn_in_a_new_order(tmp_path: Path) -> None:
     annotations = [{"image_id": 4, "bbox": [i, 0, 5, 5], "iscrowd": int(i == 7)} for i in range(20)]
     method = from_file(write_json(tmp_path / "boxes.json", {**COCO, "annotations": annotations}))
-    orders = [method(IMAGE, SampleRandom(seed), "a/x.jpg")[:, 0].tolist() for seed in (0, 1, 0)]
+    orders = [method(IMAGE, SampleRNG(seed), "a/x.jpg")[:, 0].tolist() for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     assert sorted(orders[0]) == [i for i in range(20) if i != 7]
 
@@ -461,14 +469,14 @@ def test_published_caches(tmp_path: Path) -> None:
     np.save(detreg / "pic.npy", boxes)
     for scores in (np.array([[0.9], [0.5], [0.1]]), np.array([0.9, 0.5, 0.1])):
         np.save(siamese / "n01" / "pic.npy", {"box": boxes.astype(np.int64), "score": scores})
-        assert from_file(siamese)(IMAGE, SampleRandom(0), "n01/pic.JPEG").tolist() == boxes.tolist()
+        assert from_file(siamese)(IMAGE, SampleRNG(0), "n01/pic.JPEG").tolist() == boxes.tolist()
     orders = [
-        from_file(detreg)(IMAGE, SampleRandom(seed), "deep/pic.jpg").tolist() for seed in range(6)
+        from_file(detreg)(IMAGE, SampleRNG(seed), "deep/pic.jpg").tolist() for seed in range(6)
     ]
     assert all(sorted(order) == sorted(boxes.tolist()) for order in orders)
     assert len({str(order) for order in orders}) > 1
     with pytest.raises(UserError, match="has no file for n01/other.jpg"):
-        from_file(siamese)(IMAGE, SampleRandom(0), "n01/other.jpg")
+        from_file(siamese)(IMAGE, SampleRNG(0), "n01/other.jpg")
 
 
 def test_caches_of_older_numpy(tmp_path: Path) -> None:
@@ -482,7 +490,7 @@ def test_caches_of_older_numpy(tmp_path: Path) -> None:
             file, {"descr": "|O", "fortran_order": False, "shape": ()}
         )
         file.write(pickle.dumps(content, protocol=2).replace(b"numpy._core", b"numpy.core"))
-    assert from_file(tmp_path)(IMAGE, SampleRandom(0), "pic.jpg").tolist() == boxes.tolist()
+    assert from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg").tolist() == boxes.tolist()
 
 
 def test_equal_base_names_in_a_flat_cache_are_refused(tmp_path: Path) -> None:
@@ -508,14 +516,14 @@ def test_npy_files_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     np.save("pic.npy", {"box": Runs()})
     with pytest.raises(UserError, match=r"pic\.npy can't be read \(it holds a posix.mkdir"):
-        from_file(tmp_path)(IMAGE, SampleRandom(0), "pic.jpg")
+        from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg")
     assert not Path("it_ran").exists()
     np.save("pic.npy", np.zeros((3, 7)))
     with pytest.raises(UserError, match=r"holds float64 \[3, 7\]: expected boxes"):
-        from_file(tmp_path)(IMAGE, SampleRandom(0), "pic.jpg")
+        from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg")
     np.save("pic.npy", {"box": np.zeros((3, 4)), "score": np.zeros(2)})
     with pytest.raises(UserError, match="3 boxes and 2 scores"):
-        from_file(tmp_path)(IMAGE, SampleRandom(0), "pic.jpg")
+        from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg")
     np.save("plain.npy", np.arange(6))
     assert read_npy(Path("plain.npy")).tolist() == list(range(6))
 
@@ -529,10 +537,10 @@ def test_npz_archive(tmp_path: Path) -> None:
         },
     )
     method = from_file(tmp_path / "boxes.npz")
-    assert method(IMAGE, SampleRandom(0), "a/x.jpg").tolist() == [[1, 1, 9, 9], [0, 0, 5, 5]]
-    assert len(method(IMAGE, SampleRandom(0), "b/x.jpg")) == 0
+    assert method(IMAGE, SampleRNG(0), "a/x.jpg").tolist() == [[1, 1, 9, 9], [0, 0, 5, 5]]
+    assert len(method(IMAGE, SampleRNG(0), "b/x.jpg")) == 0
     with pytest.raises(UserError, match="has no array x.jpg"):
-        pickle.loads(pickle.dumps(method))(IMAGE, SampleRandom(0), "x.jpg")  # noqa: S301 - as loader processes receive it
+        pickle.loads(pickle.dumps(method))(IMAGE, SampleRNG(0), "x.jpg")  # noqa: S301 - as loader processes receive it
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="no .npz file"):
         from_file(tmp_path / "bad.npz")
@@ -557,7 +565,7 @@ def test_damaged_and_odd_files_are_one_line(tmp_path: Path) -> None:
         (tmp_path, "c.jpg", "c.npy can't be read"),
     ):
         with pytest.raises(UserError, match=said):
-            from_file(path)(IMAGE, SampleRandom(0), name)
+            from_file(path)(IMAGE, SampleRNG(0), name)
 
 
 def test_files_that_are_not_there_or_of_no_known_form(tmp_path: Path) -> None:

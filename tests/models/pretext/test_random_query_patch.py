@@ -11,8 +11,8 @@ from models import build_model
 from models.pretext import Pretext
 from models.pretext.random_query_patch import RandomQueryPatch
 from tests.tiny import (
+    captured_log,
     fine_tune,
-    logged,
     make_batch,
     make_targets,
     pre_train,
@@ -26,8 +26,8 @@ from util.settings import PRETRAIN, make_parser
 from util.settings.registry import DETECTORS, PRETEXTS
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-PAIRS = [(pretext, detector) for pretext in PRETEXTS for detector in DETECTORS]
-pairs = pytest.mark.parametrize(("pretext", "detector"), PAIRS)
+NUM_MATCHES = [(pretext, detector) for pretext in PRETEXTS for detector in DETECTORS]
+pairs = pytest.mark.parametrize(("pretext", "detector"), NUM_MATCHES)
 on_detectors = pytest.mark.parametrize("detector", DETECTORS)
 PATCHES, QUERIES = 5, 20
 OWN_FLAGS = {
@@ -75,7 +75,7 @@ def test_pretext_runs_on_every_detector(pretext: str, detector: str) -> None:
     outputs = model(make_batch([(64, 96), (64, 64)] * 2), patch_targets(images=4))
     losses = criterion(outputs, patch_targets(images=4))
     assert set(criterion.weight_dict) <= set(losses)
-    total = criterion.total(losses)
+    total = criterion.total_loss(losses)
     total.backward()
     assert torch.isfinite(total)
     for name, parameter in model.named_parameters():
@@ -131,7 +131,7 @@ def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-4)
     history = []
     for _ in range(60):
-        total = criterion.total(criterion(model(samples, targets), targets))
+        total = criterion.total_loss(criterion(model(samples, targets), targets))
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -311,7 +311,7 @@ def test_reconstruction_target_is_detached(detector: str) -> None:
     outputs = model(make_batch(), patch_targets())
     assert not outputs["target_features"].requires_grad
     assert outputs["pred_features"].requires_grad
-    criterion.total(criterion(outputs, patch_targets())).backward()
+    criterion.total_loss(criterion(outputs, patch_targets())).backward()
     backbone = [p for name, p in model.named_parameters() if "backbone" in name]
     assert all(p.requires_grad and p.grad.abs().sum() > 0 for p in backbone)
 
@@ -321,7 +321,9 @@ def test_frozen_backbone() -> None:
     model, criterion = build("detr", "--fre_cnn", "--backbone_norm", "frozen")
     features = model.patch_features(patch_targets()[0]["patches"])
     assert not features.requires_grad
-    criterion.total(criterion(model(make_batch(), patch_targets()), patch_targets())).backward()
+    criterion.total_loss(
+        criterion(model(make_batch(), patch_targets()), patch_targets())
+    ).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) is ("backbone" in name), name
 
@@ -438,7 +440,7 @@ def test_names_of_the_published_checkpoint(case: str, flags: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------------- transfer
 
-OWN_PARTS = tuple(part for entry in PRETEXTS.values() for part in entry.parts)
+OWN_PARTS = tuple(part for entry in PRETEXTS.values() for part in entry.parameter_prefixes)
 
 
 @pairs
@@ -468,7 +470,7 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
 
     hook = nn.modules.module.register_module_forward_pre_hook(keep_first_weights)
     try:
-        with logged() as lines:
+        with captured_log() as lines:
             fine_tune(
                 "--coco_path",
                 write_coco(tmp_path / "coco", train=2),
@@ -509,7 +511,8 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
         line.startswith("class_embed ") and f"{heads} (" in line for line in table.splitlines()
     )
     assert any(
-        line.startswith(PRETEXTS[pretext].parts[0].rstrip(".")) for line in table.splitlines()
+        line.startswith(PRETEXTS[pretext].parameter_prefixes[0].rstrip("."))
+        for line in table.splitlines()
     )
     trained = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
     settings = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["args"]

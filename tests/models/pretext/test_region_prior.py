@@ -18,8 +18,8 @@ from models.target_encoder import build_target_encoder, encode_crops
 from tests import golden_models
 from tests.tiny import (
     FROZEN,
+    captured_log,
     fine_tune,
-    logged,
     make_batch,
     make_targets,
     pre_train,
@@ -31,7 +31,7 @@ from tests.tiny import (
 )
 from util.box_ops import box_cxcywh_to_xyxy
 from util.errors import UserError
-from util.runs.model_summary import describe_model
+from util.runs.model_summary import log_model_summary
 from util.settings import PRETRAIN
 from util.settings.registry import DETECTORS
 
@@ -88,7 +88,7 @@ def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
         rtol=0,
         atol=1e-5,
     )
-    published = encode_crops(encoder, [crops], published_statistics=True)
+    published = encode_crops(encoder, [crops], published_batch_norm=True)
     torch.testing.assert_close(
         published, torch.from_numpy(z["head_embedding_train_bn"]), rtol=0, atol=1e-4
     )
@@ -121,8 +121,8 @@ def test_weights_without_a_projection_head_are_refused(tmp_path: Path) -> None:
 
 def test_a_random_target_is_said() -> None:
     model, _, args = build()
-    with logged() as lines:
-        describe_model(model, args)
+    with captured_log() as lines:
+        log_model_summary(model, args)
     assert any("those of a random network" in line for line in lines)
 
 
@@ -144,7 +144,7 @@ def test_losses_reach_detector_and_embedding_but_not_the_encoder(detector: str) 
     model, criterion, _ = build("--detector", detector)
     targets = targets_with_patches([3, 2])
     losses = criterion(model(make_batch(), targets), targets)
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     assert "loss_object_embedding" in criterion.weight_dict
     assert "loss_object_embedding_0" not in criterion.weight_dict, "of the last layer only"
     assert float(model.feature_embed.layers[-1].weight.grad.abs().sum()) > 0
@@ -166,7 +166,7 @@ def test_without_any_target_the_loss_is_zero_and_connected() -> None:
     targets = targets_with_patches([0, 0])
     losses = criterion(model(make_batch(), targets), targets)
     assert losses["loss_object_embedding"].item() == 0
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     assert model.feature_embed.layers[0].weight.grad is not None
 
 
@@ -197,7 +197,7 @@ def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
     model, criterion, args = build("--detector", "deformable_detr", *flags)
     targets = targets_with_patches([3, 2], label=min(args.num_classes - 1, 1))
     losses = criterion(model(make_batch(), targets), targets)
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     assert {name for name in losses if "embedding" in name} == {"loss_object_embedding"}
     assert "loss_ce_enc" in losses
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad), (

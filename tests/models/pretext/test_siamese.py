@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from models.pretext.siamese import partner
+from models.pretext.siamese import swap_views
 from models.synced_batch_norm import SyncedBatchNorm
 from tests.published_files import SMALL, siamese, siamese_file
 from tests.tiny import (
@@ -28,8 +28,8 @@ from tests.tiny import (
     write_images,
 )
 from util.box_ops import box_cxcywh_to_xyxy
-from util.checkpoints.checkpoint import as_checkpoint
-from util.checkpoints.loading import load_exactly
+from util.checkpoints.checkpoint import parse_checkpoint
+from util.checkpoints.loading import load_strict
 from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
 from util.settings import PRETRAIN
@@ -74,7 +74,7 @@ def test_losses_and_gradients(detector: str) -> None:
     ) == (1, 5, 2, 3)
     assert (weights["loss_feature_0"], weights["loss_enc_global_contra"]) == (3, 10)
     assert not {"loss_enc_global_contra_0", "projection_std"} & set(weights)
-    criterion.total(losses).backward()
+    criterion.total_loss(losses).backward()
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == ("backbone" not in name), name
         assert parameter.requires_grad == (parameter.grad is not None), name
@@ -136,11 +136,11 @@ def test_queries_of_one_view_decode_the_other(detector: str) -> None:
         before = model(batch, targets)["pred_logits"]
         pixels = model(NestedTensor(changed, batch.mask, False), targets)["pred_logits"]
         boxes = model(batch, moved)["pred_logits"]
-    assert differs(before, pixels) == [True, False, True, False]
-    assert differs(before, boxes) == [False, False, True, False]
+    assert differs_per_view(before, pixels) == [True, False, True, False]
+    assert differs_per_view(before, boxes) == [False, False, True, False]
 
 
-def differs(a: Tensor, b: Tensor) -> list[bool]:
+def differs_per_view(a: Tensor, b: Tensor) -> list[bool]:
     return [not torch.allclose(x, y, atol=1e-6) for x, y in zip(a, b, strict=True)]
 
 
@@ -171,7 +171,7 @@ def test_padding_is_not_in_the_pooled_memory(levels: int) -> None:
     torch.testing.assert_close(model.pooled_memory(memory), pooled)
     assert pooled.shape == (4, 32 * min(levels, 3))
     model.reproduce_published = True
-    assert differs(model.pooled_memory(memory), pooled) == [True, False, True, False]
+    assert differs_per_view(model.pooled_memory(memory), pooled) == [True, False, True, False]
 
 
 @pytest.mark.parametrize("levels", [1, 4])
@@ -209,7 +209,7 @@ def test_disturbed_boxes_move_by_a_tenth_at_most_and_stay_inside() -> None:
     model, _ = build()
     boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.2], [0.1, 0.9, 0.2, 0.2]]]).repeat(200, 1, 1)
     sizes = torch.tensor([[100, 200]]).repeat(200, 1)
-    moved = model.disturb(boxes, sizes)
+    moved = model.disturb_boxes(boxes, sizes)
     exact = box_cxcywh_to_xyxy(boxes) * torch.tensor([200.0, 100.0, 200.0, 100.0])
     share = (moved - exact).abs() / torch.tensor([[[80.0, 20.0] * 2, [40.0, 20.0] * 2]])
     assert share.max() <= 0.1 + 1e-4
@@ -245,7 +245,7 @@ def test_ablations_leave_their_parts_out() -> None:
         (("--num_queries", "21"), "--num_patches 5 does not divide --num_queries 21"),
         (("--detector", "deformable_detr", "--two_stage", "--with_box_refine"), "--two_stage"),
         (("--batch_size", "1"), "--global_loss_coef 0"),
-        (("--mask_ratio", "0.2"), "--mask_ratio means nothing to --pretext siamese"),
+        (("--mask_ratio", "0.2"), "--mask_ratio has no effect with --pretext siamese"),
         (("--max_iters", "10"), "--max_iters and --lr_drop_iters"),
         (
             ("--max_iters", "10", "--lr_drop_iters", "5", "--start_epoch", "3"),
@@ -278,7 +278,7 @@ def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> Non
     own = ("--num_feature_levels", str(levels)) if levels else ()
     file = siamese_file(siamese(detector, *SMALL, *own, channels=896 if levels > 1 else 512))
     model, _ = build("--detector", detector, *own)
-    load_exactly(model, as_checkpoint(file, "iter_300000.pth"))
+    load_strict(model, parse_checkpoint(file, "iter_300000.pth"))
     for name in (
         "patch2query.weight",
         "enc_head.0.projector.mlp.0.weight",
@@ -293,8 +293,8 @@ def test_views_that_do_not_fit_are_an_error() -> None:
         model(make_batch(3), view_targets(3))
 
 
-def test_partner_exchanges_the_halves() -> None:
-    assert partner(torch.arange(6)).tolist() == [3, 4, 5, 0, 1, 2]
+def test_swap_views_exchanges_the_halves() -> None:
+    assert swap_views(torch.arange(6)).tolist() == [3, 4, 5, 0, 1, 2]
 
 
 def test_batch_norm_is_pytorchs_in_one_process() -> None:

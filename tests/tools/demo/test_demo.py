@@ -36,7 +36,7 @@ def coco_path(tmp_path: Path) -> Path:
 
 
 def test_commands_on_scenes_are_commands_of_the_scripts(tmp_path: Path) -> None:
-    scenes, pretrain, finetune, scratch = demo.make_stages(demo_args(tmp_path))
+    scenes, pretrain, finetune, scratch = demo.build_stages(demo_args(tmp_path))
     assert (
         sample_scenes.get_args_parser().parse_args(scenes.command[3:]).output
         == tmp_path / "out" / "scenes"
@@ -51,7 +51,7 @@ def test_commands_on_scenes_are_commands_of_the_scripts(tmp_path: Path) -> None:
 
 def test_both_fine_tunings_have_the_same_budget(tmp_path: Path) -> None:
     """They differ in the checkpoint and the folder, in nothing else."""
-    *_, finetune, scratch = demo.make_stages(demo_args(tmp_path))
+    *_, finetune, scratch = demo.build_stages(demo_args(tmp_path))
     with_checkpoint, without = (
         vars(finetune_main.parse(stage.command[2:])) for stage in (finetune, scratch)
     )
@@ -62,29 +62,29 @@ def test_both_fine_tunings_have_the_same_budget(tmp_path: Path) -> None:
 
 
 def test_commands_on_real_data(tmp_path: Path, coco_path: Path) -> None:
-    pretrain, finetune, _ = demo.make_stages(
+    pretrain, finetune, _ = demo.build_stages(
         demo_args(tmp_path, "--coco_path", str(coco_path), "--epochs", "7")
     )
     settings = resolve(pretrain_main.parse(pretrain.command[2:]))
     assert settings.imagenet_path == str(coco_path / "images" / "train2017")
     tuned = resolve(finetune_main.parse(finetune.command[2:]))
     assert (tuned.num_classes, tuned.epochs, tuned.lr_drop) == (18, 7, 5)
-    assert tuned.image_size == demo.ON_REAL_DATA.image_size
+    assert tuned.image_size == demo.CUSTOM_DEFAULTS.image_size
 
 
 def test_unreadable_annotations_are_named(tmp_path: Path, coco_path: Path) -> None:
     (coco_path / "annotations" / "instances_train2017.json").write_text("{}")
     with pytest.raises(UserError, match="instances_train2017.json"):
-        demo.make_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
+        demo.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="not of the demo"):
-        demo.claim_folder(tmp_path)
-    demo.claim_folder(tmp_path / "new")
+        demo.prepare_output_dir(tmp_path)
+    demo.prepare_output_dir(tmp_path / "new")
     (tmp_path / "new" / "pretrain").mkdir()
-    demo.claim_folder(tmp_path / "new")
+    demo.prepare_output_dir(tmp_path / "new")
 
 
 def test_a_finished_stage_is_reused_and_an_unfinished_one_goes_on(tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_a_finished_stage_is_reused_and_an_unfinished_one_goes_on(tmp_path: Path
 
 def test_patch_overlap_tells_own_from_other_patches() -> None:
     places = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
-    found = result_page.Found(
+    found = result_page.PatchPredictions(
         None, [], places, torch.tensor([[0.0, 0, 10, 5], [20, 20, 30, 30]]), torch.ones(2)
     )
-    assert result_page.patch_overlap([found]) == (0.75, 0.0)
+    assert result_page.patch_iou([found]) == (0.75, 0.0)
 
 
 def test_results_show_the_last_evaluation(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_results_show_the_last_evaluation(tmp_path: Path) -> None:
             {"epoch": 2, "test_coco_eval_bbox": [0.25] * 12},
         ]
         (tmp_path / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = result_page.results(tmp_path)
+    rows = result_page.results_table(tmp_path)
     assert rows == [
         (title, ["0.250", "0.250", "0.250", "0.500"]) for title in result_page.RUNS.values()
     ]
     (tmp_path / "finetune_scratch" / "log.txt").write_text('{"epoch": 0}\n')
     with pytest.raises(UserError, match="no evaluation"):
-        result_page.results(tmp_path)
+        result_page.results_table(tmp_path)
 
 
 def test_no_finished_demo(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from tools.demo import scenes as sample_scenes
-from tools.demo.scenes import CLASS_NAMES, PHOTOGRAPHS, SPLITS, make_scene, write_coco
-from tools.demo.shapes import OUTLINES, rasterise
+from tools.demo.scenes import CLASS_NAMES, SOURCE_PHOTOS, SPLITS, make_scene, write_coco
+from tools.demo.shapes import OUTLINES, rasterize
 from util.errors import UserError
 
 pytest.importorskip("skimage")
@@ -95,16 +95,16 @@ def test_objects_vary_and_occlude_each_other() -> None:
 
 
 def test_held_out_scenes_use_other_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not set(PHOTOGRAPHS["train"]) & set(PHOTOGRAPHS["val"])
+    assert not set(SOURCE_PHOTOS["train"]) & set(SOURCE_PHOTOS["val"])
     assert {split: group for split, (_, group) in SPLITS.items()} == {
         "train": "train",
         "val": "val",
         "unlabelled": "train",
     }
     groups = []
-    original = sample_scenes._photographs
+    original = sample_scenes._load_photos
     monkeypatch.setattr(
-        sample_scenes, "_photographs", lambda group: groups.append(group) or original(group)
+        sample_scenes, "_load_photos", lambda group: groups.append(group) or original(group)
     )
     for split in SPLITS:
         make_scene(1, 0, 64, split)
@@ -112,14 +112,14 @@ def test_held_out_scenes_use_other_photographs(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_only_photographs_with_a_free_licence() -> None:
-    for statements in PHOTOGRAPHS.values():
+    for statements in SOURCE_PHOTOS.values():
         assert all(text.startswith(("CC0", "public domain")) for text in statements.values())
 
 
 def test_every_class_has_an_outline_of_its_own() -> None:
     assert set(OUTLINES) == set(CLASS_NAMES)
     drawn = {
-        name: rasterise(outline(np.random.default_rng(0)), 40) for name, outline in OUTLINES.items()
+        name: rasterize(outline(np.random.default_rng(0)), 40) for name, outline in OUTLINES.items()
     }
     for alpha in drawn.values():
         assert max(alpha.shape) == 40
@@ -268,6 +268,6 @@ def test_command_line_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_scenes.importlib.util, "find_spec", lambda name: None)
-    sample_scenes._photographs.cache_clear()
+    sample_scenes._load_photos.cache_clear()
     with pytest.raises(UserError, match="pip install scikit-image"):
         make_scene(1, 0, 64, "train")

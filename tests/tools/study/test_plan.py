@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.documents import config_words, parse, tool
+from tests.documents import config_words, import_tool, parse
 from tests.study_cases import prepare_data, run_words
 from tests.tiny import ROOT
 from tools import transfer_study
 from tools.study import presets
-from tools.study.plan import Step, plan_of, words_of
+from tools.study.plan import Step, build_plan, to_argv
 from tools.study.prepare import read_manifest
-from tools.study.runner import command
+from tools.study.runner import build_command
 from util.errors import UserError
 
 
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def steps_of(data: Path, *words: object) -> list[Step]:
     args = transfer_study.parse(["run", *map(str, run_words(data, Path("out"), *words))])
-    return plan_of(args, read_manifest(data)).steps()
+    return build_plan(args, read_manifest(data)).steps()
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
@@ -61,7 +61,9 @@ def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
     ablations = [
         name
         for name, row in presets.ABLATIONS.items()
-        if row.pretext not in of_configs or row.times == 1 and None not in row.changes.values()
+        if row.pretext not in of_configs
+        or row.step_factor == 1
+        and None not in row.changes.values()
     ]
     words = [
         "--preset",
@@ -78,13 +80,13 @@ def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
     for step in steps:
         flags = [
             word.replace("{data}", str(data)).replace("{study}", "out")
-            for word in words_of(step.flags)
+            for word in to_argv(step.flags)
         ]
         words = [step.script, *flags]
         if words[0].endswith(".sh"):
             words = config_words(ROOT / words[0], *words[1:])
         if words[0].startswith("tools/"):
-            tool(words[0]).parse(words[1:])
+            import_tool(words[0]).parse(words[1:])
         else:
             settings = parse(words)
             published = 800 if words[0] == "finetune_main.py" else 480
@@ -128,7 +130,7 @@ def test_commands_for_several_gpus() -> None:
 
     def of(preset: str, kind: str, script: str) -> tuple[list[str], dict[str, str]]:
         args.preset = preset
-        return command(Step("x", kind, script, {"seed": 1}), args, "python", Path())
+        return build_command(Step("x", kind, script, {"seed": 1}), args, "python", Path())
 
     flags = ["--seed", "1", "--num_workers"]
     assert of("paper", "finetune", "finetune_main.py") == (

@@ -1,4 +1,4 @@
-"""The data of a transfer study: parts are disjoint, boxes fit the small images, a call can be repeated."""
+"""The data of a transfer study: parts are disjoint, boxes fit the small images, a call can be repeat_images."""
 
 import json
 from argparse import Namespace
@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.study_cases import prepare_data, run_words, study
 from tests.tiny import write_coco, write_voc
-from tools.study.prepare import draw_unlabelled, read_manifest, repeated, shrink
+from tools.study.prepare import draw_unlabelled, read_manifest, repeat_images, resize_image
 from util.errors import UserError
 
 
@@ -135,7 +135,7 @@ def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None
     args, image = Namespace(image_size=64, quality=82), Image.new("RGB", (40, 50), (200, 30, 30))
     for name in ("a.jpg", "a.png"):
         image.save(tmp_path / name)
-        assert shrink(str(tmp_path / name), tmp_path / "out" / f"{name}.jpg", args) == (
+        assert resize_image(str(tmp_path / name), tmp_path / "out" / f"{name}.jpg", args) == (
             (40, 50),
             (40, 50),
         )
@@ -143,7 +143,7 @@ def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None
     with Image.open(tmp_path / "out" / "a.png.jpg") as copy:
         assert copy.format == "JPEG"
     image.resize((80, 100)).save(tmp_path / "b.jpg")
-    assert shrink(str(tmp_path / "b.jpg"), tmp_path / "out" / "b.jpg", args) == (
+    assert resize_image(str(tmp_path / "b.jpg"), tmp_path / "out" / "b.jpg", args) == (
         (80, 100),
         (64, 80),
     )
@@ -212,7 +212,7 @@ def test_repeated_images_keep_their_boxes() -> None:
         "categories": [],
         "annotations": [{"id": 1, "image_id": 9, "bbox": [1, 2, 3, 4]}],
     }
-    again = repeated(content, 5)
+    again = repeat_images(content, 5)
     assert [image["file_name"] for image in again["images"]] == ["a", "b", "a", "b", "a"]
     assert [image["id"] for image in again["images"]] == [1, 2, 3, 4, 5]
     assert [(box["id"], box["image_id"]) for box in again["annotations"]] == [(1, 2), (2, 4)]

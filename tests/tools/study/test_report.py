@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.study_cases import made_up_study, study
+from tests.study_cases import fake_study, study
 from tools.study.results import paired_difference, read_evaluations, read_steps, read_study
 from util.errors import UserError
 
@@ -42,7 +42,7 @@ def test_runs_of_one_pre_training_count_once() -> None:
     """
     values, baseline = series({1: 1, 2: 5, 3: 3, 4: 7}), series(dict.fromkeys(range(1, 5), 0))
     found = paired_difference(values, baseline, series({1: 1, 2: 2, 3: 1, 4: 2}))
-    assert (found.mean, found.count, found.what) == (4.0, 2, "pre-trainings")
+    assert (found.mean, found.count, found.unit) == (4.0, 2, "pre-trainings")
     assert found.half_width == pytest.approx(12.7062047 * 2, rel=1e-6)
     assert found.verdict == "no difference shown"
     for origins in ({}, dict.fromkeys(range(1, 5), 1), {seed: seed for seed in range(1, 5)}):
@@ -71,7 +71,7 @@ def test_findings_come_first_and_tables_follow(tmp_path: Path) -> None:
         (row, seed): ap for row, values in rows.items() for seed, ap in enumerate(values, start=1)
     }
     page = report(
-        made_up_study(tmp_path / "out", {**aps, ("siamese-random", 1): None, ("mine", 1): 0.3})
+        fake_study(tmp_path / "out", {**aps, ("siamese-random", 1): None, ("mine", 1): 0.3})
     )
     title = "conditional_detr, 10 % of the labels"
     finding = next(line for line in page.splitlines() if line.startswith(f"- {title}"))
@@ -112,7 +112,7 @@ def test_an_ablation_is_compared_with_its_pretext(tmp_path: Path) -> None:
         "region_prior-true_boxes": 0.15,
     }
     aps = {(row, seed): ap for row, ap in rows.items() for seed in (1, 2)}
-    page = report(made_up_study(tmp_path / "out", aps))
+    page = report(fake_study(tmp_path / "out", aps))
     cells = [
         re.split(r" *\| *", line)[1:-1]
         for line in page.splitlines()
@@ -128,14 +128,14 @@ def test_an_ablation_is_compared_with_its_pretext(tmp_path: Path) -> None:
 
 def test_the_report_names_pre_trainings_and_versions_of_the_code(tmp_path: Path) -> None:
     aps = {(row, seed): 0.1 for row in ("none", "siamese") for seed in (1, 2, 12)}
-    assert "1 (1): 10.0, 2 (1): 10.0, 12 (2): 10.0" in report(made_up_study(tmp_path / "one", aps))
+    assert "1 (1): 10.0, 2 (1): 10.0, 12 (2): 10.0" in report(fake_study(tmp_path / "one", aps))
     assert "versions of the code" not in report(tmp_path / "one")
-    page = report(made_up_study(tmp_path / "two", aps, codes=("aaa", "bbb")))
+    page = report(fake_study(tmp_path / "two", aps, codes=("aaa", "bbb")))
     assert "made with 2 versions of the code: aaa, bbb" in page
 
 
 def test_own_text_outlives_the_report(tmp_path: Path) -> None:
-    folder = made_up_study(tmp_path / "out", {("none", 1): 0.1})
+    folder = fake_study(tmp_path / "out", {("none", 1): 0.1})
     report(folder)
     (folder / "transfer.notes.md").write_text("## Mine\n\n- It is so.\n")
     page = report(folder)
@@ -151,7 +151,7 @@ def test_own_text_outlives_the_report(tmp_path: Path) -> None:
 
 
 def test_every_evaluation_is_in_the_csv_file(tmp_path: Path) -> None:
-    folder = made_up_study(
+    folder = fake_study(
         tmp_path / "out", {("none", 2): 0.1, ("none", 1): 0.3, ("siamese", 1): None}
     )
     report(folder)
@@ -168,9 +168,7 @@ def test_every_evaluation_is_in_the_csv_file(tmp_path: Path) -> None:
 
 def test_curves_lie_beside_the_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    folder = made_up_study(
-        tmp_path / "out", {("none", 1): 0.1, ("none", 2): 0.2, ("siamese", 1): 0.2}
-    )
+    folder = fake_study(tmp_path / "out", {("none", 1): 0.1, ("none", 2): 0.2, ("siamese", 1): 0.2})
     study("report", folder, "--output", tmp_path / "page" / "x.md")
     assert (tmp_path / "page" / "x_curves" / "conditional_detr_0.1.png").read_bytes()[
         :4

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock
 
 from tests.study_cases import TINY, prepare_data, run_words, study
-from tests.tiny import ROOT, logged, read_log
+from tests.tiny import ROOT, captured_log, read_log
 from tools import transfer_study
 from tools.study import folder as study_folder
 from tools.study import presets, runner
@@ -29,7 +29,7 @@ from tools.study.plan import Step
 from tools.study.results import read_evaluations, read_steps, read_study
 from util.errors import StopRequested, UserError
 from util.logger import log
-from util.runs.folder import read_record
+from util.runs.folder import read_json_object
 from util.runs.session import run_script
 
 
@@ -45,7 +45,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ------------------------------------------------------------------------------ the runs, with programs in their place
 
-STAND_IN = """
+FAKE_RUN = """
 import json, os, signal, subprocess, sys, time
 words, behaviour = sys.argv[2:], json.loads(sys.argv[1])
 folder = words[words.index("--output_dir") + 1]
@@ -78,7 +78,7 @@ for file, text in (("log.txt", json.dumps(entry) + "\\n"), ("checkpoint.pth", "x
 """
 
 
-class StandIns:
+class FakeRuns:
     """Programs of milliseconds in place of the runs; behaviour: a part of a step's name -> "fails", "waits" (for
     SIGTERM, once), or "stays" (whatever the signal, with a worker in a session of its own, as torchrun has them)."""
 
@@ -95,7 +95,7 @@ class StandIns:
             sys.executable,
             "-S",
             "-c",
-            STAND_IN,
+            FAKE_RUN,
             json.dumps(self.behaviour),
             "x",
             "--output_dir",
@@ -104,10 +104,10 @@ class StandIns:
 
 
 @pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch, tiny: None) -> StandIns:
-    found = StandIns()
-    monkeypatch.setattr(runner, "command", found.command)
-    monkeypatch.setattr(runner, "POLL", 0.01)
+def fake_runs(monkeypatch: pytest.MonkeyPatch, tiny: None) -> FakeRuns:
+    found = FakeRuns()
+    monkeypatch.setattr(runner, "build_command", found.command)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
     return found
 
 
@@ -124,12 +124,12 @@ NAMES = {
 
 
 def test_done_runs_are_skipped_and_other_settings_refused(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
     """A run that was made with other settings, or would stand in one table with such, is an error."""
     words, out = run_words(data, tmp_path / "out", *ROWS, "--jobs", 4), tmp_path / "out"
     assert study("run", *words)[-1] == "all runs are done"
-    first = list(stand_ins.started)
+    first = list(fake_runs.started)
     assert (len(first), set(first)) == (7, NAMES)
     before = [
         first.index(name)
@@ -139,9 +139,9 @@ def test_done_runs_are_skipped_and_other_settings_refused(
     assert not list((out / "finetune").rglob("checkpoint.pth"))
     assert (out / "pretrain" / "conditional_detr" / "siamese_seed1" / "checkpoint.pth").exists()
     assert any("7 of them done before" in line for line in study("run", *words))
-    assert stand_ins.started == first
+    assert fake_runs.started == first
     study("run", *words, "--seeds", 1, 2, 3)
-    assert stand_ins.started[len(first) :] == [
+    assert fake_runs.started[len(first) :] == [
         f"finetune/conditional_detr/{row}/1_seed3" for row in ("none", "siamese")
     ]
     for more in ((), ("--seeds", 4), ("--pretexts", "none", "--fractions", 0.5)):
@@ -185,31 +185,31 @@ def test_a_listing_shows_states_and_commands(data: Path, tmp_path: Path, tiny: N
 
 
 def test_failures_are_reported_and_the_others_continue(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
-    stand_ins.behaviour = {"pretrain/conditional_detr/siamese": "fails"}
+    fake_runs.behaviour = {"pretrain/conditional_detr/siamese": "fails"}
     words = list(map(str, run_words(data, tmp_path / "out", *ROWS)))
     failed = r"^4 of 7 runs failed: pretrain/conditional_detr/siamese_seed1, .*; the same command continues"
-    with logged() as lines, pytest.raises(UserError, match=failed):
+    with captured_log() as lines, pytest.raises(UserError, match=failed):
         transfer_study.main(transfer_study.parse(["run", *words]))
     text = "\n".join(lines)
     assert "failed with status 1: pretrain/conditional_detr/siamese_seed1" in text
     assert "    error: no such thing" in text
-    assert "finetune/conditional_detr/none/1_seed2" in stand_ins.started
+    assert "finetune/conditional_detr/none/1_seed2" in fake_runs.started
     page = (tmp_path / "out" / "transfer.md").read_text()
     assert "1 (1): -, 2 (1): -" in page
     assert "Not finished: 4 of 7 runs are left." in page
     assert "not measured: `siamese`" in page
     assert study("run", *words, "--list")[-1] == "7 runs: 3 done, 1 failed, 3 to do"
-    stand_ins.behaviour = {}
+    fake_runs.behaviour = {}
     study("run", *words)
     assert "Not finished" not in (tmp_path / "out" / "transfer.md").read_text()
 
 
 def test_the_time_limit_asks_runs_to_save_and_the_same_command_continues(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
-    stand_ins.behaviour = {"none/1_seed1": "waits"}
+    fake_runs.behaviour = {"none/1_seed1": "waits"}
     words = run_words(
         data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2
     )
@@ -221,7 +221,7 @@ def test_the_time_limit_asks_runs_to_save_and_the_same_command_continues(
     assert (place / "1_seed1" / "begun").exists(), "it got SIGTERM"
     assert study("run", *words, "--list")[-1] == "2 runs: 1 interrupted, 1 to do"
     study("run", *words)
-    assert stand_ins.started == [
+    assert fake_runs.started == [
         f"finetune/conditional_detr/none/1_seed{seed}" for seed in (1, 1, 2)
     ]
     assert json.loads((place / "1_seed1.json").read_text())["seconds"] > 1, (
@@ -242,8 +242,8 @@ def interrupt_when(ready: Callable[[], bool], *signals: int) -> None:
     threading.Thread(target=send, daemon=True).start()
 
 
-def test_a_signal_stops_all_runs(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
-    stand_ins.behaviour = {"seed": "waits"}
+def test_a_signal_stops_all_runs(data: Path, tmp_path: Path, fake_runs: FakeRuns) -> None:
+    fake_runs.behaviour = {"seed": "waits"}
     words = run_words(
         data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1, 2, "--jobs", 2
     )
@@ -258,9 +258,9 @@ def test_a_signal_stops_all_runs(data: Path, tmp_path: Path, stand_ins: StandIns
 
 
 def test_a_second_ctrl_c_kills_runs_with_their_workers(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
-    stand_ins.behaviour = {"seed": "stays"}
+    fake_runs.behaviour = {"seed": "stays"}
     worker = tmp_path / "out" / "finetune" / "conditional_detr" / "none" / "1_seed1" / "worker"
     interrupt_when(worker.exists, signal.SIGINT, signal.SIGINT)
     began = time.monotonic()
@@ -287,7 +287,7 @@ def ends(pid: int) -> bool:
     return False
 
 
-def test_one_process_a_study(data: Path, tmp_path: Path, stand_ins: StandIns) -> None:
+def test_one_process_a_study(data: Path, tmp_path: Path, fake_runs: FakeRuns) -> None:
     (tmp_path / "out").mkdir()
     with (
         FileLock(tmp_path / "out" / ".lock"),
@@ -297,7 +297,7 @@ def test_one_process_a_study(data: Path, tmp_path: Path, stand_ins: StandIns) ->
 
 
 def test_a_run_that_outlived_its_study_is_not_started_twice(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
     """The tool was killed, and the run that it had started lives on in a session of its own."""
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
@@ -308,19 +308,21 @@ def test_a_run_that_outlived_its_study_is_not_started_twice(
         [sys.executable, "-S", "-c", "import time; time.sleep(60)", str(tmp_path / "out" / name)]
     )
     try:
-        path.write_text(json.dumps({**read_record(path), "state": "running", "pid": alive.pid}))
+        path.write_text(
+            json.dumps({**read_json_object(path), "state": "running", "pid": alive.pid})
+        )
         with pytest.raises(UserError, match=f"{name} is still run by process {alive.pid}"):
             study("run", *words)
     finally:
         alive.kill()
         alive.wait()
-    assert stand_ins.started == [name]
+    assert fake_runs.started == [name]
     study("run", *words)
-    assert stand_ins.started == [name, name]
+    assert fake_runs.started == [name, name]
 
 
 def test_what_was_made_from_an_earlier_pre_training_is_named(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
     words = run_words(
         data, tmp_path / "out", "--pretexts", "siamese", "--fractions", 1, "--seeds", 1
@@ -336,23 +338,23 @@ def test_what_was_made_from_an_earlier_pre_training_is_named(
         study("run", *words)
     shutil.rmtree(tmp_path / "out" / "recall")
     shutil.rmtree(tmp_path / "out" / "finetune")
-    before = len(stand_ins.started)
+    before = len(fake_runs.started)
     study("run", *words)
-    assert "finetune/conditional_detr/siamese/1_seed1" in stand_ins.started[before:]
+    assert "finetune/conditional_detr/siamese/1_seed1" in fake_runs.started[before:]
 
 
 def test_folders_of_something_else_are_refused(
-    data: Path, tmp_path: Path, stand_ins: StandIns
+    data: Path, tmp_path: Path, fake_runs: FakeRuns
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files of something else"):
         study("run", *run_words(data, tmp_path / "out", *ROWS))
-    assert not stand_ins.started
+    assert not fake_runs.started
 
 
 def test_another_preset_under_the_same_name_is_another_study(
-    data: Path, tmp_path: Path, stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, fake_runs: FakeRuns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = run_words(data, tmp_path / "out", "--pretexts", "none", "--fractions", 1, "--seeds", 1)
     study("run", *words)
@@ -405,7 +407,7 @@ def test_a_study_from_end_to_end(
     def kill() -> None:
         while not (out / name / "checkpoint.pth").exists():
             time.sleep(0.01)
-        os.kill(read_record(out / f"{name}.json")["pid"], signal.SIGKILL)
+        os.kill(read_json_object(out / f"{name}.json")["pid"], signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(UserError, match=f"1 of 3 runs failed: {name}"):

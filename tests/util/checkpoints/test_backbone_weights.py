@@ -115,7 +115,7 @@ def test_every_usual_layout_loads_completely(tmp_path, lines, layout):
     for key, value in body.state_dict().items():
         assert torch.equal(value, state[key]), key
     assert len(report.loaded) == 100
-    assert not report.reinitialised
+    assert not report.reinitialized
     assert "100 tensors" in lines.text
     assert "file.pth.tar" in lines.text
 
@@ -198,7 +198,7 @@ def test_none_leaves_the_body_as_it_is():
     before = body.conv1.weight.clone()
     report = load_backbone_weights(body, "resnet18", "none")
     assert torch.equal(body.conv1.weight, before)
-    assert len(report.reinitialised) == 100
+    assert len(report.reinitialized) == 100
 
 
 def test_a_name_that_torchvision_does_not_have():

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from util.checkpoints.adoption import adopt_architecture, adopt_settings
-from util.checkpoints.architecture import resnet_name
+from util.checkpoints.architecture import infer_resnet
 from util.checkpoints.checkpoint import (
     Checkpoint,
-    find_resume,
     load_checkpoint,
+    resolve_resume_path,
     save_checkpoint,
     strip_prefix,
 )
-from util.checkpoints.loading import load_exactly, load_pretrained
+from util.checkpoints.loading import load_pretrained, load_strict
 from util.errors import UserError
-from util.random_state import random_states, set_random_states
+from util.random_state import get_rng_states, set_rng_states
 
 D, WIDTH = 8, 12
 
@@ -146,13 +146,13 @@ def test_an_evaluation_of_a_pretext_does_not_adopt_where_the_data_was():
 
 
 def test_find_resume(tmp_path):
-    assert find_resume("", tmp_path) is None
-    assert find_resume("x.pth", None) == "x.pth"
-    assert find_resume("auto", tmp_path) is None
+    assert resolve_resume_path("", tmp_path) is None
+    assert resolve_resume_path("x.pth", None) == "x.pth"
+    assert resolve_resume_path("auto", tmp_path) is None
     (tmp_path / "checkpoint.pth").touch()
-    assert find_resume("auto", tmp_path) == str(tmp_path / "checkpoint.pth")
+    assert resolve_resume_path("auto", tmp_path) == str(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="--output_dir"):
-        find_resume("auto", "")
+        resolve_resume_path("auto", "")
 
 
 def test_random_states_come_back_through_a_file(tmp_path):
@@ -166,10 +166,10 @@ def test_random_states_come_back_through_a_file(tmp_path):
         )
 
     draw()
-    save_checkpoint({"model": {"w": torch.ones(1)}, "random": random_states()}, tmp_path / "f.pth")
+    save_checkpoint({"model": {"w": torch.ones(1)}, "random": get_rng_states()}, tmp_path / "f.pth")
     first = draw()
     draw()
-    set_random_states(load_checkpoint(tmp_path / "f.pth").others["random"])
+    set_rng_states(load_checkpoint(tmp_path / "f.pth").extra["random"])
     assert draw() == first
 
 
@@ -292,9 +292,9 @@ def test_resnets_are_recognised_by_their_blocks(name):
 
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
-    assert resnet_name(state) == name
+    assert infer_resnet(state) == name
     assert (
-        resnet_name(
+        infer_resnet(
             {"backbone.0.body." + key: value for key, value in state.items()}, "backbone.0.body."
         )
         == name
@@ -308,14 +308,14 @@ def test_resnets_are_recognised_by_their_blocks(name):
 def test_a_resumed_run_loads_exactly_or_says_where_it_differs():
     state = detector_state(seed=1)
     model = module_of(detector_state(seed=2))
-    load_exactly(model, checkpoint_of(state))
+    load_strict(model, checkpoint_of(state))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     for other, words in (
         (detector_state(classes=9), ("class_embed.weight", "[10, 8]", "2 differences")),
         (detector_state(pre_norm=True), ("also has transformer.encoder.norm.weight",)),
     ):
         with pytest.raises(UserError) as excinfo:
-            load_exactly(model, checkpoint_of(other))
+            load_strict(model, checkpoint_of(other))
         one_line(excinfo, "run/file.pth", *words)
 
 
@@ -338,9 +338,9 @@ def test_a_pretext_gives_everything_but_heads_and_its_own_parts(kind, published)
     report = load_pretrained(model, checkpoint, {1: "cat"})
     for key, value in model.state_dict().items():
         assert torch.equal(value, fresh[key] if "class_embed" in key else state[key]), key
-    assert set(report.reinitialised) == {"class_embed.weight", "class_embed.bias"}
+    assert set(report.reinitialized) == {"class_embed.weight", "class_embed.bias"}
     assert set(report.unused) == (set(PARTS) if published else set())
-    assert set(report.loaded) | set(report.reinitialised) == set(fresh)
+    assert set(report.loaded) | set(report.reinitialized) == set(fresh)
     table = report.table()
     assert table.splitlines()[0].split() == ["module", "loaded", "re-initialised", "unused"]
     assert any(line.split()[0] == "class_embed" for line in table.splitlines())
@@ -398,7 +398,7 @@ def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept
         classes,
     )
     assert torch.equal(model.class_embed.weight, state["class_embed.weight"] if kept else fresh)
-    assert ("class_embed.bias" in report.reinitialised) is not kept
+    assert ("class_embed.bias" in report.reinitialized) is not kept
     assert (
         any(
             "starts from scratch" in note and "focal" in note and "softmax" in note
@@ -426,7 +426,7 @@ def test_a_file_without_names_keeps_a_head_of_equal_shape(classes, kept):
     model = module_of(detector_state(seed=2, classes=classes))
     report = load_pretrained(model, checkpoint_of(state), {0: "cat"})
     assert ("class_embed.weight" in report.loaded) is kept
-    assert ("class_embed.weight" in report.reinitialised) is not kept
+    assert ("class_embed.weight" in report.reinitialized) is not kept
 
 
 def test_equal_names_keep_every_row_of_the_raw_ids():
@@ -462,7 +462,7 @@ def test_a_mask_file_goes_into_a_box_model_and_back():
     assert list(report.unused) == ["mask_head.lay1.weight"]
     mask_model = module_of(with_masks)
     report = load_pretrained(mask_model, checkpoint_of(detector_state(seed=3)), None)
-    assert list(report.reinitialised) == ["mask_head.lay1.weight"]
+    assert list(report.reinitialized) == ["mask_head.lay1.weight"]
 
 
 @pytest.mark.parametrize(

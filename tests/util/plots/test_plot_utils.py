@@ -144,7 +144,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"a\.png: no room"):
+    with pytest.raises(UserError, match=r"a\.png: disk full"):
         draw(path)
     assert path.read_text() == "old"
     assert {p.name for p in tmp_path.iterdir()} <= {"a.png", "run"}

@@ -24,8 +24,8 @@ from models.pretext.random_query_patch import RandomQueryPatch
 from tests.tiny import (
     FROZEN,
     assert_same,
+    captured_log,
     fine_tune,
-    logged,
     pre_train,
     read_checkpoint,
     read_log,
@@ -37,12 +37,12 @@ from tools import compare_runs
 from util.errors import UserError
 from util.plots import boxes
 from util.runs import page as run_page
-from util.runs.folder import code_revision, describe_settings, environment, read_record
-from util.runs.page import commands, report, write_run_page
+from util.runs.folder import collect_environment, git_revision, log_settings, read_json_object
+from util.runs.page import commands, update_run_page, write_run_page
 from util.runs.session import start_session
 from util.settings import FINETUNE, PRETRAIN, resolve
 from util.settings.frozen import GIVEN
-from visualization import batch_rows, draw_samples
+from visualization import draw_samples, samples_to_rows
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -143,7 +143,7 @@ def test_the_device_that_was_not_given_is_a_default(tmp_path: Path) -> None:
 
 
 def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) -> None:
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--coco_path",
             runs / "coco",
@@ -165,7 +165,7 @@ def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) 
 
 
 def test_environment_and_revision(tmp_path: Path) -> None:
-    found = environment()
+    found = collect_environment()
     assert {
         "command",
         "started",
@@ -178,7 +178,7 @@ def test_environment_and_revision(tmp_path: Path) -> None:
         "processes",
     } <= set(found)
     assert found["torch"] == torch.__version__
-    assert code_revision(tmp_path) == "unknown"
+    assert git_revision(tmp_path) == "unknown"
     try:
         subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -187,20 +187,20 @@ def test_environment_and_revision(tmp_path: Path) -> None:
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     subprocess.run(["git", "-C", str(tmp_path), "add", "a"], check=True)
     subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-qm", "a"], check=True)
-    assert re.fullmatch("[0-9a-f]{40}", code_revision(tmp_path))
+    assert re.fullmatch("[0-9a-f]{40}", git_revision(tmp_path))
     (tmp_path / "a").write_text("b")
-    assert re.fullmatch("[0-9a-f]{40}-dirty", code_revision(tmp_path))
+    assert re.fullmatch("[0-9a-f]{40}-dirty", git_revision(tmp_path))
     (tmp_path / "inside").mkdir()
     assert (
-        code_revision(tmp_path / "inside") == "unknown"
+        git_revision(tmp_path / "inside") == "unknown"
     )  # a copy of the project inside another repository
 
 
 def test_damaged_settings_are_no_error(tmp_path: Path) -> None:
     for content in ("", "{", "[1]"):
         (tmp_path / "args.json").write_text(content)
-        assert read_record(tmp_path / "args.json") == {}
-    assert read_record(tmp_path / "none.json") == {}
+        assert read_json_object(tmp_path / "args.json") == {}
+    assert read_json_object(tmp_path / "none.json") == {}
 
 
 # ---------------------------------------------------------------------------------------------------- what the model is
@@ -212,7 +212,7 @@ def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
     dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
     samples = [dataset[(3, index)] for index in range(4)]
     batch, _ = collate(samples)
-    for row, (image, target) in zip(batch_rows(samples, **IMAGENET), samples, strict=True):
+    for row, (image, target) in zip(samples_to_rows(samples, **IMAGENET), samples, strict=True):
         _, height, width = image.shape
         assert row["image"].shape[:2] == batch.tensors.shape[-2:]
         assert torch.equal(torch.from_numpy(row["image"][:height, :width]).permute(2, 0, 1), image)
@@ -232,7 +232,7 @@ def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> 
         "train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "photographs"))
     )
     sample = dataset[(0, 1)]
-    (row,) = batch_rows([sample], **IMAGENET)
+    (row,) = samples_to_rows([sample], **IMAGENET)
     assert [
         torch.from_numpy(patch).permute(2, 0, 1).tolist() for patch in row["patches"]
     ] == sample[1]["patches"].tolist()
@@ -304,7 +304,7 @@ def test_a_run_with_a_folder_trains_as_one_without(
 def test_samples_that_cannot_be_read_do_not_end_a_run(runs: Path, tmp_path: Path) -> None:
     dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
     dataset.image_folder = str(tmp_path)
-    with logged() as lines:
+    with captured_log() as lines:
         draw_samples(tmp_path, dataset, 2, 0, IMAGENET)
     assert any("no page of training samples" in line for line in lines)
 
@@ -394,7 +394,7 @@ def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) 
     fine_tune("--coco_path", runs / "coco", *flags, "--epochs", 1)
     other = write_coco(tmp_path / "other", train=6)
     for place, expected in ((runs / "coco", False), (other, True)):
-        with logged() as lines:
+        with captured_log() as lines:
             fine_tune("--coco_path", place, *flags, "--epochs", 2, "--resume", "auto")
         assert (
             any(
@@ -495,7 +495,7 @@ def test_the_remedy_for_a_folder_that_is_taken_is_one(runs: Path, tmp_path: Path
 
 def test_commands_of_the_page_are_commands(runs: Path) -> None:
     for name in ("second", "pretext"):
-        found = commands(runs / name, read_record(runs / name / "args.json"))
+        found = commands(runs / name, read_json_object(runs / name / "args.json"))
         listed = re.findall("<pre>(.*?)</pre>", (runs / name / "result.html").read_text())
         assert listed == [shlex.join(words) for words in found.values()]
         for launcher, script, *flags in found.values():
@@ -515,7 +515,9 @@ def test_commands_of_the_page_are_commands(runs: Path) -> None:
 
 def test_the_command_for_evaluation_works(runs: Path, tmp_path: Path) -> None:
     """Data and sizes come from the checkpoint: nothing else has to be typed."""
-    words = commands(runs / "second", read_record(runs / "second" / "args.json"))["evaluate it"]
+    words = commands(runs / "second", read_json_object(runs / "second" / "args.json"))[
+        "evaluate it"
+    ]
     finetune_main.main(
         finetune_main.parse([*words[2:-1], str(tmp_path), "--device", "cpu", "--num_workers", "0"])
     )
@@ -528,9 +530,9 @@ def test_a_run_goes_on_without_matplotlib_and_says_so_once(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(run_page, "_warned", set())
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5}\n')
-    with logged() as lines:
-        report(tmp_path)
-        report(tmp_path)
+    with captured_log() as lines:
+        update_run_page(tmp_path)
+        update_run_page(tmp_path)
     assert sum("matplotlib" in line for line in lines) == 1
     assert "1.500" in read_page(tmp_path).text
 
@@ -557,7 +559,7 @@ def test_page_without_settings_and_with_odd_texts(tmp_path: Path) -> None:
         "Commands",
     ]
     assert all(text in shown.text for text in ("<script>", "a&b", "<i>", "</td>"))
-    report(None)
+    update_run_page(None)
 
 
 def test_pages_are_not_written_without_a_folder(
@@ -575,9 +577,9 @@ def test_settings_in_checkpoints_are_as_before(runs: Path) -> None:
 
 
 def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
-    with logged() as lines:
-        describe_settings(tiny_args(FINETUNE))
-        describe_settings(tiny_args(PRETRAIN))
+    with captured_log() as lines:
+        log_settings(tiny_args(FINETUNE))
+        log_settings(tiny_args(PRETRAIN))
     finetune, pretrain = (
         {word.split("=")[0] for word in line.split()[2:]} for line in lines if "defaults" in line
     )

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from models import build_model
-from tests.tiny import RUN_FLAGS, logged, tiny_args
+from tests.tiny import RUN_FLAGS, captured_log, tiny_args
 from util.errors import UserError
 from util.runs.model_summary import (
     PUBLISHED,
     count_multiply_adds,
     count_parameters,
-    describe_model,
     evaluation_size,
+    log_model_summary,
     published_figures,
 )
 from util.settings import FINETUNE, PRETRAIN, make_parser, resolve
@@ -148,8 +148,8 @@ def test_evaluation_size(flags: tuple, expected: tuple) -> None:
 
 def test_a_run_says_its_size() -> None:
     args = published_args()
-    with logged() as lines:
-        summary = describe_model(on_meta(args), args)
+    with captured_log() as lines:
+        summary = log_model_summary(on_meta(args), args)
     text = "\n".join(lines)
     assert "41,524,768 parameters, 41,302,368 trainable" in text
     assert (
@@ -161,21 +161,21 @@ def test_a_run_says_its_size() -> None:
 
 def test_a_run_says_which_kernels_it_uses() -> None:
     args = published_args(*DEFORMABLE)
-    with logged() as lines:
-        summary = describe_model(on_meta(args), args)
+    with captured_log() as lines:
+        summary = log_model_summary(on_meta(args), args)
     assert summary["kernels"] == {"deformable attention": "pytorch"}
     assert any("deformable attention: pytorch" in line for line in lines)
     args = published_args(*DEFORMABLE, "--ms_deform_attn", "triton")
     with pytest.raises(UserError, match="--ms_deform_attn triton"):
-        describe_model(on_meta(args), args)
+        log_model_summary(on_meta(args), args)
 
 
 @pytest.mark.parametrize("pretext", PRETEXTS)
 def test_a_pretext_counts_its_detector_and_its_own_parameters(pretext: str) -> None:
     args = resolve(make_parser(PRETRAIN).parse_args([*RUN_FLAGS, "--pretext", pretext]))
     model = build_model(args)[0]
-    with logged() as lines:
-        summary = describe_model(model, args)
+    with captured_log() as lines:
+        summary = log_model_summary(model, args)
     assert summary["of_the_pretext"] == summary["parameters"] - count_parameters(model.detector)[0]
     assert summary["multiply_adds"] == count_multiply_adds(
         model.detector, *summary["multiply_adds_hw"]
@@ -185,7 +185,7 @@ def test_a_pretext_counts_its_detector_and_its_own_parameters(pretext: str) -> N
 
 def test_what_cannot_be_counted_does_not_end_a_run() -> None:
     args = published_args("--position_embedding", "learned", "--dilation")
-    with logged() as lines:
-        summary = describe_model(on_meta(args), args)
+    with captured_log() as lines:
+        summary = log_model_summary(on_meta(args), args)
     assert summary["multiply_adds"] is None
     assert any("not counted" in line and "50 cells" in line for line in lines)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.tiny import logged
+from tests.tiny import captured_log
 from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
@@ -28,7 +28,7 @@ def optimizer_of(sgd: bool = False, lr: float = 1.0) -> torch.optim.Optimizer:
     ("flag", "names"),
     [
         ("--lr_backbone_names", {"backbone_names": ["bakcbone"]}),
-        ("--lr_linear_proj_names", {"slow_names": ["reference_point"]}),
+        ("--lr_linear_proj_names", {"linear_proj_names": ["reference_point"]}),
     ],
 )
 def test_names_that_no_parameter_has_are_an_error(flag: str, names: dict) -> None:
@@ -36,7 +36,7 @@ def test_names_that_no_parameter_has_are_an_error(flag: str, names: dict) -> Non
     with pytest.raises(UserError, match=f"{flag} .*no parameter"):
         build_optimizer(model, 1.0, 1.0, 0.0, **names)
     groups = build_optimizer(
-        model, 1.0, 1.0, 0.0, slow_names=["sampling_offsets", "reference"]
+        model, 1.0, 1.0, 0.0, linear_proj_names=["sampling_offsets", "reference"]
     ).param_groups
     assert [len(group["params"]) for group in groups] == [0, 2, 2]
 
@@ -68,7 +68,7 @@ def test_schedules_resume(before: tuple, after: tuple) -> None:
     }
     resumed = optimizer_of()
     schedule = build_scheduler(resumed, *after)
-    with logged() as lines:
+    with captured_log() as lines:
         restore_optimizer(resumed, schedule, Checkpoint(**file), nn.Module())
     assert any("--lr_drop" in line for line in lines) is (before != after)
     whole = optimizer_of()

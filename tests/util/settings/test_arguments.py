@@ -17,7 +17,7 @@ from models import build_model
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN, Parser, given_flags, make_parser, resolve
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
-from util.settings.table import FLAGS, REFUSED_FLAGS
+from util.settings.table import FLAGS, UNSUPPORTED_FLAGS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -287,7 +287,7 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
         assert (
             "is a flag of finetune_main.py"
             if flag in DETREG_OF_FINE_TUNING
-            else REFUSED_FLAGS.get(f"--{flag}", [0, ""])[1]
+            else UNSUPPORTED_FLAGS.get(f"--{flag}", [0, ""])[1]
         ) in said
     for flag, value in DETREG_OF_FINE_TUNING.items():
         assert str(
@@ -300,7 +300,7 @@ def test_detregs_parser_is_known_whole(model: str, capsys: pytest.CaptureFixture
     [
         (
             ["--strategy", "topk"],
-            "--strategy means nothing to --pretext random_query_patch: omit it or use --pretext region_prior",
+            "--strategy has no effect with --pretext random_query_patch: omit it or use --pretext region_prior",
         ),
         (["--max_prop", "30"], "--pretext region_prior"),
         (["--object_embedding_loss"], "--pretext region_prior"),
@@ -323,7 +323,7 @@ def test_dead_flags_are_refused_with_the_reason(
     assert stop.value.code != 0
     message = capsys.readouterr().err
     assert f"--{flag}" in message
-    assert REFUSED_FLAGS[f"--{flag}"][1] in message
+    assert UNSUPPORTED_FLAGS[f"--{flag}"][1] in message
     assert message.count("\n") == 1
 
 
@@ -503,7 +503,7 @@ def test_a_flag_that_nothing_reads_is_refused(script: str, words: str, needed: s
         *words.split(),
         *(("--imagenet_path", "x") if script == PRETRAIN else ("--coco_path", "x")),
     ]
-    with pytest.raises(UserError, match=f"means nothing without {needed}: add that, or omit"):
+    with pytest.raises(UserError, match=f"has no effect without {needed}: add that, or omit"):
         parse(script, *words)
     parse(script, *words[:-4], *words[-2:])  # without the flag
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import (
+    captured_log,
     fine_tune,
-    logged,
     pre_train,
     read_checkpoint,
     read_log,
@@ -23,7 +23,7 @@ from util.settings.registry import DatasetEntry, DetectorEntry, PretextEntry
 FILES = {
     "toy_detector": '''
         """DETR whose boxes are never wider than half the image."""
-        from models.detr import DETR, Decoder, DecoderLayer, Transformer, build_encoder, detector_sizes, layer_sizes
+        from models.detr import DETR, Decoder, DecoderLayer, Transformer, build_encoder, detector_kwargs, layer_kwargs
 
 
         class HalfDETR(DETR):
@@ -32,9 +32,9 @@ FILES = {
 
 
         def build(args, backbone, classification):
-            layer = DecoderLayer(args.hidden_dim, **layer_sizes(args))
+            layer = DecoderLayer(args.hidden_dim, **layer_kwargs(args))
             transformer = Transformer(build_encoder(args), Decoder(layer, args.dec_layers, args.hidden_dim))
-            return HalfDETR(backbone, transformer, classification, **detector_sizes(args))
+            return HalfDETR(backbone, transformer, classification, **detector_kwargs(args))
     ''',
     "toy_pretext": '''
         """Finds the same boxes without being shown the patches."""
@@ -111,7 +111,7 @@ FILES = {
 
 
         def build(name, norm, dilation, stages):
-            return Body(OneConvolution(), strides=[32], num_channels=[24], mean=(0.5,) * 3, std=(0.5,) * 3, early=set())
+            return Body(OneConvolution(), strides=[32], num_channels=[24], mean=(0.5,) * 3, std=(0.5,) * 3, early_names=set())
     ''',
 }
 
@@ -124,12 +124,14 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in FILES.items():
         (folder / f"{name}.py").write_text(textwrap.dedent(text))
     monkeypatch.syspath_prepend(folder)
-    entry = DetectorEntry("toy_detector:build", mark=".toy_attention.", defaults={"num_queries": 8})
+    entry = DetectorEntry(
+        "toy_detector:build", state_dict_marker=".toy_attention.", defaults={"num_queries": 8}
+    )
     monkeypatch.setitem(registry.DETECTORS, "toy", entry)
     pretext = PretextEntry(
         "toy_pretext:Blind",
-        "datasets.pretext.random_query_patch:build_query_patches",
-        parts=("blind_shift.",),
+        "datasets.pretext.random_query_patch:build_query_patch_dataset",
+        parameter_prefixes=("blind_shift.",),
         flags=("num_patches",),
         defaults={"epochs": 3, "num_classes": 2},
     )
@@ -182,7 +184,7 @@ def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) 
     assert "blind_shift.bias" not in second["model"]
     assert second["args"]["num_queries"] == 20, "the flag wins over the detector's default"
 
-    with logged() as lines:
+    with captured_log() as lines:
         pre_train(
             "--pretext",
             "random_query_patch",
@@ -196,7 +198,7 @@ def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) 
         "3 images of --dataset_file validation_twice, without their labels" in line
         for line in lines
     )
-    with logged() as lines:
+    with captured_log() as lines:
         fine_tune(
             "--eval",
             "--resume",

@@ -136,7 +136,9 @@ def test_settings_are_assigned_nowhere_outside_their_room() -> None:
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
 def test_names_of_flags_are_different(script: str) -> None:
     parser = make_parser(script)  # argparse itself refuses a spelling that two flags have
-    assert parser.spellings >= {flag.off or f"--{name}" for name, flag in flags_of(script).items()}
+    assert parser.spellings >= {
+        flag.off_switch or f"--{name}" for name, flag in flags_of(script).items()
+    }
 
 
 def test_a_list_of_settings_is_a_copy() -> None:

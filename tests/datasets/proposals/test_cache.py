@@ -17,16 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets.proposals.store_builder as store_builder
+import datasets.proposals.cache_builder as cache_builder
 from datasets import build_dataset
 from datasets.images.image_folder import ImageFolder, read_image
 from datasets.proposals import build_proposals
-from datasets.proposals.store import ProposalStore
+from datasets.proposals.cache import ProposalCache
 from datasets.sample import BadImageError
-from tests.tiny import draw, logged, proposal_settings, tiny_args
+from tests.tiny import captured_log, draw, proposal_settings, tiny_args
 from tools import cache_proposals
 from util.errors import UserError
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 from util.settings import PRETRAIN
 
 pytest.importorskip("cv2", reason="OpenCV is not installed")
@@ -85,8 +85,8 @@ def test_a_store_gives_the_boxes_of_the_method_in_the_same_order(images: Path, s
         image = read_image(folder.path(index))
         for seed in (1, 2):
             assert torch.equal(
-                from_store(image, SampleRandom(seed), folder.name(index)),
-                live(image, SampleRandom(seed), ""),
+                from_store(image, SampleRNG(seed), folder.name(index)),
+                live(image, SampleRNG(seed), ""),
             )
 
 
@@ -94,7 +94,8 @@ def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, s
     path = ImageFolder(str(images)).path(0)
     method = stored(store)
     draws = [
-        method(read_image(path), SampleRandom.of(3, epoch, 0), "a/000.png") for epoch in (0, 1, 0)
+        method(read_image(path), SampleRNG.from_key(3, epoch, 0), "a/000.png")
+        for epoch in (0, 1, 0)
     ]
     assert torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[1])
@@ -104,7 +105,7 @@ def test_equal_base_names_do_not_collide(images: Path, store: Path) -> None:
     method, live = stored(store), build_proposals(proposal_settings(proposals="selective_search"))
     for name in ("a/000.png", "b/deep/000.png"):
         image = read_image(str(images / name))
-        assert torch.equal(method(image, SampleRandom(0), name), live(image, SampleRandom(0), name))
+        assert torch.equal(method(image, SampleRNG(0), name), live(image, SampleRNG(0), name))
 
 
 @pytest.mark.parametrize("method", ["edge_boxes", "full"])
@@ -119,11 +120,9 @@ def test_other_methods(images: Path, tmp_path: Path, method: str) -> None:
     live = build_proposals(proposal_settings(**choice))
     from_store = stored(tmp_path / "store", images, **choice)
     image = read_image(str(images / "a" / "001.png"))
-    assert torch.equal(
-        from_store(image, SampleRandom(7), "a/001.png"), live(image, SampleRandom(7), "")
-    )
-    expected = live.search(image.permute(1, 2, 0).numpy(), "")[1]
-    found = from_store.search(image.permute(1, 2, 0).numpy(), "a/001.png")[1]
+    assert torch.equal(from_store(image, SampleRNG(7), "a/001.png"), live(image, SampleRNG(7), ""))
+    expected = live.propose(image.permute(1, 2, 0).numpy(), "")[1]
+    found = from_store.propose(image.permute(1, 2, 0).numpy(), "a/001.png")[1]
     assert (expected is None and found is None) or np.array_equal(found, expected)
 
 
@@ -143,7 +142,7 @@ def test_shards_and_merge_equal_one_run(images: Path, store: Path, tmp_path: Pat
     cache(images, output, "--shard", "2/3")
     cache(images, output, "--merge")
     assert content(output) == content(store)
-    with logged() as lines:
+    with captured_log() as lines:
         cache(images, output)
     assert lines[-1].endswith("is finished")
 
@@ -218,11 +217,11 @@ def test_a_merge_that_is_broken_off_is_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_builder, "_stream", fail)
+        patch.setattr(cache_builder, "_stream", fail)
         with pytest.raises(KeyboardInterrupt):
             cache(images, output)
     with monkeypatch.context() as patch:
-        patch.setattr(store_builder.shutil, "rmtree", fail)
+        patch.setattr(cache_builder.shutil, "rmtree", fail)
         with pytest.raises(KeyboardInterrupt):
             cache(images, output)
     (output / ".0123.tmp").touch()  # of a process that was killed
@@ -235,17 +234,17 @@ def test_two_that_merge_at_once(images: Path, store: Path, tmp_path: Path) -> No
     output = tmp_path / "store"
     cache(images, output, "--shard", "1/2")
     cache(images, output, "--shard", "2/2")
-    plan = cache_proposals.make_plan(
+    plan = cache_proposals.build_plan(
         cache_proposals.parse(["--images", str(images), "--output_dir", str(output)])
     )
-    others = iter([lambda: store_builder.merge(plan)])
+    others = iter([lambda: cache_builder.merge(plan)])
     assert (
-        store_builder.merge(plan, lambda: next(others, lambda: None)()).header
-        == ProposalStore(store).header
+        cache_builder.merge(plan, lambda: next(others, lambda: None)()).header
+        == ProposalCache(store).header
     )
     assert content(output) == content(store)
-    store_builder.make_chunk(plan, 0)  # a third one is still searching
-    store_builder.merge(plan)
+    cache_builder.make_chunk(plan, 0)  # a third one is still searching
+    cache_builder.merge(plan)
     assert content(output) == content(store)
 
 
@@ -275,13 +274,13 @@ def test_a_damaged_chunk_is_one_line(damage, images: Path, tmp_path: Path) -> No
 def test_unreadable_images_are_counted_and_stored_as_such(tmp_path: Path) -> None:
     images = write_tree(tmp_path / "images", 4)
     (images / "a" / "broken.png").write_bytes(b"no image")
-    with logged() as lines:
+    with captured_log() as lines:
         cache(images, tmp_path / "store")
     assert any(
         "1 images could not be read" in line and "broken.png: can't be decoded" in line
         for line in lines
     )
-    header = ProposalStore(tmp_path / "store").header
+    header = ProposalCache(tmp_path / "store").header
     assert (header["images"], header["unreadable"], header["problems"][0][0]) == (
         5,
         1,
@@ -289,15 +288,15 @@ def test_unreadable_images_are_counted_and_stored_as_such(tmp_path: Path) -> Non
     )
     method = stored(tmp_path / "store", images)
     with pytest.raises(BadImageError, match="could not be read when its proposals were stored"):
-        method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRandom(0), "a/broken.png")
-    assert len(method(read_image(str(images / "a" / "001.png")), SampleRandom(0), "a/001.png"))
+        method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRNG(0), "a/broken.png")
+    assert len(method(read_image(str(images / "a" / "001.png")), SampleRNG(0), "a/001.png"))
 
 
 def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
     images = write_tree(tmp_path / "images", 4)
     cache(images, tmp_path / "store")
     method, path = stored(tmp_path / "store", images), images / "a" / "000.png"
-    with logged() as lines:
+    with captured_log() as lines:
         cache(images, tmp_path / "store", "--check")
     assert "all 4 images" in lines[-1]
 
@@ -311,14 +310,14 @@ def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
         stored(tmp_path / "store", images)
     Image.fromarray(draw(1, 70, 90)[0]).save(path)
     with pytest.raises(UserError, match=r"a/000\.png has 90 x 70 pixels, but had 60 x 51"):
-        method(read_image(str(path)), SampleRandom(0), "a/000.png")
+        method(read_image(str(path)), SampleRNG(0), "a/000.png")
     Image.fromarray(draw(1, 51, 60)[0]).save(images / "new.png")
     with pytest.raises(UserError, match=r"lacks 1 of 5 images, the first is new\.png"):
         stored(tmp_path / "store", images)
     with pytest.raises(UserError, match=r"holds proposals with images 4, now it is 5"):
         cache(images, tmp_path / "store")
     with pytest.raises(UserError, match=r"has no image new\.png"):
-        method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRandom(0), "new.png")
+        method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRNG(0), "new.png")
 
 
 def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -> None:
@@ -341,7 +340,7 @@ def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -
         "random",
     ]
     with pytest.raises(UserError, match="draws new boxes"):
-        cache_proposals.make_plan(cache_proposals.parse(words))
+        cache_proposals.build_plan(cache_proposals.parse(words))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="holds other files"):
@@ -355,8 +354,8 @@ def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -
     method = build_proposals(proposal_settings(proposals=f"file:{store}"), ImageFolder(str(images)))
     image = read_image(str(images / "a" / "002.png"))
     assert torch.equal(
-        method(image, SampleRandom(0), "a/002.png"),
-        stored(store)(image, SampleRandom(0), "a/002.png"),
+        method(image, SampleRNG(0), "a/002.png"),
+        stored(store)(image, SampleRNG(0), "a/002.png"),
     )
     names = images / "some.txt"
     names.write_text("a/002.png\nb/deep/001.png\n")
@@ -368,10 +367,12 @@ def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
         "b/deep/001.png 17\na/002.png 3\na/002.png 3\n", encoding="utf-8-sig"
     )  # as Windows writes it
     cache(images, tmp_path / "some", "--list", tmp_path / "list.txt")
-    some, whole = ProposalStore(tmp_path / "some"), ProposalStore(store)
+    some, whole = ProposalCache(tmp_path / "some"), ProposalCache(store)
     assert [some.names[i] for i in range(len(some.names))] == ["a/002.png", "b/deep/001.png"]
     for row in range(2):
-        assert np.array_equal(some.found(row)[0], whole.found(whole.names.find(some.names[row]))[0])
+        assert np.array_equal(
+            some.get_boxes(row)[0], whole.get_boxes(whole.names.find(some.names[row]))[0]
+        )
     (tmp_path / "list.txt").write_text("nowhere.png\n")
     with pytest.raises(UserError, match=r"its first image nowhere\.png is not in"):
         cache(images, tmp_path / "none", "--list", tmp_path / "list.txt")
@@ -393,12 +394,12 @@ def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
         "--proposals",
         f"file:{tmp_path / 'boxes.npz'}",
     )
-    store = ProposalStore(tmp_path / "store")
+    store = ProposalCache(tmp_path / "store")
     assert store.boxes.dtype == np.float32
-    boxes, scores = store.found(0)
+    boxes, scores = store.get_boxes(0)
     assert boxes.tolist() == [[2, 2, 8, 8.25], [0.5, 1, 9, 9]]
     assert np.allclose(scores, [0.9, 0.1])
-    assert store.found(1)[1] is None
+    assert store.get_boxes(1)[1] is None
     cache(
         images,
         tmp_path / "again",
@@ -407,7 +408,7 @@ def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
         "--proposals",
         f"file:{tmp_path / 'store'}",
     )
-    assert np.array_equal(ProposalStore(tmp_path / "again").boxes, store.boxes)
+    assert np.array_equal(ProposalCache(tmp_path / "again").boxes, store.boxes)
 
 
 def test_damaged_stores(store: Path, tmp_path: Path) -> None:
@@ -442,13 +443,13 @@ def test_damaged_stores(store: Path, tmp_path: Path) -> None:
 
 def test_arrays_are_mapped_and_not_sent_to_workers(images: Path, store: Path) -> None:
     method = stored(store, images)
-    assert isinstance(method.store.boxes, np.memmap)
+    assert isinstance(method.cache.boxes, np.memmap)
     sent = pickle.dumps(method)
     assert len(sent) < 2000
     image = read_image(str(images / "a" / "000.png"))
     again = pickle.loads(sent)  # noqa: S301 - as loader processes receive it
     assert torch.equal(
-        again(image, SampleRandom(0), "a/000.png"), method(image, SampleRandom(0), "a/000.png")
+        again(image, SampleRNG(0), "a/000.png"), method(image, SampleRNG(0), "a/000.png")
     )
 
 

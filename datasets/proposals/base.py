@@ -11,19 +11,19 @@ from torch import Tensor
 
 from datasets.sample import BadImageError
 from util.errors import UserError
-from util.random_state import SampleRandom
+from util.random_state import SampleRNG
 
 if TYPE_CHECKING:
     from datasets.images.image_folder import ImageFiles
 
-PACKAGE = "opencv-contrib-python-headless"
-Found = tuple[np.ndarray, np.ndarray | None]
+OPENCV_PACKAGE = "opencv-contrib-python-headless"
+BoxesAndScores = tuple[np.ndarray, np.ndarray | None]
 
 
-class BoxSearch:
+class CacheableProposals:
     """A method whose boxes depend on the image, or its name, alone; only the order of boxes without scores is random.
 
-    A subclass has `search`, and `settings`, which holds everything that its boxes depend on (plain values: they are
+    A subclass has `propose`, and `settings`, which holds everything that its boxes depend on (plain values: they are
     kept with a store and compared). `grid`: boxes are counted on as many steps along each side of the image; 0: in
     pixels. `dtype`: of the boxes.
     """
@@ -32,7 +32,7 @@ class BoxSearch:
     dtype: type = np.uint16
     settings: dict[str, object]
 
-    def search(self, image: np.ndarray, name: str) -> Found:
+    def propose(self, image: np.ndarray, name: str) -> BoxesAndScores:
         """RGB uint8 [H, W, 3] -> (boxes (x0, y0, x1, y1) [N, 4] in steps of the grid, always in the same order; scores
         float32 [N] in falling order, or None where the method knows none).
 
@@ -45,9 +45,9 @@ class BoxSearch:
     def check(self, images: "ImageFiles") -> None:
         """Refuses a data set for which boxes are missing."""
 
-    def __call__(self, image: Tensor, rng: SampleRandom, name: str = "") -> Tensor:
-        boxes, scores = self.search(image.permute(1, 2, 0).numpy(), name)
-        return ordered(to_pixels(boxes, self.grid, tuple(image.shape[-2:])), scores, rng)
+    def __call__(self, image: Tensor, rng: SampleRNG, name: str = "") -> Tensor:
+        boxes, scores = self.propose(image.permute(1, 2, 0).numpy(), name)
+        return shuffle_unscored(to_pixels(boxes, self.grid, tuple(image.shape[-2:])), scores, rng)
 
 
 def to_pixels(boxes_xyxy: np.ndarray, grid: int, size_hw: tuple[int, int]) -> Tensor:
@@ -57,7 +57,7 @@ def to_pixels(boxes_xyxy: np.ndarray, grid: int, size_hw: tuple[int, int]) -> Te
     return boxes / grid * boxes.new_tensor([width, height, width, height]) if grid else boxes
 
 
-def ordered(boxes: Tensor, scores: np.ndarray | None, rng: SampleRandom) -> Tensor:
+def shuffle_unscored(boxes: Tensor, scores: np.ndarray | None, rng: SampleRNG) -> Tensor:
     """Boxes with scores as they are, others in a random order."""
     return (
         boxes if scores is not None else boxes[torch.from_numpy(rng.numpy.permutation(len(boxes)))]
@@ -65,16 +65,16 @@ def ordered(boxes: Tensor, scores: np.ndarray | None, rng: SampleRandom) -> Tens
 
 
 @contextmanager
-def bad_image_where_opencv_fails() -> Iterator[None]:
+def opencv_errors_as_bad_image() -> Iterator[None]:
     """Turns its errors into BadImageError, so that one odd image does not end a run."""
-    cv2 = opencv()
+    cv2 = import_opencv()
     try:
         yield
     except cv2.error as error:
         raise BadImageError(f"OpenCV can't search it ({' '.join(str(error).split())})") from error
 
 
-def opencv() -> ModuleType:
+def import_opencv() -> ModuleType:
     """OpenCV with its module ximgproc, on one thread: dataloader workers share the cores, so that more would only
     compete.
 
@@ -85,12 +85,12 @@ def opencv() -> ModuleType:
         import cv2
     except ImportError as error:
         raise UserError(
-            f"selective_search and edge_boxes need OpenCV: pip install {PACKAGE}, or use boxes from files"
+            f"selective_search and edge_boxes need OpenCV: pip install {OPENCV_PACKAGE}, or use boxes from files"
         ) from error
     if not hasattr(cv2, "ximgproc"):
         raise UserError(
             f"the installed OpenCV {cv2.__version__} has no ximgproc: pip uninstall opencv-python "
-            f"opencv-python-headless, then pip install --force-reinstall {PACKAGE}"
+            f"opencv-python-headless, then pip install --force-reinstall {OPENCV_PACKAGE}"
         )
     cv2.setNumThreads(1)
     return cv2

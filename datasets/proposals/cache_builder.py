@@ -1,4 +1,4 @@
-"""Makes a store of proposals (`datasets.proposals.store`) in parts that survive a kill at any moment.
+"""Makes a store of proposals (`datasets.proposals.cache`) in parts that survive a kill at any moment.
 
 The images, sorted by name, are cut into chunks, whose number depends on nothing but the number of images.
 `chunks/plan.json` says what is being made, `chunks/NUMBER.npz` is the result of one chunk; each is there as a whole or
@@ -20,25 +20,25 @@ import numpy as np
 
 from datasets.images.image_folder import ImageFile, ImageFiles, open_image, read_bytes
 from datasets.images.packed_strings import PackedStrings
-from datasets.proposals.search import BoxSearch
-from datasets.proposals.store import FORMAT, HEADER, TOOL, ProposalStore, is_store
+from datasets.proposals.base import CacheableProposals
+from datasets.proposals.cache import FORMAT, HEADER, TOOL, ProposalCache, is_proposal_cache
 from datasets.sample import BadImageError
 from util.errors import UserError
 from util.files import write_atomically, write_text
 
-CHUNKS = 512  # at least as many, where there are enough images
-LARGEST_CHUNK = 64  # images
-LARGEST_SIDE = 65535  # pixels that a corner in 16 bits can say
+MIN_CHUNKS = 512  # at least as many, where there are enough images
+MAX_CHUNK_SIZE = 64  # images
+MAX_IMAGE_SIDE = 65535  # pixels that a corner in 16 bits can say
 
 
 @dataclass
 class Plan:
-    """What a store is made of. The images are sorted by name, each once; `title` is what --proposals says."""
+    """What a store is made of. The images are sorted by name, each once; `method_name` is what --proposals says."""
 
     folder: Path
     images: ImageFiles
-    method: BoxSearch
-    title: str
+    method: CacheableProposals
+    method_name: str
 
     @property
     def names(self) -> PackedStrings:
@@ -46,13 +46,13 @@ class Plan:
 
     @property
     def chunk_size(self) -> int:
-        return min(max(len(self.names) // CHUNKS, 1), LARGEST_CHUNK)
+        return min(max(len(self.names) // MIN_CHUNKS, 1), MAX_CHUNK_SIZE)
 
     @property
     def num_chunks(self) -> int:
         return -(-len(self.names) // self.chunk_size)
 
-    def images_of(self, chunk: int) -> range:
+    def image_indices(self, chunk: int) -> range:
         return range(chunk * self.chunk_size, min((chunk + 1) * self.chunk_size, len(self.names)))
 
     def chunk_path(self, chunk: int) -> Path:
@@ -71,7 +71,7 @@ class Plan:
         """Equal for two builds whose chunks may be mixed."""
         return {
             "format": FORMAT,
-            "method": self.title,
+            "method": self.method_name,
             "settings": self.method.settings,
             "grid": self.method.grid,
             "images": len(self.names),
@@ -85,14 +85,14 @@ class Plan:
             UserError: another store or build lies there.
         """
         plan = self.folder / "chunks" / "plan.json"
-        existing = self.folder / HEADER if is_store(self.folder) else plan
+        existing = self.folder / HEADER if is_proposal_cache(self.folder) else plan
         if existing.exists():
             self._compare(existing)
         elif self.folder.exists() and any(self.folder.iterdir()) and not plan.parent.exists():
             raise UserError(f"--output_dir {self.folder} holds other files: give a new folder")
         else:
             self._write(plan)
-        if is_store(self.folder):
+        if is_proposal_cache(self.folder):
             self.clean()  # of a build that was killed in its last moment
             return False
         return True
@@ -127,7 +127,7 @@ class Plan:
 
 def make_chunk(plan: Plan, chunk: int) -> tuple[int, int]:
     """Searches the images of one chunk and writes its file: (images, of which could not be read)."""
-    rows = [_search(plan, i) for i in plan.images_of(chunk)]
+    rows = [_search(plan, i) for i in plan.image_indices(chunk)]
     boxes, scores, sizes, files, problems = zip(*rows, strict=True)
     arrays = {
         "counts": np.array([len(part) for part in boxes], dtype=np.int64),
@@ -155,11 +155,11 @@ def _search(plan: Plan, index: int) -> tuple:
     try:
         identity = file_identity(file)
         image = np.asarray(open_image(file))
-        if max(image.shape[:2]) > LARGEST_SIDE:
+        if max(image.shape[:2]) > MAX_IMAGE_SIDE:
             raise BadImageError(
-                f"{image.shape[1]} x {image.shape[0]} pixels: a side may have {LARGEST_SIDE}"
+                f"{image.shape[1]} x {image.shape[0]} pixels: a side may have {MAX_IMAGE_SIDE}"
             )
-        boxes, scores = plan.method.search(image, name)
+        boxes, scores = plan.method.propose(image, name)
     except BadImageError as error:
         return (
             np.zeros((0, 4), dtype=plan.method.dtype),
@@ -183,7 +183,7 @@ def file_identity(file: ImageFile) -> tuple[int, int]:
     return len(content), zlib.crc32(content)
 
 
-def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalStore:
+def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalCache:
     """The store, out of all chunks, which are removed. `step` is called for each chunk.
 
     Raises:
@@ -192,7 +192,7 @@ def merge(plan: Plan, step: Callable[[], None] = lambda: None) -> ProposalStore:
     with _unless_finished(plan):
         _merge(plan, step)
     plan.clean()
-    return ProposalStore(plan.folder)
+    return ProposalCache(plan.folder)
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def _unless_finished(plan: Plan) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if not is_store(plan.folder):
+        if not is_proposal_cache(plan.folder):
             raise
 
 
@@ -218,7 +218,7 @@ def _merge(plan: Plan, step: Callable[[], None]) -> None:
     for chunk in range(plan.num_chunks):
         count, reasons, scores = _read(plan, chunk, "counts", "problems", "scores")
         counts.append(count)
-        names = [plan.names[i] for i in plan.images_of(chunk)]
+        names = [plan.names[i] for i in plan.image_indices(chunk)]
         problems += [
             [name, str(reason)] for name, reason in zip(names, reasons, strict=True) if reason
         ]

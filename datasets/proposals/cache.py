@@ -8,7 +8,7 @@ A store is a folder of
   scores.npy        float32 [B], only where the method has scores; NaN where it has none for an image
   sizes.npy         int32 [I, 2], height and width in pixels; 0 where the image could not be read
   file_bytes.npy, file_crc32.npy   int64 and uint32 [I], of the image files
-`datasets.proposals.store_builder` writes it.
+`datasets.proposals.cache_builder` writes it.
 """
 
 import json
@@ -21,7 +21,7 @@ import numpy as np
 
 from datasets.images.image_folder import file_size
 from datasets.images.packed_strings import PackedStrings
-from datasets.proposals.search import BoxSearch, Found
+from datasets.proposals.base import BoxesAndScores, CacheableProposals
 from datasets.sample import BadImageError
 from util.errors import UserError
 from util.logger import log
@@ -35,7 +35,7 @@ TOOL = "tools/cache_proposals.py"
 SPOT_CHECKS = 64  # images of which the file size is compared at the start of a run
 
 
-class ProposalStore:
+class ProposalCache:
     """Reads a store. The arrays are mapped when first used, in each process, and are not copied to worker processes.
 
     Raises:
@@ -60,7 +60,7 @@ class ProposalStore:
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "header": self.header}
 
-    def _array(self, name: str) -> np.ndarray:
+    def _load_array(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
@@ -72,33 +72,35 @@ class ProposalStore:
 
     @cached_property
     def names(self) -> PackedStrings:
-        return PackedStrings.of_arrays(self._array("name_bytes"), self._array("name_ends"))
+        return PackedStrings.from_arrays(
+            self._load_array("name_bytes"), self._load_array("name_ends")
+        )
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        return self._array("offsets")
+        return self._load_array("offsets")
 
     @cached_property
     def boxes(self) -> np.ndarray:
-        return self._array("boxes")
+        return self._load_array("boxes")
 
     @cached_property
     def scores(self) -> np.ndarray | None:
-        return self._array("scores") if self.header["scores"] else None
+        return self._load_array("scores") if self.header["scores"] else None
 
     @cached_property
     def sizes_hw(self) -> np.ndarray:
-        return self._array("sizes")
+        return self._load_array("sizes")
 
     @cached_property
     def file_bytes(self) -> np.ndarray:
-        return self._array("file_bytes")
+        return self._load_array("file_bytes")
 
     @cached_property
     def file_crc32(self) -> np.ndarray:
-        return self._array("file_crc32")
+        return self._load_array("file_crc32")
 
-    def found(self, row: int) -> Found:
+    def get_boxes(self, row: int) -> BoxesAndScores:
         """(boxes [N, 4] in steps of the grid, scores float32 [N] or None), copied."""
         rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
         scores = None if self.scores is None else np.array(self.scores[rows])
@@ -107,7 +109,7 @@ class ProposalStore:
         ).any() else scores
 
 
-def is_store(folder: str | os.PathLike) -> bool:
+def is_proposal_cache(folder: str | os.PathLike) -> bool:
     return (Path(folder) / HEADER).is_file()
 
 
@@ -135,35 +137,37 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-class StoredProposals(BoxSearch):
+class CachedProposals(CacheableProposals):
     """The boxes of a store, as the method itself would give them; the order of boxes without scores is redrawn at
     each call.
     """
 
-    def __init__(self, store: ProposalStore) -> None:
-        self.store = store
+    def __init__(self, store: ProposalCache) -> None:
+        self.cache = store
         self.grid, self.settings = store.header["grid"], store.header["settings"]
         self.dtype = (
             store.boxes.dtype.type
         )  # a store of it must not cut the boxes of files to whole pixels
 
     @classmethod
-    def of(cls, folder: str, method: object, name: str) -> "StoredProposals":
+    def open(cls, folder: str, method: object, name: str) -> "CachedProposals":
         """The store at `folder`, which must have been made by this method with these settings.
 
         Raises:
             UserError: it was not; or the method has nothing that could be stored.
         """
-        if not isinstance(method, BoxSearch) or name.startswith("file:"):
+        if not isinstance(method, CacheableProposals) or name.startswith("file:"):
             raise UserError(
                 f"--cache_path {folder} is for methods that search the image, not for --proposals {name}: leave it out"
             )
-        store = ProposalStore(folder)
+        store = ProposalCache(folder)
         cls.check_origin(folder, store.header, method, name)
         return cls(store)
 
     @staticmethod
-    def check_origin(folder: str, header: dict[str, Any], method: BoxSearch, name: str) -> None:
+    def check_origin(
+        folder: str, header: dict[str, Any], method: CacheableProposals, name: str
+    ) -> None:
         """
         Raises:
             UserError: the store of this header was made by another method or with other settings.
@@ -190,50 +194,50 @@ class StoredProposals(BoxSearch):
         self._check_names(images)
         step = max(len(images) // SPOT_CHECKS, 1)
         for i in range(0, len(images), step):
-            row = self.store.names.find(images.name(i))
+            row = self.cache.names.find(images.name(i))
             size = file_size(images.file(i))
-            if size is not None and size != self.store.file_bytes[row]:
+            if size is not None and size != self.cache.file_bytes[row]:
                 raise self._changed(
-                    images.path(i), f"{size} bytes", f"{self.store.file_bytes[row]}"
+                    images.path(i), f"{size} bytes", f"{self.cache.file_bytes[row]}"
                 )
-        header = self.store.header
+        header = self.cache.header
         log.info(
             "proposals: %s, %d boxes in %d images, of which %d could not be read",
-            self.store.folder,
+            self.cache.folder,
             header["boxes"],
             header["images"],
             header["unreadable"],
         )
 
     def _check_names(self, images: "ImageFiles") -> None:
-        if images.fingerprint() == self.store.header["names"]:
+        if images.fingerprint() == self.cache.header["names"]:
             return
-        known = {self.store.names[i] for i in range(len(self.store.names))}
+        known = {self.cache.names[i] for i in range(len(self.cache.names))}
         missing = [i for i in range(len(images)) if images.name(i) not in known]
         if missing:
             raise UserError(
-                f"{self.store.folder} lacks {len(missing)} of {len(images)} images, the first is "
+                f"{self.cache.folder} lacks {len(missing)} of {len(images)} images, the first is "
                 f"{images.name(missing[0])}: names count from the folder that is given as images; make another store "
                 f"with {TOOL}"
             )
 
-    def search(self, image: np.ndarray, name: str = "") -> Found:
-        row = self.store.names.find(name)
+    def propose(self, image: np.ndarray, name: str = "") -> BoxesAndScores:
+        row = self.cache.names.find(name)
         if row is None:
             raise UserError(
-                f"{self.store.folder} has no image {name}: the data set changed; make another store with {TOOL}"
+                f"{self.cache.folder} has no image {name}: the data set changed; make another store with {TOOL}"
             )
-        size, stored = tuple(image.shape[:2]), tuple(self.store.sizes_hw[row].tolist())
+        size, stored = tuple(image.shape[:2]), tuple(self.cache.sizes_hw[row].tolist())
         if stored == (0, 0):
             raise BadImageError(
                 f"it could not be read when its proposals were stored; make another store with {TOOL}"
             )
         if size != stored:
             raise self._changed(name, f"{size[1]} x {size[0]} pixels", f"{stored[1]} x {stored[0]}")
-        return self.store.found(row)
+        return self.cache.get_boxes(row)
 
     def _changed(self, name: str, now: str, then: str) -> UserError:
         return UserError(
-            f"{name} has {now}, but had {then} when {self.store.folder} was made: the data set changed; make "
+            f"{name} has {now}, but had {then} when {self.cache.folder} was made: the data set changed; make "
             f"another store with {TOOL}"
         )
