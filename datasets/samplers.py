@@ -71,8 +71,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         return left if self.max_batches is None else min(left, self.max_batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        # Copied before the first batch: the epoch travels with each index, so persistent dataloader workers need not
-        # be told about it.
+        # The epoch travels with each index, because persistent dataloader workers keep their copy of the dataset and
+        # never see a new value of an attribute.
         epoch, order = self.epoch, self._order()
         global_batch_size = self.batch_size * self.world_size
         for batch in range(self.start_batch, self.start_batch + len(self)):

@@ -324,9 +324,8 @@ class ColorAugmentation(Transform):
     ) -> tuple[ImageLike, Target]:
         jitter, grayscale, radius = parameters
         if isinstance(image, Tensor):
-            image = (
-                image.contiguous()
-            )  # decoded images are channels-last; color functions go plane by plane
+            # Decoded images are channels-last, but the color functions work plane by plane.
+            image = image.contiguous()
 
         for name, factor in jitter:
             if name == "hue" and isinstance(image, Tensor):

@@ -1,4 +1,4 @@
-"""What the tests of large data share: trees of empty files, and tar files."""
+"""Helpers for the tests of large datasets: trees of empty files, and tar files."""
 
 import io
 import tarfile
@@ -6,21 +6,25 @@ from pathlib import Path
 
 
 def touch(root: Path, *names: str) -> Path:
+    """Create empty files below a folder."""
     for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     return root
 
 
 def pack(root: Path, target: Path, style: int = tarfile.GNU_FORMAT) -> Path:
-    """A tar file for each folder in `root`, as it is called, with the other files of WebDataset's samples."""
+    """Pack each folder in `root` into a tar file of the same name, with a label file per image as WebDataset has it."""
     target.mkdir(parents=True)
     for folder in sorted(root.iterdir()):
         with tarfile.open(target / folder.name, "w", format=style) as tar:
+            # In reverse, so that the order in the tar file is not that of the names.
             for path in sorted(folder.rglob("*"), reverse=True):
-                tar.add(path, path.relative_to(folder), recursive=False)
+                name = path.relative_to(folder)
+                tar.add(path, name, recursive=False)
                 if path.is_file():
-                    entry = tarfile.TarInfo(str(path.relative_to(folder).with_suffix(".cls")))
-                    entry.size = 1
-                    tar.addfile(entry, io.BytesIO(b"7"))
+                    label = tarfile.TarInfo(str(name.with_suffix(".cls")))
+                    label.size = 1
+                    tar.addfile(label, io.BytesIO(b"7"))
     return target

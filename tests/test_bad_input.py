@@ -1,6 +1,4 @@
-"""Bad input on both scripts: one line with file, value and remedy before a model is made, or a warning where training
-can go on.
-"""
+"""Bad input to the entry scripts: a one-line error before the model is built, or a warning if training continues."""
 
 import contextlib
 import errno
@@ -45,11 +43,11 @@ TRAIN, VAL = "train2017", "val2017"
 
 
 class Started(Exception):
-    """A model would be made now: nothing was refused."""
+    """Raised instead of building the model: the input was accepted."""
 
 
 class RunsCode:
-    """Makes a file where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,23 +56,29 @@ class RunsCode:
         return Path.touch, (self.path,)
 
 
-def edited(root: Path, name: str, change: Callable[[dict], object], split: str = TRAIN) -> None:
-    """The data set `coco` with another annotation file; its images are links."""
+def write_changed_coco(
+    root: Path, name: str, change: Callable[[dict], object], split: str = TRAIN
+) -> None:
+    """Write a copy of the dataset `coco` with a changed annotation file. Its images are links.
+
+    change: changes the content in place, or returns other content as text or as a list.
+    """
     folder = root / name
     shutil.copytree(root / "coco" / "annotations", folder / "annotations")
     for images in (TRAIN, VAL):
         (folder / images).symlink_to(root / "coco" / images)
     file = folder / "annotations" / f"instances_{split}.json"
     content = json.loads(file.read_text())
-    replaced = change(content)
-    file.write_text(
-        replaced
-        if isinstance(replaced, str)
-        else json.dumps(replaced if isinstance(replaced, list) else content)
-    )
+    other = change(content)
+    if isinstance(other, str):
+        file.write_text(other)
+    elif isinstance(other, list):
+        file.write_text(json.dumps(other))
+    else:
+        file.write_text(json.dumps(content))
 
 
-def first_annotation(**changes: object) -> Callable[[dict], None]:
+def change_first_annotation(**changes: object) -> Callable[[dict], None]:
     return lambda content: content["annotations"][0].update(changes)
 
 
@@ -86,7 +90,7 @@ ANNOTATIONS = {
     "no_images": lambda content: content.update(images=[], annotations=[]),
     "no_boxes": lambda content: content.update(annotations=[]),
     "same_ids": lambda content: content["images"].append(content["images"][0]),
-    "one_file": lambda content: content["images"].append({**content["images"][0], "id": 99}),
+    "same_file": lambda content: content["images"].append({**content["images"][0], "id": 99}),
     "many": lambda content: content["annotations"].extend(
         {**content["annotations"][0], "id": 100 + i} for i in range(30)
     ),
@@ -96,31 +100,31 @@ ANNOTATIONS = {
     ),
     "other_size": lambda content: content["images"][0].update(height=33),
     "other_names": lambda content: content["categories"][0].update(name="violet"),
-    "id_120": first_annotation(category_id=120),
-    "id_minus": first_annotation(category_id=-1),
-    "id_text": first_annotation(category_id="1"),
-    "box_nan": first_annotation(bbox=[1, 1, float("nan"), 4]),
-    "box_zero": first_annotation(bbox=[1, 1, 0, 4]),
-    "box_negative": first_annotation(bbox=[9, 9, -3, 4]),
-    "box_outside": first_annotation(bbox=[500, 5, 3, 4]),
-    "box_partly": first_annotation(bbox=[60, 5, 300, 4]),
-    "box_null": first_annotation(bbox=None),
-    "box_three": first_annotation(bbox=[1, 2, 3]),
-    "stranger": first_annotation(image_id=12345),
-    "unlisted": first_annotation(category_id=50),
+    "id_120": change_first_annotation(category_id=120),
+    "id_minus": change_first_annotation(category_id=-1),
+    "id_text": change_first_annotation(category_id="1"),
+    "box_nan": change_first_annotation(bbox=[1, 1, float("nan"), 4]),
+    "box_zero": change_first_annotation(bbox=[1, 1, 0, 4]),
+    "box_negative": change_first_annotation(bbox=[9, 9, -3, 4]),
+    "box_outside": change_first_annotation(bbox=[500, 5, 3, 4]),
+    "box_partly": change_first_annotation(bbox=[60, 5, 300, 4]),
+    "box_null": change_first_annotation(bbox=None),
+    "box_three": change_first_annotation(bbox=[1, 2, 3]),
+    "unlisted_image": change_first_annotation(image_id=12345),
+    "unlisted": change_first_annotation(category_id=50),
 }
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Good data (`coco`, `photographs`), and each bad one under its name."""
+    """A folder with valid data (`coco`, `photos`), and each kind of bad data under its name."""
     root = tmp_path_factory.mktemp("bad")
     write_coco(root / "coco")
-    write_images(root / "photographs")
+    write_images(root / "photos")
     for name, change in ANNOTATIONS.items():
-        edited(root, name, change)
+        write_changed_coco(root, name, change)
     for name in ("half", "no_boxes", "absent", "other_names"):
-        edited(root, f"{name}_val", ANNOTATIONS[name], VAL)
+        write_changed_coco(root, f"{name}_val", ANNOTATIONS[name], VAL)
     (root / "empty").mkdir()
     make_bad_images(root)
     make_bad_files(root)
@@ -136,11 +140,11 @@ def make_bad_images(root: Path) -> None:
         (root / "text" / f"{i}.jpg").write_text("not an image")
         Image.new("RGB", (9, 9)).save(root / "tiny" / f"{i}.png")
         Image.new("RGB", (4000, 18)).save(root / "strips" / f"{i}.png")
-    shutil.copytree(root / "photographs", root / "some_bad")
+    shutil.copytree(root / "photos", root / "some_bad")
     (root / "links").mkdir()
     (root / "links" / "lost.png").symlink_to(root / "gone" / "lost.png")
     for name in ("000.png", "001.png"):
-        (root / "links" / name).symlink_to(root / "photographs" / name)
+        (root / "links" / name).symlink_to(root / "photos" / name)
     whole = (root / "some_bad" / "000.png").read_bytes()
     (root / "some_bad" / "000.png").write_bytes(whole[: len(whole) // 2])
     (root / "some_bad" / "001.png").write_bytes(b"")
@@ -163,9 +167,7 @@ def make_bad_files(root: Path) -> None:
     (root / "file").write_text("mine")
     (root / "taken").mkdir()
     (root / "taken" / "results.json").write_text("mine")
-    (root / "list.txt").write_text(
-        "photographs/000.png\nphotographs/gone.png\nphotographs/001.png\n"
-    )
+    (root / "list.txt").write_text("photos/000.png\nphotos/gone.png\nphotos/001.png\n")
     (root / "lost.txt").write_text("gone.png\n")
     (root / "no_val").mkdir()
     (root / "no_val" / TRAIN).symlink_to(root / "coco" / TRAIN)
@@ -194,8 +196,8 @@ def make_checkpoints(root: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _log_as_before():
-    """`run_script` sends the log to standard output; the other tests read it through its parent."""
+def _restore_logger():
+    """`run_script` sends the log to standard output; other tests read it through the parent logger."""
     handlers, propagate = list(log.handlers), log.propagate
     yield
     log.handlers[:], log.propagate = handlers, propagate
@@ -204,8 +206,9 @@ def _log_as_before():
 def call(
     script: str, words: list, monkeypatch: pytest.MonkeyPatch | None = None
 ) -> tuple[int | str, list[str]]:
-    """(exit status or "started", log) of an entry script in this process; with `monkeypatch` it ends where a model
-    would be made.
+    """Run an entry script in this process and return (exit status or "started", log lines).
+
+    With `monkeypatch`, the script stops before it builds the model.
     """
     module = SCRIPTS[script]
     if monkeypatch is not None:
@@ -214,38 +217,33 @@ def call(
             raise Started
 
         monkeypatch.setattr(module, "build_model", start)
-    small = [
-        *RUN_FLAGS,
-        *(PRETEXT_FLAGS if script == PRETRAIN else []),
-        "--epochs",
-        "1",
-        "--data_root",
-        "/nowhere",
-    ]
+    flags = [*RUN_FLAGS, "--epochs", "1", "--data_root", "/nowhere"]
+    if script == PRETRAIN:
+        flags += PRETEXT_FLAGS
     with captured_log() as lines:
         try:
-            run_script(module.main, module.parse, [*small, *map(str, words)])
-        except SystemExit as leave:
-            return leave.code, lines
+            run_script(module.main, module.parse, [*flags, *map(str, words)])
+        except SystemExit as error:
+            return error.code, lines
         except Started:
             return "started", lines
     return 0, lines
 
 
-def files_below(root: Path) -> dict[str, int]:
+def modification_times(root: Path) -> dict[str, int]:
     return {str(path): path.lstat().st_mtime_ns for path in root.rglob("*") if not path.is_dir()}
 
 
-# ---------------------------------------------------------------------------------------------------- it is refused
+# -------------------------------------------------------------------------------------------------------------- errors
 
 F, P = FINETUNE, PRETRAIN
 REFUSED = [
-    # what, script, flags, what the line must say, exit status
+    # name, script, flags, pattern of the error, exit status
     (
         "missing folder",
         F,
         "--coco_path {root}/none",
-        "{root}/none is no folder: --coco_path takes",
+        "{root}/none is not a folder: --coco_path takes",
         1,
     ),
     (
@@ -295,7 +293,7 @@ REFUSED = [
         "an annotation file",
         F,
         "--coco_path {root}/list/annotations/instances_val2017.json",
-        "is no folder: .* --dataset_file custom",
+        "is not a folder: .* --dataset_file custom",
         1,
     ),
     (
@@ -306,28 +304,28 @@ REFUSED = [
         1,
     ),
     (
-        "a list of lost images",
+        "a list of missing images",
         P,
         "--imagenet_path {root}/lost.txt",
         "lost.txt: its first entry gone.png does not exist",
         1,
     ),
     (
-        "only texts named .jpg",
+        "only text files named .jpg",
         P,
         "--imagenet_path {root}/text",
         "none of 4 .*/text/0.jpg: can't be decoded .*; check the image folder",
         1,
     ),
     (
-        "only texts named .png",
+        "only text files named .png",
         F,
         "--coco_path {root}/bad_train2017",
         "none of 4 .*/train2017/000000.png: can't be decoded",
         1,
     ),
     (
-        "only texts in validation",
+        "only text files in validation",
         F,
         "--coco_path {root}/bad_val2017",
         "none of 3 .*/val2017/000000.png: can't be decoded",
@@ -341,14 +339,14 @@ REFUSED = [
         1,
     ),
     (
-        "half a file",
+        "a truncated file",
         F,
         "--coco_path {root}/half",
         "half/.*_train2017.json is not valid JSON \\(.*\\): is the download complete",
         1,
     ),
     (
-        "half a file",
+        "a truncated file",
         F,
         "--coco_path {root}/half_val",
         "half_val/.*_val2017.json is not valid JSON",
@@ -373,7 +371,7 @@ REFUSED = [
         "no images listed",
         F,
         "--coco_path {root}/no_images",
-        "no_images/.*.json lists no image: give",
+        "no_images/.*.json lists no images: give",
         1,
     ),
     (
@@ -384,7 +382,7 @@ REFUSED = [
         1,
     ),
     (
-        "an id twice",
+        "a duplicate image id",
         F,
         "--coco_path {root}/same_ids",
         "two images have the same id 1: ids must be unique",
@@ -398,7 +396,7 @@ REFUSED = [
         1,
     ),
     (
-        "few classes",
+        "too few classes",
         F,
         "--coco_path {root}/coco --num_classes 2",
         "has category id 3, but --num_classes is 2: .* --num_classes 4",
@@ -412,7 +410,7 @@ REFUSED = [
         1,
     ),
     (
-        "a text for an id",
+        "a string as an id",
         F,
         "--coco_path {root}/id_text",
         "category_id of .* is '1': it must be an integer",
@@ -433,14 +431,14 @@ REFUSED = [
         1,
     ),
     (
-        "all images absent",
+        "all images missing",
         F,
         "--coco_path {root}/all_absent",
         "4 of 4 images of .* are not in .*: gone.png \\(image 1\\): add",
         1,
     ),
     (
-        "one absent",
+        "a missing validation image",
         F,
         "--coco_path {root}/absent_val",
         "1 of 3 images of .*: gone.png \\(image 502\\): add the files",
@@ -456,7 +454,7 @@ REFUSED = [
     (
         "a large batch",
         P,
-        "--imagenet_path {root}/photographs --batch_size 64",
+        "--imagenet_path {root}/photos --batch_size 64",
         "4 training images are fewer .* --batch_size 4 or less",
         1,
     ),
@@ -464,7 +462,7 @@ REFUSED = [
     (
         "patches",
         P,
-        "--imagenet_path {root}/photographs --num_patches 3",
+        "--imagenet_path {root}/photos --num_patches 3",
         "--num_patches 3 does not divide --num_queries 20.*: use --num_patches 2,",
         1,
     ),
@@ -490,15 +488,15 @@ REFUSED = [
     (
         "size 1",
         P,
-        "--imagenet_path {root}/photographs --image_size 1",
+        "--imagenet_path {root}/photos --image_size 1",
         "--image_size 1: .* use 32 or more",
         1,
     ),
     ("weight 0", F, "--eos_coef 0", "--eos_coef: must be above 0, got 0", 2),
-    ("rate inf", F, "--lr inf", "--lr: must be above 0, got inf", 2),
+    ("learning rate inf", F, "--lr inf", "--lr: must be above 0, got inf", 2),
     ("clip nan", F, "--clip_max_norm nan", "--clip_max_norm: must be a finite number, got nan", 2),
     (
-        "share above 1",
+        "fraction above 1",
         F,
         "--coco_path {root}/coco --detector conditional_detr --focal_alpha 7",
         "--focal_alpha 7 is a fraction",
@@ -573,7 +571,7 @@ REFUSED = [
         "no such images",
         F,
         "--dataset_file custom --train_images {root}/none --train_annotations {root}/coco/annotations",
-        "--train_images {root}/none is no folder: give the one",
+        "--train_images {root}/none is not a folder: give the one",
         1,
     ),
     # output folders
@@ -587,44 +585,45 @@ REFUSED = [
     (
         "below a file",
         P,
-        "--imagenet_path {root}/photographs --output_dir {root}/file/out",
+        "--imagenet_path {root}/photos --output_dir {root}/file/out",
         "file/out is not writable: .*; choose",
         1,
     ),
     (
         "the images' folder",
         P,
-        "--imagenet_path {root}/photographs --output_dir {root}/photographs",
-        "--output_dir {root}/photographs is inside the image folder .*: choose another folder",
+        "--imagenet_path {root}/photos --output_dir {root}/photos",
+        "--output_dir {root}/photos is inside the image folder .*: choose another folder",
         1,
     ),
     (
         "below the images",
         P,
-        "--imagenet_path {root}/photographs --output_dir {root}/photographs/out",
+        "--imagenet_path {root}/photos --output_dir {root}/photos/out",
         "out is inside the image folder",
         1,
     ),
     (
-        "beside a file of this name",
+        "next to a file of this name",
         F,
         "--coco_path {root}/coco --output_dir {root}/taken",
-        "--output_dir {root}/taken holds another run \\(results.json\\): .*--overwrite to replace it, or choose "
-        "another",
+        "--output_dir {root}/taken already contains another run \\(results.json\\); .*--overwrite to replace it, "
+        "or choose another",
         1,
     ),
     (
-        "beside a file of this name",
+        "next to a file of this name",
         F,
         "--coco_path {root}/coco --eval --resume {root}/detr.pth --output_dir {root}/taken",
-        "--output_dir {root}/taken holds other files \\(results.json\\): --overwrite to replace it, or choose another",
+        "--output_dir {root}/taken already contains other files \\(results.json\\); --overwrite to replace it, "
+        "or choose another",
         1,
     ),
     (
         "resumed into another run",
         F,
         "--coco_path {root}/coco --resume {root}/detr.pth --output_dir {root}/taken",
-        "--output_dir {root}/taken holds another run",
+        "--output_dir {root}/taken already contains another run",
         1,
     ),
     # checkpoints
@@ -670,7 +669,7 @@ CHECKPOINTS = [
     ("list.pth", "contains a list, not a checkpoint .*; choose another file"),
     ("backbone.pth", "contains a backbone, but no detector; pass it as --backbone_weights"),
     ("empty", "is a folder, not a checkpoint; give the file in it"),
-    ("photographs/000.png", "it is not a torch.save file, .*; choose another file"),
+    ("photos/000.png", "it is not a torch.save file, .*; choose another file"),
 ]
 for file, text in CHECKPOINTS:
     REFUSED += [
@@ -681,12 +680,12 @@ for file, text in CHECKPOINTS:
 
 
 @pytest.mark.parametrize(
-    ("what", "script", "words", "pattern", "status"),
+    ("name", "script", "words", "pattern", "status"),
     REFUSED,
     ids=[f"{row[0]}-{row[1]}-{row[2]}" for row in REFUSED],
 )
-def test_refused_in_one_line(
-    what: str,
+def test_bad_input_raises_a_one_line_error(
+    name: str,
     script: str,
     words: str,
     pattern: str,
@@ -697,17 +696,14 @@ def test_refused_in_one_line(
     capfd: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = files_below(root)
+    before = modification_times(root)
     words = words.format(root=root).split()
-    output = (
-        []
-        if "--output_dir" in words or words[-2:] == ["--resume", "auto"]
-        else ["--output_dir", tmp_path / "out"]
-    )
-    left, lines = call(script, [*output, *words], monkeypatch)
+    if "--output_dir" not in words and words[-2:] != ["--resume", "auto"]:
+        words = ["--output_dir", tmp_path / "out", *words]
+    actual_status, lines = call(script, words, monkeypatch)
     captured = capfd.readouterr()
-    assert left == status
-    if status == 2:
+    assert actual_status == status
+    if status == 2:  # the parser writes to standard error
         error = captured.err.removesuffix("\n")
     else:
         assert captured.err == ""
@@ -716,30 +712,30 @@ def test_refused_in_one_line(
     assert error.startswith("error: ")
     assert "\n" not in error
     assert "Traceback" not in captured.out + captured.err
-    assert re.search(
-        pattern.replace("{root}", re.escape(str(root))).replace("{{", "{").replace("}}", "}"), error
-    ), error
-    assert files_below(root) == before
-    assert files_below(tmp_path) == {}
+    pattern = pattern.replace("{root}", re.escape(str(root)))
+    pattern = pattern.replace("{{", "{").replace("}}", "}")
+    assert re.search(pattern, error), error
+    assert modification_times(root) == before
+    assert modification_times(tmp_path) == {}
 
 
-def test_no_code_of_a_checkpoint_runs(root: Path) -> None:
-    """The files that the cases above refuse would have made this one."""
+def test_code_in_a_checkpoint_does_not_run(root: Path) -> None:
+    """Unpickling these files, as above, would create `it_ran`."""
     for file in ("code.pkl", "code.pth"):
         status, _ = call(
             FINETUNE, ["--coco_path", root / "coco", "--backbone_weights", root / file]
         )
         assert status == 1
     assert not (root / "it_ran").exists()
-    pickle.loads((root / "code.pkl").read_bytes())  # noqa: S301 - they do run code where a loader is careless
+    pickle.loads((root / "code.pkl").read_bytes())  # noqa: S301 - shows that the file does run code
     assert (root / "it_ran").exists()
     (root / "it_ran").unlink()
 
 
-# ---------------------------------------------------------------------------------------------------- it is told, and
-# training goes on
+# ------------------------------------------------------------------------------------------------------------ warnings
 
-TOLD = [
+WARNED = [
+    # name, script, flags, pattern of the warning
     (
         "no boxes in validation",
         F,
@@ -747,15 +743,15 @@ TOLD = [
         "no_boxes_val/.*.json has no box: AP will be -1",
     ),
     (
-        "an absent image",
+        "a missing image",
         F,
         "--coco_path {root}/absent",
         "1 of 4 images of .* are not in .*: gone.png \\(image 2\\): they are skipped",
     ),
     (
-        "one file twice",
+        "two images with one file",
         F,
-        "--coco_path {root}/one_file",
+        "--coco_path {root}/same_file",
         "file name twice: 1 .* keep one entry\\), the first: .*000000.png",
     ),
     (
@@ -774,14 +770,14 @@ TOLD = [
         "shared images",
         F,
         "--coco_path {root}/shared",
-        "shared image: 4 .* remove it from one\\), the first: .*shared/val2017/000000.png, image 1, as "
+        "shared image: 4 .* remove it from one\\), the first: .*shared/val2017/000000.png, image 1, same as "
         ".*train2017/000000.png, image 1",
     ),
     (
         "other class names",
         F,
         "--coco_path {root}/other_names_val",
-        "classes differ: .* one list of categories.* class 1 is 'red' in .* and 'violet' here",
+        "classes differ: .* same list of categories.* class 1 is 'red' in .* and 'violet' here",
     ),
     (
         "an unlisted category",
@@ -792,7 +788,7 @@ TOLD = [
     (
         "an unlisted image",
         F,
-        "--coco_path {root}/stranger",
+        "--coco_path {root}/unlisted_image",
         "1 annotations of images that the file does not list are skipped, the first is annotation 1 of image 12345",
     ),
     (
@@ -826,19 +822,19 @@ TOLD = [
         "box partly outside: 1 \\(clipped .* annotation 1",
     ),
     (
-        "bad among good",
+        "some bad images",
         P,
         "--imagenet_path {root}/some_bad",
         "2 of 4 .* can't be used, the first is .*000.png: can't be decoded",
     ),
     (
-        "links to nowhere",
+        "a broken link",
         P,
         "--imagenet_path {root}/links",
         "1 of 3 .* can't be used, the first is .*lost.png: no such file",
     ),
     (
-        "one of a list absent",
+        "a missing image in a list",
         P,
         "--imagenet_path {root}/list.txt",
         "1 of 3 .* can't be used, the first is .*gone.png: no such file",
@@ -846,47 +842,47 @@ TOLD = [
 ]
 
 
-@pytest.mark.parametrize(("what", "script", "words", "pattern"), TOLD, ids=[row[0] for row in TOLD])
-def test_told_before_training(
-    what: str, script: str, words: str, pattern: str, root: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "script", "words", "pattern"), WARNED, ids=[row[0] for row in WARNED]
+)
+def test_bad_input_logs_a_warning_before_training(
+    name: str, script: str, words: str, pattern: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     status, lines = call(script, words.format(root=root).split(), monkeypatch)
     assert status == "started"
     (line,) = [line for line in lines if re.search(pattern, line)]
     assert "\n" not in line
-    assert any(
-        line.startswith("data check: warnings: ") and "tools/check_dataset.py" in line
-        for line in lines
-    )
+    summaries = [line for line in lines if line.startswith("data check: ")]
+    assert "warning(s); python tools/check_dataset.py" in summaries[-1]
 
 
-def test_good_data_are_not_warned_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of both splits have the same names, and are other images."""
+def test_valid_data_give_no_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of both splits have the same names, but are different."""
     for script, words in (
         (FINETUNE, ["--coco_path", root / "coco"]),
-        (PRETRAIN, ["--imagenet_path", root / "photographs"]),
+        (PRETRAIN, ["--imagenet_path", root / "photos"]),
     ):
         status, lines = call(script, words, monkeypatch)
         assert status == "started"
-        assert lines[-1] == "data check: nothing to warn of"
+        assert lines[-1] == "data check: no warnings"
 
 
-def test_strips_are_resized(root: Path) -> None:
-    """4000 x 18 pixels would be less than one pixel high at this size."""
+def test_extreme_aspect_ratios_are_resized(root: Path) -> None:
+    """4000 x 18 pixels would become less than one pixel high at this size."""
     status, _ = call(PRETRAIN, ["--imagenet_path", root / "strips", "--dry_run"])
     assert status == 0
 
 
-def test_images_of_every_kind_and_bad_ones_with_their_reason(root: Path, tmp_path: Path) -> None:
-    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+def test_image_modes_and_undecodable_images(root: Path, tmp_path: Path) -> None:
+    gray = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     for name, mode in (
-        ("grey.png", "L"),
+        ("gray.png", "L"),
         ("cmyk.jpg", "CMYK"),
         ("palette.png", "P"),
         ("ünï — 图.png", "RGBA"),
         ("bits.png", "1"),
     ):
-        grey.convert("RGB").convert(mode).save(tmp_path / name)
+        gray.convert("RGB").convert(mode).save(tmp_path / name)
     for path in tmp_path.iterdir():
         assert open_image(str(path)).mode == "RGB"
     for name, reason in (
@@ -898,14 +894,14 @@ def test_images_of_every_kind_and_bad_ones_with_their_reason(root: Path, tmp_pat
             open_image(str(root / name))
 
 
-# ---------------------------------------------------------------------------------------------------- devices and disks
+# --------------------------------------------------------------------------------------------------- devices and disks
 
 
-def test_devices_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_devices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for script, data in (
         (FINETUNE, ["--coco_path", root / "coco"]),
-        (PRETRAIN, ["--imagenet_path", root / "photographs"]),
+        (PRETRAIN, ["--imagenet_path", root / "photos"]),
     ):
         status, lines = call(script, [*data, "--device", "cuda"], monkeypatch)
         assert status == 1
@@ -926,19 +922,19 @@ def test_devices_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("number", "remedy"),
+    ("errno_", "remedy"),
     [
         (errno.EACCES, "; choose"),
         (errno.EROFS, "; choose"),
         (errno.ENOSPC, "; free some space or choose"),
     ],
 )
-def test_folders_that_take_no_file(
-    number: int, remedy: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_output_folder_without_write_access(
+    errno_: int, remedy: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path, content: bytes) -> None:
-        path.touch()  # on a full disk an empty file can be made
-        raise OSError(number, os.strerror(number))
+        path.touch()  # on a full disk an empty file can be created
+        raise OSError(errno_, os.strerror(errno_))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
     status, lines = call(
@@ -946,32 +942,32 @@ def test_folders_that_take_no_file(
     )
     assert status == 1
     assert lines[-1].startswith(
-        f"error: --output_dir {tmp_path} is not writable: {os.strerror(number)}{remedy}"
+        f"error: --output_dir {tmp_path} is not writable: {os.strerror(errno_)}{remedy}"
     )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_for_a_checkpoint(
+def test_disk_without_space_for_a_checkpoint(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 2**40 - 2**20, 2**20))
     for script, data in (
         (FINETUNE, ["--coco_path", root / "coco"]),
-        (PRETRAIN, ["--imagenet_path", root / "photographs"]),
+        (PRETRAIN, ["--imagenet_path", root / "photos"]),
     ):
         status, lines = call(script, [*data, "--output_dir", tmp_path])
         assert status == 1
         assert re.search(
-            r"error: --output_dir .*: a checkpoint needs 1\d\d MiB, the disk has 1 MiB left: make room",
+            r"error: --output_dir .*: a checkpoint needs 1\d\d MiB, the disk has 1 MiB left; free some space",
             lines[-1],
         )
     assert list(tmp_path.iterdir()) == []
 
 
 @contextlib.contextmanager
-def files_up_to(size: int):
-    """The kernel refuses to write more than `size` bytes into a file."""
+def limited_file_size(size: int):
+    """Make the kernel refuse to write more than `size` bytes into a file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -980,11 +976,11 @@ def files_up_to(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_disk_that_fills_up_in_training(root: Path, tmp_path: Path) -> None:
-    words = ["--imagenet_path", root / "photographs", "--output_dir", tmp_path, *FROZEN]
+def test_disk_that_fills_up_during_training(root: Path, tmp_path: Path) -> None:
+    words = ["--imagenet_path", root / "photos", "--output_dir", tmp_path, *FROZEN]
     pre_train(*words, "--epochs", 1)
     before = (tmp_path / "checkpoint.pth").read_bytes()
-    with files_up_to(2**20):
+    with limited_file_size(2**20):
         status, lines = call(PRETRAIN, [*words, "--epochs", 2, "--resume", "auto"])
     assert status == 1
     (error,) = [line for line in lines if line.startswith("error: ")]

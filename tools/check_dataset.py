@@ -1,13 +1,15 @@
-"""Reads a whole dataset and lists everything that is wrong with it.
+"""Read a whole dataset and list everything that is wrong with it.
 
     python tools/check_dataset.py --coco_path data/MSCoco --output_dir check
     python tools/check_dataset.py --dataset_file custom --train_images images --train_annotations boxes.json
     python tools/check_dataset.py --imagenet_path images
 
-Every image is decoded as in training. With `--output_dir` it writes `problems.csv` (each finding with its file and
-ids), `check.json` (counts of them, and of images, boxes and classes) and `dataset.png` (image sizes, objects per
-image, box sizes, classes). Exit status: 0 nothing wrong (there may be warnings), 1 problems or data that can't be read,
-2 flags.
+Every image is decoded as in training. `--output_dir` writes `problems.csv` (each finding with its file and ids),
+`check.json` (numbers of findings, images, boxes and classes) and `dataset.png` (image sizes, objects per image, box
+sizes and classes).
+
+Exit status: 0 if there are no problems (there may be warnings), 1 for problems or data that can't be read, 2 for wrong
+flags.
 """
 
 import csv
@@ -24,9 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# `python tools/NAME.py` works from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import classes_of_dataset
 from datasets.images.image_folder import ImageFolder
@@ -48,7 +49,8 @@ from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, Parser, Settings, add_flags, resolve
 from util.settings.registry import DATASETS, import_object, lookup
 
-SHARED_FLAGS = (  # as finetune_main.py has them
+# The flags of finetune_main.py that select the data or set what the detector can predict.
+SHARED_FLAGS = (
     "coco_path",
     "data_root",
     "dataset_file",
@@ -69,9 +71,9 @@ SHARED_FLAGS = (  # as finetune_main.py has them
     "num_workers",
     "seed",
 )
-PROBLEMS, SUMMARY, PICTURE = FILES = ("problems.csv", "check.json", "dataset.png")
+PROBLEMS, SUMMARY, PLOTS = FILES = ("problems.csv", "check.json", "dataset.png")
 COLUMNS = ("severity", "kind", "split", "file", "image_id", "annotation_id", "detail")
-SHOWN_CLASSES = 30
+MAX_PLOTTED_CLASSES = 30
 CHUNK = 16  # files that a worker process gets at once
 
 
@@ -80,61 +82,68 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="where problems.csv, check.json and dataset.png go; empty: nothing is written",
+        help="folder for problems.csv, check.json and dataset.png; empty: nothing is written",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace those of an earlier check"
+        "--overwrite", action="store_true", help="replace the files of an earlier check"
     )
     add_flags(parser, PRETRAIN, ["imagenet_path"])
     add_flags(parser, FINETUNE, SHARED_FLAGS)
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------------- what is read
+# ----------------------------------------------------------------------------------------------------- reading the data
 
 
 def open_splits(settings: Settings) -> tuple[list[Split], list[Finding]]:
-    """The splits that can be read, and a finding for each that can't. It calls the builder alone: `build_dataset` would
-    refuse what is to be listed.
-    """
+    """Return (the splits that can be read, a finding for each one that can't)."""
     if settings.imagenet_path:
         return [Split("train", ImageFolder(settings.imagenet_path))], []
-    names = ["train", "val"]
-    if settings.dataset_file == "custom":  # one of both may be checked alone
-        names = [
-            name
-            for name in names
-            if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")
-        ]
+
+    # `build_dataset` would validate the data and raise at the first problem. The builder alone lets all be listed.
     builder = import_object(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
     splits, findings, classes = [], [], None
-    for name in names or ["train"]:
+    for name in _split_names(settings):
         try:
             dataset = builder(name, settings, classes)
         except UserError as error:
             findings.append(Finding("unusable", name, "", str(error)))
             continue
+        # As in training, the first split decides the labels.
         classes = classes or classes_of_dataset(dataset)
         limit = settings.num_classes if settings.was_given("num_classes") else dataset.num_classes
         splits.append(Split(name, dataset, settings.num_queries, limit))
     return splits, findings
 
 
-def inspect_images(split: Split, workers: int) -> list[ImageInfo]:
-    """Decodes every image of a split in as many as `workers` processes (0: in this one)."""
+def _split_names(settings: Settings) -> list[str]:
+    names = ["train", "val"]
+    if settings.dataset_file != "custom":
+        return names
+    # Either split of a custom dataset may be checked on its own.
+    given = [
+        name
+        for name in names
+        if getattr(settings, f"{name}_images") or getattr(settings, f"{name}_annotations")
+    ]
+    return given or ["train"]  # without any flag, the builder says which ones are missing
+
+
+def inspect_images(split: Split, num_workers: int) -> list[ImageInfo]:
+    """Decode every image of a split, in at most `num_workers` processes (0: in this one)."""
     files = [split.file(index) for index in range(len(split.images))]
-    workers = min(workers, len(files) // CHUNK)
+    num_workers = min(num_workers, len(files) // CHUNK)
     bar = Progress(len(files), f"{split.name} images")
 
-    def counted(facts: ImageInfo) -> ImageInfo:
+    def advance(info: ImageInfo) -> ImageInfo:
         bar.step()
-        return facts
+        return info
 
-    if not workers:
-        return [counted(inspect_image(file)) for file in files]
+    if not num_workers:
+        return [advance(inspect_image(file)) for file in files]
     try:
-        with ProcessPoolExecutor(workers, initializer=_ignore_ctrl_c) as pool:
-            return [counted(facts) for facts in pool.map(inspect_image, files, chunksize=CHUNK)]
+        with ProcessPoolExecutor(num_workers, initializer=_ignore_ctrl_c) as pool:
+            return [advance(info) for info in pool.map(inspect_image, files, chunksize=CHUNK)]
     except BrokenProcessPool as error:
         raise UserError(
             "a process that decoded images died (not enough memory, or a file that crashes a decoder): "
@@ -143,92 +152,100 @@ def inspect_images(split: Split, workers: int) -> list[ImageInfo]:
 
 
 def _ignore_ctrl_c() -> None:
-    """The main process ends its workers."""
+    """Let the main process end its workers. Otherwise each of them would print a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-# ---------------------------------------------------------------------------------------------------- the report
+# ----------------------------------------------------------------------------------------------------------- the report
 
 
 def table(findings: Sequence[Finding], splits: Sequence[Split]) -> str:
-    """A line per kind, the worst first: how many in each split, what it means and the first of them."""
+    """Return one line per kind, the worst first: its number in each split, its meaning and the first finding."""
     counts = Counter((finding.kind, finding.split) for finding in findings)
     first = {finding.kind: str(finding) for finding in reversed(findings)}
-    first["unusable"] = f"\n{'':17}".join(
-        finding.detail for finding in findings if finding.kind == "unusable"
-    )
-    lines = [f"{'':8} {'':26} {'train':>8} {'val':>8}"]
+    # Each split can be unusable for a reason of its own: show all of them.
+    unusable = [finding.detail for finding in findings if finding.kind == "unusable"]
+    first["unusable"] = f"\n{'':17}".join(unusable)
+
+    lines = []
     for kind, check in KINDS.items():
         if first.get(kind):
             cells = [f"{counts[kind, split]:>8}" for split in ("train", "val")]
-            lines.append(
-                f"{check.severity:8} {kind:26} {' '.join(cells)}  {check.meaning}\n{'':10}first: {first[kind]}"
-            )
+            lines.append(f"{check.severity:8} {kind:26} {' '.join(cells)}  {check.meaning}")
+            lines.append(f"{'':10}first: {first[kind]}")
+    if lines:
+        lines.insert(0, f"{'':8} {'':26} {'train':>8} {'val':>8}")
+
     images = ", ".join(f"{len(split.images)} {split.name} images" for split in splits)
     severities = Counter(finding.severity for finding in findings)
-    total = f"{images or 'no image'}: {severities['problem']} problems, {severities['warning']} warnings"
-    return "\n".join([*(lines if len(lines) > 1 else []), total])
+    lines.append(
+        f"{images or 'no images'}: {severities['problem']} problems, {severities['warning']} warnings"
+    )
+    return "\n".join(lines)
 
 
 def summarize_split(split: Split) -> dict[str, object]:
-    """Counts of a split, and of its classes."""
-    sizes = np.array([facts.size_hw for facts in split.facts if not facts.error]).reshape(-1, 2)
-    counts = {"images": len(split.images), "readable": len(sizes)}
-    if len(sizes):
-        counts["median_size_hw"] = np.median(sizes, 0).astype(int).tolist()
+    """Return the statistics of a split and of its classes."""
+    sizes = [info.size_hw for info in split.image_infos if not info.error]
+    summary = {"images": len(split.images), "readable": len(sizes)}
+    if sizes:
+        summary["median_size_hw"] = np.median(np.array(sizes), 0).astype(int).tolist()
     if split.annotations is not None:
-        counts.update(summarize_annotations(split.annotations))
+        summary.update(summarize_annotations(split.annotations))
         images, boxes = count_classes(split)
         names = split.annotations.class_names
-        counts["classes"] = {
+        summary["classes"] = {
             names[label]: {"images": images[label], "boxes": boxes[label]} for label in names
         }
-    return counts
+    return summary
 
 
 def count_classes(split: Split) -> tuple[Counter, Counter]:
-    """(images, boxes) of each label."""
-    pairs = np.column_stack([split.annotations.image_indices, split.annotations.labels])
-    return Counter(np.unique(pairs, axis=0)[:, 1].tolist()), Counter(pairs[:, 1].tolist())
+    """Return (label -> number of images, label -> number of boxes)."""
+    annotations = split.annotations
+    pairs = np.column_stack([annotations.image_indices, annotations.labels])  # [A, 2]
+    per_image = np.unique(pairs, axis=0)  # each label once per image
+    return Counter(per_image[:, 1].tolist()), Counter(pairs[:, 1].tolist())
 
 
 def write_report(folder: Path, findings: Sequence[Finding], splits: Sequence[Split]) -> None:
+    """Write problems.csv, check.json and, if matplotlib is installed, dataset.png."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     writer.writerows([getattr(finding, name) for name in COLUMNS] for finding in findings)
-    # File names need not be UTF-8.
+    # File names need not be valid UTF-8.
     write_text(folder / PROBLEMS, text.getvalue().encode("utf-8", "backslashreplace").decode())
+
     found: dict[str, dict[str, int]] = {}
-    for (kind, split), count in Counter(
-        (finding.kind, finding.split) for finding in findings
-    ).items():
+    counts = Counter((finding.kind, finding.split) for finding in findings)
+    for (kind, split), count in counts.items():
         found.setdefault(kind, {})[split] = count
     summary = {"found": found, **{split.name: summarize_split(split) for split in splits}}
     write_text(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
     try:
         if splits:
-            draw_summary(splits, folder / PICTURE)
+            draw_summary(splits, folder / PLOTS)
     except UserError as error:
-        log.warning("no %s: %s", PICTURE, error)
-
-
-# ---------------------------------------------------------------------------------------------------- the picture
+        log.warning("no %s: %s", PLOTS, error)
 
 
 def draw_summary(splits: Sequence[Split], path: Path) -> None:
-    """Image sizes; of labelled images also objects per image, box sizes, and images and boxes of each class.
+    """Write a PNG with plots of image sizes and, for labelled splits, of objects, boxes and classes.
 
     Raises:
         UserError: matplotlib is not installed, or the file can't be written.
     """
     figure_class, canvas = figure_classes()
     labelled = [split for split in splits if split.annotations is not None]
-    figure = figure_class(
-        figsize=(12, 8.5) if labelled else (6.5, 4.5), layout="constrained", dpi=110
-    )
+    if labelled:
+        rows, columns, size = 2, 2, (12, 8.5)
+    else:
+        rows, columns, size = 1, 1, (6.5, 4.5)
+
+    figure = figure_class(figsize=size, layout="constrained", dpi=110)
     canvas(figure)
-    rows, columns = (2, 2) if labelled else (1, 1)
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(rows * columns)]
     colors = {split.name: np.divide(PALETTE[number], 255) for number, split in enumerate(splits)}
     _draw_image_sizes(axes[0], splits, colors)
@@ -236,6 +253,7 @@ def draw_summary(splits: Sequence[Split], path: Path) -> None:
         _draw_objects(axes[1], labelled, colors)
         _draw_box_sizes(axes[2], labelled, colors)
         _draw_classes(axes[3], labelled, colors)
+
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         if one.get_legend_handles_labels()[0]:
@@ -244,16 +262,17 @@ def draw_summary(splits: Sequence[Split], path: Path) -> None:
 
 
 def _draw_image_sizes(axes, splits: Sequence[Split], colors: dict) -> None:
+    """Draw a circle for each image size; its area is the fraction of images with this size."""
     axes.set(title="image sizes", xlabel="width (pixels)", ylabel="height (pixels)")
     for split in splits:
-        sizes = Counter(facts.size_hw for facts in split.facts if not facts.error)
-        if sizes:
-            heights, widths = np.array(list(sizes)).T
-            area = 8 + 400 * np.array(list(sizes.values())) / len(split.images)
+        counts = Counter(info.size_hw for info in split.image_infos if not info.error)
+        if counts:
+            heights, widths = np.array(list(counts)).T
+            fractions = np.array(list(counts.values())) / len(split.images)
             axes.scatter(
                 widths,
                 heights,
-                s=area,
+                s=8 + 400 * fractions,  # a single image stays visible
                 color=colors[split.name],
                 alpha=0.5,
                 label=f"{split.name}: {len(split.images)}",
@@ -266,10 +285,10 @@ def _draw_objects(axes, splits: Sequence[Split], colors: dict) -> None:
     axes.set(title="objects per image", xlabel="objects", ylabel="fraction of images")
     for split in splits:
         counts = np.diff(split.annotations.offsets)
-        share = np.bincount(counts) / max(len(counts), 1)
+        fractions = np.bincount(counts) / max(len(counts), 1)
         axes.step(
-            np.arange(len(share)),
-            share,
+            np.arange(len(fractions)),
+            fractions,
             where="mid",
             color=colors[split.name],
             label=f"{split.name}: mean {counts.mean():.1f}",
@@ -277,7 +296,7 @@ def _draw_objects(axes, splits: Sequence[Split], colors: dict) -> None:
 
 
 def _draw_box_sizes(axes, splits: Sequence[Split], colors: dict) -> None:
-    """The borders of COCO's small, medium and large are drawn."""
+    """Draw histograms, with lines at the limits of COCO's small, medium and large objects."""
     axes.set(
         title="box sizes",
         xlabel="square root of the area (pixels)",
@@ -286,31 +305,32 @@ def _draw_box_sizes(axes, splits: Sequence[Split], colors: dict) -> None:
     )
     for split in splits:
         boxes = split.annotations.boxes_xyxy_abs
-        sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64))
-        sides = sides[sides > 0]
+        sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64))  # [A]
+        sides = sides[sides > 0]  # the axis is logarithmic
         if len(sides):
             bins = np.geomspace(max(sides.min(), 0.5), sides.max() * 1.01, 40)
-            weights = np.full(len(sides), 1 / len(sides))
             axes.hist(
                 sides,
                 bins,
-                weights=weights,
+                weights=np.full(len(sides), 1 / len(sides)),  # fractions instead of counts
                 histtype="step",
                 color=colors[split.name],
                 label=f"{split.name}: {len(sides)} boxes",
             )
-    for border in (32, 96):
-        axes.axvline(border, color="0.7", linewidth=0.8)
+    for limit in (32, 96):
+        axes.axvline(limit, color="0.7", linewidth=0.8)
 
 
 def _draw_classes(axes, splits: Sequence[Split], colors: dict) -> None:
-    """Those with the most training boxes, the light bars, and the images that they are in, the dark ones."""
+    """Draw the classes with the most training boxes: boxes as light bars, images that contain them as dark bars."""
     counts = {split.name: count_classes(split) for split in splits}
     names = splits[0].annotations.class_names
-    order = sorted(names, key=lambda label: -counts[splits[0].name][1][label])[:SHOWN_CLASSES]
-    places, width = np.arange(len(order)), 0.8 / len(splits)
+    _, first_boxes = counts[splits[0].name]
+    order = sorted(names, key=lambda label: -first_boxes[label])[:MAX_PLOTTED_CLASSES]
+
+    positions, width = np.arange(len(order)), 0.8 / len(splits)
     for number, (split, (images, boxes)) in enumerate(counts.items()):
-        at = places + (number - (len(splits) - 1) / 2) * width
+        at = positions + (number - (len(splits) - 1) / 2) * width
         axes.bar(
             at,
             [boxes[label] for label in order],
@@ -326,19 +346,20 @@ def _draw_classes(axes, splits: Sequence[Split], colors: dict) -> None:
             color=colors[split],
             label=f"{split}: images",
         )
-    more = f" ({len(order)} of {len(names)})" if len(order) < len(names) else ""
-    axes.set(title=f"classes{more}", yscale="symlog", ylabel="count", xticks=places)
+    shown = f" ({len(order)} of {len(names)})" if len(order) < len(names) else ""
+    axes.set(title=f"classes{shown}", yscale="symlog", ylabel="count", xticks=positions)
     axes.set_xticklabels([names[label][:16] for label in order], rotation=90, fontsize=7)
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def prepare_folder(args: Namespace) -> Path | None:
-    """
+    """Create the output folder and delete the files of an earlier check. None without `--output_dir`.
+
     Raises:
-        UserError: the folder can't be written, lies among the images, or holds an earlier check and `--overwrite` was
-            not given.
+        UserError: the folder can't be written, is inside the image folder, or has files of an earlier check and
+            `--overwrite` is not given.
     """
     if not args.output_dir:
         return None
@@ -354,15 +375,17 @@ def main(args: Namespace) -> None:
     settings = resolve(args)
     splits, findings = open_splits(settings)
     for split in splits:
-        split.facts = inspect_images(split, settings.num_workers)
+        split.image_infos = inspect_images(split, settings.num_workers)
     findings += run_checks(splits)
+
     log.info("%s", table(findings, splits))
     if folder is not None:
         write_report(folder, findings, splits)
         written = [str(folder / name) for name in FILES if (folder / name).exists()]
-        log.info("all findings, counts, picture: %s", ", ".join(written))
+        log.info("wrote all findings, statistics and plots: %s", ", ".join(written))
     elif findings:
         log.info("--output_dir DIR writes all findings to a file")
+
     if any(finding.severity == "problem" for finding in findings):
         sys.exit(1)
 

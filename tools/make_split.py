@@ -1,10 +1,10 @@
-"""Draws parts of the training images once, for runs that shall learn from the same few labels.
+"""Draw random subsets of the training images once, for runs that train on the same few labels.
 
     python tools/make_split.py --coco_path COCO --filter_pct 0.01 0.1 --seeds 1 2 3 --output_dir splits
 
-Writes splits/0.01_seed1.json and so on, which `finetune_main.py --split_file` takes. The drawing is that of
-`--filter_pct` and `--seed`, as long as all images are there: absent ones are left out here before the drawing, and
-there after it.
+Writes splits/0.01_seed1.json and so on, for `finetune_main.py --split_file`. A file selects the same images as
+`--filter_pct` with `--seed`, as long as no image file is missing: here, missing images are dropped before the draw;
+there, after it.
 """
 
 import json
@@ -12,9 +12,8 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# `python tools/NAME.py` works from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset
 from datasets.labelled.subsets import sample_image_ids
@@ -55,27 +54,29 @@ def parse(argv: list[str]) -> Namespace:
         nargs="+",
         default=[42],
         metavar="SEED",
-        help="one file for each fraction and seed (42)",
+        help="random seeds; one file per fraction and seed (42)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, required=True, metavar="DIR", help="where the files are written"
+        "--output_dir", type=Path, required=True, metavar="DIR", help="folder for the split files"
     )
     add_flags(parser, FINETUNE, DATA_FLAGS)
     return parser.parse_args(argv)
 
 
 def main(args: Namespace) -> None:
-    places = {
+    paths = {
         (part, seed): args.output_dir / f"{part:g}_seed{seed}.json"
         for part in args.fractions
         for seed in args.seeds
     }
-    for path in places.values():
+    # Checked before the dataset is read and any file is written.
+    for path in paths.values():
         if path.exists():
             raise UserError(f"{path} exists and is not overwritten: give another --output_dir")
+
     settings = resolve({name: getattr(args, name) for name in DATA_FLAGS})
     annotations = build_dataset("train", settings).annotations
-    for (part, seed), path in places.items():
+    for (part, seed), path in paths.items():
         ids = sample_image_ids(annotations.image_ids, part, seed)
         if not len(ids):
             raise UserError(

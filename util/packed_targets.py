@@ -25,10 +25,11 @@ class PackedTargets:
     A `PackedTargets` behaves like a list of per-image targets, too: `len(targets)`, `targets[i]` and iteration give
     dicts whose tensors are views of the packed ones.
 
-    tensors: key -> the rows of all images, concatenated, [N, ...].
-    counts: key -> number of rows of each image, a list of B ints. They stay on the host, so that reading the number of
-        objects never synchronizes with the GPU.
-    problems: (path, reason) of each image that could not be used and was replaced by another one.
+    Attributes:
+        tensors: key -> the rows of all images, concatenated, [N, ...].
+        counts: key -> number of rows of each image, a list of B ints. They stay on the host, so that reading the number
+            of objects never synchronizes with the GPU.
+        problems: (path, reason) of each image that could not be used and was replaced by another one.
     """
 
     tensors: dict[str, Tensor]
@@ -40,7 +41,7 @@ class PackedTargets:
         """Pack B dicts of tensors with the same keys. The optional key `problems` is collected separately.
 
         Raises:
-            ValueError: The keys of two targets differ.
+            ValueError: the keys of two targets differ.
         """
         problems = [problem for target in targets for problem in target.get("problems", [])]
         keys = [key for key in targets[0] if key != "problems"]

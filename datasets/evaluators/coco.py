@@ -87,7 +87,7 @@ def select_backend(name: str) -> str:
     """Return a name of BACKENDS. "auto" selects the fastest one that is installed, and logs it once.
 
     Raises:
-        UserError: The backend is unknown or not installed.
+        UserError: the backend is unknown or not installed.
     """
     if name not in ("auto", *BACKENDS):
         raise UserError(f"evaluator {name} is unknown: choose auto or one of {', '.join(BACKENDS)}")
@@ -112,12 +112,13 @@ class CocoEvaluator(DetectionEvaluator):
     Both backends were compared on random cases with crowds, more than 100 detections per image, equal scores and
     unlisted classes: hotcoco gives exactly the metrics of pycocotools.
 
-    ground_truth: from `build_ground_truth`. Evaluators share it and do not change it.
-    backend: see `select_backend`.
-    category_ids: see `DetectionEvaluator`.
+    Args:
+        ground_truth: from `build_ground_truth`. Evaluators share it and do not change it.
+        backend: see `select_backend`.
+        category_ids: see `DetectionEvaluator`.
 
     Raises:
-        UserError: The backend is not installed.
+        UserError: the backend is not installed.
     """
 
     def __init__(
@@ -187,7 +188,8 @@ def _per_class(
 ) -> list[dict[str, Any]]:
     """Return the rows of `CocoEvaluator.summarize`.
 
-    metrics: category id -> [AP, AP50, AP75].
+    Args:
+        metrics: category id -> [AP, AP50, AP75].
     """
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     counts = Counter(a["category_id"] for a in ground_truth["annotations"] if not a["iscrowd"])
@@ -267,7 +269,8 @@ def _complete(annotation: Mapping[str, Any], annotation_id: int) -> dict[str, An
 def _is_evaluated(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -> np.ndarray:
     """Return which annotations are evaluated, bool [A]: finite ones that are crowds or have an area in their image.
 
-    sizes_hw: [A, 2], size of each annotation's image.
+    Args:
+        sizes_hw: [A, 2], size of each annotation's image.
     """
     # In float32, as in training: the same boxes must count as infinite or without area.
     with np.errstate(over="ignore", invalid="ignore"):

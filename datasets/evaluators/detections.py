@@ -12,9 +12,10 @@ from util.distributed import all_gather_object
 class DetectionEvaluator:
     """Collects the detections of a dataset. An image that is seen twice, or on several ranks, counts once.
 
-    image_ids: the images of the dataset.
-    category_ids: label -> category id of the annotation file; None if labels are these ids. A detection whose label has
-        no id is dropped: no ground-truth box could match it.
+    Args:
+        image_ids: the images of the dataset.
+        category_ids: label -> category id of the annotation file; None if labels are these ids. A detection whose
+            label has no id is dropped: no ground-truth box could match it.
     """
 
     def __init__(
@@ -27,10 +28,11 @@ class DetectionEvaluator:
     def update(self, predictions: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Add the detections of some images.
 
-        predictions: image id -> {"scores" [N], "labels" [N], "boxes" [N, 4], (x0, y0, x1, y1) in pixels}.
+        Args:
+            predictions: image id -> {"scores" [N], "labels" [N], "boxes" [N, 4], (x0, y0, x1, y1) in pixels}.
 
         Raises:
-            ValueError: An image id is not in the annotations.
+            ValueError: an image id is not in the annotations.
         """
         for image_id, prediction in predictions.items():
             if image_id not in self._image_ids:

@@ -14,7 +14,8 @@ def class_table(rows: Sequence[dict[str, Any]]) -> str:
     The classes are in the given order (by id), as many per line as fit. Of more than MAX_CLASSES classes, only those
     with the highest and lowest AP are shown.
 
-    rows: "per_class" of an evaluator's summary.
+    Args:
+        rows: "per_class" of an evaluator's summary.
     """
     if not rows:
         return "no class has objects"

@@ -24,7 +24,10 @@ IOU_THRESHOLDS = np.arange(50, 100, 5) / 100  # 0.50, 0.55, ... 0.95
 class _ClassGroundTruth:
     """Objects of one class, sorted by image.
 
-    image: int64 [M], image index. boxes: float64 [M, 4], (x0, y0, x1, y1) in pixels. difficult: bool [M].
+    Attributes:
+        image: int64 [M], image index.
+        boxes: float64 [M, 4], (x0, y0, x1, y1) in pixels.
+        difficult: bool [M].
     """
 
     image: np.ndarray
@@ -43,11 +46,12 @@ class VocEvaluator(DetectionEvaluator):
     Objects marked `difficult` do not count as missed, and a detection that overlaps one best is neither a true nor a
     false positive. A second detection of an object is a false positive.
 
-    metric: "11point", the mean of the best precision at recall 0, 0.1, ... 1 (VOC until 2009, and for its 2007 test
-        set); or "area", the area under the monotonic precision-recall curve (2010 or later).
-    category_ids: see `DetectionEvaluator`.
-    reproduce_published: evaluate as DETReg, which rounds scores to 3 decimals and corners to 1, requires an IoU above
-        the threshold instead of at least the threshold, and misses recalls of exactly 0.3, 0.6 and 0.7.
+    Args:
+        metric: "11point", the mean of the best precision at recall 0, 0.1, ... 1 (VOC until 2009, and for its 2007 test
+            set); or "area", the area under the monotonic precision-recall curve (2010 or later).
+        category_ids: see `DetectionEvaluator`.
+        reproduce_published: evaluate as DETReg, which rounds scores to 3 decimals and corners to 1, requires an IoU
+            above the threshold instead of at least the threshold, and misses recalls of exactly 0.3, 0.6 and 0.7.
     """
 
     def __init__(
@@ -149,7 +153,11 @@ class VocEvaluator(DetectionEvaluator):
 
         The IoU is 0 if the image has no object. Of several objects with this IoU, the first one counts.
 
-        rows: [N, 7], detections of one class. Returns ([N], [N]).
+        Args:
+            rows: [N, 7], detections of one class.
+
+        Returns:
+            (float64 [N], int64 [N]).
         """
         overlap, best = np.zeros(len(rows)), np.zeros(len(rows), np.int64)  # [N], [N]
 
@@ -214,10 +222,11 @@ def precision_recall_curve(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (recall [N], precision [N]) after each detection, by descending score.
 
-    matched: bool [N], whether the IoU with the best object reaches the threshold.
-    best: int64 [N], index of that object.
-    difficult: bool [M].
-    total: number of objects that are not difficult.
+    Args:
+        matched: bool [N], whether the IoU with the best object reaches the threshold.
+        best: int64 [N], index of that object.
+        difficult: bool [M].
+        total: number of objects that are not difficult.
     """
     ignored = np.zeros(len(matched), bool)
     ignored[matched] = difficult[best[matched]]
@@ -239,8 +248,9 @@ def precision_recall_curve(
 def ap_11point(recall: np.ndarray, precision: np.ndarray, published: bool = False) -> float:
     """Return the mean of the best precision at a recall of at least 0, 0.1, ... 1.
 
-    published: use steps of 0.1, as DETReg. Floating-point error puts these points above 0.3, 0.6 and 0.7, so a recall
-        of exactly that value misses them.
+    Args:
+        published: use steps of 0.1, as DETReg. Floating-point error puts these points above 0.3, 0.6 and 0.7, so a
+            recall of exactly that value misses them.
     """
     points = np.arange(0, 1.1, 0.1) if published else np.arange(11) / 10
     best = np.append(_best_precision(precision), 0.0)  # [N + 1], 0 beyond the highest recall
@@ -260,7 +270,8 @@ def _best_precision(precision: np.ndarray) -> np.ndarray:
 def _stats(values: list[np.ndarray]) -> list[float]:
     """Return AP, AP50 and AP75 as the mean over classes; -1 without classes.
 
-    values: AP [10 IoU thresholds] of each class.
+    Args:
+        values: AP [10 IoU thresholds] of each class.
     """
     if not values:
         return [-1.0] * 3

@@ -218,9 +218,8 @@ def _find_in_file(path: str) -> tuple[ImageFiles | None, tuple[str, list[str]] |
 def _read_list(path: str) -> list[str]:
     """Read a text file with one image path per line; empty lines and lines that start with # are skipped."""
     try:
-        lines = (
-            Path(path).read_text(encoding="utf-8-sig").splitlines()
-        )  # -sig: Windows writes a byte order mark
+        # utf-8-sig: Windows writes a byte order mark.
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: neither a folder nor text; give a folder, or a text file with one image path per line"

@@ -124,9 +124,8 @@ def expand_pattern(pattern: str) -> tuple[str, list[str]] | None:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    pieces = re.split(
-        r"\{([^{}]*)\}", pattern
-    )  # text, inside of braces, text, inside of braces, ...
+    # Because of the group, even pieces are text and odd ones are the insides of braces.
+    pieces = re.split(r"\{([^{}]*)\}", pattern)
     alternatives = [
         _brace_alternatives(piece) if i % 2 else [piece] for i, piece in enumerate(pieces)
     ]

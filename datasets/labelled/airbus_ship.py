@@ -36,7 +36,7 @@ def build_airbus_ship(
     """Build the dataset of `--airbus_path`, including images without ships. A tenth of the images is "val".
 
     Raises:
-        UserError: The folder or the CSV file is missing or malformed.
+        UserError: the folder or the CSV file is missing or malformed.
     """
     root = airbus_root(settings)
     image_folder = os.path.join(root, IMAGE_FOLDER)
@@ -65,7 +65,7 @@ def airbus_root(settings: Settings) -> str:
     """Return the folder with the images and the CSV file.
 
     Raises:
-        UserError: The folder does not exist.
+        UserError: the folder does not exist.
     """
     root = settings.airbus_path or os.path.join(settings.data_root or "", "airbus-ship-detection")
     images = os.path.join(root, IMAGE_FOLDER)
@@ -82,7 +82,7 @@ def read_rle_csv(path: str, image_folder: str) -> Annotations:
     All images have the same size. It is read from the first one that exists.
 
     Raises:
-        UserError: The file is missing, has another header, or has runs that are not pairs of numbers inside the image.
+        UserError: the file is missing, has another header, or has runs that are not pairs of numbers inside the image.
     """
     names, runs = _read_csv(path)
     images = sorted(set(names))
@@ -152,12 +152,13 @@ def rle_to_boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the bounding boxes float32 [N, 4], (x0, y0, x1, y1) in pixels, and areas float32 [N] of RLE masks.
 
-    texts: the runs of each ship, as in the CSV file.
-    height, width: of the images, in pixels.
-    locations: file and line of each ship, for messages.
+    Args:
+        texts: the runs of each ship, as in the CSV file.
+        height, width: of the images, in pixels.
+        locations: file and line of each ship, for messages.
 
     Raises:
-        UserError: Runs that are not pairs of numbers inside the image.
+        UserError: runs that are not pairs of numbers inside the image.
     """
     # All numbers are parsed and checked at once, which is fast. Only if something is wrong, each line is checked.
     num_words = np.array([len(text.split()) for text in texts], dtype=np.int64)  # [N]

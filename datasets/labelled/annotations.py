@@ -1,4 +1,10 @@
-"""Boxes and labels of a whole dataset in a few arrays: workers share them, where Python objects would be copied."""
+"""Boxes and labels of a whole dataset in a few NumPy arrays, and the parser of COCO annotation files.
+
+Dataloader workers share arrays with the main process. Python objects would be copied into each worker, since reading
+one writes to its reference count.
+
+Shapes: I images, A annotated objects (boxes) of all images.
+"""
 
 import contextlib
 import gc
@@ -18,28 +24,42 @@ from util.errors import UserError
 from util.logger import log
 
 Record = dict[str, Any]
-# kind (a key of datasets.labelled.checks.KINDS) -> (ids int64 [K, 2]: annotation, -1 where there is none, and image;
-# file names [K])
+
+# Kind of finding (a key of `datasets.labelled.checks.KINDS`) -> (ids, file names) of K findings.
+# ids: int64 [K, 2], annotation id and image id; -1 if there is no annotation id. file names: [K].
 Findings = dict[str, tuple[np.ndarray, PackedStrings]]
-ID_LIMIT = 2**53  # evaluators keep ids in float64
-# The value of such a key ends at the last bracket before the next key or the end of its object. A text can't hold the
-# key: its quotes would be escaped.
+
+ID_LIMIT = 2**53  # evaluators store ids in float64, which has 53 bits for integers
+
+# Matches a "segmentation" whose value is a list. The match ends at the last bracket before the next key or the end of
+# the object. It cannot start inside a string: quotes in a JSON string are escaped.
 SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
+
 BOX_TOLERANCE = (
-    1.0  # pixels that a box may stand over its image unnoticed: published boxes are rounded
+    1.0  # pixels that a box may exceed its image without a warning: published boxes are rounded
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Annotations:
-    """Images in the order of their ids; the objects of image i are rows offsets[i] to offsets[i + 1].
+    """Images, sorted by id, with their objects. The objects of image i are the rows offsets[i] to offsets[i + 1] - 1.
 
-    image_ids int64 [I]; sizes_hw int64 [I, 2], 0 where the file does not say; boxes_xyxy_abs float32 [A, 4], not
-    clipped; labels int64 [A]; areas float32 [A] in pixels. Crowds and boxes without area are not among the objects.
-    findings: what is wrong with entries of the file, skipped or not. difficult: bool [A], None where the format has no
-    such mark.
-    subset: which part of the images this is, empty: all of them. ids: int64 [A], those that the file gives
-    its objects (in VOC their numbers in their files), -1 where it has none.
+    Crowds and boxes without area are not among the objects.
+
+    Attributes:
+        source: file or folder that error messages name.
+        file_names: [I], relative to the image folder.
+        image_ids: int64 [I].
+        sizes_hw: int64 [I, 2], (height, width) in pixels; 0 if the file does not say.
+        offsets: int64 [I + 1], first row of each image.
+        boxes_xyxy_abs: float32 [A, 4], (x0, y0, x1, y1) in pixels, not clipped to the image.
+        labels: int64 [A].
+        areas: float32 [A], in square pixels.
+        class_names: label -> name.
+        findings: what is wrong with entries of the file, whether they were skipped or not.
+        difficult: bool [A]; None if the format has no such mark.
+        subset: which part of the images this is, as text; empty for all images.
+        ids: int64 [A], annotation ids of the file (VOC: the number of the object in its XML file); -1 if it has none.
     """
 
     source: str
@@ -61,40 +81,48 @@ class Annotations:
 
     @property
     def image_indices(self) -> np.ndarray:
-        """Index of its image for each object, int64 [A]."""
+        """Image index of each object, int64 [A]."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
     def target(self, index: int, size_hw: tuple[int, int]) -> Record:
-        """The target of an image of this size before transforms: boxes (x0, y0, x1, y1) in pixels, clipped to it."""
+        """Return the target of one image, before transforms, with the keys of DETR.
+
+        Args:
+            size_hw: (height, width) of the decoded image in pixels.
+
+        Returns:
+            For N objects: `boxes` float32 [N, 4], (x0, y0, x1, y1) in pixels, clipped to the image; `labels` int64 [N];
+            `area` float32 [N]; `iscrowd` int64 [N]; `image_id` int64 [1]; `orig_size` and `size` int64 [2].
+        """
         rows = slice(self.offsets[index], self.offsets[index + 1])
         height, width = size_hw
-        boxes = np.clip(
-            self.boxes_xyxy_abs[rows], 0, np.array([width, height, width, height], dtype=np.float32)
-        )
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        limit = np.array([width, height, width, height], dtype=np.float32)
+        boxes = np.clip(self.boxes_xyxy_abs[rows], 0, limit)  # [N, 4]
+
+        # If the file gives no image size, only now is it known which boxes are outside their image.
+        keep = (boxes[:, 2:] > boxes[:, :2]).all(1)  # [N]
         size = torch.tensor(size_hw)
         return {
-            "boxes": torch.from_numpy(boxes[kept]),
-            "labels": torch.from_numpy(self.labels[rows][kept]),
+            "boxes": torch.from_numpy(boxes[keep]),
+            "labels": torch.from_numpy(self.labels[rows][keep]),
             "image_id": torch.tensor([int(self.image_ids[index])]),
-            "area": torch.from_numpy(self.areas[rows][kept]),
-            "iscrowd": torch.zeros(int(kept.sum()), dtype=torch.int64),
+            "area": torch.from_numpy(self.areas[rows][keep]),
+            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
             "orig_size": size,
             "size": size.clone(),
         }
 
     def select(self, images: np.ndarray) -> "Annotations":
-        """Only these images (indices [J], in this order)."""
-        rows = np.concatenate(
-            [np.arange(self.offsets[i], self.offsets[i + 1]) for i in images] or [np.arange(0)]
-        )
-        counts = np.diff(self.offsets)[images]
+        """Return the annotations of some images: their indices [J], in this order."""
+        spans = [np.arange(self.offsets[i], self.offsets[i + 1]) for i in images]
+        rows = np.concatenate(spans or [np.arange(0)])  # np.concatenate needs at least one array
+        counts = np.diff(self.offsets)[images]  # [J]
         return replace(
             self,
             file_names=PackedStrings(self.file_names[i] for i in images),
             image_ids=self.image_ids[images],
             sizes_hw=self.sizes_hw[images],
-            offsets=np.concatenate([[0], np.cumsum(counts)]),
+            offsets=np.concatenate([[0], np.cumsum(counts)]),  # [J + 1]
             boxes_xyxy_abs=self.boxes_xyxy_abs[rows],
             labels=self.labels[rows],
             areas=self.areas[rows],
@@ -103,6 +131,7 @@ class Annotations:
         )
 
     def fingerprint(self) -> str:
+        """Return a line that changes whenever images, boxes or labels change. Each run records it."""
         digest = hashlib.sha256(self.file_names.digest().encode())
         for array in (
             self.image_ids,
@@ -113,35 +142,36 @@ class Annotations:
         ):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
-        drawn = f"{self.subset}, " if self.subset else ""
-        return f"{drawn}{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
+
+        subset = f"{self.subset}, " if self.subset else ""
+        return f"{subset}{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
 
     def to_coco(self) -> Record:
-        """The content of a COCO detection file with the same images, objects and classes; labels are the category
-        ids.
+        """Return the content of a COCO detection file with the same images, objects and classes.
+
+        Labels become category ids. Annotations are numbered from 1.
         """
-        image_indices = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
-        boxes = self.boxes_xyxy_abs.astype(np.float64)
-        rows = zip(
-            image_indices, self.labels.tolist(), boxes.tolist(), self.areas.tolist(), strict=True
+        image_id_of_object = np.repeat(self.image_ids, np.diff(self.offsets)).tolist()
+        boxes = self.boxes_xyxy_abs.astype(np.float64).tolist()
+        objects = zip(
+            image_id_of_object, self.labels.tolist(), boxes, self.areas.tolist(), strict=True
         )
+        images = zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True)
         return {
             "images": [
-                {"id": number, "file_name": self.file_names[i], "height": height, "width": width}
-                for i, (number, (height, width)) in enumerate(
-                    zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True)
-                )
+                {"id": image_id, "file_name": self.file_names[i], "height": height, "width": width}
+                for i, (image_id, (height, width)) in enumerate(images)
             ],
             "annotations": [
                 {
                     "id": i,
-                    "image_id": image,
+                    "image_id": image_id,
                     "category_id": label,
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "area": area,
                     "iscrowd": 0,
                 }
-                for i, (image, label, (x0, y0, x1, y1), area) in enumerate(rows, start=1)
+                for i, (image_id, label, (x0, y0, x1, y1), area) in enumerate(objects, start=1)
             ],
             "categories": [
                 {"id": label, "name": name} for label, name in sorted(self.class_names.items())
@@ -149,11 +179,14 @@ class Annotations:
         }
 
 
+# ------------------------------------------------------------------------------------------------------ reading a file
+
+
 def read_coco(path: str) -> Annotations:
-    """Reads a COCO detection file.
+    """Read a COCO detection file.
 
     Raises:
-        UserError: no such file, not JSON, or what makes training wrong (see `parse_coco`).
+        UserError: the file does not exist, is not JSON, or is malformed (see `parse_coco`).
     """
     with gc_paused():
         return parse_coco(read_json(path), path)
@@ -161,8 +194,11 @@ def read_coco(path: str) -> Annotations:
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Python's collector of cycles looks at all objects again and again while millions are made, and none of JSON's is
-    in a cycle: for COCO with its polygons that is three quarters of the time."""
+    """Pause Python's garbage collector of reference cycles.
+
+    While millions of objects are created, the collector visits all of them again and again, and JSON has no cycles. For
+    COCO with its polygons this takes three quarters of the time.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -173,19 +209,19 @@ def gc_paused() -> Iterator[None]:
 
 
 def read_json(path: str) -> Any:
-    """The content of a JSON file in UTF-8, or in the UTF-16 and with the byte order mark that some programs write.
+    """Return the content of a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
 
-    Polygons, which are two thirds of COCO's file and which nothing here looks at, become empty lists before they become
-    objects.
+    Polygons are replaced by empty lists before parsing: nothing here uses them, and they are two thirds of COCO's file.
 
     Raises:
-        UserError: no such file, or not JSON.
+        UserError: the file does not exist or is not JSON.
     """
     try:
         with open(path, "rb") as file, gc_paused():
             try:
                 return json.loads(SEGMENTATION.sub(b'"segmentation":[]', file.read()))
-            except ValueError:  # once more, so that the message counts bytes as the file does
+            except ValueError:
+                # Parse the unchanged file again, so that the error gives positions in the file itself.
                 file.seek(0)
                 return json.load(file)
     except FileNotFoundError as error:
@@ -198,90 +234,93 @@ def read_json(path: str) -> Any:
         raise UserError(
             f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
         ) from error
+    # Deeply nested brackets exceed Python's recursion limit.
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): is the download complete?") from error
 
 
 def parse_coco(content: Record, source: str) -> Annotations:
-    """Arrays from the content of a COCO detection file; `source` names it in messages.
+    """Build `Annotations` from the content of a COCO detection file.
 
-    Labels are the raw category ids. A missing `iscrowd` counts as 0, a missing `area` is that of the box. Crowds are
-    skipped. Skipped with a warning and their number: boxes that are not finite, without area or outside their image,
-    and annotations of unlisted images.
+    Labels are the raw category ids. A missing `iscrowd` means 0, a missing `area` is the area of the box. Crowds are
+    skipped. Also skipped, with a warning that gives their number: boxes that are not finite, have no area or are
+    outside their image, and annotations of unlisted images.
+
+    Args:
+        source: name of the file in messages.
 
     Raises:
-        UserError: parts are missing, entries are no objects, ids are no integers from 0 on or not unique, a file name,
-            size, bbox or iscrowd is malformed.
+        UserError: a list is missing, an entry is not an object, an id is not an integer of at least 0 or not unique, or
+            a file name, size, bbox or iscrowd is malformed.
     """
     images, annotations, categories = (
         _records(content, key, source) for key in ("images", "annotations", "categories")
     )
+
+    # Sorted by id, so that np.searchsorted can look up ids.
     images = sorted(images, key=lambda image: _parse_id(image, "id", source))
-    image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-    same = image_ids[1:][image_ids[1:] == image_ids[:-1]]
-    if len(same):
+    image_ids = np.array([image["id"] for image in images], dtype=np.int64)  # [I]
+    repeated = image_ids[1:][image_ids[1:] == image_ids[:-1]]
+    if len(repeated):
         raise UserError(
-            f"{source}: two images have the same id {same[0]}: ids must be unique; correct or remove one"
+            f"{source}: two images have the same id {repeated[0]}: ids must be unique; correct or remove one"
         )
+
     file_names = PackedStrings(_parse_file_name(image, source) for image in images)
-    sizes = np.array([_parse_size_hw(image, source) for image in images], dtype=np.int64).reshape(
-        -1, 2
-    )
-    columns = _parse_columns(annotations, source)
+    sizes = [_parse_size_hw(image, source) for image in images]
     return annotations_from_columns(
-        columns, source, file_names, image_ids, sizes, _parse_class_names(categories, source)
+        _parse_columns(annotations, source),
+        source=source,
+        file_names=file_names,
+        image_ids=image_ids,
+        sizes_hw=np.array(sizes, dtype=np.int64).reshape(-1, 2),  # [I, 2], also without images
+        class_names=_parse_class_names(categories, source),
     )
-
-
-def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for category in categories:
-        number = _parse_id(category, "id", source)
-        name = str(category.get("name", number))
-        if names.setdefault(number, name) != name:
-            raise UserError(
-                f"{source}: the categories '{names[number]}' and '{name}' have the same id {number}: ids must be "
-                "unique; correct or remove one"
-            )
-    return names
 
 
 def annotations_from_columns(
     columns: dict[str, np.ndarray],
+    *,
     source: str,
     file_names: PackedStrings,
     image_ids: np.ndarray,
     sizes_hw: np.ndarray,
     class_names: dict[int, str],
 ) -> Annotations:
-    """From one array a field, a row an object: `id` (for messages) and `image` int64, its id; `label` int64; `crowd`
-    bool; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32; `difficult` bool where the format has it.
+    """Build `Annotations` from one array per field. Objects are skipped as in `parse_coco`.
 
-    image_ids int64 [I] sorted, sizes_hw int64 [I, 2] and file_names [I] are of the images. Objects are skipped as in
-    `parse_coco`.
+    Args:
+        columns: `id` int64 [A], annotation id, for messages; `image` int64 [A], image id; `label` int64 [A]; `crowd`
+            bool [A]; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32 [A], in square pixels;
+            `difficult` bool [A], if the format has it.
+        file_names, image_ids, sizes_hw: of the images, as in `Annotations`; sorted by id.
     """
-    listed = np.array(list(class_names), dtype=np.int64)
-    rows, findings = _filter_rows(columns, image_ids, sizes_hw, file_names, listed, source)
-    columns = {key: column[rows] for key, column in columns.items()}
-    counts = (
-        np.bincount(columns["image"], minlength=len(image_ids))
-        if len(rows)
-        else np.zeros(len(image_ids), int)
+    category_ids = np.array(list(class_names), dtype=np.int64)
+    columns, findings = _filter_objects(
+        columns, image_ids, sizes_hw, file_names, category_ids, source
     )
+    if len(columns["id"]):
+        counts = np.bincount(columns["image"], minlength=len(image_ids))  # [I]
+    else:
+        counts = np.zeros(len(image_ids), int)
+
     return Annotations(
-        source,
-        file_names,
-        image_ids,
-        sizes_hw,
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        columns["box"],
-        columns["label"],
-        columns["area"],
-        _add_unlisted_classes(class_names, columns["label"], source),
-        findings,
-        columns.get("difficult"),
+        source=source,
+        file_names=file_names,
+        image_ids=image_ids,
+        sizes_hw=sizes_hw,
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),  # [I + 1]
+        boxes_xyxy_abs=columns["box"],
+        labels=columns["label"],
+        areas=columns["area"],
+        class_names=_add_unlisted_classes(class_names, columns["label"], source),
+        findings=findings,
+        difficult=columns.get("difficult"),
         ids=columns["id"],
     )
+
+
+# --------------------------------------------------------------------------------------------------- fields of an entry
 
 
 def _records(content: Record, key: str, source: str) -> list[Record]:
@@ -299,27 +338,18 @@ def _records(content: Record, key: str, source: str) -> list[Record]:
 
 
 def _shorten(value: Any) -> str:
+    """Return a value as text for a one-line message."""
     return repr(value)[:80]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that arrays can hold: JSON has integers of any length."""
-    return isinstance(value, float) or isinstance(value, int) and abs(value) < 2**63
-
-
-def _parse_size_hw(image: Record, source: str) -> tuple[int, int]:
-    """(height, width), 0 where the file does not say."""
-    size = image.get("height") or 0, image.get("width") or 0
-    for name, value in zip(("height", "width"), size, strict=True):
-        if not _is_number(value) or not 0 <= value < 2**31:
-            raise UserError(
-                f"{source}: image {image['id']} has {name} {_shorten(value)}: it must be in pixels; correct it"
-            )
-    return int(size[0]), int(size[1])
+    """Return whether a value is a number that fits into an array. JSON has integers of any length."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _parse_id(record: Record, key: str, source: str) -> int:
     value = record.get(key)
+    # `True` is an int in Python, but not an id.
     if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(
             f"{source}: {key} of {_shorten(record)} is {_shorten(value)}: it must be an integer; correct it"
@@ -340,33 +370,59 @@ def _parse_file_name(image: Record, source: str) -> str:
         )
     try:
         os.fsencode(name)
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError as error:  # such as half of a surrogate pair, which JSON can express
         raise UserError(
-            f"{source}: image {image['id']} has the file_name {_shorten(name)}, which no file can have: correct it"
+            f"{source}: image {image['id']} has the file_name {_shorten(name)}, which is not a valid file name: "
+            "correct it"
         ) from error
     return name
 
 
+def _parse_size_hw(image: Record, source: str) -> tuple[int, int]:
+    """Return (height, width) in pixels, 0 if the file does not say."""
+    size = image.get("height") or 0, image.get("width") or 0
+    for name, value in zip(("height", "width"), size, strict=True):
+        if not _is_number(value) or not 0 <= value < 2**31:
+            raise UserError(
+                f"{source}: image {image['id']} has {name} {_shorten(value)}: it must be in pixels; correct it"
+            )
+    return int(size[0]), int(size[1])
+
+
+def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for category in categories:
+        category_id = _parse_id(category, "id", source)
+        name = str(category.get("name", category_id))
+        # The same category may be listed twice, but not two names with one id.
+        if names.setdefault(category_id, name) != name:
+            raise UserError(
+                f"{source}: the categories '{names[category_id]}' and '{name}' have the same id {category_id}: ids "
+                "must be unique; correct or remove one"
+            )
+    return names
+
+
 def _parse_columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
-    """One array a field, rows as in the file; boxes as (x0, y0, x1, y1), added up in float32 as published."""
+    """Return one array per field, with the rows in the order of the file (see `annotations_from_columns`)."""
     boxes_xywh = [_parse_bbox(annotation, source) for annotation in annotations]
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is skipped as such
-        box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)
-    box_area = box[:, 2] * box[:, 3]
-    area = np.array(
-        [_parse_number(annotation.get("area"), np.nan) for annotation in annotations],
-        dtype=np.float32,
-    )
-    box[:, 2:] += box[:, :2]
+    # Values too large for float32 become infinite. Such boxes are skipped later.
+    with np.errstate(over="ignore"):
+        box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)  # [A, 4], x, y, width, height
+    box_area = box[:, 2] * box[:, 3]  # [A]
+    areas = [_parse_number(annotation.get("area"), np.nan) for annotation in annotations]
+    area = np.array(areas, dtype=np.float32)  # [A]
+    box[:, 2:] += box[:, :2]  # x0, y0, x1, y1; added in float32, as published
+
+    image_ids = [_parse_id(annotation, "image_id", source) for annotation in annotations]
+    labels = [_parse_id(annotation, "category_id", source) for annotation in annotations]
+    crowd = [_parse_iscrowd(annotation, source) for annotation in annotations]
+    ids = [_parse_annotation_id(annotation) for annotation in annotations]
     return {
-        "id": np.array(
-            [_parse_annotation_id(annotation) for annotation in annotations], dtype=np.int64
-        ),
-        "image": np.array([_parse_id(a, "image_id", source) for a in annotations], dtype=np.int64),
-        "label": np.array(
-            [_parse_id(a, "category_id", source) for a in annotations], dtype=np.int64
-        ),
-        "crowd": np.array([_parse_iscrowd(a, source) for a in annotations], dtype=bool),
+        "id": np.array(ids, dtype=np.int64),
+        "image": np.array(image_ids, dtype=np.int64),
+        "label": np.array(labels, dtype=np.int64),
+        "crowd": np.array(crowd, dtype=bool),
         "box": box,
         "area": np.where(np.isnan(area), box_area, area).astype(np.float32),
     }
@@ -376,8 +432,14 @@ def _parse_number(value: Any, default: float) -> float:
     return value if _is_number(value) else default
 
 
+def _parse_annotation_id(annotation: Record) -> int:
+    """Return the annotation id, -1 if there is none. Only messages use it, so any value is accepted."""
+    value = annotation.get("id")
+    return value if isinstance(value, int) and _is_number(value) else -1
+
+
 def _parse_iscrowd(annotation: Record, source: str) -> bool:
-    """Crowds are skipped without a warning, so that a text such as "0" must not pass for one."""
+    # Crowds are skipped without a warning. A text such as "0", which is true in Python, must not silently drop a box.
     value = annotation.get("iscrowd") or 0
     if value not in (0, 1):
         raise UserError(
@@ -387,13 +449,8 @@ def _parse_iscrowd(annotation: Record, source: str) -> bool:
     return bool(value)
 
 
-def _parse_annotation_id(annotation: Record) -> int:
-    """Only for messages: -1 where there is none."""
-    number = annotation.get("id")
-    return number if isinstance(number, int) and _is_number(number) else -1
-
-
 def _parse_bbox(annotation: Record, source: str) -> Sequence[float]:
+    """Return [x, y, width, height] in pixels."""
     bbox = annotation.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         raise UserError(
@@ -403,87 +460,110 @@ def _parse_bbox(annotation: Record, source: str) -> Sequence[float]:
     return bbox
 
 
-def _filter_rows(
+# ------------------------------------------------------------------------------------------------- objects to train on
+
+
+def _filter_objects(
     columns: dict[str, np.ndarray],
     image_ids: np.ndarray,
     sizes_hw: np.ndarray,
     file_names: PackedStrings,
-    listed_ids: np.ndarray,
+    category_ids: np.ndarray,
     source: str,
-) -> tuple[np.ndarray, Findings]:
-    """(rows to train on, grouped by image in the order of the file; what was found). Turns column `image` from ids into
-    indices.
+) -> tuple[dict[str, np.ndarray], Findings]:
+    """Return (columns of the objects to train on, findings). Log a warning for each kind of skipped object.
+
+    The returned objects are grouped by image. Their column `image` has image indices instead of ids.
     """
     if not len(columns["id"]):
-        return np.arange(0), {}
-    ids = np.column_stack([columns["id"], columns["image"]])
-    order = np.searchsorted(image_ids, columns["image"]).clip(max=max(len(image_ids) - 1, 0))
-    listed = image_ids[order] == columns["image"] if len(image_ids) else np.zeros(len(order), bool)
-    finite = np.isfinite(columns["box"]).all(1)
-    usable = listed & finite & ~columns["crowd"]
-    sizes = sizes_hw[order] if len(sizes_hw) else np.zeros((len(order), 2))
-    with_area = has_visible_area(columns["box"], sizes)
+        return columns, {}
+
+    ids = np.column_stack([columns["id"], columns["image"]])  # [A, 2]
+    boxes = columns["box"]
+
+    # searchsorted returns I for ids above the last one: clip it to a valid index, then compare the ids.
+    image = np.searchsorted(image_ids, columns["image"]).clip(max=max(len(image_ids) - 1, 0))  # [A]
+    if len(image_ids):
+        listed = image_ids[image] == columns["image"]  # [A]
+        sizes = sizes_hw[image]  # [A, 2]
+    else:
+        listed = np.zeros(len(image), bool)
+        sizes = np.zeros((len(image), 2))
+
+    finite = np.isfinite(boxes).all(1)  # [A]
+    candidate = listed & finite & ~columns["crowd"]
+    visible = has_visible_area(boxes, sizes)
+    flat = ~(boxes[:, 2:] > boxes[:, :2]).all(1)
     _warn_skipped(~listed, "of images that the file does not list", ids, source)
     _warn_skipped(listed & ~finite, "with a box that is not finite", ids, source)
     _warn_skipped(
-        usable & ~with_area, "with a box without area, or outside its image,", ids, source
+        candidate & ~visible, "with a box without area, or outside its image,", ids, source
     )
-    flat = ~(columns["box"][:, 2:] > columns["box"][:, :2]).all(1)
-    found = {
+
+    masks = {
         "image not listed": ~listed,
         "box not finite": listed & ~finite,
-        "box without area": usable & flat,
-        "box outside image": usable & ~with_area & ~flat,
-        "box partly outside": usable & with_area & _exceeds_image(columns["box"], sizes),
-        "category not listed": usable & ~np.isin(columns["label"], listed_ids),
+        "box without area": candidate & flat,
+        "box outside image": candidate & ~visible & ~flat,
+        "box partly outside": candidate & visible & _exceeds_image(boxes, sizes),
+        "category not listed": candidate & ~np.isin(columns["label"], category_ids),
     }
     findings = {}
-    for kind, mask in found.items():
+    for kind, mask in masks.items():
         if mask.any():
-            names = PackedStrings(
-                file_names[order[i]] if listed[i] else "" for i in np.flatnonzero(mask)
-            )
-            findings[kind] = (ids[mask], names)
-    columns["image"] = order
-    rows = np.flatnonzero(usable & with_area)
-    return rows[np.argsort(order[rows], kind="stable")], findings
+            names = (file_names[image[i]] if listed[i] else "" for i in np.flatnonzero(mask))
+            findings[kind] = (ids[mask], PackedStrings(names))
+
+    # A stable sort keeps the objects of an image in the order of the file.
+    rows = np.flatnonzero(candidate & visible)
+    rows = rows[np.argsort(image[rows], kind="stable")]
+    return {key: column[rows] for key, column in {**columns, "image": image}.items()}, findings
 
 
-def _warn_skipped(dropped: np.ndarray, what: str, ids: np.ndarray, source: str) -> None:
-    if dropped.any():
-        annotation, image = ids[np.flatnonzero(dropped)[0]]
+def _warn_skipped(skipped: np.ndarray, what: str, ids: np.ndarray, source: str) -> None:
+    if skipped.any():
+        annotation_id, image_id = ids[np.flatnonzero(skipped)[0]]
         log.warning(
             "%s: %d annotations %s are skipped, the first is annotation %d of image %d",
             source,
-            dropped.sum(),
+            skipped.sum(),
             what,
-            annotation,
-            image,
+            annotation_id,
+            image_id,
         )
 
 
 def _exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """Whether a box ends more than BOX_TOLERANCE outside its image (size 0: not known, no limit)."""
-    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
-    return (boxes_xyxy_abs[:, :2] < -BOX_TOLERANCE).any(1) | (
-        boxes_xyxy_abs[:, 2:] > limit + BOX_TOLERANCE
-    ).any(1)
+    """Return whether each box exceeds its image by more than BOX_TOLERANCE, bool [A].
+
+    An image size of 0 is unknown: there is no upper limit.
+    """
+    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]  # [A, 2], (width, height)
+    below = (boxes_xyxy_abs[:, :2] < -BOX_TOLERANCE).any(1)
+    above = (boxes_xyxy_abs[:, 2:] > limit + BOX_TOLERANCE).any(1)
+    return below | above
 
 
 def has_visible_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """Whether something of the box is left inside its image (size 0: not known, no limit)."""
-    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]
+    """Return whether a part of each box is inside its image, bool [A].
+
+    Args:
+        boxes_xyxy_abs: [A, 4], (x0, y0, x1, y1) in pixels.
+        sizes_hw: [A, 2], size of each box's image. A size of 0 is unknown: there is no upper limit.
+    """
+    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]  # [A, 2], (width, height)
     low = np.clip(boxes_xyxy_abs[:, :2], 0, limit)
     high = np.clip(boxes_xyxy_abs[:, 2:], 0, limit)
     return (high > low).all(1)
 
 
 def _add_unlisted_classes(names: dict[int, str], labels: np.ndarray, source: str) -> dict[int, str]:
-    unnamed = sorted(set(np.unique(labels).tolist()) - set(names))
-    if unnamed:
+    """Add the categories that are used but not listed. Their name is their id."""
+    unlisted = sorted(set(np.unique(labels).tolist()) - set(names))
+    if unlisted:
         log.warning(
             "%s: category ids %s are used but not listed: they are trained but not evaluated",
             source,
-            unnamed,
+            unlisted,
         )
-    return {**names, **{label: str(label) for label in unnamed}}
+    return {**names, **{label: str(label) for label in unlisted}}

@@ -32,7 +32,7 @@ def coco_root(settings: Settings) -> str:
     """Return the COCO folder: `settings.coco_path`, or `MSCoco` in `settings.data_root`.
 
     Raises:
-        UserError: Neither is given, or the folder does not exist.
+        UserError: neither is given, or the folder does not exist.
     """
     root = settings.coco_path
     if not root and settings.data_root:
@@ -60,7 +60,7 @@ def coco_files(root: str, image_set: str) -> tuple[str, str]:
     first layout, Conditional DETR the second.
 
     Raises:
-        UserError: The image folder does not exist. The annotation file is not checked here.
+        UserError: the image folder does not exist. The annotation file is not checked here.
     """
     folder = _FOLDERS[image_set]
     candidates = [os.path.join(root, folder), os.path.join(root, "images", folder)]
@@ -78,9 +78,10 @@ class CocoDetection(SampleDataset):
 
     An image whose size differs from the annotation file counts as bad, since its boxes would be wrong.
 
-    num_classes: size of the class head, without "no object".
-    category_ids: label -> category id of the annotation file; None if labels are these ids.
-    ground_truth: what COCO evaluators compare with, if it was read with the annotations.
+    Args:
+        num_classes: size of the class head, without "no object".
+        category_ids: label -> category id of the annotation file; None if labels are these ids.
+        ground_truth: what COCO evaluators compare with, if it was read with the annotations.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class CocoDetection(SampleDataset):
         """Log a warning if images have no file: they are skipped in training.
 
         Raises:
-            UserError: The same in evaluation, where it would make every metric wrong.
+            UserError: the same in evaluation, where it would make every metric wrong.
         """
         absent = self.annotations.findings.get("image absent")
         if absent is None:
@@ -140,7 +141,7 @@ class CocoDetection(SampleDataset):
         """Return (image uint8 [3, H, W], target), after transforms.
 
         Raises:
-            BadImageError: The file can't be decoded, or its size differs from the annotation file.
+            BadImageError: the file can't be decoded, or its size differs from the annotation file.
         """
         image = read_image(self.path(index))  # [3, H, W]
         height, width = image.shape[-2:]
@@ -165,10 +166,11 @@ class ConvertedDetection(CocoDetection):
 def build_coco(image_set: str, settings: Settings, classes: Classes | None = None) -> CocoDetection:
     """Build the dataset of the "train" or "val" images in `settings.coco_path` or `settings.data_root`.
 
-    classes: meaning of the class head in a checkpoint, None for a new head.
+    Args:
+        classes: meaning of the class head in a checkpoint, None for a new head.
 
     Raises:
-        UserError: Files are missing, or contain something that makes training or evaluation wrong.
+        UserError: files are missing, or contain something that makes training or evaluation wrong.
     """
     if classes is not None and any(
         row != category for row, category in classes.category_ids.items()
@@ -195,7 +197,7 @@ def read_annotations(path: str, image_set: str) -> tuple[Annotations, GroundTrut
     The ground truth is None for "train". For "val", both come from a single read of the file.
 
     Raises:
-        UserError: See `read_coco`.
+        UserError: see `read_coco`.
     """
     with gc_paused():
         content = read_json(path)
@@ -208,7 +210,7 @@ def coco_images(image_set: str, settings: Settings) -> ImageFolder:
     """Return all images of the folder for pre-training. The annotation file is not read.
 
     Raises:
-        UserError: The folder does not exist.
+        UserError: the folder does not exist.
     """
     try:
         root = coco_root(settings)
@@ -233,7 +235,7 @@ def filter_annotations(
     Images without a file are skipped, and listed in `findings`.
 
     Raises:
-        UserError: All files are missing, or no image is selected.
+        UserError: all files are missing, or no image is selected.
     """
     if image_set == "train":
         annotations = training_subset(annotations, settings)

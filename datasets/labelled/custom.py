@@ -40,10 +40,11 @@ def build_custom(
 ) -> CocoDetection:
     """Build the dataset of `--train_images` or `--val_images` with their annotations.
 
-    classes: meaning of the class head in a checkpoint. None: the classes of the file, for a new head.
+    Args:
+        classes: meaning of the class head in a checkpoint. None: the classes of the file, for a new head.
 
     Raises:
-        UserError: A flag or a file is missing, or the file contains something that makes training or evaluation wrong:
+        UserError: a flag or a file is missing, or the file contains something that makes training or evaluation wrong:
             two classes with the same name, categories that are used but not listed, or classes missing from `classes`.
     """
     folder, file = _paths(image_set, settings)
@@ -103,7 +104,7 @@ def custom_images(image_set: str, settings: Settings) -> ImageFolder:
     """Raise an error: without labels, `--train_images` or `--imagenet_path` names the images.
 
     Raises:
-        UserError: Always. This builder is only reached if neither flag is given.
+        UserError: always. This builder is only reached if neither flag is given.
     """
     raise UserError(
         "no unlabelled images: --dataset_file custom needs --train_images DIR (any folder tree)"
@@ -153,7 +154,7 @@ def _match_classes_by_name(annotations: Annotations, classes: Classes) -> dict[i
     """Return label -> category id of the file, for the classes in the file.
 
     Raises:
-        UserError: The file has a class that is not in `classes`.
+        UserError: the file has a class that is not in `classes`.
     """
     if not classes.names:
         raise UserError(
@@ -187,7 +188,8 @@ def _match_classes_by_name(annotations: Annotations, classes: Classes) -> dict[i
 def _remap_labels(annotations: Annotations, ids: dict[int, int], classes: Classes) -> Annotations:
     """Return the annotations with labels of the class head instead of category ids.
 
-    ids: label -> category id.
+    Args:
+        ids: label -> category id.
     """
     pairs = sorted((category_id, label) for label, category_id in ids.items())
     category_ids, labels = np.array(pairs, dtype=np.int64).T  # [K], [K]

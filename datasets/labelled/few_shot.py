@@ -58,10 +58,11 @@ def novel_class_names(settings: Settings, class_names: Mapping[int, str]) -> tup
 
     The result is empty for `--few_shot all` on a dataset without a published split: no class needs to be novel.
 
-    class_names: label -> name of the dataset's classes.
+    Args:
+        class_names: label -> name of the dataset's classes.
 
     Raises:
-        UserError: No novel classes are known or given, the dataset does not have one of them, or no base class is left.
+        UserError: no novel classes are known or given, the dataset does not have one of them, or no base class is left.
     """
     voc = VOC_NOVEL[settings.novel_split]
     published = {"coco": COCO_NOVEL, "voc": voc, "voc_coco": voc}.get(settings.dataset_file, ())
@@ -97,7 +98,7 @@ def few_shot_subset(annotations: Annotations, settings: Settings) -> Annotations
     files.
 
     Raises:
-        UserError: See `novel_class_names` and `read_shots`; or no object is left.
+        UserError: see `novel_class_names` and `read_shots`; or no object is left.
     """
     kind = settings.few_shot
     if not kind:
@@ -172,7 +173,9 @@ def select_objects(annotations: Annotations, keep: np.ndarray) -> Annotations:
 def _replace_objects(annotations: Annotations, counts: np.ndarray, rows: np.ndarray) -> Annotations:
     """Return the annotations with only these rows of their objects.
 
-    counts: int [I], number of rows of each image. rows: indices or mask, grouped by image.
+    Args:
+        counts: int [I], number of rows of each image.
+        rows: indices or mask of the rows, grouped by image.
     """
     arrays = {
         name: getattr(annotations, name)
@@ -192,7 +195,8 @@ def sample_shots(
     ones are used. So 5 shots are a part of 10 shots, and the novel classes get the same objects whether base classes
     are drawn as well or not.
 
-    classes: label -> name.
+    Args:
+        classes: label -> name.
     """
     keep = np.zeros(len(annotations.labels), bool)  # [A]
     for label in classes:
@@ -209,8 +213,10 @@ def sample_shots(
 class _Shots:
     """Objects of a few-shot file.
 
-    image: int64 [N], index of the training image. boxes_xyxy_abs: float32 [N, 4], (x0, y0, x1, y1) in pixels.
-    labels, areas, ids: [N], as in `Annotations`.
+    Attributes:
+        image: int64 [N], index of the training image.
+        boxes_xyxy_abs: float32 [N, 4], (x0, y0, x1, y1) in pixels.
+        labels, areas, ids: [N], as in `Annotations`.
     """
 
     image: np.ndarray
@@ -227,12 +233,13 @@ def read_shots(
 
     Classes are matched by name, images by id and name (see `_ImageMatcher`). Boxes are those of the file.
 
-    shots: which files of a folder to read; None for a single file.
-    annotations: the training images.
-    classes: label -> name; other classes in the files are ignored.
+    Args:
+        shots: which files of a folder to read; None for a single file.
+        annotations: the training images.
+        classes: label -> name; other classes in the files are ignored.
 
     Raises:
-        UserError: Files are missing or malformed, `shots` is missing for a folder or given for a file, or a file has
+        UserError: files are missing or malformed, `shots` is missing for a folder or given for a file, or a file has
             classes or images that the training set does not have.
     """
     match_images = _ImageMatcher(annotations)
@@ -303,7 +310,8 @@ def _read_objects(
 ) -> _Shots:
     """Return the objects of one file.
 
-    only: the class that all objects must have; None for any class.
+    Args:
+        only: the class that all objects must have; None for any class.
     """
     content = read_json(file)
     if isinstance(content, dict) and "categories" not in content:
@@ -351,7 +359,7 @@ class _ImageMatcher:
         """Return the training image of each image of `shots`, int64 [I]; -1 for unmatched images without objects.
 
         Raises:
-            UserError: An image with objects has no match.
+            UserError: an image with objects has no match.
         """
         found = [
             self._find(image_id, shots.file_names[i])
@@ -389,7 +397,8 @@ def few_shot_record(
     If objects were drawn or read from a file, the record is also a COCO file of them, which `--few_shot_file` reads.
     Its annotation ids are those of the source, if they are unique.
 
-    category_ids: label -> category id of the source; None if labels are these ids.
+    Args:
+        category_ids: label -> category id of the source; None if labels are these ids.
     """
     few = settings.shots or settings.few_shot_file
     record = {
@@ -439,7 +448,8 @@ def group_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     Only classes with ground-truth objects count; a group without any has -1. A class that is never detected counts
     as 0.
 
-    rows: from `add_groups`.
+    Args:
+        rows: from `add_groups`.
     """
     means = {}
     for name in ("base", "novel", "all"):

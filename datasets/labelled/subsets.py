@@ -20,8 +20,9 @@ def sample_image_ids(image_ids: np.ndarray, fraction: float, seed: int) -> np.nd
 
     Bar et al., CVPR 2022, section 4.3.
 
-    image_ids: int64 [I], in any order.
-    fraction: above 0, at most 1.
+    Args:
+        image_ids: int64 [I], in any order.
+        fraction: above 0, at most 1.
     """
     count = round(len(image_ids) * fraction)
     # The ids are sorted first: the draw must not depend on their order in the file. NumPy accepts no negative seed.
@@ -33,7 +34,7 @@ def training_subset(annotations: Annotations, settings: Settings) -> Annotations
     """Return the training images of `--split_file`, or the fraction `--filter_pct` drawn with `--seed`, or all.
 
     Raises:
-        UserError: No image would be left, or the file can't be used.
+        UserError: no image would be left, or the file can't be used.
     """
     if settings.split_file:
         ids = read_split(settings.split_file, annotations)
@@ -60,7 +61,7 @@ def read_split(path: str, annotations: Annotations) -> np.ndarray:
     A split file is written by `tools/make_split.py`, or is the `subset.json` of a run, or a plain JSON list of ids.
 
     Raises:
-        UserError: The file can't be read, has no list of ids, or has ids that the annotations do not have.
+        UserError: the file can't be read, has no list of ids, or has ids that the annotations do not have.
     """
     content = _read_json(path)
     if isinstance(content, dict) and "annotations" in content:

@@ -59,7 +59,7 @@ def build_voc(image_set: str, settings: Settings, classes: Classes | None = None
     """Build the dataset of `--voc_train` or `--voc_val` in `--voc_path`. Objects marked `difficult` are included.
 
     Raises:
-        UserError: Folders, image sets or files are missing or malformed.
+        UserError: folders, image sets or files are missing or malformed.
     """
     root = voc_root(settings.voc_path, settings.data_root)
     annotations = read_voc(root, settings.voc_train if image_set == "train" else settings.voc_val)
@@ -76,7 +76,7 @@ def voc_images(image_set: str, settings: Settings) -> ListedImages:
     """Return the images of the same image sets for pre-training. XML files are not read.
 
     Raises:
-        UserError: The folder or an image set is missing, or no image is listed.
+        UserError: the folder or an image set is missing, or no image is listed.
     """
     root = voc_root(settings.voc_path, settings.data_root)
     image_sets = settings.voc_train if image_set == "train" else settings.voc_val
@@ -92,7 +92,7 @@ def voc_root(voc_path: str | None, data_root: str | None) -> str:
     The parent folder of VOCdevkit is accepted, too.
 
     Raises:
-        UserError: The folder does not exist.
+        UserError: the folder does not exist.
     """
     given = voc_path or os.path.join(data_root or "", "pascal", "VOCdevkit")
     inside = os.path.join(given, "VOCdevkit")
@@ -110,7 +110,7 @@ def read_voc(root: str, image_sets: Sequence[str]) -> Annotations:
     Image ids are those of DETReg: 2021, followed by the digits of the name.
 
     Raises:
-        UserError: An image set or an XML file is missing or malformed.
+        UserError: an image set or an XML file is missing or malformed.
     """
     year_and_name = _images_by_id(root, image_sets)
     if not year_and_name:
@@ -136,19 +136,19 @@ def read_voc(root: str, image_sets: Sequence[str]) -> Annotations:
 
 def _images_by_id(root: str, image_sets: Sequence[str]) -> dict[int, tuple[str, str]]:
     """Return image id -> (year, name) of all image sets."""
-    places: dict[int, tuple[str, str]] = {}
+    year_and_name: dict[int, tuple[str, str]] = {}
     for year, name in _read_image_sets(root, image_sets):
-        number = image_id(name)
-        other_year, other = places.get(number, (year, name))
+        image_id = detreg_image_id(name)
+        other_year, other = year_and_name.get(image_id, (year, name))
         # The years from 2008 share images, under the same names, which begin with a year. Plain numbers as in 2007 are
         # different images in different years.
         if other != name or (other_year != year and not re.match(r"20\d\d_", name)):
             raise UserError(
                 f"{root}: VOC{other_year} lists {other} and VOC{year} lists {name}, which get the same image id "
-                f"{number}: give them names with different digits"
+                f"{image_id}: give them names with different digits"
             )
-        places[number] = year, name
-    return places
+        year_and_name[image_id] = year, name
+    return year_and_name
 
 
 def _read_image_sets(root: str, image_sets: Sequence[str]) -> Iterable[tuple[str, str]]:
@@ -167,11 +167,11 @@ def _read_image_sets(root: str, image_sets: Sequence[str]) -> Iterable[tuple[str
         yield from ((year, line.split()[0]) for line in lines if line.strip())
 
 
-def image_id(name: str) -> int:
+def detreg_image_id(name: str) -> int:
     """Return DETReg's image id: 2007_000027 -> 20212007000027.
 
     Raises:
-        UserError: The name is not a number.
+        UserError: the name is not a number.
     """
     digits = name.replace("_", "")
     if not digits.isascii() or not digits.isdigit() or len(digits) > 11:
@@ -191,7 +191,7 @@ def read_xml_folder(folder: str) -> Annotations:
     The image of a file is its <filename>, or the name of the XML file with .jpg if that is empty.
 
     Raises:
-        UserError: The folder has no XML file, or one is malformed.
+        UserError: the folder has no XML file, or one is malformed.
     """
     # The pattern skips hidden files: macOS writes ._1.xml next to 1.xml.
     files = sorted(str(path) for path in Path(folder).glob("[!.]*.xml"))
@@ -219,14 +219,15 @@ def read_xml_folder(folder: str) -> Annotations:
 def read_xml(path: str) -> dict[str, Any]:
     """Read one XML file.
 
-    Returns {"file": its <filename>, "size_hw": (height, width), "objects": [(name, box, difficult), ...]}, where a box
-    is (x0, y0, x1, y1) in pixels.
-
     VOC counts pixels from 1, and xmax and ymax are the last pixel of the object. A box here spans the area of these
     pixels, so xmin and ymin are reduced by 1.
 
+    Returns:
+        {"file": its <filename>, "size_hw": (height, width), "objects": [(name, box, difficult), ...]}, where a box is
+        (x0, y0, x1, y1) in pixels.
+
     Raises:
-        UserError: The file is missing or not XML, or an object has no name or no numbers for its corners.
+        UserError: the file is missing or not XML, or an object has no name or no numbers for its corners.
     """
     try:
         with open(path, "rb") as file:
@@ -270,12 +271,13 @@ def annotations_from_xml(
 ) -> Annotations:
     """Build `Annotations` from XML files. The id of an object is its number in its file, starting at 1.
 
-    records: what `read_xml` returned for each image.
-    images, image_ids, files: image file, id and XML file of each image.
-    classes: names of the labels.
+    Args:
+        records: what `read_xml` returned for each image.
+        images, image_ids, files: image file, id and XML file of each image.
+        classes: names of the labels.
 
     Raises:
-        UserError: The class of an object is not in `classes`.
+        UserError: the class of an object is not in `classes`.
     """
     labels = {name: label for label, name in enumerate(classes)}
     objects = [

@@ -21,7 +21,7 @@ def build_voc_coco(
     """Build the dataset of `--voc_train` or `--voc_val` in `--voc_path`.
 
     Raises:
-        UserError: See `datasets.labelled.voc.build_voc`.
+        UserError: see `datasets.labelled.voc.build_voc`.
     """
     root = voc_root(settings.voc_path, settings.data_root)
     image_sets = settings.voc_train if image_set == "train" else settings.voc_val
@@ -39,8 +39,9 @@ def build_voc_coco(
 def to_coco_style(annotations: Annotations, full_paths: bool = False) -> dict[str, Any]:
     """Return the content of a COCO file as Siamese DETR publishes it for VOC. Dates and URLs of images are not known.
 
-    annotations: from `datasets.labelled.voc.read_voc`.
-    full_paths: write file names relative to VOCdevkit. The published files have the name without folders.
+    Args:
+        annotations: from `datasets.labelled.voc.read_voc`.
+        full_paths: write file names relative to VOCdevkit. The published files have the name without folders.
     """
     content = annotations.to_coco()
     images = {image["id"]: _convert_image(image, full_paths) for image in content["images"]}

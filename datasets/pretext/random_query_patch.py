@@ -15,7 +15,7 @@ from util.random_state import SampleRNG
 from util.settings import Settings
 
 MIN_IMAGE_SIDE = 16  # pixels; both sides must exceed it, as published
-QUERY_LABEL = 1  # as published: of the two classes only class 1 is used
+QUERY_LABEL = 1  # as published; class 0 is unused
 
 
 class QueryPatchDataset(UnlabelledDataset):

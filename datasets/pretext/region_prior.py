@@ -120,7 +120,7 @@ def build_region_prior_dataset(image_set: str, settings: Settings) -> RegionPrio
         transforms=region_prior_transforms(image_set, settings.image_size, settings.max_size),
         resize_only=region_prior_transforms("val", settings.image_size, settings.max_size),
         patch_transform=patch_transform,
-        # A single class (a focal head has no row for "no object") is row 0.
+        # With `--num_classes 1` the only class is row 0.
         label=QUERY_LABEL if settings.num_classes > QUERY_LABEL else 0,
         seed=settings.seed,
     )

@@ -1,13 +1,15 @@
-"""Proposals of a whole data set on disk, in a few arrays that all processes map into their memory.
+"""Proposal cache: the boxes of all images of a dataset on disk, in a few arrays that all processes memory-map.
 
-A store is a folder of
-  header.json       what it is; written last: without it there is no store
-  name_bytes.npy, name_ends.npy    paths relative to the data set's folder, sorted (`PackedStrings.arrays`)
-  offsets.npy       int64 [I + 1]; the boxes of image i are rows offsets[i] to offsets[i + 1]
-  boxes.npy         uint16 or float32 [B, 4], (x0, y0, x1, y1) in steps of the method's grid
-  scores.npy        float32 [B], only where the method has scores; NaN where it has none for an image
-  sizes.npy         int32 [I, 2], height and width in pixels; 0 where the image could not be read
-  file_bytes.npy, file_crc32.npy   int64 and uint32 [I], of the image files
+A cache is a folder with these files, for I images and B boxes:
+
+  header.json                      what the cache contains; written last, so a folder without it is not finished
+  name_bytes.npy, name_ends.npy    paths relative to the image folder, sorted (`PackedStrings.arrays`)
+  offsets.npy                      int64 [I + 1]; the boxes of image i are rows offsets[i] to offsets[i + 1]
+  boxes.npy                        uint16 or float32 [B, 4], (x0, y0, x1, y1) in steps of the method's grid
+  scores.npy                       float32 [B], only if the method has scores; NaN for an image without scores
+  sizes.npy                        int32 [I, 2], (height, width) in pixels; 0 if the image could not be read
+  file_bytes.npy, file_crc32.npy   int64 and uint32 [I], size and checksum of the image files
+
 `datasets.proposals.cache_builder` writes it.
 """
 
@@ -32,32 +34,31 @@ if TYPE_CHECKING:
 FORMAT = 1
 HEADER = "header.json"
 TOOL = "tools/cache_proposals.py"
-SPOT_CHECKS = 64  # images of which the file size is compared at the start of a run
+SPOT_CHECKS = 64  # images whose file size is compared at the start of a run
 
 
 class ProposalCache:
-    """Reads a store. The arrays are mapped when first used, in each process, and are not copied to worker processes.
+    """Reader of a proposal cache.
 
     Raises:
-        UserError: the folder holds no whole store of this format.
+        UserError: the folder has no complete cache of this format.
     """
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder).absolute()
         self.header = _read_header(self.folder)
+
+        num_images, num_boxes = self.header["images"], self.header["boxes"]
         arrays = (self.offsets, self.boxes, self.sizes_hw, self.names)
-        lengths = (
-            self.header["images"] + 1,
-            self.header["boxes"],
-            self.header["images"],
-            self.header["images"],
-        )
-        if tuple(map(len, arrays)) != lengths or self.offsets[-1] != len(self.boxes):
+        expected = (num_images + 1, num_boxes, num_images, num_images)
+        if tuple(map(len, arrays)) != expected or self.offsets[-1] != len(self.boxes):
             raise UserError(
-                f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again or make another"
+                f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again, or make it "
+                f"again with {TOOL}"
             )
 
     def __getstate__(self) -> dict[str, Any]:
+        # Without the arrays: each dataloader worker maps them itself instead of receiving a copy.
         return {"folder": self.folder, "header": self.header}
 
     def _load_array(self, name: str) -> np.ndarray:
@@ -67,7 +68,7 @@ class ProposalCache:
         except (OSError, ValueError, EOFError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"{path} can't be read ({reason}): copy the store again or make it again with {TOOL}"
+                f"{path} can't be read ({reason}); copy the cache again, or make it again with {TOOL}"
             ) from error
 
     @cached_property
@@ -100,13 +101,14 @@ class ProposalCache:
     def file_crc32(self) -> np.ndarray:
         return self._load_array("file_crc32")
 
-    def get_boxes(self, row: int) -> BoxesAndScores:
-        """(boxes [N, 4] in steps of the grid, scores float32 [N] or None), copied."""
-        rows = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        scores = None if self.scores is None else np.array(self.scores[rows])
-        return np.array(self.boxes[rows]), None if scores is None or np.isnan(
-            scores
-        ).any() else scores
+    def get_boxes(self, index: int) -> BoxesAndScores:
+        """Return copies of (boxes [N, 4] in steps of the grid, scores float32 [N] or None) of one image."""
+        rows = slice(int(self.offsets[index]), int(self.offsets[index + 1]))
+        boxes = np.array(self.boxes[rows])
+        if self.scores is None:
+            return boxes, None
+        scores = np.array(self.scores[rows])
+        return boxes, None if np.isnan(scores).any() else scores
 
 
 def is_proposal_cache(folder: str | os.PathLike) -> bool:
@@ -120,86 +122,90 @@ def _read_header(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         if (folder / "chunks").is_dir():
             raise UserError(
-                f"{folder} is not finished: run {TOOL} with the same flags again (after --shard: with --merge)"
+                f"{folder} is not finished; run {TOOL} with the same flags again (after --shard: with --merge)"
             ) from error
         raise UserError(
-            f"{folder} holds no proposals ({HEADER} is missing): make them with {TOOL}; published .npy files are read "
-            f"by --proposals file:{folder} without --cache_path"
+            f"{folder} is no proposal cache ({HEADER} is missing); make one with {TOOL}, or read published .npy files "
+            f"with --proposals file:{folder} without --cache_path"
         ) from error
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} can't be read ({error}): copy the store again or make it again with {TOOL}"
+            f"{path} can't be read ({error}); copy the cache again, or make it again with {TOOL}"
         ) from error
     if header.get("format") != FORMAT:
         raise UserError(
-            f"{folder} has format {header.get('format')}, this version reads {FORMAT}: make it again with {TOOL}"
+            f"{folder} has format {header.get('format')}, this version reads {FORMAT}; make it again with {TOOL}"
         )
     return header
 
 
 class CachedProposals(CacheableProposals):
-    """The boxes of a store, as the method itself would give them; the order of boxes without scores is redrawn at
-    each call.
+    """The boxes of a cache, equal to those of the method that made it.
+
+    The order of boxes without scores is drawn again at each call, as in the method itself.
     """
 
-    def __init__(self, store: ProposalCache) -> None:
-        self.cache = store
-        self.grid, self.settings = store.header["grid"], store.header["settings"]
-        self.dtype = (
-            store.boxes.dtype.type
-        )  # a store of it must not cut the boxes of files to whole pixels
+    def __init__(self, cache: ProposalCache) -> None:
+        self.cache = cache
+        self.grid = cache.header["grid"]
+        self.settings = cache.header["settings"]
+        # A cache made from this one must keep the float boxes of files and not round them to whole pixels.
+        self.dtype = cache.boxes.dtype.type
 
     @classmethod
     def open(cls, folder: str, method: object, name: str) -> "CachedProposals":
-        """The store at `folder`, which must have been made by this method with these settings.
+        """Open the cache `folder` in place of a method.
+
+        Args:
+            method: the method; the cache must have been made by it, with the same settings.
+            name: the method's name, as given to `--proposals`.
 
         Raises:
-            UserError: it was not; or the method has nothing that could be stored.
+            UserError: the cache does not match, or the method can't be cached.
         """
         if not isinstance(method, CacheableProposals) or name.startswith("file:"):
             raise UserError(
-                f"--cache_path {folder} is for methods that search the image, not for --proposals {name}: leave it out"
+                f"--cache_path {folder} can't be used with --proposals {name}, only with methods that search the "
+                "image; omit it"
             )
-        store = ProposalCache(folder)
-        cls.check_origin(folder, store.header, method, name)
-        return cls(store)
+        cache = ProposalCache(folder)
+        cls.check_origin(folder, cache.header, method, name)
+        return cls(cache)
 
     @staticmethod
     def check_origin(
         folder: str, header: dict[str, Any], method: CacheableProposals, name: str
     ) -> None:
-        """
+        """Check that the cache with this header was made by this method with these settings.
+
         Raises:
-            UserError: the store of this header was made by another method or with other settings.
+            UserError: it was not.
         """
-        made, wanted = (
-            {"method": header["method"], **header["settings"]},
-            {"method": name, **method.settings},
-        )
-        wrong = [key for key in {**wanted, **made} if made.get(key) != wanted.get(key)]
-        if wrong:
-            key = wrong[0]
-            raise UserError(
-                f"--cache_path {folder} was made with {key} {made.get(key)}, the flags say {wanted.get(key)}: change "
-                f"the flags, make another store with {TOOL}, or take it as it is by --proposals file:{folder} without "
-                "--cache_path"
-            )
+        cached = {"method": header["method"], **header["settings"]}
+        wanted = {"method": name, **method.settings}
+        for key in {**wanted, **cached}:
+            if cached.get(key) != wanted.get(key):
+                raise UserError(
+                    f"--cache_path {folder} was made with {key} {cached.get(key)}, the flags say {wanted.get(key)}; "
+                    f"change the flags, make another cache with {TOOL}, or read this one as it is with --proposals "
+                    f"file:{folder} without --cache_path"
+                )
 
     def check(self, images: "ImageFiles") -> None:
-        """
+        """Check that the cache has all of these images, and compare the file sizes of a few.
+
         Raises:
-            UserError: images are missing, or files are not those that were searched (their size differs; a few are
-                looked at).
+            UserError: images are missing, or a file has another size than when the cache was made.
         """
         self._check_names(images)
         step = max(len(images) // SPOT_CHECKS, 1)
         for i in range(0, len(images), step):
-            row = self.cache.names.find(images.name(i))
+            cached_size = self.cache.file_bytes[self.cache.names.find(images.name(i))]
             size = file_size(images.file(i))
-            if size is not None and size != self.cache.file_bytes[row]:
-                raise self._changed(
-                    images.path(i), f"{size} bytes", f"{self.cache.file_bytes[row]}"
-                )
+            # A missing file is reported when it is read.
+            if size is not None and size != cached_size:
+                raise self._changed(images.path(i), f"{size} bytes", f"{cached_size}")
+
         header = self.cache.header
         log.info(
             "proposals: %s, %d boxes in %d images, of which %d could not be read",
@@ -210,6 +216,7 @@ class CachedProposals(CacheableProposals):
         )
 
     def _check_names(self, images: "ImageFiles") -> None:
+        # The usual case, the same images, needs no comparison of names.
         if images.fingerprint() == self.cache.header["names"]:
             return
         known = {self.cache.names[i] for i in range(len(self.cache.names))}
@@ -217,27 +224,37 @@ class CachedProposals(CacheableProposals):
         if missing:
             raise UserError(
                 f"{self.cache.folder} lacks {len(missing)} of {len(images)} images, the first is "
-                f"{images.name(missing[0])}: names count from the folder that is given as images; make another store "
-                f"with {TOOL}"
+                f"{images.name(missing[0])}; names are relative to the image folder, so give the same folder, or make "
+                f"another cache with {TOOL}"
             )
 
     def propose(self, image: np.ndarray, name: str = "") -> BoxesAndScores:
-        row = self.cache.names.find(name)
-        if row is None:
+        """See `CacheableProposals.propose`.
+
+        Raises:
+            UserError: the image is not in the cache, or its size has changed.
+            BadImageError: the image could not be read when the cache was made.
+        """
+        index = self.cache.names.find(name)
+        if index is None:
             raise UserError(
-                f"{self.cache.folder} has no image {name}: the data set changed; make another store with {TOOL}"
+                f"{self.cache.folder} has no image {name}: the dataset has changed; make another cache with {TOOL}"
             )
-        size, stored = tuple(image.shape[:2]), tuple(self.cache.sizes_hw[row].tolist())
-        if stored == (0, 0):
+
+        height, width = image.shape[:2]
+        cached_height, cached_width = self.cache.sizes_hw[index].tolist()
+        if (cached_height, cached_width) == (0, 0):
             raise BadImageError(
-                f"it could not be read when its proposals were stored; make another store with {TOOL}"
+                f"it could not be read when its proposals were cached; make another cache with {TOOL}"
             )
-        if size != stored:
-            raise self._changed(name, f"{size[1]} x {size[0]} pixels", f"{stored[1]} x {stored[0]}")
-        return self.cache.get_boxes(row)
+        if (height, width) != (cached_height, cached_width):
+            raise self._changed(
+                name, f"{width} x {height} pixels", f"{cached_width} x {cached_height}"
+            )
+        return self.cache.get_boxes(index)
 
     def _changed(self, name: str, now: str, then: str) -> UserError:
         return UserError(
-            f"{name} has {now}, but had {then} when {self.cache.folder} was made: the data set changed; make "
-            f"another store with {TOOL}"
+            f"{name} has {now}, but had {then} when {self.cache.folder} was made: the dataset has changed; make "
+            f"another cache with {TOOL}"
         )

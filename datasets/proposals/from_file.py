@@ -1,6 +1,4 @@
-"""Boxes that somebody else made: COCO files, NumPy files, folders of the published .npy caches, stores (`--proposals
-file:PATH`).
-"""
+"""`--proposals file:PATH`: boxes from COCO files, NumPy files, the published .npy caches, and proposal caches."""
 
 import io
 import json
@@ -22,143 +20,156 @@ from util.settings import Settings
 if TYPE_CHECKING:
     from datasets.images.image_folder import ImageFiles
 
-SUPPORTED_FORMATS = "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a store of tools/cache_proposals.py"
-# What a pickled array of NumPy is made of: nothing else is let in, so that no file runs code.
+SUPPORTED_FORMATS = (
+    "a COCO file (.json), a NumPy file (.npz), a folder of .npy files, or a cache made by "
+    "tools/cache_proposals.py"
+)
+
+# The globals in the pickle of a NumPy array. Nothing else is allowed, so that no file can run code.
 _ALLOWED_GLOBALS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
     ("_codecs", "encode"),
-    *(
-        (f"numpy.{core}.multiarray", part)
-        for core in ("core", "_core")
-        for part in ("_reconstruct", "scalar")
-    ),
+    # NumPy 2 renamed numpy.core to numpy._core; the published caches have the old name.
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
 }
 
 
 class FileProposals(CacheableProposals):
-    """Boxes float32 (x0, y0, x1, y1) in pixels, clipped to the image; those without area are left out. With scores they
-    are best first.
+    """Base class of boxes from files: float32 (x0, y0, x1, y1) in pixels, best first if they have scores.
 
-    A subclass has `read(name)`, which raises UserError for an image that it does not know.
+    Boxes are clipped to the image, and boxes without area are dropped. A subclass implements `has_image(name)`, and
+    `read(name)`, which raises UserError for an unknown image.
     """
 
     dtype = np.float32
-    hint = "names count from the folder that is given as images"
+    hint = "names are relative to the image folder"
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).absolute()
         self.settings = {"file": self.path.name}
 
     def read(self, name: str) -> BoxesAndScores:
+        """Return (boxes [N, 4], scores [N] or None) as they are in the file."""
         raise NotImplementedError
-
-    def propose(self, image: np.ndarray, name: str) -> BoxesAndScores:
-        boxes, scores = self.read(name)
-        height, width = image.shape[:2]
-        boxes = np.clip(
-            boxes.astype(np.float32).reshape(-1, 4),
-            0,
-            np.array([width, height, width, height], dtype=np.float32),
-        )
-        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
-        if scores is None:
-            return boxes[kept], None
-        scores = scores.astype(np.float32).reshape(-1)
-        kept = kept[np.argsort(-scores[kept], kind="stable")]
-        return boxes[kept], scores[kept]
 
     def has_image(self, name: str) -> bool:
         raise NotImplementedError
 
+    def propose(self, image: np.ndarray, name: str) -> BoxesAndScores:
+        """See `CacheableProposals.propose`: boxes float32 in pixels."""
+        boxes, scores = self.read(name)
+        height, width = image.shape[:2]
+        limits = np.array([width, height, width, height], dtype=np.float32)
+        boxes = np.clip(boxes.astype(np.float32).reshape(-1, 4), 0, limits)  # [N, 4]
+        kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
+        if scores is None:
+            return boxes[kept], None
+
+        scores = scores.astype(np.float32).reshape(-1)  # [N]
+        # Stable: boxes with equal scores stay in the order of the file.
+        kept = kept[np.argsort(-scores[kept], kind="stable")]
+        return boxes[kept], scores[kept]
+
     def check(self, images: "ImageFiles") -> None:
-        missing = [
-            name for name in map(images.name, range(len(images))) if not self.has_image(name)
-        ]
+        names = map(images.name, range(len(images)))
+        missing = [name for name in names if not self.has_image(name)]
         if missing:
             raise UserError(
-                f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}: "
+                f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}; "
                 f"{self.hint}"
             )
 
 
 class CocoProposals(FileProposals):
-    """A JSON object with `images` (id, file_name) and `annotations` (image_id, bbox, perhaps score); crowds are left
-    out. Or a list of results (image_id, bbox, score) and, after a comma, the file whose `images` they belong to. Images
-    without a box are known too.
+    """Boxes of a COCO file, or of COCO results.
+
+    A COCO file is a JSON object with `images` (id, file_name) and `annotations` (image_id, bbox, optionally score);
+    crowd boxes are skipped. Results are a JSON list of (image_id, bbox, score); after a comma comes the file that has
+    their `images`. An image without boxes is known too.
 
     Raises:
-        UserError: no such file, or not of these forms.
+        UserError: no such file, or another format.
     """
 
     def __init__(self, path: str) -> None:
         first, _, second = path.partition(",")
         super().__init__(first)
         content = _read_json(first)
-        if isinstance(content, list) and not second:
+        is_results = isinstance(content, list)
+        if is_results and not second:
             raise UserError(
-                f"{first} is a list of results and does not say which image is which: give --proposals "
+                f"{first} is a list of results and does not say which image is which; give --proposals "
                 f"file:{first},ANNOTATIONS with the COCO file of these images"
             )
+
         images = _get_list(_read_json(second) if second else content, "images", second or first)
-        rows = (
-            _get_list({"results": content}, "results", first)
-            if isinstance(content, list)
-            else _get_list(content, "annotations", first)
-        )
+        if is_results:
+            rows = _get_list({"results": content}, "results", first)
+        else:
+            rows = _get_list(content, "annotations", first)
         self._pack(images, [row for row in rows if not row.get("iscrowd", 0)])
 
     def _pack(self, images: list[dict], rows: list[dict]) -> None:
+        """Store the boxes in arrays, sorted by image name: dataloader workers share arrays, but copy Python objects."""
         try:
             order = sorted(range(len(images)), key=lambda i: images[i]["file_name"])
-            place = {images[i]["id"]: k for k, i in enumerate(order)}
+            position = {images[i]["id"]: k for k, i in enumerate(order)}
             self.names = PackedStrings(images[i]["file_name"] for i in order)
-            of_image = np.array([place[row["image_id"]] for row in rows], dtype=np.int64)
+            image_index = np.array([position[row["image_id"]] for row in rows], dtype=np.int64)
             boxes = np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(len(rows), 4)
             scores = np.array([row.get("score", np.nan) for row in rows], dtype=np.float32)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self.path} is no COCO file ({type(error).__name__}: {error}): images need id and file_name, "
+                f"{self.path} is no COCO file ({type(error).__name__}: {error}); images need id and file_name, "
                 "annotations image_id of one of them and bbox [x, y, width, height]"
             ) from error
+        self._check_unique(images)
+        has_no_score = np.isnan(scores)
+        if has_no_score.any() and not has_no_score.all():
+            raise UserError(
+                f"{self.path}: {has_no_score.sum()} of {len(rows)} boxes have no score; give all of them one or none"
+            )
+
+        boxes[:, 2:] += boxes[:, :2]  # xywh -> xyxy
+        by_image = np.argsort(image_index, kind="stable")
+        self.boxes = boxes[by_image].astype(np.float32)
+        self.scores = None if has_no_score.all() else scores[by_image]
+        # The boxes of image i are rows offsets[i] to offsets[i + 1].
+        self.offsets = np.searchsorted(image_index[by_image], np.arange(len(images) + 1))
+
+    def _check_unique(self, images: list[dict]) -> None:
         for key in ("id", "file_name"):
             if len({image[key] for image in images}) < len(images):
-                raise UserError(f"{self.path}: two images have the same {key}: each needs its own")
-        unscored = np.isnan(scores)
-        if unscored.any() and not unscored.all():
-            raise UserError(
-                f"{self.path}: {unscored.sum()} of {len(rows)} boxes have no score: give all of them one or none"
-            )
-        sort = np.argsort(of_image, kind="stable")
-        boxes[:, 2:] += boxes[:, :2]
-        self.boxes = boxes[sort].astype(np.float32)
-        self.scores = None if unscored.all() else scores[sort]
-        self.offsets = np.searchsorted(of_image[sort], np.arange(len(images) + 1))
+                raise UserError(f"{self.path}: two images have the same {key}; each needs its own")
 
     def has_image(self, name: str) -> bool:
         return self.names.find(name) is not None
 
     def read(self, name: str) -> BoxesAndScores:
-        row = self.names.find(name)
-        if row is None:
-            raise UserError(f"{self.path} lists no image {name}: {self.hint}")
-        rows = slice(self.offsets[row], self.offsets[row + 1])
+        index = self.names.find(name)
+        if index is None:
+            raise UserError(f"{self.path} lists no image {name}; {self.hint}")
+        rows = slice(self.offsets[index], self.offsets[index + 1])
         return self.boxes[rows], None if self.scores is None else self.scores[rows]
 
 
 class NpzProposals(FileProposals):
-    """An .npz file with an array for each image, named by its relative path: [N, 4], or [N, 5] with scores."""
+    """An .npz file with one array per image, under its relative path: [N, 4], or [N, 5] with scores."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._archive: tuple[int, Any] | None = None
+        self._archive: tuple[int, Any] | None = None  # (process id, open archive)
         self._names = frozenset(self._open().files)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archive": None}
+        return {**self.__dict__, "_archive": None}  # an open file can't be pickled
 
     def _open(self) -> Any:
-        """Opened in each process, since a file's position is shared after a fork."""
+        """Return the archive, opened once per process: forked dataloader workers would share the file position."""
         if self._archive is None or self._archive[0] != os.getpid():
             with _damaged_file_as_user_error(f"{self.path} is no .npz file of NumPy"):
                 archive = np.load(self.path, allow_pickle=False)
@@ -172,7 +183,7 @@ class NpzProposals(FileProposals):
 
     def read(self, name: str) -> BoxesAndScores:
         if not self.has_image(name):
-            raise UserError(f"{self.path} has no array {name}: {self.hint}")
+            raise UserError(f"{self.path} has no array {name}; {self.hint}")
         where = f"{self.path}, array {name}"
         with _damaged_file_as_user_error(f"{where} can't be read"):
             content = self._open()[name]
@@ -180,109 +191,126 @@ class NpzProposals(FileProposals):
 
 
 class NpyFolderProposals(FileProposals):
-    """The published caches: for the image `sub/name.jpg` the file `sub/name.npy`, or `name.npy` where no such folder is
-    there.
+    """The published caches: `sub/name.npy`, or else `name.npy`, for the image `sub/name.jpg`.
 
-    DETReg's hold an array [N, 4] without scores; Siamese DETR's a dictionary of `box` [N, 4], best first, and `score`.
-    Also [N, 5].
+    DETReg's files have an array [N, 4] without scores. Siamese DETR's have a dict with `box` [N, 4], best first, and
+    `score`. Arrays [N, 5] with scores work too.
     """
 
     hint = "it needs NAME.npy in the folders of the images, or in one folder if no two images have the same base name"
 
     def _find(self, name: str) -> Path | None:
         stem = Path(name).with_suffix(".npy")
-        return next(
-            (path for path in (self.path / stem, self.path / stem.name) if path.is_file()), None
-        )
+        for path in (self.path / stem, self.path / stem.name):
+            if path.is_file():
+                return path
+        return None
 
     def has_image(self, name: str) -> bool:
         return self._find(name) is not None
 
     def check(self, images: "ImageFiles") -> None:
         super().check(images)
+        # DETReg's keys are base names, so two images could share one file, and one of them would get wrong boxes.
         used: dict[Path, str] = {}
         for name in map(images.name, range(len(images))):
-            other = used.setdefault(self._find(name), name)
+            path = self._find(name)
+            other = used.setdefault(path, name)
             if other != name:
-                raise UserError(
-                    f"{self._find(name)} would be used for {other} and for {name}: {self.hint}"
-                )
+                raise UserError(f"{path} would be used for {other} and for {name}; {self.hint}")
 
     def read(self, name: str) -> BoxesAndScores:
         path = self._find(name)
         if path is None:
-            raise UserError(f"{self.path} has no file for {name}: {self.hint}")
+            raise UserError(f"{self.path} has no file for {name}; {self.hint}")
         with _damaged_file_as_user_error(f"{path} can't be read"):
             content = read_npy(path)
         return _boxes_and_scores(content, str(path))
 
 
 def read_npy(path: Path) -> Any:
-    """An .npy file: an array, or the one object in it, made of plain containers and arrays. Runs no code of the file.
+    """Read an .npy file: an array, or one pickled object of plain containers and arrays. Runs no code of the file.
 
     Raises:
-        Exception: unreadable, or with other objects in it; of any type, where a pickle is damaged.
+        Exception: the file is damaged or contains other objects. A damaged pickle raises any type.
     """
     with path.open("rb") as file:
         version = np.lib.format.read_magic(file)
-        read_header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        _, _, dtype = read_header(file)
+        if version == (1, 0):
+            _, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            _, _, dtype = np.lib.format.read_array_header_2_0(file)
         if not dtype.hasobject:
             file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False)
         content = _ArrayUnpickler(file).load()
-    return content.item() if isinstance(content, np.ndarray) and content.ndim == 0 else content
+
+    # np.save wraps an object, such as Siamese DETR's dict, in an array [] of dtype object.
+    is_wrapped = isinstance(content, np.ndarray) and content.ndim == 0
+    return content.item() if is_wrapped else content
 
 
 class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickler of NumPy arrays that refuses every other class and function."""
+
     def __init__(self, file: BinaryIO) -> None:
+        # NumPy asks for this encoding to read arrays that were pickled by Python 2.
         super().__init__(io.BytesIO(file.read()), encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED_GLOBALS:
-            raise pickle.UnpicklingError(f"it holds a {module}.{name}, and only arrays are read")
+            raise pickle.UnpicklingError(f"it contains a {module}.{name}, and only arrays are read")
         return super().find_class(module, name)
 
 
 @contextmanager
 def _damaged_file_as_user_error(message: str) -> Iterator[None]:
+    """Turn any error that a damaged file causes into a UserError of one line."""
     try:
         yield
     except (MemoryError, UserError):
         raise
     except Exception as error:  # noqa: BLE001 - a damaged archive or pickle raises any type
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{message} ({reason}): is the file complete?") from error
+        raise UserError(f"{message} ({reason}); check that the file is complete") from error
 
 
 def _boxes_and_scores(content: Any, where: str) -> BoxesAndScores:
+    """Split the content of a NumPy file into boxes [N, 4] and scores [N] or None, and check them.
+
+    Args:
+        content: an array [N, 4] or [N, 5], or a dict with `box` and optionally `score`.
+        where: file and array, for messages.
+    """
     scores = None
     if isinstance(content, dict):
         content, scores = content.get("box"), content.get("score")
     try:
-        boxes, scores = np.asarray(content), None if scores is None else np.asarray(scores)
+        boxes = np.asarray(content)
+        scores = None if scores is None else np.asarray(scores)
     except ValueError as error:
         raise UserError(
-            f"{where} holds rows of different lengths: expected boxes [N, 4] or [N, 5], and a score for each"
+            f"{where} has rows of different lengths; expected boxes [N, 4] or [N, 5], and a score for each"
         ) from error
-    if boxes.size == 0:
+
+    if boxes.size == 0:  # an empty list is an array [0]
         boxes = np.zeros((0, 4), dtype=np.float32)
     if boxes.dtype.kind not in "iuf" or boxes.ndim != 2 or boxes.shape[1] not in (4, 5):
         raise UserError(
-            f"{where} holds {boxes.dtype} {list(boxes.shape)}: expected boxes (x0, y0, x1, y1) in pixels, [N, 4] "
-            f"or [N, 5]"
+            f"{where} has {boxes.dtype} {list(boxes.shape)}; expected boxes (x0, y0, x1, y1) in pixels, [N, 4] or "
+            "[N, 5]"
         )
     if boxes.shape[1] == 5:
         boxes, scores = boxes[:, :4], boxes[:, 4]
-    if scores is not None and (scores.dtype.kind not in "iuf" or scores.size != len(boxes)):
+    if scores is None:
+        return boxes, None
+
+    if scores.dtype.kind not in "iuf" or scores.size != len(boxes):
         raise UserError(
-            f"{where} holds {len(boxes)} boxes and {scores.size} scores, {scores.dtype}: there must be as many numbers"
+            f"{where} has {len(boxes)} boxes and {scores.size} scores ({scores.dtype}); expected a number for each box"
         )
-    return boxes, None if scores is None else scores.reshape(-1)
+    # Siamese DETR's scores are [N] or [N, 1], depending on the version of OpenCV that made them.
+    return boxes, scores.reshape(-1)
 
 
 def _read_json(path: str) -> Any:
@@ -290,37 +318,43 @@ def _read_json(path: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
-            f"--proposals file:{path} can't be read ({error.strerror}): check the path"
+            f"--proposals file:{path} can't be read ({error.strerror}); check the path"
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}): is the file complete?") from error
+        raise UserError(
+            f"{path} is not valid JSON ({error}); check that the file is complete"
+        ) from error
 
 
 def _get_list(content: Any, key: str, path: str) -> list[dict]:
-    part = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(part, list) or not all(isinstance(entry, dict) for entry in part):
-        raise UserError(f"{path} has no list {key!r} of objects: it is no COCO file")
-    return part
+    """Return the list of objects under `key` of a COCO file."""
+    entries = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{path} has no list {key!r} of objects; give a COCO file")
+    return entries
 
 
 def build_from_file(settings: Settings) -> CacheableProposals:
-    """Of `settings.proposals`, file:PATH.
+    """Build the method of `settings.proposals`, file:PATH.
 
     Raises:
-        UserError: PATH is none of the forms.
+        UserError: PATH does not exist, or has none of the supported formats.
     """
     path = settings.proposals.partition(":")[2]
-    if not path or not os.path.exists(path.partition(",")[0]):
-        raise UserError(f"--proposals {settings.proposals}: no such file: give {SUPPORTED_FORMATS}")
+    first = path.partition(",")[0]  # a COCO file may follow after a comma
+    if not path or not os.path.exists(first):
+        raise UserError(f"--proposals {settings.proposals}: no such file; give {SUPPORTED_FORMATS}")
+
+    # A folder with `chunks` is a cache that is not finished, and ProposalCache says so.
     if is_proposal_cache(path) or os.path.isdir(os.path.join(path, "chunks")):
         return CachedProposals(ProposalCache(path))
     if os.path.isdir(path):
         return NpyFolderProposals(path)
-    suffix = Path(path.partition(",")[0]).suffix.lower()
+    suffix = Path(first).suffix.lower()
     if suffix == ".json":
         return CocoProposals(path)
     if suffix == ".npz":
         return NpzProposals(path)
     raise UserError(
-        f"--proposals {settings.proposals}: {suffix or 'it'} is not read: give {SUPPORTED_FORMATS}"
+        f"--proposals {settings.proposals}: unsupported format {suffix or '(no extension)'}; give {SUPPORTED_FORMATS}"
     )

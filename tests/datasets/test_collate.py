@@ -1,4 +1,4 @@
-"""Batches: padding, packing, normalisation; the loader gives the same samples whatever its workers."""
+"""Batches: padding, packing, normalization, and equal samples for any number of dataloader workers."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from util.settings import Settings
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def sample(height: int, width: int, objects: int, **extra) -> tuple[Tensor, dict]:
+def make_sample(height: int, width: int, objects: int, **extra) -> tuple[Tensor, dict]:
     generator = torch.Generator().manual_seed(height * width)
     image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     return image, {
@@ -27,7 +27,7 @@ def sample(height: int, width: int, objects: int, **extra) -> tuple[Tensor, dict
 
 
 def test_padding() -> None:
-    batch = [sample(20, 30, 2), sample(25, 10, 0)]
+    batch = [make_sample(20, 30, 2), make_sample(25, 10, 0)]
     samples, _ = collate(batch)
     assert samples.padded
     assert samples.tensors.dtype == torch.uint8
@@ -41,13 +41,13 @@ def test_padding() -> None:
 
 
 def test_equal_sizes_need_no_padding() -> None:
-    samples, _ = collate([sample(20, 30, 1), sample(20, 30, 1)])
+    samples, _ = collate([make_sample(20, 30, 1), make_sample(20, 30, 1)])
     assert not samples.padded
     assert not samples.mask.any()
 
 
 def test_packing_and_unpacking() -> None:
-    targets = [sample(8, 8, n)[1] for n in (2, 0, 3)]
+    targets = [make_sample(8, 8, n)[1] for n in (2, 0, 3)]
     targets[1]["problems"] = [("a.png", "broken")]
     packed = PackedTargets.pack(targets)
     assert set(packed.tensors) == {"boxes", "labels", "size"}
@@ -60,8 +60,8 @@ def test_packing_and_unpacking() -> None:
     assert packed.unpack()[2]["boxes"].data_ptr() == packed.tensors["boxes"][2:].data_ptr()
 
 
-def test_packed_targets_are_a_sequence_of_those_of_the_images() -> None:
-    targets = [sample(8, 8, n)[1] for n in (2, 0, 3)]
+def test_packed_targets_are_a_sequence_of_image_targets() -> None:
+    targets = [make_sample(8, 8, n)[1] for n in (2, 0, 3)]
     packed = PackedTargets.pack(targets)
     for i, (original, iterated) in enumerate(zip(targets, packed, strict=True)):
         for own in (packed[i], packed[i - 3], iterated):
@@ -72,9 +72,9 @@ def test_packed_targets_are_a_sequence_of_those_of_the_images() -> None:
 
 
 def test_objects_are_packed_once() -> None:
-    """What a loader packed is read as it is; of a list only the objects, and image ids of any form, are taken."""
+    """Packed targets are used unchanged. From a list, only objects and image ids (of any shape) are packed."""
     targets = [
-        {**sample(8, 8, n)[1], "image_id": torch.tensor(n), "masks": torch.zeros(n, 8, 8)}
+        {**make_sample(8, 8, n)[1], "image_id": torch.tensor(n), "masks": torch.zeros(n, 8, 8)}
         for n in (2, 0, 3)
     ]
     packed = pack_objects(targets)
@@ -82,29 +82,29 @@ def test_objects_are_packed_once() -> None:
     assert packed.counts["labels"] == [2, 0, 3]
     assert packed.tensors["image_id"].tolist() == [2, 0, 3]
     assert pack_objects(packed) is packed
-    assert "image_id" not in pack_objects([targets[0], sample(8, 8, 1)[1]]).tensors
+    assert "image_id" not in pack_objects([targets[0], make_sample(8, 8, 1)[1]]).tensors
 
 
 def test_targets_with_different_keys() -> None:
+    _, target = make_sample(8, 8, 1)
+    _, other = make_sample(8, 8, 1, patches=torch.zeros(1))
     with pytest.raises(ValueError, match="different keys"):
-        PackedTargets.pack([sample(8, 8, 1)[1], sample(8, 8, 1, patches=torch.zeros(1))[1]])
+        PackedTargets.pack([target, other])
 
 
-def test_normalisation() -> None:
-    batch = [sample(20, 30, 0), sample(25, 10, 0)]
+def test_normalization() -> None:
+    batch = [make_sample(20, 30, 0), make_sample(25, 10, 0)]
     samples = normalize(collate(batch)[0], MEAN, STD)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     assert samples.tensors.dtype == torch.float32
     for (image, _), normalized in zip(batch, samples.tensors, strict=True):
         _, h, w = image.shape
-        expected = (image / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-            :, None, None
-        ]
+        expected = (image / 255 - mean) / std
         assert torch.equal(normalized[:, :h, :w], expected)
         assert torch.equal(normalized, torch.nn.functional.pad(expected, (0, 30 - w, 0, 25 - h)))
-    patches = torch.stack([image for image, _ in [sample(8, 8, 0)] * 2])
-    assert torch.equal(
-        normalize_images(patches, MEAN, STD)[1], normalize_images(patches[1], MEAN, STD)
-    )
+    patch, _ = make_sample(8, 8, 0)
+    patches = torch.stack([patch, patch])
+    assert torch.equal(normalize_images(patches, MEAN, STD)[1], normalize_images(patch, MEAN, STD))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def args(tmp_path: Path) -> Settings:
     return pretext_args(tmp_path)
 
 
-def epoch_of(
+def load_epoch(
     args: Settings, train: bool, epoch: int = 0, start_batch: int = 0
 ) -> list[tuple[Tensor, list[dict]]]:
     dataset = build_dataset("train" if train else "val", args)
@@ -134,21 +134,23 @@ def assert_same(first: list, second: list) -> None:
 
 
 def test_workers_do_not_change_samples(args: Settings) -> None:
-    alone = epoch_of(args, train=True, epoch=1)
-    assert len(alone) == 3
+    without_workers = load_epoch(args, train=True, epoch=1)
+    assert len(without_workers) == 3
     args = args.replace(num_workers=2)
-    assert_same(alone, epoch_of(args, train=True, epoch=1))
-    assert_same(alone[2:], epoch_of(args, train=True, epoch=1, start_batch=2))
+    assert_same(without_workers, load_epoch(args, train=True, epoch=1))
+    assert_same(without_workers[2:], load_epoch(args, train=True, epoch=1, start_batch=2))
 
 
-def test_epochs_differ_and_evaluation_does_not(args: Settings) -> None:
-    first, second = epoch_of(args, train=True), epoch_of(args, train=True, epoch=1)
+def test_epochs_differ_in_training_but_not_in_evaluation(args: Settings) -> None:
+    first, second = load_epoch(args, train=True), load_epoch(args, train=True, epoch=1)
     assert [int(t["image_id"]) for _, b in first for t in b] != [
         int(t["image_id"]) for _, b in second for t in b
     ]
-    held_out = epoch_of(args, train=False)
-    assert [int(target["image_id"]) for _, batch in held_out for target in batch] == list(range(7))
-    assert_same(held_out, epoch_of(args, train=False))
+    evaluation = load_epoch(args, train=False)
+    assert [int(target["image_id"]) for _, batch in evaluation for target in batch] == list(
+        range(7)
+    )
+    assert_same(evaluation, load_epoch(args, train=False))
 
 
 def test_persistent_workers_follow_the_epoch(args: Settings) -> None:
@@ -158,8 +160,8 @@ def test_persistent_workers_follow_the_epoch(args: Settings) -> None:
     for epoch in range(2):
         loader.batch_sampler.set_epoch(epoch)
         epochs.append([(samples.tensors, targets.unpack()) for samples, targets in loader])
-    assert_same(epochs[0], epoch_of(args, train=True, epoch=0))
-    assert_same(epochs[1], epoch_of(args, train=True, epoch=1))
+    assert_same(epochs[0], load_epoch(args, train=True, epoch=0))
+    assert_same(epochs[1], load_epoch(args, train=True, epoch=1))
 
 
 def test_too_few_images_for_a_batch(args: Settings) -> None:

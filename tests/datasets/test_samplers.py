@@ -1,4 +1,4 @@
-"""Order of samples: over processes, epochs and interruptions; random numbers of a sample."""
+"""Order of samples over ranks, epochs and resumed runs; random numbers of a sample."""
 
 import numpy as np
 import pytest
@@ -9,21 +9,11 @@ from util.random_state import SampleRNG
 
 
 def batches(**settings) -> list[list[tuple[int, int]]]:
-    return list(
-        EpochSampler(
-            **{
-                "dataset_len": 23,
-                "batch_size": 4,
-                "shuffle": True,
-                "seed": 7,
-                "drop_last": True,
-                **settings,
-            }
-        )
-    )
+    defaults = {"dataset_len": 23, "batch_size": 4, "shuffle": True, "seed": 7, "drop_last": True}
+    return list(EpochSampler(**{**defaults, **settings}))
 
 
-def test_processes_together_equal_one_process() -> None:
+def test_ranks_together_equal_one_process() -> None:
     whole = batches(batch_size=4)
     parts = [batches(batch_size=2, rank=rank, world_size=2) for rank in range(2)]
     assert len(parts[0]) == len(parts[1]) == len(whole) == 5
@@ -32,7 +22,7 @@ def test_processes_together_equal_one_process() -> None:
         assert parts[0][step] == batch[0::2]
 
 
-def test_an_epoch_has_its_own_permutation_and_number() -> None:
+def test_each_epoch_has_its_own_permutation_and_number() -> None:
     first, second = batches(epoch=0), batches(epoch=1)
     assert first != second
     assert {epoch for batch in second for epoch, _ in batch} == {1}
@@ -42,11 +32,11 @@ def test_an_epoch_has_its_own_permutation_and_number() -> None:
     ]
     orders = [batches(epoch=epoch, seed=seed) for seed in range(4) for epoch in range(4)]
     assert len({tuple(i for batch in order for _, i in batch) for order in orders}) == 16, (
-        "no epoch of a seed is one of another seed"
+        "no two epochs have the same order, also with different seeds"
     )
 
 
-def test_resuming_in_mid_epoch() -> None:
+def test_resume_in_mid_epoch() -> None:
     sampler = EpochSampler(23, 4, shuffle=True, seed=7, drop_last=True)
     sampler.set_epoch(2, start_batch=3)
     assert list(sampler) == batches(epoch=2)[3:]
@@ -68,21 +58,21 @@ def test_evaluation_sees_every_image_once(dataset_len: int, world_size: int) -> 
     assert sorted(seen) == list(range(dataset_len))
 
 
-def test_wrong_settings() -> None:
+def test_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="batch size 0"):
         EpochSampler(10, 0, shuffle=False)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         EpochSampler(10, 1, shuffle=False, rank=2, world_size=2)
 
 
-def numbers(rng: SampleRNG) -> tuple[float, float, float]:
+def draw_numbers(rng: SampleRNG) -> tuple[float, float, float]:
     return rng.python.random(), float(rng.numpy.rand()), float(torch.rand(1, generator=rng.torch))
 
 
-def test_random_state_is_a_function_of_seed_epoch_and_index() -> None:
-    assert numbers(SampleRNG.from_key(1, 2, 3)) == numbers(SampleRNG.from_key(1, 2, 3))
+def test_random_numbers_are_a_function_of_seed_epoch_and_index() -> None:
+    assert draw_numbers(SampleRNG.from_key(1, 2, 3)) == draw_numbers(SampleRNG.from_key(1, 2, 3))
     keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (3, 2, 1), (-1, 2, 3)]
-    assert len({numbers(SampleRNG.from_key(*key)) for key in keys}) == len(keys)
+    assert len({draw_numbers(SampleRNG.from_key(*key)) for key in keys}) == len(keys)
 
 
 def test_streams_are_independent_of_each_other() -> None:
@@ -92,7 +82,7 @@ def test_streams_are_independent_of_each_other() -> None:
     assert torch.equal(torch.rand(2, generator=one.torch), torch.rand(2, generator=other.torch))
 
 
-def test_fixed_streams_are_those_of_the_libraries() -> None:
+def test_streams_from_seeds_equal_those_of_the_libraries() -> None:
     rng = SampleRNG.from_seeds(python=3, numpy=4, torch=5)
     assert rng.numpy.randint(1000) == np.random.RandomState(4).randint(1000)
     state = torch.get_rng_state()

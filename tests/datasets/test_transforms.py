@@ -1,4 +1,4 @@
-"""Augmentation beyond the golden cases: draws apart from pixels, fast path against the published one, scaled sizes."""
+"""Augmentation beyond the golden cases: draws and pixels are separate, tensors against PIL images, scaled sizes."""
 
 import numpy as np
 import pytest
@@ -24,8 +24,8 @@ from datasets.transforms import (
 from util.random_state import SampleRNG
 
 
-def picture(height: int = 60, width: int = 90) -> Image.Image:
-    """Smooth colours with edges, so that resampling has something to disagree about."""
+def make_image(height: int = 60, width: int = 90) -> Image.Image:
+    """Smooth colors with edges, so that different resampling gives different pixels."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [
         128 + 90 * np.sin(x / 9),
@@ -35,7 +35,7 @@ def picture(height: int = 60, width: int = 90) -> Image.Image:
     return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
 
 
-def target() -> dict[str, Tensor]:
+def make_target() -> dict[str, Tensor]:
     boxes = torch.tensor([[5.0, 5.0, 40.0, 30.0], [60.0, 40.0, 90.0, 60.0]])
     return {
         "boxes": boxes,
@@ -47,16 +47,16 @@ def target() -> dict[str, Tensor]:
     }
 
 
-def grey_levels_apart(tensor: Tensor, image: Image.Image) -> float:
+def mean_gray_level_difference(tensor: Tensor, image: Image.Image) -> float:
     return float((tensor.float() - to_tensor(image).float()).abs().mean())
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_tensor_path_equals_pillow_path(seed: int) -> None:
+def test_tensors_equal_pil_images(seed: int) -> None:
     transforms = detection_transforms("train", image_size=100)
-    image = picture()
-    fast, fast_target = transforms(to_tensor(image), target(), SampleRNG(seed))
-    plain, plain_target = transforms(image, target(), SampleRNG(seed))
+    image = make_image()
+    fast, fast_target = transforms(to_tensor(image), make_target(), SampleRNG(seed))
+    plain, plain_target = transforms(image, make_target(), SampleRNG(seed))
     assert fast.dtype == torch.uint8
     assert fast.shape == plain.shape
     assert float((fast.float() - plain.float()).abs().mean()) < 1
@@ -65,24 +65,24 @@ def test_tensor_path_equals_pillow_path(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_patch_augmentation_of_tensors_is_close_to_pillow(seed: int) -> None:
+def test_patch_augmentation_of_tensors_is_close_to_pil_images(seed: int) -> None:
     augmentation = PatchAugmentation(32, augment=True)
-    image = picture()
+    image = make_image()
     fast, _ = augmentation(to_tensor(image), {}, SampleRNG(seed))
     plain, _ = augmentation(image, {}, SampleRNG(seed))
     assert fast.shape == (3, 32, 32)
-    assert grey_levels_apart(fast, plain) < 2
+    assert mean_gray_level_difference(fast, plain) < 2
 
 
 @pytest.mark.parametrize("factor", [-0.5, -0.1, -0.037, 0.0, 0.061, 1 / 6, 0.5])
-def test_hue_is_torchvisions_to_the_last_bit(factor: float) -> None:
-    """On every colour of six levels a channel (all ties, all greys, black and white), and on any others."""
+def test_hue_is_bit_exact_with_torchvision(factor: float) -> None:
+    """On all colors of six levels per channel (with all ties, grays, black and white), and on random colors."""
     levels = torch.arange(0, 256, 51, dtype=torch.uint8)
-    few = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).flatten(2)
-    any_colour = torch.randint(
+    all_colors = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).flatten(2)
+    random_colors = torch.randint(
         0, 256, (3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    for image in (few, any_colour, any_colour.flip(0)[..., ::2]):
+    for image in (all_colors, random_colors, random_colors.flip(0)[..., ::2]):
         assert torch.equal(shift_hue(image, factor), F.adjust_hue(image, factor))
 
 
@@ -90,12 +90,12 @@ def test_patch_augmentation_has_the_published_probabilities() -> None:
     draws = [
         PatchAugmentation(32, augment=True).draw(SampleRNG(seed), (50, 50)) for seed in range(600)
     ]
-    shares = [
+    fractions = [
         np.mean([bool(jitter) for jitter, _, _ in draws]),
-        np.mean([grey for _, grey, _ in draws]),
+        np.mean([gray for _, gray, _ in draws]),
     ]
     radii = [radius for _, _, radius in draws if radius is not None]
-    assert np.allclose([*shares, len(radii) / len(draws)], [0.8, 0.2, 0.5], atol=0.07)
+    assert np.allclose([*fractions, len(radii) / len(draws)], [0.8, 0.2, 0.5], atol=0.07)
     assert 0.1 <= min(radii) < 0.3
     assert 1.8 < max(radii) <= 2.0
     ranges = {
@@ -110,24 +110,24 @@ def test_patch_augmentation_has_the_published_probabilities() -> None:
     assert len({tuple(name for name, _ in jitter) for jitter, _, _ in draws if jitter}) == 24
 
 
-def test_drawing_knows_the_size_that_applying_gives() -> None:
+def test_output_size_equals_the_size_after_apply() -> None:
     for seed in range(20):
         transforms = detection_transforms("train", image_size=120)
         parameters = transforms.draw(SampleRNG(seed), (60, 90))
-        image, _ = transforms.apply(to_tensor(picture()), target(), parameters)
+        image, _ = transforms.apply(to_tensor(make_image()), make_target(), parameters)
         assert tuple(image.shape[1:]) == transforms.output_size((60, 90), parameters)
 
 
 def test_same_parameters_give_the_same_sample() -> None:
     transforms = detection_transforms("train", image_size=120)
     parameters = transforms.draw(SampleRNG(1), (60, 90))
-    first, _ = transforms.apply(to_tensor(picture()), target(), parameters)
-    second, _ = transforms.apply(to_tensor(picture()), target(), parameters)
+    first, _ = transforms.apply(to_tensor(make_image()), make_target(), parameters)
+    second, _ = transforms.apply(to_tensor(make_image()), make_target(), parameters)
     assert torch.equal(first, second)
 
 
-def test_inputs_are_left_unchanged() -> None:
-    image, before = to_tensor(picture()), target()
+def test_inputs_are_not_modified() -> None:
+    image, before = to_tensor(make_image()), make_target()
     pixels, boxes = image.clone(), before["boxes"].clone()
     for seed in range(6):
         detection_transforms("train", image_size=80)(image, before, SampleRNG(seed))
@@ -149,11 +149,11 @@ def test_published_sizes() -> None:
         [320, 336, 352, 368, 400, 416, 432, 448, 464, 480],
         600,
     )
-    held_out = [
+    evaluation = [
         detection_transforms("val").transforms[0],
         query_patch_transforms("val").transforms[0],
     ]
-    assert [(step.sizes, step.max_size) for step in held_out] == [([800], 1333), ([480], 600)]
+    assert [(step.sizes, step.max_size) for step in evaluation] == [([800], 1333), ([480], 600)]
 
 
 def test_sizes_scale_with_image_size() -> None:
@@ -166,7 +166,7 @@ def test_sizes_scale_with_image_size() -> None:
     assert detection_transforms("val", image_size=128, max_size=150).transforms[0].max_size == 150
 
 
-def test_resize_rule() -> None:
+def test_resized_size() -> None:
     examples = {
         (480, 640): (800, 1066),
         (720, 1280): (750, 1333),
@@ -175,32 +175,32 @@ def test_resize_rule() -> None:
     }
     for size, expected in examples.items():
         assert resized_size(size, 800, 1333) == expected
-    assert resized_size((100, 2000), 800, 1333) == (
-        67,
-        1340,
-    )  # rounding may exceed the maximum, as published
+    # Rounding may exceed the maximum, as published.
+    assert resized_size((100, 2000), 800, 1333) == (67, 1340)
 
 
-def test_crop_smaller_than_its_minimum() -> None:
-    image, cut = RandomSizeCrop(100, 200)(to_tensor(picture(60, 90)), target(), SampleRNG(0))
+def test_crop_of_an_image_smaller_than_min_size() -> None:
+    image, cut = RandomSizeCrop(100, 200)(
+        to_tensor(make_image(60, 90)), make_target(), SampleRNG(0)
+    )
     assert image.shape == (3, 60, 90)
     assert cut["boxes"].shape == (2, 4)
 
 
-def test_crop_may_leave_no_object() -> None:
-    _, cut = crop(to_tensor(picture()), target(), (0, 0, 5, 5))
+def test_crop_may_drop_all_objects() -> None:
+    _, cut = crop(to_tensor(make_image()), make_target(), (0, 0, 5, 5))
     assert cut["boxes"].shape == (0, 4)
     assert [len(cut[key]) for key in ("labels", "area", "iscrowd")] == [0, 0, 0]
 
 
-def test_resize_scales_area_by_realised_ratios() -> None:
-    _, scaled = resize(to_tensor(picture()), target(), (33, 47))
+def test_resize_scales_area_by_the_actual_ratios() -> None:
+    _, scaled = resize(to_tensor(make_image()), make_target(), (33, 47))
     sides = scaled["boxes"][:, 2:] - scaled["boxes"][:, :2]
     assert torch.allclose(sides.prod(1), scaled["area"], rtol=1e-5)
     assert scaled["size"].tolist() == [33, 47]
 
 
-def test_select_takes_both_branches() -> None:
+def test_random_select_uses_both_transforms() -> None:
     select = RandomSelect(Compose([RandomResize([10])]), Compose([RandomResize([20])]))
     choices = [select.draw(SampleRNG(seed), (60, 90))[0] for seed in range(400)]
     assert 0.4 < np.mean(choices) < 0.6

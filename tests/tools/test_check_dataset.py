@@ -1,6 +1,4 @@
-"""tools/check_dataset.py: each planted fault is found with its file and ids, nothing else is, and the exit status says
-so.
-"""
+"""tools/check_dataset.py: finds each planted fault, with file and ids, and nothing else; exit status; reports."""
 
 import csv
 import json
@@ -12,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.labelled.annotations import Annotations, parse_coco
+from datasets.images.packed_strings import PackedStrings
+from datasets.labelled.annotations import Annotations
 from datasets.labelled.checks import KINDS, inspect_image, is_same_file, run_startup_checks
 from datasets.labelled.coco import CocoDetection
 from tests.tiny import captured_log, draw, fine_tune, write_coco, write_images
@@ -25,14 +24,15 @@ TRAIN, VAL = "train2017", "val2017"
 
 
 @pytest.fixture(autouse=True)
-def _log_as_before():
+def _restore_logger():
+    """`run_script` sends the log to standard output; other tests read it through the parent logger."""
     handlers, propagate = list(log.handlers), log.propagate
     yield
     log.handlers[:], log.propagate = handlers, propagate
 
 
 def check(*words: object) -> tuple[int, list[str]]:
-    """Exit status and log of the tool in this process."""
+    """Run the tool in this process and return (exit status, log lines)."""
     with captured_log() as lines:
         try:
             run_script(
@@ -40,13 +40,13 @@ def check(*words: object) -> tuple[int, list[str]]:
                 check_dataset.parse,
                 [str(word) for word in ("--num_workers", 0, *words)],
             )
-        except SystemExit as leave:
-            return leave.code, lines
+        except SystemExit as error:
+            return error.code, lines
     return 0, lines
 
 
 def problems(folder: Path) -> set[tuple[str, str, str, str]]:
-    """(kind, split, name of the file, ids) of each line of problems.csv."""
+    """Return (kind, split, file name, "image id/annotation id") of each line of problems.csv."""
     with (folder / "problems.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
@@ -61,13 +61,14 @@ def problems(folder: Path) -> set[tuple[str, str, str, str]]:
 
 
 def edit(root: Path, split: str, change) -> None:
+    """Apply `change` to the content of an annotation file."""
     file = root / "annotations" / f"instances_{split}.json"
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
 
 
-def test_a_clean_data_set(tmp_path: Path) -> None:
+def test_clean_dataset(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco", empty=(2,))
     status, lines = check("--coco_path", root, "--output_dir", tmp_path / "out")
     assert status == 0
@@ -79,42 +80,39 @@ def test_a_clean_data_set(tmp_path: Path) -> None:
     assert summary["found"] == {"no objects": {"train": 1}}
     train = summary["train"]
     content = json.loads((root / "annotations" / f"instances_{TRAIN}.json").read_text())
-    reds = [annotation for annotation in content["annotations"] if annotation["category_id"] == 1]
+    red = [annotation for annotation in content["annotations"] if annotation["category_id"] == 1]
     assert train["classes"]["red"] == {
-        "images": len({red["image_id"] for red in reds}),
-        "boxes": len(reds),
+        "images": len({annotation["image_id"] for annotation in red}),
+        "boxes": len(red),
     }
-    assert (train["images"], train["readable"], train["boxes"]) == (
-        4,
-        4,
-        len(content["annotations"]),
-    )
-    with Image.open(tmp_path / "out" / "dataset.png") as picture:
-        assert min(picture.size) > 400
+    assert (train["images"], train["readable"]) == (4, 4)
+    assert train["boxes"] == len(content["annotations"])
+    with Image.open(tmp_path / "out" / "dataset.png") as plots:
+        assert min(plots.size) > 400
 
 
 def plant_faults(root: Path) -> None:
-    """One of each, in a set of twelve training and five validation images."""
+    """Add one fault of each kind to a dataset of 12 training and 5 validation images."""
     images = root / TRAIN
 
     def change(content: dict) -> None:
         def annotate(image: int, bbox: list, category: int = 1) -> None:
-            number = 900 + len(content["annotations"])
+            annotation_id = 900 + len(content["annotations"])
             content["annotations"].append(
-                {"id": number, "image_id": image, "bbox": bbox, "category_id": category}
+                {"id": annotation_id, "image_id": image, "bbox": bbox, "category_id": category}
             )
 
         content["annotations"] = []
         for image in range(1, 13):
             annotate(image, [5, 5, 20 + image, 20])
-        annotate(1, [5, 5, 0, 9])  # 912
-        annotate(1, [5, 5, float("nan"), 9])
-        annotate(1, [500, 5, 9, 9])
-        annotate(1, [50, 5, 90, 9])  # 915
-        annotate(77, [5, 5, 9, 9])
-        annotate(2, [5, 5, 9, 9], category=50)
-        annotate(2, [5, 5, 9, 9], category=120)
-        annotate(2, [5, 5, 22, 20])  # 919, the first again
+        annotate(1, [5, 5, 0, 9])  # id 912: no area
+        annotate(1, [5, 5, float("nan"), 9])  # not finite
+        annotate(1, [500, 5, 9, 9])  # outside
+        annotate(1, [50, 5, 90, 9])  # id 915: partly outside
+        annotate(77, [5, 5, 9, 9])  # image not listed
+        annotate(2, [5, 5, 9, 9], category=50)  # category not listed
+        annotate(2, [5, 5, 9, 9], category=120)  # and out of range
+        annotate(2, [5, 5, 22, 20])  # id 919: the first box of image 2 again
         for i in range(21):
             annotate(3, [1 + i, 1, 5, 5])
         content["images"][3]["file_name"] = "gone.png"
@@ -142,9 +140,8 @@ def plant_faults(root: Path) -> None:
     )
     Image.fromarray(draw(1, 9, 40)[0]).save(images / "000007.png")
     edit(root, TRAIN, lambda content: content["images"][7].update(height=9, width=40))
-    Image.open(images / "000001.png").save(
-        root / VAL / "000002.png", compress_level=0
-    )  # the same pixels in another file
+    # The same pixels in another file.
+    Image.open(images / "000001.png").save(root / VAL / "000002.png", compress_level=0)
     edit(root, VAL, lambda content: content["images"][2].update({"height": 66, "width": 64}))
     edit(root, VAL, lambda content: content["categories"][0].update(name="violet"))
 
@@ -172,18 +169,20 @@ FOUND_IN_TRAIN = {
 }
 
 
-def test_each_fault_is_found_and_nothing_else(
+def test_finds_each_planted_fault_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = write_coco(tmp_path / "coco", train=12, val=5)
     plant_faults(root)
-    started, pool = [], check_dataset.ProcessPoolExecutor
+    started = []
+
+    class CountingPool(check_dataset.ProcessPoolExecutor):
+        def __init__(self, num_workers: int, **options) -> None:
+            started.append(num_workers)
+            super().__init__(num_workers, **options)
+
     monkeypatch.setattr(check_dataset, "CHUNK", 5)
-    monkeypatch.setattr(
-        check_dataset,
-        "ProcessPoolExecutor",
-        lambda workers, **rest: started.append(workers) or pool(workers, **rest),
-    )
+    monkeypatch.setattr(check_dataset, "ProcessPoolExecutor", CountingPool)
     status, lines = check(
         "--coco_path",
         root,
@@ -195,7 +194,7 @@ def test_each_fault_is_found_and_nothing_else(
         100,
     )
     assert status == 1
-    assert started == [2, 1], "no more processes than there is work for"
+    assert started == [2, 1], "no more workers than chunks of files"
     found = problems(tmp_path / "out")
     assert {
         (kind, file, ids) for kind, split, file, ids in found if split == "train"
@@ -209,8 +208,8 @@ def test_each_fault_is_found_and_nothing_else(
     assert "11 train images, 5 val images: 13 problems, 9 warnings" in table
 
 
-def test_a_set_that_training_would_refuse_is_checked_all_the_same(tmp_path: Path) -> None:
-    """Absent images in validation stop an evaluation; half a file leaves the other split."""
+def test_dataset_that_training_refuses_is_checked(tmp_path: Path) -> None:
+    """Missing validation images would stop an evaluation. With a truncated file the other split is still checked."""
     root = write_coco(tmp_path / "coco")
     (root / VAL / "000001.png").unlink()
     status, _ = check("--coco_path", root, "--output_dir", tmp_path / "a")
@@ -228,7 +227,7 @@ def test_a_set_that_training_would_refuse_is_checked_all_the_same(tmp_path: Path
 
 
 def test_unlabelled_images(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "photographs")
+    images = write_images(tmp_path / "photos")
     assert check("--imagenet_path", images)[0] == 0
     (images / "bad.jpg").write_text("text")
     shutil.copy(images / "000.png", images / "copy.png")
@@ -241,8 +240,8 @@ def test_unlabelled_images(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "dataset.png").exists()
 
 
-def test_own_data(tmp_path: Path) -> None:
-    """One split is enough; ids need not be small."""
+def test_custom_dataset(tmp_path: Path) -> None:
+    """One split is enough; category ids may be large."""
     root = write_coco(tmp_path / "coco")
     file = root / "annotations" / f"instances_{TRAIN}.json"
 
@@ -255,16 +254,23 @@ def test_own_data(tmp_path: Path) -> None:
                 record[key] += 5000
 
     edit(root, TRAIN, large_ids)
-    own = ["--dataset_file", "custom", "--train_images", root / TRAIN, "--train_annotations", file]
-    assert check(*own)[0] == 0
+    flags = [
+        "--dataset_file",
+        "custom",
+        "--train_images",
+        root / TRAIN,
+        "--train_annotations",
+        file,
+    ]
+    assert check(*flags)[0] == 0
     edit(root, TRAIN, lambda content: content["annotations"][0].update(category_id=7))
-    status, _ = check(*own, "--output_dir", tmp_path / "out")
+    status, _ = check(*flags, "--output_dir", tmp_path / "out")
     assert status == 1
     assert problems(tmp_path / "out") == {("category not listed", "train", "000000.png", "1/1")}
 
 
 def test_reports_are_not_overwritten(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "photographs")
+    images = write_images(tmp_path / "photos")
     out = tmp_path / "out"
     out.mkdir()
     (out / "problems.csv").write_text("mine")
@@ -283,11 +289,11 @@ def test_flags(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert "did you mean --coco_path?" in capsys.readouterr().err
     status, lines = check("--coco_path", tmp_path / "none")
     assert status == 1
-    assert any("none is no folder" in line for line in lines)
+    assert any("none is not a folder" in line for line in lines)
 
 
-def test_pixels_tell_images_apart(tmp_path: Path) -> None:
-    """The format does not; the shape does, where the bytes are the same."""
+def test_digest_depends_on_pixels_and_shape(tmp_path: Path) -> None:
+    """It does not depend on the file format. Equal bytes in another shape are another image."""
     pixels = draw(1, 40, 60)[0]
     Image.fromarray(pixels).save(tmp_path / "a.png")
     Image.fromarray(pixels).save(tmp_path / "a.bmp")
@@ -298,46 +304,43 @@ def test_pixels_tell_images_apart(tmp_path: Path) -> None:
     assert not is_same_file(str(tmp_path / "a.png"), str(tmp_path / "gone.png"))
 
 
-def test_a_run_keeps_what_was_checked(tmp_path: Path) -> None:
+def test_run_records_the_data_check(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco", empty=(1,))
     edit(root, TRAIN, lambda content: content["annotations"][0].update(bbox=[1, 1, 0, 5]))
     fine_tune("--coco_path", root, "--output_dir", tmp_path / "out", "--epochs", 1)
-    kept = json.loads((tmp_path / "out" / "args.json").read_text())["data_check"]
-    assert kept["train"]["found"] == {"box without area": 1}
-    assert kept["train"]["images_without_objects"] == 1
-    assert kept["val"]["images"] == 3
-    assert kept["warnings"] == []
+    record = json.loads((tmp_path / "out" / "args.json").read_text())["data_check"]
+    assert record["train"]["found"] == {"box without area": 1}
+    assert record["train"]["images_without_objects"] == 1
+    assert record["val"]["images"] == 3
+    assert record["warnings"] == []
 
 
-def large_set(images: int, first_id: int, folder: Path) -> CocoDetection:
-    """A labelled set with seven boxes an image, all of whose images are one file."""
-    rng = np.random.default_rng(0)
-    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "thing"}]}
-    annotations = parse_coco(content, "large.json")
-    boxes = rng.uniform(0, 20, (images * 7, 2))
+def large_dataset(images: int, first_id: int, folder: Path) -> CocoDetection:
+    """A labelled dataset with 7 boxes per image. All images are the same file."""
+    corners = np.random.default_rng(0).uniform(0, 20, (images * 7, 2))
     annotations = Annotations(
-        "large.json",
-        type(annotations.file_names)(["one.png"] * images),
-        np.arange(first_id, first_id + images),
-        np.full((images, 2), 40),
-        np.arange(images + 1) * 7,
-        np.column_stack([boxes, boxes + 10]).astype(np.float32),
-        np.ones(images * 7, dtype=np.int64),
-        np.full(images * 7, 100, dtype=np.float32),
-        {1: "thing"},
+        source="large.json",
+        file_names=PackedStrings(["one.png"] * images),
+        image_ids=np.arange(first_id, first_id + images),
+        sizes_hw=np.full((images, 2), 40),
+        offsets=np.arange(images + 1) * 7,
+        boxes_xyxy_abs=np.column_stack([corners, corners + 10]).astype(np.float32),
+        labels=np.ones(images * 7, dtype=np.int64),
+        areas=np.full(images * 7, 100, dtype=np.float32),
+        class_names={1: "thing"},
     )
     return CocoDetection(
         str(folder), annotations, lambda image, target, rng: (image, target), num_classes=2
     )
 
 
-def test_the_check_at_the_start_takes_no_time(tmp_path: Path) -> None:
-    """COCO's size: 118 000 images and 860 000 boxes; about 0.3 seconds on one core."""
+def test_startup_checks_are_fast(tmp_path: Path) -> None:
+    """On a dataset of COCO's size, 118,000 images and 826,000 boxes, they take about 0.3 seconds on one core."""
     Image.new("RGB", (40, 40)).save(tmp_path / "one.png")
-    train, val = large_set(118_000, 0, tmp_path), large_set(5_000, 500_000, tmp_path)
+    train, val = large_dataset(118_000, 0, tmp_path), large_dataset(5_000, 500_000, tmp_path)
     args = resolve(check_dataset.parse([]))
-    began = time.process_time()
-    facts = run_startup_checks(train, val, args)
-    assert time.process_time() - began < 2
-    assert facts["train"]["boxes"] == 826_000
-    assert any(line.startswith("shared image: 5000 ") for line in facts["warnings"])
+    start = time.process_time()
+    record = run_startup_checks(train, val, args)
+    assert time.process_time() - start < 2
+    assert record["train"]["boxes"] == 826_000
+    assert any(line.startswith("shared image: 5000 ") for line in record["warnings"])

@@ -1,4 +1,4 @@
-"""COCO evaluation: every backend against pycocotools, and what the libraries leave to the caller."""
+"""COCO metrics: each backend against pycocotools, and the cases that the libraries do not handle."""
 
 import numpy as np
 import pytest
@@ -14,10 +14,10 @@ from tests.golden_data import detections_by_image
 from tests.tiny import captured_log
 from util.errors import UserError
 
-FAST = [name for name in BACKENDS if name != "pycocotools"]
+FAST_BACKENDS = [name for name in BACKENDS if name != "pycocotools"]
 
 
-def random_truth(rng: np.random.RandomState) -> dict:
+def random_ground_truth(rng: np.random.RandomState) -> dict:
     categories = sorted(rng.choice(np.arange(1, 30), rng.randint(1, 6), replace=False).tolist())
     images = [
         {"id": int(i), "width": 300, "height": 250}
@@ -45,27 +45,19 @@ def random_truth(rng: np.random.RandomState) -> dict:
     }
 
 
-def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
-    """Near the truth and far from it, with equal scores, unlisted classes and more than 100 in an image."""
-    classes = [category["id"] for category in truth["categories"]] + [99]
+def random_detections(rng: np.random.RandomState, ground_truth: dict) -> list[dict]:
+    """Near ground-truth boxes and far from them, with equal scores, an unlisted class and more than 100 per image."""
+    classes = [category["id"] for category in ground_truth["categories"]] + [99]
     results = []
-    for image in truth["images"]:
-        mine = [
-            annotation
-            for annotation in truth["annotations"]
-            if annotation["image_id"] == image["id"]
-        ]
+    for image in ground_truth["images"]:
+        objects = [a for a in ground_truth["annotations"] if a["image_id"] == image["id"]]
         for _ in range(rng.choice([0, 1, 5, 30, 150])):
-            bbox, label = (
-                np.concatenate([rng.rand(2) * 200, rng.rand(2) * 100]),
-                rng.choice(classes),
-            )
-            if mine and rng.rand() < 0.6:
-                near = mine[rng.randint(len(mine))]
-                bbox, label = (
-                    np.array(near["bbox"]) + rng.randn(4) * rng.choice([0, 1, 5]),
-                    near["category_id"],
-                )
+            bbox = np.concatenate([rng.rand(2) * 200, rng.rand(2) * 100])
+            label = rng.choice(classes)
+            if objects and rng.rand() < 0.6:
+                near = objects[rng.randint(len(objects))]
+                bbox = np.array(near["bbox"]) + rng.randn(4) * rng.choice([0, 1, 5])
+                label = near["category_id"]
             bbox[2:] = bbox[2:].clip(0)
             results.append(
                 {
@@ -78,15 +70,16 @@ def random_detections(rng: np.random.RandomState, truth: dict) -> list[dict]:
     return results
 
 
-def summary(truth: dict, results: list[dict], backend: str) -> dict:
-    evaluator = CocoEvaluator(build_ground_truth(truth), backend)
+def evaluate(content: dict, results: list[dict], backend: str) -> dict:
+    """Return the summary of an evaluation. content: of a COCO detection file."""
+    evaluator = CocoEvaluator(build_ground_truth(content), backend)
     evaluator.update(detections_by_image(results))
     return evaluator.summarize()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_training_takes_is_evaluated(backend: str) -> None:
-    """Entries that `parse_coco` accepts, so that no run ends at its first evaluation."""
+def test_entries_that_training_accepts_can_be_evaluated(backend: str) -> None:
+    """Otherwise a run would end at its first evaluation."""
     pytest.importorskip(backend)
     plain = {
         "images": [{"id": 1, "width": 90, "height": 90}],
@@ -94,29 +87,24 @@ def test_what_training_takes_is_evaluated(backend: str) -> None:
         "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [10, 10, 40, 40]}],
     }
     results = [{"image_id": 1, "category_id": 2, "bbox": [10, 10, 40, 40], "score": 0.9}]
-    expected = summary(plain, results, backend)
+    expected = evaluate(plain, results, backend)
     assert expected["stats"][0] == pytest.approx(1)
-    for odd in ({"area": "large"}, {"area": None}, {"iscrowd": None}, {"iscrowd": False}):
-        assert (
-            summary(
-                {**plain, "annotations": [{**plain["annotations"][0], **odd}]}, results, backend
-            )
-            == expected
-        )
-    assert (
-        summary({**plain, "images": [{"id": 1, "width": None, "height": None}]}, results, backend)
-        == expected
-    )
+    for change in ({"area": "large"}, {"area": None}, {"iscrowd": None}, {"iscrowd": False}):
+        changed = {**plain, "annotations": [{**plain["annotations"][0], **change}]}
+        assert evaluate(changed, results, backend) == expected
+    unknown_size = {**plain, "images": [{"id": 1, "width": None, "height": None}]}
+    assert evaluate(unknown_size, results, backend) == expected
 
 
-@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("backend", FAST_BACKENDS)
 def test_backend_equals_pycocotools(backend: str) -> None:
     pytest.importorskip(backend)
     for seed in range(12):
         rng = np.random.RandomState(seed)
-        truth = random_truth(rng)
-        results = random_detections(rng, truth)
-        expected, actual = summary(truth, results, "pycocotools"), summary(truth, results, backend)
+        ground_truth = random_ground_truth(rng)
+        results = random_detections(rng, ground_truth)
+        expected = evaluate(ground_truth, results, "pycocotools")
+        actual = evaluate(ground_truth, results, backend)
         np.testing.assert_allclose(
             actual["stats"], expected["stats"], rtol=0, atol=1e-9, err_msg=f"seed {seed}"
         )
@@ -127,7 +115,8 @@ def test_backend_equals_pycocotools(backend: str) -> None:
             }, seed
 
 
-def simple_truth(**annotation) -> dict:
+def one_object(**annotation) -> dict:
+    """The content of a COCO file with two images and one object, without `area` and `iscrowd`."""
     return {
         "images": [{"id": 5, "width": 100, "height": 100}, {"id": 6, "width": 100, "height": 100}],
         "annotations": [
@@ -137,7 +126,7 @@ def simple_truth(**annotation) -> dict:
     }
 
 
-def exact_hit() -> dict[str, torch.Tensor]:
+def perfect_detection() -> dict[str, torch.Tensor]:
     return {
         "boxes": torch.tensor([[10.0, 10, 60, 60]]),
         "scores": torch.tensor([0.9]),
@@ -145,12 +134,10 @@ def exact_hit() -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "pycocotools"] + ["auto"])
-def test_exact_detection_without_area_and_iscrowd(
-    backend: str, capfd: pytest.CaptureFixture
-) -> None:
-    evaluator = CocoEvaluator(build_ground_truth(simple_truth()), backend)
-    evaluator.update({5: exact_hit()})
+@pytest.mark.parametrize("backend", ["pycocotools", "auto"])
+def test_missing_area_and_iscrowd(backend: str, capfd: pytest.CaptureFixture) -> None:
+    evaluator = CocoEvaluator(build_ground_truth(one_object()), backend)
+    evaluator.update({5: perfect_detection()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
     assert result["stats"][3:6] == pytest.approx([-1, 1, -1])
@@ -162,58 +149,59 @@ def test_exact_detection_without_area_and_iscrowd(
             **dict.fromkeys(("AP", "AP50", "AP75"), pytest.approx(1)),
         }
     ]
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr().out == "", "the backends print nothing"
 
 
-def test_no_detection_gives_zeros_where_there_is_truth() -> None:
-    evaluator = CocoEvaluator(build_ground_truth(simple_truth()))
+def test_without_detections_metrics_are_0_where_there_is_ground_truth() -> None:
+    evaluator = CocoEvaluator(build_ground_truth(one_object()))
     none = {
         "boxes": torch.zeros(0, 4),
         "scores": torch.zeros(0),
         "labels": torch.zeros(0, dtype=torch.int64),
     }
-    for predictions in ({}, {5: none}, {6: {**exact_hit(), "labels": torch.tensor([77])}}):
+    unlisted_class = {**perfect_detection(), "labels": torch.tensor([77])}
+    row = {"id": 2, "name": "cat", "objects": 1, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
+    for predictions in ({}, {5: none}, {6: unlisted_class}):
         evaluator.update(predictions)
-        row = {"id": 2, "name": "cat", "objects": 1, "AP": 0.0, "AP50": 0.0, "AP75": 0.0}
         assert evaluator.summarize() == {"stats": [0, 0, 0, -1, 0, -1] * 2, "per_class": [row]}
 
 
-def test_no_detection_is_as_in_pycocotools() -> None:
-    """-1 where an area range has no truth; crowds are none, and both ends of a range belong to it."""
-    empty = simple_truth()
+def test_without_detections_equals_pycocotools() -> None:
+    """-1 for an area range without ground truth. Crowds do not count, and both ends of a range are included."""
+    empty = one_object()
     empty["annotations"] = []
     cases = [
         empty,
-        simple_truth(iscrowd=1),
-        simple_truth(area=32.0**2),
-        simple_truth(area=96.0**2),
-        simple_truth(area=5e5),
+        one_object(iscrowd=1),
+        one_object(area=32.0**2),
+        one_object(area=96.0**2),
+        one_object(area=5e5),
     ]
-    for truth in cases + [random_truth(np.random.RandomState(seed)) for seed in range(12)]:
-        evaluator = CocoEvaluator(build_ground_truth(truth))
-        truth_api, none = COCO(), COCO()
-        for api, annotations in ((truth_api, evaluator.ground_truth["annotations"]), (none, [])):
+    cases += [random_ground_truth(np.random.RandomState(seed)) for seed in range(12)]
+    for content in cases:
+        evaluator = CocoEvaluator(build_ground_truth(content))
+        coco_gt, coco_dt = COCO(), COCO()
+        for api, annotations in ((coco_gt, evaluator.ground_truth["annotations"]), (coco_dt, [])):
             api.dataset = {
                 **evaluator.ground_truth,
                 "annotations": [dict(annotation) for annotation in annotations],
             }
             api.createIndex()
-        reference = COCOeval(truth_api, none, "bbox")
+        reference = COCOeval(coco_gt, coco_dt, "bbox")
         reference.evaluate()
         reference.accumulate()
         reference.summarize()
         result = evaluator.summarize()
-        assert result["stats"] == reference.stats.tolist(), truth
-        known = (reference.eval["precision"][:, :, :, 0, 2] > -1).any((0, 1))
-        found = {row["id"]: row["AP"] for row in result["per_class"]}
-        assert found == {
-            label: 0.0 for label, has in zip(reference.params.catIds, known, strict=True) if has
-        }
+        assert result["stats"] == reference.stats.tolist(), content
+        has_objects = (reference.eval["precision"][:, :, :, 0, 2] > -1).any((0, 1))
+        expected = np.array(reference.params.catIds)[has_objects].tolist()
+        ap = {row["id"]: row["AP"] for row in result["per_class"]}
+        assert ap == dict.fromkeys(expected, 0.0)
 
 
-def test_results_are_coco_results() -> None:
-    evaluator = CocoEvaluator(build_ground_truth(simple_truth()))
-    evaluator.update({5: exact_hit()})
+def test_results_in_coco_format() -> None:
+    evaluator = CocoEvaluator(build_ground_truth(one_object()))
+    evaluator.update({5: perfect_detection()})
     (result,) = evaluator.results()
     assert result == {
         "image_id": 5,
@@ -223,11 +211,11 @@ def test_results_are_coco_results() -> None:
     }
 
 
-def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluator = CocoEvaluator(build_ground_truth(simple_truth()))
-    evaluator.update({5: exact_hit()})
-    other = CocoEvaluator(build_ground_truth(simple_truth()))
-    other.update({5: exact_hit(), 6: exact_hit()})
+def test_image_seen_by_two_ranks_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = CocoEvaluator(build_ground_truth(one_object()))
+    evaluator.update({5: perfect_detection()})
+    other = CocoEvaluator(build_ground_truth(one_object()))
+    other.update({5: perfect_detection(), 6: perfect_detection()})
     monkeypatch.setattr(
         detections_module, "all_gather_object", lambda mine: [mine, other._detections]
     )
@@ -235,24 +223,24 @@ def test_an_image_seen_by_two_processes_counts_once(monkeypatch: pytest.MonkeyPa
     assert [result["image_id"] for result in evaluator.results()] == [5, 6]
 
 
-def test_unlisted_truth_is_not_evaluated() -> None:
-    truth = simple_truth()
-    truth["annotations"] += [
+def test_unlisted_images_and_classes_are_not_evaluated() -> None:
+    content = one_object()
+    content["annotations"] += [
         {"id": 1, "image_id": 777, "category_id": 2, "bbox": [0, 0, 5, 5]},
         {"id": 2, "image_id": 5, "category_id": 777, "bbox": [0, 0, 5, 5]},
     ]
-    evaluator = CocoEvaluator(build_ground_truth(truth))
-    evaluator.update({5: exact_hit()})
+    evaluator = CocoEvaluator(build_ground_truth(content))
+    evaluator.update({5: perfect_detection()})
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_class_that_is_listed_twice_counts_once(backend: str) -> None:
+def test_class_that_is_listed_twice_counts_once(backend: str) -> None:
     pytest.importorskip(backend)
-    truth = simple_truth()
+    once = one_object()
+    twice = {**once, "categories": [*once["categories"], {"id": 2, "name": "cat"}]}
     results = [{"image_id": 5, "category_id": 2, "bbox": [10, 10, 50, 50], "score": 0.9}]
-    twice = {**truth, "categories": [*truth["categories"], {"id": 2, "name": "cat"}]}
-    assert summary(twice, results, backend) == summary(truth, results, backend)
+    assert evaluate(twice, results, backend) == evaluate(once, results, backend)
 
 
 @pytest.mark.parametrize(
@@ -266,43 +254,44 @@ def test_a_class_that_is_listed_twice_counts_once(backend: str) -> None:
         [100, 10, 5, 5],
     ],
 )
-def test_boxes_that_training_leaves_out_are_no_objects_to_find(bbox: list) -> None:
-    truth = simple_truth()
-    truth["images"] = [{**image, "file_name": "a.jpg"} for image in truth["images"]]
-    truth["annotations"].append({"id": 1, "image_id": 5, "category_id": 2, "bbox": bbox})
-    assert len(parse_coco(truth, "truth").labels) == 1
-    evaluator = CocoEvaluator(build_ground_truth(truth))
-    evaluator.update({5: exact_hit()})
+def test_boxes_that_training_skips_are_not_evaluated(bbox: list) -> None:
+    content = one_object()
+    content["images"] = [{**image, "file_name": "a.jpg"} for image in content["images"]]
+    content["annotations"].append({"id": 1, "image_id": 5, "category_id": 2, "bbox": bbox})
+    assert len(parse_coco(content, "file").labels) == 1
+    evaluator = CocoEvaluator(build_ground_truth(content))
+    evaluator.update({5: perfect_detection()})
     result = evaluator.summarize()
     assert result["stats"][:3] == pytest.approx([1, 1, 1])
     assert result["per_class"][0]["objects"] == 1
 
 
-def test_of_a_sound_file_nothing_is_left_out() -> None:
-    """A crowd has no limit: it is never looked for."""
+def test_valid_annotations_are_all_evaluated() -> None:
+    """A crowd may have any box: it is not to be detected."""
     for seed in range(6):
-        truth = random_truth(np.random.RandomState(seed))
-        kept = build_ground_truth(truth)["annotations"]
-        assert [(a["bbox"], a["area"]) for a in kept] == [
-            (a["bbox"], a["area"]) for a in truth["annotations"]
+        content = random_ground_truth(np.random.RandomState(seed))
+        evaluated = build_ground_truth(content)["annotations"]
+        assert [(a["bbox"], a["area"]) for a in evaluated] == [
+            (a["bbox"], a["area"]) for a in content["annotations"]
         ]
-    assert len(build_ground_truth(simple_truth(iscrowd=1, bbox=[10, 10, 0, 5]))["annotations"]) == 1
+    crowd = one_object(iscrowd=1, bbox=[10, 10, 0, 5])
+    assert len(build_ground_truth(crowd)["annotations"]) == 1
 
 
 def test_errors_name_the_cause() -> None:
     with pytest.raises(ValueError, match="image 9 is not in the annotations"):
-        CocoEvaluator(build_ground_truth(simple_truth())).update({9: exact_hit()})
+        CocoEvaluator(build_ground_truth(one_object())).update({9: perfect_detection()})
     with pytest.raises(UserError, match="evaluator nonsense is unknown"):
         select_backend("nonsense")
 
 
-def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_an_installed_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         coco_module.importlib.util, "find_spec", lambda name: name == "pycocotools" or None
     )
     coco_module._log_choice.cache_clear()
     with captured_log() as lines:
         assert [select_backend("auto") for _ in range(3)] == ["pycocotools"] * 3
-    assert lines == ["COCO metrics: computed by pycocotools"], "once per run"
+    assert lines == ["COCO metrics: computed by pycocotools"], "logged once"
     with pytest.raises(UserError, match="pip install hotcoco"):
         select_backend("hotcoco")

@@ -1,4 +1,4 @@
-"""Unlabelled images: folder trees, damaged and odd files, query patches."""
+"""Unlabelled images: folder trees, damaged and unusual files, query patches."""
 
 import io
 import os
@@ -24,14 +24,14 @@ from util.settings import PRETRAIN, Settings, settings
 from util.settings.registry import PROPOSALS
 
 
-def picture(seed: int = 0, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
+def make_image(seed: int = 0, width: int = 40, height: int = 30, mode: str = "RGB") -> Image.Image:
     pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
 
 
 def save(path: Path, **settings) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(**settings).save(path)
+    make_image(**settings).save(path)
     return path
 
 
@@ -69,7 +69,7 @@ def test_folder_tree_in_sorted_order(tmp_path: Path) -> None:
     assert folder.skipped == 2
 
 
-def test_symbolic_links_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed_but_not_in_cycles(tmp_path: Path) -> None:
     save(tmp_path / "elsewhere" / "one.png")
     root = tmp_path / "root"
     root.mkdir()
@@ -84,15 +84,15 @@ def test_symbolic_links_are_followed_and_cycles_are_not(tmp_path: Path) -> None:
         "gone.png",
         "linked/one.png",
     ]
-    with pytest.raises(BadImageError, match="no such file"):  # and so it is told and counted
+    with pytest.raises(BadImageError, match="no such file"):  # so it is reported and counted
         read_image(folder.path(1))
 
 
-def test_links_that_the_system_refuses_to_follow(tmp_path: Path) -> None:
-    """A ring of links stands for a place where one may not look, too: both are other errors than "no such file"."""
+def test_links_that_can_not_be_followed(tmp_path: Path) -> None:
+    """A cycle of links, like a missing permission, is an error other than "no such file"."""
     save(tmp_path / "a.png")
-    (tmp_path / "ring").symlink_to(tmp_path / "ring")
-    (tmp_path / "ring.png").symlink_to(tmp_path / "ring.png")
+    (tmp_path / "cycle").symlink_to(tmp_path / "cycle")
+    (tmp_path / "cycle.png").symlink_to(tmp_path / "cycle.png")
     folder = ImageFolder(str(tmp_path))
     assert (len(folder), folder.skipped) == (2, 1)
     with pytest.raises(BadImageError, match="can't be decoded"):
@@ -152,7 +152,7 @@ MODES = [("L", "png"), ("P", "png"), ("CMYK", "jpg"), ("RGBA", "png"), ("1", "pn
 
 @pytest.mark.parametrize(("mode", "extension"), MODES)
 def test_all_modes_become_rgb(tmp_path: Path, mode: str, extension: str) -> None:
-    image = picture().convert("L").convert(mode) if mode == "LA" else picture(mode=mode)
+    image = make_image().convert("L").convert(mode) if mode == "LA" else make_image(mode=mode)
     image.save(tmp_path / f"image.{extension}")
     pixels = read_image(str(tmp_path / f"image.{extension}"))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, 30, 40))
@@ -160,7 +160,7 @@ def test_all_modes_become_rgb(tmp_path: Path, mode: str, extension: str) -> None
         assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.asarray(again.convert("RGB")))
 
 
-def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+def test_16_bit_gray_keeps_its_range(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, 30 * 40).astype(np.uint16).reshape(30, 40)
     Image.fromarray(values).save(tmp_path / "deep.png")
     pixels = read_image(str(tmp_path / "deep.png"))
@@ -170,22 +170,22 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
 def test_exif_rotation_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture().save(tmp_path / "rotated.jpg", exif=exif)
+    make_image().save(tmp_path / "rotated.jpg", exif=exif)
     assert read_image(str(tmp_path / "rotated.jpg")).shape == (3, 30, 40)
 
 
-def test_tiff_files_are_turned_and_the_checker_knows(tmp_path: Path) -> None:
+def test_tiff_files_are_rotated_and_the_checker_knows(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for extension, size_hw, orientation in (("tif", (40, 30), 1), ("png", (30, 40), 6)):
         path = tmp_path / f"rotated.{extension}"
-        picture().save(path, exif=exif)
+        make_image().save(path, exif=exif)
         facts = inspect_image(str(path))
         assert tuple(read_image(str(path)).shape[1:]) == facts.size_hw == size_hw
         assert facts.orientation == orientation
 
 
-def test_floating_point_pixels_are_bad(tmp_path: Path) -> None:
+def test_floating_point_images_are_bad(tmp_path: Path) -> None:
     for name, scale in (("dark.tif", 1), ("bright.tif", 1e6)):
         Image.fromarray(np.random.RandomState(0).rand(30, 40).astype(np.float32) * scale).save(
             tmp_path / name
@@ -198,7 +198,7 @@ def test_floating_point_pixels_are_bad(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "gif", "bmp", "tif"])
 def test_truncated_images_raise(tmp_path: Path, extension: str) -> None:
     buffer = io.BytesIO()
-    picture(width=200, height=200).save(
+    make_image(width=200, height=200).save(
         buffer, {"jpg": "jpeg", "tif": "tiff"}.get(extension, extension)
     )
     path = tmp_path / f"half.{extension}"
@@ -207,7 +207,7 @@ def test_truncated_images_raise(tmp_path: Path, extension: str) -> None:
         read_image(str(path))
 
 
-def test_no_image_and_no_file(tmp_path: Path) -> None:
+def test_files_that_are_no_image_or_missing(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("this is text")
     (tmp_path / "empty.jpg").write_bytes(b"")
     for name, reason in (
@@ -219,15 +219,15 @@ def test_no_image_and_no_file(tmp_path: Path) -> None:
             read_image(str(tmp_path / name))
 
 
-def dds_of_an_unknown_kind() -> bytes:
+def dds_of_unknown_format() -> bytes:
     header = struct.pack("<7I44x", 124, 0x1007, 8, 8, 0, 0, 0)
     pixel_format = struct.pack("<2I4s5I", 32, 4, b"ZZZZ", 0, 0, 0, 0, 0)
     return b"DDS " + header + pixel_format + bytes(20) + bytes(256)
 
 
-def test_what_pillow_does_not_implement_is_a_bad_image(tmp_path: Path) -> None:
+def test_format_that_pillow_does_not_implement_is_a_bad_image(tmp_path: Path) -> None:
     path = tmp_path / "odd.dds"
-    path.write_bytes(dds_of_an_unknown_kind())
+    path.write_bytes(dds_of_unknown_format())
     with pytest.raises(NotImplementedError), Image.open(path) as image:
         image.load()
     with pytest.raises(BadImageError, match="can't be decoded"):
@@ -242,7 +242,7 @@ def test_what_pillow_does_not_implement_is_a_bad_image(tmp_path: Path) -> None:
         (MemoryError(), MemoryError),
     ],
 )
-def test_any_error_of_decoding_but_want_of_memory(
+def test_any_decoding_error_except_memory_error_is_a_bad_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: type
 ) -> None:
     def fail(*_args, **_settings) -> None:
@@ -264,7 +264,7 @@ def test_packed_strings() -> None:
         packed[5]
 
 
-def test_query_patches_sample(tmp_path: Path) -> None:
+def test_query_patch_sample(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / f"{i}.png", seed=i, width=120, height=90)
     dataset = build_dataset("train", pretext_args(tmp_path))
@@ -281,13 +281,12 @@ def test_query_patches_sample(tmp_path: Path) -> None:
     assert torch.equal(image, again)
     assert all(torch.equal(target[key], same[key]) for key in target)
     assert not torch.equal(target["boxes"], dataset[(1, 1)][1]["boxes"])
-    assert not torch.equal(
-        target["boxes"], build_dataset("train", pretext_args(tmp_path, seed=4))[(0, 1)][1]["boxes"]
-    )
+    other_seed = build_dataset("train", pretext_args(tmp_path, seed=4))
+    assert not torch.equal(target["boxes"], other_seed[(0, 1)][1]["boxes"])
 
 
-def test_patches_are_cut_from_the_original_image(tmp_path: Path) -> None:
-    """A held-out patch is the box's region: with patches as large as the region, pixel for pixel."""
+def test_patches_are_cropped_from_the_original_image(tmp_path: Path) -> None:
+    """Without augmentation, a patch is the resized region of its box in the original image."""
     save(tmp_path / "one.png", width=200, height=100)
     dataset = build_dataset(
         "val", pretext_args(tmp_path, num_patches=1, image_size=100, max_size=200)
@@ -296,19 +295,14 @@ def test_patches_are_cut_from_the_original_image(tmp_path: Path) -> None:
     cx, cy, w, h = (target["boxes"][0] * torch.tensor([200, 100, 200, 100])).tolist()
     x0, y0, x1, y1 = (round(v) for v in (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2))
     assert image.shape == (3, 100, 200)
-    expected = (
-        Image.open(tmp_path / "one.png")
-        .crop((x0, y0, x1, y1))
-        .resize((24, 24), Image.Resampling.BILINEAR)
-    )
-    difference = target["patches"][0].permute(1, 2, 0).numpy().astype(int) - np.asarray(
-        expected
-    ).astype(int)
-    assert np.abs(difference).max() <= 1
+    region = Image.open(tmp_path / "one.png").crop((x0, y0, x1, y1))
+    expected = np.asarray(region.resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
+    patch = target["patches"][0].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(patch - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", [name for name in PROPOSALS if not name.endswith(":")])
-def test_proposals_lie_inside_the_image(name: str) -> None:
+def test_proposals_are_inside_the_image(name: str) -> None:
     if name != "random":
         pytest.importorskip("cv2", reason="OpenCV is not installed")
     propose = build_proposals(proposal_settings(proposals=name, num_patches=50))
@@ -343,11 +337,13 @@ def test_bad_and_tiny_images_are_replaced_and_reported(tmp_path: Path) -> None:
     ]
     assert int(target["image_id"]) == 0
     assert "problems" not in dataset[(0, 0)][1]
-    # The replacement has random numbers of its own, not those of the image it repeats.
+    # The replacement has its own random numbers, not those of the image it repeats.
     assert not torch.equal(target["boxes"], dataset[(0, 0)][1]["boxes"])
 
 
-def test_too_many_bad_images_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_bad_images_in_a_row_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(b"broken")
     save(tmp_path / "z.png", width=64, height=64)

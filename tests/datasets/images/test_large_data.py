@@ -1,4 +1,4 @@
-"""Many images: listings of folders, and annotations in arrays."""
+"""Large datasets: listing of folders, and annotations in arrays."""
 
 import gc
 import json
@@ -19,16 +19,16 @@ from util.errors import UserError
 EXTENSIONS = frozenset([".png", ".jpg"])
 
 
-def found(root: Path) -> tuple[list[str], list[str], int]:
+def list_images(root: Path) -> tuple[list[str], list[str], int]:
     result = list_folder(str(root), EXTENSIONS)
     return list(result.images), list(result.tars), result.skipped
 
 
-# ---------------------------------------------------------------------------------------------------- listing folders
+# Listing folders
 
 
-def test_a_folder_is_listed_in_the_order_of_the_names(tmp_path: Path) -> None:
-    """The numbers of the images, and so resumed runs, rest on it."""
+def test_folder_is_listed_in_sorted_order(tmp_path: Path) -> None:
+    """Image indices, and so resumed runs, depend on the order."""
     names = [
         "a-b/1.png",
         "a/2.PNG",
@@ -38,30 +38,30 @@ def test_a_folder_is_listed_in_the_order_of_the_names(tmp_path: Path) -> None:
         os.fsdecode(b"\xff/5.png"),
     ]
     root = touch(tmp_path / "images", *names, "notes.txt", "a/._1.png", "x.tar")
-    assert found(root) == (sorted(names), ["x.tar"], 3)
+    assert list_images(root) == (sorted(names), ["x.tar"], 3)
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_but_not_in_cycles(tmp_path: Path) -> None:
     root = touch(tmp_path / "images", "a/1.png")
     (root / "linked").symlink_to(touch(tmp_path / "target", "2.png"))
     (root / "a" / "up").symlink_to(root)
     (root / "nowhere").symlink_to(tmp_path / "later")
     (root / "gone.png").symlink_to(tmp_path / "later.png")
-    assert found(root) == (["a/1.png", "gone.png", "linked/2.png"], [], 1)
+    assert list_images(root) == (["a/1.png", "gone.png", "linked/2.png"], [], 1)
 
 
 def test_hidden_folders_are_skipped(tmp_path: Path) -> None:
-    """The folder that is given itself may be hidden."""
+    """The root folder itself may be hidden."""
     root = touch(tmp_path / ".images", ".thumbnails/1.png", "a/.git/x/2.png", "a/3.png")
     (root / ".linked").symlink_to(root / "a")
-    assert found(root) == (["a/3.png"], [], 0)
+    assert list_images(root) == (["a/3.png"], [], 0)
 
 
-# ------------------------------------------------------------------------------------------------- arrays, not objects
+# Arrays instead of objects
 
 
-def objects_in(root: object) -> int:
-    """Number of Python objects that can be reached, without types, modules and functions."""
+def count_objects(root: object) -> int:
+    """Count the Python objects that can be reached, without types, modules and functions."""
     seen, todo = set(), [root]
     while todo:
         item = todo.pop()
@@ -95,34 +95,32 @@ def coco_content(images: int, boxes: int = 7, **more: object) -> dict:
     }
 
 
-def test_annotations_hold_no_object_for_an_image_or_box() -> None:
-    """What a worker process would copy page by page, since looking at an object changes its count of references."""
+def test_annotations_have_no_object_per_image_or_box() -> None:
+    """A dataloader worker would copy objects page by page, since each access changes their reference count."""
     small, large = (parse_coco(coco_content(images), "made") for images in (20, 2000))
-    assert objects_in(small) == objects_in(large)
-    assert len(pickle.dumps(large)) < 7 * 2000 * 44 + 2000 * 60, "44 bytes a box, 60 an image"
-    before = objects_in(large)
+    assert count_objects(small) == count_objects(large)
+    assert len(pickle.dumps(large)) < 7 * 2000 * 44 + 2000 * 60, "44 bytes per box, 60 per image"
+    before = count_objects(large)
     for index in range(len(large)):  # an epoch leaves nothing behind
         large.target(index, (48, 64))
-    assert objects_in(large) == before
+    assert count_objects(large) == before
 
 
-def test_images_of_folders_and_tar_files_hold_no_object_for_an_image(
+def test_folders_and_tar_files_have_no_object_per_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = []
     for images in (10, 500):
         root = touch(tmp_path / f"images{images}", *(f"a.tar/{i:04d}.png" for i in range(images)))
-        folder, inside = (
-            ImageFolder(str(root)),
-            ImageFolder(str(pack(root, tmp_path / f"shards{images}"))),
-        )
-        counts.append([objects_in(folder), objects_in(inside)])
+        folder = ImageFolder(str(root))
+        shards = ImageFolder(str(pack(root, tmp_path / f"shards{images}")))
+        counts.append([count_objects(folder), count_objects(shards)])
         assert len(pickle.dumps(folder)) < 400 + 30 * images
-        assert len(pickle.dumps(inside)) < 1500 + 45 * images
+        assert len(pickle.dumps(shards)) < 1500 + 45 * images
     assert counts[0] == counts[1]
 
 
-def test_packed_strings_joined() -> None:
+def test_packed_strings_concatenate() -> None:
     parts = [PackedStrings(strings) for strings in (["a", "", "ü"], [], ["bc"])]
     joined = PackedStrings.concatenate(["x/", "y/", ""], parts)
     assert list(joined) == ["x/a", "x/", "x/ü", "bc"]
@@ -130,7 +128,7 @@ def test_packed_strings_joined() -> None:
     assert list(PackedStrings.concatenate([], [])) == []
 
 
-# ------------------------------------------------------------------------------------------------- reading annotations
+# Reading annotations
 
 
 @pytest.mark.parametrize(
@@ -146,8 +144,8 @@ def test_packed_strings_joined() -> None:
         "segmentation",
     ],
 )
-def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
-    """They are taken out of the text; keys and names that look like them stay."""
+def test_skipping_polygons_changes_nothing_else(polygons: object, tmp_path: Path) -> None:
+    """They are removed from the text; keys and names that look like them stay."""
     content = coco_content(3, segmentation=polygons)
     content["categories"][0]["name"] = '"segmentation": [1, 2]'
     content["images"][0]["file_name"] = 'segmentation": [.jpg'
@@ -168,7 +166,7 @@ def test_polygons_change_nothing_else(polygons: object, tmp_path: Path) -> None:
         )
 
 
-def test_a_message_counts_bytes_as_the_file_does(tmp_path: Path) -> None:
+def test_error_position_is_that_in_the_file(tmp_path: Path) -> None:
     text = json.dumps(coco_content(2, segmentation=[[1, 2, 3]]))[:-1] + ", oops}"
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=rf"not valid JSON .*char {text.index('oops')}\)"):
@@ -176,10 +174,8 @@ def test_a_message_counts_bytes_as_the_file_does(tmp_path: Path) -> None:
     assert gc.isenabled()
 
 
-def test_python_does_not_search_for_cycles_meanwhile(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(
-        json.dumps(coco_content(400, segmentation=[[1, 2]] * 9))
-    )
+def test_garbage_collection_is_paused_while_reading(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(coco_content(400, segmentation=[[1, 2]] * 9)))
     runs = []
     gc.callbacks.append(lambda phase, info: runs.append(phase))
     try:

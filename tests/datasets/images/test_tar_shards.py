@@ -1,4 +1,4 @@
-"""Images in tar files: the same samples as from folders, and one line for what is wrong."""
+"""Images in tar files: the same samples as from folders, and one-line errors for bad files."""
 
 import io
 import json
@@ -39,7 +39,7 @@ from util.settings import PRETRAIN, make_parser, resolve
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders with the names of tar files, so that names and order are those of images in tar files."""
+    """Folders named like tar files, so that image names and their order equal those in tar files."""
     root = tmp_path_factory.mktemp("data") / "folders"
     for i, name in enumerate(
         ["b.tar/0.png", "b.tar/deep/1.png", "a.tar/2.png", "a.tar/3.png", "a.tar-1.tar/4.png"]
@@ -55,7 +55,7 @@ def shards(folders: Path) -> Path:
     return pack(folders, folders.parent / "shards")
 
 
-def dataset_of(root: Path, pretext: str, proposals: str = "random") -> SampleDataset:
+def build_pretext_dataset(root: Path, pretext: str, proposals: str = "random") -> SampleDataset:
     flags = [
         "--pretext",
         pretext,
@@ -71,24 +71,23 @@ def dataset_of(root: Path, pretext: str, proposals: str = "random") -> SampleDat
 
 
 @pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior", "siamese"])
-def test_samples_of_tar_files_are_those_of_folders(
-    pretext: str, folders: Path, shards: Path
-) -> None:
+def test_samples_equal_those_of_folders(pretext: str, folders: Path, shards: Path) -> None:
     """Names, order, pixels and every random draw."""
-    inside, beside = dataset_of(shards, pretext), dataset_of(folders, pretext)
-    assert inside.fingerprint() == beside.fingerprint()
-    assert len(inside) == len(beside) == 5
+    in_tar = build_pretext_dataset(shards, pretext)
+    in_folder = build_pretext_dataset(folders, pretext)
+    assert in_tar.fingerprint() == in_folder.fingerprint()
+    assert len(in_tar) == len(in_folder) == 5
     for index in range(5):
-        assert inside.images.name(index) == beside.images.name(index)
-        assert torch.equal(inside.read(index), beside.read(index))
+        assert in_tar.images.name(index) == in_folder.images.name(index)
+        assert torch.equal(in_tar.read(index), in_folder.read(index))
         for epoch in (0, 3):
-            assert_same(inside[epoch, index], beside[epoch, index])
+            assert_same(in_tar[epoch, index], in_folder[epoch, index])
 
 
-def test_worker_processes_read_tar_files(folders: Path, shards: Path) -> None:
+def test_dataloader_workers_read_tar_files(folders: Path, shards: Path) -> None:
     args = tiny_args(PRETRAIN, "--num_workers", "2", "--batch_size", "2")
     batches = [
-        list(build_loader(dataset_of(root, "random_query_patch"), args, train=True))
+        list(build_loader(build_pretext_dataset(root, "random_query_patch"), args, train=True))
         for root in (shards, folders)
     ]
     for ours, theirs in zip(*batches, strict=True):
@@ -98,7 +97,7 @@ def test_worker_processes_read_tar_files(folders: Path, shards: Path) -> None:
 
 @pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
-    """Names as `tar cf x.tar .` writes them, long ones, a name twice, links, hidden files and folders."""
+    """Names as `tar cf x.tar .` writes them, long names, duplicate names, links, hidden files and folders."""
     write_images(tmp_path / "images", 2)
     one, two = (tmp_path / "images" / name for name in ("000.png", "001.png"))
     with tarfile.open(tmp_path / "x.tar", "w", format=style) as tar:
@@ -120,7 +119,7 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
         "x.tar/twice.PNG",
     ]
     assert torch.equal(read_image(images.file(1)), read_image(str(two))), (
-        "the last one, as if it were unpacked"
+        "the last one, as after unpacking"
     )
     assert images.path(1) == str(tmp_path / "x.tar" / "twice.PNG")
     assert images.skipped == 3
@@ -165,14 +164,14 @@ def test_patterns(
     assert tar_shards.expand_pattern("t-00.tar") is None
 
 
-def test_a_pattern_names_images_as_their_folder_does(shards: Path) -> None:
-    whole, chosen = ImageFolder(str(shards)), ImageFolder(str(shards / "{b,a}.tar"))
-    assert list(chosen.names) == [name for name in whole.names if "-1" not in name]
-    for index, name in enumerate(chosen.names):
-        assert chosen.file(index) == whole.file(whole.names.find(name))
+def test_pattern_names_images_like_their_folder(shards: Path) -> None:
+    all_images, some_images = ImageFolder(str(shards)), ImageFolder(str(shards / "{b,a}.tar"))
+    assert list(some_images.names) == [name for name in all_images.names if "-1" not in name]
+    for index, name in enumerate(some_images.names):
+        assert some_images.file(index) == all_images.file(all_images.names.find(name))
 
 
-def test_a_pattern_that_the_shell_has_spread(capsys: pytest.CaptureFixture) -> None:
+def test_pattern_that_the_shell_has_expanded(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         pretrain_main.parse(["--imagenet_path", "t-0.tar", "t-1.tar", "--output_dir", "x"])
     assert "quote a pattern of tar files" in capsys.readouterr().err
@@ -238,7 +237,7 @@ def test_compressed_and_missing_tar_files(shards: Path, tmp_path: Path) -> None:
         ImageFolder(str(tmp_path / "none.tar"))
 
 
-def test_tar_files_beside_images_are_told(shards: Path, folders: Path, tmp_path: Path) -> None:
+def test_tar_files_next_to_images_are_reported(shards: Path, folders: Path, tmp_path: Path) -> None:
     """Archives often stay where they were unpacked."""
     shutil.copytree(folders / "b.tar", tmp_path / "images")
     shutil.copy(shards / "b.tar", tmp_path / "images")
@@ -247,7 +246,7 @@ def test_tar_files_beside_images_are_told(shards: Path, folders: Path, tmp_path:
     assert any("contains images and 1 tar files, which are not read" in line for line in lines)
 
 
-def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> None:
+def test_tar_file_that_changes_during_a_run(shards: Path, tmp_path: Path) -> None:
     path = shutil.copy(shards / "a.tar", tmp_path)
     image = ImageFolder(path).file(1)
     os.truncate(path, image.offset + 100)
@@ -260,10 +259,10 @@ def test_a_tar_file_that_changes_under_a_run(shards: Path, tmp_path: Path) -> No
         read_image(image)
 
 
-def test_stop_in_mid_epoch_over_tar_files(
+def test_resume_in_mid_epoch_with_tar_files(
     shards: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The resumed run equals one over the same images in folders that never stopped."""
+    """The resumed run equals an uninterrupted run on the same images in folders."""
     flags = (*FROZEN, "--batch_size", 1, "--epochs", 2, "--feature_recon")
     pre_train("--imagenet_path", folders, "--output_dir", tmp_path / "whole", *flags)
     stop_after(monkeypatch, 8)
@@ -272,16 +271,15 @@ def test_stop_in_mid_epoch_over_tar_files(
     pre_train(
         "--imagenet_path", shards, "--output_dir", tmp_path / "stopped", *flags, "--resume", "auto"
     )
-    whole, ours = (
-        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")
-    )
-    assert_same(ours["model"], whole["model"])
-    assert_same(ours["optimizer"], whole["optimizer"])
+    whole = read_checkpoint(tmp_path / "whole" / "checkpoint.pth")
+    resumed = read_checkpoint(tmp_path / "stopped" / "checkpoint.pth")
+    assert_same(resumed["model"], whole["model"])
+    assert_same(resumed["optimizer"], whole["optimizer"])
     assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_path: Path) -> None:
-    """The same store as for folders; it is checked against either, and serves training on both."""
+def test_proposal_cache_of_tar_files(shards: Path, folders: Path, tmp_path: Path) -> None:
+    """The same cache as for folders. It can be checked against both and used for both."""
     names = [str(path.relative_to(folders)) for path in folders.rglob("*.png")]
     content = {
         "images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
@@ -292,29 +290,22 @@ def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_pat
         ],
     }
     (tmp_path / "boxes.json").write_text(json.dumps(content))
-    stores = []
-    for place in (shards, folders, shards / "*.tar"):
-        words = [
-            "--images",
-            str(place),
-            "--output_dir",
-            str(tmp_path / f"store{len(stores)}"),
-            "--num_workers",
-            "0",
-        ]
-        cache_proposals.main(
-            cache_proposals.parse([*words, "--proposals", f"file:{tmp_path / 'boxes.json'}"])
-        )
-        cache_proposals.main(cache_proposals.parse([*words, "--check"]))
-        stores.append(ProposalCache(tmp_path / f"store{len(stores)}"))
-    for other in stores[1:]:
+    caches = []
+    for images in (shards, folders, shards / "*.tar"):
+        output = tmp_path / f"cache{len(caches)}"
+        argv = ["--images", str(images), "--output_dir", str(output), "--num_workers", "0"]
+        boxes = ["--proposals", f"file:{tmp_path / 'boxes.json'}"]
+        cache_proposals.main(cache_proposals.parse([*argv, *boxes]))
+        cache_proposals.main(cache_proposals.parse([*argv, "--check"]))
+        caches.append(ProposalCache(output))
+    for other in caches[1:]:
         for part in ("offsets", "boxes", "sizes_hw", "file_bytes", "file_crc32"):
-            assert np.array_equal(getattr(stores[0], part), getattr(other, part)), part
-        assert list(stores[0].names) == list(other.names)
-    inside, beside = (
-        dataset_of(root, "region_prior", f"file:{stores[0].folder}") for root in (shards, folders)
-    )
-    assert_same(inside[0, 1], beside[0, 1])
+            assert np.array_equal(getattr(caches[0], part), getattr(other, part)), part
+        assert list(caches[0].names) == list(other.names)
+    proposals = f"file:{caches[0].folder}"
+    in_tar = build_pretext_dataset(shards, "region_prior", proposals)
+    in_folder = build_pretext_dataset(folders, "region_prior", proposals)
+    assert_same(in_tar[0, 1], in_folder[0, 1])
 
     changed = tmp_path / "changed"
     shutil.copytree(shards, changed)
@@ -322,10 +313,10 @@ def test_a_store_of_proposals_for_tar_files(shards: Path, folders: Path, tmp_pat
     with pytest.raises(
         UserError, match=r"2 of 5 images differ from those .* the first is b.tar/0.png"
     ):
-        cache_proposals.check(stores[0], str(changed))
+        cache_proposals.check(caches[0], str(changed))
 
 
-def test_a_check_reads_images_in_tar_files(
+def test_check_dataset_reads_images_in_tar_files(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     shutil.copytree(shards, tmp_path / "shards")
@@ -334,7 +325,7 @@ def test_a_check_reads_images_in_tar_files(
             entry = tarfile.TarInfo(name)
             entry.size = 9 if name == "bad.png" else 0
             tar.addfile(entry, io.BytesIO(b"no image!"))
-    words = [
+    argv = [
         "--imagenet_path",
         str(tmp_path / "shards"),
         "--num_workers",
@@ -343,7 +334,7 @@ def test_a_check_reads_images_in_tar_files(
         str(tmp_path / "check"),
     ]
     with pytest.raises((SystemExit, UserError)):
-        check_dataset.main(check_dataset.parse(words))
+        check_dataset.main(check_dataset.parse(argv))
     assert json.loads((tmp_path / "check" / "check.json").read_text())["train"]["readable"] == 5
     problems = (tmp_path / "check" / "problems.csv").read_text()
     assert "c.tar/bad.png" in problems

@@ -1,6 +1,4 @@
-"""Few shots: which classes are novel, what is trained on, draws of others, and that base and novel AP are what they
-say.
-"""
+"""Few-shot detection: novel classes, the objects to train on, few-shot files, and base and novel AP."""
 
 import json
 from collections import Counter
@@ -49,32 +47,26 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def trained_on(root: Path, *flags: object) -> Annotations:
-    """The annotations that are left for training."""
-    return build_dataset(
-        "train", tiny_args(FINETUNE, "--coco_path", str(root), *map(str, flags))
-    ).annotations
+def training_annotations(root: Path, *flags: object) -> Annotations:
+    args = tiny_args(FINETUNE, "--coco_path", str(root), *map(str, flags))
+    return build_dataset("train", args).annotations
 
 
-def objects(annotations: Annotations) -> Counter:
-    """(image id, label, box) of every object, and how often."""
-    image = annotations.image_indices
-    return Counter(
-        (int(annotations.image_ids[i]), int(label), tuple(box))
-        for i, label, box in zip(
-            image, annotations.labels, annotations.boxes_xyxy_abs.tolist(), strict=True
-        )
-    )
+def count_objects(annotations: Annotations) -> Counter:
+    """Return how often each (image id, label, box) occurs."""
+    image_ids = annotations.image_ids[annotations.image_indices].tolist()
+    boxes = map(tuple, annotations.boxes_xyxy_abs.tolist())
+    return Counter(zip(image_ids, annotations.labels.tolist(), boxes, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------- which are novel
+# ------------------------------------------------------------------------------------------------------- novel classes
 
 
-def test_the_published_splits() -> None:
-    """VOC's classes are COCO's novel ones under other names; each split of VOC has 5 of them."""
+def test_published_splits() -> None:
+    """VOC's classes are COCO's novel ones under other names. Each split of VOC has 5 novel classes."""
     from datasets.labelled.voc import CLASSES
 
-    other = {
+    coco_names = {
         "motorbike": "motorcycle",
         "aeroplane": "airplane",
         "sofa": "couch",
@@ -82,7 +74,7 @@ def test_the_published_splits() -> None:
         "diningtable": "dining table",
         "tvmonitor": "tv",
     }
-    assert {other.get(name, name) for name in CLASSES} == set(few_shot.COCO_NOVEL)
+    assert {coco_names.get(name, name) for name in CLASSES} == set(few_shot.COCO_NOVEL)
     assert len(set(CLASS_NAMES.values()) - set(few_shot.COCO_NOVEL)) == 60
     for names in few_shot.VOC_NOVEL.values():
         assert len(set(names) & set(CLASSES)) == 5
@@ -102,21 +94,24 @@ def test_the_published_splits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             "--few_shot base",
-            "have no class 'person' to be novel, they have red, green, blue: name novel classes by --novel_classes",
+            "has no novel class 'person', its classes are red, green, blue: name novel classes with --novel_classes",
         ),
-        ("--few_shot base --novel_classes rde", "have no class 'rde' to be novel"),
+        ("--few_shot base --novel_classes rde", "has no novel class 'rde'"),
         (
             "--few_shot base --novel_classes red green blue",
-            "--novel_classes names all 3 classes of the data",
+            "--novel_classes names all 3 classes of the dataset",
         ),
         ("--shots 5", "--shots has no effect without --few_shot"),
         ("--novel_classes red", "--novel_classes has no effect without --few_shot"),
         ("--novel_split 2", "--novel_split has no effect without --few_shot"),
-        ("--few_shot base --novel_split 2", "--novel_split 2 is a published split of VOC's classes"),
+        (
+            "--few_shot base --novel_split 2",
+            "--novel_split 2 is a published split of VOC's classes",
+        ),
         (
             "--few_shot base --shots 5",
             "--shots selects objects of novel or of all classes, --few_shot base trains on all",
@@ -140,48 +135,45 @@ def test_the_published_splits() -> None:
         ),
     ],
 )
-def test_bad_flags_are_refused_in_one_line(flags: str, said: str, coco: Path) -> None:
-    with pytest.raises(UserError, match=said) as error:
-        trained_on(coco, *flags.split())
+def test_bad_flags_raise_a_one_line_error(flags: str, message: str, coco: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        training_annotations(coco, *flags.split())
     assert "\n" not in str(error.value)
 
 
-def test_own_data_need_names_of_novel_classes(tmp_path: Path) -> None:
-    flags = custom_dataset_flags(write_custom_dataset(tmp_path / "own"))
-    with pytest.raises(
-        UserError, match="not published for --dataset_file custom: name them by --novel_classes"
-    ):
+def test_custom_dataset_needs_names_of_novel_classes(tmp_path: Path) -> None:
+    flags = custom_dataset_flags(write_custom_dataset(tmp_path / "custom"))
+    message = "no published novel classes for --dataset_file custom: name them with --novel_classes"
+    with pytest.raises(UserError, match=message):
         build_dataset("train", tiny_args(FINETUNE, *flags, "--few_shot", "base"))
     train, val = build_labelled(tiny_args(FINETUNE, *flags, "--few_shot", "base", *RED))
     assert train.num_classes == val.num_classes == 3
     names = {train.class_names[label] for label in train.annotations.labels.tolist()}
     assert names == {"green", "blue"}
-    assert set(train.class_names.values()) == {"red", "green", "blue"}  # rows for all
-    few = build_dataset(
-        "train", tiny_args(FINETUNE, *flags, "--few_shot", "all", "--shots", "1")
-    ).annotations
-    assert sorted(few.labels.tolist()) == [0, 1, 2]  # no class is novel: K shots of all
+    assert set(train.class_names.values()) == {"red", "green", "blue"}, "the head has all classes"
+    args = tiny_args(FINETUNE, *flags, "--few_shot", "all", "--shots", "1")
+    few = build_dataset("train", args).annotations
+    assert sorted(few.labels.tolist()) == [0, 1, 2], "no class is novel: K shots of all"
 
 
-# ---------------------------------------------------------------------------------------------------- what is trained
-# on
+# ------------------------------------------------------------------------------------------------- objects to train on
 
 
-def test_base_training_has_no_novel_object_and_no_empty_image(coco: Path) -> None:
-    whole, base = trained_on(coco), trained_on(coco, "--few_shot", "base", *RED)
-    assert objects(base) == Counter({key: n for key, n in objects(whole).items() if key[1] != 1})
+def test_base_training_has_no_novel_objects_and_no_empty_images(coco: Path) -> None:
+    whole, base = training_annotations(coco), training_annotations(coco, "--few_shot", "base", *RED)
+    assert count_objects(base) == Counter(
+        {key: n for key, n in count_objects(whole).items() if key[1] != 1}
+    )
     assert (np.diff(base.offsets) > 0).all()
     assert len(base) < len(whole)
     assert base.class_names == whole.class_names
     assert base.fingerprint().startswith("all objects of 2 base classes in 12 images, ")
-    val = build_dataset(
-        "val", tiny_args(FINETUNE, "--coco_path", str(coco), "--few_shot", "base", *RED)
-    )
-    assert val.annotations.labels.tolist().count(1) > 0
+    args = tiny_args(FINETUNE, "--coco_path", str(coco), "--few_shot", "base", *RED)
+    assert 1 in build_dataset("val", args).annotations.labels, "novel objects stay in validation"
 
 
-def test_a_share_of_the_images_for_base_training(coco: Path) -> None:
-    part = trained_on(coco, "--few_shot", "base", *RED, "--filter_pct", "0.5")
+def test_base_training_on_a_fraction_of_the_images(coco: Path) -> None:
+    part = training_annotations(coco, "--few_shot", "base", *RED, "--filter_pct", "0.5")
     assert part.subset == "0.5 by seed 42 of 12 images, all objects of 2 base classes in 6 images"
 
 
@@ -208,56 +200,57 @@ def random_annotations(rng: np.random.Generator) -> Annotations:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_draw_is_exact(seed: int) -> None:
-    """K objects of each class, or all it has; only these, each once, as they were; images without one are gone."""
+def test_sampled_shots_are_exact(seed: int) -> None:
+    """K objects of each class or all it has, each once and unchanged. Images without one are dropped."""
     rng = np.random.default_rng(seed)
     whole = random_annotations(rng)
     shots = int(rng.integers(1, 12))
     few = few_shot.sample_shots(whole, whole.class_names, shots, seed)
     for label in whole.class_names:
         assert (few.labels == label).sum() == min(shots, (whole.labels == label).sum())
-    assert not objects(few) - objects(whole)
+    assert not count_objects(few) - count_objects(whole)
     assert len(set(few.ids.tolist())) == len(few.ids)
     assert (np.diff(few.offsets) > 0).all()
-    row = {number: i for i, number in enumerate(whole.ids.tolist())}
-    rows = [row[number] for number in few.ids.tolist()]
+    row_of_id = {annotation_id: row for row, annotation_id in enumerate(whole.ids.tolist())}
+    rows = [row_of_id[annotation_id] for annotation_id in few.ids.tolist()]
     assert np.array_equal(few.boxes_xyxy_abs, whole.boxes_xyxy_abs[rows])
     assert np.array_equal(few.areas, whole.areas[rows])
-    assert (
-        few.image_ids[few.image_indices].tolist()
-        == whole.image_ids[whole.image_indices][rows].tolist()
-    )
-    part = few_shot.sample_shots(
-        whole, dict(list(whole.class_names.items())[:1]), max(shots - 1, 1), seed
-    )
-    assert not objects(part) - objects(few)  # fewer shots of fewer classes are a part
+    expected_images = whole.image_ids[whole.image_indices][rows]
+    assert np.array_equal(few.image_ids[few.image_indices], expected_images)
+    first_class = dict(list(whole.class_names.items())[:1])
+    part = few_shot.sample_shots(whole, first_class, max(shots - 1, 1), seed)
+    assert not count_objects(part) - count_objects(few), "fewer shots of fewer classes are a subset"
 
 
-def test_draws_are_fixed_by_the_seed(coco: Path) -> None:
+def test_seed_determines_the_shots(coco: Path) -> None:
     flags = ("--few_shot", "all", *RED, "--shots", 2)
-    first, again, other = (trained_on(coco, *flags, *more) for more in ((), (), ("--seed", 7)))
+    first, again, other = (
+        training_annotations(coco, *flags, *more) for more in ((), (), ("--seed", 7))
+    )
     assert first.fingerprint() == again.fingerprint()
-    assert objects(first) != objects(other)
+    assert count_objects(first) != count_objects(other)
     assert Counter(first.labels.tolist()) == {1: 2, 2: 2, 3: 2}
-    novel = trained_on(coco, "--few_shot", "novel", *RED, "--shots", 2)
-    assert objects(novel) == Counter({key: n for key, n in objects(first).items() if key[1] == 1})
+    novel = training_annotations(coco, "--few_shot", "novel", *RED, "--shots", 2)
+    assert count_objects(novel) == Counter(
+        {key: n for key, n in count_objects(first).items() if key[1] == 1}
+    )
     assert first.subset == "2 objects each, drawn by seed 42, of 3 classes in 12 images"
 
 
-def test_too_few_objects_are_said(coco: Path) -> None:
+def test_too_few_objects_are_logged(coco: Path) -> None:
     with captured_log() as lines:
-        few = trained_on(coco, "--few_shot", "all", *RED, "--shots", 500)
-    assert objects(few) == objects(trained_on(coco))
+        few = training_annotations(coco, "--few_shot", "all", *RED, "--shots", 500)
+    assert count_objects(few) == count_objects(training_annotations(coco))
     assert any(
         "3 of 3 classes have fewer than 500 objects, the first is red" in line for line in lines
     )
 
 
-def test_a_draw_is_of_images_that_are_there(tmp_path: Path) -> None:
+def test_shots_are_sampled_from_existing_images(tmp_path: Path) -> None:
     root = write_coco(tmp_path / "coco", train=8)
     (root / "train2017" / "000002.png").unlink()
     for seed in range(5):
-        few = trained_on(root, "--few_shot", "all", *RED, "--shots", 3, "--seed", seed)
+        few = training_annotations(root, "--few_shot", "all", *RED, "--shots", 3, "--seed", seed)
         assert 3 not in few.image_ids
         assert set(Counter(few.labels.tolist()).values()) == {3}
 
@@ -265,58 +258,64 @@ def test_a_draw_is_of_images_that_are_there(tmp_path: Path) -> None:
 def test_voc(voc: Path) -> None:
     flags = ["--dataset_file", "voc", "--voc_path", str(voc), "--novel_split"]
     base = build_dataset("train", tiny_args(FINETUNE, *flags, "3", "--few_shot", "base"))
-    assert {base.class_names[label] for label in base.annotations.labels.tolist()} == {
-        "bird",
-        "dog",
-    }
+    names = {base.class_names[label] for label in base.annotations.labels.tolist()}
+    assert names == {"bird", "dog"}
     assert base.num_classes == 20
-    few = build_dataset(
-        "train", tiny_args(FINETUNE, *flags, "1", "--few_shot", "novel", "--shots", "2")
-    ).annotations
+
+    args = tiny_args(FINETUNE, *flags, "1", "--few_shot", "novel", "--shots", "2")
+    few = build_dataset("train", args).annotations
     assert [few.class_names[label] for label in few.labels.tolist()] == ["bird", "bird"]
     assert len(few.difficult) == 2
-    with pytest.raises(
-        UserError,
-        match="--few_shot novel leaves no object to train on .*of 5 novel classes in 11 images",
-    ):
-        build_dataset(
-            "train", tiny_args(FINETUNE, *flags, "2", "--few_shot", "novel", "--shots", "2")
-        )
+
+    args = tiny_args(FINETUNE, *flags, "2", "--few_shot", "novel", "--shots", "2")
+    message = "--few_shot novel leaves no object to train on .*of 5 novel classes in 11 images"
+    with pytest.raises(UserError, match=message):
+        build_dataset("train", args)
 
 
-# ---------------------------------------------------------------------------------------------------- drawn by others
+# ------------------------------------------------------------------------------------------------------ few-shot files
 
 
-def test_a_folder_of_published_files(coco: Path, tmp_path: Path) -> None:
-    """Names of 2014, a file a class; only classes that are asked for need one."""
+def test_folder_of_published_files(coco: Path, tmp_path: Path) -> None:
+    """One file per class, with the image names of COCO 2014. Only the classes in use need a file."""
     folder = write_few_shot_files(coco, tmp_path / "seed0", shots=(2, 3), prefix="COCO_val2014_")
-    few = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
+    few = training_annotations(
+        coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2
+    )
     assert Counter(few.labels.tolist()) == {1: 2, 2: 2, 3: 2}
     expected = set()
     for name in ("red", "green", "blue"):
         content = json.loads((folder / f"full_box_2shot_{name}_trainval.json").read_text())
         expected |= {item["id"] for item in content["annotations"]}
     assert set(few.ids.tolist()) == expected
-    assert not objects(few) - objects(trained_on(coco))
+    assert not count_objects(few) - count_objects(training_annotations(coco))
     (folder / "full_box_2shot_blue_trainval.json").unlink()
-    novel = trained_on(coco, "--few_shot", "novel", *RED, "--few_shot_file", folder, "--shots", 2)
+    novel = training_annotations(
+        coco, "--few_shot", "novel", *RED, "--few_shot_file", folder, "--shots", 2
+    )
     assert set(novel.labels.tolist()) == {1}
     with pytest.raises(
         UserError,
         match="lacks 1 of 3 files, the first is full_box_2shot_blue_trainval.json: it has files of 2, 3 shots",
     ):
-        trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
+        training_annotations(
+            coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2
+        )
     with pytest.raises(
         UserError,
         match="lacks 3 of 3 files, the first is full_box_5shot_red_trainval.json: it has files of 2, 3 shots",
     ):
-        trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 5)
+        training_annotations(
+            coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 5
+        )
     with pytest.raises(UserError, match="is a folder: add --shots K"):
-        trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder)
+        training_annotations(coco, "--few_shot", "all", *RED, "--few_shot_file", folder)
     with pytest.raises(
         UserError, match="lacks 3 of 3 files.*: give the folder with such a file for each class"
     ):
-        trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path, "--shots", 5)
+        training_annotations(
+            coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path, "--shots", 5
+        )
 
 
 def shots_file(coco: Path, path: Path, **changes: object) -> Path:
@@ -327,43 +326,39 @@ def shots_file(coco: Path, path: Path, **changes: object) -> Path:
     return path
 
 
-def test_one_file(coco: Path, tmp_path: Path) -> None:
-    """Classes are told by name, images by name where ids are others; boxes are the file's."""
+def test_single_file(coco: Path, tmp_path: Path) -> None:
+    """Classes are matched by name, images by name if their ids differ. Boxes are those of the file."""
     path = shots_file(coco, tmp_path / "few.json")
-    expected = objects(trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", path))
+    expected = count_objects(
+        training_annotations(coco, "--few_shot", "all", *RED, "--few_shot_file", path)
+    )
     assert expected.total() == 3
     content = renumber(json.loads(path.read_text()), {1: 30, 2: 10, 3: 20})
     for item in (*content["images"], *content["annotations"]):
         key = "image_id" if "bbox" in item else "id"
         item[key] = 1000 - item[key]
     (tmp_path / "other_ids.json").write_text(json.dumps(content))
-    assert (
-        objects(
-            trained_on(
-                coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "other_ids.json"
-            )
-        )
-        == expected
-    )
     content = json.loads(path.read_text())
     del content["categories"]
     (tmp_path / "no_categories.json").write_text(json.dumps(content))
-    assert (
-        objects(
-            trained_on(
-                coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / "no_categories.json"
-            )
+    for name in ("other_ids.json", "no_categories.json"):
+        few = training_annotations(
+            coco, "--few_shot", "all", *RED, "--few_shot_file", tmp_path / name
         )
-        == expected
-    )
-    labels = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", path).labels.tolist()
+        assert count_objects(few) == expected
+
+    labels = training_annotations(
+        coco, "--few_shot", "all", *RED, "--few_shot_file", path
+    ).labels.tolist()
     name = ("red", "green", "blue")[labels[0] - 1]
-    part = trained_on(coco, "--few_shot", "novel", "--novel_classes", name, "--few_shot_file", path)
+    part = training_annotations(
+        coco, "--few_shot", "novel", "--novel_classes", name, "--few_shot_file", path
+    )
     assert part.labels.tolist() == [labels[0]] * labels.count(labels[0])
 
 
 @pytest.mark.parametrize(
-    ("changes", "flags", "said"),
+    ("changes", "flags", "message"),
     [
         (
             {"categories": [{"id": i, "name": f"kind{i}"} for i in (1, 2, 3)]},
@@ -379,40 +374,44 @@ def test_one_file(coco: Path, tmp_path: Path) -> None:
             },
             "",
             "of 12 images are not among those of .*train2017.json, the first is other1.png \\(image 1\\): it was "
-            "made for other data",
+            "made for another dataset",
         ),
         (
             {},
             "--shots 3",
-            "--shots 3 chooses files of a folder, --few_shot_file .* is one file: leave --shots out",
+            "--shots 3 selects files of a folder, --few_shot_file .* is a single file: omit --shots",
         ),
         ({"annotations": []}, "", "--few_shot all leaves no object to train on"),
         ({"annotations": 5}, "", "has no list 'annotations'"),
     ],
 )
-def test_bad_files_are_refused(
-    changes: dict, flags: str, said: str, coco: Path, tmp_path: Path
+def test_bad_file_raises(
+    changes: dict, flags: str, message: str, coco: Path, tmp_path: Path
 ) -> None:
     path = shots_file(coco, tmp_path / "few.json", **changes)
-    with pytest.raises(UserError, match=said) as error:
-        trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", path, *flags.split())
+    with pytest.raises(UserError, match=message) as error:
+        training_annotations(
+            coco, "--few_shot", "all", *RED, "--few_shot_file", path, *flags.split()
+        )
     assert "\n" not in str(error.value)
 
 
-def test_a_file_of_another_class_is_refused(coco: Path, tmp_path: Path) -> None:
+def test_file_of_another_class_raises(coco: Path, tmp_path: Path) -> None:
     folder = write_few_shot_files(coco, tmp_path / "seed0", shots=(2,))
     (folder / "full_box_2shot_red_trainval.json").write_bytes(
         (folder / "full_box_2shot_blue_trainval.json").read_bytes()
     )
     with pytest.raises(
         UserError,
-        match="2shot_red_trainval.json has objects of the category 'blue': in such a folder a file holds",
+        match="2shot_red_trainval.json has objects of the category 'blue': in such a folder, each file",
     ):
-        trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2)
+        training_annotations(
+            coco, "--few_shot", "all", *RED, "--few_shot_file", folder, "--shots", 2
+        )
 
 
-def test_images_of_one_name_in_two_folders() -> None:
-    """The id decides between them; a name alone can't."""
+def test_same_image_name_in_two_folders() -> None:
+    """The id decides which one it is. Without a matching id the name is ambiguous."""
 
     def content(*images: tuple[int, str]) -> dict:
         return {
@@ -426,46 +425,43 @@ def test_images_of_one_name_in_two_folders() -> None:
             "categories": [{"id": 1, "name": "red"}],
         }
 
-    find = few_shot._ImageMatcher(
-        parse_coco(
-            content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg")), "train"
-        )
-    )
-    assert find(parse_coco(content((2, "1.png"), (30, "000000000003.jpg")), "few")).tolist() == [
-        1,
-        2,
-    ]
-    with pytest.raises(
-        UserError, match="few: 1 of 1 images are not among those of train, the first is 1.png"
-    ):
-        find(parse_coco(content((7, "1.png")), "few"))
+    train = content((1, "a/1.png"), (2, "b/1.png"), (3, "COCO_train2014_000000000003.jpg"))
+    match_images = few_shot._ImageMatcher(parse_coco(train, "train"))
+    few = parse_coco(content((2, "1.png"), (30, "000000000003.jpg")), "few")
+    assert match_images(few).tolist() == [1, 2]
+    message = "few: 1 of 1 images are not among those of train, the first is 1.png"
+    with pytest.raises(UserError, match=message):
+        match_images(parse_coco(content((7, "1.png")), "few"))
 
 
-# ---------------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------------------------------------- evaluation
 
 
-def detections(truth: dict, rng: np.random.Generator) -> dict[int, dict[str, torch.Tensor]]:
-    """True boxes, moved, some with a wrong class or left out, and false ones."""
-    found = {}
-    for image in truth["images"]:
-        rows = [
-            a for a in truth["annotations"] if a["image_id"] == image["id"] and rng.random() < 0.8
+def random_predictions(
+    ground_truth: dict, rng: np.random.Generator
+) -> dict[int, dict[str, torch.Tensor]]:
+    """Most ground-truth boxes with noise, some with a wrong class, and one false box per image."""
+    predictions = {}
+    for image in ground_truth["images"]:
+        detected = [
+            a
+            for a in ground_truth["annotations"]
+            if a["image_id"] == image["id"] and rng.random() < 0.8
         ]
-        boxes = np.array([a["bbox"] for a in rows] + [[5, 5, 20, 20]], float).reshape(-1, 4)
+        boxes = np.array([a["bbox"] for a in detected] + [[5, 5, 20, 20]], float)  # [N, 4]
         boxes[:, 2:] += boxes[:, :2]
         boxes += rng.normal(0, 1.5, boxes.shape)
-        labels = [a["category_id"] if rng.random() < 0.8 else 0 for a in rows] + [
-            int(rng.integers(5))
-        ]
-        found[image["id"]] = {
+        labels = [a["category_id"] if rng.random() < 0.8 else 0 for a in detected]
+        labels.append(int(rng.integers(5)))
+        predictions[image["id"]] = {
             "boxes": torch.tensor(boxes),
             "scores": torch.tensor(rng.random(len(boxes))),
             "labels": torch.tensor(labels),
         }
-    return found
+    return predictions
 
 
-def many_objects(rng: np.random.Generator) -> dict:
+def random_ground_truth(rng: np.random.Generator) -> dict:
     return {
         "images": [
             {"id": i, "file_name": f"{i}.png", "height": 100, "width": 100} for i in range(1, 9)
@@ -486,68 +482,64 @@ def many_objects(rng: np.random.Generator) -> dict:
 
 
 @pytest.mark.parametrize("backend", ["pycocotools", "auto"])
-def test_novel_ap_of_coco_is_that_of_an_evaluation_of_novel_classes(backend: str) -> None:
-    """And the mean over the classes; what is called all is COCO's AP."""
+def test_novel_ap_of_coco_equals_evaluation_of_novel_classes(backend: str) -> None:
+    """It is also the mean over the novel classes. AP of "all" is COCO's AP."""
     rng = np.random.default_rng(0)
-    truth = many_objects(rng)
-    found = detections(truth, rng)
+    ground_truth = random_ground_truth(rng)
+    predictions = random_predictions(ground_truth, rng)
+    categories = ground_truth["categories"]
 
-    def evaluated(categories: list[dict]) -> dict:
-        evaluator = CocoEvaluator(build_ground_truth({**truth, "categories": categories}), backend)
-        evaluator.update(found)
+    def evaluate(categories: list[dict]) -> dict:
+        content = {**ground_truth, "categories": categories}
+        evaluator = CocoEvaluator(build_ground_truth(content), backend)
+        evaluator.update(predictions)
         return evaluator.summarize()
 
-    whole = evaluated(truth["categories"])
+    whole = evaluate(categories)
     novel = ("kind1", "kind3", "kind5")
-    rows = few_shot.add_groups(whole["per_class"], novel)
-    means = few_shot.group_means(rows)
-    alone = {
-        "novel": evaluated([c for c in truth["categories"] if c["name"] in novel]),
-        "base": evaluated([c for c in truth["categories"] if c["name"] not in novel]),
+    means = few_shot.group_means(few_shot.add_groups(whole["per_class"], novel))
+    expected = {
+        "novel": evaluate([c for c in categories if c["name"] in novel]),
+        "base": evaluate([c for c in categories if c["name"] not in novel]),
         "all": whole,
     }
-    for name, summary in alone.items():
+    for name, summary in expected.items():
         assert means[name] == pytest.approx(summary["stats"][:3], abs=1e-12), name
         assert 0 < means[name][0] < 1
-    by_hand = {row["name"]: row["AP"] for row in whole["per_class"]}
-    assert means["novel"][0] == pytest.approx((by_hand["kind1"] + by_hand["kind3"]) / 2, abs=1e-12)
+    ap = {row["name"]: row["AP"] for row in whole["per_class"]}
+    assert means["novel"][0] == pytest.approx((ap["kind1"] + ap["kind3"]) / 2, abs=1e-12)
 
 
 @pytest.mark.parametrize("metric", ["11point", "area"])
 def test_novel_ap_of_voc(metric: str) -> None:
     rng = np.random.default_rng(1)
-    truth = many_objects(rng)
-    found = detections(truth, rng)
+    ground_truth = random_ground_truth(rng)
+    predictions = random_predictions(ground_truth, rng)
 
-    def evaluated(*classes: int) -> dict:
-        part = {
-            **truth,
-            "annotations": [
-                item for item in truth["annotations"] if item["category_id"] in classes
-            ],
-        }
-        evaluator = VocEvaluator(parse_coco(part, "truth"), metric)
-        evaluator.update(found)
+    def evaluate(*classes: int) -> dict:
+        annotations = [a for a in ground_truth["annotations"] if a["category_id"] in classes]
+        part = parse_coco({**ground_truth, "annotations": annotations}, "file")
+        evaluator = VocEvaluator(part, metric)
+        evaluator.update(predictions)
         return evaluator.summarize()
 
-    means = few_shot.group_means(
-        few_shot.add_groups(evaluated(*range(5))["per_class"], ("kind0", "kind2"))
-    )
+    rows = few_shot.add_groups(evaluate(*range(5))["per_class"], ("kind0", "kind2"))
+    means = few_shot.group_means(rows)
     for name, classes in (("novel", (0, 2)), ("base", (1, 3, 4)), ("all", range(5))):
-        assert means[name] == pytest.approx(evaluated(*classes)["stats"], abs=1e-12)
+        assert means[name] == pytest.approx(evaluate(*classes)["stats"], abs=1e-12)
         assert 0 < means[name][0] < 1
 
 
-def test_nothing_found_and_nothing_to_find() -> None:
-    """A detector of base classes alone has novel AP 0, data without novel objects -1; neither is NaN."""
+def test_group_means_without_detections_and_without_ground_truth() -> None:
+    """A detector of base classes has novel AP 0. Data without novel objects have -1. Neither is NaN."""
     rng = np.random.default_rng(2)
-    truth = many_objects(rng)
-    found = {
-        image: {name: value[prediction["labels"] < 3] for name, value in prediction.items()}
-        for image, prediction in detections(truth, rng).items()
+    ground_truth = random_ground_truth(rng)
+    only_base = {
+        image_id: {name: value[prediction["labels"] < 3] for name, value in prediction.items()}
+        for image_id, prediction in random_predictions(ground_truth, rng).items()
     }
-    evaluator = CocoEvaluator(build_ground_truth(truth))
-    evaluator.update(found)
+    evaluator = CocoEvaluator(build_ground_truth(ground_truth))
+    evaluator.update(only_base)
     rows = evaluator.summarize()["per_class"]
     means = few_shot.group_means(few_shot.add_groups(rows, ("kind3", "kind4")))
     assert means["novel"] == [0.0] * 3
@@ -557,39 +549,30 @@ def test_nothing_found_and_nothing_to_find() -> None:
     assert few_shot.group_means([]) == {"base": [-1.0] * 3, "novel": [-1.0] * 3, "all": [-1.0] * 3}
 
 
-# ---------------------------------------------------------------------------------------------------- runs
+# ---------------------------------------------------------------------------------------------------------------- runs
 
 
 def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
-    """Base training, then few shots from its file; what was drawn serves another run; an evaluation needs no shots."""
-    base, few, same = tmp_path / "base", tmp_path / "few", tmp_path / "same"
-    common = ("--coco_path", coco, *RED, "--epochs", 1, *FROZEN)
-    fine_tune(*common, "--few_shot", "base", "--output_dir", base)
+    """Train on base classes, then on few shots. Another run can use the same shots, and an evaluation needs none."""
+    base, few, other = tmp_path / "base", tmp_path / "few", tmp_path / "other"
+    data = ("--coco_path", coco, *RED)
+    training = (*data, "--epochs", 1, *FROZEN)
+    fine_tune(*training, "--few_shot", "base", "--output_dir", base)
     record = json.loads((base / "subset.json").read_text())
-    assert (record["few_shot"], record["novel_classes"], "annotations" in record) == (
-        "base",
-        ["red"],
-        False,
-    )
-    assert record["ids"] == trained_on(coco, "--few_shot", "base", *RED).image_ids.tolist()
+    assert (record["few_shot"], record["novel_classes"]) == ("base", ["red"])
+    assert "annotations" not in record
+    image_ids = training_annotations(coco, "--few_shot", "base", *RED).image_ids
+    assert record["ids"] == image_ids.tolist()
 
+    # Few shots, from the base detector.
     with captured_log() as lines:
         fine_tune(
-            *common,
-            "--few_shot",
-            "all",
-            "--shots",
-            2,
-            "--seed",
-            5,
-            "--pretrain",
-            base / "checkpoint.pth",
-            "--output_dir",
-            few,
+            *training,
+            *("--few_shot", "all", "--shots", 2, "--seed", 5),
+            *("--pretrain", base / "checkpoint.pth", "--output_dir", few),
         )
-    assert any(
-        "class_embed: 4 of 91 class rows kept by name" in line for line in lines
-    )  # up to the last name: 0, red, green, blue
+    # Rows 0 to 3: unused, red, green, blue.
+    assert any("class_embed: 4 of 91 class rows kept by name" in line for line in lines)
     assert any(
         "base and novel classes:\n  base     2 classes  AP " in line
         and "\n  novel    1 classes  AP " in line
@@ -598,109 +581,65 @@ def test_from_base_classes_to_few_shots(coco: Path, tmp_path: Path) -> None:
     logs = read_log(few)[-1]
     assert set(logs["test_few_shot"]) == {"base", "novel", "all"}
     assert logs["test_few_shot"]["all"] == pytest.approx(logs["test_coco_eval_bbox"][:3], abs=1e-12)
-    groups = {
-        row["name"]: row["group"]
-        for row in json.loads((few / "per_class.json").read_text())["classes"]
-    }
+    per_class = json.loads((few / "per_class.json").read_text())["classes"]
+    groups = {row["name"]: row["group"] for row in per_class}
     assert groups == {"red": "novel", "green": "base", "blue": "base"}
-    assert "Base and novel classes" in (few / "result.html").read_text()
-    assert read_checkpoint(few / "checkpoint.pth")["class_names"] == {
-        1: "red",
-        2: "green",
-        3: "blue",
-    }
+    assert "AP of base and novel classes" in (few / "result.html").read_text()
+    class_names = read_checkpoint(few / "checkpoint.pth")["class_names"]
+    assert class_names == {1: "red", 2: "green", 3: "blue"}
 
-    drawn = trained_on(coco, "--few_shot", "all", *RED, "--shots", 2, "--seed", 5)
-    kept = json.loads((few / "subset.json").read_text())
-    assert sorted(item["id"] for item in kept["annotations"]) == sorted(drawn.ids.tolist())
-    again = trained_on(coco, "--few_shot", "all", *RED, "--few_shot_file", few / "subset.json")
-    assert objects(again) == objects(drawn)
-    with pytest.raises(
-        UserError, match="holds objects of few shots, not whole images: give it as --few_shot_file"
-    ):
-        trained_on(coco, "--split_file", few / "subset.json")
-    fine_tune(
-        *common,
-        "--few_shot",
-        "all",
-        "--few_shot_file",
-        few / "subset.json",
-        "--output_dir",
-        same,
-        "--dry_run",
-    )
+    # The shots are saved, and another run can use them.
+    sampled = training_annotations(coco, "--few_shot", "all", *RED, "--shots", 2, "--seed", 5)
+    saved = json.loads((few / "subset.json").read_text())
+    assert sorted(item["id"] for item in saved["annotations"]) == sorted(sampled.ids.tolist())
+    from_file = ("--few_shot", "all", "--few_shot_file", few / "subset.json")
+    again = training_annotations(coco, *RED, *from_file)
+    assert count_objects(again) == count_objects(sampled)
+    message = "has few-shot objects, not whole images: give it as --few_shot_file"
+    with pytest.raises(UserError, match=message):
+        training_annotations(coco, "--split_file", few / "subset.json")
+    fine_tune(*training, *from_file, "--output_dir", other, "--dry_run")
 
-    fine_tune(
-        "--coco_path", coco, "--resume", few / "checkpoint.pth", "--eval", "--output_dir", same
-    )  # the run's own settings
-    assert (
-        json.loads((same / "metrics.json").read_text())["few_shot"].keys()
-        == logs["test_few_shot"].keys()
-    )
-    fine_tune(
-        *common[:4],
-        "--few_shot",
-        "all",
-        "--resume",
-        base / "checkpoint.pth",
-        "--eval",
-        "--output_dir",
-        tmp_path / "eval",
-    )
-    of_base = json.loads((tmp_path / "eval" / "metrics.json").read_text())["few_shot"]
-    assert all(
-        0 <= value <= 1 for value in of_base["novel"]
-    )  # and not NaN, though it was never trained on
+    # An evaluation takes the settings of the run.
+    evaluation = ("--eval", "--resume", few / "checkpoint.pth", "--output_dir", other)
+    fine_tune("--coco_path", coco, *evaluation)
+    metrics = json.loads((other / "metrics.json").read_text())
+    assert metrics["few_shot"].keys() == logs["test_few_shot"].keys()
+
+    # The base detector never saw the novel class: its AP is a number, not NaN.
+    evaluation = ("--eval", "--resume", base / "checkpoint.pth", "--output_dir", tmp_path / "eval")
+    fine_tune(*data, "--few_shot", "all", *evaluation)
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert all(0 <= value <= 1 for value in metrics["few_shot"]["novel"])
+
     fine_tune("--resume", "auto", "--output_dir", few, "--epochs", 2, "--eval_every", 9)
-    assert json.loads((few / "subset.json").read_text()) == kept
+    assert json.loads((few / "subset.json").read_text()) == saved
 
 
-def test_few_shots_of_own_data_and_voc(voc: Path, tmp_path: Path) -> None:
-    """Ids in subset.json are those of the user's file; VOC's objects have no ids of their own."""
-    own = write_custom_dataset(tmp_path / "own")
-    flags = (*custom_dataset_flags(own), "--few_shot", "all", *RED, "--epochs", 1, *FROZEN)
+def test_few_shots_of_custom_dataset_and_voc(voc: Path, tmp_path: Path) -> None:
+    """Ids in subset.json are those of the user's file. Objects of VOC have no unique ids, so they are numbered."""
+    root = write_custom_dataset(tmp_path / "custom")
+    few_shot_flags = ("--few_shot", "all", "--epochs", 1, *FROZEN)
+    flags = (*custom_dataset_flags(root), *RED, *few_shot_flags)
     fine_tune(*flags, "--shots", 1, "--output_dir", tmp_path / "few")
-    kept = json.loads((tmp_path / "few" / "subset.json").read_text())
-    assert {item["id"]: item["name"] for item in kept["categories"]} == {
-        7: "red",
-        3: "green",
-        1000: "blue",
-    }
-    source = {
-        item["id"]: item for item in json.loads((own / "train.json").read_text())["annotations"]
-    }
-    assert [(i["category_id"], i["image_id"]) for i in kept["annotations"]] == [
-        (source[i["id"]]["category_id"], source[i["id"]]["image_id"]) for i in kept["annotations"]
-    ]
-    fine_tune(
-        *flags,
-        "--few_shot_file",
-        tmp_path / "few" / "subset.json",
-        "--output_dir",
-        tmp_path / "again",
-        "--dry_run",
-    )
-    pascal = (
-        "--dataset_file",
-        "voc",
-        "--voc_path",
-        voc,
-        "--few_shot",
-        "all",
-        "--epochs",
-        1,
-        *FROZEN,
-    )
-    fine_tune(*pascal, "--shots", 2, "--output_dir", tmp_path / "voc")
-    numbers = json.loads((tmp_path / "voc" / "metrics.json").read_text())
-    assert numbers["few_shot"]["all"] == pytest.approx(numbers["coco_eval_bbox"], abs=1e-12)
-    drawn = json.loads((tmp_path / "voc" / "subset.json").read_text())["annotations"]
-    assert [item["id"] for item in drawn] == list(range(1, len(drawn) + 1))
-    fine_tune(
-        *pascal,
-        "--few_shot_file",
-        tmp_path / "voc" / "subset.json",
-        "--output_dir",
-        tmp_path / "voc_again",
-        "--dry_run",
-    )
+    saved = json.loads((tmp_path / "few" / "subset.json").read_text())
+    names = {category["id"]: category["name"] for category in saved["categories"]}
+    assert names == {7: "red", 3: "green", 1000: "blue"}
+
+    source = json.loads((root / "train.json").read_text())["annotations"]
+    source = {annotation["id"]: annotation for annotation in source}
+    for annotation in saved["annotations"]:
+        original = source[annotation["id"]]
+        assert annotation["category_id"] == original["category_id"]
+        assert annotation["image_id"] == original["image_id"]
+    from_file = ("--few_shot_file", tmp_path / "few" / "subset.json")
+    fine_tune(*flags, *from_file, "--output_dir", tmp_path / "again", "--dry_run")
+
+    flags = ("--dataset_file", "voc", "--voc_path", voc, *few_shot_flags)
+    fine_tune(*flags, "--shots", 2, "--output_dir", tmp_path / "voc")
+    metrics = json.loads((tmp_path / "voc" / "metrics.json").read_text())
+    assert metrics["few_shot"]["all"] == pytest.approx(metrics["coco_eval_bbox"], abs=1e-12)
+    annotations = json.loads((tmp_path / "voc" / "subset.json").read_text())["annotations"]
+    assert [item["id"] for item in annotations] == list(range(1, len(annotations) + 1))
+    from_file = ("--few_shot_file", tmp_path / "voc" / "subset.json")
+    fine_tune(*flags, *from_file, "--output_dir", tmp_path / "voc_again", "--dry_run")

@@ -1,6 +1,4 @@
-"""PASCAL VOC: VOCdevkit as published, XML files of own data, COCO-style files, and a run from training to
-evaluation.
-"""
+"""PASCAL VOC: VOCdevkit as published, custom XML files, COCO-style files, and a run from training to evaluation."""
 
 import json
 import re
@@ -9,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main as pretrain_main
 from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
 from datasets.labelled.annotations import read_coco
-from datasets.labelled.voc import CLASSES, image_id, read_voc, read_xml, read_xml_folder
+from datasets.labelled.voc import CLASSES, detreg_image_id, read_voc, read_xml, read_xml_folder
 from tests.tiny import (
     FROZEN,
     captured_log,
@@ -37,25 +36,26 @@ XML = "VOC2007/Annotations/000001.xml"
 
 
 @pytest.fixture(scope="module")
-def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A VOCdevkit that tests do not change."""
     return write_voc(tmp_path_factory.mktemp("voc") / "VOCdevkit")
 
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """One that a test may damage."""
+    """A VOCdevkit that a test may change."""
     return write_voc(tmp_path / "VOCdevkit")
 
 
-def args_of(root: Path, *flags: str):
+def voc_args(root: Path, *flags: str):
     return tiny_args(FINETUNE, "--dataset_file", "voc", "--voc_path", str(root), *flags)
 
 
-# ---------------------------------------------------------------------------------------------------------- VOCdevkit
+# ----------------------------------------------------------------------------------------------------------- VOCdevkit
 
 
-def test_published_lists_ids_labels_and_corners(pristine: Path) -> None:
-    train, val = build_labelled(args_of(pristine))
+def test_published_image_sets_ids_labels_and_corners(shared_devkit: Path) -> None:
+    train, val = build_labelled(voc_args(shared_devkit))
     assert train.annotations.image_ids.tolist() == [
         2021000001,
         2021000002,
@@ -64,68 +64,54 @@ def test_published_lists_ids_labels_and_corners(pristine: Path) -> None:
         20212012000102,
     ]
     assert val.annotations.image_ids.tolist() == [2021000201, 2021000202, 2021000203]
-    assert val.path(0) == str(pristine / "VOC2007" / "JPEGImages" / "000201.jpg")
-    assert (train.num_classes, train.class_names[0], train.class_names[19]) == (
-        20,
-        "aeroplane",
-        "tvmonitor",
+    assert val.path(0) == str(shared_devkit / "VOC2007" / "JPEGImages" / "000201.jpg")
+    assert train.num_classes == 20
+    assert (train.class_names[0], train.class_names[19]) == ("aeroplane", "tvmonitor")
+    assert (detreg_image_id("2007_000027"), detreg_image_id("000005")) == (
+        20212007000027,
+        2021000005,
     )
-    assert (image_id("2007_000027"), image_id("000005")) == (20212007000027, 2021000005)
-    record = read_xml(str(pristine / XML))
-    text = (pristine / XML).read_text()
-    corners = [
+
+    objects = read_xml(str(shared_devkit / XML))["objects"]
+    text = (shared_devkit / XML).read_text()
+    xmin, ymin, xmax, ymax = (
         int(re.search(f"<{corner}>(\\d+)<", text)[1]) for corner in ("xmin", "ymin", "xmax", "ymax")
-    ]
-    name, box, difficult = record["objects"][0]
-    assert box == (corners[0] - 1, corners[1] - 1, corners[2], corners[3])
+    )
+    name, box, difficult = objects[0]
+    assert box == (xmin - 1, ymin - 1, xmax, ymax)
     assert (name, difficult) == (re.search("<name>(\\w+)<", text)[1], False)
-    target = train[0][1]
+
+    _, target = train[0]
+    assert set(target["labels"].tolist()) <= {CLASSES.index(name) for name, _, _ in objects}
     rows = slice(0, train.annotations.offsets[1])
-    assert set(target["labels"].tolist()) <= {
-        CLASSES.index(record["objects"][i][0]) for i in range(len(record["objects"]))
-    }
-    assert train.annotations.boxes_xyxy_abs[rows].tolist() == [
-        list(box) for _, box, _ in record["objects"]
-    ]
-    difficult_ones = [
-        item
+    assert train.annotations.boxes_xyxy_abs[rows].tolist() == [list(box) for _, box, _ in objects]
+    num_difficult = sum(
+        difficult
         for i in range(len(train))
-        for item in read_xml(str(xml_of(train, i)))["objects"]
-        if item[2]
-    ]
-    assert train.annotations.difficult.sum() == len(difficult_ones) > 0, (
-        "they are trained on, as published"
+        for _, _, difficult in read_xml(str(xml_path(train, i)))["objects"]
+    )
+    assert train.annotations.difficult.sum() == num_difficult > 0, (
+        "difficult objects are used in training, as published"
     )
 
 
-def xml_of(dataset, index: int) -> Path:
+def xml_path(dataset, index: int) -> Path:
     image = Path(dataset.path(index))
     return image.parent.parent / "Annotations" / f"{image.stem}.xml"
 
 
-def test_lists_and_class_count_by_flag(pristine: Path) -> None:
-    train, val = build_labelled(
-        args_of(
-            pristine,
-            "--voc_train",
-            "2012_trainval",
-            "--voc_val",
-            "2007_test",
-            "--num_classes",
-            "21",
-        )
-    )
+def test_image_sets_and_num_classes_by_flag(shared_devkit: Path) -> None:
+    image_sets = ("--voc_train", "2012_trainval", "--voc_val", "2007_test")
+    train, val = build_labelled(voc_args(shared_devkit, *image_sets, "--num_classes", "21"))
     assert (len(train), len(val), train.num_classes, val.num_classes) == (2, 3, 21, 21)
-    with pytest.raises(
-        UserError,
-        match=r"has category id 19, but --num_classes is 7: .* --num_classes 20 \(or more\)$",
-    ):
-        build_labelled(args_of(pristine, "--num_classes", "7"))
-    both = read_voc(str(pristine), ["2007_trainval", "2007_trainval"])
-    assert len(both) == 3, "an image of two lists counts once"
+    message = r"has category id 19, but --num_classes is 7: .* --num_classes 20 \(or more\)$"
+    with pytest.raises(UserError, match=message):
+        build_labelled(voc_args(shared_devkit, "--num_classes", "7"))
+    both = read_voc(str(shared_devkit), ["2007_trainval", "2007_trainval"])
+    assert len(both) == 3, "an image in two image sets counts once"
 
 
-def test_detregs_names_and_the_place_below_data_root(tmp_path: Path) -> None:
+def test_dataset_name_of_detreg_and_folder_in_data_root(tmp_path: Path) -> None:
     write_voc(tmp_path / "pascal" / "VOCdevkit", {"2007_test": 1})
     args = tiny_args(FINETUNE, "--dataset", "voc", "--data_root", str(tmp_path))
     assert (args.dataset_file, args.voc_path) == ("voc", str(tmp_path / "pascal/VOCdevkit"))
@@ -134,35 +120,24 @@ def test_detregs_names_and_the_place_below_data_root(tmp_path: Path) -> None:
         ("--dataset_file", "voc"),
         ("--dataset_file", "voc", "--voc_path", str(tmp_path / "pascal")),
     ):
-        assert (
-            len(build_dataset("val", tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path))))
-            == 1
-        )
+        args = tiny_args(FINETUNE, *flags, "--data_root", str(tmp_path))
+        assert len(build_dataset("val", args)) == 1
     args = tiny_args(PRETRAIN, "--dataset", "voc")
     assert (args.dataset_file, args.voc_path) == ("voc", "data/pascal/VOCdevkit")
     with pytest.raises(
         UserError, match="--dataset voc without --pretext: main.py pre-trains without labels"
     ):
-        pretrain_main.parse(["--dataset", "voc"])  # as DETReg's main.py fine-tunes
+        pretrain_main.parse(["--dataset", "voc"])  # DETReg's main.py fine-tunes with it
 
 
-def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path) -> None:
+def test_pre_training_on_voc_images_reads_no_labels(shared_devkit: Path, devkit: Path) -> None:
     for name in ("VOC2007", "VOC2012"):
         shutil.rmtree(devkit / name / "Annotations")
     for kind, count in (("voc", 5), ("voc_coco", 2)):
         flags = ("--dataset_file", kind, "--voc_path")
         for pretext in PRETEXTS:
-            args = tiny_args(
-                PRETRAIN,
-                "--pretext",
-                pretext,
-                "--num_patches",
-                "10",
-                "--proposals",
-                "random",
-                *flags,
-                str(devkit),
-            )
+            words = ("--pretext", pretext, "--num_patches", "10", "--proposals", "random")
+            args = tiny_args(PRETRAIN, *words, *flags, str(devkit))
             train, val = build_dataset("train", args), build_dataset("val", args)
             assert (len(train), len(val)) == (count, 3)
         assert [val.images.name(i) for i in range(3)] == [
@@ -170,11 +145,11 @@ def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path
         ]
         assert val.path(2) == str(devkit / "VOC2007/JPEGImages/000203.jpg")
     assert "patches" in build_dataset("train", tiny_args(PRETRAIN, *flags, str(devkit)))[0][1]
-    here, there = (
-        build_dataset("val", tiny_args(PRETRAIN, *flags, str(place))).fingerprint()
-        for place in (devkit, pristine)
+    first, second = (
+        build_dataset("val", tiny_args(PRETRAIN, *flags, str(root))).fingerprint()
+        for root in (devkit, shared_devkit)
     )
-    assert here == there != train.fingerprint()
+    assert first == second != train.fingerprint(), "it does not depend on the location"
     with pytest.raises(
         UserError, match="--imagenet_path and --voc_path both name the unlabelled images"
     ):
@@ -188,23 +163,16 @@ def test_pre_training_on_its_images_reads_no_labels(pristine: Path, devkit: Path
         build_dataset("val", tiny_args(PRETRAIN, *flags, str(devkit)))
 
 
-def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
-    """`--dataset_file voc_coco` and the published annotation files hold the same; COCO's metric counts `difficult`
-    objects.
-    """
-    voc_to_coco.main(
-        voc_to_coco.parse(
-            [
-                str(pristine),
-                "--output_dir",
-                str(tmp_path / "meta"),
-                "--sets",
-                "2012_trainval",
-                "2007_test",
-            ]
-        )
-    )
-    args = args_of(pristine, "--dataset_file", "voc_coco")
+def convert(devkit: Path, output_dir: Path, *image_sets: str) -> None:
+    """Run tools/voc_to_coco.py."""
+    words = [str(devkit), "--output_dir", str(output_dir), "--sets", *image_sets]
+    voc_to_coco.main(voc_to_coco.parse(words))
+
+
+def test_voc_coco_equals_converted_files(shared_devkit: Path, tmp_path: Path) -> None:
+    """`--dataset_file voc_coco` gives the same as the files that Siamese DETR reads, and uses COCO metrics."""
+    convert(shared_devkit, tmp_path / "meta", "2012_trainval", "2007_test")
+    args = voc_args(shared_devkit, "--dataset_file", "voc_coco")
     assert args.voc_train == ["2012_trainval"]
     train, val = build_labelled(args)
     assert (train.num_classes, train.category_ids, train.class_names[19]) == (20, None, "tvmonitor")
@@ -215,25 +183,24 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
         names = [published.file_names[i] for i in range(len(published))]
         assert [Path(dataset.path(i)).name for i in range(len(dataset))] == names
         assert all(Path(dataset.path(i)).is_file() for i in range(len(dataset)))
-    plain = build_dataset("val", args_of(pristine))
+    plain = build_dataset("val", voc_args(shared_devkit))
     assert len(val.annotations.labels) == len(plain.annotations.labels), "difficult ones too"
     evaluator = val.evaluator(args)
-    detect_the_truth(evaluator, val.annotations)
+    add_perfect_detections(evaluator, val.annotations)
     stats = evaluator.summarize()["stats"]
     assert (len(stats), stats[0]) == (12, pytest.approx(1.0))
-    assert build_labelled(
-        args_of(
-            pristine, "--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval"
-        )
-    )[0].path(4)
+
+    words = ("--dataset_file", "voc_coco", "--voc_train", "2007_trainval", "2012_trainval")
+    train, _ = build_labelled(voc_args(shared_devkit, *words))
+    assert len(train) == 5
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (
             lambda root: root.rename(root.parent / "elsewhere"),
-            r"VOCdevkit is no folder: --voc_path takes VOCdevkit",
+            r"VOCdevkit is not a folder: --voc_path takes VOCdevkit",
         ),
         (
             lambda root: (root / "VOC2012/ImageSets/Main/trainval.txt").unlink(),
@@ -248,12 +215,12 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
             "VOC2007 lists 000001 and VOC2012 lists 000001, which get the same image id 2021000001: give them",
         ),
         (lambda root: (root / XML).unlink(), f"{XML} can't be read"),
-        (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is no valid XML"),
+        (lambda root: (root / XML).write_text("<annotation><object>"), f"{XML} is not valid XML"),
         (
             lambda root: (root / XML).write_text(
                 voc_xml("a", (60, 72), [("orc", [1, 1, 5, 5], 0)])
             ),
-            "000001.xml: object 1 is of class 'orc'",
+            "000001.xml: object 1 has the class 'orc'",
         ),
         (
             lambda root: (root / XML).write_text("<a><object><name>cat</name></object></a>"),
@@ -265,72 +232,71 @@ def test_as_siamese_detr_reads_it(pristine: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_devkits_are_refused_in_one_line(devkit: Path, damage, said: str) -> None:
+def test_bad_devkit_raises_a_one_line_error(devkit: Path, damage, message: str) -> None:
     damage(devkit)
-    with pytest.raises(UserError, match=said) as refusal:
-        build_labelled(args_of(devkit))
-    assert "\n" not in str(refusal.value)
+    with pytest.raises(UserError, match=message) as error:
+        build_labelled(voc_args(devkit))
+    assert "\n" not in str(error.value)
 
 
-def test_an_absent_image_is_left_out_of_training_and_stops_evaluation(devkit: Path) -> None:
+def test_missing_image_is_skipped_in_training_and_stops_evaluation(devkit: Path) -> None:
     (devkit / "VOC2007/JPEGImages/000001.jpg").unlink()
     with captured_log() as lines:
-        assert len(build_dataset("train", args_of(devkit))) == 4
+        assert len(build_dataset("train", voc_args(devkit))) == 4
     assert any("1 of 5 images" in line and "000001.jpg" in line for line in lines)
     (devkit / "VOC2007/JPEGImages/000202.jpg").unlink()
     with pytest.raises(UserError, match="VOC2007/JPEGImages/000202.jpg"):
-        build_dataset("val", args_of(devkit))
+        build_dataset("val", voc_args(devkit))
 
 
-def test_a_box_outside_its_image_is_left_out_with_a_warning(devkit: Path) -> None:
+def test_box_outside_its_image_is_skipped_with_a_warning(devkit: Path) -> None:
     (devkit / XML).write_text(
         voc_xml("a", (60, 72), [("cat", [500, 1, 5, 5], 0), ("dog", [1, 1, 5, 5], 1)])
     )
     with captured_log() as lines:
-        train = build_dataset("train", args_of(devkit))
+        train = build_dataset("train", voc_args(devkit))
     assert any(
         "outside its image" in line and "annotation 1 of image 2021000001" in line for line in lines
     )
     assert train.annotations.difficult[: train.annotations.offsets[1]].tolist() == [True], (
-        "marks stay with their boxes"
+        "the marks stay with their boxes"
     )
 
 
-# ------------------------------------------------------------------------------------------- own XML, COCO-style files
+# ---------------------------------------------------------------------------------- custom XML files, COCO-style files
 
 
-def test_own_data_with_xml_files(pristine: Path) -> None:
-    own = pristine / "VOC2007"
-    args = tiny_args(
-        FINETUNE,
-        "--dataset_file",
-        "custom",
-        "--train_images",
-        str(own / "JPEGImages"),
-        "--train_annotations",
-        str(own / "Annotations"),
-        "--val_images",
-        str(own / "JPEGImages"),
-        "--val_annotations",
-        str(own / "Annotations"),
+def custom_args(**paths: Path):
+    words = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    return tiny_args(FINETUNE, "--dataset_file", "custom", *words)
+
+
+def test_custom_dataset_with_xml_files(shared_devkit: Path) -> None:
+    images = shared_devkit / "VOC2007" / "JPEGImages"
+    annotations = shared_devkit / "VOC2007" / "Annotations"
+    args = custom_args(
+        train_images=images,
+        train_annotations=annotations,
+        val_images=images,
+        val_annotations=annotations,
     )
     train, val = build_labelled(args)
     assert (len(train), train.num_classes, train.category_ids) == (6, 3, None)
     assert train.class_names == {0: "bird", 1: "cat", 2: "dog"}
     evaluator = val.evaluator(args)
     assert isinstance(evaluator, CocoEvaluator)
-    detect_the_truth(evaluator, val.annotations)
+    add_perfect_detections(evaluator, val.annotations)
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
 
 
-def test_hidden_xml_files_are_left_out(devkit: Path) -> None:
+def test_hidden_xml_files_are_skipped(devkit: Path) -> None:
     folder = devkit / "VOC2007" / "Annotations"
     count = len(read_xml_folder(str(folder)))
     (folder / "._000001.xml").write_bytes(b"\0\5\x16\7")
     assert len(read_xml_folder(str(folder))) == count
 
 
-def test_names_of_images_may_stand_on_lines_of_their_own(devkit: Path) -> None:
+def test_file_name_on_a_line_of_its_own(devkit: Path) -> None:
     folder = devkit / "VOC2007" / "Annotations"
     before = read_xml_folder(str(folder))
     for path in folder.iterdir():
@@ -342,52 +308,28 @@ def test_names_of_images_may_stand_on_lines_of_their_own(devkit: Path) -> None:
     assert list(read_xml_folder(str(folder)).file_names) == list(before.file_names)
 
 
-def test_own_data_without_xml_files(tmp_path: Path) -> None:
-    args = tiny_args(
-        FINETUNE,
-        "--dataset_file",
-        "custom",
-        "--train_images",
-        str(tmp_path),
-        "--train_annotations",
-        str(tmp_path),
-    )
+def test_folder_without_xml_files_raises(tmp_path: Path) -> None:
+    args = custom_args(train_images=tmp_path, train_annotations=tmp_path)
     with pytest.raises(UserError, match="has no .xml file"):
         build_dataset("train", args)
 
 
-def detect_the_truth(evaluator, annotations) -> None:
-    import torch
-
-    for i, number in enumerate(annotations.image_ids.tolist()):
+def add_perfect_detections(evaluator, annotations) -> None:
+    for i, image_id in enumerate(annotations.image_ids.tolist()):
         rows = slice(annotations.offsets[i], annotations.offsets[i + 1])
-        evaluator.update(
-            {
-                number: {
-                    "boxes": torch.from_numpy(annotations.boxes_xyxy_abs[rows]),
-                    "labels": torch.from_numpy(annotations.labels[rows]),
-                    "scores": torch.ones(len(annotations.labels[rows])),
-                }
-            }
-        )
+        detections = {
+            "boxes": torch.from_numpy(annotations.boxes_xyxy_abs[rows]),
+            "labels": torch.from_numpy(annotations.labels[rows]),
+            "scores": torch.ones(len(annotations.labels[rows])),
+        }
+        evaluator.update({image_id: detections})
 
 
-def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path) -> None:
-    """Names and fields as Siamese DETR has them; boxes are the raw corners, without + 1 or - 1, and difficult objects
-    are no crowds.
+def test_coco_style_files_have_the_published_format(shared_devkit: Path, tmp_path: Path) -> None:
+    """File names and fields are those of Siamese DETR. Boxes are the raw corners, without + 1 or - 1, and difficult
+    objects are not crowds.
     """
-    voc_to_coco.main(
-        voc_to_coco.parse(
-            [
-                str(pristine),
-                "--output_dir",
-                str(tmp_path / "meta"),
-                "--sets",
-                "2012_trainval",
-                "2007_test",
-            ]
-        )
-    )
+    convert(shared_devkit, tmp_path / "meta", "2012_trainval", "2007_test")
     assert sorted(path.name for path in (tmp_path / "meta").iterdir()) == [
         "voc_test2007.cocostyle.json",
         "voc_trainval2012.cocostyle.json",
@@ -399,59 +341,36 @@ def test_coco_style_files_in_the_published_layout(pristine: Path, tmp_path: Path
         enumerate(CLASSES)
     )
     first = content["annotations"][0]
-    name, (x0, y0, x1, y1), difficult = read_xml(str(pristine / "VOC2007/Annotations/000201.xml"))[
-        "objects"
-    ][0]
+    record = read_xml(str(shared_devkit / "VOC2007/Annotations/000201.xml"))
+    name, (x0, y0, x1, y1), difficult = record["objects"][0]
     assert first["bbox"] == [x0 + 1, y0 + 1, x1 - x0 - 1, y1 - y0 - 1]
     assert first["area"] == first["bbox"][2] * first["bbox"][3]
-    assert (CLASSES[first["category_id"]], first["difficult"], first["iscrowd"], first["id"]) == (
-        name,
-        difficult,
-        0,
-        1,
-    )
+    assert (CLASSES[first["category_id"]], first["difficult"]) == (name, difficult)
+    assert (first["iscrowd"], first["id"]) == (0, 1)
     assert any(item["difficult"] for item in content["annotations"])
-    twelve = json.loads((tmp_path / "meta" / "voc_trainval2012.cocostyle.json").read_text())
-    assert [image["id"] for image in twelve["images"]] == [2012000101, 2012000102]
-    places = {
-        "train_images": pristine / "VOC2012/JPEGImages",
-        "train_annotations": tmp_path / "meta/voc_trainval2012.cocostyle.json",
-        "val_images": pristine / "VOC2007/JPEGImages",
-        "val_annotations": tmp_path / "meta/voc_test2007.cocostyle.json",
-    }
-    args = tiny_args(
-        FINETUNE,
-        "--dataset_file",
-        "custom",
-        *(word for name, place in places.items() for word in (f"--{name}", str(place))),
+    content = json.loads((tmp_path / "meta" / "voc_trainval2012.cocostyle.json").read_text())
+    assert [image["id"] for image in content["images"]] == [2012000101, 2012000102]
+
+    args = custom_args(
+        train_images=shared_devkit / "VOC2012/JPEGImages",
+        train_annotations=tmp_path / "meta/voc_trainval2012.cocostyle.json",
+        val_images=shared_devkit / "VOC2007/JPEGImages",
+        val_annotations=tmp_path / "meta/voc_test2007.cocostyle.json",
     )
     train, val = build_labelled(args)
     assert (len(train), len(val), train.num_classes) == (2, 3, 20)
     with pytest.raises(UserError, match="exists and is not overwritten"):
-        voc_to_coco.main(
-            voc_to_coco.parse(
-                [str(pristine), "--output_dir", str(tmp_path / "meta"), "--sets", "2007_test"]
-            )
-        )
+        convert(shared_devkit, tmp_path / "meta", "2007_test")
 
 
-# -------------------------------------------------------------------------------------------------------------- a run
+# ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> None:
+def test_run_from_training_to_evaluation(shared_devkit: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
+    data = ("--dataset_file", "voc", "--voc_path", shared_devkit)
     with captured_log() as lines:
-        fine_tune(
-            "--dataset_file",
-            "voc",
-            "--voc_path",
-            pristine,
-            "--epochs",
-            1,
-            "--output_dir",
-            run,
-            *FROZEN,
-        )
+        fine_tune(*data, "--epochs", 1, "--output_dir", run, *FROZEN)
     (line,) = read_log(run)
     assert len(line["test_coco_eval_bbox"]) == len(line["test_voc_area"]) == 3
     assert line["test_coco_eval_bbox"] == line["test_voc_11point"]
@@ -463,23 +382,15 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
     checkpoint = read_checkpoint(run / "checkpoint.pth")
     assert checkpoint["class_names"] == dict(enumerate(CLASSES))
     assert "per_class.json" in (run / "result.html").read_text()
-    fine_tune(
-        "--eval",
-        "--resume",
-        run / "checkpoint.pth",
-        "--output_dir",
-        tmp_path / "eval",
-        "--voc_metric",
-        "area",
-    )
-    assert (
-        json.loads((tmp_path / "eval" / "metrics.json").read_text())["coco_eval_bbox"]
-        == line["test_voc_area"]
-    )
+
+    evaluation = ("--eval", "--resume", run / "checkpoint.pth", "--output_dir", tmp_path / "eval")
+    fine_tune(*evaluation, "--voc_metric", "area")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["coco_eval_bbox"] == line["test_voc_area"]
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             "--voc_metric area",
@@ -499,42 +410,31 @@ def test_a_run_from_training_to_evaluation(pristine: Path, tmp_path: Path) -> No
         ),
     ],
 )
-def test_flags_that_other_data_do_not_read_are_refused(flags: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_voc_flags_are_refused_for_other_datasets(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         tiny_args(FINETUNE, *flags.split())
 
 
-def test_a_resumed_run_on_other_data_forgets_them(pristine: Path) -> None:
-    """A detector of `voc` that is evaluated by COCO's metric."""
-    stored = args_of(pristine, "--voc_metric", "area", "--voc_train", "2007_trainval").as_dict()
+def test_voc_settings_are_dropped_for_another_dataset(shared_devkit: Path) -> None:
+    """A detector of `voc` is evaluated with COCO metrics."""
+    stored = voc_args(
+        shared_devkit, "--voc_metric", "area", "--voc_train", "2007_trainval"
+    ).as_dict()
     given = {"dataset_file": "voc_coco"}
     args = resolve(given, adopt_settings(Checkpoint(model={}, args=stored), given, FINETUNE))
-    assert (args.voc_metric, args.voc_train, args.num_queries) == (
-        "11point",
-        ["2012_trainval"],
-        stored["num_queries"],
-    )
+    assert (args.voc_metric, args.voc_train) == ("11point", ["2012_trainval"])
+    assert args.num_queries == stored["num_queries"]
 
 
-def test_proposals_are_evaluated_on_any_kind_of_data(pristine: Path) -> None:
-    words = [
-        "--proposals",
-        "random",
-        "--max_prop",
-        "50",
-        "--dataset_file",
-        "voc",
-        "--voc_path",
-        str(pristine),
-        "--num_workers",
-        "0",
-    ]
-    numbers = evaluate_proposals.main(evaluate_proposals.parse(words))
-    assert 0 <= numbers["AR1"] <= numbers["AR1000"] <= 1
+def test_proposals_are_evaluated_on_voc(shared_devkit: Path) -> None:
+    words = ["--proposals", "random", "--max_prop", "50", "--num_workers", "0"]
+    words += ["--dataset_file", "voc", "--voc_path", str(shared_devkit)]
+    metrics = evaluate_proposals.main(evaluate_proposals.parse(words))
+    assert 0 <= metrics["AR1"] <= metrics["AR1000"] <= 1
 
 
-def test_the_data_decide_the_evaluator(pristine: Path) -> None:
-    args = args_of(pristine, "--voc_metric", "area", "--reproduce_published")
+def test_dataset_selects_the_evaluator(shared_devkit: Path) -> None:
+    args = voc_args(shared_devkit, "--voc_metric", "area", "--reproduce_published")
     evaluator = build_dataset("val", args).evaluator(args)
     assert isinstance(evaluator, VocEvaluator)
     assert (evaluator.metric, evaluator.published) == ("area", True)

@@ -1,5 +1,6 @@
-"""Two views of an image: their geometry, regions in both, samples and batches of them. Published numbers are checked by
-test_golden.py.
+"""The dataset of Siamese DETR: geometry of the two views, common regions, samples and batches.
+
+test_golden.py compares with the published values.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from datasets import build_dataset
 from datasets.collate import collate, to_device
-from datasets.pretext import siamese as two_views
+from datasets.pretext import siamese as siamese_module
 from datasets.pretext.siamese import (
     MIN_REGION_AREA,
     Views,
@@ -34,17 +35,17 @@ FLAGS = ("--pretext", "siamese", "--proposals", "random")
 SIZE = (240, 320)
 
 
-def as_box(view: tuple) -> Tensor:
+def to_box(view: tuple) -> Tensor:
     top, left, height, width = view
     return torch.tensor([[left, top, left + width, top + height]], dtype=torch.float64)
 
 
 def iou_of(views: Views) -> float:
-    return float(box_iou(as_box(views.first), as_box(views.second))[0])
+    return float(box_iou(to_box(views.first), to_box(views.second))[0])
 
 
 @pytest.mark.parametrize("iou", [0.3, 0.5, 0.7])
-def test_views_overlap_by_view_iou_or_more(iou: float) -> None:
+def test_iou_of_the_views_is_view_iou_or_more(iou: float) -> None:
     exact = [draw_views(SampleRNG(seed), SIZE, iou, shrink=False) for seed in range(10)]
     assert [iou_of(views) for views in exact] == pytest.approx([iou] * 10)
     shrunk = [iou_of(draw_views(SampleRNG(seed), SIZE, iou, shrink=True)) for seed in range(50)]
@@ -52,7 +53,7 @@ def test_views_overlap_by_view_iou_or_more(iou: float) -> None:
     assert max(shrunk) > iou + 0.2
 
 
-def test_overlap_scale_is_the_published_one() -> None:
+def test_overlap_scale_equals_the_published_values() -> None:
     assert [round(overlap_scale(iou), 4) for iou in (0.3, 0.5, 0.7)] == [0.5144, 0.6899, 0.8306]
 
 
@@ -61,27 +62,27 @@ def test_views_are_swapped_half_of_the_time_and_stay_inside() -> None:
     for seed in range(60):
         views = draw_views(SampleRNG(seed), SIZE, 0.5, shrink=True)
         swapped += views.first[0] > views.second[0]
-        for box in (as_box(views.first)[0], as_box(views.second)[0]):
+        for box in (to_box(views.first)[0], to_box(views.second)[0]):
             assert box.min() >= 0
             assert box[2] <= SIZE[1] + 1e-9
             assert box[3] <= SIZE[0] + 1e-9
     assert 15 < swapped < 45
 
 
-def test_outer_crop_of_a_long_image_is_its_middle() -> None:
+def test_outer_crop_of_a_long_image_is_centered() -> None:
     assert draw_outer_crop(SampleRNG(0), (20, 2000)) == (0, 986, 20, 27)
     assert draw_outer_crop(SampleRNG(0), (2000, 20)) == (986, 0, 27, 20)
 
 
-def test_mapping_there_and_back_is_the_identity() -> None:
+def test_mapping_between_views_and_back_is_the_identity() -> None:
     views = draw_views(SampleRNG(3), SIZE, 0.5, shrink=True)
     boxes = torch.rand(20, 4, dtype=torch.float64) * 100
-    there = views.map_between_views(boxes, views.first, views.second)
-    torch.testing.assert_close(views.map_between_views(there, views.second, views.first), boxes)
-    assert not torch.allclose(there, boxes)
+    mapped = views.map_between_views(boxes, views.first, views.second)
+    torch.testing.assert_close(views.map_between_views(mapped, views.second, views.first), boxes)
+    assert not torch.allclose(mapped, boxes)
 
 
-def test_regions_lie_in_both_views_and_are_large_enough() -> None:
+def test_regions_are_inside_both_views_and_large_enough() -> None:
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(200, 2, generator=generator) * torch.tensor([280.0, 200.0])
     boxes = torch.cat([corners, corners + 5 + torch.rand(200, 2, generator=generator) * 80], 1)
@@ -108,7 +109,7 @@ def test_regions_lie_in_both_views_and_are_large_enough() -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 2, 20])
-def test_the_overlap_is_box_0_and_missing_boxes_are_jittered_copies(kept: int) -> None:
+def test_box_0_is_the_overlap_and_missing_boxes_are_jittered_copies(kept: int) -> None:
     views = draw_views(SampleRNG(1), SIZE, 0.5, shrink=True)
     first, second = (regions[:kept] for regions in random_regions(SampleRNG(1), views, 400))
     assert len(first) == kept
@@ -140,7 +141,7 @@ def make_dataset(tmp_path: Path, *flags: str):
     )
 
 
-def test_samples_are_two_views_with_their_regions(tmp_path: Path) -> None:
+def test_samples_are_siamese_module_with_their_regions(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     assert len(dataset) == 4
     for epoch in range(3):
@@ -169,8 +170,8 @@ def test_samples_are_two_views_with_their_regions(tmp_path: Path) -> None:
     assert "patches" not in make_dataset(tmp_path, "--feature_loss_coef", "0")[0][1]
 
 
-def test_regions_come_from_the_proposals_that_are_asked_for(tmp_path: Path) -> None:
-    """A box in the middle is in every overlap: it is box 1 of both views; the others are copies of it."""
+def test_regions_come_from_the_proposal_method(tmp_path: Path) -> None:
+    """A box in the middle is in every overlap: it is box 1 of both views, and the other boxes are copies of it."""
     dataset = make_dataset(tmp_path)
     dataset.proposals = lambda image, rng, name: torch.tensor(
         [[30.0, 25.0, 50.0, 40.0], [0.0, 0.0, 2.0, 2.0]]
@@ -180,29 +181,29 @@ def test_regions_come_from_the_proposals_that_are_asked_for(tmp_path: Path) -> N
     for epoch in range(6):
         images, target = dataset[(epoch, 0)]
         box = target["boxes"][:, 1]
-        torch.testing.assert_close(
-            box[0, 2:], box[1, 2:], rtol=1e-4, atol=1e-4
-        )  # both views have one scale without shrink
+        # Without shrink both views have the same scale.
+        torch.testing.assert_close(box[0, 2:], box[1, 2:], rtol=1e-4, atol=1e-4)
         seen += int((box[0, :2] - box[1, :2]).abs().min() > 0.05)
     assert seen > 3
 
 
-def test_views_without_a_region_in_common_are_drawn_again(
+def test_views_without_a_common_region_are_drawn_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A box is soon where both views show it; one that no overlap can hold leaves copies of the overlap, and the image
-    counts as good.
+    """A box in a corner is soon in both views.
+
+    A box that is too small for any overlap leaves copies of the overlap, and the image is not a bad one.
     """
     drawn = []
     monkeypatch.setattr(
-        two_views,
+        siamese_module,
         "draw_views",
         lambda *args, **kwargs: drawn.append(1) or draw_views(*args, **kwargs),
     )
     dataset = make_dataset(tmp_path)
     for box, low, high in (
-        ([0.0, 0.0, 24.0, 20.0], 9, 8 * two_views.MAX_VIEW_ATTEMPTS - 1),
-        ([0.0, 0.0, 2.0, 2.0], 8 * two_views.MAX_VIEW_ATTEMPTS, None),
+        ([0.0, 0.0, 24.0, 20.0], 9, 8 * siamese_module.MAX_VIEW_ATTEMPTS - 1),
+        ([0.0, 0.0, 2.0, 2.0], 8 * siamese_module.MAX_VIEW_ATTEMPTS, None),
     ):
         dataset.proposals = lambda image, rng, name, box=box: torch.tensor([box])
         drawn.clear()
@@ -218,8 +219,8 @@ def test_views_without_a_region_in_common_are_drawn_again(
     assert 0.8 <= copies.min() < copies.max() <= 1, "nearly the overlap"
 
 
-def test_thin_grey_and_tiny_images(tmp_path: Path) -> None:
-    """Thin ones are few pixels high after the resize, fewer than a blur reaches; one of 16 pixels is replaced."""
+def test_thin_gray_and_tiny_images(tmp_path: Path) -> None:
+    """Thin images have fewer pixels in height than the blur reaches. An image of 16 pixels is replaced."""
     folder, pixels = tmp_path / "odd", np.random.RandomState(0)
     folder.mkdir()
     for name, shape in (
@@ -237,13 +238,13 @@ def test_thin_grey_and_tiny_images(tmp_path: Path) -> None:
             assert target["size"].tolist() == [list(images.shape[2:])] * 2
             assert target["boxes"].isfinite().all()
             assert target["boxes"][..., 2:].min() > 0
-    assert torch.equal(images, images[:, :1].expand_as(images)), "grey stays grey"
+    assert torch.equal(images, images[:, :1].expand_as(images)), "gray stays gray"
     assert dataset[(0, 3)][1]["problems"] == [
         (dataset.path(3), "300 x 16 pixels; both sides must exceed 16")
     ]
 
 
-def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
+def test_image_without_proposals_is_replaced(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     dataset.proposals = lambda image, rng, name: torch.tensor(
         [[9.0, 9.0, 60.0, 60.0]] * int(image.shape[1] != 66)
@@ -251,10 +252,10 @@ def test_an_image_without_proposals_is_replaced(tmp_path: Path) -> None:
     _, target = dataset[(0, 0)]
     assert target["problems"] == [(dataset.path(0), "no proposals")]
     _, packed = collate([(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), target), dataset[(0, 1)]])
-    assert packed.problems == [(dataset.path(0), "no proposals")], "once, not once a view"
+    assert packed.problems == [(dataset.path(0), "no proposals")], "once, not once per view"
 
 
-def test_sizes_are_those_of_imagenet_or_coco() -> None:
+def test_published_sizes_for_imagenet_and_coco() -> None:
     imagenet, coco = siamese_resize(480), siamese_resize(800)
     assert (min(imagenet.sizes), max(imagenet.sizes), imagenet.max_size) == (320, 480, 600)
     assert (min(coco.sizes), max(coco.sizes), len(coco.sizes), coco.max_size) == (
@@ -265,24 +266,24 @@ def test_sizes_are_those_of_imagenet_or_coco() -> None:
     )
 
 
-def test_batches_hold_view_1_of_all_then_view_2(tmp_path: Path) -> None:
+def test_batches_have_view_1_of_all_images_then_view_2(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     samples = [dataset[(0, i)] for i in (0, 3)]
     batch, packed = collate(samples)
     sizes = [tuple(images.shape[2:]) for images, _ in samples]
     assert batch.tensors.shape == (4, 3, *(max(side) for side in zip(*sizes, strict=True)))
-    for place, (sample, view) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+    for position, (sample, view) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
         height, width = sizes[sample]
-        assert torch.equal(batch.tensors[place, :, :height, :width], samples[sample][0][view])
-        assert not batch.mask[place, :height, :width].any()
+        assert torch.equal(batch.tensors[position, :, :height, :width], samples[sample][0][view])
+        assert not batch.mask[position, :height, :width].any()
     inputs, targets = to_device(batch, packed, torch.device("cpu"), [0.5] * 3, [0.5] * 3)
     assert [int(target["image_id"]) for target in targets] == [0, 3, 0, 3]
-    for place, (sample, view) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
-        assert torch.equal(targets[place]["boxes"], samples[sample][1]["boxes"][view])
+    for position, (sample, view) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        assert torch.equal(targets[position]["boxes"], samples[sample][1]["boxes"][view])
     assert targets[0]["patches"].dtype == torch.float32
 
 
-def test_views_of_an_image_stand_together_on_the_page(tmp_path: Path) -> None:
+def test_views_of_an_image_are_adjacent_on_the_page(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
     samples = [dataset[(0, i)] for i in (0, 3)]
     rows = samples_to_rows(samples, [0.5] * 3, [0.5] * 3)

@@ -1,5 +1,5 @@
-"""The store of proposals: built in parts by processes that may be killed, verified when read, and equal to the method
-itself.
+"""The proposal cache: built in chunks by processes that may be killed, verified when it is read, and equal to the
+method itself.
 """
 
 import json
@@ -33,7 +33,7 @@ pytest.importorskip("cv2", reason="OpenCV is not installed")
 
 
 def write_tree(root: Path, count: int = 12) -> Path:
-    """Images in two folders with the same base names, of different content."""
+    """Write images with the same base names, but different content, to two folders."""
     for i in range(count):
         path = root / ("a" if i % 2 else "b/deep") / f"{i // 2:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,16 +46,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tree(tmp_path_factory.mktemp("data") / "images")
 
 
-def cache(images: Path, output: Path, *flags: object) -> None:
+def build_cache(images: Path, output: Path, *flags: object) -> None:
     words = ["--images", images, "--output_dir", output, "--num_workers", 0, *flags]
     cache_proposals.main(cache_proposals.parse(list(map(str, words))))
 
 
 @pytest.fixture(scope="module")
-def store(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Selective search at the published setting, made by one process. Tests must not change it."""
-    output = tmp_path_factory.mktemp("store") / "ss128"
-    cache(images, output)
+def cache(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of selective search in the published setting, built by one process. Tests must not change it."""
+    output = tmp_path_factory.mktemp("cache") / "ss128"
+    build_cache(images, output)
     return output
 
 
@@ -67,7 +67,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def stored(folder: Path, images: Path | None = None, **flags: object):
+def cached_method(folder: Path, images: Path | None = None, **flags: object):
     known = ImageFolder(str(images)) if images else None
     return build_proposals(
         proposal_settings(**{"proposals": "selective_search", "cache_path": str(folder), **flags}),
@@ -75,24 +75,24 @@ def stored(folder: Path, images: Path | None = None, **flags: object):
     )
 
 
-def test_a_store_gives_the_boxes_of_the_method_in_the_same_order(images: Path, store: Path) -> None:
+def test_cached_boxes_equal_those_of_the_method_in_the_same_order(
+    images: Path, cache: Path
+) -> None:
     folder = ImageFolder(str(images))
-    live, from_store = (
-        build_proposals(proposal_settings(proposals="selective_search")),
-        stored(store, images),
-    )
+    live = build_proposals(proposal_settings(proposals="selective_search"))
+    cached = cached_method(cache, images)
     for index in (0, 5, 11):
         image = read_image(folder.path(index))
         for seed in (1, 2):
             assert torch.equal(
-                from_store(image, SampleRNG(seed), folder.name(index)),
+                cached(image, SampleRNG(seed), folder.name(index)),
                 live(image, SampleRNG(seed), ""),
             )
 
 
-def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, store: Path) -> None:
+def test_order_changes_with_the_epoch_and_is_equal_in_two_runs(images: Path, cache: Path) -> None:
     path = ImageFolder(str(images)).path(0)
-    method = stored(store)
+    method = cached_method(cache)
     draws = [
         method(read_image(path), SampleRNG.from_key(3, epoch, 0), "a/000.png")
         for epoch in (0, 1, 0)
@@ -101,79 +101,76 @@ def test_order_is_drawn_anew_in_each_epoch_and_equal_in_two_runs(images: Path, s
     assert not torch.equal(draws[0], draws[1])
 
 
-def test_equal_base_names_do_not_collide(images: Path, store: Path) -> None:
-    method, live = stored(store), build_proposals(proposal_settings(proposals="selective_search"))
+def test_equal_base_names_do_not_collide(images: Path, cache: Path) -> None:
+    live = build_proposals(proposal_settings(proposals="selective_search"))
+    cached = cached_method(cache)
     for name in ("a/000.png", "b/deep/000.png"):
         image = read_image(str(images / name))
-        assert torch.equal(method(image, SampleRNG(0), name), live(image, SampleRNG(0), name))
+        assert torch.equal(cached(image, SampleRNG(0), name), live(image, SampleRNG(0), name))
 
 
 @pytest.mark.parametrize("method", ["edge_boxes", "full"])
 def test_other_methods(images: Path, tmp_path: Path, method: str) -> None:
     flags = ("--ss_resize", 0) if method == "full" else ("--proposals", method)
-    cache(images, tmp_path / "store", *flags)
-    choice = (
-        {"proposals": "selective_search", "ss_resize": 0}
-        if method == "full"
-        else {"proposals": method}
-    )
+    build_cache(images, tmp_path / "cache", *flags)
+    if method == "full":
+        choice = {"proposals": "selective_search", "ss_resize": 0}
+    else:
+        choice = {"proposals": method}
     live = build_proposals(proposal_settings(**choice))
-    from_store = stored(tmp_path / "store", images, **choice)
+    cached = cached_method(tmp_path / "cache", images, **choice)
     image = read_image(str(images / "a" / "001.png"))
-    assert torch.equal(from_store(image, SampleRNG(7), "a/001.png"), live(image, SampleRNG(7), ""))
+    assert torch.equal(cached(image, SampleRNG(7), "a/001.png"), live(image, SampleRNG(7), ""))
     expected = live.propose(image.permute(1, 2, 0).numpy(), "")[1]
-    found = from_store.propose(image.permute(1, 2, 0).numpy(), "a/001.png")[1]
+    found = cached.propose(image.permute(1, 2, 0).numpy(), "a/001.png")[1]
     assert (expected is None and found is None) or np.array_equal(found, expected)
 
 
-def test_two_workers_equal_one(images: Path, store: Path, tmp_path: Path) -> None:
-    cache(images, tmp_path / "two", "--num_workers", 2)
-    assert content(tmp_path / "two") == content(store)
+def test_two_workers_give_the_same_cache(images: Path, cache: Path, tmp_path: Path) -> None:
+    build_cache(images, tmp_path / "two", "--num_workers", 2)
+    assert content(tmp_path / "two") == content(cache)
 
 
-def test_shards_and_merge_equal_one_run(images: Path, store: Path, tmp_path: Path) -> None:
+def test_shards_and_merge_give_the_same_cache(images: Path, cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "parts"
     for shard in ("3/3", "1/3"):
-        cache(images, output, "--shard", shard)
+        build_cache(images, output, "--shard", shard)
     with pytest.raises(UserError, match=r"lacks 4 of 12 chunks, the first is 1 .*--merge"):
-        cache(images, output, "--merge")
+        build_cache(images, output, "--merge")
     with pytest.raises(UserError, match="is not finished"):
-        stored(output)
-    cache(images, output, "--shard", "2/3")
-    cache(images, output, "--merge")
-    assert content(output) == content(store)
+        cached_method(output)
+    build_cache(images, output, "--shard", "2/3")
+    build_cache(images, output, "--merge")
+    assert content(output) == content(cache)
     with captured_log() as lines:
-        cache(images, output)
-    assert lines[-1].endswith("is finished")
+        build_cache(images, output)
+    assert lines[-1].endswith("is already complete")
 
 
-def test_a_killed_builder_goes_on_to_the_same_store(
-    images: Path, store: Path, tmp_path: Path
-) -> None:
-    """SIGKILL at random moments, workers and all, until a run gets through."""
+def test_killed_build_resumes_to_the_same_cache(images: Path, cache: Path, tmp_path: Path) -> None:
+    """SIGKILL the builder at random moments until a run finishes."""
     context, moments = multiprocessing.get_context("fork"), random.Random(5)
     output, kills, counts = tmp_path / "killed", 0, []
     while not (output / "header.json").exists():
-        builder = context.Process(target=cache, args=(images, output, "--num_workers", 2))
+        builder = context.Process(target=build_cache, args=(images, output, "--num_workers", 2))
         builder.start()
         builder.join(moments.uniform(0.02, 0.3) if kills < 6 else 60)
         if builder.is_alive():
             os.kill(builder.pid, signal.SIGKILL)
             builder.join()
             kills += 1
-            if not (
-                output / "header.json"
-            ).exists():  # a finished store has merged its parts and removed them
+            # A finished cache has merged its chunks and removed them.
+            if not (output / "header.json").exists():
                 counts.append(len(list(output.glob("chunks/*.npz"))))
-    cache(images, output)
+    build_cache(images, output)
     assert kills, "no run was killed"
-    assert counts == sorted(counts), "finished parts are kept"
-    assert content(output) == content(store)
+    assert counts == sorted(counts), "finished chunks are kept"
+    assert content(output) == content(cache)
 
 
-def test_workers_end_with_a_killed_builder(images: Path, tmp_path: Path) -> None:
-    words = (images, tmp_path / "killed", "--num_workers", 2, "--ss_resize", 0)
-    builder = multiprocessing.get_context("fork").Process(target=cache, args=words)
+def test_workers_exit_with_a_killed_builder(images: Path, tmp_path: Path) -> None:
+    args = (images, tmp_path / "killed", "--num_workers", 2, "--ss_resize", 0)
+    builder = multiprocessing.get_context("fork").Process(target=build_cache, args=args)
     builder.start()
     children = Path(f"/proc/{builder.pid}/task/{builder.pid}/children")
     if not children.exists():
@@ -194,24 +191,24 @@ def test_workers_end_with_a_killed_builder(images: Path, tmp_path: Path) -> None
         time.sleep(0.05)
 
 
-def test_a_worker_that_dies_is_a_clear_line(
-    images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_killed_worker_gives_a_clear_error(
+    images: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(cache_proposals, "make_chunk", lambda *_: os._exit(9))
         with pytest.raises(
             UserError,
-            match="a process was ended from outside .* run the same command again, perhaps with --num_workers 1",
+            match="a worker process was killed .* run the same command again, perhaps with --num_workers 1",
         ):
-            cache(images, tmp_path / "store", "--num_workers", 2)
-    cache(images, tmp_path / "store")
-    assert content(tmp_path / "store") == content(store)
+            build_cache(images, tmp_path / "cache", "--num_workers", 2)
+    build_cache(images, tmp_path / "cache")
+    assert content(tmp_path / "cache") == content(cache)
 
 
-def test_a_merge_that_is_broken_off_is_repeated(
-    images: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_merge_is_repeated(
+    images: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "store"
+    output = tmp_path / "cache"
 
     def fail(*_args, **_settings) -> None:
         raise KeyboardInterrupt
@@ -219,33 +216,33 @@ def test_a_merge_that_is_broken_off_is_repeated(
     with monkeypatch.context() as patch:
         patch.setattr(cache_builder, "_stream", fail)
         with pytest.raises(KeyboardInterrupt):
-            cache(images, output)
+            build_cache(images, output)
     with monkeypatch.context() as patch:
         patch.setattr(cache_builder.shutil, "rmtree", fail)
         with pytest.raises(KeyboardInterrupt):
-            cache(images, output)
-    (output / ".0123.tmp").touch()  # of a process that was killed
-    cache(images, output)
-    assert content(output) == content(store)
+            build_cache(images, output)
+    (output / ".0123.tmp").touch()  # left by a killed process
+    build_cache(images, output)
+    assert content(output) == content(cache)
 
 
-def test_two_that_merge_at_once(images: Path, store: Path, tmp_path: Path) -> None:
-    """The second finishes while the first is at its first chunk."""
-    output = tmp_path / "store"
-    cache(images, output, "--shard", "1/2")
-    cache(images, output, "--shard", "2/2")
+def test_two_processes_merge_at_once(images: Path, cache: Path, tmp_path: Path) -> None:
+    """The second process finishes while the first one merges its first chunk."""
+    output = tmp_path / "cache"
+    build_cache(images, output, "--shard", "1/2")
+    build_cache(images, output, "--shard", "2/2")
     plan = cache_proposals.build_plan(
         cache_proposals.parse(["--images", str(images), "--output_dir", str(output)])
     )
     others = iter([lambda: cache_builder.merge(plan)])
     assert (
         cache_builder.merge(plan, lambda: next(others, lambda: None)()).header
-        == ProposalCache(store).header
+        == ProposalCache(cache).header
     )
-    assert content(output) == content(store)
-    cache_builder.make_chunk(plan, 0)  # a third one is still searching
+    assert content(output) == content(cache)
+    cache_builder.make_chunk(plan, 0)  # a third process is still searching
     cache_builder.merge(plan)
-    assert content(output) == content(store)
+    assert content(output) == content(cache)
 
 
 def flip_a_box(path: Path) -> None:
@@ -263,74 +260,74 @@ def flip_a_box(path: Path) -> None:
         lambda path: np.savez(path),
     ],
 )
-def test_a_damaged_chunk_is_one_line(damage, images: Path, tmp_path: Path) -> None:
+def test_damaged_chunk_gives_a_one_line_error(damage, images: Path, tmp_path: Path) -> None:
     for shard in ("1/2", "2/2"):
-        cache(images, tmp_path / "store", "--shard", shard)
-    damage(tmp_path / "store" / "chunks" / "000003.npz")
-    with pytest.raises(UserError, match=r"000003\.npz is damaged \(.+\): remove it and run"):
-        cache(images, tmp_path / "store", "--merge")
+        build_cache(images, tmp_path / "cache", "--shard", shard)
+    damage(tmp_path / "cache" / "chunks" / "000003.npz")
+    with pytest.raises(UserError, match=r"000003\.npz is damaged \(.+\); remove it and run"):
+        build_cache(images, tmp_path / "cache", "--merge")
 
 
-def test_unreadable_images_are_counted_and_stored_as_such(tmp_path: Path) -> None:
+def test_unreadable_images_are_reported_and_recorded(tmp_path: Path) -> None:
     images = write_tree(tmp_path / "images", 4)
     (images / "a" / "broken.png").write_bytes(b"no image")
     with captured_log() as lines:
-        cache(images, tmp_path / "store")
+        build_cache(images, tmp_path / "cache")
     assert any(
         "1 images could not be read" in line and "broken.png: can't be decoded" in line
         for line in lines
     )
-    header = ProposalCache(tmp_path / "store").header
+    header = ProposalCache(tmp_path / "cache").header
     assert (header["images"], header["unreadable"], header["problems"][0][0]) == (
         5,
         1,
         "a/broken.png",
     )
-    method = stored(tmp_path / "store", images)
-    with pytest.raises(BadImageError, match="could not be read when its proposals were stored"):
+    method = cached_method(tmp_path / "cache", images)
+    with pytest.raises(BadImageError, match="could not be read when its proposals were cached"):
         method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRNG(0), "a/broken.png")
     assert len(method(read_image(str(images / "a" / "001.png")), SampleRNG(0), "a/001.png"))
 
 
-def test_a_changed_data_set_is_a_clear_line(tmp_path: Path) -> None:
+def test_changed_dataset_gives_a_clear_error(tmp_path: Path) -> None:
     images = write_tree(tmp_path / "images", 4)
-    cache(images, tmp_path / "store")
-    method, path = stored(tmp_path / "store", images), images / "a" / "000.png"
+    build_cache(images, tmp_path / "cache")
+    method, path = cached_method(tmp_path / "cache", images), images / "a" / "000.png"
     with captured_log() as lines:
-        cache(images, tmp_path / "store", "--check")
+        build_cache(images, tmp_path / "cache", "--check")
     assert "all 4 images" in lines[-1]
 
-    Image.fromarray(draw(77, 51, 60)[0]).save(path)  # the size that it had: only its content tells
+    Image.fromarray(draw(77, 51, 60)[0]).save(path)  # the same size: only the content differs
     with pytest.raises(UserError, match=r"1 of 4 images differ .* the first is a/000\.png"):
-        cache(images, tmp_path / "store", "--check")
+        build_cache(images, tmp_path / "cache", "--check")
     with pytest.raises(
         UserError,
-        match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the data set changed",
+        match=r"a/000\.png has \d+ bytes, but had \d+ when .* was made: the dataset has changed",
     ):
-        stored(tmp_path / "store", images)
+        cached_method(tmp_path / "cache", images)
     Image.fromarray(draw(1, 70, 90)[0]).save(path)
     with pytest.raises(UserError, match=r"a/000\.png has 90 x 70 pixels, but had 60 x 51"):
         method(read_image(str(path)), SampleRNG(0), "a/000.png")
     Image.fromarray(draw(1, 51, 60)[0]).save(images / "new.png")
     with pytest.raises(UserError, match=r"lacks 1 of 5 images, the first is new\.png"):
-        stored(tmp_path / "store", images)
-    with pytest.raises(UserError, match=r"holds proposals with images 4, now it is 5"):
-        cache(images, tmp_path / "store")
+        cached_method(tmp_path / "cache", images)
+    with pytest.raises(UserError, match=r"contains proposals with images 4, now it is 5"):
+        build_cache(images, tmp_path / "cache")
     with pytest.raises(UserError, match=r"has no image new\.png"):
         method(torch.zeros(3, 9, 9, dtype=torch.uint8), SampleRNG(0), "new.png")
 
 
-def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -> None:
+def test_mismatched_settings_are_named(images: Path, cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="was made with resize 128, the flags say 0"):
-        stored(store, ss_resize=0)
+        cached_method(cache, ss_resize=0)
     with pytest.raises(
         UserError, match="was made with method selective_search, the flags say edge_boxes"
     ):
-        stored(store, proposals="edge_boxes")
-    with pytest.raises(UserError, match="not for --proposals random"):
-        stored(store, proposals="random", num_patches=4)
-    with pytest.raises(UserError, match="holds proposals with settings .* now it is"):
-        cache(images, store, "--ss_resize", 64)
+        cached_method(cache, proposals="edge_boxes")
+    with pytest.raises(UserError, match="can't be used with --proposals random"):
+        cached_method(cache, proposals="random", num_patches=4)
+    with pytest.raises(UserError, match="contains proposals with settings .* now it is"):
+        build_cache(images, cache, "--ss_resize", 64)
     words = [
         "--images",
         str(images),
@@ -343,31 +340,31 @@ def test_wrong_parameters_are_named(images: Path, store: Path, tmp_path: Path) -
         cache_proposals.build_plan(cache_proposals.parse(words))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="holds other files"):
-        cache(images, tmp_path / "other")
-    with pytest.raises(UserError, match="holds no proposals .*--proposals file:"):
-        stored(tmp_path / "other")
+    with pytest.raises(UserError, match="contains other files"):
+        build_cache(images, tmp_path / "other")
+    with pytest.raises(UserError, match="is no proposal cache .*--proposals file:"):
+        cached_method(tmp_path / "other")
 
 
-def test_a_part_of_the_images_and_any_store_by_file(images: Path, store: Path) -> None:
-    """A subset of the images may be trained on, and file:STORE takes a store whatever made it."""
-    method = build_proposals(proposal_settings(proposals=f"file:{store}"), ImageFolder(str(images)))
+def test_subset_of_images_and_any_cache_by_file(images: Path, cache: Path) -> None:
+    """A run may use a subset of the images, and file:CACHE reads a cache of any method."""
+    method = build_proposals(proposal_settings(proposals=f"file:{cache}"), ImageFolder(str(images)))
     image = read_image(str(images / "a" / "002.png"))
     assert torch.equal(
         method(image, SampleRNG(0), "a/002.png"),
-        stored(store)(image, SampleRNG(0), "a/002.png"),
+        cached_method(cache)(image, SampleRNG(0), "a/002.png"),
     )
     names = images / "some.txt"
     names.write_text("a/002.png\nb/deep/001.png\n")
-    stored(store, names)
+    cached_method(cache, names)
 
 
-def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text(
-        "b/deep/001.png 17\na/002.png 3\na/002.png 3\n", encoding="utf-8-sig"
-    )  # as Windows writes it
-    cache(images, tmp_path / "some", "--list", tmp_path / "list.txt")
-    some, whole = ProposalCache(tmp_path / "some"), ProposalCache(store)
+def test_list_of_images(images: Path, cache: Path, tmp_path: Path) -> None:
+    # utf-8-sig: Windows writes a byte order mark.
+    lines = "b/deep/001.png 17\na/002.png 3\na/002.png 3\n"
+    (tmp_path / "list.txt").write_text(lines, encoding="utf-8-sig")
+    build_cache(images, tmp_path / "some", "--list", tmp_path / "list.txt")
+    some, whole = ProposalCache(tmp_path / "some"), ProposalCache(cache)
     assert [some.names[i] for i in range(len(some.names))] == ["a/002.png", "b/deep/001.png"]
     for row in range(2):
         assert np.array_equal(
@@ -375,43 +372,43 @@ def test_list_of_images(images: Path, store: Path, tmp_path: Path) -> None:
         )
     (tmp_path / "list.txt").write_text("nowhere.png\n")
     with pytest.raises(UserError, match=r"its first image nowhere\.png is not in"):
-        cache(images, tmp_path / "none", "--list", tmp_path / "list.txt")
+        build_cache(images, tmp_path / "none", "--list", tmp_path / "list.txt")
 
 
-def test_boxes_from_files_can_be_stored(images: Path, tmp_path: Path) -> None:
-    """Also where only some images have scores: the others are drawn in a new order."""
+def test_boxes_from_files_can_be_cached(images: Path, tmp_path: Path) -> None:
+    """Also if only some images have scores: the boxes of the others are shuffled."""
     rows = {
         "a/000.png": np.array([[0.5, 1, 9, 9, 0.1], [2, 2, 8, 8.25, 0.9]]),
         "a/001.png": np.array([[0, 0, 5, 5], [1, 1, 6, 6.0]]),
     }
     np.savez(tmp_path / "boxes.npz", **rows)
     (tmp_path / "list.txt").write_text("\n".join(rows))
-    cache(
+    build_cache(
         images,
-        tmp_path / "store",
+        tmp_path / "cache",
         "--list",
         tmp_path / "list.txt",
         "--proposals",
         f"file:{tmp_path / 'boxes.npz'}",
     )
-    store = ProposalCache(tmp_path / "store")
-    assert store.boxes.dtype == np.float32
-    boxes, scores = store.get_boxes(0)
+    cache = ProposalCache(tmp_path / "cache")
+    assert cache.boxes.dtype == np.float32
+    boxes, scores = cache.get_boxes(0)
     assert boxes.tolist() == [[2, 2, 8, 8.25], [0.5, 1, 9, 9]]
     assert np.allclose(scores, [0.9, 0.1])
-    assert store.get_boxes(1)[1] is None
-    cache(
+    assert cache.get_boxes(1)[1] is None
+    build_cache(
         images,
         tmp_path / "again",
         "--list",
         tmp_path / "list.txt",
         "--proposals",
-        f"file:{tmp_path / 'store'}",
+        f"file:{tmp_path / 'cache'}",
     )
-    assert np.array_equal(ProposalCache(tmp_path / "again").boxes, store.boxes)
+    assert np.array_equal(ProposalCache(tmp_path / "again").boxes, cache.boxes)
 
 
-def test_damaged_stores(store: Path, tmp_path: Path) -> None:
+def test_damaged_caches(cache: Path, tmp_path: Path) -> None:
     for name, change, message in (
         (
             "boxes.npy",
@@ -434,27 +431,27 @@ def test_damaged_stores(store: Path, tmp_path: Path) -> None:
         ),
     ):
         copy = tmp_path / "copy"
-        shutil.copytree(store, copy)
+        shutil.copytree(cache, copy)
         change(copy / name)
         with pytest.raises(UserError, match=message):
-            stored(copy)
+            cached_method(copy)
         shutil.rmtree(copy)
 
 
-def test_arrays_are_mapped_and_not_sent_to_workers(images: Path, store: Path) -> None:
-    method = stored(store, images)
+def test_arrays_are_memory_mapped_and_not_sent_to_workers(images: Path, cache: Path) -> None:
+    method = cached_method(cache, images)
     assert isinstance(method.cache.boxes, np.memmap)
     sent = pickle.dumps(method)
     assert len(sent) < 2000
     image = read_image(str(images / "a" / "000.png"))
-    again = pickle.loads(sent)  # noqa: S301 - as loader processes receive it
+    again = pickle.loads(sent)  # noqa: S301 - as dataloader workers receive it
     assert torch.equal(
         again(image, SampleRNG(0), "a/000.png"), method(image, SampleRNG(0), "a/000.png")
     )
 
 
 @pytest.mark.parametrize("pretext", ["random_query_patch", "region_prior"])
-def test_data_sets_take_their_boxes_from_a_store(images: Path, store: Path, pretext: str) -> None:
+def test_pretext_datasets_use_cached_boxes(images: Path, cache: Path, pretext: str) -> None:
     flags = [
         "--pretext",
         pretext,
@@ -463,15 +460,11 @@ def test_data_sets_take_their_boxes_from_a_store(images: Path, store: Path, pret
         "--proposals",
         "selective_search",
         "--cache_path",
-        str(store),
+        str(cache),
     ]
     if pretext == "region_prior":
-        flags += [
-            "--max_prop",
-            "6",
-            "--num_patches",
-            "10",
-        ]  # the default: this pretext refuses others
+        # 10 is the default: this pretext rejects other values.
+        flags += ["--max_prop", "6", "--num_patches", "10"]
     dataset = build_dataset("train", tiny_args(PRETRAIN, *flags))
     first, again, later = dataset[(0, 3)][1], dataset[(0, 3)][1], dataset[(1, 3)][1]
     assert torch.equal(first["boxes"], again["boxes"])

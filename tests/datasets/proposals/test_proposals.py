@@ -1,4 +1,4 @@
-"""Proposal methods: selective search, EdgeBoxes, boxes from files, and what a data set takes of them."""
+"""Proposal methods: selective search, EdgeBoxes, boxes from files, and the selection of boxes."""
 
 import builtins
 import json
@@ -40,9 +40,9 @@ def cv2() -> types.ModuleType:
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """uint8 [100, 140, 3]."""
+    """A photo, uint8 [100, 140, 3]."""
     data = pytest.importorskip(
-        "skimage.data", reason="scikit-image, whose photographs are used, is not installed"
+        "skimage.data", reason="scikit-image, which has the image, is not installed"
     )
     return np.asarray(Image.fromarray(data.astronaut()).crop((0, 0, 420, 300)).resize((140, 100)))
 
@@ -51,46 +51,45 @@ def as_tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)
 
 
-def propose_elsewhere(queue, method, image: np.ndarray, seed: int) -> None:
+def propose_in_process(queue, method, image: np.ndarray, seed: int) -> None:
     queue.put(method(as_tensor(image), SampleRNG(seed)).numpy())
+
+
+def as_set(boxes: torch.Tensor) -> set[tuple[float, ...]]:
+    return {tuple(box) for box in boxes.tolist()}
 
 
 # Selective search
 
 
-def test_published_setting_scales_boxes_of_a_square_of_128(cv2, photo: np.ndarray) -> None:
+def test_published_setting_scales_boxes_from_128_pixels(cv2, photo: np.ndarray) -> None:
     method = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
-    method.setBaseImage(
-        np.asarray(Image.fromarray(photo).resize((128, 128), Image.Resampling.BILINEAR))
-    )
+    resized = Image.fromarray(photo).resize((128, 128), Image.Resampling.BILINEAR)
+    method.setBaseImage(np.asarray(resized))
     method.switchToSelectiveSearchFast()
-    raw = (
-        method.process().astype(np.float32) / 128 * np.array([140, 100, 140, 100], dtype=np.float32)
-    )
-    expected = {
-        tuple(box) for box in np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1).tolist()
-    }
-    boxes = build_proposals(proposal_settings(proposals="selective_search"))(
-        as_tensor(photo), SampleRNG(0), ""
-    )
-    assert len(boxes) == len(expected) > 30
-    assert {tuple(box) for box in boxes.tolist()} == expected
+    scale = np.array([140, 100, 140, 100], dtype=np.float32)
+    raw = method.process().astype(np.float32) / 128 * scale
+    expected = np.concatenate([raw[:, :2], raw[:, :2] + raw[:, 2:]], 1)
+
+    propose = build_proposals(proposal_settings(proposals="selective_search"))
+    boxes = propose(as_tensor(photo), SampleRNG(0), "")
+    assert len(boxes) == len(as_set(expected)) > 30
+    assert as_set(boxes) == as_set(expected)
 
 
 def test_full_resolution(cv2, photo: np.ndarray) -> None:
-    full = build_proposals(proposal_settings(proposals="selective_search", ss_resize=0))(
-        as_tensor(photo), SampleRNG(0), ""
+    full, resized = (
+        build_proposals(proposal_settings(proposals="selective_search", ss_resize=side))
+        for side in (0, 128)
     )
-    assert torch.equal(full, full.round())
-    assert [0, 0, 140, 100] in full.tolist()
-    resized = build_proposals(proposal_settings(proposals="selective_search"))(
-        as_tensor(photo), SampleRNG(0), ""
-    )
-    assert {tuple(box) for box in full.tolist()} != {tuple(box) for box in resized.tolist()}
+    boxes = full(as_tensor(photo), SampleRNG(0), "")
+    assert torch.equal(boxes, boxes.round())
+    assert [0, 0, 140, 100] in boxes.tolist()
+    assert as_set(boxes) != as_set(resized(as_tensor(photo), SampleRNG(0), ""))
 
 
-def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) -> None:
-    """OpenCV shuffles by C's rand; boxes of a worker must be a function of (seed, epoch, index)."""
+def test_order_depends_on_the_sample_not_the_process(cv2, photo: np.ndarray) -> None:
+    """OpenCV shuffles with C's rand, but boxes must be a function of (seed, epoch, index) in every worker."""
     method = SelectiveSearch()
     here = [method(as_tensor(photo), SampleRNG(seed)).numpy() for seed in (1, 1, 2)]
     assert np.array_equal(here[0], here[1])
@@ -98,15 +97,15 @@ def test_order_is_that_of_the_sample_in_every_process(cv2, photo: np.ndarray) ->
     assert np.array_equal(np.unique(here[0], axis=0), np.unique(here[2], axis=0))
     queue = multiprocessing.get_context("fork").SimpleQueue()
     worker = multiprocessing.get_context("fork").Process(
-        target=propose_elsewhere, args=(queue, method, photo, 2)
+        target=propose_in_process, args=(queue, method, photo, 2)
     )
     worker.start()
     assert np.array_equal(queue.get(), here[2])
     worker.join()
 
 
-def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
-    """It puts small regions first; seeded by the sample, so that a worker gives the same."""
+def test_published_order_is_that_of_opencv(cv2, photo: np.ndarray) -> None:
+    """OpenCV puts small regions first. The sample seeds it, so that every worker gives the same boxes."""
     method = build_proposals(
         proposal_settings(proposals="selective_search", reproduce_published=True)
     )
@@ -114,18 +113,19 @@ def test_published_order_is_opencv_s_own(cv2, photo: np.ndarray) -> None:
     assert torch.equal(own[0], method(as_tensor(photo), SampleRNG(0)))
     assert not torch.equal(own[0], own[1])
     uniform = [SelectiveSearch()(as_tensor(photo), SampleRNG(seed)) for seed in range(12)]
-    assert {tuple(box) for box in own[0].tolist()} == {tuple(box) for box in uniform[0].tolist()}
-    small, any_size = (
-        torch.stack([(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws])
-        for draws in (own, uniform)
-    )
-    assert small.mean() < 0.9 * any_size.mean()
+    assert as_set(own[0]) == as_set(uniform[0])
+
+    def mean_area(draws: list[torch.Tensor]) -> torch.Tensor:
+        areas = [(boxes[:30, 2:] - boxes[:30, :2]).prod(1).mean() for boxes in draws]
+        return torch.stack(areas).mean()
+
+    assert mean_area(own) < 0.9 * mean_area(uniform)
     header = {"method": "selective_search", "settings": SelectiveSearch().settings}
     with pytest.raises(UserError, match="was made with order None, the flags say OpenCV's"):
-        CachedProposals.check_origin("store", header, method, "selective_search")
+        CachedProposals.check_origin("cache", header, method, "selective_search")
 
 
-def test_images_of_odd_shapes(cv2) -> None:
+def test_tiny_and_thin_images(cv2) -> None:
     rng = np.random.RandomState(0)
     for height, width in ((1, 1), (2, 3), (5, 60)):
         image = rng.randint(0, 256, (height, width, 3), dtype=np.uint8)
@@ -136,7 +136,7 @@ def test_images_of_odd_shapes(cv2) -> None:
             assert bool((boxes[:, 2:] <= torch.tensor([width, height])).all())
 
 
-def test_an_error_of_opencv_is_of_that_image_alone(
+def test_opencv_error_gives_a_bad_image(
     cv2, photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_args, **_flags) -> None:
@@ -149,14 +149,14 @@ def test_an_error_of_opencv_is_of_that_image_alone(
     )
     monkeypatch.setattr(cv2.ximgproc, "createEdgeBoxes", fail)
     for method in (SelectiveSearch(), EdgeBoxes()):
-        with pytest.raises(BadImageError, match="OpenCV can't search it .out of memory"):
+        with pytest.raises(BadImageError, match="OpenCV fails on this image .out of memory"):
             method(as_tensor(photo), SampleRNG(0))
 
 
 # EdgeBoxes
 
 
-def test_edge_boxes_are_opencv_s_best_first(cv2, photo: np.ndarray) -> None:
+def test_edge_boxes_equal_opencv_best_first(cv2, photo: np.ndarray) -> None:
     boxes, scores = EdgeBoxes().propose(photo)
     edges, orientation = edge_boxes_module.gradient_edges(photo.astype(np.float32) / 255)
     raw, raw_scores = cv2.ximgproc.createEdgeBoxes(
@@ -181,7 +181,7 @@ def test_edge_boxes_are_opencv_s_best_first(cv2, photo: np.ndarray) -> None:
     assert torch.equal(*drawn), "ranked boxes keep their order"
 
 
-def test_gradient_edges_are_thin_and_lie_where_the_image_changes() -> None:
+def test_gradient_edges_are_thin_and_where_the_image_changes() -> None:
     pytest.importorskip("cv2", reason="OpenCV is not installed")
     image = np.zeros((40, 60, 3), dtype=np.float32)
     image[:, 30:] = (0, 1, 0)
@@ -190,7 +190,7 @@ def test_gradient_edges_are_thin_and_lie_where_the_image_changes() -> None:
     assert set(columns.tolist()) <= {29, 30}
     assert edges.max() == 1
     assert np.allclose(np.sin(orientation[5:35, 29:31]), 0, atol=1e-4), (
-        "the normal of an upright edge is level"
+        "the normal of a vertical edge is horizontal"
     )
 
 
@@ -211,12 +211,12 @@ def test_without_boxes_the_image_is_sharpened_and_enlarged(
     found, scores = EdgeBoxes().propose(image)
     assert seen == [(100, 200, 3), (1000, 2000, 3)]
     assert found.tolist() == [[1, 2, 11, 7]], (
-        "divided by 10, cut to whole numbers; a box without width is left out"
+        "divided by 10, rounded down; a box without width is dropped"
     )
     assert scores.tolist() == [0.5]
 
 
-def test_a_flat_image_gives_its_middle(cv2) -> None:
+def test_flat_image_gives_its_middle(cv2) -> None:
     for (height, width), expected in (
         ((90, 120), [30, 22, 90, 66]),
         ((1, 1), [0, 0, 1, 1]),
@@ -228,8 +228,11 @@ def test_a_flat_image_gives_its_middle(cv2) -> None:
 
 
 def write_forest(path: Path) -> Path:
-    """A forest in OpenCV's format with one tree of three nodes: where the gradient at a patch's centre is small there
-    is no edge, else the middle column of the patch is one."""
+    """Write a forest in OpenCV's format with one tree of three nodes.
+
+    If the gradient at the center of a patch is small, there is no edge; otherwise the middle column of the patch is an
+    edge.
+    """
     options = {
         "stride": 2,
         "shrinkNumber": 2,
@@ -244,7 +247,7 @@ def write_forest(path: Path) -> Path:
         "numberOfTrees": 1,
         "numberOfTreesToEvaluate": 1,
     }
-    gradient = 3 * 16 * 16 + 8 * 16 + 8  # channels are colours first, each on 16 x 16 cells
+    gradient = 3 * 16 * 16 + 8 * 16 + 8  # color channels come first, each on 16 x 16 cells
     edge = [y * 16 + 8 for y in range(16)]
     arrays = {
         "childs": [2, 0, 0],
@@ -266,7 +269,7 @@ def write_forest(path: Path) -> Path:
 
 
 def test_structured_edges(cv2, tmp_path: Path) -> None:
-    """The forest's edges go into EdgeBoxes, and the store's settings name the file by its content."""
+    """EdgeBoxes uses the forest's edges, and the settings in a cache identify the file by its content."""
     forest = write_forest(tmp_path / "model.yml")
     image = np.zeros((96, 96, 3), dtype=np.uint8)
     image[24:72, 24:72] = (250, 40, 40)
@@ -280,14 +283,14 @@ def test_structured_edges(cv2, tmp_path: Path) -> None:
         method = build_proposals(proposal_settings(proposals="edge_boxes", edge_model=str(forest)))
     assert not lines
     assert method.settings["edges"].startswith("structured forest ")
-    boxes = pickle.loads(pickle.dumps(method))(as_tensor(image), SampleRNG(0))  # noqa: S301 - as loader processes receive it
+    boxes = pickle.loads(pickle.dumps(method))(as_tensor(image), SampleRNG(0))  # noqa: S301 - as dataloader workers receive it
     expected, _ = cv2.ximgproc.createEdgeBoxes(maxBoxes=512).getBoundingBoxes(edges, orientation)
     assert boxes[:, :2].int().tolist() == expected[:, :2].tolist()
     forest.write_text(forest.read_text().replace("0.05", "0.06"))
     assert EdgeBoxes(str(forest)).settings != method.settings
 
 
-def test_a_wrong_or_absent_edge_model(cv2, tmp_path: Path) -> None:
+def test_wrong_or_missing_edge_model(cv2, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--edge_model .*none can't be read"):
         build_proposals(
             proposal_settings(proposals="edge_boxes", edge_model=str(tmp_path / "none"))
@@ -301,12 +304,12 @@ def test_a_wrong_or_absent_edge_model(cv2, tmp_path: Path) -> None:
         build_proposals(proposal_settings(proposals="edge_boxes", edge_model=""))
     assert len(lines) == 1
     assert "plain image gradients" in lines[0]
-    with pytest.raises(UserError, match="--edge_model means nothing to --proposals random"):
+    with pytest.raises(UserError, match="--edge_model has no effect with --proposals random"):
         build_proposals(proposal_settings(proposals="random", num_patches=3, edge_model="x"))
 
 
 @pytest.mark.parametrize("name", ["selective_search", "edge_boxes"])
-def test_missing_opencv_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opencv_gives_a_one_line_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(__version__="4.10.0"))
     with pytest.raises(UserError, match="4.10.0 has no ximgproc.*opencv-contrib-python-headless"):
         build_proposals(proposal_settings(proposals=name))
@@ -323,10 +326,10 @@ def test_missing_opencv_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) 
         build_proposals(proposal_settings(proposals=name))
 
 
-# What is taken
+# Selection
 
 
-def test_select() -> None:
+def test_selection_strategies() -> None:
     assert select_indices(100, "topk", 30, SampleRNG(0)).tolist() == list(range(30))
     assert select_indices(7, "topk", 30, SampleRNG(0)).tolist() == list(range(7))
     drawn = select_indices(100, "random", 30, SampleRNG(0))
@@ -349,31 +352,27 @@ def test_importance_sampling_follows_the_published_probabilities() -> None:
     assert abs(taken.sum() / 1500 - expected.sum()) < 0.5
 
 
-def test_a_fixed_number_of_boxes() -> None:
+def test_fixed_number_of_boxes() -> None:
+    image = torch.zeros(3, 80, 100)
     boxes = torch.tensor([[10.0, 10, 50, 30], [60, 40, 100, 80]])
-    assert torch.equal(
-        FixedNumProposals(lambda *_: boxes, 1)(torch.zeros(3, 80, 100), SampleRNG(0), "a"),
-        boxes[:1],
-    )
-    filled = FixedNumProposals(lambda *_: boxes, 5)(torch.zeros(3, 80, 100), SampleRNG(0), "a")
+    first = FixedNumProposals(lambda *_: boxes, 1)(image, SampleRNG(0), "a")
+    assert torch.equal(first, boxes[:1])
+    filled = FixedNumProposals(lambda *_: boxes, 5)(image, SampleRNG(0), "a")
     assert torch.equal(filled[:2], boxes)
     assert torch.equal(filled, pad_with_jittered_boxes(boxes, 5, (80, 100), SampleRNG(0)))
     shift = (filled[2:] - boxes[[0, 1, 0]]).abs()
     assert shift.max() > 0
-    assert bool(
-        (shift <= 0.1 * torch.tensor([[40, 20, 40, 20], [40, 40, 40, 40], [40, 20, 40, 20]])).all()
-    )
+    sides = torch.tensor([[40, 20, 40, 20], [40, 40, 40, 40], [40, 20, 40, 20]])
+    assert bool((shift <= 0.1 * sides).all())
     assert bool((filled[:, 2:] <= torch.tensor([100, 80])).all())
     with pytest.raises(BadImageError, match="no proposals"):
-        FixedNumProposals(lambda *_: boxes[:0], 5)(torch.zeros(3, 80, 100), SampleRNG(0), "a")
+        FixedNumProposals(lambda *_: boxes[:0], 5)(image, SampleRNG(0), "a")
 
 
-def test_selected_takes_from_the_method_s_order() -> None:
+def test_selected_proposals_keep_the_order_of_the_method() -> None:
     boxes = torch.arange(40.0).reshape(10, 4)
-    assert torch.equal(
-        SelectedProposals(lambda *_: boxes, "topk", 3)(torch.zeros(3, 5, 5), SampleRNG(0), "a"),
-        boxes[:3],
-    )
+    propose = SelectedProposals(lambda *_: boxes, "topk", 3)
+    assert torch.equal(propose(torch.zeros(3, 5, 5), SampleRNG(0), "a"), boxes[:3])
 
 
 # Files
@@ -405,13 +404,13 @@ def write_json(path: Path, content: object) -> Path:
 
 
 def test_coco_file_with_scores(tmp_path: Path) -> None:
-    """By relative path, clipped, best first; what is outside the image is left out."""
+    """Boxes are found by relative path, clipped and best first; a box outside the image is dropped."""
     whole = from_file(write_json(tmp_path / "boxes.json", COCO))
     results = write_json(tmp_path / "results.json", COCO["annotations"])
     parts = from_file(
         f"{results},{write_json(tmp_path / 'images.json', {'images': COCO['images']})}"
     )
-    for method in (whole, parts, pickle.loads(pickle.dumps(whole))):  # noqa: S301 - as loader processes receive it
+    for method in (whole, parts, pickle.loads(pickle.dumps(whole))):  # noqa: S301 - as dataloader workers receive it
         assert method(IMAGE, SampleRNG(0), "b/x.jpg").tolist() == [
             [70, 50, 80, 60],
             [10, 20, 15, 26],
@@ -422,7 +421,7 @@ def test_coco_file_with_scores(tmp_path: Path) -> None:
             method(IMAGE, SampleRNG(0), "x.jpg")
 
 
-def test_coco_file_without_scores_is_drawn_in_a_new_order(tmp_path: Path) -> None:
+def test_coco_boxes_without_scores_are_shuffled(tmp_path: Path) -> None:
     annotations = [{"image_id": 4, "bbox": [i, 0, 5, 5], "iscrowd": int(i == 7)} for i in range(20)]
     method = from_file(write_json(tmp_path / "boxes.json", {**COCO, "annotations": annotations}))
     orders = [method(IMAGE, SampleRNG(seed), "a/x.jpg")[:, 0].tolist() for seed in (0, 1, 0)]
@@ -461,7 +460,7 @@ def test_bad_coco_files(tmp_path: Path, content: object, message: str) -> None:
 
 
 def test_published_caches(tmp_path: Path) -> None:
-    """DETReg: an array by base name. Siamese DETR: a pickled dictionary by relative path, best first."""
+    """DETReg: an array under the base name. Siamese DETR: a pickled dict under the relative path, best first."""
     detreg, siamese = tmp_path / "detreg", tmp_path / "siamese"
     (siamese / "n01").mkdir(parents=True)
     detreg.mkdir()
@@ -480,7 +479,7 @@ def test_published_caches(tmp_path: Path) -> None:
 
 
 def test_caches_of_older_numpy(tmp_path: Path) -> None:
-    """Their pickles name the module by its old name, and have an older protocol."""
+    """Their pickles have the old name of the module, and an older protocol."""
     boxes = np.array([[1, 2, 30, 40], [5, 6, 20, 20]])
     content = np.array(
         {"box": boxes, "score": np.array([0.9, 0.5], dtype=np.float32)}, dtype=object
@@ -493,7 +492,7 @@ def test_caches_of_older_numpy(tmp_path: Path) -> None:
     assert from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg").tolist() == boxes.tolist()
 
 
-def test_equal_base_names_in_a_flat_cache_are_refused(tmp_path: Path) -> None:
+def test_equal_base_names_in_a_flat_folder_are_rejected(tmp_path: Path) -> None:
     for folder in ("images/a", "images/b"):
         write_images(tmp_path / folder, 1)
     (tmp_path / "cache").mkdir()
@@ -507,19 +506,19 @@ def test_equal_base_names_in_a_flat_cache_are_refused(tmp_path: Path) -> None:
         )
 
 
-class Runs:
+class RunsCode:
     def __reduce__(self):
         return os.mkdir, ("it_ran",)
 
 
 def test_npy_files_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    np.save("pic.npy", {"box": Runs()})
-    with pytest.raises(UserError, match=r"pic\.npy can't be read \(it holds a posix.mkdir"):
+    np.save("pic.npy", {"box": RunsCode()})
+    with pytest.raises(UserError, match=r"pic\.npy can't be read \(it contains a posix.mkdir"):
         from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg")
     assert not Path("it_ran").exists()
     np.save("pic.npy", np.zeros((3, 7)))
-    with pytest.raises(UserError, match=r"holds float64 \[3, 7\]: expected boxes"):
+    with pytest.raises(UserError, match=r"has float64 \[3, 7\]; expected boxes"):
         from_file(tmp_path)(IMAGE, SampleRNG(0), "pic.jpg")
     np.save("pic.npy", {"box": np.zeros((3, 4)), "score": np.zeros(2)})
     with pytest.raises(UserError, match="3 boxes and 2 scores"):
@@ -540,13 +539,13 @@ def test_npz_archive(tmp_path: Path) -> None:
     assert method(IMAGE, SampleRNG(0), "a/x.jpg").tolist() == [[1, 1, 9, 9], [0, 0, 5, 5]]
     assert len(method(IMAGE, SampleRNG(0), "b/x.jpg")) == 0
     with pytest.raises(UserError, match="has no array x.jpg"):
-        pickle.loads(pickle.dumps(method))(IMAGE, SampleRNG(0), "x.jpg")  # noqa: S301 - as loader processes receive it
+        pickle.loads(pickle.dumps(method))(IMAGE, SampleRNG(0), "x.jpg")  # noqa: S301 - as dataloader workers receive it
     (tmp_path / "bad.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="no .npz file"):
         from_file(tmp_path / "bad.npz")
 
 
-def test_damaged_and_odd_files_are_one_line(tmp_path: Path) -> None:
+def test_damaged_and_invalid_files_give_one_line_errors(tmp_path: Path) -> None:
     archive, boxes = tmp_path / "boxes.npz", np.array([[1, 1, 5, 5.0]])
     np.savez(archive, **{"a.jpg": boxes, "b.jpg": np.array({"box": boxes}, dtype=object)})
     data = bytearray(archive.read_bytes())
@@ -554,29 +553,29 @@ def test_damaged_and_odd_files_are_one_line(tmp_path: Path) -> None:
     archive.write_bytes(data)
     np.save(tmp_path / "a.npy", {"box": [[1, 2, 3, 4], [1, 2]]})
     np.save(tmp_path / "b.npy", {"box": boxes, "score": ["high"]})
-    (tmp_path / "c.npy").write_bytes(
-        (tmp_path / "a.npy").read_bytes()[:128] + b"\x80\x04R."
-    )  # a pickle that ends in an IndexError
-    for path, name, said in (
+    # A pickle that ends in an IndexError.
+    header = (tmp_path / "a.npy").read_bytes()[:128]
+    (tmp_path / "c.npy").write_bytes(header + b"\x80\x04R.")
+    for path, name, message in (
         (archive, "a.jpg", "array a.jpg can't be read .Bad CRC"),
         (archive, "b.jpg", "array b.jpg can't be read .Obj"),
-        (tmp_path, "a.jpg", "a.npy holds rows of different"),
-        (tmp_path, "b.jpg", "b.npy holds .* 1 scores, <U4"),
+        (tmp_path, "a.jpg", "a.npy has rows of different"),
+        (tmp_path, "b.jpg", "b.npy has .* 1 scores .<U4"),
         (tmp_path, "c.jpg", "c.npy can't be read"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             from_file(path)(IMAGE, SampleRNG(0), name)
 
 
-def test_files_that_are_not_there_or_of_no_known_form(tmp_path: Path) -> None:
+def test_missing_files_and_unknown_formats(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         from_file(tmp_path / "none.json")
     (tmp_path / "boxes.txt").write_text("1 2 3 4")
-    with pytest.raises(UserError, match=r"\.txt is not read: give a COCO file"):
+    with pytest.raises(UserError, match=r"unsupported format \.txt; give a COCO file"):
         from_file(tmp_path / "boxes.txt")
 
 
-def test_missing_images_are_found_at_the_start(tmp_path: Path) -> None:
+def test_missing_images_are_an_error_at_the_start(tmp_path: Path) -> None:
     images = ImageFolder(str(write_images(tmp_path / "images", 3)))
     content = {"images": [{"id": 1, "file_name": "000.png"}], "annotations": []}
     path = write_json(tmp_path / "boxes.json", content)
