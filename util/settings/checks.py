@@ -69,7 +69,7 @@ def check_numbers(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and value < MIN_IMAGE_SIZE:
             raise UserError(
-                f"--{name} {value} is less than one cell of the backbone's feature map: use {MIN_IMAGE_SIZE} or more"
+                f"--{name} {value}: less than one cell of the backbone's feature map; use {MIN_IMAGE_SIZE} or more"
             )
 
 

@@ -74,6 +74,7 @@ class DatasetEntry:
     defaults: dict[str, object] = field(default_factory=dict)
 
 
+# Defaults of detectors and pretexts are those of the published codebases.
 DETECTORS: dict[str, DetectorEntry] = {
     "detr": DetectorEntry("models.detr:build", state_dict_marker=".multihead_attn."),
     "conditional_detr": DetectorEntry(
@@ -130,6 +131,7 @@ PRETEXTS: dict[str, PretextEntry] = {
             "lr_drop": 40,
             "save_every": 20,
             "image_size": 480,
+            # The head is softmax over 2 classes and "no object" with every detector, as in Siamese DETR's code.
             "num_classes": 2,
             "classification": "softmax",
             "set_cost_class": 1.0,
@@ -177,6 +179,7 @@ PRETEXTS: dict[str, PretextEntry] = {
             "lr_drop": 40,
             "save_every": 20,
             "image_size": 480,
+            # The head is softmax over 2 classes and "no object" with every detector, as in Siamese DETR's code.
             "num_classes": 2,
             "classification": "softmax",
             "set_cost_class": 1.0,

@@ -1,5 +1,5 @@
-"""A detector, a pretext, a data set, a proposal method and a backbone from outside the tree: one file and one line
-each, then a run.
+"""Extensions from outside the tree: a detector, pretext, dataset, proposal method and backbone of one file and one
+registry entry each, trained.
 """
 
 import textwrap
@@ -17,7 +17,7 @@ from tests.tiny import (
     write_images,
 )
 from util.errors import UserError
-from util.settings import registry
+from util.settings import FINETUNE, make_parser, registry, resolve
 from util.settings.registry import DatasetEntry, DetectorEntry, PretextEntry
 
 FILES = {
@@ -37,7 +37,7 @@ FILES = {
             return HalfDETR(backbone, transformer, classification, **detector_kwargs(args))
     ''',
     "toy_pretext": '''
-        """Finds the same boxes without being shown the patches."""
+        """Random query patch detection without the patches."""
         from torch import nn
 
         from models.classification import Classification, matching_costs
@@ -70,7 +70,7 @@ FILES = {
                 return self.detector.predict(self.detector.decode(memory, queries))
     ''',
     "toy_data": '''
-        """COCO's validation images as training images too."""
+        """COCO's validation images, for training, too."""
         from datasets.labelled.coco import build_coco
 
 
@@ -78,7 +78,7 @@ FILES = {
             return build_coco("val", args, classes)
     ''',
     "toy_proposals": '''
-        """The left half of the image, as often as boxes are wanted."""
+        """The left half of the image, repeated as often as there are patches."""
         import torch
 
 
@@ -111,14 +111,15 @@ FILES = {
 
 
         def build(name, norm, dilation, stages):
-            return Body(OneConvolution(), strides=[32], num_channels=[24], mean=(0.5,) * 3, std=(0.5,) * 3, early_names=set())
+            normalization = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+            return Body(OneConvolution(), strides=[32], num_channels=[24], **normalization, early_names=set())
     ''',
 }
 
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One file each in a folder that Python finds, one line each in the registry."""
+    """Put the files into a folder on Python's path, and an entry each into the registries."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     for name, text in FILES.items():
@@ -141,83 +142,35 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.BACKBONES, "one_convolution", "toy_backbone:build")
 
 
-def test_toys_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) -> None:
+def test_extensions_of_every_kind_pre_train_and_fine_tune(toys: None, tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(
-        "--detector",
-        "toy",
-        "--pretext",
-        "blind",
-        "--proposals",
-        "left_half",
-        "--backbone",
-        "one_convolution",
-        "--imagenet_path",
-        images,
-        "--output_dir",
-        tmp_path / "a",
-    )
+    model = ("--detector", "toy", "--backbone", "one_convolution")
+    task = ("--pretext", "blind", "--proposals", "left_half")
+    pre_train(*model, *task, "--imagenet_path", images, "--output_dir", tmp_path / "a")
     assert len(read_log(tmp_path / "a")) == 3  # the pretext's own default
     first = read_checkpoint(tmp_path / "a" / "checkpoint.pth")
     assert {"blind_shift.bias", "backbone.0.body.convolution.weight"} <= set(first["model"])
     assert first["args"]["proposals"] == "left_half"
 
-    fine_tune(
-        "--detector",
-        "toy",
-        "--backbone",
-        "one_convolution",
-        "--dataset_file",
-        "validation_twice",
-        "--coco_path",
-        coco,
-        "--pretrain",
-        tmp_path / "a" / "checkpoint.pth",
-        "--output_dir",
-        tmp_path / "b",
-        "--epochs",
-        "1",
-        "--lr_backbone",
-        "1e-4",
-    )
+    data = ("--dataset_file", "validation_twice", "--coco_path", coco)
+    start = ("--pretrain", tmp_path / "a" / "checkpoint.pth", "--output_dir", tmp_path / "b")
+    fine_tune(*model, *data, *start, "--epochs", "1", "--lr_backbone", "1e-4")
     second = read_checkpoint(tmp_path / "b" / "checkpoint.pth")
     assert "blind_shift.bias" not in second["model"]
     assert second["args"]["num_queries"] == 20, "the flag wins over the detector's default"
 
     with captured_log() as lines:
-        pre_train(
-            "--pretext",
-            "random_query_patch",
-            "--dataset_file",
-            "validation_twice",
-            "--coco_path",
-            coco,
-            "--dry_run",
-        )
+        pre_train("--pretext", "random_query_patch", *data, "--dry_run")
     assert any(
         "3 images of --dataset_file validation_twice, without their labels" in line
         for line in lines
     )
     with captured_log() as lines:
-        fine_tune(
-            "--eval",
-            "--resume",
-            tmp_path / "b" / "checkpoint.pth",
-            "--coco_path",
-            coco,
-            "--dataset_file",
-            "validation_twice",
-            "--detector",
-            "toy",
-            "--backbone",
-            "one_convolution",
-        )
+        fine_tune("--eval", "--resume", tmp_path / "b" / "checkpoint.pth", *data, *model)
     assert any("evaluating on 3 images" in line for line in lines)
 
 
-def test_the_defaults_of_a_new_detector_hold_where_no_flag_is_given(toys: None) -> None:
-    from util.settings import FINETUNE, make_parser, resolve
-
+def test_defaults_of_a_new_detector_apply(toys: None) -> None:
     assert resolve(make_parser(FINETUNE).parse_args(["--detector", "toy"])).num_queries == 8
 
 

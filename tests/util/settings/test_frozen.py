@@ -1,4 +1,4 @@
-"""Settings that rest: from the command line, from Python, and what happens when somebody tries to change them."""
+"""Immutable settings: from the command line, from Python, and what happens on an attempt to change them."""
 
 import ast
 import copy
@@ -14,17 +14,11 @@ from util.settings import FINETUNE, PRETRAIN, Settings, flags_of, make_parser, r
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_settings_from_python_are_those_of_the_command_line() -> None:
+def test_settings_from_python_equal_those_of_the_command_line() -> None:
     words = [
-        "--detector",
-        "conditional_detr",
-        "--num_queries",
-        "50",
-        "--no_aux_loss",
-        "--lr_drop_epochs",
-        "3",
-        "4",
-    ]
+        "--detector", "conditional_detr", "--num_queries", "50",
+        "--no_aux_loss", "--lr_drop_epochs", "3", "4",
+    ]  # fmt: skip
     parsed = resolve(make_parser(FINETUNE).parse_args(words))
     made = settings(
         detector="conditional_detr", num_queries=50, aux_loss=False, lr_drop_epochs=[3, 4]
@@ -40,7 +34,7 @@ def test_the_script_follows_from_the_flags() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"num_querys": 5}, "num_querys is no flag of .*; did you mean num_queries?"),
         ({"num_queries": 0}, "num_queries=0: must be above 0"),
@@ -51,14 +45,14 @@ def test_the_script_follows_from_the_flags() -> None:
         ({"classification": "softmax", "num_patches": 5}, "classification is no flag of main.py"),
     ],
 )
-def test_wrong_values_are_told_from_python_too(flags: dict, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_values_from_python_are_rejected(flags: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         settings(**flags)
 
 
-def test_nobody_changes_settings() -> None:
+def test_settings_are_immutable() -> None:
     made = settings(num_queries=50)
-    with pytest.raises(AttributeError, match="settings do not change: num_queries"):
+    with pytest.raises(AttributeError, match="settings do not change: can't set num_queries"):
         made.num_queries = 60
     with pytest.raises(AttributeError):
         del made.num_queries
@@ -73,7 +67,7 @@ def test_nobody_changes_settings() -> None:
         made.num_querys  # noqa: B018 - reading it is the test
 
 
-def test_each_value_has_an_origin() -> None:
+def test_every_value_has_an_origin() -> None:
     parsed = make_parser(PRETRAIN).parse_args(["--detector", "deformable_detr", "--seed", "7"])
     made = resolve(parsed, adopted={"seed": 3, "num_queries": 60, "nheads": 4})
     expected = {
@@ -92,7 +86,8 @@ def test_each_value_has_an_origin() -> None:
     assert not made.was_given("image_size")
 
 
-def test_settings_travel_to_dataloader_workers() -> None:
+def test_settings_can_be_pickled_and_copied() -> None:
+    """Dataloader workers get them by pickle."""
     made = settings(num_queries=50, voc_train=["2007_trainval"], dataset_file="voc", voc_path="x")
     for other in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), copy.copy(made)):  # noqa: S301 - our own
         assert isinstance(other, Settings)
@@ -100,7 +95,7 @@ def test_settings_travel_to_dataloader_workers() -> None:
         assert other.origins == made.origins
 
 
-def test_a_list_of_one_run_is_not_that_of_the_next() -> None:
+def test_runs_do_not_share_default_lists() -> None:
     settings().lr_backbone_names.append("changed")
     assert settings().lr_backbone_names == ["backbone"]
 
@@ -112,7 +107,7 @@ def test_unknown_names_of_a_namespace_are_ignored() -> None:
 
 
 def assigned(path: Path) -> list[str]:
-    """`settings.NAME = ...`, `args.NAME = ...`, `setattr(settings, ...)` and `vars(settings)[...]` in a file."""
+    """Find `settings.NAME = ...`, `args.NAME = ...`, `setattr(settings, ...)` and `vars(settings)` in a file."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
@@ -125,29 +120,29 @@ def assigned(path: Path) -> list[str]:
     return found
 
 
-def test_settings_are_assigned_nowhere_outside_their_room() -> None:
+def test_only_the_settings_package_assigns_settings() -> None:
     folders = [ROOT / name for name in ("util", "models", "datasets", "tools")]
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
-    room = ROOT / "util" / "settings"
-    wrong = [line for path in files if room not in path.parents for line in assigned(path)]
+    package = ROOT / "util" / "settings"
+    wrong = [line for path in files if package not in path.parents for line in assigned(path)]
     assert not wrong
 
 
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
-def test_names_of_flags_are_different(script: str) -> None:
-    parser = make_parser(script)  # argparse itself refuses a spelling that two flags have
+def test_spellings_are_unique(script: str) -> None:
+    parser = make_parser(script)  # argparse rejects a spelling that two flags have
     assert parser.spellings >= {
         flag.off_switch or f"--{name}" for name, flag in flags_of(script).items()
     }
 
 
-def test_a_list_of_settings_is_a_copy() -> None:
+def test_lists_are_returned_as_copies() -> None:
     made = settings(lr_drop_epochs=[3, 4])
     made.lr_drop_epochs.append(5)
     made.as_dict()["lr_drop_epochs"].append(6)
     assert made.lr_drop_epochs == [3, 4]
 
 
-def test_a_value_that_the_command_line_refuses_is_refused_from_a_mapping_too() -> None:
+def test_invalid_choices_from_a_mapping_are_rejected() -> None:
     with pytest.raises(UserError, match="--amp fp16 is unknown: choose one of no, bf16"):
         resolve({"amp": "fp16"})
