@@ -1,4 +1,4 @@
-"""Two processes on CPUs (gloo): they equal one with twice the batch, and both ways to launch them work."""
+"""Two processes on CPUs (gloo) equal one with twice the batch size, and both launchers work."""
 
 import json
 import math
@@ -41,8 +41,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
 
 
 def of_both(results: dict[str, list], name: str) -> list[dict]:
+    """Return the results of rank 0 and rank 1."""
     for rank, result in enumerate(results[name]):
-        assert isinstance(result, dict), f"process {rank}: {result}"
+        assert isinstance(result, dict), f"rank {rank}: {result}"  # a traceback
     return results[name]
 
 
@@ -69,7 +70,7 @@ def assert_close_weights(
         "teacher",
     ],
 )
-def test_two_processes_equal_one_with_twice_the_batch(
+def test_two_processes_equal_one_with_twice_the_batch_size(
     name: str, results: dict[str, list], tmp_path: Path
 ) -> None:
     first, second = of_both(results, name)
@@ -78,17 +79,14 @@ def test_two_processes_equal_one_with_twice_the_batch(
     assert_close_weights(first["weights"], single["weights"], rtol=1e-7, atol=1e-9)
     for key in single["log"]:
         if "cardinality" not in key:
-            assert (
-                first["log"][key]
-                == second["log"][key]
-                == pytest.approx(single["log"][key], rel=1e-5)
-            ), key
+            assert first["log"][key] == second["log"][key], key
+            assert first["log"][key] == pytest.approx(single["log"][key], rel=1e-5), key
 
 
-def test_batch_norm_of_unequal_shares_is_that_of_all_rows(
+def test_synced_batch_norm_equals_batch_norm_over_all_rows(
     results: dict[str, list], tmp_path: Path
 ) -> None:
-    """Outputs, gradients and running statistics are PyTorch's in one process with all rows."""
+    """Also with unequal numbers of rows: outputs, gradients and running statistics."""
     first, second = of_both(results, "uneven_batch_norm")
     single = two_processes.uneven_batch_norm(tmp_path)
     torch.testing.assert_close(torch.cat([first["rows"], second["rows"]]), single["rows"])
@@ -97,7 +95,7 @@ def test_batch_norm_of_unequal_shares_is_that_of_all_rows(
         assert_close_weights(result["state"], single["state"], rtol=1e-9, atol=1e-9)
 
 
-def test_processes_evaluate_with_the_statistics_of_the_first(results: dict[str, list]) -> None:
+def test_ranks_evaluate_with_the_statistics_of_rank_0(results: dict[str, list]) -> None:
     first, second = of_both(results, "statistics_in_an_evaluation")
     assert not torch.equal(first["before"], second["before"])
     assert torch.equal(first["after"], first["before"])
@@ -105,7 +103,7 @@ def test_processes_evaluate_with_the_statistics_of_the_first(results: dict[str, 
 
 
 def test_training_changed_the_weights(results: dict[str, list]) -> None:
-    """Equality above would mean little for a run that stands still."""
+    """Without this, the equality above would mean little."""
     two, three = (
         of_both(results, name)[0]["weights"] for name in ("softmax_with_equal_counts", "pretext")
     )
@@ -119,10 +117,8 @@ def test_training_changed_the_weights(results: dict[str, list]) -> None:
 
 
 @pytest.mark.parametrize("name", ["softmax_with_equal_counts", "pretext"])
-def test_processes_see_disjoint_samples(
-    name: str, results: dict[str, list], tmp_path: Path
-) -> None:
-    """In each step the images of one process with twice the batch, divided between the two."""
+def test_ranks_see_disjoint_samples(name: str, results: dict[str, list], tmp_path: Path) -> None:
+    """In each step they split the images of one process with twice the batch size."""
     first, second = (result["seen"] for result in of_both(results, name))
     single = two_processes.SCENARIOS[name](tmp_path)["seen"]
     assert len(first) == len(second) == len(single) == 3
@@ -132,7 +128,7 @@ def test_processes_see_disjoint_samples(
     assert sorted(sum(first + second, [])) == [100 + i for i in range(two_processes.IMAGES)]
 
 
-def test_a_process_without_targets_does_not_stop_the_other(
+def test_a_rank_without_targets_does_not_stop_the_other(
     results: dict[str, list], tmp_path: Path
 ) -> None:
     first, second = of_both(results, "one_process_without_targets")
@@ -140,13 +136,13 @@ def test_a_process_without_targets_does_not_stop_the_other(
     for case, expected in single.items():
         assert_same(first[case]["weights"], second[case]["weights"])
         assert all(math.isfinite(value) for value in first[case]["values"].values())
-        if case == "conditional_detr 3":  # focal losses are normalised over all processes
+        if case == "conditional_detr 3":  # focal losses are normalized over all ranks
             assert first[case]["values"]["loss"] == pytest.approx(
                 expected["values"]["loss"], rel=1e-4
             )
 
 
-def test_a_loss_that_is_not_finite_stops_both_before_the_step(results: dict[str, list]) -> None:
+def test_a_non_finite_loss_stops_both_ranks_before_the_step(results: dict[str, list]) -> None:
     first, second = of_both(results, "not_finite_on_one_process")
     assert first["same"]
     assert second["same"]
@@ -154,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_both_before_the_step(results: dict[str,
     assert "[102, 103]" in second["message"]
 
 
-def test_evaluation_counts_every_image_once(results: dict[str, list], tmp_path: Path) -> None:
+def test_evaluation_uses_every_image_once(results: dict[str, list], tmp_path: Path) -> None:
     first, second = of_both(results, "evaluation")
     single = two_processes.evaluation(tmp_path)
     assert 0.3 < single["stats"][0] < 0.95
@@ -166,8 +162,8 @@ def test_evaluation_counts_every_image_once(results: dict[str, list], tmp_path: 
     assert not set(first["examples"]) & set(second["examples"])
 
 
-def test_one_process_looks_for_images(results: dict[str, list]) -> None:
-    """The others get what it found, or the reason why it found nothing."""
+def test_only_rank_0_lists_images(results: dict[str, list]) -> None:
+    """The other ranks get its list, or its error."""
     first, second = of_both(results, "one_looks_for_images")
     assert (len(first["looked"]), second["looked"]) == (1, [])
     assert len(first["paths"]) == 3
@@ -176,29 +172,21 @@ def test_one_process_looks_for_images(results: dict[str, list]) -> None:
     assert "nowhere does not exist" in first["refused"]
 
 
-def test_two_processes_stop_together_and_resume_exactly(results: dict[str, list]) -> None:
+def test_two_processes_stop_together_and_resume_bit_exactly(results: dict[str, list]) -> None:
     first, second = of_both(results, "stop_and_resume")
     for result in (first, second):
         assert "epoch 1, after batch 2 of 3" in result["message"]
         assert result["steps"] == 2
         assert result["states"] == 2
-        assert result["states_differ"]  # dropout differs between processes
+        assert result["states_differ"]  # dropout differs between ranks
         assert_same(result["resumed"], result["whole"])
     assert_same(first["whole"], second["whole"])
 
 
-def launched(module: list[str], script: str, flags: list[object]) -> str:
-    command = [
-        sys.executable,
-        "-m",
-        *module,
-        "--nproc_per_node",
-        2,
-        "--master_port",
-        two_processes.free_port(),
-        script,
-        *flags,
-    ]
+def run_launcher(module: list[str], script: str, flags: list[object]) -> str:
+    """Run a script in two processes and return its output."""
+    launcher = [sys.executable, "-m", *module, "--nproc_per_node", 2]
+    command = [*launcher, "--master_port", two_processes.free_port(), script, *flags]
     done = subprocess.run(
         [str(word) for word in command],
         cwd=ROOT,
@@ -212,79 +200,47 @@ def launched(module: list[str], script: str, flags: list[object]) -> str:
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    """Live batch norm, padding, an odd number of images to evaluate: the whole script with two processes."""
+    """The whole script with two processes: live batch norm, padding, an odd number of validation images."""
     coco, run = write_coco(tmp_path / "coco", train=4), tmp_path / "run"
-    text = launched(
-        ["torch.distributed.run"],
-        "finetune_main.py",
-        [
-            *RUN_FLAGS,
-            "--lr_backbone",
-            "0",
-            "--coco_path",
-            coco,
-            "--output_dir",
-            run,
-            "--epochs",
-            1,
-            "--batch_size",
-            1,
-        ],
-    )
-    assert text.count("distributed: 2 processes, gloo") == 1  # only the first process speaks
+    training = ["--lr_backbone", "0", "--epochs", 1, "--batch_size", 1]
+    flags = [*RUN_FLAGS, *training, "--coco_path", coco, "--output_dir", run]
+    text = run_launcher(["torch.distributed.run"], "finetune_main.py", flags)
+    assert text.count("distributed: 2 processes, gloo") == 1  # only rank 0 logs
     assert text.count("4 training and 3 validation images") == 1
     assert "epoch 1/1: 2/2 [" in text
     assert len(read_log(run)) == 1
     checkpoint = read_checkpoint(run / "checkpoint.pth")
     assert checkpoint["world_size"] == len(checkpoint["random_states"]) == 2
     assert not any(key.startswith("module.") for key in checkpoint["model"])
-    assert {row["image_id"] for row in json.loads((run / "results.json").read_text())} == {
-        501,
-        502,
-        503,
-    }
+    results = json.loads((run / "results.json").read_text())
+    assert {row["image_id"] for row in results} == {501, 502, 503}
 
 
 def test_torch_distributed_launch(tmp_path: Path) -> None:
     """The launcher of the published commands."""
-    images, run = write_images(tmp_path / "photographs", count=4), tmp_path / "run"
-    text = launched(
-        ["torch.distributed.launch", "--use_env"],
-        "main.py",
-        [
-            *RUN_FLAGS,
-            *PRETEXT_FLAGS,
-            *FROZEN,
-            "--imagenet_path",
-            images,
-            "--output_dir",
-            run,
-            "--epochs",
-            1,
-            "--feature_recon",
-        ],
-    )
+    images, run = write_images(tmp_path / "images", count=4), tmp_path / "run"
+    training = [*FROZEN, "--epochs", 1, "--feature_recon"]
+    flags = [*RUN_FLAGS, *PRETEXT_FLAGS, *training, "--imagenet_path", images, "--output_dir", run]
+    text = run_launcher(["torch.distributed.launch", "--use_env"], "main.py", flags)
     assert "epoch 1/1: 1/1 [" in text
     assert read_checkpoint(run / "checkpoint.pth")["world_size"] == 2
 
 
-def test_a_single_process_needs_no_group() -> None:
+def test_a_single_process_needs_no_process_group() -> None:
     assert (get_rank(), get_world_size(), is_main_process()) == (0, 1, True)
     assert all_gather_object({"a": 1}) == [{"a": 1}]
     assert all_reduce_sum(torch.tensor([2.0])).item() == 2.0
 
 
-def test_starting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One process, also inside a SLURM allocation with one task, stays without a group; several tasks need an
-    address.
-    """
+def test_a_process_started_alone_joins_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within SLURM, unless srun starts several tasks. Those need an address."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     assert init_distributed("cpu") == torch.device("cpu")
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv(
         "SLURM_NTASKS", "4"
-    )  # the shell of a batch job, which srun starts no task in
+    )  # set in a batch job's shell, too, which is no srun task
     assert init_distributed("cpu") == torch.device("cpu")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert init_distributed("cpu") == torch.device("cpu")
@@ -293,30 +249,24 @@ def test_starting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         init_distributed("cpu")
 
 
-def test_a_task_of_slurm_with_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It sees that one alone, whatever its number on the node."""
-    for number, tasks_gpu in ((1, "0"), (4, "3")):
+def test_a_slurm_task_that_sees_one_gpu_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its number on the node."""
+    for num_visible, local_rank in ((1, "0"), (4, "3")):
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             monkeypatch.setenv(name, "")
             monkeypatch.delenv(name)
-        for name, value in (
-            ("SLURM_PROCID", 3),
-            ("SLURM_LOCALID", 3),
-            ("SLURM_STEP_NUM_TASKS", 4),
-            ("MASTER_ADDR", "localhost"),
-        ):
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(torch.cuda, "device_count", lambda number=number: number)
+        monkeypatch.setenv("SLURM_PROCID", "3")
+        monkeypatch.setenv("SLURM_LOCALID", "3")
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=num_visible: count)
         distributed._slurm_environment()
-        assert (os.environ["LOCAL_RANK"], os.environ["RANK"], os.environ["WORLD_SIZE"]) == (
-            tasks_gpu,
-            "3",
-            "4",
-        )
+        found = [os.environ[name] for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE")]
+        assert found == [local_rank, "3", "4"]
 
 
-def test_a_gpu_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams and events, which losses are read by, belong to the current GPU."""
+def test_a_gpu_given_by_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are read with streams and events, which belong to the current GPU."""
     chosen = []
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -329,6 +279,6 @@ def test_a_gpu_by_its_number_is_the_current_one(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     with pytest.raises(UserError, match="--device cpu"):
         init_distributed("cuda")

@@ -1,4 +1,4 @@
-"""The house rules that code can check: which way imports point, and who knows whose name."""
+"""House rules that code can check: the direction of imports, and which module may know which names."""
 
 import ast
 from pathlib import Path
@@ -9,6 +9,7 @@ from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, imp
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"main", "finetune_main", "hubconf"}
+# Modules import only from lower layers.
 LAYERS = {
     "predetr": 0,
     "util": 0,
@@ -19,17 +20,9 @@ LAYERS = {
     **dict.fromkeys(SCRIPTS, 4),
     "tools": 4,
 }
+PACKAGES = ("predetr", "util", "models", "datasets", "tools")
 FILES = sorted(
-    path
-    for pattern in (
-        "*.py",
-        "predetr/*.py",
-        "util/**/*.py",
-        "models/**/*.py",
-        "datasets/**/*.py",
-        "tools/**/*.py",
-    )
-    for path in ROOT.glob(pattern)
+    [*ROOT.glob("*.py"), *(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))]
 )
 
 
@@ -38,26 +31,20 @@ def module_name(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of all modules that a file imports anywhere, relative imports resolved, `from a import b` as `a` and
-    `a.b`.
-    """
+    """Return the full names of all modules that a file imports; `from a import b` gives `a` and `a.b`."""
     package = path.relative_to(ROOT).parent.parts
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(
-                [
-                    *(package[: len(package) - node.level + 1] if node.level else ()),
-                    *([node.module] if node.module else []),
-                ]
-            )
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
             names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return names
 
 
-def test_the_tree_is_what_the_rules_are_about() -> None:
+def test_the_modules_are_found() -> None:
     names = {module_name(path) for path in FILES}
     assert {
         "main",
@@ -72,8 +59,9 @@ def test_the_tree_is_what_the_rules_are_about() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_imports_point_one_way(path: Path) -> None:
-    """Scripts, tools -> trainer, evaluation, predictor -> engine -> models, datasets -> util; models and datasets never
-    import each other.
+    """Scripts, tools -> trainer, evaluation, predictor -> engine -> models, datasets -> util.
+
+    `models` and `datasets` never import each other.
     """
     top = module_name(path).split(".")[0]
     assert top in LAYERS, f"{path} belongs to no layer"
@@ -92,8 +80,8 @@ def test_detectors_do_not_know_pretexts() -> None:
             assert not any(name.startswith("models.pretext") for name in imported(path)), path.name
 
 
-def test_pretexts_know_only_the_contract_of_a_detector() -> None:
-    """Every pretext works on every detector because it sees none of them."""
+def test_pretexts_know_only_the_interface_of_a_detector() -> None:
+    """Every pretext works on every detector, because it depends on none of them."""
     builders = {entry.builder.split(":")[0] for entry in DETECTORS.values()}
     assert builders
     for path in (ROOT / "models" / "pretext").glob("*.py"):
@@ -101,7 +89,7 @@ def test_pretexts_know_only_the_contract_of_a_detector() -> None:
 
 
 def strings(path: Path) -> set[str]:
-    """Text constants of a file, without docstrings."""
+    """Return the string constants of a file, without docstrings."""
     tree = ast.parse(path.read_text())
     holders = [
         node
@@ -134,15 +122,15 @@ def test_engine_never_looks_at_names() -> None:
     assert not attributes & {"detector", "pretext", "dataset_file", "proposals", "classification"}
 
 
-def test_every_line_of_the_registries_leads_to_its_builder() -> None:
-    places = [
+def test_every_registry_entry_can_be_imported() -> None:
+    paths = [
         *PROPOSALS.values(),
         *(entry.builder for entry in (*DETECTORS.values(), *DATASETS.values())),
     ]
-    places += [entry.images for entry in DATASETS.values() if entry.images]
-    places += [place for entry in PRETEXTS.values() for place in (entry.pretext, entry.dataset)]
-    for place in places:
-        assert callable(import_object(place)), place
+    paths += [entry.images for entry in DATASETS.values() if entry.images]
+    paths += [path for entry in PRETEXTS.values() for path in (entry.pretext, entry.dataset)]
+    for path in paths:
+        assert callable(import_object(path)), path
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -156,7 +144,7 @@ def test_library_code_does_not_exit_or_print(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_every_load_is_of_weights_only(path: Path) -> None:
+def test_every_torch_load_has_weights_only(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in (
             "torch.load",

@@ -1,8 +1,7 @@
-"""What the tests of distributed training run in each of two processes, and once more in a single one to compare.
+"""Scenarios of distributed training, run in two processes and again in a single one to compare.
 
-Each scenario takes the folder for files and returns plain values and tensors. `launch` starts the processes and gives
-the results of
-both: {scenario: [of process 0, of process 1]}.
+Each scenario takes a folder for files and returns plain values and tensors. `launch` starts the processes and returns
+{scenario: [result of rank 0, result of rank 1]}.
 """
 
 import math
@@ -50,22 +49,24 @@ from util.runs.meters import NonFiniteLoss
 from util.runs.session import seed_everything
 from util.settings import FINETUNE, PRETRAIN, Settings
 
-WORLD = 2
+WORLD_SIZE = 2
 NORMALIZATION = {"mean": [0.5] * 3, "std": [0.25] * 3}
-IMAGES, SIDE = 12, 64
+IMAGES, SIDE = 12, 64  # number of images, and their side in pixels
+
+
+def to_uint8(normalized: Tensor) -> Tensor:
+    """Turn random normal values into pixels around 128."""
+    return (normalized * 40 + 128).clamp(0, 255).to(torch.uint8)
 
 
 class Scenes(SampleDataset):
-    """Random images of one size; image i has `counts[i]` objects, or as many patches for a pretext."""
+    """Random images of one size. Image i has `counts[i]` objects, or for a pretext `patches` of them."""
 
     def __init__(self, counts: list[int], patches: int = 0) -> None:
         super().__init__(seed=0)
         self.targets = make_targets(counts, patches=patches)
-        self.images = (
-            (make_batch([(SIDE, SIDE)] * len(counts)).tensors * 40 + 128)
-            .clamp(0, 255)
-            .to(torch.uint8)
-        )
+        images = make_batch([(SIDE, SIDE)] * len(counts)).tensors
+        self.images = to_uint8(images)  # [IMAGES, 3, SIDE, SIDE]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -76,33 +77,32 @@ class Scenes(SampleDataset):
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
         target = dict(self.targets[index])
         if "patches" in target:
-            target["patches"] = (target["patches"] * 40 + 128).clamp(0, 255).to(torch.uint8)
+            target["patches"] = to_uint8(target["patches"])
         size = torch.tensor([SIDE, SIDE])
         return self.images[index], {**target, "size": size, "orig_size": size}
 
 
 class Pairs(Scenes):
-    """Two random views of each image, with as many regions."""
+    """Two views of each image, the second one flipped, with the same regions in reverse order."""
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
         image, target = super().load(index, rng)
-        target["boxes"] = torch.stack([target["boxes"], target["boxes"].flip(0)])
-        return torch.stack([image, image.flip(1)]), {
-            name: x if name == "boxes" else torch.stack([x, x]) for name, x in target.items()
-        }
+        boxes = torch.stack([target["boxes"], target["boxes"].flip(0)])  # [2, N, 4]
+        views = {name: torch.stack([value, value]) for name, value in target.items()}
+        return torch.stack([image, image.flip(1)]), {**views, "boxes": boxes}
 
 
 def in_float64(original: Callable) -> Callable:
-    """Batches in float64, so that rounding is all that may differ between one process and two."""
+    """Convert batches to float64, so that one process and two differ by no more than rounding."""
 
     def to_device(*args, **normalization) -> tuple[NestedTensor, PackedTargets]:
         samples, targets = original(*args, **normalization)
-        double = {
-            name: x.double() if x.is_floating_point() else x for name, x in targets.tensors.items()
+        tensors = {
+            name: value.double() if value.is_floating_point() else value
+            for name, value in targets.tensors.items()
         }
-        return NestedTensor(samples.tensors.double(), samples.mask, samples.padded), replace(
-            targets, tensors=double
-        )
+        images = NestedTensor(samples.tensors.double(), samples.mask, samples.padded)
+        return images, replace(targets, tensors=tensors)
 
     return to_device
 
@@ -113,8 +113,8 @@ def build_run(
     folder: Path | None = None,
     double: bool = True,
 ) -> trainer.Run:
-    """A run of this process; `args.batch_size` is that of all processes together."""
-    torch.manual_seed(get_rank())  # weights are those of the first process
+    """Build the run of this process; `args.batch_size` is the global batch size."""
+    torch.manual_seed(get_rank())  # other weights per rank: DDP has to broadcast those of rank 0
     args = args.replace(batch_size=args.batch_size // get_world_size())
     model, criterion, _ = build_model(args)
     if double:
@@ -148,7 +148,7 @@ def weights_of(run: trainer.Run) -> dict[str, Tensor]:
 def train(
     *flags: str, counts: list[int], script: str = FINETUNE, dataset: type[Scenes] = Scenes
 ) -> dict:
-    """Three steps of four images; what each process saw and the weights afterwards."""
+    """Train three steps of four images; return the image ids of this process, the log and the weights."""
     exact = ("--backbone_norm", "frozen", "--dropout", "0")
     args = tiny_args(script, *exact, "--batch_size", "4", "--lr", "1e-3", *flags)
     run = build_run(args, dataset(counts, patches=5 if script == PRETRAIN else 0))
@@ -171,86 +171,62 @@ def softmax_with_equal_counts(folder: Path) -> dict:
 
 
 def focal_with_any_counts(folder: Path) -> dict:
-    """No step has fewer objects than processes: each would then divide by 1, as published, and not by its share."""
+    """No step has fewer objects than processes: the published code then divides by 1, not by the mean per process."""
     return train("--detector", "conditional_detr", counts=[3, 0, 1, 4, 0, 2, 1, 2, 5, 0, 0, 2])
 
 
 def one_decoder_layer(folder: Path) -> dict:
-    """Its `query_scale` has no gradient, for which distributed training must not wait."""
+    """With one layer `query_scale` has no gradient. DDP must not wait for it."""
     return train(
         "--detector", "conditional_detr", "--dec_layers", "1", counts=[1, 2, 0] * (IMAGES // 3)
     )
 
 
 def encoder_proposals(folder: Path) -> dict:
-    return train(
-        "--detector",
-        "deformable_detr",
-        "--two_stage",
-        "--with_box_refine",
-        counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6),
-    )
+    flags = ("--detector", "deformable_detr", "--two_stage", "--with_box_refine")
+    return train(*flags, counts=[1, 0, 2, 3, 0, 0] * (IMAGES // 6))
 
 
 def pretext(folder: Path) -> dict:
     return train("--feature_recon", "--mask_ratio", "0", counts=[5] * IMAGES, script=PRETRAIN)
 
 
+# Random proposals and disturbances would differ between one process and two.
+SIAMESE_FLAGS = ("--pretext", "siamese", "--proposals", "random", "--box_disturbance", "0")
+
+
 def siamese(folder: Path) -> dict:
-    """Batch statistics of projector and predictor are those of both processes."""
-    flags = (
-        "--pretext",
-        "siamese",
-        "--proposals",
-        "random",
-        "--box_disturbance",
-        "0",
-        "--detector",
-        "conditional_detr",
-    )
+    """Projector and predictor use the batch statistics of both processes."""
+    flags = (*SIAMESE_FLAGS, "--detector", "conditional_detr")
     return train(*flags, counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
 
 
 def region_prior(folder: Path) -> dict:
-    """The frozen network that says what embeddings are, random here, is one for both."""
-    flags = (
-        "--pretext",
-        "region_prior",
-        "--object_embedding_loss",
-        "--num_patches",
-        "10",
-        "--lr_backbone",
-        "1e-3",
-    )
-    return train(*flags, counts=[5] * IMAGES, script=PRETRAIN)
+    """The frozen target encoder, random here, is the same on both ranks."""
+    flags = ("--pretext", "region_prior", "--object_embedding_loss", "--num_patches", "10")
+    return train(*flags, "--lr_backbone", "1e-3", counts=[5] * IMAGES, script=PRETRAIN)
 
 
 def teacher(folder: Path) -> dict:
-    """The momentum teacher too, of a backbone that trains."""
-    flags = (
-        "--pretext",
-        "siamese",
-        "--proposals",
-        "random",
-        "--box_disturbance",
-        "0",
-        "--lr_backbone",
-        "1e-3",
-    )
-    return train(
-        *flags, "--teacher_momentum", "0.5", counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs
-    )
+    """Siamese with a momentum teacher, whose backbone trains."""
+    flags = (*SIAMESE_FLAGS, "--lr_backbone", "1e-3", "--teacher_momentum", "0.5")
+    return train(*flags, counts=[5] * IMAGES, script=PRETRAIN, dataset=Pairs)
 
 
 def uneven_batch_norm(folder: Path) -> dict:
-    """Eight rows, of which the first process has three and the second five; the loss is a sum over all."""
-    rows, weights = torch.randn(
-        2, 8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
-    mine = slice(None) if get_world_size() == 1 else slice(3) if get_rank() == 0 else slice(3, None)
-    norm, x = SyncedBatchNorm(4).double(), rows[mine].clone().requires_grad_()
+    """Eight rows, three on rank 0 and five on rank 1; the loss is a sum over all."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(2, 8, 4, dtype=torch.float64, generator=generator)  # [8, 4] each
+    if get_world_size() == 1:
+        mine = slice(None)
+    else:
+        mine = slice(3) if get_rank() == 0 else slice(3, None)
+
+    norm = SyncedBatchNorm(4).double()
     with torch.no_grad():
-        norm.weight.copy_(torch.arange(1, 5)), norm.bias.copy_(torch.arange(4))
+        norm.weight.copy_(torch.arange(1, 5))
+        norm.bias.copy_(torch.arange(4))
+    x = rows[mine].clone().requires_grad_()
     outputs = norm(x)
     (outputs * weights[mine]).sum().backward()
     return {
@@ -261,7 +237,7 @@ def uneven_batch_norm(folder: Path) -> dict:
 
 
 def statistics_in_an_evaluation(folder: Path) -> dict:
-    """Batch norm that has seen other images on each process: both evaluate with the statistics of the first."""
+    """Batch norm that has seen other images on each rank. Both ranks evaluate with the statistics of rank 0."""
     norm = nn.BatchNorm1d(3)
     norm(torch.randn(8, 3, generator=torch.Generator().manual_seed(get_rank())))
     before = norm.running_mean.clone()
@@ -269,22 +245,18 @@ def statistics_in_an_evaluation(folder: Path) -> dict:
     return {"before": before, "after": norm.running_mean}
 
 
+def own_slice(global_batch: int) -> slice:
+    """Return the part of a global batch that this process trains on."""
+    size = global_batch // get_world_size()
+    return slice(get_rank() * size, (get_rank() + 1) * size)
+
+
 def step(detector: str, counts: list[int], images: NestedTensor) -> tuple[trainer.Run, dict]:
-    """One step on four images of which each process takes two."""
-    args = tiny_args(
-        FINETUNE,
-        "--backbone_norm",
-        "frozen",
-        "--dropout",
-        "0",
-        "--detector",
-        detector,
-        "--batch_size",
-        "4",
-    )
+    """Train one step on four images, two per process."""
+    exact = ("--backbone_norm", "frozen", "--dropout", "0")
+    args = tiny_args(FINETUNE, *exact, "--detector", detector, "--batch_size", "4")
     run = build_run(args, double=False)
-    share = 4 // get_world_size()
-    mine = slice(get_rank() * share, (get_rank() + 1) * share)
+    mine = own_slice(4)
     samples = NestedTensor(images.tensors[mine], images.mask[mine], images.padded)
     values, _ = engine.train_step(run, samples, make_targets(counts)[mine], stop=False)
     return run, values
@@ -304,15 +276,10 @@ def not_finite_on_one_process(folder: Path) -> dict:
     images.tensors[3, 0, 0, 0] = math.nan
     args = tiny_args(FINETUNE, "--backbone_norm", "frozen", "--dropout", "0", "--batch_size", "4")
     run = build_run(args, double=False)
-    before, share = weights_of(run), 4 // get_world_size()
-    mine = slice(get_rank() * share, (get_rank() + 1) * share)
+    before, mine = weights_of(run), own_slice(4)
+    samples = NestedTensor(images.tensors[mine], images.mask[mine], False)
     try:
-        engine.train_step(
-            run,
-            NestedTensor(images.tensors[mine], images.mask[mine], False),
-            make_targets([2, 1, 1, 0])[mine],
-            stop=False,
-        )
+        engine.train_step(run, samples, make_targets([2, 1, 1, 0])[mine], stop=False)
     except NonFiniteLoss as error:
         same = all(torch.equal(value, before[name]) for name, value in weights_of(run).items())
         return {"message": str(error), "same": same}
@@ -320,7 +287,7 @@ def not_finite_on_one_process(folder: Path) -> dict:
 
 
 class Oracle(TrainableModel):
-    """Finds out from the first pixel which image it sees, and answers from a table."""
+    """A detector that reads the image number from the first pixel and answers from a table."""
 
     def __init__(self, boxes: Tensor, labels: Tensor, classes: int) -> None:
         super().__init__()
@@ -328,16 +295,13 @@ class Oracle(TrainableModel):
 
     def forward(self, samples: NestedTensor) -> dict:
         index = samples.tensors[:, 0, 0, 0].round().long()
-        logits = (
-            nn.functional.one_hot(self.labels[index], self.classes).float() * 8
-            - 4
-            + index[:, None, None] * 0.1
-        )
+        one_hot = nn.functional.one_hot(self.labels[index], self.classes).float()  # [B, Q, C]
+        logits = one_hot * 8 - 4 + index[:, None, None] * 0.1  # other scores in each image
         return {"pred_logits": logits, "pred_boxes": self.boxes[index]}
 
 
 class Numbered(Scenes):
-    """Scenes whose first pixel is their number."""
+    """Scenes whose first pixel is the image number."""
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
         image, target = super().load(index, rng)
@@ -347,7 +311,7 @@ class Numbered(Scenes):
 
 
 def evaluation(folder: Path) -> dict:
-    """Seven images, of which one process has four: found exactly, found nearly, not found."""
+    """Evaluate seven images, four of them on one rank, with exact, imprecise and missed boxes."""
     dataset = Numbered([2] * 7)
     boxes, labels = (
         torch.stack([target[name] for target in dataset.targets]) for name in ("boxes", "labels")
@@ -404,7 +368,7 @@ def evaluation(folder: Path) -> dict:
 
 
 def stop_and_resume(folder: Path) -> dict:
-    """Only the second process is asked to stop; both do, and go on to where a run without a stop ends."""
+    """Ask only the last rank to stop. All ranks stop, resume, and end where a run without a stop ends."""
     flags = (*FROZEN, "--batch_size", "4", "--epochs", "2", "--dropout", "0.3")
 
     def start(name: str) -> trainer.Run:
@@ -418,13 +382,12 @@ def stop_and_resume(folder: Path) -> dict:
     trainer.fit(whole)
     stopped, original, calls = start("stopped"), engine.train_step, []
 
-    def asked(run, samples, targets, stop):
+    def stop_in_second_step(run, samples, targets, stop):
         calls.append(1)
-        return original(
-            run, samples, targets, len(calls) == 2 and get_rank() == get_world_size() - 1
-        )
+        is_last_rank = get_rank() == get_world_size() - 1
+        return original(run, samples, targets, len(calls) == 2 and is_last_rank)
 
-    engine.train_step = asked
+    engine.train_step = stop_in_second_step
     try:
         trainer.fit(stopped)
         message = ""
@@ -451,15 +414,15 @@ def stop_and_resume(folder: Path) -> dict:
 
 
 def one_looks_for_images(folder: Path) -> dict:
-    """Where a process looked, what it knows of the images afterwards, and what both say of a folder that is not
-    there.
-    """
-    root, scandir, looked = (
-        compute_on_rank0(lambda: write_images(folder / "images", 3)),
-        os.scandir,
-        [],
-    )
-    os.scandir = lambda path: (looked.append(str(path)), scandir(path))[1]
+    """List an image folder and a missing one: the folders that this rank scanned, the images, the error."""
+    root = compute_on_rank0(lambda: write_images(folder / "images", 3))
+    original, looked = os.scandir, []
+
+    def scandir(path):
+        looked.append(str(path))
+        return original(path)
+
+    os.scandir = scandir
     try:
         images = ImageFolder(str(root))
         refused = ""
@@ -467,7 +430,7 @@ def one_looks_for_images(folder: Path) -> dict:
     except UserError as error:
         refused = str(error)
     finally:
-        os.scandir = scandir
+        os.scandir = original
     return {
         "looked": looked,
         "paths": [images.path(i) for i in range(len(images))],
@@ -510,7 +473,7 @@ def _process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
+        WORLD_SIZE=str(WORLD_SIZE),
         LOCAL_RANK=str(rank),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -521,17 +484,17 @@ def _process(rank: int, port: int, folder: Path) -> None:
         try:
             (folder / name).mkdir(exist_ok=True)
             results[name] = scenario(folder / name)
-        except Exception:  # noqa: BLE001  (told to the test, which fails)
+        except Exception:  # noqa: BLE001  (the test prints it and fails)
             results[name] = traceback.format_exc()
-            break  # the other process may be waiting in a collective: the end of this one wakes it
+            break  # the other rank may wait in a collective, which the end of this process interrupts
     torch.save(results, folder / f"results{rank}.pth")
     shutdown()
 
 
 def launch(folder: Path) -> dict[str, list]:
-    """Runs all scenarios in two processes."""
-    spawn(_process, args=(free_port(), folder), nprocs=WORLD)
+    """Run all scenarios in two processes."""
+    spawn(_process, args=(free_port(), folder), nprocs=WORLD_SIZE)
     results = [
-        torch.load(folder / f"results{rank}.pth", weights_only=True) for rank in range(WORLD)
+        torch.load(folder / f"results{rank}.pth", weights_only=True) for rank in range(WORLD_SIZE)
     ]
     return {name: [result.get(name, "not reached") for result in results] for name in SCENARIOS}

@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, whoever writes them."""
+"""Files are written atomically: completely, or not at all."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def fill_disk(monkeypatch: pytest.MonkeyPatch, at: str) -> None:
 
 
 class FullFile:
-    """Takes the first byte only."""
+    """A file that accepts the first byte only."""
 
     def __init__(self, file) -> None:
         self.file = file
@@ -78,7 +78,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_previous_file(
     assert path.read_bytes() != b"old"
 
 
-def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
+def test_other_errors_leave_no_file(tmp_path: Path) -> None:
     def stop(file) -> None:
         file.write(b"half")
         raise KeyboardInterrupt
@@ -88,7 +88,7 @@ def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
+def test_two_writers_of_one_file_at_the_same_time(tmp_path: Path) -> None:
     def write_meanwhile(file) -> None:
         write_text(tmp_path / "file", "other", shared=True)
         file.write(b"last")
@@ -97,7 +97,7 @@ def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_it_is_on_the_disk_before_it_has_its_name(
+def test_a_file_is_synced_before_it_is_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -109,9 +109,7 @@ def test_it_is_on_the_disk_before_it_has_its_name(
     assert (tmp_path / "new" / "file").read_text(encoding="utf-8") == "ü"
 
 
-def test_a_folder_that_no_disk_has_room_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(UserError, match="disk full"):
         write_text(tmp_path / "new" / "file", "text")

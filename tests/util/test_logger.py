@@ -1,4 +1,4 @@
-"""Progress is a bar on a terminal and plain lines elsewhere; the log does not spoil a bar."""
+"""Progress is a bar in a terminal and plain lines elsewhere; log lines do not break a bar."""
 
 import io
 import logging
@@ -50,15 +50,15 @@ def test_a_log_file_gets_lines_at_intervals(capsys: pytest.CaptureFixture) -> No
     assert all(" images/s" in line or "s/ images" in line for line in lines)
 
 
-def test_an_unfinished_job_leaves_no_empty_line(capsys: pytest.CaptureFixture) -> None:
+def test_an_unfinished_job_prints_no_empty_line(capsys: pytest.CaptureFixture) -> None:
     bar = Progress(3, "x", seconds_between_lines=0)
     bar.step()
     bar.close()
     assert len(printed(capsys)) == 1
 
 
-def test_speed_counts_the_steps_of_this_process(capsys: pytest.CaptureFixture) -> None:
-    """A resumed job: what was done before counts as done, not as fast."""
+def test_rate_includes_only_steps_of_this_process(capsys: pytest.CaptureFixture) -> None:
+    """In a resumed job, earlier steps are done but took no time here."""
     bar = Progress(1000, "epoch 1/1", start=998)
     bar.start_t -= 2.0
     bar.step()
@@ -68,7 +68,7 @@ def test_speed_counts_the_steps_of_this_process(capsys: pytest.CaptureFixture) -
     assert "1.00it/s" in line or "1.00s/it" in line
 
 
-def test_text_is_wanted_only_where_it_is_shown(
+def test_will_display_is_true_only_for_displayed_steps(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bar = Progress(3, "x")
@@ -86,7 +86,7 @@ def test_text_is_wanted_only_where_it_is_shown(
     assert len(printed(capsys)) == 1
 
 
-def test_a_terminal_has_a_bar_and_log_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines_in_a_terminal_are_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     handler = logger._ProgressBarHandler(terminal)
@@ -110,5 +110,5 @@ def test_progress_of_a_sequence(capsys: pytest.CaptureFixture) -> None:
     assert printed(capsys)[0].startswith("x: 3/3")
 
 
-def test_seconds_as_a_clock() -> None:
+def test_format_seconds() -> None:
     assert [format_seconds(s) for s in (0.4, 65, 3725.2)] == ["00:00", "01:05", "1:02:05"]

@@ -1,8 +1,9 @@
-"""Logs are read as they are written; pages and curves show what they were given."""
+"""Logs are read as they are written; curves, boxes and pages show what they get."""
 
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def test_read_log(tmp_path: Path) -> None:
     assert read_log(run / "log.txt") == read_log(run)
 
 
-def test_bad_logs_are_named(tmp_path: Path) -> None:
+def test_bad_logs_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such log"):
         read_log(tmp_path)
     run = write_log(tmp_path, [entry(0), "nonsense\n", entry(1)])
@@ -57,7 +58,7 @@ def test_bad_logs_are_named(tmp_path: Path) -> None:
         read_log(run)
 
 
-def test_curve_leaves_out_epochs_without_a_value() -> None:
+def test_curve_skips_epochs_without_a_value() -> None:
     entries = [
         entry(0),
         entry(1, test_coco_eval_bbox=[0.1, 0.3]),
@@ -70,6 +71,7 @@ def test_curve_leaves_out_epochs_without_a_value() -> None:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The figures that are drawn."""
     pytest.importorskip("matplotlib")
     made, original = [], curves.figure_classes
 
@@ -108,7 +110,7 @@ def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) 
     }
 
 
-def test_plot_curves_overlays_runs(tmp_path: Path, figures: list) -> None:
+def test_plot_curves_shows_several_runs(tmp_path: Path, figures: list) -> None:
     bbox = [0.2, 0.4] + [0.0] * 10
     runs = {
         name: write_log(tmp_path / name, [entry(0, test_coco_eval_bbox=bbox)])
@@ -121,7 +123,7 @@ def test_plot_curves_overlays_runs(tmp_path: Path, figures: list) -> None:
     assert ap50.lines[0].get_color().tolist() != ap50.lines[1].get_color().tolist()
 
 
-def test_an_empty_log_is_drawn_too(tmp_path: Path) -> None:
+def test_an_empty_log_is_plotted(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert picture(plot_logs(write_log(tmp_path / "run", []), out_png=tmp_path / "x.png")).size
 
@@ -133,7 +135,7 @@ def test_an_empty_log_is_drawn_too(tmp_path: Path) -> None:
         lambda path: prediction_page([], {}, path),
     ],
 )
-def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(
+def test_a_full_disk_gives_one_line_and_keeps_the_previous_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw
 ) -> None:
     pytest.importorskip("matplotlib")
@@ -150,7 +152,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_old_picture(
     assert {p.name for p in tmp_path.iterdir()} <= {"a.png", "run"}
 
 
-def test_draw_boxes_puts_lines_where_the_boxes_are() -> None:
+def test_draw_boxes_draws_at_the_coordinates() -> None:
     red = (255, 0, 0)
     drawn = draw_boxes(BLACK, [[20, 30, 120, 80]], colors=[red])
     assert BLACK.max() == 0
@@ -159,7 +161,7 @@ def test_draw_boxes_puts_lines_where_the_boxes_are() -> None:
     assert drawn[50, 70].tolist() == [0, 0, 0]
 
 
-def test_draw_boxes_takes_tensors_and_odd_boxes() -> None:
+def test_draw_boxes_takes_tensors_and_invalid_boxes() -> None:
     boxes = torch.tensor([[-50.0, -50.0, 500.0, 500.0], [90, 40, 30, 20], [float("nan")] * 4])
     drawn = draw_boxes(BLACK, boxes, torch.tensor([1, 2, 3]), torch.tensor([0.5, 0.25, 1.0]))
     assert drawn.shape == BLACK.shape
@@ -167,14 +169,14 @@ def test_draw_boxes_takes_tensors_and_odd_boxes() -> None:
     assert (draw_boxes(BLACK, torch.zeros(0, 4)) == BLACK).all()
 
 
-def test_a_label_keeps_its_color() -> None:
+def test_a_label_has_the_same_color_in_all_images() -> None:
     first = colors_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [3]))
     assert first == colors_in(draw_boxes(BLACK, [[10, 10, 90, 90], [100, 10, 190, 90]], [3, 3]))
     assert first != colors_in(draw_boxes(BLACK, [[10, 10, 90, 90]], [4]))
 
 
-def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
-    truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+def test_prediction_page_draws_confident_predictions(tmp_path: Path) -> None:
+    ground_truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
     found = {
         "boxes": torch.tensor([[20.0, 20, 150, 90]]),
         "labels": torch.tensor([1]),
@@ -183,7 +185,7 @@ def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
     pages = [
         picture(
             prediction_page(
-                [(BLACK, found, truth)] * 3,
+                [(BLACK, found, ground_truth)] * 3,
                 {1: "ring"},
                 tmp_path / "p.png",
                 score_threshold=threshold,
@@ -195,20 +197,20 @@ def test_prediction_page_draws_what_is_confident(tmp_path: Path) -> None:
     assert boxes.PALETTE[0] not in colors_in(pages[1])
 
 
-def test_a_page_without_confident_predictions_shows_as_many_as_there_are_true_boxes(
+def test_a_page_without_confident_predictions_shows_one_per_ground_truth_box(
     tmp_path: Path,
 ) -> None:
     found = {"boxes": [[20, 20, 150, 90], [30, 30, 60, 60]], "labels": [1, 2], "scores": [0.2, 0.1]}
     for count, shown in ((1, {0}), (2, {0, 1}), (0, set())):
-        truth = {"boxes": [[0, 0, 9, 9]] * count, "labels": [3] * count}
+        ground_truth = {"boxes": [[0, 0, 9, 9]] * count, "labels": [3] * count}
         colors = colors_in(
-            picture(prediction_page([(BLACK, found, truth)], {}, tmp_path / "p.png"))
+            picture(prediction_page([(BLACK, found, ground_truth)], {}, tmp_path / "p.png"))
         )
         assert {i for i in range(2) if boxes.PALETTE[i] in colors} == shown, count
-    sure = {**found, "scores": [0.9, 0.8]}
-    truth = {"boxes": [[0, 0, 9, 9]], "labels": [3]}
+    confident = {**found, "scores": [0.9, 0.8]}
+    ground_truth = {"boxes": [[0, 0, 9, 9]], "labels": [3]}
     assert boxes.PALETTE[1] in colors_in(
-        picture(prediction_page([(BLACK, sure, truth)], {}, tmp_path / "p.png"))
+        picture(prediction_page([(BLACK, confident, ground_truth)], {}, tmp_path / "p.png"))
     )
 
 
@@ -218,23 +220,21 @@ def test_prediction_page_without_images_and_with_unknown_classes(tmp_path: Path)
     assert picture(prediction_page([(BLACK, found, found)], {}, tmp_path / "unknown.png")).size
 
 
-def test_patch_page_gives_each_patch_its_color(tmp_path: Path) -> None:
+def test_patch_page_has_one_color_per_patch(tmp_path: Path) -> None:
     patches = [np.full((30, 20, 3), value, np.uint8) for value in (40, 80, 120)]
-    places = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
+    patch_boxes = [[10, 10, 60, 60], [70, 20, 130, 80], [140, 10, 190, 90]]
     page = picture(
         patch_page(
-            [(BLACK, patches, places, {"boxes": places, "scores": [0.1, 0.2, 0.3]})],
+            [(BLACK, patches, patch_boxes, {"boxes": patch_boxes, "scores": [0.1, 0.2, 0.3]})],
             tmp_path / "q.png",
         )
     )
     assert set(boxes.PALETTE[:3]) <= colors_in(page)
-    only = {"boxes": places[:1], "scores": [0.9], "patches": [2]}
-    assert picture(patch_page([(BLACK, patches, places, only)], tmp_path / "r.png")).size
+    only = {"boxes": patch_boxes[:1], "scores": [0.9], "patches": [2]}
+    assert picture(patch_page([(BLACK, patches, patch_boxes, only)], tmp_path / "r.png")).size
 
 
-def test_missing_matplotlib_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
+def test_missing_matplotlib_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match="pip install matplotlib"):
         plot_logs(write_log(tmp_path / "run", [entry(0)]), out_png=tmp_path / "x.png")
