@@ -1,4 +1,4 @@
-"""A small study: its data, the flags of its runs, and the tool called in this process; and a study that is made up."""
+"""Small transfer studies for tests: real data with tiny models, and studies with made-up results."""
 
 import json
 from collections.abc import Mapping
@@ -24,53 +24,63 @@ TINY = presets.Preset(
 )
 
 
-def study(command: str, *words: object) -> list[str]:
+def argv(**flags: object) -> list[str]:
+    """Return flags as words: `seeds=(1, 2)` -> `--seeds 1 2`, True -> the flag alone."""
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, (tuple, list)) else [value]
+        words += [f"--{name}", *(str(item) for item in values if item is not True)]
+    return words
+
+
+def study(command: str, *words: object, **flags: object) -> list[str]:
+    """Run a command of the tool in this process; return the lines that it logs."""
     with captured_log() as lines:
-        transfer_study.main(transfer_study.parse([command, *map(str, words)]))
+        transfer_study.main(transfer_study.parse([command, *map(str, words), *argv(**flags)]))
     return lines
 
 
 def prepare_data(root: Path) -> Path:
-    """20 training, 4 validation and 6 test images; copies of two of the test images are among the unlabelled ones."""
+    """Prepare 20 training, 4 validation and 6 test images; the unlabelled ones include copies of two test images."""
     coco = write_coco(root / "coco", train=24, val=6)
     unlabelled = write_images(root / "unlabelled", 3)
     for i in range(2):
         with Image.open(coco / "val2017" / f"{i:06d}.png") as image:
             image.resize((150, 130)).save(unlabelled / f"copy{i}.jpg", quality=70)
-    words = [
-        "--coco_path",
-        coco,
-        "--unlabelled",
-        unlabelled,
-        "--image_size",
-        64,
-        "--fractions",
-        1,
-        0.5,
-    ]
-    study("prepare", *words, "--output_dir", root / "data")
+    study(
+        "prepare",
+        coco_path=coco,
+        unlabelled=unlabelled,
+        image_size=64,
+        fractions=(1, 0.5),
+        output_dir=root / "data",
+    )
     return root / "data"
 
 
-def run_words(data: Path, folder: Path, *more: object) -> list[object]:
-    places = ["--data", data, "--output_dir", folder]
-    return [*places, "--preset", "cpu-smoke", "--device", "cpu", "--num_workers", 0, *more]
+def run_words(data: Path, folder: Path, **flags: object) -> list[str]:
+    """Return the words of a `run` command on the CPU; `flags` override and extend its own."""
+    own = {"preset": "cpu-smoke", "device": "cpu", "num_workers": 0}
+    return argv(data=data, output_dir=folder, **{**own, **flags})
 
 
 def fake_study(
     folder: Path, aps: Mapping[tuple[str, int], float | None], codes: tuple[str, ...] = ("aaa",)
 ) -> Path:
-    """A study of Conditional DETR on a tenth of the labels, without runs.
+    """Write a study of Conditional DETR on 10 % of the labels, without running anything.
 
-    aps: (row, seed) -> AP from 0 to 1, None where the run is left; AP50 is twice as high. All rows but `none` start
-    from the pre-training with seed 1 + seed // 10. The codes of the runs are those given, in turn.
+    Args:
+        aps: (row, seed) -> AP from 0 to 1, None for a run that is left; AP50 is twice as high. All rows but `none`
+            start from the pre-training with seed 1 + seed // 10.
+        codes: versions of the code, which the runs get in turn.
     """
     (folder / "recall").mkdir(parents=True)
     steps = {}
     for number, ((row, seed), ap) in enumerate(aps.items()):
-        name, origin = f"finetune/{row}/{seed}", None if row == "none" else 1 + seed // 10
+        name = f"finetune/{row}/{seed}"
+        pretrain_seed = None if row == "none" else 1 + seed // 10
         facts = {"detector": "conditional_detr", "variant": row, "fraction": 0.1, "seed": seed}
-        steps[name] = {"kind": "finetune", **facts, "pretrain_seed": origin}
+        steps[name] = {"kind": "finetune", **facts, "pretrain_seed": pretrain_seed}
         if ap is not None:
             (folder / name).mkdir(parents=True)
             record = {"state": "done", "seconds": 60.0, "code": codes[number % len(codes)]}

@@ -182,21 +182,24 @@ def _add_run_plan(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=tuple(DETECTORS),
         default=["conditional_detr"],
-        help="detectors to study, one table each (default: conditional_detr)",
+        metavar="DETECTOR",
+        help=f"one table each: {', '.join(DETECTORS)} (default: conditional_detr)",
     )
     add(
         "--pretexts",
         nargs="+",
         choices=(NO_PRETRAINING, *PRETEXTS),
         default=[NO_PRETRAINING, *PRETEXTS],
-        help=f"pretext tasks to compare; {NO_PRETRAINING}: without pre-training (default: all)",
+        metavar="PRETEXT",
+        help=f"pretext tasks to compare: {', '.join(PRETEXTS)}, or {NO_PRETRAINING} for no pre-training (default: all)",
     )
     add(
         "--ablations",
         nargs="+",
         choices=tuple(ABLATIONS),
         default=[],
-        help="additional rows that change one thing about a pretext task (default: none)",
+        metavar="ROW",
+        help=f"additional rows that change one thing about a pretext task: {', '.join(ABLATIONS)} (default: none)",
     )
     add(
         "--pretrained",
@@ -205,7 +208,7 @@ def _add_run_plan(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="additional rows that start from these checkpoints (default: none)",
     )
-    _add_fractions(parser, "fractions of the labels to fine-tune on; `prepare` has drawn them")
+    _add_fractions(parser, "fractions of the labels to fine-tune on, among those of `prepare`")
     add(
         "--seeds",
         type=int,

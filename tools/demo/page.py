@@ -29,7 +29,7 @@ from util.runs.log import read_log
 from util.runs.page import PAGE, Rows, evaluations
 from util.runs.session import run_script, start_session
 from util.settings import PRETRAIN
-from visualization import Found, find_patches
+from visualization import PatchPredictions, predict_patches
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 RUNS = {  # folder -> title
@@ -40,7 +40,9 @@ NUM_SHOWN_IMAGES = 6
 NUM_IOU_IMAGES = 60  # held-out images that the mean IoU of patch queries is over
 
 
-def find_patches_in_val(checkpoint_path: Path, images: str, limit: int) -> list[Found]:
+def predict_patches_in_val(
+    checkpoint_path: Path, images: str, limit: int
+) -> list[PatchPredictions]:
     """Run a pre-trained model on held-out images, with patches cut from them at random.
 
     Each patch gets the box of the most confident query of its group, as in UP-DETR's demo.
@@ -53,21 +55,23 @@ def find_patches_in_val(checkpoint_path: Path, images: str, limit: int) -> list[
 
     dataset = build_dataset("val", session.settings)
     count = min(limit, len(dataset))
-    # `find_patches` returns one result per view; this pretext task has one view.
+    # `predict_patches` returns one result per view; this pretext task has one view.
     return [
-        find_patches(model, dataset[index], model.normalization, session.device)[0]
+        predict_patches(model, dataset[index], model.normalization, session.device)[0]
         for index in progress(range(count), "patch queries")
     ]
 
 
-def patch_iou(found: list[Found]) -> tuple[float, float]:
-    """Return the mean IoU of found boxes with their own patch and with another patch of the same image.
+def patch_iou(predictions: list[PatchPredictions]) -> tuple[float, float]:
+    """Return the mean IoU of predicted boxes with their own patch and with another patch of the same image.
 
     The second is the baseline: boxes that ignore the patches reach it too.
     """
     own, other = [], []
-    for item in found:
-        iou = box_iou(item.found_xyxy_abs, item.boxes_xyxy_abs)[0]  # [M, M], found x patches
+    for item in predictions:
+        iou = box_iou(item.predicted_xyxy_abs, item.boxes_xyxy_abs)[
+            0
+        ]  # [M, M], predictions x patches
         own.append(iou.diagonal())  # [M]
         other.append(iou.roll(1, 1).diagonal())  # each with the patch before its own
     return float(torch.cat(own).mean()), float(torch.cat(other).mean())
@@ -76,8 +80,8 @@ def patch_iou(found: list[Found]) -> tuple[float, float]:
 def draw_pictures(folder: Path, images: str) -> tuple[dict[str, Path], tuple[float, float]]:
     """Draw the page's pictures; return name -> file, and `patch_iou`."""
     checkpoint_path = folder / PRETRAIN_STAGE / "checkpoint.pth"
-    found = find_patches_in_val(checkpoint_path, images, NUM_IOU_IMAGES)
-    shown = [item.row() for item in found[:NUM_SHOWN_IMAGES]]
+    predictions = predict_patches_in_val(checkpoint_path, images, NUM_IOU_IMAGES)
+    shown = [item.row() for item in predictions[:NUM_SHOWN_IMAGES]]
     runs = {title: folder / name for name, title in RUNS.items()}
     pictures = {
         "curves": plot_curves(runs, folder / "curves.png"),
@@ -85,7 +89,7 @@ def draw_pictures(folder: Path, images: str) -> tuple[dict[str, Path], tuple[flo
         "patches": patch_page(shown, folder / "patch_queries.png"),
         **{name: folder / name / "predictions.png" for name in RUNS},
     }
-    return pictures, patch_iou(found)
+    return pictures, patch_iou(predictions)
 
 
 def results_table(folder: Path) -> Rows:

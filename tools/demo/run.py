@@ -194,6 +194,7 @@ def build_stages(args: argparse.Namespace) -> list[Stage]:
         (FINETUNE, "fine-tune the pre-trained detector", finetune),
         (SCRATCH, "fine-tune without pre-training", scratch),
     ):
+        # `--resume auto` starts a new run and continues an interrupted one: the command is the same.
         folder = _to_argv(output_dir=args.output_dir / name, resume="auto")
         stages.append(Stage(name, title, ["python", *command, *folder]))
     return stages
@@ -292,6 +293,7 @@ def prepare_output_dir(output: Path) -> None:
             f"--output_dir {output} has files that are not of the demo: choose another folder"
         )
     output.mkdir(parents=True, exist_ok=True)
+    # Written at once, so that an interrupted demo recognizes its folder.
     if not (output / DEMO_FILE).exists():
         _write_json(output / DEMO_FILE, {"stages": []})
 
@@ -406,6 +408,7 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
 
     *before, pretrain, finetune, scratch = stages
     done = run(before)
+    # Half of the cores for each branch, so that they do not compete for the same ones.
     threads = max(1, (os.cpu_count() or 1) // 2)
     with ThreadPoolExecutor(2) as pool:
         branches = [

@@ -1,7 +1,7 @@
 """Synthetic labelled images, so that the demo runs without any dataset.
 
-An image is a crop of a photo with one to three objects on it. The class is the shape (disc, triangle, star, ring, ...).
-The surface is a crop of another photo, so color and texture tell nothing about the class. Size, aspect ratio and rotation
+An image is a crop of a photo with one to three objects on it. The class is the shape (disc, triangle, star, ...). The
+surface is a crop of another photo, so color and texture tell nothing about the class. Size, aspect ratio and rotation
 vary; objects occlude each other and leave the image; clutter (bars and blobs with the same kind of surface) is
 background. Masks and boxes are exact and cover the visible pixels. Everything is a function of (seed, split, index).
 

@@ -1,7 +1,7 @@
 """Shapes of the synthetic images: outlines of the classes and of clutter, and their pixels.
 
-An outline is a list of polygons [K, 2] (x, y) around the origin, at any scale. Each polygon after the first is a hole in
-the first.
+An outline is a list of polygons [K, 2] (x, y) around the origin, at any scale. Each polygon after the first is a hole
+in the first.
 """
 
 import numpy as np

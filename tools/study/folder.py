@@ -130,23 +130,23 @@ def check_steps(steps: list[Step], folder: Path) -> None:
         UserError: a step has other flags, or used a pre-training that has run again since.
     """
     for step in steps:
-        place, record = folder / step.name, read_step(step.name, folder)
+        step_folder, record = folder / step.name, read_step(step.name, folder)
         if record:
-            _check_flags(step, place, record)
+            _check_flags(step, step_folder, record)
             _check_inputs(step, folder, record)
-        elif place.exists() and any(place.iterdir()):
+        elif step_folder.exists() and any(step_folder.iterdir()):
             raise UserError(
-                f"{place} was not written by this study: move it away, or choose another --output_dir"
+                f"{step_folder} was not written by this study: move it away, or choose another --output_dir"
             )
 
 
-def _check_flags(step: Step, place: Path, record: dict[str, Any]) -> None:
+def _check_flags(step: Step, step_folder: Path, record: dict[str, Any]) -> None:
     before, now = record["flags"], step.flags
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             change = f"--{name} {before.get(name)} then and {now.get(name)} now"
             remedy = "choose another --output_dir, or remove the folder and the .json next to it"
-            raise UserError(f"{place} was made with other settings: {change}; {remedy}")
+            raise UserError(f"{step_folder} was made with other settings: {change}; {remedy}")
 
 
 def _check_inputs(step: Step, folder: Path, record: dict[str, Any]) -> None:

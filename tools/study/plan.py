@@ -99,7 +99,7 @@ class Plan:
                     for variant in self.variants
                 ]
 
-        # Seeds and detectors share proposals and pre-trainings; the first occurrence keeps its place.
+        # Seeds and detectors share proposals and pre-trainings; the first occurrence counts.
         return list({step.name: step for step in steps}.values())
 
     def _pretraining_steps(self, detector: str, seed: int) -> list[Step]:
@@ -227,6 +227,7 @@ class Plan:
             "train_images": "{data}/labelled",
             "train_annotations": f"{{data}}/{annotation_file(fraction)}",
             **self._eval_flags(),
+            # Without a learning rate of the study, both are the detector's defaults.
             "lr": self.lr,
             "lr_backbone": self.lr and self.lr * self.preset.backbone_lr,
             **self.preset.finetune,
@@ -267,7 +268,7 @@ class Plan:
         }
 
     def _image_size_flags(self) -> Flags:
-        if self.preset.published_sizes:
+        if self.preset.published_sizes:  # the default of --image_size
             return {}
         return {"image_size": self.manifest["settings"]["image_size"]}
 

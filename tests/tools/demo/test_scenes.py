@@ -1,4 +1,4 @@
-"""Sample scenes: exact masks and boxes, a function of seed and index, and folders that are never overwritten."""
+"""Synthetic images: exact masks and boxes, a function of seed and index, folders that are never overwritten."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from tools.demo import scenes as sample_scenes
+from tools.demo import scenes
 from tools.demo.scenes import CLASS_NAMES, SOURCE_PHOTOS, SPLITS, make_scene, write_coco
 from tools.demo.shapes import OUTLINES, rasterize
 from util.errors import UserError
@@ -22,7 +22,7 @@ def same(a, b) -> bool:
     return all(x.shape == y.shape and (x == y).all() for x, y in zip(a, b, strict=True))
 
 
-def test_form_of_a_scene() -> None:
+def test_shapes_and_dtypes_of_a_scene() -> None:
     for index in range(20):
         image, boxes, labels, masks = make_scene(3, index, 96, "train")
         count = len(labels)
@@ -62,13 +62,14 @@ def test_boxes_enclose_masks_exactly_and_masks_are_disjoint() -> None:
 
 
 def test_masks_cover_pixels_of_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a black background and white surfaces the mask is what is white, but for the soft edge and clutter."""
+    """With a black background, white surfaces and no clutter, the masks cover the white pixels up to the soft edge."""
 
-    def plain(rng, photographs, height, width, scale, tint):
+    def plain(rng, photos, height, width, scale, tint):
+        # Surfaces are smaller crops than backgrounds.
         return np.full((height, width, 3), 255.0 if scale[1] < 0.5 else 0.0, np.float32)
 
-    monkeypatch.setattr(sample_scenes, "_photo_crop", plain)
-    monkeypatch.setattr(sample_scenes, "CLUTTER_PER_SCENE", (0, 0))
+    monkeypatch.setattr(scenes, "_photo_crop", plain)
+    monkeypatch.setattr(scenes, "CLUTTER_PER_SCENE", (0, 0))
     for index in range(10):
         image, _, _, masks = make_scene(1, index, 96, "train")
         white = image[..., 0] >= 128
@@ -77,24 +78,24 @@ def test_masks_cover_pixels_of_the_object(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_objects_vary_and_occlude_each_other() -> None:
-    scenes = [make_scene(1, index, 96, "train") for index in range(150)]
-    labels = np.concatenate([scene[2] for scene in scenes])
-    sides = np.concatenate([(scene[1][:, 2:] - scene[1][:, :2]).max(1) for scene in scenes]) / 96
+    drawn = [make_scene(1, index, 96, "train") for index in range(150)]
+    labels = np.concatenate([scene[2] for scene in drawn])
+    sides = np.concatenate([(scene[1][:, 2:] - scene[1][:, :2]).max(1) for scene in drawn]) / 96
     assert np.bincount(labels, minlength=5)[1:].min() > len(labels) / 8
     assert sides.min() < 0.3
     assert sides.max() > 0.55
     filling = [
         mask.sum() / ((box[2] - box[0]) * (box[3] - box[1]))
-        for _, boxes, names, masks in scenes
+        for _, boxes, names, masks in drawn
         for box, label, mask in zip(boxes, names, masks, strict=True)
         if label == 1
     ]
-    # A whole disc fills pi/4 of its box; discs of which something is hidden do not.
+    # A whole disc fills pi/4 of its box, an occluded one less.
     assert np.median(filling) == pytest.approx(np.pi / 4, abs=0.05)
     assert min(filling) < 0.6
 
 
-def test_held_out_scenes_use_other_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_images_use_other_photos(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not set(SOURCE_PHOTOS["train"]) & set(SOURCE_PHOTOS["val"])
     assert {split: group for split, (_, group) in SPLITS.items()} == {
         "train": "train",
@@ -102,21 +103,21 @@ def test_held_out_scenes_use_other_photographs(monkeypatch: pytest.MonkeyPatch) 
         "unlabelled": "train",
     }
     groups = []
-    original = sample_scenes._load_photos
+    original = scenes._load_photos
     monkeypatch.setattr(
-        sample_scenes, "_load_photos", lambda group: groups.append(group) or original(group)
+        scenes, "_load_photos", lambda group: groups.append(group) or original(group)
     )
     for split in SPLITS:
         make_scene(1, 0, 64, split)
     assert groups == ["train", "val", "train"]
 
 
-def test_only_photographs_with_a_free_licence() -> None:
+def test_all_photos_have_a_free_license() -> None:
     for statements in SOURCE_PHOTOS.values():
         assert all(text.startswith(("CC0", "public domain")) for text in statements.values())
 
 
-def test_every_class_has_an_outline_of_its_own() -> None:
+def test_every_class_has_its_own_outline() -> None:
     assert set(OUTLINES) == set(CLASS_NAMES)
     drawn = {
         name: rasterize(outline(np.random.default_rng(0)), 40) for name, outline in OUTLINES.items()
@@ -135,12 +136,12 @@ def test_every_class_has_an_outline_of_its_own() -> None:
     "arguments",
     [(1, 0, 64, "test"), (1, 0, 16, "train"), (1, 0, 64, "train", 0), (1, 0, 64, "train", 9)],
 )
-def test_wrong_arguments_are_refused(arguments: tuple) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple) -> None:
     with pytest.raises(ValueError):
         make_scene(*arguments)
 
 
-def test_written_files_are_those_of_coco(tmp_path: Path) -> None:
+def test_written_files_are_in_coco_layout(tmp_path: Path) -> None:
     folder = write_coco(
         tmp_path / "scenes", num_train=3, num_val=2, num_unlabelled=1, size=64, seed=5
     )
@@ -165,7 +166,7 @@ def test_written_files_are_those_of_coco(tmp_path: Path) -> None:
                 assert (coco.annToMask(annotation) == mask).all()
 
 
-def test_an_identical_folder_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_the_same_scenes_is_left_alone(tmp_path: Path) -> None:
     folder = write_coco(tmp_path / "scenes", 2, 1, size=64)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     write_coco(folder, 2, 1, size=64)
@@ -183,7 +184,7 @@ def test_other_settings_need_overwrite(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["scenes"]
 
 
-def test_an_incomplete_folder_is_noticed(tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_refused(tmp_path: Path) -> None:
     folder = write_coco(tmp_path / "scenes", 2, 1, size=64)
     next((folder / "train2017").iterdir()).unlink()
     with pytest.raises(UserError, match="only a part"):
@@ -191,34 +192,30 @@ def test_an_incomplete_folder_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_foreign_folder_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+def test_a_folder_with_other_files_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="no sample scenes"):
+    with pytest.raises(UserError, match="no synthetic images"):
         write_coco(tmp_path, 1, 1, size=64, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_nothing_is_left_of_a_run_that_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_run_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(sample_scenes, "_annotation", fail)
+    monkeypatch.setattr(scenes, "_annotation", fail)
     with pytest.raises(OSError, match="disk full"):
         write_coco(tmp_path / "scenes", 1, 1, size=64)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_ends_the_command_with_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_of_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_args, **_settings) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(SystemExit) as stopped:
-        sample_scenes.main(
+        scenes.main(
             [
                 "--output",
                 str(tmp_path / "scenes"),
@@ -238,7 +235,7 @@ def test_a_full_disk_ends_the_command_with_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_command_line_in_its_own_process(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -266,8 +263,8 @@ def test_command_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_scenes.importlib.util, "find_spec", lambda name: None)
-    sample_scenes._load_photos.cache_clear()
+def test_error_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scenes.importlib.util, "find_spec", lambda name: None)
+    scenes._load_photos.cache_clear()
     with pytest.raises(UserError, match="pip install scikit-image"):
         make_scene(1, 0, 64, "train")

@@ -1,4 +1,4 @@
-"""The steps of a transfer study: a fair plan, of commands that the scripts take."""
+"""The plan of a transfer study: rows differ in the pretext task only, and the scripts accept all commands."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -21,26 +21,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare_data(tmp_path_factory.mktemp("study"))
 
 
-def steps_of(data: Path, *words: object) -> list[Step]:
-    args = transfer_study.parse(["run", *map(str, run_words(data, Path("out"), *words))])
+def steps_of(data: Path, **flags: object) -> list[Step]:
+    args = transfer_study.parse(["run", *run_words(data, Path("out"), **flags)])
     return build_plan(args, read_manifest(data)).steps()
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
 @pytest.mark.parametrize("detector", presets.DETECTOR_FLAGS)
-def test_fine_tunings_differ_in_where_they_start_alone(
+def test_fine_tunings_differ_only_in_their_checkpoint(
     data: Path, preset: str, detector: str
 ) -> None:
     steps = steps_of(
-        data,
-        "--preset",
-        preset,
-        "--detectors",
-        detector,
-        "--ablations",
-        "region_prior-random",
-        "--fractions",
-        1,
+        data, preset=preset, detectors=detector, ablations="region_prior-random", fractions=1
     )
     tuned = [
         dict(step.flags)
@@ -55,28 +47,19 @@ def test_fine_tunings_differ_in_where_they_start_alone(
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS)
-def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
-    """Every row of every preset; configs are run by bash, and their names exist."""
+def test_the_scripts_accept_all_commands(data: Path, preset: str) -> None:
+    """Every row of every preset; configs are run by bash and exist."""
     of_configs = {pretext for _, pretext in presets.PRESETS[preset].configs}
     ablations = [
         name
         for name, row in presets.ABLATIONS.items()
         if row.pretext not in of_configs
-        or row.step_factor == 1
-        and None not in row.changes.values()
+        or (row.step_factor == 1 and None not in row.changes.values())
     ]
-    words = [
-        "--preset",
-        preset,
-        "--detectors",
-        *presets.DETECTOR_FLAGS,
-        "--seeds",
-        1,
-        "--fractions",
-        1,
-        "--ablations",
-    ]
-    steps = steps_of(data, *words, *ablations)
+    detectors = list(presets.DETECTOR_FLAGS)
+    steps = steps_of(
+        data, preset=preset, detectors=detectors, ablations=ablations, seeds=1, fractions=1
+    )
     for step in steps:
         flags = [
             word.replace("{data}", str(data)).replace("{study}", "out")
@@ -94,21 +77,15 @@ def test_commands_are_commands_of_the_scripts(data: Path, preset: str) -> None:
             assert settings.seed == 1
 
 
-def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Path) -> None:
-    """A store knows its model, and pre-training on it has to name the same."""
+def test_the_edge_model_goes_to_all_steps_with_edge_boxes(data: Path, tmp_path: Path) -> None:
+    """A proposal cache records its edge model, and pre-training on the cache has to name the same."""
     steps = steps_of(
         data,
-        "--pretexts",
-        "none",
-        "--ablations",
-        "region_prior-edge_boxes",
-        "region_prior-random",
-        "--seeds",
-        1,
-        "--fractions",
-        1,
-        "--edge_model",
-        tmp_path / "model.yml.gz",
+        pretexts="none",
+        ablations=("region_prior-edge_boxes", "region_prior-random"),
+        seeds=1,
+        fractions=1,
+        edge_model=tmp_path / "model.yml.gz",
     )
     named = {
         step.name
@@ -122,7 +99,7 @@ def test_the_edge_model_goes_to_all_who_search_with_it(data: Path, tmp_path: Pat
 
 
 def test_commands_for_several_gpus() -> None:
-    """A config starts its script with $LAUNCH; tools are one process; processes share the cores."""
+    """Configs start their script with $LAUNCH, tools run in one process, and processes share the cores."""
     torchrun = ["python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8"]
     args = Namespace(
         data=Path("d"), output_dir=Path("o"), cores=32, jobs=2, num_workers=None, device=None
@@ -130,7 +107,8 @@ def test_commands_for_several_gpus() -> None:
 
     def of(preset: str, kind: str, script: str) -> tuple[list[str], dict[str, str]]:
         args.preset = preset
-        return build_command(Step("x", kind, script, {"seed": 1}), args, "python", Path())
+        step = Step(name="x", kind=kind, script=script, flags={"seed": 1})
+        return build_command(step, args, "python", Path())
 
     flags = ["--seed", "1", "--num_workers"]
     assert of("paper", "finetune", "finetune_main.py") == (
@@ -147,15 +125,14 @@ def test_commands_for_several_gpus() -> None:
     assert of("cpu", "proposals", "tools/a.py") == (["python", "tools/a.py", *flags, "16"], alone)
 
 
-def test_seeds_come_whole(data: Path) -> None:
-    """Order of the plan: a stopped study is balanced; one pre-training serves all fine-tunings."""
-    fractions = "--fractions", 1, 0.5
-    steps = steps_of(data, "--seeds", 5, 6, "--pretrain_seeds", 1, *fractions)
+def test_the_plan_is_ordered_by_seed(data: Path) -> None:
+    """A study that stops early has all rows of its first seeds. All fine-tunings share one pre-training."""
+    steps = steps_of(data, seeds=(5, 6), pretrain_seeds=1, fractions=(1, 0.5))
     tuned = [step for step in steps if step.kind == "finetune"]
     assert [step.seed for step in tuned] == [5] * 8 + [6] * 8
     assert [step.fraction for step in tuned[:8]] == [1.0] * 4 + [0.5] * 4
-    assert sum(step.kind == "pretrain" for step in steps) == 3, "one a pretext"
-    varied = steps_of(data, "--seeds", 5, 6, "--pretrain_seeds", 1, 2, *fractions)
+    assert sum(step.kind == "pretrain" for step in steps) == 3, "one per pretext task"
+    varied = steps_of(data, seeds=(5, 6), pretrain_seeds=(1, 2), fractions=(1, 0.5))
     starts = {
         step.seed: step.needs
         for step in varied
@@ -166,13 +143,11 @@ def test_seeds_come_whole(data: Path) -> None:
     }
 
 
-def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
-    """It is fine-tuned as all others are; nothing is pre-trained for it."""
+def test_a_checkpoint_can_be_a_row(data: Path, tmp_path: Path) -> None:
+    """It is fine-tuned like all others; nothing is pre-trained for it."""
     file = tmp_path / "mine.pth"
     file.touch()
-    steps = steps_of(
-        data, "--pretexts", "none", "--seeds", 1, "--fractions", 1, "--pretrained", f"mine={file}"
-    )
+    steps = steps_of(data, pretexts="none", seeds=1, fractions=1, pretrained=f"mine={file}")
     assert [step.name for step in steps] == [
         f"finetune/conditional_detr/{row}/1_seed1" for row in ("none", "mine")
     ]
@@ -186,45 +161,25 @@ def test_a_file_can_be_a_row(data: Path, tmp_path: Path) -> None:
         ("mine", "give NAME=FILE"),
         (f"a/b={file}", "give NAME=FILE"),
         (f"siamese={file}", "is another row's name"),
-        (f"mine={file}x", "there is no file"),
+        (f"mine={file}x", "does not exist"),
     ):
         with pytest.raises(UserError, match=what):
-            steps_of(data, "--fractions", 1, "--pretrained", words)
+            steps_of(data, fractions=1, pretrained=words)
 
 
 @pytest.mark.parametrize("change", ["no_reconstruction", "longer"])
-def test_a_config_can_not_be_cut(data: Path, change: str) -> None:
+def test_ablations_can_not_remove_flags_of_a_config(data: Path, change: str) -> None:
     with pytest.raises(
         UserError,
         match=rf"{change}: configs/UPDETR_conditional_pretrain_in\.sh fixes what it changes",
     ):
-        steps_of(
-            data,
-            "--preset",
-            "paper",
-            "--fractions",
-            1,
-            "--ablations",
-            f"random_query_patch-{change}",
-        )
+        steps_of(data, preset="paper", fractions=1, ablations=f"random_query_patch-{change}")
 
 
-def test_a_longer_row_has_more_steps_of_pre_training_and_nothing_else(data: Path) -> None:
-    """The rate drops at the same share of them; fine-tuning is the same."""
+def test_a_longer_row_differs_only_in_pre_training_steps(data: Path) -> None:
+    """The learning rate drops at the same fraction of them; fine-tuning is the same."""
     rows = "region_prior", "region_prior-longer"
-    steps = steps_of(
-        data,
-        "--preset",
-        "cpu",
-        "--pretexts",
-        rows[0],
-        "--ablations",
-        rows[1],
-        "--seeds",
-        1,
-        "--fractions",
-        1,
-    )
+    steps = steps_of(data, preset="cpu", pretexts=rows[0], ablations=rows[1], seeds=1, fractions=1)
     pretrained, tuned = (
         [dict(step.flags) for step in steps if step.kind == kind and step.variant in rows]
         for kind in ("pretrain", "finetune")
@@ -234,20 +189,20 @@ def test_a_longer_row_has_more_steps_of_pre_training_and_nothing_else(data: Path
     ]
     assert lengths[1] == tuple(4 * steps for steps in lengths[0])
     for pair in (pretrained, tuned):
-        places = (
+        removed = (
             [flags.pop("output_dir") for flags in pair],
             [flags.pop("pretrain", "") for flags in pair],
         )
-        assert pair[0] == pair[1], places
+        assert pair[0] == pair[1], removed
 
 
-def test_fractions_have_to_be_prepared(data: Path) -> None:
+def test_a_fraction_that_was_not_prepared_is_refused(data: Path) -> None:
     with pytest.raises(UserError, match=r"--fractions 0\.25: .* has 0\.5 1"):
-        steps_of(data, "--fractions", 0.25)
+        steps_of(data, fractions=0.25)
 
 
-def test_settings_are_chosen_on_the_validation_images(data: Path) -> None:
-    steps = steps_of(data, "--fractions", 1, "--seeds", 1, "--evaluate_on", "val", "--lr", 3e-4)
+def test_evaluate_on_val_uses_the_validation_images(data: Path) -> None:
+    steps = steps_of(data, fractions=1, seeds=1, evaluate_on="val", lr=3e-4)
     tuned = [step.flags for step in steps if step.kind == "finetune"]
     assert {flags["val_annotations"] for flags in tuned} == {"{data}/annotations/val.json"}
     assert {(flags["lr"], flags["lr_backbone"]) for flags in tuned} == {(3e-4, 3e-4 * 0.1)}

@@ -1,4 +1,4 @@
-"""The data of a transfer study: parts are disjoint, boxes fit the small images, a call can be repeat_images."""
+"""The data of a transfer study: disjoint splits, boxes that fit the resized images, calls that can be repeated."""
 
 import json
 from argparse import Namespace
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.study_cases import prepare_data, run_words, study
+from tests.study_cases import argv, prepare_data, run_words, study
 from tests.tiny import write_coco, write_voc
 from tools.study.prepare import draw_unlabelled, read_manifest, repeat_images, resize_image
 from util.errors import UserError
@@ -26,7 +26,7 @@ def names(data: Path, part: str) -> set[str]:
     }
 
 
-def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -> None:
+def test_splits_are_disjoint_and_pre_training_sees_no_held_out_image(data: Path) -> None:
     train, val, test = (names(data, part) for part in ("train", "val", "test"))
     assert [len(part) for part in (train, val, test)] == [20, 4, 6]
     assert not train & val
@@ -42,25 +42,20 @@ def test_parts_are_disjoint_and_nothing_held_out_is_pre_trained_on(data: Path) -
     manifest = read_manifest(data)
     assert manifest["unlabelled"]["skipped_as_held_out"] == 2
     assert manifest["unlabelled"]["images"] == len(listed) == 23
-    assert str(data.parent) not in json.dumps(manifest), "no place of one's own disk"
+    assert str(data.parent) not in json.dumps(manifest), "no directory of the user's disk"
 
 
-def test_copies_of_validation_images_are_left_out_too(data: Path, tmp_path: Path) -> None:
-    """All training images again, as unlabelled ones: those of val are not for pre-training."""
+def test_duplicates_of_validation_images_are_skipped(data: Path, tmp_path: Path) -> None:
+    """With all training images as unlabelled images, those of val are skipped."""
     coco = data.parent / "coco"
     study(
         "prepare",
-        "--coco_path",
-        coco,
-        "--unlabelled",
-        coco / "train2017",
-        "--no_labelled_images",
-        "--image_size",
-        64,
-        "--fractions",
-        1,
-        "--output_dir",
-        tmp_path / "data",
+        coco_path=coco,
+        unlabelled=coco / "train2017",
+        no_labelled_images=True,
+        image_size=64,
+        fractions=1,
+        output_dir=tmp_path / "data",
     )
     listed = {
         Path(name).name for name in (tmp_path / "data" / "unlabelled.txt").read_text().split()
@@ -69,50 +64,26 @@ def test_copies_of_validation_images_are_left_out_too(data: Path, tmp_path: Path
     assert read_manifest(tmp_path / "data")["unlabelled"]["skipped_as_held_out"] == 4
 
 
-def test_no_val_and_a_limit_of_unlabelled_images(
+def test_val_share_0_and_max_unlabelled(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    words = [
-        "--coco_path",
-        data.parent / "coco",
-        "--unlabelled",
-        data.parent / "unlabelled",
-        "--fractions",
-        1,
-        "--image_size",
-        64,
-    ]
-    study(
-        "prepare",
-        *words,
-        "--val_share",
-        0,
-        "--max_unlabelled",
-        3,
-        "--output_dir",
-        tmp_path / "data",
+    words = argv(
+        coco_path=data.parent / "coco",
+        unlabelled=data.parent / "unlabelled",
+        fractions=1,
+        image_size=64,
     )
+    study("prepare", *words, val_share=0, max_unlabelled=3, output_dir=tmp_path / "data")
     manifest = read_manifest(tmp_path / "data")
     assert [manifest[part]["images"] for part in ("train", "val", "test")] == [24, 0, 6]
     assert manifest["unlabelled"]["sources"][0]["images"] == 3
-    with pytest.raises(
-        UserError, match="--evaluate_on val: the data was prepared with --val_share 0"
-    ):
-        study(
-            "run",
-            *run_words(
-                tmp_path / "data",
-                tmp_path / "out",
-                "--fractions",
-                1,
-                "--evaluate_on",
-                "val",
-                "--list",
-            ),
-        )
+    flags = {"fractions": 1, "evaluate_on": "val", "list": True}
+    run = run_words(tmp_path / "data", tmp_path / "out", **flags)
+    with pytest.raises(UserError, match="--evaluate_on val: .* was prepared with --val_share 0"):
+        study("run", *run)
     for flag, value in (("--fractions", -1), ("--val_share", -1), ("--val_share", 1)):
         with pytest.raises(SystemExit):
-            study("prepare", *words, flag, value, "--output_dir", tmp_path / "other")
+            study("prepare", *words, flag, value, output_dir=tmp_path / "other")
         assert f"error: argument {flag}: " in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
@@ -131,7 +102,7 @@ def test_unlabelled_images_are_drawn_from_all_folders() -> None:
     assert 30 < len(drawn[0]) < 70
 
 
-def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None:
+def test_small_jpegs_are_copied_and_other_images_converted(tmp_path: Path) -> None:
     args, image = Namespace(image_size=64, quality=82), Image.new("RGB", (40, 50), (200, 30, 30))
     for name in ("a.jpg", "a.png"):
         image.save(tmp_path / name)
@@ -150,31 +121,24 @@ def test_small_jpegs_are_copied_and_all_else_becomes_one(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("custom", [False, True])
-def test_crowds_stay_crowds(custom: bool, tmp_path: Path) -> None:
-    """They are in the test's annotations, scaled and with the class of their label, and are no objects."""
+def test_crowds_are_kept_in_test(custom: bool, tmp_path: Path) -> None:
+    """The test annotations have them, scaled and with the class of their label. They do not count as objects."""
     coco = write_coco(tmp_path / "coco", train=24, val=6)
     file = coco / "annotations" / "instances_val2017.json"
     content = json.loads(file.read_text())
     crowd = content["annotations"][0]
     crowd["iscrowd"] = 1
     file.write_text(json.dumps(content))
-    words = ["--coco_path", coco]
+    words = argv(coco_path=coco)
     if custom:
-        words = [
-            "--dataset_file",
-            "custom",
-            "--train_images",
-            coco / "train2017",
-            "--val_images",
-            coco / "val2017",
-            "--val_annotations",
-            file,
-            "--train_annotations",
-            coco / "annotations" / "instances_train2017.json",
-        ]
-    study(
-        "prepare", *words, "--image_size", 32, "--fractions", 1, "--output_dir", tmp_path / "data"
-    )
+        words = argv(
+            dataset_file="custom",
+            train_images=coco / "train2017",
+            train_annotations=coco / "annotations" / "instances_train2017.json",
+            val_images=coco / "val2017",
+            val_annotations=file,
+        )
+    study("prepare", *words, image_size=32, fractions=1, output_dir=tmp_path / "data")
     test = json.loads((tmp_path / "data" / "annotations" / "test.json").read_text())
     assert len(test["annotations"]) == len(content["annotations"])
     (found,) = [box for box in test["annotations"] if box["iscrowd"]]
@@ -193,7 +157,7 @@ def test_crowds_stay_crowds(custom: bool, tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "data")["test"]["boxes"] == len(content["annotations"]) - 1
 
 
-def test_a_fraction_is_as_long_as_the_whole(data: Path) -> None:
+def test_a_label_fraction_is_repeated_to_full_length(data: Path) -> None:
     split = json.loads((data / "splits" / "0.5.json").read_text())
     whole, part = (
         json.loads((data / "annotations" / f"{name}.json").read_text())
@@ -218,22 +182,16 @@ def test_repeated_images_keep_their_boxes() -> None:
     assert [(box["id"], box["image_id"]) for box in again["annotations"]] == [(1, 2), (2, 4)]
 
 
-def test_boxes_are_in_the_pixels_of_the_small_images(tmp_path: Path) -> None:
+def test_boxes_are_in_pixels_of_the_resized_images(tmp_path: Path) -> None:
     voc = write_voc(tmp_path / "VOCdevkit", {"2007_trainval": 8, "2007_test": 3})
     study(
         "prepare",
-        "--dataset_file",
-        "voc",
-        "--voc_path",
-        voc,
-        "--voc_train",
-        "2007_trainval",
-        "--image_size",
-        32,
-        "--fractions",
-        1,
-        "--output_dir",
-        tmp_path / "data",
+        dataset_file="voc",
+        voc_path=voc,
+        voc_train="2007_trainval",
+        image_size=32,
+        fractions=1,
+        output_dir=tmp_path / "data",
     )
     content = json.loads((tmp_path / "data" / "annotations" / "test.json").read_text())
     assert content["annotations"]
@@ -248,53 +206,46 @@ def test_boxes_are_in_the_pixels_of_the_small_images(tmp_path: Path) -> None:
         assert y + height <= image["height"] + 1
         with Image.open(tmp_path / "data" / "labelled" / image["file_name"]) as small:
             inner = np.asarray(small)[round(y + height / 2), round(x + width / 2)].astype(int)
-        assert np.ptp(inner) > 80, "a plain rectangle of one colour lies on grey"
+        assert np.ptp(inner) > 80, "objects are rectangles of one color on gray"
 
 
-def test_prepare_goes_on_and_refuses_other_settings(data: Path, tmp_path: Path) -> None:
-    words = [
-        "--coco_path",
-        data.parent / "coco",
-        "--unlabelled",
-        data.parent / "unlabelled",
-        "--image_size",
-        64,
-        "--fractions",
-        1,
-        0.5,
-    ]
-    assert study("prepare", *words, "--output_dir", data)[-1] == f"{data} is finished"
+def test_prepare_resumes_and_refuses_other_settings(data: Path, tmp_path: Path) -> None:
+    words = argv(
+        coco_path=data.parent / "coco",
+        unlabelled=data.parent / "unlabelled",
+        image_size=64,
+        fractions=(1, 0.5),
+    )
+    assert study("prepare", *words, output_dir=data)[-1] == f"{data} is finished"
     with pytest.raises(UserError, match="prepared with val_share 0.15, now it is 0.3"):
-        study("prepare", *words, "--val_share", 0.3, "--output_dir", data)
+        study("prepare", *words, val_share=0.3, output_dir=data)
     folder = tmp_path / "again"
-    study("prepare", *words, "--output_dir", folder)
+    study("prepare", *words, output_dir=folder)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jpg")}
     missing = next(iter(sorted(before)))
     missing.unlink()
     (folder / "manifest.json").unlink()
-    study("prepare", *words, "--output_dir", folder)
+    study("prepare", *words, output_dir=folder)
     assert {path for path, written in before.items() if path.stat().st_mtime_ns != written} == {
         missing
     }
     assert read_manifest(folder)["sha256"] == read_manifest(data)["sha256"]
     (folder / "annotations" / "test.json").write_text("{}")
-    with pytest.raises(UserError, match=r"annotations/test\.json is not what was prepared"):
+    with pytest.raises(
+        UserError, match=r"annotations/test\.json has changed since it was prepared"
+    ):
         read_manifest(folder)
 
 
-def test_rare_classes_are_left_out(data: Path, tmp_path: Path) -> None:
+def test_rare_classes_are_dropped(data: Path, tmp_path: Path) -> None:
     counts = [read_manifest(data)[part]["boxes_by_class"] for part in ("train", "test")]
     least = min(counts[1].values()) + 1
     study(
         "prepare",
-        "--coco_path",
-        data.parent / "coco",
-        "--image_size",
-        64,
-        "--min_objects",
-        least,
-        "--output_dir",
-        tmp_path / "data",
+        coco_path=data.parent / "coco",
+        image_size=64,
+        min_objects=least,
+        output_dir=tmp_path / "data",
     )
     kept = {name for name in counts[0] if all(count[name] >= least for count in counts)}
     assert set(read_manifest(tmp_path / "data")["test"]["boxes_by_class"]) == kept != set(counts[0])

@@ -1,4 +1,4 @@
-"""The report of a study: its numbers are those of the definitions, on studies that are made up."""
+"""The report of a transfer study, on made-up results: statistics by hand, tables, findings, the user's own text."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def series(values: dict[int, float]) -> pd.Series:
 
 
 def test_paired_difference_by_hand() -> None:
-    """Differences 1, 2, 3: deviation 1, t of two degrees of freedom 4.302653; seed 9 has no partner."""
+    """Differences 1, 2, 3: standard deviation 1, t with two degrees of freedom 4.302653; seed 9 has no partner."""
     found = paired_difference(
         series({1: 11, 2: 22, 3: 33, 9: 0}), series({1: 10, 2: 20, 3: 30, 8: 5})
     )
@@ -36,17 +36,17 @@ def test_paired_difference_by_hand() -> None:
     assert (str(none), none.verdict) == ("-", "not measured")
 
 
-def test_runs_of_one_pre_training_count_once() -> None:
-    """Differences 1, 3 of one pre-training and 5, 7 of another: means 2 and 6, deviation 8 ** 0.5, t of one degree of
-    freedom 12.7062.
+def test_fine_tunings_of_one_pre_training_are_averaged_first() -> None:
+    """Differences 1, 3 from one pre-training and 5, 7 from another: means 2 and 6, standard deviation 8 ** 0.5, t with
+    one degree of freedom 12.7062.
     """
     values, baseline = series({1: 1, 2: 5, 3: 3, 4: 7}), series(dict.fromkeys(range(1, 5), 0))
     found = paired_difference(values, baseline, series({1: 1, 2: 2, 3: 1, 4: 2}))
     assert (found.mean, found.count, found.unit) == (4.0, 2, "pre-trainings")
     assert found.half_width == pytest.approx(12.7062047 * 2, rel=1e-6)
     assert found.verdict == "no difference shown"
-    for origins in ({}, dict.fromkeys(range(1, 5), 1), {seed: seed for seed in range(1, 5)}):
-        assert paired_difference(values, baseline, series(origins)) == paired_difference(
+    for pretrain_seeds in ({}, dict.fromkeys(range(1, 5), 1), {seed: seed for seed in range(1, 5)}):
+        assert paired_difference(values, baseline, series(pretrain_seeds)) == paired_difference(
             values, baseline
         )
 
@@ -59,8 +59,8 @@ def report(folder: Path) -> str:
     return (folder / "transfer.md").read_text()
 
 
-def test_findings_come_first_and_tables_follow(tmp_path: Path) -> None:
-    """Differences of siamese are 2 and 4 percent, those of region_prior -4 and -4.1, of random_query_patch 1 and -1."""
+def test_findings_come_before_tables(tmp_path: Path) -> None:
+    """Differences in percent: siamese 2 and 4, region_prior -4 and -4.1, random_query_patch 1 and -1."""
     rows = {
         "none": (0.1, 0.2),
         "siamese": (0.12, 0.24),
@@ -100,11 +100,11 @@ def test_findings_come_first_and_tables_follow(tmp_path: Path) -> None:
     assert re.search(
         r"\| none +\| 15\.0 ± 7\.1 \| 30\.0 ± 14\.1 \| +\| +\| 1: 10\.0, 2: 20\.0", page
     )
-    assert "1 (1): -" in page, "a run that is left"
+    assert "1 (1): -" in page, "a run that has not finished"
 
 
 def test_an_ablation_is_compared_with_its_pretext(tmp_path: Path) -> None:
-    """That with ground-truth boxes also with proposals on the same images."""
+    """The row with ground-truth boxes is also compared with proposals on the same images."""
     rows = {
         "none": 0.1,
         "region_prior": 0.12,
@@ -126,7 +126,7 @@ def test_an_ablation_is_compared_with_its_pretext(tmp_path: Path) -> None:
     ]
 
 
-def test_the_report_names_pre_trainings_and_versions_of_the_code(tmp_path: Path) -> None:
+def test_the_report_names_pre_trainings_and_code_versions(tmp_path: Path) -> None:
     aps = {(row, seed): 0.1 for row in ("none", "siamese") for seed in (1, 2, 12)}
     assert "1 (1): 10.0, 2 (1): 10.0, 12 (2): 10.0" in report(fake_study(tmp_path / "one", aps))
     assert "versions of the code" not in report(tmp_path / "one")
@@ -134,7 +134,7 @@ def test_the_report_names_pre_trainings_and_versions_of_the_code(tmp_path: Path)
     assert "made with 2 versions of the code: aaa, bbb" in page
 
 
-def test_own_text_outlives_the_report(tmp_path: Path) -> None:
+def test_the_users_text_survives_a_new_report(tmp_path: Path) -> None:
     folder = fake_study(tmp_path / "out", {("none", 1): 0.1})
     report(folder)
     (folder / "transfer.notes.md").write_text("## Mine\n\n- It is so.\n")
@@ -144,9 +144,9 @@ def test_own_text_outlives_the_report(tmp_path: Path) -> None:
     other = tmp_path / "mine.md"
     other.write_text("# Transfer study\n\nmine")
     with pytest.raises(UserError, match="exists and is not a report of this tool"):
-        study("report", folder, "--output", other)
+        study("report", folder, output=other)
     assert other.read_text() == "# Transfer study\n\nmine"
-    with pytest.raises(UserError, match="is no study"):
+    with pytest.raises(UserError, match="has no study"):
         study("report", tmp_path)
 
 
@@ -166,10 +166,10 @@ def test_every_evaluation_is_in_the_csv_file(tmp_path: Path) -> None:
     assert found["AP"].tolist() == [0.15, 0.3, 0.05, 0.1]
 
 
-def test_curves_lie_beside_the_report(tmp_path: Path) -> None:
+def test_curves_are_next_to_the_report(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = fake_study(tmp_path / "out", {("none", 1): 0.1, ("none", 2): 0.2, ("siamese", 1): 0.2})
-    study("report", folder, "--output", tmp_path / "page" / "x.md")
+    study("report", folder, output=tmp_path / "page" / "x.md")
     assert (tmp_path / "page" / "x_curves" / "conditional_detr_0.1.png").read_bytes()[
         :4
     ] == b"\x89PNG"
