@@ -1,12 +1,12 @@
-"""Every command of README, CONTRIBUTING and docs/ is read from the text and run, in its order, in a folder that looks
-like the project.
+"""Run every command of README, CONTRIBUTING and docs/, in order, in a folder that looks like the project.
 
-What takes a cluster is run as it stands but for flags behind it that make model, images and epochs small; it stops
-after three steps where no later command of its document needs its files. Launchers are run with a `python` that prints
-what it is asked to do.
+Each command gets extra flags that make model, images and epochs small. It stops after three steps unless a later
+command of its document needs its files. Launchers run with a `python` that prints its arguments. Flags, files, links
+and Python examples of the documents are checked too.
 """
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -22,12 +22,15 @@ from tests.docs.test_model_zoo import row_command
 from tests.docs.test_model_zoo import rows as checkpoint_rows
 from tests.documents import (
     DOCUMENTS,
+    PYTHON_EXAMPLES,
     ROOT,
     SCRIPTS,
     TOOLS,
     config_words,
+    import_tool,
+    python_blocks,
+    python_examples,
     shown_commands,
-    tool,
     without_launcher,
 )
 from tests.published_files import (
@@ -46,19 +49,19 @@ from tests.tiny import (
     VOC_LISTS,
     write_airbus,
     write_coco,
+    write_few_shot_files,
     write_images,
-    write_shots,
     write_voc,
 )
 from tools.demo import run as demo
 from tools.demo import scenes as sample_scenes
 from util.checkpoints.checkpoint import save_checkpoint
-from util.checkpoints.weight_files import stored_at
+from util.checkpoints.weight_files import cached_path
 from util.errors import UserError
 from util.settings import registry
-from util.settings.table import REFUSED_FLAGS
+from util.settings.table import UNSUPPORTED_FLAGS
 
-# What stands for the reader's own names.
+# What a reader would replace by names of their own -> what the tests use.
 PLACEHOLDERS = {
     "/path/to/coco": "data/MSCoco",
     "path/to/coco": "data/MSCoco",
@@ -74,33 +77,31 @@ PLACEHOLDERS = {
     " WORD": " matcher",
 }
 NOT_RUN = {
-    "source .venv/bin/activate": "changes the shell that it is typed in",
-    "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "fetches packages; its files "
-    "are read instead",
-    "pip install -r requirements.txt -c constraints.txt": "fetches packages; its files are read instead",
-    "pip install -e .": "installs; tests/predetr/test_installed.py does, into a folder of its own",
+    "source .venv/bin/activate": "changes the shell in which it is typed",
+    "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "downloads packages; the files "
+    "are parsed instead",
+    "pip install -r requirements.txt -c constraints.txt": "downloads packages; the files are parsed instead",
+    "pip install -e .": "tests/predetr/test_installed.py does it, into a temporary folder",
     "curl -L -o model.yml.gz "
-    "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "fetches a file",
-    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs the runs of an hour; "
+    "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "downloads a file",
+    "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs runs of an hour; "
     "tests/tools/study/test_report.py writes such a report",
 }
-RUN_ELSEWHERE = {"own_data.md": "test_own_data_page.py"}  # runs the same list of commands
-NEEDS = {
+RUN_ELSEWHERE = {"docs/custom_dataset.md": "test_custom_dataset.py"}  # runs the same commands
+REQUIRED_EXTRAS = {
     "README.md": ("skimage", "matplotlib"),
-    "proposals.md": ("cv2",),
-    "large_data.md": ("cv2",),
-}  # extras
+    "docs/outputs.md": ("matplotlib",),
+    "docs/proposals.md": ("cv2",),
+    "docs/large_data.md": ("cv2",),
+}
+ON_CPU = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
 SMALL_TOOLS = {
     "tools/cache_proposals.py": ["--num_workers", "0"],
     "tools/check_dataset.py": ["--num_workers", "0"],
     "tools/make_split.py": ["--filter_pct", "0.5"],
     "tools/transfer_study.py prepare": ["--image_size", "64", "--fractions", "1", "0.5"],
-    "tools/transfer_study.py run": [
-        "--list",
-        "--fractions",
-        "1",
-        "0.5",
-    ],  # its runs are those of tests/tools/study/test_runner.py
+    # tests/tools/study/test_runner.py runs what this lists
+    "tools/transfer_study.py run": ["--list", "--fractions", "1", "0.5"],
     "tools/benchmark.py": [
         "--device",
         "cpu",
@@ -111,20 +112,19 @@ SMALL_TOOLS = {
         "--turns",
         "1",
     ],
-    "tools/predict.py": ["--device", "cpu", "--num_workers", "0", "--image_size", "64"],
+    "tools/predict.py": ON_CPU,
+    "tools/evaluate_proposals.py": ON_CPU,
 }
 SCENES = ["--num_train", "4", "--num_val", "2", "--num_unlabelled", "4"]
-PRINTER = '#!/bin/sh\n[ "$1" = -c ] || printf \'%s\\n\' "$@"\n'  # in place of programs; `python -c` says nothing
+# Stands in for programs: prints its arguments. `python -c CODE` prints nothing.
+PRINTER = '#!/bin/sh\n[ "$1" = -c ] || printf \'%s\\n\' "$@"\n'
 
-# --------------------------------------------------------------------------------------------------------------- the
-# folder
+# ----------------------------------------------------------------------------------------- project folder
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The files of the project, data where the documents say, and a `python` that prints its words, also as the
-    environment's.
-    """
+    """A copy of the project made of links, data where the documents expect it, and a `python` that prints."""
     for path in ROOT.iterdir():
         if path.name not in (
             "data",
@@ -140,17 +140,15 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / program).write_text(PRINTER)
         (tmp_path / program).chmod(0o755)
     write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
-    write_shots(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit")
+    write_few_shot_files(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit")
     write_voc(
         tmp_path / "data" / "pascal" / "VOCdevkit", {**VOC_LISTS, "2012_train": 4, "2012_val": 2}
     )
-    Image.new("RGB", (240, 200)).save(tmp_path / "photograph.jpg")
+    Image.new("RGB", (240, 200)).save(tmp_path / "image.jpg")
     write_airbus(tmp_path / "data" / "airbus-ship-detection")
     for name in ("ilsvrc", "ilsvrc100"):
-        write_images(tmp_path / "data" / name / "train" / "photographs")
-    pack_images(
-        tmp_path / "data" / "ilsvrc" / "train" / "photographs", tmp_path / "data" / "shards"
-    )
+        write_images(tmp_path / "data" / name / "train" / "photos")
+    pack_images(tmp_path / "data" / "ilsvrc" / "train" / "photos", tmp_path / "data" / "shards")
     for name in (ROOT / "datasets" / "imagenet100.txt").read_text().split():
         (tmp_path / "data" / "ilsvrc" / "train" / name).mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -160,7 +158,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pack_images(images: Path, target: Path, shards: int = 16) -> None:
-    """One of the images in each of many tar files."""
+    """Write `shards` tar files with one image each."""
     paths = sorted(images.iterdir())
     target.mkdir()
     for number in range(shards):
@@ -173,7 +171,7 @@ def _no_network(url: str, *args, **kwargs) -> None:
 
 
 def given_file(path: str, words: list[str]) -> dict:
-    """What a file of somebody else's holds that a command reads: told from its name and the words around it."""
+    """Return a small checkpoint of the kind that a command reads, judged by file name and flags."""
     backbone = (
         ("--backbone", "resnet50", "--dilation") if "dc5" in path or "--dilation" in words else ()
     )
@@ -205,7 +203,7 @@ def given_file(path: str, words: list[str]) -> dict:
 
 
 def files_read(words: list[str]) -> list[str]:
-    """The checkpoints that a command reads."""
+    """Return the checkpoints that a command reads."""
     after = dict(zip(words, words[1:], strict=False))
     named = [after.get(flag) for flag in ("--resume", "--pretrain", "--checkpoint", "--ckpt")]
     if words[0] == "tools/convert_checkpoint.py":
@@ -213,27 +211,30 @@ def files_read(words: list[str]) -> list[str]:
     return [name for name in named if name and name != "auto"]
 
 
-def give_files(words: list[str], own: bool) -> None:
-    """Files that the reader has from somewhere else. In README (`own`), what lies in outputs/ was written by a command
-    before.
+def provide_files(words: list[str], strict: bool) -> None:
+    """Write the checkpoints that a command reads, unless an earlier command has written them.
+
+    strict: files in outputs/ must come from an earlier command (README).
     """
     for name in files_read(words):
-        place = Path(stored_at(name)) if name.startswith("https://") else Path(name)
+        place = Path(cached_path(name)) if name.startswith("https://") else Path(name)
         written_before = name.startswith("outputs/") and place.exists()
-        assert written_before or not (own and name.startswith("outputs/")), (
-            f"no command before this one writes {name}"
+        assert written_before or not (strict and name.startswith("outputs/")), (
+            f"no earlier command writes {name}"
         )
         if not written_before:
             save_checkpoint(given_file(name, words), place)
 
 
-# -------------------------------------------------------------------------------------------------------------- the
-# commands
+# ------------------------------------------------------------------------------------------- commands
 
 
 def small(words: list[str], keeps: bool) -> list[str]:
-    """The flags of a command of an entry script with what makes it small behind them."""
-    more = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
+    """Return the flags of a training command, followed by flags that make it small.
+
+    keeps: its files are needed later, so it trains a whole epoch instead of `--dry_run`.
+    """
+    more = list(ON_CPU)
     if not files_read(words):
         more += [
             *MODEL_FLAGS,
@@ -264,23 +265,35 @@ def small(words: list[str], keeps: bool) -> list[str]:
     return [*words[1:], *more]
 
 
-def run_script(words: list[str], later: str, own: bool) -> None:
-    """Trains or evaluates in this process; only three steps where no `later` command reads what it writes."""
+def run_script(words: list[str], later: str, strict: bool) -> None:
+    """Train or evaluate in this process; only three steps if no `later` command reads what it writes."""
     folder = dict(zip(words, words[1:], strict=False)).get("--output_dir", "")
     keeps = folder.startswith("outputs/") and bool(re.search(rf"{folder}\b", later))
-    give_files(words, own)
+    provide_files(words, strict)
     SCRIPTS[words[0]].main(SCRIPTS[words[0]].parse(small(words, keeps)))
 
 
-def run_tool(words: list[str], own: bool) -> None:
-    give_files(words, own)
+def provide_logs(words: list[str], strict: bool) -> None:
+    """Write a published `log.txt` for each run that tools/compare_runs.py reads."""
+    for name in words[1 : words.index("--output")]:
+        if not (Path(name) / "log.txt").exists():
+            assert not strict, f"no earlier command writes {name}"
+            Path(name).mkdir(parents=True)
+            Path(name, "log.txt").write_text(json.dumps({"epoch": 0, "train_loss": 1.0}) + "\n")
+
+
+def run_tool(words: list[str], strict: bool) -> None:
+    if words[0] == "tools/compare_runs.py":
+        provide_logs(words, strict)
+    provide_files(words, strict)
     more = SMALL_TOOLS.get(" ".join(words[:2]), SMALL_TOOLS.get(words[0], []))
-    tool(words[0]).main(tool(words[0]).parse([*words[1:], *more]))
+    tool = import_tool(words[0])
+    tool.main(tool.parse([*words[1:], *more]))
 
 
 def run_shell(words: list[str]) -> list[str]:
-    """Runs a launcher or a set-up script with the `python` that prints; returns what it printed."""
-    own = (
+    """Run a launcher or a set-up script with the `python` that prints. Returns the printed lines."""
+    set_by_user = (
         "LAUNCH",
         "GPUS_PER_NODE",
         "NODE_RANK",
@@ -290,7 +303,7 @@ def run_shell(words: list[str]) -> list[str]:
         "PYTHON",
         "PREDETR_SYSTEM_TORCH",
     )
-    kept = {name: value for name, value in os.environ.items() if name not in own}
+    kept = {name: value for name, value in os.environ.items() if name not in set_by_user}
     environment = {**kept, "PATH": f"{Path.cwd() / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", shlex.join(words)],
@@ -304,14 +317,12 @@ def run_shell(words: list[str]) -> list[str]:
 
 
 def run_launcher(words: list[str]) -> list[str]:
-    """What `torchrun`, tools/run_dist_launch.sh or tools/run_dist_slurm.sh would start in each process: [SCRIPT, FLAG,
-    ...]
-    """
+    """Return [SCRIPT, FLAG, ...] that torchrun, run_dist_launch.sh or run_dist_slurm.sh would start."""
     from torch.distributed.run import get_args_parser
 
     if words[0] != "torchrun":
         words = run_shell(["env", *words])
-        if "torch.distributed.run" not in words:  # under SLURM each task is a Python
+        if "torch.distributed.run" not in words:  # under SLURM each task starts Python
             assert any(word.startswith("--ntasks=") for word in words)
             return words[words.index("python") + 1 :]
         words = words[1:]
@@ -321,7 +332,7 @@ def run_launcher(words: list[str]) -> list[str]:
 
 
 def run_set_up(words: list[str]) -> None:
-    """tools/demo.sh and tools/test.sh, in an environment that is ready: they hand on their words."""
+    """Run tools/demo.sh or tools/test.sh in an environment that is complete, and check what they start."""
     names = [
         "requirements.txt",
         "requirements-extras.txt",
@@ -338,7 +349,7 @@ def run_set_up(words: list[str]) -> None:
     printed = run_shell(words)
     if words[1] == "tools/demo.sh":
         assert printed[0].endswith("tools/demo/run.py")
-        demo.make_stages(demo.get_args_parser().parse_args(printed[1:]))
+        demo.build_stages(demo.get_args_parser().parse_args(printed[1:]))
     else:
         assert printed[:2] == ["-m", "ruff"]
         assert (
@@ -348,47 +359,52 @@ def run_set_up(words: list[str]) -> None:
         )
 
 
-def run_command(command: str, later: str = "", own: bool = False) -> None:
+def run_command(command: str, later: str = "", strict: bool = False) -> None:
+    """Run one command of a document. later: the commands after it, as text."""
     for name, meaning in PLACEHOLDERS.items():
         command, later = command.replace(name, meaning), later.replace(name, meaning)
     words = shlex.split(command)
     if words[-1] == "--help":
-        with pytest.raises(SystemExit) as left:
-            (SCRIPTS.get(words[1]) or tool(words[1])).parse(["--help"])
-        assert left.value.code == 0
+        with pytest.raises(SystemExit) as exit_info:
+            (SCRIPTS.get(words[1]) or import_tool(words[1])).parse(["--help"])
+        assert exit_info.value.code == 0
     elif words[:3] == ["python", "-m", "tools.demo.scenes"]:
         sample_scenes.main([*words[3:], *SCENES])
     elif words[0] == "python" and words[1] in TOOLS:
-        run_tool(words[1:], own)
+        run_tool(words[1:], strict)
     elif words[0] == "bash":
         assert words[1] in ("tools/demo.sh", "tools/test.sh")
         run_set_up(words)
     elif words[0] == "torchrun" or "./tools/run_dist_" in command:
-        run_script(run_launcher(words), later, own)
+        run_script(run_launcher(words), later, strict)
     elif words[0].startswith("./configs/"):
-        run_script(config_words(Path(words[0]).absolute(), *words[1:]), later, own)
+        run_script(config_words(Path(words[0]).absolute(), *words[1:]), later, strict)
     else:
-        run_script(without_launcher(words), later, own)
+        run_script(without_launcher(words), later, strict)
 
 
 def sequence(path: Path) -> list[str]:
-    """The commands of a document, each as often as it is shown but those that are the same for a second time."""
+    """Return the commands of a document in order, without repetitions."""
     return list(dict.fromkeys(shown_commands(path)))
 
 
 def is_row(path: Path, command: str) -> bool:
-    """Whether tests/docs/test_model_zoo.py runs it, with a file of the kind that its row names."""
+    """Whether tests/docs/test_model_zoo.py runs the command, with a checkpoint of the kind of its row."""
     return path.name == "model_zoo.md" and command.startswith("python finetune_main.py")
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in DOCUMENTS if path.name not in RUN_ELSEWHERE],
-    ids=lambda path: path.stem,
+    [path for path in DOCUMENTS if relative(path) not in RUN_ELSEWHERE],
+    ids=relative,
 )
 def test_every_command_runs(path: Path, project: Path) -> None:
-    """In the order of the document, so that each finds what those before it wrote."""
-    for package in NEEDS.get(path.name, ()):
+    """In the order of the document, so that each command finds what earlier ones wrote."""
+    for package in REQUIRED_EXTRAS.get(relative(path), ()):
         pytest.importorskip(package)
     commands = [
         command
@@ -397,13 +413,13 @@ def test_every_command_runs(path: Path, project: Path) -> None:
     ]
     for i, command in enumerate(commands):
         try:
-            run_command(command, later="\n".join(commands[i + 1 :]), own=path == ROOT / "README.md")
+            later = "\n".join(commands[i + 1 :])
+            run_command(command, later, strict=path == ROOT / "README.md")
         except (UserError, SystemExit, subprocess.CalledProcessError) as error:
             raise AssertionError(f"{path.name}: {command}\n{error}") from error
 
 
-def test_no_command_is_left_out() -> None:
-    """The only ones that are not run are listed, with the reason."""
+def test_no_command_is_skipped_without_a_reason() -> None:
     shown = {command for path in DOCUMENTS for command in shown_commands(path)}
     assert set(NOT_RUN) <= shown
     rows = [
@@ -415,8 +431,7 @@ def test_no_command_is_left_out() -> None:
     assert len(shown) > 60
 
 
-def test_files_of_packages_are_readable() -> None:
-    """What the documents give to pip."""
+def test_requirement_files_of_the_documents_are_valid() -> None:
     requirements = pytest.importorskip("packaging.requirements")
     named = {word for command in NOT_RUN for word in command.split() if word.endswith(".txt")}
     assert named == {"requirements.txt", "requirements-extras.txt", "constraints.txt"}
@@ -425,14 +440,11 @@ def test_files_of_packages_are_readable() -> None:
         assert [requirements.Requirement(line) for line in lines if line]
 
 
-# --------------------------------------------------------------------------------------------------- what is named in
-# the text
+# ------------------------------------------------------------------------------- flags, files, links, examples
 
 
 def code_of(path: Path) -> str:
-    """All text of a document that is code: blocks, and what stands in backticks; not the commands of other code
-    bases.
-    """
+    """Return all code of a document, blocks and spans, without the commands of other codebases."""
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     if path.name == "published_commands.md":
         text = re.sub(r"^\| `.*?(?<!\\)\|", "|", text, flags=re.M)
@@ -441,7 +453,7 @@ def code_of(path: Path) -> str:
     )
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_links_and_named_files_exist(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
     for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
@@ -459,14 +471,14 @@ def test_links_and_named_files_exist(path: Path) -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """What the headings of a document are linked by."""
+    """Return the anchors of a document's headings, as GitHub makes them."""
     heads = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
 def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
-    """Every flag of scripts and tools, from their `--help`, and those that are refused with the reason."""
-    for module in [*SCRIPTS.values(), *map(tool, TOOLS)]:
+    """Return every flag of scripts and tools, from their `--help`, and those that are refused with a reason."""
+    for module in [*SCRIPTS.values(), *map(import_tool, TOOLS)]:
         with pytest.raises(SystemExit):
             module.parse(["--help"])
     parsers = [
@@ -474,15 +486,11 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
         sample_scenes.get_args_parser().format_help(),
         capsys.readouterr().out,
     ]
-    return set(re.findall(r"--\w+", "\n".join(parsers))) | set(REFUSED_FLAGS)
+    return set(re.findall(r"--\w+", "\n".join(parsers))) | set(UNSUPPORTED_FLAGS)
 
 
-OTHERS_FLAGS = {
-    "--nproc_per_node",
-    "--use_env",
-    "--all",
-    "--time",
-}  # of torchrun, the older launcher, tools/test.sh, srun
+# Of torchrun, the older launcher, tools/test.sh and srun.
+OTHERS_FLAGS = {"--nproc_per_node", "--use_env", "--all", "--time"}
 
 
 def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:
@@ -492,9 +500,11 @@ def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:
         assert not unknown, f"{path.name}: {unknown}"
 
 
-def test_readme_names_every_part_that_can_be_chosen() -> None:
-    """Its table of choices and the registries are the same."""
-    rows = re.findall(r"^\| [^|]+ \| `(--\w+)` \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+@pytest.mark.parametrize("name", ["README.md", "docs/flags.md"])
+def test_tables_of_choices_match_the_registry(name: str) -> None:
+    """Rows end with the flag and its values; a row in README has a description in front."""
+    text = (ROOT / name).read_text()
+    rows = re.findall(r"^\|(?: [^|]+ \|)? `(--\w+)` \| ([^|]+) \|$", text, re.M)
     named = {flag: set(re.findall(r"(?:^|[,;] )`([^`]+)`", values)) for flag, values in rows}
     assert named["--pretext"] == set(registry.PRETEXTS)
     assert named["--detector"] == set(registry.DETECTORS)
@@ -504,44 +514,41 @@ def test_readme_names_every_part_that_can_be_chosen() -> None:
     }
 
 
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
-
-
-def test_the_python_example_of_the_readme_runs() -> None:
-    (code,) = (block for block in python_blocks(ROOT / "README.md") if "build_model" in block)
+def test_python_examples_of_build_model_run() -> None:
     small = '"none", backbone="resnet18", enc_layers=1, dec_layers=2)'
-    code = code.replace('"none")', small).replace("256, 320", "64, 96")
-    names: dict = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert names["outputs"]["pred_boxes"].shape == (1, 300, 4)
-    assert set(names["results"][0]) == {"scores", "labels", "boxes"}
+    for code in python_examples("build_model("):
+        code = code.replace('"none")', small).replace("256, 320", "64, 96")
+        names: dict = {}
+        exec(compile(code, "example", "exec"), names)
+        assert names["outputs"]["pred_boxes"].shape == (1, 300, 4)
+        assert set(names["results"][0]) == {"scores", "labels", "boxes"}
 
 
-def test_the_python_example_of_contributing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A detector of one's own is known to the script that it starts."""
+def test_python_example_of_a_new_detector_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A detector that is added to the registry is known to the entry script."""
     started = []
     monkeypatch.setattr(
         "util.runs.session.run_script",
         lambda main, parse: started.append(parse(["--detector", "mine", "--eval"])),
     )
-    monkeypatch.setitem(
-        registry.DETECTORS, "mine", registry.DETECTORS["detr"]
-    )  # removed again afterwards
-    (code,) = python_blocks(ROOT / "CONTRIBUTING.md")
-    exec(compile(code, "CONTRIBUTING.md", "exec"), {})
+    # Registered here first, so that monkeypatch removes it again.
+    monkeypatch.setitem(registry.DETECTORS, "mine", registry.DETECTORS["detr"])
+    (code,) = python_examples("DETECTORS[")
+    exec(compile(code, "example", "exec"), {})
     assert started[0].detector == "mine"
 
 
-def test_python_examples_are_run() -> None:
-    """All here but that of torch.hub, which tests/test_hub.py runs, and of Predictor, in tests/test_predictor.py."""
-    assert {path.name: len(python_blocks(path)) for path in DOCUMENTS if python_blocks(path)} == {
-        "README.md": 3,
-        "CONTRIBUTING.md": 1,
-    }
+def test_every_python_example_is_run() -> None:
+    for path in DOCUMENTS:
+        for code in python_blocks(path):
+            assert any(kind in code for kind in PYTHON_EXAMPLES), (
+                f"{path.name}: no test runs\n{code}"
+            )
+    for kind in PYTHON_EXAMPLES:
+        assert python_examples(kind)
 
 
-def test_citation_and_licence() -> None:
+def test_citation_and_license() -> None:
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert [reference["year"] for reference in citation["references"]] == [

@@ -1,6 +1,4 @@
-"""docs/model_zoo.md: every row has a command that runs on a file of its kind, and the number of tensors that such a
-file has.
-"""
+"""docs/model_zoo.md: the command of each row runs on a file of its kind, and the number of tensors is right."""
 
 import re
 import shlex
@@ -22,9 +20,9 @@ from tests.published_files import (
     updetr,
 )
 from tests.tiny import write_coco
-from util.checkpoints.architecture import architecture
-from util.checkpoints.checkpoint import as_checkpoint, save_checkpoint
-from util.checkpoints.weight_files import stored_at
+from util.checkpoints.architecture import infer_architecture
+from util.checkpoints.checkpoint import parse_checkpoint, save_checkpoint
+from util.checkpoints.weight_files import cached_path
 
 PAGE = ROOT / "docs" / "model_zoo.md"
 R101 = ("--backbone", "resnet101")
@@ -36,13 +34,13 @@ TINY = ("--device", "cpu", "--num_workers", "0", "--image_size", "64")
 
 
 def of_siamese(detector: str, channels: int, *flags: str) -> Callable[..., dict]:
-    """A small one is on ResNet-18, whose maps have a fourth of the `channels`."""
+    """Build a checkpoint of Siamese DETR. A small one has ResNet-18, with a fourth of the `channels`."""
     return lambda *size: siamese(
         detector, *flags, *size, channels=channels // 4 if size else channels
     )
 
 
-# what a row's file holds -> its names and shapes; flags make it smaller
+# File of a row -> function that returns its parameter names and shapes; flags make it smaller.
 FILES: dict[str, Callable[..., dict]] = {
     "detr-r50-e632da11.pth": lambda *size: shapes("detr", *size, outputs=92),
     "detr-r50-dc5-f0fb7ef5.pth": lambda *size: shapes("detr", "--dilation", *size, outputs=92),
@@ -99,7 +97,7 @@ FILES: dict[str, Callable[..., dict]] = {
 
 
 def rows() -> list[list[str]]:
-    """The cells of every row that has a command: file, where, size, tensors, published AP, here."""
+    """Return the cells of each row with a command: file, download, size, tensors, published AP, command."""
     lines = [
         line
         for line in PAGE.read_text().splitlines()
@@ -117,9 +115,7 @@ def row_command(row: list[str]) -> str:
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].strip("`"))
 def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command evaluates, or starts to train, a small detector from a file of the kind that the row says, named as
-    the row's.
-    """
+    """The command evaluates, or starts to train, a small detector from a file of the row's kind and name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
     write_coco(tmp_path / "data" / "MSCoco", train=3, val=2)
@@ -128,7 +124,7 @@ def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     backbone = ("--backbone", "resnet50") if "dc5" in row[0].lower() else ()
     state = FILES[row[0].strip("`")](*SMALL, *backbone)
     source = args.resume or args.pretrain
-    place = stored_at(source) if source.startswith("https://") else Path(source)
+    place = cached_path(source) if source.startswith("https://") else Path(source)
     save_checkpoint(siamese_file(state) if "iter_" in source else {"model": filled(state)}, place)
     finetune_main.main(
         finetune_main.parse(
@@ -143,17 +139,17 @@ def test_every_published_checkpoint_has_a_row() -> None:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row[0].strip("`"))
-def test_row_is_right(row: list[str]) -> None:
-    """The command is taken as it stands, and its flags do not contradict what such a file says of itself."""
-    name, where, _, tensors, _, here = row
+def test_row_matches_its_file(row: list[str]) -> None:
+    """The command parses unchanged, and its flags agree with what such a file says about itself."""
+    name, download, _, tensors, _, here = row
     state = FILES[name.strip("`")]()
     with_masks = MASK_TENSORS if "panoptic" in name else 0
     assert int(tensors) == len(state) + with_masks
-    assert "http" in where or where == "see above"
+    assert "http" in download or download == "see above"
     args = check_command(shlex.split(row_command(row)))
     assert bool(args.eval) is bool(args.resume) is not bool(args.pretrain)
-    checkpoint = as_checkpoint({"model": state}, args.resume or args.pretrain)
-    certain, likely = architecture(checkpoint)
+    checkpoint = parse_checkpoint({"model": state}, args.resume or args.pretrain)
+    certain, likely = infer_architecture(checkpoint)
     assert args.dilation is ("dc5" in name.lower() and "--dilation" in here)
     assert likely.get("dilation", False) or args.dilation or "dc5" not in name.lower()
     assert args.num_classes == (250 if "panoptic" in name else 91)
@@ -162,7 +158,7 @@ def test_row_is_right(row: list[str]) -> None:
         assert args.batch_size == (1 if "dc5" in name.lower() and "single scale" not in name else 2)
 
 
-def test_the_page_shows_how_to_convert() -> None:
+def test_page_shows_how_to_convert() -> None:
     shown = shown_commands(PAGE)
     assert {word for command in shown for word in command.split() if word.startswith("tools/")} == {
         "tools/convert_checkpoint.py",

@@ -1,6 +1,4 @@
-"""docs/published_commands.md: both columns of every row mean the same flags, but for the differences that the row
-names.
-"""
+"""docs/published_commands.md: both columns of each row mean the same flags, except for differences that it names."""
 
 import re
 import shlex
@@ -11,11 +9,11 @@ import finetune_main
 from tests.documents import ROOT, TOOLS, check_command, config_words, parse, without_launcher
 
 PATH_FLAGS = {"coco_path", "imagenet_path", "output_dir", "resume", "pretrain"}
-CODE_BASES = {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "DETReg", "Siamese DETR"}
+CODEBASES = {"UP-DETR", "DETR", "Conditional DETR", "Deformable DETR", "DETReg", "Siamese DETR"}
 
 
 def published_rows() -> list[tuple[str, str, str, str]]:
-    """(code base, published, here, config) of each row of docs/published_commands.md."""
+    """Return (codebase, published, here, config) of each row of docs/published_commands.md."""
     rows, section = [], ""
     for line in (ROOT / "docs" / "published_commands.md").read_text().splitlines():
         if line.startswith("## "):
@@ -27,28 +25,26 @@ def published_rows() -> list[tuple[str, str, str, str]]:
 
 
 ROWS = published_rows()
-# Those that train, evaluate or convert; tests/test_hub.py checks those of torch.hub, tests/tools/test_setup_env.py the
-# set-up.
+# Rows that train, evaluate or convert. tests/test_hub.py checks torch.hub, tests/tools/test_setup_env.py the set-up.
 POSSIBLE = [
     row
     for row in ROWS
-    if row[0] in CODE_BASES and row[2].startswith("`") and not row[2].startswith("`torch.hub")
+    if row[0] in CODEBASES and row[2].startswith("`") and not row[2].startswith("`torch.hub")
 ]
 
 
 def code(cell: str) -> list[str]:
-    """The first text in backticks of a cell, as words."""
+    """Return the words of a cell's first code span."""
     return shlex.split(re.match(r"`([^`]+)`", cell)[1])
 
 
-def test_all_code_bases_are_listed() -> None:
-    assert {row[0] for row in ROWS} == CODE_BASES | {"Installing and preparing data"}
-    assert {row[0] for row in POSSIBLE} == CODE_BASES
-    assert all(len(row) == (4 if row[0] in CODE_BASES else 3) for row in ROWS)
+def test_all_codebases_are_listed() -> None:
+    assert {row[0] for row in ROWS} == CODEBASES | {"Installation and data"}
+    assert {row[0] for row in POSSIBLE} == CODEBASES
+    assert all(len(row) == (4 if row[0] in CODEBASES else 3) for row in ROWS)
 
 
-def test_what_is_not_here_is_said() -> None:
-    """A cell has a command or says in words why not, or by which other tool."""
+def test_every_row_has_a_command_or_says_why_not() -> None:
     words = (
         "`",
         "not in this version",
@@ -62,9 +58,7 @@ def test_what_is_not_here_is_said() -> None:
 
 
 def flags_behind(words: list[str]) -> list[str]:
-    """What is written behind a config, or behind a script of another name; names of the reader's files count as
-    none.
-    """
+    """Return the flags and numbers after a config, or after a script of another name, without file names."""
     start = next(
         i
         for i, word in enumerate(words)
@@ -74,8 +68,8 @@ def flags_behind(words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("row", POSSIBLE, ids=lambda row: f"{row[0]}: {row[1][-30:]}")
-def test_command_here_means_the_published_one(row: tuple[str, str, str, str]) -> None:
-    """Only the script's name changes, and the detector is said."""
+def test_command_means_the_same_as_the_published_one(row: tuple[str, str, str, str]) -> None:
+    """Only the script's name changes, and the detector is added."""
     section, published, here, _ = row
     ours = code(here)
     check_command(ours)
@@ -110,8 +104,8 @@ def test_config_of_a_published_command_differs_only_where_it_says_so(
     assert differ == {flag.lstrip("-") for flag in re.findall(r"--\w+", row[3])}
 
 
-def test_impossible_commands_are_refused_by_the_parser(capsys: pytest.CaptureFixture) -> None:
-    """What the table calls not in this version is not half accepted."""
+def test_unsupported_commands_are_refused_by_the_parser(capsys: pytest.CaptureFixture) -> None:
+    """What the table calls "not in this version" is refused."""
     for flags in (["--dataset_file", "coco_panoptic"], ["--masks"], ["--frozen_weights", "x"]):
         with pytest.raises(SystemExit):
             finetune_main.parse(flags)

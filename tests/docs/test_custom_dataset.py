@@ -1,4 +1,4 @@
-"""Every command of docs/own_data.md runs, in its order, on sample scenes with category ids of a user."""
+"""Run every command of docs/custom_dataset.md, in order, on synthetic scenes with category ids of a user."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tests.tiny import (
     MODEL_FLAGS,
     PRETEXT_FLAGS,
     ROOT,
-    logged,
+    captured_log,
     read_checkpoint,
     renumber,
     tiny_args,
@@ -25,11 +25,11 @@ from tests.tiny import (
 from tools import check_dataset, predict
 from tools.demo.scenes import class_names, write_coco
 from util.checkpoints.checkpoint import save_checkpoint
-from util.checkpoints.weight_files import stored_at
+from util.checkpoints.weight_files import cached_path
 from util.settings import FINETUNE
 
 pytest.importorskip("skimage")
-PAGE = (ROOT / "docs" / "own_data.md").read_text()
+PAGE = (ROOT / "docs" / "custom_dataset.md").read_text()
 SCRIPTS = {
     "main.py": pretrain_main,
     "finetune_main.py": finetune_main,
@@ -43,11 +43,11 @@ PUBLISHED = re.findall(r"--pretrain (https://\S+)", PAGE)
 
 
 def commands() -> list[list[str]]:
-    return [shlex.split(command) for command in shown_commands(ROOT / "docs" / "own_data.md")]
+    return [shlex.split(command) for command in shown_commands(ROOT / "docs" / "custom_dataset.md")]
 
 
-def lay_out(folder: Path) -> None:
-    """The page's folders with few scenes, and a small file in the place of the published detector."""
+def write_dataset(folder: Path) -> None:
+    """Write the page's folders with a few scenes, and the category ids of IDS."""
     write_coco(folder, num_train=4, num_val=2, num_unlabelled=4, size=64)
     for split in ("train", "val"):
         (folder / f"{split}2017").rename(folder / split)
@@ -58,18 +58,19 @@ def lay_out(folder: Path) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the page's data, and a small checkpoint under the URL of the published detector."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
-    lay_out(tmp_path / "my_data")
+    write_dataset(tmp_path / "my_data")
     torch.manual_seed(0)
     model = build_model(tiny_args(FINETUNE, "--backbone_norm", "frozen", "--nheads", "8"))[0]
     for address in set(PUBLISHED):
-        save_checkpoint({"model": model.state_dict()}, stored_at(address))
+        save_checkpoint({"model": model.state_dict()}, cached_path(address))
     return tmp_path
 
 
 def small(command: list[str]) -> list[str]:
-    """The words behind the script's name, with what makes it small behind them."""
+    """Return the arguments of a command, followed by flags that make it small."""
     script, words = command[1], command[2:]
     extra = {
         "main.py": [
@@ -97,7 +98,7 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
     for command in commands():
         assert command[0] == "python"
         module = SCRIPTS[command[1]]
-        with logged() as lines:
+        with captured_log() as lines:
             module.main(module.parse(small(command)))
         if command[1] == "finetune_main.py" and "--eval" not in command:
             assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), (
@@ -114,7 +115,7 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
         "tools/predict.py",
     ]
     assert json.loads((workplace / "check" / "check.json").read_text())["val"]["readable"] == 2
-    checkpoint = read_checkpoint(workplace / "outputs" / "own" / "checkpoint_best.pth")
+    checkpoint = read_checkpoint(workplace / "outputs" / "custom" / "checkpoint_best.pth")
     assert {
         checkpoint["category_ids"][row]: name for row, name in checkpoint["class_names"].items()
     } == {IDS[label]: name for label, name in names.items()}
@@ -125,20 +126,20 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
     }
     example = json.loads(re.findall(r"```json\n(\[.*?)```", PAGE, re.DOTALL)[0])
     assert set(found[0]) == set(example[0])
-    metrics = json.loads((workplace / "outputs" / "own_eval" / "metrics.json").read_text())
+    metrics = json.loads((workplace / "outputs" / "custom_eval" / "metrics.json").read_text())
     assert len(metrics["coco_eval_bbox"]) == 12
 
 
-def test_own_pre_training_fits_the_fine_tuning(workplace: Path) -> None:
-    """What the page says of `--pretrain outputs/own_pretrain/checkpoint.pth`."""
+def test_fine_tuning_starts_from_the_pre_training(workplace: Path) -> None:
+    """`--pretrain outputs/custom_pretrain/checkpoint.pth`, as the page says."""
     _, first, second, *_ = commands()
     pretrain_main.main(pretrain_main.parse(small(first)))
-    second[second.index("--pretrain") + 1] = "outputs/own_pretrain/checkpoint.pth"
-    assert "outputs/own_pretrain/checkpoint.pth" in PAGE
+    second[second.index("--pretrain") + 1] = "outputs/custom_pretrain/checkpoint.pth"
+    assert "outputs/custom_pretrain/checkpoint.pth" in PAGE
     finetune_main.main(finetune_main.parse(small([*second, "--dry_run"])))
 
 
-def test_the_annotations_of_the_page_are_read(tmp_path: Path) -> None:
+def test_example_annotations_of_the_page_are_valid(tmp_path: Path) -> None:
     from datasets.labelled.annotations import read_coco
 
     path = tmp_path / "train.json"
