@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Conditional DETR (Meng et al., ICCV 2021): evaluation on COCO val2017. Published: AP 41.0 for R50.
-# Another checkpoint: --resume PATH (its architecture is taken over); with DC5 models add --batch_size 1
+# Another checkpoint: --resume PATH (its architecture is adopted); with DC5 models add --batch_size 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Conditional DETR-R101 (Meng et al., ICCV 2021) on COCO.
-# Published: AP 42.8 after 50 epochs; 8 GPUs, 2 images each.
-# Run it again and it continues where it stopped (--resume auto).
+# Published: AP 42.8 after 50 epochs; 8 GPUs x 2 images.
+# Started again, it resumes where it stopped (--resume auto).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

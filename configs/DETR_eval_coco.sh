@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DETR-R50 (Carion et al., ECCV 2020): evaluation of the authors' checkpoint on COCO val2017. Published: AP 42.0.
-# Another checkpoint: --resume PATH (its architecture is taken over). DC5 models were trained with one image a GPU and lose AP when
-# images are padded: add --batch_size 1
+# Another checkpoint: --resume PATH (its architecture is adopted). DC5 models were trained with one image per GPU and
+# lose AP on padded images: add --batch_size 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DETR-R50 (Carion et al., ECCV 2020) on COCO, the short schedule.
-# Published: AP 39.5 after 150 epochs. The epoch of the drop is not published with it; after 100 is in the proportion of 300 and 200.
+# Published: AP 39.5 after 150 epochs.
+# The epoch of the lr drop is not published; here 100, the same proportion as 200 of 300.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

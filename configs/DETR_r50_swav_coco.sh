@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DETR-R50 with SwAV's backbone on COCO: the baseline in the table of UP-DETR (Dai et al., CVPR 2021).
-# Published: AP 42.1 after 300 epochs, without the settings. Here they are those of UP-DETR's fine-tuning, from another start.
+# Published: AP 42.1 after 300 epochs; settings not published. Here as for UP-DETR's fine-tuning, from another backbone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

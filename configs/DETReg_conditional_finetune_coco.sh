@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DETReg on Conditional DETR with 100 queries, fine-tuned on COCO: the baseline of Siamese DETR (CVPR 2023).
-# Published: AP 40.2, 50 epochs with the drop after 40, 2 images a GPU.
+# DETReg on Conditional DETR with 100 queries, fine-tuned on COCO: baseline of Siamese DETR (CVPR 2023).
+# Published: AP 40.2, 50 epochs, lr drop after 40, 2 images per GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

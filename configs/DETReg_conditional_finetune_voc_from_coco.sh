@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DETReg on Conditional DETR with 100 queries on COCO's images, fine-tuned on PASCAL VOC: in Siamese DETR (CVPR 2023).
-# Published: AP 55.9, 50 epochs with the drop after 40, 2 images a GPU.
-# Trained on the trainval images of 2012, evaluated on the test images of 2007 by COCO's metric, `difficult` objects included.
+# Published: AP 55.9, 50 epochs, lr drop after 40, 2 images per GPU.
+# Trained on VOC 2012 trainval, evaluated on VOC 2007 test with COCO metrics, `difficult` objects included.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

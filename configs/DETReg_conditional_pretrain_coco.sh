@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# DETReg on Conditional DETR with 100 queries: the baseline of Siamese DETR (CVPR 2023), on COCO's images: 30 boxes of selective search.
-# Published: no settings, and no number of its own. Here: 50 epochs with the drop after 40, as DETReg on Deformable DETR.
+# DETReg on Conditional DETR with 100 queries, on COCO's images: top 30 selective search boxes per image.
+# Baseline of Siamese DETR (CVPR 2023).
+# Published: neither settings nor an AP of its own. Here: 50 epochs, lr drop after 40, as for DETReg on Deformable DETR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

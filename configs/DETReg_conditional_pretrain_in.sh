@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# DETReg on Conditional DETR with 100 queries: the baseline of Siamese DETR (CVPR 2023), on ImageNet: 30 boxes of selective search.
-# Published: no settings, and no number of its own. Here: 60 epochs without a drop of the rate, as DETReg on DETR.
+# DETReg on Conditional DETR with 100 queries, on ImageNet: top 30 selective search boxes per image.
+# Baseline of Siamese DETR (CVPR 2023).
+# Published: neither settings nor an AP of its own. Here: 60 epochs without lr drop, as for DETReg on DETR.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022) on PASCAL VOC with few shots: 10 objects of each class, after DETReg_few_shot_base_pascal.
-# Published: the split, by Wang et al. (ICML 2020); nothing for DETReg. Schedule: as DETReg_few_shot_10shot_coco.
-# The objects are drawn here, by --seed.
+# DETReg (Bar et al., CVPR 2022) few-shot on PASCAL VOC: 10 objects of each class, after DETReg_few_shot_base_pascal.
+# Published: the split, by Wang et al. (ICML 2020); no results for DETReg. Schedule: as for DETReg_few_shot_10shot_coco.
+# The objects are drawn with --seed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022), few shots: 30 objects of each of COCO's 80 classes, after DETReg_few_shot_base_coco.
-# Published: novel AP 22.6, AP75 24.3 (corrected by the authors in 2023: earlier numbers had an error in the evaluation); 150 epochs.
-# The objects: those of Wang et al. (ICML 2020), folder cocosplit, where seed 0 lies, of ucbdrive/few-shot-object-detection, of COCO 2014, whose images
-# COCO 2017 has too. Drawn here by --seed instead: add --few_shot_file ''.
-# Evaluation takes longer than such a short epoch: add --eval_every 50.
-# Batch size: as full COCO, 8 GPUs, 4 images each; it is not published.
+# DETReg (Bar et al., CVPR 2022), few-shot: 30 objects of each of COCO's 80 classes, after DETReg_few_shot_base_coco.
+# Published: novel AP 22.6, AP75 24.3 (corrected by the authors in 2023:
+# earlier values had an evaluation bug); 150 epochs.
+# The objects: those of Wang et al. (ICML 2020), seed 0 in the folder cocosplit of ucbdrive/few-shot-object-detection.
+# They are from COCO 2014, whose images COCO 2017 also has.
+# To draw others with --seed: add --few_shot_file ''.
+# Evaluation takes longer than one of these short epochs: add --eval_every 50.
+# Batch size: not published; here as for full COCO, 8 GPUs x 4 images.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022), few shots without base training: 30 objects of each of COCO's 80 classes, from DETReg_top30_in.
-# Published: 1000 epochs with the drop after 990.
+# DETReg (Bar et al., CVPR 2022), few-shot without base training:
+# 30 objects of each of COCO's 80 classes, from DETReg_top30_in.
+# Published: 1000 epochs, lr drop after 990.
 # The objects: those of Wang et al. (ICML 2020), see DETReg_few_shot_30shot_coco. Evaluation: add --eval_every 50.
-# Batch size: as full COCO, 8 GPUs, 4 images each; it is not published.
+# Batch size: not published; here as for full COCO, 8 GPUs x 4 images.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

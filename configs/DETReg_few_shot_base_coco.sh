@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022), few shots: base training on the 60 classes of COCO that VOC does not have, from DETReg_top30_in.
-# Published: trained like full COCO, 8 GPUs, 4 images each (32 in all), 50 epochs. What it starts from is not said; here that of full COCO.
+# DETReg (Bar et al., CVPR 2022), few-shot:
+# base training on the 60 classes of COCO that VOC does not have, from DETReg_top30_in.
+# Published: as for full COCO, 8 GPUs x 4 images (batch 32), 50 epochs.
+# The initial weights are not published; here those of full COCO.
 # Then DETReg_few_shot_10shot_coco or DETReg_few_shot_30shot_coco.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

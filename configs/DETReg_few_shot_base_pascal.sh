@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022) on PASCAL VOC with few shots: base training on the 15 base classes of split 1, from DETReg_top30_in.
-# Published: the split, by Wang et al. (ICML 2020); nothing for DETReg. Schedule: as DETReg_fine_tune_full_pascal.
-# Other splits: --novel_split 2 or 3, here and in DETReg_few_shot_10shot_pascal.
+# DETReg (Bar et al., CVPR 2022) few-shot on PASCAL VOC:
+# base training on the 15 base classes of split 1, from DETReg_top30_in.
+# Published: the split, by Wang et al. (ICML 2020); no results for DETReg.
+# Schedule: as for DETReg_fine_tune_full_pascal.
+# For the other splits: --novel_split 2 or 3, here and in DETReg_few_shot_10shot_pascal.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

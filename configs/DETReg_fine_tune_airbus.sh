@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # DETReg (Bar et al., CVPR 2022), fine-tuned on Airbus Ship Detection from DETReg_top30_airbus.
-# Published: the name of the data and two outputs; the code base can't read the data. Settings: as DETReg_fine_tune_full_coco.
+# Published: the name of the dataset and two outputs; the codebase can't read it.
+# Settings: as for DETReg_fine_tune_full_coco.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DETReg (Bar et al., CVPR 2022), fine-tuned on COCO from DETReg_top30_in.
-# Published: AP 45.5 (by Siamese DETR), 8 GPUs, 4 images each (32 in all), 50 epochs, about 2 days on V100.
+# Published: AP 45.5 (by Siamese DETR), 8 GPUs x 4 images (batch 32), 50 epochs, about 2 days on V100.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

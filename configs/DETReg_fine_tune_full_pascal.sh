@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022), fine-tuned on PASCAL VOC 2007 and 2012 from DETReg_top30_in, evaluated on the test images of 2007.
-# Published: 8 GPUs, 4 images each (32 in all), 100 epochs.
+# DETReg (Bar et al., CVPR 2022), fine-tuned on PASCAL VOC 2007 and 2012 from DETReg_top30_in,
+# evaluated on VOC 2007 test.
+# Published: 8 GPUs x 4 images (batch 32), 100 epochs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

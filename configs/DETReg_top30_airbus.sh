@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022) with Deformable DETR on the images of Airbus Ship Detection: 30 boxes of selective search an image.
-# Published: the name of the data alone. Settings: as DETReg_top30_coco.
+# DETReg (Bar et al., CVPR 2022) with Deformable DETR on the images of Airbus Ship Detection:
+# top 30 selective search boxes per image.
+# Published: the name of the dataset only. Settings: as for DETReg_top30_coco.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

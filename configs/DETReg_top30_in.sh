@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022) with Deformable DETR on ImageNet: 30 boxes of selective search an image.
-# Published: 8 GPUs, `--batch_size 24` each (192 in all), `--num_workers 8`, 5 epochs; the rate never drops.
+# DETReg (Bar et al., CVPR 2022) with Deformable DETR on ImageNet: top 30 selective search boxes per image.
+# Published: 8 GPUs x 24 images (batch 192), --num_workers 8, 5 epochs; no lr drop.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# DETReg (Bar et al., CVPR 2022) with Deformable DETR on ImageNet-100: 5 boxes of selective search an image.
-# Published: 8 GPUs, `--batch_size 24` each (192 in all), `--num_workers 8`, 50 epochs.
+# DETReg (Bar et al., CVPR 2022) with Deformable DETR on ImageNet-100: top 5 selective search boxes per image.
+# Published: 8 GPUs x 24 images (batch 192), --num_workers 8, 50 epochs.
 # The images: python tools/link_imagenet100.py --imagenet data/ilsvrc --output_dir data/ilsvrc100
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

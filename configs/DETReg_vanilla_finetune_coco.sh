@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DETReg on DETR, fine-tuned on COCO: the baseline of Siamese DETR (CVPR 2023).
-# Published: AP 41.9, without the settings. Here: 150 epochs with the drop after 100.
-# From DETReg's own pre-training on DETR, which is pre-norm; whether the row is, is not said. The norm order is that of the checkpoint.
+# DETReg on DETR, fine-tuned on COCO: baseline of Siamese DETR (CVPR 2023).
+# Published: AP 41.9; settings not published. Here: 150 epochs, lr drop after 100.
+# From DETReg's own pre-training on DETR, which is pre-norm; whether the published row is, is not stated.
+# The norm order comes from the checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# DETReg on DETR, fine-tuned on PASCAL VOC: the baseline of Siamese DETR (CVPR 2023).
-# Published: AP 57.0, without the settings. Here: 150 epochs with the drop after 100.
-# From DETReg's own pre-training on DETR, which is pre-norm; whether the row is, is not said. The norm order is that of the checkpoint.
-# Trained on the trainval images of 2012, evaluated on the test images of 2007 by COCO's metric, `difficult` objects included.
+# DETReg on DETR, fine-tuned on PASCAL VOC: baseline of Siamese DETR (CVPR 2023).
+# Published: AP 57.0; settings not published. Here: 150 epochs, lr drop after 100.
+# From DETReg's own pre-training on DETR, which is pre-norm; whether the published row is, is not stated.
+# The norm order comes from the checkpoint.
+# Trained on VOC 2012 trainval, evaluated on VOC 2007 test with COCO metrics, `difficult` objects included.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

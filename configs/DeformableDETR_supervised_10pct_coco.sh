@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Deformable DETR on 10 % of the images of COCO, from a backbone trained with ImageNet's labels: baseline in the table of DETReg (Bar et
-# al., CVPR 2022).
-# Published: AP 26.34, mean of several draws, without the settings. Here those of DETReg_fine_tune_10pct_coco: 8 GPUs, 3 images each.
-# Evaluation takes longer than such a short epoch: add --eval_every 50.
+# Deformable DETR on 10 % of COCO's images, from an ImageNet-supervised backbone:
+# baseline in the table of DETReg (Bar et al., CVPR 2022).
+# Published: AP 26.34, mean over several draws; settings not published.
+# Here as for DETReg_fine_tune_10pct_coco: 8 GPUs x 3 images.
+# Evaluation takes longer than one of these short epochs: add --eval_every 50.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Deformable DETR with four levels and 300 queries on COCO without pre-training: the baseline of Siamese DETR (CVPR 2023).
-# Published: AP 45.5, without the settings. Here those of Deformable DETR.
-# Where the backbone starts is not said; the published code for fine-tuning leaves it random. Here SwAV's weights, as pre-training has.
+# Deformable DETR with four levels and 300 queries on COCO without pre-training: baseline of Siamese DETR (CVPR 2023).
+# Published: AP 45.5; settings not published. Here as for Deformable DETR.
+# The backbone's initial weights are not published; the published fine-tuning code leaves them random.
+# Here SwAV's, as in pre-training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

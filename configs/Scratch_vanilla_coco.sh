@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# DETR, post-norm on COCO without pre-training: the baseline of Siamese DETR (CVPR 2023).
-# Published: AP 39.7, without the settings. Here: 150 epochs with the drop after 100.
-# Where the backbone starts is not said; the published code for fine-tuning leaves it random. Here SwAV's weights, as pre-training has.
+# DETR, post-norm on COCO without pre-training: baseline of Siamese DETR (CVPR 2023).
+# Published: AP 39.7; settings not published. Here: 150 epochs, lr drop after 100.
+# The backbone's initial weights are not published; the published fine-tuning code leaves them random.
+# Here SwAV's, as in pre-training.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

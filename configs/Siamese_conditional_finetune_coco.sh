@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Siamese DETR (Chen et al., CVPR 2023) on Conditional DETR with 100 queries, fine-tuned on COCO.
-# Published: AP 40.5, 50 epochs with the drop after 40, 2 images a GPU.
+# Published: AP 40.5, 50 epochs, lr drop after 40, 2 images per GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

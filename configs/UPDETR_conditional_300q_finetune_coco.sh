@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# UP-DETR's pretext on Conditional DETR with 300 queries, fine-tuned on COCO: the baseline of Siamese DETR (CVPR 2023).
-# Published: the settings, 50 epochs with the drop after 40, 2 images a GPU; no number with 300 queries.
+# UP-DETR's pretext on Conditional DETR with 300 queries, fine-tuned on COCO: baseline of Siamese DETR (CVPR 2023).
+# Published: the settings, 50 epochs, lr drop after 40, 2 images per GPU; no AP with 300 queries.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

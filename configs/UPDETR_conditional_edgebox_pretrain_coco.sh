@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# UP-DETR's pretext with EdgeBoxes in place of random boxes, Conditional DETR, 100 queries: ablation of Siamese DETR (CVPR 2023), on
-# COCO's images.
-# Published: 16 GPUs, 4 images each (64 in all), 120k steps with the drop after 80k; no number. See UPDETR_conditional_pretrain_coco.
+# UP-DETR's pretext with EdgeBoxes in place of random boxes, Conditional DETR, 100 queries:
+# ablation of Siamese DETR (CVPR 2023) on COCO's images.
+# Published: 16 GPUs x 4 images (batch 64), 120k steps, lr drop after 80k; no AP. See UPDETR_conditional_pretrain_coco.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

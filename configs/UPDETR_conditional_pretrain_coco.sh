@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# UP-DETR's pretext on Conditional DETR with 100 queries: the baseline of Siamese DETR (CVPR 2023), on COCO's images without their labels.
-# Published: 16 GPUs, 4 images each (64 in all), 120k steps with the drop after 80k: x 64 / 118287 images = 65 and 43 epochs.
-# COCO images have short sides of 480 to 800 in that code base; --image_size 800 makes UP-DETR's 320 to 480 to 533 to 800.
-# It has no number of its own; see UPDETR_conditional_finetune_voc_from_coco.
+# UP-DETR's pretext on Conditional DETR with 100 queries:
+# baseline of Siamese DETR (CVPR 2023), on COCO's images without their labels.
+# Published: 16 GPUs x 4 images (batch 64), 120k steps, lr drop after 80k: x 64 / 118287 images = 65 and 43 epochs.
+# COCO images have short sides of 480 to 800 in that codebase;
+# --image_size 800 makes UP-DETR's 320 to 480 to 533 to 800.
+# No AP of its own; see UPDETR_conditional_finetune_voc_from_coco.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

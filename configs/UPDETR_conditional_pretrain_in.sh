@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# UP-DETR's pretext on Conditional DETR with 100 queries: the baseline of Siamese DETR (CVPR 2023), on ImageNet.
-# Published: 16 GPUs, 16 images each (256 in all), 300k steps with the drop after 200k: about 60 and 40 epochs.
+# UP-DETR's pretext on Conditional DETR with 100 queries: baseline of Siamese DETR (CVPR 2023) on ImageNet.
+# Published: 16 GPUs x 16 images (batch 256), 300k steps, lr drop after 200k: about 60 and 40 epochs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# UP-DETR's pretext on Deformable DETR with one level and 300 queries: the baseline of Siamese DETR (CVPR 2023), on ImageNet.
-# Published: 32 GPUs, 8 images each (256 in all), 300k steps with the drop after 200k: x 256 / 1.28M images = 60 and 40 epochs.
-# --position_embedding sine: that code base does not shift the position code by half a cell, as Deformable DETR does.
+# UP-DETR's pretext on Deformable DETR with one level and 300 queries: baseline of Siamese DETR (CVPR 2023) on ImageNet.
+# Published: 32 GPUs x 8 images (batch 256), 300k steps, lr drop after 200k: x 256 / 1.28M images = 60 and 40 epochs.
+# --position_embedding sine: that codebase does not shift the encoding by half a cell as Deformable DETR does.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

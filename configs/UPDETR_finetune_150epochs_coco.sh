@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # UP-DETR (Dai et al., CVPR 2021): fine-tuning on COCO, the short schedule.
-# Published: the number is in the paper alone, not in the code base, and is not repeated here. Rates: as UPDETR_finetune_coco.
-# Drop after 100 of 150 epochs: in the proportion of 300 and 200.
+# Published: AP is in the paper only, not in the codebase, and is not repeated here.
+# Learning rates: as for UPDETR_finetune_coco.
+# lr drop after 100 of 150 epochs, the same proportion as 200 of 300.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

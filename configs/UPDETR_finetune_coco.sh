@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # UP-DETR (Dai et al., CVPR 2021): fine-tuning on COCO.
-# Published: AP 43.1 (README; 42.8 in the paper), 8 V100, 2 images each (16 in all), 300 epochs, about 6 days.
-# --lr_backbone 5e-5 is the later value of the authors. The 5e-4 of the command as first published loses AP.
+# Published: AP 43.1 (README; 42.8 in the paper), 8 V100 x 2 images (batch 16), 300 epochs, about 6 days.
+# --lr_backbone 5e-5 is the authors' later value. The 5e-4 of the first published command loses AP.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # UP-DETR (Dai et al., CVPR 2021): fine-tuning on PASCAL VOC.
-# Published: the number is in the paper alone, not in the code base, and is not repeated here. Rates: as UPDETR_finetune_coco.
-# The code base has no VOC: here the trainval images of 2007 and 2012, evaluated on the test images of 2007 by COCO's metric.
+# Published: AP is in the paper only, not in the codebase, and is not repeated here.
+# Learning rates: as for UPDETR_finetune_coco.
+# The codebase has no VOC: here trained on VOC 2007 and 2012 trainval, evaluated on VOC 2007 test with COCO metrics.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

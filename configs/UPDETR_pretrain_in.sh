@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# UP-DETR (Dai et al., CVPR 2021): random query patch detection on ImageNet, with the SwAV ResNet-50 frozen.
-# Published: 8 V100, 32 images each (256 in all), 60 epochs, about 5 days. It has no number of its own; see UPDETR_finetune_coco.sh.
+# UP-DETR (Dai et al., CVPR 2021): random query patch detection on ImageNet, with a frozen SwAV ResNet-50.
+# Published: 8 V100 x 32 images (batch 256), 60 epochs, about 5 days. No AP of its own; see UPDETR_finetune_coco.sh.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries, on COCO's images: ablation, views overlap by 0.7.
-# Published: 16 GPUs, 4 images each (64 in all), 120k steps with the drop after 80k.
-# EdgeBoxes are searched while it trains, on plain gradients. As published: --edge_model model.yml.gz; faster: --cache_path (docs/proposals.md).
+# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries,
+# on COCO's images: ablation, view IoU 0.7.
+# Published: 16 GPUs x 4 images (batch 64), 120k steps, lr drop after 80k.
+# EdgeBoxes runs during training, on image gradients.
+# As published: --edge_model model.yml.gz. Faster: --cache_path, see docs/proposals.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

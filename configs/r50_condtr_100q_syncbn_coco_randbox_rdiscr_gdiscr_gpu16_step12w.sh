@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries, on COCO's images: ablation, random boxes.
-# Published: 16 GPUs, 4 images each (64 in all), 120k steps with the drop after 80k.
+# Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 100 queries,
+# on COCO's images: ablation, random boxes.
+# Published: 16 GPUs x 4 images (batch 64), 120k steps, lr drop after 80k.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

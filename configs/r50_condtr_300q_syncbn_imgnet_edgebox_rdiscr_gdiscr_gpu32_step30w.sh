@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Siamese DETR (Chen et al., CVPR 2023) with Conditional DETR with 300 queries, on ImageNet.
-# Published: 32 GPUs, 8 images each (256 in all), 300k steps with the drop after 200k.
-# EdgeBoxes are searched while it trains, on plain gradients. As published: --edge_model model.yml.gz; faster: --cache_path (docs/proposals.md).
+# Published: 32 GPUs x 8 images (batch 256), 300k steps, lr drop after 200k.
+# EdgeBoxes runs during training, on image gradients.
+# As published: --edge_model model.yml.gz. Faster: --cache_path, see docs/proposals.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} main.py \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Deformable DETR-R50 (Zhu et al., ICLR 2021): evaluation on COCO val2017. Published: AP 44.5.
-# Another checkpoint: --resume PATH (its architecture is taken over; for the published single-scale DC5 model add --dilation)
+# Another checkpoint: --resume PATH (its architecture is adopted;
+# for the published single-scale DC5 model add --dilation)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Two-stage Deformable DETR-R50 with iterative box refinement (Zhu et al., ICLR 2021) on COCO.
-# Published: AP 46.9 after 50 epochs, 32 images in all: 16 GPUs, 2 images each; on 8 GPUs add --batch_size 4
+# Published: AP 46.9 after 50 epochs, batch 32: 16 GPUs x 2 images; on 8 GPUs add --batch_size 4
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \

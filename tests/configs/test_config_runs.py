@@ -1,7 +1,7 @@
-"""Every config runs: the published model is built without memory for its weights, and three steps, or an evaluation, of
-a small one.
+"""Every config runs: its published model is built on the meta device, and a small one trains a few steps or is
+evaluated.
 
-Steps are run once for configs that differ in numbers alone.
+Of configs that differ in numbers only, one trains.
 """
 
 import re
@@ -24,8 +24,7 @@ from tests.tiny import (
 from util.settings import resolve
 
 CONDITIONAL_100 = 43_418_401 - 200 * 256
-# Numbers of parameters as the published implementations have them, by parts of a config's name; the first that fits
-# counts.
+# Number of parameters of the published implementations, by the start of a config's name; the first match counts.
 PARAMETERS = {
     "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32": 43_869_129,
     "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
@@ -97,7 +96,7 @@ PRETEXT_SIZES = {
 
 
 def small_words(words: list[str], *flags: object) -> list[str]:
-    """A config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
+    """Return a config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
     shallow = ["--backbone", "resnet50" if "--dilation" in words else "resnet18"]
     pretext = next((name for name in PRETEXT_SIZES if name in words), "random_query_patch")
     size = [*SMALL, *PRETEXT_SIZES[pretext]] if words[0] == "main.py" else SMALL
@@ -105,14 +104,14 @@ def small_words(words: list[str], *flags: object) -> list[str]:
 
 
 def start(words: list[str]) -> list[str]:
-    """Runs a command in this process; returns the lines of its log."""
+    """Run a command in this process and return the lines of its log."""
     with captured_log() as lines:
         SCRIPTS[words[0]].main(SCRIPTS[words[0]].parse(words[1:]))
     return lines
 
 
 def save_small(words: list[str], path: Path) -> Path:
-    """The checkpoint that a config's command for a small model would end with, but for its values."""
+    """Save the checkpoint that a config's small run would end with, with random weights."""
     args = resolve(
         parse(
             small_words(words, "--backbone_weights", "none", "--backbone_norm", "frozen"),
@@ -126,9 +125,7 @@ def save_small(words: list[str], path: Path) -> Path:
 
 
 def source_config(words: list[str]) -> list[str]:
-    """The config whose output a command takes as `--pretrain` or `--resume`; of a published file, the one that it comes
-    from.
-    """
+    """Return the config whose output a command uses as `--pretrain` or `--resume`; DETR_r50_coco for a URL."""
     given = next(
         word
         for flag, word in zip(words, words[1:], strict=False)
@@ -156,7 +153,7 @@ def unlabelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained backbones are elsewhere; that they are asked for where they should be is in the tables of settings."""
+    """Skip the download of backbone weights; `test_configs.py` checks which ones each config uses."""
     monkeypatch.setattr(models, "load_backbone_weights", lambda body, name, source: None)
 
 
@@ -174,7 +171,7 @@ def test_config_builds_the_published_model(name: str) -> None:
 
 
 def without_numbers(name: str) -> str:
-    """A config's command with `#` for each number, and for the config that it starts from that one's."""
+    """Return a config's command with `#` for each number, and with the command of the config that it starts from."""
     command = CONFIGS[name].read_text().split("exec ")[1].split("--output_dir")[0]
     command = re.sub(
         r"exps/([^/]+)/checkpoint.pth", lambda source: without_numbers(source[1]), command
@@ -182,7 +179,7 @@ def without_numbers(name: str) -> str:
     return re.sub(r" [\d.]\S*", " #", command)
 
 
-# Of commands that differ in numbers alone, one; the tables of settings have all of them.
+# One of each group of commands that differ in numbers only; test_configs.py checks the numbers of all.
 DIFFERENT = {
     without_numbers(name): name for name in CONFIGS if not name.endswith(("_eval", "_eval_coco"))
 }
@@ -193,33 +190,28 @@ def test_config_runs_three_steps(
     name: str, coco: Path, voc: Path, unlabelled: Path, tmp_path: Path
 ) -> None:
     words = config_words(CONFIGS[name])
-    data, kind = ["--coco_path", coco], dict(zip(words, words[1:], strict=False)).get("--dataset")
+    values = dict(zip(words, words[1:], strict=False))  # flag -> the word behind it
+    kind = values.get("--dataset")
+    data = ["--coco_path", coco]
     if "--imagenet_path" in words or kind in ("imagenet", "imagenet100", "airbus_pretrain"):
         data = ["--imagenet_path", unlabelled]
     elif {"voc", "voc_coco"} & set(words):
-        data = [
-            "--voc_path",
-            voc,
-            "--voc_train",
-            "2007_trainval",
-            "2012_trainval",
-        ]  # one list alone is too few
+        # Two image sets: one has too few images.
+        data = ["--voc_path", voc, "--voc_train", "2007_trainval", "2012_trainval"]
     elif kind == "airbus":
         data = ["--airbus_path", write_airbus(tmp_path / "airbus", images=6)]
-    data += (
-        ["--filter_pct", "1"] if "--filter_pct" in words else []
-    )  # a share of four images is too few
-    data += ["--novel_classes", "red"] if "--few_shot" in words and "voc" not in words else []
-    data += (
-        ["--few_shot_file", write_few_shot_files(coco, tmp_path / "shots")]
-        if "--few_shot_file" in words
-        else []
-    )
-    start_from = (
-        ["--pretrain", save_small(source_config(words), tmp_path / "pretrained.pth")]
-        if "--pretrain" in words
-        else []
-    )
+
+    if "--filter_pct" in words:
+        data += ["--filter_pct", "1"]  # all: a fraction of four images is too few
+    if "--few_shot" in words and "voc" not in words:
+        data += ["--novel_classes", "red"]
+    if "--few_shot_file" in words:
+        data += ["--few_shot_file", write_few_shot_files(coco, tmp_path / "shots")]
+    start_from = []
+    if "--pretrain" in words:
+        checkpoint = save_small(source_config(words), tmp_path / "pretrained.pth")
+        start_from = ["--pretrain", checkpoint]
+
     lines = start(
         small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run")
     )
@@ -233,7 +225,7 @@ def test_config_runs_three_steps(
     "name", [name for name in CONFIGS if name.endswith(("_eval", "_eval_coco"))]
 )
 def test_config_evaluates(name: str, coco: Path, tmp_path: Path) -> None:
-    """Flags of the architecture are left out: they are those of the checkpoint."""
+    """The architecture comes from the checkpoint, without flags."""
     words = config_words(CONFIGS[name])
     checkpoint = save_small(source_config(words), tmp_path / "trained.pth")
     start(

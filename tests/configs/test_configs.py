@@ -1,4 +1,4 @@
-"""Configs and the launchers, without training."""
+"""Configs and launchers, without training."""
 
 import os
 import re
@@ -578,7 +578,7 @@ PUBLISHED = {
 # ------------------------------------------------------------------------------------------------------------- configs
 
 
-def test_every_config_has_its_published_values() -> None:
+def test_every_config_is_in_the_table() -> None:
     assert set(CONFIGS) == set(PUBLISHED)
 
 
@@ -591,7 +591,7 @@ def test_config_gives_the_published_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_runs_from_any_directory_and_further_flags_win(name: str, tmp_path: Path) -> None:
+def test_config_runs_from_any_directory_and_extra_flags_win(name: str, tmp_path: Path) -> None:
     here, there = (
         config_words(CONFIGS[name]),
         config_words(CONFIGS[name], "--seed", "7", "--output_dir", "a b", cwd=tmp_path),
@@ -602,8 +602,8 @@ def test_config_runs_from_any_directory_and_further_flags_win(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_a_comment_and_flags(name: str) -> None:
-    """Who published it and which number or hardware, then one command."""
+def test_config_has_comment_and_one_command(name: str) -> None:
+    """The comment has the publication and its result or hardware; one command follows."""
     lines = CONFIGS[name].read_text().splitlines()
     comment = " ".join(line for line in lines[1:] if line.startswith("#"))
     assert re.search(r"(ECCV|CVPR|ICCV|ICLR) 20\d\d", comment)
@@ -615,7 +615,7 @@ def test_config_is_a_comment_and_flags(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_is_named_in_the_documents(name: str) -> None:
+def test_config_is_mentioned_in_documents(name: str) -> None:
     assert any(f"configs/{name}.sh" in path.read_text() for path in DOCUMENTS)
 
 
@@ -624,7 +624,7 @@ def test_config_is_named_in_the_documents(name: str) -> None:
 
 @pytest.fixture
 def fake_python(tmp_path: Path) -> dict[str, str]:
-    """An environment whose `python` prints its arguments, one a line."""
+    """An environment whose `python` prints its arguments, one per line."""
     script = tmp_path / "bin" / "python"
     script.parent.mkdir()
     script.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
@@ -641,7 +641,7 @@ def launch(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
-def test_config_alone_runs_on_one_process(fake_python: dict[str, str]) -> None:
+def test_config_runs_on_one_process(fake_python: dict[str, str]) -> None:
     done = subprocess.run(
         ["bash", str(CONFIGS["DETR_r50_coco"])],
         env=fake_python,
@@ -703,7 +703,7 @@ def test_launcher_starts_torchrun_with_the_command(
         (("8", "main.py"), {"GPUS_PER_NODE": "x"}, "GPUS_PER_NODE"),
     ],
 )
-def test_launcher_refuses_in_one_line(
+def test_launcher_errors_are_one_line(
     fake_python: dict[str, str], arguments: tuple, settings: dict[str, str], said: str
 ) -> None:
     done = launch({**fake_python, **settings}, *arguments)
