@@ -82,6 +82,8 @@ def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpo
     log.info("evaluating on %d images", len(evaluation.dataset))
     evaluation(model, checkpoint.epoch or 0)
     update_run_page(evaluation.folder)
+    if evaluation.folder is not None:
+        log.info("metrics, detections and result.html are in %s", evaluation.folder)
 
 
 def checkpoint_extras(settings: Settings, train_set: SampleDataset) -> dict[str, Any]:
@@ -118,8 +120,9 @@ def train(run: trainer.Run) -> None:
     if run.folder is not None:
         best, latest = run.folder / BEST, run.folder / LATEST
         log.info(
-            "finished; detect objects in other images with: python tools/predict.py --checkpoint %s --images DIR "
-            "--output_dir predictions",
+            "finished; checkpoints, curves and result.html are in %s\n"
+            "to detect objects: python tools/predict.py --checkpoint %s --images DIR --output_dir predictions",
+            run.folder,
             best if best.exists() else latest,
         )
 

@@ -127,7 +127,9 @@ def train(run: trainer.Run, dataset: SampleDataset, settings: Settings) -> None:
     trainer.fit(run)
     if run.folder is not None:
         log.info(
-            "finished; fine-tune with: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
+            "finished; checkpoints, curves and result.html are in %s\n"
+            "to fine-tune: python finetune_main.py --detector %s --coco_path COCO --pretrain %s",
+            run.folder,
             settings.detector,
             run.folder / LATEST,
         )

@@ -336,8 +336,9 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
     restore_optimizer(run.optimizer, run.scheduler, checkpoint, unwrap_model(run.model))
     _restore_progress(run, checkpoint)
     _update_num_epochs(run)
-    position = f", batch {run.batch}" if run.batch else ""
-    log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, position)
+    if run.epoch < run.epochs:
+        position = f", batch {run.batch}" if run.batch else ""
+        log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, position)
 
 
 def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:

@@ -1,4 +1,4 @@
-"""The training loop and what a run leaves behind."""
+"""Training steps, epochs, evaluation, and the files that a run writes."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_run(
     *flags: str, script: str = FINETUNE
 ) -> tuple[trainer.Run, NestedTensor, list[dict[str, Tensor]]]:
-    """A run without loader, a batch and its targets."""
+    """Return a run without a loader, a batch and its targets."""
     torch.manual_seed(0)
     args = tiny_args(script, "--backbone_norm", "frozen", "--dropout", "0", *flags)
     model, criterion, _ = build_model(args)
@@ -112,7 +112,7 @@ def build_run(
 @pytest.mark.parametrize("where", ["matched image", "image without objects"])
 def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) -> None:
     run, samples, targets = build_run("--detector", detector)
-    engine.train_step(run, samples, targets, stop=False)  # the optimiser has moments to spoil
+    engine.train_step(run, samples, targets, stop=False)  # so that the optimizer has moments
     weights = {name: value.clone() for name, value in run.model.state_dict().items()}
     moments = {
         name: value.clone()
@@ -130,9 +130,8 @@ def test_non_finite_loss_never_reaches_the_optimizer(detector: str, where: str) 
         assert torch.equal(value, weights[name]), name
     after = {name: value for state in run.optimizer.state.values() for name, value in state.items()}
     assert_same(after, moments)
-    values, _ = engine.train_step(
-        run, samples, make_targets([2, 1]), stop=False
-    )  # and training can go on
+    # Training can continue.
+    values, _ = engine.train_step(run, samples, make_targets([2, 1]), stop=False)
     assert math.isfinite(values["loss"])
 
 
@@ -150,8 +149,8 @@ def test_step_lowers_the_loss_and_clips_gradients() -> None:
     )
 
 
-def test_a_step_reads_no_image_ids_from_the_device() -> None:
-    """Each would make the host wait for the whole backward pass; they are only for an error."""
+def test_step_does_not_read_image_ids_from_device() -> None:
+    """Each read would make the host wait for the backward pass; ids are only needed for error messages."""
     counts = []
     for batch in (2, 4):
         run, _, _ = build_run("--sgd")  # AdamW counts its steps on the host
@@ -168,21 +167,23 @@ def test_a_step_reads_no_image_ids_from_the_device() -> None:
     assert counts[0] == counts[1]
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_and_is_never_saved(tmp_path: Path) -> None:
+def test_non_finite_gradient_raises_and_is_never_saved(tmp_path: Path) -> None:
     for how in ("next step", "checkpoint"):
         run, samples, targets = build_run()
         run.folder = tmp_path
         spoil = run.model.class_embed.bias.register_hook(lambda gradient: gradient * math.inf)
         engine.train_step(run, samples, targets, stop=False)
         spoil.remove()
+        if how == "next step":
+            check = lambda: engine.train_step(run, samples, targets, stop=False)  # noqa: B023, E731
+        else:
+            check = lambda: trainer.save(run, ["checkpoint.pth"])  # noqa: B023, E731
         with pytest.raises(NonFiniteLoss, match="the gradient of the last step was not finite"):
-            engine.train_step(
-                run, samples, targets, stop=False
-            ) if how == "next step" else trainer.save(run, ["checkpoint.pth"])
+            check()
     assert not list(tmp_path.iterdir())
 
 
-def test_step_reports_who_asked_to_stop() -> None:
+def test_step_returns_stop_flag() -> None:
     run, samples, targets = build_run()
     assert engine.train_step(run, samples, targets, stop=True)[1] is True
     assert engine.train_step(run, samples, targets, stop=False)[1] is False
@@ -200,8 +201,8 @@ def test_bfloat16_step(script: str) -> None:
 
 
 @pytest.mark.parametrize("norm", [(), ("--pre_norm",)])
-def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
-    """Pre-norm layers add to what they are given, which nothing widens on the way."""
+def test_encoder_residual_stream_is_float32_under_autocast(norm: tuple) -> None:
+    """In pre-norm layers the residual stream keeps the dtype of the input: nothing casts it on the way."""
     run, samples, _ = build_run(*norm)
     given = []
     run.model.transformer.encoder.register_forward_pre_hook(
@@ -212,7 +213,7 @@ def test_sums_of_the_encoder_are_float32_under_bfloat16(norm: tuple) -> None:
     assert given == [torch.float32]
 
 
-def test_optimizer_has_the_published_groups() -> None:
+def test_optimizer_has_published_parameter_groups() -> None:
     run, _, _ = build_run("--lr", "2e-4", "--lr_backbone", "3e-5", "--weight_decay", "0.01")
     groups = run.optimizer.param_groups
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [
@@ -232,7 +233,7 @@ def test_optimizer_has_the_published_groups() -> None:
     assert len(parameter_groups(run.model, 1.0, 1.0)) == 2
 
 
-def test_batch_is_normalised_on_the_device_with_its_patches() -> None:
+def test_images_and_patches_are_normalized_on_device() -> None:
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     patches = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     target = {
@@ -254,8 +255,7 @@ def test_batch_is_normalised_on_the_device_with_its_patches() -> None:
     assert targets[0]["labels"].dtype == torch.int64
 
 
-# ---------------------------------------------------------------------------------------------------- numbers of an
-# epoch
+# ---------------------------------------------------------------------------------------------------- epoch averages
 
 
 def test_averages() -> None:
@@ -271,7 +271,7 @@ def test_averages() -> None:
     assert Averages().means() == {}
 
 
-def test_losses_are_read_in_one_piece() -> None:
+def test_loss_reader_reads_all_losses_at_once() -> None:
     losses = {
         "b": torch.tensor(2.0, requires_grad=True),
         "a": torch.tensor(1.0, dtype=torch.float64),
@@ -291,7 +291,7 @@ def test_check_finite_names_losses_and_images() -> None:
         check_finite({"loss_a": math.inf}, [])
 
 
-def test_logged_values_have_the_published_names() -> None:
+def test_logged_values_have_published_names() -> None:
     losses = {"loss_ce": 2.0, "loss_ce_0": 3.0, "class_error": 50.0, "cardinality_error": 4.0}
     assert engine.logged_values(losses, {"loss_ce": 2.0, "loss_ce_0": 1.0}) == {
         "loss_ce_unscaled": 2.0,
@@ -305,9 +305,9 @@ def test_logged_values_have_the_published_names() -> None:
     }
 
 
-def test_class_error_is_of_all_matched_pairs_of_an_epoch() -> None:
-    """Four pairs, all wrong, one pair, right, and a batch without any: 80 %. Published: the mean of batches, 100 for
-    one without pairs.
+def test_class_error_is_averaged_over_matched_pairs() -> None:
+    """Batches of four wrong matches, one right match and none: 80 %. Published: the mean over batches, where a batch
+    without matches counts as 100 %.
     """
     averages = Averages()
     for error, pairs in ((100.0, 4), (0.0, 1), (100.0, 0)):
@@ -334,8 +334,8 @@ def test_class_error_is_of_all_matched_pairs_of_an_epoch() -> None:
     assert published.means()["class_error"] == pytest.approx(200 / 3)
 
 
-def test_class_error_is_published_on_demand(tmp_path: Path) -> None:
-    """Three of four batches are without objects, for which 100 counts as published."""
+def test_reproduce_published_averages_class_error_over_batches(tmp_path: Path) -> None:
+    """Three of four batches have no objects; as published, each counts as 100 %."""
     coco = write_coco(tmp_path / "coco", train=4, val=1, empty=(0, 1, 2))
     flags = ("--coco_path", coco, "--epochs", 1, "--batch_size", 1, "--lr", 1e-9, *FROZEN)
     for name, extra in (("ours", ()), ("published", ("--reproduce_published",))):
@@ -359,7 +359,7 @@ def published_names(prefix: str, losses: tuple[str, ...], suffixes: tuple[str, .
     }
 
 
-def test_log_has_the_published_form(fine_run: Path) -> None:
+def test_log_has_published_keys(fine_run: Path) -> None:
     lines = read_log(fine_run / "run")
     losses, suffixes = ("loss_ce", "loss_bbox", "loss_giou"), ("", "_0")
     common = {"epoch", "n_parameters", "train_lr", "train_seconds"}
@@ -384,16 +384,16 @@ def test_log_has_the_published_form(fine_run: Path) -> None:
         assert line["train_loss_bbox"] == pytest.approx(5 * line["train_loss_bbox_unscaled"])
 
 
-def test_log_of_a_pretext(pretext_run: Path) -> None:
+def test_pretext_log_has_published_keys(pretext_run: Path) -> None:
     line = read_log(pretext_run / "run")[0]
     names = published_names("train", ("loss_ce", "loss_bbox", "loss_giou", "loss_feature"), ("",))
     assert set(line) == names | {"epoch", "n_parameters", "train_lr", "train_seconds"}
     assert 1 < line["train_loss_feature"] < 3
 
 
-def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
-    """`checkpoint0001.pth` before the rate drop after 2 epochs, `checkpoint0002.pth` by --save_every 3, no other and no
-    rest.
+def test_output_files_of_fine_tuning(fine_run: Path) -> None:
+    """`checkpoint0001.pth` is from before the learning rate drop after 2 epochs, `checkpoint0002.pth` from --save_every
+    3. No temporary files are left.
     """
     assert {path.name for path in (fine_run / "run").iterdir()} == {
         "args.json",
@@ -424,7 +424,7 @@ def test_files_of_a_fine_tuning_run(fine_run: Path) -> None:
     assert "torch" in json.dumps(settings["environment"])
 
 
-def test_files_of_a_pretext_run(pretext_run: Path) -> None:
+def test_output_files_of_pre_training(pretext_run: Path) -> None:
     assert {path.name for path in (pretext_run / "run").iterdir()} == {
         "args.json",
         "checkpoint.pth",
@@ -436,7 +436,9 @@ def test_files_of_a_pretext_run(pretext_run: Path) -> None:
     }
 
 
-def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -> None:
+def test_checkpoints_are_complete_and_load_with_weights_only(
+    fine_run: Path, pretext_run: Path
+) -> None:
     for root in (fine_run, pretext_run):
         checkpoint = read_checkpoint(root / "run" / "checkpoint.pth")  # weights_only=True
         published = {"model", "optimizer", "lr_scheduler", "epoch", "args"}
@@ -463,9 +465,7 @@ def test_checkpoints_are_plain_and_complete(fine_run: Path, pretext_run: Path) -
     )
 
 
-def test_best_checkpoint_is_that_of_the_best_ap(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_checkpoint_has_best_ap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.2, 0.5, 0.3])
     monkeypatch.setattr(
         finetune_main.Evaluation,
@@ -489,7 +489,7 @@ def test_best_checkpoint_is_that_of_the_best_ap(
     assert (last["epoch"], last["best"]) == (2, 0.5)
 
 
-def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(
+def test_eval_of_checkpoint_matches_training_log(
     fine_run: Path, tmp_path: Path, monkeypatch
 ) -> None:
     values = {}
@@ -539,7 +539,7 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_its_run(
     assert {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()} == before
 
 
-def test_evaluation_without_auxiliary_losses(fine_run: Path) -> None:
+def test_eval_without_auxiliary_losses(fine_run: Path) -> None:
     with captured_log() as lines:
         finetune_main.main(
             finetune_main.parse(
@@ -590,7 +590,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
         assert not (tmp_path / "run").exists()
 
 
-def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:
+def test_bad_images_are_logged_once_with_path(tmp_path: Path) -> None:
     images = write_images(tmp_path / "photographs", count=5)
     (images / "bad.png").write_bytes(b"no image at all")
     Image.new("RGB", (12, 60)).save(images / "001_tiny.png")
@@ -605,7 +605,7 @@ def test_bad_images_are_reported_once_with_their_path(tmp_path: Path) -> None:
     assert len(counts) == 3
 
 
-def test_images_without_objects_train(fine_run: Path, tmp_path: Path) -> None:
+def test_training_on_images_without_objects(fine_run: Path, tmp_path: Path) -> None:
     with captured_log() as lines:
         fine_tune(
             "--coco_path",
@@ -625,7 +625,7 @@ def test_images_without_objects_train(fine_run: Path, tmp_path: Path) -> None:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
-    """Makes the images of one step not finite."""
+    """Make the images of one step NaN."""
     original, steps = engine.to_device, []
 
     def poisoned(*args, **normalization):
@@ -638,7 +638,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     monkeypatch.setattr(engine, "to_device", poisoned)
 
 
-def test_run_ends_on_a_non_finite_loss_and_keeps_its_checkpoint(
+def test_non_finite_loss_ends_run_and_keeps_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coco, flags = (

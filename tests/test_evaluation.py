@@ -1,4 +1,4 @@
-"""The settings by which a pretext's detector is evaluated."""
+"""Settings for the class-agnostic evaluation of a pretext's detector."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def pretext(adopted: dict | None = None, **given):
     return resolve({**RUN, **given}, adopted, PRETRAIN)
 
 
-def test_how_a_checkpoint_was_trained_does_not_change_its_metrics() -> None:
+def test_eval_ignores_training_settings_of_checkpoint() -> None:
     given = {"eval": True, "resume": "a.pth", "coco_path": "coco"}
     ours = validation_settings(pretext(TRAINED, **given))
     assert ours == validation_settings(pretext(**given))
@@ -22,18 +22,18 @@ def test_how_a_checkpoint_was_trained_does_not_change_its_metrics() -> None:
 
 
 @pytest.mark.parametrize("size", [320, 480, 800])
-def test_an_evaluation_has_the_size_that_is_given(size: int) -> None:
+def test_eval_uses_given_image_size(size: int) -> None:
     given = {"eval": True, "resume": "a.pth", "coco_path": "coco", "image_size": size}
     assert validation_settings(pretext(**given)).image_size == size
 
 
-def test_an_evaluation_during_training_has_the_runs_data_and_the_usual_size() -> None:
+def test_eval_during_training_uses_run_data_and_default_size() -> None:
     ours = validation_settings(pretext(coco_path="coco", batch_size=5, amp="bf16"))
     assert (ours.coco_path, ours.batch_size, ours.amp, ours.image_size) == ("coco", 5, "bf16", 800)
 
 
 @pytest.mark.parametrize("flag", ["eval", "viz"])
-def test_an_evaluation_needs_a_checkpoint(flag: str) -> None:
+def test_eval_needs_checkpoint(flag: str) -> None:
     args = make_parser(PRETRAIN).parse_args(
         [f"--{flag}", "--pretext", "region_prior", "--device", "cpu"]
     )

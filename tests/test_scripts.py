@@ -1,6 +1,4 @@
-"""The two commands as a user meets them: published command lines, the wrong script, folders in use, one line for each
-error.
-"""
+"""Both entry scripts as a user meets them: published commands, the wrong script, used folders, error messages."""
 
 import json
 import os
@@ -50,7 +48,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """COCO and ImageNet in small, and a checkpoint of each kind."""
+    """Small COCO and ImageNet folders, and a checkpoint of each kind."""
     root = tmp_path_factory.mktemp("data")
     write_coco(root / "coco")
     write_images(root / "photographs")
@@ -68,7 +66,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(script: str, *words: object) -> tuple[int, list[str]]:
-    """Exit status and log of an entry script that runs in this process."""
+    """Run an entry script in this process; return exit status and log."""
     module, status = SCRIPTS[script], 0
     with captured_log() as lines:
         try:
@@ -80,14 +78,13 @@ def call(script: str, *words: object) -> tuple[int, list[str]]:
 
 @pytest.fixture(autouse=True)
 def _log_as_before():
-    """`run_script` sends the log to standard output; the other tests read it through its parent."""
+    """Restore the logger: `run_script` sends it to standard output, other tests read it through its parent."""
     handlers, propagate = list(log.handlers), log.propagate
     yield
     log.handlers[:], log.propagate = handlers, propagate
 
 
-# ---------------------------------------------------------------------------------------------------- published
-# commands
+# ------------------------------------------------------------------------------------------------- published commands
 
 
 def test_published_pre_training(data: Path, tmp_path: Path) -> None:
@@ -149,7 +146,7 @@ def test_published_fine_tuning(data: Path) -> None:
     assert status == 0
     table = "\n".join(lines)
     assert "feature_align" in table  # not used
-    assert "--enc_layers 1" in table  # taken over from the file, like all of the architecture
+    assert "--enc_layers 1" in table  # adopted from the file, like the whole architecture
     assert "dry run: 2 steps per epoch" in table
 
 
@@ -180,7 +177,7 @@ def test_published_evaluation(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_published_training_with_auto(data: Path, tmp_path: Path) -> None:
+def test_published_training_with_resume_auto(data: Path, tmp_path: Path) -> None:
     words = [
         "--coco_path",
         data / "coco",
@@ -215,8 +212,8 @@ def run_program(*words: object, **environment: str) -> subprocess.CompletedProce
     return done
 
 
-def test_a_config_runs(data: Path) -> None:
-    """The published pre-training from its file, made small by further flags."""
+def test_config_runs_as_program(data: Path) -> None:
+    """The published pre-training config, made small by extra flags."""
     small = [*MODEL_FLAGS, *SMALL, "--batch_size", 4, "--patch_size", 32]
     done = run_program(
         "bash",
@@ -232,7 +229,7 @@ def test_a_config_runs(data: Path) -> None:
     assert "dry run: 1 steps per epoch" in done.stdout
 
 
-def test_a_program_that_fails(data: Path) -> None:
+def test_failing_program_exits_with_1(data: Path) -> None:
     done = run_program(sys.executable, "finetune_main.py", "--coco_path", data / "nowhere")
     assert done.returncode == 1
     assert done.stdout.startswith("error: ") or "\nerror: " in done.stdout
@@ -263,7 +260,9 @@ def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
         ["--dataset=coco"],
     ],
 )
-def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Path) -> None:
+def test_flags_of_finetune_main_are_refused_with_its_command(
+    words: list[str], tmp_path: Path
+) -> None:
     status, lines = call(PRETRAIN, *words, "--output_dir", tmp_path / "out")
     assert status == 1
     text = "\n".join(lines)
@@ -274,13 +273,13 @@ def test_flags_of_the_other_script_start_nothing(words: list[str], tmp_path: Pat
         if line.strip().startswith("python finetune_main.py")
     )
     assert not (tmp_path / "out").exists()
-    args = finetune_main.parse(shlex.split(command)[2:])  # what is shown is a command that works
+    args = finetune_main.parse(shlex.split(command)[2:])  # the suggested command works
     assert args.output_dir == str(tmp_path / "out")
     if any(word.startswith("--coco_path") for word in words):
         assert args.coco_path == ("a b" if "a b" in words else "COCO")
 
 
-def test_coco_images_can_be_asked_for_with_the_pretext(data: Path) -> None:
+def test_pre_training_on_coco_images(data: Path) -> None:
     status, lines = call(
         PRETRAIN,
         "--pretext",
@@ -295,16 +294,16 @@ def test_coco_images_can_be_asked_for_with_the_pretext(data: Path) -> None:
     assert any(line.startswith("4 images in ") and line.endswith("train2017") for line in lines)
 
 
-def test_flags_of_pre_training_in_fine_tuning(capsys: pytest.CaptureFixture) -> None:
+def test_pre_training_flags_in_fine_tuning_are_refused(capsys: pytest.CaptureFixture) -> None:
     status, _ = call(FINETUNE, "--num_patches", "10")
     assert status == 2
     assert "--num_patches is a flag of main.py" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------- folders in use
+# ---------------------------------------------------------------------------------------------------- used folders
 
 
-def test_a_folder_with_another_run_is_refused(data: Path, tmp_path: Path) -> None:
+def test_output_dir_of_another_run_is_refused(data: Path, tmp_path: Path) -> None:
     words = [
         "--imagenet_path",
         data / "photographs",
@@ -328,7 +327,7 @@ def test_a_folder_with_another_run_is_refused(data: Path, tmp_path: Path) -> Non
     assert len(read_log(tmp_path)) == 2
 
 
-def test_a_folder_that_is_not_a_runs_is_fine(data: Path, tmp_path: Path) -> None:
+def test_output_dir_with_unrelated_files_is_accepted(data: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     pre_train(
         "--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN
@@ -336,7 +335,7 @@ def test_a_folder_that_is_not_a_runs_is_fine(data: Path, tmp_path: Path) -> None
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_without_a_folder_nothing_is_saved_and_it_is_said(
+def test_without_output_dir_nothing_is_saved_and_a_warning_is_logged(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -357,19 +356,19 @@ def test_without_a_folder_nothing_is_saved_and_it_is_said(
         (["--reproduce_published"], ""),
     ],
 )
-def test_the_published_pre_training_of_up_detr_has_more_flags(
+def test_missing_flags_of_published_up_detr_pre_training_are_logged(
     flags: list[str], missing: str
 ) -> None:
-    """They are off by default, as in UP-DETR's own script; a run without them says so."""
+    """The flags are off by default, as in UP-DETR's own script; a run without them logs a warning."""
     with captured_log() as lines:
         pretrain_main.warn_missing_published_flags(resolve(pretrain_main.parse(flags)))
     assert [missing in line for line in lines] == ([True] if missing else [])
 
 
-# ---------------------------------------------------------------------------------------------------- one line an error
+# ---------------------------------------------------------------------------------------------------- error messages
 
 
-def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line_with_remedy(data: Path, tmp_path: Path) -> None:
     coco, photographs = ("--coco_path", data / "coco"), ("--imagenet_path", data / "photographs")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
@@ -405,8 +404,8 @@ def test_errors_are_one_line_with_the_remedy(data: Path, tmp_path: Path) -> None
         assert all(part in error for part in parts), error
 
 
-def test_a_broken_image_reader_in_a_loader_process_is_one_line(tmp_path: Path) -> None:
-    """The error of a worker arrives with its traceback; what the user sees is the message."""
+def test_error_in_dataloader_worker_is_one_line(tmp_path: Path) -> None:
+    """A worker's error arrives with its traceback; the user sees only the message."""
     images = tmp_path / "photographs"
     images.mkdir()
     for name in ("a.png", "b.png"):
@@ -429,7 +428,7 @@ def test_a_broken_image_reader_in_a_loader_process_is_one_line(tmp_path: Path) -
     assert "Traceback" not in error
 
 
-def test_settings_of_a_run_are_kept(data: Path, tmp_path: Path) -> None:
+def test_settings_are_saved_with_run(data: Path, tmp_path: Path) -> None:
     fine_tune(
         "--coco_path", data / "coco", "--output_dir", tmp_path, "--epochs", 1, "--seed", 5, *FROZEN
     )
@@ -441,9 +440,7 @@ def test_settings_of_a_run_are_kept(data: Path, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "checkpoint.pth")["args"]["seed"] == 5
 
 
-def test_two_runs_with_one_seed_are_equal_and_with_another_differ(
-    data: Path, tmp_path: Path
-) -> None:
+def test_same_seed_reproduces_run_and_other_seed_differs(data: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         pre_train(
             "--imagenet_path",

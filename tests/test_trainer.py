@@ -1,4 +1,4 @@
-"""How often a run writes its model, and under which names."""
+"""How often a run writes its checkpoint, and under which names."""
 
 import os
 from pathlib import Path
@@ -11,10 +11,10 @@ from tests.tiny import FROZEN, fine_tune, read_checkpoint, write_coco
 from util.files import link_or_copy
 
 
-def test_a_new_best_epoch_writes_the_model_twice(
+def test_new_best_epoch_writes_checkpoint_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the evaluation, which may be killed, and with its score; the best one is another name of the second."""
+    """Once before the evaluation, which may be killed, and once with its AP. The best one links to the second."""
     original, written = trainer.save_checkpoint, []
 
     def counted(checkpoint, path: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_new_best_epoch_writes_the_model_twice(
         )
 
 
-def test_a_second_name_keeps_its_content_when_the_first_is_replaced(tmp_path: Path) -> None:
+def test_link_keeps_content_when_source_is_replaced(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("old")
     second.write_text("older")
@@ -58,9 +58,7 @@ def test_a_second_name_keeps_its_content_when_the_first_is_replaced(tmp_path: Pa
     assert (first.read_text(), second.read_text()) == ("new", "old")
 
 
-def test_a_file_system_without_links_gets_a_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_link_falls_back_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args) -> None:
         raise OSError("no links here")
 

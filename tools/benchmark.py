@@ -1,10 +1,13 @@
-"""Times the parts that have more than one implementation, ours and public ones, in the same run.
+"""Benchmark operations that have several implementations, ours and public ones, in one run.
 
     python tools/benchmark.py ms_deform_attn [--device cuda] [--image_size 800] [--batch_size 2]
 
-Every contender first has to give the numbers of the first one. Then all take turns, so that what else the machine does
-meets them alike. `--output` receives a table (SUBJECT.md) and all numbers (SUBJECT.json). A new subject is a function
-that returns comparisons and a line in SUBJECTS.
+Each implementation must first agree with the first one, the reference. Then they are timed interleaved, so that other
+load on the machine affects all of them alike. `--output` gets a table (SUBJECT.md) and all values (SUBJECT.json). To
+add a subject, write a function that yields comparisons and add a line to SUBJECTS.
+
+Letters in shape comments: B images, H heads, L levels (feature maps), P sampling points, Q queries, C channels per
+head, S pixels of all levels.
 """
 
 import argparse
@@ -33,83 +36,89 @@ from util.markdown import markdown_table  # noqa: E402
 from util.runs.session import run_script  # noqa: E402
 
 PACKAGES = ("torch", "triton", "transformers", "mmcv")
-SECONDS_PER_TURN = 0.02  # calls of a contender are repeated until a turn lasts about that long
+SECONDS_PER_TURN = 0.02  # a turn repeats the call until it lasts about this long
 
 
 @dataclass
 class Comparison:
-    """Contenders at the same work; each call does it once and returns what is compared. The first one is what the
-    others are held to.
+    """Implementations of the same operation on the same inputs.
 
-    `tolerance` is the largest difference allowed, as a fraction of the largest number of each tensor.
+    Attributes:
+        name: what is computed.
+        contenders: name -> function that runs the operation once and returns the tensors to compare. The first one is
+            the reference.
+        tolerance: largest difference from the reference, relative to the largest absolute value of each tensor.
+        skipped: contenders that can't run here -> the reason.
     """
 
     name: str
     contenders: dict[str, Callable[[], Iterable[Tensor]]]
     tolerance: float
-    skipped: dict[str, str] = field(default_factory=dict)  # contender -> why it is not here
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class Row:
-    """One line of the table. Times are milliseconds a call; low and high are the quartiles over turns."""
+    """One row of the table. Times are milliseconds per call."""
 
     comparison: str
     contender: str
-    median_ms: float
-    low_ms: float
-    high_ms: float
-    speedup: float  # median of the first contender / this median
-    peak_mib: float | None  # memory beyond what was in use before the call; GPU only
-    difference: float
+    median_ms: float  # over turns
+    low_ms: float  # lower quartile
+    high_ms: float  # upper quartile
+    speedup: float  # the reference's median divided by this one
+    peak_mib: float | None  # peak memory minus memory in use before the call; GPU only
+    difference: float  # see `Comparison.tolerance`
     turns: int
     calls_a_turn: int
 
 
-# ---- the measurement ----
+# ---- measurement ----
 
 
 def check(comparison: Comparison) -> dict[str, float]:
-    """Largest difference of each contender from the first.
+    """Return each contender's largest relative difference from the reference.
 
     Raises:
-        UserError: a contender gives other numbers.
+        UserError: a contender differs by more than the tolerance.
     """
     first, *others = comparison.contenders
     expected = [tensor.double() for tensor in comparison.contenders[first]()]
     differences = {first: 0.0}
     for name in others:
-        found = comparison.contenders[name]()
+        outputs = comparison.contenders[name]()
         differences[name] = max(
             float((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-12))
-            for a, b in zip(found, expected, strict=True)
+            for a, b in zip(outputs, expected, strict=True)
         )
-        if not differences[name] <= comparison.tolerance:
+        if not differences[name] <= comparison.tolerance:  # written so that NaN is refused too
             raise UserError(
                 f"{comparison.name}: {name} differs from {first} by {differences[name]:.2g}, more than "
-                f"{comparison.tolerance:.2g}; its time would mean nothing"
+                f"{comparison.tolerance:.2g}; fix or remove it, its time would be meaningless"
             )
     return differences
 
 
 def seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds for each of `calls` calls in a row: between events on a GPU, by the clock elsewhere."""
+    """Return the mean seconds per call of `calls` calls in a row."""
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(calls):
             call()
         return (time.perf_counter() - began) / calls
+
+    # Kernels run asynchronously: events measure on the device, without the host's time between launches.
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
+    return start.elapsed_time(end) / 1000 / calls  # elapsed_time is in milliseconds
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
-    """MiB that a call takes beyond what is in use, on a GPU."""
+    """Return the MiB that a call allocates on top of what is in use; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
@@ -121,38 +130,47 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float | Non
 
 
 def measure(comparison: Comparison, turns: int, device: torch.device) -> list[Row]:
-    """Checks the contenders, then times them in turns."""
+    """Check the contenders, then time them interleaved: each one once per turn."""
     differences = check(comparison)
     contenders = comparison.contenders
     peaks = {name: peak_memory(call, device) for name, call in contenders.items()}
-    calls = {
+    num_calls = {
         name: max(1, math.ceil(SECONDS_PER_TURN / seconds(call, 1, device)))
         for name, call in contenders.items()
     }
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+
+    times_ms: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress(turns * len(contenders), comparison.name)
     for _ in range(turns):
         for name, call in contenders.items():
-            times[name].append(1000 * seconds(call, calls[name], device))
+            times_ms[name].append(1000 * seconds(call, num_calls[name], device))
             progress.step()
-    base = statistics.median(next(iter(times.values())))
-    return [
-        Row(
-            comparison.name,
-            name,
-            median := statistics.median(values),
-            *quartiles(values),
-            base / median,
-            peaks[name],
-            differences[name],
-            turns,
-            calls[name],
+
+    # Medians and quartiles, because other load on the machine makes single turns slow.
+    medians = {name: statistics.median(values) for name, values in times_ms.items()}
+    reference_ms = next(iter(medians.values()))
+    rows = []
+    for name, values in times_ms.items():
+        low_ms, high_ms = quartiles(values)
+        rows.append(
+            Row(
+                comparison=comparison.name,
+                contender=name,
+                median_ms=medians[name],
+                low_ms=low_ms,
+                high_ms=high_ms,
+                speedup=reference_ms / medians[name],
+                peak_mib=peaks[name],
+                difference=differences[name],
+                turns=turns,
+                calls_a_turn=num_calls[name],
+            )
         )
-        for name, values in times.items()
-    ]
+    return rows
 
 
 def quartiles(values: list[float]) -> tuple[float, float]:
+    """Return the lower and upper quartile."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -163,9 +181,7 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 
 
 def compare_ms_deform_attn(args: argparse.Namespace, device: torch.device) -> Iterator[Comparison]:
-    """Forward and backward at the shapes of training: four maps of images with sides 3 : 4, 8 heads of 32 channels, 4
-    points.
-    """
+    """Yield comparisons of forward + backward at the shapes of training: 4 levels, 8 heads of 32 channels, 4 points."""
     shapes = feature_map_shapes(args.image_size)
     for dtype in args.dtypes:
         for part in ("encoder", "decoder"):
@@ -174,42 +190,49 @@ def compare_ms_deform_attn(args: argparse.Namespace, device: torch.device) -> It
 
 
 def feature_map_shapes(height: int) -> list[tuple[int, int]]:
-    """(height, width) of the four maps of an image of that height, which is as wide as COCO's usual 800 x 1066."""
+    """Return (height, width) of the four levels for an image of this height, with the aspect ratio of 800 x 1066."""
+    width = round(height * 1066 / 800)
     return [
-        (math.ceil(height / stride), math.ceil(round(height * 1066 / 800) / stride))
-        for stride in (8, 16, 32, 64)
+        (math.ceil(height / stride), math.ceil(width / stride))
+        for stride in (8, 16, 32, 64)  # C3 to C5 of a ResNet, and one more stride-2 convolution
     ]
 
 
 def attention_inputs(
     part: str, shapes: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(value, locations, weights, gradient of the output). Encoder: each pixel is a query; decoder: 300 queries
-    anywhere.
+    """Return (value, sampling locations, attention weights, gradient of the output), random but always the same.
 
-    Points lie as in training's first steps: 1 to 4 pixels away in a direction of each head, here with half a pixel of
-    noise. Locations and weights are in float32, as autocast leaves them.
+    In the encoder each pixel is a query, in the decoder there are 300 queries anywhere in the image. Sampling points
+    are where they are in the first training steps: 1 to 4 pixels from the reference point, each head in its own
+    direction; half a pixel of noise is added. Locations and weights are float32, as under autocast.
+
+    Shapes: value [B, S, H, C], locations [B, Q, H, L, P, 2], weights [B, Q, H, L, P], gradient [B, Q, H * C].
     """
     heads, channels, points = 8, 32, 4
     generator = torch.Generator().manual_seed(0)
     if part == "encoder":
-        rows_columns = [
-            torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-            for h, w in shapes
-        ]
-        reference = torch.cat(
-            [torch.stack((x, y), -1).flatten(0, 1) for y, x in rows_columns]
-        ).expand(batch, -1, -1)
+        centers = []
+        for h, w in shapes:
+            y, x = torch.meshgrid(
+                (torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij"
+            )
+            centers.append(torch.stack((x, y), -1).flatten(0, 1))  # [h * w, 2]
+        reference = torch.cat(centers).expand(batch, -1, -1)  # [B, S, 2]
     else:
-        reference = torch.rand(batch, 300, 2, generator=generator)
+        reference = torch.rand(batch, 300, 2, generator=generator)  # [B, Q, 2]
+
     angle = torch.arange(heads) * (2 * math.pi / heads)
-    direction = torch.stack((angle.cos(), angle.sin()), -1)
-    offsets = direction[:, None, None] * torch.arange(1, points + 1)[:, None]  # [H, 1, P, 2] pixels
+    direction = torch.stack((angle.cos(), angle.sin()), -1)  # [H, 2]
+    radius = torch.arange(1, points + 1)[:, None]  # [P, 1] pixels
+    offsets = direction[:, None, None] * radius  # [H, 1, P, 2] pixels
     size = batch, reference.shape[1], heads, len(shapes), points
-    offsets = offsets + 0.5 * torch.randn(*size, 2, generator=generator)
-    sizes = torch.tensor([(w, h) for h, w in shapes])[:, None]
-    pixels = reference[:, :, None, None, None] * sizes - 0.5 + offsets
-    # On the edge between two cells the derivative depends on rounding, which no two implementations share.
+    offsets = offsets + 0.5 * torch.randn(*size, 2, generator=generator)  # [B, Q, H, L, P, 2]
+
+    sizes = torch.tensor([(w, h) for h, w in shapes])[:, None]  # [L, 1, 2]
+    pixels = reference[:, :, None, None, None] * sizes - 0.5 + offsets  # [B, Q, H, L, P, 2]
+    # Keep away from cell edges: there the derivative of bilinear sampling jumps, and rounding decides which side
+    # counts.
     locations = (pixels.floor() + (pixels - pixels.floor()).clamp(0.05, 0.95) + 0.5) / sizes
     weights = torch.randn(*size, generator=generator).flatten(3).softmax(-1).view(size)
     value = torch.randn(batch, sum(h * w for h, w in shapes), heads, channels, generator=generator)
@@ -225,6 +248,7 @@ def attention_inputs(
 def compare_attention(
     name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...]
 ) -> Comparison:
+    """Return the comparison of all implementations that run here on the same inputs, see `attention_inputs`."""
     value, locations, weights, grad_output = inputs
     skipped = {}
     calls = {"pytorch": lambda v, p, w: ms_deform_attn(v, shapes, p, w, "pytorch")}
@@ -237,23 +261,25 @@ def compare_attention(
         key: forward_backward(call, (value, locations, weights), grad_output)
         for key, call in calls.items()
     }
-    for peer, load in PUBLIC_IMPLEMENTATIONS.items():
+
+    for public_name, load in PUBLIC_IMPLEMENTATIONS.items():
         try:
-            contender = forward_backward(
-                load(shapes, value.device), (value, locations, weights), grad_output
-            )
-            contender()
-            contenders[peer] = contender
-        except Exception as error:  # noqa: BLE001 - a peer may fail in any way, and the others are still worth a table
-            skipped[peer] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            )
-    return Comparison(name, contenders, 2e-2 if value.dtype != torch.float32 else 1e-3, skipped)
+            call = load(shapes, value.device)
+            contender = forward_backward(call, (value, locations, weights), grad_output)
+            contender()  # compiled extensions may fail only when they run
+            contenders[public_name] = contender
+        except Exception as error:  # noqa: BLE001 - any failure of a public package; the others are still measured
+            first_line = str(error).partition("\n")[0]
+            skipped[public_name] = f"{type(error).__name__}: {first_line}"
+
+    tolerance = 1e-3 if value.dtype == torch.float32 else 2e-2
+    return Comparison(name, contenders, tolerance, skipped)
 
 
 def forward_backward(
     call: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad_output: Tensor
 ) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that runs forward and backward once and returns the output and all input gradients."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
 
     def run() -> tuple[Tensor, ...]:
@@ -266,15 +292,20 @@ def forward_backward(
 def level_sizes_and_starts(
     shapes: list[tuple[int, int]], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(sizes [L, 2], number of the first pixel [L]) of the maps, as public implementations take them."""
-    sizes = torch.tensor(shapes, device=device)
-    areas = sizes.prod(1)
+    """Return (sizes [L, 2], index of each level's first pixel [L]), which public implementations take."""
+    sizes = torch.tensor(shapes, device=device)  # [L, 2], (height, width)
+    areas = sizes.prod(1)  # [L]
     return sizes, areas.cumsum(0) - areas
+
+
+# Public implementations. They compute in float32, under autocast too, so the input is cast and the output cast back.
+# The last argument (im2col_step) is the number of images per kernel launch; 64 as published.
 
 
 def transformers_attention(
     shapes: list[tuple[int, int]], device: torch.device
 ) -> Callable[..., Tensor]:
+    """Hugging Face transformers."""
     from transformers.models.deformable_detr.modeling_deformable_detr import (
         MultiScaleDeformableAttention,
     )
@@ -285,18 +316,18 @@ def transformers_attention(
 
 
 def mmcv_attention(shapes: list[tuple[int, int]], device: torch.device) -> Callable[..., Tensor]:
+    """OpenMMLab mmcv."""
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
     sizes, starts = level_sizes_and_starts(shapes, device)
-    return lambda v, p, w: MultiScaleDeformableAttnFunction.apply(
-        v.float(), sizes, starts, p, w, 64
-    ).to(v.dtype)
+    apply = MultiScaleDeformableAttnFunction.apply
+    return lambda v, p, w: apply(v.float(), sizes, starts, p, w, 64).to(v.dtype)
 
 
 def extension_attention(
     shapes: list[tuple[int, int]], device: torch.device
 ) -> Callable[..., Tensor]:
-    """The compiled extension that comes with the published code."""
+    """The CUDA extension of the published Deformable DETR code, if it is compiled and installed."""
     extension = importlib.import_module("MultiScaleDeformableAttention")
     sizes, starts = level_sizes_and_starts(shapes, device)
 
@@ -316,8 +347,7 @@ def extension_attention(
     return lambda v, p, w: Compiled.apply(v.float(), p, w).to(v.dtype)
 
 
-# Public implementations compute in float32, also under autocast. One that can't be imported or run is left out, with
-# the reason.
+# One that can't be imported or run is skipped, with the reason in the table.
 PUBLIC_IMPLEMENTATIONS = {
     "transformers": transformers_attention,
     "mmcv": mmcv_attention,
@@ -330,11 +360,11 @@ SUBJECTS: dict[str, Callable[[argparse.Namespace, torch.device], Iterable[Compar
 }
 
 
-# ---- the result ----
+# ---- results ----
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """What the times depend on."""
+    """Return what the times depend on: device, Python and package versions."""
     if device.type == "cuda":
         hardware = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     else:
@@ -357,12 +387,12 @@ def table(
     settings: dict,
     environment_info: dict[str, str],
 ) -> str:
-    """The result as markdown."""
+    """Return the results as Markdown."""
     head = [
-        "work",
+        "operation",
         "implementation",
         "median ms (quartiles)",
-        "speed, first = 1",
+        "speed-up over the first",
         "memory MiB",
         "largest difference",
     ]
@@ -393,30 +423,48 @@ def table(
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        "tools/benchmark.py",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("subject", choices=sorted(SUBJECTS))
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+        "subject",
+        choices=sorted(SUBJECTS),
+        help="operation to measure; ms_deform_attn is multi-scale deformable attention, forward and backward",
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda, cuda:N or cpu; a GPU if there is one",
     )
     parser.add_argument(
         "--image_size",
         type=int,
         default=800,
-        help="short side of the images in pixels; the long one is 4/3 of it",
+        metavar="PIXELS",
+        help="short side of the images, in pixels; the long side is 4/3 of it",
     )
-    parser.add_argument("--batch_size", type=int, default=2, help="images")
+    parser.add_argument("--batch_size", type=int, default=2, metavar="N", help="images per batch")
     parser.add_argument(
         "--dtypes",
         nargs="+",
         default=["float32", "bfloat16"],
         choices=["float32", "bfloat16", "float16"],
+        help="data types of the values; sampling locations and weights are always float32",
     )
-    parser.add_argument("--turns", type=int, default=20, help="how often each contender is timed")
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/benchmark"), help="folder of the results"
+        "--turns", type=int, default=20, metavar="N", help="how often each implementation is timed"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier results there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("outputs/benchmark"),
+        metavar="DIR",
+        help="folder for SUBJECT.md and SUBJECT.json",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace earlier results in --output"
+    )
     args = parser.parse_args(argv)
     for name in ("image_size", "batch_size", "turns"):
         if getattr(args, name) < 1:
@@ -425,38 +473,38 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    targets = [args.output / f"{args.subject}.{suffix}" for suffix in ("md", "json")]
-    earlier = next((path for path in targets if path.exists()), None)
-    if earlier and not args.overwrite:
-        raise UserError(
-            f"--output {args.output}: {earlier.name} is there already; give another folder or --overwrite"
-        )
+    table_path = args.output / f"{args.subject}.md"
+    json_path = args.output / f"{args.subject}.json"
+    for path in (table_path, json_path):
+        if path.exists() and not args.overwrite:
+            raise UserError(
+                f"--output {args.output} already has {path.name}: give another folder, or --overwrite to replace it"
+            )
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: no GPU is visible to PyTorch; give --device cpu")
+        raise UserError(f"--device {args.device}: no GPU is visible to PyTorch; use --device cpu")
     device = torch.device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
     rows, skipped = [], {}
     for comparison in SUBJECTS[args.subject](args, device):
         rows += measure(comparison, args.turns, device)
         skipped |= comparison.skipped
-    settings = {
-        key: value
-        for key, value in vars(args).items()
-        if key not in ("subject", "output", "overwrite")
-    }
+
+    not_settings = ("subject", "output", "overwrite")
+    settings = {key: value for key, value in vars(args).items() if key not in not_settings}
     environment_info = environment(device)
     text = table(args.subject, rows, skipped, settings, environment_info)
     log.info("%s", text)
-    write_text(targets[0], text)
-    numbers = {
+    write_text(table_path, text)
+    content = {
         "environment": environment_info,
         "settings": settings,
         "rows": [vars(row) for row in rows],
         "not_measured": skipped,
     }
-    write_text(targets[1], json.dumps(numbers, indent=1))
-    log.info("written: %s", args.output)
+    write_text(json_path, json.dumps(content, indent=1))
+    log.info("results written to %s and %s", table_path, json_path)
 
 
 if __name__ == "__main__":

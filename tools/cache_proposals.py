@@ -1,10 +1,11 @@
-"""Makes a store of proposals for a data set, on all cores; see docs/proposals.md.
+"""Build a proposal cache for a dataset on all CPU cores.
 
     python tools/cache_proposals.py --images data/ilsvrc/train --output_dir proposals/ilsvrc_ss128
     python main.py --pretext region_prior --imagenet_path data/ilsvrc/train --cache_path proposals/ilsvrc_ss128
 
-It may be stopped or killed at any moment: the same command goes on. Several machines share the work in one folder by
---shard 1/4 to 4/4; when all are done, --merge makes the store. --check compares every image with a finished store.
+It can be stopped or killed at any moment; the same command continues. Several machines can share the work in one
+folder: run --shard 1/4 to --shard 4/4, then once with --merge. --check compares every image with a finished cache. See
+docs/proposals.md.
 """
 
 import argparse
@@ -20,9 +21,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# So that `python tools/NAME.py` works from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from datasets.images.image_folder import ImageFile, ImageFiles, ImageFolder
 from datasets.images.packed_strings import PackedStrings
 from datasets.proposals import build_proposals
@@ -37,7 +38,7 @@ from util.settings import PRETRAIN, Parser, add_flags, settings, usable_cores
 from util.settings.value_types import non_negative, proposal_method
 
 METHOD_FLAGS = ("ss_resize", "edge_model")
-_worker_state: dict[str, Plan] = {}
+_worker_state: dict[str, Plan] = {}  # the plan, once per worker instead of with every chunk
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -45,183 +46,205 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--images",
         required=True,
-        metavar="DIR",
-        help="as for training: any folder tree, a list of files, or tar files",
+        metavar="PATH",
+        help="images as for training: a folder (with subfolders), a text file with a list, or tar files",
     )
     parser.add_argument(
         "--list",
         metavar="FILE",
-        help="only these images of the folder: one relative path a line (a label may follow)",
+        help="text file with the images to use, one path per line relative to --images; a label may follow the path "
+        "(default: all images)",
     )
     parser.add_argument(
         "--output_dir",
         required=True,
         type=Path,
         metavar="DIR",
-        help="the store; later --cache_path",
+        help="folder of the cache; pass it to main.py as --cache_path",
     )
     parser.add_argument(
         "--proposals",
         type=proposal_method,
         default="selective_search",
         metavar="NAME|file:PATH",
-        help="method, or boxes to convert (selective_search)",
+        help="proposal method, or a file of boxes to convert (default: selective_search)",
     )
     add_flags(parser, PRETRAIN, METHOD_FLAGS)
     parser.add_argument(
         "--num_workers",
         type=non_negative(),
         default=usable_cores(),
-        help="processes (all cores; 0: this one alone)",
+        metavar="N",
+        help="number of worker processes; 0 searches in the main process (default: one per CPU core)",
     )
     parser.add_argument(
         "--shard",
         type=_parse_shard,
         default=(1, 1),
         metavar="i/n",
-        help="only part i of n, without merging",
+        help="process part i of n only and don't merge, i from 1 to n (default: 1/1, everything)",
     )
     parser.add_argument(
-        "--merge", action="store_true", help="make the store out of all parts, without searching"
+        "--merge",
+        action="store_true",
+        help="merge the parts of all shards into the cache, without searching (default: off)",
     )
     parser.add_argument(
-        "--check", action="store_true", help="compare every image's content with the finished store"
+        "--check",
+        action="store_true",
+        help="compare size and checksum of every image with a finished cache (default: off)",
     )
     return parser.parse_args(argv)
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
-    part, _, of = text.partition("/")
-    if not (part.isdigit() and of.isdigit() and 1 <= int(part) <= int(of)):
-        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 1 to n")
-    return int(part), int(of)
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not i/n with i from 1 to n, such as 1/4")
+    return int(index), int(count)
 
 
 def main(args: Namespace) -> None:
     if args.check:
         check(ProposalCache(args.output_dir), args.images)
         return
+
     plan = build_plan(args)
     if not plan.begin():
-        log.info("%s is finished", plan.folder)
+        log.info("the proposal cache %s is already complete", plan.folder)
         return
     if not args.merge:
         search(plan, args.shard, args.num_workers)
+
     if args.shard == (1, 1) or args.merge:
         bar = Progress(plan.num_chunks, "merging")
         log_summary(merge(plan, bar.step))
     else:
         log.info(
-            "shard %d/%d is done: run the others, and then the same command with --merge in place of --shard",
+            "shard %d/%d is finished: when all shards are, run the same command with --merge instead of --shard",
             *args.shard,
         )
 
 
 def build_plan(args: Namespace) -> Plan:
-    """
+    """Return what to build: the images in a fixed order, and the proposal method.
+
     Raises:
-        UserError: no images; a method that can't be stored.
+        UserError: there are no images, or the method draws random boxes, which can't be cached.
     """
     if args.list:
-        images = ImageFiles(
-            args.images, PackedStrings(sorted(set(_read_image_list(args.list, args.images))))
-        )
+        names = sorted(set(_read_image_list(args.list, args.images)))
+        images = ImageFiles(args.images, PackedStrings(names))
     else:
         images = ImageFolder(args.images)
-        if images.shards is None:  # a list may be in any order
-            images = ImageFiles(
-                images.base, PackedStrings(sorted({images.name(i) for i in range(len(images))}))
-            )
+        if images.shards is None:
+            # A text file may list images in any order, and twice. Chunks need the same order on every machine.
+            names = sorted({images.name(i) for i in range(len(images))})
+            images = ImageFiles(images.base, PackedStrings(names))
+
     flags = {name: getattr(args, name) for name in METHOD_FLAGS}
     method = build_proposals(
         settings(PRETRAIN, pretext="region_prior", proposals=args.proposals, **flags)
     )
     if not isinstance(method, CacheableProposals):
         raise UserError(
-            f"--proposals {args.proposals} draws new boxes each time: there is nothing to store"
+            f"--proposals {args.proposals} draws new boxes each time and can't be cached: choose another method"
         )
     return Plan(args.output_dir, images, method, args.proposals)
 
 
 def _read_image_list(path: str, folder: str) -> Iterator[str]:
-    """Relative paths of a list; the word behind a path, as in lists of classification data, is no part of it."""
+    """Yield the relative paths of a list. Lists of classification data have a label after each path; it is dropped."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--list {path} can't be read ({error}): give a text file with one path a line"
+            f"--list {path} can't be read ({error}): give a text file with one path per line"
         ) from error
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not names:
-        raise UserError(f"--list {path} is empty: give one relative path a line")
-    with_labels = not os.path.exists(os.path.join(folder, names[0])) and len(names[0].split()) > 1
-    names = [name.rsplit(maxsplit=1)[0] if with_labels else name for name in names]
+        raise UserError(f"--list {path} is empty: give one relative path per line")
+
+    # File names may contain spaces, so the last word is a label only if the first line as a whole is no file.
+    first_exists = os.path.exists(os.path.join(folder, names[0]))
+    if not first_exists and len(names[0].split()) > 1:
+        names = [name.rsplit(maxsplit=1)[0] for name in names]
     if not os.path.exists(os.path.join(folder, names[0])):
         raise UserError(
-            f"--list {path}: its first image {names[0]} is not in {folder}: paths count from --images"
+            f"--list {path}: its first image {names[0]} is not in {folder}: give paths relative to --images"
         )
     yield from names
 
 
 def search(plan: Plan, shard: tuple[int, int], num_workers: int) -> None:
-    """Makes the missing chunks of a shard.
+    """Search proposals for the missing chunks of a shard and log the throughput.
 
     Raises:
-        UserError: a process was ended from outside.
+        UserError: a worker process was killed.
     """
-    todo, mine = plan.missing(shard), range(shard[0] - 1, plan.num_chunks, shard[1])
-    total = sum(len(plan.image_indices(k)) for k in mine)
-    done = total - sum(len(plan.image_indices(k)) for k in todo)
+    index, count = shard
+    missing = plan.missing(shard)
+    chunks = range(index - 1, plan.num_chunks, count)  # every count-th chunk: shards of equal size
+    total = sum(len(plan.image_indices(chunk)) for chunk in chunks)
+    done = total - sum(len(plan.image_indices(chunk)) for chunk in missing)
     if done:
-        log.info("%d of %d images are done already", done, total)
+        log.info("continuing: %d of %d images are already done", done, total)
+
     bar = Progress(total, "proposals", start=done, unit=" images")
-    began, searched, unreadable = time.monotonic(), 0, 0
-    for images, bad in _chunks(plan, todo, num_workers):
-        searched, unreadable = searched + images, unreadable + bad
-        bar.step(f"{unreadable} unreadable" if unreadable else None, images)
-    if searched:
-        seconds = time.monotonic() - began
-        processes = max(min(num_workers, len(todo)), 1)
+    start, num_searched, num_unreadable = time.monotonic(), 0, 0
+    for num_images, num_bad in _search_chunks(plan, missing, num_workers):
+        num_searched += num_images
+        num_unreadable += num_bad
+        bar.step(f"{num_unreadable} unreadable" if num_unreadable else None, num_images)
+
+    if num_searched:
+        seconds = time.monotonic() - start
+        num_processes = max(min(num_workers, len(missing)), 1)
         log.info(
-            "%d images in %.1f s on %d processes: %.2f images/s a process",
-            searched,
+            "%d images in %.1f s on %d processes: %.2f images/s per process",
+            num_searched,
             seconds,
-            processes,
-            searched / seconds / processes,
+            num_processes,
+            num_searched / seconds / num_processes,
         )
 
 
-def _chunks(plan: Plan, todo: list[int], num_workers: int) -> Iterator[tuple[int, int]]:
-    if num_workers == 0 or not todo:
-        yield from (make_chunk(plan, chunk) for chunk in todo)
+def _search_chunks(plan: Plan, chunks: list[int], num_workers: int) -> Iterator[tuple[int, int]]:
+    """Yield (images, unreadable images) of each chunk, in the order in which they are finished."""
+    if num_workers == 0 or not chunks:
+        yield from (make_chunk(plan, chunk) for chunk in chunks)
         return
+
+    # Fork where it exists: workers start at once and share the list of images with the main process.
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
     pool = ProcessPoolExecutor(
-        min(num_workers, len(todo)), context, _start_worker, (plan, os.getpid())
+        min(num_workers, len(chunks)),
+        multiprocessing.get_context(method),
+        initializer=_start_worker,
+        initargs=(plan, os.getpid()),
     )
     try:
-        for future in as_completed([pool.submit(_make_chunk, chunk) for chunk in todo]):
+        for future in as_completed([pool.submit(_make_chunk, chunk) for chunk in chunks]):
             yield future.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a process was ended from outside (is the memory full?): finished parts are kept, run the same command "
-            f"again, perhaps with --num_workers {max(num_workers // 2, 1)}"
+            "a worker process was killed (out of memory?): finished parts are saved, run the same command again, "
+            f"perhaps with --num_workers {max(num_workers // 2, 1)}"
         ) from error
     finally:
-        pool.shutdown(
-            wait=False, cancel_futures=True
-        )  # after Ctrl-C nobody waits for what is being searched
+        # Without waiting: after Ctrl-C nobody wants the chunks that are being searched.
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _start_worker(plan: Plan, parent: int) -> None:
-    """Ctrl-C is for the main process, and a worker must not outlive it, however it ends."""
+    """Set up a worker: Ctrl-C is left to the main process, and the worker exits when the main process does."""
     _worker_state["plan"] = plan
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def _exit_with_parent(parent: int) -> None:
+    # A killed parent can't tell its workers. They get another parent then, which is what shows.
     while os.getppid() == parent:
         time.sleep(0.1)
     os._exit(1)
@@ -231,62 +254,70 @@ def _make_chunk(chunk: int) -> tuple[int, int]:
     return make_chunk(_worker_state["plan"], chunk)
 
 
-def log_summary(store: ProposalCache) -> None:
-    header = store.header
-    size = sum(path.stat().st_size for path in store.folder.iterdir())
+def log_summary(cache: ProposalCache) -> None:
+    """Log size and content of a finished cache, and how many images could not be read."""
+    header = cache.header
+    num_bytes = sum(path.stat().st_size for path in cache.folder.iterdir())
     log.info(
-        "%s: %d images, %.1f boxes and %.0f bytes an image",
-        store.folder,
+        "proposal cache %s: %d images, %.1f boxes and %.0f bytes per image",
+        cache.folder,
         header["images"],
         header["boxes"] / header["images"],
-        size / header["images"],
+        num_bytes / header["images"],
     )
     if header["unreadable"]:
         name, reason = header["problems"][0]
         log.warning(
-            "%d images could not be read and have no boxes, the first is %s: %s",
+            "%d images could not be read and have no boxes; the first is %s: %s",
             header["unreadable"],
             name,
             reason,
         )
 
 
-def locate_images(store: ProposalCache, root: str) -> Callable[[int], ImageFile]:
-    """Says where an image of the store is: below the folder, beside the list, or in a tar file."""
-    beside = ImageFiles(root if os.path.isdir(root) else os.path.dirname(root), store.names)
-    if ".tar/" not in store.names[0].lower() or os.path.exists(beside.path(0)):
-        return beside.file
+def locate_images(cache: ProposalCache, root: str) -> Callable[[int], ImageFile]:
+    """Return a function from row of the cache to image file: in the folder, next to the list, or in a tar file."""
+    folder = root if os.path.isdir(root) else os.path.dirname(root)
+    files = ImageFiles(folder, cache.names)
+    # Names of images in tar files are `FILE.tar/name`; a folder may be called *.tar too.
+    if ".tar/" not in cache.names[0].lower() or os.path.exists(files.path(0)):
+        return files.file
+
     images = ImageFolder(root)
 
     def file_of(row: int) -> ImageFile:
-        index = images.names.find(store.names[row])
-        return beside.path(row) if index is None else images.file(index)
+        index = images.names.find(cache.names[row])
+        return files.path(row) if index is None else images.file(index)
 
     return file_of
 
 
-def check(store: ProposalCache, root: str) -> None:
-    """Compares size and CRC-32 of every file with those of the store.
+def check(cache: ProposalCache, root: str) -> None:
+    """Compare size and CRC-32 of every image file with those in the cache.
 
     Raises:
         UserError: files differ or are missing.
     """
-    file_of = locate_images(store, root)
-    bar, wrong = Progress(len(store.names), "checking"), []
-    for row in range(len(store.names)):
+    file_of = locate_images(cache, root)
+    num_images = len(cache.names)
+    bar, differing = Progress(num_images, "checking"), []
+    for row in range(num_images):
         try:
-            same = file_identity(file_of(row)) == (store.file_bytes[row], store.file_crc32[row])
+            expected = (cache.file_bytes[row], cache.file_crc32[row])
+            same = file_identity(file_of(row)) == expected
         except BadImageError:
-            same = store.file_bytes[row] == 0
+            # Unreadable now; the cache has 0 bytes if it was when the cache was built.
+            same = cache.file_bytes[row] == 0
         if not same:
-            wrong.append(store.names[row])
+            differing.append(cache.names[row])
         bar.step()
-    if wrong:
+
+    if differing:
         raise UserError(
-            f"{len(wrong)} of {len(store.names)} images differ from those that {store.folder} was made of, the first "
-            f"is {wrong[0]}: make another store"
+            f"{len(differing)} of {num_images} images differ from those that {cache.folder} was built from, the first "
+            f"is {differing[0]}: build a new cache"
         )
-    log.info("all %d images are those that %s was made of", len(store.names), store.folder)
+    log.info("all %d images are those that %s was built from", num_images, cache.folder)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""How well boxes cover the annotated objects, whatever their class: of a pre-trained model, or of a proposal method.
+"""Evaluate boxes class-agnostically: those of a pre-trained model, a trained detector or a proposal method.
 
     python tools/evaluate_proposals.py --coco_path COCO --checkpoint outputs/pretrain/checkpoint.pth
     python tools/evaluate_proposals.py --coco_path COCO --proposals selective_search
 
-Prints AP, AP50, AP75 (best 100 boxes of an image) and the average recall of the best 1, 10, 100 and 1000 boxes on the
-validation images, as DETReg reports them; `--output_dir` keeps them in `proposal_metrics.json` and the boxes in
-`proposals.json`, COCO's results. The metrics named `_swapped` are those of the boxes of another image: what is not
-above them has not looked at the image.
+Prints AP, AP50 and AP75 (of the best 100 boxes of an image) and average recall (of the best 1, 10, 100 and 1000) on the
+validation images, as DETReg reports them. `--output_dir` saves the metrics as `proposal_metrics.json` and the boxes as
+`proposals.json`, in COCO's results format.
+
+Metrics with the suffix `_swapped` evaluate each image with the boxes of another one. A method that is not above them
+does not look at the image.
 """
 
 import sys
@@ -17,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# So that `python tools/NAME.py` works from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset, init_worker
 from datasets.evaluators.proposals import OBJECT_ID, ProposalEvaluator
@@ -50,7 +51,7 @@ DATA_FLAGS = (
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
 METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
-MAX_BOXES = 1000  # of an image, the first ones
+MAX_BOXES = 1000  # per image, for AR1000
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -58,13 +59,17 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--checkpoint",
         metavar="PATH|URL",
-        help="of pre-training or of a trained detector; not with --proposals",
+        help="evaluate this pre-trained model or trained detector; not with --proposals (default: none)",
     )
     parser.add_argument(
-        "--output_dir", metavar="DIR", help="where metrics and boxes are written; empty: nowhere"
+        "--output_dir",
+        metavar="DIR",
+        help="folder for proposal_metrics.json and proposals.json (default: metrics are only printed)",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace what an earlier evaluation wrote there"
+        "--overwrite",
+        action="store_true",
+        help="replace an earlier evaluation in --output_dir (default: off)",
     )
     add_flags(parser, FINETUNE, DATA_FLAGS + RUN_FLAGS)
     add_flags(parser, PRETRAIN, METHOD_FLAGS)
@@ -76,7 +81,10 @@ def select_flags(args: Namespace, names: tuple[str, ...]) -> dict[str, object]:
 
 
 class ProposalDataset(Dataset):
-    """(image id, boxes [N, 4]) of each image, as it is on disk; None for one that can't be read."""
+    """Yields (image id, boxes [N, 4] of a proposal method) for each image; the boxes are None for an unreadable one.
+
+    Boxes are (x0, y0, x1, y1) in pixels of the image file.
+    """
 
     def __init__(self, dataset: SampleDataset, proposals: Proposals, seed: int) -> None:
         self.dataset, self.proposals, self.seed = dataset, proposals, seed
@@ -89,60 +97,68 @@ class ProposalDataset(Dataset):
         image_id = int(annotations.image_ids[index])
         try:
             image = read_image(self.dataset.path(index))
-            return image_id, self.proposals(
-                image, SampleRNG.from_key(self.seed, 0, index), annotations.file_names[index]
-            )
+            # Random boxes depend on (seed, index) only, not on the number of workers.
+            rng = SampleRNG.from_key(self.seed, 0, index)
+            return image_id, self.proposals(image, rng, annotations.file_names[index])
         except BadImageError as error:
             log.warning("skipped %s: %s", self.dataset.path(index), error)
             return image_id, None
 
 
 def evaluate_proposal_method(args: Namespace, validation: Settings) -> ProposalEvaluator:
-    """Boxes of a method have no comparable scores in general: the order in which it gives them counts."""
+    """Return an evaluator with the boxes of `--proposals` for all validation images."""
     flags = {**select_flags(args, METHOD_FLAGS), "max_prop": args.max_prop or MAX_BOXES}
-    method = settings(PRETRAIN, pretext="region_prior", **flags)
+    method = build_proposals(settings(PRETRAIN, pretext="region_prior", **flags))
     dataset = build_dataset("val", validation, allow_any_num_classes=True)
     evaluator = ProposalEvaluator(dataset.ground_truth, validation.coco_evaluator)
-    boxes_of = ProposalDataset(dataset, build_proposals(method), validation.seed)
     loader = DataLoader(
-        boxes_of, batch_size=None, num_workers=validation.num_workers, worker_init_fn=init_worker
+        ProposalDataset(dataset, method, validation.seed),
+        batch_size=None,
+        num_workers=validation.num_workers,
+        worker_init_fn=init_worker,
     )
-    bar, count = Progress(len(dataset), "proposals"), 0
+
+    bar, num_boxes = Progress(len(dataset), "proposals"), 0
     for image_id, boxes in loader:
         if boxes is not None:
             boxes = boxes[: args.max_prop]  # None: all
-            count += len(boxes)
-            boxes = boxes[:MAX_BOXES]
-            scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]
-            labels = torch.full((len(boxes),), OBJECT_ID)
+            num_boxes += len(boxes)
+            boxes = boxes[:MAX_BOXES]  # [N, 4]
+            # The order of the boxes is their ranking: most methods have no scores that compare across images.
+            scores = torch.linspace(1, 0, len(boxes) + 1)[:-1]  # [N]
+            labels = torch.full((len(boxes),), OBJECT_ID)  # [N]
             evaluator.update({image_id: {"scores": scores, "labels": labels, "boxes": boxes}})
         bar.step()
-    log.info("%.1f boxes per image", count / max(len(dataset), 1))
+    log.info("%.1f boxes per image", num_boxes / max(len(dataset), 1))
     return evaluator
 
 
 def main(args: Namespace) -> dict[str, float]:
-    """Returns the metrics by name."""
+    """Return the metrics by name."""
     if bool(args.checkpoint) == bool(args.proposals):
         both = ", not both" if args.proposals else ""
         raise UserError(
-            f"give --checkpoint PATH for a model, or --proposals NAME for a method{both}"
+            f"give --checkpoint PATH for a model, or --proposals NAME for a proposal method{both}"
         )
-    folder = (
-        make_folder(args.output_dir, PROPOSAL_OUTPUTS, args.overwrite) if args.output_dir else None
-    )
+    folder = None
+    if args.output_dir:
+        folder = make_folder(args.output_dir, PROPOSAL_OUTPUTS, args.overwrite)
+
     session = start_session(select_flags(args, DATA_FLAGS + RUN_FLAGS), FINETUNE)
     validation = session.settings
     if args.checkpoint:
-        device = str(session.device)
         predictor = Predictor.from_checkpoint(
-            args.checkpoint, device=device, amp=validation.amp, class_agnostic=True
+            args.checkpoint,
+            device=str(session.device),
+            amp=validation.amp,
+            class_agnostic=True,
         )
         return evaluate_class_agnostic(predictor, validation, folder)
+
     evaluator = evaluate_proposal_method(args, validation)
     metrics = evaluator.summarize()
-    what = {"proposals": args.proposals, "cache_path": args.cache_path}
-    save_proposal_metrics(folder, what, metrics, evaluator)
+    source = {"proposals": args.proposals, "cache_path": args.cache_path}
+    save_proposal_metrics(folder, source, metrics, evaluator)
     return metrics
 
 

@@ -1,10 +1,9 @@
-"""Detects objects in images without annotations, with any trained detector.
+"""Detect objects in images with a trained detector; no annotations are needed.
 
     python tools/predict.py --checkpoint outputs/own/checkpoint_best.pth --images images --output_dir predictions
 
-Writes `predictions.json` (COCO's results, with file and class names), `drawn/` (each image with its boxes) and
-`predictions.png`, a page of the first images. Everything that an evaluation takes from the checkpoint is taken from it
-here too.
+Writes `predictions.json` (COCO's results format plus file and class names), `drawn/` (each image with its boxes) and
+`predictions.png`, a page of the first images. Architecture, image size and class names come from the checkpoint.
 """
 
 import argparse
@@ -19,9 +18,8 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# So that `python tools/NAME.py` works from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.images.image_folder import ImageFolder
 from predictor import FileResult, Prediction, Predictor
@@ -35,7 +33,9 @@ from util.settings import FINETUNE, Parser, add_flags
 
 RESULTS, PAGE, DRAWN = "predictions.json", "predictions.png", "drawn"
 IMAGES_ON_PAGE = 12
+CLASSES_IN_SUMMARY = 8  # the most frequent ones
 NUM_WORKERS = 2
+JPEG_QUALITY = 92  # of drawn images
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -44,31 +44,41 @@ def parse(argv: list[str]) -> Namespace:
         "--checkpoint",
         required=True,
         metavar="PATH|URL|NAME",
-        help="a trained detector, ours or a published one; or the name of a published model, see hubconf.py",
+        help="a trained detector, ours or a published one, or the name of a published model such as detr_resnet50 "
+        "(hubconf.py lists them)",
     )
     parser.add_argument(
         "--images",
         required=True,
         metavar="DIR|FILE|LIST",
-        help="folder tree, one image, or text file of paths",
+        help="folder of images (with subfolders), one image, or a text file with one path per line",
     )
     parser.add_argument(
         "--output_dir",
         required=True,
         type=Path,
         metavar="DIR",
-        help="where predictions are written",
+        help="folder for the predictions",
     )
     parser.add_argument(
-        "--threshold", type=_score, default=0.5, help="lowest score of an object (default: 0.5)"
+        "--threshold",
+        type=_score,
+        default=0.5,
+        metavar="SCORE",
+        help="lowest score of an object, from 0 to 1 (default: 0.5)",
     )
-    parser.add_argument("--no_draw", action="store_true", help="no drawn images and no page")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace earlier predictions in --output_dir"
+        "--no_draw",
+        action="store_true",
+        help="write predictions.json only, no images (default: images are drawn)",
     )
-    add_flags(
-        parser, FINETUNE, ("device", "batch_size", "image_size", "max_size", "num_workers", "amp")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace earlier predictions in --output_dir (default: off)",
     )
+    flags = ("device", "batch_size", "image_size", "max_size", "num_workers", "amp")
+    add_flags(parser, FINETUNE, flags)
     return parser.parse_args(argv)
 
 
@@ -78,88 +88,98 @@ def _score(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"scores lie between 0 and 1, got {text}")
+        raise argparse.ArgumentTypeError(f"a score is between 0 and 1, got {text}")
     return value
 
 
 @dataclass
 class Predictions:
-    """What was found so far. rows: entries of predictions.json; page: (title, image, boxes) of the first images."""
+    """What was found so far.
+
+    Attributes:
+        rows: the entries of predictions.json.
+        page: (title, image, boxes) of the first images, for the page.
+        problems: (path, reason) of each image that could not be read.
+        num_images_with_objects: images with at least one object above the threshold.
+        best_score: highest score of all images, also below the threshold.
+    """
 
     rows: list[dict] = field(default_factory=list)
     page: list[tuple] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-    with_objects: int = 0
+    num_images_with_objects: int = 0
     best_score: float = 0.0
 
 
 def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predictions:
-    """Goes over all images; draws as it goes, so that memory does not grow with them."""
-    done, bar = Predictions(), Progress(len(images), "predict")
-    workers = NUM_WORKERS if args.num_workers is None else args.num_workers
-    # A batch of one by default: padding changes what is found, so that an image's neighbours would matter.
-    for result in predictor.predict_files(
-        images, threshold=0, batch_size=args.batch_size or 1, num_workers=workers
-    ):
-        _add_result(result, images, args, done)
-        bar.step(f"{len(done.rows)} objects")
-    if len(done.problems) == len(images):
-        path, reason = done.problems[0]
+    """Detect objects in all images. Images are drawn one by one, so that memory does not grow with their number."""
+    predictions, bar = Predictions(), Progress(len(images), "predict", unit=" images")
+    results = predictor.predict_files(
+        images,
+        threshold=0,  # `_add_result` applies --threshold; until then the best score of all counts
+        # One image by default: padding changes predictions slightly, so neighbors in a batch would matter.
+        batch_size=args.batch_size or 1,
+        num_workers=NUM_WORKERS if args.num_workers is None else args.num_workers,
+    )
+    for result in results:
+        _add_result(result, images, args, predictions)
+        bar.step(f"{len(predictions.rows)} objects")
+
+    if len(predictions.problems) == len(images):
+        path, reason = predictions.problems[0]
         raise UserError(
-            f"none of the {len(images)} images can be read, the first is {path}: {reason}"
+            f"none of the {len(images)} images can be read, the first is {path}: {reason}; give other --images"
         )
-    return done
+    return predictions
 
 
 def _add_result(
-    result: FileResult, images: ImageFolder, args: Namespace, done: Predictions
+    result: FileResult, images: ImageFolder, args: Namespace, predictions: Predictions
 ) -> None:
-    """Adds what was found in one file, and draws it."""
+    """Add the objects of one file, and draw them."""
     if result.prediction is None or result.image is None:
         path, reason = images.path(result.index), result.error or ""
         log.warning("skipped %s: %s", path, reason)
-        done.problems.append((path, reason))
+        predictions.problems.append((path, reason))
         return
+
     if len(result.prediction):
-        done.best_score = max(done.best_score, float(result.prediction.scores[0]))
-    prediction, name, number = (
-        result.prediction.above(args.threshold),
-        images.name(result.index),
-        result.index + 1,
-    )
-    done.rows += [{"file_name": name, **row} for row in prediction.to_coco(number)]
-    done.with_objects += len(prediction) > 0
+        best_score = float(result.prediction.scores[0])
+        predictions.best_score = max(predictions.best_score, best_score)
+    prediction = result.prediction.above(args.threshold)
+    name, image_id = images.name(result.index), result.index + 1
+    predictions.rows += [{"file_name": name, **row} for row in prediction.to_coco(image_id)]
+    predictions.num_images_with_objects += len(prediction) > 0
+
     if not args.no_draw:
-        _draw(
-            result.image,
-            prediction,
-            args.output_dir / DRAWN / f"{number:06d}_{Path(name).stem}.jpg",
-        )
-        if len(done.page) < IMAGES_ON_PAGE:
+        # File names may repeat in a tree of folders; the image id in front makes them unique.
+        path = args.output_dir / DRAWN / f"{image_id:06d}_{Path(name).stem}.jpg"
+        _draw(result.image, prediction, path)
+        if len(predictions.page) < IMAGES_ON_PAGE:
+            pixels = result.image.permute(1, 2, 0).numpy()  # [H, W, 3]
             boxes = {
                 "boxes": prediction.boxes,
                 "labels": prediction.names,
                 "scores": prediction.scores,
             }
-            done.page.append((Path(name).name, result.image.permute(1, 2, 0).numpy(), boxes))
+            predictions.page.append((Path(name).name, pixels, boxes))
 
 
 def _draw(image: Tensor, prediction: Prediction, path: Path) -> None:
-    """Names of files have the image's number, since names alone may repeat in a tree of folders."""
+    """Write an image, uint8 [3, H, W], with its boxes as JPEG."""
     drawn = draw_boxes(
         image.permute(1, 2, 0).numpy(), prediction.boxes, prediction.names, prediction.scores
     )
     content = BytesIO()
-    Image.fromarray(drawn).save(content, format="JPEG", quality=92)
+    Image.fromarray(drawn).save(content, format="JPEG", quality=JPEG_QUALITY)
     write_atomically(path, lambda file: file.write(content.getvalue()))
 
 
 def find_earlier_predictions(args: Namespace) -> list[Path]:
-    """The drawn images of an earlier run, which this one replaces.
+    """Create the output folder; return the images that an earlier run drew there, which this one replaces.
 
     Raises:
-        UserError: the folder can't be written, lies among the images, or holds predictions and `--overwrite` was not
-            given.
+        UserError: the folder can't be written, is among the images, or has predictions and `--overwrite` is not given.
     """
     folder = args.output_dir
     check_outside_images(folder, args.images)
@@ -167,24 +187,32 @@ def find_earlier_predictions(args: Namespace) -> list[Path]:
     found = [path for path in (folder / RESULTS, folder / PAGE, *drawn) if path.exists()]
     if found and not args.overwrite:
         raise UserError(
-            f"--output_dir {folder} holds predictions already ({found[0].name}): choose another folder, or --overwrite"
+            f"--output_dir {folder} already has predictions ({found[0].name}): choose another folder, or add "
+            "--overwrite to replace them"
         )
     make_folder(folder)
     return drawn
 
 
-def summary(done: Predictions, images: int, args: Namespace) -> str:
-    """One line: how many objects of which classes in how many images."""
-    counts = Counter(row["category_name"] for row in done.rows).most_common()
-    by_class = ", ".join(f"{name} {count}" for name, count in counts[:8]) + (
-        ", ..." if len(counts) > 8 else ""
+def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
+    """Return one line: how many objects of which classes in how many images, and where they are."""
+    num_objects = len(predictions.rows)
+    text = (
+        f"{num_objects} objects in {predictions.num_images_with_objects} of {num_images} images "
+        f"(threshold {args.threshold:g})"
     )
-    text = f"{len(done.rows)} objects in {done.with_objects} of {images} images (score from {args.threshold:g})"
-    text += (
-        f": {by_class}" if counts else f"; the best score is {done.best_score:.2f}, see --threshold"
-    )
-    text += f"; unreadable: {len(done.problems)}" if done.problems else ""
-    return f"{text}; in {args.output_dir / RESULTS}"
+    counts = Counter(row["category_name"] for row in predictions.rows).most_common()
+    if counts:
+        classes = [f"{name} {count}" for name, count in counts[:CLASSES_IN_SUMMARY]]
+        if len(counts) > CLASSES_IN_SUMMARY:
+            classes.append("...")
+        text += f": {', '.join(classes)}"
+    else:
+        text += f"; the best score is {predictions.best_score:.2f}: lower --threshold to see more"
+    if predictions.problems:
+        text += f"; {len(predictions.problems)} unreadable images skipped"
+    text += f"; written to {args.output_dir / RESULTS}"
+    return text if args.no_draw else f"{text}, drawn in {args.output_dir / DRAWN}"
 
 
 def main(args: Namespace) -> None:
@@ -192,13 +220,15 @@ def main(args: Namespace) -> None:
     images = ImageFolder(args.images)
     options = {name: getattr(args, name) for name in ("device", "amp", "image_size", "max_size")}
     predictor = Predictor.from_checkpoint(args.checkpoint, **options)
+
+    # Removed only now: if the checkpoint can't be loaded, the earlier predictions stay.
     for path in earlier:
         path.unlink()
-    done = predict(predictor, images, args)
+    predictions = predict(predictor, images, args)
     if not args.no_draw:
-        detection_page(done.page, args.output_dir / PAGE)
-    write_text(args.output_dir / RESULTS, json.dumps(done.rows))
-    log.info(summary(done, len(images), args))
+        detection_page(predictions.page, args.output_dir / PAGE)
+    write_text(args.output_dir / RESULTS, json.dumps(predictions.rows))
+    log.info(summary(predictions, len(images), args))
 
 
 if __name__ == "__main__":

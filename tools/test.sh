@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then ruff, mypy and the tests. Two processes; below 20 minutes on two cores.
-#   bash tools/test.sh              all tests but those marked slow
+# Set up the environment if needed, then run ruff, mypy and pytest. Less than 20 minutes on two CPU cores.
+#   bash tools/test.sh              all tests except those marked slow
 #   bash tools/test.sh --all        all tests
-#   bash tools/test.sh -k matcher   anything else goes to pytest
+#   bash tools/test.sh -k matcher   other arguments are passed to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" requirements.txt requirements-extras.txt requirements-dev.txt
 
@@ -13,10 +13,10 @@ for argument in "$@"; do
 done
 
 cd "$ROOT"
-# One thread a process: the tests are small, and more threads than cores would make them slower.
+# One thread per process: the tests are small, and more threads than cores would slow them down.
 export OMP_NUM_THREADS=1
 if [ -n "$SETUP_SYSTEM" ] && ! "$PY" -c 'import mypy, ruff' 2>/dev/null; then
-    echo "tests: ruff or mypy is missing and can't be fetched: lint and type check are skipped"
+    echo "tests: ruff or mypy is not installed and can't be downloaded: skipping lint and type check"
 else
     "$PY" -m ruff check .
     "$PY" -m ruff format --check .

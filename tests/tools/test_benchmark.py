@@ -1,4 +1,4 @@
-"""The benchmark times only what gives equal numbers, in turns, and writes what it measured."""
+"""The benchmark times only implementations with equal outputs, interleaved, and writes its results."""
 
 import json
 import types
@@ -18,7 +18,7 @@ def run(output: Path, *flags: str) -> None:
     benchmark.main(benchmark.parse(["ms_deform_attn", *small, "--output", str(output), *flags]))
 
 
-def test_deformable_attention_on_the_cpu(tmp_path: Path) -> None:
+def test_ms_deform_attn_on_cpu(tmp_path: Path) -> None:
     run(tmp_path)
     result = json.loads((tmp_path / "ms_deform_attn.json").read_text())
     rows = [row for row in result["rows"] if row["contender"] == "pytorch"]
@@ -46,7 +46,7 @@ def test_deformable_attention_on_the_cpu(tmp_path: Path) -> None:
     )
 
 
-def test_shapes_are_those_of_training() -> None:
+def test_feature_map_shapes_match_training() -> None:
     args = benchmark.parse(["ms_deform_attn"])
     assert benchmark.feature_map_shapes(args.image_size) == [
         (100, 134),
@@ -56,7 +56,7 @@ def test_shapes_are_those_of_training() -> None:
     ]
 
 
-def test_points_of_the_encoder_lie_around_their_pixel() -> None:
+def test_encoder_points_are_near_their_pixel() -> None:
     shapes = [(8, 11), (4, 6)]
     value, locations, weights, grad_output = benchmark.attention_inputs(
         "encoder", shapes, 2, torch.bfloat16, CPU
@@ -83,10 +83,10 @@ def test_points_of_the_encoder_lie_around_their_pixel() -> None:
         ("published extension", "MultiScaleDeformableAttention", ""),
     ],
 )
-def test_a_public_implementation_is_called_with_its_own_arguments(
+def test_public_implementations_get_their_own_arguments(
     peer: str, module: str, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stand-ins with the signatures of the public ones, which compute with ours."""
+    """Stand-ins have the signatures of the public implementations and compute with ours."""
 
     def attention(value, sizes, starts, locations, weights, step):
         assert (value.dtype, sizes.dtype, step) == (torch.float32, torch.int64, 64)
@@ -128,7 +128,7 @@ def test_a_public_implementation_is_called_with_its_own_arguments(
     assert set(benchmark.check(comparison)) == set(comparison.contenders)
 
 
-def test_a_contender_with_other_numbers_is_not_timed() -> None:
+def test_contender_with_different_output_is_not_timed() -> None:
     right, wrong = (lambda: [torch.ones(3)]), (lambda: [torch.tensor([1.0, 1.0, 1.1])])
     with pytest.raises(UserError, match="case: other differs from first by 0.1"):
         benchmark.measure(
@@ -141,7 +141,9 @@ def test_a_contender_with_other_numbers_is_not_timed() -> None:
         benchmark.measure(nan, 1, CPU)
 
 
-def test_contenders_take_turns_and_ratios_are_of_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contenders_are_interleaved_and_speedup_uses_medians(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = []
 
     def contender(name: str):
@@ -168,7 +170,7 @@ def test_contenders_take_turns_and_ratios_are_of_medians(monkeypatch: pytest.Mon
     assert (first.low_ms, first.high_ms) == (2500, 5500)
 
 
-def test_one_line_for_what_the_user_can_mend(tmp_path: Path) -> None:
+def test_wrong_device_and_turns_are_refused(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no GPU is visible"):
             run(tmp_path, "--device", "cuda")

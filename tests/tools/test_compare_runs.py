@@ -1,6 +1,4 @@
-"""Several runs beside each other: numbers are those of the logs, settings those that differ, and nothing is
-overwritten.
-"""
+"""Comparison of runs: values come from the logs, settings are those that differ, and nothing is overwritten."""
 
 import csv
 import json
@@ -67,7 +65,7 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
     )
 
 
-def test_numbers_and_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_table_has_metrics_and_differing_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
     lines = compare(*two, "--output", tmp_path / "out")
     table = rows(tmp_path / "out" / "compare.csv")
     first, second = table["first"], table["second"]
@@ -126,19 +124,19 @@ def test_pre_training_shows_losses(tmp_path: Path) -> None:
 
 
 def test_published_logs_need_no_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
-    """DETR publishes log.txt files with these keys and nothing beside them."""
+    """DETR publishes log.txt files with these keys and no args.json."""
     published = write_run(
         tmp_path / "published", [evaluated(i, 0.4, train_lr=1e-4, test_loss=5.0) for i in range(2)]
     )
     lines = compare(published, two[0], "--output", tmp_path / "a.png")
     assert rows(tmp_path / "a.csv")["published"]["best AP"] == "0.400"
     assert rows(tmp_path / "a.csv")["published"]["epochs"] == "2"
-    assert any("settings are not compared: published" in line for line in lines)
+    assert any("settings not compared (no args.json): published" in line for line in lines)
     compare(published / "log.txt", "--output", tmp_path / "b.png")
     assert set(rows(tmp_path / "b.csv")) == {"published"}
 
 
-def test_legend_names_what_differs(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_legend_shows_differing_settings(two: tuple[Path, Path], tmp_path: Path) -> None:
     runs = compare_runs.read_runs(two)
     differing = compare_runs.differing_settings(runs)
     assert compare_runs.legend_labels(runs, differing) == ["first (lr 0.0001)", "second (lr 0.001)"]
@@ -147,7 +145,7 @@ def test_legend_names_what_differs(two: tuple[Path, Path], tmp_path: Path) -> No
     assert compare_runs.legend_labels(runs, {"pretrain": ["-", "x" * 30]}) == ["first", "second"]
 
 
-def test_names_tell_folders_apart(tmp_path: Path) -> None:
+def test_names_are_unique(tmp_path: Path) -> None:
     places = [write_run(tmp_path / name / "run", [evaluated(0, 0.1)]) for name in ("a", "b")]
     assert [run.name for run in compare_runs.read_runs(places)] == ["a/run", "b/run"]
 
@@ -169,10 +167,10 @@ def test_names_tell_folders_apart(tmp_path: Path) -> None:
         ({"log.txt": '{"test_coco_eval_bbox": [0.1]}'}, "test_coco_eval_bbox is"),
         ({"log.txt": '{"train_seconds": "1"}'}, "train_seconds"),
         ({"log.txt": '{"test_coco_eval_bbox": {"AP": 1}}'}, "test_coco_eval_bbox is"),
-        ({"log.txt": b"\xff\xfe\x00"}, "log.txt is no text"),
+        ({"log.txt": b"\xff\xfe\x00"}, "log.txt is not a text file"),
     ],
 )
-def test_folders_that_are_no_runs(
+def test_folders_without_a_run_are_refused(
     tmp_path: Path, content: dict[str, str | bytes], said: str
 ) -> None:
     folder = tmp_path / "thing"
@@ -195,8 +193,8 @@ def test_folders_that_are_no_runs(
         '{"images": [null]}',
     ],
 )
-def test_damaged_settings_are_none(record: str, tmp_path: Path) -> None:
-    """The log is what counts."""
+def test_damaged_settings_are_ignored(record: str, tmp_path: Path) -> None:
+    """The log alone is enough."""
     pytest.importorskip("matplotlib")
     run = write_run(tmp_path / "run", [evaluated(0, 0.1, train_seconds=20)])
     (run / "args.json").write_text(record)
@@ -204,14 +202,14 @@ def test_damaged_settings_are_none(record: str, tmp_path: Path) -> None:
     assert rows(tmp_path / "x.csv")["run"]["best AP"] == "0.100"
 
 
-def test_missing_and_doubled_folders(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_missing_and_duplicate_folders_are_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such log"):
         compare(tmp_path / "nowhere", "--output", tmp_path / "x.png")
     with pytest.raises(UserError, match="given twice"):
         compare(two[0], tmp_path / "second" / ".." / "first", "--output", tmp_path / "x.png")
 
 
-def test_nothing_is_overwritten_without_saying(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_existing_files_need_overwrite(two: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text("mine")
     with pytest.raises(UserError, match=r"mine\.csv exists.*--overwrite"):
         compare(*two, "--output", tmp_path / "mine.png")
@@ -222,7 +220,7 @@ def test_nothing_is_overwritten_without_saying(two: tuple[Path, Path], tmp_path:
         compare(*two, "--output", tmp_path / "a.jpg")
 
 
-def test_as_a_program_from_another_folder(two: tuple[Path, Path], tmp_path: Path) -> None:
+def test_runs_as_program_from_another_folder(two: tuple[Path, Path], tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), "first", "nowhere"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1

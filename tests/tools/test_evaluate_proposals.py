@@ -1,4 +1,4 @@
-"""Class-agnostic evaluation: published numbers, a model's boxes and a method's boxes against annotations."""
+"""Class-agnostic evaluation: published metrics, boxes of models and of proposal methods."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_numbers_equal_the_published_ones(backend: str, golden_dir: Path) -> None:
+def test_metrics_equal_published_ones(backend: str, golden_dir: Path) -> None:
     pytest.importorskip(backend)
     case = json.loads((golden_dir / "coco_eval_case.json").read_text())
     evaluator = ProposalEvaluator(build_ground_truth(case["gt"]), backend)
@@ -74,7 +74,7 @@ TRUTH = {
 }
 
 
-def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
+def test_average_recall_limits_number_of_boxes() -> None:
     evaluator = ProposalEvaluator(build_ground_truth(TRUTH))
     boxes = torch.tensor(
         [[90.0, 90, 95, 95]] * 8 + [[10.0 * i, 10, 10 * i + 8, 18] for i in range(1, 5)]
@@ -86,15 +86,15 @@ def test_recall_counts_as_many_boxes_as_its_name_says() -> None:
     assert (numbers["AR1"], numbers["AR10"], numbers["AR100"], numbers["AR1000"]) == (0, 0.5, 1, 1)
 
 
-def test_without_boxes_all_is_zero_and_without_truth_unknown() -> None:
+def test_metrics_without_boxes_and_without_ground_truth() -> None:
     assert set(ProposalEvaluator(build_ground_truth(TRUTH)).summarize().values()) == {0.0}
     assert set(
         ProposalEvaluator(build_ground_truth({**TRUTH, "annotations": []})).summarize().values()
     ) == {-1.0}
 
 
-def test_swapped_numbers_are_those_of_the_boxes_of_another_image() -> None:
-    """Three images of different size, one object each; image 3 has no boxes, so that image 1 gets none."""
+def test_swapped_metrics_use_boxes_of_another_image() -> None:
+    """Three images of different size with one object each. Image 3 has no boxes, so image 1 gets none."""
     sizes, places = (
         {1: (100, 50), 2: (50, 100), 3: (20, 20)},
         {1: (0.1, 0.1, 0.5, 0.5), 2: (0.1, 0.1, 0.5, 0.5), 3: (0.5, 0.5, 0.9, 0.9)},
@@ -138,7 +138,7 @@ def run(*flags: object) -> dict[str, float]:
     )
 
 
-def test_a_method_that_knows_the_truth_is_perfect(tmp_path: Path) -> None:
+def test_ground_truth_as_proposals_has_perfect_recall(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     truth = coco / "annotations" / "instances_val2017.json"
     numbers = run(
@@ -150,29 +150,29 @@ def test_a_method_that_knows_the_truth_is_perfect(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out" / "proposals.json").read_text())) == len(
         json.loads(truth.read_text())["annotations"]
     )
-    with pytest.raises(UserError, match="proposal_metrics.json already"):
+    with pytest.raises(UserError, match="already has proposal_metrics.json"):
         run("--coco_path", coco, "--proposals", "random", "--output_dir", tmp_path / "out")
 
 
-def test_more_random_boxes_recall_more(tmp_path: Path) -> None:
+def test_recall_grows_with_number_of_random_boxes(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     few = run("--coco_path", coco, "--proposals", "random", "--max_prop", "10")
     many = run("--coco_path", coco, "--proposals", "random", "--max_prop", "1000")
     assert many["AR1000"] > few["AR1000"]
     assert few["AR1000"] == few["AR10"]
     assert many == run("--coco_path", coco, "--proposals", "random", "--max_prop", "1000"), (
-        "the same seed, the same boxes"
+        "the same seed gives the same boxes"
     )
 
 
-def test_random_boxes_are_as_many_as_the_recall_counts(tmp_path: Path) -> None:
+def test_random_proposals_default_to_1000_boxes(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     with captured_log() as lines:
         run("--coco_path", coco, "--proposals", "random")
     assert "1000.0 boxes per image" in lines
 
 
-def test_max_prop_cuts_the_boxes_of_every_method(tmp_path: Path) -> None:
+def test_max_prop_limits_boxes_of_every_method(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     truth = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
     flags = (
@@ -190,7 +190,7 @@ def test_max_prop_cuts_the_boxes_of_every_method(tmp_path: Path) -> None:
     assert "1.0 boxes per image" in lines
 
 
-def test_a_model_or_a_method_but_not_both_or_neither(tmp_path: Path) -> None:
+def test_needs_either_checkpoint_or_proposals(tmp_path: Path) -> None:
     for flags in ((), ("--checkpoint", "a.pth", "--proposals", "random")):
         with pytest.raises(UserError, match="--checkpoint PATH for a model, or --proposals NAME"):
             run("--coco_path", tmp_path, *flags)
@@ -219,8 +219,8 @@ def test_a_model_or_a_method_but_not_both_or_neither(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path) -> None:
-    """Every query gives one box; its score is that of "object", label 1, or 0 where there is but one class."""
+def test_evaluates_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path) -> None:
+    """Each query gives one box, scored by the class "object": label 1, or 0 if there is only one class."""
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     pre_train(
         "--pretext",
@@ -252,7 +252,7 @@ def test_boxes_of_a_pre_trained_model(pretext: str, flags: tuple, tmp_path: Path
     assert predictor.postprocess.label == (0 if "--num_classes" in flags else 1)
 
 
-def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
+def test_evaluates_trained_detector(tmp_path: Path) -> None:
     coco = write_coco(tmp_path / "coco")
     fine_tune("--coco_path", coco, "--epochs", "1", "--output_dir", tmp_path / "a", *FROZEN)
     with captured_log() as lines:
@@ -277,4 +277,4 @@ def test_boxes_of_a_trained_detector(tmp_path: Path) -> None:
             "64",
         )
     assert any(line.startswith(f"skipped {image}: can't be decoded") for line in lines)
-    assert "1 images of the evaluation can't be used: their objects count as missed" in lines
+    assert "1 images of the validation set can't be used: their objects count as missed" in lines

@@ -1,4 +1,4 @@
-"""tools/predict.py finds what evaluation finds, on any images, and never hides or replaces anything."""
+"""tools/predict.py: predictions equal those of evaluation, and no file is skipped or replaced silently."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def read(folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Own data, a detector trained on it (run/checkpoint.pth), and its evaluation with one image a batch (eval)."""
+    """A custom dataset, a detector trained on it (run/checkpoint.pth), and its evaluation with batch size 1 (eval)."""
     root = write_custom_dataset(tmp_path_factory.mktemp("own"))
     fine_tune(*custom_dataset_flags(root), "--output_dir", root / "run", "--epochs", 1, *FROZEN)
     fine_tune(
@@ -59,8 +59,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
-    """Scores and boxes to the last bit, but for boxes that leave the image; ids of the user, and names."""
+def test_predictions_equal_evaluation_results(data: Path, tmp_path: Path) -> None:
+    """Scores are bit-exact; boxes are equal but clipped to the image; category ids are those of the annotations."""
     lines = run(
         "--checkpoint",
         data / "run" / "checkpoint.pth",
@@ -79,7 +79,7 @@ def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
         expected.setdefault(row["image_id"], []).append(row)
     found = read(tmp_path)
     assert len(found) == sum(map(len, expected.values())) > 0
-    assert lines[-1].startswith(f"{len(found)} objects in 3 of 3 images (score from 0): ")
+    assert lines[-1].startswith(f"{len(found)} objects in 3 of 3 images (threshold 0): ")
     names = {3: "green", 7: "red", 1000: "blue"}
     for name, image in images.items():
         rows = [row for row in found if row["file_name"] == name]
@@ -99,7 +99,7 @@ def test_it_finds_what_evaluation_finds(data: Path, tmp_path: Path) -> None:
             )
 
 
-def test_threshold_and_drawings(data: Path, tmp_path: Path) -> None:
+def test_threshold_and_drawn_images(data: Path, tmp_path: Path) -> None:
     words = ["--checkpoint", data / "run" / "checkpoint.pth", "--images", data / "held_out"]
     run(*words, "--output_dir", tmp_path / "all", "--threshold", 0)
     scores = sorted(row["score"] for row in read(tmp_path / "all"))
@@ -121,12 +121,12 @@ def test_threshold_and_drawings(data: Path, tmp_path: Path) -> None:
         assert page.width > 3 * 280
     lines = run(*words, "--output_dir", tmp_path / "none", "--threshold", 1, "--no_draw")
     assert read(tmp_path / "none") == []
-    assert f"the best score is {scores[-1]:.2f}, see --threshold" in lines[-1]
+    assert f"the best score is {scores[-1]:.2f}: lower --threshold" in lines[-1]
     assert [path.name for path in (tmp_path / "none").iterdir()] == ["predictions.json"]
 
 
-def test_bad_images_are_reported_and_counted(data: Path, tmp_path: Path) -> None:
-    """A text file and a cut JPEG among good ones: the others keep their numbers, whatever the batch."""
+def test_unreadable_images_are_skipped_and_logged(data: Path, tmp_path: Path) -> None:
+    """A text file and a truncated JPEG among good images: the others keep their image ids, regardless of the batch."""
     folder = tmp_path / "photos"
     shutil.copytree(data / "held_out", folder / "b")
     (folder / "a.jpg").write_text("no image")
@@ -143,13 +143,13 @@ def test_bad_images_are_reported_and_counted(data: Path, tmp_path: Path) -> None
         str(folder / name) in line for name, line in zip(("a.jpg", "c.jpg"), left, strict=True)
     ] == [True, True]
     assert "3 of 5 images" in lines[-1]
-    assert "unreadable: 2; in" in lines[-1]
+    assert "2 unreadable images skipped; written to" in lines[-1]
     shutil.rmtree(folder / "b")
     with pytest.raises(UserError, match=r"none of the 2 images can be read, the first is .*a.jpg"):
         run(*words, "--images", folder, "--output_dir", tmp_path / "bad")
 
 
-def test_one_image_and_a_list(data: Path, tmp_path: Path) -> None:
+def test_single_image_and_list_of_paths(data: Path, tmp_path: Path) -> None:
     words = ["--checkpoint", data / "run" / "checkpoint.pth", "--threshold", 0, "--no_draw"]
     run(*words, "--images", data / "held_out" / "000001.png", "--output_dir", tmp_path / "one")
     (data / "list.txt").write_text("held_out/000002.png\nheld_out/000001.png\n")
@@ -161,7 +161,7 @@ def test_one_image_and_a_list(data: Path, tmp_path: Path) -> None:
         run(*words, "--images", tmp_path / "nowhere", "--output_dir", tmp_path / "no")
 
 
-def test_nothing_is_replaced_unasked(data: Path, tmp_path: Path) -> None:
+def test_existing_predictions_need_overwrite(data: Path, tmp_path: Path) -> None:
     words = [
         "--checkpoint",
         data / "run" / "checkpoint.pth",
@@ -173,7 +173,7 @@ def test_nothing_is_replaced_unasked(data: Path, tmp_path: Path) -> None:
     run(*words, "--images", data / "held_out")
     before = (tmp_path / "predictions.json").read_text()
     with pytest.raises(
-        UserError, match=r"holds predictions already \(predictions.json\): .*--overwrite"
+        UserError, match=r"already has predictions \(predictions.json\): .*--overwrite"
     ):
         run(*words, "--images", data / "held_out" / "000001.png")
     with pytest.raises(UserError, match="no such file"):
@@ -194,8 +194,8 @@ def test_nothing_is_replaced_unasked(data: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
-    """The next run would find objects on what this one has drawn."""
+def test_output_dir_inside_images_is_refused(data: Path, tmp_path: Path) -> None:
+    """Otherwise the next run would detect objects in the images that this one drew."""
     images = write_images(tmp_path / "photos", 1)
     for folder in (images, images / "found"):
         with pytest.raises(UserError, match="is inside the image folder .*: choose another folder"):
@@ -210,8 +210,8 @@ def test_not_among_the_images(data: Path, tmp_path: Path) -> None:
     assert [path.name for path in images.iterdir()] == ["000.png"]
 
 
-def test_a_published_file(tmp_path: Path) -> None:
-    """Bare weights of 91 rows: the architecture comes from them, the names from COCO."""
+def test_published_checkpoint_without_metadata(tmp_path: Path) -> None:
+    """Weights only, with 91 classes: the architecture comes from the shapes, class names from COCO."""
     torch.manual_seed(0)
     model = build_model(
         tiny_args(
@@ -241,7 +241,7 @@ def test_a_published_file(tmp_path: Path) -> None:
     }
 
 
-def test_a_detector_of_raw_ids(tmp_path: Path) -> None:
+def test_detector_with_category_ids_as_labels(tmp_path: Path) -> None:
     fine_tune(
         "--coco_path",
         write_coco(tmp_path / "coco"),
@@ -272,7 +272,7 @@ def test_a_detector_of_raw_ids(tmp_path: Path) -> None:
     )
 
 
-def test_pre_training_knows_no_classes(data: Path, tmp_path: Path) -> None:
+def test_pre_training_checkpoint_is_refused(data: Path, tmp_path: Path) -> None:
     args = tiny_args(PRETRAIN, "--backbone_norm", "frozen")
     save_checkpoint(
         {
@@ -281,7 +281,7 @@ def test_pre_training_knows_no_classes(data: Path, tmp_path: Path) -> None:
         },
         tmp_path / "pre.pth",
     )
-    with pytest.raises(UserError, match="is from pre-training and knows no classes"):
+    with pytest.raises(UserError, match="is from pre-training and has no object classes"):
         run(
             "--checkpoint",
             tmp_path / "pre.pth",
@@ -292,7 +292,7 @@ def test_pre_training_knows_no_classes(data: Path, tmp_path: Path) -> None:
         )
 
 
-def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
+def test_runs_as_program_from_any_folder(data: Path, tmp_path: Path) -> None:
     words = [
         "--checkpoint",
         data / "run" / "checkpoint.pth",
@@ -306,19 +306,21 @@ def test_the_command_runs_from_any_folder(data: Path, tmp_path: Path) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.rstrip().endswith("in out/predictions.json")
+    assert done.stdout.rstrip().endswith("written to out/predictions.json, drawn in out/drawn")
     assert (tmp_path / "out" / "predictions.png").is_file()
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--threshold", "2"], "scores lie between 0 and 1"),
-        (["--threshold", "half"], "scores lie between 0 and 1, got half"),
+        (["--threshold", "2"], "a score is between 0 and 1"),
+        (["--threshold", "half"], "a score is between 0 and 1, got half"),
         (["--treshold", "0.3"], "did you mean --threshold?"),
     ],
 )
-def test_wrong_flags(words: list[str], expected: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_flags_are_refused(
+    words: list[str], expected: str, capsys: pytest.CaptureFixture
+) -> None:
     with pytest.raises(SystemExit) as leave:
         predict.parse(["--checkpoint", "c", "--images", "i", "--output_dir", "o", *words])
     assert leave.value.code == 2

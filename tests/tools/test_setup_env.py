@@ -73,7 +73,7 @@ def test_a_folder_that_is_no_environment_is_not_cleared(project: Path) -> None:
     (project / "precious").mkdir()
     done = set_up(project, PREDETR_VENV=str(project / "precious"))
     assert done.returncode == 1
-    assert "is no virtual environment" in done.stderr
+    assert "is not a virtual environment" in done.stderr
     assert (project / "precious").is_dir()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of pretexts, and the evaluation that main.py does of its own models."""
+"""tools/visualize_pretext.py, and the evaluation of pre-trained models by main.py."""
 
 import json
 from pathlib import Path
@@ -47,17 +47,17 @@ def size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_samples_of_a_pretext_need_no_model(tmp_path: Path) -> None:
+def test_samples_need_no_checkpoint(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a", "--count", "2")
     draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "b", "--count", "4")
     assert size(tmp_path / "b" / "samples.png")[1] > size(tmp_path / "a" / "samples.png")[1]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["samples.png"]
-    with pytest.raises(UserError, match="samples.png already"):
+    with pytest.raises(UserError, match="already has samples.png"):
         draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a")
 
 
-def test_patches_of_a_model_and_patches_chosen_by_hand(tmp_path: Path) -> None:
+def test_draws_patches_of_pretext_and_of_given_boxes(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     pre_train("--imagenet_path", images, "--epochs", "1", "--output_dir", tmp_path / "run", *FROZEN)
     model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth")
@@ -98,7 +98,7 @@ def test_patches_of_a_model_and_patches_chosen_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [(), ("--feature_loss_coef", "0")], ids=["with crops", "without"])
-def test_regions_of_one_view_found_in_the_other(flags: tuple, tmp_path: Path) -> None:
+def test_draws_regions_of_both_siamese_views(flags: tuple, tmp_path: Path) -> None:
     """Both views of each image are drawn, each with the regions of the other."""
     images = write_images(tmp_path / "images")
     pre_train(
@@ -136,7 +136,7 @@ def test_regions_of_one_view_found_in_the_other(flags: tuple, tmp_path: Path) ->
     assert size(tmp_path / "b" / "patches.png")[1] > size(tmp_path / "a" / "patches.png")[1]
 
 
-def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
+def test_draws_objects_with_proposals_and_ground_truth(tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     pre_train(
         *REGION,
@@ -155,7 +155,7 @@ def test_objects_beside_proposals_and_truth(tmp_path: Path) -> None:
     assert three[0] > two[0], "the ground truth is a third panel"
 
 
-def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
+def test_main_eval_is_class_agnostic(tmp_path: Path) -> None:
     """`./configs/DETReg_top30_in.sh --resume exps/DETReg_top30_in/checkpoint.pth --eval`, as published."""
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     pre_train(
@@ -199,8 +199,8 @@ def test_main_evaluates_its_models_without_classes(tmp_path: Path) -> None:
         pretrain_main.parse(["--eval", "--coco_path", str(coco)])
 
 
-def test_viz_draws_what_a_model_finds(tmp_path: Path) -> None:
-    """DETReg's three panels for each validation image; nothing else of the run is touched."""
+def test_main_viz_draws_predicted_boxes(tmp_path: Path) -> None:
+    """Draws DETReg's three panels for each validation image and changes no other file of the run."""
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     pre_train(
         *REGION,
@@ -236,8 +236,8 @@ def test_viz_draws_what_a_model_finds(tmp_path: Path) -> None:
         pretrain_main.main(pretrain_main.parse([*map(str, words)]))
 
 
-def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
-    """After every second epoch and the last; the last numbers are those of --eval, and training is not disturbed."""
+def test_class_agnostic_evaluation_during_training(tmp_path: Path) -> None:
+    """After every second epoch and the last. The last metrics equal those of --eval; training losses are unchanged."""
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     flags = [*REGION, "--imagenet_path", images, "--epochs", "3", "--batch_size", BATCH, *FROZEN]
     pre_train(*flags, "--output_dir", tmp_path / "plain")
@@ -282,8 +282,8 @@ def test_boxes_are_evaluated_while_training(tmp_path: Path) -> None:
         )
 
 
-def test_boxes_are_evaluated_on_the_data_of_pre_training(tmp_path: Path) -> None:
-    """VOC's test images here, in training and by --eval."""
+def test_class_agnostic_evaluation_uses_data_of_pre_training(tmp_path: Path) -> None:
+    """Here VOC's test images, in training and with --eval."""
     data = [
         "--dataset_file",
         "voc",

@@ -1,4 +1,4 @@
-"""AdamW or SGD with the published parameter groups, and the step schedule."""
+"""AdamW or SGD with the published parameter groups, the step schedule, and restoring both from a checkpoint."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,42 +20,44 @@ def parameter_groups(
     linear_proj_names: Sequence[str] = (),
     linear_proj_mult: float = 0.1,
 ) -> list[dict]:
-    """The published groups: all else at `lr`, the backbone (empty when it is frozen), and, where there are
-    `linear_proj_names`, the projections of Deformable DETR at `lr` x `linear_proj_mult`. A parameter belongs to a group if a part of
-    its name is among the group's names.
+    """Return the published parameter groups, trainable parameters only.
+
+    1. everything else, with learning rate `lr`
+    2. the backbone, with `lr_backbone`; empty if it is frozen
+    3. only with `linear_proj_names`: the linear projections of Deformable DETR, with `lr` * `linear_proj_mult`
+
+    Args:
+        backbone_names, linear_proj_names: a parameter belongs to a group if its name contains one of these.
 
     Raises:
-        UserError: names that no parameter has.
+        UserError: no parameter has one of these names.
     """
-
-    if lr_backbone <= 0:  # the CNN is frozen; a learned position code beside it is none of it
+    if lr_backbone <= 0:
+        # Only the CNN is frozen. A learned positional encoding (backbone.1) still trains, in the first group.
         backbone_names = ["backbone.0" if part == "backbone" else part for part in backbone_names]
 
-    def named(name: str, parts: Sequence[str]) -> bool:
+    def matches(name: str, parts: Sequence[str]) -> bool:
         return any(part in name for part in parts)
 
     for flag, parts in (
         ("--lr_backbone_names", backbone_names),
         ("--lr_linear_proj_names", linear_proj_names),
     ):
-        if parts and not any(named(name, parts) for name, _ in model.named_parameters()):
+        if parts and not any(matches(name, parts) for name, _ in model.named_parameters()):
             raise UserError(
-                f"{flag} {' '.join(parts)}: no parameter of this model has such a name: correct it or leave it out"
+                f"{flag} {' '.join(parts)}: no parameter of this model has such a name; correct or omit it"
             )
+
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    backbone = [p for name, p in trainable if named(name, backbone_names)]
-    rest = [(name, p) for name, p in trainable if not named(name, backbone_names)]
+    backbone = [p for name, p in trainable if matches(name, backbone_names)]
+    rest = [(name, p) for name, p in trainable if not matches(name, backbone_names)]
     groups = [
-        {"params": [p for name, p in rest if not named(name, linear_proj_names)], "lr": lr},
+        {"params": [p for name, p in rest if not matches(name, linear_proj_names)], "lr": lr},
         {"params": backbone, "lr": lr_backbone},
     ]
     if linear_proj_names:
-        groups.append(
-            {
-                "params": [p for name, p in rest if named(name, linear_proj_names)],
-                "lr": lr * linear_proj_mult,
-            }
-        )
+        projections = [p for name, p in rest if matches(name, linear_proj_names)]
+        groups.append({"params": projections, "lr": lr * linear_proj_mult})
     return groups
 
 
@@ -69,17 +71,19 @@ def build_optimizer(
     linear_proj_mult: float = 0.1,
     sgd: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum 0.9; fused on a GPU. Arguments are those of `parameter_groups`."""
+    """Build AdamW, or SGD with momentum 0.9. Fused on a GPU. For the other arguments see `parameter_groups`."""
     groups = parameter_groups(
         model, lr, lr_backbone, backbone_names, linear_proj_names, linear_proj_mult
     )
     fused = any(p.is_cuda for group in groups for p in group["params"])
-    log.info(
-        "%s%s: %s tensors",
-        "SGD" if sgd else "AdamW",
-        " (fused)" if fused else "",
-        " + ".join(str(len(group["params"])) for group in groups),
-    )
+    names = ("transformer and heads", "backbone", "linear projections")
+    parts = [
+        f"{name} {len(group['params'])} tensors at lr {group['lr']:g}"
+        for name, group in zip(names, groups, strict=False)
+        if group["params"]
+    ]
+    kind = "SGD" if sgd else "AdamW"
+    log.info("optimizer: %s%s; %s", kind, " (fused)" if fused else "", ", ".join(parts))
     if sgd:
         return torch.optim.SGD(
             groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused or None
@@ -90,23 +94,20 @@ def build_optimizer(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, lr_drop: int, lr_drop_epochs: Sequence[int] | None = None
 ) -> LRScheduler:
-    """Rates x 0.1 after every `lr_drop` epochs (or whatever it is stepped with), or after each number of epochs in
-    `lr_drop_epochs`.
+    """Build the schedule: learning rates x 0.1 after every `lr_drop` epochs, or at each of `lr_drop_epochs`.
+
+    With `--max_iters` the schedule is stepped per iteration, and `lr_drop` counts iterations.
     """
-    return (
-        MultiStepLR(optimizer, sorted(lr_drop_epochs))
-        if lr_drop_epochs
-        else StepLR(optimizer, lr_drop)
-    )
+    if lr_drop_epochs:
+        return MultiStepLR(optimizer, sorted(lr_drop_epochs))
+    return StepLR(optimizer, lr_drop)
 
 
 def _drop_epochs(state: dict) -> int | list[int]:
-    """Of a scheduler's state: the period of its drops, or where they are."""
-    return (
-        state["step_size"]
-        if "step_size" in state
-        else sorted(Counter(state["milestones"]).elements())
-    )
+    """Return the period of a schedule's drops, or the sorted list of its drop epochs, from its state dict."""
+    if "step_size" in state:
+        return state["step_size"]
+    return sorted(Counter(state["milestones"]).elements())  # MultiStepLR stores a Counter
 
 
 def restore_optimizer(
@@ -115,95 +116,125 @@ def restore_optimizer(
     checkpoint: Checkpoint,
     model: nn.Module,
 ) -> None:
-    """Takes over moments and epoch count; the rates and the drops of this run's flags win over those in the file, and
-    it is said.
+    """Restore the moments and the epoch of a checkpoint. Where settings differ, those of this run win.
 
-    Parameters of `model` count as in the file's model, which may name them in another order (DETReg's Deformable DETR
-    does).
+    Learning rates, weight decay and drops of this run replace the stored ones; changed learning rates and drops are
+    logged. The parameters may have another order in the checkpoint, as in DETReg's Deformable DETR: they are matched by
+    the order of the names in its model.
 
     Raises:
-        UserError: the file's optimiser is of other parameters.
+        UserError: the checkpoint's optimizer is of another type or has other parameters.
     """
-    wanted = [group["initial_lr"] for group in optimizer.param_groups]
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
+
     _check_same_groups(optimizer, checkpoint.optimizer["param_groups"])
-    optimizer.load_state_dict(_in_own_order(optimizer, checkpoint, model))
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    stored_rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    stored, drops = _drop_epochs(checkpoint.lr_scheduler), _drop_epochs(scheduler.state_dict())
-    if stored_rates == wanted and stored == drops:
+    optimizer.load_state_dict(_reorder_state(optimizer, checkpoint, model))
+    for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
+        group["weight_decay"] = weight_decay
+
+    stored_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    stored_drops = _drop_epochs(checkpoint.lr_scheduler)
+    drops = _drop_epochs(scheduler.state_dict())
+    if stored_lrs == lrs and stored_drops == drops:
         scheduler.load_state_dict(checkpoint.lr_scheduler)
         return
+
     log.info(
-        "learning rates %s -> %s, --lr_drop %s -> %s: this run's settings win over the file's",
-        stored_rates,
-        wanted,
-        stored,
+        "learning rates %s -> %s, --lr_drop %s -> %s: the settings of this run replace those of the checkpoint",
+        stored_lrs,
+        lrs,
+        stored_drops,
         drops,
     )
-    epochs = checkpoint.lr_scheduler["last_epoch"]
-    scheduler.last_epoch, scheduler._step_count, scheduler.base_lrs = epochs, epochs + 1, wanted
-    passed = epochs // drops if isinstance(drops, int) else sum(epoch <= epochs for epoch in drops)
-    for group, lr in zip(optimizer.param_groups, wanted, strict=True):
-        group["initial_lr"], group["lr"] = lr, lr * scheduler.gamma**passed
+    _fast_forward(optimizer, scheduler, lrs, checkpoint.lr_scheduler["last_epoch"])
+
+
+def _fast_forward(
+    optimizer: torch.optim.Optimizer, scheduler: LRScheduler, lrs: list[float], epochs: int
+) -> None:
+    """Put a new schedule where it would be after a number of epochs, as if it had been used from the start."""
+    drops = _drop_epochs(scheduler.state_dict())
+    if isinstance(drops, int):
+        num_drops = epochs // drops
+    else:
+        num_drops = sum(epoch <= epochs for epoch in drops)
+
+    scheduler.last_epoch = epochs
+    scheduler._step_count = epochs + 1  # the constructor counts as a step
+    scheduler.base_lrs = lrs
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        group["initial_lr"] = lr
+        group["lr"] = lr * scheduler.gamma**num_drops
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _in_own_order(
+def _reorder_state(
     optimizer: torch.optim.Optimizer, checkpoint: Checkpoint, model: nn.Module
 ) -> dict:
-    """The file's state of the optimiser, whose groups hold numbers in place of parameters, with these in this
-    optimiser's order.
+    """Return the stored optimizer state with the parameters of each group in the order of this optimizer.
+
+    An optimizer's state dict knows no names: its groups contain numbers that count parameters in the order of the model
+    that wrote it. The order of names in the checkpoint's `model` tells which number belongs to which parameter.
     """
-    place = {key: i for i, key in enumerate(checkpoint.model)}
-    first: dict[int, int] = {}  # of a parameter that several names share, as an optimiser counts it
-    for key, value in model.state_dict(keep_vars=True).items():
-        first[id(value)] = min(first.get(id(value), len(place)), place.get(key, len(place)))
     stored = checkpoint.optimizer
+    positions = _stored_positions(checkpoint, model)
+    last = len(checkpoint.model)  # for parameters that the checkpoint does not have
+
     groups = []
-    for group, own in zip(stored["param_groups"], optimizer.param_groups, strict=True):
-        order = sorted(
-            range(len(own["params"])),
-            key=lambda i, own=own: first.get(id(own["params"][i]), len(place)),
-        )
+    for group, own_group in zip(stored["param_groups"], optimizer.param_groups, strict=True):
+        parameters = own_group["params"]
+        ranks = [positions.get(id(parameter), last) for parameter in parameters]
+        # order[k]: which of our parameters is the k-th of the stored group.
+        order = sorted(range(len(parameters)), key=ranks.__getitem__)
         numbers = [number for _, number in sorted(zip(order, group["params"], strict=True))]
-        for parameter, number in zip(own["params"], numbers, strict=True):
-            moment = next(
-                (
-                    value
-                    for value in stored["state"].get(number, {}).values()
-                    if getattr(value, "ndim", 0)
-                ),
-                parameter,
-            )
-            if moment.shape != parameter.shape:
-                raise UserError(
-                    "the checkpoint's optimiser counts its tensors in an order that its weights don't tell: start a "
-                    "new run with --pretrain, or leave the optimiser out of the file"
-                )
-        # Where the state goes depends on it: fused steps lie on the GPU.
-        groups.append(
-            {**group, "params": numbers, "fused": own["fused"], "foreach": own["foreach"]}
-        )
+
+        for parameter, number in zip(parameters, numbers, strict=True):
+            _check_moment_shape(parameter, stored["state"].get(number, {}))
+        # Fused steps need their state on the GPU, and load_state_dict decides by these two where it puts it.
+        implementation = {"fused": own_group["fused"], "foreach": own_group["foreach"]}
+        groups.append({**group, "params": numbers, **implementation})
     return {**stored, "param_groups": groups}
 
 
+def _stored_positions(checkpoint: Checkpoint, model: nn.Module) -> dict[int, int]:
+    """Return id(parameter) -> its position in the checkpoint's model."""
+    index = {key: i for i, key in enumerate(checkpoint.model)}
+    last = len(index)
+    positions: dict[int, int] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        # A parameter with several names is counted at the first of them, as an optimizer does.
+        positions[id(value)] = min(positions.get(id(value), last), index.get(key, last))
+    return positions
+
+
+def _check_moment_shape(parameter: torch.Tensor, state: dict) -> None:
+    for value in state.values():
+        if getattr(value, "ndim", 0):  # not `step`, a number or a scalar tensor
+            if value.shape != parameter.shape:
+                raise UserError(
+                    "the checkpoint's optimizer counts its tensors in an order that its weights don't tell; start a "
+                    "new run with --pretrain, or remove the optimizer from the file"
+                )
+            return
+
+
 def _check_same_groups(optimizer: torch.optim.Optimizer, stored: list[dict]) -> None:
-    kinds = [
+    # SGD has no betas.
+    stored_kind, own_kind = (
         "AdamW" if "betas" in group else "SGD" for group in (stored[0], optimizer.param_groups[0])
-    ]
-    if kinds[0] != kinds[1]:
-        remedy = "add --sgd" if kinds[0] == "SGD" else "leave out --sgd"
+    )
+    if stored_kind != own_kind:
+        remedy = "add --sgd" if stored_kind == "SGD" else "omit --sgd"
         raise UserError(
-            f"the checkpoint's optimiser is {kinds[0]}, this run's is {kinds[1]}: {remedy}, or start a new run "
-            f"with --pretrain"
+            f"the checkpoint's optimizer is {stored_kind}, this run's is {own_kind}; {remedy}, or start a new run "
+            "with --pretrain"
         )
     counts = [len(group["params"]) for group in optimizer.param_groups]
     stored_counts = [len(group["params"]) for group in stored]
     if counts != stored_counts:
         raise UserError(
-            f"the checkpoint's optimiser holds {stored_counts} tensors (transformer and heads, backbone, slow "
-            f"projections), this run trains {counts}: resume with the same --lr_backbone (0 freezes the backbone), "
+            f"the checkpoint's optimizer has {stored_counts} tensors (transformer and heads, backbone, linear "
+            f"projections), this run trains {counts}; resume with the same --lr_backbone (0 freezes the backbone), "
             "--fre_cnn, --lr_backbone_names and --lr_linear_proj_names, or start a new run with --pretrain"
         )
