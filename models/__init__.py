@@ -1,7 +1,8 @@
-"""Detectors, pretext tasks and their losses. `build_model(settings)` builds what both entry scripts train.
+"""Detectors, pretext tasks and their losses. `build_model` builds what both entry scripts train.
 
-A new detector or pretext task is one file and one line in `util.settings.registry`. A detector's file
-has `build(settings, backbone, classification) -> Detector`; a pretext's file has a subclass of `Pretext`.
+A new detector or pretext task is one file and one line in `util.settings.registry`. A detector's
+file has `build(settings, backbone, classification) -> Detector`; a pretext's file has a subclass of
+`Pretext`.
 """
 
 from argparse import Namespace

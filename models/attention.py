@@ -44,7 +44,7 @@ def attend(
         padding_mask: bool [B, S], True on keys to ignore. None if no image is padded: the flash
             kernel accepts no mask.
         query_groups: self-attention only (S = Q). Split the queries into this many groups that do
-            not attend to each other. Equals UP-DETR's attention mask (Dai et al. 2021, section 3.2).
+            not attend to each other, as UP-DETR's attention mask does (Dai et al. 2021, section 3.2).
 
     Returns:
         [B, Q, D]

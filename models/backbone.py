@@ -4,7 +4,7 @@
 `num_channels` of the maps, and the `mean` and `std` that its images are normalized with.
 A new backbone is a file with a builder and a line in `util.settings.registry.BACKBONES`.
 
-Shapes: B images, H x W padded image size, h x w size of a feature map, C its channels, D model width.
+Shapes: B images, H x W padded image size, D model width, C channels and h x w size of a feature map.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -59,8 +59,8 @@ class Backbone(nn.Module):
 
     Args:
         name: a name in the registry, or `timm:NAME`.
-        norm: `frozen` (constant statistics and affine parameters) or `live` (ordinary batch norm, for
-            random weights).
+        norm: `frozen` (constant statistics and affine parameters) or `live` (ordinary batch norm,
+            for random weights).
         dilation: replace the stride of the last stage by dilation, 16 in place of 32 (DC5).
         stages: which of the stages 1 to 4 to return.
         trainable: False freezes all parameters (`--lr_backbone 0`, `--fre_cnn`).
@@ -88,8 +88,8 @@ class Backbone(nn.Module):
         self._freeze(trainable, body.early_names)
 
     def _freeze(self, trainable: bool, early_names: set[str]) -> None:
-        # As in DETR, stem and first stage keep their pre-trained weights. Live norms are for a backbone
-        # with random weights, where a frozen stem would stay random.
+        # As in DETR, stem and first stage keep their pre-trained weights. Live norms are for a
+        # backbone with random weights, where a frozen stem would stay random.
         for name, parameter in self.body.named_parameters():
             keep_frozen = self.norm == "frozen" and name in early_names
             parameter.requires_grad_(trainable and not keep_frozen)
@@ -114,8 +114,8 @@ class Backbone(nn.Module):
 class BackboneWithPositions(nn.Sequential):
     """Backbone and positional encoding.
 
-    A Sequential, because published checkpoints name the backbone `backbone.0` and a learned encoding
-    `backbone.1`.
+    A Sequential, because published checkpoints name the backbone `backbone.0` and a learned
+    encoding `backbone.1`.
     """
 
     if TYPE_CHECKING:  # nn.Sequential types every item as a plain Module

@@ -26,10 +26,10 @@ def concat_heads(a: Tensor, b: Tensor, num_heads: int) -> Tensor:
 
 
 class ConditionalDecoderLayer(TransformerLayer):
-    """Self-attention, conditional cross-attention (section 3.3, equation 1), feed-forward; post-norm.
+    """Self-attention, conditional cross-attention (section 3.3, equation 1), feed-forward.
 
-    Only the first layer adds the query position to the content query and the key position to the
-    content key, so only the first layer has `ca_qpos_proj`.
+    Post-norm only. Only the first layer adds the query position to the content query and the key
+    position to the content key, so only the first layer has `ca_qpos_proj`.
     """
 
     sa_qcontent_proj: nn.Linear
@@ -103,8 +103,8 @@ class ConditionalDecoder(nn.Module):
         for later in self.layers[1:]:
             later.register_module("ca_qpos_proj", None)
         if num_layers == 1:
-            # Only layers after the first use `query_scale`. Without them its weights get no gradient,
-            # and DDP would wait for one.
+            # Only layers after the first use `query_scale`. Without them its weights get no
+            # gradient, and DDP would wait for one.
             self.query_scale.requires_grad_(False)
 
     def forward(
@@ -112,8 +112,8 @@ class ConditionalDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Decode x and query_position [B, Q, D].
 
-        Returns the outputs of all layers [L, B, Q, D], and reference points (x, y) [B, Q, 2] in [0, 1]
-        that all layers share.
+        Returns the outputs of all layers [L, B, Q, D], and the reference points (x, y) [B, Q, 2] in
+        [0, 1] that they share.
         """
         with without_autocast(x):  # the reference point is part of the box center: float32
             position = to_weight_dtype(query_position, self.ref_point_head)
@@ -122,9 +122,9 @@ class ConditionalDecoder(nn.Module):
 
         outputs = []
         for i, layer in enumerate(self.layers):
-            # Spatial query (section 3.3): the sinusoidal embedding of the reference point, scaled by a
-            # transformation of the previous layer's output before the shared norm. The first layer
-            # has no previous output and uses the embedding unscaled.
+            # Spatial query (section 3.3): the sinusoidal embedding of the reference point, scaled
+            # by a transformation of the previous layer's output before the shared norm. The first
+            # layer has no previous output and uses the embedding unscaled.
             query_sine = sine if i == 0 else sine * self.query_scale(x)  # [B, Q, D]
             x = layer(x, query_position, query_sine, memory, query_groups)  # [B, Q, D]
             outputs.append(self.norm(x))

@@ -2,9 +2,9 @@
 
 All decoder layers are matched and scored as one batch.
 
-Shapes: L decoder layers, B images, Q queries, C class outputs, F features, D embedding width, T targets
-of the whole batch, K matched pairs of all layers. Every layer has the same number of pairs, K / L: the
-sum of min(Q, targets) over the images.
+Shapes: L decoder layers, B images, Q queries, C class outputs, F features, D embedding width, T
+targets of the whole batch, K matched pairs of all layers. Every layer has the same number of pairs,
+K / L: the sum of min(Q, targets) over the images.
 """
 
 from collections.abc import Iterable
@@ -109,8 +109,8 @@ class SetCriterion(nn.Module):
             outputs: see `Detector.forward`. The loss `features` also needs `pred_features` of every
                 layer and `target_features`, `object_embedding` needs both of the last layer, and
                 `global_contrast` needs `projections` and `predictions`.
-            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a list
-                of dicts.
+            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a
+                list of dicts.
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
@@ -200,8 +200,9 @@ class SetCriterion(nn.Module):
         no_object = num_outputs - 1 if softmax else num_outputs
 
         logits = batch.logits.flatten(0, 2)  # [L * B * Q, C]
+        # [L * B * Q]
         classes = torch.full(logits.shape[:1], no_object, dtype=torch.int64, device=logits.device)
-        classes[batch.matches.source] = batch.labels[batch.matches.target]  # [L * B * Q] from [K]
+        classes[batch.matches.source] = batch.labels[batch.matches.target]  # K of them
 
         if softmax:
             weight = self.empty_weight.to(logits.dtype)  # [C]
@@ -233,7 +234,7 @@ class SetCriterion(nn.Module):
         return 100 - 100 * correct.to(batch.logits.dtype).mean()
 
     def loss_boxes(self, batch: _MatchedBatch) -> dict[str, Tensor]:
-        """L1 of the normalized (cx, cy, w, h) and 1 - GIoU of matched pairs, over the number of boxes."""
+        """L1 of (cx, cy, w, h) and 1 - GIoU of matched pairs, over the number of boxes."""
         predicted = batch.boxes.flatten(0, 2)[batch.matches.source]  # [K, 4]
         target = batch.target_boxes[batch.matches.target]  # [K, 4]
         l1 = (predicted - target).abs().sum(1)  # [K]
@@ -282,7 +283,7 @@ class SetCriterion(nn.Module):
         source = batch.matches.source[last_pairs]  # [K / L]
         target = batch.matches.target[last_pairs]  # [K / L]
 
-        # `source` counts the queries of all layers, the prediction has those of the last layer alone.
+        # `source` counts the queries of all layers, the prediction has those of the last layer only.
         first_query = (num_layers - 1) * num_images * num_queries
         features = full_precision(outputs["pred_features"]).flatten(0, 1)  # [B * Q, F]
         predicted = features[source - first_query]  # [K / L, F]
@@ -293,9 +294,9 @@ class SetCriterion(nn.Module):
         """2 - 2 cos of each view's prediction and the other view's projection, mean over all views.
 
         Projections are constants, no gradient flows into them (Chen and He 2021, equations 1 to 4,
-        times two). Also returns `projection_std` for the log: the standard deviation over the views of
-        normalized projections, mean over channels. It is about 1 / sqrt(D) if they are spread out and
-        0 if they have collapsed.
+        times two). Also returns `projection_std` for the log: the standard deviation over the views
+        of normalized projections, mean over channels. It is about 1 / sqrt(D) if they are spread
+        out and 0 if they have collapsed.
         """
         outputs = batch.outputs[-1]
         projected = full_precision(outputs["projections"]).detach()  # [B, D], the images are views
@@ -311,7 +312,7 @@ class SetCriterion(nn.Module):
 
     @torch.no_grad()
     def _std_over_batch(self, x: Tensor) -> Tensor:
-        """Return the standard deviation over the rows of [N, D] of all ranks, mean over channels."""
+        """Return the standard deviation over rows [N, D] of all ranks, mean over channels."""
         # Count, sums and sums of squares in one tensor: a single collective.
         sums = torch.cat([x.new_full((1,), len(x)), x.sum(0), x.square().sum(0)])  # [1 + 2 D]
         if self.training:  # in evaluation ranks may have different numbers of batches

@@ -1,8 +1,8 @@
-"""Deformable DETR (Zhu et al., ICLR 2021), single-scale and multi-scale, with iterative bounding box
-refinement and the two-stage variant.
+"""Deformable DETR (Zhu et al., ICLR 2021), single-scale and multi-scale, with iterative bounding
+box refinement and the two-stage variant.
 
-Shapes: B images, Q queries, D model width, L levels (feature maps), S tokens of all levels, N decoder
-layers, C class outputs, h x w size of a feature map.
+Shapes: B images, Q queries, D model width, L levels (feature maps), S tokens of all levels,
+N decoder layers, C class outputs, h x w size of a feature map.
 """
 
 import math
@@ -44,15 +44,15 @@ from util.settings import Settings
 class DeformableDETR(Detector):
     """Deformable DETR.
 
-    `class_embed` and `bbox_embed` list one head per decoder layer, and in a two-stage model one more
-    for the encoder proposals. Without box refinement all decoder layers share one head.
+    `class_embed` and `bbox_embed` list one head per decoder layer, and in a two-stage model one
+    more for the encoder proposals. Without box refinement all decoder layers share one head.
 
     Attributes are assigned in the published order: a published optimizer state addresses parameters
     by index.
 
     Args:
-        num_levels: number of feature maps. The last ones of the backbone come first; each further map
-            has half the size of the one before.
+        num_levels: number of feature maps. The last ones of the backbone come first; each further
+            map has half the size of the one before.
         with_box_refine: every decoder layer refines the boxes of the layer before (section 4.2).
         two_stage: queries come from encoder proposals (section 4.2).
     """
@@ -91,8 +91,9 @@ class DeformableDETR(Detector):
         self.aux_loss, self.two_stage = aux_loss, two_stage
         self.classification = classification
         if not two_stage:
-            # Boxes start with sides of sigmoid(-2) = 0.12 of the image. With refinement only those of
-            # the first layer do, the others start from the layer before. Proposals have their own size.
+            # Boxes start with sides of sigmoid(-2) = 0.12 of the image. With refinement only those
+            # of the first layer do, the others start from the layer before. Proposals have their
+            # own size.
             nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
         if with_box_refine:
             transformer.decoder.bbox_embed = self.bbox_embed
@@ -105,7 +106,7 @@ class DeformableDETR(Detector):
         shapes = [(x.tensor.shape[-2], x.tensor.shape[-1]) for x in maps]
 
         tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)  # [B, S, D]
-        # The level embedding tells apart cells of different levels at the same position (section 4.1).
+        # The level embedding tells apart cells of several levels at one position (section 4.1).
         level_embed = self.transformer.level_embed  # [L, D]
         position = torch.cat(
             [flatten_map(x.position) + level for x, level in zip(maps, level_embed, strict=True)], 1
@@ -130,8 +131,8 @@ class DeformableDETR(Detector):
     def _project(self, features: list[FeatureMap], samples: NestedTensor) -> list[FeatureMap]:
         """Project all levels to the model width.
 
-        The first level beyond the backbone's reads the backbone's last map, before any projection. Each
-        further one reads the level before.
+        The first level beyond the backbone's reads the backbone's last map, before any projection.
+        Each further one reads the level before.
         """
         maps: list[FeatureMap] = []
         for level, projection in enumerate(self.input_proj):
@@ -199,7 +200,7 @@ class DeformableDETR(Detector):
     ) -> tuple[Queries, Tensor, dict[str, Tensor]]:
         """Build queries and reference boxes [B, Q, 4] from the tokens with the highest scores.
 
-        Also returns `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of all tokens, for their loss.
+        Also returns `pred_logits` [B, S, C] and `pred_boxes` [B, S, 4] of all tokens, for the loss.
         As published, the score is the first class output: the criterion gives every target of the
         proposals label 0. An image with fewer tokens than queries uses all its tokens.
         """
@@ -254,8 +255,8 @@ class DeformableDETR(Detector):
 def _build_heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool) -> Any:
     """Return a head per decoder layer, and one for the encoder proposals of a two-stage model."""
     copies = get_clones(head, num_layers + 1)
-    # Without refinement one module is listed several times: published checkpoints have it under every
-    # index.
+    # Without refinement one module is listed several times: published checkpoints have it under
+    # every index.
     heads = list(copies[:-1]) if refine else [copies[0]] * num_layers
     if two_stage:
         heads.append(copies[-1])
@@ -263,7 +264,7 @@ def _build_heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool
 
 
 def _build_input_projections(channels: list[int], dim: int, num_levels: int) -> nn.ModuleList:
-    """Return 1x1 convolutions for the backbone's maps, then 3x3 ones of stride 2; with group norm."""
+    """Return 1x1 convolutions for the backbone's maps, then strided 3x3 ones, with group norm."""
     convs = [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
     for level in range(len(channels), num_levels):
         width = channels[-1] if level == len(channels) else dim
@@ -273,8 +274,8 @@ def _build_input_projections(channels: list[int], dim: int, num_levels: int) -> 
         assert conv.bias is not None
         nn.init.zeros_(conv.bias)
 
-    # 32 groups as published. A narrow model has fewer, with at least 4 channels each: a group of one
-    # channel would normalize a map of a single cell to 0.
+    # 32 groups as published. A narrow model has fewer, with at least 4 channels each: a group of
+    # one channel would normalize a map of a single cell to 0.
     groups = math.gcd(32, dim // 4)
     return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(groups, dim)) for conv in convs)
 

@@ -2,9 +2,9 @@
 
 Every query reads a few sampling points of each feature map.
 
-Shapes: B images, S tokens (the cells of all maps, map by map, row by row), Q queries, D model width,
-H heads, L levels (feature maps), P points, N decoder layers, h x w size of a map. Points, sizes and
-references are (x, y) or (w, h); `shapes` on the host are (h, w).
+Shapes: B images, S tokens (the cells of all maps, map by map, row by row), Q queries, D model
+width, H heads, L levels (feature maps), P points, N decoder layers, h x w size of a map. Points,
+sizes and references are (x, y) or (w, h); `shapes` on the host are (h, w).
 """
 
 import math
@@ -74,7 +74,7 @@ class DeformableAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize with fixed offsets and equal attention weights, as published.
 
-        Head i samples in direction 2 pi i / H, its point p at a distance of p + 1 cells, on all levels.
+        Head i samples in direction 2 pi i / H, its point p at p + 1 cells, on all levels.
         """
         angles = torch.arange(self.num_heads, dtype=torch.float32) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], -1)  # [H, 2]
@@ -102,8 +102,8 @@ class DeformableAttention(nn.Module):
 
         Args:
             query: [B, Q, D].
-            references: points [B, Q, L, 2] or boxes (cx, cy, w, h) [B, Q, L, 4], relative to the padded
-                maps.
+            references: points [B, Q, L, 2] or boxes (cx, cy, w, h) [B, Q, L, 4], relative to the
+                padded maps.
             tokens: [B, S, D], in the layout of `memory`.
 
         Returns:
@@ -115,7 +115,7 @@ class DeformableAttention(nn.Module):
             value = value.masked_fill(memory.padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))  # [B, S, H, D / H]
 
-        # Locations in float32: bfloat16 resolves 1/256 close to 1, half a cell on a map of 128 cells.
+        # Locations in float32: close to 1, bfloat16 has steps of 1/256, half a cell of 128.
         sample_shape = (self.num_heads, self.num_levels, self.num_points)
         offsets = full_precision(self.sampling_offsets(query))  # [B, Q, H * L * P * 2]
         offsets = offsets.unflatten(-1, (*sample_shape, 2))  # [B, Q, H, L, P, 2]
@@ -214,7 +214,8 @@ class DeformableDecoderLayer(TransformerLayer):
     ) -> Tensor:
         """Decode one layer.
 
-        x, position: [B, Q, D]. references: [B, Q, 2 or 4], relative to the images. Returns [B, Q, D].
+        x, position: [B, Q, D]. references: [B, Q, 2 or 4], relative to the images. Returns
+        [B, Q, D].
         """
         # From the image to each padded map; widths and heights scale as x and y do.
         ratios = memory.valid_ratios.repeat(1, 1, references.shape[-1] // 2)  # [B, L, 2 or 4]
@@ -235,8 +236,8 @@ class DeformableDecoder(nn.Module):
     """A stack of decoder layers, without a norm on their outputs.
 
     With `bbox_embed`, set by the detector, each layer refines the references of the next (iterative
-    bounding box refinement, section 4.2 and appendix A.4). `class_embed` is not used here: published
-    checkpoints list the heads a second time under both names.
+    bounding box refinement, section 4.2 and appendix A.4). `class_embed` is not used here:
+    published checkpoints list the heads a second time under both names.
     """
 
     def __init__(self, layer: DeformableDecoderLayer, num_layers: int) -> None:
@@ -255,7 +256,7 @@ class DeformableDecoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Decode x, position [B, Q, D] from references [B, Q, 2 or 4].
 
-        Returns the outputs of all layers [N, B, Q, D], and the references that each layer started from.
+        Returns the outputs of all layers [N, B, Q, D], and the references that each started from.
         """
         outputs, layer_references = [], []
         for i, layer in enumerate(self.layers):
@@ -356,11 +357,11 @@ def encoder_reference_points(memory: DeformableMemory) -> Tensor:
 
 
 def initial_proposals(memory: DeformableMemory) -> tuple[Tensor, Tensor]:
-    """Return the box that each token proposes before the heads refine it (section 4.2, appendix A.4).
+    """Return the box that each token proposes, before the heads refine it (appendix A.4).
 
     Returns:
-        logits of (cx, cy, w, h), float32 [B, S, 4], infinite where the token is padding or a coordinate
-        is outside of (0.01, 0.99); and bool [B, S], True on the other tokens.
+        logits of (cx, cy, w, h), float32 [B, S, 4], infinite where the token is padding or a
+        coordinate is outside of (0.01, 0.99); and bool [B, S], True on the other tokens.
     """
     boxes = []
     for level, (height, width) in enumerate(memory.shapes):
@@ -379,6 +380,6 @@ def initial_proposals(memory: DeformableMemory) -> tuple[Tensor, Tensor]:
 
 
 def sine_embed_boxes(boxes_cxcywh: Tensor, dim: int) -> Tensor:
-    """Embed boxes [..., 4] in [0, 1] sinusoidally, dim / 2 features per coordinate: [..., 2 * dim]."""
+    """Embed boxes [..., 4] in [0, 1] sinusoidally: [..., 2 * dim], dim / 2 per coordinate."""
     features = sine_features(boxes_cxcywh * (2 * math.pi), dim // 2)  # [..., 4, dim / 2]
     return features.flatten(-2)  # [..., 2 * dim]

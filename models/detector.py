@@ -3,13 +3,14 @@
 A detector has three stages, so that a pretext can enter between them:
 
     memory  = detector.encode(samples)                        # backbone and encoder
-    states  = detector.decode(memory, queries, query_groups)  # decoder; queries default to learned ones
+    states  = detector.decode(memory, queries, query_groups)  # decoder, learned queries by default
     outputs = detector.predict(states)                        # heads of all decoder layers
 
 `detector(samples)` runs the three in a row.
 
-Shapes: B images, Q queries, D model width, L decoder layers, S memory tokens, C class outputs, h x w
-size of a feature map. Boxes are (cx, cy, w, h) in [0, 1], relative to each image without its padding.
+Shapes: B images, Q queries, D model width, L decoder layers, S memory tokens, C class outputs,
+h x w size of a feature map. Boxes are (cx, cy, w, h) in [0, 1], relative to each image without its
+padding.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -76,8 +77,8 @@ class Detector(TrainableModel):
     hidden_dim: int
     aux_loss: bool
     backbone: BackboneWithPositions
-    # A two-stage detector builds its queries from encoder proposals: it has no learned queries, and a
-    # pretext cannot bring its own.
+    # A two-stage detector builds its queries from encoder proposals: it has no learned queries, and
+    # a pretext cannot bring its own.
     two_stage: bool = False
 
     def base_detector(self) -> "Detector":
@@ -102,11 +103,11 @@ class Detector(TrainableModel):
         raise NotImplementedError
 
     def learned_queries(self, batch: int, count: int | None = None) -> Queries:
-        """Return the detector's own queries for `batch` images: all of them, or the first `count`."""
+        """Return the detector's own queries for `batch` images: all, or the first `count`."""
         raise NotImplementedError
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-        """Return operation -> kernel that attention uses for activations of this dtype; for the log."""
+        """Return operation -> attention kernel for activations of this dtype; for the log."""
         return {}
 
     def forward(self, samples: NestedTensor | Tensor | list[Tensor]) -> dict:
@@ -120,7 +121,7 @@ class Detector(TrainableModel):
         return self.predict(self.decode(self.encode(as_nested_tensor(samples))))
 
     def build_outputs(self, logits: Tensor, boxes_cxcywh: Tensor) -> dict:
-        """Build DETR's output dict from logits [L, B, Q, C] and boxes [L, B, Q, 4] of all layers."""
+        """Build DETR's output dict from logits [L, B, Q, C] and boxes [L, B, Q, 4]."""
         outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes_cxcywh[-1]}
         if self.aux_loss:
             earlier = zip(logits[:-1], boxes_cxcywh[:-1], strict=True)

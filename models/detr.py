@@ -1,7 +1,7 @@
 """DETR (Carion et al., ECCV 2020), post-norm and pre-norm, and the base of single-scale detectors.
 
-Shapes: B images, Q queries, S memory tokens, D model width, L decoder layers, C class outputs, h x w
-size of the feature map.
+Shapes: B images, Q queries, S memory tokens, D model width, L decoder layers, C class outputs,
+h x w size of the feature map.
 """
 
 from typing import Any, cast
@@ -99,7 +99,7 @@ class Transformer(nn.Module):
 
 
 def layer_kwargs(settings: Settings) -> dict[str, Any]:
-    """Return the arguments of `EncoderLayer` and `DecoderLayer` from the flags, except the width."""
+    """Return the arguments of encoder and decoder layers from the flags, except the width."""
     return {
         "num_heads": settings.nheads,
         "dim_feedforward": settings.dim_feedforward,
@@ -124,7 +124,7 @@ def build_encoder(settings: Settings) -> Encoder:
 
 
 class SingleScaleDetector(Detector):
-    """Base of detectors on the last feature map, with DETR's encoder, one query table and shared heads.
+    """Base of detectors on the last feature map: DETR's encoder, one query table, shared heads.
 
     Attributes are assigned in the published order: a published optimizer state addresses parameters
     by index.
@@ -160,9 +160,9 @@ class SingleScaleDetector(Detector):
         padding_mask = last.mask.flatten(1) if samples.padded else None  # [B, S]
         tokens = flatten_map(self.input_proj(last.tensor))  # [B, S, D]
         if under_autocast(tokens):
-            # On a GPU autocast runs layer norm in float32, so the sums of a post-norm model are float32
-            # after its first norm. The residual stream of a pre-norm model passes no norm and would
-            # stay in half precision.
+            # On a GPU autocast runs layer norm in float32, so the sums of a post-norm model are
+            # float32 after its first norm. The residual stream of a pre-norm model passes no norm
+            # and would stay in half precision.
             tokens = full_precision(tokens)
 
         tokens = self.transformer.encoder(tokens, position, padding_mask)  # [B, S, D]

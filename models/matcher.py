@@ -2,8 +2,8 @@
 
 All decoder layers and images are matched in one call.
 
-Shapes: L decoder layers, B images, Q queries, C class outputs, n targets of an image, N the largest n,
-T targets of the whole batch, K matched pairs of all layers.
+Shapes: L decoder layers, B images, Q queries, C class outputs, n targets of an image and N their
+maximum, T targets of the whole batch, K matched pairs of all layers.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Matches:
 
     source: int64 [K], indices into the predictions flattened from [L, B, Q], on the device.
     target: int64 [K], indices into the T concatenated targets of the batch, on the device.
-    pairs: `pairs[layer][image]` is (queries, targets), two numpy arrays with indices within the image.
+    pairs: `pairs[layer][image]` is (queries, targets), two arrays of indices within the image.
     """
 
     source: Tensor
@@ -53,8 +53,8 @@ class HungarianMatcher:
     with `Classification.class_cost` and the L1 distance of the normalized (cx, cy, w, h). With more
     targets than queries, only Q targets are matched.
 
-    Costs are computed on the device, for the targets of the own image only, and copied to the host once;
-    the indices are copied back once.
+    Costs are computed on the device, for the targets of the own image only, and copied to the host
+    once; the indices are copied back once.
     """
 
     def __init__(self, classification: Classification) -> None:
@@ -67,8 +67,8 @@ class HungarianMatcher:
         Args:
             logits: [L, B, Q, C].
             boxes_cxcywh: [L, B, Q, 4].
-            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a list
-                of dicts.
+            targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a
+                list of dicts.
 
         Raises:
             NonFinitePrediction: a cost is NaN or infinite.

@@ -1,12 +1,12 @@
-"""Multi-scale deformable attention (Zhu et al., ICLR 2021, equation 3): a weighted sum of a few bilinear
-samples of several feature maps.
+"""Multi-scale deformable attention (Zhu et al., ICLR 2021, equation 3): a weighted sum of a few
+bilinear samples of several feature maps.
 
-Two implementations give the same results. "pytorch" runs on every device and in every dtype. "triton"
-runs on NVIDIA GPUs from Ampere on; Triton comes with PyTorch, so there is nothing to compile at install
-time. "auto" selects Triton where it can run.
+Two implementations give the same results. "pytorch" runs on every device and in every dtype.
+"triton" runs on NVIDIA GPUs from Ampere on; Triton comes with PyTorch, so there is nothing to
+compile at install time. "auto" selects Triton where it can run.
 
-Shapes: B images, S tokens (pixels of all maps), Q queries, H heads, D channels per head, L levels (maps),
-P points, h x w size of a map.
+Shapes: B images, S tokens (pixels of all maps), Q queries, H heads, D channels per head, L levels
+(maps), P points, h x w size of a map.
 """
 
 import importlib.util
@@ -45,15 +45,15 @@ def ms_deform_attn(
     Args:
         value: [B, S, H, D], the maps one after the other, row by row.
         shapes: (height, width) of each of the L maps; their areas sum to S.
-        locations: [B, Q, H, L, P, 2], (x, y), [0, 1] covers the map. May be far outside, must be finite.
+        locations: [B, Q, H, L, P, 2], (x, y), [0, 1] covers the map. Finite, may be far outside.
         weights: [B, Q, H, L, P].
         implementation: "auto", "pytorch" or "triton".
 
     Returns:
-        [B, Q, H * D] in the dtype of value. Arithmetic is in float32 (on the PyTorch path float64 for a
-        float64 value), independent of dtypes and autocast. Each gradient has the dtype of its tensor.
-        The Triton path has first-order derivatives only, and sums the gradient of value in no fixed
-        order.
+        [B, Q, H * D] in the dtype of value. Arithmetic is in float32 (on the PyTorch path float64
+        for a float64 value), independent of dtypes and autocast. Each gradient has the dtype of its
+        tensor. The Triton path has first-order derivatives only, and sums the gradient of value in
+        no fixed order.
 
     Raises:
         UserError: an unknown implementation, or "triton" where it cannot run.
@@ -69,10 +69,10 @@ def ms_deform_attn(
 
 
 def select_implementation(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Return "pytorch" or "triton": what `ms_deform_attn` runs for a value of this dtype and device.
+    """Return what `ms_deform_attn` runs for a value of this dtype and device.
 
-    Under `torch.use_deterministic_algorithms` "auto" is "pytorch": PyTorch reports its operations that
-    are not deterministic, while Triton's atomic additions would go unnoticed.
+    Under `torch.use_deterministic_algorithms` "auto" is "pytorch": PyTorch reports its operations
+    that are not deterministic, while Triton's atomic additions would go unnoticed.
 
     Raises:
         UserError: see `ms_deform_attn`.
@@ -152,8 +152,8 @@ def _pytorch(
     level_weights = weights.to(dtype).permute(3, 0, 2, 4, 1)  # [L, B, H, P, Q]
     level_weights = level_weights.reshape(L, B * H, 1, P, Q)
 
-    # Level by level, with the queries last: no tensor of all samples exists at once, and sums run over
-    # whole rows. On a CPU this halves the time.
+    # Level by level, with the queries last: no tensor of all samples exists at once, and sums run
+    # over whole rows. On a CPU this halves the time.
     summed: Any = 0
     for level_map, shape, points, weight in zip(maps, shapes, grid, level_weights, strict=True):
         samples = F.grid_sample(

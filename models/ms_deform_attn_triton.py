@@ -1,16 +1,17 @@
 """Triton kernels of multi-scale deformable attention, forward and backward. `models.ms_deform_attn`
 imports this file on first use.
 
-A program computes BLOCK_Q neighboring queries of one head. In the encoder neighboring queries sample
-neighboring pixels, most of which are then in the cache of their multiprocessor. All sums are in
-float32. The forward pass saves nothing but its inputs: the backward pass reads the corners again and
-adds to the gradient of value atomically, four channels at once from Hopper on.
+A program computes BLOCK_Q neighboring queries of one head. In the encoder neighboring queries
+sample neighboring pixels, most of which are then in the cache of their multiprocessor. All sums are
+in float32. The forward pass saves nothing but its inputs: the backward pass reads the corners again
+and adds to the gradient of value atomically, four channels at once from Hopper on.
 
-These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have not been
-run on a GPU yet: `tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times them there.
+These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have
+not been run on a GPU yet: `tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times
+them there.
 
-Shapes: B images, S tokens (pixels of all maps), Q queries, H heads, D channels per head, L levels (maps),
-P points. A tile is [BLOCK_Q, BLOCK_D], queries x channels; a row [BLOCK_Q], a column [BLOCK_Q, 1].
+Shapes: B images, S tokens (pixels of all maps), Q queries, H heads, D channels per head, L levels
+(maps), P points. A tile is [BLOCK_Q, BLOCK_D], queries x channels; a column is [BLOCK_Q, 1].
 """
 
 import contextlib
@@ -30,7 +31,7 @@ MAX_QUERIES = 64  # of a program, however narrow the heads
 def _level_shape(shapes, level, L: tl.constexpr):
     """Return height and width of a level.
 
-    A tuple cannot be indexed with a number that is known only at run time, so select among all levels.
+    A tuple cannot be indexed with a run-time number, so select among all levels.
     """
     height, width = tl.cast(shapes[0], tl.float32), tl.cast(shapes[1], tl.float32)
     for i in tl.static_range(1, L):
@@ -52,13 +53,13 @@ def _program_block(Q, H: tl.constexpr, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def _sample_position(locations, point, inside, height, width):
-    """Return (left pixel, upper pixel, distance from it in x, in y) of a sampling point in each row.
+    """Return (left pixel, upper pixel, distance from it in x, in y) of a sampling point.
 
-    All are float32 [BLOCK_Q].
+    All are float32 [BLOCK_Q], one point per row.
     """
     x = tl.load(locations + 2 * point, mask=inside, other=-9.0).to(tl.float32) * width - 0.5
     y = tl.load(locations + 2 * point + 1, mask=inside, other=-9.0).to(tl.float32) * height - 0.5
-    # Two pixels outside nothing is read any more. Clamped, no coordinate is too large for an integer.
+    # Two pixels outside nothing is read. The clamp keeps coordinates in the range of an integer.
     x = tl.minimum(tl.maximum(x, -2.0), width + 1.0)
     y = tl.minimum(tl.maximum(y, -2.0), height + 1.0)
     left, upper = tl.floor(x), tl.floor(y)
@@ -131,8 +132,8 @@ def _store_columns(target, rows, tile, columns, inside, COUNT: tl.constexpr):
     )
 
 
-# S and Q differ between batches of images: without this, Triton would compile a kernel for each kind
-# of number (1, divisible by 16, other).
+# S and Q differ between batches of images: without this, Triton would compile a kernel for each
+# kind of number (1, divisible by 16, other).
 @triton.jit(do_not_specialize=["S", "Q"])
 def _forward_kernel(
     value,
@@ -196,8 +197,8 @@ def _backward_kernel(
 ):
     image, head, first = _program_block(Q, H, BLOCK_Q)
     rows = tl.arange(0, BLOCK_Q)
-    # A thread takes 4 channels in every read: as many as the widest atomic addition has, so that no tile
-    # moves between layouts.
+    # A thread takes 4 channels in every read: as many as the widest atomic addition has, so that no
+    # tile moves between layouts.
     channels = tl.max_contiguous(tl.arange(0, BLOCK_D), 4)[None, :]
     inside = first + rows < Q
     item = (image.to(tl.int64) * Q + first) * H + head  # as in the forward kernel
@@ -276,7 +277,7 @@ def _launch(
     locations: Tensor,
     columns: int,
 ) -> None:
-    """Run a kernel whose tile has room for the channels of a head and for `columns` other columns."""
+    """Run a kernel with tiles wide enough for the channels of a head and for `columns` columns."""
     B, S, H, D = value.shape
     _, Q, _, L, P, _ = locations.shape
     block_d = triton.next_power_of_2(max(D, columns, 4))
@@ -285,8 +286,8 @@ def _launch(
     if programs == 0:
         return
 
-    # As floats: Triton recompiles a kernel for integers that are 1 or divisible by 16, never for other
-    # values of a float.
+    # As floats: Triton recompiles a kernel for integers that are 1 or divisible by 16, never for
+    # other values of a float.
     sizes = tuple(float(size) for size in shapes)
     with torch.cuda.device(value.device) if value.is_cuda else contextlib.nullcontext():
         kernel[(programs,)](

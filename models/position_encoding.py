@@ -1,4 +1,4 @@
-"""Positional encodings: sine (Carion et al. 2020, appendix A.4), sine with a half-cell shift, learned.
+"""Positional encodings: sine (Carion et al. 2020, appendix A.4), half-cell shifted sine, learned.
 
 Shapes: B images, h x w size of a feature map, D model width.
 """
@@ -29,8 +29,8 @@ def sine_features(values: Tensor, num_features: int) -> Tensor:
 def sine_embed_points(points_xy: Tensor, dim: int) -> Tensor:
     """Embed points [..., 2] in [0, 1] sinusoidally (Meng et al. 2021, equation 5).
 
-    Returns [..., dim] in the dtype of the points, y features before x features as in the encoding of
-    feature maps.
+    Returns [..., dim] in the dtype of the points, y features before x features as in the encoding
+    of feature maps.
     """
     scaled = points_xy * (2 * math.pi)
     features = [
@@ -42,8 +42,8 @@ def sine_embed_points(points_xy: Tensor, dim: int) -> Tensor:
 class SinePositionEncoding(nn.Module):
     """Sinusoidal encoding of the position of each cell in the valid part of its image.
 
-    `shift` is subtracted from the cell count, which starts at 1: 0 in DETR, UP-DETR, Conditional DETR
-    and Siamese DETR (`sine`), 0.5 in Deformable DETR and DETReg (`sine_shifted`).
+    `shift` is subtracted from the cell count, which starts at 1: 0 in DETR, UP-DETR, Conditional
+    DETR and Siamese DETR (`sine`), 0.5 in Deformable DETR and DETReg (`sine_shifted`).
     """
 
     def __init__(self, dim: int, shift: float = 0.0, normalize: bool = True) -> None:
@@ -53,8 +53,8 @@ class SinePositionEncoding(nn.Module):
     def forward(self, mask: Tensor) -> Tensor:
         """Encode every cell.
 
-        mask: bool [B, h, w], True on padding. Returns [B, D, h, w], y features before x features, in
-        float32 for every dtype of the model.
+        mask: bool [B, h, w], True on padding. Returns [B, D, h, w], y features before x features,
+        in float32 for every dtype of the model.
         """
         valid = ~mask
         y = valid.cumsum(1, dtype=torch.float32)  # [B, h, w], counts from 1

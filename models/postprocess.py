@@ -14,9 +14,9 @@ from util.box_ops import box_cxcywh_to_xyxy
 class PostProcess(nn.Module):
     """Convert model outputs into detections.
 
-    Softmax: one detection per query, its best class, in the order of the queries. Focal: the `top_k`
-    best (query, class) pairs, best first; a query may appear with several classes. Boxes are
-    (x0, y0, x1, y1) in pixels of the given sizes, not clipped, as published.
+    Softmax: one detection per query, its best class, in the order of the queries. Focal: the
+    `top_k` best (query, class) pairs, best first; a query may appear with several classes. Boxes
+    are (x0, y0, x1, y1) in pixels of the given sizes, not clipped, as published.
     """
 
     def __init__(self, classification: Classification, top_k: int = 100) -> None:
@@ -54,8 +54,8 @@ class PostProcess(nn.Module):
 class ClassAgnosticPostProcess(nn.Module):
     """Convert model outputs into class-agnostic detections: one per query, the `top_k` best first.
 
-    label: the class output that scores objectness; None scores by the best of all classes. Boxes are
-    (x0, y0, x1, y1) in pixels of the given sizes, not clipped. All labels are 1.
+    label: the class output that scores objectness; None scores by the best of all classes. Boxes
+    are (x0, y0, x1, y1) in pixels of the given sizes, not clipped. All labels are 1.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
 
 
 class LiveBatchNorm2d(nn.BatchNorm2d):
-    """Trainable batch norm with the state-dict keys of the frozen one (no `num_batches_tracked`)."""
+    """Trainable batch norm with the state-dict keys of the frozen one, no `num_batches_tracked`."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
@@ -33,8 +33,8 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
         self, state_dict: dict, prefix: str, local_metadata: dict, *args
     ) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
-        # To a state dict without a version PyTorch adds `num_batches_tracked`, which this norm does not
-        # have, and then reports it as unexpected.
+        # To a state dict without a version PyTorch adds `num_batches_tracked`, which this norm does
+        # not have, and then reports it as unexpected.
         metadata = {**local_metadata, "version": self._version}
         super()._load_from_state_dict(state_dict, prefix, metadata, *args)
 

@@ -1,4 +1,4 @@
-"""Batch norm over the samples of all ranks, on any backend. PyTorch's SyncBatchNorm refuses gloo."""
+"""Batch norm over the samples of all ranks, on any backend (PyTorch's own refuses gloo)."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from util.distributed import all_reduce_sum, get_world_size
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks. Each rank's input affects the loss of every rank, so gradients are summed too."""
+    """Sum over ranks. An input affects the loss of every rank, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -23,8 +23,8 @@ class _AllReduceSum(torch.autograd.Function):
 class SyncedBatchNorm(nn.BatchNorm1d):
     """`nn.BatchNorm1d` for [N, C] with training statistics over the samples of all ranks.
 
-    N may differ between ranks, but every rank must call it equally often. With gradients averaged over
-    ranks, W ranks with N samples each equal one process with W * N samples.
+    N may differ between ranks, but every rank must call it equally often. With gradients averaged
+    over ranks, W ranks with N samples each equal one process with W * N samples.
     """
 
     running_mean: Tensor

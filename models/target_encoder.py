@@ -1,5 +1,5 @@
-"""Frozen networks that encode image crops: the targets of DETReg's object embedding (Bar et al., CVPR
-2022, section 3.2).
+"""Frozen networks that encode image crops: the targets of DETReg's object embedding (Bar et al.,
+CVPR 2022, section 3.2).
 
 Shapes: N crops, S x S their size, C encoder channels, h x w size of a feature map.
 """
@@ -88,8 +88,8 @@ def build_target_encoder(head: str, backbone: Backbone, weights: str) -> nn.Modu
     Args:
         head: `intermediate` or `head`.
         backbone: whose architecture, and for `intermediate` also whose weights, are used.
-        weights: source of the backbone weights, from which `head` loads too. `none` leaves it random,
-            for a checkpoint to fill.
+        weights: source of the backbone weights, from which `head` loads too. `none` leaves it
+            random, for a checkpoint to fill.
 
     Raises:
         UserError: the weights cannot be loaded, or have no projection head for `head`.
@@ -121,8 +121,9 @@ def encode_crops(
 
     Args:
         crops: [N_i, 3, S, S] per image.
-        published_batch_norm: DETReg leaves its `head` network in training mode, so that batch norm uses
-            the statistics of one image's crops and updates its running ones. True reproduces this.
+        published_batch_norm: DETReg leaves its `head` network in training mode, so that batch norm
+            uses the statistics of one image's crops and updates its running ones. True reproduces
+            this.
 
     Returns:
         [sum N_i, C], image by image.

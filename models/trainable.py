@@ -49,8 +49,8 @@ class TrainableModel(nn.Module):
     def frozen_parts(self) -> dict[str, nn.Module]:
         """Return networks without gradients, by name.
 
-        They are outside of state dict, optimizer and DDP, and have their own place in a checkpoint. With
-        several ranks they start from the weights of rank 0.
+        They are outside of state dict, optimizer and DDP, and have their own place in a checkpoint.
+        With several ranks they start from the weights of rank 0.
         """
         return {}
 

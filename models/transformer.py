@@ -15,7 +15,8 @@ from models.attention import MultiheadAttention
 def get_clones(layer: nn.Module, count: int) -> nn.ModuleList:
     """Return `count` deep copies of a layer.
 
-    As published, the copies start with equal biases; `xavier_init_matrices` draws the matrices again.
+    As published, the copies start with equal biases; `xavier_init_matrices` draws the matrices
+    again.
     """
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
@@ -71,7 +72,7 @@ class TransformerLayer(nn.Module):
         return self.linear2(self.drop(functional.relu(self.linear1(x))))
 
     def residual(self, x: Tensor, norm: nn.LayerNorm, sublayer) -> Tensor:
-        """Add `sublayer(x)` to `x`, with the norm before the sublayer (pre-norm) or after the sum."""
+        """Add `sublayer(x)` to `x`; the norm is before the sublayer, or post-norm after the sum."""
         if self.pre_norm:
             return x + self.drop(sublayer(norm(x)))
         return norm(x + self.drop(sublayer(x)))
@@ -88,7 +89,7 @@ class EncoderLayer(TransformerLayer):
         self.add_feed_forward(dim, dim_feedforward, num_norms=2)
 
     def forward(self, x: Tensor, position: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Encode one layer: x, position [B, S, D], padding_mask bool [B, S] or None -> [B, S, D]."""
+        """Encode one layer: x, position [B, S, D], padding_mask bool [B, S] -> [B, S, D]."""
 
         def attention(y: Tensor) -> Tensor:
             return self.self_attn(y + position, y + position, y, padding_mask)

@@ -1,7 +1,8 @@
-"""Cases of multi-scale deformable attention, held to float64 on the PyTorch path. Run as a script, on the CPU with
-Triton's interpreter:
+"""Cases of multi-scale deformable attention, compared with float64 on the PyTorch path.
 
-TRITON_INTERPRET=1 python tests/deform_cases.py numbers|registration
+As a script, it runs the Triton kernels on the CPU with Triton's interpreter:
+
+    TRITON_INTERPRET=1 python tests/deform_cases.py numbers|registration
 """
 
 import sys
@@ -17,12 +18,13 @@ if __name__ == "__main__":
 
 from models.ms_deform_attn import _triton, _triton_backward, ms_deform_attn
 
-FINEST = {
+# Relative to the largest value: half a unit in the last place, and some additions.
+TOLERANCES = {
     torch.float32: 1e-5,
     torch.bfloat16: 6e-3,
     torch.float16: 8e-4,
     torch.float64: 1e-5,
-}  # half a last digit and some additions
+}
 
 
 @dataclass(frozen=True)
@@ -66,26 +68,26 @@ CASES = {
 
 
 def sampling_pixels(case: Case, generator: torch.Generator) -> Tensor:
-    """Pixel coordinates (x, y) of the points, [B, Q, H, L, P, 2]."""
+    """Return pixel coordinates (x, y) of the sampling points, [B, Q, H, L, P, 2]."""
     size = torch.tensor([(width, height) for height, width in case.shapes])[:, None]
     shape = case.B, case.Q, case.H, len(case.shapes), case.P, 2
-    if (
-        case.points == "borders"
-    ):  # every distance from a border that changes what is read; exact in floating point for such sizes
+    if case.points == "borders":
+        # Every distance from a border that changes which pixels are read; exact in floating point.
         choices = torch.tensor([-1.5, -1.0, -0.5, 0.0, 0.5])
         near, far = (choices[torch.randint(5, shape, generator=generator)] for _ in range(2))
         return torch.where(torch.rand(shape, generator=generator) < 0.5, near, size - 1 - far)
     pixels = torch.rand(shape, generator=generator) * (1.6 * size + 2) - (0.3 * size + 1)
-    # On the edge between two cells the derivative depends on rounding.
+    # Between two cells the derivative depends on rounding: keep away.
     pixels = pixels.floor() + (pixels - pixels.floor()).clamp(0.02, 0.98)
     if case.points == "far":
-        for share, distance in ((0.5, 1e4), (0.3, -1e9), (0.1, 1e30)):
-            pixels = torch.where(torch.rand(shape, generator=generator) < share, distance, pixels)
+        for fraction, distance in ((0.5, 1e4), (0.3, -1e9), (0.1, 1e30)):
+            far_away = torch.rand(shape, generator=generator) < fraction
+            pixels = torch.where(far_away, distance, pixels)
     return pixels
 
 
 def make_inputs(case: Case, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(value, locations, weights, gradient of the output)."""
+    """Return value, locations, weights and the gradient of the output."""
     generator = torch.Generator().manual_seed(case.Q)
     size = torch.tensor([(width, height) for height, width in case.shapes])[:, None]
     locations = (sampling_pixels(case, generator) + 0.5) / size
@@ -107,7 +109,7 @@ def run(
     implementation: str,
     attention=ms_deform_attn,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(output, gradients of value, locations and weights)."""
+    """Return the output and the gradients of value, locations and weights."""
     *leaves, grad_output = (tensor.detach() for tensor in inputs)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     output = attention(leaves[0], shapes, leaves[1], leaves[2], implementation)
@@ -117,7 +119,7 @@ def run(
 def check(
     name: str, found: Sequence[Tensor], inputs: Sequence[Tensor], shapes: Sequence[tuple[int, int]]
 ) -> None:
-    """Holds a result to float64 arithmetic on the same (rounded) inputs."""
+    """Compare a result with float64 arithmetic on the same (rounded) inputs."""
     expected = run([tensor.double() for tensor in inputs], shapes, "pytorch")
     for part, a, b, like in zip(
         ("output", "value", "locations", "weights"),
@@ -129,13 +131,13 @@ def check(
         assert a.dtype == like.dtype, f"{name}: {part} is {a.dtype}"
         assert torch.isfinite(a).all(), f"{name}: {part} is not finite"
         difference = float((a.double() - b).abs().max())
-        assert difference <= FINEST[a.dtype] * max(float(b.abs().max()), 0.1), (
+        assert difference <= TOLERANCES[a.dtype] * max(float(b.abs().max()), 0.1), (
             f"{name}: {part} differs by {difference:.2g}"
         )
 
 
 class Model(nn.Module):
-    """Maps in, so that their shapes are dynamic where the maps are."""
+    """Takes maps, so that exported shapes are dynamic if the maps are."""
 
     def forward(self, maps: list[Tensor], locations: Tensor, weights: Tensor) -> Tensor:
         value = (
@@ -155,9 +157,7 @@ def check_numbers() -> None:
 
 
 def check_registration() -> None:
-    """The checks of PyTorch for operators, compile with the gradients, and export with another size of maps than
-    traced.
-    """
+    """Run PyTorch's checks of custom operators, compile with gradients, and export with dynamic map sizes."""
     case = Case(2, 5, 2, 8, 4, ((3, 4), (2, 2)))
     value, locations, weights, grad_output = make_inputs(case)
     flat = [3, 4, 2, 2]

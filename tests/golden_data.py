@@ -1,8 +1,8 @@
-"""Checks of the data-side golden cases: transforms, annotation preparation, evaluation, query patches.
+"""Checks of the data side of golden cases: transforms, annotations, evaluation, query patches.
 
 `CHECKS[case](case, case_json, npz, golden_dir)` asserts with the tolerances of the golden files: integers and pixels
-exact, floats relative 1e-6, AP and AR absolute 1e-9. The model side of the same cases is checked elsewhere.
-Segmentation masks of `coco_prepare` are not loaded yet.
+exact, floats 1e-6 relative, AP and AR 1e-9 absolute. tests/golden_parts.py checks the model side of the same cases.
+Segmentation masks of `coco_prepare` are not loaded.
 """
 
 import json
@@ -61,7 +61,7 @@ def _transform_input(npz: Arrays) -> tuple[Image.Image, dict[str, torch.Tensor]]
 
 
 def check_transforms(case_json: Mapping[str, Any], npz: Arrays) -> None:
-    """Each transform alone, on a PIL image: pixels, masks and integers exact."""
+    """Check each transform alone, on a PIL image; pixels, masks and integers are exact."""
     rng = SampleRNG.from_seeds()
     region = case_json["transforms"]["crop_region_top_left_h_w"]
     operations = {
@@ -96,7 +96,7 @@ def check_resize_sizes(case_json: Mapping[str, Any]) -> None:
 
 
 def check_train_pipeline(case_json: Mapping[str, Any], npz: Arrays) -> None:
-    """The whole augmentation with the seeds of `random` and torch: the draws come in the published order."""
+    """Check the whole augmentation, with seeds of `random` and torch: draws are in the published order."""
     transforms = detection_transforms("train")
     for expected in case_json["train_pipeline"]["results"]:
         image, target = _transform_input(npz)
@@ -113,12 +113,12 @@ def check_train_pipeline(case_json: Mapping[str, Any], npz: Arrays) -> None:
         _close(
             [normalized.mean(), normalized.std()],
             [expected["mean"], expected["std"]],
-            "mean and deviation",
+            "mean and standard deviation",
         )
 
 
 def check_coco_prepare(case_json: Mapping[str, Any], npz: Arrays) -> None:
-    """Crowds dropped, boxes clipped, degenerate ones dropped, raw category ids."""
+    """Check that crowds and degenerate boxes are dropped, boxes clipped, and category ids kept."""
     image_id = int(npz["coco_prepare/image_id"][0])
     annotations = [
         {"id": i, "image_id": image_id, **record}
@@ -137,7 +137,7 @@ def check_coco_prepare(case_json: Mapping[str, Any], npz: Arrays) -> None:
 
 
 def detections_by_image(results: list[dict[str, Any]]) -> dict[int, dict[str, torch.Tensor]]:
-    """COCO results -> what an evaluator takes, in float64 so that the numbers stay those of the file."""
+    """Convert COCO results to an evaluator's input, in float64 so that values stay those of the file."""
     by_image: dict[int, list[dict[str, Any]]] = {}
     for result in results:
         by_image.setdefault(result["image_id"], []).append(result)
@@ -170,7 +170,7 @@ def check_coco_eval(case_json: Mapping[str, Any], golden_dir: Path) -> None:
 
 
 def check_data_detr(case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
-    """Transforms, sizes, train pipeline, annotation preparation, COCO AP and AR."""
+    """Check transforms, sizes, training pipeline, annotations, COCO AP and AR."""
     check_transforms(case_json, npz)
     check_resize_sizes(case_json)
     check_train_pipeline(case_json, npz)
@@ -181,7 +181,7 @@ def check_data_detr(case: str, case_json: Mapping[str, Any], npz: Arrays, golden
 def check_data_updetr(
     case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path
 ) -> None:
-    """Random boxes, and the transforms of patches and image without augmentation, on a PIL image."""
+    """Check random boxes, and the transforms of patches and image without augmentation, on a PIL image."""
     image = Image.fromarray(npz["image_uint8"])
     size = (image.height, image.width)
     rng = SampleRNG.from_seeds(numpy=case_json["random_patches"]["np_random_seed"])
@@ -201,7 +201,7 @@ def check_data_updetr(
 
 
 def voc_annotations(case: Mapping[str, Any]) -> Annotations:
-    """What the XML files of a case would hold: corners from 1 on, all inclusive."""
+    """Build annotations from a case. As in VOC's XML files, corners start at 1 and are inclusive."""
     ids = sorted(map(int, case["annotations"]))
     objects = [(i, item) for i in ids for item in case["annotations"][f"{i:06d}"]]
     boxes = np.array([item["bbox"] for _, item in objects], dtype=np.float32) - np.array(
@@ -228,7 +228,7 @@ def voc_annotations(case: Mapping[str, Any]) -> Annotations:
 
 
 def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) -> None:
-    """AP of each class and threshold, and their means, by both metrics, as DETReg has them."""
+    """Check AP of each class and threshold and their means, by both metrics, as in DETReg."""
     case = json.loads((Path(golden_dir) / case_json["voc_eval"]["file"]).read_text())
     annotations = voc_annotations(case)
     for metric, published in (("11point", "metric07"), ("area", "area")):
@@ -265,7 +265,7 @@ def check_voc_eval(case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path) 
 def check_data_detreg(
     case: str, case_json: Mapping[str, Any], npz: Arrays, golden_dir: Path
 ) -> None:
-    """VOC's AP; boxes of selective search: from OpenCV's whole numbers to pixels."""
+    """Check VOC AP, and selective search boxes from OpenCV's integers to pixels."""
     check_voc_eval(case_json, npz, golden_dir)
     boxes = xywh_to_xyxy(npz["ss/raw_xywh_in_128x128"])
     np.testing.assert_array_equal(

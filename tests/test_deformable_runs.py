@@ -1,5 +1,6 @@
-"""Deformable DETR in files and scripts: what a checkpoint tells of it, and the way from patches to classes."""
+"""Deformable DETR in checkpoints and scripts: detected architecture, and runs from pre-training to evaluation."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ from util.settings import FINETUNE, make_parser, resolve
     ],
     ids=" ".join,
 )
-def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
+def test_architecture_from_a_checkpoint(flags: list[str]) -> None:
     args = tiny_args(FINETUNE, "--detector", "deformable_detr", *flags)
     state = build_model(args)[0].state_dict()
     certain, _ = infer_architecture(Checkpoint(model=state, args={"nheads": 4}))
@@ -48,18 +49,18 @@ def test_architecture_of_a_checkpoint(flags: list[str]) -> None:
     assert (known["enc_n_points"], known["dec_n_points"]) == (args.enc_n_points, args.dec_n_points)
 
 
-def test_points_of_a_published_file() -> None:
-    """Without settings eight heads are assumed, as in every published file."""
-    words = ["--detector", "deformable_detr", "--backbone_weights", "none", "--enc_n_points", "2"]
+def test_sampling_points_of_a_published_checkpoint() -> None:
+    """Without settings eight heads are assumed, as in every published checkpoint."""
+    flags = ["--detector", "deformable_detr", "--backbone_weights", "none", "--enc_n_points", "2"]
     with torch.device("meta"):
-        state = build_model(resolve(make_parser(FINETUNE).parse_args(words)))[0].state_dict()
+        state = build_model(resolve(make_parser(FINETUNE).parse_args(flags)))[0].state_dict()
     certain, likely = infer_architecture(Checkpoint(model=state))
     assert (likely["enc_n_points"], likely["dec_n_points"]) == (2, 4)
     assert certain["num_queries"] == 300
     assert likely["position_embedding"] == "sine_shifted"
 
 
-def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
+def test_objectness_head_is_kept_with_other_classes() -> None:
     source, model = (
         build_model(
             tiny_args(
@@ -84,17 +85,15 @@ def test_what_tells_objects_apart_is_kept_with_other_classes() -> None:
 @pytest.mark.parametrize(
     "flags", [[], ["--with_box_refine", "--num_feature_levels", "2"]], ids=["plain", "refine"]
 )
-def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
-    """Pre-training with patches, fine-tuning from it without repeating a flag, going on, and evaluation, through the
-    scripts.
-    """
+def test_pre_train_fine_tune_resume_evaluate(flags: list[str], tmp_path: Path) -> None:
+    """Through the scripts: pre-train with patches, fine-tune without repeating a flag, resume, evaluate."""
     pre_train(
         "--detector",
         "deformable_detr",
         "--feature_recon",
         *flags,
         "--imagenet_path",
-        write_images(tmp_path / "photographs"),
+        write_images(tmp_path / "images"),
         "--output_dir",
         tmp_path / "pretrain",
         "--epochs",
@@ -107,19 +106,10 @@ def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
         *data,
         "--pretrain",
         checkpoint,
-        "--epochs",
-        1,
-        "--lr",
-        1e-12,
-        "--lr_backbone",
-        1e-12,
-        "--clip_max_norm",
-        0,
-        "--weight_decay",
-        0,
-        "--lr_drop_epochs",
-        1,
-        2,
+        *shlex.split(
+            "--epochs 1 --lr 1e-12 --lr_backbone 1e-12 --clip_max_norm 0 --weight_decay 0 "
+            "--lr_drop_epochs 1 2"
+        ),
     )
     tuned = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
     assert tuned["args"]["detector"] == "deformable_detr"
@@ -135,13 +125,10 @@ def test_from_patches_to_classes(flags: list[str], tmp_path: Path) -> None:
     assert len(kept) > 100
     fine_tune(*data, "--resume", "auto", "--epochs", 2)
     assert [record["epoch"] for record in read_log(tmp_path / "finetune")] == [0, 1]
-    assert [
-        len(group["params"])
-        for group in read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"][
-            "param_groups"
-        ]
-    ][2] > 0
-    assert (tmp_path / "finetune" / "checkpoint0000.pth").exists()  # kept where the rate drops
+    optimizer = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")["optimizer"]
+    assert len(optimizer["param_groups"][2]["params"]) > 0
+    # Kept because the learning rate drops after this epoch.
+    assert (tmp_path / "finetune" / "checkpoint0000.pth").exists()
     fine_tune(
         "--coco_path",
         tmp_path / "coco",

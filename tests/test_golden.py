@@ -1,4 +1,4 @@
-"""Numbers of the published implementations: every case of a folder of golden files whose model the project has."""
+"""Every case of a folder of golden files against values of the published implementations."""
 
 from pathlib import Path
 
@@ -27,27 +27,27 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
     return Path(request.config.getoption("--golden-dir"))
 
 
-def _supported(name: str, folder: Path) -> None:
+def _skip_unsupported(name: str, folder: Path) -> None:
     reason = golden_models.unsupported(golden_models.load(name, folder)[0])
     if reason:
         pytest.skip(f"{name}: {reason}")
 
 
 def test_outputs_losses_gradients(model_case: str, golden_dir: Path) -> None:
-    _supported(model_case, golden_dir)
+    _skip_unsupported(model_case, golden_dir)
     golden_models.check_float32(golden_models.build(model_case, golden_dir))
 
 
 def test_float64_and_steps(model_case: str, golden_dir: Path) -> None:
-    _supported(model_case, golden_dir)
+    _skip_unsupported(model_case, golden_dir)
     case = golden_models.build(model_case, golden_dir)
-    if "float64" not in case.js:
-        pytest.skip(f"{model_case}: the case holds no float64 run")
+    if "float64" not in case.meta:
+        pytest.skip(f"{model_case}: this case has no float64 run")
     golden_models.check_float64(case)
 
 
 def test_patch_queries(model_case: str, golden_dir: Path) -> None:
-    _supported(model_case, golden_dir)
+    _skip_unsupported(model_case, golden_dir)
     if "patches0_q32" not in golden_models.load(model_case, golden_dir)[1]:
         pytest.skip(f"{model_case}: no query patches in this case")
     golden_models.check_patch_queries(golden_models.build(model_case, golden_dir))
@@ -63,7 +63,7 @@ def test_siamese_float64(siamese_case: str, golden_dir: Path) -> None:
 
 def test_siamese_steps(siamese_case: str, golden_dir: Path) -> None:
     if "adamw" not in golden_models.load(siamese_case, golden_dir)[0]:
-        pytest.skip(f"{siamese_case}: the case holds no steps")
+        pytest.skip(f"{siamese_case}: this case has no optimizer steps")
     golden_siamese.check_steps(golden_siamese.build(siamese_case, golden_dir))
 
 
@@ -75,6 +75,6 @@ def test_data(data_case: str, golden_dir: Path) -> None:
     ]
     if not checks:
         pytest.skip(f"{data_case}: its data is not part of this version")
-    js, z = golden_models.load(data_case, golden_dir)
+    meta, arrays = golden_models.load(data_case, golden_dir)
     for check in checks:
-        check(data_case, js, z, golden_dir)
+        check(data_case, meta, arrays, golden_dir)

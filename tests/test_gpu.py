@@ -1,7 +1,6 @@
-"""What only a GPU can show. Without one every test here is skipped; run it alone with `bash tools/test.sh
-tests/test_gpu.py`.
-"""
+"""Tests that need a GPU, skipped without one. Run them alone with `bash tools/test.sh tests/test_gpu.py`."""
 
+import shlex
 import subprocess
 import sys
 import warnings
@@ -26,7 +25,7 @@ GOLDEN = ROOT / "tests" / "golden"
 CASES = ("detr_r50", "cond_r50", "deform_r50_ms", "updetr_r50", "detreg_deform")
 
 
-def _on_gpu(name: str) -> tuple[golden_models.Case, NestedTensor, list[dict]]:
+def build_on_gpu(name: str) -> tuple[golden_models.Case, NestedTensor, list[dict]]:
     case = golden_models.build(name, GOLDEN)
     samples, targets = golden_models.inputs(case, torch.float32)
     case.model.cuda()
@@ -46,8 +45,8 @@ def _no_tf32() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("_no_tf32")
-def test_golden_numbers_on_the_gpu(name: str) -> None:
-    case, samples, targets = _on_gpu(name)
+def test_golden_values_on_the_gpu(name: str) -> None:
+    case, samples, targets = build_on_gpu(name)
     case.model.eval()
     outputs = golden_models.forward(case, samples, targets)
     losses = case.criterion(outputs, targets)
@@ -62,7 +61,7 @@ def test_golden_numbers_on_the_gpu(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_keeps_boxes_and_losses_in_float32(name: str) -> None:
-    case, samples, targets = _on_gpu(name)
+    case, samples, targets = build_on_gpu(name)
     with autocast(torch.device("cuda"), enabled=True):
         outputs = golden_models.forward(case, samples, targets)
     assert outputs["pred_boxes"].dtype == outputs["pred_logits"].dtype == torch.float32
@@ -71,15 +70,16 @@ def test_bfloat16_keeps_boxes_and_losses_in_float32(name: str) -> None:
     case.criterion.total_loss(losses).backward()
 
 
-def test_usable_attention_kernels_are_told() -> None:
-    told = usable_kernels(8, 32, torch.device("cuda"), torch.bfloat16)
-    assert "flash" in told.split("without padding")[0]
-    assert "flash" not in told.split("without padding")[1]
+def test_usable_attention_kernels() -> None:
+    kernels = usable_kernels(8, 32, torch.device("cuda"), torch.bfloat16)
+    without_padding, with_padding = kernels.split("without padding")
+    assert "flash" in without_padding
+    assert "flash" not in with_padding
 
 
-def test_criterion_waits_for_the_device_once() -> None:
-    """One copy of the costs to the host; everything else is queued."""
-    case, samples, targets = _on_gpu("detr_r50")
+def test_criterion_synchronizes_once() -> None:
+    """The costs are copied to the host once; everything else is queued."""
+    case, samples, targets = build_on_gpu("detr_r50")
     outputs = golden_models.forward(case, samples, targets)
     case.criterion(outputs, targets)
     cost = case.criterion.matcher.cost_matrix
@@ -107,7 +107,7 @@ def test_criterion_waits_for_the_device_once() -> None:
 
 
 def test_training_step_with_fused_adamw() -> None:
-    case, samples, targets = _on_gpu("cond_r50")
+    case, samples, targets = build_on_gpu("cond_r50")
     optimizer = golden_models.build_optimizer(case.model, 1e-4, 1e-5, 1e-4)
     assert optimizer.defaults["fused"] is True
     run = TrainState(
@@ -127,11 +127,11 @@ def test_training_step_with_fused_adamw() -> None:
     assert last["loss"] < first["loss"]
 
 
-def test_a_training_step_waits_as_often_for_many_images_as_for_few() -> None:
-    """What a step reads from the device it reads for the whole batch at once."""
+def test_synchronizations_do_not_depend_on_the_batch_size() -> None:
+    """A training step reads from the device for the whole batch at once."""
     counts = []
     for copies in (1, 4):
-        case, samples, targets = _on_gpu("detr_r50")
+        case, samples, targets = build_on_gpu("detr_r50")
         many = NestedTensor(
             samples.tensors.repeat(copies, 1, 1, 1),
             samples.mask.repeat(copies, 1, 1),
@@ -149,16 +149,18 @@ def test_a_training_step_waits_as_often_for_many_images_as_for_few() -> None:
             epochs=1,
             amp=False,
         )
-        train_step(run, many, targets * copies, stop=False)  # kernels are chosen, state is made
+        train_step(
+            run, many, targets * copies, stop=False
+        )  # selects kernels, creates optimizer state
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 train_step(run, many, targets * copies, stop=False)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        counts.append(sum("synchronizing" in str(warning.message) for warning in said))
+        counts.append(sum("synchronizing" in str(warning.message) for warning in caught))
     assert 1 <= counts[0] == counts[1]
 
 
@@ -186,29 +188,12 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
         "tools.demo.scenes",
         "--output",
         data,
-        "--num_train",
-        "32",
-        "--num_val",
-        "8",
-        "--num_unlabelled",
-        "32",
-        "--size",
-        "96",
+        *shlex.split("--num_train 32 --num_val 8 --num_unlabelled 32 --size 96"),
     )
-    small = [
-        "--backbone",
-        "resnet18",
-        "--enc_layers",
-        "1",
-        "--dec_layers",
-        "2",
-        "--image_size",
-        "96",
-        "--batch_size",
-        "8",
-        "--amp",
-        "bf16",
-    ]
+    small = shlex.split(
+        "--backbone resnet18 --enc_layers 1 --dec_layers 2 --image_size 96 --batch_size 8 "
+        "--amp bf16"
+    )
     common = [*small, "--epochs", "1", "--device", "cuda", "--backbone_weights", "none"]
     run(
         "main.py",
@@ -230,19 +215,10 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
         checkpoint,
         "--output_dir",
         str(tmp_path / "fine"),
-        "--image_size",
-        "96",
-        "--batch_size",
-        "8",
-        "--amp",
-        "bf16",
-        "--epochs",
-        "1",
-        "--device",
-        "cuda",
+        *shlex.split("--image_size 96 --batch_size 8 --amp bf16 --epochs 1 --device cuda"),
     )
     assert (tmp_path / "fine" / "results.json").exists()
-    # A run of a CPU goes on: its AdamW keeps step counts elsewhere than the fused one.
+    # Resume a CPU run on the GPU: the fused AdamW keeps its step counts on the device.
     words = [
         "finetune_main.py",
         "--coco_path",
@@ -262,7 +238,7 @@ def test_both_scripts_on_the_gpu(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def _triton_runs() -> None:
+def _needs_triton() -> None:
     if select_implementation("auto", torch.device("cuda"), torch.float32) != "triton":
         pytest.skip("Triton does not run on this GPU")
 
@@ -282,20 +258,18 @@ DEFORM_CASES = deform_cases.CASES | {
 
 
 @pytest.mark.parametrize("name", DEFORM_CASES)
-@pytest.mark.usefixtures("_triton_runs")
+@pytest.mark.usefixtures("_needs_triton")
 def test_deformable_attention_equals_the_pytorch_path(name: str) -> None:
-    """Forward and the three gradients; the second time with tensors that do not lie in one piece."""
+    """Forward and the three gradients, then again with tensors that are not contiguous."""
     case = DEFORM_CASES[name]
     inputs = deform_cases.make_inputs(case, "cuda")
     deform_cases.check(name, deform_cases.run(inputs, case.shapes, "auto"), inputs, case.shapes)
-    scattered = [tensor.mT.contiguous().mT for tensor in inputs]
-    deform_cases.check(
-        name, deform_cases.run(scattered, case.shapes, "triton"), inputs, case.shapes
-    )
+    strided = [tensor.mT.contiguous().mT for tensor in inputs]
+    deform_cases.check(name, deform_cases.run(strided, case.shapes, "triton"), inputs, case.shapes)
 
 
-@pytest.mark.usefixtures("_triton_runs")
-def test_derivatives_of_the_pytorch_path_on_the_gpu() -> None:
+@pytest.mark.usefixtures("_needs_triton")
+def test_gradients_of_the_pytorch_path_on_the_gpu() -> None:
     case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
     leaves = tuple(
         tensor.double().requires_grad_() for tensor in deform_cases.make_inputs(case, "cuda")[:3]
@@ -305,7 +279,7 @@ def test_derivatives_of_the_pytorch_path_on_the_gpu() -> None:
     )
 
 
-@pytest.mark.usefixtures("_triton_runs")
+@pytest.mark.usefixtures("_needs_triton")
 def test_deformable_attention_in_a_compiled_function() -> None:
     case = DEFORM_CASES["usual"]
     inputs = deform_cases.make_inputs(case, "cuda")
@@ -315,8 +289,8 @@ def test_deformable_attention_in_a_compiled_function() -> None:
     )
 
 
-@pytest.mark.usefixtures("_triton_runs")
-def test_other_image_sizes_neither_compile_kernels_nor_wait_for_them() -> None:
+@pytest.mark.usefixtures("_needs_triton")
+def test_new_image_sizes_neither_compile_nor_synchronize() -> None:
     from models import ms_deform_attn_triton as kernels
 
     def step(height: int, width: int, queries: int) -> None:
@@ -344,8 +318,8 @@ def test_other_image_sizes_neither_compile_kernels_nor_wait_for_them() -> None:
     assert compiled() == before
 
 
-@pytest.mark.usefixtures("_triton_runs")
-def test_more_numbers_than_32_bits_count() -> None:
+@pytest.mark.usefixtures("_needs_triton")
+def test_offsets_beyond_32_bits() -> None:
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free GPU memory")
     case = deform_cases.Case(5, 9, 8, 64, 4, ((1024, 1024),))

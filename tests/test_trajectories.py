@@ -1,14 +1,14 @@
-"""Loss curves of short runs, kept in `tests/golden/trajectories.json`: a change that hurts learning changes them.
+"""Loss curves of short runs, stored in `tests/golden/trajectories.json`: a change that hurts learning changes them.
 
-Each pretext and the fine-tuning of each detector trains for 12 steps on pictures that are made on the spot, by the same
-loop, data pipeline, optimiser and schedule as a real run. In float64, so that what differs between machines and
-versions of PyTorch stays small. Where a change is meant to alter the curves, this writes the file anew, and the change
-says why:
+Every pretext, and fine-tuning of every detector, trains for 12 steps on synthetic images, with the loop, data
+pipeline, optimizer and schedule of a real run. Everything is in float64, so that differences between machines and
+versions of PyTorch stay small. A change that alters the curves on purpose explains why and rewrites the file:
 
     python tests/test_trajectories.py --write
 """
 
 import json
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -31,57 +31,24 @@ from util.settings import FINETUNE, PRETRAIN  # noqa: E402
 
 FILE = ROOT / "tests" / "golden" / "trajectories.json"
 STEPS = 12
-FLAGS = (
-    "--epochs",
-    "6",
-    "--lr_drop",
-    "4",
-    "--batch_size",
-    "4",
-    "--lr",
-    "1e-3",
-    "--weight_decay",
-    "2",
-    "--dropout",
-    "0",
-    "--num_workers",
-    "0",
-    "--backbone_norm",
-    "live",
+FLAGS = shlex.split(
+    "--epochs 6 --lr_drop 4 --batch_size 4 --lr 1e-3 --weight_decay 2 --dropout 0 "
+    "--num_workers 0 --backbone_norm live"
 )
 CASES = {
     "random_query_patch": (PRETRAIN, ("--detector", "detr", "--feature_recon", "--fre_cnn")),
     "region_prior": (
         PRETRAIN,
-        (
-            "--detector",
-            "deformable_detr",
-            "--with_box_refine",
-            "--proposals",
-            "random",
-            "--num_patches",
-            "10",
-            "--max_prop",
-            "6",
-            "--object_embedding_loss",
-            "--lr_backbone",
-            "0",
+        shlex.split(
+            "--detector deformable_detr --with_box_refine --proposals random "
+            "--num_patches 10 --max_prop 6 --object_embedding_loss --lr_backbone 0"
         ),
     ),
-    # On this detector, and slowly: where queries are nearly alike, rounding decides on matches.
+    # On this detector and with a low learning rate: between similar queries, rounding decides the matching.
     "siamese": (
         PRETRAIN,
-        (
-            "--detector",
-            "detr",
-            "--proposals",
-            "random",
-            "--lr_backbone",
-            "0",
-            "--global_loss_coef",
-            "1",
-            "--lr",
-            "3e-4",
+        shlex.split(
+            "--detector detr --proposals random --lr_backbone 0 --global_loss_coef 1 --lr 3e-4"
         ),
     ),
     "detr": (FINETUNE, ("--pre_norm", "--lr_backbone", "1e-4")),
@@ -91,13 +58,16 @@ CASES = {
 
 
 def run_case(name: str, folder: Path) -> dict:
-    """{"losses": {name: one value a step}, "moved": {part of the model: length of the way that its weights went}}"""
+    """Train a case.
+
+    Returns {"losses": {name: values per step}, "moved": {part of the model: L2 distance of its weights}}.
+    """
     script, flags = CASES[name]
     if script == FINETUNE:
-        place = ("--detector", name, "--coco_path", str(write_coco(folder / name, train=8, val=1)))
+        data = ("--detector", name, "--coco_path", str(write_coco(folder / name, train=8, val=1)))
     else:
-        place = ("--pretext", name, "--imagenet_path", str(write_images(folder / name, count=8)))
-    args = tiny_args(script, *FLAGS, *place, *flags)
+        data = ("--pretext", name, "--imagenet_path", str(write_images(folder / name, count=8)))
+    args = tiny_args(script, *FLAGS, *data, *flags)
     seed_everything(args.seed)
     loader = build_loader(build_dataset("train", args), args, train=True)
     model, criterion, _ = build_model(args)
@@ -130,7 +100,7 @@ def run_case(name: str, folder: Path) -> dict:
 
 
 def record(run: trainer.Run) -> list[dict[str, float]]:
-    """Trains to the end; the logged values of each step."""
+    """Train to the end and return the logged values of each step."""
     steps, train_step, to_device = [], engine.train_step, engine.to_device
 
     def recorded(*args, **kwargs) -> tuple:
@@ -147,16 +117,16 @@ def record(run: trainer.Run) -> list[dict[str, float]]:
 
 
 def tolerances() -> np.ndarray:
-    """Relative, of each step: a difference in the first one grows."""
+    """Return the relative tolerance of each step: an initial difference grows."""
     return np.geomspace(3e-4, 1e-2, STEPS)
 
 
 @pytest.mark.skipif(
     not torch.backends.cpu.get_cpu_capability().startswith("AVX"),
-    reason="bytes are resized with other rounding here",
+    reason="image resizing rounds differently on this CPU",
 )
 @pytest.mark.parametrize("name", CASES)
-def test_losses_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+def test_losses_equal_stored_curves(name: str, tmp_path: Path) -> None:
     expected, ours = json.loads(FILE.read_text())[name], run_case(name, tmp_path)
     assert set(ours["losses"]) == set(expected["losses"])
     for key, curve in ours["losses"].items():
@@ -165,15 +135,15 @@ def test_losses_are_those_of_the_file(name: str, tmp_path: Path) -> None:
         )
         step = int((difference / tolerances()).argmax())
         assert (difference <= tolerances()).all(), (
-            f"{key} of step {step} is {curve[step]:.6f}, was {expected['losses'][key][step]:.6f}; meant? see the "
-            f"head of this file"
+            f"{key} of step {step} is {curve[step]:.6f}, was {expected['losses'][key][step]:.6f}; if "
+            "intended, see the head of this file"
         )
     assert ours["moved"] == pytest.approx(expected["moved"], rel=1e-2)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kept_losses_fall(name: str) -> None:
-    """What is kept is learning."""
+def test_stored_losses_fall(name: str) -> None:
+    """The stored curves show learning."""
     losses = json.loads(FILE.read_text())[name]["losses"]["loss"]
     assert len(losses) == STEPS
     assert np.mean(losses[-4:]) < 0.96 * np.mean(losses[:2])
@@ -189,5 +159,5 @@ def write() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] != ["--write"]:
-        sys.exit("python tests/test_trajectories.py --write replaces the kept loss curves")
+        sys.exit("python tests/test_trajectories.py --write replaces the stored loss curves")
     write()

@@ -1,4 +1,7 @@
-"""A padded batch of images and where its padding is."""
+"""A padded batch of images with its padding mask.
+
+Shapes: B images, H x W padded size, h x w size of an image.
+"""
 
 from dataclasses import dataclass
 
@@ -10,8 +13,10 @@ from torch import Tensor
 class NestedTensor:
     """Images padded at the bottom and the right to a common size.
 
-    tensors: [B, 3, H, W]; mask: bool [B, H, W], True on padding. `padded` is known on the host: False promises that no
-    image has padding, so that attention can do without a mask and no device has to be asked.
+    tensors: [B, 3, H, W].
+    mask: bool [B, H, W], True on padding.
+    padded: whether any image may have padding. Known on the host: with False, attention runs
+        without a mask, and nobody has to read the mask back from the device to find out.
     """
 
     tensors: Tensor
@@ -33,7 +38,7 @@ class NestedTensor:
 
 
 def nested_tensor_from_list(images: list[Tensor]) -> NestedTensor:
-    """Pads images [3, h, w] with zeros to the largest height and width.
+    """Pad images [3, h, w] with zeros to the largest height and width, and batch them.
 
     Raises:
         ValueError: an image is not 3-dimensional.
@@ -43,7 +48,8 @@ def nested_tensor_from_list(images: list[Tensor]) -> NestedTensor:
             raise ValueError(f"images must be [3, H, W], got shape {tuple(image.shape)}")
     height = max(image.shape[1] for image in images)
     width = max(image.shape[2] for image in images)
-    tensors = images[0].new_zeros((len(images), images[0].shape[0], height, width))
+
+    tensors = images[0].new_zeros((len(images), images[0].shape[0], height, width))  # [B, 3, H, W]
     mask = torch.ones((len(images), height, width), dtype=torch.bool, device=images[0].device)
     for i, image in enumerate(images):
         tensors[i, :, : image.shape[1], : image.shape[2]] = image
@@ -53,16 +59,17 @@ def nested_tensor_from_list(images: list[Tensor]) -> NestedTensor:
 
 
 def as_nested_tensor(samples: "NestedTensor | Tensor | list[Tensor]") -> NestedTensor:
-    """Accepts what a detector may be called with: a `NestedTensor`, a batch [B, 3, H, W] or a list of images [3, h,
-    w].
+    """Convert a batch [B, 3, H, W] or a list of images [3, h, w]; a `NestedTensor` passes.
+
+    Raises:
+        ValueError: a tensor is not 4-dimensional, or an image of a list not 3-dimensional.
     """
     if isinstance(samples, NestedTensor):
         return samples
     if isinstance(samples, Tensor):
         if samples.ndim != 4:
             raise ValueError(f"a batch must be [B, 3, H, W], got shape {tuple(samples.shape)}")
-        mask = torch.zeros(
-            (samples.shape[0], *samples.shape[-2:]), dtype=torch.bool, device=samples.device
-        )
+        batch, _, height, width = samples.shape
+        mask = torch.zeros((batch, height, width), dtype=torch.bool, device=samples.device)
         return NestedTensor(samples, mask, padded=False)
     return nested_tensor_from_list(list(samples))

@@ -1,14 +1,14 @@
 """Pretext tasks: what a detector learns without labels.
 
 A pretext wraps any detector, without knowing which: `pretext(samples, targets) -> outputs` for
-`SetCriterion`. It owns its extra heads, its classification and its list of losses. `state_dict()` is
-flat: the detector's keys have no prefix, next to the pretext's own.
+`SetCriterion`. It owns its extra heads, its classification and its list of losses. `state_dict()`
+is flat: the detector's keys have no prefix, next to the pretext's own.
 
-A pretext is a class here and a line in `PRETEXTS`; its samples come from the file of the same name in
-`datasets/pretext`.
+A pretext is a class here and a line in `PRETEXTS`; its samples come from the file of the same name
+in `datasets/pretext`.
 
-Shapes: B images, Q queries, M patches per image, D model width, L decoder layers, F feature channels,
-N crops, S x S their size.
+Shapes: B images, Q queries, M patches per image, D model width, L decoder layers, F feature
+channels, N crops, S x S their size.
 """
 
 import torch
@@ -58,7 +58,7 @@ class Pretext(TrainableModel):
 
 
 class QueryPatchPretext(Pretext):
-    """Base class of pretexts that build queries from patches or regions of an image and detect these."""
+    """Base class of pretexts whose queries come from patches or regions, which they detect."""
 
     # Predicts the feature of a query's patch, if `losses` has "features".
     feature_align: nn.Module
@@ -121,7 +121,7 @@ def check_region_queries(detector: Detector, num_patches: int) -> None:
 
 
 def pooled_features(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return globally average-pooled feature maps, concatenated over levels: [N, 3, S, S] -> [N, F].
+    """Return average-pooled feature maps, concatenated over levels: [N, 3, S, S] -> [N, F].
 
     Keeps a graph only if the backbone trains.
     """

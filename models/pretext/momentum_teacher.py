@@ -1,5 +1,5 @@
-"""Momentum teacher: an exponential moving average of a pretext that gives it targets (BYOL, Grill et al.,
-NeurIPS 2020, section 3.1).
+"""Momentum teacher: an exponential moving average of a pretext that gives it targets (BYOL, Grill
+et al., NeurIPS 2020, section 3.1).
 """
 
 import copy
@@ -18,18 +18,18 @@ from util.nested_tensor import NestedTensor
 class MomentumTeacher:
     """A copy of a pretext without gradients, `network`, that follows it after each optimizer step.
 
-    Equation 1 of BYOL, with the cosine schedule of its appendix:
+    Equation 1 of BYOL, with a cosine schedule:
 
         teacher <- m * teacher + (1 - m) * student
         m = 1 - (1 - momentum) * (cos(pi * progress) + 1) / 2, with the training progress in [0, 1]
 
-    Dropout is off in the teacher. In training its batch norm uses the statistics of the batch, as the
-    student's does; its running statistics are copied from the student. A backbone that does not train is
-    not copied, its feature maps are shared.
+    Dropout is off in the teacher. In training its batch norm uses the statistics of the batch, as
+    the student's does; its running statistics are copied from the student. A backbone that does not
+    train is not copied, its feature maps are shared.
 
     Args:
         student: a complete pretext; parts that are added later are not in the copy.
-        momentum: m at the start of training, in [0, 1]. 0: the student before the step, 1: constant.
+        momentum: m at the start of training, in [0, 1]; 0: the student before the step, 1: constant.
     """
 
     def __init__(self, student: Any, momentum: float) -> None:

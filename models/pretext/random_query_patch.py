@@ -1,10 +1,10 @@
 """Random query patch detection, the pretext of UP-DETR (Dai et al., CVPR 2021), on any detector.
 
-Random patches are cropped from an image. The pooled backbone feature of a patch is added to the positions
-of a group of object queries. The decoder learns to localize the patch in the image and to reconstruct its
-feature.
+Random patches are cropped from an image. The pooled backbone feature of a patch is added to the
+positions of a group of object queries. The decoder learns to localize the patch in the image and to
+reconstruct its feature.
 
-Shapes: B images, M patches per image, Q queries, D model width, F backbone channels, S x S patch size.
+Shapes: B images, M patches per image, Q queries, D model width, F backbone channels, S x S patches.
 """
 
 import torch
@@ -22,13 +22,13 @@ class RandomQueryPatch(QueryPatchPretext):
     """UP-DETR's pretext.
 
     Query n belongs to patch n // (Q / M). Queries of one patch attend only to each other in
-    self-attention (section 3.2), by query groups. In training each query loses its patch feature with
-    probability `mask_ratio`. At evaluation an image may have any number x <= M of patches: the first
-    x * Q / M queries are used.
+    self-attention (section 3.2), by query groups. In training each query loses its patch feature
+    with probability `mask_ratio`. At evaluation an image may have any number x <= M of patches: the
+    first x * Q / M queries are used.
 
     Args:
-        query_shuffle: assign the learned queries to other patches in every training step (the authors
-            found no gain).
+        query_shuffle: assign the learned queries to other patches in every training step (the
+            authors found no gain).
         feature_recon: predict the patch feature; its target is detached.
     """
 
@@ -71,8 +71,8 @@ class RandomQueryPatch(QueryPatchPretext):
             targets: `patches` [M, 3, S, S] of each image, normalized like the images.
 
         Returns:
-            The detector's outputs, with `pred_features` [B, Q, F] in each layer and `target_features`
-            [B * M, F].
+            The detector's outputs, with `pred_features` [B, Q, F] in each layer and
+            `target_features` [B * M, F].
 
         Raises:
             ValueError: images have different numbers of patches, or more than `num_patches`.
@@ -85,7 +85,7 @@ class RandomQueryPatch(QueryPatchPretext):
         states = self.detector.decode(memory, queries, query_groups=num_patches)
         outputs = self.detector.predict(states)
         if self.feature_recon:
-            # Detached: a backbone that trains would otherwise learn to make features easy to predict.
+            # Detached: no gradient reaches a backbone that trains through its own target.
             self.predict_features(outputs, states.layers, features.detach())
         return outputs
 

@@ -1,5 +1,5 @@
-"""DETReg (Bar et al., CVPR 2022): detect the boxes of a proposal method and predict an embedding of the
-content of each.
+"""DETReg (Bar et al., CVPR 2022): detect the boxes of a proposal method and predict an embedding of
+the content of each.
 
 Shapes: B images, Q queries, N_i proposals of image i, F embedding channels, S x S size of a crop.
 """
@@ -23,9 +23,10 @@ class RegionPrior(Pretext):
     """DETReg's pretext. The detector uses its own queries; targets are proposals, all of one class.
 
     Args:
-        target_encoder: frozen network that encodes the crop of each proposal. `feature_embed` learns to
-            predict this embedding from the last decoder layer (section 3.2). None: no object embedding
-            loss. The encoder is in neither state dict nor optimizer; checkpoints keep it apart.
+        target_encoder: frozen network that encodes the crop of each proposal. `feature_embed`
+            learns to predict this embedding from the last decoder layer (section 3.2). None: no
+            object embedding loss. The encoder is in neither state dict nor optimizer; checkpoints
+            keep it apart.
         published_batch_norm: see `models.target_encoder.encode_crops`.
     """
 
@@ -37,7 +38,7 @@ class RegionPrior(Pretext):
         super().__init__(detector)
         self.losses = ("labels", "boxes", "cardinality")
         self.published_batch_norm = published_batch_norm
-        # Around nn.Module's __setattr__: as a submodule it would be in state dict, parameters and DDP.
+        # Bypasses nn.Module: a submodule would be in state dict, parameters and DDP.
         object.__setattr__(self, "target_encoder", target_encoder)
         if target_encoder is not None:
             self.feature_embed = MLP(
@@ -60,7 +61,7 @@ class RegionPrior(Pretext):
     def build_classification(settings: Settings) -> Classification:
         """Return the detector's own classification.
 
-        As published, objectness is label 1 of 91 classes; with `--num_classes 1` it is the only class.
+        As published, objectness is label 1 of 91. With `--num_classes 1` it is the only class.
         """
         return Classification(
             settings.classification, settings.num_classes, **matching_costs(settings)
@@ -76,12 +77,12 @@ class RegionPrior(Pretext):
 
         Args:
             samples: normalized images.
-            targets: with object embeddings, `patches` [N_i, 3, S, S] of each image, normalized like the
-                images: the crops of its proposals.
+            targets: with object embeddings, `patches` [N_i, 3, S, S] of each image, normalized like
+                the images: the crops of its proposals.
 
         Returns:
-            The detector's outputs, with object embeddings also `pred_features` [B, Q, F] of the last
-            layer and `target_features` [sum N_i, F].
+            The detector's outputs, with object embeddings also `pred_features` [B, Q, F] of the
+            last layer and `target_features` [sum N_i, F].
         """
         memory = self.detector.encode(as_nested_tensor(samples))
         states = self.detector.decode(memory)

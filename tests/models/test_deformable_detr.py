@@ -1,4 +1,4 @@
-"""Deformable DETR: its variants, names and initial values, levels and masks, proposals, and what trains it."""
+"""Deformable DETR: variants, parameter names, initial values, levels, masks, proposals and training."""
 
 import json
 from pathlib import Path
@@ -30,13 +30,15 @@ def build(*flags: str, seed: int = 0) -> tuple[DeformableDETR, SetCriterion]:
 
 
 def at_published_size(*flags: str) -> nn.Module:
-    of_backbone = ("--backbone_weights", "none", "--backbone_norm", "frozen")
-    args = make_parser(FINETUNE).parse_args(["--detector", "deformable_detr", *of_backbone, *flags])
+    backbone_flags = ("--backbone_weights", "none", "--backbone_norm", "frozen")
+    args = make_parser(FINETUNE).parse_args(
+        ["--detector", "deformable_detr", *backbone_flags, *flags]
+    )
     with torch.device("meta"):
         return build_model(resolve(args))[0]
 
 
-# ---------------------------------------------------------------------------------------------------- names and sizes
+# ---- names and sizes ----
 
 
 @pytest.mark.parametrize(
@@ -66,25 +68,25 @@ def test_published_sizes(flags: list[str], keys: int, trainable: int) -> None:
     ],
 )
 def test_names_shapes_and_order_are_the_published_ones(case: str, flags: list[str]) -> None:
-    """The order too: the state of a published optimizer belongs to parameters by their place."""
-    js = json.loads((GOLDEN / f"deform_r50_{case}.json").read_text())
-    model = at_published_size(*flags, "--num_queries", str(js["args"]["num_queries"]))
-    published = [(key, entry["shape"]) for key, entry in js["state_dict"].items()]
+    """Order matters: a published optimizer state addresses parameters by index."""
+    golden = json.loads((GOLDEN / f"deform_r50_{case}.json").read_text())
+    model = at_published_size(*flags, "--num_queries", str(golden["args"]["num_queries"]))
+    published = [(key, entry["shape"]) for key, entry in golden["state_dict"].items()]
     assert [(key, list(value.shape)) for key, value in model.state_dict().items()] == published
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == js["grad_names"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == golden["grad_names"]
 
 
 @variants
 def test_state_dict_lists_aliases_and_loads_both_ways(flags: list[str]) -> None:
     model, other = build(*flags)[0].eval(), build(*flags, seed=1)[0].eval()
-    state = {
-        key: value.clone() for key, value in model.state_dict().items()
-    }  # as from a file: nothing is shared any more
+    # Clones, as from a file: aliases share no storage.
+    state = {key: value.clone() for key, value in model.state_dict().items()}
     refine, two_stage = "--with_box_refine" in flags, "--two_stage" in flags
     assert ("transformer.decoder.bbox_embed.0.layers.0.weight" in state) is refine
     assert ("transformer.decoder.class_embed.0.weight" in state) is two_stage
     assert ("query_embed.weight" in state) is not two_stage
-    assert ("class_embed.2.weight" in state) is two_stage  # two decoder layers, and the encoder
+    # Heads 0 and 1 belong to decoder layers, head 2 to the encoder proposals.
+    assert ("class_embed.2.weight" in state) is two_stage
     with torch.no_grad():
         assert not torch.equal(model(make_batch())["pred_boxes"], other(make_batch())["pred_boxes"])
         other.load_state_dict(state, strict=True)
@@ -93,7 +95,7 @@ def test_state_dict_lists_aliases_and_loads_both_ways(flags: list[str]) -> None:
     assert_same(dict(other.state_dict()), state)
 
 
-# ---------------------------------------------------------------------------------------------------- initial values
+# ---- initial values ----
 
 
 def test_initial_values() -> None:
@@ -105,9 +107,8 @@ def test_initial_values() -> None:
         assert not attention.attention_weights.weight.any()
         assert not attention.attention_weights.bias.any()
         assert not attention.value_proj.bias.any()
-        offsets = attention.sampling_offsets.bias.detach().view(
-            4, 4, 4, 2
-        )  # heads, levels, points, (x, y)
+        bias = attention.sampling_offsets.bias.detach()
+        offsets = bias.view(4, 4, 4, 2)  # heads, levels, points, (x, y)
         directions = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
         expected = directions[:, None, None] * torch.arange(1.0, 5)[:, None]
         torch.testing.assert_close(offsets, expected.expand(4, 4, 4, 2), rtol=0, atol=1e-6)
@@ -137,15 +138,16 @@ def test_boxes_start_small_at_their_reference(flags: list[str], sizes: list[floa
         assert head.layers[-1].bias.tolist() == [0.0, 0.0, size, size]
 
 
-# ---------------------------------------------------------------------------------------------------- levels
+# ---- levels ----
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5])
 def test_any_number_of_levels(levels: int) -> None:
     model, criterion = build("--num_feature_levels", str(levels))
     samples, targets = make_batch([(64, 96), (128, 64)]), make_targets([2, 0])
-    maps = [(16, 12), (8, 6), (4, 3), (2, 2), (1, 1)]
-    expected = maps[2:3] if levels == 1 else maps[1:3] if levels == 2 else maps[:levels]
+    maps = [(16, 12), (8, 6), (4, 3), (2, 2), (1, 1)]  # strides 8, 16, 32, 64, 128
+    # Up to three levels are the last maps of the backbone.
+    expected = {1: maps[2:3], 2: maps[1:3]}.get(levels, maps[:levels])
     memory = model.encode(samples)
     assert memory.shapes == expected
     assert memory.tokens.shape == (2, sum(h * w for h, w in expected), 32)
@@ -158,7 +160,7 @@ def test_any_number_of_levels(levels: int) -> None:
     assert all(float(p[0].weight.grad.abs().sum()) > 0 for p in model.input_proj)
 
 
-def test_masks_and_shares_of_every_level() -> None:
+def test_masks_and_valid_ratios_of_every_level() -> None:
     """The second image fills 64 of 128 rows and 128 of 192 columns."""
     model, _ = build()
     memory = model.encode(make_batch([(128, 192), (64, 128)]))
@@ -181,26 +183,25 @@ def test_attention_does_not_read_padding() -> None:
     memory = model.encode(make_batch([(128, 192), (64, 128)]))
     attention = model.transformer.encoder.layers[0].self_attn
     references = torch.rand(2, QUERIES, 4, 2)
-    query, changed = (
-        torch.randn(2, QUERIES, 32),
-        memory.tokens + memory.padding_mask[..., None] * 100.0,
-    )
-    before, after = (
-        attention(query, references, memory.tokens, memory),
-        attention(query, references, changed, memory),
-    )
+    query = torch.randn(2, QUERIES, 32)
+    changed = memory.tokens + memory.padding_mask[..., None] * 100.0
+    before = attention(query, references, memory.tokens, memory)
+    after = attention(query, references, changed, memory)
     assert torch.equal(before, after)
     assert not torch.allclose(before, attention(query, references, memory.tokens + 1, memory))
 
 
 @pytest.mark.parametrize("flags", [*VARIANTS, ["--num_feature_levels", "2"]], ids=str)
-def test_a_partner_changes_nothing(flags: list[str]) -> None:
-    """Where backbone and group norm let it: references, shares, proposals and boxes are of the image without its
-    padding.
+def test_padding_does_not_change_outputs(flags: list[str]) -> None:
+    """An image has the same outputs alone and next to a larger one, with a backbone that does not read padding.
+
+    References, valid ratios, proposals and boxes are relative to the image without its padding.
     """
     model, _ = build(*flags, "--num_queries", "8", "--hidden_dim", "64")
     model.eval()
-    model.backbone[0].body = Pooled(model.backbone[0].strides, model.backbone[0].num_channels)
+    model.backbone[0].body = PooledBackbone(
+        model.backbone[0].strides, model.backbone[0].num_channels
+    )
     for module in model.modules():
         if isinstance(module, nn.GroupNorm):
             module.forward = lambda x: x
@@ -214,8 +215,8 @@ def test_a_partner_changes_nothing(flags: list[str]) -> None:
     assert float(alone["pred_boxes"].std()) > 0.05
 
 
-class Pooled(nn.Module):
-    """A backbone whose cells see their own pixels only."""
+class PooledBackbone(nn.Module):
+    """A backbone whose cells read only their own pixels."""
 
     def __init__(self, strides: list[int], channels: list[int]) -> None:
         super().__init__()
@@ -231,20 +232,24 @@ class Pooled(nn.Module):
         ]
 
 
-# ---------------------------------------------------------------------------------------------------- decoder
+# ---- decoder ----
 
 
 @variants
-def test_layers_start_from_the_boxes_before(flags: list[str]) -> None:
+def test_references_are_the_boxes_of_the_layer_before(flags: list[str]) -> None:
     model, _ = build(*flags, "--dec_layers", "3")
     model.eval()
     for head in model.bbox_embed:
         nn.init.normal_(head.layers[-1].weight, std=0.3)
     states = model.decode(model.encode(make_batch()))
     outputs = model.predict(states)
-    assert [x.shape[-1] for x in states.references] == (
-        [4] * 3 if "--two_stage" in flags else [2, 4, 4] if flags else [2] * 3
-    )
+    if "--two_stage" in flags:
+        expected = [4, 4, 4]
+    elif "--with_box_refine" in flags:
+        expected = [2, 4, 4]
+    else:
+        expected = [2, 2, 2]
+    assert [x.shape[-1] for x in states.references] == expected
     boxes = [layer["pred_boxes"] for layer in (*outputs["aux_outputs"], outputs)]
     for layer, references in enumerate(states.references[1:]):
         assert not references.requires_grad or "--with_box_refine" not in flags
@@ -281,8 +286,8 @@ def test_query_groups_fold_self_attention_only() -> None:
     )
 
 
-def test_queries_of_each_image_are_its_own() -> None:
-    """Changing the queries of the second image leaves the first as it is."""
+def test_images_have_independent_queries() -> None:
+    """Changing the queries of the second image leaves the first unchanged."""
     model, _ = build()
     model.eval()
     memory, learned = model.encode(make_batch()), model.learned_queries(2)
@@ -296,10 +301,10 @@ def test_queries_of_each_image_are_its_own() -> None:
     assert not torch.allclose(plain.references[0][1], changed.references[0][1], atol=1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------- two stages
+# ---- two-stage ----
 
 
-def test_two_stage_takes_the_best_proposals() -> None:
+def test_two_stage_selects_the_best_proposals() -> None:
     model, _ = build("--two_stage", "--with_box_refine")
     model.eval()
     nn.init.normal_(model.class_embed[-1].weight)
@@ -320,8 +325,8 @@ def test_two_stage_takes_the_best_proposals() -> None:
     assert not valid[memory.padding_mask].any()
 
 
-def test_two_stage_proposals_of_cells() -> None:
-    """Before anything is learnt a cell proposes a box around its centre, twice as large on each level."""
+def test_initial_proposals_double_with_each_level() -> None:
+    """At initialization each cell proposes a box around its center, twice as large on each level."""
     model, _ = build("--two_stage")
     memory = model.encode(make_batch([(128, 128)]))
     boxes = model.decode(memory).encoder_proposals["pred_boxes"][0]
@@ -359,7 +364,7 @@ def test_two_stage_has_no_learned_queries() -> None:
 
 
 @pytest.mark.parametrize("aux", [[], ["--no_aux_loss"]], ids=["aux", "no aux"])
-def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
+def test_proposal_losses_ignore_classes(aux: list[str]) -> None:
     model, criterion = build("--two_stage", *aux)
     outputs, targets = model(make_batch()), make_targets([3, 2])
     losses = criterion(outputs, targets)
@@ -386,8 +391,7 @@ def test_proposals_are_scored_without_classes(aux: list[str]) -> None:
     assert missing == []
 
 
-# ---------------------------------------------------------------------------------------------------- backbones and
-# precision
+# ---- backbones and precision ----
 
 
 @variants
@@ -419,7 +423,7 @@ def test_backbone_of_timm() -> None:
 
 @variants
 def test_bfloat16(flags: list[str]) -> None:
-    """The network runs in bfloat16; where boxes are made and where attention looks is float32."""
+    """The network runs in bfloat16, boxes and sampling locations in float32."""
     model, criterion = build(*flags, "--dropout", "0")
     model.eval()
     seen = []
@@ -437,7 +441,7 @@ def test_bfloat16(flags: list[str]) -> None:
     assert all(x.dtype == torch.float32 for x in states.references)
     for layer in (outputs, *outputs["aux_outputs"]):
         assert layer["pred_boxes"].dtype == layer["pred_logits"].dtype == torch.float32
-    if not flags:  # other variants choose or refine by what they predict
+    if not flags:  # other variants select or refine by what they predict
         torch.testing.assert_close(
             outputs["pred_boxes"], model(make_batch())["pred_boxes"], rtol=0, atol=0.05
         )
@@ -445,9 +449,11 @@ def test_bfloat16(flags: list[str]) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_one_export_serves_every_batch() -> None:
+def test_export_with_dynamic_batch_size() -> None:
     model = build("--no_aux_loss", "--dec_layers", "1", "--num_feature_levels", "2")[0].eval()
-    model.backbone[0].body = Pooled(model.backbone[0].strides, model.backbone[0].num_channels)
+    model.backbone[0].body = PooledBackbone(
+        model.backbone[0].strides, model.backbone[0].num_channels
+    )
     exported = torch.export.export(
         model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=({0: torch.export.Dim.AUTO},)
     )
@@ -455,7 +461,7 @@ def test_one_export_serves_every_batch() -> None:
     torch.testing.assert_close(exported.module()(images)["pred_boxes"], model(images)["pred_boxes"])
 
 
-def test_the_flag_reaches_every_attention() -> None:
+def test_ms_deform_attn_flag_reaches_every_attention() -> None:
     model, _ = build("--ms_deform_attn", "pytorch", "--enc_n_points", "2", "--dec_n_points", "3")
     attentions = [
         module for module in model.modules() if isinstance(module, blocks.DeformableAttention)
@@ -464,7 +470,7 @@ def test_the_flag_reaches_every_attention() -> None:
     assert [module.num_points for module in attentions] == [2, 3, 3]
 
 
-# ---------------------------------------------------------------------------------------------------- flags
+# ---- flags ----
 
 
 @pytest.mark.parametrize(
@@ -486,7 +492,7 @@ def test_the_flag_reaches_every_attention() -> None:
         ),
     ],
 )
-def test_flags_that_do_not_go_together(flags: list[str], words: str) -> None:
+def test_conflicting_flags(flags: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_model(tiny_args(FINETUNE, *flags))[0](make_batch())
 
@@ -521,20 +527,11 @@ def test_defaults_are_the_published_ones() -> None:
     }
     assert {name: getattr(args, name) for name in expected} == expected
     pretext = resolve(make_parser(PRETRAIN).parse_args(["--detector", "deformable_detr"]))
-    assert (
-        pretext.lr,
-        pretext.lr_linear_proj_mult,
-        pretext.num_queries,
-        pretext.classification,
-    ) == (
-        1e-4,
-        1.0,
-        300,
-        "softmax",
-    )
+    assert (pretext.lr, pretext.lr_linear_proj_mult) == (1e-4, 1.0)
+    assert (pretext.num_queries, pretext.classification) == (300, "softmax")
 
 
-# ---------------------------------------------------------------------------------------------------- optimizer
+# ---- optimizer ----
 
 
 @pytest.mark.parametrize(
@@ -547,16 +544,16 @@ def test_defaults_are_the_published_ones() -> None:
     ],
     ids=str,
 )
-def test_three_groups(flags: list[str], counts: list[int]) -> None:
+def test_three_parameter_groups(flags: list[str], counts: list[int]) -> None:
     model = at_published_size(*flags)
     groups = parameter_groups(
         model, 2e-4, 2e-5, ["backbone.0"], ["reference_points", "sampling_offsets"], 0.1
     )
     assert [len(group["params"]) for group in groups] == counts
     assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-5, 2e-5])
-    slow = {id(p) for p in groups[2]["params"]}
+    projections = {id(p) for p in groups[2]["params"]}
     assert all(
-        ("sampling_offsets" in name or "reference_points" in name) is (id(p) in slow)
+        ("sampling_offsets" in name or "reference_points" in name) is (id(p) in projections)
         for name, p in model.named_parameters()
     )
 
@@ -564,8 +561,8 @@ def test_three_groups(flags: list[str], counts: list[int]) -> None:
 def test_learned_positions_follow_the_names_of_the_backbone() -> None:
     model, _ = build("--position_embedding", "learned")
     names = {id(p): name for name, p in model.named_parameters()}
-    of_group = [
+    parts = [
         {names[id(p)].split(".")[1] for p in group["params"] if names[id(p)].startswith("backbone")}
         for group in parameter_groups(model, 1.0, 1.0, ["backbone.0"], ["sampling_offsets"])
     ]
-    assert of_group == [{"1"}, {"0"}, set()]
+    assert parts == [{"1"}, {"0"}, set()]

@@ -1,5 +1,6 @@
-"""Matching and losses against plain references: loops over layers, images, queries and targets, straight from the
-formulas.
+"""Matching and losses against reference implementations.
+
+The references loop over layers, images, queries and targets, directly from the formulas.
 """
 
 import math
@@ -32,23 +33,13 @@ def classes(kind: str, **costs: float) -> Classification:
 def predictions(
     kind: str, layers: int, batch: int, queries: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Random logits [L, B, Q, C] and boxes [L, B, Q, 4] in float64, leaves that ask for gradients."""
+    """Random logits [L, B, Q, C] and boxes [L, B, Q, 4] in float64, with gradients."""
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(
-        layers,
-        batch,
-        queries,
-        NUM_CLASSES + (kind == "softmax"),
-        generator=generator,
-        dtype=torch.float64,
-    )
-    centre = (
-        torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.6 + 0.2
-    )
-    size = (
-        torch.rand(layers, batch, queries, 2, generator=generator, dtype=torch.float64) * 0.5 + 0.02
-    )
-    return logits.requires_grad_(), torch.cat([centre, size], -1).requires_grad_()
+    shape, num_outputs = (layers, batch, queries), NUM_CLASSES + (kind == "softmax")
+    logits = torch.randn(*shape, num_outputs, generator=generator, dtype=torch.float64)
+    center = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 0.6 + 0.2
+    size = torch.rand(*shape, 2, generator=generator, dtype=torch.float64) * 0.5 + 0.02
+    return logits.requires_grad_(), torch.cat([center, size], -1).requires_grad_()
 
 
 def as_outputs(logits: Tensor, boxes: Tensor) -> dict:
@@ -65,23 +56,19 @@ def with_features(outputs: dict, num_targets: int, seed: int = 0) -> dict:
             *layer["pred_logits"].shape[:2], FEATURES, generator=generator, dtype=torch.float64
         )
         layer["pred_features"].requires_grad_()
-    return {
-        **outputs,
-        "target_features": torch.randn(
-            num_targets, FEATURES, generator=generator, dtype=torch.float64
-        ),
-    }
+    target_features = torch.randn(num_targets, FEATURES, generator=generator, dtype=torch.float64)
+    return {**outputs, "target_features": target_features}
 
 
 def double(targets: list[dict]) -> list[dict]:
     return [{**target, "boxes": target["boxes"].double()} for target in targets]
 
 
-# ---------------------------------------------------------------------------------------------------- plain references
+# ---- references ----
 
 
-def plain_giou(a: list[float], b: list[float]) -> float:
-    """Generalised IoU of two boxes (cx, cy, w, h)."""
+def reference_giou(a: list[float], b: list[float]) -> float:
+    """Generalized IoU of two boxes (cx, cy, w, h)."""
     ax0, ay0, ax1, ay1 = a[0] - a[2] / 2, a[1] - a[3] / 2, a[0] + a[2] / 2, a[1] + a[3] / 2
     bx0, by0, bx1, by1 = b[0] - b[2] / 2, b[1] - b[3] / 2, b[0] + b[2] / 2, b[1] + b[3] / 2
     inter = max(min(ax1, bx1) - max(ax0, bx0), 0) * max(min(ay1, by1) - max(ay0, by0), 0)
@@ -90,7 +77,7 @@ def plain_giou(a: list[float], b: list[float]) -> float:
     return inter / union - (hull - union) / hull
 
 
-def plain_cost(
+def reference_cost(
     how: Classification, logits: list[float], box: list[float], label: int, true_box: list[float]
 ) -> float:
     if how.kind == "softmax":
@@ -102,24 +89,26 @@ def plain_cost(
         )
     l1 = sum(abs(x - y) for x, y in zip(box, true_box, strict=True))
     return (
-        how.cost_bbox * l1 + how.cost_class * class_cost - how.cost_giou * plain_giou(box, true_box)
+        how.cost_bbox * l1
+        + how.cost_class * class_cost
+        - how.cost_giou * reference_giou(box, true_box)
     )
 
 
-def plain_match(
+def reference_match(
     how: Classification, logits: Tensor, boxes: Tensor, target: dict
 ) -> list[tuple[int, int]]:
-    """(query, target) pairs of one layer and image from the full matrix of costs."""
+    """(query, target) pairs of one layer and image, from the full cost matrix."""
     labels, target_boxes = target["labels"].tolist(), target["boxes"].tolist()
     cost = [
-        [plain_cost(how, q, b, k, t) for k, t in zip(labels, target_boxes, strict=True)]
+        [reference_cost(how, q, b, k, t) for k, t in zip(labels, target_boxes, strict=True)]
         for q, b in zip(logits.tolist(), boxes.tolist(), strict=True)
     ]
     rows, columns = linear_sum_assignment(np.asarray(cost).reshape(len(logits), len(labels)))
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
-def plain_losses(
+def reference_losses(
     how: Classification,
     layer: dict,
     targets: list[dict],
@@ -130,7 +119,7 @@ def plain_losses(
     """The published losses of one layer."""
     num_boxes = max(sum(len(t["labels"]) for t in targets), 1)
     matches = [
-        plain_match(how, layer["pred_logits"][i], layer["pred_boxes"][i], t)
+        reference_match(how, layer["pred_logits"][i], layer["pred_boxes"][i], t)
         for i, t in enumerate(targets)
     ]
     ce = weight_sum = l1 = giou = feature = cardinality = 0.0
@@ -156,7 +145,7 @@ def plain_losses(
         for q, t in matches[i]:
             box, true_box = layer["pred_boxes"][i, q].tolist(), target["boxes"][t].tolist()
             l1 += sum(abs(x - y) for x, y in zip(box, true_box, strict=True))
-            giou += 1 - plain_giou(box, true_box)
+            giou += 1 - reference_giou(box, true_box)
             a = layer["pred_features"][i, q].detach()
             b = features[sum(len(t["labels"]) for t in targets[:i]) + t]
             feature += 2 - 2 * float(a @ b / a.norm() / b.norm())
@@ -169,28 +158,25 @@ def plain_losses(
     }
 
 
-# ---------------------------------------------------------------------------------------------------- matching
+# ---- matching ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
-def test_matches_equal_the_plain_ones(kind: str, seed: int) -> None:
+def test_matches_equal_reference(kind: str, seed: int) -> None:
     rng = np.random.RandomState(seed)
     layers, batch, queries = rng.randint(1, 4), rng.randint(1, 5), rng.randint(1, 12)
-    counts = [
-        int(rng.randint(0, 9)) for _ in range(batch)
-    ]  # more targets than queries among them, and none
+    # Includes images without targets, and with more targets than queries.
+    counts = [int(rng.randint(0, 9)) for _ in range(batch)]
     logits, boxes = predictions(kind, layers, batch, queries, seed)
     targets, how = double(make_targets(counts, NUM_CLASSES, seed)), classes(kind)
     matches = HungarianMatcher(how)(logits, boxes, targets)
     source, target_index, offsets = [], [], np.cumsum([0, *counts])
     for layer in range(layers):
         for i in range(batch):
-            expected = plain_match(how, logits[layer, i], boxes[layer, i], targets[i])
-            assert (
-                list(zip(*(side.tolist() for side in matches.pairs[layer][i]), strict=True))
-                == expected
-            )
+            expected = reference_match(how, logits[layer, i], boxes[layer, i], targets[i])
+            found = [side.tolist() for side in matches.pairs[layer][i]]
+            assert list(zip(*found, strict=True)) == expected
             assert len(expected) == min(counts[i], queries)
             source += [(layer * batch + i) * queries + q for q, _ in expected]
             target_index += [int(offsets[i]) + t for _, t in expected]
@@ -199,7 +185,7 @@ def test_matches_equal_the_plain_ones(kind: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_costs_equal_the_plain_ones(kind: str) -> None:
+def test_costs_equal_reference(kind: str) -> None:
     logits, boxes = predictions(kind, 2, 3, 5)
     targets, how = double(make_targets([3, 1, 4], NUM_CLASSES)), classes(kind)
     cost = HungarianMatcher(how).cost_matrix(logits.detach(), boxes.detach(), targets)
@@ -208,7 +194,7 @@ def test_costs_equal_the_plain_ones(kind: str) -> None:
         for t, (label, box) in enumerate(
             zip(targets[i]["labels"].tolist(), targets[i]["boxes"].tolist(), strict=True)
         ):
-            expected = plain_cost(
+            expected = reference_cost(
                 how, logits[layer, i, q].tolist(), boxes[layer, i, q].tolist(), label, box
             )
             assert float(cost[layer, i, q, t]) == pytest.approx(expected, rel=1e-9)
@@ -223,7 +209,7 @@ def test_each_cost_has_its_own_weight(weights: tuple[float, float, float]) -> No
         "labels": torch.tensor([4, 0, 3, 1]),
     }
     pairs = HungarianMatcher(how)(logits, boxes, [target]).pairs[0][0]
-    assert list(zip(*(side.tolist() for side in pairs), strict=True)) == plain_match(
+    assert list(zip(*(side.tolist() for side in pairs), strict=True)) == reference_match(
         how, logits[0, 0], boxes[0, 0], target
     )
 
@@ -234,10 +220,8 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
     logits, boxes = predictions(kind, 2, 3, queries, seed=5)
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=5)), classes(kind)
     criterion = SetCriterion(how, expand_weight_dict(WEIGHTS, 1))
-    query_order, target_orders = (
-        torch.randperm(queries),
-        [torch.randperm(count) for count in counts],
-    )
+    query_order = torch.randperm(queries)
+    target_orders = [torch.randperm(count) for count in counts]
     shuffled = [
         {name: value[order] if name != "image_id" else value for name, value in target.items()}
         for target, order in zip(targets, target_orders, strict=True)
@@ -255,13 +239,11 @@ def test_order_of_queries_and_targets_does_not_matter(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_do_not_see_each_other(kind: str) -> None:
-    """The matching of an image is the same alone and beside images with more targets (whose padding must not count)."""
+def test_images_are_matched_independently(kind: str) -> None:
+    """An image is matched the same alone and next to images with more targets, which pad its costs."""
     logits, boxes = predictions(kind, 2, 3, 6, seed=7)
-    targets, matcher = (
-        double(make_targets([2, 9, 0], NUM_CLASSES, seed=7)),
-        HungarianMatcher(classes(kind)),
-    )
+    targets = double(make_targets([2, 9, 0], NUM_CLASSES, seed=7))
+    matcher = HungarianMatcher(classes(kind))
     together = matcher(logits, boxes, targets)
     for i in range(3):
         alone = matcher(logits[:, i : i + 1], boxes[:, i : i + 1], targets[i : i + 1])
@@ -277,10 +259,8 @@ def test_non_finite_predictions_name_layer_and_images(kind: str, where: str, val
     logits, boxes = (x.detach().clone() for x in predictions(kind, 3, 4, 5))
     targets = double(make_targets([2, 0, 3, 1], NUM_CLASSES))
     if where == "logits":
-        logits[1, 2, 4], logits[1, 3, 0] = (
-            math.nan,
-            math.nan,
-        )  # an infinite logit is a certain class, not an error
+        # NaN for both values: an infinite logit is a certain class, not an error.
+        logits[1, 2, 4] = logits[1, 3, 0] = math.nan
     else:
         boxes[1, 2, 4, 0], boxes[1, 3, 0, 3] = value, value
     with pytest.raises(NonFinitePrediction, match=r"layer 1 .*\[102, 103\]"):
@@ -289,7 +269,7 @@ def test_non_finite_predictions_name_layer_and_images(kind: str, where: str, val
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_non_finite_padding_of_the_cost_is_no_error(kind: str) -> None:
-    """An image without targets has no cost: its predictions are judged by the loss, not by the matcher."""
+    """An image without targets has no costs: the loss sees its predictions, not the matcher."""
     logits, boxes = (x.detach().clone() for x in predictions(kind, 1, 2, 5))
     boxes[0, 1] = math.nan
     matches = HungarianMatcher(classes(kind))(
@@ -298,8 +278,17 @@ def test_non_finite_padding_of_the_cost_is_no_error(kind: str) -> None:
     assert len(matches.source) == 2
 
 
-class CopyCounter(TorchDispatchMode):
-    """Counts what would make a GPU wait for the host: reading a scalar, and shapes that depend on values."""
+class SyncRecorder(TorchDispatchMode):
+    """Record what would synchronize a GPU with the host: reading a scalar, and shapes that depend on values."""
+
+    SYNCHRONIZING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique_dim",
+        "_unique2",
+        "is_nonzero",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -311,18 +300,7 @@ class CopyCounter(TorchDispatchMode):
         by_mask = any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices
         )
-        if (
-            name
-            in (
-                "_local_scalar_dense",
-                "nonzero",
-                "masked_select",
-                "unique_dim",
-                "_unique2",
-                "is_nonzero",
-            )
-            or by_mask
-        ):
+        if name in self.SYNCHRONIZING or by_mask:
             self.waits.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -332,7 +310,7 @@ class CopyCounter(TorchDispatchMode):
 def test_one_copy_to_the_host(
     kind: str, layers: int, counts: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The costs of all layers and images go to the host in one piece; nothing else is read from the device."""
+    """The costs of all layers and images are copied to the host at once; nothing else is read from the device."""
     copies = []
     for name in ("cpu", "tolist", "item", "numpy", "__int__", "__float__", "__bool__"):
         original = getattr(Tensor, name)
@@ -349,22 +327,20 @@ def test_one_copy_to_the_host(
         classes(kind), WEIGHTS, losses=("labels", "boxes", "cardinality", "features")
     )
     copies.clear()
-    with CopyCounter() as counter:
+    with SyncRecorder() as recorder:
         criterion(outputs, targets)
-    assert copies == (
-        ["cpu", "numpy"] if sum(counts) else []
-    )  # `numpy` reads what `cpu` has brought
-    assert len(counter.waits) == (
-        2 if kind == "focal" else 0
-    )  # `one_hot` looks at its input on CPUs, on GPUs it does not
+    # `numpy` reads the copy that `cpu` made.
+    assert copies == (["cpu", "numpy"] if sum(counts) else [])
+    # `one_hot` checks its input on a CPU, but not on a GPU.
+    assert len(recorder.waits) == (2 if kind == "focal" else 0)
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+# ---- losses ----
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("counts", [[3, 0, 5], [1], [8, 2], [0, 0]])
-def test_losses_equal_the_plain_ones(kind: str, counts: list[int]) -> None:
+def test_losses_equal_reference(kind: str, counts: list[int]) -> None:
     layers, queries, eos_coef, alpha = 3, 6, 0.25, 0.3
     logits, boxes = predictions(kind, layers, len(counts), queries, seed=11)
     targets, how = double(make_targets(counts, NUM_CLASSES, seed=11)), classes(kind)
@@ -376,7 +352,7 @@ def test_losses_equal_the_plain_ones(kind: str, counts: list[int]) -> None:
     expected = {}
     for i, layer in enumerate([*outputs["aux_outputs"], outputs]):
         suffix = f"_{i}" if i < layers - 1 else ""
-        values = plain_losses(how, layer, targets, eos_coef, alpha, outputs["target_features"])
+        values = reference_losses(how, layer, targets, eos_coef, alpha, outputs["target_features"])
         expected.update({f"{name}{suffix}": value for name, value in values.items()})
     assert set(losses) == {*expected, "class_error"}
     for name, value in expected.items():
@@ -384,11 +360,11 @@ def test_losses_equal_the_plain_ones(kind: str, counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_class_error_is_the_share_of_wrong_classes_in_percent(kind: str) -> None:
+def test_class_error_is_the_percentage_of_wrong_classes(kind: str) -> None:
     logits, boxes = (x.detach() for x in predictions(kind, 1, 1, 4))
     target = double(make_targets([4], NUM_CLASSES))[0]
     logits = logits * 0
-    for q in range(4):  # each query stands on its target; three of them say the right class
+    for q in range(4):  # each query has the box of its target, three of them the right class
         logits[0, 0, q, target["labels"][q] if q < 3 else 0] = 3.0
     losses = SetCriterion(classes(kind, cost_class=0.0), WEIGHTS)(
         as_outputs(logits, target["boxes"][None, None]), [target]
@@ -427,8 +403,8 @@ def test_all_layers_at_once_equal_layer_by_layer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
-    """A process without objects must take part in every collective, with gradients for the same parameters."""
+def test_every_loss_exists_and_has_gradients_without_targets(kind: str) -> None:
+    """A rank without objects takes part in every collective, with gradients for the same parameters."""
     logits, boxes = predictions(kind, 3, 2, 5)
     criterion = SetCriterion(
         classes(kind),
@@ -462,7 +438,7 @@ def test_every_loss_is_there_and_trains_without_targets(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_targets_give_the_losses_of_a_list(kind: str) -> None:
-    """Bit by bit, also those of encoder proposals, which see no classes."""
+    """Bit-exact, also for encoder proposals, which ignore classes."""
     logits, boxes = predictions(kind, 2, 3, 7, seed=4)
     targets = double(make_targets([4, 2, 0], NUM_CLASSES, seed=4))
     packed = PackedTargets.pack(targets)
@@ -495,7 +471,7 @@ def test_more_targets_than_queries(kind: str) -> None:
     assert all(torch.isfinite(value) for value in losses.values())
 
 
-def test_weights_of_the_total() -> None:
+def test_total_loss_weights() -> None:
     assert expand_weight_dict({"a": 1.0, "b": 2.0}, 2) == {
         "a": 1.0,
         "b": 2.0,
@@ -516,8 +492,8 @@ def test_weights_of_the_total() -> None:
     assert float(criterion.total_loss(losses)) == 11.0
 
 
-def test_criterion_has_nothing_to_save() -> None:
-    """The published checkpoints keep no buffer of the criterion."""
+def test_criterion_state_dict_is_empty() -> None:
+    """Published checkpoints have no buffer of the criterion."""
     assert SetCriterion(classes("softmax"), WEIGHTS).state_dict() == {}
 
 
@@ -530,10 +506,9 @@ def test_published_cardinality_error_of_focal_outputs_on_request() -> None:
     published = SetCriterion(classes("focal"), WEIGHTS, reproduce_published=True)(
         as_outputs(logits, boxes), targets
     )
-    assert float(ours["cardinality_error"]) == 0  # two scores above one half, two targets
-    assert (
-        float(published["cardinality_error"]) == 1
-    )  # three queries whose best class is not the last
+    assert float(ours["cardinality_error"]) == 0  # two scores above 0.5, two targets
+    # Three queries whose best class is not the last one.
+    assert float(published["cardinality_error"]) == 1
 
 
 def test_half_precision_predictions_are_scored_in_float32() -> None:
@@ -557,7 +532,7 @@ def test_costs_may_not_all_be_zero() -> None:
         classes("hinge")
 
 
-# ---------------------------------------------------------------------------------------------------- boxes
+# ---- boxes ----
 
 
 def test_box_formats_are_inverse() -> None:
@@ -568,19 +543,13 @@ def test_box_formats_are_inverse() -> None:
     )
 
 
-def test_generalised_iou_equals_the_plain_one() -> None:
-    a, b = (
-        x.detach()[0, 0]
-        for x in (
-            predictions("focal", 1, 1, 9, seed=1)[1],
-            predictions("focal", 1, 1, 9, seed=2)[1],
-        )
-    )
+def test_generalized_iou_equals_reference() -> None:
+    a, b = (predictions("focal", 1, 1, 9, seed=seed)[1].detach()[0, 0] for seed in (1, 2))
     pairwise = generalized_box_iou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
     paired = paired_giou(box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b))
     for i, j in np.ndindex(9, 9):
         assert float(pairwise[i, j]) == pytest.approx(
-            plain_giou(a[i].tolist(), b[j].tolist()), abs=1e-12
+            reference_giou(a[i].tolist(), b[j].tolist()), abs=1e-12
         )
     torch.testing.assert_close(paired, pairwise.diagonal())
 

@@ -1,6 +1,7 @@
-"""Detectors: shapes, options, names of parameters, padding, precision, what trains."""
+"""Detectors: output shapes, options, parameter names, padding, precision, trainable parameters."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ from util.settings.registry import DETECTORS
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 LAYERS, QUERIES = 2, 20  # of the small model
-COUNTS = {
+# State-dict keys of the published models.
+NUM_KEYS = {
     "detr_r50": 458,
     "detr_r50_prenorm": 460,
     "detr_r50_learned": 460,
@@ -92,17 +94,12 @@ def test_without_auxiliary_outputs(detector: str) -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_weights_of_all_layers(detector: str) -> None:
+def test_loss_weights_of_all_layers(detector: str) -> None:
     args = tiny_args(
         FINETUNE,
         "--detector",
         detector,
-        "--dec_layers",
-        "3",
-        "--cls_loss_coef",
-        "4",
-        "--bbox_loss_coef",
-        "6",
+        *shlex.split("--dec_layers 3 --cls_loss_coef 4 --bbox_loss_coef 6"),
     )
     model, criterion, _ = build_model(args)
     expected = {
@@ -116,10 +113,8 @@ def test_weights_of_all_layers(detector: str) -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_contract_of_the_stages(detector: str) -> None:
-    """`encode`, `decode`, `predict` in a row are `forward`; queries may come from outside; groups do not see each
-    other.
-    """
+def test_encode_decode_predict_contract(detector: str) -> None:
+    """`encode`, `decode` and `predict` in a row equal `forward`; queries can be given; query groups are independent."""
     model = build("--detector", detector).eval()
     samples = make_batch([(64, 64), (64, 96)])
     memory = model.encode(samples)
@@ -138,17 +133,17 @@ def test_contract_of_the_stages(detector: str) -> None:
         model.predict(model.decode(memory, learned))["pred_boxes"], plain["pred_boxes"]
     )
     assert model.learned_queries(2, 5).position.shape == (2, 5, 32)
-    groups = model.decode(memory, learned, query_groups=4)
+    grouped = model.decode(memory, learned, query_groups=4)
     for group in range(4):
         part = slice(group * 5, group * 5 + 5)
         content = None if learned.content is None else learned.content[:, part]
         alone = model.decode(memory, Queries(learned.position[:, part], content))
-        torch.testing.assert_close(groups.layers[:, :, part], alone.layers, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(groups.layers, states.layers, atol=1e-3)
+        torch.testing.assert_close(grouped.layers[:, :, part], alone.layers, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(grouped.layers, states.layers, atol=1e-3)
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_samples_in_any_form(detector: str) -> None:
+def test_samples_as_tensor_list_or_nested_tensor(detector: str) -> None:
     model = build("--detector", detector).eval()
     samples = make_batch()
     expected = model(samples)["pred_boxes"]
@@ -183,10 +178,9 @@ def test_pre_norm_is_refused_by_conditional_detr() -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_dilation_halves_the_stride(detector: str) -> None:
-    one_map = (
-        ("--num_feature_levels", "1") if "num_feature_levels" in DETECTORS[detector].flags else ()
-    )
-    flags = ("--detector", detector, "--backbone", "resnet50", *one_map)
+    flags = ["--detector", detector, "--backbone", "resnet50"]
+    if "num_feature_levels" in DETECTORS[detector].flags:
+        flags += ["--num_feature_levels", "1"]
     plain, dilated = build(*flags), build(*flags, "--dilation")
     assert [plain.backbone[0].strides[-1], dilated.backbone[0].strides[-1]] == [32, 16]
     assert {k: v.shape for k, v in plain.state_dict().items()} == {
@@ -204,11 +198,11 @@ def test_dilation_needs_bottlenecks() -> None:
         build("--backbone", "resnet999")
 
 
-# ---------------------------------------------------------------------------------------------------- names
+# ---- names ----
 
 
-@pytest.mark.parametrize("case", COUNTS)
-def test_names_are_the_published_ones(case: str) -> None:
+@pytest.mark.parametrize("case", NUM_KEYS)
+def test_parameter_names_match_published(case: str) -> None:
     js = json.loads((GOLDEN / f"{case}.json").read_text())
     script = "main.py" if "updetr" in case else FINETUNE
     args = make_parser(script).parse_args(
@@ -229,7 +223,7 @@ def test_names_are_the_published_ones(case: str) -> None:
         state = build_model(resolve(args))[0].state_dict()
     published = {key: entry["shape"] for key, entry in js["state_dict"].items()}
     assert {key: list(value.shape) for key, value in state.items()} == published
-    assert len(state) == COUNTS[case]
+    assert len(state) == NUM_KEYS[case]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -237,32 +231,31 @@ def test_trainable_parameters_at_published_sizes(detector: str) -> None:
     flags = ["--detector", detector, "--backbone_weights", "none", "--backbone_norm", "frozen"]
     with torch.device("meta"):
         model = build_model(resolve(make_parser(FINETUNE).parse_args(flags)))[0]
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (
-        count
-        == {"detr": 41_302_368, "conditional_detr": 43_196_001, "deformable_detr": 39_847_265}[
-            detector
-        ]
-    )
+    expected = {
+        "detr": 41_302_368,
+        "conditional_detr": 43_196_001,
+        "deformable_detr": 39_847_265,
+    }
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected[detector]
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_weights_load_strictly_and_give_equal_outputs(detector: str) -> None:
-    model, other = (
-        build("--detector", detector, seed=0).eval(),
-        build("--detector", detector, seed=1).eval(),
-    )
+    model = build("--detector", detector, seed=0).eval()
+    other = build("--detector", detector, seed=1).eval()
     assert not torch.equal(model(make_batch())["pred_boxes"], other(make_batch())["pred_boxes"])
     other.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(model(make_batch())["pred_boxes"], other(make_batch())["pred_boxes"])
 
 
-# ---------------------------------------------------------------------------------------------------- initial values
+# ---- initial values ----
 
 
 def test_initial_values() -> None:
-    """Layers start with equal biases and different matrices; focal heads at a probability of 0.01, boxes of Conditional
-    DETR at their reference point."""
+    """Layers start with equal biases and different matrices.
+
+    Focal heads start at a probability of 0.01, boxes of Conditional DETR at their reference points.
+    """
     model = build("--detector", "conditional_detr", "--enc_layers", "2")
     assert model.class_embed.bias.sigmoid().tolist() == pytest.approx([0.01] * 91)
     first, second = model.transformer.encoder.layers
@@ -276,11 +269,11 @@ def test_initial_values() -> None:
     assert build().class_embed.bias.abs().max() < 0.5
 
 
-# ---------------------------------------------------------------------------------------------------- padding
+# ---- padding ----
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_promise_of_no_padding_changes_nothing(detector: str) -> None:
+def test_padded_false_equals_an_empty_mask(detector: str) -> None:
     model = build("--detector", detector).eval()
     samples = make_batch([(64, 96)] * 2)
     assert samples.padded is False
@@ -289,10 +282,8 @@ def test_promise_of_no_padding_changes_nothing(detector: str) -> None:
         torch.testing.assert_close(model(samples)[name], model(masked)[name], rtol=1e-5, atol=1e-5)
 
 
-class Cells(nn.Module):
-    """A backbone whose cells see their own 32 x 32 pixels only; a convolutional one also sees the border to the
-    padding.
-    """
+class PatchBackbone(nn.Module):
+    """A backbone whose cells read only their own pixels. A convolutional one also reads across the padding's border."""
 
     def __init__(self, maps: list[tuple[int, int]]) -> None:
         super().__init__()
@@ -306,97 +297,94 @@ class Cells(nn.Module):
 
 @pytest.mark.parametrize("positions", ["sine", "sine_shifted"])
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_padding_is_not_seen(detector: str, positions: str) -> None:
-    """An image gives the same alone and beside a larger one, where the backbone lets it: positions, attention and boxes
-    do.
+def test_padding_does_not_change_outputs(detector: str, positions: str) -> None:
+    """An image has the same outputs alone and next to a larger one, with a backbone that does not read padding.
+
+    That covers positional encodings, attention masks and boxes.
     """
     model = build(
         "--detector", detector, "--position_embedding", positions, "--enc_layers", "2"
     ).eval()
     backbone = model.backbone[0]
-    backbone.body = Cells(list(zip(backbone.num_channels, backbone.strides, strict=True)))
+    maps = list(zip(backbone.num_channels, backbone.strides, strict=True))
+    backbone.body = PatchBackbone(maps)
     for module in model.modules():
-        if isinstance(
-            module, nn.GroupNorm
-        ):  # its statistics are those of the padded map, as published
+        if isinstance(module, nn.GroupNorm):
+            # Switched off: as published, its statistics are those of the padded map.
             module.forward = lambda x: x
         if isinstance(module, MLP):
-            nn.init.normal_(
-                module.layers[-1].weight, std=0.3
-            )  # zero at the start in the box heads of two detectors
+            # Box heads of two detectors start at zero, where all boxes are alike.
+            nn.init.normal_(module.layers[-1].weight, std=0.3)
     small, large = make_batch(1, seed=1).tensors[0], make_batch([(128, 192)], seed=2).tensors[0]
     alone, together = model([small]), model([small, large])
     assert as_nested_tensor([small, large]).padded is True
     for name in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(together[name][:1], alone[name], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together[name][1:], model([large])[name], rtol=1e-4, atol=1e-5)
-    unmasked = model(
-        NestedTensor(
-            as_nested_tensor([small, large]).tensors, torch.zeros(2, 128, 192, dtype=torch.bool)
-        )
-    )
+    no_mask = torch.zeros(2, 128, 192, dtype=torch.bool)
+    unmasked = model(NestedTensor(as_nested_tensor([small, large]).tensors, no_mask))
     assert not torch.allclose(unmasked["pred_boxes"][:1], alone["pred_boxes"], atol=1e-3)
 
 
 def test_mask_is_resized_by_floor() -> None:
-    """80 columns, 64 of them valid, down to 3: columns 0, 26 and 53 are looked at, all of them valid (facts: 3.1)."""
+    """80 columns, 64 of them valid, resized to 3: columns 0, 26 and 53 are read, all of them valid."""
     mask = torch.zeros(1, 32, 80, dtype=torch.bool)
     mask[..., 64:] = True
     assert not resize_mask(mask, (1, 3)).any()
     assert resize_mask(mask, (1, 5))[0, 0].tolist() == [False] * 4 + [True]
 
 
-# ---------------------------------------------------------------------------------------------------- positions
+# ---- positions ----
 
 
 def test_sine_positions_from_the_formula() -> None:
     mask = torch.zeros(1, 3, 4, dtype=torch.bool)
     mask[..., 3:] = True
     for name, shift in (("sine", 0.0), ("sine_shifted", 0.5)):
-        code = POSITION_ENCODINGS[name](8)(mask)
-        assert code.shape == (1, 8, 3, 4)
-        y, x = (
-            (2 - shift) / 3 * 2 * torch.pi,
-            (1 - shift) / 3 * 2 * torch.pi,
-        )  # second row of three, first column of three
+        encoding = POSITION_ENCODINGS[name](8)(mask)
+        assert encoding.shape == (1, 8, 3, 4)
+        y = (2 - shift) / 3 * 2 * torch.pi  # second row of three
+        x = (1 - shift) / 3 * 2 * torch.pi  # first column of three valid ones
         expected = [
             f(torch.tensor(v / t))
             for v in (y, x)
             for t in (1.0, 10000**0.5)
             for f in (torch.sin, torch.cos)
         ]
-        torch.testing.assert_close(code[0, :, 1, 0], torch.stack(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            encoding[0, :, 1, 0], torch.stack(expected), rtol=1e-4, atol=1e-4
+        )
 
 
-def test_sine_code_of_points_has_y_first() -> None:
-    code = sine_embed_points(torch.tensor([[0.25, 0.0]]), 8)  # x = 1/4, y = 0
-    torch.testing.assert_close(code[0, :4], torch.tensor([0.0, 1.0, 0.0, 1.0]))
-    assert float(code[0, 4]) == pytest.approx(1.0)
+def test_sine_embedding_of_points_has_y_first() -> None:
+    embedding = sine_embed_points(torch.tensor([[0.25, 0.0]]), 8)  # x = 1/4, y = 0
+    torch.testing.assert_close(embedding[0, :4], torch.tensor([0.0, 1.0, 0.0, 1.0]))
+    assert float(embedding[0, 4]) == pytest.approx(1.0)
 
 
 def test_learned_positions_have_x_first_and_a_limit() -> None:
-    code = POSITION_ENCODINGS["learned"](8)
-    out = code(torch.zeros(2, 3, 5, dtype=torch.bool))
-    assert torch.equal(out[1, :4, 2, 3], code.col_embed.weight[3])
-    assert torch.equal(out[1, 4:, 2, 3], code.row_embed.weight[2])
+    encoding = POSITION_ENCODINGS["learned"](8)
+    out = encoding(torch.zeros(2, 3, 5, dtype=torch.bool))
+    assert torch.equal(out[1, :4, 2, 3], encoding.col_embed.weight[3])
+    assert torch.equal(out[1, 4:, 2, 3], encoding.row_embed.weight[2])
     with pytest.raises(UserError, match="3 x 51.*--image_size"):
-        code(torch.zeros(1, 3, 51, dtype=torch.bool))
+        encoding(torch.zeros(1, 3, 51, dtype=torch.bool))
 
 
-# ---------------------------------------------------------------------------------------------------- precision
+# ---- precision ----
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None:
     torch.manual_seed(0)
     model, criterion, _ = build_model(tiny_args(FINETUNE, "--detector", detector, "--dropout", "0"))
-    inside = []
+    encoder_dtypes = []
     model.transformer.encoder.layers[0].linear1.register_forward_hook(
-        lambda module, inputs, output: inside.append(output.dtype)
+        lambda module, inputs, output: encoder_dtypes.append(output.dtype)
     )
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(make_batch())
-    assert inside == [torch.bfloat16]
+    assert encoder_dtypes == [torch.bfloat16]
     for layer in (outputs, *outputs["aux_outputs"]):
         assert layer["pred_boxes"].dtype == layer["pred_logits"].dtype == torch.float32
     losses = criterion(outputs, make_targets([2, 1]))
@@ -417,15 +405,14 @@ def test_bfloat16_keeps_heads_boxes_and_losses_in_float32(detector: str) -> None
     [*([name] for name in DETECTORS), ["deformable_detr", "--with_box_refine", "--two_stage"]],
     ids=" ".join,
 )
-def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -> None:
-    """For those who predict: `model.half()` takes images of its type, and its boxes are nearly those of the whole
-    precision.
-    """
-    model, images = build("--detector", *flags).eval(), make_batch()
+def test_model_in_half_precision(flags: list[str], dtype: torch.dtype) -> None:
+    """For inference: `model.half()` takes half-precision images, and its boxes are close to the float32 ones."""
+    model = build("--detector", *flags).eval()
+    images = make_batch()
     with torch.no_grad():
         expected = model(images)
         found = model.to(dtype)(NestedTensor(images.tensors.to(dtype), images.mask))
-    if "--two_stage" not in flags:  # there, rounding alone changes which tokens are proposed
+    if "--two_stage" not in flags:  # rounding changes which proposals are selected
         torch.testing.assert_close(
             found["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=0.05
         )
@@ -436,7 +423,7 @@ def test_a_whole_model_in_half_precision(flags: list[str], dtype: torch.dtype) -
     )
 
 
-# ---------------------------------------------------------------------------------------------------- what trains
+# ---- trainable parts ----
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
@@ -458,7 +445,7 @@ def test_stem_and_first_stage_never_train(detector: str) -> None:
     assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
 
 
-def test_backbone_rate_of_zero_freezes_it() -> None:
+def test_lr_backbone_0_freezes_the_backbone() -> None:
     model = build("--lr_backbone", "0", "--backbone_norm", "frozen")
     assert model.backbone[0].frozen
     assert all(p.requires_grad for name, p in model.named_parameters() if "backbone" not in name)
@@ -506,14 +493,14 @@ def test_live_and_frozen_batch_norm_have_the_same_names() -> None:
     ("name", "frozen_until"), [("tf_efficientnet_lite0", "blocks_2"), ("resnet18", "layer2")]
 )
 def test_timm_backbone(name: str, frozen_until: str) -> None:
-    """Strides and channels as described, norms frozen, and what comes before stride 8 never trains, as in a ResNet."""
+    """Strides and channels as reported, norms frozen, and layers before stride 8 never train, as in a ResNet."""
     pytest.importorskip("timm", reason="timm is an extra")
     backbone = Backbone(f"timm:{name}", stages=(2, 3, 4))
     maps = backbone(torch.randn(1, 3, 64, 96))
     assert backbone.strides == [8, 16, 32]
-    described = zip(backbone.num_channels, backbone.strides, strict=True)
+    reported = zip(backbone.num_channels, backbone.strides, strict=True)
     assert [tuple(x.shape[1:]) for x in maps] == [
-        (channels, 64 // stride, 96 // stride) for channels, stride in described
+        (channels, 64 // stride, 96 // stride) for channels, stride in reported
     ]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules())
     names = [key for key, _ in backbone.body.named_parameters()]
@@ -532,9 +519,8 @@ def test_detector_on_a_timm_backbone(detector: str) -> None:
     model = build("--detector", detector, "--backbone", "timm:tf_efficientnet_lite0")
     check_layer(model.eval()(make_batch([(64, 64), (96, 64)])), 2, QUERIES, num_outputs(model))
     assert model.backbone[0].mean == (0.5, 0.5, 0.5)
-    assert any(
-        isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()
-    )  # random weights: live
+    # Random weights get live norms.
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
 
 
 def test_unknown_timm_backbone() -> None:
@@ -543,7 +529,7 @@ def test_unknown_timm_backbone() -> None:
         Backbone("timm:no_such_net")
 
 
-# ---------------------------------------------------------------------------------------------------- post-processing
+# ---- post-processing ----
 
 
 def test_softmax_gives_each_query_its_best_class() -> None:
@@ -561,7 +547,7 @@ def test_softmax_gives_each_query_its_best_class() -> None:
     )
 
 
-def test_focal_gives_the_best_pairs() -> None:
+def test_focal_gives_the_best_query_class_pairs() -> None:
     logits = torch.tensor([[[0.0, 3.0], [2.0, 1.0], [-1.0, -2.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]]])
     outputs = {"pred_logits": logits, "pred_boxes": boxes}
@@ -578,13 +564,8 @@ def test_focal_gives_the_best_pairs() -> None:
     ]
 
 
-def test_few_queries_give_few_results() -> None:
+def test_few_queries_give_fewer_results_than_top_k() -> None:
     outputs = {"pred_logits": torch.randn(1, 3, 2), "pred_boxes": torch.rand(1, 3, 4)}
-    assert (
-        len(
-            PostProcess(Classification("focal", 2, cost_class=1.0))(
-                outputs, torch.tensor([[9, 9]])
-            )[0]["scores"]
-        )
-        == 6
-    )
+    postprocess = PostProcess(Classification("focal", 2, cost_class=1.0))
+    result = postprocess(outputs, torch.tensor([[9, 9]]))[0]
+    assert len(result["scores"]) == 6  # 3 queries x 2 classes

@@ -1,8 +1,9 @@
-"""`--teacher_momentum`: what the teacher is, what it gives, and a run with one that stops and resumes.
+"""`--teacher_momentum`: the teacher's weights, its targets, and a run that stops and resumes.
 
-Two processes with one are compared with a single one by test_distributed.py.
+test_distributed.py compares two ranks with one.
 """
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -27,11 +28,14 @@ from util.errors import StopRequested, UserError
 from util.settings import PRETRAIN
 from util.settings.registry import DETECTORS
 
-TRAINED = ("--lr_backbone", "1e-5")  # a backbone that trains, as far as its norms are frozen
+TRAINED = (
+    "--lr_backbone",
+    "1e-5",
+)  # the backbone trains, except its frozen norms, stem and first stage
 
 
 def perturb_parameters(model: torch.nn.Module) -> None:
-    """What a step of the optimizer might do."""
+    """Change the trained parameters, as an optimizer step does."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -39,7 +43,7 @@ def perturb_parameters(model: torch.nn.Module) -> None:
 
 
 def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of the student's tensors that the teacher has too."""
+    """Copy the student's tensors that the teacher has too."""
     return {name: model.state_dict()[name].clone() for name in model.teacher.network.state_dict()}
 
 
@@ -49,10 +53,8 @@ def own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     [(), TRAINED, ("--backbone_norm", "live", *TRAINED)],
     ids=["frozen", "trained", "live"],
 )
-def test_before_any_step_it_gives_the_targets_of_the_network_itself(
-    detector: str, backbone: tuple
-) -> None:
-    """The same copies, statistics of the batch, no dropout: nothing differs. Afterwards no gradient reaches it."""
+def test_initial_teacher_gives_the_targets_of_the_student(detector: str, backbone: tuple) -> None:
+    """With equal weights, batch statistics and no dropout nothing differs. No gradient reaches the teacher."""
     batch, targets = make_batch([(64, 64), (64, 96)] * 2), view_targets(4)
     results = []
     for teacher in ((), ("--teacher_momentum", "0.9")):
@@ -63,16 +65,8 @@ def test_before_any_step_it_gives_the_targets_of_the_network_itself(
         losses = criterion.train()(outputs, targets)
         criterion.total_loss(losses).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append(
-            (
-                {
-                    name: outputs[name].detach()
-                    for name in ("projections", "predictions", "target_features")
-                },
-                losses,
-                gradients,
-            )
-        )
+        names = ("projections", "predictions", "target_features")
+        results.append(({name: outputs[name].detach() for name in names}, losses, gradients))
     without, with_teacher = results
     assert_same(without, with_teacher)
     assert not outputs["projections"].requires_grad
@@ -85,14 +79,14 @@ def test_before_any_step_it_gives_the_targets_of_the_network_itself(
     )
 
 
-def test_equation_1() -> None:
+def test_update_follows_equation_1() -> None:
     model, _ = build("--teacher_momentum", "0.8", *TRAINED)
     start = own_weights(model)
     before = {name: p.clone() for name, p in model.teacher.network.named_parameters()}
     perturb_parameters(model)
-    for share, momentum in ((0.0, 0.8), (0.5, 0.9), (1.0, 1.0)):
+    for progress, momentum in ((0.0, 0.8), (0.5, 0.9), (1.0, 1.0)):
         model.teacher.network.load_state_dict(start)
-        model.after_step(share)
+        model.after_step(progress)
         teacher = dict(model.teacher.network.named_parameters())
         expected = {
             name: momentum * before[name] + (1 - momentum) * model.get_parameter(name).detach()
@@ -101,20 +95,20 @@ def test_equation_1() -> None:
         torch.testing.assert_close(teacher, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_momentum_of_0_and_1(share: float) -> None:
-    quick, _ = build("--teacher_momentum", "0")
-    still, _ = build("--teacher_momentum", "1")
-    start = own_weights(still)
-    for model in (quick, still):
+@pytest.mark.parametrize("progress", [0.0, 0.3, 0.9])
+def test_momentum_of_0_and_1(progress: float) -> None:
+    latest, _ = build("--teacher_momentum", "0")
+    constant, _ = build("--teacher_momentum", "1")
+    start = own_weights(constant)
+    for model in (latest, constant):
         perturb_parameters(model)
-        model.after_step(share)
-    assert_same(dict(still.teacher.network.state_dict()), start)
-    if share == 0:
-        assert_same(dict(quick.teacher.network.state_dict()), own_weights(quick))
+        model.after_step(progress)
+    assert_same(dict(constant.teacher.network.state_dict()), start)
+    if progress == 0:
+        assert_same(dict(latest.teacher.network.state_dict()), own_weights(latest))
 
 
-def test_running_statistics_are_those_of_the_student() -> None:
+def test_running_statistics_are_copied_from_the_student() -> None:
     model, _ = build("--teacher_momentum", "0.9", "--backbone_norm", "live", *TRAINED)
     model.train()(make_batch(4), view_targets(4))
     model.after_step(0.0)
@@ -125,14 +119,12 @@ def test_running_statistics_are_those_of_the_student() -> None:
         {name: teacher[name] for name in statistics}, {name: student[name] for name in statistics}
     )
     assert int(student["enc_head.0.projector.mlp.1.num_batches_tracked"]) == 2, (
-        "one pass a view: the teacher's own do not count"
+        "one pass per view: the teacher's own passes do not count"
     )
 
 
-def test_targets_are_the_teachers() -> None:
-    """Another teacher changes the projections and, with a backbone of its own, the features of the crops; nothing
-    else.
-    """
+def test_targets_come_from_the_teacher() -> None:
+    """A changed teacher changes the projections and, if it has a backbone, the crop features; nothing else."""
     batch, targets = make_batch(4), view_targets(4)
     for backbone, others in (((), {"projections"}), (TRAINED, {"projections", "target_features"})):
         model, _ = build("--teacher_momentum", "0.9", "--box_disturbance", "0", *backbone)
@@ -149,14 +141,14 @@ def test_targets_are_the_teachers() -> None:
         assert model.teacher.maps is None or model.teacher.maps.tensors == []
 
 
-def test_dropout_is_off_in_it() -> None:
+def test_teacher_has_no_dropout() -> None:
     model, _ = build("--teacher_momentum", "0.9", "--dropout", "0.5", "--box_disturbance", "0")
     first, second = (model.train()(make_batch(4), view_targets(4)) for _ in range(2))
     assert torch.equal(first["projections"], second["projections"])
     assert not torch.equal(first["predictions"], second["predictions"])
 
 
-def test_it_moves_with_the_model() -> None:
+def test_teacher_follows_the_model_to_its_dtype() -> None:
     model, _ = build("--teacher_momentum", "0.9")
     model.double()
     assert {p.dtype for p in model.teacher.network.parameters()} == {torch.float64}
@@ -178,7 +170,7 @@ def test_it_moves_with_the_model() -> None:
         (("--global_loss_coef", "0"), "--teacher_momentum 0.9 has no target to give"),
     ],
 )
-def test_refused_in_one_line(flags: tuple, said: str) -> None:
+def test_conflicting_flags(flags: tuple, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         build_model(
             tiny_args(
@@ -188,33 +180,29 @@ def test_refused_in_one_line(flags: tuple, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_run_stops_in_mid_epoch_goes_on_and_is_fine_tuned(
+def test_run_stops_in_mid_epoch_resumes_and_is_fine_tuned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three steps an epoch, two epochs, stopped after the fourth step."""
+    """Three steps per epoch, two epochs, stopped after the fourth step."""
     images = write_images(tmp_path / "images", count=6)
     flags = [
         *FLAGS,
         *FROZEN,
         "--imagenet_path",
         images,
-        "--epochs",
-        "2",
-        "--lr_drop",
-        "1",
-        "--lr",
-        "1e-2",
-        "--teacher_momentum",
-        "0.5",
+        *shlex.split("--epochs 2 --lr_drop 1 --lr 1e-2 --teacher_momentum 0.5"),
     ]
-    shares, follow = [], MomentumTeacher.update
+    progress_values, update = [], MomentumTeacher.update
     monkeypatch.setattr(
         MomentumTeacher,
         "update",
-        lambda self, student, share: (shares.append(share), follow(self, student, share)),
+        lambda self, student, progress: (
+            progress_values.append(progress),
+            update(self, student, progress),
+        ),
     )
     pre_train(*flags, "--output_dir", tmp_path / "whole")
-    assert shares == pytest.approx([i / 6 for i in range(6)])
+    assert progress_values == pytest.approx([i / 6 for i in range(6)])
     stop_after(monkeypatch, 4)
     with pytest.raises(StopRequested, match="epoch 2, after batch 1 of 3"):
         pre_train(*flags, "--output_dir", tmp_path / "stopped")

@@ -1,6 +1,4 @@
-"""Multi-scale deformable attention: the PyTorch path against published numbers, the Triton kernels against the PyTorch
-path.
-"""
+"""Multi-scale deformable attention: the PyTorch path against published values, the Triton kernels against it."""
 
 import os
 import subprocess
@@ -22,7 +20,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 needs_triton = pytest.mark.skipif(not module.HAS_TRITON, reason="Triton is not installed")
 
 
-def test_golden_numbers(request: pytest.FixtureRequest) -> None:
+def test_golden_values(request: pytest.FixtureRequest) -> None:
     z = np.load(Path(request.config.getoption("--golden-dir")) / "data_deform.npz")
     names = ("value", "sampling_locations", "attention_weights", "grad_output")
     inputs = [torch.from_numpy(z[f"msda/{name}"]) for name in names]
@@ -38,15 +36,15 @@ def test_golden_numbers(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_pytorch_path_in_each_dtype(name: str) -> None:
-    """Dtypes of results, float32 arithmetic for half values, nothing that is not finite."""
+    """Results have the right dtype, are finite, and are computed in float32 for half-precision values."""
     inputs = make_inputs(CASES[name])
     deform_cases.check(
         name, deform_cases.run(inputs, CASES[name].shapes, "pytorch"), inputs, CASES[name].shapes
     )
 
 
-def test_a_point_reads_what_the_formula_says() -> None:
-    """Pixel coordinate = location * size - 0.5; a pixel outside nothing is read and nothing has a derivative."""
+def test_sampling_follows_the_formula() -> None:
+    """Pixel coordinate = location * size - 0.5. A pixel outside of the map, values and gradients are zero."""
     value = torch.arange(6.0).view(1, 6, 1, 1)  # a map of 2 x 3: 0 1 2 / 3 4 5
     points = torch.tensor(
         [[0.5 / 3, 0.25], [1 / 3, 0.5], [-0.5 / 3, 0.25], [0.0, 0.25], [1e6, 0.5]]
@@ -59,7 +57,7 @@ def test_a_point_reads_what_the_formula_says() -> None:
     assert gradient[0, 1].flatten().tolist() == pytest.approx([2 * 3 * 1.0, 2 * 2 * 3.0])
 
 
-def test_derivatives_of_the_pytorch_path() -> None:
+def test_gradients_of_the_pytorch_path() -> None:
     case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
     value, locations, weights, _ = (
         tensor.double().requires_grad_() for tensor in make_inputs(case)
@@ -102,12 +100,12 @@ def test_pytorch_path_compiles_and_exports() -> None:
     )
 
 
-# ---- what runs where ----
+# ---- selecting an implementation ----
 
 
 @pytest.fixture
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `select_implementation` asks of the machine answers as on a Hopper GPU with all that Triton needs."""
+    """Let `select_implementation` find a Hopper GPU with everything that Triton needs."""
     for name, answer in (
         ("HAS_TRITON", True),
         ("HAS_COMPILER", True),
@@ -119,18 +117,12 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_gpu")
-def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_selects_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        assert (
-            select_implementation("auto", GPU, dtype)
-            == select_implementation("triton", GPU, dtype)
-            == "triton"
-        )
-        assert (
-            select_implementation("auto", CPU, dtype)
-            == select_implementation("pytorch", GPU, dtype)
-            == "pytorch"
-        )
+        assert select_implementation("auto", GPU, dtype) == "triton"
+        assert select_implementation("triton", GPU, dtype) == "triton"
+        assert select_implementation("auto", CPU, dtype) == "pytorch"
+        assert select_implementation("pytorch", GPU, dtype) == "pytorch"
     assert select_implementation("auto", GPU, torch.float64) == "pytorch"
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert select_implementation("auto", GPU, torch.float32) == "pytorch"
@@ -145,7 +137,7 @@ def test_auto_takes_triton_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         ("_capability", lambda _: (7, 5), "capability 8.0"),
     ],
 )
-def test_what_keeps_triton_from_running(
+def test_reasons_not_to_run_triton(
     name: str, answer: object, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, name, answer)
@@ -169,7 +161,7 @@ def test_errors_are_one_line() -> None:
         select_implementation("triton", GPU, torch.float64)
 
 
-def test_tensors_that_do_not_belong_together_are_refused() -> None:
+def test_mismatched_shapes_raise() -> None:
     value, locations, weights, _ = make_inputs(CASES["odd numbers"])
     shapes = CASES["odd numbers"].shapes
     for wrong in (
@@ -190,7 +182,7 @@ def test_tensors_that_do_not_belong_together_are_refused() -> None:
 @needs_triton
 @pytest.mark.parametrize("part", ["numbers", "registration"])
 def test_kernels_under_the_interpreter(part: str) -> None:
-    """Triton reads its switch when kernels are defined, so they run in a process of their own."""
+    """Triton reads TRITON_INTERPRET when kernels are defined, so they run in their own process."""
     script = [sys.executable, str(ROOT / "tests" / "deform_cases.py"), part]
     done = subprocess.run(
         script,
@@ -203,8 +195,8 @@ def test_kernels_under_the_interpreter(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
-    """The forms of a kernel on its way to the machine, for 4 maps, 4 points, 8 heads of 32 channels; needs no GPU."""
+def compile_kernel(kernel, value_type: str, capability: int) -> dict[str, str]:
+    """Compile a kernel for 4 maps, 4 points and 8 heads of 32 channels; needs no GPU. Returns PTX and binary."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -237,15 +229,16 @@ def machine_code(kernel, value_type: str, capability: int) -> dict[str, str]:
 def test_kernels_compile_for_gpus(
     capability: int, value_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiler sees types and layouts that the interpreter does not. On Hopper, what makes the kernels fast has to
-    stay: reads and additions of 16 bytes a thread (8 where a half value is read for the gradient), no detour through
-    shared memory.
+    """The compiler checks types and layouts that the interpreter ignores.
+
+    On Hopper the kernels must keep what makes them fast: loads and atomic additions of 16 bytes per thread (loads of
+    8 bytes for the gradient of a half-precision value), and no exchange through shared memory.
     """
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from models import ms_deform_attn_triton as kernels
 
-    forward = machine_code(kernels._forward_kernel, value_type, capability)
-    backward = machine_code(kernels._backward_kernel, value_type, capability)
+    forward = compile_kernel(kernels._forward_kernel, value_type, capability)
+    backward = compile_kernel(kernels._backward_kernel, value_type, capability)
     assert forward["cubin"]
     assert backward["cubin"]
     assert "ld.global.v4" in forward["ptx"]

@@ -1,6 +1,7 @@
-"""Pretexts on every detector: their invariants, their state dict, and what they leave to fine-tuning."""
+"""Pretexts on every detector: invariants, state dicts, and transfer to fine-tuning; UP-DETR's in detail."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -32,15 +33,9 @@ on_detectors = pytest.mark.parametrize("detector", DETECTORS)
 PATCHES, QUERIES = 5, 20
 OWN_FLAGS = {
     "random_query_patch": ["--feature_recon"],
-    "region_prior": [
-        "--proposals",
-        "random",
-        "--max_prop",
-        "5",
-        "--object_embedding_loss",
-        "--num_patches",
-        "10",
-    ],
+    "region_prior": shlex.split(
+        "--proposals random --max_prop 5 --object_embedding_loss --num_patches 10"
+    ),
     "siamese": ["--proposals", "random"],
 }
 
@@ -59,14 +54,14 @@ def build(
 def patch_targets(
     patches: int = PATCHES, images: int = 2, seed: int = 0
 ) -> list[dict[str, Tensor]]:
-    """Images of 64 x 64; where a pretext needs two views of each, the second half are the second views."""
+    """Targets for images of 64 x 64. For a pretext with two views, the second half are the second views."""
     return [
         {**target, "size": torch.tensor([64, 64])}
         for target in make_targets([patches] * images, seed=seed, patches=patches)
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- any pretext
+# ---- any pretext ----
 
 
 @pairs
@@ -82,9 +77,8 @@ def test_pretext_runs_on_every_detector(pretext: str, detector: str) -> None:
         if not parameter.requires_grad:
             assert name.startswith("detector.backbone."), name
             continue
-        assert parameter.grad is not None, (
-            name
-        )  # a parameter without gradient would stop distributed training
+        # DDP would wait for a parameter without gradient.
+        assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
 
 
@@ -98,9 +92,8 @@ def test_state_dict_is_flat_and_loads_both_ways(pretext: str, detector: str) -> 
     assert any(not torch.equal(value, other.state_dict()[key]) for key, value in state.items())
     other.load_state_dict(state, strict=True)
     assert all(torch.equal(value, state[key]) for key, value in other.state_dict().items())
-    other.load_state_dict(
-        {key: value.clone() for key, value in state.items()}, strict=True
-    )  # without PyTorch's metadata
+    # A plain dict, without PyTorch's metadata.
+    other.load_state_dict({key: value.clone() for key, value in state.items()}, strict=True)
     assert list(state) == list(other.state_dict())
     del state["query_embed.weight"]
     with pytest.raises(RuntimeError, match="query_embed"):
@@ -108,8 +101,8 @@ def test_state_dict_is_flat_and_loads_both_ways(pretext: str, detector: str) -> 
 
 
 @pairs
-def test_state_dict_survives_a_wrapper(pretext: str, detector: str) -> None:
-    """Inside another module (as in distributed training) keys have that module's prefix and still no `detector.`."""
+def test_state_dict_inside_another_module(pretext: str, detector: str) -> None:
+    """Inside another module, as under DDP, keys have that module's prefix and still no `detector.`."""
     model, _ = build(detector, pretext=pretext)
     wrapper = nn.ModuleDict({"module": model})
     state = wrapper.state_dict()
@@ -119,9 +112,9 @@ def test_state_dict_survives_a_wrapper(pretext: str, detector: str) -> None:
 
 @pairs
 def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
-    """Four images, seen again and again, are learnt: the loss falls to less than half in 60 steps."""
+    """On four fixed images the loss falls to less than half in 60 steps."""
     flags = ["--dropout", "0", "--hidden_dim", "64", "--fre_cnn", "--backbone_norm", "frozen"]
-    # Batch norm of two images a view has outputs of -1 and 1: at its full weight that noise hides what falls.
+    # Batch norm over two images per view gives -1 and 1: at full weight this noise hides the other losses.
     own = {
         "random_query_patch": ["--mask_ratio", "0"],
         "siamese": ["--box_disturbance", "0", "--global_loss_coef", "1"],
@@ -140,8 +133,7 @@ def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
     assert min(history[-5:]) < 0.5 * history[0], history[::10]
 
 
-# ---------------------------------------------------------------------------------------------------- random query
-# patch
+# ---- random query patch ----
 
 
 @on_detectors
@@ -149,15 +141,12 @@ def test_shapes(detector: str) -> None:
     model, criterion = build(detector)
     outputs = model(make_batch(), patch_targets())
     layers = [*outputs["aux_outputs"], outputs]
-    channels = sum(model.detector.backbone[0].num_channels)  # several maps are pooled and joined
+    channels = sum(model.detector.backbone[0].num_channels)  # levels are pooled and concatenated
     assert channels == {"deformable_detr": 128 + 256 + 512}.get(detector, 512)
     assert len(layers) == 2
     for layer in layers:
-        assert layer["pred_logits"].shape == (
-            2,
-            QUERIES,
-            3,
-        )  # two classes and "no object", on every detector
+        # Two classes and "no object", on every detector.
+        assert layer["pred_logits"].shape == (2, QUERIES, 3)
         assert layer["pred_boxes"].shape == (2, QUERIES, 4)
         assert layer["pred_features"].shape == (2, QUERIES, channels)
     assert outputs["target_features"].shape == (2 * PATCHES, channels)
@@ -189,8 +178,8 @@ def test_without_reconstruction(detector: str) -> None:
 
 @on_detectors
 @pytest.mark.parametrize("changed", [0, 3])
-def test_groups_do_not_see_each_other(detector: str, changed: int) -> None:
-    """Replacing one patch leaves the outputs of all other groups as they are."""
+def test_groups_are_independent(detector: str, changed: int) -> None:
+    """Replacing one patch leaves the outputs of all other groups unchanged."""
     model, _ = build(detector)
     model.eval()
     targets, other = patch_targets(), patch_targets()
@@ -203,23 +192,21 @@ def test_groups_do_not_see_each_other(detector: str, changed: int) -> None:
         torch.testing.assert_close(
             after[name][1, ~group], before[name][1, ~group], rtol=1e-5, atol=1e-6
         )
-    assert (after["pred_logits"][1, group] - before["pred_logits"][1, group]).abs().amax(
-        -1
-    ).min() > 1e-4
+    difference = (after["pred_logits"][1, group] - before["pred_logits"][1, group]).abs()
+    assert difference.amax(-1).min() > 1e-4
 
 
 @on_detectors
-def test_queries_of_one_patch_see_each_other(detector: str) -> None:
+def test_queries_of_one_patch_attend_to_each_other(detector: str) -> None:
     model, _ = build(detector)
     model.eval()
     before = model(make_batch(), patch_targets())["pred_logits"]
     with torch.no_grad():
-        model.detector.query_embed.weight[4] += torch.randn_like(
-            model.detector.query_embed.weight[4]
-        )  # the first query of group 1
+        position = model.detector.query_embed.weight[4]  # the first query of group 1
+        position += torch.randn_like(position)
     after = model(make_batch(), patch_targets())["pred_logits"]
-    moved = (after - before).abs().amax((0, 2)) > 1e-5
-    assert moved.tolist() == [4 <= query < 8 for query in range(QUERIES)]
+    changed = (after - before).abs().amax((0, 2)) > 1e-5
+    assert changed.tolist() == [4 <= query < 8 for query in range(QUERIES)]
 
 
 @on_detectors
@@ -252,10 +239,10 @@ def test_feature_loss_lies_between_0_and_4(detector: str) -> None:
     outputs = model(make_batch(), targets)
     loss = criterion(outputs, targets)["loss_feature"]
     assert 1 < loss.item() < 3  # about 2 for independent directions
-    truth = outputs["target_features"].view(2, PATCHES, -1)
+    features = outputs["target_features"].view(2, PATCHES, -1)
 
     def with_prediction(features: Tensor) -> float:
-        """The loss when each query predicts `features` of its own group, and matching gives each patch its group."""
+        """Loss when each query predicts the feature of its group, and each patch is matched to its group."""
         perfect = {
             "pred_logits": torch.zeros(2, QUERIES, 3),
             "pred_features": features.repeat_interleave(QUERIES // PATCHES, dim=1),
@@ -266,14 +253,14 @@ def test_feature_loss_lies_between_0_and_4(detector: str) -> None:
         }
         return float(criterion(perfect, targets)["loss_feature"])
 
-    assert with_prediction(truth * 3.0) == pytest.approx(0, abs=1e-5)
-    assert with_prediction(-truth) == pytest.approx(4, abs=1e-5)
+    assert with_prediction(features * 3.0) == pytest.approx(0, abs=1e-5)
+    assert with_prediction(-features) == pytest.approx(4, abs=1e-5)
 
 
 @on_detectors
 @pytest.mark.parametrize("num_patches", [1, 2, 4, 5, 10, 20, 25, 50, 100])
 def test_every_number_of_patches_that_divides_the_queries(detector: str, num_patches: int) -> None:
-    """The published mask leaves rows without a query to see for some of these, and outputs that are not finite."""
+    """For some of these numbers the published mask has rows without any allowed key, which give NaN."""
     model, criterion = build(
         detector,
         "--num_queries",
@@ -296,7 +283,7 @@ def test_every_number_of_patches_that_divides_the_queries(detector: str, num_pat
 
 
 @on_detectors
-def test_a_number_of_patches_that_does_not_divide_is_refused(detector: str) -> None:
+def test_number_of_patches_must_divide_the_queries(detector: str) -> None:
     with pytest.raises(UserError, match="--num_patches 7 does not divide --num_queries 20"):
         build(detector, "--num_patches", "7")
     inner = build(detector)[0].detector
@@ -306,7 +293,7 @@ def test_a_number_of_patches_that_does_not_divide_is_refused(detector: str) -> N
 
 @on_detectors
 def test_reconstruction_target_is_detached(detector: str) -> None:
-    """The backbone trains, and gets its gradient from queries and images, never through the target."""
+    """A backbone that trains gets gradients from queries and images, never through the target."""
     model, criterion = build(detector, "--dropout", "0")
     outputs = model(make_batch(), patch_targets())
     assert not outputs["target_features"].requires_grad
@@ -317,7 +304,7 @@ def test_reconstruction_target_is_detached(detector: str) -> None:
 
 
 def test_frozen_backbone() -> None:
-    """`--fre_cnn`: no gradient reaches it, and the patches' pass keeps nothing for one."""
+    """`--fre_cnn`: the backbone has no gradients, and the patch features no graph."""
     model, criterion = build("detr", "--fre_cnn", "--backbone_norm", "frozen")
     features = model.patch_features(patch_targets()[0]["patches"])
     assert not features.requires_grad
@@ -329,7 +316,7 @@ def test_frozen_backbone() -> None:
 
 
 @on_detectors
-def test_queries_are_left_out_in_training_only(detector: str) -> None:
+def test_patch_features_are_dropped_in_training_only(detector: str) -> None:
     model, _ = build(detector, "--mask_ratio", "0.5", "--dropout", "0")
     features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
@@ -345,13 +332,13 @@ def test_queries_are_left_out_in_training_only(detector: str) -> None:
         )
         model.train()
         drawn = model.patch_queries(features, 2, PATCHES).position
-    left_out = (drawn - learned).abs().amax(-1) < 1e-6
-    assert 5 < int(left_out.sum()) < 35  # of 40, each with probability one half
-    torch.testing.assert_close(drawn[~left_out], (learned + full)[~left_out])
-    assert not torch.equal(left_out[0], left_out[1])  # drawn for each image
+    dropped = (drawn - learned).abs().amax(-1) < 1e-6
+    assert 5 < int(dropped.sum()) < 35  # of 40, each with probability 0.5
+    torch.testing.assert_close(drawn[~dropped], (learned + full)[~dropped])
+    assert not torch.equal(dropped[0], dropped[1])  # drawn per image
 
 
-def test_share_of_queries_that_are_left_out() -> None:
+def test_mask_ratio_is_the_fraction_of_dropped_features() -> None:
     model, _ = build("detr", "--mask_ratio", "0.1")
     torch.manual_seed(0)
     keep = model.keep_mask(100, 100, torch.device("cpu"))
@@ -364,16 +351,12 @@ def test_share_of_queries_that_are_left_out() -> None:
 
 @on_detectors
 def test_query_shuffle(detector: str) -> None:
-    """In training learned queries go to patches in a new order each step, the same for all images; at evaluation
-    never.
-    """
+    """Training assigns learned queries to patches in a new order per step, equal for all images; evaluation never."""
     model, _ = build(detector, "--query_shuffle", "--mask_ratio", "0")
     features = torch.randn(2 * PATCHES, model.patch2query.in_features)
     with torch.no_grad():
-        learned, content = (
-            model.detector.learned_queries(1).position[0],
-            model.detector.learned_queries(1).content,
-        )
+        learned = model.detector.learned_queries(1).position[0]
+        content = model.detector.learned_queries(1).content
         full = (
             model.patch2query(features)
             .view(2, PATCHES, -1)
@@ -386,9 +369,8 @@ def test_query_shuffle(detector: str) -> None:
             order = torch.cdist(drawn, learned.expand(2, -1, -1)).argmin(-1)
             torch.testing.assert_close(drawn, learned[order], rtol=1e-4, atol=1e-5)
             assert torch.equal(order[0], order[1])
-            assert content is None or torch.equal(
-                queries.content[0], content[0, order[0]]
-            )  # what a query starts from goes with it
+            # The content of a query moves with its position.
+            assert content is None or torch.equal(queries.content[0], content[0, order[0]])
             assert sorted(order[0].tolist()) == list(range(QUERIES))
             orders.append(order[0].tolist())
         assert orders[0] != orders[1]
@@ -427,25 +409,25 @@ def test_patch_features_are_pooled_maps() -> None:
     [("updetr_r50", ["--pre_norm", "--feature_recon"]), ("updetr_r50_norecon_postnorm", [])],
 )
 def test_names_of_the_published_checkpoint(case: str, flags: list[str]) -> None:
-    js = json.loads((GOLDEN / f"{case}.json").read_text())
+    golden = json.loads((GOLDEN / f"{case}.json").read_text())
     args = make_parser(PRETRAIN).parse_args(
         ["--backbone_weights", "none", "--device", "cpu", *flags]
     )
     with torch.device("meta"):
         state = build_model(args)[0].state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == {
-        key: entry["shape"] for key, entry in js["state_dict"].items()
+        key: entry["shape"] for key, entry in golden["state_dict"].items()
     }
 
 
-# ---------------------------------------------------------------------------------------------------- transfer
+# ---- transfer ----
 
 OWN_PARTS = tuple(part for entry in PRETEXTS.values() for part in entry.parameter_prefixes)
 
 
 @pairs
 def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) -> None:
-    """Pre-train a few steps, fine-tune one: what is transferred, what starts from scratch, that it trains."""
+    """Pre-train a few steps and fine-tune: which weights transfer, which start from scratch, and all train."""
     pre_train(
         "--pretext",
         pretext,
@@ -453,13 +435,10 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
         detector,
         *OWN_FLAGS[pretext],
         "--imagenet_path",
-        write_images(tmp_path / "photographs"),
+        write_images(tmp_path / "images"),
         "--output_dir",
         tmp_path / "pretrain",
-        "--epochs",
-        2,
-        "--lr",
-        1e-3,
+        *shlex.split("--epochs 2 --lr 0.001"),
     )
     source = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["model"]
     first: dict[str, Tensor] = {}
@@ -478,12 +457,7 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
                 tmp_path / "pretrain" / "checkpoint.pth",
                 "--output_dir",
                 tmp_path / "finetune",
-                "--epochs",
-                1,
-                "--lr",
-                1e-3,
-                "--lr_backbone",
-                1e-3,
+                *shlex.split("--epochs 1 --lr 0.001 --lr_backbone 0.001"),
             )
     finally:
         hook.remove()
@@ -491,11 +465,9 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
         key for key in source if not key.startswith(OWN_PARTS) and "class_embed" not in key
     }
     assert transferred == {key for key in first if "class_embed" not in key}
-    classes, boxes = (
-        ("class_embed.0", "bbox_embed.0")
-        if "bbox_embed.0.layers.2.weight" in source
-        else ("class_embed", "bbox_embed")
-    )
+    has_head_lists = "bbox_embed.0.layers.2.weight" in source  # Deformable DETR
+    classes = "class_embed.0" if has_head_lists else "class_embed"
+    boxes = "bbox_embed.0" if has_head_lists else "bbox_embed"
     assert {
         "query_embed.weight",
         f"{boxes}.layers.2.weight",
@@ -505,7 +477,7 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
         assert torch.equal(first[key], source[key]), key
     assert first[f"{classes}.weight"].shape[0] in (91, 92)
     table = "\n".join(lines)
-    assert "re-initialised" in table
+    assert "re-initialized" in table
     heads = len({key for key in first if key.startswith("class_embed.")})
     assert any(
         line.startswith("class_embed ") and f"{heads} (" in line for line in table.splitlines()
@@ -516,7 +488,7 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
     )
     trained = read_checkpoint(tmp_path / "finetune" / "checkpoint.pth")
     settings = read_checkpoint(tmp_path / "pretrain" / "checkpoint.pth")["args"]
-    for flag in ("detector", "position_embedding", "pre_norm"):  # taken over from the file
+    for flag in ("detector", "position_embedding", "pre_norm"):  # adopted from the checkpoint
         assert trained["args"][flag] == settings[flag], flag
     for key in (
         "query_embed.weight",
@@ -529,9 +501,9 @@ def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) ->
         assert not torch.equal(trained["model"][key], first[key]), key
 
 
-def test_pretext_moves_the_weights_it_should(tmp_path: Path) -> None:
-    """A frozen backbone stays bit for bit in pre-training, everything else moves."""
-    images = write_images(tmp_path / "photographs")
+def test_pre_training_changes_all_but_a_frozen_backbone(tmp_path: Path) -> None:
+    """Pre-training leaves a frozen backbone bit-exact and changes everything else."""
+    images = write_images(tmp_path / "images")
     flags = (
         "--imagenet_path",
         images,

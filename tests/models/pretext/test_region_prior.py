@@ -1,6 +1,7 @@
-"""DETReg's pretext: published numbers, the embedding target, what the data gives, and its way through both scripts."""
+"""DETReg's pretext: published values, object embeddings, samples, and runs of both entry scripts."""
 
 import re
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
@@ -35,16 +36,10 @@ from util.runs.model_summary import log_model_summary
 from util.settings import PRETRAIN
 from util.settings.registry import DETECTORS
 
-FLAGS = (  # --num_patches: the default, which this pretext does not refuse
-    "--pretext",
-    "region_prior",
-    "--object_embedding_loss",
-    "--proposals",
-    "random",
-    "--max_prop",
-    "10",
-    "--num_patches",
-    "10",
+# --num_patches 10 is the default: `tiny_args` gives 5, which this pretext refuses.
+FLAGS = shlex.split(
+    "--pretext region_prior --object_embedding_loss --proposals random --max_prop 10 "
+    "--num_patches 10"
 )
 
 
@@ -54,47 +49,47 @@ def golden_dir(request: pytest.FixtureRequest) -> Path:
 
 
 def target_weights(golden_dir: Path, part: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    js, z = golden_models.load("detreg_target_embed", golden_dir)
+    meta, arrays = golden_models.load("detreg_target_embed", golden_dir)
     fill = golden_models.load_fill(golden_dir)
-    weights = fill.fill_shapes(fill.float_entries(js[part]), js["seed"], [])
+    weights = fill.fill_shapes(fill.float_entries(meta[part]), meta["seed"], [])
     return {
         name.removeprefix("body."): torch.from_numpy(value) for name, value in weights.items()
-    }, z
+    }, arrays
 
 
-def test_intermediate_embedding_equals_the_published_one(golden_dir: Path) -> None:
-    weights, z = target_weights(golden_dir, "intermediate")
+def test_intermediate_embedding_equals_published(golden_dir: Path) -> None:
+    weights, arrays = target_weights(golden_dir, "intermediate")
     backbone = Backbone("resnet50", stages=(2, 3, 4))
     backbone.body.load_state_dict(weights)
     encoder = build_target_encoder("intermediate", backbone, "none")
     assert not any("layer3" in name for name in encoder.state_dict())
-    crops = torch.from_numpy(z["crops_q32"]).float() / 32
+    crops = torch.from_numpy(arrays["crops_q32"]).float() / 32
     torch.testing.assert_close(
         encode_crops(encoder, [crops[:1], crops[1:]]),
-        torch.from_numpy(z["intermediate_embedding"]),
+        torch.from_numpy(arrays["intermediate_embedding"]),
         rtol=0,
         atol=1e-5,
     )
 
 
-def test_head_embedding_equals_the_published_one(golden_dir: Path) -> None:
-    weights, z = target_weights(golden_dir, "head")
+def test_head_embedding_equals_published(golden_dir: Path) -> None:
+    weights, arrays = target_weights(golden_dir, "head")
     encoder = build_target_encoder("head", Backbone("resnet50"), "none")
-    encoder.load_state_dict(weights, strict=False)  # but for counters that nothing reads
-    crops = torch.from_numpy(z["crops_q32"]).float() / 32
+    encoder.load_state_dict(weights, strict=False)  # lacks only batch counters, which are not read
+    crops = torch.from_numpy(arrays["crops_q32"]).float() / 32
     torch.testing.assert_close(
         encode_crops(encoder, [crops[:1], crops[1:]]),
-        torch.from_numpy(z["head_embedding_eval"]),
+        torch.from_numpy(arrays["head_embedding_eval"]),
         rtol=0,
         atol=1e-5,
     )
     published = encode_crops(encoder, [crops], published_batch_norm=True)
     torch.testing.assert_close(
-        published, torch.from_numpy(z["head_embedding_train_bn"]), rtol=0, atol=1e-4
+        published, torch.from_numpy(arrays["head_embedding_train_bn"]), rtol=0, atol=1e-4
     )
 
 
-def test_head_embedding_needs_the_network_of_the_file() -> None:
+def test_head_embedding_needs_resnet50() -> None:
     with pytest.raises(UserError, match="resnet50; --backbone is resnet18"):
         build_model(tiny_args(PRETRAIN, *FLAGS, "--obj_embedding_head", "head"))
 
@@ -109,17 +104,14 @@ def test_weights_without_a_projection_head_are_refused(tmp_path: Path) -> None:
             tiny_args(
                 PRETRAIN,
                 *FLAGS,
-                "--backbone",
-                "resnet50",
-                "--obj_embedding_head",
-                "head",
+                *shlex.split("--backbone resnet50 --obj_embedding_head head"),
                 "--backbone_weights",
                 str(tmp_path / "resnet50.pth"),
             )
         )
 
 
-def test_a_random_target_is_said() -> None:
+def test_random_target_encoder_is_logged() -> None:
     model, _, args = build()
     with captured_log() as lines:
         log_model_summary(model, args)
@@ -146,7 +138,7 @@ def test_losses_reach_detector_and_embedding_but_not_the_encoder(detector: str) 
     losses = criterion(model(make_batch(), targets), targets)
     criterion.total_loss(losses).backward()
     assert "loss_object_embedding" in criterion.weight_dict
-    assert "loss_object_embedding_0" not in criterion.weight_dict, "of the last layer only"
+    assert "loss_object_embedding_0" not in criterion.weight_dict, "last layer only"
     assert float(model.feature_embed.layers[-1].weight.grad.abs().sum()) > 0
     assert not any(
         "target_encoder" in name for name in [*model.state_dict(), *dict(model.named_parameters())]
@@ -161,7 +153,7 @@ def test_losses_reach_detector_and_embedding_but_not_the_encoder(detector: str) 
 
 
 def test_without_any_target_the_loss_is_zero_and_connected() -> None:
-    """The published code raises."""
+    """The published code raises an error."""
     model, criterion, _ = build()
     targets = targets_with_patches([0, 0])
     losses = criterion(model(make_batch(), targets), targets)
@@ -171,29 +163,23 @@ def test_without_any_target_the_loss_is_zero_and_connected() -> None:
 
 
 def test_embeddings_are_of_the_matched_proposals() -> None:
-    """The loss is the mean distance between each matched query's prediction and the embedding of that proposal's
-    crop.
-    """
+    """The loss is the mean distance of each matched query's prediction and its proposal's embedding."""
     model, criterion, _ = build()
     targets = targets_with_patches([3, 2])
     outputs = model(make_batch(), targets)
     losses = criterion(outputs, targets)
-    by_hand = []
+    expected = []
     for image, (query, target) in enumerate(losses.matches.pairs[-1]):
         crops = encode_crops(model.target_encoder, [targets[image]["patches"]])
-        by_hand.append(
-            (
-                outputs["pred_features"][image][torch.as_tensor(query)]
-                - crops[torch.as_tensor(target)]
-            ).abs()
-        )
-    torch.testing.assert_close(losses["loss_object_embedding"], torch.cat(by_hand).mean())
+        predicted = outputs["pred_features"][image][torch.as_tensor(query)]
+        expected.append((predicted - crops[torch.as_tensor(target)]).abs())
+    torch.testing.assert_close(losses["loss_object_embedding"], torch.cat(expected).mean())
 
 
 @pytest.mark.parametrize(
     "flags", [("--two_stage",), ("--two_stage", "--with_box_refine", "--num_classes", "1")]
 )
-def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
+def test_two_stage_learns_embeddings_in_the_decoder_only(flags: tuple) -> None:
     model, criterion, args = build("--detector", "deformable_detr", *flags)
     targets = targets_with_patches([3, 2], label=min(args.num_classes - 1, 1))
     losses = criterion(model(make_batch(), targets), targets)
@@ -201,7 +187,7 @@ def test_two_stage_learns_embeddings_in_the_decoder_alone(flags: tuple) -> None:
     assert {name for name in losses if "embedding" in name} == {"loss_object_embedding"}
     assert "loss_ce_enc" in losses
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad), (
-        "distributed training waits for every gradient"
+        "DDP waits for every gradient"
     )
 
 
@@ -239,8 +225,8 @@ def test_samples_are_proposals_with_their_crops(tmp_path: Path) -> None:
     ]
 
 
-def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
-    """Whatever flips, crops and resizes made of the image: the box i of the image has the colours of patch i."""
+def test_patch_and_box_show_the_same_pixels(tmp_path: Path) -> None:
+    """After any flip, crop and resize of the image, its box i has the colors of patch i."""
     dataset = make_dataset(tmp_path, "--image_size", "96")
     dataset.patch_transform.augment = False
     dataset.proposals = lambda image, rng, name: torch.tensor(
@@ -251,10 +237,10 @@ def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
         ],
         dtype=torch.float32,
     )
-    colours = torch.randint(
+    colors = torch.randint(
         0, 256, (3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    squares = colours.repeat_interleave(12, 1).repeat_interleave(12, 2)
+    squares = colors.repeat_interleave(12, 1).repeat_interleave(12, 2)
     for index in range(len(dataset)):
         height, width = dataset[(0, index)][1]["orig_size"].tolist()
         Image.fromarray(squares[:, :height, :width].permute(1, 2, 0).numpy()).save(
@@ -264,14 +250,11 @@ def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
     for epoch in range(20):
         image, target = dataset[(epoch, epoch % len(dataset))]
         size = torch.tensor([image.shape[2], image.shape[1]] * 2)
-        boxes, (height, width) = (
-            box_cxcywh_to_xyxy(target["boxes"]) * size,
-            target["orig_size"].tolist(),
-        )
+        boxes = box_cxcywh_to_xyxy(target["boxes"]) * size
+        height, width = target["orig_size"].tolist()
         lost += len(boxes) < (height // 12) * (width // 12)
-        whole = ((boxes[:, 2:] - boxes[:, :2]) > 8).all(
-            1
-        )  # pixels in their middle are of one colour
+        # In the middle of a box of this size all pixels have one color.
+        whole = ((boxes[:, 2:] - boxes[:, :2]) > 8).all(1)
         middle = (boxes[:, :2] + boxes[:, 2:]).div(2).long()
         shown = torch.stack([image[:, y, x] for x, y in middle[whole].tolist()]).float()
         mean = target["patches"][whole].float().mean((2, 3))
@@ -280,7 +263,7 @@ def test_a_patch_shows_what_its_box_shows(tmp_path: Path) -> None:
     assert lost, "no crop lost a box in twenty draws"
 
 
-def test_a_transform_that_loses_all_boxes_ends_with_the_whole_image(tmp_path: Path) -> None:
+def test_transform_that_drops_all_boxes_falls_back_to_the_whole_image(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
 
     class LoseAll(Compose):
@@ -305,7 +288,7 @@ def test_an_image_too_small_for_random_boxes_counts_as_a_problem(tmp_path: Path)
     Image.new("RGB", (40, 15)).save(dataset.path(0))
     _, target = dataset[(0, 0)]
     assert target["problems"] == [
-        (dataset.path(0), "40 x 15 pixels: random boxes need 16 on each side")
+        (dataset.path(0), "40 x 15 pixels; random boxes need 16 on each side")
     ]
 
 
@@ -354,7 +337,7 @@ def test_pre_train_resume_and_fine_tune(detector: str, tmp_path: Path) -> None:
     assert tuned["args"]["position_embedding"] == "sine_shifted"
 
 
-def test_a_published_checkpoint_brings_its_encoder_where_its_backbone_is_frozen() -> None:
+def test_frozen_backbone_of_a_published_checkpoint_restores_the_encoder() -> None:
     model, *_ = build("--lr_backbone", "0")
     other = {
         name: torch.randn_like(value)
@@ -370,9 +353,10 @@ def test_a_published_checkpoint_brings_its_encoder_where_its_backbone_is_frozen(
         trained.load_frozen({}, "file.pth")
 
 
-def test_a_published_run_goes_on(tmp_path: Path) -> None:
-    """DETReg's file of Deformable DETR has neither encoder nor pretext's name, and `feature_embed` before the boxes'
-    head.
+def test_published_run_resumes(tmp_path: Path) -> None:
+    """DETReg's checkpoint of Deformable DETR lacks encoder and pretext name.
+
+    It has `feature_embed` before `bbox_embed`.
     """
     images = write_images(tmp_path / "images")
     flags = [
@@ -381,10 +365,7 @@ def test_a_published_run_goes_on(tmp_path: Path) -> None:
         "deformable_detr",
         "--imagenet_path",
         images,
-        "--batch_size",
-        "2",
-        "--dropout",
-        "0",
+        *shlex.split("--batch_size 2 --dropout 0"),
         *FROZEN,
     ]
     pre_train(*flags, "--output_dir", tmp_path / "a", "--epochs", "1")
@@ -396,7 +377,7 @@ def test_a_published_run_goes_on(tmp_path: Path) -> None:
     )
 
     def counted(each: list[str]) -> list[str]:
-        """Those of the first group: no backbone, no slow projections, no further names of a shared head."""
+        """Names of the first parameter group: no backbone, no projections with their own rate, no aliases of a head."""
         others = re.compile(
             r"backbone\.|.*(reference_points|sampling_offsets)|(class|bbox)_embed\.[1-9]"
         )
@@ -440,7 +421,7 @@ def test_a_published_run_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(value, ours["model"][name]) for name, value in theirs["model"].items())
 
 
-def test_the_encoder_moves_with_the_model() -> None:
+def test_encoder_follows_the_model_to_its_dtype() -> None:
     model, *_ = build()
     model.double()
     assert {p.dtype for p in model.target_encoder.parameters()} == {torch.float64}

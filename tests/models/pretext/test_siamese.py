@@ -1,7 +1,7 @@
-"""Siamese DETR: the pretext on every detector, its batch norm, and its way through both scripts.
+"""Siamese DETR: the pretext on every detector, its batch norm, and runs of the pre-training script.
 
-Published numbers are checked by test_golden.py, views by test_two_views.py, two processes by test_distributed.py,
-fine-tuning by test_pretext.py.
+Published values are tested in tests/test_golden.py, views in tests/datasets/pretext/test_siamese.py, two ranks in
+tests/test_distributed.py, and fine-tuning in test_random_query_patch.py.
 """
 
 import math
@@ -38,7 +38,7 @@ from util.settings.registry import DETECTORS
 FLAGS = ("--pretext", "siamese", "--proposals", "random")
 
 
-# -------------------------------------------------------------------------------------------------------------- pretext
+# ---- pretext ----
 
 
 def build(*flags: str) -> tuple:
@@ -87,9 +87,7 @@ def test_losses_and_gradients(detector: str) -> None:
 
 
 def test_targets_give_no_gradient() -> None:
-    """Of global discrimination only the predictions are learnt from, of regions only the prediction of the crop's
-    feature.
-    """
+    """Gradients reach the predictions, never the projections or crop features that they predict."""
     model, criterion = build()
     outputs = model.train()(make_batch(4), view_targets(4))
     assert not outputs["target_features"].requires_grad
@@ -123,8 +121,10 @@ def test_global_loss_compares_the_views_of_one_image() -> None:
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_queries_of_one_view_decode_the_other(detector: str) -> None:
-    """Other pixels in view 1 of image 0 change the outputs of both its views and of nothing else; other boxes in view 1
-    only those of view 2, since the queries come from there. Each image has queries of its own."""
+    """Other pixels in view 1 of image 0 change the outputs of both views of that image only.
+
+    Other boxes in view 1 change only the outputs of view 2, whose queries come from them.
+    """
     model, _ = build("--detector", detector, "--box_disturbance", "0")
     model.eval()
     batch, targets = make_batch(4), view_targets(4)
@@ -147,19 +147,17 @@ def differs_per_view(a: Tensor, b: Tensor) -> list[bool]:
 def test_published_deformable_queries_are_those_of_the_first_image() -> None:
     features = torch.randn(6, 5, 512)
     for detector in ("deformable_detr", "detr"):
-        model, _ = (
-            build("--detector", detector, "--num_feature_levels", "1", "--reproduce_published")
-            if detector != "detr"
-            else build("--reproduce_published")
-        )
+        flags = ["--detector", detector, "--reproduce_published"]
+        if detector == "deformable_detr":
+            flags += ["--num_feature_levels", "1"]
+        model, _ = build(*flags)
         position = model.region_queries(features).position
         shared = torch.equal(position[0], position[1])
         assert shared == (detector == "deformable_detr")
         assert not torch.equal(position[0], position[3])
-    mended, _ = build("--detector", "deformable_detr", "--num_feature_levels", "1")
-    assert not torch.equal(
-        mended.region_queries(features).position[0], mended.region_queries(features).position[1]
-    )
+    fixed, _ = build("--detector", "deformable_detr", "--num_feature_levels", "1")
+    position = fixed.region_queries(features).position
+    assert not torch.equal(position[0], position[1])
 
 
 @pytest.mark.parametrize("levels", [1, 4])
@@ -175,18 +173,18 @@ def test_padding_is_not_in_the_pooled_memory(levels: int) -> None:
 
 
 @pytest.mark.parametrize("levels", [1, 4])
-def test_queries_are_the_features_at_the_boxes(levels: int) -> None:
-    """Of maps whose value is the column, or the row, a region is read as its middle in cells of that map; boxes are in
-    pixels of the view, without its padding, and a region smaller than a cell is read as one cell."""
+def test_region_features_are_read_at_the_boxes(levels: int) -> None:
+    """On maps with the column or row as values, the feature of a region is its center, in cells.
+
+    Boxes are in pixels of the view without its padding. A region smaller than a cell is read as one cell.
+    """
     model, _ = build("--detector", "deformable_detr", "--num_feature_levels", str(levels))
     memory = model.detector.encode(make_batch([(256, 256), (256, 320)]))
     for feature in memory.features:
         height, width = feature.tensor.shape[2:]
         feature.tensor = torch.zeros_like(feature.tensor)
-        feature.tensor[:, 0], feature.tensor[:, 1] = (
-            torch.arange(width).float(),
-            torch.arange(height).float()[:, None],
-        )
+        feature.tensor[:, 0] = torch.arange(width).float()
+        feature.tensor[:, 1] = torch.arange(height).float()[:, None]
     boxes = torch.tensor(
         [
             [[64.0, 32.0, 160.0, 192.0], [96.0, 96.0, 96.0, 96.0]],
@@ -197,29 +195,27 @@ def test_queries_are_the_features_at_the_boxes(levels: int) -> None:
         [feature.tensor.shape[1] for feature in memory.features], -1
     )
     for part, stride in zip(found, (8, 16, 32)[-len(found) :], strict=True):
-        corner, sides = (
-            boxes[..., :2] / stride,
-            ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1),
-        )
+        corner = boxes[..., :2] / stride
+        sides = ((boxes[..., 2:] - boxes[..., :2]) / stride).clamp(min=1)
         torch.testing.assert_close(part[..., :2], corner + sides / 2)
     assert len(found) == min(levels, 3)
 
 
-def test_disturbed_boxes_move_by_a_tenth_at_most_and_stay_inside() -> None:
+def test_disturbed_boxes_move_by_at_most_a_tenth_and_stay_inside() -> None:
     model, _ = build()
     boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.2], [0.1, 0.9, 0.2, 0.2]]]).repeat(200, 1, 1)
     sizes = torch.tensor([[100, 200]]).repeat(200, 1)
     moved = model.disturb_boxes(boxes, sizes)
     exact = box_cxcywh_to_xyxy(boxes) * torch.tensor([200.0, 100.0, 200.0, 100.0])
-    share = (moved - exact).abs() / torch.tensor([[[80.0, 20.0] * 2, [40.0, 20.0] * 2]])
-    assert share.max() <= 0.1 + 1e-4
-    assert share[:, 0].mean() > 0.02
+    shift = (moved - exact).abs() / torch.tensor([[[80.0, 20.0] * 2, [40.0, 20.0] * 2]])
+    assert shift.max() <= 0.1 + 1e-4
+    assert shift[:, 0].mean() > 0.02
     assert moved.min() >= 0
     assert moved[..., 3].max() <= 100
     assert (moved[:, 1, 3] == 100).any()
 
 
-def test_ablations_leave_their_parts_out() -> None:
+def test_parts_with_weight_0_are_not_built() -> None:
     model, criterion = build("--global_loss_coef", "0", "--feature_loss_coef", "0")
     assert not [
         name for name in model.state_dict() if name.startswith(("enc_head", "feature_align"))
@@ -253,16 +249,14 @@ def test_ablations_leave_their_parts_out() -> None:
         ),
     ],
 )
-def test_flags_that_make_no_sense(flags: tuple, said: str) -> None:
+def test_conflicting_flags(flags: tuple, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build(*flags)
 
 
-def test_the_last_flag_decides_what_a_schedule_counts() -> None:
-    steps, epochs = (
-        ("--max_iters", "10", "--lr_drop_iters", "5"),
-        ("--epochs", "3", "--lr_drop", "2"),
-    )
+def test_last_flag_decides_between_epochs_and_iterations() -> None:
+    steps = ("--max_iters", "10", "--lr_drop_iters", "5")
+    epochs = ("--epochs", "3", "--lr_drop", "2")
     args = tiny_args(PRETRAIN, *FLAGS, *steps, *epochs)
     assert (args.max_iters, args.lr_drop_iters, args.epochs, args.lr_drop) == (None, None, 3, 2)
     args = tiny_args(PRETRAIN, *FLAGS, *epochs, *steps)
@@ -273,8 +267,8 @@ def test_the_last_flag_decides_what_a_schedule_counts() -> None:
     ("detector", "levels"),
     [("detr", 0), ("conditional_detr", 0), ("deformable_detr", 1), ("deformable_detr", 4)],
 )
-def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> None:
-    """Heads and batch norm too, so that published pre-training can be continued."""
+def test_published_checkpoint_has_the_whole_model(detector: str, levels: int) -> None:
+    """It has all heads and batch norm statistics, so published pre-training can be resumed."""
     own = ("--num_feature_levels", str(levels)) if levels else ()
     file = siamese_file(siamese(detector, *SMALL, *own, channels=896 if levels > 1 else 512))
     model, _ = build("--detector", detector, *own)
@@ -287,7 +281,7 @@ def test_a_published_file_is_all_of_the_model(detector: str, levels: int) -> Non
         assert torch.equal(model.state_dict()[name], file["state_dict"][name]), name
 
 
-def test_views_that_do_not_fit_are_an_error() -> None:
+def test_odd_number_of_views_raises() -> None:
     model, _ = build()
     with pytest.raises(ValueError, match=r"3 views with \[5\]"):
         model(make_batch(3), view_targets(3))
@@ -297,22 +291,24 @@ def test_swap_views_exchanges_the_halves() -> None:
     assert swap_views(torch.arange(6)).tolist() == [3, 4, 5, 0, 1, 2]
 
 
-def test_batch_norm_is_pytorchs_in_one_process() -> None:
+def test_batch_norm_equals_pytorch_in_one_process() -> None:
     ours, theirs = SyncedBatchNorm(4), nn.BatchNorm1d(4)
     x = torch.randn(5, 4)
     assert torch.equal(ours(x), theirs(x))
     assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
 
 
-# ------------------------------------------------------------------------------------------------------------- scripts
+# ---- scripts ----
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_pre_train_and_resume(
     detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In iterations: five steps at two an epoch, the rate drops after three, in mid-epoch. Resumed after two that were
-    the whole run, or stopped after three."""
+    """Five iterations at two per epoch; the learning rate drops after three, in mid-epoch.
+
+    Resumed from a run of two iterations, or from one that stopped after three.
+    """
     images = write_images(tmp_path / "images")
     flags = [
         *FLAGS,
@@ -344,12 +340,10 @@ def test_pre_train_and_resume(
     assert [line["train_lr"] for line in log] == pytest.approx([1e-4, 5.5e-5, 1e-5])
     assert whole["optimizer"]["state"][0]["step"] == 5
     assert log[0]["train_projection_std_unscaled"] > 0.01
-    assert whole["args"]["position_embedding"] == "sine", (
-        "on every detector; fine-tuning takes it over"
-    )
+    assert whole["args"]["position_embedding"] == "sine", "on every detector; fine-tuning adopts it"
 
 
-def test_a_schedule_of_epochs_is_not_resumed_by_iterations(tmp_path: Path) -> None:
+def test_epoch_schedule_cannot_resume_by_iterations(tmp_path: Path) -> None:
     flags = [
         *FLAGS,
         "--imagenet_path",
