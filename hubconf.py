@@ -2,34 +2,36 @@
 
 load = torch.hub.load
 model, postprocessor = load("PATH", "detr_resnet50", source="local", pretrained=True, return_postprocessor=True)
-outputs = model.eval()(images)  # normalized, [B, 3, H, W] or a list of [3, H, W] of several sizes
-results = postprocessor(outputs, sizes_hw)  # per image scores, labels, and boxes in pixels; sizes_hw is [B, 2]
+outputs = model.eval()(images)  # normalized, [B, 3, H, W] or a list of [3, H, W] with different sizes
+results = postprocessor(outputs, sizes_hw)  # per image scores, labels and boxes in pixels; sizes_hw is [B, 2]
 """
 
+# torch.hub lists every public callable of this file as an entry point: imports and helpers start with an underscore.
 from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
-from predetr import check_import_conflicts as _check_packages
+from predetr import check_import_conflicts as _check_import_conflicts
 
-dependencies = ["torch", "torchvision", "scipy", "numpy"]
+dependencies = ["torch", "torchvision", "scipy", "numpy"]  # checked by torch.hub
 
-_check_packages(("models", "util"))
+# Before the first import of them: the published DETR hubs have packages of these names too.
+_check_import_conflicts(("models", "util"))
 
 from util.checkpoints.hub_models import HUB_MODELS as _HUB_MODELS  # noqa: E402
 
 _DOCUMENTATION = """{} on COCO val2017, as published.
 
-Without auxiliary outputs, as in the published hubs, and in training mode: call `.eval()` before it predicts.
+As in the published hubs, the model has no auxiliary outputs and is in training mode: call `.eval()` before inference.
 
 Args:
-    pretrained: True for the published weights, or the path or address of a checkpoint of this detector. Number of
-        queries, norm order and widths are taken from the file; nothing else is fetched.
+    pretrained: True for the published weights, or the path or URL of a checkpoint of this detector. Number of queries,
+        norm order and widths are read from the file, and nothing else is downloaded.
     num_classes: largest category id + 1.
     return_postprocessor: return (model, postprocessor).
-    backbone_weights: where the backbone starts when nothing is pretrained, see `--backbone_weights`; "none": at random.
+    backbone_weights: initial weights of the backbone without `pretrained`, see `--backbone_weights`; "none": random.
 
 Raises:
-    UserError: the file does not hold this model, or can't be had; one line says why and what to do.
+    UserError: the file contains another model, or can't be read or downloaded.
 """
 
 
@@ -57,7 +59,8 @@ def _build(
     return_postprocessor: bool,
     backbone_weights: str,
 ) -> _Any:
-    _check_packages(("models", "util"))
+    # Again: another package of these names may have been imported since.
+    _check_import_conflicts(("models", "util"))
     from models import build_model
     from util.checkpoints.checkpoint import load_checkpoint
     from util.checkpoints.hub_models import published_url
@@ -66,21 +69,19 @@ def _build(
     from util.settings import FINETUNE, resolve
 
     if num_classes < 1:
-        raise UserError(f"num_classes={num_classes}: a detector knows at least one class")
+        raise UserError(f"num_classes={num_classes}: a detector needs at least one class")
     given = {
         **_HUB_MODELS[name].settings,
         "num_classes": num_classes,
         "backbone_weights": backbone_weights,
     }
+    checkpoint = None
     adopted: dict[str, _Any] = {}
-    checkpoint = (
-        load_checkpoint(published_url(name) if pretrained is True else str(pretrained))
-        if pretrained
-        else None
-    )
-    if checkpoint:
+    if pretrained:
+        checkpoint = load_checkpoint(published_url(name) if pretrained is True else str(pretrained))
         adopted = _adopt(name, given, checkpoint)
-        given["backbone_weights"] = "none"
+        given["backbone_weights"] = "none"  # the checkpoint has them
+
     model, _, postprocessors = build_model(resolve(given, adopted, FINETUNE))
     model.base_detector().aux_loss = False
     if checkpoint:
@@ -89,7 +90,11 @@ def _build(
 
 
 def _adopt(name: str, given: dict[str, _Any], checkpoint: _Any) -> dict[str, _Any]:
-    """Takes from the file what the entry's name leaves open. Raises UserError where the file holds another model."""
+    """Return the settings that the entry point leaves open, from the checkpoint.
+
+    Raises:
+        UserError: the checkpoint contains another model.
+    """
     from util.checkpoints.adoption import adopt_architecture, is_pretext
     from util.checkpoints.classes import infer_classes, infer_classification
     from util.checkpoints.hub_models import check_hub_model
@@ -99,15 +104,16 @@ def _adopt(name: str, given: dict[str, _Any], checkpoint: _Any) -> dict[str, _An
     adopted, _ = adopt_architecture(checkpoint, given)
     if is_pretext(checkpoint):
         raise UserError(
-            f"{checkpoint.source} is from pre-training and knows no classes: fine-tune it with finetune_main.py "
+            f"{checkpoint.source} is from pre-training and has no object classes; fine-tune it with finetune_main.py "
             "--pretrain"
         )
-    count = infer_classes(checkpoint).num_classes
-    if count != given["num_classes"]:
+    num_classes = infer_classes(checkpoint).num_classes
+    if num_classes != given["num_classes"]:
         raise UserError(
-            f"{checkpoint.source} knows {count} classes, not {given['num_classes']}: give num_classes={count}, or "
-            "train others with finetune_main.py --pretrain"
+            f"{checkpoint.source} has {num_classes} classes, not {given['num_classes']}; give "
+            f"num_classes={num_classes}, or train other classes with finetune_main.py --pretrain"
         )
+    # Published files store no batch norm setting: all of them were trained with frozen batch norm.
     return {
         "backbone_norm": "frozen",
         **adopted,

@@ -1,10 +1,10 @@
-"""What `pip install -e .` installs: the project's commands, and the names below, from any directory.
+"""The installed package (`pip install -e .`): the project's commands, and these names from any directory.
 
     from predetr import Predictor, build_model, settings
 
-The project's own packages are not installed, since other projects have packages of these names too, such as `datasets`
-of Hugging Face. Importing `predetr` changes nothing. The first use of a name above puts the project's folder at the
-front of `sys.path`: from then on `import datasets` is the project's, in this process alone.
+The project's other packages are not installed, because their names are common: `datasets` is also Hugging Face's.
+Importing `predetr` changes nothing. The first use of a name above puts the project folder at the front of `sys.path`;
+from then on, in this process, `import datasets` is the project's.
 """
 
 import importlib
@@ -21,6 +21,7 @@ _MODULES = {"Predictor": "predictor", "build_model": "models", "settings": "util
 
 
 def __getattr__(name: str) -> Any:
+    # Called by Python for names that the module does not define (PEP 562): they are imported on first use.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     check_import_conflicts(PACKAGES)
@@ -29,26 +30,30 @@ def __getattr__(name: str) -> Any:
 
 
 def check_import_conflicts(names: tuple[str, ...]) -> None:
-    """Raises ImportError if a package of one of these names is imported already, and is not the project's."""
+    """Check that no package of another project is already imported under one of these names.
+
+    Raises:
+        ImportError: there is one.
+    """
     for name in names:
         module = sys.modules.get(name)
-        ours = (ROOT / f"{name}.py", ROOT / name / "__init__.py")
-        if module is not None and Path(module.__file__ or "").resolve() not in ours:
+        own_files = (ROOT / f"{name}.py", ROOT / name / "__init__.py")
+        if module is not None and Path(module.__file__ or "").resolve() not in own_files:
             raise ImportError(
-                f"the package {name} of {module.__file__ or name} is already imported, and {ROOT} has one of this "
-                "name: use PreDETR in a Python process of its own"
+                f"{module.__file__ or name} is already imported as {name}, a name that {ROOT} uses too; "
+                "use PreDETR in a separate Python process"
             )
 
 
 def add_to_path() -> None:
-    """Makes the project's own packages importable, before others of the same names.
+    """Make the project's packages importable, ahead of others with the same names.
 
     Raises:
-        ImportError: `predetr` was installed without the project's folder.
+        ImportError: `predetr` was installed without the project folder.
     """
     if not (ROOT / "finetune_main.py").is_file():
         raise ImportError(
-            "predetr runs from the project's folder, and is installed without it: pip install -e FOLDER"
+            "predetr runs from the project folder, and is installed without it: pip install -e FOLDER"
         )
     if sys.path[0] != str(ROOT):
         sys.path.insert(0, str(ROOT))

@@ -1,4 +1,4 @@
-"""The installed commands. Each runs an entry script of the project's folder, on the paths of the current directory."""
+"""The installed commands. Each runs an entry script of the project folder in the current directory."""
 
 import runpy
 
@@ -6,14 +6,17 @@ from predetr import ROOT, add_to_path
 
 
 def pretrain() -> None:
+    """Run main.py (`predetr-pretrain`)."""
     _run("main.py")
 
 
 def finetune() -> None:
+    """Run finetune_main.py (`predetr-finetune`)."""
     _run("finetune_main.py")
 
 
 def predict() -> None:
+    """Run tools/predict.py (`predetr-predict`)."""
     _run("tools/predict.py")
 
 

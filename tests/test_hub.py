@@ -1,4 +1,4 @@
-"""hubconf.py: every entry point, what it builds, and what it says of files that are not its own."""
+"""hubconf.py: each entry point builds the published model and refuses checkpoints of other models."""
 
 import argparse
 import os
@@ -18,8 +18,7 @@ from tests.tiny import ROOT
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN, make_parser, resolve
 
-# Parameters that train and those that never do (of the frozen stem and first stage), as the published implementations
-# have them.
+# All parameters of the published implementations, the frozen stem and layer1 included.
 PARAMETERS = {
     "detr_resnet50": 41_524_768,
     "detr_resnet50_dc5": 41_524_768,
@@ -36,35 +35,18 @@ PARAMETERS = {
     "deformable_detr_resnet50_refine_two_stage": 41_181_529,
 }
 SMALL = [
-    "--hidden_dim",
-    "32",
-    "--nheads",
-    "4",
-    "--dim_feedforward",
-    "32",
-    "--enc_layers",
-    "1",
-    "--dec_layers",
-    "2",
-    "--num_queries",
-    "20",
-]
+    "--hidden_dim", "32", "--nheads", "4", "--dim_feedforward", "32", "--enc_layers", "1",
+    "--dec_layers", "2", "--num_queries", "20",
+]  # fmt: skip
 SMALL += ["--backbone_weights", "none", "--backbone_norm", "frozen", "--device", "cpu"]
-STORED = (
-    "dilation",
-    "nheads",
-    "backbone",
-    "num_queries",
-)  # of what the published code bases keep beside the weights
+STORED = ("dilation", "nheads", "backbone", "num_queries")  # in the `args` of published checkpoints
 IMAGES = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
 
 
 def save_model(
     path: Path, *flags: str, script: str = FINETUNE, with_args: bool = True
 ) -> torch.nn.Module:
-    """A checkpoint of a model with random weights, as the published code bases write it. Returns the model, for
-    evaluation.
-    """
+    """Save a checkpoint with random weights, as the published codebases do, and return the model in eval mode."""
     args = resolve(make_parser(script).parse_args([*flags]))
     model = models.build_model(args)[0]
     published = argparse.Namespace(**{name: getattr(args, name) for name in STORED})
@@ -90,14 +72,14 @@ def run(code: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A DETR-R50 of small width."""
+    """A checkpoint of a narrow DETR-R50."""
     path = tmp_path_factory.mktemp("hub") / "small.pth"
     save_model(path, *SMALL)
     return path
 
 
-def test_hub_lists_the_entry_points() -> None:
-    """By torch.hub's rule: what can be called and does not begin with an underscore."""
+def test_torch_hub_lists_the_entry_points() -> None:
+    """torch.hub lists callables whose name does not start with an underscore."""
     listed = [
         name
         for name in dir(hubconf)
@@ -113,7 +95,7 @@ def test_hub_lists_the_entry_points() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_entry_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entry_point_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = []
     monkeypatch.setattr(
         models, "load_backbone_weights", lambda body, name, source: fetched.append((name, source))
@@ -173,12 +155,10 @@ torch.save({"outputs": outputs, "found": found}, "out.pt")
         ),
     ],
 )
-def test_loaded_through_torch_hub_from_elsewhere(
+def test_torch_hub_load_from_another_folder(
     name: str, pretrained: bool | str, flags: list[str], tmp_path: Path
 ) -> None:
-    """The whole way, the first at full size: outputs are those of the model that the file was written from, and nothing
-    is fetched.
-    """
+    """End to end, the first case at full size: outputs equal the saved model's, and nothing is downloaded."""
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets" / "__init__.py").write_text("whose = 'another'\n")
     torch.save(IMAGES, tmp_path / "images.pt")
@@ -200,7 +180,7 @@ def test_loaded_through_torch_hub_from_elsewhere(
     assert [set(image) for image in loaded["found"]] == [{"scores", "labels", "boxes"}] * 2
 
 
-def test_what_the_name_leaves_open_is_taken_from_the_file(small: Path) -> None:
+def test_sizes_come_from_the_checkpoint(small: Path) -> None:
     model = hubconf.detr_resnet50(pretrained=str(small))
     assert (model.num_queries, model.hidden_dim, len(model.transformer.decoder.layers)) == (
         20,
@@ -211,40 +191,45 @@ def test_what_the_name_leaves_open_is_taken_from_the_file(small: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "message"),
     [
         (
             "detr_resnet101",
             {},
-            "no detr_resnet101, for it has backbone resnet50 (not resnet101): load detr_resnet50",
+            "not a detr_resnet101: it has backbone resnet50 (not resnet101); load detr_resnet50",
         ),
-        ("detr_resnet50_dc5", {}, "dilation False (not True): load detr_resnet50"),
+        ("detr_resnet50_dc5", {}, "dilation False (not True); load detr_resnet50"),
         (
             "conditional_detr_resnet50",
             {},
-            "detector detr (not conditional_detr): load detr_resnet50",
+            "detector detr (not conditional_detr); load detr_resnet50",
         ),
-        ("detr_resnet50", {"num_classes": 20}, "knows 91 classes, not 20: give num_classes=91"),
+        ("detr_resnet50", {"num_classes": 20}, "has 91 classes, not 20; give num_classes=91"),
     ],
 )
-def test_file_of_another_model_is_refused(small: Path, name: str, options: dict, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)) as refused:
+def test_checkpoint_of_another_model_is_refused(
+    small: Path, name: str, options: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
         getattr(hubconf, name)(pretrained=str(small), **options)
     assert str(small) in str(refused.value)
 
 
-def test_published_dc5_file_is_told_by_its_name(small: Path, tmp_path: Path) -> None:
-    """It holds weights only, and these are those of a model without dilation in all but their values."""
+def test_published_dc5_checkpoint_is_recognized_by_its_file_name(
+    small: Path, tmp_path: Path
+) -> None:
+    """It contains weights only, with the names and shapes of a model without dilation."""
     path = tmp_path / "detr-r50-dc5-f0fb7ef5.pth"
     torch.save({"model": torch.load(small, weights_only=False)["model"]}, path)
-    with pytest.raises(UserError, match="dilation True .not False.: load detr_resnet50_dc5"):
+    with pytest.raises(UserError, match="dilation True .not False.; load detr_resnet50_dc5"):
         hubconf.detr_resnet50(pretrained=str(path))
     assert hubconf.detr_resnet50_dc5(pretrained=str(path)).backbone[0].strides == [16]
 
 
-def test_file_of_a_pretext_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_a_pretext_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "pretext.pth", *SMALL, "--num_patches", "5", script=PRETRAIN)
-    with pytest.raises(UserError, match="is from pre-training and knows no classes: fine-tune it"):
+    message = "is from pre-training and has no object classes; fine-tune it"
+    with pytest.raises(UserError, match=message):
         hubconf.detr_resnet50(pretrained=str(tmp_path / "pretext.pth"))
 
 
@@ -255,13 +240,13 @@ def test_file_of_a_pretext_is_refused(tmp_path: Path) -> None:
         ("deformable_detr_resnet50_refine", "https://github.com/fundamentalvision/Deformable-DETR"),
     ],
 )
-def test_weights_on_a_page_are_not_fetched(name: str, page: str) -> None:
+def test_weights_on_a_file_sharing_site_are_not_downloaded(name: str, page: str) -> None:
     with pytest.raises(UserError, match=f"{page} .*give its path"):
         getattr(hubconf, name)(pretrained=True)
 
 
-def test_package_of_the_same_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published DETR's hub has `models` and `util` too."""
+def test_import_conflict_names_the_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published DETR hub has packages `models` and `util` too."""
     theirs = types.ModuleType("util")
     theirs.__file__ = "/elsewhere/detr/util/__init__.py"
     monkeypatch.setitem(sys.modules, "util", theirs)
@@ -290,6 +275,6 @@ def test_documents_name_entry_points() -> None:
     assert set(listed) == set(PARAMETERS)
 
 
-def test_a_detector_without_classes_is_refused() -> None:
+def test_num_classes_below_one_is_refused() -> None:
     with pytest.raises(UserError, match="num_classes=0"):
         hubconf.deformable_detr_resnet50(num_classes=0, backbone_weights="none")

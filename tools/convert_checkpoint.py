@@ -1,12 +1,17 @@
-"""Tells what a checkpoint or weight file is, and converts it between the published layouts and ours.
+"""Identify a checkpoint or weight file, and convert it between the published layouts and this project's.
 
-    python tools/convert_checkpoint.py FILE                               # what is it?
-    python tools/convert_checkpoint.py FILE --to FORMAT --out NEW_FILE
+    python tools/convert_checkpoint.py FILE                              # identify FILE
+    python tools/convert_checkpoint.py FILE --to FORMAT --out NEW_FILE   # convert FILE
 
-FILE is a path or an address. Formats: `predetr` (ours; keeps everything and stores what names don't tell), `detr`
-(DETR, Conditional DETR, Deformable DETR), `updetr`, `detreg`, `siamese`. `--pretrain` and `--resume` read every
-published layout as it is: converting is for other code bases, and for a file that says by itself what it is. No file
-runs code, none is overwritten, and names or shapes that fit no known detector are refused.
+FILE is a path or a URL. The formats are
+
+- `predetr`: this project's. Keeps everything, and stores the settings that parameter names don't show.
+- `detr`: DETR, Conditional DETR and Deformable DETR
+- `updetr`, `detreg`, `siamese`: UP-DETR, DETReg, Siamese DETR
+
+`--pretrain` and `--resume` read every published layout unchanged. Conversion is for other codebases, or to get a file
+that stores its own settings. No code in a file is run, no file is overwritten, and a file with names or shapes that fit
+no known detector is refused.
 """
 
 import argparse
@@ -17,9 +22,8 @@ from typing import Any
 
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # `python tools/NAME.py` works from any directory
+# `python tools/NAME.py` must work from any directory.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
 from util.checkpoints.adoption import is_pretext
@@ -43,9 +47,18 @@ from util.errors import UserError
 from util.files import write_atomically
 from util.logger import log
 from util.runs.session import run_script
-from util.settings import FINETUNE, make_parser, resolve
+from util.settings import FINETUNE, HelpFormatter, make_parser, resolve
 
 SIZES = ("backbone", "num_queries", "enc_layers", "dec_layers", "hidden_dim", "dim_feedforward")
+OPTIONS = (
+    "pre_norm",
+    "num_feature_levels",
+    "with_box_refine",
+    "two_stage",
+    "nheads",
+    "dilation",
+    "position_embedding",
+)
 PRETEXT_OF_CODEBASE = {
     "random_query_patch": "UP-DETR",
     "region_prior": "DETReg",
@@ -55,184 +68,202 @@ PRETEXT_OF_CODEBASE = {
 
 def parse(argv: list[str]) -> Namespace:
     parser = argparse.ArgumentParser(
-        "tools.convert_checkpoint", description=__doc__.splitlines()[0], allow_abbrev=False
+        "tools.convert_checkpoint",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="a checkpoint or weight file: path or address")
-    parser.add_argument("--to", choices=FORMATS, help="layout to write")
+    parser.add_argument("file", metavar="FILE", help="checkpoint or weight file: path or URL")
+    parser.add_argument("--to", choices=FORMATS, help="format to convert to")
     parser.add_argument(
-        "--out", type=Path, metavar="NEW_FILE", help="where to write it; must not exist"
+        "--out", type=Path, metavar="NEW_FILE", help="output file; must not exist yet"
     )
     args = parser.parse_args(argv)
     if (args.to is None) != (args.out is None):
-        parser.error(
-            "--to and --out belong together: give both to convert, none to be told what the file is"
-        )
+        parser.error("--to and --out belong together: give both to convert, neither to identify")
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------ describe
+# ------------------------------------------------------------------------------------------------------------ identify
 
 
 def describe(checkpoint: Checkpoint) -> list[str]:
-    """What the file is, one property a line."""
+    """Return the properties of a checkpoint, one per line."""
     state = strip_detr_prefix(checkpoint.model)
-    pretext, kind = infer_pretext(checkpoint), infer_detector(state)
+    pretext, detector = infer_pretext(checkpoint), infer_detector(state)
     certain, likely = infer_architecture(checkpoint)
-    if pretext:
-        stage = f"pre-training ({pretext}, the pretext of {PRETEXT_OF_CODEBASE.get(pretext, 'its own')})"
-    else:
-        stage = (
-            "a detector to be fine-tuned" if begins_training(checkpoint) else "a trained detector"
-        )
-    masks = any(key.startswith(MASK_PREFIXES) for key in state)
+    has_masks = any(key.startswith(MASK_PREFIXES) for key in state)
     rows = {
-        "code base": _code_base(checkpoint, kind, pretext),
-        "holds": f"{stage}{', with a mask head, which this version does not use' if masks else ''}",
-        "model": f"{checkpoint.num_tensors} tensors, {_unique_numbers(state):,} numbers",
-        "detector": f"{kind}: {_shown(certain, SIZES)}",
+        "codebase": _codebase(checkpoint, detector, pretext),
+        "content": _content(checkpoint, pretext, has_masks),
+        "model": f"{checkpoint.num_tensors} tensors, {_num_elements(state):,} parameters and buffers",
+        "detector": f"{detector}: {_join_flags(certain, SIZES)}",
         "options": _options(certain, likely),
         "classes": _classes(checkpoint),
-        "flags": " ".join(model_flags(checkpoint)) or "none: the detector's defaults",
-        "also in it": _rest(checkpoint),
-        "checked": f"all names and shapes are those of a {kind}",
-        "use": _usage(checkpoint, masks),
+        "flags": " ".join(model_flags(checkpoint)) or "none: the defaults of the detector",
+        "also in it": _other_entries(checkpoint),
+        "checked": f"all names and shapes are those of a {detector}",
+        "use": _usage(checkpoint, has_masks),
     }
     return [f"{name:<10} {text}" for name, text in rows.items()]
 
 
-def begins_training(checkpoint: Checkpoint) -> bool:
-    """Whether it knows no classes yet: a pretext, or what a converter made of one."""
+def needs_finetuning(checkpoint: Checkpoint) -> bool:
+    """Return True for a file without object classes: a pretext, or a pretext that was converted without its head."""
     return is_pretext(checkpoint) or not count_classes(checkpoint.model, "focal")
 
 
-def _usage(checkpoint: Checkpoint, masks: bool) -> str:
+def _content(checkpoint: Checkpoint, pretext: str | None, has_masks: bool) -> str:
+    if pretext:
+        codebase = PRETEXT_OF_CODEBASE.get(pretext, "a custom one")
+        text = f"pre-training ({pretext}, the pretext of {codebase})"
+    elif needs_finetuning(checkpoint):
+        text = "a detector to be fine-tuned"
+    else:
+        text = "a trained detector"
+    return f"{text}, with a mask head, which this version does not use" if has_masks else text
+
+
+def _usage(checkpoint: Checkpoint, has_masks: bool) -> str:
     path = checkpoint.source
-    if masks:
-        return f"python tools/convert_checkpoint.py {path} --to predetr --out NEW_FILE, which takes the detector out"
-    return (
-        f"python finetune_main.py --coco_path DIR "
-        f"{'--pretrain' if begins_training(checkpoint) else '--eval --resume'} {path}"
-    )
+    if has_masks:
+        return f"extract the detector with python tools/convert_checkpoint.py {path} --to predetr --out NEW_FILE"
+    flags = "--pretrain" if needs_finetuning(checkpoint) else "--eval --resume"
+    return f"python finetune_main.py --coco_path DIR {flags} {path}"
 
 
-def _code_base(checkpoint: Checkpoint, kind: str, pretext: str | None) -> str:
-    origin = infer_codebase(checkpoint)
-    name = CODEBASES[origin]
-    if origin == OURS and checkpoint.converted_from:
-        return f"{name}, converted from {CODEBASES.get(checkpoint.converted_from, 'another code base')}"
-    if origin == "siamese" and not checkpoint.siamese_pretext:
+def _codebase(checkpoint: Checkpoint, detector: str | None, pretext: str | None) -> str:
+    codebase = infer_codebase(checkpoint)
+    name = CODEBASES[codebase]
+    if codebase == OURS and checkpoint.converted_from:
+        return (
+            f"{name}, converted from {CODEBASES.get(checkpoint.converted_from, 'another codebase')}"
+        )
+    if codebase == "siamese" and not checkpoint.siamese_pretext:
         return f"{name}, from its convert_to_detr or its fine-tuning code"
-    if origin == kind and not checkpoint.args and kind != "conditional_detr":
-        alike = "UP-DETR and DETReg" if kind == "detr" else "DETReg"
-        return f"{name}, or {alike}, whose fine-tuned files have the same names"
+    # UP-DETR and DETReg don't have Conditional DETR.
+    if codebase == detector and not checkpoint.args and detector != "conditional_detr":
+        others = "UP-DETR and DETReg" if detector == "detr" else "DETReg"
+        return f"{name}, or {others}, whose fine-tuned files have the same names"
     return name
 
 
 def _options(certain: dict[str, Any], likely: dict[str, Any]) -> str:
-    known = _shown(
-        certain,
-        (
-            "pre_norm",
-            "num_feature_levels",
-            "with_box_refine",
-            "two_stage",
-            "nheads",
-            "dilation",
-            "position_embedding",
-        ),
-    )
-    guessed = [f"probably {flag} {value}" for flag, value in likely.items()]
+    parts = [f"probably {flag} {value}" for flag, value in likely.items()]
+    known = _join_flags(certain, OPTIONS)
+    if known:
+        parts.insert(0, known)
     unknown = [flag for flag in ("dilation", "nheads") if flag not in {**certain, **likely}]
-    tail = [f"the weights can't tell: {' and '.join(unknown)}"] if unknown else []
-    return "; ".join([*filter(None, [known]), *guessed, *tail])
+    if unknown:
+        parts.append(f"the weights don't show: {' and '.join(unknown)}")
+    return "; ".join(parts)
 
 
-def _shown(known: dict[str, Any], flags: tuple[str, ...]) -> str:
+def _join_flags(known: dict[str, Any], flags: tuple[str, ...]) -> str:
     return ", ".join(f"{flag} {known[flag]}" for flag in flags if flag in known)
 
 
 def _classes(checkpoint: Checkpoint) -> str:
-    outputs = count_classes(checkpoint.model, "focal")
-    if not outputs:
-        return "no class head (left out when it was converted)"
-    softmax = infer_classification(checkpoint) == "softmax"
+    num_rows = count_classes(checkpoint.model, "focal")  # all rows, "no object" included
+    if not num_rows:
+        return "no class head (dropped when the file was converted)"
+
+    if infer_classification(checkpoint) == "softmax":
+        head = f"{num_rows - 1} classes and `no object` (softmax)"
+    else:
+        head = f"{num_rows} classes (sigmoid)"
     names = list(checkpoint.class_names.values())
-    known = (
-        f": {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-        if names
-        else "; without names"
-    )
-    return (
-        f"{outputs - 1} classes and `no object`" if softmax else f"{outputs} classes (sigmoid)"
-    ) + known
+    if not names:
+        return f"{head}; without names"
+    more = ", ..." if len(names) > 5 else ""
+    return f"{head}: {', '.join(names[:5])}{more}"
 
 
 def model_flags(checkpoint: Checkpoint) -> list[str]:
-    """The flags of the architecture that differ from the detector's defaults."""
+    """Return the architecture flags that differ from the detector's defaults."""
     certain, likely = infer_architecture(checkpoint)
     known = {**likely, **certain}
-    usual = resolve(
+    defaults = resolve(
         make_parser(FINETUNE).parse_args(["--detector", known.pop("detector"), "--device", "cpu"])
     )
-    differing = {
-        flag: value for flag, value in known.items() if getattr(usual, flag, value) != value
-    }
-    return [
-        f"--{flag}" if value is True else f"--{flag} {value}"
-        for flag, value in differing.items()
-        if value is not False
-    ]
+    flags = []
+    for flag, value in known.items():
+        if getattr(defaults, flag, value) == value or value is False:
+            continue
+        flags.append(f"--{flag}" if value is True else f"--{flag} {value}")
+    return flags
 
 
-def _rest(checkpoint: Checkpoint) -> str:
-    meta = checkpoint.extra.get("meta")
+def _other_entries(checkpoint: Checkpoint) -> str:
+    meta = checkpoint.extra.get("meta")  # mmcv's files count epochs and iterations there
     meta = meta if isinstance(meta, dict) else {}
     epoch = meta.get("epoch") if checkpoint.epoch is None else checkpoint.epoch
-    said = [] if epoch is None else [f"epoch {epoch}"]
-    said += [f"iteration {meta['iter']}"] if "iter" in meta else []
-    said += [key for key in checkpoint.to_dict() if key not in ("model", "epoch")]
-    return ", ".join(said) or "nothing"
+    entries = []
+    if epoch is not None:
+        entries.append(f"epoch {epoch}")
+    if "iter" in meta:
+        entries.append(f"iteration {meta['iter']}")
+    entries += [key for key in checkpoint.to_dict() if key not in ("model", "epoch")]
+    return ", ".join(entries) or "nothing"
 
 
-def _unique_numbers(state: dict[str, torch.Tensor]) -> int:
-    """Numbers in the file; tensors that stand under several names count once."""
-    return sum(
-        {(value.data_ptr(), value.shape): value.numel() for value in state.values()}.values()
-    )
+def _num_elements(state: dict[str, torch.Tensor]) -> int:
+    """Return the number of elements. Tensors with several names count once."""
+    unique = {(value.data_ptr(), value.shape): value.numel() for value in state.values()}
+    return sum(unique.values())
 
 
 # ------------------------------------------------------------------------------------------------------------- convert
 
 
 def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
-    """Converts and writes, and says what was left out and how the new file is used.
+    """Convert a checkpoint, write it, and log what was dropped and how to load the new file.
 
     Raises:
-        UserError: `out` exists, or the layout has no place for this detector.
+        UserError: `out` exists, or the format has no place for this detector.
     """
     if out.exists():
-        raise UserError(f"--out {out} exists and is not overwritten: give another name")
+        raise UserError(f"--out {out} exists and is not overwritten; give another name")
     content, notes = convert(checkpoint, to)
     write_atomically(out, lambda file: torch.save(content, file))
     for note in notes:
         log.info(note)
+    # Siamese DETR's layout has its weights under `state_dict`.
     state = content.get("model", content.get("state_dict"))
+    log.info(
+        "wrote %s: %d tensors in the format %s\nload it with %s",
+        out,
+        len(state),
+        to,
+        _loading(checkpoint, to, out),
+    )
+
+
+def _loading(checkpoint: Checkpoint, to: str, out: Path) -> str:
     if to == OURS:
-        how = f"--{'pretrain' if begins_training(checkpoint) else 'resume'} {out}; no further flags are needed"
-    else:  # all code bases spell flags alike, but have neither live batch norm nor a choice between the two sine codes
-        flags = " ".join(
-            flag
-            for flag in model_flags(checkpoint)
-            if flag.split()[0] not in ("--backbone_norm", "--position_embedding")
-            or flag.endswith(" learned")
-        )
-        how = f"{LAYOUTS[to].loading.replace('FILE', str(out))}{f'; flags of this detector: {flags}' if flags else ''}"
-    log.info("wrote %s: %d tensors in the layout %s\nload it by %s", out, len(state), to, how)
+        flag = "--pretrain" if needs_finetuning(checkpoint) else "--resume"
+        return f"{flag} {out}; no further flags are needed"
+
+    text = LAYOUTS[to].usage.replace("FILE", str(out))
+    flags = [flag for flag in model_flags(checkpoint) if _exists_elsewhere(flag)]
+    return f"{text}; flags of this detector: {' '.join(flags)}" if flags else text
+
+
+def _exists_elsewhere(flag: str) -> bool:
+    """Return True for a flag that the published codebases have too. They all spell it alike.
+
+    None of them has live batch norm, or a choice between the two sine encodings.
+    """
+    name, *value = flag.split()
+    if name == "--position_embedding":
+        return value == ["learned"]
+    return name != "--backbone_norm"
 
 
 def describe_backbone(path: str, name: str, origin: str) -> list[str]:
+    """Return lines on a file that contains a backbone, but no detector."""
     return [
-        f"{path} holds a backbone without a detector: {name} ({origin})",
+        f"{path} contains a backbone, but no detector: {name} ({origin})",
         f"use        --backbone {name} --backbone_weights {path}",
     ]
 
@@ -244,10 +275,11 @@ def main(args: Namespace) -> None:
         log.info("\n".join(describe_backbone(args.file, *backbone)))
         if args.to:
             raise UserError(
-                f"{args.file} holds no detector, and --to converts detectors; --backbone_weights reads this file "
-                f"as it is"
+                f"{args.file} contains no detector, and --to converts detectors only; "
+                "--backbone_weights reads this file unchanged"
             )
         return
+
     checkpoint = parse_checkpoint(content, args.file)
     check_parameters(checkpoint, build_model)
     log.info("\n".join(describe(checkpoint)))

@@ -1,4 +1,4 @@
-"""Files of every published code base: told apart, read by --pretrain and --resume as they are, converted and back."""
+"""Files of every published codebase: identify them, load them with --pretrain and --resume, convert them and back."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from tests.published_files import (
     SMALL,
     detreg,
     filled,
-    patch_parts,
+    patch_layers,
     published_files,
     settings,
     shapes,
@@ -68,7 +68,7 @@ CODEBASES = {
 
 @pytest.fixture
 def file_of(tmp_path: Path):
-    """Writes a published file of a kind, or any content, and returns its path."""
+    """Return a function that saves a published file of a kind, or any content, and returns its path."""
 
     def save(kind: str | dict, name: str = "file.pth") -> Path:
         torch.save(FILES[kind] if isinstance(kind, str) else kind, tmp_path / name)
@@ -91,7 +91,7 @@ def refused(*words: object, tool=convert_checkpoint) -> str:
 
 
 def start(flag: str, path: Path, *flags: str) -> tuple[torch.nn.Module, Checkpoint, Settings]:
-    """What finetune_main.py makes of a file: (model with its weights, checkpoint, settings)."""
+    """Return what finetune_main.py builds from a file: (model with its weights, checkpoint, settings)."""
     session = start_session(
         make_parser(FINETUNE).parse_args([flag, str(path), "--device", "cpu", *flags])
     )
@@ -112,8 +112,8 @@ def assert_equal(state: dict, other: dict) -> None:
 
 
 @pytest.mark.parametrize("detector", ["detr", "conditional_detr", "deformable_detr"])
-def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
-    """On every detector; a focal head would read "no object" as a class."""
+def test_published_pre_training_with_patches_uses_softmax(detector: str) -> None:
+    """On every detector. A focal head would take "no object" for a class."""
     assert infer_classification(Checkpoint(model=siamese(detector))) == "softmax"
     assert infer_classification(Checkpoint(model=shapes(detector))) == (
         "softmax" if detector == "detr" else "focal"
@@ -140,8 +140,8 @@ def test_published_pre_training_with_patches_is_softmax(detector: str) -> None:
         (lambda: siamese("deformable_detr", "--num_feature_levels", "1", channels=2048), 547),
     ],
 )
-def test_full_size_files_have_the_published_number_of_tensors_and_fit(state, number: int) -> None:
-    """The synthetic files stand for the real ones, which are as large."""
+def test_full_size_files_have_the_published_number_of_tensors(state, number: int) -> None:
+    """The real files, which the synthetic ones stand for, have this many."""
     state = state()
     assert len(state) == number
     checkpoint = parse_checkpoint({"model": state}, "x.pth")
@@ -149,11 +149,11 @@ def test_full_size_files_have_the_published_number_of_tensors_and_fit(state, num
     check_parameters(checkpoint, build_model)
 
 
-# ------------------------------------------------------------------------------------------------------- read as it is
+# ------------------------------------------------------------------------------------------------------------- loading
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_code_base_and_pretext_are_recognised(kind: str) -> None:
+def test_codebase_and_pretext_are_inferred(kind: str) -> None:
     checkpoint = parse_checkpoint(FILES[kind], "x.pth")
     assert infer_codebase(checkpoint) == CODEBASES[kind]
     assert infer_pretext(checkpoint) == PRETEXTS.get(kind)
@@ -181,7 +181,7 @@ def test_resume_reads_every_published_detector_strictly(kind: str, file_of) -> N
     assert args.position_embedding == ("sine_shifted" if kind.startswith("deformable") else "sine")
 
 
-def test_counters_of_operations_in_published_files_are_passed_over(file_of) -> None:
+def test_flop_counters_in_published_files_are_ignored(file_of) -> None:
     counters = {
         f"transformer.{name}": torch.zeros(1) for name in ("total_ops", "encoder.total_params")
     }
@@ -193,7 +193,7 @@ def test_counters_of_operations_in_published_files_are_passed_over(file_of) -> N
     assert "checked    all names" in run(path)
 
 
-def test_queries_of_siamese_deformable_detr_are_position_then_content() -> None:
+def test_siamese_deformable_queries_are_joined_as_position_then_content() -> None:
     raw = FILES["siamese deformable"]["state_dict"]
     state = parse_checkpoint(FILES["siamese deformable"], "x.pth").model
     assert torch.equal(state["query_embed.weight"][:, :32], raw["query_embed.weight"])
@@ -206,7 +206,7 @@ def test_queries_of_siamese_deformable_detr_are_position_then_content() -> None:
     assert "transformer.tgt_embed.weight" not in state
 
 
-def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
+def test_module_prefix_and_bare_state_dicts() -> None:
     state = FILES["updetr"]["model"]
     for content in (
         {"model": {f"module.{key}": value for key, value in state.items()}},
@@ -218,7 +218,7 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
         check_parameters(checkpoint, build_model)
 
 
-# ---------------------------------------------------------------------------------------------------- the tool: telling
+# -------------------------------------------------------------------------------------------------- the tool: identify
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
                 "UP-DETR and DETReg",
                 "a trained detector",
                 "91 classes and `no object`",
-                "the weights can't tell: dilation and nheads",
+                "the weights don't show: dilation and nheads",
             ),
         ),
         (
@@ -275,18 +275,18 @@ def test_prefix_of_parallel_training_and_bare_state_dicts() -> None:
         ),
     ],
 )
-def test_the_tool_tells_what_a_file_is(kind: str, words: tuple[str, ...], file_of) -> None:
+def test_tool_identifies_a_file(kind: str, words: tuple[str, ...], file_of) -> None:
     text = run(file_of(kind))
     for word in words:
         assert word in text, text
 
 
 @pytest.mark.parametrize(
-    ("beside", "origin"),
+    ("extra", "origin"),
     [({"prototypes.weight": (4, 4)}, "SwAV"), ({"fc.weight": (4, 4)}, "torchvision")],
 )
-def test_a_backbone_is_told_and_not_converted(
-    beside: dict, origin: str, file_of, tmp_path: Path
+def test_backbone_is_identified_and_not_converted(
+    extra: dict, origin: str, file_of, tmp_path: Path
 ) -> None:
     body = {
         key.removeprefix("backbone.0.body."): value
@@ -298,7 +298,7 @@ def test_a_backbone_is_told_and_not_converted(
             f"module.{key}": value
             for key, value in {
                 **body,
-                **{key: torch.ones(size) for key, size in beside.items()},
+                **{key: torch.ones(size) for key, size in extra.items()},
             }.items()
         }
     )
@@ -310,7 +310,7 @@ def test_a_backbone_is_told_and_not_converted(
     assert not (tmp_path / "new.pth").exists()
 
 
-# ------------------------------------------------------------------------------------------------ the tool: converting
+# --------------------------------------------------------------------------------------------------- the tool: convert
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_a_backbone_is_told_and_not_converted(
         ("siamese single scale", "siamese"),
     ],
 )
-def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) -> None:
+def test_round_trip_is_bit_exact(kind: str, to: str, file_of, tmp_path: Path) -> None:
     first = file_of(kind)
     run(first, "--to", "predetr", "--out", tmp_path / "ours.pth")
     text = run(tmp_path / "ours.pth", "--to", to, "--out", tmp_path / "back.pth")
@@ -353,7 +353,9 @@ def test_round_trip_is_bit_equal(kind: str, to: str, file_of, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_converted_to_ours_it_loads_like_the_original(kind: str, file_of, tmp_path: Path) -> None:
+def test_converted_to_predetr_it_loads_like_the_original(
+    kind: str, file_of, tmp_path: Path
+) -> None:
     run(file_of(kind), "--to", "predetr", "--out", tmp_path / "ours.pth")
     model, checkpoint, args = start(
         "--pretrain" if kind in PRETEXTS else "--resume", tmp_path / "ours.pth"
@@ -370,12 +372,12 @@ def test_converted_to_ours_it_loads_like_the_original(kind: str, file_of, tmp_pa
     )
 
 
-def test_mask_files_lose_their_mask_head_and_say_so(file_of, tmp_path: Path) -> None:
+def test_mask_head_is_dropped_with_a_note(file_of, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tools/convert_checkpoint.py"):
         start("--resume", file_of("masks"), "--eval")
     for to in ("predetr", "detr"):
         text = run(file_of("masks"), "--to", to, "--out", tmp_path / f"{to}.pth")
-        assert "left out: 32 tensors of bbox_attention, mask_head" in text
+        assert "dropped: 32 tensors of bbox_attention, mask_head" in text
         state = read_weights(tmp_path / f"{to}.pth")["model"]
         assert_equal(
             state,
@@ -387,23 +389,24 @@ def test_mask_files_lose_their_mask_head_and_say_so(file_of, tmp_path: Path) -> 
         )
 
 
-def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path) -> None:
-    """Another pretext's parts are named and left out; DETReg reads `args` as a Namespace."""
+def test_other_codebases_get_only_the_parameters_they_have(file_of, tmp_path: Path) -> None:
+    """Parameters of another pretext are dropped with a note. DETReg reads `args` as a Namespace."""
     text = run(file_of("detreg detr"), "--to", "updetr", "--out", tmp_path / "up.pth")
-    assert "left out: 4 tensors of feature_embed" in text
-    assert (
-        "warning: trained with the position code sine_shifted, where UP-DETR computes sine" in text
+    assert "dropped: 4 tensors of feature_embed" in text
+    warning = (
+        "warning: trained with the positional encoding sine_shifted, but UP-DETR computes sine"
     )
+    assert warning in text
     assert "--pre_norm" in text
     assert set(read_weights(tmp_path / "up.pth")) == {"model"}
     text = run(file_of("updetr"), "--to", "detreg", "--out", tmp_path / "reg.pth")
-    assert "left out: 6 tensors of feature_align, patch2query" in text
+    assert "dropped: 6 tensors of feature_align, patch2query" in text
     assert "Namespace" in text
     content = read_weights(tmp_path / "reg.pth")
     assert isinstance(content["args"], Namespace)
     assert content["args"].seed == 7
     text = run(file_of("siamese conditional"), "--to", "detr", "--out", tmp_path / "detr.pth")
-    assert "left out: 2 tensors of class_embed" in text
+    assert "dropped: 2 tensors of class_embed" in text
     assert_equal(
         read_weights(tmp_path / "detr.pth")["model"],
         {
@@ -422,10 +425,10 @@ def test_other_code_bases_get_what_they_have_a_place_for(file_of, tmp_path: Path
 @pytest.mark.parametrize(
     ("detector", "channels"), [("detr", 512), ("conditional_detr", 512), ("deformable_detr", 896)]
 )
-def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
+def test_own_pre_training_converts_to_each_codebase_with_the_detector(
     detector: str, channels: int, file_of, tmp_path: Path
 ) -> None:
-    state = filled({**shapes(detector, *SMALL, outputs=3), **patch_parts(32, channels)})
+    state = filled({**shapes(detector, *SMALL, outputs=3), **patch_layers(32, channels)})
     stored = {
         "script": "main.py",
         "pretext": "random_query_patch",
@@ -445,7 +448,7 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
             continue
         text = run(path, "--to", to, "--out", tmp_path / f"{to}.pth")
         shifted = to == "detreg" or to == "detr" and detector == "deformable_detr"
-        assert ("warning: trained with the position code sine" in text) is shifted
+        assert ("warning: trained with the positional encoding sine" in text) is shifted
         back = load_checkpoint(tmp_path / f"{to}.pth").model
         left_out = {
             "detr": ("class_embed.", "patch2query.", "feature_align."),
@@ -474,7 +477,7 @@ def test_our_own_pre_training_goes_to_each_code_base_that_has_the_detector(
         ("detreg detr", "siamese", ("no pretext of Siamese DETR",)),
     ],
 )
-def test_a_layout_without_a_place_for_it_is_refused(
+def test_layout_without_the_detector_or_pretext_is_refused(
     kind: str, to: str, words: tuple[str, ...], file_of, tmp_path: Path
 ) -> None:
     text = refused(file_of(kind), "--to", to, "--out", tmp_path / "new.pth")
@@ -482,7 +485,7 @@ def test_a_layout_without_a_place_for_it_is_refused(
     assert not (tmp_path / "new.pth").exists()
 
 
-def test_heads_that_differ_between_layers_do_not_become_one() -> None:
+def test_different_heads_per_layer_are_not_merged() -> None:
     state = {
         "bbox_embed.0.layers.0.weight": torch.ones(2),
         "bbox_embed.1.layers.0.weight": torch.zeros(2),
@@ -495,7 +498,7 @@ def test_heads_that_differ_between_layers_do_not_become_one() -> None:
         convert(checkpoint, "siamese")
 
 
-def test_nothing_is_overwritten(file_of, tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(file_of, tmp_path: Path) -> None:
     path, taken = file_of("siamese conditional"), tmp_path / "taken.pth"
     taken.write_text("mine")
     (tmp_path / "detr_file.pth").write_text("mine")
@@ -537,7 +540,7 @@ def without(state: dict, word: str) -> dict:
         ),
     ],
 )
-def test_odd_files_are_refused_with_the_names_that_puzzle(
+def test_files_that_fit_no_detector_are_refused_with_the_names(
     change, words: tuple[str, ...], file_of, tmp_path: Path
 ) -> None:
     path = file_of({"model": change(FILES["detr"]["model"])})
@@ -564,22 +567,22 @@ def test_odd_files_are_refused_with_the_names_that_puzzle(
         (
             "deformable",
             lambda s: {**s, "_extra_state": {}},
-            r"'model' holds '_extra_state' \(dict\), which is no named tensor",
+            r"'model' contains '_extra_state' \(dict\), which is not a named tensor",
         ),
     ],
 )
-def test_files_that_are_almost_detectors_are_refused(
+def test_files_that_almost_fit_a_detector_are_refused(
     kind: str, change, words: str, file_of
 ) -> None:
-    """By the tool, and by --pretrain."""
+    """By the tool and by --pretrain."""
     path = file_of({"model": change(FILES[kind]["model"])})
     assert re.search(words, refused(path))
-    with pytest.raises(UserError, match=f"{path}.*(lacks|holds)"):
+    with pytest.raises(UserError, match=f"{path}.*(lacks|contains)"):
         start("--pretrain", path)
 
 
 @pytest.mark.parametrize(
-    "beside",
+    "entries",
     [
         {"args": ["--lr", "1"]},
         {"args": "text"},
@@ -588,25 +591,23 @@ def test_files_that_are_almost_detectors_are_refused(
         {"class_names": ["cat", "dog"]},
         {"model": "deformable_detr", "state_dict": FILES["deformable"]["model"]},
     ],
-    ids=lambda beside: " ".join(beside),
+    ids=lambda entries: " ".join(entries),
 )
-def test_other_programs_keep_other_things_beside_the_weights(beside: dict, file_of) -> None:
-    text = run(file_of({"model": FILES["deformable"]["model"], **beside}))
+def test_unknown_entries_of_other_programs_are_ignored(entries: dict, file_of) -> None:
+    text = run(file_of({"model": FILES["deformable"]["model"], **entries}))
     assert "checked    all names and shapes are those of a deformable_detr" in text
-    assert ("cat, dog" in text) is ("class_names" in beside)
+    assert ("cat, dog" in text) is ("class_names" in entries)
 
 
-def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path: Path) -> None:
-    """Without class head, which a two-stage detector has under two names; with heads that only the user knows the
-    number of.
-    """
+def test_pretext_converted_without_its_head_loads_with_pretrain(file_of, tmp_path: Path) -> None:
+    """A two-stage detector has its class head under two names. Only the user knows the number of attention heads."""
     state = filled(detreg("deformable_detr", *SMALL, "--two_stage", "--with_box_refine"))
     stored = settings(object_embedding_loss=True, num_queries=20)
     text = run(
         file_of({"model": state, "args": stored}), "--to", "detr", "--out", tmp_path / "new.pth"
     )
-    assert "left out: 4 tensors of feature_embed" in text
-    assert "left out: 12 tensors of class_embed" in text
+    assert "dropped: 4 tensors of feature_embed" in text
+    assert "dropped: 12 tensors of class_embed" in text
     assert "--two_stage" in text.splitlines()[-1]
     assert_equal(
         read_weights(tmp_path / "new.pth")["model"],
@@ -620,7 +621,7 @@ def test_what_a_pretext_becomes_for_other_code_bases_is_known(file_of, tmp_path:
     assert torch.equal(model.transformer.enc_output.weight, state["transformer.enc_output.weight"])
 
 
-def test_flags_that_only_this_code_base_has_are_not_told_for_others(
+def test_flags_of_this_project_are_not_suggested_for_other_codebases(
     file_of, tmp_path: Path
 ) -> None:
     live = {
@@ -645,14 +646,14 @@ def test_flags_that_only_this_code_base_has_are_not_told_for_others(
     ]
 
 
-def test_a_position_code_of_another_code_base_is_refused(file_of) -> None:
+def test_unknown_positional_encoding_is_refused(file_of) -> None:
     text = refused(
         file_of({"model": FILES["detr"]["model"], "args": {"position_embedding": "rotary"}})
     )
     assert text.startswith("--position_embedding rotary is unknown: choose one of sine")
 
 
-def test_a_truncated_file_and_a_text_are_refused(file_of, tmp_path: Path) -> None:
+def test_truncated_files_and_text_files_are_refused(file_of, tmp_path: Path) -> None:
     path = file_of("updetr")
     path.write_bytes(path.read_bytes()[:-3000])
     assert "incomplete" in refused(path)
@@ -682,7 +683,7 @@ def test_tools_run_from_any_directory_and_fail_in_one_line(
 
 @pytest.mark.parametrize("flag", ["--export", "--out"])
 @pytest.mark.parametrize("kind", [kind for kind in PRETEXTS if kind.startswith("siamese")])
-def test_convert_to_detr_writes_what_pretrain_loads(
+def test_convert_to_detr_writes_a_file_for_pretrain(
     kind: str, flag: str, file_of, tmp_path: Path
 ) -> None:
     path = file_of(kind, "iter_300000.pth")
@@ -703,8 +704,8 @@ def test_convert_to_detr_writes_what_pretrain_loads(
     assert infer_codebase(checkpoint) == "predetr"
 
 
-def test_convert_to_detr_refuses_what_is_not_its_own(file_of, tmp_path: Path) -> None:
-    assert "not of Siamese DETR" in refused(
+def test_convert_to_detr_refuses_other_codebases_and_detectors(file_of, tmp_path: Path) -> None:
+    assert "not from Siamese DETR" in refused(
         "--ckpt", file_of("updetr"), "--out", tmp_path / "a", tool=convert_to_detr
     )
     assert "--deform" in refused(
@@ -713,15 +714,15 @@ def test_convert_to_detr_refuses_what_is_not_its_own(file_of, tmp_path: Path) ->
     assert not (tmp_path / "a").exists()
 
 
-def test_full_conditional_detr_becomes_564_tensors_less_its_head(file_of, tmp_path: Path) -> None:
-    """The published tool gives 564 with `patch2query` and without class head."""
+def test_full_size_conditional_detr_converts_to_564_tensors(file_of, tmp_path: Path) -> None:
+    """As the published tool gives: with `patch2query` and without class head."""
     path = file_of(siamese_file(siamese("conditional_detr", "--num_queries", "100", channels=2048)))
     run("--ckpt", path, "--out", tmp_path / "new.pth", tool=convert_to_detr)
     assert len(read_weights(tmp_path / "new.pth")["model"]) == 564
 
 
-def test_filled_files_differ_between_names() -> None:
-    """Round trips could not see two names exchanged if their numbers were equal."""
+def test_synthetic_tensors_differ_between_names() -> None:
+    """With equal values, round trips would not show that two names were swapped."""
     state = filled(shapes("detr", *SMALL))
     assert not torch.equal(
         state["transformer.decoder.layers.0.norm1.weight"],

@@ -51,6 +51,7 @@ def settings_from_checkpoint(
     for message in messages:
         log.info(message)
 
+    # Needs the detector, which is among the adopted settings unless it was given.
     _check_kind({**adopted, **given}, checkpoint, script)
     if resume:
         adopted.update(adopt_settings(checkpoint, given, script))
@@ -88,7 +89,8 @@ def _is_class_agnostic_eval(known: Mapping[str, Any], script: str) -> bool:
 
 def _check_pretext(given: str | None, checkpoint: Checkpoint) -> None:
     """Check `--pretext` against the parameter names: a published file stores no pretext in its settings."""
-    pretext = given or checkpoint.args.get("pretext") or "random_query_patch"
+    default = "random_query_patch"  # of main.py
+    pretext = given or checkpoint.args.get("pretext") or default
     matching = [
         name
         for name, entry in PRETEXTS.items()
@@ -154,11 +156,12 @@ def adopt_settings(checkpoint: Checkpoint, given: Mapping[str, Any], script: str
     if script == FINETUNE and "script" not in stored:
         stored = _published_settings(stored, given)
     elif stored.get("script") != script:
-        return {}
+        return {}  # such as main.py --eval with a fine-tuned detector
 
     skipped = set(given) | names_where(lambda flag: flag.per_launch)
     other_data = "dataset_file" in given and stored.get("dataset_file") != given["dataset_file"]
     if other_data or _is_class_agnostic_eval(given, script):
+        # Paths and splits of one dataset mean nothing for another one.
         skipped |= {"dataset_file"} | names_where(lambda flag: flag.data_specific)
     if "lr_drop" in given:
         skipped.add("lr_drop_epochs")  # otherwise the stored drop epochs would override it

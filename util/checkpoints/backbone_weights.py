@@ -185,7 +185,7 @@ def _rename_to_timm(content: Any, name: str) -> Any:
     timm = _import_timm(name)
     state = timm.create_model(name.removeprefix("timm:"), pretrained=False).state_dict()
     if len(content) != len(state) or set(content) == set(state):
-        return content
+        return content  # another network, or timm's names already
 
     values = list(content.values())
     same_shapes = all(
@@ -201,6 +201,7 @@ def _rename_to_timm(content: Any, name: str) -> Any:
 def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
     target = {key: value for key, value in body.state_dict().items() if not key.endswith(COUNTER)}
     state, prefix = _best_match(content, target)
+    # Before the check for missing tensors: it says why they are missing.
     _check_resnet_depth(state, prefix, name, origin)
 
     source_keys = {key: prefix + _plain_key(key) for key in target}
@@ -254,6 +255,7 @@ def _best_match(content: Any, target: Mapping[str, Tensor]) -> tuple[dict[str, T
             # Student and teacher match equally well: the second element decides between them.
             is_preferred = any(word in f"{path}.{prefix}" for word in PREFERRED_ENCODERS)
             score = (num_matches, is_preferred)
+            # The first one counts even without a match, so that an error can name the ResNet in the file.
             if score > best_score or not best[0]:
                 best, best_score = (state, prefix), score
     return best

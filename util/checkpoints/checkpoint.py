@@ -25,6 +25,7 @@ from util.files import write_atomically
 
 VERSION = 1
 LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
+# What `weights_only=True` loads. Module state dicts are OrderedDicts, and MultiStepLR stores a Counter.
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
 SCALARS = (type(None), bool, int, float, str, bytes)
 
@@ -195,7 +196,7 @@ def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
             "choose another file"
         )
     checkpoint = Checkpoint.from_dict(_find_model(content, source), str(source))
-    state = strip_prefix(checkpoint.model, "module.")
+    state = strip_prefix(checkpoint.model, "module.")  # added by DistributedDataParallel
     checkpoint.siamese_pretext = infer_siamese_pretext(state)
     checkpoint.model = to_detr_names(state)
     return checkpoint

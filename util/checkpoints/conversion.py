@@ -151,7 +151,7 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
         state = _drop(state, ("class_embed.", f"{DECODER_PREFIX}class_embed."), notes)
     _note_positional_encoding(checkpoint, layout, detector, notes)
 
-    if to == "siamese":
+    if to == "siamese":  # as mmcv saves it
         state = to_siamese_names(state, pretext, checkpoint.source)
         return {"meta": {}, "state_dict": state}, notes
     if to == "detreg":
@@ -199,6 +199,7 @@ def _to_predetr(
         entries = {key: value for key, value in entries.items() if key not in dropped}
 
     certain, likely = infer_architecture(checkpoint)
+    # The inferred values win: DETReg, for instance, stores `sine` for its shifted encoding.
     settings = {**checkpoint.args, **likely, **certain}
     pretext = infer_pretext(checkpoint)
     if pretext:

@@ -118,6 +118,7 @@ def load_pretrained(
                 loaded[key] = fitted
 
     _check_complete(loaded, target, report, source)
+    # Not strict: what is missing keeps its initial values and is in the report.
     model.load_state_dict(loaded, strict=False)
     report.loaded = {key: target[key].numel() for key in target if key in loaded}
     report.reinitialized = {
@@ -244,7 +245,7 @@ def _fit_class_head(
     """
     if head.rows is None:
         return tensor if tensor.shape == target.shape else None
-    if tensor.shape[1:] != target.shape[1:]:
+    if tensor.shape[1:] != target.shape[1:]:  # another width D
         return None
 
     background = int(head.has_background)
@@ -262,7 +263,7 @@ def _fit_class_head(
 
     fitted = target.clone()  # rows without a match keep their initial values
     rows, source_rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    fitted[rows] = tensor.to(fitted)[source_rows]
+    fitted[rows] = tensor.to(fitted)[source_rows]  # [matching rows, D], of a bias [matching rows]
     return fitted
 
 

@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates: each is one file, with its pictures inside."""
+"""Render HTML pages from Jinja2 templates. Each page is one file with its images embedded."""
 
 import base64
 import shlex
@@ -9,11 +9,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from util.logger import format_seconds
 
-SHARED = Path(__file__).parent  # base.html.j2, which the pages extend, and macros.html.j2
+SHARED = Path(__file__).parent  # has base.html.j2, which the pages extend, and macros.html.j2
 
 
 def data_uri(path: Path) -> str:
-    """The content of a PNG file as the source of an image."""
+    """Return a PNG file as a data URI, for the `src` of an image."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
@@ -21,7 +21,7 @@ FILTERS = {"data_uri": data_uri, "clock": format_seconds, "shell": shlex.join}
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page of a template with these values, which are escaped."""
+    """Render a template. Values are HTML-escaped; an undefined name is an error."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, SHARED]),
         autoescape=True,

@@ -8,54 +8,69 @@ from util.distributed import all_gather_object, is_main_process
 from util.errors import UserError
 from util.files import write_text
 
+# Keys whose values this project reads as numbers. Other keys may have any value.
+NUMERIC_PREFIXES = ("train_loss", "train_seconds", "n_parameters")
+
 
 def read_log(run: str | Path) -> list[dict[str, Any]]:
-    """The epochs in a run's `log.txt` (the file or its folder), oldest first; of an epoch written twice, the last.
+    """Return the epochs in a run's `log.txt`, oldest first.
 
-    A last line that was cut off is left out.
+    If an epoch was logged twice, its last line counts. A truncated last line is ignored: the published codebases append
+    to the file, so that an interrupted run may leave one.
+
+    Args:
+        run: the log or its folder.
 
     Raises:
-        UserError: there is no such file or it is no text, a line in its middle is no JSON object, or a line has text
-            where numbers belong.
+        UserError: the file is missing or not a text file, a line in the middle is not a JSON object, or a number is
+            missing where this project reads one.
     """
     path = Path(run) / "log.txt" if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise UserError(f"{path}: there is no such log; give a run's output folder or its log.txt")
-    epochs: dict[int, dict[str, Any]] = {}
+        raise UserError(f"{path}: no such log; give a run's output folder or its log.txt")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is no text ({error.reason} at byte {error.start}): give a run's output folder or its log.txt"
+            f"{path} is not a text file ({error.reason} at byte {error.start}); "
+            "give a run's output folder or its log.txt"
         ) from error
+
+    epochs: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if isinstance(entry, dict):
-            wrong = next((key for key, value in entry.items() if not _as_logged(key, value)), None)
-            if wrong is not None:
-                raise UserError(
-                    f"{path}, line {number}: {wrong} is {str(entry[wrong])[:60]!r}; correct or remove the line"
-                )
+        entry = _parse_line(line)
+        if entry is not None:
+            _check_values(entry, f"{path}, line {number}")
             epochs[entry.get("epoch", number - 1)] = entry
         elif number < len(lines):
             raise UserError(f"{path}, line {number}: not a JSON object; remove the line")
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def _as_logged(key: str, value: Any) -> bool:
-    """Whether what is read of a log's line is of the right kind; all other keys are anyone's."""
+def _parse_line(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _check_values(entry: dict[str, Any], where: str) -> None:
+    for key, value in entry.items():
+        if not _is_valid(key, value):
+            raise UserError(f"{where}: {key} is {str(value)[:60]!r}; correct or remove the line")
+
+
+def _is_valid(key: str, value: Any) -> bool:
     if key == "epoch":
-        return type(value) is int
+        return type(value) is int  # not bool, which is an int too
     if key == "test_coco_eval_bbox":
-        return (
-            not value or isinstance(value, list) and len(value) > 1 and all(map(_is_number, value))
-        )
-    return _is_number(value) or not key.startswith(("train_loss", "train_seconds", "n_parameters"))
+        if not value:
+            return True  # an epoch without evaluation
+        return isinstance(value, list) and len(value) > 1 and all(map(_is_number, value))
+    return _is_number(value) or not key.startswith(NUMERIC_PREFIXES)
 
 
 def _is_number(value: Any) -> bool:
@@ -63,8 +78,10 @@ def _is_number(value: Any) -> bool:
 
 
 def append_log(folder: Path | None, record: dict[str, object]) -> None:
-    """One JSON object a line, as the published `log.txt`. A line of the same epoch, left by an interrupted run, is
-    replaced.
+    """Append an epoch to log.txt, on rank 0.
+
+    Lines of this and later epochs, left by an interrupted run, are removed. The file is written as a whole, so that it
+    never ends in half a line.
     """
     if folder is None or not is_main_process():
         return
@@ -73,12 +90,10 @@ def append_log(folder: Path | None, record: dict[str, object]) -> None:
 
 
 def is_logged(folder: Path | None, epoch: int) -> bool:
-    """Whether log.txt has the line of `epoch`; the same answer on every process."""
-    logged = (
-        folder is not None and any(entry["epoch"] == epoch for entry in _entries(folder))
-        if is_main_process()
-        else False
-    )
+    """Return True if log.txt has a line of `epoch`. Collective: every rank gets rank 0's answer."""
+    logged = False
+    if folder is not None and is_main_process():
+        logged = any(entry["epoch"] == epoch for entry in _entries(folder))
     return any(all_gather_object(logged))
 
 

@@ -1,4 +1,4 @@
-"""Numbers of an epoch: averages, and losses that are read without making the device wait."""
+"""Averages of an epoch's losses, and reading losses from the device without making the host wait."""
 
 import math
 import sys
@@ -11,33 +11,32 @@ from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.errors import NonFinite
 from util.logger import log
 
-NUM_MATCHES = "matched_pairs"
+NUM_MATCHES = "matched_pairs"  # key of the number of matched pairs among the losses
 
 
 class NonFiniteLoss(NonFinite):
-    """A loss is NaN or infinite; the message names the losses and the images."""
+    """A loss is NaN or infinite. The message names the losses and the images."""
 
 
 def to_host(values: dict[str, Tensor]) -> dict[str, float]:
-    """Named scalars of this process alone, in one copy."""
-    return dict(
-        zip(
-            values,
-            torch.stack([value.detach().float() for value in values.values()]).tolist(),
-            strict=True,
-        )
-    )
+    """Copy named scalars of this process to the host, all in one transfer."""
+    stacked = torch.stack([value.detach().float() for value in values.values()])
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 class BadImages:
-    """Bad images that the loader replaced: each is reported once with its path, all are counted."""
+    """Counts the bad images that the dataloader replaced, and logs each path once."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
         self.count = 0
 
     def add(self, problems: list[tuple[str, str]]) -> None:
-        """problems: (path, reason) of each image that was replaced by the next one."""
+        """Add a batch's bad images.
+
+        Args:
+            problems: (path, reason) of each image that was replaced by the next one.
+        """
         for path, reason in problems:
             self.count += 1
             if path not in self.seen:
@@ -45,43 +44,51 @@ class BadImages:
                 log.warning("skipped %s: %s (the next image takes its place)", path, reason)
 
     def warn_of_missed_objects(self) -> None:
-        """At the end of an evaluation, whose metrics go by image."""
+        """Warn at the end of an evaluation, where bad images lower the metrics."""
         if self.count:
             log.warning(
-                "%d images of the evaluation can't be used: their objects count as missed",
+                "%d images of the validation set can't be used: their objects count as missed",
                 self.count,
             )
 
 
 class LossReader:
-    """Averages named scalars over the processes and brings them to the host while the device runs the backward
-    pass.
+    """Averages named scalars over processes and copies them to the host during the backward pass.
 
-    Make it after the criterion and before `backward()`; `read()` afterwards, before the optimizer's step. One copy for
-    all values; `flags` of the processes (such as "stop asked for") are added up in the same collective.
+    Create it after the criterion and before `backward()`. Call `read()` after `backward()` and before the optimizer
+    step. All values travel in one all-reduce and one copy. The all-reduce also sums `flag` over processes, such as
+    "stop requested", so that it needs no collective of its own.
+
+    Attributes:
+        flag: after `read()`, the sum of the flags of all processes.
     """
 
     def __init__(self, values: dict[str, Tensor], flag: float = 0.0) -> None:
+        # Sorted: the order of the losses must be the same on every rank. L is their number.
         self.names = sorted(values)
-        stacked = torch.stack([values[name].detach().float() for name in self.names])
+        scalars = [values[name].detach().float() for name in self.names]
+        stacked = torch.stack(scalars)  # [L]
         if get_world_size() > 1:
-            stacked = torch.cat([stacked / get_world_size(), stacked.new_full((1,), flag)])
+            own_flag = stacked.new_full((1,), flag)
+            stacked = torch.cat([stacked / get_world_size(), own_flag])  # [L + 1]
             all_reduce_sum(stacked)
         else:
             self.flag = flag
-        self.ready = None
+
+        self.event = None
         if stacked.is_cuda:
+            # Only a copy to pinned memory is asynchronous. The event tells when it has finished.
             self.host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             self.host.copy_(stacked, non_blocking=True)
-            self.ready = torch.cuda.Event()
-            self.ready.record()
+            self.event = torch.cuda.Event()
+            self.event.record()
         else:
             self.host = stacked
 
     def read(self) -> dict[str, float]:
-        """The averaged values; `self.flag` is the sum of the processes' flags from then on."""
-        if self.ready is not None:
-            self.ready.synchronize()
+        """Wait for the copy and return the averaged values by name."""
+        if self.event is not None:
+            self.event.synchronize()
         values = self.host.tolist()
         if get_world_size() > 1:
             self.flag = values.pop()
@@ -89,73 +96,75 @@ class LossReader:
 
 
 def check_finite(losses: dict[str, float], image_ids: Iterable[int]) -> None:
-    """
+    """Check that all losses are finite. `image_ids` is only read for the message.
+
     Raises:
-        NonFiniteLoss: one of the losses is NaN or infinite.
+        NonFiniteLoss: a loss is NaN or infinite.
     """
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if bad:
-        images = list(dict.fromkeys(image_ids))  # once each, whatever the views
+        images = list(dict.fromkeys(image_ids))  # two views of an image have the same id
         raise NonFiniteLoss(
-            f"{', '.join(bad[:4])} not finite on images {images[:16]}; the weights were not changed by it. "
-            "Look at these images' boxes, lower --lr, or use --amp no; --resume continues from the last checkpoint"
+            f"{', '.join(bad[:4])} not finite on images {images[:16]}; the weights were not changed. "
+            "Check the boxes of these images, lower --lr, or use --amp no; --resume continues from the last checkpoint"
         )
 
 
 def check_gradient(norm: Tensor | None) -> None:
-    """norm: of the last step's gradient, None where there is none; it is read from the device.
+    """Check the gradient norm of the last step, which is read from the device here. None: there was no step.
 
     Raises:
         NonFiniteLoss: it is NaN or infinite.
     """
     if norm is not None and not math.isfinite(norm):
         raise NonFiniteLoss(
-            "the gradient of the last step was not finite, and the weights are spoiled: lower --lr, or use --amp no; "
-            "--resume continues from the last checkpoint, which is from before it"
+            "the gradient of the last step was not finite, so the weights are not usable any more; lower --lr, or use "
+            "--amp no; --resume continues from the last checkpoint, which was saved before that step"
         )
 
 
 def weight_class_error(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
-    """`class_error` as a sum over matched pairs, and their number: so batches and processes with more pairs count
-    more.
+    """Return the losses with `class_error` as a sum over matched pairs, and the number of pairs under NUM_MATCHES.
+
+    Averaged over batches and processes, each pair then has the same weight, however many its batch has.
     """
     error = losses["class_error"].detach()
-    return {
-        **losses,
-        "class_error": error * pairs,
-        NUM_MATCHES: error.new_full((), float(pairs)),
-    }  # a fill does not wait for the device
+    # new_full fills on the device; torch.tensor(pairs) would copy from the host and wait.
+    num_matches = error.new_full((), float(pairs))
+    return {**losses, "class_error": error * pairs, NUM_MATCHES: num_matches}
 
 
 def average_class_error(losses: dict[str, float]) -> dict[str, float]:
-    """Of what `weight_class_error` gave: `class_error` for a pair again, and none where nothing was matched."""
+    """Undo `weight_class_error`: return `class_error` per pair, or without it if nothing was matched."""
     if NUM_MATCHES not in losses:
         return losses
     pairs = losses[NUM_MATCHES]
-    mean = {"class_error": losses["class_error"] / pairs} if pairs else {}
-    return {**{name: value for name, value in losses.items() if name != "class_error"}, **mean}
+    others = {name: value for name, value in losses.items() if name != "class_error"}
+    return {**others, "class_error": losses["class_error"] / pairs} if pairs else others
 
 
 class Averages:
-    """Sums and counts by name; `state()` goes into checkpoints, so that a resumed epoch reports the whole epoch."""
+    """Weighted averages by name. `state()` goes into checkpoints, so that a resumed epoch averages all its steps."""
 
     def __init__(self, state: dict[str, list[float]] | None = None) -> None:
+        # name -> [sum of value * weight, sum of weights]
         self.sums: dict[str, list[float]] = {
             name: list(pair) for name, pair in (state or {}).items()
         }
 
     def add(self, values: dict[str, float], weight: float = 1.0) -> None:
-        """NUM_MATCHES among the values is no value, but the weight of `class_error`."""
-        pairs = values.get(NUM_MATCHES, weight)
+        """Add the values of a step. NUM_MATCHES among them is the weight of `class_error`, not a value."""
+        num_matches = values.get(NUM_MATCHES, weight)
         for name, value in values.items():
-            if name != NUM_MATCHES:
-                count = pairs if name.startswith("class_error") else weight
-                pair = self.sums.setdefault(name, [0.0, 0.0])
-                pair[0] += value * count
-                pair[1] += count
+            if name == NUM_MATCHES:
+                continue
+            value_weight = num_matches if name.startswith("class_error") else weight
+            pair = self.sums.setdefault(name, [0.0, 0.0])
+            pair[0] += value * value_weight
+            pair[1] += value_weight
 
     def merged(self) -> "Averages":
-        """Over all processes."""
+        """Return the averages over all processes. Collective."""
         total = Averages()
         for sums in all_gather_object(self.sums):
             for name, (value, weight) in sums.items():
@@ -165,17 +174,19 @@ class Averages:
         return total
 
     def means(self) -> dict[str, float]:
+        """Return name -> average."""
         return {name: value / max(weight, 1e-12) for name, (value, weight) in self.sums.items()}
 
     def state(self) -> dict[str, list[float]]:
+        """Return a copy of the sums in plain containers."""
         return {name: list(pair) for name, pair in self.sums.items()}
 
 
 def peak_host_memory() -> int:
-    """Bytes; 0 where the system does not tell."""
+    """Return the peak memory of this process in bytes; 0 if the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS reports bytes, Linux kibibytes

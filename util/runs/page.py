@@ -1,7 +1,7 @@
-"""The page of a run: one HTML file with its pictures inside, made from the files in the run's folder alone.
+"""The HTML page of a run: one self-contained file, made only from the files in the run's folder.
 
-It is written when training begins and after each epoch, so that an interrupted run has one too. page.html.j2 holds the
-markup.
+It is written when training starts and after each epoch, so that an interrupted run has one too. The markup is in
+page.html.j2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,43 +20,58 @@ from util.settings import FINETUNE, PRETRAIN
 
 PAGE = "result.html"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-Rows = list[tuple[str, list[Any]]]  # of a table: (name, cells) each
+Rows = list[tuple[str, list[Any]]]  # rows of a table: (row header, cells)
 
-FILES = {
-    SETTINGS: "every setting, which were given and which were adopted from a checkpoint, versions, device, fingerprint "
-    "of the data, model",
-    EVAL_SETTINGS: "the same for the last run with --eval",
-    "subset.json": "the images, or the objects of few shots, that the run trains on, if not all",
-    "log.txt": "one JSON object per epoch: train_* and test_* values (train_seconds: training time so far)",
-    "curves.png": "losses and AP so far",
-    "samples.png": "training images with their boxes, as the model gets them",
-    "predictions.png": "predictions of the last evaluation beside the ground truth",
-    "patches.png": "what the patches' queries find, after the last epoch",
+FILES = {  # file -> its content
+    SETTINGS: "all settings and where each comes from, versions, device, data and model",
+    EVAL_SETTINGS: "settings, versions, device, data and model of the last evaluation (--eval)",
+    "subset.json": "the subset of images, or of few-shot objects, that the run trains on",
+    "log.txt": "one JSON object per epoch with train_* and test_* values; train_seconds is the training time so far",
+    "curves.png": "losses and AP per epoch",
+    "samples.png": "augmented training images with their boxes",
+    "predictions.png": "predictions of the last evaluation next to the ground truth",
+    "patches.png": "boxes predicted for query patches, after the last epoch",
     "metrics.json": "metrics of the last evaluation",
-    "per_class.json": "AP of each class in it",
-    "results.json": "its detections, in COCO's format",
-    "checkpoint.pth": "after the last epoch, or where the run was stopped; --resume auto continues from it",
-    "checkpoint_best.pth": "from the epoch with the best AP",
+    "per_class.json": "AP per class of the last evaluation",
+    "results.json": "detections of the last evaluation in COCO format",
+    "checkpoint.pth": "latest checkpoint; --resume auto continues from it",
+    "checkpoint_best.pth": "checkpoint of the epoch with the best AP",
 }
-PICTURES = (  # title, file, what it shows
-    ("Curves", "curves.png", "Losses and AP by epoch."),
-    ("Boxes on held-out images", "predictions.png", "Predictions beside the ground truth."),
+PICTURES = (  # title, file, caption
     (
-        "What the patches' queries find",
-        "patches.png",
-        "Patches, where they were cut, and the boxes found.",
+        "Training curves",
+        "curves.png",
+        "Losses and AP per epoch. Solid: training, dashed: validation.",
     ),
     (
-        "Training images as the model gets them",
+        "Predictions on validation images",
+        "predictions.png",
+        "Predictions of the last evaluation next to the ground truth.",
+    ),
+    (
+        "Boxes predicted for query patches",
+        "patches.png",
+        "Patches, where they were cropped from, and the boxes that the model predicts for them.",
+    ),
+    (
+        "Training images",
         "samples.png",
-        "Augmented, padded to their batch (striped) and normalized; the normalization is undone here.",
+        "As the model sees them: augmented, and padded to the size of their batch (striped). "
+        "Normalization is undone for display.",
     ),
 )
+ENVIRONMENT_LABELS = {
+    "code": "git commit",
+    "cuda": "CUDA",
+    "gpu": "GPU",
+    "cpu_threads": "CPU threads",
+}
 
 
 def update_run_page(folder: Path | None) -> None:
-    """Draws curves.png, all losses and AP of the log, and writes the page. What can't be drawn is logged once, and
-    training continues.
+    """Draw curves.png and write the page, on rank 0.
+
+    A problem, such as a missing matplotlib, is logged once, and training continues.
     """
     if folder is None or not is_main_process():
         return
@@ -71,25 +86,24 @@ def update_run_page(folder: Path | None) -> None:
         _warn_once(f"no {PAGE}", error)
 
 
+# The page is written after every epoch: without this, a missing matplotlib would be logged each time.
+_warned: set[tuple[str, str]] = set()
+
+
 def _warn_once(what: str, error: UserError) -> None:
     if (what, str(error)) not in _warned:
         _warned.add((what, str(error)))
         log.warning("%s: %s", what, error)
 
 
-_warned: set[tuple[str, str]] = set()
-
-
 def write_run_page(folder: Path) -> Path:
-    """result.html of a folder of training or of evaluation.
+    """Write result.html into the folder of a training run or of an evaluation.
 
     Raises:
-        UserError: a damaged log, or the page can't be written.
+        UserError: the log is damaged, or the page can't be written.
     """
-    training, evaluation = (
-        read_json_object(folder / SETTINGS),
-        read_json_object(folder / EVAL_SETTINGS),
-    )
+    training = read_json_object(folder / SETTINGS)
+    evaluation = read_json_object(folder / EVAL_SETTINGS)
     record = training or evaluation
     entries = read_log(folder) if (folder / "log.txt").is_file() else []
     names = loss_names(entries)
@@ -113,76 +127,85 @@ def write_run_page(folder: Path) -> Path:
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    """One sentence on model, start and data."""
+    """Return a sentence each on task, model and data."""
     settings, model, images = (record.get(key) or {} for key in ("settings", "model", "images"))
     if not settings:
-        return "The settings of this run are not in its folder."
-    kind = (
-        f"Pre-training ({settings.get('pretext')})"
-        if settings.get("script") == PRETRAIN
-        else "Fine-tuning"
+        return f"The settings of this run are not in its folder ({SETTINGS} is missing)."
+
+    task = "Fine-tuning"
+    if settings.get("script") == PRETRAIN:
+        task = f"Pre-training ({settings.get('pretext')})"
+    if settings.get("eval"):
+        task = "Evaluation"
+    checkpoint = settings.get("pretrain") or settings.get("resume")
+    source = (
+        f", from {checkpoint}" if checkpoint else f" (weights: {settings.get('backbone_weights')})"
     )
-    kind = "Evaluation" if settings.get("eval") else kind
-    source = settings.get("pretrain") or settings.get("resume")
-    source = f"from {source}" if source else f"backbone weights: {settings.get('backbone_weights')}"
-    text = f"{kind} of {settings.get('detector')} on {settings.get('backbone')}, {source}."
+    text = f"{task} of {settings.get('detector')} with backbone {settings.get('backbone')}{source}."
+
     if model:
-        text += f" {model['parameters']:,} parameters, {model['trainable']:,} trainable"
-        height, width = model["multiply_adds_hw"]
-        count = model["multiply_adds"]
-        text += (
-            f"; {count / 1e9:.4g} G multiply-adds for an image of {height} x {width}."
-            if count
-            else "."
-        )
+        text += f" {_model_size(model)}"
     if images:
         counts = images if isinstance(images, list) else [images]
-        named = zip(counts, ("for training", "held out"), strict=False)
-        text += f" Images: {', '.join(f'{count:,} {name}' for count, name in named)}."
+        kinds = ("training images", "validation images")
+        named = [f"{count:,} {kind}" for count, kind in zip(counts, kinds, strict=False)]
+        text += f" {', '.join(named)}."
     return text
+
+
+def _model_size(model: Mapping[str, Any]) -> str:
+    text = f"{model['parameters']:,} parameters, {model['trainable']:,} trainable"
+    multiply_adds = model["multiply_adds"]
+    if multiply_adds:
+        height, width = model["multiply_adds_hw"]
+        text += f"; {multiply_adds / 1e9:.4g} G multiply-adds for an image of {height} x {width}"
+    return f"{text}."
 
 
 def _progress(entries: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     if not settings and not entries:
         return ""
-    done, planned = (
-        (entries[-1].get("epoch", len(entries) - 1) + 1 if entries else 0),
-        settings.get("epochs"),
-    )
-    text = f"Epochs logged: {done}" + (f" of {planned}" if planned else "")
+    finished = entries[-1].get("epoch", len(entries) - 1) + 1 if entries else 0
+    planned = settings.get("epochs")
+    text = f"Epochs finished: {finished}"
+    if planned:
+        text += f" of {planned}"
+
     seconds = entries[-1].get("train_seconds") if entries else None
-    return text + (f", {format_seconds(seconds)} of training." if seconds else ".")
+    if seconds:
+        text += f". Training time: {format_seconds(seconds)}"
+    return f"{text}."
 
 
 def evaluations(entries: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[float]]]:
-    """(epoch counted from 1, COCO's metrics) of each epoch that was evaluated."""
+    """Return (epoch counted from 1, COCO metrics) of each epoch with an evaluation."""
     return [
-        (e.get("epoch", i) + 1, e["test_coco_eval_bbox"])
-        for i, e in enumerate(entries)
-        if e.get("test_coco_eval_bbox")
+        (entry.get("epoch", i) + 1, entry["test_coco_eval_bbox"])
+        for i, entry in enumerate(entries)
+        if entry.get("test_coco_eval_bbox")
     ]
 
 
 def loss_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The weighted losses of the last decoder layer that a log has, `loss` (the sum over all layers) first."""
+    """Return the weighted losses in a log: `loss` (the sum over all decoder layers), then those of the last layer."""
     names = [
         key.removeprefix("train_")
         for key in (entries[-1] if entries else {})
         if key.startswith("train_loss")
     ]
+    # `loss_ce_0`, `loss_ce_1`, ... are the losses of the other decoder layers.
     names = [name for name in names if not name.endswith("_unscaled") and not name[-1].isdigit()]
-    return sorted(names, key=lambda name: name != "loss")  # otherwise in the log's order
+    # Sorting is stable: all but `loss` stay in the log's order.
+    return sorted(names, key=lambda name: name != "loss")
 
 
 def _average_precision(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Rows:
-    """Of the last and the best epoch, else of the evaluation in this folder."""
+    """Return AP of the last and the best epoch, or of the evaluation in a folder without training."""
     evaluated = evaluations(entries)
     if evaluated:
-        best = max(evaluated, key=lambda item: item[1][0])
-        found = {
-            f"last, epoch {evaluated[-1][0]}": evaluated[-1][1],
-            f"best, epoch {best[0]}": best[1],
-        }
+        last_epoch, last_stats = evaluated[-1]
+        best_epoch, best_stats = max(evaluated, key=lambda item: item[1][0])
+        found = {f"last epoch ({last_epoch})": last_stats, f"best epoch ({best_epoch})": best_stats}
     else:
         stats = read_json_object(folder / "metrics.json").get("coco_eval_bbox")
         found = {"this evaluation": stats} if stats else {}
@@ -190,11 +213,15 @@ def _average_precision(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Ro
 
 
 def _losses(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Rows:
-    """Of the first and the last epoch."""
-    ends = dict.fromkeys((0, len(entries) - 1)) if names else {}  # one row where there is one epoch
+    """Return the losses of the first and the last epoch."""
+    if not names:
+        return []
+    ends = dict.fromkeys((0, len(entries) - 1))  # one row if there is only one epoch
     return _decimals(
         {
-            f"epoch {entries[i].get('epoch', i) + 1}": [entries[i].get(f"train_{n}") for n in names]
+            f"epoch {entries[i].get('epoch', i) + 1}": [
+                entries[i].get(f"train_{name}") for name in names
+            ]
             for i in ends
         }
     )
@@ -206,75 +233,73 @@ def _decimals(values: Mapping[str, Sequence[float | None]]) -> Rows:
 
 def _settings_by_origin(record: Mapping[str, Any]) -> dict[str, Rows]:
     settings = record.get("settings", {})
+    if not settings:
+        return {}
     given, adopted = record.get("given", []), record.get("adopted", [])
-    rest = [
+    defaults = [
         name
-        for name in settings
-        if name not in {*given, *adopted} and settings[name] not in (None, "")
+        for name, value in settings.items()
+        if name not in {*given, *adopted} and value not in (None, "")
     ]
-    origins = {"given": given, "adopted from the checkpoint": adopted, "default": rest}
-    found = {
+    origins = {"given": given, "from the checkpoint": adopted, "default": defaults}
+    return {
         origin: [(name, [settings[name]]) for name in names if name in settings]
         for origin, names in origins.items()
     }
-    return found if settings else {}
 
 
 def _environment(record: Mapping[str, Any]) -> Rows:
-    """Versions, device and fingerprints of the data; empty for a record without them."""
+    """Return versions, device, fingerprints of the data and earlier starts; [] for a record without them."""
     if "environment" not in record:
         return []
+    rows = [
+        (ENVIRONMENT_LABELS.get(name, name), [value])
+        for name, value in record["environment"].items()
+    ]
     data = record.get("data", {})
-    rows = {
-        **record["environment"],
-        **{
-            f"fingerprint, {name}": value
-            for name, value in (data if isinstance(data, dict) else {"data": data}).items()
-        },
-        **{
-            f"earlier start {i + 1}": e.get("started", "?")
-            for i, e in enumerate(record.get("earlier_starts", []))
-        },
-    }
-    return [(name, [value]) for name, value in rows.items()]
+    fingerprints = data if isinstance(data, dict) else {"data": data}
+    rows += [(f"data fingerprint, {name}", [value]) for name, value in fingerprints.items()]
+    rows += [
+        (f"earlier start {i}", [start.get("started", "?")])
+        for i, start in enumerate(record.get("earlier_starts", []), start=1)
+    ]
+    return rows
 
 
 def _files(folder: Path) -> Rows:
     rows = [(name, [text]) for name, text in FILES.items() if (folder / name).exists()]
-    numbered = sorted(path.name for path in folder.glob("checkpoint[0-9]*.pth"))
-    return rows + [
-        (name, [f"after epoch {int(name[10:-4]) + 1}"])
-        for name in numbered
-        if name[10:-4].isdigit()
-    ]
+    for path in sorted(folder.glob("checkpoint[0-9]*.pth")):
+        epoch = path.stem.removeprefix("checkpoint")  # 0-based, as published
+        if epoch.isdigit():
+            rows.append((path.name, [f"checkpoint after epoch {int(epoch) + 1}"]))
+    return rows
 
 
 def commands(folder: Path, record: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What can be done with a run: purpose -> words of a command, to be typed in the project's folder."""
-    script, place = record["settings"].get("script", FINETUNE), str(folder)
+    """Return what can be done with a run: purpose -> words of a command to run in the project folder.
+
+    COCO and OTHER_RUN are placeholders for the user to replace.
+    """
+    script = record["settings"].get("script", FINETUNE)
     processes = str(record.get("environment", {}).get("processes", "1"))
     launcher = ["python"] if processes == "1" else ["torchrun", "--nproc_per_node", processes]
-    resume = [*launcher, script, "--resume", "auto", "--output_dir", place]
-    found = {"continue, after an interruption or with more --epochs": resume}
+    resume = [*launcher, script, "--resume", "auto", "--output_dir", str(folder)]
+    found = {"resume it after an interruption, or train for more --epochs": resume}
 
     def finetune(flags: list[str], suffix: str) -> list[str]:
-        return ["python", FINETUNE, *flags, "--output_dir", f"{place}_{suffix}"]
+        return ["python", FINETUNE, *flags, "--output_dir", f"{folder}_{suffix}"]
 
     if script == PRETRAIN:
-        checkpoint = str(folder / "checkpoint.pth")
-        found["fine-tune from it"] = finetune(
-            ["--pretrain", checkpoint, "--coco_path", "COCO"], "finetuned"
-        )
+        flags = ["--pretrain", str(folder / "checkpoint.pth"), "--coco_path", "COCO"]
+        found["fine-tune it"] = finetune(flags, "finetuned")
     else:
         best = folder / "checkpoint_best.pth"
-        best = best if best.exists() else folder / "checkpoint.pth"
+        if not best.exists():  # a run without evaluation
+            best = folder / "checkpoint.pth"
         found["evaluate it"] = finetune(["--resume", str(best), "--eval"], "eval")
-    compare = [
-        "python",
-        "tools/compare_runs.py",
-        place,
-        "OTHER_RUN",
-        "--output",
-        f"{place}_compared",
-    ]
-    return {**found, "compare it with another run": compare}
+
+    compare = ["python", "tools/compare_runs.py", str(folder), "OTHER_RUN"]
+    return {
+        **found,
+        "compare it with another run": [*compare, "--output", f"{folder}_compared"],
+    }

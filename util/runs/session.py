@@ -1,4 +1,4 @@
-"""Starting and ending an entry script: logger, processes, checkpoint, settings, seeds, and errors as one line."""
+"""Start and end an entry script: logger, process group, checkpoint, settings, seeds, and errors in one line."""
 
 import multiprocessing
 import random
@@ -21,14 +21,15 @@ from util.logger import log, setup_logger
 from util.settings import FINETUNE, Settings, given_flags, resolve
 from util.settings.resolving import default_device
 
-STOPPED = 143  # what a shell reports of a process that SIGTERM ended
+# Exit statuses, as a shell reports them for these signals (128 + signal number).
+SIGTERM_STATUS, SIGINT_STATUS = 143, 130
 
 
 @dataclass(frozen=True)
 class Session:
     """What an entry script starts from.
 
-    settings: complete. checkpoint: of `--resume` or `--pretrain`, None without one. device: of this process.
+    settings: all settings. checkpoint: of `--resume` or `--pretrain`, None without one. device: of this process.
     """
 
     settings: Settings
@@ -37,19 +38,21 @@ class Session:
 
 
 def start_session(args: Namespace | Mapping[str, Any], script: str | None = None) -> Session:
-    """Joins the processes, reads the checkpoint, resolves the settings and seeds the random generators.
+    """Initialize distributed training, load the checkpoint, resolve the settings and seed the random generators.
 
-    `settings.resume` is the path or address of the checkpoint afterwards, or empty.
+    Afterwards `settings.resume` is the path or URL of the checkpoint, or empty.
 
     Raises:
         UserError: the checkpoint can't be used, or flags contradict it or each other.
     """
     values = args if isinstance(args, Mapping) else vars(args)
-    script, given = script or values.get("script") or FINETUNE, given_flags(values)
+    script = script or values.get("script") or FINETUNE
+    given = given_flags(values)
     device = init_distributed(
         given.get("device") or default_device(), given.get("dist_url") or "env://"
     )
-    given = _with_resume(given)
+
+    given = _resolve_resume_and_seed(given)
     source = given.get("resume") or given.get("pretrain")
     checkpoint = load_checkpoint(source) if source else None
     adopted = settings_from_checkpoint(checkpoint, given, script) if checkpoint else {}
@@ -58,45 +61,54 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     return Session(settings, checkpoint, device)
 
 
-def _with_resume(given: dict[str, Any]) -> dict[str, Any]:
-    """The given flags with the path that `--resume auto` means, and with the seed that `--random_seed` draws."""
+def _resolve_resume_and_seed(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the given flags with the path that `--resume auto` finds and the seed that `--random_seed` draws."""
+    given = dict(given)
+    is_auto = given.get("resume") == "auto"
     evaluates = given.get("eval") or given.get("viz")
-    if given.get("resume") == "auto" and given.get("overwrite") and not evaluates:
+    if is_auto and given.get("overwrite") and not evaluates:
         raise UserError(
-            "--overwrite replaces the run that --resume auto continues: give one of them"
+            "--overwrite replaces the run that --resume auto continues; give only one of them"
         )
-    found = resolve_resume_path(given.get("resume"), given.get("output_dir"))
-    if len(set(all_gather_object(bool(found)))) > 1:
+
+    path = resolve_resume_path(given.get("resume"), given.get("output_dir"))
+    # On a disk that not all nodes share, some ranks would resume while others start from scratch.
+    if len(set(all_gather_object(bool(path)))) > 1:
         raise UserError(
             f"--resume auto: only some processes see a checkpoint in {given['output_dir']}; use a folder that all "
             "nodes share"
         )
-    if given.get("resume") == "auto" and found is None:
+    if is_auto and path is None:
         log.info(
             "--resume auto: no checkpoint in %s yet, starting from scratch", given["output_dir"]
         )
-    if found and given.get("pretrain"):
-        log.info("--resume: continuing from %s, --pretrain is not needed any more", found)
-        given = {name: value for name, value in given.items() if name != "pretrain"}
+    if path and given.get("pretrain"):
+        # A requeued job keeps its command: --pretrain counts in the first start only.
+        log.info("--resume: continuing from %s, --pretrain is no longer needed", path)
+        del given["pretrain"]
     if "resume" in given:
-        given = {**given, "resume": found or ""}
-    if given.get("random_seed") and not found:
-        given = {**given, "seed": all_gather_object(secrets.randbelow(2**31))[0]}
+        given["resume"] = path or ""
+
+    if given.get("random_seed") and not path:
+        # All ranks use rank 0's draw. A resumed run adopts its seed from the checkpoint.
+        given["seed"] = all_gather_object(secrets.randbelow(2**31))[0]
         log.info("--random_seed: %d", given["seed"])
     return given
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds the global random generators of this process; the rank is added."""
+    """Seed the global random generators of this process with `seed` + rank."""
     seed += get_rank()
     torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # NumPy takes 32 bits only
     random.seed(seed)
 
 
 def kill_dataloader_workers() -> None:
-    """Ends all dataloader workers. They ignore the signals by which multiprocessing would end them at exit, and PyTorch
-    takes a killed one for an accident as long as it listens.
+    """Kill all dataloader workers.
+
+    They ignore the signals by which multiprocessing ends its children at exit. PyTorch's SIGCHLD handler is removed
+    first, since it reports a killed worker as an error.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
@@ -108,7 +120,10 @@ def run_script(
     parse: Callable[[list[str]], Namespace],
     argv: list[str] | None = None,
 ) -> None:
-    """Runs an entry script; what the user can mend is one line and exit status 1, a requested stop is status 143."""
+    """Run an entry script. Only here does a run turn errors into exit statuses.
+
+    Errors that the user can fix are logged in one line, with status 1. A requested stop has status 143.
+    """
     setup_logger()
     argv = sys.argv[1:] if argv is None else argv
     status: Any = 0
@@ -119,29 +134,31 @@ def run_script(
         status = 1
     except torch.OutOfMemoryError as error:
         log.error(
-            "error: the GPU's memory is full (%s): lower --batch_size or --image_size, or use --amp bf16",
+            "error: the GPU is out of memory (%s): lower --batch_size or --image_size, or use --amp bf16",
             str(error).split(". ")[0],
         )
         status = 1
     except StopRequested as stop:
         log.error("stopped: %s", stop)
-        status = STOPPED
+        status = SIGTERM_STATUS
     except KeyboardInterrupt:
         log.error("stopped")
-        status = 130
+        status = SIGINT_STATUS
     except SystemExit as leave:
         status = leave.code
     finally:
         sys.stdout.flush()
         kill_dataloader_workers()
-    if status in (0, STOPPED):
-        shutdown()  # otherwise the others may wait in a collective, and taking the group down would wait for them
+
+    # After an error other ranks may wait in a collective, and destroying the process group would wait for them.
+    if status in (0, SIGTERM_STATUS):
+        shutdown()
     if status:
         sys.exit(status)
 
 
 def one_line(error: Exception) -> str:
-    """The message alone: an error from a dataloader worker arrives with its traceback as text."""
+    """Return the message of an error. One raised in a dataloader worker contains its traceback as text."""
     text = str(error)
     if "Traceback (most recent call last)" not in text:
         return text

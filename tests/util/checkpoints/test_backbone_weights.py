@@ -1,4 +1,4 @@
-"""Backbone weights: files in every usual layout, where they come from, and what is said when something is missing."""
+"""Backbone weights: all common file layouts, named weights, and errors for missing tensors."""
 
 import logging
 import subprocess
@@ -30,7 +30,7 @@ def body_of(name="resnet18", **options):
 
 
 def weights_of(name="resnet18"):
-    """A whole torchvision network, with fc and live batch norm."""
+    """Return the state dict of a whole torchvision network, with fc and live batch norm."""
     torch.manual_seed(5)
     state = getattr(torchvision.models, name)(weights=None).state_dict()
     return {
@@ -108,7 +108,7 @@ def lines(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_usual_layout_loads_completely(tmp_path, lines, layout):
+def test_every_layout_loads_completely(tmp_path, lines, layout):
     state, body = weights_of(), body_of()
     torch.save(LAYOUTS[layout](state), tmp_path / "file.pth.tar")
     report = load_backbone_weights(body, "resnet18", str(tmp_path / "file.pth.tar"))
@@ -120,7 +120,7 @@ def test_every_usual_layout_loads_completely(tmp_path, lines, layout):
     assert "file.pth.tar" in lines.text
 
 
-def test_what_is_dropped_is_named(tmp_path, lines):
+def test_dropped_modules_are_logged(tmp_path, lines):
     torch.save(LAYOUTS["swav"](weights_of()), tmp_path / "f.pth")
     report = load_backbone_weights(body_of(), "resnet18", str(tmp_path / "f.pth"))
     assert "2 dropped (projection_head, prototypes)" in lines.text
@@ -128,20 +128,21 @@ def test_what_is_dropped_is_named(tmp_path, lines):
 
 
 @pytest.mark.parametrize(
-    ("held", "name"), [("resnet18", "resnet34"), ("resnet34", "resnet18"), ("resnet18", "resnet50")]
+    ("found", "name"),
+    [("resnet18", "resnet34"), ("resnet34", "resnet18"), ("resnet18", "resnet50")],
 )
-def test_weights_of_another_resnet_are_named(tmp_path, held, name):
-    """resnet34 holds all names of resnet18 in equal shapes: it must not load in silence."""
-    torch.save(weights_of(held), tmp_path / "f.pth")
+def test_weights_of_another_resnet_are_refused(tmp_path, found, name):
+    """resnet34 has all names of resnet18 with equal shapes, and would load without an error."""
+    torch.save(weights_of(found), tmp_path / "f.pth")
     with pytest.raises(UserError) as excinfo:
         load_backbone_weights(body_of(name), name, str(tmp_path / "f.pth"))
     text = str(excinfo.value)
-    assert f"holds {held} weights, --backbone is {name}" in text
+    assert f"contains {found} weights, --backbone is {name}" in text
     assert "\n" not in text
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("damage", "words"),
     [
         (
             lambda s: {
@@ -150,14 +151,14 @@ def test_weights_of_another_resnet_are_named(tmp_path, held, name):
             "layer2.0.bn1.running_mean",
         ),
         (lambda s: {**s, "layer3.0.conv2.weight": torch.ones(1, 1, 3, 3)}, "layer3.0.conv2.weight"),
-        (lambda s: {"a.weight": torch.ones(1)}, "holds no weights"),
-        (lambda s: {"epoch": 3}, "holds no weights"),
+        (lambda s: {"a.weight": torch.ones(1)}, "contains no weights"),
+        (lambda s: {"epoch": 3}, "contains no weights"),
     ],
 )
-def test_an_incomplete_file_is_an_error(tmp_path, spoil, words):
+def test_incomplete_file_is_an_error(tmp_path, damage, words):
     body = body_of()
     before = {key: value.clone() for key, value in body.state_dict().items()}
-    torch.save(spoil(weights_of()), tmp_path / "f.pth")
+    torch.save(damage(weights_of()), tmp_path / "f.pth")
     with pytest.raises(UserError, match=words):
         load_backbone_weights(body, "resnet18", str(tmp_path / "f.pth"))
     assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())
@@ -175,7 +176,7 @@ def test_swav_is_for_resnet50_only():
         ("resnet18", "imagenet", "resnet18-f37072fd.pth"),
     ],
 )
-def test_named_weights_come_from_the_hub_folder_or_name_the_file_to_fetch(
+def test_named_weights_come_from_the_hub_folder_or_the_error_names_the_file(
     tmp_path, name, source, file
 ):
     place = tmp_path / "hub" / "checkpoints" / file
@@ -193,7 +194,7 @@ def test_named_weights_come_from_the_hub_folder_or_name_the_file_to_fetch(
     assert torch.equal(body.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
 
 
-def test_none_leaves_the_body_as_it_is():
+def test_none_keeps_the_initial_weights():
     body = body_of()
     before = body.conv1.weight.clone()
     report = load_backbone_weights(body, "resnet18", "none")
@@ -201,7 +202,7 @@ def test_none_leaves_the_body_as_it_is():
     assert len(report.reinitialized) == 100
 
 
-def test_a_name_that_torchvision_does_not_have():
+def test_unknown_torchvision_name_is_an_error():
     with pytest.raises(UserError, match="imagenet"):
         load_backbone_weights(body_of(), "resnet20", "imagenet")
 
@@ -239,7 +240,7 @@ def lite0(timm):
 
 @pytest.mark.parametrize("source", ["imagenet", "path"])
 @pytest.mark.parametrize("features", [True, False])
-def test_the_lite0_package_loads_by_order(timm, lite0, source, features):
+def test_lite0_package_is_matched_by_order(timm, lite0, source, features):
     body = timm.create_model("tf_efficientnet_lite0", pretrained=False, features_only=features)
     report = load_backbone_weights(body, LITE0, str(lite0) if source == "path" else source)
     raw = torch.load(lite0, weights_only=True)
@@ -250,7 +251,7 @@ def test_the_lite0_package_loads_by_order(timm, lite0, source, features):
     assert len(report.loaded) == sum(not key.endswith("num_batches_tracked") for key in own)
 
 
-def test_the_lite0_package_recognises_a_coffee_and_a_cat(timm, lite0):
+def test_lite0_package_classifies_two_images(timm, lite0):
     data = pytest.importorskip("skimage.data", reason="scikit-image is not installed")
     model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     load_backbone_weights(model, LITE0, "imagenet")
@@ -268,8 +269,8 @@ def test_the_lite0_package_recognises_a_coffee_and_a_cat(timm, lite0):
         assert scores.argmax().item() == expected
 
 
-def test_frozen_timm_bodies_and_flattened_names(timm, tmp_path):
-    """A frozen body has no counters; extractors of some networks spell `stages.0.` as `stages_0.`."""
+def test_frozen_timm_backbones_and_flattened_names(timm, tmp_path):
+    """Frozen batch norm has no counters. Some feature extractors flatten `stages.0.` to `stages_0.`."""
     from timm.layers import freeze_batch_norm_2d
 
     full = timm.create_model("resnet18", pretrained=False)
@@ -291,7 +292,7 @@ def test_frozen_timm_bodies_and_flattened_names(timm, tmp_path):
     )
 
 
-def test_unreachable_timm_weights_give_one_line(timm, monkeypatch):
+def test_failed_timm_download_is_one_line(timm, monkeypatch):
     body = timm.create_model("resnet18", pretrained=False, features_only=True)
 
     def unreachable(*_args, **_kwargs):

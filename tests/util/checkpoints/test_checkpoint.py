@@ -1,4 +1,4 @@
-"""Checkpoints: their entries, adopting an architecture, moving trained weights into a model."""
+"""Checkpoints: their entries, adopting the architecture, and loading weights into a model."""
 
 import random
 from argparse import Namespace
@@ -25,7 +25,7 @@ D, WIDTH = 8, 12
 
 
 def detector_shapes(kind="detr", classes=4, queries=6, pre_norm=False, layers=2, learned=False):
-    """Names and shapes of a small detector whose backbone is a stub."""
+    """Return the names and shapes of a small detector with a stub as backbone."""
     shapes = {
         "backbone.0.body.conv1.weight": (2, 3, 1, 1),
         "input_proj.weight": (D, 2, 1, 1),
@@ -60,7 +60,7 @@ def detector_state(seed=0, **choices):
 
 
 def module_of(state, classification=None):
-    """A module whose state dict has these names, with the detector's own classification unless one is given."""
+    """Return a module with this state dict. Its classification is the detector's default unless given."""
     root = nn.Module()
     for key, value in state.items():
         *path, leaf = key.split(".")
@@ -99,7 +99,7 @@ def test_bare_and_wrapped_state_dicts_become_model(tmp_path):
         assert all(torch.equal(loaded[key], state[key]) for key in state)
 
 
-def test_names_of_siamese_detr_become_detrs(tmp_path):
+def test_siamese_detr_names_become_detr_names(tmp_path):
     state = {
         "backbone.conv1.weight": torch.ones(1),
         "transformer.x": torch.ones(1),
@@ -122,22 +122,22 @@ def test_strip_prefix_only_when_every_key_has_it():
     assert set(strip_prefix({"module.a": 1, "b": 2})) == {"module.a", "b"}
 
 
-def test_classes_by_name_of_another_program_are_no_class_names():
+def test_class_names_in_another_format_are_ignored():
     content = {"model": detector_state(), "class_names": {"cat": 0}, "category_ids": {"cat": 1}}
     checkpoint = Checkpoint.from_dict(content)
     assert not checkpoint.class_names
     assert not checkpoint.category_ids
 
 
-def test_a_stored_choice_that_is_gone_is_not_adopted():
-    stored = {"script": "finetune_main.py", "coco_evaluator": "abolished", "num_queries": 6}
+def test_removed_choice_is_not_adopted():
+    stored = {"script": "finetune_main.py", "coco_evaluator": "removed", "num_queries": 6}
     checkpoint = checkpoint_of(detector_state(), args=stored)
     assert "coco_evaluator" not in adopt_settings(
         checkpoint, {"resume": "a.pth"}, "finetune_main.py"
     )
 
 
-def test_an_evaluation_of_a_pretext_does_not_adopt_where_the_data_was():
+def test_evaluation_of_a_pretext_does_not_adopt_the_dataset():
     stored = {"script": "main.py", "dataset_file": "voc", "voc_path": "voc", "num_queries": 6}
     checkpoint = checkpoint_of(detector_state(), args=stored)
     given = {"resume": "a.pth", "coco_path": "coco"}
@@ -155,7 +155,7 @@ def test_find_resume(tmp_path):
         resolve_resume_path("auto", "")
 
 
-def test_random_states_come_back_through_a_file(tmp_path):
+def test_random_states_survive_saving_and_loading(tmp_path):
     def draw():
         return (
             random.random(),
@@ -177,14 +177,14 @@ def test_random_states_come_back_through_a_file(tmp_path):
 
 
 def adopted(state, given=None, source="run/file.pth", **stored):
-    """What a run adopts from a file with these weights and these stored settings."""
+    """Return what a run adopts from a checkpoint with these weights and stored settings."""
     checkpoint = Checkpoint(model=state, args=stored, source=source)
     values, _ = adopt_architecture(checkpoint, given or {})
     return values
 
 
 @pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
-def test_flags_that_were_not_given_are_adopted(kind):
+def test_architecture_is_adopted_for_flags_not_given(kind):
     stored = {
         "detector": kind,
         "dilation": True,
@@ -218,7 +218,7 @@ def test_flags_that_were_not_given_are_adopted(kind):
 
 
 def test_flags_of_other_detectors_are_not_adopted():
-    """A run keeps the defaults of all flags, also of those that its detector does not read."""
+    """They keep their defaults."""
     stored = {"detector": "detr", "enc_n_points": 4, "dec_n_points": 4}
     values, (line,) = adopt_architecture(
         checkpoint_of(detector_state(kind="detr"), args=stored), {}
@@ -238,14 +238,14 @@ def test_flags_of_other_detectors_are_not_adopted():
         ("position_embedding", "learned"),
     ],
 )
-def test_a_given_flag_that_contradicts_is_an_error(flag, value):
+def test_contradicting_flag_is_an_error(flag, value):
     checkpoint = checkpoint_of(detector_state(), args={"nheads": 4, "position_embedding": "sine"})
     with pytest.raises(UserError) as excinfo:
         adopt_architecture(checkpoint, {flag: value})
     one_line(excinfo, f"--{flag}", "on" if value is True else value, "run/file.pth")
 
 
-def test_a_given_number_of_queries_may_differ():
+def test_given_num_queries_may_differ():
     values, lines = adopt_architecture(checkpoint_of(detector_state()), {"num_queries": 9})
     assert "num_queries" not in values
     assert any("tiled" in line and "6" in line for line in lines)
@@ -253,7 +253,7 @@ def test_a_given_number_of_queries_may_differ():
         adopt_architecture(checkpoint_of(detector_state()), {"num_queries": 9}, same_queries=True)
 
 
-def test_learned_positions_show_in_the_weights():
+def test_learned_positional_encoding_is_inferred_from_the_weights():
     assert adopted(detector_state(learned=True))["position_embedding"] == "learned"
 
 
@@ -271,41 +271,36 @@ def test_learned_positions_show_in_the_weights():
         ({}, {}, "sine"),
     ],
 )
-def test_detreg_calls_its_shifted_positions_sine(stored, extra, expected):
+def test_detreg_calls_its_shifted_encoding_sine(stored, extra, expected):
     state = {**detector_state(), **{key: torch.ones(shape) for key, shape in extra.items()}}
     assert adopted(state, **stored)["position_embedding"] == expected
 
 
-def test_published_dc5_file_without_args_tells_by_its_name():
+def test_dc5_without_args_is_inferred_from_the_file_name():
     assert adopted(detector_state(), source="detr-r50-dc5-f0fb7ef5.pth")["dilation"] is True
 
 
-def test_a_mask_file_is_read_through_its_prefix():
+def test_architecture_of_a_mask_model():
     state = {f"detr.{key}": value for key, value in detector_state(pre_norm=True).items()}
     values = adopted(state)
     assert (values["pre_norm"], values["enc_layers"], values["num_queries"]) == (True, 2, 6)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101"])
-def test_resnets_are_recognised_by_their_blocks(name):
+def test_resnets_are_inferred_from_their_blocks(name):
     import torchvision
 
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
     assert infer_resnet(state) == name
-    assert (
-        infer_resnet(
-            {"backbone.0.body." + key: value for key, value in state.items()}, "backbone.0.body."
-        )
-        == name
-    )
+    prefix = "backbone.0.body."
+    assert infer_resnet({prefix + key: value for key, value in state.items()}, prefix) == name
 
 
-# ---------------------------------------------------------------------------------------------------- pre-trained
-# weights
+# ---------------------------------------------------------------------------------------------------- loading
 
 
-def test_a_resumed_run_loads_exactly_or_says_where_it_differs():
+def test_load_strict_names_the_first_difference():
     state = detector_state(seed=1)
     model = module_of(detector_state(seed=2))
     load_strict(model, checkpoint_of(state))
@@ -324,7 +319,7 @@ PARTS = {"patch2query.weight": (D, 3), "feature_align.layers.0.weight": (D, D)}
 
 @pytest.mark.parametrize("published", [True, False])
 @pytest.mark.parametrize("kind", ["detr", "conditional_detr"])
-def test_a_pretext_gives_everything_but_heads_and_its_own_parts(kind, published):
+def test_pretext_gives_everything_but_class_head_and_its_own_parameters(kind, published):
     state = detector_state(seed=1, kind=kind, classes=2)
     if published:
         state.update({key: torch.ones(shape) for key, shape in PARTS.items()})
@@ -342,11 +337,11 @@ def test_a_pretext_gives_everything_but_heads_and_its_own_parts(kind, published)
     assert set(report.unused) == (set(PARTS) if published else set())
     assert set(report.loaded) | set(report.reinitialized) == set(fresh)
     table = report.table()
-    assert table.splitlines()[0].split() == ["module", "loaded", "re-initialised", "unused"]
+    assert table.splitlines()[0].split() == ["module", "loaded", "re-initialized", "unused"]
     assert any(line.split()[0] == "class_embed" for line in table.splitlines())
 
 
-def test_class_rows_move_by_name():
+def test_class_rows_are_matched_by_name():
     old_names, new_names = {0: "cat", 1: "dog", 3: "cow"}, {0: "cow", 1: "pig", 2: "cat"}
     state = detector_state(seed=1, classes=4)
     model = module_of(detector_state(seed=2, classes=3))
@@ -361,7 +356,7 @@ def test_class_rows_move_by_name():
     assert report.notes == ["class_embed: 2 of 3 class rows kept by name"]
 
 
-def test_focal_heads_have_no_background_row():
+def test_focal_head_has_no_background_row():
     state = detector_state(seed=1, kind="conditional_detr", classes=3)
     model = module_of(detector_state(seed=2, kind="conditional_detr", classes=3))
     fresh = model.class_embed.weight.detach().clone()
@@ -383,9 +378,10 @@ def test_focal_heads_have_no_background_row():
         (None, "softmax", True),
     ],
 )
-def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept, names):
-    """A DETR with 5 rows each: 5 focal classes or 4 and "no object". What the file says counts, else what was
-    published.
+def test_class_head_needs_the_same_classification(of_file, of_model, kept, names):
+    """Both heads have 5 rows: 5 focal classes, or 4 classes and "no object".
+
+    Without a stored classification, the file has the published one: softmax for DETR.
     """
     classes = {row: f"class {row}" for row in range(5 if of_file == "focal" else 4)}
     state = detector_state(seed=1)
@@ -409,7 +405,7 @@ def test_a_head_goes_only_into_one_of_its_classification(of_file, of_model, kept
     assert torch.equal(model.query_embed.weight, state["query_embed.weight"])
 
 
-def test_a_focal_detr_has_no_background_row_to_keep():
+def test_focal_detr_keeps_no_background_row():
     state, model = detector_state(seed=1), module_of(detector_state(seed=2), "focal")
     fresh = model.class_embed.weight.detach().clone()
     checkpoint = checkpoint_of(
@@ -421,7 +417,7 @@ def test_a_focal_detr_has_no_background_row_to_keep():
 
 
 @pytest.mark.parametrize(("classes", "kept"), [(4, True), (7, False)])
-def test_a_file_without_names_keeps_a_head_of_equal_shape(classes, kept):
+def test_head_without_names_is_loaded_if_shapes_are_equal(classes, kept):
     state = detector_state(seed=1, classes=4)
     model = module_of(detector_state(seed=2, classes=classes))
     report = load_pretrained(model, checkpoint_of(state), {0: "cat"})
@@ -429,7 +425,7 @@ def test_a_file_without_names_keeps_a_head_of_equal_shape(classes, kept):
     assert ("class_embed.weight" in report.reinitialized) is not kept
 
 
-def test_equal_names_keep_every_row_of_the_raw_ids():
+def test_equal_names_keep_rows_without_a_name_too():
     names = {1: "person", 3: "car"}  # 0 and 2 have no name
     state, model = detector_state(seed=1), module_of(detector_state(seed=2))
     load_pretrained(
@@ -441,7 +437,7 @@ def test_equal_names_keep_every_row_of_the_raw_ids():
 
 
 @pytest.mark.parametrize("queries", [4, 15])
-def test_queries_are_tiled_or_cut(queries):
+def test_queries_are_tiled_or_truncated(queries):
     state = detector_state(seed=1, queries=6)
     model = module_of(detector_state(seed=2, queries=queries))
     report = load_pretrained(model, checkpoint_of(state), None)
@@ -450,7 +446,7 @@ def test_queries_are_tiled_or_cut(queries):
     assert "query_embed" in report.notes[0]
 
 
-def test_a_mask_file_goes_into_a_box_model_and_back():
+def test_mask_model_loads_into_a_box_model_and_back():
     state = detector_state(seed=1)
     with_masks = {
         **{f"detr.{key}": value for key, value in state.items()},
@@ -489,7 +485,7 @@ def test_a_mask_file_goes_into_a_box_model_and_back():
         ),
     ],
 )
-def test_a_file_that_does_not_fit_is_an_error_and_changes_nothing(file, model, words):
+def test_mismatch_is_an_error_and_changes_nothing(file, model, words):
     model = module_of(model)
     fresh = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(UserError) as excinfo:

@@ -1,4 +1,4 @@
-"""Weight files: read without running code, fetched once, saved whole or not at all."""
+"""Weight files: read without running code, downloaded once, saved atomically."""
 
 import collections
 import hashlib
@@ -37,7 +37,7 @@ def one_line(excinfo, *words):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["old.pth", "old.pth.tar"])
-def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
+def test_legacy_file_with_pickled_args_loads(tmp_path, zipped, name):
     args = Namespace(
         lr=1e-4,
         output_dir=pathlib.PosixPath("a/b"),
@@ -74,8 +74,8 @@ def test_old_file_with_pickled_args_loads(tmp_path, zipped, name):
     assert checkpoint.epoch == 3
 
 
-def test_old_numpy_names_and_windows_paths_load(tmp_path):
-    """Files written with numpy 1 name numpy.core; a path of Windows cannot be made on Linux."""
+def test_numpy_1_names_and_windows_paths_load(tmp_path):
+    """NumPy 1 pickles refer to numpy.core, and a WindowsPath can't be created on Linux."""
     raw = tmp_path / "raw.pth"
     torch.save(
         {
@@ -113,7 +113,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
+def test_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch, zipped):
     monkeypatch.chdir(tmp_path)
     torch.save(
         {"model": {"w": torch.ones(1)}, "args": Evil()},
@@ -128,7 +128,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, monk
     assert (tmp_path / "ran").exists(), "the file would have run code"
 
 
-def test_harmless_classes_stay_the_only_ones(tmp_path):
+def test_other_methods_of_allowed_modules_are_refused(tmp_path):
     torch.save({"model": {"w": torch.ones(1)}, "args": RunsCode("x")}, tmp_path / "f.pth")
     with pytest.raises(UserError):
         load_checkpoint(tmp_path / "f.pth")
@@ -164,14 +164,14 @@ def broken_files(folder):
         ("half.safetensors", "half.safetensors"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_gives_one_line(tmp_path, name, word):
+def test_file_that_is_not_a_checkpoint_is_one_line(tmp_path, name, word):
     broken_files(tmp_path)
     with pytest.raises(UserError) as excinfo:
         load_checkpoint(tmp_path / name)
     one_line(excinfo, tmp_path / name, word)
 
 
-# ---------------------------------------------------------------------------------------------------- fetching
+# ---------------------------------------------------------------------------------------------------- downloading
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub" / "checkpoints"
 
 
-def test_an_address_is_fetched_once_and_its_hash_checked(hub, monkeypatch):
+def test_url_is_downloaded_once_and_its_hash_verified(hub, monkeypatch):
     calls = []
 
     def download(url, path, hash_prefix, progress):
@@ -196,7 +196,7 @@ def test_an_address_is_fetched_once_and_its_hash_checked(hub, monkeypatch):
     assert calls[1][1] is None
 
 
-def test_addresses_with_one_base_name_are_different_files(hub, monkeypatch, caplog):
+def test_urls_with_the_same_file_name_are_different_files(hub, monkeypatch, caplog):
     calls = []
 
     def download(url, path, hash_prefix, progress):
@@ -208,14 +208,16 @@ def test_addresses_with_one_base_name_are_different_files(hub, monkeypatch, capl
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="predetr"):
             assert [float(load_checkpoint(url).model["w"]) for url in urls] == [1, 2]
-    assert calls == [(url, None) for url in urls], "what was added to the names is no sum to check"
+    assert calls == [(url, None) for url in urls], (
+        "the digits added to the names are not a hash of the content"
+    )
     for url in urls:
         name = f"checkpoint-{hashlib.sha256(url.encode()).hexdigest()[:8]}.pth.tar"
         assert (hub / name).is_file()
         assert f"using {hub / name}" in caplog.text
 
 
-def test_names_that_tell_the_content_stay(hub):
+def test_names_with_a_content_hash_stay(hub):
     assert cached_path(SWAV) == hub / "swav_800ep_pretrain.pth.tar"
     assert (
         cached_path("https://example.org/x/swav_800ep_pretrain.pth.tar").name
@@ -226,7 +228,7 @@ def test_names_that_tell_the_content_stay(hub):
     )
 
 
-def test_the_place_for_a_file_fetched_by_hand_is_where_it_is_looked_for(hub, monkeypatch):
+def test_file_put_by_hand_where_the_error_says_is_found(hub, monkeypatch):
     def download(*_args, **_kwargs):
         raise urllib.error.URLError("no route")
 
@@ -247,7 +249,7 @@ def test_the_place_for_a_file_fetched_by_hand_is_where_it_is_looked_for(hub, mon
         RuntimeError('invalid hash value (expected "e632da11", got "00")'),
     ],
 )
-def test_an_address_that_fails_names_file_address_and_place(hub, monkeypatch, error):
+def test_failed_download_names_file_url_and_path(hub, monkeypatch, error):
     def download(*_args, **_kwargs):
         raise error
 
@@ -258,7 +260,7 @@ def test_an_address_that_fails_names_file_address_and_place(hub, monkeypatch, er
     one_line(excinfo, "detr-r50-e632da11.pth", url, hub / "detr-r50-e632da11.pth")
 
 
-def test_an_address_without_a_file_name_is_refused():
+def test_url_without_a_file_name_is_refused():
     with pytest.raises(UserError, match="browser"):
         fetch("https://example.org/file/d/1JhL/view?usp=sharing")
 
@@ -266,7 +268,7 @@ def test_an_address_without_a_file_name_is_refused():
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
+def test_saving_and_loading_round_trip(tmp_path):
     state = {
         "model": STATE,
         "epoch": 1,
@@ -284,7 +286,7 @@ def test_save_then_load_gives_the_same_and_leaves_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     "value", [Namespace(a=1), np.float64(1), pathlib.Path("x"), lambda: 0, np.zeros(2), object()]
 )
-def test_only_plain_content_is_saved(tmp_path, value):
+def test_saving_other_classes_is_an_error(tmp_path, value):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint({"epoch": 1}, path)
     before = path.read_bytes()
@@ -293,7 +295,7 @@ def test_only_plain_content_is_saved(tmp_path, value):
     assert path.read_bytes() == before
 
 
-def test_an_interrupted_save_leaves_the_previous_file(tmp_path, monkeypatch):
+def test_interrupted_save_keeps_the_previous_file(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     save_checkpoint({"epoch": 1}, path)
     before = path.read_bytes()
@@ -322,8 +324,8 @@ except UserError as error:
 """
 
 
-def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
-    """A limit on the size of files stands for a full disk: writes fail in the same way."""
+def test_full_disk_is_one_line_and_keeps_the_previous_file(tmp_path):
+    """A limit on the file size stands in for a full disk: writes fail in the same way."""
     assert hasattr(resource, "RLIMIT_FSIZE")
     path = tmp_path / "checkpoint.pth"
     root = pathlib.Path(__file__).parents[3]
@@ -342,14 +344,14 @@ def test_no_room_gives_one_line_and_keeps_the_previous_file(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
-def test_a_folder_that_cannot_be_made_gives_one_line(tmp_path):
+def test_folder_that_cannot_be_created_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as excinfo:
         save_checkpoint({"epoch": 1}, tmp_path / "file" / "checkpoint.pth")
     one_line(excinfo, "checkpoint.pth", "--output_dir")
 
 
-def test_read_weights_takes_safetensors(tmp_path):
+def test_read_weights_reads_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     safetensors.save_file({"w": torch.arange(3.0)}, tmp_path / "f.safetensors")
     assert torch.equal(read_weights(tmp_path / "f.safetensors")["w"], torch.arange(3.0))

@@ -1,6 +1,4 @@
-"""The folder of a run explains itself: where settings come from, what the model was shown, one page, and commands that
-work.
-"""
+"""The folder of a run: settings and their origin, samples of the training data, the HTML page, and its commands."""
 
 import json
 import random
@@ -49,43 +47,29 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data; `first`, a run of one epoch; `second`, from the first one's weights; `pretext`; an evaluation of
-    `first`.
+    """A folder with data and runs.
+
+    `first`: one epoch; `second`: from the weights of `first`; `pretext`: pre-training; `evaluation`: of `first`.
     """
     root = tmp_path_factory.mktemp("runs")
     coco = write_coco(root / "coco")
     fine_tune("--coco_path", coco, "--output_dir", root / "first", "--epochs", 1, *FROZEN)
     fine_tune(
-        "--coco_path",
-        coco,
-        "--output_dir",
-        root / "second",
-        "--epochs",
-        1,
-        "--pretrain",
-        root / "first" / "checkpoint.pth",
-        "--lr_backbone",
-        0,
-        "--lr",
-        "3e-4",
-    )
+        "--coco_path", coco, "--output_dir", root / "second", "--epochs", 1,
+        "--pretrain", root / "first" / "checkpoint.pth", "--lr_backbone", 0, "--lr", "3e-4",
+    )  # fmt: skip
     fine_tune(
         "--resume", root / "first" / "checkpoint.pth", "--eval", "--output_dir", root / "evaluation"
     )
     pre_train(
-        "--imagenet_path",
-        write_images(root / "photographs"),
-        "--output_dir",
-        root / "pretext",
-        "--epochs",
-        1,
-        *FROZEN,
-    )
+        "--imagenet_path", write_images(root / "images"), "--output_dir", root / "pretext",
+        "--epochs", 1, *FROZEN,
+    )  # fmt: skip
     return root
 
 
 class Reader(HTMLParser):
-    """Text, titles and pictures of a page; complains about tags that don't fit together."""
+    """The text, titles and pictures of an HTML page. Checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -112,11 +96,10 @@ def read_page(folder: Path) -> Reader:
     return Reader((folder / "result.html").read_text(encoding="utf-8"))
 
 
-# ---------------------------------------------------------------------------------------------------- settings and
-# versions
+# --------------------------------------------------------------------------------------------------- settings, versions
 
 
-def test_settings_say_where_they_come_from(runs: Path) -> None:
+def test_args_json_stores_the_origin_of_settings(runs: Path) -> None:
     first, second = (
         json.loads((runs / name / "args.json").read_text()) for name in ("first", "second")
     )
@@ -135,23 +118,19 @@ def test_settings_say_where_they_come_from(runs: Path) -> None:
     assert first["model"]["multiply_adds_hw"] == [64, 85]
 
 
-def test_the_device_that_was_not_given_is_a_default(tmp_path: Path) -> None:
+def test_device_is_a_default_unless_given(tmp_path: Path) -> None:
     for flags, given in (([], False), (["--device", "cpu"], True)):
         settings = start_session(finetune_main.parse(flags)).settings
         assert ("device" in settings.names_from(GIVEN)) is given
         assert not any(name.startswith("_") for name in settings.as_dict())
 
 
-def test_the_log_tells_given_settings_from_defaults(runs: Path, tmp_path: Path) -> None:
+def test_log_groups_settings_by_origin(runs: Path, tmp_path: Path) -> None:
     with captured_log() as lines:
         fine_tune(
-            "--coco_path",
-            runs / "coco",
-            "--dry_run",
-            "--pretrain",
-            runs / "first" / "checkpoint.pth",
-            *FROZEN,
-        )
+            "--coco_path", runs / "coco", "--dry_run",
+            "--pretrain", runs / "first" / "checkpoint.pth", *FROZEN,
+        )  # fmt: skip
     given, adopted, defaults = (
         next(line for line in lines if line.startswith(f"settings, {title}"))
         for title in ("given", "from the checkpoint", "defaults")
@@ -191,24 +170,22 @@ def test_environment_and_revision(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("b")
     assert re.fullmatch("[0-9a-f]{40}-dirty", git_revision(tmp_path))
     (tmp_path / "inside").mkdir()
-    assert (
-        git_revision(tmp_path / "inside") == "unknown"
-    )  # a copy of the project inside another repository
+    # A copy of the project inside another repository.
+    assert git_revision(tmp_path / "inside") == "unknown"
 
 
-def test_damaged_settings_are_no_error(tmp_path: Path) -> None:
+def test_damaged_args_json_is_not_an_error(tmp_path: Path) -> None:
     for content in ("", "{", "[1]"):
         (tmp_path / "args.json").write_text(content)
         assert read_json_object(tmp_path / "args.json") == {}
     assert read_json_object(tmp_path / "none.json") == {}
 
 
-# ---------------------------------------------------------------------------------------------------- what the model is
-# shown
+# ---------------------------------------------------------------------------------------------------- samples.png
 
 
-def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
-    """Pixels come back through collation, normalisation and its inverse; padding is striped, boxes are in pixels."""
+def test_samples_show_the_inputs_of_the_model(runs: Path) -> None:
+    """Collation and normalization are undone exactly, padding is striped, and boxes are in pixels."""
     dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
     samples = [dataset[(3, index)] for index in range(4)]
     batch, _ = collate(samples)
@@ -227,10 +204,8 @@ def test_samples_are_the_inputs_of_the_model(runs: Path) -> None:
     assert batch.padded
 
 
-def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> None:
-    dataset = build_dataset(
-        "train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "photographs"))
-    )
+def test_samples_of_a_pretext_show_their_patches(runs: Path, tmp_path: Path) -> None:
+    dataset = build_dataset("train", tiny_args(PRETRAIN, "--imagenet_path", str(runs / "images")))
     sample = dataset[(0, 1)]
     (row,) = samples_to_rows([sample], **IMAGENET)
     assert [
@@ -243,16 +218,15 @@ def test_samples_of_a_pretext_have_their_patches(runs: Path, tmp_path: Path) -> 
 
 
 def test_a_patch_has_the_box_of_its_most_confident_query() -> None:
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])[None, :, None] * torch.tensor(
-        [1.0, 0.0, -1.0]
-    )  # two classes and "no object"
+    classes = torch.tensor([1.0, 0.0, -1.0])  # two classes and "no object"
+    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])[None, :, None] * classes  # [1, 4, 3]
     boxes = torch.arange(4.0)[None, :, None].expand(1, 4, 4)
     found, scores = RandomQueryPatch.patch_boxes({"pred_logits": logits, "pred_boxes": boxes}, 2)
     assert found[..., 0].tolist() == [[1.0, 3.0]]
     assert torch.allclose(scores, logits.softmax(-1)[:, [1, 3], 0])
 
 
-def test_class_names_are_on_the_page(
+def test_samples_show_class_names(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
@@ -268,7 +242,7 @@ def test_class_names_are_on_the_page(
     assert set(written) <= {"red", "green", "blue"}
 
 
-def test_drawing_samples_touches_no_random_state(runs: Path, tmp_path: Path) -> None:
+def test_drawing_samples_changes_no_random_state(runs: Path, tmp_path: Path) -> None:
     dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     draw_samples(tmp_path, dataset, 2, 5, IMAGENET)
@@ -276,10 +250,10 @@ def test_drawing_samples_touches_no_random_state(runs: Path, tmp_path: Path) -> 
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]
 
 
-def test_a_run_with_a_folder_trains_as_one_without(
+def test_writing_a_folder_does_not_change_training(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Samples, found patches and pages change no weight: dropout is on, so that every draw would be seen."""
+    """Neither samples, nor patches, nor pages draw random numbers: with dropout, each draw would change the weights."""
     states = []
     save = pretrain_main.trainer.save
     monkeypatch.setattr(
@@ -294,14 +268,14 @@ def test_a_run_with_a_folder_trains_as_one_without(
     )
     for folder in ("", tmp_path / "run"):
         pre_train(
-            "--imagenet_path", runs / "photographs", "--epochs", 2, "--output_dir", folder, *FROZEN
+            "--imagenet_path", runs / "images", "--epochs", 2, "--output_dir", folder, *FROZEN
         )
     assert (tmp_path / "run" / "patches.png").exists()
     assert len(states) == 4
     assert_same(states[1], states[3])
 
 
-def test_samples_that_cannot_be_read_do_not_end_a_run(runs: Path, tmp_path: Path) -> None:
+def test_unreadable_samples_do_not_end_a_run(runs: Path, tmp_path: Path) -> None:
     dataset = build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco")))
     dataset.image_folder = str(tmp_path)
     with captured_log() as lines:
@@ -309,25 +283,25 @@ def test_samples_that_cannot_be_read_do_not_end_a_run(runs: Path, tmp_path: Path
     assert any("no page of training samples" in line for line in lines)
 
 
-# ---------------------------------------------------------------------------------------------------- the page
+# ---------------------------------------------------------------------------------------------------- result.html
 
 
 def test_page_of_a_fine_tuning_run(runs: Path) -> None:
     shown = read_page(runs / "second")
     assert shown.titles[0] == "second"
     assert {
-        "Average precision on held-out images",
-        "Losses in training",
-        "Curves",
-        "Boxes on held-out images",
+        "Average precision (AP) on the validation set",
+        "Training losses",
+        "Training curves",
+        "Predictions on validation images",
         "Settings",
-        "Training images as the model gets them",
-        "Files of this folder",
+        "Training images",
+        "Files in this folder",
         "Commands",
     } <= set(shown.titles)
     assert len(shown.pictures) == 3
     assert all(source.startswith("data:image/png;base64,") for source in shown.pictures)
-    assert "Epochs logged: 1 of 1" in shown.text
+    assert "Epochs finished: 1 of 1" in shown.text
     assert f"from {runs / 'first' / 'checkpoint.pth'}" in shown.text
     (entry,) = read_log(runs / "second")
     assert f"{entry['train_loss']:.3f}" in shown.text
@@ -337,11 +311,11 @@ def test_page_of_a_fine_tuning_run(runs: Path) -> None:
 
 def test_page_of_a_pre_training_run(runs: Path) -> None:
     shown = read_page(runs / "pretext")
-    assert "Average precision on held-out images" not in shown.titles
+    assert "Average precision (AP) on the validation set" not in shown.titles
     assert {
-        "Losses in training",
-        "What the patches' queries find",
-        "Training images as the model gets them",
+        "Training losses",
+        "Boxes predicted for query patches",
+        "Training images",
     } <= set(shown.titles)
     assert "random_query_patch" in shown.text
 
@@ -349,11 +323,14 @@ def test_page_of_a_pre_training_run(runs: Path) -> None:
 def test_page_of_an_evaluation(runs: Path) -> None:
     shown = read_page(runs / "evaluation")
     assert "Evaluation of detr" in shown.text
-    assert {"Average precision on held-out images", "Boxes on held-out images"} <= set(shown.titles)
+    assert {
+        "Average precision (AP) on the validation set",
+        "Predictions on validation images",
+    } <= set(shown.titles)
     assert not (runs / "evaluation" / "args.json").exists()
 
 
-def test_an_evaluation_in_the_folder_of_a_run_keeps_its_settings(runs: Path) -> None:
+def test_evaluation_in_the_folder_of_a_run_keeps_args_json(runs: Path) -> None:
     before = (runs / "first" / "args.json").read_bytes()
     fine_tune(
         "--resume", runs / "first" / "checkpoint.pth", "--eval", "--output_dir", runs / "first"
@@ -364,7 +341,7 @@ def test_an_evaluation_in_the_folder_of_a_run_keeps_its_settings(runs: Path) -> 
     assert "eval_args.json" in shown.text
 
 
-def test_an_interrupted_run_has_a_page(
+def test_interrupted_run_has_a_page(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_run) -> None:
@@ -374,11 +351,11 @@ def test_an_interrupted_run_has_a_page(
     with pytest.raises(KeyboardInterrupt):
         fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, *FROZEN)
     shown = read_page(tmp_path)
-    assert "Epochs logged: 0 of 3" in shown.text
-    assert shown.titles.count("Training images as the model gets them") == 1
+    assert "Epochs finished: 0 of 3" in shown.text
+    assert shown.titles.count("Training images") == 1
 
 
-def test_a_resumed_run_remembers_its_earlier_starts(runs: Path, tmp_path: Path) -> None:
+def test_resumed_run_stores_its_earlier_starts(runs: Path, tmp_path: Path) -> None:
     flags = ["--output_dir", tmp_path, "--num_workers", 0]
     fine_tune("--coco_path", runs / "coco", *flags, "--epochs", 1, *FROZEN)
     first = json.loads((tmp_path / "args.json").read_text())["environment"]
@@ -386,10 +363,10 @@ def test_a_resumed_run_remembers_its_earlier_starts(runs: Path, tmp_path: Path) 
     record = json.loads((tmp_path / "args.json").read_text())
     assert record["earlier_starts"] == [first]
     assert "coco_path" in record["adopted"]
-    assert "Epochs logged: 2 of 2" in read_page(tmp_path).text
+    assert "Epochs finished: 2 of 2" in read_page(tmp_path).text
 
 
-def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) -> None:
+def test_resuming_with_other_data_logs_a_warning(runs: Path, tmp_path: Path) -> None:
     flags = ["--output_dir", tmp_path, *FROZEN]
     fine_tune("--coco_path", runs / "coco", *flags, "--epochs", 1)
     other = write_coco(tmp_path / "other", train=6)
@@ -405,95 +382,82 @@ def test_a_run_that_goes_on_with_other_data_says_so(runs: Path, tmp_path: Path) 
         )
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(
+def test_requeued_run_without_a_checkpoint_starts_from_scratch(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a job that is requeued with its own command."""
+    """The job was killed before its first checkpoint, and is requeued with the same command."""
     flags = [
-        "--coco_path",
-        runs / "coco",
-        "--output_dir",
-        tmp_path,
-        "--epochs",
-        1,
-        "--resume",
-        "auto",
+        "--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 1, "--resume", "auto",
         *FROZEN,
-    ]
+    ]  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(finetune_main.trainer, "fit", lambda run: None)
         fine_tune(*flags)
     assert not (tmp_path / "checkpoint.pth").exists()
     fine_tune(*flags)
     (tmp_path / "checkpoint.pth").unlink()
-    with pytest.raises(UserError, match=r"holds another run \(log.txt\)"):
+    with pytest.raises(UserError, match=r"already contains another run \(log.txt\)"):
         fine_tune(*flags)
 
 
-def test_overwrite_leaves_no_page_of_the_run_before(
+def test_overwrite_removes_all_files_of_the_previous_run(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("predictions.png", "metrics.json", "curves.png", "log.txt", "args.json"):
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
-    (tmp_path / "checkpoint0099.pth").write_bytes(b"of the run before")
+    (tmp_path / "checkpoint0099.pth").write_bytes(b"of the previous run")
     monkeypatch.setattr(finetune_main.trainer, "fit", lambda run: None)
     fine_tune(
-        "--coco_path",
-        runs / "coco",
-        "--output_dir",
-        tmp_path,
-        "--epochs",
-        3,
-        "--overwrite",
+        "--coco_path", runs / "coco", "--output_dir", tmp_path, "--epochs", 3, "--overwrite",
         *FROZEN,
-    )
+    )  # fmt: skip
     shown = read_page(tmp_path)
-    assert not {"Average precision on held-out images", "Curves", "Boxes on held-out images"} & set(
-        shown.titles
-    )
+    assert not {
+        "Average precision (AP) on the validation set",
+        "Training curves",
+        "Predictions on validation images",
+    } & set(shown.titles)
     assert not (tmp_path / "checkpoint0099.pth").exists()
 
 
-def test_overwrite_costs_nothing_where_the_new_run_can_not_start(
+def test_overwrite_removes_nothing_if_the_new_run_fails_to_start(
     runs: Path, tmp_path: Path
 ) -> None:
-    """A wrong path, or a start from what would be replaced."""
+    """Because of a wrong path, or because it starts from a checkpoint that would be removed."""
     for name in ("log.txt", "args.json", "checkpoint.pth"):
         (tmp_path / name).write_bytes((runs / "first" / name).read_bytes())
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match="no folder"):
+    with pytest.raises(UserError, match="not a folder"):
         fine_tune(
             "--coco_path", tmp_path / "typo", "--output_dir", tmp_path, "--overwrite", *FROZEN
         )
-    with pytest.raises(UserError, match="--overwrite would remove what this run starts from"):
+    with pytest.raises(
+        UserError, match="--overwrite would remove the checkpoint that this run starts from"
+    ):
         fine_tune(
-            "--coco_path",
-            runs / "coco",
-            "--pretrain",
-            tmp_path / "checkpoint.pth",
-            "--output_dir",
-            tmp_path,
-            "--overwrite",
-        )
+            "--coco_path", runs / "coco", "--pretrain", tmp_path / "checkpoint.pth",
+            "--output_dir", tmp_path, "--overwrite",
+        )  # fmt: skip
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_the_remedy_for_a_folder_that_is_taken_is_one(runs: Path, tmp_path: Path) -> None:
-    """`--resume auto` goes on where there is a checkpoint, and only there."""
+def test_remedy_for_an_occupied_folder(runs: Path, tmp_path: Path) -> None:
+    """`--resume auto` is suggested only if there is a checkpoint to resume from."""
     (tmp_path / "eval_args.json").write_text("{}")
     for more in ((), ("--resume", "auto")):
         with pytest.raises(
-            UserError, match=r"holds an evaluation \(eval_args.json\): --overwrite to replace it"
+            UserError,
+            match=r"already contains an evaluation \(eval_args.json\); --overwrite to replace it",
         ):
             fine_tune("--coco_path", runs / "coco", "--output_dir", tmp_path, *more, *FROZEN)
     with pytest.raises(
         UserError,
-        match=r"holds another run \(log.txt\): add --resume auto to continue it, --overwrite",
+        match=r"already contains another run \(log.txt\); add --resume auto to continue it, --overwrite",
     ):
         fine_tune("--coco_path", runs / "coco", "--output_dir", runs / "first", *FROZEN)
 
 
-def test_commands_of_the_page_are_commands(runs: Path) -> None:
+def test_commands_of_the_page_can_be_parsed(runs: Path) -> None:
     for name in ("second", "pretext"):
         found = commands(runs / name, read_json_object(runs / name / "args.json"))
         listed = re.findall("<pre>(.*?)</pre>", (runs / name / "result.html").read_text())
@@ -509,12 +473,12 @@ def test_commands_of_the_page_are_commands(runs: Path) -> None:
                     )
                 )
     record = {"settings": {"script": FINETUNE}, "environment": {"processes": "4"}}
-    go_on = next(iter(commands(runs / "first", record).values()))
-    assert go_on[:3] == ["torchrun", "--nproc_per_node", "4"]
+    resume = next(iter(commands(runs / "first", record).values()))
+    assert resume[:3] == ["torchrun", "--nproc_per_node", "4"]
 
 
-def test_the_command_for_evaluation_works(runs: Path, tmp_path: Path) -> None:
-    """Data and sizes come from the checkpoint: nothing else has to be typed."""
+def test_evaluation_command_works(runs: Path, tmp_path: Path) -> None:
+    """Data and architecture come from the checkpoint."""
     words = commands(runs / "second", read_json_object(runs / "second" / "args.json"))[
         "evaluate it"
     ]
@@ -524,9 +488,7 @@ def test_the_command_for_evaluation_works(runs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "metrics.json").exists()
 
 
-def test_a_run_goes_on_without_matplotlib_and_says_so_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_matplotlib_is_logged_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(run_page, "_warned", set())
     (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 1.5}\n')
@@ -537,10 +499,10 @@ def test_a_run_goes_on_without_matplotlib_and_says_so_once(
     assert "1.500" in read_page(tmp_path).text
 
 
-def test_page_without_settings_and_with_odd_texts(tmp_path: Path) -> None:
+def test_page_without_settings_and_with_html_in_values(tmp_path: Path) -> None:
     (tmp_path / "log.txt").write_text('{"train_loss": 2.0}\n')
     write_run_page(tmp_path)
-    assert "The settings of this run are not in its folder." in read_page(tmp_path).text
+    assert "The settings of this run are not in its folder" in read_page(tmp_path).text
     odd = tmp_path / "<b>"
     odd.mkdir()
     record = {
@@ -554,29 +516,29 @@ def test_page_without_settings_and_with_odd_texts(tmp_path: Path) -> None:
     assert shown.titles == [
         "<b>",
         "Settings",
-        "Versions, device, data",
-        "Files of this folder",
+        "Environment and data",
+        "Files in this folder",
         "Commands",
     ]
     assert all(text in shown.text for text in ("<script>", "a&b", "<i>", "</td>"))
     update_run_page(None)
 
 
-def test_pages_are_not_written_without_a_folder(
+def test_no_page_without_output_dir(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pre_train("--imagenet_path", runs / "photographs", "--epochs", 1, *FROZEN)
+    pre_train("--imagenet_path", runs / "images", "--epochs", 1, *FROZEN)
     assert not list(tmp_path.iterdir())
 
 
-def test_settings_in_checkpoints_are_as_before(runs: Path) -> None:
+def test_checkpoints_store_plain_settings(runs: Path) -> None:
     stored = read_checkpoint(runs / "first" / "checkpoint.pth")["args"]
     assert stored["seed"] == 42
     assert not any(name.startswith("_") for name in stored)
 
 
-def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
+def test_log_skips_settings_that_the_run_does_not_read() -> None:
     with captured_log() as lines:
         log_settings(tiny_args(FINETUNE))
         log_settings(tiny_args(PRETRAIN))
@@ -585,5 +547,5 @@ def test_settings_that_mean_nothing_in_a_run_are_not_shown() -> None:
     )
     assert {"eval_every", "lr_drop"} <= finetune
     assert not {"mask_ratio", "view_iou", "enc_n_points", "voc_metric", "script"} & finetune
-    assert {"mask_ratio", "lr_drop", "eval_every"} <= pretrain, "0, never, is a value"
+    assert {"mask_ratio", "lr_drop", "eval_every"} <= pretrain, "0 (never) is a value"
     assert not {"view_iou", "enc_n_points"} & pretrain

@@ -1,6 +1,4 @@
-"""Sizes of the detectors: parameters as published code counts them, multiply-adds as measured, and nothing is touched
-by counting.
-"""
+"""Model summary: parameters and multiply-adds equal the published ones, and counting changes nothing."""
 
 import copy
 
@@ -32,7 +30,7 @@ def published_args(*flags: str, script: str = FINETUNE):
 
 
 def on_meta(args) -> nn.Module:
-    """The model without memory for its weights."""
+    """Return the model on the meta device."""
     with torch.device("meta"):
         return build_model(args)[0]
 
@@ -55,7 +53,7 @@ def on_meta(args) -> nn.Module:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_parameters_are_those_of_the_published_code(
+def test_number_of_parameters_equals_the_published_code(
     flags: tuple, trainable: int, total: int
 ) -> None:
     assert count_parameters(on_meta(published_args(*flags))) == (total, trainable)
@@ -65,7 +63,7 @@ def test_parameters_are_those_of_the_published_code(
     ("flags", "expected", "tolerance"),
     [
         ((), 81.2, 0.02),  # measured with the published code
-        # Published figures, which are means over images of several shapes.
+        # Published figures: means over images of several shapes, hence the larger tolerance.
         (("--dilation",), 187, 0.08),
         (CONDITIONAL, 90, 0.08),
         (DEFORMABLE, 173, 0.08),
@@ -96,15 +94,13 @@ def test_multiply_adds_of_known_layers() -> None:
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_counting_leaves_the_network_alone(detector: str) -> None:
-    """Weights (also those with several names), modes and random states are as before."""
+def test_counting_does_not_change_the_network(detector: str) -> None:
+    """Weights (tied ones too), training modes and random states stay the same."""
     torch.manual_seed(0)
     model = build_model(tiny_args(FINETUNE, "--detector", detector))[0].train()
     model.backbone.eval()
-    before, modes = (
-        copy.deepcopy(model.state_dict()),
-        {name: part.training for name, part in model.named_modules()},
-    )
+    before = copy.deepcopy(model.state_dict())
+    modes = {name: part.training for name, part in model.named_modules()}
     random_state = torch.get_rng_state()
     assert count_multiply_adds(model, 64, 85) > 1e8
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -116,7 +112,7 @@ def test_counting_leaves_the_network_alone(detector: str) -> None:
         assert torch.equal(tensor, before[name]), name
 
 
-def test_published_figures_are_quoted_for_published_architectures_only() -> None:
+def test_published_figures_only_for_published_architectures() -> None:
     assert published_figures(published_args()) == (41, 86)
     assert published_figures(published_args(*CONDITIONAL, "--dilation")) == (44, 195)
     assert published_figures(published_args(*ONE_LEVEL)) == (34, 78)
@@ -146,7 +142,7 @@ def test_evaluation_size(flags: tuple, expected: tuple) -> None:
     assert evaluation_size(published_args(*flags)) == expected
 
 
-def test_a_run_says_its_size() -> None:
+def test_log_shows_the_model_size() -> None:
     args = published_args()
     with captured_log() as lines:
         summary = log_model_summary(on_meta(args), args)
@@ -159,7 +155,7 @@ def test_a_run_says_its_size() -> None:
     assert summary["multiply_adds_hw"] == [800, 1066]
 
 
-def test_a_run_says_which_kernels_it_uses() -> None:
+def test_log_shows_the_kernels() -> None:
     args = published_args(*DEFORMABLE)
     with captured_log() as lines:
         summary = log_model_summary(on_meta(args), args)
@@ -171,7 +167,7 @@ def test_a_run_says_which_kernels_it_uses() -> None:
 
 
 @pytest.mark.parametrize("pretext", PRETEXTS)
-def test_a_pretext_counts_its_detector_and_its_own_parameters(pretext: str) -> None:
+def test_pretext_parameters_are_reported_separately(pretext: str) -> None:
     args = resolve(make_parser(PRETRAIN).parse_args([*RUN_FLAGS, "--pretext", pretext]))
     model = build_model(args)[0]
     with captured_log() as lines:
@@ -183,7 +179,7 @@ def test_a_pretext_counts_its_detector_and_its_own_parameters(pretext: str) -> N
     assert any(pretext in line for line in lines)
 
 
-def test_what_cannot_be_counted_does_not_end_a_run() -> None:
+def test_uncountable_multiply_adds_do_not_end_a_run() -> None:
     args = published_args("--position_embedding", "learned", "--dilation")
     with captured_log() as lines:
         summary = log_model_summary(on_meta(args), args)

@@ -1,4 +1,4 @@
-"""Optimisers, the rate schedule and its changes over a resume."""
+"""Optimizers, learning rate schedules, and changing them on resume."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from util.errors import UserError
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
 
 
-def stepped(optimizer: torch.optim.Optimizer, scheduler, epochs: int) -> list[float]:
-    rates = []
+def run_epochs(optimizer: torch.optim.Optimizer, scheduler, epochs: int) -> list[float]:
+    lrs = []
     for _ in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
+        lrs.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return rates
+    return lrs
 
 
 def optimizer_of(sgd: bool = False, lr: float = 1.0) -> torch.optim.Optimizer:
@@ -31,7 +31,7 @@ def optimizer_of(sgd: bool = False, lr: float = 1.0) -> torch.optim.Optimizer:
         ("--lr_linear_proj_names", {"linear_proj_names": ["reference_point"]}),
     ],
 )
-def test_names_that_no_parameter_has_are_an_error(flag: str, names: dict) -> None:
+def test_unmatched_parameter_names_are_an_error(flag: str, names: dict) -> None:
     model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "reference": nn.Linear(2, 2)})
     with pytest.raises(UserError, match=f"{flag} .*no parameter"):
         build_optimizer(model, 1.0, 1.0, 0.0, **names)
@@ -41,13 +41,13 @@ def test_names_that_no_parameter_has_are_an_error(flag: str, names: dict) -> Non
     assert [len(group["params"]) for group in groups] == [0, 2, 2]
 
 
-def test_drops_at_given_epochs() -> None:
+def test_learning_rate_drops() -> None:
     optimizer = optimizer_of()
-    assert stepped(optimizer, build_scheduler(optimizer, 99, [3, 1]), 5) == pytest.approx(
+    assert run_epochs(optimizer, build_scheduler(optimizer, 99, [3, 1]), 5) == pytest.approx(
         [1, 0.1, 0.1, 0.01, 0.01]
     )
     optimizer = optimizer_of()
-    assert stepped(optimizer, build_scheduler(optimizer, 2), 5) == pytest.approx(
+    assert run_epochs(optimizer, build_scheduler(optimizer, 2), 5) == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01]
     )
 
@@ -56,11 +56,11 @@ def test_drops_at_given_epochs() -> None:
     ("before", "after"),
     [((9, [1, 3]), (9, [1, 3])), ((2, None), (9, [1, 4])), ((9, [1, 3]), (2, None))],
 )
-def test_schedules_resume(before: tuple, after: tuple) -> None:
-    """The rates of a resumed run are those of its own schedule from where the file stopped, and a change is said."""
+def test_resumed_schedule(before: tuple, after: tuple) -> None:
+    """A resumed run follows its own schedule from the stored epoch on. A changed schedule is logged."""
     optimizer = optimizer_of()
     scheduler = build_scheduler(optimizer, *before)
-    stepped(optimizer, scheduler, 2)
+    run_epochs(optimizer, scheduler, 2)
     file = {
         "model": {},
         "optimizer": optimizer.state_dict(),
@@ -72,8 +72,8 @@ def test_schedules_resume(before: tuple, after: tuple) -> None:
         restore_optimizer(resumed, schedule, Checkpoint(**file), nn.Module())
     assert any("--lr_drop" in line for line in lines) is (before != after)
     whole = optimizer_of()
-    expected = stepped(whole, build_scheduler(whole, *after), 6)[2:]
-    assert stepped(resumed, schedule, 4) == pytest.approx(expected)
+    expected = run_epochs(whole, build_scheduler(whole, *after), 6)[2:]
+    assert run_epochs(resumed, schedule, 4) == pytest.approx(expected)
 
 
 def test_sgd_and_adamw_do_not_mix() -> None:
@@ -90,7 +90,7 @@ def test_sgd_and_adamw_do_not_mix() -> None:
         restore_optimizer(adamw, build_scheduler(adamw, 2), Checkpoint(**file), nn.Module())
 
 
-def three_parts(*names: str) -> nn.ModuleDict:
+def small_model(*names: str) -> nn.ModuleDict:
     sizes = {
         "backbone": (2, 2),
         "transformer": (3, 3),
@@ -101,15 +101,13 @@ def three_parts(*names: str) -> nn.ModuleDict:
     model = nn.ModuleDict({name: nn.Linear(*sizes[name]) for name in names})
     model["copy"] = model[
         "class_embed"
-    ]  # one parameter of two names, as the heads of decoder layers
+    ]  # a parameter with two names, like the heads of decoder layers
     return model
 
 
-def test_moments_follow_the_names_of_the_file() -> None:
-    """DETReg's Deformable DETR has its embedding amid the detector's heads: in the file's order moments would be of
-    other tensors.
-    """
-    theirs = three_parts("backbone", "transformer", "class_embed", "feature_embed", "bbox_embed")
+def test_moments_are_matched_by_the_order_of_names() -> None:
+    """DETReg's Deformable DETR has `feature_embed` between the heads: by position alone, moments would be mixed up."""
+    theirs = small_model("backbone", "transformer", "class_embed", "feature_embed", "bbox_embed")
     optimizer = build_optimizer(theirs, 1.0, 1.0, 0.0)
     for parameter in theirs.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -119,7 +117,7 @@ def test_moments_follow_the_names_of_the_file() -> None:
         "optimizer": optimizer.state_dict(),
         "lr_scheduler": build_scheduler(optimizer, 2).state_dict(),
     }
-    ours = three_parts("transformer", "class_embed", "bbox_embed", "backbone", "feature_embed")
+    ours = small_model("transformer", "class_embed", "bbox_embed", "backbone", "feature_embed")
     resumed = build_optimizer(ours, 1.0, 1.0, 0.0)
     restore_optimizer(resumed, build_scheduler(resumed, 2), Checkpoint(**file), ours)
     for name, parameter in ours.named_parameters():
@@ -128,14 +126,14 @@ def test_moments_follow_the_names_of_the_file() -> None:
             optimizer.state[theirs.get_parameter(name)]["exp_avg"],
         ), name
 
-    file["model"] = dict(reversed(file["model"].items()))  # an order that is not the optimiser's
+    file["model"] = dict(reversed(file["model"].items()))  # not the optimizer's order
     with pytest.raises(UserError, match="in an order that its weights don't tell"):
         restore_optimizer(resumed, build_scheduler(resumed, 2), Checkpoint(**file), ours)
 
 
-def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> None:
-    """Fused AdamW wants its step counts on the device of the parameters; a file from a CPU has neither them there nor
-    the mark.
+def test_cpu_state_moves_to_the_device_of_a_fused_optimizer() -> None:
+    """Fused AdamW needs `step` on the device of the parameters. A checkpoint from a CPU has it on the host, and is not
+    marked as fused.
     """
     model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     optimizer = build_optimizer(model, 1.0, 1.0, 0.0)
@@ -157,12 +155,11 @@ def test_state_of_another_device_goes_where_the_fused_optimizer_needs_it() -> No
     assert all(group["fused"] for group in resumed.param_groups)
 
 
-def test_a_learned_position_code_learns_beside_a_frozen_backbone() -> None:
+def test_learned_positional_encoding_trains_with_a_frozen_backbone() -> None:
     model = nn.ModuleDict(
         {"backbone": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), "head": nn.Linear(2, 2)}
     )
     model["backbone"][0].requires_grad_(False)
-    for rate, counts in ((0.0, [4, 0]), (0.5, [2, 2])):
-        assert [
-            len(group["params"]) for group in build_optimizer(model, 1.0, rate, 0.0).param_groups
-        ] == counts
+    for lr_backbone, counts in ((0.0, [4, 0]), (0.5, [2, 2])):
+        groups = build_optimizer(model, 1.0, lr_backbone, 0.0).param_groups
+        assert [len(group["params"]) for group in groups] == counts
