@@ -73,7 +73,7 @@ def pretext_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("pretext")
     pre_train(
         "--imagenet_path",
-        write_images(root / "photographs"),
+        write_images(root / "unlabelled"),
         "--output_dir",
         root / "run",
         "--epochs",
@@ -563,10 +563,10 @@ def test_eval_without_auxiliary_losses(fine_run: Path) -> None:
 
 
 def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path) -> None:
-    photographs = pretext_run / "photographs"
+    unlabelled = pretext_run / "unlabelled"
     for start, flag, data, counted in (
         (fine_tune, "--coco_path", fine_run / "coco", "4 training"),
-        (pre_train, "--imagenet_path", photographs, "4 images"),
+        (pre_train, "--imagenet_path", unlabelled, "4 images"),
     ):
         with captured_log() as lines:
             start(
@@ -591,7 +591,7 @@ def test_dry_run_saves_nothing(fine_run: Path, pretext_run: Path, tmp_path: Path
 
 
 def test_bad_images_are_logged_once_with_path(tmp_path: Path) -> None:
-    images = write_images(tmp_path / "photographs", count=5)
+    images = write_images(tmp_path / "unlabelled", count=5)
     (images / "bad.png").write_bytes(b"no image at all")
     Image.new("RGB", (12, 60)).save(images / "001_tiny.png")
     with captured_log() as lines:

@@ -1,4 +1,4 @@
-"""A run that stops and goes on gives the numbers of one that never stopped."""
+"""A run that is stopped and resumed equals one that was never stopped: weights, optimizer, random states and log."""
 
 import os
 import re
@@ -38,14 +38,15 @@ from util.errors import StopRequested, UserError
 from util.runs.session import start_session
 from util.settings import FINETUNE, PRETRAIN
 
-FLAGS = ("--epochs", 4, "--lr_drop", 3, "--lr", 1e-3)  # the rate drops before the last epoch
+# The learning rate drops before the last epoch.
+FLAGS = ("--epochs", 4, "--lr_drop", 3, "--lr", 1e-3)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     write_coco(root / "coco", train=5)
-    write_images(root / "photographs", count=5)
+    write_images(root / "images", count=5)
     return root
 
 
@@ -54,89 +55,60 @@ def start_labelled(data: Path, *flags: object) -> None:
 
 
 def start_pretext(data: Path, *flags: object) -> None:
-    pre_train(
-        "--imagenet_path",
-        data / "photographs",
-        "--feature_recon",
-        "--query_shuffle",
-        *FLAGS,
-        *flags,
-    )
+    images = ("--imagenet_path", data / "images")
+    pre_train(*images, "--feature_recon", "--query_shuffle", *FLAGS, *flags)
 
 
+TWO_STAGE = ("--detector", "deformable_detr", "--two_stage", "--with_box_refine")
 CASES: dict[str, tuple[Callable, tuple]] = {
-    "live": (
-        start_labelled,
-        ("--lr_backbone", 0),
-    ),  # batch statistics change, weights of the backbone do not: small files
+    # Live batch norm updates its statistics, but the backbone's weights are frozen, which keeps checkpoints small.
+    "live": (start_labelled, ("--lr_backbone", 0)),
     "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
     "pretext": (start_pretext, FROZEN),
-    "proposals": (
-        start_labelled,
-        (
-            *FROZEN,
-            "--detector",
-            "deformable_detr",
-            "--two_stage",
-            "--with_box_refine",
-            "--lr_drop_epochs",
-            1,
-            3,
-        ),
-    ),
+    "two_stage": (start_labelled, (*FROZEN, *TWO_STAGE, "--lr_drop_epochs", 1, 3)),
 }
-whole_runs: dict[str, Path] = {}
+uninterrupted_runs: dict[str, Path] = {}
 
 
-def whole_run(case: str, data: Path) -> Path:
-    """The run that is never stopped, made once."""
-    if case not in whole_runs:
+def uninterrupted_run(case: str, data: Path) -> Path:
+    """Return the folder of the run that is never stopped. It is trained once."""
+    if case not in uninterrupted_runs:
         start, flags = CASES[case]
         start(data, "--output_dir", data / case, *flags)
-        whole_runs[case] = data / case
-    return whole_runs[case]
+        uninterrupted_runs[case] = data / case
+    return uninterrupted_runs[case]
 
 
 def assert_equal_runs(folder: Path, expected: Path) -> None:
-    """Weights, moments, schedule, random states, best score and every logged number."""
-    ours, whole = (
-        read_checkpoint(folder / "checkpoint.pth"),
-        read_checkpoint(expected / "checkpoint.pth"),
-    )
-    for name in (
-        "model",
-        "optimizer",
-        "lr_scheduler",
-        "epoch",
-        "batch",
-        "averages",
-        "best",
-        "random_states",
-        "class_names",
-    ):
+    """Compare weights, moments, schedule, progress, random states, best AP and every logged value."""
+    ours = read_checkpoint(folder / "checkpoint.pth")
+    whole = read_checkpoint(expected / "checkpoint.pth")
+    training_state = ("model", "optimizer", "lr_scheduler", "best", "random_states")
+    progress = ("epoch", "batch", "averages", "class_names")
+    for name in (*training_state, *progress):
         assert_same(ours[name], whole[name], name)
     assert len(read_log(folder)) == 4
     assert_same_logs(folder, expected)
 
 
-# ---------------------------------------------------------------------------------------------------- at an epoch's end
+# ---------------------------------------------------------------------------------------------------- between epochs
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_and_two_epochs_equal_four(case: str, data: Path, tmp_path: Path) -> None:
+def test_resume_after_two_epochs_equals_four_epochs(case: str, data: Path, tmp_path: Path) -> None:
     start, flags = CASES[case]
     start(data, "--output_dir", tmp_path, *flags, "--epochs", 2)
     assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
-    torch.manual_seed(999)  # whatever the next process starts with
+    torch.manual_seed(999)  # a new process has another random state
     with captured_log() as lines:
         start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
     assert "continuing at epoch 3 of 4" in lines
-    assert_equal_runs(tmp_path, whole_run(case, data))
+    assert_equal_runs(tmp_path, uninterrupted_run(case, data))
 
 
-def test_dropout_is_drawn_anew(data: Path) -> None:
-    """The runs above have dropout and augmentation: epochs of one run differ, so that equality means something."""
-    losses = [line["train_loss"] for line in read_log(whole_run("live", data))]
+def test_epochs_differ_by_dropout_and_augmentation(data: Path) -> None:
+    """Otherwise equal runs would not show that random states are restored."""
+    losses = [line["train_loss"] for line in read_log(uninterrupted_run("live", data))]
     assert len(set(losses)) == 4
     assert read_checkpoint(data / "live" / "checkpoint.pth")["args"]["dropout"] == 0.1
 
@@ -145,10 +117,9 @@ def test_dropout_is_drawn_anew(data: Path) -> None:
 def test_stop_between_training_and_evaluation(
     by_signal: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The epoch is saved before it is evaluated: a signal stops at once there, and what was left out is done first
-    afterwards.
-    """
-    evaluate, (start, flags) = finetune_main.Evaluation.__call__, CASES["live"]
+    """The epoch is saved before it is evaluated, so a signal stops immediately. The resumed run evaluates first."""
+    evaluate = finetune_main.Evaluation.__call__
+    start, flags = CASES["live"]
 
     def interrupted(self, model, epoch):
         if epoch == 1 and by_signal:
@@ -168,14 +139,14 @@ def test_stop_between_training_and_evaluation(
     assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 1
     monkeypatch.undo()
     start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
-    assert_equal_runs(tmp_path, whole_run("live", data))
+    assert_equal_runs(tmp_path, uninterrupted_run("live", data))
 
 
-# ---------------------------------------------------------------------------------------------------- in mid-epoch
+# ---------------------------------------------------------------------------------------------------- within an epoch
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:
-    """Sends a signal to this process while the given training step, counted over epochs, runs."""
+    """Send a signal to this process at the end of the given training step, counted over epochs from 1."""
     original, steps = engine.train_step, []
 
     def stopped(*args, **kwargs):
@@ -200,8 +171,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
 def test_stop_at_the_end_of_an_epoch(
     case: str, step: int, number: int, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
-    """Two steps an epoch. A signal that comes after step 3 is told by the flag of step 4, the last of the second epoch;
-    one that comes after step 4, or after the last step of all, is told by none."""
+    """Epochs have two steps. The flag of step 4, the last of epoch 2, reports a signal after step 3.
+
+    No flag reports a signal after step 4, or after the last step of all.
+    """
     start, flags = CASES[case]
     stop_at(monkeypatch, step, number)
     with pytest.raises(StopRequested, match=r"after batch 2 of 2; saved in .*--resume auto"):
@@ -211,14 +184,14 @@ def test_stop_at_the_end_of_an_epoch(
     assert (stopped["epoch"], stopped["batch"]) == (epochs_before - 1, 2)
     assert len(read_log(tmp_path)) == epochs_before
     start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
-    assert_equal_runs(tmp_path, whole_run(case, data))
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # handlers are put back
+    assert_equal_runs(tmp_path, uninterrupted_run(case, data))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # restored
 
 
 def test_stop_in_the_middle_of_a_longer_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five steps an epoch; the resumed epoch reports the averages of all of them."""
+    """Epochs have five steps. The log of the resumed epoch averages all of them."""
     flags = ("--backbone_norm", "frozen", "--batch_size", 1, "--epochs", 2, "--num_workers", 2)
     start_labelled(data, "--output_dir", tmp_path / "whole", *flags)
     stop_at(monkeypatch, 7)
@@ -239,7 +212,7 @@ def test_stop_in_the_middle_of_a_longer_epoch(
 def test_stop_in_the_only_step_of_an_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With one step an epoch a signal always comes in the last one, and must not be lost."""
+    """With one step per epoch every signal comes in the last step, and must not be lost."""
     stop_at(monkeypatch, 1)
     with pytest.raises(StopRequested):
         start_pretext(data, "--output_dir", tmp_path, *FROZEN, "--batch_size", 5)
@@ -248,26 +221,21 @@ def test_stop_in_the_only_step_of_an_epoch(
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1, 2, 3]
 
 
-def test_stop_without_output_folder_says_so(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_without_output_dir_warns_that_nothing_was_saved(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stop_at(monkeypatch, 1)
     with pytest.raises(StopRequested, match="not saved: no --output_dir"):
         start_pretext(data, *FROZEN, "--batch_size", 1)
 
 
-def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
-    """SIGTERM to a real process: exit status 143, one line that says where to go on, and a checkpoint of that place."""
+def test_sigterm_to_a_training_process(tmp_path: Path) -> None:
+    """Exit status 143, one line that says how to continue, and a checkpoint of exactly that step."""
     command = [
-        sys.executable,
-        "finetune_main.py",
-        *RUN_FLAGS,
-        *FROZEN,
-        "--coco_path",
-        write_coco(tmp_path / "coco", train=300),
-        "--output_dir",
-        tmp_path / "run",
-        "--batch_size",
-        "1",
-    ]
+        sys.executable, "finetune_main.py", *RUN_FLAGS, *FROZEN,
+        "--coco_path", write_coco(tmp_path / "coco", train=300), "--output_dir", tmp_path / "run",
+        "--batch_size", "1",
+    ]  # fmt: skip
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
@@ -277,9 +245,8 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
-        assert any(
-            line.startswith("AdamW") for line in process.stdout
-        )  # the last line before training
+        # The last line before training.
+        assert any(line.startswith("optimizer: ") for line in process.stdout)
         time.sleep(1)
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=60)
@@ -298,11 +265,10 @@ def test_a_process_that_is_told_to_stop(tmp_path: Path) -> None:
     assert 0 < checkpoint["batch"] < 300
 
 
-# ---------------------------------------------------------------------------------------------------- what can be
-# resumed
+# -------------------------------------------------------------------------------------- what can be resumed
 
 
-def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path: Path) -> None:
+def test_resume_auto_without_checkpoint_starts_from_scratch(data: Path, tmp_path: Path) -> None:
     with captured_log() as lines:
         start_pretext(
             data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path / "new", "--resume", "auto"
@@ -311,7 +277,7 @@ def test_auto_with_nothing_there_starts_afresh_and_says_so(data: Path, tmp_path:
     assert read_checkpoint(tmp_path / "new" / "checkpoint.pth")["epoch"] == 0
 
 
-def test_resuming_a_finished_run(data: Path, tmp_path: Path) -> None:
+def test_resume_of_a_finished_run_trains_nothing(data: Path, tmp_path: Path) -> None:
     start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path)
     before = (tmp_path / "checkpoint.pth").read_bytes()
     with captured_log() as lines:
@@ -321,18 +287,15 @@ def test_resuming_a_finished_run(data: Path, tmp_path: Path) -> None:
 
 
 def published_checkpoint(path: Path) -> dict:
-    """A DETR checkpoint as the published code writes it under PyTorch 1.5: a pickled Namespace, integer steps, nothing
-    newer.
-    """
+    """Save a DETR checkpoint as the published code does with PyTorch 1.5: pickled Namespace, steps as int."""
     torch.manual_seed(1)
     args = tiny_args(FINETUNE, "--backbone_norm", "frozen")
     model, _, _ = build_model(args)
     optimizer = trainer.build_optimizer(model, args.lr, args.lr_backbone, args.weight_decay)
     state, groups = {}, []
     for group in optimizer.param_groups:
-        ids = [
-            140_000_000_000 + len(state) + i for i in range(len(group["params"]))
-        ]  # 1.5 wrote addresses
+        # PyTorch 1.5 numbers parameters by their memory addresses.
+        ids = [140_000_000_000 + len(state) + i for i in range(len(group["params"]))]
         for key, parameter in zip(ids, group["params"], strict=True):
             state[key] = {
                 "step": 7,
@@ -389,31 +352,24 @@ def published_checkpoint(path: Path) -> dict:
     return checkpoint
 
 
-def test_resuming_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_resume_of_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published = published_checkpoint(tmp_path / "theirs.pth")
     with captured_log() as lines:
         fine_tune(
-            "--coco_path",
-            data / "coco",
-            "--resume",
-            tmp_path / "theirs.pth",
-            "--output_dir",
-            tmp_path / "ours",
-            "--epochs",
-            4,
-        )
+            "--coco_path", data / "coco", "--resume", tmp_path / "theirs.pth",
+            "--output_dir", tmp_path / "ours", "--epochs", 4,
+        )  # fmt: skip
     assert "continuing at epoch 3 of 4" in lines
     assert [line["epoch"] for line in read_log(tmp_path / "ours")] == [2, 3]
     ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
-    assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {
-        7 + 4
-    }  # two epochs of two steps
+    steps = {int(state["step"]) for state in ours["optimizer"]["state"].values()}
+    assert steps == {7 + 2 * 2}, "two epochs of two steps"
     assert list(ours["model"]) == list(published["model"])
     frozen = "backbone.0.body.layer1.0.conv1.weight"
     assert torch.equal(ours["model"][frozen], published["model"][frozen])
 
 
-def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Path) -> None:
+def test_resume_of_a_published_checkpoint_adopts_its_schedule(data: Path, tmp_path: Path) -> None:
     checkpoint = published_checkpoint(tmp_path / "theirs.pth")
     vars(checkpoint["args"]).update(epochs=3, lr_drop=400, lr_backbone=5e-5, clip_max_norm=0.5)
     checkpoint["lr_scheduler"].update(step_size=400, base_lrs=[1e-4, 5e-5])
@@ -421,99 +377,59 @@ def test_a_published_run_goes_on_with_its_own_schedule(data: Path, tmp_path: Pat
     torch.save(checkpoint, tmp_path / "theirs.pth")
     with captured_log() as lines:
         fine_tune(
-            "--coco_path",
-            data / "coco",
-            "--resume",
-            tmp_path / "theirs.pth",
-            "--output_dir",
-            tmp_path / "ours",
-        )
+            "--coco_path", data / "coco", "--resume", tmp_path / "theirs.pth",
+            "--output_dir", tmp_path / "ours",
+        )  # fmt: skip
     assert "continuing at epoch 3 of 3" in lines
-    assert not any("win over" in line for line in lines)
+    assert not any("replace those of the checkpoint" in line for line in lines)
     ours = read_checkpoint(tmp_path / "ours" / "checkpoint.pth")
     assert [group["initial_lr"] for group in ours["optimizer"]["param_groups"]] == [1e-4, 5e-5]
     assert (ours["lr_scheduler"]["step_size"], ours["args"]["clip_max_norm"]) == (400, 0.5)
 
 
-def test_evaluating_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
+def test_evaluation_of_a_published_checkpoint(data: Path, tmp_path: Path) -> None:
     published_checkpoint(tmp_path / "theirs.pth")
+    flags = [
+        "--batch_size", "2", "--eval", "--no_aux_loss", "--coco_path", str(data / "coco"),
+        "--resume", str(tmp_path / "theirs.pth"), "--device", "cpu", "--image_size", "64",
+        "--num_workers", "0",
+    ]  # fmt: skip
     with captured_log() as lines:
-        finetune_main.main(
-            finetune_main.parse(
-                [
-                    "--batch_size",
-                    "2",
-                    "--eval",
-                    "--no_aux_loss",
-                    "--coco_path",
-                    str(data / "coco"),
-                    "--resume",
-                    str(tmp_path / "theirs.pth"),
-                    "--device",
-                    "cpu",
-                    "--image_size",
-                    "64",
-                    "--num_workers",
-                    "0",
-                ]
-            )
-        )
+        finetune_main.main(finetune_main.parse(flags))
     assert any(line.startswith("AP ") for line in lines)
 
 
-def test_weights_alone_start_a_new_optimizer(data: Path, tmp_path: Path) -> None:
+def test_resume_of_weights_only_starts_a_new_optimizer(data: Path, tmp_path: Path) -> None:
     torch.save(
         {"model": published_checkpoint(tmp_path / "theirs.pth")["model"]}, tmp_path / "weights.pth"
     )
     with captured_log() as lines:
         fine_tune(
-            "--coco_path",
-            data / "coco",
-            "--resume",
-            tmp_path / "weights.pth",
-            "--start_epoch",
-            2,
-            "--epochs",
-            3,
-            "--output_dir",
-            tmp_path / "run",
-            "--lr_backbone",
-            0,
-            "--backbone_norm",
-            "frozen",
-            "--nheads",
-            4,
-        )
+            "--coco_path", data / "coco", "--resume", tmp_path / "weights.pth", "--start_epoch", 2,
+            "--epochs", 3, "--output_dir", tmp_path / "run", "--lr_backbone", 0,
+            "--backbone_norm", "frozen", "--nheads", 4,
+        )  # fmt: skip
     assert any("weights only" in line and "from epoch 3" in line for line in lines)
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert checkpoint["epoch"] == 2
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {2}
 
 
-def test_flags_of_the_command_win_and_it_is_said(data: Path, tmp_path: Path) -> None:
+def test_given_learning_rate_replaces_the_stored_one_and_is_logged(
+    data: Path, tmp_path: Path
+) -> None:
     start_pretext(data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path)
     with captured_log() as lines:
         start_pretext(
-            data,
-            *FROZEN,
-            "--epochs",
-            3,
-            "--output_dir",
-            tmp_path,
-            "--resume",
-            "auto",
-            "--lr",
-            5e-3,
-            "--lr_drop",
-            2,
-        )
+            data, *FROZEN, "--epochs", 3, "--output_dir", tmp_path, "--resume", "auto",
+            "--lr", 5e-3, "--lr_drop", 2,
+        )  # fmt: skip
     assert any("0.001" in line and "0.005" in line and "--lr_drop 3 -> 2" in line for line in lines)
-    assert [line["train_lr"] for line in read_log(tmp_path)] == pytest.approx(
-        [1e-3, 1e-3, 5e-4]
-    )  # the drop after 2 epochs is behind
+    lrs = [line["train_lr"] for line in read_log(tmp_path)]
+    assert lrs == pytest.approx([1e-3, 1e-3, 5e-4]), "the drop after 2 epochs counts"
 
 
-def test_another_number_of_processes_starts_the_epoch_anew(
+def test_another_world_size_restarts_the_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = (*FROZEN, "--epochs", 2, "--batch_size", 1, "--output_dir", tmp_path)
@@ -538,10 +454,10 @@ def test_another_number_of_processes_starts_the_epoch_anew(
     assert steps == {3 + 10}
 
 
-def test_another_batch_size_starts_the_epoch_anew(
+def test_another_batch_size_restarts_the_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A batch number means other images then: going on from it would leave some out."""
+    """The batch number then means other images: continuing from it would skip some."""
     flags = (*FROZEN, "--epochs", 1, "--output_dir", tmp_path)
     stop_at(monkeypatch, 2)
     with pytest.raises(StopRequested):
@@ -557,52 +473,26 @@ def test_another_batch_size_starts_the_epoch_anew(
     assert steps == {3 + 2}  # five images, two batches of two
 
 
-def test_resume_keeps_this_runs_weight_decay_and_names_a_changed_freeze(
-    data: Path, tmp_path: Path
-) -> None:
+def test_given_weight_decay_replaces_the_stored_one(data: Path, tmp_path: Path) -> None:
     start_pretext(data, *FROZEN, "--epochs", 1, "--output_dir", tmp_path)
     start_pretext(
-        data,
-        *FROZEN,
-        "--epochs",
-        2,
-        "--output_dir",
-        tmp_path,
-        "--resume",
-        "auto",
-        "--weight_decay",
-        0.5,
-    )
+        data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--resume", "auto",
+        "--weight_decay", 0.5,
+    )  # fmt: skip
     groups = read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.5}
 
 
-def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_path: Path) -> None:
-    """Pre-trained with live norms, then frozen by `--lr_backbone 0`: its running means are those of the file to the
-    end.
-    """
+def test_batch_norm_statistics_of_a_frozen_backbone_stay_fixed(data: Path, tmp_path: Path) -> None:
+    """Trained with live batch norm, then frozen by `--lr_backbone 0`: the running statistics are those of the file."""
     fine_tune(
-        "--coco_path",
-        data / "coco",
-        "--output_dir",
-        tmp_path / "live",
-        "--backbone_norm",
-        "live",
-        "--epochs",
-        1,
-    )
+        "--coco_path", data / "coco", "--output_dir", tmp_path / "live", "--backbone_norm", "live",
+        "--epochs", 1,
+    )  # fmt: skip
     fine_tune(
-        "--coco_path",
-        data / "coco",
-        "--output_dir",
-        tmp_path / "frozen",
-        "--pretrain",
-        tmp_path / "live" / "checkpoint.pth",
-        "--lr_backbone",
-        0,
-        "--epochs",
-        1,
-    )
+        "--coco_path", data / "coco", "--output_dir", tmp_path / "frozen",
+        "--pretrain", tmp_path / "live" / "checkpoint.pth", "--lr_backbone", 0, "--epochs", 1,
+    )  # fmt: skip
     live, frozen = (
         read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("live", "frozen")
     )
@@ -612,34 +502,16 @@ def test_a_backbone_that_trains_no_more_keeps_its_statistics(data: Path, tmp_pat
             assert torch.equal(frozen["model"][key], value), key
 
 
-def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: Path) -> None:
-    """`--resume` alone goes on as the run began; a flag that is given counts."""
+def test_resume_adopts_settings_that_are_not_given(data: Path, tmp_path: Path) -> None:
+    """`--resume` alone continues with the settings of the run; a given flag wins."""
     start_pretext(
-        data,
-        *FROZEN,
-        "--epochs",
-        2,
-        "--output_dir",
-        tmp_path,
-        "--batch_size",
-        1,
-        "--clip_max_norm",
-        0.3,
-        "--num_workers",
-        0,
-    )
+        data, *FROZEN, "--epochs", 2, "--output_dir", tmp_path, "--batch_size", 1,
+        "--clip_max_norm", 0.3, "--num_workers", 0,
+    )  # fmt: skip
     flags = [
-        "--resume",
-        "auto",
-        "--output_dir",
-        str(tmp_path),
-        "--epochs",
-        "3",
-        "--bbox_loss_coef",
-        "4",
-        "--device",
-        "cpu",
-    ]
+        "--resume", "auto", "--output_dir", str(tmp_path), "--epochs", "3", "--bbox_loss_coef", "4",
+        "--device", "cpu",
+    ]  # fmt: skip
     args = start_session(pretrain_main.parse(flags)).settings
     stored = read_checkpoint(tmp_path / "checkpoint.pth")["args"]
     changed = {name for name, value in stored.items() if getattr(args, name, None) != value}
@@ -649,17 +521,17 @@ def test_settings_that_are_not_given_are_those_of_the_run(data: Path, tmp_path: 
         0.3,
         1e-3,
         32,
-        str(data / "photographs"),
+        str(data / "images"),
     )
     assert (args.epochs, args.bbox_loss_coef) == (3, 4.0)
 
 
 @pytest.mark.parametrize("stored", ["imagenet", "none"])
 @pytest.mark.parametrize("flags", [["--resume"], ["--eval", "--resume"], ["--pretrain"]])
-def test_nothing_is_fetched_for_a_detector_that_is_there(
+def test_a_loaded_detector_downloads_no_backbone_weights(
     stored: str, flags: list[str], tmp_path: Path
 ) -> None:
-    """The run had begun with downloaded weights; continuing or evaluating it needs none of them."""
+    """The run started from downloaded weights. Resuming or evaluating it needs none of them."""
     path = save_model(tmp_path / "checkpoint.pth", FINETUNE, "--backbone_norm", "frozen")
     settings = {
         **tiny_args(FINETUNE).as_dict(),
@@ -684,13 +556,13 @@ def save_model(path: Path, script: str, *flags: str) -> Path:
     return path
 
 
-def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> None:
+def test_resume_refuses_checkpoints_of_another_kind(data: Path, tmp_path: Path) -> None:
     pretext = save_model(tmp_path / "pretext.pth", PRETRAIN)
     detector = save_model(tmp_path / "detector.pth", FINETUNE)
-    coco, photographs = ("--coco_path", data / "coco"), ("--imagenet_path", data / "photographs")
+    coco, images = ("--coco_path", data / "coco"), ("--imagenet_path", data / "images")
     for start, flags, words in (
-        (fine_tune, (*coco, "--resume", pretext), "give it as --pretrain"),
-        (pre_train, (*photographs, "--resume", detector), "resume only its own"),
+        (fine_tune, (*coco, "--resume", pretext), "pass it as --pretrain"),
+        (pre_train, (*images, "--resume", detector), "resume only its own"),
         (
             fine_tune,
             (*coco, "--resume", detector, "--num_queries", 30),
@@ -709,25 +581,18 @@ def test_resume_refuses_what_it_cannot_continue(data: Path, tmp_path: Path) -> N
         assert "\n" not in str(error.value)
 
 
-def test_auto_with_pretrain_starts_from_it_once(data: Path, tmp_path: Path) -> None:
-    """A job that is requeued keeps its command: --pretrain counts the first time, --resume auto afterwards."""
+def test_requeued_job_uses_pretrain_once(data: Path, tmp_path: Path) -> None:
+    """A requeued job keeps its command: --pretrain counts in the first start, --resume auto afterwards."""
     pretext = save_model(tmp_path / "pretext.pth", PRETRAIN, *FROZEN)
     flags = (
-        "--coco_path",
-        data / "coco",
-        "--pretrain",
-        pretext,
-        "--resume",
-        "auto",
-        "--output_dir",
-        tmp_path / "run",
-        *FROZEN,
-    )
+        "--coco_path", data / "coco", "--pretrain", pretext, "--resume", "auto",
+        "--output_dir", tmp_path / "run", *FROZEN,
+    )  # fmt: skip
     with captured_log() as first:
         fine_tune(*flags, "--epochs", 1)
-    assert any("re-initialised" in line for line in first)
+    assert any("re-initialized" in line for line in first)
     with captured_log() as second:
         fine_tune(*flags, "--epochs", 2)
-    assert any("--pretrain is not needed any more" in line for line in second)
-    assert not any("re-initialised" in line for line in second)
+    assert any("--pretrain is no longer needed" in line for line in second)
+    assert not any("re-initialized" in line for line in second)
     assert "continuing at epoch 2 of 2" in second

@@ -51,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small COCO and ImageNet folders, and a checkpoint of each kind."""
     root = tmp_path_factory.mktemp("data")
     write_coco(root / "coco")
-    write_images(root / "photographs")
+    write_images(root / "unlabelled")
     torch.manual_seed(0)
     for name, script, flags in (
         ("pretext", PRETRAIN, ["--feature_recon", "--num_patches", "10"]),
@@ -101,7 +101,7 @@ def test_published_pre_training(data: Path, tmp_path: Path) -> None:
         "--feature_recon",
         "--fre_cnn",
         "--imagenet_path",
-        data / "photographs",
+        data / "unlabelled",
         "--output_dir",
         tmp_path / "out",
     ]
@@ -219,7 +219,7 @@ def test_config_runs_as_program(data: Path) -> None:
         "bash",
         "configs/UPDETR_pretrain_in.sh",
         "--imagenet_path",
-        data / "photographs",
+        data / "unlabelled",
         *small,
         "--dry_run",
         LAUNCH=sys.executable,
@@ -306,7 +306,7 @@ def test_pre_training_flags_in_fine_tuning_are_refused(capsys: pytest.CaptureFix
 def test_output_dir_of_another_run_is_refused(data: Path, tmp_path: Path) -> None:
     words = [
         "--imagenet_path",
-        data / "photographs",
+        data / "unlabelled",
         "--output_dir",
         tmp_path,
         "--epochs",
@@ -330,7 +330,7 @@ def test_output_dir_of_another_run_is_refused(data: Path, tmp_path: Path) -> Non
 def test_output_dir_with_unrelated_files_is_accepted(data: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     pre_train(
-        "--imagenet_path", data / "photographs", "--output_dir", tmp_path, "--epochs", 1, *FROZEN
+        "--imagenet_path", data / "unlabelled", "--output_dir", tmp_path, "--epochs", 1, *FROZEN
     )
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -340,7 +340,7 @@ def test_without_output_dir_nothing_is_saved_and_a_warning_is_logged(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with captured_log() as lines:
-        pre_train("--imagenet_path", data / "photographs", "--epochs", 1, *FROZEN)
+        pre_train("--imagenet_path", data / "unlabelled", "--epochs", 1, *FROZEN)
     assert any("nothing of this run will be saved: add --output_dir DIR" in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
@@ -369,7 +369,7 @@ def test_missing_flags_of_published_up_detr_pre_training_are_logged(
 
 
 def test_errors_are_one_line_with_remedy(data: Path, tmp_path: Path) -> None:
-    coco, photographs = ("--coco_path", data / "coco"), ("--imagenet_path", data / "photographs")
+    coco, unlabelled = ("--coco_path", data / "coco"), ("--imagenet_path", data / "unlabelled")
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
     for script, words, parts in (
@@ -391,8 +391,8 @@ def test_errors_are_one_line_with_remedy(data: Path, tmp_path: Path) -> None:
         (PRETRAIN, ["--imagenet_path", tmp_path / "empty"], ("empty",)),
         (PRETRAIN, ["--imagenet_path", tmp_path / "none"], ("none",)),
         (PRETRAIN, [], ("--imagenet_path",)),
-        (PRETRAIN, [*photographs, "--num_patches", 3], ("--num_patches 3", "--num_queries 20")),
-        (PRETRAIN, [*photographs, "--backbone", "resnet19"], ("--backbone resnet19", "resnet50")),
+        (PRETRAIN, [*unlabelled, "--num_patches", 3], ("--num_patches 3", "--num_queries 20")),
+        (PRETRAIN, [*unlabelled, "--backbone", "resnet19"], ("--backbone resnet19", "resnet50")),
     ):
         small = [*RUN_FLAGS, *(PRETEXT_FLAGS if script == PRETRAIN else [])]
         status, lines = call(
@@ -406,7 +406,7 @@ def test_errors_are_one_line_with_remedy(data: Path, tmp_path: Path) -> None:
 
 def test_error_in_dataloader_worker_is_one_line(tmp_path: Path) -> None:
     """A worker's error arrives with its traceback; the user sees only the message."""
-    images = tmp_path / "photographs"
+    images = tmp_path / "unlabelled"
     images.mkdir()
     for name in ("a.png", "b.png"):
         (images / name).write_bytes(b"not an image")
@@ -444,7 +444,7 @@ def test_same_seed_reproduces_run_and_other_seed_differs(data: Path, tmp_path: P
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         pre_train(
             "--imagenet_path",
-            data / "photographs",
+            data / "unlabelled",
             "--output_dir",
             tmp_path / name,
             "--epochs",
