@@ -562,7 +562,7 @@ def test_resume_refuses_checkpoints_of_another_kind(data: Path, tmp_path: Path) 
     coco, images = ("--coco_path", data / "coco"), ("--imagenet_path", data / "images")
     for start, flags, words in (
         (fine_tune, (*coco, "--resume", pretext), "pass it as --pretrain"),
-        (pre_train, (*images, "--resume", detector), "resume only its own"),
+        (pre_train, (*images, "--resume", detector), "can only resume its own"),
         (
             fine_tune,
             (*coco, "--resume", detector, "--num_queries", 30),
