@@ -83,7 +83,11 @@ def test_objectness_head_is_kept_with_other_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [[], ["--with_box_refine", "--num_feature_levels", "2"]], ids=["plain", "refine"]
+    "flags",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="plain"),
+        pytest.param(["--with_box_refine", "--num_feature_levels", "2"], id="refine"),
+    ],
 )
 def test_pre_train_fine_tune_resume_evaluate(flags: list[str], tmp_path: Path) -> None:
     """Through the scripts: pre-train with patches, fine-tune without repeating a flag, resume, evaluate."""

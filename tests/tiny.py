@@ -35,6 +35,16 @@ RUN_FLAGS = [
 FROZEN = ("--lr_backbone", "0", "--backbone_norm", "frozen")
 PRETEXT_FLAGS = ["--num_patches", "5", "--patch_size", "32"]
 
+# For whole runs of one pretext: the detectors differ in the model only, which faster tests cover on all three.
+one_detector_else_slow = pytest.mark.parametrize(
+    "detector",
+    [
+        pytest.param("detr", marks=pytest.mark.slow),
+        pytest.param("conditional_detr", marks=pytest.mark.slow),
+        "deformable_detr",
+    ],
+)
+
 
 def tiny_args(script: str = FINETUNE, *flags: str) -> Namespace:
     """Return the settings of a small model; `flags` come last and win."""

@@ -180,7 +180,7 @@ def test_mismatched_shapes_raise() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["numbers", "registration"])
+@pytest.mark.parametrize("part", ["numbers", pytest.param("registration", marks=pytest.mark.slow)])
 def test_kernels_under_the_interpreter(part: str) -> None:
     """Triton reads TRITON_INTERPRET when kernels are defined, so they run in their own process."""
     script = [sys.executable, str(ROOT / "tests" / "deform_cases.py"), part]
@@ -225,7 +225,14 @@ def compile_kernel(kernel, value_type: str, capability: int) -> dict[str, str]:
 
 
 @needs_triton
-@pytest.mark.parametrize(("capability", "value_type"), [(80, "bf16"), (90, "fp32"), (90, "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "value_type"),
+    [
+        pytest.param(80, "bf16", marks=pytest.mark.slow),
+        pytest.param(90, "fp32", marks=pytest.mark.slow),
+        (90, "bf16"),
+    ],
+)
 def test_kernels_compile_for_gpus(
     capability: int, value_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Pretexts on every detector: invariants, state dicts, and transfer to fine-tuning; UP-DETR's in detail."""
 
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -27,8 +28,14 @@ from util.settings import PRETRAIN, make_parser
 from util.settings.registry import DETECTORS, PRETEXTS
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
-NUM_MATCHES = [(pretext, detector) for pretext in PRETEXTS for detector in DETECTORS]
-pairs = pytest.mark.parametrize(("pretext", "detector"), NUM_MATCHES)
+ALL_PAIRS = list(itertools.product(PRETEXTS, DETECTORS))
+pairs = pytest.mark.parametrize(("pretext", "detector"), ALL_PAIRS)
+# Three cells of the table that have every pretext and every detector; the other six are slow tests.
+DIAGONAL = set(zip(PRETEXTS, DETECTORS, strict=True))
+diagonal_of_pairs = pytest.mark.parametrize(
+    ("pretext", "detector"),
+    [pytest.param(*pair, marks=() if pair in DIAGONAL else pytest.mark.slow) for pair in ALL_PAIRS],
+)
 on_detectors = pytest.mark.parametrize("detector", DETECTORS)
 PATCHES, QUERIES = 5, 20
 OWN_FLAGS = {
@@ -425,7 +432,7 @@ def test_names_of_the_published_checkpoint(case: str, flags: list[str]) -> None:
 OWN_PARTS = tuple(part for entry in PRETEXTS.values() for part in entry.parameter_prefixes)
 
 
-@pairs
+@diagonal_of_pairs
 def test_transfer_to_fine_tuning(pretext: str, detector: str, tmp_path: Path) -> None:
     """Pre-train a few steps and fine-tune: which weights transfer, which start from scratch, and all train."""
     pre_train(

@@ -23,6 +23,7 @@ from tests.tiny import (
     fine_tune,
     make_batch,
     make_targets,
+    one_detector_else_slow,
     pre_train,
     read_checkpoint,
     read_log,
@@ -292,7 +293,7 @@ def test_an_image_too_small_for_random_boxes_counts_as_a_problem(tmp_path: Path)
     ]
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@one_detector_else_slow
 def test_pre_train_resume_and_fine_tune(detector: str, tmp_path: Path) -> None:
     images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
     flags = [

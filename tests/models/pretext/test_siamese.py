@@ -20,6 +20,7 @@ from tests.tiny import (
     assert_same,
     make_batch,
     make_targets,
+    one_detector_else_slow,
     pre_train,
     read_checkpoint,
     read_log,
@@ -301,7 +302,7 @@ def test_batch_norm_equals_pytorch_in_one_process() -> None:
 # ---- scripts ----
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
+@one_detector_else_slow
 def test_pre_train_and_resume(
     detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
