@@ -339,6 +339,8 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
     if run.epoch < run.epochs:
         position = f", batch {run.batch}" if run.batch else ""
         log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, position)
+    else:
+        log.info("all %d epochs of %s are trained", run.epochs, checkpoint.source)
 
 
 def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
