@@ -340,7 +340,7 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
         position = f", batch {run.batch}" if run.batch else ""
         log.info("continuing at epoch %d of %d%s", run.epoch + 1, run.epochs, position)
     else:
-        log.info("all %d epochs of %s are trained", run.epochs, checkpoint.source)
+        log.info("training is complete: epoch %d of %d", run.epoch, run.epochs)
 
 
 def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
