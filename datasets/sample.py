@@ -10,6 +10,7 @@ from datasets.evaluators.coco import CocoEvaluator, GroundTruth, build_ground_tr
 from datasets.evaluators.detections import DetectionEvaluator
 from datasets.labelled.annotations import read_json
 from util.errors import UserError
+from util.packed_targets import TOO_FEW_PROPOSALS
 from util.random_state import SampleRNG
 from util.settings import Settings
 
@@ -22,6 +23,13 @@ MAX_CONSECUTIVE_BAD_IMAGES = 100
 
 class BadImageError(Exception):
     """An image that can't be used: unreadable, too small, or not what its annotation says. The text is the reason."""
+
+
+class TooFewProposalsError(BadImageError):
+    """A pretext needs more boxes than the proposal method has for this image, which is a good one otherwise."""
+
+    def __init__(self, found: int, needed: int) -> None:
+        super().__init__(f"{TOO_FEW_PROPOSALS} ({found}, the pretext needs {needed})")
 
 
 class SampleDataset(Dataset):
@@ -108,6 +116,8 @@ class SampleDataset(Dataset):
             return image, target
 
         path, reason = problems[0]
+        are_boxless = all(reason.startswith(TOO_FEW_PROPOSALS) for _, reason in problems)
+        remedy = "use other --proposals" if are_boxless else "check the image folder"
         raise UserError(
-            f"{len(problems)} images in a row can't be used, the first is {path}: {reason}; check the image folder"
+            f"{len(problems)} images in a row can't be used, the first is {path}: {reason}; {remedy}"
         )
