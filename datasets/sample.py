@@ -45,6 +45,9 @@ class SampleDataset(Dataset):
     # Label -> category id in the annotation file. None: labels are these ids.
     category_ids: dict[int, int] | None = None
 
+    # `--exif`. None: the sizes in the annotations decide, see `datasets.images.pixels.choose_rotation`.
+    exif: str | None = None
+
     # Labelled datasets only.
     num_classes: int
     class_names: dict[int, str]
@@ -60,6 +63,16 @@ class SampleDataset(Dataset):
     def path(self, index: int) -> str:
         """Return the path of the image file."""
         raise NotImplementedError
+
+    def read(self, index: int) -> Tensor:
+        """Read an image as uint8 [3, H, W], in the pixels of its boxes.
+
+        Raises:
+            BadImageError: it can't be read.
+        """
+        from datasets.images.image_folder import read_image  # which imports this module
+
+        return read_image(self.path(index), self.exif)
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
         """Load the sample of one index, without replacing a bad image.
