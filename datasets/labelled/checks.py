@@ -23,6 +23,7 @@ from datasets.labelled.image_checks import (
     find_damaged_metadata,
     find_decided_orientations,
     find_duplicate_images,
+    find_evaluated_training_images,
     find_images_of_one_color,
     find_several_frames,
     find_shared_images,
@@ -73,6 +74,19 @@ class Finding(NamedTuple):
         return ", ".join(part for part in parts if part)
 
 
+class ImagePaths(Sequence[str]):
+    """Paths of the images of a dataset, made when they are asked for: most of them never are."""
+
+    def __init__(self, images: SampleDataset | ImageFiles) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images.path(index)
+
+
 @dataclass
 class Split:
     """The images of "train" or "val", with what the checks need to know of the detector.
@@ -118,6 +132,11 @@ class Split:
             return NO_SIZE
         height, width = self.annotations.sizes_hw[index].tolist()
         return height, width
+
+    @property
+    def paths(self) -> "ImagePaths":
+        """Paths of all images."""
+        return ImagePaths(self.images)
 
     def finding(self, index: int, detail: str = "") -> Finding:
         """Return a finding in one image. Its kind is empty; `run_checks` adds it."""
@@ -475,6 +494,12 @@ def run_startup_checks(
     for kind, group in groupby(run_checks(splits, checks), key=lambda finding: finding.kind):
         tried = _count_tried(splits, kind) if kind in SAMPLE_KINDS else 0
         warned.append(_format_findings(KINDS[kind], list(group), tried))
+
+    if train is None and val is not None:
+        shared = list(find_evaluated_training_images(splits[0], settings))
+        if shared:
+            kind = KINDS["shared image"]
+            warned.append(_format_findings(kind, [one._replace(kind=kind.kind) for one in shared]))
 
     for line in warned:
         log.warning("%s", line)

@@ -9,7 +9,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,10 @@ from datasets.images.image_folder import (
     read_header,
 )
 from datasets.images.pixels import ROTATED, STORED, UNDECIDED, choose_rotation, swaps_sides
+from datasets.labelled.annotations import read_json
 from datasets.sample import BadImageError
+from util.errors import UserError
+from util.settings import Settings
 
 if TYPE_CHECKING:
     from datasets.labelled.checks import Finding, Split
@@ -36,6 +39,7 @@ SAMPLE_SECONDS = 0.3  # stop sampling a split after this time
 COMPARED_PAIRS = 16  # pairs of images with the same name in both splits whose files are compared
 COMPARED_FILES = 256  # validation images that are searched in the training set by their size
 SEARCH_SECONDS = 0.3  # stop searching after this time
+MAX_ANNOTATION_BYTES = 2**25  # of a training file that an evaluation reads for it
 KEY_BYTES = 4096  # in the middle of two files of the same size, compared before the whole files
 MIN_CONTRAST = 16  # of 255, in at least one of red, green and blue
 
@@ -258,7 +262,8 @@ def find_shared_images(train: "Split", val: "Split") -> Iterator["Finding"]:
         pairs = _pairs_with_same_pixels(train, val)
     else:
         named = pairs_with_same_name(train, val)
-        pairs = [*named, *pairs_with_same_size(train, val, {row for _, row in named})]
+        others = same_files(train.paths, val.paths, {row for _, row in named})
+        pairs = [*named, *others]
     for in_train, in_val in pairs:
         yield val.finding(in_val, f"same as {train.finding(in_train)}")
 
@@ -294,19 +299,22 @@ def pairs_with_same_name(train: "Split", val: "Split") -> list[tuple[int, int]]:
     return pairs if len(same) == len(compared) else same
 
 
-def pairs_with_same_size(train: "Split", val: "Split", skipped: set[int]) -> list[tuple[int, int]]:
-    """Return (index in train, index in val) of images whose files have the same size and content, in any folder.
+def same_files(
+    train: Sequence[str], val: Sequence[str], skipped: Collection[int] = ()
+) -> list[tuple[int, int]]:
+    """Return (index in train, index in val) of files with the same size and content, in any folder.
 
     At most COMPARED_FILES validation images are searched, for at most SEARCH_SECONDS: in a large training set only a
     random part of the files is looked at.
 
     Args:
+        train, val: paths.
         skipped: indices in val that need no search.
     """
     deadline = time.monotonic() + SEARCH_SECONDS
     in_val: dict[int, list[int]] = {}  # file size -> indices
-    for index in evenly_spaced(len(val.images), COMPARED_FILES):
-        size = file_bytes(val.images.path(index))
+    for index in evenly_spaced(len(val), COMPARED_FILES):
+        size = file_bytes(val[index])
         if size and index not in skipped and time.monotonic() < deadline:
             in_val.setdefault(size, []).append(index)
     if not in_val:
@@ -316,21 +324,50 @@ def pairs_with_same_size(train: "Split", val: "Split", skipped: set[int]) -> lis
         int, dict[bytes, list[int]]
     ] = {}  # file size -> bytes from the middle -> indices in val
     found: dict[int, int] = {}  # index in val -> index in train
-    for index in np.random.default_rng(0).permutation(len(train.images)).tolist():
+    for index in np.random.default_rng(0).permutation(len(train)).tolist():
         if time.monotonic() > deadline:
             break
-        path = train.images.path(index)
+        path = train[index]
         size = file_bytes(path)
         if size not in in_val:
             continue
         if size not in keys:
             keys[size] = {}
             for row in in_val[size]:
-                keys[size].setdefault(_middle(val.images.path(row), size), []).append(row)
+                keys[size].setdefault(_middle(val[row], size), []).append(row)
         for row in keys[size].get(_middle(path, size), ()):
-            if row not in found and is_same_file(path, val.images.path(row)):
+            if row not in found and is_same_file(path, val[row]):
                 found[row] = index
     return [(found[row], row) for row in sorted(found)]
+
+
+def find_evaluated_training_images(val: "Split", settings: Settings) -> Iterator["Finding"]:
+    """Yield validation images that are training images of the evaluated checkpoint, if its files are known and here.
+
+    As at the start of training, a sample is compared for a short time.
+    """
+    train = _training_files(settings)
+    for in_train, in_val in same_files(train, val.paths) if train else []:
+        yield val.finding(in_val, f"same as {train[in_train]}")
+
+
+def _training_files(settings: Settings) -> list[str]:
+    """Return the image files of the training annotations in the settings; none if reading them takes long."""
+    folder, file = settings.train_images, settings.train_annotations
+    if not folder or not file or not os.path.isdir(folder):
+        return []
+    try:
+        if os.path.isdir(file):  # VOC's XML files, named like their images
+            stems = {os.path.splitext(name)[0] for name in os.listdir(file)}
+            names = [name for name in os.listdir(folder) if os.path.splitext(name)[0] in stems]
+        elif 0 < file_bytes(file) <= MAX_ANNOTATION_BYTES:
+            images = read_json(file)["images"]
+            names = [image["file_name"] for image in images]
+        else:
+            names = []
+        return [os.path.join(folder, name) for name in names]
+    except (OSError, UserError, KeyError, TypeError):
+        return []  # an evaluation does not need the training set
 
 
 def file_bytes(path: str) -> int:

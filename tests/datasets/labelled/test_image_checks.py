@@ -1,5 +1,6 @@
 """Findings in image files: those of the sample at the start of a run, and what training does with the same files."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from datasets.labelled import image_checks
 from datasets.labelled.annotations import Annotations
 from datasets.labelled.checks import Split, probe_images, run_checks, run_startup_checks
 from datasets.labelled.coco import CocoDetection
-from datasets.labelled.image_checks import inspect_image, pairs_with_same_size, sample_images
+from datasets.labelled.image_checks import inspect_image, same_files, sample_images
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
-from tests.tiny import captured_log, draw
+from tests.tiny import captured_log, draw, write_custom_dataset
 from util.random_state import SampleRNG
 from util.runs.meters import BadImages
 from util.settings import settings
@@ -186,15 +187,39 @@ def test_validation_images_in_the_training_set_are_found_under_other_names(tmp_p
         Image.fromarray(draw(number, 60, 80)[0]).save(tmp_path / "val" / f"other_{i}.bmp")
     train = make_dataset(tmp_path / "train", [f"{i}.bmp" for i in range(6)])
     val = make_dataset(tmp_path / "val", [f"other_{i}.bmp" for i in range(3)])
-    splits = Split("train", train), Split("val", val)
-    assert pairs_with_same_size(*splits, set()) == [(4, 0)]
-    assert pairs_with_same_size(*splits, {0}) == []
+    paths = Split("train", train).paths, Split("val", val).paths
+    assert same_files(*paths) == [(4, 0)]
+    assert same_files(*paths, {0}) == []
     with captured_log():
         warned = run_startup_checks(train, val, settings())["warnings"]
     assert len(warned) == 1
     assert warned[0].startswith("shared image: 1 ")
     assert "other_0.bmp" in warned[0]
     assert "4.bmp" in warned[0]
+
+
+def test_evaluation_finds_training_images_of_its_checkpoint(tmp_path: Path) -> None:
+    """The training set of a resumed run is known from its settings, if its files are still there."""
+    root = write_custom_dataset(tmp_path / "own")
+    shutil.copy(root / "photos" / "a" / "000001.png", root / "held_out" / "000002.png")
+    flags = {name: str(root / path) for name, path in PATHS.items()}
+    val = make_dataset(root / "held_out", [f"00000{i}.png" for i in range(3)])
+    known = settings(dataset_file="custom", **flags)
+    with captured_log():
+        (warning,) = run_startup_checks(None, val, known)["warnings"]
+    assert warning.startswith("shared image: 1 ")
+    assert "same as " + str(root / "photos" / "a" / "000001.png") in warning
+    (root / "train.json").unlink()
+    with captured_log():
+        assert run_startup_checks(None, val, known)["warnings"] == []
+
+
+PATHS = {
+    "train_images": "photos",
+    "train_annotations": "train.json",
+    "val_images": "held_out",
+    "val_annotations": "val.json",
+}
 
 
 class BoxlessDataset(SampleDataset):
