@@ -24,7 +24,7 @@ from util.distributed import (
     unwrap_model,
 )
 from util.errors import NonFinite, StopRequested
-from util.logger import Progress, log
+from util.logger import Progress
 from util.nested_tensor import NestedTensor
 from util.packed_targets import Targets
 from util.runs.meters import (
@@ -191,7 +191,8 @@ def train_one_epoch(state: TrainState) -> None:
 
     num_batches = state.batch + len(sampler)
     bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
-    num_images, num_bad_before = 0, state.bad_images.count
+    num_images = 0
+    replaced_before = state.bad_images.count, state.bad_images.boxless_count
     start = time.monotonic()
 
     for samples, packed in state.loader:
@@ -217,7 +218,7 @@ def train_one_epoch(state: TrainState) -> None:
     # A signal during the last step came after its flag was sent. All ranks must agree, or some would wait for others.
     if any(all_gather_object(state.stop_signal.requested)):
         _raise_stop(state, start, num_batches)
-    _warn_bad_images(state.bad_images, num_bad_before)
+    state.bad_images.warn_of_epoch(*replaced_before)
     state.seconds += time.monotonic() - start
 
 
@@ -225,15 +226,6 @@ def _raise_stop(state: TrainState, start: float, num_batches: int) -> None:
     """Raise StopRequested. After the last batch too: the resumed run then ends the epoch without another step."""
     state.seconds += time.monotonic() - start
     raise StopRequested(f"epoch {state.epoch + 1}, after batch {state.batch} of {num_batches}")
-
-
-def _warn_bad_images(bad_images: BadImages, num_before: int) -> None:
-    if bad_images.count > num_before:
-        log.warning(
-            "%d unreadable or tiny images were replaced in this epoch (%d distinct ones in this run)",
-            bad_images.count - num_before,
-            len(bad_images.seen),
-        )
 
 
 def _progress_text(values: dict[str, float], throughput: float) -> str:

@@ -44,6 +44,7 @@ VALIDATION_FLAGS = (
     "voc_path",
     "voc_val",
     "airbus_path",
+    "exif",
     "image_size",
     "max_size",
     "device",

@@ -86,10 +86,17 @@ def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpo
         log.info("metrics, detections and result.html are in %s", evaluation.folder)
 
 
-def checkpoint_extras(settings: Settings, train_set: SampleDataset) -> dict[str, Any]:
-    """Return what checkpoints contain besides the training state: settings and the meaning of the class head."""
+def checkpoint_extras(
+    settings: Settings, train_set: SampleDataset, exif_found: str | None = None
+) -> dict[str, Any]:
+    """Return what checkpoints contain besides the training state: settings and the meaning of the class head.
+
+    Args:
+        exif_found: how the training images are used if they have an EXIF orientation, for inference.
+    """
+    exif = {"exif_of_training": exif_found} if exif_found else {}
     return {
-        "args": {**settings.as_dict(), "num_classes": train_set.num_classes},
+        "args": {**settings.as_dict(), **exif, "num_classes": train_set.num_classes},
         "class_names": {int(label): name for label, name in train_set.class_names.items()},
         "category_ids": train_set.category_ids,
     }
@@ -165,7 +172,7 @@ def main(args: Namespace) -> None:
         return
 
     log.info("%d training and %d validation images", len(train_set), len(val_set))
-    extras = checkpoint_extras(settings, train_set)
+    extras = checkpoint_extras(settings, train_set, record["data_check"].get("exif"))
     run = trainer.build_run(
         settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
     )

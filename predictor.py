@@ -25,7 +25,16 @@ import engine
 from datasets import init_worker
 from datasets.collate import collate, normalize
 from datasets.evaluators.proposals import OBJECT_ID
-from datasets.images.image_folder import ImageFile, ImageFiles, read_image, to_tensor
+from datasets.images.image_folder import (
+    ImageFile,
+    ImageFiles,
+    convert_image,
+    decode_image,
+    pillow_warnings,
+    read_image,
+    to_tensor,
+)
+from datasets.images.pixels import UNDECIDED
 from datasets.labelled.coco import labelled_transforms
 from datasets.sample import BadImageError, Target
 from datasets.transforms import Transform
@@ -112,6 +121,7 @@ class Predictor:
         settings: of the run that trained the detector.
         device: where the detector runs.
         amp: True to run the network in bfloat16.
+        exif: "apply" to rotate images as their EXIF orientation says; otherwise they are used as stored.
         transforms: resizing, as in evaluation.
     """
 
@@ -128,6 +138,7 @@ class Predictor:
         self.postprocess: Any = postprocess
         self.classes, self.settings, self.device = classes, settings, device
         self.amp = settings.amp == "bf16"
+        self.exif = settings.exif
         self.transforms = labelled_transforms("val", settings)
 
     @classmethod
@@ -139,6 +150,7 @@ class Predictor:
         amp: str | None = None,
         image_size: int | None = None,
         max_size: int | None = None,
+        exif: str | None = None,
         class_agnostic: bool = False,
     ) -> "Predictor":
         """Load a trained detector. Arguments that are not given have the values of the checkpoint's run.
@@ -150,17 +162,27 @@ class Predictor:
             amp: `bf16` runs the network in bfloat16, `no` in float32.
             image_size: short side in pixels that images are resized to.
             max_size: limit of the long side, in pixels.
+            exif: `apply` rotates images as their EXIF orientation says, `ignore` uses them as stored. By default as in
+                training, if that tells.
             class_agnostic: return one box per query regardless of its class. Checkpoints of pre-training need this.
 
         Raises:
             UserError: the file can't be loaded or has no such detector.
         """
-        options = {"device": device, "amp": amp, "image_size": image_size, "max_size": max_size}
+        options = {
+            "device": device,
+            "amp": amp,
+            "image_size": image_size,
+            "max_size": max_size,
+            "exif": exif,
+        }
         given = checked_flags(FINETUNE, options)
         # Before the file is read: a wrong device is reported at once.
         select_device(given.get("device") or default_device())
 
         checkpoint = source if isinstance(source, Checkpoint) else _load_checkpoint(str(source))
+        if "exif" not in given and (trained := exif_of_training(checkpoint)):
+            given["exif"] = trained
         if class_agnostic:
             return cls._class_agnostic(checkpoint, given)
 
@@ -234,7 +256,8 @@ class Predictor:
 
         predictions: list[Prediction] = []
         for chunk in batched(images, batch_size):
-            batch = [preprocess(to_uint8_tensor(image), self.transforms) for image in chunk]
+            tensors = [to_uint8_tensor(image, self.exif) for image in chunk]
+            batch = [preprocess(tensor, self.transforms) for tensor in tensors]
             sizes_hw = torch.stack([target["orig_size"] for _, target in batch])  # [B, 2]
             predictions += self.predict_batch(collate(batch)[0], sizes_hw)
         return [prediction.above(threshold) for prediction in predictions]
@@ -288,7 +311,7 @@ class Predictor:
         Each file is decoded once. A file that can't be read gives a result with `error` instead of a prediction.
         """
         loader: DataLoader = DataLoader(
-            _FileDataset(images, self.transforms),
+            _FileDataset(images, self.transforms, self.exif),
             batch_size,
             collate_fn=_collate_readable,
             num_workers=num_workers,
@@ -310,6 +333,14 @@ def object_label(num_classes: int) -> int:
     return min(OBJECT_ID, num_classes - 1)
 
 
+def exif_of_training(checkpoint: Checkpoint) -> str | None:
+    """Return "apply" or "ignore" if the training images were used in this way, None if it is not known."""
+    for name in ("exif", "exif_of_training"):
+        if checkpoint.args.get(name) in ("apply", "ignore"):
+            return checkpoint.args[name]
+    return None
+
+
 def _load_checkpoint(source: str) -> Checkpoint:
     return load_checkpoint(published_url(source) if source in HUB_MODELS else source)
 
@@ -323,29 +354,34 @@ class FileResult:
         image: uint8 [3, H, W], as decoded; None if the file can't be read.
         prediction: the objects found; None if the file can't be read.
         error: why the file can't be read.
+        ignored_orientation: EXIF orientation that was ignored without `--exif`; 1: none.
     """
 
     index: int
     image: Tensor | None = None
     prediction: Prediction | None = None
     error: str | None = None
+    ignored_orientation: int = 1
 
 
 class _FileDataset(Dataset):
     """Item i is (result without a prediction, sample); the sample is None if the file can't be read."""
 
-    def __init__(self, images: ImageFiles, transforms: Transform) -> None:
-        self.images, self.transforms = images, transforms
+    def __init__(self, images: ImageFiles, transforms: Transform, exif: str | None) -> None:
+        self.images, self.transforms, self.exif = images, transforms, exif
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[FileResult, tuple[Tensor, Target] | None]:
         try:
-            image = read_image(self.images.file(index))
+            decoded = decode_image(self.images.file(index), self.exif)
         except BadImageError as error:
             return FileResult(index, error=str(error)), None
-        return FileResult(index, image), preprocess(image, self.transforms, index)
+        image = to_tensor(decoded.image)  # [3, H, W]
+        ignored = decoded.orientation if decoded.rotation == UNDECIDED else 1
+        result = FileResult(index, image, ignored_orientation=ignored)
+        return result, preprocess(image, self.transforms, index)
 
 
 def _collate_readable(
@@ -380,17 +416,20 @@ def preprocess(image: Tensor, transforms: Transform, index: int = 0) -> tuple[Te
     return cast(Tensor, resized), target
 
 
-def to_uint8_tensor(image: ImageInput) -> Tensor:
+def to_uint8_tensor(image: ImageInput, exif: str | None = None) -> Tensor:
     """Convert any supported input to an RGB tensor uint8 [3, H, W] on the CPU.
 
+    Args:
+        exif: "apply" rotates files and Pillow images as their EXIF orientation says.
+
     Raises:
-        UserError: a file can't be read.
+        UserError: a file can't be read, or an image has floating-point pixels.
         ValueError: an array or tensor has another shape or type.
     """
     if isinstance(image, str | Path):
-        return _read(str(image))
+        return _read(str(image), exif)
     if isinstance(image, Image.Image):
-        return to_tensor(image.convert("RGB"))
+        return _convert(image, exif)
     if isinstance(image, np.ndarray):
         return _array_to_tensor(image)
 
@@ -411,8 +450,16 @@ def _array_to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image.copy()).permute(2, 0, 1)  # [H, W, 3] -> [3, H, W]
 
 
-def _read(file: ImageFile) -> Tensor:
+def _convert(image: Image.Image, exif: str | None) -> Tensor:
     try:
-        return read_image(file)
+        with pillow_warnings():
+            return to_tensor(convert_image(image, exif).image)
+    except BadImageError as error:
+        raise UserError(f"an image of Pillow: {error}") from error
+
+
+def _read(file: ImageFile, exif: str | None) -> Tensor:
+    try:
+        return read_image(file, exif)
     except BadImageError as error:
         raise UserError(f"{file}: {error}: give an image that can be read") from error

@@ -5,8 +5,9 @@ Letters in shape comments: B images of a batch, M patches of an image, N objects
 the size of an image or of a padded batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from datasets import build_dataset
 from datasets.collate import collate, flatten_views, normalize, to_device
-from datasets.images.image_folder import ImageFile, crop_box, read_image
+from datasets.images.image_folder import crop_box
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.proposals import SelectedProposals, build_proposals
 from datasets.sample import BadImageError, SampleDataset
@@ -247,9 +248,9 @@ def draw_objects(
     proposals = SelectedProposals(method, settings.strategy, settings.max_prop)
 
     rows = []
-    for index, (file, name, gt_boxes) in enumerate(_images(settings, labelled, count)):
+    for index, (read, name, gt_boxes) in enumerate(_images(settings, labelled, count)):
         try:
-            image = read_image(file)  # uint8 [3, H, W]
+            image = read()  # uint8 [3, H, W]
         except BadImageError as error:
             log.warning("skipped %s: %s", name, error)
             continue
@@ -274,19 +275,21 @@ def draw_objects(
 
 def _images(
     settings: Settings, labelled: Settings | None, count: int
-) -> list[tuple[ImageFile, str, Tensor | None]]:
-    """Return (file, name, ground-truth boxes) of the first images.
+) -> list[tuple[Callable[[], Tensor], str, Tensor | None]]:
+    """Return (function that reads the image, name, ground-truth boxes) of the first images.
 
     Boxes are (x0, y0, x1, y1) [N, 4] relative to the image, None without annotations.
     """
     if labelled is None:
         images = build_unlabelled_images("val", settings)
-        return [(images.file(i), images.name(i), None) for i in range(min(count, len(images)))]
+        return [
+            (partial(images.read, i), images.name(i), None) for i in range(min(count, len(images)))
+        ]
 
     dataset = build_dataset("val", labelled, allow_any_num_classes=True)
     names = dataset.annotations.file_names
     return [
-        (dataset.path(i), names[i], box_cxcywh_to_xyxy(dataset[i][1]["boxes"]))
+        (partial(dataset.read, i), names[i], box_cxcywh_to_xyxy(dataset[i][1]["boxes"]))
         for i in range(min(count, len(dataset)))
     ]
 

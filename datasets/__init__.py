@@ -74,6 +74,7 @@ def build_dataset(
 
     builder = import_object(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
     dataset = builder(image_set, settings, classes)
+    dataset.exif = settings.exif
     dataset.validate(image_set)
     dataset.num_classes = _resolve_num_classes(dataset, settings, classes, allow_any_num_classes)
     return dataset

@@ -10,6 +10,7 @@ from datasets.evaluators.coco import CocoEvaluator, GroundTruth, build_ground_tr
 from datasets.evaluators.detections import DetectionEvaluator
 from datasets.labelled.annotations import read_json
 from util.errors import UserError
+from util.packed_targets import TOO_FEW_PROPOSALS
 from util.random_state import SampleRNG
 from util.settings import Settings
 
@@ -24,6 +25,13 @@ class BadImageError(Exception):
     """An image that can't be used: unreadable, too small, or not what its annotation says. The text is the reason."""
 
 
+class TooFewProposalsError(BadImageError):
+    """A pretext needs more boxes than the proposal method has for this image, which is a good one otherwise."""
+
+    def __init__(self, found: int, needed: int) -> None:
+        super().__init__(f"{TOO_FEW_PROPOSALS} ({found}, the pretext needs {needed})")
+
+
 class SampleDataset(Dataset):
     """Base class that serves `dataset[index]` and `dataset[(epoch, index)]` from a subclass's `load(index, rng)`.
 
@@ -36,6 +44,9 @@ class SampleDataset(Dataset):
 
     # Label -> category id in the annotation file. None: labels are these ids.
     category_ids: dict[int, int] | None = None
+
+    # `--exif`. None: the sizes in the annotations decide, see `datasets.images.pixels.choose_rotation`.
+    exif: str | None = None
 
     # Labelled datasets only.
     num_classes: int
@@ -52,6 +63,16 @@ class SampleDataset(Dataset):
     def path(self, index: int) -> str:
         """Return the path of the image file."""
         raise NotImplementedError
+
+    def read(self, index: int) -> Tensor:
+        """Read an image as uint8 [3, H, W], in the pixels of its boxes.
+
+        Raises:
+            BadImageError: it can't be read.
+        """
+        from datasets.images.image_folder import read_image  # which imports this module
+
+        return read_image(self.path(index), self.exif)
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
         """Load the sample of one index, without replacing a bad image.
@@ -108,6 +129,8 @@ class SampleDataset(Dataset):
             return image, target
 
         path, reason = problems[0]
+        are_boxless = all(reason.startswith(TOO_FEW_PROPOSALS) for _, reason in problems)
+        remedy = "use other --proposals" if are_boxless else "check the image folder"
         raise UserError(
-            f"{len(problems)} images in a row can't be used, the first is {path}: {reason}; check the image folder"
+            f"{len(problems)} images in a row can't be used, the first is {path}: {reason}; {remedy}"
         )

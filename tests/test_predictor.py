@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets.images.image_folder import ImageFolder, read_image
+from datasets.images.image_folder import ImageFolder, decode_image, read_image
 from models import build_model
-from predictor import Prediction, Predictor, to_uint8_tensor
+from predictor import Prediction, Predictor, exif_of_training, to_uint8_tensor
 from tests.documents import python_examples
 from tests.tiny import (
     FROZEN,
@@ -20,7 +20,7 @@ from tests.tiny import (
     write_custom_dataset,
     write_images,
 )
-from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.settings import PRETRAIN
 
@@ -127,7 +127,9 @@ def test_predict_files_decodes_once_and_reports_unreadable_files(
     images = write_images(tmp_path / "images", count=3)
     (images / "b.jpg").write_bytes(b"broken")
     folder, reads = ImageFolder(str(images)), []
-    monkeypatch.setattr("predictor.read_image", lambda file: reads.append(file) or read_image(file))
+    monkeypatch.setattr(
+        "predictor.decode_image", lambda file, exif: reads.append(file) or decode_image(file, exif)
+    )
     results = list(predictor.predict_files(folder, threshold=0, batch_size=2))
     assert [result.index for result in results] == list(range(4))
     assert len(reads) == len(set(reads)) == 4
@@ -220,3 +222,42 @@ def test_examples_of_the_documents_run(
         code = re.sub(r"threshold=[\d.]+", "threshold=0", code)
         exec(compile(code, "example", "exec"), {})
         assert "tensor(" in capsys.readouterr().out
+
+
+def test_exif_orientation_of_files_and_pillow_images(
+    predictor: Predictor, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotated images have the boxes of the upright ones. Without `exif` it is ignored, and files tell so."""
+    with Image.open(path) as image:
+        upright = image.convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rotated = tmp_path / "rotated.png"
+    upright.transpose(Image.Transpose.ROTATE_90).save(rotated, exif=exif)
+    folder = ImageFolder(str(tmp_path))
+
+    (result,) = predictor.predict_files(folder, threshold=0)
+    assert result.ignored_orientation == 6
+    assert result.prediction.size_hw == (upright.width, upright.height)
+
+    monkeypatch.setattr(predictor, "exif", "apply")
+    (result,) = predictor.predict_files(folder, threshold=0)
+    expected = predictor(upright, threshold=0)
+    with Image.open(rotated) as image:
+        others = predictor(rotated, threshold=0), predictor(image, threshold=0)
+        for found in (result.prediction, *others):
+            assert found.size_hw == (upright.height, upright.width)
+            assert torch.equal(found.boxes, expected.boxes)
+    assert result.ignored_orientation == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ({}, None),
+        ({"exif": "ignore", "exif_of_training": "apply"}, "ignore"),
+        ({"exif_of_training": "apply"}, "apply"),
+    ],
+)
+def test_inference_uses_the_orientation_as_training_did(args: dict, expected: str | None) -> None:
+    assert exif_of_training(Checkpoint(model={}, args={"exif": None, **args})) == expected

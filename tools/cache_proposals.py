@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> Namespace:
         metavar="NAME|file:PATH",
         help="proposal method, or a file of boxes to convert (default: selective_search)",
     )
-    add_flags(parser, PRETRAIN, METHOD_FLAGS)
+    add_flags(parser, PRETRAIN, (*METHOD_FLAGS, "exif"))
     parser.add_argument(
         "--num_workers",
         type=non_negative(),
@@ -142,6 +142,7 @@ def build_plan(args: Namespace) -> Plan:
             names = sorted({images.name(i) for i in range(len(images))})
             images = ImageFiles(images.base, PackedStrings(names))
 
+    images.exif = args.exif
     flags = {name: getattr(args, name) for name in METHOD_FLAGS}
     method = build_proposals(
         settings(PRETRAIN, pretext="region_prior", proposals=args.proposals, **flags)

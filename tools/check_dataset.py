@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +35,11 @@ from datasets.images.image_folder import ImageFolder
 from datasets.labelled.checks import (
     KINDS,
     Finding,
-    ImageInfo,
     Split,
-    inspect_image,
     run_checks,
     summarize_annotations,
 )
+from datasets.labelled.image_checks import ImageInfo, inspect_image
 from util.errors import UserError
 from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
@@ -63,6 +63,7 @@ SHARED_FLAGS = (
     "voc_train",
     "voc_val",
     "airbus_path",
+    "exif",
     "filter_pct",
     "split_file",
     "detector",
@@ -98,7 +99,9 @@ def parse(argv: list[str]) -> Namespace:
 def open_splits(settings: Settings) -> tuple[list[Split], list[Finding]]:
     """Return (the splits that can be read, a finding for each one that can't)."""
     if settings.imagenet_path:
-        return [Split("train", ImageFolder(settings.imagenet_path))], []
+        images = ImageFolder(settings.imagenet_path)
+        images.exif = settings.exif
+        return [Split("train", images)], []
 
     # `build_dataset` would validate the data and raise at the first problem. The builder alone lets all be listed.
     builder = import_object(lookup(DATASETS, "--dataset_file", settings.dataset_file).builder)
@@ -109,6 +112,7 @@ def open_splits(settings: Settings) -> tuple[list[Split], list[Finding]]:
         except UserError as error:
             findings.append(Finding("unusable", name, "", str(error)))
             continue
+        dataset.exif = settings.exif
         # As in training, the first split decides the labels.
         classes = classes or classes_of_dataset(dataset)
         limit = settings.num_classes if settings.was_given("num_classes") else dataset.num_classes
@@ -131,7 +135,9 @@ def _split_names(settings: Settings) -> list[str]:
 
 def inspect_images(split: Split, num_workers: int) -> list[ImageInfo]:
     """Decode every image of a split, in at most `num_workers` processes (0: in this one)."""
-    files = [split.file(index) for index in range(len(split.images))]
+    indices = range(len(split.images))
+    files = [split.file(index) for index in indices]
+    options = repeat(split.exif), map(split.listed_hw, indices)
     num_workers = min(num_workers, len(files) // CHUNK)
     bar = Progress(len(files), f"{split.name} images")
 
@@ -140,10 +146,11 @@ def inspect_images(split: Split, num_workers: int) -> list[ImageInfo]:
         return info
 
     if not num_workers:
-        return [advance(inspect_image(file)) for file in files]
+        return [advance(info) for info in map(inspect_image, files, *options)]
     try:
         with ProcessPoolExecutor(num_workers, initializer=_ignore_ctrl_c) as pool:
-            return [advance(info) for info in pool.map(inspect_image, files, chunksize=CHUNK)]
+            infos = pool.map(inspect_image, files, *options, chunksize=CHUNK)
+            return [advance(info) for info in infos]
     except BrokenProcessPool as error:
         raise UserError(
             "a process that decoded images died (not enough memory, or a file that crashes a decoder): "

@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import build_dataset, init_worker
 from datasets.evaluators.proposals import OBJECT_ID, ProposalEvaluator
-from datasets.images.image_folder import read_image
 from datasets.proposals import Proposals, build_proposals
 from datasets.sample import BadImageError, SampleDataset
 from evaluation import PROPOSAL_OUTPUTS, evaluate_class_agnostic, save_proposal_metrics
@@ -45,6 +44,7 @@ DATA_FLAGS = (
     "airbus_path",
     "val_images",
     "val_annotations",
+    "exif",
     "image_size",
     "max_size",
     "coco_evaluator",
@@ -96,7 +96,7 @@ class ProposalDataset(Dataset):
         annotations = self.dataset.annotations
         image_id = int(annotations.image_ids[index])
         try:
-            image = read_image(self.dataset.path(index))
+            image = self.dataset.read(index)
             # Random boxes depend on (seed, index) only, not on the number of workers.
             rng = SampleRNG.from_key(self.seed, 0, index)
             return image_id, self.proposals(image, rng, annotations.file_names[index])

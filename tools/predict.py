@@ -77,7 +77,7 @@ def parse(argv: list[str]) -> Namespace:
         action="store_true",
         help="replace earlier predictions in --output_dir (default: off)",
     )
-    flags = ("device", "batch_size", "image_size", "max_size", "num_workers", "amp")
+    flags = ("device", "batch_size", "image_size", "max_size", "num_workers", "amp", "exif")
     add_flags(parser, FINETUNE, flags)
     return parser.parse_args(argv)
 
@@ -100,6 +100,7 @@ class Predictions:
         rows: the entries of predictions.json.
         page: (title, image, boxes) of the first images, for the page.
         problems: (path, reason) of each image that could not be read.
+        rotated: paths of the images whose EXIF orientation is ignored, though no `--exif` says so.
         num_images_with_objects: images with at least one object above the threshold.
         best_score: highest score of all images, also below the threshold.
     """
@@ -107,6 +108,7 @@ class Predictions:
     rows: list[dict] = field(default_factory=list)
     page: list[tuple] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    rotated: list[str] = field(default_factory=list)
     num_images_with_objects: int = 0
     best_score: float = 0.0
 
@@ -130,6 +132,13 @@ def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predi
         raise UserError(
             f"none of the {len(images)} images can be read, the first is {path}: {reason}; give other --images"
         )
+    if predictions.rotated:
+        log.warning(
+            "%d images have an EXIF orientation, the first is %s: boxes are in the pixels as stored, not as viewers "
+            "show them; give --exif apply or --exif ignore",
+            len(predictions.rotated),
+            predictions.rotated[0],
+        )
     return predictions
 
 
@@ -143,6 +152,8 @@ def _add_result(
         predictions.problems.append((path, reason))
         return
 
+    if result.ignored_orientation > 1:
+        predictions.rotated.append(images.path(result.index))
     if len(result.prediction):
         best_score = float(result.prediction.scores[0])
         predictions.best_score = max(predictions.best_score, best_score)
@@ -218,7 +229,9 @@ def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
 def main(args: Namespace) -> None:
     earlier = find_earlier_predictions(args)
     images = ImageFolder(args.images)
-    options = {name: getattr(args, name) for name in ("device", "amp", "image_size", "max_size")}
+    options = {
+        name: getattr(args, name) for name in ("device", "amp", "image_size", "max_size", "exif")
+    }
     predictor = Predictor.from_checkpoint(args.checkpoint, **options)
 
     # Removed only now: if the checkpoint can't be loaded, the earlier predictions stay.

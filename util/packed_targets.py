@@ -12,6 +12,9 @@ from torch import Tensor
 
 Problem = tuple[str, str]  # (path of the image, reason)
 
+# Begins the reason of an image that is fine, but has fewer boxes than its pretext needs.
+TOO_FEW_PROPOSALS = "too few proposals"
+
 
 # Not a subclass of `collections.abc.Sequence`: some versions of PyTorch pin the items of a Sequence one by one and
 # never call its own `pin_memory`.

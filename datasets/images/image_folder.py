@@ -1,8 +1,12 @@
 """Unlabelled images from a folder tree, a list of files or tar files, and decoding of image files."""
 
 import io
+import logging
 import os
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +18,19 @@ from torch import Tensor
 
 from datasets.images.listing import list_folder
 from datasets.images.packed_strings import PackedStrings
+from datasets.images.pixels import (
+    ROTATED,
+    STORED,
+    choose_rotation,
+    compose_on_white,
+    drop_png_text,
+    gray_to_rgb,
+    is_deep_gray,
+    read_orientation,
+    rotate,
+    swaps_sides,
+    unrotate,
+)
 from datasets.images.tar_shards import TarMember, TarShards, expand_pattern, is_tar, open_shards
 from datasets.sample import BadImageError, SampleDataset
 from util.distributed import compute_on_rank0
@@ -25,8 +42,12 @@ ImageFile = str | TarMember  # a path, or a file inside of a tar file
 # Pillow recognizes these formats but does not decode them, or hands them to an external program.
 _UNSUPPORTED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
-# `open_image` drops transparency on purpose.
-warnings.filterwarnings("ignore", message="Palette images with Transparency", category=UserWarning)
+# A larger image is refused. Decoding takes about 10 bytes per pixel in each dataloader worker.
+MAX_PIXELS = 400_000_000
+NO_SIZE = (0, 0)  # (height, width) that annotations do not tell
+
+# Pillow logs some oddities of files without their names. Without a handler Python would print them.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @cache
@@ -65,30 +86,156 @@ def file_size(file: ImageFile) -> int | None:
     return os.path.getsize(file) if os.path.exists(file) else None
 
 
-def open_image(file: ImageFile) -> Image.Image:
-    """Decode an image file to an RGB image of Pillow.
+@dataclass(frozen=True)
+class DecodedImage:
+    """A decoded image file, and what was decided about its pixels.
 
-    Gray, palette, CMYK and transparent images are converted by Pillow (transparency is dropped). 16-bit gray images
-    lose their low byte. EXIF rotation is ignored, as in the published pipelines, except for TIFF files: Pillow itself
-    rotates these when it decodes them.
+    Attributes:
+        image: RGB.
+        orientation: EXIF orientation; 1: none.
+        rotation: STORED, ROTATED or UNDECIDED, which uses the pixels as stored.
+        bits: of a gray image of more than 8 bits: bits that its values use. 0: another image.
+        transparent: transparent pixels are shown on white.
+        remarks: what Pillow warned of, such as damaged metadata.
+    """
+
+    image: Image.Image
+    orientation: int = 1
+    rotation: str = STORED
+    bits: int = 0
+    transparent: bool = False
+    remarks: tuple[str, ...] = ()
+
+
+def decode_image(
+    file: ImageFile, exif: str | None = None, listed_hw: Sequence[int] = NO_SIZE
+) -> DecodedImage:
+    """Decode an image file to RGB.
+
+    - EXIF orientation: `choose_rotation` decides. Undecided images are used as stored, as in the published pipelines,
+      except for TIFF files: Pillow itself rotates these when it decodes them.
+    - Gray images of 16 bits: the highest 8 of the bits that the image uses, see `gray_to_rgb`.
+    - Transparent images: on white, see `compose_on_white`.
+    - Palette and CMYK images are converted by Pillow. Of several frames or pages, the first is used.
+
+    Args:
+        exif: `--exif`: "apply", "ignore", or None.
+        listed_hw: (height, width) in the annotations.
 
     Raises:
-        BadImageError: the file is unreadable, truncated or no image, or it has floating-point pixels.
+        BadImageError: the file is unreadable, truncated or no image, it has floating-point pixels, or more than
+            MAX_PIXELS.
     """
+    with pillow_warnings() as remarks, _errors_as_bad_image(file):
+        try:
+            decoded = _decode(open_file(file), exif, listed_hw)
+        except ValueError as error:
+            # Pillow refuses PNG files with much compressed text or a large color profile.
+            if "MAX_TEXT" not in str(error):
+                raise
+            content = drop_png_text(read_bytes(file))
+            decoded = _decode(io.BytesIO(content), exif, listed_hw)
+    return replace(decoded, remarks=tuple(remarks))
+
+
+def _decode(file: str | BinaryIO, exif: str | None, listed_hw: Sequence[int]) -> DecodedImage:
+    with Image.open(file) as image:
+        return convert_image(image, exif, listed_hw)
+
+
+def convert_image(
+    image: Image.Image, exif: str | None = None, listed_hw: Sequence[int] = NO_SIZE
+) -> DecodedImage:
+    """Convert an image that Pillow has opened; see `decode_image`.
+
+    Raises:
+        BadImageError: it has floating-point pixels.
+        Exception: any error of Pillow.
+    """
+    if image.mode == "F":  # their range is unknown: [0, 1], [0, 255] or anything else
+        raise BadImageError("floating-point pixels; save it as 8 or 16 bit")
+
+    # Loading a TIFF file rotates its pixels and removes its orientation.
+    is_tiff = image.format == "TIFF"
+    orientation = read_orientation(image) if is_tiff else 1
+    image.load()
+    if (
+        not is_tiff
+    ):  # only now: asking a damaged PNG file earlier would decode it, and hide the error
+        orientation = read_orientation(image)
+
+    stored_hw = (image.height, image.width)
+    is_rotated = is_tiff and orientation > 1
+    if is_rotated and swaps_sides(orientation):
+        stored_hw = stored_hw[::-1]
+    rotation = choose_rotation(orientation, stored_hw, listed_hw, exif)
+
+    bits, transparent = 0, False
+    if is_deep_gray(image):
+        rgb, bits = gray_to_rgb(image)
+    elif image.has_transparency_data:
+        rgb, transparent = compose_on_white(image)
+    else:
+        rgb = image.convert("RGB")
+
+    if is_rotated and rotation == STORED:
+        rgb = unrotate(rgb, orientation)
+    elif is_rotated:
+        rotation = ROTATED
+    elif rotation == ROTATED:
+        rgb = rotate(rgb, orientation)
+    return DecodedImage(rgb, orientation, rotation, bits, transparent)
+
+
+def read_header(file: ImageFile) -> tuple[tuple[int, int], int]:
+    """Return ((height, width) of the stored pixels, EXIF orientation) of an image file without decoding it.
+
+    A TIFF file has orientation 1 and its rotated size, since Pillow rotates it.
+
+    Raises:
+        BadImageError: the header can't be read.
+    """
+    with pillow_warnings(), _errors_as_bad_image(file), Image.open(open_file(file)) as image:
+        orientation = 1 if image.format == "TIFF" else read_orientation(image, header_only=True)
+        return (image.height, image.width), orientation
+
+
+@contextmanager
+def pillow_warnings() -> Iterator[list[str]]:
+    """Collect Pillow's warnings, which do not name the file, and set its limit of pixels to MAX_PIXELS."""
+    remarks: list[str] = []
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = (
+        MAX_PIXELS // 2
+    )  # Pillow warns above its limit and refuses twice as many
     try:
-        with Image.open(open_file(file)) as image:
-            if image.mode == "F":  # their range is unknown: [0, 1], [0, 255] or anything else
-                raise BadImageError("floating-point pixels; save it as 8 or 16 bit")
-            if image.mode.startswith("I"):
-                # Pillow would clip 16-bit values at 255, which makes the image white.
-                values = np.asarray(image).clip(0, 65535)  # [H, W]
-                return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-            return image.convert("RGB")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield remarks
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    remarks += [
+        " ".join(str(warning.message).split())
+        for warning in caught
+        if not issubclass(warning.category, (Image.DecompressionBombWarning, DeprecationWarning))
+    ]
+
+
+@contextmanager
+def _errors_as_bad_image(file: ImageFile) -> Iterator[None]:
+    """Turn everything that Pillow raises into BadImageError with a reason."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise BadImageError("no such file") from error
     except (MemoryError, BadImageError):
         # Running out of memory is not the image's fault, so the next image must not replace it.
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImageError(
+            f"{_size_text(file)}more than {MAX_PIXELS // 10**6} million pixels; cut it into tiles, or make it smaller "
+            "together with its boxes"
+        ) from error
     except UnidentifiedImageError as error:
         reason = "unknown image format" if file_size(file) else "an empty file"
         raise BadImageError(f"can't be decoded ({reason})") from error
@@ -99,23 +246,47 @@ def open_image(file: ImageFile) -> Image.Image:
         raise BadImageError(f"can't be decoded ({reason})") from error
 
 
+def _size_text(file: ImageFile) -> str:
+    """Return "WIDTH x HEIGHT pixels, " of a file that Pillow refuses to open because of its size."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(open_file(file)) as image:
+            return f"{image.width} x {image.height} pixels, "
+    except Exception:  # noqa: BLE001 - damaged files raise any type; the size is only part of a message
+        return ""
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def open_image(
+    file: ImageFile, exif: str | None = None, listed_hw: Sequence[int] = NO_SIZE
+) -> Image.Image:
+    """Decode an image file to an RGB image of Pillow; see `decode_image`."""
+    return decode_image(file, exif, listed_hw).image
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an RGB image of Pillow to uint8 [3, H, W]."""
     # A view of [H, W, 3]: channels-last in memory, which is the fastest layout for the resize.
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_image(file: ImageFile) -> Tensor:
-    """Read an RGB image as uint8 [3, H, W]; see `open_image`."""
-    return to_tensor(open_image(file))
+def read_image(
+    file: ImageFile, exif: str | None = None, listed_hw: Sequence[int] = NO_SIZE
+) -> Tensor:
+    """Read an RGB image as uint8 [3, H, W]; see `decode_image`."""
+    return to_tensor(open_image(file, exif, listed_hw))
 
 
 class ImageFiles:
     """A sequence of image files.
 
     Each image has a `name`, its path relative to `base`, which is its key in proposal caches; a `path`, for messages;
-    and a `file`, for `read_image`.
+    and a `file`, for `read_image`. `exif` is `--exif`.
     """
+
+    exif: str | None = None
 
     def __init__(self, base: str, names: PackedStrings, shards: TarShards | None = None) -> None:
         self.base = base
@@ -133,6 +304,10 @@ class ImageFiles:
 
     def file(self, index: int) -> ImageFile:
         return self.path(index) if self.shards is None else self.shards.member(index)
+
+    def read(self, index: int) -> Tensor:
+        """Read an image as uint8 [3, H, W]; see `read_image`."""
+        return read_image(self.file(index), self.exif)
 
     def fingerprint(self) -> str:
         """Return a digest of the relative paths: the same images in another location have the same one."""
@@ -258,7 +433,7 @@ class UnlabelledDataset(SampleDataset):
 
     def read(self, index: int) -> Tensor:
         """Read an image as uint8 [3, H, W]; see `read_image`."""
-        return read_image(self.images.file(index))
+        return self.images.read(index)
 
     def fingerprint(self) -> str:
         return self.images.fingerprint()

@@ -36,6 +36,12 @@ def build_unlabelled_images(image_set: str, settings: Settings) -> ImageFiles:
     Raises:
         UserError: no images.
     """
+    images = _find_images(image_set, settings)
+    images.exif = settings.exif
+    return images
+
+
+def _find_images(image_set: str, settings: Settings) -> ImageFiles:
     folder = settings.imagenet_path or settings.train_images
     if folder:
         return ImageFolder(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from datasets.images.image_folder import pillow_warnings
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, annotations_from_columns
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
@@ -133,7 +134,7 @@ def _read_size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
     """Return (height, width) in pixels of the first image that exists."""
     for name in names:
         try:
-            with Image.open(os.path.join(image_folder, name)) as image:
+            with pillow_warnings(), Image.open(os.path.join(image_folder, name)) as image:
                 return image.height, image.width
         except (FileNotFoundError, NotADirectoryError):
             continue

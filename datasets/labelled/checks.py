@@ -4,23 +4,37 @@ At its start, each run calls the checks that need only the annotations, and load
 seconds for COCO. `tools/check_dataset.py` also decodes every image, and lists all findings.
 """
 
-import filecmp
-import hashlib
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from datasets.images.image_folder import ImageFile, ImageFiles, open_file, open_image
+from datasets.images.image_folder import NO_SIZE, ImageFile, ImageFiles
+from datasets.images.pixels import ROTATED
 from datasets.labelled.annotations import Annotations
-from datasets.sample import BadImageError, SampleDataset
+from datasets.labelled.image_checks import (
+    ImageInfo,
+    evenly_spaced,
+    find_damaged_metadata,
+    find_decided_orientations,
+    find_duplicate_images,
+    find_evaluated_training_images,
+    find_images_of_one_color,
+    find_several_frames,
+    find_shared_images,
+    find_size_mismatches,
+    find_transparent_images,
+    find_undecided_orientations,
+    find_unreadable_images,
+    find_unused_bits,
+    sample_images,
+)
+from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
 from util.errors import UserError
 from util.logger import log
 from util.random_state import SampleRNG
@@ -28,25 +42,7 @@ from util.settings import Settings
 
 PROBED_IMAGES = 8  # images of each split that are loaded at the start of a run
 PROBE_SECONDS = 2.0  # stop loading them after this time
-COMPARED_PAIRS = 16  # pairs of images with the same name in both splits whose files are compared
-EXIF_ORIENTATION = 0x0112  # tag number in the EXIF standard
-
-
-@dataclass(frozen=True)
-class ImageInfo:
-    """What decoding an image file shows.
-
-    Attributes:
-        size_hw: (height, width) in pixels, as `open_image` returns the image.
-        digest: hash of these pixels and their size.
-        orientation: EXIF orientation, which `open_image` ignores; 1 means not rotated.
-        error: why the file can't be decoded; empty if it can.
-    """
-
-    size_hw: tuple[int, int] = (0, 0)
-    digest: bytes = b""
-    orientation: int = 1
-    error: str = ""
+OTHER_PROPOSALS = "use other --proposals"
 
 
 class Finding(NamedTuple):
@@ -78,13 +74,27 @@ class Finding(NamedTuple):
         return ", ".join(part for part in parts if part)
 
 
+class ImagePaths(Sequence[str]):
+    """Paths of the images of a dataset, made when they are asked for: most of them never are."""
+
+    def __init__(self, images: SampleDataset | ImageFiles) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images.path(index)
+
+
 @dataclass
 class Split:
     """The images of "train" or "val", with what the checks need to know of the detector.
 
     Attributes:
         num_queries, num_classes: the most objects and classes that the detector can predict.
-        image_infos: one per image; empty if only the annotations are checked.
+        image_infos: one per image; empty if not all of them were decoded.
+        sample_infos: image index -> info, of a sample; only if `image_infos` is empty.
     """
 
     name: str
@@ -92,6 +102,7 @@ class Split:
     num_queries: int = 0
     num_classes: int = 0
     image_infos: list[ImageInfo] = field(default_factory=list)
+    sample_infos: dict[int, ImageInfo] = field(default_factory=dict)
 
     @cached_property
     def annotations(self) -> Annotations | None:
@@ -99,63 +110,38 @@ class Split:
         found = getattr(self.images, "annotations", None)
         return found if isinstance(found, Annotations) else None
 
+    @property
+    def _files(self) -> Any:
+        """The images themselves: those of a pretext's dataset are in its attribute `images`."""
+        return getattr(self.images, "images", self.images)
+
     def file(self, index: int) -> ImageFile:
         """Return what to decode: a path, or a member of a tar file."""
-        if isinstance(self.images, ImageFiles):
-            return self.images.file(index)
+        if isinstance(self._files, ImageFiles):
+            return self._files.file(index)
         return self.images.path(index)
+
+    @property
+    def exif(self) -> str | None:
+        """`--exif` of the images."""
+        return getattr(self._files, "exif", None)
+
+    def listed_hw(self, index: int) -> tuple[int, int]:
+        """Return the (height, width) of an image in the annotations; 0 if they do not say."""
+        if self.annotations is None:
+            return NO_SIZE
+        height, width = self.annotations.sizes_hw[index].tolist()
+        return height, width
+
+    @property
+    def paths(self) -> "ImagePaths":
+        """Paths of all images."""
+        return ImagePaths(self.images)
 
     def finding(self, index: int, detail: str = "") -> Finding:
         """Return a finding in one image. Its kind is empty; `run_checks` adds it."""
         image_id = int(self.annotations.image_ids[index]) if self.annotations is not None else None
         return Finding("", self.name, self.images.path(index), detail, image_id)
-
-
-# -------------------------------------------------------------------------------------------------------------- images
-
-
-def find_unreadable_images(split: Split) -> Iterator[Finding]:
-    for index, info in enumerate(split.image_infos):
-        if info.error:
-            yield split.finding(index, info.error)
-
-
-def _readable(split: Split) -> Iterator[tuple[int, ImageInfo]]:
-    return ((index, info) for index, info in enumerate(split.image_infos) if not info.error)
-
-
-def find_size_mismatches(split: Split) -> Iterator[Finding]:
-    if split.annotations is None:
-        return
-    for index, info in _readable(split):
-        listed, found = tuple(split.annotations.sizes_hw[index].tolist()), info.size_hw
-        # A listed size of 0 means that the annotations do not state it.
-        if all(listed) and listed != found:
-            rotated = info.orientation > 1 and listed == found[::-1]
-            hint = " (as if rotated by EXIF: annotate or save it as stored)" if rotated else ""
-            yield split.finding(
-                index, f"{found[1]} x {found[0]} pixels, listed as {listed[1]} x {listed[0]}{hint}"
-            )
-
-
-def find_exif_rotations(split: Split) -> Iterator[Finding]:
-    for index, info in _readable(split):
-        if info.orientation > 1:
-            yield split.finding(index, f"orientation {info.orientation}")
-
-
-def find_duplicate_images(split: Split) -> Iterator[Finding]:
-    for first, *others in group_by_pixels(split).values():
-        for other in others:
-            yield split.finding(other, f"same as {split.images.path(first)}")
-
-
-def group_by_pixels(split: Split) -> dict[bytes, list[int]]:
-    """Return digest -> indices of the images with these pixels, in ascending order."""
-    groups: dict[bytes, list[int]] = {}
-    for index, info in _readable(split):
-        groups.setdefault(info.digest, []).append(index)
-    return groups
 
 
 # --------------------------------------------------------------------------------------------------------- annotations
@@ -230,56 +216,6 @@ def find_images_without_objects(split: Split) -> Iterator[Finding]:
 # --------------------------------------------------------------------------------------------- training and validation
 
 
-def find_shared_images(train: Split, val: Split) -> Iterator[Finding]:
-    """Yield the validation images that are in the training set, too.
-
-    If all images were decoded, their pixels are compared. Otherwise a few images with the same name in both splits are
-    compared: many datasets number both splits from 1, so the name alone says nothing.
-    """
-    if train.image_infos and val.image_infos:
-        pairs = _pairs_with_same_pixels(train, val)
-    else:
-        pairs = _pairs_with_same_file(train, val)
-    for in_train, in_val in pairs:
-        yield val.finding(in_val, f"same as {train.finding(in_train)}")
-
-
-def _pairs_with_same_pixels(train: Split, val: Split) -> Iterator[tuple[int, int]]:
-    in_train = group_by_pixels(train)
-    for digest, indices in group_by_pixels(val).items():
-        if digest in in_train:
-            yield from ((in_train[digest][0], index) for index in indices)
-
-
-def _pairs_with_same_file(train: Split, val: Split) -> Sequence[tuple[int, int]]:
-    """Return (index in train, index in val) of images with the same name and file.
-
-    Only COMPARED_PAIRS evenly spaced pairs with the same name are compared. If all of them are the same file, all pairs
-    count; otherwise only those that were found to be the same.
-    """
-    rows = {os.path.basename(name): row for row, name in enumerate(train.annotations.file_names)}
-    names = [os.path.basename(name) for name in val.annotations.file_names]
-    pairs = [(rows[name], row) for row, name in enumerate(names) if name in rows]
-    if not pairs:
-        return []
-
-    compared = np.unique(np.linspace(0, len(pairs) - 1, COMPARED_PAIRS).astype(int))
-    same = [
-        pairs[i]
-        for i in compared
-        if is_same_file(train.images.path(pairs[i][0]), val.images.path(pairs[i][1]))
-    ]
-    return pairs if len(same) == len(compared) else same
-
-
-def is_same_file(first: str, second: str) -> bool:
-    """Return whether two paths are the same file, or have the same content. False if one can't be read."""
-    try:
-        return os.path.samefile(first, second) or filecmp.cmp(first, second, shallow=False)
-    except OSError:
-        return False
-
-
 def find_class_mismatches(train: Split, val: Split) -> Iterator[Finding]:
     """Yield labels with different names in the two splits, and validation classes without training boxes."""
     names, others = train.annotations.class_names, val.annotations.class_names
@@ -343,8 +279,47 @@ IMAGE_CHECKS = (
     Check(
         kind="rotated by EXIF",
         severity="warning",
-        find=find_exif_rotations,
-        meaning="training uses the pixels as stored: check that the boxes fit",
+        find=find_undecided_orientations,
+        meaning="used as stored, since no size tells how it was annotated: look at samples.png, and give --exif ignore "
+        "if the boxes fit, else --exif apply",
+    ),
+    Check(
+        kind="one color",
+        severity="warning",
+        find=find_images_of_one_color,
+        meaning="almost no contrast in 8 bits: check the files; save images of more bits, and masks, as 8 bit with "
+        "their full range",
+    ),
+    Check(
+        kind="fewer than 16 bits",
+        severity="warning",
+        find=find_unused_bits,
+        meaning="16-bit gray whose largest value needs fewer bits, which are scaled to 8: save all images as 8 bit if "
+        "brightness must be comparable",
+    ),
+    Check(
+        kind="transparent",
+        severity="warning",
+        find=find_transparent_images,
+        meaning="shown on white, as in viewers: save without the fourth channel if it is something else",
+    ),
+    Check(
+        kind="several frames",
+        severity="info",
+        find=find_several_frames,
+        meaning="an animation or several pages: the first one is used",
+    ),
+    Check(
+        kind="metadata damaged",
+        severity="info",
+        find=find_damaged_metadata,
+        meaning="the pixels are read; an EXIF orientation, if there is one, may be lost",
+    ),
+    Check(
+        kind="EXIF orientation",
+        severity="info",
+        find=find_decided_orientations,
+        meaning="used as the sizes in the annotations or --exif say",
     ),
 )
 ANNOTATION_CHECKS = (
@@ -448,6 +423,9 @@ CHECKS = sorted(
 )
 KINDS = {check.kind: check for check in CHECKS}
 
+# What a sample of the images shows at the start of a run. `probe_images` reports unreadable images and wrong sizes.
+SAMPLE_KINDS = ("rotated by EXIF", "one color", "fewer than 16 bits", "transparent")
+
 # The parser logs what it skips. It keeps boxes that are only partly outside, and does not log them.
 LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
 
@@ -503,16 +481,25 @@ def run_startup_checks(
 
     logged_by_parser = 0  # kinds of findings
     for split in splits:
+        split.sample_infos = sample_images(split)
         if split.annotations is not None:
             record[split.name].update(summarize_annotations(split.annotations))
             logged_by_parser += len(split.annotations.findings.keys() & LOGGED_BY_PARSER)
             warned += _check_has_boxes(split)
 
-    checks = [
-        check for check in CHECKS if check.severity != "info" and check.kind not in LOGGED_BY_PARSER
-    ]
+    _log_rotations(splits, record)
+
+    skipped = LOGGED_BY_PARSER | ({check.kind for check in IMAGE_CHECKS} - set(SAMPLE_KINDS))
+    checks = [check for check in CHECKS if check.severity != "info" and check.kind not in skipped]
     for kind, group in groupby(run_checks(splits, checks), key=lambda finding: finding.kind):
-        warned.append(_format_findings(KINDS[kind], list(group)))
+        tried = _count_tried(splits, kind) if kind in SAMPLE_KINDS else 0
+        warned.append(_format_findings(KINDS[kind], list(group), tried))
+
+    if train is None and val is not None:
+        shared = list(find_evaluated_training_images(splits[0], settings))
+        if shared:
+            kind = KINDS["shared image"]
+            warned.append(_format_findings(kind, [one._replace(kind=kind.kind) for one in shared]))
 
     for line in warned:
         log.warning("%s", line)
@@ -520,8 +507,32 @@ def run_startup_checks(
     return {**record, "warnings": warned}
 
 
-def _format_findings(check: Check, findings: Sequence[Finding]) -> str:
-    return f"{check.kind}: {len(findings)} ({check.meaning}), the first: {findings[0]}"
+def _log_rotations(splits: Sequence[Split], record: dict[str, object]) -> None:
+    """Log and record that images are rotated because the annotations list their rotated size."""
+    for split in splits:
+        num_rotated = sum(info.rotation == ROTATED for info in split.sample_infos.values())
+        if num_rotated and split.exif is None and split.annotations is not None:
+            record["exif"] = "apply"
+            log.info(
+                "%s images are rotated as their EXIF orientation says where the annotations list the rotated size: %d "
+                "of %d that were tried",
+                split.name,
+                num_rotated,
+                len(split.sample_infos),
+            )
+
+
+def _count_tried(splits: Sequence[Split], kind: str) -> int:
+    """Return the number of images in the samples that could show this kind of finding."""
+    infos = [info for split in splits for info in split.sample_infos.values()]
+    # The header of an image tells its orientation, but not what its pixels show.
+    return len(infos) if kind == "rotated by EXIF" else sum(bool(info.digest) for info in infos)
+
+
+def _format_findings(check: Check, findings: Sequence[Finding], tried: int = 0) -> str:
+    """tried: number of images in a sample; 0: all were checked."""
+    of_sample = f" of {tried} images that were tried" if tried else ""
+    return f"{check.kind}: {len(findings)}{of_sample} ({check.meaning}), the first: {findings[0]}"
 
 
 def _log_summary(num_warnings: int) -> None:
@@ -538,35 +549,45 @@ def probe_images(dataset: SampleDataset) -> list[str]:
     """Load a few evenly spaced images, for at most PROBE_SECONDS.
 
     Returns:
-        A warning if some of them can't be used, else an empty list.
+        A warning if some of them can't be used, and one if some have too few proposals.
 
     Raises:
         UserError: none of them can be used.
     """
-    indices = np.linspace(0, len(dataset) - 1, PROBED_IMAGES).round().astype(int)
-    indices = np.unique(indices).tolist()
+    indices = evenly_spaced(len(dataset), PROBED_IMAGES)
     start = time.monotonic()
-    tried, bad = 0, []
+    tried = 0
+    bad: list[str] = []
+    boxless: list[str] = []
     for index in indices:
         if tried and time.monotonic() - start > PROBE_SECONDS:
             break
         tried += 1
         try:
             dataset.load(index, SampleRNG.from_key(dataset.seed, 0, index))
+        except TooFewProposalsError as error:
+            boxless.append(f"{dataset.path(index)}: {error}")
         except BadImageError as error:
             bad.append(f"{dataset.path(index)}: {error}")
 
     # If the time was up after a single slow image, that image says nothing about a large dataset.
-    if len(bad) == tried and (tried == len(indices) or tried > 1):
+    if len(bad) + len(boxless) == tried and (tried == len(indices) or tried > 1):
+        first, remedy = (bad[0], "check the image folder") if bad else (boxless[0], OTHER_PROPOSALS)
         raise UserError(
-            f"none of {tried} images that were tried can be used, the first is {bad[0]}; check the image folder"
+            f"none of {tried} images that were tried can be used, the first is {first}; {remedy}"
         )
-    if not bad:
-        return []
-    return [
-        f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; other images are used "
-        "instead"
-    ]
+    warned = []
+    if bad:
+        warned.append(
+            f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; other images are used "
+            "instead"
+        )
+    if boxless:
+        warned.append(
+            f"{len(boxless)} of {tried} images that were tried have too few proposals, the first is {boxless[0]}; the "
+            f"next image is used instead: leave them out, or {OTHER_PROPOSALS}"
+        )
+    return warned
 
 
 def summarize_annotations(annotations: Annotations) -> dict[str, object]:
@@ -596,33 +617,3 @@ def _check_has_boxes(split: Split) -> list[str]:
             "main.py"
         )
     return [f"{source} has no box: AP will be -1"]
-
-
-# --------------------------------------------------------------------------------------------------------- every image
-
-
-def inspect_image(file: ImageFile) -> ImageInfo:
-    """Decode an image file as training does. A bad file never raises: its error is in the result."""
-    with warnings.catch_warnings():
-        # Pillow warns of unusual metadata without naming the file.
-        warnings.simplefilter("ignore")
-        try:
-            pixels = open_image(file)
-            with Image.open(open_file(file)) as image:
-                orientation = _read_exif_orientation(image)
-        except (BadImageError, OSError) as error:
-            return ImageInfo(error=str(error))
-
-    # The size is part of the hash: images of different shapes may have the same bytes. A salt has at most 16 bytes.
-    salt = f"{pixels.width}x{pixels.height}".encode()[:16]
-    digest = hashlib.blake2b(pixels.tobytes(), digest_size=16, salt=salt).digest()
-    return ImageInfo((pixels.height, pixels.width), digest, orientation)
-
-
-def _read_exif_orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow has already rotated its pixels
-        return 1
-    try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - damaged metadata raise any type, and the pixels are fine
-        return 1

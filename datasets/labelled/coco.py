@@ -137,19 +137,25 @@ class CocoDetection(SampleDataset):
             raise UserError(f"{what}: add the files or remove the images from the annotations")
         log.warning("%s: they are skipped", what)
 
+    def read(self, index: int) -> Tensor:
+        """Read an image as uint8 [3, H, W], rotated by its EXIF orientation if its boxes are; see `read_image`."""
+        return read_image(self.path(index), self.exif, self.annotations.sizes_hw[index].tolist())
+
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
         """Return (image uint8 [3, H, W], target), after transforms.
 
         Raises:
             BadImageError: the file can't be decoded, or its size differs from the annotation file.
         """
-        image = read_image(self.path(index))  # [3, H, W]
+        image = self.read(index)  # [3, H, W]
         height, width = image.shape[-2:]
         listed_height, listed_width = self.annotations.sizes_hw[index]
         if listed_height and listed_width and (listed_height, listed_width) != (height, width):
+            is_swapped = (listed_height, listed_width) == (width, height)
+            forced = f"; or omit --exif {self.exif}" if self.exif and is_swapped else ""
             raise BadImageError(
                 f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
-                f"{listed_height} in {self.annotation_file} (rotated or resized?)"
+                f"{listed_height} in {self.annotation_file} (rotated or resized?{forced})"
             )
         return self.transforms(image, self.annotations.target(index, (height, width)), rng)
 

@@ -10,7 +10,7 @@ from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.pretext.random_query_patch import QUERY_LABEL, query_target
 from datasets.proposals import Proposals, SelectedProposals, build_proposals
-from datasets.sample import BadImageError, Target
+from datasets.sample import Target, TooFewProposalsError
 from datasets.transforms import (
     ColorParameters,
     PatchAugmentation,
@@ -20,7 +20,7 @@ from datasets.transforms import (
 from util.random_state import SampleRNG
 from util.settings import Settings
 
-MIN_BOXES = 2  # an image with fewer is replaced, as published
+MIN_BOXES = 2  # of the published code, which replaces an image with fewer
 MAX_CROP_ATTEMPTS = 8  # draws of the augmentation, until MIN_BOXES boxes are left
 
 
@@ -28,13 +28,14 @@ class RegionPriorDataset(UnlabelledDataset):
     """Samples whose boxes are proposals, all of one class, with `patches` uint8 [N, 3, S, S], the augmented crops.
 
     Patches are cropped from the original image: its flips, crops and resizes do not touch them. A random crop of the
-    image can lose boxes; their patches are dropped too. If fewer than two boxes are left, the augmentation is drawn
-    again, and finally the image is only resized. (The published code takes another image.)
+    image can lose boxes; their patches are dropped too. If fewer than two boxes are left, or none of a single one, the
+    augmentation is drawn again, and finally the image is only resized. (The published code takes another image.)
 
     Args:
         resize_only: transform without crops, the last resort.
         patch_transform: None: no `patches` (there is no object embedding to learn).
         label: of every box.
+        min_boxes: an image with fewer proposals is replaced.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RegionPriorDataset(UnlabelledDataset):
         resize_only: Transform,
         patch_transform: PatchAugmentation | None,
         label: int = QUERY_LABEL,
+        min_boxes: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__(images, seed)
@@ -54,12 +56,13 @@ class RegionPriorDataset(UnlabelledDataset):
         self.resize_only = resize_only
         self.patch_transform = patch_transform
         self.label = label
+        self.min_boxes = min_boxes
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
         original = self.read(index)  # [3, H, W]
         boxes = self.proposals(original, rng, self.images.name(index))  # [N, 4]
-        if len(boxes) < MIN_BOXES:
-            raise BadImageError(f"{len(boxes)} proposals; an image needs {MIN_BOXES}")
+        if len(boxes) < self.min_boxes:
+            raise TooFewProposalsError(len(boxes), self.min_boxes)
 
         # Patch augmentations are drawn before those of the image, as published, but applied only to the boxes that the
         # image's crop keeps. Their draws do not depend on the size of a patch, so any size will do.
@@ -88,9 +91,10 @@ class RegionPriorDataset(UnlabelledDataset):
         }
 
     def _augment(self, original: Tensor, target: Target, rng: SampleRNG) -> tuple[Tensor, Target]:
+        num_kept = min(MIN_BOXES, len(target["boxes"]))
         for _ in range(MAX_CROP_ATTEMPTS):
             image, augmented = self.transforms(original, target, rng)
-            if len(augmented["boxes"]) >= MIN_BOXES:
+            if len(augmented["boxes"]) >= num_kept:
                 return image, augmented
         return self.resize_only(original, target, rng)
 
@@ -122,5 +126,6 @@ def build_region_prior_dataset(image_set: str, settings: Settings) -> RegionPrio
         patch_transform=patch_transform,
         # With `--num_classes 1` the only class is row 0.
         label=QUERY_LABEL if settings.num_classes > QUERY_LABEL else 0,
+        min_boxes=MIN_BOXES if settings.reproduce_published else 1,
         seed=settings.seed,
     )

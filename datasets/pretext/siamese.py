@@ -14,7 +14,7 @@ from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.pretext.random_query_patch import MIN_IMAGE_SIDE, QUERY_LABEL
 from datasets.proposals import Proposals, build_proposals, pad_with_jittered_boxes
-from datasets.sample import BadImageError, Target
+from datasets.sample import BadImageError, Target, TooFewProposalsError
 from datasets.transforms import (
     ColorAugmentation,
     Compose,
@@ -326,7 +326,7 @@ class SiameseDataset(UnlabelledDataset):
             return torch.zeros(0, 4)
         boxes = self.proposals(image, rng, self.images.name(index))
         if not len(boxes):
-            raise BadImageError("no proposals")
+            raise TooFewProposalsError(0, 1)
         return boxes
 
     def _draw_views(self, boxes: Tensor, size: Size, rng: SampleRNG) -> tuple[Views, Tensor]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.sample import BadImageError
+from datasets.sample import TooFewProposalsError
 from util.errors import UserError
 from util.random_state import SampleRNG
 from util.settings import Settings
@@ -115,11 +115,11 @@ class FixedNumProposals:
         """Return boxes [count, 4].
 
         Raises:
-            BadImageError: the method has no box for this image.
+            TooFewProposalsError: the method has no box for this image.
         """
         boxes = self.proposals(image, rng, name)  # [N, 4]
         if not len(boxes):
-            raise BadImageError("no proposals")
+            raise TooFewProposalsError(0, 1)
         if len(boxes) >= self.count:
             return boxes[: self.count]
         return pad_with_jittered_boxes(boxes, self.count, tuple(image.shape[-2:]), rng)

@@ -198,6 +198,7 @@ class CachedProposals(CacheableProposals):
             UserError: images are missing, or a file has another size than when the cache was made.
         """
         self._check_names(images)
+        self._check_exif(images.exif)
         step = max(len(images) // SPOT_CHECKS, 1)
         for i in range(0, len(images), step):
             cached_size = self.cache.file_bytes[self.cache.names.find(images.name(i))]
@@ -214,6 +215,15 @@ class CachedProposals(CacheableProposals):
             header["images"],
             header["unreadable"],
         )
+
+    def _check_exif(self, exif: str | None) -> None:
+        cached = self.cache.header.get("exif", "ignore")
+        wanted = exif or "ignore"
+        if cached != wanted:
+            raise UserError(
+                f"{self.cache.folder} was made with --exif {cached}, this run has --exif {wanted}: give --exif {cached}"
+                f", or make another cache with {TOOL}"
+            )
 
     def _check_names(self, images: "ImageFiles") -> None:
         # The usual case, the same images, needs no comparison of names.

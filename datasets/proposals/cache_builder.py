@@ -76,7 +76,10 @@ class Plan:
 
     def identity(self) -> dict[str, Any]:
         """Return a description that is equal for builds whose chunks may be mixed. It becomes part of the header."""
+        # Images are used as stored by default: caches do not say so, and older ones can't.
+        exif = {"exif": "apply"} if self.images.exif == "apply" else {}
         return {
+            **exif,
             "format": FORMAT,
             "method": self.method_name,
             "settings": self.method.settings,
@@ -128,7 +131,9 @@ class Plan:
 
     def _check_identity(self, path: Path) -> None:
         existing = json.loads(path.read_text(encoding="utf-8"))
-        for key, value in self.identity().items():
+        identity = self.identity()
+        for key in {**identity, "exif": None}:
+            value = identity.get(key)
             if existing.get(key) != value:
                 raise UserError(
                     f"--output_dir {self.folder} contains proposals with {key} {existing.get(key)}, now it is {value}; "
@@ -179,7 +184,7 @@ def _process_image(plan: Plan, index: int) -> ImageResult:
     num_bytes, crc32 = 0, 0
     try:
         num_bytes, crc32 = file_identity(file)
-        image = np.asarray(open_image(file))  # [H, W, 3]
+        image = np.asarray(open_image(file, plan.images.exif))  # [H, W, 3]
         height, width = image.shape[:2]
         if max(height, width) > MAX_IMAGE_SIDE:
             raise BadImageError(

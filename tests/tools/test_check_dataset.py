@@ -12,8 +12,9 @@ from PIL import Image
 
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations
-from datasets.labelled.checks import KINDS, inspect_image, is_same_file, run_startup_checks
+from datasets.labelled.checks import KINDS, run_startup_checks
 from datasets.labelled.coco import CocoDetection
+from datasets.labelled.image_checks import inspect_image, is_same_file
 from tests.tiny import captured_log, draw, fine_tune, write_coco, write_images
 from tools import check_dataset
 from util.logger import log
@@ -128,7 +129,7 @@ def plant_faults(root: Path) -> None:
     (images / "000006.png").write_bytes(whole[: len(whole) // 2])
     with Image.open(images / "000008.png") as picture:
         exif = Image.Exif()
-        exif[0x0112] = 6
+        exif[0x0112] = 3  # half a turn, which the size does not tell
         picture.save(images / "000008.png", "JPEG", exif=exif)
     shutil.copy(images / "000000.png", images / "000009.png")
     edit(

@@ -28,8 +28,16 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from datasets import build_dataset
-from datasets.images.image_folder import ImageFile, ImageFolder, open_file, open_image, read_bytes
+from datasets.images.image_folder import (
+    NO_SIZE,
+    ImageFile,
+    ImageFolder,
+    decode_image,
+    read_bytes,
+)
+from datasets.images.pixels import ROTATED
 from datasets.labelled.coco import CocoDetection
+from datasets.labelled.image_checks import inspect_header
 from datasets.labelled.subsets import sample_image_ids
 from datasets.sample import BadImageError
 from util.errors import UserError
@@ -233,7 +241,7 @@ def _resize_dataset(source: CocoDetection, folder: Path, name: str, args: Namesp
         relative = f"{name}/{jpeg_name(image['file_name'])}"
         try:
             (width, height), (new_width, new_height) = resize_image(
-                source.path(i), folder / "labelled" / relative, args
+                source.path(i), folder / "labelled" / relative, args, tuple(sizes_hw[i].tolist())
             )
             # A size of 0 means that the annotations do not tell it.
             if sizes_hw[i].all() and tuple(sizes_hw[i]) != (height, width):
@@ -429,22 +437,29 @@ def jpeg_name(name: str) -> str:
 
 
 def resize_image(
-    source: ImageFile, target: Path, args: Namespace
+    source: ImageFile, target: Path, args: Namespace, listed_hw: tuple[int, int] = NO_SIZE
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Write a JPEG with a short side of at most `args.image_size`; return the old and the new (width, height).
 
     A target that exists is kept. A JPEG that is small enough is copied, since compressing it again would lose quality.
 
+    Args:
+        listed_hw: (height, width) in the annotations, which decide whether an EXIF orientation is applied.
+
     Raises:
         BadImageError: the source can't be used.
     """
     try:
-        with Image.open(target) as done, Image.open(open_file(source)) as image:
-            return image.size, done.size
+        with Image.open(target) as done:
+            written = done.size
+        info = inspect_header(source, None, listed_hw)
+        if not info.error:
+            return info.size_hw[::-1], written
     except (OSError, ValueError):
         pass  # missing or damaged: write it
 
-    image = open_image(source)
+    decoded = decode_image(source, None, listed_hw)
+    image = decoded.image
     if min(image.size) < MIN_SIDE:
         raise BadImageError(f"{image.width} x {image.height} pixels are too few")
 
@@ -452,7 +467,7 @@ def resize_image(
     factor = min(1.0, *limits)
     size = tuple(max(1, round(side * factor)) for side in image.size)
     data = read_bytes(source)
-    if factor < 1 or not data.startswith(JPEG_MAGIC):
+    if factor < 1 or not data.startswith(JPEG_MAGIC) or decoded.rotation == ROTATED:
         small = image.resize(size, Image.Resampling.LANCZOS) if factor < 1 else image
         file = BytesIO()
         small.save(file, "JPEG", quality=args.quality, optimize=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from util.distributed import all_gather_object, all_reduce_sum, get_world_size
 from util.errors import NonFinite
 from util.logger import log
+from util.packed_targets import TOO_FEW_PROPOSALS
 
 NUM_MATCHES = "matched_pairs"  # key of the number of matched pairs among the losses
 
@@ -25,11 +26,20 @@ def to_host(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 class BadImages:
-    """Counts the bad images that the dataloader replaced, and logs each path once."""
+    """Counts the bad images that the dataloader replaced, and logs each path once.
+
+    Attributes:
+        seen: paths of the images that can't be used.
+        count: how often one of them was replaced.
+        boxless_seen, boxless_count: the same of images with too few proposals for the pretext. Only the first is
+            reported: with sparse proposals, half of a dataset may be of this kind.
+    """
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
         self.count = 0
+        self.boxless_seen: set[str] = set()
+        self.boxless_count = 0
 
     def add(self, problems: list[tuple[str, str]]) -> None:
         """Add a batch's bad images.
@@ -38,10 +48,32 @@ class BadImages:
             problems: (path, reason) of each image that was replaced by the next one.
         """
         for path, reason in problems:
-            self.count += 1
-            if path not in self.seen:
+            if reason.startswith(TOO_FEW_PROPOSALS):
+                is_reported = bool(self.boxless_seen)
+                self.boxless_count += 1
+                self.boxless_seen.add(path)
+            else:
+                is_reported = path in self.seen
+                self.count += 1
                 self.seen.add(path)
+            if not is_reported:
                 log.warning("skipped %s: %s (the next image takes its place)", path, reason)
+
+    def warn_of_epoch(self, num_before: int, num_boxless_before: int) -> None:
+        """Log how many images were replaced since the counts had these values."""
+        if self.count > num_before:
+            log.warning(
+                "%d unreadable or tiny images were replaced in this epoch (%d distinct ones in this run)",
+                self.count - num_before,
+                len(self.seen),
+            )
+        if self.boxless_count > num_boxless_before:
+            log.warning(
+                "%d images with too few proposals were replaced by the next image in this epoch (%d distinct ones in "
+                "this run): their neighbors are seen more often; leave them out, or use other --proposals",
+                self.boxless_count - num_boxless_before,
+                len(self.boxless_seen),
+            )
 
     def warn_of_missed_objects(self) -> None:
         """Warn at the end of an evaluation, where bad images lower the metrics."""

@@ -290,6 +290,18 @@ FLAGS: tuple[Flag, ...] = (
             metavar="PIXELS",
         ),
     ),
+    *flags_in(
+        DATA,
+        SCRIPTS,
+        Flag(
+            "exif",
+            "EXIF orientation of images: apply it, if boxes are as viewers show the images, or ignore it",
+            str,
+            choices=("ignore", "apply"),
+            default_help="ignore, except for images whose rotated size is the one in the annotations",
+            data_specific=True,
+        ),
+    ),
     # ---------------------------------------------------------------------------------------------- fewer labels
     *flags_in(
         FEWER_LABELS,

@@ -14,7 +14,8 @@ import datasets.sample as sample_module
 from datasets import build_dataset
 from datasets.images.image_folder import ImageFolder, image_extensions, read_image
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.checks import inspect_image
+from datasets.images.pixels import ROTATED, UNDECIDED
+from datasets.labelled.image_checks import inspect_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError
 from tests.tiny import proposal_settings
@@ -177,12 +178,12 @@ def test_exif_rotation_is_ignored(tmp_path: Path) -> None:
 def test_tiff_files_are_rotated_and_the_checker_knows(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    for extension, size_hw, orientation in (("tif", (40, 30), 1), ("png", (30, 40), 6)):
+    for extension, size_hw, rotation in (("tif", (40, 30), ROTATED), ("png", (30, 40), UNDECIDED)):
         path = tmp_path / f"rotated.{extension}"
         make_image().save(path, exif=exif)
         facts = inspect_image(str(path))
         assert tuple(read_image(str(path)).shape[1:]) == facts.size_hw == size_hw
-        assert facts.orientation == orientation
+        assert (facts.orientation, facts.rotation) == (6, rotation)
 
 
 def test_floating_point_images_are_bad(tmp_path: Path) -> None:

@@ -250,9 +250,11 @@ def test_image_without_proposals_is_replaced(tmp_path: Path) -> None:
         [[9.0, 9.0, 60.0, 60.0]] * int(image.shape[1] != 66)
     ).reshape(-1, 4)
     _, target = dataset[(0, 0)]
-    assert target["problems"] == [(dataset.path(0), "no proposals")]
+    assert target["problems"] == [(dataset.path(0), "too few proposals (0, the pretext needs 1)")]
     _, packed = collate([(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), target), dataset[(0, 1)]])
-    assert packed.problems == [(dataset.path(0), "no proposals")], "once, not once per view"
+    assert packed.problems == [(dataset.path(0), "too few proposals (0, the pretext needs 1)")], (
+        "once, not once per view"
+    )
 
 
 def test_published_sizes_for_imagenet_and_coco() -> None:

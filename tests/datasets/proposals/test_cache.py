@@ -289,6 +289,26 @@ def test_unreadable_images_are_reported_and_recorded(tmp_path: Path) -> None:
     assert len(method(read_image(str(images / "a" / "001.png")), SampleRNG(0), "a/001.png"))
 
 
+def test_boxes_are_in_the_pixels_that_exif_says(tmp_path: Path) -> None:
+    """A cache of rotated images is not used for images as they are stored, nor the other way round."""
+    images, exif = write_tree(tmp_path / "images", 2), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(draw(1, 50, 60)[0]).save(images / "a" / "000.png", exif=exif)
+    build_cache(images, tmp_path / "stored")
+    build_cache(images, tmp_path / "rotated", "--exif", "apply")
+    sizes = [ProposalCache(tmp_path / name).sizes_hw[0].tolist() for name in ("stored", "rotated")]
+    assert sizes == [[50, 60], [60, 50]]
+    assert "exif" not in ProposalCache(tmp_path / "stored").header
+
+    folder = ImageFolder(str(images))
+    flags = {"proposals": "selective_search", "cache_path": str(tmp_path / "rotated")}
+    with pytest.raises(UserError, match="made with --exif apply, this run has --exif ignore: give"):
+        build_proposals(proposal_settings(**flags), folder)
+    folder.exif = "apply"
+    method = build_proposals(proposal_settings(**flags), folder)
+    assert len(method(folder.read(0), SampleRNG(0), folder.name(0)))
+
+
 def test_changed_dataset_gives_a_clear_error(tmp_path: Path) -> None:
     images = write_tree(tmp_path / "images", 4)
     build_cache(images, tmp_path / "cache")

@@ -365,7 +365,7 @@ def test_fixed_number_of_boxes() -> None:
     sides = torch.tensor([[40, 20, 40, 20], [40, 40, 40, 40], [40, 20, 40, 20]])
     assert bool((shift <= 0.1 * sides).all())
     assert bool((filled[:, 2:] <= torch.tensor([100, 80])).all())
-    with pytest.raises(BadImageError, match="no proposals"):
+    with pytest.raises(BadImageError, match="too few proposals"):
         FixedNumProposals(lambda *_: boxes[:0], 5)(image, SampleRNG(0), "a")
 
 

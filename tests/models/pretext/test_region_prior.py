@@ -279,9 +279,28 @@ def test_transform_that_drops_all_boxes_falls_back_to_the_whole_image(tmp_path: 
 
 def test_too_few_proposals_count_as_a_problem(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path)
-    dataset.proposals = lambda image, rng, name: torch.zeros(int(image.shape[1] != 66), 4)
-    with pytest.raises(UserError, match="0 proposals|1 proposals"):
+    dataset.proposals = lambda image, rng, name: torch.zeros(0, 4)
+    with pytest.raises(UserError, match=r"too few proposals \(0, the pretext needs 1\); use other"):
         dataset[(0, 0)]
+
+
+def test_an_image_with_one_proposal_is_used_unless_published_behaviour_is_reproduced(
+    tmp_path: Path,
+) -> None:
+    def one_box(image, rng, name):
+        return torch.tensor([[5.0, 5.0, 45.0, 45.0]])
+
+    dataset = make_dataset(tmp_path)
+    dataset.proposals = one_box
+    for epoch in range(6):
+        _, target = dataset[(epoch, 0)]
+        assert "problems" not in target
+        assert len(target["boxes"]) == len(target["patches"]) == 1
+
+    published = make_dataset(tmp_path, "--reproduce_published")
+    published.proposals = one_box
+    with pytest.raises(UserError, match=r"too few proposals \(1, the pretext needs 2\)"):
+        published[(0, 0)]
 
 
 def test_an_image_too_small_for_random_boxes_counts_as_a_problem(tmp_path: Path) -> None:

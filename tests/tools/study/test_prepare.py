@@ -120,6 +120,20 @@ def test_small_jpegs_are_copied_and_other_images_converted(tmp_path: Path) -> No
     )
 
 
+def test_images_are_rotated_where_the_annotations_list_the_rotated_size(tmp_path: Path) -> None:
+    args, exif = Namespace(image_size=64, quality=82), Image.Exif()
+    exif[0x0112] = 6
+    source = tmp_path / "a.jpg"
+    Image.new("RGB", (40, 50), (200, 30, 30)).save(source, exif=exif)
+    for name, listed_hw, size in (("stored", (50, 40), (40, 50)), ("rotated", (40, 50), (50, 40))):
+        target = tmp_path / f"{name}.jpg"
+        for _ in range(2):  # the second time it exists
+            assert resize_image(str(source), target, args, listed_hw) == (size, size)
+        with Image.open(target) as copy:
+            assert copy.size == size
+            assert copy.getexif().get(0x0112, 1) == (6 if name == "stored" else 1)
+
+
 @pytest.mark.parametrize("custom", [False, True])
 def test_crowds_are_kept_in_test(custom: bool, tmp_path: Path) -> None:
     """The test annotations have them, scaled and with the class of their label. They do not count as objects."""
