@@ -15,8 +15,8 @@ A sample is `(image, target)`:
     patches    uint8 [M, 3, S, S], crops of the boxes; only with a pretext
 
 - A sample of two views has a leading axis of 2 in every tensor: image [2, 3, H, W], boxes [2, N, 4], ...
-- `target["problems"]`, if present, lists the (path, reason) of the bad images that this sample replaces. It is the only
-  entry that is not a tensor.
+- `target["problems"]`, if present, lists the (path, reason) of the bad images that this sample replaces, and
+  `target["dropped_boxes"]` the (path, number) of boxes outside the image. The other entries are tensors.
 
 A dataset is indexed by `index` or by `(epoch, index)`. Augmentation is a function of (seed, epoch, index).
 Every dataset has `path(index)` and `fingerprint()`. A labelled dataset also has

@@ -151,7 +151,13 @@ class CocoDetection(SampleDataset):
                 f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
                 f"{listed_height} in {self.annotation_file} (rotated or resized?)"
             )
-        return self.transforms(image, self.annotations.target(index, (height, width)), rng)
+        target = self.annotations.target(index, (height, width))
+        annotated = self.annotations.offsets[index + 1] - self.annotations.offsets[index]
+        dropped = int(annotated) - len(target["boxes"])
+        image, target = self.transforms(image, target, rng)
+        if dropped:
+            target["dropped_boxes"] = [(self.path(index), dropped)]
+        return image, target
 
 
 class ConvertedDetection(CocoDetection):

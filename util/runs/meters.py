@@ -30,11 +30,16 @@ def to_host(values: dict[str, Tensor]) -> dict[str, float]:
 
 
 class BadImages:
-    """Bad images that the loader replaced: each is reported once with its path, all are counted."""
+    """Bad images that the loader replaced: each is reported once with its path, all are counted.
+
+    Also the boxes that it dropped, since they are outside an image whose size the annotations do not list.
+    """
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
         self.count = 0
+        self.dropped_boxes: dict[str, int] = {}  # path -> number of boxes
+        self.num_reported = 0  # images of `dropped_boxes`
 
     def add(self, problems: list[tuple[str, str]]) -> None:
         """problems: (path, reason) of each image that was replaced by the next one."""
@@ -43,6 +48,21 @@ class BadImages:
             if path not in self.seen:
                 self.seen.add(path)
                 log.warning("skipped %s: %s (the next image takes its place)", path, reason)
+
+    def add_dropped_boxes(self, dropped: list[tuple[str, int]]) -> None:
+        """dropped: (path, number of boxes) of each image."""
+        self.dropped_boxes.update(dropped)
+
+    def warn_of_dropped_boxes(self) -> None:
+        """Log the number of dropped boxes, again only if more images have some."""
+        if len(self.dropped_boxes) > self.num_reported:
+            log.warning(
+                "box outside file: %d in %d images without a listed size are skipped, the first image is %s",
+                sum(self.dropped_boxes.values()),
+                len(self.dropped_boxes),
+                next(iter(self.dropped_boxes)),
+            )
+            self.num_reported = len(self.dropped_boxes)
 
     def warn_of_missed_objects(self) -> None:
         """At the end of an evaluation, whose metrics go by image."""
