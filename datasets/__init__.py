@@ -47,6 +47,9 @@ from util.errors import UserError
 from util.settings import Settings
 from util.settings.registry import DATASETS, PRETEXTS, import_object, lookup
 
+# Category ids are rows of the class head, except in custom datasets. More rows than this for each class are a mistake.
+SPARSE_IDS = 10
+
 
 def build_dataset(
     image_set: str,
@@ -130,6 +133,12 @@ def _resolve_num_classes(
     if classes is not None:
         raise UserError(
             f"{found} {classes.source} has {num_classes} classes: give data of the same classes"
+        )
+    if needed > max(SPARSE_IDS * len(dataset.class_names), 1000):
+        raise UserError(
+            f"{found} --num_classes is {num_classes}: ids are rows of the class head here, and {needed} rows for "
+            f"{len(dataset.class_names)} classes are too many; use --dataset_file custom, which numbers the classes "
+            "from 0 and writes results with your ids"
         )
     raise UserError(
         f"{found} --num_classes is {num_classes}: ids are rows of the class head, so use --num_classes {needed} "

@@ -251,14 +251,25 @@ def filter_annotations(
         annotations = few_shot_subset(annotations, settings)
 
     log.info(
-        "%s: %d images, %d without objects, %d boxes, %d classes",
+        "%s: %d images, %d without objects, %d boxes, %d classes%s",
         annotations.source,
         len(annotations),
         (np.diff(annotations.offsets) == 0).sum(),
         len(annotations.labels),
         len(annotations.class_names),
+        _unused_classes(annotations),
     )
     return annotations
+
+
+def _unused_classes(annotations: Annotations) -> str:
+    """Return which classes have no box, as text for the log: some programs list a parent category such as "objects"."""
+    used = set(np.unique(annotations.labels).tolist())
+    unused = [name for label, name in annotations.class_names.items() if label not in used]
+    if not unused:
+        return ""
+    more = ", ..." if unused[3:] else ""
+    return f", {len(unused)} of them without boxes ({', '.join(unused[:3])}{more})"
 
 
 def _drop_missing_files(annotations: Annotations, image_folder: str) -> Annotations:

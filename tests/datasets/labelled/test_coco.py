@@ -348,6 +348,9 @@ def test_num_classes(tmp_path: Path) -> None:
         "train", coco_args(tmp_path, num_classes=90), allow_any_num_classes=True
     )
     assert dataset.num_classes == 121
+    write_coco(tmp_path, content([record(1, 11, [1, 1, 2, 3], category_id=2_905_442)]))
+    with pytest.raises(UserError, match="2905443 rows for 3 classes .* --dataset_file custom"):
+        build_dataset("train", coco_args(tmp_path))
 
 
 def test_missing_image_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
