@@ -506,7 +506,7 @@ def run_startup_checks(
         if split.annotations is not None:
             record[split.name].update(summarize_annotations(split.annotations))
             logged_by_parser += len(split.annotations.findings.keys() & LOGGED_BY_PARSER)
-            warned += _check_has_boxes(split)
+            warned += _check_has_boxes(split, settings)
 
     checks = [
         check for check in CHECKS if check.severity != "info" and check.kind not in LOGGED_BY_PARSER
@@ -581,7 +581,7 @@ def summarize_annotations(annotations: Annotations) -> dict[str, object]:
     }
 
 
-def _check_has_boxes(split: Split) -> list[str]:
+def _check_has_boxes(split: Split, settings: Settings) -> list[str]:
     """Return a warning if a validation set has no box.
 
     Raises:
@@ -595,6 +595,8 @@ def _check_has_boxes(split: Split) -> list[str]:
             f"{source} has no box that can be trained on: check its annotations, or pre-train without labels with "
             "main.py"
         )
+    if settings.eval:
+        return [f"{source} has no box: results.json gets the detections, there is no AP"]
     return [f"{source} has no box: AP will be -1"]
 
 

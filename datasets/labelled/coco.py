@@ -186,7 +186,7 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
             "--dataset_file custom --val_images DIR --val_annotations FILE"
         )
     image_folder, annotation_file = coco_files(coco_root(settings), image_set)
-    annotations, ground_truth = read_annotations(annotation_file, image_set)
+    annotations, ground_truth = read_annotations(annotation_file, image_set, settings.eval)
     return CocoDetection(
         image_folder,
         filter_annotations(annotations, image_folder, image_set, settings),
@@ -197,16 +197,24 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
     )
 
 
-def read_annotations(path: str, image_set: str) -> tuple[Annotations, GroundTruth | None]:
+def read_annotations(
+    path: str, image_set: str, only_detect: bool = False
+) -> tuple[Annotations, GroundTruth | None]:
     """Read a COCO file and return (annotations, ground truth for evaluators).
 
     The ground truth is None for "train". For "val", both come from a single read of the file.
+
+    Args:
+        only_detect: accept a file that only lists images, such as COCO's image_info_test-dev2017.json: its annotations
+            are kept by an evaluation server.
 
     Raises:
         UserError: see `read_coco`.
     """
     with gc_paused():
         content = read_json(path)
+        if only_detect and isinstance(content, dict) and "annotations" not in content:
+            content = {"categories": [], **content, "annotations": []}
         annotations = parse_coco(content, path)
         ground_truth = build_ground_truth(content) if image_set == "val" else None
     return annotations, ground_truth

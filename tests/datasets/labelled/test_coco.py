@@ -85,6 +85,7 @@ def coco_args(root: Path | None, **changes) -> Settings:
             "split_file": None,
             "filter_pct": -1.0,
             "few_shot": None,
+            "eval": False,
             **changes,
         }
     )
@@ -306,6 +307,20 @@ def test_missing_folder_or_file_raises(tmp_path: Path) -> None:
     (tmp_path / "val2017").mkdir()
     with pytest.raises(UserError, match=r"instances_val2017.json does not exist"):
         build_dataset("val", coco_args(tmp_path))
+
+
+def test_file_without_annotations_is_only_for_evaluation(tmp_path: Path) -> None:
+    """COCO's image_info_test-dev2017.json: an evaluation server keeps the annotations."""
+    for key in ("annotations", "categories"):
+        images = content([])
+        del images["annotations"]
+        images.pop(key, None)
+        write_coco(tmp_path, images, "val2017", "val2017")
+        dataset = build_dataset("val", coco_args(tmp_path, eval=True))
+        assert dataset.annotations.image_ids.tolist() == [10, 11, 12]
+        assert dataset.ground_truth["annotations"] == []
+        with pytest.raises(UserError, match="has no list '(annotations|categories)'"):
+            build_dataset("val", coco_args(tmp_path, eval=False))
 
 
 def test_sample_is_determined_by_epoch_and_index(tmp_path: Path) -> None:
