@@ -127,7 +127,8 @@ def test_unusable_boxes_are_skipped_with_a_warning(
     assert len(annotations.labels) == 3
     (line,) = caplog.messages
     assert message in line
-    assert line.startswith("some.json: 1 annotations")
+    assert line.startswith("some.json: 1 annotation ")
+    assert " is skipped" in line
     assert f"annotation 9 of image {bad['image_id']}" in line
 
 
