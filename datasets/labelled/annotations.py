@@ -354,9 +354,10 @@ def _shorten(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     """Return whether a value is a number that fits into an array. JSON has integers of any length."""
-    if isinstance(value, bool):  # `true` is an int in Python, but no number in JSON
-        return False
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    if isinstance(value, float):  # first, since almost all of the millions of values are
+        return True
+    # `true` is an int in Python, but no number in JSON.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _parse_id(record: Record, key: str, source: str) -> int:
@@ -432,15 +433,14 @@ def _parse_columns(annotations: Sequence[Record], source: str) -> dict[str, np.n
 
     image_ids = [_parse_id(annotation, "image_id", source) for annotation in annotations]
     labels = [_parse_id(annotation, "category_id", source) for annotation in annotations]
-    crowd = [_parse_mark(annotation, "iscrowd", source) for annotation in annotations]
-    ignored = [_parse_mark(annotation, "ignore", source) for annotation in annotations]
+    crowd, ignored = (_parse_marks(annotations, key, source) for key in ("iscrowd", "ignore"))
     ids = [_parse_annotation_id(annotation) for annotation in annotations]
     return {
         "id": np.array(ids, dtype=np.int64),
         "image": np.array(image_ids, dtype=np.int64),
         "label": np.array(labels, dtype=np.int64),
-        "crowd": np.array(crowd, dtype=bool) | np.array(ignored, dtype=bool),
-        "ignored": np.array(ignored, dtype=bool),
+        "crowd": crowd | ignored,
+        "ignored": ignored,
         "box": box,
         "rotated": rotated,
         "area": np.where(usable, areas, box_area).astype(np.float32),
@@ -479,7 +479,13 @@ def rotate_boxes(
 
     CVAT writes a rotated rectangle as `bbox` before the rotation, and the angle.
     """
-    degrees = np.array([_parse_rotation(annotation) for annotation in annotations], dtype=float)
+    degrees = np.array(
+        [
+            _parse_rotation(annotation) if "attributes" in annotation else 0
+            for annotation in annotations
+        ],
+        dtype=np.float64,
+    )
     return degrees % 180 != 0, box_around_rotated(boxes_xywh, degrees)
 
 
@@ -517,16 +523,17 @@ def _parse_annotation_id(annotation: Record) -> int:
     return value if isinstance(value, int) and _is_number(value) else -1
 
 
-def _parse_mark(annotation: Record, key: str, source: str) -> bool:
-    """Return `iscrowd` or `ignore`, False if there is none."""
-    # Such objects are not trained on. A text such as "0", which is true in Python, must not drop one.
-    value = annotation.get(key) or 0
-    if value not in (0, 1):
-        raise UserError(
-            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has {key} "
-            f"{_shorten(value)}: it must be 0 or 1"
-        )
-    return bool(value)
+def _parse_marks(annotations: Sequence[Record], key: str, source: str) -> np.ndarray:
+    """Return `iscrowd` or `ignore` of each annotation, bool [A]; False if there is none."""
+    values = [annotation.get(key) or 0 for annotation in annotations]
+    for annotation, value in zip(annotations, values, strict=True):
+        # Such objects are not trained on. A text such as "0", which is true in Python, must not drop one.
+        if value and value not in (0, 1):
+            raise UserError(
+                f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has {key} "
+                f"{_shorten(value)}: it must be 0 or 1"
+            )
+    return np.array(values, dtype=bool)
 
 
 def is_ignored_region(annotation: Record) -> bool:
