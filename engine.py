@@ -197,6 +197,7 @@ def train_one_epoch(state: TrainState) -> None:
 
     for samples, packed in state.loader:
         state.bad_images.add(packed.problems)
+        state.bad_images.add_dropped_boxes(packed.dropped_boxes)
         samples, targets = to_device(samples, packed, state.device, **state.normalization)
         values, stop = train_step(state, samples, targets, state.stop_signal.requested)
         values["lr"] = state.optimizer.param_groups[0]["lr"]
@@ -272,6 +273,7 @@ def evaluate(
     bar = Progress(len(loader), "evaluation")
     for samples, packed in loader:
         bad_images.add(packed.problems)
+        bad_images.add_dropped_boxes(packed.dropped_boxes)
         inputs, targets = to_device(samples, packed, device, **normalization)
         if criterion is None:
             outputs = forward(model, inputs, targets, amp)
@@ -287,6 +289,7 @@ def evaluate(
         bar.step()
 
     bad_images.warn_of_missed_objects()
+    bad_images.warn_of_dropped_boxes()
     values = averages.merged().means()
     evaluator.synchronize_between_processes()
     metrics = evaluator.summarize()

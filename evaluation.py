@@ -58,6 +58,8 @@ VALIDATION_FLAGS = (
 class Evaluation:
     """Evaluate a detector: log losses and metrics, and write `metrics.json`, `per_class.json`, `results.json` and
     `predictions.png` to the run's folder.
+
+    With `--eval` on images without any box, such as those of COCO's evaluation server, there are no metrics.
     """
 
     def __init__(
@@ -74,6 +76,9 @@ class Evaluation:
         self.criterion, self.postprocessors = criterion, postprocessors
         self.device, self.folder = device, folder
         self.loader = build_loader(dataset, settings, train=False)
+        annotations = getattr(dataset, "annotations", None)
+        # During training, metrics of -1 keep the log of each epoch complete.
+        self.has_metrics = not settings.eval or annotations is None or len(annotations.labels) > 0
         self.novel_classes = None
         if settings.few_shot:
             self.novel_classes = few_shot.novel_class_names(settings, dataset.class_names)
@@ -99,13 +104,17 @@ class Evaluation:
             per_class = few_shot.add_groups(per_class, self.novel_classes)
             values["few_shot"] = few_shot.group_means(per_class)
             table += "\n" + few_shot.group_table(per_class, values["few_shot"])
-        log.info("%s\n%s", _summary(values), table)
+        if self.has_metrics:
+            log.info("%s\n%s", _summary(values), table)
+        else:
+            log.info("no metrics: %s has no box", self.dataset.annotation_file)
 
         if self.folder is not None and is_main_process():
             results = evaluator.results()
             write_text(self.folder / "results.json", json.dumps(results))
-            _write_json(self.folder / "metrics.json", {"epoch": epoch, **values})
-            _write_json(self.folder / "per_class.json", {"epoch": epoch, "classes": per_class})
+            if self.has_metrics:
+                _write_json(self.folder / "metrics.json", {"epoch": epoch, **values})
+                _write_json(self.folder / "per_class.json", {"epoch": epoch, "classes": per_class})
             rows = [_example_row(example) for example in examples]
             prediction_page(rows, self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}

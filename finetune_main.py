@@ -83,7 +83,8 @@ def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpo
     evaluation(model, checkpoint.epoch or 0)
     update_run_page(evaluation.folder)
     if evaluation.folder is not None:
-        log.info("metrics, detections and result.html are in %s", evaluation.folder)
+        what = "metrics, detections" if evaluation.has_metrics else "detections (results.json)"
+        log.info("%s and result.html are in %s", what, evaluation.folder)
 
 
 def checkpoint_extras(

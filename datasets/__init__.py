@@ -15,8 +15,8 @@ A sample is `(image, target)`:
     patches    uint8 [M, 3, S, S], crops of the boxes; only with a pretext
 
 - A sample of two views has a leading axis of 2 in every tensor: image [2, 3, H, W], boxes [2, N, 4], ...
-- `target["problems"]`, if present, lists the (path, reason) of the bad images that this sample replaces. It is the only
-  entry that is not a tensor.
+- `target["problems"]`, if present, lists the (path, reason) of the bad images that this sample replaces, and
+  `target["dropped_boxes"]` the (path, number) of boxes outside the image. The other entries are tensors.
 
 A dataset is indexed by `index` or by `(epoch, index)`. Augmentation is a function of (seed, epoch, index).
 Every dataset has `path(index)` and `fingerprint()`. A labelled dataset also has
@@ -46,6 +46,9 @@ from util.distributed import get_rank, get_world_size
 from util.errors import UserError
 from util.settings import Settings
 from util.settings.registry import DATASETS, PRETEXTS, import_object, lookup
+
+# Category ids are rows of the class head, except in custom datasets. More rows than this for each class are a mistake.
+SPARSE_IDS = 10
 
 
 def build_dataset(
@@ -131,6 +134,12 @@ def _resolve_num_classes(
     if classes is not None:
         raise UserError(
             f"{found} {classes.source} has {num_classes} classes: give data of the same classes"
+        )
+    if needed > max(SPARSE_IDS * len(dataset.class_names), 1000):
+        raise UserError(
+            f"{found} --num_classes is {num_classes}: ids are rows of the class head here, and {needed} rows for "
+            f"{len(dataset.class_names)} classes are too many; use --dataset_file custom, which numbers the classes "
+            "from 0 and writes results with your ids"
         )
     raise UserError(
         f"{found} --num_classes is {num_classes}: ids are rows of the class head, so use --num_classes {needed} "

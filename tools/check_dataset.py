@@ -315,7 +315,9 @@ def _draw_box_sizes(axes, splits: Sequence[Split], colors: dict) -> None:
         sides = np.sqrt(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1, dtype=np.float64))  # [A]
         sides = sides[sides > 0]  # the axis is logarithmic
         if len(sides):
-            bins = np.geomspace(max(sides.min(), 0.5), sides.max() * 1.01, 40)
+            # Boxes in fractions of the image may all be below half a pixel.
+            first = min(max(sides.min(), 0.5), sides.max())
+            bins = np.geomspace(first, sides.max() * 1.01, 40)
             axes.hist(
                 sides,
                 bins,

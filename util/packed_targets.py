@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 
 Problem = tuple[str, str]  # (path of the image, reason)
+DroppedBoxes = tuple[str, int]  # (path of the image, number of boxes)
+REPORTS = {
+    "problems",
+    "dropped_boxes",
+}  # optional keys of a target that are lists instead of tensors
 
 # Begins the reason of an image that is fine, but has fewer boxes than its pretext needs.
 TOO_FEW_PROPOSALS = "too few proposals"
@@ -33,31 +38,34 @@ class PackedTargets:
         counts: key -> number of rows of each image, a list of B ints. They stay on the host, so that reading the number
             of objects never synchronizes with the GPU.
         problems: (path, reason) of each image that could not be used and was replaced by another one.
+        dropped_boxes: (path, number of boxes) of each image with boxes outside of it, which only loading it shows.
     """
 
     tensors: dict[str, Tensor]
     counts: dict[str, list[int]]
     problems: list[Problem] = field(default_factory=list)
+    dropped_boxes: list[DroppedBoxes] = field(default_factory=list)
 
     @classmethod
     def pack(cls, targets: Sequence[dict[str, Any]]) -> "PackedTargets":
-        """Pack B dicts of tensors with the same keys. The optional key `problems` is collected separately.
+        """Pack B dicts of tensors with the same keys. The optional keys REPORTS are collected separately.
 
         Raises:
             ValueError: the keys of two targets differ.
         """
         problems = [problem for target in targets for problem in target.get("problems", [])]
-        keys = [key for key in targets[0] if key != "problems"]
+        dropped = [boxes for target in targets for boxes in target.get("dropped_boxes", [])]
+        keys = [key for key in targets[0] if key not in REPORTS]
 
         for target in targets:
-            if set(target) - {"problems"} != set(keys):
+            if set(target) - REPORTS != set(keys):
                 raise ValueError(
                     f"targets of one batch have different keys: {sorted(target)} and {sorted(targets[0])}"
                 )
 
         tensors = {key: torch.cat([target[key] for target in targets]) for key in keys}  # [N, ...]
         counts = {key: [len(target[key]) for target in targets] for key in keys}
-        return cls(tensors, counts, problems)
+        return cls(tensors, counts, problems, dropped)
 
     def unpack(self) -> list[dict[str, Tensor]]:
         """Return one dict per image; its tensors are views of the packed ones."""
@@ -70,12 +78,12 @@ class PackedTargets:
             key: tensor.to(device, non_blocking=non_blocking)
             for key, tensor in self.tensors.items()
         }
-        return PackedTargets(moved, self.counts, self.problems)
+        return PackedTargets(moved, self.counts, self.problems, self.dropped_boxes)
 
     def pin_memory(self) -> "PackedTargets":
         """Return a copy in pinned memory. The dataloader calls this where `pin_memory=True`."""
         pinned = {key: tensor.pin_memory() for key, tensor in self.tensors.items()}
-        return PackedTargets(pinned, self.counts, self.problems)
+        return PackedTargets(pinned, self.counts, self.problems, self.dropped_boxes)
 
     def __len__(self) -> int:
         # Every key has one count per image, so any key gives B.

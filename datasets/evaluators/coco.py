@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 
 from datasets.evaluators.detections import DetectionEvaluator
-from datasets.labelled.annotations import has_visible_area
+from datasets.labelled.annotations import (
+    has_visible_area,
+    is_ignored_region,
+    is_usable_area,
+    parse_areas,
+    rotate_boxes,
+)
 from util.coco import CLASS_METRICS
 from util.errors import UserError
 from util.logger import log
@@ -33,6 +39,11 @@ AREA_RANGES = (  # square pixels, both ends included
 )
 
 GroundTruth = dict[str, Any]  # content of a COCO detection file, completed by `build_ground_truth`
+
+
+class CompletedGroundTruth(dict[str, Any]):
+    """Result of `build_ground_truth`."""
+
 
 # (precision, recall), with the shapes above; -1 where there is no ground truth.
 PrecisionRecall = tuple[np.ndarray, np.ndarray]
@@ -113,7 +124,8 @@ class CocoEvaluator(DetectionEvaluator):
     unlisted classes: hotcoco gives exactly the metrics of pycocotools.
 
     Args:
-        ground_truth: from `build_ground_truth`. Evaluators share it and do not change it.
+        ground_truth: from `build_ground_truth`, which is called for the content of any other COCO detection file.
+            Evaluators share it and do not change it.
         backend: see `select_backend`.
         category_ids: see `DetectionEvaluator`.
 
@@ -128,6 +140,8 @@ class CocoEvaluator(DetectionEvaluator):
         category_ids: Mapping[int, int] | None = None,
     ) -> None:
         self.backend = select_backend(backend)
+        if not isinstance(ground_truth, CompletedGroundTruth):
+            ground_truth = build_ground_truth(ground_truth)
         self.ground_truth = ground_truth
         super().__init__((image["id"] for image in ground_truth["images"]), category_ids)
 
@@ -222,8 +236,10 @@ def _stats(precision: np.ndarray, recall: np.ndarray) -> list[float]:
 def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
     """Return what the backends need of a COCO detection file.
 
-    A missing `iscrowd` becomes 0, a missing `area` the area of the box. Annotation ids are renumbered from 1:
-    pycocotools treats a ground-truth box with id 0 as unmatched. A class that is listed twice counts once.
+    A missing `iscrowd` becomes 0, and 1 for an object with `ignore` 1, which pycocotools itself would not skip. A
+    missing `area`, or one that can't be right, becomes the area of the box, and a rotated box the one around it, as in
+    `parse_coco`. Annotation ids are renumbered from 1: pycocotools treats a ground-truth box with id 0 as unmatched. A
+    class that is listed twice counts once.
 
     Annotations of unlisted images or classes are skipped, since they are never evaluated, and so are the boxes that
     `parse_coco` skips.
@@ -237,33 +253,42 @@ def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
         a for a in content["annotations"] if a["image_id"] in sizes_hw and a["category_id"] in names
     ]
     sizes = np.array([sizes_hw[a["image_id"]] for a in listed]).reshape(-1, 2)  # [A, 2]
-    evaluated = itertools.compress(listed, _is_evaluated(listed, sizes))
+    objects = _complete(listed)
+    evaluated = itertools.compress(objects, _is_evaluated(objects, sizes))
 
     image_keys = ("id", "width", "height", "file_name")
     images = [
         {key: image[key] for key in image_keys if image.get(key) is not None}
         for image in content["images"]
     ]
-    return {
-        "info": {},
-        "images": images,
-        "annotations": [_complete(a, i) for i, a in enumerate(evaluated, start=1)],
-        "categories": [{"id": category_id, "name": name} for category_id, name in names.items()],
-    }
+    return CompletedGroundTruth(
+        info={},
+        images=images,
+        annotations=[{"id": i, **a} for i, a in enumerate(evaluated, start=1)],
+        categories=[{"id": category_id, "name": name} for category_id, name in names.items()],
+    )
 
 
-def _complete(annotation: Mapping[str, Any], annotation_id: int) -> dict[str, Any]:
-    area = annotation.get("area")
-    if not isinstance(area, int | float):
-        area = annotation["bbox"][2] * annotation["bbox"][3]
-    return {
-        "id": annotation_id,
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
-        "bbox": annotation["bbox"],
-        "area": area,
-        "iscrowd": annotation.get("iscrowd") or 0,
-    }
+def _complete(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what the backends need of annotations, except the ids. Values that can be used stay as in the file."""
+    boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+    rotated, boxes = rotate_boxes(annotations, boxes)  # [A], [A, 4]
+    _, areas = parse_areas(annotations)
+    usable = is_usable_area(areas, boxes)  # [A]
+
+    completed = []
+    for i, annotation in enumerate(annotations):
+        bbox = boxes[i].tolist() if rotated[i] else annotation["bbox"]
+        completed.append(
+            {
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "bbox": bbox,
+                "area": annotation["area"] if usable[i] else bbox[2] * bbox[3],
+                "iscrowd": int(is_ignored_region(annotation)),
+            }
+        )
+    return completed
 
 
 def _is_evaluated(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -> np.ndarray:
@@ -276,5 +301,5 @@ def _is_evaluated(annotations: Sequence[dict[str, Any]], sizes_hw: np.ndarray) -
     with np.errstate(over="ignore", invalid="ignore"):
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]  # [A, 4], x0, y0, x1, y1
-    crowd = np.array([bool(a.get("iscrowd")) for a in annotations], dtype=bool)
+    crowd = np.array([a["iscrowd"] for a in annotations], dtype=bool)
     return np.isfinite(boxes).all(1) & (crowd | has_visible_area(boxes, sizes_hw))

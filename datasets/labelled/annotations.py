@@ -39,12 +39,20 @@ BOX_TOLERANCE = (
     1.0  # pixels that a box may exceed its image without a warning: published boxes are rounded
 )
 
+# COCO marks 1.2 % of its objects as crowds. More than this fraction are probably single objects: some programs write
+# `iscrowd` 1 for every mask that is run-length encoded.
+MAX_CROWD_FRACTION = 0.1
+
+# `area` is that of the mask, which is drawn on whole pixels and may be a little larger than the box. Beyond this factor
+# it is a mistake.
+MAX_AREA_RATIO = 2.0
+
 
 @dataclass(kw_only=True)
 class Annotations:
     """Images, sorted by id, with their objects. The objects of image i are the rows offsets[i] to offsets[i + 1] - 1.
 
-    Crowds and boxes without area are not among the objects.
+    Crowds, objects to be ignored and boxes without area are not among the objects.
 
     Attributes:
         source: file or folder that error messages name.
@@ -242,9 +250,10 @@ def read_json(path: str) -> Any:
 def parse_coco(content: Record, source: str) -> Annotations:
     """Build `Annotations` from the content of a COCO detection file.
 
-    Labels are the raw category ids. A missing `iscrowd` means 0, a missing `area` is the area of the box. Crowds are
-    skipped. Also skipped, with a warning that gives their number: boxes that are not finite, have no area or are
-    outside their image, and annotations of unlisted images.
+    Labels are the raw category ids. A missing `iscrowd` or `ignore` means 0. A missing `area`, or one that can't be
+    right (`is_usable_area`), is the area of the box. A box with CVAT's `attributes.rotation` becomes the one around the
+    rotated rectangle. Crowds and objects with `ignore` 1 are skipped. Also skipped, with a warning that gives their
+    number: boxes that are not finite, have no area or are outside their image, and annotations of unlisted images.
 
     Args:
         source: name of the file in messages.
@@ -292,7 +301,8 @@ def annotations_from_columns(
     Args:
         columns: `id` int64 [A], annotation id, for messages; `image` int64 [A], image id; `label` int64 [A]; `crowd`
             bool [A]; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32 [A], in square pixels;
-            `difficult` bool [A], if the format has it.
+            `difficult` bool [A], if the format has it. For findings, also optional, bool [A]: `ignored`, crowds that
+            the file calls `ignore`; `rotated`, boxes around a rotated rectangle; `bad_area`, areas that were replaced.
         file_names, image_ids, sizes_hw: of the images, as in `Annotations`; sorted by id.
     """
     category_ids = np.array(list(class_names), dtype=np.int64)
@@ -344,7 +354,10 @@ def _shorten(value: Any) -> str:
 
 def _is_number(value: Any) -> bool:
     """Return whether a value is a number that fits into an array. JSON has integers of any length."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+    if isinstance(value, float):  # first, since almost all of the millions of values are
+        return True
+    # `true` is an int in Python, but no number in JSON.
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _parse_id(record: Record, key: str, source: str) -> int:
@@ -384,7 +397,8 @@ def _parse_size_hw(image: Record, source: str) -> tuple[int, int]:
     for name, value in zip(("height", "width"), size, strict=True):
         if not _is_number(value) or not 0 <= value < 2**31:
             raise UserError(
-                f"{source}: image {image['id']} has {name} {_shorten(value)}: it must be in pixels; correct it"
+                f"{source}: image {image['id']} has {name} {_shorten(value)}: it must be in pixels, a number "
+                "without quotes; correct it"
             )
     return int(size[0]), int(size[1])
 
@@ -405,31 +419,102 @@ def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, s
 
 def _parse_columns(annotations: Sequence[Record], source: str) -> dict[str, np.ndarray]:
     """Return one array per field, with the rows in the order of the file (see `annotations_from_columns`)."""
-    boxes_xywh = [_parse_bbox(annotation, source) for annotation in annotations]
+    boxes_xywh = np.array(
+        [_parse_bbox(annotation, source) for annotation in annotations], dtype=np.float64
+    ).reshape(-1, 4)  # [A, 4]
+    rotated, boxes_xywh = rotate_boxes(annotations, boxes_xywh)
     # Values too large for float32 become infinite. Such boxes are skipped later.
     with np.errstate(over="ignore"):
-        box = np.array(boxes_xywh, dtype=np.float32).reshape(-1, 4)  # [A, 4], x, y, width, height
+        box = boxes_xywh.astype(np.float32)  # [A, 4], x, y, width, height
     box_area = box[:, 2] * box[:, 3]  # [A]
-    areas = [_parse_number(annotation.get("area"), np.nan) for annotation in annotations]
-    area = np.array(areas, dtype=np.float32)  # [A]
+    given, areas = parse_areas(annotations)
+    usable = is_usable_area(areas, boxes_xywh)
     box[:, 2:] += box[:, :2]  # x0, y0, x1, y1; added in float32, as published
 
     image_ids = [_parse_id(annotation, "image_id", source) for annotation in annotations]
     labels = [_parse_id(annotation, "category_id", source) for annotation in annotations]
-    crowd = [_parse_iscrowd(annotation, source) for annotation in annotations]
+    crowd, ignored = (_parse_marks(annotations, key, source) for key in ("iscrowd", "ignore"))
     ids = [_parse_annotation_id(annotation) for annotation in annotations]
     return {
         "id": np.array(ids, dtype=np.int64),
         "image": np.array(image_ids, dtype=np.int64),
         "label": np.array(labels, dtype=np.int64),
-        "crowd": np.array(crowd, dtype=bool),
+        "crowd": crowd | ignored,
+        "ignored": ignored,
         "box": box,
-        "area": np.where(np.isnan(area), box_area, area).astype(np.float32),
+        "rotated": rotated,
+        "area": np.where(usable, areas, box_area).astype(np.float32),
+        "bad_area": given & ~usable,
     }
 
 
-def _parse_number(value: Any, default: float) -> float:
-    return value if _is_number(value) else default
+def parse_areas(annotations: Sequence[Record]) -> tuple[np.ndarray, np.ndarray]:
+    """Return whether each annotation has an `area`, bool [A], and the areas, float64 [A]; NaN for what is no number."""
+    values = [annotation.get("area") for annotation in annotations]
+    given = np.array([value is not None for value in values], dtype=bool)
+    areas = [value if _is_number(value) else np.nan for value in values]
+    return given, np.array(areas, dtype=np.float64)
+
+
+def is_usable_area(areas: np.ndarray, boxes_xywh: np.ndarray) -> np.ndarray:
+    """Return which areas can be those of the object in each box, bool [A]: above 0, and not much above the box's.
+
+    COCO's metrics skip an object whose area is in none of their ranges: negative, NaN, or above 10^10. That of a whole
+    image makes each object large.
+
+    Args:
+        areas: [A], in square pixels.
+        boxes_xywh: [A, 4], (x, y, width, height) in pixels.
+    """
+    # Two pixels more than the box: a mask covers each pixel that its outline touches.
+    with np.errstate(over="ignore", invalid="ignore"):
+        limits = MAX_AREA_RATIO * (boxes_xywh[:, 2:] + 2).prod(1)  # [A]
+        return (areas > 0) & (areas <= limits)
+
+
+def rotate_boxes(
+    annotations: Sequence[Record], boxes_xywh: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which boxes CVAT's `attributes.rotation` rotates, bool [A], and all boxes, [A, 4], with these replaced.
+
+    CVAT writes a rotated rectangle as `bbox` before the rotation, and the angle.
+    """
+    degrees = np.array(
+        [
+            _parse_rotation(annotation) if "attributes" in annotation else 0
+            for annotation in annotations
+        ],
+        dtype=np.float64,
+    )
+    return degrees % 180 != 0, box_around_rotated(boxes_xywh, degrees)
+
+
+def box_around_rotated(boxes_xywh: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Return the boxes around rectangles that are rotated about their centers, float64 [A, 4].
+
+    Args:
+        boxes_xywh: [A, 4], before the rotation, (x, y, width, height) in pixels.
+        degrees: [A], in either direction: the box is the same.
+    """
+    rotated = degrees % 180 != 0
+    if not rotated.any():
+        return boxes_xywh
+    angles = np.deg2rad(degrees[rotated])[:, None]  # [R, 1], of R rotated boxes
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # boxes that are not finite are skipped later
+        corners, sizes = np.split(boxes_xywh[rotated], 2, axis=1)  # [R, 2], [R, 2]
+        around = sizes * abs(np.cos(angles)) + sizes[:, ::-1] * abs(np.sin(angles))  # [R, 2]
+        replaced = boxes_xywh.copy()
+        replaced[rotated] = np.hstack([corners + (sizes - around) / 2, around])
+    return replaced
+
+
+def _parse_rotation(annotation: Record) -> float:
+    """Return CVAT's angle in degrees, 0 if there is none."""
+    attributes = annotation.get("attributes")
+    value = attributes.get("rotation") if isinstance(attributes, dict) else None
+    return value if _is_number(value) and np.isfinite(value) else 0.0
 
 
 def _parse_annotation_id(annotation: Record) -> int:
@@ -438,15 +523,22 @@ def _parse_annotation_id(annotation: Record) -> int:
     return value if isinstance(value, int) and _is_number(value) else -1
 
 
-def _parse_iscrowd(annotation: Record, source: str) -> bool:
-    # Crowds are skipped without a warning. A text such as "0", which is true in Python, must not silently drop a box.
-    value = annotation.get("iscrowd") or 0
-    if value not in (0, 1):
-        raise UserError(
-            f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has iscrowd "
-            f"{_shorten(value)}: it must be 0 or 1"
-        )
-    return bool(value)
+def _parse_marks(annotations: Sequence[Record], key: str, source: str) -> np.ndarray:
+    """Return `iscrowd` or `ignore` of each annotation, bool [A]; False if there is none."""
+    values = [annotation.get(key) or 0 for annotation in annotations]
+    for annotation, value in zip(annotations, values, strict=True):
+        # Such objects are not trained on. A text such as "0", which is true in Python, must not drop one.
+        if value and value not in (0, 1):
+            raise UserError(
+                f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has {key} "
+                f"{_shorten(value)}: it must be 0 or 1"
+            )
+    return np.array(values, dtype=bool)
+
+
+def is_ignored_region(annotation: Record) -> bool:
+    """Return whether an annotation is a crowd or to be ignored: not trained on, and not counted in AP either way."""
+    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
 
 
 def _parse_bbox(annotation: Record, source: str) -> Sequence[float]:
@@ -455,7 +547,7 @@ def _parse_bbox(annotation: Record, source: str) -> Sequence[float]:
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         raise UserError(
             f"{source}: annotation {annotation.get('id')} of image {annotation.get('image_id')} has bbox "
-            f"{_shorten(bbox)}: it must be [x, y, width, height] in pixels"
+            f"{_shorten(bbox)}: it must be [x, y, width, height] in pixels, numbers without quotes"
         )
     return bbox
 
@@ -500,13 +592,22 @@ def _filter_objects(
         candidate & ~visible, "with a box without area, or outside its image,", ids, source
     )
 
+    ignored, rotated, bad_area = (
+        columns.get(name, np.zeros(len(image), bool)) for name in ("ignored", "rotated", "bad_area")
+    )
+    crowd = listed & columns["crowd"] & ~ignored
+    crowd_kind = "many crowds" if _are_many_crowds(crowd, columns["label"]) else "crowd"
     masks = {
         "image not listed": ~listed,
         "box not finite": listed & ~finite,
         "box without area": candidate & flat,
         "box outside image": candidate & ~visible & ~flat,
-        "box partly outside": candidate & visible & _exceeds_image(boxes, sizes),
+        "box partly outside": candidate & visible & exceeds_image(boxes, sizes),
         "category not listed": candidate & ~np.isin(columns["label"], category_ids),
+        crowd_kind: crowd,
+        "marked ignore": listed & ignored,
+        "rotated box": candidate & visible & rotated,
+        "area unusable": candidate & visible & bad_area,
     }
     findings = {}
     for kind, mask in masks.items():
@@ -520,20 +621,41 @@ def _filter_objects(
     return {key: column[rows] for key, column in {**columns, "image": image}.items()}, findings
 
 
+def _are_many_crowds(crowd: np.ndarray, labels: np.ndarray) -> bool:
+    """Return whether more objects are marked as crowds than in COCO: of all, or of one class.
+
+    Args:
+        crowd: bool [A].
+        labels: int64 [A].
+    """
+    if not crowd.any():
+        return False
+    classes, inverse = np.unique(labels, return_inverse=True)  # [C], [A]
+    objects = np.bincount(inverse, minlength=len(classes))  # [C]
+    crowds = np.bincount(inverse[crowd], minlength=len(classes))  # [C]
+    most_of_a_class = (
+        (crowds > objects / 2) & (crowds > 1)
+    ).any()  # a rare class may have one crowd
+    return bool(crowd.mean() > MAX_CROWD_FRACTION or most_of_a_class)
+
+
 def _warn_skipped(skipped: np.ndarray, what: str, ids: np.ndarray, source: str) -> None:
     if skipped.any():
         annotation_id, image_id = ids[np.flatnonzero(skipped)[0]]
+        count = int(skipped.sum())
         log.warning(
-            "%s: %d annotations %s are skipped, the first is annotation %d of image %d",
+            "%s: %d %s %s %s skipped, the first is annotation %d of image %d",
             source,
-            skipped.sum(),
+            count,
+            "annotation" if count == 1 else "annotations",
             what,
+            "is" if count == 1 else "are",
             annotation_id,
             image_id,
         )
 
 
-def _exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+def exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
     """Return whether each box exceeds its image by more than BOX_TOLERANCE, bool [A].
 
     An image size of 0 is unknown: there is no upper limit.

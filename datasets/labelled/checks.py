@@ -16,7 +16,7 @@ import numpy as np
 
 from datasets.images.image_folder import NO_SIZE, ImageFile, ImageFiles
 from datasets.images.pixels import ROTATED
-from datasets.labelled.annotations import Annotations
+from datasets.labelled.annotations import Annotations, exceeds_image, has_visible_area
 from datasets.labelled.image_checks import (
     ImageInfo,
     evenly_spaced,
@@ -32,6 +32,7 @@ from datasets.labelled.image_checks import (
     find_undecided_orientations,
     find_unreadable_images,
     find_unused_bits,
+    inspect_header,
     sample_images,
 )
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
@@ -43,6 +44,9 @@ from util.settings import Settings
 PROBED_IMAGES = 8  # images of each split that are loaded at the start of a run
 PROBE_SECONDS = 2.0  # stop loading them after this time
 OTHER_PROPOSALS = "use other --proposals"
+# Images of each split whose size is read from the file, if the annotations do not list it.
+SAMPLED_SIZES = 64
+MIN_BOXES_FOR_FORMAT = 10  # fewer boxes say nothing about the format of all
 
 
 class Finding(NamedTuple):
@@ -115,6 +119,25 @@ class Split:
         """The images themselves: those of a pretext's dataset are in its attribute `images`."""
         return getattr(self.images, "images", self.images)
 
+    @cached_property
+    def sizes_hw(self) -> np.ndarray:
+        """(height, width) of the images in pixels, int64 [I, 2]; 0 if unknown.
+
+        A size that the annotations do not list is that of the file: of each image if `image_infos` are known, else of
+        SAMPLED_SIZES evenly spaced ones.
+        """
+        sizes = self.annotations.sizes_hw.copy()  # [I, 2]
+        unlisted = np.flatnonzero(~sizes.all(1))
+        if self.image_infos:
+            for index in unlisted:
+                sizes[index] = self.image_infos[index].size_hw
+        elif len(unlisted):
+            for index in unlisted[evenly_spaced(len(unlisted), SAMPLED_SIZES)]:
+                sizes[index] = inspect_header(
+                    self.file(index), self.exif, self.listed_hw(index)
+                ).size_hw
+        return sizes
+
     def file(self, index: int) -> ImageFile:
         """Return what to decode: a path, or a member of a tar file."""
         if isinstance(self._files, ImageFiles):
@@ -143,6 +166,14 @@ class Split:
         image_id = int(self.annotations.image_ids[index]) if self.annotations is not None else None
         return Finding("", self.name, self.images.path(index), detail, image_id)
 
+    def box_finding(self, row: int, detail: str = "") -> Finding:
+        """Return a finding of one object, with its box."""
+        annotations = self.annotations
+        index = int(np.searchsorted(annotations.offsets, row, side="right")) - 1
+        annotation_id = -1 if annotations.ids is None else int(annotations.ids[row])
+        finding = self.finding(index, f"{_format_bbox(annotations.boxes_xyxy_abs[row])}{detail}")
+        return finding._replace(annotation_id=annotation_id if annotation_id >= 0 else None)
+
 
 # --------------------------------------------------------------------------------------------------------- annotations
 
@@ -155,6 +186,111 @@ def findings_of_parser(kind: str, split: Split) -> Iterator[Finding]:
         file = os.path.join(split.images.image_folder, name) if name else split.annotations.source
         known_id = annotation_id if annotation_id >= 0 else None
         yield Finding("", split.name, file, "", image_id, known_id)
+
+
+def _format_bbox(box_xyxy: np.ndarray) -> str:
+    x0, y0, x1, y1 = box_xyxy.tolist()
+    return f"bbox [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}]"
+
+
+def find_unlisted_sizes(split: Split) -> Iterator[Finding]:
+    unlisted = ~split.annotations.sizes_hw.all(1)  # [I]
+    return (split.finding(index) for index in np.flatnonzero(unlisted))
+
+
+def find_boxes_outside_files(split: Split) -> Iterator[Finding]:
+    """Yield the boxes that are outside their image, where only the file tells its size."""
+    for row in np.flatnonzero(_outside_files(split)):
+        index = np.searchsorted(split.annotations.offsets, row, side="right") - 1
+        height, width = split.sizes_hw[index]
+        yield split.box_finding(row, f", the file has {width} x {height} pixels")
+
+
+def _outside_files(split: Split) -> np.ndarray:
+    """Return which boxes are outside the pixels of their file, bool [A]. The parser skips those of listed sizes."""
+    annotations = split.annotations
+    return ~has_visible_area(annotations.boxes_xyxy_abs, split.sizes_hw[annotations.image_indices])
+
+
+def find_boxes_partly_outside(split: Split) -> Iterator[Finding]:
+    """Yield what the parser recorded, and the same where only the file tells the size of an image."""
+    yield from findings_of_parser("box partly outside", split)
+    annotations = split.annotations
+    listed = annotations.sizes_hw.all(1)  # [I]
+    sizes = np.where(listed[:, None], 0, split.sizes_hw)[annotations.image_indices]  # [A, 2]
+    exceeds = sizes.all(1) & exceeds_image(annotations.boxes_xyxy_abs, sizes)
+    for row in np.flatnonzero(exceeds & ~_outside_files(split)):
+        yield split.box_finding(row)
+
+
+def find_fraction_boxes(split: Split) -> Iterator[Finding]:
+    return (split.box_finding(row) for row in np.flatnonzero(_in_first_pixel(split.annotations)))
+
+
+def _in_first_pixel(annotations: Annotations) -> np.ndarray:
+    """Return which boxes end within the first pixel, bool [A], as fractions of the image do; 1 may be rounded up."""
+    return (annotations.boxes_xyxy_abs[:, 2:] <= 1.01).all(1)
+
+
+def find_percent_boxes(split: Split) -> Iterator[Finding]:
+    """Yield one finding if no box ends beyond 100 in images of at least twice that size."""
+    rows, sizes_wh = _boxes_with_sizes(split)  # [N], [N, 2]
+    ends = split.annotations.boxes_xyxy_abs[rows, 2:]  # [N, 2]
+    if len(rows) < MIN_BOXES_FOR_FORMAT or (ends <= 1.01).all():
+        return
+    if (ends <= 100.5).all() and (sizes_wh >= 200).all():
+        width, height = sizes_wh.min(0)
+        detail = (
+            f"no box ends beyond 100, in images of at least {width} x {height} pixels, such as "
+            f"{split.box_finding(rows[0])}"
+        )
+        yield Finding("", split.name, split.annotations.source, detail)
+
+
+def find_corner_boxes(split: Split) -> Iterator[Finding]:
+    """Yield one finding if `bbox` looks like [x0, y0, x1, y1] instead of [x, y, width, height].
+
+    As corners, all boxes must be inside their image. As [x, y, width, height], some of them must exceed it, or `area`
+    must be that between the corners.
+    """
+    rows, sizes_wh = _boxes_with_sizes(split)  # [N], [N, 2]
+    if len(rows) < MIN_BOXES_FOR_FORMAT:
+        return
+    boxes = split.annotations.boxes_xyxy_abs[rows].astype(np.float64)  # [N, 4]
+    first, second = (
+        boxes[:, :2],
+        boxes[:, 2:] - boxes[:, :2],
+    )  # the first and the last two numbers of `bbox`
+    are_corners = (second > first).all(1) & (second <= sizes_wh + 1).all(1)
+    if are_corners.mean() < 0.99:
+        return
+
+    exceeds = (boxes[:, 2:] > sizes_wh + 1).any(1)
+    areas = split.annotations.areas[rows]
+    between = (second - first).prod(1)
+    # `area` may be rounded. That of a box at the origin is the same in both formats.
+    by_area = np.isclose(areas, between, rtol=0.01, atol=1) & ~np.isclose(
+        areas, second.prod(1), rtol=0.01, atol=1
+    )
+    if exceeds.mean() >= 0.1 or by_area.mean() >= 0.9:
+        detail = f"{len(rows)} boxes, such as {split.box_finding(rows[0])}"
+        yield Finding("", split.name, split.annotations.source, detail)
+
+
+def _boxes_with_sizes(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows [N] of the objects in images of known size, and these sizes, (width, height), [N, 2]."""
+    sizes_wh = split.sizes_hw[split.annotations.image_indices, ::-1]  # [A, 2]
+    rows = np.flatnonzero(sizes_wh.all(1))
+    return rows, sizes_wh[rows]
+
+
+def find_categories_without_boxes(split: Split) -> Iterator[Finding]:
+    """Yield the classes of the training set that nothing can teach."""
+    if split.name != "train":
+        return
+    names = split.annotations.class_names
+    for label in np.setdiff1d(list(names), split.annotations.labels).tolist():
+        yield Finding("", split.name, split.annotations.source, f"'{names[label]}'")
 
 
 def find_labels_out_of_range(split: Split) -> Iterator[Finding]:
@@ -189,9 +325,8 @@ def find_duplicate_boxes(split: Split) -> Iterator[Finding]:
         if key not in seen:
             seen.add(key)
             continue
-        x0, y0, x1, y1 = annotations.boxes_xyxy_abs[row].tolist()
         name = annotations.class_names[int(annotations.labels[row])]
-        detail = f"{name}, bbox [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}]"
+        detail = f"{name}, {_format_bbox(annotations.boxes_xyxy_abs[row])}"
         yield split.finding(annotations.image_indices[row], detail)
 
 
@@ -369,7 +504,56 @@ ANNOTATION_CHECKS = (
         kind="category out of range",
         severity="problem",
         find=find_labels_out_of_range,
-        meaning="needs a larger --num_classes",
+        meaning="no row in the class head: --dataset_file custom numbers the classes from 0; or a larger --num_classes",
+    ),
+    Check(
+        kind="box in fractions",
+        severity="problem",
+        find=find_fraction_boxes,
+        meaning="within the first pixel: scale fractions by the width and height of the image",
+    ),
+    Check(
+        kind="boxes in percent",
+        severity="problem",
+        find=find_percent_boxes,
+        meaning="boxes look like percentages: bbox is in pixels, so scale them by the image's size / 100",
+    ),
+    Check(
+        kind="boxes as corners",
+        severity="problem",
+        find=find_corner_boxes,
+        meaning="boxes look like [x0, y0, x1, y1]: bbox is [x, y, width, height], so subtract x0 and y0",
+    ),
+    Check(
+        kind="box outside file",
+        severity="problem",
+        find=find_boxes_outside_files,
+        meaning="no image size is listed, and the box is outside the pixels of the file: it is skipped in training "
+        "and counts as missed in evaluation; boxes must be in pixels of the image file",
+    ),
+    Check(
+        kind="many crowds",
+        severity="warning",
+        find=None,
+        meaning="iscrowd 1: not trained on and not counted in AP. Single objects, such as CVAT's masks, need iscrowd 0",
+    ),
+    Check(
+        kind="marked ignore",
+        severity="warning",
+        find=None,
+        meaning="ignore 1: treated as a crowd, not trained on and not counted in AP",
+    ),
+    Check(
+        kind="rotated box",
+        severity="warning",
+        find=None,
+        meaning="attributes.rotation of CVAT: the upright box around the rotated rectangle is used",
+    ),
+    Check(
+        kind="area unusable",
+        severity="warning",
+        find=None,
+        meaning="not finite, 0 or less, or larger than the box: AP by size uses the area of the box",
     ),
     Check(
         kind="more objects than queries",
@@ -380,7 +564,7 @@ ANNOTATION_CHECKS = (
     Check(
         kind="box partly outside",
         severity="warning",
-        find=None,
+        find=find_boxes_partly_outside,
         meaning="clipped to its image in training",
     ),
     Check(
@@ -400,6 +584,24 @@ ANNOTATION_CHECKS = (
         severity="info",
         find=find_images_without_objects,
         meaning="an image without boxes",
+    ),
+    Check(
+        kind="crowd",
+        severity="info",
+        find=None,
+        meaning="iscrowd 1: not trained on, and not counted in AP",
+    ),
+    Check(
+        kind="category without boxes",
+        severity="info",
+        find=find_categories_without_boxes,
+        meaning="can't be learned: remove it from the categories if it is not a class",
+    ),
+    Check(
+        kind="size not listed",
+        severity="info",
+        find=find_unlisted_sizes,
+        meaning="no width and height, or 0: those of the file are used",
     ),
 )
 PAIR_CHECKS = (
@@ -426,8 +628,15 @@ KINDS = {check.kind: check for check in CHECKS}
 # What a sample of the images shows at the start of a run. `probe_images` reports unreadable images and wrong sizes.
 SAMPLE_KINDS = ("rotated by EXIF", "one color", "fewer than 16 bits", "transparent")
 
-# The parser logs what it skips. It keeps boxes that are only partly outside, and does not log them.
-LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
+# The parser logs the boxes that it skips since they can't be used. What it only records is logged here.
+LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {
+    "box partly outside",
+    "many crowds",
+    "marked ignore",
+    "rotated box",
+    "area unusable",
+    "crowd",
+}
 
 
 def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> list[Finding]:
@@ -469,7 +678,8 @@ def run_startup_checks(
         Statistics of the data, which the run records in its settings file.
 
     Raises:
-        UserError: none of the images that were loaded can be used, or the training set has no box.
+        UserError: none of the images that were loaded can be used, or the training set has no box in pixels of its
+            images.
     """
     splits = [
         Split(name, dataset, settings.num_queries, getattr(dataset, "num_classes", 0))
@@ -485,7 +695,9 @@ def run_startup_checks(
         if split.annotations is not None:
             record[split.name].update(summarize_annotations(split.annotations))
             logged_by_parser += len(split.annotations.findings.keys() & LOGGED_BY_PARSER)
-            warned += _check_has_boxes(split)
+            warned += _check_has_boxes(split, settings)
+            if split.name == "train":
+                _refuse_unusable_boxes(split)
 
     _log_rotations(splits, record)
 
@@ -602,7 +814,7 @@ def summarize_annotations(annotations: Annotations) -> dict[str, object]:
     }
 
 
-def _check_has_boxes(split: Split) -> list[str]:
+def _check_has_boxes(split: Split, settings: Settings) -> list[str]:
     """Return a warning if a validation set has no box.
 
     Raises:
@@ -616,4 +828,27 @@ def _check_has_boxes(split: Split) -> list[str]:
             f"{source} has no box that can be trained on: check its annotations, or pre-train without labels with "
             "main.py"
         )
+    if settings.eval:
+        return [f"{source} has no box: results.json gets the detections, there is no AP"]
     return [f"{source} has no box: AP will be -1"]
+
+
+def _refuse_unusable_boxes(split: Split) -> None:
+    """Check that some boxes are in pixels of the image files.
+
+    Raises:
+        UserError: all boxes are fractions, or most are outside their files.
+    """
+    source, count = split.annotations.source, len(split.annotations.labels)
+    if _in_first_pixel(split.annotations).all():
+        raise UserError(
+            f"{source}: all {count} boxes are within the first pixel, the first is {split.box_finding(0)}: bbox is in "
+            "pixels, so scale fractions by the width and height of the image"
+        )
+    rows, _ = _boxes_with_sizes(split)
+    outside = _outside_files(split)[rows]
+    if outside.sum() > len(rows) / 2:  # then the others are in wrong places, too
+        raise UserError(
+            f"{source}: {outside.sum()} of {len(rows)} boxes that were tried are outside the pixels of their image "
+            f"files, the first: {next(find_boxes_outside_files(split))}; give boxes in pixels of the files"
+        )

@@ -157,7 +157,13 @@ class CocoDetection(SampleDataset):
                 f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
                 f"{listed_height} in {self.annotation_file} (rotated or resized?{forced})"
             )
-        return self.transforms(image, self.annotations.target(index, (height, width)), rng)
+        target = self.annotations.target(index, (height, width))
+        annotated = self.annotations.offsets[index + 1] - self.annotations.offsets[index]
+        dropped = int(annotated) - len(target["boxes"])
+        image, target = self.transforms(image, target, rng)
+        if dropped:
+            target["dropped_boxes"] = [(self.path(index), dropped)]
+        return image, target
 
 
 class ConvertedDetection(CocoDetection):
@@ -186,7 +192,7 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
             "--dataset_file custom --val_images DIR --val_annotations FILE"
         )
     image_folder, annotation_file = coco_files(coco_root(settings), image_set)
-    annotations, ground_truth = read_annotations(annotation_file, image_set)
+    annotations, ground_truth = read_annotations(annotation_file, image_set, settings.eval)
     return CocoDetection(
         image_folder,
         filter_annotations(annotations, image_folder, image_set, settings),
@@ -197,16 +203,24 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
     )
 
 
-def read_annotations(path: str, image_set: str) -> tuple[Annotations, GroundTruth | None]:
+def read_annotations(
+    path: str, image_set: str, only_detect: bool = False
+) -> tuple[Annotations, GroundTruth | None]:
     """Read a COCO file and return (annotations, ground truth for evaluators).
 
     The ground truth is None for "train". For "val", both come from a single read of the file.
+
+    Args:
+        only_detect: accept a file that only lists images, such as COCO's image_info_test-dev2017.json: its annotations
+            are kept by an evaluation server.
 
     Raises:
         UserError: see `read_coco`.
     """
     with gc_paused():
         content = read_json(path)
+        if only_detect and isinstance(content, dict) and "annotations" not in content:
+            content = {"categories": [], **content, "annotations": []}
         annotations = parse_coco(content, path)
         ground_truth = build_ground_truth(content) if image_set == "val" else None
     return annotations, ground_truth
@@ -251,14 +265,25 @@ def filter_annotations(
         annotations = few_shot_subset(annotations, settings)
 
     log.info(
-        "%s: %d images, %d without objects, %d boxes, %d classes",
+        "%s: %d images, %d without objects, %d boxes, %d classes%s",
         annotations.source,
         len(annotations),
         (np.diff(annotations.offsets) == 0).sum(),
         len(annotations.labels),
         len(annotations.class_names),
+        _unused_classes(annotations),
     )
     return annotations
+
+
+def _unused_classes(annotations: Annotations) -> str:
+    """Return which classes have no box, as text for the log: some programs list a parent category such as "objects"."""
+    used = set(np.unique(annotations.labels).tolist())
+    unused = [name for label, name in annotations.class_names.items() if label not in used]
+    if not unused:
+        return ""
+    more = ", ..." if unused[3:] else ""
+    return f", {len(unused)} of them without boxes ({', '.join(unused[:3])}{more})"
 
 
 def _drop_missing_files(annotations: Annotations, image_folder: str) -> Annotations:

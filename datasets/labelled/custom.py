@@ -52,7 +52,7 @@ def build_custom(
     if from_xml:
         annotations, ground_truth = read_xml_folder(file), None
     else:
-        annotations, ground_truth = read_annotations(file, image_set)
+        annotations, ground_truth = read_annotations(file, image_set, settings.eval)
     annotations = filter_annotations(annotations, folder, image_set, settings)
 
     _check_class_names(annotations)

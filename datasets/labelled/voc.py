@@ -15,7 +15,11 @@ import numpy as np
 from datasets.evaluators.voc import VocEvaluator
 from datasets.images.packed_strings import PackedStrings
 from datasets.images.unlabelled import ListedImages
-from datasets.labelled.annotations import Annotations, annotations_from_columns
+from datasets.labelled.annotations import (
+    Annotations,
+    annotations_from_columns,
+    box_around_rotated,
+)
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
 from util.checkpoints.classes import Classes
 from util.errors import UserError
@@ -223,8 +227,8 @@ def read_xml(path: str) -> dict[str, Any]:
     pixels, so xmin and ymin are reduced by 1.
 
     Returns:
-        {"file": its <filename>, "size_hw": (height, width), "objects": [(name, box, difficult), ...]}, where a box is
-        (x0, y0, x1, y1) in pixels.
+        {"file": its <filename>, "size_hw": (height, width), "objects": [(name, box, difficult), ...], "rotations":
+        CVAT's angle of each box in degrees, 0 if it has none}, where a box is (x0, y0, x1, y1) in pixels.
 
     Raises:
         UserError: the file is missing or not XML, or an object has no name or no numbers for its corners.
@@ -241,6 +245,7 @@ def read_xml(path: str) -> dict[str, Any]:
 
     try:
         objects = [_parse_object(element) for element in root.findall("object")]
+        rotations = [_parse_rotation(element) for element in root.findall("object")]
         size = tuple(int(float(root.findtext(f"size/{name}") or 0)) for name in ("height", "width"))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
@@ -248,7 +253,8 @@ def read_xml(path: str) -> dict[str, Any]:
             f"numbers ({error}): correct it"
         ) from error
     # The file name may be on a line of its own.
-    return {"file": (root.findtext("filename") or "").strip(), "size_hw": size, "objects": objects}
+    file = (root.findtext("filename") or "").strip()
+    return {"file": file, "size_hw": size, "objects": objects, "rotations": rotations}
 
 
 def _parse_object(element: ElementTree.Element) -> tuple[str, tuple[float, ...], bool]:
@@ -258,6 +264,26 @@ def _parse_object(element: ElementTree.Element) -> tuple[str, tuple[float, ...],
     x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
     difficult = bool(int(element.findtext("difficult") or 0))
     return name.strip(), (x0 - 1, y0 - 1, x1, y1), difficult
+
+
+def _parse_rotation(element: ElementTree.Element) -> float:
+    degrees = float(element.findtext("attributes/attribute[name='rotation']/value") or 0)
+    return degrees if np.isfinite(degrees) else 0.0
+
+
+def _rotate_boxes(
+    boxes_xyxy: np.ndarray, records: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which boxes of XML files are rotated, bool [A], and all boxes, float32 [A, 4], with these replaced."""
+    degrees = [angle for record in records for angle in record["rotations"]]
+    rotated = np.array(degrees, dtype=np.float64) % 180 != 0  # [A]
+    if not rotated.any():
+        return rotated, boxes_xyxy
+    boxes_xywh = boxes_xyxy.astype(np.float64)
+    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+    around = box_around_rotated(boxes_xywh, np.array(degrees, dtype=np.float64))
+    around[:, 2:] += around[:, :2]
+    return rotated, around.astype(np.float32)
 
 
 def annotations_from_xml(
@@ -295,12 +321,14 @@ def annotations_from_xml(
     ids = np.array(image_ids, dtype=np.int64)  # [I]
     image_of_object = ids[[i for i, *_ in objects]] if objects else np.zeros(0, np.int64)  # [A]
     box = np.array([box for _, _, _, box, _ in objects], dtype=np.float32).reshape(-1, 4)  # [A, 4]
+    rotated, box = _rotate_boxes(box, records)
     columns = {
         "id": np.array([number for _, number, *_ in objects], dtype=np.int64),
         "image": image_of_object,
         "label": np.array([labels[name] for _, _, name, *_ in objects], dtype=np.int64),
         "crowd": np.zeros(len(objects), dtype=bool),
         "box": box,
+        "rotated": rotated,
         "area": (box[:, 2:] - box[:, :2]).prod(1),
         "difficult": np.array([difficult for *_, difficult in objects], dtype=bool),
     }

@@ -167,6 +167,7 @@ FOUND_IN_TRAIN = {
     ("duplicate image", "000009.png", "10/"),
     ("duplicate image", "000010.png", "12/"),
     ("file name twice", "000010.png", "12/"),
+    ("category without boxes", f"instances_{TRAIN}.json", "/"),
 }
 
 

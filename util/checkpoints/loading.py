@@ -118,6 +118,7 @@ def load_pretrained(
                 loaded[key] = fitted
 
     _check_complete(loaded, target, report, source)
+    _note_foreign_classes(model, checkpoint, class_names, head, report)
     # Not strict: what is missing keeps its initial values and is in the report.
     model.load_state_dict(loaded, strict=False)
     report.loaded = {key: target[key].numel() for key in target if key in loaded}
@@ -265,6 +266,27 @@ def _fit_class_head(
     rows, source_rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
     fitted[rows] = tensor.to(fitted)[source_rows]  # [matching rows, D], of a bias [matching rows]
     return fitted
+
+
+def _note_foreign_classes(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    class_names: Mapping[int, str] | None,
+    head: _ClassHead,
+    report: LoadReport,
+) -> None:
+    """Add a note if a class head that is loaded whole brings classes that the data do not have."""
+    if not head.loads or head.rows is not None or not class_names:
+        return
+    rows = count_classes(model.state_dict(), infer_classification(checkpoint))
+    classes = infer_classes(checkpoint)
+    foreign = [name for row, name in classes.names.items() if row not in class_names]
+    if classes.num_classes == rows and foreign:
+        count = rows - sum(row < rows for row in class_names)
+        report.notes.append(
+            f"class_embed: {count} of {rows} class rows are not classes of the data (such as '{foreign[0]}'), and may "
+            "still be predicted; --dataset_file custom makes a class head of the data's classes alone"
+        )
 
 
 def _encoder_head_key(target: Mapping[str, Tensor]) -> str:

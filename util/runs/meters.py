@@ -33,6 +33,8 @@ class BadImages:
         count: how often one of them was replaced.
         boxless_seen, boxless_count: the same of images with too few proposals for the pretext. Only the first is
             reported: with sparse proposals, half of a dataset may be of this kind.
+        dropped_boxes: path -> number of boxes outside an image whose size the annotations do not list.
+        num_reported: images of `dropped_boxes` that were reported.
     """
 
     def __init__(self) -> None:
@@ -40,6 +42,8 @@ class BadImages:
         self.count = 0
         self.boxless_seen: set[str] = set()
         self.boxless_count = 0
+        self.dropped_boxes: dict[str, int] = {}  # path -> number of boxes
+        self.num_reported = 0  # images of `dropped_boxes`
 
     def add(self, problems: list[tuple[str, str]]) -> None:
         """Add a batch's bad images.
@@ -74,6 +78,22 @@ class BadImages:
                 self.boxless_count - num_boxless_before,
                 len(self.boxless_seen),
             )
+        self.warn_of_dropped_boxes()
+
+    def add_dropped_boxes(self, dropped: list[tuple[str, int]]) -> None:
+        """dropped: (path, number of boxes) of each image."""
+        self.dropped_boxes.update(dropped)
+
+    def warn_of_dropped_boxes(self) -> None:
+        """Log the number of dropped boxes, again only if more images have some."""
+        if len(self.dropped_boxes) > self.num_reported:
+            log.warning(
+                "box outside file: %d in %d images without a listed size are skipped, the first image is %s",
+                sum(self.dropped_boxes.values()),
+                len(self.dropped_boxes),
+                next(iter(self.dropped_boxes)),
+            )
+            self.num_reported = len(self.dropped_boxes)
 
     def warn_of_missed_objects(self) -> None:
         """Warn at the end of an evaluation, where bad images lower the metrics."""

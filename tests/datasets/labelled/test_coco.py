@@ -85,6 +85,7 @@ def coco_args(root: Path | None, **changes) -> Settings:
             "split_file": None,
             "filter_pct": -1.0,
             "few_shot": None,
+            "eval": False,
             **changes,
         }
     )
@@ -126,7 +127,8 @@ def test_unusable_boxes_are_skipped_with_a_warning(
     assert len(annotations.labels) == 3
     (line,) = caplog.messages
     assert message in line
-    assert line.startswith("some.json: 1 annotations")
+    assert line.startswith("some.json: 1 annotation ")
+    assert " is skipped" in line
     assert f"annotation 9 of image {bad['image_id']}" in line
 
 
@@ -308,6 +310,20 @@ def test_missing_folder_or_file_raises(tmp_path: Path) -> None:
         build_dataset("val", coco_args(tmp_path))
 
 
+def test_file_without_annotations_is_only_for_evaluation(tmp_path: Path) -> None:
+    """COCO's image_info_test-dev2017.json: an evaluation server keeps the annotations."""
+    for key in ("annotations", "categories"):
+        images = content([])
+        del images["annotations"]
+        images.pop(key, None)
+        write_coco(tmp_path, images, "val2017", "val2017")
+        dataset = build_dataset("val", coco_args(tmp_path, eval=True))
+        assert dataset.annotations.image_ids.tolist() == [10, 11, 12]
+        assert dataset.ground_truth["annotations"] == []
+        with pytest.raises(UserError, match="has no list '(annotations|categories)'"):
+            build_dataset("val", coco_args(tmp_path, eval=False))
+
+
 def test_sample_is_determined_by_epoch_and_index(tmp_path: Path) -> None:
     dataset = build_dataset("train", coco_args(write_coco(tmp_path)))
     image, target = dataset[(1, 1)]
@@ -348,6 +364,9 @@ def test_num_classes(tmp_path: Path) -> None:
         "train", coco_args(tmp_path, num_classes=90), allow_any_num_classes=True
     )
     assert dataset.num_classes == 121
+    write_coco(tmp_path, content([record(1, 11, [1, 1, 2, 3], category_id=2_905_442)]))
+    with pytest.raises(UserError, match="2905443 rows for 3 classes .* --dataset_file custom"):
+        build_dataset("train", coco_args(tmp_path))
 
 
 def test_missing_image_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

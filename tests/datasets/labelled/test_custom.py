@@ -287,6 +287,25 @@ def test_evaluation_needs_only_the_validation_flags(
     assert of_evaluation == expected
 
 
+def test_images_without_annotations_get_results_and_no_metrics(
+    run: Path, dataset_root: Path, tmp_path: Path
+) -> None:
+    """As those of an evaluation server: results with the ids of the file."""
+    path = changed(dataset_root, tmp_path, "val", lambda content: content.pop("annotations"))
+    flags = custom_dataset_flags(dataset_root, "val", val_annotations=path)
+    out = tmp_path / "out"
+    with captured_log() as lines:
+        fine_tune("--eval", "--resume", run / "checkpoint.pth", "--output_dir", out, *flags)
+    results = json.loads((out / "results.json").read_text())
+    expected = json.loads((run / "results.json").read_text())
+    assert results == expected
+    assert not (out / "metrics.json").exists()
+    assert not (out / "per_class.json").exists()
+    assert f"no metrics: {path} has no box" in lines
+    assert lines[-1] == f"detections (results.json) and result.html are in {out}"
+    assert not any(line.startswith("AP ") for line in lines)
+
+
 def test_dataset_file_coco_refuses_a_custom_class_head(run: Path, tmp_path: Path) -> None:
     data = ("--dataset_file", "coco", "--coco_path", write_coco(tmp_path / "coco"))
     with pytest.raises(UserError, match="--dataset_file custom --val_images"):

@@ -411,7 +411,9 @@ def test_study_end_to_end(
     with pytest.raises(UserError, match=f"1 of 3 runs failed: {name}"):
         study("run", *words)
     assert study("run", *words)[-1] == "all runs are done"
-    assert "training is complete: epoch 1 of 1" in (out / f"{name}.log").read_text(), "only the evaluation was missing"
+    assert "training is complete: epoch 1 of 1" in (out / f"{name}.log").read_text(), (
+        "only the evaluation was missing"
+    )
     assert [entry["epoch"] for entry in read_log(out / name)] == [0]
     ap = read_log(out / name)[-1]["test_coco_eval_bbox"][0]
     assert read_evaluations(out, read_steps(out, read_study(out)))["AP"].tolist() == [ap]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from util import coco
 from util.checkpoints.adoption import adopt_architecture, adopt_settings
 from util.checkpoints.architecture import infer_resnet
 from util.checkpoints.checkpoint import (
@@ -354,6 +355,17 @@ def test_class_rows_are_matched_by_name():
     assert torch.equal(head[3], old[4]), "no object"
     assert torch.equal(model.class_embed.bias[2], state["class_embed.bias"][0])
     assert report.notes == ["class_embed: 2 of 3 class rows kept by name"]
+
+
+def test_class_rows_that_the_data_lack_are_noted():
+    """A COCO head without class names is loaded whole, also for data with other classes under its ids."""
+    state = detector_state(seed=1, classes=91)
+    model = module_of(detector_state(seed=2, classes=91))
+    report = load_pretrained(model, checkpoint_of(state), {1: "square", 2: "disc", 3: "bar"})
+    (note,) = report.notes
+    assert "88 of 91 class rows are not classes of the data (such as 'motorcycle')" in note
+    assert "--dataset_file custom" in note
+    assert load_pretrained(model, checkpoint_of(state), coco.CLASS_NAMES).notes == []
 
 
 def test_focal_head_has_no_background_row():
