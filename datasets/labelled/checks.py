@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from PIL import Image
 from datasets.images.image_folder import ImageFile, ImageFiles, open_file, open_image
 from datasets.labelled.annotations import Annotations
 from datasets.sample import BadImageError, SampleDataset
+from util.checkpoints.classes import fold_class_name
 from util.errors import UserError
 from util.logger import log
 from util.random_state import SampleRNG
@@ -164,11 +165,21 @@ def group_by_pixels(split: Split) -> dict[bytes, list[int]]:
 def findings_of_parser(kind: str, split: Split) -> Iterator[Finding]:
     """Yield what `datasets.labelled.annotations` recorded while it parsed the file."""
     ids, names = split.annotations.findings.get(kind, (np.zeros((0, 2)), ()))
+    notes = split.annotations.image_notes.get(kind, {})
     for (annotation_id, image_id), name in zip(ids.tolist(), names, strict=True):
         # An unlisted image has no file name: point to the annotation file instead.
         file = os.path.join(split.images.image_folder, name) if name else split.annotations.source
         known_id = annotation_id if annotation_id >= 0 else None
-        yield Finding("", split.name, file, "", image_id, known_id)
+        known_image = image_id if image_id >= 0 else None
+        yield Finding("", split.name, file, notes.get(image_id, ""), known_image, known_id)
+
+
+def find_noted_images(kind: str, split: Split) -> Iterator[Finding]:
+    """Yield the images of which the parser recorded a text in `image_notes`."""
+    notes = split.annotations.image_notes.get(kind, {})
+    if notes:
+        for index in np.flatnonzero(np.isin(split.annotations.image_ids, list(notes))):
+            yield split.finding(index, notes[int(split.annotations.image_ids[index])])
 
 
 def find_labels_out_of_range(split: Split) -> Iterator[Finding]:
@@ -225,6 +236,25 @@ def find_duplicate_file_names(split: Split) -> Iterator[Finding]:
 def find_images_without_objects(split: Split) -> Iterator[Finding]:
     counts = np.diff(split.annotations.offsets)
     return (split.finding(index) for index in np.flatnonzero(counts == 0))
+
+
+# --------------------------------------------------------------------------------------------------------- class names
+
+
+def find_broken_class_names(split: Split) -> Iterator[Finding]:
+    """Yield class names with half of a surrogate pair, which JSON can express. They are not valid Unicode."""
+    for label, name in split.annotations.class_names.items():
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            yield Finding("", split.name, split.annotations.source, f"class {label} is {name!a}")
+
+
+def find_similar_class_names(split: Split) -> Iterator[Finding]:
+    """Yield class names that are the same apart from case, spaces and the encoding of accents."""
+    first: dict[str, str] = {}
+    for name in split.annotations.class_names.values():
+        other = first.setdefault(fold_class_name(name), name)
+        if other != name:
+            yield Finding("", split.name, split.annotations.source, f"{other!r} and {name!r}")
 
 
 # --------------------------------------------------------------------------------------------- training and validation
@@ -421,6 +451,36 @@ ANNOTATION_CHECKS = (
         meaning="several images list the same file: keep one entry",
     ),
     Check(
+        kind="file name differs",
+        severity="warning",
+        find=partial(find_noted_images, "file name differs"),
+        meaning="the only file that the listed name can mean is used: correct the name",
+    ),
+    Check(
+        kind="XML names another image",
+        severity="warning",
+        find=partial(find_noted_images, "XML names another image"),
+        meaning="the image with the XML file's own name is used: correct <filename>",
+    ),
+    Check(
+        kind="class name broken",
+        severity="warning",
+        find=find_broken_class_names,
+        meaning="not valid Unicode, shown with its code: correct it",
+    ),
+    Check(
+        kind="class names alike",
+        severity="warning",
+        find=find_similar_class_names,
+        meaning="two classes differ only in case, spaces or accents' encoding: merge them if they are one",
+    ),
+    Check(
+        kind="image without XML file",
+        severity="info",
+        find=None,
+        meaning="in the image folder, but no XML file is about it; not used",
+    ),
+    Check(
         kind="no objects",
         severity="info",
         find=find_images_without_objects,
@@ -449,7 +509,9 @@ CHECKS = sorted(
 KINDS = {check.kind: check for check in CHECKS}
 
 # The parser logs what it skips. It keeps boxes that are only partly outside, and does not log them.
-LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
+LOGGED_BY_PARSER = {
+    check.kind for check in CHECKS if check.find is None and check.severity != "info"
+} - {"box partly outside"}
 
 
 def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> list[Finding]:
