@@ -244,12 +244,25 @@ def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
         {key: image[key] for key in image_keys if image.get(key) is not None}
         for image in content["images"]
     ]
+    for image in images:
+        if "file_name" in image:
+            image["file_name"] = _valid_unicode(image["file_name"])
     return {
         "info": {},
         "images": images,
         "annotations": [_complete(a, i) for i, a in enumerate(evaluated, start=1)],
-        "categories": [{"id": category_id, "name": name} for category_id, name in names.items()],
+        "categories": [
+            {"id": category_id, "name": _valid_unicode(name)} for category_id, name in names.items()
+        ],
     }
+
+
+def _valid_unicode(text: str) -> str:
+    """Return a text that can be encoded in UTF-8, which hotcoco does.
+
+    JSON may have half of a surrogate pair, and Python represents the bytes of other file names by such halves.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _complete(annotation: Mapping[str, Any], annotation_id: int) -> dict[str, Any]:
