@@ -174,7 +174,12 @@ def _read_image_sets(root: str, image_sets: Sequence[str]) -> Iterable[tuple[str
                 "--voc_val, such as 2012_trainval"
             ) from error
         # The lists of a single class have a second column.
-        yield from ((year, line.split()[0]) for line in lines if line.strip())
+        yield from ((year, _image_name(line.split()[0])) for line in lines if line.strip())
+
+
+def _image_name(word: str) -> str:
+    """Return the name in a line of an image set. Other programs write it with folder and extension."""
+    return re.sub(r"(?i)\.(jpe?g|png|xml)$", "", word.replace("\\", "/").rpartition("/")[2])
 
 
 def detreg_image_id(name: str) -> int:

@@ -263,6 +263,17 @@ def test_box_outside_its_image_is_skipped_with_a_warning(devkit: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("form", "encoding"), [("{}", "utf-8-sig"), ("{}", "utf-16"), ("JPEGImages\\{}.JPG", "utf-8")]
+)
+def test_image_sets_of_other_programs(form: str, encoding: str, devkit: Path) -> None:
+    expected = read_voc(str(devkit), ["2007_trainval"]).fingerprint()
+    path = devkit / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
+    names = path.read_text().split()
+    path.write_bytes("".join(f"{form.format(name)}\r\n" for name in names).encode(encoding))
+    assert read_voc(str(devkit), ["2007_trainval"]).fingerprint() == expected
+
+
 # ---------------------------------------------------------------------------------- custom XML files, COCO-style files
 
 
