@@ -103,17 +103,17 @@ class Predictions:
         rows: the entries of predictions.json.
         page: (title, image, boxes) of the first images, for the page.
         problems: (path, reason) of each image that could not be read.
-        not_drawn: (path, reason) of each picture that could not be written.
         num_images_with_objects: images with at least one object above the threshold.
         best_score: highest score of all images, also below the threshold.
+        not_drawn: (path, reason) of each picture that could not be written.
     """
 
     rows: list[dict] = field(default_factory=list)
     page: list[tuple] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-    not_drawn: list[tuple[str, str]] = field(default_factory=list)
     num_images_with_objects: int = 0
     best_score: float = 0.0
+    not_drawn: list[tuple[str, str]] = field(default_factory=list)
 
 
 def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predictions:

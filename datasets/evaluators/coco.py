@@ -47,10 +47,29 @@ def _hotcoco(
 ) -> PrecisionRecall:
     import hotcoco
 
-    coco = hotcoco.COCO(ground_truth)
+    coco = hotcoco.COCO(_with_valid_names(ground_truth))
     evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
     evaluation.params.max_dets = list(limits)
     return _run(evaluation)
+
+
+def _with_valid_names(ground_truth: GroundTruth) -> GroundTruth:
+    """Return the ground truth with names that can be encoded in UTF-8, which hotcoco does; they change no metric.
+
+    JSON may have half of a surrogate pair, and Python represents the bytes of file names in Latin-1 by such halves.
+    """
+
+    def fix(record: dict[str, Any], key: str) -> dict[str, Any]:
+        name = record.get(key)
+        if not isinstance(name, str):
+            return record
+        return {**record, key: name.encode("utf-8", "backslashreplace").decode()}
+
+    return {
+        **ground_truth,
+        "images": [fix(image, "file_name") for image in ground_truth["images"]],
+        "categories": [fix(category, "name") for category in ground_truth["categories"]],
+    }
 
 
 def _pycocotools(
@@ -244,25 +263,12 @@ def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
         {key: image[key] for key in image_keys if image.get(key) is not None}
         for image in content["images"]
     ]
-    for image in images:
-        if "file_name" in image:
-            image["file_name"] = _valid_unicode(image["file_name"])
     return {
         "info": {},
         "images": images,
         "annotations": [_complete(a, i) for i, a in enumerate(evaluated, start=1)],
-        "categories": [
-            {"id": category_id, "name": _valid_unicode(name)} for category_id, name in names.items()
-        ],
+        "categories": [{"id": category_id, "name": name} for category_id, name in names.items()],
     }
-
-
-def _valid_unicode(text: str) -> str:
-    """Return a text that can be encoded in UTF-8, which hotcoco does.
-
-    JSON may have half of a surrogate pair, and Python represents the bytes of other file names by such halves.
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _complete(annotation: Mapping[str, Any], annotation_id: int) -> dict[str, Any]:

@@ -477,7 +477,7 @@ ANNOTATION_CHECKS = (
     Check(
         kind="image without XML file",
         severity="info",
-        find=None,
+        find=partial(findings_of_parser, "image without XML file"),
         meaning="in the image folder, but no XML file is about it; not used",
     ),
     Check(
@@ -509,9 +509,7 @@ CHECKS = sorted(
 KINDS = {check.kind: check for check in CHECKS}
 
 # The parser logs what it skips. It keeps boxes that are only partly outside, and does not log them.
-LOGGED_BY_PARSER = {
-    check.kind for check in CHECKS if check.find is None and check.severity != "info"
-} - {"box partly outside"}
+LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {"box partly outside"}
 
 
 def run_checks(splits: Sequence[Split], checks: Sequence[Check] = CHECKS) -> list[Finding]:

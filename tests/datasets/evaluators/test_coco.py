@@ -244,7 +244,6 @@ def test_names_that_are_not_valid_unicode(backend: str) -> None:
     evaluator.update({5: perfect_detection()})
     summary = evaluator.summarize()
     assert summary["stats"][0] == pytest.approx(1)
-    assert summary["per_class"][0]["name"] == "100 \\ud83d"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
