@@ -244,9 +244,10 @@ def filter_annotations(
     Raises:
         UserError: all files are missing, or no image is selected.
     """
+    listed = annotations.file_names
     if image_set == "train":
         annotations = training_subset(annotations, settings)
-    annotations = _drop_missing_files(annotations, image_folder)
+    annotations = _drop_missing_files(annotations, image_folder, listed)
     if image_set == "train":
         # After missing files are dropped: all K sampled objects of a class must be in images that exist.
         annotations = few_shot_subset(annotations, settings)
@@ -262,8 +263,13 @@ def filter_annotations(
     return annotations
 
 
-def _drop_missing_files(annotations: Annotations, image_folder: str) -> Annotations:
+def _drop_missing_files(
+    annotations: Annotations, image_folder: str, listed: PackedStrings
+) -> Annotations:
     """Return the annotations of the images that exist, under the names of their files (see `match_files`).
+
+    Args:
+        listed: file names of all images, of which `annotations` may be a part.
 
     Raises:
         UserError: no image exists, or none is listed.
@@ -277,7 +283,7 @@ def _drop_missing_files(annotations: Annotations, image_folder: str) -> Annotati
         return annotations
 
     names, ids = list(annotations.file_names), annotations.image_ids.tolist()
-    matches = match_files(names, np.flatnonzero(~present).tolist(), image_folder)
+    matches = match_files(names, np.flatnonzero(~present).tolist(), image_folder, listed)
     renamed = {ids[i]: f"listed as {names[i]!r}" for i in matches.files}
     hints = {ids[i]: f"did you mean {name}?" for i, name in matches.suggestions.items()}
     present[list(matches.files)] = True

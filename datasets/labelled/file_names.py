@@ -9,7 +9,7 @@ import posixpath
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from urllib.parse import unquote
@@ -20,6 +20,7 @@ from util.errors import UserError
 
 # Extensions of the same format.
 _SAME_EXTENSION = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".tiff": ".tif"}
+SAMPLE_SIZE = 1000  # missing files that are looked up at first, and that get a suggestion
 _HASH_PREFIX = re.compile(r"^[0-9a-f]{8,}[-_]")  # Label Studio's 1a2b3c4d-name.jpg
 
 
@@ -32,12 +33,14 @@ def spellings(name: str) -> list[str]:
 
 def composed(name: str) -> str:
     """Return a name with composed accents (NFC), without spaces around it."""
+    if name.isascii():
+        return name.strip()
     return unicodedata.normalize("NFC", name).strip()
 
 
 def folded(name: str) -> str:
     """Return what names share that differ in case, accents' encoding or between .jpeg and .jpg."""
-    stem, extension = os.path.splitext(unicodedata.normalize("NFC", composed(name).casefold()))
+    stem, extension = os.path.splitext(composed(composed(name).casefold()))
     return stem + _SAME_EXTENSION.get(extension, extension)
 
 
@@ -90,6 +93,10 @@ class ImageIndex:
     def _by_base_name(self) -> dict[str, list[str]]:
         return _group(self.names, lambda name: folded(os.path.basename(name)))
 
+    @cached_property
+    def _own_name(self) -> str:
+        return folded(os.path.basename(os.path.abspath(self.folder)))
+
     def match(self, listed: str) -> str | None:
         """Return the only file that can be meant by a name, None if there is none or more than one.
 
@@ -99,29 +106,26 @@ class ImageIndex:
         if listed in self.files:
             return listed
         variants = spellings(listed)
-        inside = [name for variant in variants for name in self._without_own_folder(variant)]
-        stages = [
-            [self._by_composed.get(composed(name), []) for name in variants],
-            [self._by_folded.get(folded(name), []) for name in variants],
-            [self._by_folded.get(folded(name), []) for name in inside],
-            [
-                self._by_stem.get(folded_stem(name), [])
-                for name in (*variants, *inside)
-                if not has_image_extension(name)
-            ],
-        ]
-        for found in stages:
+        for found in self._stages(variants):
             candidates = {name for names in found for name in names}
             if candidates:
                 return candidates.pop() if len(candidates) == 1 else None
         return None
 
+    def _stages(self, variants: list[str]) -> Iterator[list[list[str]]]:
+        """Yield the files that spellings of a name can mean, the surest first."""
+        yield [self._by_composed.get(composed(name), []) for name in variants]
+        yield [self._by_folded.get(folded(name), []) for name in variants]
+        inside = [name for variant in variants for name in self._without_own_folder(variant)]
+        yield [self._by_folded.get(folded(name), []) for name in inside]
+        bare = [name for name in (*variants, *inside) if not has_image_extension(name)]
+        yield [self._by_stem.get(folded_stem(name), []) for name in bare]
+
     def _without_own_folder(self, name: str) -> Iterator[str]:
         """Yield train/a.jpg and data/train/a.jpg as a.jpg, if the image folder is called train."""
-        own = folded(os.path.basename(os.path.abspath(self.folder)))
         parts = name.split("/")
         for i, part in enumerate(parts[:-1], start=1):
-            if folded(part) == own:
+            if folded(part) == self._own_name:
                 yield "/".join(parts[i:])
 
     def with_stem(self, path: str) -> list[str]:
@@ -156,7 +160,7 @@ class Matches:
 
     Attributes:
         files: index of a listed name -> the file that it means.
-        suggestions: index of a listed name without a file -> a file that it may mean.
+        suggestions: index of a listed name without a file -> a file that it may mean; for SAMPLE_SIZE names.
         example: one of the files in the folder; empty if there is none.
     """
 
@@ -165,7 +169,9 @@ class Matches:
     example: str = ""
 
 
-def match_files(names: Sequence[str], missing: Sequence[int], folder: str) -> Matches:
+def match_files(
+    names: Sequence[str], missing: Sequence[int], folder: str, others: Iterable[str] = ()
+) -> Matches:
     """Find the files of names that don't exist in an image folder.
 
     A file is only used if no other name means it.
@@ -173,26 +179,34 @@ def match_files(names: Sequence[str], missing: Sequence[int], folder: str) -> Ma
     Args:
         names: all listed names.
         missing: indices of those without a file.
+        others: names that are listed, too, and whose files must not be used.
     """
     index = ImageIndex(folder)
     matches = Matches(example=index.names[0] if index.names else "")
     if not index.names:
         return matches
 
+    # Names without a file are among them, but none of these is spelled like a file of the folder.
     without_file = set(missing)
-    taken = {os.path.normpath(name) for i, name in enumerate(names) if i not in without_file}
+    taken = {*names, *others}
+    taken |= {os.path.normpath(name) for i, name in enumerate(names) if i not in without_file}
     meant: dict[str, list[int]] = defaultdict(list)
-    for i in missing:
-        if found := index.match(names[i]):
-            meant[found].append(i)
+    # If none of a sample has a file, the files are really absent. Looking all of them up could take minutes.
+    sample = [missing[i] for i in range(0, len(missing), max(len(missing) // SAMPLE_SIZE, 1))]
+    found = {i: index.match(names[i]) for i in sample}
+    if any(found.values()):
+        found = {i: index.match(names[i]) for i in missing}
+    for i, file in found.items():
+        if file:
+            meant[file].append(i)
     for file, rows in meant.items():
         same_entry = len({names[i] for i in rows}) == 1
         if same_entry and file not in taken:
             matches.files.update(dict.fromkeys(rows, file))
-    for i in missing:
-        if i not in matches.files and (
-            suggestion := index.match(names[i]) or index.suggest(names[i])
-        ):
+
+    left = [i for i in missing if i not in matches.files]
+    for i in left[:SAMPLE_SIZE]:
+        if suggestion := found.get(i) or index.suggest(names[i]):
             matches.suggestions[i] = suggestion
     return matches
 

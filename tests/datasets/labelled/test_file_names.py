@@ -77,6 +77,12 @@ def test_entries_with_the_same_name_share_a_file(tmp_path: Path) -> None:
     assert match_files(["a.jpg ", "a.jpg "], [0, 1], folder).files == {0: "a.jpg", 1: "a.jpg"}
 
 
+def test_files_of_other_images_are_not_used(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "train", "a.jpg")
+    assert match_files(["A.jpg"], [0], folder).files == {0: "a.jpg"}
+    assert match_files(["A.jpg"], [0], folder, ["a.jpg"]).files == {}
+
+
 # ------------------------------------------------------------------------------------------------------------ datasets
 
 
