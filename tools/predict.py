@@ -38,6 +38,8 @@ IMAGES_ON_PAGE = 12
 CLASSES_IN_SUMMARY = 8  # the most frequent ones
 NUM_WORKERS = 2
 JPEG_QUALITY = 92  # of drawn images
+# Such as a full disk, a name that the file system refuses, or an image with more pixels than a JPEG can have.
+DRAWING_ERRORS = (UserError, OSError, ValueError, MemoryError)
 DEFAULT_NAME_BYTES = 255  # of a file name, where the file system does not say
 
 
@@ -162,7 +164,7 @@ def _add_result(
     path = drawn_path(args.output_dir / DRAWN, image_id, name)
     try:
         _draw(result.image, prediction, path)
-    except (UserError, OSError, ValueError) as error:
+    except DRAWING_ERRORS as error:
         predictions.not_drawn.append((str(path), str(error)))
     if len(predictions.page) < IMAGES_ON_PAGE:
         pixels = result.image.permute(1, 2, 0).numpy()  # [H, W, 3]
@@ -257,7 +259,7 @@ def draw_page(predictions: Predictions, path: Path) -> None:
     """Write the page of the first images, and log how many pictures could not be written."""
     try:
         detection_page(predictions.page, path)
-    except (UserError, OSError, ValueError) as error:
+    except DRAWING_ERRORS as error:
         predictions.not_drawn.append((str(path), str(error)))
     if predictions.not_drawn:
         first, reason = predictions.not_drawn[0]

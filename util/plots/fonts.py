@@ -155,7 +155,7 @@ def _font_folders() -> Iterable[Path | str]:
         yield Path(matplotlib.get_data_path(), "fonts", "ttf")
     except ImportError:  # an extra
         pass
-    home = Path.home()
+    home = Path(os.path.expanduser("~"))  # unlike `Path.home`, never raises
     if sys.platform == "win32":
         yield Path(os.environ.get("WINDIR", r"C:\Windows"), "Fonts")
     elif sys.platform == "darwin":
