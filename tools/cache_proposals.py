@@ -32,6 +32,7 @@ from datasets.proposals.cache import ProposalCache
 from datasets.proposals.cache_builder import Plan, file_identity, make_chunk, merge
 from datasets.sample import BadImageError
 from util.errors import UserError
+from util.files import read_lines
 from util.logger import Progress, log
 from util.runs.session import run_script
 from util.settings import PRETRAIN, Parser, add_flags, settings, usable_cores
@@ -157,7 +158,7 @@ def build_plan(args: Namespace) -> Plan:
 def _read_image_list(path: str, folder: str) -> Iterator[str]:
     """Yield the relative paths of a list. Lists of classification data have a label after each path; it is dropped."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--list {path} can't be read ({error}): give a text file with one path per line"

@@ -45,6 +45,7 @@ from util.files import check_outside_images, make_folder, write_atomically, writ
 from util.logger import Progress, log
 from util.plots.boxes import PALETTE
 from util.plots.curves import figure_classes
+from util.plots.fonts import class_text, escape, set_fonts
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, Parser, Settings, add_flags, resolve
 from util.settings.registry import DATASETS, import_object, lookup
@@ -357,7 +358,9 @@ def _draw_classes(axes, splits: Sequence[Split], colors: dict) -> None:
         )
     shown = f" ({len(order)} of {len(names)})" if len(order) < len(names) else ""
     axes.set(title=f"classes{shown}", yscale="symlog", ylabel="count", xticks=positions)
-    axes.set_xticklabels([names[label][:16] for label in order], rotation=90, fontsize=7)
+    texts = [escape(class_text(names[label], label)[:16]) for label in order]
+    axes.set_xticklabels(texts, rotation=90, fontsize=7)
+    set_fonts(axes.get_xticklabels())
 
 
 # ---------------------------------------------------------------------------------------------------------- the command

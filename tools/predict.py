@@ -8,6 +8,7 @@ Writes `predictions.json` (COCO's results format plus file and class names), `dr
 
 import argparse
 import json
+import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -26,7 +27,8 @@ from predictor import FileResult, Prediction, Predictor
 from util.errors import UserError
 from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
-from util.plots.boxes import draw_boxes
+from util.plots.boxes import draw_boxes, label_color
+from util.plots.fonts import class_text
 from util.plots.pages import detection_page
 from util.runs.session import run_script
 from util.settings import FINETUNE, Parser, add_flags
@@ -36,6 +38,9 @@ IMAGES_ON_PAGE = 12
 CLASSES_IN_SUMMARY = 8  # the most frequent ones
 NUM_WORKERS = 2
 JPEG_QUALITY = 92  # of drawn images
+# Such as a full disk, a name that the file system refuses, or an image with more pixels than a JPEG can have.
+DRAWING_ERRORS = (UserError, OSError, ValueError, MemoryError)
+DEFAULT_NAME_BYTES = 255  # of a file name, where the file system does not say
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -103,6 +108,7 @@ class Predictions:
         rotated: paths of the images whose EXIF orientation is ignored, though no `--exif` says so.
         num_images_with_objects: images with at least one object above the threshold.
         best_score: highest score of all images, also below the threshold.
+        not_drawn: (path, reason) of each picture that could not be written.
     """
 
     rows: list[dict] = field(default_factory=list)
@@ -111,6 +117,7 @@ class Predictions:
     rotated: list[str] = field(default_factory=list)
     num_images_with_objects: int = 0
     best_score: float = 0.0
+    not_drawn: list[tuple[str, str]] = field(default_factory=list)
 
 
 def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predictions:
@@ -162,28 +169,59 @@ def _add_result(
     predictions.rows += [{"file_name": name, **row} for row in prediction.to_coco(image_id)]
     predictions.num_images_with_objects += len(prediction) > 0
 
-    if not args.no_draw:
-        # File names may repeat in a tree of folders; the image id in front makes them unique.
-        path = args.output_dir / DRAWN / f"{image_id:06d}_{Path(name).stem}.jpg"
+    if args.no_draw:
+        return
+    # Detections are worth more than pictures: a picture that fails must not end the loop.
+    path = drawn_path(args.output_dir / DRAWN, image_id, name)
+    try:
         _draw(result.image, prediction, path)
-        if len(predictions.page) < IMAGES_ON_PAGE:
-            pixels = result.image.permute(1, 2, 0).numpy()  # [H, W, 3]
-            boxes = {
-                "boxes": prediction.boxes,
-                "labels": prediction.names,
-                "scores": prediction.scores,
-            }
-            predictions.page.append((Path(name).name, pixels, boxes))
+    except DRAWING_ERRORS as error:
+        predictions.not_drawn.append((str(path), str(error)))
+    if len(predictions.page) < IMAGES_ON_PAGE:
+        pixels = result.image.permute(1, 2, 0).numpy()  # [H, W, 3]
+        boxes = {
+            "boxes": prediction.boxes,
+            "labels": _names_to_draw(prediction),
+            "scores": prediction.scores,
+        }
+        predictions.page.append((Path(name).name, pixels, boxes))
+
+
+def drawn_path(folder: Path, image_id: int, name: str) -> Path:
+    """Return the file of a drawn image. File names may repeat in a tree of folders; the id in front is unique.
+
+    A name that would be too long for the file system is shortened.
+    """
+    try:
+        limit = os.pathconf(folder.parent, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
+        limit = DEFAULT_NAME_BYTES
+    prefix, suffix = f"{image_id:06d}_", ".jpg"
+    space = limit - len(f".{prefix}{suffix}.tmp")  # `write_atomically` first writes .NAME.tmp
+    stem = os.fsencode(Path(name).stem)
+    if len(stem) > space:
+        # Cut between characters: half of one is no valid name on some systems.
+        stem = stem[:space].decode("utf-8", "ignore").encode()
+    return folder / f"{prefix}{os.fsdecode(stem)}{suffix}"
 
 
 def _draw(image: Tensor, prediction: Prediction, path: Path) -> None:
     """Write an image, uint8 [3, H, W], with its boxes as JPEG."""
     drawn = draw_boxes(
-        image.permute(1, 2, 0).numpy(), prediction.boxes, prediction.names, prediction.scores
+        image.permute(1, 2, 0).numpy(),
+        prediction.boxes,
+        _names_to_draw(prediction),
+        prediction.scores,
+        [label_color(name) for name in prediction.names],
     )
     content = BytesIO()
     Image.fromarray(drawn).save(content, format="JPEG", quality=JPEG_QUALITY)
     write_atomically(path, lambda file: file.write(content.getvalue()))
+
+
+def _names_to_draw(prediction: Prediction) -> list[str]:
+    pairs = zip(prediction.names, prediction.category_ids, strict=True)
+    return [class_text(name, category_id) for name, category_id in pairs]
 
 
 def find_earlier_predictions(args: Namespace) -> list[Path]:
@@ -222,8 +260,27 @@ def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
         text += f"; the best score is {predictions.best_score:.2f}: lower --threshold to see more"
     if predictions.problems:
         text += f"; {len(predictions.problems)} unreadable images skipped"
+    if predictions.not_drawn:
+        text += f"; {len(predictions.not_drawn)} pictures not drawn"
     text += f"; written to {args.output_dir / RESULTS}"
     return text if args.no_draw else f"{text}, drawn in {args.output_dir / DRAWN}"
+
+
+def draw_page(predictions: Predictions, path: Path) -> None:
+    """Write the page of the first images, and log how many pictures could not be written."""
+    try:
+        detection_page(predictions.page, path)
+    except DRAWING_ERRORS as error:
+        predictions.not_drawn.append((str(path), str(error)))
+    if predictions.not_drawn:
+        first, reason = predictions.not_drawn[0]
+        log.warning(
+            "%d pictures can't be drawn, the first is %s: %s; their objects are in %s",
+            len(predictions.not_drawn),
+            first,
+            reason,
+            RESULTS,
+        )
 
 
 def main(args: Namespace) -> None:
@@ -238,10 +295,10 @@ def main(args: Namespace) -> None:
     for path in earlier:
         path.unlink()
     predictions = predict(predictor, images, args)
-    if not args.no_draw:
-        detection_page(predictions.page, args.output_dir / PAGE)
     write_text(args.output_dir / RESULTS, json.dumps(predictions.rows))
-    log.info(summary(predictions, len(images), args))
+    if not args.no_draw:
+        draw_page(predictions, args.output_dir / PAGE)
+    log.info("%s", summary(predictions, len(images), args))
 
 
 if __name__ == "__main__":

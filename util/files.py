@@ -1,5 +1,6 @@
 """Write files atomically: a reader sees the previous file or the new one, never a part."""
 
+import codecs
 import contextlib
 import errno
 import os
@@ -118,8 +119,25 @@ def check_outside_images(folder: str | os.PathLike, images: str | os.PathLike) -
 
 
 def write_text(path: str | os.PathLike, text: str, shared: bool = False) -> Path:
-    """Write text in UTF-8, see `write_atomically`."""
-    return write_atomically(path, lambda file: file.write(text.encode("utf-8")), shared)
+    """Write text in UTF-8, see `write_atomically`.
+
+    Paths that are not UTF-8 and names from JSON may have halves of surrogate pairs, which become their codes.
+    """
+    content = text.encode("utf-8", "backslashreplace")
+    return write_atomically(path, lambda file: file.write(content), shared)
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Return the lines of a text file in UTF-8, or in UTF-16 with a byte order mark, as PowerShell writes it.
+
+    Raises:
+        OSError: it can't be read.
+        UnicodeDecodeError: another encoding, or no text.
+    """
+    content = Path(path).read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
+    return text.splitlines()
 
 
 class _ErrorRecorder:

@@ -58,10 +58,29 @@ def _hotcoco(
 ) -> PrecisionRecall:
     import hotcoco
 
-    coco = hotcoco.COCO(ground_truth)
+    coco = hotcoco.COCO(_with_valid_names(ground_truth))
     evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
     evaluation.params.max_dets = list(limits)
     return _run(evaluation)
+
+
+def _with_valid_names(ground_truth: GroundTruth) -> GroundTruth:
+    """Return the ground truth with names that can be encoded in UTF-8, which hotcoco does; they change no metric.
+
+    JSON may have half of a surrogate pair, and Python represents the bytes of file names in Latin-1 by such halves.
+    """
+
+    def fix(record: dict[str, Any], key: str) -> dict[str, Any]:
+        name = record.get(key)
+        if not isinstance(name, str):
+            return record
+        return {**record, key: name.encode("utf-8", "backslashreplace").decode()}
+
+    return {
+        **ground_truth,
+        "images": [fix(image, "file_name") for image in ground_truth["images"]],
+        "categories": [fix(category, "name") for category in ground_truth["categories"]],
+    }
 
 
 def _pycocotools(

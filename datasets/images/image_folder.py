@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -35,6 +38,7 @@ from datasets.images.tar_shards import TarMember, TarShards, expand_pattern, is_
 from datasets.sample import BadImageError, SampleDataset
 from util.distributed import compute_on_rank0
 from util.errors import UserError
+from util.files import read_lines
 from util.logger import log
 
 ImageFile = str | TarMember  # a path, or a file inside of a tar file
@@ -391,24 +395,71 @@ def _find_in_file(path: str) -> tuple[ImageFiles | None, tuple[str, list[str]] |
 
 
 def _read_list(path: str) -> list[str]:
-    """Read a text file with one image path per line; empty lines and lines that start with # are skipped."""
+    """Read a text file with one image path per line; empty lines and lines that start with # are skipped.
+
+    Lists of other programs have a label after each path, backslashes or quotes. Their paths are read if that makes the
+    first one exist.
+    """
     try:
-        # utf-8-sig: Windows writes a byte order mark.
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: neither a folder nor text; give a folder, or a text file with one image path per line"
         ) from error
 
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    folder = os.path.dirname(path)
     # Checking the first entry is enough to find a wrong folder. A single missing image is reported when it is read.
-    if names and not _path_exists(os.path.join(os.path.dirname(path), names[0])):
-        entry = names[0] if len(names[0]) <= 80 else f"{names[0][:80]}..."
-        raise UserError(
-            f"{path}: its first entry {entry} does not exist; a list has one path per line, relative to the list's "
-            "folder"
-        )
-    return names
+    if not names or _path_exists(os.path.join(folder, names[0])):
+        return names
+    for change in _LIST_FORMATS:
+        first = change(names[0])
+        if first != names[0] and os.path.isfile(os.path.join(folder, first)):
+            log.info(
+                "%s: its first entry %s is read as %s, and so are the others", path, names[0], first
+            )
+            return [change(name) for name in names]
+
+    entry = names[0] if len(names[0]) <= 80 else f"{names[0][:80]}..."
+    similar = _similar_file(os.path.join(folder, names[0].replace("\\", "/")))
+    hint = f"; did you mean {similar}?" if similar else ""
+    raise UserError(
+        f"{path}: its first entry {entry} does not exist; a list has one path per line, relative to the list's "
+        f"folder{hint}"
+    )
+
+
+def _unquote(name: str) -> str:
+    return name.strip("\"'")
+
+
+# How lists of other programs write a path.
+_LIST_FORMATS = (
+    _unquote,
+    lambda name: name.replace("\\", "/"),
+    lambda name: _unquote(re.split(r"[,;\t]", name)[0].strip()).replace("\\", "/"),  # path,label
+    lambda name: _unquote(name.rsplit(maxsplit=1)[0]).replace("\\", "/"),  # path label
+    lambda name: unicodedata.normalize("NFC", name),
+    lambda name: unicodedata.normalize("NFD", name),
+    unquote,  # %20
+)
+
+
+def _similar_file(path: str) -> str | None:
+    """Return a file of the same folder whose name differs in case, accents' encoding or extension."""
+    folder, name = os.path.split(path)
+    try:
+        others = sorted(os.listdir(folder or "."))
+    except (OSError, ValueError):
+        return None
+
+    def fold(text: str) -> str:
+        return unicodedata.normalize("NFC", text).casefold()
+
+    same = [other for other in others if fold(other) == fold(name)]
+    stem = fold(os.path.splitext(name)[0])
+    same += [other for other in others if fold(os.path.splitext(other)[0]) == stem]
+    return same[0] if same else None
 
 
 def _path_exists(path: str) -> bool:

@@ -178,22 +178,11 @@ def open_shards(folder: str, names: Sequence[str], extensions: frozenset[str]) -
 def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tuple[int, int]], int]:
     """Return ({name: (offset, size)} of the images in a tar file, number of other files)."""
     images: dict[str, tuple[int, int]] = {}
-    skipped = 0
     try:
         with open(path, "rb") as file:
             _reject_compressed(path, file.read(6))
             file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    # tarfile keeps all members, which takes gigabytes for a file with a million of them.
-                    tar.members.clear()
-                    name = posixpath.normpath(member.name).lstrip("/")
-                    if _is_image(member, name, extensions):
-                        # Of members with the same name the last one counts, as when the file is unpacked.
-                        images[name] = member.offset_data, member.size
-                    elif not member.isdir():
-                        skipped += 1
-                _check_end_marker(path, file, tar.offset)
+            skipped = _read_members(path, file, extensions, images)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{path} is not a complete tar file ({error}); check that it was copied completely"
@@ -203,6 +192,53 @@ def _read_headers(path: str, extensions: frozenset[str]) -> tuple[dict[str, tupl
             f"{path} can't be read ({error.strerror}); check the file and its permissions"
         ) from error
     return images, skipped
+
+
+def _read_members(
+    path: str,
+    file: BinaryIO,
+    extensions: frozenset[str],
+    images: dict[str, tuple[int, int]],
+    prefix: str = "",
+) -> int:
+    """Add the images of the tar file that begins at the position of `file`; return the number of other members.
+
+    Tar files inside of it are read too: the training images of ImageNet are a tar file of one tar file per class. Their
+    images are called TAR/MEMBER, as if it were a folder.
+
+    Args:
+        path: for messages.
+        prefix: name of the inner tar file, with a slash.
+    """
+    skipped = 0
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            # tarfile keeps all members, which takes gigabytes for a file with a million of them.
+            tar.members.clear()
+            name = posixpath.normpath(member.name).lstrip("/")
+            if _is_image(member, name, extensions):
+                # Of members with the same name the last one counts, as when the file is unpacked.
+                images[prefix + name] = member.offset_data, member.size
+            elif _is_inner_tar(file, member, name):
+                file.seek(member.offset_data)
+                inner = f"{prefix}{name}/"
+                skipped += _read_members(path, file, extensions, images, inner)
+                if file.tell() > member.offset_data + member.size:
+                    raise UserError(
+                        f"{path}: the tar file {prefix}{name} in it is not complete; copy it again"
+                    )
+            elif not member.isdir():
+                skipped += 1
+        _check_end_marker(path, file, tar.offset)
+    return skipped
+
+
+def _is_inner_tar(file: BinaryIO, member: tarfile.TarInfo, name: str) -> bool:
+    """Return whether a member is a tar file that can be read in place: it is not compressed, hidden or empty."""
+    if not _is_image(member, name, frozenset({".tar"})) or member.size < BLOCK_SIZE:
+        return False
+    file.seek(member.offset_data)
+    return not file.read(6).startswith(tuple(COMPRESSION_MAGIC))
 
 
 def _is_image(member: tarfile.TarInfo, name: str, extensions: frozenset[str]) -> bool:

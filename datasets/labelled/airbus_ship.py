@@ -6,9 +6,9 @@ numbered from 1, down the columns. An image without ships has one line without p
 Shapes: I images, N ships, R runs of all ships.
 """
 
+import csv
 import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,13 +17,22 @@ from datasets.images.image_folder import pillow_warnings
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, annotations_from_columns
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from datasets.labelled.file_names import match_files, remedy
 from util.checkpoints.classes import Classes
 from util.errors import UserError
+from util.files import read_lines
 from util.settings import Settings
 
 IMAGE_FOLDER = "train_v2"
 RLE_FILE = "train_ship_segmentations_v2.csv"
 HEADER = "ImageId,EncodedPixels"
+DELIMITERS = ",;\t|"
+NO_RUNS = {
+    "nan",
+    "none",
+    "null",
+    "na",
+}  # what programs write for the empty runs of an image without ships
 CLASS_NAMES = {0: "ship"}
 
 # The same images are held out for validation in every run, regardless of --seed.
@@ -85,16 +94,14 @@ def read_rle_csv(path: str, image_folder: str) -> Annotations:
     Raises:
         UserError: the file is missing, has another header, or has runs that are not pairs of numbers inside the image.
     """
-    names, runs = _read_csv(path)
+    names, runs, numbers = _read_csv(path)
     images = sorted(set(names))
     if not images:
         raise UserError(f"{path} lists no images: is the download complete?")
     height, width = _read_size_hw(image_folder, images)
 
     rows = [row for row, text in enumerate(runs) if text]  # lines with a ship
-    line_numbers = (
-        np.array(rows, dtype=np.int64) + 2
-    )  # lines count from 1, and the first is the header
+    line_numbers = np.array(numbers, dtype=np.int64)[rows]
     boxes, areas = rle_to_boxes(
         [runs[row] for row in rows], height, width, [f"{path}, line {n}" for n in line_numbers]
     )
@@ -118,16 +125,54 @@ def read_rle_csv(path: str, image_folder: str) -> Annotations:
     )
 
 
-def _read_csv(path: str) -> tuple[list[str], list[str]]:
-    """Return (image names, runs as text) of each line after the header."""
+def _read_csv(path: str) -> tuple[list[str], list[str], list[int]]:
+    """Return (image names, runs as text, line numbers) of each line after the header.
+
+    Programs that rewrite the file quote its fields, separate them by semicolons or tabs, or add columns.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: put the competition's file there") from error
-    if not lines or lines[0].strip() != HEADER:
+
+    if lines and lines[0].strip() == HEADER and not any('"' in line for line in lines):
+        # The competition's own file. The csv module would take several times as long.
+        parts = [(i, *line.partition(",")) for i, line in enumerate(lines[1:], 2) if line.strip()]
+        return (
+            [name.strip() for _, name, _, _ in parts],
+            [text.strip() for *_, text in parts],
+            [number for number, *_ in parts],
+        )
+    try:
+        return _parse_csv(lines, path)
+    except csv.Error as error:  # such as quotes that are never closed
+        raise UserError(f"{path} is not a CSV file ({error}): is the download complete?") from error
+
+
+def _parse_csv(lines: list[str], path: str) -> tuple[list[str], list[str], list[int]]:
+    wanted = HEADER.split(",")
+    for delimiter in DELIMITERS:
+        reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        header = [field.strip() for field in next(reader, [])]
+        if set(wanted) <= set(header):
+            break
+    else:
         raise UserError(f"{path}: its first line is not {HEADER}: is it the competition's file?")
-    parts = [line.partition(",") for line in lines[1:] if line.strip()]
-    return [name.strip() for name, _, _ in parts], [text.strip() for _, _, text in parts]
+
+    name_column, runs_column = map(header.index, wanted)
+    names, runs, numbers = [], [], []
+    for row in reader:
+        name, text = (
+            row[column].strip() if len(row) > column else ""
+            for column in (name_column, runs_column)
+        )
+        if name:
+            names.append(name)
+            runs.append("" if text.lower() in NO_RUNS else text)
+            numbers.append(reader.line_num)
+        elif text:
+            raise UserError(f"{path}, line {reader.line_num}: no ImageId: correct it")
+    return names, runs, numbers
 
 
 def _read_size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
@@ -143,9 +188,17 @@ def _read_size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
                 f"{os.path.join(image_folder, name)} can't be decoded: replace it, the size of all images is read "
                 "from it"
             ) from error
-    raise UserError(
-        f"none of {len(names)} images is in {image_folder}: put the competition's {IMAGE_FOLDER} there"
+
+    # The names may be spelled a little differently; `filter_annotations` reports that.
+    matches = match_files(names, range(len(names)), image_folder)
+    if matches.files:
+        return _read_size_hw(image_folder, list(matches.files.values()))
+    advice = remedy(
+        matches.suggestions.get(0),
+        matches.example,
+        f"put the competition's {IMAGE_FOLDER} there",
     )
+    raise UserError(f"none of {len(names)} images is in {image_folder}, not {names[0]}: {advice}")
 
 
 def rle_to_boxes(

@@ -68,6 +68,7 @@ class Annotations:
         difficult: bool [A]; None if the format has no such mark.
         subset: which part of the images this is, as text; empty for all images.
         ids: int64 [A], annotation ids of the file (VOC: the number of the object in its XML file); -1 if it has none.
+        image_notes: kind of finding -> image id -> what was found, for findings in images that need a text.
     """
 
     source: str
@@ -83,6 +84,7 @@ class Annotations:
     difficult: np.ndarray | None = None
     subset: str = ""
     ids: np.ndarray | None = None
+    image_notes: dict[str, dict[int, str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.image_ids)

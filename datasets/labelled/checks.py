@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from datasets.labelled.image_checks import (
     sample_images,
 )
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
+from util.checkpoints.classes import fold_class_name
 from util.errors import UserError
 from util.logger import log
 from util.random_state import SampleRNG
@@ -181,11 +182,21 @@ class Split:
 def findings_of_parser(kind: str, split: Split) -> Iterator[Finding]:
     """Yield what `datasets.labelled.annotations` recorded while it parsed the file."""
     ids, names = split.annotations.findings.get(kind, (np.zeros((0, 2)), ()))
+    notes = split.annotations.image_notes.get(kind, {})
     for (annotation_id, image_id), name in zip(ids.tolist(), names, strict=True):
         # An unlisted image has no file name: point to the annotation file instead.
         file = os.path.join(split.images.image_folder, name) if name else split.annotations.source
         known_id = annotation_id if annotation_id >= 0 else None
-        yield Finding("", split.name, file, "", image_id, known_id)
+        known_image = image_id if image_id >= 0 else None
+        yield Finding("", split.name, file, notes.get(image_id, ""), known_image, known_id)
+
+
+def find_noted_images(kind: str, split: Split) -> Iterator[Finding]:
+    """Yield the images of which the parser recorded a text in `image_notes`."""
+    notes = split.annotations.image_notes.get(kind, {})
+    if notes:
+        for index in np.flatnonzero(np.isin(split.annotations.image_ids, list(notes))):
+            yield split.finding(index, notes[int(split.annotations.image_ids[index])])
 
 
 def _format_bbox(box_xyxy: np.ndarray) -> str:
@@ -346,6 +357,25 @@ def find_duplicate_file_names(split: Split) -> Iterator[Finding]:
 def find_images_without_objects(split: Split) -> Iterator[Finding]:
     counts = np.diff(split.annotations.offsets)
     return (split.finding(index) for index in np.flatnonzero(counts == 0))
+
+
+# --------------------------------------------------------------------------------------------------------- class names
+
+
+def find_broken_class_names(split: Split) -> Iterator[Finding]:
+    """Yield class names with half of a surrogate pair, which JSON can express. They are not valid Unicode."""
+    for label, name in split.annotations.class_names.items():
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            yield Finding("", split.name, split.annotations.source, f"class {label} is {name!a}")
+
+
+def find_similar_class_names(split: Split) -> Iterator[Finding]:
+    """Yield class names that are the same apart from case, spaces and the encoding of accents."""
+    first: dict[str, str] = {}
+    for name in split.annotations.class_names.values():
+        other = first.setdefault(fold_class_name(name), name)
+        if other != name:
+            yield Finding("", split.name, split.annotations.source, f"{other!r} and {name!r}")
 
 
 # --------------------------------------------------------------------------------------------- training and validation
@@ -578,6 +608,36 @@ ANNOTATION_CHECKS = (
         severity="warning",
         find=find_duplicate_file_names,
         meaning="several images list the same file: keep one entry",
+    ),
+    Check(
+        kind="file name differs",
+        severity="warning",
+        find=partial(find_noted_images, "file name differs"),
+        meaning="the only file that the listed name can mean is used: correct the name",
+    ),
+    Check(
+        kind="XML names another image",
+        severity="warning",
+        find=partial(find_noted_images, "XML names another image"),
+        meaning="the image with the XML file's own name is used: correct <filename>",
+    ),
+    Check(
+        kind="class name broken",
+        severity="warning",
+        find=find_broken_class_names,
+        meaning="not valid Unicode, shown with its code: correct it",
+    ),
+    Check(
+        kind="class names alike",
+        severity="warning",
+        find=find_similar_class_names,
+        meaning="two classes differ only in case, spaces or accents' encoding: merge them if they are one",
+    ),
+    Check(
+        kind="image without XML file",
+        severity="info",
+        find=partial(findings_of_parser, "image without XML file"),
+        meaning="in the image folder, but no XML file is about it; not used",
     ),
     Check(
         kind="no objects",

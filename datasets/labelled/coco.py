@@ -15,6 +15,7 @@ from datasets.images.image_folder import ImageFolder, read_image
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
 from datasets.labelled.few_shot import few_shot_subset
+from datasets.labelled.file_names import match_files, remedy
 from datasets.labelled.subsets import training_subset
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import Transform, detection_transforms
@@ -133,9 +134,15 @@ class CocoDetection(SampleDataset):
             f"{len(names)} of {len(self) + len(names)} images of {self.annotation_file} are not in "
             f"{self.image_folder}: {names[0]} (image {ids[0, 1]})"
         )
+        hints = self.annotations.image_notes.get("image absent", {})
+        # Not every missing image has a file with a similar name.
+        image_id, hint = next(iter(hints.items()), (0, ""))
+        hint = f"; image {image_id}: {hint}" if hint else ""
         if image_set != "train":
-            raise UserError(f"{what}: add the files or remove the images from the annotations")
-        log.warning("%s: they are skipped", what)
+            raise UserError(
+                f"{what}: add the files or remove the images from the annotations{hint}"
+            )
+        log.warning("%s: they are skipped%s", what, hint)
 
     def read(self, index: int) -> Tensor:
         """Read an image as uint8 [3, H, W], rotated by its EXIF orientation if its boxes are; see `read_image`."""
@@ -257,9 +264,10 @@ def filter_annotations(
     Raises:
         UserError: all files are missing, or no image is selected.
     """
+    listed = annotations.file_names
     if image_set == "train":
         annotations = training_subset(annotations, settings)
-    annotations = _drop_missing_files(annotations, image_folder)
+    annotations = _drop_missing_files(annotations, image_folder, listed)
     if image_set == "train":
         # After missing files are dropped: all K sampled objects of a class must be in images that exist.
         annotations = few_shot_subset(annotations, settings)
@@ -286,28 +294,53 @@ def _unused_classes(annotations: Annotations) -> str:
     return f", {len(unused)} of them without boxes ({', '.join(unused[:3])}{more})"
 
 
-def _drop_missing_files(annotations: Annotations, image_folder: str) -> Annotations:
+def _drop_missing_files(
+    annotations: Annotations, image_folder: str, listed: PackedStrings
+) -> Annotations:
+    """Return the annotations of the images that exist, under the names of their files (see `match_files`).
+
+    Args:
+        listed: file names of all images, of which `annotations` may be a part.
+
+    Raises:
+        UserError: no image exists, or none is listed.
+    """
     if not len(annotations):
         raise UserError(
             f"{annotations.source} lists no images: give a file with images and their boxes"
         )
     present = _files_exist(annotations, image_folder)  # [I]
-    missing = np.flatnonzero(~present)
-    if not len(missing):
+    if present.all():
         return annotations
+
+    names, ids = list(annotations.file_names), annotations.image_ids.tolist()
+    matches = match_files(names, np.flatnonzero(~present).tolist(), image_folder, listed)
+    renamed = {ids[i]: f"listed as {names[i]!r}" for i in matches.files}
+    hints = {ids[i]: f"did you mean {name}?" for i, name in matches.suggestions.items()}
+    present[list(matches.files)] = True
+    missing = np.flatnonzero(~present)
     if not present.any():
+        first = int(missing[0])
         raise UserError(
             f"{len(missing)} of {len(annotations)} images of {annotations.source} are not in {image_folder}: "
-            f"{annotations.file_names[missing[0]]} (image {annotations.image_ids[missing[0]]}): add the files or "
-            "remove the images from the annotations"
+            f"{names[first]} (image {ids[first]}): "
+            + remedy(
+                matches.suggestions.get(first),
+                matches.example,
+                "add the files or remove the images from the annotations",
+            )
         )
 
-    ids = np.column_stack([np.full(len(missing), -1), annotations.image_ids[missing]])  # [K, 2]
-    names = PackedStrings(annotations.file_names[i] for i in missing)
-    return replace(
-        annotations.select(np.flatnonzero(present)),
-        findings={**annotations.findings, "image absent": (ids, names)},
-    )
+    findings, notes = dict(annotations.findings), dict(annotations.image_notes)
+    if renamed:
+        notes["file name differs"] = renamed
+    if len(missing):
+        missing_ids = np.column_stack([np.full(len(missing), -1), annotations.image_ids[missing]])
+        findings["image absent"] = (missing_ids, PackedStrings(names[i] for i in missing))  # [K, 2]
+        notes["image absent"] = hints
+    files = PackedStrings(matches.files.get(i, name) for i, name in enumerate(names))
+    annotations = replace(annotations, file_names=files, findings=findings, image_notes=notes)
+    return annotations.select(np.flatnonzero(present)) if len(missing) else annotations
 
 
 def _files_exist(annotations: Annotations, image_folder: str) -> np.ndarray:

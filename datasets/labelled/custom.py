@@ -21,7 +21,7 @@ from datasets.labelled.coco import (
     read_annotations,
 )
 from datasets.labelled.voc import read_xml_folder
-from util.checkpoints.classes import Classes
+from util.checkpoints.classes import Classes, compose_class_name, fold_class_name
 from util.errors import UserError
 from util.logger import log
 from util.settings import Settings
@@ -50,7 +50,7 @@ def build_custom(
     folder, file = _paths(image_set, settings)
     from_xml = os.path.isdir(file)  # XML files have class names, but no category ids
     if from_xml:
-        annotations, ground_truth = read_xml_folder(file), None
+        annotations, ground_truth = read_xml_folder(file, folder), None
     else:
         annotations, ground_truth = read_annotations(file, image_set, settings.eval)
     annotations = filter_annotations(annotations, folder, image_set, settings)
@@ -164,16 +164,19 @@ def _match_classes_by_name(annotations: Annotations, classes: Classes) -> dict[i
 
     # In descending order, so that the lowest label wins if a checkpoint has a name twice.
     labels = {name: label for label, name in sorted(classes.names.items(), reverse=True)}
-    for category_id, name in annotations.class_names.items():
+    names = _adopt_spelling(annotations, list(labels))
+    for category_id, name in names.items():
         if name not in labels:
             more = ", ..." if len(classes.names) > 8 else ""
             known = ", ".join(list(classes.names.values())[:8]) + more
+            alike = [other for other in labels if fold_class_name(other) == fold_class_name(name)]
+            hint = f"; did you mean '{alike[0]}'?" if alike else ""
             raise UserError(
                 f"{annotations.source} has the category '{name}' (id {category_id}), {classes.source} does not "
-                f"({known}): rename it, or remove it"
+                f"({known}): rename it, or remove it{hint}"
             )
 
-    absent = [name for name in labels if name not in annotations.class_names.values()]
+    absent = [name for name in labels if name not in names.values()]
     if absent:
         log.info(
             "%s does not have %d of the %d classes: %s",
@@ -182,7 +185,30 @@ def _match_classes_by_name(annotations: Annotations, classes: Classes) -> dict[i
             len(labels),
             ", ".join(absent[:8]),
         )
-    return {labels[name]: category_id for category_id, name in annotations.class_names.items()}
+    return {labels[name]: category_id for category_id, name in names.items()}
+
+
+def _adopt_spelling(annotations: Annotations, known: list[str]) -> dict[int, str]:
+    """Return category id -> class name, with the known spelling of a name that looks the same.
+
+    Such names differ in spaces or in the encoding of accents, which nobody sees in an editor.
+    """
+    visible = {compose_class_name(name): name for name in known}
+    names, taken = {}, set(annotations.class_names.values())
+    for category_id, name in annotations.class_names.items():
+        same = visible.get(compose_class_name(name), name)
+        if name not in known and same not in taken:
+            log.warning(
+                "%s: the category %a (id %d) is taken as %a, which looks the same: use one spelling",
+                annotations.source,
+                name,
+                category_id,
+                same,
+            )
+            taken.add(same)
+            name = same
+        names[category_id] = name
+    return names
 
 
 def _remap_labels(annotations: Annotations, ids: dict[int, int], classes: Classes) -> Annotations:

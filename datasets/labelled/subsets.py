@@ -91,7 +91,7 @@ def _is_list_of_ids(ids: Any) -> bool:
 
 def _read_json(path: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(
             f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py"

@@ -3,6 +3,7 @@
 Shapes: I images, A objects, as in `datasets.labelled.annotations`.
 """
 
+import codecs
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from datasets.evaluators.voc import VocEvaluator
+from datasets.images.listing import list_folder
 from datasets.images.packed_strings import PackedStrings
 from datasets.images.unlabelled import ListedImages
 from datasets.labelled.annotations import (
@@ -21,8 +23,11 @@ from datasets.labelled.annotations import (
     box_around_rotated,
 )
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from datasets.labelled.file_names import ImageIndex, folded, folded_stem, spellings
 from util.checkpoints.classes import Classes
 from util.errors import UserError
+from util.files import read_lines
+from util.logger import log
 from util.settings import Settings
 
 CLASSES = (
@@ -48,6 +53,11 @@ CLASSES = (
     "tvmonitor",
 )
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+VOC_TAGS = ("object", "size", "filename")  # of which an annotation has at least one
+XML_EXTENSIONS = frozenset({".xml"})
+TRUE_WORDS = {"true", "yes", "y", "t"}
+# VOC itself writes Unspecified for a pose or a truncation that nobody has noted.
+FALSE_WORDS = {"", "false", "no", "n", "f", "unspecified", "none", "null", "nan"}
 
 
 class VocDetection(ConvertedDetection):
@@ -161,14 +171,19 @@ def _read_image_sets(root: str, image_sets: Sequence[str]) -> Iterable[tuple[str
         year, _, part = image_set.partition("_")
         path = Path(root, f"VOC{year}", "ImageSets", "Main", f"{part}.txt")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_lines(path)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path} can't be read: {image_set} needs this list of images; choose others with --voc_train and "
                 "--voc_val, such as 2012_trainval"
             ) from error
         # The lists of a single class have a second column.
-        yield from ((year, line.split()[0]) for line in lines if line.strip())
+        yield from ((year, _image_name(line.split()[0])) for line in lines if line.strip())
+
+
+def _image_name(word: str) -> str:
+    """Return the name in a line of an image set. Other programs write it with folder and extension."""
+    return re.sub(r"(?i)\.(jpe?g|png|xml)$", "", word.replace("\\", "/").rpartition("/")[2])
 
 
 def detreg_image_id(name: str) -> int:
@@ -189,28 +204,38 @@ def detreg_image_id(name: str) -> int:
 # --------------------------------------------------------------------------------------------------------- XML files
 
 
-def read_xml_folder(folder: str) -> Annotations:
-    """Read all XML files of a folder, sorted by name. Image ids start at 1; the classes are the sorted class names.
+def read_xml_folder(folder: str, image_folder: str = "") -> Annotations:
+    """Read all XML files of a folder tree, sorted by name.
 
-    The image of a file is its <filename>, or the name of the XML file with .jpg if that is empty.
+    Image ids start at 1; the classes are the sorted class names. The image of a file is its <filename>. If the image
+    folder has another image with the name of the XML file, that one is used: whoever renames both files rarely edits
+    <filename>.
+
+    Args:
+        image_folder: empty: <filename> is used in any case, or the name of the XML file with .jpg.
 
     Raises:
         UserError: the folder has no XML file, or one is malformed.
     """
-    # The pattern skips hidden files: macOS writes ._1.xml next to 1.xml.
-    files = sorted(str(path) for path in Path(folder).glob("[!.]*.xml"))
-    if not files:
+    # Hidden files are skipped: macOS writes ._1.xml next to 1.xml.
+    names = list(list_folder(folder, XML_EXTENSIONS).images)
+    if not names:
         raise UserError(
             f"{folder} has no .xml file: give a folder of VOC XML files, or a COCO file"
         )
-
+    files = [os.path.join(folder, name) for name in names]
     records = [read_xml(file) for file in files]
     classes = sorted({name for record in records for name, *_ in record["objects"]})
-    images = [
-        record["file"] or f"{Path(file).stem}.jpg"
-        for record, file in zip(records, files, strict=True)
-    ]
-    return annotations_from_xml(
+
+    index = ImageIndex(image_folder) if image_folder else None
+    images, notes = [], {}
+    for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
+        image, is_other = _image_of_xml(name, record["file"], index)
+        images.append(image)
+        if is_other:
+            notes[i] = f"<filename> of {name} is {record['file']}"
+
+    annotations = annotations_from_xml(
         records,
         source=folder,
         images=PackedStrings(images),
@@ -218,6 +243,61 @@ def read_xml_folder(folder: str) -> Annotations:
         classes=classes,
         files=files,
     )
+    if notes:
+        annotations.image_notes["XML names another image"] = notes
+    if index is not None:
+        _record_other_images(annotations, index)
+    return annotations
+
+
+def _image_of_xml(name: str, listed: str, index: ImageIndex | None) -> tuple[str, bool]:
+    """Return (image file of an XML file, whether this is another image than its <filename>).
+
+    Args:
+        name: of the XML file, relative to the folder of annotations.
+        listed: its <filename>, perhaps empty.
+    """
+    folder, base = os.path.split(name)
+    stem = os.path.splitext(base)[0]
+    default = listed or f"{stem}.jpg"
+    # Almost always the two names agree, and no other file has to be looked at.
+    agree = os.path.join(folder, default) == os.path.join(
+        folder, stem + os.path.splitext(default)[1]
+    )
+    if index is None or (agree and not folder and default in index.files):
+        return default, False
+
+    # A tree of XML files often mirrors the tree of images.
+    listed_files = [
+        index.match(os.path.join(part, default)) for part in dict.fromkeys((folder, ""))
+    ]
+    named = next(filter(None, listed_files), None)
+    own = index.with_stem(os.path.join(folder, stem)) or index.with_stem(stem)
+    if named in own:
+        return named, False
+    if len(own) > 1:  # such as a photo and its mask
+        extension = os.path.splitext(default)[1].lower()
+        own = [file for file in own if os.path.splitext(file)[1].lower() == extension]
+    if len(own) != 1:
+        return named or default, False
+    stems = {folded_stem(os.path.basename(spelling)) for spelling in spellings(listed)}
+    return own[0], bool(listed) and folded(f"{stem}.") not in stems
+
+
+def _record_other_images(annotations: Annotations, index: ImageIndex) -> None:
+    """Record the images of the folder that no XML file is about."""
+    others = sorted(index.files - set(annotations.file_names))
+    if others:
+        ids = np.full((len(others), 2), -1)  # [K, 2]
+        annotations.findings["image without XML file"] = (ids, PackedStrings(others))
+        log.info(
+            "%s: %d of %d images in %s have no XML file and are not used, the first is %s",
+            annotations.source,
+            len(others),
+            len(index.names),
+            index.folder,
+            others[0],
+        )
 
 
 def read_xml(path: str) -> dict[str, Any]:
@@ -235,13 +315,21 @@ def read_xml(path: str) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            root = ElementTree.fromstring(file.read())
+            root = _parse_xml(file.read(), path)
     except OSError as error:
         raise UserError(
             f"{path} can't be read ({error.strerror}): each image needs its file in Annotations"
         ) from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path} is not valid XML ({error}): is the download complete?") from error
+
+    # Tags of a namespace read {http://...}object.
+    if any("}" in element.tag for element in (root, *root)):
+        for element in root.iter():
+            element.tag = element.tag.rpartition("}")[2]
+    if root.tag != "annotation" and not any(root.find(tag) is not None for tag in VOC_TAGS):
+        raise UserError(
+            f"{path} is not an annotation of VOC (its outermost element is <{root.tag}>): give a folder of VOC XML "
+            "files, one per image"
+        )
 
     try:
         objects = [_parse_object(element) for element in root.findall("object")]
@@ -257,13 +345,94 @@ def read_xml(path: str) -> dict[str, Any]:
     return {"file": file, "size_hw": size, "objects": objects, "rotations": rotations}
 
 
+def _parse_xml(content: bytes, path: str) -> ElementTree.Element:
+    """Return the outermost element of an XML file.
+
+    Raises:
+        UserError: it is not XML, or in an encoding that can't be read.
+    """
+    try:
+        return ElementTree.fromstring(content)
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        failure = error
+    # Python's parser knows few encodings, and wants the declaration at the very start of the file. Decoding the content
+    # first helps against both. If the content is not XML either way, the first error has the right position.
+    if not content.strip():
+        raise UserError(f"{path} is empty: copy it again, or remove it")
+    text = _decode_xml(content, path)
+    try:
+        return ElementTree.fromstring(text)
+    except (ElementTree.ParseError, ValueError) as error:
+        reason = failure if isinstance(failure, ElementTree.ParseError) else error
+        raise UserError(
+            f"{path} is not valid XML ({reason}): correct it; is the download complete?"
+        ) from error
+
+
+def _decode_xml(content: bytes, path: str) -> str:
+    """Return the text of an XML file in the encoding that it declares, without byte order mark and leading spaces.
+
+    Raises:
+        UserError: Python does not know the encoding, or the content is not in it.
+    """
+    declared = re.match(rb"""[^<]*<\?xml[^>]*?encoding\s*=\s*["']([\w.:-]+)["']""", content)
+    encoding = codec = declared[1].decode().lower() if declared else "utf-8"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        codec = "utf-16"
+    elif declared and re.fullmatch(r"utf-?(16|32)(le|be)?", encoding):
+        # The declaration could be read byte by byte, so the content is not in UTF-16, as .NET programs claim.
+        codec = "utf-8"
+    elif re.fullmatch(r"gb_?2312(-80)?|gbk|euc[-_]?cn", encoding):
+        codec = "gb18030"  # contains the others, which programs mix up
+    try:
+        return _decode(content, codec)
+    except LookupError as error:
+        raise UserError(
+            f"{path} declares the encoding {encoding}, which is not known: save it as UTF-8"
+        ) from error
+    except UnicodeError as error:
+        says = "declares" if declared else "declares no encoding, which means"
+        raise UserError(
+            f"{path} {says} {encoding}, but its content is in another encoding ({error}): declare that one, or save "
+            "the file as UTF-8"
+        ) from error
+
+
+def _decode(content: bytes, codec: str) -> str:
+    """Decode the content of an XML file, in UTF-8 if it can't be in `codec`."""
+    try:
+        text = content.decode(codec)
+    except UnicodeError:
+        try:
+            text = content.decode("utf-8")
+        except UnicodeError:
+            text = ""
+        if not text:
+            raise
+    return text.lstrip("\ufeff \t\r\n")
+
+
 def _parse_object(element: ElementTree.Element) -> tuple[str, tuple[float, ...], bool]:
-    name = element.findtext("name")
-    if name is None:
+    name = (element.findtext("name") or "").strip()
+    if not name:
         raise ValueError("no name")
     x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
-    difficult = bool(int(element.findtext("difficult") or 0))
-    return name.strip(), (x0 - 1, y0 - 1, x1, y1), difficult
+    return name, (x0 - 1, y0 - 1, x1, y1), _parse_flag(element.findtext("difficult") or "0")
+
+
+def _parse_flag(text: str) -> bool:
+    """Return a mark such as <difficult>, which programs write as 0 and 1 or in words.
+
+    Raises:
+        ValueError: neither.
+    """
+    word = text.strip().lower()
+    if word in TRUE_WORDS or word in FALSE_WORDS:
+        return word in TRUE_WORDS
+    try:
+        return bool(float(word))
+    except ValueError as error:
+        raise ValueError(f"<difficult> is {word!r} instead of 0 or 1") from error
 
 
 def _parse_rotation(element: ElementTree.Element) -> float:

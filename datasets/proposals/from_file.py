@@ -315,7 +315,7 @@ def _boxes_and_scores(content: Any, where: str) -> BoxesAndScores:
 
 def _read_json(path: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(
             f"--proposals file:{path} can't be read ({error.strerror}); check the path"

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -346,3 +347,16 @@ def test_startup_checks_are_fast(tmp_path: Path) -> None:
     assert time.process_time() - start < 2
     assert record["train"]["boxes"] == 826_000
     assert any(line.startswith("shared image: 5000 ") for line in record["warnings"])
+
+
+@pytest.mark.parametrize("name", ["$$", "100 \ud83d", "安全帽"])
+def test_unusual_class_names_are_drawn(name: str, tmp_path: Path) -> None:
+    """Not as a formula, and without a warning for each character that matplotlib's font lacks."""
+    root = write_coco(tmp_path / "coco", train=2, val=2)
+    for split in (TRAIN, VAL):
+        edit(root, split, lambda content: content["categories"][0].update(name=name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        _, lines = check("--coco_path", root, "--output_dir", tmp_path / "check")
+    assert "dataset.png" in lines[-1]
+    assert name in json.loads((tmp_path / "check" / "check.json").read_text())["train"]["classes"]

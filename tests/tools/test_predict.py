@@ -210,6 +210,57 @@ def test_output_dir_inside_images_is_refused(data: Path, tmp_path: Path) -> None
     assert [path.name for path in images.iterdir()] == ["000.png"]
 
 
+def test_long_names_and_pictures_that_fail(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results are written in any case; drawn names are shortened, and stay unique."""
+    images = write_images(tmp_path / "images", 3)
+    for i, name in enumerate(("图" * 80, "a" * 251)):
+        (images / f"{i:03d}.png").rename(images / f"{name}.png")
+    flags = ("--checkpoint", data / "run" / "checkpoint.pth", "--images", images, "--threshold", 0)
+    lines = run(*flags, "--output_dir", tmp_path / "a")
+    assert "not drawn" not in lines[-1]
+    drawn = sorted(path.name for path in (tmp_path / "a" / "drawn").iterdir())
+    assert [name[:8] for name in drawn] == ["000001_0", "000002_a", "000003_图"]
+    assert all(len(name.encode()) <= 255 for name in drawn)
+
+    draw = predict.draw_boxes
+    failing = iter([True, False, True])
+
+    def fail_sometimes(*args):
+        if next(failing):
+            raise OSError("broken encoder")
+        return draw(*args)
+
+    monkeypatch.setattr(predict, "draw_boxes", fail_sometimes)
+    lines = run(*flags, "--output_dir", tmp_path / "b")
+    assert read(tmp_path / "b") == read(tmp_path / "a")
+    assert "; 2 pictures not drawn; written to" in lines[-1]
+    assert any(
+        "2 pictures can't be drawn, the first is" in line and "broken encoder" in line
+        for line in lines
+    )
+
+
+def test_page_that_fails_does_not_lose_the_results(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_):
+        raise UserError("cannot write it")
+
+    monkeypatch.setattr(predict, "detection_page", fail)
+    lines = run(
+        "--checkpoint",
+        data / "run" / "checkpoint.pth",
+        "--images",
+        write_images(tmp_path / "images", 1),
+        "--output_dir",
+        tmp_path / "out",
+    )
+    assert (tmp_path / "out" / "predictions.json").exists()
+    assert "1 pictures not drawn" in lines[-1]
+
+
 def test_published_checkpoint_without_metadata(tmp_path: Path) -> None:
     """Weights only, with 91 classes: the architecture comes from the shapes, class names from COCO."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from tools.demo.run import _write_json
 from util import files
 from util.checkpoints.checkpoint import save_checkpoint
 from util.errors import UserError
-from util.files import write_atomically, write_text
+from util.files import read_lines, write_atomically, write_text
 from util.runs.log import append_log
 
 WRITERS = {
@@ -107,6 +107,17 @@ def test_a_file_is_synced_before_it_is_renamed(
     assert write_text(tmp_path / "new" / "file", "ü") == tmp_path / "new" / "file"
     assert calls == [False]
     assert (tmp_path / "new" / "file").read_text(encoding="utf-8") == "ü"
+
+
+def test_text_with_halves_of_surrogate_pairs_is_written(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "100 \ud83d, \udce9.jpg")
+    assert (tmp_path / "file").read_text() == "100 \\ud83d, \\udce9.jpg"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_read_lines(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes("é\r\nb".encode(encoding))
+    assert read_lines(tmp_path / "file") == ["é", "b"]
 
 
 def test_a_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Classes of a detector's class head: their number, their names and the category ids of annotation files."""
 
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,16 @@ class Classes:
     category_ids: dict[int, int]
     num_classes: int
     source: str
+
+
+def compose_class_name(name: str) -> str:
+    """Return what class names share that look the same: composed accents (NFC), single spaces, none at the ends."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
+def fold_class_name(name: str) -> str:
+    """Return what class names share that look the same apart from case."""
+    return compose_class_name(compose_class_name(name).casefold())
 
 
 def infer_classes(checkpoint: Checkpoint) -> Classes:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from util.plots.fonts import font_for, legible
 
 Color = tuple[int, int, int]
 
@@ -46,7 +48,7 @@ def draw_boxes(
     canvas = Image.fromarray(np.asarray(image))
     draw = ImageDraw.Draw(canvas)
     line_width = max(2, round(max(canvas.size) / 200))
-    font = ImageFont.load_default(max(11, round(max(canvas.size) / 32)))
+    font_size = max(11, round(max(canvas.size) / 32))
 
     # Large boxes first, and all labels after the boxes, so that no small box or label is covered.
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)  # [N]
@@ -59,12 +61,16 @@ def draw_boxes(
         draw.rectangle(corners, outline=tuple(colors[i]), width=line_width)
     for i in order:
         if texts[i]:
-            draw_label(canvas, texts[i], clipped[i, :2], tuple(colors[i]), font)
+            draw_label(canvas, texts[i], clipped[i, :2], tuple(colors[i]), font_size)
     return np.asarray(canvas)
 
 
-def draw_label(canvas: Image.Image, text: str, corner: np.ndarray, color: Color, font: Any) -> None:
+def draw_label(
+    canvas: Image.Image, text: str, corner: np.ndarray, color: Color, font_size: float
+) -> None:
     """Draw text on a background of `color`: above the corner (x, y), or below it at the top border of the image."""
+    text = legible(text)
+    font = font_for(text, font_size)
     draw = ImageDraw.Draw(canvas)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5

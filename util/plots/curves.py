@@ -11,6 +11,7 @@ from util.coco import BBOX_METRICS
 from util.errors import UserError
 from util.files import write_atomically
 from util.plots.boxes import cycle_colors
+from util.plots.fonts import escape, legible, set_fonts
 from util.runs.log import read_log
 
 BBOX_STATS = BBOX_METRICS[:6]  # AP, AP50, AP75 and AP by size, in the log's order
@@ -109,7 +110,7 @@ def _draw_panel(axes: Any, runs: Mapping[str, list[dict]], field: str) -> None:
                 values,
                 style,
                 color=np.divide(color, 255),
-                label=legend,
+                label=escape(legible(legend)),
                 marker="o" if has_markers else None,
                 markersize=3.5,
             )
@@ -140,7 +141,7 @@ def _style_axes(axes: Any, field: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
+    set_fonts(axes.legend(fontsize=8, frameon=False).get_texts())
 
 
 def figure_classes() -> tuple[type, type]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from util.files import write_atomically
 from util.plots.boxes import (
@@ -22,13 +22,14 @@ from util.plots.boxes import (
     draw_label,
     label_color,
 )
+from util.plots.fonts import class_text, font_for, legible
 
 Boxes = Mapping[str, Any]  # "boxes" [N, 4], and optionally "labels" [N] and "scores" [N]
 
 PAGE_COLOR, TITLE_COLOR = (255, 255, 255), (120, 120, 120)
-FONT = ImageFont.load_default(13)
 # All sizes are in pixels.
-CHARACTER_WIDTH = 8  # of FONT; a title that is longer than its picture is cut
+FONT_SIZE = 13
+CHARACTER_WIDTH = 8  # of ASCII; a title that is longer than its picture is cut
 MARGIN = 12  # around and between the cells of a page
 TITLE_HEIGHT = 20
 MAX_SIDE = 640  # larger images are scaled down to this
@@ -213,7 +214,7 @@ def _patch_strip(patches: Sequence[np.ndarray], colors: Sequence[Color], height:
         cell = Image.new("RGB", (framed, framed), colors[i])
         picture = Image.fromarray(np.asarray(patch))
         cell.paste(picture.resize((inner, inner), Image.Resampling.BILINEAR), (4, 4))
-        draw_label(cell, str(i + 1), np.zeros(2), colors[i], FONT)
+        draw_label(cell, str(i + 1), np.zeros(2), colors[i], FONT_SIZE)
         column, line = divmod(i, lines)
         strip.paste(cell, (column * side + 2, line * side + 2))
     return np.asarray(strip)
@@ -237,7 +238,8 @@ def _draw_named_boxes(
     class_names: Mapping[int, str],
     scores: Any = None,
 ) -> np.ndarray:
-    names = [class_names.get(int(label), f"class {int(label)}") for label in labels]
+    numbers = [int(label) for label in labels]
+    names = [class_text(class_names.get(n, f"class {n}"), n) for n in numbers]
     colors = [label_color(int(label)) for label in labels]
     return draw_boxes(*image_and_boxes, names, scores, colors)
 
@@ -252,7 +254,11 @@ def _side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Imag
     draw = ImageDraw.Draw(cell)
     x = 0
     for picture, title in zip(pictures, titles, strict=True):
-        draw.text((x, 2), title, fill=TITLE_COLOR, font=FONT)
+        title = legible(title)
+        font = font_for(title, FONT_SIZE)
+        while not title.isascii() and font.getlength(title) > picture.shape[1]:
+            title = title[:-1]  # letters of other scripts are wider
+        draw.text((x, 2), title, fill=TITLE_COLOR, font=font)
         cell.paste(Image.fromarray(picture), (x, TITLE_HEIGHT))
         x += picture.shape[1] + gap
     return cell

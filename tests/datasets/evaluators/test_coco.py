@@ -234,6 +234,18 @@ def test_unlisted_images_and_classes_are_not_evaluated() -> None:
     assert evaluator.summarize()["stats"][0] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_names_that_are_not_valid_unicode(backend: str) -> None:
+    """JSON may have half of a surrogate pair; the bytes of a file name in Latin-1 become such halves."""
+    content = one_object()
+    content["categories"][0]["name"] = "100 \ud83d"
+    content["images"][0]["file_name"] = "\udce9.jpg"
+    evaluator = CocoEvaluator(build_ground_truth(content), backend)
+    evaluator.update({5: perfect_detection()})
+    summary = evaluator.summarize()
+    assert summary["stats"][0] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_class_that_is_listed_twice_counts_once(backend: str) -> None:
     pytest.importorskip(backend)

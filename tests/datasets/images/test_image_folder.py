@@ -116,6 +116,38 @@ def test_list_of_files(tmp_path: Path) -> None:
         read_image(ImageFolder(str(tmp_path / "folders.txt")).path(0))
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "encoding"),
+    [
+        ("images/a 1.png", "images/b.png", "utf-16"),
+        ("images/a 1.png", "images/b.png", "utf-8-sig"),
+        ("images\\a 1.png", "images\\b.png", "utf-8"),
+        ('"images/a 1.png"', '"images/b.png"', "utf-8"),
+        ("images/a 1.png 0", "images/b.png 1", "utf-8"),
+        ("images/a 1.png,0", "images/b.png,1", "utf-8"),
+        ('"images/a 1.png";cat;3', '"images/b.png";dog;4', "utf-8"),
+        ("images\\a 1.png\t0", "images\\b.png\t1", "utf-8"),
+        ("images/a%201.png", "images/b.png", "utf-8"),
+    ],
+)
+def test_lists_of_other_programs(first: str, second: str, encoding: str, tmp_path: Path) -> None:
+    for name in ("a 1.png", "b.png"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / name).touch()
+    (tmp_path / "list.txt").write_bytes(f"{first}\r\n{second}\r\n".encode(encoding))
+    folder = ImageFolder(str(tmp_path / "list.txt"))
+    assert [folder.name(i) for i in range(len(folder))] == ["images/a 1.png", "images/b.png"]
+
+
+@pytest.mark.parametrize("entry", ["images/A.PNG", "images/a.jpg", "images\\a.jpeg"])
+def test_error_of_a_list_names_a_similar_file(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    (tmp_path / "list.txt").write_text(entry)
+    with pytest.raises(UserError, match=r"does not exist.*; did you mean a.png\?$"):
+        ImageFolder(str(tmp_path / "list.txt"))
+
+
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere does not exist"):
         ImageFolder(str(tmp_path / "nowhere"))

@@ -1,5 +1,6 @@
 """Images in tar files: the same samples as from folders, and one-line errors for bad files."""
 
+import gzip
 import io
 import json
 import os
@@ -123,6 +124,44 @@ def test_tar_files_of_other_styles(style: int, tmp_path: Path) -> None:
     )
     assert images.path(1) == str(tmp_path / "x.tar" / "twice.PNG")
     assert images.skipped == 3
+
+
+def test_tar_files_inside_of_a_tar_file(tmp_path: Path) -> None:
+    """As in ILSVRC2012_img_train.tar, which has a tar file per class."""
+    images = write_images(tmp_path / "images", 3)
+    names = sorted(path.name for path in images.iterdir())
+    for i, name in enumerate(("n01.tar", "n02.tar", "._n03.tar")):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(images / names[i], names[i])
+    (tmp_path / "n04.tar").write_bytes(gzip.compress((tmp_path / "n01.tar").read_bytes()))
+    (tmp_path / "n05.tar").touch()
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for path in sorted(tmp_path.glob("*n0?.tar")):
+            tar.add(path, path.name)
+        tar.add(images / names[2], "z.png")
+    found = ImageFolder(str(tmp_path / "all.tar"))
+    assert [found.name(i) for i in range(len(found))] == [
+        "all.tar/n01.tar/000.png",
+        "all.tar/n02.tar/001.png",
+        "all.tar/z.png",
+    ]
+    assert found.skipped == 3
+    for i, name in enumerate(names):
+        assert torch.equal(read_image(found.file(i)), read_image(str(images / name)))
+
+
+def test_incomplete_tar_file_inside_of_a_tar_file(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", 1)
+    with tarfile.open(tmp_path / "n01.tar", "w") as tar:
+        tar.add(images / "000.png", "000.png")
+    content = (tmp_path / "n01.tar").read_bytes()
+    for size in (512 + images.joinpath("000.png").stat().st_size // 512 * 512, 1000):
+        (tmp_path / "n01.tar").write_bytes(content[:size])
+        with tarfile.open(tmp_path / "all.tar", "w") as tar:
+            tar.add(tmp_path / "n01.tar", "n01.tar")
+            tar.add(images / "000.png", "z.png")
+        with pytest.raises(UserError, match="all.tar"):
+            ImageFolder(str(tmp_path / "all.tar"))
 
 
 @pytest.mark.parametrize(

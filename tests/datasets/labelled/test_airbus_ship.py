@@ -171,3 +171,61 @@ def test_other_bad_files(tmp_path: Path) -> None:
     table.unlink()
     with pytest.raises(UserError, match="can't be read: put the competition's file there"):
         build_labelled(airbus_args(root))
+
+
+def rewrite(root: Path, change, encoding: str = "utf-8") -> None:
+    table = root / "train_ship_segmentations_v2.csv"
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    table.write_text(change(lines), encoding=encoding)
+
+
+@pytest.mark.parametrize(
+    ("join", "end", "encoding"),
+    [
+        (lambda name, runs: f'"{name}","{runs}"', "\n", "utf-8"),
+        (lambda name, runs: f"{name};{runs}", "\r\n", "utf-8-sig"),
+        (lambda name, runs: f"{name}\t{runs}", "\n", "utf-16"),
+        (lambda name, runs: f"7,{runs or 'nan'}, {name} ", "\n", "utf-8"),  # columns of pandas
+    ],
+)
+def test_rewritten_csv_files_are_read(join, end: str, encoding: str, tmp_path: Path) -> None:
+    root = write_airbus(tmp_path / "airbus", images=4)
+    args = airbus_args(root)
+    expected = build_dataset("train", args).annotations.fingerprint()
+    rewrite(root, lambda lines: end.join(join(*line) for line in lines) + end, encoding)
+    assert build_dataset("train", args).annotations.fingerprint() == expected
+
+
+def test_names_that_differ_a_little_in_the_csv_file(tmp_path: Path) -> None:
+    root = write_airbus(tmp_path / "airbus", images=4)
+    args = airbus_args(root)
+    expected = list(build_dataset("train", args).annotations.file_names)
+    rewrite(
+        root,
+        lambda lines: "\n".join(
+            ",".join(["train_v2/" * (i > 0) + name, runs]) for i, (name, runs) in enumerate(lines)
+        ),
+    )
+    annotations = build_dataset("train", args).annotations
+    assert list(annotations.file_names) == expected
+    assert len(annotations.image_notes["file name differs"]) == 4 - 1
+
+    rewrite(
+        root,
+        lambda lines: "\n".join(
+            ",".join([name.replace("train_v2", "x"), runs]) for name, runs in lines
+        ),
+    )
+    with pytest.raises(UserError, match=r"none of 4 images .*: did you mean \S+.jpg\?"):
+        build_dataset("train", args)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [('"a.jpg,1 2', "is not a CSV file"), (',"1 2"', "line 2: no ImageId")],
+)
+def test_damaged_csv_lines_raise(line: str, message: str, tmp_path: Path) -> None:
+    root = write_airbus(tmp_path / "airbus", images=2)
+    (root / "train_ship_segmentations_v2.csv").write_text(f"{HEADER}\n{line}\n")
+    with pytest.raises(UserError, match=message):
+        build_dataset("train", airbus_args(root))

@@ -10,6 +10,7 @@ import torch
 
 from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
+from datasets.labelled.checks import Split, run_checks
 from models import build_model
 from tests.tiny import (
     FROZEN,
@@ -145,6 +146,47 @@ def test_bad_classes_raise_a_one_line_error(
     text = str(error.value)
     assert all(word in text for word in (*words, "train.json"))
     assert "\n" not in text
+
+
+def name_first_class(name: str) -> Callable[[dict], object]:
+    return lambda content: content["categories"][0].update(name=name)
+
+
+def test_class_names_that_look_the_same_are_matched(dataset_root: Path, tmp_path: Path) -> None:
+    """They differ in spaces, or in composed and decomposed accents."""
+    train = changed(dataset_root, tmp_path, "train", name_first_class("caf\u00e9 au lait"))
+    val = changed(dataset_root, tmp_path, "val", name_first_class(" cafe\u0301 au  lait"))
+    args = custom_args(dataset_root, train_annotations=train, val_annotations=val)
+    with captured_log() as lines:
+        _, val = build_labelled(args)
+    assert "caf\u00e9 au lait" in val.class_names.values()
+    assert any("is taken as" in line and "looks the same" in line for line in lines)
+
+
+def test_error_names_a_class_that_differs_in_case(dataset_root: Path, tmp_path: Path) -> None:
+    name = json.loads((dataset_root / "val.json").read_text())["categories"][0]["name"]
+    val = changed(dataset_root, tmp_path, "val", name_first_class(name.upper()))
+    with pytest.raises(UserError, match=rf"'{name.upper()}' .* did you mean '{name}'\?$"):
+        build_labelled(custom_args(dataset_root, val_annotations=val))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("100 \ud83d", "class name broken"), (" Red", "class names alike")],
+)
+def test_unusual_class_names_are_reported(
+    name: str, kind: str, dataset_root: Path, tmp_path: Path
+) -> None:
+    def add(content: dict) -> None:
+        content["categories"].append({"id": 2000, "name": name})
+
+    args = custom_args(
+        dataset_root, train_annotations=changed(dataset_root, tmp_path, "train", add)
+    )
+    dataset = build_dataset("train", args)
+    found = [finding for finding in run_checks([Split("train", dataset)]) if finding.kind == kind]
+    assert len(found) == 1
+    str(found[0]).encode()  # valid Unicode
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,17 @@ def test_box_outside_its_image_is_skipped_with_a_warning(devkit: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("form", "encoding"), [("{}", "utf-8-sig"), ("{}", "utf-16"), ("JPEGImages\\{}.JPG", "utf-8")]
+)
+def test_image_sets_of_other_programs(form: str, encoding: str, devkit: Path) -> None:
+    expected = read_voc(str(devkit), ["2007_trainval"]).fingerprint()
+    path = devkit / "VOC2007" / "ImageSets" / "Main" / "trainval.txt"
+    names = path.read_text().split()
+    path.write_bytes("".join(f"{form.format(name)}\r\n" for name in names).encode(encoding))
+    assert read_voc(str(devkit), ["2007_trainval"]).fingerprint() == expected
+
+
 # ---------------------------------------------------------------------------------- custom XML files, COCO-style files
 
 
@@ -312,6 +323,130 @@ def test_folder_without_xml_files_raises(tmp_path: Path) -> None:
     args = custom_args(train_images=tmp_path, train_annotations=tmp_path)
     with pytest.raises(UserError, match="has no .xml file"):
         build_dataset("train", args)
+
+
+# ------------------------------------------------------------------------------------ XML files as other programs write
+
+
+def xml_folder(root: Path, files: dict[str, str], images: tuple[str, ...]) -> tuple[str, str]:
+    """Write XML files, name -> <filename>, and empty images; return both folders."""
+    for name, listed in files.items():
+        path = root / "xml" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(voc_xml(listed, (50, 60), [("cat", [1, 2, 30, 20], 0)]))
+    for name in images:
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "images" / name).touch()
+    return str(root / "xml"), str(root / "images")
+
+
+@pytest.mark.parametrize(
+    ("name", "listed", "images", "expected", "noted"),
+    [
+        ("a.xml", "a.jpg", ("a.jpg", "b.jpg"), "a.jpg", False),
+        ("a.xml", "b.jpg", ("a.jpg", "b.jpg"), "a.jpg", True),
+        ("a.xml", "b.jpg", ("b.jpg",), "b.jpg", False),
+        ("a.xml", "gone.jpg", ("a.jpg",), "a.jpg", True),
+        ("a.xml", "a", ("a.jpg",), "a.jpg", False),
+        ("a.xml", "", ("a.png",), "a.png", False),
+        ("a.xml", "a.jpg", ("a.png",), "a.png", False),
+        ("a.xml", "", ("b.png",), "a.jpg", False),
+        ("a.xml", "C:\\old\\a.jpg", ("a.jpg",), "a.jpg", False),
+        ("é.xml", "%C3%A9.jpg", ("é.jpg",), "é.jpg", False),
+        ("a.xml", "b.jpg", ("a.jpg", "a.png", "b.jpg"), "a.jpg", True),
+        ("a.xml", "a.png", ("a.jpg", "a.png"), "a.png", False),
+        ("more/a.xml", "a.jpg", ("a.jpg",), "a.jpg", False),
+        ("more/a.xml", "a.jpg", ("a.jpg", "more/a.jpg"), "more/a.jpg", False),
+        ("a.XML", "a.jpg", ("a.jpg",), "a.jpg", False),
+    ],
+)
+def test_image_of_an_xml_file(
+    name: str, listed: str, images: tuple[str, ...], expected: str, noted: bool, tmp_path: Path
+) -> None:
+    annotations = read_xml_folder(*xml_folder(tmp_path, {name: listed}, images))
+    assert list(annotations.file_names) == [expected]
+    notes = {"XML names another image": {1: f"<filename> of {name} is {listed}"}}
+    assert annotations.image_notes == (notes if noted else {})
+
+
+def test_images_without_xml_file_are_counted(tmp_path: Path) -> None:
+    folders = xml_folder(tmp_path, {"a.xml": "a.jpg"}, ("a.jpg", "b.jpg", "more/c.png"))
+    with captured_log() as lines:
+        annotations = read_xml_folder(*folders)
+    _, names = annotations.findings["image without XML file"]
+    assert list(names) == ["b.jpg", "more/c.png"]
+    assert any("2 of 3 images in" in line and line.endswith("first is b.jpg") for line in lines)
+
+
+def read_bytes_as_xml(content: bytes, tmp_path: Path) -> dict:
+    path = tmp_path / "x.xml"
+    path.write_bytes(content)
+    return read_xml(str(path))
+
+
+CHINESE = voc_xml("a.jpg", (50, 60), [("中", [1, 2, 30, 20], 0)])
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding"),
+    [
+        ("gb2312", "gb2312"),
+        ("gbk", "gb18030"),
+        ("big5", "big5"),
+        ("shift_jis", "shift_jis"),
+        ("euc-kr", "euc-kr"),
+        ("utf8", "utf-8"),
+        ("utf-8", "utf-8-sig"),
+        ("utf-16", "utf-16"),
+        ("utf-16", "utf-8"),  # a wrong declaration
+        ("gb2312", "utf-8"),
+    ],
+)
+def test_encodings_of_xml_files(declared: str, encoding: str, tmp_path: Path) -> None:
+    text = f'<?xml version="1.0" encoding="{declared}"?>{CHINESE}'
+    record = read_bytes_as_xml(text.encode(encoding), tmp_path)
+    assert record["objects"] == [("中", (1, 2, 31, 22), False)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (f'<?xml version="1.0" encoding="klingon"?>{CHINESE}'.encode(), "encoding klingon, which"),
+        (CHINESE.encode("gbk"), "x.xml declares no encoding, which means utf-8, but its content"),
+        (
+            f'<?xml version="1.0" encoding="utf8"?>{CHINESE}'.encode("gbk"),
+            "declares utf8, but its content is in another encoding",
+        ),
+        (b" \n", "x.xml is empty"),
+        (b"<annotations><image/></annotations>", "outermost element is <annotations>"),
+        (CHINESE.replace("<name>中", "<name> ").encode(), "no name"),
+        (CHINESE.replace("cult>0", "cult>maybe").encode(), "<difficult> is 'maybe'"),
+    ],
+)
+def test_bad_xml_raises_a_one_line_error(content: bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        read_bytes_as_xml(content, tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_namespaces_and_blank_lines_in_xml_files(tmp_path: Path) -> None:
+    text = CHINESE.replace("<annotation>", '<annotation xmlns="http://example.org">')
+    text = f'\n <?xml version="1.0" encoding="utf-8"?>{text}'
+    assert read_bytes_as_xml(text.encode(), tmp_path) == {
+        "file": "a.jpg",
+        "size_hw": (50, 60),
+        "objects": [("中", (1, 2, 31, 22), False)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("1", True), ("yes", True), ("True", True), ("1.0", True), ("2", True)]
+    + [(word, False) for word in ("0", "no", "False", "Unspecified", "", " ", "0.0")],
+)
+def test_difficult_in_words(word: str, expected: bool, tmp_path: Path) -> None:
+    text = CHINESE.replace("<difficult>0", f"<difficult>{word}")
+    assert read_bytes_as_xml(text.encode(), tmp_path)["objects"][0][2] is expected
 
 
 def add_perfect_detections(evaluator, annotations) -> None:
