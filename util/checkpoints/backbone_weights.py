@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from util.checkpoints.architecture import RESNET_BLOCKS, infer_detector, infer_resnet
 from util.checkpoints.load_report import LoadReport
-from util.checkpoints.weight_files import fetch, read_weights
+from util.checkpoints.weight_files import check_finite, fetch, read_weights
 from util.errors import UserError
 from util.logger import log
 
@@ -45,7 +45,8 @@ def load_backbone_weights(body: nn.Module, name: str, source: str) -> LoadReport
         source: `swav` (resnet50 only), `imagenet`, `none` (keep the initial weights), a path or a URL.
 
     Raises:
-        UserError: a tensor of `body` is missing in the file or has another shape, or the file can't be read.
+        UserError: a tensor of `body` is missing in the file, has another shape, or NaN or infinite values, or the file
+            can't be read.
     """
     if source == "none":
         return LoadReport(reinitialized=_num_elements(body.state_dict()))
@@ -213,6 +214,7 @@ def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
     missing = [key for key in target if key not in found]
     if missing:
         raise UserError(_missing_message(name, origin, missing, len(target)))
+    check_finite(found, origin)
 
     # Not strict only for the counters: `missing` is empty.
     body.load_state_dict(found, strict=False)

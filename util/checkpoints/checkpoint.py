@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from util.checkpoints.published_layouts import infer_siamese_pretext, to_detr_names
-from util.checkpoints.weight_files import read_weights
+from util.checkpoints.weight_files import check_finite, read_weights
 from util.errors import UserError
 from util.files import write_atomically
 
@@ -179,7 +179,7 @@ def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -
     parameter names of Siamese DETR's codebase become DETR's.
 
     Raises:
-        UserError: the file can't be read or contains no weights.
+        UserError: the file can't be read, contains no weights, or some of them are NaN or infinite.
     """
     return parse_checkpoint(read_weights(path_or_url, map_location), path_or_url)
 
@@ -188,7 +188,7 @@ def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
     """Return the checkpoint in a file's content, as `load_checkpoint` does. `source` names the file in messages.
 
     Raises:
-        UserError: the content has no weights.
+        UserError: the content has no weights, or some of them are NaN or infinite.
     """
     if not isinstance(content, Mapping):
         raise UserError(
@@ -197,6 +197,8 @@ def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
         )
     checkpoint = Checkpoint.from_dict(_find_model(content, source), str(source))
     state = strip_prefix(checkpoint.model, "module.")  # added by DistributedDataParallel
+    for weights in (state, *(checkpoint.frozen or {}).values()):
+        check_finite(weights, source)
     checkpoint.siamese_pretext = infer_siamese_pretext(state)
     checkpoint.model = to_detr_names(state)
     return checkpoint

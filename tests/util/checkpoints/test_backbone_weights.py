@@ -164,6 +164,14 @@ def test_incomplete_file_is_an_error(tmp_path, damage, words):
     assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())
 
 
+def test_backbone_weights_that_are_not_finite_are_refused(tmp_path):
+    state = weights_of()
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="NaN or infinite values .first .*layer1.0.conv1.weight"):
+        load_backbone_weights(body_of(), "resnet18", str(tmp_path / "w.pth"))
+
+
 def test_swav_is_for_resnet50_only():
     with pytest.raises(UserError, match="only for resnet50"):
         load_backbone_weights(body_of(), "resnet18", "swav")

@@ -122,6 +122,20 @@ def test_strip_prefix_only_when_every_key_has_it():
     assert set(strip_prefix({"module.a": 1, "b": 2})) == {"module.a", "b"}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model", "frozen"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
+    state, other = detector_state(), detector_state()
+    other["query_embed.weight"][1, 2] = value
+    content = (
+        {"model": other} if name == "model" else {"model": state, "frozen": {"teacher": other}}
+    )
+    torch.save(content, tmp_path / "f.pth")
+    with pytest.raises(UserError) as excinfo:
+        load_checkpoint(tmp_path / "f.pth")
+    one_line(excinfo, "f.pth: 1 of", "query_embed.weight", "earlier checkpoint")
+
+
 def test_class_names_in_another_format_are_ignored():
     content = {"model": detector_state(), "class_names": {"cat": 0}, "category_ids": {"cat": 1}}
     checkpoint = Checkpoint.from_dict(content)
