@@ -120,6 +120,23 @@ def test_every_layout_loads_completely(tmp_path, lines, layout):
     assert "file.pth.tar" in lines.text
 
 
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("moco", "using state_dict.module.encoder_q, not state_dict.module.encoder_k"),
+        ("dino", "using teacher.backbone, not student.module.backbone"),
+        ("torchvision", None),
+        ("detr", None),
+    ],
+)
+def test_the_network_used_of_two_is_logged(tmp_path, lines, layout, words):
+    torch.save(LAYOUTS[layout](weights_of()), tmp_path / "w.pth")
+    load_backbone_weights(body_of(), "resnet18", str(tmp_path / "w.pth"))
+    logged = [message for message in lines.messages if "networks of this backbone" in message]
+    assert len(logged) == (words is not None)
+    assert not words or words in logged[0]
+
+
 def test_dropped_modules_are_logged(tmp_path, lines):
     torch.save(LAYOUTS["swav"](weights_of()), tmp_path / "f.pth")
     report = load_backbone_weights(body_of(), "resnet18", str(tmp_path / "f.pth"))
