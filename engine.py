@@ -299,9 +299,19 @@ def evaluate(
 
 
 def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Copy the results of a batch to the CPU, with one copy per key instead of one per image."""
+    """Copy the results of a batch to the CPU, with one copy per key instead of one per image.
+
+    Raises:
+        NonFinite: a score or box is NaN or infinite. JSON has no such numbers, and no threshold finds such an object.
+    """
     # scores and labels [K] -> [B, K], boxes [K, 4] -> [B, K, 4]
     host = {key: torch.stack([result[key] for result in results]).cpu() for key in results[0]}
+    for key, values in host.items():
+        if not torch.isfinite(values).all():
+            raise NonFinite(
+                f"the model predicts NaN or infinite {key}: its weights have diverged, or overflow with --amp; "
+                "choose an earlier checkpoint, or give --amp no"
+            )
     return [{key: values[i] for key, values in host.items()} for i in range(len(results))]
 
 

@@ -26,7 +26,7 @@ from datasets.sample import SampleDataset
 from evaluation import Evaluation
 from models import build_model
 from util.checkpoints.checkpoint import BEST, LATEST, Checkpoint
-from util.checkpoints.classes import infer_classes
+from util.checkpoints.classes import Classes, infer_classes
 from util.checkpoints.loading import load_pretrained, load_strict
 from util.distributed import is_main_process
 from util.files import write_text
@@ -76,9 +76,30 @@ def warn_class_mismatch(trained: dict[int, str], evaluated: dict[int, str]) -> N
         )
 
 
+def warn_nameless_rows(classes: Classes, dataset: SampleDataset) -> None:
+    """Warn if a class head without names has other rows than the data has labels, so that its classes are a guess.
+
+    With `category_ids` the classes were matched, see datasets/labelled/custom.py; in COCO's layout rows are ids.
+    """
+    names = dataset.class_names
+    numbers_itself = bool(names) and min(names) == 0 and dataset.category_ids is None
+    # Published heads for VOC have one row more than classes.
+    if classes.named or not numbers_itself or classes.num_classes <= len(names) + 1:
+        return
+    log.warning(
+        "%s has no class names and %d rows, the data have %d classes: row 0 is taken to be '%s' and so on; if it was "
+        "trained on other classes, AP is not meaningful",
+        classes.source,
+        classes.num_classes,
+        len(names),
+        names[0],
+    )
+
+
 def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Evaluate a trained detector once (`--eval`)."""
     warn_class_mismatch(checkpoint.class_names, evaluation.dataset.class_names)
+    warn_nameless_rows(infer_classes(checkpoint), evaluation.dataset)
     log.info("evaluating on %d images", len(evaluation.dataset))
     evaluation(model, checkpoint.epoch or 0)
     update_run_page(evaluation.folder)

@@ -315,14 +315,16 @@ def checkpoint_state(run: Run) -> Checkpoint:
 def resume_run(run: Run, checkpoint: Checkpoint) -> None:
     """Restore optimizer, schedule, progress and random states.
 
-    A checkpoint with weights only starts at `--start_epoch` with a new optimizer.
+    A checkpoint whose training state is missing or can't be used starts at `--start_epoch` with a new optimizer.
 
     Raises:
         UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round.
     """
-    if not checkpoint.can_resume:
+    missing = checkpoint.missing_state()
+    if missing:
         log.info(
-            "the checkpoint has weights only: training starts from epoch %d with a new optimizer",
+            "the checkpoint has weights only (%s): training starts from epoch %d with a new optimizer",
+            missing,
             run.epoch + 1,
         )
         return

@@ -17,6 +17,7 @@ from models.position_encoding import POSITION_ENCODINGS
 from models.postprocess import PostProcess
 from models.trainable import TrainableModel
 from util.checkpoints.backbone_weights import load_backbone_weights
+from util.logger import log
 from util.settings import Settings, resolve
 from util.settings.registry import DETECTORS, PRETEXTS, import_object, lookup
 
@@ -56,6 +57,13 @@ def build_model(
     """
     settings = resolve(args)
     pretext: Any = import_object(PRETEXTS[settings.pretext].pretext) if settings.pretext else None
+    if pretext and isinstance(args, Namespace) and not settings.was_given("pretext"):
+        # In DETR's codebase, `main.get_args_parser` is the parser of a detector.
+        log.warning(
+            "build_model with the flags of main.py builds the pretext %s around a detector; for a "
+            "detector use the parser of finetune_main.py, or give --pretext to keep it",
+            settings.pretext,
+        )
 
     # One Classification object configures head, matcher, criterion and post-processor.
     if pretext:

@@ -3,6 +3,8 @@
 Shapes: B images, Q queries, S keys, D model width, H heads, G query groups.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.backends import cuda
@@ -63,6 +65,54 @@ def attend(
     return out.transpose(1, 2).reshape(batch, num_queries, -1)  # [B, Q, D]
 
 
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    num_heads: int,
+    padding_mask: Tensor | None = None,
+    query_groups: int = 1,
+) -> Tensor:
+    """Return the weights of `attend` without dropout, averaged over the heads.
+
+    Returns:
+        [B, Q, S], rows sum to 1; with query groups [B * G, Q / G, Q / G].
+    """
+    query, key = (fold_groups(x, query_groups) for x in (query, key))
+    query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key))
+    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5  # [B, H, Q, S]
+    if padding_mask is not None:
+        logits = logits.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+    return logits.softmax(-1).mean(1)  # [B, Q, S]
+
+
+class HookedAttention(nn.Module):
+    """Base of attention modules: a forward hook gets (output, weights), as of `torch.nn.MultiheadAttention`.
+
+    Published code reads attention maps as `output[1]` in a hook. Callers always get the output only. Without a hook
+    no weights are computed.
+    """
+
+    num_heads: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        out = super().__call__(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def with_weights(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        padding_mask: Tensor | None,
+        query_groups: int,
+    ) -> Any:
+        """Return `out`, or (`out`, weights) for a module with a forward hook."""
+        if not self._forward_hooks:
+            return out
+        with torch.no_grad():
+            return out, attention_weights(query, key, self.num_heads, padding_mask, query_groups)
+
+
 def usable_kernels(
     num_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> str | None:
@@ -87,7 +137,7 @@ def usable_kernels(
     return ", ".join(usable)
 
 
-class MultiheadAttention(nn.Module):
+class MultiheadAttention(HookedAttention):
     """Attention with query, key, value and output projections.
 
     Parameter names and initial values are those of `torch.nn.MultiheadAttention`, so published DETR
@@ -111,7 +161,7 @@ class MultiheadAttention(nn.Module):
         value: Tensor,
         padding_mask: Tensor | None = None,
         query_groups: int = 1,
-    ) -> Tensor:
+    ) -> Any:
         """Attend from query [B, Q, D] to key and value [B, S, D]; returns [B, Q, D].
 
         `padding_mask` and `query_groups` as in `attend`.
@@ -125,7 +175,7 @@ class MultiheadAttention(nn.Module):
 
         dropout = self.dropout if self.training else 0.0
         out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
-        return self.out_proj(out)
+        return self.with_weights(self.out_proj(out), query, key, padding_mask, query_groups)
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """Return {"attention": usable kernels}, or {} where they are unknown."""
@@ -133,7 +183,7 @@ class MultiheadAttention(nn.Module):
         return {} if usable is None else {"attention": usable}
 
 
-class ProjectedAttention(nn.Module):
+class ProjectedAttention(HookedAttention):
     """Attention on query, key and value that are already projected, with an output projection only.
 
     Conditional DETR projects content and position separately (Meng et al. 2021, section 3.3).
@@ -152,8 +202,8 @@ class ProjectedAttention(nn.Module):
         value: Tensor,
         padding_mask: Tensor | None = None,
         query_groups: int = 1,
-    ) -> Tensor:
+    ) -> Any:
         """Attend from query [B, Q, K] to key [B, S, K] and value [B, S, D]; returns [B, Q, D]."""
         dropout = self.dropout if self.training else 0.0
         out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
-        return self.out_proj(out)
+        return self.with_weights(self.out_proj(out), query, key, padding_mask, query_groups)

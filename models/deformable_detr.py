@@ -101,6 +101,13 @@ class DeformableDETR(Detector):
             transformer.decoder.class_embed = self.class_embed
 
     def encode(self, samples: NestedTensor) -> DeformableMemory:
+        if torch.jit.is_tracing():
+            # A trace records the map sizes as constants: other image sizes would give wrong outputs.
+            raise UserError(
+                "torch.jit.trace: a trace of Deformable DETR gives wrong results at any other image "
+                "size; use torch.export.export with dynamic_shapes, for ONNX torch.onnx.export with "
+                "dynamo=True"
+            )
         features = self.backbone(samples)
         maps = self._project(features, samples)
         shapes = [(x.tensor.shape[-2], x.tensor.shape[-1]) for x in maps]

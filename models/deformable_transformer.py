@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.attention import MultiheadAttention
+from models.attention import HookedAttention, MultiheadAttention
 from models.classification import inverse_sigmoid
 from models.detector import Memory, full_precision, to_weight_dtype, without_autocast
 from models.ms_deform_attn import ms_deform_attn
@@ -47,10 +47,11 @@ class DeformableMemory(Memory):
         return self.valid_sizes_wh / self.sizes_wh
 
 
-class DeformableAttention(nn.Module):
+class DeformableAttention(HookedAttention):
     """Multi-scale deformable attention (equation 3).
 
     Sampling offsets and attention weights are predicted from the query alone; there are no keys.
+    A forward hook gets (output, weights [B, Q, H, L, P]).
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class DeformableAttention(nn.Module):
 
     def forward(
         self, query: Tensor, references: Tensor, tokens: Tensor, memory: DeformableMemory
-    ) -> Tensor:
+    ) -> Any:
         """Sample `tokens` around the references of each query.
 
         Args:
@@ -133,7 +134,8 @@ class DeformableAttention(nn.Module):
             centers, sides = references[..., :2], references[..., 2:]
             locations = centers + offsets / self.num_points * sides * 0.5  # [B, Q, H, L, P, 2]
         sampled = ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
-        return self.output_proj(sampled)  # [B, Q, D]
+        out = self.output_proj(sampled)  # [B, Q, D]
+        return (out, weights.detach()) if self._forward_hooks else out
 
 
 class DeformableEncoderLayer(TransformerLayer):

@@ -14,6 +14,7 @@ import engine
 import finetune_main
 import trainer
 from datasets.collate import normalize_images
+from engine import results_to_host
 from models import build_model
 from tests.tiny import (
     FROZEN,
@@ -31,6 +32,7 @@ from tests.tiny import (
     write_images,
 )
 from util.distributed import get_world_size
+from util.errors import NonFinite
 from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
 from util.runs.meters import (
@@ -658,3 +660,13 @@ def test_non_finite_loss_ends_run_and_keeps_checkpoint(
     saved = read_checkpoint(tmp_path / "run" / "checkpoint.pth")
     assert saved["epoch"] == 0
     assert_same(saved["model"], read_checkpoint(reference / "checkpoint.pth")["model"])
+
+
+@pytest.mark.parametrize("key", ["scores", "boxes"])
+def test_predictions_that_are_not_finite_are_an_error(key: str) -> None:
+    """They would be written to results.json as NaN, and no threshold would find such an object."""
+    result = {"scores": torch.ones(3), "labels": torch.ones(3).long(), "boxes": torch.ones(3, 4)}
+    assert len(results_to_host([result, result])) == 2
+    broken = {**result, key: torch.full_like(result[key], float("nan"))}
+    with pytest.raises(NonFinite, match=f"NaN or infinite {key}.*earlier checkpoint"):
+        results_to_host([result, broken])

@@ -60,7 +60,10 @@ def build_custom(
         # An unlisted category has no name to match. For a new head `validate` checks this later, so that
         # tools/check_dataset.py can build the dataset and list every such annotation.
         _check_categories_are_listed(annotations)
-    classes = classes or _classes_of_file(annotations)
+    if classes is None:
+        classes = _classes_of_file(annotations)
+    elif not classes.named:
+        classes = _resolve_nameless_classes(annotations, classes, has_ids=not from_xml)
     _check_num_classes(settings, classes)
 
     ids = _match_classes_by_name(annotations, classes)
@@ -150,18 +153,65 @@ def _check_num_classes(settings: Settings, classes: Classes) -> None:
         )
 
 
+def _resolve_nameless_classes(
+    annotations: Annotations, classes: Classes, *, has_ids: bool
+) -> Classes:
+    """Return what the rows of a class head without class names mean, and log it.
+
+    In all published codebases a row is a category id of the training data. 91 rows are COCO's if all names in the file
+    are COCO's. They can also be the default size, with other categories: so other names are matched by id.
+
+    Args:
+        has_ids: False for XML files, which number no classes.
+
+    Raises:
+        UserError: the file has other classes than COCO's, and category ids that the class head has no rows for.
+    """
+    names = annotations.class_names
+    ids_fit = has_ids and all(0 <= category_id < classes.num_classes for category_id in names)
+    if classes.names and set(names.values()) <= set(classes.names.values()):
+        differing = {row: name for row, name in names.items() if classes.names.get(row) != name}
+        if ids_fit and differing:
+            row, name = next(iter(differing.items()))
+            log.warning(
+                "%s has no class names: its %d rows are taken to be COCO's, matched by name. In %s, %d of %d category "
+                "ids are not COCO's (first: '%s' is %d): if the detector was trained with these ids, AP is wrong; "
+                "then use --dataset_file coco, or add the entry 'class_names' (id -> name) to the checkpoint",
+                classes.source,
+                classes.num_classes,
+                annotations.source,
+                len(differing),
+                len(names),
+                name,
+                row,
+            )
+        return classes
+
+    if ids_fit:
+        log.warning(
+            "%s has no class names: its rows are taken to be the category ids of %s (%s); to match by name, add the "
+            "entry 'class_names' (id -> name) to the checkpoint",
+            classes.source,
+            annotations.source,
+            ", ".join(f"{category_id} {name}" for category_id, name in list(names.items())[:5]),
+        )
+        rows = {category_id: category_id for category_id in names}
+        return Classes(dict(names), rows, classes.num_classes, classes.source)
+
+    example = next(name for name in names.values() if name not in classes.names.values())
+    raise UserError(
+        f"{classes.source} has no class names, and its {classes.num_classes} rows are neither COCO's classes nor the "
+        f"category ids of {annotations.source} (which has '{example}'), so classes can't be matched; use it as "
+        "--pretrain, or add the entry 'class_names' (row -> name) to the checkpoint"
+    )
+
+
 def _match_classes_by_name(annotations: Annotations, classes: Classes) -> dict[int, int]:
     """Return label -> category id of the file, for the classes in the file.
 
     Raises:
         UserError: the file has a class that is not in `classes`.
     """
-    if not classes.names:
-        raise UserError(
-            f"{classes.source} has no class names, so classes can't be matched: use it as --pretrain, or use "
-            "--dataset_file coco, whose category ids are the rows of its class head"
-        )
-
     # In descending order, so that the lowest label wins if a checkpoint has a name twice.
     labels = {name: label for label, name in sorted(classes.names.items(), reverse=True)}
     names = _adopt_spelling(annotations, list(labels))

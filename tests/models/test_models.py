@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+import finetune_main
+import main
 from models import build_model
+from models.attention import MultiheadAttention
 from models.backbone import Backbone, resize_mask
 from models.classification import Classification
 from models.detector import Detector, Queries
@@ -17,7 +20,7 @@ from models.position_encoding import POSITION_ENCODINGS, sine_embed_points
 from models.postprocess import PostProcess
 from models.resnet import LiveBatchNorm2d
 from models.transformer import MLP
-from tests.tiny import make_batch, make_targets, tiny_args
+from tests.tiny import captured_log, make_batch, make_targets, tiny_args
 from util.errors import UserError
 from util.nested_tensor import NestedTensor, as_nested_tensor
 from util.settings import FINETUNE, make_parser, resolve
@@ -569,3 +572,79 @@ def test_few_queries_give_fewer_results_than_top_k() -> None:
     postprocess = PostProcess(Classification("focal", 2, cost_class=1.0))
     result = postprocess(outputs, torch.tensor([[9, 9]]))[0]
     assert len(result["scores"]) == 6  # 3 queries x 2 classes
+
+
+def attention_modules(model: Detector) -> dict[str, nn.Module]:
+    encoder, decoder = model.transformer.encoder.layers[-1], model.transformer.decoder.layers[-1]
+    cross = decoder.multihead_attn if hasattr(decoder, "multihead_attn") else decoder.cross_attn
+    return {"encoder": encoder.self_attn, "decoder": decoder.self_attn, "cross": cross}
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_forward_hooks_get_attention_weights(detector: str) -> None:
+    """Published code reads attention maps by `output[1]`; outputs of the model stay the same."""
+    model = build("--detector", detector).eval()
+    batch = make_batch([(64, 96), (48, 64)])  # the second image is padded
+    with torch.no_grad():
+        expected = model(batch)
+        maps = {}
+        for name, module in attention_modules(model).items():
+            module.register_forward_hook(
+                lambda _module, _inputs, output, name=name: maps.update({name: output[1]})
+            )
+        outputs = model(batch)
+    assert torch.equal(outputs["pred_logits"], expected["pred_logits"])
+
+    assert maps["decoder"].shape == (2, QUERIES, QUERIES)
+    if detector == "deformable_detr":  # of the sampled points: heads, levels, points
+        sums = {name: maps[name].sum((-1, -2)) for name in ("encoder", "cross")}
+        assert maps["cross"].shape[:2] == (2, QUERIES)
+    else:
+        assert maps["encoder"].shape == (2, 6, 6)
+        assert maps["cross"].shape == (2, QUERIES, 6)
+        assert not maps["cross"][1, :, 2::3].any(), "the third column of the map is padding"
+        sums = {name: maps[name].sum(-1) for name in ("encoder", "cross")}
+    for total in (*sums.values(), maps["decoder"].sum(-1)):
+        torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_hooked_weights_are_those_of_pytorch() -> None:
+    torch.manual_seed(0)
+    ours, theirs = MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    query, key, padding = torch.rand(2, 3, 8), torch.rand(2, 4, 8), torch.zeros(2, 4).bool()
+    padding[1, 2:] = True
+    seen = []
+    ours.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    out = ours(query, key, key, padding)
+    expected, weights = theirs(query, key, key, key_padding_mask=padding)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(seen[0][1], weights)
+
+
+def test_tracing_deformable_detr_is_refused() -> None:
+    """A trace has the map sizes as constants, and gives wrong outputs at other sizes."""
+    model = build("--detector", "deformable_detr", "--no_aux_loss").eval()
+    with pytest.raises(UserError, match=r"torch\.jit\.trace.*torch\.export"):
+        torch.jit.trace(model, torch.rand(1, 3, 64, 64), strict=False)
+
+
+def test_parser_of_pre_training_gives_a_pretext_and_says_so() -> None:
+    """In DETR's codebase `main.get_args_parser` is the parser of a detector."""
+    flags = [
+        "--backbone",
+        "resnet18",
+        "--backbone_weights",
+        "none",
+        "--device",
+        "cpu",
+        "--num_queries",
+        "20",
+    ]
+    with captured_log() as lines, torch.device("meta"):
+        build_model(main.get_args_parser().parse_args(flags))
+    assert any("builds the pretext random_query_patch" in line for line in lines)
+    with captured_log() as lines, torch.device("meta"):
+        build_model(finetune_main.get_args_parser().parse_args(flags))
+        build_model(main.get_args_parser().parse_args([*flags, "--pretext", "region_prior"]))
+    assert not any("builds the pretext" in line for line in lines)

@@ -10,8 +10,9 @@ import torchvision
 from torch import Tensor, nn
 
 from util.checkpoints.architecture import RESNET_BLOCKS, infer_detector, infer_resnet
+from util.checkpoints.hugging_face import is_hugging_face
 from util.checkpoints.load_report import LoadReport
-from util.checkpoints.weight_files import fetch, read_weights
+from util.checkpoints.weight_files import check_finite, fetch, read_weights
 from util.errors import UserError
 from util.logger import log
 
@@ -45,7 +46,8 @@ def load_backbone_weights(body: nn.Module, name: str, source: str) -> LoadReport
         source: `swav` (resnet50 only), `imagenet`, `none` (keep the initial weights), a path or a URL.
 
     Raises:
-        UserError: a tensor of `body` is missing in the file or has another shape, or the file can't be read.
+        UserError: a tensor of `body` is missing in the file, has another shape, or NaN or infinite values, or the file
+            can't be read.
     """
     if source == "none":
         return LoadReport(reinitialized=_num_elements(body.state_dict()))
@@ -109,7 +111,7 @@ def identify_backbone(content: Any) -> tuple[str, str] | None:
     Other keys tell the origin: SwAV's prototypes, the second network of MoCo and DINO, torchvision's classifier.
     """
     states = _state_dicts(content)
-    if any(infer_detector(state) for _, state in states):
+    if any(infer_detector(state) or is_hugging_face(state) for _, state in states):
         return None
 
     for _, state in states:
@@ -200,7 +202,7 @@ def _rename_to_timm(content: Any, name: str) -> Any:
 
 def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
     target = {key: value for key, value in body.state_dict().items() if not key.endswith(COUNTER)}
-    state, prefix = _best_match(content, target)
+    (path, state, prefix), others = _best_match(content, target)
     # Before the check for missing tensors: it says why they are missing.
     _check_resnet_depth(state, prefix, name, origin)
 
@@ -213,6 +215,7 @@ def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
     missing = [key for key in target if key not in found]
     if missing:
         raise UserError(_missing_message(name, origin, missing, len(target)))
+    check_finite(found, origin)
 
     # Not strict only for the counters: `missing` is empty.
     body.load_state_dict(found, strict=False)
@@ -222,6 +225,14 @@ def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
         for key, value in state.items()
         if key not in used and not key.endswith(COUNTER)
     }
+    if others:
+        log.info(
+            "%s has %d networks of this backbone: using %s, not %s",
+            origin,
+            len(others) + 1,
+            _place(path, prefix),
+            ", ".join(others),
+        )
     log.info(
         "backbone %s: %d tensors from %s, %s, none missing",
         name,
@@ -240,11 +251,17 @@ def _summarize_dropped(unused: Mapping[str, int], prefix: str) -> str:
     return f"{len(unused)} dropped ({names})"
 
 
-def _best_match(content: Any, target: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Return the state dict in a file, and the prefix in it, that match most tensors of the backbone."""
+def _best_match(
+    content: Any, target: Mapping[str, Tensor]
+) -> tuple[tuple[str, dict[str, Tensor], str], list[str]]:
+    """Return the state dict in a file that matches most tensors of the backbone, and the places that match equally.
+
+    The state dict is (path in the file, state dict, prefix of the backbone's names in it).
+    """
     target_shapes = {_plain_key(key): value.shape for key, value in target.items()}
     first_key = next(iter(target_shapes))
-    best, best_score = ({}, ""), (0, False)
+    best, best_score = ("", {}, ""), (0, False)
+    matches: dict[str, int] = {}
 
     for path, state in _state_dicts(content):
         for prefix in _prefixes(state, first_key):
@@ -252,13 +269,26 @@ def _best_match(content: Any, target: Mapping[str, Tensor]) -> tuple[dict[str, T
                 prefix + key in state and state[prefix + key].shape == shape
                 for key, shape in target_shapes.items()
             )
+            matches[_place(path, prefix)] = num_matches
             # Student and teacher match equally well: the second element decides between them.
             is_preferred = any(word in f"{path}.{prefix}" for word in PREFERRED_ENCODERS)
             score = (num_matches, is_preferred)
             # The first one counts even without a match, so that an error can name the ResNet in the file.
-            if score > best_score or not best[0]:
-                best, best_score = (state, prefix), score
-    return best
+            if score > best_score or not best[1]:
+                best, best_score = (path, state, prefix), score
+
+    path, _, prefix = best
+    others = [
+        place
+        for place, number in matches.items()
+        if number == best_score[0] > 0 and place != _place(path, prefix)
+    ]
+    return best, others
+
+
+def _place(path: str, prefix: str) -> str:
+    """Return where a network is in a file, such as `state_dict.module.encoder_q`."""
+    return f"{path}.{prefix}".strip(".") or "the top level"
 
 
 def _state_dicts(

@@ -6,20 +6,24 @@ the published parameter names.
 """
 
 import dataclasses
+import math
 import os
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from util.checkpoints.hugging_face import from_hugging_face, is_hugging_face, read_config
+from util.checkpoints.other_codebases import check_codebase
 from util.checkpoints.published_layouts import infer_siamese_pretext, to_detr_names
-from util.checkpoints.weight_files import read_weights
+from util.checkpoints.weight_files import check_finite, read_weights
+from util.checkpoints.wrapper_names import strip_wrappers
 from util.errors import UserError
 from util.files import write_atomically
 
@@ -27,6 +31,19 @@ VERSION = 1
 LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
 # What `weights_only=True` loads. Module state dicts are OrderedDicts, and MultiStepLR stores a Counter.
 CONTAINERS = (dict, OrderedDict, Counter, list, tuple, set)
+# Entries with weights, of this and other programs; the first one counts. The last ones are averages of the weights.
+MODEL_ENTRIES = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "net",
+    "network",
+    "weights",
+    "ema",
+    "model_ema",
+    "ema_state_dict",
+)
 SCALARS = (type(None), bool, int, float, str, bytes)
 
 
@@ -61,6 +78,7 @@ class Checkpoint:
 
     Not in the file:
         source: path or URL, for messages.
+        hugging_face: True if the file had the parameter names of Hugging Face transformers.
         siamese_pretext: the pretext, if the file had the parameter names of Siamese DETR's codebase.
         num_tensors: number of tensors of the file's model.
     """
@@ -89,6 +107,7 @@ class Checkpoint:
     extra: dict[str, Any] = field(default_factory=dict)
     source: str = "the checkpoint"
     siamese_pretext: str | None = None
+    hugging_face: bool = False
     num_tensors: int = 0
 
     def __post_init__(self) -> None:
@@ -101,7 +120,8 @@ class Checkpoint:
         Entries with an unknown key, or with a value that does not fit the field of that name, go to `extra`.
         """
         known, extra = {}, {}
-        for key, value in content.items():
+        for name, stored in content.items():
+            key, value = to_plain(name), to_plain(stored)
             parsed = _parse_entry(key, value)
             if parsed is not None:
                 known[key] = parsed
@@ -119,16 +139,26 @@ class Checkpoint:
         entries = {name: value for name, value in entries.items() if value is not None}
         return {**self.extra, **entries}
 
-    @property
-    def can_resume(self) -> bool:
-        """True if the file contains the training state, not just weights."""
-        return None not in (self.optimizer, self.lr_scheduler, self.epoch)
+    def missing_state(self) -> str | None:
+        """Return what a resume needs and the file lacks; None for a file that can be resumed, not just loaded.
+
+        A schedule is not needed: a run can put its own one where it would be.
+        """
+        optimizer = self.optimizer or {}
+        groups = optimizer.get("param_groups")
+        if not groups or not all(isinstance(group, Mapping) for group in groups):
+            return "no optimizer"
+        if not isinstance(optimizer.get("state"), Mapping):
+            return "an optimizer without its moments"
+        if not all(map(_is_finite, optimizer["state"].values())):
+            return "an optimizer with NaN or infinite moments"
+        return "no epoch" if self.epoch is None else None
 
 
 STORED_FIELDS = [
     entry.name
     for entry in dataclasses.fields(Checkpoint)
-    if entry.name not in ("extra", "source", "siamese_pretext", "num_tensors")
+    if entry.name not in ("extra", "source", "siamese_pretext", "hugging_face", "num_tensors")
 ]
 _MAPPINGS = (
     "model",
@@ -140,32 +170,60 @@ _MAPPINGS = (
     "averages",
     "pending",
 )
-_NUMBERS = ("version", "epoch", "batch", "best", "seconds", "world_size")
+_WHOLE_NUMBERS = ("version", "epoch", "batch", "world_size")
+_NUMBERS = (*_WHOLE_NUMBERS, "best", "seconds")
+
+
+def _is_finite(state: Any) -> bool:
+    """Return False if an optimizer's state of one parameter has a tensor with NaN or infinite values."""
+    values = state.values() if isinstance(state, Mapping) else ()
+    return all(bool(torch.isfinite(value).all()) for value in values if isinstance(value, Tensor))
 
 
 def _parse_entry(key: str, value: Any) -> Any:
-    """Return the value in the form that the field `key` has; None if it does not fit such a field."""
+    """Return the plain value in the form that the field `key` has; None if it does not fit such a field."""
     if key == "args":
-        settings = to_plain(value)
-        return settings if isinstance(settings, Mapping) else None
-    if key == "class_names" and isinstance(value, list | tuple):
-        return dict(enumerate(value))  # other programs store a list
-    if key in ("class_names", "category_ids"):
+        return value if isinstance(value, Mapping) else None
+    if key == "class_names":
+        return _parse_class_names(value)
+    if key == "category_ids":
         return _with_int_keys(value)
     if key in _MAPPINGS:
         return value if isinstance(value, Mapping) else None
     if key in _NUMBERS:
-        return value if isinstance(value, int | float) else None
+        return _parse_number(value, whole=key in _WHOLE_NUMBERS)
     if key in ("position_unit", "random_states"):
         return value if isinstance(value, list) else None
     return value if key == "converted_from" else None
+
+
+def _parse_number(value: Any, *, whole: bool) -> int | float | None:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(value) if whole else value
+
+
+def _parse_class_names(value: Any) -> dict[int, str] | None:
+    """Return row -> name of the list or dict that a program stores; None for anything else."""
+    if isinstance(value, list | tuple):
+        names = dict(enumerate(value))
+    else:
+        names = _with_int_keys(value)
+        if names is None and isinstance(value, Mapping):
+            # The other way round: name -> row.
+            names = _with_int_keys({str(row): name for name, row in value.items()})
+    if not names or not all(isinstance(name, str) for name in names.values()):
+        return None
+    return names
 
 
 def _with_int_keys(value: Any) -> dict[int, Any] | None:
     """Return a dict with its keys as integers (JSON turns them into strings); None if they aren't, as in {"cat": 0}."""
     try:
         return {int(row): entry for row, entry in value.items()}
-    except (AttributeError, TypeError, ValueError):
+    except (AttributeError, OverflowError, TypeError, ValueError):
         return None
 
 
@@ -175,11 +233,11 @@ def _with_int_keys(value: Any) -> dict[int, Any] | None:
 def load_checkpoint(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> Checkpoint:
     """Load a checkpoint from a path or a URL (downloaded once), without running code in the file.
 
-    A bare state dict and the entry `state_dict` (mmcv) become `model`, the prefix `module.` is removed, and the
-    parameter names of Siamese DETR's codebase become DETR's.
+    A bare state dict and the entries of other programs (`MODEL_ENTRIES`) become `model`, the prefixes of wrappers are
+    removed, and the parameter names of Siamese DETR's codebase and of Hugging Face transformers become DETR's.
 
     Raises:
-        UserError: the file can't be read or contains no weights.
+        UserError: the file can't be read, contains no weights, or some of them are NaN or infinite.
     """
     return parse_checkpoint(read_weights(path_or_url, map_location), path_or_url)
 
@@ -188,15 +246,25 @@ def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
     """Return the checkpoint in a file's content, as `load_checkpoint` does. `source` names the file in messages.
 
     Raises:
-        UserError: the content has no weights.
+        UserError: the content has no weights, some of them are NaN or infinite, or they are of a related codebase.
     """
     if not isinstance(content, Mapping):
         raise UserError(
             f"{source} contains a {type(content).__name__}, not a checkpoint with the entry 'model'; "
             "choose another file"
         )
-    checkpoint = Checkpoint.from_dict(_find_model(content, source), str(source))
-    state = strip_prefix(checkpoint.model, "module.")  # added by DistributedDataParallel
+    content = _find_model(content, source)
+    state = strip_wrappers(content["model"], source)
+    is_translated = is_hugging_face(state)
+    if is_translated:
+        state = from_hugging_face(state)
+        content = {**read_config(Path(source)), **content}
+    checkpoint = Checkpoint.from_dict(content, str(source))
+    checkpoint.hugging_face = is_translated
+    if "script" not in checkpoint.args:  # an extension of this project may have any names
+        check_codebase(state, source)
+    for weights in (state, *(checkpoint.frozen or {}).values()):
+        check_finite(weights, source)
     checkpoint.siamese_pretext = infer_siamese_pretext(state)
     checkpoint.model = to_detr_names(state)
     return checkpoint
@@ -239,15 +307,18 @@ def resolve_resume_path(
 
 def _find_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
     """Return the content with its weights under `model`."""
-    for name in ("model", "state_dict"):
-        if is_state_dict(content.get(name)):
+    for name in MODEL_ENTRIES:
+        entry = content.get(name)
+        if isinstance(entry, Mapping) and is_state_dict(entry.get("module")):
+            entry = entry["module"]  # of an exponential moving average
+        if is_state_dict(entry):
             # Some programs store a config or a name under `model`, next to the `state_dict`.
             rest = {key: value for key, value in content.items() if key not in (name, "model")}
-            return {"model": content[name], **rest}
+            return {"model": entry, **rest}
     if is_state_dict(content):
         return {"model": content}
 
-    for name in ("model", "state_dict"):
+    for name in MODEL_ENTRIES:
         entries = content.get(name)
         if isinstance(entries, Mapping):
             _check_named_tensors(entries, name, source)
@@ -271,24 +342,28 @@ def is_state_dict(value: Any) -> bool:
     return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
-    """Return the state dict without `prefix` if every key has it, otherwise an unchanged copy."""
-    if state and all(key.startswith(prefix) for key in state):
-        return {key[len(prefix) :]: value for key, value in state.items()}
-    return dict(state)
-
-
 def to_plain(value: Any) -> Any:
-    """Convert settings to plain Python: Namespace -> dict, paths and devices -> str, NumPy values -> Python's."""
+    """Convert a value to what `weights_only=True` loads.
+
+    Namespace -> dict, NumPy values and arrays -> Python's, subclasses of containers -> the container; anything else
+    that is not plain, such as paths, devices and dtypes, becomes a str.
+    """
     if isinstance(value, Namespace):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return type(value)(to_plain(item) for item in value)
+        items = {to_plain(key): to_plain(item) for key, item in value.items()}
+        return Counter(items) if isinstance(value, Counter) else items
+    for container in (list, tuple, set):
+        if isinstance(value, container):
+            return container(to_plain(item) for item in value)
     if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return str(value) if isinstance(value, PurePath | torch.device) else value
+        return to_plain(value.tolist()) if value.dtype.hasobject else value.tolist()
+    if isinstance(value, Tensor) or type(value) in SCALARS:
+        return value
+    for scalar in (int, float, str, bytes):
+        if isinstance(value, scalar):  # a subclass, such as an IntEnum
+            return scalar(value)
+    return str(value)
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -16,13 +16,15 @@ class Classes:
     """What the rows of a class head mean. A row may have neither name nor id: COCO's category ids have gaps.
 
     names: row -> class name. category_ids: row -> category id in annotation files. num_classes: rows of the head,
-    without the "no object" row of softmax. source: the file that defines the classes, for messages.
+    without the "no object" row of softmax. source: the file that defines the classes, for messages. named: False if the
+    checkpoint has no class names, so that `names` are COCO's by assumption, or empty.
     """
 
     names: dict[int, str]
     category_ids: dict[int, int]
     num_classes: int
     source: str
+    named: bool = True
 
 
 def compose_class_name(name: str) -> str:
@@ -43,7 +45,8 @@ def infer_classes(checkpoint: Checkpoint) -> Classes:
         names = coco_names.CLASS_NAMES
     # Without stored ids the rows are the category ids themselves, as in all published detectors.
     category_ids = checkpoint.category_ids or {row: row for row in names}
-    return Classes(names, category_ids, num_classes, checkpoint.source)
+    named = bool(checkpoint.class_names)
+    return Classes(names, category_ids, num_classes, checkpoint.source, named)
 
 
 def infer_classification(checkpoint: Checkpoint) -> str:

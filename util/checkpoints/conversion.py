@@ -23,6 +23,7 @@ CODEBASES = {
     "updetr": "UP-DETR",
     "detreg": "DETReg",
     "siamese": "Siamese DETR",
+    "hugging_face": "Hugging Face transformers",
 }
 
 # Deformable DETR with box refinement or two-stage registers its heads a second time inside the decoder.
@@ -95,6 +96,8 @@ def infer_codebase(checkpoint: Checkpoint) -> str:
     detector = infer_detector(state)
     if settings.get("script") or checkpoint.converted_from:
         return OURS
+    if checkpoint.hugging_face:
+        return "hugging_face"
 
     has_patches = "patch2query.weight" in state
     # UP-DETR itself only builds DETR, and its files have a class head. `convert_to_detr` drops the head.

@@ -148,6 +148,10 @@ def _match_class_head(
     if loads:
         names = _class_names_of_file(checkpoint, count_classes(target, in_model))
         rows = _match_rows_by_name(names, class_names)
+        if rows is not None and not checkpoint.class_names:
+            report.notes.append(
+                f"class_embed: {checkpoint.source} has no class names, so its 91 rows are taken to be COCO's"
+            )
     return _ClassHead(
         loads=loads,
         rows=rows,

@@ -9,7 +9,7 @@ import re
 import socket
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,24 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
         raise UserError(
             f"{path} is damaged or not a safetensors file ({_first_line(error)}); download it again"
         ) from error
+
+
+def check_finite(state: Mapping[str, torch.Tensor], source: str | os.PathLike) -> None:
+    """Check that no weight is NaN or infinite. Published code saves such weights after a diverged epoch.
+
+    Raises:
+        UserError: with the number of tensors and the first one.
+    """
+    bad = [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()
+    ]
+    if bad:
+        raise UserError(
+            f"{source}: {len(bad)} of {len(state)} tensors have NaN or infinite values (first {bad[0]}), so the "
+            "training that wrote it had diverged; choose an earlier checkpoint"
+        )
 
 
 def _diagnose(path: Path, error: Exception) -> str:

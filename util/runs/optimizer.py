@@ -1,7 +1,8 @@
 """AdamW or SGD with the published parameter groups, the step schedule, and restoring both from a checkpoint."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -103,11 +104,19 @@ def build_scheduler(
     return StepLR(optimizer, lr_drop)
 
 
-def _drop_epochs(state: dict) -> int | list[int]:
-    """Return the period of a schedule's drops, or the sorted list of its drop epochs, from its state dict."""
-    if "step_size" in state:
+def _drop_epochs(state: Mapping[str, Any] | None) -> int | list[int] | None:
+    """Return the period of a schedule's drops, or the sorted list of its drop epochs, from its state dict.
+
+    None for a schedule of another kind, such as cosine, or without its position.
+    """
+    if not state or not isinstance(state.get("last_epoch"), int):
+        return None
+    if isinstance(state.get("step_size"), int):
         return state["step_size"]
-    return sorted(Counter(state["milestones"]).elements())  # MultiStepLR stores a Counter
+    milestones = state.get("milestones")  # MultiStepLR stores a Counter
+    if isinstance(milestones, Mapping | list | tuple):
+        return sorted(Counter(milestones).elements())
+    return None
 
 
 def restore_optimizer(
@@ -136,6 +145,14 @@ def restore_optimizer(
     stored_lrs = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     stored_drops = _drop_epochs(checkpoint.lr_scheduler)
     drops = _drop_epochs(scheduler.state_dict())
+    if stored_drops is None:
+        log.info(
+            "the checkpoint's learning rate schedule is missing or of another kind than --lr_drop: the one of this run "
+            "replaces it, after %d epochs",
+            checkpoint.epoch + 1,
+        )
+        _fast_forward(optimizer, scheduler, lrs, checkpoint.epoch + 1)
+        return
     if stored_lrs == lrs and stored_drops == drops:
         scheduler.load_state_dict(checkpoint.lr_scheduler)
         return
@@ -158,6 +175,7 @@ def _fast_forward(
     if isinstance(drops, int):
         num_drops = epochs // drops
     else:
+        assert drops is not None  # `build_scheduler` builds no other kind
         num_drops = sum(epoch <= epochs for epoch in drops)
 
     scheduler.last_epoch = epochs
@@ -219,11 +237,19 @@ def _check_moment_shape(parameter: torch.Tensor, state: dict) -> None:
             return
 
 
+def _optimizer_kind(group: Mapping[str, Any]) -> str | None:
+    if "betas" in group:
+        return "AdamW"
+    return "SGD" if "nesterov" in group else None
+
+
 def _check_same_groups(optimizer: torch.optim.Optimizer, stored: list[dict]) -> None:
-    # SGD has no betas.
-    stored_kind, own_kind = (
-        "AdamW" if "betas" in group else "SGD" for group in (stored[0], optimizer.param_groups[0])
-    )
+    stored_kind, own_kind = map(_optimizer_kind, (stored[0], optimizer.param_groups[0]))
+    if stored_kind is None:
+        raise UserError(
+            "the checkpoint's optimizer is neither AdamW nor SGD "
+            f"(its settings: {', '.join(map(str, stored[0]))}); start a new run with --pretrain"
+        )
     if stored_kind != own_kind:
         remedy = "add --sgd" if stored_kind == "SGD" else "omit --sgd"
         raise UserError(

@@ -11,6 +11,7 @@ import torch
 from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from datasets.labelled.checks import Split, run_checks
+from finetune_main import warn_nameless_rows
 from models import build_model
 from tests.tiny import (
     FROZEN,
@@ -380,6 +381,78 @@ def test_detector_with_raw_category_ids_is_evaluated_by_name(
     matched = {label: dataset.category_ids[label] for label in (1, 18, 90)}
     assert matched == {1: 7, 18: 3, 90: 1000}
     assert not {3, 7} & set(dataset.category_ids), "these ids mean another class in this file"
+
+
+def nameless_dataset(root: Path, folder: Path, categories: dict[int, str], num_classes: int = 91):
+    """Return a dataset with these categories for a class head without names, and the lines logged."""
+    renaming = dict(zip((3, 7, 1000), categories, strict=True))
+
+    def change(content: dict) -> None:
+        renumber(content, renaming)
+        for category in content["categories"]:
+            category["name"] = categories[category["id"]]
+
+    file = changed(root, folder, "val", change)
+    names = coco_names.CLASS_NAMES if num_classes == 91 else {}
+    classes = Classes(names, {row: row for row in names}, num_classes, "own.pth", named=False)
+    with captured_log() as lines:
+        dataset = build_dataset("val", custom_args(root, val_annotations=file), classes)
+    return dataset, [line for line in lines if "no class names" in line]
+
+
+@pytest.mark.parametrize("num_classes", [91, 5])
+def test_rows_without_names_are_category_ids_of_other_classes(
+    dataset_root: Path, tmp_path: Path, num_classes: int
+) -> None:
+    """Other codebases keep 91 rows for own classes: their ids are the rows."""
+    categories = {1: "helmet", 2: "person", 4: "vest"}
+    dataset, lines = nameless_dataset(dataset_root, tmp_path, categories, num_classes)
+    assert dataset.class_names == categories
+    assert dataset.category_ids == {row: row for row in categories}
+    assert set(dataset.annotations.labels.tolist()) <= set(categories)
+    assert len(lines) == 1
+    assert "category ids of" in lines[0]
+    assert "1 helmet" in lines[0]
+
+
+def test_rows_without_names_and_coco_names_with_other_ids_are_a_warning(
+    dataset_root: Path, tmp_path: Path
+) -> None:
+    """They may be COCO's rows or the ids of the data."""
+    dataset, lines = nameless_dataset(dataset_root, tmp_path, {1: "car", 2: "bicycle", 3: "dog"})
+    assert dataset.category_ids[3] == 1, "row 3 is COCO's car"
+    assert len(lines) == 1
+    assert "2 of 3 category ids are not COCO's (first: 'car' is 1)" in lines[0]
+    assert "--dataset_file coco" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "categories", [{1: "person", 3: "car", 18: "dog"}, {3: "person", 91: "car", 500: "dog"}]
+)
+def test_rows_without_names_are_coco_if_ids_agree_or_do_not_fit(
+    dataset_root: Path, tmp_path: Path, categories: dict[int, str]
+) -> None:
+    dataset, lines = nameless_dataset(dataset_root, tmp_path, categories)
+    assert {dataset.category_ids[row] for row in (1, 3, 18)} == set(categories)
+    assert not lines
+
+
+def test_rows_without_names_that_fit_nothing_are_refused(
+    dataset_root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no class names, and its 91 rows .*'helmet'.*--pretrain"):
+        nameless_dataset(dataset_root, tmp_path, {1: "helmet", 2: "person", 91: "car"})
+
+
+def test_rows_without_names_of_a_dataset_with_own_labels_are_a_warning() -> None:
+    """VOC has labels 0 to 19, in a class head of 91 rows they are COCO's."""
+    dataset = Namespace(class_names={0: "aeroplane", 1: "bicycle"}, category_ids=None)
+    with captured_log() as lines:
+        warn_nameless_rows(Classes({}, {}, 91, "own.pth", named=False), dataset)
+        warn_nameless_rows(Classes({}, {}, 3, "detreg.pth", named=False), dataset)
+        warn_nameless_rows(Classes({0: "a"}, {0: 0}, 91, "named.pth"), dataset)
+    assert len(lines) == 1
+    assert "own.pth has no class names and 91 rows, the data have 2 classes" in lines[0]
 
 
 # ------------------------------------------------------------------------------------ class heads of other checkpoints

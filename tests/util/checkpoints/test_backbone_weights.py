@@ -120,6 +120,23 @@ def test_every_layout_loads_completely(tmp_path, lines, layout):
     assert "file.pth.tar" in lines.text
 
 
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ("moco", "using state_dict.module.encoder_q, not state_dict.module.encoder_k"),
+        ("dino", "using teacher.backbone, not student.module.backbone"),
+        ("torchvision", None),
+        ("detr", None),
+    ],
+)
+def test_the_network_used_of_two_is_logged(tmp_path, lines, layout, words):
+    torch.save(LAYOUTS[layout](weights_of()), tmp_path / "w.pth")
+    load_backbone_weights(body_of(), "resnet18", str(tmp_path / "w.pth"))
+    logged = [message for message in lines.messages if "networks of this backbone" in message]
+    assert len(logged) == (words is not None)
+    assert not words or words in logged[0]
+
+
 def test_dropped_modules_are_logged(tmp_path, lines):
     torch.save(LAYOUTS["swav"](weights_of()), tmp_path / "f.pth")
     report = load_backbone_weights(body_of(), "resnet18", str(tmp_path / "f.pth"))
@@ -162,6 +179,14 @@ def test_incomplete_file_is_an_error(tmp_path, damage, words):
     with pytest.raises(UserError, match=words):
         load_backbone_weights(body, "resnet18", str(tmp_path / "f.pth"))
     assert all(torch.equal(value, before[key]) for key, value in body.state_dict().items())
+
+
+def test_backbone_weights_that_are_not_finite_are_refused(tmp_path):
+    state = weights_of()
+    state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="NaN or infinite values .first .*layer1.0.conv1.weight"):
+        load_backbone_weights(body_of(), "resnet18", str(tmp_path / "w.pth"))
 
 
 def test_swav_is_for_resnet50_only():

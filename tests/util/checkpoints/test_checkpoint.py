@@ -2,6 +2,7 @@
 
 import random
 from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from util.checkpoints.checkpoint import (
     load_checkpoint,
     resolve_resume_path,
     save_checkpoint,
-    strip_prefix,
 )
 from util.checkpoints.loading import load_pretrained, load_strict
 from util.errors import UserError
@@ -118,16 +118,147 @@ def test_siamese_detr_names_become_detr_names(tmp_path):
     }
 
 
-def test_strip_prefix_only_when_every_key_has_it():
-    assert set(strip_prefix({"module.a": 1, "module.b": 2})) == {"a", "b"}
-    assert set(strip_prefix({"module.a": 1, "b": 2})) == {"module.a", "b"}
+def prefixed(state, prefix):
+    return {prefix + key: value for key, value in state.items()}
+
+
+WRAPPERS = {
+    "ddp": lambda s: {"model": prefixed(s, "module.")},
+    "lightning": lambda s: {
+        "state_dict": {**prefixed(s, "model."), "criterion.empty_weight": torch.ones(3)}
+    },
+    "compiled": lambda s: {"model": prefixed(s, "_orig_mod.")},
+    "ddp_compiled": lambda s: {"model": prefixed(s, "module._orig_mod.")},
+    "compiled_ddp_lightning": lambda s: {"state_dict": prefixed(s, "model._orig_mod.module.")},
+    "averaged": lambda s: {"model": {**prefixed(s, "module."), "n_averaged": torch.tensor(3)}},
+    "part_of_the_keys": lambda s: {
+        "model": {("module." if "class" in key else "") + key: value for key, value in s.items()}
+    },
+    "compiled_part": lambda s: {
+        "model": {key.replace("transformer.", "transformer._orig_mod."): s[key] for key in s}
+    },
+    "tutorial": lambda s: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {}},
+    "ema": lambda s: {"ema": {"module": s, "updates": 3}},
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_of_wrappers_are_removed(tmp_path, wrapper):
+    state = detector_state()
+    torch.save(WRAPPERS[wrapper](state), tmp_path / "f.pth")
+    loaded = load_checkpoint(tmp_path / "f.pth").model
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("DAB-DETR", ["refpoint_embed.weight"]),
+        ("DN-DETR", ["refpoint_embed.weight", "label_enc.weight"]),
+        ("DINO", ["label_enc.weight", "transformer.tgt_embed.weight"]),
+        ("RF-DETR", ["refpoint_embed.weight", "query_feat.weight"]),
+        ("RT-DETR", ["decoder.denoising_class_embed.weight"]),
+        ("RT-DETR", ["model.denoising_class_embed.weight"]),
+    ],
+)
+def test_related_detectors_are_named(tmp_path, name, keys):
+    state = {**detector_state(), **{key: torch.zeros(2, 2) for key in keys}}
+    for prefix in ("", "module."):
+        torch.save({"model": prefixed(state, prefix)}, tmp_path / "f.pth")
+        with pytest.raises(UserError) as excinfo:
+            load_checkpoint(tmp_path / "f.pth")
+        one_line(excinfo, f"f.pth contains a {name} (", "--backbone_weights", "another file")
+
+
+def test_extension_with_names_of_a_related_detector_loads(tmp_path):
+    state = {**detector_state(), "refpoint_embed.weight": torch.zeros(2, 2)}
+    torch.save({"model": state, "args": {"script": "finetune_main.py"}}, tmp_path / "f.pth")
+    assert load_checkpoint(tmp_path / "f.pth").model.keys() == state.keys()
+
+
+def test_two_models_in_one_state_dict_are_refused(tmp_path):
+    state = detector_state()
+    torch.save({"model": {**state, **prefixed(state, "module.")}}, tmp_path / "f.pth")
+    with pytest.raises(UserError) as excinfo:
+        load_checkpoint(tmp_path / "f.pth")
+    one_line(excinfo, "f.pth has the parameter", "twice", "one model only")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model", "frozen"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
+    state, other = detector_state(), detector_state()
+    other["query_embed.weight"][1, 2] = value
+    content = (
+        {"model": other} if name == "model" else {"model": state, "frozen": {"teacher": other}}
+    )
+    torch.save(content, tmp_path / "f.pth")
+    with pytest.raises(UserError) as excinfo:
+        load_checkpoint(tmp_path / "f.pth")
+    one_line(excinfo, "f.pth: 1 of", "query_embed.weight", "earlier checkpoint")
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [{0: "cat", 1: "dog"}, {"0": "cat", "1": "dog"}, {"cat": 0, "dog": 1}, ["cat", "dog"],
+     {np.str_("cat"): np.int64(0), "dog": np.int64(1)}],
+)  # fmt: skip
+def test_class_names_are_read_by_id_and_by_name(stored):
+    assert checkpoint_of(detector_state(), class_names=stored).class_names == {0: "cat", 1: "dog"}
 
 
 def test_class_names_in_another_format_are_ignored():
-    content = {"model": detector_state(), "class_names": {"cat": 0}, "category_ids": {"cat": 1}}
+    content = {"model": detector_state(), "class_names": {"cat": {}}, "category_ids": {"cat": 1}}
     checkpoint = Checkpoint.from_dict(content)
     assert not checkpoint.class_names
     assert not checkpoint.category_ids
+
+
+def test_values_of_other_programs_can_be_saved_again(tmp_path):
+    entries = {
+        "epoch": np.int64(3),
+        "best": np.float64(0.5),
+        "seconds": torch.tensor(2.0),
+        "args": Namespace(lr=np.float32(0.5), sizes=np.arange(2), device=torch.device("cpu")),
+        "lr_scheduler": OrderedDict(milestones=Counter({np.int64(2): 1}), gamma=np.float64(0.1)),
+        "history": defaultdict(list, {np.int64(1): [np.float64(0.25)], "shape": torch.Size([2])}),
+        "dtype": torch.float32,
+    }
+    save_checkpoint(checkpoint_of(detector_state(), **entries), tmp_path / "f.pth")
+    loaded = load_checkpoint(tmp_path / "f.pth")
+    assert (loaded.epoch, loaded.best, loaded.seconds) == (3, 0.5, 2.0)
+    assert {type(loaded.epoch), type(loaded.best)} == {int, float}
+    assert loaded.args == {"lr": 0.5, "sizes": [0, 1], "device": "cpu"}
+    assert type(loaded.lr_scheduler["milestones"]) is Counter
+    assert loaded.extra["history"] == {1: [0.25], "shape": (2,)}
+    assert loaded.extra["dtype"] == "torch.float32"
+
+
+GROUP = {"lr": 1.0, "params": [0]}
+OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [GROUP]}
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({}, None),
+        ({"lr_scheduler": None}, None),
+        ({"optimizer": None}, "no optimizer"),
+        ({"optimizer": {}}, "no optimizer"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "no optimizer"),
+        ({"optimizer": {"param_groups": [GROUP]}}, "without its moments"),
+        ({"optimizer": {**OPTIMIZER, "state": {0: {"exp_avg": torch.tensor([0, float("nan")])}}}},
+         "NaN or infinite moments"),
+        ({"epoch": None}, "no epoch"),
+        ({"epoch": float("nan")}, "no epoch"),
+        ({"epoch": "three"}, "no epoch"),
+    ],
+)  # fmt: skip
+def test_missing_training_state_is_named(change, missing):
+    entries = {"optimizer": OPTIMIZER, "lr_scheduler": {"step_size": 2}, "epoch": 0, **change}
+    found = checkpoint_of(detector_state(), **entries).missing_state()
+    assert found == missing or missing in found
 
 
 def test_removed_choice_is_not_adopted():

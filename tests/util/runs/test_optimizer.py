@@ -76,6 +76,39 @@ def test_resumed_schedule(before: tuple, after: tuple) -> None:
     assert run_epochs(resumed, schedule, 4) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "stored",
+    [
+        None,
+        {},
+        {"T_max": 10, "eta_min": 0.0, "base_lrs": [1.0, 1.0], "last_epoch": 2, "_step_count": 3},
+        {"base_lrs": [1.0, 1.0], "last_epoch": 2, "lr_lambdas": [None, None]},
+        {"step_size": 2},
+    ],
+)
+def test_schedule_of_another_kind_is_replaced(stored: dict | None) -> None:
+    """The schedule of this run starts where it would be after the stored epochs, with the stored moments."""
+    before, resumed = optimizer_of(), optimizer_of()
+    for parameter in before.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    before.step()
+    file = {"model": {}, "optimizer": before.state_dict(), "lr_scheduler": stored, "epoch": 2}
+    schedule = build_scheduler(resumed, 2)
+    with captured_log() as lines:
+        restore_optimizer(resumed, schedule, Checkpoint(**file), nn.Module())
+    assert any("missing or of another kind" in line and "after 3 epochs" in line for line in lines)
+    assert resumed.state, "the moments are used"
+    assert run_epochs(resumed, schedule, 3) == pytest.approx([0.1, 0.01, 0.01])
+
+
+def test_optimizer_of_another_kind_is_refused() -> None:
+    optimizer = optimizer_of()
+    rmsprop = torch.optim.RMSprop([nn.Parameter(torch.zeros(1))]).state_dict()
+    file = {"model": {}, "optimizer": rmsprop, "lr_scheduler": None, "epoch": 2}
+    with pytest.raises(UserError, match="neither AdamW nor SGD.*alpha.*--pretrain"):
+        restore_optimizer(optimizer, build_scheduler(optimizer, 2), Checkpoint(**file), nn.Module())
+
+
 def test_sgd_and_adamw_do_not_mix() -> None:
     optimizer = optimizer_of(sgd=True)
     assert isinstance(optimizer, torch.optim.SGD)
