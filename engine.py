@@ -28,7 +28,7 @@ from util.logger import Progress
 from util.nested_tensor import NestedTensor
 from util.packed_targets import Targets
 from util.runs.meters import (
-    NUM_MATCHES,
+    NUM_PAIRS_KEY,
     Averages,
     BadImages,
     LossReader,
@@ -129,11 +129,13 @@ def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[s
     `_unscaled`, and `loss`, the weighted sum.
     """
     losses = average_class_error(losses)
-    unscaled = {f"{name}_unscaled": value for name, value in losses.items() if name != NUM_MATCHES}
+    unscaled = {
+        f"{name}_unscaled": value for name, value in losses.items() if name != NUM_PAIRS_KEY
+    }
     scaled = {name: losses[name] * weight for name, weight in weights.items() if name in losses}
 
-    # NUM_MATCHES is the weight of `class_error` in `Averages`; it never reaches the log.
-    unweighted = {name: losses[name] for name in ("class_error", NUM_MATCHES) if name in losses}
+    # NUM_PAIRS_KEY is the weight of `class_error` in `Averages`; it never reaches the log.
+    unweighted = {name: losses[name] for name in ("class_error", NUM_PAIRS_KEY) if name in losses}
     return {**unscaled, **scaled, "loss": sum(scaled.values()), **unweighted}
 
 

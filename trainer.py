@@ -160,7 +160,7 @@ def fit(run: Run) -> None:
 
 
 def _fit(run: Run) -> None:
-    # The run ended between the checkpoint and the evaluation of an epoch, which is made up for.
+    # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
         _finish_epoch(run)
     if run.epoch >= run.epochs:

@@ -87,11 +87,10 @@ class HungarianMatcher:
         Entries beyond an image's own number of targets are padding, without meaning.
         """
         targets = pack_objects(targets)
-        labels, target_boxes = (
-            pad_sequence(targets.tensors[key].split(targets.counts[key]), batch_first=True)
-            for key in ("labels", "boxes")
-        )  # [B, N], [B, N, 4]
-        target_boxes = target_boxes.to(boxes_cxcywh.dtype)
+        tensors, counts = targets.tensors, targets.counts
+        labels = pad_sequence(tensors["labels"].split(counts["labels"]), batch_first=True)  # [B, N]
+        target_boxes = pad_sequence(tensors["boxes"].split(counts["boxes"]), batch_first=True)
+        target_boxes = target_boxes.to(boxes_cxcywh.dtype)  # [B, N, 4]
 
         difference = boxes_cxcywh[..., :, None, :] - target_boxes[:, None]  # [L, B, Q, N, 4]
         distance = difference.abs().sum(-1)  # [L, B, Q, N]
@@ -101,11 +100,10 @@ class HungarianMatcher:
         labels = labels.expand(len(logits), -1, -1)  # [L, B, N]
         class_cost = self.classification.class_cost(logits, labels)  # [L, B, Q, N]
 
-        weights = self.classification
         return (
-            weights.cost_bbox * distance
-            + weights.cost_class * class_cost
-            - weights.cost_giou * giou
+            self.classification.cost_bbox * distance
+            + self.classification.cost_class * class_cost
+            - self.classification.cost_giou * giou
         )
 
     @staticmethod
@@ -132,7 +130,7 @@ class HungarianMatcher:
     @staticmethod
     def _assign(cost: np.ndarray | None, counts: list[int], logits: Tensor) -> Matches:
         """Solve the assignment of each layer and image. `cost` is None if no image has a target."""
-        num_layers, batch, num_queries = logits.shape[:3]
+        num_layers, num_images, num_queries = logits.shape[:3]
         no_pairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
         pairs = [
             [
@@ -145,7 +143,7 @@ class HungarianMatcher:
         ]
 
         # From indices within an image to indices into all predictions and all targets.
-        image_index = np.arange(num_layers)[:, None] * batch + np.arange(batch)  # [L, B]
+        image_index = np.arange(num_layers)[:, None] * num_images + np.arange(num_images)  # [L, B]
         first_query = image_index * num_queries  # [L, B]
         first_target = np.cumsum([0] + counts)  # [B + 1]
         source, target = [], []

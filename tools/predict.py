@@ -1,6 +1,6 @@
 """Detect objects in images with a trained detector; no annotations are needed.
 
-    python tools/predict.py --checkpoint outputs/own/checkpoint_best.pth --images images --output_dir predictions
+    python tools/predict.py --checkpoint outputs/custom/checkpoint_best.pth --images images --output_dir predictions
 
 Writes `predictions.json` (COCO's results format plus file and class names), `drawn/` (each image with its boxes) and
 `predictions.png`, a page of the first images. Architecture, image size and class names come from the checkpoint.

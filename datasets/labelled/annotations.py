@@ -35,9 +35,8 @@ ID_LIMIT = 2**53  # evaluators store ids in float64, which has 53 bits for integ
 # the object. It cannot start inside a string: quotes in a JSON string are escaped.
 SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 
-BOX_TOLERANCE = (
-    1.0  # pixels that a box may exceed its image without a warning: published boxes are rounded
-)
+# Pixels that a box may exceed its image without a warning: published boxes are rounded.
+BOX_TOLERANCE = 1.0
 
 # COCO marks 1.2 % of its objects as crowds. More than this fraction are probably single objects: some programs write
 # `iscrowd` 1 for every mask that is run-length encoded.

@@ -183,7 +183,10 @@ def _area(boxes_xyxy_abs: Tensor) -> Tensor:
 def random_regions(
     rng: SampleRNG, views: Views, draws: int = NUM_RANDOM_BOXES
 ) -> tuple[Tensor, Tensor]:
-    """Draw random boxes in the overlap, and keep those that are large enough and at most 8 : 1 in both views.
+    """Draw random boxes in the overlap.
+
+    Keep those that are inside both views, have an aspect ratio of at most 8 : 1 in both, and cover at least 5 % of the
+    overlap.
 
     The top left corner is at whole pixels of the first view. Returns boxes of both views as `common_regions`, K <=
     `draws`.

@@ -284,5 +284,5 @@ def jitter_boxes(boxes_xyxy: Tensor, noise: Tensor, fraction: float) -> Tensor:
     `fraction`.
     """
     sides = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]  # [..., 2]
-    sides = sides.repeat(*[1] * (boxes_xyxy.ndim - 1), 2)  # [..., 4], (w, h, w, h)
+    sides = torch.cat([sides, sides], -1)  # [..., 4], (w, h, w, h)
     return boxes_xyxy + (2 * noise.sigmoid() - 1) * fraction * sides

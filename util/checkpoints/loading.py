@@ -52,7 +52,9 @@ def _mismatch_message(
         for key, value in state.items()
         if key in target and value.shape != target[key].shape
     ]
-    differences = shapes + missing + unexpected or [str(error).splitlines()[0]]
+    differences = shapes + missing + unexpected
+    if not differences:  # another error of load_state_dict
+        differences = [str(error).splitlines()[0]]
 
     if any(key.startswith("mask_head.") for key in state):
         remedy = (
@@ -71,9 +73,11 @@ def _mismatch_message(
 class _ClassHead:
     """How the class head of a file maps to the model's.
 
-    loads: False: the model's head keeps its initial values. rows: row of the model -> row of the file, for class names
-    in both; None: a side has no names. has_background: the last row is "no object". encoder_key: part of the parameter
-    names of a two-stage encoder's head.
+    Attributes:
+        loads: whether the file's class head is loaded at all.
+        rows: row of the model -> row of the file, for classes in both; None if either has no names.
+        has_background: whether the last row is "no object".
+        encoder_key: part of the parameter names of a two-stage encoder's class head.
     """
 
     loads: bool
@@ -90,7 +94,7 @@ def load_pretrained(
     - A pretext gives everything but its class head and its own parameters.
     - A detector with the same classification (`model.classification.kind`) also gives the class rows whose names are in
       `class_names`. Without names in the file, a head of equal shape is loaded whole; a head with 91 rows and another
-      shape than the model's is taken to have COCO's names.
+      shape than the model's is assumed to have COCO's names.
     - Query embeddings are tiled or truncated to the model's number of queries.
     - All other detector parameters must be in the file with equal shapes.
 
@@ -264,10 +268,11 @@ def _fit_class_head(
         report.notes.append(note)
     if not pairs:
         return None
-    pairs += [(-1, -1)] * background
+    if head.has_background:
+        pairs.append((-1, -1))
 
     fitted = target.clone()  # rows without a match keep their initial values
-    rows, source_rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    rows, source_rows = torch.tensor(pairs).unbind(1)
     fitted[rows] = tensor.to(fitted)[source_rows]  # [matching rows, D], of a bias [matching rows]
     return fitted
 

@@ -12,7 +12,7 @@ from util.errors import NonFinite
 from util.logger import log
 from util.packed_targets import TOO_FEW_PROPOSALS
 
-NUM_MATCHES = "matched_pairs"  # key of the number of matched pairs among the losses
+NUM_PAIRS_KEY = "matched_pairs"  # key of the number of matched pairs among the losses
 
 
 class NonFiniteLoss(NonFinite):
@@ -175,24 +175,24 @@ def check_gradient(norm: Tensor | None) -> None:
         )
 
 
-def weight_class_error(losses: dict[str, Tensor], pairs: int) -> dict[str, Tensor]:
-    """Return the losses with `class_error` as a sum over matched pairs, and the number of pairs under NUM_MATCHES.
+def weight_class_error(losses: dict[str, Tensor], num_pairs: int) -> dict[str, Tensor]:
+    """Return the losses with `class_error` as a sum over matched pairs, and the number of pairs under NUM_PAIRS_KEY.
 
     Averaged over batches and processes, each pair then has the same weight, however many its batch has.
     """
     error = losses["class_error"].detach()
-    # new_full fills on the device; torch.tensor(pairs) would copy from the host and wait.
-    num_matches = error.new_full((), float(pairs))
-    return {**losses, "class_error": error * pairs, NUM_MATCHES: num_matches}
+    # new_full fills on the device; torch.tensor(num_pairs) would copy from the host and wait.
+    weight = error.new_full((), float(num_pairs))
+    return {**losses, "class_error": error * num_pairs, NUM_PAIRS_KEY: weight}
 
 
 def average_class_error(losses: dict[str, float]) -> dict[str, float]:
     """Undo `weight_class_error`: return `class_error` per pair, or without it if nothing was matched."""
-    if NUM_MATCHES not in losses:
+    if NUM_PAIRS_KEY not in losses:
         return losses
-    pairs = losses[NUM_MATCHES]
+    num_pairs = losses[NUM_PAIRS_KEY]
     others = {name: value for name, value in losses.items() if name != "class_error"}
-    return {**others, "class_error": losses["class_error"] / pairs} if pairs else others
+    return {**others, "class_error": losses["class_error"] / num_pairs} if num_pairs else others
 
 
 class Averages:
@@ -205,10 +205,10 @@ class Averages:
         }
 
     def add(self, values: dict[str, float], weight: float = 1.0) -> None:
-        """Add the values of a step. NUM_MATCHES among them is the weight of `class_error`, not a value."""
-        num_matches = values.get(NUM_MATCHES, weight)
+        """Add the values of a step. NUM_PAIRS_KEY among them is the weight of `class_error`, not a value."""
+        num_matches = values.get(NUM_PAIRS_KEY, weight)
         for name, value in values.items():
-            if name == NUM_MATCHES:
+            if name == NUM_PAIRS_KEY:
                 continue
             value_weight = num_matches if name.startswith("class_error") else weight
             pair = self.sums.setdefault(name, [0.0, 0.0])

@@ -284,7 +284,7 @@ FLAGS: tuple[Flag, ...] = (
             "maximum long side of images, in pixels",
             positive(),
             default_help={
-                PRETRAIN: "600, scaled with --image_size",
+                PRETRAIN: "600 at --image_size 480, scaled with it",
                 FINETUNE: "1333, scaled with --image_size",
             },
             metavar="PIXELS",
@@ -475,14 +475,15 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "cache_path",
-            "read proposals from this cache of tools/cache_proposals.py",
+            "read proposals from a cache that tools/cache_proposals.py wrote",
             str,
             default="",
             metavar="DIR",
         ),
         Flag(
             "strategy",
-            "which proposals to keep: the first ones, random ones, or (mc) first ones with higher probability",
+            "how to choose from the ranked proposals: topk takes the highest-ranked, random draws uniformly, mc draws "
+            "higher ranks with higher probability",
             strategy,
             default="topk",
             metavar="topk|random|mc",
@@ -865,7 +866,8 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "viz",
-            "draw proposals, predictions and ground truth of --resume on some validation images, in objects.png",
+            "draw proposals, predictions of the --resume checkpoint and ground truth on some validation images, in "
+            "objects.png",
             per_launch=True,
         ),
         Flag(
