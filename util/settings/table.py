@@ -277,6 +277,7 @@ FLAGS: tuple[Flag, ...] = (
             "short side of images at evaluation, in pixels; training sizes scale with it",
             positive(),
             default=800,
+            default_help={PRETRAIN: "480", FINETUNE: "800"},
             metavar="PIXELS",
         ),
         Flag(
