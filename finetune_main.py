@@ -194,7 +194,10 @@ def main(args: Namespace) -> None:
         return
 
     log.info("%d training and %d validation images", len(train_set), len(val_set))
-    extras = checkpoint_extras(settings, train_set, record["data_check"].get("exif"))
+    extras = {
+        **checkpoint_extras(settings, train_set, record["data_check"].get("exif")),
+        "data_fingerprint": record["data"],
+    }
     run = trainer.build_run(
         settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
     )

@@ -162,7 +162,7 @@ def main(args: Namespace) -> None:
     record["model"] = log_model_summary(model, settings)
     check_disk_space(folder, model)
 
-    extras = {"args": settings.as_dict()}
+    extras = {"args": settings.as_dict(), "data_fingerprint": record["data"]}
     run = trainer.build_run(
         settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
     )

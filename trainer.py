@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ from util.distributed import (
     all_gather_object,
     barrier,
     broadcast_tensors,
+    compute_on_rank0,
     get_rank,
     get_world_size,
     is_main_process,
@@ -33,6 +34,13 @@ from util.random_state import get_rng_states, set_rng_states
 from util.runs.log import append_log, is_logged
 from util.runs.meters import Averages, check_gradient, peak_host_memory
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.runs.resuming import (
+    NO_AP,
+    changed_data,
+    find_best_ap,
+    keep_replaced_log,
+    warn_if_going_back,
+)
 from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
@@ -51,6 +59,8 @@ class Run(engine.TrainState):
         on_epoch_end: called on rank 0 of a saved run, after the epoch's line is in the log.
         pending: log values of an epoch that is trained but not evaluated and logged yet.
         best_ap: best AP so far; -1 before the first evaluation.
+        changed_data: the data that differ from those of the resumed checkpoint: some of "train" and "val".
+        numbered: name of the numbered checkpoint of the epoch that was trained last, if it has one.
     """
 
     folder: Path | None
@@ -60,7 +70,9 @@ class Run(engine.TrainState):
     eval_every: int = 1
     on_epoch_end: Callable[[], None] | None = None
     pending: dict[str, Any] | None = None
-    best_ap: float = -1.0
+    best_ap: float = NO_AP
+    changed_data: list[str] = field(default_factory=list)
+    numbered: str | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------- build
@@ -80,7 +92,7 @@ def build_run(
     """Build optimizer, schedule and the distributed wrapper around a model that is already on its device.
 
     Args:
-        checkpoint_extras: see `Run`; fields of `Checkpoint`: `args`, `class_names`, `category_ids`.
+        checkpoint_extras: see `Run`; fields of `Checkpoint`: `args`, `data_fingerprint`, `class_names`, `category_ids`.
         normalization: see `TrainState`; the backbone's by default.
     """
     optimizer = build_optimizer(
@@ -160,6 +172,8 @@ def fit(run: Run) -> None:
 
 
 def _fit(run: Run) -> None:
+    if run.folder is not None:
+        run.best_ap = compute_on_rank0(lambda: _inspect_folder(run))
     # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
         _finish_epoch(run)
@@ -173,6 +187,15 @@ def _fit(run: Run) -> None:
     while run.epoch < run.epochs:
         _train_and_save(run)
         _finish_epoch(run)
+
+
+def _inspect_folder(run: Run) -> float:
+    """Warn if the folder has later epochs than this run, and return the best AP of its checkpoints."""
+    assert run.folder is not None
+    if run.epoch < run.epochs:
+        warn_if_going_back(run.folder, run.epoch)
+    data = run.checkpoint_extras.get("data_fingerprint")
+    return find_best_ap(run.folder, run.best_ap, data, "val" in run.changed_data)
 
 
 def _train_and_save(run: Run) -> None:
@@ -194,10 +217,9 @@ def _train_and_save(run: Run) -> None:
 
     # As published, a numbered checkpoint before each drop of the learning rate. Saved before the evaluation, which may
     # be long and may be killed.
-    names = [LATEST]
-    if lr_dropped or run.epoch % run.save_every == 0:
-        names.append(f"checkpoint{run.epoch - 1:04d}.pth")
-    save(run, names)
+    is_numbered = lr_dropped or run.epoch % run.save_every == 0
+    run.numbered = f"checkpoint{run.epoch - 1:04d}.pth" if is_numbered else None
+    save(run, [LATEST, run.numbered] if run.numbered else [LATEST])
 
 
 def _finish_epoch(run: Run) -> None:
@@ -224,7 +246,10 @@ def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:
     ap = values.get("test_coco_eval_bbox", [-1.0])[0]  # AP, AP50, AP75, ...
     if ap > run.best_ap:
         run.best_ap = ap
-        save(run, [LATEST, BEST])
+        names = [LATEST, BEST]
+        if run.numbered:  # it was saved before its epoch's AP was known
+            names.append(run.numbered)
+        save(run, names)
 
 
 # ------------------------------------------------------------------------------------------------------------- dry run
@@ -281,6 +306,8 @@ def save(run: Run, names: list[str]) -> None:
     check_gradient(run.gradient_norm)
     state = checkpoint_state(run)
     if run.folder is not None and is_main_process():
+        # The first epoch without a log line yet: the one that awaits its evaluation, or the next one.
+        keep_replaced_log(run.folder, run.epoch - (run.pending is not None))
         first, *others = (run.folder / name for name in names)
         save_checkpoint(state, first)
         for path in others:
@@ -313,13 +340,14 @@ def checkpoint_state(run: Run) -> Checkpoint:
 
 
 def resume_run(run: Run, checkpoint: Checkpoint) -> None:
-    """Restore optimizer, schedule, progress and random states.
+    """Restore optimizer, schedule, progress and random states, and log which data changed since the checkpoint.
 
     A checkpoint whose training state is missing or can't be used starts at `--start_epoch` with a new optimizer.
 
     Raises:
         UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round.
     """
+    run.changed_data = changed_data(checkpoint, run.checkpoint_extras.get("data_fingerprint"))
     missing = checkpoint.missing_state()
     if missing:
         log.info(
@@ -352,7 +380,7 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
     run.batch = checkpoint.batch or 0
     run.averages = Averages(checkpoint.averages)
     run.pending = checkpoint.pending
-    run.best_ap = -1.0 if checkpoint.best is None else checkpoint.best
+    run.best_ap = NO_AP if checkpoint.best is None else checkpoint.best
     run.seconds = checkpoint.seconds or 0.0
 
     states = checkpoint.random_states or []
@@ -366,7 +394,10 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
         )
 
     # A batch number means the same images only if dataset and global batch size are unchanged.
-    if run.batch and checkpoint.position_unit != position_unit(run):
+    if run.batch and "train" in run.changed_data:
+        log.info("the training data changed: the epoch starts over")
+        run.batch, run.averages = 0, Averages()
+    elif run.batch and checkpoint.position_unit != position_unit(run):
         log.info(
             "number of images or global batch size changed (%s in the checkpoint, now %s): the epoch starts over",
             checkpoint.position_unit,

@@ -1,5 +1,6 @@
 """How often a run writes its checkpoint, and under which names."""
 
+import json
 import os
 from pathlib import Path
 
@@ -39,8 +40,10 @@ def test_new_best_epoch_writes_checkpoint_twice(
         read_checkpoint(tmp_path / "run" / name)
         for name in ("checkpoint.pth", "checkpoint_best.pth")
     )
-    assert latest["best"] == best["best"] > -1
     numbered = read_checkpoint(tmp_path / "run" / "checkpoint0000.pth")
+    assert latest["best"] == best["best"] == numbered["best"] > -1
+    data = json.loads((tmp_path / "run" / "args.json").read_text())["data"]
+    assert numbered["data_fingerprint"] == data
     for other in (best, numbered):
         assert all(
             torch.equal(value, other["model"][key]) for key, value in latest["model"].items()

@@ -57,6 +57,7 @@ class Checkpoint:
         class_names: row of the class head -> class name.
         category_ids: row of the class head -> category id in the annotation files; None: the rows are the ids.
         normalization: `mean` and `std` of the backbone, for RGB in 0..1.
+        data_fingerprint: fingerprint of the data, or one each for "train" and "val".
         frozen: state dict of each frozen network of a pretext, such as its target encoder.
         version: version of this format.
         converted_from: the codebase that the file was converted from.
@@ -88,6 +89,7 @@ class Checkpoint:
     class_names: dict[int, str] = field(default_factory=dict)
     category_ids: dict[int, int] | None = None
     normalization: dict[str, Any] | None = None
+    data_fingerprint: str | dict[str, str] | None = None
     frozen: dict[str, dict[str, Tensor]] | None = None
     version: int | None = None
     converted_from: str | None = None
@@ -194,6 +196,8 @@ def _parse_entry(key: str, value: Any) -> Any:
         return _parse_number(value, whole=key in _WHOLE_NUMBERS)
     if key in ("position_unit", "random_states"):
         return value if isinstance(value, list) else None
+    if key == "data_fingerprint":
+        return value if isinstance(value, str | Mapping) else None
     return value if key == "converted_from" else None
 
 

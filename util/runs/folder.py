@@ -46,6 +46,9 @@ RUN_FILES = (
     "patches.png",
 )
 
+# What a run keeps of its earlier starts, see `util.runs.resuming`.
+KEPT_FILES = ("log_old_[0-9]*.txt", "checkpoint_best_old_[0-9]*.pth")
+
 # Packages whose versions are stored with each run.
 PACKAGES = (
     "torch",
@@ -118,7 +121,9 @@ def _files_of_other_run(folder: Path, settings: Settings) -> list[Path]:
     found = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not found or _is_same_run(folder, settings):
         return []
-    return [*found, *folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")]
+    numbered = folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")
+    kept = [path for name in KEPT_FILES for path in folder.glob(name)]
+    return [*found, *numbered, *kept]
 
 
 def _is_same_run(folder: Path, settings: Settings) -> bool:
@@ -224,8 +229,6 @@ def save_settings(
 
     path = folder / (EVAL_SETTINGS if settings.eval else SETTINGS)
     before = read_json_object(path) if settings.resume and not settings.eval else {}
-    _warn_if_data_changed(before.get("data"), facts.get("data"))
-
     earlier_starts = list(before.get("earlier_starts", []))
     if "environment" in before:
         earlier_starts.append(before["environment"])
@@ -238,16 +241,6 @@ def save_settings(
         "earlier_starts": earlier_starts,
     }
     write_text(path, json.dumps(record, indent=1, default=str) + "\n")
-
-
-def _warn_if_data_changed(before: object, now: object) -> None:
-    """Compare the fingerprints of the data at the previous start (None if there was none) and now."""
-    if before and before != now:
-        log.warning(
-            "the data have changed since this run was started: %s then, %s now; its metrics mix both",
-            before,
-            now,
-        )
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """A run's `log.txt`: one JSON object per epoch, with the published keys."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from util.distributed import all_gather_object, is_main_process
 from util.errors import UserError
 from util.files import write_text
+
+LOG = "log.txt"
 
 # Keys whose values this project reads as numbers. Other keys may have any value.
 NUMERIC_PREFIXES = ("train_loss", "train_seconds", "n_parameters")
@@ -25,7 +28,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
         UserError: the file is missing or not a text file, a line in the middle is not a JSON object, or a number is
             missing where this project reads one.
     """
-    path = Path(run) / "log.txt" if Path(run).is_dir() else Path(run)
+    path = Path(run) / LOG if Path(run).is_dir() else Path(run)
     if not path.is_file():
         raise UserError(f"{path}: no such log; give a run's output folder or its log.txt")
     try:
@@ -85,17 +88,23 @@ def append_log(folder: Path | None, record: dict[str, object]) -> None:
     """
     if folder is None or not is_main_process():
         return
-    kept = [entry for entry in _entries(folder) if entry["epoch"] < record["epoch"]]
-    write_text(folder / "log.txt", "".join(json.dumps(entry) + "\n" for entry in [*kept, record]))
+    kept = [entry for entry in log_entries(folder) if entry["epoch"] < record["epoch"]]
+    write_log(folder, [*kept, record])
+
+
+def write_log(folder: Path, entries: Sequence[Mapping[str, object]]) -> None:
+    """Write log.txt with these epochs."""
+    write_text(folder / LOG, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def is_logged(folder: Path | None, epoch: int) -> bool:
     """Return True if log.txt has a line of `epoch`. Collective: every rank gets rank 0's answer."""
     logged = False
     if folder is not None and is_main_process():
-        logged = any(entry["epoch"] == epoch for entry in _entries(folder))
+        logged = any(entry["epoch"] == epoch for entry in log_entries(folder))
     return any(all_gather_object(logged))
 
 
-def _entries(folder: Path) -> list[dict]:
-    return read_log(folder) if (folder / "log.txt").exists() else []
+def log_entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the epochs in a folder's log, as `read_log` does; [] without a log."""
+    return read_log(folder) if (folder / LOG).exists() else []

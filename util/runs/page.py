@@ -13,7 +13,7 @@ from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
 from util.plots.curves import BBOX_STATS, plot_logs
-from util.runs.folder import EVAL_SETTINGS, SETTINGS, read_json_object
+from util.runs.folder import EVAL_SETTINGS, KEPT_FILES, SETTINGS, read_json_object
 from util.runs.html import render
 from util.runs.log import read_log
 from util.settings import FINETUNE, PRETRAIN
@@ -272,6 +272,11 @@ def _files(folder: Path) -> Rows:
         epoch = path.stem.removeprefix("checkpoint")  # 0-based, as published
         if epoch.isdigit():
             rows.append((path.name, [f"checkpoint after epoch {int(epoch) + 1}"]))
+    rows += [
+        (path.name, ["of an earlier start of this run"])
+        for name in KEPT_FILES
+        for path in sorted(folder.glob(name))
+    ]
     return rows
 
 

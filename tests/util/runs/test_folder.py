@@ -375,7 +375,7 @@ def test_resuming_with_other_data_logs_a_warning(runs: Path, tmp_path: Path) -> 
             fine_tune("--coco_path", place, *flags, "--epochs", 2, "--resume", "auto")
         assert (
             any(
-                line.startswith("the data have changed since this run was started: ")
+                line.startswith("the training data changed since the checkpoint was saved (")
                 for line in lines
             )
             is expected
