@@ -23,7 +23,7 @@ from util.distributed import (
     get_world_size,
     unwrap_model,
 )
-from util.errors import NonFinite, StopRequested
+from util.errors import NonFinite, StopRequested, UserError
 from util.logger import Progress
 from util.nested_tensor import NestedTensor
 from util.packed_targets import Targets
@@ -39,6 +39,8 @@ from util.runs.meters import (
     weight_class_error,
 )
 from util.runs.signals import StopSignal
+
+SINGLE_VALUE = "Expected more than 1 value per channel"  # PyTorch's message of batch norm
 
 # Losses in the progress bar; those that a run does not have are skipped.
 PROGRESS_LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_feature")
@@ -104,11 +106,24 @@ def autocast(device: torch.device, enabled: bool) -> torch.autocast:
 
 
 def forward(model: nn.Module, samples: NestedTensor, targets: Targets, amp: bool) -> dict:
-    """Return the outputs of a model. Pretexts see the targets, detectors do not."""
-    with autocast(samples.tensors.device, amp):
-        if unwrap_model(model).needs_targets:
-            return model(samples, targets)
-        return model(samples)
+    """Return the outputs of a model. Pretexts see the targets, detectors do not.
+
+    Raises:
+        UserError: batch norm in training mode gets a single value per channel, which has no variance.
+    """
+    try:
+        with autocast(samples.tensors.device, amp):
+            if unwrap_model(model).needs_targets:
+                return model(samples, targets)
+            return model(samples)
+    except ValueError as error:
+        if SINGLE_VALUE not in str(error):
+            raise
+        raise UserError(
+            f"--batch_size {len(samples)}: batch norm can't train on a single value per channel "
+            f"({str(error).partition('got ')[2]}); use a larger --batch_size, --num_patches or --image_size, or "
+            "--backbone_norm frozen"
+        ) from error
 
 
 def forward_losses(

@@ -32,7 +32,7 @@ from tests.tiny import (
     write_images,
 )
 from util.distributed import get_world_size
-from util.errors import NonFinite
+from util.errors import NonFinite, UserError
 from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
 from util.runs.meters import (
@@ -670,3 +670,23 @@ def test_predictions_that_are_not_finite_are_an_error(key: str) -> None:
     broken = {**result, key: torch.full_like(result[key], float("nan"))}
     with pytest.raises(NonFinite, match=f"NaN or infinite {key}.*earlier checkpoint"):
         results_to_host([result, broken])
+
+
+def test_batch_norm_on_a_single_value_is_reported_in_one_line() -> None:
+    """UP-DETR's patches in a batch of one, for example: a single 1 x 1 feature map per channel."""
+
+    class SingleValue(torch.nn.Module):
+        needs_targets = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+
+        def forward(self, samples: NestedTensor) -> dict:
+            return {"out": self.norm(samples.tensors[:, :, :1, :1])}
+
+    batch, model = make_batch(1), SingleValue()
+    with pytest.raises(UserError, match=r"^--batch_size 1: batch norm .*; use a larger --batch"):
+        engine.forward(model, batch, [], amp=False)
+    assert engine.forward(model, make_batch(2), [], amp=False)["out"].shape == (2, 3, 1, 1)
+    assert engine.forward(model.eval(), batch, [], amp=False)["out"].shape == (1, 3, 1, 1)
