@@ -3,7 +3,6 @@
 Both evaluations are called as `evaluation(model, epoch)` and return the `test_*` values of the log.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from predictor import Predictor
 from util.box_ops import box_cxcywh_to_xyxy
 from util.coco import BBOX_METRICS
 from util.distributed import broadcast_batch_norm_stats, is_main_process, unwrap_model
-from util.files import write_text
+from util.files import to_json, write_text
 from util.logger import log
 from util.plots.pages import prediction_page
 from util.settings import FINETUNE, Settings
@@ -111,7 +110,7 @@ class Evaluation:
 
         if self.folder is not None and is_main_process():
             results = evaluator.results()
-            write_text(self.folder / "results.json", json.dumps(results))
+            write_text(self.folder / "results.json", to_json(results))
             if self.has_metrics:
                 _write_json(self.folder / "metrics.json", {"epoch": epoch, **values})
                 _write_json(self.folder / "per_class.json", {"epoch": epoch, "classes": per_class})
@@ -121,7 +120,7 @@ class Evaluation:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=1))
+    write_text(path, to_json(content, indent=1))
 
 
 def _summary(values: Mapping[str, Any]) -> str:
@@ -216,8 +215,8 @@ def save_proposal_metrics(
     """
     log.info("class-agnostic: %s", format_metrics(metrics))
     if folder is not None and is_main_process():
-        write_text(folder / METRICS_FILE, json.dumps({**source, **metrics}, indent=1) + "\n")
-        write_text(folder / BOXES_FILE, json.dumps(evaluator.results()))
+        write_text(folder / METRICS_FILE, to_json({**source, **metrics}, indent=1) + "\n")
+        write_text(folder / BOXES_FILE, to_json(evaluator.results()))
 
 
 def validation_settings(settings: Settings) -> Settings:

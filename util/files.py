@@ -3,10 +3,12 @@
 import codecs
 import contextlib
 import errno
+import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -138,6 +140,27 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf16 else "utf-8-sig")
     return text.splitlines()
+
+
+def to_json(content: Any, **options: Any) -> str:
+    """Return JSON that every parser reads: NaN and infinite numbers become null.
+
+    options: of `json.dumps`.
+    """
+    try:
+        return json.dumps(content, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_without_nan(content), allow_nan=False, **options)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
 
 
 class _ErrorRecorder:

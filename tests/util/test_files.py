@@ -5,14 +5,15 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tools.demo.run import _write_json
 from util import files
 from util.checkpoints.checkpoint import save_checkpoint
 from util.errors import UserError
-from util.files import read_lines, write_atomically, write_text
-from util.runs.log import append_log
+from util.files import read_lines, to_json, write_atomically, write_text
+from util.runs.log import append_log, read_log
 
 WRITERS = {
     "text": lambda path: write_text(path, "new"),
@@ -133,4 +134,23 @@ def test_the_log_is_kept_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.Monk
         append_log(tmp_path, {"epoch": 1})
     assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
         {"epoch": 0}
+    ]
+
+
+def test_json_is_valid_for_strict_parsers(tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    nan, infinite = float("nan"), float("inf")
+    assert to_json({"a": [1.5, None, "x"]}) == json.dumps({"a": [1.5, None, "x"]})
+    content = {"a": nan, "b": [infinite, 1.0, (-infinite,)], "c": {"d": np.float64("nan")}}
+    read = json.loads(to_json(content, indent=1), parse_constant=refuse)
+    assert read == {"a": None, "b": [None, 1.0, [None]], "c": {"d": None}}
+
+    append_log(tmp_path, {"epoch": 0, "train_loss": nan, "test_coco_eval_bbox": [nan, 0.5]})
+    json.loads((tmp_path / "log.txt").read_text(), parse_constant=refuse)
+    append_log(tmp_path, {"epoch": 1, "train_loss": 2.0})  # reads the line above
+    assert read_log(tmp_path) == [
+        {"epoch": 0, "train_loss": None, "test_coco_eval_bbox": [-1.0, 0.5]},
+        {"epoch": 1, "train_loss": 2.0},
     ]

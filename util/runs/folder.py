@@ -20,7 +20,7 @@ from torch import nn
 from util.checkpoints.checkpoint import BEST, LATEST
 from util.distributed import get_world_size, is_main_process
 from util.errors import UserError
-from util.files import make_folder, write_text
+from util.files import make_folder, to_json, write_text
 from util.logger import log
 from util.settings import Settings, flags_read
 from util.settings.frozen import CHECKPOINT, GIVEN
@@ -240,7 +240,7 @@ def save_settings(
         **facts,
         "earlier_starts": earlier_starts,
     }
-    write_text(path, json.dumps(record, indent=1, default=str) + "\n")
+    write_text(path, to_json(record, indent=1, default=str) + "\n")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -7,9 +7,11 @@ from typing import Any
 
 from util.distributed import all_gather_object, is_main_process
 from util.errors import UserError
-from util.files import write_text
+from util.files import to_json, write_text
 
 LOG = "log.txt"
+
+UNDEFINED = -1.0  # COCO's value of a metric without anything to measure
 
 # Keys whose values this project reads as numbers. Other keys may have any value.
 NUMERIC_PREFIXES = ("train_loss", "train_seconds", "n_parameters")
@@ -45,6 +47,7 @@ def read_log(run: str | Path) -> list[dict[str, Any]]:
             continue
         entry = _parse_line(line)
         if entry is not None:
+            _restore_undefined(entry)
             _check_values(entry, f"{path}, line {number}")
             epochs[entry.get("epoch", number - 1)] = entry
         elif number < len(lines):
@@ -60,6 +63,13 @@ def _parse_line(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
+def _restore_undefined(entry: dict[str, Any]) -> None:
+    """Set an AP that was not a number, null in the file, to -1: COCO's value for an undefined one. In place."""
+    stats = entry.get("test_coco_eval_bbox")
+    if isinstance(stats, list):
+        entry["test_coco_eval_bbox"] = [UNDEFINED if value is None else value for value in stats]
+
+
 def _check_values(entry: dict[str, Any], where: str) -> None:
     for key, value in entry.items():
         if not _is_valid(key, value):
@@ -73,6 +83,8 @@ def _is_valid(key: str, value: Any) -> bool:
         if not value:
             return True  # an epoch without evaluation
         return isinstance(value, list) and len(value) > 1 and all(map(_is_number, value))
+    if value is None and key.startswith("train_loss"):
+        return True  # a loss that was not finite
     return _is_number(value) or not key.startswith(NUMERIC_PREFIXES)
 
 
@@ -94,7 +106,7 @@ def append_log(folder: Path | None, record: dict[str, object]) -> None:
 
 def write_log(folder: Path, entries: Sequence[Mapping[str, object]]) -> None:
     """Write log.txt with these epochs."""
-    write_text(folder / LOG, "".join(json.dumps(entry) + "\n" for entry in entries))
+    write_text(folder / LOG, "".join(to_json(entry) + "\n" for entry in entries))
 
 
 def is_logged(folder: Path | None, epoch: int) -> bool:

@@ -15,9 +15,9 @@ from util.checkpoints.checkpoint import BEST, Checkpoint
 from util.files import write_text
 from util.logger import log
 from util.runs.folder import SETTINGS, read_json_object
-from util.runs.log import LOG, log_entries, write_log
+from util.runs.log import LOG, UNDEFINED, log_entries, write_log
 
-NO_AP = -1.0  # COCO's value for "nothing to measure"
+NO_AP = UNDEFINED
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
