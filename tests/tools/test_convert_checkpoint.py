@@ -556,8 +556,8 @@ def test_files_that_fit_no_detector_are_refused_with_the_names(
     [
         (
             "deformable",
-            lambda s: {f"model.{key}": value for key, value in s.items()},
-            "unknown in a deformable_detr.*: model.transformer.",
+            lambda s: {f"other.{key}": value for key, value in s.items()},
+            "unknown in a deformable_detr.*: other.transformer.",
         ),
         (
             "conditional",

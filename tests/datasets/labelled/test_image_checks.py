@@ -63,13 +63,15 @@ def startup_lines(dataset: CocoDetection) -> tuple[list[str], list[str]]:
 
 
 def kinds(split: Split) -> dict[str, int]:
-    """Return kind -> number of findings of `tools/check_dataset.py`."""
+    """Return kind -> number of findings of `tools/check_dataset.py`, without those about unlisted sizes."""
     split.num_queries = split.num_classes = 9
     split.image_infos = [
         inspect_image(split.file(i), split.exif, split.listed_hw(i))
         for i in range(len(split.images))
     ]
-    return dict(Counter(finding.kind for finding in run_checks([split])))
+    found = Counter(finding.kind for finding in run_checks([split]))
+    del found["size not listed"]  # tests/datasets/labelled/test_annotation_values.py has it
+    return dict(found)
 
 
 def test_rotated_images_whose_listed_size_is_the_rotated_one_are_rotated(tmp_path: Path) -> None:
