@@ -162,7 +162,7 @@ def main(args: Namespace) -> None:
     folder = prepare_output_dir(settings)
 
     # A resumed run keeps the meaning of its class head, also if the annotations list classes in another order.
-    classes = infer_classes(checkpoint) if checkpoint and settings.resume else None
+    classes = infer_classes(checkpoint) if (checkpoint and settings.resume) else None
     train_set, val_set = build_labelled(settings, classes)
     from_data = {"num_classes": val_set.num_classes}
     log_settings(settings, from_data)

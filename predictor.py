@@ -271,7 +271,7 @@ class Predictor:
             sizes_hw: int64 [B, 2], sizes of the original images. Boxes are in their pixels.
 
         Returns:
-            A prediction for each image with all its objects, whatever their score.
+            A prediction for each image with all its objects, regardless of score.
         """
         samples = normalize(samples.to(self.device, non_blocking=True), **self.model.normalization)
         with engine.autocast(self.device, self.amp):

@@ -62,7 +62,7 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     # Stage s has stride 2^(s + 1) and twice the channels of the stage before.
     width = 64 if basic_blocks else 256
     channels = [width * 2 ** (stage - 1) for stage in stages]
-    strides = [16 if dilation and stage == 4 else 2 ** (stage + 1) for stage in stages]
+    strides = [16 if (dilation and stage == 4) else 2 ** (stage + 1) for stage in stages]
     later_stages = ("layer2", "layer3", "layer4")
     early_names = {key for key, _ in body.named_parameters() if not key.startswith(later_stages)}
     mean, std = backbone_normalization(name)

@@ -230,7 +230,7 @@ def legend_labels(runs: Sequence[ComparedRun], differing: dict[str, list[str]]) 
     labels = []
     for i, run in enumerate(runs):
         detail = ", ".join(f"{name} {values[i]}" for name, values in differing.items())
-        labels.append(f"{run.name} ({detail})" if detail and run.settings else run.name)
+        labels.append(f"{run.name} ({detail})" if (detail and run.settings) else run.name)
     return labels
 
 

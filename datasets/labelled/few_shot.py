@@ -407,7 +407,7 @@ def few_shot_record(
         "few_shot": settings.few_shot,
         "shots": settings.shots,
         "few_shot_file": settings.few_shot_file,
-        "seed": settings.seed if few and not settings.few_shot_file else None,
+        "seed": settings.seed if (few and not settings.few_shot_file) else None,
         "novel_classes": list(novel_class_names(settings, annotations.class_names)),
         "ids": annotations.image_ids.tolist(),
     }

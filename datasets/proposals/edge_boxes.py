@@ -28,9 +28,8 @@ MAX_BOXES = 512  # as published
 SHARPEN_KERNEL = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], dtype=np.float32)
 CONTRAST_FACTOR = 1.5
 RETRY_SHORT_SIDE = 1000  # pixels; the short side is enlarged to at least this
-RETRY_MAX_LONG_SIDE = (
-    4000  # pixels; not published: otherwise a strip of 5 x 300 pixels would become 1000 x 60 000
-)
+# Pixels. Not published: a strip of 5 x 300 pixels would become 1000 x 60,000.
+RETRY_MAX_LONG_SIDE = 4000
 
 # Edges without a structured forest.
 BLUR_SIGMA = 2.0  # pixels; finer gradients are texture

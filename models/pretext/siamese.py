@@ -273,7 +273,7 @@ class GlobalHead(nn.Module):
 
 
 def swap_views(views: Tensor) -> Tensor:
-    """Give each of 2B views what belongs to the other view of its image: [2B, ...] -> [2B, ...]."""
+    """Swap the two views of each image: [2B, ...] -> [2B, ...]."""
     return views.roll(len(views) // 2, 0)
 
 

@@ -217,7 +217,7 @@ def _pretrain_flags(
 ) -> list[str]:
     # Queries are divided evenly between patches, so their number has to be a multiple of num_patches.
     num_queries = hyperparameters.num_queries
-    num_patches = 10 if num_queries % 10 == 0 and num_queries >= 100 else 5
+    num_patches = 10 if (num_queries % 10 == 0 and num_queries >= 100) else 5
     return _to_argv(
         imagenet_path=_unlabelled_images(args, coco_path),
         num_patches=num_patches,

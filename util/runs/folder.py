@@ -228,7 +228,7 @@ def save_settings(
             path.unlink()
 
     path = folder / (EVAL_SETTINGS if settings.eval else SETTINGS)
-    before = read_json_object(path) if settings.resume and not settings.eval else {}
+    before = read_json_object(path) if (settings.resume and not settings.eval) else {}
     earlier_starts = list(before.get("earlier_starts", []))
     if "environment" in before:
         earlier_starts.append(before["environment"])

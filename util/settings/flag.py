@@ -104,7 +104,12 @@ class Flag:
         if not isinstance(in_words, str):
             in_words = in_words[script]
         # The switch --no_aux_loss is off by default, although its setting `aux_loss` is on.
-        general = in_words or ("off" if self.is_switch else format_default(self.default))
+        if in_words:
+            general = in_words
+        elif self.is_switch:
+            general = "off"
+        else:
+            general = format_default(self.default)
 
         names_by_value: dict[str, list[str]] = {}
         for registry in _registries(script):

@@ -65,7 +65,7 @@ def given_flags(args: Namespace | Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Draft:
-    """Values and origins of the flags while they are being filled in. A value of None is still open."""
+    """Values and origins of the flags while they are being filled in. None: not set yet."""
 
     def __init__(self, script: str, given: Mapping[str, Any], adopted: Mapping[str, Any]) -> None:
         self.script = script
@@ -86,7 +86,7 @@ class _Draft:
         self.origins[name] = origin
 
     def default(self, name: str, value: Any, origin: str = frozen.DEFAULT) -> None:
-        """Set a value that is still open."""
+        """Set a value unless it is already set."""
         if self.values[name] is None:
             self.set(name, value, origin)
 
@@ -97,7 +97,7 @@ class _Draft:
 
 def _fill_defaults(draft: _Draft) -> dict[str, Any]:
     """Fill in defaults. Return the default of every flag under this dataset, detector and pretext, given or not."""
-    # First the three flags that decide which registry entries have a say.
+    # First the three flags that decide which registry entries apply.
     draft.default("detector", draft.flags["detector"].default)
     draft.default("dataset_file", draft.flags["dataset_file"].default)
     if draft.script == PRETRAIN:
@@ -196,7 +196,7 @@ def _fill_backbone(draft: _Draft) -> None:
     has_trained_weights = has_checkpoint or draft["backbone_weights"] != "none"
     draft.default("backbone_norm", "frozen" if has_trained_weights else "live", frozen.RULE)
 
-    # A pre-trained backbone with live norms that is not trained any more must keep their statistics, too.
+    # With --pretrain and a frozen backbone, batch norm must keep its statistics, too.
     is_trained = not draft["pretrain"] or draft["lr_backbone"] > 0
     is_given = draft.origins["backbone_norm"] == frozen.GIVEN
     if not is_trained and draft["backbone_norm"] != "frozen" and not is_given:
