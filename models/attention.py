@@ -92,21 +92,30 @@ class HookedAttention(nn.Module):
     no weights are computed.
     """
 
-    num_heads: int
-
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out = super().__call__(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def with_weights(
+
+class _DotProductAttention(HookedAttention):
+    """Scaled dot-product attention with an output projection."""
+
+    num_heads: int
+    dropout: float
+    out_proj: nn.Linear
+
+    def _attend(
         self,
-        out: Tensor,
         query: Tensor,
         key: Tensor,
+        value: Tensor,
         padding_mask: Tensor | None,
         query_groups: int,
     ) -> Any:
-        """Return `out`, or (`out`, weights) for a module with a forward hook."""
+        """Return the projected output [B, Q, D], or (output, weights) for a module with a forward hook."""
+        dropout = self.dropout if self.training else 0.0
+        out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
+        out = self.out_proj(out)
         if not self._forward_hooks:
             return out
         with torch.no_grad():
@@ -137,7 +146,7 @@ def usable_kernels(
     return ", ".join(usable)
 
 
-class MultiheadAttention(HookedAttention):
+class MultiheadAttention(_DotProductAttention):
     """Attention with query, key, value and output projections.
 
     Parameter names and initial values are those of `torch.nn.MultiheadAttention`, so published DETR
@@ -173,9 +182,7 @@ class MultiheadAttention(HookedAttention):
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )
 
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
-        return self.with_weights(self.out_proj(out), query, key, padding_mask, query_groups)
+        return self._attend(query, key, value, padding_mask, query_groups)
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """Return {"attention": usable kernels}, or {} where they are unknown."""
@@ -183,7 +190,7 @@ class MultiheadAttention(HookedAttention):
         return {} if usable is None else {"attention": usable}
 
 
-class ProjectedAttention(HookedAttention):
+class ProjectedAttention(_DotProductAttention):
     """Attention on query, key and value that are already projected, with an output projection only.
 
     Conditional DETR projects content and position separately (Meng et al. 2021, section 3.3).
@@ -204,6 +211,4 @@ class ProjectedAttention(HookedAttention):
         query_groups: int = 1,
     ) -> Any:
         """Attend from query [B, Q, K] to key [B, S, K] and value [B, S, D]; returns [B, Q, D]."""
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
-        return self.with_weights(self.out_proj(out), query, key, padding_mask, query_groups)
+        return self._attend(query, key, value, padding_mask, query_groups)
