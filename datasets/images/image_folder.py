@@ -87,7 +87,10 @@ def file_size(file: ImageFile) -> int | None:
     """Return the size in bytes. None: no such file."""
     if isinstance(file, TarMember):
         return file.size
-    return os.path.getsize(file) if os.path.exists(file) else None
+    try:
+        return os.path.getsize(file)
+    except OSError:
+        return None
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from datasets.images.image_folder import (
     NO_SIZE,
     ImageFile,
     decode_image,
+    file_size,
     open_file,
     pillow_warnings,
     read_header,
@@ -314,7 +315,7 @@ def same_files(
     deadline = time.monotonic() + SEARCH_SECONDS
     in_val: dict[int, list[int]] = {}  # file size -> indices
     for index in evenly_spaced(len(val), COMPARED_FILES):
-        size = file_bytes(val[index])
+        size = file_size(val[index])
         if size and index not in skipped and time.monotonic() < deadline:
             in_val.setdefault(size, []).append(index)
     if not in_val:
@@ -328,7 +329,7 @@ def same_files(
         if time.monotonic() > deadline:
             break
         path = train[index]
-        size = file_bytes(path)
+        size = file_size(path)
         if size not in in_val:
             continue
         if size not in keys:
@@ -360,7 +361,7 @@ def _training_files(settings: Settings) -> list[str]:
         if os.path.isdir(file):  # VOC's XML files, named like their images
             stems = {os.path.splitext(name)[0] for name in os.listdir(file)}
             names = [name for name in os.listdir(folder) if os.path.splitext(name)[0] in stems]
-        elif 0 < file_bytes(file) <= MAX_ANNOTATION_BYTES:
+        elif 0 < (file_size(file) or 0) <= MAX_ANNOTATION_BYTES:
             images = read_json(file)["images"]
             names = [image["file_name"] for image in images]
         else:
@@ -368,14 +369,6 @@ def _training_files(settings: Settings) -> list[str]:
         return [os.path.join(folder, name) for name in names]
     except (OSError, UserError, KeyError, TypeError):
         return []  # an evaluation does not need the training set
-
-
-def file_bytes(path: str) -> int:
-    """Return the size of a file in bytes; 0 if there is none."""
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return 0
 
 
 def _middle(path: str, size: int) -> bytes:
