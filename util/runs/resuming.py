@@ -46,7 +46,7 @@ def changed_data(checkpoint: Checkpoint, now: Any) -> list[str]:
             " and the ".join(kind[name] for name in changed),
             ", ".join(str(was[name]) for name in changed),
             ", ".join(str(current[name]) for name in changed),
-            "the best AP starts anew" if "val" in changed else "the best AP is kept",
+            "the best AP is reset" if "val" in changed else "the best AP is kept",
         )
     return changed
 
@@ -62,7 +62,7 @@ def find_best_ap(folder: Path, stored: float, data: Any, val_changed: bool) -> f
     """Return the AP that an epoch must exceed to become the best checkpoint of a folder.
 
     It is the AP of the folder's best checkpoint, also if training goes back to an earlier epoch. One of other
-    validation data is kept under another name. Without one, as in the new folder of a branch, the best AP starts anew.
+    validation data is kept under another name. Without one, as in the new folder of a branch, the best AP is reset.
 
     Args:
         stored: best AP in the checkpoint that is resumed, -1 without one.
@@ -74,7 +74,7 @@ def find_best_ap(folder: Path, stored: float, data: Any, val_changed: bool) -> f
     if best is None:
         if stored > NO_AP and not val_changed:
             log.info(
-                "no %s in %s: the best AP starts anew (%.3f in the resumed checkpoint)",
+                "no %s in %s: the best AP is reset (%.3f in the resumed checkpoint)",
                 BEST,
                 folder,
                 stored,

@@ -35,10 +35,10 @@ def test_best_checkpoint_of_the_folder_decides(stored: float, tmp_path: Path) ->
     assert find_best_ap(tmp_path, stored, changed_train, False) == 0.3
 
 
-def test_best_starts_anew_in_a_new_folder(tmp_path: Path) -> None:
+def test_best_is_reset_in_a_new_folder(tmp_path: Path) -> None:
     with captured_log() as lines:
         assert find_best_ap(tmp_path, 0.3, DATA, False) == -1
-    assert "the best AP starts anew (0.300 in the resumed checkpoint)" in lines[0]
+    assert "the best AP is reset (0.300 in the resumed checkpoint)" in lines[0]
     with captured_log() as lines:
         assert find_best_ap(tmp_path, -1, DATA, False) == -1
     assert not lines
@@ -76,7 +76,7 @@ def test_changed_data_are_reported_with_both_fingerprints(tmp_path: Path) -> Non
         assert changed_data(checkpoint, OTHER_VAL) == ["val"]
     assert lines == [
         "the validation data changed since the checkpoint was saved (5 images, b then, 5 images, c now): "
-        "the best AP starts anew"
+        "the best AP is reset"
     ]
     pretext = Checkpoint(model={}, data_fingerprint="4 images, e")
     assert changed_data(pretext, "4 images, f") == ["train"]
