@@ -166,9 +166,8 @@ def convert_image(
     is_tiff = image.format == "TIFF"
     orientation = read_orientation(image) if is_tiff else 1
     image.load()
-    if (
-        not is_tiff
-    ):  # only now: asking a damaged PNG file earlier would decode it, and hide the error
+    if not is_tiff:
+        # Only now: asking a damaged PNG file earlier would decode it, and hide the error.
         orientation = read_orientation(image)
 
     stored_hw = (image.height, image.width)
@@ -212,9 +211,8 @@ def pillow_warnings() -> Iterator[list[str]]:
     """Collect Pillow's warnings, which do not name the file, and set its limit of pixels to MAX_PIXELS."""
     remarks: list[str] = []
     limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = (
-        MAX_PIXELS // 2
-    )  # Pillow warns above its limit and refuses twice as many
+    # Pillow warns above its limit and refuses twice as many.
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

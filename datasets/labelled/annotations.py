@@ -501,9 +501,8 @@ def box_around_rotated(boxes_xywh: np.ndarray, degrees: np.ndarray) -> np.ndarra
     if not rotated.any():
         return boxes_xywh
     angles = np.deg2rad(degrees[rotated])[:, None]  # [R, 1], of R rotated boxes
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # boxes that are not finite are skipped later
+    # Boxes that are not finite are skipped later.
+    with np.errstate(over="ignore", invalid="ignore"):
         corners, sizes = np.split(boxes_xywh[rotated], 2, axis=1)  # [R, 2], [R, 2]
         around = sizes * abs(np.cos(angles)) + sizes[:, ::-1] * abs(np.sin(angles))  # [R, 2]
         replaced = boxes_xywh.copy()

@@ -268,10 +268,9 @@ def find_corner_boxes(split: Split) -> Iterator[Finding]:
     if len(rows) < MIN_BOXES_FOR_FORMAT:
         return
     boxes = split.annotations.boxes_xyxy_abs[rows].astype(np.float64)  # [N, 4]
-    first, second = (
-        boxes[:, :2],
-        boxes[:, 2:] - boxes[:, :2],
-    )  # the first and the last two numbers of `bbox`
+    # The first and the last two numbers of `bbox`.
+    first = boxes[:, :2]  # [N, 2]
+    second = boxes[:, 2:] - boxes[:, :2]  # [N, 2]
     are_corners = (second > first).all(1) & (second <= sizes_wh + 1).all(1)
     if are_corners.mean() < 0.99:
         return

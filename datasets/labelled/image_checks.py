@@ -321,9 +321,8 @@ def same_files(
     if not in_val:
         return []
 
-    keys: dict[
-        int, dict[bytes, list[int]]
-    ] = {}  # file size -> bytes from the middle -> indices in val
+    # File size -> bytes from the middle -> indices in val.
+    keys: dict[int, dict[bytes, list[int]]] = {}
     found: dict[int, int] = {}  # index in val -> index in train
     for index in np.random.default_rng(0).permutation(len(train)).tolist():
         if time.monotonic() > deadline:
