@@ -15,7 +15,7 @@ from util.settings.table import PRETRAIN, all_flags, flag_readers, flags_of, fla
 
 MIN_IMAGE_SIZE = 32  # pixels, the stride of the backbone
 MAX_SEED_BITS = 63  # of a signed 64-bit integer
-LABELLED_PATHS = ("coco_path", "voc_path", "airbus_path")
+LABELLED_PATHS = ("coco_path", "coco_panoptic_path", "voc_path", "airbus_path")
 CUSTOM_PATHS = ("train_images", "train_annotations", "val_images", "val_annotations")
 FEW_SHOT_FLAGS = ("shots", "few_shot_file", "novel_classes")
 
@@ -188,7 +188,9 @@ def _check_paths_match_dataset(settings: Settings) -> None:
 
 
 def _check_one_source_of_images(settings: Settings) -> None:
-    path_flags = ("imagenet_path", *LABELLED_PATHS, "train_images")
+    # The panoptic folder has annotations only.
+    labelled = (name for name in LABELLED_PATHS if name != "coco_panoptic_path")
+    path_flags = ("imagenet_path", *labelled, "train_images")
     sources = [name for name in path_flags if getattr(settings, name)]
     # With --eval or --viz the labelled path names validation images, and no unlabelled images are read.
     trains = not (settings.eval or settings.viz)

@@ -201,6 +201,11 @@ DATASETS: dict[str, DatasetEntry] = {
         "datasets.labelled.coco:coco_images",
         path_flags=("coco_path",),
     ),
+    "coco_panoptic": DatasetEntry(
+        "datasets.labelled.coco_panoptic:build_coco_panoptic",
+        "datasets.labelled.coco:coco_images",
+        path_flags=("coco_path", "coco_panoptic_path"),
+    ),
     "voc": DatasetEntry(
         "datasets.labelled.voc:build_voc",
         "datasets.labelled.voc:voc_images",

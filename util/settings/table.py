@@ -96,6 +96,14 @@ FLAGS: tuple[Flag, ...] = (
             metavar="PATH|URL",
             per_launch=True,
         ),
+        Flag(
+            "frozen_weights",
+            "checkpoint of a detector that stays frozen while its mask head trains",
+            str,
+            default="",
+            metavar="PATH|URL",
+            requires=("--masks", lambda settings: settings["masks"]),
+        ),
     ),
     *flags_in(
         RUN,
@@ -185,6 +193,13 @@ FLAGS: tuple[Flag, ...] = (
         Flag(
             "coco_path",
             "COCO folder: annotations/ next to train2017/ and val2017/, or next to images/train2017/",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
+            "coco_panoptic_path",
+            "COCO panoptic folder: annotations/, panoptic_train2017/ and panoptic_val2017/; images are in --coco_path",
             str,
             metavar="DIR",
             data_specific=True,
@@ -648,9 +663,10 @@ FLAGS: tuple[Flag, ...] = (
             "number of classes of the head: largest category id + 1",
             positive(),
             default=91,
-            default_help="91; voc, voc_coco: 20; airbus_ship: 1; custom: as in the annotations",
+            default_help="91; coco_panoptic: 250; voc, voc_coco: 20; airbus_ship: 1; custom: as in the annotations",
             metavar="N",
         ),
+        Flag("masks", "add a mask head, for instance or (coco_panoptic) panoptic segmentation"),
     ),
     # ------------------------------------------------------------------------------------------------------ losses
     *flags_in(
@@ -662,6 +678,26 @@ FLAGS: tuple[Flag, ...] = (
             str,
             choices=("softmax", "focal"),
             default="softmax",
+        ),
+    ),
+    *flags_in(
+        LOSSES,
+        (FINETUNE,),
+        Flag(
+            "mask_loss_coef",
+            "weight of the focal loss of masks",
+            non_negative(float),
+            default=1.0,
+            metavar="WEIGHT",
+            requires=("--masks", lambda settings: settings["masks"]),
+        ),
+        Flag(
+            "dice_loss_coef",
+            "weight of the dice loss of masks",
+            non_negative(float),
+            default=1.0,
+            metavar="WEIGHT",
+            requires=("--masks", lambda settings: settings["masks"]),
         ),
     ),
     *flags_in(
@@ -917,17 +953,6 @@ UNSUPPORTED_FLAGS: dict[str, tuple[bool, str]] = {
     "--world_size": (
         True,
         "the launcher sets the number of processes: torchrun --nproc_per_node N",
-    ),
-    "--mask_loss_coef": (True, "this version predicts boxes only, so there is no mask loss"),
-    "--dice_loss_coef": (True, "this version predicts boxes only, so there is no mask loss"),
-    "--masks": (False, "this version predicts boxes only; train and evaluate without it"),
-    "--frozen_weights": (
-        True,
-        "it trains a mask head on a frozen detector, and this version predicts boxes only",
-    ),
-    "--coco_panoptic_path": (
-        True,
-        "this version predicts boxes only; train and evaluate without it",
     ),
     "--position_embedding_scale": (True, "the published code never reads it: the scale is 2 pi"),
     "--filter_num": (True, "the published code never reads it"),
