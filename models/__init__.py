@@ -6,6 +6,7 @@ file has `build(settings, backbone, classification) -> Detector`; a pretext's fi
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,8 @@ from models.backbone import Backbone, BackboneWithPositions
 from models.classification import Classification, matching_costs
 from models.criterion import SetCriterion, expand_weight_dict
 from models.position_encoding import POSITION_ENCODINGS
-from models.postprocess import PostProcess
+from models.postprocess import build_postprocessors
+from models.segmentation import SegmentationDetector
 from models.trainable import TrainableModel
 from util.checkpoints.backbone_weights import load_backbone_weights
 from util.logger import log
@@ -25,8 +27,9 @@ from util.settings.registry import DETECTORS, PRETEXTS, import_object, lookup
 def build_backbone(settings: Settings) -> BackboneWithPositions:
     """Build the backbone, load its weights and add the positional encoding."""
     # One level reads stage 4 alone, more levels add stages 3 and 2. Levels beyond these three are
-    # strided convolutions of the detector.
-    stages = (2, 3, 4)[-settings.num_feature_levels :]
+    # strided convolutions of the detector. A mask head reads all four stages.
+    detector_stages = (2, 3, 4)[-settings.num_feature_levels :]
+    stages = (1, 2, 3, 4) if settings.masks else detector_stages
     backbone = Backbone(
         settings.backbone,
         settings.backbone_norm,
@@ -39,11 +42,15 @@ def build_backbone(settings: Settings) -> BackboneWithPositions:
 
     # The name may come from a checkpoint, so it has not passed the parser's choices.
     build_encoding = lookup(POSITION_ENCODINGS, "--position_embedding", settings.position_embedding)
-    return BackboneWithPositions(backbone, build_encoding(settings.hidden_dim))
+    with_positions = BackboneWithPositions(backbone, build_encoding(settings.hidden_dim))
+    with_positions.num_levels = len(detector_stages)
+    return with_positions
 
 
 def build_model(
-    args: Settings | Namespace, num_classes: int | None = None
+    args: Settings | Namespace,
+    num_classes: int | None = None,
+    things: Mapping[int, bool] | None = None,
 ) -> tuple[TrainableModel, SetCriterion, dict[str, nn.Module]]:
     """Build the model (a detector, or a pretext around one), its criterion and its post-processors.
 
@@ -54,6 +61,7 @@ def build_model(
         args: settings, or parsed flags, which are resolved first.
         num_classes: number of classes of a detector's head, known from the dataset or a checkpoint.
             Default: `settings.num_classes`. A pretext defines its own classes and ignores it.
+        things: category id -> whether it is a thing, of panoptic data. Default: COCO's.
     """
     settings = resolve(args)
     pretext: Any = import_object(PRETEXTS[settings.pretext].pretext) if settings.pretext else None
@@ -77,6 +85,13 @@ def build_model(
 
     build_detector = import_object(DETECTORS[settings.detector].builder)
     detector = build_detector(settings, build_backbone(settings), classification)
+    if settings.masks:
+        detector = SegmentationDetector(
+            detector,
+            settings.nheads,
+            frozen=bool(settings.frozen_weights),
+            frozen_dropout=settings.reproduce_published,
+        )
     model = pretext.from_settings(settings, detector) if pretext else detector
 
     num_aux_layers = settings.dec_layers - 1 if settings.aux_loss else 0
@@ -92,4 +107,4 @@ def build_model(
         focal_alpha=settings.focal_alpha,
         reproduce_published=settings.reproduce_published,
     )
-    return model, criterion, {"bbox": PostProcess(classification)}
+    return model, criterion, build_postprocessors(settings, classification, things)

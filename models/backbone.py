@@ -24,7 +24,8 @@ class FeatureMap:
 
     tensor: [B, C, h, w].
     mask: bool [B, h, w], True on padding.
-    position: [B, D, h, w], in the dtype of `tensor`.
+    position: [B, D, h, w], in the dtype of `tensor`. Early maps that only a mask head
+        reads have none: [B, 0, h, w].
     """
 
     tensor: Tensor
@@ -118,6 +119,8 @@ class BackboneWithPositions(nn.Sequential):
     encoding `backbone.1`.
     """
 
+    num_levels = 3  # the last maps, which a detector may read; they get a positional encoding
+
     if TYPE_CHECKING:  # nn.Sequential types every item as a plain Module
 
         def __getitem__(self, index: Any) -> Any: ...
@@ -125,10 +128,13 @@ class BackboneWithPositions(nn.Sequential):
     def forward(self, samples: NestedTensor) -> list[FeatureMap]:
         """Extract one `FeatureMap` per stage."""
         backbone, position_encoding = self[0], self[1]
+        tensors = backbone(samples.tensors)  # [B, C, h, w] each
         maps = []
-        for tensor in backbone(samples.tensors):  # [B, C, h, w]
+        for level, tensor in enumerate(tensors):
             mask = resize_mask(samples.mask, tensor.shape[-2:])  # [B, h, w]
-            position = position_encoding(mask).to(tensor.dtype)  # [B, D, h, w]
+            position = tensor[:, :0]
+            if level >= len(tensors) - self.num_levels:
+                position = position_encoding(mask).to(tensor.dtype)  # [B, D, h, w]
             maps.append(FeatureMap(tensor, mask, position))
         return maps
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from models.classification import Classification, sigmoid_focal_loss
 from models.detector import full_precision
 from models.matcher import HungarianMatcher, Matches
+from models.segmentation import select_masks
 from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.distributed import all_reduce_sum, get_world_size
 from util.packed_targets import PackedTargets, Targets, pack_objects
@@ -51,12 +52,26 @@ class _MatchedBatch:
     labels: Tensor  # [T]
     target_boxes: Tensor  # [T, 4], (cx, cy, w, h)
     num_boxes: Tensor | float  # normalizer of the losses, see `SetCriterion._num_boxes`
+    target_masks: Tensor | None  # bool [T, H, W], padded to one size; None without masks
     counts: list[int]  # targets of each image
     outputs: list[dict]  # model outputs of each layer, the last layer last
 
     def sum_per_layer(self, values: Tensor) -> Tensor:
         """Sum the values of matched pairs per layer: [K] -> [L]."""
         return values.reshape(len(self.logits), -1).sum(1)  # [L, K / L] -> [L]
+
+    def last_layer_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return image, query and target of the last layer's pairs, int64 [K / L] each.
+
+        The query counts within its image, the target within the batch.
+        """
+        num_layers, num_images, num_queries = self.logits.shape[:3]
+        # Pairs are stored layer by layer: the last K / L belong to the last layer.
+        pairs = slice(self.matches.num_pairs * (num_layers - 1), None)
+        # `source` counts the queries of all layers.
+        source = self.matches.source[pairs] - (num_layers - 1) * num_images * num_queries
+        image = torch.div(source, num_queries, rounding_mode="floor")
+        return image, source % num_queries, self.matches.target[pairs]
 
 
 class SetCriterion(nn.Module):
@@ -71,8 +86,8 @@ class SetCriterion(nn.Module):
 
     Args:
         weight_dict: name -> weight in the total loss. Values without a weight are only logged.
-        losses: which of `labels`, `boxes`, `cardinality`, `features`, `object_embedding` and
-            `global_contrast` to compute.
+        losses: which of `labels`, `boxes`, `cardinality`, `masks`, `features`, `object_embedding`
+            and `global_contrast` to compute.
         eos_coef: class weight of "no object" in softmax classification.
         focal_alpha: weight of positives in focal classification.
         reproduce_published: for focal outputs log the published cardinality error, which counts
@@ -110,7 +125,7 @@ class SetCriterion(nn.Module):
                 layer and `target_features`, `object_embedding` needs both of the last layer, and
                 `global_contrast` needs `projections` and `predictions`.
             targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a
-                list of dicts.
+                list of dicts; for the loss `masks` also `masks` [n, H, W].
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
@@ -161,6 +176,7 @@ class SetCriterion(nn.Module):
             matches=self.matcher(logits, boxes, targets),
             labels=targets.tensors["labels"],
             target_boxes=targets.tensors["boxes"].to(boxes.dtype),
+            target_masks=targets.tensors.get("masks"),
             num_boxes=num_boxes,
             counts=targets.counts["labels"],
             outputs=layers,
@@ -277,18 +293,38 @@ class SetCriterion(nn.Module):
         [T, F] are in the order of the targets.
         """
         outputs = batch.outputs[-1]
-        num_layers, num_images, num_queries = batch.logits.shape[:3]
-        # Pairs are stored layer by layer: the last K / L belong to the last layer.
-        last_pairs = slice(batch.matches.num_pairs * (num_layers - 1), None)
-        source = batch.matches.source[last_pairs]  # [K / L]
-        target = batch.matches.target[last_pairs]  # [K / L]
-
-        # `source` counts the queries of all layers, the prediction has those of the last layer only.
-        first_query = (num_layers - 1) * num_images * num_queries
-        features = full_precision(outputs["pred_features"]).flatten(0, 1)  # [B * Q, F]
-        predicted = features[source - first_query]  # [K / L, F]
+        image, query, target = batch.last_layer_pairs()
+        predicted = full_precision(outputs["pred_features"])[image, query]  # [K / L, F]
         distance = (predicted - full_precision(outputs["target_features"])[target]).abs()
         return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
+
+    def loss_masks(self, batch: _MatchedBatch) -> dict[str, Tensor]:
+        """Focal and dice loss of the masks of matched pairs, over the number of boxes.
+
+        Last decoder layer only. The focal loss is a mean over the pixels of the padded batch, so padding
+        counts as background, as published (Carion et al. 2020, section 4.4).
+
+        Raises:
+            ValueError: the targets have no masks.
+        """
+        if batch.target_masks is None:
+            raise ValueError("the loss `masks` needs `masks` in the targets")
+        image, query, target = batch.last_layer_pairs()
+        target_masks = batch.target_masks[target]  # [K / L, H, W]
+        logits = select_masks(batch.outputs[-1], image, query)  # [K / L, h1, w1]
+        logits = functional.interpolate(
+            logits[:, None], size=target_masks.shape[-2:], mode="bilinear", align_corners=False
+        )
+        logits, target_masks = (
+            logits.flatten(1),
+            target_masks.flatten(1).to(logits.dtype),
+        )  # [K / L, H * W]
+
+        focal = sigmoid_focal_loss(logits, target_masks).mean(1)  # [K / L]
+        return {
+            "loss_mask": focal.sum() / batch.num_boxes,
+            "loss_dice": dice_loss(logits, target_masks).sum() / batch.num_boxes,
+        }
 
     def loss_global_contrast(self, batch: _MatchedBatch) -> dict[str, Tensor]:
         """2 - 2 cos of each view's prediction and the other view's projection, mean over all views.
@@ -320,6 +356,16 @@ class SetCriterion(nn.Module):
         mean, square = (sums[1:] / sums[0]).chunk(2)  # [D] each
         variance = (square - mean.square()).clamp(min=0)  # rounding can go below 0
         return variance.sqrt().mean()
+
+
+def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 - (2 |P T| + 1) / (|P| + |T| + 1) of each mask (Milletari et al. 2016), without reduction.
+
+    logits, targets: [K, pixels]; targets are 0 or 1. Returns [K].
+    """
+    probability = logits.sigmoid()
+    intersection = (probability * targets).sum(1)
+    return 1 - (2 * intersection + 1) / (probability.sum(1) + targets.sum(1) + 1)
 
 
 def expand_weight_dict(

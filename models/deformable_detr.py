@@ -83,7 +83,9 @@ class DeformableDETR(Detector):
         self.bbox_embed = _build_heads(box_head, num_layers, with_box_refine, two_stage)
         # One table of position and content, [Q, 2 D].
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * hidden_dim)
-        num_channels = backbone[0].num_channels
+        # With a mask head the backbone returns all its maps, of which these are read here.
+        self.num_backbone_levels = min(num_levels, 3)
+        num_channels = backbone[0].num_channels[-self.num_backbone_levels :]
         self.input_proj = _build_input_projections(num_channels, hidden_dim, num_levels)
         self.backbone = backbone
 
@@ -109,7 +111,7 @@ class DeformableDETR(Detector):
                 "dynamo=True"
             )
         features = self.backbone(samples)
-        maps = self._project(features, samples)
+        maps = self._project(features[-self.num_backbone_levels :], samples)
         shapes = [(x.tensor.shape[-2], x.tensor.shape[-1]) for x in maps]
 
         tokens = torch.cat([flatten_map(x.tensor) for x in maps], 1)  # [B, S, D]
@@ -129,6 +131,8 @@ class DeformableDETR(Detector):
             position=position,
             padding_mask=padding_mask,
             shapes=shapes,
+            projected_map=maps[self.num_backbone_levels - 1].tensor,
+            last_level=self.num_backbone_levels - 1,
             sizes_wh=sizes_wh.to(tokens.device, non_blocking=True),  # [L, 2]
             valid_sizes_wh=torch.stack([valid_size_wh(x.mask) for x in maps], 1),  # [B, L, 2]
         )

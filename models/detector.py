@@ -14,7 +14,7 @@ padding.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Memory:
     tokens, position: encoder output and positional encoding, [B, S, D].
     padding_mask: bool [B, S], True on padding; None if no image is padded.
     shapes: (h, w) of each level, in the order of the tokens.
+    projected_map: the backbone's last map after its input projection, [B, D, h, w]. Mask heads read it.
+    last_level: the level of that map.
     """
 
     features: list[FeatureMap]
@@ -40,7 +42,15 @@ class Memory:
     tokens: Tensor
     position: Tensor
     padding_mask: Tensor | None
-    shapes: list[tuple[int, int]] = field(default_factory=list)
+    shapes: list[tuple[int, int]]
+    projected_map: Tensor
+    last_level: int = 0
+
+    def last_map(self) -> Tensor:
+        """Return the encoder output at the cells of the backbone's last map, [B, D, h, w]."""
+        sizes = [height * width for height, width in self.shapes]
+        tokens = self.tokens.split(sizes, dim=1)[self.last_level]  # [B, h * w, D]
+        return tokens.transpose(1, 2).unflatten(2, self.shapes[self.last_level])
 
 
 @dataclass

@@ -158,7 +158,8 @@ class SingleScaleDetector(Detector):
         last = features[-1]
         position = flatten_map(last.position)  # [B, S, D], S = h * w
         padding_mask = last.mask.flatten(1) if samples.padded else None  # [B, S]
-        tokens = flatten_map(self.input_proj(last.tensor))  # [B, S, D]
+        projected = self.input_proj(last.tensor)  # [B, D, h, w]
+        tokens = flatten_map(projected)  # [B, S, D]
         if under_autocast(tokens):
             # On a GPU autocast runs layer norm in float32, so the sums of a post-norm model are
             # float32 after its first norm. The residual stream of a pre-norm model passes no norm
@@ -172,6 +173,7 @@ class SingleScaleDetector(Detector):
             position=position,
             padding_mask=padding_mask,
             shapes=[tuple(last.tensor.shape[-2:])],
+            projected_map=projected,
         )
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -1,14 +1,35 @@
-"""Post-processing: from model outputs to scores, labels and boxes in pixels.
+"""Post-processing of detections: from model outputs to scores, labels and boxes in pixels.
 
 Shapes: B images, Q queries, C class outputs, K results per image.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from models.classification import Classification
 from models.detector import full_precision
+from models.segmentation_postprocess import PostProcessPanoptic, PostProcessSegm
 from util.box_ops import box_cxcywh_to_xyxy
+from util.settings import Settings
+
+
+def build_postprocessors(
+    settings: Settings, classification: Classification, things: Mapping[int, bool] | None = None
+) -> dict[str, nn.Module]:
+    """Return `bbox`, with a mask head also `segm`, and `panoptic` for panoptic data.
+
+    things: category id -> whether it is a thing; panoptic data of any other dataset.
+    """
+    postprocessors: dict[str, nn.Module] = {"bbox": PostProcess(classification)}
+    if settings.masks:
+        postprocessors["segm"] = PostProcessSegm()
+    if settings.masks and (things or settings.dataset_file == "coco_panoptic"):
+        postprocessors["panoptic"] = PostProcessPanoptic(
+            classification, things, reproduce_published=settings.reproduce_published
+        )
+    return postprocessors
 
 
 class PostProcess(nn.Module):
@@ -27,14 +48,15 @@ class PostProcess(nn.Module):
     def forward(self, outputs: dict, target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Post-process a batch.
 
-        target_sizes: (height, width) of each image, [B, 2]. Returns `scores` [K], `labels` [K] and
-        `boxes` [K, 4] of each image.
+        target_sizes: (height, width) of each image, [B, 2]. Returns `scores` [K], `labels` [K],
+        `boxes` [K, 4] and `queries` [K], the query of each detection, of each image.
         """
         logits = full_precision(outputs["pred_logits"])  # [B, Q, C]
         boxes = full_precision(outputs["pred_boxes"])  # [B, Q, 4]
         if self.classification.kind == "softmax":
             # "No object" takes part in the softmax, but is no detection.
             scores, labels = logits.softmax(-1)[..., :-1].max(-1)  # [B, Q] each
+            query = torch.arange(scores.shape[1], device=scores.device).expand_as(labels)  # [B, Q]
         else:
             num_classes = logits.shape[2]
             pair_scores = logits.sigmoid().flatten(1)  # [B, Q * C]
@@ -46,8 +68,8 @@ class PostProcess(nn.Module):
 
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
         return [
-            {"scores": s, "labels": k, "boxes": b}
-            for s, k, b in zip(scores, labels, boxes_xyxy_abs, strict=True)
+            {"scores": s, "labels": k, "boxes": b, "queries": q}
+            for s, k, b, q in zip(scores, labels, boxes_xyxy_abs, query, strict=True)
         ]
 
 

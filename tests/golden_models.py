@@ -4,18 +4,22 @@ tests/golden/README.md has the tolerances and the rule that generates the weight
 """
 
 import importlib.util
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from models import build_model
 from models.criterion import Losses, SetCriterion
 from models.pretext import Pretext
+from models.segmentation import SegmentationOutputs
 from util.checkpoints.architecture import infer_detector
+from util.masks import decode_masks
 from util.nested_tensor import NestedTensor
 from util.runs.optimizer import build_optimizer
 from util.settings import FINETUNE, PRETRAIN, Settings, make_parser, resolve
@@ -28,8 +32,6 @@ def unsupported(meta: dict) -> str | None:
     """Return why this version has no model for a case, or None if it has one."""
     if "state_dict" not in meta:
         return "part of a model, which tests/models/pretext/test_region_prior.py checks"
-    if any("mask_head" in key for key in meta["state_dict"]):
-        return "the mask head is not part of this version"
     return None
 
 
@@ -41,7 +43,7 @@ class Case:
     arrays: dict
     model: nn.Module
     criterion: SetCriterion
-    postprocess: nn.Module
+    postprocessors: dict[str, nn.Module]
     args: Settings
 
     @property
@@ -74,7 +76,6 @@ def our_args(meta: dict) -> Settings:
     args.detector = infer_detector(keys)
     for name, value in published.items():
         if hasattr(args, name) and name not in (
-            "dataset_file",
             "resume",
             "output_dir",
             "eval",
@@ -90,6 +91,8 @@ def our_args(meta: dict) -> Settings:
         args.position_embedding = "sine_shifted"  # which Deformable DETR and DETReg call sine
     args.backbone_weights, args.backbone_norm, args.device = "none", "frozen", "cpu"
     args.reproduce_published, args.num_workers = True, 0
+    if args.dataset_file != "coco_panoptic":
+        args.dataset_file = None
     return resolve(args).replace(lr_backbone=published["lr_backbone"])
 
 
@@ -97,7 +100,10 @@ def build(name: str, folder: Path) -> Case:
     """Build our model for a case, check its state-dict keys, and load the golden weights."""
     meta, arrays = load(name, folder)
     args = our_args(meta)
-    model, criterion, postprocessors = build_model(args)
+    num_classes = None
+    if args.masks:
+        num_classes = meta["state_dict"]["detr.class_embed.weight"]["shape"][0] - 1
+    model, criterion, postprocessors = build_model(args, num_classes)
     shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
     published = [
         (key, entry["shape"])
@@ -120,7 +126,7 @@ def build(name: str, folder: Path) -> Case:
     if args.pretext == "region_prior":
         # The targets of a case already have embeddings in place of crops.
         object.__setattr__(model, "target_encoder", nn.Identity())
-    return Case(meta, arrays, model, criterion, postprocessors["bbox"], args)
+    return Case(meta, arrays, model, criterion, postprocessors, args)
 
 
 def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
@@ -139,6 +145,8 @@ def inputs(case: Case, dtype: torch.dtype) -> tuple[NestedTensor, list[dict[str,
             "boxes": torch.from_numpy(case.arrays[f"boxes{i}"]).to(dtype),
             "labels": torch.from_numpy(case.arrays[f"labels{i}"]),
         }
+        if f"masks{i}" in case.arrays:
+            target["masks"] = torch.from_numpy(case.arrays[f"masks{i}"]).bool()
         if f"patches{i}_q32" in case.arrays:
             target["patches"] = torch.from_numpy(case.arrays[f"patches{i}_q32"]).to(dtype) / 32
         if f"patch_features{i}" in case.arrays:
@@ -173,6 +181,17 @@ def check_outputs(case: Case, outputs: dict, prefix: str = "out/") -> None:
             assert_close(
                 aux["pred_boxes"], arrays[f"{prefix}aux{layer}/pred_boxes"], atol=1e-5 * loose
             )
+    if f"{prefix}pred_masks" in arrays:
+        masks = outputs["pred_masks"]  # of all queries, in chunks
+        assert_close(
+            masks[:, arrays[f"{prefix}pred_masks_query_idx"]],
+            arrays[f"{prefix}pred_masks"],
+            atol=1e-4,
+        )
+        assert_close(masks.double().mean((2, 3)), arrays[f"{prefix}pred_masks_mean"], atol=1e-5)
+        assert_close(
+            masks.double().std((2, 3), correction=0), arrays[f"{prefix}pred_masks_std"], atol=1e-4
+        )
     if f"{prefix}enc/pred_boxes" in arrays:
         proposals = outputs["enc_outputs"]
         assert_close(
@@ -201,8 +220,10 @@ def check_encoder(case: Case) -> None:
     detector = case.model.detector if case.is_pretext else case.model
     with torch.no_grad():
         memory = detector.encode(samples)
-    assert_close(memory.features[-1].tensor[:, :8], case.arrays["mid/backbone.0"], atol=2e-4)
-    encoded, tokens = case.arrays["mid/transformer.encoder"], memory.tokens[..., :8]
+    prefix = "mid/detr." if case.args.masks else "mid/"
+    last_map = case.arrays[f"{prefix}backbone.0"]
+    assert_close(memory.features[-1].tensor[:, :8], last_map, atol=2e-4)
+    encoded, tokens = case.arrays[f"{prefix}transformer.encoder"], memory.tokens[..., :8]
     assert_close(
         tokens if encoded.shape == tokens.shape else tokens.transpose(0, 1), encoded, atol=2e-4
     )
@@ -307,7 +328,7 @@ def check_post(case: Case, outputs: dict) -> None:
 
     Only tied scores may swap: in cond_r50_dc5 the scores at ranks 74 and 75 are bit-exact equal.
     """
-    results = case.postprocess(outputs, torch.tensor(case.meta["target_sizes"]))
+    results = case.postprocessors["bbox"](outputs, torch.tensor(case.meta["target_sizes"]))
     for image, result in enumerate(results):
         scores, labels, boxes = (
             case.arrays[f"post/img{image}/{name}"] for name in ("scores", "labels", "boxes")
@@ -316,6 +337,43 @@ def check_post(case: Case, outputs: dict) -> None:
         own, published = tie_order(scores, result["boxes"].numpy()), tie_order(scores, boxes)
         assert np.array_equal(result["labels"].numpy()[own], labels[published])
         assert_close(result["boxes"][own], boxes[published], atol=1e-2)
+
+
+def check_masks(case: Case, outputs: dict) -> None:
+    """Check instance masks at the size of the file, as tensors and as RLE, and panoptic id maps."""
+    target_sizes = torch.tensor(case.meta["target_sizes"])
+    sizes = torch.tensor(case.meta["image_sizes"])
+    results = case.postprocessors["bbox"](outputs, target_sizes)
+    queries = [result["queries"] for result in results]
+    encoded = case.postprocessors["segm"].encode(queries, outputs, target_sizes, sizes)
+    case.postprocessors["segm"](results, outputs, target_sizes, sizes)
+    assert [list(r["masks"].shape) for r in results] == case.meta["post_masks_shape"]
+    for image, (result, rles) in enumerate(zip(results, encoded, strict=True)):
+        area = case.arrays[f"post/img{image}/masks_area"]
+        # A pixel whose probability is 0.5 up to rounding may differ.
+        np.testing.assert_allclose(result["masks"].sum((1, 2, 3)), area, atol=20)
+        chosen = result["masks"][case.arrays[f"post/img{image}/masks_query_idx"], 0].numpy()
+        packed = case.arrays[f"post/img{image}/masks_packed"]
+        expected = np.unpackbits(packed, axis=-1)[..., : chosen.shape[-1]]
+        assert (chosen != expected).mean() < 1e-4
+        assert np.array_equal(decode_masks(rles), result["masks"][:, 0].numpy())
+
+    if "panoptic" in case.meta:
+        check_panoptic(case, outputs, case.meta["panoptic"])
+
+
+def check_panoptic(case: Case, outputs: dict, expected: dict) -> None:
+    logits = outputs["pred_logits"] * expected["logit_scale"]
+    logits[..., 201:250] -= expected["classes_201_249_minus"]
+    scaled = SegmentationOutputs({**outputs, "pred_logits": logits}, outputs.predict_masks)
+    sizes = (torch.tensor(expected[name]) for name in ("processed_sizes", "target_sizes"))
+    for image, result in enumerate(case.postprocessors["panoptic"](scaled, *sizes)):
+        with Image.open(io.BytesIO(result["png_string"])) as png:
+            channels = np.array(png).astype(np.int64)
+        ids = channels @ [1, 256, 65536]
+        assert (ids != case.arrays[f"panoptic/img{image}/id_map"]).mean() < 1e-4
+        rows = [{k: v for k, v in row.items() if k != "score"} for row in result["segments_info"]]
+        assert rows == expected["segments_info"][image]
 
 
 def tie_order(scores: np.ndarray, boxes: np.ndarray) -> np.ndarray:
@@ -340,6 +398,8 @@ def check_float32(case: Case) -> None:
     if "post/img0/scores" in case.arrays:
         with torch.no_grad():
             check_post(case, outputs)
+            if case.args.masks:
+                check_masks(case, outputs)
     if "losses" not in case.meta:
         return
     check_weights_and_groups(case)

@@ -163,6 +163,7 @@ def check_proposals(arrays: dict) -> None:
         position=torch.zeros(0),
         padding_mask=padding,
         shapes=shapes,
+        projected_map=torch.zeros(0),
         sizes_wh=torch.tensor([(float(w), float(h)) for h, w in shapes]),
         valid_sizes_wh=torch.stack([valid_size_wh(mask) for mask in masks], 1),
     )

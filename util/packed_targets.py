@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Problem = tuple[str, str]  # (path of the image, reason)
 DroppedBoxes = tuple[str, int]  # (path of the image, number of boxes)
@@ -109,6 +110,11 @@ def pack_objects(targets: Targets) -> PackedTargets:
         return targets
 
     objects = [{key: target[key] for key in ("labels", "boxes")} for target in targets]
+    if targets and all("masks" in target for target in targets):
+        height, width = (max(t["masks"].shape[axis] for t in targets) for axis in (1, 2))
+        for packed, target in zip(objects, targets, strict=True):
+            missing = width - target["masks"].shape[2], height - target["masks"].shape[1]
+            packed["masks"] = pad(target["masks"], (0, missing[0], 0, missing[1]))  # [n, H, W]
     if all("image_id" in target for target in targets):
         for packed, target in zip(objects, targets, strict=True):
             # `pack` concatenates rows, so a scalar id becomes a row of length 1.

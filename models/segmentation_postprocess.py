@@ -1,0 +1,280 @@
+"""Post-processing of masks: instance masks for detections, and panoptic segmentation.
+
+Everything runs on the device, for the queries that are kept only.
+
+Shapes: B images, Q queries, K results of an image, n segments of an image, h1 x w1 size of the mask
+logits; sizes are (height, width).
+"""
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from models.classification import Classification
+from models.detector import full_precision
+from models.segmentation import select_masks
+from util.masks import encode_masks
+
+THRESHOLD = 0.5  # probability above which a pixel belongs to a mask
+# Masks of the original image that exist at once: 32 of 4000 x 3000 pixels are 380 MB.
+MASKS_PER_CHUNK = 32
+MIN_SEGMENT_AREA = 4  # pixels; segments of this area or less are dropped, as published
+SCORE_THRESHOLDS = {
+    "softmax": 0.85,
+    "focal": 0.5,
+}  # published for softmax; a focal head has lower scores
+MAX_THING_ID = 90  # in COCO; larger category ids are stuff
+NUM_PANOPTIC_CLASSES = 250  # of published class heads
+
+Size = tuple[int, int]
+
+
+class PostProcessSegm(nn.Module):
+    """Add masks to the results of `PostProcess`, in the pixels of the given sizes."""
+
+    @torch.no_grad()
+    def forward(
+        self,
+        results: list[dict[str, Tensor]],
+        outputs: dict[str, Any],
+        orig_target_sizes: Tensor,
+        max_target_sizes: Tensor,
+    ) -> list[dict[str, Tensor]]:
+        """Add `masks`, uint8 [K, 1, H, W], to the results of each image, as published.
+
+        Args:
+            orig_target_sizes: [B, 2], sizes of the results.
+            max_target_sizes: [B, 2], sizes of the images in the batch, without padding.
+        """
+        for i, result in enumerate(results):
+            sizes = _ImageSizes.of(i, max_target_sizes, orig_target_sizes)
+            masks = list(_masks_in_chunks(outputs, i, result["queries"], sizes))
+            result["masks"] = torch.cat(masks)[:, None].byte()  # [K, 1, H, W]
+        return results
+
+    @torch.no_grad()
+    def encode(
+        self, queries: list[Tensor], outputs: dict[str, Any], orig_sizes: Tensor, sizes: Tensor
+    ) -> list[list[dict[str, Any]]]:
+        """Return the masks of some queries of each image as compressed RLE, never all of them decoded at once.
+
+        Args:
+            queries: B tensors [K].
+            orig_sizes, sizes: as in `forward`.
+        """
+        encoded = []
+        for i, chosen in enumerate(queries):
+            # Focal results can have a query with several classes.
+            unique, index = chosen.unique(return_inverse=True)
+            chunks = _masks_in_chunks(outputs, i, unique, _ImageSizes.of(i, sizes, orig_sizes))
+            rles = [rle for chunk in chunks for rle in encode_masks(chunk)]
+            encoded.append([rles[k] for k in index.tolist()])
+        return encoded
+
+
+class _ImageSizes:
+    """Padded size of the batch, size of an image in it, and size of the result."""
+
+    def __init__(self, padded: Size, image: Size, result: Size) -> None:
+        self.padded, self.image, self.result = padded, image, result
+
+    @classmethod
+    def of(cls, index: int, sizes: Tensor, result_sizes: Tensor) -> "_ImageSizes":
+        rows = sizes.tolist()
+        padded = max(row[0] for row in rows), max(row[1] for row in rows)
+        return cls(padded, tuple(rows[index]), tuple(result_sizes[index].tolist()))
+
+
+def _masks_in_chunks(
+    outputs: dict[str, Any], image: int, queries: Tensor, sizes: _ImageSizes
+) -> Iterator[Tensor]:
+    """Yield the masks of an image's queries, bool [up to MASKS_PER_CHUNK, H, W]; one chunk at least."""
+    for chunk in queries.split(MASKS_PER_CHUNK):
+        logits = _upsample(select_masks(outputs, torch.full_like(chunk, image), chunk), sizes)
+        masks = logits.sigmoid() > THRESHOLD
+        masks = functional.interpolate(masks[:, None].float(), size=sizes.result, mode="nearest")
+        yield masks[:, 0] > 0
+
+
+def _upsample(logits: Tensor, sizes: _ImageSizes) -> Tensor:
+    """Upsample mask logits [K, h1, w1] to the padded batch and cut the padding off: [K, h, w] of the image."""
+    logits = functional.interpolate(
+        logits[:, None], size=sizes.padded, mode="bilinear", align_corners=False
+    )[:, 0]
+    height, width = sizes.image
+    return logits[:, :height, :width]
+
+
+class PostProcessPanoptic(nn.Module):
+    """Merge masks into one segmentation of the image (Carion et al. 2020, section 4.4).
+
+    Queries whose best class is an object with a score above the threshold are kept. Each pixel goes to the
+    kept query with the highest logit. Segments of one stuff class are merged, and small ones are dropped.
+
+    Args:
+        is_thing_map: category id -> whether it is a thing; default: COCO's. A class without entry is stuff.
+        threshold: lowest score of a segment; default: `SCORE_THRESHOLDS`.
+        reproduce_published: as the published code, spread the masks of the padded batch over the image without
+            its padding, and undo the merge of stuff where small segments are dropped.
+    """
+
+    def __init__(
+        self,
+        classification: Classification,
+        is_thing_map: Mapping[int, bool] | None = None,
+        threshold: float | None = None,
+        reproduce_published: bool = False,
+    ) -> None:
+        super().__init__()
+        self.classification = classification
+        self.is_thing_map = is_thing_map or {
+            label: label <= MAX_THING_ID for label in range(classification.num_classes)
+        }
+        self.threshold = SCORE_THRESHOLDS[classification.kind] if threshold is None else threshold
+        self.reproduce_published = reproduce_published
+
+    def forward(
+        self, outputs: dict[str, Any], processed_sizes: Tensor, target_sizes: Tensor | None = None
+    ) -> list[dict[str, Any]]:
+        """Return `png_string`, a PNG with segment ids as RGB, and `segments_info` of each image, as published.
+
+        The first segment has id 0. Without any segment the PNG is 0 everywhere.
+
+        Args:
+            processed_sizes: [B, 2], sizes of the images in the batch, without padding.
+            target_sizes: [B, 2], sizes of the results; default: the processed sizes.
+        """
+        results = self.segment(outputs, processed_sizes, target_sizes)
+        return [
+            {
+                "png_string": ids_to_png(result["ids"].clamp(min=0).numpy()),
+                "segments_info": result["segments_info"],
+            }
+            for result in results
+        ]
+
+    @torch.no_grad()
+    def segment(
+        self, outputs: dict[str, Any], processed_sizes: Tensor, target_sizes: Tensor | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the segmentation of each image, see `forward` for the arguments.
+
+        Returns:
+            `ids`: int64 [H, W] on the CPU, the segment of each pixel, -1 if the image has none.
+            `segments_info`: a list of {"id", "category_id", "isthing", "area", "score"}, with ids from 0 and areas in
+            pixels.
+        """
+        if target_sizes is None:
+            target_sizes = processed_sizes
+        scores, labels = self._scores(full_precision(outputs["pred_logits"]))  # [B, Q] each
+        return [
+            self._segment_image(
+                outputs, i, scores[i], labels[i], _ImageSizes.of(i, processed_sizes, target_sizes)
+            )
+            for i in range(len(scores))
+        ]
+
+    def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return score and class of each query, [B, Q] each; score 0 for "no object"."""
+        if self.classification.kind == "focal":
+            scores, labels = logits.sigmoid().max(-1)
+            return scores, labels
+        scores, labels = logits.softmax(-1).max(-1)
+        return scores.masked_fill(labels == logits.shape[-1] - 1, 0), labels
+
+    def _segment_image(
+        self,
+        outputs: dict[str, Any],
+        image: int,
+        scores: Tensor,
+        labels: Tensor,
+        sizes: _ImageSizes,
+    ) -> dict[str, Any]:
+        queries = (scores > self.threshold).nonzero()[:, 0]  # [n]
+        if not len(queries):
+            return {"ids": torch.full(sizes.result, -1), "segments_info": []}
+
+        if self.reproduce_published:
+            sizes = _ImageSizes(sizes.image, sizes.image, sizes.result)
+        logits = select_masks(outputs, torch.full_like(queries, image), queries)
+        logits = _upsample(logits, sizes)  # [n, h, w]
+        labels_list = labels[queries].tolist()
+        kept, ids, areas = self._drop_small(logits, labels_list, sizes.result)
+        rows = [
+            {
+                "id": i,
+                "isthing": bool(self.is_thing_map.get(labels_list[k], False)),
+                "category_id": labels_list[k],
+                "area": area,
+                "score": float(scores[queries[k]]),
+            }
+            for i, (k, area) in enumerate(zip(kept, areas, strict=True))
+        ]
+        return {"ids": ids.cpu(), "segments_info": rows}
+
+    def _drop_small(
+        self, logits: Tensor, labels: list[int], size: Size
+    ) -> tuple[list[int], Tensor, list[int]]:
+        """Assign pixels, and drop small segments until none is left.
+
+        Returns:
+            The kept segments m by index into `logits`, their ids from 0 in an int64 map [H, W] of the given size, and
+            their areas.
+        """
+        candidates = list(range(len(labels)))
+        merge = self._merge_stuff(labels)
+        while True:
+            owners = [
+                merge[k] for k in candidates
+            ]  # the segment that gets the pixels of each candidate
+            segments = sorted(set(owners))
+            position = {segment: i for i, segment in enumerate(segments)}
+            ids = _assign_pixels(logits[candidates], [position[k] for k in owners], size)
+            areas = torch.bincount(ids.flatten(), minlength=len(segments)).tolist()
+            large = {k for k, area in zip(segments, areas, strict=True) if area > MIN_SEGMENT_AREA}
+            if self.reproduce_published:
+                # A merged segment has no pixels of its own, so it is dropped as a small one, and what is left is not
+                # merged again.
+                merge = list(range(len(labels)))
+                done = len(large) == len(candidates)
+                kept = [k for k in candidates if k in large]
+            else:
+                done = len(large) == len(segments)
+                kept = [k for k in candidates if merge[k] in large]
+            if done or not kept:
+                return segments if done else [], ids, areas if done else []
+            candidates = kept
+
+    def _merge_stuff(self, labels: list[int]) -> list[int]:
+        """Return for each segment which one it belongs to: the first of its class for stuff, itself for things."""
+        first: dict[int, int] = {}
+        return [
+            k if self.is_thing_map.get(label, False) else first.setdefault(label, k)
+            for k, label in enumerate(labels)
+        ]
+
+
+def _assign_pixels(logits: Tensor, ids: list[int], size: Size) -> Tensor:
+    """Return the id of the mask with the highest logit in each pixel, int64 [H, W].
+
+    Resizes by nearest neighbor as Pillow does, which reads the pixel at the center.
+
+    logits: [n, h, w]. ids: n.
+    """
+    winner = torch.tensor(ids, device=logits.device)[logits.argmax(0)]  # [h, w]
+    resized = functional.interpolate(winner[None, None].double(), size=size, mode="nearest-exact")
+    return resized[0, 0].long()
+
+
+def ids_to_png(ids: np.ndarray) -> bytes:
+    """Return segment ids [H, W] as a PNG with id = R + 256 G + 65536 B, COCO's format."""
+    channels = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    with io.BytesIO() as buffer:
+        Image.fromarray(channels).save(buffer, format="PNG")
+        return buffer.getvalue()
