@@ -43,7 +43,16 @@ from util.runs.signals import StopSignal
 SINGLE_VALUE = "Expected more than 1 value per channel"  # PyTorch's message of batch norm
 
 # Losses in the progress bar; those that a run does not have are skipped.
-PROGRESS_LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "loss_feature")
+PROGRESS_LOSSES = (
+    "loss",
+    "loss_ce",
+    "loss_bbox",
+    "loss_giou",
+    "loss_mask",
+    "loss_dice",
+    "loss_feature",
+)
+PUBLISHED_KEYS = {"stats": "coco_eval_bbox", "stats_masks": "coco_eval_masks"}  # of the log
 
 
 @dataclass(kw_only=True)
@@ -298,9 +307,10 @@ def evaluate(
             outputs, losses, _ = forward_losses(model, criterion, inputs, targets, amp)
             averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
 
-        # Sizes of the image files, so that boxes are in the pixels of the annotations.
-        sizes_hw = torch.stack([target["orig_size"] for target in targets])  # [B, 2]
-        results = results_to_host(postprocessors["bbox"](outputs, sizes_hw))
+        # Sizes of the image files, so that boxes and masks are in the pixels of the annotations.
+        orig_sizes = torch.stack([target["orig_size"] for target in targets])  # [B, 2]
+        sizes = torch.stack([target["size"] for target in targets])  # [B, 2]
+        results = postprocess(postprocessors, outputs, orig_sizes, sizes)
         evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))
         examples += _collect_examples(samples, targets, results, num_examples - len(examples))
         bar.step()
@@ -310,9 +320,47 @@ def evaluate(
     values = averages.merged().means()
     evaluator.synchronize_between_processes()
     metrics = evaluator.summarize()
-    if "stats" in metrics:
-        metrics["coco_eval_bbox"] = metrics.pop("stats")  # the published key
+    for name, published in PUBLISHED_KEYS.items():
+        if name in metrics:
+            metrics[published] = metrics.pop(name)
     return {**values, **metrics}, examples
+
+
+def postprocess(
+    postprocessors: Mapping[str, Any],
+    outputs: dict,
+    orig_sizes: Tensor,
+    sizes: Tensor,
+    threshold: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Return the results of each image on the CPU.
+
+    Args:
+        postprocessors: `bbox`, and optionally `segm` and `panoptic`, from `build_model`.
+        orig_sizes: [B, 2], (height, width) that results are in.
+        sizes: [B, 2], (height, width) of the images in the batch, without padding.
+        threshold: lowest score of a result.
+
+    Returns:
+        `scores`, `labels`, `boxes` and `queries`, see `PostProcess`. With `segm` also `masks`, K compressed RLEs, and
+        with `panoptic` also `panoptic`, see `PostProcessPanoptic.segment`.
+    """
+    results: list[dict[str, Any]] = []
+    for result in results_to_host(postprocessors["bbox"](outputs, orig_sizes)):
+        keep = result["scores"] >= threshold
+        results.append({key: value[keep] for key, value in result.items()})
+
+    if "segm" in postprocessors:
+        device = outputs["pred_logits"].device
+        queries = [result["queries"].to(device, non_blocking=True) for result in results]
+        masks = postprocessors["segm"].encode(queries, outputs, orig_sizes, sizes)
+        for result, rles in zip(results, masks, strict=True):
+            result["masks"] = rles
+    if "panoptic" in postprocessors:
+        segmentations = postprocessors["panoptic"].segment(outputs, sizes, orig_sizes)
+        for result, segmentation in zip(results, segmentations, strict=True):
+            result["panoptic"] = segmentation
+    return results
 
 
 def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -335,7 +383,10 @@ def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]
 def _collect_examples(
     samples: NestedTensor, targets: Targets, results: list[dict], count: int
 ) -> list[dict]:
-    """Return up to `count` images as the model saw them, with predictions and ground truth."""
+    """Return up to `count` images as the model saw them, with predictions and ground truth.
+
+    Masks of the ground truth are bool [N, h, w]; predicted masks and segmentations have the size of the file.
+    """
     examples: list[dict] = []
     for image, target, result in zip(samples.tensors, targets, results, strict=True):
         if len(examples) >= count:
@@ -343,8 +394,12 @@ def _collect_examples(
         height, width = target["size"].tolist()
         orig_height, orig_width = target["orig_size"].tolist()
         scale = torch.tensor([width / orig_width, height / orig_height] * 2)  # [4]
+        masks = {}
+        if "masks" in target:
+            masks["masks"] = target["masks"][:, :height, :width].cpu()  # [N, h, w]
         examples.append(
             {
+                **masks,
                 "image": image[:, :height, :width].clone(),  # [3, H, W] -> [3, h, w], uint8
                 "image_id": int(target["image_id"]),
                 "boxes_cxcywh": target["boxes"].cpu(),  # [N, 4], relative to the image

@@ -25,9 +25,10 @@ from datasets.labelled.checks import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import Evaluation
 from models import build_model
+from models.segmentation import SegmentationDetector
 from util.checkpoints.checkpoint import BEST, LATEST, Checkpoint
 from util.checkpoints.classes import Classes, infer_classes
-from util.checkpoints.loading import load_pretrained, load_strict
+from util.checkpoints.loading import load_pretrained, load_strict, without_mask_head
 from util.distributed import is_main_process
 from util.files import write_text
 from util.logger import log
@@ -55,11 +56,17 @@ def load_weights(
     settings: Settings,
     class_names: dict[int, str],
 ) -> None:
-    """Load all weights of `--resume`, or those of `--pretrain` that fit, with a table of what was loaded."""
-    if checkpoint and settings.pretrain:
+    """Load all weights of `--resume`, those of `--pretrain` that fit, with a table of what was loaded, or the detector
+    of `--frozen_weights`.
+    """
+    if not checkpoint:
+        return
+    if settings.pretrain:
         log.info(load_pretrained(model, checkpoint, class_names).table())
-    elif checkpoint:
+    elif settings.resume or not isinstance(model, SegmentationDetector):
         load_strict(model, checkpoint)
+    else:
+        load_strict(model.detr, without_mask_head(checkpoint))
 
 
 def warn_class_mismatch(trained: dict[int, str], evaluated: dict[int, str]) -> None:
@@ -121,6 +128,7 @@ def checkpoint_extras(
         "args": {**settings.as_dict(), **exif, "num_classes": train_set.num_classes},
         "class_names": {int(label): name for label, name in train_set.class_names.items()},
         "category_ids": train_set.category_ids,
+        "things": getattr(train_set, "things", None),
     }
 
 
@@ -162,7 +170,9 @@ def main(args: Namespace) -> None:
     folder = prepare_output_dir(settings)
 
     # A resumed run keeps the meaning of its class head, also if the annotations list classes in another order.
-    classes = infer_classes(checkpoint) if (checkpoint and settings.resume) else None
+    # So does a frozen detector.
+    keeps_classes = settings.resume or settings.frozen_weights
+    classes = infer_classes(checkpoint) if (checkpoint and keeps_classes) else None
     train_set, val_set = build_labelled(settings, classes)
     from_data = {"num_classes": val_set.num_classes}
     log_settings(settings, from_data)
@@ -177,7 +187,8 @@ def main(args: Namespace) -> None:
         "data_check": run_startup_checks(train_set, val_set, settings),
     }
 
-    model, criterion, postprocessors = build_model(settings, val_set.num_classes)
+    things = getattr(val_set, "things", None)
+    model, criterion, postprocessors = build_model(settings, val_set.num_classes, things)
     load_weights(model, checkpoint, settings, val_set.class_names)
     model.to(device).to(memory_format=torch.channels_last)
     criterion.to(device)

@@ -242,8 +242,19 @@ def _finish_epoch(run: Run) -> None:
         run.on_epoch_end()
 
 
+def _main_metric(values: Mapping[str, Any]) -> float:
+    """Return what decides which epoch is the best: PQ of panoptic data, else AP of masks, else AP of boxes.
+
+    With a frozen detector the boxes of all epochs are the same.
+    """
+    if "test_PQ_all" in values:
+        return values["test_PQ_all"]["pq"]
+    stats = values.get("test_coco_eval_masks") or values.get("test_coco_eval_bbox") or [NO_AP]
+    return stats[0]
+
+
 def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:
-    ap = values.get("test_coco_eval_bbox", [-1.0])[0]  # AP, AP50, AP75, ...
+    ap = _main_metric(values)
     if ap > run.best_ap:
         run.best_ap = ap
         names = [LATEST, BEST]

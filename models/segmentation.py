@@ -248,7 +248,7 @@ class SegmentationDetector(Detector):
         return self.detr.backbone
 
     @property
-    def aux_loss(self) -> bool:  # type: ignore[override]
+    def aux_loss(self) -> bool:
         return self.detr.aux_loss
 
     @aux_loss.setter

@@ -19,6 +19,7 @@ from torch.nn import functional
 from models.classification import Classification
 from models.detector import full_precision
 from models.segmentation import select_masks
+from util.coco import MAX_THING_ID
 from util.masks import encode_masks
 
 THRESHOLD = 0.5  # probability above which a pixel belongs to a mask
@@ -29,8 +30,6 @@ SCORE_THRESHOLDS = {
     "softmax": 0.85,
     "focal": 0.5,
 }  # published for softmax; a focal head has lower scores
-MAX_THING_ID = 90  # in COCO; larger category ids are stuff
-NUM_PANOPTIC_CLASSES = 250  # of published class heads
 
 Size = tuple[int, int]
 

@@ -24,6 +24,10 @@ CLASS_METRICS = BBOX_METRICS[:3]  # reported per class
 # are never a label.
 NUM_CLASSES = 91
 
+# In panoptic data: the same for things and stuff, and the largest id of a thing.
+NUM_PANOPTIC_CLASSES = 250
+MAX_THING_ID = 90
+
 # Category id -> name. The ids have gaps: 12, 26, 29, 30, 45, 66, 68, 69, 71 and 83 are missing.
 CLASS_NAMES: dict[int, str] = {
     1: "person",

@@ -47,7 +47,9 @@ def settings_from_checkpoint(
         UserError: the script can't use this kind of checkpoint, or a given flag contradicts it.
     """
     resume = bool(given.get("resume"))
-    adopted, messages = adopt_architecture(checkpoint, given, script, same_queries=resume)
+    # A detector that stays frozen is used as it is, too.
+    is_unchanged = resume or bool(given.get("frozen_weights"))
+    adopted, messages = adopt_architecture(checkpoint, given, script, is_unchanged=is_unchanged)
     for message in messages:
         log.info(message)
 
@@ -65,6 +67,11 @@ def _check_kind(known: Mapping[str, Any], checkpoint: Checkpoint, script: str) -
         raise UserError(
             f"{source} contains the detector {detector}, which this version does not have "
             f"({', '.join(DETECTORS)}); choose another file"
+        )
+    if known.get("frozen_weights") and not known.get("resume") and is_pretext(checkpoint):
+        raise UserError(
+            f"--frozen_weights {source} is from pre-training and has no object classes; fine-tune it first, or train "
+            "detector and masks together with --pretrain and --masks"
         )
     if not known.get("resume"):
         return
@@ -106,13 +113,14 @@ def adopt_architecture(
     checkpoint: Checkpoint,
     given: Mapping[str, Any],
     script: str = FINETUNE,
-    same_queries: bool = False,
+    is_unchanged: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the architecture of a checkpoint, for the flags of `script` that were not given, and lines for the log.
 
     Args:
-        same_queries: True for a run that is resumed or evaluated. Otherwise a given `num_queries` may differ from the
-            checkpoint: `load_pretrained` tiles or truncates the query embeddings.
+        is_unchanged: True for a detector that is resumed, evaluated or frozen. Otherwise a given `num_queries` may
+            differ from the checkpoint (`load_pretrained` tiles or truncates the query embeddings), and its mask head is
+            used only with `--masks`.
 
     Raises:
         UserError: the file contains no detector, or another given flag contradicts it.
@@ -126,9 +134,11 @@ def adopt_architecture(
     for name, value in {**certain, **likely}.items():
         if name not in known or given.get(name) == value:
             continue
+        if name == "masks" and not is_unchanged:
+            continue
         if name not in given:
             adopted[name] = value
-        elif name == "num_queries" and not same_queries:
+        elif name == "num_queries" and not is_unchanged:
             change = "tiled" if given[name] > value else "truncated"
             messages.append(
                 f"--num_queries {given[name]}: the {value} query embeddings of {source} are {change}"

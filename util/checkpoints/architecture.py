@@ -76,6 +76,8 @@ def infer_architecture(
     stored_detector = certain.get("detector")
     detector = stored_detector if stored_detector in DETECTORS else infer_detector(state)
     certain.update(_from_weights(state, detector))
+    if has_mask_head(state):
+        certain["masks"] = True
     certain.setdefault("backbone", infer_resnet(state, "backbone.0.body."))
 
     likely = {
@@ -187,6 +189,10 @@ def _add_position_embedding(
         if is_published and is_shifted and stored == "sine":
             stored = "sine_shifted"
         certain["position_embedding"] = stored
+
+
+def has_mask_head(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("mask_head.") for key in state)
 
 
 def strip_detr_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ class Checkpoint:
         args: settings of the run by flag name.
         class_names: row of the class head -> class name.
         category_ids: row of the class head -> category id in the annotation files; None: the rows are the ids.
+        things: row of the class head -> whether it is a thing, of a panoptic detector.
         normalization: `mean` and `std` of the backbone, for RGB in 0..1.
         data_fingerprint: fingerprint of the data, or one each for "train" and "val".
         frozen: state dict of each frozen network of a pretext, such as its target encoder.
@@ -88,6 +89,7 @@ class Checkpoint:
     args: dict[str, Any] = field(default_factory=dict)
     class_names: dict[int, str] = field(default_factory=dict)
     category_ids: dict[int, int] | None = None
+    things: dict[int, bool] | None = None
     normalization: dict[str, Any] | None = None
     data_fingerprint: str | dict[str, str] | None = None
     frozen: dict[str, dict[str, Tensor]] | None = None
@@ -188,7 +190,7 @@ def _parse_entry(key: str, value: Any) -> Any:
         return value if isinstance(value, Mapping) else None
     if key == "class_names":
         return _parse_class_names(value)
-    if key == "category_ids":
+    if key in ("category_ids", "things"):
         return _with_int_keys(value)
     if key in _MAPPINGS:
         return value if isinstance(value, Mapping) else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from util import coco as coco_names
-from util.checkpoints.architecture import infer_detector
+from util.checkpoints.architecture import has_mask_head, infer_detector
 from util.checkpoints.checkpoint import Checkpoint
 
 
@@ -17,7 +17,8 @@ class Classes:
 
     names: row -> class name. category_ids: row -> category id in annotation files. num_classes: rows of the head,
     without the "no object" row of softmax. source: the file that defines the classes, for messages. named: False if the
-    checkpoint has no class names, so that `names` are COCO's by assumption, or empty.
+    checkpoint has no class names, so that `names` are COCO's by assumption, or empty. things: row -> whether it is a
+    thing, of panoptic data.
     """
 
     names: dict[int, str]
@@ -25,6 +26,7 @@ class Classes:
     num_classes: int
     source: str
     named: bool = True
+    things: Mapping[int, bool] | None = None
 
 
 def compose_class_name(name: str) -> str:
@@ -46,7 +48,23 @@ def infer_classes(checkpoint: Checkpoint) -> Classes:
     # Without stored ids the rows are the category ids themselves, as in all published detectors.
     category_ids = checkpoint.category_ids or {row: row for row in names}
     named = bool(checkpoint.class_names)
-    return Classes(names, category_ids, num_classes, checkpoint.source, named)
+    return Classes(
+        names,
+        category_ids,
+        num_classes,
+        checkpoint.source,
+        named,
+        _infer_things(checkpoint, num_classes),
+    )
+
+
+def _infer_things(checkpoint: Checkpoint, num_classes: int) -> dict[int, bool] | None:
+    """Return row -> whether it is a thing; COCO's for a mask model with the published number of rows."""
+    if checkpoint.things or num_classes != coco_names.NUM_PANOPTIC_CLASSES:
+        return checkpoint.things
+    if not has_mask_head(checkpoint.model):
+        return None
+    return {row: row <= coco_names.MAX_THING_ID for row in range(num_classes)}
 
 
 def infer_classification(checkpoint: Checkpoint) -> str:

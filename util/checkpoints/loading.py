@@ -5,13 +5,13 @@ Shapes in comments: C rows of a class head ("no object" included), Q queries, D 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from util.checkpoints.adoption import is_pretext, no_detector_message, pretext_prefixes
-from util.checkpoints.architecture import infer_detector, strip_detr_prefix
+from util.checkpoints.architecture import has_mask_head, infer_detector, strip_detr_prefix
 from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.classes import count_classes, infer_classes, infer_classification
 from util.checkpoints.load_report import LoadReport
@@ -41,6 +41,14 @@ def load_strict(model: nn.Module, checkpoint: Checkpoint) -> None:
         raise UserError(_mismatch_message(model, state, checkpoint.source, error)) from error
 
 
+def without_mask_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the detector of a checkpoint with a mask head; one without is returned as it is."""
+    if not has_mask_head(checkpoint.model):
+        return replace(checkpoint, model=strip_detr_prefix(checkpoint.model))
+    detector = {key: value for key, value in checkpoint.model.items() if key.startswith("detr.")}
+    return replace(checkpoint, model=strip_detr_prefix(detector))
+
+
 def _mismatch_message(
     model: nn.Module, state: Mapping[str, Tensor], source: str, error: RuntimeError
 ) -> str:
@@ -56,7 +64,12 @@ def _mismatch_message(
     if not differences:  # another error of load_state_dict
         differences = [str(error).splitlines()[0]]
 
-    if any(key.startswith("mask_head.") for key in state):
+    if has_mask_head(target) and not has_mask_head(state):
+        remedy = (
+            f"to train a mask head on this detector, give --frozen_weights {source} (the detector stays fixed) or "
+            f"--pretrain {source} instead of --resume"
+        )
+    elif has_mask_head(state):
         remedy = (
             "extract the detector of this mask model with "
             f"tools/convert_checkpoint.py {source} --to predetr --out FILE"

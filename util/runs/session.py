@@ -29,7 +29,8 @@ SIGTERM_STATUS, SIGINT_STATUS = 143, 130
 class Session:
     """What an entry script starts from.
 
-    settings: all settings. checkpoint: of `--resume` or `--pretrain`, None without one. device: of this process.
+    settings: all settings. checkpoint: of `--resume`, `--pretrain` or `--frozen_weights`, None without one. device: of
+    this process.
     """
 
     settings: Settings
@@ -53,7 +54,7 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     )
 
     given = _resolve_resume_and_seed(given)
-    source = given.get("resume") or given.get("pretrain")
+    source = given.get("resume") or given.get("pretrain") or given.get("frozen_weights")
     checkpoint = load_checkpoint(source) if source else None
     adopted = settings_from_checkpoint(checkpoint, given, script) if checkpoint else {}
     settings = resolve(given, adopted, script)

@@ -128,6 +128,11 @@ def check_checkpoints(settings: Settings) -> None:
         raise UserError(
             "--dry_run tries training steps and --eval does not train: give one of them"
         )
+    if settings.pretrain and settings.frozen_weights:
+        raise UserError(
+            "--pretrain and --frozen_weights both give the detector's weights: give --frozen_weights to train the mask "
+            "head alone, --pretrain to train everything"
+        )
     if settings.resume == "auto" and not settings.output_dir:
         raise UserError(
             "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR"

@@ -182,7 +182,7 @@ def _fill_backbone(draft: _Draft) -> None:
 
     # `start_session` has replaced "auto" with the path of the checkpoint, if there is one.
     resumes = draft["resume"] not in ("", "auto")
-    has_checkpoint = resumes or bool(draft["pretrain"]) or bool(draft["eval"])
+    has_checkpoint = resumes or any(draft[name] for name in ("pretrain", "frozen_weights", "eval"))
     if weights is not None:
         alias = BACKBONE_WEIGHT_ALIASES.get(weights, weights)
         draft.set("backbone_weights", alias, draft.origins["backbone_weights"])

@@ -382,7 +382,7 @@ def test_given_num_queries_may_differ():
     assert "num_queries" not in values
     assert any("tiled" in line and "6" in line for line in lines)
     with pytest.raises(UserError, match="--num_queries 9 contradicts"):
-        adopt_architecture(checkpoint_of(detector_state()), {"num_queries": 9}, same_queries=True)
+        adopt_architecture(checkpoint_of(detector_state()), {"num_queries": 9}, is_unchanged=True)
 
 
 def test_learned_positional_encoding_is_inferred_from_the_weights():
