@@ -262,13 +262,26 @@ class PostProcessPanoptic(nn.Module):
 def _assign_pixels(logits: Tensor, ids: list[int], size: Size) -> Tensor:
     """Return the id of the mask with the highest logit in each pixel, int64 [H, W].
 
-    Resizes by nearest neighbor as Pillow does, which reads the pixel at the center.
+    Resizes by nearest neighbor, with the pixels that Pillow reads, as published.
 
     logits: [n, h, w]. ids: n.
     """
     winner = torch.tensor(ids, device=logits.device)[logits.argmax(0)]  # [h, w]
-    resized = functional.interpolate(winner[None, None].double(), size=size, mode="nearest-exact")
-    return resized[0, 0].long()
+    rows, columns = (
+        torch.from_numpy(_nearest_pixels(before, after)).to(winner.device)
+        for before, after in zip(winner.shape, size, strict=True)
+    )
+    return winner[rows[:, None], columns]
+
+
+def _nearest_pixels(before: int, after: int) -> np.ndarray:
+    """Return the pixel that Pillow reads for each pixel of a resized side: the one at its center, int64 [after].
+
+    Pillow adds up steps in float64. Where a center is between two pixels, its rounding decides.
+    """
+    step = before / after
+    centers = np.cumsum(np.append(step * 0.5, np.full(after - 1, step)))
+    return centers.astype(np.int64).clip(max=before - 1)
 
 
 def ids_to_png(ids: np.ndarray) -> bytes:
