@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.backbone import BackboneWithPositions, FeatureMap
-from models.detector import Detector, Memory, Queries, States, full_precision, under_autocast
+from models.detector import (
+    Detector,
+    Memory,
+    Queries,
+    States,
+    full_precision,
+    under_autocast,
+    without_autocast,
+)
 from util.nested_tensor import NestedTensor, as_nested_tensor
 from util.settings import Settings
 
@@ -168,8 +176,10 @@ class MaskPredictor:
 
     def _predict(self, image: Tensor, query: Tensor) -> Tensor:
         # The criterion calls this outside of the autocast context of the forward pass.
-        enabled = self.amp_dtype is not None
-        with torch.autocast(self.attention.device.type, self.amp_dtype, enabled=enabled):
+        context = without_autocast(self.attention)
+        if self.amp_dtype is not None:
+            context = torch.autocast(self.attention.device.type, self.amp_dtype)
+        with context:
             return self.head(self.attention[image, query], self.features, image)
 
 

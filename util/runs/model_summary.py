@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.segmentation import SegmentationOutputs
 from util.errors import UserError
 from util.logger import log
 from util.nested_tensor import NestedTensor
@@ -57,6 +58,8 @@ def _sampling_flops(value_shape, grid_shape, *_args, out_shape=None, **_kwargs) 
 def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
     """Return the multiply-adds of `detector` for one image [3, height, width] without padding.
 
+    With a mask head, the masks of all queries are included.
+
     Counts convolutions, matrix products and attention, and 5 per sampled value in deformable attention. Norms,
     activations and sums are not counted, as in published figures.
 
@@ -71,7 +74,9 @@ def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
     # SDPBackend.MATH splits attention into matrix products, which every version of the counter knows.
     with torch.no_grad(), torch.device("meta"), counter, sdpa_kernel(SDPBackend.MATH):
         mask = torch.zeros((1, height, width), dtype=torch.bool)
-        network(NestedTensor(torch.empty(1, 3, height, width), mask, padded=False))
+        outputs = network(NestedTensor(torch.empty(1, 3, height, width), mask, padded=False))
+        if isinstance(outputs, SegmentationOutputs):
+            outputs["pred_masks"]  # computed when it is read
     return counter.get_total_flops() // 2  # one multiply-add is two operations
 
 
@@ -104,7 +109,7 @@ def published_figures(settings: Settings) -> tuple[int, int] | None:
         "dim_feedforward": PUBLISHED_DIM_FEEDFORWARD.get(settings.detector, 2048),
         "num_queries": PUBLISHED_NUM_QUERIES.get(settings.detector, 300),
     }
-    if settings.with_box_refine or settings.two_stage:
+    if settings.with_box_refine or settings.two_stage or settings.masks:
         return None
     if any(getattr(settings, name) != value for name, value in wanted.items()):
         return None
@@ -123,7 +128,9 @@ def log_model_summary(model: nn.Module, settings: Settings) -> dict[str, object]
     detector = model.base_detector()
     pretext_only = total - count_parameters(detector)[0]
     name = f"{settings.pretext} on {settings.detector}" if settings.pretext else settings.detector
-    from_checkpoint = settings.resume or settings.pretrain
+    if settings.masks:
+        name = f"{name} with a mask head"
+    from_checkpoint = settings.resume or settings.pretrain or settings.frozen_weights
     log.info(
         "model: %s, backbone %s (%s batch norm, weights: %s): %s parameters, %s trainable; device %s, amp %s",
         name,
@@ -149,10 +156,11 @@ def log_model_summary(model: nn.Module, settings: Settings) -> dict[str, object]
     multiply_adds = _multiply_adds_or_none(detector, height, width)
     if multiply_adds is not None:
         log.info(
-            "  %s for an image of %d x %d%s",
+            "  %s for an image of %d x %d%s%s",
             _format_multiply_adds(multiply_adds),
             height,
             width,
+            f" with the masks of all {detector.num_queries} queries" if settings.masks else "",
             _format_published(settings),
         )
     _warn_random_backbone(settings, trainable)

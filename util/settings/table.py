@@ -74,6 +74,7 @@ FLAGS: tuple[Flag, ...] = (
             default="",
             default_help="not set, nothing is saved",
             metavar="DIR",
+            aliases=("--output_path",),  # in a command of DETR's README
             per_launch=True,
         ),
         Flag(
@@ -102,6 +103,7 @@ FLAGS: tuple[Flag, ...] = (
             str,
             default="",
             metavar="PATH|URL",
+            aliases=("--frozen_weigths",),  # as DETR's README spells it
             requires=("--masks", lambda settings: settings["masks"]),
         ),
     ),
