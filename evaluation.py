@@ -3,7 +3,7 @@
 Both evaluations are called as `evaluation(model, epoch)` and return the `test_*` values of the log.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,9 @@ class Evaluation:
 
         per_class = values.pop("per_class")
         table = class_table(per_class)
+        panoptic_per_class = values.pop("panoptic_per_class", [])
+        if panoptic_per_class:
+            table += "\n" + class_table(panoptic_per_class)
         if self.novel_classes is not None:
             per_class = few_shot.add_groups(per_class, self.novel_classes)
             values["few_shot"] = few_shot.group_means(per_class)
@@ -113,7 +116,10 @@ class Evaluation:
             write_text(self.folder / "results.json", to_json(results))
             if self.has_metrics:
                 _write_json(self.folder / "metrics.json", {"epoch": epoch, **values})
-                _write_json(self.folder / "per_class.json", {"epoch": epoch, "classes": per_class})
+                per_class_record = {"epoch": epoch, "classes": per_class}
+                if panoptic_per_class:
+                    per_class_record["panoptic"] = panoptic_per_class
+                _write_json(self.folder / "per_class.json", per_class_record)
             rows = [_example_row(example) for example in examples]
             prediction_page(rows, self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}
@@ -124,15 +130,28 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _summary(values: Mapping[str, Any]) -> str:
-    """Return the AP metrics and the loss in one line, and average recalls, if there are any, in a second one."""
-    metrics = [
-        f"{name} {value:.3f}"
-        # Not strict: COCO has 12 metrics, VOC has three.
-        for name, value in zip(BBOX_METRICS, values["coco_eval_bbox"], strict=False)
-    ]
-    precision, recall = metrics[:6], metrics[6:]
-    text = f"{'  '.join(precision)}  loss {values['loss']:.3f}"
-    return f"{text}\n{'  '.join(recall)}" if recall else text
+    """Return the AP metrics of boxes and the loss in one line, and in further ones, where there are any, average
+    recalls, the metrics of masks, and panoptic quality.
+    """
+    precision, recall = _named_metrics(values["coco_eval_bbox"])
+    lines = [f"{precision}  loss {values['loss']:.3f}", recall]
+    if "coco_eval_masks" in values:
+        lines += [f"masks: {line}" for line in _named_metrics(values["coco_eval_masks"])]
+    if "PQ_all" in values:
+        names = {"PQ_all": "all", "PQ_th": "things", "PQ_st": "stuff"}
+        qualities = [
+            f"{name}: PQ {values[key]['pq']:.3f} SQ {values[key]['sq']:.3f} RQ {values[key]['rq']:.3f}"
+            for key, name in names.items()
+        ]
+        lines.append("panoptic, " + "  ".join(qualities))
+    return "\n".join(filter(None, lines))
+
+
+def _named_metrics(stats: Sequence[float]) -> tuple[str, str]:
+    """Return the average precisions, and the average recalls if there are any, as text."""
+    # Not strict: COCO has 12 metrics, VOC has three.
+    metrics = [f"{name} {value:.3f}" for name, value in zip(BBOX_METRICS, stats, strict=False)]
+    return "  ".join(metrics[:6]), "  ".join(metrics[6:])
 
 
 def _example_row(example: dict) -> tuple:

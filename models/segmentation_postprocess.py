@@ -117,7 +117,7 @@ class PostProcessPanoptic(nn.Module):
     kept query with the highest logit. Segments of one stuff class are merged, and small ones are dropped.
 
     Args:
-        is_thing_map: category id -> whether it is a thing; default: COCO's. A class without entry is stuff.
+        is_thing_map: category id -> whether it is a thing; default: COCO's. Other classes make no segments.
         threshold: lowest score of a segment; default: `SCORE_THRESHOLDS`.
         reproduce_published: as the published code, spread the masks of the padded batch over the image without
             its padding, and undo the merge of stuff where small segments are dropped.
@@ -132,9 +132,9 @@ class PostProcessPanoptic(nn.Module):
     ) -> None:
         super().__init__()
         self.classification = classification
-        self.is_thing_map = is_thing_map or {
-            label: label <= MAX_THING_ID for label in range(classification.num_classes)
-        }
+        if is_thing_map is None:
+            is_thing_map = {i: i <= MAX_THING_ID for i in range(classification.num_classes)}
+        self.is_thing_map = is_thing_map
         self.threshold = SCORE_THRESHOLDS[classification.kind] if threshold is None else threshold
         self.reproduce_published = reproduce_published
 
@@ -180,12 +180,12 @@ class PostProcessPanoptic(nn.Module):
         ]
 
     def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return score and class of each query, [B, Q] each; score 0 for "no object"."""
-        if self.classification.kind == "focal":
-            scores, labels = logits.sigmoid().max(-1)
-            return scores, labels
-        scores, labels = logits.softmax(-1).max(-1)
-        return scores.masked_fill(labels == logits.shape[-1] - 1, 0), labels
+        """Return score and class of each query, [B, Q] each; score 0 for no segment."""
+        is_focal = self.classification.kind == "focal"
+        scores, labels = (logits.sigmoid() if is_focal else logits.softmax(-1)).max(-1)
+        # "No object", the last output of a softmax head, is not in the map either.
+        is_segment = torch.tensor([label in self.is_thing_map for label in range(logits.shape[-1])])
+        return scores.masked_fill(~is_segment.to(labels.device)[labels], 0), labels
 
     def _segment_image(
         self,
@@ -208,7 +208,7 @@ class PostProcessPanoptic(nn.Module):
         rows = [
             {
                 "id": i,
-                "isthing": bool(self.is_thing_map.get(labels_list[k], False)),
+                "isthing": bool(self.is_thing_map[labels_list[k]]),
                 "category_id": labels_list[k],
                 "area": area,
                 "score": float(scores[queries[k]]),
@@ -254,7 +254,7 @@ class PostProcessPanoptic(nn.Module):
         """Return for each segment which one it belongs to: the first of its class for stuff, itself for things."""
         first: dict[int, int] = {}
         return [
-            k if self.is_thing_map.get(label, False) else first.setdefault(label, k)
+            k if self.is_thing_map[label] else first.setdefault(label, k)
             for k, label in enumerate(labels)
         ]
 
