@@ -205,6 +205,8 @@ class PostProcessPanoptic(nn.Module):
         logits = _upsample(logits, sizes)  # [n, h, w]
         labels_list = labels[queries].tolist()
         kept, ids, areas = self._drop_small(logits, labels_list, sizes.result)
+        if not kept:
+            return {"ids": torch.full(sizes.result, -1), "segments_info": []}
         rows = [
             {
                 "id": i,

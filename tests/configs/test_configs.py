@@ -25,6 +25,10 @@ DETR_500 = {
     "backbone_weights": "imagenet",
     "backbone": "resnet50",
 }
+DETR_PANOPTIC = {
+    "_boxes": {"dataset_file": "coco_panoptic", "masks": False, "epochs": 300, "lr_drop": 200},
+    "": {"dataset_file": "coco_panoptic", "masks": True, "epochs": 25, "lr_drop": 15},
+}
 DETR_50 = {**DETR_500, "epochs": 50, "lr_drop": 40}
 CONDITIONAL = {
     "detector": "conditional_detr",
@@ -546,6 +550,29 @@ PUBLISHED = {
         "pre_norm": True,
         "backbone": "resnet50",
         "backbone_weights": "swav",
+    },
+    **{
+        f"DETR_{name}_panoptic{stage}": {**flags, **DETR_PANOPTIC[stage]}
+        for name, flags in (
+            ("r50", {"backbone": "resnet50"}),
+            ("r50_dc5", {"backbone": "resnet50", "batch_size": 1}),
+            ("r101", {"batch_size": 2}),
+        )
+        for stage in ("_boxes", "")
+    },
+    "DETR_r50_masks_coco": {
+        "dataset_file": "coco",
+        "masks": True,
+        "epochs": 25,
+        "lr_drop": 15,
+        "frozen_weights": "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth",
+    },
+    "DETR_eval_panoptic": {
+        "dataset_file": "coco_panoptic",
+        "masks": True,
+        "eval": True,
+        "batch_size": 2,
+        "aux_loss": False,
     },
     "DETR_eval_coco": {"detector": "detr", "eval": True, "batch_size": 2, "aux_loss": False},
     "ConditionalDETR_r50_coco": CONDITIONAL,

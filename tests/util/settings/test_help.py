@@ -134,7 +134,7 @@ def test_help_fits_the_terminal(script: str, columns: int, monkeypatch: pytest.M
         line.startswith("  --detector, --model {detr,conditional_detr,deformable_detr}")
         for line in lines
     )
-    assert not any("--masks" in line for line in lines)  # unsupported
+    assert not any("--remove_difficult" in line for line in lines)  # unsupported
 
 
 def test_only_the_readers_of_a_flag_are_named() -> None:
