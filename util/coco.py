@@ -19,6 +19,7 @@ BBOX_METRICS = (
     "AR large",
 )
 CLASS_METRICS = BBOX_METRICS[:3]  # reported per class
+MASK_CLASS_METRICS = ("mask AP", "mask AP50")  # reported per class with masks
 
 # Size of a published class head, without "no object": the largest category id + 1. Row 0 and the ids that COCO skips
 # are never a label.

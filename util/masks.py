@@ -1,19 +1,39 @@
-"""Masks as run-length encodings (RLE) in COCO's compressed format."""
+"""Binary masks as run-length encodings (RLE), in COCO's compressed format.
 
+Shapes: K masks of H x W pixels.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Return masks bool [K, H, W] as {"size": [H, W], "counts": bytes}, K of them."""
-    if not len(masks):
-        return []
-    return coco_mask.encode(np.asfortranarray(masks.byte().permute(1, 2, 0).cpu().numpy()))
+RLE = dict[str, Any]  # {"size": [H, W], "counts": bytes or str}
 
 
-def decode_masks(rles: list[dict[str, Any]]) -> np.ndarray:
-    """Return the masks of RLEs of one size, uint8 [K, H, W]."""
-    return np.ascontiguousarray(coco_mask.decode(rles).transpose(2, 0, 1))
+def encode_masks(masks: Tensor | np.ndarray) -> list[RLE]:
+    """Return the RLE of each mask, with `counts` as bytes.
+
+    Args:
+        masks: bool [K, H, W]; in other types, all values but 0 belong to the mask.
+    """
+    if isinstance(masks, Tensor):
+        masks = masks.detach().cpu().numpy()
+    pixels = np.asarray(masks, dtype=bool).view(np.uint8).transpose(1, 2, 0)  # [H, W, K]
+    # Column by column, the order of the runs. All masks in one call are as fast as one call for each.
+    return coco_mask.encode(np.asfortranarray(pixels))
+
+
+def decode_masks(rles: Sequence[RLE], size_hw: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Return the masks, uint8 [K, H, W] of 0 and 1.
+
+    Args:
+        rles: all of the same size.
+        size_hw: (H, W) of the result if there are no masks.
+    """
+    if not len(rles):
+        return np.zeros((0, *size_hw), np.uint8)
+    pixels = coco_mask.decode(list(rles))  # [H, W, K]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))

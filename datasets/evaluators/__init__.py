@@ -1,1 +1,1 @@
-"""Metrics of predicted boxes, one file per metric."""
+"""Metrics of predicted boxes, masks and panoptic segments, one file per metric."""

@@ -1,4 +1,4 @@
-"""COCO average precision and recall of boxes.
+"""COCO average precision and recall of boxes and masks.
 
 Shapes: N detections, A ground-truth boxes, K classes. Precision is [10 IoU thresholds, 101 recalls, K, 4 areas, M],
 recall is [10, K, 4, M], for M limits: the maximum number of detections per image and class.
@@ -10,12 +10,12 @@ import importlib.util
 import io
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from datasets.evaluators.detections import DetectionEvaluator
+from datasets.evaluators.detections import DetectionEvaluator, gather_by_image
 from datasets.labelled.annotations import (
     has_visible_area,
     is_ignored_region,
@@ -23,9 +23,10 @@ from datasets.labelled.annotations import (
     parse_areas,
     rotate_boxes,
 )
-from util.coco import CLASS_METRICS
+from util.coco import CLASS_METRICS, MASK_CLASS_METRICS
 from util.errors import UserError
 from util.logger import log
+from util.masks import RLE
 
 # AP, AP50 and AP75 as slices of the ten IoU thresholds 0.50, 0.55, ... 0.95.
 IOU_SLICES = (slice(None), slice(0, 1), slice(5, 6))
@@ -48,18 +49,21 @@ class CompletedGroundTruth(dict[str, Any]):
 # (precision, recall), with the shapes above; -1 where there is no ground truth.
 PrecisionRecall = tuple[np.ndarray, np.ndarray]
 
-# A backend gets the ground truth, detections float64 [N, 7] (image id, x, y, width, height, score, category id) and the
-# limits.
-Backend = Callable[[GroundTruth, np.ndarray, Sequence[int]], PrecisionRecall]
+# Detections by box, float64 [N, 7] (image id, x, y, width, height, score, category id), or by mask, in COCO's results
+# format, see `_mask_results`.
+Detections = np.ndarray | list[dict[str, Any]]
+
+# A backend gets the ground truth, the detections, the limits, and what to compare: "bbox" or "segm".
+Backend = Callable[[GroundTruth, Detections, Sequence[int], str], PrecisionRecall]
 
 
 def _hotcoco(
-    ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]
+    ground_truth: GroundTruth, detections: Detections, limits: Sequence[int], iou_type: str
 ) -> PrecisionRecall:
     import hotcoco
 
     coco = hotcoco.COCO(_with_valid_names(ground_truth))
-    evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), "bbox")
+    evaluation = hotcoco.COCOeval(coco, coco.load_res(detections), iou_type)
     evaluation.params.max_dets = list(limits)
     return _run(evaluation)
 
@@ -84,7 +88,7 @@ def _with_valid_names(ground_truth: GroundTruth) -> GroundTruth:
 
 
 def _pycocotools(
-    ground_truth: GroundTruth, detections: np.ndarray, limits: Sequence[int]
+    ground_truth: GroundTruth, detections: Detections, limits: Sequence[int], iou_type: str
 ) -> PrecisionRecall:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -94,7 +98,7 @@ def _pycocotools(
     annotations = [dict(annotation) for annotation in ground_truth["annotations"]]
     coco.dataset = {**ground_truth, "annotations": annotations}
     coco.createIndex()
-    evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
+    evaluation = COCOeval(coco, coco.loadRes(detections), iou_type)
     evaluation.params.maxDets = list(limits)
     return _run(evaluation)
 
@@ -137,16 +141,17 @@ def _log_choice(backend: str) -> None:
 
 
 class CocoEvaluator(DetectionEvaluator):
-    """COCO metrics of boxes.
+    """COCO metrics of boxes, and of masks.
 
-    Both backends were compared on random cases with crowds, more than 100 detections per image, equal scores and
-    unlisted classes: hotcoco gives exactly the metrics of pycocotools.
+    Both backends were compared on random cases with crowds, more than 100 detections per image, equal scores, unlisted
+    classes and empty masks: hotcoco gives exactly the metrics of pycocotools.
 
     Args:
         ground_truth: from `build_ground_truth`, which is called for the content of any other COCO detection file.
             Evaluators share it and do not change it.
         backend: see `select_backend`.
         category_ids: see `DetectionEvaluator`.
+        masks: also evaluate masks. Each annotation then has its mask in `segmentation`, as RLE.
 
     Raises:
         UserError: the backend is not installed.
@@ -157,12 +162,80 @@ class CocoEvaluator(DetectionEvaluator):
         ground_truth: GroundTruth,
         backend: str = "auto",
         category_ids: Mapping[int, int] | None = None,
+        masks: bool = False,
     ) -> None:
         self.backend = select_backend(backend)
         if not isinstance(ground_truth, CompletedGroundTruth):
             ground_truth = build_ground_truth(ground_truth)
         self.ground_truth = ground_truth
+        self.masks = masks
+        # image id -> (size of the masks, their counts in the order of the detections)
+        self._masks: dict[int, tuple[list[int], list[bytes]]] = {}
         super().__init__((image["id"] for image in ground_truth["images"]), category_ids)
+
+    @functools.cached_property
+    def _mask_sizes(self) -> dict[int, list[int]]:
+        """Image id -> [height, width] of the masks of the ground truth."""
+        annotations = self.ground_truth["annotations"]
+        return {a["image_id"]: list(a["segmentation"]["size"]) for a in annotations}
+
+    def update(self, predictions: Mapping[int, Mapping[str, Any]]) -> None:
+        """Add the detections of some images, see `DetectionEvaluator.update`.
+
+        With masks, each prediction also has "masks": the RLE of each detection, in the order of the scores. It may be
+        None without detections.
+
+        Raises:
+            ValueError: an image id is not in the annotations, there are more or fewer masks than detections, or masks
+                differ in size from those of the ground truth.
+        """
+        super().update(predictions)
+        if self.masks:
+            for image_id, prediction in predictions.items():
+                self._masks[image_id] = self._pack_masks(image_id, prediction)
+
+    def _pack_masks(
+        self, image_id: int, prediction: Mapping[str, Any]
+    ) -> tuple[list[int], list[bytes]]:
+        rles = prediction.get("masks") or []
+        labels = prediction["labels"].tolist()
+        if len(rles) != len(labels):
+            raise ValueError(f"image {image_id} has {len(rles)} masks for {len(labels)} detections")
+
+        size = list(rles[0]["size"]) if rles else []
+        expected = self._mask_sizes.get(image_id, size)
+        for rle in rles:
+            if list(rle["size"]) != expected:
+                raise ValueError(
+                    f"image {image_id} has a predicted mask of (height, width) {tuple(rle['size'])}, "
+                    f"but masks of {tuple(expected)} in the annotations"
+                )
+        counts = [rle["counts"] for rle in rles]
+        counts = [c.encode() if isinstance(c, str) else c for c in counts]
+        return size, list(itertools.compress(counts, map(self._has_category_id, labels)))
+
+    def synchronize_between_processes(self) -> None:
+        """Give each rank the detections and masks of all ranks."""
+        super().synchronize_between_processes()
+        if self.masks:
+            self._masks = gather_by_image(self._masks)
+
+    def _rles(self) -> list[RLE]:
+        """Return the masks of all detections, in the order of `rows`."""
+        ordered = [self._masks[image_id] for image_id in sorted(self._masks)]
+        return [{"size": size, "counts": counts} for size, masks in ordered for counts in masks]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return the detections in COCO's results format, with masks also the RLE in `segmentation`.
+
+        pycocotools takes the area of a result with `bbox` from the box, also to evaluate masks. Remove `bbox` to get
+        the AP and AR of small, medium and large objects of `summarize` from a file.
+        """
+        results = super().results()
+        if self.masks:
+            for result, rle in zip(results, self._rles(), strict=True):
+                result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        return results
 
     def summarize(self) -> dict[str, Any]:
         """Return {"stats": the 12 values of `util.coco.BBOX_METRICS`, "per_class": rows}.
@@ -170,31 +243,72 @@ class CocoEvaluator(DetectionEvaluator):
         There is a row for each class with ground-truth objects, in the order of the category ids: {"id", "name",
         "objects", "AP", "AP50", "AP75"}.
 
+        With masks, "stats_masks" has the 12 values of masks, and the rows "mask AP" and "mask AP50".
+
         As in pycocotools, -1 means that there is no ground truth for a value. Without any detections, all other values
         are 0.
         """
         category_ids = sorted(category["id"] for category in self.ground_truth["categories"])
         rows = self.rows_xywh()  # [N, 7]
         # Detections of unlisted classes match nothing. Limits count per class, so dropping them changes no metric.
-        rows = rows[np.isin(rows[:, 6], category_ids)]
+        listed = np.isin(rows[:, 6], category_ids)  # [N]
+        rows = rows[listed]
         if not len(rows):
-            return _summary_without_detections(self.ground_truth)
+            summary = _summary_without_detections(self.ground_truth)
+            return _with_mask_zeros(summary) if self.masks else summary
 
         precision, recall = self._curves(rows, MAX_DETS)
-        metrics = {}
-        for k, category_id in enumerate(category_ids):
-            values = [mean_valid(precision[ious, :, k, 0, -1]) for ious in IOU_SLICES]
-            if values[0] > -1:
-                metrics[category_id] = values
-        return {
+        metrics = _class_metrics(precision, category_ids)
+        summary = {
             "stats": _stats(precision, recall),
             "per_class": _per_class(self.ground_truth, metrics),
         }
+        if self.masks:
+            results = _mask_results(rows, itertools.compress(self._rles(), listed))
+            precision, recall = self._curves(results, MAX_DETS, "segm")
+            summary["stats_masks"] = _stats(precision, recall)
+            _add_mask_metrics(summary["per_class"], _class_metrics(precision, category_ids))
+        return summary
 
-    def _curves(self, rows: np.ndarray, limits: Sequence[int]) -> PrecisionRecall:
+    def _curves(
+        self, detections: Detections, limits: Sequence[int], iou_type: str = "bbox"
+    ) -> PrecisionRecall:
         # The backends print their progress.
         with contextlib.redirect_stdout(io.StringIO()):
-            return BACKENDS[self.backend](self.ground_truth, rows, limits)
+            return BACKENDS[self.backend](self.ground_truth, detections, limits, iou_type)
+
+
+def _mask_results(rows: np.ndarray, rles: Iterable[RLE]) -> list[dict[str, Any]]:
+    """Return detections by mask, in COCO's results format.
+
+    They have no `bbox`: with one, both backends would take a detection's area from its box.
+
+    Args:
+        rows: [N, 7], detections by box.
+        rles: their masks.
+    """
+    return [
+        {"image_id": int(row[0]), "category_id": int(row[6]), "score": row[5], "segmentation": rle}
+        for row, rle in zip(rows.tolist(), rles, strict=True)
+    ]
+
+
+def _class_metrics(precision: np.ndarray, category_ids: Sequence[int]) -> dict[int, list[float]]:
+    """Return category id -> [AP, AP50, AP75] of classes with ground-truth objects."""
+    metrics = {}
+    for k, category_id in enumerate(category_ids):
+        values = [mean_valid(precision[ious, :, k, 0, -1]) for ious in IOU_SLICES]
+        if values[0] > -1:
+            metrics[category_id] = values
+    return metrics
+
+
+def _add_mask_metrics(
+    per_class: list[dict[str, Any]], metrics: Mapping[int, Sequence[float]]
+) -> None:
+    """Add the metrics of masks to the rows of `CocoEvaluator.summarize`. metrics: see `_class_metrics`."""
+    for row in per_class:
+        row.update(zip(MASK_CLASS_METRICS, metrics[row["id"]], strict=False))  # without AP75
 
 
 def _summary_without_detections(ground_truth: GroundTruth) -> dict[str, Any]:
@@ -214,6 +328,13 @@ def _summary_without_detections(ground_truth: GroundTruth) -> dict[str, Any]:
         "stats": [overall] * 3 + by_area + [overall] * 3 + by_area,
         "per_class": _per_class(ground_truth, zeros),
     }
+
+
+def _with_mask_zeros(summary: dict[str, Any]) -> dict[str, Any]:
+    """Return a summary for no detections with the metrics of masks, which are those of boxes."""
+    zeros = dict.fromkeys(MASK_CLASS_METRICS, 0.0)
+    per_class = [{**row, **zeros} for row in summary["per_class"]]
+    return {**summary, "stats_masks": list(summary["stats"]), "per_class": per_class}
 
 
 def _per_class(

@@ -1,12 +1,22 @@
 """The base class of all evaluators: collects detections image by image and merges them over processes."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from util.distributed import all_gather_object
+
+Value = TypeVar("Value")
+
+
+def gather_by_image(values: dict[int, Value]) -> dict[int, Value]:
+    """Return the values of all ranks by image id. Of an image that several ranks have, the last rank counts."""
+    merged: dict[int, Value] = {}
+    for of_rank in all_gather_object(values):
+        merged.update(of_rank)
+    return merged
 
 
 class DetectionEvaluator:
@@ -46,6 +56,9 @@ class DetectionEvaluator:
                 rows = self._labels_to_category_ids(rows)
             self._detections[image_id] = rows  # [N, 7]
 
+    def _has_category_id(self, label: int) -> bool:
+        return self._category_ids is None or label in self._category_ids
+
     def _labels_to_category_ids(self, rows: np.ndarray) -> np.ndarray:
         rows = rows[np.isin(rows[:, 6], list(self._category_ids))]
         rows[:, 6] = [self._category_ids[int(label)] for label in rows[:, 6]]
@@ -53,10 +66,7 @@ class DetectionEvaluator:
 
     def synchronize_between_processes(self) -> None:
         """Give each rank the detections of all ranks."""
-        merged: dict[int, np.ndarray] = {}
-        for detections in all_gather_object(self._detections):
-            merged.update(detections)
-        self._detections = merged
+        self._detections = gather_by_image(self._detections)
 
     def rows(self) -> np.ndarray:
         """Return all detections, float64 [N, 7]: (image id, x0, y0, x1, y1, score, category id).
