@@ -103,7 +103,9 @@ class SampleDataset(Dataset):
 
         Its `summarize` returns "stats", AP first, and "per_class", as `CocoEvaluator` does.
         """
-        return CocoEvaluator(self.ground_truth, settings.coco_evaluator, self.category_ids)
+        return CocoEvaluator(
+            self.ground_truth, settings.coco_evaluator, self.category_ids, settings.masks
+        )
 
     def __getitem__(self, key: SampleKey) -> tuple[Tensor, Target]:
         """Return the sample of `index` (epoch 0) or `(epoch, index)`.

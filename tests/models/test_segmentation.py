@@ -272,6 +272,12 @@ def test_small_segments_are_dropped() -> None:
     assert [(row["category_id"], row["area"]) for row in result["segments_info"]] == [(1, 64)]
 
 
+def test_only_small_segments() -> None:
+    result = segment(panoptic_outputs([1, 2], stripes(2, 2, 2)), (2, 4))
+    assert result["segments_info"] == []
+    assert (result["ids"] == -1).all()
+
+
 def test_no_segment() -> None:
     outputs = panoptic_outputs([], torch.zeros(0, 4, 4))
     result = segment(outputs, (5, 7))
