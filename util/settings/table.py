@@ -101,7 +101,6 @@ FLAGS: tuple[Flag, ...] = (
             "frozen_weights",
             "checkpoint of a detector that stays frozen while its mask head trains",
             str,
-            default="",
             metavar="PATH|URL",
             aliases=("--frozen_weigths",),  # as DETR's README spells it
             requires=("--masks", lambda settings: settings["masks"]),

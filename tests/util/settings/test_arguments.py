@@ -57,6 +57,9 @@ LABELLED = {
     "coco_path": None,
     "eval": SWITCH,
     "num_workers": 2,
+    "masks": SWITCH,
+    "mask_loss_coef": 1.0,
+    "dice_loss_coef": 1.0,
 }
 DETR = {
     **LABELLED,
@@ -69,6 +72,7 @@ DETR = {
 UPDETR_FINETUNE = {**DETR, "pretrain": ""}
 CONDITIONAL = {
     **LABELLED,
+    "frozen_weights": None,
     "epochs": 50,
     "lr_drop": 40,
     "num_queries": 300,
@@ -96,15 +100,10 @@ PARSERS = {
     "conditional": (FINETUNE, "conditional_detr", CONDITIONAL),
     "updetr": (PRETRAIN, "detr", UPDETR),
 }
-# Published flags that are rejected, because they have no effect there or are for masks: flag -> a value.
+# Published flags that are rejected, because they have no effect there: flag -> a value.
 UNSUPPORTED = {
     "remove_difficult": None,
     "world_size": "1",
-    "mask_loss_coef": "1",
-    "dice_loss_coef": "1",
-    "coco_panoptic_path": "P",
-    "masks": None,
-    "frozen_weights": "P",
 }
 
 
