@@ -585,6 +585,13 @@ ANNOTATION_CHECKS = (
         meaning="not finite, 0 or less, or larger than the box: AP by size uses the area of the box",
     ),
     Check(
+        kind="no segmentation",
+        severity="warning",
+        find=None,
+        meaning="with --masks, the whole box of such an object is its mask, in training and in evaluation: add polygons "
+        "or RLE, or remove the object",
+    ),
+    Check(
         kind="more objects than queries",
         severity="problem",
         find=find_more_objects_than_queries,
@@ -694,6 +701,7 @@ LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {
     "marked ignore",
     "rotated box",
     "area unusable",
+    "no segmentation",
     "crowd",
 }
 
