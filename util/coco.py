@@ -24,6 +24,9 @@ CLASS_METRICS = BBOX_METRICS[:3]  # reported per class
 # are never a label.
 NUM_CLASSES = 91
 
+# Size of a published class head for panoptic data: things have the ids 1 to 90, stuff 92 to 200.
+NUM_PANOPTIC_CLASSES = 250
+
 # Category id -> name. The ids have gaps: 12, 26, 29, 30, 45, 66, 68, 69, 71 and 83 are missing.
 CLASS_NAMES: dict[int, str] = {
     1: "person",

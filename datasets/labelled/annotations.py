@@ -52,7 +52,7 @@ MAX_AREA_RATIO = 2.0
 class Annotations:
     """Images, sorted by id, with their objects. The objects of image i are the rows offsets[i] to offsets[i + 1] - 1.
 
-    Crowds, objects to be ignored and boxes without area are not among the objects.
+    Crowds, objects to be ignored and boxes without area are not among the objects; crowds of panoptic data are.
 
     Attributes:
         source: file or folder that error messages name.
@@ -72,6 +72,7 @@ class Annotations:
         segmentations: int64 [A], the number of each object's text in `segmentation_texts`; -1 if it has no
             segmentation. None: masks were not read.
         segmentation_texts: JSON of the segmentations, see `datasets.labelled.segmentations`.
+        crowds: bool [A]; None if crowds are not among the objects.
     """
 
     source: str
@@ -90,6 +91,7 @@ class Annotations:
     image_notes: dict[str, dict[int, str]] = field(default_factory=dict)
     segmentations: np.ndarray | None = None
     segmentation_texts: PackedStrings = field(default_factory=lambda: PackedStrings([]))
+    crowds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -120,21 +122,28 @@ class Annotations:
 
         # If the file gives no image size, only now is it known which boxes are outside their image.
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)  # [N]
-        size = torch.tensor(size_hw)
-        target = {
-            "boxes": torch.from_numpy(boxes[keep]),
-            "labels": torch.from_numpy(self.labels[rows][keep]),
-            "image_id": torch.tensor([int(self.image_ids[index])]),
-            "area": torch.from_numpy(self.areas[rows][keep]),
-            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
-            "orig_size": size,
-            "size": size.clone(),
-        }
+        kept = np.arange(rows.start, rows.stop)[keep]
+        target = self.target_of_rows(index, kept, boxes[keep], size_hw)
         if self.segmentations is not None:
-            kept = np.arange(rows.start, rows.stop)[keep]  # [N]
             masks = decode_masks(self.texts_of(kept), boxes[keep], size_hw, self.ids[kept])
             target["masks"] = torch.from_numpy(masks)  # [N, H, W]
         return target
+
+    def target_of_rows(
+        self, index: int, rows: np.ndarray, boxes_xyxy_abs: np.ndarray, size_hw: tuple[int, int]
+    ) -> Record:
+        """Return the target of one image with some of its objects: their rows [N] and boxes float32 [N, 4]."""
+        size = torch.tensor(size_hw)
+        crowds = np.zeros(len(rows), bool) if self.crowds is None else self.crowds[rows]
+        return {
+            "boxes": torch.from_numpy(boxes_xyxy_abs),
+            "labels": torch.from_numpy(self.labels[rows]),
+            "image_id": torch.tensor([int(self.image_ids[index])]),
+            "area": torch.from_numpy(self.areas[rows]),
+            "iscrowd": torch.from_numpy(crowds.astype(np.int64)),
+            "orig_size": size,
+            "size": size.clone(),
+        }
 
     def texts_of(self, rows: np.ndarray) -> list[str | None]:
         """Return the JSON text of the segmentation of some objects; None for an object without one."""
@@ -158,6 +167,7 @@ class Annotations:
             difficult=None if self.difficult is None else self.difficult[rows],
             ids=None if self.ids is None else self.ids[rows],
             segmentations=None if self.segmentations is None else self.segmentations[rows],
+            crowds=None if self.crowds is None else self.crowds[rows],
         )
 
     def fingerprint(self) -> str:
@@ -281,7 +291,11 @@ def read_json(path: str, segmentations: SegmentationTexts | None = None) -> Any:
 
 
 def parse_coco(
-    content: Record, source: str, segmentations: SegmentationTexts | None = None
+    content: Record,
+    source: str,
+    segmentations: SegmentationTexts | None = None,
+    *,
+    keep_crowds: bool = False,
 ) -> Annotations:
     """Build `Annotations` from the content of a COCO detection file.
 
@@ -293,6 +307,7 @@ def parse_coco(
     Args:
         source: name of the file in messages.
         segmentations: the texts that `read_json` collected from the file. None: masks are not read.
+        keep_crowds: crowds are objects, too.
 
     Raises:
         UserError: a list is missing, an entry is not an object, an id is not an integer of at least 0 or not unique, or
@@ -314,6 +329,9 @@ def parse_coco(
     file_names = PackedStrings(_parse_file_name(image, source) for image in images)
     sizes = [_parse_size_hw(image, source) for image in images]
     columns = _parse_columns(annotations, source)
+    if keep_crowds:
+        columns["kept_crowd"] = columns["crowd"]
+        columns["crowd"] = np.zeros(len(annotations), bool)
     if segmentations is not None:
         numbers = [segmentations.number(item.get("segmentation")) for item in annotations]
         columns["segmentation"] = np.array(numbers, dtype=np.int64)
@@ -345,7 +363,8 @@ def annotations_from_columns(
             bool [A]; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32 [A], in square pixels;
             `difficult` bool [A], if the format has it. For findings, also optional, bool [A]: `ignored`, crowds that
             the file calls `ignore`; `rotated`, boxes around a rotated rectangle; `bad_area`, areas that were replaced.
-            With masks also `segmentation` int64 [A], numbers in `segmentation_texts`.
+            With masks also `segmentation` int64 [A], numbers in `segmentation_texts`. Crowds that are objects are
+            marked in `kept_crowd` bool [A] instead of `crowd`.
         file_names, image_ids, sizes_hw: of the images, as in `Annotations`; sorted by id.
     """
     if segmentation_texts is not None:
@@ -374,6 +393,7 @@ def annotations_from_columns(
         findings=findings,
         difficult=columns.get("difficult"),
         ids=columns["id"],
+        crowds=columns.get("kept_crowd"),
         segmentations=None if segmentation_texts is None else columns["segmentation"],
         segmentation_texts=PackedStrings([]) if segmentation_texts is None else segmentation_texts,
     )

@@ -158,7 +158,22 @@ class CocoDetection(SampleDataset):
             BadImageError: the file can't be decoded, its size differs from the annotation file, or a mask can't be
                 decoded.
         """
-        image = self.read(index)  # [3, H, W]
+        image = self.read_checked(index)  # [3, H, W]
+        target = self.target(index, tuple(image.shape[-2:]))
+        annotated = self.annotations.offsets[index + 1] - self.annotations.offsets[index]
+        dropped = int(annotated) - len(target["boxes"])
+        image, target = self.transforms(image, target, rng)
+        if dropped:
+            target["dropped_boxes"] = [(self.path(index), dropped)]
+        return image, target
+
+    def read_checked(self, index: int) -> Tensor:
+        """Read an image as uint8 [3, H, W].
+
+        Raises:
+            BadImageError: the file can't be decoded, or its size differs from the annotation file.
+        """
+        image = self.read(index)
         height, width = image.shape[-2:]
         listed_height, listed_width = self.annotations.sizes_hw[index]
         if listed_height and listed_width and (listed_height, listed_width) != (height, width):
@@ -168,18 +183,20 @@ class CocoDetection(SampleDataset):
                 f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
                 f"{listed_height} in {self.annotation_file} (rotated or resized?{forced})"
             )
+        return image
+
+    def target(self, index: int, size_hw: tuple[int, int]) -> Target:
+        """Return the target of an image of (H, W) pixels before transforms, see `Annotations.target`.
+
+        Raises:
+            BadImageError: a mask can't be decoded.
+        """
         try:
-            target = self.annotations.target(index, (height, width))
+            return self.annotations.target(index, size_hw)
         except SegmentationError as error:
             raise BadImageError(
                 f"{error} (image {self.annotations.image_ids[index]} in {self.annotation_file})"
             ) from error
-        annotated = self.annotations.offsets[index + 1] - self.annotations.offsets[index]
-        dropped = int(annotated) - len(target["boxes"])
-        image, target = self.transforms(image, target, rng)
-        if dropped:
-            target["dropped_boxes"] = [(self.path(index), dropped)]
-        return image, target
 
 
 class ConvertedDetection(CocoDetection):
@@ -206,9 +223,7 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
     Raises:
         UserError: files are missing, or contain something that makes training or evaluation wrong.
     """
-    if classes is not None and any(
-        row != category for row, category in classes.category_ids.items()
-    ):
+    if classes is not None and not has_raw_ids(classes):
         raise UserError(
             f"{classes.source} numbers its classes without gaps, --dataset_file coco uses the ids unchanged: give "
             "--dataset_file custom --val_images DIR --val_annotations FILE"
@@ -223,6 +238,11 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
         seed=settings.seed,
         ground_truth=ground_truth,
     )
+
+
+def has_raw_ids(classes: Classes) -> bool:
+    """Return whether the rows of a class head are category ids."""
+    return all(row == category for row, category in classes.category_ids.items())
 
 
 def read_annotations(

@@ -179,10 +179,8 @@ def _replace_objects(annotations: Annotations, counts: np.ndarray, rows: np.ndar
         counts: int [I], number of rows of each image.
         rows: indices or mask of the rows, grouped by image.
     """
-    arrays = {
-        name: getattr(annotations, name)
-        for name in ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids", "segmentations")
-    }
+    names = ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids", "segmentations", "crowds")
+    arrays = {name: getattr(annotations, name) for name in names}
     selected = {name: array[rows] for name, array in arrays.items() if array is not None}
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # [I + 1]
     return replace(annotations, offsets=offsets, **selected)
@@ -277,7 +275,8 @@ def read_shots(
     texts = columns.pop("segmentations")
     if annotations.segmentations is not None:
         columns.update(_number_segmentations(texts))
-    selected = replace(annotations.select(images), difficult=difficult, **columns)
+    crowds = None if annotations.crowds is None else np.zeros(len(columns["labels"]), bool)
+    selected = replace(annotations.select(images), difficult=difficult, crowds=crowds, **columns)
     return _replace_objects(selected, counts, rows)
 
 

@@ -142,6 +142,14 @@ def decode_masks(
     return np.ascontiguousarray(masks.transpose(2, 0, 1))
 
 
+def decode_mask(text: str, size_hw: Size) -> np.ndarray | None:
+    """Return a mask, uint8 [h, w]; None if there is no segmentation. See `to_rle`."""
+    from pycocotools import mask as coco_mask
+
+    rle = to_rle(text, size_hw)
+    return None if rle is None else coco_mask.decode(rle)
+
+
 def to_rle_or_box(text: str | None, box_xyxy_abs: Sequence[float], size_hw: Size) -> Rle:
     """Return the RLE of a segmentation, or of the whole box if there is none. See `to_rle`."""
     rle = None if text is None else to_rle(text, size_hw)
@@ -179,15 +187,16 @@ def box_to_rle(box_xyxy_abs: Sequence[float], size_hw: Size) -> Rle:
     x0, y0, x1, y1 = box_xyxy_abs
     left, right = np.clip([np.floor(x0), np.ceil(x1)], 0, width).astype(int)
     top, bottom = np.clip([np.floor(y0), np.ceil(y1)], 0, height).astype(int)
-    mask = np.zeros(size_hw, np.uint8, order="F")  # as pycocotools reads it
+    mask = np.zeros(size_hw, np.uint8)
     mask[top:bottom, left:right] = 1
-    return _encode(mask)
+    return encode_mask(mask)
 
 
-def _encode(mask: np.ndarray) -> Rle:
+def encode_mask(mask: np.ndarray) -> Rle:
+    """Return the RLE of a mask, bool or uint8 [h, w]."""
     from pycocotools import mask as coco_mask
 
-    return coco_mask.encode(mask)
+    return coco_mask.encode(np.asfortranarray(mask, np.uint8))  # pycocotools reads column-major
 
 
 def _polygons_to_rle(value: list, size_hw: Size) -> Rle | None:
@@ -289,4 +298,4 @@ def _pairs_to_rle(runs: str, size_hw: Size) -> Rle:
     np.add.at(change, first, 1)
     np.add.at(change, first + lengths, -1)
     inside = (np.cumsum(change[:-1]) > 0).astype(np.uint8)  # [h * w], down the columns
-    return _encode(inside.reshape(width, height).T)
+    return encode_mask(inside.reshape(width, height).T)
