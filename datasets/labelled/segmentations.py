@@ -101,13 +101,17 @@ def find_empty(texts: PackedStrings, numbers: np.ndarray) -> np.ndarray:
 
 
 def _is_empty(text: str) -> bool:
-    if text.startswith("["):
-        # Of a single polygon, the commas tell the number of its points.
-        if text.count("[") <= 2:
-            return text.count(",") < MIN_NUMBERS - 1
-        polygons = json.loads(text)
-        return all(isinstance(item, list) and len(item) < MIN_NUMBERS for item in polygons)
-    return text == "null"
+    if text == "null":
+        return True
+    if not text.startswith("["):
+        return False
+    # Of a single polygon, the commas tell the number of its points.
+    if text.count("[") <= 2 and text.count(",") >= MIN_NUMBERS - 1:
+        return False
+    try:
+        return not _usable_polygons(json.loads(text))
+    except SegmentationError:  # broken, and reported when it is loaded
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -202,22 +206,29 @@ def encode_mask(mask: np.ndarray) -> Rle:
 def _polygons_to_rle(value: list, size_hw: Size) -> Rle | None:
     from pycocotools import mask as coco_mask
 
-    polygons = value
-    if value and not any(isinstance(item, list) for item in value):
-        polygons = [value]  # some programs omit the outer list of a single polygon
-    # pycocotools takes four numbers as a box.
-    usable = [item for item in map(_parse_polygon, polygons) if len(item) >= MIN_NUMBERS]
-    if not usable:
+    polygons = _usable_polygons(value)
+    if not polygons:
         return None
-    numbers = np.concatenate(usable)
-    # pycocotools walks along each edge, so the memory grows with its length.
+    numbers = np.concatenate(polygons)
+    # pycocotools walks along each edge, so its memory grows with the length.
     limit = max(size_hw)
-    if not (
-        np.isfinite(numbers).all() and (-limit <= numbers).all() and (numbers <= 2 * limit).all()
-    ):
+    if not (np.isfinite(numbers) & (abs(numbers - limit / 2) <= 1.5 * limit)).all():
         height, width = size_hw
         raise SegmentationError(f"a polygon is far outside the image of {width} x {height} pixels")
-    return coco_mask.merge(coco_mask.frPyObjects([item.tolist() for item in usable], *size_hw))
+    return coco_mask.merge(coco_mask.frPyObjects([item.tolist() for item in polygons], *size_hw))
+
+
+def _usable_polygons(value: list) -> list[np.ndarray]:
+    """Return the polygons of at least three points, as arrays of x, y, x, y, ...
+
+    Raises:
+        SegmentationError: a polygon is not a list of numbers.
+    """
+    is_flat = bool(value) and not any(isinstance(item, list) for item in value)
+    # Some programs omit the outer list of a single polygon.
+    polygons = [_parse_polygon(item) for item in ([value] if is_flat else value)]
+    # pycocotools would take four numbers for a box.
+    return [polygon for polygon in polygons if len(polygon) >= MIN_NUMBERS]
 
 
 def _parse_polygon(polygon: Any) -> np.ndarray:
@@ -227,7 +238,8 @@ def _parse_polygon(polygon: Any) -> np.ndarray:
         numbers = np.array(None)
     if isinstance(polygon, list) and not polygon:
         return numbers
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or len(numbers) % 2:
+    is_odd = numbers.size >= MIN_NUMBERS and numbers.size % 2
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or is_odd:
         raise SegmentationError(f"polygon {str(polygon)[:40]} is not a list [x, y, x, y, ...]")
     return numbers
 
