@@ -40,7 +40,8 @@ class PackedTargets:
         counts: key -> number of rows of each image, a list of B ints. They stay on the host, so that reading the number
             of objects never synchronizes with the GPU.
         problems: (path, reason) of each image that could not be used and was replaced by another one.
-        dropped_boxes: (path, number of boxes) of each image with boxes outside of it, which only loading it shows.
+        dropped_boxes: (path, number of boxes) of each image with boxes outside of it, or panoptic segments without
+            pixels, which only loading it shows.
     """
 
     tensors: dict[str, Tensor]
