@@ -13,10 +13,12 @@ A sample is `(image, target)`:
     area       float32 [N], in pixels of `image`
     iscrowd    int64 [N]
     patches    uint8 [M, 3, S, S], crops of the boxes; only with a pretext
+    masks      uint8 [N, H, W], 0 or 1, in the pixels of `image`; only with `settings.masks`
 
 - A sample of two views has a leading axis of 2 in every tensor: image [2, 3, H, W], boxes [2, N, 4], ...
 - `target["problems"]`, if present, lists the (path, reason) of the bad images that this sample replaces, and
-  `target["dropped_boxes"]` the (path, number) of boxes outside the image. The other entries are tensors.
+  `target["dropped_boxes"]` the (path, number) of boxes outside the image, or of panoptic segments without pixels. The
+  other entries are tensors.
 
 A dataset is indexed by `index` or by `(epoch, index)`. Augmentation is a function of (seed, epoch, index).
 Every dataset has `path(index)` and `fingerprint()`. A labelled dataset also has

@@ -1,11 +1,12 @@
 """Batches: uint8 images padded to one size, packed targets, and normalization on the device.
 
-Shapes: B images, V views, [H, W] the padded size, [h, w] the size of one image.
+Shapes: B images, V views, [H, W] the padded size, [h, w] the size of one image, n objects of one image, T of all.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,33 @@ def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTenso
         tensors[i, :, h:] = 0
         tensors[i, :, :h, w:] = 0
         mask[i, :h, :w] = False
-    return NestedTensor(tensors, mask, padded), PackedTargets.pack([target for _, target in batch])
+    targets = [_pack_masks(target, height, width) for _, target in batch]
+    return NestedTensor(tensors, mask, padded), PackedTargets.pack(targets)
+
+
+def _pack_masks(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Return a target with its `masks`, uint8 [n, h, w], padded to the batch and packed: uint8 [n, H, ceil(W / 8)].
+
+    One bit per pixel: masks are the largest part of a batch, and every copy on the way to the device takes an eighth.
+    """
+    if "masks" not in target:
+        return target
+    masks = target["masks"].numpy()  # [n, h, w]
+    bits = np.zeros((len(masks), height, -(-width // 8)), np.uint8)
+    # `packbits` pads the last byte of a row with zeros, as the padding of the batch.
+    packed = np.packbits(masks, axis=2)  # [n, h, ceil(w / 8)]
+    bits[:, : packed.shape[1], : packed.shape[2]] = packed
+    return {**target, "masks": torch.from_numpy(bits)}
+
+
+def unpack_masks(bits: Tensor, width: int) -> Tensor:
+    """Unpack masks on their device: uint8 [T, H, ceil(W / 8)] -> bool [T, H, W]."""
+    # Made on the device: a copy from the host would make it wait.
+    shifts = torch.arange(
+        7, -1, -1, dtype=torch.uint8, device=bits.device
+    )  # [8], the highest bit first
+    pixels = (bits[..., None] >> shifts).bitwise_and_(1)  # [T, H, ceil(W / 8), 8]
+    return pixels.flatten(2)[..., :width].bool()
 
 
 def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -83,10 +110,13 @@ def to_device(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[NestedTensor, PackedTargets]:
-    """Copy a batch to the device and normalize its images and patches there."""
+    """Copy a batch to the device, normalize its images and patches there, and unpack its masks."""
     samples = normalize(samples.to(device, non_blocking=True), mean, std)
     targets = targets.to(device, non_blocking=True)
     if "patches" in targets.tensors:
         patches = targets.tensors["patches"]  # uint8 [sum of M, 3, S, S]
         targets.tensors["patches"] = normalize_images(patches, mean, std)
+    if "masks" in targets.tensors:
+        width = samples.tensors.shape[-1]
+        targets.tensors["masks"] = unpack_masks(targets.tensors["masks"], width)  # bool [T, H, W]
     return samples, targets

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -100,9 +101,20 @@ def resize(image: ImageLike, target: Target, size: Size) -> tuple[ImageLike, Tar
     if "area" in target:
         target["area"] = target["area"] * (size[1] / old_size[1] * (size[0] / old_size[0]))
     if "masks" in target:
-        target["masks"] = _as_plain_tensor(F.resize(tv_tensors.Mask(target["masks"]), list(size)))
+        target["masks"] = resize_masks(target["masks"], size)
     image = F.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=True)
     return image, target
+
+
+def resize_masks(masks: Tensor, size: Size) -> Tensor:
+    """Resize masks [N, h, w] to (H, W) with nearest neighbor, exactly as `interpolate(masks, size, mode="nearest")`."""
+    rows, columns = (
+        interpolate(torch.arange(old, dtype=torch.float32)[None, None], new, mode="nearest")
+        for old, new in zip(masks.shape[1:], size, strict=True)
+    )  # [1, 1, H], [1, 1, W]
+    # NumPy's `take` copies the pixels three to four times as fast as `interpolate` does.
+    taken = masks.numpy().take(columns.flatten().long(), axis=2)  # [N, h, W]
+    return torch.from_numpy(taken.take(rows.flatten().long(), axis=1))  # [N, H, W]
 
 
 def crop(image: ImageLike, target: Target, region: Region) -> tuple[ImageLike, Target]:

@@ -4,9 +4,9 @@
     python tools/check_dataset.py --dataset_file custom --train_images images --train_annotations boxes.json
     python tools/check_dataset.py --imagenet_path images
 
-Every image is decoded as in training. `--output_dir` writes `problems.csv` (each finding with its file and ids),
-`check.json` (numbers of findings, images, boxes and classes) and `dataset.png` (image sizes, objects per image, box
-sizes and classes).
+Every image is decoded as in training, and with `--masks` or panoptic data every mask. `--output_dir` writes
+`problems.csv` (each finding with its file and ids), `check.json` (numbers of findings, images, boxes and classes) and
+`dataset.png` (image sizes, objects per image, box sizes and classes).
 
 Exit status: 0 if there are no problems (there may be warnings), 1 for problems or data that can't be read, 2 for wrong
 flags.
@@ -19,7 +19,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
@@ -40,6 +40,7 @@ from datasets.labelled.checks import (
     summarize_annotations,
 )
 from datasets.labelled.image_checks import ImageInfo, inspect_image
+from datasets.labelled.mask_checks import MaskFault, has_masks, inspect_masks, mask_source
 from util.errors import UserError
 from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
@@ -53,6 +54,7 @@ from util.settings.registry import DATASETS, import_object, lookup
 # The flags of finetune_main.py that select the data or set what the detector can predict.
 SHARED_FLAGS = (
     "coco_path",
+    "coco_panoptic_path",
     "data_root",
     "dataset_file",
     "dataset",
@@ -70,6 +72,7 @@ SHARED_FLAGS = (
     "detector",
     "num_queries",
     "num_classes",
+    "masks",
     "num_workers",
     "seed",
 )
@@ -139,19 +142,36 @@ def inspect_images(split: Split, num_workers: int) -> list[ImageInfo]:
     indices = range(len(split.images))
     files = [split.file(index) for index in indices]
     options = repeat(split.exif), map(split.listed_hw, indices)
-    num_workers = min(num_workers, len(files) // CHUNK)
-    bar = Progress(len(files), f"{split.name} images")
+    return _map_images(
+        inspect_image, files, *options, num_workers=num_workers, what=f"{split.name} images"
+    )
 
-    def advance(info: ImageInfo) -> ImageInfo:
+
+def inspect_all_masks(split: Split, num_workers: int) -> list[list[MaskFault]]:
+    """Decode every mask of a split, after `inspect_images`. Empty if it has none."""
+    if not has_masks(split):
+        return []
+    sources = [mask_source(split, index) for index in range(len(split.images))]
+    return _map_images(inspect_masks, sources, num_workers=num_workers, what=f"{split.name} masks")
+
+
+def _map_images(
+    function: Callable, images: Sequence, *options: Iterable, num_workers: int, what: str
+) -> list:
+    """Call a function for each image, in at most `num_workers` processes (0: in this one)."""
+    num_workers = min(num_workers, len(images) // CHUNK)
+    bar = Progress(len(images), what)
+
+    def advance(result: object) -> object:
         bar.step()
-        return info
+        return result
 
     if not num_workers:
-        return [advance(info) for info in map(inspect_image, files, *options)]
+        return [advance(result) for result in map(function, images, *options)]
     try:
         with ProcessPoolExecutor(num_workers, initializer=_ignore_ctrl_c) as pool:
-            infos = pool.map(inspect_image, files, *options, chunksize=CHUNK)
-            return [advance(info) for info in infos]
+            results = pool.map(function, images, *options, chunksize=CHUNK)
+            return [advance(result) for result in results]
     except BrokenProcessPool as error:
         raise UserError(
             "a process that decoded images died (not enough memory, or a file that crashes a decoder): "
@@ -388,6 +408,7 @@ def main(args: Namespace) -> None:
     splits, findings = open_splits(settings)
     for split in splits:
         split.image_infos = inspect_images(split, settings.num_workers)
+        split.mask_faults = inspect_all_masks(split, settings.num_workers)
     findings += run_checks(splits)
 
     log.info("%s", table(findings, splits))

@@ -25,7 +25,7 @@ MASK_CLASS_METRICS = ("mask AP", "mask AP50")  # reported per class with masks
 # are never a label.
 NUM_CLASSES = 91
 
-# In panoptic data: the same for things and stuff, and the largest id of a thing.
+# Size of a published class head for panoptic data: things have the ids 1 to 90, stuff 92 to 200.
 NUM_PANOPTIC_CLASSES = 250
 MAX_THING_ID = 90
 

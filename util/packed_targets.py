@@ -35,11 +35,13 @@ class PackedTargets:
     dicts whose tensors are views of the packed ones.
 
     Attributes:
-        tensors: key -> the rows of all images, concatenated, [N, ...].
+        tensors: key -> the rows of all images, concatenated, [N, ...]. From `datasets.collate.collate` to `to_device`,
+            which turns them into bool [N, H, W], `masks` are packed bits, uint8 [N, H, ceil(W / 8)].
         counts: key -> number of rows of each image, a list of B ints. They stay on the host, so that reading the number
             of objects never synchronizes with the GPU.
         problems: (path, reason) of each image that could not be used and was replaced by another one.
-        dropped_boxes: (path, number of boxes) of each image with boxes outside of it, which only loading it shows.
+        dropped_boxes: (path, number of boxes) of each image with boxes outside of it, or panoptic segments without
+            pixels, which only loading it shows.
     """
 
     tensors: dict[str, Tensor]
@@ -100,21 +102,26 @@ class PackedTargets:
 Targets = PackedTargets | Sequence[dict[str, Tensor]]
 
 
+def pad_masks(masks: Sequence[Tensor]) -> list[Tensor]:
+    """Zero-pad the masks of B images, [n, h, w] each, at the bottom and right to one size [H, W]."""
+    height, width = (max(own.shape[axis] for own in masks) for axis in (1, 2))
+    return [pad(own, (0, width - own.shape[2], 0, height - own.shape[1])) for own in masks]
+
+
 def pack_objects(targets: Targets) -> PackedTargets:
     """Return targets in the form that the criterion and the matcher read.
 
     Packed targets are returned unchanged. A list of dicts, as in DETR's interface, is packed: `labels` and `boxes`, and
-    `image_id` if every image has one.
+    `image_id` and `masks` (padded to the largest of the batch) if every image has them.
     """
     if isinstance(targets, PackedTargets):
         return targets
 
     objects = [{key: target[key] for key in ("labels", "boxes")} for target in targets]
     if targets and all("masks" in target for target in targets):
-        height, width = (max(t["masks"].shape[axis] for t in targets) for axis in (1, 2))
-        for packed, target in zip(objects, targets, strict=True):
-            missing = width - target["masks"].shape[2], height - target["masks"].shape[1]
-            packed["masks"] = pad(target["masks"], (0, missing[0], 0, missing[1]))  # [n, H, W]
+        masks = pad_masks([target["masks"] for target in targets])
+        for packed, own in zip(objects, masks, strict=True):
+            packed["masks"] = own  # [n, H, W]
     if all("image_id" in target for target in targets):
         for packed, target in zip(objects, targets, strict=True):
             # `pack` concatenates rows, so a scalar id becomes a row of length 1.

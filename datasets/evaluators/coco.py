@@ -23,6 +23,12 @@ from datasets.labelled.annotations import (
     parse_areas,
     rotate_boxes,
 )
+from datasets.labelled.segmentations import (
+    SegmentationError,
+    SegmentationTexts,
+    Size,
+    to_rle_or_box,
+)
 from util.coco import CLASS_METRICS, MASK_CLASS_METRICS
 from util.errors import UserError
 from util.logger import log
@@ -373,7 +379,11 @@ def _stats(precision: np.ndarray, recall: np.ndarray) -> list[float]:
     return ap + ap_by_area + ar + ar_by_area
 
 
-def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
+def build_ground_truth(
+    content: Mapping[str, Any],
+    segmentations: SegmentationTexts | None = None,
+    sizes_hw: Mapping[int, Size] | None = None,
+) -> GroundTruth:
     """Return what the backends need of a COCO detection file.
 
     A missing `iscrowd` becomes 0, and 1 for an object with `ignore` 1, which pycocotools itself would not skip. A
@@ -383,17 +393,27 @@ def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
 
     Annotations of unlisted images or classes are skipped, since they are never evaluated, and so are the boxes that
     `parse_coco` skips.
+
+    Args:
+        segmentations: texts that were replaced in `content`, see `read_json`. With them each annotation has
+            `segmentation`: compressed RLE {"size", "counts"} of the size of its image. The mask of an object without a
+            usable segmentation is its whole box.
+        sizes_hw: image id -> (height, width) of images for which `content` does not say it.
     """
-    sizes_hw = {
+    listed_hw = {
         image["id"]: (image.get("height") or 0, image.get("width") or 0)
         for image in content["images"]
     }
     names = {category["id"]: str(category.get("name", "")) for category in content["categories"]}
     listed = [
-        a for a in content["annotations"] if a["image_id"] in sizes_hw and a["category_id"] in names
+        a
+        for a in content["annotations"]
+        if a["image_id"] in listed_hw and a["category_id"] in names
     ]
-    sizes = np.array([sizes_hw[a["image_id"]] for a in listed]).reshape(-1, 2)  # [A, 2]
+    sizes = np.array([listed_hw[a["image_id"]] for a in listed]).reshape(-1, 2)  # [A, 2]
     objects = _complete(listed)
+    if segmentations is not None:
+        _add_masks(objects, listed, segmentations, {**listed_hw, **(sizes_hw or {})})
     evaluated = itertools.compress(objects, _is_evaluated(objects, sizes))
 
     image_keys = ("id", "width", "height", "file_name")
@@ -407,6 +427,34 @@ def build_ground_truth(content: Mapping[str, Any]) -> GroundTruth:
         annotations=[{"id": i, **a} for i, a in enumerate(evaluated, start=1)],
         categories=[{"id": category_id, "name": name} for category_id, name in names.items()],
     )
+
+
+def _add_masks(
+    objects: Sequence[dict[str, Any]],
+    annotations: Sequence[Mapping[str, Any]],
+    segmentations: SegmentationTexts,
+    sizes_hw: Mapping[int, Size],
+) -> None:
+    """Add `segmentation` to each object, from the annotation at the same place."""
+    broken = []
+    for target, annotation in zip(objects, annotations, strict=True):
+        x, y, width, height = np.nan_to_num(target["bbox"], posinf=0, neginf=0).tolist()
+        box, size_hw = (x, y, x + width, y + height), sizes_hw[target["image_id"]]
+        if not all(size_hw):  # the file is missing, too: such an image has no detections
+            size_hw = (max(int(y + height), 1), max(int(x + width), 1))
+        text = segmentations.text(annotation.get("segmentation"))
+        try:
+            rle = to_rle_or_box(text, box, size_hw)
+        except SegmentationError as error:
+            broken.append(f"annotation {annotation.get('id')}: {error}")
+            rle = to_rle_or_box(None, box, size_hw)
+        target["segmentation"] = {"size": list(size_hw), "counts": rle["counts"].decode()}
+    if broken:
+        log.warning(
+            "%d segmentations can't be decoded, and their boxes are the masks in evaluation, the first: %s",
+            len(broken),
+            broken[0],
+        )
 
 
 def _complete(annotations: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, annotations_from_columns
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
 from datasets.labelled.file_names import match_files, remedy
+from datasets.labelled.segmentations import pairs_text
 from util.checkpoints.classes import Classes
 from util.errors import UserError
 from util.files import read_lines
@@ -50,7 +51,7 @@ def build_airbus_ship(
     """
     root = airbus_root(settings)
     image_folder = os.path.join(root, IMAGE_FOLDER)
-    annotations = read_rle_csv(os.path.join(root, RLE_FILE), image_folder)
+    annotations = read_rle_csv(os.path.join(root, RLE_FILE), image_folder, settings.masks)
 
     in_val = val_mask(len(annotations))  # [I]
     selected = in_val if image_set == "val" else ~in_val
@@ -86,10 +87,13 @@ def airbus_root(settings: Settings) -> str:
     return root
 
 
-def read_rle_csv(path: str, image_folder: str) -> Annotations:
+def read_rle_csv(path: str, image_folder: str, masks: bool = False) -> Annotations:
     """Read the CSV file. Images are sorted by name and numbered from 1; `area` is the number of pixels of a ship.
 
     All images have the same size. It is read from the first one that exists.
+
+    Args:
+        masks: whether to keep the masks, too.
 
     Raises:
         UserError: the file is missing, has another header, or has runs that are not pairs of numbers inside the image.
@@ -115,6 +119,10 @@ def read_rle_csv(path: str, image_folder: str) -> Annotations:
         "box": boxes,
         "area": areas,
     }
+    texts = None
+    if masks:
+        texts = PackedStrings(pairs_text(runs[row]) for row in rows)
+        columns["segmentation"] = np.arange(len(rows))
     return annotations_from_columns(
         columns,
         source=path,
@@ -122,6 +130,7 @@ def read_rle_csv(path: str, image_folder: str) -> Annotations:
         image_ids=np.arange(1, len(images) + 1),
         sizes_hw=np.tile(np.array([height, width]), (len(images), 1)),  # [I, 2]
         class_names=CLASS_NAMES,
+        segmentation_texts=texts,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from datasets.images.packed_strings import PackedStrings
+from datasets.labelled.segmentations import SegmentationTexts, decode_masks, find_empty
 from util.errors import UserError
 from util.logger import log
 
@@ -33,7 +34,7 @@ ID_LIMIT = 2**53  # evaluators store ids in float64, which has 53 bits for integ
 
 # Matches a "segmentation" whose value is a list. The match ends at the last bracket before the next key or the end of
 # the object. It cannot start inside a string: quotes in a JSON string are escaped.
-SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
+POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
 
 # Pixels that a box may exceed its image without a warning: published boxes are rounded.
 BOX_TOLERANCE = 1.0
@@ -51,7 +52,7 @@ MAX_AREA_RATIO = 2.0
 class Annotations:
     """Images, sorted by id, with their objects. The objects of image i are the rows offsets[i] to offsets[i + 1] - 1.
 
-    Crowds, objects to be ignored and boxes without area are not among the objects.
+    Crowds, objects to be ignored and boxes without area are not among the objects; crowds of panoptic data are.
 
     Attributes:
         source: file or folder that error messages name.
@@ -68,6 +69,10 @@ class Annotations:
         subset: which part of the images this is, as text; empty for all images.
         ids: int64 [A], annotation ids of the file (VOC: the number of the object in its XML file); -1 if it has none.
         image_notes: kind of finding -> image id -> what was found, for findings in images that need a text.
+        segmentations: int64 [A], the number of each object's text in `segmentation_texts`; -1 if it has no
+            segmentation. None: masks were not read.
+        segmentation_texts: JSON of the segmentations, see `datasets.labelled.segmentations`.
+        crowds: bool [A]; None if crowds are not among the objects.
     """
 
     source: str
@@ -84,6 +89,9 @@ class Annotations:
     subset: str = ""
     ids: np.ndarray | None = None
     image_notes: dict[str, dict[int, str]] = field(default_factory=dict)
+    segmentations: np.ndarray | None = None
+    segmentation_texts: PackedStrings = field(default_factory=lambda: PackedStrings([]))
+    crowds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -101,7 +109,11 @@ class Annotations:
 
         Returns:
             For N objects: `boxes` float32 [N, 4], (x0, y0, x1, y1) in pixels, clipped to the image; `labels` int64 [N];
-            `area` float32 [N]; `iscrowd` int64 [N]; `image_id` int64 [1]; `orig_size` and `size` int64 [2].
+            `area` float32 [N]; `iscrowd` int64 [N]; `image_id` int64 [1]; `orig_size` and `size` int64 [2]; `masks`
+            uint8 [N, H, W], if masks were read.
+
+        Raises:
+            SegmentationError: a segmentation can't be decoded.
         """
         rows = slice(self.offsets[index], self.offsets[index + 1])
         height, width = size_hw
@@ -110,16 +122,33 @@ class Annotations:
 
         # If the file gives no image size, only now is it known which boxes are outside their image.
         keep = (boxes[:, 2:] > boxes[:, :2]).all(1)  # [N]
+        kept = np.arange(rows.start, rows.stop)[keep]
+        target = self.target_of_rows(index, kept, boxes[keep], size_hw)
+        if self.segmentations is not None:
+            masks = decode_masks(self.texts_of(kept), boxes[keep], size_hw, self.ids[kept])
+            target["masks"] = torch.from_numpy(masks)  # [N, H, W]
+        return target
+
+    def target_of_rows(
+        self, index: int, rows: np.ndarray, boxes_xyxy_abs: np.ndarray, size_hw: tuple[int, int]
+    ) -> Record:
+        """Return the target of one image with some of its objects: their rows [N] and boxes float32 [N, 4]."""
         size = torch.tensor(size_hw)
+        crowds = np.zeros(len(rows), bool) if self.crowds is None else self.crowds[rows]
         return {
-            "boxes": torch.from_numpy(boxes[keep]),
-            "labels": torch.from_numpy(self.labels[rows][keep]),
+            "boxes": torch.from_numpy(boxes_xyxy_abs),
+            "labels": torch.from_numpy(self.labels[rows]),
             "image_id": torch.tensor([int(self.image_ids[index])]),
-            "area": torch.from_numpy(self.areas[rows][keep]),
-            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+            "area": torch.from_numpy(self.areas[rows]),
+            "iscrowd": torch.from_numpy(crowds.astype(np.int64)),
             "orig_size": size,
             "size": size.clone(),
         }
+
+    def texts_of(self, rows: np.ndarray) -> list[str | None]:
+        """Return the JSON text of the segmentation of some objects; None for an object without one."""
+        numbers = self.segmentations[rows].tolist()
+        return [self.segmentation_texts[number] if number >= 0 else None for number in numbers]
 
     def select(self, images: np.ndarray) -> "Annotations":
         """Return the annotations of some images: their indices [J], in this order."""
@@ -137,6 +166,8 @@ class Annotations:
             areas=self.areas[rows],
             difficult=None if self.difficult is None else self.difficult[rows],
             ids=None if self.ids is None else self.ids[rows],
+            segmentations=None if self.segmentations is None else self.segmentations[rows],
+            crowds=None if self.crowds is None else self.crowds[rows],
         )
 
     def fingerprint(self) -> str:
@@ -148,9 +179,12 @@ class Annotations:
             self.boxes_xyxy_abs,
             self.labels,
             self.difficult,
+            self.segmentations,
         ):
             if array is not None:
                 digest.update(np.ascontiguousarray(array).tobytes())
+        if self.segmentations is not None:
+            digest.update(self.segmentation_texts.digest().encode())
 
         subset = f"{self.subset}, " if self.subset else ""
         return f"{subset}{len(self)} images, {len(self.labels)} boxes, {digest.hexdigest()[:16]}"
@@ -217,10 +251,14 @@ def gc_paused() -> Iterator[None]:
             gc.enable()
 
 
-def read_json(path: str) -> Any:
+def read_json(path: str, segmentations: SegmentationTexts | None = None) -> Any:
     """Return the content of a JSON file in UTF-8 or UTF-16, with or without a byte order mark.
 
-    Polygons are replaced by empty lists before parsing: nothing here uses them, and they are two thirds of COCO's file.
+    Segmentations are two thirds of COCO's file and would become millions of Python objects, so they are replaced before
+    parsing.
+
+    Args:
+        segmentations: collects their texts, which are replaced by their numbers. None: polygons become empty lists.
 
     Raises:
         UserError: the file does not exist or is not JSON.
@@ -228,9 +266,13 @@ def read_json(path: str) -> Any:
     try:
         with open(path, "rb") as file, gc_paused():
             try:
-                return json.loads(SEGMENTATION.sub(b'"segmentation":[]', file.read()))
+                if segmentations is not None:
+                    return json.loads(segmentations.replace_in(file.read()))
+                return json.loads(POLYGONS.sub(b'"segmentation":[]', file.read()))
             except ValueError:
                 # Parse the unchanged file again, so that the error gives positions in the file itself.
+                if segmentations is not None:
+                    segmentations.clear()
                 file.seek(0)
                 return json.load(file)
     except FileNotFoundError as error:
@@ -248,7 +290,13 @@ def read_json(path: str) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}): is the download complete?") from error
 
 
-def parse_coco(content: Record, source: str) -> Annotations:
+def parse_coco(
+    content: Record,
+    source: str,
+    segmentations: SegmentationTexts | None = None,
+    *,
+    keep_crowds: bool = False,
+) -> Annotations:
     """Build `Annotations` from the content of a COCO detection file.
 
     Labels are the raw category ids. A missing `iscrowd` or `ignore` means 0. A missing `area`, or one that can't be
@@ -258,6 +306,8 @@ def parse_coco(content: Record, source: str) -> Annotations:
 
     Args:
         source: name of the file in messages.
+        segmentations: the texts that `read_json` collected from the file. None: masks are not read.
+        keep_crowds: crowds are objects, too.
 
     Raises:
         UserError: a list is missing, an entry is not an object, an id is not an integer of at least 0 or not unique, or
@@ -278,13 +328,21 @@ def parse_coco(content: Record, source: str) -> Annotations:
 
     file_names = PackedStrings(_parse_file_name(image, source) for image in images)
     sizes = [_parse_size_hw(image, source) for image in images]
+    columns = _parse_columns(annotations, source)
+    if keep_crowds:
+        columns["kept_crowd"] = columns["crowd"]
+        columns["crowd"] = np.zeros(len(annotations), bool)
+    if segmentations is not None:
+        numbers = [segmentations.number(item.get("segmentation")) for item in annotations]
+        columns["segmentation"] = np.array(numbers, dtype=np.int64)
     return annotations_from_columns(
-        _parse_columns(annotations, source),
+        columns,
         source=source,
         file_names=file_names,
         image_ids=image_ids,
         sizes_hw=np.array(sizes, dtype=np.int64).reshape(-1, 2),  # [I, 2], also without images
         class_names=_parse_class_names(categories, source),
+        segmentation_texts=None if segmentations is None else segmentations.pack(),
     )
 
 
@@ -296,6 +354,7 @@ def annotations_from_columns(
     image_ids: np.ndarray,
     sizes_hw: np.ndarray,
     class_names: dict[int, str],
+    segmentation_texts: PackedStrings | None = None,
 ) -> Annotations:
     """Build `Annotations` from one array per field. Objects are skipped as in `parse_coco`.
 
@@ -304,8 +363,14 @@ def annotations_from_columns(
             bool [A]; `box` float32 [A, 4], (x0, y0, x1, y1) in pixels; `area` float32 [A], in square pixels;
             `difficult` bool [A], if the format has it. For findings, also optional, bool [A]: `ignored`, crowds that
             the file calls `ignore`; `rotated`, boxes around a rotated rectangle; `bad_area`, areas that were replaced.
+            With masks also `segmentation` int64 [A], numbers in `segmentation_texts`. Crowds that are objects are
+            marked in `kept_crowd` bool [A] instead of `crowd`.
         file_names, image_ids, sizes_hw: of the images, as in `Annotations`; sorted by id.
     """
+    if segmentation_texts is not None:
+        unsegmented = find_empty(segmentation_texts, columns["segmentation"])  # [A]
+        columns["unsegmented"] = unsegmented
+        columns["segmentation"] = np.where(unsegmented, -1, columns["segmentation"])
     category_ids = np.array(list(class_names), dtype=np.int64)
     columns, findings = _filter_objects(
         columns, image_ids, sizes_hw, file_names, category_ids, source
@@ -328,6 +393,9 @@ def annotations_from_columns(
         findings=findings,
         difficult=columns.get("difficult"),
         ids=columns["id"],
+        crowds=columns.get("kept_crowd"),
+        segmentations=None if segmentation_texts is None else columns["segmentation"],
+        segmentation_texts=PackedStrings([]) if segmentation_texts is None else segmentation_texts,
     )
 
 
@@ -592,8 +660,9 @@ def _filter_objects(
         candidate & ~visible, "with a box without area, or outside its image,", ids, source
     )
 
-    ignored, rotated, bad_area = (
-        columns.get(name, np.zeros(len(image), bool)) for name in ("ignored", "rotated", "bad_area")
+    ignored, rotated, bad_area, unsegmented = (
+        columns.get(name, np.zeros(len(image), bool))
+        for name in ("ignored", "rotated", "bad_area", "unsegmented")
     )
     crowd = listed & columns["crowd"] & ~ignored
     crowd_kind = "many crowds" if _are_many_crowds(crowd, columns["label"]) else "crowd"
@@ -608,6 +677,7 @@ def _filter_objects(
         "marked ignore": listed & ignored,
         "rotated box": candidate & visible & rotated,
         "area unusable": candidate & visible & bad_area,
+        "no segmentation": candidate & visible & unsegmented,
     }
     findings = {}
     for kind, mask in masks.items():

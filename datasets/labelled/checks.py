@@ -35,6 +35,7 @@ from datasets.labelled.image_checks import (
     inspect_header,
     sample_images,
 )
+from datasets.labelled.mask_checks import MaskFault, find_mask_faults
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
 from util.checkpoints.classes import fold_class_name
 from util.errors import UserError
@@ -100,6 +101,7 @@ class Split:
         num_queries, num_classes: the most objects and classes that the detector can predict.
         image_infos: one per image; empty if not all of them were decoded.
         sample_infos: image index -> info, of a sample; only if `image_infos` is empty.
+        mask_faults: of each image; empty if the masks were not decoded.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Split:
     num_classes: int = 0
     image_infos: list[ImageInfo] = field(default_factory=list)
     sample_infos: dict[int, ImageInfo] = field(default_factory=dict)
+    mask_faults: list[list[MaskFault]] = field(default_factory=list)
 
     @cached_property
     def annotations(self) -> Annotations | None:
@@ -197,6 +200,12 @@ def find_noted_images(kind: str, split: Split) -> Iterator[Finding]:
     if notes:
         for index in np.flatnonzero(np.isin(split.annotations.image_ids, list(notes))):
             yield split.finding(index, notes[int(split.annotations.image_ids[index])])
+
+
+def find_unsegmented_objects(split: Split) -> Iterator[Finding]:
+    """Yield what the parser recorded, and what only decoding shows."""
+    yield from findings_of_parser("no segmentation", split)
+    yield from find_mask_faults("no segmentation", split)
 
 
 def _format_bbox(box_xyxy: np.ndarray) -> str:
@@ -524,6 +533,49 @@ ANNOTATION_CHECKS = (
         meaning="the whole box is outside its image; the box is skipped",
     ),
     Check(
+        kind="segmentation broken",
+        severity="problem",
+        find=partial(find_mask_faults, "segmentation broken"),
+        meaning="with --masks, training skips the image: polygons are lists [x, y, x, y, ...] in pixels, RLE is of the "
+        "size of the image",
+    ),
+    Check(
+        kind="no panoptic segments",
+        severity="problem",
+        find=None,
+        meaning="no PNG, or no annotation of the image; training skips it, evaluation refuses it",
+    ),
+    Check(
+        kind="panoptic PNG unusable",
+        severity="problem",
+        find=partial(find_mask_faults, "panoptic PNG unusable"),
+        meaning="damaged, or of another size than the image; training skips the image",
+    ),
+    Check(
+        kind="segment without pixels",
+        severity="problem",
+        find=partial(find_mask_faults, "segment without pixels"),
+        meaning="listed in segments_info, but not in the PNG: skipped in training",
+    ),
+    Check(
+        kind="segment not listed",
+        severity="problem",
+        find=partial(find_mask_faults, "segment not listed"),
+        meaning="pixels of the PNG with an id that segments_info lacks: no object in training; PQ can't be computed",
+    ),
+    Check(
+        kind="mask empty",
+        severity="warning",
+        find=partial(find_mask_faults, "mask empty"),
+        meaning="the mask has no pixel in the image, and is trained on as such: draw it again or remove the object",
+    ),
+    Check(
+        kind="mask differs from box",
+        severity="warning",
+        find=partial(find_mask_faults, "mask differs from box"),
+        meaning="the box around the mask is far from bbox: one of them may belong to another object",
+    ),
+    Check(
         kind="category not listed",
         severity="problem",
         find=None,
@@ -583,6 +635,13 @@ ANNOTATION_CHECKS = (
         severity="warning",
         find=None,
         meaning="not finite, 0 or less, or larger than the box: AP by size uses the area of the box",
+    ),
+    Check(
+        kind="no segmentation",
+        severity="warning",
+        find=find_unsegmented_objects,
+        meaning="with --masks, the whole box of such an object is its mask, in training and in evaluation: add "
+        "polygons or RLE, or remove the object",
     ),
     Check(
         kind="more objects than queries",

@@ -4,6 +4,7 @@ Shapes: I images.
 """
 
 import functools
+import json
 import os
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
 from datasets.labelled.few_shot import few_shot_subset
 from datasets.labelled.file_names import match_files, remedy
+from datasets.labelled.image_checks import inspect_header
+from datasets.labelled.segmentations import SegmentationError, SegmentationTexts
 from datasets.labelled.subsets import training_subset
 from datasets.sample import BadImageError, SampleDataset, Target
 from datasets.transforms import Transform, detection_transforms
@@ -152,9 +155,25 @@ class CocoDetection(SampleDataset):
         """Return (image uint8 [3, H, W], target), after transforms.
 
         Raises:
+            BadImageError: the file can't be decoded, its size differs from the annotation file, or a mask can't be
+                decoded.
+        """
+        image = self.read_checked(index)  # [3, H, W]
+        target = self.target(index, tuple(image.shape[-2:]))
+        annotated = self.annotations.offsets[index + 1] - self.annotations.offsets[index]
+        dropped = int(annotated) - len(target["boxes"])
+        image, target = self.transforms(image, target, rng)
+        if dropped:
+            target["dropped_boxes"] = [(self.path(index), dropped)]
+        return image, target
+
+    def read_checked(self, index: int) -> Tensor:
+        """Read an image as uint8 [3, H, W].
+
+        Raises:
             BadImageError: the file can't be decoded, or its size differs from the annotation file.
         """
-        image = self.read(index)  # [3, H, W]
+        image = self.read(index)
         height, width = image.shape[-2:]
         listed_height, listed_width = self.annotations.sizes_hw[index]
         if listed_height and listed_width and (listed_height, listed_width) != (height, width):
@@ -164,13 +183,20 @@ class CocoDetection(SampleDataset):
                 f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
                 f"{listed_height} in {self.annotation_file} (rotated or resized?{forced})"
             )
-        target = self.annotations.target(index, (height, width))
-        annotated = self.annotations.offsets[index + 1] - self.annotations.offsets[index]
-        dropped = int(annotated) - len(target["boxes"])
-        image, target = self.transforms(image, target, rng)
-        if dropped:
-            target["dropped_boxes"] = [(self.path(index), dropped)]
-        return image, target
+        return image
+
+    def target(self, index: int, size_hw: tuple[int, int]) -> Target:
+        """Return the target of an image of (H, W) pixels before transforms, see `Annotations.target`.
+
+        Raises:
+            BadImageError: a mask can't be decoded.
+        """
+        try:
+            return self.annotations.target(index, size_hw)
+        except SegmentationError as error:
+            raise BadImageError(
+                f"{error} (image {self.annotations.image_ids[index]} in {self.annotation_file})"
+            ) from error
 
 
 class ConvertedDetection(CocoDetection):
@@ -179,7 +205,13 @@ class ConvertedDetection(CocoDetection):
     @functools.cached_property
     def ground_truth(self) -> GroundTruth:
         # There is no COCO file to read, so the ground truth comes from the arrays.
-        return build_ground_truth(self.annotations.to_coco())
+        content = self.annotations.to_coco()
+        if self.annotations.segmentations is None:
+            return build_ground_truth(content)
+        texts = self.annotations.texts_of(np.arange(len(self.annotations.labels)))
+        for annotation, text in zip(content["annotations"], texts, strict=True):
+            annotation["segmentation"] = None if text is None else json.loads(text)
+        return build_ground_truth(content, SegmentationTexts())
 
 
 def build_coco(image_set: str, settings: Settings, classes: Classes | None = None) -> CocoDetection:
@@ -191,15 +223,13 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
     Raises:
         UserError: files are missing, or contain something that makes training or evaluation wrong.
     """
-    if classes is not None and any(
-        row != category for row, category in classes.category_ids.items()
-    ):
+    if classes is not None and not has_raw_ids(classes):
         raise UserError(
             f"{classes.source} numbers its classes without gaps, --dataset_file coco uses the ids unchanged: give "
             "--dataset_file custom --val_images DIR --val_annotations FILE"
         )
     image_folder, annotation_file = coco_files(coco_root(settings), image_set)
-    annotations, ground_truth = read_annotations(annotation_file, image_set, settings.eval)
+    annotations, ground_truth = read_annotations(annotation_file, image_set, settings, image_folder)
     return CocoDetection(
         image_folder,
         filter_annotations(annotations, image_folder, image_set, settings),
@@ -210,27 +240,59 @@ def build_coco(image_set: str, settings: Settings, classes: Classes | None = Non
     )
 
 
+def has_raw_ids(classes: Classes) -> bool:
+    """Return whether the rows of a class head are category ids."""
+    return all(row == category for row, category in classes.category_ids.items())
+
+
 def read_annotations(
-    path: str, image_set: str, only_detect: bool = False
+    path: str, image_set: str, settings: Settings, image_folder: str
 ) -> tuple[Annotations, GroundTruth | None]:
-    """Read a COCO file and return (annotations, ground truth for evaluators).
+    """Read a COCO file and return (annotations, ground truth for evaluators), with masks if `settings.masks`.
 
     The ground truth is None for "train". For "val", both come from a single read of the file.
 
-    Args:
-        only_detect: accept a file that only lists images, such as COCO's image_info_test-dev2017.json: its annotations
-            are kept by an evaluation server.
+    With `settings.eval`, a file may only list images, such as COCO's image_info_test-dev2017.json: its annotations are
+    kept by an evaluation server.
 
     Raises:
-        UserError: see `read_coco`.
+        UserError: see `read_coco`; or masks are needed, and no object has a segmentation.
     """
+    segmentations = SegmentationTexts() if settings.masks else None
     with gc_paused():
-        content = read_json(path)
-        if only_detect and isinstance(content, dict) and "annotations" not in content:
+        # Without masks, the call is the same as in other places that read such files.
+        content = read_json(path) if segmentations is None else read_json(path, segmentations)
+        if settings.eval and isinstance(content, dict) and "annotations" not in content:
             content = {"categories": [], **content, "annotations": []}
-        annotations = parse_coco(content, path)
-        ground_truth = build_ground_truth(content) if image_set == "val" else None
-    return annotations, ground_truth
+        annotations = parse_coco(content, path, segmentations)
+        _check_has_segmentations(annotations)
+        if image_set != "val":
+            return annotations, None
+        if segmentations is None:
+            return annotations, build_ground_truth(content)
+        sizes_hw = _sizes_of_files(annotations, image_folder, settings.exif)
+        return annotations, build_ground_truth(content, segmentations, sizes_hw)
+
+
+def _check_has_segmentations(annotations: Annotations) -> None:
+    """Raise a UserError if masks are read, and no object has one."""
+    numbers = annotations.segmentations
+    if numbers is not None and len(numbers) and (numbers < 0).all():
+        raise UserError(
+            f"--masks: none of the {len(numbers)} objects of {annotations.source} has a segmentation: give annotations "
+            "with polygons or RLE, or omit --masks"
+        )
+
+
+def _sizes_of_files(
+    annotations: Annotations, image_folder: str, exif: str | None
+) -> dict[int, tuple[int, int]]:
+    """Return image id -> (height, width) of the images whose size the annotations do not list, from their files."""
+    sizes = {}
+    for index in np.flatnonzero(~annotations.sizes_hw.all(1)):
+        path = os.path.join(image_folder, annotations.file_names[index])
+        sizes[int(annotations.image_ids[index])] = inspect_header(path, exif).size_hw
+    return sizes
 
 
 def coco_images(image_set: str, settings: Settings) -> ImageFolder:

@@ -20,7 +20,7 @@ from datasets.labelled.coco import (
     labelled_transforms,
     read_annotations,
 )
-from datasets.labelled.voc import read_xml_folder
+from datasets.labelled.voc import read_xml_folder, refuse_masks
 from util.checkpoints.classes import Classes, compose_class_name, fold_class_name
 from util.errors import UserError
 from util.logger import log
@@ -50,9 +50,10 @@ def build_custom(
     folder, file = _paths(image_set, settings)
     from_xml = os.path.isdir(file)  # XML files have class names, but no category ids
     if from_xml:
+        refuse_masks(settings, f"the XML files in {file}")
         annotations, ground_truth = read_xml_folder(file, folder), None
     else:
-        annotations, ground_truth = read_annotations(file, image_set, settings.eval)
+        annotations, ground_truth = read_annotations(file, image_set, settings, folder)
     annotations = filter_annotations(annotations, folder, image_set, settings)
 
     _check_class_names(annotations)

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, parse_coco, read_json
+from datasets.labelled.segmentations import SegmentationTexts
 from util.coco import CLASS_METRICS
 from util.errors import UserError
 from util.logger import log
@@ -177,10 +179,8 @@ def _replace_objects(annotations: Annotations, counts: np.ndarray, rows: np.ndar
         counts: int [I], number of rows of each image.
         rows: indices or mask of the rows, grouped by image.
     """
-    arrays = {
-        name: getattr(annotations, name)
-        for name in ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids")
-    }
+    names = ("boxes_xyxy_abs", "labels", "areas", "difficult", "ids", "segmentations", "crowds")
+    arrays = {name: getattr(annotations, name) for name in names}
     selected = {name: array[rows] for name, array in arrays.items() if array is not None}
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # [I + 1]
     return replace(annotations, offsets=offsets, **selected)
@@ -217,6 +217,7 @@ class _Shots:
         image: int64 [N], index of the training image.
         boxes_xyxy_abs: float32 [N, 4], (x0, y0, x1, y1) in pixels.
         labels, areas, ids: [N], as in `Annotations`.
+        segmentations: [N], JSON of each object's segmentation or None; all None if masks are not read.
     """
 
     image: np.ndarray
@@ -224,6 +225,7 @@ class _Shots:
     labels: np.ndarray
     areas: np.ndarray
     ids: np.ndarray
+    segmentations: np.ndarray
 
 
 def read_shots(
@@ -270,8 +272,19 @@ def read_shots(
 
     # A COCO file does not mark difficult objects, and the array must have one entry per object of the file.
     difficult = None if annotations.difficult is None else np.zeros(len(columns["labels"]), bool)
-    selected = replace(annotations.select(images), difficult=difficult, **columns)
+    texts = columns.pop("segmentations")
+    if annotations.segmentations is not None:
+        columns.update(_number_segmentations(texts))
+    crowds = None if annotations.crowds is None else np.zeros(len(columns["labels"]), bool)
+    selected = replace(annotations.select(images), difficult=difficult, crowds=crowds, **columns)
     return _replace_objects(selected, counts, rows)
+
+
+def _number_segmentations(texts: np.ndarray) -> dict[str, Any]:
+    """Return the fields of `Annotations` for the JSON texts of segmentations, [N]."""
+    present = np.array([text is not None for text in texts], dtype=bool)
+    numbers = np.where(present, np.cumsum(present) - 1, -1)
+    return {"segmentations": numbers, "segmentation_texts": PackedStrings(texts[present])}
 
 
 def _class_files(folder: str, shots: int | None, classes: Mapping[int, str]) -> dict[str, str]:
@@ -313,13 +326,14 @@ def _read_objects(
     Args:
         only: the class that all objects must have; None for any class.
     """
-    content = read_json(file)
+    segmentations = None if annotations.segmentations is None else SegmentationTexts()
+    content = read_json(file, segmentations)
     if isinstance(content, dict) and "categories" not in content:
         # Without names, ids mean the same as in the training annotations.
         content["categories"] = [
             {"id": label, "name": name} for label, name in annotations.class_names.items()
         ]
-    shots = parse_coco(content, file)
+    shots = parse_coco(content, file, segmentations)
 
     # In descending order, so that the lowest label wins if two classes have the same name.
     labels = {name: label for label, name in sorted(annotations.class_names.items(), reverse=True)}
@@ -337,7 +351,10 @@ def _read_objects(
             )
     remapped = np.array([labels[used[label]] for label in shots.labels.tolist()], dtype=np.int64)
     image = match_images(shots)[shots.image_indices]  # [N]
-    return _Shots(image, shots.boxes_xyxy_abs, remapped, shots.areas, shots.ids)
+    texts = np.full(len(remapped), None)  # [N]
+    if segmentations is not None:
+        texts[:] = shots.texts_of(np.arange(len(remapped)))
+    return _Shots(image, shots.boxes_xyxy_abs, remapped, shots.areas, shots.ids, texts)
 
 
 class _ImageMatcher:

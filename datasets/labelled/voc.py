@@ -75,6 +75,7 @@ def build_voc(image_set: str, settings: Settings, classes: Classes | None = None
     Raises:
         UserError: folders, image sets or files are missing or malformed.
     """
+    refuse_masks(settings, "VOC's XML files")
     root = voc_root(settings.voc_path, settings.data_root)
     annotations = read_voc(root, settings.voc_train if image_set == "train" else settings.voc_val)
     return VocDetection(
@@ -84,6 +85,15 @@ def build_voc(image_set: str, settings: Settings, classes: Classes | None = None
         num_classes=len(CLASSES),
         seed=settings.seed,
     )
+
+
+def refuse_masks(settings: Settings, what: str) -> None:
+    """Raise a UserError with `--masks`: `what` has boxes only."""
+    if settings.masks:
+        raise UserError(
+            f"--masks: {what} have boxes only; omit it, or give a COCO file with segmentations with --dataset_file "
+            "custom"
+        )
 
 
 def voc_images(image_set: str, settings: Settings) -> ListedImages:

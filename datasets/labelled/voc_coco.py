@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets.labelled.annotations import Annotations, parse_coco
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
-from datasets.labelled.voc import CLASSES, read_voc, voc_root
+from datasets.labelled.voc import CLASSES, read_voc, refuse_masks, voc_root
 from util.checkpoints.classes import Classes
 from util.settings import Settings
 
@@ -23,6 +23,7 @@ def build_voc_coco(
     Raises:
         UserError: see `datasets.labelled.voc.build_voc`.
     """
+    refuse_masks(settings, "VOC's XML files")
     root = voc_root(settings.voc_path, settings.data_root)
     image_sets = settings.voc_train if image_set == "train" else settings.voc_val
     content = to_coco_style(read_voc(root, image_sets), full_paths=True)

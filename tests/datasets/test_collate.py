@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset, build_loader
-from datasets.collate import collate, normalize, normalize_images
+from datasets.collate import collate, normalize, normalize_images, to_device
 from util.errors import UserError
 from util.packed_targets import PackedTargets, pack_objects
 from util.settings import Settings
@@ -73,16 +73,61 @@ def test_packed_targets_are_a_sequence_of_image_targets() -> None:
 
 def test_objects_are_packed_once() -> None:
     """Packed targets are used unchanged. From a list, only objects and image ids (of any shape) are packed."""
-    targets = [
-        {**make_sample(8, 8, n)[1], "image_id": torch.tensor(n), "masks": torch.zeros(n, 8, 8)}
-        for n in (2, 0, 3)
-    ]
+    targets = [{**make_sample(8, 8, n)[1], "image_id": torch.tensor(n)} for n in (2, 0, 3)]
     packed = pack_objects(targets)
     assert set(packed.tensors) == {"boxes", "labels", "image_id"}
     assert packed.counts["labels"] == [2, 0, 3]
     assert packed.tensors["image_id"].tolist() == [2, 0, 3]
     assert pack_objects(packed) is packed
     assert "image_id" not in pack_objects([targets[0], make_sample(8, 8, 1)[1]]).tensors
+
+
+def make_masks(sizes: list[tuple[int, int, int]], seed: int = 0) -> list[Tensor]:
+    """Return random masks of each image, uint8 [n, h, w]."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 2, size, generator=generator, dtype=torch.uint8) for size in sizes]
+
+
+def test_masks_of_a_list_are_padded_to_the_largest() -> None:
+    masks = make_masks([(2, 5, 9), (0, 7, 3), (1, 4, 4)])
+    targets = [{**make_sample(8, 8, len(own))[1], "masks": own.bool()} for own in masks]
+    packed = pack_objects(targets)
+    assert packed.tensors["masks"].shape == (3, 7, 9)
+    assert packed.tensors["masks"].dtype == torch.bool
+    assert packed.counts["masks"] == packed.counts["boxes"] == [2, 0, 1]
+    assert torch.equal(packed.tensors["masks"][:2, :5, :9], masks[0].bool())
+    assert torch.equal(packed.tensors["masks"][2, :4, :4], masks[2][0].bool())
+    assert int(packed.tensors["masks"].sum()) == sum(int(own.sum()) for own in masks)
+    del targets[1]["masks"]
+    assert "masks" not in pack_objects(targets).tensors
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(2, 20, 30), (0, 25, 10), (3, 5, 33)],
+        [(1, 8, 16), (2, 8, 16)],
+        [(1, 3, 1)],
+        [(0, 4, 9), (0, 6, 5)],
+    ],
+)
+def test_masks_are_bits_until_they_are_on_the_device(sizes: list[tuple[int, int, int]]) -> None:
+    masks = make_masks(sizes)
+    batch = [make_sample(h, w, n, masks=own) for (n, h, w), own in zip(sizes, masks, strict=True)]
+    samples, packed = collate(batch)
+    total, height, width = sum(n for n, *_ in sizes), *samples.tensors.shape[-2:]
+    assert packed.tensors["masks"].shape == (total, height, -(-width // 8))
+    assert packed.tensors["masks"].dtype == torch.uint8
+    assert packed.counts["masks"] == packed.counts["boxes"] == [n for n, *_ in sizes]
+
+    _, moved = to_device(samples, packed, torch.device("cpu"), MEAN, STD)
+    assert moved.tensors["masks"].shape == (total, height, width)
+    assert moved.tensors["masks"].dtype == torch.bool
+    for own, unpacked in zip(masks, moved, strict=True):
+        n, h, w = own.shape
+        assert torch.equal(unpacked["masks"][:, :h, :w], own.bool())
+        assert int(unpacked["masks"].sum()) == int(own.sum()), "padding is 0"
+        assert len(unpacked["boxes"]) == n
 
 
 def test_targets_with_different_keys() -> None:

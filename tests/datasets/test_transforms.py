@@ -12,6 +12,7 @@ from datasets.images.image_folder import to_tensor
 from datasets.transforms import (
     Compose,
     PatchAugmentation,
+    RandomHorizontalFlip,
     RandomResize,
     RandomSelect,
     RandomSizeCrop,
@@ -21,6 +22,7 @@ from datasets.transforms import (
     resize,
     resized_size,
 )
+from util.box_ops import box_cxcywh_to_xyxy
 from util.random_state import SampleRNG
 
 
@@ -204,3 +206,103 @@ def test_random_select_uses_both_transforms() -> None:
     select = RandomSelect(Compose([RandomResize([10])]), Compose([RandomResize([20])]))
     choices = [select.draw(SampleRNG(seed), (60, 90))[0] for seed in range(400)]
     assert 0.4 < np.mean(choices) < 0.6
+
+
+# ----------------------------------------------------------------------------------------------------------- masks
+
+
+def make_masks(seed: int, height: int = 60, width: int = 90) -> tuple[Tensor, Tensor]:
+    """Return masks of ellipses, uint8 [N, H, W], and the boxes around them, float32 [N, 4], x0, y0, x1, y1."""
+    rng = np.random.RandomState(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    masks = []
+    for _ in range(rng.randint(1, 6)):
+        cy, cx, ry, rx = rng.rand(4) * [height, width, height / 3, width / 3] + [0, 0, 2, 2]
+        masks.append((((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2) < 1)
+    masks = np.stack([mask for mask in masks if mask.any()])
+    return torch.from_numpy(masks.astype(np.uint8)), boxes_around(masks)
+
+
+def boxes_around(masks: np.ndarray) -> Tensor:
+    boxes = []
+    for mask in masks:
+        rows, columns = np.nonzero(mask)
+        boxes.append([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+    return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+
+
+CHAINS = {
+    "training": lambda: detection_transforms("train", image_size=100),
+    "small crops": lambda: Compose(
+        [
+            RandomHorizontalFlip(),
+            RandomResize([40, 55, 70, 120]),
+            RandomSizeCrop(30, 60),
+            RandomSelect(RandomResize([20, 35]), RandomSizeCrop(10, 50)),
+            RandomHorizontalFlip(),
+        ]
+    ),
+    "evaluation": lambda: detection_transforms("val", image_size=37),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("seed", range(15))
+def test_masks_and_boxes_stay_together(chain: str, seed: int) -> None:
+    """Same objects in the same order, and each mask inside its box, for tensors as for PIL images."""
+    masks, boxes = make_masks(seed)
+    target = {
+        "boxes": boxes,
+        "labels": torch.arange(len(boxes)),
+        "area": masks.flatten(1).sum(1).float(),
+        "iscrowd": torch.zeros(len(boxes), dtype=torch.int64),
+        "masks": masks,
+    }
+    image, transforms = make_image(), CHAINS[chain]()
+    moved, result = transforms(to_tensor(image), target, SampleRNG(seed))
+    plain, other = transforms(image, target, SampleRNG(seed))
+    height, width = moved.shape[1:]
+    assert all(torch.equal(result[key], other[key]) for key in result)
+
+    found = result["masks"]
+    assert found.dtype == torch.uint8
+    assert (
+        found.shape
+        == (len(result["boxes"]), height, width)
+        == (len(result["labels"]), height, width)
+    )
+    assert set(found.unique().tolist()) <= {0, 1}
+    scaled = result["boxes"]
+    if chain != "small crops":  # `ToSample` normalizes them
+        scaled = box_cxcywh_to_xyxy(scaled) * torch.tensor([width, height, width, height])
+    for mask, box, label in zip(found.numpy(), scaled, result["labels"].tolist(), strict=True):
+        if mask.any():
+            around = boxes_around(mask[None])[0]
+            assert (around[:2] >= box[:2] - 2).all(), label
+            assert (around[2:] <= box[2:] + 2).all(), label
+    if chain == "evaluation":
+        assert result["labels"].tolist() == list(range(len(boxes)))
+        assert (boxes_around(found.numpy()) - scaled).abs().max() <= 2, "no mask is shifted"
+
+
+def test_masks_are_resized_as_published() -> None:
+    """`interpolate(masks.float(), mode="nearest") > 0.5`, in all directions."""
+    masks, boxes = make_masks(3)
+    for size in ((20, 31), (111, 80), (60, 133), (1, 2), (60, 90)):
+        _, target = resize(make_image(), {"boxes": boxes, "masks": masks}, size)
+        expected = torch.nn.functional.interpolate(masks[:, None].float(), size, mode="nearest")
+        assert torch.equal(target["masks"].bool(), expected[:, 0] > 0.5)
+    empty = {"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 60, 90, dtype=torch.uint8)}
+    assert resize(make_image(), empty, (20, 30))[1]["masks"].shape == (0, 20, 30)
+
+
+def test_boxes_decide_which_masks_a_crop_keeps() -> None:
+    """Also where a box still has area and its mask does not, as published."""
+    masks = torch.zeros(3, 60, 90, dtype=torch.uint8)
+    masks[0, 5:10, 5:10] = masks[1, 50:55, 70:80] = masks[2, 40:60, 60:90] = 1
+    boxes = torch.tensor([[5.0, 5, 45, 35], [70, 50, 80, 55], [60, 40, 90, 60]])
+    target = {"boxes": boxes, "labels": torch.tensor([4, 5, 6]), "masks": masks}
+    _, cropped = crop(make_image(), target, (20, 20, 30, 45))
+    assert cropped["labels"].tolist() == [4, 6]
+    assert cropped["masks"].shape == (2, 30, 45)
+    assert [int(mask.sum()) for mask in cropped["masks"]] == [0, 10 * 5]

@@ -16,6 +16,13 @@ from datasets.labelled.annotations import Annotations
 from datasets.labelled.checks import KINDS, run_startup_checks
 from datasets.labelled.coco import CocoDetection
 from datasets.labelled.image_checks import inspect_image, is_same_file
+from tests.datasets.labelled.test_coco_panoptic import (
+    CAR,
+    PERSON,
+    draw_ids,
+    write_panoptic,
+    write_png,
+)
 from tests.tiny import captured_log, draw, fine_tune, write_coco, write_images
 from tools import check_dataset
 from util.logger import log
@@ -360,3 +367,110 @@ def test_unusual_class_names_are_drawn(name: str, tmp_path: Path) -> None:
         _, lines = check("--coco_path", root, "--output_dir", tmp_path / "check")
     assert "dataset.png" in lines[-1]
     assert name in json.loads((tmp_path / "check" / "check.json").read_text())["train"]["classes"]
+
+
+def test_masks(tmp_path: Path) -> None:
+    """Each planted fault of a segmentation is found with its annotation, only with --masks, and nothing else."""
+    root = write_coco(tmp_path / "coco")
+
+    def plant(content: dict) -> None:
+        for item in content["annotations"]:
+            x, y, w, h = item["bbox"]
+            item["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        image = content["images"][0]
+        size, pixels = [image["height"], image["width"]], image["height"] * image["width"]
+        faults = {
+            901: {"size": size[::-1], "counts": [pixels]},
+            902: {"size": size, "counts": [pixels]},
+            903: [[40, 40, 60, 40, 60, 55]],
+            904: [],
+            905: [[1, 2, 3, 4]] * 40,
+            906: {"size": size, "counts": "abc"},
+        }
+        for number, (annotation_id, value) in enumerate(faults.items()):
+            box = {"bbox": [1 + number, 2, 8, 9], "category_id": 1, "segmentation": value}
+            content["annotations"].append({"id": annotation_id, "image_id": image["id"], **box})
+
+    edit(root, TRAIN, plant)
+    edit(
+        root,
+        VAL,
+        lambda content: [a.update(segmentation=[a["bbox"] * 2]) for a in content["annotations"]],
+    )
+    status, _ = check("--coco_path", root, "--output_dir", tmp_path / "plain")
+    assert status == 0
+    assert not problems(tmp_path / "plain")
+
+    status, lines = check("--coco_path", root, "--masks", "--output_dir", tmp_path / "out")
+    assert status == 1
+    found = {key for key in problems(tmp_path / "out") if key[1] == "train"}
+    first = "000000.png"
+    assert found == {
+        ("segmentation broken", "train", first, "1/901"),
+        ("mask empty", "train", first, "1/902"),
+        ("mask differs from box", "train", first, "1/903"),
+        ("no segmentation", "train", first, "1/904"),
+        ("no segmentation", "train", first, "1/905"),
+        ("segmentation broken", "train", first, "1/906"),
+    }
+    [row] = [
+        line for line in lines[-2].splitlines() if line.startswith("problem  segmentation broken")
+    ]
+    assert row.split()[3] == "2"
+    assert "annotation 901" in lines[-2]
+
+
+def test_masks_are_checked_by_worker_processes(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "coco", train=2 * check_dataset.CHUNK, val=1)
+    for split in (TRAIN, VAL):
+        edit(
+            root,
+            split,
+            lambda content: [a.update(segmentation=[[1, 1, 2]]) for a in content["annotations"]],
+        )
+        edit(root, split, lambda content: content["annotations"][-1].update(segmentation="x"))
+    status, _ = check(
+        "--coco_path", root, "--masks", "--num_workers", 2, "--output_dir", tmp_path / "out"
+    )
+    assert status == 1
+    broken = [key for key in problems(tmp_path / "out") if key[0] == "segmentation broken"]
+    assert {key[1] for key in broken} == {"train", "val"}
+    assert len(broken) == 2
+
+
+def test_panoptic_data(tmp_path: Path) -> None:
+    root = write_panoptic(tmp_path)
+    flags = ["--dataset_file", "coco_panoptic", "--coco_path", root / "coco"]
+    flags += ["--coco_panoptic_path", root / "panoptic", "--num_queries", 100]
+    shutil.rmtree(root / "coco" / VAL)
+    (root / "coco" / TRAIN).rename(
+        root / "coco" / VAL
+    )  # the splits share their images; check one of them
+    pngs = root / "panoptic" / f"panoptic_{VAL}"
+    check(*flags, "--output_dir", tmp_path / "clean")
+    kinds = {key[0] for key in problems(tmp_path / "clean")}
+    assert kinds == {"unusable"}, "of the training images, which are not there"
+
+    def names(image_id: int) -> tuple[str, str]:
+        return f"{image_id:012d}.jpg", f"{image_id}/"
+
+    ids = draw_ids(7)
+    ids[0, 0] = 77
+    ids[ids == CAR] = 0
+    write_png(pngs / "000000000007.png", ids)
+    write_png(pngs / "000000000008.png", draw_ids(8)[:, :30])
+    (pngs / "000000000009.png").unlink()
+    moved = draw_ids(10)
+    moved[5:12, 4:9] = 0
+    moved[5:12, 30:34] = PERSON
+    write_png(pngs / "000000000010.png", moved)
+    status, _ = check(*flags, "--output_dir", tmp_path / "out")
+    assert status == 1
+    found = {key for key in problems(tmp_path / "out") if key[1] == "val"}
+    assert found == {
+        ("segment not listed", "val", *names(7)),
+        ("segment without pixels", "val", names(7)[0], f"7/{CAR}"),
+        ("panoptic PNG unusable", "val", *names(8)),
+        ("no panoptic segments", "val", *names(9)),
+        ("mask differs from box", "val", names(10)[0], f"10/{PERSON}"),
+    }

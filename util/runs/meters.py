@@ -33,7 +33,7 @@ class BadImages:
         count: how often one of them was replaced.
         boxless_seen, boxless_count: the same of images with too few proposals for the pretext. Only the first is
             reported: with sparse proposals, half of a dataset may be of this kind.
-        dropped_boxes: path -> number of boxes outside an image whose size the annotations do not list.
+        dropped_boxes: path -> number of objects that loading the image dropped.
         num_reported: images of `dropped_boxes` that were reported.
     """
 
@@ -88,7 +88,8 @@ class BadImages:
         """Log the number of dropped boxes, again only if more images have some."""
         if len(self.dropped_boxes) > self.num_reported:
             log.warning(
-                "box outside file: %d in %d images without a listed size are skipped, the first image is %s",
+                "objects skipped: %d in %d images (boxes outside an image without a listed size, or segments that the "
+                "PNG lacks), the first image is %s",
                 sum(self.dropped_boxes.values()),
                 len(self.dropped_boxes),
                 next(iter(self.dropped_boxes)),

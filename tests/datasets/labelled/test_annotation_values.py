@@ -375,7 +375,8 @@ def test_boxes_that_loading_drops_are_counted(tmp_path: Path) -> None:
             counter.add_dropped_boxes(packed.dropped_boxes)
             counter.warn_of_dropped_boxes()
     assert lines == [
-        f"box outside file: 1 in 1 images without a listed size are skipped, the first image is {path}"
+        "objects skipped: 1 in 1 images (boxes outside an image without a listed size, or segments that the PNG "
+        f"lacks), the first image is {path}"
     ]
 
 
