@@ -98,8 +98,8 @@ class SampleDataset(Dataset):
         """The ground truth of a labelled dataset, built once and shared by all COCO evaluators."""
         return build_ground_truth(read_json(self.annotation_file))
 
-    def evaluator(self, settings: Settings) -> DetectionEvaluator:
-        """Build an evaluator of a labelled dataset.
+    def evaluator(self, settings: Settings) -> Any:
+        """Build an evaluator of a labelled dataset: a `DetectionEvaluator`, or one with the same methods.
 
         Its `summarize` returns "stats", AP first, and "per_class", as `CocoEvaluator` does.
         """

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.detections import DetectionEvaluator
 from datasets.evaluators.panoptic import PanopticEvaluator
 
 
 class CombinedEvaluator:
     """COCO metrics and panoptic quality of the same predictions, see both evaluators."""
 
-    def __init__(self, coco: CocoEvaluator, panoptic: PanopticEvaluator) -> None:
+    def __init__(self, coco: DetectionEvaluator, panoptic: PanopticEvaluator) -> None:
         self.coco, self.panoptic = coco, panoptic
 
     def update(self, predictions: Mapping[int, Mapping[str, Any]]) -> None:

@@ -9,7 +9,7 @@ Shapes: I annotated images, S segments of all images, N objects of an image of H
 import functools
 import os
 from dataclasses import dataclass, replace
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,9 @@ import torch
 from PIL import Image
 
 from datasets.evaluators.coco import GroundTruth, build_ground_truth
+from datasets.evaluators.combined import CombinedEvaluator
+from datasets.evaluators.detections import DetectionEvaluator
+from datasets.evaluators.panoptic import PanopticEvaluator
 from datasets.images.image_folder import pillow_warnings
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
@@ -41,6 +44,7 @@ Record = dict[str, Any]
 
 MAX_ID = 2**24  # an id is R + 256 G + 65536 B
 VOID = 0  # the id of pixels without a segment
+PANOPTIC_FOLDER = "panoptic_eval"  # of predicted segments in a run's folder; the published name
 
 
 @dataclass(kw_only=True)
@@ -132,6 +136,32 @@ class CocoPanoptic(CocoDetection):
         """
         ids = read_segment_ids(self.panoptic_path(index))
         return ids, self.segments_info_of(int(self.annotations.image_ids[index]))
+
+    def _segments_of_image(self, image_id: int) -> tuple[np.ndarray, list[Record]]:
+        """Return `segments` of an image for evaluation.
+
+        Raises:
+            UserError: the PNG can't be read.
+        """
+        index = int(np.searchsorted(self.annotations.image_ids, image_id))
+        try:
+            return self.segments(index)
+        except BadImageError as error:
+            raise UserError(
+                f"{error}: correct the file, or remove image {image_id} from the annotations"
+            ) from error
+
+    def evaluator(self, settings: Settings) -> DetectionEvaluator | CombinedEvaluator:
+        """Build an evaluator of boxes and, with masks, of instance masks and panoptic segments."""
+        coco = super().evaluator(settings)
+        if not settings.masks:
+            return coco
+        folder = Path(settings.output_dir) / PANOPTIC_FOLDER if settings.output_dir else None
+        image_ids = self.annotations.image_ids.tolist()
+        panoptic = PanopticEvaluator(
+            self.things, self.class_names, self._segments_of_image, image_ids, folder
+        )
+        return CombinedEvaluator(coco, panoptic)
 
     def panoptic_path(self, index: int) -> str:
         """Return the path of the PNG of an image."""
