@@ -260,8 +260,7 @@ def read_annotations(
     """
     segmentations = SegmentationTexts() if settings.masks else None
     with gc_paused():
-        # Without masks, the call is the same as in other places that read such files.
-        content = read_json(path) if segmentations is None else read_json(path, segmentations)
+        content = read_json(path, segmentations)
         if settings.eval and isinstance(content, dict) and "annotations" not in content:
             content = {"categories": [], **content, "annotations": []}
         annotations = parse_coco(content, path, segmentations)

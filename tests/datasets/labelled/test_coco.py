@@ -427,7 +427,9 @@ def test_annotation_file_is_read_once_for_all_evaluators(
     write_coco(tmp_path, content(GOOD), "val2017", "val2017")
     reads: list[str] = []
     for module in (labelled_coco, sample):
-        monkeypatch.setattr(module, "read_json", lambda path: reads.append(path) or read_json(path))
+        monkeypatch.setattr(
+            module, "read_json", lambda *args: reads.append(args) or read_json(*args)
+        )
     args = coco_args(tmp_path, coco_evaluator="auto")
     dataset = build_dataset("val", args)
     evaluators = [dataset.evaluator(args) for _ in range(3)]
