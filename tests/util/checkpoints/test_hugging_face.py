@@ -15,6 +15,7 @@ from util.checkpoints.backbone_weights import identify_backbone
 from util.checkpoints.checkpoint import load_checkpoint
 from util.checkpoints.conversion import infer_codebase
 from util.checkpoints.hugging_face import read_config
+from util.checkpoints.parameter_check import IGNORED_NAMES
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
 
@@ -171,6 +172,17 @@ def test_models_in_a_lightning_module_and_with_a_mask_head(tmp_path: Path) -> No
     assert_loads(tmp_path / "l.ckpt", state)
     torch.save({f"detr.{key}": value for key, value in theirs.items()}, tmp_path / "masks.bin")
     assert_loads(tmp_path / "masks.bin", state)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask_head.conv1.conv.weight", "mask_head.fpn_stages.2.refine.norm.bias",
+        "mask_head.fpn_stages.0.fpn_adapter.weight", "mask_head.output_conv.bias", "bbox_attention.q_proj.weight",
+    ],
+)  # fmt: skip
+def test_mask_head_of_version_5_is_known(name: str) -> None:
+    assert IGNORED_NAMES.fullmatch(name)
 
 
 def test_config_gives_what_weights_do_not_show(tmp_path: Path) -> None:
