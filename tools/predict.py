@@ -266,6 +266,25 @@ def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
     return text if args.no_draw else f"{text}, drawn in {args.output_dir / DRAWN}"
 
 
+def write_results(predictions: Predictions, folder: Path) -> None:
+    """Write predictions.json. If the disk is full of pictures, remove them: the detections are worth more.
+
+    Raises:
+        UserError: it can't be written without the pictures either.
+    """
+    content = json.dumps(predictions.rows)
+    try:
+        write_text(folder / RESULTS, content)
+    except UserError as error:
+        pictures = sorted((folder / DRAWN).glob("[0-9]*_*.jpg"))
+        if not pictures:
+            raise
+        for picture in pictures:
+            picture.unlink()
+        predictions.not_drawn += [(str(picture), str(error)) for picture in pictures]
+        write_text(folder / RESULTS, content)
+
+
 def draw_page(predictions: Predictions, path: Path) -> None:
     """Write the page of the first images, and log how many pictures could not be written."""
     try:
@@ -295,7 +314,7 @@ def main(args: Namespace) -> None:
     for path in earlier:
         path.unlink()
     predictions = predict(predictor, images, args)
-    write_text(args.output_dir / RESULTS, json.dumps(predictions.rows))
+    write_results(predictions, args.output_dir)
     if not args.no_draw:
         draw_page(predictions, args.output_dir / PAGE)
     log.info("%s", summary(predictions, len(images), args))

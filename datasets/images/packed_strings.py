@@ -8,7 +8,7 @@ Shapes: S strings, T bytes of all strings together.
 import bisect
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -69,6 +69,13 @@ class PackedStrings:
             raise IndexError(f"index {index} of {len(self)} strings")
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        view = memoryview(self._bytes)
+        start = 0
+        for end in self._ends.tolist():
+            yield os.fsdecode(view[start:end].tobytes())
+            start = end
 
     def find(self, string: str) -> int | None:
         """Return the index of a string, or None. The strings must be sorted."""

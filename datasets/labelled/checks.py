@@ -46,7 +46,7 @@ from util.settings import Settings
 PROBED_IMAGES = 8  # images of each split that are loaded at the start of a run
 PROBE_SECONDS = 2.0  # stop loading them after this time
 OTHER_PROPOSALS = "use other --proposals"
-# Images of each split whose size is read from the file, if the annotations do not list it.
+# Images of each split whose size is that of the file at the start of a run, if the annotations do not list it.
 SAMPLED_SIZES = 64
 MIN_BOXES_FOR_FORMAT = 10  # fewer boxes say nothing about the format of all
 
@@ -128,18 +128,19 @@ class Split:
         """(height, width) of the images in pixels, int64 [I, 2]; 0 if unknown.
 
         A size that the annotations do not list is that of the file: of each image if `image_infos` are known, else of
-        SAMPLED_SIZES evenly spaced ones.
+        those in the sample, and of others until SAMPLED_SIZES are known.
         """
         sizes = self.annotations.sizes_hw.copy()  # [I, 2]
         unlisted = np.flatnonzero(~sizes.all(1))
-        if self.image_infos:
-            for index in unlisted:
-                sizes[index] = self.image_infos[index].size_hw
-        elif len(unlisted):
-            for index in unlisted[evenly_spaced(len(unlisted), SAMPLED_SIZES)]:
-                sizes[index] = inspect_header(
-                    self.file(index), self.exif, self.listed_hw(index)
-                ).size_hw
+        infos = dict(enumerate(self.image_infos)) or dict(self.sample_infos)
+        sampled = [index for index in unlisted.tolist() if index in infos]
+        num_others = max(SAMPLED_SIZES - len(sampled), 0)
+        for index in unlisted[evenly_spaced(len(unlisted), num_others)].tolist():
+            if index not in infos:
+                infos[index] = inspect_header(self.file(index), self.exif, self.listed_hw(index))
+                sampled.append(index)
+        for index in sampled:
+            sizes[index] = infos[index].size_hw
         return sizes
 
     def file(self, index: int) -> ImageFile:
@@ -351,8 +352,11 @@ def find_duplicate_boxes(split: Split) -> Iterator[Finding]:
 
 def find_duplicate_file_names(split: Split) -> Iterator[Finding]:
     """Yield one finding per file, at the second image that lists it."""
+    names = list(split.annotations.file_names)
+    if len(set(names)) == len(names):
+        return
     images: dict[str, list[int]] = {}
-    for index, name in enumerate(split.annotations.file_names):
+    for index, name in enumerate(names):
         images.setdefault(name, []).append(index)
 
     for first, *others in images.values():

@@ -40,7 +40,8 @@ def composed(name: str) -> str:
 
 def folded(name: str) -> str:
     """Return what names share that differ in case, accents' encoding or between .jpeg and .jpg."""
-    stem, extension = os.path.splitext(composed(composed(name).casefold()))
+    name = composed(name).casefold()
+    stem, extension = os.path.splitext(name if name.isascii() else composed(name))
     return stem + _SAME_EXTENSION.get(extension, extension)
 
 
@@ -78,20 +79,25 @@ class ImageIndex:
         return set(self.names)
 
     @cached_property
+    def _folded(self) -> list[str]:
+        return [folded(name) for name in self.names]
+
+    @cached_property
     def _by_composed(self) -> dict[str, list[str]]:
-        return _group(self.names, composed)
+        return _group(self.names, map(composed, self.names))
 
     @cached_property
     def _by_folded(self) -> dict[str, list[str]]:
-        return _group(self.names, folded)
+        return _group(self.names, self._folded)
 
     @cached_property
     def _by_stem(self) -> dict[str, list[str]]:
-        return _group(self.names, folded_stem)
+        """By `folded_stem`: all names have the extension of an image."""
+        return _group(self.names, (f"{os.path.splitext(name)[0]}." for name in self._folded))
 
     @cached_property
     def _by_base_name(self) -> dict[str, list[str]]:
-        return _group(self.names, lambda name: folded(os.path.basename(name)))
+        return _group(self.names, (name.rpartition("/")[2].strip() for name in self._folded))
 
     @cached_property
     def _own_name(self) -> str:
@@ -147,10 +153,10 @@ class ImageIndex:
         return None
 
 
-def _group(names: Sequence[str], key) -> dict[str, list[str]]:
+def _group(names: Sequence[str], keys: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[key(name)].append(name)
+    for name, key in zip(names, keys, strict=True):
+        groups[key].append(name)
     return groups
 
 
@@ -186,10 +192,6 @@ def match_files(
     if not index.names:
         return matches
 
-    # Names without a file are among them, but none of these is spelled like a file of the folder.
-    without_file = set(missing)
-    taken = {*names, *others}
-    taken |= {os.path.normpath(name) for i, name in enumerate(names) if i not in without_file}
     meant: dict[str, list[int]] = defaultdict(list)
     # If none of a sample has a file, the files are really absent. Looking all of them up could take minutes.
     sample = [missing[i] for i in range(0, len(missing), max(len(missing) // SAMPLE_SIZE, 1))]
@@ -199,6 +201,7 @@ def match_files(
     for i, file in found.items():
         if file:
             meant[file].append(i)
+    taken = _files_of_others(names, missing, others) if meant else set()
     for file, rows in meant.items():
         same_entry = len({names[i] for i in rows}) == 1
         if same_entry and file not in taken:
@@ -209,6 +212,16 @@ def match_files(
         if suggestion := found.get(i) or index.suggest(names[i]):
             matches.suggestions[i] = suggestion
     return matches
+
+
+def _files_of_others(
+    names: Sequence[str], missing: Sequence[int], others: Iterable[str]
+) -> set[str]:
+    """Return all listed names, as listed and normalized."""
+    # Names without a file are among them, but none of these is spelled like a file of the folder.
+    without_file = set(missing)
+    taken = {*names, *others}
+    return taken | {os.path.normpath(name) for i, name in enumerate(names) if i not in without_file}
 
 
 def remedy(suggestion: str | None, example: str, instead: str) -> str:

@@ -140,7 +140,7 @@ def sample_images(split: "Split") -> dict[int, ImageInfo]:
 
 def evenly_spaced(length: int, count: int) -> list[int]:
     """Return at most `count` indices, evenly spaced from the first to the last one."""
-    return np.unique(np.linspace(0, max(length - 1, 0), count).round().astype(int)).tolist()
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

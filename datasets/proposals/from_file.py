@@ -4,7 +4,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -41,8 +41,8 @@ _ALLOWED_GLOBALS = {
 class FileProposals(CacheableProposals):
     """Base class of boxes from files: float32 (x0, y0, x1, y1) in pixels, best first if they have scores.
 
-    Boxes are clipped to the image, and boxes without area are dropped. A subclass implements `has_image(name)`, and
-    `read(name)`, which raises UserError for an unknown image.
+    Boxes are clipped to the image, and boxes without area are dropped. A subclass implements `has_image(name)`,
+    `list_names()`, and `read(name)`, which raises UserError for an unknown image.
     """
 
     dtype = np.float32
@@ -57,6 +57,10 @@ class FileProposals(CacheableProposals):
         raise NotImplementedError
 
     def has_image(self, name: str) -> bool:
+        raise NotImplementedError
+
+    def list_names(self) -> Iterable[str]:
+        """Return the names that the boxes have, for messages."""
         raise NotImplementedError
 
     def propose(self, image: np.ndarray, name: str) -> BoxesAndScores:
@@ -79,9 +83,23 @@ class FileProposals(CacheableProposals):
         missing = [name for name in names if not self.has_image(name)]
         if missing:
             raise UserError(
-                f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}; "
-                f"{self.hint}"
+                f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}"
+                f"{self._suggest(missing[0])}; {self.hint}"
             )
+
+    def _suggest(self, name: str) -> str:
+        """Return a name that differs in folder, extension or case, for a message; else the first one."""
+        example = ""
+        for other in self.list_names():
+            if _stem(other) == _stem(name):
+                return f" (did you mean {other}?)"
+            example = example or f" (it has {other}, for example)"
+        return example
+
+
+def _stem(name: str) -> str:
+    """Return a file name without folder and extension, in lower case."""
+    return os.path.splitext(os.path.basename(name.replace("\\", "/")))[0].casefold()
 
 
 class CocoProposals(FileProposals):
@@ -146,6 +164,9 @@ class CocoProposals(FileProposals):
             if len({image[key] for image in images}) < len(images):
                 raise UserError(f"{self.path}: two images have the same {key}; each needs its own")
 
+    def list_names(self) -> Iterable[str]:
+        return self.names
+
     def has_image(self, name: str) -> bool:
         return self.names.find(name) is not None
 
@@ -178,6 +199,9 @@ class NpzProposals(FileProposals):
                 self._archive = (os.getpid(), archive)
         return self._archive[1]
 
+    def list_names(self) -> Iterable[str]:
+        return sorted(self._names)
+
     def has_image(self, name: str) -> bool:
         return name in self._names
 
@@ -205,6 +229,9 @@ class NpyFolderProposals(FileProposals):
             if path.is_file():
                 return path
         return None
+
+    def list_names(self) -> Iterable[str]:
+        return (str(path.relative_to(self.path)) for path in sorted(self.path.rglob("*.npy")))
 
     def has_image(self, name: str) -> bool:
         return self._find(name) is not None

@@ -261,6 +261,27 @@ def test_page_that_fails_does_not_lose_the_results(
     assert "1 pictures not drawn" in lines[-1]
 
 
+def test_disk_full_of_pictures_does_not_lose_the_results(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = predict.write_text
+
+    def write_if_space(path: Path, content: str) -> None:
+        if list((path.parent / "drawn").glob("*.jpg")):
+            raise UserError(f"can't write {path}: No space left on device; free some space")
+        write(path, content)
+
+    monkeypatch.setattr(predict, "write_text", write_if_space)
+    lines = run(
+        "--checkpoint", data / "run" / "checkpoint.pth",
+        "--images", data / "photos", "--output_dir", tmp_path / "out", "--threshold", 0,
+    )  # fmt: skip
+    assert read(tmp_path / "out")
+    assert any(
+        "pictures can't be drawn, the first is" in line and "No space" in line for line in lines
+    )
+
+
 def test_published_checkpoint_without_metadata(tmp_path: Path) -> None:
     """Weights only, with 91 classes: the architecture comes from the shapes, class names from COCO."""
     torch.manual_seed(0)

@@ -7,6 +7,9 @@ published ones with other names. Three things differ in more than a name:
 - a file may store a tensor with several names only once: Deformable DETR's heads
 - the backbone is timm's ResNet, with the published names, or transformers' own
 
+Version 5 of transformers renames modules in memory and writes the old names with `save_pretrained`. A state dict that
+was saved in another way has the new names: both are read.
+
 Shapes in comments: D width.
 """
 
@@ -19,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from util.errors import UserError
+
 MARKER = "encoder_attn_layer_norm.weight"  # of every decoder layer
 MODEL_TYPES = ("detr", "conditional_detr", "deformable_detr", "table-transformer")
 
 _LAYER = re.compile(r"(encoder|decoder)\.layers\.(\d+)\.(.+)")
 _PROJECTION = re.compile(r"(.+)\.([qkv])_proj\.(weight|bias)")
+# Conditional DETR's projections in version 5: in the attention module.
+_CONDITIONAL = re.compile(r"([qkv])_(?:(content|pos|pos_sine)_)?proj\.(weight|bias)")
 _HEAD = re.compile(r"(class_embed|bbox_embed)\.(\d+)\.(.+)")
 
 # Start of a name without `model.` -> start of DETR's name.
@@ -32,6 +39,8 @@ _PREFIXES = {
     "backbone.model.": "backbone.0.body.",
     "backbone.position_embedding.row_embeddings.": "backbone.1.row_embed.",
     "backbone.position_embedding.column_embeddings.": "backbone.1.col_embed.",
+    "position_embedding.row_embeddings.": "backbone.1.row_embed.",
+    "position_embedding.column_embeddings.": "backbone.1.col_embed.",
     "query_position_embeddings.": "query_embed.",
     "input_projection.": "input_proj.",
     "class_labels_classifier.": "class_embed.",
@@ -113,7 +122,7 @@ def _core(key: str) -> str:
 
 
 def _decoder_kind(state: Mapping[str, Tensor]) -> str:
-    if any("ca_qpos_sine_proj" in key for key in state):
+    if any("qpos_sine_proj" in key or "q_pos_sine_proj" in key for key in state):
         return "conditional"
     is_deformable = any("encoder_attn.sampling_offsets" in key for key in state)
     return "deformable" if is_deformable else "detr"
@@ -143,6 +152,11 @@ def _rename_in_layer(rest: str, side: str, kind: str) -> str:
         "fc2": "linear2",
     }
     module, _, parameter = rest.removeprefix("mlp.").partition(".")
+    projection = _CONDITIONAL.fullmatch(parameter)
+    if kind == "conditional" and side == "decoder" and projection:
+        start = "sa" if module == "self_attn" else "ca"
+        letter, what, parameter = projection.groups(default="")
+        return f"{start}_{letter}{what}_proj.{parameter}"
     return f"{names.get(module, module)}.{re.sub('^o_proj', 'out_proj', parameter)}"
 
 
@@ -206,6 +220,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return what `config.json` next to a weight file says about its detector, as entries of a checkpoint.
 
     Weights don't show the number of heads, dilation and the class names. {} without such a file.
+
+    Raises:
+        UserError: it says that the detector differs from the published one in what weights don't show.
     """
     try:
         config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
@@ -213,7 +230,13 @@ def read_config(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
         return {}
+    _check_config(config, path)
     args = {flag: config[name] for name, flag in _FLAGS.items() if config.get(name) is not None}
+    if config.get("two_stage"):
+        args["num_queries"] = config.get("two_stage_num_proposals", 300)
+    backbone = config.get("backbone_config")
+    if isinstance(backbone, dict) and backbone.get("output_stride") == 16:
+        args["dilation"] = True
     labels = config.get("id2label")
     # `N/A` are the ids that COCO skips, LABEL_0, LABEL_1, ... the names that transformers makes up.
     names = {
@@ -222,3 +245,21 @@ def read_config(path: Path) -> dict[str, Any]:
         if name not in ("N/A", f"LABEL_{row}")
     }
     return {"args": args, "class_names": names} if names else {"args": args}
+
+
+def _check_config(config: Mapping[str, Any], path: Path) -> None:
+    heads = config.get("encoder_attention_heads")
+    published = {"activation_function": "relu", "decoder_attention_heads": heads}
+    for name, value in published.items():
+        if config.get(name, value) != value:
+            raise UserError(
+                f"{path.parent / 'config.json'}: {name} is {config[name]}, and only {value} is supported; choose "
+                "another detector"
+            )
+    width = config.get("d_model", 256)
+    if config["model_type"] == "deformable_detr" and width % 128:
+        # `_build_input_projections` gives narrow models fewer groups than the 32 of transformers.
+        raise UserError(
+            f"{path.parent / 'config.json'}: d_model is {width}, and only multiples of 128 are supported; choose "
+            "another detector"
+        )

@@ -18,7 +18,10 @@ from util.settings.registry import DETECTORS
 # Names that a file may have in addition to detector and pretext: DETR's mask head, and buffers of batch norm and of
 # FLOP counters.
 IGNORED_NAMES = re.compile(
-    r"mask_head\.(lay\d|gn\d|out_lay|adapter\d)\.(weight|bias)|bbox_attention\.[qk]_linear\.(weight|bias)"
+    r"mask_head\.(lay\d|gn\d|out_lay|adapter\d)\.(weight|bias)|bbox_attention\.[qk]_(linear|proj)\.(weight|bias)"
+    # Names of the mask head in version 5 of transformers.
+    r"|mask_head\.(conv\d|fpn_stages\.\d\.refine)\.(conv|norm)\.(weight|bias)"
+    r"|mask_head\.(fpn_stages\.\d\.fpn_adapter|output_conv)\.(weight|bias)"
     r"|.*\.?(num_batches_tracked|total_ops|total_params)"
 )
 

@@ -179,6 +179,32 @@ def test_sample_is_small_and_bounded_in_time(
     assert sample_images(split) == {}
 
 
+def test_sample_reads_each_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [f"{i:03}.png" for i in range(200)]
+    for file in files:
+        Image.fromarray(UPRIGHT).save(tmp_path / file)
+    read: list[str] = []
+
+    def counted(file: str, *args: object) -> image_checks.ImageInfo:
+        read.append(file)
+        return image_checks.inspect_header(file, *args)
+
+    monkeypatch.setattr("datasets.labelled.checks.inspect_header", counted)
+    monkeypatch.setattr(image_checks, "SAMPLE_SECONDS", 60)
+    # The last 100 do not list their size: the sample has some of them.
+    split = Split("train", make_dataset(tmp_path, files, [(60, 80)] * 100 + [(0, 0)] * 100))
+    split.sample_infos = sample_images(split)
+    in_sample = [index for index in split.sample_infos if index >= 100]
+    assert split.sizes_hw.all(1).sum() >= 100 + len(in_sample)
+    assert read == [], "the sample has enough sizes"
+
+    split = Split("train", make_dataset(tmp_path, files, [(60, 80)] * 150 + [(0, 0)] * 50))
+    split.sample_infos = sample_images(split)
+    assert split.sizes_hw.all(1).sum() > 150 + 32
+    assert len(read) == len(set(read)) > 0
+    assert not {Path(file).name for file in read} & {files[i] for i in split.sample_infos}
+
+
 def test_validation_images_in_the_training_set_are_found_under_other_names(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()

@@ -581,3 +581,19 @@ def test_missing_images_are_an_error_at_the_start(tmp_path: Path) -> None:
     path = write_json(tmp_path / "boxes.json", content)
     with pytest.raises(UserError, match=r"has no boxes for 2 of 3 images, the first is 001\.png"):
         build_proposals(proposal_settings(proposals=f"file:{path}"), images)
+
+
+def test_missing_images_get_the_name_that_may_be_meant(tmp_path: Path) -> None:
+    images = ImageFolder(str(write_images(tmp_path / "images", 1)))
+    content = {"images": [{"id": 1, "file_name": "a\\000.JPG"}], "annotations": []}
+    coco = write_json(tmp_path / "boxes.json", content)
+    np.savez(tmp_path / "boxes.npz", **{"train/000.png": np.zeros((0, 4))})
+    (tmp_path / "boxes" / "deep" / "er").mkdir(parents=True)
+    np.save(tmp_path / "boxes" / "deep" / "er" / "other.npy", np.zeros((0, 4)))
+    for path, hint in (
+        (coco, r"000\.png \(did you mean a\\000\.JPG\?\); names are relative"),
+        (tmp_path / "boxes.npz", r"000\.png \(did you mean train/000\.png\?\); names"),
+        (tmp_path / "boxes", r"000\.png \(it has deep/er/other\.npy, for example\); it needs"),
+    ):
+        with pytest.raises(UserError, match=hint):
+            build_proposals(proposal_settings(proposals=f"file:{path}"), images)

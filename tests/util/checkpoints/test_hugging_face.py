@@ -14,7 +14,10 @@ from util.checkpoints.adoption import adopt_architecture
 from util.checkpoints.backbone_weights import identify_backbone
 from util.checkpoints.checkpoint import load_checkpoint
 from util.checkpoints.conversion import infer_codebase
+from util.checkpoints.hugging_face import read_config
+from util.checkpoints.parameter_check import IGNORED_NAMES
 from util.checkpoints.weight_files import read_weights
+from util.errors import UserError
 
 CASES = {
     "detr": ("detr", ()),
@@ -96,6 +99,24 @@ def to_own_resnet(name: str) -> str:
     return prefix + rest.replace(".downsample.1.", ".shortcut.normalization.")
 
 
+# transformers 5 renames modules in memory. Files of `save_pretrained` have the old names, other files the new ones.
+VERSION_5 = (
+    (r"backbone\.conv_encoder\.", "backbone."),
+    (r"backbone\.position_embedding\.", "position_embedding."),
+    (r"attn\.out_proj\.", "attn.o_proj."),
+    (r"(layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2."),
+    (r"\.sa_([qkv])(content|pos|)_proj\.", r".self_attn.\1_\2_proj."),
+    (r"\.ca_([qkv])(content|pos_sine|pos|)_proj\.", r".encoder_attn.\1_\2_proj."),
+    (r"v__proj", "v_proj"),
+)
+
+
+def to_version_5(name: str) -> str:
+    for pattern, new in VERSION_5:
+        name = re.sub(pattern, new, name)
+    return name
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[str, dict[str, Tensor]]:
     detector, flags = CASES[request.param]
@@ -117,6 +138,13 @@ def test_bin_file_has_equal_weights(case: tuple, tmp_path: Path) -> None:
     assert_loads(tmp_path / "pytorch_model.bin", state)
     adopted, _ = adopt_architecture(load_checkpoint(tmp_path / "pytorch_model.bin"), {})
     assert adopted["detector"] == detector
+
+
+def test_names_of_version_5_in_memory(case: tuple, tmp_path: Path) -> None:
+    detector, state = case
+    theirs = to_hugging_face(state, detector)
+    torch.save({to_version_5(key): value for key, value in theirs.items()}, tmp_path / "model.bin")
+    assert_loads(tmp_path / "model.bin", state)
 
 
 def test_safetensors_file_has_shared_tensors_once(case: tuple, tmp_path: Path) -> None:
@@ -146,6 +174,17 @@ def test_models_in_a_lightning_module_and_with_a_mask_head(tmp_path: Path) -> No
     assert_loads(tmp_path / "masks.bin", state)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mask_head.conv1.conv.weight", "mask_head.fpn_stages.2.refine.norm.bias",
+        "mask_head.fpn_stages.0.fpn_adapter.weight", "mask_head.output_conv.bias", "bbox_attention.q_proj.weight",
+    ],
+)  # fmt: skip
+def test_mask_head_of_version_5_is_known(name: str) -> None:
+    assert IGNORED_NAMES.fullmatch(name)
+
+
 def test_config_gives_what_weights_do_not_show(tmp_path: Path) -> None:
     theirs = to_hugging_face(filled(shapes("detr", *SMALL)), "detr")
     torch.save(theirs, tmp_path / "pytorch_model.bin")
@@ -160,3 +199,28 @@ def test_config_gives_what_weights_do_not_show(tmp_path: Path) -> None:
     assert (adopted["nheads"], adopted["dilation"]) == (4, True)
     (tmp_path / "config.json").write_text("{")
     assert not load_checkpoint(tmp_path / "pytorch_model.bin").class_names
+
+
+def test_config_of_dilation_and_two_stages(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    torch.save(to_hugging_face(filled(shapes("detr", *SMALL)), "detr"), path)
+    content = {
+        "model_type": "deformable_detr", "backbone_config": {"output_stride": 16}, "two_stage": True,
+        "num_queries": 12, "two_stage_num_proposals": 20,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert read_config(path)["args"] == {"num_queries": 20, "dilation": True}
+
+
+@pytest.mark.parametrize(
+    "differs",
+    [
+        {"activation_function": "gelu"},
+        {"encoder_attention_heads": 8, "decoder_attention_heads": 4},
+        {"model_type": "deformable_detr", "d_model": 64},
+    ],
+)
+def test_config_of_another_network_is_refused(tmp_path: Path, differs: dict) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", **differs}))
+    with pytest.raises(UserError, match=rf"{next(reversed(differs))} is .*only .* supported"):
+        read_config(tmp_path / "model.bin")
