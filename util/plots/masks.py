@@ -17,7 +17,7 @@ from util.plots.boxes import Color, draw_label
 from util.plots.fonts import class_text
 
 MASK_ALPHA = 0.45  # opacity of the fill
-SEGMENT_ALPHA = 0.65
+SEGMENT_ALPHA = 0.55
 BORDER_COLOR: Color = (255, 255, 255)  # between segments
 GOLDEN_RATIO = 0.618034  # multiples of it are spread evenly over the circle of hues
 SHADES = ((0.85, 0.95), (0.6, 0.75), (1.0, 0.65))  # saturation and value

@@ -142,12 +142,26 @@ def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
 def detection_page(
     rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3
 ) -> Path:
-    """Draw predictions in images without ground truth, one image per cell.
+    """Draw predictions in images without ground truth, one image per cell, next to its panoptic segmentation if any.
 
     Args:
-        rows: (title, image, predictions with class names as `labels`, and with `scores`).
+        rows: (title, image, predictions with class names as `labels`, and with `scores`). Segments of `panoptic` have a
+            `name`.
+        columns: maximum number of pictures per line.
     """
-    return panel_page([[row] for row in rows], out_png, columns)
+    cells = [_detection_panels(*row) for row in rows]
+    pictures_per_cell = max(map(len, cells), default=1)
+    return panel_page(cells, out_png, max(1, columns // pictures_per_cell))
+
+
+def _detection_panels(
+    title: str, image: np.ndarray, predictions: Boxes
+) -> list[tuple[str, np.ndarray, Boxes]]:
+    if "panoptic" not in predictions:
+        return [(title, image, predictions)]
+    objects = {key: value for key, value in predictions.items() if key != "panoptic"}
+    segments = {"panoptic": predictions["panoptic"]}
+    return [(title, image, objects), ("segments", image, segments)]
 
 
 def panel_page(
@@ -156,8 +170,8 @@ def panel_page(
     """Draw images in several panels, one row per cell.
 
     Args:
-        rows: Panels of each row: (title, image, boxes with names as `labels`, and `scores` or None). A panel whose
-            boxes have `panoptic` shows this segmentation instead; each of its segments has a `name`.
+        rows: Panels of each row: (title, image, boxes with names as `labels`, and `scores` or None). A panel may have
+            `panoptic` instead of boxes; each segment has a `name`.
     """
     cells = []
     for panels in rows:
