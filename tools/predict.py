@@ -324,9 +324,9 @@ def find_earlier_predictions(args: Namespace) -> list[Path]:
     earlier = [
         *sorted((folder / DRAWN).glob("[0-9]*_*.jpg")),
         *sorted((folder / SEGMENT_IDS).glob("[0-9]*_*.png")),
-        *folder.glob(SEGMENTS),
+        *(folder / name for name in (PAGE, SEGMENTS) if (folder / name).exists()),
     ]
-    found = [path for path in (folder / RESULTS, folder / PAGE, *earlier) if path.exists()]
+    found = [path for path in (folder / RESULTS, *earlier) if path.exists()]
     if found and not args.overwrite:
         raise UserError(
             f"--output_dir {folder} already has predictions ({found[0].name}): choose another folder, or add "
