@@ -332,12 +332,21 @@ def test_import_conflict_names_the_other_package(monkeypatch: pytest.MonkeyPatch
         hubconf.detr_resnet50(backbone_weights="none")
 
 
-def test_examples_of_the_documents_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_documents_run(
+    small: Path, panoptic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     for code in python_examples("torch.hub.load("):
-        code = code.replace("pretrained=True", f"pretrained={str(small)!r}")
+        is_panoptic = "_panoptic" in code
+        path = panoptic if is_panoptic else small
+        code = code.replace("pretrained=True", f"pretrained={str(path)!r}")
         names: dict = {}
         exec(compile(code, "example", "exec"), names)
+        if is_panoptic:
+            assert [set(image) for image in names["segmentations"]] == [
+                {"png_string", "segments_info"}
+            ] * 2
+            continue
         assert [set(image) for image in names["results"]] == [
             {"scores", "labels", "boxes", "queries"}
         ] * 2
