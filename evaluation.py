@@ -155,12 +155,17 @@ def _named_metrics(stats: Sequence[float]) -> tuple[str, str]:
 
 
 def _example_row(example: dict) -> tuple:
-    """Return (image uint8 [h, w, 3], predictions, ground truth), with boxes [N, 4] in pixels of the image."""
+    """Return (image uint8 [h, w, 3], predictions, ground truth), with boxes [N, 4] in pixels of the image.
+
+    Masks of the ground truth are bool [N, h, w].
+    """
     image = example["image"]  # [3, h, w]
     height, width = image.shape[1:]
     scale = torch.tensor([width, height, width, height])
     boxes_xyxy_abs = box_cxcywh_to_xyxy(example["boxes_cxcywh"]) * scale
     ground_truth = {"boxes": boxes_xyxy_abs, "labels": example["labels"]}
+    if "masks" in example:
+        ground_truth["masks"] = example["masks"]
     return image.permute(1, 2, 0).numpy(), example["predictions"], ground_truth
 
 

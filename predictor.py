@@ -4,13 +4,15 @@
     prediction = predictor("image.jpg")
     print(prediction.names, prediction.scores, prediction.boxes)
 
+With a mask head predictions also have `masks`, and of a panoptic detector a segmentation of the image (`panoptic`).
+
 Tools, the hub and the evaluation of pre-trained models all use this class.
 
 Letters in shape comments: B images of a batch, K objects of an image, H and W the size of an image or a padded batch.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, overload
@@ -45,16 +47,32 @@ from util.checkpoints.adoption import is_pretext, settings_from_checkpoint, stri
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.checkpoints.classes import Classes, count_classes, infer_classes, infer_classification
 from util.checkpoints.hub_models import HUB_MODELS, published_url
-from util.checkpoints.loading import load_strict
+from util.checkpoints.loading import load_strict, without_mask_head
 from util.distributed import select_device
 from util.errors import UserError
 from util.logger import log
+from util.masks import decode_masks
 from util.nested_tensor import NestedTensor
 from util.random_state import SampleRNG
 from util.settings import FINETUNE, Settings, checked_flags, resolve
 from util.settings.resolving import default_device
 
+RLE = dict[str, Any]  # {"size": [H, W], "counts": bytes}
 ImageInput = str | Path | Image.Image | np.ndarray | Tensor
+
+
+@dataclass
+class Panoptic:
+    """A panoptic segmentation: each pixel belongs to one segment, an object ("thing") or a region ("stuff").
+
+    Attributes:
+        ids: int32 [H, W], the segment of each pixel; 0: none.
+        segments: a dict for each segment: `id` (from 1), `category_id` (in annotation files), `name`, `isthing`, `area`
+            in pixels, and `score` in [0, 1].
+    """
+
+    ids: Tensor
+    segments: list[dict[str, Any]]
 
 
 @dataclass
@@ -68,6 +86,9 @@ class Prediction:
         size_hw: height and width of the image.
         names: class names, K of them.
         category_ids: ids of the classes in annotation files, K of them.
+        rles: masks as run-length encodings in COCO's compressed format, K of them; None without a mask head.
+        panoptic: segmentation of the image; None if the detector is not a panoptic one.
+        best_score: highest score in the image, also of objects that are left out.
     """
 
     scores: Tensor
@@ -76,12 +97,27 @@ class Prediction:
     size_hw: tuple[int, int]
     names: list[str] = field(default_factory=list)
     category_ids: list[int] = field(default_factory=list)
+    rles: list[RLE] | None = None
+    panoptic: Panoptic | None = None
+    best_score: float = 0.0
 
     def __len__(self) -> int:
         return len(self.scores)
 
+    @property
+    def masks(self) -> Tensor | None:
+        """Masks of the objects in pixels of the image, bool [K, H, W]; None without a mask head.
+
+        Decoded on each call: 100 masks of a 12-megapixel image take 1.2 GB.
+        """
+        if self.rles is None:
+            return None
+        if not self.rles:
+            return torch.zeros(0, *self.size_hw, dtype=torch.bool)
+        return torch.from_numpy(decode_masks(self.rles)).bool()  # [K, H, W]
+
     def above(self, threshold: float) -> "Prediction":
-        """Return the objects with a score of at least `threshold`."""
+        """Return the objects with a score of at least `threshold`. `panoptic` stays as it is."""
         keep = (self.scores >= threshold).nonzero().flatten().tolist()
         return replace(
             self,
@@ -90,16 +126,20 @@ class Prediction:
             boxes=self.boxes[keep],
             names=[self.names[i] for i in keep],
             category_ids=[self.category_ids[i] for i in keep],
+            rles=None if self.rles is None else [self.rles[i] for i in keep],
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
-        """Return detections in COCO's results format (`bbox` is x, y, width, height), plus `category_name`."""
+        """Return detections in COCO's results format, plus `category_name`.
+
+        `bbox` is x, y, width, height. With masks there is a `segmentation`, an RLE that JSON can store.
+        """
         top_left, bottom_right = self.boxes[:, :2], self.boxes[:, 2:]
         boxes_xywh = torch.cat([top_left, bottom_right - top_left], dim=1)  # [K, 4]
         rows = zip(
             self.category_ids, self.names, boxes_xywh.tolist(), self.scores.tolist(), strict=True
         )
-        return [
+        found: list[dict[str, Any]] = [
             {
                 "image_id": image_id,
                 "category_id": category_id,
@@ -109,6 +149,10 @@ class Prediction:
             }
             for category_id, name, box, score in rows
         ]
+        if self.rles is not None:
+            for row, rle in zip(found, self.rles, strict=True):
+                row["segmentation"] = {**rle, "counts": rle["counts"].decode("ascii")}
+        return found
 
 
 class Predictor:
@@ -116,7 +160,7 @@ class Predictor:
 
     Attributes:
         model: the detector, in evaluation mode on `device`.
-        postprocess: (outputs, image sizes) -> results.
+        postprocessors: of `build_model`: `bbox`, with a mask head `segm`, of a panoptic detector `panoptic`.
         classes: what the rows of the class head mean.
         settings: of the run that trained the detector.
         device: where the detector runs.
@@ -128,18 +172,23 @@ class Predictor:
     def __init__(
         self,
         model: TrainableModel,
-        postprocess: nn.Module,
+        postprocessors: Mapping[str, nn.Module],
         classes: Classes,
         settings: Settings,
         *,
         device: torch.device,
     ) -> None:
         self.model = model.base_detector().to(device).to(memory_format=torch.channels_last).eval()
-        self.postprocess: Any = postprocess
+        self.postprocessors: dict[str, Any] = dict(postprocessors)
         self.classes, self.settings, self.device = classes, settings, device
         self.amp = settings.amp == "bf16"
         self.exif = settings.exif
         self.transforms = labelled_transforms("val", settings)
+
+    @property
+    def postprocess(self) -> Any:
+        """The post-processor of boxes: (outputs, image sizes) -> results."""
+        return self.postprocessors["bbox"]
 
     @classmethod
     def from_checkpoint(
@@ -152,6 +201,7 @@ class Predictor:
         max_size: int | None = None,
         exif: str | None = None,
         class_agnostic: bool = False,
+        panoptic_threshold: float | None = None,
     ) -> "Predictor":
         """Load a trained detector. Arguments that are not given have the values of the checkpoint's run.
 
@@ -164,7 +214,10 @@ class Predictor:
             max_size: limit of the long side, in pixels.
             exif: `apply` rotates images as their EXIF orientation says, `ignore` uses them as stored. By default as in
                 training, if that tells.
-            class_agnostic: return one box per query regardless of its class. Checkpoints of pre-training need this.
+            class_agnostic: return one box per query regardless of its class, without masks. Checkpoints of pre-training
+                need this.
+            panoptic_threshold: lowest score of a segment of a panoptic detector; 0.85 by default, 0.5 with focal
+                classification.
 
         Raises:
             UserError: the file can't be loaded or has no such detector.
@@ -183,6 +236,10 @@ class Predictor:
         checkpoint = source if isinstance(source, Checkpoint) else _load_checkpoint(str(source))
         if "exif" not in given and (trained := exif_of_training(checkpoint)):
             given["exif"] = trained
+        if class_agnostic and panoptic_threshold is not None:
+            raise UserError(
+                "panoptic_threshold: with class_agnostic there are no segments; omit one"
+            )
         if class_agnostic:
             return cls._class_agnostic(checkpoint, given)
 
@@ -193,14 +250,18 @@ class Predictor:
             used = "using COCO's" if classes.names else "objects are named by class number"
             log.info("%s has no class names: %s", checkpoint.source, used)
 
-        model, _, postprocessors = build_model(settings, classes.num_classes)
+        model, _, postprocessors = build_model(settings, classes.num_classes, classes.things)
         load_strict(model, checkpoint)
-        postprocess = postprocessors["bbox"]
-        return cls(model, postprocess, classes, settings, device=torch.device(settings.device))
+        if panoptic_threshold is not None:
+            _set_panoptic_threshold(postprocessors, panoptic_threshold, checkpoint.source)
+        return cls(model, postprocessors, classes, settings, device=torch.device(settings.device))
 
     @classmethod
     def _class_agnostic(cls, checkpoint: Checkpoint, given: dict[str, Any]) -> "Predictor":
-        """Load the detector of a checkpoint, from a pretext or from training, with its own class head."""
+        """Load the detector of a checkpoint, from a pretext or from training, with its own class head.
+
+        A mask head is left out.
+        """
         given = {
             **given,
             "pretrain": checkpoint.source,
@@ -209,15 +270,15 @@ class Predictor:
         settings = resolve(given, settings_from_checkpoint(checkpoint, given), FINETUNE)
         num_classes = count_classes(checkpoint.model, settings.classification)
         model, _, _ = build_model(settings, num_classes)
-        load_strict(model, strip_pretext(checkpoint))
+        load_strict(model, without_mask_head(strip_pretext(checkpoint)))
 
         # A pretext has one output that means "object"; a trained detector has real classes, of which the best counts.
         label = object_label(num_classes) if is_pretext(checkpoint) else None
-        postprocess = ClassAgnosticPostProcess(model.classification, label)
+        postprocessors = {"bbox": ClassAgnosticPostProcess(model.classification, label)}
         classes = Classes(
             {OBJECT_ID: "object"}, {OBJECT_ID: OBJECT_ID}, num_classes, checkpoint.source
         )
-        return cls(model, postprocess, classes, settings, device=torch.device(settings.device))
+        return cls(model, postprocessors, classes, settings, device=torch.device(settings.device))
 
     @overload
     def __call__(  # type: ignore[overload-overlap]  # a str is an iterable of str too
@@ -258,34 +319,44 @@ class Predictor:
         for chunk in batched(images, batch_size):
             tensors = [to_uint8_tensor(image, self.exif) for image in chunk]
             batch = [preprocess(tensor, self.transforms) for tensor in tensors]
-            sizes_hw = torch.stack([target["orig_size"] for _, target in batch])  # [B, 2]
-            predictions += self.predict_batch(collate(batch)[0], sizes_hw)
-        return [prediction.above(threshold) for prediction in predictions]
+            orig_sizes, sizes = _sizes_hw(batch)
+            predictions += self.predict_batch(collate(batch)[0], orig_sizes, sizes, threshold)
+        return predictions
 
     @torch.no_grad()
-    def predict_batch(self, samples: NestedTensor, sizes_hw: Tensor) -> list[Prediction]:
+    def predict_batch(
+        self, samples: NestedTensor, orig_sizes: Tensor, sizes: Tensor, threshold: float = 0.0
+    ) -> list[Prediction]:
         """Detect objects in a collated batch.
 
         Args:
             samples: uint8 images [B, 3, H, W], resized and padded.
-            sizes_hw: int64 [B, 2], sizes of the original images. Boxes are in their pixels.
+            orig_sizes: int64 [B, 2], (height, width) of the original images. Boxes and masks are in their pixels.
+            sizes: int64 [B, 2], (height, width) of the images in the batch, without padding.
+            threshold: lowest score of an object. Masks are computed for objects above it only.
 
         Returns:
-            A prediction for each image with all its objects, regardless of score.
+            A prediction for each image.
         """
         samples = normalize(samples.to(self.device, non_blocking=True), **self.model.normalization)
         with engine.autocast(self.device, self.amp):
             outputs = self.model(samples)
-        results = engine.results_to_host(self.postprocess(outputs, sizes_hw.to(self.device)))
+        results = engine.postprocess(self.postprocessors, outputs, orig_sizes, sizes, threshold)
+        best_scores = [float(one["scores"].max()) for one in self.postprocess(outputs, orig_sizes)]
         return [
-            self._prediction(result, (int(height), int(width)))
-            for result, (height, width) in zip(results, sizes_hw.tolist(), strict=True)
+            self._prediction(result, (int(height), int(width)), best_score)
+            for result, (height, width), best_score in zip(
+                results, orig_sizes.tolist(), best_scores, strict=True
+            )
         ]
 
-    def _prediction(self, result: dict[str, Tensor], size_hw: tuple[int, int]) -> Prediction:
+    def _prediction(
+        self, result: dict[str, Any], size_hw: tuple[int, int], best_score: float
+    ) -> Prediction:
         # Softmax detectors have one result per query, in the order of the queries. A stable sort keeps ties in it.
         order = result["scores"].argsort(descending=True, stable=True)  # [K]
         labels = result["labels"][order]
+        rles, panoptic = result.get("masks"), result.get("panoptic")
         height, width = size_hw
         limits = torch.tensor([width, height, width, height])
         return Prediction(
@@ -294,9 +365,31 @@ class Predictor:
             # Post-processing does not clip, as published.
             boxes=torch.minimum(result["boxes"][order].clamp(min=0), limits),  # [K, 4]
             size_hw=size_hw,
-            names=[self.classes.names.get(label, f"class {label}") for label in labels.tolist()],
-            category_ids=[self.classes.category_ids.get(label, label) for label in labels.tolist()],
+            names=[self._class_name(label) for label in labels.tolist()],
+            category_ids=[self._category_id(label) for label in labels.tolist()],
+            rles=None if rles is None else [rles[i] for i in order.tolist()],
+            panoptic=None if panoptic is None else self._panoptic(panoptic),
+            best_score=best_score,
         )
+
+    def _panoptic(self, result: dict[str, Any]) -> Panoptic:
+        """Return a result of `PostProcessPanoptic.segment`, whose ids start from 0, in COCO's convention."""
+        segments = [
+            {
+                **segment,
+                "id": segment["id"] + 1,
+                "category_id": self._category_id(segment["category_id"]),
+                "name": self._class_name(segment["category_id"]),
+            }
+            for segment in result["segments_info"]
+        ]
+        return Panoptic((result["ids"] + 1).to(torch.int32), segments)
+
+    def _class_name(self, label: int) -> str:
+        return self.classes.names.get(label, f"class {label}")
+
+    def _category_id(self, label: int) -> int:
+        return self.classes.category_ids.get(label, label)
 
     def predict_files(
         self,
@@ -318,19 +411,30 @@ class Predictor:
             worker_init_fn=init_worker,
             pin_memory=self.device.type == "cuda",
         )
-        for samples, sizes_hw, results in loader:
+        for batch, results in loader:
             predictions: Iterator[Prediction] = iter(())
-            if samples is not None:
-                predictions = iter(self.predict_batch(samples, sizes_hw))
+            if batch is not None:
+                samples, orig_sizes, sizes = batch
+                predictions = iter(self.predict_batch(samples, orig_sizes, sizes, threshold))
             for result in results:
                 if result.error is None:
-                    result.prediction = next(predictions).above(threshold)
+                    result.prediction = next(predictions)
                 yield result
 
 
 def object_label(num_classes: int) -> int:
     """Return the class output of a pretext's detector that means "object": 1, or 0 if there is only one class."""
     return min(OBJECT_ID, num_classes - 1)
+
+
+def _set_panoptic_threshold(
+    postprocessors: Mapping[str, Any], threshold: float, source: str
+) -> None:
+    if "panoptic" not in postprocessors:
+        raise UserError(f"{source} is not a panoptic detector: omit panoptic_threshold")
+    if not 0 <= threshold <= 1:
+        raise UserError(f"panoptic_threshold={threshold}: must be in [0, 1]")
+    postprocessors["panoptic"].threshold = threshold
 
 
 def exif_of_training(checkpoint: Checkpoint) -> str | None:
@@ -386,14 +490,21 @@ class _FileDataset(Dataset):
 
 def _collate_readable(
     batch: Sequence[tuple[FileResult, tuple[Tensor, Target] | None]],
-) -> tuple[NestedTensor | None, Tensor | None, list[FileResult]]:
-    """Return (batch of the readable images, their sizes [B, 2], all results); the first two are None without any."""
+) -> tuple[tuple[NestedTensor, Tensor, Tensor] | None, list[FileResult]]:
+    """Return ((batch of the readable images, sizes of originals, sizes in the batch) or None without any, results)."""
     results = [result for result, _ in batch]
     samples = [sample for _, sample in batch if sample is not None]
     if not samples:
-        return None, None, results
-    sizes_hw = torch.stack([target["orig_size"] for _, target in samples])
-    return collate(samples)[0], sizes_hw, results
+        return None, results
+    return (collate(samples)[0], *_sizes_hw(samples)), results
+
+
+def _sizes_hw(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor, Tensor]:
+    """Return the sizes of the original images and of the resized ones, [B, 2] each."""
+    orig_sizes, sizes = (
+        torch.stack([target[key] for _, target in batch]) for key in ("orig_size", "size")
+    )
+    return orig_sizes, sizes
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

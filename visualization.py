@@ -96,12 +96,16 @@ def samples_to_rows(
         zip(pixels, inputs.mask, packed.unpack(), strict=True)
     ):
         h, w = target["size"].tolist()
+        masks = {}
+        if "masks" in target:
+            masks["masks"] = _unpack_masks(target["masks"], width)  # [N, H, W]
         view = f", view {i // num_images + 1}" if num_views > 1 else ""
         rows.append(
             {
                 "image": _mark_padding(image, mask),
                 "boxes": box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([w, h, w, h]),  # [N, 4]
                 "labels": target["labels"],
+                **masks,
                 "patches": [_to_array(patch) for patch in target.get("patches", ())],
                 "title": f"image {int(target['image_id'])}{view}: {w} x {h} in {width} x {height}",
             }
@@ -109,6 +113,13 @@ def samples_to_rows(
 
     # A batch has view 1 of all images, then view 2; on the page both views of an image come together.
     return [row for first in range(num_images) for row in rows[first::num_images]]
+
+
+def _unpack_masks(masks: Tensor, width: int) -> np.ndarray:
+    """Return masks of a batch as bool [N, H, W]. They may be packed bits, uint8 [N, H, ceil(W / 8)]."""
+    if masks.dtype == torch.bool:
+        return masks.numpy()
+    return np.unpackbits(masks.numpy(), axis=-1, count=width).astype(bool)
 
 
 def _mark_padding(image: Tensor, mask: Tensor) -> np.ndarray:

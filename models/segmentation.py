@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.backbone import BackboneWithPositions, FeatureMap
+from models.backbone import BackboneWithPositions
 from models.detector import (
     Detector,
     Memory,
@@ -297,23 +297,25 @@ class SegmentationDetector(Detector):
         Returns:
             What the detector returns, with `pred_masks` on demand, see `SegmentationOutputs`.
         """
-        samples = as_nested_tensor(samples)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            memory = self.detr.encode(samples)
+            memory = self.detr.encode(as_nested_tensor(samples))
             states = self.detr.decode(memory)
+        return self.segment(memory, states)
+
+    def segment(self, memory: Memory, states: States) -> SegmentationOutputs:
+        """Predict what `predict` does, and masks on demand."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             outputs = self.detr.predict(states)
 
         *early, last = memory.features
-        return SegmentationOutputs(outputs, self._mask_predictor(memory, states, early[::-1], last))
-
-    def _mask_predictor(
-        self, memory: Memory, states: States, pyramid: list[FeatureMap], last: FeatureMap
-    ) -> MaskPredictor:
         padding_mask = None if memory.padding_mask is None else last.mask  # [B, h, w]
         attention = self.bbox_attention(states.layers[-1], memory.last_map(), padding_mask)
-        source = memory.projected_map
-        features = self.mask_head.image_features(source, [level.tensor for level in pyramid])
+        source = memory.projected_map  # [B, D, h, w]
+        pyramid = [feature.tensor for feature in reversed(early)]
+        features = self.mask_head.image_features(source, pyramid)
+
         amp_dtype = None
         if under_autocast(source):
             amp_dtype = torch.get_autocast_dtype(source.device.type)
-        return MaskPredictor(self.mask_head, attention, features, amp_dtype)
+        predictor = MaskPredictor(self.mask_head, attention, features, amp_dtype)
+        return SegmentationOutputs(outputs, predictor)

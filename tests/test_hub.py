@@ -13,6 +13,7 @@ import torch
 
 import hubconf
 import models
+from predictor import Predictor
 from tests.documents import python_examples
 from tests.tiny import ROOT
 from util.errors import UserError
@@ -24,6 +25,9 @@ PARAMETERS = {
     "detr_resnet50_dc5": 41_524_768,
     "detr_resnet101": 60_464_672,
     "detr_resnet101_dc5": 60_464_672,
+    "detr_resnet50_panoptic": 42_899_288,
+    "detr_resnet50_dc5_panoptic": 42_899_288,
+    "detr_resnet101_panoptic": 61_839_192,
     "conditional_detr_resnet50": 43_418_401,
     "conditional_detr_resnet50_dc5": 43_418_401,
     "conditional_detr_resnet101": 62_358_305,
@@ -91,6 +95,7 @@ def test_torch_hub_lists_the_entry_points() -> None:
         assert entry.__name__ == name
         assert re.search(r"DETR.*AP \d\d\.\d", entry.__doc__.splitlines()[0])
         assert "num_classes" in entry.__doc__
+        assert ("threshold" in entry.__doc__) is name.endswith("_panoptic")
     assert all(map(torch.hub._check_module_exists, hubconf.dependencies))
 
 
@@ -106,7 +111,7 @@ def test_entry_point_builds_the_published_model(name: str, monkeypatch: pytest.M
     backbone = "resnet101" if "resnet101" in name else "resnet50"
     assert fetched == [(backbone, "imagenet")] * 2
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
-    assert model.backbone[0].strides[-1] == (16 if name.endswith("dc5") else 32)
+    assert model.backbone[0].strides[-1] == (16 if "dc5" in name else 32)
     assert model.aux_loss is False
     assert postprocessor.classification.kind == ("softmax" if name.startswith("detr") else "focal")
     rows = {
@@ -177,7 +182,9 @@ def test_torch_hub_load_from_another_folder(
     assert "aux_outputs" not in loaded["outputs"]
     for key in ("pred_logits", "pred_boxes"):
         torch.testing.assert_close(loaded["outputs"][key], expected[key])
-    assert [set(image) for image in loaded["found"]] == [{"scores", "labels", "boxes"}] * 2
+    assert [set(image) for image in loaded["found"]] == [
+        {"scores", "labels", "boxes", "queries"}
+    ] * 2
 
 
 def test_sizes_come_from_the_checkpoint(small: Path) -> None:
@@ -226,6 +233,77 @@ def test_published_dc5_checkpoint_is_recognized_by_its_file_name(
     assert hubconf.detr_resnet50_dc5(pretrained=str(path)).backbone[0].strides == [16]
 
 
+# ------------------------------------------------------------------------------------------------------------- panoptic
+
+
+@pytest.fixture(scope="module")
+def panoptic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow panoptic DETR-R50 of 250 classes, in a file that has weights only, as published."""
+    path = tmp_path_factory.mktemp("hub") / "panoptic.pth"
+    flags = ("--masks", "--num_classes", "250", "--nheads", "8")
+    save_model(path, *SMALL, *flags, with_args=False)
+    return path
+
+
+def test_panoptic_model_and_postprocessor(panoptic: Path) -> None:
+    model, postprocessor = hubconf.detr_resnet50_panoptic(
+        pretrained=str(panoptic), return_postprocessor=True
+    )
+    state = torch.load(panoptic, weights_only=True)["model"]
+    assert set(model.state_dict()) == set(state)
+    assert sum("mask_head" in key or "bbox_attention" in key for key in state) == 32
+    assert postprocessor.threshold == 0.85
+    assert [postprocessor.is_thing_map[i] for i in (1, 90, 91, 200)] == [True, True, False, False]
+
+    postprocessor.threshold = 0.0
+    with torch.no_grad():
+        outputs = model.eval()(IMAGES)
+    assert "aux_outputs" not in outputs
+    assert outputs["pred_masks"].shape[:2] == (2, 20)
+    sizes = torch.tensor([[64, 96], [64, 96]])
+    for result in postprocessor(outputs, sizes, torch.tensor([[128, 192], [64, 96]])):
+        assert result["png_string"].startswith(b"\x89PNG")
+        assert {"id", "isthing", "category_id", "area"} <= set(result["segments_info"][0])
+
+
+def test_panoptic_threshold() -> None:
+    with torch.device("meta"):
+        _, postprocessor = hubconf.detr_resnet101_panoptic(
+            threshold=0.3, return_postprocessor=True, backbone_weights="none"
+        )
+    assert postprocessor.threshold == 0.3
+
+
+def test_predictor_loads_the_published_panoptic_model_by_name(
+    panoptic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is where a download would have put it. Dilation shows in its name only."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    for name, file, stride in (
+        ("detr_resnet50_panoptic", "detr-r50-panoptic-00ce5173.pth", 32),
+        ("detr_resnet50_dc5_panoptic", "detr-r50-dc5-panoptic-da08f1b1.pth", 16),
+    ):
+        (folder / file).write_bytes(panoptic.read_bytes())
+        predictor = Predictor.from_checkpoint(
+            name, device="cpu", image_size=64, panoptic_threshold=0.0
+        )
+        assert predictor.model.backbone[0].strides[-1] == stride
+        found = predictor(torch.zeros(3, 48, 64, dtype=torch.uint8), threshold=0)
+        assert found.masks.shape == (20, 48, 64)
+        assert found.panoptic.segments
+        (folder / file).unlink()
+
+
+def test_mask_head_and_entry_point_must_agree(panoptic: Path, small: Path) -> None:
+    with pytest.raises(UserError, match="masks True .not False.; load detr_resnet50_panoptic"):
+        hubconf.detr_resnet50(pretrained=str(panoptic))
+    with pytest.raises(UserError, match="masks False .not True.; load detr_resnet50$"):
+        hubconf.detr_resnet50_panoptic(pretrained=str(small))
+
+
 def test_checkpoint_of_a_pretext_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path / "pretext.pth", *SMALL, "--num_patches", "5", script=PRETRAIN)
     message = "is from pre-training and has no object classes; fine-tune it"
@@ -254,13 +332,24 @@ def test_import_conflict_names_the_other_package(monkeypatch: pytest.MonkeyPatch
         hubconf.detr_resnet50(backbone_weights="none")
 
 
-def test_examples_of_the_documents_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_documents_run(
+    small: Path, panoptic: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
     for code in python_examples("torch.hub.load("):
-        code = code.replace("pretrained=True", f"pretrained={str(small)!r}")
+        is_panoptic = "_panoptic" in code
+        path = panoptic if is_panoptic else small
+        code = code.replace("pretrained=True", f"pretrained={str(path)!r}")
         names: dict = {}
         exec(compile(code, "example", "exec"), names)
-        assert [set(image) for image in names["results"]] == [{"scores", "labels", "boxes"}] * 2
+        if is_panoptic:
+            assert [set(image) for image in names["segmentations"]] == [
+                {"png_string", "segments_info"}
+            ] * 2
+            continue
+        assert [set(image) for image in names["results"]] == [
+            {"scores", "labels", "boxes", "queries"}
+        ] * 2
 
 
 def test_documents_name_entry_points() -> None:

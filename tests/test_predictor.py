@@ -1,5 +1,6 @@
 """Inference: all input types give equal predictions, in pixels of the image."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
+from datasets.collate import collate, normalize
 from datasets.images.image_folder import ImageFolder, decode_image, read_image
 from models import build_model
-from predictor import Prediction, Predictor, exif_of_training, to_uint8_tensor
+from models.segmentation_postprocess import SCORE_THRESHOLDS
+from predictor import Prediction, Predictor, exif_of_training, preprocess, to_uint8_tensor
 from tests.documents import python_examples
 from tests.tiny import (
     FROZEN,
@@ -21,8 +25,10 @@ from tests.tiny import (
     write_images,
 )
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from util.checkpoints.classes import Classes
+from util.coco import PANOPTIC_NAMES
 from util.errors import UserError
-from util.settings import PRETRAIN
+from util.settings import FINETUNE, PRETRAIN
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +223,14 @@ def test_examples_of_the_documents_run(
     checkpoint = f'from_checkpoint("{data / "run" / "checkpoint.pth"}")'
     Image.open(path).convert("RGB").save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SCORE_THRESHOLDS, "softmax", 0.0)  # the weights are random
+    mask_predictor(tmp_path, *PANOPTIC)  # writes the checkpoint
     for code in python_examples("import Predictor"):
+        if "panoptic" in code:
+            code = code.replace("detr_resnet50_panoptic", str(tmp_path / "masks.pth"))
+            exec(compile(code, "example", "exec"), {})
+            assert "False" in capsys.readouterr().out
+            continue
         code = re.sub(r'from_checkpoint\("[^"]+"\)', checkpoint, code)
         code = re.sub(r"threshold=[\d.]+", "threshold=0", code)
         exec(compile(code, "example", "exec"), {})
@@ -261,3 +274,130 @@ def test_exif_orientation_of_files_and_pillow_images(
 )
 def test_inference_uses_the_orientation_as_training_did(args: dict, expected: str | None) -> None:
     assert exif_of_training(Checkpoint(model={}, args={"exif": None, **args})) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def mask_predictor(tmp_path: Path, *flags: str, **options) -> Predictor:
+    """Return a predictor with random weights and a mask head, from a file that has weights only, as published."""
+    torch.manual_seed(0)
+    args = tiny_args(FINETUNE, "--masks", "--backbone_norm", "frozen", "--nheads", "8", *flags)
+    path = tmp_path / "masks.pth"
+    save_checkpoint({"model": build_model(args)[0].state_dict()}, path)
+    return Predictor.from_checkpoint(path, device="cpu", image_size=64, **options)
+
+
+@pytest.mark.parametrize("detector", ["detr", "conditional_detr"])
+def test_masks_are_those_of_the_objects_above_the_threshold(
+    detector: str, path: Path, tmp_path: Path
+) -> None:
+    predictor = mask_predictor(tmp_path, "--detector", detector)
+    found = predictor(path, threshold=0)
+    assert found.panoptic is None
+    assert found.masks.dtype == torch.bool
+    assert found.masks.shape == (len(found), *found.size_hw)
+    assert 0 < found.masks.float().mean() < 1
+
+    threshold = float(found.scores[3])
+    few = predictor(path, threshold=threshold)
+    assert 0 < len(few) < len(found)
+    assert len(few.rles) == len(few)
+    for same in (found.masks[: len(few)], found.above(threshold).masks):
+        assert torch.equal(few.masks, same)
+    assert few.best_score == found.best_score == pytest.approx(float(found.scores[0]))
+
+    none = predictor(path, threshold=1)
+    assert none.masks.shape == (0, *none.size_hw)
+    assert none.best_score == found.best_score
+
+
+def test_masks_of_a_padded_batch_fit_their_images(path: Path, tmp_path: Path) -> None:
+    """The published post-processing with its sizes gives the same masks."""
+    predictor = mask_predictor(tmp_path)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    images = [to_uint8_tensor(image) for image in (pixels, pixels[:30])]
+    batch = [preprocess(image, predictor.transforms) for image in images]
+    orig_sizes, sizes = (
+        torch.stack([target[key] for _, target in batch]) for key in ("orig_size", "size")
+    )
+    samples = collate(batch)[0]
+    assert samples.padded
+    predictions = predictor.predict_batch(samples, orig_sizes, sizes)
+
+    with torch.no_grad():
+        outputs = predictor.model(normalize(samples, **predictor.model.normalization))
+        results = predictor.postprocess(outputs, orig_sizes)
+        expected = predictor.postprocessors["segm"](results, outputs, orig_sizes, sizes)
+    for prediction, result in zip(predictions, expected, strict=True):
+        order = result["scores"].argsort(descending=True, stable=True)
+        assert torch.equal(prediction.masks, result["masks"][order, 0].bool())
+
+
+def test_coco_results_have_segmentations(path: Path, tmp_path: Path) -> None:
+    found = mask_predictor(tmp_path)(path, threshold=0)
+    rows = json.loads(json.dumps(found.to_coco(3)))
+    decoded = coco_mask.decode([row["segmentation"] for row in rows])  # [H, W, K]
+    assert torch.equal(torch.from_numpy(decoded).permute(2, 0, 1).bool(), found.masks)
+
+
+def test_class_agnostic_prediction_leaves_the_mask_head_out(path: Path, tmp_path: Path) -> None:
+    boxes = mask_predictor(tmp_path, class_agnostic=True)(path, threshold=0)
+    assert len(boxes) == 20
+    assert boxes.masks is boxes.panoptic is None
+    assert "segmentation" not in boxes.to_coco(1)[0]
+
+
+PANOPTIC = ("--num_classes", "250")
+
+
+def test_panoptic_segmentation_in_cocos_convention(path: Path, tmp_path: Path) -> None:
+    predictor = mask_predictor(tmp_path, *PANOPTIC, panoptic_threshold=0.0)
+    assert predictor.classes.names[193] == "grass-merged"
+    with torch.no_grad():  # things and stuff in turn
+        bias = predictor.model.detr.class_embed.bias
+        bias[[1, 2, 193]] += 4
+    found = predictor(path, threshold=0.0)
+
+    ids, segments = found.panoptic.ids, found.panoptic.segments
+    assert ids.dtype == torch.int32
+    assert ids.shape == found.size_hw
+    assert [segment["id"] for segment in segments] == list(range(1, len(segments) + 1))
+    assert [segment["area"] for segment in segments] == [
+        int((ids == segment["id"]).sum()) for segment in segments
+    ]
+    for segment in segments:
+        assert segment["name"] == PANOPTIC_NAMES[segment["category_id"]]
+        assert segment["isthing"] is (segment["category_id"] <= 90)
+    assert found.above(1.0).panoptic is found.panoptic
+
+    predictor.postprocessors["panoptic"].threshold = 1.0
+    nothing = predictor(path).panoptic
+    assert nothing.segments == []
+    assert not nothing.ids.any()
+
+
+def test_panoptic_segments_have_the_category_ids_of_the_annotations(
+    path: Path, tmp_path: Path
+) -> None:
+    predictor = mask_predictor(tmp_path, "--num_classes", "3")
+    classes = Classes({2: "sky"}, {2: 187}, 3, "x")
+    named = Predictor(
+        predictor.model, {}, classes, predictor.settings, device=torch.device("cpu")
+    )._panoptic({"ids": torch.zeros(2, 2), "segments_info": [{"id": 0, "category_id": 2}]})
+    assert named.segments == [{"id": 1, "category_id": 187, "name": "sky"}]
+
+
+@pytest.mark.parametrize(
+    ("flags", "options", "said"),
+    [
+        ((), {"panoptic_threshold": 0.5}, "is not a panoptic detector: omit panoptic_threshold"),
+        (PANOPTIC, {"panoptic_threshold": 2.0}, "panoptic_threshold=2.0: must be in"),
+        (PANOPTIC, {"panoptic_threshold": 0.5, "class_agnostic": True}, "there are no segments"),
+    ],
+)
+def test_panoptic_threshold_is_checked(
+    flags: tuple[str, ...], options: dict, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said):
+        mask_predictor(tmp_path, *flags, **options)

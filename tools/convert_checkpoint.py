@@ -5,7 +5,7 @@
 
 FILE is a path or a URL. The formats are
 
-- `predetr`: this project's. Keeps everything, and stores the settings that parameter names don't show.
+- `predetr`: this project's. Keeps everything but a mask head, and stores the settings that parameter names don't show.
 - `detr`: DETR, Conditional DETR and Deformable DETR
 - `updetr`, `detreg`, `siamese`: UP-DETR, DETReg, Siamese DETR
 
@@ -30,7 +30,7 @@ from util.checkpoints.adoption import is_pretext
 from util.checkpoints.architecture import infer_architecture, infer_detector, strip_detr_prefix
 from util.checkpoints.backbone_weights import identify_backbone
 from util.checkpoints.checkpoint import Checkpoint, parse_checkpoint
-from util.checkpoints.classes import count_classes, infer_classification
+from util.checkpoints.classes import count_classes, infer_classes, infer_classification
 from util.checkpoints.conversion import (
     CODEBASES,
     FORMATS,
@@ -121,13 +121,14 @@ def _content(checkpoint: Checkpoint, pretext: str | None, has_masks: bool) -> st
         text = "a detector to be fine-tuned"
     else:
         text = "a trained detector"
-    return f"{text}, with a mask head, which this version does not use" if has_masks else text
+    return f"{text}, with a mask head, which --to leaves out" if has_masks else text
 
 
 def _usage(checkpoint: Checkpoint, has_masks: bool) -> str:
     path = checkpoint.source
-    if has_masks:
-        return f"extract the detector with python tools/convert_checkpoint.py {path} --to predetr --out NEW_FILE"
+    if has_masks and infer_classes(checkpoint).things:
+        data = "--dataset_file coco_panoptic --coco_path DIR --coco_panoptic_path DIR"
+        return f"python finetune_main.py {data} --eval --resume {path}"
     flags = "--pretrain" if needs_finetuning(checkpoint) else "--eval --resume"
     return f"python finetune_main.py --coco_path DIR {flags} {path}"
 
@@ -252,12 +253,12 @@ def _loading(checkpoint: Checkpoint, to: str, out: Path) -> str:
 def _exists_elsewhere(flag: str) -> bool:
     """Return True for a flag that the published codebases have too. They all spell it alike.
 
-    None of them has live batch norm, or a choice between the two sine encodings.
+    None of them has live batch norm, or a choice between the two sine encodings. A mask head is not converted.
     """
     name, *value = flag.split()
     if name == "--position_embedding":
         return value == ["learned"]
-    return name != "--backbone_norm"
+    return name not in ("--backbone_norm", "--masks")
 
 
 def describe_backbone(path: str, name: str, origin: str) -> list[str]:

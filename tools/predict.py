@@ -2,20 +2,26 @@
 
     python tools/predict.py --checkpoint outputs/custom/checkpoint_best.pth --images images --output_dir predictions
 
-Writes `predictions.json` (COCO's results format plus file and class names), `drawn/` (each image with its boxes) and
-`predictions.png`, a page of the first images. Architecture, image size and class names come from the checkpoint.
+Writes `predictions.json` (COCO's results format plus file and class names), `drawn/` (each image with its boxes, and
+masks of a detector with a mask head) and `predictions.png`, a page of the first images. A panoptic detector also writes
+`panoptic.json` and `panoptic/` (COCO's panoptic format). Architecture, image size and class names come from the
+checkpoint.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -23,17 +29,23 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.images.image_folder import ImageFolder
-from predictor import FileResult, Prediction, Predictor
+from models.segmentation_postprocess import ids_to_png
+from predictor import FileResult, Panoptic, Prediction, Predictor
+from util.checkpoints.classes import Classes
 from util.errors import UserError
 from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
 from util.plots.boxes import draw_boxes, label_color
 from util.plots.fonts import class_text
+from util.plots.masks import draw_masks, draw_segments, masks_to_draw
 from util.plots.pages import detection_page
 from util.runs.session import run_script
 from util.settings import FINETUNE, Parser, add_flags
 
 RESULTS, PAGE, DRAWN = "predictions.json", "predictions.png", "drawn"
+SEGMENTS, SEGMENT_IDS = "panoptic.json", "panoptic"
+# Ends of the names of pictures. An image has one number, so that no two names are equal.
+OBJECTS_SUFFIX, SEGMENTS_SUFFIX = ".jpg", "_panoptic.jpg"
 IMAGES_ON_PAGE = 12
 CLASSES_IN_SUMMARY = 8  # the most frequent ones
 NUM_WORKERS = 2
@@ -75,7 +87,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--no_draw",
         action="store_true",
-        help="write predictions.json only, no images (default: images are drawn)",
+        help="draw no images, write results only (default: images are drawn)",
     )
     parser.add_argument(
         "--overwrite",
@@ -103,15 +115,18 @@ class Predictions:
 
     Attributes:
         rows: the entries of predictions.json.
-        page: (title, image, boxes) of the first images, for the page.
+        images, segmentations: the entries of panoptic.json; empty without a panoptic detector.
+        page: (title, image, objects) of the first images, for the page.
         problems: (path, reason) of each image that could not be read.
         rotated: paths of the images whose EXIF orientation is ignored, though no `--exif` says so.
         num_images_with_objects: images with at least one object above the threshold.
         best_score: highest score of all images, also below the threshold.
-        not_drawn: (path, reason) of each picture that could not be written.
+        not_drawn: (path, reason) of each picture that could not be written, segment ids included.
     """
 
     rows: list[dict] = field(default_factory=list)
+    images: list[dict] = field(default_factory=list)
+    segmentations: list[dict] = field(default_factory=list)
     page: list[tuple] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     rotated: list[str] = field(default_factory=list)
@@ -125,7 +140,7 @@ def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predi
     predictions, bar = Predictions(), Progress(len(images), "predict", unit=" images")
     results = predictor.predict_files(
         images,
-        threshold=0,  # `_add_result` applies --threshold; until then the best score of all counts
+        threshold=args.threshold,
         # One image by default: padding changes predictions slightly, so neighbors in a batch would matter.
         batch_size=args.batch_size or 1,
         num_workers=NUM_WORKERS if args.num_workers is None else args.num_workers,
@@ -161,34 +176,65 @@ def _add_result(
 
     if result.ignored_orientation > 1:
         predictions.rotated.append(images.path(result.index))
-    if len(result.prediction):
-        best_score = float(result.prediction.scores[0])
-        predictions.best_score = max(predictions.best_score, best_score)
-    prediction = result.prediction.above(args.threshold)
-    name, image_id = images.name(result.index), result.index + 1
+    prediction, name, image_id = result.prediction, images.name(result.index), result.index + 1
+    predictions.best_score = max(predictions.best_score, prediction.best_score)
     predictions.rows += [{"file_name": name, **row} for row in prediction.to_coco(image_id)]
     predictions.num_images_with_objects += len(prediction) > 0
 
-    if args.no_draw:
-        return
-    # Detections are worth more than pictures: a picture that fails must not end the loop.
-    path = drawn_path(args.output_dir / DRAWN, image_id, name)
+    if prediction.panoptic is not None:
+        path = picture_path(args.output_dir / SEGMENT_IDS, image_id, name, ".png")
+        with _counting_failures(path, predictions):
+            _write_segment_ids(prediction.panoptic, path)
+            _add_segmentation(prediction.panoptic, image_id, name, path, predictions)
+    if not args.no_draw:
+        _draw_result(result.image, prediction, image_id, name, args, predictions)
+
+
+@contextlib.contextmanager
+def _counting_failures(path: Path, predictions: Predictions) -> Iterator[None]:
+    """Count a picture that fails. Detections are worth more than pictures: it must not end the loop."""
     try:
-        _draw(result.image, prediction, path)
+        yield
     except DRAWING_ERRORS as error:
         predictions.not_drawn.append((str(path), str(error)))
-    if len(predictions.page) < IMAGES_ON_PAGE:
-        pixels = result.image.permute(1, 2, 0).numpy()  # [H, W, 3]
-        boxes = {
-            "boxes": prediction.boxes,
-            "labels": _names_to_draw(prediction),
-            "scores": prediction.scores,
+
+
+def _write_segment_ids(panoptic: Panoptic, path: Path) -> None:
+    content = ids_to_png(panoptic.ids.numpy())
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _add_segmentation(
+    panoptic: Panoptic, image_id: int, name: str, path: Path, predictions: Predictions
+) -> None:
+    """Add an image to panoptic.json. `file_name` is the image in `images` and its segment ids in `annotations`."""
+    height, width = panoptic.ids.shape
+    predictions.images.append({"id": image_id, "file_name": name, "height": height, "width": width})
+    predictions.segmentations.append(
+        {"image_id": image_id, "file_name": path.name, "segments_info": panoptic.segments}
+    )
+
+
+def panoptic_content(predictions: Predictions, classes: Classes) -> dict[str, Any]:
+    """Return the content of panoptic.json, in COCO's panoptic format."""
+    things = classes.things or {}
+    categories = [
+        {
+            "id": classes.category_ids.get(row, row),
+            "name": name,
+            "isthing": int(things.get(row, False)),
         }
-        predictions.page.append((Path(name).name, pixels, boxes))
+        for row, name in classes.names.items()
+    ]
+    return {
+        "images": predictions.images,
+        "annotations": predictions.segmentations,
+        "categories": categories,
+    }
 
 
-def drawn_path(folder: Path, image_id: int, name: str) -> Path:
-    """Return the file of a drawn image. File names may repeat in a tree of folders; the id in front is unique.
+def picture_path(folder: Path, image_id: int, name: str, suffix: str = OBJECTS_SUFFIX) -> Path:
+    """Return the file of a picture. File names may repeat in a tree of folders; the id in front is unique.
 
     A name that would be too long for the file system is shortened.
     """
@@ -196,7 +242,7 @@ def drawn_path(folder: Path, image_id: int, name: str) -> Path:
         limit = os.pathconf(folder.parent, "PC_NAME_MAX")
     except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
         limit = DEFAULT_NAME_BYTES
-    prefix, suffix = f"{image_id:06d}_", ".jpg"
+    prefix = f"{image_id:06d}_"
     space = limit - len(f".{prefix}{suffix}.tmp")  # `write_atomically` first writes .NAME.tmp
     stem = os.fsencode(Path(name).stem)
     if len(stem) > space:
@@ -205,18 +251,61 @@ def drawn_path(folder: Path, image_id: int, name: str) -> Path:
     return folder / f"{prefix}{os.fsdecode(stem)}{suffix}"
 
 
-def _draw(image: Tensor, prediction: Prediction, path: Path) -> None:
-    """Write an image, uint8 [3, H, W], with its boxes as JPEG."""
-    drawn = draw_boxes(
-        image.permute(1, 2, 0).numpy(),
-        prediction.boxes,
-        _names_to_draw(prediction),
-        prediction.scores,
-        [label_color(name) for name in prediction.names],
-    )
+def _draw_result(
+    image: Tensor,
+    prediction: Prediction,
+    image_id: int,
+    name: str,
+    args: Namespace,
+    predictions: Predictions,
+) -> None:
+    """Draw the objects, and the segments of a panoptic detector, and keep what the page needs."""
+    pixels = image.permute(1, 2, 0).numpy()  # [H, W, 3]
+    folder = args.output_dir / DRAWN
+    path = picture_path(folder, image_id, name)
+    with _counting_failures(path, predictions):
+        _write_jpeg(_draw_objects(pixels, prediction), path)
+    if prediction.panoptic is not None:
+        path = picture_path(folder, image_id, name, SEGMENTS_SUFFIX)
+        with _counting_failures(path, predictions):
+            _write_jpeg(_draw_panoptic(pixels, prediction.panoptic), path)
+
+    if len(predictions.page) < IMAGES_ON_PAGE:
+        predictions.page.append(_page_row(Path(name).name, pixels, prediction))
+
+
+def _draw_objects(pixels: np.ndarray, prediction: Prediction) -> np.ndarray:
+    colors = [label_color(name) for name in prediction.names]
+    if prediction.rles is not None:
+        masks = masks_to_draw(prediction.rles, prediction.size_hw)
+        pixels = draw_masks(pixels, masks, colors)
+    names = _names_to_draw(prediction)
+    return draw_boxes(pixels, prediction.boxes, names, prediction.scores, colors)
+
+
+def _draw_panoptic(pixels: np.ndarray, panoptic: Panoptic) -> np.ndarray:
+    names = {segment["category_id"]: segment["name"] for segment in panoptic.segments}
+    return draw_segments(pixels, panoptic.ids.numpy(), panoptic.segments, names)
+
+
+def _write_jpeg(pixels: np.ndarray, path: Path) -> None:
     content = BytesIO()
-    Image.fromarray(drawn).save(content, format="JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(pixels).save(content, format="JPEG", quality=JPEG_QUALITY)
     write_atomically(path, lambda file: file.write(content.getvalue()))
+
+
+def _page_row(title: str, pixels: np.ndarray, prediction: Prediction) -> tuple:
+    """Return a row of `util.plots.pages.detection_page`."""
+    row = {
+        "boxes": prediction.boxes,
+        "labels": _names_to_draw(prediction),
+        "scores": prediction.scores,
+        "masks": prediction.rles,
+    }
+    panoptic = prediction.panoptic
+    if panoptic is not None:
+        row["panoptic"] = {"ids": panoptic.ids, "segments_info": panoptic.segments}
+    return title, pixels, row
 
 
 def _names_to_draw(prediction: Prediction) -> list[str]:
@@ -225,22 +314,26 @@ def _names_to_draw(prediction: Prediction) -> list[str]:
 
 
 def find_earlier_predictions(args: Namespace) -> list[Path]:
-    """Create the output folder; return the images that an earlier run drew there, which this one replaces.
+    """Create the output folder; return those files of an earlier run that this one may not replace.
 
     Raises:
         UserError: the folder can't be written, is among the images, or has predictions and `--overwrite` is not given.
     """
     folder = args.output_dir
     check_outside_images(folder, args.images)
-    drawn = sorted((folder / DRAWN).glob("[0-9]*_*.jpg"))
-    found = [path for path in (folder / RESULTS, folder / PAGE, *drawn) if path.exists()]
+    earlier = [
+        *sorted((folder / DRAWN).glob("[0-9]*_*.jpg")),
+        *sorted((folder / SEGMENT_IDS).glob("[0-9]*_*.png")),
+        *(folder / name for name in (PAGE, SEGMENTS) if (folder / name).exists()),
+    ]
+    found = [path for path in (folder / RESULTS, *earlier) if path.exists()]
     if found and not args.overwrite:
         raise UserError(
             f"--output_dir {folder} already has predictions ({found[0].name}): choose another folder, or add "
             "--overwrite to replace them"
         )
     make_folder(folder)
-    return drawn
+    return earlier
 
 
 def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
@@ -263,6 +356,8 @@ def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
     if predictions.not_drawn:
         text += f"; {len(predictions.not_drawn)} pictures not drawn"
     text += f"; written to {args.output_dir / RESULTS}"
+    if predictions.segmentations:
+        text += f" and {SEGMENTS}"
     return text if args.no_draw else f"{text}, drawn in {args.output_dir / DRAWN}"
 
 
@@ -286,11 +381,13 @@ def write_results(predictions: Predictions, folder: Path) -> None:
 
 
 def draw_page(predictions: Predictions, path: Path) -> None:
-    """Write the page of the first images, and log how many pictures could not be written."""
-    try:
+    """Write the page of the first images."""
+    with _counting_failures(path, predictions):
         detection_page(predictions.page, path)
-    except DRAWING_ERRORS as error:
-        predictions.not_drawn.append((str(path), str(error)))
+
+
+def warn_of_failures(predictions: Predictions) -> None:
+    """Log how many pictures could not be written."""
     if predictions.not_drawn:
         first, reason = predictions.not_drawn[0]
         log.warning(
@@ -314,9 +411,17 @@ def main(args: Namespace) -> None:
     for path in earlier:
         path.unlink()
     predictions = predict(predictor, images, args)
+<<<<<<< HEAD
     write_results(predictions, args.output_dir)
+=======
+    write_text(args.output_dir / RESULTS, json.dumps(predictions.rows))
+    if "panoptic" in predictor.postprocessors:
+        content = panoptic_content(predictions, predictor.classes)
+        write_text(args.output_dir / SEGMENTS, json.dumps(content))
+>>>>>>> mask-views
     if not args.no_draw:
         draw_page(predictions, args.output_dir / PAGE)
+    warn_of_failures(predictions)
     log.info("%s", summary(predictions, len(images), args))
 
 

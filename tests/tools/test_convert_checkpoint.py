@@ -243,7 +243,7 @@ def test_module_prefix_and_bare_state_dicts() -> None:
                 "--eval --resume",
             ),
         ),
-        ("masks", ("with a mask head", "250 classes", "--to predetr --out NEW_FILE")),
+        ("masks", ("with a mask head", "250 classes", "coco_panoptic", "--eval --resume")),
         (
             "updetr",
             (

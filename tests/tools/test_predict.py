@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from models import build_model
 from tests.tiny import (
@@ -380,6 +381,108 @@ def test_runs_as_program_from_any_folder(data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("written to out/predictions.json, drawn in out/drawn")
     assert (tmp_path / "out" / "predictions.png").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.fixture
+def mask_checkpoint(tmp_path: Path) -> Path:
+    """A panoptic detector with random weights, in a file that has weights only, as published.
+
+    It finds persons and grass only.
+    """
+    torch.manual_seed(0)
+    flags = ("--masks", "--backbone_norm", "frozen", "--nheads", "8", "--num_classes", "250")
+    model = build_model(tiny_args(FINETUNE, *flags))[0]
+    with torch.no_grad():
+        weight, bias = model.detr.class_embed.weight, model.detr.class_embed.bias
+        weight[[1, 193]] *= 10
+        weight[193] = -weight[1]
+        bias[[1, 193]] = 10
+    path = tmp_path / "panoptic.pth"
+    save_checkpoint({"model": model.state_dict()}, path)
+    return path
+
+
+def rgb_to_ids(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        red, green, blue = np.asarray(image.convert("RGB")).astype(int).transpose(2, 0, 1)
+    return red + 256 * green + 65536 * blue
+
+
+def test_masks_and_panoptic_results(mask_checkpoint: Path, tmp_path: Path) -> None:
+    images, out = write_images(tmp_path / "photos", 2), tmp_path / "out"
+    words = ["--checkpoint", mask_checkpoint, "--images", images, "--output_dir", out]
+    lines = run(*words, "--image_size", 64, "--threshold", 0.3)
+    assert any("has no class names: using COCO's" in line for line in lines)
+    assert "predictions.json and panoptic.json, drawn in" in lines[-1]
+
+    rows = read(out)
+    assert {row["category_name"] for row in rows} <= {"person", "grass-merged"}
+    for row in rows:
+        with Image.open(images / row["file_name"]) as image:
+            assert row["segmentation"]["size"] == [image.height, image.width]
+        decoded = coco_mask.decode(row["segmentation"])
+        assert decoded.shape == tuple(row["segmentation"]["size"])
+
+    content = json.loads((out / "panoptic.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["000.png", "001.png"]
+    assert {"id": 1, "name": "person", "isthing": 1} in content["categories"]
+    assert {"id": 193, "name": "grass-merged", "isthing": 0} in content["categories"]
+    for image, annotation in zip(content["images"], content["annotations"], strict=True):
+        assert annotation["image_id"] == image["id"]
+        ids = rgb_to_ids(out / "panoptic" / annotation["file_name"])
+        assert ids.shape == (image["height"], image["width"])
+        segments = annotation["segments_info"]
+        assert segments
+        areas = {segment["id"]: segment["area"] for segment in segments}
+        assert areas == dict(zip(*np.unique(ids, return_counts=True), strict=True))
+        for segment in segments:
+            assert segment["name"] == coco_names.PANOPTIC_NAMES[segment["category_id"]]
+
+    pictures = ["000001_000.jpg", "000001_000_panoptic.jpg", "000002_001.jpg"]
+    drawn = sorted(path.name for path in (out / "drawn").iterdir())
+    assert drawn == [*pictures, "000002_001_panoptic.jpg"]
+    with Image.open(out / "drawn" / drawn[1]) as after, Image.open(images / "000.png") as before:
+        assert after.size == before.size
+    with Image.open(out / "predictions.png") as page:
+        assert page.width > 2 * 280
+
+    # Another detector leaves none of these files.
+    with pytest.raises(UserError, match="already has predictions"):
+        run(*words)
+    (out / "panoptic" / "mine.png").write_text("of the user")
+    run(*words, "--image_size", 64, "--images", images / "000.png", "--overwrite", "--no_draw")
+    assert sorted(path.name for path in out.rglob("*") if path.is_file()) == [
+        "000001_000.png",
+        "mine.png",
+        "panoptic.json",
+        "predictions.json",
+    ]
+
+
+def test_segment_ids_and_pictures_that_fail(
+    mask_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other results are written; panoptic.json lists the images that have segment ids."""
+
+    def fail(*_args):
+        raise OSError("broken encoder")
+
+    failing = iter([True, False])
+    real = predict.ids_to_png
+    monkeypatch.setattr(predict, "ids_to_png", lambda ids: fail() if next(failing) else real(ids))
+    monkeypatch.setattr(predict, "draw_segments", fail)
+    lines = run(
+        "--checkpoint", mask_checkpoint, "--images", write_images(tmp_path / "photos", 2),
+        "--output_dir", tmp_path / "out", "--image_size", 64, "--threshold", 0.3,
+    )  # fmt: skip
+    assert {row["image_id"] for row in read(tmp_path / "out")} == {1, 2}
+    content = json.loads((tmp_path / "out" / "panoptic.json").read_text())
+    assert [image["id"] for image in content["images"]] == [2]
+    assert [annotation["image_id"] for annotation in content["annotations"]] == [2]
+    assert "; 3 pictures not drawn; written to" in lines[-1]
 
 
 @pytest.mark.parametrize(

@@ -40,11 +40,16 @@ def fold_class_name(name: str) -> str:
 
 
 def infer_classes(checkpoint: Checkpoint) -> Classes:
-    """Return the classes of a trained detector. A file without names and with 91 rows is taken to be COCO's."""
+    """Return the classes of a trained detector.
+
+    A file without names is taken to be COCO's if it has the published number of rows: 91, or 250 with a mask head.
+    """
     num_classes = count_classes(checkpoint.model, infer_classification(checkpoint))
     names = checkpoint.class_names
     if not names and num_classes == coco_names.NUM_CLASSES:
         names = coco_names.CLASS_NAMES
+    elif not names and _is_coco_panoptic(checkpoint, num_classes):
+        names = coco_names.PANOPTIC_NAMES
     # Without stored ids the rows are the category ids themselves, as in all published detectors.
     category_ids = checkpoint.category_ids or {row: row for row in names}
     named = bool(checkpoint.class_names)
@@ -60,11 +65,14 @@ def infer_classes(checkpoint: Checkpoint) -> Classes:
 
 def _infer_things(checkpoint: Checkpoint, num_classes: int) -> dict[int, bool] | None:
     """Return row -> whether it is a thing; COCO's for a mask model with the published number of rows."""
-    if checkpoint.things or num_classes != coco_names.NUM_PANOPTIC_CLASSES:
+    if checkpoint.things or not _is_coco_panoptic(checkpoint, num_classes):
         return checkpoint.things
-    if not has_mask_head(checkpoint.model):
-        return None
     return {row: row <= coco_names.MAX_THING_ID for row in range(num_classes)}
+
+
+def _is_coco_panoptic(checkpoint: Checkpoint, num_classes: int) -> bool:
+    """Return True for a mask model with as many rows as the published panoptic models."""
+    return num_classes == coco_names.NUM_PANOPTIC_CLASSES and has_mask_head(checkpoint.model)
 
 
 def infer_classification(checkpoint: Checkpoint) -> str:

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -130,7 +130,7 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
     """Convert a checkpoint to the format `to` (one of FORMATS).
 
     `predetr` keeps everything of detector and pretext, and stores the settings that parameter names don't show. The
-    published layouts contain weights only. No tensor changes its values.
+    published layouts contain weights only. Mask heads are left out. No tensor changes its values.
 
     Returns:
         The content of the new file, and notes on what was dropped or is computed differently there.
@@ -140,6 +140,7 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
     """
     notes: list[str] = []
     state = _drop(strip_detr_prefix(checkpoint.model), MASK_PREFIXES, notes)
+    checkpoint = replace(checkpoint, model=state)  # its architecture has no mask head now
     if to == OURS:
         return _to_predetr(checkpoint, state, notes), notes
 
@@ -204,6 +205,8 @@ def _to_predetr(
     certain, likely = infer_architecture(checkpoint)
     # The inferred values win: DETReg, for instance, stores `sine` for its shifted encoding.
     settings = {**checkpoint.args, **likely, **certain}
+    if settings.get("masks"):
+        settings["masks"] = False
     pretext = infer_pretext(checkpoint)
     if pretext:
         settings["pretext"] = pretext

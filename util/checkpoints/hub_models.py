@@ -10,8 +10,8 @@ from util.errors import UserError
 class HubModel(NamedTuple):
     """A published detector.
 
-    title: name and published AP (COCO val2017). settings: architecture by flag name. url: the published weights, or the
-    page that links them where they are on a file-sharing site.
+    title: name and published metrics (COCO val2017). settings: architecture by flag name. url: the published weights,
+    or the page that links them where they are on a file-sharing site.
     """
 
     title: str
@@ -19,7 +19,7 @@ class HubModel(NamedTuple):
     url: str
 
 
-_DETR = {"detector": "detr", "backbone": "resnet50", "dilation": False}
+_DETR = {"detector": "detr", "backbone": "resnet50", "dilation": False, "masks": False}
 _CONDITIONAL = {**_DETR, "detector": "conditional_detr"}
 _DEFORMABLE = {
     **_DETR,
@@ -30,6 +30,7 @@ _DEFORMABLE = {
 }
 _R101 = {"backbone": "resnet101"}
 _DC5 = {"dilation": True}  # stride 16 instead of 32 in the last stage
+_MASKS = {"masks": True}
 _SINGLE_SCALE = {"num_feature_levels": 1}
 _REFINE = {"with_box_refine": True}
 
@@ -47,6 +48,21 @@ HUB_MODELS: dict[str, HubModel] = {
     ),
     "detr_resnet101_dc5": HubModel(
         "DETR-DC5-R101, AP 44.9", {**_DETR, **_R101, **_DC5}, _FILES + "detr-r101-dc5-a2e86def.pth"
+    ),
+    "detr_resnet50_panoptic": HubModel(
+        "panoptic DETR-R50, box AP 38.8, segm AP 31.1, PQ 43.4",
+        {**_DETR, **_MASKS},
+        _FILES + "detr-r50-panoptic-00ce5173.pth",
+    ),
+    "detr_resnet50_dc5_panoptic": HubModel(
+        "panoptic DETR-DC5-R50, box AP 40.2, segm AP 31.9, PQ 44.6",
+        {**_DETR, **_DC5, **_MASKS},
+        _FILES + "detr-r50-dc5-panoptic-da08f1b1.pth",
+    ),
+    "detr_resnet101_panoptic": HubModel(
+        "panoptic DETR-R101, box AP 40.1, segm AP 33.0, PQ 45.1",
+        {**_DETR, **_R101, **_MASKS},
+        _FILES + "detr-r101-panoptic-40021d53.pth",
     ),
     "conditional_detr_resnet50": HubModel(
         "Conditional DETR-R50, AP 41.0", _CONDITIONAL, _CONDITIONAL_PAGE
@@ -88,6 +104,11 @@ HUB_MODELS: dict[str, HubModel] = {
 }
 
 
+def is_panoptic(name: str) -> bool:
+    """Return True for a panoptic model. The published mask models are all panoptic."""
+    return HUB_MODELS[name].settings["masks"]
+
+
 def published_url(name: str) -> str:
     """Return the URL of the published weights.
 
@@ -110,7 +131,7 @@ def check_hub_model(checkpoint: Checkpoint, name: str) -> None:
         UserError: it has another architecture; the message names the hub model that fits.
     """
     certain, likely = infer_architecture(checkpoint)
-    found = {**likely, **certain}
+    found = {"masks": False, **likely, **certain}  # a mask head shows in the weights
     differences = [
         f"{flag} {found[flag]} (not {value})"
         for flag, value in HUB_MODELS[name].settings.items()

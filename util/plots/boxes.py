@@ -66,15 +66,25 @@ def draw_boxes(
 
 
 def draw_label(
-    canvas: Image.Image, text: str, corner: np.ndarray, color: Color, font_size: float
+    canvas: Image.Image,
+    text: str,
+    corner: np.ndarray,
+    color: Color,
+    font_size: float,
+    centered: bool = False,
 ) -> None:
-    """Draw text on a background of `color`: above the corner (x, y), or below it at the top border of the image."""
+    """Draw text on a background of `color`: above the corner (x, y), or below it at the top border of the image.
+
+    centered: draw it around (x, y) instead.
+    """
     text = legible(text)
     font = font_for(text, font_size)
     draw = ImageDraw.Draw(canvas)
     left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
     width, height = right - left + 6, bottom - top + 5
 
+    if centered:
+        corner = np.asarray(corner) + (-width / 2, height / 2)
     x = min(max(corner[0], 0), max(canvas.width - width, 0))
     y = corner[1] - height if corner[1] >= height else corner[1]
     draw.rectangle((x, y, x + width, y + height), fill=color)

@@ -1,7 +1,8 @@
-"""Write pages of images with boxes as PNG: predictions, training samples, query patches.
+"""Write pages of images with boxes and masks as PNG: predictions, training samples, query patches.
 
 Images are uint8 [H, W, 3] in RGB, boxes (x1, y1, x2, y2) in pixels of their image. Boxes, labels and scores may be
-NumPy arrays, lists or tensors on the CPU. Letters: N ground-truth or drawn boxes, K predictions, M patches.
+NumPy arrays, lists or tensors on the CPU. Masks are RLEs or bool arrays and may have another size than their image,
+which they cover. Letters: N ground-truth or drawn boxes, K predictions, M patches.
 """
 
 import math
@@ -23,8 +24,11 @@ from util.plots.boxes import (
     label_color,
 )
 from util.plots.fonts import class_text, font_for, legible
+from util.plots.masks import draw_masks, draw_segments, masks_to_draw, merge_masks, resize_mask
 
-Boxes = Mapping[str, Any]  # "boxes" [N, 4], and optionally "labels" [N] and "scores" [N]
+# "boxes" [N, 4], and optionally "labels" [N], "scores" [N], "masks" N, and "panoptic", a segmentation of the image:
+# {"ids": [H, W], "segments_info": [{"id", "category_id"}]}
+Boxes = Mapping[str, Any]
 
 PAGE_COLOR, TITLE_COLOR = (255, 255, 255), (120, 120, 120)
 # All sizes are in pixels.
@@ -49,10 +53,11 @@ def prediction_page(
     max_boxes: int = 20,
     columns: int = 2,
 ) -> Path:
-    """Draw predictions next to the ground truth, one image per cell.
+    """Draw predictions next to the ground truth, one image per cell; panoptic segmentations in a cell of their own.
 
     Args:
         rows: (image, predictions, ground truth). Both have `boxes` [N, 4] and `labels` [N], predictions also `scores`.
+            Both may have `masks`, and predictions `panoptic`.
         class_names: Label -> name.
         out_png: Image to write.
         score_threshold: Minimum score of a prediction, 0 to 1. Default: 0.5, or less if fewer predictions than
@@ -67,21 +72,60 @@ def prediction_page(
     for image, predictions, ground_truth in rows:
         scores = as_array(predictions["scores"])  # [K]
         best_first = np.argsort(-scores, kind="stable")
-        keep = [i for i in best_first if scores[i] >= score_threshold][:max_boxes]
-        boxes = as_array(predictions["boxes"]).reshape(-1, 4)[keep]  # [N, 4]
-        labels = as_array(predictions["labels"])[keep]
+        keep = [int(i) for i in best_first if scores[i] >= score_threshold][:max_boxes]
+        kept = _select(predictions, keep)
+        has_segments = "panoptic" in predictions
+        if has_segments:  # the next cell shows the masks
+            kept, objects = _without_masks(kept), _without_masks(ground_truth)
+        else:
+            objects = ground_truth
 
-        predicted = _draw_named_boxes(
-            _resize_for_display(image, boxes), labels, class_names, scores[keep]
-        )
-        real = _draw_named_boxes(
-            _resize_for_display(image, ground_truth["boxes"]),
-            as_array(ground_truth["labels"]),
-            class_names,
-        )
+        predicted = _draw_named_boxes(image, kept, class_names)
+        real = _draw_named_boxes(image, objects, class_names)
         titles = [f"predictions (score >= {score_threshold:.2g})", "ground truth"]
         cells.append(_side_by_side([predicted, real], titles))
+        if has_segments:
+            cells.append(_segments_cell(image, predictions["panoptic"], ground_truth, class_names))
     return _save(_grid(cells, columns), out_png)
+
+
+def _select(boxes: Boxes, keep: Sequence[int]) -> Boxes:
+    """Return the boxes with these indices, in this order."""
+    chosen: dict[str, Any] = {
+        "boxes": as_array(boxes["boxes"]).reshape(-1, 4)[keep],  # [N, 4]
+        "labels": as_array(boxes["labels"])[keep],
+        "scores": as_array(boxes["scores"])[keep],
+    }
+    if boxes.get("masks") is not None:
+        chosen["masks"] = [boxes["masks"][i] for i in keep]
+    return chosen
+
+
+def _without_masks(boxes: Boxes) -> Boxes:
+    return {key: value for key, value in boxes.items() if key != "masks"}
+
+
+def _segments_cell(
+    image: np.ndarray,
+    predicted: Mapping[str, Any],
+    ground_truth: Boxes,
+    class_names: Mapping[int, str],
+) -> Image.Image:
+    """Draw a predicted panoptic segmentation, next to that of the ground truth if it has masks."""
+    panels = [("predicted segments", predicted)]
+    if ground_truth.get("masks") is not None:
+        masks = np.asarray(ground_truth["masks"], bool)  # [N, H, W]
+        panels.append(("ground truth", merge_masks(masks, as_list(ground_truth["labels"]))))
+    pictures = [_draw_panoptic(image, segments, class_names) for _, segments in panels]
+    return _side_by_side(pictures, [title for title, _ in panels])
+
+
+def _draw_panoptic(
+    image: np.ndarray, panoptic: Mapping[str, Any], class_names: Mapping[int, str]
+) -> np.ndarray:
+    picture, _ = _resize_for_display(image, np.zeros((0, 4)))
+    ids = resize_mask(np.asarray(panoptic["ids"]), picture.shape[:2])
+    return draw_segments(picture, ids, panoptic["segments_info"], class_names)
 
 
 def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
@@ -98,12 +142,26 @@ def _page_threshold(rows: Sequence[tuple[np.ndarray, Boxes, Boxes]]) -> float:
 def detection_page(
     rows: Sequence[tuple[str, np.ndarray, Boxes]], out_png: str | Path, columns: int = 3
 ) -> Path:
-    """Draw predictions in images without ground truth, one image per cell.
+    """Draw predictions in images without ground truth, one image per cell, next to its panoptic segmentation if any.
 
     Args:
-        rows: (title, image, predictions with class names as `labels`, and with `scores`).
+        rows: (title, image, predictions with class names as `labels`, and with `scores`). Segments of `panoptic` have a
+            `name`.
+        columns: maximum number of pictures per line.
     """
-    return panel_page([[row] for row in rows], out_png, columns)
+    cells = [_detection_panels(*row) for row in rows]
+    pictures_per_cell = max(map(len, cells), default=1)
+    return panel_page(cells, out_png, max(1, columns // pictures_per_cell))
+
+
+def _detection_panels(
+    title: str, image: np.ndarray, predictions: Boxes
+) -> list[tuple[str, np.ndarray, Boxes]]:
+    if "panoptic" not in predictions:
+        return [(title, image, predictions)]
+    objects = {key: value for key, value in predictions.items() if key != "panoptic"}
+    segments = {"panoptic": predictions["panoptic"]}
+    return [(title, image, objects), ("segments", image, segments)]
 
 
 def panel_page(
@@ -112,22 +170,28 @@ def panel_page(
     """Draw images in several panels, one row per cell.
 
     Args:
-        rows: Panels of each row: (title, image, boxes with names as `labels`, and `scores` or None).
+        rows: Panels of each row: (title, image, boxes with names as `labels`, and `scores` or None). A panel may have
+            `panoptic` instead of boxes; each segment has a `name`.
     """
     cells = []
     for panels in rows:
-        pictures = [
-            draw_boxes(
-                *_resize_for_display(image, boxes["boxes"]), boxes["labels"], boxes["scores"]
-            )
-            for _, image, boxes in panels
-        ]
+        pictures = [_draw_panel(image, boxes) for _, image, boxes in panels]
         titles = [
             title[: picture.shape[1] // CHARACTER_WIDTH]
             for (title, _, _), picture in zip(panels, pictures, strict=True)
         ]
         cells.append(_side_by_side(pictures, titles))
     return _save(_grid(cells, columns), out_png)
+
+
+def _draw_panel(image: np.ndarray, boxes: Boxes) -> np.ndarray:
+    if "panoptic" in boxes:
+        segments = boxes["panoptic"]["segments_info"]
+        names = {segment["category_id"]: segment["name"] for segment in segments}
+        return _draw_panoptic(image, boxes["panoptic"], names)
+    labels = boxes["labels"]
+    colors = None if labels is None else [label_color(label) for label in as_list(labels)]
+    return _draw_objects(image, boxes, labels, colors)
 
 
 def patch_page(
@@ -177,18 +241,18 @@ def sample_page(
 
     Args:
         rows: Mappings with `image` including its padding, `boxes` [N, 4], `labels` [N], `title` and `patches`: M of
-            uint8 [h, w, 3], cropped from the boxes, often none.
+            uint8 [h, w, 3], cropped from the boxes, often none. They may have `masks`.
         class_names: Label -> name.
     """
     cells = []
     for row in rows:
-        image_and_boxes = _resize_for_display(row["image"], row["boxes"])
         patches = row["patches"]
         if not len(patches):
-            picture = _draw_named_boxes(image_and_boxes, as_array(row["labels"]), class_names)
+            picture = _draw_named_boxes(row["image"], row, class_names)
             cells.append(_side_by_side([picture], [row["title"]]))
             continue
 
+        image_and_boxes = _resize_for_display(row["image"], row["boxes"])
         num_boxes = len(image_and_boxes[1])
         picture = draw_boxes(*image_and_boxes, _numbers(num_boxes), None, cycle_colors(num_boxes))
         strip = _patch_strip(patches, cycle_colors(len(patches)), picture.shape[0])
@@ -233,15 +297,24 @@ def _resize_for_display(image: np.ndarray, boxes_xyxy_abs: Any) -> tuple[np.ndar
 
 
 def _draw_named_boxes(
-    image_and_boxes: tuple[np.ndarray, np.ndarray],
-    labels: np.ndarray,
-    class_names: Mapping[int, str],
-    scores: Any = None,
+    image: np.ndarray, boxes: Boxes, class_names: Mapping[int, str]
 ) -> np.ndarray:
-    numbers = [int(label) for label in labels]
+    numbers = [int(label) for label in as_list(boxes["labels"])]
     names = [class_text(class_names.get(n, f"class {n}"), n) for n in numbers]
-    colors = [label_color(int(label)) for label in labels]
-    return draw_boxes(*image_and_boxes, names, scores, colors)
+    return _draw_objects(image, boxes, names, [label_color(number) for number in numbers])
+
+
+def _draw_objects(
+    image: np.ndarray,
+    boxes: Boxes,
+    names: Sequence[str] | None,
+    colors: Sequence[Color] | None,
+) -> np.ndarray:
+    """Scale an image for display and draw boxes on it, above their masks if they have some."""
+    picture, scaled = _resize_for_display(image, boxes["boxes"])
+    if boxes.get("masks") is not None and colors is not None:
+        picture = draw_masks(picture, masks_to_draw(boxes["masks"], picture.shape[:2]), colors)
+    return draw_boxes(picture, scaled, names, boxes.get("scores"), colors)
 
 
 def _side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Image.Image:
