@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.evaluators.coco import CocoEvaluator, GroundTruth, build_ground_truth
-from datasets.evaluators.detections import DetectionEvaluator
 from datasets.labelled.annotations import read_json
 from util.errors import UserError
 from util.packed_targets import TOO_FEW_PROPOSALS

@@ -15,7 +15,7 @@ import os
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -361,15 +361,18 @@ def summary(predictions: Predictions, num_images: int, args: Namespace) -> str:
     return text if args.no_draw else f"{text}, drawn in {args.output_dir / DRAWN}"
 
 
-def write_results(predictions: Predictions, folder: Path) -> None:
-    """Write predictions.json. If the disk is full of pictures, remove them: the detections are worth more.
+def write_results(results: Mapping[str, Any], predictions: Predictions, folder: Path) -> None:
+    """Write predictions.json, and panoptic.json if there is one: the content by file name.
+
+    If the disk is full of pictures, they are removed: the results are worth more.
 
     Raises:
-        UserError: it can't be written without the pictures either.
+        UserError: they can't be written without the pictures either.
     """
-    content = json.dumps(predictions.rows)
+    contents = {folder / name: json.dumps(content) for name, content in results.items()}
     try:
-        write_text(folder / RESULTS, content)
+        for path, content in contents.items():
+            write_text(path, content)
     except UserError as error:
         pictures = sorted((folder / DRAWN).glob("[0-9]*_*.jpg"))
         if not pictures:
@@ -377,7 +380,8 @@ def write_results(predictions: Predictions, folder: Path) -> None:
         for picture in pictures:
             picture.unlink()
         predictions.not_drawn += [(str(picture), str(error)) for picture in pictures]
-        write_text(folder / RESULTS, content)
+        for path, content in contents.items():
+            write_text(path, content)
 
 
 def draw_page(predictions: Predictions, path: Path) -> None:
@@ -411,14 +415,10 @@ def main(args: Namespace) -> None:
     for path in earlier:
         path.unlink()
     predictions = predict(predictor, images, args)
-<<<<<<< HEAD
-    write_results(predictions, args.output_dir)
-=======
-    write_text(args.output_dir / RESULTS, json.dumps(predictions.rows))
+    results = {RESULTS: predictions.rows}
     if "panoptic" in predictor.postprocessors:
-        content = panoptic_content(predictions, predictor.classes)
-        write_text(args.output_dir / SEGMENTS, json.dumps(content))
->>>>>>> mask-views
+        results[SEGMENTS] = panoptic_content(predictions, predictor.classes)
+    write_results(results, predictions, args.output_dir)
     if not args.no_draw:
         draw_page(predictions, args.output_dir / PAGE)
     warn_of_failures(predictions)
