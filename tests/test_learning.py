@@ -36,7 +36,7 @@ EXTRA = {"deformable_detr": ["--with_box_refine", "--two_stage"]}
 MASK_FLAGS = shlex.split(
     "--masks --mask_loss_coef 20 --dice_loss_coef 5 --frozen_weights FILE --lr 1e-3"
 )
-MAX_MASK_STEPS = 700
+MAX_MASK_STEPS = 600
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,7 @@ def test_overfits_masks_on_a_frozen_detector(detector: str, scenes: Path) -> Non
     model.detr.load_state_dict(boxes.state_dict())
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], settings.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, MAX_MASK_STEPS)
     data = Scenes(settings, model)
     samples, targets = data.batch
     # The detector is frozen and in evaluation mode: its part is computed once.
@@ -129,7 +130,9 @@ def test_overfits_masks_on_a_frozen_detector(detector: str, scenes: Path) -> Non
         losses = criterion(model.segment(memory, states), targets)
         optimizer.zero_grad()
         criterion.total_loss(losses).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_max_norm)
         optimizer.step()
+        schedule.step()
         if step % 25 == 24:
             with torch.no_grad():
                 outputs = model.segment(memory, states)
