@@ -141,18 +141,9 @@ def siamese_file(state: dict[str, Tensor]) -> dict:
     }
 
 
-def masks() -> dict[str, Tensor]:
-    """Return DETR with a mask head: the detector is below `detr.`."""
-    detector = shapes("detr", *SMALL, outputs=251)
-    sizes = {
-        "bbox_attention.q_linear": (32, 32),
-        "bbox_attention.k_linear": (32, 32),
-        "mask_head.out_lay": (1, 2, 3, 3),
-        **{f"mask_head.lay{i}": (8, 8, 3, 3) for i in range(1, 6)},
-        **{f"mask_head.gn{i}": (8,) for i in range(1, 6)},
-        **{f"mask_head.adapter{i}": (8, 8, 1, 1) for i in range(1, 4)},
-    }
-    return {**{f"detr.{key}": value for key, value in detector.items()}, **linear_layers(sizes)}
+def masks(*flags: str) -> dict[str, Tensor]:
+    """Return DETR for panoptic data with a mask head: the detector is below `detr.`."""
+    return shapes("detr", "--masks", *(flags or SMALL), outputs=251)
 
 
 def settings(**more) -> Namespace:

@@ -139,10 +139,12 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
             if name == "train2017" and i in empty:
                 continue
             for box, label in zip(boxes, labels, strict=True):
+                x, y, w, h = box
                 annotation = {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
                     "bbox": box,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
                     "category_id": label,
                     "area": box[2] * box[3],
                     "iscrowd": 0,
@@ -151,6 +153,51 @@ def write_coco(root: Path, train: int = 4, val: int = 3, empty: tuple[int, ...] 
         content = {"images": images, "annotations": annotations, "categories": categories}
         (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
     return root
+
+
+def write_panoptic(coco: Path, root: Path | None = None) -> Path:
+    """Write panoptic annotations of `write_coco`: its objects, later ones above, and grass (stuff, id 120) elsewhere.
+
+    root: where they go; default: the folder of `write_coco` itself.
+    """
+    root = root or coco
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    for name in ("train2017", "val2017"):
+        folder = root / f"panoptic_{name}"
+        folder.mkdir()
+        content = json.loads((coco / "annotations" / f"instances_{name}.json").read_text())
+        annotations = []
+        for image in content["images"]:
+            own = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+            ids = np.ones((image["height"], image["width"]), np.int64)
+            labels = {1: 120}
+            for segment_id, annotation in enumerate(own, start=300):
+                x, y, w, h = annotation["bbox"]
+                ids[y : y + h, x : x + w] = segment_id
+                labels[segment_id] = annotation["category_id"]
+            png = Path(image["file_name"]).with_suffix(".png").name
+            colors = np.stack([ids % 256, ids // 256, ids * 0], axis=-1).astype(np.uint8)
+            Image.fromarray(colors).save(folder / png)
+            annotations.append(
+                {
+                    "image_id": image["id"],
+                    "file_name": png,
+                    "segments_info": [_segment(ids, i, labels[i]) for i in np.unique(ids).tolist()],
+                }
+            )
+        categories = [{**category, "isthing": 1} for category in content["categories"]]
+        categories.append({"id": 120, "name": "grass", "isthing": 0})
+        panoptic = {"images": content["images"], "annotations": annotations, "categories": categories}
+        path = root / "annotations" / f"panoptic_{name}.json"
+        path.write_text(json.dumps(panoptic))
+    return root
+
+
+def _segment(ids: np.ndarray, segment_id: int, label: int) -> dict:
+    rows, columns = np.nonzero(ids == segment_id)
+    x, y = int(columns.min()), int(rows.min())
+    box = [x, y, int(columns.max()) + 1 - x, int(rows.max()) + 1 - y]
+    return {"id": segment_id, "category_id": label, "iscrowd": 0, "bbox": box, "area": len(rows)}
 
 
 def write_few_shot_files(

@@ -51,6 +51,7 @@ from tests.tiny import (
     write_coco,
     write_few_shot_files,
     write_images,
+    write_panoptic,
     write_voc,
 )
 from tools.demo import run as demo
@@ -66,6 +67,7 @@ PLACEHOLDERS = {
     "/path/to/coco": "data/MSCoco",
     "path/to/coco": "data/MSCoco",
     "path/to/imagenet": "data/ilsvrc/train",
+    "/output/path": "output/path",
     "NAME.sh": "DETR_r50_coco.sh",
     "<checkpoint.pth>": "checkpoint.pth",
     "<OSS_CKPT>": "iter_300000.pth",
@@ -139,7 +141,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / program).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / program).write_text(PRINTER)
         (tmp_path / program).chmod(0o755)
-    write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
+    coco = write_coco(tmp_path / "data" / "MSCoco", train=4, val=2)
+    write_panoptic(coco, tmp_path / "data" / "MSCoco_panoptic")
     write_few_shot_files(tmp_path / "data" / "MSCoco", tmp_path / "data" / "cocosplit")
     write_voc(
         tmp_path / "data" / "pascal" / "VOCdevkit", {**VOC_LISTS, "2012_train": 4, "2012_val": 2}
@@ -184,8 +187,10 @@ def given_file(path: str, words: list[str]) -> dict:
                 channels=896 if deformable else 512,
             )
         )
-    if "panoptic" in path:
+    if "panoptic" in path and "boxes" not in path:
         return {"model": filled(masks())}
+    if "coco_panoptic" in words:
+        return {"model": filled(shapes("detr", *SMALL, outputs=251))}
     usual = "deformable_detr" if "DETReg" in path else "detr"
     detector = words[words.index("--detector") + 1] if "--detector" in words else usual
     if "updetr" in words or words[0] == "tools/visualize_pretext.py":
@@ -205,7 +210,8 @@ def given_file(path: str, words: list[str]) -> dict:
 def files_read(words: list[str]) -> list[str]:
     """Return the checkpoints that a command reads."""
     after = dict(zip(words, words[1:], strict=False))
-    named = [after.get(flag) for flag in ("--resume", "--pretrain", "--checkpoint", "--ckpt")]
+    flags = ("--resume", "--pretrain", "--frozen_weights", "--checkpoint", "--ckpt")
+    named = [after.get(flag) for flag in flags]
     if words[0] == "tools/convert_checkpoint.py":
         named.append(words[1])
     return [name for name in named if name and name != "auto"]

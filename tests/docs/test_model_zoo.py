@@ -19,16 +19,13 @@ from tests.published_files import (
     siamese_file,
     updetr,
 )
-from tests.tiny import write_coco
+from tests.tiny import write_coco, write_panoptic
 from util.checkpoints.architecture import infer_architecture
 from util.checkpoints.checkpoint import parse_checkpoint, save_checkpoint
 from util.checkpoints.weight_files import cached_path
 
 PAGE = ROOT / "docs" / "model_zoo.md"
 R101 = ("--backbone", "resnet101")
-MASK_TENSORS = len(masks()) - len(
-    shapes("detr", "--backbone", "resnet18", "--enc_layers", "1", "--dec_layers", "2")
-)
 REFINE = "--with_box_refine"
 TINY = ("--device", "cpu", "--num_workers", "0", "--image_size", "64")
 
@@ -50,11 +47,11 @@ FILES: dict[str, Callable[..., dict]] = {
     ),
     "DETR-R50, 50 epochs": lambda *size: shapes("detr", *size, outputs=92),
     "DETR-R101, 50 epochs": lambda *size: shapes("detr", *R101, *size, outputs=92),
-    "detr-r50-panoptic-00ce5173.pth": lambda *size: shapes("detr", *size, outputs=251),
-    "detr-r50-dc5-panoptic-da08f1b1.pth": lambda *size: shapes(
-        "detr", "--dilation", *size, outputs=251
+    "detr-r50-panoptic-00ce5173.pth": lambda *size: masks("--backbone", "resnet50", *size),
+    "detr-r50-dc5-panoptic-da08f1b1.pth": lambda *size: masks(
+        "--backbone", "resnet50", "--dilation", *size
     ),
-    "detr-r101-panoptic-40021d53.pth": lambda *size: shapes("detr", *R101, *size, outputs=251),
+    "detr-r101-panoptic-40021d53.pth": lambda *size: masks(*R101, *size),
     "ConditionalDETR_r50_epoch50.pth": lambda *size: shapes("conditional_detr", *size),
     "ConditionalDETR_r50dc5_epoch50.pth": lambda *size: shapes(
         "conditional_detr", "--dilation", *size
@@ -118,7 +115,7 @@ def test_row_runs(row: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The command evaluates, or starts to train, a small detector from a file of the row's kind and name."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.chdir(tmp_path)
-    write_coco(tmp_path / "data" / "MSCoco", train=3, val=2)
+    write_panoptic(write_coco(tmp_path / "data" / "MSCoco", train=3, val=2))
     words = shlex.split(row_command(row))[2:]
     args = finetune_main.parse(words)
     backbone = ("--backbone", "resnet50") if "dc5" in row[0].lower() else ()
@@ -143,8 +140,7 @@ def test_row_matches_its_file(row: list[str]) -> None:
     """The command parses unchanged, and its flags agree with what such a file says about itself."""
     name, download, _, tensors, _, here = row
     state = FILES[name.strip("`")]()
-    with_masks = MASK_TENSORS if "panoptic" in name else 0
-    assert int(tensors) == len(state) + with_masks
+    assert int(tensors) == len(state)
     assert "http" in download or download == "see above"
     args = check_command(shlex.split(row_command(row)))
     assert bool(args.eval) is bool(args.resume) is not bool(args.pretrain)
@@ -152,7 +148,7 @@ def test_row_matches_its_file(row: list[str]) -> None:
     certain, likely = infer_architecture(checkpoint)
     assert args.dilation is ("dc5" in name.lower() and "--dilation" in here)
     assert likely.get("dilation", False) or args.dilation or "dc5" not in name.lower()
-    assert args.num_classes == (250 if "panoptic" in name else 91)
+    assert args.dataset_file == ("coco_panoptic" if "panoptic" in name else "coco")
     if args.eval:
         assert certain["num_queries"] if not certain.get("two_stage") else True
         assert args.batch_size == (1 if "dc5" in name.lower() and "single scale" not in name else 2)
