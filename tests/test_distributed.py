@@ -62,6 +62,8 @@ def assert_close_weights(
     [
         "softmax_with_equal_counts",
         "focal_with_any_counts",
+        "masks",
+        "masks_on_a_frozen_detector",
         "one_decoder_layer",
         "encoder_proposals",
         "pretext",

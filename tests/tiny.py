@@ -187,7 +187,11 @@ def write_panoptic(coco: Path, root: Path | None = None) -> Path:
             )
         categories = [{**category, "isthing": 1} for category in content["categories"]]
         categories.append({"id": 120, "name": "grass", "isthing": 0})
-        panoptic = {"images": content["images"], "annotations": annotations, "categories": categories}
+        panoptic = {
+            "images": content["images"],
+            "annotations": annotations,
+            "categories": categories,
+        }
         path = root / "annotations" / f"panoptic_{name}.json"
         path.write_text(json.dumps(panoptic))
     return root

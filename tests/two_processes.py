@@ -82,6 +82,16 @@ class Scenes(SampleDataset):
         return self.images[index], {**target, "size": size, "orig_size": size}
 
 
+class MaskScenes(Scenes):
+    """Scenes with a random mask for each object."""
+
+    def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, dict]:
+        image, target = super().load(index, rng)
+        generator = torch.Generator().manual_seed(index)
+        noise = torch.rand(len(target["labels"]), SIDE, SIDE, generator=generator)
+        return image, {**target, "masks": (noise > 0.5).byte()}
+
+
 class Pairs(Scenes):
     """Two views of each image, the second one flipped, with the same regions in reverse order."""
 
@@ -173,6 +183,17 @@ def softmax_with_equal_counts(folder: Path) -> dict:
 def focal_with_any_counts(folder: Path) -> dict:
     """No step has fewer objects than processes: the published code then divides by 1, not by the mean per process."""
     return train("--detector", "conditional_detr", counts=[3, 0, 1, 4, 0, 2, 1, 2, 5, 0, 0, 2])
+
+
+def masks(folder: Path) -> dict:
+    """Some processes have no object in a step, and so no mask."""
+    counts = [3, 0, 1, 4, 0, 2, 1, 2, 5, 0, 0, 2]
+    return train("--masks", "--detector", "conditional_detr", counts=counts, dataset=MaskScenes)
+
+
+def masks_on_a_frozen_detector(folder: Path) -> dict:
+    flags = ("--masks", "--frozen_weights", "FILE", "--detector", "deformable_detr")
+    return train(*flags, counts=[2] * IMAGES, dataset=MaskScenes)
 
 
 def one_decoder_layer(folder: Path) -> dict:
@@ -443,6 +464,8 @@ SCENARIOS = {
     for scenario in (
         softmax_with_equal_counts,
         focal_with_any_counts,
+        masks,
+        masks_on_a_frozen_detector,
         one_decoder_layer,
         encoder_proposals,
         pretext,
