@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # DETR-R50 (Carion et al., ECCV 2020): instance segmentation on COCO, a mask head on the frozen detector of the
-# authors. The README's schedule of panoptic segmentation; no AP is published for instances alone.
+# authors. Published: the schedule, that of panoptic segmentation; no result for instances alone.
 # Another detector, Conditional and Deformable DETR too: --frozen_weights PATH
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -7,6 +7,10 @@ import pytest
 from tests import golden_data, golden_models, golden_parts, golden_siamese
 
 
+# In float64 these take more than a minute. Other cases check the same code: in steps detreg_deform, masks detr_r50_masks.
+SLOW_IN_FLOAT64 = ("deform_r50_ms", "detr_r50_panoptic")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     folder = Path(metafunc.config.getoption("--golden-dir"))
     names = sorted(path.stem for path in folder.glob("*.npz"))
@@ -19,7 +23,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     for fixture, cases in chosen.items():
         if fixture in metafunc.fixturenames:
-            metafunc.parametrize(fixture, cases)
+            is_slow = metafunc.function is test_float64_and_steps
+            metafunc.parametrize(
+                fixture,
+                [
+                    pytest.param(case, marks=pytest.mark.slow)
+                    if is_slow and case in SLOW_IN_FLOAT64
+                    else case
+                    for case in cases
+                ],
+            )
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from tests.tiny import (
     write_coco,
     write_few_shot_files,
     write_images,
+    write_panoptic,
     write_voc,
 )
 from util.settings import resolve
@@ -55,6 +56,13 @@ PARAMETERS = {
     "DETReg_deformable_finetune": 40_069_665,
     "DETReg_conditional_pretrain": CONDITIONAL_100 + 768 * 257,
     "DETReg": 40_069_665 + 768 * 257,
+    "DETR_r101_panoptic_boxes": 60_464_672,
+    "DETR_r50_panoptic_boxes": 41_524_768,
+    "DETR_r50_dc5_panoptic_boxes": 41_524_768,
+    # Their detector comes from a file, whose backbone these commands need not name.
+    **dict.fromkeys(("DETR_r101_panoptic", "DETR_r50_panoptic"), 42_858_425),
+    **dict.fromkeys(("DETR_r50_dc5_panoptic", "DETR_r50_masks"), 42_858_425),
+    "DETR_panoptic_eval": 42_858_425,
     "ConditionalDETR_r101": 62_358_305,
     "ConditionalDETR": 43_418_401,
     "DETR_r101": 60_464_672,
@@ -97,7 +105,8 @@ PRETEXT_SIZES = {
 
 def small_words(words: list[str], *flags: object) -> list[str]:
     """Return a config's command for a small model; DC5 needs a backbone with bottleneck blocks."""
-    shallow = ["--backbone", "resnet50" if "--dilation" in words else "resnet18"]
+    detector = source_config(words) if "--frozen_weights" in words else words
+    shallow = ["--backbone", "resnet50" if "--dilation" in detector else "resnet18"]
     pretext = next((name for name in PRETEXT_SIZES if name in words), "random_query_patch")
     size = [*SMALL, *PRETEXT_SIZES[pretext]] if words[0] == "main.py" else SMALL
     return [*words, *size, *shallow, *map(str, flags)]
@@ -118,27 +127,28 @@ def save_small(words: list[str], path: Path) -> Path:
             resolved=False,
         )
     )
-    torch.save(
-        {"model": build_model(args)[0].state_dict(), "args": args.as_dict(), "epoch": 0}, path
-    )
+    num_classes = 250 if args.dataset_file == "coco_panoptic" else None
+    model = build_model(args, num_classes)[0]
+    stored = {**args.as_dict(), "frozen_weights": None}
+    torch.save({"model": model.state_dict(), "args": stored, "epoch": 0}, path)
     return path
 
 
 def source_config(words: list[str]) -> list[str]:
-    """Return the config whose output a command uses as `--pretrain` or `--resume`; DETR_r50_coco for a URL."""
+    """Return the config whose output a command starts from or evaluates; one of the same kind for a URL."""
     given = next(
         word
         for flag, word in zip(words, words[1:], strict=False)
-        if flag in ("--pretrain", "--resume")
+        if flag in ("--pretrain", "--resume", "--frozen_weights")
     )
-    return config_words(
-        CONFIGS["DETR_r50_coco" if given.startswith("https://") else Path(given).parent.name]
-    )
+    if not given.startswith("https://"):
+        return config_words(CONFIGS[Path(given).parent.name])
+    return config_words(CONFIGS["DETR_r50_panoptic" if "panoptic" in given else "DETR_r50_coco"])
 
 
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_coco(tmp_path_factory.mktemp("data") / "coco", train=4, val=2)
+    return write_panoptic(write_coco(tmp_path_factory.mktemp("data") / "coco", train=4, val=2))
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +221,9 @@ def test_config_runs_three_steps(
     if "--pretrain" in words:
         checkpoint = save_small(source_config(words), tmp_path / "pretrained.pth")
         start_from = ["--pretrain", checkpoint]
+    if "--frozen_weights" in words:
+        checkpoint = save_small(source_config(words), tmp_path / "boxes.pth")
+        start_from = ["--frozen_weights", checkpoint]
 
     lines = start(
         small_words(words, *data, *start_from, "--output_dir", tmp_path / "run", "--dry_run")

@@ -567,7 +567,7 @@ PUBLISHED = {
         "lr_drop": 15,
         "frozen_weights": "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth",
     },
-    "DETR_eval_panoptic": {
+    "DETR_panoptic_eval": {
         "dataset_file": "coco_panoptic",
         "masks": True,
         "eval": True,

@@ -527,7 +527,7 @@ def test_python_examples_of_build_model_run() -> None:
         names: dict = {}
         exec(compile(code, "example", "exec"), names)
         assert names["outputs"]["pred_boxes"].shape == (1, 300, 4)
-        assert set(names["results"][0]) == {"scores", "labels", "boxes"}
+        assert set(names["results"][0]) == {"scores", "labels", "boxes", "queries"}
 
 
 def test_python_example_of_a_new_detector_runs(monkeypatch: pytest.MonkeyPatch) -> None:

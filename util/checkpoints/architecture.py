@@ -78,6 +78,8 @@ def infer_architecture(
     certain.update(_from_weights(state, detector))
     if has_mask_head(state):
         certain["masks"] = True
+        # The head reads D channels of the image and one attention map per head.
+        certain["nheads"] = state["mask_head.lay1.weight"].shape[1] - certain["hidden_dim"]
     certain.setdefault("backbone", infer_resnet(state, "backbone.0.body."))
 
     likely = {

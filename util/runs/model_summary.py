@@ -7,7 +7,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.segmentation import SegmentationOutputs
 from util.errors import UserError
 from util.logger import log
 from util.nested_tensor import NestedTensor
@@ -75,7 +74,7 @@ def count_multiply_adds(detector: nn.Module, height: int, width: int) -> int:
     with torch.no_grad(), torch.device("meta"), counter, sdpa_kernel(SDPBackend.MATH):
         mask = torch.zeros((1, height, width), dtype=torch.bool)
         outputs = network(NestedTensor(torch.empty(1, 3, height, width), mask, padded=False))
-        if isinstance(outputs, SegmentationOutputs):
+        if hasattr(network, "mask_head"):
             outputs["pred_masks"]  # computed when it is read
     return counter.get_total_flops() // 2  # one multiply-add is two operations
 

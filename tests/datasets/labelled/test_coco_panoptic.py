@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 from datasets import build_dataset, build_labelled, build_loader
 from datasets.evaluators.coco import CocoEvaluator
+from datasets.evaluators.combined import CombinedEvaluator
 from datasets.labelled.checks import run_startup_checks
 from datasets.labelled.coco_panoptic import (
     CocoPanoptic,
@@ -335,7 +336,8 @@ def test_ground_truth_of_things(tmp_path: Path) -> None:
         mask = coco_mask.decode(item["segmentation"])
         assert mask.sum() == item["area"]
         assert coco_mask.toBbox(item["segmentation"]).tolist() == item["bbox"]
-    assert isinstance(dataset.evaluator(args), CocoEvaluator)
+    assert isinstance(dataset.evaluator(args), CombinedEvaluator)
+    assert isinstance(dataset.evaluator(panoptic_args(root)), CocoEvaluator)
     plain = build_dataset("val", panoptic_args(root)).ground_truth["annotations"]
     assert plain == [
         {key: value for key, value in item.items() if key != "segmentation"}

@@ -7,4 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --dataset_file coco_panoptic --masks --batch_size 2 --no_aux_loss --eval \
     --resume https://dl.fbaipublicfiles.com/detr/detr-r50-panoptic-00ce5173.pth \
-    --output_dir exps/DETR_eval_panoptic "$@"
+    --output_dir exps/DETR_panoptic_eval "$@"
