@@ -236,25 +236,30 @@ def find_boxes_partly_outside(split: Split) -> Iterator[Finding]:
 
 
 def find_fraction_boxes(split: Split) -> Iterator[Finding]:
-    return (split.box_finding(row) for row in np.flatnonzero(_in_first_pixel(split.annotations)))
+    return (split.box_finding(row) for row in np.flatnonzero(_in_fractions(split.annotations)))
 
 
-def _in_first_pixel(annotations: Annotations) -> np.ndarray:
-    """Return which boxes end within the first pixel, bool [A], as fractions of the image do; 1 may be rounded up."""
-    return (annotations.boxes_xyxy_abs[:, 2:] <= 1.01).all(1)
+def _in_fractions(annotations: Annotations) -> np.ndarray:
+    """Return which boxes are fractions of the image, bool [A]; 1 may be rounded up.
+
+    Those of XML files end within the first pixel. Of `bbox` all four numbers do, whether they mean the upper left
+    corner, the center, or two corners.
+    """
+    first, last = np.split(annotations.boxes_xyxy_abs, 2, axis=1)  # [A, 2], [A, 2]
+    return ((last <= 1.01) | (np.maximum(first, last - first) <= 1.01)).all(1)
 
 
 def find_percent_boxes(split: Split) -> Iterator[Finding]:
-    """Yield one finding if no box ends beyond 100 in images of at least twice that size."""
+    """Yield one finding if no box ends beyond 100, and enough of them are in images of at least twice that size."""
     rows, sizes_wh = _boxes_with_sizes(split)  # [N], [N, 2]
-    ends = split.annotations.boxes_xyxy_abs[rows, 2:]  # [N, 2]
-    if len(rows) < MIN_BOXES_FOR_FORMAT or (ends <= 1.01).all():
+    large = (sizes_wh >= 200).all(1)  # in smaller images, boxes in pixels rarely end beyond 100
+    if large.sum() < MIN_BOXES_FOR_FORMAT or _in_fractions(split.annotations).all():
         return
-    if (ends <= 100.5).all() and (sizes_wh >= 200).all():
-        width, height = sizes_wh.min(0)
+    if (split.annotations.boxes_xyxy_abs[rows, 2:] <= 100.5).all():
+        width, height = sizes_wh[large].min(0)
         detail = (
-            f"no box ends beyond 100, in images of at least {width} x {height} pixels, such as "
-            f"{split.box_finding(rows[0])}"
+            f"no box ends beyond 100, {large.sum()} of them in images of at least {width} x {height} pixels, such as "
+            f"{split.box_finding(rows[large][0])}"
         )
         yield Finding("", split.name, split.annotations.source, detail)
 
@@ -262,29 +267,39 @@ def find_percent_boxes(split: Split) -> Iterator[Finding]:
 def find_corner_boxes(split: Split) -> Iterator[Finding]:
     """Yield one finding if `bbox` looks like [x0, y0, x1, y1] instead of [x, y, width, height].
 
-    As corners, all boxes must be inside their image. As [x, y, width, height], some of them must exceed it, or `area`
-    must be that between the corners.
+    It may do so in the whole file, or in the boxes of some classes: merged files often come from several programs.
     """
     rows, sizes_wh = _boxes_with_sizes(split)  # [N], [N, 2]
-    if len(rows) < MIN_BOXES_FOR_FORMAT:
-        return
     boxes = split.annotations.boxes_xyxy_abs[rows].astype(np.float64)  # [N, 4]
     # The first and the last two numbers of `bbox`.
     first = boxes[:, :2]  # [N, 2]
     second = boxes[:, 2:] - boxes[:, :2]  # [N, 2]
     are_corners = (second > first).all(1) & (second <= sizes_wh + 1).all(1)
-    if are_corners.mean() < 0.99:
-        return
-
-    exceeds = (boxes[:, 2:] > sizes_wh + 1).any(1)
+    exceed = (boxes[:, 2:] > sizes_wh + 1).any(1)
     areas = split.annotations.areas[rows]
     between = (second - first).prod(1)
     # `area` may be rounded. That of a box at the origin is the same in both formats.
-    by_area = np.isclose(areas, between, rtol=0.01, atol=1) & ~np.isclose(
+    have_area = np.isclose(areas, between, rtol=0.01, atol=1) & ~np.isclose(
         areas, second.prod(1), rtol=0.01, atol=1
     )
-    if exceeds.mean() >= 0.1 or by_area.mean() >= 0.9:
-        detail = f"{len(rows)} boxes, such as {split.box_finding(rows[0])}"
+
+    def look_like_corners(part: np.ndarray) -> bool:
+        """As corners, all boxes must be inside their image. Otherwise, some must exceed it, or the area be wrong."""
+        return (
+            len(part) >= MIN_BOXES_FOR_FORMAT
+            and are_corners[part].mean() >= 0.99
+            and (exceed[part].mean() >= 0.1 or have_area[part].mean() >= 0.9)
+        )
+
+    everything = np.arange(len(rows))
+    found = everything if look_like_corners(everything) else everything[:0]
+    if not len(found) and are_corners.any():
+        labels = split.annotations.labels[rows]  # [N]
+        order = np.argsort(labels, kind="stable")
+        classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        found = np.concatenate([everything[:0], *filter(look_like_corners, classes)])
+    if len(found):
+        detail = f"{len(found)} boxes, such as {split.box_finding(rows[found[0]])}"
         yield Finding("", split.name, split.annotations.source, detail)
 
 
@@ -543,7 +558,7 @@ ANNOTATION_CHECKS = (
         kind="box in fractions",
         severity="problem",
         find=find_fraction_boxes,
-        meaning="within the first pixel: scale fractions by the width and height of the image",
+        meaning="boxes look like fractions: bbox is in pixels, so scale them by the width and height of the image",
     ),
     Check(
         kind="boxes in percent",
@@ -903,10 +918,10 @@ def _refuse_unusable_boxes(split: Split) -> None:
         UserError: all boxes are fractions, or most are outside their files.
     """
     source, count = split.annotations.source, len(split.annotations.labels)
-    if _in_first_pixel(split.annotations).all():
+    if _in_fractions(split.annotations).all():
         raise UserError(
-            f"{source}: all {count} boxes are within the first pixel, the first is {split.box_finding(0)}: bbox is in "
-            "pixels, so scale fractions by the width and height of the image"
+            f"{source}: all {count} boxes look like fractions, the first is {split.box_finding(0)}: bbox is in pixels, "
+            "so scale them by the width and height of the image"
         )
     rows, _ = _boxes_with_sizes(split)
     outside = _outside_files(split)[rows]

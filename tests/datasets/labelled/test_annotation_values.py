@@ -270,6 +270,18 @@ def to_fractions(item: dict) -> None:
     item.update(bbox=[x / 400, y / 300, w / 400, h / 300], area=None)
 
 
+def to_fractions_of_corners(item: dict) -> None:
+    to_fractions(item)
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[x, y, x + w, y + h])
+
+
+def to_fractions_of_centers(item: dict) -> None:
+    to_fractions(item)
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[x + w / 2, y + h / 2, w, h])
+
+
 def to_percent(item: dict) -> None:
     to_fractions(item)
     item.update(bbox=[100 * value for value in item["bbox"]])
@@ -285,6 +297,8 @@ def to_corners(item: dict) -> None:
     ("change", "kind", "count"),
     [
         (to_fractions, "box in fractions", 16),
+        (to_fractions_of_corners, "box in fractions", 16),
+        (to_fractions_of_centers, "box in fractions", 16),
         (to_percent, "boxes in percent", 1),
         (to_corners, "boxes as corners", 1),
     ],
@@ -312,6 +326,20 @@ def test_corners_in_one_part_of_the_image_are_known_by_their_area() -> None:
     assert found(data) == {}, "may also be large objects"
 
 
+def test_percent_beside_small_images() -> None:
+    data = changed(to_percent)
+    data["images"][0].update(width=150, height=120)
+    assert "14 of them in images of at least 400 x 300" in str(found(data)["boxes in percent"][0])
+
+
+def test_corners_in_one_class() -> None:
+    """As in a file that was merged from those of two programs."""
+    data = changed(lambda item: to_corners(item) if item["category_id"] == 2 else None, count=12)
+    count = sum(item["category_id"] == 2 for item in data["annotations"])
+    (finding,) = found(data)["boxes as corners"]
+    assert f"{count} boxes, such as folder/1.png, image 1, annotation 2" in str(finding)
+
+
 def test_large_objects_in_the_middle_are_ordinary() -> None:
     data = changed(lambda item: item.update(bbox=[40 + item["id"], 30, 300, 240], area=50_000))
     assert found(data) == {}
@@ -331,7 +359,7 @@ def test_boxes_outside_files_without_listed_size() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (to_fractions, "all 16 boxes are within the first pixel, the first is .*1.png, image 1"),
+        (to_fractions, "all 16 boxes look like fractions, the first is .*1.png, image 1"),
         (
             lambda item: item.update(bbox=[500 + item["id"], 400, 10, 10]),
             "16 of 16 boxes that were tried are outside the pixels of their image files, the first: .* 400 x 300",
