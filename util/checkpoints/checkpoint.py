@@ -193,7 +193,9 @@ def _parse_entry(key: str, value: Any) -> Any:
     if key in _MAPPINGS:
         return value if isinstance(value, Mapping) else None
     if key in _NUMBERS:
-        return _parse_number(value, whole=key in _WHOLE_NUMBERS)
+        number = _parse_number(value, whole=key in _WHOLE_NUMBERS)
+        is_count = key in _WHOLE_NUMBERS and number is not None
+        return None if is_count and number < (-1 if key == "epoch" else 0) else number
     if key in ("position_unit", "random_states"):
         return value if isinstance(value, list) else None
     if key == "data_fingerprint":

@@ -253,6 +253,8 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [GROUP]}
         ({"epoch": None}, "no epoch"),
         ({"epoch": float("nan")}, "no epoch"),
         ({"epoch": "three"}, "no epoch"),
+        ({"epoch": -2}, "no epoch"),
+        ({"epoch": -1}, None),
     ],
 )  # fmt: skip
 def test_missing_training_state_is_named(change, missing):
