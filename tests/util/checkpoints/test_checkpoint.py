@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.tiny import captured_log
 from util import coco
 from util.checkpoints.adoption import adopt_architecture, adopt_settings
 from util.checkpoints.architecture import infer_resnet
@@ -139,6 +140,7 @@ WRAPPERS = {
     },
     "tutorial": lambda s: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {}},
     "ema": lambda s: {"ema": {"module": s, "updates": 3}},
+    "only_the_average": lambda s: {"state_dict": prefixed(s, "ema_model.module.")},
 }
 
 
@@ -175,6 +177,22 @@ def test_extension_with_names_of_a_related_detector_loads(tmp_path):
     state = {**detector_state(), "refpoint_embed.weight": torch.zeros(2, 2)}
     torch.save({"model": state, "args": {"script": "finetune_main.py"}}, tmp_path / "f.pth")
     assert load_checkpoint(tmp_path / "f.pth").model.keys() == state.keys()
+
+
+@pytest.mark.parametrize("prefix", ["ema_model.module.", "model_ema.", "ema.module._orig_mod."])
+def test_model_is_used_beside_its_average(tmp_path, prefix):
+    state = detector_state()
+    average = prefixed({key: value + 1 for key, value in state.items()}, prefix)
+    counter = {"ema_model.n_averaged": torch.tensor(3)}
+    torch.save(
+        {"state_dict": {**prefixed(state, "model."), **average, **counter}}, tmp_path / "f.pth"
+    )
+    with captured_log() as lines:
+        loaded = load_checkpoint(tmp_path / "f.pth").model
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    (line,) = lines
+    assert "f.pth also has averaged weights (" in line
 
 
 def test_two_models_in_one_state_dict_are_refused(tmp_path):
