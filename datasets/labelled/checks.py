@@ -765,7 +765,7 @@ def run_startup_checks(
         if dataset is not None
     ]
     record: dict[str, object] = {split.name: {"images": len(split.images)} for split in splits}
-    warned = [line for split in splits for line in probe_images(split.images)]
+    warned = [line for split in splits for line in probe_images(split.images, split.name)]
 
     logged_by_parser = 0  # kinds of findings
     for split in splits:
@@ -835,8 +835,10 @@ def _log_summary(num_warnings: int) -> None:
         log.info("data check: no warnings")
 
 
-def probe_images(dataset: SampleDataset) -> list[str]:
+def probe_images(dataset: SampleDataset, image_set: str = "train") -> list[str]:
     """Load a few evenly spaced images, for at most PROBE_SECONDS.
+
+    image_set: "train" or "val", which tells what happens to images that can't be used.
 
     Returns:
         A warning if some of them can't be used, and one if some have too few proposals.
@@ -862,15 +864,18 @@ def probe_images(dataset: SampleDataset) -> list[str]:
 
     # If the time was up after a single slow image, that image says nothing about a large dataset.
     if len(bad) + len(boxless) == tried and (tried == len(indices) or tried > 1):
-        first, remedy = (bad[0], "check the image folder") if bad else (boxless[0], OTHER_PROPOSALS)
+        has_sizes = getattr(dataset, "annotations", None) is not None
+        remedy_of_bad = f"check the image folder{' and the listed sizes' if has_sizes else ''}"
+        first, remedy = (bad[0], remedy_of_bad) if bad else (boxless[0], OTHER_PROPOSALS)
         raise UserError(
             f"none of {tried} images that were tried can be used, the first is {first}; {remedy}"
         )
     warned = []
     if bad:
+        is_train = image_set == "train"
+        effect = "other images are used instead" if is_train else "their objects count as missed"
         warned.append(
-            f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; other images are used "
-            "instead"
+            f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; {effect}"
         )
     if boxless:
         warned.append(

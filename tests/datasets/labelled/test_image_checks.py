@@ -18,6 +18,7 @@ from datasets.labelled.coco import CocoDetection
 from datasets.labelled.image_checks import inspect_image, same_files, sample_images
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
 from tests.tiny import captured_log, draw, write_custom_dataset
+from util.errors import UserError
 from util.random_state import SampleRNG
 from util.runs.meters import BadImages
 from util.settings import settings
@@ -125,6 +126,20 @@ def test_forced_orientation_that_contradicts_the_sizes_is_a_bad_image(tmp_path: 
     with pytest.raises(BadImageError, match="or omit --exif ignore"):
         dataset.load(0, SampleRNG(0))
     assert kinds(Split("train", dataset)) == {"EXIF orientation": 1, "size differs": 1}
+
+
+def test_messages_on_swapped_width_and_height(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.fromarray(draw(0, 60, 80)[0]).save(tmp_path / name)
+    dataset = make_dataset(tmp_path, ["a.png", "b.png"], [(80, 60), (60, 80)])
+    (warning,) = probe_images(dataset, "val")
+    assert "a.png: 80 x 60 pixels, but image 0 is 60 x 80" in warning
+    assert warning.endswith(
+        "(rotated, or are width and height swapped?); their objects count as missed"
+    )
+    dataset = make_dataset(tmp_path, ["a.png", "b.png"], [(80, 60), (80, 60)])
+    with pytest.raises(UserError, match="check the image folder and the listed sizes"):
+        probe_images(dataset)
 
 
 def test_images_without_boxes_are_used_as_stored_without_a_warning(tmp_path: Path) -> None:
