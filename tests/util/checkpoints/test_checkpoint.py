@@ -162,6 +162,7 @@ def test_names_of_wrappers_are_removed(tmp_path, wrapper):
         ("RF-DETR", ["refpoint_embed.weight", "query_feat.weight"]),
         ("RT-DETR", ["decoder.denoising_class_embed.weight"]),
         ("RT-DETR", ["model.denoising_class_embed.weight"]),
+        ("detector of Detectron2", ["detr.backbone.0.backbone.stem.conv1.weight"]),
     ],
 )
 def test_related_detectors_are_named(tmp_path, name, keys):
