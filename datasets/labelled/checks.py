@@ -613,7 +613,7 @@ ANNOTATION_CHECKS = (
         kind="box partly outside",
         severity="warning",
         find=find_boxes_partly_outside,
-        meaning="clipped to its image in training",
+        meaning="clipped to its image in training; if there are many, is bbox [x, y, width, height] in pixels?",
     ),
     Check(
         kind="box twice",
