@@ -408,7 +408,8 @@ def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, s
     names: dict[int, str] = {}
     for category in categories:
         category_id = _parse_id(category, "id", source)
-        name = str(category.get("name", category_id))
+        given = category.get("name")
+        name = str(category_id if given is None else given)
         # The same category may be listed twice, but not two names with one id.
         if names.setdefault(category_id, name) != name:
             raise UserError(

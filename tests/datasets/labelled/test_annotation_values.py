@@ -418,6 +418,13 @@ def test_plots_of_tiny_boxes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- categories, odd JSON types
 
 
+@pytest.mark.parametrize("entry", [{}, {"name": None}])
+def test_category_without_name_is_called_by_its_id(entry: dict) -> None:
+    data = content()
+    data["categories"] = [{"id": key, **entry} for key in NAMES]
+    assert parse_coco(data, "some.json").class_names == {1: "1", 2: "2"}
+
+
 def test_category_without_boxes_is_named(tmp_path: Path) -> None:
     """Roboflow lists the parent category."""
     data = content()
