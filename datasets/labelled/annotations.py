@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from datasets.images.packed_strings import PackedStrings
+from datasets.labelled.box_formats import Misfits, exceeds_image
 from util.errors import UserError
 from util.logger import log
 
@@ -34,9 +35,6 @@ ID_LIMIT = 2**53  # evaluators store ids in float64, which has 53 bits for integ
 # Matches a "segmentation" whose value is a list. The match ends at the last bracket before the next key or the end of
 # the object. It cannot start inside a string: quotes in a JSON string are escaped.
 SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
-
-# Pixels that a box may exceed its image without a warning: published boxes are rounded.
-BOX_TOLERANCE = 1.0
 
 # COCO marks 1.2 % of its objects as crowds. More than this fraction are probably single objects: some programs write
 # `iscrowd` 1 for every mask that is run-length encoded.
@@ -68,6 +66,7 @@ class Annotations:
         subset: which part of the images this is, as text; empty for all images.
         ids: int64 [A], annotation ids of the file (VOC: the number of the object in its XML file); -1 if it has none.
         image_notes: kind of finding -> image id -> what was found, for findings in images that need a text.
+        misfits: boxes of the whole file that do not fit into their images.
     """
 
     source: str
@@ -84,6 +83,7 @@ class Annotations:
     subset: str = ""
     ids: np.ndarray | None = None
     image_notes: dict[str, dict[int, str]] = field(default_factory=dict)
+    misfits: Misfits = field(default_factory=Misfits)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -307,7 +307,7 @@ def annotations_from_columns(
         file_names, image_ids, sizes_hw: of the images, as in `Annotations`; sorted by id.
     """
     category_ids = np.array(list(class_names), dtype=np.int64)
-    columns, findings = _filter_objects(
+    columns, findings, misfits = _filter_objects(
         columns, image_ids, sizes_hw, file_names, category_ids, source
     )
     if len(columns["id"]):
@@ -326,6 +326,7 @@ def annotations_from_columns(
         areas=columns["area"],
         class_names=_add_unlisted_classes(class_names, columns["label"], source),
         findings=findings,
+        misfits=misfits,
         difficult=columns.get("difficult"),
         ids=columns["id"],
     )
@@ -563,13 +564,15 @@ def _filter_objects(
     file_names: PackedStrings,
     category_ids: np.ndarray,
     source: str,
-) -> tuple[dict[str, np.ndarray], Findings]:
-    """Return (columns of the objects to train on, findings). Log a warning for each kind of skipped object.
+) -> tuple[dict[str, np.ndarray], Findings, Misfits]:
+    """Return (columns of the objects to train on, findings, boxes that do not fit into their images).
+
+    Log a warning for each kind of skipped object.
 
     The returned objects are grouped by image. Their column `image` has image indices instead of ids.
     """
     if not len(columns["id"]):
-        return columns, {}
+        return columns, {}, Misfits()
 
     ids = np.column_stack([columns["id"], columns["image"]])  # [A, 2]
     boxes = columns["box"]
@@ -616,10 +619,22 @@ def _filter_objects(
             names = (file_names[image[i]] if listed[i] else "" for i in np.flatnonzero(mask))
             findings[kind] = (ids[mask], PackedStrings(names))
 
+    skipped = listed & ~columns["crowd"] & ~(finite & visible)
+    misfit = skipped | masks["box partly outside"]
+    misfits = Misfits(
+        total=int((listed & ~columns["crowd"]).sum()),
+        skipped=skipped[misfit],
+        boxes_xyxy_abs=boxes[misfit],
+        sizes_hw=sizes[misfit],
+        ids=ids[misfit],
+        files=PackedStrings(file_names[image[i]] for i in np.flatnonzero(misfit)),
+    )
+
     # A stable sort keeps the objects of an image in the order of the file.
     rows = np.flatnonzero(candidate & visible)
     rows = rows[np.argsort(image[rows], kind="stable")]
-    return {key: column[rows] for key, column in {**columns, "image": image}.items()}, findings
+    columns = {key: column[rows] for key, column in {**columns, "image": image}.items()}
+    return columns, findings, misfits
 
 
 def _are_many_crowds(crowd: np.ndarray, labels: np.ndarray) -> bool:
@@ -654,17 +669,6 @@ def _warn_skipped(skipped: np.ndarray, what: str, ids: np.ndarray, source: str) 
             annotation_id,
             image_id,
         )
-
-
-def exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """Return whether each box exceeds its image by more than BOX_TOLERANCE, bool [A].
-
-    An image size of 0 is unknown: there is no upper limit.
-    """
-    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]  # [A, 2], (width, height)
-    below = (boxes_xyxy_abs[:, :2] < -BOX_TOLERANCE).any(1)
-    above = (boxes_xyxy_abs[:, 2:] > limit + BOX_TOLERANCE).any(1)
-    return below | above
 
 
 def has_visible_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:

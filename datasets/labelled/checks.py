@@ -16,7 +16,8 @@ import numpy as np
 
 from datasets.images.image_folder import NO_SIZE, ImageFile, ImageFiles
 from datasets.images.pixels import ROTATED
-from datasets.labelled.annotations import Annotations, exceeds_image, has_visible_area
+from datasets.labelled.annotations import Annotations, has_visible_area
+from datasets.labelled.box_formats import exceeds_image, guess_format
 from datasets.labelled.image_checks import (
     ImageInfo,
     evenly_spaced,
@@ -48,6 +49,7 @@ OTHER_PROPOSALS = "use other --proposals"
 # Images of each split whose size is that of the file at the start of a run, if the annotations do not list it.
 SAMPLED_SIZES = 64
 MIN_BOXES_FOR_FORMAT = 10  # fewer boxes say nothing about the format of all
+MIN_BOXES_TO_REFUSE = 4  # of fewer boxes, most may be unusable by chance: they are only warned of
 
 
 class Finding(NamedTuple):
@@ -227,12 +229,68 @@ def _outside_files(split: Split) -> np.ndarray:
 def find_boxes_partly_outside(split: Split) -> Iterator[Finding]:
     """Yield what the parser recorded, and the same where only the file tells the size of an image."""
     yield from findings_of_parser("box partly outside", split)
+    for row in np.flatnonzero(_exceed_files(split) & ~_outside_files(split)):
+        yield split.box_finding(row)
+
+
+def _exceed_files(split: Split) -> np.ndarray:
+    """Return which boxes exceed their image, where only the file tells its size, bool [A]."""
     annotations = split.annotations
     listed = annotations.sizes_hw.all(1)  # [I]
     sizes = np.where(listed[:, None], 0, split.sizes_hw)[annotations.image_indices]  # [A, 2]
-    exceeds = sizes.all(1) & exceeds_image(annotations.boxes_xyxy_abs, sizes)
-    for row in np.flatnonzero(exceeds & ~_outside_files(split)):
-        yield split.box_finding(row)
+    return sizes.all(1) & exceeds_image(annotations.boxes_xyxy_abs, sizes)
+
+
+def find_boxes_in_another_format(split: Split) -> Iterator[Finding]:
+    """Yield one finding if nearly all boxes that do not fit into their images would do so in another format.
+
+    They may be a small part of the file. `find_corner_boxes` looks at whole files and classes.
+    """
+    found = _guess_format(split)
+    if found and not any(find_corner_boxes(split)):
+        yield Finding("", split.name, split.annotations.source, found)
+
+
+def _guess_format(split: Split) -> str:
+    """Return which format the boxes that do not fit into their images are probably in, as text; empty: not known."""
+    annotations, misfits = split.annotations, split.annotations.misfits
+    rows = np.flatnonzero(_exceed_files(split))
+    boxes = np.concatenate([misfits.boxes_xyxy_abs, annotations.boxes_xyxy_abs[rows]])  # [K, 4]
+    sizes = np.concatenate(
+        [misfits.sizes_hw, split.sizes_hw[annotations.image_indices[rows]]]
+    )  # [K, 2]
+    # Only formats with corners have a mark for difficult objects.
+    guess = guess_format(boxes, sizes, from_corners=annotations.difficult is not None)
+    if guess is None:
+        return ""
+    name, fits = guess
+    first = int(np.flatnonzero(fits)[0])
+    count = len(misfits.boxes_xyxy_abs)
+    example = _misfit(split, first) if first < count else split.box_finding(rows[first - count])
+    what = f"{fits.sum()} of {len(boxes)} boxes that exceed their image or have no area"
+    return f"{what} fit as {name}, such as {example}"
+
+
+def _misfit(split: Split, index: int) -> Finding:
+    """Return one of the boxes that do not fit into their images, as a finding."""
+    misfits = split.annotations.misfits
+    annotation_id, image_id = misfits.ids[index].tolist()
+    box = misfits.boxes_xyxy_abs[index]
+    if split.annotations.difficult is None:
+        text = _format_bbox(box)
+    else:  # VOC counts from 1
+        text = "bndbox [" + ", ".join(f"{value:g}" for value in box + [1, 1, 0, 0]) + "]"
+    height, width = misfits.sizes_hw[index].tolist()
+    if height and width:
+        text += f" in {width:g} x {height:g} pixels"
+    return Finding(
+        "",
+        split.name,
+        os.path.join(split.images.image_folder, misfits.files[index]),
+        text,
+        image_id,
+        annotation_id if annotation_id >= 0 else None,
+    )
 
 
 def find_fraction_boxes(split: Split) -> Iterator[Finding]:
@@ -616,6 +674,12 @@ ANNOTATION_CHECKS = (
         meaning="clipped to its image in training; if there are many, is bbox [x, y, width, height] in pixels?",
     ),
     Check(
+        kind="boxes in another format",
+        severity="warning",
+        find=find_boxes_in_another_format,
+        meaning="nothing is converted: correct these boxes",
+    ),
+    Check(
         kind="box twice",
         severity="warning",
         find=find_duplicate_boxes,
@@ -756,8 +820,8 @@ def run_startup_checks(
         Statistics of the data, which the run records in its settings file.
 
     Raises:
-        UserError: none of the images that were loaded can be used, or the training set has no box in pixels of its
-            images.
+        UserError: none of the images that were loaded can be used, most boxes of a split are skipped, or the training
+            set has no box in pixels of its images.
     """
     splits = [
         Split(name, dataset, settings.num_queries, getattr(dataset, "num_classes", 0))
@@ -773,6 +837,7 @@ def run_startup_checks(
         if split.annotations is not None:
             record[split.name].update(summarize_annotations(split.annotations))
             logged_by_parser += len(split.annotations.findings.keys() & LOGGED_BY_PARSER)
+            _refuse_skipped_boxes(split)
             warned += _check_has_boxes(split, settings)
             if split.name == "train":
                 _refuse_unusable_boxes(split)
@@ -914,6 +979,28 @@ def _check_has_boxes(split: Split, settings: Settings) -> list[str]:
     if settings.eval:
         return [f"{source} has no box: results.json gets the detections, there is no AP"]
     return [f"{source} has no box: AP will be -1"]
+
+
+def _refuse_skipped_boxes(split: Split) -> None:
+    """Check that most boxes of the whole file have an area inside their image. Otherwise the others are wrong, too.
+
+    Raises:
+        UserError: more than half of them are skipped, and they are not just a few.
+    """
+    annotations, misfits = split.annotations, split.annotations.misfits
+    count = int(misfits.skipped.sum())
+    if misfits.total < MIN_BOXES_TO_REFUSE or count <= misfits.total / 2:
+        return
+    if annotations.difficult is None:
+        wanted = "bbox must be [x, y, width, height]"
+    else:
+        wanted = "<bndbox> must have the corners xmin, ymin, xmax, ymax"
+    guess = _guess_format(split)
+    raise UserError(
+        f"{annotations.source}: {count} of {misfits.total} boxes are outside their image or have no area, the first: "
+        f"{_misfit(split, int(np.flatnonzero(misfits.skipped)[0]))}; {wanted} in pixels of the image, not scaled to "
+        f"0..1000 or another image size{f' ({guess})' if guess else ''}: correct the boxes, or the listed image sizes"
+    )
 
 
 def _refuse_unusable_boxes(split: Split) -> None:
