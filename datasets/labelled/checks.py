@@ -26,6 +26,7 @@ from datasets.labelled.image_checks import (
     find_duplicate_images,
     find_evaluated_training_images,
     find_images_of_one_color,
+    find_narrow_ranges,
     find_several_frames,
     find_shared_images,
     find_size_mismatches,
@@ -539,6 +540,13 @@ IMAGE_CHECKS = (
         "brightness must be comparable",
     ),
     Check(
+        kind="narrow range",
+        severity="warning",
+        find=find_narrow_ranges,
+        meaning="16-bit gray, scaled to 8 bits by its largest value, becomes almost flat: save it as 8 bit, with the "
+        "range that it uses stretched",
+    ),
+    Check(
         kind="transparent",
         severity="warning",
         find=find_transparent_images,
@@ -768,7 +776,7 @@ CHECKS = sorted(
 KINDS = {check.kind: check for check in CHECKS}
 
 # What a sample of the images shows at the start of a run. `probe_images` reports unreadable images and wrong sizes.
-SAMPLE_KINDS = ("rotated by EXIF", "one color", "fewer than 16 bits", "transparent")
+SAMPLE_KINDS = ("rotated by EXIF", "one color", "fewer than 16 bits", "narrow range", "transparent")
 
 # The parser logs the boxes that it skips since they can't be used. What it only records is logged here.
 LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {

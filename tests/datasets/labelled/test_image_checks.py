@@ -1,5 +1,6 @@
 """Findings in image files: those of the sample at the start of a run, and what training does with the same files."""
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -173,6 +174,22 @@ def test_images_without_content_are_warned_of(tmp_path: Path) -> None:
         "fewer than 16 bits": 1,
         "transparent": 1,
     }
+
+
+def test_thermal_images_with_an_offset_are_warned_of(tmp_path: Path) -> None:
+    """Scaled by their largest value, they are almost flat, though a dead and a hot pixel span the whole scale."""
+    ramp = np.linspace(0, 1, 60 * 80).reshape(60, 80)
+    for name, low, high in (("narrow", 30000, 32000), ("wide", 20000, 32000)):
+        values = (low + (high - low) * ramp).astype(np.uint16)
+        values[0, 0], values[-1, -1] = 0, 32767
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    dataset = make_dataset(tmp_path, ["wide.png", "narrow.png"])
+    warned, _ = startup_lines(dataset)
+    (line,) = [line for line in warned if line.startswith("narrow range")]
+    assert line.startswith("narrow range: 1 of 2 images that were tried (16-bit gray, ")
+    assert "save it as 8 bit" in line
+    assert re.search(r"narrow.png, image 1, values use [3-7] % of the range of 16 bits$", line)
+    assert kinds(Split("train", dataset))["narrow range"] == 1
 
 
 def test_animations_are_counted(tmp_path: Path) -> None:
