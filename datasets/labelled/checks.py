@@ -29,6 +29,7 @@ from datasets.labelled.image_checks import (
     find_narrow_ranges,
     find_several_frames,
     find_shared_images,
+    find_similar_images,
     find_size_mismatches,
     find_transparent_images,
     find_undecided_orientations,
@@ -760,6 +761,13 @@ PAIR_CHECKS = (
         severity="problem",
         find=find_shared_images,
         meaning="in both splits, which makes AP too high: remove it from one",
+    ),
+    Check(
+        kind="similar image",
+        severity="warning",
+        find=find_similar_images,
+        meaning="looks like one of the other split: a re-encoded or resized copy, or a frame of the same video, makes "
+        "AP too high: remove it from one split",
     ),
     Check(
         kind="classes differ",

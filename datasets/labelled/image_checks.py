@@ -27,6 +27,7 @@ from datasets.images.image_folder import (
 )
 from datasets.images.pixels import ROTATED, STORED, UNDECIDED, choose_rotation, swaps_sides
 from datasets.labelled.annotations import read_json
+from datasets.labelled.similar_images import similar_pairs, thumbnail
 from datasets.sample import BadImageError
 from util.errors import UserError
 from util.settings import Settings
@@ -59,6 +60,7 @@ class ImageInfo:
         contrast: largest difference of two pixels in red, green or blue.
         bits: of a gray image of more than 8 bits: bits that its values use. 0: another image.
         used_range: of such an image: fraction of the scale of these bits that its values use, without OUTLIERS.
+        thumbnail: see `datasets.labelled.similar_images`; empty if only the header was read.
         transparent: whether pixels are transparent.
         several_frames: whether it has more frames or pages than the one that is used.
         remarks: what Pillow warned of.
@@ -72,6 +74,7 @@ class ImageInfo:
     contrast: int = 255
     bits: int = 0
     used_range: float = 1.0
+    thumbnail: bytes = b""
     transparent: bool = False
     several_frames: bool = False
     remarks: tuple[str, ...] = ()
@@ -98,6 +101,7 @@ def inspect_image(
         contrast=max(high - low for low, high in pixels.getextrema()),
         bits=decoded.bits,
         used_range=_used_range(pixels) if decoded.bits else 1.0,
+        thumbnail=thumbnail(pixels),
         transparent=decoded.transparent,
         several_frames=_has_several_frames(file),
         remarks=decoded.remarks,
@@ -289,6 +293,16 @@ def find_shared_images(train: "Split", val: "Split") -> Iterator["Finding"]:
         pairs = [*named, *others]
     for in_train, in_val in pairs:
         yield val.finding(in_val, f"same as {train.finding(in_train)}")
+
+
+def find_similar_images(train: "Split", val: "Split") -> Iterator["Finding"]:
+    """Yield the validation images that look like a training image and have other pixels. All were decoded."""
+    if not (train.image_infos and val.image_infos):
+        return
+    same = {row for _, row in _pairs_with_same_pixels(train, val)}
+    thumbnails = ([info.thumbnail for info in split.image_infos] for split in (train, val))
+    for in_train, in_val in similar_pairs(*thumbnails, same):
+        yield val.finding(in_val, f"looks like {train.finding(in_train)}")
 
 
 def _pairs_with_same_pixels(train: "Split", val: "Split") -> list[tuple[int, int]]:

@@ -258,6 +258,41 @@ def test_validation_images_in_the_training_set_are_found_under_other_names(tmp_p
     assert "4.bmp" in warned[0]
 
 
+def test_copies_with_other_pixels_are_found_by_the_tool(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    photos = [photo(i) for i in range(12)]
+    for i, image in enumerate(photos[:8]):
+        image.save(tmp_path / "train" / f"{i}.png")
+    photos[1].save(tmp_path / "val" / "0.jpg", quality=70)
+    photos[2].resize((100, 100)).save(tmp_path / "val" / "1.jpg")
+    photos[3].save(tmp_path / "val" / "2.png", compress_level=0)  # the same pixels
+    for i, image in enumerate(photos[8:], start=3):
+        image.save(tmp_path / "val" / f"{i}.jpg")
+    Image.new("RGB", (80, 60), "navy").save(tmp_path / "train" / "8.png")
+    Image.new("RGB", (80, 60), "navy").save(tmp_path / "val" / "7.jpg")
+    train = Split("train", make_dataset(tmp_path / "train", [f"{i}.png" for i in range(9)]), 9, 9)
+    names = ["0.jpg", "1.jpg", "2.png", *(f"{i}.jpg" for i in range(3, 8))]
+    val = Split("val", make_dataset(tmp_path / "val", names), 9, 9)
+    for split in (train, val):
+        split.image_infos = [inspect_image(split.file(i)) for i in range(len(split.images))]
+    by_kind: dict[str, list[str]] = {}
+    for finding in run_checks([train, val]):
+        by_kind.setdefault(finding.kind, []).append(str(finding))
+    assert len(by_kind["shared image"]) == 1
+    first, second = by_kind["similar image"]
+    assert first.startswith(str(tmp_path / "val" / "0.jpg"))
+    assert first.endswith("1.png, image 1")
+    assert second.startswith(str(tmp_path / "val" / "1.jpg"))
+    assert second.endswith("2.png, image 2")
+
+
+def photo(seed: int) -> Image.Image:
+    """An image with smooth areas of random colors."""
+    colors = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize((160, 120), Image.Resampling.BICUBIC)
+
+
 def test_evaluation_finds_training_images_of_its_checkpoint(tmp_path: Path) -> None:
     """The training set of a resumed run is known from its settings, if its files are still there."""
     root = write_custom_dataset(tmp_path / "own")
