@@ -405,12 +405,17 @@ def _parse_size_hw(image: Record, source: str) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def class_name(category: Record) -> str:
+    """Return the name of a category; its id if it has none."""
+    name = category.get("name")
+    return str(category["id"] if name is None else name)
+
+
 def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
         category_id = _parse_id(category, "id", source)
-        given = category.get("name")
-        name = str(category_id if given is None else given)
+        name = class_name(category)
         # The same category may be listed twice, but not two names with one id.
         if names.setdefault(category_id, name) != name:
             raise UserError(

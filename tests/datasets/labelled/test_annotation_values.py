@@ -423,6 +423,7 @@ def test_category_without_name_is_called_by_its_id(entry: dict) -> None:
     data = content()
     data["categories"] = [{"id": key, **entry} for key in NAMES]
     assert parse_coco(data, "some.json").class_names == {1: "1", 2: "2"}
+    assert [category["name"] for category in build_ground_truth(data)["categories"]] == ["1", "2"]
 
 
 def test_category_without_boxes_is_named(tmp_path: Path) -> None:
