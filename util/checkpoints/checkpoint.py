@@ -212,7 +212,13 @@ def _parse_number(value: Any, *, whole: bool) -> int | float | None:
 
 
 def _parse_class_names(value: Any) -> dict[int, str] | None:
-    """Return row -> name of the list or dict that a program stores; None for anything else."""
+    """Return row -> name of the list or dict that a program stores; None for anything else.
+
+    A list of COCO's categories gives id -> name; `infer_classes` finds out whether the rows are the ids.
+    """
+    if value and isinstance(value, list | tuple) and all(map(_is_category, value)):
+        names = {entry["id"]: str(entry["name"]) for entry in value}
+        return names if len(names) == len(value) else None
     if isinstance(value, list | tuple):
         names = dict(enumerate(value))
     else:
@@ -223,6 +229,10 @@ def _parse_class_names(value: Any) -> dict[int, str] | None:
     if not names or not all(isinstance(name, str) for name in names.values()):
         return None
     return names
+
+
+def _is_category(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("id"), int) and "name" in entry
 
 
 def _with_int_keys(value: Any) -> dict[int, Any] | None:

@@ -19,6 +19,7 @@ from util.checkpoints.checkpoint import (
     resolve_resume_path,
     save_checkpoint,
 )
+from util.checkpoints.classes import infer_classes
 from util.checkpoints.loading import load_pretrained, load_strict
 from util.errors import UserError
 from util.random_state import get_rng_states, set_rng_states
@@ -225,6 +226,27 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
 )  # fmt: skip
 def test_class_names_are_read_by_id_and_by_name(stored):
     assert checkpoint_of(detector_state(), class_names=stored).class_names == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "names", "category_ids"),
+    [
+        (8, {3: "cat", 7: "dog"}, {3: 3, 7: 7}),
+        (2, {0: "cat", 1: "dog"}, {0: 3, 1: 7}),
+    ],
+)
+def test_categories_of_coco_name_the_rows_by_id_or_by_position(num_classes, names, category_ids):
+    """The largest id has a row of its own, or there are as many rows as categories."""
+    categories = [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 7, "name": "dog"}]
+    state = detector_state()
+    for key, size in (
+        ("class_embed.weight", (num_classes + 1, 16)),
+        ("class_embed.bias", (num_classes + 1,)),
+    ):
+        state[key] = torch.zeros(size)
+    classes = infer_classes(checkpoint_of(state, class_names=categories))
+    assert classes.named
+    assert (classes.names, classes.category_ids) == (names, category_ids)
 
 
 def test_class_names_in_another_format_are_ignored():
