@@ -105,8 +105,9 @@ def warn_nameless_rows(classes: Classes, dataset: SampleDataset) -> None:
 
 def evaluate(evaluation: Evaluation, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Evaluate a trained detector once (`--eval`)."""
-    warn_class_mismatch(checkpoint.class_names, evaluation.dataset.class_names)
-    warn_nameless_rows(infer_classes(checkpoint), evaluation.dataset)
+    classes = infer_classes(checkpoint)
+    warn_class_mismatch(classes.names if classes.named else {}, evaluation.dataset.class_names)
+    warn_nameless_rows(classes, evaluation.dataset)
     log.info("evaluating on %d images", len(evaluation.dataset))
     evaluation(model, checkpoint.epoch or 0)
     update_run_page(evaluation.folder)

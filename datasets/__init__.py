@@ -132,6 +132,12 @@ def _resolve_num_classes(
 
     if num_classes >= needed:
         return num_classes
+    if classes is not None and max(classes.names, default=-1) == needed - 1:
+        row, name = max(classes.names.items())
+        raise UserError(
+            f"{classes.source} calls row {row} of its class head '{name}', but the head has {num_classes} rows, "
+            "counted from 0: correct the entry 'class_names' of the checkpoint"
+        )
     found = f"{dataset.annotation_file} has category id {needed - 1}, but"
     if classes is not None:
         raise UserError(

@@ -17,6 +17,7 @@ import numpy as np
 
 from datasets.evaluators.detections import DetectionEvaluator, gather_by_image
 from datasets.labelled.annotations import (
+    class_name,
     has_visible_area,
     is_ignored_region,
     is_usable_area,
@@ -404,7 +405,7 @@ def build_ground_truth(
         image["id"]: (image.get("height") or 0, image.get("width") or 0)
         for image in content["images"]
     }
-    names = {category["id"]: str(category.get("name", "")) for category in content["categories"]}
+    names = {category["id"]: class_name(category) for category in content["categories"]}
     listed = [
         a
         for a in content["annotations"]

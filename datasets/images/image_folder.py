@@ -242,13 +242,25 @@ def _errors_as_bad_image(file: ImageFile) -> Iterator[None]:
             "together with its boxes"
         ) from error
     except UnidentifiedImageError as error:
-        reason = "unknown image format" if file_size(file) else "an empty file"
+        reason = _unknown_format(file)
         raise BadImageError(f"can't be decoded ({reason})") from error
     except (PermissionError, IsADirectoryError) as error:
         raise BadImageError(f"can't be opened ({error.strerror.lower()})") from error
     except Exception as error:  # noqa: BLE001 - Pillow's plug-ins raise any type on a damaged or unusual file
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadImageError(f"can't be decoded ({reason})") from error
+
+
+def _unknown_format(file: ImageFile) -> str:
+    """Return what a file is that Pillow does not recognize."""
+    if not file_size(file):
+        return "an empty file"
+    head = read_bytes(file)[:256].lstrip().lower()
+    if head.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; run git lfs pull"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page; download the image again"
+    return "unknown image format"
 
 
 def _size_text(file: ImageFile) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from datasets.images.packed_strings import PackedStrings
+from datasets.labelled.box_formats import Misfits, exceeds_image
 from datasets.labelled.segmentations import SegmentationTexts, decode_masks, find_empty
 from util.errors import UserError
 from util.logger import log
@@ -35,9 +36,6 @@ ID_LIMIT = 2**53  # evaluators store ids in float64, which has 53 bits for integ
 # Matches a "segmentation" whose value is a list. The match ends at the last bracket before the next key or the end of
 # the object. It cannot start inside a string: quotes in a JSON string are escaped.
 POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[[^"{}]*\]')
-
-# Pixels that a box may exceed its image without a warning: published boxes are rounded.
-BOX_TOLERANCE = 1.0
 
 # COCO marks 1.2 % of its objects as crowds. More than this fraction are probably single objects: some programs write
 # `iscrowd` 1 for every mask that is run-length encoded.
@@ -73,6 +71,7 @@ class Annotations:
             segmentation. None: masks were not read.
         segmentation_texts: JSON of the segmentations, see `datasets.labelled.segmentations`.
         crowds: bool [A]; None if crowds are not among the objects.
+        misfits: boxes of the whole file that do not fit into their images.
     """
 
     source: str
@@ -92,6 +91,7 @@ class Annotations:
     segmentations: np.ndarray | None = None
     segmentation_texts: PackedStrings = field(default_factory=lambda: PackedStrings([]))
     crowds: np.ndarray | None = None
+    misfits: Misfits = field(default_factory=Misfits)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -372,7 +372,7 @@ def annotations_from_columns(
         columns["unsegmented"] = unsegmented
         columns["segmentation"] = np.where(unsegmented, -1, columns["segmentation"])
     category_ids = np.array(list(class_names), dtype=np.int64)
-    columns, findings = _filter_objects(
+    columns, findings, misfits = _filter_objects(
         columns, image_ids, sizes_hw, file_names, category_ids, source
     )
     if len(columns["id"]):
@@ -391,6 +391,7 @@ def annotations_from_columns(
         areas=columns["area"],
         class_names=_add_unlisted_classes(class_names, columns["label"], source),
         findings=findings,
+        misfits=misfits,
         difficult=columns.get("difficult"),
         ids=columns["id"],
         crowds=columns.get("kept_crowd"),
@@ -472,11 +473,17 @@ def _parse_size_hw(image: Record, source: str) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
+def class_name(category: Record) -> str:
+    """Return the name of a category; its id if it has none."""
+    name = category.get("name")
+    return str(category["id"] if name is None else name)
+
+
 def _parse_class_names(categories: Sequence[Record], source: str) -> dict[int, str]:
     names: dict[int, str] = {}
     for category in categories:
         category_id = _parse_id(category, "id", source)
-        name = str(category.get("name", category_id))
+        name = class_name(category)
         # The same category may be listed twice, but not two names with one id.
         if names.setdefault(category_id, name) != name:
             raise UserError(
@@ -630,13 +637,15 @@ def _filter_objects(
     file_names: PackedStrings,
     category_ids: np.ndarray,
     source: str,
-) -> tuple[dict[str, np.ndarray], Findings]:
-    """Return (columns of the objects to train on, findings). Log a warning for each kind of skipped object.
+) -> tuple[dict[str, np.ndarray], Findings, Misfits]:
+    """Return (columns of the objects to train on, findings, boxes that do not fit into their images).
+
+    Log a warning for each kind of skipped object.
 
     The returned objects are grouped by image. Their column `image` has image indices instead of ids.
     """
     if not len(columns["id"]):
-        return columns, {}
+        return columns, {}, Misfits()
 
     ids = np.column_stack([columns["id"], columns["image"]])  # [A, 2]
     boxes = columns["box"]
@@ -685,10 +694,22 @@ def _filter_objects(
             names = (file_names[image[i]] if listed[i] else "" for i in np.flatnonzero(mask))
             findings[kind] = (ids[mask], PackedStrings(names))
 
+    skipped = listed & ~columns["crowd"] & ~(finite & visible)
+    misfit = skipped | masks["box partly outside"]
+    misfits = Misfits(
+        total=int((listed & ~columns["crowd"]).sum()),
+        skipped=skipped[misfit],
+        boxes_xyxy_abs=boxes[misfit],
+        sizes_hw=sizes[misfit],
+        ids=ids[misfit],
+        files=PackedStrings(file_names[image[i]] for i in np.flatnonzero(misfit)),
+    )
+
     # A stable sort keeps the objects of an image in the order of the file.
     rows = np.flatnonzero(candidate & visible)
     rows = rows[np.argsort(image[rows], kind="stable")]
-    return {key: column[rows] for key, column in {**columns, "image": image}.items()}, findings
+    columns = {key: column[rows] for key, column in {**columns, "image": image}.items()}
+    return columns, findings, misfits
 
 
 def _are_many_crowds(crowd: np.ndarray, labels: np.ndarray) -> bool:
@@ -723,17 +744,6 @@ def _warn_skipped(skipped: np.ndarray, what: str, ids: np.ndarray, source: str) 
             annotation_id,
             image_id,
         )
-
-
-def exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
-    """Return whether each box exceeds its image by more than BOX_TOLERANCE, bool [A].
-
-    An image size of 0 is unknown: there is no upper limit.
-    """
-    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]  # [A, 2], (width, height)
-    below = (boxes_xyxy_abs[:, :2] < -BOX_TOLERANCE).any(1)
-    above = (boxes_xyxy_abs[:, 2:] > limit + BOX_TOLERANCE).any(1)
-    return below | above
 
 
 def has_visible_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:

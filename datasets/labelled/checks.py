@@ -16,7 +16,8 @@ import numpy as np
 
 from datasets.images.image_folder import NO_SIZE, ImageFile, ImageFiles
 from datasets.images.pixels import ROTATED
-from datasets.labelled.annotations import Annotations, exceeds_image, has_visible_area
+from datasets.labelled.annotations import Annotations, has_visible_area
+from datasets.labelled.box_formats import exceeds_image, guess_format
 from datasets.labelled.image_checks import (
     ImageInfo,
     evenly_spaced,
@@ -25,8 +26,10 @@ from datasets.labelled.image_checks import (
     find_duplicate_images,
     find_evaluated_training_images,
     find_images_of_one_color,
+    find_narrow_ranges,
     find_several_frames,
     find_shared_images,
+    find_similar_images,
     find_size_mismatches,
     find_transparent_images,
     find_undecided_orientations,
@@ -49,6 +52,7 @@ OTHER_PROPOSALS = "use other --proposals"
 # Images of each split whose size is that of the file at the start of a run, if the annotations do not list it.
 SAMPLED_SIZES = 64
 MIN_BOXES_FOR_FORMAT = 10  # fewer boxes say nothing about the format of all
+MIN_BOXES_TO_REFUSE = 4  # of fewer boxes, most may be unusable by chance: they are only warned of
 
 
 class Finding(NamedTuple):
@@ -236,34 +240,95 @@ def _outside_files(split: Split) -> np.ndarray:
 def find_boxes_partly_outside(split: Split) -> Iterator[Finding]:
     """Yield what the parser recorded, and the same where only the file tells the size of an image."""
     yield from findings_of_parser("box partly outside", split)
-    annotations = split.annotations
-    listed = annotations.sizes_hw.all(1)  # [I]
-    sizes = np.where(listed[:, None], 0, split.sizes_hw)[annotations.image_indices]  # [A, 2]
-    exceeds = sizes.all(1) & exceeds_image(annotations.boxes_xyxy_abs, sizes)
-    for row in np.flatnonzero(exceeds & ~_outside_files(split)):
+    for row in np.flatnonzero(_exceed_files(split) & ~_outside_files(split)):
         yield split.box_finding(row)
 
 
+def _exceed_files(split: Split) -> np.ndarray:
+    """Return which boxes exceed their image, where only the file tells its size, bool [A]."""
+    annotations = split.annotations
+    listed = annotations.sizes_hw.all(1)  # [I]
+    sizes = np.where(listed[:, None], 0, split.sizes_hw)[annotations.image_indices]  # [A, 2]
+    return sizes.all(1) & exceeds_image(annotations.boxes_xyxy_abs, sizes)
+
+
+def find_boxes_in_another_format(split: Split) -> Iterator[Finding]:
+    """Yield one finding if nearly all boxes that do not fit into their images would do so in another format.
+
+    They may be a small part of the file. `find_corner_boxes` looks at whole files and classes.
+    """
+    found = _guess_format(split)
+    if found and not any(find_corner_boxes(split)):
+        yield Finding("", split.name, split.annotations.source, found)
+
+
+def _guess_format(split: Split) -> str:
+    """Return which format the boxes that do not fit into their images are probably in, as text; empty: not known."""
+    annotations, misfits = split.annotations, split.annotations.misfits
+    rows = np.flatnonzero(_exceed_files(split))
+    boxes = np.concatenate([misfits.boxes_xyxy_abs, annotations.boxes_xyxy_abs[rows]])  # [K, 4]
+    sizes = np.concatenate(
+        [misfits.sizes_hw, split.sizes_hw[annotations.image_indices[rows]]]
+    )  # [K, 2]
+    # Only formats with corners have a mark for difficult objects.
+    guess = guess_format(boxes, sizes, from_corners=annotations.difficult is not None)
+    if guess is None:
+        return ""
+    name, fits = guess
+    first = int(np.flatnonzero(fits)[0])
+    count = len(misfits.boxes_xyxy_abs)
+    example = _misfit(split, first) if first < count else split.box_finding(rows[first - count])
+    what = f"{fits.sum()} of {len(boxes)} boxes that exceed their image or have no area"
+    return f"{what} fit as {name}, such as {example}"
+
+
+def _misfit(split: Split, index: int) -> Finding:
+    """Return one of the boxes that do not fit into their images, as a finding."""
+    misfits = split.annotations.misfits
+    annotation_id, image_id = misfits.ids[index].tolist()
+    box = misfits.boxes_xyxy_abs[index]
+    if split.annotations.difficult is None:
+        text = _format_bbox(box)
+    else:  # VOC counts from 1
+        text = "bndbox [" + ", ".join(f"{value:g}" for value in box + [1, 1, 0, 0]) + "]"
+    height, width = misfits.sizes_hw[index].tolist()
+    if height and width:
+        text += f" in {width:g} x {height:g} pixels"
+    return Finding(
+        "",
+        split.name,
+        os.path.join(split.images.image_folder, misfits.files[index]),
+        text,
+        image_id,
+        annotation_id if annotation_id >= 0 else None,
+    )
+
+
 def find_fraction_boxes(split: Split) -> Iterator[Finding]:
-    return (split.box_finding(row) for row in np.flatnonzero(_in_first_pixel(split.annotations)))
+    return (split.box_finding(row) for row in np.flatnonzero(_in_fractions(split.annotations)))
 
 
-def _in_first_pixel(annotations: Annotations) -> np.ndarray:
-    """Return which boxes end within the first pixel, bool [A], as fractions of the image do; 1 may be rounded up."""
-    return (annotations.boxes_xyxy_abs[:, 2:] <= 1.01).all(1)
+def _in_fractions(annotations: Annotations) -> np.ndarray:
+    """Return which boxes are fractions of the image, bool [A]; 1 may be rounded up.
+
+    Those of XML files end within the first pixel. Of `bbox` all four numbers do, whether they mean the upper left
+    corner, the center, or two corners.
+    """
+    first, last = np.split(annotations.boxes_xyxy_abs, 2, axis=1)  # [A, 2], [A, 2]
+    return ((last <= 1.01) | (np.maximum(first, last - first) <= 1.01)).all(1)
 
 
 def find_percent_boxes(split: Split) -> Iterator[Finding]:
-    """Yield one finding if no box ends beyond 100 in images of at least twice that size."""
+    """Yield one finding if no box ends beyond 100, and enough of them are in images of at least twice that size."""
     rows, sizes_wh = _boxes_with_sizes(split)  # [N], [N, 2]
-    ends = split.annotations.boxes_xyxy_abs[rows, 2:]  # [N, 2]
-    if len(rows) < MIN_BOXES_FOR_FORMAT or (ends <= 1.01).all():
+    large = (sizes_wh >= 200).all(1)  # in smaller images, boxes in pixels rarely end beyond 100
+    if large.sum() < MIN_BOXES_FOR_FORMAT or _in_fractions(split.annotations).all():
         return
-    if (ends <= 100.5).all() and (sizes_wh >= 200).all():
-        width, height = sizes_wh.min(0)
+    if (split.annotations.boxes_xyxy_abs[rows, 2:] <= 100.5).all():
+        width, height = sizes_wh[large].min(0)
         detail = (
-            f"no box ends beyond 100, in images of at least {width} x {height} pixels, such as "
-            f"{split.box_finding(rows[0])}"
+            f"no box ends beyond 100, {large.sum()} of them in images of at least {width} x {height} pixels, such as "
+            f"{split.box_finding(rows[large][0])}"
         )
         yield Finding("", split.name, split.annotations.source, detail)
 
@@ -271,29 +336,39 @@ def find_percent_boxes(split: Split) -> Iterator[Finding]:
 def find_corner_boxes(split: Split) -> Iterator[Finding]:
     """Yield one finding if `bbox` looks like [x0, y0, x1, y1] instead of [x, y, width, height].
 
-    As corners, all boxes must be inside their image. As [x, y, width, height], some of them must exceed it, or `area`
-    must be that between the corners.
+    It may do so in the whole file, or in the boxes of some classes: merged files often come from several programs.
     """
     rows, sizes_wh = _boxes_with_sizes(split)  # [N], [N, 2]
-    if len(rows) < MIN_BOXES_FOR_FORMAT:
-        return
     boxes = split.annotations.boxes_xyxy_abs[rows].astype(np.float64)  # [N, 4]
     # The first and the last two numbers of `bbox`.
     first = boxes[:, :2]  # [N, 2]
     second = boxes[:, 2:] - boxes[:, :2]  # [N, 2]
     are_corners = (second > first).all(1) & (second <= sizes_wh + 1).all(1)
-    if are_corners.mean() < 0.99:
-        return
-
-    exceeds = (boxes[:, 2:] > sizes_wh + 1).any(1)
+    exceed = (boxes[:, 2:] > sizes_wh + 1).any(1)
     areas = split.annotations.areas[rows]
     between = (second - first).prod(1)
     # `area` may be rounded. That of a box at the origin is the same in both formats.
-    by_area = np.isclose(areas, between, rtol=0.01, atol=1) & ~np.isclose(
+    have_area = np.isclose(areas, between, rtol=0.01, atol=1) & ~np.isclose(
         areas, second.prod(1), rtol=0.01, atol=1
     )
-    if exceeds.mean() >= 0.1 or by_area.mean() >= 0.9:
-        detail = f"{len(rows)} boxes, such as {split.box_finding(rows[0])}"
+
+    def look_like_corners(part: np.ndarray) -> bool:
+        """As corners, all boxes must be inside their image. Otherwise, some must exceed it, or the area be wrong."""
+        return (
+            len(part) >= MIN_BOXES_FOR_FORMAT
+            and are_corners[part].mean() >= 0.99
+            and (exceed[part].mean() >= 0.1 or have_area[part].mean() >= 0.9)
+        )
+
+    everything = np.arange(len(rows))
+    found = everything if look_like_corners(everything) else everything[:0]
+    if not len(found) and are_corners.any():
+        labels = split.annotations.labels[rows]  # [N]
+        order = np.argsort(labels, kind="stable")
+        classes = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        found = np.concatenate([everything[:0], *filter(look_like_corners, classes)])
+    if len(found):
+        detail = f"{len(found)} boxes, such as {split.box_finding(rows[found[0]])}"
         yield Finding("", split.name, split.annotations.source, detail)
 
 
@@ -475,6 +550,13 @@ IMAGE_CHECKS = (
         "brightness must be comparable",
     ),
     Check(
+        kind="narrow range",
+        severity="warning",
+        find=find_narrow_ranges,
+        meaning="16-bit gray, scaled to 8 bits by its largest value, becomes almost flat: save it as 8 bit, with the "
+        "range that it uses stretched",
+    ),
+    Check(
         kind="transparent",
         severity="warning",
         find=find_transparent_images,
@@ -595,7 +677,7 @@ ANNOTATION_CHECKS = (
         kind="box in fractions",
         severity="problem",
         find=find_fraction_boxes,
-        meaning="within the first pixel: scale fractions by the width and height of the image",
+        meaning="boxes look like fractions: bbox is in pixels, so scale them by the width and height of the image",
     ),
     Check(
         kind="boxes in percent",
@@ -657,7 +739,13 @@ ANNOTATION_CHECKS = (
         kind="box partly outside",
         severity="warning",
         find=find_boxes_partly_outside,
-        meaning="clipped to its image in training",
+        meaning="clipped to its image in training; if there are many, is bbox [x, y, width, height] in pixels?",
+    ),
+    Check(
+        kind="boxes in another format",
+        severity="warning",
+        find=find_boxes_in_another_format,
+        meaning="nothing is converted: correct these boxes",
     ),
     Check(
         kind="box twice",
@@ -734,6 +822,13 @@ PAIR_CHECKS = (
         meaning="in both splits, which makes AP too high: remove it from one",
     ),
     Check(
+        kind="similar image",
+        severity="warning",
+        find=find_similar_images,
+        meaning="looks like one of the other split: a re-encoded or resized copy, or a frame of the same video, makes "
+        "AP too high: remove it from one split",
+    ),
+    Check(
         kind="classes differ",
         severity="warning",
         find=find_class_mismatches,
@@ -748,7 +843,7 @@ CHECKS = sorted(
 KINDS = {check.kind: check for check in CHECKS}
 
 # What a sample of the images shows at the start of a run. `probe_images` reports unreadable images and wrong sizes.
-SAMPLE_KINDS = ("rotated by EXIF", "one color", "fewer than 16 bits", "transparent")
+SAMPLE_KINDS = ("rotated by EXIF", "one color", "fewer than 16 bits", "narrow range", "transparent")
 
 # The parser logs the boxes that it skips since they can't be used. What it only records is logged here.
 LOGGED_BY_PARSER = {check.kind for check in CHECKS if check.find is None} - {
@@ -800,8 +895,8 @@ def run_startup_checks(
         Statistics of the data, which the run records in its settings file.
 
     Raises:
-        UserError: none of the images that were loaded can be used, or the training set has no box in pixels of its
-            images.
+        UserError: none of the images that were loaded can be used, most boxes of a split are skipped, or the training
+            set has no box in pixels of its images.
     """
     splits = [
         Split(name, dataset, settings.num_queries, getattr(dataset, "num_classes", 0))
@@ -809,7 +904,7 @@ def run_startup_checks(
         if dataset is not None
     ]
     record: dict[str, object] = {split.name: {"images": len(split.images)} for split in splits}
-    warned = [line for split in splits for line in probe_images(split.images)]
+    warned = [line for split in splits for line in probe_images(split.images, split.name)]
 
     logged_by_parser = 0  # kinds of findings
     for split in splits:
@@ -817,6 +912,7 @@ def run_startup_checks(
         if split.annotations is not None:
             record[split.name].update(summarize_annotations(split.annotations))
             logged_by_parser += len(split.annotations.findings.keys() & LOGGED_BY_PARSER)
+            _refuse_skipped_boxes(split)
             warned += _check_has_boxes(split, settings)
             if split.name == "train":
                 _refuse_unusable_boxes(split)
@@ -879,8 +975,10 @@ def _log_summary(num_warnings: int) -> None:
         log.info("data check: no warnings")
 
 
-def probe_images(dataset: SampleDataset) -> list[str]:
+def probe_images(dataset: SampleDataset, image_set: str = "train") -> list[str]:
     """Load a few evenly spaced images, for at most PROBE_SECONDS.
+
+    image_set: "train" or "val", which tells what happens to images that can't be used.
 
     Returns:
         A warning if some of them can't be used, and one if some have too few proposals.
@@ -906,15 +1004,18 @@ def probe_images(dataset: SampleDataset) -> list[str]:
 
     # If the time was up after a single slow image, that image says nothing about a large dataset.
     if len(bad) + len(boxless) == tried and (tried == len(indices) or tried > 1):
-        first, remedy = (bad[0], "check the image folder") if bad else (boxless[0], OTHER_PROPOSALS)
+        has_sizes = getattr(dataset, "annotations", None) is not None
+        remedy_of_bad = f"check the image folder{' and the listed sizes' if has_sizes else ''}"
+        first, remedy = (bad[0], remedy_of_bad) if bad else (boxless[0], OTHER_PROPOSALS)
         raise UserError(
             f"none of {tried} images that were tried can be used, the first is {first}; {remedy}"
         )
     warned = []
     if bad:
+        is_train = image_set == "train"
+        effect = "other images are used instead" if is_train else "their objects count as missed"
         warned.append(
-            f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; other images are used "
-            "instead"
+            f"{len(bad)} of {tried} images that were tried can't be used, the first is {bad[0]}; {effect}"
         )
     if boxless:
         warned.append(
@@ -955,6 +1056,28 @@ def _check_has_boxes(split: Split, settings: Settings) -> list[str]:
     return [f"{source} has no box: AP will be -1"]
 
 
+def _refuse_skipped_boxes(split: Split) -> None:
+    """Check that most boxes of the whole file have an area inside their image. Otherwise the others are wrong, too.
+
+    Raises:
+        UserError: more than half of them are skipped, and they are not just a few.
+    """
+    annotations, misfits = split.annotations, split.annotations.misfits
+    count = int(misfits.skipped.sum())
+    if misfits.total < MIN_BOXES_TO_REFUSE or count <= misfits.total / 2:
+        return
+    if annotations.difficult is None:
+        wanted = "bbox must be [x, y, width, height]"
+    else:
+        wanted = "<bndbox> must have the corners xmin, ymin, xmax, ymax"
+    guess = _guess_format(split)
+    raise UserError(
+        f"{annotations.source}: {count} of {misfits.total} boxes are outside their image or have no area, the first: "
+        f"{_misfit(split, int(np.flatnonzero(misfits.skipped)[0]))}; {wanted} in pixels of the image, not scaled to "
+        f"0..1000 or another image size{f' ({guess})' if guess else ''}: correct the boxes, or the listed image sizes"
+    )
+
+
 def _refuse_unusable_boxes(split: Split) -> None:
     """Check that some boxes are in pixels of the image files.
 
@@ -962,10 +1085,10 @@ def _refuse_unusable_boxes(split: Split) -> None:
         UserError: all boxes are fractions, or most are outside their files.
     """
     source, count = split.annotations.source, len(split.annotations.labels)
-    if _in_first_pixel(split.annotations).all():
+    if _in_fractions(split.annotations).all():
         raise UserError(
-            f"{source}: all {count} boxes are within the first pixel, the first is {split.box_finding(0)}: bbox is in "
-            "pixels, so scale fractions by the width and height of the image"
+            f"{source}: all {count} boxes look like fractions, the first is {split.box_finding(0)}: bbox is in pixels, "
+            "so scale them by the width and height of the image"
         )
     rows, _ = _boxes_with_sizes(split)
     outside = _outside_files(split)[rows]

@@ -178,10 +178,13 @@ class CocoDetection(SampleDataset):
         listed_height, listed_width = self.annotations.sizes_hw[index]
         if listed_height and listed_width and (listed_height, listed_width) != (height, width):
             is_swapped = (listed_height, listed_width) == (width, height)
+            cause = (
+                "rotated, or are width and height swapped?" if is_swapped else "rotated or resized?"
+            )
             forced = f"; or omit --exif {self.exif}" if self.exif and is_swapped else ""
             raise BadImageError(
                 f"{width} x {height} pixels, but image {self.annotations.image_ids[index]} is {listed_width} x "
-                f"{listed_height} in {self.annotation_file} (rotated or resized?{forced})"
+                f"{listed_height} in {self.annotation_file} ({cause}{forced})"
             )
         return image
 

@@ -27,6 +27,7 @@ from datasets.images.image_folder import (
 )
 from datasets.images.pixels import ROTATED, STORED, UNDECIDED, choose_rotation, swaps_sides
 from datasets.labelled.annotations import read_json
+from datasets.labelled.similar_images import similar_pairs, thumbnail
 from datasets.sample import BadImageError
 from util.errors import UserError
 from util.settings import Settings
@@ -43,6 +44,8 @@ SEARCH_SECONDS = 0.3  # stop searching after this time
 MAX_ANNOTATION_BYTES = 2**25  # of a training file that an evaluation reads for it
 KEY_BYTES = 4096  # in the middle of two files of the same size, compared before the whole files
 MIN_CONTRAST = 16  # of 255, in at least one of red, green and blue
+MIN_USED_RANGE = 0.1  # of the scale, in an image of more than 8 bits
+OUTLIERS = 0.001  # fraction of the darkest, and of the brightest pixels that do not count for it, such as dead pixels
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class ImageInfo:
         rotation: STORED, ROTATED or UNDECIDED, see `choose_rotation`.
         contrast: largest difference of two pixels in red, green or blue.
         bits: of a gray image of more than 8 bits: bits that its values use. 0: another image.
+        used_range: of such an image: fraction of the scale of these bits that its values use, without OUTLIERS.
+        thumbnail: see `datasets.labelled.similar_images`; empty if only the header was read.
         transparent: whether pixels are transparent.
         several_frames: whether it has more frames or pages than the one that is used.
         remarks: what Pillow warned of.
@@ -68,6 +73,8 @@ class ImageInfo:
     rotation: str = STORED
     contrast: int = 255
     bits: int = 0
+    used_range: float = 1.0
+    thumbnail: bytes = b""
     transparent: bool = False
     several_frames: bool = False
     remarks: tuple[str, ...] = ()
@@ -93,10 +100,21 @@ def inspect_image(
         rotation=decoded.rotation,
         contrast=max(high - low for low, high in pixels.getextrema()),
         bits=decoded.bits,
+        used_range=_used_range(pixels) if decoded.bits else 1.0,
+        thumbnail=thumbnail(pixels),
         transparent=decoded.transparent,
         several_frames=_has_several_frames(file),
         remarks=decoded.remarks,
     )
+
+
+def _used_range(gray: Image.Image) -> float:
+    """Return which fraction of 256 gray values an image uses, without its darkest and brightest pixels."""
+    counts = np.cumsum(gray.getchannel(0).histogram())
+    darkest, brightest = np.searchsorted(
+        counts, [OUTLIERS * counts[-1], (1 - OUTLIERS) * counts[-1]]
+    )
+    return float(brightest - darkest + 1) / 256
 
 
 def _has_several_frames(file: ImageFile) -> bool:
@@ -214,6 +232,14 @@ def find_unused_bits(split: "Split") -> Iterator["Finding"]:
         yield split.finding(index, f"{bits} bits" if len(counts) == 1 else f"{bits} bits; {mixed}")
 
 
+def find_narrow_ranges(split: "Split") -> Iterator["Finding"]:
+    for index, info in _readable(split):
+        if info.used_range < MIN_USED_RANGE and info.contrast >= MIN_CONTRAST:  # else of one color
+            yield split.finding(
+                index, f"values use {100 * info.used_range:.0f} % of the range of {info.bits} bits"
+            )
+
+
 def find_transparent_images(split: "Split") -> Iterator["Finding"]:
     for index, info in _readable(split):
         if info.transparent:
@@ -267,6 +293,16 @@ def find_shared_images(train: "Split", val: "Split") -> Iterator["Finding"]:
         pairs = [*named, *others]
     for in_train, in_val in pairs:
         yield val.finding(in_val, f"same as {train.finding(in_train)}")
+
+
+def find_similar_images(train: "Split", val: "Split") -> Iterator["Finding"]:
+    """Yield the validation images that look like a training image and have other pixels. All were decoded."""
+    if not (train.image_infos and val.image_infos):
+        return
+    same = {row for _, row in _pairs_with_same_pixels(train, val)}
+    thumbnails = ([info.thumbnail for info in split.image_infos] for split in (train, val))
+    for in_train, in_val in similar_pairs(*thumbnails, same):
+        yield val.finding(in_val, f"looks like {train.finding(in_train)}")
 
 
 def _pairs_with_same_pixels(train: "Split", val: "Split") -> list[tuple[int, int]]:

@@ -331,10 +331,10 @@ def read_xml(path: str) -> dict[str, Any]:
             f"{path} can't be read ({error.strerror}): each image needs its file in Annotations"
         ) from error
 
-    # Tags of a namespace read {http://...}object.
-    if any("}" in element.tag for element in (root, *root)):
-        for element in root.iter():
-            element.tag = element.tag.rpartition("}")[2]
+    # Tags of a namespace read {http://...}object, and some programs write <Object> or <bndBox>.
+    for element in root.iter():
+        if isinstance(element.tag, str):  # comments have none
+            element.tag = element.tag.rpartition("}")[2].lower()
     if root.tag != "annotation" and not any(root.find(tag) is not None for tag in VOC_TAGS):
         raise UserError(
             f"{path} is not an annotation of VOC (its outermost element is <{root.tag}>): give a folder of VOC XML "
@@ -342,8 +342,10 @@ def read_xml(path: str) -> dict[str, Any]:
         )
 
     try:
-        objects = [_parse_object(element) for element in root.findall("object")]
-        rotations = [_parse_rotation(element) for element in root.findall("object")]
+        # At any depth: some programs put them into <objects>.
+        elements = list(root.iter("object"))
+        objects = [_parse_object(element) for element in elements]
+        rotations = [_parse_rotation(element) for element in elements]
         size = tuple(int(float(root.findtext(f"size/{name}") or 0)) for name in ("height", "width"))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
@@ -426,7 +428,10 @@ def _parse_object(element: ElementTree.Element) -> tuple[str, tuple[float, ...],
     name = (element.findtext("name") or "").strip()
     if not name:
         raise ValueError("no name")
-    x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{corner}")) for corner in CORNERS)
+    texts = [element.findtext(f"bndbox/{corner}") for corner in CORNERS]
+    if None in texts:  # such as a polygon
+        raise ValueError(f"'{name}' has no {CORNERS[texts.index(None)]} in a <bndbox>")
+    x0, y0, x1, y1 = map(float, texts)
     return name, (x0 - 1, y0 - 1, x1, y1), _parse_flag(element.findtext("difficult") or "0")
 
 

@@ -25,6 +25,8 @@ SUPPORTED_FORMATS = (
     "tools/cache_proposals.py"
 )
 
+CHECKED_IMAGES = 16  # evenly spaced ones, whose boxes are read at the start
+
 # The globals in the pickle of a NumPy array. Nothing else is allowed, so that no file can run code.
 _ALLOWED_GLOBALS = {
     ("numpy", "ndarray"),
@@ -85,6 +87,17 @@ class FileProposals(CacheableProposals):
             raise UserError(
                 f"{self.path} has no boxes for {len(missing)} of {len(images)} images, the first is {missing[0]}"
                 f"{self._suggest(missing[0])}; {self.hint}"
+            )
+
+        # Boxes in fractions of the image end within two pixels, also if two corners are given as a corner and a size.
+        tried = np.linspace(0, len(images) - 1, min(len(images), CHECKED_IMAGES)).astype(int)
+        boxes = [self.read(images.name(i))[0] for i in tried.tolist()]
+        boxes = np.concatenate([np.zeros((0, 4)), *boxes])  # [N, 4]
+        if len(boxes) and (boxes <= 2.02).all():
+            raise UserError(
+                f"{self.path}: all {len(boxes)} boxes of {len(tried)} images that were tried look like fractions, the "
+                f"first (x0, y0, x1, y1) is {boxes[0].tolist()}: boxes are in pixels, so scale them by the width and "
+                "height of the image"
             )
 
     def _suggest(self, name: str) -> str:

@@ -195,7 +195,9 @@ def _parse_entry(key: str, value: Any) -> Any:
     if key in _MAPPINGS:
         return value if isinstance(value, Mapping) else None
     if key in _NUMBERS:
-        return _parse_number(value, whole=key in _WHOLE_NUMBERS)
+        number = _parse_number(value, whole=key in _WHOLE_NUMBERS)
+        is_count = key in _WHOLE_NUMBERS and number is not None
+        return None if is_count and number < (-1 if key == "epoch" else 0) else number
     if key in ("position_unit", "random_states"):
         return value if isinstance(value, list) else None
     if key == "data_fingerprint":
@@ -212,7 +214,13 @@ def _parse_number(value: Any, *, whole: bool) -> int | float | None:
 
 
 def _parse_class_names(value: Any) -> dict[int, str] | None:
-    """Return row -> name of the list or dict that a program stores; None for anything else."""
+    """Return row -> name of the list or dict that a program stores; None for anything else.
+
+    A list of COCO's categories gives id -> name; `infer_classes` finds out whether the rows are the ids.
+    """
+    if value and isinstance(value, list | tuple) and all(map(_is_category, value)):
+        names = {entry["id"]: str(entry["name"]) for entry in value}
+        return names if len(names) == len(value) else None
     if isinstance(value, list | tuple):
         names = dict(enumerate(value))
     else:
@@ -223,6 +231,10 @@ def _parse_class_names(value: Any) -> dict[int, str] | None:
     if not names or not all(isinstance(name, str) for name in names.values()):
         return None
     return names
+
+
+def _is_category(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and isinstance(entry.get("id"), int) and "name" in entry
 
 
 def _with_int_keys(value: Any) -> dict[int, Any] | None:

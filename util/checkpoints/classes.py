@@ -46,12 +46,17 @@ def infer_classes(checkpoint: Checkpoint) -> Classes:
     """
     num_classes = count_classes(checkpoint.model, infer_classification(checkpoint))
     names = checkpoint.class_names
+    category_ids = checkpoint.category_ids
+    if len(names) == num_classes <= max(names, default=0):
+        # Of COCO's categories, in the order of the rows: these are not the ids, since the largest has no row.
+        category_ids = category_ids or dict(enumerate(names))
+        names = dict(enumerate(names.values()))
     if not names and num_classes == coco_names.NUM_CLASSES:
         names = coco_names.CLASS_NAMES
     elif not names and _is_coco_panoptic(checkpoint, num_classes):
         names = coco_names.PANOPTIC_NAMES
     # Without stored ids the rows are the category ids themselves, as in all published detectors.
-    category_ids = checkpoint.category_ids or {row: row for row in names}
+    category_ids = category_ids or {row: row for row in names}
     named = bool(checkpoint.class_names)
     return Classes(
         names,

@@ -241,7 +241,7 @@ def _class_names_of_file(checkpoint: Checkpoint, num_classes: int) -> dict[int, 
     A head of equal size and without names is loaded whole, which needs no assumption.
     """
     classes = infer_classes(checkpoint)
-    return checkpoint.class_names if classes.num_classes == num_classes else classes.names
+    return classes.names if classes.named or classes.num_classes != num_classes else {}
 
 
 def _match_rows_by_name(

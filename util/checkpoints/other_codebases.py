@@ -19,6 +19,7 @@ MARKERS: dict[str, tuple[str, ...]] = {
     "RT-DETR without denoising": ("dec_score_head.", "enc_score_head."),
     "DETA": ("pix_trans.weight", "encoder_attn.sampling_offsets."),
     "detector of MMDetection": ("bbox_head.", "decoder.layers.0."),
+    "detector of Detectron2": ("backbone.0.backbone.stem.",),
     "detector of detrex": ("transformer.decoder.layers.0.attentions.",),
 }
 

@@ -32,6 +32,9 @@ CONNECT_SECONDS = 30.0
 # torch.hub's convention: NAME-0676ba61.pth ends with the first digits of the file's SHA-256 sum.
 HASH_PATTERN = re.compile(r"-([0-9a-f]{8,64})\.")
 
+# Hugging Face's names of the parts of a large checkpoint, and of their list; 00001-of-00001 is complete.
+SHARD_PATTERN = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.|\.index\.json$")
+
 # URLs whose file keeps its plain name in the cache, because other programs store it there under that name too.
 PLAIN_NAME_URLS = ("https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",)
 
@@ -75,8 +78,15 @@ def _check_file(path: Path) -> None:
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path to the checkpoint or weights")
     if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES))
+        example = files[0] if files else path / "checkpoint.pth"
         raise UserError(
-            f"{path} is a folder, not a checkpoint; give the file in it, such as {path / 'checkpoint.pth'}"
+            f"{path} is a folder, not a checkpoint; give the file in it, such as {example}"
+        )
+    if SHARD_PATTERN.search(path.name):
+        raise UserError(
+            f"{path} belongs to a checkpoint in several files; load the model where it was saved and save it in one, "
+            "such as model.save_pretrained(DIR, max_shard_size='100GB')"
         )
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty; download or save it again")

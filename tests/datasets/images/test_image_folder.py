@@ -243,9 +243,13 @@ def test_truncated_images_raise(tmp_path: Path, extension: str) -> None:
 def test_files_that_are_no_image_or_missing(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("this is text")
     (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "page.jpg").write_text("\n<!DOCTYPE html><title>Not found</title>")
+    (tmp_path / "pointer.jpg").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     for name, reason in (
-        ("text.jpg", "can't be decoded"),
-        ("empty.jpg", "can't be decoded"),
+        ("text.jpg", "can't be decoded .unknown image format"),
+        ("empty.jpg", "can't be decoded .an empty file"),
+        ("page.jpg", "can't be decoded .a web page"),
+        ("pointer.jpg", "can't be decoded .a Git LFS pointer; run git lfs pull"),
         ("none.jpg", "no such file"),
     ):
         with pytest.raises(BadImageError, match=reason):

@@ -270,6 +270,18 @@ def to_fractions(item: dict) -> None:
     item.update(bbox=[x / 400, y / 300, w / 400, h / 300], area=None)
 
 
+def to_fractions_of_corners(item: dict) -> None:
+    to_fractions(item)
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[x, y, x + w, y + h])
+
+
+def to_fractions_of_centers(item: dict) -> None:
+    to_fractions(item)
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[x + w / 2, y + h / 2, w, h])
+
+
 def to_percent(item: dict) -> None:
     to_fractions(item)
     item.update(bbox=[100 * value for value in item["bbox"]])
@@ -285,6 +297,8 @@ def to_corners(item: dict) -> None:
     ("change", "kind", "count"),
     [
         (to_fractions, "box in fractions", 16),
+        (to_fractions_of_corners, "box in fractions", 16),
+        (to_fractions_of_centers, "box in fractions", 16),
         (to_percent, "boxes in percent", 1),
         (to_corners, "boxes as corners", 1),
     ],
@@ -312,6 +326,20 @@ def test_corners_in_one_part_of_the_image_are_known_by_their_area() -> None:
     assert found(data) == {}, "may also be large objects"
 
 
+def test_percent_beside_small_images() -> None:
+    data = changed(to_percent)
+    data["images"][0].update(width=150, height=120)
+    assert "14 of them in images of at least 400 x 300" in str(found(data)["boxes in percent"][0])
+
+
+def test_corners_in_one_class() -> None:
+    """As in a file that was merged from those of two programs."""
+    data = changed(lambda item: to_corners(item) if item["category_id"] == 2 else None, count=12)
+    count = sum(item["category_id"] == 2 for item in data["annotations"])
+    (finding,) = found(data)["boxes as corners"]
+    assert f"{count} boxes, such as folder/1.png, image 1, annotation 2" in str(finding)
+
+
 def test_large_objects_in_the_middle_are_ordinary() -> None:
     data = changed(lambda item: item.update(bbox=[40 + item["id"], 30, 300, 240], area=50_000))
     assert found(data) == {}
@@ -331,7 +359,7 @@ def test_boxes_outside_files_without_listed_size() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (to_fractions, "all 16 boxes are within the first pixel, the first is .*1.png, image 1"),
+        (to_fractions, "all 16 boxes look like fractions, the first is .*1.png, image 1"),
         (
             lambda item: item.update(bbox=[500 + item["id"], 400, 10, 10]),
             "16 of 16 boxes that were tried are outside the pixels of their image files, the first: .* 400 x 300",
@@ -391,6 +419,14 @@ def test_plots_of_tiny_boxes(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- categories, odd JSON types
 
 
+@pytest.mark.parametrize("entry", [{}, {"name": None}])
+def test_category_without_name_is_called_by_its_id(entry: dict) -> None:
+    data = content()
+    data["categories"] = [{"id": key, **entry} for key in NAMES]
+    assert parse_coco(data, "some.json").class_names == {1: "1", 2: "2"}
+    assert [category["name"] for category in build_ground_truth(data)["categories"]] == ["1", "2"]
+
+
 def test_category_without_boxes_is_named(tmp_path: Path) -> None:
     """Roboflow lists the parent category."""
     data = content()
@@ -437,3 +473,136 @@ def test_image_size_of_another_type_raises(size: dict) -> None:
 def test_findings_are_recorded_with_the_run() -> None:
     annotations = parse_coco(every_second(ignore=1), "file")
     assert summarize_annotations(annotations)["found"] == {"marked ignore": 8}
+
+
+# ------------------------------------------------------------------------------------- boxes that do not fit in images
+
+
+def to_thousandths(item: dict) -> None:
+    """As models of language and vision write boxes."""
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[x * 1000 / 400, y * 1000 / 300, w * 1000 / 400, h * 1000 / 300], area=None)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_file_most_of_whose_boxes_are_skipped_is_refused(evaluates: bool, tmp_path: Path) -> None:
+    """Training on the few others, or AP on them, would mean nothing. A subset may look better than the file."""
+    data = changed(to_thousandths, count=12)
+    skipped = 24 - len(parse_coco(data, "file").labels)
+    assert 12 < skipped < 22
+    args = tiny_args(FINETUNE, *write_dataset(tmp_path, data), "--filter_pct", "0.5")
+    train, val = (build_dataset(name, args) for name in ("train", "val"))
+    with pytest.raises(UserError) as error:
+        run_startup_checks(None if evaluates else train, val, args)
+    name = "val" if evaluates else "train"
+    assert str(error.value).startswith(
+        f"{tmp_path / name}.json: {skipped} of 24 boxes are outside their image or have no area, the first: "
+    )
+    assert re.search(
+        r"\d+\.png, image \d+, annotation \d+, bbox \[.*\] in 400 x 300 pixels; bbox must be",
+        str(error.value),
+    )
+    assert "0..1000" in str(error.value)
+
+
+def test_file_with_few_boxes_is_only_warned_of(tmp_path: Path) -> None:
+    data = content(2)
+    data["annotations"] = data["annotations"][:3]
+    for annotation in data["annotations"][:2]:
+        annotation.update(bbox=[900, 900, 9, 9])
+    args = tiny_args(FINETUNE, *write_dataset(tmp_path, data))
+    train = build_dataset("train", args)
+    with captured_log():
+        run_startup_checks(train, None, args)
+
+
+def test_xml_files_with_width_and_height_as_corners_are_refused(tmp_path: Path) -> None:
+    """<xmax> and <ymax> are smaller than <xmin> and <ymin> in most of them."""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "xml").mkdir()
+    for image in content(12)["images"]:
+        Image.new("RGB", SIZE_WH).save(tmp_path / "photos" / image["file_name"])
+    for image in content(12)["images"]:
+        objects = [
+            (
+                NAMES[item["category_id"]],
+                [bbox[0], bbox[1], bbox[2] - bbox[0], bbox[3] - bbox[1]],
+                0,
+            )
+            for item in content(12)["annotations"]
+            if item["image_id"] == image["id"]
+            for bbox in [item["bbox"]]
+        ]
+        text = voc_xml(image["file_name"], SIZE_WH[::-1], objects)
+        (tmp_path / "xml" / f"{image['id']}.xml").write_text(text)
+    words = [f"--{name}_{kind}" for name in ("train", "val") for kind in ("images", "annotations")]
+    paths = [str(tmp_path / "photos"), str(tmp_path / "xml")] * 2
+    flags = [word for pair in zip(words, paths, strict=True) for word in pair]
+    args = tiny_args(FINETUNE, "--dataset_file", "custom", *flags)
+    train = build_dataset("train", args)
+    count = 24 - len(train.annotations.labels)
+    with pytest.raises(
+        UserError, match=rf"xml: {count} of 24 boxes .*bndbox \[.*<bndbox> must"
+    ) as error:
+        run_startup_checks(train, None, args)
+    assert (
+        f"{count} of {count} boxes that exceed their image or have no area fit as x, y, width, height"
+        in str(error.value)
+    )
+
+
+def to_pixel_centers(item: dict) -> None:
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[x + w / 2, y + h / 2, w, h])
+
+
+def to_swapped_axes(item: dict) -> None:
+    x, y, w, h = item["bbox"]
+    item.update(bbox=[y, x, h, w])
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (to_corners, "fit as corners [x0, y0, x1, y1], such as folder/"),
+        (to_pixel_centers, "fit as centers [cx, cy, width, height] in pixels, such as folder/"),
+        (to_swapped_axes, "fit as [y, x, height, width], x and y swapped, such as folder/"),
+    ],
+)
+def test_format_of_some_boxes_is_guessed_from_those_that_exceed_their_image(
+    change: Callable[[dict], None], name: str, listed: bool
+) -> None:
+    """In a quarter of the images. Objects that end at the border of the image show centers best."""
+    data = changed(
+        lambda item: change(item) if item["image_id"] % 4 == 0 else None,
+        count=120,
+        size_wh=SIZE_WH if listed else None,
+    )
+    findings = found(data, size_wh=SIZE_WH)
+    (finding,) = findings.pop("boxes in another format")
+    assert name in str(finding)
+    exceeding = findings.keys() - {"size not listed"}
+    assert exceeding <= {"box partly outside", "box outside image", "box outside file"}
+
+
+def test_boxes_that_exceed_their_image_a_little_or_everywhere_are_in_no_other_format() -> None:
+    def beyond_the_border(item: dict, pixels: int) -> None:
+        x, y, w, h = item["bbox"]
+        item.update(bbox=[400 + pixels - w, y, w, h])
+
+    def around_the_border(item: dict) -> None:
+        x, y, w, h = item["bbox"]
+        item.update(bbox=[-w / 4 if item["id"] % 2 else 400 - w * 3 / 4, y, w, h])
+
+    for change in (lambda item: beyond_the_border(item, 4), around_the_border):
+        assert set(found(changed(change, count=20))) == {"box partly outside"}
+
+
+def test_guess_of_a_format_needs_five_boxes() -> None:
+    data = content(20)
+    for annotation in data["annotations"][:4]:
+        annotation.update(bbox=[200, 150, 390, 290])
+    assert set(found(data)) == {"box partly outside"}
+    data["annotations"][4].update(bbox=[200, 150, 390, 290])
+    assert set(found(data)) == {"box partly outside", "boxes in another format"}

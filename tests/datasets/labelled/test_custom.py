@@ -444,6 +444,14 @@ def test_rows_without_names_that_fit_nothing_are_refused(
         nameless_dataset(dataset_root, tmp_path, {1: "helmet", 2: "person", 91: "car"})
 
 
+def test_class_name_of_a_row_that_the_head_lacks_is_refused(dataset_root: Path) -> None:
+    """Such as names that are counted from 1."""
+    names = {row + 1: name for row, name in CLASS_NAMES.items()}
+    classes = Classes(names, {row: row for row in names}, 3, "own.pth")
+    with pytest.raises(UserError, match="own.pth calls row 3 .* 'blue', but the head has 3 rows"):
+        build_dataset("val", custom_args(dataset_root), classes)
+
+
 def test_rows_without_names_of_a_dataset_with_own_labels_are_a_warning() -> None:
     """VOC has labels 0 to 19, in a class head of 91 rows they are COCO's."""
     dataset = Namespace(class_names={0: "aeroplane", 1: "bicycle"}, category_ids=None)

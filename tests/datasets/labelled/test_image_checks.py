@@ -1,5 +1,6 @@
 """Findings in image files: those of the sample at the start of a run, and what training does with the same files."""
 
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from datasets.labelled.coco import CocoDetection
 from datasets.labelled.image_checks import inspect_image, same_files, sample_images
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
 from tests.tiny import captured_log, draw, write_custom_dataset
+from util.errors import UserError
 from util.random_state import SampleRNG
 from util.runs.meters import BadImages
 from util.settings import settings
@@ -127,6 +129,20 @@ def test_forced_orientation_that_contradicts_the_sizes_is_a_bad_image(tmp_path: 
     assert kinds(Split("train", dataset)) == {"EXIF orientation": 1, "size differs": 1}
 
 
+def test_messages_on_swapped_width_and_height(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.fromarray(draw(0, 60, 80)[0]).save(tmp_path / name)
+    dataset = make_dataset(tmp_path, ["a.png", "b.png"], [(80, 60), (60, 80)])
+    (warning,) = probe_images(dataset, "val")
+    assert "a.png: 80 x 60 pixels, but image 0 is 60 x 80" in warning
+    assert warning.endswith(
+        "(rotated, or are width and height swapped?); their objects count as missed"
+    )
+    dataset = make_dataset(tmp_path, ["a.png", "b.png"], [(80, 60), (80, 60)])
+    with pytest.raises(UserError, match="check the image folder and the listed sizes"):
+        probe_images(dataset)
+
+
 def test_images_without_boxes_are_used_as_stored_without_a_warning(tmp_path: Path) -> None:
     save_rotated(tmp_path / "a.png", 6)
     split = Split("train", ImageFolder(str(tmp_path)))
@@ -158,6 +174,22 @@ def test_images_without_content_are_warned_of(tmp_path: Path) -> None:
         "fewer than 16 bits": 1,
         "transparent": 1,
     }
+
+
+def test_thermal_images_with_an_offset_are_warned_of(tmp_path: Path) -> None:
+    """Scaled by their largest value, they are almost flat, though a dead and a hot pixel span the whole scale."""
+    ramp = np.linspace(0, 1, 60 * 80).reshape(60, 80)
+    for name, low, high in (("narrow", 30000, 32000), ("wide", 20000, 32000)):
+        values = (low + (high - low) * ramp).astype(np.uint16)
+        values[0, 0], values[-1, -1] = 0, 32767
+        Image.fromarray(values).save(tmp_path / f"{name}.png")
+    dataset = make_dataset(tmp_path, ["wide.png", "narrow.png"])
+    warned, _ = startup_lines(dataset)
+    (line,) = [line for line in warned if line.startswith("narrow range")]
+    assert line.startswith("narrow range: 1 of 2 images that were tried (16-bit gray, ")
+    assert "save it as 8 bit" in line
+    assert re.search(r"narrow.png, image 1, values use [3-7] % of the range of 16 bits$", line)
+    assert kinds(Split("train", dataset))["narrow range"] == 1
 
 
 def test_animations_are_counted(tmp_path: Path) -> None:
@@ -224,6 +256,41 @@ def test_validation_images_in_the_training_set_are_found_under_other_names(tmp_p
     assert warned[0].startswith("shared image: 1 ")
     assert "other_0.bmp" in warned[0]
     assert "4.bmp" in warned[0]
+
+
+def test_copies_with_other_pixels_are_found_by_the_tool(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    photos = [photo(i) for i in range(12)]
+    for i, image in enumerate(photos[:8]):
+        image.save(tmp_path / "train" / f"{i}.png")
+    photos[1].save(tmp_path / "val" / "0.jpg", quality=70)
+    photos[2].resize((100, 100)).save(tmp_path / "val" / "1.jpg")
+    photos[3].save(tmp_path / "val" / "2.png", compress_level=0)  # the same pixels
+    for i, image in enumerate(photos[8:], start=3):
+        image.save(tmp_path / "val" / f"{i}.jpg")
+    Image.new("RGB", (80, 60), "navy").save(tmp_path / "train" / "8.png")
+    Image.new("RGB", (80, 60), "navy").save(tmp_path / "val" / "7.jpg")
+    train = Split("train", make_dataset(tmp_path / "train", [f"{i}.png" for i in range(9)]), 9, 9)
+    names = ["0.jpg", "1.jpg", "2.png", *(f"{i}.jpg" for i in range(3, 8))]
+    val = Split("val", make_dataset(tmp_path / "val", names), 9, 9)
+    for split in (train, val):
+        split.image_infos = [inspect_image(split.file(i)) for i in range(len(split.images))]
+    by_kind: dict[str, list[str]] = {}
+    for finding in run_checks([train, val]):
+        by_kind.setdefault(finding.kind, []).append(str(finding))
+    assert len(by_kind["shared image"]) == 1
+    first, second = by_kind["similar image"]
+    assert first.startswith(str(tmp_path / "val" / "0.jpg"))
+    assert first.endswith("1.png, image 1")
+    assert second.startswith(str(tmp_path / "val" / "1.jpg"))
+    assert second.endswith("2.png, image 2")
+
+
+def photo(seed: int) -> Image.Image:
+    """An image with smooth areas of random colors."""
+    colors = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize((160, 120), Image.Resampling.BICUBIC)
 
 
 def test_evaluation_finds_training_images_of_its_checkpoint(tmp_path: Path) -> None:

@@ -420,6 +420,7 @@ def test_encodings_of_xml_files(declared: str, encoding: str, tmp_path: Path) ->
         (b" \n", "x.xml is empty"),
         (b"<annotations><image/></annotations>", "outermost element is <annotations>"),
         (CHINESE.replace("<name>中", "<name> ").encode(), "no name"),
+        (CHINESE.replace("bndbox>", "polygon>").encode(), "'中' has no xmin in a <bndbox>"),
         (CHINESE.replace("cult>0", "cult>maybe").encode(), "<difficult> is 'maybe'"),
     ],
 )
@@ -438,6 +439,21 @@ def test_namespaces_and_blank_lines_in_xml_files(tmp_path: Path) -> None:
         "objects": [("中", (1, 2, 31, 22), False)],
         "rotations": [0.0],
     }
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(</?)object>", r"\1Object>"),
+        ("(</?)bndbox>", r"\1bndBox>"),
+        ("(</?)xmin>", r"\1xMin>"),
+        ("(<object>.*</object>)", r"<objects>\1</objects>"),
+    ],
+)
+def test_objects_under_other_tags_are_read(old: str, new: str, tmp_path: Path) -> None:
+    text = re.sub(old, new, CHINESE)
+    assert text != CHINESE
+    assert read_bytes_as_xml(text.encode(), tmp_path)["objects"] == [("中", (1, 2, 31, 22), False)]
 
 
 @pytest.mark.parametrize(

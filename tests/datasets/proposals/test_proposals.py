@@ -583,6 +583,22 @@ def test_missing_images_are_an_error_at_the_start(tmp_path: Path) -> None:
         build_proposals(proposal_settings(proposals=f"file:{path}"), images)
 
 
+@pytest.mark.parametrize("box", [[0.1, 0.2, 0.5, 0.75], [0.5, 0.25, 1.0, 1.0]])
+def test_boxes_in_fractions_are_an_error_at_the_start(tmp_path: Path, box: list[float]) -> None:
+    images = ImageFolder(str(write_images(tmp_path / "images", 2)))
+    content = {
+        "images": [{"id": i, "file_name": f"00{i}.png"} for i in range(2)],
+        "annotations": [{"image_id": 1, "bbox": box}],
+    }
+    coco = write_json(tmp_path / "boxes.json", content)
+    np.savez(tmp_path / "boxes.npz", **{f"00{i}.png": np.array([box]) for i in range(2)})
+    for path, count in ((coco, 1), (tmp_path / "boxes.npz", 2)):
+        with pytest.raises(
+            UserError, match=f"all {count} boxes of 2 images .* look like fractions"
+        ):
+            build_proposals(proposal_settings(proposals=f"file:{path}"), images)
+
+
 def test_missing_images_get_the_name_that_may_be_meant(tmp_path: Path) -> None:
     images = ImageFolder(str(write_images(tmp_path / "images", 1)))
     content = {"images": [{"id": 1, "file_name": "a\\000.JPG"}], "annotations": []}

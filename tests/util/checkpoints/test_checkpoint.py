@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.tiny import captured_log
 from util import coco
 from util.checkpoints.adoption import adopt_architecture, adopt_settings
 from util.checkpoints.architecture import infer_resnet
@@ -18,6 +19,7 @@ from util.checkpoints.checkpoint import (
     resolve_resume_path,
     save_checkpoint,
 )
+from util.checkpoints.classes import infer_classes
 from util.checkpoints.loading import load_pretrained, load_strict
 from util.errors import UserError
 from util.random_state import get_rng_states, set_rng_states
@@ -139,6 +141,7 @@ WRAPPERS = {
     },
     "tutorial": lambda s: {"epoch": 3, "model_state_dict": s, "optimizer_state_dict": {}},
     "ema": lambda s: {"ema": {"module": s, "updates": 3}},
+    "only_the_average": lambda s: {"state_dict": prefixed(s, "ema_model.module.")},
 }
 
 
@@ -160,6 +163,7 @@ def test_names_of_wrappers_are_removed(tmp_path, wrapper):
         ("RF-DETR", ["refpoint_embed.weight", "query_feat.weight"]),
         ("RT-DETR", ["decoder.denoising_class_embed.weight"]),
         ("RT-DETR", ["model.denoising_class_embed.weight"]),
+        ("detector of Detectron2", ["detr.backbone.0.backbone.stem.conv1.weight"]),
     ],
 )
 def test_related_detectors_are_named(tmp_path, name, keys):
@@ -175,6 +179,22 @@ def test_extension_with_names_of_a_related_detector_loads(tmp_path):
     state = {**detector_state(), "refpoint_embed.weight": torch.zeros(2, 2)}
     torch.save({"model": state, "args": {"script": "finetune_main.py"}}, tmp_path / "f.pth")
     assert load_checkpoint(tmp_path / "f.pth").model.keys() == state.keys()
+
+
+@pytest.mark.parametrize("prefix", ["ema_model.module.", "model_ema.", "ema.module._orig_mod."])
+def test_model_is_used_beside_its_average(tmp_path, prefix):
+    state = detector_state()
+    average = prefixed({key: value + 1 for key, value in state.items()}, prefix)
+    counter = {"ema_model.n_averaged": torch.tensor(3)}
+    torch.save(
+        {"state_dict": {**prefixed(state, "model."), **average, **counter}}, tmp_path / "f.pth"
+    )
+    with captured_log() as lines:
+        loaded = load_checkpoint(tmp_path / "f.pth").model
+    assert list(loaded) == list(state)
+    assert all(torch.equal(loaded[key], state[key]) for key in state)
+    (line,) = lines
+    assert "f.pth also has averaged weights (" in line
 
 
 def test_two_models_in_one_state_dict_are_refused(tmp_path):
@@ -206,6 +226,27 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
 )  # fmt: skip
 def test_class_names_are_read_by_id_and_by_name(stored):
     assert checkpoint_of(detector_state(), class_names=stored).class_names == {0: "cat", 1: "dog"}
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "names", "category_ids"),
+    [
+        (8, {3: "cat", 7: "dog"}, {3: 3, 7: 7}),
+        (2, {0: "cat", 1: "dog"}, {0: 3, 1: 7}),
+    ],
+)
+def test_categories_of_coco_name_the_rows_by_id_or_by_position(num_classes, names, category_ids):
+    """The largest id has a row of its own, or there are as many rows as categories."""
+    categories = [{"id": 3, "name": "cat", "supercategory": "animal"}, {"id": 7, "name": "dog"}]
+    state = detector_state()
+    for key, size in (
+        ("class_embed.weight", (num_classes + 1, 16)),
+        ("class_embed.bias", (num_classes + 1,)),
+    ):
+        state[key] = torch.zeros(size)
+    classes = infer_classes(checkpoint_of(state, class_names=categories))
+    assert classes.named
+    assert (classes.names, classes.category_ids) == (names, category_ids)
 
 
 def test_class_names_in_another_format_are_ignored():
@@ -253,6 +294,8 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [GROUP]}
         ({"epoch": None}, "no epoch"),
         ({"epoch": float("nan")}, "no epoch"),
         ({"epoch": "three"}, "no epoch"),
+        ({"epoch": -2}, "no epoch"),
+        ({"epoch": -1}, None),
     ],
 )  # fmt: skip
 def test_missing_training_state_is_named(change, missing):

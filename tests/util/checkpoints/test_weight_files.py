@@ -174,6 +174,28 @@ def test_file_that_is_not_a_checkpoint_is_one_line(tmp_path, name, word):
 # ---------------------------------------------------------------------------------------------------- downloading
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model-00001-of-00002.safetensors",
+        "pytorch_model-00002-of-00012.bin",
+        "model.safetensors.index.json",
+    ],
+)
+def test_part_of_a_checkpoint_in_several_files_is_one_line(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError) as excinfo:
+        read_weights(tmp_path / name)
+    one_line(excinfo, "a checkpoint in several files", "save it in one")
+
+
+def test_folder_names_a_weight_file_that_it_has(tmp_path):
+    (tmp_path / "model-00001-of-00001.safetensors").write_text("")
+    with pytest.raises(UserError) as excinfo:
+        read_weights(tmp_path)
+    one_line(excinfo, "is a folder", "model-00001-of-00001.safetensors")
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
