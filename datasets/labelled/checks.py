@@ -742,6 +742,13 @@ ANNOTATION_CHECKS = (
         meaning="clipped to its image in training; if there are many, is bbox [x, y, width, height] in pixels?",
     ),
     Check(
+        kind="counted from 0",
+        severity="warning",
+        find=partial(findings_of_parser, "counted from 0"),
+        meaning="boxes of XML files are read as counted from 1, so that these are one pixel off: negligible, unless "
+        "objects are tiny",
+    ),
+    Check(
         kind="boxes in another format",
         severity="warning",
         find=find_boxes_in_another_format,

@@ -255,6 +255,7 @@ def read_xml_folder(folder: str, image_folder: str = "") -> Annotations:
     )
     if notes:
         annotations.image_notes["XML names another image"] = notes
+    _record_counting_from_0(annotations, records, names)
     if index is not None:
         _record_other_images(annotations, index)
     return annotations
@@ -292,6 +293,24 @@ def _image_of_xml(name: str, listed: str, index: ImageIndex | None) -> tuple[str
         return named or default, False
     stems = {folded_stem(os.path.basename(spelling)) for spelling in spellings(listed)}
     return own[0], bool(listed) and folded(f"{stem}.") not in stems
+
+
+def _record_counting_from_0(
+    annotations: Annotations, records: Sequence[dict[str, Any]], names: Sequence[str]
+) -> None:
+    """Record once that boxes begin at pixel 0: whoever wrote the files counts from 0, VOC from 1."""
+    boxes = [
+        (name, box[:2])
+        for name, record in zip(names, records, strict=True)
+        for _, box, _ in record["objects"]
+    ]
+    # `read_xml` has subtracted 1.
+    found = [name for name, corner in boxes if -1 <= min(corner) < 0]
+    if found:
+        annotations.findings["counted from 0"] = (np.full((1, 2), -1), PackedStrings([""]))
+        annotations.image_notes["counted from 0"] = {
+            -1: f"{len(found)} of {len(boxes)} boxes have xmin or ymin 0, the first is in {found[0]}"
+        }
 
 
 def _record_other_images(annotations: Annotations, index: ImageIndex) -> None:

@@ -14,6 +14,8 @@ from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
 from datasets.labelled.annotations import read_coco
+from datasets.labelled.checks import Split, run_checks
+from datasets.labelled.coco import ConvertedDetection
 from datasets.labelled.voc import CLASSES, detreg_image_id, read_voc, read_xml, read_xml_folder
 from tests.tiny import (
     FROZEN,
@@ -590,3 +592,21 @@ def test_dataset_selects_the_evaluator(shared_devkit: Path) -> None:
     evaluator = build_dataset("val", args).evaluator(args)
     assert isinstance(evaluator, VocEvaluator)
     assert (evaluator.metric, evaluator.published) == ("area", True)
+
+
+def test_boxes_that_count_from_0_are_reported_once(tmp_path: Path) -> None:
+    for number, corner in ((1, (0, 0)), (2, (9, -1)), (3, (9, 9))):
+        text = voc_xml(f"{number}.jpg", (60, 80), [("cat", [*corner, 30, 20], 0)] * 2)
+        (tmp_path / f"{number}.xml").write_text(text)
+    split = Split(
+        "train",
+        ConvertedDetection(str(tmp_path), read_xml_folder(str(tmp_path)), None, num_classes=1),
+        9,
+        9,
+    )
+    (finding,) = [one for one in run_checks([split]) if one.kind == "counted from 0"]
+    assert str(finding) == f"{tmp_path}, 2 of 6 boxes have xmin or ymin 0, the first is in 2.xml"
+    assert finding.severity == "warning"
+
+    (tmp_path / "2.xml").unlink()
+    assert "counted from 0" not in read_xml_folder(str(tmp_path)).findings

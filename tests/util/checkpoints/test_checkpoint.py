@@ -197,6 +197,35 @@ def test_model_is_used_beside_its_average(tmp_path, prefix):
     assert "f.pth also has averaged weights (" in line
 
 
+def test_metrics_of_a_lightning_module_are_dropped(tmp_path):
+    """One of them starts at infinity, which is no sign of diverged training."""
+    state = detector_state()
+    metrics = {"val_map.scores": torch.zeros(3), "loss_metric.min_value": torch.tensor(torch.inf)}
+    torch.save({"state_dict": {**prefixed(state, "model."), **metrics}}, tmp_path / "f.ckpt")
+    with captured_log() as lines:
+        loaded = load_checkpoint(tmp_path / "f.ckpt").model
+    assert loaded.keys() == state.keys()
+    assert any(
+        "f.ckpt also has 2 tensors of metrics (val_map.scores, ...)" in line for line in lines
+    )
+
+
+@pytest.mark.parametrize("outer", ["", "model."])
+def test_student_and_teacher_are_refused(tmp_path, outer):
+    state = detector_state()
+    halves = {**prefixed(state, f"{outer}student."), **prefixed(state, f"{outer}teacher.")}
+    torch.save({"state_dict": halves}, tmp_path / "f.ckpt")
+    with pytest.raises(UserError) as excinfo:
+        load_checkpoint(tmp_path / "f.ckpt")
+    one_line(
+        excinfo,
+        "two models",
+        f"{outer}student.*",
+        f"{outer}teacher.*",
+        "save the state dict of one",
+    )
+
+
 def test_two_models_in_one_state_dict_are_refused(tmp_path):
     state = detector_state()
     torch.save({"model": {**state, **prefixed(state, "module.")}}, tmp_path / "f.pth")
