@@ -6,7 +6,7 @@ import pytest
 
 from tests import golden_data, golden_models, golden_parts, golden_siamese
 
-# In float64 these take more than a minute. Other cases check the same code: in steps detreg_deform, masks detr_r50_masks.
+# Slow in float64. Others check the same code: optimizer steps of Deformable DETR detreg_deform, masks detr_r50_masks.
 SLOW_IN_FLOAT64 = ("deform_r50_ms", "detr_r50_panoptic")
 
 
