@@ -86,7 +86,9 @@ def test_objectness_head_is_kept_with_other_classes() -> None:
     "flags",
     [
         pytest.param([], marks=pytest.mark.slow, id="plain"),
-        pytest.param(["--with_box_refine", "--num_feature_levels", "2"], id="refine"),
+        pytest.param(
+            ["--with_box_refine", "--num_feature_levels", "2"], marks=pytest.mark.slow, id="refine"
+        ),
     ],
 )
 def test_pre_train_fine_tune_resume_evaluate(flags: list[str], tmp_path: Path) -> None:

@@ -218,6 +218,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert {row["image_id"] for row in results} == {501, 502, 503}
 
 
+@pytest.mark.slow  # starts the same code as torchrun
 def test_torch_distributed_launch(tmp_path: Path) -> None:
     """The launcher of the published commands."""
     images, run = write_images(tmp_path / "images", count=4), tmp_path / "run"

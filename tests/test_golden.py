@@ -6,8 +6,9 @@ import pytest
 
 from tests import golden_data, golden_models, golden_parts, golden_siamese
 
-# Slow in float64. Others check the same code: optimizer steps of Deformable DETR detreg_deform, masks detr_r50_masks.
-SLOW_IN_FLOAT64 = ("deform_r50_ms", "detr_r50_panoptic")
+# Slow in float64. Others check the same code: detreg_deform (also its optimizer steps), deform_r50_twostage (which
+# refines boxes) and detr_r50_masks.
+SLOW_IN_FLOAT64 = ("deform_r50_ms", "deform_r50_ss", "deform_r50_refine", "detr_r50_panoptic")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

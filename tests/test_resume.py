@@ -94,7 +94,11 @@ def assert_equal_runs(folder: Path, expected: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- between epochs
 
 
-@pytest.mark.parametrize("case", CASES)
+# Slow: another detector. The others are a live backbone, workers and a pretext.
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow) if case == "two_stage" else case for case in CASES],
+)
 def test_resume_after_two_epochs_equals_four_epochs(case: str, data: Path, tmp_path: Path) -> None:
     start, flags = CASES[case]
     start(data, "--output_dir", tmp_path, *flags, "--epochs", 2)
@@ -163,8 +167,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
     ("case", "step", "number"),
     [
         ("live", 3, signal.SIGTERM),
-        ("pretext", 3, signal.SIGINT),
-        ("pretext", 4, signal.SIGTERM),
+        pytest.param("pretext", 3, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("pretext", 4, signal.SIGTERM, marks=pytest.mark.slow),
         ("pretext", 8, signal.SIGTERM),
     ],
 )

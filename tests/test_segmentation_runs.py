@@ -109,6 +109,7 @@ def test_panoptic_after_pre_training(detector: str, coco: Path, tmp_path: Path) 
     assert (out / "panoptic.json").exists()
 
 
+@pytest.mark.slow  # tests/test_resume.py does it without masks
 def test_a_run_with_masks_resumes_exactly(coco: Path, tmp_path: Path) -> None:
     """Two epochs in one start and in two starts give the same weights."""
     data = ("--coco_path", coco, "--masks", "--batch_size", "2", *FROZEN)

@@ -180,6 +180,7 @@ def test_conflicting_flags(flags: tuple, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow  # tests/test_resume.py resumes in mid-epoch, tests/test_distributed.py trains a teacher
 def test_run_stops_in_mid_epoch_resumes_and_is_fine_tuned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
