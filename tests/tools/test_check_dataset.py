@@ -351,7 +351,7 @@ def test_startup_checks_are_fast(tmp_path: Path) -> None:
     args = resolve(check_dataset.parse([]))
     start = time.process_time()
     record = run_startup_checks(train, val, args)
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 4
     assert record["train"]["boxes"] == 826_000
     assert any(line.startswith("shared image: 5000 ") for line in record["warnings"])
 
