@@ -140,16 +140,14 @@ class CocoPanoptic(CocoDetection):
     def _segments_of_image(self, image_id: int) -> tuple[np.ndarray, list[Record]]:
         """Return `segments` of an image for evaluation.
 
-        Raises:
-            UserError: the PNG can't be read.
+        An image whose PNG can't be read has no pixels of its segments. Loading it fails too, so it gets no prediction,
+        and its segments count as missed.
         """
         index = int(np.searchsorted(self.annotations.image_ids, image_id))
         try:
             return self.segments(index)
-        except BadImageError as error:
-            raise UserError(
-                f"{error}: correct the file, or remove image {image_id} from the annotations"
-            ) from error
+        except BadImageError:  # reported when the image is loaded
+            return np.zeros((1, 1), np.int32), self.segments_info_of(image_id)
 
     def evaluator(self, settings: Settings) -> DetectionEvaluator | CombinedEvaluator:
         """Build an evaluator of boxes and, with masks, of instance masks and panoptic segments."""

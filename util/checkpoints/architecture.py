@@ -78,8 +78,6 @@ def infer_architecture(
     certain.update(_from_weights(state, detector))
     if has_mask_head(state):
         certain["masks"] = True
-        # The head reads D channels of the image and one attention map per head.
-        certain["nheads"] = state["mask_head.lay1.weight"].shape[1] - certain["hidden_dim"]
     certain.setdefault("backbone", infer_resnet(state, "backbone.0.body."))
 
     likely = {
@@ -138,6 +136,9 @@ def _from_weights(state: Mapping[str, Tensor], detector: str | None) -> dict[str
     else:
         # The norm after the encoder exists only where the layers normalize their inputs.
         known["pre_norm"] = "transformer.encoder.norm.weight" in state
+    mask_width = rows("mask_head.lay1.weight")  # [D + heads, D + heads, 3, 3]
+    if mask_width is not None and known["hidden_dim"] is not None:
+        known["nheads"] = mask_width - known["hidden_dim"]
     return known
 
 

@@ -69,7 +69,7 @@ def _mismatch_message(
             f"to train a mask head on this detector, give --frozen_weights {source} (the detector stays fixed) or "
             f"--pretrain {source} instead of --resume"
         )
-    elif has_mask_head(state):
+    elif has_mask_head(state) and not has_mask_head(target):
         remedy = (
             "extract the detector of this mask model with "
             f"tools/convert_checkpoint.py {source} --to predetr --out FILE"

@@ -241,6 +241,27 @@ def test_images_with_unusable_pngs_are_replaced(kind: str, reason: str, tmp_path
     assert len(target["problems"]) == 1
 
 
+def test_segments_of_a_broken_validation_png_count_as_missed(tmp_path: Path) -> None:
+    """The image is skipped, as any broken one, so the evaluation ends with its metrics."""
+    root = write_panoptic(tmp_path)
+    args = panoptic_args(root, "--masks")
+    dataset = build_dataset("val", args)
+    evaluator = dataset.evaluator(args).panoptic
+    for index in range(1, 4):
+        ids, segments = dataset.segments(index)
+        shifted = [{**segment, "id": segment["id"] - 1} for segment in segments]
+        image_id = int(dataset.annotations.image_ids[index])
+        evaluator.update({image_id: {"ids": ids - 1, "segments_info": shifted}})
+
+    (root / "panoptic" / "panoptic_val2017" / f"{7:012d}.png").write_bytes(b"broken")
+    with pytest.raises(BadImageError):
+        dataset.load(0, None)
+    evaluator.synchronize_between_processes()
+    rows = evaluator.summarize()["panoptic_per_class"]
+    assert [(row["id"], row["segments"]) for row in rows] == [(1, 4), (3, 4), (120, 4)]
+    assert all(row["SQ"] == 1 and row["RQ"] == pytest.approx(3 / 3.5) for row in rows)
+
+
 def test_images_without_png(tmp_path: Path) -> None:
     """Skipped in training with a warning, refused in evaluation, and an error if it is all of them."""
 

@@ -421,6 +421,15 @@ def test_architecture_is_adopted_for_flags_not_given(kind):
     assert adopt_architecture(checkpoint, values) == ({}, [])
 
 
+def test_mask_head_tells_the_number_of_attention_heads():
+    """Its first convolution reads the model width and one attention map per head."""
+    state = {f"detr.{key}": value for key, value in detector_state(kind="detr").items()}
+    state["mask_head.lay1.weight"] = torch.zeros(D + 4, D + 4, 3, 3)
+    values, _ = adopt_architecture(checkpoint_of(state), {}, is_unchanged=True)
+    assert values["masks"]
+    assert values["nheads"] == 4
+
+
 def test_flags_of_other_detectors_are_not_adopted():
     """They keep their defaults."""
     stored = {"detector": "detr", "enc_n_points": 4, "dec_n_points": 4}
