@@ -6,13 +6,11 @@ Shapes: B images, Q queries, K results of an image, n segments of an image, h1 x
 logits; sizes are (height, width).
 """
 
-import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,7 +18,7 @@ from models.classification import Classification
 from models.detector import full_precision
 from models.segmentation import select_masks
 from util.coco import MAX_THING_ID
-from util.masks import encode_masks
+from util.masks import encode_masks, ids_to_png
 
 THRESHOLD = 0.5  # probability above which a pixel belongs to a mask
 # Masks of the original image that exist at once: 32 of 4000 x 3000 pixels are 380 MB.
@@ -284,11 +282,3 @@ def _nearest_pixels(before: int, after: int) -> np.ndarray:
     step = before / after
     centers = np.cumsum(np.append(step * 0.5, np.full(after - 1, step)))
     return centers.astype(np.int64).clip(max=before - 1)
-
-
-def ids_to_png(ids: np.ndarray) -> bytes:
-    """Return segment ids [H, W] as a PNG with id = R + 256 G + 65536 B, COCO's format."""
-    channels = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
-    with io.BytesIO() as buffer:
-        Image.fromarray(channels).save(buffer, format="PNG")
-        return buffer.getvalue()

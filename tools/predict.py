@@ -29,12 +29,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets.images.image_folder import ImageFolder
-from models.segmentation_postprocess import ids_to_png
 from predictor import FileResult, Panoptic, Prediction, Predictor
 from util.checkpoints.classes import Classes
 from util.errors import UserError
 from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
+from util.masks import ids_to_png
 from util.plots.boxes import draw_boxes, label_color
 from util.plots.fonts import class_text
 from util.plots.masks import draw_masks, draw_segments, masks_to_draw

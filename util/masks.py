@@ -1,12 +1,14 @@
-"""Binary masks as run-length encodings (RLE), in COCO's compressed format.
+"""Masks in COCO's formats: binary masks as compressed run-length encodings (RLE), segment ids as PNG.
 
 Shapes: K masks of H x W pixels.
 """
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -26,6 +28,11 @@ def encode_masks(masks: Tensor | np.ndarray) -> list[RLE]:
     return coco_mask.encode(np.asfortranarray(pixels))
 
 
+def encode_mask(mask: Tensor | np.ndarray) -> RLE:
+    """Return the RLE of one mask [H, W], see `encode_masks`."""
+    return encode_masks(mask[None])[0]
+
+
 def decode_masks(rles: Sequence[RLE], size_hw: tuple[int, int] = (0, 0)) -> np.ndarray:
     """Return the masks, uint8 [K, H, W] of 0 and 1.
 
@@ -37,3 +44,11 @@ def decode_masks(rles: Sequence[RLE], size_hw: tuple[int, int] = (0, 0)) -> np.n
         return np.zeros((0, *size_hw), np.uint8)
     pixels = coco_mask.decode(list(rles))  # [H, W, K]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def ids_to_png(ids: np.ndarray) -> bytes:
+    """Return segment ids [H, W] as a PNG with id = R + 256 G + 65536 B, COCO's format."""
+    channels = np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)
+    with io.BytesIO() as buffer:
+        Image.fromarray(channels).save(buffer, format="PNG")
+        return buffer.getvalue()

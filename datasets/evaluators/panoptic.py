@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from datasets.evaluators.detections import gather_by_image
 from util.distributed import is_main_process
 from util.errors import UserError
 from util.files import to_json, write_atomically, write_text
+from util.masks import ids_to_png
 
 Segment = dict[str, Any]  # a record of "segments_info": "id", "category_id", ...
 GroundTruth = Callable[[int], tuple[np.ndarray, list[Segment]]]
@@ -291,10 +291,7 @@ def _write_png(
 ) -> dict[str, Any]:
     """Write the ids of an image, and return its entry in predictions.json."""
     name = f"{image_id:012d}.png"
-    colors = np.stack([ids & 255, (ids >> 8) & 255, ids >> 16], axis=-1).astype(
-        np.uint8
-    )  # [H, W, 3]
-    image = Image.fromarray(colors)
+    content = ids_to_png(ids)
     # Several ranks may have the same image.
-    write_atomically(folder / name, lambda file: image.save(file, format="PNG"), shared=True)
+    write_atomically(folder / name, lambda file: file.write(content), shared=True)
     return {"image_id": image_id, "file_name": name, "segments_info": list(segments)}

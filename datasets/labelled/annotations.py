@@ -21,7 +21,7 @@ import torch
 
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.box_formats import Misfits, exceeds_image
-from datasets.labelled.segmentations import SegmentationTexts, decode_masks, find_empty
+from datasets.labelled.segmentations import SegmentationTexts, decode_segmentations, find_empty
 from util.errors import UserError
 from util.logger import log
 
@@ -125,7 +125,7 @@ class Annotations:
         kept = np.arange(rows.start, rows.stop)[keep]
         target = self.target_of_rows(index, kept, boxes[keep], size_hw)
         if self.segmentations is not None:
-            masks = decode_masks(self.texts_of(kept), boxes[keep], size_hw, self.ids[kept])
+            masks = decode_segmentations(self.texts_of(kept), boxes[keep], size_hw, self.ids[kept])
             target["masks"] = torch.from_numpy(masks)  # [N, H, W]
         return target
 

@@ -32,12 +32,13 @@ from datasets.labelled.coco import (
     labelled_transforms,
     read_annotations,
 )
-from datasets.labelled.segmentations import SegmentationTexts, encode_mask
+from datasets.labelled.segmentations import SegmentationTexts
 from datasets.sample import BadImageError, Target
 from util.checkpoints.classes import Classes
 from util.coco import NUM_PANOPTIC_CLASSES
 from util.errors import UserError
 from util.logger import log
+from util.masks import encode_mask
 from util.settings import Settings
 
 Record = dict[str, Any]

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 from datasets.images.packed_strings import PackedStrings
+from util.masks import RLE, decode_masks, encode_mask
 
 Size = tuple[int, int]  # (height, width) in pixels
-Rle = dict[str, Any]  # {"size": [h, w], "counts": bytes}, as pycocotools encodes masks
 
 # Matches the key and its value: a list without strings and objects, an object without objects, or a number or word.
 # It cannot start inside a string: quotes in a JSON string are escaped. COCO's run-length encoding (RLE) has no braces.
@@ -117,7 +118,7 @@ def _is_empty(text: str) -> bool:
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-def decode_masks(
+def decode_segmentations(
     texts: Sequence[str | None], boxes_xyxy_abs: np.ndarray, size_hw: Size, ids: Sequence[int]
 ) -> np.ndarray:
     """Return the masks of the objects of an image, uint8 [N, h, w], 0 or 1.
@@ -132,35 +133,28 @@ def decode_masks(
     Raises:
         SegmentationError: see `to_rle`.
     """
-    from pycocotools import mask as coco_mask  # imported only where there are masks
-
-    if not len(texts):
-        return np.zeros((0, *size_hw), np.uint8)
     rles = []
     for text, box, annotation_id in zip(texts, boxes_xyxy_abs, ids, strict=True):
         try:
             rles.append(to_rle_or_box(text, box, size_hw))
         except SegmentationError as error:
             raise SegmentationError(f"annotation {annotation_id}: {error}") from error
-    masks = coco_mask.decode(rles)  # [h, w, N]
-    return np.ascontiguousarray(masks.transpose(2, 0, 1))
+    return decode_masks(rles, size_hw)
 
 
 def decode_mask(text: str, size_hw: Size) -> np.ndarray | None:
     """Return a mask, uint8 [h, w]; None if there is no segmentation. See `to_rle`."""
-    from pycocotools import mask as coco_mask
-
     rle = to_rle(text, size_hw)
-    return None if rle is None else coco_mask.decode(rle)
+    return None if rle is None else decode_masks([rle])[0]
 
 
-def to_rle_or_box(text: str | None, box_xyxy_abs: Sequence[float], size_hw: Size) -> Rle:
+def to_rle_or_box(text: str | None, box_xyxy_abs: Sequence[float], size_hw: Size) -> RLE:
     """Return the RLE of a segmentation, or of the whole box if there is none. See `to_rle`."""
     rle = None if text is None else to_rle(text, size_hw)
     return box_to_rle(box_xyxy_abs, size_hw) if rle is None else rle
 
 
-def to_rle(text: str, size_hw: Size) -> Rle | None:
+def to_rle(text: str, size_hw: Size) -> RLE | None:
     """Convert a segmentation to compressed RLE. Polygons of fewer than three points are skipped.
 
     Args:
@@ -185,7 +179,7 @@ def to_rle(text: str, size_hw: Size) -> Rle | None:
     raise SegmentationError(f"segmentation {text[:40]} is neither polygons nor RLE")
 
 
-def box_to_rle(box_xyxy_abs: Sequence[float], size_hw: Size) -> Rle:
+def box_to_rle(box_xyxy_abs: Sequence[float], size_hw: Size) -> RLE:
     """Return the RLE of all pixels that a box touches."""
     height, width = size_hw
     x0, y0, x1, y1 = box_xyxy_abs
@@ -196,16 +190,7 @@ def box_to_rle(box_xyxy_abs: Sequence[float], size_hw: Size) -> Rle:
     return encode_mask(mask)
 
 
-def encode_mask(mask: np.ndarray) -> Rle:
-    """Return the RLE of a mask, bool or uint8 [h, w]."""
-    from pycocotools import mask as coco_mask
-
-    return coco_mask.encode(np.asfortranarray(mask, np.uint8))  # pycocotools reads column-major
-
-
-def _polygons_to_rle(value: list, size_hw: Size) -> Rle | None:
-    from pycocotools import mask as coco_mask
-
+def _polygons_to_rle(value: list, size_hw: Size) -> RLE | None:
     polygons = _usable_polygons(value)
     if not polygons:
         return None
@@ -244,10 +229,8 @@ def _parse_polygon(polygon: Any) -> np.ndarray:
     return numbers
 
 
-def _check_rle(value: Rle, size_hw: Size) -> Rle:
+def _check_rle(value: RLE, size_hw: Size) -> RLE:
     """Return compressed RLE whose runs fill the image. pycocotools checks nothing, and reads foreign memory instead."""
-    from pycocotools import mask as coco_mask
-
     height, width = size_hw
     size, counts = value.get("size"), value.get("counts")
     if size != [height, width]:
@@ -299,7 +282,7 @@ def pairs_text(runs: str) -> str:
     return json.dumps({"pairs": runs})
 
 
-def _pairs_to_rle(runs: str, size_hw: Size) -> Rle:
+def _pairs_to_rle(runs: str, size_hw: Size) -> RLE:
     height, width = size_hw
     numbers = np.array(runs.split(), dtype=np.int64)
     first, lengths = numbers[::2] - 1, numbers[1::2]

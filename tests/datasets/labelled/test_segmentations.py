@@ -20,7 +20,6 @@ from datasets.labelled.segmentations import (
     SegmentationTexts,
     decode_counts,
     decode_mask,
-    encode_mask,
     find_empty,
     pairs_text,
 )
@@ -41,6 +40,7 @@ from tests.tiny import (
 )
 from tests.tiny import write_coco as write_tiny_coco
 from util.errors import UserError
+from util.masks import encode_mask
 from util.settings import FINETUNE
 
 SIZE_HW = 30, 40  # of the images of `write_coco`
