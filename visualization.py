@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset
-from datasets.collate import collate, flatten_views, normalize, to_device
+from datasets.collate import collate, flatten_views, normalize, to_device, unpack_masks
 from datasets.images.image_folder import crop_box
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.proposals import SelectedProposals, build_proposals
@@ -98,7 +98,7 @@ def samples_to_rows(
         h, w = target["size"].tolist()
         masks = {}
         if "masks" in target:
-            masks["masks"] = _unpack_masks(target["masks"], width)  # [N, H, W]
+            masks["masks"] = _to_bool_masks(target["masks"], width)  # [N, H, W]
         view = f", view {i // num_images + 1}" if num_views > 1 else ""
         rows.append(
             {
@@ -115,11 +115,9 @@ def samples_to_rows(
     return [row for first in range(num_images) for row in rows[first::num_images]]
 
 
-def _unpack_masks(masks: Tensor, width: int) -> np.ndarray:
-    """Return masks of a batch as bool [N, H, W]. They may be packed bits, uint8 [N, H, ceil(W / 8)]."""
-    if masks.dtype == torch.bool:
-        return masks.numpy()
-    return np.unpackbits(masks.numpy(), axis=-1, count=width).astype(bool)
+def _to_bool_masks(masks: Tensor, width: int) -> np.ndarray:
+    """Return masks of a batch as bool [N, H, W]. They may be packed bits, see `datasets.collate.unpack_masks`."""
+    return (masks if masks.dtype == torch.bool else unpack_masks(masks, width)).numpy()
 
 
 def _mark_padding(image: Tensor, mask: Tensor) -> np.ndarray:
