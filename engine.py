@@ -342,13 +342,16 @@ def postprocess(
         threshold: lowest score of a result.
 
     Returns:
-        `scores`, `labels`, `boxes` and `queries`, see `PostProcess`. With `segm` also `masks`, K compressed RLEs, and
+        `scores`, `labels`, `boxes` and `queries`, see `PostProcess`, and `best_score`, the highest score of the image,
+        also below the threshold. With `segm` also `masks`, K compressed RLEs, and
         with `panoptic` also `panoptic`, see `PostProcessPanoptic.segment`.
     """
     results: list[dict[str, Any]] = []
     for result in results_to_host(postprocessors["bbox"](outputs, orig_sizes)):
         keep = result["scores"] >= threshold
+        best_score = float(result["scores"].max())
         results.append({key: value[keep] for key, value in result.items()})
+        results[-1]["best_score"] = best_score
 
     if "segm" in postprocessors:
         device = outputs["pred_logits"].device

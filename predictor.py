@@ -342,17 +342,12 @@ class Predictor:
         with engine.autocast(self.device, self.amp):
             outputs = self.model(samples)
         results = engine.postprocess(self.postprocessors, outputs, orig_sizes, sizes, threshold)
-        best_scores = [float(one["scores"].max()) for one in self.postprocess(outputs, orig_sizes)]
         return [
-            self._prediction(result, (int(height), int(width)), best_score)
-            for result, (height, width), best_score in zip(
-                results, orig_sizes.tolist(), best_scores, strict=True
-            )
+            self._prediction(result, (int(height), int(width)))
+            for result, (height, width) in zip(results, orig_sizes.tolist(), strict=True)
         ]
 
-    def _prediction(
-        self, result: dict[str, Any], size_hw: tuple[int, int], best_score: float
-    ) -> Prediction:
+    def _prediction(self, result: dict[str, Any], size_hw: tuple[int, int]) -> Prediction:
         # Softmax detectors have one result per query, in the order of the queries. A stable sort keeps ties in it.
         order = result["scores"].argsort(descending=True, stable=True)  # [K]
         labels = result["labels"][order]
@@ -369,7 +364,7 @@ class Predictor:
             category_ids=[self._category_id(label) for label in labels.tolist()],
             rles=None if rles is None else [rles[i] for i in order.tolist()],
             panoptic=None if panoptic is None else self._panoptic(panoptic),
-            best_score=best_score,
+            best_score=result["best_score"],
         )
 
     def _panoptic(self, result: dict[str, Any]) -> Panoptic:
