@@ -7,7 +7,7 @@ logits; sizes are (height, width).
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +24,8 @@ THRESHOLD = 0.5  # probability above which a pixel belongs to a mask
 # Masks of the original image that exist at once: 32 of 4000 x 3000 pixels are 380 MB.
 MASKS_PER_CHUNK = 32
 MIN_SEGMENT_AREA = 4  # pixels; segments of this area or less are dropped, as published
-SCORE_THRESHOLDS = {
-    "softmax": 0.85,
-    "focal": 0.5,
-}  # published for softmax; a focal head has lower scores
+# Published for softmax; a focal head has lower scores.
+SCORE_THRESHOLDS = {"softmax": 0.85, "focal": 0.5}
 
 Size = tuple[int, int]
 
@@ -49,9 +47,9 @@ class PostProcessSegm(nn.Module):
             orig_target_sizes: [B, 2], sizes of the results.
             max_target_sizes: [B, 2], sizes of the images in the batch, without padding.
         """
-        for i, result in enumerate(results):
-            sizes = _ImageSizes.of(i, max_target_sizes, orig_target_sizes)
-            masks = list(_masks_in_chunks(outputs, i, result["queries"], sizes))
+        all_sizes = _image_sizes(max_target_sizes, orig_target_sizes)
+        for i, (result, image_sizes) in enumerate(zip(results, all_sizes, strict=True)):
+            masks = list(_masks_in_chunks(outputs, i, result["queries"], image_sizes))
             result["masks"] = torch.cat(masks)[:, None].byte()  # [K, 1, H, W]
         return results
 
@@ -66,26 +64,30 @@ class PostProcessSegm(nn.Module):
             orig_sizes, sizes: as in `forward`.
         """
         encoded = []
-        for i, chosen in enumerate(queries):
+        all_sizes = _image_sizes(sizes, orig_sizes)
+        for i, (chosen, image_sizes) in enumerate(zip(queries, all_sizes, strict=True)):
             # Focal results can have a query with several classes.
             unique, index = chosen.unique(return_inverse=True)
-            chunks = _masks_in_chunks(outputs, i, unique, _ImageSizes.of(i, sizes, orig_sizes))
+            chunks = _masks_in_chunks(outputs, i, unique, image_sizes)
             rles = [rle for chunk in chunks for rle in encode_masks(chunk)]
             encoded.append([rles[k] for k in index.tolist()])
         return encoded
 
 
-class _ImageSizes:
+class _ImageSizes(NamedTuple):
     """Padded size of the batch, size of an image in it, and size of the result."""
 
-    def __init__(self, padded: Size, image: Size, result: Size) -> None:
-        self.padded, self.image, self.result = padded, image, result
+    padded: Size
+    image: Size
+    result: Size
 
-    @classmethod
-    def of(cls, index: int, sizes: Tensor, result_sizes: Tensor) -> "_ImageSizes":
-        rows = sizes.tolist()
-        padded = max(row[0] for row in rows), max(row[1] for row in rows)
-        return cls(padded, tuple(rows[index]), tuple(result_sizes[index].tolist()))
+
+def _image_sizes(sizes: Tensor, result_sizes: Tensor) -> list[_ImageSizes]:
+    """Return the sizes of each image of a batch. Reading them makes the host wait, so it is done once."""
+    images = [(height, width) for height, width in sizes.tolist()]
+    padded = max(height for height, _ in images), max(width for _, width in images)
+    results = [(height, width) for height, width in result_sizes.tolist()]
+    return [_ImageSizes(padded, *pair) for pair in zip(images, results, strict=True)]
 
 
 def _masks_in_chunks(
@@ -170,11 +172,10 @@ class PostProcessPanoptic(nn.Module):
         if target_sizes is None:
             target_sizes = processed_sizes
         scores, labels = self._scores(full_precision(outputs["pred_logits"]))  # [B, Q] each
+        all_sizes = _image_sizes(processed_sizes, target_sizes)
         return [
-            self._segment_image(
-                outputs, i, scores[i], labels[i], _ImageSizes.of(i, processed_sizes, target_sizes)
-            )
-            for i in range(len(scores))
+            self._segment_image(outputs, i, scores[i], labels[i], image_sizes)
+            for i, image_sizes in enumerate(all_sizes)
         ]
 
     def _scores(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,9 +230,8 @@ class PostProcessPanoptic(nn.Module):
         candidates = list(range(len(labels)))
         merge = self._merge_stuff(labels)
         while True:
-            owners = [
-                merge[k] for k in candidates
-            ]  # the segment that gets the pixels of each candidate
+            # The segment that gets the pixels of each candidate.
+            owners = [merge[k] for k in candidates]
             segments = sorted(set(owners))
             position = {segment: i for i, segment in enumerate(segments)}
             ids = _assign_pixels(logits[candidates], [position[k] for k in owners], size)
