@@ -129,7 +129,7 @@ def checkpoint_extras(
         "args": {**settings.as_dict(), **exif, "num_classes": train_set.num_classes},
         "class_names": {int(label): name for label, name in train_set.class_names.items()},
         "category_ids": train_set.category_ids,
-        "things": getattr(train_set, "things", None),
+        "things": train_set.things,
     }
 
 
@@ -188,8 +188,7 @@ def main(args: Namespace) -> None:
         "data_check": run_startup_checks(train_set, val_set, settings),
     }
 
-    things = getattr(val_set, "things", None)
-    model, criterion, postprocessors = build_model(settings, val_set.num_classes, things)
+    model, criterion, postprocessors = build_model(settings, val_set.num_classes, val_set.things)
     load_weights(model, checkpoint, settings, val_set.class_names)
     model.to(device).to(memory_format=torch.channels_last)
     criterion.to(device)

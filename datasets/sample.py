@@ -47,6 +47,9 @@ class SampleDataset(Dataset):
     # `--exif`. None: the sizes in the annotations decide, see `datasets.images.pixels.choose_rotation`.
     exif: str | None = None
 
+    # Category id -> whether it is a thing, of panoptic data.
+    things: dict[int, bool] | None = None
+
     # Labelled datasets only.
     num_classes: int
     class_names: dict[int, str]
