@@ -324,22 +324,10 @@ def test_command_that_no_script_accepts_gets_the_reason(line: str, parts: tuple[
 
 
 def test_suggested_command_names_what_it_leaves_out() -> None:
-    commands, text = suggested_commands(
-        *[
-            "--coco_path",
-            "COCO",
-            "--remove_difficult",
-            "--viz",
-            "--num_feature_levels",
-            "4",
-            "--split",
-            "1",
-            "--foo",
-            "3",
-        ]
-    )
+    line = "--coco_path C --remove_difficult --viz --num_feature_levels 4 --split 1 --foo 3"
+    commands, text = suggested_commands(*line.split())
     assert commands == [
-        ["--detector", "deformable_detr", "--coco_path", "COCO", "--num_feature_levels", "4"]
+        ["--detector", "deformable_detr", "--coco_path", "C", "--num_feature_levels", "4"]
     ]
     left_out = next(line for line in text.splitlines() if line.startswith("Left out"))
     parts = (

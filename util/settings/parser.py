@@ -19,8 +19,8 @@ from util.settings.table import (
 
 SUGGESTION_CUTOFF = 0.65  # similarity of difflib, 0 to 1, below which no flag is suggested
 
-# `python -m torch.distributed.launch` passes the rank by one of these, unless it has --use_env. It also sets LOCAL_RANK,
-# which is what this project reads.
+# `python -m torch.distributed.launch` without --use_env passes the rank by one of these. It also sets LOCAL_RANK, which
+# is what this project reads.
 LOCAL_RANK_FLAGS = ("--local-rank", "--local_rank")
 
 HELP_FOOTER = (

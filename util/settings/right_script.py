@@ -1,7 +1,7 @@
 """Recognize a command of `finetune_main.py` that was typed to `main.py`, and suggest the command to use.
 
-DETR, Conditional DETR and Deformable DETR train with a `main.py`, UP-DETR pre-trains with one, and DETReg does both. The
-flags tell which is meant, and often which detector. A suggested command is checked before it is shown.
+DETR, Conditional DETR and Deformable DETR train with a `main.py`, UP-DETR pre-trains with one, and DETReg does both.
+The flags tell which is meant, and often which detector. A suggested command is checked before it is shown.
 """
 
 import itertools
