@@ -1,8 +1,8 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Conditional DETR (Meng et al., ICCV 2021): evaluation on COCO val2017. Published: AP 41.0 for R50.
 # Another checkpoint: --resume PATH (its architecture is adopted); with DC5 models add --batch_size 1
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --detector conditional_detr --batch_size 2 --eval \
     --resume exps/ConditionalDETR_r50_coco/checkpoint.pth \

@@ -1,9 +1,9 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # DETR-R101 (Carion et al., ECCV 2020): boxes of things and stuff on COCO panoptic, the first of two stages.
 # Published: box AP 40.1 (with the masks of the second stage); README: 8 GPUs x 2 images, 300 epochs by default.
 # The panoptic annotations are in the COCO folder, or in --coco_panoptic_path.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --dataset_file coco_panoptic \
     --backbone resnet101 \

@@ -1,9 +1,9 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # DETR-R50 (Carion et al., ECCV 2020) on COCO.
 # Published: AP 42.0 after 500 epochs; README: 8 GPUs x 2 images.
 # The README's command uses the default schedule instead: --epochs 300 --lr_drop 200
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --epochs 500 --lr_drop 400 \
     --output_dir exps/DETR_r50_coco "$@"

@@ -1,9 +1,9 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # DETR-DC5-R50 (Carion et al., ECCV 2020): boxes of things and stuff on COCO panoptic, the first of two stages.
 # Published: box AP 40.2 (with the masks of the second stage); README: 8 GPUs x 1 image, 300 epochs by default.
 # The panoptic annotations are in the COCO folder, or in --coco_panoptic_path.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --dataset_file coco_panoptic \
     --dilation --batch_size 1 \

@@ -1,10 +1,10 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # DETReg on Deformable DETR with four levels and 300 queries, fine-tuned on PASCAL VOC:
 # baseline of Siamese DETR (CVPR 2023).
 # Published: AP 59.7; settings not published. Here as for Deformable DETR.
 # Trained on VOC 2012 trainval, evaluated on VOC 2007 test with COCO metrics, `difficult` objects included.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --detector deformable_detr --dataset_file voc_coco \
     --pretrain exps/DETReg_top30_in/checkpoint.pth \

@@ -1,9 +1,9 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Siamese DETR (Chen et al., CVPR 2023) on Conditional DETR with 100 queries, fine-tuned on PASCAL VOC.
 # Published: AP 58.1, 50 epochs, lr drop after 40, 2 images per GPU.
 # Trained on VOC 2012 trainval, evaluated on VOC 2007 test with COCO metrics, `difficult` objects included.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --detector conditional_detr --num_queries 100 --lr_backbone 5e-5 --epochs 50 --lr_drop 40 --dataset_file voc_coco \
     --pretrain exps/r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gdiscr_gpu32_step30w/checkpoint.pth \

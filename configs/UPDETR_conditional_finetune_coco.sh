@@ -1,8 +1,8 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # UP-DETR's pretext on Conditional DETR with 100 queries, fine-tuned on COCO: baseline of Siamese DETR (CVPR 2023).
 # Published: AP 39.4, 50 epochs, lr drop after 40, 2 images per GPU.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} finetune_main.py \
     --detector conditional_detr --num_queries 100 --lr_backbone 5e-5 \
     --pretrain exps/UPDETR_conditional_pretrain_in/checkpoint.pth \

@@ -1,8 +1,8 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # UP-DETR's pretext on DETR, post-norm, with 100 queries: baseline of Siamese DETR (CVPR 2023) on ImageNet.
 # Published: 16 GPUs x 16 images (batch 256), 300k steps, lr drop after 200k: x 256 / 1.28M images = 60 and 40 epochs.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} main.py \
     --lr_drop 40 --epochs 60 --num_patches 10 --batch_size 16 \
     --feature_recon --fre_cnn --imagenet_path data/ilsvrc/train \

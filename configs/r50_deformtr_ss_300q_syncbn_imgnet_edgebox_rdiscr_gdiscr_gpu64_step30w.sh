@@ -1,10 +1,10 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Siamese DETR (Chen et al., CVPR 2023) with Deformable DETR with one level and 300 queries, on ImageNet.
 # Published: 64 GPUs x 4 images (batch 256), 300k steps, lr drop after 200k.
 # EdgeBoxes runs during training, on image gradients.
 # As published: --edge_model model.yml.gz. Faster: --cache_path, see docs/proposals.md.
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+set -eu
+cd "$(dirname "$0")/.."
 exec ${LAUNCH:-python} main.py \
     --pretext siamese --detector deformable_detr --num_feature_levels 1 --max_iters 300000 --lr_drop_iters 200000 --batch_size 4 \
     --feature_loss_coef 3 --global_loss_coef 10 --imagenet_path data/ilsvrc/train \

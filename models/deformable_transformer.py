@@ -20,6 +20,7 @@ from models.classification import inverse_sigmoid
 from models.detector import Memory, full_precision, to_weight_dtype, without_autocast
 from models.ms_deform_attn import ms_deform_attn
 from models.position_encoding import sine_features
+from models.scripting import NotScriptable
 from models.transformer import TransformerLayer, get_clones, xavier_init_matrices
 
 # Side of the box proposed at each cell of the finest level, relative to the image. It doubles with
@@ -281,7 +282,7 @@ class DeformableDecoder(nn.Module):
             return apply_box_deltas(deltas, references)
 
 
-class DeformableTransformer(nn.Module):
+class DeformableTransformer(NotScriptable, nn.Module):
     """Encoder and decoder, with the layers that turn queries into references.
 
     One-stage: `reference_points` predicts a point from each query position. Two-stage: encoder

@@ -23,6 +23,7 @@ from models.detector import (
     under_autocast,
     without_autocast,
 )
+from models.scripting import NotScriptable
 from models.transformer import (
     MLP,
     Encoder,
@@ -89,7 +90,7 @@ class Decoder(nn.Module):
         return torch.stack(outputs)  # [L, B, Q, D]
 
 
-class Transformer(nn.Module):
+class Transformer(NotScriptable, nn.Module):
     """Encoder and decoder, with every matrix initialized by Xavier uniform."""
 
     def __init__(self, encoder: Encoder, decoder: nn.Module) -> None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from models.classification import Classification
+from models.scripting import NotScriptable
 from util.errors import UserError
 from util.settings import Settings
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from models.detector import Detector
 
 
-class TrainableModel(nn.Module):
+class TrainableModel(NotScriptable, nn.Module):
     """Base class of detectors and pretexts.
 
     needs_targets: call the model as `model(samples, targets)`, otherwise `model(samples)`.

@@ -78,7 +78,7 @@ def config_words(config: Path, *extra: str, cwd: Path = ROOT) -> list[str]:
     """Return what a config would run, script and flags. `$LAUNCH` prints them in place of Python."""
     environment = {**os.environ, "LAUNCH": r"printf %s\n"}
     done = subprocess.run(
-        ["bash", str(config), *extra],
+        ["sh", str(config), *extra],
         cwd=cwd,
         env=environment,
         capture_output=True,

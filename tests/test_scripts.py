@@ -247,36 +247,144 @@ def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
 # ---------------------------------------------------------------------------------------------------- the wrong script
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--eval", "--resume", "detr.pth", "--coco_path", "a b"],
-        ["--masks"],
-        ["--frozen_weights", "detr.pth"],
-        ["--frozen_weights=detr.pth"],
-        ["--coco_path", "COCO"],
-        ["--coco_path=COCO", "--lr", "1e-4"],
-        ["--dataset", "coco", "--pretrain", "pre.pth", "--model", "deformable_detr"],
-        ["--dataset=coco"],
-    ],
-)
-def test_flags_of_finetune_main_are_refused_with_its_command(
-    words: list[str], tmp_path: Path
-) -> None:
-    status, lines = call(PRETRAIN, *words, "--output_dir", tmp_path / "out")
+def suggested_commands(*words: object) -> tuple[list[list[str]], str]:
+    """Return the commands that main.py suggests, as [FLAG, ...], and its message."""
+    status, lines = call(PRETRAIN, *words)
     assert status == 1
     text = "\n".join(lines)
     assert text.startswith("error: ")
-    command = next(
-        line.strip()
-        for line in text.splitlines()
-        if line.strip().startswith("python finetune_main.py")
+    commands = [shlex.split(line) for line in text.splitlines() if line.startswith("  ")]
+    assert all(command[:2] == ["python", FINETUNE] for command in commands)
+    return [command[2:] for command in commands], text
+
+
+@pytest.mark.parametrize(
+    ("line", "detectors"),
+    [
+        # As published by Conditional DETR: nothing says so.
+        (
+            "--resume auto --coco_path COCO --output_dir OUT",
+            ["detr", "conditional_detr", "deformable_detr"],
+        ),
+        ("--coco_path=COCO --lr 1e-4", ["detr", "conditional_detr", "deformable_detr"]),
+        (
+            "--coco_path COCO --cls_loss_coef 2 --num_queries 300",
+            ["conditional_detr", "deformable_detr"],
+        ),
+        ("--coco_path COCO --focal_alpha 0.25", ["conditional_detr", "deformable_detr"]),
+        ("--coco_path COCO --num_feature_levels 1", ["deformable_detr"]),
+        ("--coco_path COCO --with_box_refine --two_stage", ["deformable_detr"]),
+        ("--coco_path COCO --eos_coef 0.1", ["detr"]),
+        ("--coco_path COCO --pre_norm", ["detr"]),
+        ("--masks", ["detr"]),
+        ("--dataset=coco", ["deformable_detr"]),
+        ("--dataset_file voc --dataset voc --eval_every 10", ["deformable_detr"]),
+        ("--root_path COCO --num_queries 100", ["conditional_detr"]),
+        # Given, or in the checkpoint.
+        ("--model conditional_detr --coco_path COCO", [None]),
+        ("--dataset coco --pretrain PRE --filter_pct 0.1", [None]),
+        ("--eval --resume MODEL --no_aux_loss --batch_size 2 --coco_path COCO", [None]),
+        ("--masks --frozen_weights=MODEL", [None]),
+        (
+            "--masks --epochs 25 --lr_drop 15 --coco_path COCO --coco_panoptic_path PAN --dataset_file coco_panoptic "
+            "--frozen_weigths MODEL --output_path OUT",
+            [None],
+        ),
+    ],
+)
+def test_flags_of_finetune_main_are_refused_with_its_command(
+    line: str, detectors: list[str | None]
+) -> None:
+    """Every flag is in every suggested command, which `finetune_main.py` accepts."""
+    commands, text = suggested_commands(*line.split())
+    assert "Left out" not in text
+    for words, detector in zip(commands, detectors, strict=True):
+        added = ["--detector", detector] if detector else []
+        assert words == [*added, *line.split()]
+        args = finetune_main.parse(words)
+        assert detector is None or resolve(args).detector == detector
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        # Never a command that is refused.
+        ("--eval --coco_path COCO", ("--eval needs the detector to evaluate: add --resume PATH",)),
+        ("--resume auto --coco_path COCO", ("add --output_dir DIR",)),
+        ("--frozen_weights MODEL", ("no effect without --masks",)),
+        ("--coco_path COCO --pre_norm --model conditional_detr", ("post-norm only",)),
+        ("--coco_path COCO --batch_size none", ("--batch_size",)),
+        ("--eval --imagenet_path IMAGES", ("--pretext random_query_patch", "--coco_path COCO")),
+    ],
+)
+def test_command_that_no_script_accepts_gets_the_reason(line: str, parts: tuple[str, ...]) -> None:
+    commands, text = suggested_commands(*line.split())
+    assert commands == []
+    assert all(part in text for part in parts)
+
+
+def test_suggested_command_names_what_it_leaves_out() -> None:
+    line = "--coco_path C --remove_difficult --viz --num_feature_levels 4 --split 1 --foo 3"
+    commands, text = suggested_commands(*line.split())
+    assert commands == [
+        ["--detector", "deformable_detr", "--coco_path", "C", "--num_feature_levels", "4"]
+    ]
+    left_out = next(line for line in text.splitlines() if line.startswith("Left out"))
+    parts = (
+        "--remove_difficult (the published code never reads it)",
+        "--viz",
+        "--split 1",
+        "--foo 3",
     )
-    assert not (tmp_path / "out").exists()
-    args = finetune_main.parse(shlex.split(command)[2:])  # the suggested command works
-    assert args.output_dir == str(tmp_path / "out")
-    if any(word.startswith("--coco_path") for word in words):
-        assert args.coco_path == ("a b" if "a b" in words else "COCO")
+    assert all(part in left_out for part in parts)
+
+
+def test_suggested_command_keeps_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    status, lines = call(PRETRAIN, "--local-rank=0", "--coco_path", "COCO", "--eos_coef", "0.1")
+    assert status == 1
+    suggestion = "torchrun --nproc_per_node 8 finetune_main.py --detector detr --coco_path COCO"
+    assert suggestion in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--resume auto --coco_path COCO --output_dir OUT",
+        "--masks --epochs 25 --lr_drop 15 --coco_path COCO --frozen_weigths MODEL --output_path OUT",
+        "--coco_path COCO --pretrain PRE --lr_drop 200 --epochs 300",
+    ],
+)
+def test_suggested_commands_run(line: str, data: Path, tmp_path: Path) -> None:
+    places = {
+        "COCO": data / "coco",
+        "MODEL": data / "detector.pth",
+        "PRE": data / "pretext.pth",
+        "OUT": tmp_path / "my run",
+    }
+    commands, _ = suggested_commands(*(places.get(word, word) for word in line.split()))
+    assert commands
+    assert not (tmp_path / "my run").exists()
+    small = [*SMALL[2:], *FROZEN, "--dry_run"]
+    if "auto" in line:
+        small += [*MODEL_FLAGS, "--backbone_weights", "none"]
+    for words in commands:
+        status, lines = call(FINETUNE, *words, *small)
+        assert status == 0, lines
+        assert any(line.startswith("dry run: ") for line in lines)
+
+
+def test_raw_pre_training_command_of_detreg_runs(data: Path) -> None:
+    line = "--strategy topk --load_backbone swav --max_prop 30 --object_embedding_loss --lr_backbone 0 --epochs 5"
+    status, lines = call(
+        PRETRAIN,
+        *("--imagenet_path", data / "unlabelled", *line.split(), *MODEL_FLAGS, *SMALL),
+        *("--batch_size", 2, "--patch_size", 32, "--proposals", "random", "--dry_run"),
+    )
+    assert status == 0, lines
+    assert any(
+        "taken as --pretext region_prior --detector deformable_detr" in line for line in lines
+    )
 
 
 def test_pre_training_on_coco_images(data: Path) -> None:

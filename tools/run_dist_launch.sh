@@ -11,7 +11,8 @@
 #   GPUS_PER_NODE   processes per node (the total, at most 8)
 #   NODE_RANK       index of this node, from 0 (0)
 #   MASTER_ADDR     host of node 0 (127.0.0.1)
-#   MASTER_PORT     port on that host (29500)
+#   MASTER_PORT     port on that host (29500; on one node the first free one from there, for several runs at a time)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh, which may be dash
 set -euo pipefail
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -26,9 +27,16 @@ per_node="${GPUS_PER_NODE:-$((processes < 8 ? processes : 8))}"
 [[ "$per_node" =~ ^[1-9][0-9]*$ ]] || fail "GPUS_PER_NODE is '$per_node': give a number, 1 or more"
 [ $((processes % per_node)) -eq 0 ] || fail "$processes processes can't be spread evenly over nodes with GPUS_PER_NODE=$per_node: give a multiple of it"
 
+port="${MASTER_PORT:-29500}"
+if [ -z "${MASTER_PORT:-}" ] && [ "$processes" -eq "$per_node" ]; then
+    # A connection succeeds only if another run listens there.
+    while (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do port=$((port + 1)); done
+    [ "$port" -eq 29500 ] || printf 'port 29500 is in use, this run takes %s\n' "$port" >&2
+fi
+
 # Configs start their script with $LAUNCH instead of `python`.
 export LAUNCH="python -m torch.distributed.run --nnodes $((processes / per_node)) --nproc_per_node $per_node \
---node_rank ${NODE_RANK:-0} --master_addr ${MASTER_ADDR:-127.0.0.1} --master_port ${MASTER_PORT:-29500}"
+--node_rank ${NODE_RANK:-0} --master_addr ${MASTER_ADDR:-127.0.0.1} --master_port $port"
 case "$target" in
     *.sh) exec bash "$target" "$@" ;;
     *.py) exec $LAUNCH "$target" "$@" ;;

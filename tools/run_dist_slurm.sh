@@ -7,7 +7,8 @@
 #   GPUS_PER_NODE   GPUs and tasks per node (the total, at most 8)
 #   CPUS_PER_TASK   CPU cores per task (5)
 #   SRUN_ARGS       further arguments for srun (none)
-#   MASTER_PORT     port on the first node (29500)
+#   MASTER_PORT     port on the first node (by the job's number, so that jobs can share a node)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh, which may be dash
 set -euo pipefail
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
@@ -25,7 +26,7 @@ command -v srun > /dev/null || fail "srun is not on the PATH: run this on a SLUR
 # Each task starts Python itself and asks SLURM for the address of the first node (util/distributed.py).
 run="srun --partition=$partition --job-name=$job --gres=gpu:$per_node --ntasks=$gpus --ntasks-per-node=$per_node"
 run="$run --cpus-per-task=${CPUS_PER_TASK:-5} --kill-on-bad-exit=1 ${SRUN_ARGS:-}"
-export LAUNCH="$run python" MASTER_PORT="${MASTER_PORT:-29500}"
+export LAUNCH="$run python"
 case "$target" in
     *.sh) exec bash "$target" "$@" ;;
     *.py) exec $LAUNCH "$target" "$@" ;;

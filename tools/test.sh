@@ -3,6 +3,7 @@
 #   bash tools/test.sh              all tests except those marked slow
 #   bash tools/test.sh --all        all tests
 #   bash tools/test.sh -k matcher   other arguments are passed to pytest
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh, which may be dash
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" requirements.txt requirements-extras.txt requirements-dev.txt
 

@@ -115,7 +115,9 @@ def _slurm_environment() -> None:
 
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _first_slurm_host()
-    os.environ.setdefault("MASTER_PORT", "29500")  # torchrun's default
+    # Jobs that share a node need different ports. Clients of the system get theirs from 32768 on.
+    port = 20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 10000
+    os.environ.setdefault("MASTER_PORT", str(port))
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = str(tasks)
 

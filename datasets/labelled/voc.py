@@ -106,26 +106,40 @@ def voc_images(image_set: str, settings: Settings) -> ListedImages:
     image_sets = settings.voc_train if image_set == "train" else settings.voc_val
     listed = _read_image_sets(root, image_sets)
     # A set drops images that are in several image sets.
-    names = sorted({f"VOC{year}/JPEGImages/{name}.jpg" for year, name in listed})
+    folders = {image_set[:4]: year_folder(root, image_set[:4]) for image_set in image_sets}
+    names = sorted({f"{folders[year]}/JPEGImages/{name}.jpg" for year, name in listed})
     return ListedImages(root, PackedStrings(names), f"{root} ({' '.join(image_sets)})")
 
 
 def voc_root(voc_path: str | None, data_root: str | None) -> str:
     """Return the folder with VOC2007 and VOC2012: `voc_path`, or `pascal/VOCdevkit` in `data_root`.
 
-    The parent folder of VOCdevkit is accepted, too.
+    The parent folder of VOCdevkit is accepted, too, and Siamese DETR's folder with one VOCdevkit per year.
 
     Raises:
         UserError: the folder does not exist.
     """
     given = voc_path or os.path.join(data_root or "", "pascal", "VOCdevkit")
     inside = os.path.join(given, "VOCdevkit")
-    root = inside if os.path.isdir(inside) else given
+    by_year = any(Path(given).glob("20[0-9][0-9]/VOCdevkit"))
+    root = inside if os.path.isdir(inside) and not by_year else given
     if not os.path.isdir(root):
         raise UserError(
             f"{root} is not a folder: --voc_path takes VOCdevkit, with VOC2007 and VOC2012 in it"
         )
     return root
+
+
+def year_folder(root: str, year: str) -> str:
+    """Return the folder of a year, relative to the root: VOC2007, or in Siamese DETR's layout 2007/VOCdevkit/VOC2007.
+
+    In that layout, `VOCdevkit/VOC2012` is next to `2007`.
+    """
+    name = f"VOC{year}"
+    for folder in (f"{year}/VOCdevkit/{name}", f"VOCdevkit/{name}"):
+        if os.path.isdir(os.path.join(root, folder)):
+            return folder
+    return name
 
 
 def read_voc(root: str, image_sets: Sequence[str]) -> Annotations:
@@ -143,11 +157,12 @@ def read_voc(root: str, image_sets: Sequence[str]) -> Annotations:
         )
 
     ids = sorted(year_and_name)
+    folders = {year: year_folder(root, year) for year, _ in year_and_name.values()}
     files, images = [], []
     for image_id in ids:
         year, name = year_and_name[image_id]
-        files.append(os.path.join(root, f"VOC{year}", "Annotations", f"{name}.xml"))
-        images.append(f"VOC{year}/JPEGImages/{name}.jpg")
+        files.append(os.path.join(root, folders[year], "Annotations", f"{name}.xml"))
+        images.append(f"{folders[year]}/JPEGImages/{name}.jpg")
     return annotations_from_xml(
         [read_xml(file) for file in files],
         source=f"{root} ({' '.join(image_sets)})",
@@ -179,7 +194,7 @@ def _read_image_sets(root: str, image_sets: Sequence[str]) -> Iterable[tuple[str
     """Yield (year, image name) of each line in ImageSets/Main/SET.txt."""
     for image_set in image_sets:
         year, _, part = image_set.partition("_")
-        path = Path(root, f"VOC{year}", "ImageSets", "Main", f"{part}.txt")
+        path = Path(root, year_folder(root, year), "ImageSets", "Main", f"{part}.txt")
         try:
             lines = read_lines(path)
         except (OSError, UnicodeDecodeError) as error:

@@ -27,8 +27,8 @@ from util.settings import resolve
 CONDITIONAL_100 = 43_418_401 - 200 * 256
 # Number of parameters of the published implementations, by the start of a config's name; the first match counts.
 PARAMETERS = {
-    "r50_condtr_100q_syncbn_imgnet_edgebox_gpu32": 43_869_129,
-    "r50_condtr_100q_syncbn_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
+    "r50_condtr_100q_imgnet_edgebox_gpu32": 43_869_129,
+    "r50_condtr_100q_imgnet_edgebox_rdiscr_gpu32": 44_461_257,
     "r50_condtr_100q_syncbn_imgnet_edgebox_gdiscr_gpu32": 44_200_137,
     "r50_condtr_100q": 44_792_265,
     "r50_condtr_300q": 44_843_465,

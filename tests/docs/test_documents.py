@@ -496,7 +496,10 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
 
 
 # Of torchrun, the older launcher, tools/test.sh and srun.
-OTHERS_FLAGS = {"--nproc_per_node", "--use_env", "--all", "--time"}
+OTHERS_FLAGS = {
+    *("--nproc_per_node", "--use_env", "--master_port", "--standalone"),
+    *("--all", "--time"),
+}
 
 
 def test_named_flags_exist(capsys: pytest.CaptureFixture) -> None:

@@ -5,7 +5,11 @@ import shlex
 
 import pytest
 
+import detr_main
+import main
 from tests.documents import ROOT, TOOLS, check_command, config_words, parse, without_launcher
+from util.errors import UserError
+from util.settings import resolve
 
 PATH_FLAGS = {
     "coco_path",
@@ -109,3 +113,40 @@ def test_config_of_a_published_command_differs_only_where_it_says_so(
     given, kept = given.as_dict(), kept.as_dict()
     differ = {flag for flag in kept if given[flag] != kept[flag]} - PATH_FLAGS
     assert differ == {flag.lstrip("-") for flag in re.findall(r"--\w+", row[3])}
+
+
+PYTHON_SCRIPTS = {"main.py": main, "detr_main.py": detr_main}
+RAW = [row for row in POSSIBLE if without_launcher(code(row[1]))[0] in PYTHON_SCRIPTS]
+
+
+@pytest.mark.parametrize("row", RAW, ids=lambda row: f"{row[0]}: {row[1][-30:]}")
+def test_published_line_works_or_is_answered_with_the_command(
+    row: tuple[str, str, str, str],
+) -> None:
+    """As it stands. The command of this row is the answer, or among the answers for each detector."""
+    script, *flags = without_launcher(code(row[1]))
+    here = without_launcher(code(row[2]))
+    try:
+        args = resolve(PYTHON_SCRIPTS[script].parse(flags))
+    except UserError as error:
+        answers = [
+            parse(shlex.split(line)[1:]).as_dict()
+            for line in str(error).splitlines()
+            if line.startswith("  python finetune_main.py")
+        ]
+        if (
+            "--resume <checkpoint.pth>" in row[1]
+        ):  # the file names the detector, so the answer does not
+            here = [word for word in here if word not in ("--detector", "conditional_detr")]
+        assert parse(here).as_dict() in answers
+    else:
+        assert args.as_dict() == parse(here).as_dict()
+
+
+def test_published_scripts_exist() -> None:
+    """tests/configs/test_published_names.py runs them; here: those that the document names."""
+    text = (ROOT / "docs" / "published_commands.md").read_text()
+    named = set(re.findall(r"(?:scripts|tools)/\w+\.sh|detr_main\.py|datasets/category\.txt", text))
+    assert {"scripts/conddetr_r50_epoch50.sh", "tools/srun_train.sh", "detr_main.py"} <= named
+    missing = {name for name in named if not (ROOT / name).is_file()}
+    assert missing == {"scripts/conddetr_r50_epoch12_groupdetr11.sh"}, "is not carried"

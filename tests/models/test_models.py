@@ -629,6 +629,19 @@ def test_tracing_deformable_detr_is_refused() -> None:
         torch.jit.trace(model, torch.rand(1, 3, 64, 64), strict=False)
 
 
+def test_torchscript_is_refused_and_export_works() -> None:
+    """As published, DETR's model and its transformer could be scripted."""
+    for detector in reversed(DETECTORS):
+        model = build("--detector", detector).eval()
+        for module in (model, model.transformer):
+            with pytest.raises(UserError, match="use torch.export.export"):
+                torch.jit.script(module)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        exported = torch.export.export(model, (images,)).module()(images)
+        torch.testing.assert_close(exported["pred_boxes"], model(images)["pred_boxes"])
+
+
 def test_parser_of_pre_training_gives_a_pretext_and_says_so() -> None:
     """In DETR's codebase `main.get_args_parser` is the parser of a detector."""
     flags = [

@@ -15,8 +15,9 @@ from util.errors import UserError
 from util.settings.checks import flags_read
 from util.settings.frozen import Settings, did_you_mean
 from util.settings.help import HelpFormatter
-from util.settings.parser import Parser, add_flags, check_right_script, make_parser
+from util.settings.parser import Parser, add_flags, make_parser
 from util.settings.resolving import given_flags, resolve, usable_cores
+from util.settings.right_script import check_right_script
 from util.settings.table import FINETUNE, PRETRAIN, Flag, flags_of
 
 

@@ -2,13 +2,10 @@
 
 import argparse
 import difflib
-import itertools
-import shlex
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
-from util.errors import UserError
 from util.settings.help import HelpFormatter
 from util.settings.table import (
     FINETUNE,
@@ -21,6 +18,10 @@ from util.settings.table import (
 )
 
 SUGGESTION_CUTOFF = 0.65  # similarity of difflib, 0 to 1, below which no flag is suggested
+
+# `python -m torch.distributed.launch` without --use_env passes the rank by one of these. It also sets LOCAL_RANK, which
+# is what this project reads.
+LOCAL_RANK_FLAGS = ("--local-rank", "--local_rank")
 
 HELP_FOOTER = (
     "A default after a name applies to that detector, pretext or dataset. If several apply, the "
@@ -96,6 +97,10 @@ def make_parser(script: str) -> Parser:
             default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
         )
+
+    parser.add_argument(
+        *LOCAL_RANK_FLAGS, type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
     # Flags in groups don't pass through `Parser.add_argument`.
     parser.spellings |= spellings(script)
@@ -175,57 +180,3 @@ class _ScheduleFlag(argparse.Action):
         for name in self.overrides:
             setattr(namespace, name, None)
         setattr(namespace, self.dest, values)
-
-
-# ------------------------------------------------------------------------------------------ the right entry script
-
-# DETR trains and UP-DETR pre-trains with a main.py. These flags tell which one is meant.
-FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights")
-LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
-
-
-def check_right_script(argv: Sequence[str]) -> None:
-    """Refuse to pre-train with flags that only make sense for `finetune_main.py`, and print the command to use.
-
-    Raises:
-        UserError: `--eval`, `--masks` or `--frozen_weights`, or `--coco_path` or `--dataset coco` (voc, airbus)
-            without `--pretext`.
-    """
-    flags = {word.split("=")[0] for word in argv}
-    # With --pretext, --eval evaluates a pre-trained model and labelled data serves as unlabelled images.
-    pretext_given = "--pretext" in flags
-
-    wrong = [
-        flag
-        for flag in FINETUNE_ONLY_FLAGS
-        if flag in flags and not (flag == "--eval" and pretext_given)
-    ]
-    if not pretext_given:
-        if "--coco_path" in flags and "--imagenet_path" not in flags:
-            wrong.append("--coco_path without --pretext")
-        for name in LABELLED_DATASETS:
-            if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
-                wrong.append(f"--dataset {name} without --pretext")
-    if not wrong:
-        return
-
-    message = (
-        f"{wrong[0]}: {PRETRAIN} pre-trains without labels; nothing was started. To train or evaluate with labels:"
-        f"\n  python {FINETUNE} {shlex.join(_finetuning_args(argv))}"
-    )
-    if wrong[0].endswith("--pretext"):
-        message += "\nTo pre-train on the images of that folder, add: --pretext random_query_patch"
-    raise UserError(message)
-
-
-def _finetuning_args(argv: Sequence[str]) -> list[str]:
-    """Drop the flags, with their values, that `finetune_main.py` does not have."""
-    known = spellings(FINETUNE) - set(UNSUPPORTED_FLAGS)
-    kept = []
-    keep = True
-    for word in argv:
-        if word.startswith("--"):
-            keep = word.split("=")[0] in known
-        if keep:  # a value follows its flag
-            kept.append(word)
-    return kept

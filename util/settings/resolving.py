@@ -46,6 +46,7 @@ def resolve(
     draft = _Draft(script, given_flags(values), adopted or {})
 
     # Each step reads what earlier ones have filled in.
+    _fill_published_meaning(draft)
     defaults = _fill_defaults(draft)
     _fill_device(draft)
     _fill_backbone_lr(draft)
@@ -93,6 +94,34 @@ class _Draft:
     def was_given(self, name: str) -> bool:
         is_from_user = self.origins[name] in (frozen.GIVEN, frozen.CHECKPOINT)
         return self.values[name] is not None and is_from_user
+
+
+def _fill_published_meaning(draft: _Draft) -> None:
+    """Fill in what a flag that only one published codebase has says about the others."""
+    # DETReg has one pretext, and Deformable DETR as its default detector. The other pretexts' codebases lack its flags.
+    own = [name for name in PRETEXTS["region_prior"].flags if draft.was_given(name)]
+    others = {name for entry in PRETEXTS.values() for name in entry.flags} - set(own)
+    ambiguous = any(draft.was_given(name) for name in others)
+    if draft.script == PRETRAIN and own and not ambiguous and not draft["pretext"]:
+        meant = "--pretext region_prior"
+        draft.set("pretext", "region_prior")
+        if not draft["detector"]:
+            meant += " --detector deformable_detr"
+            draft.set("detector", "deformable_detr")
+        log.info("--%s without --pretext, as in DETReg: taken as %s", own[0], meant)
+
+    if draft["root_path"]:
+        # Siamese DETR evaluates VOC by COCO metrics.
+        if draft["dataset_file"] == "voc":
+            draft.set("dataset_file", "voc_coco")
+            log.info("--root_path with --dataset_file voc, as in Siamese DETR: taken as voc_coco")
+        dataset = draft["dataset_file"] or draft.flags["dataset_file"].default
+        path_flags = lookup(DATASETS, "--dataset_file", dataset).path_flags
+        if len(path_flags) != 1:
+            raise UserError(f"--root_path with --dataset_file {dataset}: give --{path_flags[0]}")
+        if draft[path_flags[0]]:
+            raise UserError(f"--root_path and --{path_flags[0]} mean the same: give one of them")
+        draft.set(path_flags[0], draft["root_path"])
 
 
 def _fill_defaults(draft: _Draft) -> dict[str, Any]:

@@ -264,6 +264,13 @@ FLAGS: tuple[Flag, ...] = (
         DATA,
         (FINETUNE,),
         Flag(
+            "root_path",
+            "Siamese DETR's name of the dataset's folder; with --dataset_file voc it means voc_coco",
+            str,
+            metavar="DIR",
+            data_specific=True,
+        ),
+        Flag(
             "train_annotations",
             "custom dataset: COCO file, or folder of VOC XML files; defines the classes",
             str,
@@ -957,6 +964,11 @@ UNSUPPORTED_FLAGS: dict[str, tuple[bool, str]] = {
     ),
     "--position_embedding_scale": (True, "the published code never reads it: the scale is 2 pi"),
     "--filter_num": (True, "the published code never reads it"),
+    "--split": (
+        True,
+        "Siamese DETR did not publish the files of its VOC folds; with your own, use --dataset_file custom "
+        "--train_annotations meta/voc_trainval2012_splitN.cocostyle.json --train_images VOC2012/JPEGImages",
+    ),
     "--reset_embedding_layer": (True, "the published code never reads it"),
     "--cache_mode": (
         False,

@@ -15,6 +15,7 @@ import torch
 import finetune_main
 import main as pretrain_main
 from models import build_model
+from tests.tiny import captured_log
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN, given_flags, make_parser, resolve
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
@@ -300,21 +301,37 @@ def test_other_detreg_flags_are_rejected_with_the_reason(capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("line", "detector"),
     [
+        ("--strategy topk", "deformable_detr"),
+        ("--max_prop 30", "deformable_detr"),
         (
-            ["--strategy", "topk"],
-            "--strategy has no effect with --pretext random_query_patch: omit it or use --pretext region_prior",
+            "--dataset imagenet --strategy topk --load_backbone swav --max_prop 30 --object_embedding_loss "
+            "--lr_backbone 0 --epochs 5",
+            "deformable_detr",
         ),
-        (["--max_prop", "30"], "--pretext region_prior"),
-        (["--object_embedding_loss"], "--pretext region_prior"),
+        (
+            "--model detr --dataset imagenet --strategy topk --load_backbone swav --max_prop 30 "
+            "--object_embedding_loss --object_embedding_coef 1 --lr_backbone 0 --pre_norm --epochs 60",
+            "detr",
+        ),
     ],
 )
-def test_flags_of_a_pretext_that_was_not_given(flags: list[str], message: str) -> None:
-    """Rejected even with their defaults: DETReg's command without --pretext must not pre-train like UP-DETR."""
-    with pytest.raises(UserError, match=message):
-        parse(PRETRAIN, *flags)
-    assert parse(PRETRAIN, "--pretext", "region_prior", *flags).pretext == "region_prior"
+def test_flags_of_detreg_mean_its_pretext(line: str, detector: str) -> None:
+    """DETReg's command must not pre-train like UP-DETR. The first lines give flags with their defaults."""
+    with captured_log() as lines:
+        args = parse(PRETRAIN, *line.split())
+    assert (args.pretext, args.detector) == ("region_prior", detector)
+    (notice,) = [line for line in lines if "as in DETReg" in line]
+    assert "--pretext region_prior" in notice
+    assert ("--detector deformable_detr" in notice) == ("--model" not in line)
+    written_out = [*line.split(), "--pretext", "region_prior", "--detector", detector]
+    assert parse(PRETRAIN, *written_out).as_dict() == args.as_dict()
+
+
+def test_flags_of_two_pretexts_are_rejected() -> None:
+    with pytest.raises(UserError, match="--max_prop has no effect with --pretext random_query_pat"):
+        parse(PRETRAIN, "--max_prop", "30", "--num_patches", "10")
 
 
 @pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])

@@ -1,0 +1,183 @@
+"""Recognize a command of `finetune_main.py` that was typed to `main.py`, and suggest the command to use.
+
+DETR, Conditional DETR and Deformable DETR train with a `main.py`, UP-DETR pre-trains with one, and DETReg does both.
+The flags tell which is meant, and often which detector. A suggested command is checked before it is shown.
+"""
+
+import itertools
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from util.errors import UserError
+from util.settings.parser import LOCAL_RANK_FLAGS, Parser, make_parser, spellings
+from util.settings.registry import DETECTORS, PRETEXTS
+from util.settings.resolving import resolve
+from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS
+
+FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights", "--frozen_weigths")
+LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
+LABELLED_PATHS = ("--coco_path", "--root_path")
+# Flags that only some detectors have in the published code, in the order in which they decide.
+DEFORMABLE_FLAGS = {
+    *(f"--{name}" for name in DETECTORS["deformable_detr"].flags),
+    *("--lr_backbone_names", "--lr_linear_proj_names", "--lr_linear_proj_mult", "--sgd"),
+    *("--dataset", "--cache_mode"),  # DETReg's default is Deformable DETR
+}
+CONDITIONAL_FLAGS = {"--root_path", "--split"}  # Siamese DETR fine-tunes Conditional DETR
+DETR_FLAGS = {
+    *("--eos_coef", "--pre_norm", "--masks", "--coco_panoptic_path"),
+    *("--frozen_weights", "--frozen_weigths"),
+}
+FOCAL_FLAGS = {"--cls_loss_coef", "--focal_alpha"}  # of Conditional and Deformable DETR
+
+
+def check_right_script(argv: Sequence[str]) -> None:
+    """Refuse to pre-train with flags that only make sense for `finetune_main.py`, and print the command to use.
+
+    Raises:
+        UserError: `--eval`, `--masks` or `--frozen_weights`, or labelled data (`--coco_path`, `--root_path`, `--dataset
+            coco`, voc, airbus), without a flag that tells the pretext.
+    """
+    groups = _group(argv)
+    flags = set(groups)
+    pretext_given = bool(flags & {"--pretext", *_pretext_flags()})
+    reason = _reason(argv, flags, pretext_given)
+    if reason is None:
+        return
+
+    message = f"{reason}: {PRETRAIN} pre-trains without labels; nothing was started. "
+    if "--eval" in flags and "--imagenet_path" in flags:
+        raise UserError(
+            f"{message}To evaluate a pre-trained model by class-agnostic AP on COCO's validation images, add: "
+            "--pretext random_query_patch --coco_path COCO --resume PATH"
+        )
+    message += _suggestion(groups)
+    if reason.endswith("--pretext"):
+        message += "\nTo pre-train on the images of that folder, add: --pretext random_query_patch"
+    raise UserError(message)
+
+
+def _pretext_flags() -> set[str]:
+    """Return the flags that only pretexts read, with dashes."""
+    return {f"--{name}" for entry in PRETEXTS.values() for name in entry.flags}
+
+
+def _reason(argv: Sequence[str], flags: set[str], pretext_given: bool) -> str | None:
+    """Return what does not belong into `main.py`, or None."""
+    for flag in FINETUNE_ONLY_FLAGS:
+        # With a pretext, --eval evaluates a pre-trained model and labelled data serves as unlabelled images.
+        if flag in flags and not (flag == "--eval" and pretext_given):
+            return flag
+    if pretext_given:
+        return None
+    for flag in LABELLED_PATHS:
+        if flag in flags and "--imagenet_path" not in flags:
+            return f"{flag} without --pretext"
+    for name in LABELLED_DATASETS:
+        if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
+            return f"--dataset {name} without --pretext"
+    return None
+
+
+def _group(argv: Sequence[str]) -> dict[str, list[str]]:
+    """Return flag -> its words, with its values. A flag that is given twice has the words of both."""
+    groups: dict[str, list[str]] = {}
+    flag = ""
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+        groups.setdefault(flag, []).append(word)
+    return groups
+
+
+def _suggestion(groups: dict[str, list[str]]) -> str:
+    """Return the commands to use, one a line, and what they leave out; or why there is none."""
+    known = spellings(FINETUNE) - set(UNSUPPORTED_FLAGS)
+    kept = [word for flag, words in groups.items() if flag in known for word in words]
+    left_out = [
+        shlex.join(words) + _why(flag)
+        for flag, words in groups.items()
+        if flag not in known and flag not in LOCAL_RANK_FLAGS
+    ]
+    commands, refusal = [], ""
+    for words in _candidates(kept, groups):
+        refusal = _refusal(words, set(groups))
+        if not refusal:
+            commands.append(f"\n  {_launcher()} {FINETUNE} {shlex.join(words)}")
+
+    if not commands:
+        return f"{FINETUNE} trains and evaluates with labels, and does not accept these flags: {refusal}"
+    text = "To train or evaluate with labels:"
+    if len(commands) > 1:
+        text = (
+            "To train or evaluate with labels, choose the detector whose code this command is from:"
+        )
+    text += "".join(commands)
+    if left_out:
+        text += f"\nLeft out, because {FINETUNE} does not have it: {', '.join(left_out)}"
+    return text
+
+
+def _why(flag: str) -> str:
+    return f" ({UNSUPPORTED_FLAGS[flag][1]})" if flag in UNSUPPORTED_FLAGS else ""
+
+
+def _launcher() -> str:
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
+
+
+def _candidates(words: list[str], groups: dict[str, list[str]]) -> Iterator[list[str]]:
+    """Yield the command, once for each detector that it may be from."""
+    if _names_detector(groups):
+        yield words
+        return
+    for detector in _possible_detectors(set(groups)):
+        yield ["--detector", detector, *words]
+
+
+def _names_detector(groups: dict[str, list[str]]) -> bool:
+    """Whether a flag names the detector, or a checkpoint contains it."""
+    if {"--detector", "--model"} & set(groups):
+        return True
+    resumes = groups.get("--resume", [])[-1:] not in ([], ["auto"], ["--resume=auto"])
+    return resumes or bool({"--pretrain", "--frozen_weights", "--frozen_weigths"} & set(groups))
+
+
+def _possible_detectors(flags: set[str]) -> Sequence[str]:
+    for detector, own in (
+        ("deformable_detr", DEFORMABLE_FLAGS),
+        ("conditional_detr", CONDITIONAL_FLAGS),
+        ("detr", DETR_FLAGS),
+    ):
+        if flags & own:
+            return [detector]
+    if flags & FOCAL_FLAGS:
+        return ["conditional_detr", "deformable_detr"]
+    return list(DETECTORS)
+
+
+class _CheckingParser(Parser):
+    """Raises what `Parser` prints before it exits."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _refusal(words: list[str], flags: set[str]) -> str:
+    """Return why `finetune_main.py` would refuse these flags, or nothing."""
+    # The detector of a checkpoint is not known here: one that accepts the flags is enough.
+    known = "--detector" in words or not {"--model", "--detector"}.isdisjoint(flags)
+    message = ""
+    for extra in [[]] if known else [["--detector", detector] for detector in DETECTORS]:
+        try:
+            parser = _CheckingParser(FINETUNE, parents=[make_parser(FINETUNE)])
+            settings = resolve(parser.parse_args([*words, *extra]))
+            if not settings.pre_norm or settings.detector == "detr":
+                return ""
+            message = message or f"--pre_norm: {settings.detector} is post-norm only"
+        except UserError as error:
+            message = message or str(error)
+    return message
