@@ -3,12 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from util.checkpoints.checkpoint import Checkpoint
+from util.checkpoints.dilation import infer_dilation
 from util.settings.registry import DETECTORS
 
 DEFAULT_NHEADS = 8  # of every published model; parameter shapes don't depend on it in DETR
@@ -78,6 +78,10 @@ def infer_architecture(
     certain.update(_from_weights(state, detector))
     if has_mask_head(state):
         certain["masks"] = True
+        # The mask head reads the feature map next to one attention map per head: [D + heads, D + heads, 3, 3].
+        first_conv = state.get("mask_head.lay1.weight")
+        if first_conv is not None and certain.get("hidden_dim"):
+            certain.setdefault("nheads", len(first_conv) - certain["hidden_dim"])
     certain.setdefault("backbone", infer_resnet(state, "backbone.0.body."))
 
     likely = {
@@ -87,9 +91,9 @@ def infer_architecture(
     if certain.get("two_stage"):
         # Two-stage takes its queries from the top-k encoder proposals: no weight has k rows.
         likely["num_queries"] = args.get("num_queries")
-    if "dc5" in Path(checkpoint.source).name.lower():
-        # Dilation changes no parameter, and DETR's published files have no `args`: only the file name tells.
-        likely["dilation"] = True
+    if "dilation" not in certain:
+        # Dilation changes no parameter, and DETR's published files have no `args`.
+        likely["dilation"] = infer_dilation(checkpoint.source)
     _add_position_embedding(certain, likely, state, args, detector)
 
     flags_of_others = {flag for entry in DETECTORS.values() for flag in entry.flags}
