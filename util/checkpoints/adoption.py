@@ -68,7 +68,7 @@ def settings_from_checkpoint(
 
 
 def _warn_unknown_dilation(checkpoint: Checkpoint, known: Mapping[str, Any]) -> None:
-    """Warn if nothing tells whether a ResNet was dilated: a DC5 model without dilation finds little, without an error."""
+    """Warn if nothing tells whether a ResNet was dilated: a DC5 model then has lower AP, without an error."""
     has_bottlenecks = known.get("backbone") in ("resnet50", "resnet101", "resnet152")
     is_known = "dilation" in known or "dilation" in checkpoint.args
     if has_bottlenecks and not is_known and not is_pretext(checkpoint):

@@ -75,7 +75,8 @@ def dilation_warnings(source: str, flags: tuple[str, ...] = R50, **given) -> lis
 
 def test_unknown_dilation_is_asked_about() -> None:
     (line,) = dilation_warnings("renamed.pth")
-    assert line.startswith("renamed.pth: ") and "add --dilation" in line
+    assert line.startswith("renamed.pth: ")
+    assert "add --dilation" in line
     assert not dilation_warnings("renamed.pth", dilation=True)
     assert not dilation_warnings("renamed-dc5.pth")
     assert not dilation_warnings("detr-r50-e632da11.pth")
