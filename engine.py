@@ -7,7 +7,7 @@ batch, h and w the size of one image.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -51,7 +51,10 @@ PROGRESS_LOSSES = (
     "loss_mask",
     "loss_dice",
     "loss_feature",
+    "loss_object_embedding",
+    "loss_enc_global_contra",
 )
+GRAD_NORM = "grad_norm"  # key of the log, as in Deformable DETR
 PUBLISHED_KEYS = {"stats": "coco_eval_bbox", "stats_masks": "coco_eval_masks"}  # of the log
 
 
@@ -69,6 +72,9 @@ class TrainState:
         epoch, batch: the next ones to train, from 0.
         averages: losses of the current epoch so far.
         gradient_norm: of the last step, on the device. It is read one step later, so that the host never waits for it.
+        unread_norm: the same, until it is in `averages`.
+        log_every: call `on_log_step` every this many steps of an epoch; 0: never.
+        on_log_step: gets the epoch, the number of its finished steps, and the values of the last one.
         seconds: training time, over all starts of the run.
     """
 
@@ -89,6 +95,9 @@ class TrainState:
     bad_images: BadImages = field(default_factory=BadImages)
     stop_signal: StopSignal = field(default_factory=StopSignal)
     gradient_norm: Tensor | None = None
+    unread_norm: Tensor | None = None
+    log_every: int = 0
+    on_log_step: Callable[[int, int, Mapping[str, float]], None] | None = None
     seconds: float = 0.0
 
     @property
@@ -173,7 +182,8 @@ def train_step(
         stop: whether this process was asked to stop.
 
     Returns:
-        The values for the log, averaged over processes, and whether any process was asked to stop.
+        The values for the log, averaged over processes, and whether any process was asked to stop. `grad_norm` among
+        them is that of the previous step.
 
     Raises:
         NonFiniteLoss: a loss is NaN or infinite; it is raised before the optimizer step, so the weights are unchanged.
@@ -183,12 +193,15 @@ def train_step(
         _, losses, total = forward_losses(state.model, state.criterion, samples, targets, state.amp)
 
         # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The stop flag
-        # travels in the same all-reduce, so that every rank stops after the same step.
-        reader = LossReader(losses, float(stop))
+        # travels in the same all-reduce, so that every rank stops after the same step. So does the gradient norm of
+        # the previous step, which is known by now.
+        unread = {} if state.unread_norm is None else {GRAD_NORM: state.unread_norm}
+        reader = LossReader({**losses, **unread}, float(stop))
         state.optimizer.zero_grad(set_to_none=True)
         total.backward()
 
         values = reader.read()
+        norm = {name: values.pop(name) for name in unread}
         # A generator: reading an image id makes the host wait for the device, so ids are only read for the message.
         check_finite(values, (int(target["image_id"]) for target in targets))
     except NonFinite:
@@ -199,8 +212,9 @@ def train_step(
     if state.clip_max_norm > 0:
         parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
         state.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, state.clip_max_norm)
+    state.unread_norm = state.gradient_norm
     state.optimizer.step()
-    return logged_values(values, state.criterion.weight_dict), reader.flag > 0
+    return {**logged_values(values, state.criterion.weight_dict), **norm}, reader.flag > 0
 
 
 def train_one_epoch(state: TrainState) -> None:
@@ -239,6 +253,9 @@ def train_one_epoch(state: TrainState) -> None:
         num_images += sampler.batch_size * get_world_size()
         throughput = num_images / (time.monotonic() - start)
         bar.step(_progress_text(values, throughput) if bar.will_display() else None)
+        if state.log_every and state.on_log_step and state.batch % state.log_every == 0:
+            speed = {"images_per_second": throughput}
+            state.on_log_step(state.epoch, state.batch, {**values, **speed})
         if stop:
             _raise_stop(state, start, num_batches)
 
@@ -246,11 +263,20 @@ def train_one_epoch(state: TrainState) -> None:
     if any(all_gather_object(state.stop_signal.requested)):
         _raise_stop(state, start, num_batches)
     state.bad_images.warn_of_epoch(*replaced_before)
+    _read_last_norm(state)
     state.seconds += time.monotonic() - start
+
+
+def _read_last_norm(state: TrainState) -> None:
+    """Add the gradient norm of the epoch's last step to the averages. The host waits for it, once per epoch."""
+    if state.unread_norm is not None:
+        state.averages.add({GRAD_NORM: float(state.unread_norm)})
+    state.unread_norm = None
 
 
 def _raise_stop(state: TrainState, start: float, num_batches: int) -> None:
     """Raise StopRequested. After the last batch too: the resumed run then ends the epoch without another step."""
+    _read_last_norm(state)
     state.seconds += time.monotonic() - start
     raise StopRequested(f"epoch {state.epoch + 1}, after batch {state.batch} of {num_batches}")
 

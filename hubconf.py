@@ -31,7 +31,7 @@ As in the published hubs, the model has no auxiliary outputs and is in training 
 Args:
     pretrained: True for the published weights, or the path or URL of a checkpoint of this detector. Number of queries,
         norm order and widths are read from the file, and nothing else is downloaded.
-    num_classes: largest category id + 1.{}
+    num_classes: largest category id + 1. By default that of the file, without one {}.{}
     return_postprocessor: return (model, postprocessor).
     backbone_weights: initial weights of the backbone without `pretrained`, see `--backbone_weights`; "none": random.
 
@@ -45,7 +45,7 @@ _THRESHOLD = """
 def _detector_entry_point(name: str) -> _Callable:
     def entry_point(
         pretrained: bool | str = False,
-        num_classes: int = 91,
+        num_classes: int | None = None,
         return_postprocessor: bool = False,
         backbone_weights: str = "imagenet",
     ) -> _Any:
@@ -58,7 +58,7 @@ def _detector_entry_point(name: str) -> _Callable:
 def _panoptic_entry_point(name: str) -> _Callable:
     def entry_point(
         pretrained: bool | str = False,
-        num_classes: int = 250,
+        num_classes: int | None = None,
         threshold: float = 0.85,
         return_postprocessor: bool = False,
         backbone_weights: str = "imagenet",
@@ -75,16 +75,20 @@ def _entry_point(name: str) -> _Callable:
     entry_point = _panoptic_entry_point(name) if panoptic else _detector_entry_point(name)
     entry_point.__name__ = entry_point.__qualname__ = name
     entry_point.__doc__ = _DOCUMENTATION.format(
-        _HUB_MODELS[name].title, _THRESHOLD if panoptic else ""
+        _HUB_MODELS[name].title, _num_coco_classes(name), _THRESHOLD if panoptic else ""
     )
     return entry_point
+
+
+def _num_coco_classes(name: str) -> int:
+    return 250 if _is_panoptic(name) else 91
 
 
 globals().update({name: _entry_point(name) for name in _HUB_MODELS})
 
 
 def _build(
-    name: str, pretrained: bool | str, num_classes: int, backbone_weights: str
+    name: str, pretrained: bool | str, num_classes: int | None, backbone_weights: str
 ) -> tuple[_Any, dict[str, _Any]]:
     """Return the model and its post-processors by name."""
     # Again: another package of these names may have been imported since.
@@ -96,13 +100,11 @@ def _build(
     from util.errors import UserError
     from util.settings import FINETUNE, resolve
 
-    if num_classes < 1:
+    if num_classes is not None and num_classes < 1:
         raise UserError(f"num_classes={num_classes}: a detector needs at least one class")
-    given = {
-        **_HUB_MODELS[name].settings,
-        "num_classes": num_classes,
-        "backbone_weights": backbone_weights,
-    }
+    given = {**_HUB_MODELS[name].settings, "backbone_weights": backbone_weights}
+    if num_classes is not None:
+        given["num_classes"] = num_classes
     checkpoint = None
     adopted: dict[str, _Any] = {}
     if pretrained:
@@ -110,8 +112,12 @@ def _build(
         adopted = _adopt(name, given, checkpoint)
         given["backbone_weights"] = "none"  # the checkpoint has them
 
+    else:
+        given.setdefault("num_classes", _num_coco_classes(name))
+
     settings = resolve(given, adopted, FINETUNE)
-    model, _, postprocessors = build_model(settings, things=_things(name, num_classes, checkpoint))
+    things = _things(name, settings.num_classes, checkpoint)
+    model, _, postprocessors = build_model(settings, things=things)
     model.base_detector().aux_loss = False
     if checkpoint:
         load_strict(model, checkpoint)
@@ -148,7 +154,7 @@ def _adopt(name: str, given: dict[str, _Any], checkpoint: _Any) -> dict[str, _An
             "--pretrain"
         )
     num_classes = infer_classes(checkpoint).num_classes
-    if num_classes != given["num_classes"]:
+    if num_classes != given.get("num_classes", num_classes):
         raise UserError(
             f"{checkpoint.source} has {num_classes} classes, not {given['num_classes']}; give "
             f"num_classes={num_classes}, or train other classes with finetune_main.py --pretrain"
@@ -157,5 +163,6 @@ def _adopt(name: str, given: dict[str, _Any], checkpoint: _Any) -> dict[str, _An
     return {
         "backbone_norm": "frozen",
         **adopted,
+        "num_classes": num_classes,
         "classification": infer_classification(checkpoint),
     }

@@ -31,7 +31,7 @@ from util.errors import StopRequested, UserError
 from util.files import link_or_copy
 from util.logger import format_seconds, log
 from util.random_state import get_rng_states, set_rng_states
-from util.runs.log import append_log, is_logged
+from util.runs.log import append_log, append_step, is_logged, trim_step_log
 from util.runs.meters import Averages, check_gradient, peak_host_memory
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.runs.resuming import (
@@ -125,6 +125,7 @@ def build_run(
         epoch=settings.start_epoch,
         folder=folder,
         save_every=settings.save_every,
+        log_every=settings.log_every or 0,
         checkpoint_extras=checkpoint_extras or {},
     )
     _update_num_epochs(run)
@@ -174,6 +175,9 @@ def fit(run: Run) -> None:
 def _fit(run: Run) -> None:
     if run.folder is not None:
         run.best_ap = compute_on_rank0(lambda: _inspect_folder(run))
+        run.on_log_step = lambda epoch, step, values: append_step(
+            run.folder, {"epoch": epoch, "step": step, **values}
+        )
     # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
         _finish_epoch(run)
@@ -190,10 +194,13 @@ def _fit(run: Run) -> None:
 
 
 def _inspect_folder(run: Run) -> float:
-    """Warn if the folder has later epochs than this run, and return the best AP of its checkpoints."""
+    """Warn if the folder has later epochs than this run, remove later steps from the step log, and return the best AP
+    of its checkpoints.
+    """
     assert run.folder is not None
     if run.epoch < run.epochs:
         warn_if_going_back(run.folder, run.epoch)
+    trim_step_log(run.folder, run.epoch, run.batch)
     data = run.checkpoint_extras.get("data_fingerprint")
     return find_best_ap(run.folder, run.best_ap, data, "val" in run.changed_data)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ from util.runs.meters import (
 )
 from util.runs.optimizer import build_optimizer, parameter_groups
 from util.runs.session import run_script
-from util.settings import FINETUNE, PRETRAIN
+from util.settings import FINETUNE, PRETRAIN, make_parser
 from util.settings.registry import DETECTORS
 
 
@@ -149,6 +150,38 @@ def test_step_lowers_the_loss_and_clips_gradients() -> None:
         torch.stack([p.grad.norm() for p in free.model.parameters() if p.grad is not None]).norm()
         > 0.2
     )
+
+
+def test_gradient_norm_is_read_one_step_later() -> None:
+    run, samples, targets = build_run("--clip_max_norm", "0.1")
+    norms, logged = [], []
+    for _ in range(3):
+        values, _ = engine.train_step(run, samples, targets, stop=False)
+        norms.append(float(run.gradient_norm))
+        logged.append(values.get("grad_norm"))
+    assert logged == [None, *norms[:2]]
+    assert len(set(norms)) == 3
+
+    run, samples, targets = build_run("--clip_max_norm", "0")  # no clipping, no norm
+    for _ in range(2):
+        values, _ = engine.train_step(run, samples, targets, stop=False)
+        assert "grad_norm" not in values
+
+
+def test_progress_line_shows_the_losses_of_every_pretext() -> None:
+    """Every loss that a pretext or detector weighs has its place in the line, auxiliary ones aside."""
+    weighed = set()
+    for script, flags in (
+        (PRETRAIN, ("--pretext", "random_query_patch", "--feature_recon")),
+        (PRETRAIN, ("--pretext", "region_prior", "--object_embedding_loss")),
+        (PRETRAIN, ("--pretext", "siamese")),
+        (FINETUNE, ("--masks",)),
+    ):
+        args = make_parser(script).parse_args([*RUN_FLAGS, *flags])
+        with torch.device("meta"):
+            weighed |= set(build_model(args)[1].weight_dict)
+    names = {re.sub(r"_(\d+|enc)$", "", name) for name in weighed}
+    assert names == set(engine.PROGRESS_LOSSES) - {"loss"}
 
 
 def test_step_does_not_read_image_ids_from_device() -> None:
@@ -364,7 +397,7 @@ def published_names(prefix: str, losses: tuple[str, ...], suffixes: tuple[str, .
 def test_log_has_published_keys(fine_run: Path) -> None:
     lines = read_log(fine_run / "run")
     losses, suffixes = ("loss_ce", "loss_bbox", "loss_giou"), ("", "_0")
-    common = {"epoch", "n_parameters", "train_lr", "train_seconds"}
+    common = {"epoch", "n_parameters", "train_lr", "train_grad_norm", "train_seconds"}
     evaluated = published_names("test", losses, suffixes) | {"test_coco_eval_bbox"}
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line in lines:
@@ -389,7 +422,8 @@ def test_log_has_published_keys(fine_run: Path) -> None:
 def test_pretext_log_has_published_keys(pretext_run: Path) -> None:
     line = read_log(pretext_run / "run")[0]
     names = published_names("train", ("loss_ce", "loss_bbox", "loss_giou", "loss_feature"), ("",))
-    assert set(line) == names | {"epoch", "n_parameters", "train_lr", "train_seconds"}
+    more = {"epoch", "n_parameters", "train_lr", "train_grad_norm", "train_seconds"}
+    assert set(line) == names | more
     assert 1 < line["train_loss_feature"] < 3
 
 

@@ -1,5 +1,6 @@
 """A run that is stopped and resumed equals one that was never stopped: weights, optimizer, random states and log."""
 
+import json
 import os
 import re
 import signal
@@ -197,6 +198,7 @@ def test_stop_in_the_middle_of_a_longer_epoch(
 ) -> None:
     """Epochs have five steps. The log of the resumed epoch averages all of them."""
     flags = ("--backbone_norm", "frozen", "--batch_size", 1, "--epochs", 2, "--num_workers", 2)
+    flags = (*flags, "--log_every", 2)
     start_labelled(data, "--output_dir", tmp_path / "whole", *flags)
     stop_at(monkeypatch, 7)
     with pytest.raises(StopRequested, match="epoch 2, after batch 3 of 5"):
@@ -211,6 +213,17 @@ def test_stop_in_the_middle_of_a_longer_epoch(
     assert_same(ours["model"], whole["model"])
     assert_same(ours["optimizer"], whole["optimizer"])
     assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
+
+    whole, ours = (
+        [json.loads(line) for line in (tmp_path / name / "log_steps.txt").read_text().splitlines()]
+        for name in ("whole", "stopped")
+    )
+    assert [(line["epoch"], line["step"]) for line in ours] == [(0, 2), (0, 4), (1, 2), (1, 4)]
+    # A run that stops reads its last gradient norm then, so that the next line has none.
+    ignored = {"images_per_second", "grad_norm"}
+    for a, b in zip(whole, ours, strict=True):
+        assert a.keys() >= {"loss", "loss_ce", "lr", "images_per_second"}
+        assert {k: a[k] for k in a.keys() - ignored} == {k: b[k] for k in b.keys() - ignored}
 
 
 def test_stop_in_the_only_step_of_an_epoch(

@@ -243,7 +243,7 @@ def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
 def _loading(checkpoint: Checkpoint, to: str, out: Path) -> str:
     if to == OURS:
         flag = "--pretrain" if needs_finetuning(checkpoint) else "--resume"
-        return f"{flag} {out}; no further flags are needed"
+        return f"{flag} {out}; the architecture is in the file"
 
     text = LAYOUTS[to].usage.replace("FILE", str(out))
     flags = [flag for flag in model_flags(checkpoint) if _exists_elsewhere(flag)]

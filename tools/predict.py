@@ -96,6 +96,11 @@ def parse(argv: list[str]) -> Namespace:
     )
     flags = ("device", "batch_size", "image_size", "max_size", "num_workers", "amp", "exif")
     add_flags(parser, FINETUNE, flags)
+    for action in parser._actions:
+        if action.dest == "batch_size":
+            action.help = (
+                "images per batch (default: 1; padding in a batch changes predictions slightly)"
+            )
     return parser.parse_args(argv)
 
 

@@ -11,14 +11,18 @@ Writes `samples.png`, training samples as the model gets them. With a checkpoint
 - `objects.png`: proposals next to the predicted boxes with the best scores (DETReg), and the ground truth with
   `--truth_path`.
 
-It takes all flags of main.py; with a checkpoint, those of its run are known.
+It takes all flags of main.py. With a checkpoint, pretext, architecture and the flags of its run come from the file,
+also from published ones. Pictures that this tool drew before are replaced, other files never.
 """
 
 import sys
+import tempfile
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 # So that `python tools/NAME.py` works from any directory.
@@ -27,19 +31,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import build_dataset
 from datasets.sample import SampleDataset
 from models import build_model
+from models.trainable import TrainableModel
 from predictor import Predictor
+from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.loading import load_strict
 from util.errors import UserError
-from util.files import make_folder
+from util.files import make_folder, write_atomically
 from util.logger import log
+from util.plots.pages import COMPRESS_LEVEL
 from util.random_state import SampleRNG
-from util.runs.session import run_script, start_session
+from util.runs.session import Session, run_script, start_session
 from util.settings import FINETUNE, PRETRAIN, Parser, Settings, make_parser
 from util.settings import settings as make_settings
 from util.settings.value_types import positive
 from visualization import NUM_IMAGES, draw_found_patches, draw_objects, draw_samples
 
 PICTURES = ("samples.png", "patches.png", "objects.png")
+DRAWN_BY = "tools/visualize_pretext.py"  # "Software" in the pictures, by which they are known as this tool's
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -127,35 +135,108 @@ def build_samples(args: Namespace, settings: Settings) -> SampleDataset:
     return dataset
 
 
-def main(args: Namespace) -> None:
-    session = start_session({**vars(args), "resume": args.checkpoint})
-    settings, checkpoint, device = session.settings, session.checkpoint, session.device
-    check_arguments(args, settings)
-    dataset = build_samples(args, settings)
-    folder = make_folder(settings.output_dir, PICTURES, settings.overwrite)
+def load_pretext(settings: Settings, checkpoint: Checkpoint | None) -> TrainableModel:
+    """Build the pretext with the weights of the checkpoint, if there is one.
 
-    model, _, _ = build_model(settings)
+    Only losses read the frozen target encoder of DETReg, which published files lack: it is not needed.
+    """
+    model, _, _ = build_model(settings.replace(object_embedding_loss=False))
+    if checkpoint:
+        load_strict(model, without_embedding(checkpoint))
+        model.load_frozen(checkpoint.frozen or {}, checkpoint.source)
+    return model
+
+
+def without_embedding(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint without DETReg's head for object embeddings."""
+    model = {key: value for key, value in checkpoint.model.items() if "feature_embed." not in key}
+    return replace(checkpoint, model=model)
+
+
+def draw(folder: Path, args: Namespace, session: Session, dataset: SampleDataset) -> None:
+    """Draw all pictures into a folder."""
+    settings, checkpoint, device = session.settings, session.checkpoint, session.device
+    model = load_pretext(settings, checkpoint)
     normalization = model.normalization
     draw_samples(folder, dataset, settings.batch_size, 0, normalization, args.count)
+    if not checkpoint:
+        return
 
-    if checkpoint:
-        load_strict(model, checkpoint)
-        model.load_frozen(checkpoint.frozen or {}, checkpoint.source)
-        if hasattr(model, "patch_boxes"):
-            model.to(device)
-            draw_found_patches(folder, model, dataset, normalization, device, args.count)
-        else:
-            predictor = Predictor.from_checkpoint(
-                checkpoint, device=str(device), class_agnostic=True
+    if hasattr(model, "patch_boxes"):
+        model.to(device)
+        draw_found_patches(folder, model, dataset, normalization, device, args.count)
+        return
+    predictor = Predictor.from_checkpoint(checkpoint, device=str(device), class_agnostic=True)
+    labelled = None
+    if args.truth_path:
+        labelled = make_settings(FINETUNE, coco_path=args.truth_path)
+    draw_objects(predictor, settings, folder / PICTURES[2], labelled=labelled, count=args.count)
+
+
+def is_drawn_here(path: Path) -> bool:
+    """Return True for a picture that this tool has written."""
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == DRAWN_BY
+    except OSError:
+        return False
+
+
+def check_pictures(folder: Path, overwrite: bool) -> None:
+    """
+    Raises:
+        UserError: the folder has a picture of the same name that this tool did not draw.
+    """
+    for path in (folder / name for name in PICTURES):
+        if path.exists() and not overwrite and not is_drawn_here(path):
+            raise UserError(
+                f"--output_dir {folder} already has {path.name}, which this tool did not draw: choose another folder, "
+                "or add --overwrite"
             )
-            labelled = None
-            if args.truth_path:
-                labelled = make_settings(FINETUNE, coco_path=args.truth_path)
-            path = folder / "objects.png"
-            draw_objects(predictor, settings, path, labelled=labelled, count=args.count)
 
-    written = [name for name in PICTURES if (folder / name).exists()]
-    log.info("written to %s: %s", folder, ", ".join(written))
+
+def publish(drawn: Path, folder: Path, overwrite: bool) -> list[str]:
+    """Move the pictures to the output folder with this tool's mark, and remove those of its earlier runs.
+
+    Returns:
+        The names of the pictures.
+
+    Raises:
+        UserError: there is none, or the folder can't be written.
+    """
+    names = [name for name in PICTURES if (drawn / name).exists()]
+    if not names:
+        raise UserError("nothing could be drawn, see above; choose other images")
+    make_folder(folder)
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", DRAWN_BY)
+    for name in PICTURES:
+        path = folder / name
+        if name in names:
+            with Image.open(drawn / name) as image:
+                write_atomically(
+                    path,
+                    lambda file, page=image: page.save(
+                        file, format="PNG", pnginfo=mark, compress_level=COMPRESS_LEVEL
+                    ),
+                )
+        elif path.exists() and (overwrite or is_drawn_here(path)):
+            path.unlink()
+    return names
+
+
+def main(args: Namespace) -> None:
+    session = start_session({**vars(args), "resume": args.checkpoint})
+    check_arguments(args, session.settings)
+    folder = Path(session.settings.output_dir)
+    check_pictures(folder, session.settings.overwrite)
+    dataset = build_samples(args, session.settings)
+
+    # Drawn elsewhere first, so that a failure leaves nothing behind.
+    with tempfile.TemporaryDirectory() as drawn:
+        draw(Path(drawn), args, session, dataset)
+        names = publish(Path(drawn), folder, session.settings.overwrite)
+    log.info("written to %s: %s", folder, ", ".join(names))
 
 
 if __name__ == "__main__":

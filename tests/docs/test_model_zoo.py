@@ -23,6 +23,7 @@ from tests.tiny import write_coco, write_panoptic
 from util.checkpoints.architecture import infer_architecture
 from util.checkpoints.checkpoint import parse_checkpoint, save_checkpoint
 from util.checkpoints.weight_files import cached_path
+from util.runs.model_summary import PUBLISHED
 
 PAGE = ROOT / "docs" / "model_zoo.md"
 R101 = ("--backbone", "resnet101")
@@ -162,3 +163,16 @@ def test_page_shows_how_to_convert() -> None:
     }
     for to in ("predetr", "detr", "updetr", "detreg", "siamese"):
         assert any(f"--to {to} " in command for command in shown)
+
+
+def test_published_figures_agree_with_those_that_a_run_logs() -> None:
+    """Parameters and FLOPs of the table are `PUBLISHED`, to which a run's own are compared."""
+    found = set()
+    for line in PAGE.read_text().splitlines():
+        row = re.match(r"\| (Conditional )?DETR-(DC5-)?R(50|101) \| \d+ \| (\d+) \| (\d+) \|", line)
+        if row:
+            detector = "conditional_detr" if row[1] else "detr"
+            key = (detector, f"resnet{row[3]}", bool(row[2]), 1)
+            assert PUBLISHED[key] == (int(row[4]), int(row[5])), line
+            found.add(key)
+    assert found == {key for key in PUBLISHED if key[0] != "deformable_detr"}

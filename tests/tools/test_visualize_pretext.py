@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import main as pretrain_main
+from tests.published_files import published_files
 from tests.tiny import (
     FROZEN,
     PRETEXT_FLAGS,
@@ -42,6 +44,10 @@ def draw(*flags: object) -> list[str]:
     return lines
 
 
+def visualize(*flags: object) -> None:
+    visualize_pretext.main(visualize_pretext.parse([str(flag) for flag in flags]))
+
+
 def size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
@@ -53,8 +59,62 @@ def test_samples_need_no_checkpoint(tmp_path: Path) -> None:
     draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "b", "--count", "4")
     assert size(tmp_path / "b" / "samples.png")[1] > size(tmp_path / "a" / "samples.png")[1]
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["samples.png"]
-    with pytest.raises(UserError, match="already has samples.png"):
-        draw(*REGION, "--imagenet_path", images, "--output_dir", tmp_path / "a")
+
+
+def test_replaces_its_own_pictures_only(tmp_path: Path) -> None:
+    images, folder = write_images(tmp_path / "images"), tmp_path / "a"
+    words = (*REGION, "--imagenet_path", images, "--output_dir", folder, "--count")
+    draw(*words, "1")
+    (folder / "samples.png").rename(
+        folder / "patches.png"
+    )  # of an earlier run with another pretext
+    draw(*words, "2")
+    assert [path.name for path in folder.iterdir()] == ["samples.png"]
+
+    own = Image.new("RGB", (4, 4))
+    own.save(folder / "samples.png")
+    before = (folder / "samples.png").read_bytes()
+    with pytest.raises(UserError, match="already has samples.png, which this tool did not draw"):
+        draw(*words, "2")
+    assert (folder / "samples.png").read_bytes() == before
+    draw(*words, "2", "--overwrite")
+    assert size(folder / "samples.png") != (4, 4)
+
+
+def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    images, folder = write_images(tmp_path / "images"), tmp_path / "out"
+    words = ("--imagenet_path", images, "--output_dir", folder)
+    with pytest.raises(UserError, match="no such file"):
+        draw("--checkpoint", tmp_path / "none.pth", *words)
+    state = published_files()["siamese detr"]
+    state["state_dict"].pop("patch2query.bias")
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(UserError, match="lacks patch2query.bias"):
+        visualize("--checkpoint", tmp_path / "damaged.pth", *words)
+    (images / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="nothing could be drawn"):
+        draw(*REGION, "--imagenet_path", images / "bad.png", "--output_dir", folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "picture"),
+    [
+        ("detreg", "objects.png"),
+        ("detreg detr", "objects.png"),
+        ("updetr", "patches.png"),
+        ("siamese conditional", "patches.png"),
+    ],
+)
+def test_draws_published_files_without_flags(kind: str, picture: str, tmp_path: Path) -> None:
+    torch.save(published_files()[kind], tmp_path / "published.pth")
+    write_images(tmp_path / "images")
+    visualize(
+        *("--checkpoint", tmp_path / "published.pth"),
+        *("--imagenet_path", tmp_path / "images" / "000.png", "--output_dir", tmp_path / "out"),
+        "--device", "cpu", "--image_size", "64",  # nothing that the file says
+    )  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [picture, "samples.png"]
 
 
 def test_draws_patches_of_pretext_and_of_given_boxes(tmp_path: Path) -> None:

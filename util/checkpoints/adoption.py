@@ -8,6 +8,7 @@ from torch import Tensor
 
 from util.checkpoints.architecture import DEFAULT_NHEADS, infer_architecture
 from util.checkpoints.checkpoint import Checkpoint
+from util.checkpoints.classes import count_classes, infer_classification
 from util.errors import UserError
 from util.logger import log
 from util.settings import FINETUNE, PRETRAIN, Flag, flags_of
@@ -52,11 +53,83 @@ def settings_from_checkpoint(
     adopted, messages = adopt_architecture(checkpoint, given, script, is_unchanged=is_unchanged)
     for message in messages:
         log.info(message)
+    if is_unchanged:
+        _warn_unknown_dilation(checkpoint, {**adopted, **given})
 
+    if resume and script == PRETRAIN:
+        adopted.update(_adopt_pretext(checkpoint, given))
     # Needs the detector, which is among the adopted settings unless it was given.
     _check_kind({**adopted, **given}, checkpoint, script)
+    if is_unchanged and not _is_class_agnostic_eval(given, script):
+        adopted.update(_adopt_num_classes(checkpoint, given))
     if resume:
         adopted.update(adopt_settings(checkpoint, given, script))
+    return adopted
+
+
+def _warn_unknown_dilation(checkpoint: Checkpoint, known: Mapping[str, Any]) -> None:
+    """Warn if nothing tells whether a ResNet was dilated: a DC5 model then has lower AP, without an error."""
+    has_bottlenecks = known.get("backbone") in ("resnet50", "resnet101", "resnet152")
+    is_known = "dilation" in known or "dilation" in checkpoint.args
+    if has_bottlenecks and not is_known and not is_pretext(checkpoint):
+        log.warning(
+            "%s: neither settings nor weights tell whether this is a DC5 model, so it is taken for one without "
+            "dilation; if it is DC5, add --dilation, or put dc5 into the file's name",
+            checkpoint.source,
+        )
+
+
+def _adopt_num_classes(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `num_classes` from the class head of a model that is used as it is.
+
+    Raises:
+        UserError: a given `num_classes` contradicts it.
+    """
+    classification = given.get("classification") or infer_classification(checkpoint)
+    num_classes = count_classes(checkpoint.model, classification)
+    if not num_classes:
+        return {}
+    wanted = given.get("num_classes", num_classes)
+    if wanted != num_classes:
+        raise UserError(
+            f"--num_classes {wanted} contradicts {checkpoint.source}, whose class head has {num_classes} classes; omit "
+            "--num_classes, or train other classes with --pretrain"
+        )
+    return {"num_classes": num_classes}
+
+
+def _adopt_pretext(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the pretext of a published file, and which of its parts it has, for flags that were not given.
+
+    A checkpoint of this project stores them, see `adopt_settings`.
+    """
+    if checkpoint.args.get("pretext"):
+        return {}
+
+    def has(prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in checkpoint.model)
+
+    found: dict[str, Any] = {}
+    if has("enc_head."):
+        found = {"pretext": "siamese"}
+        if not has("feature_align."):
+            found["feature_loss_coef"] = 0.0
+    elif has("patch2query."):
+        found = {"pretext": "random_query_patch", "feature_recon": has("feature_align.")}
+        num_patches = checkpoint.args.get("num_patches")
+        if isinstance(num_patches, int):
+            found["num_patches"] = num_patches
+    elif has("feature_embed."):
+        found = {"pretext": "region_prior", "object_embedding_loss": True}
+        head = checkpoint.args.get("obj_embedding_head")
+        if flags_of(PRETRAIN)["obj_embedding_head"].is_choice(head):
+            found["obj_embedding_head"] = head
+    if given.get("pretext", found.get("pretext")) != found.get("pretext"):
+        return {}
+    adopted = {name: value for name, value in found.items() if name not in given}
+    if adopted:
+        flags = ", ".join(f"--{name} {_format_value(value)}" for name, value in adopted.items())
+        log.info("adopted from %s: %s", checkpoint.source, flags)
     return adopted
 
 

@@ -3,12 +3,12 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from util.checkpoints.checkpoint import Checkpoint
+from util.checkpoints.dilation import infer_dilation
 from util.settings.registry import DETECTORS
 
 DEFAULT_NHEADS = 8  # of every published model; parameter shapes don't depend on it in DETR
@@ -87,9 +87,9 @@ def infer_architecture(
     if certain.get("two_stage"):
         # Two-stage takes its queries from the top-k encoder proposals: no weight has k rows.
         likely["num_queries"] = args.get("num_queries")
-    if "dc5" in Path(checkpoint.source).name.lower():
-        # Dilation changes no parameter, and DETR's published files have no `args`: only the file name tells.
-        likely["dilation"] = True
+    if "dilation" not in certain:
+        # Dilation changes no parameter, and DETR's published files have no `args`.
+        likely["dilation"] = infer_dilation(checkpoint.source)
     _add_position_embedding(certain, likely, state, args, detector)
 
     flags_of_others = {flag for entry in DETECTORS.values() for flag in entry.flags}
@@ -136,7 +136,8 @@ def _from_weights(state: Mapping[str, Tensor], detector: str | None) -> dict[str
     else:
         # The norm after the encoder exists only where the layers normalize their inputs.
         known["pre_norm"] = "transformer.encoder.norm.weight" in state
-    mask_width = rows("mask_head.lay1.weight")  # [D + heads, D + heads, 3, 3]
+    # The mask head reads the feature map next to one attention map per head: [D + heads, D + heads, 3, 3].
+    mask_width = rows("mask_head.lay1.weight")
     if mask_width is not None and known["hidden_dim"] is not None:
         known["nheads"] = mask_width - known["hidden_dim"]
     return known

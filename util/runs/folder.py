@@ -31,6 +31,7 @@ SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
 # Removed by --overwrite, so that no file of the old run is taken for one of the new run.
 RUN_FILES = (
     "log.txt",
+    "log_steps.txt",
     LATEST,
     BEST,
     SETTINGS,

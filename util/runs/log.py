@@ -1,6 +1,7 @@
-"""A run's `log.txt`: one JSON object per epoch, with the published keys."""
+"""A run's `log.txt`, one JSON object per epoch with the published keys, and `log_steps.txt`, one every few steps."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from util.errors import UserError
 from util.files import to_json, write_text
 
 LOG = "log.txt"
+STEP_LOG = "log_steps.txt"  # of --log_every: one JSON object every few steps
 
 UNDEFINED = -1.0  # COCO's value of a metric without anything to measure
 
@@ -120,3 +122,31 @@ def is_logged(folder: Path | None, epoch: int) -> bool:
 def log_entries(folder: Path) -> list[dict[str, Any]]:
     """Return the epochs in a folder's log, as `read_log` does; [] without a log."""
     return read_log(folder) if (folder / LOG).exists() else []
+
+
+def append_step(folder: Path | None, record: Mapping[str, object]) -> None:
+    """Append a line to the step log, on rank 0. `record` has `epoch`, from 0, and `step`, from 1 in each epoch."""
+    if folder is None or not is_main_process():
+        return
+    with (folder / STEP_LOG).open("a", encoding="utf-8") as file:
+        file.write(to_json(record) + "\n")
+
+
+def trim_step_log(folder: Path, epoch: int, step: int) -> None:
+    """Remove the lines after `step` of `epoch`, where training continues: these steps come again.
+
+    A killed run leaves such lines, and maybe half a line at the end.
+    """
+    path = folder / STEP_LOG
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if _step_of(line) <= (epoch, step)]
+    if len(kept) < len(lines):
+        write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> tuple[float, float]:
+    """Return (epoch, step) of a line of the step log; infinity for a damaged one."""
+    entry = _parse_line(line) or {}
+    return entry.get("epoch", math.inf), entry.get("step", math.inf)

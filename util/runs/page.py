@@ -27,6 +27,7 @@ FILES = {  # file -> its content
     EVAL_SETTINGS: "settings, versions, device, data and model of the last evaluation (--eval)",
     "subset.json": "the subset of images, or of few-shot objects, that the run trains on",
     "log.txt": "one JSON object per epoch with train_* and test_* values; train_seconds is the training time so far",
+    "log_steps.txt": "with --log_every: losses, learning rate and images per second of single steps",
     "curves.png": "losses and AP per epoch",
     "samples.png": "augmented training images with their boxes",
     "predictions.png": "predictions of the last evaluation next to the ground truth",

@@ -157,6 +157,13 @@ FLAGS: tuple[Flag, ...] = (
             metavar="EPOCHS",
         ),
         Flag(
+            "log_every",
+            "also write losses, learning rate and images per second to log_steps.txt every this many steps of an epoch",
+            positive(),
+            default_help="never",
+            metavar="STEPS",
+        ),
+        Flag(
             "dist_url",
             "URL at which distributed processes find each other, the init_method of torch.distributed",
             str,
