@@ -210,7 +210,14 @@ def given_file(path: str, words: list[str]) -> dict:
 def files_read(words: list[str]) -> list[str]:
     """Return the checkpoints that a command reads."""
     after = dict(zip(words, words[1:], strict=False))
-    flags = ("--resume", "--pretrain", "--frozen_weights", "--checkpoint", "--ckpt")
+    flags = (
+        "--resume",
+        "--pretrain",
+        "--frozen_weights",
+        "--frozen_weigths",
+        "--checkpoint",
+        "--ckpt",
+    )
     named = [after.get(flag) for flag in flags]
     if words[0] == "tools/convert_checkpoint.py":
         named.append(words[1])
