@@ -255,7 +255,9 @@ def test_main_eval_is_class_agnostic(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "objects.png").exists(), "pictures are for --viz"
     with pytest.raises(UserError, match="--eval needs the model"):
         pretrain_main.main(pretrain_main.parse([*map(str, words)]))
-    with pytest.raises(UserError, match="python finetune_main.py"):
+    with pytest.raises(
+        UserError, match=r"finetune_main.py trains and evaluates .* add --resume PATH"
+    ):
         pretrain_main.parse(["--eval", "--coco_path", str(coco)])
 
 

@@ -108,7 +108,7 @@ def _suggestion(groups: dict[str, list[str]]) -> str:
             commands.append(f"\n  {_launcher()} {FINETUNE} {shlex.join(words)}")
 
     if not commands:
-        return f"{FINETUNE} trains and evaluates with labels, and does not accept these flags: {refusal}"
+        return f"{FINETUNE} trains and evaluates with labels. With these flags it would answer: {refusal}"
     text = "To train or evaluate with labels:"
     if len(commands) > 1:
         text = (
