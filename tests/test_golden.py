@@ -6,9 +6,13 @@ import pytest
 
 from tests import golden_data, golden_models, golden_parts, golden_siamese
 
-# Slow in float64. Others check the same code: detreg_deform (also its optimizer steps), deform_r50_twostage (which
-# refines boxes) and detr_r50_masks.
-SLOW_IN_FLOAT64 = ("deform_r50_ms", "deform_r50_ss", "deform_r50_refine", "detr_r50_panoptic")
+# Slow in float64. Every case runs in float32; in float64 detr_r50, cond_r50, detr_r50_masks, updetr_r50,
+# detreg_deform_refine, detreg_deform (with its optimizer steps), siamese_conditional and siamese_deform_ms stay.
+SLOW_IN_FLOAT64 = (
+    *("deform_r50_ms", "deform_r50_ss", "deform_r50_refine", "deform_r50_twostage"),
+    *("detr_r50_panoptic", "detr_r50_dc5", "detr_r50_prenorm", "detr_r50_learned", "cond_r50_dc5"),
+    *("detreg_detr", "updetr_r50_norecon_postnorm", "siamese_vanilla", "siamese_deform_ss"),
+)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -23,7 +27,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     for fixture, cases in chosen.items():
         if fixture in metafunc.fixturenames:
-            is_slow = metafunc.function is test_float64_and_steps
+            is_slow = metafunc.function in (test_float64_and_steps, test_siamese_float64)
             metafunc.parametrize(
                 fixture,
                 [

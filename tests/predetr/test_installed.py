@@ -92,7 +92,11 @@ def test_install_without_the_project_folder_says_how_to_fix_it(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("command", "script"),
-    [("pretrain", "main.py"), ("finetune", "finetune_main.py"), ("predict", "tools/predict.py")],
+    [
+        pytest.param("pretrain", "main.py", marks=pytest.mark.slow),  # starts as finetune does
+        ("finetune", "finetune_main.py"),
+        ("predict", "tools/predict.py"),
+    ],
 )
 def test_commands_run_from_any_folder(
     site: Path, tmp_path: Path, command: str, script: str

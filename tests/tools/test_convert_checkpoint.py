@@ -665,8 +665,12 @@ def test_truncated_files_and_text_files_are_refused(file_of, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "words",
-    [["tools/convert_checkpoint.py"], ["tools/convert_to_detr.py", "--ckpt"]],
-    ids=lambda words: words[0],
+    [
+        pytest.param(["tools/convert_checkpoint.py"], id="convert_checkpoint"),
+        pytest.param(
+            ["tools/convert_to_detr.py", "--ckpt"], id="convert_to_detr", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_tools_run_from_any_directory_and_fail_in_one_line(
     words: list[str], tmp_path: Path

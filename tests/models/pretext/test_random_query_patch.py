@@ -117,7 +117,7 @@ def test_state_dict_inside_another_module(pretext: str, detector: str) -> None:
     wrapper.load_state_dict(state, strict=True)
 
 
-@pairs
+@diagonal_of_pairs
 def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
     """On four fixed images the loss falls to less than half in 60 steps."""
     flags = ["--dropout", "0", "--hidden_dim", "64", "--fre_cnn", "--backbone_norm", "frozen"]

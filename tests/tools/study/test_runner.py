@@ -422,6 +422,7 @@ def test_study_end_to_end(
     assert "| conditional_detr | random_query_patch | 1    |" in page, "class-agnostic recall"
 
 
+@pytest.mark.slow  # starts and ends like every script: tests/test_scripts.py
 def test_errors_of_the_program_are_one_line(data: Path, tmp_path: Path) -> None:
     words = [sys.executable, str(ROOT / "tools" / "transfer_study.py"), "run"]
     words += argv(data=data, output_dir="x", list=True, fractions=0.3)
