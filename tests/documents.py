@@ -64,6 +64,15 @@ def _code_snippets(text: str) -> Iterator[str]:
                 yield re.sub(r"\s+#.*", "", line)
 
 
+def published_commands() -> set[str]:
+    """Return the commands in the first column of docs/published_commands.md."""
+    text = (ROOT / "docs" / "published_commands.md").read_text()
+    cells = [
+        re.split(r"(?<!\\)\|", line)[1] for line in text.splitlines() if line.startswith("| `")
+    ]
+    return {span for cell in cells for span in re.findall(r"`([^`]+)`", cell)}
+
+
 def python_blocks(path: Path) -> list[str]:
     """Return the code of a document's Python blocks."""
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
