@@ -370,6 +370,12 @@ def test_pre_training_is_suggested_only_if_it_would_run(line: str, hint: str | N
     assert hint in text if hint else "add: --pretext" not in text
 
 
+def test_help_is_not_a_wrong_script(capsys: pytest.CaptureFixture) -> None:
+    status, _ = call(PRETRAIN, "--coco_path", "COCO", "--help")
+    assert status in (0, None)
+    assert "--num_patches" in capsys.readouterr().out
+
+
 def test_suggested_command_keeps_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     status, lines = call(PRETRAIN, "--local-rank=0", "--coco_path", "COCO", "--eos_coef", "0.1")

@@ -16,6 +16,7 @@ from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.resolving import resolve
 from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS
 
+HELP_FLAGS = {"-h", "--help"}
 FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights", "--frozen_weigths")
 LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
 LABELLED_PATHS = ("--coco_path", "--root_path")
@@ -41,6 +42,8 @@ def check_right_script(argv: Sequence[str]) -> None:
     """
     groups = _group(argv)
     flags = set(groups)
+    if HELP_FLAGS & set(argv):
+        return
     pretext_given = bool(flags & {"--pretext", *_pretext_flags()})
     reason = _reason(argv, flags, pretext_given)
     if reason is None:
@@ -58,7 +61,7 @@ def check_right_script(argv: Sequence[str]) -> None:
             f"{pretext}{added}"
         )
     message += _suggestion(groups)
-    if reason.endswith("--pretext") and not _refusal([*argv, *pretext.split()], PRETRAIN):
+    if reason.endswith("--pretext") and not refusal([*argv, *pretext.split()], PRETRAIN):
         use = "draw the boxes of a pre-trained model" if "--viz" in flags else "pre-train"
         message += f"\nTo {use} on the images of that folder, add: {pretext}"
     raise UserError(message)
@@ -112,14 +115,14 @@ def _suggestion(groups: dict[str, list[str]]) -> str:
         for flag, words in groups.items()
         if flag not in known and flag not in LOCAL_RANK_FLAGS
     ]
-    commands, refusal = [], ""
+    commands, reason = [], ""
     for words in _candidates(kept, groups):
-        refusal = _refusal(words, FINETUNE)
-        if not refusal:
+        reason = refusal(words, FINETUNE)
+        if not reason:
             commands.append(f"\n  {_launcher()} {FINETUNE} {shlex.join(words)}")
 
     if not commands:
-        return f"{FINETUNE} trains and evaluates with labels. With these flags it would answer: {refusal}"
+        return f"{FINETUNE} trains and evaluates with labels. With these flags it would answer: {reason}"
     text = "To train or evaluate with labels:"
     if len(commands) > 1:
         text = (
@@ -179,7 +182,7 @@ class _CheckingParser(Parser):
         raise UserError(message)
 
 
-def _refusal(words: Sequence[str], script: str) -> str:
+def refusal(words: Sequence[str], script: str) -> str:
     """Return why a script would refuse these flags, or nothing."""
     # The detector of a checkpoint is not known here: one that accepts the flags is enough.
     groups = _group(words)
@@ -187,7 +190,7 @@ def _refusal(words: Sequence[str], script: str) -> str:
     message = ""
     for extra in [["--detector", name] for name in DETECTORS] if guesses else [[]]:
         try:
-            parser = _CheckingParser(script, parents=[make_parser(script)])
+            parser = _CheckingParser(script, parents=[make_parser(script)], add_help=False)
             settings = resolve(parser.parse_args([*words, *extra]))
             if not settings.pre_norm or settings.detector == "detr":
                 return ""
