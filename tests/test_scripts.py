@@ -277,6 +277,12 @@ def suggested_commands(*words: object) -> tuple[list[list[str]], str]:
         ("--coco_path COCO --eos_coef 0.1", ["detr"]),
         ("--coco_path COCO --pre_norm", ["detr"]),
         ("--masks", ["detr"]),
+        ("--masks --cls_loss_coef 2", ["conditional_detr", "deformable_detr"]),
+        # An empty path is no checkpoint, as published.
+        (
+            "--resume= --coco_path COCO --output_dir OUT",
+            ["detr", "conditional_detr", "deformable_detr"],
+        ),
         ("--dataset=coco", ["deformable_detr"]),
         ("--dataset_file voc --dataset voc --eval_every 10", ["deformable_detr"]),
         ("--root_path COCO --num_queries 100", ["conditional_detr"]),
@@ -314,7 +320,12 @@ def test_flags_of_finetune_main_are_refused_with_its_command(
         ("--frozen_weights MODEL", ("no effect without --masks",)),
         ("--coco_path COCO --pre_norm --model conditional_detr", ("post-norm only",)),
         ("--coco_path COCO --batch_size none", ("--batch_size",)),
-        ("--eval --imagenet_path IMAGES", ("--pretext random_query_patch", "--coco_path COCO")),
+        (
+            "--eval --imagenet_path IMAGES",
+            ("add: --pretext random_query_patch --resume PATH --coco_path COCO",),
+        ),
+        ("--eval --imagenet_path I --resume M --coco_path C", ("--pretext random_query_patch",)),
+        ("--eval --dataset imagenet --resume MODEL", ("add: --pretext region_prior",)),
     ],
 )
 def test_command_that_no_script_accepts_gets_the_reason(line: str, parts: tuple[str, ...]) -> None:
@@ -337,6 +348,32 @@ def test_suggested_command_names_what_it_leaves_out() -> None:
         "--foo 3",
     )
     assert all(part in left_out for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("--coco_path COCO", "To pre-train on the images of that folder, add: --pretext random_"),
+        (
+            "--dataset coco",
+            "To pre-train on the images of that folder, add: --pretext region_prior",
+        ),
+        ("--dataset coco --viz --resume MODEL", "To draw the boxes of a pre-trained model"),
+        # With these flags, main.py would refuse the pretext.
+        ("--dataset coco --pretrain MODEL", None),
+        ("--coco_path COCO --with_box_refine", None),
+        ("--coco_path COCO --foo 3", None),
+    ],
+)
+def test_pre_training_is_suggested_only_if_it_would_run(line: str, hint: str | None) -> None:
+    _, text = suggested_commands(*line.split())
+    assert hint in text if hint else "add: --pretext" not in text
+
+
+def test_help_is_not_a_wrong_script(capsys: pytest.CaptureFixture) -> None:
+    status, _ = call(PRETRAIN, "--coco_path", "COCO", "--help")
+    assert status in (0, None)
+    assert "--num_patches" in capsys.readouterr().out
 
 
 def test_suggested_command_keeps_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

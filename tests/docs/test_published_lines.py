@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import detr_main
+import run_with_submitit
 from datasets import build_dataset, build_labelled
 from tests.docs.test_documents import (
     given_file,
@@ -188,6 +189,22 @@ def run_submitit(line: str) -> str:
     assert {"--time", "3000", "--ntasks=32"} <= set(printed)
     run(printed[printed.index("python") + 1 :])
     return "answered"
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("--coco_path C --job_dir JOB --nodes 2 --ngpus 4", "GPUS_PER_NODE=4 SRUN_ARGS="),
+        ("--coco_path C --resume=auto --job_dir JOB", "--resume=auto --output_dir JOB"),
+        # Never a command that is refused.
+        ("--coco_path C --eval", "finetune_main.py would answer: --eval needs"),
+        ("--coco_path C --foo 3", "finetune_main.py would answer: unknown argument --foo"),
+    ],
+)
+def test_flags_of_submitit(line: str, part: str) -> None:
+    text = run_with_submitit.answer(line.split())
+    assert part in text
+    assert ("run_dist_slurm.sh" in text) == ("would answer" not in text)
 
 
 def test_document_has_the_counts() -> None:

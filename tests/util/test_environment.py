@@ -11,7 +11,8 @@ from util.environment import MIN_PYTHON, MIN_TORCH, check_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 # What Python 3.7 compiles before the check.
-FILES = ("main.py", "finetune_main.py", "detr_main.py", "util/__init__.py", "util/environment.py")
+SCRIPTS = ("main.py", "finetune_main.py", "run_with_submitit.py")
+FILES = (*SCRIPTS, "detr_main.py", "util/__init__.py", "util/environment.py")
 
 
 def test_this_environment_is_new_enough() -> None:
@@ -49,8 +50,8 @@ def test_bounds_are_those_of_the_package() -> None:
 def test_scripts_check_first(name: str) -> None:
     """Old Pythons parse these files, and the entry scripts import nothing of the project before the check."""
     tree = ast.parse((ROOT / name).read_text(), feature_version=(3, 7))
-    if name not in ("main.py", "finetune_main.py"):
+    if name not in SCRIPTS:
         return
-    imports = [ast.unparse(node) for node in tree.body if not isinstance(node, ast.Expr)][:2]
-    assert imports == ["import os", "from util.environment import check_environment"]
-    assert ast.unparse(tree.body[3]) == "check_environment()"
+    lines = [ast.unparse(node) for node in tree.body[1:]]  # without the docstring
+    check = lines.index("check_environment()")
+    assert set(lines[:check]) <= {"import os", "from util.environment import check_environment"}

@@ -16,6 +16,7 @@ from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.resolving import resolve
 from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS
 
+HELP_FLAGS = {"-h", "--help"}
 FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights", "--frozen_weigths")
 LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
 LABELLED_PATHS = ("--coco_path", "--root_path")
@@ -26,11 +27,10 @@ DEFORMABLE_FLAGS = {
     *("--dataset", "--cache_mode"),  # DETReg's default is Deformable DETR
 }
 CONDITIONAL_FLAGS = {"--root_path", "--split"}  # Siamese DETR fine-tunes Conditional DETR
-DETR_FLAGS = {
-    *("--eos_coef", "--pre_norm", "--masks", "--coco_panoptic_path"),
-    *("--frozen_weights", "--frozen_weigths"),
-}
+DETR_FLAGS = {"--eos_coef", "--pre_norm"}
 FOCAL_FLAGS = {"--cls_loss_coef", "--focal_alpha"}  # of Conditional and Deformable DETR
+# All three have these flags, and only DETR's code runs with them.
+MASK_FLAGS = {"--masks", "--coco_panoptic_path", "--frozen_weights", "--frozen_weigths"}
 
 
 def check_right_script(argv: Sequence[str]) -> None:
@@ -42,21 +42,35 @@ def check_right_script(argv: Sequence[str]) -> None:
     """
     groups = _group(argv)
     flags = set(groups)
+    if HELP_FLAGS & set(argv):
+        return
     pretext_given = bool(flags & {"--pretext", *_pretext_flags()})
     reason = _reason(argv, flags, pretext_given)
     if reason is None:
         return
 
     message = f"{reason}: {PRETRAIN} pre-trains without labels; nothing was started. "
-    if "--eval" in flags and "--imagenet_path" in flags:
+    pretext = f"--pretext {'region_prior' if '--dataset' in flags else 'random_query_patch'}"
+    if "--eval" in flags and _has_unlabelled_images(groups):
+        missing = {"--resume": "PATH"}
+        if "--imagenet_path" in flags:  # DETReg's --dataset finds COCO in --data_root
+            missing["--coco_path"] = "COCO"
+        added = "".join(f" {flag} {value}" for flag, value in missing.items() if flag not in flags)
         raise UserError(
             f"{message}To evaluate a pre-trained model by class-agnostic AP on COCO's validation images, add: "
-            "--pretext random_query_patch --coco_path COCO --resume PATH"
+            f"{pretext}{added}"
         )
     message += _suggestion(groups)
-    if reason.endswith("--pretext"):
-        message += "\nTo pre-train on the images of that folder, add: --pretext random_query_patch"
+    if reason.endswith("--pretext") and not refusal([*argv, *pretext.split()], PRETRAIN):
+        use = "draw the boxes of a pre-trained model" if "--viz" in flags else "pre-train"
+        message += f"\nTo {use} on the images of that folder, add: {pretext}"
     raise UserError(message)
+
+
+def _has_unlabelled_images(groups: dict[str, list[str]]) -> bool:
+    """Whether the flags name images without labels: by their folder, or by DETReg's `--dataset imagenet`."""
+    name = groups.get("--dataset", [""])[-1].removeprefix("--dataset=")
+    return "--imagenet_path" in groups or name not in ("", *LABELLED_DATASETS)
 
 
 def _pretext_flags() -> set[str]:
@@ -101,14 +115,14 @@ def _suggestion(groups: dict[str, list[str]]) -> str:
         for flag, words in groups.items()
         if flag not in known and flag not in LOCAL_RANK_FLAGS
     ]
-    commands, refusal = [], ""
+    commands, reason = [], ""
     for words in _candidates(kept, groups):
-        refusal = _refusal(words, set(groups))
-        if not refusal:
+        reason = refusal(words, FINETUNE)
+        if not reason:
             commands.append(f"\n  {_launcher()} {FINETUNE} {shlex.join(words)}")
 
     if not commands:
-        return f"{FINETUNE} trains and evaluates with labels. With these flags it would answer: {refusal}"
+        return f"{FINETUNE} trains and evaluates with labels. With these flags it would answer: {reason}"
     text = "To train or evaluate with labels:"
     if len(commands) > 1:
         text = (
@@ -142,20 +156,22 @@ def _names_detector(groups: dict[str, list[str]]) -> bool:
     """Whether a flag names the detector, or a checkpoint contains it."""
     if {"--detector", "--model"} & set(groups):
         return True
-    resumes = groups.get("--resume", [])[-1:] not in ([], ["auto"], ["--resume=auto"])
-    return resumes or bool({"--pretrain", "--frozen_weights", "--frozen_weigths"} & set(groups))
+    flags = ("--resume", "--pretrain", "--frozen_weights", "--frozen_weigths")
+    # As published, an empty path means no checkpoint.
+    values = {groups[flag][-1].removeprefix(f"{flag}=") for flag in flags if flag in groups}
+    return bool(values - {"", "auto"})
 
 
 def _possible_detectors(flags: set[str]) -> Sequence[str]:
-    for detector, own in (
-        ("deformable_detr", DEFORMABLE_FLAGS),
-        ("conditional_detr", CONDITIONAL_FLAGS),
-        ("detr", DETR_FLAGS),
+    for own, detectors in (
+        (DEFORMABLE_FLAGS, ["deformable_detr"]),
+        (CONDITIONAL_FLAGS, ["conditional_detr"]),
+        (DETR_FLAGS, ["detr"]),
+        (FOCAL_FLAGS, ["conditional_detr", "deformable_detr"]),
+        (MASK_FLAGS, ["detr"]),
     ):
         if flags & own:
-            return [detector]
-    if flags & FOCAL_FLAGS:
-        return ["conditional_detr", "deformable_detr"]
+            return detectors
     return list(DETECTORS)
 
 
@@ -166,14 +182,15 @@ class _CheckingParser(Parser):
         raise UserError(message)
 
 
-def _refusal(words: list[str], flags: set[str]) -> str:
-    """Return why `finetune_main.py` would refuse these flags, or nothing."""
+def refusal(words: Sequence[str], script: str) -> str:
+    """Return why a script would refuse these flags, or nothing."""
     # The detector of a checkpoint is not known here: one that accepts the flags is enough.
-    known = "--detector" in words or not {"--model", "--detector"}.isdisjoint(flags)
+    groups = _group(words)
+    guesses = _names_detector(groups) and {"--detector", "--model"}.isdisjoint(groups)
     message = ""
-    for extra in [[]] if known else [["--detector", detector] for detector in DETECTORS]:
+    for extra in [["--detector", name] for name in DETECTORS] if guesses else [[]]:
         try:
-            parser = _CheckingParser(FINETUNE, parents=[make_parser(FINETUNE)])
+            parser = _CheckingParser(script, parents=[make_parser(script)], add_help=False)
             settings = resolve(parser.parse_args([*words, *extra]))
             if not settings.pre_norm or settings.detector == "detr":
                 return ""
