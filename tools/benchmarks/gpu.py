@@ -44,10 +44,10 @@ class Session:
     def left(self) -> float:
         return self.args.budget - (time.monotonic() - self.began)
 
-    def add(self, part: str, **values: Any) -> None:
-        self.facts.setdefault(part, []).append(values)
+    def add(self, key: str, **values: Any) -> None:
+        self.facts.setdefault(key, []).append(values)
         write_text(self.args.output / FACTS, json.dumps(self.facts, indent=1) + "\n")
-        log.info("%s: %s", part, ", ".join(f"{name} {value}" for name, value in values.items()))
+        log.info("%s: %s", key, ", ".join(f"{name} {value}" for name, value in values.items()))
 
     def measure(self, *words: str) -> None:
         """Run another subject on this device and add its run to the results."""
