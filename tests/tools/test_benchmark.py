@@ -1,54 +1,250 @@
-"""The benchmark times only implementations with equal outputs, interleaved, and writes its results."""
+"""The benchmark times only contenders with equal outputs, in turns, and its page is made from its results."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from tools import benchmark
+from tests.published_files import SMALL, filled, shapes
+from tests.tiny import ROOT
+from tests.util.checkpoints.test_hugging_face import CASES
+from tests.util.checkpoints.test_hugging_face import to_hugging_face as written_by_transformers
+from tools.benchmarks import (
+    evaluation,
+    gpu,
+    kernels,
+    loader,
+    matching,
+    measure,
+    peers,
+    report,
+    results,
+    roof,
+    step,
+    work,
+)
+from tools.benchmarks.command import main, parse
+from tools.benchmarks.measure import Comparison, Local, Seconds
 from util.errors import UserError
 
 CPU = torch.device("cpu")
+TINY = [
+    "--backbone",
+    "resnet18",
+    "--hidden_dim",
+    "32",
+    "--dim_feedforward",
+    "32",
+    "--enc_layers",
+    "1",
+    "--dec_layers",
+    "2",
+    "--num_queries",
+    "12",
+    "--size",
+    "64",
+    "64",
+]
 
 
-def run(output: Path, *flags: str) -> None:
-    small = ("--device", "cpu", "--image_size", "64", "--batch_size", "1", "--turns", "2")
-    benchmark.main(benchmark.parse(["ms_deform_attn", *small, "--output", str(output), *flags]))
+def run(output: Path, *words: str) -> dict:
+    """Run a subject with one turn on a CPU; return the run in the results file."""
+    main(parse([*words, "--device", "cpu", "--turns", "1", "--output", str(output)]))
+    return json.loads((output / results.FILE).read_text())["runs"][-1]
 
 
-def test_ms_deform_attn_on_cpu(tmp_path: Path) -> None:
-    run(tmp_path)
-    result = json.loads((tmp_path / "ms_deform_attn.json").read_text())
-    rows = [row for row in result["rows"] if row["contender"] == "pytorch"]
+def contenders(found: dict, comparison: str) -> list[str]:
+    return [row["contender"] for row in found["rows"] if row["comparison"] == comparison]
+
+
+# ---- what all subjects share ----
+
+
+def fixed(values: list[float]) -> Local:
+    return Local(lambda: None, lambda: [torch.tensor(values)], CPU)
+
+
+def test_contender_with_different_output_is_not_timed() -> None:
+    wrong = {"first": fixed([1.0, 1.0, 1.0]), "other": fixed([1.0, 1.0, 1.1])}
+    with pytest.raises(UserError, match="case: other differs from first by 0.1"):
+        measure.measure(Comparison("case", wrong, 1e-3), 1)
+    assert measure.check(Comparison("case", wrong, 1e-3, {"other": 0.2}))["other"] > 0.09
+    nan = {"first": fixed([1.0]), "other": fixed([float("nan")])}
+    with pytest.raises(UserError, match="nan"):
+        measure.measure(Comparison("case", nan, 1e-3), 1)
+
+
+def test_contenders_are_interleaved_and_rows_have_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    class Fake:
+        def __init__(self, name: str, seconds: list[float]) -> None:
+            self.name, self.seconds = name, seconds
+
+        def outputs(self) -> list[torch.Tensor]:
+            return [torch.ones(1)]
+
+        def time(self, count: int) -> Seconds:
+            calls.append((self.name, count))
+            return Seconds(self.seconds.pop(0), 0.5)
+
+        def peak_mib(self) -> None:
+            return None
+
+    monkeypatch.setattr(measure, "SECONDS_PER_TURN", 2.0)
+    fakes = {"a": Fake("a", [9.0, 1.0, 8.0, 2.0, 3.0]), "b": Fake("b", [9.0, 2.0, 1.0, 1.0, 2.0])}
+    first, second = measure.measure(Comparison("case", fakes, 0.0, items=3), 3)
+    # Two calls each to warm up and to choose the length of a turn, then three turns.
+    assert calls == [("a", 1), ("a", 1), ("b", 1), ("b", 1)] + [("a", 2), ("b", 1)] * 3
+    assert (first.median_ms, second.median_ms, first.cpu_ms) == (3000, 1000, 500)
+    assert (first.low_ms, first.high_ms) == (2500, 5500)
+    table = results.times_table([vars(first), vars(second)])
+    assert "| 0.33 " in table  # ours, the first one, is three times as slow
+
+
+def test_a_run_replaces_one_of_the_same_command(tmp_path: Path) -> None:
+    path = tmp_path / results.FILE
+    for command, value in (("a", 1), ("b", 2), ("a", 3)):
+        results.save_run(path, {"command": command, "value": value})
+    assert [(r["command"], r["value"]) for r in results.read_runs(path)] == [("b", 2), ("a", 3)]
+    path.write_text("[]")
+    with pytest.raises(UserError, match="no results file"):
+        results.read_runs(path)
+
+
+def test_command_is_recorded_without_paths(tmp_path: Path) -> None:
+    args = parse(
+        ["step", "--models", "detr", "--output", str(tmp_path), "--against", str(tmp_path)]
+    )
+    assert args.command == f"python tools/benchmark.py step --models detr --against {tmp_path.name}"
+
+
+def test_wrong_device_turns_and_flags_are_refused(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU is visible"):
+            main(parse(["kernels", "--output", str(tmp_path), "--device", "cuda"]))
+    for words in (
+        ["kernels", "--turns", "0"],
+        ["kernels", "--lr", "1"],
+        ["step", "--no_such", "1"],
+    ):
+        with pytest.raises(SystemExit):
+            parse(words)
+    with pytest.raises(UserError, match="no checkout"):
+        main(parse(["matching", "--against", str(tmp_path), "--output", str(tmp_path)]))
+    assert parse(["step", "--models", "siamese/detr", "--num_patches", "5"]).flags == {
+        "num_patches": 5
+    }
+
+
+# ---- subjects ----
+
+
+def test_step_of_a_detector_and_a_pretext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "missing", lambda *names: f"not installed: pip install {names[0]}")
+    monkeypatch.setattr(roof, "matmul_rate", lambda *_: 1e9)
+    monkeypatch.setattr(roof, "copy_rate", lambda *_: 1e9)
+    found = run(tmp_path, "step", "--models", "detr", *TINY, "--variant", "--amp bf16", "--parts")
+    name = "detr, 2 x 64 x 64"
+    assert contenders(found, name) == ["ours", "ours --amp bf16"]
+    assert found["not_measured"] == {
+        f"transformers, {name}": "not installed: pip install transformers"
+    }
+    facts = found["facts"][name]
+    assert list(facts["parts"]) == list(step.PARTS)
+    assert facts["roof"]["flops"] > 1e8
+    assert all(row["items"] == 2 and row["median_ms"] > 0 for row in found["rows"])
+    assert found["rows"][1]["difference"] > 1e-6  # bfloat16 was on
+
+    model = "random_query_patch/deformable_detr"
+    words = ["--patch_size", "32", "--num_patches", "4", "--no_roof"]
+    found = run(tmp_path, "step", "--models", model, *TINY, *words)
+    assert contenders(found, f"{model}, 2 x 64 x 64") == ["ours"]
+
+
+def test_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        return None
+
+    monkeypatch.setattr(peers.importlib.util, "find_spec", absent)
+    words = ["--batch_sizes", "1", "2", "--no_roof"]
+    found = run(tmp_path, "inference", "--models", "conditional_detr", *TINY, *words)
+    names = [f"conditional_detr, {batch} x 64 x 64" for batch in (1, 2)]
+    assert [row["comparison"] for row in found["rows"]] == names
+    assert (
+        found["not_measured"][f"ONNX Runtime, {names[0]}"]
+        == "not installed: pip install onnx onnxruntime onnxscript"
+    )
+    with pytest.raises(UserError, match="a pretext has no inference"):
+        run(tmp_path, "inference", "--models", "siamese/detr")
+
+
+def test_another_checkout_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Here it is this checkout again. Its criterion must agree, so it had the same inputs."""
+    words = ["matching", "--batch_size", "2", "--layers", "2", "--queries", "20"]
+    found = run(tmp_path, *words, "--against", str(ROOT))
+    names = contenders(found, "focal, 2 layers x 2 images x 20 queries")
+    assert names[:2] == ["ours", "published form"]
+    assert len(names) == 3
+    assert names[2].startswith("commit ")
+    assert str(ROOT) not in json.dumps(found)
+
+
+@pytest.mark.parametrize("kind", matching.KINDS)
+def test_published_losses_notice_a_difference(kind: str) -> None:
+    case = {"kind": kind, "device": "cpu", "layers": 3, "batch_size": 4, "queries": 20}
+    ours, published = matching.build(case), matching.published(case)
+    assert measure.difference(published.outputs(), ours.outputs()) < 1e-5
+    other = matching.build({**case, "queries": 21}).outputs()[:1]
+    assert measure.difference(other, ours.outputs()[:1]) > 1e-3
+
+
+def test_loader_loads_the_next_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "NUM_IMAGES", 4)
+    words = ["--models", "detection", "random_query_patch", "--batch_size", "2"]
+    found = run(tmp_path, "loader", *words, "--image_size", "64")
+    assert [row["comparison"] for row in found["rows"]] == ["detection", "random_query_patch"]
+
+    loader.write_images(tmp_path / "images")
+    flags = {"coco_path": str(tmp_path / "images"), "image_size": 64}
+    contender = loader.build({"flags": flags, "batch_size": 3})
+    _, first = contender.run()
+    _, second = contender.run()
+    assert first.tensors["image_id"].tolist() == [1, 2, 3]
+    assert second.tensors["image_id"].tolist() == [4, 1, 2]  # in the second epoch
+
+
+def test_evaluation_finds_its_objects() -> None:
+    truth = evaluation.make_ground_truth(5)
+    batches = evaluation.make_detections(truth)
+    assert sum(len(d["scores"]) for batch in batches for d in batch.values()) == 500
+    stats = evaluation.build({"images": 5, "backend": "pycocotools"}).outputs()[0]
+    assert 0.05 < stats[0] < 0.9
+
+
+def test_kernels_on_cpu(tmp_path: Path) -> None:
+    found = run(tmp_path, "ms_deform_attn", "--image_size", "64", "--batch_size", "1")
+    rows = [row for row in found["rows"] if row["contender"] == "pytorch"]
     assert [row["comparison"] for row in rows] == [
         "encoder, float32",
         "decoder, float32",
         "encoder, bfloat16",
         "decoder, bfloat16",
     ]
-    assert all(
-        0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] and row["speedup"] == 1
-        for row in rows
-    )
-    assert "NVIDIA GPU" in result["not_measured"]["triton"]
-    assert result["environment"]["torch"] in torch.__version__
-    table = (tmp_path / "ms_deform_attn.md").read_text()
-    assert table.count("| pytorch ") == 4
-    assert "Not measured: triton" in table
-    with pytest.raises(UserError, match="--overwrite"):
-        run(tmp_path)
-    run(tmp_path, "--overwrite", "--dtypes", "float32")
-    assert (
-        len(json.loads((tmp_path / "ms_deform_attn.json").read_text())["rows"])
-        == 2 * len(rows) // 4
-    )
+    assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows)
+    if not torch.cuda.is_available():
+        assert "NVIDIA GPU" in found["not_measured"]["triton, encoder, float32"]
+    assert found["environment"]["torch"] in torch.__version__
+    assert "Not measured: triton" in results.run_text(found)
 
 
 def test_feature_map_shapes_match_training() -> None:
-    args = benchmark.parse(["ms_deform_attn"])
-    assert benchmark.feature_map_shapes(args.image_size) == [
+    args = parse(["ms_deform_attn"])
+    assert kernels.feature_map_shapes(args.image_size) == [
         (100, 134),
         (50, 67),
         (25, 34),
@@ -58,7 +254,7 @@ def test_feature_map_shapes_match_training() -> None:
 
 def test_encoder_points_are_near_their_pixel() -> None:
     shapes = [(8, 11), (4, 6)]
-    value, locations, weights, grad_output = benchmark.attention_inputs(
+    value, locations, weights, grad_output = kernels.attention_inputs(
         "encoder", shapes, 2, torch.bfloat16, CPU
     )
     assert value.shape == (2, 112, 8, 32)
@@ -91,7 +287,7 @@ def test_public_implementations_get_their_own_arguments(
     def attention(value, sizes, starts, locations, weights, step):
         assert (value.dtype, sizes.dtype, step) == (torch.float32, torch.int64, 64)
         assert starts.tolist() == [0, 48]
-        return benchmark.ms_deform_attn(
+        return kernels.ms_deform_attn(
             value, [tuple(size) for size in sizes.tolist()], locations, weights, "pytorch"
         )
 
@@ -116,63 +312,117 @@ def test_public_implementations_get_their_own_arguments(
         setattr(stand_in, path, {"transformers": AsModule, "mmcv": AsFunction}[peer])
     parts = module.split(".")
     for i in range(1, len(parts)):
-        monkeypatch.setitem(
-            benchmark.sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i]))
-        )
-    monkeypatch.setitem(benchmark.sys.modules, module, stand_in)
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), types.ModuleType(".".join(parts[:i])))
+    monkeypatch.setitem(sys.modules, module, stand_in)
     shapes = [(6, 8), (3, 4)]
-    comparison = benchmark.compare_attention(
-        "case", shapes, benchmark.attention_inputs("decoder", shapes, 1, torch.float32, CPU)
+    comparison = kernels.compare_attention(
+        "case", shapes, kernels.attention_inputs("decoder", shapes, 1, torch.float32, CPU)
     )
     assert peer in comparison.contenders, comparison.skipped
-    assert set(benchmark.check(comparison)) == set(comparison.contenders)
+    assert set(measure.check(comparison)) == set(comparison.contenders)
 
 
-def test_contender_with_different_output_is_not_timed() -> None:
-    right, wrong = (lambda: [torch.ones(3)]), (lambda: [torch.tensor([1.0, 1.0, 1.1])])
-    with pytest.raises(UserError, match="case: other differs from first by 0.1"):
-        benchmark.measure(
-            benchmark.Comparison("case", {"first": right, "other": wrong}, 1e-3), 1, CPU
-        )
-    nan = benchmark.Comparison(
-        "case", {"first": right, "other": lambda: [torch.full((3,), float("nan"))]}, 1e-3
-    )
-    with pytest.raises(UserError, match="nan"):
-        benchmark.measure(nan, 1, CPU)
+# ---- other packages, the roof, the report ----
 
 
-def test_contenders_are_interleaved_and_speedup_uses_medians(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("case", ["detr", "conditional_detr", "deformable_detr", "refine"])
+def test_names_of_transformers_are_the_inverse_of_reading_them(case: str) -> None:
+    detector, flags = CASES[case]
+    state = filled(shapes(detector, *SMALL, *flags))
+    expected = written_by_transformers(state, detector)
+    found = peers.to_hugging_face(state, expected)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_peer_trains_what_ours_trains() -> None:
+    names = ["model.backbone.conv_encoder.model.conv1.weight", "class_labels_classifier.weight"]
+
+    class Peer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.values = {name: nn.Parameter(torch.ones(2)) for name in names}
+
+        def state_dict(self) -> dict:
+            return self.values
+
+        def named_parameters(self) -> list:
+            return list(self.values.items())
+
+    peer = Peer()
+    peers.freeze_as_ours(peer, {"class_embed.weight"})
+    assert [p.requires_grad for p in peer.values.values()] == [False, True]
+
+
+def test_roof_counts_operations_and_bytes() -> None:
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    found = roof.of_call(lambda: layer(x).sum().backward(), CPU, torch.float32)
+    # Forward, gradient of the input and of the weight: 2 FLOPs for each of 9 weights and 4 x 8 x 16 x 16 outputs.
+    assert found["flops"] == 3 * 2 * 9 * 4 * 8 * 16 * 16
+    y = torch.ones(1000)
+    copied = roof.of_call(lambda: y + 1, CPU, torch.float32)
+    assert (copied["bytes"], copied["operations"]) == (8000, 1)
+
+
+def test_weights_are_calibrated() -> None:
+    """Features of a random backbone neither grow nor fade from block to block."""
+    flags = work.parse_flags(TINY[:-3], "finetune_main.py")
+    case = {"flags": flags, "device": "cpu", "batch_size": 2, "size": [64, 64]}
+    state = work.calibrated_weights(case)
+    name = "backbone.0.body.layer4.1.bn2.running_var"
+    assert not torch.equal(state[name], torch.ones_like(state[name]))
+    assert 0.01 < float(state[name].mean()) < 100
+
+
+def test_report_writes_page_and_zoo_table(tmp_path: Path) -> None:
+    row = {
+        "comparison": "detr_resnet50, 1 x 800 x 1066", "contender": "ours", "median_ms": 900.0,
+        "low_ms": 800.0, "high_ms": 950.0, "cpu_ms": 1700.0, "items": 1, "peak_mib": None,
+        "difference": 0.0, "turns": 3, "calls_a_turn": 1,
+    }  # fmt: skip
+    info = {"device": "a CPU", "torch": "2.0", "load": "0.1"}
+    entry = {
+        "subject": "inference", "command": "python tools/benchmark.py inference", "commit": "abc",
+        "environment": info, "rows": [row], "not_measured": {"ONNX Runtime": "a reason"},
+        "facts": {row["comparison"]: {"model": "detr_resnet50"}},
+    }  # fmt: skip
+    results.save_run(tmp_path / results.FILE, entry)
+    zoo = tmp_path / "zoo.md"
+    zoo.write_text("# Zoo\n")
+    for _ in range(2):  # a second report replaces the section
+        main(parse(["report", "--output", str(tmp_path), "--model_zoo", str(zoo)]))
+    assert zoo.read_text().count("| DETR-R50 ") == 1
+    assert "| 0.036 " in zoo.read_text()
+    assert "| 0.9 " in zoo.read_text()
+    page = (tmp_path / "benchmark.md").read_text()
+    assert page.count("## Inference") == 1
+    assert "Not measured: ONNX Runtime (a reason)." in page
+    with pytest.raises(UserError, match="measure first"):
+        main(parse(["report", "--output", str(tmp_path / "empty")]))
+
+
+def test_page_of_the_documentation_is_made_from_its_results() -> None:
+    folder = ROOT / "docs" / "results"
+    runs = results.read_runs(folder / results.FILE)
+    assert runs
+    page = (folder / "benchmark.md").read_text()
+    assert report.replace_section(page, "runs", report.page_text(runs, "benchmark")) == page
+    zoo = (ROOT / "docs" / "model_zoo.md").read_text()
+    if report.zoo_text(runs):
+        assert report.replace_section(zoo, "inference times", report.zoo_text(runs)) == zoo
+
+
+def test_gpu_measurement_continues_after_a_part_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = []
+    def broken(_: gpu.Session) -> None:
+        raise RuntimeError("broken")
 
-    def contender(name: str):
-        def call() -> list[torch.Tensor]:
-            calls.append(name)
-            return [torch.ones(1)]
-
-        return call
-
-    monkeypatch.setattr(benchmark, "SECONDS_PER_TURN", 0.5)  # one call of `fake_seconds` lasts 1
-    fake_seconds = {"a": [1.0, 8.0, 2.0, 3.0], "b": [1.0, 1.0, 1.0, 2.0]}
-
-    def seconds(call, count: int, _device, _clock=None) -> float:
-        call()
-        assert count == 1
-        return fake_seconds[calls[-1]].pop(0)
-
-    monkeypatch.setattr(benchmark, "seconds", seconds)
-    first, second = benchmark.measure(
-        benchmark.Comparison("case", {"a": contender("a"), "b": contender("b")}, 0.0), 3, CPU
-    )
-    assert calls == ["a", "b"] * 5  # the check, the length of a turn, three turns
-    assert (first.median_ms, second.median_ms, second.speedup) == (3000, 1000, 3)
-    assert (first.low_ms, first.high_ms) == (2500, 5500)
-
-
-def test_wrong_device_and_turns_are_refused(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no GPU is visible"):
-            run(tmp_path, "--device", "cuda")
-    with pytest.raises(SystemExit):
-        run(tmp_path, "--turns", "0")
+    monkeypatch.setitem(gpu.PARTS, "resume", broken)
+    words = ["--device", "cpu", "--tiny", "--parts", "resume", "waits", "shapes"]
+    main(parse(["gpu", *words, "--output", str(tmp_path)]))
+    facts = json.loads((tmp_path / gpu.FACTS).read_text())
+    assert facts["failed"][0]["error"] == "RuntimeError: broken"
+    assert set(facts["shapes"][0]) == {"new_ms", "seen_ms"}
+    assert "end" in facts
