@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from datasets.collate import to_device
 from datasets.samplers import EpochSampler
+from datasets.transfer import Transfer
 from models.criterion import SetCriterion
 from util.distributed import (
     all_gather_object,
@@ -75,6 +75,7 @@ class TrainState:
         unread_norm: the same, until it is in `averages`.
         log_every: call `on_log_step` every this many steps of an epoch; 0: never.
         on_log_step: gets the epoch, the number of its finished steps, and the values of the last one.
+        on_step: called after each step.
         seconds: training time, over all starts of the run.
     """
 
@@ -98,6 +99,7 @@ class TrainState:
     unread_norm: Tensor | None = None
     log_every: int = 0
     on_log_step: Callable[[int, int, Mapping[str, float]], None] | None = None
+    on_step: Callable[[], None] | None = None
     seconds: float = 0.0
 
     @property
@@ -233,12 +235,13 @@ def train_one_epoch(state: TrainState) -> None:
     bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
     num_images = 0
     replaced_before = state.bad_images.count, state.bad_images.boxless_count
+    transfer = Transfer(state.device, state.normalization)
     start = time.monotonic()
 
     for samples, packed in state.loader:
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
-        samples, targets = to_device(samples, packed, state.device, **state.normalization)
+        samples, targets = transfer(samples, packed)
         values, stop = train_step(state, samples, targets, state.stop_signal.requested)
         values["lr"] = state.optimizer.param_groups[0]["lr"]
 
@@ -256,6 +259,8 @@ def train_one_epoch(state: TrainState) -> None:
         if state.log_every and state.on_log_step and state.batch % state.log_every == 0:
             speed = {"images_per_second": throughput}
             state.on_log_step(state.epoch, state.batch, {**values, **speed})
+        if state.on_step is not None:
+            state.on_step()
         if stop:
             _raise_stop(state, start, num_batches)
 
@@ -322,11 +327,12 @@ def evaluate(
 
     averages, bad_images = Averages(), BadImages()
     examples: list[dict[str, Any]] = []
+    transfer = Transfer(device, normalization)
     bar = Progress(len(loader), "evaluation")
     for samples, packed in loader:
         bad_images.add(packed.problems)
         bad_images.add_dropped_boxes(packed.dropped_boxes)
-        inputs, targets = to_device(samples, packed, device, **normalization)
+        inputs, targets = transfer(samples, packed)
         if criterion is None:
             outputs = forward(model, inputs, targets, amp)
         else:

@@ -28,6 +28,7 @@ from datasets.labelled import few_shot, subsets
 from datasets.labelled.checks import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import Evaluation
+from memory import plan_memory
 from models import build_model
 from models.segmentation import SegmentationDetector
 from util.checkpoints.checkpoint import BEST, LATEST, Checkpoint
@@ -36,6 +37,7 @@ from util.checkpoints.loading import load_pretrained, load_strict, without_mask_
 from util.distributed import is_main_process
 from util.files import write_text
 from util.logger import log
+from util.runs.compilation import compile_detector
 from util.runs.folder import check_disk_space, log_settings, prepare_output_dir, save_settings
 from util.runs.model_summary import log_model_summary
 from util.runs.page import update_run_page
@@ -182,10 +184,8 @@ def main(args: Namespace) -> None:
     from_data = {"num_classes": val_set.num_classes}
     log_settings(settings, from_data)
 
-    loader = None
     datasets = {"val": val_set}
     if train_set is not None:  # None with --eval
-        loader = build_loader(train_set, settings, train=True)
         datasets = {"train": train_set, "val": val_set}
     record: dict[str, Any] = {  # for args.json
         "data": {name: dataset.fingerprint() for name, dataset in datasets.items()},
@@ -199,12 +199,17 @@ def main(args: Namespace) -> None:
     record["model"] = log_model_summary(model, settings)
     check_disk_space(folder, model)
 
+    if train_set is not None:
+        settings = plan_memory(
+            settings, model, criterion, train_set, device, session.auto_batch_size
+        )
     evaluation = Evaluation(
         settings, val_set, criterion, postprocessors, device=device, folder=folder
     )
-    if train_set is None or loader is None:
+    if train_set is None:
         assert checkpoint is not None  # settings refuse --eval without --resume or --pretrain
         save_settings(folder, settings, record, from_data)
+        compile_detector(model, settings.compile)
         evaluate(evaluation, model, checkpoint)
         return
 
@@ -213,6 +218,7 @@ def main(args: Namespace) -> None:
         **checkpoint_extras(settings, train_set, record["data_check"].get("exif")),
         "data_fingerprint": record["data"],
     }
+    loader = build_loader(train_set, settings, train=True)
     run = trainer.build_run(
         settings, model, criterion, loader, device, folder=folder, checkpoint_extras=extras
     )

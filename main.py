@@ -30,6 +30,7 @@ from evaluation import (
     evaluate_class_agnostic,
     validation_settings,
 )
+from memory import plan_memory
 from models import build_model
 from predictor import Predictor, object_label
 from util.checkpoints.checkpoint import LATEST
@@ -150,7 +151,6 @@ def main(args: Namespace) -> None:
     warn_missing_published_flags(settings)
 
     dataset = build_dataset("train", settings)
-    loader = build_loader(dataset, settings, train=True)
     record: dict[str, Any] = {  # for args.json
         "data": dataset.fingerprint(),
         "images": len(dataset),
@@ -165,6 +165,8 @@ def main(args: Namespace) -> None:
     criterion.to(device)
     record["model"] = log_model_summary(model, settings)
     check_disk_space(folder, model)
+    settings = plan_memory(settings, model, criterion, dataset, device, session.auto_batch_size)
+    loader = build_loader(dataset, settings, train=True)
 
     extras = {"args": settings.as_dict(), "data_fingerprint": record["data"]}
     run = trainer.build_run(

@@ -43,6 +43,7 @@ from datasets.transforms import Transform
 from models import build_model
 from models.postprocess import ClassAgnosticPostProcess
 from models.trainable import TrainableModel
+from util.bf16 import log_bf16
 from util.checkpoints.adoption import is_pretext, settings_from_checkpoint, strip_pretext
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.checkpoints.classes import Classes, count_classes, infer_classes, infer_classification
@@ -54,6 +55,7 @@ from util.logger import log
 from util.masks import decode_masks
 from util.nested_tensor import NestedTensor
 from util.random_state import SampleRNG
+from util.runs.compilation import compile_detector
 from util.settings import FINETUNE, Settings, checked_flags, resolve
 from util.settings.resolving import default_device
 
@@ -165,6 +167,7 @@ class Predictor:
         settings: of the run that trained the detector.
         device: where the detector runs.
         amp: True to run the network in bfloat16.
+        compilation: what was compiled; None without `compile`.
         exif: "apply" to rotate images as their EXIF orientation says; otherwise they are used as stored.
         transforms: resizing, as in evaluation.
     """
@@ -182,6 +185,8 @@ class Predictor:
         self.postprocessors: dict[str, Any] = dict(postprocessors)
         self.classes, self.settings, self.device = classes, settings, device
         self.amp = settings.amp == "bf16"
+        log_bf16(device, self.amp)
+        self.compilation = compile_detector(self.model, settings.compile)
         self.exif = settings.exif
         self.transforms = labelled_transforms("val", settings)
 
@@ -200,6 +205,7 @@ class Predictor:
         image_size: int | None = None,
         max_size: int | None = None,
         exif: str | None = None,
+        compile: bool | None = None,
         class_agnostic: bool = False,
         panoptic_threshold: float | None = None,
     ) -> "Predictor":
@@ -214,6 +220,7 @@ class Predictor:
             max_size: limit of the long side, in pixels.
             exif: `apply` rotates images as their EXIF orientation says, `ignore` uses them as stored. By default as in
                 training, if that tells.
+            compile: run backbone, encoder and decoder compiled; the first images then take minutes.
             class_agnostic: return one box per query regardless of its class, without masks. Checkpoints of pre-training
                 need this.
             panoptic_threshold: lowest score of a segment of a panoptic detector; 0.85 by default, 0.5 with focal
@@ -228,6 +235,7 @@ class Predictor:
             "image_size": image_size,
             "max_size": max_size,
             "exif": exif,
+            "compile": compile,
         }
         given = checked_flags(FINETUNE, options)
         # Before the file is read: a wrong device is reported at once.

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import engine
-from datasets.collate import to_device
+from datasets.transfer import Transfer
 from models.criterion import SetCriterion
 from models.trainable import TrainableModel
 from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_checkpoint
@@ -31,9 +31,11 @@ from util.errors import StopRequested, UserError
 from util.files import link_or_copy
 from util.logger import format_seconds, log
 from util.random_state import get_rng_states, set_rng_states
+from util.runs.compilation import Compilation, compile_detector
 from util.runs.log import append_log, append_step, is_logged, trim_step_log
 from util.runs.meters import Averages, check_gradient, peak_host_memory
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.runs.profiling import StepProfiler
 from util.runs.resuming import (
     NO_AP,
     changed_data,
@@ -41,6 +43,7 @@ from util.runs.resuming import (
     keep_replaced_log,
     warn_if_going_back,
 )
+from util.runs.tensorboard import TensorBoard
 from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
@@ -61,6 +64,10 @@ class Run(engine.TrainState):
         best_ap: best AP so far; -1 before the first evaluation.
         changed_data: the data that differ from those of the resumed checkpoint: some of "train" and "val".
         numbered: name of the numbered checkpoint of the epoch that was trained last, if it has one.
+        compilation: what `--compile` compiled; None without it.
+        use_tensorboard: write the log for TensorBoard, too.
+        profile_steps: number of steps to profile.
+        board: the writer of `use_tensorboard`, on rank 0 while the run trains.
     """
 
     folder: Path | None
@@ -73,6 +80,10 @@ class Run(engine.TrainState):
     best_ap: float = NO_AP
     changed_data: list[str] = field(default_factory=list)
     numbered: str | None = None
+    compilation: Compilation | None = None
+    use_tensorboard: bool = False
+    profile_steps: int = 0
+    board: TensorBoard | None = None
 
 
 # --------------------------------------------------------------------------------------------------------------- build
@@ -127,6 +138,9 @@ def build_run(
         save_every=settings.save_every,
         log_every=settings.log_every or 0,
         checkpoint_extras=checkpoint_extras or {},
+        compilation=compile_detector(model, settings.compile),
+        use_tensorboard=settings.tensorboard,
+        profile_steps=settings.profile or 0,
     )
     _update_num_epochs(run)
     return run
@@ -162,9 +176,12 @@ def fit(run: Run) -> None:
         NonFiniteLoss: a loss or gradient was NaN or infinite; the last checkpoint is unchanged.
         StopRequested: a signal asked to stop; the run is saved, also in the middle of an epoch.
     """
+    profiler = _start_profiler(run)
     with run.stop_signal:
         try:
             _fit(run)
+            if profiler is not None:
+                profiler.stop()
         except StopRequested as stop:
             saved = "not saved: no --output_dir"
             if run.folder is not None:
@@ -175,9 +192,10 @@ def fit(run: Run) -> None:
 def _fit(run: Run) -> None:
     if run.folder is not None:
         run.best_ap = compute_on_rank0(lambda: _inspect_folder(run))
-        run.on_log_step = lambda epoch, step, values: append_step(
-            run.folder, {"epoch": epoch, "step": step, **values}
+        run.on_log_step = lambda epoch, step, values: _log_step(
+            run, {"epoch": epoch, "step": step, **values}
         )
+        run.board = _open_tensorboard(run)
     # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
         _finish_epoch(run)
@@ -191,6 +209,27 @@ def _fit(run: Run) -> None:
     while run.epoch < run.epochs:
         _train_and_save(run)
         _finish_epoch(run)
+
+
+def _start_profiler(run: Run) -> StepProfiler | None:
+    if run.folder is None or not run.profile_steps or not is_main_process():
+        return None
+    profiler = StepProfiler(run.folder, run.profile_steps, run.device)
+    run.on_step = profiler.step
+    return profiler
+
+
+def _open_tensorboard(run: Run) -> TensorBoard | None:
+    """Return a writer with everything that is logged so far. The logs end where training continues."""
+    if run.folder is None or not run.use_tensorboard or not is_main_process():
+        return None
+    return TensorBoard(run.folder, run.epoch, run.sampler.batches_per_epoch)
+
+
+def _log_step(run: Run, record: dict[str, Any]) -> None:
+    append_step(run.folder, record)
+    if run.board is not None:
+        run.board.add_step(record)
 
 
 def _inspect_folder(run: Run) -> float:
@@ -245,6 +284,10 @@ def _finish_epoch(run: Run) -> None:
     record["n_parameters"] = num_trainable
     record["train_seconds"] = round(run.seconds, 1)
     append_log(run.folder, record)
+    if run.board is not None:
+        run.board.add_epoch(record)
+    if run.compilation is not None:
+        run.compilation.log_counts()
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
         run.on_epoch_end()
 
@@ -277,12 +320,13 @@ def dry_run(run: Run) -> None:
     """Run a few training steps on real batches and log losses, time per epoch and peak memory. Nothing is saved."""
     run.model.train()
     run.criterion.train()
+    transfer = Transfer(run.device, run.normalization)
     seconds = []
     batches = itertools.islice(iter(run.loader), DRY_RUN_STEPS)
     num_steps = min(DRY_RUN_STEPS, len(run.sampler))
     for step, (samples, packed) in enumerate(batches, start=1):
         start = time.monotonic()
-        samples, targets = to_device(samples, packed, run.device, **run.normalization)
+        samples, targets = transfer(samples, packed)
         values, _ = engine.train_step(run, samples, targets, stop=False)
         seconds.append(time.monotonic() - start)
         log.info(

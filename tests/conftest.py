@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from util.runs.memory import MemoryEstimate
+
 ROOT = Path(__file__).resolve().parent.parent
 # Test files that look at the number of multiply-adds.
 COUNTING_TESTS = ("test_model_summary.py", "test_scripts.py", "test_deformable_runs.py")
@@ -28,6 +30,14 @@ def _no_counting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Skip counting multiply-adds, which takes a good part of the time of a small run."""
     if request.node.path.name not in COUNTING_TESTS:
         monkeypatch.setattr("util.runs.model_summary._multiply_adds_or_none", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def _no_memory_estimate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the forward pass that estimates the memory, except in the tests of it."""
+    if request.node.path.name != "test_memory.py":
+        estimate = MemoryEstimate(parameters=0, activations=0)
+        monkeypatch.setattr("memory.estimate_memory", lambda *args: estimate)
 
 
 def pytest_unconfigure() -> None:

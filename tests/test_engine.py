@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engine
 import finetune_main
 import trainer
-from datasets.collate import normalize_images
+from datasets.collate import normalize_images, to_device
 from engine import results_to_host
 from models import build_model
 from tests.tiny import (
@@ -279,7 +279,7 @@ def test_images_and_patches_are_normalized_on_device() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     packed = PackedTargets.pack([target, target])
     mask = torch.zeros(2, 8, 8, dtype=torch.bool)
-    samples, targets = engine.to_device(
+    samples, targets = to_device(
         NestedTensor(images, mask, False), packed, torch.device("cpu"), mean, std
     )
     torch.testing.assert_close(samples.tensors, normalize_images(images, mean, std))

@@ -16,7 +16,7 @@ LAYERS = {
     "models": 1,
     "datasets": 1,
     "engine": 2,
-    **dict.fromkeys(("trainer", "evaluation", "predictor", "visualization"), 3),
+    **dict.fromkeys(("trainer", "memory", "evaluation", "predictor", "visualization"), 3),
     **dict.fromkeys(SCRIPTS, 4),
     "tools": 4,
 }

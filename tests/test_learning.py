@@ -10,7 +10,7 @@ from torch import nn
 import engine
 import trainer
 from datasets import build_dataset
-from datasets.collate import collate
+from datasets.collate import collate, to_device
 from models import build_model
 from models.detector import Detector
 from tools.demo.scenes import write_coco
@@ -58,7 +58,7 @@ class Scenes:
     def __init__(self, settings: Settings, model: Detector) -> None:
         self.settings, self.dataset = settings, build_dataset("val", settings)
         packed = collate([self.dataset[i] for i in range(len(self.dataset))])
-        self.batch = engine.to_device(*packed, torch.device("cpu"), **model.normalization)
+        self.batch = to_device(*packed, torch.device("cpu"), **model.normalization)
 
     def ap50(self, outputs: dict, postprocessors: dict[str, nn.Module], metric: str) -> float:
         _, targets = self.batch

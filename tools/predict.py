@@ -41,6 +41,7 @@ from util.plots.masks import draw_masks, draw_segments, masks_to_draw
 from util.plots.pages import detection_page
 from util.runs.session import run_script
 from util.settings import FINETUNE, Parser, add_flags
+from util.settings.value_types import AUTO
 
 RESULTS, PAGE, DRAWN = "predictions.json", "predictions.png", "drawn"
 SEGMENTS, SEGMENT_IDS = "panoptic.json", "panoptic"
@@ -94,14 +95,20 @@ def parse(argv: list[str]) -> Namespace:
         action="store_true",
         help="replace earlier predictions in --output_dir (default: off)",
     )
-    flags = ("device", "batch_size", "image_size", "max_size", "num_workers", "amp", "exif")
+    flags = (
+        *("device", "batch_size", "image_size", "max_size"),
+        *("num_workers", "amp", "compile", "exif"),
+    )
     add_flags(parser, FINETUNE, flags)
     for action in parser._actions:
         if action.dest == "batch_size":
             action.help = (
                 "images per batch (default: 1; padding in a batch changes predictions slightly)"
             )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.batch_size == AUTO:
+        parser.error("argument --batch_size: auto measures training steps; give a number")
+    return args
 
 
 def _score(text: str) -> float:
@@ -411,9 +418,8 @@ def warn_of_failures(predictions: Predictions) -> None:
 def main(args: Namespace) -> None:
     earlier = find_earlier_predictions(args)
     images = ImageFolder(args.images)
-    options = {
-        name: getattr(args, name) for name in ("device", "amp", "image_size", "max_size", "exif")
-    }
+    names = ("device", "amp", "compile", "image_size", "max_size", "exif")
+    options = {name: getattr(args, name) for name in names}
     predictor = Predictor.from_checkpoint(args.checkpoint, **options)
 
     # Removed only now: if the checkpoint can't be loaded, the earlier predictions stay.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass
@@ -35,6 +36,17 @@ class NestedTensor:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+
+def pad_batch(samples: NestedTensor, height: int, width: int) -> NestedTensor:
+    """Pad a batch with zeros to at least [B, 3, height, width]."""
+    missing = [max(height - samples.tensors.shape[2], 0), max(width - samples.tensors.shape[3], 0)]
+    pads = (0, missing[1], 0, missing[0])
+    return NestedTensor(
+        functional.pad(samples.tensors, pads),
+        functional.pad(samples.mask, pads, value=True),
+        samples.padded or any(missing),
+    )
 
 
 def nested_tensor_from_list(images: list[Tensor]) -> NestedTensor:

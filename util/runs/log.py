@@ -146,6 +146,15 @@ def trim_step_log(folder: Path, epoch: int, step: int) -> None:
         write_text(path, "".join(line + "\n" for line in kept))
 
 
+def step_entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a folder's step log; [] without one. Damaged lines are left out."""
+    path = folder / STEP_LOG
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [entry for entry in map(_parse_line, lines) if entry]
+
+
 def _step_of(line: str) -> tuple[float, float]:
     """Return (epoch, step) of a line of the step log; infinity for a damaged one."""
     entry = _parse_line(line) or {}

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from util.bf16 import log_bf16
 from util.errors import UserError
 from util.logger import log
 from util.nested_tensor import NestedTensor
@@ -144,8 +145,10 @@ def log_model_summary(model: nn.Module, settings: Settings) -> dict[str, object]
     if pretext_only:
         log.info("  %s of these belong to the pretext; fine-tuning drops them", f"{pretext_only:,}")
 
+    device = torch.device(settings.device)
+    log_bf16(device, settings.amp == "bf16")
     dtype = torch.bfloat16 if settings.amp == "bf16" else torch.float32
-    kernels = detector.kernels(torch.device(settings.device), dtype)
+    kernels = detector.kernels(device, dtype)
     if kernels:
         log.info(
             "  %s", "; ".join(f"{operation}: {kernel}" for operation, kernel in kernels.items())

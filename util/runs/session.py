@@ -20,7 +20,10 @@ from util.errors import NonFinite, StopRequested, UserError
 from util.logger import log, setup_logger
 from util.settings import FINETUNE, Settings, given_flags, resolve
 from util.settings.resolving import default_device
+from util.settings.value_types import AUTO
 
+# Images on which `--batch_size auto` measures the memory: batch norm of some pretexts can't train on one.
+SMALLEST_TRAINABLE = 2
 # Exit statuses, as a shell reports them for these signals (128 + signal number).
 SIGTERM_STATUS, SIGINT_STATUS = 143, 130
 
@@ -30,12 +33,13 @@ class Session:
     """What an entry script starts from.
 
     settings: all settings. checkpoint: of `--resume`, `--pretrain` or `--frozen_weights`, None without one. device: of
-    this process.
+    this process. auto_batch_size: the batch size is still to be chosen (`--batch_size auto`); `settings` have 2.
     """
 
     settings: Settings
     checkpoint: Checkpoint | None
     device: torch.device
+    auto_batch_size: bool = False
 
 
 def start_session(args: Namespace | Mapping[str, Any], script: str | None = None) -> Session:
@@ -56,10 +60,15 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     given = _resolve_resume_and_seed(given)
     source = given.get("resume") or given.get("pretrain") or given.get("frozen_weights")
     checkpoint = load_checkpoint(source) if source else None
-    adopted = settings_from_checkpoint(checkpoint, given, script) if checkpoint else {}
-    settings = resolve(given, adopted, script)
+    # A resumed run keeps the batch size that `--batch_size auto` chose at its first start.
+    chosen = {name: value for name, value in given.items() if (name, value) != ("batch_size", AUTO)}
+    adopted = settings_from_checkpoint(checkpoint, chosen, script) if checkpoint else {}
+    settings = resolve(chosen if "batch_size" in adopted else given, adopted, script)
     seed_everything(settings.seed)
-    return Session(settings, checkpoint, device)
+    auto_batch_size = settings.batch_size == AUTO
+    if auto_batch_size:
+        settings = settings.replace(batch_size=SMALLEST_TRAINABLE)
+    return Session(settings, checkpoint, device, auto_batch_size)
 
 
 def _resolve_resume_and_seed(given: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +144,8 @@ def run_script(
         status = 1
     except torch.OutOfMemoryError as error:
         log.error(
-            "error: the GPU is out of memory (%s): lower --batch_size or --image_size, or use --amp bf16",
+            "error: the GPU is out of memory (%s): lower --batch_size or --image_size, or use --amp bf16 or "
+            "--activation_checkpoint",
             str(error).split(". ")[0],
         )
         status = 1

@@ -3,6 +3,7 @@
 Each raises a UserError of one line that names the flag, its value and the remedy.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from util.files import check_outside_images
 from util.settings.frozen import GIVEN, Settings
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 from util.settings.table import PRETRAIN, all_flags, flag_readers, flags_of, flags_of_others
+from util.settings.value_types import AUTO
 
 MIN_IMAGE_SIZE = 32  # pixels, the stride of the backbone
 MAX_SEED_BITS = 63  # of a signed 64-bit integer
@@ -164,6 +166,20 @@ def check_schedule(settings: Settings) -> None:
             raise UserError(f"--{name} counts epochs and {counted}: give one of them")
 
 
+def check_speed(settings: Settings) -> None:
+    """Check flags of speed and memory that contradict each other."""
+    if settings.compile and settings.activation_checkpoint:
+        raise UserError(
+            "--compile chooses by itself which activations to compute again: omit --activation_checkpoint"
+        )
+    if settings.batch_size == AUTO and (settings.eval or settings.viz):
+        raise UserError("--batch_size auto measures training steps: give a number to evaluate")
+    if settings.profile and (settings.eval or settings.dry_run):
+        raise UserError("--profile profiles a training run: omit --eval and --dry_run")
+    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
+
+
 def check_data(settings: Settings) -> None:
     _check_paths_match_dataset(settings)
     if settings.split_file and settings.filter_pct > 0:
@@ -311,4 +327,5 @@ CHECKS: tuple[Callable[[Settings], None], ...] = (
     check_data,
     check_few_shot,
     check_schedule,
+    check_speed,
 )

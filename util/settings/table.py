@@ -13,6 +13,7 @@ from typing import Any
 from util.settings.flag import FINETUNE, PRETRAIN, SCRIPTS, Flag, flags_in
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 from util.settings.value_types import (
+    batch_size,
     device,
     finite,
     fraction,
@@ -141,6 +142,15 @@ FLAGS: tuple[Flag, ...] = (
             default="no",
         ),
         Flag(
+            "compile",
+            "compile backbone, encoder and decoder with torch.compile; the first steps then take minutes",
+            per_launch=True,
+        ),
+        Flag(
+            "activation_checkpoint",
+            "save memory: compute activations of encoder and backbone again in the backward pass; steps are slower",
+        ),
+        Flag(
             "start_epoch",
             "first epoch, counted from 0, when --resume has only weights",
             non_negative(),
@@ -162,6 +172,21 @@ FLAGS: tuple[Flag, ...] = (
             positive(),
             default_help="never",
             metavar="STEPS",
+        ),
+        Flag(
+            "tensorboard",
+            "also write the values of log.txt and log_steps.txt for TensorBoard, to tensorboard/ in --output_dir",
+            per_launch=True,
+            requires=("--output_dir", lambda settings: bool(settings["output_dir"])),
+        ),
+        Flag(
+            "profile",
+            "profile this many training steps after a warm-up; trace and table are written to profile/ in --output_dir",
+            positive(),
+            default_help="none",
+            metavar="STEPS",
+            per_launch=True,
+            requires=("--output_dir", lambda settings: bool(settings["output_dir"])),
         ),
         Flag(
             "dist_url",
@@ -812,10 +837,10 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "batch_size",
-            "number of images per process, that is per GPU",
-            positive(),
+            "number of images per process, that is per GPU; auto: the largest that fits into memory",
+            batch_size,
             default=2,
-            metavar="N",
+            metavar="N|auto",
         ),
         Flag(
             "weight_decay",

@@ -10,6 +10,7 @@ import torch
 
 from util.settings.registry import PROPOSALS, list_names
 
+AUTO = "auto"  # --batch_size: the largest that fits
 STRATEGIES = ("topk", "random", "mc")
 # DETReg's spellings of the same strategies.
 STRATEGY_ALIASES = {
@@ -37,6 +38,11 @@ def _bounded(number_type: Callable, is_allowed: Callable[[Any], bool], what: str
 
     convert.__name__ = number_type.__name__  # argparse prints it: "invalid int value"
     return convert
+
+
+def batch_size(text: str) -> int | str:
+    """Accept a number above 0, or auto."""
+    return AUTO if text == AUTO else positive()(text)
 
 
 finite = _bounded(float, math.isfinite, "a finite number")

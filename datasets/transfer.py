@@ -1,0 +1,44 @@
+"""Copying batches to the device, on a GPU while the step before is still running there."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from datasets.collate import to_device
+from util.nested_tensor import NestedTensor
+from util.packed_targets import PackedTargets
+
+
+class Transfer:
+    """Copies batches to a device and normalizes them there.
+
+    On a GPU this happens on a stream of its own. A training step returns as soon as its losses are known, while its
+    backward pass is still running. A copy on the same stream would wait for that; on its own stream it overlaps with
+    it. The order of the batches does not change, and no batch is fetched ahead of its step.
+
+    Args:
+        normalization: `mean` and `std` of the images, RGB in [0, 1].
+    """
+
+    def __init__(self, device: torch.device, normalization: Mapping[str, Sequence[float]]) -> None:
+        self.device, self.normalization = device, normalization
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(
+        self, samples: NestedTensor, targets: PackedTargets
+    ) -> tuple[NestedTensor, PackedTargets]:
+        """Return the batch on the device, see `datasets.collate.to_device`."""
+        with torch.cuda.stream(self.stream):  # has no effect if it is None
+            samples, targets = to_device(samples, targets, self.device, **self.normalization)
+        if self.stream is not None:
+            self._hand_over([samples.tensors, samples.mask, *targets.tensors.values()])
+        return samples, targets
+
+    def _hand_over(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Make the current stream wait for the copies, and keep their memory until it has used them."""
+        assert self.stream is not None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(self.stream)
+        # The memory belongs to the other stream, which would reuse it for the next batch while this one is in use.
+        for tensor in tensors:
+            tensor.record_stream(current)
