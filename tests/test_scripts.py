@@ -322,10 +322,9 @@ def test_flags_of_finetune_main_are_refused_with_its_command(
         ("--coco_path COCO --batch_size none", ("--batch_size",)),
         (
             "--eval --imagenet_path IMAGES",
-            ("add: --pretext random_query_patch --resume PATH --coco_path COCO",),
+            ("add: --pretext random_query_patch --coco_path COCO --resume PATH",),
         ),
         ("--eval --imagenet_path I --resume M --coco_path C", ("--pretext random_query_patch",)),
-        ("--eval --dataset imagenet --resume MODEL", ("add: --pretext region_prior",)),
     ],
 )
 def test_command_that_no_script_accepts_gets_the_reason(line: str, parts: tuple[str, ...]) -> None:
