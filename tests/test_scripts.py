@@ -334,7 +334,9 @@ def test_command_that_no_script_accepts_gets_the_reason(line: str, parts: tuple[
 
 
 def test_suggested_command_names_what_it_leaves_out() -> None:
-    line = "--coco_path C --remove_difficult --viz --num_feature_levels 4 --split 1 --foo 3"
+    line = (
+        "--coco_path C --remove_difficult --viz --num_feature_levels 4 --split 1 --foo 3 --num_q 9"
+    )
     commands, text = suggested_commands(*line.split())
     assert commands == [
         ["--detector", "deformable_detr", "--coco_path", "C", "--num_feature_levels", "4"]
@@ -344,7 +346,8 @@ def test_suggested_command_names_what_it_leaves_out() -> None:
         "--remove_difficult (the published code never reads it)",
         "--viz",
         "--split 1",
-        "--foo 3",
+        "--foo 3,",
+        "--num_q 9 (did you mean --num_queries?)",
     )
     assert all(part in left_out for part in parts)
 

@@ -133,7 +133,11 @@ def _suggestion(groups: dict[str, list[str]]) -> str:
 
 
 def _why(flag: str) -> str:
-    return f" ({UNSUPPORTED_FLAGS[flag][1]})" if flag in UNSUPPORTED_FLAGS else ""
+    """Return why a flag is left out, or which one may be meant: the published parsers accept abbreviations."""
+    if flag in UNSUPPORTED_FLAGS:
+        return f" ({UNSUPPORTED_FLAGS[flag][1]})"
+    longer = sorted(name for name in spellings(FINETUNE) if name.startswith(flag))
+    return f" (did you mean {' or '.join(longer)}?)" if longer and flag.startswith("--") else ""
 
 
 def _launcher() -> str:
