@@ -47,6 +47,14 @@ RESULTS, PAGE, DRAWN = "predictions.json", "predictions.png", "drawn"
 SEGMENTS, SEGMENT_IDS = "panoptic.json", "panoptic"
 # Ends of the names of pictures. An image has one number, so that no two names are equal.
 OBJECTS_SUFFIX, SEGMENTS_SUFFIX = ".jpg", "_panoptic.jpg"
+# Flags of finetune_main.py with other defaults here.
+HELP = {
+    "batch_size": "images per batch (default: 1; padding in a batch changes predictions slightly)",
+    "image_size": "short side to which images are resized, in pixels (default: as in the checkpoint, else 800)",
+    "max_size": "maximum long side of resized images, in pixels (default: as in the checkpoint, else 1333)",
+    "amp": "run the network in bfloat16 (bf16) or float32 (default: as in the checkpoint, else no)",
+    "exif": "EXIF orientation of images: apply or ignore it (default: as in training, else ignore)",
+}
 IMAGES_ON_PAGE = 12
 CLASSES_IN_SUMMARY = 8  # the most frequent ones
 NUM_WORKERS = 2
@@ -101,10 +109,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     add_flags(parser, FINETUNE, flags)
     for action in parser._actions:
-        if action.dest == "batch_size":
-            action.help = (
-                "images per batch (default: 1; padding in a batch changes predictions slightly)"
-            )
+        action.help = HELP.get(action.dest, action.help)
     args = parser.parse_args(argv)
     if args.batch_size == AUTO:
         parser.error("argument --batch_size: auto measures training steps; give a number")

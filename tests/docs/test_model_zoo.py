@@ -176,3 +176,15 @@ def test_published_figures_agree_with_those_that_a_run_logs() -> None:
             assert PUBLISHED[key] == (int(row[4]), int(row[5])), line
             found.add(key)
     assert found == {key for key in PUBLISHED if key[0] != "deformable_detr"}
+
+
+def test_evaluation_needs_no_flags_of_the_architecture() -> None:
+    """As docs/evaluation.md says: `--dilation` where nothing tells, and the dataset of panoptic models."""
+    flags = {
+        flag
+        for command in re.findall(r"`(python finetune_main.py [^`]+)`", PAGE.read_text())
+        if "--eval" in command
+        for flag in re.findall(r"--\w+", command)
+    }
+    usual = {"--coco_path", "--eval", "--batch_size", "--resume"}
+    assert flags - usual == {"--dilation", "--dataset_file"}

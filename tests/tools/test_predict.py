@@ -500,3 +500,14 @@ def test_wrong_flags_are_refused(
         predict.parse(["--checkpoint", "c", "--images", "i", "--output_dir", "o", *words])
     assert leave.value.code == 2
     assert expected in capsys.readouterr().err
+
+
+def test_help_has_the_defaults_of_this_tool(capsys: pytest.CaptureFixture) -> None:
+    """Those of finetune_main.py are for training: here the checkpoint decides."""
+    with pytest.raises(SystemExit):
+        predict.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "images per batch (default: 1;" in text
+    for name in ("image_size", "max_size"):
+        assert "(default: as in the checkpoint, else" in text.split(f"--{name} PIXELS ")[1]
+    assert "(default: as in training, else ignore)" in text

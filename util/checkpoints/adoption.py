@@ -157,7 +157,8 @@ def _check_kind(known: Mapping[str, Any], checkpoint: Checkpoint, script: str) -
         return  # class-agnostic AP needs boxes and scores only, so any detector will do
     if script == PRETRAIN and not is_pretext(checkpoint):
         raise UserError(
-            f"{source} contains a detector without a pretext; {PRETRAIN} can only resume its own checkpoints"
+            f"{source} contains a detector without a pretext; {PRETRAIN} can only resume its own checkpoints. To draw "
+            "what a detector finds: tools/predict.py"
         )
     if script == PRETRAIN:
         _check_pretext(known.get("pretext"), checkpoint)

@@ -99,7 +99,8 @@ class _Draft:
 def _fill_published_meaning(draft: _Draft) -> None:
     """Fill in what a flag that only one published codebase has says about the others."""
     # DETReg has one pretext, and Deformable DETR as its default detector. The other pretexts' codebases lack its flags.
-    own = [name for name in PRETEXTS["region_prior"].flags if draft.was_given(name)]
+    region_prior = (*PRETEXTS["region_prior"].flags, "dataset")
+    own = [name for name in region_prior if draft.was_given(name)]
     others = {name for entry in PRETEXTS.values() for name in entry.flags} - set(own)
     ambiguous = any(draft.was_given(name) for name in others)
     if draft.script == PRETRAIN and own and not ambiguous and not draft["pretext"]:

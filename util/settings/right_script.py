@@ -44,17 +44,15 @@ def check_right_script(argv: Sequence[str]) -> None:
     flags = set(groups)
     if HELP_FLAGS & set(argv):
         return
-    pretext_given = bool(flags & {"--pretext", *_pretext_flags()})
+    pretext_given = bool(flags & {"--pretext", *_pretext_flags()}) or _names_unlabelled(groups)
     reason = _reason(argv, flags, pretext_given)
     if reason is None:
         return
 
     message = f"{reason}: {PRETRAIN} pre-trains without labels; nothing was started. "
     pretext = f"--pretext {'region_prior' if '--dataset' in flags else 'random_query_patch'}"
-    if "--eval" in flags and _has_unlabelled_images(groups):
-        missing = {"--resume": "PATH"}
-        if "--imagenet_path" in flags:  # DETReg's --dataset finds COCO in --data_root
-            missing["--coco_path"] = "COCO"
+    if "--eval" in flags and "--imagenet_path" in flags:
+        missing = {"--coco_path": "COCO", "--resume": "PATH"}
         added = "".join(f" {flag} {value}" for flag, value in missing.items() if flag not in flags)
         raise UserError(
             f"{message}To evaluate a pre-trained model by class-agnostic AP on COCO's validation images, add: "
@@ -67,10 +65,10 @@ def check_right_script(argv: Sequence[str]) -> None:
     raise UserError(message)
 
 
-def _has_unlabelled_images(groups: dict[str, list[str]]) -> bool:
-    """Whether the flags name images without labels: by their folder, or by DETReg's `--dataset imagenet`."""
+def _names_unlabelled(groups: dict[str, list[str]]) -> bool:
+    """Whether DETReg's `--dataset` names images without labels, which means its pretext."""
     name = groups.get("--dataset", [""])[-1].removeprefix("--dataset=")
-    return "--imagenet_path" in groups or name not in ("", *LABELLED_DATASETS)
+    return name not in ("", *LABELLED_DATASETS)
 
 
 def _pretext_flags() -> set[str]:
@@ -135,7 +133,11 @@ def _suggestion(groups: dict[str, list[str]]) -> str:
 
 
 def _why(flag: str) -> str:
-    return f" ({UNSUPPORTED_FLAGS[flag][1]})" if flag in UNSUPPORTED_FLAGS else ""
+    """Return why a flag is left out, or which one may be meant: the published parsers accept abbreviations."""
+    if flag in UNSUPPORTED_FLAGS:
+        return f" ({UNSUPPORTED_FLAGS[flag][1]})"
+    longer = sorted(name for name in spellings(FINETUNE) if name.startswith(flag))
+    return f" (did you mean {' or '.join(longer)}?)" if longer and flag.startswith("--") else ""
 
 
 def _launcher() -> str:

@@ -279,7 +279,8 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "dataset",
-            "DETReg's name of a dataset below --data_root; sets --dataset_file and its path",
+            "DETReg's name of a dataset below --data_root; sets --dataset_file and its path, and in main.py --pretext "
+            "region_prior and --detector deformable_detr, unless given",
             str,
             choices=tuple(DATASET_PATHS),
             data_specific=True,

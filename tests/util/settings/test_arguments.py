@@ -305,6 +305,8 @@ def test_other_detreg_flags_are_rejected_with_the_reason(capsys: pytest.CaptureF
     [
         ("--strategy topk", "deformable_detr"),
         ("--max_prop 30", "deformable_detr"),
+        ("--dataset imagenet", "deformable_detr"),
+        ("--dataset coco_pretrain --eval --resume MODEL", "deformable_detr"),
         (
             "--dataset imagenet --strategy topk --load_backbone swav --max_prop 30 --object_embedding_loss "
             "--lr_backbone 0 --epochs 5",
