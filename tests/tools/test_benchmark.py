@@ -33,22 +33,9 @@ from util.errors import UserError
 
 CPU = torch.device("cpu")
 TINY = [
-    "--backbone",
-    "resnet18",
-    "--hidden_dim",
-    "32",
-    "--dim_feedforward",
-    "32",
-    "--enc_layers",
-    "1",
-    "--dec_layers",
-    "2",
-    "--num_queries",
-    "12",
-    "--size",
-    "64",
-    "64",
-]
+    "--backbone", "resnet18", "--hidden_dim", "32", "--dim_feedforward", "32", "--enc_layers", "1",
+    "--dec_layers", "2", "--num_queries", "12", "--size", "64", "64",
+]  # fmt: skip
 
 
 def run(output: Path, *words: str) -> dict:
