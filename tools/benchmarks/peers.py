@@ -113,7 +113,30 @@ def build_transformers(settings: Settings, weights: Mapping[str, Tensor]) -> nn.
     if lacking:
         raise UserError(f"transformers has weights that ours lack, the first is {lacking[0]}")
     peer.load_state_dict(given, strict=False)
+    if settings.backbone.startswith("timm:"):
+        restore_activations(peer, settings.backbone.removeprefix("timm:"))
     return peer
+
+
+def restore_activations(peer: nn.Module, backbone: str) -> None:
+    """Give the frozen norms of transformers the activations of the norms that they replaced.
+
+    timm has layers that are norm and activation in one. transformers 5 replaces them by frozen norms alone, so its
+    network would lack most of its activations, and be another one than timm's.
+    """
+    import timm
+    from timm.layers import BatchNormAct2d
+
+    body = timm.create_model(backbone, pretrained=False, features_only=True)
+    activations = {
+        name: module.act
+        for name, module in body.named_modules()
+        if isinstance(module, BatchNormAct2d)
+    }
+    for name, module in peer.named_modules():
+        own = name.rpartition("backbone.")[2].removeprefix("conv_encoder.").removeprefix("model.")
+        if own in activations and not isinstance(module, BatchNormAct2d):
+            module.register_forward_hook(lambda _m, _x, y, act=activations[own]: act(y))
 
 
 def _config(settings: Settings) -> dict[str, Any]:
