@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import engine
 from datasets.collate import normalize
 from models import build_model
 from tools.benchmarks.measure import Comparison, Local
@@ -209,7 +208,7 @@ class TransformersStep:
         self.max_norm = ours.run.clip_max_norm
 
     def step(self) -> None:
-        with engine.autocast(self.device, self.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             loss = self.peer(**self.inputs).loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -219,7 +218,7 @@ class TransformersStep:
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         self.peer.eval()
-        with engine.autocast(self.device, self.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             found = self.peer(**self.inputs)
         self.peer.train()
         # Its total weighs the classes of some detectors otherwise.
