@@ -7,7 +7,7 @@ in float32. The forward pass saves nothing but its inputs: the backward pass rea
 and adds to the gradient of value atomically, four channels at once from Hopper on.
 
 These kernels were checked with Triton's interpreter and compiled for Ampere and Hopper, but have
-not been run on a GPU yet: `tests/test_gpu.py` checks and `tools/benchmark.py ms_deform_attn` times
+not been run on a GPU yet: `tests/test_gpu.py` checks and `tools/benchmark.py kernels` times
 them there.
 
 Shapes: B images, S tokens (pixels of all maps), Q queries, H heads, D channels per head, L levels

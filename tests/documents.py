@@ -21,7 +21,7 @@ SCRIPTS = {"main.py": pretrain_main, "finetune_main.py": finetune_main}
 TOOLS = {
     f"tools/{path.name}"
     for path in (ROOT / "tools").glob("*.py")
-    if "\ndef parse(" in path.read_text()
+    if re.search(r"^(def parse\(|from .* import main, parse)", path.read_text(), re.M)
 }
 COMMAND = re.compile(
     r"(?:[A-Z_]+=\S+ )*(?:(?:python|torchrun|bash|sh|source|pip|conda|export|srun|git|wget|curl) |\./\S+\.sh\b)"

@@ -105,16 +105,15 @@ SMALL_TOOLS = {
     "tools/transfer_study.py prepare": ["--image_size", "64", "--fractions", "1", "0.5"],
     # tests/tools/study/test_runner.py runs what this lists
     "tools/transfer_study.py run": ["--list", "--fractions", "1", "0.5"],
-    "tools/benchmark.py": [
-        "--device",
-        "cpu",
-        "--image_size",
-        "64",
-        "--batch_size",
-        "1",
-        "--turns",
-        "1",
+    # tests/tools/test_benchmark.py runs every subject
+    "tools/benchmark.py step": [
+        *("--device", "cpu", "--turns", "1", "--size", "64", "64", "--no_peers", "--no_roof"),
+        *(*MODEL_FLAGS, "--lr_backbone", "0"),
     ],
+    "tools/benchmark.py kernels": [
+        *("--device", "cpu", "--turns", "1", "--image_size", "64", "--batch_size", "1"),
+    ],
+    "tools/benchmark.py gpu": ["--device", "cpu", "--tiny", "--parts", "resume"],
     "tools/predict.py": ON_CPU,
     "tools/evaluate_proposals.py": ON_CPU,
 }

@@ -85,6 +85,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "tools/benchmark.py",
         description="Measure speed: ours, ours with single flags, another checkout, and other packages, in turns.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     for name, module in SUBJECTS.items():
@@ -113,6 +114,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         module.add_arguments(sub)
         sub.set_defaults(main=module.main, subject=name)
 
+    usages = [sub.format_usage().removeprefix("usage: ") for sub in subparsers.choices.values()]
+    parser.epilog = "flags of each subject (`SUBJECT --help` explains them):\n\n" + "\n".join(
+        dict.fromkeys(usages)  # an alias has the same parser
+    )
     args, rest = parser.parse_known_args(argv)
     if rest and args.subject not in TAKES_FLAGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import engine
 from datasets.collate import normalize
 from models import build_model
 from tools.benchmarks.measure import Comparison, Local
@@ -113,7 +112,30 @@ def build_transformers(settings: Settings, weights: Mapping[str, Tensor]) -> nn.
     if lacking:
         raise UserError(f"transformers has weights that ours lack, the first is {lacking[0]}")
     peer.load_state_dict(given, strict=False)
+    if settings.backbone.startswith("timm:"):
+        restore_activations(peer, settings.backbone.removeprefix("timm:"))
     return peer
+
+
+def restore_activations(peer: nn.Module, backbone: str) -> None:
+    """Give the frozen norms of transformers the activations of the norms that they replaced.
+
+    timm has layers that are norm and activation in one. transformers 5 replaces them by frozen norms alone, so its
+    network would lack most of its activations, and be another one than timm's.
+    """
+    import timm
+    from timm.layers import BatchNormAct2d
+
+    body = timm.create_model(backbone, pretrained=False, features_only=True)
+    activations = {
+        name: module.act
+        for name, module in body.named_modules()
+        if isinstance(module, BatchNormAct2d)
+    }
+    for name, module in peer.named_modules():
+        own = name.rpartition("backbone.")[2].removeprefix("conv_encoder.").removeprefix("model.")
+        if own in activations and not isinstance(module, BatchNormAct2d):
+            module.register_forward_hook(lambda _m, _x, y, act=activations[own]: act(y))
 
 
 def _config(settings: Settings) -> dict[str, Any]:
@@ -186,7 +208,7 @@ class TransformersStep:
         self.max_norm = ours.run.clip_max_norm
 
     def step(self) -> None:
-        with engine.autocast(self.device, self.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             loss = self.peer(**self.inputs).loss
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -196,7 +218,7 @@ class TransformersStep:
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
         self.peer.eval()
-        with engine.autocast(self.device, self.amp):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             found = self.peer(**self.inputs)
         self.peer.train()
         # Its total weighs the classes of some detectors otherwise.

@@ -51,7 +51,7 @@ def page_text(runs: Sequence[Mapping[str, Any]], plots: str | None) -> str:
 
 
 def zoo_text(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return the table of published and measured inference times; "" if no published model was measured."""
+    """Return the table of published and measured inference times."""
     rows, conditions = [], {}
     for run in runs:
         for row in run["rows"] if run["subject"] == "inference" else ():
@@ -71,7 +71,7 @@ def zoo_text(runs: Sequence[Mapping[str, Any]]) -> str:
             info = run["environment"]
             conditions[f"{info['device']}, torch {info['torch']}, load {info['load']}"] = None
     if not rows:
-        return ""
+        return "No published model was measured yet (subject `inference`, `--models zoo`)."
     head = ["model", "published, s per image", "measured, s per image", "batch x height x width"]
     return (
         f"Published: the authors' GPU. Measured: {'; '.join(conditions)}, median, random weights of the same "

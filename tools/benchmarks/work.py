@@ -4,7 +4,7 @@ Shapes: B images, V views, n boxes of an image, S patch size.
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,3 @@ def build_calibrated(case: Case) -> tuple[TrainableModel, Any, Any, Settings]:
     device = torch.device(case["device"])
     model.to(device).to(memory_format=torch.channels_last)
     return model, criterion.to(device), postprocessors, chosen
-
-
-Build = Callable[[Case], Any]
