@@ -340,7 +340,7 @@ def evaluate(
             averages.add(logged_values(to_host(losses), criterion.weight_dict), len(samples))
 
         # Sizes of the image files, so that boxes and masks are in the pixels of the annotations.
-        orig_sizes = torch.stack([target["orig_size"] for target in targets])  # [B, 2]
+        orig_sizes = packed.tensors["orig_size"].view(-1, 2).to(device, non_blocking=True)  # [B, 2]
         sizes = torch.stack([target["size"] for target in targets])  # [B, 2]
         results = postprocess(postprocessors, outputs, orig_sizes, sizes)
         evaluator.update(dict(zip(packed.tensors["image_id"].tolist(), results, strict=True)))

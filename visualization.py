@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset
-from datasets.collate import collate, flatten_views, normalize, to_device, unpack_masks
+from datasets.collate import (
+    apply_colors,
+    collate,
+    flatten_views,
+    normalize,
+    to_device,
+    unpack_masks,
+)
 from datasets.images.image_folder import crop_box
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.proposals import SelectedProposals, build_proposals
@@ -82,6 +89,8 @@ def samples_to_rows(
     The views of an image are next to each other.
     """
     batch, packed = collate(samples)
+    sizes = packed.tensors["size"].view(-1, 2).tolist()
+    batch, packed = apply_colors(batch, packed, sizes)
     inputs = normalize(batch, mean, std)
     shift = torch.tensor(list(mean))[:, None, None]  # [3, 1, 1]
     scale = torch.tensor(list(std))[:, None, None]  # [3, 1, 1]

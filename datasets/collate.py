@@ -4,12 +4,14 @@ Shapes: B images, V views, [H, W] the padded size, [h, w] the size of one image,
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.colors import PATCH_COLORS, VIEW_COLORS, Size, augment_batch
 from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
 
@@ -103,6 +105,26 @@ def normalize(samples: NestedTensor, mean: Sequence[float], std: Sequence[float]
     return NestedTensor(images, samples.mask, samples.padded)
 
 
+def apply_colors(
+    samples: NestedTensor, targets: PackedTargets, sizes: Sequence[Size]
+) -> tuple[NestedTensor, PackedTargets]:
+    """Apply the colors that the dataset has drawn and left to the device, and drop them from the targets.
+
+    Args:
+        samples, targets: on the device, uint8. They are not modified.
+        sizes: (height, width) of each image without padding, on the host; read only for colors of views.
+    """
+    tensors = dict(targets.tensors)
+    patch_colors, view_colors = tensors.pop(PATCH_COLORS, None), tensors.pop(VIEW_COLORS, None)
+    if patch_colors is not None:
+        tensors["patches"] = augment_batch(tensors["patches"], patch_colors)
+    if view_colors is not None:
+        images = augment_batch(samples.tensors, view_colors, sizes)
+        samples = replace(samples, tensors=images)
+    counts = {key: targets.counts[key] for key in tensors}
+    return samples, replace(targets, tensors=tensors, counts=counts)
+
+
 def to_device(
     samples: NestedTensor,
     targets: PackedTargets,
@@ -110,9 +132,12 @@ def to_device(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[NestedTensor, PackedTargets]:
-    """Copy a batch to the device, normalize its images and patches there, and unpack its masks."""
-    samples = normalize(samples.to(device, non_blocking=True), mean, std)
-    targets = targets.to(device, non_blocking=True)
+    """Copy a batch to the device, augment and normalize its images and patches there, and unpack its masks."""
+    sizes = targets.tensors["size"].view(-1, 2).tolist() if VIEW_COLORS in targets.tensors else []
+    samples, targets = apply_colors(
+        samples.to(device, non_blocking=True), targets.to(device, non_blocking=True), sizes
+    )
+    samples = normalize(samples, mean, std)
     if "patches" in targets.tensors:
         patches = targets.tensors["patches"]  # uint8 [sum of M, 3, S, S]
         targets.tensors["patches"] = normalize_images(patches, mean, std)

@@ -13,7 +13,6 @@ torch, one transform after the other as listed.
 Shapes: N boxes; a size is (H, W) in pixels; a region is (top, left, height, width) in pixels.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from datasets.hue import shift_hue
+from datasets.colors import NO_COLORS, ColorParameters, augment_image
 from util.box_ops import box_xyxy_to_cxcywh
 from util.random_state import SampleRNG
 
@@ -289,14 +288,11 @@ class ToSample(Transform):
         return image, target
 
 
-# ([(color function, factor), ...] in the order of application, grayscale or not, blur radius in pixels or None)
-ColorParameters = tuple[list[tuple[str, float]], bool, float | None]
-
-
 class ColorAugmentation(Transform):
     """Color jitter (probability 0.8), grayscale (0.2) and Gaussian blur (0.5), as in UP-DETR and Siamese DETR.
 
-    Targets stay unchanged. Without `augment` the image does too.
+    Without `augment` the image stays unchanged. With `on_device` the colors are only drawn, and the dataset sends them
+    with the sample: `datasets.collate.to_device` applies them.
     """
 
     # torchvision's ColorJitter(0.4, 0.4, 0.4, 0.1).
@@ -307,16 +303,17 @@ class ColorAugmentation(Transform):
         "hue": (-0.1, 0.1),
     }
 
-    def __init__(self, augment: bool) -> None:
+    def __init__(self, augment: bool, *, on_device: bool = False) -> None:
         self.augment = augment
+        self.on_device = on_device
 
     def draw(self, rng: SampleRNG, size: Size) -> ColorParameters:
         if not self.augment:
-            return [], False, None
+            return NO_COLORS
         jitter = self._draw_jitter(rng) if self._chance(rng, 0.8) else []
         grayscale = self._chance(rng, 0.2)
         radius = rng.python.uniform(0.1, 2.0) if self._chance(rng, 0.5) else None
-        return jitter, grayscale, radius
+        return ColorParameters(jitter, grayscale, radius)
 
     @staticmethod
     def _chance(rng: SampleRNG, probability: float) -> bool:
@@ -334,28 +331,23 @@ class ColorAugmentation(Transform):
     def apply(
         self, image: ImageLike, target: Target, parameters: ColorParameters
     ) -> tuple[ImageLike, Target]:
-        jitter, grayscale, radius = parameters
         if isinstance(image, Tensor):
-            # Decoded images are channels-last, but the color functions work plane by plane.
-            image = image.contiguous()
-
+            return augment_image(image, parameters), target
+        jitter, grayscale, radius = parameters
         for name, factor in jitter:
-            if name == "hue" and isinstance(image, Tensor):
-                image = shift_hue(image, factor)  # bit-exact, and faster
-            else:
-                image = getattr(F, f"adjust_{name}")(image, factor)
+            image = getattr(F, f"adjust_{name}")(image, factor)
         if grayscale:
             image = F.rgb_to_grayscale(image, num_output_channels=3)
         if radius is not None:
-            image = _blur(image, radius)
+            image = image.filter(ImageFilter.GaussianBlur(radius))
         return image, target
 
 
 class PatchAugmentation(ColorAugmentation):
     """UP-DETR's augmentation of a query patch: resize to S x S, then the colors. Without `augment` only the resize."""
 
-    def __init__(self, patch_size: int, augment: bool) -> None:
-        super().__init__(augment)
+    def __init__(self, patch_size: int, augment: bool, *, on_device: bool = False) -> None:
+        super().__init__(augment, on_device=on_device)
         self.patch_size = patch_size
 
     def output_size(self, size: Size, parameters: ColorParameters) -> Size:
@@ -366,16 +358,6 @@ class PatchAugmentation(ColorAugmentation):
     ) -> tuple[ImageLike, Target]:
         image = F.resize(image, [self.patch_size, self.patch_size], antialias=True)  # [3, S, S]
         return super().apply(image, target, parameters)
-
-
-def _blur(image: ImageLike, radius: float) -> ImageLike:
-    """Gaussian blur with a standard deviation of `radius` pixels."""
-    if isinstance(image, Image.Image):
-        return image.filter(ImageFilter.GaussianBlur(radius))
-    # 2.5 standard deviations, but torchvision mirrors the border and needs that many pixels inside.
-    reach = min(math.ceil(2.5 * radius), min(size_hw(image)) - 1)
-    kernel_size = 2 * reach + 1
-    return F.gaussian_blur(image, [kernel_size, kernel_size], [radius, radius])
 
 
 def _scale_sizes(sizes: Sequence[int], image_size: int, published: int) -> list[int]:

@@ -18,6 +18,10 @@ REPORTS = {
     "dropped_boxes",
 }  # optional keys of a target that are lists instead of tensors
 
+# Keys that stay on the CPU: no loss reads them, and evaluation needs them there or copies them itself. Error messages
+# read ids, and `datasets.collate.to_device` reads colors on the host.
+HOST_KEYS = {"image_id", "orig_size", "area", "iscrowd", "patch_colors", "view_colors"}
+
 # Begins the reason of an image that is fine, but has fewer boxes than its pretext needs.
 TOO_FEW_PROPOSALS = "too few proposals"
 
@@ -76,16 +80,19 @@ class PackedTargets:
         return [{key: column[i] for key, column in columns.items()} for i in range(len(self))]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedTargets":
-        """Return a copy with all tensors on `device`."""
+        """Return a copy on `device`, except for HOST_KEYS, which stay where they are."""
         moved = {
-            key: tensor.to(device, non_blocking=non_blocking)
+            key: tensor if key in HOST_KEYS else tensor.to(device, non_blocking=non_blocking)
             for key, tensor in self.tensors.items()
         }
         return PackedTargets(moved, self.counts, self.problems, self.dropped_boxes)
 
     def pin_memory(self) -> "PackedTargets":
         """Return a copy in pinned memory. The dataloader calls this where `pin_memory=True`."""
-        pinned = {key: tensor.pin_memory() for key, tensor in self.tensors.items()}
+        pinned = {
+            key: tensor if key in HOST_KEYS else tensor.pin_memory()
+            for key, tensor in self.tensors.items()
+        }
         return PackedTargets(pinned, self.counts, self.problems, self.dropped_boxes)
 
     def __len__(self) -> int:

@@ -6,8 +6,9 @@ Shapes: M boxes and patches per image, S patch size in pixels.
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset
 from datasets.images.unlabelled import build_unlabelled_images
+from datasets.pretext.patches import draw_patches
 from datasets.proposals import FixedNumProposals, Proposals, build_proposals
 from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, query_patch_transforms
@@ -48,15 +49,12 @@ class QueryPatchDataset(UnlabelledDataset):
             )
 
         boxes = self.proposals(image, rng, self.images.name(index))  # [M, 4]
-        patches = torch.stack(
-            [self.patch_transform(crop_box(image, box), {}, rng)[0] for box in boxes]
-        )  # [M, 3, S, S]
+        patches = draw_patches(image, boxes, self.patch_transform, rng)
         target = query_target(boxes, index, (height, width))
         image, target = self.transforms(image, target, rng)
 
         # Added last, because the transforms of the image must not touch the patches.
-        target = {**target, "patches": patches}
-        return image, target
+        return image, {**target, **patches}
 
 
 def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -> Target:
@@ -85,6 +83,10 @@ def build_query_patch_dataset(image_set: str, settings: Settings) -> QueryPatchD
         images,
         FixedNumProposals(build_proposals(settings, images), settings.num_patches),
         transforms=query_patch_transforms(image_set, image_size, settings.max_size),
-        patch_transform=PatchAugmentation(settings.patch_size, augment=image_set == "train"),
+        patch_transform=PatchAugmentation(
+            settings.patch_size,
+            augment=image_set == "train",
+            on_device=settings.device_augment,
+        ),
         seed=settings.seed,
     )

@@ -6,17 +6,13 @@ Shapes: N boxes per image, S patch size in pixels.
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset
 from datasets.images.unlabelled import build_unlabelled_images
+from datasets.pretext.patches import cut_patches
 from datasets.pretext.random_query_patch import QUERY_LABEL, query_target
 from datasets.proposals import Proposals, SelectedProposals, build_proposals
 from datasets.sample import Target, TooFewProposalsError
-from datasets.transforms import (
-    ColorParameters,
-    PatchAugmentation,
-    Transform,
-    region_prior_transforms,
-)
+from datasets.transforms import PatchAugmentation, Transform, region_prior_transforms
 from util.random_state import SampleRNG
 from util.settings import Settings
 
@@ -71,11 +67,10 @@ class RegionPriorDataset(UnlabelledDataset):
             augmentations = [self.patch_transform.draw(rng, (1, 1)) for _ in boxes]
         image, target = self._augment(original, self._build_target(boxes, index, original), rng)
 
-        kept = target.pop("patches").tolist()  # indices of the boxes that are left
+        kept = target.pop("patches")  # indices of the boxes that are left
         if self.patch_transform:
-            target["patches"] = torch.stack(
-                [self._crop_patch(original, boxes[i], augmentations[i]) for i in kept]
-            )  # [N, 3, S, S]
+            parameters = [augmentations[i] for i in kept.tolist()]
+            target.update(cut_patches(original, boxes[kept], self.patch_transform, parameters))
         return image, target
 
     def _build_target(self, boxes_xyxy_abs: Tensor, index: int, image: Tensor) -> Target:
@@ -98,13 +93,6 @@ class RegionPriorDataset(UnlabelledDataset):
                 return image, augmented
         return self.resize_only(original, target, rng)
 
-    def _crop_patch(
-        self, image: Tensor, box_xyxy_abs: Tensor, parameters: ColorParameters
-    ) -> Tensor:
-        """Return the augmented crop of a box [4]: [3, S, S]."""
-        patch, _ = self.patch_transform.apply(crop_box(image, box_xyxy_abs), {}, parameters)
-        return patch
-
 
 def build_region_prior_dataset(image_set: str, settings: Settings) -> RegionPriorDataset:
     """Build the dataset from `build_unlabelled_images`; "val" is without augmentation.
@@ -116,7 +104,11 @@ def build_region_prior_dataset(image_set: str, settings: Settings) -> RegionPrio
     proposals = build_proposals(settings, images)
     patch_transform = None
     if settings.object_embedding_loss:
-        patch_transform = PatchAugmentation(settings.patch_size, augment=image_set == "train")
+        patch_transform = PatchAugmentation(
+            settings.patch_size,
+            augment=image_set == "train",
+            on_device=settings.device_augment,
+        )
 
     return RegionPriorDataset(
         images,

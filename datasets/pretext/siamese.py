@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset, crop_box
+from datasets.colors import VIEW_COLORS, augment_image, encode_colors
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset
 from datasets.images.unlabelled import build_unlabelled_images
+from datasets.pretext.patches import draw_patches
 from datasets.pretext.random_query_patch import MIN_IMAGE_SIDE, QUERY_LABEL
 from datasets.proposals import Proposals, build_proposals, pad_with_jittered_boxes
 from datasets.sample import BadImageError, Target, TooFewProposalsError
@@ -316,12 +318,18 @@ class SiameseDataset(UnlabelledDataset):
         target = _build_target(regions, views.size, index, (height, width))
         if self.patch_transform:
             patches = [
-                self._crop_patches(view, view_boxes, rng)
+                draw_patches(view, view_boxes, self.patch_transform, rng)
                 for view, view_boxes in zip(pixels, regions, strict=True)
             ]
-            target["patches"] = torch.stack(patches)  # [2, M, 3, S, S]
-        augmented = [self.colors(view, {}, rng)[0] for view in pixels]
-        return torch.stack(augmented), target  # [2, 3, H, W]
+            # [2, M, 3, S, S]
+            target.update({key: torch.stack([own[key] for own in patches]) for key in patches[0]})
+
+        drawn = [self.colors.draw(rng, views.size) for _ in pixels]
+        if self.colors.on_device:
+            target[VIEW_COLORS] = encode_colors(drawn)[:, None]  # [2, 1, 10]
+        else:
+            pixels = [augment_image(view, own) for view, own in zip(pixels, drawn, strict=True)]
+        return torch.stack(pixels), target  # [2, 3, H, W]
 
     def _propose(self, image: Tensor, index: int, rng: SampleRNG) -> Tensor:
         """Return proposals [N, 4], or [0, 4] if boxes are drawn in the overlap."""
@@ -343,12 +351,6 @@ class SiameseDataset(UnlabelledDataset):
             if len(first):
                 break
         return views, select_regions(first, second, views, self.num_boxes, rng)
-
-    def _crop_patches(self, view: Tensor, boxes_xyxy_abs: Tensor, rng: SampleRNG) -> Tensor:
-        """Return the augmented crops of boxes [M, 4] of one view [3, H, W]: [M, 3, S, S]."""
-        return torch.stack(
-            [self.patch_transform(crop_box(view, box), {}, rng)[0] for box in boxes_xyxy_abs]
-        )
 
 
 def _build_target(boxes_xyxy_abs: Tensor, size: Size, index: int, orig_size: Size) -> Target:
@@ -384,13 +386,15 @@ def build_siamese_dataset(image_set: str, settings: Settings) -> SiameseDataset:
     resize_views = siamese_resize(settings.image_size, settings.max_size)
     patch_transform = None
     if settings.feature_loss_coef:
-        patch_transform = PatchAugmentation(settings.patch_size, augment=train)
+        patch_transform = PatchAugmentation(
+            settings.patch_size, augment=train, on_device=settings.device_augment
+        )
 
     return SiameseDataset(
         images,
         proposals,
         geometry=Compose([resize_views, RandomHorizontalFlip()]),
-        colors=ColorAugmentation(train),
+        colors=ColorAugmentation(train, on_device=settings.device_augment),
         patch_transform=patch_transform,
         num_boxes=settings.num_patches,
         iou=settings.view_iou,

@@ -5,9 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from datasets.hue import shift_hue
 from datasets.images.image_folder import to_tensor
 from datasets.transforms import (
     Compose,
@@ -74,18 +72,6 @@ def test_patch_augmentation_of_tensors_is_close_to_pil_images(seed: int) -> None
     plain, _ = augmentation(image, {}, SampleRNG(seed))
     assert fast.shape == (3, 32, 32)
     assert mean_gray_level_difference(fast, plain) < 2
-
-
-@pytest.mark.parametrize("factor", [-0.5, -0.1, -0.037, 0.0, 0.061, 1 / 6, 0.5])
-def test_hue_is_bit_exact_with_torchvision(factor: float) -> None:
-    """On all colors of six levels per channel (with all ties, grays, black and white), and on random colors."""
-    levels = torch.arange(0, 256, 51, dtype=torch.uint8)
-    all_colors = torch.stack(torch.meshgrid(levels, levels, levels, indexing="ij")).flatten(2)
-    random_colors = torch.randint(
-        0, 256, (3, 200, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    for image in (all_colors, random_colors, random_colors.flip(0)[..., ::2]):
-        assert torch.equal(shift_hue(image, factor), F.adjust_hue(image, factor))
 
 
 def test_patch_augmentation_has_the_published_probabilities() -> None:

@@ -463,6 +463,12 @@ FLAGS: tuple[Flag, ...] = (
             metavar="WEIGHT",
             requires=("--feature_recon", _reconstructs_features),
         ),
+        Flag(
+            "device_augment",
+            "augment the colors of query patches and views on the device, a batch at once, instead of in the "
+            "dataloader workers",
+            per_launch=True,
+        ),
         Flag("fre_cnn", "freeze the backbone, as --lr_backbone 0 does"),
         Flag(
             "view_iou",
