@@ -38,6 +38,7 @@ from util.runs.meters import (
     to_host,
     weight_class_error,
 )
+from util.runs.optimizer import clip_gradient
 from util.runs.signals import StopSignal
 
 SINGLE_VALUE = "Expected more than 1 value per channel"  # PyTorch's message of batch norm
@@ -210,8 +211,7 @@ def train_step(
         raise
 
     if state.clip_max_norm > 0:
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        state.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, state.clip_max_norm)
+        state.gradient_norm = clip_gradient(state.optimizer, state.clip_max_norm)
     state.unread_norm = state.gradient_norm
     state.optimizer.step()
     return {**logged_values(values, state.criterion.weight_dict), **norm}, reader.flag > 0
