@@ -18,6 +18,7 @@ from models.criterion import SetCriterion
 from models.trainable import TrainableModel
 from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_checkpoint
 from util.distributed import (
+    BATCH_NORMS,
     all_gather_object,
     barrier,
     broadcast_tensors,
@@ -121,6 +122,7 @@ def build_run(
         epochs=settings.epochs,
         clip_max_norm=settings.clip_max_norm,
         amp=settings.amp == "bf16",
+        accumulate=settings.accumulate,
         max_iters=settings.max_iters,
         epoch=settings.start_epoch,
         folder=folder,
@@ -141,15 +143,24 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
     for part in model.frozen_parts().values():
         broadcast_tensors(part.state_dict().values())
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Constants, such as frozen norms, need not be sent in each forward pass: all ranks have the same.
+    has_live_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=has_live_norm,
+    )
 
 
 def _update_num_epochs(run: Run) -> None:
     """With `max_iters`, set `run.epochs` to the epochs that these steps take; the last one may be incomplete."""
     if run.max_iters:
-        # From the start of the current epoch, whose first `batch` steps are done.
-        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch
-        run.epochs = run.epoch + math.ceil(steps / run.sampler.batches_per_epoch)
+        # From the start of the current epoch, whose first `batch` batches are done.
+        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch // run.accumulate
+        run.epochs = run.epoch + math.ceil(
+            steps / math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- train

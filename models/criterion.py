@@ -114,7 +114,7 @@ class SetCriterion(nn.Module):
         # Not persistent: published checkpoints have no buffer of the criterion.
         self.register_buffer("empty_weight", class_weight, persistent=False)
 
-    def forward(self, outputs: dict, targets: Targets) -> Losses:
+    def forward(self, outputs: dict, targets: Targets, num_targets: float | None = None) -> Losses:
         """Compute the losses.
 
         Args:
@@ -123,12 +123,16 @@ class SetCriterion(nn.Module):
                 `global_contrast` needs `projections` and `predictions`.
             targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a
                 list of dicts; for the loss `masks` also `masks` [n, H, W].
+            num_targets: the number of targets to divide by, where gradients are accumulated: the
+                mean over their batches. Default: the number in `targets`.
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
         """
         targets = pack_objects(targets)
-        num_boxes = self._num_boxes(sum(targets.counts["labels"]), outputs["pred_logits"].device)
+        if num_targets is None:
+            num_targets = sum(targets.counts["labels"])
+        num_boxes = self._num_boxes(num_targets, outputs["pred_logits"].device)
         losses = self._compute_losses(self.losses, outputs, targets, num_boxes)
 
         if "enc_outputs" in outputs:
@@ -182,7 +186,7 @@ class SetCriterion(nn.Module):
             outputs=layers,
         )
 
-    def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
+    def _num_boxes(self, count: float, device: torch.device) -> Tensor | float:
         """Return the number of targets, at least 1; in training the mean over ranks.
 
         DDP averages gradients, so each rank divides by the mean count. In evaluation ranks may have

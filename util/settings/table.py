@@ -158,7 +158,7 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "log_every",
-            "also write losses, learning rate and images per second to log_steps.txt every this many steps of an epoch",
+            "also write losses, learning rate and images per second to log_steps.txt every N batches of an epoch",
             positive(),
             default_help="never",
             metavar="STEPS",
@@ -815,6 +815,14 @@ FLAGS: tuple[Flag, ...] = (
             "number of images per process, that is per GPU",
             positive(),
             default=2,
+            metavar="N",
+        ),
+        Flag(
+            "accumulate",
+            "number of batches whose gradients one optimizer step averages, as if this many times the GPUs were used; "
+            "--max_iters and --lr_drop_iters count optimizer steps, --log_every counts batches",
+            positive(),
+            default=1,
             metavar="N",
         ),
         Flag(
