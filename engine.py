@@ -43,6 +43,7 @@ from util.runs.meters import (
 )
 from util.runs.optimizer import clip_gradient
 from util.runs.signals import StopSignal
+from util.runs.weight_average import WeightAverage
 
 SINGLE_VALUE = "Expected more than 1 value per channel"  # PyTorch's message of batch norm
 
@@ -108,6 +109,7 @@ class TrainState:
         epochs: number of epochs in all.
         clip_max_norm: maximum gradient norm; 0 turns clipping off.
         amp: run the network in bfloat16.
+        average: moving average of the weights, which is evaluated and saved instead of them.
         accumulate: number of batches per optimizer step.
         max_iters: end training after this many steps; the learning rate schedule then counts steps instead of epochs.
         epoch, batch: the next ones to train, from 0.
@@ -129,6 +131,7 @@ class TrainState:
     epochs: int
     clip_max_norm: float = 0.1
     amp: bool = False
+    average: WeightAverage | None = None
     accumulate: int = 1
     max_iters: int | None = None
     epoch: int = 0
@@ -305,6 +308,8 @@ def train_one_epoch(state: TrainState) -> None:
         if place.is_last:
             # A momentum teacher, for instance, is updated here, from the new weights.
             model.after_step(state.progress())
+            if state.average is not None:
+                state.average.update()
             if state.max_iters:
                 state.scheduler.step()
         state.averages.add(values)

@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -42,6 +43,7 @@ from util.runs.resuming import (
     keep_replaced_log,
     warn_if_going_back,
 )
+from util.runs.weight_average import WeightAverage
 from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
@@ -123,6 +125,7 @@ def build_run(
         clip_max_norm=settings.clip_max_norm,
         amp=settings.amp == "bf16",
         accumulate=settings.accumulate,
+        average=WeightAverage(model, settings.ema) if settings.ema else None,
         max_iters=settings.max_iters,
         epoch=settings.start_epoch,
         folder=folder,
@@ -246,7 +249,8 @@ def _finish_epoch(run: Run) -> None:
     is_last = run.epoch == run.epochs
     if run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0):
         # The epoch is saved already, so a signal may end the evaluation at once.
-        with run.stop_signal.immediately():
+        averaged = run.average.applied() if run.average else nullcontext()
+        with run.stop_signal.immediately(), averaged:
             values = run.evaluate(run.model, run.epoch - 1)
         record.update(values)
         _save_if_best(run, values)
@@ -348,8 +352,10 @@ def checkpoint_state(run: Run) -> Checkpoint:
     """Return everything that an exact resume needs. Collective: it gathers the random states of all ranks."""
     model = unwrap_model(run.model)
     frozen = {name: part.state_dict() for name, part in model.frozen_parts().items()}
+    weights = model.state_dict()
     return Checkpoint(
-        model=model.state_dict(),
+        model=run.average.state if run.average else weights,
+        raw_model=weights if run.average else None,
         frozen=frozen or None,
         optimizer=run.optimizer.state_dict(),
         lr_scheduler=run.scheduler.state_dict(),
@@ -376,6 +382,9 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round.
     """
+    if checkpoint.raw_model is not None:
+        # The model was loaded, and `run.average` copied, with the averages under `model`.
+        unwrap_model(run.model).load_state_dict(checkpoint.raw_model)
     run.changed_data = changed_data(checkpoint, run.checkpoint_extras.get("data_fingerprint"))
     missing = checkpoint.missing_state()
     if missing:

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable, tuple]] = {
     # Live batch norm updates its statistics, but the backbone's weights are frozen, which keeps checkpoints small.
     "live": (start_labelled, ("--lr_backbone", 0)),
     "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
-    "pretext": (start_pretext, FROZEN),
+    "pretext": (start_pretext, (*FROZEN, "--ema", 0.9)),
     "two_stage": (start_labelled, (*FROZEN, *TWO_STAGE, "--lr_drop_epochs", 1, 3)),
 }
 uninterrupted_runs: dict[str, Path] = {}
@@ -86,6 +86,8 @@ def assert_equal_runs(folder: Path, expected: Path) -> None:
     whole = read_checkpoint(expected / "checkpoint.pth")
     training_state = ("model", "optimizer", "lr_scheduler", "best", "random_states")
     progress = ("epoch", "batch", "averages", "class_names")
+    assert (ours.get("raw_model") is None) == (whole.get("raw_model") is None)
+    assert_same(ours.get("raw_model"), whole.get("raw_model"), "raw_model")
     for name in (*training_state, *progress):
         assert_same(ours[name], whole[name], name)
     assert len(read_log(folder)) == 4

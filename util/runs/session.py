@@ -58,6 +58,8 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     checkpoint = load_checkpoint(source) if source else None
     adopted = settings_from_checkpoint(checkpoint, given, script) if checkpoint else {}
     settings = resolve(given, adopted, script)
+    if checkpoint and checkpoint.raw_model and settings.eval and not settings.ema:
+        checkpoint.model = checkpoint.raw_model
     seed_everything(settings.seed)
     return Session(settings, checkpoint, device)
 

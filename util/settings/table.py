@@ -161,7 +161,7 @@ FLAGS: tuple[Flag, ...] = (
             "also write losses, learning rate and images per second to log_steps.txt every N batches of an epoch",
             positive(),
             default_help="never",
-            metavar="STEPS",
+            metavar="N",
         ),
         Flag(
             "dist_url",
@@ -904,6 +904,15 @@ FLAGS: tuple[Flag, ...] = (
                 "--lr_linear_proj_names",
                 lambda settings: bool(settings["lr_linear_proj_names"]),
             ),
+        ),
+        Flag(
+            "ema",
+            "keep a moving average of the weights with this decay, such as 0.9998, which is evaluated and saved as the "
+            "model; 0: no average, and with --eval the weights without it",
+            non_negative(float),
+            default=0.0,
+            metavar="DECAY",
+            value_range="[0, 1)",
         ),
         Flag("sgd", "use SGD with momentum 0.9 instead of AdamW"),
         Flag(
