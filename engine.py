@@ -6,13 +6,16 @@ Letters in shape comments: B images per GPU, N objects of an image, K detections
 batch, h and w the size of one image.
 """
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from datasets.samplers import EpochSampler
 from datasets.transfer import Transfer
@@ -26,7 +29,7 @@ from util.distributed import (
 from util.errors import NonFinite, StopRequested, UserError
 from util.logger import Progress
 from util.nested_tensor import NestedTensor
-from util.packed_targets import Targets
+from util.packed_targets import PackedTargets, Targets
 from util.runs.meters import (
     NUM_PAIRS_KEY,
     Averages,
@@ -38,7 +41,9 @@ from util.runs.meters import (
     to_host,
     weight_class_error,
 )
+from util.runs.optimizer import clip_gradient
 from util.runs.signals import StopSignal
+from util.runs.weight_average import WeightAverage
 
 SINGLE_VALUE = "Expected more than 1 value per channel"  # PyTorch's message of batch norm
 
@@ -58,6 +63,42 @@ GRAD_NORM = "grad_norm"  # key of the log, as in Deformable DETR
 PUBLISHED_KEYS = {"stats": "coco_eval_bbox", "stats_masks": "coco_eval_masks"}  # of the log
 
 
+@dataclass(frozen=True)
+class Accumulation:
+    """The place of a batch among those of one optimizer step.
+
+    Gradients are those that as many processes with one batch each would have: losses are divided by the mean number
+    of targets of a batch, and averaged over the batches.
+
+    Attributes:
+        index: from 0.
+        size: number of batches.
+        mean_targets: mean number of targets of these batches; None: a single batch, which counts its own.
+    """
+
+    index: int = 0
+    size: int = 1
+    mean_targets: float | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.size - 1
+
+
+def accumulate(
+    loader: Iterable[tuple[NestedTensor, PackedTargets]], size: int
+) -> Iterator[tuple[Accumulation, NestedTensor, PackedTargets]]:
+    """Yield the batches of a loader with their place in groups of `size`. The last group may be smaller.
+
+    The batches of a group are loaded before the first one is used, to know their number of targets.
+    """
+    batches = iter(loader)
+    while group := list(itertools.islice(batches, size)):
+        mean = sum(sum(targets.counts["labels"]) for _, targets in group) / len(group)
+        for index, batch in enumerate(group):
+            yield Accumulation(index, len(group), mean if size > 1 else None), *batch
+
+
 @dataclass(kw_only=True)
 class TrainState:
     """Model, optimizer, data and progress of a training. `trainer.Run` adds where it is saved.
@@ -68,14 +109,16 @@ class TrainState:
         epochs: number of epochs in all.
         clip_max_norm: maximum gradient norm; 0 turns clipping off.
         amp: run the network in bfloat16.
+        average: moving average of the weights, which is evaluated and saved instead of them.
+        accumulate: number of batches per optimizer step.
         max_iters: end training after this many steps; the learning rate schedule then counts steps instead of epochs.
         epoch, batch: the next ones to train, from 0.
         averages: losses of the current epoch so far.
         gradient_norm: of the last step, on the device. It is read one step later, so that the host never waits for it.
         unread_norm: the same, until it is in `averages`.
-        log_every: call `on_log_step` every this many steps of an epoch; 0: never.
-        on_log_step: gets the epoch, the number of its finished steps, and the values of the last one.
-        on_step: called after each step.
+        log_every: call `on_log_step` every this many batches of an epoch; 0: never.
+        on_log_step: gets the epoch, the number of its finished batches, and the values of the last one.
+        on_step: called after each batch.
         seconds: training time, over all starts of the run.
     """
 
@@ -89,6 +132,8 @@ class TrainState:
     epochs: int
     clip_max_norm: float = 0.1
     amp: bool = False
+    average: WeightAverage | None = None
+    accumulate: int = 1
     max_iters: int | None = None
     epoch: int = 0
     batch: int = 0
@@ -113,11 +158,11 @@ class TrainState:
             return self.scheduler.last_epoch / self.max_iters  # the scheduler's "epochs" are steps
         return (self.epoch + self.batch / self.sampler.batches_per_epoch) / self.epochs
 
-    def remaining_iters(self) -> int | None:
-        """Return the number of steps left until `max_iters`, None without `max_iters`."""
+    def remaining_batches(self) -> int | None:
+        """Return the number of batches left until `max_iters`, None without `max_iters`."""
         if not self.max_iters:
             return None
-        return self.max_iters - self.scheduler.last_epoch
+        return (self.max_iters - self.scheduler.last_epoch) * self.accumulate
 
 
 def autocast(device: torch.device, enabled: bool) -> torch.autocast:
@@ -147,11 +192,16 @@ def forward(model: nn.Module, samples: NestedTensor, targets: Targets, amp: bool
 
 
 def forward_losses(
-    model: nn.Module, criterion: SetCriterion, samples: NestedTensor, targets: Targets, amp: bool
+    model: nn.Module,
+    criterion: SetCriterion,
+    samples: NestedTensor,
+    targets: Targets,
+    amp: bool,
+    num_targets: float | None = None,
 ) -> tuple[dict, dict[str, Tensor], Tensor]:
-    """Return (outputs, named losses, weighted total loss) of one forward pass."""
+    """Return (outputs, named losses, weighted total loss) of one forward pass. `num_targets`: see `SetCriterion`."""
     outputs = forward(model, samples, targets, amp)
-    losses = criterion(outputs, targets)
+    losses = criterion(outputs, targets, num_targets)
     total = criterion.total_loss(losses)
 
     if criterion.reproduce_published:
@@ -175,13 +225,18 @@ def logged_values(losses: dict[str, float], weights: dict[str, float]) -> dict[s
 
 
 def train_step(
-    state: TrainState, samples: NestedTensor, targets: Targets, stop: bool
+    state: TrainState,
+    samples: NestedTensor,
+    targets: Targets,
+    stop: bool,
+    place: Accumulation | None = None,
 ) -> tuple[dict[str, float], bool]:
-    """Run forward, backward, gradient clipping and the optimizer step on one batch.
+    """Run forward and backward on one batch, and after the last batch of a step gradient clipping and the optimizer.
 
     Args:
         samples: normalized images, [B, 3, H, W].
         stop: whether this process was asked to stop.
+        place: among the batches of the optimizer step; by default the only one.
 
     Returns:
         The values for the log, averaged over processes, and whether any process was asked to stop. `grad_norm` among
@@ -191,19 +246,27 @@ def train_step(
         NonFiniteLoss: a loss is NaN or infinite; it is raised before the optimizer step, so the weights are unchanged.
             Or the gradient of the previous step was not finite, which is only read now.
     """
+    place = place or Accumulation()
+    # Gradients are averaged over the ranks once per step.
+    is_inner = isinstance(state.model, DistributedDataParallel) and not place.is_last
     try:
-        _, losses, total = forward_losses(state.model, state.criterion, samples, targets, state.amp)
+        with state.model.no_sync() if is_inner else nullcontext():
+            _, losses, total = forward_losses(
+                state.model, state.criterion, samples, targets, state.amp, place.mean_targets
+            )
 
-        # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The stop flag
-        # travels in the same all-reduce, so that every rank stops after the same step. So does the gradient norm of
-        # the previous step, which is known by now.
-        unread = {} if state.unread_norm is None else {GRAD_NORM: state.unread_norm}
-        reader = LossReader({**losses, **unread}, float(stop))
-        state.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+            # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The stop
+            # flag travels in the same all-reduce, so that every rank stops after the same step. So does the gradient
+            # norm of the previous step, which is known by now.
+            unread = {} if state.unread_norm is None else {GRAD_NORM: state.unread_norm}
+            reader = LossReader({**losses, **unread}, float(stop))
+            if place.index == 0:
+                state.optimizer.zero_grad(set_to_none=True)
+            (total / place.size if place.size > 1 else total).backward()
 
         values = reader.read()
         norm = {name: values.pop(name) for name in unread}
+        state.unread_norm = None
         # A generator: reading an image id makes the host wait for the device, so ids are only read for the message.
         check_finite(values, (int(target["image_id"]) for target in targets))
     except NonFinite:
@@ -211,11 +274,11 @@ def train_step(
         check_gradient(state.gradient_norm)
         raise
 
-    if state.clip_max_norm > 0:
-        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-        state.gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, state.clip_max_norm)
-    state.unread_norm = state.gradient_norm
-    state.optimizer.step()
+    if place.is_last:
+        if state.clip_max_norm > 0:
+            state.gradient_norm = clip_gradient(state.optimizer, state.clip_max_norm)
+        state.unread_norm = state.gradient_norm
+        state.optimizer.step()
     return {**logged_values(values, state.criterion.weight_dict), **norm}, reader.flag > 0
 
 
@@ -229,7 +292,7 @@ def train_one_epoch(state: TrainState) -> None:
     state.model.train()
     state.criterion.train()
     model, sampler = unwrap_model(state.model), state.sampler
-    sampler.set_epoch(state.epoch, state.batch, state.remaining_iters())
+    sampler.set_epoch(state.epoch, state.batch, state.remaining_batches())
 
     num_batches = state.batch + len(sampler)
     bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
@@ -238,17 +301,20 @@ def train_one_epoch(state: TrainState) -> None:
     transfer = Transfer(state.device, state.normalization)
     start = time.monotonic()
 
-    for samples, packed in state.loader:
+    for place, samples, packed in accumulate(state.loader, state.accumulate):
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
         samples, targets = transfer(samples, packed)
-        values, stop = train_step(state, samples, targets, state.stop_signal.requested)
+        values, stop = train_step(state, samples, targets, state.stop_signal.requested, place)
         values["lr"] = state.optimizer.param_groups[0]["lr"]
 
-        # A momentum teacher, for instance, is updated here, from the new weights.
-        model.after_step(state.progress())
-        if state.max_iters:
-            state.scheduler.step()
+        if place.is_last:
+            # A momentum teacher, for instance, is updated here, from the new weights.
+            model.after_step(state.progress())
+            if state.average is not None:
+                state.average.update()
+            if state.max_iters:
+                state.scheduler.step()
         state.averages.add(values)
         state.batch += 1
 
@@ -261,7 +327,8 @@ def train_one_epoch(state: TrainState) -> None:
             state.on_log_step(state.epoch, state.batch, {**values, **speed})
         if state.on_step is not None:
             state.on_step()
-        if stop:
+        # Only between steps: a checkpoint has no gradients.
+        if stop and place.is_last:
             _raise_stop(state, start, num_batches)
 
     # A signal during the last step came after its flag was sent. All ranks must agree, or some would wait for others.

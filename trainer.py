@@ -4,6 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from models.criterion import SetCriterion
 from models.trainable import TrainableModel
 from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_checkpoint
 from util.distributed import (
+    BATCH_NORMS,
     all_gather_object,
     barrier,
     broadcast_tensors,
@@ -44,6 +46,7 @@ from util.runs.resuming import (
     warn_if_going_back,
 )
 from util.runs.tensorboard import TensorBoard
+from util.runs.weight_average import WeightAverage
 from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
@@ -132,6 +135,8 @@ def build_run(
         epochs=settings.epochs,
         clip_max_norm=settings.clip_max_norm,
         amp=settings.amp == "bf16",
+        accumulate=settings.accumulate,
+        average=WeightAverage(model, settings.ema) if settings.ema else None,
         max_iters=settings.max_iters,
         epoch=settings.start_epoch,
         folder=folder,
@@ -155,15 +160,24 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
     for part in model.frozen_parts().values():
         broadcast_tensors(part.state_dict().values())
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # Constants, such as frozen norms, need not be sent in each forward pass: all ranks have the same.
+    has_live_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
+    return DistributedDataParallel(
+        model,
+        device_ids=device_ids,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=has_live_norm,
+    )
 
 
 def _update_num_epochs(run: Run) -> None:
     """With `max_iters`, set `run.epochs` to the epochs that these steps take; the last one may be incomplete."""
     if run.max_iters:
-        # From the start of the current epoch, whose first `batch` steps are done.
-        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch
-        run.epochs = run.epoch + math.ceil(steps / run.sampler.batches_per_epoch)
+        # From the start of the current epoch, whose first `batch` batches are done.
+        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch // run.accumulate
+        run.epochs = run.epoch + math.ceil(
+            steps / math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -274,7 +288,8 @@ def _finish_epoch(run: Run) -> None:
     is_last = run.epoch == run.epochs
     if run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0):
         # The epoch is saved already, so a signal may end the evaluation at once.
-        with run.stop_signal.immediately():
+        averaged = run.average.applied() if run.average else nullcontext()
+        with run.stop_signal.immediately(), averaged:
             values = run.evaluate(run.model, run.epoch - 1)
         record.update(values)
         _save_if_best(run, values)
@@ -381,8 +396,10 @@ def checkpoint_state(run: Run) -> Checkpoint:
     """Return everything that an exact resume needs. Collective: it gathers the random states of all ranks."""
     model = unwrap_model(run.model)
     frozen = {name: part.state_dict() for name, part in model.frozen_parts().items()}
+    weights = model.state_dict()
     return Checkpoint(
-        model=model.state_dict(),
+        model=run.average.state if run.average else weights,
+        raw_model=weights if run.average else None,
         frozen=frozen or None,
         optimizer=run.optimizer.state_dict(),
         lr_scheduler=run.scheduler.state_dict(),
@@ -409,6 +426,9 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round.
     """
+    if checkpoint.raw_model is not None:
+        # The model was loaded, and `run.average` copied, with the averages under `model`.
+        unwrap_model(run.model).load_state_dict(checkpoint.raw_model)
     run.changed_data = changed_data(checkpoint, run.checkpoint_extras.get("data_fingerprint"))
     missing = checkpoint.missing_state()
     if missing:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.classification import Classification, sigmoid_focal_loss
+from models.classification import Classification, sigmoid_focal_loss, summed_focal_loss
 from models.detector import full_precision
-from models.matcher import HungarianMatcher, Matches
+from models.feature_head import select_features
+from models.matcher import HungarianMatcher, Matches, copy_to_device
 from models.segmentation import select_masks
 from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.distributed import all_reduce_sum, get_world_size
@@ -47,31 +48,27 @@ class _MatchedBatch:
     """Stacked predictions of all layers, their matches and the targets."""
 
     logits: Tensor  # [L, B, Q, C]
+    log_probabilities: Tensor | None  # the same shape; None for focal outputs
     boxes: Tensor  # [L, B, Q, 4], (cx, cy, w, h)
     matches: Matches
     labels: Tensor  # [T]
     target_boxes: Tensor  # [T, 4], (cx, cy, w, h)
     num_boxes: Tensor | float  # normalizer of the losses, see `SetCriterion._num_boxes`
     target_masks: Tensor | None  # bool [T, H, W], padded to one size; None without masks
-    counts: list[int]  # targets of each image
     outputs: list[dict]  # model outputs of each layer, the last layer last
 
     def sum_per_layer(self, values: Tensor) -> Tensor:
         """Sum the values of matched pairs per layer: [K] -> [L]."""
         return values.reshape(len(self.logits), -1).sum(1)  # [L, K / L] -> [L]
 
-    def last_layer_pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return image, query and target of the last layer's pairs, int64 [K / L] each.
-
-        The query counts within its image, the target within the batch.
-        """
-        num_layers, num_images, num_queries = self.logits.shape[:3]
+    def last_layer_pairs(self) -> tuple[Tensor, Tensor]:
+        """Return the last layer's pairs: indices into its B * Q queries and the T targets, [K / L] each."""
+        earlier_layers = self.logits.shape[0] - 1
         # Pairs are stored layer by layer: the last K / L belong to the last layer.
-        pairs = slice(self.matches.num_pairs * (num_layers - 1), None)
-        # `source` counts the queries of all layers.
-        source = self.matches.source[pairs] - (num_layers - 1) * num_images * num_queries
-        image = torch.div(source, num_queries, rounding_mode="floor")
-        return image, source % num_queries, self.matches.target[pairs]
+        pairs = slice(self.matches.num_pairs * earlier_layers, None)
+        queries_per_layer = self.logits.shape[1] * self.logits.shape[2]
+        source = self.matches.source[pairs] - earlier_layers * queries_per_layer
+        return source, self.matches.target[pairs]
 
 
 class SetCriterion(nn.Module):
@@ -117,7 +114,7 @@ class SetCriterion(nn.Module):
         # Not persistent: published checkpoints have no buffer of the criterion.
         self.register_buffer("empty_weight", class_weight, persistent=False)
 
-    def forward(self, outputs: dict, targets: Targets) -> Losses:
+    def forward(self, outputs: dict, targets: Targets, num_targets: float | None = None) -> Losses:
         """Compute the losses.
 
         Args:
@@ -126,12 +123,16 @@ class SetCriterion(nn.Module):
                 `global_contrast` needs `projections` and `predictions`.
             targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a
                 list of dicts; for the loss `masks` also `masks` [n, H, W].
+            num_targets: the number of targets to divide by, where gradients are accumulated: the
+                mean over their batches. Default: the number in `targets`.
 
         Raises:
             NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
         """
         targets = pack_objects(targets)
-        num_boxes = self._num_boxes(sum(targets.counts["labels"]), outputs["pred_logits"].device)
+        if num_targets is None:
+            num_targets = sum(targets.counts["labels"])
+        num_boxes = self._num_boxes(num_targets, outputs["pred_logits"].device)
         losses = self._compute_losses(self.losses, outputs, targets, num_boxes)
 
         if "enc_outputs" in outputs:
@@ -158,10 +159,10 @@ class SetCriterion(nn.Module):
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the losses, which training minimizes."""
-        weighted = [
-            losses[name] * weight for name, weight in self.weight_dict.items() if name in losses
-        ]
-        return sum(weighted[1:], weighted[0])
+        names = [name for name in self.weight_dict if name in losses]
+        values = torch.stack([losses[name] for name in names])
+        weights = torch.tensor([self.weight_dict[name] for name in names], dtype=values.dtype)
+        return values @ copy_to_device(weights, values.device)
 
     def _match_layers(
         self, outputs: dict, targets: PackedTargets, num_boxes: Tensor | float
@@ -170,19 +171,22 @@ class SetCriterion(nn.Module):
         logits = torch.stack([layer["pred_logits"] for layer in layers])  # [L, B, Q, C]
         boxes = torch.stack([layer["pred_boxes"] for layer in layers])  # [L, B, Q, 4]
         logits, boxes = full_precision(logits), full_precision(boxes)
+        # Both the matching costs and the classification loss read them.
+        softmax = self.classification.kind == "softmax"
+        log_probabilities = logits.log_softmax(-1) if softmax else None
         return _MatchedBatch(
             logits=logits,
+            log_probabilities=log_probabilities,
             boxes=boxes,
-            matches=self.matcher(logits, boxes, targets),
+            matches=self.matcher(logits, boxes, targets, log_probabilities),
             labels=targets.tensors["labels"],
             target_boxes=targets.tensors["boxes"].to(boxes.dtype),
             target_masks=targets.tensors.get("masks"),
             num_boxes=num_boxes,
-            counts=targets.counts["labels"],
             outputs=layers,
         )
 
-    def _num_boxes(self, count: int, device: torch.device) -> Tensor | float:
+    def _num_boxes(self, count: float, device: torch.device) -> Tensor | float:
         """Return the number of targets, at least 1; in training the mean over ranks.
 
         DDP averages gradients, so each rank divides by the mean count. In evaluation ranks may have
@@ -209,33 +213,32 @@ class SetCriterion(nn.Module):
         Also returns `class_error`, the percentage of wrong classes among the matched queries of the
         last layer, for the log.
         """
-        num_layers, num_outputs = len(batch.logits), batch.logits.shape[-1]
-        softmax = self.classification.kind == "softmax"
-        # The last softmax output is "no object". Focal outputs have none: class C is one past the
-        # end, and its one-hot column is cut off.
-        no_object = num_outputs - 1 if softmax else num_outputs
-
-        logits = batch.logits.flatten(0, 2)  # [L * B * Q, C]
-        # [L * B * Q]
-        classes = torch.full(logits.shape[:1], no_object, dtype=torch.int64, device=logits.device)
-        classes[batch.matches.source] = batch.labels[batch.matches.target]  # K of them
-
-        if softmax:
-            weight = self.empty_weight.to(logits.dtype)  # [C]
-            nll = functional.cross_entropy(logits, classes, weight, reduction="none")
-            nll = nll.view(num_layers, -1)  # [L, B * Q]
-            # As in DETR, a weighted mean over queries, not a sum over `num_boxes`.
-            values = nll.sum(1) / weight[classes].view(num_layers, -1).sum(1)  # [L]
+        labels = batch.labels[batch.matches.target]  # [K]
+        if batch.log_probabilities is not None:
+            values = self._cross_entropy(batch.log_probabilities, batch.matches.source, labels)
         else:
-            one_hot = functional.one_hot(classes, num_outputs + 1)  # [L * B * Q, C + 1]
-            one_hot = one_hot[:, :-1].to(logits.dtype)  # [L * B * Q, C]
-            loss = sigmoid_focal_loss(logits, one_hot, self.focal_alpha)  # [L * B * Q, C]
+            positives = batch.matches.source * batch.logits.shape[-1] + labels  # [K]
             # The published mean over queries, times their number, is this sum.
-            values = loss.view(num_layers, -1).sum(1) / batch.num_boxes  # [L]
+            values = summed_focal_loss(batch.logits, positives, self.focal_alpha) / batch.num_boxes
         return {
             **self._name_by_layer("loss_ce", values),
             "class_error": self._class_error(batch),
         }
+
+    def _cross_entropy(self, log_probabilities: Tensor, source: Tensor, labels: Tensor) -> Tensor:
+        """Return the weighted mean over all queries of each layer, [L], as in DETR.
+
+        source, labels: int64 [K], the matched queries of all layers and their classes.
+        """
+        num_layers, *_, num_outputs = log_probabilities.shape
+        log_probabilities = log_probabilities.flatten(0, 2)  # [L * B * Q, C]
+        # The last output is "no object".
+        classes = labels.new_full(log_probabilities.shape[:1], num_outputs - 1)  # [L * B * Q]
+        classes[source] = labels
+        weight = self.empty_weight.to(log_probabilities.dtype)  # [C]
+        nll = functional.nll_loss(log_probabilities, classes, weight, reduction="none")
+        nll, weights = nll.view(num_layers, -1), weight[classes].view(num_layers, -1)  # [L, B * Q]
+        return nll.sum(1) / weights.sum(1)
 
     @torch.no_grad()
     def _class_error(self, batch: _MatchedBatch) -> Tensor:
@@ -264,11 +267,11 @@ class SetCriterion(nn.Module):
     def loss_cardinality(self, batch: _MatchedBatch) -> dict[str, Tensor]:
         """Mean over images of |queries that predict an object - targets|, for the log."""
         if self.classification.kind == "softmax" or self.reproduce_published:
-            is_object = batch.logits.argmax(-1) != batch.logits.shape[-1] - 1  # [L, B, Q]
+            # The best class is not the last one. `argmax` is slower, and prefers the first of equals.
+            is_object = batch.logits[..., :-1].amax(-1) >= batch.logits[..., -1]  # [L, B, Q]
         else:
             is_object = batch.logits.amax(-1) > 0  # [L, B, Q]; sigmoid(0) = 0.5
-        counts = torch.tensor(batch.counts).to(batch.logits.device, non_blocking=True)  # [B]
-        error = (is_object.sum(-1) - counts).abs()  # [L, B]
+        error = (is_object.sum(-1) - batch.matches.counts).abs()  # [L, B]
         return self._name_by_layer("cardinality_error", error.to(batch.logits.dtype).mean(-1))
 
     def loss_features(self, batch: _MatchedBatch) -> dict[str, Tensor]:
@@ -277,8 +280,7 @@ class SetCriterion(nn.Module):
         Equals 2 - 2 cos, summed over pairs and divided by the number of boxes (Dai et al. 2021,
         equation 4). `target_features` [T, F] are in the order of the targets.
         """
-        features = torch.stack([layer["pred_features"] for layer in batch.outputs])  # [L, B, Q, F]
-        predicted = full_precision(features).flatten(0, 2)[batch.matches.source]  # [K, F]
+        predicted = select_features(batch.outputs, batch.matches.source)  # [K, F]
         predicted = functional.normalize(predicted, dim=1)
         target = full_precision(batch.outputs[-1]["target_features"])  # [T, F]
         target = functional.normalize(target, dim=1)[batch.matches.target]  # [K, F]
@@ -293,8 +295,8 @@ class SetCriterion(nn.Module):
         [T, F] are in the order of the targets.
         """
         outputs = batch.outputs[-1]
-        image, query, target = batch.last_layer_pairs()
-        predicted = full_precision(outputs["pred_features"])[image, query]  # [K / L, F]
+        source, target = batch.last_layer_pairs()
+        predicted = select_features([outputs], source)  # [K / L, F]
         distance = (predicted - full_precision(outputs["target_features"])[target]).abs()
         return {"loss_object_embedding": distance.sum() / max(distance.numel(), 1)}
 
@@ -309,9 +311,11 @@ class SetCriterion(nn.Module):
         """
         if batch.target_masks is None:
             raise ValueError("the loss `masks` needs `masks` in the targets")
-        image, query, target = batch.last_layer_pairs()
+        source, target = batch.last_layer_pairs()
+        num_queries = batch.logits.shape[2]
+        image = torch.div(source, num_queries, rounding_mode="floor")  # [K / L]
         target_masks = batch.target_masks[target]  # [K / L, H, W]
-        logits = select_masks(batch.outputs[-1], image, query)  # [K / L, h1, w1]
+        logits = select_masks(batch.outputs[-1], image, source % num_queries)  # [K / L, h1, w1]
         logits = functional.interpolate(
             logits[:, None], size=target_masks.shape[-2:], mode="bilinear", align_corners=False
         )

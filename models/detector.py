@@ -15,7 +15,6 @@ padding.
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -132,11 +131,10 @@ class Detector(TrainableModel):
 
     def build_outputs(self, logits: Tensor, boxes_cxcywh: Tensor) -> dict:
         """Build DETR's output dict from logits [L, B, Q, C] and boxes [L, B, Q, 4]."""
-        outputs: dict[str, Any] = {"pred_logits": logits[-1], "pred_boxes": boxes_cxcywh[-1]}
-        if self.aux_loss:
-            earlier = zip(logits[:-1], boxes_cxcywh[:-1], strict=True)
-            outputs["aux_outputs"] = [{"pred_logits": a, "pred_boxes": b} for a, b in earlier]
-        return outputs
+        # The gradient of `unbind` is one stack; each index would have a gradient of full size.
+        pairs = zip(logits.unbind(), boxes_cxcywh.unbind(), strict=True)
+        *earlier, outputs = ({"pred_logits": a, "pred_boxes": b} for a, b in pairs)
+        return {**outputs, "aux_outputs": earlier} if self.aux_loss else outputs
 
 
 def flatten_map(x: Tensor) -> Tensor:

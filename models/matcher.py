@@ -2,8 +2,8 @@
 
 All decoder layers and images are matched in one call.
 
-Shapes: L decoder layers, B images, Q queries, C class outputs, n targets of an image and N their
-maximum, T targets of the whole batch, K matched pairs of all layers.
+Shapes: L decoder layers, B images, Q queries, C class outputs, n targets of an image, T targets of
+the whole batch, K matched pairs of all layers.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from models.classification import Classification
-from util.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
+from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.errors import NonFinite
 from util.packed_targets import PackedTargets, Targets, pack_objects
+
+_NO_PAIRS = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
 class NonFinitePrediction(NonFinite):
@@ -30,11 +31,13 @@ class Matches:
 
     source: int64 [K], indices into the predictions flattened from [L, B, Q], on the device.
     target: int64 [K], indices into the T concatenated targets of the batch, on the device.
+    counts: int64 [B], number of targets of each image, on the device.
     pairs: `pairs[layer][image]` is (queries, targets), two arrays of indices within the image.
     """
 
     source: Tensor
     target: Tensor
+    counts: Tensor
     pairs: list[list[tuple[np.ndarray, np.ndarray]]]
 
     @property
@@ -53,15 +56,21 @@ class HungarianMatcher:
     with `Classification.class_cost` and the L1 distance of the normalized (cx, cy, w, h). With more
     targets than queries, only Q targets are matched.
 
-    Costs are computed on the device, for the targets of the own image only, and copied to the host
-    once; the indices are copied back once.
+    Costs are computed on the device, for pairs of one image only, and copied to the host once; the
+    indices are copied back once.
     """
 
     def __init__(self, classification: Classification) -> None:
         self.classification = classification
 
     @torch.no_grad()
-    def __call__(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Matches:
+    def __call__(
+        self,
+        logits: Tensor,
+        boxes_cxcywh: Tensor,
+        targets: Targets,
+        log_probabilities: Tensor | None = None,
+    ) -> Matches:
         """Match the predictions of all layers.
 
         Args:
@@ -69,6 +78,8 @@ class HungarianMatcher:
             boxes_cxcywh: [L, B, Q, 4].
             targets: `labels` [n] and `boxes` [n, 4] (cx, cy, w, h) of each image, packed or as a
                 list of dicts.
+            log_probabilities: `logits.log_softmax(-1)`, if the caller has it; only softmax
+                classification reads it.
 
         Raises:
             NonFinitePrediction: a cost is NaN or infinite.
@@ -76,30 +87,37 @@ class HungarianMatcher:
         targets = pack_objects(targets)
         counts = targets.counts["labels"]
         cost = None
-        if max(counts, default=0) > 0:
-            cost = self.cost_matrix(logits, boxes_cxcywh, targets).cpu().numpy()  # [L, B, Q, N]
+        if sum(counts) > 0:
+            on_device = self.cost_matrix(logits, boxes_cxcywh, targets, log_probabilities)
+            cost = copy_to_host(on_device)  # [L, T, Q]
             self._check_finite(cost, counts, targets)
         return self._assign(cost, counts, logits)
 
-    def cost_matrix(self, logits: Tensor, boxes_cxcywh: Tensor, targets: Targets) -> Tensor:
-        """Return the matching costs [L, B, Q, N].
-
-        Entries beyond an image's own number of targets are padding, without meaning.
-        """
+    def cost_matrix(
+        self,
+        logits: Tensor,
+        boxes_cxcywh: Tensor,
+        targets: Targets,
+        log_probabilities: Tensor | None = None,
+    ) -> Tensor:
+        """Return the cost of each target with each query of its image, [L, T, Q]."""
         targets = pack_objects(targets)
-        tensors, counts = targets.tensors, targets.counts
-        labels = pad_sequence(tensors["labels"].split(counts["labels"]), batch_first=True)  # [B, N]
-        target_boxes = pad_sequence(tensors["boxes"].split(counts["boxes"]), batch_first=True)
-        target_boxes = target_boxes.to(boxes_cxcywh.dtype)  # [B, N, 4]
+        counts = targets.counts["labels"]
+        image = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))  # int64 [T]
+        image = copy_to_device(image, logits.device)
+        target_boxes = targets.tensors["boxes"].to(boxes_cxcywh.dtype)  # [T, 4]
+        boxes, target_boxes = _with_corners(boxes_cxcywh), _with_corners(target_boxes)
+        # In memory a coordinate of all queries is one row, so that operations run along the queries.
+        boxes = boxes.movedim(-1, 0).index_select(2, image).movedim(0, -1)  # [L, T, Q, 8]
+        target_boxes = target_boxes[:, None]  # [T, 1, 8]
 
-        difference = boxes_cxcywh[..., :, None, :] - target_boxes[:, None]  # [L, B, Q, N, 4]
-        distance = difference.abs().sum(-1)  # [L, B, Q, N]
-        giou = generalized_box_iou(
-            box_cxcywh_to_xyxy(boxes_cxcywh), box_cxcywh_to_xyxy(target_boxes)
-        )  # [L, B, Q, N]
-        labels = labels.expand(len(logits), -1, -1)  # [L, B, N]
-        class_cost = self.classification.class_cost(logits, labels)  # [L, B, Q, N]
-
+        distance = (boxes[..., :4] - target_boxes[..., :4]).abs().sum(-1)  # [L, T, Q]
+        giou = paired_giou(boxes[..., 4:], target_boxes[..., 4:])  # [L, T, Q]
+        if self.classification.kind == "softmax":
+            scores = logits.log_softmax(-1) if log_probabilities is None else log_probabilities
+        else:
+            scores = logits
+        class_cost = self.classification.class_cost(scores, image, targets.tensors["labels"])
         return (
             self.classification.cost_bbox * distance
             + self.classification.cost_class * class_cost
@@ -108,22 +126,18 @@ class HungarianMatcher:
 
     @staticmethod
     def _check_finite(cost: np.ndarray, counts: list[int], targets: PackedTargets) -> None:
-        # One cheap test for the usual case. What it finds may still be padding.
-        if np.isfinite(cost).all():
+        finite = np.isfinite(cost).all(-1)  # [L, T]
+        if finite.all():
             return
-        is_target = np.arange(cost.shape[-1]) < np.asarray(counts)[:, None]  # [B, N]
-        bad = ~np.isfinite(cost) & is_target[None, :, None, :]  # [L, B, Q, N]
-        layers, images = np.nonzero(bad.any((2, 3)))
-        if not len(layers):
-            return
-
+        layer = np.nonzero(~finite)[0][0]
+        images = np.repeat(np.arange(len(counts)), counts)[~finite.all(0)]
         has_ids = "image_id" in targets.tensors
         ids = [
             int(targets[i]["image_id"]) if has_ids else f"batch position {i}"
             for i in np.unique(images)
         ]
         raise NonFinitePrediction(
-            f"decoder layer {layers[0]} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images "
+            f"decoder layer {layer} (of 0 to {len(cost) - 1}) predicts NaN or infinity for images "
             f"{ids[:8]}: check their boxes, lower --lr, or use --amp no"
         )
 
@@ -131,29 +145,46 @@ class HungarianMatcher:
     def _assign(cost: np.ndarray | None, counts: list[int], logits: Tensor) -> Matches:
         """Solve the assignment of each layer and image. `cost` is None if no image has a target."""
         num_layers, num_images, num_queries = logits.shape[:3]
-        no_pairs = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-        pairs = [
-            [
-                linear_sum_assignment(cost[layer, i, :, :n])
-                if (cost is not None and n > 0)
-                else no_pairs
-                for i, n in enumerate(counts)
-            ]
-            for layer in range(num_layers)
-        ]
-
-        # From indices within an image to indices into all predictions and all targets.
-        image_index = np.arange(num_layers)[:, None] * num_images + np.arange(num_images)  # [L, B]
-        first_query = image_index * num_queries  # [L, B]
-        first_target = np.cumsum([0] + counts)  # [B + 1]
-        source, target = [], []
+        first_target = np.cumsum([0, *counts])  # [B + 1]
+        pairs, source, target = [], [], []
         for layer in range(num_layers):
-            for i, (query_index, target_index) in enumerate(pairs[layer]):
-                source.append(first_query[layer, i] + query_index)
-                target.append(first_target[i] + target_index)
+            pairs.append([_NO_PAIRS] * num_images)
+            for i, count in enumerate(counts):
+                if cost is None or count == 0:
+                    continue
+                first = first_target[i]
+                target_index, query_index = linear_sum_assignment(
+                    cost[layer, first : first + count]
+                )
+                order = query_index.argsort()
+                query_index, target_index = query_index[order], target_index[order]
+                pairs[layer][i] = query_index, target_index
+                # From indices within an image to indices into all predictions and all targets.
+                source.append((layer * num_images + i) * num_queries + query_index)
+                target.append(first + target_index)
 
-        # Stacked, both index lists reach the device in one copy.
-        stacked = np.stack([np.concatenate(source), np.concatenate(target)])  # [2, K]
-        index = torch.from_numpy(stacked.astype(np.int64))
-        source_on_device, target_on_device = index.to(logits.device, non_blocking=True)
-        return Matches(source_on_device, target_on_device, pairs)
+        # Stacked, both index lists and the counts reach the device in one copy.
+        num_pairs = sum(map(len, source))
+        index = torch.from_numpy(np.concatenate([*source, *target, counts]).astype(np.int64))
+        on_device = copy_to_device(index, logits.device).split([num_pairs, num_pairs, num_images])
+        return Matches(*on_device, pairs)
+
+
+def _with_corners(boxes_cxcywh: Tensor) -> Tensor:
+    """Append (x0, y0, x1, y1) to (cx, cy, w, h): [..., 4] -> [..., 8]."""
+    return torch.cat([boxes_cxcywh, box_cxcywh_to_xyxy(boxes_cxcywh)], -1)
+
+
+def copy_to_host(values: Tensor) -> np.ndarray:
+    """Copy a tensor to the host, to pinned memory from a GPU. The host waits for the device."""
+    if not values.is_cuda:
+        return values.numpy()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values).numpy()
+
+
+def copy_to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device. The host does not wait: only pinned memory allows that."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

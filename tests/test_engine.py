@@ -152,6 +152,46 @@ def test_step_lowers_the_loss_and_clips_gradients() -> None:
     )
 
 
+@pytest.mark.parametrize("counts", [[3, 1], [0, 4]])
+def test_accumulated_step_equals_a_larger_batch(counts: list[int]) -> None:
+    """Exactly so for focal classification: every loss is a sum over the number of targets of all batches."""
+    flags = ("--detector", "conditional_detr", "--sgd", "--lr", "1")
+    whole, samples, targets = build_run(*flags)
+    targets = make_targets(counts)
+    packed = PackedTargets.pack(targets)
+    engine.train_step(whole, samples, packed, stop=False)
+
+    run, _, _ = build_run(*flags)
+    loader = [
+        (
+            NestedTensor(samples.tensors[[i]], samples.mask[[i]], False),
+            PackedTargets.pack([targets[i]]),
+        )
+        for i in range(2)
+    ]
+    norms = []
+    for place, images, own in engine.accumulate(loader, 2):
+        before = [parameter.clone() for parameter in run.model.parameters()]
+        engine.train_step(run, images, own, False, place)
+        same = all(map(torch.equal, before, run.model.parameters()))
+        assert same is not place.is_last
+        norms.append(run.gradient_norm)
+    assert norms[0] is None
+    assert float(norms[1]) == pytest.approx(float(whole.gradient_norm), rel=1e-4)
+    for ours, expected in zip(run.model.parameters(), whole.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_last_accumulated_step_of_an_epoch_may_be_smaller() -> None:
+    loader = [(i, PackedTargets({}, {"labels": [i, 1]})) for i in range(5)]
+    places = [
+        (place.index, place.size, place.mean_targets)
+        for place, _, _ in engine.accumulate(loader, 2)
+    ]
+    assert places == [(0, 2, 1.5), (1, 2, 1.5), (0, 2, 3.5), (1, 2, 3.5), (0, 1, 5.0)]
+    assert [place.mean_targets for place, _, _ in engine.accumulate(loader, 1)] == [None] * 5
+
+
 def test_gradient_norm_is_read_one_step_later() -> None:
     run, samples, targets = build_run("--clip_max_norm", "0.1")
     norms, logged = [], []

@@ -65,7 +65,7 @@ CASES: dict[str, tuple[Callable, tuple]] = {
     # Live batch norm updates its statistics, but the backbone's weights are frozen, which keeps checkpoints small.
     "live": (start_labelled, ("--lr_backbone", 0)),
     "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
-    "pretext": (start_pretext, FROZEN),
+    "pretext": (start_pretext, (*FROZEN, "--ema", 0.9)),
     "two_stage": (start_labelled, (*FROZEN, *TWO_STAGE, "--lr_drop_epochs", 1, 3)),
 }
 uninterrupted_runs: dict[str, Path] = {}
@@ -86,6 +86,8 @@ def assert_equal_runs(folder: Path, expected: Path) -> None:
     whole = read_checkpoint(expected / "checkpoint.pth")
     training_state = ("model", "optimizer", "lr_scheduler", "best", "random_states")
     progress = ("epoch", "batch", "averages", "class_names")
+    assert (ours.get("raw_model") is None) == (whole.get("raw_model") is None)
+    assert_same(ours.get("raw_model"), whole.get("raw_model"), "raw_model")
     for name in (*training_state, *progress):
         assert_same(ours[name], whole[name], name)
     assert len(read_log(folder)) == 4
@@ -224,6 +226,32 @@ def test_stop_in_the_middle_of_a_longer_epoch(
     for a, b in zip(whole, ours, strict=True):
         assert a.keys() >= {"loss", "loss_ce", "lr", "images_per_second"}
         assert {k: a[k] for k in a.keys() - ignored} == {k: b[k] for k in b.keys() - ignored}
+
+
+def test_stop_with_accumulated_gradients(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch has five batches, that is three steps of two, two and one. A run stops between steps only."""
+    flags = (*FROZEN, "--batch_size", 1, "--accumulate", 2, "--max_iters", 5, "--lr_drop_iters", 4)
+
+    def start(name: str, *more: object) -> None:
+        coco = ("--coco_path", data / "coco")
+        fine_tune(*coco, "--output_dir", tmp_path / name, *flags, "--lr", 1e-3, *more)
+
+    start("whole")
+    stop_at(monkeypatch, 6)
+    with pytest.raises(StopRequested, match="epoch 2, after batch 2 of 4"):
+        start("stopped")
+    monkeypatch.undo()
+    start("stopped", "--resume", "auto")
+    whole, ours = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "stopped")
+    )
+    assert_same(ours["model"], whole["model"])
+    assert_same(ours["optimizer"], whole["optimizer"])
+    assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
+    assert ours["lr_scheduler"]["last_epoch"] == 5
+    assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {5}
 
 
 def test_stop_in_the_only_step_of_an_epoch(

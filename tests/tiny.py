@@ -410,9 +410,9 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the next run to stop in this training step, counted from 1 over all epochs."""
     original, steps = engine.train_step, []
 
-    def stopped(run, samples, targets, stop):
+    def stopped(run, samples, targets, stop, *place):
         steps.append(1)
-        return original(run, samples, targets, len(steps) == step)
+        return original(run, samples, targets, len(steps) == step, *place)
 
     monkeypatch.setattr(engine, "train_step", stopped)
 

@@ -403,10 +403,10 @@ def stop_and_resume(folder: Path) -> dict:
     trainer.fit(whole)
     stopped, original, calls = start("stopped"), engine.train_step, []
 
-    def stop_in_second_step(run, samples, targets, stop):
+    def stop_in_second_step(run, samples, targets, stop, *place):
         calls.append(1)
         is_last_rank = get_rank() == get_world_size() - 1
-        return original(run, samples, targets, len(calls) == 2 and is_last_rank)
+        return original(run, samples, targets, len(calls) == 2 and is_last_rank, *place)
 
     engine.train_step = stop_in_second_step
     try:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models.backbone import Backbone
 from models.classification import Classification, matching_costs
-from models.detector import Detector, full_precision, without_autocast
+from models.detector import Detector, full_precision
+from models.feature_head import add_features
 from models.trainable import TrainableModel
 from util.errors import UserError
 from util.settings import Settings
@@ -77,16 +78,13 @@ class QueryPatchPretext(Pretext):
             weights["loss_feature"] = settings.feature_loss_coef
         return weights
 
-    def predict_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> None:
-        """Add `pred_features` [B, Q, F] of each decoder layer and `target_features` to `outputs`.
+    def with_features(self, outputs: dict, layers: Tensor, target_features: Tensor) -> dict:
+        """Return outputs with `pred_features` [B, Q, F] of each decoder layer and `target_features`.
 
         layers: [L, B, Q, D]. target_features: [B * M, F].
         """
-        with without_autocast(layers):
-            predicted = self.feature_align(full_precision(layers))  # [L, B, Q, F]
-        outputs["pred_features"], outputs["target_features"] = predicted[-1], target_features
-        for layer, aux in enumerate(outputs.get("aux_outputs", [])):
-            aux["pred_features"] = predicted[layer]
+        outputs["target_features"] = target_features
+        return add_features(outputs, self.feature_align, layers)
 
     @staticmethod
     def patch_boxes(outputs: dict, num_patches: int) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,7 @@ class RandomQueryPatch(QueryPatchPretext):
         outputs = self.detector.predict(states)
         if self.feature_recon:
             # Detached: no gradient reaches a backbone that trains through its own target.
-            self.predict_features(outputs, states.layers, features.detach())
+            return self.with_features(outputs, states.layers, features.detach())
         return outputs
 
     def _stack_patches(self, targets: Targets) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from models.classification import Classification, matching_costs
-from models.detector import Detector, full_precision, without_autocast
+from models.detector import Detector, full_precision
+from models.feature_head import add_features
 from models.pretext import Pretext
 from models.target_encoder import IntermediateEncoder, build_target_encoder, encode_crops
 from models.transformer import MLP
@@ -88,12 +89,10 @@ class RegionPrior(Pretext):
         states = self.detector.decode(memory)
         outputs = self.detector.predict(states)
         if self.target_encoder is not None:
-            last = full_precision(states.layers[-1])  # [B, Q, D]
-            with without_autocast(last):
-                outputs["pred_features"] = self.feature_embed(last)  # [B, Q, F]
             crops = [target["patches"] for target in targets]
             features = encode_crops(self.target_encoder, crops, self.published_batch_norm)
             outputs["target_features"] = full_precision(features)  # [sum N_i, F]
+            return add_features(outputs, self.feature_embed, states.layers[-1:])
         return outputs
 
     def frozen_parts(self) -> dict[str, nn.Module]:

@@ -135,7 +135,7 @@ class Siamese(QueryPatchPretext):
         states = self.detector.decode(memory, queries)
         outputs = self.detector.predict(states)
         if "features" in self.losses:
-            self.predict_features(outputs, states.layers, self.crop_features(targets))
+            outputs = self.with_features(outputs, states.layers, self.crop_features(targets))
         if "global_contrast" in self.losses:
             self._add_projections(outputs, samples, memory)
         return outputs

@@ -53,6 +53,7 @@ class Checkpoint:
 
     Weights, and what they mean:
         model: state dict with DETR's parameter names, without `module.`.
+        raw_model: with `--ema` the weights that training continues with; `model` has their moving average.
         args: settings of the run by flag name.
         class_names: row of the class head -> class name.
         category_ids: row of the class head -> category id in the annotation files; None: the rows are the ids.
@@ -86,6 +87,7 @@ class Checkpoint:
     """
 
     model: dict[str, Tensor]
+    raw_model: dict[str, Tensor] | None = None
     args: dict[str, Any] = field(default_factory=dict)
     class_names: dict[int, str] = field(default_factory=dict)
     category_ids: dict[int, int] | None = None
@@ -166,6 +168,7 @@ STORED_FIELDS = [
 ]
 _MAPPINGS = (
     "model",
+    "raw_model",
     "category_ids",
     "normalization",
     "frozen",

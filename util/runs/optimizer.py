@@ -12,6 +12,8 @@ from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.logger import log
 
+FUSED_DEVICES = ("cpu", "cuda")
+
 
 def parameter_groups(
     model: nn.Module,
@@ -72,11 +74,12 @@ def build_optimizer(
     linear_proj_mult: float = 0.1,
     sgd: bool = False,
 ) -> torch.optim.Optimizer:
-    """Build AdamW, or SGD with momentum 0.9. Fused on a GPU. For the other arguments see `parameter_groups`."""
+    """Build AdamW, or SGD with momentum 0.9, for the groups of `parameter_groups`. Fused on GPUs and CPUs."""
     groups = parameter_groups(
         model, lr, lr_backbone, backbone_names, linear_proj_names, linear_proj_mult
     )
-    fused = any(p.is_cuda for group in groups for p in group["params"])
+    # One operation per group and device instead of 12 per parameter.
+    fused = all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"])
     names = ("transformer and heads", "backbone", "linear projections")
     parts = [
         f"{name} {len(group['params'])} tensors at lr {group['lr']:g}"
@@ -90,6 +93,13 @@ def build_optimizer(
             groups, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=fused or None
         )
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused or None)
+
+
+def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
+    """Scale the gradient to a norm of at most `max_norm` and return its norm before, a scalar on the device."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # `foreach`: by default a CPU calls several operations per parameter.
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
 
 
 def build_scheduler(
@@ -139,6 +149,7 @@ def restore_optimizer(
 
     _check_same_groups(optimizer, checkpoint.optimizer["param_groups"])
     optimizer.load_state_dict(_reorder_state(optimizer, checkpoint, model))
+    _match_memory_format(optimizer)
     for group, weight_decay in zip(optimizer.param_groups, weight_decays, strict=True):
         group["weight_decay"] = weight_decay
 
@@ -213,6 +224,23 @@ def _reorder_state(
         implementation = {"fused": own_group["fused"], "foreach": own_group["foreach"]}
         groups.append({**group, "params": numbers, **implementation})
     return {**stored, "param_groups": groups}
+
+
+def _match_memory_format(optimizer: torch.optim.Optimizer) -> None:
+    """Give the moments the memory format of their parameters.
+
+    Published checkpoints store them contiguous, and convolutions are channels-last here. A fused step walks through
+    parameter and moments in memory order: on a CPU it would pair the wrong elements, on a GPU it raises.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            # `step` is a scalar and has no format.
+            if (
+                isinstance(value, torch.Tensor)
+                and value.ndim
+                and value.stride() != parameter.stride()
+            ):
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _stored_positions(checkpoint: Checkpoint, model: nn.Module) -> dict[int, int]:

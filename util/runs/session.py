@@ -64,6 +64,8 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     chosen = {name: value for name, value in given.items() if (name, value) != ("batch_size", AUTO)}
     adopted = settings_from_checkpoint(checkpoint, chosen, script) if checkpoint else {}
     settings = resolve(chosen if "batch_size" in adopted else given, adopted, script)
+    if checkpoint and checkpoint.raw_model and settings.eval and not settings.ema:
+        checkpoint.model = checkpoint.raw_model
     seed_everything(settings.seed)
     auto_batch_size = settings.batch_size == AUTO
     if auto_batch_size:

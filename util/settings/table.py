@@ -168,10 +168,10 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "log_every",
-            "also write losses, learning rate and images per second to log_steps.txt every this many steps of an epoch",
+            "also write losses, learning rate and images per second to log_steps.txt every N batches of an epoch",
             positive(),
             default_help="never",
-            metavar="STEPS",
+            metavar="N",
         ),
         Flag(
             "tensorboard",
@@ -850,6 +850,14 @@ FLAGS: tuple[Flag, ...] = (
             metavar="N|auto",
         ),
         Flag(
+            "accumulate",
+            "number of batches whose gradients one optimizer step averages, as if this many times the GPUs were used; "
+            "--max_iters and --lr_drop_iters count optimizer steps, --log_every counts batches",
+            positive(),
+            default=1,
+            metavar="N",
+        ),
+        Flag(
             "weight_decay",
             "weight decay of the optimizer",
             non_negative(float),
@@ -928,6 +936,15 @@ FLAGS: tuple[Flag, ...] = (
                 "--lr_linear_proj_names",
                 lambda settings: bool(settings["lr_linear_proj_names"]),
             ),
+        ),
+        Flag(
+            "ema",
+            "keep a moving average of the weights with this decay, such as 0.9998, which is evaluated and saved as the "
+            "model; 0: no average, and with --eval the weights without it",
+            non_negative(float),
+            default=0.0,
+            metavar="DECAY",
+            value_range="[0, 1)",
         ),
         Flag("sgd", "use SGD with momentum 0.9 instead of AdamW"),
         Flag(

@@ -95,7 +95,8 @@ def test_targets_give_no_gradient() -> None:
     projections = outputs["projections"].detach().requires_grad_()
     predictions = outputs["predictions"].detach().requires_grad_()
     targets = view_targets(4)
-    losses = criterion({**outputs, "projections": projections, "predictions": predictions}, targets)
+    outputs.update(projections=projections, predictions=predictions)
+    losses = criterion(outputs, targets)
     losses["loss_enc_global_contra"].backward()
     assert projections.grad is None
     assert predictions.grad.abs().sum() > 0
@@ -109,15 +110,12 @@ def test_global_loss_compares_the_views_of_one_image() -> None:
     same = torch.cat([directions, directions])
     swapped = torch.cat([directions, directions.flip(0)])
     for first, expected in ((same, 0.0), (swapped, 2.0)):
-        losses = criterion({**outputs, "projections": first, "predictions": first}, targets)
+        outputs.update(projections=first, predictions=first)
+        losses = criterion(outputs, targets)
         assert float(losses["loss_enc_global_contra"]) == pytest.approx(expected, abs=1e-6)
     collapsed = torch.ones(4, 32)
-    assert (
-        criterion({**outputs, "projections": collapsed, "predictions": same}, targets)[
-            "projection_std"
-        ]
-        < 1e-3
-    )
+    outputs.update(projections=collapsed, predictions=same)
+    assert criterion(outputs, targets)["projection_std"] < 1e-3
 
 
 @pytest.mark.parametrize("detector", DETECTORS)

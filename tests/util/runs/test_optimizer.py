@@ -1,13 +1,16 @@
 """Optimizers, learning rate schedules, and changing them on resume."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import captured_log
 from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
-from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.runs.optimizer import build_optimizer, build_scheduler, clip_gradient, restore_optimizer
 
 
 def run_epochs(optimizer: torch.optim.Optimizer, scheduler, epochs: int) -> list[float]:
@@ -196,3 +199,81 @@ def test_learned_positional_encoding_trains_with_a_frozen_backbone() -> None:
     for lr_backbone, counts in ((0.0, [4, 0]), (0.5, [2, 2])):
         groups = build_optimizer(model, 1.0, lr_backbone, 0.0).param_groups
         assert [len(group["params"]) for group in groups] == counts
+
+
+def conv_model() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"backbone": nn.Conv2d(3, 5, 3), "head": nn.Linear(4, 2)})
+    return model.to(memory_format=torch.channels_last)
+
+
+def step_with_gradients(optimizer: torch.optim.Optimizer, model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(gradient)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_contiguous_moments_beside_channels_last_parameters(sgd: bool) -> None:
+    """Published optimizer states are contiguous. A fused step that paired their elements with those of a channels-last
+    parameter in memory order was wrong by 1e-3.
+    """
+    plain = conv_model()
+    groups = build_optimizer(plain, 1e-3, 1e-3, 0.1, sgd=sgd).param_groups
+    kwargs = {"lr": 1e-3, "weight_decay": 0.1, "fused": False, "foreach": False}
+    if sgd:
+        kwargs["momentum"] = 0.9
+    kind = torch.optim.SGD if sgd else torch.optim.AdamW
+    reference = kind([{"params": group["params"]} for group in groups], **kwargs)
+    for seed in range(3):
+        step_with_gradients(reference, plain, seed)
+
+    stored = copy.deepcopy(reference.state_dict())
+    for state in stored["state"].values():
+        for name, value in state.items():
+            state[name] = value.contiguous()
+    file = {"model": plain.state_dict(), "optimizer": stored, "lr_scheduler": None, "epoch": 0}
+
+    resumed_model = conv_model()
+    resumed_model.load_state_dict(plain.state_dict())
+    resumed = build_optimizer(resumed_model, 1e-3, 1e-3, 0.1, sgd=sgd)
+    assert all(group["fused"] for group in resumed.param_groups)
+    restore_optimizer(resumed, build_scheduler(resumed, 9), Checkpoint(**file), resumed_model)
+    for parameter, state in resumed.state.items():
+        moments = [value for value in state.values() if value is not None and value.ndim]
+        assert moments
+        assert all(value.stride() == parameter.stride() for value in moments)
+    for seed in range(3, 6):
+        step_with_gradients(reference, plain, seed)
+        step_with_gradients(resumed, resumed_model, seed)
+    for ours, expected in zip(resumed_model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_optimizer_step_has_few_operations() -> None:
+    """Two per group that trains, and clipping a fixed number, not some per parameter."""
+    layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(20))
+    model = nn.ModuleDict({"backbone": nn.Linear(3, 3), "head": layers})
+    optimizer = build_optimizer(model, 1e-3, 1e-4, 0.1)
+    step_with_gradients(optimizer, model, 0)  # creates the moments
+    with RecordOperations() as clipping:
+        clip_gradient(optimizer, 0.1)
+    assert len(clipping.names) < 12
+    with RecordOperations() as step:
+        optimizer.step()
+    assert step.names == 2 * ["_foreach_add_", "_fused_adamw_"]
+
+
+class RecordOperations(TorchDispatchMode):
+    """Records the names of the ATen operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten":
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
