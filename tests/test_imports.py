@@ -8,7 +8,7 @@ import pytest
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS, PROPOSALS, import_object
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"main", "finetune_main", "hubconf", "detr_main"}
+SCRIPTS = {"main", "finetune_main", "hubconf", "detr_main", "run_with_submitit"}
 # Modules import only from lower layers.
 LAYERS = {
     "predetr": 0,
