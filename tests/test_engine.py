@@ -702,16 +702,17 @@ def test_training_on_images_without_objects(fine_run: Path, tmp_path: Path) -> N
 
 def poison(monkeypatch: pytest.MonkeyPatch, at_step: int) -> None:
     """Make the images of one step NaN."""
-    original, steps = engine.to_device, []
+    steps = []
 
-    def poisoned(*args, **normalization):
-        samples, targets = original(*args, **normalization)
-        steps.append(1)
-        if len(steps) == at_step:
-            samples.tensors.fill_(math.nan)
-        return samples, targets
+    class Poisoned(engine.Transfer):
+        def __call__(self, *batch):
+            samples, targets = super().__call__(*batch)
+            steps.append(1)
+            if len(steps) == at_step:
+                samples.tensors.fill_(math.nan)
+            return samples, targets
 
-    monkeypatch.setattr(engine, "to_device", poisoned)
+    monkeypatch.setattr(engine, "Transfer", Poisoned)
 
 
 def test_non_finite_loss_ends_run_and_keeps_checkpoint(

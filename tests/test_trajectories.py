@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))  # as a script
 
 import engine  # noqa: E402
 import trainer  # noqa: E402
-from datasets import build_dataset, build_loader  # noqa: E402
+from datasets import build_dataset, build_loader, transfer  # noqa: E402
 from models import build_model  # noqa: E402
 from tests.tiny import tiny_args, write_coco, write_images  # noqa: E402
 from tests.two_processes import in_float64  # noqa: E402
@@ -101,18 +101,18 @@ def run_case(name: str, folder: Path) -> dict:
 
 def record(run: trainer.Run) -> list[dict[str, float]]:
     """Train to the end and return the logged values of each step."""
-    steps, train_step, to_device = [], engine.train_step, engine.to_device
+    steps, train_step, to_device = [], engine.train_step, transfer.to_device
 
     def recorded(*args, **kwargs) -> tuple:
         values, asked = train_step(*args, **kwargs)
         steps.append(values)
         return values, asked
 
-    engine.train_step, engine.to_device = recorded, in_float64(to_device)
+    engine.train_step, transfer.to_device = recorded, in_float64(to_device)
     try:
         trainer.fit(run)
     finally:
-        engine.train_step, engine.to_device = train_step, to_device
+        engine.train_step, transfer.to_device = train_step, to_device
     return steps
 
 

@@ -18,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 
 import engine
 import trainer
-from datasets import build_loader
+from datasets import build_loader, transfer
 from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator
 from datasets.images.image_folder import ImageFolder
@@ -162,17 +162,17 @@ def train(
     exact = ("--backbone_norm", "frozen", "--dropout", "0")
     args = tiny_args(script, *exact, "--batch_size", "4", "--lr", "1e-3", *flags)
     run = build_run(args, dataset(counts, patches=5 if script == PRETRAIN else 0))
-    original, seen = engine.to_device, []
+    original, seen = transfer.to_device, []
 
     def recorded(samples, targets, device, **normalization):
         seen.append(targets.tensors["image_id"].tolist())
         return in_float64(original)(samples, targets, device, **normalization)
 
-    engine.to_device = recorded
+    transfer.to_device = recorded
     try:
         engine.train_one_epoch(run)
     finally:
-        engine.to_device = original
+        transfer.to_device = original
     return {"weights": weights_of(run), "seen": seen, "log": run.averages.means()}
 
 
