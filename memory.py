@@ -15,6 +15,7 @@ from util.logger import log
 from util.nested_tensor import pad_batch
 from util.runs.memory import (
     FILL,
+    PEAK,
     MemoryEstimate,
     available_memory,
     counting_saved_bytes,
@@ -120,8 +121,8 @@ def estimate_memory(
 
     optimizer = "sgd" if settings.sgd else "adamw"
     # The gradients of the largest block and of its input are in flight at the same time.
-    activations = (saved.total + 2 * saved.largest) // SMALLEST_TRAINABLE
-    return MemoryEstimate(parameter_bytes(model, optimizer), activations)
+    activations = PEAK * (saved.total + 2 * saved.largest) / SMALLEST_TRAINABLE
+    return MemoryEstimate(parameter_bytes(model, optimizer), round(activations))
 
 
 def largest_side(settings: Settings) -> int:

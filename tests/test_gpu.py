@@ -1,4 +1,7 @@
-"""Tests that need a GPU, skipped without one. Run them alone with `bash tools/test.sh tests/test_gpu.py`."""
+"""Tests that need a GPU, skipped without one: values, kernels, synchronizations, streams, compilation and memory.
+
+Run them alone with `bash tools/test.sh tests/test_gpu.py`.
+"""
 
 import shlex
 import subprocess
@@ -10,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from datasets.transfer import Transfer
 from engine import TrainState, autocast, train_step
 from models import matcher
+from models.activation_checkpoint import checkpoint_activations
 from models.attention import usable_kernels
 from models.backbone import Backbone
 from models.ms_deform_attn import ms_deform_attn, select_implementation
 from tests import deform_cases, golden_models
 from util.nested_tensor import NestedTensor
+from util.packed_targets import PackedTargets
+from util.runs.compilation import Compilation
+from util.runs.memory import available_memory
 from util.runs.meters import LossReader
 
 pytestmark = pytest.mark.skipif(
@@ -162,6 +170,99 @@ def test_synchronizations_do_not_depend_on_the_batch_size() -> None:
             torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("synchronizing" in str(warning.message) for warning in caught))
     assert 1 <= counts[0] == counts[1]
+
+
+def test_bfloat16_losses_are_close_to_those_in_float32() -> None:
+    """The network's rounding is the only difference: matching and losses are in float32."""
+    case, samples, targets = build_on_gpu("detr_r50")
+    case.model.eval()
+    losses = []
+    for enabled in (False, True):
+        with autocast(torch.device("cuda"), enabled=enabled):
+            outputs = golden_models.forward(case, samples, targets)
+        losses.append(case.criterion.total_loss(case.criterion(outputs, targets)).item())
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["detr_r50", "cond_r50", "deform_r50_ms"])
+@pytest.mark.usefixtures("_no_tf32")
+def test_compiled_detector_equals_the_eager_one(name: str) -> None:
+    case, samples, targets = build_on_gpu(name)
+    case.model.eval()
+    with torch.no_grad():
+        expected = golden_models.forward(case, samples, targets)
+        compiled = Compilation(case.model.base_detector())
+        found = golden_models.forward(case, samples, targets)
+    assert compiled.counts == {"backbone": 1, "encoder": 1, "decoder": 1}
+    assert compiled.failed == {}
+    torch.testing.assert_close(found["pred_boxes"], expected["pred_boxes"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=0, atol=1e-3)
+    torch._dynamo.reset()
+
+
+def test_compiled_training_step_in_bfloat16() -> None:
+    case, samples, targets = build_on_gpu("detr_r50")
+    compiled = Compilation(case.model.base_detector())
+    with autocast(torch.device("cuda"), enabled=True):
+        outputs = golden_models.forward(case, samples, targets)
+    case.criterion.total_loss(case.criterion(outputs, targets)).backward()
+    assert compiled.failed == {}
+    gradients = [p.grad for p in case.model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    torch._dynamo.reset()
+
+
+def test_checkpointed_activations_need_less_memory() -> None:
+    """The backward pass of a large batch, with equal gradients up to the order of atomic sums."""
+    case, samples, targets = build_on_gpu("detr_r50")
+    many = NestedTensor(
+        samples.tensors.repeat(8, 1, 1, 1), samples.mask.repeat(8, 1, 1), samples.padded
+    )
+
+    def peak() -> int:
+        case.model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        outputs = golden_models.forward(case, many, targets * 8)
+        case.criterion.total_loss(case.criterion(outputs, targets * 8)).backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    peak()  # selects kernels
+    plain = peak()
+    checkpoint_activations(case.model.base_detector())
+    assert peak() < 0.8 * plain
+
+
+def test_batches_of_the_own_stream_equal_those_of_the_host() -> None:
+    """Many batches while the device is busy: memory that is reused too early would show."""
+    transfer = Transfer(torch.device("cuda"), {"mean": [0.5] * 3, "std": [0.25] * 3})
+    busy = torch.randn(4096, 4096, device="cuda")
+    sums, expected = [], []
+    for value in range(20):
+        images = torch.full((4, 3, 512, 512), value, dtype=torch.uint8)
+        mask = torch.zeros(4, 512, 512, dtype=torch.bool)
+        boxes = PackedTargets.pack([{"boxes": torch.full((3, 4), float(value))}] * 4)
+        pinned = NestedTensor(images, mask, False).pin_memory()
+        samples, targets = transfer(pinned, boxes.pin_memory())
+        busy = busy @ busy * 1e-4  # the current stream is behind the copies
+        sums.append(samples.tensors.mean() + targets.tensors["boxes"].mean())
+        expected.append((value / 255 - 0.5) / 0.25 + value)
+        del samples, targets
+    torch.testing.assert_close(
+        torch.stack(sums).cpu(), torch.tensor(expected), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_available_memory_counts_what_the_allocator_holds() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    before = available_memory(device)
+    del block
+    after = available_memory(device)
+    assert before is not None
+    assert after is not None
+    assert after - before >= 2**28 - 2**24  # other processes may move a little
 
 
 @pytest.mark.parametrize("name", ["resnet50"])

@@ -12,6 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 # Fraction of the available memory that `--batch_size auto` fills. The rest is for what the estimate does not know:
 # fragmentation, workspaces of convolutions, on a CPU also the dataloader workers.
 FILL = {"cuda": 0.85, "cpu": 0.7}
+# Memory in use at the peak, relative to what the backward pass keeps: temporary tensors and what the allocator holds.
+# Measured on a CPU, see docs/performance.md.
+PEAK = 1.2
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimizer state per trainable parameter
 CGROUP_LIMITS = (  # (limit, usage) of a container, version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
