@@ -341,6 +341,34 @@ def test_the_peer_trains_what_ours_trains() -> None:
     assert [p.requires_grad for p in peer.values.values()] == [False, True]
 
 
+def test_frozen_norms_of_transformers_get_their_activations_back() -> None:
+    """transformers replaces timm's norms with activation by norms without."""
+    timm = pytest.importorskip("timm")
+    name = "tf_efficientnet_lite0"
+    body = timm.create_model(name, features_only=True).eval()
+    expected = body(torch.ones(1, 3, 32, 32))
+    for module in list(body.modules()):
+        for child_name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                plain = nn.BatchNorm2d(child.num_features, eps=child.eps).eval()
+                plain.load_state_dict(child.state_dict())
+                setattr(module, child_name, plain)
+    peer = nn.Module()
+    peer.model = nn.Module()
+    peer.model.backbone = nn.Module()
+    peer.model.backbone.model = body
+    assert not torch.allclose(body(torch.ones(1, 3, 32, 32))[-1], expected[-1])
+    peers.restore_activations(peer, name)
+    for found, wanted in zip(body(torch.ones(1, 3, 32, 32)), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_norms_get_the_epsilon_of_transformers() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2, eps=1e-3))
+    changed = peers.with_peer_eps(model, model.state_dict())
+    torch.testing.assert_close(changed["0.running_var"] + 1e-5, model[0].running_var + 1e-3)
+
+
 def test_roof_counts_operations_and_bytes() -> None:
     x = torch.randn(4, 8, 16, 16, requires_grad=True)
     layer = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)

@@ -56,7 +56,8 @@ def _import_from(folder: str) -> None:
 def _answer(request: dict[str, Any], contenders: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    torch.set_num_threads(request["threads"])
+    if torch.get_num_threads() != request["threads"]:
+        torch.set_num_threads(request["threads"])
     if request["do"] == "drop":
         contenders.clear()
         return {}
