@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.frozen_norm import fold_frozen_norms
 from util.nested_tensor import NestedTensor
 from util.settings.registry import BACKBONES, import_object, lookup
 
@@ -82,6 +83,8 @@ class Backbone(nn.Module):
         body: Body = build_body(name, norm, dilation, stages)
 
         self.body = body.network
+        if norm == "frozen":
+            fold_frozen_norms(self.body)
         self.strides, self.num_channels = body.strides, body.num_channels
         self.name, self.norm = name, norm
         self.mean, self.std = body.mean, body.std

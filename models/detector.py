@@ -13,13 +13,16 @@ h x w size of a feature map. Boxes are (cx, cy, w, h) in [0, 1], relative to eac
 padding.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.backbone import BackboneWithPositions, FeatureMap
+from models.precision import full_precision as full_precision
+from models.precision import to_weight_dtype as to_weight_dtype
+from models.precision import under_autocast as under_autocast
+from models.precision import without_autocast as without_autocast
 from models.trainable import TrainableModel
 from util.nested_tensor import NestedTensor, as_nested_tensor
 
@@ -140,32 +143,3 @@ class Detector(TrainableModel):
 def flatten_map(x: Tensor) -> Tensor:
     """Flatten a map into tokens, row by row: [B, D, h, w] -> [B, h * w, D]."""
     return x.flatten(2).transpose(1, 2)
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Cast half precision to float32; matching, losses and results never run in half precision."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def under_autocast(x: Tensor) -> bool:
-    """Return whether autocast is on for the device of `x`."""
-    device = x.device.type
-    # The meta device, on which model sizes are computed, has no autocast.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Return a context with autocast off, for the device of `x`."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def to_weight_dtype(x: Tensor, head: nn.Module) -> Tensor:
-    """Cast `x` to the dtype of the head's weights.
-
-    Under autocast these are float32, so heads and boxes stay in float32. A model that was cast as a
-    whole, for instance by `model.half()`, runs its heads in that dtype too.
-    """
-    return x.to(next(head.parameters()).dtype)

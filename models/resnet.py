@@ -1,25 +1,13 @@
 """ResNets of torchvision, with the parameter names of published DETR checkpoints."""
 
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from models.backbone import Body
+from models.frozen_norm import FrozenBatchNorm2d
 from util.checkpoints.backbone_weights import backbone_normalization
 from util.errors import UserError
-
-
-class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
-    """Batch norm with constant statistics and affine parameters, in the dtype of its input.
-
-    torchvision's own would turn half-precision activations into float32 under autocast.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]"""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()  # [C]
-        shift = self.bias - self.running_mean * scale  # [C]
-        return x * scale.to(x.dtype).view(1, -1, 1, 1) + shift.to(x.dtype).view(1, -1, 1, 1)
 
 
 class LiveBatchNorm2d(nn.BatchNorm2d):
