@@ -248,9 +248,10 @@ def train_step(
     """
     place = place or Accumulation()
     # Gradients are averaged over the ranks once per step.
-    is_inner = isinstance(state.model, DistributedDataParallel) and not place.is_last
+    model = state.model
+    is_inner = isinstance(model, DistributedDataParallel) and not place.is_last
     try:
-        with state.model.no_sync() if is_inner else nullcontext():
+        with cast(DistributedDataParallel, model).no_sync() if is_inner else nullcontext():
             _, losses, total = forward_losses(
                 state.model, state.criterion, samples, targets, state.amp, place.mean_targets
             )
