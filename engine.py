@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from datasets.collate import to_device
+from datasets.collate import padding_fraction, to_device
 from datasets.samplers import EpochSampler
 from models.criterion import SetCriterion
 from util.distributed import (
@@ -238,8 +238,10 @@ def train_one_epoch(state: TrainState) -> None:
     for samples, packed in state.loader:
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
+        padding = padding_fraction(samples, packed)
         samples, targets = to_device(samples, packed, state.device, **state.normalization)
         values, stop = train_step(state, samples, targets, state.stop_signal.requested)
+        values["padding"] = padding
         values["lr"] = state.optimizer.param_groups[0]["lr"]
 
         # A momentum teacher, for instance, is updated here, from the new weights.
