@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from datasets.collate import padding_fraction
 from datasets.samplers import EpochSampler
 from datasets.transfer import Transfer
 from models.criterion import SetCriterion
@@ -305,8 +306,10 @@ def train_one_epoch(state: TrainState) -> None:
     for place, samples, packed in accumulate(state.loader, state.accumulate):
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
+        padding = padding_fraction(samples, packed)
         samples, targets = transfer(samples, packed)
         values, stop = train_step(state, samples, targets, state.stop_signal.requested, place)
+        values["padding"] = padding
         values["lr"] = state.optimizer.param_groups[0]["lr"]
 
         if place.is_last:

@@ -74,7 +74,7 @@ class Evaluation:
         self.settings, self.dataset = settings, dataset
         self.criterion, self.postprocessors = criterion, postprocessors
         self.device, self.folder = device, folder
-        self.loader = build_loader(dataset, settings, train=False)
+        self.loader = build_loader(dataset, settings, train=False, in_order=NUM_EXAMPLES)
         annotations = getattr(dataset, "annotations", None)
         # During training, metrics of -1 keep the log of each epoch complete.
         self.has_metrics = not settings.eval or annotations is None or len(annotations.labels) > 0

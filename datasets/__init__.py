@@ -35,14 +35,16 @@ value for the data. It skips annotations that can't be used and records them as 
 data that must not be trained on.
 """
 
+import functools
 import signal
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from datasets.collate import collate
-from datasets.sample import SampleDataset
-from datasets.samplers import EpochSampler
+from datasets.sample import BadImageError, SampleDataset
+from datasets.samplers import EpochSampler, FinalSizes
 from util.checkpoints.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
@@ -51,6 +53,9 @@ from util.settings.registry import DATASETS, PRETEXTS, import_object, lookup
 
 # Category ids are rows of the class head, except in custom datasets. More rows than this for each class are a mistake.
 SPARSE_IDS = 10
+
+# Padded sizes with `--bucket_aspect`, in pixels.
+MULTIPLE, PRETEXT_MULTIPLE = 64, 32
 
 
 def build_dataset(
@@ -155,14 +160,21 @@ def _resolve_num_classes(
     )
 
 
-def build_loader(dataset: SampleDataset, settings: Settings, train: bool) -> DataLoader:
+def build_loader(
+    dataset: SampleDataset, settings: Settings, train: bool, in_order: int = 0
+) -> DataLoader:
     """Build the dataloader of this rank. It yields (NestedTensor of uint8, PackedTargets).
 
     With `train` the order is shuffled and the last incomplete global batch is dropped. Otherwise images come in order,
-    each exactly once over all ranks. Call `loader.batch_sampler.set_epoch(epoch, start_batch)` before each epoch.
+    each exactly once over all ranks. `--bucket_aspect` changes both orders, see `EpochSampler`. Call
+    `loader.batch_sampler.set_epoch(epoch, start_batch)` before each epoch.
+
+    Args:
+        in_order: number of images per rank that evaluation begins with, also with `--bucket_aspect`.
 
     Raises:
-        UserError: fewer training images than one global batch.
+        UserError: fewer training images than one global batch, or `--bucket_aspect` for a pretext whose samples have an
+            unknown size.
     """
     world_size = get_world_size()
     if train and len(dataset) < settings.batch_size * world_size:
@@ -179,12 +191,17 @@ def build_loader(dataset: SampleDataset, settings: Settings, train: bool) -> Dat
         rank=get_rank(),
         world_size=world_size,
         drop_last=train,
+        final_sizes=_final_sizes(dataset, settings) if settings.bucket_aspect else None,
+        in_order=in_order * world_size,
     )
+    multiple = 1
+    if settings.bucket_aspect:
+        multiple = PRETEXT_MULTIPLE if settings.pretext else MULTIPLE
     workers = settings.num_workers
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, multiple=multiple),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.device(settings.device).type == "cuda",
@@ -194,6 +211,31 @@ def build_loader(dataset: SampleDataset, settings: Settings, train: bool) -> Dat
         # dropout uses too, and a resumed run would differ.
         generator=torch.Generator().manual_seed(settings.seed),
     )
+
+
+def _final_sizes(dataset: SampleDataset, settings: Settings) -> FinalSizes:
+    """Return the function by which the sampler knows the sizes of samples.
+
+    Raises:
+        UserError: the dataset does not know them.
+    """
+    if type(dataset).final_size is SampleDataset.final_size:
+        raise UserError(
+            f"--bucket_aspect: the sizes of the samples of --pretext {settings.pretext} are only known once they are "
+            "made; omit it"
+        )
+
+    def final_sizes(epoch: int, indices: list[int]) -> np.ndarray:
+        return np.array([_size_or_one(dataset, epoch, index) for index in indices])  # [n, 2]
+
+    return final_sizes
+
+
+def _size_or_one(dataset: SampleDataset, epoch: int, index: int) -> tuple[int, int]:
+    try:
+        return dataset.final_size(epoch, index) or (1, 1)
+    except BadImageError:  # another image will replace it
+        return 1, 1
 
 
 def init_worker(worker: int) -> None:

@@ -34,17 +34,22 @@ def flatten_views(
     return flat
 
 
-def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTensor, PackedTargets]:
+def collate(
+    batch: Sequence[tuple[Tensor, dict[str, Any]]], multiple: int = 1
+) -> tuple[NestedTensor, PackedTargets]:
     """Collate [(image uint8 [3, h, w], target), ...] into (uint8 batch [B, 3, H, W], packed targets).
 
-    Images are zero-padded at the bottom and right to the largest height and width of the batch. Samples of V views,
+    Images are zero-padded at the bottom and right to the largest height and width of the batch, rounded up to a
+    multiple of `multiple`. Samples of V views,
     [V, 3, h, w] with a leading axis of V in every target, become V * B images (see `flatten_views`).
     """
     if batch[0][0].ndim == 4:
         batch = flatten_views(batch)
 
     images = [image for image, _ in batch]
-    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    height, width = (
+        -(-max(image.shape[axis] for image in images) // multiple) * multiple for axis in (1, 2)
+    )
     padded = any(image.shape[1:] != (height, width) for image in images)
 
     # Channels-last, as decoded images are: the copy is then eight times faster, and convolutions prefer this layout.
@@ -61,6 +66,13 @@ def collate(batch: Sequence[tuple[Tensor, dict[str, Any]]]) -> tuple[NestedTenso
         mask[i, :h, :w] = False
     targets = [_pack_masks(target, height, width) for _, target in batch]
     return NestedTensor(tensors, mask, padded), PackedTargets.pack(targets)
+
+
+def padding_fraction(samples: NestedTensor, targets: PackedTargets) -> float:
+    """Return the fraction of a batch's pixels that are padding. It reads the sizes on the host."""
+    num_images, _, height, width = samples.tensors.shape
+    pixels = targets.tensors["size"].view(-1, 2).prod(1).sum()
+    return 1 - float(pixels) / (num_images * height * width)
 
 
 def _pack_masks(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:

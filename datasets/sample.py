@@ -14,6 +14,7 @@ from util.random_state import SampleRNG
 from util.settings import Settings
 
 Target = dict[str, Any]
+Size = tuple[int, int]
 SampleKey = int | tuple[int, int]
 
 # A run of bad images this long is a broken folder, not a few broken files.
@@ -83,6 +84,13 @@ class SampleDataset(Dataset):
             BadImageError: this image can't be used.
         """
         raise NotImplementedError
+
+    def final_size(self, epoch: int, index: int) -> Size | None:
+        """Return the (height, width) of `self[(epoch, index)]` without decoding it. None: it isn't known before.
+
+        The sampler only orders images by it, so it may be wrong for a bad image.
+        """
+        return None
 
     def fingerprint(self) -> str:
         """Return a string that changes with the files or annotations. It is saved with each run."""

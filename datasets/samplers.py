@@ -3,12 +3,36 @@
 A run can stop and resume at any batch, and W ranks together see the same batches as a single process.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 from util.random_state import SampleRNG
+
+CHUNK_BATCHES = 32  # global batches among which `--bucket_aspect` sorts the images of training
+
+# (epoch, indices) -> (height, width) of each sample after its augmentation, int64 [n, 2]
+FinalSizes = Callable[[int, list[int]], np.ndarray]
+
+
+def sort_by_size(sizes_hw: np.ndarray, batch_size: int) -> np.ndarray:
+    """Return an order of samples [n, 2] in which those of a batch have similar sizes: int64 [n].
+
+    The samples are sorted by aspect ratio and cut into as many parts as each part has batches; each part is sorted by
+    area.
+    """
+    num_parts = max(round((len(sizes_hw) / batch_size) ** 0.5), 1)
+    batches_of_part = -(-len(sizes_hw) // (batch_size * num_parts))
+    by_aspect = np.argsort(sizes_hw[:, 1] / sizes_hw[:, 0], kind="stable")
+    parts = [
+        by_aspect[start : start + batches_of_part * batch_size]
+        for start in range(0, len(by_aspect), batches_of_part * batch_size)
+    ]
+    areas = sizes_hw.prod(1)
+    return np.concatenate([part[np.argsort(areas[part], kind="stable")] for part in parts])
 
 
 class EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -21,6 +45,11 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     Unlike `DistributedSampler`, it repeats no index to fill up the end. With `drop_last` the incomplete global batch
     is dropped. Without it (evaluation) every index comes exactly once over all ranks, and the ranks may have different
     numbers of batches.
+
+    With `final_sizes` (`--bucket_aspect`) the images of a global batch have similar sizes. In training, images are
+    sorted within chunks of CHUNK_BATCHES global batches of the random order, and the batches of a chunk are shuffled.
+    In evaluation all images are sorted, except for the first `in_order`. The samples themselves do not change: their
+    augmentation is a function of (seed, epoch, index), and only their order follows from their sizes.
     """
 
     def __init__(
@@ -35,6 +64,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         drop_last: bool = False,
         epoch: int = 0,
         start_batch: int = 0,
+        final_sizes: FinalSizes | None = None,
+        in_order: int = 0,
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch size {batch_size}, rank {rank} of {world_size} processes")
@@ -45,6 +76,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
+        self.final_sizes = final_sizes
+        self.in_order = in_order
         self.set_epoch(epoch, start_batch)
 
     def set_epoch(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> None:
@@ -73,13 +106,51 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         # The epoch travels with each index, because persistent dataloader workers keep their copy of the dataset and
         # never see a new value of an attribute.
-        epoch, order = self.epoch, self._order()
-        global_batch_size = self.batch_size * self.world_size
-        for batch in range(self.start_batch, self.start_batch + len(self)):
-            start = batch * global_batch_size
-            end = min(start + global_batch_size, self.dataset_len)
-            indices = order[start + self.rank : end : self.world_size]
-            yield [(epoch, index) for index in indices.tolist()]
+        epoch = self.epoch
+        for indices in itertools.islice(self._global_batches(epoch), len(self)):
+            yield [(epoch, index) for index in indices[self.rank :: self.world_size]]
+
+    def _global_batches(self, epoch: int) -> Iterator[list[int]]:
+        """Yield the indices of each global batch from `start_batch` on."""
+        order, size = self._order().tolist(), self.batch_size * self.world_size
+        if self.final_sizes is None:
+            for start in range(self.start_batch * size, len(order), size):
+                yield order[start : start + size]
+            return
+
+        first = 0  # number of the chunk's first batch
+        for chunk in self._chunks(order, size):
+            following = first + -(-len(chunk) // size)
+            # Sizes cost time: those of chunks that a resumed run has finished are not needed.
+            if following > self.start_batch:
+                yield from self._sorted_batches(epoch, chunk, first)[
+                    max(self.start_batch - first, 0) :
+                ]
+            first = following
+
+    def _chunks(self, order: list[int], size: int) -> list[list[int]]:
+        """Cut an order into the parts within which images are sorted, all of complete global batches but the last."""
+        if not self.shuffle:
+            head = -(-self.in_order // size) * size
+            # In batches of their own, the first images are not sorted.
+            return [order[i : i + size] for i in range(0, head, size)] + [order[head:]]
+        step = CHUNK_BATCHES * size
+        # The images that are dropped are random ones, not the largest.
+        complete = len(order) // size * size
+        chunks = [order[i : min(i + step, complete)] for i in range(0, complete, step)]
+        return [*chunks, order[complete:]]
+
+    def _sorted_batches(self, epoch: int, indices: list[int], first: int) -> list[list[int]]:
+        size = self.batch_size * self.world_size
+        if len(indices) > size:
+            assert self.final_sizes is not None
+            by_size = sort_by_size(self.final_sizes(epoch, indices), size)
+            indices = [indices[i] for i in by_size.tolist()]
+        batches = [indices[i : i + size] for i in range(0, len(indices), size)]
+        if self.shuffle:
+            # A stream of its own, so that a resumed run can start at any chunk.
+            SampleRNG.from_key(self.seed, epoch, -2 - first).python.shuffle(batches)
+        return batches
 
     def _order(self) -> torch.Tensor:
         """Indices of all ranks in the order of this epoch: int64 [dataset_len]."""

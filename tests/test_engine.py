@@ -437,7 +437,14 @@ def published_names(prefix: str, losses: tuple[str, ...], suffixes: tuple[str, .
 def test_log_has_published_keys(fine_run: Path) -> None:
     lines = read_log(fine_run / "run")
     losses, suffixes = ("loss_ce", "loss_bbox", "loss_giou"), ("", "_0")
-    common = {"epoch", "n_parameters", "train_lr", "train_grad_norm", "train_seconds"}
+    common = {
+        "epoch",
+        "n_parameters",
+        "train_lr",
+        "train_grad_norm",
+        "train_padding",
+        "train_seconds",
+    }
     evaluated = published_names("test", losses, suffixes) | {"test_coco_eval_bbox"}
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line in lines:
@@ -462,7 +469,14 @@ def test_log_has_published_keys(fine_run: Path) -> None:
 def test_pretext_log_has_published_keys(pretext_run: Path) -> None:
     line = read_log(pretext_run / "run")[0]
     names = published_names("train", ("loss_ce", "loss_bbox", "loss_giou", "loss_feature"), ("",))
-    more = {"epoch", "n_parameters", "train_lr", "train_grad_norm", "train_seconds"}
+    more = {
+        "epoch",
+        "n_parameters",
+        "train_lr",
+        "train_grad_norm",
+        "train_padding",
+        "train_seconds",
+    }
     assert set(line) == names | more
     assert 1 < line["train_loss_feature"] < 3
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from datasets.evaluators.coco import GroundTruth, build_ground_truth
-from datasets.images.image_folder import ImageFolder, read_image
+from datasets.images.image_folder import ImageFolder, read_header, read_image
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
 from datasets.labelled.few_shot import few_shot_subset
@@ -166,6 +166,15 @@ class CocoDetection(SampleDataset):
         if dropped:
             target["dropped_boxes"] = [(self.path(index), dropped)]
         return image, target
+
+    def final_size(self, epoch: int, index: int) -> tuple[int, int] | None:
+        """Repeat the draws of `load` for the size in the annotations, or in the header of a file that they lack."""
+        height, width = self.annotations.sizes_hw[index].tolist()
+        if not height or not width:
+            (height, width), _ = read_header(self.path(index))
+        rng = SampleRNG.from_key(self.seed, epoch, index)
+        size = (height, width)
+        return self.transforms.output_size(size, self.transforms.draw(rng, size))
 
     def read_checked(self, index: int) -> Tensor:
         """Read an image as uint8 [3, H, W].

@@ -6,10 +6,11 @@ Shapes: M boxes and patches per image, S patch size in pixels.
 import torch
 from torch import Tensor
 
-from datasets.images.image_folder import ImageFiles, UnlabelledDataset
+from datasets.images.image_folder import ImageFiles, UnlabelledDataset, read_header
+from datasets.images.pixels import swaps_sides
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.pretext.patches import draw_patches
-from datasets.proposals import FixedNumProposals, Proposals, build_proposals
+from datasets.proposals import FixedNumProposals, build_proposals
 from datasets.sample import BadImageError, Target
 from datasets.transforms import PatchAugmentation, Transform, query_patch_transforms
 from util.random_state import SampleRNG
@@ -29,7 +30,7 @@ class QueryPatchDataset(UnlabelledDataset):
     def __init__(
         self,
         images: ImageFiles,
-        proposals: Proposals,
+        proposals: FixedNumProposals,
         *,
         transforms: Transform,
         patch_transform: PatchAugmentation,
@@ -55,6 +56,16 @@ class QueryPatchDataset(UnlabelledDataset):
 
         # Added last, because the transforms of the image must not touch the patches.
         return image, {**target, **patches}
+
+    def final_size(self, epoch: int, index: int) -> tuple[int, int] | None:
+        """Repeat the draws of `load` for the size in the file's header. Boxes are drawn from a stream of their own."""
+        size, orientation = read_header(self.images.file(index))
+        if self.images.exif == "apply" and swaps_sides(orientation):
+            size = size[::-1]
+        rng = SampleRNG.from_key(self.seed, epoch, index)
+        for _ in range(self.proposals.count):
+            self.patch_transform.draw(rng, (1, 1))
+        return self.transforms.output_size(size, self.transforms.draw(rng, size))
 
 
 def query_target(boxes_xyxy_abs: Tensor, index: int, size_hw: tuple[int, int]) -> Target:

@@ -7,10 +7,17 @@ import torch
 from torch import Tensor
 
 from datasets import build_dataset, build_loader
-from datasets.collate import collate, normalize, normalize_images, to_device
+from datasets.collate import (
+    collate,
+    normalize,
+    normalize_images,
+    padding_fraction,
+    to_device,
+)
+from tests.tiny import write_coco
 from util.errors import UserError
 from util.packed_targets import PackedTargets, pack_objects
-from util.settings import Settings
+from util.settings import Settings, settings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -44,6 +51,49 @@ def test_equal_sizes_need_no_padding() -> None:
     samples, _ = collate([make_sample(20, 30, 1), make_sample(20, 30, 1)])
     assert not samples.padded
     assert not samples.mask.any()
+
+
+def test_padding_to_a_multiple_and_its_fraction() -> None:
+    batch = [make_sample(20, 30, 2), make_sample(25, 10, 0)]
+    samples, packed = collate(batch, multiple=16)
+    assert samples.tensors.shape == (2, 3, 32, 32)
+    assert int((~samples.mask).sum()) == 20 * 30 + 25 * 10
+    assert padding_fraction(samples, packed) == pytest.approx(1 - 850 / 2048)
+    assert padding_fraction(*collate(batch[:1])) == 0
+
+
+def test_targets_that_no_loss_reads_stay_on_the_host() -> None:
+    """On the device "meta", whose tensors have no values."""
+    extra = {"image_id": torch.tensor([3]), "orig_size": torch.tensor([40, 60])}
+    objects = {"area": torch.ones(2), "iscrowd": torch.zeros(2, dtype=torch.int64)}
+    packed = PackedTargets.pack([make_sample(20, 30, 2, **extra, **objects)[1]]).to("meta")
+    devices = {key: tensor.device.type for key, tensor in packed.tensors.items()}
+    assert devices == {
+        **dict.fromkeys(("boxes", "labels", "size"), "meta"),
+        **dict.fromkeys(("image_id", "orig_size", "area", "iscrowd"), "cpu"),
+    }
+
+
+@pytest.mark.parametrize("pretext", [None, "random_query_patch"])
+@pytest.mark.parametrize("image_set", ["train", "val"])
+def test_final_size_is_known_before_the_image_is_decoded(
+    pretext: str | None, image_set: str, tmp_path: Path
+) -> None:
+    flags = {"coco_path": str(write_coco(tmp_path, train=6, val=4)), "seed": 5, "image_size": 90}
+    dataset = build_dataset(image_set, settings(pretext=pretext, **flags))
+    for key in [(epoch, index) for epoch in range(3) for index in range(len(dataset))]:
+        assert dataset.final_size(*key) == tuple(dataset[key][0].shape[1:])
+
+
+def test_bucket_aspect_needs_known_sizes(tmp_path: Path) -> None:
+    own = settings(
+        pretext="siamese",
+        proposals="random",
+        coco_path=str(write_coco(tmp_path, train=6, val=4)),
+        bucket_aspect=True,
+    )
+    with pytest.raises(UserError, match="--bucket_aspect: the sizes of the samples of --pretext s"):
+        build_loader(build_dataset("train", own), own, train=True)
 
 
 def test_packing_and_unpacking() -> None:

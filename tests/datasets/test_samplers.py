@@ -58,6 +58,81 @@ def test_evaluation_sees_every_image_once(dataset_len: int, world_size: int) -> 
     assert sorted(seen) == list(range(dataset_len))
 
 
+def sizes_of_draws(epoch: int, indices: list[int]) -> np.ndarray:
+    """A size per (epoch, index), of widely different areas and aspect ratios."""
+    keys = [SampleRNG.from_key(9, epoch, index).python for index in indices]
+    return np.array([(rng.randint(20, 80), rng.randint(20, 80)) for rng in keys])
+
+
+def padded_per_image_pixel(order: list[list[tuple[int, int]]]) -> float:
+    sizes = [sizes_of_draws(batch[0][0], [index for _, index in batch]) for batch in order]
+    padded = sum(len(batch) * int(batch.max(0).prod()) for batch in sizes)
+    return padded / sum(int(batch.prod(1).sum()) for batch in sizes) - 1
+
+
+BUCKETS = {"dataset_len": 1003, "batch_size": 4, "final_sizes": sizes_of_draws}
+
+
+def test_sorted_batches_have_little_padding() -> None:
+    plain = batches(dataset_len=1003, epoch=2)
+    by_size = batches(**BUCKETS, epoch=2)
+    assert len(by_size) == len(plain) == 250
+    # The same images, also those that are dropped: the last ones of the random order.
+    assert sorted(sum(by_size, [])) == sorted(sum(plain, []))
+    assert padded_per_image_pixel(plain) > 0.7
+    assert padded_per_image_pixel(by_size) < 0.3
+    # Sorted within chunks of 32 batches only, and in random order there.
+    assert set(sum(by_size[:32], [])) == set(sum(plain[:32], []))
+    areas = [sizes_of_draws(2, [i for _, i in batch]).prod(1).mean() for batch in by_size[:32]]
+    assert areas != sorted(areas)
+    assert by_size == batches(**BUCKETS, epoch=2)
+    assert [i for _, i in by_size[0]] != [i for _, i in batches(**BUCKETS, epoch=3)[0]]
+
+
+def test_sorted_batches_of_ranks_and_resumed_runs() -> None:
+    whole = batches(**BUCKETS)
+    parts = [batches(**{**BUCKETS, "batch_size": 2}, rank=rank, world_size=2) for rank in range(2)]
+    for batch, first, second in zip(whole, *parts, strict=True):
+        assert (batch[0::2], batch[1::2]) == (first, second)
+    for start in (0, 1, 31, 32, 33, 250):
+        assert batches(**BUCKETS, start_batch=start) == whole[start:]
+
+
+def test_resumed_run_does_not_size_finished_chunks() -> None:
+    sized: list[int] = []
+
+    def count(epoch: int, indices: list[int]) -> np.ndarray:
+        sized.extend(indices)
+        return sizes_of_draws(epoch, indices)
+
+    next(iter(EpochSampler(1003, 4, shuffle=True, start_batch=40, final_sizes=count)))
+    assert len(sized) == 32 * 4  # the second chunk alone
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_sorted_evaluation_sees_every_image_once_and_the_first_ones_first(world_size: int) -> None:
+    seen, first, largest_spread = [], [], 0
+    for rank in range(world_size):
+        sampler = EpochSampler(
+            203,
+            4,
+            shuffle=False,
+            rank=rank,
+            world_size=world_size,
+            final_sizes=sizes_of_draws,
+            in_order=5 * world_size,
+        )
+        mine = list(sampler)
+        assert len(mine) == len(sampler)
+        assert [len(batch) for batch in mine[:-1]] == [4] * (len(mine) - 1)
+        seen += [index for batch in mine for _, index in batch]
+        first += [index for batch in mine[:2] for _, index in batch]
+        largest_spread = max(largest_spread, padded_per_image_pixel(mine[2:]))
+    assert sorted(seen) == list(range(203))
+    assert sorted(first) == list(range(8 * world_size))
+    assert largest_spread < 0.6
+
+
 def test_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="batch size 0"):
         EpochSampler(10, 0, shuffle=False)

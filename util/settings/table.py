@@ -151,6 +151,12 @@ FLAGS: tuple[Flag, ...] = (
             "save memory: compute activations of encoder and backbone again in the backward pass; steps are slower",
         ),
         Flag(
+            "bucket_aspect",
+            "batches of images of similar size after their augmentation, padded to multiples of 64 pixels, 32 in "
+            "pre-training: less padding and fewer distinct shapes. The samples of an epoch stay the same, their order "
+            "does not",
+        ),
+        Flag(
             "start_epoch",
             "first epoch, counted from 0, when --resume has only weights",
             non_negative(),
