@@ -60,7 +60,7 @@ def plan_memory(
 
     needed, side = estimate.step(settings.batch_size), largest_side(settings)
     log.info(
-        "memory: about %.1f GiB for a step on %d images padded to %d x %d (gradients and optimizer %.1f GiB, "
+        "memory: about %.2f GiB for a step on %d images padded to %d x %d (gradients and optimizer %.2f GiB, "
         "activations %.2f GiB per image)%s",
         needed / 2**30,
         settings.batch_size,
