@@ -117,6 +117,7 @@ class FoldedConv2d(nn.Conv2d):
 
     norm: FrozenBatchNorm2d
     pad: Callable[..., Tensor] | None
+    _folded: Derived
 
     def train(self, mode: bool = True) -> "FoldedConv2d":
         self._folded.clear()
