@@ -173,16 +173,24 @@ class MultiheadAttention(_DotProductAttention):
     ) -> Any:
         """Attend from query [B, Q, D] to key and value [B, S, D]; returns [B, Q, D].
 
-        `padding_mask` and `query_groups` as in `attend`.
+        `padding_mask` and `query_groups` as in `attend`. Pass one tensor as query and key where they are
+        equal: then one product projects both.
         """
-        weights = self.in_proj_weight.chunk(3)  # 3 x [D, D], in the order query, key, value
-        biases = self.in_proj_bias.chunk(3)  # 3 x [D]
-        query, key, value = (
-            functional.linear(x, weight, bias)
-            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
-        )
-
+        query, key, value = self._project(query, key, value)
         return self._attend(query, key, value, padding_mask, query_groups)
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Project query, key and value; query and key in one product where they are one tensor."""
+        sizes = [2, 1] if query is key else [1, 1, 1]
+        inputs = [query, value] if query is key else [query, key, value]
+        dim = self.in_proj_weight.shape[1]
+        weights = self.in_proj_weight.split([size * dim for size in sizes])  # query, key, value
+        biases = self.in_proj_bias.split([size * dim for size in sizes])
+        outputs = [
+            functional.linear(x, weight, bias)
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        ]  # [B, S, 2 D] or [B, S, D] each
+        return tuple(y for x in outputs for y in x.split(dim, -1))
 
     def kernels(self, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
         """Return {"attention": usable kernels}, or {} where they are unknown."""

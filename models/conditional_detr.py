@@ -154,8 +154,8 @@ class ConditionalDETR(SingleScaleDetector):
         offsets: [L, B, Q, 4]. Returns (cx, cy, w, h) in [0, 1], [L, B, Q, 4].
         """
         assert states.references is not None  # set by `decode`
-        references = inverse_sigmoid(torch.stack(states.references))  # [L, B, Q, 2]
-        center = offsets[..., :2] + references  # [L, B, Q, 2]
+        reference = inverse_sigmoid(states.references[0])  # [B, Q, 2], shared by all layers
+        center = offsets[..., :2] + reference  # [L, B, Q, 2]
         return torch.cat([center, offsets[..., 2:]], dim=-1).sigmoid()  # [L, B, Q, 4]
 
 

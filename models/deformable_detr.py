@@ -246,17 +246,13 @@ class DeformableDETR(Detector):
         assert states.references is not None
         layers = to_weight_dtype(states.layers, self.class_embed)  # [N, B, Q, D]
         with without_autocast(layers):
-            # Not strict: the last head of a two-stage model belongs to the encoder proposals.
-            logits = torch.stack(
-                [head(x) for head, x in zip(self.class_embed, layers, strict=False)]
-            )  # [N, B, Q, C]
-            deltas = [head(x) for head, x in zip(self.bbox_embed, layers, strict=False)]
-            boxes = torch.stack(
-                [
-                    apply_box_deltas(delta, references)
-                    for delta, references in zip(deltas, states.references, strict=True)
-                ]
-            )  # [N, B, Q, 4]
+            logits = _apply_heads(self.class_embed, layers)  # [N, B, Q, C]
+            deltas = _apply_heads(self.bbox_embed, layers)  # [N, B, Q, 4]
+            if all(x is states.references[0] for x in states.references):
+                boxes = apply_box_deltas(deltas, states.references[0])  # [N, B, Q, 4]
+            else:
+                per_layer = zip(deltas, states.references, strict=True)
+                boxes = torch.stack([apply_box_deltas(x, points) for x, points in per_layer])
             outputs = self.build_outputs(logits, boxes)
         if states.encoder_proposals is not None:
             outputs["enc_outputs"] = states.encoder_proposals
@@ -272,6 +268,16 @@ def _build_heads(head: nn.Module, num_layers: int, refine: bool, two_stage: bool
     if two_stage:
         heads.append(copies[-1])
     return nn.ModuleList(heads)
+
+
+def _apply_heads(heads: Any, layers: Tensor) -> Tensor:
+    """Apply the head of each layer: [N, B, Q, D] -> [N, B, Q, outputs]; in one call where layers share a head."""
+    heads = heads[
+        : len(layers)
+    ]  # the last head of a two-stage model belongs to the encoder proposals
+    if all(head is heads[0] for head in heads):
+        return heads[0](layers)
+    return torch.stack([head(x) for head, x in zip(heads, layers, strict=True)])
 
 
 def _build_input_projections(channels: list[int], dim: int, num_levels: int) -> nn.ModuleList:

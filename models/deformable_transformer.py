@@ -119,9 +119,8 @@ class DeformableAttention(HookedAttention):
 
         # Locations in float32: close to 1, bfloat16 has steps of 1/256, half a cell of 128.
         sample_shape = (self.num_heads, self.num_levels, self.num_points)
-        offsets = full_precision(self.sampling_offsets(query))  # [B, Q, H * L * P * 2]
+        offsets, weights = self._predict_samples(query)  # [B, Q, H * L * P * 2], [B, Q, H * L * P]
         offsets = offsets.unflatten(-1, (*sample_shape, 2))  # [B, Q, H, L, P, 2]
-        weights = full_precision(self.attention_weights(query))  # [B, Q, H * L * P]
         # One softmax over the points of all levels: the weights of a head sum to 1.
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(-1)  # [B, Q, H, L * P]
         weights = weights.unflatten(-1, sample_shape[1:])  # [B, Q, H, L, P]
@@ -137,6 +136,15 @@ class DeformableAttention(HookedAttention):
         sampled = ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
         out = self.output_proj(sampled)  # [B, Q, D]
         return (out, weights.detach()) if self._forward_hooks else out
+
+    def _predict_samples(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Return offsets [B, Q, 2 N] and logits of the weights [B, Q, N] from one product, not in half precision."""
+        layers = (self.sampling_offsets, self.attention_weights)
+        weight = torch.cat([layer.weight for layer in layers])  # [3 N, D]
+        bias = torch.cat([layer.bias for layer in layers])  # [3 N]
+        out = full_precision(functional.linear(query, weight, bias))  # [B, Q, 3 N]
+        offsets, weights = out.split([layer.out_features for layer in layers], -1)
+        return offsets, weights
 
 
 class DeformableEncoderLayer(TransformerLayer):
@@ -225,7 +233,8 @@ class DeformableDecoderLayer(TransformerLayer):
         map_references = references[:, :, None] * ratios[:, None]  # [B, Q, L, 2 or 4]
 
         def self_attention(y: Tensor) -> Tensor:
-            return self.self_attn(y + position, y + position, y, query_groups=query_groups)
+            query = y + position  # [B, Q, D], also the key
+            return self.self_attn(query, query, y, query_groups=query_groups)
 
         def cross_attention(y: Tensor) -> Tensor:
             return self.cross_attn(y + position, map_references, memory.tokens, memory)

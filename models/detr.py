@@ -48,19 +48,27 @@ class DecoderLayer(TransformerLayer):
         self.add_feed_forward(dim, dim_feedforward, num_norms=3)
 
     def forward(
-        self, x: Tensor, query_position: Tensor, memory: Memory, query_groups: int
+        self,
+        x: Tensor,
+        query_position: Tensor,
+        memory: Memory,
+        memory_key: Tensor,
+        query_groups: int,
     ) -> Tensor:
-        """Decode one layer: x, query_position [B, Q, D] -> [B, Q, D]."""
+        """Decode one layer: x, query_position [B, Q, D] -> [B, Q, D].
+
+        memory_key: tokens and positions of the memory added, [B, S, D], which all layers share.
+        """
 
         # Positions are added to queries and keys in every layer, never to values.
         def self_attention(y: Tensor) -> Tensor:
-            return self.self_attn(
-                y + query_position, y + query_position, y, query_groups=query_groups
-            )
+            query = y + query_position  # [B, Q, D], also the key
+            return self.self_attn(query, query, y, query_groups=query_groups)
 
         def cross_attention(y: Tensor) -> Tensor:
-            key = memory.tokens + memory.position  # [B, S, D]
-            return self.multihead_attn(y + query_position, key, memory.tokens, memory.padding_mask)
+            return self.multihead_attn(
+                y + query_position, memory_key, memory.tokens, memory.padding_mask
+            )
 
         x = self.residual(x, self.norm1, self_attention)
         x = self.residual(x, self.norm2, cross_attention)
@@ -84,8 +92,9 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Decode x, query_position [B, Q, D] -> outputs of all layers [L, B, Q, D]."""
         outputs = []
+        memory_key = memory.tokens + memory.position  # [B, S, D]
         for layer in self.layers:
-            x = layer(x, query_position, memory, query_groups)  # [B, Q, D]
+            x = layer(x, query_position, memory, memory_key, query_groups)  # [B, Q, D]
             outputs.append(self.norm(x))
         return torch.stack(outputs)  # [L, B, Q, D]
 

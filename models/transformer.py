@@ -92,7 +92,8 @@ class EncoderLayer(TransformerLayer):
         """Encode one layer: x, position [B, S, D], padding_mask bool [B, S] -> [B, S, D]."""
 
         def attention(y: Tensor) -> Tensor:
-            return self.self_attn(y + position, y + position, y, padding_mask)
+            query = y + position  # [B, S, D], also the key
+            return self.self_attn(query, query, y, padding_mask)
 
         x = self.residual(x, self.norm1, attention)
         return self.residual(x, self.norm2, self.feed_forward)
