@@ -61,6 +61,9 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     if checkpoint and checkpoint.raw_model and settings.eval and not settings.ema:
         checkpoint.model = checkpoint.raw_model
     seed_everything(settings.seed)
+    if settings.tf32:
+        torch.backends.cudnn.allow_tf32 = settings.tf32 == "yes"
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32 == "yes"
     return Session(settings, checkpoint, device)
 
 
