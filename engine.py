@@ -7,9 +7,10 @@ batch, h and w the size of one image.
 """
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -60,6 +61,7 @@ PROGRESS_LOSSES = (
     "loss_object_embedding",
     "loss_enc_global_contra",
 )
+AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # values of --amp
 GRAD_NORM = "grad_norm"  # key of the log, as in Deformable DETR
 PUBLISHED_KEYS = {"stats": "coco_eval_bbox", "stats_masks": "coco_eval_masks"}  # of the log
 
@@ -109,7 +111,8 @@ class TrainState:
         normalization: `mean` and `std` that the backbone was trained with, for RGB in [0, 1].
         epochs: number of epochs in all.
         clip_max_norm: maximum gradient norm; 0 turns clipping off.
-        amp: run the network in bfloat16.
+        amp: run the network in this dtype by autocast; None: in float32.
+        scaler: scales the losses of float16, see `build_scaler`.
         average: moving average of the weights, which is evaluated and saved instead of them.
         accumulate: number of batches per optimizer step.
         max_iters: end training after this many steps; the learning rate schedule then counts steps instead of epochs.
@@ -132,7 +135,8 @@ class TrainState:
     normalization: Mapping[str, Sequence[float]]
     epochs: int
     clip_max_norm: float = 0.1
-    amp: bool = False
+    amp: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
     average: WeightAverage | None = None
     accumulate: int = 1
     max_iters: int | None = None
@@ -166,12 +170,25 @@ class TrainState:
         return (self.max_iters - self.scheduler.last_epoch) * self.accumulate
 
 
-def autocast(device: torch.device, enabled: bool) -> torch.autocast:
-    """Run the network in bfloat16. Boxes, matching and losses stay in float32: the models cast them themselves."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Run the network in this dtype; None: without autocast.
+
+    Boxes, matching and losses stay in float32: the models cast them themselves.
+    """
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=bool(dtype))
 
 
-def forward(model: nn.Module, samples: NestedTensor, targets: Targets, amp: bool) -> dict:
+def build_scaler(device: torch.device, dtype: torch.dtype | None) -> torch.amp.GradScaler | None:
+    """Return a loss scaler for float16, whose small gradients would become 0. Other dtypes need none.
+
+    A step whose gradients overflow is skipped, and the scale is halved.
+    """
+    return torch.amp.GradScaler(device.type) if dtype is torch.float16 else None
+
+
+def forward(
+    model: nn.Module, samples: NestedTensor, targets: Targets, amp: torch.dtype | None
+) -> dict:
     """Return the outputs of a model. Pretexts see the targets, detectors do not.
 
     Raises:
@@ -197,7 +214,7 @@ def forward_losses(
     criterion: SetCriterion,
     samples: NestedTensor,
     targets: Targets,
-    amp: bool,
+    amp: torch.dtype | None,
     num_targets: float | None = None,
 ) -> tuple[dict, dict[str, Tensor], Tensor]:
     """Return (outputs, named losses, weighted total loss) of one forward pass. `num_targets`: see `SetCriterion`."""
@@ -249,10 +266,11 @@ def train_step(
     """
     place = place or Accumulation()
     # Gradients are averaged over the ranks once per step.
-    model = state.model
-    is_inner = isinstance(model, DistributedDataParallel) and not place.is_last
+    without_sync: AbstractContextManager = nullcontext()
+    if isinstance(state.model, DistributedDataParallel) and not place.is_last:
+        without_sync = state.model.no_sync()
     try:
-        with cast(DistributedDataParallel, model).no_sync() if is_inner else nullcontext():
+        with without_sync:
             _, losses, total = forward_losses(
                 state.model, state.criterion, samples, targets, state.amp, place.mean_targets
             )
@@ -264,10 +282,13 @@ def train_step(
             reader = LossReader({**losses, **unread}, float(stop))
             if place.index == 0:
                 state.optimizer.zero_grad(set_to_none=True)
-            (total / place.size if place.size > 1 else total).backward()
+            total = total / place.size if place.size > 1 else total
+            (total if state.scaler is None else state.scaler.scale(total)).backward()
 
         values = reader.read()
         norm = {name: values.pop(name) for name in unread}
+        if state.scaler is not None:  # a skipped step has no norm
+            norm = {name: value for name, value in norm.items() if math.isfinite(value)}
         state.unread_norm = None
         # A generator: reading an image id makes the host wait for the device, so ids are only read for the message.
         check_finite(values, (int(target["image_id"]) for target in targets))
@@ -277,11 +298,23 @@ def train_step(
         raise
 
     if place.is_last:
-        if state.clip_max_norm > 0:
-            state.gradient_norm = clip_gradient(state.optimizer, state.clip_max_norm)
-        state.unread_norm = state.gradient_norm
-        state.optimizer.step()
+        _optimizer_step(state)
     return {**logged_values(values, state.criterion.weight_dict), **norm}, reader.flag > 0
+
+
+def _optimizer_step(state: TrainState) -> None:
+    if state.scaler is not None:
+        state.scaler.unscale_(state.optimizer)
+    norm = None
+    if state.clip_max_norm > 0:
+        norm = state.unread_norm = clip_gradient(state.optimizer, state.clip_max_norm)
+    if state.scaler is None:
+        state.gradient_norm = norm
+        state.optimizer.step()
+    else:
+        # Skips the step if a gradient is not finite, so that `gradient_norm` is nothing to check.
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
 
 
 def train_one_epoch(state: TrainState) -> None:
@@ -345,8 +378,8 @@ def train_one_epoch(state: TrainState) -> None:
 
 def _read_last_norm(state: TrainState) -> None:
     """Add the gradient norm of the epoch's last step to the averages. The host waits for it, once per epoch."""
-    if state.unread_norm is not None:
-        state.averages.add({GRAD_NORM: float(state.unread_norm)})
+    if state.unread_norm is not None and (norm := float(state.unread_norm)) < math.inf:
+        state.averages.add({GRAD_NORM: norm})
     state.unread_norm = None
 
 
@@ -376,7 +409,7 @@ def evaluate(
     *,
     device: torch.device,
     normalization: Mapping[str, Sequence[float]],
-    amp: bool = False,
+    amp: torch.dtype | None = None,
     num_examples: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compute losses and metrics over a dataset. Each image is evaluated once over all processes.

@@ -93,7 +93,7 @@ class Evaluation:
             evaluator,
             device=self.device,
             normalization=unwrap_model(model).normalization,
-            amp=self.settings.amp == "bf16",
+            amp=engine.AMP_DTYPES[self.settings.amp],
             num_examples=NUM_EXAMPLES,
         )
 
@@ -184,7 +184,7 @@ class ClassAgnosticEvaluation:
         self, settings: Settings, dataset: SampleDataset, *, label: int | None, device: torch.device
     ) -> None:
         self.dataset, self.label, self.device = dataset, label, device
-        self.amp, self.backend = settings.amp == "bf16", settings.coco_evaluator
+        self.amp, self.backend = engine.AMP_DTYPES[settings.amp], settings.coco_evaluator
         self.loader = build_loader(dataset, settings, train=False)
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:

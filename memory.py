@@ -116,7 +116,8 @@ def estimate_memory(
     side = largest_side(settings)
     samples = pad_batch(samples, side, side)
     with nothing_changes(model, device), counting_saved_bytes(model) as saved:
-        results = engine.forward_losses(model, criterion, samples, targets, settings.amp == "bf16")
+        amp = engine.AMP_DTYPES[settings.amp]
+        results = engine.forward_losses(model, criterion, samples, targets, amp)
         del results
 
     optimizer = "sgd" if settings.sgd else "adamw"

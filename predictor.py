@@ -166,7 +166,7 @@ class Predictor:
         classes: what the rows of the class head mean.
         settings: of the run that trained the detector.
         device: where the detector runs.
-        amp: True to run the network in bfloat16.
+        amp: the dtype that the network runs in by autocast; None: in float32.
         compilation: what was compiled; None without `compile`.
         exif: "apply" to rotate images as their EXIF orientation says; otherwise they are used as stored.
         transforms: resizing, as in evaluation.
@@ -184,8 +184,8 @@ class Predictor:
         self.model = model.base_detector().to(device).to(memory_format=torch.channels_last).eval()
         self.postprocessors: dict[str, Any] = dict(postprocessors)
         self.classes, self.settings, self.device = classes, settings, device
-        self.amp = settings.amp == "bf16"
-        log_bf16(device, self.amp)
+        self.amp = engine.AMP_DTYPES[settings.amp]
+        log_bf16(device, settings.amp == "bf16")
         self.compilation = compile_detector(self.model, settings.compile)
         self.exif = settings.exif
         self.transforms = labelled_transforms("val", settings)
@@ -215,7 +215,7 @@ class Predictor:
             source: a file, a URL, the name of a published model (such as `detr_resnet50`; `hubconf.py` lists them), or
                 a checkpoint that is already loaded.
             device: `cuda`, `cuda:N` or `cpu`; a GPU by default, if there is one.
-            amp: `bf16` runs the network in bfloat16, `no` in float32.
+            amp: `bf16` runs the network in bfloat16, `fp16` in float16, `no` in float32.
             image_size: short side in pixels that images are resized to.
             max_size: limit of the long side, in pixels.
             exif: `apply` rotates images as their EXIF orientation says, `ignore` uses them as stored. By default as in

@@ -124,6 +124,7 @@ def build_run(
     else:
         scheduler = build_scheduler(optimizer, settings.lr_drop, settings.lr_drop_epochs)
 
+    amp = engine.AMP_DTYPES[settings.amp]
     run = Run(
         model=_wrap_ddp(model, device),
         criterion=criterion,
@@ -134,7 +135,8 @@ def build_run(
         normalization=normalization or model.normalization,
         epochs=settings.epochs,
         clip_max_norm=settings.clip_max_norm,
-        amp=settings.amp == "bf16",
+        amp=amp,
+        scaler=engine.build_scaler(device, amp),
         accumulate=settings.accumulate,
         average=WeightAverage(model, settings.ema) if settings.ema else None,
         max_iters=settings.max_iters,
@@ -403,6 +405,7 @@ def checkpoint_state(run: Run) -> Checkpoint:
         frozen=frozen or None,
         optimizer=run.optimizer.state_dict(),
         lr_scheduler=run.scheduler.state_dict(),
+        scaler=run.scaler.state_dict() if run.scaler else None,
         epoch=run.epoch - 1,  # the last finished one, as in published checkpoints
         batch=run.batch,
         averages=run.averages.state(),
@@ -446,6 +449,8 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
         )
 
     restore_optimizer(run.optimizer, run.scheduler, checkpoint, unwrap_model(run.model))
+    if run.scaler and checkpoint.scaler:
+        run.scaler.load_state_dict(checkpoint.scaler)
     _restore_progress(run, checkpoint)
     _update_num_epochs(run)
     if run.epoch < run.epochs:

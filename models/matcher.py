@@ -166,9 +166,9 @@ class HungarianMatcher:
         # Stacked, both index lists and the counts reach the device in one copy.
         num_pairs = sum(map(len, source))
         index = torch.from_numpy(np.concatenate([*source, *target, counts]).astype(np.int64))
-        sizes = [num_pairs, num_pairs, num_images]
-        source_index, target_index, num_targets = copy_to_device(index, logits.device).split(sizes)
-        return Matches(source_index, target_index, num_targets, pairs)
+        index = copy_to_device(index, logits.device)
+        parts = index.split([num_pairs, num_pairs, num_images])
+        return Matches(parts[0], parts[1], parts[2], pairs)
 
 
 def _with_corners(boxes_cxcywh: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ from util.runs.meters import (
     LossReader,
     NonFiniteLoss,
     check_finite,
+    check_gradient,
     to_host,
     weight_class_error,
 )
@@ -264,15 +265,35 @@ def test_step_returns_stop_flag() -> None:
     assert engine.train_step(run, samples, targets, stop=False)[1] is False
 
 
-@pytest.mark.parametrize("script", [FINETUNE, PRETRAIN])
-def test_bfloat16_step(script: str) -> None:
-    run, samples, targets = build_run("--amp", "bf16", script=script)
-    assert run.amp is True
+@pytest.mark.parametrize(
+    ("script", "amp"), [(FINETUNE, "bf16"), (PRETRAIN, "bf16"), (PRETRAIN, "fp16")]
+)
+def test_half_precision_step(script: str, amp: str) -> None:
+    run, samples, targets = build_run("--amp", amp, script=script)
+    assert run.amp is engine.AMP_DTYPES[amp]
     if script == PRETRAIN:
         targets = make_targets([5, 5], patches=5)
     values, _ = engine.train_step(run, samples, targets, stop=False)
     assert all(math.isfinite(value) for value in values.values())
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+
+
+def test_float16_skips_a_step_that_overflows() -> None:
+    run, samples, targets = build_run("--amp", "fp16")
+    assert run.scaler is not None
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)  # the default overflows by itself
+    spoil = run.model.class_embed.bias.register_hook(lambda gradient: gradient * math.inf)
+    steps = []
+    for step in range(3):
+        before = [parameter.clone() for parameter in run.model.parameters()]
+        values, _ = engine.train_step(run, samples, targets, stop=False)
+        unchanged = all(map(torch.equal, before, run.model.parameters()))
+        steps.append((unchanged, run.scaler.get_scale(), "grad_norm" in values))
+        if step == 0:
+            spoil.remove()
+    scale = 8.0  # half of the first one
+    assert steps == [(True, scale, False), (False, scale, False), (False, scale, True)]
+    check_gradient(run.gradient_norm)  # a skipped step is no error
 
 
 @pytest.mark.parametrize("norm", [(), ("--pre_norm",)])
@@ -283,7 +304,7 @@ def test_encoder_residual_stream_is_float32_under_autocast(norm: tuple) -> None:
     run.model.transformer.encoder.register_forward_pre_hook(
         lambda module, inputs: given.append(inputs[0].dtype)
     )
-    with engine.autocast(torch.device("cpu"), enabled=True):
+    with engine.autocast(torch.device("cpu"), torch.bfloat16):
         run.model(samples)
     assert given == [torch.float32]
 
@@ -776,6 +797,6 @@ def test_batch_norm_on_a_single_value_is_reported_in_one_line() -> None:
 
     batch, model = make_batch(1), SingleValue()
     with pytest.raises(UserError, match=r"^--batch_size 1: batch norm .*; use a larger --batch"):
-        engine.forward(model, batch, [], amp=False)
-    assert engine.forward(model, make_batch(2), [], amp=False)["out"].shape == (2, 3, 1, 1)
-    assert engine.forward(model.eval(), batch, [], amp=False)["out"].shape == (1, 3, 1, 1)
+        engine.forward(model, batch, [], amp=None)
+    assert engine.forward(model, make_batch(2), [], amp=None)["out"].shape == (2, 3, 1, 1)
+    assert engine.forward(model.eval(), batch, [], amp=None)["out"].shape == (1, 3, 1, 1)

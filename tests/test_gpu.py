@@ -72,7 +72,7 @@ def test_golden_values_on_the_gpu(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_keeps_boxes_and_losses_in_float32(name: str) -> None:
     case, samples, targets = build_on_gpu(name)
-    with autocast(torch.device("cuda"), enabled=True):
+    with autocast(torch.device("cuda"), torch.bfloat16):
         outputs = golden_models.forward(case, samples, targets)
     assert outputs["pred_boxes"].dtype == outputs["pred_logits"].dtype == torch.float32
     losses = case.criterion(outputs, targets)
@@ -127,7 +127,7 @@ def test_training_step_with_fused_adamw() -> None:
         device=torch.device("cuda"),
         normalization={},
         epochs=1,
-        amp=True,
+        amp=torch.bfloat16,
     )
     first, _ = train_step(run, samples, targets, stop=False)
     for _ in range(5):
@@ -155,7 +155,7 @@ def test_synchronizations_do_not_depend_on_the_batch_size() -> None:
             device=torch.device("cuda"),
             normalization={},
             epochs=1,
-            amp=False,
+            amp=None,
         )
         train_step(
             run, many, targets * copies, stop=False

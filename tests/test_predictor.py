@@ -172,7 +172,7 @@ def test_unreadable_file_raises_user_error(predictor: Predictor, tmp_path: Path)
 def test_image_size_and_amp_override_checkpoint(data: Path, path: Path) -> None:
     source = data / "run" / "checkpoint.pth"
     small = Predictor.from_checkpoint(source, device="cpu", image_size=32, amp="bf16")
-    assert (small.settings.image_size, small.amp) == (32, True)
+    assert (small.settings.image_size, small.amp) == (32, torch.bfloat16)
     assert small(path, threshold=0).scores.dtype == torch.float32
     read = Predictor.from_checkpoint(load_checkpoint(source), device="cpu")
     assert_same(
@@ -199,7 +199,7 @@ def test_pretext_checkpoint_predicts_class_agnostic_only(tmp_path: Path, path: P
     [
         ({"device": "cuda:99"}, "--device cuda:99: (no CUDA GPU is visible|there are)"),
         ({"device": "gpu"}, "gpu is not supported: use cuda"),
-        ({"amp": "fp16"}, "amp='fp16': choose one of no, bf16"),
+        ({"amp": "fp8"}, "amp='fp8': choose one of no, bf16, fp16"),
         ({"image_size": 0}, "image_size=0: must be above 0"),
     ],
 )

@@ -64,7 +64,10 @@ TWO_STAGE = ("--detector", "deformable_detr", "--two_stage", "--with_box_refine"
 CASES: dict[str, tuple[Callable, tuple]] = {
     # Live batch norm updates its statistics, but the backbone's weights are frozen, which keeps checkpoints small.
     "live": (start_labelled, ("--lr_backbone", 0)),
-    "workers": (start_labelled, (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr")),
+    "workers": (
+        start_labelled,
+        (*FROZEN, "--num_workers", 2, "--detector", "conditional_detr", "--amp", "fp16"),
+    ),
     "pretext": (start_pretext, (*FROZEN, "--ema", 0.9)),
     "two_stage": (start_labelled, (*FROZEN, *TWO_STAGE, "--lr_drop_epochs", 1, 3)),
 }
@@ -86,8 +89,8 @@ def assert_equal_runs(folder: Path, expected: Path) -> None:
     whole = read_checkpoint(expected / "checkpoint.pth")
     training_state = ("model", "optimizer", "lr_scheduler", "best", "random_states")
     progress = ("epoch", "batch", "averages", "class_names")
-    assert (ours.get("raw_model") is None) == (whole.get("raw_model") is None)
-    assert_same(ours.get("raw_model"), whole.get("raw_model"), "raw_model")
+    for name in ("raw_model", "scaler"):  # of --ema and --amp fp16
+        assert_same(ours.get(name, {}), whole.get(name, {}), name)
     for name in (*training_state, *progress):
         assert_same(ours[name], whole[name], name)
     assert len(read_log(folder)) == 4

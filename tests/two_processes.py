@@ -375,7 +375,7 @@ def evaluation(folder: Path) -> dict:
             evaluator,
             device=torch.device("cpu"),
             normalization={"mean": [0.0] * 3, "std": [1 / 255] * 3},
-            amp=False,
+            amp=None,
             num_examples=2,
         )
     voc = {name: found["voc"][name] for name in ("coco_eval_bbox", "voc_area", "per_class")}

@@ -66,6 +66,7 @@ class Checkpoint:
 
     Training state, for an exact resume:
         optimizer, lr_scheduler: their state dicts.
+        scaler: state dict of the loss scaler of `--amp fp16`.
         epoch: the last finished epoch, 0-based as in the published checkpoints; -1 in the first epoch.
         batch: steps done in the epoch after it.
         averages: running averages of that epoch, see `util.runs.meters.Averages`.
@@ -100,6 +101,7 @@ class Checkpoint:
 
     optimizer: dict[str, Any] | None = None
     lr_scheduler: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
     epoch: int | None = None
     batch: int | None = None
     averages: dict[str, list[float]] | None = None
@@ -174,6 +176,7 @@ _MAPPINGS = (
     "frozen",
     "optimizer",
     "lr_scheduler",
+    "scaler",
     "averages",
     "pending",
 )

@@ -147,7 +147,7 @@ def log_model_summary(model: nn.Module, settings: Settings) -> dict[str, object]
 
     device = torch.device(settings.device)
     log_bf16(device, settings.amp == "bf16")
-    dtype = torch.bfloat16 if settings.amp == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp, torch.float32)
     kernels = detector.kernels(device, dtype)
     if kernels:
         log.info(

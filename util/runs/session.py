@@ -67,6 +67,9 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     if checkpoint and checkpoint.raw_model and settings.eval and not settings.ema:
         checkpoint.model = checkpoint.raw_model
     seed_everything(settings.seed)
+    if settings.tf32:
+        torch.backends.cudnn.allow_tf32 = settings.tf32 == "yes"
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32 == "yes"
     auto_batch_size = settings.batch_size == AUTO
     if auto_batch_size:
         settings = settings.replace(batch_size=SMALLEST_TRAINABLE)

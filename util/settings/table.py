@@ -136,9 +136,10 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "amp",
-            "mixed precision; bf16 runs the network in bfloat16, and boxes, matching and losses in float32",
+            "mixed precision; bf16 runs the network in bfloat16, fp16 in float16 with scaled losses, for GPUs without "
+            "bfloat16; boxes, matching and losses are float32",
             str,
-            choices=("no", "bf16"),
+            choices=("no", "bf16", "fp16"),
             default="no",
         ),
         Flag(
@@ -155,6 +156,13 @@ FLAGS: tuple[Flag, ...] = (
             "batches of images of similar size after their augmentation, padded to multiples of 64 pixels, 32 in "
             "pre-training: less padding and fewer distinct shapes. The samples of an epoch stay the same, their order "
             "does not",
+        ),
+        Flag(
+            "tf32",
+            "on NVIDIA GPUs, compute float32 convolutions and matrix products in TF32, with 10 bits of mantissa",
+            str,
+            choices=("yes", "no"),
+            default_help="PyTorch's: convolutions only",
         ),
         Flag(
             "start_epoch",

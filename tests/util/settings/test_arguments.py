@@ -383,7 +383,7 @@ def test_flags_are_never_abbreviated(capsys) -> None:
         ["--position_embedding", "v9"],
         ["--detector", "yolo"],
         ["--lr"],
-        ["--amp", "fp16"],
+        ["--amp", "fp8"],
         ["stray"],
     ],
 )
