@@ -1,6 +1,8 @@
 """The base class of all evaluators: collects detections image by image and merges them over processes."""
 
-from collections.abc import Iterable, Mapping
+import gc
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,6 +11,18 @@ from torch import Tensor
 from util.distributed import all_gather_object
 
 Value = TypeVar("Value")
+
+
+@contextmanager
+def _paused_gc() -> Iterator[None]:
+    """Pause garbage collection: while many objects are made that all stay, it takes most of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def gather_by_image(values: dict[int, Value]) -> dict[int, Value]:
@@ -84,12 +98,17 @@ class DetectionEvaluator:
 
     def results(self) -> list[dict[str, Any]]:
         """Return the detections in COCO's results format, with `bbox` as x, y, width, height."""
+        with _paused_gc():
+            return self._results()
+
+    def _results(self) -> list[dict[str, Any]]:
         return [
             {
-                "image_id": int(row[0]),
-                "category_id": int(row[6]),
-                "bbox": row[1:5].tolist(),
-                "score": float(row[5]),
+                "image_id": int(image_id),
+                "category_id": int(category_id),
+                "bbox": bbox,
+                "score": score,
             }
-            for row in self.rows_xywh()
+            # One `tolist` for all rows, 500 000 of COCO's validation set.
+            for image_id, *bbox, score, category_id in self.rows_xywh().tolist()
         ]
