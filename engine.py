@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -263,7 +263,7 @@ def train_step(
     """
     place = place or Accumulation()
     # Gradients are averaged over the ranks once per step.
-    without_sync = nullcontext()
+    without_sync: AbstractContextManager = nullcontext()
     if isinstance(state.model, DistributedDataParallel) and not place.is_last:
         without_sync = state.model.no_sync()
     try:
