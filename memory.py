@@ -3,6 +3,7 @@
 import torch
 
 import engine
+from datasets import padding_multiple
 from datasets.collate import collate
 from datasets.sample import SampleDataset
 from datasets.transfer import Transfer
@@ -123,12 +124,15 @@ def estimate_memory(
     optimizer = "sgd" if settings.sgd else "adamw"
     # The gradients of the largest block and of its input are in flight at the same time.
     activations = PEAK * (saved.total + 2 * saved.largest) / SMALLEST_TRAINABLE
-    return MemoryEstimate(parameter_bytes(model, optimizer), round(activations))
+    parameters = parameter_bytes(model, optimizer, averaged=bool(settings.ema))
+    return MemoryEstimate(parameters, round(activations))
 
 
 def largest_side(settings: Settings) -> int:
     """Return the side in pixels that a batch of wide and tall images is padded to in training."""
-    if settings.max_size:
-        return settings.max_size
-    long_side, short_side = (600, 480) if settings.script == PRETRAIN else (1333, 800)
-    return round(long_side * settings.image_size / short_side)
+    side = settings.max_size
+    if not side:
+        long_side, short_side = (600, 480) if settings.script == PRETRAIN else (1333, 800)
+        side = round(long_side * settings.image_size / short_side)
+    multiple = padding_multiple(settings)
+    return -(-side // multiple) * multiple

@@ -194,14 +194,11 @@ def build_loader(
         final_sizes=_final_sizes(dataset, settings) if settings.bucket_aspect else None,
         in_order=in_order * world_size,
     )
-    multiple = 1
-    if settings.bucket_aspect:
-        multiple = PRETEXT_MULTIPLE if settings.pretext else MULTIPLE
     workers = settings.num_workers
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        collate_fn=functools.partial(collate, multiple=multiple),
+        collate_fn=functools.partial(collate, multiple=padding_multiple(settings)),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.device(settings.device).type == "cuda",
@@ -211,6 +208,13 @@ def build_loader(
         # dropout uses too, and a resumed run would differ.
         generator=torch.Generator().manual_seed(settings.seed),
     )
+
+
+def padding_multiple(settings: Settings) -> int:
+    """Return the number of pixels of which heights and widths of batches are multiples."""
+    if not settings.bucket_aspect:
+        return 1
+    return PRETEXT_MULTIPLE if settings.pretext else MULTIPLE
 
 
 def _final_sizes(dataset: SampleDataset, settings: Settings) -> FinalSizes:

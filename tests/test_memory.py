@@ -48,6 +48,8 @@ def test_estimate_changes_nothing_and_counts_the_optimizer(coco: Path) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate.parameters == 3 * 4 * trainable == parameter_bytes(model, "adamw")
     assert parameter_bytes(model, "sgd") == 2 * 4 * trainable
+    everything = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    assert parameter_bytes(model, "sgd", averaged=True) == 2 * 4 * trainable + everything
     assert estimate.activations > 4 * 3 * largest_side(parts[0]) ** 2
 
 
@@ -74,6 +76,7 @@ def test_sides() -> None:
     assert largest_side(tiny_args(FINETUNE, "--image_size", "800")) == 1333
     assert largest_side(tiny_args(PRETRAIN, "--image_size", "240")) == 300
     assert largest_side(tiny_args(FINETUNE, "--max_size", "512")) == 512
+    assert largest_side(tiny_args(FINETUNE, "--max_size", "500", "--bucket_aspect")) == 512
 
 
 def plan(monkeypatch: pytest.MonkeyPatch, coco: Path, free: int | None, auto: bool) -> tuple:

@@ -91,13 +91,16 @@ def nothing_changes(model: nn.Module, device: torch.device) -> Iterator[None]:
             buffer.copy_(before)
 
 
-def parameter_bytes(model: nn.Module, optimizer: str) -> int:
+def parameter_bytes(model: nn.Module, optimizer: str, averaged: bool = False) -> int:
     """Return the bytes of gradients and optimizer state of the trainable parameters.
 
-    optimizer: a key of `MOMENTS`.
+    Args:
+        optimizer: a key of `MOMENTS`.
+        averaged: with `--ema`, which holds every parameter and buffer once more.
     """
     sizes = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
-    return (1 + MOMENTS[optimizer]) * sum(sizes)
+    state = [*model.parameters(), *model.buffers()] if averaged else []
+    return (1 + MOMENTS[optimizer]) * sum(sizes) + sum(tensor.nbytes for tensor in state)
 
 
 def available_memory(device: torch.device) -> int | None:
