@@ -182,6 +182,7 @@ class Predictor:
         device: torch.device,
     ) -> None:
         self.model = model.base_detector().to(device).to(memory_format=torch.channels_last).eval()
+        self.model.requires_grad_(False)  # lets it keep weights with folded norms
         self.postprocessors: dict[str, Any] = dict(postprocessors)
         self.classes, self.settings, self.device = classes, settings, device
         self.amp = engine.AMP_DTYPES[settings.amp]

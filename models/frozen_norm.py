@@ -6,7 +6,7 @@ norm, and autograd finds the gradient of the original weight through the product
 scaling activations, which a training step would read and write again in both passes.
 
 Parameters, buffers and their names stay where they are. Scale and shift are computed once; so is the folded weight
-where no gradient needs it: of layers that never train, and of all layers without gradients.
+of layers whose weights do not train.
 """
 
 from collections import Counter
@@ -134,7 +134,8 @@ class FoldedConv2d(nn.Conv2d):
 
     def _weight_and_bias(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
-        if torch.is_grad_enabled() and any(x.requires_grad for x in parameters):
+        # Also without gradients: a fused optimizer step changes weights without counting it as a change.
+        if any(x.requires_grad for x in parameters):
             return self._fold(dtype)
         norm = self.norm
         sources = [*parameters, norm.weight, norm.bias, norm.running_mean, norm.running_var]
