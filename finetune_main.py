@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import trainer
-from datasets import build_labelled, build_loader
+from datasets import build_labelled, build_loader, check_batch_size
 from datasets.labelled import few_shot, subsets
 from datasets.labelled.checks import run_startup_checks
 from datasets.sample import SampleDataset
@@ -186,6 +186,7 @@ def main(args: Namespace) -> None:
 
     datasets = {"val": val_set}
     if train_set is not None:  # None with --eval
+        check_batch_size(train_set, settings)
         datasets = {"train": train_set, "val": val_set}
     record: dict[str, Any] = {  # for args.json
         "data": {name: dataset.fingerprint() for name, dataset in datasets.items()},

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import trainer
-from datasets import build_dataset, build_loader
+from datasets import build_dataset, build_loader, check_batch_size
 from datasets.labelled.checks import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import (
@@ -151,6 +151,7 @@ def main(args: Namespace) -> None:
     warn_missing_published_flags(settings)
 
     dataset = build_dataset("train", settings)
+    check_batch_size(dataset, settings)
     record: dict[str, Any] = {  # for args.json
         "data": dataset.fingerprint(),
         "images": len(dataset),

@@ -160,6 +160,16 @@ def _resolve_num_classes(
     )
 
 
+def check_batch_size(dataset: SampleDataset, settings: Settings) -> None:
+    """Refuse fewer training images than one global batch. Raises UserError."""
+    world_size = get_world_size()
+    if len(dataset) < settings.batch_size * world_size:
+        raise UserError(
+            f"{len(dataset)} training images are fewer than one batch ({settings.batch_size} x {world_size} processes)"
+            f": use --batch_size {max(len(dataset) // world_size, 1)} or less"
+        )
+
+
 def build_loader(
     dataset: SampleDataset, settings: Settings, train: bool, in_order: int = 0
 ) -> DataLoader:
@@ -176,13 +186,9 @@ def build_loader(
         UserError: fewer training images than one global batch, or `--bucket_aspect` for a pretext whose samples have an
             unknown size.
     """
+    if train:
+        check_batch_size(dataset, settings)
     world_size = get_world_size()
-    if train and len(dataset) < settings.batch_size * world_size:
-        raise UserError(
-            f"{len(dataset)} training images are fewer than one batch ({settings.batch_size} x {world_size} processes)"
-            f": use --batch_size {max(len(dataset) // world_size, 1)} or less"
-        )
-
     sampler = EpochSampler(
         len(dataset),
         settings.batch_size,

@@ -504,10 +504,10 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     return set(re.findall(r"--\w+", "\n".join(parsers))) | set(UNSUPPORTED_FLAGS)
 
 
-# Of torchrun, the older launcher, tools/test.sh and srun.
+# Of torchrun, the older launcher, tools/test.sh, srun and TensorBoard.
 OTHERS_FLAGS = {
     *("--nproc_per_node", "--use_env", "--master_port", "--standalone"),
-    *("--all", "--time"),
+    *("--all", "--time", "--logdir"),
 }
 
 

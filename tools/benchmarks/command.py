@@ -118,19 +118,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.epilog = "flags of each subject (`SUBJECT --help` explains them):\n\n" + "\n".join(
         dict.fromkeys(usages)  # an alias has the same parser
     )
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.subject not in TAKES_FLAGS:
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.subject not in TAKES_FLAGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if args.subject in TAKES_FLAGS:
-        names = " ".join(args.models)
+    if options.subject in TAKES_FLAGS:
+        names = " ".join(options.models)
         pretrains = "/" in names or any(word in names for word in ("pretraining", *PRETEXTS))
         script = work.script_of({"pretext": pretrains})
-        args.flags = work.parse_flags(rest, script)
-    args.command = shlex.join(["python", "tools/benchmark.py", *_without_paths(argv)])
+        options.flags = work.parse_flags(rest, script)
+    options.command = shlex.join(["python", "tools/benchmark.py", *_without_paths(argv)])
     for name in ("turns", "batch_size", "image_size", "images"):
-        if getattr(args, name, 1) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: give at least 1")
-    return args
+        if getattr(options, name, 1) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give at least 1")
+    return options
 
 
 def _headline(module: ModuleType) -> str:

@@ -6,7 +6,7 @@ resizing images is not in it.
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,12 +76,10 @@ def build(case: Case) -> Local:
 
 def comparisons(args: argparse.Namespace, bench: Any) -> Iterator[Comparison]:
     """Yield one comparison per model and batch size."""
-    if "zoo" in args.models and args.size is None:
-        args.size = ZOO_SIZE
-    args.size = args.size or (480, 640)
+    default = ZOO_SIZE if "zoo" in args.models else (480, 640)
     for model in expand_models(args.models):
         for batch_size in args.batch_sizes:
-            yield compare(model, batch_size, args, bench)
+            yield compare(model, batch_size, args.size or default, args, bench)
 
 
 def expand_models(names: list[str]) -> list[str]:
@@ -100,7 +98,9 @@ def expand_models(names: list[str]) -> list[str]:
     return found
 
 
-def compare(model: str, batch_size: int, args: argparse.Namespace, bench: Any) -> Comparison:
+def compare(
+    model: str, batch_size: int, size: Sequence[int], args: argparse.Namespace, bench: Any
+) -> Comparison:
     from tools.benchmarks import peers
 
     known = HUB_MODELS[model].settings if model in HUB_MODELS else work.model_flags(model)
@@ -108,12 +108,12 @@ def compare(model: str, batch_size: int, args: argparse.Namespace, bench: Any) -
         "flags": {**known, **args.flags},
         "device": args.device,
         "batch_size": batch_size,
-        "size": list(args.size),
+        "size": list(size),
         "padded": args.padded,
     }
     case = work.save_case(case, bench.scratch, work.calibrated_weights(case))
     ours = Inference(case)
-    height, width = args.size
+    height, width = size
     is_bf16 = case["flags"].get("amp") == "bf16"
     comparison = Comparison(
         f"{model}, {batch_size} x {height} x {width}{', bfloat16' if is_bf16 else ''}",

@@ -121,6 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["detection", *PRETEXTS],
         help="what is loaded",
     )
-    parser.add_argument("--batch_size", type=int, default=BATCH, metavar="N", help="samples")
+    parser.add_argument(
+        "--batch_size", type=int, default=BATCH, metavar="N", help="number of samples per batch"
+    )
     step.variant_argument(parser)
     step.against_argument(parser)

@@ -192,8 +192,12 @@ def comparisons(args: argparse.Namespace, bench: Any) -> Iterator[Comparison]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tools.benchmarks.step import against_argument
 
-    parser.add_argument("--layers", type=int, default=6, metavar="N", help="decoder layers")
-    parser.add_argument("--batch_size", type=int, default=32, metavar="N", help="images")
+    parser.add_argument(
+        "--layers", type=int, default=6, metavar="N", help="number of decoder layers"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=32, metavar="N", help="number of images per batch"
+    )
     parser.add_argument("--queries", type=int, default=100, metavar="N", help="queries per image")
     against_argument(parser)
     parser.set_defaults(variant=[])

@@ -144,5 +144,5 @@ def test_lists_are_returned_as_copies() -> None:
 
 
 def test_invalid_choices_from_a_mapping_are_rejected() -> None:
-    with pytest.raises(UserError, match="--amp fp16 is unknown: choose one of no, bf16"):
-        resolve({"amp": "fp16"})
+    with pytest.raises(UserError, match="--amp fp8 is unknown: choose one of no, bf16"):
+        resolve({"amp": "fp8"})
