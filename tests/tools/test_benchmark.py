@@ -440,3 +440,8 @@ def test_gpu_measurement_continues_after_a_part_that_fails(
     assert facts["failed"][0]["error"] == "RuntimeError: broken"
     assert set(facts["shapes"][0]) == {"new_ms", "seen_ms"}
     assert "end" in facts
+
+
+def test_a_variant_may_be_a_single_flag() -> None:
+    for words in (["--variant", "--compile"], ["--variant=--compile"]):
+        assert parse(["step", *words]).variant == ["--compile"]

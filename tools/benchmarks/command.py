@@ -118,7 +118,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.epilog = "flags of each subject (`SUBJECT --help` explains them):\n\n" + "\n".join(
         dict.fromkeys(usages)  # an alias has the same parser
     )
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(_join_variants(argv))
     if rest and options.subject not in TAKES_FLAGS:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.subject in TAKES_FLAGS:
@@ -131,6 +131,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if getattr(options, name, 1) < 1:
             parser.error(f"--{name} {getattr(options, name)}: give at least 1")
     return options
+
+
+def _join_variants(argv: list[str]) -> list[str]:
+    """Return `--variant "--compile"` as one word: argparse would take a value without a space for a flag."""
+    joined: list[str] = []
+    for word in argv:
+        if joined and joined[-1] == "--variant":
+            joined[-1] = f"--variant={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _headline(module: ModuleType) -> str:
