@@ -1,28 +1,15 @@
 """The base class of all evaluators: collects detections image by image and merges them over processes."""
 
-import gc
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from util.distributed import all_gather_object
+from util.gc_paused import gc_paused
 
 Value = TypeVar("Value")
-
-
-@contextmanager
-def _paused_gc() -> Iterator[None]:
-    """Pause garbage collection: while many objects are made that all stay, it takes most of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def gather_by_image(values: dict[int, Value]) -> dict[int, Value]:
@@ -98,7 +85,7 @@ class DetectionEvaluator:
 
     def results(self) -> list[dict[str, Any]]:
         """Return the detections in COCO's results format, with `bbox` as x, y, width, height."""
-        with _paused_gc():
+        with gc_paused():
             return self._results()
 
     def _results(self) -> list[dict[str, Any]]:

@@ -6,13 +6,11 @@ one writes to its reference count.
 Shapes: I images, A annotated objects (boxes) of all images.
 """
 
-import contextlib
-import gc
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +21,7 @@ from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.box_formats import Misfits, exceeds_image
 from datasets.labelled.segmentations import SegmentationTexts, decode_segmentations, find_empty
 from util.errors import UserError
+from util.gc_paused import gc_paused
 from util.logger import log
 
 Record = dict[str, Any]
@@ -233,22 +232,6 @@ def read_coco(path: str) -> Annotations:
     """
     with gc_paused():
         return parse_coco(read_json(path), path)
-
-
-@contextlib.contextmanager
-def gc_paused() -> Iterator[None]:
-    """Pause Python's garbage collector of reference cycles.
-
-    While millions of objects are created, the collector visits all of them again and again, and JSON has no cycles. For
-    COCO with its polygons this takes three quarters of the time.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def read_json(path: str, segmentations: SegmentationTexts | None = None) -> Any:

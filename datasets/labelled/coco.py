@@ -14,7 +14,7 @@ from torch import Tensor
 from datasets.evaluators.coco import GroundTruth, build_ground_truth
 from datasets.images.image_folder import ImageFolder, read_header, read_image
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
+from datasets.labelled.annotations import Annotations, parse_coco, read_json
 from datasets.labelled.few_shot import few_shot_subset
 from datasets.labelled.file_names import match_files, remedy
 from datasets.labelled.image_checks import inspect_header
@@ -25,6 +25,7 @@ from datasets.transforms import Transform, detection_transforms
 from util.checkpoints.classes import Classes
 from util.coco import NUM_CLASSES
 from util.errors import UserError
+from util.gc_paused import gc_paused
 from util.logger import log
 from util.random_state import SampleRNG
 from util.settings import Settings

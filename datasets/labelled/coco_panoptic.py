@@ -22,7 +22,7 @@ from datasets.evaluators.detections import DetectionEvaluator
 from datasets.evaluators.panoptic import PanopticEvaluator
 from datasets.images.image_folder import pillow_warnings
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, gc_paused, parse_coco, read_json
+from datasets.labelled.annotations import Annotations, parse_coco, read_json
 from datasets.labelled.coco import (
     CocoDetection,
     coco_files,
@@ -37,6 +37,7 @@ from datasets.sample import BadImageError, Target
 from util.checkpoints.classes import Classes
 from util.coco import NUM_PANOPTIC_CLASSES
 from util.errors import UserError
+from util.gc_paused import gc_paused
 from util.logger import log
 from util.masks import encode_mask
 from util.settings import Settings
