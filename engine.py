@@ -61,7 +61,6 @@ PROGRESS_LOSSES = (
     "loss_object_embedding",
     "loss_enc_global_contra",
 )
-AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # values of --amp
 GRAD_NORM = "grad_norm"  # key of the log, as in Deformable DETR
 PUBLISHED_KEYS = {"stats": "coco_eval_bbox", "stats_masks": "coco_eval_masks"}  # of the log
 

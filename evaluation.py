@@ -19,6 +19,7 @@ from datasets.sample import SampleDataset
 from models.criterion import SetCriterion
 from models.postprocess import ClassAgnosticPostProcess
 from predictor import Predictor
+from util.bf16 import AMP_DTYPES
 from util.box_ops import box_cxcywh_to_xyxy
 from util.coco import BBOX_METRICS
 from util.distributed import broadcast_batch_norm_stats, is_main_process, unwrap_model
@@ -93,7 +94,7 @@ class Evaluation:
             evaluator,
             device=self.device,
             normalization=unwrap_model(model).normalization,
-            amp=engine.AMP_DTYPES[self.settings.amp],
+            amp=AMP_DTYPES[self.settings.amp],
             num_examples=NUM_EXAMPLES,
         )
 
@@ -184,7 +185,7 @@ class ClassAgnosticEvaluation:
         self, settings: Settings, dataset: SampleDataset, *, label: int | None, device: torch.device
     ) -> None:
         self.dataset, self.label, self.device = dataset, label, device
-        self.amp, self.backend = engine.AMP_DTYPES[settings.amp], settings.coco_evaluator
+        self.amp, self.backend = AMP_DTYPES[settings.amp], settings.coco_evaluator
         self.loader = build_loader(dataset, settings, train=False)
 
     def __call__(self, model: nn.Module, epoch: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from datasets.transfer import Transfer
 from models.activation_checkpoint import checkpoint_activations
 from models.criterion import SetCriterion
 from models.trainable import TrainableModel
+from util.bf16 import AMP_DTYPES
 from util.distributed import all_gather_object, get_world_size
 from util.errors import UserError
 from util.logger import log
@@ -117,7 +118,7 @@ def estimate_memory(
     side = largest_side(settings)
     samples = pad_batch(samples, side, side)
     with nothing_changes(model, device), counting_saved_bytes(model) as saved:
-        amp = engine.AMP_DTYPES[settings.amp]
+        amp = AMP_DTYPES[settings.amp]
         results = engine.forward_losses(model, criterion, samples, targets, amp)
         del results
 

@@ -43,7 +43,7 @@ from datasets.transforms import Transform
 from models import build_model
 from models.postprocess import ClassAgnosticPostProcess
 from models.trainable import TrainableModel
-from util.bf16 import log_bf16
+from util.bf16 import AMP_DTYPES, log_bf16
 from util.checkpoints.adoption import is_pretext, settings_from_checkpoint, strip_pretext
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.checkpoints.classes import Classes, count_classes, infer_classes, infer_classification
@@ -185,7 +185,7 @@ class Predictor:
         self.model.requires_grad_(False)  # lets it keep weights with folded norms
         self.postprocessors: dict[str, Any] = dict(postprocessors)
         self.classes, self.settings, self.device = classes, settings, device
-        self.amp = engine.AMP_DTYPES[settings.amp]
+        self.amp = AMP_DTYPES[settings.amp]
         log_bf16(device, settings.amp == "bf16")
         self.compilation = compile_detector(self.model, settings.compile)
         self.exif = settings.exif

@@ -17,6 +17,7 @@ import engine
 from datasets.transfer import Transfer
 from models.criterion import SetCriterion
 from models.trainable import TrainableModel
+from util.bf16 import AMP_DTYPES
 from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_checkpoint
 from util.distributed import (
     BATCH_NORMS,
@@ -124,7 +125,7 @@ def build_run(
     else:
         scheduler = build_scheduler(optimizer, settings.lr_drop, settings.lr_drop_epochs)
 
-    amp = engine.AMP_DTYPES[settings.amp]
+    amp = AMP_DTYPES[settings.amp]
     run = Run(
         model=_wrap_ddp(model, device),
         criterion=criterion,

@@ -32,6 +32,7 @@ from tests.tiny import (
     write_coco,
     write_images,
 )
+from util.bf16 import AMP_DTYPES
 from util.distributed import get_world_size
 from util.errors import NonFinite, UserError
 from util.nested_tensor import NestedTensor
@@ -270,7 +271,7 @@ def test_step_returns_stop_flag() -> None:
 )
 def test_half_precision_step(script: str, amp: str) -> None:
     run, samples, targets = build_run("--amp", amp, script=script)
-    assert run.amp is engine.AMP_DTYPES[amp]
+    assert run.amp is AMP_DTYPES[amp]
     if script == PRETRAIN:
         targets = make_targets([5, 5], patches=5)
     values, _ = engine.train_step(run, samples, targets, stop=False)
@@ -455,23 +456,26 @@ def published_names(prefix: str, losses: tuple[str, ...], suffixes: tuple[str, .
     }
 
 
+# Of every epoch in `log.txt`, besides the losses.
+RUN_KEYS = {
+    "epoch",
+    "n_parameters",
+    "train_lr",
+    "train_grad_norm",
+    "train_padding",
+    "train_seconds",
+}
+
+
 def test_log_has_published_keys(fine_run: Path) -> None:
     lines = read_log(fine_run / "run")
     losses, suffixes = ("loss_ce", "loss_bbox", "loss_giou"), ("", "_0")
-    common = {
-        "epoch",
-        "n_parameters",
-        "train_lr",
-        "train_grad_norm",
-        "train_padding",
-        "train_seconds",
-    }
     evaluated = published_names("test", losses, suffixes) | {"test_coco_eval_bbox"}
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for line in lines:
         expected = (
             published_names("train", losses, suffixes)
-            | common
+            | RUN_KEYS
             | (evaluated if line["epoch"] in (1, 2) else set())
         )
         assert set(line) == expected
@@ -490,15 +494,7 @@ def test_log_has_published_keys(fine_run: Path) -> None:
 def test_pretext_log_has_published_keys(pretext_run: Path) -> None:
     line = read_log(pretext_run / "run")[0]
     names = published_names("train", ("loss_ce", "loss_bbox", "loss_giou", "loss_feature"), ("",))
-    more = {
-        "epoch",
-        "n_parameters",
-        "train_lr",
-        "train_grad_norm",
-        "train_padding",
-        "train_seconds",
-    }
-    assert set(line) == names | more
+    assert set(line) == names | RUN_KEYS
     assert 1 < line["train_loss_feature"] < 3
 
 

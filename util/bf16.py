@@ -1,4 +1,4 @@
-"""Whether a device computes in bfloat16, for `--amp bf16`."""
+"""The dtypes of `--amp`, and whether a device computes in bfloat16."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from util.logger import log
+
+AMP_DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # values of --amp
 
 
 def cpu_capabilities() -> Mapping[str, Any]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from util.bf16 import log_bf16
+from util.bf16 import AMP_DTYPES, log_bf16
 from util.errors import UserError
 from util.logger import log
 from util.nested_tensor import NestedTensor
@@ -147,7 +147,7 @@ def log_model_summary(model: nn.Module, settings: Settings) -> dict[str, object]
 
     device = torch.device(settings.device)
     log_bf16(device, settings.amp == "bf16")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.amp, torch.float32)
+    dtype = AMP_DTYPES[settings.amp] or torch.float32
     kernels = detector.kernels(device, dtype)
     if kernels:
         log.info(
