@@ -171,12 +171,10 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--turns", type=int, default=5, metavar="N", help="how often each contender is timed"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/benchmark"),
-        metavar="DIR",
-        help=f"folder of {results.FILE}, to which the run is added; it replaces one of the same command",
+    results.output_argument(
+        parser,
+        "outputs/benchmark",
+        f"folder of {results.FILE}, to which the run is added; it replaces one of the same command",
     )
 
 

@@ -259,12 +259,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu with --tiny")
     parser.add_argument("--tiny", action="store_true", help="try the command itself, on any device")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/gpu"),
-        metavar="DIR",
-        help=f"folder for {results.FILE} and {FACTS}",
+    results.output_argument(
+        parser,
+        "outputs/gpu",
+        f"folder for {results.FILE} and {FACTS}",
     )
 
 

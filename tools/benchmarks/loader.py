@@ -36,7 +36,7 @@ def write_images(folder: Path) -> None:
     (folder / "annotations").mkdir()
     images, annotations = [], []
     for i in range(1, NUM_IMAGES + 1):
-        # Noise at several scales: about as large and as slow to decode as a photograph.
+        # Noise at several scales: JPEG size and decoding time are about those of a photo.
         pixels = np.zeros((HEIGHT, WIDTH, 3))
         for size, contrast in ((8, 60), (32, 40), (128, 20)):
             noise = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)

@@ -128,12 +128,10 @@ def _plot_name(index: int, run: Mapping[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("outputs/benchmark"),
-        metavar="DIR",
-        help=f"folder with {results.FILE}; gets benchmark.md, of which the generated part is replaced, and plots",
+    results.output_argument(
+        parser,
+        "outputs/benchmark",
+        f"folder with {results.FILE}; gets benchmark.md, of which the generated part is replaced, and plots",
     )
     parser.add_argument(
         "--model_zoo",

@@ -1,5 +1,6 @@
 """What a benchmark leaves: one JSON file with the runs of all subjects, and tables made from it."""
 
+import argparse
 import json
 import os
 import platform
@@ -17,6 +18,11 @@ from util.markdown import markdown_table
 
 FILE = "benchmark.json"
 PACKAGES = ("torch", "triton", "timm", "transformers", "onnxruntime", "hotcoco", "pycocotools")
+
+
+def output_argument(parser: argparse.ArgumentParser, default: str, meaning: str) -> None:
+    """Add `--output`, a folder."""
+    parser.add_argument("--output", type=Path, default=Path(default), metavar="DIR", help=meaning)
 
 
 def environment(device: torch.device) -> dict[str, str]:
