@@ -3,11 +3,13 @@
 tests/golden/README.md has the tolerances and the rule that generates the weights.
 """
 
+import functools
 import importlib.util
 import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 
 from models import build_model
 from models.criterion import Losses, SetCriterion
+from models.detector import Memory
 from models.pretext import Pretext
 from models.segmentation import SegmentationOutputs
+from tests.tiny import without_initialization
 from util.checkpoints.architecture import infer_detector
 from util.masks import decode_masks
 from util.nested_tensor import NestedTensor
@@ -57,11 +61,16 @@ def load(name: str, folder: Path) -> tuple[dict, dict]:
     return meta, np.load(folder / f"{name}.npz")
 
 
+@functools.cache
 def load_fill(folder: Path):
-    """Import the generator of the weights, golden_fill.py, from the folder of golden files."""
+    """Import the generator of the weights, golden_fill.py, from the folder of golden files.
+
+    All cases have one seed, so it keeps the arrays of the last case: most share their backbone.
+    """
     spec = importlib.util.spec_from_file_location("golden_fill", folder / "golden_fill.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.fill_array = functools.lru_cache(maxsize=600)(module.fill_array)
     return module
 
 
@@ -103,7 +112,8 @@ def build(name: str, folder: Path) -> Case:
     num_classes = None
     if args.masks:
         num_classes = meta["state_dict"]["detr.class_embed.weight"]["shape"][0] - 1
-    model, criterion, postprocessors = build_model(args, num_classes)
+    with without_initialization():
+        model, criterion, postprocessors = build_model(args, num_classes)
     shapes = [(key, list(value.shape)) for key, value in model.state_dict().items()]
     published = [
         (key, entry["shape"])
@@ -214,12 +224,23 @@ def check_outputs(case: Case, outputs: dict, prefix: str = "out/") -> None:
         assert_close(ours, expected, atol=1e-4)
 
 
-def check_encoder(case: Case) -> None:
-    """Check backbone and encoder outputs; a mismatch shows where outputs start to differ."""
-    samples, targets = inputs(case, torch.float32)
-    detector = case.model.detector if case.is_pretext else case.model
-    with torch.no_grad():
-        memory = detector.encode(samples)
+def forward_with_encoder(case: Case, samples: NestedTensor, targets: list[dict]) -> dict:
+    """Run the model, and check backbone and encoder first: a mismatch shows where outputs start to differ."""
+    detector = case.model.detr if case.args.masks else case.model.base_detector()
+    encode = detector.encode
+
+    def checked(samples: NestedTensor) -> Memory:
+        memory = encode(samples)
+        check_encoder(case, memory)
+        return memory
+
+    with mock.patch.object(detector, "encode", side_effect=checked) as encoder:
+        outputs = forward(case, samples, targets)
+    encoder.assert_called_once()
+    return outputs
+
+
+def check_encoder(case: Case, memory: Memory) -> None:
     prefix = "mid/detr." if case.args.masks else "mid/"
     last_map = case.arrays[f"{prefix}backbone.0"]
     assert_close(memory.features[-1].tensor[:, :8], last_map, atol=2e-4)
@@ -395,9 +416,8 @@ def check_float32(case: Case) -> None:
     """Check outputs, matching, losses, gradients and post-processing in evaluation mode, in float32."""
     case.model.eval()
     case.criterion.train()
-    check_encoder(case)
     samples, targets = inputs(case, torch.float32)
-    outputs = forward(case, samples, targets)
+    outputs = forward_with_encoder(case, samples, targets)
     check_outputs(case, outputs)
     if "post/img0/scores" in case.arrays:
         with torch.no_grad():
@@ -441,8 +461,11 @@ def check_without_targets(case: Case, outputs: dict, targets: list[dict]) -> Non
         check_losses(case, losses, case.meta[name]["losses"], rtol=1e-5)
 
 
-def check_float64(case: Case) -> None:
-    """Check the same in float64, with tolerances of rounding alone, and the published optimizer steps."""
+def check_float64(case: Case, num_steps: int | None = None) -> None:
+    """Check the same in float64, with tolerances of rounding alone, and the published optimizer steps.
+
+    num_steps: number of losses to check before a step each; default: all, five.
+    """
     model = case.model.double()
     case.criterion.double().train()
     model.eval()
@@ -472,7 +495,7 @@ def check_float64(case: Case) -> None:
     )
     model.zero_grad()
     if "step_losses" in case.meta["float64"]:
-        check_steps(case, samples, targets)
+        check_steps(case, samples, targets, num_steps)
 
 
 def fix_keep_mask(case: Case, uniforms: np.ndarray) -> None:
@@ -481,9 +504,11 @@ def fix_keep_mask(case: Case, uniforms: np.ndarray) -> None:
     case.model.keep_mask = lambda batch, num_queries, device: keep[:, :num_queries].float()
 
 
-def check_steps(case: Case, samples: NestedTensor, targets: list[dict]) -> None:
-    """Check the loss before each of five AdamW steps in training mode."""
-    model, expected = case.model.train(), case.meta["float64"]["step_losses"]
+def check_steps(
+    case: Case, samples: NestedTensor, targets: list[dict], num_steps: int | None
+) -> None:
+    """Check the loss before each of the AdamW steps in training mode."""
+    model, expected = case.model.train(), case.meta["float64"]["step_losses"][:num_steps]
     args = case.args
     optimizer = build_optimizer(
         model,
@@ -500,8 +525,13 @@ def check_steps(case: Case, samples: NestedTensor, targets: list[dict]) -> None:
     for step, value in enumerate(expected):
         if "steps/rand_uniform" in case.arrays:
             fix_keep_mask(case, case.arrays["steps/rand_uniform"][step : step + 1])
-        total = case.criterion.total_loss(case.criterion(forward(case, samples, targets), targets))
+        is_last = step == len(expected) - 1  # no later loss would show what its step does
+        with torch.set_grad_enabled(not is_last):
+            outputs = forward(case, samples, targets)
+            total = case.criterion.total_loss(case.criterion(outputs, targets))
         assert_close(total, value, rtol=1e-9)
+        if is_last:
+            break
         optimizer.zero_grad()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), case.meta["adamw"]["clip_max_norm"])

@@ -60,6 +60,15 @@ def test_float64_and_steps(model_case: str, golden_dir: Path) -> None:
     case = golden_models.build(model_case, golden_dir)
     if "float64" not in case.meta:
         pytest.skip(f"{model_case}: this case has no float64 run")
+    golden_models.check_float64(case, num_steps=3)
+
+
+@pytest.mark.slow  # the test above has the first three
+def test_all_optimizer_steps(model_case: str, golden_dir: Path) -> None:
+    _skip_unsupported(model_case, golden_dir)
+    case = golden_models.build(model_case, golden_dir)
+    if "step_losses" not in case.meta.get("float64", {}):
+        pytest.skip(f"{model_case}: this case has no optimizer steps")
     golden_models.check_float64(case)
 
 

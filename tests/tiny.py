@@ -7,6 +7,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -55,6 +56,19 @@ def tiny_args(script: str = FINETUNE, *flags: str) -> Namespace:
 def proposal_settings(**flags: object) -> Settings:
     """Return settings of region prior with these values. Their combination is not checked."""
     return settings(PRETRAIN, pretext="region_prior").replace(**flags)
+
+
+@contextlib.contextmanager
+def without_initialization() -> Iterator[None]:
+    """Leave the parameters of a new model as allocated, for a test that replaces all of them: drawing takes long."""
+    random = ("uniform_", "normal_", "trunc_normal_")
+    derived = ("xavier_uniform_", "xavier_normal_", "kaiming_uniform_", "kaiming_normal_")
+    with contextlib.ExitStack() as stack:
+        for name in (*random, *derived):
+            stack.enter_context(
+                mock.patch.object(torch.nn.init, name, lambda tensor, *args, **kwargs: tensor)
+            )
+        yield
 
 
 # ----------------------------------------------------------------------------------------------- targets, batches

@@ -15,6 +15,7 @@ from models import build_model
 from tests.documents import CONFIGS, SCRIPTS, config_words, parse
 from tests.tiny import (
     captured_log,
+    without_initialization,
     write_airbus,
     write_coco,
     write_few_shot_files,
@@ -170,7 +171,7 @@ def _no_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_builds_the_published_model(name: str) -> None:
     args = parse(config_words(CONFIGS[name], "--device", "cpu"))
-    with torch.device("meta"):
+    with torch.device("meta"), without_initialization():
         model, criterion, _ = build_model(args)
     known = next((count for part, count in PARAMETERS.items() if name.startswith(part)), None)
     count = sum(parameter.numel() for parameter in model.parameters())
