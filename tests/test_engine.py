@@ -517,7 +517,7 @@ def test_output_files_of_fine_tuning(fine_run: Path) -> None:
         "results.json",
         "samples.png",
     }
-    for name in ("curves.png", "predictions.png", "samples.png"):
+    for name in ("predictions.png", "samples.png"):
         with Image.open(fine_run / "run" / name) as image:
             image.load()
             assert min(image.size) > 100

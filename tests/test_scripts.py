@@ -584,6 +584,8 @@ def test_settings_are_saved_with_run(data: Path, tmp_path: Path) -> None:
     assert kept["settings"]["detector"] == "detr"
     assert set(kept["data"]) == {"train", "val"}
     assert kept["data"]["train"] != kept["data"]["val"]
+    assert kept["model"]["multiply_adds"] > 0
+    assert kept["model"]["multiply_adds_hw"] == [64, 85]
     assert read_checkpoint(tmp_path / "checkpoint.pth")["args"]["seed"] == 5
 
 
