@@ -2,6 +2,7 @@
 
 import base64
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ FILTERS = {"data_uri": data_uri, "clock": format_seconds, "shell": shlex.join}
 
 def render(template: Path, **values: Any) -> str:
     """Render a template. Values are HTML-escaped; an undefined name is an error."""
+    return _environment(template.parent).get_template(template.name).render(values)
+
+
+@cache  # it keeps compiled templates: a run renders its page after every epoch
+def _environment(folder: Path) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader([template.parent, SHARED]),
+        loader=FileSystemLoader([folder, SHARED]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= FILTERS
-    return environment.get_template(template.name).render(values)
+    return environment
