@@ -119,7 +119,7 @@ def test_state_dict_inside_another_module(pretext: str, detector: str) -> None:
 
 @diagonal_of_pairs
 def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
-    """On four fixed images the loss falls to less than half in 60 steps."""
+    """On four fixed images the loss falls to less than half in at most 60 steps."""
     flags = ["--dropout", "0", "--hidden_dim", "64", "--fre_cnn", "--backbone_norm", "frozen"]
     # Batch norm over two images per view gives -1 and 1: at full weight this noise hides the other losses.
     own = {
@@ -137,6 +137,8 @@ def test_loss_falls_on_a_fixed_batch(pretext: str, detector: str) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         history.append(float(total.detach()))
+        if max(history[-5:]) < 0.5 * history[0]:
+            break
     assert min(history[-5:]) < 0.5 * history[0], history[::10]
 
 
