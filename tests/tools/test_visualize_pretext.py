@@ -1,6 +1,7 @@
 """tools/visualize_pretext.py, and the evaluation of pre-trained models by main.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def visualize(*flags: object) -> None:
 def size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
+
+
+@pytest.fixture(scope="module")
+def region_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, a COCO dataset, and a run of region prior on the images. Tests copy the run before they write to it."""
+    root = tmp_path_factory.mktemp("region")
+    images = write_images(root / "images")
+    write_coco(root / "coco")
+    flags = (*REGION, *FROZEN, "--imagenet_path", images, "--epochs", "1")
+    pre_train(*flags, "--output_dir", root / "run")
+    return root
 
 
 def test_samples_need_no_checkpoint(tmp_path: Path) -> None:
@@ -196,18 +208,9 @@ def test_draws_regions_of_both_siamese_views(flags: tuple, tmp_path: Path) -> No
     assert size(tmp_path / "b" / "patches.png")[1] > size(tmp_path / "a" / "patches.png")[1]
 
 
-def test_draws_objects_with_proposals_and_ground_truth(tmp_path: Path) -> None:
-    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(
-        *REGION,
-        "--imagenet_path",
-        images,
-        "--epochs",
-        "1",
-        "--output_dir",
-        tmp_path / "run",
-        *FROZEN,
-    )
+def test_draws_objects_with_proposals_and_ground_truth(region_run: Path, tmp_path: Path) -> None:
+    coco = region_run / "coco"
+    shutil.copytree(region_run / "run", tmp_path / "run")
     model = ("--checkpoint", tmp_path / "run" / "checkpoint.pth", "--num_patches", "10")
     draw(*model, "--output_dir", tmp_path / "a", "--count", "2")
     draw(*model, "--output_dir", tmp_path / "b", "--count", "2", "--truth_path", coco)
@@ -215,19 +218,10 @@ def test_draws_objects_with_proposals_and_ground_truth(tmp_path: Path) -> None:
     assert three[0] > two[0], "the ground truth is a third panel"
 
 
-def test_main_eval_is_class_agnostic(tmp_path: Path) -> None:
+def test_main_eval_is_class_agnostic(region_run: Path, tmp_path: Path) -> None:
     """`./configs/DETReg_top30_in.sh --resume exps/DETReg_top30_in/checkpoint.pth --eval`, as published."""
-    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(
-        *REGION,
-        "--imagenet_path",
-        images,
-        "--epochs",
-        "1",
-        "--output_dir",
-        tmp_path / "run",
-        *FROZEN,
-    )
+    images, coco = region_run / "images", region_run / "coco"
+    shutil.copytree(region_run / "run", tmp_path / "run")
     words = [
         *RUN_FLAGS,
         *REGION,
@@ -261,19 +255,10 @@ def test_main_eval_is_class_agnostic(tmp_path: Path) -> None:
         pretrain_main.parse(["--eval", "--coco_path", str(coco)])
 
 
-def test_main_viz_draws_predicted_boxes(tmp_path: Path) -> None:
+def test_main_viz_draws_predicted_boxes(region_run: Path, tmp_path: Path) -> None:
     """Draws DETReg's three panels for each validation image and changes no other file of the run."""
-    images, coco = write_images(tmp_path / "images"), write_coco(tmp_path / "coco")
-    pre_train(
-        *REGION,
-        "--imagenet_path",
-        images,
-        "--epochs",
-        "1",
-        "--output_dir",
-        tmp_path / "run",
-        *FROZEN,
-    )
+    images, coco = region_run / "images", region_run / "coco"
+    shutil.copytree(region_run / "run", tmp_path / "run")
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     words = [
         *RUN_FLAGS,
