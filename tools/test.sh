@@ -24,5 +24,6 @@ else
     "$PY" -m mypy
 fi
 workers=()
-if "$PY" -c 'import xdist' 2>/dev/null; then workers=(-n 2); fi
+# Each worker starts with one half of the tests, so that a module's fixtures run once; a free one takes from the other.
+if "$PY" -c 'import xdist' 2>/dev/null; then workers=(-n 2 --dist worksteal); fi
 "$PY" -m pytest ${workers[@]+"${workers[@]}"} ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
