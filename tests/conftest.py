@@ -3,17 +3,25 @@
 PyTorch is imported where it is used: with pytest -n, the process that starts the workers needs none of it.
 """
 
+from __future__ import annotations
+
 import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 # Test files that look at the number of multiply-adds, and at curves.png.
 COUNTING_TESTS = ("test_model_summary.py", "test_scripts.py", "test_deformable_runs.py")
 CURVES_TESTS = ("test_folder.py",)
+# Networks as text -> names of each convolution with the frozen norm that follows it.
+folded_names: dict[str, list[tuple[str, str]]] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,6 +78,27 @@ def _blank_curves(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name not in CURVES_TESTS:
             patch.setattr("util.runs.page.plot_logs", lambda logs, fields, path: blank.save(path))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _norms_found_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Find the norms that convolutions apply once per architecture: it is half of the time to build a small model."""
+    from models import frozen_norm
+
+    find = frozen_norm._find_pairs
+
+    def find_once(network: nn.Module) -> list[tuple]:
+        key = repr(network)
+        if key not in folded_names:
+            names = {module: name for name, module in network.named_modules()}
+            folded_names[key] = [(names[conv], names[norm]) for conv, norm in find(network)]
+        modules = dict(network.named_modules())
+        return [(modules[conv], modules[norm]) for conv, norm in folded_names[key]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_frozen_norm.py":
+            patch.setattr(frozen_norm, "_find_pairs", find_once)
         yield
 
 
