@@ -258,6 +258,7 @@ def test_stop_with_accumulated_gradients(
     assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {5}
 
 
+@pytest.mark.slow
 def test_resume_of_a_compiled_run(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
