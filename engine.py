@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets.collate import padding_fraction
 from datasets.samplers import EpochSampler
 from datasets.transfer import Transfer
 from models.criterion import SetCriterion
@@ -31,6 +30,7 @@ from util.distributed import (
 from util.errors import NonFinite, StopRequested, UserError
 from util.logger import Progress
 from util.nested_tensor import NestedTensor
+from util.packed_images import PackedImages
 from util.packed_targets import PackedTargets, Targets
 from util.runs.meters import (
     NUM_PAIRS_KEY,
@@ -88,8 +88,8 @@ class Accumulation:
 
 
 def accumulate(
-    loader: Iterable[tuple[NestedTensor, PackedTargets]], size: int
-) -> Iterator[tuple[Accumulation, NestedTensor, PackedTargets]]:
+    loader: Iterable[tuple[PackedImages, PackedTargets]], size: int
+) -> Iterator[tuple[Accumulation, PackedImages, PackedTargets]]:
     """Yield the batches of a loader with their place in groups of `size`. The last group may be smaller.
 
     The batches of a group are loaded before the first one is used, to know their number of targets.
@@ -338,9 +338,9 @@ def train_one_epoch(state: TrainState) -> None:
     for place, samples, packed in accumulate(state.loader, state.accumulate):
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
-        padding = padding_fraction(samples, packed)
-        samples, targets = transfer(samples, packed)
-        values, stop = train_step(state, samples, targets, state.stop_signal.requested, place)
+        padding = samples.padding_fraction
+        inputs, targets = transfer(samples, packed)
+        values, stop = train_step(state, inputs, targets, state.stop_signal.requested, place)
         values["padding"] = padding
         values["lr"] = state.optimizer.param_groups[0]["lr"]
 
@@ -519,13 +519,15 @@ def results_to_host(results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]
 
 
 def _collect_examples(
-    samples: NestedTensor, targets: Targets, results: list[dict], count: int
+    samples: PackedImages, targets: Targets, results: list[dict], count: int
 ) -> list[dict]:
     """Return up to `count` images as the model saw them, with predictions and ground truth.
 
     Masks of the ground truth are bool [N, h, w]; predicted masks and segmentations have the size of the file.
     """
     examples: list[dict] = []
+    if count <= 0:
+        return examples
     for image, target, result in zip(samples.tensors, targets, results, strict=True):
         if len(examples) >= count:
             break

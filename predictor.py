@@ -53,7 +53,7 @@ from util.distributed import select_device
 from util.errors import UserError
 from util.logger import log
 from util.masks import decode_masks
-from util.nested_tensor import NestedTensor
+from util.packed_images import PackedImages
 from util.random_state import SampleRNG
 from util.runs.compilation import compile_detector
 from util.settings import FINETUNE, Settings, checked_flags, resolve
@@ -334,12 +334,12 @@ class Predictor:
 
     @torch.no_grad()
     def predict_batch(
-        self, samples: NestedTensor, orig_sizes: Tensor, sizes: Tensor, threshold: float = 0.0
+        self, samples: PackedImages, orig_sizes: Tensor, sizes: Tensor, threshold: float = 0.0
     ) -> list[Prediction]:
         """Detect objects in a collated batch.
 
         Args:
-            samples: uint8 images [B, 3, H, W], resized and padded.
+            samples: uint8 images, resized.
             orig_sizes: int64 [B, 2], (height, width) of the original images. Boxes and masks are in their pixels.
             sizes: int64 [B, 2], (height, width) of the images in the batch, without padding.
             threshold: lowest score of an object. Masks are computed for objects above it only.
@@ -347,9 +347,9 @@ class Predictor:
         Returns:
             A prediction for each image.
         """
-        samples = normalize(samples.to(self.device, non_blocking=True), **self.model.normalization)
+        inputs = normalize(samples.to(self.device, non_blocking=True), **self.model.normalization)
         with engine.autocast(self.device, self.amp):
-            outputs = self.model(samples)
+            outputs = self.model(inputs)
         results = engine.postprocess(self.postprocessors, outputs, orig_sizes, sizes, threshold)
         return [
             self._prediction(result, (int(height), int(width)))
@@ -494,7 +494,7 @@ class _FileDataset(Dataset):
 
 def _collate_readable(
     batch: Sequence[tuple[FileResult, tuple[Tensor, Target] | None]],
-) -> tuple[tuple[NestedTensor, Tensor, Tensor] | None, list[FileResult]]:
+) -> tuple[tuple[PackedImages, Tensor, Tensor] | None, list[FileResult]]:
     """Return ((batch of the readable images, sizes of originals, sizes in the batch) or None without any, results)."""
     results = [result for result, _ in batch]
     samples = [sample for _, sample in batch if sample is not None]

@@ -90,8 +90,8 @@ def samples_to_rows(
     """
     batch, packed = collate(samples)
     sizes = packed.tensors["size"].view(-1, 2).tolist()
-    batch, packed = apply_colors(batch, packed, sizes)
-    inputs = normalize(batch, mean, std)
+    colored, packed = apply_colors(batch, packed, sizes)
+    inputs = normalize(colored, mean, std)
     shift = torch.tensor(list(mean))[:, None, None]  # [3, 1, 1]
     scale = torch.tensor(list(std))[:, None, None]  # [3, 1, 1]
     # Through normalization and back: what is drawn is what the model gets, not what the file had.

@@ -173,7 +173,7 @@ def check_batch_size(dataset: SampleDataset, settings: Settings) -> None:
 def build_loader(
     dataset: SampleDataset, settings: Settings, train: bool, in_order: int = 0
 ) -> DataLoader:
-    """Build the dataloader of this rank. It yields (NestedTensor of uint8, PackedTargets).
+    """Build the dataloader of this rank. It yields (PackedImages of uint8, PackedTargets).
 
     With `train` the order is shuffled and the last incomplete global batch is dropped. Otherwise images come in order,
     each exactly once over all ranks. `--bucket_aspect` changes both orders, see `EpochSampler`. Call

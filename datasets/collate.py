@@ -1,4 +1,4 @@
-"""Batches: uint8 images padded to one size, packed targets, and normalization on the device.
+"""Batches: packed uint8 images and targets, and their normalization and padding on the device.
 
 Shapes: B images, V views, [H, W] the padded size, [h, w] the size of one image, n objects of one image, T of all.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datasets.colors import PATCH_COLORS, VIEW_COLORS, Size, augment_batch
 from util.nested_tensor import NestedTensor
+from util.packed_images import ROW, PackedImages
 from util.packed_targets import PackedTargets
 
 
@@ -36,43 +37,18 @@ def flatten_views(
 
 def collate(
     batch: Sequence[tuple[Tensor, dict[str, Any]]], multiple: int = 1
-) -> tuple[NestedTensor, PackedTargets]:
-    """Collate [(image uint8 [3, h, w], target), ...] into (uint8 batch [B, 3, H, W], packed targets).
+) -> tuple[PackedImages, PackedTargets]:
+    """Collate [(image uint8 [3, h, w], target), ...] into (packed uint8 images, packed targets).
 
-    Images are zero-padded at the bottom and right to the largest height and width of the batch, rounded up to a
-    multiple of `multiple`. Samples of V views,
+    On the device images are zero-padded at the bottom and right to the largest height and width of the batch, rounded
+    up to a multiple of `multiple`. Samples of V views,
     [V, 3, h, w] with a leading axis of V in every target, become V * B images (see `flatten_views`).
     """
     if batch[0][0].ndim == 4:
         batch = flatten_views(batch)
-
-    images = [image for image, _ in batch]
-    height, width = (
-        -(-max(image.shape[axis] for image in images) // multiple) * multiple for axis in (1, 2)
-    )
-    padded = any(image.shape[1:] != (height, width) for image in images)
-
-    # Channels-last, as decoded images are: the copy is then eight times faster, and convolutions prefer this layout.
-    tensors = torch.empty(
-        (len(images), 3, height, width), dtype=torch.uint8, memory_format=torch.channels_last
-    )  # [B, 3, H, W]
-    mask = torch.full((len(images), height, width), padded)  # [B, H, W], True on padding
-    for i, image in enumerate(images):
-        _, h, w = image.shape
-        tensors[i, :, :h, :w] = image
-        # `tensors` is uninitialized memory: zero only the padding instead of the whole batch.
-        tensors[i, :, h:] = 0
-        tensors[i, :, :h, w:] = 0
-        mask[i, :h, :w] = False
-    targets = [_pack_masks(target, height, width) for _, target in batch]
-    return NestedTensor(tensors, mask, padded), PackedTargets.pack(targets)
-
-
-def padding_fraction(samples: NestedTensor, targets: PackedTargets) -> float:
-    """Return the fraction of a batch's pixels that are padding. It reads the sizes on the host."""
-    num_images, _, height, width = samples.tensors.shape
-    pixels = targets.tensors["size"].view(-1, 2).prod(1).sum()
-    return 1 - float(pixels) / (num_images * height * width)
+    images = PackedImages.pack([image for image, _ in batch], multiple)
+    targets = [_pack_masks(target, images.height, images.width) for _, target in batch]
+    return images, PackedTargets.pack(targets)
 
 
 def _pack_masks(target: dict[str, Any], height: int, width: int) -> dict[str, Any]:
@@ -101,25 +77,34 @@ def unpack_masks(bits: Tensor, width: int) -> Tensor:
 
 
 def normalize_images(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalize uint8 [..., 3, H, W] to float32, (x / 255 - mean) / std. `mean` and `std` are for values in [0, 1]."""
+    """Normalize uint8 [..., 3, H, W] to float32, (x / 255 - mean) / std. `mean` and `std` are for values in [0, 1].
+
+    They have one value per channel.
+    """
     # non_blocking: the host must not wait for the device in the middle of a training step.
     shift = torch.tensor(mean, dtype=torch.float32).to(images.device, non_blocking=True)  # [3]
     scale = torch.tensor(std, dtype=torch.float32).to(images.device, non_blocking=True)  # [3]
     return images.to(torch.float32).div_(255).sub_(shift[:, None, None]).div_(scale[:, None, None])
 
 
-def normalize(samples: NestedTensor, mean: Sequence[float], std: Sequence[float]) -> NestedTensor:
-    """Normalize a uint8 batch on its device."""
+def normalize(
+    samples: NestedTensor | PackedImages, mean: Sequence[float], std: Sequence[float]
+) -> NestedTensor:
+    """Normalize and pad a uint8 batch on its device. DETR pads after normalization: padding is 0, not -mean / std."""
+    if isinstance(samples, PackedImages):
+        # Rows of pixels as an image of 3 * ROW channels: the same operations for each pixel as on an image.
+        rows = samples.pixels[:, :, None, None]  # [P / ROW, 3 * ROW, 1, 1]
+        pixels = normalize_images(rows, [*mean] * ROW, [*std] * ROW).flatten(1)
+        return replace(samples, pixels=pixels).pad()
     images = normalize_images(samples.tensors, mean, std)  # [B, 3, H, W]
     if samples.padded:
-        # DETR pads after normalization: padding is 0 there, not -mean / std.
         images.masked_fill_(samples.mask[:, None], 0)
     return NestedTensor(images, samples.mask, samples.padded)
 
 
 def apply_colors(
-    samples: NestedTensor, targets: PackedTargets, sizes: Sequence[Size]
-) -> tuple[NestedTensor, PackedTargets]:
+    samples: PackedImages, targets: PackedTargets, sizes: Sequence[Size]
+) -> tuple[NestedTensor | PackedImages, PackedTargets]:
     """Apply the colors that the dataset has drawn and left to the device, and drop them from the targets.
 
     Args:
@@ -130,30 +115,32 @@ def apply_colors(
     patch_colors, view_colors = tensors.pop(PATCH_COLORS, None), tensors.pop(VIEW_COLORS, None)
     if patch_colors is not None:
         tensors["patches"] = augment_batch(tensors["patches"], patch_colors)
+    colored: NestedTensor | PackedImages = samples
     if view_colors is not None:
-        images = augment_batch(samples.tensors, view_colors, sizes)
-        samples = replace(samples, tensors=images)
+        padded = samples.pad()
+        images = augment_batch(padded.tensors, view_colors, sizes)
+        colored = replace(padded, tensors=images)
     counts = {key: targets.counts[key] for key in tensors}
-    return samples, replace(targets, tensors=tensors, counts=counts)
+    return colored, replace(targets, tensors=tensors, counts=counts)
 
 
 def to_device(
-    samples: NestedTensor,
+    samples: PackedImages,
     targets: PackedTargets,
     device: torch.device,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[NestedTensor, PackedTargets]:
-    """Copy a batch to the device, augment and normalize its images and patches there, and unpack its masks."""
+    """Copy a batch to the device; augment, normalize and pad its images and patches there, and unpack its masks."""
     sizes = targets.tensors["size"].view(-1, 2).tolist() if VIEW_COLORS in targets.tensors else []
-    samples, targets = apply_colors(
+    colored, targets = apply_colors(
         samples.to(device, non_blocking=True), targets.to(device, non_blocking=True), sizes
     )
-    samples = normalize(samples, mean, std)
+    normalized = normalize(colored, mean, std)
     if "patches" in targets.tensors:
         patches = targets.tensors["patches"]  # uint8 [sum of M, 3, S, S]
         targets.tensors["patches"] = normalize_images(patches, mean, std)
     if "masks" in targets.tensors:
-        width = samples.tensors.shape[-1]
+        width = normalized.tensors.shape[-1]
         targets.tensors["masks"] = unpack_masks(targets.tensors["masks"], width)  # bool [T, H, W]
-    return samples, targets
+    return normalized, targets

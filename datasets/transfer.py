@@ -6,6 +6,7 @@ import torch
 
 from datasets.collate import to_device
 from util.nested_tensor import NestedTensor
+from util.packed_images import PackedImages
 from util.packed_targets import PackedTargets
 
 
@@ -25,14 +26,14 @@ class Transfer:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(
-        self, samples: NestedTensor, targets: PackedTargets
+        self, samples: PackedImages, targets: PackedTargets
     ) -> tuple[NestedTensor, PackedTargets]:
         """Return the batch on the device, see `datasets.collate.to_device`."""
         with torch.cuda.stream(self.stream):  # has no effect if it is None
-            samples, targets = to_device(samples, targets, self.device, **self.normalization)
+            inputs, targets = to_device(samples, targets, self.device, **self.normalization)
         if self.stream is not None:
-            self._hand_over([samples.tensors, samples.mask, *targets.tensors.values()])
-        return samples, targets
+            self._hand_over([inputs.tensors, inputs.mask, *targets.tensors.values()])
+        return inputs, targets
 
     def _hand_over(self, tensors: Sequence[torch.Tensor]) -> None:
         """Make the current stream wait for the copies, and keep their memory until it has used them."""

@@ -33,12 +33,21 @@ Size = tuple[int, int]
 Region = tuple[int, int, int, int]
 Target = dict[str, Any]
 
+# Optional key of a target: the (H, W) that its boxes and all draws refer to, where the image was decoded at a reduced
+# size (`datasets.images.reduced_decode`). The first resize brings both together.
+FULL_SIZE = "full_size"
+
 
 def size_hw(image: ImageLike) -> Size:
     """Return (height, width) in pixels."""
     if isinstance(image, Image.Image):
         return image.height, image.width
     return image.shape[-2], image.shape[-1]
+
+
+def full_size(image: ImageLike, target: Target) -> Size:
+    """Return the (height, width) that the boxes of a target refer to."""
+    return target.get(FULL_SIZE) or size_hw(image)
 
 
 def resized_size(size: Size, short_side: int, max_size: int | None = None) -> Size:
@@ -78,7 +87,7 @@ def hflip(image: ImageLike, target: Target) -> tuple[ImageLike, Target]:
     """Flip an image and its target horizontally."""
     target = dict(target)
     if "boxes" in target:
-        boxes = F.horizontal_flip(_as_tv_boxes(target, size_hw(image)))
+        boxes = F.horizontal_flip(_as_tv_boxes(target, full_size(image, target)))
         target["boxes"] = _as_plain_tensor(boxes)
     if "masks" in target:
         target["masks"] = F.horizontal_flip(target["masks"])
@@ -90,8 +99,9 @@ def resize(image: ImageLike, target: Target, size: Size) -> tuple[ImageLike, Tar
 
     Boxes and area scale with the actual ratios of the sides, which rounding makes slightly different in x and y.
     """
-    old_size = size_hw(image)
+    old_size = full_size(image, target)
     target = _with_size(target, size)
+    target.pop(FULL_SIZE, None)
     if old_size == tuple(size):
         return image, target
 
@@ -153,6 +163,10 @@ class Transform:
         """Return the (H, W) that `apply` produces from an image of (H, W)."""
         return size
 
+    def largest_resize(self, size: Size) -> Size | None:
+        """Return the largest (H, W) that an image of (H, W) may be resized to. None: it is not resized."""
+        return None
+
     def apply(self, image: ImageLike, target: Target, parameters: Any) -> tuple[ImageLike, Target]:
         """Transform an image and its target. The inputs are not modified."""
         raise NotImplementedError
@@ -160,7 +174,7 @@ class Transform:
     def __call__(
         self, image: ImageLike, target: Target, rng: SampleRNG
     ) -> tuple[ImageLike, Target]:
-        return self.apply(image, target, self.draw(rng, size_hw(image)))
+        return self.apply(image, target, self.draw(rng, full_size(image, target)))
 
 
 class Compose(Transform):
@@ -181,6 +195,11 @@ class Compose(Transform):
         for transform, drawn in zip(self.transforms, parameters, strict=True):
             size = transform.output_size(size, drawn)
         return size
+
+    def largest_resize(self, size: Size) -> Size | None:
+        """Return the size of the first transform that resizes: the others get what it leaves."""
+        found = (transform.largest_resize(size) for transform in self.transforms)
+        return next((resized for resized in found if resized), None)
 
     def apply(
         self, image: ImageLike, target: Target, parameters: list[Any]
@@ -204,6 +223,10 @@ class RandomSelect(Transform):
     def output_size(self, size: Size, parameters: tuple[int, Any]) -> Size:
         choice, drawn = parameters
         return self.choices[choice].output_size(size, drawn)
+
+    def largest_resize(self, size: Size) -> Size | None:
+        sizes = [choice.largest_resize(size) for choice in self.choices]
+        return max((resized for resized in sizes if resized), default=None)
 
     def apply(
         self, image: ImageLike, target: Target, parameters: tuple[int, Any]
@@ -235,8 +258,11 @@ class RandomResize(Transform):
     def output_size(self, size: Size, parameters: int) -> Size:
         return resized_size(size, parameters, self.max_size)
 
+    def largest_resize(self, size: Size) -> Size | None:
+        return resized_size(size, max(self.sizes), self.max_size)
+
     def apply(self, image: ImageLike, target: Target, parameters: int) -> tuple[ImageLike, Target]:
-        return resize(image, target, self.output_size(size_hw(image), parameters))
+        return resize(image, target, self.output_size(full_size(image, target), parameters))
 
 
 class RandomSizeCrop(Transform):
@@ -267,6 +293,9 @@ class RandomSizeCrop(Transform):
     def output_size(self, size: Size, parameters: Region) -> Size:
         _, _, height, width = parameters
         return height, width
+
+    def largest_resize(self, size: Size) -> Size | None:
+        return size  # its limits are in pixels of this image
 
     def apply(
         self, image: ImageLike, target: Target, parameters: Region

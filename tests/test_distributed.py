@@ -62,6 +62,7 @@ def assert_close_weights(
     [
         "softmax_with_equal_counts",
         "focal_with_any_counts",
+        "accumulated_batches",
         "masks",
         "masks_on_a_frozen_detector",
         "one_decoder_layer",

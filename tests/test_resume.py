@@ -36,6 +36,7 @@ from tests.tiny import (
 )
 from util.checkpoints.checkpoint import save_checkpoint
 from util.errors import StopRequested, UserError
+from util.runs import compilation
 from util.runs.session import start_session
 from util.settings import FINETUNE, PRETRAIN
 
@@ -255,6 +256,38 @@ def test_stop_with_accumulated_gradients(
     assert_same_logs(tmp_path / "stopped", tmp_path / "whole")
     assert ours["lr_scheduler"]["last_epoch"] == 5
     assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {5}
+
+
+@pytest.mark.slow
+def test_resume_of_a_compiled_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, by a backend that rounds and draws dropout as the uncompiled operations do."""
+    lookup = torch._dynamo.lookup_backend
+    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: lookup("eager"))
+    # Tracing a backbone takes seconds.
+    monkeypatch.setattr(compilation, "PARTS", {"encoder": "transformer.encoder"})
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", compilation.RECOMPILE_LIMIT)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    flags = (*FROZEN, "--batch_size", 1, "--epochs", 1, "--compile")
+
+    def start(folder: Path, *more: object) -> None:
+        torch._dynamo.reset()  # a new process has no graphs
+        with captured_log() as lines:
+            start_pretext(data, "--output_dir", folder, *flags, *more)
+        assert any("graphs compiled so far: encoder" in line for line in lines)
+
+    start(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(StopRequested, match="after batch 3 of 5"):
+            start(stopped)
+    start(stopped, "--resume", "auto")
+    torch._dynamo.reset()
+    ours, expected = (read_checkpoint(folder / "checkpoint.pth") for folder in (stopped, whole))
+    for name in ("model", "optimizer", "random_states"):
+        assert_same(ours[name], expected[name], name)
+    assert_same_logs(stopped, whole)
 
 
 def test_stop_in_the_only_step_of_an_epoch(

@@ -185,6 +185,16 @@ def focal_with_any_counts(folder: Path) -> dict:
     return train("--detector", "conditional_detr", counts=[3, 0, 1, 4, 0, 2, 1, 2, 5, 0, 0, 2])
 
 
+def accumulated_batches(folder: Path) -> dict:
+    """Two steps of eight images: `--accumulate 2` in two processes, one batch in a single one.
+
+    The four batches of a step, two per process, have 0 to 9 objects.
+    """
+    flags = ("--accumulate", "2") if get_world_size() > 1 else ("--batch_size", "8")
+    counts = [3, 0, 1, 4, 0, 2, 1, 2, 5, 0, 0, 2, 0, 0, 4, 6]
+    return train("--detector", "conditional_detr", *flags, counts=counts)
+
+
 def masks(folder: Path) -> dict:
     """Some processes have no object in a step, and so no mask."""
     counts = [3, 0, 1, 4, 0, 2, 1, 2, 5, 0, 0, 2]
@@ -464,6 +474,7 @@ SCENARIOS = {
     for scenario in (
         softmax_with_equal_counts,
         focal_with_any_counts,
+        accumulated_batches,
         masks,
         masks_on_a_frozen_detector,
         one_decoder_layer,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -34,6 +34,7 @@ from datasets.images.pixels import (
     swaps_sides,
     unrotate,
 )
+from datasets.images.reduced_decode import OpenedImage, without_pixels
 from datasets.images.tar_shards import TarMember, TarShards, expand_pattern, is_tar, open_shards
 from datasets.sample import BadImageError, SampleDataset
 from util.distributed import compute_on_rank0
@@ -115,7 +116,10 @@ class DecodedImage:
 
 
 def decode_image(
-    file: ImageFile, exif: str | None = None, listed_hw: Sequence[int] = NO_SIZE
+    file: ImageFile,
+    exif: str | None = None,
+    listed_hw: Sequence[int] = NO_SIZE,
+    reduction: int = 1,
 ) -> DecodedImage:
     """Decode an image file to RGB.
 
@@ -128,6 +132,8 @@ def decode_image(
     Args:
         exif: `--exif`: "apply", "ignore", or None.
         listed_hw: (height, width) in the annotations.
+        reduction: decode a JPEG file at 1 / 2, 1 / 4 or 1 / 8 of each side, rounded up. No effect on other formats.
+            Not together with `listed_hw`, which is compared with the decoded size.
 
     Raises:
         BadImageError: the file is unreadable, truncated or no image, it has floating-point pixels, or more than
@@ -135,7 +141,7 @@ def decode_image(
     """
     with pillow_warnings() as remarks, _errors_as_bad_image(file):
         try:
-            decoded = _decode(open_file(file), exif, listed_hw)
+            decoded = _decode(open_file(file), exif, listed_hw, reduction)
         except ValueError as error:
             # Pillow refuses PNG files with much compressed text or a large color profile.
             if "MAX_TEXT" not in str(error):
@@ -145,8 +151,14 @@ def decode_image(
     return replace(decoded, remarks=tuple(remarks))
 
 
-def _decode(file: str | BinaryIO, exif: str | None, listed_hw: Sequence[int]) -> DecodedImage:
+def _decode(
+    file: str | BinaryIO, exif: str | None, listed_hw: Sequence[int], reduction: int = 1
+) -> DecodedImage:
     with Image.open(file) as image:
+        if (
+            reduction > 1
+        ):  # Pillow then reduces each side by the largest of 1, 2, 4 and 8 up to this
+            image.draft(None, (image.width // reduction, image.height // reduction))
         return convert_image(image, exif, listed_hw)
 
 
@@ -193,8 +205,26 @@ def convert_image(
     return DecodedImage(rgb, orientation, rotation, bits, transparent)
 
 
-def read_header(file: ImageFile) -> tuple[tuple[int, int], int]:
-    """Return ((height, width) of the stored pixels, EXIF orientation) of an image file without decoding it.
+class ImageHeader(NamedTuple):
+    """What is known of an image file without decoding it.
+
+    size_hw: (height, width) of the stored pixels.
+    orientation: EXIF orientation.
+    is_jpeg: whether it can be decoded at a reduced size.
+    """
+
+    size_hw: tuple[int, int]
+    orientation: int
+    is_jpeg: bool
+
+    def decoded_size(self, exif: str | None) -> tuple[int, int]:
+        """Return the (height, width) of the decoded image where `--exif` decides alone."""
+        is_swapped = exif == "apply" and swaps_sides(self.orientation)
+        return self.size_hw[::-1] if is_swapped else self.size_hw
+
+
+def read_header(file: ImageFile) -> ImageHeader:
+    """Read the header of an image file.
 
     A TIFF file has orientation 1 and its rotated size, since Pillow rotates it.
 
@@ -203,7 +233,8 @@ def read_header(file: ImageFile) -> tuple[tuple[int, int], int]:
     """
     with pillow_warnings(), _errors_as_bad_image(file), Image.open(open_file(file)) as image:
         orientation = 1 if image.format == "TIFF" else read_orientation(image, header_only=True)
-        return (image.height, image.width), orientation
+        is_jpeg = image.format in ("JPEG", "MPO")  # MPO: JPEG with more pictures behind the first
+        return ImageHeader((image.height, image.width), orientation, is_jpeg)
 
 
 @contextmanager
@@ -290,20 +321,24 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def read_image(
-    file: ImageFile, exif: str | None = None, listed_hw: Sequence[int] = NO_SIZE
+    file: ImageFile,
+    exif: str | None = None,
+    listed_hw: Sequence[int] = NO_SIZE,
+    reduction: int = 1,
 ) -> Tensor:
     """Read an RGB image as uint8 [3, H, W]; see `decode_image`."""
-    return to_tensor(open_image(file, exif, listed_hw))
+    return to_tensor(decode_image(file, exif, listed_hw, reduction).image)
 
 
 class ImageFiles:
     """A sequence of image files.
 
     Each image has a `name`, its path relative to `base`, which is its key in proposal caches; a `path`, for messages;
-    and a `file`, for `read_image`. `exif` is `--exif`.
+    and a `file`, for `read_image`. `exif` is `--exif`, and `reduced_decode` is `--reduced_decode`.
     """
 
     exif: str | None = None
+    reduced_decode = False
 
     def __init__(self, base: str, names: PackedStrings, shards: TarShards | None = None) -> None:
         self.base = base
@@ -322,9 +357,21 @@ class ImageFiles:
     def file(self, index: int) -> ImageFile:
         return self.path(index) if self.shards is None else self.shards.member(index)
 
-    def read(self, index: int) -> Tensor:
+    def read(self, index: int, reduction: int = 1) -> Tensor:
         """Read an image as uint8 [3, H, W]; see `read_image`."""
-        return read_image(self.file(index), self.exif)
+        return read_image(self.file(index), self.exif, reduction=reduction)
+
+    def open(self, index: int) -> OpenedImage:
+        """Open an image. Only with `reduced_decode`, a JPEG file is decoded later.
+
+        Raises:
+            BadImageError: it can't be read.
+        """
+        header = read_header(self.file(index)) if self.reduced_decode else None
+        if header is None or not header.is_jpeg:
+            return OpenedImage(self.read(index))
+        size = header.decoded_size(self.exif)
+        return OpenedImage(without_pixels(size), lambda reduction: self.read(index, reduction))
 
     def fingerprint(self) -> str:
         """Return a digest of the relative paths: the same images in another location have the same one."""

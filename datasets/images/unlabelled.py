@@ -37,7 +37,7 @@ def build_unlabelled_images(image_set: str, settings: Settings) -> ImageFiles:
         UserError: no images.
     """
     images = _find_images(image_set, settings)
-    images.exif = settings.exif
+    images.exif, images.reduced_decode = settings.exif, settings.reduced_decode
     return images
 
 

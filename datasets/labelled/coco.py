@@ -172,7 +172,7 @@ class CocoDetection(SampleDataset):
         """Repeat the draws of `load` for the size in the annotations, or in the header of a file that they lack."""
         height, width = self.annotations.sizes_hw[index].tolist()
         if not height or not width:
-            (height, width), _ = read_header(self.path(index))
+            height, width = read_header(self.path(index)).size_hw
         rng = SampleRNG.from_key(self.seed, epoch, index)
         size = (height, width)
         return self.transforms.output_size(size, self.transforms.draw(rng, size))

@@ -131,7 +131,7 @@ def inspect_header(
 ) -> ImageInfo:
     """Read the size and the EXIF orientation of an image file."""
     try:
-        stored_hw, orientation = read_header(file)
+        stored_hw, orientation, _ = read_header(file)
     except (BadImageError, OSError) as error:
         return ImageInfo(error=str(error))
     rotation = choose_rotation(orientation, stored_hw, listed_hw, exif)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from datasets.images.image_folder import ImageFiles, UnlabelledDataset, read_header
-from datasets.images.pixels import swaps_sides
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.pretext.patches import draw_patches
 from datasets.proposals import FixedNumProposals, build_proposals
@@ -42,26 +41,26 @@ class QueryPatchDataset(UnlabelledDataset):
         self.patch_transform = patch_transform
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
-        image = self.read(index)  # [3, H, W]
-        height, width = image.shape[-2:]
+        opened = self.images.open(index)
+        height, width = opened.size
         if min(height, width) <= MIN_IMAGE_SIDE:
             raise BadImageError(
                 f"{width} x {height} pixels; both sides must exceed {MIN_IMAGE_SIDE}"
             )
 
-        boxes = self.proposals(image, rng, self.images.name(index))  # [M, 4]
-        patches = draw_patches(image, boxes, self.patch_transform, rng)
-        target = query_target(boxes, index, (height, width))
-        image, target = self.transforms(image, target, rng)
+        boxes = self.proposals(opened.whole, rng, self.images.name(index))  # [M, 4]
+        resized = self.transforms.largest_resize(opened.size)
+        decoded = opened.decode(resized, boxes, self.patch_transform.patch_size)
+        patches = draw_patches(decoded.image, boxes * decoded.scale, self.patch_transform, rng)
+        target = {**query_target(boxes, index, (height, width)), **decoded.target}
+        image, target = self.transforms(decoded.image, target, rng)
 
         # Added last, because the transforms of the image must not touch the patches.
         return image, {**target, **patches}
 
     def final_size(self, epoch: int, index: int) -> tuple[int, int] | None:
         """Repeat the draws of `load` for the size in the file's header. Boxes are drawn from a stream of their own."""
-        size, orientation = read_header(self.images.file(index))
-        if self.images.exif == "apply" and swaps_sides(orientation):
-            size = size[::-1]
+        size = read_header(self.images.file(index)).decoded_size(self.images.exif)
         rng = SampleRNG.from_key(self.seed, epoch, index)
         for _ in range(self.proposals.count):
             self.patch_transform.draw(rng, (1, 1))

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from datasets.images.image_folder import ImageFiles, UnlabelledDataset
+from datasets.images.reduced_decode import OpenedImage, ReducedImage
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.pretext.patches import cut_patches
 from datasets.pretext.random_query_patch import QUERY_LABEL, query_target
 from datasets.proposals import Proposals, SelectedProposals, build_proposals
 from datasets.sample import Target, TooFewProposalsError
-from datasets.transforms import PatchAugmentation, Transform, region_prior_transforms
+from datasets.transforms import PatchAugmentation, Size, Transform, region_prior_transforms
 from util.random_state import SampleRNG
 from util.settings import Settings
 
@@ -55,8 +56,8 @@ class RegionPriorDataset(UnlabelledDataset):
         self.min_boxes = min_boxes
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
-        original = self.read(index)  # [3, H, W]
-        boxes = self.proposals(original, rng, self.images.name(index))  # [N, 4]
+        opened = self.images.open(index)
+        boxes = self.proposals(opened.whole, rng, self.images.name(index))  # [N, 4]
         if len(boxes) < self.min_boxes:
             raise TooFewProposalsError(len(boxes), self.min_boxes)
 
@@ -65,20 +66,29 @@ class RegionPriorDataset(UnlabelledDataset):
         augmentations = []
         if self.patch_transform:
             augmentations = [self.patch_transform.draw(rng, (1, 1)) for _ in boxes]
-        image, target = self._augment(original, self._build_target(boxes, index, original), rng)
+        decoded = self._decode(opened, boxes)
+        target = {**self._build_target(boxes, index, opened.size), **decoded.target}
+        image, target = self._augment(decoded.image, target, rng)
 
         kept = target.pop("patches")  # indices of the boxes that are left
         if self.patch_transform:
             parameters = [augmentations[i] for i in kept.tolist()]
-            target.update(cut_patches(original, boxes[kept], self.patch_transform, parameters))
+            own_boxes = boxes[kept] * decoded.scale
+            target.update(cut_patches(decoded.image, own_boxes, self.patch_transform, parameters))
         return image, target
 
-    def _build_target(self, boxes_xyxy_abs: Tensor, index: int, image: Tensor) -> Target:
+    def _decode(self, opened: OpenedImage, boxes: Tensor) -> ReducedImage:
+        resized = self.transforms.largest_resize(opened.size)
+        if self.patch_transform is None:
+            return opened.decode(resized)
+        return opened.decode(resized, boxes, self.patch_transform.patch_size)
+
+    def _build_target(self, boxes_xyxy_abs: Tensor, index: int, size_hw: Size) -> Target:
         """Build the target before any transform.
 
         `patches` contains box indices at first: a crop filters it like every per-object key.
         """
-        target = query_target(boxes_xyxy_abs, index, tuple(image.shape[-2:]))
+        target = query_target(boxes_xyxy_abs, index, size_hw)
         return {
             **target,
             "labels": torch.full_like(target["labels"], self.label),

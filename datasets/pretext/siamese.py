@@ -302,15 +302,17 @@ class SiameseDataset(UnlabelledDataset):
         self.shrink = shrink
 
     def load(self, index: int, rng: SampleRNG) -> tuple[Tensor, Target]:
-        original = self.read(index)  # [3, H, W]
-        height, width = original.shape[-2:]
+        opened = self.images.open(index)
+        height, width = opened.size
         if min(height, width) <= MIN_IMAGE_SIDE:
             raise BadImageError(
                 f"{width} x {height} pixels; both sides must exceed {MIN_IMAGE_SIDE}"
             )
-        boxes = self._propose(original, index, rng)  # [N, 4]
+        boxes = self._propose(opened.whole, index, rng)  # [N, 4]
 
-        image, transformed = self.geometry(original, {"boxes": boxes}, rng)
+        # Views and patches are cropped after the resize, so it alone decides how many pixels are needed.
+        decoded = opened.decode(self.geometry.largest_resize(opened.size))
+        image, transformed = self.geometry(decoded.image, {"boxes": boxes, **decoded.target}, rng)
         size = tuple(image.shape[-2:])
         views, regions = self._draw_views(transformed["boxes"], size, rng)  # regions [2, M, 4]
         pixels = [crop_view(image, view, views.size) for view in (views.first, views.second)]

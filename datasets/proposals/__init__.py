@@ -10,6 +10,9 @@ state and name give the same boxes in the same order in any process.
 Methods whose boxes depend on the image alone subclass `datasets.proposals.base.CacheableProposals`: their `propose`
 also returns scores, and `tools/cache_proposals.py` can cache their boxes. `SelectedProposals` and `FixedNumProposals`
 wrap a method and choose some of its boxes.
+
+A method that reads nothing of the image but its size has `reads_pixels = False`: only with it an image can be decoded
+at a reduced size.
 """
 
 from collections.abc import Callable
@@ -57,6 +60,11 @@ def build_proposals(settings: Settings, images: "ImageFiles | None" = None) -> P
         from datasets.proposals.cache import CachedProposals
 
         method = CachedProposals.open(settings.cache_path, method, settings.proposals)
+    if settings.reduced_decode and getattr(method, "reads_pixels", True):
+        raise UserError(
+            f"--reduced_decode: --proposals {settings.proposals} searches the whole image; cache its boxes with "
+            "tools/cache_proposals.py and give --cache_path, or omit --reduced_decode"
+        )
     if images is not None and hasattr(method, "check"):
         method.check(images)
     return method

@@ -145,6 +145,8 @@ class CachedProposals(CacheableProposals):
     The order of boxes without scores is drawn again at each call, as in the method itself.
     """
 
+    reads_pixels = False
+
     def __init__(self, cache: ProposalCache) -> None:
         self.cache = cache
         self.grid = cache.header["grid"]

@@ -48,6 +48,7 @@ class FileProposals(CacheableProposals):
     """
 
     dtype = np.float32
+    reads_pixels = False
     hint = "names are relative to the image folder"
 
     def __init__(self, path: str) -> None:

@@ -14,6 +14,8 @@ MIN_BOX_SIDE = 8  # pixels
 class RandomProposals:
     """`num_boxes` boxes with sides uniform in [8, image side - 8] pixels, anywhere in the image."""
 
+    reads_pixels = False
+
     def __init__(self, num_boxes: int) -> None:
         self.num_boxes = num_boxes
 

@@ -11,11 +11,11 @@ from datasets.collate import (
     collate,
     normalize,
     normalize_images,
-    padding_fraction,
     to_device,
 )
 from tests.tiny import write_coco
 from util.errors import UserError
+from util.packed_images import ROW
 from util.packed_targets import PackedTargets, pack_objects
 from util.settings import Settings, settings
 
@@ -51,15 +51,30 @@ def test_equal_sizes_need_no_padding() -> None:
     samples, _ = collate([make_sample(20, 30, 1), make_sample(20, 30, 1)])
     assert not samples.padded
     assert not samples.mask.any()
+    assert samples.pad().tensors.data_ptr() == samples.pixels.data_ptr()  # and no copy
+
+
+def test_workers_send_no_padding() -> None:
+    """One tensor, of less than a row more than the pixels of the images."""
+    batch = [make_sample(20, 300, 2), make_sample(250, 10, 0), make_sample(60, 60, 1)]
+    samples, _ = collate(batch)
+    tensors = [value for value in vars(samples).values() if isinstance(value, Tensor)]
+    used = 3 * (20 * 300 + 250 * 10 + 60 * 60)
+    assert 0 <= sum(tensor.nbytes for tensor in tensors) - used < 3 * ROW
+    assert samples.tensors.numel() > 18 * used
+    assert samples.pad().tensors.is_contiguous(memory_format=torch.channels_last)
+    for name in ("tensors", "mask"):
+        moved = getattr(samples.to("cpu", non_blocking=True), name)
+        assert torch.equal(moved, getattr(samples, name)), name
 
 
 def test_padding_to_a_multiple_and_its_fraction() -> None:
     batch = [make_sample(20, 30, 2), make_sample(25, 10, 0)]
-    samples, packed = collate(batch, multiple=16)
+    samples, _ = collate(batch, multiple=16)
     assert samples.tensors.shape == (2, 3, 32, 32)
     assert int((~samples.mask).sum()) == 20 * 30 + 25 * 10
-    assert padding_fraction(samples, packed) == pytest.approx(1 - 850 / 2048)
-    assert padding_fraction(*collate(batch[:1])) == 0
+    assert samples.padding_fraction == pytest.approx(1 - 850 / 2048)
+    assert collate(batch[:1])[0].padding_fraction == 0
 
 
 def test_targets_that_no_loss_reads_stay_on_the_host() -> None:
@@ -197,6 +212,10 @@ def test_normalization() -> None:
         expected = (image / 255 - mean) / std
         assert torch.equal(normalized[:, :h, :w], expected)
         assert torch.equal(normalized, torch.nn.functional.pad(expected, (0, 30 - w, 0, 25 - h)))
+    # The same as of a batch that is padded first, and of images without padding.
+    assert torch.equal(normalize(collate(batch)[0].pad(), MEAN, STD).tensors, samples.tensors)
+    whole = normalize(collate(batch[:1])[0], MEAN, STD).tensors[0]
+    assert torch.equal(whole, normalize_images(batch[0][0], MEAN, STD))
     patch, _ = make_sample(8, 8, 0)
     patches = torch.stack([patch, patch])
     assert torch.equal(normalize_images(patches, MEAN, STD)[1], normalize_images(patch, MEAN, STD))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from tests.published_files import SMALL, filled, shapes
@@ -193,10 +194,12 @@ def test_published_losses_notice_a_difference(kind: str) -> None:
 def test_loader_loads_the_next_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "NUM_IMAGES", 4)
     words = ["--models", "detection", "random_query_patch", "--batch_size", "2"]
-    found = run(tmp_path, "loader", *words, "--image_size", "64")
+    found = run(tmp_path, "loader", *words, "--image_size", "64", "--source_size", "300", "400")
     assert [row["comparison"] for row in found["rows"]] == ["detection", "random_query_patch"]
 
-    loader.write_images(tmp_path / "images")
+    loader.write_images(tmp_path / "images", (60, 80))
+    with Image.open(tmp_path / "images" / "train2017" / "000000000004.jpg") as image:
+        assert image.size == (80, 60)
     flags = {"coco_path": str(tmp_path / "images"), "image_size": 64}
     contender = loader.build({"flags": flags, "batch_size": 3})
     _, first = contender.run()

@@ -31,7 +31,7 @@ class Inference:
 
     Attributes:
         predictor: with the weights of the case.
-        samples: uint8 images [B, 3, H, W], padded.
+        samples: uint8 images.
         sizes: int64 [B, 2], (height, width) of the images.
     """
 

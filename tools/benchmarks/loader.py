@@ -1,13 +1,13 @@
 """Samples per second of one dataloader worker: decoding, augmentation, proposals, patches, and making a batch.
 
-Without --imagenet_path or --coco_path the images are generated: 500 x 375 JPEG files. Contenders must draw the same
-boxes and sizes; pixels may differ by rounding.
+Without --imagenet_path or --coco_path the images are generated: JPEG files of 500 x 375 pixels, or of --source_size.
+Contenders must draw the same boxes and sizes; pixels may differ by rounding, and with --reduced_decode a little more.
 """
 
 import argparse
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +24,37 @@ from tools.benchmarks.work import Case
 from util.settings import settings
 from util.settings.registry import PRETEXTS
 
-HEIGHT, WIDTH = 375, 500  # of most images of ImageNet
+SOURCE_SIZE = 375, 500  # (height, width) of most images of ImageNet
 NUM_IMAGES = 32
+MAX_PIXELS = 48_000_000  # of all images together: of large ones there are fewer
 BATCH = 8
+# (cells along each side, contrast in gray levels) of the noise. Sizes above the image's are left out.
+NOISE = ((8, 60), (32, 40), (128, 20), (512, 10), (2048, 5))
 
 
-def write_images(folder: Path) -> None:
+def write_images(folder: Path, size_hw: Sequence[int] = SOURCE_SIZE) -> None:
     """Write generated JPEG files as a COCO dataset: train2017/ and its annotations, 7 objects per image."""
+    height, width = size_hw
+    num_images = max(min(NUM_IMAGES, MAX_PIXELS // (height * width)), 1)
     rng = np.random.default_rng(0)
     (folder / "train2017").mkdir(parents=True)
     (folder / "annotations").mkdir()
     images, annotations = [], []
-    for i in range(1, NUM_IMAGES + 1):
+    for i in range(1, num_images + 1):
         # Noise at several scales: JPEG size and decoding time are about those of a photo.
-        pixels = np.zeros((HEIGHT, WIDTH, 3))
-        for size, contrast in ((8, 60), (32, 40), (128, 20)):
+        pixels = np.zeros((height, width, 3), np.float32)
+        for size, contrast in NOISE:
+            if size > max(size_hw):
+                break
             noise = rng.integers(0, 255, (size, size, 3), dtype=np.uint8)
-            large = Image.fromarray(noise).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-            pixels += (np.asarray(large) / 255.0 - 0.5) * contrast * 2
+            large = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+            pixels += (np.asarray(large, np.float32) / 255 - 0.5) * contrast * 2
         name = f"{i:012d}.jpg"
         picture = Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
         picture.save(folder / "train2017" / name, quality=90)
-        images.append({"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT})
+        images.append({"id": i, "file_name": name, "width": width, "height": height})
         for _ in range(work.NUM_BOXES):
-            x, y, w, h = rng.random(4) * [WIDTH * 0.5, HEIGHT * 0.5, WIDTH * 0.4, HEIGHT * 0.4]
+            x, y, w, h = rng.random(4) * [width * 0.5, height * 0.5, width * 0.4, height * 0.4]
             box = [float(x), float(y), float(w) + 8, float(h) + 8]
             annotations.append(
                 {
@@ -103,7 +110,7 @@ def compare(model: str, args: argparse.Namespace, bench: Any) -> Comparison:
     if not ({"coco_path", "imagenet_path"} & set(flags)):
         folder = bench.scratch / "images"
         if not folder.exists():
-            write_images(folder)
+            write_images(folder, args.source_size)
         flags["coco_path"] = str(folder)
     if model != "detection":
         flags = {"pretext": model, **work.PRETEXT_FLAGS[model], "proposals": "random", **flags}
@@ -123,6 +130,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch_size", type=int, default=BATCH, metavar="N", help="number of samples per batch"
+    )
+    parser.add_argument(
+        "--source_size",
+        nargs=2,
+        type=int,
+        default=list(SOURCE_SIZE),
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the generated files, in pixels",
     )
     step.variant_argument(parser)
     step.against_argument(parser)

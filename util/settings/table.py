@@ -483,6 +483,11 @@ FLAGS: tuple[Flag, ...] = (
             "dataloader workers",
             per_launch=True,
         ),
+        Flag(
+            "reduced_decode",
+            "decode large JPEG files at 1/2, 1/4 or 1/8 of their size where image and patches are resized to less than "
+            "that; pixels differ a little",
+        ),
         Flag("fre_cnn", "freeze the backbone, as --lr_backbone 0 does"),
         Flag(
             "view_iou",

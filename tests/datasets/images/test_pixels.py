@@ -62,7 +62,7 @@ def test_each_orientation_is_applied_or_ignored(
     unknown = np.asarray(open_image(path))
     assert np.array_equal(unknown, UPRIGHT if extension == "tif" else stored)
     if extension != "tif":
-        assert read_header(path) == (stored.shape[:2], orientation)
+        assert read_header(path)[:2] == (stored.shape[:2], orientation)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_limit_is_above_the_one_of_pillow(tmp_path: Path) -> None:
     Image.new("1", (14_000, 13_000)).save(tmp_path / "a.png")
     with pytest.raises(Image.DecompressionBombError):
         Image.open(tmp_path / "a.png")
-    assert read_header(str(tmp_path / "a.png")) == ((13_000, 14_000), 1)
+    assert read_header(str(tmp_path / "a.png"))[:2] == ((13_000, 14_000), 1)
 
 
 def test_warnings_of_pillow_are_collected_and_not_printed(tmp_path: Path) -> None:
