@@ -43,6 +43,7 @@ def plot_logs(
     logs: str | Path | Iterable[str | Path],
     fields: Sequence[str] = DEFAULT_FIELDS,
     out_png: str | Path = "curves.png",
+    ewm_col: float = 0,
 ) -> Path:
     """Plot fields of runs, one panel per field: training solid, evaluation dashed.
 
@@ -51,13 +52,28 @@ def plot_logs(
         fields: Names in the published log without `train_` or `test_`. `mAP` is AP and AP50 of `test_coco_eval_bbox`. A
             field that no run has logged is skipped.
         out_png: Image to write.
+        ewm_col: Smooth the curves as DETR's `plot_logs` does, see `smooth`.
     """
     paths = [Path(path) for path in ([logs] if isinstance(logs, str | Path) else logs)]
     names = [path.name if path.is_dir() else path.parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     runs = {name: read_log(path) for name, path in zip(names, paths, strict=True)}
-    return _draw_curves(runs, fields, out_png)
+    return _draw_curves(runs, fields, out_png, ewm_col)
+
+
+def smooth(values: Iterable[float], center_of_mass: float) -> list[float]:
+    """Return exponentially weighted means: the weight of an earlier value decays by c / (1 + c) per step.
+
+    They equal pandas' `ewm(com=c).mean()`. 0 changes nothing.
+    """
+    decay = center_of_mass / (1 + center_of_mass)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = value + decay * total, 1 + decay * weight
+        means.append(total / weight)
+    return means
 
 
 def plot_curves(
@@ -77,7 +93,10 @@ def plot_curves(
 
 
 def _draw_curves(
-    runs: Mapping[str, list[dict]], fields: Sequence[str], out_png: str | Path
+    runs: Mapping[str, list[dict]],
+    fields: Sequence[str],
+    out_png: str | Path,
+    center_of_mass: float = 0,
 ) -> Path:
     fields = [
         field for field in fields if any(_series(entries, field) for entries in runs.values())
@@ -88,14 +107,16 @@ def _draw_curves(
 
     for number, field in enumerate(fields, start=1):
         axes = figure.add_subplot(1, len(fields), number)
-        _draw_panel(axes, runs, field)
+        _draw_panel(axes, runs, field, center_of_mass)
         _style_axes(axes, field)
     if not fields:
         figure.text(0.5, 0.5, "no epoch has been logged yet", ha="center")
     return write_atomically(out_png, lambda file: figure.savefig(file, format="png"))
 
 
-def _draw_panel(axes: Any, runs: Mapping[str, list[dict]], field: str) -> None:
+def _draw_panel(
+    axes: Any, runs: Mapping[str, list[dict]], field: str, center_of_mass: float
+) -> None:
     """Draw one field of all runs."""
     for color, (name, entries) in zip(cycle_colors(len(runs)), runs.items(), strict=True):
         for label, style, (epochs, values) in _series(entries, field):
@@ -107,7 +128,7 @@ def _draw_panel(axes: Any, runs: Mapping[str, list[dict]], field: str) -> None:
             has_markers = style == "--" or len(epochs) < MAX_MARKED_POINTS
             axes.plot(
                 epochs,
-                values,
+                smooth(values, center_of_mass),
                 style,
                 color=np.divide(color, 255),
                 label=escape(legible(legend)),

@@ -50,7 +50,7 @@ def checked_flags(script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
     """Return the flags that are not None, each with the value that the command line of `script` would give it.
 
     Args:
-        flags: Values by flag name without dashes. The command line's other spellings are known too: `load_backbone`, and
+        flags: Values by flag name without dashes. Other spellings of the command line are known too: `load_backbone`,
             `no_aux_loss=True` for `aux_loss=False`.
 
     Raises:
