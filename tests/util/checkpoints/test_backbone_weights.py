@@ -86,9 +86,9 @@ LAYOUTS = {
         "meta": {},
         "state_dict": {**prefixed(without_fc(s), "backbone."), "patch2query.bias": torch.ones(2)},
     },
-    # LightlyTrain: what it exports, and a training checkpoint of it.
+    # LightlyTrain exports a plain state dict of the network, here also with prefixes of a student and a teacher.
     "lightly_export": lambda s: {"state_dict": dict(s)},
-    "lightly_checkpoint": lambda s: {
+    "lightly_prefixes": lambda s: {
         "epoch": 9,
         "state_dict": {
             **prefixed(other(s), "student_embedding_model.wrapped_model._model."),
