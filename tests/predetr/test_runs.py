@@ -2,8 +2,11 @@
 
 import json
 import logging
+import os
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import engine
 from predetr import finetune, pretrain
 from tests.tiny import (
     FROZEN,
+    ROOT,
     assert_same_logs,
     fine_tune,
     read_checkpoint,
@@ -122,6 +126,37 @@ def test_an_interrupt_saves_the_run_and_resume_continues(
 
     run = finetune(coco, output_dir=tmp_path / "run", resume="auto", **flags)
     assert [entry["epoch"] for entry in run.log] == [0]
+
+
+TWO_CALLS = """
+import sys
+import torch
+from predetr import finetune, pretrain
+run, folder = eval(sys.argv[1]), sys.argv[2]
+pretrained = pretrain(f"{folder}/images", output_dir=f"{folder}/pretrain", backbone_weights="none",
+                      num_patches=5, patch_size=32, **run)
+assert not torch.distributed.is_initialized()
+done = finetune(f"{folder}/coco", pretrain=pretrained, output_dir=f"{folder}/run", **run)
+assert len(done.log) == 1, "complete on every rank"
+"""
+
+
+@pytest.mark.slow
+def test_two_calls_under_torchrun(tmp_path: Path) -> None:
+    """Each call joins a process group and leaves it."""
+    write_coco(tmp_path / "coco")
+    write_images(tmp_path / "images")
+    (tmp_path / "two_calls.py").write_text(TWO_CALLS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "two_calls.py"), repr(RUN), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    environment = json.loads((tmp_path / "run" / "args.json").read_text())["environment"]
+    assert environment["processes"] == "2"
 
 
 @pytest.mark.parametrize(

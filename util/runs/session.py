@@ -18,6 +18,7 @@ from util.checkpoints.adoption import settings_from_checkpoint
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, resolve_resume_path
 from util.distributed import (
     all_gather_object,
+    barrier,
     get_rank,
     init_distributed,
     is_distributed,
@@ -216,6 +217,7 @@ def run_in_program(main: Callable[[Namespace], Any], args: Namespace) -> None:
 
 def _leave_group(had_group: bool) -> None:
     """Destroy the process group unless it is the user's. Not after errors, see `run_script`."""
+    barrier()  # what rank 0 writes is complete on every rank
     if not had_group:
         shutdown()
 
