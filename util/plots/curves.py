@@ -178,6 +178,9 @@ def _style_axes(axes: Any, field: str) -> None:
     axes.set_title(FRACTIONS.get(field, field.replace("_", " ")), fontsize=11)
     axes.set_xlabel("epoch")
     axes.set_ylim(bottom=0, top=1 if is_ap else None)
+    left, right = axes.get_xlim()
+    if right - left < 1:  # a single epoch, whose ticks would be fractions
+        axes.set_xlim(left - 1, right + 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -33,9 +33,10 @@ def data_uri(path: Path) -> str:
         return _uri(content, "png")
     with Image.open(path) as file:
         picture = file.convert("RGB")
+    picture.thumbnail((MAX_PICTURE_WIDTH, MAX_PICTURE_HEIGHT))
+    width, height = picture.size
     for scale, quality in itertools.product(PICTURE_SCALES, JPEG_QUALITIES):
-        size = round(MAX_PICTURE_WIDTH * scale), round(MAX_PICTURE_HEIGHT * scale)
-        picture.thumbnail(size)
+        picture.thumbnail((round(width * scale), round(height * scale)))
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=quality, optimize=True)
         if buffer.tell() <= MAX_PICTURE_BYTES:

@@ -368,7 +368,7 @@ def test_the_best_epoch_of_the_page_is_that_of_the_best_checkpoint(tmp_path: Pat
 
 def test_the_page_stays_small(tmp_path: Path) -> None:
     """With pictures of noise, which no format compresses well."""
-    noise = np.random.default_rng(0).integers(0, 256, (900, 1300, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (650, 900, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     for name in ("predictions.png", "samples.png", "best_images.png", "worst_images.png",
                  "patches.png", "objects.png", "curves.png", "precision_recall.png"):  # fmt: skip
