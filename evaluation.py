@@ -4,14 +4,17 @@ Both evaluations are called as `evaluation(model, epoch)` and return the `test_*
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 import engine
 from datasets import build_dataset, build_loader
+from datasets.evaluators.analysis import ImageScore, analyse
 from datasets.evaluators.per_class import class_table
 from datasets.evaluators.proposals import ProposalEvaluator
 from datasets.labelled import few_shot
@@ -26,15 +29,18 @@ from util.distributed import broadcast_batch_norm_stats, is_main_process, unwrap
 from util.files import to_json, write_text
 from util.logger import log
 from util.plots.pages import prediction_page
+from util.runs.folder import ANALYSIS, BEST_IMAGES, WORST_IMAGES
 from util.settings import FINETUNE, Settings
 from util.settings import settings as make_settings
 from util.settings.frozen import GIVEN
 from util.settings.registry import PRETEXTS
+from visualization import draw_scored_images
 
 METRICS_FILE = "proposal_metrics.json"
 BOXES_FILE = "proposals.json"  # in COCO's results format
 PROPOSAL_OUTPUTS = (METRICS_FILE, BOXES_FILE)
 NUM_EXAMPLES = 12  # images on the page of predictions
+NUM_SCORED_IMAGES = 4  # best, and worst, images
 
 # Settings of a pretext's run that say which validation images to use and how to load them.
 VALIDATION_FLAGS = (
@@ -56,8 +62,8 @@ VALIDATION_FLAGS = (
 
 
 class Evaluation:
-    """Evaluate a detector: log losses and metrics, and write `metrics.json`, `per_class.json`, `results.json` and
-    `predictions.png` to the run's folder.
+    """Evaluate a detector: log losses and metrics, and write `metrics.json`, `per_class.json`, `results.json`,
+    `analysis.json` and pictures to the run's folder.
 
     With `--eval` on images without any box, such as those of COCO's evaluation server, there are no metrics.
     """
@@ -121,9 +127,35 @@ class Evaluation:
                 if panoptic_per_class:
                     per_class_record["panoptic"] = panoptic_per_class
                 _write_json(self.folder / "per_class.json", per_class_record)
+                self._write_analysis(evaluator.rows(), epoch)
             rows = [_example_row(example) for example in examples]
             prediction_page(rows, self.dataset.class_names, self.folder / "predictions.png")
         return {f"test_{name}": value for name, value in values.items()}
+
+    def _write_analysis(self, rows: np.ndarray, epoch: int) -> None:
+        """Write what is found, confused and missed, and draw the best and the worst images.
+
+        rows: all detections, see `DetectionEvaluator.rows`.
+        """
+        assert self.folder is not None
+        ground_truth = self.dataset.ground_truth
+        analysis = analyse(rows, ground_truth)
+        best, worst = analysis.best_and_worst(NUM_SCORED_IMAGES)
+        record = {
+            "epoch": epoch,
+            "class_names": {str(c["id"]): c["name"] for c in ground_truth["categories"]},
+            **analysis.as_dict(),
+            "best_images": [self._image_record(image) for image in best],
+            "worst_images": [self._image_record(image) for image in worst],
+        }
+        write_text(self.folder / ANALYSIS, to_json(record))
+        for images, name in ((best, BEST_IMAGES), (worst, WORST_IMAGES)):
+            draw_scored_images(images, self.dataset, rows, analysis.threshold, self.folder / name)
+
+    def _image_record(self, image: ImageScore) -> dict[str, Any]:
+        annotations = self.dataset.annotations
+        index = int(np.flatnonzero(annotations.image_ids == image.image_id)[0])
+        return {"file_name": annotations.file_names[index], **asdict(image)}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

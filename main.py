@@ -95,6 +95,11 @@ def evaluate(args: Namespace) -> None:
     if args.viz and folder is not None and is_main_process():
         path = draw_objects(predictor, session.settings, folder / OBJECTS_PAGE, labelled=validation)
         log.info("proposals, predicted and ground-truth boxes drawn to %s", path)
+    if (
+        args.eval
+    ):  # --viz alone leaves no metrics, so that a page would have nothing but its picture
+        save_settings(folder, session.settings, {})
+        update_run_page(folder)
 
 
 def warn_missing_published_flags(settings: Settings) -> None:

@@ -34,8 +34,9 @@ from util.errors import StopRequested, UserError
 from util.files import link_or_copy
 from util.logger import format_seconds, log
 from util.random_state import get_rng_states, set_rng_states
+from util.runs.boards import Board
 from util.runs.compilation import Compilation, compile_detector
-from util.runs.log import append_log, append_step, is_logged, trim_step_log
+from util.runs.log import append_log, append_step, is_logged, main_metric, trim_step_log
 from util.runs.meters import Averages, check_gradient, peak_host_memory
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.runs.profiling import StepProfiler
@@ -48,6 +49,7 @@ from util.runs.resuming import (
 )
 from util.runs.tensorboard import TensorBoard
 from util.runs.weight_average import WeightAverage
+from util.runs.weights_and_biases import WeightsAndBiases
 from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
@@ -69,9 +71,9 @@ class Run(engine.TrainState):
         changed_data: the data that differ from those of the resumed checkpoint: some of "train" and "val".
         numbered: name of the numbered checkpoint of the epoch that was trained last, if it has one.
         compilation: what `--compile` compiled; None without it.
-        use_tensorboard: write the log for TensorBoard, too.
+        use_tensorboard, use_wandb: write the log for TensorBoard, and for Weights & Biases, too.
         profile_steps: number of steps to profile.
-        board: the writer of `use_tensorboard`, on rank 0 while the run trains.
+        boards: the writers of these, on rank 0 while the run trains.
     """
 
     folder: Path | None
@@ -86,8 +88,9 @@ class Run(engine.TrainState):
     numbered: str | None = None
     compilation: Compilation | None = None
     use_tensorboard: bool = False
+    use_wandb: bool = False
     profile_steps: int = 0
-    board: TensorBoard | None = None
+    boards: list[Board] = field(default_factory=list)
 
 
 # --------------------------------------------------------------------------------------------------------------- build
@@ -148,6 +151,7 @@ def build_run(
         checkpoint_extras=checkpoint_extras or {},
         compilation=compile_detector(model, settings.compile),
         use_tensorboard=settings.tensorboard,
+        use_wandb=settings.wandb,
         profile_steps=settings.profile or 0,
     )
     _update_num_epochs(run)
@@ -204,6 +208,10 @@ def fit(run: Run) -> None:
             if run.folder is not None:
                 saved = f"saved in {run.folder}; continue with --resume auto"
             raise StopRequested(f"{stop}; {saved}") from None
+        finally:
+            for board in run.boards:
+                board.close()
+            run.boards = []
 
 
 def _fit(run: Run) -> None:
@@ -212,7 +220,7 @@ def _fit(run: Run) -> None:
         run.on_log_step = lambda epoch, step, values: _log_step(
             run, {"epoch": epoch, "step": step, **values}
         )
-        run.board = _open_tensorboard(run)
+        run.boards = _open_boards(run)
     # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
         _finish_epoch(run)
@@ -236,17 +244,26 @@ def _start_profiler(run: Run) -> StepProfiler | None:
     return profiler
 
 
-def _open_tensorboard(run: Run) -> TensorBoard | None:
-    """Return a writer with everything that is logged so far. The logs end where training continues."""
-    if run.folder is None or not run.use_tensorboard or not is_main_process():
-        return None
-    return TensorBoard(run.folder, run.epoch, run.sampler.batches_per_epoch)
+def _open_boards(run: Run) -> list[Board]:
+    """Return writers with everything that is logged so far. The logs end where training continues."""
+    if run.folder is None or not is_main_process():
+        return []
+    boards: list[Board] = []
+    steps_per_epoch = run.sampler.batches_per_epoch
+    if run.use_tensorboard:
+        boards.append(TensorBoard(run.folder, steps_per_epoch))
+    if run.use_wandb:
+        config = run.checkpoint_extras.get("args", {})
+        boards.append(WeightsAndBiases(run.folder, steps_per_epoch, config))
+    for board in boards:
+        board.add_logs(run.folder, run.epoch)
+    return boards
 
 
 def _log_step(run: Run, record: dict[str, Any]) -> None:
     append_step(run.folder, record)
-    if run.board is not None:
-        run.board.add_step(record)
+    for board in run.boards:
+        board.add_step(record)
 
 
 def _inspect_folder(run: Run) -> float:
@@ -302,27 +319,16 @@ def _finish_epoch(run: Run) -> None:
     record["n_parameters"] = num_trainable
     record["train_seconds"] = round(run.seconds, 1)
     append_log(run.folder, record)
-    if run.board is not None:
-        run.board.add_epoch(record)
+    for board in run.boards:
+        board.add_epoch(record)
     if run.compilation is not None:
         run.compilation.log_counts()
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
         run.on_epoch_end()
 
 
-def _main_metric(values: Mapping[str, Any]) -> float:
-    """Return what decides which epoch is the best: PQ of panoptic data, else AP of masks, else AP of boxes.
-
-    With a frozen detector the boxes of all epochs are the same.
-    """
-    if "test_PQ_all" in values:
-        return values["test_PQ_all"]["pq"]
-    stats = values.get("test_coco_eval_masks") or values.get("test_coco_eval_bbox") or [NO_AP]
-    return stats[0]
-
-
 def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:
-    ap = _main_metric(values)
+    ap = main_metric(values)
     if ap > run.best_ap:
         run.best_ap = ap
         names = [LATEST, BEST]

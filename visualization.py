@@ -24,6 +24,7 @@ from datasets.collate import (
     to_device,
     unpack_masks,
 )
+from datasets.evaluators.analysis import ImageScore
 from datasets.images.image_folder import crop_box
 from datasets.images.unlabelled import build_unlabelled_images
 from datasets.proposals import SelectedProposals, build_proposals
@@ -33,7 +34,7 @@ from util.box_ops import box_cxcywh_to_xyxy
 from util.distributed import is_main_process
 from util.errors import UserError
 from util.logger import log
-from util.plots.pages import panel_page, patch_page, sample_page
+from util.plots.pages import panel_page, patch_page, prediction_page, sample_page
 from util.random_state import SampleRNG
 from util.settings import Settings
 
@@ -319,3 +320,50 @@ def _to_draw(boxes_xyxy_abs: Tensor, scores: Tensor | None = None) -> dict[str, 
         "labels": None,
         "scores": None if scores is None else scores.tolist(),
     }
+
+
+# ---------------------------------------------------------------------------------------------- best and worst images
+
+
+def draw_scored_images(
+    images: Sequence[ImageScore],
+    dataset: SampleDataset,
+    rows: np.ndarray,
+    threshold: float,
+    path: Path,
+) -> None:
+    """Draw images of a labelled dataset with their detections and ground truth; without images, remove the file.
+
+    Args:
+        images: of an `Analysis`. An image that can't be read is logged and left out.
+        rows: all detections, see `DetectionEvaluator.rows`.
+        threshold: lowest score of a detection.
+        path: the PNG file to write.
+    """
+    path.unlink(missing_ok=True)
+    names = {c["id"]: c["name"] for c in dataset.ground_truth["categories"]}
+    index_of = {int(id_): i for i, id_ in enumerate(dataset.annotations.image_ids)}
+    drawn = []
+    for image in images:
+        try:
+            pixels = _to_array(dataset.read(index_of[image.image_id]))
+        except BadImageError as error:
+            log.warning("image %d is not drawn: %s", image.image_id, error)
+            continue
+        own = rows[rows[:, 0] == image.image_id]  # [K, 7]
+        predictions = {"boxes": own[:, 1:5], "scores": own[:, 5], "labels": own[:, 6].astype(int)}
+        drawn.append((pixels, predictions, _ground_truth(dataset, image.image_id)))
+    if drawn:
+        prediction_page(drawn, names, path, score_threshold=threshold)
+
+
+def _ground_truth(dataset: SampleDataset, image_id: int) -> dict[str, Any]:
+    """Return the boxes and category ids of an image, without crowds."""
+    objects = [
+        a
+        for a in dataset.ground_truth["annotations"]
+        if a["image_id"] == image_id and not a["iscrowd"]
+    ]
+    boxes = np.array([a["bbox"] for a in objects], float).reshape(-1, 4)  # [N, 4], xywh
+    boxes[:, 2:] += boxes[:, :2]
+    return {"boxes": boxes, "labels": [a["category_id"] for a in objects]}

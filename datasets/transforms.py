@@ -14,7 +14,7 @@ Shapes: N boxes; a size is (H, W) in pixels; a region is (top, left, height, wid
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageFilter
@@ -26,7 +26,11 @@ from torchvision.transforms.v2 import functional as F
 
 from datasets.colors import NO_COLORS, ColorParameters, augment_image
 from util.box_ops import box_xyxy_to_cxcywh
+from util.moved_names import moved_from
 from util.random_state import SampleRNG
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("datasets.transforms")
 
 ImageLike = Tensor | Image.Image
 Size = tuple[int, int]

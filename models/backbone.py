@@ -15,8 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.frozen_norm import fold_frozen_norms
+from util.moved_names import moved_from
 from util.nested_tensor import NestedTensor
 from util.settings.registry import BACKBONES, import_object, lookup
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("models.backbone")
 
 
 @dataclass

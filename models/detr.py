@@ -4,7 +4,7 @@ Shapes: B images, Q queries, S memory tokens, D model width, L decoder layers, C
 h x w size of the feature map.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,12 @@ from models.transformer import (
     get_clones,
     xavier_init_matrices,
 )
+from util.moved_names import moved_from
 from util.nested_tensor import NestedTensor
 from util.settings import Settings
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("models.detr")
 
 
 class DecoderLayer(TransformerLayer):

@@ -7,6 +7,7 @@ the whole batch, K matched pairs of all layers.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +17,11 @@ from torch import Tensor
 from models.classification import Classification
 from util.box_ops import box_cxcywh_to_xyxy, paired_giou
 from util.errors import NonFinite
+from util.moved_names import moved_from
 from util.packed_targets import PackedTargets, Targets, pack_objects
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("models.matcher")
 
 _NO_PAIRS = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 

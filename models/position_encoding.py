@@ -4,11 +4,16 @@ Shapes: B images, h x w size of a feature map, D model width.
 """
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from util.errors import UserError
+from util.moved_names import moved_from
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("models.position_encoding")
 
 TEMPERATURE = 10000.0
 

@@ -10,7 +10,7 @@ the backbone's last map, h1 x w1 of its first (stride 4).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,12 @@ from models.detector import (
     under_autocast,
     without_autocast,
 )
+from util.moved_names import moved_from
 from util.nested_tensor import NestedTensor, as_nested_tensor
 from util.settings import Settings
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("models.segmentation")
 
 # Queries that go through the head at once without gradients. A query needs about 40 MB at 800 pixels.
 QUERIES_PER_CHUNK = 32

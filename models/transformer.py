@@ -4,12 +4,16 @@ Tensors are batch first. Shapes: B images, S tokens, D model width.
 """
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from models.attention import MultiheadAttention
+from util.moved_names import moved_from
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("models.transformer")
 
 
 def get_clones(layer: nn.Module, count: int) -> nn.ModuleList:

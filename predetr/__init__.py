@@ -1,6 +1,6 @@
 """The installed package (`pip install -e .`): the project's commands, and these names from any directory.
 
-    from predetr import Predictor, build_model, settings
+    from predetr import Predictor, build_model, finetune, pretrain, settings
 
 The project's other packages are not installed, because their names are common: `datasets` is also Hugging Face's.
 Importing `predetr` changes nothing. The first use of a name above puts the project folder at the front of `sys.path`;
@@ -13,11 +13,29 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["Predictor", "build_model", "settings"]
+__all__ = ["Predictor", "build_model", "finetune", "pretrain", "settings"]
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("datasets", "engine", "evaluation", "models", "predictor", "trainer", "util")
-_MODULES = {"Predictor": "predictor", "build_model": "models", "settings": "util.settings"}
+PACKAGES = (
+    "datasets",
+    "engine",
+    "evaluation",
+    "finetune_main",
+    "main",
+    "memory",
+    "models",
+    "predictor",
+    "trainer",
+    "util",
+    "visualization",
+)
+_MODULES = {
+    "Predictor": "predictor",
+    "build_model": "models",
+    "finetune": "predetr.runs",
+    "pretrain": "predetr.runs",
+    "settings": "util.settings",
+}
 
 
 def __getattr__(name: str) -> Any:

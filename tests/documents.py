@@ -30,6 +30,7 @@ LAUNCHERS = {"tools/run_dist_launch.sh": 2, "tools/run_dist_slurm.sh": 4}  # -> 
 
 # A text that identifies each kind of Python example -> the test file that runs it.
 PYTHON_EXAMPLES = {
+    "import finetune, pretrain": "tests/docs/test_migration.py",
     "import Predictor": "tests/test_predictor.py",
     "build_model(": "tests/docs/test_documents.py",
     "torch.hub.load(": "tests/test_hub.py",

@@ -502,7 +502,9 @@ def test_output_files_of_fine_tuning(fine_run: Path) -> None:
     """`checkpoint0001.pth` is from before the learning rate drop after 2 epochs, `checkpoint0002.pth` from --save_every
     3. No temporary files are left.
     """
-    assert {path.name for path in (fine_run / "run").iterdir()} == {
+    files = {path.name for path in (fine_run / "run").iterdir()}
+    assert files - {"best_images.png"} == {  # an untrained model may find nothing
+        "analysis.json",
         "args.json",
         "checkpoint.pth",
         "checkpoint0001.pth",
@@ -512,12 +514,14 @@ def test_output_files_of_fine_tuning(fine_run: Path) -> None:
         "log.txt",
         "metrics.json",
         "per_class.json",
+        "precision_recall.png",
         "predictions.png",
         "result.html",
         "results.json",
         "samples.png",
+        "worst_images.png",
     }
-    for name in ("predictions.png", "samples.png"):
+    for name in ("precision_recall.png", "worst_images.png", "predictions.png", "samples.png"):
         with Image.open(fine_run / "run" / name) as image:
             image.load()
             assert min(image.size) > 100
@@ -633,15 +637,18 @@ def test_eval_of_checkpoint_matches_training_log(
     for name, value in values.items():
         if name not in ("coco_eval_bbox", "per_class"):
             assert value == pytest.approx(last[f"test_{name}"], rel=1e-6), name
-    for name in ("metrics.json", "per_class.json", "results.json"):
+    for name in ("metrics.json", "per_class.json", "results.json", "analysis.json"):
         assert (tmp_path / "eval" / name).read_bytes() == before[name]
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == {
+    assert {path.name for path in (tmp_path / "eval").iterdir()} - {"best_images.png"} == {
+        "analysis.json",
         "eval_args.json",
         "metrics.json",
         "per_class.json",
+        "precision_recall.png",
         "results.json",
         "predictions.png",
         "result.html",
+        "worst_images.png",
     }
     assert {path.name: path.read_bytes() for path in (fine_run / "run").iterdir()} == before
 

@@ -1,7 +1,14 @@
 """Box formats, IoU and generalized IoU (Rezatofighi et al., CVPR 2019)."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from util.moved_names import moved_from
+
+if not TYPE_CHECKING:  # a checker must not take every name for one of this module
+    __getattr__ = moved_from("util.box_ops")
 
 
 def box_cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Distributed training: launch, rank, and collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
 
 import datetime
+import itertools
 import logging
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
@@ -205,15 +207,32 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
         return own_device
 
     log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], _init_address(dist_url))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
         "nccl" if use_cuda else "gloo",
-        init_method=dist_url,
+        **_meeting_place(dist_url, rank, world_size),
         timeout=TIMEOUT,
-        world_size=int(os.environ["WORLD_SIZE"]),
-        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        rank=rank,
     )
     log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
     return own_device
+
+
+_group_numbers = itertools.count()  # of the groups that this process joins, one after the other
+
+
+def _meeting_place(dist_url: str, rank: int, world_size: int) -> dict[str, Any]:
+    """Return where the processes of the next group meet, for `init_process_group`.
+
+    A program may train several times, each time in a new group. The launcher's store still has the addresses of an
+    earlier group, so that processes would wait for each other at these: a later group has keys of its own.
+    """
+    number = next(_group_numbers)
+    if number == 0:
+        return {"init_method": dist_url}
+    store, _, _ = next(rendezvous(dist_url, rank, world_size, timeout=TIMEOUT))
+    return {"store": dist.PrefixStore(f"group_{number}", store)}
 
 
 def _init_address(dist_url: str) -> str:

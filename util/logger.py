@@ -1,11 +1,12 @@
 """The project's logger, and a progress bar that works in terminals and log files."""
 
+import contextlib
 import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -17,6 +18,8 @@ log = logging.getLogger("predetr")
 
 # A line of `Progress` without a terminal: tqdm's own format without the bar.
 LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+NOTEBOOK_COLUMNS = 130  # a wider bar would wrap in the output of a notebook's cell
 
 
 class _MainProcessOnly(logging.Filter):
@@ -52,6 +55,26 @@ def setup_logger() -> None:
     log.propagate = False  # a root handler, if any, would print each line twice
 
 
+@contextlib.contextmanager
+def logging_to_stdout() -> Iterator[None]:
+    """Do the same for one run in a user's program, and undo it at the end. Handlers of the user's own are kept."""
+    if log.handlers:
+        yield
+        return
+    level, propagate, lock, stdout = log.level, log.propagate, tqdm.get_lock(), sys.stdout
+    errors = stdout.errors
+    setup_logger()
+    try:
+        yield
+    finally:
+        log.handlers.clear()
+        log.setLevel(level)
+        log.propagate = propagate
+        tqdm.set_lock(lock)
+        if hasattr(stdout, "reconfigure"):
+            stdout.reconfigure(errors=errors)
+
+
 def format_seconds(seconds: float) -> str:
     """Format a duration as in a progress bar: `3725.2` -> `1:02:05`, `65` -> `01:05`."""
     return tqdm.format_interval(round(seconds))
@@ -68,8 +91,24 @@ class _LineWriter:
         sys.stdout.flush()
 
 
+def _output() -> dict[str, Any]:
+    """Return how tqdm shows the progress on standard output."""
+    if sys.stdout.isatty():
+        return {"file": sys.stdout, "mininterval": 0.2, "dynamic_ncols": True}
+    if type(sys.stdout).__module__.startswith("ipykernel"):
+        # Not tqdm's widget: it needs ipywidgets, and is lost when the notebook is opened again.
+        return {"file": sys.stdout, "mininterval": 1.0, "ncols": NOTEBOOK_COLUMNS}
+    return {
+        "file": _LineWriter(),
+        "bar_format": LINE_FORMAT,
+        "delay": 1e-9,  # any delay suppresses the line for 0 steps
+        "leave": False,  # else tqdm prints the last line again when it closes
+    }
+
+
 class Progress(tqdm):
-    """Progress of a long job, on rank 0: a tqdm bar in a terminal, plain lines elsewhere, such as in a log file.
+    """Progress of a long job, on rank 0: a tqdm bar in a terminal or notebook, plain lines elsewhere, such as in a
+    log file.
 
     It closes itself after the last step.
 
@@ -92,16 +131,6 @@ class Progress(tqdm):
         unit: str = "it",
         seconds_between_lines: float = 15.0,
     ) -> None:
-        if sys.stdout.isatty():
-            output = {"file": sys.stdout, "mininterval": 0.2, "dynamic_ncols": True}
-        else:
-            output = {
-                "file": _LineWriter(),
-                "bar_format": LINE_FORMAT,
-                "mininterval": seconds_between_lines,
-                "delay": 1e-9,  # any delay suppresses the line for 0 steps
-                "leave": False,  # else tqdm prints the last line again when it closes
-            }
         super().__init__(
             total=total,
             desc=description,
@@ -110,7 +139,7 @@ class Progress(tqdm):
             disable=not (is_main_process() and log.isEnabledFor(logging.INFO)),
             miniters=1,
             smoothing=0,  # rate and remaining time from the mean over all steps of this process
-            **output,
+            **{"mininterval": seconds_between_lines, **_output()},
         )
 
     def step(self, text: str | None = None, steps: int = 1) -> None:

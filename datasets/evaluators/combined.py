@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from datasets.evaluators.detections import DetectionEvaluator
 from datasets.evaluators.panoptic import PanopticEvaluator
 
@@ -27,3 +29,6 @@ class CombinedEvaluator:
 
     def results(self) -> list[dict[str, Any]]:
         return self.coco.results()
+
+    def rows(self) -> np.ndarray:
+        return self.coco.rows()

@@ -236,7 +236,13 @@ def test_main_eval_is_class_agnostic(region_run: Path, tmp_path: Path) -> None:
     resumed = [*map(str, words), "--resume", str(tmp_path / "run" / "checkpoint.pth")]
     pretrain_main.main(pretrain_main.parse(resumed))
     metrics = tmp_path / "run" / "proposal_metrics.json"
-    assert json.loads(metrics.read_text())["AR100"] >= 0
+    recall = json.loads(metrics.read_text())["AR100"]
+    assert recall >= 0
+    page = (tmp_path / "run" / "result.html").read_text()
+    assert "Pre-training (region_prior)" in page, "the page is still that of the run"
+    assert ">Class-agnostic precision and recall</h2>" in page
+    assert f"<td>{recall:.3f}</td>" in page
+    assert ">Training images</h2>" in page
     metrics.write_text("{}")
     with pytest.raises(
         UserError,

@@ -105,6 +105,33 @@ def test_log_lines_in_a_terminal_are_above_the_bar(monkeypatch: pytest.MonkeyPat
     assert lines[2:] == [""]
 
 
+def test_a_notebook_gets_a_bar_that_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream_class = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})
+    output = stream_class()
+    monkeypatch.setattr(sys, "stdout", output)
+    bar = Progress(2, "epoch 1/1")
+    bar.step()
+    bar.step("loss 1.5")
+    drawn = output.getvalue().split("\r")[-1]
+    assert drawn.startswith("epoch 1/1: 100%|")
+    assert drawn.endswith("loss 1.5]\n")
+
+
+def test_the_logger_of_one_run_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "handlers", [])
+    before = log.level, log.propagate, logger.tqdm.get_lock()
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    for _ in range(2):
+        with logger.logging_to_stdout():
+            log.info("h\u00e9")
+        assert log.handlers == []
+    assert (log.level, log.propagate, logger.tqdm.get_lock()) == before
+    output.flush()
+    assert output.buffer.getvalue() == b"h\\xe9\n" * 2
+    assert output.errors == "strict"
+
+
 def test_progress_of_a_sequence(capsys: pytest.CaptureFixture) -> None:
     assert list(progress(range(3), "x")) == [0, 1, 2]
     assert printed(capsys)[0].startswith("x: 3/3")

@@ -38,8 +38,8 @@ COUNTER = "num_batches_tracked"
 def load_backbone_weights(body: nn.Module, name: str, source: str) -> LoadReport:
     """Load trained weights into `body` and log what was loaded and dropped.
 
-    Supports files of SwAV, DINO, MoCo, torchvision, timm, DETR detectors and Siamese DETR, with or without the prefixes
-    `module.` and `backbone.` and the entries `state_dict` and `model`.
+    Supports files of SwAV, DINO, MoCo, torchvision, timm, LightlyTrain's exports, DETR detectors and Siamese DETR, with
+    or without prefixes such as `module.` and `backbone.` and the entries `state_dict` and `model`.
 
     Args:
         name: a torchvision ResNet or `timm:NAME`.

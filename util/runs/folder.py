@@ -27,6 +27,10 @@ from util.settings.frozen import CHECKPOINT, GIVEN
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS, EVAL_SETTINGS = "args.json", "eval_args.json"
+ANALYSIS = "analysis.json"
+BEST_IMAGES, WORST_IMAGES = "best_images.png", "worst_images.png"
+PRECISION_RECALL = "precision_recall.png"
+WANDB_RUN = "wandb_run.json"
 
 # Removed by --overwrite, so that no file of the old run is taken for one of the new run.
 RUN_FILES = (
@@ -42,6 +46,11 @@ RUN_FILES = (
     "curves.png",
     "predictions.png",
     "per_class.json",
+    ANALYSIS,
+    BEST_IMAGES,
+    WORST_IMAGES,
+    PRECISION_RECALL,
+    WANDB_RUN,
     "subset.json",
     "samples.png",
     "patches.png",

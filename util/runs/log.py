@@ -94,6 +94,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def main_metric(values: Mapping[str, Any]) -> float:
+    """Return what decides which epoch is the best: PQ of panoptic data, else AP of masks, else AP of boxes.
+
+    With a frozen detector the boxes of all epochs are the same. -1 without an evaluation.
+
+    values: a line of log.txt, or its `test_*` values.
+    """
+    if "test_PQ_all" in values:
+        return values["test_PQ_all"]["pq"]
+    stats = values.get("test_coco_eval_masks") or values.get("test_coco_eval_bbox") or [UNDEFINED]
+    return stats[0]
+
+
 def append_log(folder: Path | None, record: dict[str, object]) -> None:
     """Append an epoch to log.txt, on rank 0.
 

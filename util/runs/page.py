@@ -13,9 +13,20 @@ from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
 from util.plots.curves import BBOX_STATS, plot_logs
-from util.runs.folder import EVAL_SETTINGS, KEPT_FILES, SETTINGS, read_json_object
+from util.runs.folder import (
+    ANALYSIS,
+    BEST_IMAGES,
+    EVAL_SETTINGS,
+    KEPT_FILES,
+    PRECISION_RECALL,
+    SETTINGS,
+    WANDB_RUN,
+    WORST_IMAGES,
+    read_json_object,
+)
 from util.runs.html import render
-from util.runs.log import read_log
+from util.runs.log import main_metric, read_log
+from util.runs.page_analysis import class_bars, draw_precision_recall, read_analysis
 from util.settings import FINETUNE, PRETRAIN
 
 PAGE = "result.html"
@@ -32,17 +43,30 @@ FILES = {  # file -> its content
     "samples.png": "augmented training images with their boxes",
     "predictions.png": "predictions of the last evaluation next to the ground truth",
     "patches.png": "boxes predicted for query patches, after the last epoch",
+    WANDB_RUN: "with --wandb: id of the W&B run, which every start continues",
     "metrics.json": "metrics of the last evaluation",
     "per_class.json": "AP per class of the last evaluation",
+    ANALYSIS: "precision-recall curves, confusions, best and worst images of the last evaluation",
+    PRECISION_RECALL: "precision over recall of the last evaluation",
+    BEST_IMAGES: "images whose detections fit best in the last evaluation",
+    WORST_IMAGES: "images whose detections fit worst in the last evaluation",
+    "proposal_metrics.json": "class-agnostic metrics of the last evaluation",
+    "proposals.json": "boxes of the last class-agnostic evaluation in COCO format",
+    "objects.png": "proposals, predicted and ground-truth boxes (--viz)",
     "results.json": "detections of the last evaluation in COCO format",
     "checkpoint.pth": "latest checkpoint; --resume auto continues from it",
-    "checkpoint_best.pth": "checkpoint of the epoch with the best AP",
+    "checkpoint_best.pth": "checkpoint of the best epoch, by AP of boxes or masks, or panoptic quality",
 }
 PICTURES = (  # title, file, caption
     (
-        "Training curves",
-        "curves.png",
-        "Losses and AP per epoch. Solid: training, dashed: validation.",
+        "Best images",
+        BEST_IMAGES,
+        "Validation images whose detections fit best, by their F1 at the score above.",
+    ),
+    (
+        "Worst images",
+        WORST_IMAGES,
+        "Validation images whose detections fit worst.",
     ),
     (
         "Predictions on validation images",
@@ -55,12 +79,21 @@ PICTURES = (  # title, file, caption
         "Patches, where they were cropped from, and the boxes that the model predicts for them.",
     ),
     (
+        "Proposals, predicted and ground-truth boxes",
+        "objects.png",
+        "In each image as many boxes as it has objects; of the predicted ones those with the best scores.",
+    ),
+    (
         "Training images",
         "samples.png",
         "As the model sees them: augmented, and padded to the size of their batch (striped). "
         "Normalization is undone for display.",
     ),
 )
+EVALUATION_FIELDS = ("mAP", "mask AP", "PQ", "object_AP", "object_AR100")  # of curves.png
+PANOPTIC_ROWS = {"all": "PQ_all", "things": "PQ_th", "stuff": "PQ_st"}
+CLASS_METRICS = ("AP", "AP50", "mask AP")
+OBJECT_METRICS = ("AP", "AP50", "AP75", "AR1", "AR10", "AR100", "AR1000", "ARs", "ARm", "ARl")
 ENVIRONMENT_LABELS = {
     "code": "git commit",
     "cuda": "CUDA",
@@ -70,7 +103,7 @@ ENVIRONMENT_LABELS = {
 
 
 def update_run_page(folder: Path | None) -> None:
-    """Draw curves.png and write the page, on rank 0.
+    """Draw curves.png and precision_recall.png and write the page, on rank 0.
 
     A problem, such as a missing matplotlib, is logged once, and training continues.
     """
@@ -78,7 +111,9 @@ def update_run_page(folder: Path | None) -> None:
         return
     try:
         if (folder / "log.txt").is_file():
-            plot_logs(folder, [*loss_names(read_log(folder)), "mAP"], folder / "curves.png")
+            names = loss_names(read_log(folder))
+            plot_logs(folder, [*names, *EVALUATION_FIELDS], folder / "curves.png")
+        draw_precision_recall(folder)
     except UserError as error:
         _warn_once("no curves", error)
     try:
@@ -113,11 +148,20 @@ def write_run_page(folder: Path) -> Path:
         title=folder.resolve().name,
         summary=_summary(record),
         progress=_progress(entries, training.get("settings", {})),
+        headline=_headline(folder, entries),
         bbox_stats=BBOX_STATS,
-        average_precision=_average_precision(folder, entries),
+        average_precision=_average_precision(folder, entries, "coco_eval_bbox"),
+        mask_precision=_average_precision(folder, entries, "coco_eval_masks"),
+        panoptic_quality=_panoptic_quality(folder, entries),
+        object_metrics=OBJECT_METRICS,
+        class_agnostic=_class_agnostic(folder, entries),
         few_shot=_decimals(read_json_object(folder / "metrics.json").get("few_shot") or {}),
         loss_names=[name.replace("_", " ") for name in names],
         losses=_losses(entries, names),
+        curves=folder / "curves.png",
+        classes=_class_bars(folder),
+        analysis=read_analysis(folder),
+        precision_recall=folder / PRECISION_RECALL,
         pictures=[(title, folder / name, caption) for title, name, caption in PICTURES],
         settings=_settings_by_origin(record),
         environment=_environment(record),
@@ -200,17 +244,87 @@ def loss_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(names, key=lambda name: name != "loss")
 
 
-def _average_precision(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Rows:
-    """Return AP of the last and the best epoch, or of the evaluation in a folder without training."""
-    evaluated = evaluations(entries)
-    if evaluated:
-        last_epoch, last_stats = evaluated[-1]
-        best_epoch, best_stats = max(evaluated, key=lambda item: item[1][0])
-        found = {f"last epoch ({last_epoch})": last_stats, f"best epoch ({best_epoch})": best_stats}
-    else:
-        stats = read_json_object(folder / "metrics.json").get("coco_eval_bbox")
-        found = {"this evaluation": stats} if stats else {}
+def _evaluated(entries: Sequence[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """Return the values of `key` in the last and in the best evaluated epoch.
+
+    The best one is that of checkpoint_best.pth, and may not be the best in this metric.
+    """
+    found = [
+        (entry.get("epoch", i) + 1, entry) for i, entry in enumerate(entries) if entry.get(key)
+    ]
+    if not found:
+        return {}
+    last_epoch, last = found[-1]
+    best_epoch, best = max(found, key=lambda item: main_metric(item[1]))
+    return {f"last epoch ({last_epoch})": last[key], f"best epoch ({best_epoch})": best[key]}
+
+
+def _evaluated_or_eval(folder: Path, entries: Sequence[Mapping[str, Any]], key: str) -> Any:
+    """Return `_evaluated`, or the value of the evaluation in a folder without training."""
+    found = _evaluated(entries, f"test_{key}")
+    value = read_json_object(folder / "metrics.json").get(key)
+    return found or ({"this evaluation": value} if value else {})
+
+
+def _average_precision(folder: Path, entries: Sequence[Mapping[str, Any]], key: str) -> Rows:
+    found = _evaluated_or_eval(folder, entries, key)
     return _decimals({name: stats[: len(BBOX_STATS)] for name, stats in found.items()})
+
+
+def _panoptic_quality(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return PQ, SQ and RQ of all classes, things and stuff."""
+    rows = {}
+    for title, key in PANOPTIC_ROWS.items():
+        for when, values in _evaluated_or_eval(folder, entries, key).items():
+            rows[f"{title}, {when}"] = [values[name] for name in ("pq", "sq", "rq")]
+    return _decimals(rows)
+
+
+def _class_agnostic(folder: Path, entries: Sequence[Mapping[str, Any]]) -> Rows:
+    """Return class-agnostic AP and AR of the last epoch, or of the evaluation of a pre-trained model."""
+    rows: dict[str, list[float | None]] = {}
+    evaluated = [entry for entry in entries if "test_object_AP" in entry]
+    if evaluated:
+        name = f"last evaluation (epoch {evaluated[-1].get('epoch', 0) + 1})"
+        rows[name] = [evaluated[-1].get(f"test_object_{metric}") for metric in OBJECT_METRICS]
+    metrics = read_json_object(folder / "proposal_metrics.json")
+    if metrics:
+        rows["--eval"] = [metrics.get(name) for name in OBJECT_METRICS]
+        swapped = [metrics.get(f"{name}_swapped") for name in OBJECT_METRICS]
+        rows["boxes of another image (baseline)"] = swapped
+    return _decimals(rows)
+
+
+def _class_bars(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return title -> bars of each class of the last evaluation."""
+    record = read_json_object(folder / "per_class.json")
+    bars = {
+        "AP per class": class_bars(record.get("classes", []), CLASS_METRICS),
+        "Panoptic quality per class": class_bars(record.get("panoptic", []), ("PQ",)),
+    }
+    return {title: rows for title, rows in bars.items() if rows}
+
+
+def _headline(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Return the few (value, label) that people look for first."""
+    found = []
+    for key, label in (("PQ_all", "PQ"), ("coco_eval_masks", "mask AP"), ("coco_eval_bbox", "AP")):
+        values = _evaluated_or_eval(folder, entries, key)
+        if values:
+            when, best = list(values.items())[-1]
+            value = best["pq"] if isinstance(best, Mapping) else best[0]
+            found.append((f"{value:.3f}", f"{label}, {when}"))
+    boxes = _evaluated_or_eval(folder, entries, "coco_eval_bbox")
+    if boxes:
+        when, best = list(boxes.items())[-1]
+        found.append((f"{best[1]:.3f}", f"AP50, {when}"))
+    for name, cells in _class_agnostic(folder, entries)[:1]:
+        found.append((cells[OBJECT_METRICS.index("AR100")], f"class-agnostic AR100, {name}"))
+    if entries and entries[-1].get("train_loss") is not None:
+        found.append((f"{entries[-1]['train_loss']:.3f}", "training loss, last epoch"))
+    if entries and entries[-1].get("train_seconds"):
+        found.append((format_seconds(entries[-1]["train_seconds"]), "training time"))
+    return found
 
 
 def _losses(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Rows:

@@ -5,8 +5,9 @@ import random
 import secrets
 import signal
 import sys
+import threading
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,17 @@ import torch
 
 from util.checkpoints.adoption import settings_from_checkpoint
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, resolve_resume_path
-from util.distributed import all_gather_object, get_rank, init_distributed, shutdown
+from util.distributed import (
+    all_gather_object,
+    barrier,
+    get_rank,
+    init_distributed,
+    is_distributed,
+    shutdown,
+)
 from util.errors import NonFinite, StopRequested, UserError
-from util.logger import log, setup_logger
+from util.logger import log, logging_to_stdout, setup_logger
+from util.runs.process_state import restored_process_state
 from util.settings import FINETUNE, Settings, given_flags, resolve
 from util.settings.resolving import default_device
 from util.settings.value_types import AUTO
@@ -119,15 +128,26 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def kill_dataloader_workers() -> None:
-    """Kill all dataloader workers.
+def kill_dataloader_workers(keep: Collection[Any] = ()) -> None:
+    """Kill all dataloader workers, that is, all children that multiprocessing knows.
 
     They ignore the signals by which multiprocessing ends its children at exit. PyTorch's SIGCHLD handler is removed
-    first, since it reports a killed worker as an error.
+    meanwhile, since it reports a killed worker as an error.
+
+    keep: children to leave alone, which are not of the run.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children():
+    children = [child for child in multiprocessing.active_children() if child not in keep]
+    if not children:
+        return
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # Python allows signal handlers only there
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in children:
         child.kill()
+    for child in children:
+        child.join(timeout=5)
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def run_script(
@@ -148,11 +168,7 @@ def run_script(
         log.error("error: %s", one_line(error))
         status = 1
     except torch.OutOfMemoryError as error:
-        log.error(
-            "error: the GPU is out of memory (%s): lower --batch_size or --image_size, or use --amp bf16 or "
-            "--activation_checkpoint",
-            str(error).split(". ")[0],
-        )
+        log.error("error: %s", _out_of_memory(error))
         status = 1
     except StopRequested as stop:
         log.error("stopped: %s", stop)
@@ -171,6 +187,46 @@ def run_script(
         shutdown()
     if status:
         sys.exit(status)
+
+
+def run_in_program(main: Callable[[Namespace], Any], args: Namespace) -> None:
+    """Run an entry script's `main` inside a user's program or notebook: errors are raised, and nothing exits.
+
+    The log goes to standard output during the run. What a run changes in the whole process is restored at the end; a
+    process group that it joined is left.
+
+    Raises:
+        UserError: as the script, also if the GPU is out of memory.
+        StopRequested: a signal, such as the interrupt of a notebook, asked to stop; the run is saved.
+    """
+    children = multiprocessing.active_children()
+    had_group = is_distributed()
+    with restored_process_state(), logging_to_stdout():
+        try:
+            main(args)
+        except torch.OutOfMemoryError as error:
+            raise UserError(_out_of_memory(error)) from error
+        except StopRequested:
+            _leave_group(had_group)
+            raise
+        else:
+            _leave_group(had_group)
+        finally:
+            kill_dataloader_workers(keep=children)
+
+
+def _leave_group(had_group: bool) -> None:
+    """Destroy the process group unless it is the user's. Not after errors, see `run_script`."""
+    barrier()  # what rank 0 writes is complete on every rank
+    if not had_group:
+        shutdown()
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    return (
+        f"the GPU is out of memory ({str(error).split('. ')[0]}): lower --batch_size or --image_size, or use "
+        "--amp bf16 or --activation_checkpoint"
+    )
 
 
 def one_line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from util.settings.help import HelpFormatter
 from util.settings.parser import Parser, add_flags, make_parser
 from util.settings.resolving import given_flags, resolve, usable_cores
 from util.settings.right_script import check_right_script
-from util.settings.table import FINETUNE, PRETRAIN, Flag, flags_of
+from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS, Flag, flags_of
 
 
 def settings(script: str | None = None, **flags: Any) -> Settings:
@@ -36,21 +36,60 @@ def settings(script: str | None = None, **flags: Any) -> Settings:
     return resolve(checked_flags(script, flags), script=script)
 
 
-def checked_flags(script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that are not None, each with the value that the command line of `script` would give it.
+def arguments(script: str, flags: Mapping[str, Any]) -> argparse.Namespace:
+    """Return what the parser of `script` would return for these flags.
 
     Raises:
         UserError: A flag is unknown or a value is invalid.
     """
+    parsed = vars(make_parser(script).parse_args([]))
+    return argparse.Namespace(**{**parsed, **checked_flags(script, flags)})
+
+
+def checked_flags(script: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that are not None, each with the value that the command line of `script` would give it.
+
+    Args:
+        flags: Values by flag name without dashes. Other spellings of the command line are known too: `load_backbone`,
+            `no_aux_loss=True` for `aux_loss=False`.
+
+    Raises:
+        UserError: A flag is unknown or a value is invalid.
+    """
+    checked: dict[str, Any] = {}
+    for keyword, value in flags.items():
+        flag = _flag_of_keyword(script, keyword)
+        if value is None:
+            continue
+        if flag.name in checked:
+            raise UserError(f"{keyword} and {flag.name} are the same flag: give one of them")
+        checked[flag.name] = _checked_value(flag, value)
+        if keyword != flag.name and f"--{keyword}" == flag.off_switch:
+            checked[flag.name] = not checked[flag.name]
+    return checked
+
+
+def _flag_of_keyword(script: str, keyword: str) -> Flag:
+    """Return the flag that has this name or spelling, without dashes.
+
+    Raises:
+        UserError: The script has no such flag. The message has the reason, or the nearest flag.
+    """
     known = flags_of(script)
-    for name in flags:
-        if name not in known:
-            raise UserError(f"{name} is no flag of {script}{did_you_mean(name, known)}")
-    return {
-        name: _checked_value(known[name], value)
-        for name, value in flags.items()
-        if value is not None
-    }
+    if keyword in known:
+        return known[keyword]
+    spelling = f"--{keyword}"
+    for flag in known.values():
+        if spelling in (flag.off_switch, *flag.aliases):
+            return flag
+
+    message = f"{keyword} is no flag of {script}"
+    if spelling in UNSUPPORTED_FLAGS:
+        raise UserError(f"{message}: {UNSUPPORTED_FLAGS[spelling][1]}")
+    other = FINETUNE if script == PRETRAIN else PRETRAIN
+    if keyword in flags_of(other):
+        raise UserError(f"{message}, but of {other}")
+    raise UserError(f"{message}{did_you_mean(keyword, known)}")
 
 
 def _checked_value(flag: Flag, value: Any) -> Any:
@@ -84,6 +123,7 @@ __all__ = [
     "Parser",
     "Settings",
     "add_flags",
+    "arguments",
     "checked_flags",
     "check_right_script",
     "flags_of",

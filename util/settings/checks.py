@@ -176,8 +176,9 @@ def check_speed(settings: Settings) -> None:
         raise UserError("--batch_size auto measures training steps: give a number to evaluate")
     if settings.profile and (settings.eval or settings.dry_run):
         raise UserError("--profile profiles a training run: omit --eval and --dry_run")
-    if settings.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("--tensorboard needs the package tensorboard: pip install tensorboard")
+    for name in ("tensorboard", "wandb"):
+        if getattr(settings, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"--{name} needs the package {name}: pip install {name}")
 
 
 def check_data(settings: Settings) -> None:

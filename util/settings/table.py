@@ -194,6 +194,13 @@ FLAGS: tuple[Flag, ...] = (
             requires=("--output_dir", lambda settings: bool(settings["output_dir"])),
         ),
         Flag(
+            "wandb",
+            "also send the values of log.txt and log_steps.txt to Weights & Biases; WANDB_MODE, WANDB_PROJECT, "
+            "WANDB_ENTITY and WANDB_NAME are W&B's own settings",
+            per_launch=True,
+            requires=("--output_dir", lambda settings: bool(settings["output_dir"])),
+        ),
+        Flag(
             "profile",
             "profile this many training steps after a warm-up; trace and table are written to profile/ in --output_dir",
             positive(),

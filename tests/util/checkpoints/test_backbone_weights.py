@@ -86,6 +86,16 @@ LAYOUTS = {
         "meta": {},
         "state_dict": {**prefixed(without_fc(s), "backbone."), "patch2query.bias": torch.ones(2)},
     },
+    # LightlyTrain exports a plain state dict of the network, here also with prefixes of a student and a teacher.
+    "lightly_export": lambda s: {"state_dict": dict(s)},
+    "lightly_prefixes": lambda s: {
+        "epoch": 9,
+        "state_dict": {
+            **prefixed(other(s), "student_embedding_model.wrapped_model._model."),
+            **prefixed(s, "teacher_embedding_model.wrapped_model._model."),
+            "teacher_projection_head.layers.0.weight": torch.ones(2, 2),
+        },
+    },
     "module_backbone": lambda s: {"model": prefixed(s, "module.backbone.")},
 }
 

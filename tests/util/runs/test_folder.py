@@ -36,7 +36,10 @@ from util.errors import UserError
 from util.plots import boxes
 from util.runs import page as run_page
 from util.runs.folder import collect_environment, git_revision, log_settings, read_json_object
+from util.runs.html import slug
+from util.runs.log import main_metric, write_log
 from util.runs.page import commands, update_run_page, write_run_page
+from util.runs.page_analysis import confusion_table
 from util.runs.session import start_session
 from util.settings import FINETUNE, PRETRAIN, resolve
 from util.settings.frozen import GIVEN
@@ -74,14 +77,19 @@ class Reader(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open, self.text, self.titles, self.pictures = [], "", [], []
+        self.alternatives, self.links, self.anchors = [], [], []
         self.feed(text)
         assert self.open == ["html"] or not self.open
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
         if tag == "img":
             self.pictures.append(dict(attrs)["src"])
+            self.alternatives.append(dict(attrs)["alt"])
         elif tag not in ("meta", "br"):
             self.open.append(tag)
+        if tag == "a":
+            self.links.append(dict(attrs)["href"])
+        self.anchors += [dict(attrs)["id"]] if "id" in dict(attrs) else []
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -298,12 +306,24 @@ def test_page_of_a_fine_tuning_run(runs: Path) -> None:
         "Files in this folder",
         "Commands",
     } <= set(shown.titles)
-    assert len(shown.pictures) == 3
-    assert all(source.startswith("data:image/png;base64,") for source in shown.pictures)
+    assert {"AP per class", "Precision and recall", "Confusions", "Worst images"} <= set(
+        shown.titles
+    )
+    has_best = (runs / "second" / "best_images.png").exists()  # of an untrained model
+    assert len(shown.pictures) == 5 + has_best
+    assert all(
+        source.startswith(("data:image/png;base64,", "data:image/jpeg;base64,"))
+        for source in shown.pictures
+    )
+    assert all(shown.alternatives), "every picture has a text"
+    assert set(shown.links) == {f"#{slug(title)}" for title in shown.titles[1:]}
+    assert set(shown.links) <= {f"#{anchor}" for anchor in shown.anchors}
     with Image.open(runs / "second" / "curves.png") as image:
         image.load()
         assert min(image.size) > 100
     assert "Epochs finished: 1 of 1" in shown.text
+    record = json.loads((runs / "second" / "analysis.json").read_text())
+    assert record["worst_images"][0]["file_name"] in shown.text
     assert f"from {runs / 'first' / 'checkpoint.pth'}" in shown.text
     (entry,) = read_log(runs / "second")
     assert f"{entry['train_loss']:.3f}" in shown.text
@@ -320,6 +340,61 @@ def test_page_of_a_pre_training_run(runs: Path) -> None:
         "Training images",
     } <= set(shown.titles)
     assert "random_query_patch" in shown.text
+
+
+def test_the_best_epoch_of_the_page_is_that_of_the_best_checkpoint(tmp_path: Path) -> None:
+    """By PQ, else AP of masks, else AP of boxes: here the three have their best in different epochs."""
+    boxes, masks, quality = [0.3, 0.2, 0.1], [0.1, 0.35, 0.2], [0.1, 0.2, 0.4]
+    entries: list[dict] = [
+        {"epoch": i, "test_coco_eval_bbox": [ap] * 12} for i, ap in enumerate(boxes)
+    ]
+    rows = []
+    for key, values in ((None, boxes), ("test_coco_eval_masks", masks), ("test_PQ_all", quality)):
+        for entry, value in zip(entries, values, strict=True):
+            if key:
+                panoptic = {"pq": value, "sq": 0.5, "rq": 0.5}
+                entry[key] = panoptic if key == "test_PQ_all" else [value] * 12
+        write_log(tmp_path, entries)
+        write_run_page(tmp_path)
+        rows.append(
+            re.findall(r"best epoch \(\d\)</th><td>[\d.]+", (tmp_path / "result.html").read_text())
+        )
+        assert max(map(main_metric, entries)) == max(values)
+    number = "best epoch ({})</th><td>{:.3f}".format
+    assert rows == [
+        [number(1, 0.3)],
+        [number(2, 0.2), number(2, 0.35)],
+        [number(3, 0.1), number(3, 0.2), number(3, 0.4)],
+    ]
+
+
+def test_the_page_stays_small(tmp_path: Path) -> None:
+    """With pictures of noise, which no format compresses well."""
+    noise = np.random.default_rng(0).integers(0, 256, (650, 900, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    for name in ("predictions.png", "samples.png", "best_images.png", "worst_images.png",
+                 "patches.png", "objects.png", "curves.png", "precision_recall.png"):  # fmt: skip
+        picture.save(tmp_path / name, compress_level=0)
+    path = write_run_page(tmp_path)
+    assert len(read_page(tmp_path).pictures) == 8
+    assert path.stat().st_size < 3_000_000
+
+
+def test_confusion_table_merges_rare_classes() -> None:
+    confusions = {(1, 1): 5, (1, 2): 1, (2, None): 3, (3, 1): 1, (None, 4): 2}
+    names = {1: "cat", 2: "dog", 3: "cow"}
+    table = confusion_table(confusions, names)
+    assert table.columns == ["cat", "dog", "cow", "class 4", "missed"]
+    assert [name for name, _ in table.rows] == ["cat", "dog", "cow", "class 4", "no object"]
+    counts = [[cell.count for cell in cells] for _, cells in table.rows]
+    assert counts == [[5, 1, 0, 0, 0], [0, 0, 0, 0, 3], [1, 0, 0, 0, 0], [0] * 5, [0, 0, 0, 2, 0]]
+    assert [cell.fraction for cell in table.rows[0][1][:2]] == [5 / 6, 1 / 6]
+    assert [cell.is_right for cell in table.rows[0][1]] == [True, False, False, False, False]
+
+    table = confusion_table(confusions, names, limit=1)
+    assert table.columns == ["cat", "other classes", "missed"]
+    counts = [[cell.count for cell in cells] for _, cells in table.rows]
+    assert counts == [[5, 1, 0], [1, 0, 3], [0, 2, 0]]
 
 
 def test_page_of_an_evaluation(runs: Path) -> None:

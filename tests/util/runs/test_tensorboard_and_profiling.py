@@ -1,18 +1,20 @@
-"""`--tensorboard` and `--profile`: what a run writes besides its log."""
+"""`--tensorboard`, `--wandb` and `--profile`: what a run writes besides its log."""
 
 import importlib.util
 import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.tiny import FROZEN, captured_log, fine_tune, read_checkpoint, tiny_args, write_coco
 from util.errors import UserError
+from util.runs.boards import scalars
 from util.runs.profiling import WARM_UP_STEPS, StepProfiler
-from util.runs.tensorboard import scalars
+from util.runs.weights_and_biases import WeightsAndBiases
 from util.settings import FINETUNE
 
 
@@ -33,6 +35,33 @@ class Writer:
     def close(self) -> None: ...
 
 
+class FakeRun:
+    """Takes the place of a W&B run."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.logged, self.finished = options, [], False
+        self.id = options["id"] or "chosen-id"
+
+    def define_metric(self, name: str, **options: Any) -> None: ...
+
+    def log(self, values: dict[str, float]) -> None:
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
+    """The runs that a stand-in of the package wandb has started."""
+    runs: list[FakeRun] = []
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: runs.append(FakeRun(**options)) or runs[-1]
+    module.Settings, module.Error = dict, type("Error", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return runs
+
+
 @pytest.fixture
 def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("torch.utils.tensorboard")
@@ -41,10 +70,11 @@ def _installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: module)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install tensorboard"):
-        tiny_args(FINETUNE, "--tensorboard", "--output_dir", "somewhere")
+    with pytest.raises(UserError, match=f"--{name} needs .* pip install {name}"):
+        tiny_args(FINETUNE, f"--{name}", "--output_dir", "somewhere")
 
 
 def test_names_of_values() -> None:
@@ -66,7 +96,7 @@ def test_names_of_values() -> None:
 
 @pytest.mark.usefixtures("_installed")
 def test_second_start_writes_both_logs_once_and_keeps_the_chosen_batch_size(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wandb_runs: list[FakeRun]
 ) -> None:
     words = [
         "--coco_path",
@@ -80,7 +110,7 @@ def test_second_start_writes_both_logs_once_and_keeps_the_chosen_batch_size(
     monkeypatch.setattr("memory._largest_batch_size", lambda *args: 2)
     fine_tune(*words, "--epochs", 1)  # without --tensorboard: the next start writes it, too
     monkeypatch.setattr("memory._largest_batch_size", lambda *args: 4)
-    fine_tune(*words, "--epochs", 2, "--tensorboard")
+    fine_tune(*words, "--epochs", 2, "--tensorboard", "--wandb")
 
     log = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
     epochs = [row[1:] for row in Writer.written if row[0] == "epoch/train_loss"]
@@ -89,6 +119,75 @@ def test_second_start_writes_both_logs_once_and_keeps_the_chosen_batch_size(
     assert [row[2] for row in Writer.written if row[0] == "step/loss"] == [1, 2, 3, 4]
     assert Writer.folder == str(tmp_path / "run" / "tensorboard")
     assert read_checkpoint(tmp_path / "run" / "checkpoint.pth")["args"]["batch_size"] == 2
+
+    (run,) = wandb_runs
+    assert run.finished
+    assert run.options["config"]["hidden_dim"] == 32
+    assert (run.options["project"], run.options["name"]) == ("predetr", "run")
+    sent = [
+        (name, value, values.get("epoch", values.get("step")))
+        for values in run.logged
+        for name, value in values.items()
+        if "/" in name
+    ]
+    assert sent == Writer.written, "both boards get the same"
+
+
+def test_every_start_continues_the_run_of_wandb(
+    tmp_path: Path, wandb_runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_NAME", "mine")
+    (tmp_path / "log.txt").write_text('{"epoch": 0, "train_loss": 2.0}\n')
+    for start in range(2):
+        board = WeightsAndBiases(tmp_path, 10, {})
+        board.add_logs(tmp_path, 1)
+        board.add_step({"epoch": 1, "step": 3, "loss": 1.0})
+        board.add_epoch({"epoch": 1 + start, "train_loss": 1.0})
+        board.close()
+    first, second = wandb_runs
+    assert (first.options["id"], second.options["id"]) == (None, "chosen-id")
+    assert first.options["name"] == "mine"
+    assert first.logged == [
+        {"epoch": 0, "epoch/train_loss": 2.0},
+        {"step": 13, "step/loss": 1.0},
+        {"epoch": 1, "epoch/train_loss": 1.0},
+    ]
+    assert second.logged == [{"epoch": 2, "epoch/train_loss": 1.0}], "nothing is sent twice"
+
+
+def test_a_missing_login_of_wandb_is_one_line(
+    tmp_path: Path, wandb_runs: list[FakeRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    def refuse(**options: Any) -> None:
+        raise wandb.Error("api_key not configured\nmore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(UserError, match=r"^--wandb: api_key not configured; run `wandb login`"):
+        WeightsAndBiases(tmp_path, 10, {})
+
+
+def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package itself: two starts write two files of one run."""
+    wandb = pytest.importorskip("wandb", reason="wandb is an extra")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for epoch, loss in ((0, 1.5), (1, 1.25)):
+        board = WeightsAndBiases(tmp_path, 10, {"lr": 1e-4})
+        board.add_epoch({"epoch": 0, "train_loss": 1.5})
+        board.add_epoch({"epoch": epoch, "train_loss": loss})
+        board.close()
+    wandb.teardown()  # waits until the files are complete
+    run_id = json.loads((tmp_path / "wandb_run.json").read_text())["id"]
+    files = [
+        path.read_bytes()
+        for path in sorted(tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))
+    ]
+    assert [(b"epoch/train_loss" in file, b"1.5" in file, b"1.25" in file) for file in files] == [
+        (True, True, False),
+        (True, False, True),
+    ]
 
 
 def test_profile_of_two_steps(tmp_path: Path) -> None:
