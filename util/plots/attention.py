@@ -71,7 +71,7 @@ def draw_colored_maps(
 def draw_samples(
     image: np.ndarray, points_xy: Any, weights: Any, reference_xy: Any | None = None
 ) -> np.ndarray:
-    """Return the image, a little darker, with K sampling points: bright and large where the weight is high.
+    """Return the image, darker and paler, with K sampling points: bright and large where the weight is high.
 
     Args:
         points_xy: [K, 2]. Points outside of the image are not drawn.
@@ -80,16 +80,16 @@ def draw_samples(
     """
     points = as_array(points_xy).reshape(-1, 2)
     relative = as_array(weights).reshape(-1)
-    relative = relative / max(float(relative.max(initial=0)), 1e-12)  # [K] in 0..1
+    relative = (relative / max(float(relative.max(initial=0)), 1e-12)) ** GAMMA  # [K] in 0..1
     colors = heat_colors(0.25 + 0.75 * relative).round().astype(int)
-    radius = max(2.0, max(image.shape[:2]) / 110)
+    radius = max(2.0, max(image.shape[:2]) / 90)
 
-    base = Image.fromarray(_to_pixels(image * 0.75))
+    base = Image.fromarray(_to_pixels(image * 0.35 + _dimmed_gray(image) * 0.6))
     size_wh = base.size
     canvas = base.resize((size_wh[0] * SUPERSAMPLING, size_wh[1] * SUPERSAMPLING))
     draw = ImageDraw.Draw(canvas)
     for i in np.argsort(relative, kind="stable"):  # the heaviest last, on top
-        r = radius * (0.5 + 0.6 * relative[i])
+        r = radius * (0.45 + 0.65 * relative[i])
         x, y = points[i]
         box = tuple(SUPERSAMPLING * value for value in (x - r, y - r, x + r, y + r))
         draw.ellipse(box, fill=tuple(colors[i]), outline=(0, 0, 0))
