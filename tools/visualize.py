@@ -42,8 +42,8 @@ COMMANDS: dict[str, ModuleType] = {
 def parse(argv: list[str]) -> Namespace:
     command, words = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("-h", "--help"):
-        print(overview())  # noqa: T201  # as argparse does
-        raise SystemExit(0 if argv else 2)
+        sys.stdout.write(overview() + "\n")
+        Parser(NAME).exit(0 if argv else 2)
     if command not in COMMANDS:
         raise UserError(f"{command} is no sub-command: choose one of {', '.join(COMMANDS)}")
     args = command_parser(command, words).parse_args(words)
