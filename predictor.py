@@ -41,6 +41,7 @@ from datasets.labelled.coco import labelled_transforms
 from datasets.sample import BadImageError, Target
 from datasets.transforms import Transform
 from models import build_model
+from models.attention_maps import ImageAttention, record_attention
 from models.postprocess import ClassAgnosticPostProcess
 from models.trainable import TrainableModel
 from util.bf16 import AMP_DTYPES, log_bf16
@@ -91,6 +92,7 @@ class Prediction:
         rles: masks as run-length encodings in COCO's compressed format, K of them; None without a mask head.
         panoptic: segmentation of the image; None if the detector is not a panoptic one.
         best_score: highest score in the image, also of objects that are left out.
+        queries: int64 [K], the object query of each; None if it is not known.
     """
 
     scores: Tensor
@@ -102,6 +104,7 @@ class Prediction:
     rles: list[RLE] | None = None
     panoptic: Panoptic | None = None
     best_score: float = 0.0
+    queries: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -129,6 +132,7 @@ class Prediction:
             names=[self.names[i] for i in keep],
             category_ids=[self.category_ids[i] for i in keep],
             rles=None if self.rles is None else [self.rles[i] for i in keep],
+            queries=None if self.queries is None else self.queries[keep],
         )
 
     def to_coco(self, image_id: int) -> list[dict[str, Any]]:
@@ -356,6 +360,26 @@ class Predictor:
             for result, (height, width) in zip(results, orig_sizes.tolist(), strict=True)
         ]
 
+    def attention(
+        self, image: ImageInput, *, threshold: float = 0.5, layers: Iterable[int] | None = None
+    ) -> tuple[Prediction, ImageAttention]:
+        """Detect objects in one image, and return the attention of the detector in pixels of the image.
+
+            prediction, attention = predictor.attention("image.jpg")
+            heat = attention.decoder_map(query=prediction.queries[0])  # of the best object, [h, w]
+
+        Args:
+            image, threshold: as for a call.
+            layers: the layers to record, see `models.attention_maps.record_attention`. Default: all.
+
+        Raises:
+            UserError: the image can't be read, there is no such layer, or the detector is compiled.
+        """
+        pixels = to_uint8_tensor(image, self.exif)
+        with record_attention(self.model, layers) as attention:
+            prediction = self(pixels, threshold=threshold)
+        return prediction, attention.image(0, prediction.size_hw)
+
     def _prediction(self, result: dict[str, Any], size_hw: tuple[int, int]) -> Prediction:
         # Softmax detectors have one result per query, in the order of the queries. A stable sort keeps ties in it.
         order = result["scores"].argsort(descending=True, stable=True)  # [K]
@@ -374,6 +398,7 @@ class Predictor:
             rles=None if rles is None else [rles[i] for i in order.tolist()],
             panoptic=None if panoptic is None else self._panoptic(panoptic),
             best_score=result["best_score"],
+            queries=result["queries"][order],
         )
 
     def _panoptic(self, result: dict[str, Any]) -> Panoptic:

@@ -63,16 +63,31 @@ def draw_samples(
     """
     if folder is None or not is_main_process():
         return
-    class_names = getattr(dataset, "class_names", {})
     try:
-        samples = [dataset[(epoch, index)] for index in _evenly_spaced(len(dataset), count)]
-        rows = []
-        for start in range(0, len(samples), batch_size):
-            batch = samples[start : start + batch_size]
-            rows += samples_to_rows(batch, normalization["mean"], normalization["std"])
-        sample_page(rows, class_names, folder / "samples.png")
+        write_samples(folder / "samples.png", dataset, batch_size, epoch, normalization, count)
     except UserError as error:
         log.warning("no page of training samples: %s", error)
+
+
+def write_samples(
+    path: Path,
+    dataset: SampleDataset,
+    batch_size: int,
+    epoch: int,
+    normalization: Mapping[str, Sequence[float]],
+    count: int = NUM_IMAGES,
+) -> None:
+    """Write the page of `draw_samples`.
+
+    Raises:
+        UserError: images can't be used, or the page can't be written.
+    """
+    samples = [dataset[(epoch, index)] for index in _evenly_spaced(len(dataset), count)]
+    rows = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        rows += samples_to_rows(batch, normalization["mean"], normalization["std"])
+    sample_page(rows, getattr(dataset, "class_names", {}), path)
 
 
 def _evenly_spaced(length: int, count: int) -> list[int]:
@@ -231,15 +246,31 @@ def draw_found_patches(
     """
     if folder is None or not is_main_process() or not hasattr(model, "patch_boxes"):
         return
-    model.eval()
     try:
-        rows = []
-        for index in _evenly_spaced(len(dataset), count):
-            results = predict_patches(model, dataset[(0, index)], normalization, device)
-            rows += [result.row() for result in results]
-        patch_page(rows, folder / "patches.png")
+        write_patches(folder / "patches.png", model, dataset, normalization, device, count)
     except UserError as error:
         log.warning("no page of patches: %s", error)
+
+
+def write_patches(
+    path: Path,
+    model: Any,
+    dataset: SampleDataset,
+    normalization: Mapping[str, Sequence[float]],
+    device: torch.device,
+    count: int,
+) -> None:
+    """Write the page of `draw_found_patches`.
+
+    Raises:
+        UserError: images can't be used, or the page can't be written.
+    """
+    model.eval()
+    rows = []
+    for index in _evenly_spaced(len(dataset), count):
+        results = predict_patches(model, dataset[(0, index)], normalization, device)
+        rows += [result.row() for result in results]
+    patch_page(rows, path)
 
 
 # ------------------------------------------------------------------------------------- proposals, objects, ground truth

@@ -3,12 +3,15 @@
 Shapes: B images, Q queries, S keys, D model width, H heads, G query groups.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cuda
 from torch.nn import functional
+
+from models.precision import full_precision, without_autocast
 
 FUSED_KERNELS = {
     "flash": cuda.can_use_flash_attention,
@@ -72,32 +75,37 @@ def attention_weights(
     padding_mask: Tensor | None = None,
     query_groups: int = 1,
 ) -> Tensor:
-    """Return the weights of `attend` without dropout, averaged over the heads.
+    """Return the weights of `attend` without dropout.
 
     Returns:
-        [B, Q, S], rows sum to 1; with query groups [B * G, Q / G, Q / G].
+        float32 [B, H, Q, S], rows sum to 1; with query groups [B * G, H, Q / G, Q / G].
     """
     query, key = (fold_groups(x, query_groups) for x in (query, key))
     query, key = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (query, key))
-    logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5  # [B, H, Q, S]
-    if padding_mask is not None:
-        logits = logits.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-    return logits.softmax(-1).mean(1)  # [B, Q, S]
+    with without_autocast(query):
+        query, key = full_precision(query), full_precision(key)
+        logits = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5  # [B, H, Q, S]
+        if padding_mask is not None:
+            logits = logits.masked_fill(padding_mask[:, None, None, :], float("-inf"))
+        return logits.softmax(-1)
 
 
-class HookedAttention(nn.Module):
-    """Base of attention modules: a forward hook gets (output, weights), as of `torch.nn.MultiheadAttention`.
+class ObservedAttention(nn.Module):
+    """Base of attention modules, whose weights can be read in two ways. Without either, none are computed.
 
-    Published code reads attention maps as `output[1]` in a hook. Callers always get the output only. Without a hook
-    no weights are computed.
+    - `models.attention_maps.record_attention` sets `record`, which is called with the weights of each head.
+    - A forward hook gets (output, weights), as of `torch.nn.MultiheadAttention`: published code reads attention maps
+      as `output[1]` in a hook. Callers always get the output only.
     """
+
+    record: Callable[[Any], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         out = super().__call__(*args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
 
-class _DotProductAttention(HookedAttention):
+class _DotProductAttention(ObservedAttention):
     """Scaled dot-product attention with an output projection."""
 
     num_heads: int
@@ -116,10 +124,13 @@ class _DotProductAttention(HookedAttention):
         dropout = self.dropout if self.training else 0.0
         out = attend(query, key, value, self.num_heads, padding_mask, dropout, query_groups)
         out = self.out_proj(out)
-        if not self._forward_hooks:
+        if self.record is None and not self._forward_hooks:
             return out
         with torch.no_grad():
-            return out, attention_weights(query, key, self.num_heads, padding_mask, query_groups)
+            weights = attention_weights(query, key, self.num_heads, padding_mask, query_groups)
+        if self.record is not None:
+            self.record(weights)
+        return (out, weights.mean(1)) if self._forward_hooks else out
 
 
 def usable_kernels(

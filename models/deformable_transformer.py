@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.attention import HookedAttention, MultiheadAttention
+from models.attention import MultiheadAttention, ObservedAttention
 from models.classification import inverse_sigmoid
 from models.detector import Memory, full_precision, to_weight_dtype, without_autocast
 from models.ms_deform_attn import ms_deform_attn
@@ -48,11 +48,25 @@ class DeformableMemory(Memory):
         return self.valid_sizes_wh / self.sizes_wh
 
 
-class DeformableAttention(HookedAttention):
+@dataclass
+class SampledAttention:
+    """What deformable attention reads for each query. Points are (x, y) relative to the padded maps, in [0, 1] inside.
+
+    references: points [B, Q, L, 2] or boxes (cx, cy, w, h) [B, Q, L, 4].
+    locations: the sampling points, float32 [B, Q, H, L, P, 2].
+    weights: float32 [B, Q, H, L, P]; those of a head sum to 1.
+    """
+
+    references: Tensor
+    locations: Tensor
+    weights: Tensor
+
+
+class DeformableAttention(ObservedAttention):
     """Multi-scale deformable attention (equation 3).
 
     Sampling offsets and attention weights are predicted from the query alone; there are no keys.
-    A forward hook gets (output, weights [B, Q, H, L, P]).
+    A forward hook gets (output, weights [B, Q, H, L, P]), `record` a `SampledAttention`.
     """
 
     def __init__(
@@ -125,16 +139,19 @@ class DeformableAttention(HookedAttention):
         weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(-1)  # [B, Q, H, L * P]
         weights = weights.unflatten(-1, sample_shape[1:])  # [B, Q, H, L, P]
 
-        references = references[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
-        if references.shape[-1] == 2:
+        anchors = references[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+        if anchors.shape[-1] == 2:
             # Offsets are in cells of each map.
-            locations = references + offsets / memory.sizes_wh[:, None]  # [B, Q, H, L, P, 2]
+            locations = anchors + offsets / memory.sizes_wh[:, None]  # [B, Q, H, L, P, 2]
         else:
             # Offsets scale with the box. Initially point p is at (p + 1) / P of half its sides.
-            centers, sides = references[..., :2], references[..., 2:]
+            centers, sides = anchors[..., :2], anchors[..., 2:]
             locations = centers + offsets / self.num_points * sides * 0.5  # [B, Q, H, L, P, 2]
         sampled = ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
         out = self.output_proj(sampled)  # [B, Q, D]
+        if self.record is not None:
+            read = (references, locations, weights)
+            self.record(SampledAttention(*(x.detach() for x in read)))
         return (out, weights.detach()) if self._forward_hooks else out
 
     def _predict_samples(self, query: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,8 +105,8 @@ class ClassAgnosticPostProcess(nn.Module):
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
         labels = torch.ones_like(order)
         return [
-            {"scores": s, "labels": k, "boxes": b}
-            for s, k, b in zip(scores, labels, boxes_xyxy_abs, strict=True)
+            {"scores": s, "labels": k, "boxes": b, "queries": q}
+            for s, k, b, q in zip(scores, labels, boxes_xyxy_abs, order, strict=True)
         ]
 
 

@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument(
         "--threshold",
-        type=_score,
+        type=score_value,
         default=0.5,
         metavar="SCORE",
         help="lowest score of an object, from 0 to 1 (default: 0.5)",
@@ -116,7 +116,8 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-def _score(text: str) -> float:
+def score_value(text: str) -> float:
+    """Return a score in [0, 1] of the command line."""
     try:
         value = float(text)
     except ValueError:
@@ -250,7 +251,9 @@ def panoptic_content(predictions: Predictions, classes: Classes) -> dict[str, An
     }
 
 
-def picture_path(folder: Path, image_id: int, name: str, suffix: str = OBJECTS_SUFFIX) -> Path:
+def picture_path(
+    folder: Path, image_id: int, name: str, suffix: str = OBJECTS_SUFFIX, kind: str = ""
+) -> Path:
     """Return the file of a picture. File names may repeat in a tree of folders; the id in front is unique.
 
     A name that would be too long for the file system is shortened.
@@ -259,7 +262,7 @@ def picture_path(folder: Path, image_id: int, name: str, suffix: str = OBJECTS_S
         limit = os.pathconf(folder.parent, "PC_NAME_MAX")
     except (AttributeError, OSError, ValueError):  # Windows, or a file system that does not say
         limit = DEFAULT_NAME_BYTES
-    prefix = f"{image_id:06d}_"
+    prefix = f"{kind}{image_id:06d}_"
     space = limit - len(f".{prefix}{suffix}.tmp")  # `write_atomically` first writes .NAME.tmp
     stem = os.fsencode(Path(name).stem)
     if len(stem) > space:

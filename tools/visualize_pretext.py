@@ -74,6 +74,11 @@ def parse(argv: list[str]) -> Namespace:
         metavar="N",
         help=f"number of images to draw (default: {NUM_IMAGES})",
     )
+    add_box_flag(parser)
+    return parser.parse_args(argv)
+
+
+def add_box_flag(parser: Parser) -> None:
     parser.add_argument(
         "--boxes",
         type=float,
@@ -82,7 +87,6 @@ def parse(argv: list[str]) -> Namespace:
         help="cut the query patches from these boxes, four values x0 y0 x1 y1 in pixels for each; use it with one "
         "image (default: the pretext's own boxes)",
     )
-    return parser.parse_args(argv)
 
 
 class FixedBoxes:
@@ -114,6 +118,14 @@ def check_arguments(args: Namespace, settings: Settings) -> None:
     """
     if not settings.output_dir:
         raise UserError("the pictures have no folder to go to: add --output_dir DIR")
+    check_boxes(args)
+
+
+def check_boxes(args: Namespace) -> None:
+    """
+    Raises:
+        UserError: a box of `--boxes` has not four values.
+    """
     if args.boxes and len(args.boxes) % 4:
         raise UserError(
             f"--boxes has {len(args.boxes)} numbers: give four, x0 y0 x1 y1, for each box"

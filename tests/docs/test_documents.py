@@ -96,6 +96,7 @@ REQUIRED_EXTRAS = {
     "docs/outputs.md": ("matplotlib",),
     "docs/proposals.md": ("cv2",),
     "docs/large_data.md": ("cv2",),
+    "docs/visualization.md": ("cv2",),
 }
 ON_CPU = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
 SMALL_TOOLS = {
@@ -116,6 +117,13 @@ SMALL_TOOLS = {
     "tools/benchmark.py gpu": ["--device", "cpu", "--tiny", "--parts", "resume"],
     "tools/predict.py": ON_CPU,
     "tools/evaluate_proposals.py": ON_CPU,
+    "tools/visualize.py samples": [*ON_CPU, *MODEL_FLAGS],
+    "tools/visualize.py attention": ["--device", "cpu", "--image_size", "64"],
+    "tools/visualize.py sampling": ["--device", "cpu", "--image_size", "64"],
+    "tools/visualize.py patches": ON_CPU,
+    "tools/visualize.py proposals": ["--device", "cpu"],
+    "tools/visualize.py class_agnostic": ["--device", "cpu", "--image_size", "64"],
+    "tools/visualize.py errors": ON_CPU,
 }
 SCENES = ["--num_train", "4", "--num_val", "2", "--num_unlabelled", "4"]
 # Stands in for programs: prints its arguments. `python -c CODE` prints nothing.
@@ -193,7 +201,13 @@ def given_file(path: str, words: list[str]) -> dict:
         return {"model": filled(shapes("detr", *SMALL, outputs=251))}
     usual = "deformable_detr" if "DETReg" in path else "detr"
     detector = words[words.index("--detector") + 1] if "--detector" in words else usual
-    if "updetr" in words or words[0] == "tools/visualize_pretext.py":
+    if words[:2] == ["tools/visualize.py", "sampling"]:
+        detector = "deformable_detr"
+    if (
+        "updetr" in words
+        or words[0] == "tools/visualize_pretext.py"
+        or words[:2] == ["tools/visualize.py", "patches"]
+    ):
         return {"model": filled(updetr(*SMALL))}
     if "DETReg_top" in path or "detreg" in words:
         return {"model": filled(detreg(detector, *SMALL))}

@@ -1,0 +1,57 @@
+"""notebooks/: each runs from top to bottom as it is, without a checkpoint, and is stored without outputs."""
+
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+pytest.importorskip("ipykernel", reason="ipykernel is not installed")
+
+FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+FAST = "detr_in_fifty_lines"
+# What a run must print, and the number of pictures it must show.
+EXPECTED = {
+    "detection_with_attention": ("random weights", "layers of (1, 8, 20, 96)", 4),
+    "detr_in_fifty_lines": ("step 0: loss", "step 149: loss", 1),
+    "detreg_class_agnostic_boxes": ("random weights", "(10, 4)", 2),
+    "panoptic_segmentation": ("random weights", "masks of the best objects", 2),
+    "updetr_patch_detection": ("random weights", "patch 3: score", 1),
+}
+
+
+def test_all_notebooks_are_known() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_stored_without_outputs(path: Path) -> None:
+    """Outputs would fill the history with pictures."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    text = "\n".join(cell.source for cell in notebook.cells)
+    if "CHECKPOINT" in text:
+        assert 'CHECKPOINT = ""' in text
+        assert "*random*" in text, "the text says that the weights are random"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, marks=[] if p.stem == FAST else pytest.mark.slow) for p in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
+def test_notebooks_run(path: Path) -> None:
+    if path.stem != FAST:
+        pytest.importorskip("skimage", reason="scikit-image is not installed")
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(FOLDER)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", [])]
+    printed = "".join(out.text for out in outputs if out.output_type == "stream")
+    pictures = sum("image/png" in out.get("data", {}) for out in outputs)
+    *texts, count = EXPECTED[path.stem]
+    assert all(text in printed for text in texts), printed
+    assert pictures == count
