@@ -10,8 +10,8 @@ FILE is a path or a URL. The formats are
 - `updetr`, `detreg`, `siamese`: UP-DETR, DETReg, Siamese DETR
 - `transformers`: a folder for `from_pretrained` of Hugging Face transformers, with class names and image processor
 
-`--pretrain` and `--resume` read every published layout, and transformers' files, unchanged. Conversion is for other codebases, or to get a file
-that stores its own settings. No code in a file is run, no file is overwritten, and a file with names or shapes that fit
+`--pretrain` and `--resume` read every published layout, and transformers' files, unchanged. Conversion is for other
+codebases, or to get a file that stores its own settings. No code in a file is run, no file is overwritten, and a file with names or shapes that fit
 no known detector is refused.
 """
 
@@ -280,7 +280,8 @@ def write_for_transformers(checkpoint: Checkpoint, folder: Path) -> None:
     num_tensors = write_folder(checkpoint, settings, folder)
     kind = make_config(settings, infer_classes(checkpoint))["architectures"][0]
     log.info(
-        "wrote %s: %d tensors in the format %s\nload it with transformers.%s.from_pretrained(%r), here with --resume %s",
+        "wrote %s: %d tensors in the format %s\nload it with transformers.%s.from_pretrained(%r), here with "
+        "--resume %s",
         *(folder, num_tensors, TRANSFORMERS, kind, str(folder), folder),
     )
 

@@ -44,8 +44,8 @@ class Layout:
     """The checkpoint layout of a published codebase.
 
     name: of the codebase. detectors: those it can build. pretext_prefixes: pretext parameters that it has.
-    mask_heads: detectors on which it has DETR's mask head. shifted_sine: detectors whose `sine` positional encoding is shifted by half a cell there. usage: how to load the
-    file there.
+    mask_heads: detectors on which it has DETR's mask head. shifted_sine: detectors whose `sine` positional encoding is
+    shifted by half a cell there. usage: how to load the file there.
     """
 
     name: str

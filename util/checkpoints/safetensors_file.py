@@ -1,15 +1,14 @@
 """Safetensors files: weights that any program can read without running code, with metadata.
 
-The metadata of a file of this project are the entries of a checkpoint that describe the weights (settings, class names,
-normalization, ...), each as JSON. `load_checkpoint` reads them, so that such a file stands for a checkpoint, except that
-no run can be continued from it.
+The metadata of a file of this project are the entries of a checkpoint that describe the weights (settings, class
+names, normalization, ...), each as JSON. `load_checkpoint` reads them, so that such a file stands for a checkpoint,
+except that no run can be continued from it.
 """
 
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
