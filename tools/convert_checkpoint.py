@@ -11,8 +11,8 @@ FILE is a path or a URL. The formats are
 - `transformers`: a folder for `from_pretrained` of Hugging Face transformers, with class names and image processor
 
 `--pretrain` and `--resume` read every published layout, and transformers' files, unchanged. Conversion is for other
-codebases, or to get a file that stores its own settings. No code in a file is run, no file is overwritten, and a file with names or shapes that fit
-no known detector is refused.
+codebases, or to get a file that stores its own settings. No code in a file is run, no file is overwritten, and a file
+with names or shapes that fit no known detector is refused.
 """
 
 import argparse

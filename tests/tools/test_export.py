@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -15,6 +16,7 @@ from models import build_model
 from models.frozen_norm import FoldedConv2d, bake_frozen_norms
 from models.postprocess import PostProcess
 from predictor import Predictor, preprocess, to_uint8_tensor
+from tests.documents import python_examples
 from tests.published_files import SMALL, filled, updetr
 from tests.tiny import assert_same, captured_log, draw, fine_tune, tiny_args, write_coco
 from tools import export
@@ -87,44 +89,56 @@ def as_onnx(graph: Graph) -> bytes:
 # ------------------------------------------------------------------------------------------------------------- graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "postprocessing"),
     [
-        (("--detector", "detr", "--dec_layers", "1"), True),
-        pytest.param(("--detector", "detr", "--masks"), True, marks=pytest.mark.slow),
-        pytest.param(("--detector", "detr", "--masks"), False, marks=pytest.mark.slow),
-        pytest.param(
-            ("--detector", "detr", "--position_embedding", "learned", "--pre_norm"),
-            False,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(("--detector", "conditional_detr"), False, marks=pytest.mark.slow),
-        pytest.param(
-            ("--detector", "deformable_detr", "--with_box_refine", "--two_stage"),
-            False,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ("--detector", "deformable_detr", "--with_box_refine"), True, marks=pytest.mark.slow
-        ),
+        (("--detector", "detr", "--masks"), True),
+        (("--detector", "detr", "--masks"), False),
+        (("--detector", "detr", "--position_embedding", "learned", "--pre_norm"), False),
+        (("--detector", "conditional_detr"), True),
+        (("--detector", "deformable_detr", "--with_box_refine", "--two_stage"), False),
+        (("--detector", "deformable_detr", "--with_box_refine"), True),
     ],
 )
 def test_onnx_equals_the_model_at_other_sizes(flags: tuple[str, ...], postprocessing: bool) -> None:
     """With dynamic batch, height and width, whose names are in the file, as are the class names."""
-    runtime = onnx_runtime()
+    onnx_runtime()
     masks = "--masks" in flags
     graph = small_graph(*flags, postprocessing=postprocessing, pooled=not masks)
     content = as_onnx(graph)
     shapes = [(1, 3, 97, 260), (3, 3, 224, 130)]
     assert check(graph, run_onnx(content), shapes, "ONNX") < TOLERANCE
-    session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    inputs = {value.name: value.shape for value in session.get_inputs()}
-    assert inputs["images"] == ["batch", 3, "height", "width"]
-    assert ("sizes_hw" in inputs) == postprocessing
-    assert [value.name for value in session.get_outputs()] == graph.output_names
-    assert ("masks" in graph.output_names) == masks
+
+
+def test_onnx_file_of_the_script_and_its_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Names of axes, metadata, and the detections that the example of docs/export.md prints for an image."""
+    runtime = onnx_runtime()
+    monkeypatch.chdir(tmp_path)
+    path = write_checkpoint(tmp_path / "checkpoint.pth", "--dec_layers", "1", "--num_classes", "5")
+    words = ("--preprocessing", "--postprocessing")
+    text = run("--checkpoint", path, "--out", "detector.onnx", *words)
+    assert "inputs images, sizes_hw, outputs scores, labels, boxes; differs from" in text
+    session = runtime.InferenceSession("detector.onnx", providers=["CPUExecutionProvider"])
+    inputs = {value.name: (value.shape, value.type) for value in session.get_inputs()}
+    assert inputs["images"] == (["batch", 3, "height", "width"], "tensor(uint8)")
+    assert inputs["sizes_hw"] == (["batch", 2], "tensor(int64)")
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"])["3"] == "bird"
+    assert json.loads(metadata["args"])["nheads"] == 4
+
+    Image.fromarray(draw(0, 90, 128)[0]).save("image.png")
+    Path("image.png").rename("image.jpg")  # without the loss of JPEG
+    (code,) = python_examples("onnxruntime.InferenceSession(")
+    exec(compile(code.replace("> 0.5", "> 0.0"), "example", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    wanted = Predictor.from_checkpoint(path, device="cpu")("image.jpg", threshold=0)
+    assert len(printed) == len(wanted) == 20
+    assert float(printed[0].split("[")[0].split()[-1]) == pytest.approx(
+        float(wanted.scores[0]), abs=0.01
+    )
 
 
 @pytest.mark.slow
@@ -225,7 +239,7 @@ def test_equal_scores_may_swap_places_but_nothing_else() -> None:
 def test_archive_is_checked_and_has_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_checkpoint(tmp_path / "checkpoint.pth", "--dec_layers", "1")
+    path = write_checkpoint(tmp_path / "checkpoint.pth", "--dec_layers", "1", "--enc_layers", "1")
     out = tmp_path / "detector.pt2"
     text = run("--checkpoint", path, "--out", out)
     assert "inputs images, outputs logits, boxes; differs from the model by at most" in text

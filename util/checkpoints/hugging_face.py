@@ -247,7 +247,7 @@ def _differ(heads: list[dict[str, Tensor] | None]) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what `config.json` in a folder, or next to a weight file, says of its detector, as entries of a checkpoint.
+    """Return what `config.json` in a folder, or next to a weight file, says, as entries of a checkpoint.
 
     Weights don't show the number of heads, dilation and the class names. {} without such a file.
 

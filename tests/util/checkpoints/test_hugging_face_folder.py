@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datasets.collate import normalize_images
 from models import build_model
 from predictor import Predictor, preprocess, to_uint8_tensor
+from tests.documents import python_examples
 from tests.published_files import SMALL, filled, masks, shapes, updetr
 from tests.tiny import assert_same, captured_log, draw, make_batch, tiny_args
 from tests.util.checkpoints.test_hugging_face import CASES as NAME_CASES
@@ -123,6 +124,19 @@ def test_image_processor_of_transformers_is_ours(tmp_path: Path) -> None:
     wanted = normalize_images(resized[None], **predictor.model.normalization)
     assert found.shape == wanted.shape
     assert (found - wanted).abs().mean() < 0.02, "apart from rounding in between"
+
+
+@pytest.mark.slow
+def test_example_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path / "checkpoint.pth", *CASES["detr"])
+    convert(tmp_path / "checkpoint.pth", Path("for_transformers"))
+    (code,) = python_examples("from transformers import")
+    names: dict = {}
+    exec(compile(code, "example", "exec"), names)
+    assert type(names["model"]).__name__ == "DetrForObjectDetection"
+    assert names["model"].config.id2label[3] == "thing 3"
 
 
 @pytest.mark.parametrize("case", [*NAME_CASES, "masks"])
