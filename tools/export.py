@@ -31,6 +31,7 @@ from tools.exports.formats import (
     to_onnx,
 )
 from tools.exports.graph import build_graph, record
+from util.checkpoints.adoption import is_pretext
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.checkpoints.classes import infer_classes
 from util.checkpoints.hub_models import HUB_MODELS, published_url
@@ -136,7 +137,7 @@ def export_weights(checkpoint: Checkpoint, out: Path) -> None:
         UserError: the weights are those of no known detector, or safetensors is not installed.
     """
     check_parameters(checkpoint, build_model)
-    if not checkpoint.class_names and not checkpoint.args.get("pretext"):
+    if not is_pretext(checkpoint) and not checkpoint.class_names:
         checkpoint.class_names = infer_classes(checkpoint).names
     save_safetensors(checkpoint.model, out, describe_weights(checkpoint))
     log.info(

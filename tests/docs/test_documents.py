@@ -89,8 +89,8 @@ NOT_RUN = {
     "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "downloads a file",
     **dict.fromkeys(
         (
-            "python tools/export.py --checkpoint outputs/coco/checkpoint.pth --out detector.onnx --preprocessing "
-            "--postprocessing",
+            "python tools/export.py --checkpoint outputs/coco/checkpoint.pth --out detector.onnx      "
+            "--preprocessing --postprocessing",
             "python tools/export.py --checkpoint outputs/coco/checkpoint.pth --out detector.pt2",
         ),
         "records a graph, which takes long; tests/tools/test_export.py writes such files",

@@ -98,8 +98,9 @@ def _rename(key: str, detector: str) -> str:
     layer = _LAYER.fullmatch(key)
     if layer:
         side, index, module, rest = layer.groups()
-        names = _ENCODER if side == "encoder" else _DEFORMABLE if is_deformable else _DECODER
-        return f"model.{side}.layers.{index}.{ {**names, **_LINEAR}.get(module, module) }.{rest}"
+        decoder = _DEFORMABLE if is_deformable else _DECODER
+        names = {**_LINEAR, **(_ENCODER if side == "encoder" else decoder)}
+        return f"model.{side}.layers.{index}.{names.get(module, module)}.{rest}"
     starts = {**_STARTS, **(_DEFORMABLE_STARTS if is_deformable else _HEADS)}
     for ours in sorted(starts, key=len, reverse=True):  # the most specific one
         if key.startswith(ours):

@@ -5,7 +5,6 @@ names, normalization, ...), each as JSON. `load_checkpoint` reads them, so that 
 except that no run can be continued from it.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +19,8 @@ from util.files import to_json, write_atomically
 def describe_weights(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the metadata of a checkpoint's weights: name -> JSON."""
     entries = {name: getattr(checkpoint, name) for name in DESCRIPTION}
-    described = {name: to_json(to_plain(value)) for name, value in entries.items() if value}
-    return {PRODUCER: json.dumps(True), **described}
+    known = {name: value for name, value in entries.items() if value is not None}
+    return {PRODUCER: "1", **{name: to_json(to_plain(value)) for name, value in known.items()}}
 
 
 def save_safetensors(
