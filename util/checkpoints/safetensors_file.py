@@ -19,7 +19,7 @@ from util.files import to_json, write_atomically
 def describe_weights(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the metadata of a checkpoint's weights: name -> JSON."""
     entries = {name: getattr(checkpoint, name) for name in DESCRIPTION}
-    known = {name: value for name, value in entries.items() if value is not None}
+    known = {name: value for name, value in entries.items() if value not in (None, {})}
     return {PRODUCER: "1", **{name: to_json(to_plain(value)) for name, value in known.items()}}
 
 
