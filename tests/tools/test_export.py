@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,9 +234,24 @@ def test_equal_scores_may_swap_places_but_nothing_else() -> None:
     assert largest_difference(graph, expected, wrong) > 1e-3
 
 
+def test_another_last_result_does_not_shift_the_others() -> None:
+    """The last of the best pairs of query and class may be another one by rounding."""
+    graph = SimpleNamespace(postprocess=PostProcess)
+    scores = torch.linspace(0.9, 0.5, 6)[None]  # [1, 6]
+    expected = {"scores": scores, "labels": torch.tensor([[0, 10, 20, 30, 40, 50]])}
+    expected["boxes"] = torch.rand(1, 6, 4, generator=torch.Generator().manual_seed(0))
+    labels = expected["labels"].clone()
+    labels[0, -1] = 5
+    found = {**expected, "labels": labels}
+    assert largest_difference(graph, expected, found) == 0
+    labels[0, 2] = 21
+    assert largest_difference(graph, expected, found) > 1e-2
+
+
 # ------------------------------------------------------------------------------------------------------------- script
 
 
+@pytest.mark.slow
 def test_archive_is_checked_and_has_metadata(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

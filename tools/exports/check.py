@@ -78,7 +78,9 @@ def _match_rows(
     score, may swap places by rounding. Of the `top_k` results the last may be another one: it is not compared.
     """
     rows, other_rows = (_comparable_rows(graph, outputs) for outputs in (expected, found))
-    distances = torch.cdist(rows, other_rows, p=float("inf")).nan_to_num(1e6)  # [B, N, N]
+    distances = torch.cdist(rows, other_rows, p=float("inf")).nan_to_num(1)  # [B, N, N]
+    # Whatever is beyond the tolerance costs the same: one row without a counterpart must not shift the others.
+    distances = distances.clamp(max=TOLERANCE)
     nearest = torch.stack([torch.from_numpy(linear_sum_assignment(x)[1]) for x in distances])
     image = torch.arange(len(nearest))[:, None].expand_as(nearest)  # [B, N]
     kept = torch.ones_like(nearest, dtype=torch.bool)
