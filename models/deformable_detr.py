@@ -107,8 +107,7 @@ class DeformableDETR(Detector):
             # A trace records the map sizes as constants: other image sizes would give wrong outputs.
             raise UserError(
                 "torch.jit.trace: a trace of Deformable DETR gives wrong results at any other image "
-                "size; use torch.export.export with dynamic_shapes, for ONNX torch.onnx.export with "
-                "dynamo=True"
+                "size; export with tools/export.py (ONNX or torch.export, docs/export.md)"
             )
         features = self.backbone(samples)
         maps = self._project(features[-self.num_backbone_levels :], samples)

@@ -178,6 +178,19 @@ def fold_frozen_norms(network: nn.Module) -> None:
         conv.__dict__.update(norm=norm, pad=pad, _folded=Derived())
 
 
+@torch.no_grad()
+def bake_frozen_norms(network: nn.Module) -> None:
+    """Give folded convolutions the weight and bias of convolution and norm together, in place; for an export.
+
+    The graph then has one operation instead of the computation of its weight.
+    """
+    for module in network.modules():
+        if isinstance(module, FoldedConv2d) and module.pad is None:
+            weight, bias = module._fold(module.weight.dtype)
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+            module.weight, module.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+
+
 def _padding_of(conv: nn.Conv2d) -> Callable[..., Tensor] | None:
     if type(conv) is nn.Conv2d:
         return None

@@ -51,6 +51,12 @@ class PostProcess(nn.Module):
         target_sizes: (height, width) of each image, [B, 2]. Returns `scores` [K], `labels` [K],
         `boxes` [K, 4] and `queries` [K], the query of each detection, of each image.
         """
+        batch = self.detections(outputs, target_sizes)
+        rows = zip(*(values.unbind() for values in batch.values()), strict=True)
+        return [dict(zip(batch, row, strict=True)) for row in rows]
+
+    def detections(self, outputs: dict, target_sizes: Tensor) -> dict[str, Tensor]:
+        """Return what `forward` does of all images: `scores` [B, K], `boxes` [B, K, 4] and so on."""
         logits = full_precision(outputs["pred_logits"])  # [B, Q, C]
         boxes = full_precision(outputs["pred_boxes"])  # [B, Q, 4]
         if self.classification.kind == "softmax":
@@ -67,10 +73,7 @@ class PostProcess(nn.Module):
             boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))  # [B, K, 4]
 
         boxes_xyxy_abs = to_pixels(boxes, target_sizes)
-        return [
-            {"scores": s, "labels": k, "boxes": b, "queries": q}
-            for s, k, b, q in zip(scores, labels, boxes_xyxy_abs, query, strict=True)
-        ]
+        return {"scores": scores, "labels": labels, "boxes": boxes_xyxy_abs, "queries": query}
 
 
 class ClassAgnosticPostProcess(nn.Module):

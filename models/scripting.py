@@ -11,6 +11,6 @@ class NotScriptable:
     def __prepare_scriptable__(self) -> NoReturn:
         # Called by torch.jit.script, which would otherwise end with an error about some type annotation.
         raise UserError(
-            "torch.jit.script: PyTorch has deprecated TorchScript, and these models don't support it; use "
-            "torch.export.export(model.eval(), (images,)), for ONNX torch.onnx.export with dynamo=True"
+            "torch.jit.script: PyTorch has deprecated TorchScript, and these models don't support it; export with "
+            "tools/export.py (ONNX or torch.export, docs/export.md)"
         )

@@ -173,7 +173,8 @@ class MaskPredictor:
 
     def __call__(self, image: Tensor, query: Tensor) -> Tensor:
         """Return the mask logits [K, h1, w1] of queries, given by image index [K] and query index [K]."""
-        if torch.is_grad_enabled():
+        # An exported graph has one call: the number of chunks would depend on the batch.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._predict(image, query)
         chunks = zip(image.split(QUERIES_PER_CHUNK), query.split(QUERIES_PER_CHUNK), strict=True)
         return torch.cat([self._predict(*chunk) for chunk in chunks])

@@ -35,6 +35,8 @@ PYTHON_EXAMPLES = {
     "build_model(": "tests/docs/test_documents.py",
     "torch.hub.load(": "tests/test_hub.py",
     "DETECTORS[": "tests/docs/test_documents.py",
+    "onnxruntime.InferenceSession(": "tests/tools/test_export.py",
+    "from transformers import": "tests/util/checkpoints/test_hugging_face_folder.py",
 }
 
 

@@ -5,18 +5,20 @@
 
 FILE is a path or a URL. The formats are
 
-- `predetr`: this project's. Keeps everything but a mask head, and stores the settings that parameter names don't show.
+- `predetr`: this project's. Keeps everything, and stores the settings that parameter names don't show.
 - `detr`: DETR, Conditional DETR and Deformable DETR
 - `updetr`, `detreg`, `siamese`: UP-DETR, DETReg, Siamese DETR
+- `transformers`: a folder for `from_pretrained` of Hugging Face transformers, with class names and image processor
 
-`--pretrain` and `--resume` read every published layout unchanged. Conversion is for other codebases, or to get a file
-that stores its own settings. No code in a file is run, no file is overwritten, and a file with names or shapes that fit
-no known detector is refused.
+`--pretrain` and `--resume` read every published layout, and transformers' files, unchanged. Conversion is for other
+codebases, or to get a file that stores its own settings. No code in a file is run, no file is overwritten, and a file
+with names or shapes that fit no known detector is refused.
 """
 
 import argparse
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import build_model
-from util.checkpoints.adoption import is_pretext
-from util.checkpoints.architecture import infer_architecture, infer_detector, strip_detr_prefix
+from util.checkpoints.adoption import is_pretext, settings_from_checkpoint
+from util.checkpoints.architecture import (
+    has_mask_head,
+    infer_architecture,
+    infer_detector,
+    strip_detr_prefix,
+)
 from util.checkpoints.backbone_weights import identify_backbone
 from util.checkpoints.checkpoint import Checkpoint, parse_checkpoint
 from util.checkpoints.classes import count_classes, infer_classes, infer_classification
@@ -37,10 +44,13 @@ from util.checkpoints.conversion import (
     LAYOUTS,
     MASK_PREFIXES,
     OURS,
+    TRANSFORMERS,
     convert,
     infer_codebase,
     infer_pretext,
 )
+from util.checkpoints.hugging_face_folder import make_config, write_folder
+from util.checkpoints.loading import without_mask_head
 from util.checkpoints.parameter_check import check_parameters
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
@@ -76,7 +86,13 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument("file", metavar="FILE", help="checkpoint or weight file: path or URL")
     parser.add_argument("--to", choices=FORMATS, help="format to convert to")
     parser.add_argument(
-        "--out", type=Path, metavar="NEW_FILE", help="output file; must not exist yet"
+        "--out",
+        type=Path,
+        metavar="NEW_FILE",
+        help="output file, for transformers a folder; must not exist yet",
+    )
+    parser.add_argument(
+        "--drop_masks", action="store_true", help="leave out a mask head: extract the detector"
     )
     args = parser.parse_args(argv)
     if (args.to is None) != (args.out is None):
@@ -121,7 +137,7 @@ def _content(checkpoint: Checkpoint, pretext: str | None, has_masks: bool) -> st
         text = "a detector to be fine-tuned"
     else:
         text = "a trained detector"
-    return f"{text}, with a mask head, which --to leaves out" if has_masks else text
+    return f"{text}, with a mask head" if has_masks else text
 
 
 def _usage(checkpoint: Checkpoint, has_masks: bool) -> str:
@@ -217,7 +233,7 @@ def _num_elements(state: dict[str, torch.Tensor]) -> int:
 # ------------------------------------------------------------------------------------------------------------- convert
 
 
-def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
+def write(checkpoint: Checkpoint, to: str, out: Path, drop_masks: bool = False) -> None:
     """Convert a checkpoint, write it, and log what was dropped and how to load the new file.
 
     Raises:
@@ -225,7 +241,15 @@ def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
     """
     if out.exists():
         raise UserError(f"--out {out} exists and is not overwritten; give another name")
-    content, notes = convert(checkpoint, to)
+    if drop_masks and not has_mask_head(checkpoint.model):
+        raise UserError(f"--drop_masks: {checkpoint.source} has no mask head; omit it")
+    if to == TRANSFORMERS:
+        if drop_masks:
+            args = {**checkpoint.args, "masks": False}
+            checkpoint = replace(without_mask_head(checkpoint), args=args)
+        write_for_transformers(checkpoint, out)
+        return
+    content, notes = convert(checkpoint, to, drop_masks)
     write_atomically(out, lambda file: torch.save(content, file))
     for note in notes:
         log.info(note)
@@ -236,29 +260,53 @@ def write(checkpoint: Checkpoint, to: str, out: Path) -> None:
         out,
         len(state),
         to,
-        _loading(checkpoint, to, out),
+        _loading(checkpoint, to, out, has_mask_head(state)),
     )
 
 
-def _loading(checkpoint: Checkpoint, to: str, out: Path) -> str:
+def write_for_transformers(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write a trained detector as a folder for transformers, and log how to load it.
+
+    Raises:
+        UserError: the file is from pre-training, or transformers does not have this detector.
+    """
+    if needs_finetuning(checkpoint):
+        raise UserError(
+            f"{checkpoint.source} has no object classes, and transformers has no place for pre-training; fine-tune it "
+            "first"
+        )
+    given = {"resume": checkpoint.source, "eval": True, "device": "cpu"}
+    settings = resolve(given, settings_from_checkpoint(checkpoint, given), FINETUNE)
+    num_tensors = write_folder(checkpoint, settings, folder)
+    kind = make_config(settings, infer_classes(checkpoint))["architectures"][0]
+    log.info(
+        "wrote %s: %d tensors in the format %s\nload it with transformers.%s.from_pretrained(%r), here with "
+        "--resume %s",
+        *(folder, num_tensors, TRANSFORMERS, kind, str(folder), folder),
+    )
+
+
+def _loading(checkpoint: Checkpoint, to: str, out: Path, masks: bool) -> str:
     if to == OURS:
         flag = "--pretrain" if needs_finetuning(checkpoint) else "--resume"
         return f"{flag} {out}; the architecture is in the file"
 
     text = LAYOUTS[to].usage.replace("FILE", str(out))
     flags = [flag for flag in model_flags(checkpoint) if _exists_elsewhere(flag)]
+    if not masks and "--masks" in flags:  # the mask head was left out
+        flags.remove("--masks")
     return f"{text}; flags of this detector: {' '.join(flags)}" if flags else text
 
 
 def _exists_elsewhere(flag: str) -> bool:
     """Return True for a flag that the published codebases have too. They all spell it alike.
 
-    None of them has live batch norm, or a choice between the two sine encodings. A mask head is not converted.
+    None of them has live batch norm, or a choice between the two sine encodings.
     """
     name, *value = flag.split()
     if name == "--position_embedding":
         return value == ["learned"]
-    return name not in ("--backbone_norm", "--masks")
+    return name != "--backbone_norm"
 
 
 def describe_backbone(path: str, name: str, origin: str) -> list[str]:
@@ -285,7 +333,7 @@ def main(args: Namespace) -> None:
     check_parameters(checkpoint, build_model)
     log.info("\n".join(describe(checkpoint)))
     if args.to:
-        write(checkpoint, args.to, args.out)
+        write(checkpoint, args.to, args.out, args.drop_masks)
 
 
 if __name__ == "__main__":

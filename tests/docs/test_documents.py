@@ -87,6 +87,14 @@ NOT_RUN = {
     "pip install -e .": "tests/predetr/test_installed.py does it, into a temporary folder",
     "curl -L -o model.yml.gz "
     "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "downloads a file",
+    **dict.fromkeys(
+        (
+            "python tools/export.py --checkpoint outputs/coco/checkpoint.pth --out detector.onnx      "
+            "--preprocessing --postprocessing",
+            "python tools/export.py --checkpoint outputs/coco/checkpoint.pth --out detector.pt2",
+        ),
+        "records a graph, which takes long; tests/tools/test_export.py writes such files",
+    ),
     "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs runs of an hour; "
     "tests/tools/study/test_report.py writes such a report",
 }

@@ -360,10 +360,7 @@ def test_converted_to_predetr_it_loads_like_the_original(
     model, checkpoint, args = start(
         "--pretrain" if kind in PRETEXTS else "--resume", tmp_path / "ours.pth"
     )
-    source = {
-        key.removeprefix("detr."): value
-        for key, value in parse_checkpoint(FILES[kind], "x.pth").model.items()
-    }
+    source = parse_checkpoint(FILES[kind], "x.pth").model
     for key, value in model.state_dict().items():
         assert kind in PRETEXTS and "class_embed" in key or torch.equal(value, source[key]), key
     assert checkpoint.epoch == FILES[kind].get("epoch")
@@ -372,21 +369,39 @@ def test_converted_to_predetr_it_loads_like_the_original(
     )
 
 
-def test_mask_head_is_dropped_with_a_note(file_of, tmp_path: Path) -> None:
+def detector_of_masks() -> dict:
+    state = FILES["masks"]["model"]
+    return {key[5:]: value for key, value in state.items() if key.startswith("detr.")}
+
+
+def test_mask_head_stays_where_the_codebase_has_one(file_of, tmp_path: Path) -> None:
     settings = start("--resume", file_of("masks"), "--eval")[2]  # which uses it
     assert (settings.masks, settings.nheads, settings.num_classes) == (True, 4, 250)
     for to in ("predetr", "detr"):
         text = run(file_of("masks"), "--to", to, "--out", tmp_path / f"{to}.pth")
+        assert "dropped" not in text
+        assert_equal(read_weights(tmp_path / f"{to}.pth")["model"], FILES["masks"]["model"])
+        model, _, settings = start("--resume", tmp_path / f"{to}.pth", "--eval")
+        assert settings.masks
+        assert_equal(model.state_dict(), FILES["masks"]["model"])
+    text = run(file_of("masks"), "--to", "updetr", "--out", tmp_path / "updetr.pth")
+    assert "dropped: 32 tensors of bbox_attention, mask_head" in text
+    assert "--masks" not in text.splitlines()[-1]
+    assert_equal(read_weights(tmp_path / "updetr.pth")["model"], detector_of_masks())
+
+
+def test_mask_head_can_be_left_out(file_of, tmp_path: Path) -> None:
+    """Of a published file, and of one of this project, which is no conversion otherwise."""
+    run(file_of("masks"), "--to", "predetr", "--out", tmp_path / "ours.pth")
+    for path in (file_of("masks"), tmp_path / "ours.pth"):
+        out = tmp_path / f"boxes of {path.name}"
+        text = run(path, "--drop_masks", "--to", "predetr", "--out", out)
         assert "dropped: 32 tensors of bbox_attention, mask_head" in text
-        state = read_weights(tmp_path / f"{to}.pth")["model"]
-        assert_equal(
-            state,
-            {
-                key[5:]: value
-                for key, value in FILES["masks"]["model"].items()
-                if key.startswith("detr.")
-            },
-        )
+        model, _, settings = start("--resume", out, "--eval")
+        assert not settings.masks
+        assert_equal(model.state_dict(), detector_of_masks())
+    text = refused(file_of("detr"), "--drop_masks", "--to", "predetr", "--out", tmp_path / "x.pth")
+    assert "has no mask head; omit it" in text
 
 
 def test_other_codebases_get_only_the_parameters_they_have(file_of, tmp_path: Path) -> None:

@@ -4,18 +4,17 @@ A package that is not installed is a row that says so, with the command that ins
 """
 
 import importlib.util
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from datasets.collate import normalize
 from models import build_model
 from tools.benchmarks.measure import Comparison, Local
 from tools.benchmarks.work import BF16_TOLERANCE, Case, make_settings
+from tools.exports.formats import ONNX_PACKAGES, onnx_detector
+from tools.exports.graph import Graph
 from util.checkpoints.hugging_face import from_hugging_face
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
@@ -265,48 +264,23 @@ class TransformersDetector(nn.Module):
         return {"pred_logits": found.logits, "pred_boxes": found.pred_boxes}
 
 
-class _Unpadded(nn.Module):
-    """A detector of a batch without padding: (images) -> (logits, boxes), as ONNX can express it."""
+class OnnxDetector(nn.Module):
+    """Our detector in ONNX Runtime on the CPU, as `tools/export.py` exports it: with dynamic batch and image size."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        self.detector = detector
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.detector(images)
-        return outputs["pred_logits"], outputs["pred_boxes"]
-
-
-class OnnxDetector(nn.Module):
-    """Our detector, exported to ONNX for one batch size and image size, in ONNX Runtime on the CPU."""
-
-    def __init__(self, detector: nn.Module, images: Tensor, path: Path) -> None:
-        import onnxruntime
-
-        super().__init__()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the tracer
-            torch.onnx.export(
-                _Unpadded(detector).eval(), (images,), path, dynamo=True, verbose=False
-            )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
-        self.input = self.session.get_inputs()[0].name
+        self.run = onnx_detector(Graph(detector).eval())
 
     def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
-        images = samples.tensors.contiguous().numpy()
-        logits, boxes = self.session.run(None, {self.input: images})
-        return {"pred_logits": torch.from_numpy(logits), "pred_boxes": torch.from_numpy(boxes)}
+        found = self.run({"images": samples.tensors})
+        return {"pred_logits": found["logits"], "pred_boxes": found["boxes"]}
 
 
 def add_inference_peers(comparison: Comparison, case: Case, ours: Any) -> None:
     """Add transformers, in the precision of ours, and ONNX Runtime, in float32 on a CPU."""
     for name, packages, build in (
         ("transformers", ("transformers", "timm"), _transformers_inference),
-        ("ONNX Runtime", ("onnx", "onnxruntime", "onnxscript"), _onnx_inference),
+        ("ONNX Runtime", ONNX_PACKAGES, _onnx_inference),
     ):
         reason = missing(*packages)
         try:
@@ -331,6 +305,4 @@ def _onnx_inference(case: Case, ours: Any) -> Any:
         raise UserError("measured in float32 on CPUs only")
     if ours.samples.padded:
         raise UserError("exported for batches without padding")
-    images = normalize(ours.samples, **ours.predictor.model.normalization).tensors.contiguous()
-    path = Path(case["weights"]).with_name("detector.onnx")
-    return ours.with_model(OnnxDetector(ours.predictor.model, images, path))
+    return ours.with_model(OnnxDetector(ours.predictor.model))

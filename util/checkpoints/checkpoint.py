@@ -168,6 +168,18 @@ STORED_FIELDS = [
     for entry in dataclasses.fields(Checkpoint)
     if entry.name not in ("extra", "source", "siamese_pretext", "hugging_face", "num_tensors")
 ]
+# Those that describe the weights, without tensors.
+DESCRIPTION = (
+    "args",
+    "class_names",
+    "category_ids",
+    "things",
+    "normalization",
+    "data_fingerprint",
+    "version",
+    "converted_from",
+    "epoch",
+)
 _MAPPINGS = (
     "model",
     "raw_model",

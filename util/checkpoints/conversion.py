@@ -8,8 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from util.checkpoints.adoption import is_pretext, pretext_prefixes
-from util.checkpoints.architecture import infer_architecture, infer_detector, strip_detr_prefix
-from util.checkpoints.checkpoint import Checkpoint
+from util.checkpoints.architecture import (
+    has_mask_head,
+    infer_architecture,
+    infer_detector,
+    strip_detr_prefix,
+)
+from util.checkpoints.checkpoint import DESCRIPTION, Checkpoint
 from util.checkpoints.classes import count_classes
 from util.checkpoints.published_layouts import SIAMESE_HEADS, to_siamese_names
 from util.errors import UserError
@@ -39,13 +44,14 @@ class Layout:
     """The checkpoint layout of a published codebase.
 
     name: of the codebase. detectors: those it can build. pretext_prefixes: pretext parameters that it has.
-    shifted_sine: detectors whose `sine` positional encoding is shifted by half a cell there. usage: how to load the
-    file there.
+    mask_heads: detectors on which it has DETR's mask head. shifted_sine: detectors whose `sine` positional encoding is
+    shifted by half a cell there. usage: how to load the file there.
     """
 
     name: str
     detectors: tuple[str, ...]
     pretext_prefixes: tuple[str, ...] = ()
+    mask_heads: tuple[str, ...] = ()
     shifted_sine: tuple[str, ...] = ()
     usage: str
 
@@ -54,6 +60,8 @@ LAYOUTS = {
     "detr": Layout(
         name="DETR, Conditional DETR and Deformable DETR",
         detectors=("detr", "conditional_detr", "deformable_detr"),
+        # The code of the other two has a mask head that does not fit their transformers, and fails.
+        mask_heads=("detr",),
         shifted_sine=("deformable_detr",),
         usage=(
             "--resume FILE --eval in the codebase of the detector, or --pretrain FILE in the fine-tuning code of "
@@ -83,7 +91,8 @@ LAYOUTS = {
         usage="--load_from FILE of its train.py",
     ),
 }
-FORMATS = (OURS, *LAYOUTS)
+TRANSFORMERS = "transformers"  # a folder, see `hugging_face_folder`
+FORMATS = (OURS, *LAYOUTS, TRANSFORMERS)
 
 
 def infer_codebase(checkpoint: Checkpoint) -> str:
@@ -126,11 +135,14 @@ def infer_pretext(checkpoint: Checkpoint) -> str | None:
     return pretexts.get(infer_codebase(checkpoint), "random_query_patch")
 
 
-def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]:
-    """Convert a checkpoint to the format `to` (one of FORMATS).
+def convert(
+    checkpoint: Checkpoint, to: str, drop_masks: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """Convert a checkpoint to the format `to`, one of FORMATS that is a file.
 
     `predetr` keeps everything of detector and pretext, and stores the settings that parameter names don't show. The
-    published layouts contain weights only. Mask heads are left out. No tensor changes its values.
+    published layouts contain weights only. A mask head stays where the codebase has one, unless `drop_masks`. No tensor
+    changes its values.
 
     Returns:
         The content of the new file, and notes on what was dropped or is computed differently there.
@@ -139,8 +151,11 @@ def convert(checkpoint: Checkpoint, to: str) -> tuple[dict[str, Any], list[str]]
         UserError: the codebase of that layout does not have this detector, or has no place for its weights.
     """
     notes: list[str] = []
-    state = _drop(strip_detr_prefix(checkpoint.model), MASK_PREFIXES, notes)
-    checkpoint = replace(checkpoint, model=state)  # its architecture has no mask head now
+    state = checkpoint.model
+    has_place = to == OURS or infer_detector(state) in LAYOUTS[to].mask_heads
+    if drop_masks or not has_place:
+        state = _drop(strip_detr_prefix(state), MASK_PREFIXES, notes)
+        checkpoint = replace(checkpoint, model=state)  # its architecture has no mask head now
     if to == OURS:
         return _to_predetr(checkpoint, state, notes), notes
 
@@ -191,9 +206,7 @@ def _to_predetr(
 ) -> dict[str, Any]:
     codebase = infer_codebase(checkpoint)
     if codebase == OURS:
-        raise UserError(
-            f"{checkpoint.source} is already a {CODEBASES[OURS]} checkpoint; choose another --to"
-        )
+        return _without_masks(checkpoint, state, notes)
 
     entries = checkpoint.to_dict()
     is_reordered = checkpoint.siamese_pretext or len(state) != checkpoint.num_tensors
@@ -205,12 +218,26 @@ def _to_predetr(
     certain, likely = infer_architecture(checkpoint)
     # The inferred values win: DETReg, for instance, stores `sine` for its shifted encoding.
     settings = {**checkpoint.args, **likely, **certain}
-    if settings.get("masks"):
+    if settings.get("masks") and not has_mask_head(state):
         settings["masks"] = False
     pretext = infer_pretext(checkpoint)
     if pretext:
         settings["pretext"] = pretext
     return {**entries, "model": state, "args": settings, "converted_from": codebase}
+
+
+def _without_masks(
+    checkpoint: Checkpoint, state: dict[str, Tensor], notes: list[str]
+) -> dict[str, Any]:
+    """Return a checkpoint of this project whose mask head was left out, without its training state."""
+    if len(state) == checkpoint.num_tensors:
+        raise UserError(
+            f"{checkpoint.source} is already a {CODEBASES[OURS]} checkpoint; choose another --to"
+        )
+    notes.append("dropped: the training state, which counts the parameters of the mask head too")
+    entries = {name: getattr(checkpoint, name) for name in DESCRIPTION}
+    entries["args"] = {**checkpoint.args, "masks": False}
+    return {**{k: v for k, v in entries.items() if v is not None}, "model": state}
 
 
 def _drop(

@@ -34,7 +34,7 @@ _CONDITIONAL = re.compile(r"([qkv])_(?:(content|pos|pos_sine)_)?proj\.(weight|bi
 _HEAD = re.compile(r"(class_embed|bbox_embed)\.(\d+)\.(.+)")
 
 # Start of a name without `model.` -> start of DETR's name.
-_PREFIXES = {
+PREFIXES = {
     "backbone.conv_encoder.model.": "backbone.0.body.",
     "backbone.model.": "backbone.0.body.",
     "backbone.position_embedding.row_embeddings.": "backbone.1.row_embed.",
@@ -64,6 +64,23 @@ _FLAGS = {
     "encoder_n_points": "enc_n_points",
     "decoder_n_points": "dec_n_points",
 }
+
+# Mask head in version 5 -> DETR's.
+_MASK_HEAD = (
+    (r"^bbox_attention\.([qk])_proj\.", r"bbox_attention.\1_linear."),
+    (r"^mask_head\.conv(\d)\.conv\.", r"mask_head.lay\1."),
+    (r"^mask_head\.conv(\d)\.norm\.", r"mask_head.gn\1."),
+    (r"^mask_head\.output_conv\.", "mask_head.out_lay."),
+    *(
+        (rf"^mask_head\.fpn_stages\.{stage}\.{theirs}\.", f"mask_head.{ours}.")
+        for stage in range(3)
+        for theirs, ours in (
+            (r"fpn_adapter", f"adapter{stage + 1}"),
+            (r"refine\.conv", f"lay{stage + 3}"),
+            (r"refine\.norm", f"gn{stage + 3}"),
+        )
+    ),
+)
 
 # transformers' own ResNet -> torchvision's.
 _RESNET = (
@@ -113,7 +130,20 @@ def from_hugging_face(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = torch.cat(
             [parts[letter] for letter in "qkv" if letter in parts]
         )  # [3 D, D]
-    return _repeat_tied_heads(renamed) if kind == "deformable" else renamed
+    if kind == "deformable":
+        return _repeat_tied_heads(renamed)
+    if any(name.startswith("mask_head.") for name in renamed):
+        return {_rename_with_masks(name): value for name, value in renamed.items()}
+    return renamed
+
+
+def _rename_with_masks(name: str) -> str:
+    """Return the name in a detector with a mask head: the detector is under `detr.` there."""
+    if not name.startswith(("mask_head.", "bbox_attention.")):
+        return f"detr.{name}"
+    for pattern, old in _MASK_HEAD:
+        name = re.sub(pattern, old, name)
+    return name
 
 
 def _core(key: str) -> str:
@@ -133,7 +163,7 @@ def _rename(name: str, kind: str) -> str:
     if layer:
         side, index, rest = layer.groups()
         return f"transformer.{side}.layers.{index}.{_rename_in_layer(rest, side, kind)}"
-    for prefix, target in _PREFIXES.items():
+    for prefix, target in PREFIXES.items():
         if name.startswith(prefix):
             rest = name.removeprefix(prefix)
             return target + (_rename_resnet(rest) if target == "backbone.0.body." else rest)
@@ -217,13 +247,14 @@ def _differ(heads: list[dict[str, Tensor] | None]) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what `config.json` next to a weight file says about its detector, as entries of a checkpoint.
+    """Return what `config.json` in a folder, or next to a weight file, says, as entries of a checkpoint.
 
     Weights don't show the number of heads, dilation and the class names. {} without such a file.
 
     Raises:
         UserError: it says that the detector differs from the published one in what weights don't show.
     """
+    path = path / "weights" if path.is_dir() else path
     try:
         config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -72,7 +72,7 @@ def _mismatch_message(
     elif has_mask_head(state) and not has_mask_head(target):
         remedy = (
             "extract the detector of this mask model with "
-            f"tools/convert_checkpoint.py {source} --to predetr --out FILE"
+            f"tools/convert_checkpoint.py {source} --drop_masks --to predetr --out FILE"
         )
     else:
         remedy = f"{_suggest_flag(differences[0])}, or start from its weights with --pretrain"

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,9 @@ except ImportError:  # Windows has no file locks: two processes may download the
 
 SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors")
 CONNECT_SECONDS = 30.0
+PRODUCER = "predetr"  # metadata of safetensors files of this project, see `safetensors_file`
+# Weight files in a folder of Hugging Face transformers, the preferred one first.
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # torch.hub's convention: NAME-0676ba61.pth ends with the first digits of the file's SHA-256 sum.
 HASH_PATTERN = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -54,6 +59,8 @@ def is_url(path_or_url: str | os.PathLike) -> bool:
 def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> Any:
     """Return the content of a torch.save file (zip or legacy format) or a safetensors file.
 
+    A folder that transformers' `save_pretrained` wrote stands for the weight file in it.
+
     The file is always loaded with `weights_only=True`. Besides tensors and plain containers, a few harmless classes are
     allowed, so that published checkpoints with a pickled `args` load: argparse.Namespace, paths (loaded as str), NumPy
     scalars and arrays, defaultdict (loaded as dict).
@@ -62,6 +69,7 @@ def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> A
         UserError: the file is missing, damaged, contains other classes, or can't be downloaded.
     """
     path = fetch(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
+    path = _file_of_folder(path)
     _check_file(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, map_location)
@@ -72,6 +80,13 @@ def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> A
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # damaged files raise many types
         raise UserError(f"{path}: {_diagnose(path, error)}") from error
+
+
+def _file_of_folder(path: Path) -> Path:
+    """Return the weight file in a folder of Hugging Face transformers; any other path as it is."""
+    if not (path / "config.json").is_file():
+        return path
+    return next((path / name for name in FOLDER_FILES if (path / name).exists()), path)
 
 
 def _check_file(path: Path) -> None:
@@ -92,15 +107,32 @@ def _check_file(path: Path) -> None:
         raise UserError(f"{path} is empty; download or save it again")
 
 
-def _read_safetensors(path: Path, map_location: Any) -> dict[str, torch.Tensor]:
+def import_safetensors(path: str | os.PathLike) -> ModuleType:
+    """Return the module `safetensors.torch`. `path`: the file that needs it, for the message.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     try:
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError as error:
         raise UserError(
-            f"{path}: reading .safetensors needs the package safetensors (it comes with timm)"
+            f"{path}: .safetensors needs the package safetensors: pip install safetensors"
         ) from error
+    return safetensors.torch
+
+
+def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
+    """Return the tensors, or for a file of this project the entries of a checkpoint, with the tensors under `model`."""
+    safe_open = import_safetensors(path).safe_open
     try:
-        return load_file(path, device=str(map_location or "cpu"))
+        with safe_open(path, framework="pt", device=str(map_location or "cpu")) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if PRODUCER not in metadata:
+            return tensors
+        names = metadata.keys() - {PRODUCER, "format"}
+        return {"model": tensors, **{name: json.loads(metadata[name]) for name in names}}
     except Exception as error:
         raise UserError(
             f"{path} is damaged or not a safetensors file ({_first_line(error)}); download it again"
