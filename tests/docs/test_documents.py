@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import run_with_submitit
 from tests.docs.test_model_zoo import row_command
 from tests.docs.test_model_zoo import rows as checkpoint_rows
 from tests.documents import (
@@ -32,6 +33,7 @@ from tests.documents import (
     python_blocks,
     python_examples,
     shown_commands,
+    submitted_words,
     without_launcher,
 )
 from tests.published_files import (
@@ -388,6 +390,8 @@ def run_command(command: str, later: str = "", strict: bool = False) -> None:
     elif words[0] == "bash":
         assert words[1] in ("tools/demo.sh", "tools/test.sh")
         run_set_up(words)
+    elif words[:2] == ["python", "run_with_submitit.py"]:  # tests/test_submitit.py submits
+        run_script(submitted_words(words), later, strict)
     elif words[0] == "torchrun" or "./tools/run_dist_" in command:
         run_script(run_launcher(words), later, strict)
     elif words[0].startswith("./configs/"):
@@ -493,7 +497,7 @@ def anchors(path: Path) -> set[str]:
 
 def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     """Return every flag of scripts and tools, from their `--help`, and those that are refused with a reason."""
-    for module in [*SCRIPTS.values(), *map(import_tool, TOOLS)]:
+    for module in [*SCRIPTS.values(), run_with_submitit, *map(import_tool, TOOLS)]:
         with pytest.raises(SystemExit):
             module.parse(["--help"])
     parsers = [
