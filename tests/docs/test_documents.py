@@ -508,9 +508,10 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     return set(re.findall(r"--\w+", "\n".join(parsers))) | set(UNSUPPORTED_FLAGS)
 
 
-# Of torchrun, the older launcher, tools/test.sh, srun and TensorBoard.
+# Of torchrun, the older launcher, docker, tools/test.sh, srun and TensorBoard.
 OTHERS_FLAGS = {
     *("--nproc_per_node", "--use_env", "--master_port", "--standalone"),
+    *("--nnodes", "--max_restarts", "--rdzv_backend", "--rdzv_endpoint", "--gpus", "--ipc"),
     *("--all", "--time", "--logdir"),
 }
 
