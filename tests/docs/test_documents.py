@@ -347,11 +347,11 @@ def run_launcher(words: list[str]) -> list[str]:
 
 
 def run_set_up(words: list[str]) -> None:
-    """Run tools/demo.sh or tools/test.sh in an environment that is complete, and check what they start."""
+    """Run tools/demo.sh, docs.sh or test.sh in an environment that is complete, and check what they start."""
     names = [
         "requirements.txt",
         "requirements-extras.txt",
-        *(["requirements-dev.txt"] if words[1] == "tools/test.sh" else []),
+        *(["requirements-dev.txt"] if words[1] != "tools/demo.sh" else []),
     ]
     joined = b"".join((ROOT / name).read_bytes() for name in [*names, "constraints.txt"])
     digest = (
@@ -365,6 +365,9 @@ def run_set_up(words: list[str]) -> None:
     if words[1] == "tools/demo.sh":
         assert printed[0].endswith("tools/demo/run.py")
         demo.build_stages(demo.get_args_parser().parse_args(printed[1:]))
+    elif words[1] == "tools/docs.sh":  # tests/tools/test_build_site.py builds it
+        assert printed[0] == "tools/build_site.py"
+        import_tool(printed[0]).parse(printed[1:])
     else:
         assert printed[:2] == ["-m", "ruff"]
         assert (
@@ -388,7 +391,7 @@ def run_command(command: str, later: str = "", strict: bool = False) -> None:
     elif words[0] == "python" and words[1] in TOOLS:
         run_tool(words[1:], strict)
     elif words[0] == "bash":
-        assert words[1] in ("tools/demo.sh", "tools/test.sh")
+        assert words[1] in ("tools/demo.sh", "tools/docs.sh", "tools/test.sh")
         run_set_up(words)
     elif words[:2] == ["python", "run_with_submitit.py"]:  # tests/test_submitit.py submits
         run_script(submitted_words(words), later, strict)
