@@ -292,6 +292,35 @@ def test_yolo_yaml_with_its_own_splits(tmp_path: Path) -> None:
                 "--val_fraction", 0.1)  # fmt: skip
 
 
+def test_layouts_of_yolo_without_yaml(tmp_path: Path) -> None:
+    """CVAT's YOLO 1.1: labels next to the images, names one folder above. Keypoints of a pose dataset are dropped."""
+    pytest.importorskip("supervision", reason="the extra supervision reads this format")
+    write_yolo_export(tmp_path)
+    words = ["--format", "yolo", "--val_fraction", 0, "--output_dir", tmp_path / "out"]
+    (tmp_path / "labels").rename(tmp_path / "obj_train_data")
+    (tmp_path / "images" / "plain.png").rename(tmp_path / "obj_train_data" / "plain.png")
+    labels = tmp_path / "obj_train_data"
+    for path in labels.rglob("*.txt"):
+        if path.name != "plain.txt":
+            path.unlink()
+    names = tmp_path / "data.yaml"
+    names.rename(tmp_path / "pose.yaml")
+    with pytest.raises(UserError, match="give the class names with --class_names FILE"):
+        convert(*words, "--annotations", labels)
+    (tmp_path / "obj.names").write_text("cat\n\nrare\n\ndog\n")
+    convert(*words, "--annotations", labels)
+    assert_same_scenes(read(tmp_path / "out", "train"), {"plain.png": SCENES["plain.png"]})
+    assert category_ids(tmp_path / "out") == {"cat": 0, "rare": 2, "dog": 4}
+
+    pose = tmp_path / "pose.yaml"
+    pose.write_text(pose.read_text() + "kpt_shape: [2, 2]\n")
+    lines = (labels / "plain.txt").read_text().splitlines()
+    (labels / "plain.txt").write_text("".join(f"{line} 0.1 0.1 0.9 0.9\n" for line in lines))
+    words[-1] = tmp_path / "two"
+    convert(*words, "--annotations", labels, "--class_names", pose)
+    assert_same_scenes(read(tmp_path / "two", "train"), {"plain.png": SCENES["plain.png"]})
+
+
 def dropped_kinds(root: Path) -> dict[str, str]:
     """Return kind -> place and detail of the rows of dropped.csv."""
     with (root / "dropped.csv").open(encoding="utf-8") as file:
@@ -442,6 +471,12 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(UserError, match=message):
             convert(*words, *flags)
+    for change in ({"categories": [{"name": "cat"}]}, {"images": [7]}, {"annotations": [None]}):
+        broken = tmp_path / "broken.json"
+        broken.write_text(json.dumps({"images": [], "annotations": [], "categories": [], **change}))
+        with pytest.raises(UserError, match="broken.json: an entry of 'images'"):
+            convert(*words, "--annotations", broken, "--output_dir", tmp_path / "out")
+    broken.unlink()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
     # Nothing is left of a conversion that failed.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "full"]

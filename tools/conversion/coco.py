@@ -29,21 +29,36 @@ def read_coco(images: str, annotations: str, dropped: Dropped) -> Export:
         raise UserError(
             f"{annotations} is no COCO file: it needs the lists 'images', 'annotations' and 'categories'"
         )
-    names = {row["id"]: str(row.get("name") or row["id"]) for row in content["categories"]}
+    try:
+        return _parse(content, annotations, ImageIndex(images), texts, dropped)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{annotations}: an entry of 'images', 'annotations' or 'categories' can't be read "
+            f"({type(error).__name__}: {error}): each image and category needs an id, and sizes are numbers"
+        ) from error
 
+
+def _parse(
+    content: dict[str, Any],
+    source: str,
+    index: ImageIndex,
+    texts: SegmentationTexts,
+    dropped: Dropped,
+) -> Export:
+    names = {row["id"]: str(row.get("name") or row["id"]) for row in content["categories"]}
     # Classes are matched by name. Of two categories with one name, the first gives the id.
     class_ids: dict[str, int] = {}
     for category_id, name in sorted(names.items()):
         class_ids.setdefault(name, category_id)
 
-    by_id = _images_by_id(content["images"], annotations, ImageIndex(images), dropped)
+    by_id = _images_by_id(content["images"], source, index, dropped)
     listed = {row["id"] for row in content["images"]}
     for row in content["annotations"]:
         place = f"annotation {row.get('id')}"
         image = by_id.get(row.get("image_id"))
         if row.get("image_id") not in listed:
             detail = f"image {row.get('image_id')}"
-            dropped.add("object of an image that is not listed", annotations, place, detail)
+            dropped.add("object of an image that is not listed", source, place, detail)
         elif image is not None:
             found = _to_object(row, names, place, texts, image, dropped)
             image.objects += [found] if found else []

@@ -43,10 +43,8 @@ def read_labelme_folder(images: str, annotations: str, dropped: Dropped) -> Expo
         elif file in found:
             dropped.add("image listed twice", name, file, f"also in {found[file].source}")
         else:
-            height, width = content.get("imageHeight"), content.get("imageWidth")
-            size_hw = (int(height), int(width)) if height and width else NO_SIZE
             objects = list(_objects(content["shapes"], name, dropped))
-            found[file] = LabelledImage(images, file, name, objects, size_hw)
+            found[file] = LabelledImage(images, file, name, objects, _listed_size(content))
     for file in sorted(index.files - set(found)):
         dropped.add("image without annotations", file, detail="no JSON file names it")
     return Export(list(found.values()))
@@ -62,6 +60,12 @@ def _read_file(path: str, name: str, dropped: Dropped) -> dict[str, Any] | None:
         return content
     dropped.add("annotation file unreadable", name, detail="no labelme file: it has no 'shapes'")
     return None
+
+
+def _listed_size(content: dict[str, Any]) -> tuple[int, int]:
+    height, width = content.get("imageHeight"), content.get("imageWidth")
+    known = isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0
+    return (height, width) if known else NO_SIZE
 
 
 def _image_of(name: str, listed: str, index: ImageIndex) -> str | None:
