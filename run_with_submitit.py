@@ -63,7 +63,7 @@ class Training:
             )
         module = importlib.import_module(self.script.removesuffix(".py"))
         flags = [*self.flags, "--output_dir", self.output_dir]
-        with _SaveBeforeRequeue():
+        with _SaveBeforeRequeue(job.global_rank):
             run_script(module.main, module.parse, flags)
 
     def checkpoint(self) -> Any:
@@ -84,10 +84,13 @@ class _SaveBeforeRequeue:
     nothing can be saved, its handler is called at once.
     """
 
-    def __enter__(self) -> None:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.requested = False
         self.outside = signal.getsignal(signal.SIGTERM)
-        self.requeue = signal.getsignal(REQUEUE_SIGNAL)
+        self.requeue: Any = signal.getsignal(REQUEUE_SIGNAL)
+
+    def __enter__(self) -> None:
         if callable(self.requeue):  # submitit's debug executor has none
             signal.signal(REQUEUE_SIGNAL, self._handle)
 
@@ -95,14 +98,18 @@ class _SaveBeforeRequeue:
         if callable(self.requeue):
             signal.signal(REQUEUE_SIGNAL, self.requeue)
         saved = isinstance(error, SystemExit) and error.code == SIGTERM_STATUS
-        if not (self.requested and saved):
+        if not saved:
             return False
-        # Rank 0 requeues the job and exits. The others must not fail before: SLURM would end rank 0, too.
-        self.requeue(REQUEUE_SIGNAL, None)
-        return True
+        if (
+            self.rank
+        ):  # must not fail before rank 0 has requeued the job: SLURM would end rank 0, too
+            return True
+        if self.requested:
+            self.requeue(REQUEUE_SIGNAL, None)  # exits
+        return False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        stop = signal.getsignal(signal.SIGTERM)
+        stop: Any = signal.getsignal(signal.SIGTERM)
         if stop == self.outside or not callable(stop):
             self.requeue(number, frame)
         else:  # during training, which finishes its step, saves and stops on SIGTERM
@@ -143,7 +150,8 @@ def parse(argv: Sequence[str]) -> Namespace:
         help="local: processes on this machine; debug: in this process",
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted")
-    args, args.flags = parser.parse_known_args(argv)
+    args, flags = parser.parse_known_args(argv)
+    args.flags = flags
     return args
 
 

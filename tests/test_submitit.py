@@ -145,21 +145,23 @@ def test_requeued_job_resumes_from_the_output_folder(tmp_path: Path) -> None:
     assert not getattr(settings, "overwrite", False)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("during", ["set-up", "training"])
 def test_preempted_training_saves_before_the_job_is_requeued(
-    during: str, monkeypatch: pytest.MonkeyPatch
+    during: str, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGUSR2, as SLURM sends it: in training, submitit's handler waits until the run is saved."""
     events = []
 
-    def requeue(number: int, frame: object) -> None:
+    def requeue(number: int, frame: object) -> None:  # as submitit's: it ends rank 0
         events.append("requeued")
-        if during == "set-up":
-            raise SystemExit(255)  # submitit's handler ends rank 0
+        if rank == 0:
+            raise SystemExit(255)
 
     def train(_: object) -> None:
         if during == "set-up":
             os.kill(os.getpid(), signal.SIGUSR2)
+            return
         with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGUSR2)
             assert stop.requested
@@ -167,23 +169,23 @@ def test_preempted_training_saves_before_the_job_is_requeued(
         raise StopRequested("saved")
 
     monkeypatch.setattr(finetune_main, "main", train)
-    monkeypatch.setattr(
-        submitit, "JobEnvironment", lambda: type("Job", (), {"num_tasks": 1, "job_id": "7"})
-    )
+    job = type("Job", (), {"num_tasks": 1, "job_id": "7", "global_rank": rank})
+    monkeypatch.setattr(submitit, "JobEnvironment", lambda: job)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
     signal.signal(signal.SIGUSR2, requeue)
+    training = run_with_submitit.Training("finetune_main.py", [], "runs/%j")
     try:
-        training = run_with_submitit.Training("finetune_main.py", [], "runs/%j")
-        if during == "set-up":
-            with pytest.raises(SystemExit):
+        if rank == 0:
+            with pytest.raises(SystemExit, match="255"):
                 training()
         else:
-            training()
+            training()  # ends without an error, which would make SLURM end rank 0
         assert signal.getsignal(signal.SIGUSR2) == requeue
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    assert events == (["requeued"] if during == "set-up" else ["saved", "requeued"])
+    requeued = ["requeued"] if during == "set-up" or rank == 0 else []
+    assert events == (requeued if during == "set-up" else ["saved", *requeued])
     assert training.output_dir == "runs/7"
 
 
