@@ -191,7 +191,7 @@ def test_preempted_training_saves_before_the_job_is_requeued(
 
 @pytest.mark.slow
 def test_preempted_job_continues_exactly(tmp_path: Path) -> None:
-    """With submitit's local executor, which requeues as SLURM does: SIGUSR2 in the middle of training."""
+    """With submitit's local executor, which requeues as SLURM does: SIGUSR2 after the first epoch."""
     psutil = pytest.importorskip("psutil")
     words = [*small_run(tmp_path, train=40), "--epochs", "3"]
     command = [sys.executable, str(ROOT / "run_with_submitit.py"), "--cluster", "local", "--nodes",
