@@ -11,6 +11,7 @@ from types import ModuleType
 
 import finetune_main
 import main as pretrain_main
+import run_with_submitit
 from tools.demo import scenes as sample_scenes
 from util.settings import resolve
 
@@ -113,9 +114,19 @@ def without_launcher(words: list[str]) -> list[str]:
     return words[1:] if words[0] == "python" else words
 
 
+def submitted_words(words: list[str]) -> list[str]:
+    """`python run_with_submitit.py FLAGS` -> [SCRIPT, FLAG, ...] that each task of the job runs."""
+    args = run_with_submitit.parse(words[2:])
+    run_with_submitit.check(args)
+    training = run_with_submitit.make_training(args)
+    return [args.script, *training.flags, "--output_dir", training.output_dir]
+
+
 def script_words(words: list[str]) -> list[str]:
     """Return [SCRIPT, FLAG, ...] of a command that trains or evaluates, without launcher, with its config's flags."""
     words = words[next(i for i, word in enumerate(words) if not re.match("[A-Z_]+=", word)) :]
+    if words[:2] == ["python", "run_with_submitit.py"]:
+        return submitted_words(words)
     before = LAUNCHERS.get(words[0].removeprefix("./"), 0)
     if before:
         assert words[before - 1].isdigit(), "the number of processes"

@@ -142,7 +142,7 @@ def inspect_images(split: Split, num_workers: int) -> list[ImageInfo]:
     indices = range(len(split.images))
     files = [split.file(index) for index in indices]
     options = repeat(split.exif), map(split.listed_hw, indices)
-    return _map_images(
+    return map_images(
         inspect_image, files, *options, num_workers=num_workers, what=f"{split.name} images"
     )
 
@@ -152,10 +152,10 @@ def inspect_all_masks(split: Split, num_workers: int) -> list[list[MaskFault]]:
     if not has_masks(split):
         return []
     sources = [mask_source(split, index) for index in range(len(split.images))]
-    return _map_images(inspect_masks, sources, num_workers=num_workers, what=f"{split.name} masks")
+    return map_images(inspect_masks, sources, num_workers=num_workers, what=f"{split.name} masks")
 
 
-def _map_images(
+def map_images(
     function: Callable, images: Sequence, *options: Iterable, num_workers: int, what: str
 ) -> list:
     """Call a function for each image, in at most `num_workers` processes (0: in this one)."""

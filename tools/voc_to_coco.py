@@ -4,6 +4,7 @@
 
 Writes one file per image set, such as voc_trainval2012.cocostyle.json, for other programs. In this project,
 `--dataset_file voc_coco` trains and evaluates on the same boxes without these files: it reads VOCdevkit directly.
+XML files of a labelling tool: `tools/convert_dataset.py --format voc`, which subtracts 1 as VOC counts, and splits.
 """
 
 import argparse

@@ -255,7 +255,7 @@ def read_xml_folder(folder: str, image_folder: str = "") -> Annotations:
     index = ImageIndex(image_folder) if image_folder else None
     images, notes = [], {}
     for i, (name, record) in enumerate(zip(names, records, strict=True), start=1):
-        image, is_other = _image_of_xml(name, record["file"], index)
+        image, is_other = image_of_xml(name, record["file"], index)
         images.append(image)
         if is_other:
             notes[i] = f"<filename> of {name} is {record['file']}"
@@ -276,7 +276,7 @@ def read_xml_folder(folder: str, image_folder: str = "") -> Annotations:
     return annotations
 
 
-def _image_of_xml(name: str, listed: str, index: ImageIndex | None) -> tuple[str, bool]:
+def image_of_xml(name: str, listed: str, index: ImageIndex | None) -> tuple[str, bool]:
     """Return (image file of an XML file, whether this is another image than its <filename>).
 
     Args:
@@ -352,7 +352,8 @@ def read_xml(path: str) -> dict[str, Any]:
 
     Returns:
         {"file": its <filename>, "size_hw": (height, width), "objects": [(name, box, difficult), ...], "rotations":
-        CVAT's angle of each box in degrees, 0 if it has none}, where a box is (x0, y0, x1, y1) in pixels.
+        CVAT's angle of each box in degrees, 0 if it has none, "polygons": those of each object, often none}, where a
+        box is (x0, y0, x1, y1) and a polygon [x, y, x, y, ...] in pixels.
 
     Raises:
         UserError: the file is missing or not XML, or an object has no name or no numbers for its corners.
@@ -380,6 +381,7 @@ def read_xml(path: str) -> dict[str, Any]:
         elements = list(root.iter("object"))
         objects = [_parse_object(element) for element in elements]
         rotations = [_parse_rotation(element) for element in elements]
+        polygons = [_parse_polygons(element) for element in elements]
         size = tuple(int(float(root.findtext(f"size/{name}") or 0)) for name in ("height", "width"))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
@@ -388,7 +390,13 @@ def read_xml(path: str) -> dict[str, Any]:
         ) from error
     # The file name may be on a line of its own.
     file = (root.findtext("filename") or "").strip()
-    return {"file": file, "size_hw": size, "objects": objects, "rotations": rotations}
+    return {
+        "file": file,
+        "size_hw": size,
+        "objects": objects,
+        "rotations": rotations,
+        "polygons": polygons,
+    }
 
 
 def _parse_xml(content: bytes, path: str) -> ElementTree.Element:
@@ -482,6 +490,21 @@ def _parse_flag(text: str) -> bool:
         return bool(float(word))
     except ValueError as error:
         raise ValueError(f"<difficult> is {word!r} instead of 0 or 1") from error
+
+
+def _parse_polygons(element: ElementTree.Element) -> list[list[float]]:
+    """Return the polygons of Roboflow and supervision, <polygon><x1>, <y1>, <x2>, ..., also counted from 1.
+
+    Training does not use them, so that numbers which can't be read become NaN instead of an error.
+    """
+    polygons = []
+    for polygon in element.findall("polygon"):
+        points = [point.text or "" for point in polygon if re.fullmatch(r"[xy]\d+", str(point.tag))]
+        try:
+            polygons.append([float(text) - 1 for text in points])
+        except ValueError:
+            polygons.append([float("nan")] * len(points))
+    return [points for points in polygons if points]
 
 
 def _parse_rotation(element: ElementTree.Element) -> float:

@@ -22,7 +22,7 @@ from tests.tiny import (
     renumber,
     tiny_args,
 )
-from tools import check_dataset, predict
+from tools import check_dataset, convert_dataset, predict
 from tools.demo.scenes import class_names, write_coco
 from util.checkpoints.checkpoint import save_checkpoint
 from util.checkpoints.weight_files import cached_path
@@ -35,6 +35,7 @@ SCRIPTS = {
     "finetune_main.py": finetune_main,
     "tools/predict.py": predict,
     "tools/check_dataset.py": check_dataset,
+    "tools/convert_dataset.py": convert_dataset,
 }
 SMALL = ["--device", "cpu", "--num_workers", "0", "--image_size", "64"]
 TRAINING = ["--epochs", "1", "--batch_size", "2", "--lr_backbone", "0", "--backbone_norm", "frozen"]
@@ -54,6 +55,44 @@ def write_dataset(folder: Path) -> None:
         content = json.loads((folder / "annotations" / f"instances_{split}2017.json").read_text())
         (folder / f"{split}.json").write_text(json.dumps(renumber(content, IDS)))
     shutil.copytree(folder / "unlabelled", folder / "new")
+
+
+def write_export(folder: Path, export: Path) -> None:
+    """Write the dataset of `write_dataset` as a labelling tool exports it: YOLO with a data.yaml."""
+    names = class_names(len(IDS))
+    for split in ("train", "val"):
+        content = json.loads((folder / f"{split}.json").read_text())
+        shutil.copytree(folder / split, export / split / "images")
+        (export / split / "labels").mkdir()
+        files = {row["id"]: row for row in content["images"]}
+        for row in content["annotations"]:
+            image = files[row["image_id"]]
+            x, y, width, height = row["bbox"]
+            numbers = [(x + width / 2) / image["width"], (y + height / 2) / image["height"]]
+            numbers += [width / image["width"], height / image["height"]]
+            path = (export / split / "labels" / image["file_name"]).with_suffix(".txt")
+            with path.open("a") as file:
+                file.write(" ".join(map(str, [row["category_id"], *numbers])) + "\n")
+    lines = "".join(f"  {IDS[label]}: {name}\n" for label, name in names.items())
+    (export / "data.yaml").write_text(f"train: train/images\nval: val/images\nnames:\n{lines}")
+
+
+def convert(words: list[str], folder: Path) -> None:
+    """Run the page's conversion, and check that it makes the page's folders from an export of the same data."""
+    pytest.importorskip("supervision")
+    original = folder.with_name("original")
+    folder.rename(original)
+    write_export(original, folder.with_name("export"))
+    convert_dataset.main(convert_dataset.parse([*words, "--num_workers", "0"]))
+    for split in ("train", "val"):
+        files = [json.loads((root / f"{split}.json").read_text()) for root in (folder, original)]
+        sizes = [
+            sorted(round(row["bbox"][2]) for row in content["annotations"]) for content in files
+        ]
+        assert sizes[0] == sizes[1]
+        assert len(list((folder / split).iterdir())) == len(files[1]["images"])
+    for name in ("new", "unlabelled"):
+        (original / name).rename(folder / name)
 
 
 @pytest.fixture
@@ -97,10 +136,13 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
     names = class_names(len(IDS))
     for command in commands():
         assert command[0] == "python"
+        if command[1] == "tools/convert_dataset.py":
+            convert(command[2:], workplace / "my_data")
+            continue
         module = SCRIPTS[command[1]]
         with captured_log() as lines:
             module.main(module.parse(small(command)))
-        if command[1] == "finetune_main.py" and "--eval" not in command:
+        if command[1] == "finetune_main.py" and not {"--eval", "--dry_run"} & set(command):
             assert any("class_embed: 0 of 4 class rows kept by name" in line for line in lines), (
                 "shapes are not COCO's"
             )
@@ -108,7 +150,8 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
                 f"--checkpoint {command[command.index('--output_dir') + 1]}/checkpoint_best.pth"
                 in lines[-1]
             )
-    assert [command[1] for command in commands()][:4] == [
+    assert [command[1] for command in commands()][:5] == [
+        "tools/convert_dataset.py",
         "tools/check_dataset.py",
         "main.py",
         "finetune_main.py",
@@ -132,7 +175,7 @@ def test_every_command_of_the_page_runs(workplace: Path) -> None:
 
 def test_fine_tuning_starts_from_the_pre_training(workplace: Path) -> None:
     """`--pretrain outputs/custom_pretrain/checkpoint.pth`, as the page says."""
-    _, first, second, *_ = commands()
+    _, _, first, second, *_ = commands()
     pretrain_main.main(pretrain_main.parse(small(first)))
     second[second.index("--pretrain") + 1] = "outputs/custom_pretrain/checkpoint.pth"
     assert "outputs/custom_pretrain/checkpoint.pth" in PAGE

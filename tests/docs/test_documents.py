@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import run_with_submitit
 from tests.docs.test_model_zoo import row_command
 from tests.docs.test_model_zoo import rows as checkpoint_rows
 from tests.documents import (
@@ -32,6 +33,7 @@ from tests.documents import (
     python_blocks,
     python_examples,
     shown_commands,
+    submitted_words,
     without_launcher,
 )
 from tests.published_files import (
@@ -367,11 +369,11 @@ def run_launcher(words: list[str]) -> list[str]:
 
 
 def run_set_up(words: list[str]) -> None:
-    """Run tools/demo.sh or tools/test.sh in an environment that is complete, and check what they start."""
+    """Run tools/demo.sh, docs.sh or test.sh in an environment that is complete, and check what they start."""
     names = [
         "requirements.txt",
         "requirements-extras.txt",
-        *(["requirements-dev.txt"] if words[1] == "tools/test.sh" else []),
+        *(["requirements-dev.txt"] if words[1] != "tools/demo.sh" else []),
     ]
     joined = b"".join((ROOT / name).read_bytes() for name in [*names, "constraints.txt"])
     digest = (
@@ -385,6 +387,9 @@ def run_set_up(words: list[str]) -> None:
     if words[1] == "tools/demo.sh":
         assert printed[0].endswith("tools/demo/run.py")
         demo.build_stages(demo.get_args_parser().parse_args(printed[1:]))
+    elif words[1] == "tools/docs.sh":  # tests/tools/test_build_site.py builds it
+        assert printed[0] == "tools/build_site.py"
+        import_tool(printed[0]).parse(printed[1:])
     else:
         assert printed[:2] == ["-m", "ruff"]
         assert (
@@ -408,8 +413,10 @@ def run_command(command: str, later: str = "", strict: bool = False) -> None:
     elif words[0] == "python" and words[1] in TOOLS:
         run_tool(words[1:], strict)
     elif words[0] == "bash":
-        assert words[1] in ("tools/demo.sh", "tools/test.sh")
+        assert words[1] in ("tools/demo.sh", "tools/docs.sh", "tools/test.sh")
         run_set_up(words)
+    elif words[:2] == ["python", "run_with_submitit.py"]:  # tests/test_submitit.py submits
+        run_script(submitted_words(words), later, strict)
     elif words[0] == "torchrun" or "./tools/run_dist_" in command:
         run_script(run_launcher(words), later, strict)
     elif words[0].startswith("./configs/"):
@@ -515,7 +522,7 @@ def anchors(path: Path) -> set[str]:
 
 def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     """Return every flag of scripts and tools, from their `--help`, and those that are refused with a reason."""
-    for module in [*SCRIPTS.values(), *map(import_tool, TOOLS)]:
+    for module in [*SCRIPTS.values(), run_with_submitit, *map(import_tool, TOOLS)]:
         with pytest.raises(SystemExit):
             module.parse(["--help"])
     parsers = [
@@ -526,9 +533,10 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
     return set(re.findall(r"--\w+", "\n".join(parsers))) | set(UNSUPPORTED_FLAGS)
 
 
-# Of torchrun, the older launcher, tools/test.sh, srun and TensorBoard.
+# Of torchrun, the older launcher, docker, tools/test.sh, srun and TensorBoard.
 OTHERS_FLAGS = {
     *("--nproc_per_node", "--use_env", "--master_port", "--standalone"),
+    *("--nnodes", "--max_restarts", "--rdzv_backend", "--rdzv_endpoint", "--gpus", "--ipc"),
     *("--all", "--time", "--logdir"),
 }
 

@@ -440,6 +440,7 @@ def test_namespaces_and_blank_lines_in_xml_files(tmp_path: Path) -> None:
         "size_hw": (50, 60),
         "objects": [("中", (1, 2, 31, 22), False)],
         "rotations": [0.0],
+        "polygons": [[]],
     }
 
 
