@@ -151,8 +151,7 @@ def parse(argv: Sequence[str]) -> Namespace:
     )
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted")
     args, flags = parser.parse_known_args(argv)
-    args.flags = flags
-    return args
+    return Namespace(**vars(args), flags=flags)
 
 
 def main(args: Namespace) -> None:

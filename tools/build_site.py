@@ -93,10 +93,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=Path,
         default=ROOT / "site",
         metavar="DIR",
-        help="folder of the site (site)",
+        help="folder of the site (default: site)",
     )
     parser.add_argument(
-        "--serve", action="store_true", help="show the site at http://127.0.0.1:8000, and update it"
+        "--serve",
+        action="store_true",
+        help="show the site at http://127.0.0.1:8000, and update it (default: off)",
     )
     return parser.parse_args(argv)
 

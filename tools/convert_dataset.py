@@ -36,15 +36,14 @@ from util.errors import UserError
 from util.files import check_outside_images, make_folder
 from util.logger import log
 from util.runs.session import run_script
+from util.settings import Parser
 
 FORMATS = ("coco", "voc", "yolo", "labelme")
 VAL_FRACTION, SEED = 0.2, 42
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "tools/convert_dataset.py", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser("tools/convert_dataset.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--format",
         required=True,
@@ -58,15 +57,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="COCO file, folder of VOC's XML or labelme's JSON files, YOLO's data.yaml or folder of label files",
     )
     parser.add_argument(
-        "--images", metavar="DIR", help="image folder (default: the folder of the annotations)"
+        "--images",
+        metavar="DIR",
+        help="folder of the images (default: the folder of the annotations)",
     )
     parser.add_argument(
         "--val_annotations",
         metavar="PATH",
-        help="annotations of the validation images, if the export has a split",
+        help="annotations of the validation images, if the export has a split (default: not set)",
     )
     parser.add_argument(
-        "--val_images", metavar="DIR", help="their image folder (default: as above)"
+        "--val_images", metavar="DIR", help="folder of the validation images (default: as --images)"
     )
     parser.add_argument(
         "--class_names",
@@ -80,20 +81,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--val_fraction",
         type=_val_fraction,
         metavar="FRACTION",
-        help=f"fraction of the images to validate on, if the export has no split ({VAL_FRACTION}); 0: none",
+        help="fraction of the images to validate on, if the export has no split; 0 for none "
+        f"(default: {VAL_FRACTION})",
     )
     parser.add_argument(
         "--split_by",
         choices=("image", "folder"),
         default="image",
-        help="folder: images of one folder, such as the frames of a video, stay in one split (image)",
+        help="folder: images of one folder, such as the frames of a video, stay in one split",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help=f"random seed of the split ({SEED})")
+    parser.add_argument("--seed", type=int, default=SEED, help="random seed of the split")
     parser.add_argument(
         "--copy", action="store_true", help="copy the images instead of linking them"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=2, metavar="N", help="processes that decode images (2)"
+        "--num_workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="number of processes that decode images",
     )
     return parser.parse_args(argv)
 

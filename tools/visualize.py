@@ -47,8 +47,7 @@ def parse(argv: list[str]) -> Namespace:
     if command not in COMMANDS:
         raise UserError(f"{command} is no sub-command: choose one of {', '.join(COMMANDS)}")
     args = command_parser(command, words).parse_args(words)
-    args.command = command
-    return args
+    return Namespace(**vars(args), command=command)
 
 
 def command_parser(command: str, words: list[str]) -> Parser:

@@ -89,7 +89,7 @@ def _read_image(
 ) -> LabelledImage:
     image = LabelledImage(folder, file, source, [])
     try:
-        size_hw, orientation = read_header(os.path.join(folder, file))
+        size_hw, orientation, _ = read_header(os.path.join(folder, file))
     except (BadImageError, OSError):
         return image  # reported when the images are decoded
     # Coordinates are fractions of the image as labelling tools show it, rotated by its EXIF orientation.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tools.visualize import COMMANDS, command_parser
 from util.settings import FINETUNE, PRETRAIN, HelpFormatter, Parser, make_parser
 from util.settings.help import format_default
 
@@ -16,6 +17,8 @@ SCRIPTS = (PRETRAIN, FINETUNE)
 TOOLS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for path in (ROOT / "tools").rglob("*.py")
+    # Sub-commands of tools/visualize.py have their own test.
+    if path.parent.name != "figures" and path.name != "visualize.py"
     if re.search(r"ArgumentParser\(|\bParser\(", path.read_text())
 )
 MIN_WORDS = 3  # of a meaning, without the default
@@ -90,6 +93,11 @@ def test_every_argument_of_a_tool_has_a_meaning_and_shows_its_default(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not problems(tool_parser(name, monkeypatch))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_flag_of_a_picture_has_a_meaning_and_shows_its_default(name: str) -> None:
+    assert not problems(command_parser(name, []))
 
 
 @pytest.mark.parametrize(
