@@ -175,7 +175,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
         ("live", 3, signal.SIGTERM),
         pytest.param("pretext", 3, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("pretext", 4, signal.SIGTERM, marks=pytest.mark.slow),
-        ("pretext", 8, signal.SIGTERM),
+        ("pretext", 8, signal.SIGUSR1),
     ],
 )
 def test_stop_at_the_end_of_an_epoch(
