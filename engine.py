@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.collate import padding_fraction
-from datasets.samplers import EpochSampler
+from datasets.samplers import EpochSampler, Segment
 from datasets.transfer import Transfer
 from models.criterion import SetCriterion
 from util.distributed import (
@@ -116,6 +116,7 @@ class TrainState:
         accumulate: number of batches per optimizer step.
         max_iters: end training after this many steps; the learning rate schedule then counts steps instead of epochs.
         epoch, batch: the next ones to train, from 0.
+        earlier: the first of these batches, if the epoch began with another batch size or number of processes.
         averages: losses of the current epoch so far.
         step: optimizer steps done since the start of the run, skipped ones included.
         unread_norm: gradient norm of the last step, on the device. It is read one step later, so that the host never
@@ -146,6 +147,7 @@ class TrainState:
     max_iters: int | None = None
     epoch: int = 0
     batch: int = 0
+    earlier: list[Segment] = field(default_factory=list)
     step: int = 0
     averages: Averages = field(default_factory=Averages)
     bad_images: BadImages = field(default_factory=BadImages)
@@ -170,7 +172,18 @@ class TrainState:
         """Return the finished fraction of the training before step `batch`; 0 at the start."""
         if self.max_iters:
             return self.scheduler.last_epoch / self.max_iters  # the scheduler's "epochs" are steps
-        return (self.epoch + self.batch / self.sampler.batches_per_epoch) / self.epochs
+        batches = self.earlier_batches + self.sampler.batches_after_earlier
+        return (self.epoch + self.batch / batches) / self.epochs
+
+    @property
+    def earlier_batches(self) -> int:
+        """Number of batches in `earlier`."""
+        return sum(batches for _, batches in self.earlier)
+
+    def set_position(self) -> None:
+        """Make the loader continue at `epoch` and `batch`."""
+        start = self.batch - self.earlier_batches
+        self.sampler.set_epoch(self.epoch, start, self.remaining_batches(), self.earlier)
 
     def count_seconds(self) -> None:
         """Add the time since `clock` to `seconds`."""
@@ -340,7 +353,7 @@ def train_one_epoch(state: TrainState) -> None:
     state.model.train()
     state.criterion.train()
     model, sampler = unwrap_model(state.model), state.sampler
-    sampler.set_epoch(state.epoch, state.batch, state.remaining_batches())
+    state.set_position()
 
     num_batches = state.batch + len(sampler)
     bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)

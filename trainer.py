@@ -198,11 +198,15 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
 def _update_num_epochs(run: Run) -> None:
     """With `max_iters`, set `run.epochs` to the epochs that these steps take; the last one may be incomplete."""
     if run.max_iters:
-        # From the start of the current epoch, whose first `batch` batches are done.
-        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch // run.accumulate
-        run.epochs = run.epoch + math.ceil(
-            steps / math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+        steps = max(run.max_iters - run.scheduler.last_epoch, 0)
+        is_in_epoch = steps > 0 or run.batch > 0
+        run.set_position()
+        left = math.ceil(
+            (run.sampler.batches_after_earlier - run.sampler.start_batch) / run.accumulate
         )
+        steps_per_epoch = math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+        following = math.ceil(max(steps - left, 0) / steps_per_epoch)
+        run.epochs = run.epoch + int(is_in_epoch) + following
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -302,13 +306,17 @@ def _train_and_save(run: Run) -> None:
     lr_dropped = run.optimizer.param_groups[0]["lr"] != lr
     run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
     run.epoch += 1
-    run.batch, run.averages = 0, Averages()
+    _start_epoch(run)
 
     # As published, a numbered checkpoint before each drop of the learning rate. Saved before the evaluation, which may
     # be long and may be killed.
     is_numbered = lr_dropped or run.epoch % run.save_every == 0
     run.numbered = f"checkpoint{run.epoch - 1:04d}.pth" if is_numbered else None
     save(run, [LATEST, run.numbered] if run.numbered else [LATEST])
+
+
+def _start_epoch(run: Run) -> None:
+    run.batch, run.earlier, run.averages = 0, [], Averages()
 
 
 def _finish_epoch(run: Run) -> None:
@@ -475,6 +483,7 @@ def checkpoint_state(run: Run) -> Checkpoint:
         seconds=run.seconds,
         world_size=get_world_size(),
         position_unit=position_unit(run),
+        earlier=[list(segment) for segment in run.earlier] or None,
         random_states=all_gather_object(get_rng_states()),
     )
 
@@ -539,17 +548,31 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
             get_world_size(),
         )
 
-    # A batch number means the same images only if dataset and global batch size are unchanged.
-    if run.batch and "train" in run.changed_data:
+    if run.batch:
+        _restore_position(run, checkpoint)
+
+
+def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
+    """Continue within the epoch of the checkpoint, also with another batch size or number of processes.
+
+    With other images the epoch starts over: a batch number then means other ones.
+    """
+    num_images, size = position_unit(run)
+    stored_images, stored_size = checkpoint.position_unit or (0, 0)
+    if "train" in run.changed_data or num_images != stored_images:
         log.info("the training data changed: the epoch starts over")
-        run.batch, run.averages = 0, Averages()
-    elif run.batch and checkpoint.position_unit != position_unit(run):
+        _start_epoch(run)
+        return
+
+    run.earlier = [(images, batches) for images, batches in checkpoint.earlier or []]
+    if size != stored_size:
+        own = run.batch - run.earlier_batches
+        run.earlier += [(stored_size, own)] if own else []
         log.info(
-            "number of images or global batch size changed (%s in the checkpoint, now %s): the epoch starts over",
-            checkpoint.position_unit,
-            position_unit(run),
+            "%d images per step instead of %d: the epoch continues with the images that are left",
+            size * run.accumulate,
+            stored_size * checkpoint.args.get("accumulate", 1),
         )
-        run.batch, run.averages = 0, Averages()
 
 
 def _step_of(run: Run, checkpoint: Checkpoint) -> int:

@@ -144,7 +144,7 @@ def test_a_rank_without_targets_does_not_stop_the_other(
             )
 
 
-def test_a_non_finite_loss_stops_both_ranks_before_the_step(results: dict[str, list]) -> None:
+def test_both_ranks_skip_a_step_that_is_not_finite(results: dict[str, list]) -> None:
     for result in of_both(results, "not_finite_on_one_process"):
         assert result["same"]
         assert result["in_a_row"] == 1

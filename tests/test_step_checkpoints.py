@@ -21,7 +21,7 @@ from tests.tiny import (
 )
 from util.errors import UserError
 from util.runs import step_checkpoints
-from util.runs.background import BackgroundWriter, copy_to_host
+from util.runs.background import THREAD_NAME, BackgroundWriter, copy_to_host
 
 FLAGS = (*FROZEN, "--batch_size", 1, "--dec_layers", 1)
 
@@ -53,12 +53,13 @@ def test_run_killed_within_an_epoch_resumes_exactly(
             raise KeyboardInterrupt
         return train_step(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "train_step", interrupted)
+    monkeypatch.setattr(engine, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         pre_train(*saves)
+    monkeypatch.setattr(engine, "train_step", train_step)
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=10)  # the writer: a process would have been killed later
+        if thread.name == THREAD_NAME:
+            thread.join()
     names = ["checkpoint.pth", "checkpoint_step_000003.pth", "checkpoint_step_000006.pth"]
     assert sorted(path.name for path in killed.glob("checkpoint*")) == names
     assert read_checkpoint(killed / "checkpoint.pth")["step"] == 5

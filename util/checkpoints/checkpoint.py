@@ -77,6 +77,8 @@ class Checkpoint:
         seconds: training time so far.
         world_size: number of processes.
         position_unit: what `batch` counts: [images in the dataset, images per global batch].
+        earlier: the first of these batches, if the epoch began with another batch size or number of processes:
+            [images per global batch, number of batches] of each part of the epoch.
         random_states: states of the global random generators, by rank.
 
     Other content:
@@ -113,6 +115,7 @@ class Checkpoint:
     seconds: float | None = None
     world_size: int | None = None
     position_unit: list[int] | None = None
+    earlier: list[list[int]] | None = None
     random_states: list[dict[str, Any]] | None = None
 
     extra: dict[str, Any] = field(default_factory=dict)
@@ -208,11 +211,20 @@ def _parse_entry(key: str, value: Any) -> Any:
         number = _parse_number(value, whole=key in _WHOLE_NUMBERS)
         is_count = key in _WHOLE_NUMBERS and number is not None
         return None if is_count and number < (-1 if key == "epoch" else 0) else number
-    if key in ("position_unit", "random_states"):
+    if key == "random_states":
         return value if isinstance(value, list) else None
+    if key == "position_unit":
+        return value if _is_pair(value) else None
+    if key == "earlier":
+        return value if isinstance(value, list) and all(map(_is_pair, value)) else None
     if key == "data_fingerprint":
         return value if isinstance(value, str | Mapping) else None
     return value if key == "converted_from" else None
+
+
+def _is_pair(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == 2
+    return is_list and all(type(number) is int and number > 0 for number in value)
 
 
 def _parse_number(value: Any, *, whole: bool) -> int | float | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from util.errors import UserError
 from util.logger import log
 
+THREAD_NAME = "checkpoint writer"
+
 
 class BackgroundWriter:
     """Runs one write at a time in a thread. As a context manager it waits for the last one at the end.
@@ -26,7 +28,9 @@ class BackgroundWriter:
         """Wait for the write before, and start this one."""
         self.wait()
         # A daemon: a second Ctrl-C must not wait for the disk. An unfinished file has not got its name yet.
-        self.thread = threading.Thread(target=self._run, args=(write,), daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(write,), name=THREAD_NAME, daemon=True
+        )
         self.thread.start()
 
     def wait(self) -> None:
