@@ -14,4 +14,4 @@ class NonFiniteLoss(NonFinite):
 
 
 class StopRequested(Exception):
-    """The process was asked to stop (SIGTERM, SIGINT); the message says where the run was saved."""
+    """The process was asked to stop (a signal, or --stop_after_minutes); the message says where the run was saved."""

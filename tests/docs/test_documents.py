@@ -87,6 +87,8 @@ NOT_RUN = {
     "pip install -e .": "tests/predetr/test_installed.py does it, into a temporary folder",
     "curl -L -o model.yml.gz "
     "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "downloads a file",
+    "python tools/replay.py outputs/coco/nonfinite/step_000123_rank_0.pth": "needs a step that was skipped; "
+    "tests/test_engine.py writes one and replays it",
     "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs runs of an hour; "
     "tests/tools/study/test_report.py writes such a report",
 }
@@ -507,7 +509,7 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
 # Of torchrun, the older launcher, tools/test.sh, srun and TensorBoard.
 OTHERS_FLAGS = {
     *("--nproc_per_node", "--use_env", "--master_port", "--standalone"),
-    *("--all", "--time", "--logdir"),
+    *("--all", "--time", "--logdir", "--signal"),
 }
 
 

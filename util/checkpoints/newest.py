@@ -43,7 +43,7 @@ def resolve_resume_path(
         return str(path_or_auto)
     if not output_dir:
         raise UserError(
-            "--resume auto looks for a checkpoint in --output_dir: add --output_dir DIR"
+            "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR"
         )
     path = compute_on_rank0(lambda: find_newest(Path(output_dir)))
     return None if path is None else str(path)

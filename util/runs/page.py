@@ -35,7 +35,8 @@ FILES = {  # file -> its content
     "metrics.json": "metrics of the last evaluation",
     "per_class.json": "AP per class of the last evaluation",
     "results.json": "detections of the last evaluation in COCO format",
-    "checkpoint.pth": "latest checkpoint; --resume auto continues from it",
+    "checkpoint.pth": "latest checkpoint of an epoch, or of a run that was stopped; --resume auto continues from it",
+    "nonfinite": "batches of steps that were skipped, for tools/replay.py",
     "checkpoint_best.pth": "checkpoint of the epoch with the best AP",
 }
 PICTURES = (  # title, file, caption

@@ -80,7 +80,7 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "resume",
-            "checkpoint to resume or, with --eval, to evaluate; auto: checkpoint.pth in --output_dir, if it exists",
+            "checkpoint to resume or, with --eval, to evaluate; auto: the newest one in --output_dir, if it has any",
             str,
             default="",
             metavar="PATH|URL|auto",
