@@ -282,7 +282,7 @@ def test_sigterm_to_a_training_process(tmp_path: Path) -> None:
     command = [
         sys.executable, "finetune_main.py", *RUN_FLAGS, *FROZEN,
         "--coco_path", write_coco(tmp_path / "coco", train=300), "--output_dir", tmp_path / "run",
-        "--batch_size", "1",
+        "--batch_size", "1", "--log_every", "1",
     ]  # fmt: skip
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -295,7 +295,8 @@ def test_sigterm_to_a_training_process(tmp_path: Path) -> None:
     try:
         # The last line before training.
         assert any(line.startswith("optimizer: ") for line in process.stdout)
-        time.sleep(1)
+        while not (tmp_path / "run" / "log_steps.txt").exists() and process.poll() is None:
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=60)
     finally:
