@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets.samplers import EpochSampler
+from datasets.samplers import EpochSampler, Segment
 from datasets.transfer import Transfer
 from models.criterion import SetCriterion
 from util.distributed import (
@@ -38,13 +38,13 @@ from util.runs.meters import (
     BadImages,
     LossReader,
     average_class_error,
-    check_finite,
-    check_gradient,
     to_host,
     weight_class_error,
 )
-from util.runs.optimizer import clip_gradient
+from util.runs.nonfinite import Batch, NonFiniteGuard
+from util.runs.optimizer import clip_gradient, step_if_finite
 from util.runs.signals import StopSignal
+from util.runs.step_checkpoints import SaveSchedule
 from util.runs.weight_average import WeightAverage
 
 SINGLE_VALUE = "Expected more than 1 value per channel"  # PyTorch's message of batch norm
@@ -116,13 +116,19 @@ class TrainState:
         accumulate: number of batches per optimizer step.
         max_iters: end training after this many steps; the learning rate schedule then counts steps instead of epochs.
         epoch, batch: the next ones to train, from 0.
+        earlier: the first of these batches, if the epoch began with another batch size or number of processes.
         averages: losses of the current epoch so far.
-        gradient_norm: of the last step, on the device. It is read one step later, so that the host never waits for it.
-        unread_norm: the same, until it is in `averages`.
+        step: optimizer steps done since the start of the run, skipped ones included.
+        unread_norm: gradient norm of the last step, on the device. It is read one step later, so that the host never
+            waits for it.
+        guard: skips steps that are not finite.
+        schedule: when to save within an epoch. save_requested: whether it is time, by the clock of rank 0.
+        on_save: saves within an epoch.
         log_every: call `on_log_step` every this many batches of an epoch; 0: never.
         on_log_step: gets the epoch, the number of its finished batches, and the values of the last one.
         on_step: called after each batch.
-        seconds: training time, over all starts of the run.
+        seconds: training time up to `clock`, over all starts of the run.
+        clock: when `seconds` was updated, by `time.monotonic`.
     """
 
     model: nn.Module
@@ -141,15 +147,21 @@ class TrainState:
     max_iters: int | None = None
     epoch: int = 0
     batch: int = 0
+    earlier: list[Segment] = field(default_factory=list)
+    step: int = 0
     averages: Averages = field(default_factory=Averages)
     bad_images: BadImages = field(default_factory=BadImages)
     stop_signal: StopSignal = field(default_factory=StopSignal)
-    gradient_norm: Tensor | None = None
     unread_norm: Tensor | None = None
+    guard: NonFiniteGuard = field(default_factory=NonFiniteGuard)
+    schedule: SaveSchedule = field(default_factory=SaveSchedule)
+    save_requested: bool = False
+    on_save: Callable[[], None] | None = None
     log_every: int = 0
     on_log_step: Callable[[int, int, Mapping[str, float]], None] | None = None
     on_step: Callable[[], None] | None = None
     seconds: float = 0.0
+    clock: float = 0.0
 
     @property
     def sampler(self) -> EpochSampler:
@@ -160,7 +172,23 @@ class TrainState:
         """Return the finished fraction of the training before step `batch`; 0 at the start."""
         if self.max_iters:
             return self.scheduler.last_epoch / self.max_iters  # the scheduler's "epochs" are steps
-        return (self.epoch + self.batch / self.sampler.batches_per_epoch) / self.epochs
+        batches = self.earlier_batches + self.sampler.batches_after_earlier
+        return (self.epoch + self.batch / batches) / self.epochs
+
+    @property
+    def earlier_batches(self) -> int:
+        """Number of batches in `earlier`."""
+        return sum(batches for _, batches in self.earlier)
+
+    def set_position(self) -> None:
+        """Make the loader continue at `epoch` and `batch`."""
+        start = self.batch - self.earlier_batches
+        self.sampler.set_epoch(self.epoch, start, self.remaining_batches(), self.earlier)
+
+    def count_seconds(self) -> None:
+        """Add the time since `clock` to `seconds`."""
+        now = time.monotonic()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
 
     def remaining_batches(self) -> int | None:
         """Return the number of batches left until `max_iters`, None without `max_iters`."""
@@ -255,63 +283,62 @@ def train_step(
         stop: whether this process was asked to stop.
         place: among the batches of the optimizer step; by default the only one.
 
+    A step is skipped if a loss is not finite, which the host knows before it, or the gradient, which the device finds.
+
     Returns:
         The values for the log, averaged over processes, and whether any process was asked to stop. `grad_norm` among
         them is that of the previous step.
-
-    Raises:
-        NonFiniteLoss: a loss is NaN or infinite; it is raised before the optimizer step, so the weights are unchanged.
-            Or the gradient of the previous step was not finite, which is only read now.
     """
     place = place or Accumulation()
+    guard, is_first = state.guard, place.index == 0
+    guard.before_forward(is_first)
     # Gradients are averaged over the ranks once per step.
     without_sync: AbstractContextManager = nullcontext()
     if isinstance(state.model, DistributedDataParallel) and not place.is_last:
         without_sync = state.model.no_sync()
-    try:
-        with without_sync:
-            _, losses, total = forward_losses(
-                state.model, state.criterion, samples, targets, state.amp, place.mean_targets
-            )
+    with without_sync:
+        _, losses, total = forward_losses(
+            state.model, state.criterion, samples, targets, state.amp, place.mean_targets
+        )
 
-            # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The stop
-            # flag travels in the same all-reduce, so that every rank stops after the same step. So does the gradient
-            # norm of the previous step, which is known by now.
-            unread = {} if state.unread_norm is None else {GRAD_NORM: state.unread_norm}
-            reader = LossReader({**losses, **unread}, float(stop))
-            if place.index == 0:
-                state.optimizer.zero_grad(set_to_none=True)
-            total = total / place.size if place.size > 1 else total
-            (total if state.scaler is None else state.scaler.scale(total)).backward()
+        # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The flags
+        # travel in the same all-reduce, so that every rank stops, and saves, after the same step. So does the gradient
+        # norm of the previous step, which is known by now.
+        unread = {} if state.unread_norm is None else {GRAD_NORM: state.unread_norm}
+        flags = float(stop), float(state.schedule.is_time())
+        reader = LossReader({**losses, **unread}, flags)
+        if is_first:
+            state.optimizer.zero_grad(set_to_none=True)
+        total = total / place.size if place.size > 1 else total
+        (total if state.scaler is None else state.scaler.scale(total)).backward()
 
-        values = reader.read()
-        norm = {name: values.pop(name) for name in unread}
-        if state.scaler is not None:  # a skipped step has no norm
-            norm = {name: value for name, value in norm.items() if math.isfinite(value)}
-        state.unread_norm = None
-        # A generator: reading an image id makes the host wait for the device, so ids are only read for the message.
-        check_finite(values, (int(target["image_id"]) for target in targets))
-    except NonFinite:
-        # A non-finite gradient in the previous step is the cause of non-finite losses now: report that one.
-        check_gradient(state.gradient_norm)
-        raise
-
-    if place.is_last:
+    values = reader.read()
+    norm = _check_norm(state, values.pop(GRAD_NORM)) if unread else {}
+    guard.check_losses(values, reader)
+    if place.is_last and guard.step_is_finite:
         _optimizer_step(state)
-    return {**logged_values(values, state.criterion.weight_dict), **norm}, reader.flag > 0
+    asked_to_stop, state.save_requested = (flag > 0 for flag in reader.flags)
+    return {**logged_values(values, state.criterion.weight_dict), **norm}, asked_to_stop
+
+
+def _check_norm(state: TrainState, norm: float, of_current: bool = False) -> dict[str, float]:
+    """Return the gradient norm of a step for the log; {} if it is not finite. `of_current`: see `NonFiniteGuard`."""
+    state.unread_norm = None
+    is_finite = math.isfinite(norm)
+    if (
+        is_finite or state.scaler is None
+    ):  # a loss scaler tries until the gradient does not overflow
+        state.guard.check_gradient(norm, of_current)
+    return {GRAD_NORM: norm} if is_finite else {}
 
 
 def _optimizer_step(state: TrainState) -> None:
     if state.scaler is not None:
         state.scaler.unscale_(state.optimizer)
-    norm = None
-    if state.clip_max_norm > 0:
-        norm = state.unread_norm = clip_gradient(state.optimizer, state.clip_max_norm)
+    state.unread_norm = clip_gradient(state.optimizer, state.clip_max_norm)
     if state.scaler is None:
-        state.gradient_norm = norm
-        state.optimizer.step()
+        step_if_finite(state.optimizer, state.unread_norm)
     else:
-        # Skips the step if a gradient is not finite, so that `gradient_norm` is nothing to check.
         state.scaler.step(state.optimizer)
         state.scaler.update()
 
@@ -320,25 +347,26 @@ def train_one_epoch(state: TrainState) -> None:
     """Train from `state.batch` to the end of the epoch. `state.averages` collects the losses of all its steps.
 
     Raises:
-        NonFiniteLoss: see `train_step`.
+        NonFiniteLoss: too many steps in a row were not finite, see `NonFiniteGuard`.
         StopRequested: after a step; `state.batch` says where to continue.
     """
     state.model.train()
     state.criterion.train()
     model, sampler = unwrap_model(state.model), state.sampler
-    sampler.set_epoch(state.epoch, state.batch, state.remaining_batches())
+    state.set_position()
 
     num_batches = state.batch + len(sampler)
     bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
     num_images = 0
     replaced_before = state.bad_images.count, state.bad_images.boxless_count
     transfer = Transfer(state.device, state.normalization)
-    start = time.monotonic()
+    start = state.clock = time.monotonic()
 
     for place, samples, packed in accumulate(state.loader, state.accumulate):
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
         padding = samples.padding_fraction
+        state.guard.add(Batch(samples, packed, state.step, place.mean_targets), place.index == 0)
         inputs, targets = transfer(samples, packed)
         values, stop = train_step(state, inputs, targets, state.stop_signal.requested, place)
         values["padding"] = padding
@@ -351,7 +379,8 @@ def train_one_epoch(state: TrainState) -> None:
                 state.average.update()
             if state.max_iters:
                 state.scheduler.step()
-        state.averages.add(values)
+            state.step += 1
+        _add_to_averages(state, values)
         state.batch += 1
 
         # Not len(samples): a batch of a Siamese pretext has two views of each image.
@@ -364,28 +393,54 @@ def train_one_epoch(state: TrainState) -> None:
         if state.on_step is not None:
             state.on_step()
         # Only between steps: a checkpoint has no gradients.
-        if stop and place.is_last:
-            _raise_stop(state, start, num_batches)
+        if place.is_last:
+            _end_step(state, stop, num_batches)
 
     # A signal during the last step came after its flag was sent. All ranks must agree, or some would wait for others.
     if any(all_gather_object(state.stop_signal.requested)):
-        _raise_stop(state, start, num_batches)
+        _raise_stop(state, num_batches)
     state.bad_images.warn_of_epoch(*replaced_before)
     _read_last_norm(state)
-    state.seconds += time.monotonic() - start
+    state.count_seconds()
+
+
+def _add_to_averages(state: TrainState, values: dict[str, float]) -> None:
+    """Add the values of a step to the averages of the epoch; of losses that are not finite only the gradient norm of
+    the step before.
+    """
+    if not state.guard.batch_is_finite:
+        values = {name: value for name, value in values.items() if name == GRAD_NORM}
+    state.averages.add(values)
+
+
+def _end_step(state: TrainState, stop: bool, num_batches: int) -> None:
+    """After an optimizer step: end a run that has diverged, stop, or save if that is due.
+
+    The end of an epoch has its own checkpoint.
+    """
+    if state.guard.in_a_row >= state.guard.limit:
+        _read_last_norm(state)
+        state.count_seconds()
+        state.guard.check_limit()
+    if stop:
+        _raise_stop(state, num_batches)
+    is_due = state.schedule.is_due(state.step, state.save_requested)
+    if is_due and state.on_save is not None and state.batch < num_batches:
+        _read_last_norm(state)
+        state.count_seconds()
+        state.on_save()
 
 
 def _read_last_norm(state: TrainState) -> None:
-    """Add the gradient norm of the epoch's last step to the averages. The host waits for it, once per epoch."""
-    if state.unread_norm is not None and (norm := float(state.unread_norm)) < math.inf:
-        state.averages.add({GRAD_NORM: norm})
-    state.unread_norm = None
+    """Add the gradient norm of the last step to the averages. The host waits for it: once per epoch and save."""
+    if state.unread_norm is not None:
+        state.averages.add(_check_norm(state, float(state.unread_norm), of_current=True))
 
 
-def _raise_stop(state: TrainState, start: float, num_batches: int) -> None:
+def _raise_stop(state: TrainState, num_batches: int) -> None:
     """Raise StopRequested. After the last batch too: the resumed run then ends the epoch without another step."""
     _read_last_norm(state)
-    state.seconds += time.monotonic() - start
+    state.count_seconds()
     raise StopRequested(f"epoch {state.epoch + 1}, after batch {state.batch} of {num_batches}")
 
 

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,14 +30,17 @@ from util.distributed import (
     is_main_process,
     unwrap_model,
 )
-from util.errors import StopRequested, UserError
+from util.errors import NonFiniteLoss, StopRequested, UserError
 from util.files import link_or_copy
 from util.logger import format_seconds, log
 from util.random_state import get_rng_states, set_rng_states
+from util.runs.background import BackgroundWriter, copy_to_host
 from util.runs.boards import Board
 from util.runs.compilation import Compilation, compile_detector
 from util.runs.log import append_log, append_step, is_logged, main_metric, trim_step_log
-from util.runs.meters import Averages, check_gradient, peak_host_memory
+from util.runs.meters import Averages, peak_host_memory
+from util.runs.nonfinite import FOLDER as NONFINITE
+from util.runs.nonfinite import NonFiniteGuard
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
 from util.runs.profiling import StepProfiler
 from util.runs.resuming import (
@@ -46,6 +49,13 @@ from util.runs.resuming import (
     find_best_ap,
     keep_replaced_log,
     warn_if_going_back,
+)
+from util.runs.signals import StopSignal
+from util.runs.step_checkpoints import (
+    SaveSchedule,
+    remove_later_steps,
+    remove_unfinished,
+    write_step_checkpoint,
 )
 from util.runs.tensorboard import TensorBoard
 from util.runs.weight_average import WeightAverage
@@ -62,6 +72,8 @@ class Run(engine.TrainState):
     Attributes:
         folder: None if nothing is saved.
         save_every: save a numbered checkpoint every this many epochs.
+        keep_last: number of step checkpoints that stay.
+        writer: writes step checkpoints.
         checkpoint_extras: what each checkpoint contains besides training state and normalization.
         evaluate: (model, epoch) -> `test_*` values of the log; None to train without evaluation.
         eval_every: evaluate every this many epochs, and after the last one.
@@ -79,6 +91,8 @@ class Run(engine.TrainState):
     folder: Path | None
     save_every: int
     checkpoint_extras: dict[str, Any]
+    keep_last: int = 2
+    writer: BackgroundWriter = field(default_factory=BackgroundWriter)
     evaluate: Callable[[nn.Module, int], dict[str, Any]] | None = None
     eval_every: int = 1
     on_epoch_end: Callable[[], None] | None = None
@@ -147,6 +161,14 @@ def build_run(
         epoch=settings.start_epoch,
         folder=folder,
         save_every=settings.save_every,
+        schedule=SaveSchedule(
+            settings.save_every_steps or 0, 60 * (settings.save_every_minutes or 0.0)
+        ),
+        keep_last=settings.keep_last,
+        stop_signal=StopSignal(settings.stop_after_minutes),
+        guard=NonFiniteGuard(
+            [model, *model.frozen_parts().values()], device, settings.max_nonfinite
+        ),
         log_every=settings.log_every or 0,
         checkpoint_extras=checkpoint_extras or {},
         compilation=compile_detector(model, settings.compile),
@@ -180,11 +202,15 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
 def _update_num_epochs(run: Run) -> None:
     """With `max_iters`, set `run.epochs` to the epochs that these steps take; the last one may be incomplete."""
     if run.max_iters:
-        # From the start of the current epoch, whose first `batch` batches are done.
-        steps = max(run.max_iters - run.scheduler.last_epoch, 0) + run.batch // run.accumulate
-        run.epochs = run.epoch + math.ceil(
-            steps / math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+        steps = max(run.max_iters - run.scheduler.last_epoch, 0)
+        is_in_epoch = steps > 0 or run.batch > 0
+        run.set_position()
+        left = math.ceil(
+            (run.sampler.batches_after_earlier - run.sampler.start_batch) / run.accumulate
         )
+        steps_per_epoch = math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+        following = math.ceil(max(steps - left, 0) / steps_per_epoch)
+        run.epochs = run.epoch + int(is_in_epoch) + following
 
 
 # --------------------------------------------------------------------------------------------------------------- train
@@ -194,20 +220,20 @@ def fit(run: Run) -> None:
     """Train to the last epoch. Each epoch ends with the scheduler step, a checkpoint, the evaluation and a log line.
 
     Raises:
-        NonFiniteLoss: a loss or gradient was NaN or infinite; the last checkpoint is unchanged.
+        NonFiniteLoss: too many steps in a row had a NaN or infinite loss or gradient; the run is saved.
         StopRequested: a signal asked to stop; the run is saved, also in the middle of an epoch.
     """
     profiler = _start_profiler(run)
-    with run.stop_signal:
+    with run.stop_signal, run.writer:
         try:
             _fit(run)
             if profiler is not None:
                 profiler.stop()
-        except StopRequested as stop:
+        except (NonFiniteLoss, StopRequested) as stop:
             saved = "not saved: no --output_dir"
             if run.folder is not None:
                 saved = f"saved in {run.folder}; continue with --resume auto"
-            raise StopRequested(f"{stop}; {saved}") from None
+            raise type(stop)(f"{stop}; {saved}") from None
         finally:
             for board in run.boards:
                 board.close()
@@ -216,6 +242,9 @@ def fit(run: Run) -> None:
 
 def _fit(run: Run) -> None:
     if run.folder is not None:
+        run.on_save = lambda: save_step(run)
+        run.guard.folder = run.folder / NONFINITE
+        run.guard.describe = lambda: _weights(run)
         run.best_ap = compute_on_rank0(lambda: _inspect_folder(run))
         run.on_log_step = lambda epoch, step, values: _log_step(
             run, {"epoch": epoch, "step": step, **values}
@@ -274,17 +303,18 @@ def _inspect_folder(run: Run) -> float:
     if run.epoch < run.epochs:
         warn_if_going_back(run.folder, run.epoch)
     trim_step_log(run.folder, run.epoch, run.batch)
+    remove_unfinished(run.folder)
     data = run.checkpoint_extras.get("data_fingerprint")
     return find_best_ap(run.folder, run.best_ap, data, "val" in run.changed_data)
 
 
 def _train_and_save(run: Run) -> None:
-    """Train one epoch, or the rest of one, and save it. When asked to stop, save in the middle of the epoch."""
+    """Train one epoch, or the rest of one, and save it. When training stops early, save in the middle of the epoch."""
     lr = run.optimizer.param_groups[0]["lr"]
+    run.pending = None  # the epoch before is logged
     try:
         engine.train_one_epoch(run)
-    except StopRequested:
-        run.pending = None
+    except (NonFiniteLoss, StopRequested):
         save(run, [LATEST])
         raise
 
@@ -293,13 +323,17 @@ def _train_and_save(run: Run) -> None:
     lr_dropped = run.optimizer.param_groups[0]["lr"] != lr
     run.pending = {f"train_{name}": value for name, value in run.averages.means().items()}
     run.epoch += 1
-    run.batch, run.averages = 0, Averages()
+    _start_epoch(run)
 
     # As published, a numbered checkpoint before each drop of the learning rate. Saved before the evaluation, which may
     # be long and may be killed.
     is_numbered = lr_dropped or run.epoch % run.save_every == 0
     run.numbered = f"checkpoint{run.epoch - 1:04d}.pth" if is_numbered else None
     save(run, [LATEST, run.numbered] if run.numbered else [LATEST])
+
+
+def _start_epoch(run: Run) -> None:
+    run.batch, run.earlier, run.averages = 0, [], Averages()
 
 
 def _finish_epoch(run: Run) -> None:
@@ -344,6 +378,7 @@ def dry_run(run: Run) -> None:
     """Run a few training steps on real batches and log losses, time per epoch and peak memory. Nothing is saved."""
     run.model.train()
     run.criterion.train()
+    run.guard.limit = 1
     transfer = Transfer(run.device, run.normalization)
     seconds = []
     batches = itertools.islice(iter(run.loader), DRY_RUN_STEPS)
@@ -352,6 +387,7 @@ def dry_run(run: Run) -> None:
         start = time.monotonic()
         samples, targets = transfer(samples, packed)
         values, _ = engine.train_step(run, samples, targets, stop=False)
+        run.guard.check_limit()
         seconds.append(time.monotonic() - start)
         log.info(
             "dry run: step %d of %d on a batch of %s: loss %.3f, %.2f s",
@@ -385,46 +421,76 @@ def save(run: Run, names: list[str]) -> None:
     """Write the checkpoint once under the first name and link the others to it.
 
     Collective: all ranks must call it, rank 0 writes.
-
-    Raises:
-        NonFiniteLoss: the gradient of the last step was not finite; nothing is written.
     """
-    check_gradient(run.gradient_norm)
+    run.writer.wait()
     state = checkpoint_state(run)
     if run.folder is not None and is_main_process():
-        # The first epoch without a log line yet: the one that awaits its evaluation, or the next one.
-        keep_replaced_log(run.folder, run.epoch - (run.pending is not None))
+        _replace_later(run, run.folder)
         first, *others = (run.folder / name for name in names)
         save_checkpoint(state, first)
         for path in others:
             link_or_copy(first, path)
+    run.schedule.saved_at = time.monotonic()
     barrier()
+
+
+def save_step(run: Run) -> None:
+    """Save within an epoch, in the background: training waits for the copy to the host, and for the write before.
+
+    Collective. An error of the write is logged later, see `BackgroundWriter`.
+    """
+    state = checkpoint_state(run)
+    run.schedule.saved_at = time.monotonic()
+    if run.folder is None or not is_main_process():
+        return
+    run.writer.wait()
+    _replace_later(run, run.folder)
+    entries = copy_to_host(state.to_dict())
+    folder, step = run.folder, run.step
+    run.writer.start(lambda: write_step_checkpoint(folder, step, entries, run.keep_last))
+
+
+def _replace_later(run: Run, folder: Path) -> None:
+    """Before the first checkpoint after going back: put away what the folder has of later epochs and steps."""
+    # The first epoch without a log line yet: the one that awaits its evaluation, or the next one.
+    keep_replaced_log(folder, run.epoch - (run.pending is not None))
+    remove_later_steps(folder, run.step)
+
+
+def _weights(run: Run) -> Checkpoint:
+    """Return the weights that training continues with, and what they mean, without the training state."""
+    model = unwrap_model(run.model)
+    frozen = {name: part.state_dict() for name, part in model.frozen_parts().items()}
+    return Checkpoint(
+        model=model.state_dict(),
+        frozen=frozen or None,
+        normalization=dict(run.normalization),
+        version=VERSION,
+        **run.checkpoint_extras,
+    )
 
 
 def checkpoint_state(run: Run) -> Checkpoint:
     """Return everything that an exact resume needs. Collective: it gathers the random states of all ranks."""
-    model = unwrap_model(run.model)
-    frozen = {name: part.state_dict() for name, part in model.frozen_parts().items()}
-    weights = model.state_dict()
-    return Checkpoint(
-        model=run.average.state if run.average else weights,
-        raw_model=weights if run.average else None,
-        frozen=frozen or None,
+    weights = _weights(run)
+    return replace(
+        weights,
+        model=run.average.state if run.average else weights.model,
+        raw_model=weights.model if run.average else None,
         optimizer=run.optimizer.state_dict(),
         lr_scheduler=run.scheduler.state_dict(),
         scaler=run.scaler.state_dict() if run.scaler else None,
         epoch=run.epoch - 1,  # the last finished one, as in published checkpoints
         batch=run.batch,
+        step=run.step,
         averages=run.averages.state(),
         pending=run.pending,
         best=run.best_ap,
         seconds=run.seconds,
         world_size=get_world_size(),
         position_unit=position_unit(run),
+        earlier=[list(segment) for segment in run.earlier] or None,
         random_states=all_gather_object(get_rng_states()),
-        normalization=dict(run.normalization),
-        version=VERSION,
-        **run.checkpoint_extras,
     )
 
 
@@ -472,6 +538,7 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
     assert checkpoint.epoch is not None  # true for every checkpoint that can be resumed
     run.epoch = checkpoint.epoch + 1
     run.batch = checkpoint.batch or 0
+    run.step = _step_of(run, checkpoint)
     run.averages = Averages(checkpoint.averages)
     run.pending = checkpoint.pending
     run.best_ap = NO_AP if checkpoint.best is None else checkpoint.best
@@ -487,17 +554,39 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
             get_world_size(),
         )
 
-    # A batch number means the same images only if dataset and global batch size are unchanged.
-    if run.batch and "train" in run.changed_data:
+    if run.batch:
+        _restore_position(run, checkpoint)
+
+
+def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
+    """Continue within the epoch of the checkpoint, also with another batch size or number of processes.
+
+    With other images the epoch starts over: a batch number then means other ones.
+    """
+    num_images, size = position_unit(run)
+    stored_images, stored_size = checkpoint.position_unit or (0, 0)
+    if "train" in run.changed_data or num_images != stored_images:
         log.info("the training data changed: the epoch starts over")
-        run.batch, run.averages = 0, Averages()
-    elif run.batch and checkpoint.position_unit != position_unit(run):
+        _start_epoch(run)
+        return
+
+    run.earlier = [(images, batches) for images, batches in checkpoint.earlier or []]
+    if size != stored_size:
+        own = run.batch - run.earlier_batches
+        run.earlier += [(stored_size, own)] if own else []
         log.info(
-            "number of images or global batch size changed (%s in the checkpoint, now %s): the epoch starts over",
-            checkpoint.position_unit,
-            position_unit(run),
+            "%d images per step instead of %d: the epoch continues with the images that are left",
+            size * run.accumulate,
+            stored_size * checkpoint.args.get("accumulate", 1),
         )
-        run.batch, run.averages = 0, Averages()
+
+
+def _step_of(run: Run, checkpoint: Checkpoint) -> int:
+    """Return the optimizer steps of a checkpoint; those of earlier versions and other codebases do not store them."""
+    if checkpoint.step is not None:
+        return checkpoint.step
+    steps_per_epoch = math.ceil(run.sampler.batches_per_epoch / run.accumulate)
+    return run.epoch * steps_per_epoch + run.batch // run.accumulate
 
 
 def position_unit(run: Run) -> list[int]:

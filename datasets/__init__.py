@@ -48,6 +48,7 @@ from datasets.samplers import EpochSampler, FinalSizes
 from util.checkpoints.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
+from util.runs.signals import STOP_SIGNALS
 from util.settings import Settings
 from util.settings.registry import DATASETS, PRETEXTS, import_object, lookup
 
@@ -249,10 +250,10 @@ def _size_or_one(dataset: SampleDataset, epoch: int, index: int) -> tuple[int, i
 
 
 def init_worker(worker: int) -> None:
-    """Set up a dataloader worker: one thread, and no reaction to SIGINT and SIGTERM."""
+    """Set up a dataloader worker: one thread, and no reaction to the signals that stop a run."""
     # Workers already share the CPU cores; more threads per worker would only compete.
     torch.set_num_threads(1)
     # Ctrl-C, `timeout` and cluster schedulers signal the whole process group. The main process still needs its workers
     # to finish the step and save a checkpoint.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

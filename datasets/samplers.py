@@ -1,10 +1,11 @@
 """Which samples each rank sees, and in which order.
 
-A run can stop and resume at any batch, and W ranks together see the same batches as a single process.
+A run can stop and resume at any batch, also with another batch size or number of processes, and W ranks together see
+the same batches as a single process.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ CHUNK_BATCHES = 32  # global batches among which `--bucket_aspect` sorts the ima
 
 # (epoch, indices) -> (height, width) of each sample after its augmentation, int64 [n, 2]
 FinalSizes = Callable[[int, list[int]], np.ndarray]
+# (images per global batch, number of batches) of a part of an epoch
+Segment = tuple[int, int]
 
 
 def sort_by_size(sizes_hw: np.ndarray, batch_size: int) -> np.ndarray:
@@ -80,27 +83,45 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.in_order = in_order
         self.set_epoch(epoch, start_batch)
 
-    def set_epoch(self, epoch: int, start_batch: int = 0, max_batches: int | None = None) -> None:
+    def set_epoch(
+        self,
+        epoch: int,
+        start_batch: int = 0,
+        max_batches: int | None = None,
+        earlier: Sequence[Segment] = (),
+    ) -> None:
         """Set the epoch of the next iteration.
 
         Args:
             start_batch: batches of the epoch to skip, when a run resumes in mid-epoch.
             max_batches: upper limit on the batches that follow. None: up to the end of the epoch.
+            earlier: what the epoch began with, before these batches, when a run resumes with another batch size or
+                number of processes. The images that were not in it follow, in batches of the current size.
         """
         self.epoch = epoch
         self.start_batch = start_batch
         self.max_batches = max_batches
+        self.earlier = tuple(earlier)
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches of this rank in a complete epoch."""
-        complete, rest = divmod(self.dataset_len, self.batch_size * self.world_size)
+        return self._count_batches(self.dataset_len)
+
+    @property
+    def batches_after_earlier(self) -> int:
+        """Batches of this rank in the current epoch, without those of other sizes at its beginning."""
+        done = sum(size * batches for size, batches in self.earlier)
+        return self._count_batches(self.dataset_len - done)
+
+    def _count_batches(self, num_images: int) -> int:
+        complete, rest = divmod(num_images, self.batch_size * self.world_size)
         # The incomplete global batch has indices for the first `rest` ranks only.
         has_last_batch = not self.drop_last and rest > self.rank
         return complete + int(has_last_batch)
 
     def __len__(self) -> int:
-        left = max(self.batches_per_epoch - self.start_batch, 0)
+        left = max(self.batches_after_earlier - self.start_batch, 0)
         return left if self.max_batches is None else min(left, self.max_batches)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
@@ -112,9 +133,19 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def _global_batches(self, epoch: int) -> Iterator[list[int]]:
         """Yield the indices of each global batch from `start_batch` on."""
-        order, size = self._order().tolist(), self.batch_size * self.world_size
+        order = self._order().tolist()
+        for size, batches in self.earlier:
+            first = itertools.islice(self._cut(epoch, order, size), batches)
+            done = {index for batch in first for index in batch}
+            order = [index for index in order if index not in done]
+        yield from self._cut(epoch, order, self.batch_size * self.world_size, self.start_batch)
+
+    def _cut(
+        self, epoch: int, order: list[int], size: int, start_batch: int = 0
+    ) -> Iterator[list[int]]:
+        """Yield the global batches of an order of images from `start_batch` on."""
         if self.final_sizes is None:
-            for start in range(self.start_batch * size, len(order), size):
+            for start in range(start_batch * size, len(order), size):
                 yield order[start : start + size]
             return
 
@@ -122,10 +153,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         for chunk in self._chunks(order, size):
             following = first + -(-len(chunk) // size)
             # Sizes cost time: those of chunks that a resumed run has finished are not needed.
-            if following > self.start_batch:
-                yield from self._sorted_batches(epoch, chunk, first)[
-                    max(self.start_batch - first, 0) :
-                ]
+            if following > start_batch:
+                batches = self._sorted_batches(epoch, chunk, first, size)
+                yield from batches[max(start_batch - first, 0) :]
             first = following
 
     def _chunks(self, order: list[int], size: int) -> list[list[int]]:
@@ -140,8 +170,9 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         chunks = [order[i : min(i + step, complete)] for i in range(0, complete, step)]
         return [*chunks, order[complete:]]
 
-    def _sorted_batches(self, epoch: int, indices: list[int], first: int) -> list[list[int]]:
-        size = self.batch_size * self.world_size
+    def _sorted_batches(
+        self, epoch: int, indices: list[int], first: int, size: int
+    ) -> list[list[int]]:
         if len(indices) > size:
             assert self.final_sizes is not None
             by_size = sort_by_size(self.final_sizes(epoch, indices), size)

@@ -127,7 +127,8 @@ class SetCriterion(nn.Module):
                 mean over their batches. Default: the number in `targets`.
 
         Raises:
-            NonFinitePrediction: a prediction for an image with objects is NaN or infinite.
+            NonFinitePrediction: in evaluation mode, a prediction for an image with objects is NaN
+                or infinite. In training mode a loss is: the training loop skips such a step.
         """
         targets = pack_objects(targets)
         if num_targets is None:
@@ -178,7 +179,10 @@ class SetCriterion(nn.Module):
             logits=logits,
             log_probabilities=log_probabilities,
             boxes=boxes,
-            matches=self.matcher(logits, boxes, targets, log_probabilities),
+            # Raising on one rank would leave the others waiting in the next collective.
+            matches=self.matcher(
+                logits, boxes, targets, log_probabilities, allow_non_finite=self.training
+            ),
             labels=targets.tensors["labels"],
             target_boxes=targets.tensors["boxes"].to(boxes.dtype),
             target_masks=targets.tensors.get("masks"),

@@ -24,6 +24,7 @@ if not TYPE_CHECKING:  # a checker must not take every name for one of this modu
     __getattr__ = moved_from("models.matcher")
 
 _NO_PAIRS = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+LOWEST_COST = -1e6  # below every cost of finite predictions
 
 
 class NonFinitePrediction(NonFinite):
@@ -75,6 +76,7 @@ class HungarianMatcher:
         boxes_cxcywh: Tensor,
         targets: Targets,
         log_probabilities: Tensor | None = None,
+        allow_non_finite: bool = False,
     ) -> Matches:
         """Match the predictions of all layers.
 
@@ -85,9 +87,11 @@ class HungarianMatcher:
                 list of dicts.
             log_probabilities: `logits.log_softmax(-1)`, if the caller has it; only softmax
                 classification reads it.
+            allow_non_finite: match queries with a NaN or infinite cost before all others, so that
+                the losses are not finite either.
 
         Raises:
-            NonFinitePrediction: a cost is NaN or infinite.
+            NonFinitePrediction: a cost is NaN or infinite, without `allow_non_finite`.
         """
         targets = pack_objects(targets)
         counts = targets.counts["labels"]
@@ -95,7 +99,10 @@ class HungarianMatcher:
         if sum(counts) > 0:
             on_device = self.cost_matrix(logits, boxes_cxcywh, targets, log_probabilities)
             cost = copy_to_host(on_device)  # [L, T, Q]
-            self._check_finite(cost, counts, targets)
+            if not allow_non_finite:
+                self._check_finite(cost, counts, targets)
+            elif not np.isfinite(cost).all():
+                cost = np.where(np.isfinite(cost), cost, LOWEST_COST)
         return self._assign(cost, counts, logits)
 
     def cost_matrix(

@@ -145,12 +145,12 @@ def test_a_rank_without_targets_does_not_stop_the_other(
             )
 
 
-def test_a_non_finite_loss_stops_both_ranks_before_the_step(results: dict[str, list]) -> None:
-    first, second = of_both(results, "not_finite_on_one_process")
-    assert first["same"]
-    assert second["same"]
-    assert "[100, 101]" in first["message"]  # each names its own images
-    assert "[102, 103]" in second["message"]
+def test_both_ranks_skip_a_step_that_is_not_finite(results: dict[str, list]) -> None:
+    for result in of_both(results, "not_finite_on_one_process"):
+        assert result["same"]
+        assert result["in_a_row"] == 1
+        assert result["message"].endswith("not finite on images [102, 103]")  # of rank 1
+        assert result["files"] == ["step_000000_rank_1.pth"]
 
 
 def test_evaluation_uses_every_image_once(results: dict[str, list], tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIG
         ("live", 3, signal.SIGTERM),
         pytest.param("pretext", 3, signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("pretext", 4, signal.SIGTERM, marks=pytest.mark.slow),
-        ("pretext", 8, signal.SIGTERM),
+        ("pretext", 8, signal.SIGUSR1),
     ],
 )
 def test_stop_at_the_end_of_an_epoch(
@@ -315,7 +315,7 @@ def test_sigterm_to_a_training_process(tmp_path: Path) -> None:
     command = [
         sys.executable, "finetune_main.py", *RUN_FLAGS, *FROZEN,
         "--coco_path", write_coco(tmp_path / "coco", train=300), "--output_dir", tmp_path / "run",
-        "--batch_size", "1",
+        "--batch_size", "1", "--log_every", "1",
     ]  # fmt: skip
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -328,7 +328,8 @@ def test_sigterm_to_a_training_process(tmp_path: Path) -> None:
     try:
         # The last line before training.
         assert any(line.startswith("optimizer: ") for line in process.stdout)
-        time.sleep(1)
+        while not (tmp_path / "run" / "log_steps.txt").exists() and process.poll() is None:
+            time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         rest, _ = process.communicate(timeout=60)
     finally:
@@ -510,48 +511,40 @@ def test_given_learning_rate_replaces_the_stored_one_and_is_logged(
     assert lrs == pytest.approx([1e-3, 1e-3, 5e-4]), "the drop after 2 epochs counts"
 
 
-def test_another_world_size_restarts_the_epoch(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_another_batch_size_or_world_size_continues_the_epoch(
+    world_size: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = (*FROZEN, "--epochs", 2, "--batch_size", 1, "--output_dir", tmp_path)
-    stop_at(monkeypatch, 2)
-    with pytest.raises(StopRequested):
-        start_pretext(data, *flags)
-    monkeypatch.undo()
-    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
-    assert checkpoint["batch"] == 3
-    images, global_batch = checkpoint["position_unit"]
-    checkpoint.update(
-        position_unit=[images, 2 * global_batch], random_states=checkpoint["random_states"] * 2
-    )
-    save_checkpoint(checkpoint, tmp_path / "checkpoint.pth")
-    with captured_log() as lines:
-        start_pretext(data, *flags, "--resume", "auto")
-    assert any("2 processes and this run has 1" in line for line in lines)
-    steps = {
-        int(state["step"])
-        for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
-    }
-    assert steps == {3 + 10}
+    """Five images: two of them with one batch size, the others with another one. None comes twice.
 
-
-def test_another_batch_size_restarts_the_epoch(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The batch number then means other images: continuing from it would skip some."""
+    Two processes of one image each save what one process with a batch of two saves, but for the random states.
+    """
+    before, after = ((1, 2), (2, 1))[world_size - 1]
     flags = (*FROZEN, "--epochs", 1, "--output_dir", tmp_path)
-    stop_at(monkeypatch, 2)
+    original, seen = engine.train_step, []
+
+    def recorded(run, samples, targets, stop, *place):
+        seen.extend(targets.tensors["image_id"].tolist())
+        return original(run, samples, targets, len(seen) == 2, *place)
+
+    monkeypatch.setattr(engine, "train_step", recorded)
+    monkeypatch.setattr(pretrain_main, "train", lambda run, *_: trainer.fit(run))  # no pictures
     with pytest.raises(StopRequested):
-        start_pretext(data, *flags, "--batch_size", 1)
-    monkeypatch.undo()
+        start_pretext(data, *flags, "--batch_size", before)
+    path = tmp_path / "checkpoint.pth"
+    checkpoint = read_checkpoint(path)
+    assert checkpoint["position_unit"] == [5, before]
+    assert checkpoint["batch"] * before == len(seen) == 2
+    states = checkpoint["random_states"] * world_size
+    save_checkpoint({**checkpoint, "random_states": states}, path)
+
     with captured_log() as lines:
-        start_pretext(data, *flags, "--batch_size", 2, "--resume", "auto")
-    assert any("the epoch starts over" in line for line in lines)
-    steps = {
-        int(state["step"])
-        for state in read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"].values()
-    }
-    assert steps == {3 + 2}  # five images, two batches of two
+        start_pretext(data, *flags, "--batch_size", after, "--resume", "auto")
+    assert any(f"{after} images per step instead of {before}" in line for line in lines)
+    assert any("2 processes and this run has 1" in line for line in lines) is (world_size == 2)
+    assert len(seen) == len(set(seen)) == 2 + 3 // after * after
+    steps = {int(state["step"]) for state in read_checkpoint(path)["optimizer"]["state"].values()}
+    assert steps == {2 // before + 3 // after}
 
 
 def test_given_weight_decay_replaces_the_stored_one(data: Path, tmp_path: Path) -> None:

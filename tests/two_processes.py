@@ -31,7 +31,7 @@ from models.postprocess import PostProcess
 from models.synced_batch_norm import SyncedBatchNorm
 from models.trainable import TrainableModel
 from tests.tiny import FROZEN, make_batch, make_targets, tiny_args, write_images
-from util.checkpoints.checkpoint import load_checkpoint
+from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.distributed import (
     broadcast_batch_norm_stats,
     compute_on_rank0,
@@ -45,7 +45,7 @@ from util.errors import StopRequested, UserError
 from util.nested_tensor import NestedTensor
 from util.packed_targets import PackedTargets
 from util.random_state import SampleRNG
-from util.runs.meters import NonFiniteLoss
+from util.runs.nonfinite import Batch
 from util.runs.session import seed_everything
 from util.settings import FINETUNE, PRETRAIN, Settings
 
@@ -309,12 +309,17 @@ def not_finite_on_one_process(folder: Path) -> dict:
     run = build_run(args, double=False)
     before, mine = weights_of(run), own_slice(4)
     samples = NestedTensor(images.tensors[mine], images.mask[mine], False)
-    try:
-        engine.train_step(run, samples, make_targets([2, 1, 1, 0])[mine], stop=False)
-    except NonFiniteLoss as error:
-        same = all(torch.equal(value, before[name]) for name, value in weights_of(run).items())
-        return {"message": str(error), "same": same}
-    return {"message": "", "same": False}
+    targets = make_targets([2, 1, 1, 0])[mine]
+    run.guard.add(Batch(samples, PackedTargets.pack(targets)), is_first=True)
+    run.guard.folder, run.guard.describe = folder / "nonfinite", lambda: Checkpoint(model={})
+    engine.train_step(run, samples, targets, stop=False)
+    same = all(torch.equal(value, before[name]) for name, value in weights_of(run).items())
+    return {
+        "message": run.guard.last_report,
+        "in_a_row": run.guard.in_a_row,
+        "same": same,
+        "files": sorted(path.name for path in run.guard.folder.glob("*")),
+    }
 
 
 class Oracle(TrainableModel):

@@ -9,5 +9,9 @@ class NonFinite(ArithmeticError):
     """A prediction or a loss is NaN or infinite; the message names it."""
 
 
+class NonFiniteLoss(NonFinite):
+    """Too many steps in a row had a NaN or infinite loss or gradient; the message names losses and images."""
+
+
 class StopRequested(Exception):
-    """The process was asked to stop (SIGTERM, SIGINT); the message says where the run was saved."""
+    """The process was asked to stop (a signal, or --stop_after_minutes); the message says where the run was saved."""

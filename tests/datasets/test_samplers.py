@@ -109,6 +109,30 @@ def test_resumed_run_does_not_size_finished_chunks() -> None:
     assert len(sized) == 32 * 4  # the second chunk alone
 
 
+@pytest.mark.parametrize("own", [{"dataset_len": 1003}, BUCKETS], ids=["random", "by size"])
+def test_epoch_continues_with_other_batch_sizes(own: dict) -> None:
+    """Parts of an epoch with 4, 6 and 2 x 5 images per step: no image comes twice, and all but an incomplete batch."""
+    parts = [(4, 40), (6, 50)]
+    seen = sum(batches(**{**own, "batch_size": 4})[:40], [])
+    sampler = EpochSampler(seed=7, shuffle=True, drop_last=True, **{**own, "batch_size": 6})
+    sampler.set_epoch(0, earlier=parts[:1])
+    assert len(sampler) == (1003 - 160) // 6
+    seen += sum(list(sampler)[:50], [])
+
+    by_rank = []
+    for rank in range(2):
+        settings = {**own, "batch_size": 5, "rank": rank, "world_size": 2}
+        sampler = EpochSampler(seed=7, shuffle=True, drop_last=True, **settings)
+        sampler.set_epoch(0, start_batch=3, earlier=parts)
+        by_rank.append(list(sampler))
+        assert len(by_rank[-1]) == len(sampler) == (1003 - 160 - 300) // 10 - 3
+        sampler.set_epoch(0, earlier=parts, max_batches=3)
+        seen += sum(sampler, [])
+    seen += sum(sum(by_rank, []), [])
+    assert len(seen) == 1000
+    assert len(set(seen)) == 1000
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_sorted_evaluation_sees_every_image_once_and_the_first_ones_first(world_size: int) -> None:
     seen, first, largest_spread = [], [], 0

@@ -97,6 +97,8 @@ NOT_RUN = {
         ),
         "records a graph, which takes long; tests/tools/test_export.py writes such files",
     ),
+    "python tools/replay.py outputs/coco/nonfinite/step_000123_rank_0.pth": "needs a step that was skipped; "
+    "tests/test_engine.py writes one and replays it",
     "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs runs of an hour; "
     "tests/tools/study/test_report.py writes such a report",
 }
@@ -537,7 +539,7 @@ def known_flags(capsys: pytest.CaptureFixture) -> set[str]:
 OTHERS_FLAGS = {
     *("--nproc_per_node", "--use_env", "--master_port", "--standalone"),
     *("--nnodes", "--max_restarts", "--rdzv_backend", "--rdzv_endpoint", "--gpus", "--ipc"),
-    *("--all", "--time", "--logdir"),
+    *("--all", "--time", "--logdir", "--signal"),
 }
 
 

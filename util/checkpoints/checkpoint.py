@@ -8,6 +8,7 @@ the published parameter names.
 import dataclasses
 import math
 import os
+import pickle
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
@@ -68,13 +69,16 @@ class Checkpoint:
         optimizer, lr_scheduler: their state dicts.
         scaler: state dict of the loss scaler of `--amp fp16`.
         epoch: the last finished epoch, 0-based as in the published checkpoints; -1 in the first epoch.
-        batch: steps done in the epoch after it.
+        batch: batches done in the epoch after it.
+        step: optimizer steps done since the start of the run.
         averages: running averages of that epoch, see `util.runs.meters.Averages`.
         pending: values of a finished epoch that is not logged yet.
         best: best AP so far.
         seconds: training time so far.
         world_size: number of processes.
         position_unit: what `batch` counts: [images in the dataset, images per global batch].
+        earlier: the first of these batches, if the epoch began with another batch size or number of processes:
+            [images per global batch, number of batches] of each part of the epoch.
         random_states: states of the global random generators, by rank.
 
     Other content:
@@ -104,12 +108,14 @@ class Checkpoint:
     scaler: dict[str, Any] | None = None
     epoch: int | None = None
     batch: int | None = None
+    step: int | None = None
     averages: dict[str, list[float]] | None = None
     pending: dict[str, Any] | None = None
     best: float | None = None
     seconds: float | None = None
     world_size: int | None = None
     position_unit: list[int] | None = None
+    earlier: list[list[int]] | None = None
     random_states: list[dict[str, Any]] | None = None
 
     extra: dict[str, Any] = field(default_factory=dict)
@@ -182,7 +188,6 @@ DESCRIPTION = (
 )
 _MAPPINGS = (
     "model",
-    "raw_model",
     "category_ids",
     "normalization",
     "frozen",
@@ -192,7 +197,7 @@ _MAPPINGS = (
     "averages",
     "pending",
 )
-_WHOLE_NUMBERS = ("version", "epoch", "batch", "world_size")
+_WHOLE_NUMBERS = ("version", "epoch", "batch", "step", "world_size")
 _NUMBERS = (*_WHOLE_NUMBERS, "best", "seconds")
 
 
@@ -210,17 +215,28 @@ def _parse_entry(key: str, value: Any) -> Any:
         return _parse_class_names(value)
     if key in ("category_ids", "things"):
         return _with_int_keys(value)
+    if key == "raw_model":
+        return value if is_state_dict(value) else None
     if key in _MAPPINGS:
         return value if isinstance(value, Mapping) else None
     if key in _NUMBERS:
         number = _parse_number(value, whole=key in _WHOLE_NUMBERS)
         is_count = key in _WHOLE_NUMBERS and number is not None
         return None if is_count and number < (-1 if key == "epoch" else 0) else number
-    if key in ("position_unit", "random_states"):
+    if key == "random_states":
         return value if isinstance(value, list) else None
+    if key == "position_unit":
+        return value if _is_pair(value) else None
+    if key == "earlier":
+        return value if isinstance(value, list) and all(map(_is_pair, value)) else None
     if key == "data_fingerprint":
         return value if isinstance(value, str | Mapping) else None
     return value if key == "converted_from" else None
+
+
+def _is_pair(value: Any) -> bool:
+    is_list = isinstance(value, list) and len(value) == 2
+    return is_list and all(type(number) is int and number > 0 for number in value)
 
 
 def _parse_number(value: Any, *, whole: bool) -> int | float | None:
@@ -299,7 +315,7 @@ def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
     checkpoint.hugging_face = is_translated
     if "script" not in checkpoint.args:  # an extension of this project may have any names
         check_codebase(state, source)
-    for weights in (state, *(checkpoint.frozen or {}).values()):
+    for weights in (state, checkpoint.raw_model or {}, *(checkpoint.frozen or {}).values()):
         check_finite(weights, source)
     checkpoint.siamese_pretext = infer_siamese_pretext(state)
     checkpoint.model = to_detr_names(state)
@@ -319,26 +335,13 @@ def save_checkpoint(checkpoint: Checkpoint | Mapping[str, Any], path: str | os.P
     write_atomically(path, lambda file: torch.save(entries, file))
 
 
-def resolve_resume_path(
-    path_or_auto: str | None, output_dir: str | os.PathLike | None
-) -> str | None:
-    """Return the path that `--resume` means, or None to start from scratch.
-
-    `auto` is output_dir/checkpoint.pth if that exists, so that a requeued job can keep its command.
-
-    Raises:
-        UserError: `auto` without an output_dir.
-    """
-    if not path_or_auto:
-        return None
-    if path_or_auto != "auto":
-        return str(path_or_auto)
-    if not output_dir:
-        raise UserError(
-            "--resume auto looks for checkpoint.pth in --output_dir: add --output_dir DIR"
-        )
-    path = Path(output_dir) / LATEST
-    return str(path) if path.exists() else None
+def read_entries(path: str | os.PathLike) -> dict[str, Any] | None:
+    """Return the entries of a checkpoint of this project without reading its tensors; None without a readable one."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        return None  # missing, damaged or of another format
+    return content if isinstance(content, dict) else None
 
 
 def _find_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:

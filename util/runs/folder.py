@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from util.checkpoints.checkpoint import BEST, LATEST
+from util.checkpoints.newest import NUMBERED_FILES, STEP_FILES
 from util.distributed import get_world_size, is_main_process
 from util.errors import UserError
 from util.files import make_folder, to_json, write_text
@@ -58,6 +59,14 @@ RUN_FILES = (
 
 # What a run keeps of its earlier starts, see `util.runs.resuming`.
 KEPT_FILES = ("log_old_[0-9]*.txt", "checkpoint_best_old_[0-9]*.pth")
+
+# All files of a run with numbers in their names.
+NUMBERED_RUN_FILES = (
+    NUMBERED_FILES,
+    STEP_FILES,
+    "nonfinite/step_[0-9]*_rank_[0-9]*.pth",
+    *KEPT_FILES,
+)
 
 # Packages whose versions are stored with each run.
 PACKAGES = (
@@ -109,7 +118,8 @@ def prepare_output_dir(settings: Settings) -> Path | None:
 
 def _occupied_message(folder: Path, found: list[Path], settings: Settings) -> str:
     # Only a run with a checkpoint can be resumed, and only a command that did not ask for that needs the advice.
-    can_resume = (folder / LATEST).exists() and not settings.eval
+    has_checkpoint = (folder / LATEST).exists() or any(folder.glob(STEP_FILES))
+    can_resume = has_checkpoint and not settings.eval
     suggest_resume = can_resume and settings.origins["resume"] != GIVEN
     remedy = "add --resume auto to continue it, " if suggest_resume else ""
     return (
@@ -131,9 +141,7 @@ def _files_of_other_run(folder: Path, settings: Settings) -> list[Path]:
     found = [folder / name for name in RUN_FILES if (folder / name).exists()]
     if not found or _is_same_run(folder, settings):
         return []
-    numbered = folder.glob("checkpoint[0-9][0-9][0-9][0-9].pth")
-    kept = [path for name in KEPT_FILES for path in folder.glob(name)]
-    return [*found, *numbered, *kept]
+    return [*found, *(path for name in NUMBERED_RUN_FILES for path in folder.glob(name))]
 
 
 def _is_same_run(folder: Path, settings: Settings) -> bool:

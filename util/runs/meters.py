@@ -1,22 +1,16 @@
 """Averages of an epoch's losses, and reading losses from the device without making the host wait."""
 
-import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from util.distributed import all_gather_object, all_reduce_sum, get_world_size
-from util.errors import NonFinite
 from util.logger import log
 from util.packed_targets import TOO_FEW_PROPOSALS
 
 NUM_PAIRS_KEY = "matched_pairs"  # key of the number of matched pairs among the losses
-
-
-class NonFiniteLoss(NonFinite):
-    """A loss is NaN or infinite. The message names the losses and the images."""
 
 
 def to_host(values: dict[str, Tensor]) -> dict[str, float]:
@@ -109,24 +103,24 @@ class LossReader:
     """Averages named scalars over processes and copies them to the host during the backward pass.
 
     Create it after the criterion and before `backward()`. Call `read()` after `backward()` and before the optimizer
-    step. All values travel in one all-reduce and one copy. The all-reduce also sums `flag` over processes, such as
-    "stop requested", so that it needs no collective of its own.
+    step. All values travel in one all-reduce and one copy. The all-reduce also sums `flags` over processes, such as
+    "stop requested", so that they need no collective of their own.
 
     Attributes:
-        flag: after `read()`, the sum of the flags of all processes.
+        flags: after `read()`, the sum of each flag over all processes.
+        own: the values of this process, on the device, in the order of `names`.
     """
 
-    def __init__(self, values: dict[str, Tensor], flag: float = 0.0) -> None:
+    def __init__(self, values: dict[str, Tensor], flags: Sequence[float] = ()) -> None:
         # Sorted: the order of the losses must be the same on every rank. L is their number.
         self.names = sorted(values)
-        scalars = [values[name].detach().float() for name in self.names]
-        stacked = torch.stack(scalars)  # [L]
+        stacked = torch.stack([values[name].detach().float() for name in self.names])  # [L]
+        self.own, self.flags = stacked, list(flags)
         if get_world_size() > 1:
-            own_flag = stacked.new_full((1,), flag)
-            stacked = torch.cat([stacked / get_world_size(), own_flag])  # [L + 1]
+            # new_full fills on the device; a tensor of all flags would be copied from the host, which waits.
+            own_flags = [stacked.new_full((1,), flag) for flag in flags]
+            stacked = torch.cat([stacked / get_world_size(), *own_flags])  # [L + F]
             all_reduce_sum(stacked)
-        else:
-            self.flag = flag
 
         self.event = None
         if stacked.is_cuda:
@@ -144,36 +138,12 @@ class LossReader:
             self.event.synchronize()
         values = self.host.tolist()
         if get_world_size() > 1:
-            self.flag = values.pop()
-        return dict(zip(self.names, values, strict=True))
+            self.flags = values[len(self.names) :]
+        return dict(zip(self.names, values, strict=False))
 
-
-def check_finite(losses: dict[str, float], image_ids: Iterable[int]) -> None:
-    """Check that all losses are finite. `image_ids` is only read for the message.
-
-    Raises:
-        NonFiniteLoss: a loss is NaN or infinite.
-    """
-    bad = [name for name, value in losses.items() if not math.isfinite(value)]
-    if bad:
-        images = list(dict.fromkeys(image_ids))  # two views of an image have the same id
-        raise NonFiniteLoss(
-            f"{', '.join(bad[:4])} not finite on images {images[:16]}; the weights were not changed. "
-            "Check the boxes of these images, lower --lr, or use --amp no; --resume continues from the last checkpoint"
-        )
-
-
-def check_gradient(norm: Tensor | None) -> None:
-    """Check the gradient norm of the last step, which is read from the device here. None: there was no step.
-
-    Raises:
-        NonFiniteLoss: it is NaN or infinite.
-    """
-    if norm is not None and not math.isfinite(norm):
-        raise NonFiniteLoss(
-            "the gradient of the last step was not finite, so the weights are not usable any more; lower --lr, or use "
-            "--amp no; --resume continues from the last checkpoint, which was saved before that step"
-        )
+    def read_own(self) -> dict[str, float]:
+        """Return the values of this process by name. On a GPU the host waits for its own copy of them."""
+        return dict(zip(self.names, self.own.tolist(), strict=True))
 
 
 def weight_class_error(losses: dict[str, Tensor], num_pairs: int) -> dict[str, Tensor]:

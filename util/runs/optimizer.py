@@ -96,10 +96,34 @@ def build_optimizer(
 
 
 def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> torch.Tensor:
-    """Scale the gradient to a norm of at most `max_norm` and return its norm before, a scalar on the device."""
+    """Scale the gradient to a norm of at most `max_norm` and return its norm before, a scalar on the device.
+
+    max_norm: 0 or less leaves the gradient as it is.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # `foreach`: by default a CPU calls several operations per parameter.
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    if max_norm > 0:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Step, unless the gradient norm is NaN or infinite: weights, moments and step counts then stay as they are.
+
+    The host does not wait for the norm: a fused optimizer decides on the device. Other ones make it wait.
+    """
+    skip = (~torch.isfinite(norm)).float()  # []
+    if not all(group["fused"] for group in optimizer.param_groups):
+        if not skip:
+            optimizer.step()
+        return
+    # By these two attributes a loss scaler tells a fused optimizer what it found.
+    optimizer.grad_scale, optimizer.found_inf = None, skip  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def build_scheduler(

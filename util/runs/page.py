@@ -54,7 +54,8 @@ FILES = {  # file -> its content
     "proposals.json": "boxes of the last class-agnostic evaluation in COCO format",
     "objects.png": "proposals, predicted and ground-truth boxes (--viz)",
     "results.json": "detections of the last evaluation in COCO format",
-    "checkpoint.pth": "latest checkpoint; --resume auto continues from it",
+    "checkpoint.pth": "latest checkpoint of an epoch, or of a run that was stopped; --resume auto continues from it",
+    "nonfinite": "batches of steps that were skipped, for tools/replay.py",
     "checkpoint_best.pth": "checkpoint of the best epoch, by AP of boxes or masks, or panoptic quality",
 }
 PICTURES = (  # title, file, caption

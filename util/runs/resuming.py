@@ -4,14 +4,11 @@ Nothing of an earlier start is lost without a word: a better checkpoint stays, a
 name.
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from util.checkpoints.checkpoint import BEST, Checkpoint
+from util.checkpoints.checkpoint import BEST, Checkpoint, read_entries
 from util.files import write_text
 from util.logger import log
 from util.runs.folder import SETTINGS, read_json_object
@@ -70,7 +67,7 @@ def find_best_ap(folder: Path, stored: float, data: Any, val_changed: bool) -> f
         val_changed: the validation data are not those of that checkpoint.
     """
     path = folder / BEST
-    best = _read_best(path)
+    best = read_entries(path)
     if best is None:
         if stored > NO_AP and not val_changed:
             log.info(
@@ -89,16 +86,6 @@ def find_best_ap(folder: Path, stored: float, data: Any, val_changed: bool) -> f
         return NO_AP
     ap = best.get("best")
     return float(ap) if isinstance(ap, int | float) else stored
-
-
-def _read_best(path: Path) -> dict[str, Any] | None:
-    """Return the entries of a checkpoint file without reading its tensors; None without a readable one."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
-        # Missing, damaged or of another format, so that nothing tells its AP.
-        return None
-    return content if isinstance(content, dict) else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- log

@@ -1,6 +1,7 @@
 """Start and end an entry script: logger, process group, checkpoint, settings, seeds, and errors in one line."""
 
 import multiprocessing
+import os
 import random
 import secrets
 import signal
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 
 from util.checkpoints.adoption import settings_from_checkpoint
-from util.checkpoints.checkpoint import Checkpoint, load_checkpoint, resolve_resume_path
+from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from util.checkpoints.newest import resolve_resume_path
 from util.distributed import (
     all_gather_object,
     barrier,
@@ -96,8 +98,8 @@ def _resolve_resume_and_seed(given: dict[str, Any]) -> dict[str, Any]:
         )
 
     path = resolve_resume_path(given.get("resume"), given.get("output_dir"))
-    # On a disk that not all nodes share, some ranks would resume while others start from scratch.
-    if len(set(all_gather_object(bool(path)))) > 1:
+    # On a disk that not all nodes share, some ranks would not find what rank 0 found.
+    if is_auto and not all(all_gather_object(path is None or os.path.exists(path))):
         raise UserError(
             f"--resume auto: only some processes see a checkpoint in {given['output_dir']}; use a folder that all "
             "nodes share"

@@ -80,7 +80,7 @@ FLAGS: tuple[Flag, ...] = (
         ),
         Flag(
             "resume",
-            "checkpoint to resume or, with --eval, to evaluate; auto: checkpoint.pth in --output_dir, if it exists",
+            "checkpoint to resume or, with --eval, to evaluate; auto: the newest one in --output_dir, if it has any",
             str,
             default="",
             metavar="PATH|URL|auto",
@@ -179,6 +179,52 @@ FLAGS: tuple[Flag, ...] = (
             positive(),
             default=100,
             metavar="EPOCHS",
+        ),
+        Flag(
+            "save_every_steps",
+            "also save within an epoch, after every this many optimizer steps, to checkpoint_step_NNN.pth; it is "
+            "written in the background",
+            positive(),
+            default_help="never",
+            metavar="STEPS",
+            requires=("--output_dir", lambda settings: bool(settings["output_dir"])),
+        ),
+        Flag(
+            "save_every_minutes",
+            "also save within an epoch when this many minutes have passed since the last checkpoint",
+            positive(float),
+            default_help="never",
+            metavar="MINUTES",
+            requires=("--output_dir", lambda settings: bool(settings["output_dir"])),
+        ),
+        Flag(
+            "keep_last",
+            "number of checkpoint_step_NNN.pth to keep, the newest ones",
+            positive(),
+            default=2,
+            metavar="N",
+            requires=(
+                "--save_every_steps or --save_every_minutes",
+                lambda settings: bool(
+                    settings["save_every_steps"] or settings["save_every_minutes"]
+                ),
+            ),
+        ),
+        Flag(
+            "stop_after_minutes",
+            "stop after this many minutes of training and evaluation as after SIGTERM: save, with exit status 143",
+            positive(float),
+            default_help="never",
+            metavar="MINUTES",
+            per_launch=True,
+        ),
+        Flag(
+            "max_nonfinite",
+            "a step whose loss or gradient is NaN or infinite is skipped; after this many in a row the run saves and "
+            "ends with an error",
+            positive(),
+            default=10,
+            metavar="STEPS",
         ),
         Flag(
             "log_every",

@@ -16,11 +16,11 @@ from util.checkpoints.architecture import infer_resnet
 from util.checkpoints.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    resolve_resume_path,
     save_checkpoint,
 )
 from util.checkpoints.classes import infer_classes
 from util.checkpoints.loading import load_pretrained, load_strict
+from util.checkpoints.newest import resolve_resume_path
 from util.errors import UserError
 from util.random_state import get_rng_states, set_rng_states
 
@@ -353,7 +353,8 @@ def test_find_resume(tmp_path):
     assert resolve_resume_path("", tmp_path) is None
     assert resolve_resume_path("x.pth", None) == "x.pth"
     assert resolve_resume_path("auto", tmp_path) is None
-    (tmp_path / "checkpoint.pth").touch()
+    content = {"model": {"weight": torch.ones(1)}, "args": {"script": "main.py"}}
+    save_checkpoint(content, tmp_path / "checkpoint.pth")
     assert resolve_resume_path("auto", tmp_path) == str(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="--output_dir"):
         resolve_resume_path("auto", "")
