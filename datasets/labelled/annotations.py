@@ -435,8 +435,9 @@ def _parse_file_name(image: Record, source: str) -> str:
             f"{source}: image {image['id']} has no file_name: add it or remove the image"
         )
     try:
-        os.fsencode(name)
-    except UnicodeEncodeError as error:  # such as half of a surrogate pair, which JSON can express
+        if "\0" in os.fsdecode(os.fsencode(name)):
+            raise ValueError("a null character")
+    except ValueError as error:  # such as half of a surrogate pair, which JSON can express
         raise UserError(
             f"{source}: image {image['id']} has the file_name {_shorten(name)}, which is not a valid file name: "
             "correct it"

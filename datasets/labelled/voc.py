@@ -380,7 +380,7 @@ def read_xml(path: str) -> dict[str, Any]:
         elements = list(root.iter("object"))
         objects = [_parse_object(element) for element in elements]
         rotations = [_parse_rotation(element) for element in elements]
-        size = tuple(int(float(root.findtext(f"size/{name}") or 0)) for name in ("height", "width"))
+        size = tuple(_parse_side(root.findtext(f"size/{name}")) for name in ("height", "width"))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: an object needs <name> and <bndbox> with numbers for {', '.join(CORNERS)}, and <size> whole "
@@ -484,6 +484,14 @@ def _parse_flag(text: str) -> bool:
         raise ValueError(f"<difficult> is {word!r} instead of 0 or 1") from error
 
 
+def _parse_side(text: str | None) -> int:
+    """Return the height or width of an image in pixels; 0 if the file does not say."""
+    side = int(float(text or 0))
+    if abs(side) >= 2**31:
+        raise ValueError(f"<size> has {side:.0e} pixels")
+    return side
+
+
 def _parse_rotation(element: ElementTree.Element) -> float:
     degrees = float(element.findtext("attributes/attribute[name='rotation']/value") or 0)
     return degrees if np.isfinite(degrees) else 0.0
@@ -538,8 +546,11 @@ def annotations_from_xml(
 
     ids = np.array(image_ids, dtype=np.int64)  # [I]
     image_of_object = ids[[i for i, *_ in objects]] if objects else np.zeros(0, np.int64)  # [A]
-    box = np.array([box for _, _, _, box, _ in objects], dtype=np.float32).reshape(-1, 4)  # [A, 4]
-    rotated, box = _rotate_boxes(box, records)
+    # Values too large for float32 become infinite. Such boxes are skipped later.
+    with np.errstate(over="ignore", invalid="ignore"):
+        box = np.array([box for _, _, _, box, _ in objects], dtype=np.float32).reshape(-1, 4)
+        rotated, box = _rotate_boxes(box, records)  # [A], [A, 4]
+        area = (box[:, 2:] - box[:, :2]).prod(1)  # [A]
     columns = {
         "id": np.array([number for _, number, *_ in objects], dtype=np.int64),
         "image": image_of_object,
@@ -547,7 +558,7 @@ def annotations_from_xml(
         "crowd": np.zeros(len(objects), dtype=bool),
         "box": box,
         "rotated": rotated,
-        "area": (box[:, 2:] - box[:, :2]).prod(1),
+        "area": area,
         "difficult": np.array([difficult for *_, difficult in objects], dtype=bool),
     }
     sizes = np.array([record["size_hw"] for record in records], dtype=np.int64).reshape(-1, 2)

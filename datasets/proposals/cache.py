@@ -74,7 +74,8 @@ class ProposalCache:
         for name, (array, kinds, shape) in expected.items():
             if array.shape != shape or array.dtype.kind not in kinds:
                 raise self._damaged(
-                    f"{name}.npy has {array.dtype} {list(array.shape)}, not {list(shape)} as {HEADER} says"
+                    f"its arrays are not as long as {HEADER} says ({name}.npy: {array.dtype} {list(array.shape)}, "
+                    f"not {list(shape)})"
                 )
         for name, steps, end in (
             ("offsets", self.offsets, num_boxes),
@@ -168,14 +169,14 @@ def _read_header(folder: Path) -> dict[str, Any]:
     version = header.get("format") if isinstance(header, dict) else None
     if version != FORMAT:
         raise UserError(
-            f"{folder} has format {str(version)[:40]!r}, this version reads {FORMAT}; make it again with {TOOL}"
+            f"{folder} has format {str(version)[:40]}, this version reads {FORMAT}; make it again with {TOOL}"
         )
     for key, kind in HEADER_TYPES.items():
         value = header.get(key)
         is_negative = kind is int and isinstance(value, int) and value < 0
         if not isinstance(value, kind) or is_negative or (kind is int and isinstance(value, bool)):
             raise UserError(
-                f"{path} has {key} {str(value)[:40]!r}: it is damaged; copy the cache again, or make it again with {TOOL}"
+                f"{path} is damaged: {key} is {str(value)[:40]!r}; copy the cache again, or make it again with {TOOL}"
             )
     return header
 

@@ -209,7 +209,7 @@ def _cache_files() -> dict[str, bytes]:
         "boxes": np.tile(BOXES, (3, 1)).astype(np.uint16),
         "scores": np.linspace(0, 1, 6, dtype=np.float32),
         "sizes": np.tile(np.array(SIZE_HW, np.int32), (3, 1)),
-        "file_bytes": np.array([100, 200, 300]),
+        "file_bytes": np.full(3, len(_image("PNG"))),
         "file_crc32": np.array([1, 2, 3], np.uint32),
     }
     files = {f"{name}.npy": _npy(array) for name, array in arrays.items()}

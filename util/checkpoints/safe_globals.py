@@ -45,13 +45,8 @@ _DTYPE = re.compile(r"[<>|=]?(?:[?bhilqBHILQefd]|[biuf][1248]|([SU])(\d{1,9})|O8
 
 def safe_globals() -> list[tuple[Callable, str]]:
     """Return what to allow besides PyTorch's own, for `torch.serialization.safe_globals`: (stand-in, name)."""
-    allowed: list[tuple[Callable, str]] = [
-        (argparse.Namespace, "argparse.Namespace"),
-        (PickledArray, "numpy.ndarray"),
-        (PickledDtype, "numpy.dtype"),
-    ]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # NumPy 1 and 2
-        allowed += [(_scalar, f"{module}.scalar"), (_reconstruct, f"{module}._reconstruct")]
+    allowed: list[tuple[Callable, str]] = [(argparse.Namespace, "argparse.Namespace")]
+    allowed += [(stand_in, name) for name, stand_in in numpy_stand_ins().items()]
 
     # As str: a WindowsPath can't be created on Linux, nor a PosixPath on Windows. Python 3.13 has pathlib._local.
     for module in ("pathlib", "pathlib._local"):
@@ -72,6 +67,21 @@ def safe_globals() -> list[tuple[Callable, str]]:
             (_never_called, f"{module}.{name}") for name in ("list", "dict", "int", "float", "str")
         ]
     return allowed
+
+
+def numpy_stand_ins() -> dict[str, Callable]:
+    """Return name -> stand-in of what the pickle of a NumPy array or number names."""
+    stand_ins: dict[str, Callable] = {"numpy.ndarray": PickledArray, "numpy.dtype": PickledDtype}
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # NumPy 1 and 2
+        stand_ins |= {f"{module}.scalar": _scalar, f"{module}._reconstruct": _reconstruct}
+    return stand_ins
+
+
+def encode_latin1(text: str, codec: str) -> bytes:
+    """Stand-in for `_codecs.encode`, by which older pickles store bytes."""
+    if codec not in ("latin1", "latin-1"):  # others make a text longer, again and again
+        raise UnpicklingError(f"text in the encoding {str(codec)[:20]}")
+    return text.encode(codec)
 
 
 class PickledDtype:
