@@ -2,8 +2,8 @@
 
     python tools/fuzz.py --target coco --cases 10000 --seed 0
 
-Each file must load, or be refused with one line. A traceback, a hang, more memory than `--memory` or code that runs is a
-finding: the script prints its seed, which makes the same file again with `--cases 1`, and exits with status 1.
+Each file must load, or be refused with one line. A traceback, a hang, more memory than `--memory` or code that runs is
+a finding: the script prints its seed, which makes the same file again with `--cases 1`, and exits with status 1.
 """
 
 import faulthandler
@@ -107,17 +107,23 @@ def run_case(target: str, seed: int, folder: Path) -> str:
     return "loaded"
 
 
-def limit_memory(gigabytes: float) -> None:
+@contextmanager
+def limited_memory(gigabytes: float) -> Iterator[None]:
     """Let this process use so much more address space than now."""
     try:
         import resource
     except ImportError:  # Windows
         log.warning("memory is not limited on this system")
+        yield
         return
     status = Path("/proc/self/statm")
     used = int(status.read_text().split()[0]) * resource.getpagesize() if status.exists() else 0
-    limit = used + int(gigabytes * 2**30)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 2**30), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -145,15 +151,12 @@ def parse(argv: list[str]) -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    faulthandler.enable()
-    limit_memory(args.memory)
+    faulthandler.enable()  # the trace of a crash
     targets = list(TARGETS) if args.target == "all" else [args.target]
-    level = log.level
     num_findings = 0
     for target in targets:
-        log.setLevel("ERROR")  # warnings of thousands of damaged files
-        findings, loaded = _fuzz(target, range(args.seed, args.seed + args.cases))
-        log.setLevel(level)
+        with limited_memory(args.memory):
+            findings, loaded = _fuzz(target, range(args.seed, args.seed + args.cases))
         num_findings += len(findings)
         for seed, trace in findings.items():
             log.info("%s\n--target %s --seed %d --cases 1", trace, target, seed)
@@ -172,13 +175,15 @@ def main(args: Namespace) -> None:
 def _fuzz(target: str, seeds: range) -> tuple[dict[int, str], int]:
     """Return (seed -> traceback of each finding, number of files that loaded)."""
     findings: dict[int, str] = {}
-    loaded = 0
+    loaded, level = 0, log.level
+    log.setLevel("ERROR")  # warnings of thousands of damaged files
     with tempfile.TemporaryDirectory() as folder:
         for seed in seeds:
             try:
                 loaded += run_case(target, seed, Path(folder, "case")) == "loaded"
             except Exception:  # noqa: BLE001 - whatever it is, it is a finding
                 findings[seed] = "".join(traceback.format_exc(limit=-4)).rstrip()
+    log.setLevel(level)
     return findings, loaded
 
 

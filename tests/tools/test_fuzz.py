@@ -80,7 +80,6 @@ def test_command_prints_seeds_of_findings(monkeypatch, caplog):
             raise KeyError("oops")
 
     monkeypatch.setitem(TARGETS, "coco", fail_sometimes)
-    monkeypatch.setattr(fuzz, "limit_memory", lambda gigabytes: None)
     monkeypatch.setattr(fuzz.log, "propagate", True)
     bad = [seed for seed in range(7, 17) if Random(f"coco {seed}").random() < 0.5]
     with (

@@ -34,19 +34,25 @@ XML_TOKENS = (
     b'<?xml version="1.0" encoding="UTF-16"?>', b'<?xml version="1.0" encoding="none"?>',
     b'<!DOCTYPE a [<!ENTITY a "x"><!ENTITY b "&a;&a;&a;">]>',
     b"<!DOCTYPE a [" + b'<!ENTITY a0 "xxxxxxxxxx">'
-    + b"".join(b'<!ENTITY a%d "%b">' % (i, b"&a%d;" % (i - 1) * 10) for i in range(1, 12)) + b"]><annotation>&a11;</annotation>",
+    + b"".join(b'<!ENTITY a%d "%b">' % (i, b"&a%d;" % (i - 1) * 10) for i in range(1, 12))
+    + b"]><annotation>&a11;</annotation>",
     b'<!DOCTYPE a [<!ENTITY a SYSTEM "file:///etc/hostname">]><annotation>&a;</annotation>',
     b"1e400", b"-1e30", b"nan", b"inf", b"9" * 5000, b"0x10", b"1_0", b"\xff\xfe", b"\xef\xbb\xbf", b"\x00",
 )  # fmt: skip
 CSV_TOKENS = (
-    b",", b";", b"\t", b'"', b'""', b"\n", b"\r", b"\r\n", b" ", b"-1 5", b"0 1", b"1", b"1 2 3", b"99999999999999999999 1",
-    b"1 99999999", b"1e3 2", b"nan", b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"ImageId,EncodedPixels\n", b"..", b"/",
+    b",", b";", b"\t", b'"', b'""', b"\n", b"\r", b"\r\n", b" ", b"-1 5", b"0 1", b"1", b"1 2 3",
+    b"99999999999999999999 1",
+    b"1 99999999", b"1e3 2", b"nan", b"\xff", b"\x00", b"\xef\xbb\xbf", b"\xff\xfe", b"ImageId,EncodedPixels\n",
+    b"..", b"/",
     b"1 1 " * 2000, "\u0661 \u0662".encode(),
 )  # fmt: skip
 PICKLE_TOKENS = (
-    b"cos\nsystem\n", b"cbuiltins\neval\n", b"X\x08\x00\x00\x00echo ran\x85R", b"cos\nsystem\nX\x08\x00\x00\x00echo ran\x85R",
-    b"(", b"t", b"R", b"b", b"\x81", b"}", b"]", b"a", b"e", b"s", b"u", b"0", b"2", b"h\x00", b"q\x00", b"Q", b"N", b"K\x00",
-    b"J\xff\xff\xff\x7f", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8a\xff", b"X\xff\xff\xff\xff", b"\x8b", b"\x96",
+    b"cos\nsystem\n", b"cbuiltins\neval\n", b"X\x08\x00\x00\x00echo ran\x85R",
+    b"cos\nsystem\nX\x08\x00\x00\x00echo ran\x85R",
+    b"(", b"t", b"R", b"b", b"\x81", b"}", b"]", b"a", b"e", b"s", b"u", b"0", b"2", b"h\x00", b"q\x00", b"Q", b"N",
+    b"K\x00",
+    b"J\xff\xff\xff\x7f", b"\x8a\x08\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x8a\xff", b"X\xff\xff\xff\xff", b"\x8b",
+    b"\x96",
     b"c__builtin__\nbytearray\n", b"ctorch\nFloatTensor\n", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n", b"\x80\x04", b".",
 )  # fmt: skip
 

@@ -250,7 +250,8 @@ def _checkpoint(zipped: bool) -> bytes:
     }
     shapes = {
         "backbone.0.body.conv1.weight": (2, 3, 1, 1),
-        **{f"transformer.{part}.layers.0.{name}": shape for part in ("encoder", "decoder") for name, shape in layer.items()},
+        **{f"transformer.{part}.layers.0.{name}": shape for part in ("encoder", "decoder")
+        for name, shape in layer.items()},
         "transformer.decoder.layers.0.multihead_attn.in_proj_weight": (3 * width, width),
         "transformer.decoder.norm.weight": (width,),
         "query_embed.weight": (5, width),

@@ -15,6 +15,8 @@ from util.settings import FINETUNE, PRETRAIN, Flag, checked_flags, flags_of
 from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.table import names_where
 
+MAX_TEXT = 4096  # characters of a setting; the longest path of Linux
+
 
 def pretext_prefixes() -> tuple[str, ...]:
     """Return the name prefixes of all pretext parameters, which fine-tuning drops."""
@@ -88,6 +90,8 @@ def _is_value(name: str, value: Any, script: str) -> bool:
         value = int(value)  # published files have 300.0 epochs
     if isinstance(value, tuple):
         value = list(value)
+    if isinstance(value, str) and (len(value) > MAX_TEXT or any(end in value for end in "\n\r\0")):
+        return False
     try:
         return checked_flags(script, {name: value}).get(name) == value
     except UserError:

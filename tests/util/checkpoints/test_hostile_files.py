@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -14,10 +15,15 @@ import numpy as np
 import pytest
 import torch
 
+import trainer
+from util import random_state
 from util.checkpoints import content_check, pickle_scan
-from util.checkpoints.checkpoint import load_checkpoint
+from util.checkpoints.adoption import settings_from_checkpoint
+from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from util.checkpoints.classes import infer_classes
 from util.checkpoints.weight_files import read_weights
 from util.errors import UserError
+from util.settings import FINETUNE, resolve
 
 STATE = {"query_embed.weight": torch.arange(12.0).view(3, 4), "class_embed.bias": torch.ones(3)}
 SECONDS = 60  # far more than a load takes
@@ -435,8 +441,6 @@ IGNORED = {
 
 @pytest.mark.parametrize("key", IGNORED)
 def test_entry_of_a_wrong_type_counts_as_missing(tmp_path, key):
-    from util.checkpoints.checkpoint import Checkpoint
-
     missing = getattr(Checkpoint(model=STATE), key)
     for value in IGNORED[key]:
         checkpoint = Checkpoint.from_dict({"model": STATE, key: value}, "f.pth")
@@ -462,3 +466,136 @@ def test_plain_pickle_is_one_line(tmp_path):
         with pytest.raises(UserError) as excinfo:
             read_weights(path)
         assert "\n" not in str(excinfo.value)
+
+
+# ------------------------------------------------------------------------------------------------ settings, resuming
+
+
+def detector_state(**shapes):
+    """Return a state dict with the names that show DETR's architecture, and tensors of width 4."""
+    layer = {
+        "self_attn.in_proj_weight": (12, 4), "linear1.weight": (8, 4), "norm1.weight": (4,),
+    }  # fmt: skip
+    known = {
+        f"transformer.{part}.layers.0.{name}": shape
+        for part in ("encoder", "decoder")
+        for name, shape in layer.items()
+    }
+    known["transformer.decoder.layers.0.multihead_attn.in_proj_weight"] = (12, 4)
+    known |= {"query_embed.weight": (5, 4), "class_embed.weight": (3, 4), "class_embed.bias": (3,)}
+    return {name: torch.ones(shape) for name, shape in {**known, **shapes}.items()}
+
+
+def resolved(state, args):
+    checkpoint = Checkpoint.from_dict({"model": state, "args": args}, "f.pth")
+    given = {"resume": "f.pth", "eval": True, "device": "cpu"}
+    return resolve(given, settings_from_checkpoint(checkpoint, given), FINETUNE)
+
+
+GOOD_ARGS = {"nheads": 2, "backbone": "resnet18", "lr": 1e-3, "epochs": 30.0}
+
+
+def test_settings_of_the_right_types_are_adopted():
+    found = resolved(detector_state(), {**GOOD_ARGS, "masks": False, "script": FINETUNE})
+    assert (found.hidden_dim, found.nheads, found.lr, found.epochs) == (4, 2, 1e-3, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("nheads", 0),
+        ("nheads", -2),
+        ("nheads", 2**70),
+        ("backbone", "resnet18\nx"),
+        ("lr", "fast"),
+        ("lr", [1e-3]),
+        ("lr", float("nan")),
+        ("lr", {}),
+        ("epochs", "three"),
+        ("epochs", 2.5),
+        ("epochs", torch.ones(2)),
+        ("weight_decay", "x" * 10**6),
+        ("coco_path", 5),
+        ("num_queries", True),
+        ("dilation", 3),
+        ("classification", ["softmax"]),
+    ],
+)
+def test_setting_of_a_wrong_type_is_one_line_or_ignored(name, value):
+    args = {**GOOD_ARGS, "script": FINETUNE, name: value}
+    try:
+        found = resolved(detector_state(), args)
+    except UserError as error:
+        message = str(error)
+    else:
+        assert type(getattr(found, name)) is not type(value)
+        message = name
+    assert "\n" not in message
+    assert len(message) < 500
+    assert name in message
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"transformer.encoder.layers.99999999.norm1.weight": (4,)},
+        {"transformer.decoder.layers.0.norm1.weight": (10**6,)},
+        {f"transformer.{part}.layers.0.linear1.weight": (10**6, 1) for part in ("encoder", "decoder")},
+    ],
+)  # fmt: skip
+def test_names_that_imply_a_giant_model_are_one_line(shapes):
+    with pytest.raises(UserError, match="implies .* layers"):
+        resolved(detector_state(**shapes), GOOD_ARGS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["query_embed.weight", "class_embed.bias", "transformer.decoder.layers.0.norm1.weight"],
+)
+def test_parameter_without_dimensions_is_no_traceback(name):
+    state = {**detector_state(), name: torch.tensor(1.0)}
+    with contextlib.suppress(UserError):
+        resolved(state, GOOD_ARGS)
+    infer_classes(Checkpoint(model=state))
+
+
+GOOD_GROUP = {"lr": 0.1, "initial_lr": 0.1, "weight_decay": 0.0, "params": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"optimizer": {"state": {}, "param_groups": [{"params": "x"}]}},
+        {"optimizer": {"state": {}, "param_groups": [{"lr": 1}]}},
+        {"optimizer": {"state": {0: 5}, "param_groups": [GOOD_GROUP]}},
+        {"optimizer": {"state": {"x": {}}, "param_groups": [{**GOOD_GROUP, "params": [[0], {}]}]}},
+        {"lr_scheduler": {"step_size": "x", "last_epoch": []}},
+        {"lr_scheduler": {"step_size": 3}},
+        {"random_states": [5]},
+        {"random_states": [{"python": "x"}]},
+        {"random_states": [{"python": [3, [1], None], "numpy": {}, "torch": torch.ones(3)}]},
+        {"raw_model": {"w": torch.ones(1)}},
+    ],
+)
+def test_damaged_training_state_is_one_line(entries):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    good = {
+        "model": model.state_dict(),
+        "optimizer": {"state": {}, "param_groups": [GOOD_GROUP]},
+        "lr_scheduler": scheduler.state_dict(),
+        "epoch": 1,
+    }
+    run = argparse.Namespace(
+        model=model, optimizer=optimizer, scheduler=scheduler, scaler=None, checkpoint_extras={},
+        max_iters=None, epoch=0, epochs=3, batch=0, average=None,
+    )  # fmt: skip
+    state = random_state.get_rng_states()
+    try:
+        with pytest.raises(UserError) as excinfo:
+            trainer.resume_run(run, Checkpoint.from_dict({**good, **entries}, "f.pth"))
+    finally:
+        random_state.set_rng_states(state)
+    assert "\n" not in str(excinfo.value)
+    assert len(str(excinfo.value)) < 500
