@@ -36,6 +36,11 @@ STORED_FLAGS = {
 }
 
 
+MAX_MISSING = (
+    10**8
+)  # parameters that a file may lack before it is refused without building its model
+
+
 def infer_detector(state: Mapping[str, Tensor]) -> str | None:
     """Return the registered detector whose `state_dict_marker` is in a decoder parameter's name, or None."""
     names = [key for key in state if "transformer.decoder." in key]
@@ -146,12 +151,12 @@ def _from_weights(state: Mapping[str, Tensor], detector: str | None) -> dict[str
 
 
 def _check_size(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
-    """Check that a file has at least as many parameters as the layers that its names and shapes imply.
+    """Check that a file does not have far fewer parameters than the layers that its names and shapes imply.
 
     A name such as `encoder.layers.99999999.` would otherwise build a model that fits into no memory.
 
     Raises:
-        UserError: it has fewer.
+        UserError: it has.
     """
     width, hidden = known["hidden_dim"] or 1, known["dim_feedforward"] or 1
     layers = (known["enc_layers"] or 0) + (known["dec_layers"] or 0)
@@ -159,7 +164,7 @@ def _check_size(known: Mapping[str, Any], state: Mapping[str, Tensor], source: s
         layers * 2 * width * (width + hidden)
     )  # less than any attention and feed-forward network have
     stored = sum(value.numel() for value in state.values())
-    if implied > stored:
+    if implied > stored + MAX_MISSING:
         raise UserError(
             f"{source} implies {layers} layers of width {width} and {hidden}, which is more than its {stored} "
             "parameters: it is damaged or incomplete; choose another file"
