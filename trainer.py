@@ -500,8 +500,30 @@ def resume_run(run: Run, checkpoint: Checkpoint) -> None:
     A checkpoint whose training state is missing or can't be used starts at `--start_epoch` with a new optimizer.
 
     Raises:
-        UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round.
+        UserError: the checkpoint's schedule counts steps and this run's counts epochs, or the other way round; or its
+            training state is damaged.
     """
+    try:
+        _resume_run(run, checkpoint)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # A file may have anything in their place.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(
+            f"{checkpoint.source}: its training state is damaged ({reason}); choose another file, or start from its "
+            "weights with --pretrain"
+        ) from error
+
+
+def _resume_run(run: Run, checkpoint: Checkpoint) -> None:
     if checkpoint.raw_model is not None:
         # The model was loaded, and `run.average` copied, with the averages under `model`.
         unwrap_model(run.model).load_state_dict(checkpoint.raw_model)

@@ -61,7 +61,7 @@ class TrainableModel(NotScriptable, nn.Module):
         stored: name -> state dict. source: the checkpoint's name, for errors.
 
         Raises:
-            UserError: the checkpoint lacks one of them.
+            UserError: the checkpoint lacks one of them, or has another network in its place.
         """
         for name, part in self.frozen_parts().items():
             if name not in stored:
@@ -69,7 +69,13 @@ class TrainableModel(NotScriptable, nn.Module):
                     f"{source} lacks the frozen network {name} of this pretext: resume it with the flags "
                     "of the run that wrote it"
                 )
-            part.load_state_dict(stored[name])
+            try:
+                part.load_state_dict(stored[name])
+            except RuntimeError as error:
+                raise UserError(
+                    f"{source} has another network as the frozen {name} of this pretext: resume it with the flags of "
+                    "the run that wrote it"
+                ) from error
 
     def after_step(self, progress: float) -> None:
         """Update after an optimizer step.

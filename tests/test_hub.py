@@ -126,7 +126,7 @@ LOAD = """
 import sys, torch
 import datasets  # another package of this name, imported before
 def fetching(*args, **kwargs): raise AssertionError(f"fetches {args}")
-torch.hub.download_url_to_file = fetching
+import urllib.request; urllib.request.OpenerDirector.open = fetching
 model, postprocessor = torch.hub.load(%r, %r, source="local", pretrained=%r, return_postprocessor=True)
 images = torch.load("images.pt", weights_only=True)
 with torch.no_grad():

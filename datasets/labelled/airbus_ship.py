@@ -99,6 +99,12 @@ def read_rle_csv(path: str, image_folder: str, masks: bool = False) -> Annotatio
         UserError: the file is missing, has another header, or has runs that are not pairs of numbers inside the image.
     """
     names, runs, numbers = _read_csv(path)
+    unusable = [i for i, name in enumerate(names) if "\0" in name]
+    if unusable:
+        i = unusable[0]
+        raise UserError(
+            f"{path}, line {numbers[i]}: {names[i][:60]!r} is not a valid file name: correct it"
+        )
     images = sorted(set(names))
     if not images:
         raise UserError(f"{path} lists no images: is the download complete?")

@@ -435,8 +435,9 @@ def _parse_file_name(image: Record, source: str) -> str:
             f"{source}: image {image['id']} has no file_name: add it or remove the image"
         )
     try:
-        os.fsencode(name)
-    except UnicodeEncodeError as error:  # such as half of a surrogate pair, which JSON can express
+        if "\0" in os.fsdecode(os.fsencode(name)):
+            raise ValueError("a null character")
+    except ValueError as error:  # such as half of a surrogate pair, which JSON can express
         raise UserError(
             f"{source}: image {image['id']} has the file_name {_shorten(name)}, which is not a valid file name: "
             "correct it"
@@ -482,13 +483,13 @@ def _parse_columns(annotations: Sequence[Record], source: str) -> dict[str, np.n
         [_parse_bbox(annotation, source) for annotation in annotations], dtype=np.float64
     ).reshape(-1, 4)  # [A, 4]
     rotated, boxes_xywh = rotate_boxes(annotations, boxes_xywh)
-    # Values too large for float32 become infinite. Such boxes are skipped later.
-    with np.errstate(over="ignore"):
-        box = boxes_xywh.astype(np.float32)  # [A, 4], x, y, width, height
-    box_area = box[:, 2] * box[:, 3]  # [A]
     given, areas = parse_areas(annotations)
     usable = is_usable_area(areas, boxes_xywh)
-    box[:, 2:] += box[:, :2]  # x0, y0, x1, y1; added in float32, as published
+    # Values too large for float32 become infinite. Such boxes are skipped later.
+    with np.errstate(over="ignore", invalid="ignore"):
+        box = boxes_xywh.astype(np.float32)  # [A, 4], x, y, width, height
+        box_area = box[:, 2] * box[:, 3]  # [A]
+        box[:, 2:] += box[:, :2]  # x0, y0, x1, y1; added in float32, as published
 
     image_ids = [_parse_id(annotation, "image_id", source) for annotation in annotations]
     labels = [_parse_id(annotation, "category_id", source) for annotation in annotations]

@@ -110,9 +110,17 @@ def _is_empty(text: str) -> bool:
     if text.count("[") <= 2 and text.count(",") >= MIN_NUMBERS - 1:
         return False
     try:
-        return not _usable_polygons(json.loads(text))
+        return not _usable_polygons(_parse_json(text))
     except SegmentationError:  # broken, and reported when it is loaded
         return False
+
+
+def _parse_json(text: str) -> Any:
+    # The text is what a pattern found in a file, which need not be JSON.
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SegmentationError(f"segmentation {text[:40]!r} is not valid JSON") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ decoding
@@ -167,7 +175,7 @@ def to_rle(text: str, size_hw: Size) -> RLE | None:
     Raises:
         SegmentationError: it is none of these, or does not fit into the image.
     """
-    value = json.loads(text)
+    value = _parse_json(text)
     if value is None:
         return None
     if isinstance(value, list):

@@ -92,7 +92,7 @@ def _is_list_of_ids(ids: Any) -> bool:
 def _read_json(path: str) -> Any:
     try:
         return json.loads(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"--split_file {path} can't be read as JSON ({error}): give a file of tools/make_split.py"
         ) from error

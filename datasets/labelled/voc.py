@@ -382,7 +382,7 @@ def read_xml(path: str) -> dict[str, Any]:
         objects = [_parse_object(element) for element in elements]
         rotations = [_parse_rotation(element) for element in elements]
         polygons = [_parse_polygons(element) for element in elements]
-        size = tuple(int(float(root.findtext(f"size/{name}") or 0)) for name in ("height", "width"))
+        size = tuple(_parse_side(root.findtext(f"size/{name}")) for name in ("height", "width"))
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path}: an object needs <name> and <bndbox> with numbers for {', '.join(CORNERS)}, and <size> whole "
@@ -507,6 +507,14 @@ def _parse_polygons(element: ElementTree.Element) -> list[list[float]]:
     return [points for points in polygons if points]
 
 
+def _parse_side(text: str | None) -> int:
+    """Return the height or width of an image in pixels; 0 if the file does not say."""
+    side = int(float(text or 0))
+    if abs(side) >= 2**31:
+        raise ValueError(f"<size> has {side:.0e} pixels")
+    return side
+
+
 def _parse_rotation(element: ElementTree.Element) -> float:
     degrees = float(element.findtext("attributes/attribute[name='rotation']/value") or 0)
     return degrees if np.isfinite(degrees) else 0.0
@@ -561,8 +569,11 @@ def annotations_from_xml(
 
     ids = np.array(image_ids, dtype=np.int64)  # [I]
     image_of_object = ids[[i for i, *_ in objects]] if objects else np.zeros(0, np.int64)  # [A]
-    box = np.array([box for _, _, _, box, _ in objects], dtype=np.float32).reshape(-1, 4)  # [A, 4]
-    rotated, box = _rotate_boxes(box, records)
+    # Values too large for float32 become infinite. Such boxes are skipped later.
+    with np.errstate(over="ignore", invalid="ignore"):
+        box = np.array([box for _, _, _, box, _ in objects], dtype=np.float32).reshape(-1, 4)
+        rotated, box = _rotate_boxes(box, records)  # [A], [A, 4]
+        area = (box[:, 2:] - box[:, :2]).prod(1)  # [A]
     columns = {
         "id": np.array([number for _, number, *_ in objects], dtype=np.int64),
         "image": image_of_object,
@@ -570,7 +581,7 @@ def annotations_from_xml(
         "crowd": np.zeros(len(objects), dtype=bool),
         "box": box,
         "rotated": rotated,
-        "area": (box[:, 2:] - box[:, :2]).prod(1),
+        "area": area,
         "difficult": np.array([difficult for *_, difficult in objects], dtype=bool),
     }
     sizes = np.array([record["size_hw"] for record in records], dtype=np.int64).reshape(-1, 2)

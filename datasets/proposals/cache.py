@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HEADER = "header.json"
+HEADER_TYPES = {
+    "images": int,
+    "boxes": int,
+    "unreadable": int,
+    "scores": bool,
+    "method": str,
+    "settings": dict,
+    "grid": int,
+    "names": str,
+}
 TOOL = "tools/cache_proposals.py"
 SPOT_CHECKS = 64  # images whose file size is compared at the start of a run
 
@@ -49,13 +59,35 @@ class ProposalCache:
         self.header = _read_header(self.folder)
 
         num_images, num_boxes = self.header["images"], self.header["boxes"]
-        arrays = (self.offsets, self.boxes, self.sizes_hw, self.names)
-        expected = (num_images + 1, num_boxes, num_images, num_images)
-        if tuple(map(len, arrays)) != expected or self.offsets[-1] != len(self.boxes):
-            raise UserError(
-                f"{self.folder} is damaged: its arrays are not as long as {HEADER} says; copy it again, or make it "
-                f"again with {TOOL}"
-            )
+        name_bytes, name_ends = self._load_array("name_bytes"), self._load_array("name_ends")
+        # array -> (kinds of numbers, shape)
+        expected = {
+            "offsets": (self.offsets, "i", (num_images + 1,)),
+            "boxes": (self.boxes, "uf", (num_boxes, 4)),
+            "sizes": (self.sizes_hw, "i", (num_images, 2)),
+            "file_bytes": (self.file_bytes, "i", (num_images,)),
+            "name_bytes": (name_bytes, "u", name_bytes.shape[:1]),
+            "name_ends": (name_ends, "i", (num_images,)),
+        }
+        if self.scores is not None:
+            expected["scores"] = (self.scores, "f", (num_boxes,))
+        for name, (array, kinds, shape) in expected.items():
+            if array.shape != shape or array.dtype.kind not in kinds:
+                raise self._damaged(
+                    f"its arrays are not as long as {HEADER} says ({name}.npy: {array.dtype} {list(array.shape)}, "
+                    f"not {list(shape)})"
+                )
+        for name, steps, end in (
+            ("offsets", self.offsets, num_boxes),
+            ("name_ends", np.concatenate([[0], name_ends]), len(name_bytes)),
+        ):
+            if steps[0] != 0 or steps[-1] != end or (np.diff(steps) < 0).any():
+                raise self._damaged(f"{name}.npy does not ascend from 0 to {end}")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
+            f"{self.folder} is damaged: {what}; copy it again, or make it again with {TOOL}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the arrays: each dataloader worker maps them itself instead of receiving a copy.
@@ -65,8 +97,10 @@ class ProposalCache:
         path = self.folder / f"{name}.npy"
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - NumPy's parser of a damaged header raises any type
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{path} can't be read ({reason}); copy the cache again, or make it again with {TOOL}"
             ) from error
@@ -128,14 +162,22 @@ def _read_header(folder: Path) -> dict[str, Any]:
             f"{folder} is no proposal cache ({HEADER} is missing); make one with {TOOL}, or read published .npy files "
             f"with --proposals file:{folder} without --cache_path"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} can't be read ({error}); copy the cache again, or make it again with {TOOL}"
         ) from error
-    if header.get("format") != FORMAT:
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT:
         raise UserError(
-            f"{folder} has format {header.get('format')}, this version reads {FORMAT}; make it again with {TOOL}"
+            f"{folder} has format {str(version)[:40]}, this version reads {FORMAT}; make it again with {TOOL}"
         )
+    for key, kind in HEADER_TYPES.items():
+        value = header.get(key)
+        is_negative = kind is int and isinstance(value, int) and value < 0
+        if not isinstance(value, kind) or is_negative or (kind is int and isinstance(value, bool)):
+            raise UserError(
+                f"{path} is damaged: {key} is {str(value)[:40]!r}; copy the cache again, or make it again with {TOOL}"
+            )
     return header
 
 

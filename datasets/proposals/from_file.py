@@ -2,8 +2,10 @@
 
 import io
 import json
+import math
 import os
 import pickle
+import pickletools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 from datasets.images.packed_strings import PackedStrings
 from datasets.proposals.base import BoxesAndScores, CacheableProposals
 from datasets.proposals.cache import CachedProposals, ProposalCache, is_proposal_cache
+from util.checkpoints.safe_globals import encode_latin1, numpy_stand_ins
 from util.errors import UserError
 from util.settings import Settings
 
@@ -27,17 +30,7 @@ SUPPORTED_FORMATS = (
 
 CHECKED_IMAGES = 16  # evenly spaced ones, whose boxes are read at the start
 
-# The globals in the pickle of a NumPy array. Nothing else is allowed, so that no file can run code.
-_ALLOWED_GLOBALS = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-    # NumPy 2 renamed numpy.core to numpy._core; the published caches have the old name.
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "scalar"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "scalar"),
-}
+MAX_BYTES = 2**26  # of the boxes of one image, unpacked: two million boxes
 
 
 class FileProposals(CacheableProposals):
@@ -224,7 +217,13 @@ class NpzProposals(FileProposals):
             raise UserError(f"{self.path} has no array {name}; {self.hint}")
         where = f"{self.path}, array {name}"
         with _damaged_file_as_user_error(f"{where} can't be read"):
-            content = self._open()[name]
+            archive = self._open().zip
+            try:
+                member = archive.getinfo(f"{name}.npy")
+            except KeyError:
+                member = archive.getinfo(name)
+            with archive.open(member) as file:
+                content = _read_npy(file, member.file_size, allow_objects=False)
         return _boxes_and_scores(content, where)
 
 
@@ -276,32 +275,49 @@ def read_npy(path: Path) -> Any:
         Exception: the file is damaged or contains other objects. A damaged pickle raises any type.
     """
     with path.open("rb") as file:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            _, _, dtype = np.lib.format.read_array_header_1_0(file)
-        else:
-            _, _, dtype = np.lib.format.read_array_header_2_0(file)
-        if not dtype.hasobject:
-            file.seek(0)
-            return np.lib.format.read_array(file, allow_pickle=False)
-        content = _ArrayUnpickler(file).load()
+        return _read_npy(file, path.stat().st_size, allow_objects=True)
 
-    # np.save wraps an object, such as Siamese DETR's dict, in an array [] of dtype object.
-    is_wrapped = isinstance(content, np.ndarray) and content.ndim == 0
-    return content.item() if is_wrapped else content
+
+def _read_npy(file: BinaryIO | Any, num_bytes: int, *, allow_objects: bool) -> Any:
+    """Read an .npy file of this size, see `read_npy`; only arrays of numbers without `allow_objects`."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    else:
+        shape, is_fortran, dtype = np.lib.format.read_array_header_2_0(file)
+    if dtype.hasobject and not allow_objects:
+        raise ValueError("Objects are not read from an .npz file")
+    if dtype.hasobject:
+        content = _ArrayUnpickler(file.read()).load()
+        # np.save wraps an object, such as Siamese DETR's dict, in an array [] of dtype object.
+        is_wrapped = isinstance(content, np.ndarray) and content.ndim == 0
+        return content.item() if is_wrapped else content
+
+    claimed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or claimed > min(num_bytes, MAX_BYTES):
+        raise ValueError(f"an array {list(shape)} in {num_bytes} bytes")
+    data = file.read(claimed + 1)  # beyond the end, where a zip file compares the checksum
+    return np.frombuffer(data[:claimed], dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Unpickler of NumPy arrays that refuses every other class and function."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, content: bytes) -> None:
+        for opcode, argument, _ in pickletools.genops(content):
+            # These two reserve memory for any number that they are given.
+            if opcode.name == "BYTEARRAY8" or (
+                opcode.name == "LONG_BINPUT" and argument > len(content)
+            ):
+                raise pickle.UnpicklingError(f"the instruction {opcode.name} {argument}")
         # NumPy asks for this encoding to read arrays that were pickled by Python 2.
-        super().__init__(io.BytesIO(file.read()), encoding="latin1")
+        super().__init__(io.BytesIO(content), encoding="latin1")
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED_GLOBALS:
+        allowed = {**numpy_stand_ins(), "_codecs.encode": encode_latin1}
+        if f"{module}.{name}" not in allowed:
             raise pickle.UnpicklingError(f"it contains a {module}.{name}, and only arrays are read")
-        return super().find_class(module, name)
+        return allowed[f"{module}.{name}"]
 
 
 @contextmanager
@@ -361,7 +377,7 @@ def _read_json(path: str) -> Any:
         raise UserError(
             f"--proposals file:{path} can't be read ({error.strerror}); check the path"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not valid JSON ({error}); check that the file is complete"
         ) from error

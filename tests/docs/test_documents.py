@@ -176,6 +176,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / "data" / "ilsvrc" / "train" / name).mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    monkeypatch.setattr("util.checkpoints.weight_files.download", _no_network)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -11,9 +11,11 @@ from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.classes import count_classes, infer_classification
 from util.errors import UserError
 from util.logger import log
-from util.settings import FINETUNE, PRETRAIN, Flag, flags_of
+from util.settings import FINETUNE, PRETRAIN, Flag, checked_flags, flags_of
 from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.table import names_where
+
+MAX_TEXT = 4096  # characters of a setting; the longest path of Linux
 
 
 def pretext_prefixes() -> tuple[str, ...]:
@@ -64,7 +66,36 @@ def settings_from_checkpoint(
         adopted.update(_adopt_num_classes(checkpoint, given))
     if resume:
         adopted.update(adopt_settings(checkpoint, given, script))
+    _check_values(adopted, checkpoint.source, script)
     return adopted
+
+
+def _check_values(adopted: Mapping[str, Any], source: str, script: str) -> None:
+    """Check that the command line could have given these values: a file may have stored anything.
+
+    Raises:
+        UserError: one of them is of another type, or out of range.
+    """
+    for name, value in adopted.items():
+        if name in flags_of(script) and not _is_value(name, value, script):
+            raise UserError(
+                f"{source} was saved with --{name} {repr(value)[:60]}, which is no value of that flag: give --{name}, "
+                "or choose another file"
+            )
+
+
+def _is_value(name: str, value: Any, script: str) -> bool:
+    """Return whether the command line gives this value for its own text."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # published files have 300.0 epochs
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, str) and (len(value) > MAX_TEXT or any(end in value for end in "\n\r\0")):
+        return False
+    try:
+        return checked_flags(script, {name: value}).get(name) == value
+    except UserError:
+        return False
 
 
 def _warn_unknown_dilation(checkpoint: Checkpoint, known: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from util.checkpoints.checkpoint import Checkpoint
 from util.checkpoints.dilation import infer_dilation
+from util.errors import UserError
 from util.settings.registry import DETECTORS
 
 DEFAULT_NHEADS = 8  # of every published model; parameter shapes don't depend on it in DETR
@@ -33,6 +34,11 @@ STORED_FLAGS = {
     "enc_n_points": int,
     "dec_n_points": int,
 }
+
+
+MAX_MISSING = (
+    10**8
+)  # parameters that a file may lack before it is refused without building its model
 
 
 def infer_detector(state: Mapping[str, Tensor]) -> str | None:
@@ -76,6 +82,7 @@ def infer_architecture(
     stored_detector = certain.get("detector")
     detector = stored_detector if stored_detector in DETECTORS else infer_detector(state)
     certain.update(_from_weights(state, detector))
+    _check_size(certain, state, checkpoint.source)
     if has_mask_head(state):
         certain["masks"] = True
     certain.setdefault("backbone", infer_resnet(state, "backbone.0.body."))
@@ -112,7 +119,7 @@ def _from_weights(state: Mapping[str, Tensor], detector: str | None) -> dict[str
     """Return what names and shapes show, by flag name; None for what they don't."""
 
     def rows(key: str) -> int | None:
-        return state[key].shape[0] if key in state else None
+        return state[key].shape[0] if key in state and state[key].ndim else None
 
     def num_layers(part: str) -> int | None:
         matches = (re.match(rf"transformer\.{part}\.layers\.(\d+)\.", key) for key in state)
@@ -143,6 +150,27 @@ def _from_weights(state: Mapping[str, Tensor], detector: str | None) -> dict[str
     return known
 
 
+def _check_size(known: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> None:
+    """Check that a file does not have far fewer parameters than the layers that its names and shapes imply.
+
+    A name such as `encoder.layers.99999999.` would otherwise build a model that fits into no memory.
+
+    Raises:
+        UserError: it has.
+    """
+    width, hidden = known["hidden_dim"] or 1, known["dim_feedforward"] or 1
+    layers = (known["enc_layers"] or 0) + (known["dec_layers"] or 0)
+    implied = (
+        layers * 2 * width * (width + hidden)
+    )  # less than any attention and feed-forward network have
+    stored = sum(value.numel() for value in state.values())
+    if implied > stored + MAX_MISSING:
+        raise UserError(
+            f"{source} implies {layers} layers of width {width} and {hidden}, which is more than its {stored} "
+            "parameters: it is damaged or incomplete; choose another file"
+        )
+
+
 def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]:
     """Return `enc_n_points` and `dec_n_points` of Deformable DETR for a number of heads.
 
@@ -150,7 +178,9 @@ def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]
     """
     if "transformer.level_embed" not in state:
         return {}
-    levels = len(state["transformer.level_embed"])
+    levels = (*state["transformer.level_embed"].shape, 0)[0]
+    if not levels or nheads < 1:
+        return {}
 
     points = {}
     for flag, layer in (
@@ -158,7 +188,7 @@ def _sampling_points(state: Mapping[str, Tensor], nheads: int) -> dict[str, int]
         ("dec_n_points", "transformer.decoder.layers.0.cross_attn"),
     ):
         offsets = state.get(f"{layer}.sampling_offsets.bias")
-        if offsets is not None:
+        if offsets is not None and offsets.ndim:
             points[flag] = len(offsets) // (2 * nheads * levels)
     return points
 

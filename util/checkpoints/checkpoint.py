@@ -11,7 +11,7 @@ import os
 import pickle
 from argparse import Namespace
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ MODEL_ENTRIES = (
     "model_ema",
     "ema_state_dict",
 )
+MAX_NAME = 500  # characters of the name of a parameter or class
 SCALARS = (type(None), bool, int, float, str, bytes)
 
 
@@ -186,19 +187,40 @@ DESCRIPTION = (
     "converted_from",
     "epoch",
 )
-_MAPPINGS = (
-    "model",
-    "category_ids",
-    "normalization",
-    "frozen",
-    "optimizer",
-    "lr_scheduler",
-    "scaler",
-    "averages",
-    "pending",
-)
 _WHOLE_NUMBERS = ("version", "epoch", "batch", "step", "world_size")
 _NUMBERS = (*_WHOLE_NUMBERS, "best", "seconds")
+
+
+def _is_anything(_value: Any) -> bool:
+    return True
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(map(_is_number, value))
+
+
+def is_state_dict(value: Any) -> bool:
+    """Return True for a non-empty mapping of names to tensors."""
+    if not isinstance(value, Mapping) or len(value) == 0:
+        return False
+    return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
+
+
+# Field that is a mapping -> whether it may have this value under some key.
+_ENTRY_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "model": _is_anything,  # checked before
+    "normalization": _is_anything,
+    "optimizer": _is_anything,
+    "lr_scheduler": _is_anything,
+    "scaler": _is_anything,
+    "averages": _is_pair,
+    "pending": _is_number,
+    "frozen": is_state_dict,
+}
 
 
 def _is_finite(state: Any) -> bool:
@@ -210,15 +232,20 @@ def _is_finite(state: Any) -> bool:
 def _parse_entry(key: str, value: Any) -> Any:
     """Return the plain value in the form that the field `key` has; None if it does not fit such a field."""
     if key == "args":
-        return value if isinstance(value, Mapping) else None
+        if not isinstance(value, Mapping):
+            return None
+        return {name: entry for name, entry in value.items() if isinstance(name, str)}
     if key == "class_names":
         return _parse_class_names(value)
-    if key in ("category_ids", "things"):
-        return _with_int_keys(value)
+    if key == "category_ids":
+        return _with_int_keys(value, int)
+    if key == "things":
+        return _with_int_keys(value, bool)
     if key == "raw_model":
         return value if is_state_dict(value) else None
-    if key in _MAPPINGS:
-        return value if isinstance(value, Mapping) else None
+    if key in _ENTRY_CHECKS:
+        is_mapping = isinstance(value, Mapping)
+        return value if is_mapping and all(map(_ENTRY_CHECKS[key], value.values())) else None
     if key in _NUMBERS:
         number = _parse_number(value, whole=key in _WHOLE_NUMBERS)
         is_count = key in _WHOLE_NUMBERS and number is not None
@@ -262,21 +289,35 @@ def _parse_class_names(value: Any) -> dict[int, str] | None:
         if names is None and isinstance(value, Mapping):
             # The other way round: name -> row.
             names = _with_int_keys({str(row): name for name, row in value.items()})
-    if not names or not all(isinstance(name, str) for name in names.values()):
-        return None
-    return names
+    return names if names and all(map(_is_class_name, names.values())) else None
+
+
+def _is_class_name(name: Any) -> bool:
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        return False
+    # Half of a surrogate pair can't be written to a log or a page.
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _is_category(entry: Any) -> bool:
     return isinstance(entry, Mapping) and isinstance(entry.get("id"), int) and "name" in entry
 
 
-def _with_int_keys(value: Any) -> dict[int, Any] | None:
-    """Return a dict with its keys as integers (JSON turns them into strings); None if they aren't, as in {"cat": 0}."""
-    try:
-        return {int(row): entry for row, entry in value.items()}
-    except (AttributeError, OverflowError, TypeError, ValueError):
+def _with_int_keys(value: Any, kind: type = object) -> dict[int, Any] | None:
+    """Return a dict with its keys as integers (JSON turns them into strings); None if they aren't, as in {"cat": 0}.
+
+    kind: of the entries; None is returned for one of another kind.
+    """
+    if not isinstance(value, Mapping) or not all(
+        isinstance(entry, kind) for entry in value.values()
+    ):
         return None
+    try:
+        entries = {int(row): entry for row, entry in value.items() if not isinstance(row, Tensor)}
+    except (OverflowError, TypeError, ValueError):
+        return None
+    numbers = [*entries, *(entry for entry in entries.values() if isinstance(entry, int))]
+    return entries if all(abs(number) < 2**53 for number in numbers) else None
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -306,6 +347,7 @@ def parse_checkpoint(content: Any, source: str | os.PathLike) -> Checkpoint:
             "choose another file"
         )
     content = _find_model(content, source)
+    _check_names(content["model"], source)
     state = strip_wrappers(content["model"], source)
     is_translated = is_hugging_face(state)
     if is_translated:
@@ -365,6 +407,16 @@ def _find_model(content: Mapping[str, Any], source: Any) -> dict[str, Any]:
     raise UserError(f"{source} contains {keys}, but no 'model' with weights; choose another file")
 
 
+def _check_names(state: Mapping[str, Tensor], source: Any) -> None:
+    for name in state:
+        # Patterns are matched to the names, which takes ever longer.
+        if len(name) > MAX_NAME or not name.isprintable():
+            raise UserError(
+                f"{source} has a tensor with the name {name[:60]!r} ({len(name)} characters), which is no parameter "
+                "name: choose another file"
+            )
+
+
 def _check_named_tensors(entries: Mapping[Any, Any], name: str, source: Any) -> None:
     for key, value in entries.items():
         if not is_state_dict({key: value}):
@@ -372,13 +424,6 @@ def _check_named_tensors(entries: Mapping[Any, Any], name: str, source: Any) -> 
                 f"{source}: '{name}' contains {key!r} ({type(value).__name__}), which is not a named tensor; "
                 "save model.state_dict() instead, or choose another file"
             )
-
-
-def is_state_dict(value: Any) -> bool:
-    """Return True for a non-empty mapping of names to tensors."""
-    if not isinstance(value, Mapping) or len(value) == 0:
-        return False
-    return all(isinstance(key, str) and isinstance(entry, Tensor) for key, entry in value.items())
 
 
 def to_plain(value: Any) -> Any:

@@ -87,7 +87,7 @@ def infer_classification(checkpoint: Checkpoint) -> str:
     query patches uses softmax on every detector.
     """
     stored = checkpoint.args.get("classification")
-    if stored:
+    if stored in ("softmax", "focal"):
         return stored
     has_patches = any(key.startswith("patch2query.") for key in checkpoint.model)
     is_softmax = has_patches or infer_detector(checkpoint.model) == "detr"
@@ -101,5 +101,5 @@ def count_classes(state: Mapping[str, Tensor], classification: str) -> int:
     ]
     if not biases:
         return 0
-    num_rows = len(biases[0])
+    num_rows = biases[0].numel()
     return num_rows - 1 if classification == "softmax" else num_rows

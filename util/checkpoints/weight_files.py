@@ -1,24 +1,23 @@
 """Read weight files without running code in them, and download them."""
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import re
-import socket
 import urllib.parse
 import warnings
 from collections.abc import Iterator, Mapping
-from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
+from util.checkpoints.content_check import check_content
+from util.checkpoints.download import HTTPS, DownloadError, download
+from util.checkpoints.pickle_scan import SAVE_TENSORS, check_file
+from util.checkpoints.safe_globals import safe_globals
 from util.distributed import is_main_process
 from util.errors import UserError
 from util.logger import log
@@ -29,7 +28,6 @@ except ImportError:  # Windows has no file locks: two processes may download the
     fcntl = None
 
 SUFFIXES = (".pth", ".tar", ".pt", ".bin", ".ckpt", ".safetensors")
-CONNECT_SECONDS = 30.0
 PRODUCER = "predetr"  # metadata of safetensors files of this project, see `safetensors_file`
 # Weight files in a folder of Hugging Face transformers, the preferred one first.
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -42,10 +40,6 @@ SHARD_PATTERN = re.compile(r"-\d{5}-of-(?!00001\b)\d{5}\.|\.index\.json$")
 
 # URLs whose file keeps its plain name in the cache, because other programs store it there under that name too.
 PLAIN_NAME_URLS = ("https://dl.fbaipublicfiles.com/deepcluster/swav_800ep_pretrain.pth.tar",)
-
-SAVE_TENSORS = (
-    "save only its tensors, torch.save({'model': model.state_dict()}, FILE), where it was created"
-)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -63,21 +57,32 @@ def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> A
 
     The file is always loaded with `weights_only=True`. Besides tensors and plain containers, a few harmless classes are
     allowed, so that published checkpoints with a pickled `args` load: argparse.Namespace, paths (loaded as str), NumPy
-    scalars and arrays, defaultdict (loaded as dict).
+    scalars and arrays, defaultdict (loaded as dict). Sizes are checked before memory is allocated for them.
 
     Raises:
-        UserError: the file is missing, damaged, contains other classes, or can't be downloaded.
+        UserError: the file is missing, damaged, contains other classes or much more than its size, or can't be
+            downloaded.
     """
     path = fetch(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
     path = _file_of_folder(path)
     _check_file(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path, map_location)
+        content = _read_safetensors(path, map_location)
+    else:
+        content = _read_torch(path, map_location)
+    check_content(content, path)
+    return content
+
+
+def _read_torch(path: Path, map_location: Any) -> Any:
     try:
-        with torch.serialization.safe_globals(_safe_globals()), warnings.catch_warnings():
+        check_file(path)
+        with torch.serialization.safe_globals(safe_globals()), warnings.catch_warnings():
             # PyTorch warns about pickles of other programs. What matters is in the errors below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location=map_location, weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # damaged files raise many types
         raise UserError(f"{path}: {_diagnose(path, error)}") from error
 
@@ -159,9 +164,6 @@ def check_finite(state: Mapping[str, torch.Tensor], source: str | os.PathLike) -
 
 def _diagnose(path: Path, error: Exception) -> str:
     """Return what is wrong with a file that torch.load refuses, and what to do."""
-    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if refused:
-        return f"it contains the Python object {refused[1]}, which may run code, so it is not loaded; {SAVE_TENSORS}"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"not enough memory to load it ({_first_line(error)})"
 
@@ -193,62 +195,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
-def _safe_globals() -> list:
-    """Return the classes and functions to allow: those in `args` and `meta` of published checkpoints.
-
-    None of them does more than store data. Some stand in for the original, under its name in the pickle.
-    """
-    from numpy._core import multiarray  # numpy.core, the public name, is deprecated
-
-    allowed = [
-        (argparse.Namespace, "argparse.Namespace"),
-        (np.ndarray, "numpy.ndarray"),
-        (np.dtype, "numpy.dtype"),
-    ]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # NumPy 1 and 2
-        allowed += [
-            (multiarray.scalar, f"{module}.scalar"),
-            (multiarray._reconstruct, f"{module}._reconstruct"),
-        ]
-    allowed += [type(np.dtype(code)) for code in "?bhilqBHILQefdUS"]
-
-    # As str: a WindowsPath can't be created on Linux, nor a PosixPath on Windows. Python 3.13 has pathlib._local.
-    for module in ("pathlib", "pathlib._local"):
-        allowed += [
-            (_posix_path_to_str, f"{module}.{name}")
-            for name in ("Path", "PosixPath", "PurePath", "PurePosixPath")
-        ]
-        allowed += [
-            (_windows_path_to_str, f"{module}.{name}")
-            for name in ("WindowsPath", "PureWindowsPath")
-        ]
-
-    # defaultdict, and the types that it may have as its factory.
-    allowed += [(_empty_dict, "collections.defaultdict")]
-    for module in ("builtins", "__builtin__"):
-        allowed += [(kind, f"{module}.{kind.__name__}") for kind in (list, dict, int, float, str)]
-    return allowed
-
-
-def _posix_path_to_str(*parts: str) -> str:
-    return str(pathlib.PurePosixPath(*parts))
-
-
-def _windows_path_to_str(*parts: str) -> str:
-    return str(pathlib.PureWindowsPath(*parts))
-
-
-def _empty_dict(*_factory: Any) -> dict:
-    return {}
-
-
 # ---------------------------------------------------------------------------------------------------- downloading
 
 
-def fetch(url: str) -> Path:
+def fetch(url: str, schemes: tuple[str, ...] = HTTPS) -> Path:
     """Return the local file of a URL, downloaded once to torch.hub's `checkpoints` folder.
 
     The SHA-256 prefix in a name such as `NAME-0676ba61.pth` is verified on download.
+
+    Args:
+        schemes: of the URL and of those that it redirects to.
 
     Raises:
         UserError: the download fails; the message says where to put the file by hand.
@@ -263,12 +219,21 @@ def fetch(url: str) -> Path:
     if path.exists():
         log.info("using %s", path)
         return path
+    # Searched in the URL's name, not in `path`: digits added by `cached_path` are not a sum of the content.
+    content_hash = HASH_PATTERN.search(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _file_lock(path):
             if not path.exists():  # another process may have downloaded it in the meantime
-                _download(url, path)
-    except (OSError, HTTPException, ValueError, RuntimeError) as error:
+                log.info("downloading %s to %s", url, path)
+                download(
+                    url,
+                    path,
+                    sha256_prefix=content_hash[1] if content_hash else None,
+                    schemes=schemes,
+                    progress=is_main_process(),
+                )
+    except (OSError, DownloadError) as error:
         raise UserError(
             f"cannot download {name} from {url} ({_first_line(error)}); "
             f"download it elsewhere and put it at {path}"
@@ -293,23 +258,6 @@ def cached_path(url: str) -> Path:
 
 def _file_name(url: str) -> str:
     return Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
-
-
-def _download(url: str, path: Path) -> None:
-    # Searched in the URL's name, not in `path`: digits added by `cached_path` are not a sum of the content.
-    content_hash = HASH_PATTERN.search(_file_name(url))
-    log.info("downloading %s to %s", url, path)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(CONNECT_SECONDS)  # a firewall that drops packets must not hang the run
-    try:
-        torch.hub.download_url_to_file(
-            url,
-            str(path),
-            content_hash[1] if content_hash else None,
-            progress=is_main_process(),
-        )
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 @contextlib.contextmanager

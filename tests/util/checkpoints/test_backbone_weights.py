@@ -3,7 +3,6 @@
 import logging
 import subprocess
 import sys
-import urllib.error
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from util.checkpoints.backbone_weights import (
     efficientnet_lite0_file,
     load_backbone_weights,
 )
+from util.checkpoints.download import DownloadError
 from util.errors import UserError
 
 
@@ -105,9 +105,9 @@ def no_network(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
 
     def unreachable(*_args, **_kwargs):
-        raise urllib.error.URLError("no route")
+        raise DownloadError("no route")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr("util.checkpoints.weight_files.download", unreachable)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pickle
 import resource
 import subprocess
 import sys
-import urllib.error
 import zipfile
 from argparse import Namespace
 
@@ -19,6 +18,7 @@ import torch
 from util.checkpoints import weight_files
 from util.checkpoints.backbone_weights import SWAV
 from util.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoints.download import DownloadError
 from util.checkpoints.weight_files import cached_path, fetch, read_weights
 from util.errors import UserError
 
@@ -205,11 +205,11 @@ def hub(tmp_path, monkeypatch):
 def test_url_is_downloaded_once_and_its_hash_verified(hub, monkeypatch):
     calls = []
 
-    def download(url, path, hash_prefix, progress):
-        calls.append((url, hash_prefix))
+    def download(url, path, sha256_prefix, **_options):
+        calls.append((url, sha256_prefix))
         torch.save({"model": STATE}, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(weight_files, "download", download)
     url = "https://example.org/detr/detr-r50-e632da11.pth"
     for _ in range(2):
         assert load_checkpoint(url).model
@@ -221,11 +221,11 @@ def test_url_is_downloaded_once_and_its_hash_verified(hub, monkeypatch):
 def test_urls_with_the_same_file_name_are_different_files(hub, monkeypatch, caplog):
     calls = []
 
-    def download(url, path, hash_prefix, progress):
-        calls.append((url, hash_prefix))
+    def download(url, path, sha256_prefix, **_options):
+        calls.append((url, sha256_prefix))
         torch.save({"model": {"w": torch.tensor(float(len(calls)))}}, path)
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(weight_files, "download", download)
     urls = ["https://example.org/a/checkpoint.pth.tar", "https://example.org/b/checkpoint.pth.tar"]
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="predetr"):
@@ -252,9 +252,9 @@ def test_names_with_a_content_hash_stay(hub):
 
 def test_file_put_by_hand_where_the_error_says_is_found(hub, monkeypatch):
     def download(*_args, **_kwargs):
-        raise urllib.error.URLError("no route")
+        raise DownloadError("no route")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(weight_files, "download", download)
     url = "https://example.org/model.pth"
     with pytest.raises(UserError) as excinfo:
         fetch(url)
@@ -266,16 +266,15 @@ def test_file_put_by_hand_where_the_error_says_is_found(hub, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        urllib.error.URLError("no route"),
-        TimeoutError("timed out"),
-        RuntimeError('invalid hash value (expected "e632da11", got "00")'),
+        DownloadError("no route"),
+        PermissionError(13, "Permission denied"),
     ],
 )
 def test_failed_download_names_file_url_and_path(hub, monkeypatch, error):
     def download(*_args, **_kwargs):
         raise error
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(weight_files, "download", download)
     url = "https://example.org/detr/detr-r50-e632da11.pth"
     with pytest.raises(UserError) as excinfo:
         load_checkpoint(url)

@@ -1,0 +1,100 @@
+"""Damaged and hostile files: each loads, or is refused with one line. tools/fuzz.py tries any number of them."""
+
+import json
+import os
+from random import Random
+
+import pytest
+
+from tools import fuzz
+from tools.fuzzing import mutations
+from tools.fuzzing.targets import TARGETS
+from util.errors import UserError
+
+CASES = 80
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_damaged_files_load_or_are_refused_in_one_line(target, tmp_path):
+    found = [fuzz.run_case(target, seed, tmp_path / "case") for seed in range(CASES)]
+    assert "loaded" in found, "damage that no file survives tests only the first check"
+    assert len(set(found)) > 5, "the files differ in what is wrong with them"
+
+
+# Files that once ended in a traceback.
+@pytest.mark.parametrize(
+    ("target", "seed"),
+    [
+        ("coco", 253),  # a segmentation that is no JSON
+        ("voc", 102),  # an image of more pixels than 64 bits count
+        ("airbus", 63),  # a null character in a file name
+        ("proposals", 80),  # an .npy file that claims 16 GB
+        ("proposals", 261),  # the same in an .npz file
+        ("split", 1249),  # brackets nested deeper than Python's limit
+        ("cache", 50),  # a header that NumPy's parser fails on
+    ],
+)
+def test_files_of_earlier_findings(target, seed, tmp_path):
+    fuzz.run_case(target, seed, tmp_path / "case")
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (lambda: os.system("true"), "os.system"),
+        (lambda: [None for _ in iter(int, 1)], "more than 0.1 s"),
+    ],
+)
+def test_code_that_runs_and_hangs_are_findings(tmp_path, monkeypatch, action, words):
+    monkeypatch.setattr(fuzz, "CPU_SECONDS", 0.1)
+    monkeypatch.setitem(TARGETS, "evil", lambda folder, rng: action())
+    with pytest.raises(fuzz.Finding, match=words):
+        fuzz.run_case("evil", 0, tmp_path / "case")
+
+
+def test_code_that_hides_its_trace_is_a_finding(tmp_path, monkeypatch):
+    def hide(folder, rng):
+        try:
+            os.system("true")
+        except fuzz.Finding as error:
+            raise UserError(f"{folder}: fine") from error
+
+    monkeypatch.setitem(TARGETS, "evil", hide)
+    with pytest.raises(fuzz.Finding, match=r"os\.system"):
+        fuzz.run_case("evil", 0, tmp_path / "case")
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "no file", "x" * 3000, ""])
+def test_messages_must_be_one_line_with_the_file(tmp_path, monkeypatch, text):
+    def refuse(folder, rng):
+        raise UserError(text)
+
+    monkeypatch.setitem(TARGETS, "evil", refuse)
+    with pytest.raises(fuzz.Finding, match="a message"):
+        fuzz.run_case("evil", 0, tmp_path / "case")
+
+
+def test_command_prints_seeds_of_findings(monkeypatch, caplog):
+    def fail_sometimes(folder, rng):
+        if rng.random() < 0.5:
+            raise KeyError("oops")
+
+    monkeypatch.setitem(TARGETS, "coco", fail_sometimes)
+    monkeypatch.setattr(fuzz.log, "propagate", True)
+    bad = [seed for seed in range(7, 17) if Random(f"coco {seed}").random() < 0.5]
+    with (
+        caplog.at_level("INFO", logger="predetr"),
+        pytest.raises(UserError, match=f"{len(bad)} find"),
+    ):
+        fuzz.main(fuzz.parse(["--target", "coco", "--cases", "10", "--seed", "7"]))
+    for seed in bad:
+        assert f"--target coco --seed {seed} --cases 1" in caplog.text
+    assert f"coco: 10 files, {10 - len(bad)} loaded, 0 refused, {len(bad)} findings" in caplog.text
+
+
+def test_mutations_depend_on_the_seed_alone():
+    content = json.dumps({"a": [1, 2, {"b": "c"}], "d": None}).encode()
+    for mutate in (mutations.mutate_json, mutations.mutate_bytes, mutations.mutate_numbers):
+        once = [mutate(content, Random(seed)) for seed in range(30)]
+        assert once == [mutate(content, Random(seed)) for seed in range(30)]
+        assert len(set(once)) > 15

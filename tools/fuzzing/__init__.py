@@ -1,0 +1,1 @@
+"""Damaged and hostile input files for tools/fuzz.py."""
