@@ -85,7 +85,9 @@ def _check_values(adopted: Mapping[str, Any], source: str, script: str) -> None:
 
 
 def _is_value(name: str, value: Any, script: str) -> bool:
-    """Return whether the command line gives this value for its own text."""
+    """Return whether this is the flag's default, or what the command line gives for the value's own text."""
+    if value == flags_of(script)[name].general_default():
+        return True  # such as 0 for "never", which can't be typed
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # published files have 300.0 epochs
     if isinstance(value, tuple):
