@@ -48,7 +48,7 @@ FONTS = [
     "sans-serif",
 ]  # of the system: nothing is fetched
 CSS = """
-.gradio-container {max-width: 1280px !important; margin: 0 auto !important}
+.gradio-container {width: 100% !important; max-width: 1280px !important; margin: 0 auto !important}
 #message {padding: 2px 4px; font-size: 1.05em}
 #message .error {color: #b42318; font-weight: 600}
 .dark #message .error {color: #fda29b}
@@ -181,6 +181,13 @@ def summary(prediction: Prediction, threshold: float) -> str:
     return f"{len(objects)} object{plural} in {width} x {height} pixels: {classes}"
 
 
+def short_names(sources: list[str]) -> list[tuple[str, str]]:
+    """Return (name to show, source) of checkpoints: file and folder, or the whole path where two would be equal."""
+    names = ["/".join(Path(source).parts[-2:]) for source in sources]
+    repeated = len(set(names)) < len(set(sources))
+    return list(zip(sources if repeated else names, sources, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
@@ -249,7 +256,7 @@ def build_page(
                     label="Image", type="filepath", sources=["upload", "clipboard"], height=300
                 )
                 source = gr.Dropdown(
-                    detectors.sources, value=detectors.sources[0], label="Checkpoint"
+                    short_names(detectors.sources), value=detectors.sources[0], label="Checkpoint"
                 )
                 slider = gr.Slider(
                     LOWEST_SCORE, 1, max(threshold, LOWEST_SCORE), step=0.01, label="Threshold"
@@ -259,7 +266,11 @@ def build_page(
                     gr.Examples(examples, image, label="Examples")
             with gr.Column(scale=3):
                 picture = gr.Image(
-                    label="Objects", interactive=False, buttons=["fullscreen"], elem_id="picture"
+                    label="Objects",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    height=420,
+                    elem_id="picture",
                 )
                 message = gr.HTML(elem_id="message")
                 table = gr.Dataframe(
