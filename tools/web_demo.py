@@ -9,6 +9,7 @@ from other sites and sends nothing to them.
 import html
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -330,7 +331,7 @@ def check_address(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             return
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = str(error.strerror).partition(" (")[0]  # without the address, which follows
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = server.getsockname()[1]
     raise UserError(f"can't listen on --host {host} --port {port}: {reason}; try --port {free}")
@@ -364,6 +365,7 @@ def main(args: Namespace) -> None:
     detectors = Detectors(args.checkpoint, **{name: getattr(args, name) for name in names})
     detectors.load(args.checkpoint[0])  # a wrong file is reported before the page opens
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the page as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix="predetr-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads are removed with it
         page = build_page(detectors, examples, Path(folder), args.threshold)

@@ -104,7 +104,7 @@ def test_bad_image_and_checkpoint_are_named(detectors: web_demo.Detectors, data:
 def test_port_in_use_names_a_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(UserError, match=rf"--port {port}: .*; try --port \d+"):
+        with pytest.raises(UserError, match=rf"--port {port}: [\w ]+; try --port \d+$"):
             web_demo.check_address("127.0.0.1", port)
     web_demo.check_address("127.0.0.1", port)
     with pytest.raises(UserError, match="between 1 and 65535"):
