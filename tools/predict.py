@@ -284,7 +284,7 @@ def _draw_result(
     folder = args.output_dir / DRAWN
     path = picture_path(folder, image_id, name)
     with _counting_failures(path, predictions):
-        _write_jpeg(_draw_objects(pixels, prediction), path)
+        _write_jpeg(draw_objects(pixels, prediction), path)
     if prediction.panoptic is not None:
         path = picture_path(folder, image_id, name, SEGMENTS_SUFFIX)
         with _counting_failures(path, predictions):
@@ -294,7 +294,8 @@ def _draw_result(
         predictions.page.append(_page_row(Path(name).name, pixels, prediction))
 
 
-def _draw_objects(pixels: np.ndarray, prediction: Prediction) -> np.ndarray:
+def draw_objects(pixels: np.ndarray, prediction: Prediction) -> np.ndarray:
+    """Return a copy of the image, uint8 [H, W, 3], with the boxes of a prediction, and its masks if it has any."""
     colors = [label_color(name) for name in prediction.names]
     if prediction.rles is not None:
         masks = masks_to_draw(prediction.rles, prediction.size_hw)

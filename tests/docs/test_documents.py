@@ -86,6 +86,15 @@ NOT_RUN = {
     "pip install -r requirements.txt -r requirements-extras.txt -c constraints.txt": "downloads packages; the files "
     "are parsed instead",
     "pip install -r requirements.txt -c constraints.txt": "downloads packages; the files are parsed instead",
+    "pip install -r requirements-web.txt": "downloads packages; the file is parsed instead",
+    **dict.fromkeys(
+        (
+            "python tools/web_demo.py --checkpoint outputs/coco/checkpoint.pth",
+            "python tools/web_demo.py --checkpoint outputs/coco/checkpoint.pth detr_resnet50 "
+            "--examples data/MSCoco/val2017",
+        ),
+        "serves a page until it is stopped; tests/tools/test_web_demo.py serves one",
+    ),
     "pip install -e .": "tests/predetr/test_installed.py does it, into a temporary folder",
     "curl -L -o model.yml.gz "
     "https://github.com/opencv/opencv_extra/raw/4.x/testdata/cv/ximgproc/model.yml.gz": "downloads a file",
@@ -481,7 +490,8 @@ def test_no_command_is_skipped_without_a_reason() -> None:
 def test_requirement_files_of_the_documents_are_valid() -> None:
     requirements = pytest.importorskip("packaging.requirements")
     named = {word for command in NOT_RUN for word in command.split() if word.endswith(".txt")}
-    assert named == {"requirements.txt", "requirements-extras.txt", "constraints.txt"}
+    extras = {"requirements-extras.txt", "requirements-web.txt"}
+    assert named == {"requirements.txt", "constraints.txt", *extras}
     for name in named:
         lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
         assert [requirements.Requirement(line) for line in lines if line]

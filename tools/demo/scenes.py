@@ -218,7 +218,7 @@ class _Canvas:
 @lru_cache(maxsize=2)  # the photos of "train" and of "val"
 def _load_photos(group: str) -> tuple[Image.Image, ...]:
     photos = []
-    for path in _photo_paths(group):
+    for path in photo_paths(group):
         with Image.open(path) as file:
             photo = file.convert("RGB")
         photo.thumbnail((MAX_PHOTO_SIDE, MAX_PHOTO_SIDE), Image.Resampling.BILINEAR)
@@ -226,7 +226,12 @@ def _load_photos(group: str) -> tuple[Image.Image, ...]:
     return tuple(photos)
 
 
-def _photo_paths(group: str) -> list[Path]:
+def photo_paths(group: str) -> list[Path]:
+    """Return the photos of a group of `SOURCE_PHOTOS`.
+
+    Raises:
+        UserError: scikit-image is not installed, or too old.
+    """
     # The files are read directly, because skimage.data downloads what it does not find.
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
@@ -342,7 +347,7 @@ def write_coco(
 def _fingerprint(counts: dict[str, int], size: int, seed: int, num_classes: int) -> dict:
     """Return everything that the pixels depend on, the files of the photos included."""
     digest = hashlib.sha256()
-    for path in _photo_paths("train") + _photo_paths("val"):
+    for path in photo_paths("train") + photo_paths("val"):
         digest.update(path.read_bytes())
     return {
         "generator_version": GENERATOR_VERSION,
