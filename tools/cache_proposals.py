@@ -38,7 +38,7 @@ from util.runs.session import run_script
 from util.settings import PRETRAIN, Parser, add_flags, settings, usable_cores
 from util.settings.value_types import non_negative, proposal_method
 
-METHOD_FLAGS = ("ss_resize", "edge_model")
+METHOD_FLAGS = ("ss_resize", "ss_rank", "edge_model")
 _worker_state: dict[str, Plan] = {}  # the plan, once per worker instead of with every chunk
 
 

@@ -50,7 +50,7 @@ DATA_FLAGS = (
     "coco_evaluator",
 )
 RUN_FLAGS = ("device", "batch_size", "num_workers", "amp", "seed")
-METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "edge_model", "max_prop")
+METHOD_FLAGS = ("proposals", "cache_path", "ss_resize", "ss_rank", "edge_model", "max_prop")
 MAX_BOXES = 1000  # per image, for AR1000
 
 

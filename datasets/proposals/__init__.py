@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 
 Proposals = Callable[[Tensor, SampleRNG, str], Tensor]
 MC_NUM_RANKS = 300  # importance sampling considers this many of the first boxes
+METHOD_FLAGS = {  # flag -> the only method that it has an effect on
+    "edge_model": "edge_boxes",
+    "ss_resize": "selective_search",
+    "ss_rank": "selective_search",
+}
 MAX_JITTER = 0.1  # of the width or height of a box, for each of its coordinates
 
 
@@ -48,7 +53,7 @@ def build_proposals(settings: Settings, images: "ImageFiles | None" = None) -> P
         UserError: an unknown name, a cache or file that does not fit, or a flag of another method.
     """
     flags = all_flags(PRETRAIN)
-    for flag, owner in (("edge_model", "edge_boxes"), ("ss_resize", "selective_search")):
+    for flag, owner in METHOD_FLAGS.items():
         if getattr(settings, flag) != flags[flag].default and settings.proposals != owner:
             raise UserError(
                 f"--{flag} has no effect with --proposals {settings.proposals}; omit it or use --proposals {owner}"

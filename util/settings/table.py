@@ -638,6 +638,14 @@ FLAGS: tuple[Flag, ...] = (
             metavar="PIXELS",
         ),
         Flag(
+            "ss_rank",
+            "selective_search: order of the boxes; shuffled draws another one in each epoch, as published; agreement "
+            "puts boxes first that many others overlap, and drops near duplicates",
+            str,
+            choices=("shuffled", "agreement"),
+            default="shuffled",
+        ),
+        Flag(
             "edge_model",
             "edge_boxes: OpenCV's structured edge model, model.yml.gz",
             str,

@@ -26,9 +26,10 @@ from datasets.proposals import (
 from datasets.proposals.cache import CachedProposals
 from datasets.proposals.edge_boxes import EdgeBoxes
 from datasets.proposals.from_file import read_npy
-from datasets.proposals.selective_search import SelectiveSearch
+from datasets.proposals.selective_search import SelectiveSearch, rank_by_agreement
 from datasets.sample import BadImageError
 from tests.tiny import captured_log, proposal_settings, write_images
+from util.box_ops import box_iou
 from util.errors import UserError
 from util.random_state import SampleRNG
 
@@ -86,6 +87,37 @@ def test_full_resolution(cv2, photo: np.ndarray) -> None:
     assert torch.equal(boxes, boxes.round())
     assert [0, 0, 140, 100] in boxes.tolist()
     assert as_set(boxes) != as_set(resized(as_tensor(photo), SampleRNG(0), ""))
+
+
+def test_ranked_boxes_agree_with_most_others() -> None:
+    """Scores are sums of IoU - 0.5 over all boxes above it; near duplicates go, and the whole image comes last."""
+    boxes = [
+        [0, 0, 100, 100],  # the whole image
+        [10, 10, 30, 30],
+        [10, 10, 30, 31],
+        [10, 10, 30, 27],
+        [60, 60, 80, 80],
+        [60, 60, 80, 95],
+    ]
+    kept, scores = rank_by_agreement(torch.tensor(boxes, dtype=torch.float32), 100 * 100)
+    assert kept.tolist() == [1, 4, 5, 0]
+    first = 0.5 + (20 / 21 - 0.5) + (17 / 20 - 0.5)
+    pair = 0.5 + (20 / 35 - 0.5)
+    assert scores.tolist() == pytest.approx([first, pair, pair, 0])
+
+
+def test_ranked_selective_search_keeps_its_order(cv2, photo: np.ndarray) -> None:
+    settings = {"proposals": "selective_search", "ss_rank": "agreement"}
+    propose = build_proposals(proposal_settings(**settings))
+    first, second = (propose(as_tensor(photo), SampleRNG(seed), "") for seed in (1, 2))
+    assert torch.equal(first, second)
+    shuffled = build_proposals(proposal_settings(proposals="selective_search"))
+    everything = as_set(shuffled(as_tensor(photo), SampleRNG(0), ""))
+    assert as_set(first) < everything
+    iou = box_iou(first, first)[0].fill_diagonal_(0)
+    assert iou.max() <= 0.6 + 1e-6
+    with pytest.raises(UserError, match="--ss_rank agreement is not in the published code"):
+        build_proposals(proposal_settings(**settings, reproduce_published=True))
 
 
 def test_order_depends_on_the_sample_not_the_process(cv2, photo: np.ndarray) -> None:
