@@ -58,6 +58,7 @@ from util.packed_images import PackedImages
 from util.random_state import SampleRNG
 from util.runs.compilation import compile_detector
 from util.settings import FINETUNE, Settings, checked_flags, resolve
+from util.settings.registry import PRETEXTS
 from util.settings.resolving import default_device
 
 RLE = dict[str, Any]  # {"size": [H, W], "counts": bytes}
@@ -280,7 +281,11 @@ class Predictor:
             "pretrain": checkpoint.source,
             "classification": infer_classification(checkpoint),
         }
-        settings = resolve(given, settings_from_checkpoint(checkpoint, given), FINETUNE)
+        adopted = {
+            **settings_from_checkpoint(checkpoint, given),
+            **_trained_size(checkpoint, given),
+        }
+        settings = resolve(given, adopted, FINETUNE)
         num_classes = count_classes(checkpoint.model, settings.classification)
         model, _, _ = build_model(settings, num_classes)
         load_strict(model, without_mask_head(strip_pretext(checkpoint)))
@@ -472,6 +477,20 @@ def exif_of_training(checkpoint: Checkpoint) -> str | None:
         if checkpoint.args.get(name) in ("apply", "ignore"):
             return checkpoint.args[name]
     return None
+
+
+def _trained_size(checkpoint: Checkpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the image size that a run of this project chose; {} for the usual one.
+
+    A pretext trains on smaller images by default, which says nothing about the size for detection.
+    """
+    stored = checkpoint.args
+    pretext = PRETEXTS.get(stored.get("pretext") or "")
+    is_default = pretext and stored.get("image_size") == pretext.defaults.get("image_size")
+    if "script" not in stored or is_default or "image_size" in given:
+        return {}
+    names = ("image_size", "max_size")
+    return {name: stored[name] for name in names if stored.get(name) and name not in given}
 
 
 def _load_checkpoint(source: str) -> Checkpoint:

@@ -341,6 +341,17 @@ def test_coco_results_have_segmentations(path: Path, tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(decoded).permute(2, 0, 1).bool(), found.masks)
 
 
+def test_class_agnostic_prediction_has_the_image_size_of_the_run(data: Path) -> None:
+    """At the usual 800 pixels, a detector for small images would find little."""
+    checkpoint = load_checkpoint(data / "run" / "checkpoint.pth")
+    options = {"device": "cpu", "class_agnostic": True}
+    trained = checkpoint.args["image_size"]
+    assert trained != 800
+    assert Predictor.from_checkpoint(checkpoint, **options).settings.image_size == trained
+    given = Predictor.from_checkpoint(checkpoint, **options, image_size=48)
+    assert given.settings.image_size == 48
+
+
 def test_class_agnostic_prediction_leaves_the_mask_head_out(path: Path, tmp_path: Path) -> None:
     boxes = mask_predictor(tmp_path, class_agnostic=True)(path, threshold=0)
     assert len(boxes) == 20
