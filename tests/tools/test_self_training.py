@@ -1,0 +1,79 @@
+"""A round of self-training: boxes of a trained detector become the proposals of a pre-training."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import main as pretrain_main
+from tests.tiny import FROZEN, fine_tune, read_checkpoint, write_coco, write_images
+from tools import self_training
+from util.checkpoints.checkpoint import Checkpoint
+from util.errors import UserError
+from util.settings import resolve
+
+ARGS = {
+    "script": "finetune_main.py",
+    "detector": "deformable_detr",
+    "backbone": "resnet18",
+    "backbone_weights": "none",
+    "num_queries": 12,
+    "hidden_dim": 64,
+    "image_size": 96,
+    "num_classes": 7,
+    "masks": False,
+}
+
+
+def command(tmp_path: Path, *flags: str) -> list[str]:
+    argv = ["--checkpoint", "few.pth", "--images", "photos", "--output_dir", str(tmp_path)]
+    args = self_training.parse([*argv, "--", *flags])
+    return self_training.pretrain_command(args, Checkpoint(model={}, args=ARGS), tmp_path)
+
+
+def test_main_accepts_the_flags_and_builds_the_architecture_of_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    settings = resolve(pretrain_main.parse(command(tmp_path, "--epochs", "3", "--hidden_dim=32")))
+    assert (settings.pretext, settings.proposals) == (
+        "region_prior",
+        f"file:{tmp_path / 'proposals.json'}",
+    )
+    assert (settings.detector, settings.backbone, settings.num_queries) == (
+        "deformable_detr",
+        "resnet18",
+        12,
+    )
+    assert (settings.image_size, settings.num_classes) == (96, 1)
+    assert (settings.epochs, settings.hidden_dim) == (3, 32)  # given ones win
+
+
+def test_flags_of_the_tool_are_refused_after_the_dashes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--proposals after --: tools/self_training.py sets it"):
+        command(tmp_path, "--proposals", "random")
+
+
+def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "photos")
+    coco = write_coco(tmp_path / "coco")
+    run = tmp_path / "few"
+    fine_tune("--coco_path", coco, "--output_dir", run, "--epochs", 1, "--image_size", 96, *FROZEN)
+    argv = ["--checkpoint", run / "checkpoint.pth", "--images", images, "--device", "cpu"]
+    argv += ["--output_dir", tmp_path / "round", "--num_workers", 0]
+    flags = ["--epochs", 1, "--num_workers", 0, "--device", "cpu", *FROZEN]
+
+    def start(threshold: float) -> None:
+        words = [*argv, "--threshold", threshold, "--", *flags]
+        self_training.main(self_training.parse([str(word) for word in words]))
+
+    with pytest.raises(UserError, match=r"no box has a score of 1.0 or more: lower --threshold"):
+        start(1.0)
+    start(0.0)
+    content = json.loads((tmp_path / "round" / "proposals.json").read_text())
+    assert len(content["images"]) == 4
+    assert {box["image_id"] for box in content["annotations"]} == {1, 2, 3, 4}
+    assert all(0 <= box["score"] <= 1 for box in content["annotations"])
+    args = read_checkpoint(tmp_path / "round" / "pretrain" / "checkpoint.pth")["args"]
+    assert (args["pretext"], args["image_size"]) == ("region_prior", 96)
+    with pytest.raises(UserError, match="--overwrite"):
+        start(0.0)
