@@ -86,7 +86,8 @@ def _check_values(adopted: Mapping[str, Any], source: str, script: str) -> None:
 
 def _is_value(name: str, value: Any, script: str) -> bool:
     """Return whether this is the flag's default, or what the command line gives for the value's own text."""
-    if value == flags_of(script)[name].general_default():
+    default = flags_of(script)[name].general_default()
+    if type(value) is type(default) and value == default:
         return True  # such as 0 for "never", which can't be typed
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # published files have 300.0 epochs
