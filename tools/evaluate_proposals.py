@@ -133,6 +133,21 @@ def evaluate_proposal_method(args: Namespace, validation: Settings) -> ProposalE
     return evaluator
 
 
+def warn_of_another_size(args: Namespace, predictor: Predictor, validation: Settings) -> None:
+    """Warn if the images are larger or smaller than those of the checkpoint's run, and no flag says so.
+
+    The usual size stays the default: how a checkpoint was trained must not change its metrics.
+    """
+    trained = predictor.settings.image_size
+    if trained != validation.image_size and args.image_size is None:
+        log.warning(
+            "%s was trained at --image_size %d and is evaluated at %d: add --image_size to choose",
+            args.checkpoint,
+            trained,
+            validation.image_size,
+        )
+
+
 def main(args: Namespace) -> dict[str, float]:
     """Return the metrics by name."""
     if bool(args.checkpoint) == bool(args.proposals):
@@ -153,6 +168,7 @@ def main(args: Namespace) -> dict[str, float]:
             amp=validation.amp,
             class_agnostic=True,
         )
+        warn_of_another_size(args, predictor, validation)
         return evaluate_class_agnostic(predictor, validation, folder)
 
     evaluator = evaluate_proposal_method(args, validation)

@@ -276,5 +276,9 @@ def test_evaluates_trained_detector(tmp_path: Path) -> None:
             "--image_size",
             "64",
         )
+    assert not any("was trained at" in line for line in lines)
     assert any(line.startswith(f"skipped {image}: can't be decoded") for line in lines)
     assert "1 images of the validation set can't be used: their objects count as missed" in lines
+    with captured_log() as lines:
+        run("--coco_path", coco, "--checkpoint", tmp_path / "a" / "checkpoint.pth")
+    assert any("was trained at --image_size 64 and is evaluated at 800" in line for line in lines)
