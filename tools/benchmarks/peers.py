@@ -16,6 +16,7 @@ from tools.benchmarks.work import BF16_TOLERANCE, Case, make_settings
 from tools.exports.formats import ONNX_PACKAGES, onnx_detector
 from tools.exports.graph import Graph
 from util.checkpoints.hugging_face import from_hugging_face
+from util.checkpoints.hugging_face_folder import architecture_entries
 from util.errors import UserError
 from util.nested_tensor import NestedTensor
 from util.settings import Settings
@@ -138,23 +139,12 @@ def restore_activations(peer: nn.Module, backbone: str) -> None:
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    config = {
+    return {
         "use_timm_backbone": True,
         "backbone": settings.backbone.removeprefix("timm:"),
         "use_pretrained_backbone": False,
         "num_labels": settings.num_classes,
-        "num_queries": settings.num_queries,
-        "d_model": settings.hidden_dim,
-        "encoder_layers": settings.enc_layers,
-        "decoder_layers": settings.dec_layers,
-        "encoder_ffn_dim": settings.dim_feedforward,
-        "decoder_ffn_dim": settings.dim_feedforward,
-        "encoder_attention_heads": settings.nheads,
-        "decoder_attention_heads": settings.nheads,
-        # Dropout where the published code has it.
-        "dropout": settings.dropout,
-        "attention_dropout": settings.dropout,
-        "activation_dropout": settings.dropout,
+        **architecture_entries(settings),
         "auxiliary_loss": settings.aux_loss,
         # It accepts whole numbers only.
         "class_cost": int(settings.set_cost_class),
@@ -165,15 +155,6 @@ def _config(settings: Settings) -> dict[str, Any]:
         "eos_coefficient": settings.eos_coef,
         "focal_alpha": settings.focal_alpha,
     }
-    if settings.detector == "deformable_detr":
-        config |= {
-            "num_feature_levels": settings.num_feature_levels,
-            "encoder_n_points": settings.enc_n_points,
-            "decoder_n_points": settings.dec_n_points,
-            "with_box_refine": settings.with_box_refine,
-            "two_stage": settings.two_stage,
-        }
-    return config
 
 
 class TransformersStep:

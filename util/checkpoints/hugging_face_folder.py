@@ -146,6 +146,33 @@ def _unsupported(source: str, what: str, supported: str) -> UserError:
     )
 
 
+def architecture_entries(settings: Settings) -> dict[str, Any]:
+    """Return the entries of transformers' configuration that describe the layers of a detector."""
+    entries = {
+        "num_queries": settings.num_queries,
+        "d_model": settings.hidden_dim,
+        "encoder_layers": settings.enc_layers,
+        "decoder_layers": settings.dec_layers,
+        "encoder_ffn_dim": settings.dim_feedforward,
+        "decoder_ffn_dim": settings.dim_feedforward,
+        "encoder_attention_heads": settings.nheads,
+        "decoder_attention_heads": settings.nheads,
+        # As in training here, and in the published code.
+        "dropout": settings.dropout,
+        "attention_dropout": settings.dropout,
+        "activation_dropout": settings.dropout,
+    }
+    if settings.detector == "deformable_detr":
+        entries |= {
+            "num_feature_levels": settings.num_feature_levels,
+            "encoder_n_points": settings.enc_n_points,
+            "decoder_n_points": settings.dec_n_points,
+            "with_box_refine": settings.with_box_refine,
+            "two_stage": settings.two_stage,
+        }
+    return entries
+
+
 def make_config(settings: Settings, classes: Classes) -> dict[str, Any]:
     """Return `config.json` of a detector that passed `check_supported`."""
     kind = CLASSES[settings.detector]
@@ -170,32 +197,14 @@ def make_config(settings: Settings, classes: Classes) -> dict[str, Any]:
         "model_type": settings.detector,
         "backbone_config": backbone,
         "dilation": settings.dilation,
-        "num_queries": settings.num_queries,
-        "d_model": settings.hidden_dim,
-        "encoder_layers": settings.enc_layers,
-        "decoder_layers": settings.dec_layers,
-        "encoder_ffn_dim": settings.dim_feedforward,
-        "decoder_ffn_dim": settings.dim_feedforward,
-        "encoder_attention_heads": settings.nheads,
-        "decoder_attention_heads": settings.nheads,
-        # As in training here.
-        "dropout": settings.dropout,
-        "attention_dropout": settings.dropout,
-        "activation_dropout": settings.dropout,
+        **architecture_entries(settings),
         "position_embedding_type": COMPUTED[settings.detector][1][settings.position_embedding],
         "id2label": {str(row): name for row, name in names.items()},
         "label2id": {name: row for row, name in names.items()},
         "dtype": "float32",
     }
     if is_deformable:
-        config |= {
-            "num_feature_levels": settings.num_feature_levels,
-            "encoder_n_points": settings.enc_n_points,
-            "decoder_n_points": settings.dec_n_points,
-            "with_box_refine": settings.with_box_refine,
-            "two_stage": settings.two_stage,
-            "two_stage_num_proposals": settings.num_queries,
-        }
+        config["two_stage_num_proposals"] = settings.num_queries
     return config
 
 
