@@ -141,16 +141,14 @@ def pretrain_command(args: Namespace, checkpoint: Checkpoint, folder: Path) -> l
 
 def _architecture(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of model and image size that main.py has too."""
-    known = {
-        name: flag
-        for name, flag in flags_of(PRETRAIN).items()
-        if flag.group == MODEL or name in ("image_size", "max_size")
-    }
-    skipped = ("masks", "num_classes", "classification")
+    flags = flags_of(PRETRAIN)
+    names = {name for name, flag in flags.items() if flag.group == MODEL}
+    names |= {"image_size", "max_size"}
+    names -= {"masks", "num_classes", "classification"}
     return {
         name: stored[name]
-        for name in known
-        if name not in skipped and stored.get(name) not in (None, False, "")
+        for name in flags
+        if name in names and stored.get(name) not in (None, False, "")
     }
 
 
