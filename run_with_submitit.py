@@ -176,7 +176,7 @@ def main(args: Namespace) -> None:
     except submitit.core.utils.FailedSubmissionError as error:
         raise UserError(f"sbatch refused the job: {' '.join(str(error).split())}") from error
     log.info("submitted job %s, its log: %s", job.job_id, job.paths.stdout)
-    if args.cluster != "slurm":  # a job of SLURM goes on without this process
+    if args.cluster != "slurm":  # a SLURM job does not need this process
         wait(job)
 
 

@@ -163,7 +163,7 @@ class NonFiniteGuard:
         )
 
     def _dump(self, what: str, batches: list[Batch], num_targets: list[float]) -> Path | None:
-        """Write weights, settings and batches to a checkpoint file. An error is logged: training goes on."""
+        """Write weights, settings and batches to a checkpoint file. An error is logged, and training continues."""
         if self.folder is None or self.describe is None:
             return None
         if len(list(self.folder.glob(f"step_*_rank_{get_rank()}.pth"))) >= MAX_FILES:

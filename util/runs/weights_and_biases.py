@@ -44,7 +44,7 @@ class WeightsAndBiases(Board):
                 resume="allow",
                 dir=folder,
                 config=dict(config),
-                reinit="create_new",  # a program's own W&B run goes on
+                reinit="create_new",  # leaves a W&B run that the program has open alone
                 settings=wandb.Settings(console="off"),  # log.txt has what the console shows
             )
         except wandb.Error as error:
