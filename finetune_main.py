@@ -25,7 +25,7 @@ import torch
 import trainer
 from datasets import build_labelled, build_loader, check_batch_size
 from datasets.labelled import few_shot, subsets
-from datasets.labelled.checks import run_startup_checks
+from datasets.labelled.checks.startup import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import Evaluation
 from memory import plan_memory

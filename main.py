@@ -22,7 +22,7 @@ import torch
 
 import trainer
 from datasets import build_dataset, build_loader, check_batch_size
-from datasets.labelled.checks import run_startup_checks
+from datasets.labelled.checks.startup import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import (
     PROPOSAL_OUTPUTS,

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets.images.image_folder import NO_SIZE
 from datasets.images.listing import list_folder
-from datasets.labelled.annotations import read_json
+from datasets.labelled.coco_json import read_json
 from datasets.labelled.file_names import ImageIndex
 from tools.conversion.export import (
     Dropped,
