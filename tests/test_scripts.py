@@ -386,6 +386,23 @@ def test_suggested_command_keeps_the_launcher(monkeypatch: pytest.MonkeyPatch) -
     assert suggestion in "\n".join(lines)
 
 
+def test_suggested_command_keeps_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of srun, of tools/run_dist_slurm.sh, and the shell of a batch job."""
+    monkeypatch.delenv("LAUNCH", raising=False)
+    for name, value in {"PROCID": "0", "NTASKS": "16", "STEP_NUM_TASKS": "16"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    words = ("--coco_path", "COCO", "--eos_coef", "0.1")
+
+    def suggested() -> str:
+        return "\n".join(call(PRETRAIN, *words)[1])
+
+    assert "\n  srun --ntasks 16 python finetune_main.py --detector detr" in suggested()
+    monkeypatch.setenv("LAUNCH", "srun --partition=gpu --ntasks=16 python")
+    assert "\n  srun --partition=gpu --ntasks=16 python finetune_main.py" in suggested()
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert "\n  python finetune_main.py" in suggested()
+
+
 @pytest.mark.parametrize(
     "line",
     [

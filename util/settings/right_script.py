@@ -15,6 +15,7 @@ from util.settings.parser import LOCAL_RANK_FLAGS, Parser, make_parser, spelling
 from util.settings.registry import DETECTORS, PRETEXTS
 from util.settings.resolving import resolve
 from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS
+from util.slurm import slurm_tasks
 
 HELP_FLAGS = {"-h", "--help"}
 FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights", "--frozen_weigths")
@@ -141,6 +142,11 @@ def _why(flag: str) -> str:
 
 
 def _launcher() -> str:
+    """Return the words before the script that start as many processes as this command did."""
+    tasks = slurm_tasks()
+    if tasks > 1:
+        # tools/run_dist_slurm.sh exports its own srun command in LAUNCH, with partition and GPUs.
+        return os.environ.get("LAUNCH") or f"srun --ntasks {tasks} python"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
 
