@@ -32,6 +32,7 @@ from util.checkpoints.checkpoint import save_checkpoint
 from util.logger import log
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, resolve
+from util.settings.right_script import check_right_script
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
 SMALL = [
@@ -357,6 +358,18 @@ def test_suggested_command_names_what_it_leaves_out() -> None:
     [
         ("--coco_path COCO", "To pre-train on the images of that folder, add: --pretext random_"),
         (
+            "--dataset_file voc --voc_path VOC",
+            "To pre-train on the images of that folder, add: --pretext random_",
+        ),
+        (
+            "--dataset_file=voc_coco",
+            "To pre-train on the images of that folder, add: --pretext random_",
+        ),
+        (
+            "--dataset_file airbus_ship --airbus_path SHIPS",
+            "To pre-train on the images of that folder, add: --pretext random_",
+        ),
+        (
             "--dataset coco",
             "To pre-train on the images of that folder, add: --pretext region_prior",
         ),
@@ -370,6 +383,16 @@ def test_suggested_command_names_what_it_leaves_out() -> None:
 def test_pre_training_is_suggested_only_if_it_would_run(line: str, hint: str | None) -> None:
     _, text = suggested_commands(*line.split())
     assert hint in text if hint else "add: --pretext" not in text
+
+
+def test_unlabelled_images_need_no_pretext() -> None:
+    """Also if a labelled dataset evaluates the run, or `custom` is a folder without labels."""
+    for line in (
+        "--imagenet_path IMAGES",
+        "--imagenet_path IMAGES --dataset_file voc --voc_path VOC --eval_every 1",
+        "--dataset_file custom --train_images IMAGES",
+    ):
+        check_right_script(line.split())
 
 
 def test_help_is_not_a_wrong_script(capsys: pytest.CaptureFixture) -> None:
