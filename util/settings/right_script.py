@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from util.errors import UserError
-from util.settings.parser import LOCAL_RANK_FLAGS, Parser, make_parser, spellings
+from util.settings.parser import HELP_FLAGS, LOCAL_RANK_FLAGS, Parser, make_parser, spellings
 from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 from util.settings.resolving import resolve
 from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS
 from util.slurm import slurm_tasks
 
-HELP_FLAGS = {"-h", "--help"}
 FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights", "--frozen_weigths")
 LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
 LABELLED_PATHS = ("--coco_path", "--root_path", "--voc_path", "--airbus_path")
