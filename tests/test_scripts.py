@@ -236,6 +236,24 @@ def test_failing_program_exits_with_1(data: Path) -> None:
     assert done.stdout.startswith("error: ") or "\nerror: " in done.stdout
 
 
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+def test_help_does_not_wait_for_pytorch(script: str) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}", "--help"]
+try:
+    runpy.run_path("{script}", run_name="__main__")
+except SystemExit as leave:
+    assert leave.code == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--lr_drop" in done.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
     status, _ = call(script, "--help")
