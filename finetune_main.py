@@ -15,6 +15,11 @@ check_environment()  # before what an old Python or PyTorch can't import
 # Before PyTorch is imported: threads that spin while they wait would starve the dataloader workers on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from util.settings import FINETUNE, print_help
+
+if __name__ == "__main__":
+    print_help(FINETUNE, __doc__)  # before the imports below, which take seconds
+
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -25,7 +30,7 @@ import torch
 import trainer
 from datasets import build_labelled, build_loader, check_batch_size
 from datasets.labelled import few_shot, subsets
-from datasets.labelled.checks import run_startup_checks
+from datasets.labelled.checks.startup import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import Evaluation
 from memory import plan_memory
@@ -42,7 +47,7 @@ from util.runs.folder import check_disk_space, log_settings, prepare_output_dir,
 from util.runs.model_summary import log_model_summary
 from util.runs.page import update_run_page
 from util.runs.session import run_script, start_session
-from util.settings import FINETUNE, Parser, Settings, make_parser
+from util.settings import Parser, Settings, full_parser, make_parser
 from visualization import draw_samples
 
 
@@ -52,8 +57,7 @@ def get_args_parser() -> Parser:
 
 
 def parse(argv: list[str]) -> Namespace:
-    description = __doc__.splitlines()[0]
-    return Parser(FINETUNE, parents=[get_args_parser()], description=description).parse_args(argv)
+    return full_parser(FINETUNE, __doc__).parse_args(argv)
 
 
 def load_weights(

@@ -15,6 +15,11 @@ check_environment()  # before what an old Python or PyTorch can't import
 # Before PyTorch is imported: threads that spin while they wait would starve the dataloader workers on the same cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+from util.settings import PRETRAIN, print_help
+
+if __name__ == "__main__":
+    print_help(PRETRAIN, __doc__)  # before the imports below, which take seconds
+
 from argparse import Namespace
 from typing import Any
 
@@ -22,7 +27,7 @@ import torch
 
 import trainer
 from datasets import build_dataset, build_loader, check_batch_size
-from datasets.labelled.checks import run_startup_checks
+from datasets.labelled.checks.startup import run_startup_checks
 from datasets.sample import SampleDataset
 from evaluation import (
     PROPOSAL_OUTPUTS,
@@ -43,7 +48,7 @@ from util.runs.folder import check_disk_space, log_settings, prepare_output_dir,
 from util.runs.model_summary import log_model_summary
 from util.runs.page import update_run_page
 from util.runs.session import run_script, start_session
-from util.settings import PRETRAIN, Parser, Settings, check_right_script, make_parser
+from util.settings import Parser, Settings, check_right_script, full_parser, make_parser
 from visualization import draw_found_patches, draw_objects, draw_samples
 
 OBJECTS_PAGE = "objects.png"
@@ -56,8 +61,7 @@ def get_args_parser() -> Parser:
 
 def parse(argv: list[str]) -> Namespace:
     check_right_script(argv)
-    description = __doc__.splitlines()[0]
-    return Parser(PRETRAIN, parents=[get_args_parser()], description=description).parse_args(argv)
+    return full_parser(PRETRAIN, __doc__).parse_args(argv)
 
 
 def evaluate(args: Namespace) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.evaluators.coco import CocoEvaluator, GroundTruth, build_ground_truth
-from datasets.labelled.annotations import read_json
+from datasets.labelled.coco_json import read_json
 from util.errors import UserError
 from util.packed_targets import TOO_FEW_PROPOSALS
 from util.random_state import SampleRNG

@@ -19,7 +19,9 @@ from datasets.evaluators.coco import BACKENDS, CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator, ap_11point, ap_area
 from datasets.images.image_folder import to_tensor
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, annotations_from_columns, parse_coco
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.coco_parser import parse_coco
+from datasets.labelled.object_filter import annotations_from_columns
 from datasets.pretext.random_query_patch import query_target
 from datasets.proposals.base import to_pixels
 from datasets.proposals.random import RandomProposals

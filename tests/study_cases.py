@@ -9,6 +9,7 @@ from PIL import Image
 from tests.tiny import MODEL_FLAGS, captured_log, write_coco, write_images
 from tools import transfer_study
 from tools.study import presets
+from util.settings.words import to_words
 
 TINY = presets.Preset(
     title="for tests",
@@ -25,18 +26,13 @@ TINY = presets.Preset(
 
 
 def argv(**flags: object) -> list[str]:
-    """Return flags as words: `seeds=(1, 2)` -> `--seeds 1 2`, True -> the flag alone."""
-    words = []
-    for name, value in flags.items():
-        values = value if isinstance(value, (tuple, list)) else [value]
-        words += [f"--{name}", *(str(item) for item in values if item is not True)]
-    return words
+    return to_words(flags)
 
 
 def study(command: str, *words: object, **flags: object) -> list[str]:
     """Run a command of the tool in this process; return the lines that it logs."""
     with captured_log() as lines:
-        transfer_study.main(transfer_study.parse([command, *map(str, words), *argv(**flags)]))
+        transfer_study.main(transfer_study.parse([command, *map(str, words), *to_words(flags)]))
     return lines
 
 

@@ -32,6 +32,7 @@ from util.checkpoints.checkpoint import save_checkpoint
 from util.logger import log
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, resolve
+from util.settings.right_script import check_right_script
 
 SCRIPTS = {PRETRAIN: pretrain_main, FINETUNE: finetune_main}
 SMALL = [
@@ -235,6 +236,24 @@ def test_failing_program_exits_with_1(data: Path) -> None:
     assert done.stdout.startswith("error: ") or "\nerror: " in done.stdout
 
 
+@pytest.mark.parametrize("script", [PRETRAIN, FINETUNE])
+def test_help_does_not_wait_for_pytorch(script: str) -> None:
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}", "--help"]
+try:
+    runpy.run_path("{script}", run_name="__main__")
+except SystemExit as leave:
+    assert leave.code == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--lr_drop" in done.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script: str, capsys: pytest.CaptureFixture) -> None:
     status, _ = call(script, "--help")
@@ -357,6 +376,18 @@ def test_suggested_command_names_what_it_leaves_out() -> None:
     [
         ("--coco_path COCO", "To pre-train on the images of that folder, add: --pretext random_"),
         (
+            "--dataset_file voc --voc_path VOC",
+            "To pre-train on the images of that folder, add: --pretext random_",
+        ),
+        (
+            "--dataset_file=voc_coco",
+            "To pre-train on the images of that folder, add: --pretext random_",
+        ),
+        (
+            "--dataset_file airbus_ship --airbus_path SHIPS",
+            "To pre-train on the images of that folder, add: --pretext random_",
+        ),
+        (
             "--dataset coco",
             "To pre-train on the images of that folder, add: --pretext region_prior",
         ),
@@ -372,6 +403,16 @@ def test_pre_training_is_suggested_only_if_it_would_run(line: str, hint: str | N
     assert hint in text if hint else "add: --pretext" not in text
 
 
+def test_unlabelled_images_need_no_pretext() -> None:
+    """Also if a labelled dataset evaluates the run, or `custom` is a folder without labels."""
+    for line in (
+        "--imagenet_path IMAGES",
+        "--imagenet_path IMAGES --dataset_file voc --voc_path VOC --eval_every 1",
+        "--dataset_file custom --train_images IMAGES",
+    ):
+        check_right_script(line.split())
+
+
 def test_help_is_not_a_wrong_script(capsys: pytest.CaptureFixture) -> None:
     status, _ = call(PRETRAIN, "--coco_path", "COCO", "--help")
     assert status in (0, None)
@@ -384,6 +425,23 @@ def test_suggested_command_keeps_the_launcher(monkeypatch: pytest.MonkeyPatch) -
     assert status == 1
     suggestion = "torchrun --nproc_per_node 8 finetune_main.py --detector detr --coco_path COCO"
     assert suggestion in "\n".join(lines)
+
+
+def test_suggested_command_keeps_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of srun, of tools/run_dist_slurm.sh, and the shell of a batch job."""
+    monkeypatch.delenv("LAUNCH", raising=False)
+    for name, value in {"PROCID": "0", "NTASKS": "16", "STEP_NUM_TASKS": "16"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    words = ("--coco_path", "COCO", "--eos_coef", "0.1")
+
+    def suggested() -> str:
+        return "\n".join(call(PRETRAIN, *words)[1])
+
+    assert "\n  srun --ntasks 16 python finetune_main.py --detector detr" in suggested()
+    monkeypatch.setenv("LAUNCH", "srun --partition=gpu --ntasks=16 python")
+    assert "\n  srun --partition=gpu --ntasks=16 python finetune_main.py" in suggested()
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    assert "\n  python finetune_main.py" in suggested()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from datasets import build_loader, transfer
 from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator
 from datasets.images.image_folder import ImageFolder
-from datasets.labelled.annotations import parse_coco
+from datasets.labelled.coco_parser import parse_coco
 from datasets.sample import SampleDataset
 from models import build_model
 from models.classification import Classification

@@ -69,6 +69,7 @@ API = {
         "datasets.labelled.custom",
         "datasets.labelled.voc",
         "datasets.labelled.annotations",
+        "datasets.labelled.coco_parser",
         "datasets.images.image_folder",
         "datasets.proposals.base",
         "datasets.transforms",

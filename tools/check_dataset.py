@@ -32,15 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import classes_of_dataset
 from datasets.images.image_folder import ImageFolder
-from datasets.labelled.checks import (
-    KINDS,
-    Finding,
-    Split,
-    run_checks,
-    summarize_annotations,
-)
-from datasets.labelled.image_checks import ImageInfo, inspect_image
-from datasets.labelled.mask_checks import MaskFault, has_masks, inspect_masks, mask_source
+from datasets.images.image_info import ImageInfo, inspect_image
+from datasets.labelled.checks.finding import Finding
+from datasets.labelled.checks.mask_faults import MaskFault, inspect_masks
+from datasets.labelled.checks.masks import has_masks, mask_source
+from datasets.labelled.checks.split import Split
+from datasets.labelled.checks.startup import summarize_annotations
+from datasets.labelled.checks.table import KINDS, run_checks
 from util.errors import UserError
 from util.files import check_outside_images, make_folder, write_atomically, write_text
 from util.logger import Progress, log
@@ -77,7 +75,7 @@ SHARED_FLAGS = (
     "seed",
 )
 PROBLEMS, SUMMARY, PLOTS = FILES = ("problems.csv", "check.json", "dataset.png")
-COLUMNS = ("severity", "kind", "split", "file", "image_id", "annotation_id", "detail")
+COLUMNS = ("kind", "split", "file", "image_id", "annotation_id", "detail")
 MAX_PLOTTED_CLASSES = 30
 CHUNK = 16  # files that a worker process gets at once
 
@@ -205,7 +203,7 @@ def table(findings: Sequence[Finding], splits: Sequence[Split]) -> str:
         lines.insert(0, f"{'':8} {'':26} {'train':>8} {'val':>8}")
 
     images = ", ".join(f"{len(split.images)} {split.name} images" for split in splits)
-    severities = Counter(finding.severity for finding in findings)
+    severities = Counter(KINDS[finding.kind].severity for finding in findings)
     lines.append(
         f"{images or 'no images'}: {severities['problem']} problems, {severities['warning']} warnings"
     )
@@ -240,8 +238,10 @@ def write_report(folder: Path, findings: Sequence[Finding], splits: Sequence[Spl
     """Write problems.csv, check.json and, if matplotlib is installed, dataset.png."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows([getattr(finding, name) for name in COLUMNS] for finding in findings)
+    writer.writerow(["severity", *COLUMNS])
+    for finding in findings:
+        values = [getattr(finding, name) for name in COLUMNS]
+        writer.writerow([KINDS[finding.kind].severity, *values])
     # File names need not be valid UTF-8.
     write_text(folder / PROBLEMS, text.getvalue().encode("utf-8", "backslashreplace").decode())
 
@@ -419,7 +419,7 @@ def main(args: Namespace) -> None:
     elif findings:
         log.info("--output_dir DIR writes all findings to a file")
 
-    if any(finding.severity == "problem" for finding in findings):
+    if any(KINDS[finding.kind].severity == "problem" for finding in findings):
         sys.exit(1)
 
 

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.conversion.coco import read_coco
 from tools.conversion.export import Dropped, Export
-from tools.conversion.labelme import read_labelme_folder
-from tools.conversion.voc import read_voc_folder
+from tools.conversion.folder import read_folder
+from tools.conversion.labelme import LABELME
+from tools.conversion.voc import VOC
 from tools.conversion.write import (
     DROPPED,
     check_images,
@@ -37,6 +38,7 @@ from util.files import check_outside_images, make_folder
 from util.logger import log
 from util.runs.session import run_script
 from util.settings import Parser
+from util.settings.words import to_words
 
 FORMATS = ("coco", "voc", "yolo", "labelme")
 VAL_FRACTION, SEED = 0.2, 42
@@ -183,10 +185,10 @@ def _read_one(
     if args.format == "coco":
         return read_coco(images, annotations, dropped)
     if args.format == "voc":
-        return read_voc_folder(images, annotations, dropped)
+        return read_folder(VOC, images, annotations, dropped)
     if args.format == "yolo":
         return read_yolo_folder(images, annotations, args.class_names, dropped)
-    return read_labelme_folder(images, annotations, dropped)
+    return read_folder(LABELME, images, annotations, dropped)
 
 
 def choose_splits(args: argparse.Namespace, exports: dict[str, Export]) -> dict[str, Export]:
@@ -223,16 +225,11 @@ def log_result(folder: Path, statistics: dict[str, Any]) -> None:
         absent = [label for label, count in split["classes"].items() if not count]
         if absent:
             log.warning("%s has no object of: %s", name, ", ".join(absent))
-    paths = [
-        word
-        for name in statistics
-        for word in (
-            f"--{name}_images",
-            str(folder / name),
-            f"--{name}_annotations",
-            f"{folder / name}.json",
-        )
-    ]
+    files = {}
+    for name in statistics:
+        files[f"{name}_images"] = folder / name
+        files[f"{name}_annotations"] = folder / f"{name}.json"
+    paths = to_words(files)
     undecided = "images whose EXIF orientation no size tells"
     if any(split[undecided] for split in statistics.values()):
         # Labelling tools show images as their orientation says.

@@ -34,6 +34,7 @@ from util.logger import Progress, log
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, Parser, add_flags
 from util.settings.table import MODEL, flags_of
+from util.settings.words import to_words
 
 PROPOSALS, RUN = "proposals.json", "pretrain"
 DUPLICATE_IOU = 0.5  # of two boxes above this IoU only the better one is kept
@@ -132,11 +133,10 @@ def pretrain_command(args: Namespace, checkpoint: Checkpoint, folder: Path) -> l
         "num_classes": 1,
         **_architecture(checkpoint.args),
     }
-    words = []
-    for name, value in chosen.items():
-        if name not in given:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return [*words, *args.pretrain_flags]
+    return [
+        *to_words({name: value for name, value in chosen.items() if name not in given}),
+        *args.pretrain_flags,
+    ]
 
 
 def _architecture(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,8 +76,14 @@ def _add_fractions(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _add_prepare(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("prepare", help="write resized images, boxes and fixed splits")
-    add = parser.add_argument
+    _add_prepared_images(parser)
+    _add_splits(parser)
+    add_flags(parser, FINETUNE, DATA_FLAGS)
+    return parser
 
+
+def _add_prepared_images(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--output_dir",
         type=Path,
@@ -110,6 +116,11 @@ def _add_prepare(commands) -> argparse.ArgumentParser:
         default=82,
         help="JPEG quality of resized images, up to 95 as in Pillow (default: 82)",
     )
+
+
+def _add_splits(parser: argparse.ArgumentParser) -> None:
+    """Add what decides which images and classes are in which split."""
+    add = parser.add_argument
     add(
         "--val_share",
         type=val_fraction,
@@ -138,14 +149,14 @@ def _add_prepare(commands) -> argparse.ArgumentParser:
         metavar="N",
         help="drop classes with fewer objects than this in train or test (default: 0)",
     )
-    add_flags(parser, FINETUNE, DATA_FLAGS)
-    return parser
 
 
 def _add_run(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser("run", help="pre-train, fine-tune and evaluate; resumes")
     _add_run_folders(parser)
-    _add_run_plan(parser)
+    _add_run_rows(parser)
+    _add_run_repeats(parser)
+    _add_run_settings(parser)
     _add_run_execution(parser)
     parser.set_defaults(cores=usable_cores())
     return parser
@@ -168,8 +179,8 @@ def _add_run_folders(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_plan(parser: argparse.ArgumentParser) -> None:
-    """Add what decides which runs a study has, and with which settings."""
+def _add_run_rows(parser: argparse.ArgumentParser) -> None:
+    """Add what decides which rows the tables of a study have."""
     add = parser.add_argument
     add(
         "--preset",
@@ -208,6 +219,11 @@ def _add_run_plan(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE",
         help="additional rows that start from these checkpoints (default: none)",
     )
+
+
+def _add_run_repeats(parser: argparse.ArgumentParser) -> None:
+    """Add what decides which runs each row has."""
+    add = parser.add_argument
     _add_fractions(parser, "fractions of the labels to fine-tune on, among those of `prepare`")
     add(
         "--seeds",
@@ -225,6 +241,11 @@ def _add_run_plan(parser: argparse.ArgumentParser) -> None:
         metavar="SEED",
         help="random seeds of pre-training, one run each; the fine-tuning seeds start from them in turn (default: 1)",
     )
+
+
+def _add_run_settings(parser: argparse.ArgumentParser) -> None:
+    """Add settings of all runs."""
+    add = parser.add_argument
     add(
         "--lr",
         type=positive(float),

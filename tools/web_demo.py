@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--examples",
         metavar="DIR|FILE|LIST",
-        help=f"images to pick from, the first {MAX_EXAMPLES} (default: photographs of scikit-image, if it is "
+        help=f"images to pick from, the first {MAX_EXAMPLES} (default: scikit-image's sample images, if it is "
         "installed)",
     )
     parser.add_argument(
@@ -209,6 +209,110 @@ def import_gradio() -> ModuleType:
     return gradio
 
 
+class _Handlers:
+    """What the page does when the reader changes something.
+
+    folder: where the results for the download button are written.
+    """
+
+    def __init__(self, gr: ModuleType, detectors: Detectors, folder: Path) -> None:
+        self.gr, self.detectors, self.folder = gr, detectors, folder
+
+    def detect(self, path: str | None, source: str, threshold: float, kind: str) -> list[Any]:
+        """Run the network. Returns the found objects, the update of the choice of `kind`, and what `show` returns."""
+        hidden = self.gr.update(visible=False)
+        if path is None:
+            return [None, hidden, *self.show(None, threshold, kind)]
+        try:
+            found = self.detectors.detect(path, source)
+        except (UserError, torch.OutOfMemoryError) as error:
+            return [None, hidden, *self.show(None, threshold, kind, str(error))]
+        has_masks = found.prediction.rles is not None
+        return [found, self.gr.update(visible=has_masks), *self.show(found, threshold, kind)]
+
+    def show(self, found: Found | None, threshold: float, kind: str, error: str = "") -> list[Any]:
+        """Return the values of `_Results`: the objects above the threshold. The network does not run."""
+        if found is None:
+            problem = f'<span class="error">{html.escape(error)}</span>' if error else ""
+            return [None, problem, [], self.gr.update(value=None, interactive=False)]
+        # Each result has its own folder: the page of another reader may be downloading its own.
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / f"{Path(found.file_name).stem}.json"
+        write_text(path, json.dumps(found.rows(threshold), indent=1))
+        objects = found.prediction.above(threshold)
+        return [
+            found.draw(threshold, kind),
+            html.escape(summary(found.prediction, threshold)),
+            table_rows(objects),
+            self.gr.update(value=str(path), interactive=True),
+        ]
+
+
+class _Inputs(NamedTuple):
+    """The left column: what the reader chooses."""
+
+    image: Any
+    source: Any
+    threshold: Any
+    kind: Any
+
+
+class _Results(NamedTuple):
+    """The right column: what was found."""
+
+    picture: Any
+    message: Any
+    table: Any
+    download: Any
+
+
+def _add_inputs(
+    gr: ModuleType, sources: list[str], examples: list[str], threshold: float
+) -> _Inputs:
+    image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=300)
+    # Gradio's own `preprocess` opens the image, and its message for a bad one names no file.
+    image.preprocess = lambda payload: payload and payload.path
+    source = gr.Dropdown(short_names(sources), value=sources[0], label="Checkpoint")
+    slider = gr.Slider(LOWEST_SCORE, 1, max(threshold, LOWEST_SCORE), step=0.01, label="Threshold")
+    kind = gr.Radio([BOXES, MASKS], value=MASKS, label="Show", visible=False)
+    if examples:
+        gr.Examples(examples, image, label="Examples")
+    return _Inputs(image, source, slider, kind)
+
+
+def _add_results(gr: ModuleType) -> _Results:
+    picture = gr.Image(
+        label="Objects", interactive=False, buttons=["fullscreen"], height=420, elem_id="picture"
+    )
+    message = gr.HTML(elem_id="message")
+    table = gr.Dataframe(
+        headers=COLUMNS, label="Objects, best first", interactive=False, max_height=320
+    )
+    download = gr.DownloadButton("Download results as JSON", interactive=False)
+    return _Results(picture, message, table, download)
+
+
+def _connect(
+    gr: ModuleType, inputs: _Inputs, found: Any, results: _Results, handlers: _Handlers
+) -> None:
+    """Run the network for a new image or checkpoint; show the found objects again for the other choices."""
+    gr.on(
+        [inputs.image.change, inputs.source.change],
+        handlers.detect,
+        [*inputs],
+        [found, inputs.kind, *results],
+        api_name="detect",
+    )
+    gr.on(
+        [inputs.threshold.change, inputs.kind.change],
+        handlers.show,
+        [found, inputs.threshold, inputs.kind],
+        [*results],
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_name=False,
+    )
+
+
 def build_page(
     detectors: Detectors, examples: list[str], folder: Path, threshold: float = 0.5
 ) -> Any:
@@ -220,88 +324,20 @@ def build_page(
         threshold: what the slider shows at first.
     """
     gr = import_gradio()
-
-    def detect(path: str | None, source: str, threshold: float, kind: str) -> list[Any]:
-        """Run the network. Returns the values of `found`, `kind` and `shown`."""
-        if path is None:
-            return [None, gr.update(visible=False), *show(None, threshold, kind)]
-        try:
-            found = detectors.detect(path, source)
-        except (UserError, torch.OutOfMemoryError) as error:
-            return [None, gr.update(visible=False), *show(None, threshold, kind, str(error))]
-        has_masks = found.prediction.rles is not None
-        return [found, gr.update(visible=has_masks), *show(found, threshold, kind)]
-
-    def show(found: Found | None, threshold: float, kind: str, error: str = "") -> list[Any]:
-        """Return the values of `shown`: the objects above the threshold. The network does not run."""
-        if found is None:
-            problem = f'<span class="error">{html.escape(error)}</span>' if error else ""
-            return [None, problem, [], gr.update(value=None, interactive=False)]
-        # Each result has its own folder: the page of another reader may be downloading its own.
-        path = Path(tempfile.mkdtemp(dir=folder)) / f"{Path(found.file_name).stem}.json"
-        write_text(path, json.dumps(found.rows(threshold), indent=1))
-        objects = found.prediction.above(threshold)
-        return [
-            found.draw(threshold, kind),
-            html.escape(summary(found.prediction, threshold)),
-            table_rows(objects),
-            gr.update(value=str(path), interactive=True),
-        ]
-
     with gr.Blocks(title="PreDETR", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# PreDETR\nDrop an image, and see what the detector finds.")
         found = gr.State(None)
         with gr.Row():
             with gr.Column(scale=2):
-                image = gr.Image(
-                    label="Image", type="filepath", sources=["upload", "clipboard"], height=300
-                )
-                source = gr.Dropdown(
-                    short_names(detectors.sources), value=detectors.sources[0], label="Checkpoint"
-                )
-                slider = gr.Slider(
-                    LOWEST_SCORE, 1, max(threshold, LOWEST_SCORE), step=0.01, label="Threshold"
-                )
-                kind = gr.Radio([BOXES, MASKS], value=MASKS, label="Show", visible=False)
-                if examples:
-                    gr.Examples(examples, image, label="Examples")
+                inputs = _add_inputs(gr, detectors.sources, examples, threshold)
             with gr.Column(scale=3):
-                picture = gr.Image(
-                    label="Objects",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    height=420,
-                    elem_id="picture",
-                )
-                message = gr.HTML(elem_id="message")
-                table = gr.Dataframe(
-                    headers=COLUMNS, label="Objects, best first", interactive=False, max_height=320
-                )
-                download = gr.DownloadButton("Download results as JSON", interactive=False)
-        # Gradio's own `preprocess` opens the image, and its message for a bad one names no file.
-        image.preprocess = lambda payload: payload and payload.path
-        shown = [picture, message, table, download]
-        gr.on(
-            [image.change, source.change],
-            detect,
-            [image, source, slider, kind],
-            [found, kind, *shown],
-            api_name="detect",
-        )
-        gr.on(
-            [slider.change, kind.change],
-            show,
-            [found, slider, kind],
-            shown,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            api_name=False,
-        )
+                results = _add_results(gr)
+        _connect(gr, inputs, found, results, _Handlers(gr, detectors, folder))
     return page
 
 
 def example_images(source: str | None) -> list[str]:
-    """Return paths of images to pick from: those of `--examples`, or photographs of scikit-image.
+    """Return paths of images to pick from: those of `--examples`, or scikit-image's sample images.
 
     Raises:
         UserError: `--examples` has no images, or they are in tar files.

@@ -15,6 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import UserError
+from util.slurm import slurm_tasks
 
 # By name: `util.logger` imports this module to ask for the rank.
 log = logging.getLogger("predetr")
@@ -110,9 +111,8 @@ def compute_on_rank0(compute: Callable[[], Result]) -> Result:
 
 def _slurm_environment() -> None:
     """Translate the environment of an `srun` task into torchrun's; a single task needs no process group."""
-    # A batch job's shell has SLURM_PROCID and SLURM_NTASKS, too, but is no task. Only srun sets SLURM_STEP_NUM_TASKS.
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "SLURM_PROCID" not in os.environ or tasks < 2 or "RANK" in os.environ:
+    tasks = slurm_tasks()
+    if tasks < 2 or "RANK" in os.environ:
         return
 
     if "MASTER_ADDR" not in os.environ:

@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from util.distributed import is_main_process
-
 Item = TypeVar("Item")
 
 log = logging.getLogger("predetr")
@@ -22,11 +20,17 @@ LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{po
 NOTEBOOK_COLUMNS = 130  # a wider bar would wrap in the output of a notebook's cell
 
 
+def _is_main_process() -> bool:
+    from util.distributed import is_main_process  # here, so that --help does not wait for PyTorch
+
+    return is_main_process()
+
+
 class _MainProcessOnly(logging.Filter):
     """Pass everything on rank 0, and errors on every rank."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or is_main_process()
+        return record.levelno >= logging.ERROR or _is_main_process()
 
 
 class _ProgressBarHandler(logging.StreamHandler):
@@ -136,7 +140,7 @@ class Progress(tqdm):
             desc=description,
             initial=start,
             unit=unit,
-            disable=not (is_main_process() and log.isEnabledFor(logging.INFO)),
+            disable=not (_is_main_process() and log.isEnabledFor(logging.INFO)),
             miniters=1,
             smoothing=0,  # rate and remaining time from the mean over all steps of this process
             **{"mininterval": seconds_between_lines, **_output()},

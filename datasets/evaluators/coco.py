@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from datasets.evaluators.detections import DetectionEvaluator, gather_by_image
-from datasets.labelled.annotations import (
+from datasets.labelled.box_formats import has_visible_area
+from datasets.labelled.coco_parser import (
     class_name,
-    has_visible_area,
     is_ignored_region,
     is_usable_area,
     parse_areas,

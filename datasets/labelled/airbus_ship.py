@@ -15,9 +15,10 @@ from PIL import Image
 
 from datasets.images.image_folder import pillow_warnings
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, annotations_from_columns
+from datasets.labelled.annotations import Annotations
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
 from datasets.labelled.file_names import match_files, remedy
+from datasets.labelled.object_filter import annotations_from_columns
 from datasets.labelled.segmentations import pairs_text
 from util.checkpoints.classes import Classes
 from util.errors import UserError

@@ -56,6 +56,19 @@ def exceeds_image(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarra
     return below | above
 
 
+def has_visible_area(boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """Return whether a part of each box is inside its image, bool [A].
+
+    Args:
+        boxes_xyxy_abs: [A, 4], (x0, y0, x1, y1) in pixels.
+        sizes_hw: [A, 2], size of each box's image. A size of 0 is unknown: there is no upper limit.
+    """
+    limit = np.where(sizes_hw > 0, sizes_hw, np.inf)[:, ::-1]  # [A, 2], (width, height)
+    low = np.clip(boxes_xyxy_abs[:, :2], 0, limit)
+    high = np.clip(boxes_xyxy_abs[:, 2:], 0, limit)
+    return (high > low).all(1)
+
+
 def guess_format(
     boxes_xyxy_abs: np.ndarray, sizes_hw: np.ndarray, *, from_corners: bool
 ) -> tuple[str, np.ndarray] | None:

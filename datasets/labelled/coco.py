@@ -13,11 +13,13 @@ from torch import Tensor
 
 from datasets.evaluators.coco import GroundTruth, build_ground_truth
 from datasets.images.image_folder import ImageFolder, read_header, read_image
+from datasets.images.image_info import inspect_header
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, parse_coco, read_json
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco
 from datasets.labelled.few_shot import few_shot_subset
 from datasets.labelled.file_names import match_files, remedy
-from datasets.labelled.image_checks import inspect_header
 from datasets.labelled.segmentations import SegmentationError, SegmentationTexts
 from datasets.labelled.subsets import training_subset
 from datasets.sample import BadImageError, SampleDataset, Target

@@ -22,7 +22,7 @@ from datasets.evaluators.detections import DetectionEvaluator
 from datasets.evaluators.panoptic import PanopticEvaluator
 from datasets.images.image_folder import pillow_warnings
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, parse_coco, read_json
+from datasets.labelled.annotations import Annotations
 from datasets.labelled.coco import (
     CocoDetection,
     coco_files,
@@ -32,6 +32,8 @@ from datasets.labelled.coco import (
     labelled_transforms,
     read_annotations,
 )
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco
 from datasets.labelled.segmentations import SegmentationTexts
 from datasets.sample import BadImageError, Target
 from util.checkpoints.classes import Classes

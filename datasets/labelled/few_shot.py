@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, parse_coco, read_json
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco
 from datasets.labelled.segmentations import SegmentationTexts
 from util.coco import CLASS_METRICS
 from util.errors import UserError

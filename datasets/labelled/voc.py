@@ -17,13 +17,11 @@ from datasets.evaluators.voc import VocEvaluator
 from datasets.images.listing import list_folder
 from datasets.images.packed_strings import PackedStrings
 from datasets.images.unlabelled import ListedImages
-from datasets.labelled.annotations import (
-    Annotations,
-    annotations_from_columns,
-    box_around_rotated,
-)
+from datasets.labelled.annotations import Annotations
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from datasets.labelled.coco_parser import box_around_rotated
 from datasets.labelled.file_names import ImageIndex, folded, folded_stem, spellings
+from datasets.labelled.object_filter import annotations_from_columns
 from util.checkpoints.classes import Classes
 from util.errors import UserError
 from util.files import read_lines

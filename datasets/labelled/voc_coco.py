@@ -8,8 +8,9 @@ training and in evaluation. VOCdevkit is read directly; no converted file is nee
 from pathlib import Path
 from typing import Any
 
-from datasets.labelled.annotations import Annotations, parse_coco
+from datasets.labelled.annotations import Annotations
 from datasets.labelled.coco import ConvertedDetection, filter_annotations, labelled_transforms
+from datasets.labelled.coco_parser import parse_coco
 from datasets.labelled.voc import CLASSES, read_voc, refuse_masks, voc_root
 from util.checkpoints.classes import Classes
 from util.settings import Settings

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from datasets.labelled.airbus_ship import read_rle_csv
-from datasets.labelled.annotations import parse_coco
+from datasets.labelled.coco_parser import parse_coco
 from datasets.labelled.segmentations import SegmentationError, decode_mask
 from datasets.labelled.subsets import _read_json
 from datasets.labelled.voc import read_xml

@@ -183,7 +183,7 @@ def test_fine_tuning_starts_from_the_pre_training(workplace: Path) -> None:
 
 
 def test_example_annotations_of_the_page_are_valid(tmp_path: Path) -> None:
-    from datasets.labelled.annotations import read_coco
+    from datasets.labelled.coco_parser import read_coco
 
     path = tmp_path / "train.json"
     path.write_text(re.findall(r"```json\n(\{.*?)```", PAGE, re.DOTALL)[0])

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from datasets.images.image_info import inspect_image
 from datasets.images.packed_strings import PackedStrings
 from datasets.labelled.annotations import Annotations
-from datasets.labelled.checks import KINDS, run_startup_checks
+from datasets.labelled.checks.shared_images import is_same_file
+from datasets.labelled.checks.startup import run_startup_checks
+from datasets.labelled.checks.table import KINDS
 from datasets.labelled.coco import CocoDetection
-from datasets.labelled.image_checks import inspect_image, is_same_file
 from tests.datasets.labelled.test_coco_panoptic import (
     CAR,
     PERSON,

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from datasets.images.image_folder import NO_SIZE
-from datasets.labelled.annotations import read_json
+from datasets.labelled.coco_json import read_json
 from datasets.labelled.file_names import ImageIndex
 from datasets.labelled.segmentations import SegmentationTexts
 from tools.conversion.export import Dropped, Export, LabelledImage, LabelledObject

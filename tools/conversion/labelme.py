@@ -5,61 +5,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from datasets.images.image_folder import NO_SIZE
-from datasets.images.listing import list_folder
-from datasets.labelled.annotations import read_json
+from datasets.labelled.coco_json import read_json
 from datasets.labelled.file_names import ImageIndex
 from tools.conversion.export import (
     Dropped,
-    Export,
-    LabelledImage,
     LabelledObject,
     import_supervision,
 )
+from tools.conversion.folder import FolderFormat
 from util.errors import UserError
 
-JSON_EXTENSIONS = frozenset({".json"})
 
-
-def read_labelme_folder(images: str, annotations: str, dropped: Dropped) -> Export:
-    """Read all JSON files of a folder tree. A file that can't be read is dropped.
+def _read_file(path: str) -> dict[str, Any]:
+    """Return the content of a JSON file.
 
     Raises:
-        UserError: the folder has no JSON file.
+        UserError: it can't be read, or is not labelme's.
     """
-    names = list(list_folder(annotations, JSON_EXTENSIONS).images)
-    if not names:
-        raise UserError(f"{annotations} has no .json file: give the folder of labelme's JSON files")
-
-    index = ImageIndex(images)
-    found: dict[str, LabelledImage] = {}
-    for name in names:
-        content = _read_file(os.path.join(annotations, name), name, dropped)
-        if content is None:
-            continue
-        file = _image_of(name, str(content.get("imagePath") or ""), index)
-        if file is None:
-            detail = f"{content.get('imagePath')} is not in {images}"
-            dropped.add("image missing", name, detail=detail)
-        elif file in found:
-            dropped.add("image listed twice", name, file, f"also in {found[file].source}")
-        else:
-            objects = list(_objects(content["shapes"], name, dropped))
-            found[file] = LabelledImage(images, file, name, objects, _listed_size(content))
-    for file in sorted(index.files - set(found)):
-        dropped.add("image without annotations", file, detail="no JSON file names it")
-    return Export(list(found.values()))
-
-
-def _read_file(path: str, name: str, dropped: Dropped) -> dict[str, Any] | None:
-    try:
-        content = read_json(path)
-    except (UserError, OSError) as error:
-        dropped.add("annotation file unreadable", name, detail=str(error))
-        return None
+    content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("shapes"), list):
         return content
-    dropped.add("annotation file unreadable", name, detail="no labelme file: it has no 'shapes'")
-    return None
+    raise UserError("no labelme file: it has no 'shapes'")
 
 
 def _listed_size(content: dict[str, Any]) -> tuple[int, int]:
@@ -68,15 +34,23 @@ def _listed_size(content: dict[str, Any]) -> tuple[int, int]:
     return (height, width) if known else NO_SIZE
 
 
-def _image_of(name: str, listed: str, index: ImageIndex) -> str | None:
-    """Return the image of a JSON file: its imagePath, which is relative to the file, or the image of the same name."""
+def _find_image(name: str, content: dict[str, Any], index: ImageIndex) -> tuple[str, str | None]:
+    """Return the imagePath of a JSON file, and its image: the one of that path, or of the same name as the file.
+
+    The path is relative to the file.
+    """
+    listed = str(content.get("imagePath") or "")
     folder, base = os.path.split(name)
     plain = listed.replace("\\", "/")
     for candidate in (os.path.join(folder, plain), os.path.join(folder, os.path.basename(plain))):
         if plain and (file := index.match(candidate)):
-            return file
+            return listed, file
     own = index.with_stem(os.path.join(folder, os.path.splitext(base)[0]))
-    return own[0] if len(own) == 1 else None
+    return listed, own[0] if len(own) == 1 else None
+
+
+def _find_objects(content: dict[str, Any], name: str, dropped: Dropped) -> list[LabelledObject]:
+    return list(_objects(content["shapes"], name, dropped))
 
 
 def _objects(shapes: list[Any], name: str, dropped: Dropped) -> Iterator[LabelledObject]:
@@ -113,3 +87,13 @@ def _groups(shapes: list[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, lis
         key = number if group_id is None else (str(shape.get("label")), str(group_id))
         groups.setdefault(key, (number, []))[1].append(shape)
     yield from groups.values()
+
+
+LABELME = FolderFormat(
+    extension=".json",
+    title="labelme's JSON files",
+    read=_read_file,
+    find_image=_find_image,
+    find_objects=_find_objects,
+    size_hw=_listed_size,
+)

@@ -14,8 +14,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from datasets.images.image_folder import NO_SIZE
+from datasets.images.image_info import ImageInfo, inspect_image
 from datasets.images.pixels import UNDECIDED
-from datasets.labelled.image_checks import ImageInfo, inspect_image
 from datasets.labelled.segmentations import SegmentationError, to_rle
 from datasets.labelled.subsets import sample_image_ids
 from tools.check_dataset import map_images

@@ -20,7 +20,9 @@ from PIL import Image
 
 from datasets.images.image_folder import decode_image, find_images, read_header
 from datasets.labelled.airbus_ship import IMAGE_FOLDER, read_rle_csv
-from datasets.labelled.annotations import Annotations, parse_coco, read_coco, read_json
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco, read_coco
 from datasets.labelled.few_shot import read_shots
 from datasets.labelled.segmentations import SegmentationError, SegmentationTexts
 from datasets.labelled.subsets import read_split

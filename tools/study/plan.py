@@ -334,13 +334,3 @@ def _resolve_if_exists(text: str | None) -> str | None:
 
 def _drop_none(flags: Flags) -> Flags:
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def to_argv(flags: Flags) -> list[str]:
-    """Return flags as words of a command line: `{"lr": 1e-4, "pre_norm": True}` -> `--lr 0.0001 --pre_norm`."""
-    argv = []
-    for name, value in flags.items():
-        argv.append(f"--{name}")
-        if value is not True:
-            argv.append(f"{value:g}" if isinstance(value, float) else str(value))
-    return argv

@@ -35,9 +35,9 @@ from datasets.images.image_folder import (
     decode_image,
     read_bytes,
 )
+from datasets.images.image_info import inspect_header
 from datasets.images.pixels import ROTATED
 from datasets.labelled.coco import CocoDetection
-from datasets.labelled.image_checks import inspect_header
 from datasets.labelled.subsets import sample_image_ids
 from datasets.sample import BadImageError
 from util.errors import UserError

@@ -26,7 +26,7 @@ from tools.study.folder import (
     record_start,
     step_state,
 )
-from tools.study.plan import Plan, Step, build_plan, to_argv
+from tools.study.plan import Plan, Step, build_plan
 from tools.study.prepare import read_manifest
 from tools.study.presets import PRESETS
 from tools.study.report import write_report
@@ -37,6 +37,7 @@ from util.runs.folder import ROOT, collect_environment, read_json_object
 from util.runs.log import read_log
 from util.runs.page import evaluations
 from util.runs.signals import StopSignal
+from util.settings.words import to_words
 
 POLL_SECONDS = 0.2
 # Time for a run to save its checkpoint before it is killed. torchrun gives its own processes 30 seconds of it.
@@ -118,7 +119,7 @@ def build_command(
     cores = max(1, args.cores // (args.jobs * processes))  # per process
 
     folders = {"{data}": str(args.data.resolve()), "{study}": str(args.output_dir.resolve())}
-    argv = to_argv({**step.flags, **_execution_flags(step, args, cores)})
+    argv = to_words({**step.flags, **_execution_flags(step, args, cores)})
     for placeholder, folder in folders.items():
         argv = [word.replace(placeholder, folder) for word in argv]
 

@@ -15,7 +15,7 @@ from util.errors import UserError
 from util.settings.checks import flags_read
 from util.settings.frozen import Settings, did_you_mean
 from util.settings.help import HelpFormatter
-from util.settings.parser import Parser, add_flags, make_parser
+from util.settings.parser import Parser, add_flags, full_parser, make_parser, print_help
 from util.settings.resolving import given_flags, resolve, usable_cores
 from util.settings.right_script import check_right_script
 from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS, Flag, flags_of
@@ -128,8 +128,10 @@ __all__ = [
     "check_right_script",
     "flags_of",
     "flags_read",
+    "full_parser",
     "given_flags",
     "make_parser",
+    "print_help",
     "resolve",
     "settings",
     "usable_cores",

@@ -23,6 +23,7 @@ SUGGESTION_CUTOFF = 0.65  # similarity of difflib, 0 to 1, below which no flag i
 # is what this project reads.
 LOCAL_RANK_FLAGS = ("--local-rank", "--local_rank")
 
+HELP_FLAGS = frozenset({"-h", "--help"})
 HELP_FOOTER = (
     "A default after a name applies to that detector, pretext or dataset. If several apply, the "
     "pretext's wins over the detector's, and the detector's over the dataset's. A name in front of a "
@@ -79,6 +80,20 @@ class Parser(argparse.ArgumentParser):
         # argparse would print the whole usage before the message.
         sys.stderr.write(f"error: {message}\n")
         raise SystemExit(2)
+
+
+def full_parser(script: str, doc: str) -> Parser:
+    """Return the parser of one entry script with `--help`. doc: the script's docstring, whose first line is shown."""
+    return Parser(script, parents=[make_parser(script)], description=doc.splitlines()[0])
+
+
+def print_help(script: str, doc: str) -> None:
+    """Print the help of an entry script and leave, if its command line asks for it.
+
+    A script calls this before it imports PyTorch and the models, which takes seconds.
+    """
+    if not HELP_FLAGS.isdisjoint(sys.argv[1:]):
+        full_parser(script, doc).parse_args(["--help"])
 
 
 def make_parser(script: str) -> Parser:

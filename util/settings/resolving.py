@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from util.errors import UserError
 from util.logger import log
 from util.settings import frozen
@@ -160,6 +158,8 @@ def _fill_device(draft: _Draft) -> None:
 
 def default_device() -> str:
     """Return "cuda" if PyTorch sees a GPU, else "cpu"."""
+    import torch  # here, so that --help does not wait for it
+
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 

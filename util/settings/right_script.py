@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from util.errors import UserError
-from util.settings.parser import LOCAL_RANK_FLAGS, Parser, make_parser, spellings
-from util.settings.registry import DETECTORS, PRETEXTS
+from util.settings.parser import HELP_FLAGS, LOCAL_RANK_FLAGS, Parser, make_parser, spellings
+from util.settings.registry import DATASETS, DETECTORS, PRETEXTS
 from util.settings.resolving import resolve
 from util.settings.table import FINETUNE, PRETRAIN, UNSUPPORTED_FLAGS
+from util.slurm import slurm_tasks
 
-HELP_FLAGS = {"-h", "--help"}
 FINETUNE_ONLY_FLAGS = ("--eval", "--masks", "--frozen_weights", "--frozen_weigths")
 LABELLED_DATASETS = ("coco", "voc", "airbus")  # DETReg's names of labelled datasets
-LABELLED_PATHS = ("--coco_path", "--root_path")
+LABELLED_PATHS = ("--coco_path", "--root_path", "--voc_path", "--airbus_path")
 # Flags that only some detectors have in the published code, in the order in which they decide.
 DEFORMABLE_FLAGS = {
     *(f"--{name}" for name in DETECTORS["deformable_detr"].flags),
@@ -37,8 +37,8 @@ def check_right_script(argv: Sequence[str]) -> None:
     """Refuse to pre-train with flags that only make sense for `finetune_main.py`, and print the command to use.
 
     Raises:
-        UserError: `--eval`, `--masks` or `--frozen_weights`, or labelled data (`--coco_path`, `--root_path`, `--dataset
-            coco`, voc, airbus), without a flag that tells the pretext.
+        UserError: `--eval`, `--masks` or `--frozen_weights`, or labelled data (LABELLED_PATHS, `--dataset_file voc`,
+            `--dataset voc`), without a flag that tells the pretext.
     """
     groups = _group(argv)
     flags = set(groups)
@@ -84,12 +84,16 @@ def _reason(argv: Sequence[str], flags: set[str], pretext_given: bool) -> str | 
             return flag
     if pretext_given:
         return None
-    for flag in LABELLED_PATHS:
-        if flag in flags and "--imagenet_path" not in flags:
-            return f"{flag} without --pretext"
-    for name in LABELLED_DATASETS:
-        if f"--dataset={name}" in argv or ("--dataset", name) in itertools.pairwise(argv):
-            return f"--dataset {name} without --pretext"
+    named = [("--dataset", name) for name in LABELLED_DATASETS]
+    if "--imagenet_path" not in flags:
+        for flag in LABELLED_PATHS:
+            if flag in flags:
+                return f"{flag} without --pretext"
+        # The images of `custom` may be a folder without labels.
+        named += [("--dataset_file", name) for name in DATASETS if name != "custom"]
+    for flag, name in named:
+        if f"{flag}={name}" in argv or (flag, name) in itertools.pairwise(argv):
+            return f"{flag} {name} without --pretext"
     return None
 
 
@@ -141,6 +145,11 @@ def _why(flag: str) -> str:
 
 
 def _launcher() -> str:
+    """Return the words before the script that start as many processes as this command did."""
+    tasks = slurm_tasks()
+    if tasks > 1:
+        # tools/run_dist_slurm.sh exports its own srun command in LAUNCH, with partition and GPUs.
+        return os.environ.get("LAUNCH") or f"srun --ntasks {tasks} python"
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
     return "python" if processes == 1 else f"torchrun --nproc_per_node {processes}"
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from util.settings.registry import PROPOSALS, list_names
 
 AUTO = "auto"  # --batch_size: the largest that fits
@@ -79,6 +77,8 @@ def strategy(text: str) -> str:
 
 def device(text: str) -> str:
     """Accept cuda, cuda:N or cpu. Whether the GPU exists is checked when the run starts."""
+    import torch  # here, so that --help does not wait for it
+
     try:
         is_known = torch.device(text).type in ("cuda", "cpu")
     except RuntimeError:

@@ -9,7 +9,7 @@ from pycocotools.cocoeval import COCOeval
 from datasets.evaluators import coco as coco_module
 from datasets.evaluators import detections as detections_module
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator, build_ground_truth, select_backend
-from datasets.labelled.annotations import parse_coco
+from datasets.labelled.coco_parser import parse_coco
 from tests.golden_data import detections_by_image
 from tests.tiny import captured_log
 from util.errors import UserError

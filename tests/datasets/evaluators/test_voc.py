@@ -13,7 +13,8 @@ from datasets.evaluators import detections as detections_module
 from datasets.evaluators.per_class import class_table
 from datasets.evaluators.voc import IOU_THRESHOLDS, VocEvaluator, ap_11point, ap_area, paired_iou
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, annotations_from_columns
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.object_filter import annotations_from_columns
 
 BOX, FAR = (10.0, 10.0, 30.0, 30.0), (60.0, 60.0, 90.0, 90.0)
 

@@ -13,9 +13,9 @@ from PIL import Image
 import datasets.sample as sample_module
 from datasets import build_dataset
 from datasets.images.image_folder import ImageFolder, image_extensions, read_image
+from datasets.images.image_info import inspect_image
 from datasets.images.packed_strings import PackedStrings
 from datasets.images.pixels import ROTATED, UNDECIDED
-from datasets.labelled.image_checks import inspect_image
 from datasets.proposals import build_proposals
 from datasets.sample import BadImageError
 from tests.tiny import proposal_settings

@@ -12,7 +12,8 @@ import pytest
 from datasets.images.image_folder import ImageFolder
 from datasets.images.listing import list_folder
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import parse_coco, read_coco, read_json
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco, read_coco
 from tests.large_data import pack, touch
 from util.errors import UserError
 

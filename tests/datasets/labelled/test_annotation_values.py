@@ -13,15 +13,11 @@ from PIL import Image
 from datasets import build_dataset
 from datasets.collate import collate
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator, build_ground_truth
-from datasets.labelled.annotations import box_around_rotated, parse_coco
-from datasets.labelled.checks import (
-    KINDS,
-    ImageInfo,
-    Split,
-    run_checks,
-    run_startup_checks,
-    summarize_annotations,
-)
+from datasets.images.image_info import ImageInfo
+from datasets.labelled.checks.split import Split
+from datasets.labelled.checks.startup import run_startup_checks, summarize_annotations
+from datasets.labelled.checks.table import KINDS, run_checks
+from datasets.labelled.coco_parser import box_around_rotated, parse_coco
 from datasets.labelled.voc import read_xml_folder
 from tests.tiny import captured_log, custom_dataset_flags, tiny_args, voc_xml
 from tools.check_dataset import draw_summary
@@ -382,7 +378,7 @@ def test_training_set_without_any_box_in_its_images_is_refused(
 
 
 def test_startup_reads_only_some_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.labelled.checks.SAMPLED_SIZES", 3)
+    monkeypatch.setattr("datasets.labelled.checks.split.SAMPLED_SIZES", 3)
     args = tiny_args(FINETUNE, *write_dataset(tmp_path, content(size_wh=None)))
     split = Split("train", build_dataset("train", args))
     assert split.sizes_hw.all(1).sum() == 3

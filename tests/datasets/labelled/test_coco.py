@@ -12,8 +12,9 @@ from PIL import Image
 from datasets import build_dataset, build_labelled, sample
 from datasets.evaluators.coco import build_ground_truth
 from datasets.labelled import coco as labelled_coco
-from datasets.labelled.annotations import parse_coco, read_coco, read_json
 from datasets.labelled.coco import coco_files
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco, read_coco
 from tests.tiny import write_airbus
 from util.errors import UserError
 from util.settings import FINETUNE, Settings, settings

@@ -13,7 +13,7 @@ from pycocotools import mask as coco_mask
 from datasets import build_dataset, build_labelled, build_loader
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.combined import CombinedEvaluator
-from datasets.labelled.checks import run_startup_checks
+from datasets.labelled.checks.startup import run_startup_checks
 from datasets.labelled.coco_panoptic import (
     CocoPanoptic,
     boxes_of_masks,

@@ -10,7 +10,8 @@ import torch
 
 from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
-from datasets.labelled.checks import Split, run_checks
+from datasets.labelled.checks.split import Split
+from datasets.labelled.checks.table import run_checks
 from finetune_main import warn_nameless_rows
 from models import build_model
 from tests.tiny import (

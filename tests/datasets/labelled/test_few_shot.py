@@ -12,7 +12,8 @@ from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator
 from datasets.labelled import few_shot
-from datasets.labelled.annotations import Annotations, parse_coco
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.coco_parser import parse_coco
 from tests.tiny import (
     FROZEN,
     captured_log,

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from datasets import build_dataset
-from datasets.labelled.checks import Split, run_checks, run_startup_checks
+from datasets.labelled.checks.split import Split
+from datasets.labelled.checks.startup import run_startup_checks
+from datasets.labelled.checks.table import run_checks
 from datasets.labelled.file_names import match_files
 from tests.tiny import captured_log, custom_dataset_flags, tiny_args, write_custom_dataset
 from util.errors import UserError

@@ -11,12 +11,16 @@ import torch
 from PIL import Image
 
 from datasets.images.image_folder import ImageFolder
+from datasets.images.image_info import ImageInfo, inspect_header, inspect_image
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled import image_checks
 from datasets.labelled.annotations import Annotations
-from datasets.labelled.checks import Split, probe_images, run_checks, run_startup_checks
+from datasets.labelled.checks import image_files
+from datasets.labelled.checks.image_files import sample_images
+from datasets.labelled.checks.shared_images import same_files
+from datasets.labelled.checks.split import Split
+from datasets.labelled.checks.startup import probe_images, run_startup_checks
+from datasets.labelled.checks.table import run_checks
 from datasets.labelled.coco import CocoDetection
-from datasets.labelled.image_checks import inspect_image, same_files, sample_images
 from datasets.sample import BadImageError, SampleDataset, TooFewProposalsError
 from tests.tiny import captured_log, draw, write_custom_dataset
 from util.errors import UserError
@@ -207,7 +211,7 @@ def test_sample_is_small_and_bounded_in_time(
     assert {0, 999} <= set(infos)
     assert len(infos) <= 8 + 128
     assert sum(bool(info.digest) for info in infos.values()) == 8
-    monkeypatch.setattr(image_checks, "SAMPLE_SECONDS", -1)
+    monkeypatch.setattr(image_files, "SAMPLE_SECONDS", -1)
     assert sample_images(split) == {}
 
 
@@ -217,12 +221,12 @@ def test_sample_reads_each_header_once(tmp_path: Path, monkeypatch: pytest.Monke
         Image.fromarray(UPRIGHT).save(tmp_path / file)
     read: list[str] = []
 
-    def counted(file: str, *args: object) -> image_checks.ImageInfo:
+    def counted(file: str, *args: object) -> ImageInfo:
         read.append(file)
-        return image_checks.inspect_header(file, *args)
+        return inspect_header(file, *args)
 
-    monkeypatch.setattr("datasets.labelled.checks.inspect_header", counted)
-    monkeypatch.setattr(image_checks, "SAMPLE_SECONDS", 60)
+    monkeypatch.setattr("datasets.labelled.checks.split.inspect_header", counted)
+    monkeypatch.setattr(image_files, "SAMPLE_SECONDS", 60)
     # The last 100 do not list their size: the sample has some of them.
     split = Split("train", make_dataset(tmp_path, files, [(60, 80)] * 100 + [(0, 0)] * 100))
     split.sample_infos = sample_images(split)

@@ -12,9 +12,11 @@ from pycocotools.coco import COCO
 from datasets import build_dataset, build_labelled, build_loader
 from datasets.evaluators.coco import build_ground_truth
 from datasets.images.packed_strings import PackedStrings
-from datasets.labelled.annotations import Annotations, parse_coco, read_json
-from datasets.labelled.checks import run_startup_checks
+from datasets.labelled.annotations import Annotations
+from datasets.labelled.checks.startup import run_startup_checks
 from datasets.labelled.coco import CocoDetection
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco
 from datasets.labelled.segmentations import (
     SegmentationError,
     SegmentationTexts,

@@ -13,9 +13,10 @@ import main as pretrain_main
 from datasets import build_dataset, build_labelled
 from datasets.evaluators.coco import CocoEvaluator
 from datasets.evaluators.voc import VocEvaluator
-from datasets.labelled.annotations import read_coco
-from datasets.labelled.checks import Split, run_checks
+from datasets.labelled.checks.split import Split
+from datasets.labelled.checks.table import KINDS, run_checks
 from datasets.labelled.coco import ConvertedDetection
+from datasets.labelled.coco_parser import read_coco
 from datasets.labelled.voc import CLASSES, detreg_image_id, read_voc, read_xml, read_xml_folder
 from tests.tiny import (
     FROZEN,
@@ -607,7 +608,7 @@ def test_boxes_that_count_from_0_are_reported_once(tmp_path: Path) -> None:
     )
     (finding,) = [one for one in run_checks([split]) if one.kind == "counted from 0"]
     assert str(finding) == f"{tmp_path}, 2 of 6 boxes have xmin or ymin 0, the first is in 2.xml"
-    assert finding.severity == "warning"
+    assert KINDS[finding.kind].severity == "warning"
 
     (tmp_path / "2.xml").unlink()
     assert "counted from 0" not in read_xml_folder(str(tmp_path)).findings

@@ -10,10 +10,11 @@ from tests.study_cases import prepare_data, run_words
 from tests.tiny import ROOT
 from tools import transfer_study
 from tools.study import presets
-from tools.study.plan import Step, build_plan, to_argv
+from tools.study.plan import Step, build_plan
 from tools.study.prepare import read_manifest
 from tools.study.runner import build_command
 from util.errors import UserError
+from util.settings.words import to_words
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_the_scripts_accept_all_commands(data: Path, preset: str) -> None:
     for step in steps:
         flags = [
             word.replace("{data}", str(data)).replace("{study}", "out")
-            for word in to_argv(step.flags)
+            for word in to_words(step.flags)
         ]
         words = [step.script, *flags]
         if words[0].endswith(".sh"):

@@ -1,25 +1,17 @@
-"""Findings in masks. `tools/check_dataset.py` decodes all of them; `datasets.labelled.checks` lists the kinds.
+"""Faults of the masks of one image, which a worker process decodes.
 
 Shapes: N objects of an image of h x w pixels.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from datasets.labelled.coco_panoptic import (
-    VOID,
-    CocoPanoptic,
-    boxes_of_masks,
-    read_segment_ids,
-)
+from datasets.labelled.coco_panoptic import VOID, boxes_of_masks, read_segment_ids
 from datasets.labelled.segmentations import SegmentationError, Size, decode_mask
 from datasets.sample import BadImageError
-
-if TYPE_CHECKING:
-    from datasets.labelled.checks import Finding, Split
 
 # The box around a mask differs from the annotated one if their IoU is below MIN_IOU, and one of their edges differs by
 # more than MAX_EDGE_ERROR pixels: the IoU of tiny boxes says little.
@@ -31,7 +23,7 @@ class MaskFault(NamedTuple):
     """A fault of the mask of one object, or of an image's PNG.
 
     Attributes:
-        kind: a key of `datasets.labelled.checks.KINDS`.
+        kind: a key of `datasets.labelled.checks.table.KINDS`.
         position: of the object among those of its image; -1: the whole image.
         detail: what was found.
     """
@@ -58,27 +50,6 @@ class MaskSource:
     texts: Sequence[str | None] = ()
     segment_ids: Sequence[int] = ()
     png: str = ""
-
-
-def mask_source(split: "Split", index: int) -> MaskSource | None:
-    """Return the masks of an image; None if there are none, or the image itself can't be used."""
-    info, annotations = split.image_infos[index], split.annotations
-    listed_hw = split.listed_hw(index)
-    if info.error or (all(listed_hw) and listed_hw != info.size_hw):
-        return None
-    rows = np.arange(annotations.offsets[index], annotations.offsets[index + 1])
-    boxes = annotations.boxes_xyxy_abs[rows]
-    if isinstance(split.images, CocoPanoptic):
-        ids, png = annotations.ids[rows], split.images.panoptic_path(index)
-        return MaskSource(boxes, info.size_hw, segment_ids=ids, png=png)
-    return MaskSource(boxes, info.size_hw, annotations.texts_of(rows))
-
-
-def has_masks(split: "Split") -> bool:
-    """Return whether a split has masks that can be checked."""
-    if split.annotations is None:
-        return False
-    return split.annotations.segmentations is not None or isinstance(split.images, CocoPanoptic)
 
 
 def inspect_masks(source: MaskSource | None) -> list[MaskFault]:
@@ -147,14 +118,3 @@ def _compare_boxes(
             position,
             f"the mask is in [{x0:g}, {y0:g}, {x1 - x0:g}, {y1 - y0:g}]",
         )
-
-
-def find_mask_faults(kind: str, split: "Split") -> Iterator["Finding"]:
-    """Yield the faults of one kind that `inspect_masks` found."""
-    for index, faults in enumerate(split.mask_faults):
-        for fault in faults:
-            if fault.kind == kind and fault.position < 0:
-                yield split.finding(index, fault.detail)
-            elif fault.kind == kind:
-                row = int(split.annotations.offsets[index]) + fault.position
-                yield split.box_finding(row, f", {fault.detail}")
