@@ -7,8 +7,13 @@
 2. The same architecture is pre-trained by region prior on these boxes, from its backbone's first weights: `pretrain/`.
 
 Everything after `--` are flags of main.py for the second step; architecture, backbone and image size are those of the
-checkpoint unless they are given. Labels of the unlabelled images are not used, but those of the detector's own training
-images are: compare the result with the detector itself and not with pre-training without labels.
+checkpoint unless they are given.
+
+The checkpoint may come from pre-training: then no label is used at all. Otherwise those of the detector's own training
+images are, so compare the result with the detector itself and not with pre-training without labels.
+
+A detector that learned from noisy boxes knows better than they which of them are objects, but draws them less exactly.
+`--snap_to CACHE` replaces each of its boxes by a box of a proposal cache, such as the one of the first pre-training.
 """
 
 import sys
@@ -17,7 +22,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchvision.ops import nms
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou, nms
 
 # So that `python tools/NAME.py` works from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as pretrain_main
 from datasets.evaluators.proposals import OBJECT_ID
 from datasets.images.image_folder import ImageFolder
+from datasets.proposals.base import to_pixels
+from datasets.proposals.cache import CachedProposals, ProposalCache
 from predictor import Predictor
 from tools.predict import score_value
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -45,7 +54,10 @@ def parse(argv: list[str]) -> Namespace:
     own, flags = _split(argv)
     parser = Parser("tools/self_training.py", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", required=True, metavar="PATH|URL", help="a detector trained with labels"
+        "--checkpoint",
+        required=True,
+        metavar="PATH|URL",
+        help="a detector trained with labels, or a pre-trained one",
     )
     parser.add_argument(
         "--images",
@@ -64,6 +76,12 @@ def parse(argv: list[str]) -> Namespace:
         help="lowest score of a box, from 0 to 1 (default: 0.25)",
     )
     parser.add_argument(
+        "--snap_to",
+        metavar="CACHE",
+        help="proposal cache of the same images: each box becomes the cached one with the highest product of score and "
+        "squared IoU with it (default: boxes stay as they are)",
+    )
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace an earlier round in --output_dir (default: off)",
@@ -78,7 +96,58 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:place], argv[place + 1 :]
 
 
-def find_boxes(predictor: Predictor, images: ImageFolder, args: Namespace) -> dict[str, Any]:
+class Snapping:
+    """Replaces boxes of images by those of a proposal cache.
+
+    Raises:
+        UserError: the folder is no proposal cache, or lacks some of the images.
+    """
+
+    def __init__(self, folder: str, images: ImageFolder) -> None:
+        self.cache = ProposalCache(folder)
+        CachedProposals(self.cache).check(images)
+
+    def __call__(
+        self, boxes_xyxy_abs: Tensor, scores: Tensor, name: str, size_hw: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Return boxes [K, 4] and scores [K] of the image `name`: K <= N."""
+        index = self.cache.names.find(name)
+        assert index is not None, name  # `check` has compared the names
+        proposals, of_proposals = self.cache.get_boxes(index)
+        weights = (
+            torch.ones(len(proposals)) if of_proposals is None else torch.from_numpy(of_proposals)
+        )
+        proposals_xyxy_abs = to_pixels(proposals, self.cache.header["grid"], size_hw)
+        return snap(boxes_xyxy_abs, scores, proposals_xyxy_abs, weights)
+
+
+def snap(
+    boxes: Tensor, scores: Tensor, proposals: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replace each box by the proposal with the highest product of its weight and the squared IoU.
+
+    Args:
+        boxes: [N, 4], (x0, y0, x1, y1); scores: [N].
+        proposals: [M, 4] in the same unit; weights: [M], not negative.
+
+    Returns:
+        Boxes [K, 4] and scores [K], best first. A proposal that several boxes choose comes once, with the highest of
+        their scores. A box that overlaps no proposal stays as it is.
+    """
+    if not len(boxes) or not len(proposals):
+        return boxes, scores
+    best, chosen = (box_iou(boxes, proposals) ** 2 * weights).max(1)  # [N]
+    by_score = scores.argsort(descending=True)
+    # A box without a proposal counts as a choice of its own, beyond the proposals.
+    own = len(proposals) + torch.arange(len(boxes))
+    chosen = torch.where(best > 0, chosen, own)[by_score]
+    is_first = (chosen[:, None] == chosen).int().argmax(1) == torch.arange(len(chosen))
+    return torch.cat([proposals, boxes])[chosen[is_first]], scores[by_score][is_first]
+
+
+def find_boxes(
+    predictor: Predictor, images: ImageFolder, args: Namespace, snapping: Snapping | None
+) -> dict[str, Any]:
     """Return the boxes of all images in COCO's format, with scores; images without a box are listed too."""
     content: dict[str, Any] = {
         "images": [],
@@ -100,9 +169,10 @@ def find_boxes(predictor: Predictor, images: ImageFolder, args: Namespace) -> di
             {"id": image_id, "file_name": name, "height": height, "width": width}
         )
         kept = nms(prediction.boxes, prediction.scores, DUPLICATE_IOU)
-        for box, score in zip(
-            prediction.boxes[kept].tolist(), prediction.scores[kept].tolist(), strict=True
-        ):
+        boxes, scores = prediction.boxes[kept], prediction.scores[kept]
+        if snapping:
+            boxes, scores = snapping(boxes, scores, name, prediction.size_hw)
+        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
             x0, y0, x1, y1 = box
             content["annotations"].append(
                 {
@@ -131,6 +201,7 @@ def pretrain_command(args: Namespace, checkpoint: Checkpoint, folder: Path) -> l
         "imagenet_path": args.images,
         "output_dir": folder / RUN,
         "num_classes": 1,
+        "overwrite": args.overwrite,
         **_architecture(checkpoint.args),
     }
     return [
@@ -160,12 +231,13 @@ def main(args: Namespace) -> None:
             "write the boxes with tools/predict.py and give them to main.py --proposals file:PATH"
         )
     images = ImageFolder(args.images)
+    snapping = Snapping(args.snap_to, images) if args.snap_to else None
     folder = make_folder(args.output_dir, (PROPOSALS, RUN), args.overwrite)
     words = pretrain_command(args, checkpoint, folder)
     pretrain_args = pretrain_main.parse(words)  # a wrong flag is reported before the search
 
     predictor = Predictor.from_checkpoint(checkpoint, device=args.device, class_agnostic=True)
-    content = find_boxes(predictor, images, args)
+    content = find_boxes(predictor, images, args, snapping)
     count = len(content["annotations"])
     if not count:
         raise UserError(f"no box has a score of {args.threshold} or more: lower --threshold")

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import main as pretrain_main
 from tests.tiny import FROZEN, fine_tune, read_checkpoint, write_coco, write_images
-from tools import self_training
+from tools import cache_proposals, self_training
 from util.checkpoints.checkpoint import Checkpoint
 from util.errors import UserError
 from util.settings import resolve
@@ -53,6 +54,31 @@ def test_flags_of_the_tool_are_refused_after_the_dashes(tmp_path: Path) -> None:
         command(tmp_path, "--proposals", "random")
 
 
+def test_boxes_snap_to_the_proposal_with_the_best_product_of_weight_and_squared_iou() -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [80, 80, 90, 90]])
+    scores = torch.tensor([0.3, 0.6, 0.4, 0.9])
+    # IoU with the first box 0.8, 0.5 and 0; the second is worth more only with a weight above 2.56 times that of the
+    # first. The third is the only one at the third box, the last box has none.
+    proposals = torch.tensor([[0.0, 0, 10, 8], [0, 0, 10, 5], [50, 50, 60, 58]])
+    snapped, new_scores = self_training.snap(
+        boxes, scores, proposals, torch.tensor([1.0, 2.3, 0.1])
+    )
+    assert snapped.tolist() == [[80, 80, 90, 90], [0, 0, 10, 8], [50, 50, 60, 58]]
+    torch.testing.assert_close(new_scores, torch.tensor([0.9, 0.6, 0.4]))
+    snapped, _ = self_training.snap(boxes[:1], scores[:1], proposals, torch.tensor([1.0, 2.6, 0.1]))
+    assert snapped.tolist() == [[0, 0, 10, 5]]
+
+
+def test_boxes_without_proposals_stay(tmp_path: Path) -> None:
+    boxes, scores = torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0.3])
+    same, _ = self_training.snap(boxes, scores, torch.zeros(0, 4), torch.zeros(0))
+    assert same.tolist() == boxes.tolist()
+    with pytest.raises(UserError, match="no proposal cache"):
+        self_training.Snapping(
+            str(tmp_path), self_training.ImageFolder(str(write_images(tmp_path / "photos")))
+        )
+
+
 def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
     images = write_images(tmp_path / "photos")
     coco = write_coco(tmp_path / "coco")
@@ -77,3 +103,16 @@ def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
     assert (args["pretext"], args["image_size"]) == ("region_prior", 96)
     with pytest.raises(UserError, match="--overwrite"):
         start(0.0)
+
+    cache = tmp_path / "cache"
+    words = ["--images", str(images), "--output_dir", str(cache), "--num_workers", "0"]
+    cache_proposals.main(cache_proposals.parse([*words, "--ss_rank", "agreement"]))
+    argv += ["--snap_to", cache, "--overwrite"]
+    start(0.0)
+    snapped = json.loads((tmp_path / "round" / "proposals.json").read_text())
+    proposals = cache_proposals.ProposalCache(cache).boxes.astype(float)
+    sizes = {image["id"]: [image["width"], image["height"]] * 2 for image in snapped["images"]}
+    for box in snapped["annotations"]:
+        x, y, width, height = box["bbox"]
+        allowed = proposals / 128 * sizes[box["image_id"]]
+        assert abs(allowed - [x, y, x + width, y + height]).max(1).min() < 1e-3
