@@ -99,6 +99,11 @@ def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) 
     out = plot_logs(run, ("loss", "loss_of_nobody", "mAP"), tmp_path / "curves.png")
     assert picture(out).std() > 0
     loss, ap = figures[0].axes
+    assert loss.get_ylim()[1] > 1.04 * 6.0, "markers of the highest value are not cut"
+    assert ap.get_ylim() == (0, 1.02)
+    faces = [line.get_markerfacecolor() for line in loss.lines]
+    # After one epoch there are no lines, only markers.
+    assert [isinstance(face, str) and face == "white" for face in faces] == [False, True]
     assert {line.get_label(): list(line.get_ydata()) for line in loss.lines} == {
         "training": [5.0, 4.0],
         "evaluation": [6.0, 5.5],
