@@ -124,7 +124,13 @@ class Prediction:
 
     def above(self, threshold: float) -> "Prediction":
         """Return the objects with a score of at least `threshold`. `panoptic` stays as it is."""
-        keep = (self.scores >= threshold).nonzero().flatten().tolist()
+        return self._select((self.scores >= threshold).nonzero().flatten().tolist())
+
+    def best(self, count: int) -> "Prediction":
+        """Return the `count` best objects, or all if there are fewer. `panoptic` stays as it is."""
+        return self._select(list(range(min(count, len(self)))))
+
+    def _select(self, keep: list[int]) -> "Prediction":
         return replace(
             self,
             scores=self.scores[keep],

@@ -140,8 +140,7 @@ def look(
             found.best_score,
         )
         objects, limit = found, 3
-    if len(objects) > limit:
-        objects = objects.above(float(objects.scores[limit - 1]))
+    objects = objects.best(limit)
     image, factor = fit_image(to_array(picture.image), SIDE)
     return Scene(image, factor, objects, attention, points or _centers(objects))
 
