@@ -589,7 +589,7 @@ def to_uint8_tensor(image: ImageInput, exif: str | None = None) -> Tensor:
 
     Raises:
         UserError: a file can't be read, or an image has floating-point pixels.
-        ValueError: an array or tensor has another shape or type.
+        ValueError: an array or tensor has another shape, type or range.
     """
     if isinstance(image, str | Path):
         return _read(str(image), exif)
@@ -605,6 +605,12 @@ def to_uint8_tensor(image: ImageInput, exif: str | None = None) -> Tensor:
         )
     if image.dtype == torch.uint8:
         return image.cpu()
+    # Resizing may leave the range a little. Pixels up to 255 would all be white.
+    if image.numel() and not (image.min() > -0.5 and image.max() < 1.5):
+        raise ValueError(
+            f"a tensor must be uint8 or float in [0, 1], got {image.min():g} to {image.max():g}: divide pixels by 255, "
+            "without normalization"
+        )
     # Back to uint8, so that every input takes the same path as a decoded file.
     return (image.detach().cpu().float() * 255).round().clamp(0, 255).to(torch.uint8)
 

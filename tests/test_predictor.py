@@ -162,6 +162,9 @@ def test_predict_files_decodes_once_and_reports_unreadable_files(
         torch.zeros(1, 3, 4, 4),
         torch.zeros(4, 4, 3),
         torch.zeros(3, 4, 4, dtype=torch.int64),
+        torch.full((3, 4, 4), 255.0),  # not divided by 255: all pixels would be white
+        torch.full((3, 4, 4), -2.0),  # normalized
+        torch.full((3, 4, 4), float("nan")),
     ],
 )
 def test_unsupported_shapes_and_dtypes_raise(wrong) -> None:
