@@ -124,7 +124,13 @@ class Prediction:
 
     def above(self, threshold: float) -> "Prediction":
         """Return the objects with a score of at least `threshold`. `panoptic` stays as it is."""
-        keep = (self.scores >= threshold).nonzero().flatten().tolist()
+        return self._select((self.scores >= threshold).nonzero().flatten().tolist())
+
+    def best(self, count: int) -> "Prediction":
+        """Return the `count` best objects, or all if there are fewer. `panoptic` stays as it is."""
+        return self._select(list(range(min(count, len(self)))))
+
+    def _select(self, keep: list[int]) -> "Prediction":
         return replace(
             self,
             scores=self.scores[keep],
@@ -583,7 +589,7 @@ def to_uint8_tensor(image: ImageInput, exif: str | None = None) -> Tensor:
 
     Raises:
         UserError: a file can't be read, or an image has floating-point pixels.
-        ValueError: an array or tensor has another shape or type.
+        ValueError: an array or tensor has another shape, type or range.
     """
     if isinstance(image, str | Path):
         return _read(str(image), exif)
@@ -599,6 +605,12 @@ def to_uint8_tensor(image: ImageInput, exif: str | None = None) -> Tensor:
         )
     if image.dtype == torch.uint8:
         return image.cpu()
+    # Resizing may leave the range a little. Pixels up to 255 would all be white.
+    if image.numel() and not (image.min() > -0.5 and image.max() < 1.5):
+        raise ValueError(
+            f"a tensor must be uint8 or float in [0, 1], got {image.min():g} to {image.max():g}: divide pixels by 255, "
+            "without normalization"
+        )
     # Back to uint8, so that every input takes the same path as a decoded file.
     return (image.detach().cpu().float() * 255).round().clamp(0, 255).to(torch.uint8)
 

@@ -87,7 +87,7 @@ def write_samples(
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         rows += samples_to_rows(batch, normalization["mean"], normalization["std"])
-    sample_page(rows, getattr(dataset, "class_names", {}), path)
+    sample_page(rows, getattr(dataset, "class_names", None), path)
 
 
 def _evenly_spaced(length: int, count: int) -> list[int]:

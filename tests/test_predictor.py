@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,11 @@ def test_threshold_filters_by_score(predictor: Predictor, path: Path) -> None:
         == int((found.scores >= threshold).sum())
     )
     assert_same(kept, found.above(threshold))
+    # The best are a number of objects, also if their scores are equal, as bfloat16 makes them.
+    assert torch.equal(found.best(5).boxes, found.boxes[:5])
+    assert len(found.best(10_000)) == len(found)
+    tied = replace(found, scores=torch.ones(len(found)))
+    assert len(tied.best(3)) == len(tied.best(3).names) == 3
 
 
 def test_batched_predictions_keep_order(predictor: Predictor, data: Path) -> None:
@@ -156,6 +162,9 @@ def test_predict_files_decodes_once_and_reports_unreadable_files(
         torch.zeros(1, 3, 4, 4),
         torch.zeros(4, 4, 3),
         torch.zeros(3, 4, 4, dtype=torch.int64),
+        torch.full((3, 4, 4), 255.0),  # not divided by 255: all pixels would be white
+        torch.full((3, 4, 4), -2.0),  # normalized
+        torch.full((3, 4, 4), float("nan")),
     ],
 )
 def test_unsupported_shapes_and_dtypes_raise(wrong) -> None:

@@ -38,6 +38,7 @@ from util.files import check_outside_images, make_folder
 from util.logger import log
 from util.runs.session import run_script
 from util.settings import Parser
+from util.settings.value_types import non_negative
 from util.settings.words import to_words
 
 FORMATS = ("coco", "voc", "yolo", "labelme")
@@ -98,7 +99,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--num_workers",
-        type=int,
+        type=non_negative(),
         default=2,
         metavar="N",
         help="number of processes that decode images",
@@ -107,7 +108,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _val_fraction(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}: 20 % is 0.2")
     return value
@@ -136,6 +140,9 @@ def main(args: argparse.Namespace) -> None:
     part = make_folder(folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}"))
     try:
         ids = number_classes(list(splits.values()))
+        if not ids:
+            log_dropped(dropped)
+            raise UserError(f"{args.annotations} has no class: a detector needs one")
         statistics = write_dataset(part, splits, ids, copy=args.copy)
         source = {"format": args.format, "annotations": args.annotations}
         write_report(part, {**source, "seed": args.seed, "class_ids": ids, **statistics}, dropped)

@@ -233,16 +233,22 @@ def _pool(images: Sequence[_Image], matches: Sequence[np.ndarray], threshold: fl
 def _best_threshold(
     images: Sequence[_Image], matches: Sequence[np.ndarray]
 ) -> tuple[float, float, float]:
-    """Return the score with the best F1, and precision and recall there."""
+    """Return the score with the best F1, and precision and recall of the detections from that score on."""
     scores, _, is_right = _pool(images, matches, IOU_THRESHOLDS[0])
     total = sum(len(image.labels) for image in images)
     order = np.argsort(-scores, kind="stable")
-    hits = is_right[order].cumsum()
+    ranked, hits = scores[order], is_right[order].cumsum()
     if not total or not len(hits) or not hits[-1]:
         return DEFAULT_THRESHOLD, 0.0, 0.0
-    counts = np.arange(1, len(hits) + 1)
+    # A threshold keeps all detections of one score or none: bfloat16 gives many of them the same.
+    last = np.flatnonzero(np.append(ranked[1:] < ranked[:-1], True))  # of each score
+    counts, hits = last + 1, hits[last]
     best = int((2 * hits / (counts + total)).argmax())
-    return float(scores[order][best]), float(hits[best] / counts[best]), float(hits[best] / total)
+    return (
+        float(ranked[last[best]]),
+        float(hits[best] / counts[best]),
+        float(hits[best] / total),
+    )
 
 
 def _count_confusions(

@@ -72,7 +72,8 @@ class ErrorSummary:
         threshold: lowest score that counts in `errors`.
         num_objects: objects without crowds.
         ap50: AP at an IoU of 0.5 of all detections, whatever their score; -1 without ground truth.
-        gains: error type -> how much higher `ap50` would be without its errors, one type at a time.
+        gains: error type -> how much higher `ap50` would be without its errors, one type at a time; 0 for missed
+            objects if there are no others.
     """
 
     errors: list[Error]
@@ -118,8 +119,8 @@ class ErrorEvaluator(CocoEvaluator):
         ap50 = self._ap50(rows, objects)
         gains = {}
         for kind in ERROR_TYPES:
-            fixed = corrected(rows, objects, all_errors, kind)
-            gains[kind] = self._ap50(*fixed) - ap50
+            fixed = self._ap50(*corrected(rows, objects, all_errors, kind))
+            gains[kind] = fixed - ap50 if fixed >= 0 else 0.0  # every object is missed: none left
         num_objects = sum(not a["iscrowd"] for a in objects)
         return ErrorSummary(errors, threshold, num_objects, ap50, gains)
 

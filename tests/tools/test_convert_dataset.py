@@ -392,6 +392,14 @@ def test_faults_of_text_and_json_files(tmp_path: Path) -> None:
     assert "nobody.txt" in found["image missing"]
     assert len(read(tmp_path / "out")["plain.png"][1]) == 3  # a confidence is no fault
 
+    yaml = tmp_path / "yolo" / "data.yaml"
+    yaml.write_text("train: images/plain.png\nnames: [cat]\n")  # an image in place of a folder
+    with pytest.raises(UserError, match=r"plain.png can't be read as a list of image paths"):
+        convert("--format", "yolo", "--annotations", yaml, "--output_dir", tmp_path / "no")
+    yaml.write_text("train: images\nnames: [cat, a, b, c, dog]\nkpt_shape: [many, 2]\n")
+    convert("--format", "yolo", "--annotations", yaml, "--output_dir", tmp_path / "pose")
+    assert len(read(tmp_path / "pose")["plain.png"][1]) == 3, "no keypoints without a usable shape"
+
     words = write_labelme_export(tmp_path / "labelme")
     shapes = [
         {"label": "cat", "points": [[1, 1], [9, 9]], "shape_type": "circle"},
@@ -458,7 +466,9 @@ def test_orientation_that_no_size_tells_is_reported(tmp_path: Path) -> None:
     assert "--exif apply" in lines[-1]
 
 
-def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     words = ["--format", "coco", *write_coco_export(tmp_path / "export")]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
@@ -471,13 +481,30 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(UserError, match=message):
             convert(*words, *flags)
-    for change in ({"categories": [{"name": "cat"}]}, {"images": [7]}, {"annotations": [None]}):
+    for change in (
+        {"categories": [{"name": "cat"}]},
+        {"categories": [{"id": "one", "name": "cat"}]},
+        {"images": [7]},
+        {"images": [{"id": "x1", "file_name": "plain.png"}]},
+        {"annotations": [None]},
+    ):
         broken = tmp_path / "broken.json"
         broken.write_text(json.dumps({"images": [], "annotations": [], "categories": [], **change}))
         with pytest.raises(UserError, match="broken.json: an entry of 'images'"):
             convert(*words, "--annotations", broken, "--output_dir", tmp_path / "out")
+    content = json.loads((tmp_path / "export" / "instances.json").read_text())
+    broken.write_text(json.dumps({**content, "categories": [], "annotations": []}))
+    with pytest.raises(UserError, match="broken.json has no class"):
+        convert(*words, "--annotations", broken, "--output_dir", tmp_path / "out")
     broken.unlink()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+    for flag, value, message in (
+        ("--num_workers", "-1", "must be 0 or more, got -1"),
+        ("--val_fraction", "a fifth", "must be at least 0 and below 1, got a fifth"),
+    ):
+        with pytest.raises(SystemExit):
+            convert_dataset.parse([*map(str, words), "--output_dir", "out", flag, value])
+        assert message in capsys.readouterr().err
     # Nothing is left of a conversion that failed.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "full"]
 

@@ -79,7 +79,10 @@ def test_attention(root: Path, tmp_path: Path) -> None:
         (("--layer", 1), "--layer 1: encoder and decoder have 1 and 2 layers; give 0 to 0"),
         (("--head", 8), "--head 8: this detector has 8; give 0 to 7"),
         (("--points", 3), "--points has 1 numbers"),
-        (("--points", 3, 4000), "outside of the image"),
+        (
+            ("--points", 3, 4000),
+            r"--points 3 4000 is outside of 000\..*, which has \d+ x \d+ pixels",
+        ),
         (("--images", "nowhere"), "nowhere does not exist"),
     ],
 )
@@ -114,9 +117,9 @@ def test_samples_of_labelled_and_pretext_data(root: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"already has samples.png"):
         draw(*labelled, "--output_dir", tmp_path / "a")
     assert size(first) == (4, 4)
-    pretext = ("--pretext", "random_query_patch", *PRETEXT_FLAGS)
+    # As in main.py, unlabelled images are enough to say that it is a pretext.
     images = ("--imagenet_path", root / "images", "--count", 1)
-    draw("samples", *RUN_FLAGS, *pretext, *images, "--output_dir", tmp_path / "c")
+    draw("samples", *RUN_FLAGS, *PRETEXT_FLAGS, *images, "--output_dir", tmp_path / "c")
     assert size(tmp_path / "c" / "samples.png")[0] > 280, "with a strip of patches"
     with pytest.raises(UserError, match="add --output_dir"):
         draw(*labelled)

@@ -34,7 +34,7 @@ def read_coco(images: str, annotations: str, dropped: Dropped) -> Export:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{annotations}: an entry of 'images', 'annotations' or 'categories' can't be read "
-            f"({type(error).__name__}: {error}): each image and category needs an id, and sizes are numbers"
+            f"({type(error).__name__}: {error}): ids of images and categories are whole numbers, and sizes are numbers"
         ) from error
 
 
@@ -45,14 +45,14 @@ def _parse(
     texts: SegmentationTexts,
     dropped: Dropped,
 ) -> Export:
-    names = {row["id"]: str(row.get("name") or row["id"]) for row in content["categories"]}
+    names = {_id(row): str(row.get("name") or row["id"]) for row in content["categories"]}
     # Classes are matched by name. Of two categories with one name, the first gives the id.
     class_ids: dict[str, int] = {}
     for category_id, name in sorted(names.items()):
         class_ids.setdefault(name, category_id)
 
     by_id = _images_by_id(content["images"], source, index, dropped)
-    listed = {row["id"] for row in content["images"]}
+    listed = {_id(row) for row in content["images"]}
     for row in content["annotations"]:
         place = f"annotation {row.get('id')}"
         image = by_id.get(row.get("image_id"))
@@ -63,6 +63,17 @@ def _parse(
             found = _to_object(row, names, place, texts, image, dropped)
             image.objects += [found] if found else []
     return Export(list(by_id.values()), class_ids)
+
+
+def _id(row: dict[str, Any]) -> int:
+    """Return the id of an image or a category. Training refuses others than whole numbers.
+
+    Raises:
+        KeyError, TypeError: it has no such id.
+    """
+    if not isinstance(row["id"], int):
+        raise TypeError(f"id {row['id']!r}")
+    return row["id"]
 
 
 def _images_by_id(

@@ -201,8 +201,8 @@ def _check_names(names: dict[int, str], path: str) -> dict[int, str]:
 def _pose_values(content: dict[str, Any]) -> int:
     """Return the number of keypoint values after the box; 0 in a dataset without keypoints."""
     shape = content.get("kpt_shape")
-    is_valid = isinstance(shape, list) and len(shape) == 2
-    return int(shape[0]) * int(shape[1]) if is_valid else 0
+    is_valid = isinstance(shape, list) and len(shape) == 2 and {*map(type, shape)} == {int}
+    return shape[0] * shape[1] if is_valid else 0
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -271,9 +271,19 @@ def _labels_of(folder: Path) -> Path:
 def _read_list(
     path: Path, names: dict[int, str], pose: int, dropped: Dropped
 ) -> list[LabelledImage]:
-    """Read a text file with one image per line, relative to its folder, as CVAT writes it."""
+    """Read a text file with one image per line, relative to its folder, as CVAT writes it.
+
+    Raises:
+        UserError: it is no text file.
+    """
+    try:
+        lines = read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} can't be read as a list of image paths ({error}): give a folder or such a list in data.yaml"
+        ) from error
     found = []
-    for line in filter(str.strip, read_lines(path)):
+    for line in filter(str.strip, lines):
         file = Path(path.parent, line.strip())
         if (
             not file.is_file()

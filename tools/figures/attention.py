@@ -119,7 +119,17 @@ class Scene:
 def look(
     predictor: Predictor, picture, args: Namespace, points: list[tuple[float, float]] | None
 ) -> Scene:
-    """Detect the objects of an image and record the attention of `--layer`."""
+    """Detect the objects of an image and record the attention of `--layer`.
+
+    Raises:
+        UserError: a point is outside of the image.
+    """
+    height, width = picture.image.shape[-2:]
+    for x, y in points or []:
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError(
+                f"--points {x:g} {y:g} is outside of {picture.name}, which has {width} x {height} pixels"
+            )
     found, attention = predictor.attention(picture.image, threshold=0.0, layers=[args.layer])
     objects, limit = found.above(args.threshold), MAX_OBJECTS
     if not len(objects):
@@ -130,8 +140,7 @@ def look(
             found.best_score,
         )
         objects, limit = found, 3
-    if len(objects) > limit:
-        objects = objects.above(float(objects.scores[limit - 1]))
+    objects = objects.best(limit)
     image, factor = fit_image(to_array(picture.image), SIDE)
     return Scene(image, factor, objects, attention, points or _centers(objects))
 

@@ -15,17 +15,18 @@ from util.settings.value_types import non_negative
 from visualization import NUM_IMAGES, write_samples
 
 PAGE = "samples.png"
+PRETRAINING_FLAGS = ("--pretext", "--imagenet_path")
 
 
 def make_parser(title: str, headline: str, words: list[str]) -> Parser:
     """Return a parser with all flags of the script that would train on the samples."""
-    pretrains = any(word.split("=")[0] == "--pretext" for word in words)
+    pretrains = any(word.split("=")[0] in PRETRAINING_FLAGS for word in words)
     parser = Parser(
         title,
         parents=[script_parser(PRETRAIN if pretrains else FINETUNE)],
         description=headline,
         usage="%(prog)s --output_dir DIR [--checkpoint PATH] [--epoch N] [--count N] [flags of finetune_main.py; "
-        "with --pretext those of main.py]",
+        "with --pretext or --imagenet_path those of main.py]",
     )
     add_count_flag(parser, NUM_IMAGES)
     parser.add_argument(

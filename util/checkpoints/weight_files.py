@@ -237,7 +237,7 @@ def fetch(url: str, schemes: tuple[str, ...] = HTTPS) -> Path:
         raise UserError(
             f"cannot download {name} from {url} ({_first_line(error)}); "
             f"download it elsewhere and put it at {path}"
-        ) from error
+        ) from None  # in a notebook, the errors of the connection would fill the screen above this line
     return path
 
 

@@ -4,7 +4,7 @@ Images are uint8 [H, W, 3] in RGB, boxes (x1, y1, x2, y2) in pixels of their ima
 NumPy arrays, lists or tensors on the CPU. Letters: N boxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 from util.plots.fonts import font_for, legible
 
 Color = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
 
 # Colors that stand out from images and that color-blind readers can tell apart.
 PALETTE: tuple[Color, ...] = (
@@ -59,9 +60,12 @@ def draw_boxes(
         # Pillow rejects boxes whose corners are swapped, which a detector may predict.
         corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
         draw.rectangle(corners, outline=tuple(colors[i]), width=line_width)
+    labels_xyxy: list[Rectangle] = []
     for i in order:
         if texts[i]:
-            draw_label(canvas, texts[i], clipped[i, :2], tuple(colors[i]), font_size)
+            color, corner = tuple(colors[i]), clipped[i, :2]
+            drawn = draw_label(canvas, texts[i], corner, color, font_size, others=labels_xyxy)
+            labels_xyxy.append(drawn)
     return np.asarray(canvas)
 
 
@@ -72,10 +76,16 @@ def draw_label(
     color: Color,
     font_size: float,
     centered: bool = False,
-) -> None:
+    others: Iterable[Rectangle] = (),
+) -> Rectangle:
     """Draw text on a background of `color`: above the corner (x, y), or below it at the top border of the image.
 
-    centered: draw it around (x, y) instead.
+    Args:
+        centered: draw it around (x, y) instead.
+        others: labels to stay clear of. The text moves to the right of them, if there is room in the image.
+
+    Returns:
+        The background, (x1, y1, x2, y2).
     """
     text = legible(text)
     font = font_for(text, font_size)
@@ -87,11 +97,19 @@ def draw_label(
         corner = np.asarray(corner) + (-width / 2, height / 2)
     x = min(max(corner[0], 0), max(canvas.width - width, 0))
     y = corner[1] - height if corner[1] >= height else corner[1]
-    draw.rectangle((x, y, x + width, y + height), fill=color)
+    clear = x
+    for x1, y1, x2, y2 in sorted(others):
+        if x1 <= clear + width and clear <= x2 and y1 <= y + height and y <= y2:
+            clear = x2 + 1
+    if clear + width <= canvas.width:
+        x = clear
+    background = (x, y, x + width, y + height)
+    draw.rectangle(background, fill=color)
 
     is_bright = sum(weight * value for weight, value in zip(LUMA, color, strict=True)) > 150
     text_color = (0, 0, 0) if is_bright else (255, 255, 255)
     draw.text((x + 3 - left, y + 2 - top), text, fill=text_color, font=font)
+    return background
 
 
 def _texts(count: int, labels: Any, scores: Any) -> list[str]:

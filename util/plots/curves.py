@@ -149,6 +149,8 @@ def _draw_panel(
                 color=np.divide(color, 255),
                 label=escape(legible(legend)),
                 marker="o" if has_markers else None,
+                # Hollow, so that evaluation can be told from training after one epoch, which has no lines.
+                markerfacecolor="white" if style == "--" else None,
                 markersize=3.5,
             )
 
@@ -177,7 +179,8 @@ def _style_axes(axes: Any, field: str) -> None:
     is_ap = field in FRACTIONS or field in BBOX_STATS
     axes.set_title(FRACTIONS.get(field, field.replace("_", " ")), fontsize=11)
     axes.set_xlabel("epoch")
-    axes.set_ylim(bottom=0, top=1 if is_ap else None)
+    # Above the highest value, whose marker would be cut: matplotlib's margin is small if all values are alike.
+    axes.set_ylim(bottom=0, top=1.02 if is_ap else 1.05 * axes.get_ylim()[1])
     left, right = axes.get_xlim()
     if right - left < 1:  # a single epoch, whose ticks would be fractions
         axes.set_xlim(left - 1, right + 1)

@@ -33,7 +33,6 @@ Boxes = Mapping[str, Any]
 PAGE_COLOR, TITLE_COLOR = (255, 255, 255), (120, 120, 120)
 # All sizes are in pixels.
 FONT_SIZE = 13
-CHARACTER_WIDTH = 8  # of ASCII; a title that is longer than its picture is cut
 MARGIN = 12  # around and between the cells of a page
 TITLE_HEIGHT = 20
 MAX_SIDE = 640  # larger images are scaled down to this
@@ -176,11 +175,7 @@ def panel_page(
     cells = []
     for panels in rows:
         pictures = [_draw_panel(image, boxes) for _, image, boxes in panels]
-        titles = [
-            title[: picture.shape[1] // CHARACTER_WIDTH]
-            for (title, _, _), picture in zip(panels, pictures, strict=True)
-        ]
-        cells.append(_side_by_side(pictures, titles))
+        cells.append(_side_by_side(pictures, [title for title, _, _ in panels]))
     return _save(_grid(cells, columns), out_png)
 
 
@@ -231,7 +226,7 @@ def patch_page(
 
 def sample_page(
     rows: Sequence[Mapping[str, Any]],
-    class_names: Mapping[int, str],
+    class_names: Mapping[int, str] | None,
     out_png: str | Path,
     columns: int = 2,
 ) -> Path:
@@ -242,7 +237,7 @@ def sample_page(
     Args:
         rows: Mappings with `image` including its padding, `boxes` [N, 4], `labels` [N], `title` and `patches`: M of
             uint8 [h, w, 3], cropped from the boxes, often none. They may have `masks`.
-        class_names: Label -> name.
+        class_names: Label -> name; None for boxes without classes, which get no label.
     """
     cells = []
     for row in rows:
@@ -291,16 +286,18 @@ def _resize_for_display(image: np.ndarray, boxes_xyxy_abs: Any) -> tuple[np.ndar
     factor = min(max(longest, MIN_SIDE), MAX_SIDE) / longest
     if factor == 1:
         return image, boxes
-    size_wh = (round(image.shape[1] * factor), round(image.shape[0] * factor))
+    size_wh = (max(1, round(image.shape[1] * factor)), max(1, round(image.shape[0] * factor)))
     resized = Image.fromarray(image).resize(size_wh, Image.Resampling.BICUBIC)
     return np.asarray(resized), boxes * factor
 
 
 def _draw_named_boxes(
-    image: np.ndarray, boxes: Boxes, class_names: Mapping[int, str]
+    image: np.ndarray, boxes: Boxes, class_names: Mapping[int, str] | None
 ) -> np.ndarray:
     numbers = [int(label) for label in as_list(boxes["labels"])]
-    names = [class_text(class_names.get(n, f"class {n}"), n) for n in numbers]
+    names = None
+    if class_names is not None:
+        names = [class_text(class_names.get(n, f"class {n}"), n) for n in numbers]
     return _draw_objects(image, boxes, names, [label_color(number) for number in numbers])
 
 
@@ -327,14 +324,22 @@ def _side_by_side(pictures: Sequence[np.ndarray], titles: Sequence[str]) -> Imag
     draw = ImageDraw.Draw(cell)
     x = 0
     for picture, title in zip(pictures, titles, strict=True):
-        title = legible(title)
-        font = font_for(title, FONT_SIZE)
-        while not title.isascii() and font.getlength(title) > picture.shape[1]:
-            title = title[:-1]  # letters of other scripts are wider
-        draw.text((x, 2), title, fill=TITLE_COLOR, font=font)
+        title = _fit_title(title, picture.shape[1])
+        draw.text((x, 2), title, fill=TITLE_COLOR, font=font_for(title, FONT_SIZE))
         cell.paste(Image.fromarray(picture), (x, TITLE_HEIGHT))
         x += picture.shape[1] + gap
     return cell
+
+
+def _fit_title(title: str, width: int) -> str:
+    """Return a title as it can be drawn, cut with dots if it is wider than its picture; "" if not even the dots fit."""
+    title, dots = legible(title), "..."
+    font = font_for(title, FONT_SIZE)
+    if font.getlength(title) <= width:
+        return title
+    while title and font.getlength(title + dots) > width:
+        title = title[:-1]
+    return title + dots if title else ""
 
 
 def _grid(cells: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -76,6 +76,20 @@ def test_an_object_that_is_missed_and_a_detection_of_nothing() -> None:
     ]
 
 
+def test_detections_of_one_score_are_kept_or_left_out_together() -> None:
+    truth = ground_truth((1, "a", CAT, 0), (1, "b", CAT, 0))
+    rows = np.array(
+        [
+            row(1, "b", 0.9, CAT),  # right
+            row(1, "a", 0.5, CAT),  # right
+            row(1, "c", 0.5, CAT),  # wrong, and no threshold is between it and the one above
+        ]
+    )
+    result = analyse(rows, truth)
+    assert (result.threshold, result.precision, result.recall) == (0.5, 2 / 3, 1.0)
+    assert result.confusions == {(CAT, CAT): 2, (None, CAT): 1}
+
+
 @pytest.mark.parametrize("rows", [np.zeros((0, 7)), np.array([row(1, "c", 0.9, CAT)])])
 def test_without_a_right_detection(rows: np.ndarray) -> None:
     result = analyse(rows, ground_truth((1, "a", CAT, 0)))

@@ -115,6 +115,12 @@ def test_crowds_are_neither_errors_nor_missed() -> None:
     assert kinds([crowd]) == []
 
 
+def test_nothing_is_gained_if_every_object_is_missed() -> None:
+    summary = evaluator([CAT_AT], rows((1, CAT, 0.9, (60, 60, 20, 20)))).find_errors(0.5)
+    assert summary.ap50 == 0.0
+    assert summary.gains == dict.fromkeys(ERROR_TYPES, 0.0), "an AP without objects is undefined"
+
+
 def random_case(seed: int) -> tuple[list[tuple], np.ndarray]:
     """Return objects with crowds, and detections near to them, of five images."""
     rng = np.random.default_rng(seed)
@@ -203,4 +209,4 @@ def test_ap_is_that_of_the_coco_evaluator() -> None:
 def test_nothing_to_find() -> None:
     assert evaluator([], rows((1, CAT, 0.9, (1, 1, 5, 5)))).find_errors(0.5).ap50 == -1
     summary = evaluator([CAT_AT], rows()).find_errors(0.5)
-    assert (summary.ap50, summary.counts[MISSED], summary.gains[MISSED]) == (0, 1, -1.0)
+    assert (summary.ap50, summary.counts[MISSED], summary.gains[MISSED]) == (0, 1, 0.0)

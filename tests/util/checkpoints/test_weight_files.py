@@ -279,6 +279,7 @@ def test_failed_download_names_file_url_and_path(hub, monkeypatch, error):
     with pytest.raises(UserError) as excinfo:
         load_checkpoint(url)
     one_line(excinfo, "detr-r50-e632da11.pth", url, hub / "detr-r50-e632da11.pth")
+    assert excinfo.value.__suppress_context__, "a notebook shows this error alone"
 
 
 def test_url_without_a_file_name_is_refused():

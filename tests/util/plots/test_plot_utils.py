@@ -15,7 +15,8 @@ from util.errors import UserError
 from util.plots import boxes, curves
 from util.plots.boxes import draw_boxes
 from util.plots.curves import curve, plot_curves, plot_logs
-from util.plots.pages import patch_page, prediction_page
+from util.plots.fonts import font_for
+from util.plots.pages import FONT_SIZE, _fit_title, patch_page, prediction_page, sample_page
 from util.runs.log import read_log
 
 BLACK = np.zeros((100, 200, 3), np.uint8)
@@ -98,6 +99,11 @@ def test_plot_logs_draws_training_and_evaluation(tmp_path: Path, figures: list) 
     out = plot_logs(run, ("loss", "loss_of_nobody", "mAP"), tmp_path / "curves.png")
     assert picture(out).std() > 0
     loss, ap = figures[0].axes
+    assert loss.get_ylim()[1] > 1.04 * 6.0, "markers of the highest value are not cut"
+    assert ap.get_ylim() == (0, 1.02)
+    faces = [line.get_markerfacecolor() for line in loss.lines]
+    # After one epoch there are no lines, only markers.
+    assert [isinstance(face, str) and face == "white" for face in faces] == [False, True]
     assert {line.get_label(): list(line.get_ydata()) for line in loss.lines} == {
         "training": [5.0, 4.0],
         "evaluation": [6.0, 5.5],
@@ -167,6 +173,50 @@ def test_draw_boxes_takes_tensors_and_invalid_boxes() -> None:
     assert drawn.shape == BLACK.shape
     assert drawn.max() > 0
     assert (draw_boxes(BLACK, torch.zeros(0, 4)) == BLACK).all()
+
+
+def test_a_label_does_not_cover_another() -> None:
+    red, green = (255, 0, 0), (0, 255, 0)
+    both = [[20, 40, 120, 90], [24, 40, 100, 80]]  # the second label is drawn last
+
+    def label_pixels(image: np.ndarray, color: tuple) -> int:
+        return int((image[:39] == color).all(-1).sum())  # above both boxes
+
+    alone = draw_boxes(BLACK, both[:1], ["ring 0.57"], None, [red])
+    found = draw_boxes(BLACK, both, ["ring 0.57", "disc"], None, [red, green])
+    assert label_pixels(found, red) == label_pixels(alone, red) > 100
+    assert label_pixels(found, green) > 100
+    # Without room on the right it stays at its box.
+    narrow = draw_boxes(BLACK[:, :80], both, ["ring 0.57", "disc"], None, [red, green])
+    assert (narrow[30, 24:30] == green).all()
+
+
+def test_a_title_that_is_cut_says_so() -> None:
+    title = "classification (20): image 7, IoU 0.57"
+    assert _fit_title(title, 300) == title
+    cut = _fit_title(title, 100)
+    assert cut.endswith("...")
+    assert title.startswith(cut[:-3])
+    assert len(cut) > 8
+    assert font_for(cut, FONT_SIZE).getlength(cut) <= 100
+    assert _fit_title(title, 1) == ""
+
+
+def test_an_image_of_one_line_is_drawn(tmp_path: Path) -> None:
+    nothing = {"boxes": [], "labels": [], "scores": []}
+    line = np.zeros((1, 2000, 3), np.uint8)
+    page = picture(prediction_page([(line, nothing, nothing)], {}, tmp_path / "page.png"))
+    assert page.shape[1] > 2 * 640
+
+
+def test_boxes_without_classes_have_no_label(tmp_path: Path) -> None:
+    row = {"image": BLACK, "boxes": [[20, 40, 60, 90]], "labels": [1], "patches": [], "title": ""}
+    pages = [
+        picture(sample_page([row], names, tmp_path / "page.png"))
+        for names in (None, {}, {1: "cat"})
+    ]
+    colored = [int((page == boxes.label_color(1)).all(-1).sum()) for page in pages]
+    assert 0 < colored[0] < min(colored[1:]), "the frame, and the background of the labels"
 
 
 def test_a_label_has_the_same_color_in_all_images() -> None:
