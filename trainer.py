@@ -33,7 +33,7 @@ from util.distributed import (
 from util.errors import NonFiniteLoss, StopRequested, UserError
 from util.files import link_or_copy
 from util.logger import format_seconds, log
-from util.random_state import get_rng_states, set_rng_states
+from util.random_state import get_rng_states, set_rng_states, unchanged_rng_states
 from util.runs.background import BackgroundWriter, copy_to_host
 from util.runs.boards import Board
 from util.runs.compilation import Compilation, compile_detector
@@ -252,6 +252,7 @@ def _fit(run: Run) -> None:
         run.boards = _open_boards(run)
     # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
+        run.numbered = _find_numbered(run)
         _finish_epoch(run)
     if run.epoch >= run.epochs:
         log.warning(
@@ -328,8 +329,22 @@ def _train_and_save(run: Run) -> None:
     # As published, a numbered checkpoint before each drop of the learning rate. Saved before the evaluation, which may
     # be long and may be killed.
     is_numbered = lr_dropped or run.epoch % run.save_every == 0
-    run.numbered = f"checkpoint{run.epoch - 1:04d}.pth" if is_numbered else None
-    save(run, [LATEST, run.numbered] if run.numbered else [LATEST])
+    run.numbered = _numbered_name(run.epoch - 1) if is_numbered else None
+    save(run, [*_names_of_epoch(run), LATEST])
+
+
+def _numbered_name(epoch: int) -> str:
+    return f"checkpoint{epoch:04d}.pth"
+
+
+def _names_of_epoch(run: Run) -> list[str]:
+    return [run.numbered] if run.numbered else []
+
+
+def _find_numbered(run: Run) -> str | None:
+    """Return the name of the numbered checkpoint that an earlier start has saved for the epoch before, if any."""
+    name = _numbered_name(run.epoch - 1)
+    return name if run.folder is not None and (run.folder / name).exists() else None
 
 
 def _start_epoch(run: Run) -> None:
@@ -343,7 +358,8 @@ def _finish_epoch(run: Run) -> None:
     if run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0):
         # The epoch is saved already, so a signal may end the evaluation at once.
         averaged = run.average.applied() if run.average else nullcontext()
-        with run.stop_signal.immediately(), averaged:
+        # A killed run repeats the evaluation or does not: training must not depend on it.
+        with run.stop_signal.immediately(), averaged, unchanged_rng_states():
             values = run.evaluate(run.model, run.epoch - 1)
         record.update(values)
         _save_if_best(run, values)
@@ -358,17 +374,16 @@ def _finish_epoch(run: Run) -> None:
     if run.compilation is not None:
         run.compilation.log_counts()
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
-        run.on_epoch_end()
+        with unchanged_rng_states():
+            run.on_epoch_end()
 
 
 def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:
     ap = main_metric(values)
     if ap > run.best_ap:
         run.best_ap = ap
-        names = [LATEST, BEST]
-        if run.numbered:  # it was saved before its epoch's AP was known
-            names.append(run.numbered)
-        save(run, names)
+        # The numbered one was saved before its epoch's AP was known. The best one says that all are written.
+        save(run, [*_names_of_epoch(run), LATEST, BEST])
 
 
 # ------------------------------------------------------------------------------------------------------------- dry run
@@ -418,7 +433,10 @@ def dry_run(run: Run) -> None:
 
 
 def save(run: Run, names: list[str]) -> None:
-    """Write the checkpoint once under the first name and link the others to it.
+    """Write the checkpoint once under the first name and link the others to it, one after the other.
+
+    A run that is killed in between continues from the epoch before if LATEST is missing, and repeats the evaluation if
+    BEST is, which comes after it: then all of them are written again.
 
     Collective: all ranks must call it, rank 0 writes.
     """

@@ -15,7 +15,7 @@ from util.files import link_or_copy
 def test_new_best_epoch_writes_checkpoint_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once before the evaluation, which may be killed, and once with its AP. The best one links to the second."""
+    """Once before the evaluation, which may be killed, and once with its AP. Other names link to the same file."""
     original, written = trainer.save_checkpoint, []
 
     def counted(checkpoint, path: Path) -> None:
@@ -35,7 +35,7 @@ def test_new_best_epoch_writes_checkpoint_twice(
         tmp_path / "run",
         *FROZEN,
     )
-    assert written == ["checkpoint.pth", "checkpoint.pth"]
+    assert written == ["checkpoint0000.pth", "checkpoint0000.pth"]
     latest, best = (
         read_checkpoint(tmp_path / "run" / name)
         for name in ("checkpoint.pth", "checkpoint_best.pth")
