@@ -31,7 +31,7 @@ from util.distributed import (
     unwrap_model,
 )
 from util.errors import NonFiniteLoss, StopRequested, UserError
-from util.files import link_or_copy
+from util.files import disk_errors, link_or_copy
 from util.logger import format_seconds, log
 from util.random_state import get_rng_states, set_rng_states, unchanged_rng_states
 from util.runs.background import BackgroundWriter, copy_to_host
@@ -42,6 +42,7 @@ from util.runs.meters import Averages, peak_host_memory
 from util.runs.nonfinite import FOLDER as NONFINITE
 from util.runs.nonfinite import NonFiniteGuard
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.runs.optional_files import training_continues
 from util.runs.profiling import StepProfiler
 from util.runs.resuming import (
     NO_AP,
@@ -235,8 +236,7 @@ def fit(run: Run) -> None:
                 saved = f"saved in {run.folder}; continue with --resume auto"
             raise type(stop)(f"{stop}; {saved}") from None
         finally:
-            for board in run.boards:
-                board.close()
+            _tell_boards(run, lambda board: board.close())
             run.boards = []
 
 
@@ -291,9 +291,20 @@ def _open_boards(run: Run) -> list[Board]:
 
 
 def _log_step(run: Run, record: dict[str, Any]) -> None:
-    append_step(run.folder, record)
-    for board in run.boards:
-        board.add_step(record)
+    with training_continues():
+        append_step(run.folder, record)
+    _tell_boards(run, lambda board: board.add_step(record))
+
+
+def _tell_boards(run: Run, tell: Callable[[Board], None]) -> None:
+    """Call a function with each board. Training continues without one that can't be written any more."""
+    for board in list(run.boards):
+        try:
+            with disk_errors("write", run.folder or "the board"):
+                tell(board)
+        except UserError as error:
+            log.error("training continues without %s: %s", type(board).__name__, error)
+            run.boards.remove(board)
 
 
 def _inspect_folder(run: Run) -> float:
@@ -369,12 +380,11 @@ def _finish_epoch(run: Run) -> None:
     record["n_parameters"] = num_trainable
     record["train_seconds"] = round(run.seconds, 1)
     append_log(run.folder, record)
-    for board in run.boards:
-        board.add_epoch(record)
+    _tell_boards(run, lambda board: board.add_epoch(record))
     if run.compilation is not None:
         run.compilation.log_counts()
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
-        with unchanged_rng_states():
+        with unchanged_rng_states(), training_continues():
             run.on_epoch_end()
 
 
@@ -443,7 +453,7 @@ def save(run: Run, names: list[str]) -> None:
     run.writer.wait()
     state = checkpoint_state(run)
     if run.folder is not None and is_main_process():
-        _replace_later(run, run.folder)
+        _replace_later(run.folder, *_position(run))
         first, *others = (run.folder / name for name in names)
         save_checkpoint(state, first)
         for path in others:
@@ -462,17 +472,26 @@ def save_step(run: Run) -> None:
     if run.folder is None or not is_main_process():
         return
     run.writer.wait()
-    _replace_later(run, run.folder)
     entries = copy_to_host(state.to_dict())
-    folder, step = run.folder, run.step
-    run.writer.start(lambda: write_step_checkpoint(folder, step, entries, run.keep_last))
+    folder, keep_last, (epoch, step) = run.folder, run.keep_last, _position(run)
+
+    def write() -> None:
+        _replace_later(folder, epoch, step)
+        write_step_checkpoint(folder, step, entries, keep_last)
+
+    run.writer.start(write)
 
 
-def _replace_later(run: Run, folder: Path) -> None:
+def _position(run: Run) -> tuple[int, int]:
+    """Return the first epoch without a log line yet, and the number of optimizer steps done."""
+    # The epoch that awaits its evaluation, or the next one.
+    return run.epoch - (run.pending is not None), run.step
+
+
+def _replace_later(folder: Path, epoch: int, step: int) -> None:
     """Before the first checkpoint after going back: put away what the folder has of later epochs and steps."""
-    # The first epoch without a log line yet: the one that awaits its evaluation, or the next one.
-    keep_replaced_log(folder, run.epoch - (run.pending is not None))
-    remove_later_steps(folder, run.step)
+    keep_replaced_log(folder, epoch)
+    remove_later_steps(folder, step)
 
 
 def _weights(run: Run) -> Checkpoint:
