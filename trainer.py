@@ -24,13 +24,14 @@ from util.distributed import (
     all_gather_object,
     barrier,
     broadcast_tensors,
+    collective,
     compute_on_rank0,
     get_rank,
     get_world_size,
     is_main_process,
     unwrap_model,
 )
-from util.errors import NonFiniteLoss, StopRequested, UserError
+from util.errors import LostProcess, NonFiniteLoss, StopRequested, UserError
 from util.files import disk_errors, link_or_copy
 from util.logger import format_seconds, log
 from util.random_state import get_rng_states, set_rng_states, unchanged_rng_states
@@ -192,12 +193,13 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
     device_ids = [device] if device.type == "cuda" else None
     # Constants, such as frozen norms, need not be sent in each forward pass: all ranks have the same.
     has_live_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
-    return DistributedDataParallel(
-        model,
-        device_ids=device_ids,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=has_live_norm,
-    )
+    with collective("the comparison of the models by DistributedDataParallel"):
+        return DistributedDataParallel(
+            model,
+            device_ids=device_ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=has_live_norm,
+        )
 
 
 def _update_num_epochs(run: Run) -> None:
@@ -221,6 +223,7 @@ def fit(run: Run) -> None:
     """Train to the last epoch. Each epoch ends with the scheduler step, a checkpoint, the evaluation and a log line.
 
     Raises:
+        LostProcess: another process died or did not come to a collective; nothing is saved.
         NonFiniteLoss: too many steps in a row had a NaN or infinite loss or gradient; the run is saved.
         StopRequested: a signal asked to stop; the run is saved, also in the middle of an epoch.
     """
@@ -235,6 +238,11 @@ def fit(run: Run) -> None:
             if run.folder is not None:
                 saved = f"saved in {run.folder}; continue with --resume auto"
             raise type(stop)(f"{stop}; {saved}") from None
+        except LostProcess as lost:
+            raise LostProcess(
+                f"{lost}: epoch {run.epoch + 1}, after {run.step} steps; the output of the other process may say why; "
+                "continue with --resume auto, or give processes more time with --dist_timeout_minutes"
+            ) from lost
         finally:
             _tell_boards(run, lambda board: board.close())
             run.boards = []

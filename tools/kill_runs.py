@@ -18,6 +18,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
@@ -65,8 +67,9 @@ POLL_SECONDS = 0.002
 # ------------------------------------------------------------------------------------------------------- one process
 
 
-def _train(argv: list[str], output: Path) -> None:
+def train(coco: Path, folder: Path, output: Path) -> None:
     """Run finetune_main.py in this process, with its output in a file."""
+    argv = [*FLAGS, "--coco_path", str(coco), "--output_dir", str(folder)]
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -74,16 +77,24 @@ def _train(argv: list[str], output: Path) -> None:
 
 
 class Trainer:
-    """Starts processes that train the same run. They are forked from this one, which has imported everything."""
+    """Starts processes that train a run. They are forked from this one, which has imported everything.
 
-    def __init__(self, coco: Path) -> None:
-        self.coco = coco
+    Args:
+        train: called in a new process with the run's folder and the file for its output.
+
+    Attributes:
+        first_file: the first file that each of these processes writes, when training begins.
+    """
+
+    first_file = SETTINGS
+
+    def __init__(self, train: Callable[[Path, Path], None]) -> None:
+        self.train = train
         self.context = multiprocessing.get_context("fork")
         torch.set_num_threads(1)  # a forked process has no threads
 
     def start(self, folder: Path) -> BaseProcess:
-        argv = [*FLAGS, "--coco_path", str(self.coco), "--output_dir", str(folder)]
-        process = self.context.Process(target=_train, args=(argv, self.output_of(folder)))
+        process = self.context.Process(target=self.train, args=(folder, self.output_of(folder)))
         process.start()
         return process
 
@@ -101,20 +112,20 @@ class Trainer:
 
 
 def kill_in_training(
-    process: BaseProcess, folder: Path, written_before: float, seconds: float
+    process: BaseProcess, first_file: Path, written_before: float, seconds: float
 ) -> str | None:
     """Kill a process so many seconds after it began to train. Return what it did then; None if it ended before.
 
-    written_before: time of the args.json that an earlier process wrote; training begins when this one has written it.
+    written_before: time of the `first_file` that an earlier process wrote; this one writes it when training begins.
     """
-    while process.is_alive() and time_of(folder / SETTINGS) == written_before:
+    while process.is_alive() and time_of(first_file) == written_before:
         time.sleep(POLL_SECONDS)
     process.join(seconds)
     if not process.is_alive():
         return None
     stopped = psutil.Process(process.pid)
     stopped.suspend()  # so that nothing changes while it is looked at
-    moment = moment_of(stopped, folder)
+    moment = moment_of(stopped, first_file.parent)
     process.kill()
     process.join()
     return moment
@@ -188,11 +199,14 @@ def _difference(ours: Any, expected: Any, where: str) -> str | None:
 
 
 def train_undisturbed(trainer: Trainer, folder: Path) -> float:
-    """Train a run to its end. Return the seconds since its args.json, when training began."""
+    """Train a run to its end. Return the seconds since training began."""
     process = trainer.start(folder)
+    while process.is_alive() and not (folder / trainer.first_file).exists():
+        time.sleep(POLL_SECONDS)
+    start = time.monotonic()
     process.join()
     trainer.check_finished(process, folder)
-    return time_of(folder / "result.html") - time_of(folder / SETTINGS)
+    return time.monotonic() - start
 
 
 def train_with_kills(
@@ -201,11 +215,12 @@ def train_with_kills(
     """Train a run to its end with at most so many kills, within `seconds` of each start. Return their moments."""
     moments: list[str] = []
     while True:
-        before = time_of(folder / SETTINGS)
+        first_file = folder / trainer.first_file
+        before = time_of(first_file)
         process = trainer.start(folder)
         moment = None
         if len(moments) < most:
-            moment = kill_in_training(process, folder, before, random.uniform(0, seconds))
+            moment = kill_in_training(process, first_file, before, random.uniform(0, seconds))
         if moment is None:
             process.join()
             trainer.check_finished(process, folder)
@@ -232,7 +247,8 @@ def main(args: Namespace) -> None:
     folder = args.output_dir or Path(tempfile.mkdtemp(prefix="kill_runs_"))
     make_folder(folder, ["whole"])
     random, moments, runs = Random(args.seed), Counter(), 0
-    trainer = Trainer(write_coco(folder / "coco", IMAGES, num_val=2, size=64))
+    coco = write_coco(folder / "coco", IMAGES, num_val=2, size=64)
+    trainer = Trainer(partial(train, coco))
     seconds = train_undisturbed(trainer, folder / "whole")
     bar = Progress(args.kills, "kills")
     try:

@@ -20,6 +20,7 @@ from util.checkpoints.adoption import settings_from_checkpoint
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.checkpoints.newest import resolve_resume_path
 from util.distributed import (
+    TIMEOUT_MINUTES,
     all_gather_object,
     barrier,
     get_rank,
@@ -68,7 +69,9 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     script = script or values.get("script") or FINETUNE
     given = given_flags(values)
     device = init_distributed(
-        given.get("device") or default_device(), given.get("dist_url") or "env://"
+        given.get("device") or default_device(),
+        given.get("dist_url") or "env://",
+        given.get("dist_timeout_minutes") or TIMEOUT_MINUTES,
     )
 
     given = _resolve_resume_and_seed(given)
