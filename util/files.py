@@ -42,7 +42,7 @@ def write_atomically(
     Args:
         write: Called with the binary file to fill.
         shared: Several processes may write to `path` at the same time; the last one wins. Each temporary file has a
-            unique name, so that of a killed process stays. Without `shared`, the next writer of `path` reuses it.
+            unique name, so that of a killed process stays. Without `shared`, the next writer of `path` replaces it.
 
     Raises:
         UserError: The disk is full, fails, or the folder is not writable.
@@ -52,6 +52,8 @@ def write_atomically(
     recorder = _ErrorRecorder(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Not opened if it exists: it may be a link to another file, of a process that was killed in `link_or_copy`.
+        temporary.unlink(missing_ok=True)
         with recorder as file:
             write(file)
             file.sync()  # before the rename, or a crash could leave the new name on an empty file
@@ -128,10 +130,16 @@ def link_or_copy(source: Path, path: Path) -> None:
     try:
         temporary.unlink(missing_ok=True)
         os.link(source, temporary)
-        os.replace(temporary, path)
     except OSError:
         with disk_errors("read", source), source.open("rb") as content:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
+        return
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise user_error("write", path, error) from error
 
 
 def make_folder(
