@@ -124,8 +124,11 @@ def kill_in_training(
     if not process.is_alive():
         return None
     stopped = psutil.Process(process.pid)
-    stopped.suspend()  # so that nothing changes while it is looked at
-    moment = moment_of(stopped, first_file.parent)
+    try:
+        stopped.suspend()  # so that nothing changes while it is looked at
+        moment = moment_of(stopped, first_file.parent)
+    except psutil.NoSuchProcess:
+        return None  # it has just ended
     process.kill()
     process.join()
     return moment
@@ -246,7 +249,8 @@ def parse(argv: list[str]) -> Namespace:
 def main(args: Namespace) -> None:
     folder = args.output_dir or Path(tempfile.mkdtemp(prefix="kill_runs_"))
     make_folder(folder, ["whole"])
-    random, moments, runs = Random(args.seed), Counter(), 0
+    random, runs = Random(args.seed), 0
+    moments: Counter[str] = Counter()
     coco = write_coco(folder / "coco", IMAGES, num_val=2, size=64)
     trainer = Trainer(partial(train, coco))
     seconds = train_undisturbed(trainer, folder / "whole")
