@@ -24,6 +24,7 @@ from models.criterion import SetCriterion
 from util.distributed import (
     all_gather_object,
     broadcast_batch_norm_stats,
+    collective,
     get_world_size,
     unwrap_model,
 )
@@ -297,9 +298,10 @@ def train_step(
     if isinstance(state.model, DistributedDataParallel) and not place.is_last:
         without_sync = state.model.no_sync()
     with without_sync:
-        _, losses, total = forward_losses(
-            state.model, state.criterion, samples, targets, state.amp, place.mean_targets
-        )
+        with collective("the forward pass (broadcast of buffers)"):
+            _, losses, total = forward_losses(
+                state.model, state.criterion, samples, targets, state.amp, place.mean_targets
+            )
 
         # Starts an asynchronous copy of the losses to the host, which overlaps with the backward pass. The flags
         # travel in the same all-reduce, so that every rank stops, and saves, after the same step. So does the gradient
@@ -310,7 +312,8 @@ def train_step(
         if is_first:
             state.optimizer.zero_grad(set_to_none=True)
         total = total / place.size if place.size > 1 else total
-        (total if state.scaler is None else state.scaler.scale(total)).backward()
+        with collective("the backward pass (all_reduce of gradients)"):
+            (total if state.scaler is None else state.scaler.scale(total)).backward()
 
     values = reader.read()
     norm = _check_norm(state, values.pop(GRAD_NORM)) if unread else {}

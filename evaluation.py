@@ -4,6 +4,7 @@ Both evaluations are called as `evaluation(model, epoch)` and return the `test_*
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from util.files import to_json, write_text
 from util.logger import log
 from util.plots.pages import prediction_page
 from util.runs.folder import ANALYSIS, BEST_IMAGES, WORST_IMAGES
+from util.runs.optional_files import training_continues
 from util.settings import FINETUNE, Settings
 from util.settings import settings as make_settings
 from util.settings.frozen import GIVEN
@@ -119,18 +121,31 @@ class Evaluation:
             log.info("no metrics: %s has no box", self.dataset.annotation_file)
 
         if self.folder is not None and is_main_process():
-            results = evaluator.results()
-            write_text(self.folder / "results.json", to_json(results))
-            if self.has_metrics:
-                _write_json(self.folder / "metrics.json", {"epoch": epoch, **values})
-                per_class_record = {"epoch": epoch, "classes": per_class}
-                if panoptic_per_class:
-                    per_class_record["panoptic"] = panoptic_per_class
-                _write_json(self.folder / "per_class.json", per_class_record)
-                self._write_analysis(evaluator.rows(), epoch)
-            rows = [_example_row(example) for example in examples]
-            prediction_page(rows, self.dataset.class_names, self.folder / "predictions.png")
+            classes = {"epoch": epoch, "classes": per_class}
+            if panoptic_per_class:
+                classes["panoptic"] = panoptic_per_class
+            # log.txt has the metrics of all epochs. With --eval these files are what the user waits for.
+            with nullcontext() if self.settings.eval else training_continues():
+                self._write_files(
+                    self.folder, evaluator, {"epoch": epoch, **values}, classes, examples
+                )
         return {f"test_{name}": value for name, value in values.items()}
+
+    def _write_files(
+        self,
+        folder: Path,
+        evaluator: Any,
+        metrics: Mapping[str, Any],
+        classes: Mapping[str, Any],
+        examples: Sequence[dict],
+    ) -> None:
+        write_text(folder / "results.json", to_json(evaluator.results()))
+        if self.has_metrics:
+            _write_json(folder / "metrics.json", metrics)
+            _write_json(folder / "per_class.json", classes)
+            self._write_analysis(evaluator.rows(), metrics["epoch"])
+        rows = [_example_row(example) for example in examples]
+        prediction_page(rows, self.dataset.class_names, folder / "predictions.png")
 
     def _write_analysis(self, rows: np.ndarray, epoch: int) -> None:
         """Write what is found, confused and missed, and draw the best and the worst images.

@@ -24,16 +24,17 @@ from util.distributed import (
     all_gather_object,
     barrier,
     broadcast_tensors,
+    collective,
     compute_on_rank0,
     get_rank,
     get_world_size,
     is_main_process,
     unwrap_model,
 )
-from util.errors import NonFiniteLoss, StopRequested, UserError
-from util.files import link_or_copy
+from util.errors import LostProcess, NonFiniteLoss, StopRequested, UserError
+from util.files import disk_errors, link_or_copy
 from util.logger import format_seconds, log
-from util.random_state import get_rng_states, set_rng_states
+from util.random_state import get_rng_states, set_rng_states, unchanged_rng_states
 from util.runs.background import BackgroundWriter, copy_to_host
 from util.runs.boards import Board
 from util.runs.compilation import Compilation, compile_detector
@@ -42,6 +43,7 @@ from util.runs.meters import Averages, peak_host_memory
 from util.runs.nonfinite import FOLDER as NONFINITE
 from util.runs.nonfinite import NonFiniteGuard
 from util.runs.optimizer import build_optimizer, build_scheduler, restore_optimizer
+from util.runs.optional_files import training_continues
 from util.runs.profiling import StepProfiler
 from util.runs.resuming import (
     NO_AP,
@@ -191,12 +193,13 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
     device_ids = [device] if device.type == "cuda" else None
     # Constants, such as frozen norms, need not be sent in each forward pass: all ranks have the same.
     has_live_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
-    return DistributedDataParallel(
-        model,
-        device_ids=device_ids,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=has_live_norm,
-    )
+    with collective("the comparison of the models by DistributedDataParallel"):
+        return DistributedDataParallel(
+            model,
+            device_ids=device_ids,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=has_live_norm,
+        )
 
 
 def _update_num_epochs(run: Run) -> None:
@@ -220,6 +223,7 @@ def fit(run: Run) -> None:
     """Train to the last epoch. Each epoch ends with the scheduler step, a checkpoint, the evaluation and a log line.
 
     Raises:
+        LostProcess: another process died or did not come to a collective; nothing is saved.
         NonFiniteLoss: too many steps in a row had a NaN or infinite loss or gradient; the run is saved.
         StopRequested: a signal asked to stop; the run is saved, also in the middle of an epoch.
     """
@@ -234,9 +238,13 @@ def fit(run: Run) -> None:
             if run.folder is not None:
                 saved = f"saved in {run.folder}; continue with --resume auto"
             raise type(stop)(f"{stop}; {saved}") from None
+        except LostProcess as lost:
+            raise LostProcess(
+                f"{lost}: epoch {run.epoch + 1}, after {run.step} steps; the output of the other process may say why; "
+                "continue with --resume auto, or give processes more time with --dist_timeout_minutes"
+            ) from lost
         finally:
-            for board in run.boards:
-                board.close()
+            _tell_boards(run, lambda board: board.close())
             run.boards = []
 
 
@@ -252,6 +260,7 @@ def _fit(run: Run) -> None:
         run.boards = _open_boards(run)
     # The run stopped after an epoch was saved but before it was logged: evaluate and log it now.
     if run.pending is not None and not is_logged(run.folder, run.epoch - 1):
+        run.numbered = _find_numbered(run)
         _finish_epoch(run)
     if run.epoch >= run.epochs:
         log.warning(
@@ -290,9 +299,20 @@ def _open_boards(run: Run) -> list[Board]:
 
 
 def _log_step(run: Run, record: dict[str, Any]) -> None:
-    append_step(run.folder, record)
-    for board in run.boards:
-        board.add_step(record)
+    with training_continues():
+        append_step(run.folder, record)
+    _tell_boards(run, lambda board: board.add_step(record))
+
+
+def _tell_boards(run: Run, tell: Callable[[Board], None]) -> None:
+    """Call a function with each board. Training continues without one that can't be written any more."""
+    for board in list(run.boards):
+        try:
+            with disk_errors("write", run.folder or "the board"):
+                tell(board)
+        except UserError as error:
+            log.error("training continues without %s: %s", type(board).__name__, error)
+            run.boards.remove(board)
 
 
 def _inspect_folder(run: Run) -> float:
@@ -328,8 +348,22 @@ def _train_and_save(run: Run) -> None:
     # As published, a numbered checkpoint before each drop of the learning rate. Saved before the evaluation, which may
     # be long and may be killed.
     is_numbered = lr_dropped or run.epoch % run.save_every == 0
-    run.numbered = f"checkpoint{run.epoch - 1:04d}.pth" if is_numbered else None
-    save(run, [LATEST, run.numbered] if run.numbered else [LATEST])
+    run.numbered = _numbered_name(run.epoch - 1) if is_numbered else None
+    save(run, [*_names_of_epoch(run), LATEST])
+
+
+def _numbered_name(epoch: int) -> str:
+    return f"checkpoint{epoch:04d}.pth"
+
+
+def _names_of_epoch(run: Run) -> list[str]:
+    return [run.numbered] if run.numbered else []
+
+
+def _find_numbered(run: Run) -> str | None:
+    """Return the name of the numbered checkpoint that an earlier start has saved for the epoch before, if any."""
+    name = _numbered_name(run.epoch - 1)
+    return name if run.folder is not None and (run.folder / name).exists() else None
 
 
 def _start_epoch(run: Run) -> None:
@@ -343,7 +377,8 @@ def _finish_epoch(run: Run) -> None:
     if run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0):
         # The epoch is saved already, so a signal may end the evaluation at once.
         averaged = run.average.applied() if run.average else nullcontext()
-        with run.stop_signal.immediately(), averaged:
+        # A killed run repeats the evaluation or does not: training must not depend on it.
+        with run.stop_signal.immediately(), averaged, unchanged_rng_states():
             values = run.evaluate(run.model, run.epoch - 1)
         record.update(values)
         _save_if_best(run, values)
@@ -353,22 +388,20 @@ def _finish_epoch(run: Run) -> None:
     record["n_parameters"] = num_trainable
     record["train_seconds"] = round(run.seconds, 1)
     append_log(run.folder, record)
-    for board in run.boards:
-        board.add_epoch(record)
+    _tell_boards(run, lambda board: board.add_epoch(record))
     if run.compilation is not None:
         run.compilation.log_counts()
     if run.on_epoch_end is not None and run.folder is not None and is_main_process():
-        run.on_epoch_end()
+        with unchanged_rng_states(), training_continues():
+            run.on_epoch_end()
 
 
 def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:
     ap = main_metric(values)
     if ap > run.best_ap:
         run.best_ap = ap
-        names = [LATEST, BEST]
-        if run.numbered:  # it was saved before its epoch's AP was known
-            names.append(run.numbered)
-        save(run, names)
+        # The numbered one was saved before its epoch's AP was known. The best one says that all are written.
+        save(run, [*_names_of_epoch(run), LATEST, BEST])
 
 
 # ------------------------------------------------------------------------------------------------------------- dry run
@@ -418,14 +451,17 @@ def dry_run(run: Run) -> None:
 
 
 def save(run: Run, names: list[str]) -> None:
-    """Write the checkpoint once under the first name and link the others to it.
+    """Write the checkpoint once under the first name and link the others to it, one after the other.
+
+    A run that is killed in between continues from the epoch before if LATEST is missing, and repeats the evaluation if
+    BEST is, which comes after it: then all of them are written again.
 
     Collective: all ranks must call it, rank 0 writes.
     """
     run.writer.wait()
     state = checkpoint_state(run)
     if run.folder is not None and is_main_process():
-        _replace_later(run, run.folder)
+        _replace_later(run.folder, *_position(run))
         first, *others = (run.folder / name for name in names)
         save_checkpoint(state, first)
         for path in others:
@@ -444,17 +480,26 @@ def save_step(run: Run) -> None:
     if run.folder is None or not is_main_process():
         return
     run.writer.wait()
-    _replace_later(run, run.folder)
     entries = copy_to_host(state.to_dict())
-    folder, step = run.folder, run.step
-    run.writer.start(lambda: write_step_checkpoint(folder, step, entries, run.keep_last))
+    folder, keep_last, (epoch, step) = run.folder, run.keep_last, _position(run)
+
+    def write() -> None:
+        _replace_later(folder, epoch, step)
+        write_step_checkpoint(folder, step, entries, keep_last)
+
+    run.writer.start(write)
 
 
-def _replace_later(run: Run, folder: Path) -> None:
+def _position(run: Run) -> tuple[int, int]:
+    """Return the first epoch without a log line yet, and the number of optimizer steps done."""
+    # The epoch that awaits its evaluation, or the next one.
+    return run.epoch - (run.pending is not None), run.step
+
+
+def _replace_later(folder: Path, epoch: int, step: int) -> None:
     """Before the first checkpoint after going back: put away what the folder has of later epochs and steps."""
-    # The first epoch without a log line yet: the one that awaits its evaluation, or the next one.
-    keep_replaced_log(folder, run.epoch - (run.pending is not None))
-    remove_later_steps(folder, run.step)
+    keep_replaced_log(folder, epoch)
+    remove_later_steps(folder, step)
 
 
 def _weights(run: Run) -> Checkpoint:

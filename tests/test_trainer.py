@@ -1,5 +1,6 @@
 """How often a run writes its checkpoint, and under which names."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,13 +10,14 @@ import torch
 
 import trainer
 from tests.tiny import FROZEN, fine_tune, read_checkpoint, write_coco
-from util.files import link_or_copy
+from util.errors import UserError
+from util.files import link_or_copy, write_text
 
 
 def test_new_best_epoch_writes_checkpoint_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once before the evaluation, which may be killed, and once with its AP. The best one links to the second."""
+    """Once before the evaluation, which may be killed, and once with its AP. Other names link to the same file."""
     original, written = trainer.save_checkpoint, []
 
     def counted(checkpoint, path: Path) -> None:
@@ -35,7 +37,7 @@ def test_new_best_epoch_writes_checkpoint_twice(
         tmp_path / "run",
         *FROZEN,
     )
-    assert written == ["checkpoint.pth", "checkpoint.pth"]
+    assert written == ["checkpoint0000.pth", "checkpoint0000.pth"]
     latest, best = (
         read_checkpoint(tmp_path / "run" / name)
         for name in ("checkpoint.pth", "checkpoint_best.pth")
@@ -59,6 +61,31 @@ def test_link_keeps_content_when_source_is_replaced(tmp_path: Path) -> None:
     trainer_writes.write_text("new")
     os.replace(trainer_writes, first)
     assert (first.read_text(), second.read_text()) == ("new", "old")
+
+
+def test_failed_rename_of_a_link_keeps_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A temporary name that is a link must not be opened for writing: that would empty the other file."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("weights")
+    second.write_text("old")
+
+    def refuse(*_args) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(UserError, match="cannot write .*second"):
+            link_or_copy(first, second)
+    assert (first.read_text(), second.read_text()) == ("weights", "old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+    os.link(
+        first, tmp_path / ".second.tmp"
+    )  # left by a process that was killed before it renamed it
+    write_text(second, "new")
+    assert (first.read_text(), second.read_text()) == ("weights", "new")
 
 
 def test_link_falls_back_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

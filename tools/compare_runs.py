@@ -37,6 +37,7 @@ IGNORED_SETTINGS = {
     "overwrite",
     "dry_run",
     "dist_url",
+    "dist_timeout_minutes",
     "num_workers",
     "start_epoch",
     "script",

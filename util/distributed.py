@@ -1,11 +1,12 @@
 """Distributed training: launch, rank, and collectives on any backend (NCCL on GPUs, gloo on CPUs)."""
 
+import contextlib
 import datetime
-import itertools
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from util.errors import UserError
+from util.errors import LostProcess, UserError
 from util.slurm import slurm_tasks
 
 # By name: `util.logger` imports this module to ask for the rank.
@@ -22,7 +23,11 @@ log = logging.getLogger("predetr")
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # A rank that prepares data or evaluates alone may keep the others waiting for longer than PyTorch's default.
-TIMEOUT = datetime.timedelta(hours=2)
+TIMEOUT_MINUTES = 120.0
+# Time in which the other processes of a failed collective say where they wait.
+REPORT_SECONDS = 3.0
+# Gloo raises plain RuntimeErrors, which name its source files.
+GLOO = "gloo/"
 Result = TypeVar("Result")
 
 
@@ -42,9 +47,55 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
+@contextlib.contextmanager
+def collective(name: str) -> Iterator[None]:
+    """Turn the failure of a collective in the block into one line that names it, this rank, and who did not come.
+
+    With NCCL, whose collectives are asynchronous, PyTorch's watchdog ends the process instead.
+
+    Raises:
+        LostProcess: another process died, or did not come within the time limit.
+    """
+    start = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        if not (is_distributed() and (isinstance(error, dist.DistError) or GLOO in str(error))):
+            raise
+        seconds = time.monotonic() - start
+        raise LostProcess(
+            f"rank {get_rank()} waited {seconds:.1f} s in {name}, and {_others_in_collective(name)}"
+        ) from error
+
+
+def _others_in_collective(name: str) -> str:
+    """Return what the other processes do while this one has failed in a collective.
+
+    Each process that fails writes where it is to the launcher's store: who does not is stuck elsewhere, or dead.
+    """
+    others = [rank for rank in range(get_world_size()) if rank != get_rank()]
+    if not _stores:  # a group of the user's own program
+        return "another process did not come"
+    try:
+        reports = dist.PrefixStore("lost", _stores[-1])
+        reports.set(str(get_rank()), name)
+        with contextlib.suppress(dist.DistStoreError):
+            seconds = datetime.timedelta(seconds=REPORT_SECONDS)
+            reports.wait([str(rank) for rank in others], seconds)
+        found = {
+            rank: reports.get(str(rank)).decode() for rank in others if reports.check([str(rank)])
+        }
+    except RuntimeError:  # the process that has the store is gone, too
+        return "another process did not come"
+    missing = [f"rank {rank} did not come" for rank in others if rank not in found]
+    elsewhere = [f"rank {rank} was in {place}" for rank, place in found.items() if place != name]
+    return ", ".join([*missing, *elsewhere]) or "so did all others"
+
+
 def barrier() -> None:
     if is_distributed():
-        dist.barrier()
+        with collective("barrier"):
+            dist.barrier()
 
 
 def all_gather_object(obj: Any) -> list[Any]:
@@ -52,14 +103,16 @@ def all_gather_object(obj: Any) -> list[Any]:
     if not is_distributed():
         return [obj]
     gathered: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(gathered, obj)
+    with collective("all_gather of objects"):
+        dist.all_gather_object(gathered, obj)
     return gathered
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all ranks, in place, and return it."""
     if is_distributed():
-        dist.all_reduce(tensor)
+        with collective("all_reduce"):
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -67,8 +120,9 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
     """Overwrite the tensors with those of rank 0, in place."""
     if not is_distributed():
         return
-    for tensor in tensors:
-        dist.broadcast(tensor, 0)
+    with collective("broadcast of tensors"):
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def unwrap_model(model: nn.Module) -> Any:
@@ -101,7 +155,8 @@ def compute_on_rank0(compute: Callable[[], Result]) -> Result:
         except UserError as error:
             # Raising here would leave the other ranks waiting in the broadcast.
             result_or_error[1] = str(error)
-    dist.broadcast_object_list(result_or_error, src=0)
+    with collective("broadcast of what rank 0 computes"):
+        dist.broadcast_object_list(result_or_error, src=0)
 
     result, error_message = result_or_error
     if error_message is not None:
@@ -176,17 +231,22 @@ def select_device(device: str) -> torch.device:
     return wanted
 
 
-def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
+def init_distributed(
+    device: str, dist_url: str = "env://", timeout_minutes: float = TIMEOUT_MINUTES
+) -> torch.device:
     """Join the process group if torchrun, `torch.distributed.launch --use_env` or srun started this process.
 
     The backend is NCCL for GPUs and gloo for CPUs. A process that was started alone stays without a group. A second
     call has no effect.
 
+    Args:
+        timeout_minutes: How long a collective, and this function, waits for the other processes.
+
     Returns:
         The device of this process: with a group and GPUs, the GPU with the local rank.
 
     Raises:
-        UserError: The GPU does not exist.
+        UserError: The GPU does not exist, or not all processes come.
     """
     _slurm_environment()
     use_cuda = check_device(device).type == "cuda"
@@ -206,33 +266,41 @@ def init_distributed(device: str, dist_url: str = "env://") -> torch.device:
     if dist.is_initialized():
         return own_device
 
-    log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], _init_address(dist_url))
+    address = _init_address(dist_url)
+    log.info("waiting for %s processes at %s", os.environ["WORLD_SIZE"], address)
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "nccl" if use_cuda else "gloo",
-        **_meeting_place(dist_url, rank, world_size),
-        timeout=TIMEOUT,
-        world_size=world_size,
-        rank=rank,
-    )
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    try:
+        dist.init_process_group(
+            "nccl" if use_cuda else "gloo",
+            store=_meeting_place(dist_url, rank, world_size, timeout),
+            timeout=timeout,
+            world_size=world_size,
+            rank=rank,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise UserError(
+            f"rank {rank}: not all of {world_size} processes came to {address} within {timeout_minutes:g} minutes; "
+            "start all of them, or give them more time with --dist_timeout_minutes"
+        ) from error
     log.info("distributed: %d processes, %s", get_world_size(), dist.get_backend())
     return own_device
 
 
-_group_numbers = itertools.count()  # of the groups that this process joins, one after the other
+_stores: list[dist.Store] = []  # of the groups that this process joins, one after the other
 
 
-def _meeting_place(dist_url: str, rank: int, world_size: int) -> dict[str, Any]:
-    """Return where the processes of the next group meet, for `init_process_group`.
+def _meeting_place(
+    dist_url: str, rank: int, world_size: int, timeout: datetime.timedelta
+) -> dist.Store:
+    """Return the store through which the processes of the next group find each other.
 
     A program may train several times, each time in a new group. The launcher's store still has the addresses of an
-    earlier group, so that processes would wait for each other at these: a later group has keys of its own.
+    earlier group, so that processes would wait for each other at these: each group has keys of its own.
     """
-    number = next(_group_numbers)
-    if number == 0:
-        return {"init_method": dist_url}
-    store, _, _ = next(rendezvous(dist_url, rank, world_size, timeout=TIMEOUT))
-    return {"store": dist.PrefixStore(f"group_{number}", store)}
+    store, _, _ = next(rendezvous(dist_url, rank, world_size, timeout=timeout))
+    _stores.append(dist.PrefixStore(f"group_{len(_stores)}", store))
+    return _stores[-1]
 
 
 def _init_address(dist_url: str) -> str:

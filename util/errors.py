@@ -5,6 +5,14 @@ class UserError(Exception):
     """An error that the user can fix. The message is one line with the file or flag, the value and the remedy."""
 
 
+class DiskError(UserError):
+    """The disk or its network file system failed. That says nothing about the content of its files."""
+
+
+class LostProcess(UserError):
+    """A collective failed, since another process died or did not come; the message names rank and collective."""
+
+
 class NonFinite(ArithmeticError):
     """A prediction or a loss is NaN or infinite; the message names it."""
 

@@ -8,13 +8,26 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from util.errors import UserError
+from util.errors import DiskError, UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+# The disk or the connection to it fails, whatever is in the file. Windows lacks some of these names.
+_FAILURE_NAMES = (
+    "EIO",
+    "ESTALE",
+    "ETIMEDOUT",
+    "EREMOTEIO",
+    "EHOSTDOWN",
+    "ENOTCONN",
+    "ENODEV",
+    "ENXIO",
+)
+DISK_FAILS = tuple(getattr(errno, name) for name in _FAILURE_NAMES if hasattr(errno, name))
 PROBE_BYTES = 2**16  # a full disk still accepts an empty file
 
 
@@ -29,16 +42,18 @@ def write_atomically(
     Args:
         write: Called with the binary file to fill.
         shared: Several processes may write to `path` at the same time; the last one wins. Each temporary file has a
-            unique name, so that of a killed process stays. Without `shared`, the next writer of `path` reuses it.
+            unique name, so that of a killed process stays. Without `shared`, the next writer of `path` replaces it.
 
     Raises:
-        UserError: The disk is full or the folder is not writable.
+        UserError: The disk is full, fails, or the folder is not writable.
     """
     path = Path(path)
     temporary = path.with_name(f".{uuid.uuid4().hex if shared else path.name}.tmp")
     recorder = _ErrorRecorder(temporary)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Not opened if it exists: it may be a link to another file, of a process that was killed in `link_or_copy`.
+        temporary.unlink(missing_ok=True)
         with recorder as file:
             write(file)
             file.sync()  # before the rename, or a crash could leave the new name on an empty file
@@ -49,8 +64,58 @@ def write_atomically(
             temporary.unlink()
         if cause is None:
             raise
-        raise UserError(_cannot_write(path, cause)) from error
+        raise user_error("write", path, cause) from error
     return path
+
+
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Append text in UTF-8. If that fails, the file ends where it did before, so that later text is not damaged.
+
+    Raises:
+        UserError: As `write_atomically`.
+    """
+    with disk_errors("write", path), open(path, "ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            _write_all(file, text.encode("utf-8", "backslashreplace"))
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+@contextlib.contextmanager
+def disk_errors(action: str, path: str | os.PathLike) -> Iterator[None]:
+    """Turn an OSError in the block into one line: "cannot ACTION PATH: ...".
+
+    Raises:
+        DiskError: The disk or the network file system failed, or refuses access.
+        UserError: Anything else, such as a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise user_error(action, path, error) from error
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Return whether the disk or the network file system failed, or refuses access, rather than a file's content."""
+    return isinstance(error, OSError) and error.errno in (*DISK_FAILS, *READ_ONLY)
+
+
+def list_folder(folder: str | os.PathLike) -> list[str]:
+    """Return the sorted names in a folder; [] if it does not exist.
+
+    `Path.glob` takes a folder that can't be listed for an empty one.
+
+    Raises:
+        DiskError: It can't be listed.
+    """
+    with disk_errors("list", folder):
+        try:
+            return sorted(os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
 
 def link_or_copy(source: Path, path: Path) -> None:
@@ -65,10 +130,16 @@ def link_or_copy(source: Path, path: Path) -> None:
     try:
         temporary.unlink(missing_ok=True)
         os.link(source, temporary)
-        os.replace(temporary, path)
     except OSError:
-        with source.open("rb") as content:
+        with disk_errors("read", source), source.open("rb") as content:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
+        return
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise user_error("write", path, error) from error
 
 
 def make_folder(
@@ -176,15 +247,11 @@ class _ErrorRecorder:
         return self
 
     def write(self, data: bytes) -> int:
-        remaining = memoryview(data).cast("B")
-        total = len(remaining)
         try:
-            while remaining:  # an unbuffered write may be partial
-                remaining = remaining[self.file.write(remaining) :]
+            return _write_all(self.file, data)
         except OSError as error:
             self.error = self.error or error
             raise
-        return total
 
     def flush(self) -> None:
         """Do nothing: there is no buffer."""
@@ -196,12 +263,35 @@ class _ErrorRecorder:
         self.file.close()
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
+def _write_all(file: Any, data: bytes) -> int:
+    """Write to an unbuffered file, which may take a part at a time. Return the number of bytes."""
+    remaining = memoryview(data).cast("B")
+    total = len(remaining)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]
+    return total
+
+
+def user_error(action: str, path: str | os.PathLike, error: OSError) -> UserError:
+    """Return the error of one line for an action that failed on a file or folder."""
+    path = Path(path)
     reason = error.strerror or str(error)
     if error.errno in DISK_FULL:
         reason = f"disk full ({reason}{_free_space(path.parent)})"
-    kept = "the previous file is kept; " if os.path.exists(path) else ""
-    return f"cannot write {path}: {reason}; {kept}free some space or choose another --output_dir"
+    kept = "the previous file is kept; " if action == "write" and os.path.exists(path) else ""
+    kind = DiskError if is_disk_error(error) else UserError
+    return kind(f"cannot {action} {path}: {reason}; {kept}{disk_remedy(error)}")
+
+
+def disk_remedy(error: OSError) -> str:
+    """Return what the user can do about an error of the disk."""
+    if error.errno in DISK_FAILS:
+        return "check the disk or the network file system, and start again with --resume auto"
+    if error.errno in READ_ONLY:
+        return "check the permissions and how the disk is mounted"
+    if error.errno in DISK_FULL:
+        return "free some space or choose another --output_dir"
+    return "check the path"
 
 
 def _free_space(folder: Path) -> str:

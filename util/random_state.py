@@ -3,8 +3,9 @@
 The streams depend only on (seed, epoch, index), not on which dataloader worker makes the sample or when.
 """
 
+import contextlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -94,3 +95,13 @@ def set_rng_states(states: Mapping[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(state.cpu(), device)
+
+
+@contextlib.contextmanager
+def unchanged_rng_states() -> Iterator[None]:
+    """Restore the states of all global random generators at the end of the block, whatever is drawn in it."""
+    states = get_rng_states()
+    try:
+        yield
+    finally:
+        set_rng_states(states)

@@ -111,6 +111,7 @@ NOT_RUN = {
     "does a round",
     "python tools/replay.py outputs/coco/nonfinite/step_000123_rank_0.pth": "needs a step that was skipped; "
     "tests/test_engine.py writes one and replays it",
+    "python tools/kill_runs.py --kills 20": "takes minutes; tests/tools/test_kill_runs.py, marked slow, does it",
     "python tools/transfer_study.py report outputs/study --output outputs/transfer.md": "needs runs of an hour; "
     "tests/tools/study/test_report.py writes such a report",
 }

@@ -26,7 +26,7 @@ from util.checkpoints.published_layouts import infer_siamese_pretext, to_detr_na
 from util.checkpoints.weight_files import check_finite, read_weights
 from util.checkpoints.wrapper_names import strip_wrappers
 from util.errors import UserError
-from util.files import write_atomically
+from util.files import is_disk_error, user_error, write_atomically
 
 VERSION = 1
 LATEST, BEST = "checkpoint.pth", "checkpoint_best.pth"
@@ -378,10 +378,18 @@ def save_checkpoint(checkpoint: Checkpoint | Mapping[str, Any], path: str | os.P
 
 
 def read_entries(path: str | os.PathLike) -> dict[str, Any] | None:
-    """Return the entries of a checkpoint of this project without reading its tensors; None without a readable one."""
+    """Return the entries of a checkpoint of this project without reading its tensors; None without a readable one.
+
+    Raises:
+        DiskError: the disk fails, so that nothing is known about the file.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except OSError as error:
+        if is_disk_error(error):
+            raise user_error("read", path, error) from error
+        return None
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
         return None  # missing, damaged or of another format
     return content if isinstance(content, dict) else None
 

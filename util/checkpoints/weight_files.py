@@ -20,6 +20,7 @@ from util.checkpoints.pickle_scan import SAVE_TENSORS, check_file
 from util.checkpoints.safe_globals import safe_globals
 from util.distributed import is_main_process
 from util.errors import UserError
+from util.files import disk_errors, is_disk_error
 from util.logger import log
 
 try:
@@ -60,16 +61,19 @@ def read_weights(path_or_url: str | os.PathLike, map_location: Any = "cpu") -> A
     scalars and arrays, defaultdict (loaded as dict). Sizes are checked before memory is allocated for them.
 
     Raises:
+        DiskError: the disk fails, or the file may not be read.
         UserError: the file is missing, damaged, contains other classes or much more than its size, or can't be
             downloaded.
     """
     path = fetch(str(path_or_url)) if is_url(path_or_url) else Path(path_or_url).expanduser()
-    path = _file_of_folder(path)
-    _check_file(path)
-    if path.suffix == ".safetensors":
-        content = _read_safetensors(path, map_location)
-    else:
-        content = _read_torch(path, map_location)
+    # An error of the disk is none of the file: what calls this may not take another file for it.
+    with disk_errors("read", path):
+        path = _file_of_folder(path)
+        _check_file(path)
+        if path.suffix == ".safetensors":
+            content = _read_safetensors(path, map_location)
+        else:
+            content = _read_torch(path, map_location)
     check_content(content, path)
     return content
 
@@ -84,6 +88,8 @@ def _read_torch(path: Path, map_location: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # damaged files raise many types
+        if is_disk_error(error):
+            raise
         raise UserError(f"{path}: {_diagnose(path, error)}") from error
 
 
@@ -139,6 +145,8 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Any]:
         names = metadata.keys() - {PRODUCER, "format"}
         return {"model": tensors, **{name: json.loads(metadata[name]) for name in names}}
     except Exception as error:
+        if is_disk_error(error):
+            raise
         raise UserError(
             f"{path} is damaged or not a safetensors file ({_first_line(error)}); download it again"
         ) from error

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from util.errors import UserError
-from util.logger import log
+from util.runs.optional_files import training_continues
 
 THREAD_NAME = "checkpoint writer"
 
@@ -43,10 +42,9 @@ class BackgroundWriter:
             self.thread.join()
             self.thread = None
         error, self.error = self.error, None
-        if isinstance(error, UserError):
-            log.error("training continues, but %s", error)
-        elif error is not None:
-            raise error
+        with training_continues():
+            if error is not None:
+                raise error
 
     def _run(self, write: Callable[[], Any]) -> None:
         try:

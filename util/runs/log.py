@@ -8,7 +8,7 @@ from typing import Any
 
 from util.distributed import all_gather_object, is_main_process
 from util.errors import UserError
-from util.files import to_json, write_text
+from util.files import append_text, disk_errors, to_json, write_text
 
 LOG = "log.txt"
 STEP_LOG = "log_steps.txt"  # of --log_every: one JSON object every few steps
@@ -134,15 +134,19 @@ def is_logged(folder: Path | None, epoch: int) -> bool:
 
 def log_entries(folder: Path) -> list[dict[str, Any]]:
     """Return the epochs in a folder's log, as `read_log` does; [] without a log."""
-    return read_log(folder) if (folder / LOG).exists() else []
+    with disk_errors("read", folder / LOG):
+        return read_log(folder) if (folder / LOG).exists() else []
 
 
 def append_step(folder: Path | None, record: Mapping[str, object]) -> None:
-    """Append a line to the step log, on rank 0. `record` has `epoch`, from 0, and `step`, from 1 in each epoch."""
+    """Append a line to the step log, on rank 0. `record` has `epoch`, from 0, and `step`, from 1 in each epoch.
+
+    Raises:
+        UserError: the disk is full or fails; the file has whole lines only.
+    """
     if folder is None or not is_main_process():
         return
-    with (folder / STEP_LOG).open("a", encoding="utf-8") as file:
-        file.write(to_json(record) + "\n")
+    append_text(folder / STEP_LOG, to_json(record) + "\n")
 
 
 def trim_step_log(folder: Path, epoch: int, step: int) -> None:
@@ -151,9 +155,10 @@ def trim_step_log(folder: Path, epoch: int, step: int) -> None:
     A killed run leaves such lines, and maybe half a line at the end.
     """
     path = folder / STEP_LOG
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with disk_errors("read", path):
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     kept = [line for line in lines if _step_of(line) <= (epoch, step)]
     if len(kept) < len(lines):
         write_text(path, "".join(line + "\n" for line in kept))

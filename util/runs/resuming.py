@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from util.checkpoints.checkpoint import BEST, Checkpoint, read_entries
-from util.files import write_text
+from util.files import disk_errors, write_text
 from util.logger import log
 from util.runs.folder import SETTINGS, read_json_object
 from util.runs.log import LOG, UNDEFINED, log_entries, write_log
@@ -81,7 +81,8 @@ def find_best_ap(folder: Path, stored: float, data: Any, val_changed: bool) -> f
     known, now = _by_split(best.get("data_fingerprint")).get("val"), _by_split(data).get("val")
     is_other_data = known != now if (known and now) else val_changed
     if is_other_data:
-        kept = path.rename(_unused_path(path))
+        with disk_errors("rename", path):
+            kept = path.rename(_unused_path(path))
         log.warning("%s is of other validation data: it is kept as %s", path, kept.name)
         return NO_AP
     ap = best.get("best")

@@ -10,6 +10,7 @@ import threading
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from util.checkpoints.adoption import settings_from_checkpoint
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.checkpoints.newest import resolve_resume_path
 from util.distributed import (
+    TIMEOUT_MINUTES,
     all_gather_object,
     barrier,
     get_rank,
@@ -27,7 +29,9 @@ from util.distributed import (
     shutdown,
 )
 from util.errors import NonFinite, StopRequested, UserError
+from util.files import DISK_FULL, is_disk_error, user_error
 from util.logger import log, logging_to_stdout, setup_logger
+from util.runs.folder import SETTINGS, read_json_object
 from util.runs.process_state import restored_process_state
 from util.settings import FINETUNE, Settings, given_flags, resolve
 from util.settings.resolving import default_device
@@ -65,7 +69,9 @@ def start_session(args: Namespace | Mapping[str, Any], script: str | None = None
     script = script or values.get("script") or FINETUNE
     given = given_flags(values)
     device = init_distributed(
-        given.get("device") or default_device(), given.get("dist_url") or "env://"
+        given.get("device") or default_device(),
+        given.get("dist_url") or "env://",
+        given.get("dist_timeout_minutes") or TIMEOUT_MINUTES,
     )
 
     given = _resolve_resume_and_seed(given)
@@ -97,7 +103,9 @@ def _resolve_resume_and_seed(given: dict[str, Any]) -> dict[str, Any]:
             "--overwrite replaces the run that --resume auto continues; give only one of them"
         )
 
-    path = resolve_resume_path(given.get("resume"), given.get("output_dir"))
+    folder = given.get("output_dir")
+    described = read_json_object(Path(folder) / SETTINGS) if is_auto and folder else {}
+    path = resolve_resume_path(given.get("resume"), folder, described.get("settings"))
     # On a disk that not all nodes share, some ranks would not find what rank 0 found.
     if is_auto and not all(all_gather_object(path is None or os.path.exists(path))):
         raise UserError(
@@ -171,6 +179,12 @@ def run_script(
         status = 1
     except torch.OutOfMemoryError as error:
         log.error("error: %s", _out_of_memory(error))
+        status = 1
+    except OSError as error:
+        # A disk can fail at any file. What is not an error of the disk is one of this code.
+        if not (is_disk_error(error) or error.errno in DISK_FULL):
+            raise
+        log.error("error: %s", user_error("use", error.filename or "a file", error))
         status = 1
     except StopRequested as stop:
         log.error("stopped: %s", stop)

@@ -1,5 +1,6 @@
 """Checkpoints within an epoch: when they are due, and which of them stay."""
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,9 @@ from typing import Any
 from util.checkpoints.checkpoint import save_checkpoint
 from util.checkpoints.newest import step_checkpoints, step_path
 from util.distributed import is_main_process
+from util.files import disk_errors, list_folder
+
+UNFINISHED = re.compile(r"\.checkpoint.*\.pth\.tmp")
 
 
 @dataclass
@@ -44,18 +48,20 @@ def write_step_checkpoint(
         UserError: the disk is full, or the folder can't be written. No file is removed then.
     """
     save_checkpoint(entries, step_path(folder, step))
-    for path in list(step_checkpoints(folder).values())[:-keep_last]:
-        path.unlink(missing_ok=True)
+    _remove(list(step_checkpoints(folder).values())[:-keep_last])
 
 
 def remove_later_steps(folder: Path, step: int) -> None:
     """Remove the checkpoints of later steps: training went back, and `--resume auto` must not return to them."""
-    for number, path in step_checkpoints(folder).items():
-        if number > step:
-            path.unlink(missing_ok=True)
+    _remove([path for number, path in step_checkpoints(folder).items() if number > step])
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove the temporary files of checkpoints whose process was killed while it wrote them."""
-    for path in folder.glob(".checkpoint*.pth.tmp"):
-        path.unlink(missing_ok=True)
+    _remove([folder / name for name in list_folder(folder) if UNFINISHED.fullmatch(name)])
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        with disk_errors("remove", path):
+            path.unlink(missing_ok=True)

@@ -264,6 +264,15 @@ FLAGS: tuple[Flag, ...] = (
             per_launch=True,
         ),
         Flag(
+            "dist_timeout_minutes",
+            "minutes that a process waits for the others in a collective before it ends with an error; evaluation and "
+            "the checks of the data keep the others waiting for rank 0",
+            positive(float),
+            default=120.0,
+            metavar="MINUTES",
+            per_launch=True,
+        ),
+        Flag(
             "reproduce_published",
             "behave like the published code where this project departs from it; see docs/differences.md",
         ),
