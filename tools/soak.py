@@ -22,6 +22,7 @@ import numpy as np
 # So that `python tools/NAME.py` works from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from evaluation import format_metrics
 from predetr import finetune
 from tools.demo.scenes import write_coco
 from util.errors import UserError
@@ -118,8 +119,10 @@ def main(args: Namespace) -> None:
         samples[-1].step,
         samples[-1].seconds,
     )
+    rounds = slopes.pop("rounds")
     for name, values in slopes.items():
         log.info("%s: %+.3f, from %.1f to %.1f", name, *values.values())
+    log.info("memory of the training process: %s", format_metrics(rounds))
 
 
 # ----------------------------------------------------------------------------------------------------------- the run
@@ -185,6 +188,8 @@ def _observer() -> Callable[[int | None], dict[str, Any] | None]:
             process = psutil.Process(pid)
             workers = process.children(recursive=True)
             memory = [worker.memory_full_info() for worker in workers]
+            if process.status() == psutil.STATUS_ZOMBIE:  # ended, with all values 0
+                return None
             return {
                 "main": process.memory_info().rss / MEGABYTE,
                 "workers": sum(info.rss for info in memory) / MEGABYTE,
@@ -212,27 +217,28 @@ def _steps(run: Path) -> int:
 def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """Return the growth of each quantity per 1000 steps, and its mean in the first and last fifth, after warm-up.
 
-    Workers are compared with themselves, within each round: they live as long as it does.
+    Memory is compared within each round: a resumed run loads a checkpoint, and has new workers. `rounds` is the mean
+    memory of the training process in each round.
 
     Raises:
         UserError: too few samples after warm-up.
     """
-    last = samples[-1].step
-    steady = [sample for sample in samples if sample.step > WARM_UP * last]
-    per_round = last / (samples[-1].round + 1)
-    complete = [
+    per_round = samples[-1].step / (samples[-1].round + 1)
+    steady = [
         sample
         for sample in samples
         if sample.children == CHILDREN and sample.step % per_round > WARM_UP * per_round
     ]
-    if min(len(steady), len(complete)) < 10:
+    if len(steady) < 10:
         raise UserError("the run was too short to measure: give more --epochs or --rounds")
-    found = {
-        name: _growth(steady, name, [0] * len(steady)) for name in ("main", "files", "threads")
+    rounds = [sample.round for sample in steady]
+    memory = {name: _growth(steady, name, rounds) for name in ("main", "workers", "workers_own")}
+    whole = {name: _growth(steady, name, [0] * len(steady)) for name in ("files", "threads")}
+    means = {
+        f"round {number}": float(np.mean([s.main for s in steady if s.round == number]))
+        for number in sorted(set(rounds))
     }
-    rounds = [sample.round for sample in complete]
-    workers = {name: _growth(complete, name, rounds) for name in ("workers", "workers_own")}
-    return {**found, **workers}
+    return {**memory, **whole, "rounds": means}
 
 
 def _growth(samples: Sequence[Sample], name: str, groups: Sequence[int]) -> dict[str, float]:
@@ -274,7 +280,7 @@ def draw(samples: Sequence[Sample], path: Path) -> None:
         axes.set_xlabel("training steps")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, frameon=False, loc="center right")
+        axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     memory.set_ylabel("resident memory, MB")
     write_atomically(path, lambda file: figure.savefig(file, format="png"))
 

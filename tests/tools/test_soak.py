@@ -39,6 +39,8 @@ def test_growth_is_the_slope_after_warm_up() -> None:
     for name in ("workers_own", "files", "threads"):
         assert found[name]["per_1000_steps"] == pytest.approx(0)
         assert found[name]["first"] == found[name]["last"]
+    assert list(found["rounds"]) == ["round 0", "round 1", "round 2"]
+    assert found["rounds"]["round 2"] - found["rounds"]["round 1"] == pytest.approx(2.5 * 2)
     with pytest.raises(UserError, match="too short"):
         soak.summarize(samples(rounds=1, per_round=8))
 
