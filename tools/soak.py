@@ -186,10 +186,12 @@ def _observer() -> Callable[[int | None], dict[str, Any] | None]:
     def look(pid: int | None) -> dict[str, Any] | None:
         try:
             process = psutil.Process(pid)
-            workers = process.children(recursive=True)
-            memory = [worker.memory_full_info() for worker in workers]
-            if process.status() == psutil.STATUS_ZOMBIE:  # ended, with all values 0
+            family = [process, *process.children(recursive=True)]
+            # A process that has ended, but not been waited for, has zeros.
+            if any(member.status() == psutil.STATUS_ZOMBIE for member in family):
                 return None
+            workers = family[1:]
+            memory = [worker.memory_full_info() for worker in workers]
             return {
                 "main": process.memory_info().rss / MEGABYTE,
                 "workers": sum(info.rss for info in memory) / MEGABYTE,
@@ -223,12 +225,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     Raises:
         UserError: too few samples after warm-up.
     """
-    per_round = samples[-1].step / (samples[-1].round + 1)
-    steady = [
-        sample
-        for sample in samples
-        if sample.children == CHILDREN and sample.step % per_round > WARM_UP * per_round
-    ]
+    steady = _after_warm_up(samples)
     if len(steady) < 10:
         raise UserError("the run was too short to measure: give more --epochs or --rounds")
     rounds = [sample.round for sample in steady]
@@ -239,6 +236,16 @@ def summarize(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
         for number in sorted(set(rounds))
     }
     return {**memory, **whole, "rounds": means}
+
+
+def _after_warm_up(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples of each round with all workers, without its first steps."""
+    found = []
+    for number in sorted({sample.round for sample in samples}):
+        own = [s for s in samples if s.round == number and s.children == CHILDREN]
+        first, last = (own[0].step, own[-1].step) if own else (0, 0)
+        found += [s for s in own if s.step > first + WARM_UP * (last - first)]
+    return found
 
 
 def _growth(samples: Sequence[Sample], name: str, groups: Sequence[int]) -> dict[str, float]:
