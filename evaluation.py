@@ -57,6 +57,8 @@ VALIDATION_FLAGS = (
     "max_size",
     "device",
     "batch_size",
+    "eval_batch_size",
+    "bucket_aspect",
     "num_workers",
     "amp",
     "seed",

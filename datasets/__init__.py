@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader
 
 from datasets.collate import collate
 from datasets.sample import BadImageError, SampleDataset
-from datasets.samplers import EpochSampler, FinalSizes
+from datasets.samplers import UNKNOWN_SIZE, EpochSampler, EqualSizeSampler, FinalSizes
 from util.checkpoints.classes import Classes
 from util.distributed import get_rank, get_world_size
 from util.errors import UserError
@@ -176,9 +176,10 @@ def build_loader(
 ) -> DataLoader:
     """Build the dataloader of this rank. It yields (PackedImages of uint8, PackedTargets).
 
-    With `train` the order is shuffled and the last incomplete global batch is dropped. Otherwise images come in order,
-    each exactly once over all ranks. `--bucket_aspect` changes both orders, see `EpochSampler`. Call
-    `loader.batch_sampler.set_epoch(epoch, start_batch)` before each epoch.
+    With `train` the order is shuffled and the last incomplete global batch is dropped. Call
+    `loader.batch_sampler.set_epoch(epoch, start_batch)` before each epoch. Otherwise images come in order, each exactly
+    once over all ranks, in batches of `--eval_batch_size`. `--bucket_aspect` changes both orders, see `EpochSampler`
+    and `EqualSizeSampler`.
 
     Args:
         in_order: number of images per rank that evaluation begins with, also with `--bucket_aspect`.
@@ -189,23 +190,12 @@ def build_loader(
     """
     if train:
         check_batch_size(dataset, settings)
-    world_size = get_world_size()
-    sampler = EpochSampler(
-        len(dataset),
-        settings.batch_size,
-        shuffle=train,
-        seed=settings.seed,
-        rank=get_rank(),
-        world_size=world_size,
-        drop_last=train,
-        final_sizes=_final_sizes(dataset, settings) if settings.bucket_aspect else None,
-        in_order=in_order * world_size,
-    )
+    multiple = padding_multiple(settings) if train else 1
     workers = settings.num_workers
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=functools.partial(collate, multiple=padding_multiple(settings)),
+        batch_sampler=_build_sampler(dataset, settings, train, in_order * get_world_size()),
+        collate_fn=functools.partial(collate, multiple=multiple),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.device(settings.device).type == "cuda",
@@ -217,8 +207,27 @@ def build_loader(
     )
 
 
+def _build_sampler(
+    dataset: SampleDataset, settings: Settings, train: bool, in_order: int
+) -> EpochSampler | EqualSizeSampler:
+    final_sizes = _final_sizes(dataset, settings) if settings.bucket_aspect else None
+    batch_size = settings.batch_size if train else settings.eval_batch_size or settings.batch_size
+    ranks = {"rank": get_rank(), "world_size": get_world_size()}
+    if final_sizes is not None and not train:
+        return EqualSizeSampler(len(dataset), batch_size, final_sizes, in_order=in_order, **ranks)
+    return EpochSampler(
+        len(dataset),
+        batch_size,
+        shuffle=train,
+        seed=settings.seed,
+        drop_last=train,
+        final_sizes=final_sizes,
+        **ranks,
+    )
+
+
 def padding_multiple(settings: Settings) -> int:
-    """Return the number of pixels of which heights and widths of batches are multiples."""
+    """Return the number of pixels of which heights and widths of training batches are multiples."""
     if not settings.bucket_aspect:
         return 1
     return PRETEXT_MULTIPLE if settings.pretext else MULTIPLE
@@ -244,9 +253,9 @@ def _final_sizes(dataset: SampleDataset, settings: Settings) -> FinalSizes:
 
 def _size_or_one(dataset: SampleDataset, epoch: int, index: int) -> tuple[int, int]:
     try:
-        return dataset.final_size(epoch, index) or (1, 1)
-    except BadImageError:  # another image will replace it
-        return 1, 1
+        return dataset.final_size(epoch, index) or UNKNOWN_SIZE
+    except BadImageError:
+        return UNKNOWN_SIZE
 
 
 def init_worker(worker: int) -> None:

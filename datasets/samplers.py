@@ -4,6 +4,7 @@ A run can stop and resume at any batch, also with another batch size or number o
 the same batches as a single process.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +18,7 @@ CHUNK_BATCHES = 32  # global batches among which `--bucket_aspect` sorts the ima
 
 # (epoch, indices) -> (height, width) of each sample after its augmentation, int64 [n, 2]
 FinalSizes = Callable[[int, list[int]], np.ndarray]
+UNKNOWN_SIZE = (1, 1)  # of a bad image, which another one will replace
 # (images per global batch, number of batches) of a part of an epoch
 Segment = tuple[int, int]
 
@@ -38,6 +40,11 @@ def sort_by_size(sizes_hw: np.ndarray, batch_size: int) -> np.ndarray:
     return np.concatenate([part[np.argsort(areas[part], kind="stable")] for part in parts])
 
 
+def _check_sizes(batch_size: int, rank: int, world_size: int) -> None:
+    if batch_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"batch size {batch_size}, rank {rank} of {world_size} processes")
+
+
 class EpochSampler(Sampler[list[tuple[int, int]]]):
     """Batch sampler that yields the batches of one rank as lists of (epoch, index).
 
@@ -49,10 +56,10 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
     is dropped. Without it (evaluation) every index comes exactly once over all ranks, and the ranks may have different
     numbers of batches.
 
-    With `final_sizes` (`--bucket_aspect`) the images of a global batch have similar sizes. In training, images are
-    sorted within chunks of CHUNK_BATCHES global batches of the random order, and the batches of a chunk are shuffled.
-    In evaluation all images are sorted, except for the first `in_order`. The samples themselves do not change: their
-    augmentation is a function of (seed, epoch, index), and only their order follows from their sizes.
+    With `final_sizes` (`--bucket_aspect`) the images of a global batch have similar sizes: they are sorted within
+    chunks of CHUNK_BATCHES global batches of the random order, and the batches of a chunk are shuffled. The samples
+    themselves do not change: their augmentation is a function of (seed, epoch, index), and only their order follows
+    from their sizes. For evaluation see `EqualSizeSampler`.
     """
 
     def __init__(
@@ -68,10 +75,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         epoch: int = 0,
         start_batch: int = 0,
         final_sizes: FinalSizes | None = None,
-        in_order: int = 0,
     ) -> None:
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch size {batch_size}, rank {rank} of {world_size} processes")
+        _check_sizes(batch_size, rank, world_size)
         self.dataset_len = dataset_len
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -80,7 +85,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
         self.world_size = world_size
         self.drop_last = drop_last
         self.final_sizes = final_sizes
-        self.in_order = in_order
         self.set_epoch(epoch, start_batch)
 
     def set_epoch(
@@ -160,10 +164,6 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def _chunks(self, order: list[int], size: int) -> list[list[int]]:
         """Cut an order into the parts within which images are sorted, all of complete global batches but the last."""
-        if not self.shuffle:
-            head = -(-self.in_order // size) * size
-            # In batches of their own, the first images are not sorted.
-            return [order[i : i + size] for i in range(0, head, size)] + [order[head:]]
         step = CHUNK_BATCHES * size
         # The images that are dropped are random ones, not the largest.
         complete = len(order) // size * size
@@ -178,9 +178,8 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             by_size = sort_by_size(self.final_sizes(epoch, indices), size)
             indices = [indices[i] for i in by_size.tolist()]
         batches = [indices[i : i + size] for i in range(0, len(indices), size)]
-        if self.shuffle:
-            # A stream of its own, so that a resumed run can start at any chunk.
-            SampleRNG.from_key(self.seed, epoch, -2 - first).python.shuffle(batches)
+        # A stream of its own, so that a resumed run can start at any chunk.
+        SampleRNG.from_key(self.seed, epoch, -2 - first).python.shuffle(batches)
         return batches
 
     def _order(self) -> torch.Tensor:
@@ -189,3 +188,56 @@ class EpochSampler(Sampler[list[tuple[int, int]]]):
             return torch.arange(self.dataset_len)
         rng = SampleRNG.from_key(self.seed, self.epoch)
         return torch.randperm(self.dataset_len, generator=rng.torch)
+
+
+class EqualSizeSampler(Sampler[list[tuple[int, int]]]):
+    """Batch sampler of evaluation with `--bucket_aspect`: the images of a batch have the same size, so none is padded.
+
+    Each image then gets the detections that it gets alone. Every index comes once over all ranks. The batches of all
+    sizes, the largest images first, are dealt to the ranks in turn.
+
+    Args:
+        final_sizes: see `EpochSampler`.
+        in_order: number of images that come first, in the order of the dataset and alone.
+    """
+
+    def __init__(
+        self,
+        dataset_len: int,
+        batch_size: int,
+        final_sizes: FinalSizes,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        in_order: int = 0,
+    ) -> None:
+        _check_sizes(batch_size, rank, world_size)
+        self.dataset_len = dataset_len
+        self.batch_size = batch_size
+        self.final_sizes = final_sizes
+        self.rank = rank
+        self.world_size = world_size
+        self.in_order = min(in_order, dataset_len)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for indices in self._batches:
+            yield [(0, index) for index in indices]
+
+    @functools.cached_property
+    def _batches(self) -> list[list[int]]:
+        """The batches of this rank."""
+        by_size: dict[tuple[int, int], list[int]] = {}
+        following = list(range(self.in_order, self.dataset_len))
+        sizes = self.final_sizes(0, following).tolist() if following else []
+        for index, (height, width) in zip(following, sizes, strict=True):
+            by_size.setdefault((height, width), []).append(index)
+        batches = [[index] for index in [*range(self.in_order), *by_size.pop(UNKNOWN_SIZE, [])]]
+        for size in sorted(by_size, key=lambda hw: (hw[0] * hw[1], hw), reverse=True):
+            of_size = by_size[size]
+            batches += [
+                of_size[i : i + self.batch_size] for i in range(0, len(of_size), self.batch_size)
+            ]
+        return batches[self.rank :: self.world_size]

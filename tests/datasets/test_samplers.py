@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets.samplers import EpochSampler
+from datasets.samplers import EpochSampler, EqualSizeSampler
 from util.random_state import SampleRNG
 
 
@@ -133,33 +133,45 @@ def test_epoch_continues_with_other_batch_sizes(own: dict) -> None:
     assert len(set(seen)) == 1000
 
 
+def few_sizes(epoch: int, indices: list[int]) -> np.ndarray:
+    """Six sizes; every 50th image is a bad one."""
+    keys = [SampleRNG.from_key(9, epoch, index).python for index in indices]
+    sizes = [(rng.choice([20, 30]), rng.choice([20, 30, 40])) for rng in keys]
+    return np.array([(1, 1) if i % 50 == 0 else hw for i, hw in zip(indices, sizes, strict=True)])
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_sorted_evaluation_sees_every_image_once_and_the_first_ones_first(world_size: int) -> None:
-    seen, first, largest_spread = [], [], 0
+def test_evaluation_in_batches_of_equal_size(world_size: int) -> None:
+    """Each image once, without padding, the first ones first, and the work dealt evenly."""
+    seen, counts = [], []
     for rank in range(world_size):
-        sampler = EpochSampler(
-            203,
-            4,
-            shuffle=False,
-            rank=rank,
-            world_size=world_size,
-            final_sizes=sizes_of_draws,
-            in_order=5 * world_size,
-        )
-        mine = list(sampler)
+        ranks = {"rank": rank, "world_size": world_size}
+        sampler = EqualSizeSampler(203, 4, few_sizes, in_order=5 * world_size, **ranks)
+        mine = [[index for _, index in batch] for batch in sampler]
         assert len(mine) == len(sampler)
-        assert [len(batch) for batch in mine[:-1]] == [4] * (len(mine) - 1)
-        seen += [index for batch in mine for _, index in batch]
-        first += [index for batch in mine[:2] for _, index in batch]
-        largest_spread = max(largest_spread, padded_per_image_pixel(mine[2:]))
+        assert mine[:5] == [[i] for i in range(rank, 5 * world_size, world_size)]
+        assert all(len(np.unique(few_sizes(0, batch), axis=0)) == 1 for batch in mine)
+        assert max(map(len, mine)) == 4
+        assert {epoch for batch in sampler for epoch, _ in batch} == {0}
+        assert all(len(batch) == 1 for batch in mine if batch[0] % 50 == 0)
+        areas = [few_sizes(0, batch)[0].prod() for batch in mine if batch[0] % 50][5:]
+        assert areas == sorted(areas, reverse=True)
+        seen += sum(mine, [])
+        counts.append(len(mine))
     assert sorted(seen) == list(range(203))
-    assert sorted(first) == list(range(8 * world_size))
-    assert largest_spread < 0.6
+    assert max(counts) - min(counts) <= 1
+
+
+def test_equal_sizes_of_few_images() -> None:
+    assert list(EqualSizeSampler(2, 4, few_sizes, in_order=12)) == [[(0, 0)], [(0, 1)]]
+    assert list(EqualSizeSampler(0, 4, few_sizes)) == []
 
 
 def test_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="batch size 0"):
         EpochSampler(10, 0, shuffle=False)
+    with pytest.raises(ValueError, match="batch size 0"):
+        EqualSizeSampler(10, 0, few_sizes)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         EpochSampler(10, 1, shuffle=False, rank=2, world_size=2)
 

@@ -109,6 +109,8 @@ NOT_RUN = {
     "python tools/self_training.py --checkpoint outputs/few/checkpoint_best.pth      --images data/unlabelled "
     "--output_dir outputs/round1 -- --epochs 20 --batch_size 8": "trains; tests/tools/test_self_training.py "
     "does a round",
+    "python tools/soak.py --output_dir outputs/soak --rounds 8 --epochs 12": "trains for half an hour; "
+    "tests/tools/test_soak.py runs a short one",
     "python tools/replay.py outputs/coco/nonfinite/step_000123_rank_0.pth": "needs a step that was skipped; "
     "tests/test_engine.py writes one and replays it",
     "python tools/kill_runs.py --kills 20": "takes minutes; tests/tools/test_kill_runs.py, marked slow, does it",

@@ -155,7 +155,8 @@ FLAGS: tuple[Flag, ...] = (
             "bucket_aspect",
             "batches of images of similar size after their augmentation, padded to multiples of 64 pixels, 32 in "
             "pre-training: less padding and fewer distinct shapes. The samples of an epoch stay the same, their order "
-            "does not",
+            "does not. Evaluation has batches of images of equal size, without padding: the detections of an image "
+            "are those that it has alone",
         ),
         Flag(
             "tf32",
@@ -1046,6 +1047,17 @@ FLAGS: tuple[Flag, ...] = (
         ),
     ),
     # -------------------------------------------------------------------------------------------------- evaluation
+    *flags_in(
+        EVALUATION,
+        SCRIPTS,
+        Flag(
+            "eval_batch_size",
+            "number of images per process in a batch of evaluation",
+            positive(),
+            default_help="--batch_size",
+            metavar="N",
+        ),
+    ),
     *flags_in(
         EVALUATION,
         (PRETRAIN,),
