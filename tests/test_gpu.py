@@ -384,6 +384,15 @@ def test_deformable_attention_equals_the_pytorch_path(name: str) -> None:
     deform_cases.check(name, deform_cases.run(strided, case.shapes, "triton"), inputs, case.shapes)
 
 
+@pytest.mark.parametrize("dtypes", deform_cases.FUSED_DTYPES)
+@pytest.mark.parametrize("name", deform_cases.FUSED_CASES)
+@pytest.mark.usefixtures("_needs_triton")
+def test_fused_deformable_attention_equals_separate_operations(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    deform_cases.check_fused(name, dtypes, "cuda")
+
+
 @pytest.mark.usefixtures("_needs_triton")
 def test_gradients_of_the_pytorch_path_on_the_gpu() -> None:
     case = deform_cases.Case(1, 3, 2, 3, 2, ((3, 4), (2, 2)))
