@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets.samplers import EpochSampler, Segment
-from datasets.transfer import Transfer
+from datasets.transfer import LookAhead, Transfer
 from models.criterion import SetCriterion
 from util.distributed import (
     all_gather_object,
@@ -362,15 +362,13 @@ def train_one_epoch(state: TrainState) -> None:
     bar = Progress(num_batches, f"epoch {state.epoch + 1}/{state.epochs}", start=state.batch)
     num_images = 0
     replaced_before = state.bad_images.count, state.bad_images.boxless_count
-    transfer = Transfer(state.device, state.normalization)
     start = state.clock = time.monotonic()
 
-    for place, samples, packed in accumulate(state.loader, state.accumulate):
+    for place, samples, packed, inputs, targets in _batches_on_device(state):
         state.bad_images.add(packed.problems)
         state.bad_images.add_dropped_boxes(packed.dropped_boxes)
         padding = samples.padding_fraction
         state.guard.add(Batch(samples, packed, state.step, place.mean_targets), place.index == 0)
-        inputs, targets = transfer(samples, packed)
         values, stop = train_step(state, inputs, targets, state.stop_signal.requested, place)
         values["padding"] = padding
         values["lr"] = state.optimizer.param_groups[0]["lr"]
@@ -405,6 +403,39 @@ def train_one_epoch(state: TrainState) -> None:
     state.bad_images.warn_of_epoch(*replaced_before)
     _read_last_norm(state)
     state.count_seconds()
+
+
+def looks_ahead(device: torch.device, model: Any) -> bool:
+    """Whether the backbone computes its maps of the next batch while the host waits for the matching costs.
+
+    The GPU has work then while the host solves the assignment. Only for a backbone whose maps are the same in every
+    step.
+    """
+    return device.type == "cuda" and model.base_detector().backbone[0].constant
+
+
+def _batches_on_device(
+    state: TrainState,
+) -> Iterator[tuple[Accumulation, PackedImages, PackedTargets, NestedTensor, Targets]]:
+    """Yield the remaining batches of the epoch with their place, on the host and on the device."""
+    model, matcher = unwrap_model(state.model), state.criterion.matcher
+    batches: LookAhead[Accumulation] = LookAhead(
+        accumulate(state.loader, state.accumulate), Transfer(state.device, state.normalization)
+    )
+
+    def fetch_next() -> None:
+        inputs = batches.fetch_next()
+        if inputs is not None:
+            with autocast(state.device, state.amp):
+                model.base_detector().backbone[0].compute_ahead(inputs.tensors)
+
+    if looks_ahead(state.device, model):
+        matcher.while_waiting = fetch_next
+    try:
+        for (place, samples, packed), inputs, targets in batches:
+            yield place, samples, packed, inputs, targets
+    finally:
+        matcher.while_waiting = None
 
 
 def _add_to_averages(state: TrainState, values: dict[str, float]) -> None:

@@ -20,6 +20,7 @@ from util.runs.memory import (
     PEAK,
     MemoryEstimate,
     available_memory,
+    counting_outputs,
     counting_saved_bytes,
     nothing_changes,
     parameter_bytes,
@@ -117,7 +118,12 @@ def estimate_memory(
     samples, targets = Transfer(device, model.normalization)(*collated)
     side = largest_side(settings)
     samples = pad_batch(samples, side, side)
-    with nothing_changes(model, device), counting_saved_bytes(model) as saved:
+    backbone = model.base_detector().backbone[0]
+    with (
+        nothing_changes(model, device),
+        counting_saved_bytes(model) as saved,
+        counting_outputs(backbone) as outputs,
+    ):
         amp = AMP_DTYPES[settings.amp]
         results = engine.forward_losses(model, criterion, samples, targets, amp)
         del results
@@ -125,6 +131,9 @@ def estimate_memory(
     optimizer = "sgd" if settings.sgd else "adamw"
     # The gradients of the largest block and of its input are in flight at the same time.
     activations = PEAK * (saved.total + 2 * saved.largest) / SMALLEST_TRAINABLE
+    if engine.looks_ahead(device, model):
+        # The next batch, and input, output and shortcut of the backbone's largest block.
+        activations += (samples.tensors.nbytes + 3 * max(outputs)) / SMALLEST_TRAINABLE
     parameters = parameter_bytes(model, optimizer, averaged=bool(settings.ema))
     return MemoryEstimate(parameters, round(activations))
 

@@ -1,6 +1,7 @@
 """Copying batches to the device, on a GPU while the step before is still running there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
@@ -9,13 +10,16 @@ from util.nested_tensor import NestedTensor
 from util.packed_images import PackedImages
 from util.packed_targets import PackedTargets
 
+Place = TypeVar("Place")
+OnHost = tuple[Place, PackedImages, PackedTargets]
+
 
 class Transfer:
     """Copies batches to a device and normalizes them there.
 
     On a GPU this happens on a stream of its own. A training step returns as soon as its losses are known, while its
     backward pass is still running. A copy on the same stream would wait for that; on its own stream it overlaps with
-    it. The order of the batches does not change, and no batch is fetched ahead of its step.
+    it. The order of the batches does not change.
 
     Args:
         normalization: `mean` and `std` of the images, RGB in [0, 1].
@@ -43,3 +47,35 @@ class Transfer:
         # The memory belongs to the other stream, which would reuse it for the next batch while this one is in use.
         for tensor in tensors:
             tensor.record_stream(current)
+
+
+class LookAhead(Generic[Place]):
+    """Iterates over batches on the host and on the device. The next one can be fetched early.
+
+    Each item is (batch on the host, images on the device, targets on the device).
+
+    Args:
+        batches: tuples of anything, images and targets; read one by one, never further ahead than `fetch_next` asks.
+    """
+
+    def __init__(self, batches: Iterable[OnHost], transfer: Transfer) -> None:
+        self.batches, self.transfer = iter(batches), transfer
+        self.next: tuple[OnHost, NestedTensor, PackedTargets] | None = None
+
+    def fetch_next(self) -> NestedTensor | None:
+        """Fetch the next batch and return its images on the device; None: there is none, or it was fetched before."""
+        if self.next is not None:
+            return None
+        batch = next(self.batches, None)
+        if batch is None:
+            return None
+        self.next = batch, *self.transfer(*batch[1:])
+        return self.next[1]
+
+    def __iter__(self) -> Iterator[tuple[OnHost, NestedTensor, PackedTargets]]:
+        while True:
+            self.fetch_next()
+            current, self.next = self.next, None
+            if current is None:
+                return
+            yield current

@@ -94,6 +94,7 @@ class Backbone(nn.Module):
         self.mean, self.std = body.mean, body.std
         self.channels_last_maps = body.channels_last
         self._freeze(trainable, body.early_names)
+        self._ahead: tuple[Tensor, list[Tensor]] | None = None
 
     def _freeze(self, trainable: bool, early_names: set[str]) -> None:
         # As in DETR, stem and first stage keep their pre-trained weights. Live norms are for a
@@ -107,6 +108,23 @@ class Backbone(nn.Module):
         """Whether no parameter trains."""
         return not any(parameter.requires_grad for parameter in self.parameters())
 
+    @property
+    def constant(self) -> bool:
+        """Whether the maps of an image are the same in every training step."""
+        return self.frozen and not any(map(_updates_or_draws, self.modules()))
+
+    def compute_ahead(self, images: Tensor) -> None:
+        """Compute the maps that `maps` will return for these images. Only for a `constant` one."""
+        with torch.enable_grad():  # as in a step: --compile would need another graph
+            self._ahead = images, self(images)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return `forward` of images, or what `compute_ahead` has computed for them, once."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0].is_set_to(images):
+            return ahead[1]
+        return self(images)
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Extract feature maps, one [B, C, h, w] per stage.
 
@@ -117,6 +135,12 @@ class Backbone(nn.Module):
         if self.channels_last_maps:
             maps = [x.permute(0, 3, 1, 2) for x in maps]  # [B, h, w, C] -> [B, C, h, w]
         return maps
+
+
+def _updates_or_draws(module: nn.Module) -> bool:
+    """Whether a training step changes a module's buffers, or the module draws random numbers."""
+    draws = getattr(module, "p", 0) or getattr(module, "drop_prob", 0)  # dropout; drop path of timm
+    return isinstance(module, nn.modules.batchnorm._NormBase) or bool(draws)
 
 
 class BackboneWithPositions(nn.Sequential):
@@ -135,7 +159,7 @@ class BackboneWithPositions(nn.Sequential):
     def forward(self, samples: NestedTensor) -> list[FeatureMap]:
         """Extract one `FeatureMap` per stage."""
         backbone, position_encoding = self[0], self[1]
-        tensors = backbone(samples.tensors)  # [B, C, h, w] each
+        tensors = backbone.maps(samples.tensors)  # [B, C, h, w] each
         maps = []
         for level, tensor in enumerate(tensors):
             mask = resize_mask(samples.mask, tensor.shape[-2:])  # [B, h, w]

@@ -17,8 +17,13 @@ from torch.nn import functional
 
 from models.attention import MultiheadAttention, ObservedAttention
 from models.classification import inverse_sigmoid
-from models.detector import Memory, full_precision, to_weight_dtype, without_autocast
-from models.ms_deform_attn import ms_deform_attn
+from models.detector import Memory, to_weight_dtype, without_autocast
+from models.ms_deform_attn import (
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    sampling_points,
+    select_implementation,
+)
 from models.position_encoding import sine_features
 from models.scripting import NotScriptable
 from models.transformer import TransformerLayer, get_clones, xavier_init_matrices
@@ -131,22 +136,10 @@ class DeformableAttention(ObservedAttention):
             value = value.masked_fill(memory.padding_mask[..., None], 0.0)
         value = value.unflatten(-1, (self.num_heads, -1))  # [B, S, H, D / H]
 
-        # Locations in float32: close to 1, bfloat16 has steps of 1/256, half a cell of 128.
-        sample_shape = (self.num_heads, self.num_levels, self.num_points)
-        offsets, weights = self._predict_samples(query)  # [B, Q, H * L * P * 2], [B, Q, H * L * P]
-        offsets = offsets.unflatten(-1, (*sample_shape, 2))  # [B, Q, H, L, P, 2]
-        # One softmax over the points of all levels: the weights of a head sum to 1.
-        weights = weights.unflatten(-1, (self.num_heads, -1)).softmax(-1)  # [B, Q, H, L * P]
-        weights = weights.unflatten(-1, sample_shape[1:])  # [B, Q, H, L, P]
-
-        anchors = references[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
-        if anchors.shape[-1] == 2:
-            # Offsets are in cells of each map.
-            locations = anchors + offsets / memory.sizes_wh[:, None]  # [B, Q, H, L, P, 2]
-        else:
-            # Offsets scale with the box. Initially point p is at (p + 1) / P of half its sides.
-            centers, sides = anchors[..., :2], anchors[..., 2:]
-            locations = centers + offsets / self.num_points * sides * 0.5  # [B, Q, H, L, P, 2]
+        samples = self._predict_samples(query)  # [B, Q, 3 * H * L * P]
+        if self._runs_fused(value, references):
+            return self.output_proj(ms_deform_attn_fused(value, memory.shapes, samples, references))
+        locations, weights = sampling_points(samples, references, memory.sizes_wh, self.num_heads)
         sampled = ms_deform_attn(value, memory.shapes, locations, weights, self.implementation)
         out = self.output_proj(sampled)  # [B, Q, D]
         if self.record is not None:
@@ -154,14 +147,26 @@ class DeformableAttention(ObservedAttention):
             self.record(SampledAttention(*(x.detach() for x in read)))
         return (out, weights.detach()) if self._forward_hooks else out
 
-    def _predict_samples(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return offsets [B, Q, 2 N] and logits of the weights [B, Q, N] from one product, not in half precision."""
+    def _predict_samples(self, query: Tensor) -> Tensor:
+        """Return sampling offsets (x, y) of all points, then logits of their weights, from one product.
+
+        [B, Q, D] -> [B, Q, 3 * H * L * P]
+        """
         layers = (self.sampling_offsets, self.attention_weights)
-        weight = torch.cat([layer.weight for layer in layers])  # [3 N, D]
-        bias = torch.cat([layer.bias for layer in layers])  # [3 N]
-        out = full_precision(functional.linear(query, weight, bias))  # [B, Q, 3 N]
-        offsets, weights = out.split([layer.out_features for layer in layers], -1)
-        return offsets, weights
+        weight = torch.cat([layer.weight for layer in layers])  # [3 * H * L * P, D]
+        bias = torch.cat([layer.bias for layer in layers])  # [3 * H * L * P]
+        return functional.linear(query, weight, bias)
+
+    def _runs_fused(self, value: Tensor, references: Tensor) -> bool:
+        """Whether one kernel computes sampling points and attention: in the encoder, on Triton.
+
+        The few queries of a decoder gain nothing, and their references train. Whoever observes this
+        layer reads the weights.
+        """
+        kernel = select_implementation(self.implementation, value.device, value.dtype)
+        observed = self.record is not None or bool(self._forward_hooks)
+        is_point = references.shape[-1] == 2 and not references.requires_grad
+        return kernel == "triton" and is_point and not observed
 
 
 class DeformableEncoderLayer(TransformerLayer):

@@ -108,6 +108,33 @@ class FrozenBatchNormAct2d(FrozenBatchNorm2d):
         return self.act(self.drop(super().forward(x)))
 
 
+class _ContiguousWeightGradient(torch.autograd.Function):
+    """A convolution whose weight gradient is computed from contiguous copies.
+
+    On CPUs oneDNN computes it 1.5 to 4 times as fast as in channels last; all else is faster in channels last.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation):
+        ctx.save_for_backward(x, weight)
+        ctx.options = (stride, padding, dilation)
+        return nn.functional.conv2d(x, weight, bias, stride, padding, dilation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation = ctx.options
+        options = (list(weight.shape[:1]), stride, padding, dilation, False, [0, 0], 1)
+        needs_x, _, needs_bias = ctx.needs_input_grad[:3]
+        grad_x, _, grad_bias = torch.ops.aten.convolution_backward(
+            grad, x, weight, *options, [needs_x, False, needs_bias]
+        )
+        plain = (tensor.contiguous() for tensor in (grad, x, weight))
+        grad_weight = torch.ops.aten.convolution_backward(*plain, *options, [False, True, False])[1]
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
 class FoldedConv2d(nn.Conv2d):
     """A convolution that applies the frozen norm after it.
 
@@ -127,7 +154,26 @@ class FoldedConv2d(nn.Conv2d):
         """[B, C, H, W] -> [B, C', H', W']"""
         if self.pad is not None:
             x = self.pad(x, self.kernel_size, self.stride, self.dilation)
-        return self._conv_forward(x, *self._weight_and_bias(self._compute_dtype(x)))
+        weight, bias = self._weight_and_bias(self._compute_dtype(x))
+        if self._has_slow_weight_gradient(x, weight):
+            return _ContiguousWeightGradient.apply(
+                x, weight, bias, self.stride, self.padding, self.dilation
+            )
+        return self._conv_forward(x, weight, bias)
+
+    def _has_slow_weight_gradient(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether `_ContiguousWeightGradient` is faster: on a CPU in float32, with larger kernels than 1x1."""
+        return (
+            weight.requires_grad
+            and torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32
+            and self.groups == 1
+            and (self.padding_mode, type(self.padding)) == ("zeros", tuple)
+            and self.kernel_size != (1, 1)
+            and not torch.compiler.is_compiling()
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
 
     def _compute_dtype(self, x: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(x.device.type) if under_autocast(x) else self.weight.dtype

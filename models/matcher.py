@@ -6,6 +6,7 @@ Shapes: L decoder layers, B images, Q queries, C class outputs, n targets of an 
 the whole batch, K matched pairs of all layers.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,6 @@ from util.packed_targets import PackedTargets, Targets, pack_objects
 if not TYPE_CHECKING:  # a checker must not take every name for one of this module
     __getattr__ = moved_from("models.matcher")
 
-_NO_PAIRS = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 LOWEST_COST = -1e6  # below every cost of finite predictions
 
 
@@ -38,18 +38,30 @@ class Matches:
     source: int64 [K], indices into the predictions flattened from [L, B, Q], on the device.
     target: int64 [K], indices into the T concatenated targets of the batch, on the device.
     counts: int64 [B], number of targets of each image, on the device.
-    pairs: `pairs[layer][image]` is (queries, targets), two arrays of indices within the image.
+    per_image: numbers of pairs of layers and images, int64 [L, B], on the host.
+    queries, targets: int64 [K], indices of the pairs within their image, on the host.
     """
 
     source: Tensor
     target: Tensor
     counts: Tensor
-    pairs: list[list[tuple[np.ndarray, np.ndarray]]]
+    per_image: np.ndarray
+    queries: np.ndarray
+    targets: np.ndarray
 
     @property
     def num_pairs(self) -> int:
         """Number of pairs in one layer, K / L; the same in every layer."""
-        return len(self.source) // len(self.pairs)
+        return len(self.source) // len(self.per_image)
+
+    @property
+    def pairs(self) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """`pairs[layer][image]` is (queries, targets), two arrays of indices within the image."""
+        ends = np.cumsum(self.per_image)[:-1]  # of all pairs of a layer and image but the last
+        queries, targets = np.split(self.queries, ends), np.split(self.targets, ends)
+        num_layers, num_images = self.per_image.shape
+        flat = list(zip(queries, targets, strict=True))
+        return [flat[i * num_images : (i + 1) * num_images] for i in range(num_layers)]
 
 
 class HungarianMatcher:
@@ -64,7 +76,12 @@ class HungarianMatcher:
 
     Costs are computed on the device, for pairs of one image only, and copied to the host once; the
     indices are copied back once.
+
+    while_waiting: called while the costs are on their way to the host. What it queues keeps the
+        device busy while the host solves the assignment.
     """
+
+    while_waiting: Callable[[], None] | None = None
 
     def __init__(self, classification: Classification) -> None:
         self.classification = classification
@@ -95,10 +112,10 @@ class HungarianMatcher:
         """
         targets = pack_objects(targets)
         counts = targets.counts["labels"]
-        cost = None
+        cost = np.zeros((len(logits), 0, logits.shape[2]), np.float32)
         if sum(counts) > 0:
             on_device = self.cost_matrix(logits, boxes_cxcywh, targets, log_probabilities)
-            cost = copy_to_host(on_device)  # [L, T, Q]
+            cost = copy_to_host(on_device, self.while_waiting)  # [L, T, Q]
             if not allow_non_finite:
                 self._check_finite(cost, counts, targets)
             elif not np.isfinite(cost).all():
@@ -154,33 +171,35 @@ class HungarianMatcher:
         )
 
     @staticmethod
-    def _assign(cost: np.ndarray | None, counts: list[int], logits: Tensor) -> Matches:
-        """Solve the assignment of each layer and image. `cost` is None if no image has a target."""
+    def _assign(cost: np.ndarray, counts: list[int], logits: Tensor) -> Matches:
+        """Solve the assignment of each layer and image. cost: [L, T, Q]."""
         num_layers, num_images, num_queries = logits.shape[:3]
         first_target = np.cumsum([0, *counts])  # [B + 1]
-        pairs, source, target = [], [], []
-        for layer in range(num_layers):
-            pairs.append([_NO_PAIRS] * num_images)
-            for i, count in enumerate(counts):
-                if cost is None or count == 0:
-                    continue
-                first = first_target[i]
-                target_index, query_index = linear_sum_assignment(
-                    cost[layer, first : first + count]
-                )
-                order = query_index.argsort()
-                query_index, target_index = query_index[order], target_index[order]
-                pairs[layer][i] = query_index, target_index
-                # From indices within an image to indices into all predictions and all targets.
-                source.append((layer * num_images + i) * num_queries + query_index)
-                target.append(first + target_index)
+        solved = [
+            linear_sum_assignment(cost[layer, first_target[i] : first_target[i + 1]])
+            for layer in range(num_layers)
+            for i in range(num_images)
+            if counts[i] > 0
+        ]  # (targets, queries) of a layer and image, in the order of the targets
+        per_image = np.minimum(counts, num_queries)[None].repeat(num_layers, 0)  # [L, B]
+        image = np.arange(num_layers * num_images).repeat(per_image.ravel())  # [K], of all layers
+        empty = np.zeros(0, dtype=np.int64)
+        targets, queries = (
+            np.concatenate([empty, *(pair[side] for pair in solved)]) for side in (0, 1)
+        )
+
+        # From indices within an image to indices into all predictions and all targets. The former
+        # ascend from image to image, so that one sort orders the queries of every image.
+        source = image * num_queries + queries
+        order = source.argsort()
+        source, queries, targets = source[order], queries[order], targets[order]
+        target = first_target[image % num_images] + targets
 
         # Stacked, both index lists and the counts reach the device in one copy.
-        num_pairs = sum(map(len, source))
-        index = torch.from_numpy(np.concatenate([*source, *target, counts]).astype(np.int64))
+        index = torch.from_numpy(np.concatenate([source, target, counts]).astype(np.int64))
         index = copy_to_device(index, logits.device)
-        parts = index.split([num_pairs, num_pairs, num_images])
-        return Matches(parts[0], parts[1], parts[2], pairs)
+        parts = index.split([len(source), len(target), num_images])
+        return Matches(parts[0], parts[1], parts[2], per_image, queries, targets)
 
 
 def _with_corners(boxes_cxcywh: Tensor) -> Tensor:
@@ -188,12 +207,24 @@ def _with_corners(boxes_cxcywh: Tensor) -> Tensor:
     return torch.cat([boxes_cxcywh, box_cxcywh_to_xyxy(boxes_cxcywh)], -1)
 
 
-def copy_to_host(values: Tensor) -> np.ndarray:
-    """Copy a tensor to the host, to pinned memory from a GPU. The host waits for the device."""
+def copy_to_host(values: Tensor, while_waiting: Callable[[], None] | None = None) -> np.ndarray:
+    """Copy a tensor to the host, to pinned memory from a GPU. The host waits for the copy.
+
+    while_waiting: called before that; the host does not wait for what it queues on the device.
+    """
     if not values.is_cuda:
+        if while_waiting is not None:
+            while_waiting()
         return values.numpy()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values).numpy()
+    if while_waiting is None:
+        return host.copy_(values).numpy()
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+    while_waiting()
+    copied.synchronize()
+    return host.numpy()
 
 
 def copy_to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.precision import full_precision
 from util.errors import UserError
 
 IMPLEMENTATIONS = ("auto", "pytorch", "triton")
@@ -66,6 +67,59 @@ def ms_deform_attn(
             value.contiguous(), flat_shapes, locations.contiguous(), weights.contiguous()
         )
     return _pytorch(value, shapes, locations, weights)
+
+
+def ms_deform_attn_fused(
+    value: Tensor, shapes: Sequence[tuple[int, int]], samples: Tensor, references: Tensor
+) -> Tensor:
+    """`ms_deform_attn` from what a query's linear layer predicts, in one Triton kernel.
+
+    Only where `select_implementation` returns "triton". Equals `ms_deform_attn` of what
+    `sampling_points` returns.
+
+    Args:
+        value, shapes: as in `ms_deform_attn`.
+        samples: [B, Q, 3 * H * L * P], first the offsets (x, y) of all points in pixels of their
+            map, then the logits of all points.
+        references: points (x, y) [B, Q, L, 2], without gradient.
+
+    Returns:
+        [B, Q, H * D] in the dtype of value.
+    """
+    flat_shapes = [size for shape in shapes for size in shape]
+    return _triton_fused(
+        value.contiguous(), flat_shapes, samples.contiguous(), references.contiguous()
+    )
+
+
+def sampling_points(
+    samples: Tensor, references: Tensor, sizes_wh: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Turn what a query's linear layer predicts into locations and weights of `ms_deform_attn`.
+
+    Args:
+        samples: [B, Q, 3 * H * L * P], as in `ms_deform_attn_fused`.
+        references: points [B, Q, L, 2] or boxes (cx, cy, w, h) [B, Q, L, 4], relative to the maps.
+        sizes_wh: size of each map, [L, 2].
+
+    Returns:
+        locations [B, Q, H, L, P, 2] and weights [B, Q, H, L, P], not in half precision: close to 1,
+        bfloat16 has steps of 1/256, half a cell of 128.
+    """
+    third = samples.shape[-1] // 3
+    offsets, weights = full_precision(samples).split([2 * third, third], -1)
+    offsets = offsets.unflatten(-1, (num_heads, len(sizes_wh), -1, 2))  # [B, Q, H, L, P, 2]
+    # One softmax over the points of all levels: the weights of a head sum to 1.
+    weights = weights.unflatten(-1, (num_heads, -1)).softmax(-1)  # [B, Q, H, L * P]
+    weights = weights.unflatten(-1, (len(sizes_wh), -1))  # [B, Q, H, L, P]
+
+    anchors = references[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
+    if anchors.shape[-1] == 2:
+        # Offsets are in cells of each map.
+        return anchors + offsets / sizes_wh[:, None], weights
+    # Offsets scale with the box. Initially point p is at (p + 1) / P of half its sides.
+    centers, sides = anchors[..., :2], anchors[..., 2:]
+    return centers + offsets / offsets.shape[-2] * sides * 0.5, weights
 
 
 def select_implementation(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -213,3 +267,61 @@ def _backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
 
 
 _triton.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+# The same for `ms_deform_attn_fused`. References get no gradient.
+@torch.library.custom_op("predetr::ms_deform_attn_fused", mutates_args=())
+def _triton_fused(
+    value: Tensor, shapes: Sequence[int], samples: Tensor, references: Tensor
+) -> Tensor:
+    from models.ms_deform_attn_triton import fused_forward
+
+    return fused_forward(value, shapes, samples, references)
+
+
+@torch.library.custom_op("predetr::ms_deform_attn_fused_backward", mutates_args=())
+def _triton_fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    samples: Tensor,
+    references: Tensor,
+    output: Tensor,
+) -> tuple[Tensor, Tensor]:
+    from models.ms_deform_attn_triton import fused_backward
+
+    return fused_backward(grad_output, value, shapes, samples, references, output)
+
+
+@_triton_fused.register_fake
+def _(value: Tensor, shapes: Sequence[int], samples: Tensor, references: Tensor) -> Tensor:
+    B, _, H, D = value.shape
+    return value.new_empty(B, samples.shape[1], H * D)  # [B, Q, H * D]
+
+
+@_triton_fused_backward.register_fake
+def _(
+    grad_output: Tensor,
+    value: Tensor,
+    shapes: Sequence[int],
+    samples: Tensor,
+    references: Tensor,
+    output: Tensor,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(value), torch.empty_like(samples)
+
+
+def _save_for_fused_backward(ctx, inputs: tuple, output: Tensor) -> None:
+    value, ctx.shapes, samples, references = inputs
+    ctx.save_for_backward(value, samples, references, output)
+
+
+def _fused_backward(ctx, grad_output: Tensor) -> tuple[Tensor, None, Tensor, None]:
+    value, samples, references, output = ctx.saved_tensors
+    grad_value, grad_samples = _triton_fused_backward(
+        grad_output.contiguous(), value, ctx.shapes, samples, references, output
+    )
+    return grad_value, None, grad_samples, None
+
+
+_triton_fused.register_autograd(_fused_backward, setup_context=_save_for_fused_backward)

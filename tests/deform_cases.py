@@ -16,7 +16,14 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from models.ms_deform_attn import _triton, _triton_backward, ms_deform_attn
+from models.ms_deform_attn import (
+    _triton,
+    _triton_backward,
+    _triton_fused,
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    sampling_points,
+)
 
 # Relative to the largest value: half a unit in the last place, and some additions.
 TOLERANCES = {
@@ -154,10 +161,73 @@ def check_numbers() -> None:
     for name, case in CASES.items():
         inputs = make_inputs(case)
         check(name, run(inputs, case.shapes, "triton"), inputs, case.shapes)
+    for name in QUICK_FUSED_CASES:
+        for dtypes in FUSED_DTYPES:
+            check_fused(name, dtypes)
+
+
+QUICK_FUSED_CASES = ("one of all", "odd numbers")
+FUSED_CASES = (*QUICK_FUSED_CASES, "usual", "five maps, eight points, narrow heads")
+FUSED_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16))
+
+
+def fused_inputs(
+    case: Case, dtypes: Sequence[torch.dtype], device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Return value, samples, references and the gradient of the output, see `ms_deform_attn_fused`."""
+    value, locations, _, grad_output = make_inputs(case)
+    generator = torch.Generator().manual_seed(case.Q)
+    size = torch.tensor([(width, height) for height, width in case.shapes])  # [L, 2]
+    references = torch.rand(case.B, case.Q, len(size), 2, generator=generator)
+    offsets = (locations.float() - references[:, :, None, :, None]) * size[:, None]
+    logits = 5 * torch.randn(locations.shape[:-1], generator=generator)
+    samples = torch.cat([offsets.flatten(2), logits.flatten(2)], -1)  # [B, Q, 3 N]
+    dtype, samples_dtype = dtypes
+    return (
+        value.to(device, dtype),
+        samples.to(device, samples_dtype),
+        references.to(device),
+        grad_output.to(device, dtype),
+    )
+
+
+def plain_from_samples(
+    value: Tensor, shapes: Sequence[tuple[int, int]], samples: Tensor, references: Tensor
+) -> Tensor:
+    """`ms_deform_attn_fused` in PyTorch."""
+    sizes_wh = torch.tensor([(w, h) for h, w in shapes], dtype=samples.dtype, device=samples.device)
+    points = sampling_points(samples, references, sizes_wh, value.shape[2])
+    return ms_deform_attn(value, shapes, *points, "pytorch")
+
+
+def check_fused(name: str, dtypes: Sequence[torch.dtype], device: str = "cpu") -> None:
+    """Compare the fused kernels with float64 arithmetic on the same (rounded) inputs."""
+    case = CASES[name]
+    value, samples, references, grad_output = fused_inputs(case, dtypes, device)
+    results = []
+    for attention, dtype in ((ms_deform_attn_fused, None), (plain_from_samples, torch.float64)):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in (value, samples)]
+        output = attention(
+            leaves[0], case.shapes, leaves[1], references.to(dtype or references.dtype)
+        )
+        gradients = torch.autograd.grad(output, leaves, grad_output.to(output.dtype))
+        results.append((output.detach(), *gradients))
+    for part, a, b in zip(("output", "value", "samples"), *results, strict=True):
+        assert torch.isfinite(a).all(), f"{name}: {part} is not finite"
+        difference = float((a.double() - b).abs().max())
+        assert difference <= 3 * TOLERANCES[a.dtype] * max(float(b.abs().max()), 0.1), (
+            f"{name}, fused: {part} differs by {difference:.2g}"
+        )
 
 
 def check_registration() -> None:
-    """Run PyTorch's checks of custom operators, compile with gradients, and export with dynamic map sizes."""
+    """Run PyTorch's checks of custom operators, compile with gradients, and export with dynamic map sizes.
+
+    Also further cases of the fused kernels, which take long under the interpreter.
+    """
+    for name in FUSED_CASES[len(QUICK_FUSED_CASES) :]:
+        for dtypes in FUSED_DTYPES:
+            check_fused(name, dtypes)
     case = Case(2, 5, 2, 8, 4, ((3, 4), (2, 2)))
     value, locations, weights, grad_output = make_inputs(case)
     flat = [3, 4, 2, 2]
@@ -172,6 +242,10 @@ def check_registration() -> None:
     )
     torch.library.opcheck(
         _triton_backward, (grad_output, value, flat, locations.detach(), weights.detach())
+    )
+    fused = fused_inputs(case, FUSED_DTYPES[0])[:3]
+    torch.library.opcheck(
+        _triton_fused, (fused[0].requires_grad_(), flat, fused[1].requires_grad_(), fused[2])
     )
     compiled = torch.compile(ms_deform_attn, backend="aot_eager", fullgraph=True)
     for a, b in zip(

@@ -94,10 +94,10 @@ def test_criterion_synchronizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case.criterion(outputs, targets)
     copy, calls = matcher.copy_to_host, []
 
-    def counted(values: torch.Tensor) -> np.ndarray:
+    def counted(values: torch.Tensor, while_waiting: None) -> np.ndarray:
         calls.append(1)
         torch.cuda.set_sync_debug_mode("default")
-        host = copy(values)
+        host = copy(values, while_waiting)
         torch.cuda.set_sync_debug_mode("error")
         return host
 
@@ -112,6 +112,21 @@ def test_criterion_synchronizes_once(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert calls == [1]
     assert set(reader.read()) == set(losses)
+
+
+def test_maps_of_the_next_batch_are_computed_while_the_host_waits() -> None:
+    """The costs arrive unchanged, and the step that reads these maps has the losses of one that computes them."""
+    case, samples, targets = build_on_gpu("detr_r50")
+    backbone = case.model.backbone[0].requires_grad_(False)
+    case.model.eval()
+    losses = []
+    for _ in range(2):  # the second forward pass reads what the first criterion has queued
+        losses.append(case.criterion(golden_models.forward(case, samples, targets), targets))
+        case.criterion.matcher.while_waiting = lambda: backbone.compute_ahead(samples.tensors)
+        case.criterion(golden_models.forward(case, samples, targets), targets)
+        assert backbone._ahead is not None
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value)
 
 
 def test_training_step_with_fused_adamw() -> None:
@@ -367,6 +382,15 @@ def test_deformable_attention_equals_the_pytorch_path(name: str) -> None:
     deform_cases.check(name, deform_cases.run(inputs, case.shapes, "auto"), inputs, case.shapes)
     strided = [tensor.mT.contiguous().mT for tensor in inputs]
     deform_cases.check(name, deform_cases.run(strided, case.shapes, "triton"), inputs, case.shapes)
+
+
+@pytest.mark.parametrize("dtypes", deform_cases.FUSED_DTYPES)
+@pytest.mark.parametrize("name", deform_cases.FUSED_CASES)
+@pytest.mark.usefixtures("_needs_triton")
+def test_fused_deformable_attention_equals_separate_operations(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    deform_cases.check_fused(name, dtypes, "cuda")
 
 
 @pytest.mark.usefixtures("_needs_triton")

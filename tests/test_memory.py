@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import engine
 import memory
 from datasets import build_labelled
 from memory import estimate_memory, largest_side, plan_memory
@@ -51,6 +52,16 @@ def test_estimate_changes_nothing_and_counts_the_optimizer(coco: Path) -> None:
     everything = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     assert parameter_bytes(model, "sgd", averaged=True) == 2 * 4 * trainable + everything
     assert estimate.activations > 4 * 3 * largest_side(parts[0]) ** 2
+
+
+def test_maps_computed_ahead_are_counted(coco: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = build(coco, "--lr_backbone", "0", "--backbone_norm", "frozen")
+    plain = estimate_memory(*parts).activations
+    monkeypatch.setattr(engine, "looks_ahead", lambda *_: True)
+    side = largest_side(parts[0])
+    # Images, and three times the output of the stem: 64 channels at half the resolution.
+    expected = 4 * (3 * side**2 + 3 * 64 * (-(-side // 2)) ** 2)
+    assert estimate_memory(*parts).activations - plain == pytest.approx(expected, rel=1e-2)
 
 
 def test_activations_grow_with_the_image_and_shrink_with_checkpoints(coco: Path) -> None:

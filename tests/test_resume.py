@@ -19,6 +19,7 @@ import finetune_main
 import main as pretrain_main
 import trainer
 from models import build_model
+from models.backbone import Backbone
 from tests.tiny import (
     FROZEN,
     ROOT,
@@ -197,6 +198,35 @@ def test_stop_at_the_end_of_an_epoch(
     start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
     assert_equal_runs(tmp_path, uninterrupted_run(case, data))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # restored
+
+
+def test_maps_computed_ahead_change_nothing(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with a frozen backbone, here also stopped in an epoch, after the next batch was fetched."""
+    used: list[bool] = []
+    maps = Backbone.maps
+
+    def counted(backbone: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
+        if backbone.training:
+            used.append(backbone._ahead is not None and backbone._ahead[0].is_set_to(images))
+        return maps(backbone, images)
+
+    def ahead() -> None:
+        monkeypatch.setattr(engine, "looks_ahead", lambda *_: True)
+        monkeypatch.setattr(Backbone, "maps", counted)
+
+    start, flags = CASES["pretext"]
+    ahead()
+    stop_at(monkeypatch, 3)
+    with pytest.raises(StopRequested):
+        start(data, "--output_dir", tmp_path, *flags)
+    monkeypatch.undo()
+    ahead()
+    used.clear()
+    start(data, "--output_dir", tmp_path, *flags, "--resume", "auto")
+    assert used[-4:] == [False, True, False, True]  # epochs of two steps
+    assert_equal_runs(tmp_path, uninterrupted_run("pretext", data))
 
 
 def test_stop_in_the_middle_of_a_longer_epoch(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets.collate import collate, to_device
-from datasets.transfer import Transfer
+from datasets.transfer import LookAhead, Transfer
 
 CPU = torch.device("cpu")
 NORMALIZATION = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
@@ -61,3 +61,24 @@ def test_the_current_stream_waits_and_every_tensor_is_recorded(
     assert calls == [("enter", "own"), ("leave", "own"), ("wait", "current", "own")]
     tensors = [samples.tensors, samples.mask, *targets.tensors.values()]
     assert recorded == [(id(tensor), current) for tensor in tensors]
+
+
+def test_look_ahead_reads_no_further_than_asked() -> None:
+    read: list[int] = []
+
+    def batches():
+        for number in range(3):
+            read.append(number)
+            yield number, *batch()
+
+    ahead = LookAhead(batches(), Transfer(CPU, NORMALIZATION))
+    seen, fetched = [], []
+    for (number, samples, _), inputs, targets in ahead:
+        assert len(samples) == len(inputs) == len(targets) == 2
+        seen.append((number, len(read)))
+        if number != 1:
+            fetched.append(ahead.fetch_next() is not None)
+            assert ahead.fetch_next() is None
+    assert seen == [(0, 1), (1, 2), (2, 3)]
+    assert fetched == [True, False]  # there is no batch after the last one
+    assert read == [0, 1, 2]

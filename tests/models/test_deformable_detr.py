@@ -12,6 +12,7 @@ from models import build_model
 from models.criterion import SetCriterion
 from models.deformable_detr import DeformableDETR
 from models.detector import Queries
+from tests.deform_cases import plain_from_samples
 from tests.tiny import assert_same, make_batch, make_targets, tiny_args
 from util.errors import UserError
 from util.runs.optimizer import parameter_groups
@@ -566,3 +567,45 @@ def test_learned_positions_follow_the_names_of_the_backbone() -> None:
         for group in parameter_groups(model, 1.0, 1.0, ["backbone.0"], ["sampling_offsets"])
     ]
     assert parts == [{"1"}, {"0"}, set()]
+
+
+# ---- one kernel for softmax, locations and attention ----
+
+
+def test_encoder_runs_the_fused_kernel_and_equals_the_plain_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the fused kernel's formula in place of the kernel, which `tests/deform_cases.py` compares with it."""
+    torch.manual_seed(0)
+    model, _ = build("--dropout", "0")
+    model.train()
+    for module in model.modules():
+        if isinstance(module, blocks.DeformableAttention):
+            nn.init.normal_(module.attention_weights.weight)
+            nn.init.normal_(module.sampling_offsets.weight)
+    attention = model.transformer.encoder.layers[0].self_attn
+    samples, calls = make_batch([(64, 96), (48, 64)]), []
+
+    def fused(*args) -> Tensor:
+        calls.append(args[-1].shape)
+        return plain_from_samples(*args)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        outputs = model(samples)
+        (outputs["pred_logits"].square().mean() + outputs["pred_boxes"].sum()).backward()
+        return [outputs["pred_boxes"], *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    results = [step()]
+    monkeypatch.setattr(blocks, "select_implementation", lambda *_: "triton")
+    monkeypatch.setattr(blocks, "ms_deform_attn_fused", fused)
+    results.append(step())
+    assert len(calls) == len(model.transformer.encoder.layers)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    hook = attention.register_forward_hook(lambda *_: None)  # it reads the weights
+    calls.clear()
+    step()
+    hook.remove()
+    assert calls == []

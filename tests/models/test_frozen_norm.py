@@ -208,3 +208,25 @@ def test_output_that_others_read_is_not_folded() -> None:
     fold_frozen_norms(network)
     assert not network.norm.folded
     assert torch.equal(network(images), expected)
+
+
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (1, 2)])
+def test_weight_gradient_from_contiguous_copies(stride: int, dilation: int) -> None:
+    """Channels-last images on a CPU take another way to the same gradients than contiguous ones."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 6, 3, stride, dilation, dilation, bias=False)
+    network = nn.Sequential(conv, FrozenBatchNorm2d(6))
+    fill_norms(network)
+    fold_frozen_norms(nn.Sequential(nn.Conv2d(3, 5, 1), network))
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 5, 9, 12, generator=torch.Generator().manual_seed(1))
+        x = x.to(memory_format=memory_format).requires_grad_()
+        output = network(x)
+        fast = type(output.grad_fn).__name__ == "_ContiguousWeightGradientBackward"
+        assert fast is (memory_format is torch.channels_last)
+        (output * torch.arange(output.numel()).view(output.shape)).sum().backward()
+        results.append((output.detach(), x.grad, conv.weight.grad))
+        conv.weight.grad = None
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-3)

@@ -1,5 +1,7 @@
 """The host waits for the GPU once per forward pass and criterion, found out on fake CUDA tensors, without a GPU."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -73,7 +75,7 @@ def test_host_waits_once_for_the_matcher(
 ) -> None:
     waits = []
 
-    def copy_to_host(values: torch.Tensor) -> np.ndarray:
+    def copy_to_host(values: torch.Tensor, _: object) -> np.ndarray:
         waits.append(values.shape)
         return np.random.default_rng(0).random(values.shape)
 
@@ -102,3 +104,20 @@ def test_host_waits_once_for_the_matcher(
             criterion.total_loss(criterion(outputs, packed))
     assert copies.found == []
     assert len(waits) == expected
+
+
+def test_what_is_queued_while_waiting_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of calls on a fake GPU: copy, event, the other work, and a wait for the event alone."""
+    host, values = mock.Mock(), mock.Mock(is_cuda=True, shape=(2, 3, 4), dtype=torch.float32)
+    calls = mock.Mock()
+    calls.attach_mock(host.copy_, "copy")
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: host)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: "stream")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: calls.event)
+    assert matcher.copy_to_host(values, calls.work) is host.numpy()
+    assert calls.mock_calls == [
+        mock.call.copy(values, non_blocking=True),
+        mock.call.event.record("stream"),
+        mock.call.work(),
+        mock.call.event.synchronize(),
+    ]

@@ -661,3 +661,27 @@ def test_parser_of_pre_training_gives_a_pretext_and_says_so() -> None:
         build_model(finetune_main.get_args_parser().parse_args(flags))
         build_model(main.get_args_parser().parse_args([*flags, "--pretext", "region_prior"]))
     assert not any("builds the pretext" in line for line in lines)
+
+
+# ---- a backbone whose maps are the same in every step ----
+
+
+def test_a_backbone_that_trains_updates_or_draws_is_not_constant() -> None:
+    assert Backbone("resnet18", trainable=False).constant
+    assert not Backbone("resnet18").constant
+    assert not Backbone("resnet18", "live", trainable=False).constant  # updates its statistics
+    dropping = Backbone("resnet18", trainable=False)
+    dropping.body.layer4.add_module("drop", nn.Dropout(0.1))
+    assert not dropping.constant
+
+
+def test_maps_computed_ahead_serve_their_images_once() -> None:
+    backbone = Backbone("resnet18", trainable=False)
+    images, others = make_batch(seed=1).tensors, make_batch(seed=2).tensors
+    backbone.compute_ahead(images)
+    ahead = backbone._ahead[1]
+    assert backbone.maps(images[:]) is ahead  # another tensor with the same memory
+    assert backbone.maps(images) is not ahead
+    backbone.compute_ahead(images)
+    assert torch.equal(backbone.maps(others)[-1], backbone(others)[-1])
+    assert backbone._ahead is None

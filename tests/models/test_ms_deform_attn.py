@@ -195,15 +195,17 @@ def test_kernels_under_the_interpreter(part: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def compile_kernel(kernel, value_type: str, capability: int) -> dict[str, str]:
+def compile_kernel(kernel, value_type: str, capability: int, fused: bool = False) -> dict[str, str]:
     """Compile a kernel for 4 maps, 4 points and 8 heads of 32 channels; needs no GPU. Returns PTX and binary."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from models.ms_deform_attn_triton import NUM_WARPS, TILE_ELEMENTS
+    from models.ms_deform_attn_triton import BACKWARD, FORWARD
 
-    constants = {"H": 8, "D": 32, "L": 4, "P": 4, "BLOCK_Q": TILE_ELEMENTS // 32, "BLOCK_D": 32}
+    elements, warps = BACKWARD if "grad_output" in kernel.arg_names else FORWARD
+    constants = {"H": 8, "D": 32, "L": 4, "P": 4, "BLOCK_Q": elements // 32, "BLOCK_D": 32}
+    constants["FUSED"] = fused
     types = {"S": "i32", "Q": "i32", "shapes": ("fp32",) * 8} | dict.fromkeys(
         ("value", "output", "grad_output"), f"*{value_type}"
     )
@@ -220,7 +222,7 @@ def compile_kernel(kernel, value_type: str, capability: int) -> dict[str, str]:
     source = ASTSource(
         kernel, signature, {positions[name]: number for name, number in constants.items()}, aligned
     )
-    options = {"num_warps": NUM_WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
@@ -246,6 +248,10 @@ def test_kernels_compile_for_gpus(
 
     forward = compile_kernel(kernels._forward_kernel, value_type, capability)
     backward = compile_kernel(kernels._backward_kernel, value_type, capability)
+    for kernel in (kernels._forward_kernel, kernels._backward_kernel):  # with softmax and locations
+        fused = compile_kernel(kernel, value_type, capability, fused=True)
+        assert fused["cubin"]
+        assert "bar.sync" not in fused["ptx"]
     assert forward["cubin"]
     assert backward["cubin"]
     assert "ld.global.v4" in forward["ptx"]

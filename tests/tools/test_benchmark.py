@@ -1,5 +1,6 @@
 """The benchmark times only contenders with equal outputs, in turns, and its page is made from its results."""
 
+import itertools
 import json
 import sys
 import types
@@ -221,8 +222,10 @@ def test_kernels_on_cpu(tmp_path: Path) -> None:
     rows = [row for row in found["rows"] if row["contender"] == "pytorch"]
     assert [row["comparison"] for row in rows] == [
         "encoder, float32",
+        "encoder with softmax and locations, float32",
         "decoder, float32",
         "encoder, bfloat16",
+        "encoder with softmax and locations, bfloat16",
         "decoder, bfloat16",
     ]
     assert all(0 < row["low_ms"] <= row["median_ms"] <= row["high_ms"] for row in rows)
@@ -230,6 +233,42 @@ def test_kernels_on_cpu(tmp_path: Path) -> None:
         assert "NVIDIA GPU" in found["not_measured"]["triton, encoder, float32"]
     assert found["environment"]["torch"] in torch.__version__
     assert "Not measured: triton" in results.run_text(found)
+
+
+def test_sweep_varies_the_launch_of_one_kernel_and_names_the_fastest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a stand-in for the kernels, which need a GPU. It reads the launch in its backward pass, as they do."""
+    triton_kernels = pytest.importorskip("models.ms_deform_attn_triton")
+    usual, launches = triton_kernels.BACKWARD, set()
+    plain = kernels.ms_deform_attn
+
+    def stand_in(value, shapes, locations, weights, implementation="pytorch"):
+        output = plain(value, shapes, locations, weights, "pytorch")
+        output.register_hook(lambda _: launches.add(triton_kernels.BACKWARD))
+        return output
+
+    def fused(value, shapes, samples, references):
+        sizes_wh = torch.tensor([(w, h) for h, w in shapes])
+        points = kernels.sampling_points(samples, references, sizes_wh, value.shape[2])
+        return stand_in(value, shapes, *points)
+
+    monkeypatch.setattr(kernels, "select_implementation", lambda *_: "triton")
+    monkeypatch.setattr(kernels, "ms_deform_attn", stand_in)
+    monkeypatch.setattr(kernels, "ms_deform_attn_fused", fused)
+    monkeypatch.setattr(measure, "SECONDS_PER_TURN", 0)
+    shapes = [(3, 4), (2, 2)]
+    inputs = kernels.attention_inputs("encoder", shapes, 1, torch.float32, CPU)
+    rows = measure.measure(kernels.compare_fused("case", shapes, inputs, "backward"), 1)
+    assert len(rows) == len(launches) + 3  # PyTorch, separate operations, and the usual launch
+    assert launches == {
+        triton_kernels.Launch(*x) for x in itertools.product(kernels.TILES, kernels.WARPS)
+    }
+    assert usual == triton_kernels.BACKWARD
+    rows[-2].median_ms = 0.125
+    run = results.make_run("", "kernels", {}, rows, {}, {}, "")
+    text = results.run_text(run)
+    assert f"case: the fastest {rows[-2].contender} (0.125 ms)" in text
 
 
 def test_feature_map_shapes_match_training() -> None:

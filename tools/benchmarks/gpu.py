@@ -219,12 +219,12 @@ def shapes(session: Session) -> None:
 
 
 def kernels(session: Session) -> None:
-    """Deformable attention with every block size and number of warps, at sizes of training and pre-training."""
+    """Block sizes and warps of the backward kernel of deformable attention, at sizes of training and pre-training."""
     for size, batch in ((800, 8), (480, 24)):
         pixels = 64 if session.args.tiny else size
         session.measure(
             *("kernels", "--image_size", str(pixels), "--batch_size", str(session.batch(batch))),
-            *("--dtypes", "bfloat16", "--sweep"),
+            *("--dtypes", "bfloat16", "--sweep", "backward"),
         )
 
 

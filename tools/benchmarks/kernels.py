@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.ms_deform_attn import ms_deform_attn, select_implementation
+from models.ms_deform_attn import (
+    ms_deform_attn,
+    ms_deform_attn_fused,
+    sampling_points,
+    select_implementation,
+)
+from tools.benchmarks import results
 from tools.benchmarks.measure import Comparison, Local
 from util.errors import UserError
 
@@ -28,7 +34,11 @@ def comparisons(args: argparse.Namespace, bench: Any) -> Iterator[Comparison]:
     for dtype in args.dtypes:
         for part in ("encoder", "decoder"):
             inputs = attention_inputs(part, shapes, args.batch_size, getattr(torch, dtype), device)
-            yield compare_attention(f"{part}, {dtype}", shapes, inputs, args.sweep)
+            if not args.sweep:
+                yield compare_attention(f"{part}, {dtype}", shapes, inputs)
+            if part == "encoder":
+                name = f"{part} with softmax and locations, {dtype}"
+                yield compare_fused(name, shapes, inputs, args.sweep)
 
 
 def feature_map_shapes(height: int) -> list[tuple[int, int]]:
@@ -88,7 +98,7 @@ def attention_inputs(
 
 
 def compare_attention(
-    name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...], sweep: bool = False
+    name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...]
 ) -> Comparison:
     """Return the comparison of all implementations that run here on the same inputs, see `attention_inputs`."""
     value, locations, weights, grad_output = inputs
@@ -97,8 +107,6 @@ def compare_attention(
     try:
         select_implementation("triton", value.device, value.dtype)
         calls["triton"] = lambda v, p, w: ms_deform_attn(v, shapes, p, w, "triton")
-        if sweep:
-            calls |= sweep_calls(shapes)
     except UserError as error:
         skipped["triton"] = str(error)
     leaves = (value, locations, weights)
@@ -117,28 +125,77 @@ def compare_attention(
             first_line = str(error).partition("\n")[0]
             skipped[public_name] = f"{type(error).__name__}: {first_line}"
 
-    tolerance = 1e-3 if value.dtype == torch.float32 else 2e-2
-    return Comparison(name, contenders, tolerance, skipped=skipped, items=len(value))
+    return Comparison(name, contenders, tolerance(value), skipped=skipped, items=len(value))
 
 
-def sweep_calls(shapes: list[tuple[int, int]]) -> dict[str, Callable[..., Tensor]]:
-    """Return the Triton kernels with every block size and number of warps. They were not run on a GPU yet."""
-    from models import ms_deform_attn_triton as kernels
+def compare_fused(
+    name: str, shapes: list[tuple[int, int]], inputs: tuple[Tensor, ...], sweep: str | None = None
+) -> Comparison:
+    """Return the comparison of attention with the softmax and the sampling points before it, see `attention_inputs`.
 
-    usual = kernels.TILE_ELEMENTS, kernels.NUM_WARPS
+    In the encoder one Triton kernel computes them. sweep: `forward` or `backward`, whose launches are varied.
+    """
+    value, locations, weights, grad_output = inputs
+    sizes_wh = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=value.device)
+    references = locations.mean((2, 4))  # [B, Q, L, 2]
+    offsets = (locations - references[:, :, None, :, None]) * sizes_wh[:, None]
+    # As under autocast the linear layer before has the dtype of the value.
+    samples = torch.cat([offsets.flatten(2), weights.log().flatten(2)], -1).to(value.dtype)
 
-    def variant(elements: int, warps: int) -> Callable[..., Tensor]:
-        def call(v: Tensor, p: Tensor, w: Tensor) -> Tensor:
-            kernels.TILE_ELEMENTS, kernels.NUM_WARPS = elements, warps
-            return ms_deform_attn(v, shapes, p, w, "triton")
+    def separate(implementation: str) -> Callable[..., Tensor]:
+        def call(v: Tensor, x: Tensor) -> Tensor:
+            points = sampling_points(x, references, sizes_wh, v.shape[2])
+            return ms_deform_attn(v, shapes, *points, implementation)
 
         return call
 
+    def fused(v: Tensor, x: Tensor) -> Tensor:
+        return ms_deform_attn_fused(v, shapes, x, references)
+
+    calls, skipped = {"pytorch": separate("pytorch")}, {}
+    try:
+        select_implementation("triton", value.device, value.dtype)
+        calls["triton, separate"] = separate("triton")
+        calls |= sweep_calls(fused, sweep) if sweep else {"triton, fused": fused}
+    except UserError as error:
+        skipped["triton"] = str(error)
+    contenders: dict[str, Any] = {}
+    for key, call in calls.items():
+        run = forward_backward(call, (value, samples), grad_output)
+        contenders[key] = Local(run, run, value.device)
+    return Comparison(name, contenders, tolerance(value), skipped=skipped, items=len(value))
+
+
+def tolerance(value: Tensor) -> float:
+    return 1e-3 if value.dtype == torch.float32 else 2e-2
+
+
+def sweep_calls(call: Callable[..., Tensor], direction: str) -> dict[str, Callable[..., Tensor]]:
+    """Return a call with every block size and number of warps of the forward or backward kernel; last the usual one.
+
+    They were not run on a GPU yet.
+    """
+    from models import ms_deform_attn_triton as kernels
+
+    constant = direction.upper()  # FORWARD or BACKWARD
+    usual = getattr(kernels, constant)
+
+    def variant(launch: kernels.Launch) -> Callable[..., Tensor]:
+        def run(*inputs: Tensor) -> Tensor:
+            # The backward pass, which comes next, reads it too.
+            setattr(kernels, constant, launch)
+            return call(*inputs)
+
+        return run
+
+    launches = [kernels.Launch(*numbers) for numbers in itertools.product(TILES, WARPS)]
     found = {
-        f"triton, {elements} elements, {warps} warps": variant(elements, warps)
-        for elements, warps in itertools.product(TILES, WARPS)
+        f"{results.SWEEP}{direction}, {launch.elements} elements, {launch.warps} warps": variant(
+            launch
+        )
+        for launch in launches
     }
-    return {"triton": variant(*usual), **found}
+    return {**found, "triton, fused": variant(usual)}
 
 
 def forward_backward(
@@ -238,6 +295,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sweep",
-        action="store_true",
-        help="also time the Triton kernels with other block sizes and numbers of warps",
+        choices=["forward", "backward"],
+        help="vary block size and number of warps of the Triton kernel of this direction; the fastest is logged",
     )

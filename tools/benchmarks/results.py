@@ -17,6 +17,7 @@ from util.files import write_text
 from util.markdown import markdown_table
 
 FILE = "benchmark.json"
+SWEEP = "sweep of "  # begins the names of contenders of which the fastest is wanted
 PACKAGES = ("torch", "triton", "timm", "transformers", "onnxruntime", "hotcoco", "pycocotools")
 
 
@@ -103,6 +104,7 @@ def run_text(run: Mapping[str, Any]) -> str:
     info = ", ".join(f"{key} {value}" for key, value in run["environment"].items())
     commit = f"commit {run['commit']}, " if run["commit"] else ""
     blocks = [f"`{run['command']}`", f"Conditions: {commit}{info}.", times_table(run["rows"])]
+    blocks += _fastest_of_sweeps(run["rows"])
     blocks += [_facts_text(name, facts) for name, facts in run["facts"].items() if facts]
     blocks += [f"Not measured: {name} ({reason})." for name, reason in run["not_measured"].items()]
     return "\n\n".join(block for block in blocks if block)
@@ -140,6 +142,17 @@ def times_table(rows: Sequence[Mapping[str, Any]]) -> str:
     unused = [i for i in (4, 7) if all(row[i] == "-" for row in cells)]
     kept = [i for i in range(len(head)) if i not in unused]
     return markdown_table([head[i] for i in kept], [[row[i] for i in kept] for row in cells])
+
+
+def _fastest_of_sweeps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line with the fastest contender of each comparison's sweep."""
+    swept = [row for row in rows if row["contender"].startswith(SWEEP)]
+    lines = []
+    for name in dict.fromkeys(row["comparison"] for row in swept):
+        own = [row for row in swept if row["comparison"] == name]
+        best = min(own, key=lambda row: row["median_ms"])
+        lines.append(f"{name}: the fastest {best['contender']} ({best['median_ms']:.4g} ms).")
+    return lines
 
 
 def _ratio(value: float, ours: float) -> str:

@@ -81,6 +81,22 @@ def counting_saved_bytes(model: nn.Module) -> Iterator[SavedBytes]:
 
 
 @contextmanager
+def counting_outputs(network: nn.Module) -> Iterator[list[int]]:
+    """Yield a list of the bytes of every module's output in this context."""
+    sizes: list[int] = []
+
+    def add(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        sizes.append(output.nbytes if isinstance(output, Tensor) else 0)
+
+    hooks = [module.register_forward_hook(add) for module in network.modules()]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def nothing_changes(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore random states and buffers, such as batch norm statistics, after a trial forward pass."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
