@@ -1,4 +1,4 @@
-"""Any convolutional feature extractor of timm, as `--backbone timm:NAME`."""
+"""Any feature extractor of timm that reads images of any size, as `--backbone timm:NAME`."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from models.backbone import Body
+from models.timm_vit import build_vit, is_vit
 from util.checkpoints.backbone_weights import backbone_normalization
 from util.errors import UserError
 
@@ -33,6 +34,13 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
             f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})"
         ) from error
 
+    if is_vit(body):
+        vit = build_vit(body, name, dilation, stages)
+        if norm == "frozen":  # of hybrids
+            vit.network = freeze_batch_norm_2d(vit.network)
+        _check_any_image_size(vit.network, name, vit.patch_size)
+        return vit
+
     # Stage 4 is the last map, stage 1 the fourth from the end: strides 32, 16, 8, 4 as in a ResNet.
     # Build again with these maps only, since timm then drops the layers after the last one.
     levels = len(body.feature_info)
@@ -42,7 +50,7 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     )
     if norm == "frozen":
         body = freeze_batch_norm_2d(body)
-    _check_any_image_size(body, name)
+    _check_any_image_size(body, name, 16)
 
     mean, std = backbone_normalization(full_name)
     return Body(
@@ -57,19 +65,20 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
 
 
 @torch.no_grad()
-def _check_any_image_size(body: nn.Module, name: str) -> None:
-    """Check that a network reads an image of an unusual size; some are built for one size.
+def _check_any_image_size(body: nn.Module, name: str, multiple: int) -> None:
+    """Check that a network reads an image of an unusual size, 6 x 10 multiples; some are built for one size.
 
     Raises:
         UserError: it does not.
     """
     training = body.training
     try:
-        body.eval()(torch.zeros(1, 3, 96, 160))
+        body.eval()(torch.zeros(1, 3, 6 * multiple, 10 * multiple))
     except (AssertionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"--backbone timm:{name} can't read images of any size ({reason}): choose a convolutional one"
+            f"--backbone timm:{name} can't read images of any size ({reason}): choose a convolutional "
+            "one or another vit_NAME"
         ) from error
     body.train(training)
 
