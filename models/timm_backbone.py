@@ -18,21 +18,8 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         UserError: timm is not installed, or cannot build this network as a feature extractor.
     """
     full_name, name = name, name.removeprefix("timm:")
-    try:
-        import timm
-        from timm.layers import freeze_batch_norm_2d
-    except ImportError as error:
-        raise UserError(
-            f"--backbone timm:{name} needs the package timm: pip install timm ({error})"
-        ) from error
-
-    stride: dict[str, Any] = {"output_stride": 16} if dilation else {}
-    try:
-        body: Any = timm.create_model(name, pretrained=False, features_only=True, **stride)
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})"
-        ) from error
+    body = _create(name)
+    from timm.layers import freeze_batch_norm_2d
 
     if is_vit(body):
         vit = build_vit(body, name, dilation, stages)
@@ -45,9 +32,8 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
     # Build again with these maps only, since timm then drops the layers after the last one.
     levels = len(body.feature_info)
     indices = [levels - 5 + stage for stage in stages]
-    body = timm.create_model(
-        name, pretrained=False, features_only=True, out_indices=indices, **stride
-    )
+    stride = {"output_stride": 16} if dilation else {}
+    body = _create(name, out_indices=indices, **stride)
     if norm == "frozen":
         body = freeze_batch_norm_2d(body)
     _check_any_image_size(body, name, 16)
@@ -62,6 +48,26 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         early_names=_early_parameters(body, [key for key, _ in body.named_parameters()]),
         channels_last=str(getattr(body, "output_fmt", "NCHW")).endswith("NHWC"),
     )
+
+
+def _create(name: str, **options: Any) -> Any:
+    """Build a feature extractor of timm.
+
+    Raises:
+        UserError: timm is not installed, or cannot build this network as a feature extractor.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"--backbone timm:{name} needs the package timm: pip install timm ({error})"
+        ) from error
+    try:
+        return timm.create_model(name, pretrained=False, features_only=True, **options)
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"--backbone timm:{name}: timm can't build it as a feature extractor ({error})"
+        ) from error
 
 
 @torch.no_grad()
