@@ -11,11 +11,24 @@ from models.activation_checkpoint import checkpoint_activations
 from models.backbone import Backbone
 from models.timm_vit import TimmViT
 from models.trainable import TrainableModel
-from tests.tiny import assert_same, captured_log, make_batch, make_targets, tiny_args
+from tests.tiny import (
+    assert_same,
+    captured_log,
+    fine_tune,
+    make_batch,
+    make_targets,
+    pre_train,
+    read_checkpoint,
+    tiny_args,
+    write_coco,
+    write_images,
+)
+from tools.exports.check import OTHER_SHAPES, TOLERANCE, check
+from tools.exports.formats import run_onnx, to_onnx
+from tools.exports.graph import Graph, record
 from util.checkpoints.backbone_weights import load_backbone_weights
 from util.errors import UserError
 from util.settings import FINETUNE, PRETRAIN
-from util.settings.registry import DETECTORS
 
 timm = pytest.importorskip("timm", reason="timm is an extra")
 
@@ -99,7 +112,10 @@ def test_detections_do_not_depend_on_the_batch(detector: str) -> None:
 def test_patches_of_14_pixels() -> None:
     backbone = Backbone("timm:eva02_tiny_patch14_224", stages=(2, 3, 4))
     assert (backbone.strides, backbone.num_channels) == ([14], [192])
-    assert backbone(torch.randn(1, 3, 64, 43))[0].shape == (1, 192, 5, 4)
+    (maps,) = backbone(torch.randn(1, 3, 64, 43))
+    assert maps.shape == (1, 192, 5, 4)
+    maps.sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters()), "DDP waits for every gradient"
 
 
 def test_stages_are_depths() -> None:
@@ -161,7 +177,6 @@ def pretext_model(pretext: str, *flags: str) -> tuple[TrainableModel, Tensor]:
 
 
 EMBEDDING = ("--proposals", "random", "--object_embedding_loss")
-REGION_PRIOR = (*EMBEDDING, "--num_patches", "10")
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -267,11 +282,52 @@ def test_a_transformer_of_one_size_is_refused() -> None:
         Backbone("timm:test_vit_relpos")
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_summaries_of_the_model(detector: str) -> None:
-    """Every detector returns finite outputs for images that are no multiples of the patch."""
+# ---- runs and exports ----
+
+DEFORMABLE = ("--detector", "deformable_detr", *FLAGS)
+
+
+@pytest.mark.slow
+def test_pre_training_fine_tuning_and_resuming(tmp_path: Path) -> None:
+    """With a backbone that trains: it arrives in fine-tuning, and a resumed run equals one without a stop."""
+    write_images(tmp_path / "images", count=4)
+    coco = write_coco(tmp_path / "coco")
+    schedule = ("--lr", "1e-3", "--lr_backbone", "1e-3", "--batch_size", "2")
+    with captured_log() as lines:
+        pre_train(
+            *("--imagenet_path", tmp_path / "images", "--output_dir", tmp_path / "pre"),
+            *("--epochs", "1", "--feature_recon", *schedule, *DEFORMABLE),
+        )
+    assert any(line.startswith("memory: about") for line in lines)
+    trained = read_checkpoint(tmp_path / "pre" / "checkpoint.pth")["model"]
+    initial = build_model(tiny_args(FINETUNE, *DEFORMABLE))[0].state_dict()
+    key = "backbone.0.body.model.blocks.0.attn.qkv.weight"
+    assert not torch.equal(trained[key], initial[key])
+
+    labelled = ("--coco_path", coco, *schedule, "--seed", "1")
+    pretrain = ("--pretrain", tmp_path / "pre" / "checkpoint.pth", *DEFORMABLE)
+    with captured_log() as lines:
+        fine_tune(*labelled, *pretrain, "--epochs", "2", "--output_dir", tmp_path / "whole")
+    assert not any("backbone.0" in line and "missing" in line for line in lines)
+    fine_tune(*labelled, *pretrain, "--epochs", "1", "--output_dir", tmp_path / "parts")
+    part = tmp_path / "parts" / "checkpoint.pth"
+    resumed = ("--resume", part, *DEFORMABLE, "--epochs", "2")
+    fine_tune(*labelled, *resumed, "--output_dir", tmp_path / "parts")
+    whole, parts = (
+        read_checkpoint(tmp_path / name / "checkpoint.pth") for name in ("whole", "parts")
+    )
+    assert_same(whole["model"], parts["model"])
+    assert_same(whole["optimizer"], parts["optimizer"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", ["detr", "deformable_detr"])
+def test_exports_equal_the_model(detector: str) -> None:
+    """At any image size; position embeddings are resampled in the graph."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     torch.manual_seed(0)
-    model = build_model(tiny_args(FINETUNE, "--detector", detector, *FLAGS))[0].eval()
-    outputs = model(make_batch([(50, 70)]))
-    assert outputs["pred_boxes"].shape == (1, 20, 4)
-    assert all(torch.isfinite(value).all() for key, value in outputs.items() if key[:4] == "pred")
+    model = build_model(tiny_args(FINETUNE, "--detector", detector, *FLAGS), 5)[0].eval()
+    graph = Graph(model).eval()
+    run = run_onnx(to_onnx(record(graph), {}))
+    assert check(graph, run, OTHER_SHAPES, "the ONNX file") < TOLERANCE
