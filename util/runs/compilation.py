@@ -12,7 +12,7 @@ from util.logger import log
 # Modules of a detector that dynamo traces without a break. The matcher reads its costs on the host, which would break
 # a graph; heads and losses are few operations.
 PARTS = {
-    "backbone": "backbone.0.body",
+    "backbone": "backbone.0",
     "encoder": "transformer.encoder",
     "decoder": "transformer.decoder",
 }
