@@ -25,7 +25,7 @@ def build(name: str, norm: str, dilation: bool, stages: tuple[int, ...]) -> Body
         vit = build_vit(body, name, dilation, stages)
         if norm == "frozen":  # of hybrids
             vit.network = freeze_batch_norm_2d(vit.network)
-        _check_any_image_size(vit.network, name, vit.patch_size)
+        _check_any_image_size(vit.network, name, vit.strides[0])
         return vit
 
     # Stage 4 is the last map, stage 1 the fourth from the end: strides 32, 16, 8, 4 as in a ResNet.
