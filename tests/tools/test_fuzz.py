@@ -29,10 +29,12 @@ def test_damaged_files_load_or_are_refused_in_one_line(target, tmp_path):
     [
         ("coco", 253),  # a segmentation that is no JSON
         ("proposals", 757),  # a box beyond float32, of which NumPy warned
+        ("image", 5246),  # a chunk of a PNG file that claims 4 GB
     ],
 )
 def test_files_of_earlier_findings(target, seed, tmp_path):
-    fuzz.run_case(target, seed, tmp_path / "case")
+    with fuzz.limited_memory(2):
+        fuzz.run_case(target, seed, tmp_path / "case")
 
 
 @pytest.mark.parametrize(
