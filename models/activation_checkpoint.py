@@ -35,12 +35,12 @@ def _forward_checkpointed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def _backbone_blocks(body: nn.Module) -> Iterator[nn.Module]:
-    """Yield the residual blocks of a network: the items of its stages, which are Sequentials.
+    """Yield the residual blocks of a network: the items of its stages, or of a transformer's list of blocks.
 
     Frozen blocks keep nothing anyway. Live batch norm would count each batch twice.
     """
-    for child in body.children():
-        if not isinstance(child, nn.Sequential):
+    for child in getattr(body, "model", body).children():
+        if not isinstance(child, nn.Sequential | nn.ModuleList):
             continue
         for block in child:
             if isinstance(block, nn.Sequential):

@@ -48,6 +48,8 @@ class Body:
     mean, std: normalization of the images, RGB in 0..1.
     early_names: parameter names of stem and first stage, which never train with frozen norms.
     channels_last: the network returns maps as [B, h, w, C].
+    patch_size: the network reads multiples of it, and mixes all pixels of an image: it must not see padding. None: any
+        size, and padding matters at its border only.
     """
 
     network: nn.Module
@@ -58,6 +60,7 @@ class Body:
     std: tuple[float, ...]
     early_names: set[str]
     channels_last: bool = False
+    patch_size: int | None = None
 
 
 class Backbone(nn.Module):
@@ -93,6 +96,7 @@ class Backbone(nn.Module):
         self.name, self.norm = name, norm
         self.mean, self.std = body.mean, body.std
         self.channels_last_maps = body.channels_last
+        self.patch_size = body.patch_size
         self._freeze(trainable, body.early_names)
         self._ahead: tuple[Tensor, list[Tensor]] | None = None
 
@@ -110,7 +114,9 @@ class Backbone(nn.Module):
 
     @property
     def constant(self) -> bool:
-        """Whether the maps of an image are the same in every training step."""
+        """Whether the maps of an image are the same in every training step, and need no padding mask."""
+        if self.patch_size is not None:
+            return False
         return self.frozen and not any(map(_updates_or_draws, self.modules()))
 
     def compute_ahead(self, images: Tensor) -> None:
@@ -118,23 +124,68 @@ class Backbone(nn.Module):
         with torch.enable_grad():  # as in a step: --compile would need another graph
             self._ahead = images, self(images)
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Return `forward` of images, or what `compute_ahead` has computed for them, once."""
+    def maps(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Return `forward`, or what `compute_ahead` has computed for these images, once."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0].is_set_to(images):
             return ahead[1]
-        return self(images)
+        return self(images, mask)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """Extract feature maps, one [B, C, h, w] per stage.
 
         images: [B, 3, H, W], normalized with `mean` and `std`.
+        mask: bool [B, H, W], True on padding at the bottom and the right; None: no image is padded.
         """
+        if self.patch_size is None:
+            return self._extract(images)
+        images = pad_to_multiple(images, self.patch_size)
+        if mask is None:
+            return self._extract(images)
+        return self._extract_each(images, valid_cells(mask, self.patch_size))
+
+    def _extract(self, images: Tensor) -> list[Tensor]:
         maps = self.body(images)
         maps = list(maps.values()) if isinstance(maps, dict) else list(maps)
         if self.channels_last_maps:
             maps = [x.permute(0, 3, 1, 2) for x in maps]  # [B, h, w, C] -> [B, C, h, w]
         return maps
+
+    def _extract_each(self, images: Tensor, cells_hw: list[tuple[int, int]]) -> list[Tensor]:
+        """Extract the map of each image without its padding; cells of padding are 0.
+
+        Attention to padding, and position embeddings of the padded size, would make the features of an image depend on
+        the other images of the batch. Images of one size run together.
+
+        cells_hw: size of each image in patches.
+        """
+        assert self.patch_size is not None
+        grid = [side // self.patch_size for side in images.shape[-2:]]
+        whole = None
+        for height, width in sorted(set(cells_hw)):
+            index = [i for i, size in enumerate(cells_hw) if size == (height, width)]
+            part = images[index, :, : height * self.patch_size, : width * self.patch_size]
+            (found,) = self._extract(part)  # [b, C, height, width]
+            if whole is None:
+                whole = found.new_zeros((len(images), found.shape[1], *grid))
+            whole[index, :, :height, :width] = found
+        assert whole is not None
+        return [whole]
+
+
+def pad_to_multiple(x: Tensor, multiple: int, value: float = 0) -> Tensor:
+    """Pad [..., H, W] at the bottom and the right."""
+    height, width = x.shape[-2:]
+    return functional.pad(x, (0, -width % multiple, 0, -height % multiple), value=value)
+
+
+def valid_cells(mask: Tensor, patch_size: int) -> list[tuple[int, int]]:
+    """Return how many patches (down, across) each image has, also those that it fills in part.
+
+    mask: bool [B, H, W], True on padding. It is read on the host, which waits for a GPU.
+    """
+    sizes = torch.stack([(~mask[:, :, 0]).sum(1), (~mask[:, 0]).sum(1)], 1)  # [B, 2], (h, w)
+    return [(-(-height // patch_size), -(-width // patch_size)) for height, width in sizes.tolist()]
 
 
 def _updates_or_draws(module: nn.Module) -> bool:
@@ -159,10 +210,14 @@ class BackboneWithPositions(nn.Sequential):
     def forward(self, samples: NestedTensor) -> list[FeatureMap]:
         """Extract one `FeatureMap` per stage."""
         backbone, position_encoding = self[0], self[1]
-        tensors = backbone.maps(samples.tensors)  # [B, C, h, w] each
+        pixel_mask = samples.mask
+        if backbone.patch_size is not None:  # as the images are
+            pixel_mask = pad_to_multiple(pixel_mask, backbone.patch_size, value=True)
+        # [B, C, h, w] each
+        tensors = backbone.maps(samples.tensors, samples.mask if samples.padded else None)
         maps = []
         for level, tensor in enumerate(tensors):
-            mask = resize_mask(samples.mask, tensor.shape[-2:])  # [B, h, w]
+            mask = resize_mask(pixel_mask, tensor.shape[-2:])  # [B, h, w]
             position = tensor[:, :0]
             if level >= len(tensors) - self.num_levels:
                 position = position_encoding(mask).to(tensor.dtype)  # [B, D, h, w]

@@ -52,7 +52,9 @@ class DeformableDETR(Detector):
 
     Args:
         num_levels: number of feature maps. The last ones of the backbone come first; each further
-            map has half the size of the one before.
+            map has half the size of the one before. A backbone with a single map (a vision
+            transformer of stride 16) gets one of twice the size before its own if there are three
+            levels or more, so that they have the strides of a ResNet's.
         with_box_refine: every decoder layer refines the boxes of the layer before (section 4.2).
         two_stage: queries come from encoder proposals (section 4.2).
     """
@@ -84,9 +86,12 @@ class DeformableDETR(Detector):
         # One table of position and content, [Q, 2 D].
         self.query_embed = None if two_stage else nn.Embedding(num_queries, 2 * hidden_dim)
         # With a mask head the backbone returns all its maps, of which these are read here.
-        self.num_backbone_levels = min(num_levels, 3)
-        num_channels = backbone[0].num_channels[-self.num_backbone_levels :]
-        self.input_proj = _build_input_projections(num_channels, hidden_dim, num_levels)
+        num_channels = backbone[0].num_channels[-min(num_levels, 3) :]
+        self.num_backbone_levels = len(num_channels)
+        self.num_upsampled = int(len(num_channels) == 1 and num_levels >= 3)
+        self.input_proj = _build_input_projections(
+            num_channels, hidden_dim, num_levels, self.num_upsampled
+        )
         self.backbone = backbone
 
         self.num_queries, self.hidden_dim = num_queries, hidden_dim
@@ -123,6 +128,7 @@ class DeformableDETR(Detector):
         if samples.padded:
             padding_mask = torch.cat([x.mask.flatten(1) for x in maps], 1)  # [B, S]
 
+        last_level = self.num_upsampled + self.num_backbone_levels - 1
         sizes_wh = torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32)
         memory = DeformableMemory(
             features,
@@ -130,8 +136,8 @@ class DeformableDETR(Detector):
             position=position,
             padding_mask=padding_mask,
             shapes=shapes,
-            projected_map=maps[self.num_backbone_levels - 1].tensor,
-            last_level=self.num_backbone_levels - 1,
+            projected_map=maps[last_level].tensor,
+            last_level=last_level,
             sizes_wh=sizes_wh.to(tokens.device, non_blocking=True),  # [L, 2]
             valid_sizes_wh=torch.stack([valid_size_wh(x.mask) for x in maps], 1),  # [B, L, 2]
         )
@@ -141,19 +147,22 @@ class DeformableDETR(Detector):
     def _project(self, features: list[FeatureMap], samples: NestedTensor) -> list[FeatureMap]:
         """Project all levels to the model width.
 
-        The first level beyond the backbone's reads the backbone's last map, before any projection.
-        Each further one reads the level before.
+        The first level beyond the backbone's, and one that is upsampled, read the backbone's last map,
+        before any projection. Each further one reads the level before.
         """
+        # A patch of a vision transformer is padding or not, at every level.
+        in_patches = self.backbone[0].patch_size is not None
+        finest_mask = features[-1].mask if in_patches else samples.mask
         maps: list[FeatureMap] = []
-        for level, projection in enumerate(self.input_proj):
-            if level < len(features):
+        for level, projection in enumerate(self.input_proj, start=-self.num_upsampled):
+            if 0 <= level < len(features):
                 source = features[level]
                 projected = projection(source.tensor)  # [B, D, h, w]
                 maps.append(FeatureMap(projected, source.mask, source.position))
                 continue
-            source = features[-1] if level == len(features) else maps[-1]
-            projected = projection(source.tensor)  # [B, D, h / 2, w / 2], rounded up
-            mask = resize_mask(samples.mask, projected.shape[-2:])
+            source = features[-1] if level <= len(features) else maps[-1]
+            projected = projection(source.tensor)  # [B, D, 2 h, 2 w], or half the size, rounded up
+            mask = resize_mask(finest_mask, projected.shape[-2:])
             position = self.backbone[1](mask).to(projected.dtype)
             maps.append(FeatureMap(projected, mask, position))
         return maps
@@ -279,11 +288,20 @@ def _apply_heads(heads: Any, layers: Tensor) -> Tensor:
     return torch.stack([head(x) for head, x in zip(heads, layers, strict=True)])
 
 
-def _build_input_projections(channels: list[int], dim: int, num_levels: int) -> nn.ModuleList:
-    """Return 1x1 convolutions for the backbone's maps, then strided 3x3 ones, with group norm."""
-    convs = [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
-    for level in range(len(channels), num_levels):
-        width = channels[-1] if level == len(channels) else dim
+def _build_input_projections(
+    channels: list[int], dim: int, num_levels: int, num_upsampled: int
+) -> nn.ModuleList:
+    """Return 1x1 convolutions for the backbone's maps, then strided 3x3 ones, with group norm.
+
+    Levels that are upsampled come first: a transposed convolution, as in ViTDet's simple feature
+    pyramid (Li et al., ECCV 2022, section 3).
+    """
+    convs: list[nn.Conv2d | nn.ConvTranspose2d] = [
+        nn.ConvTranspose2d(channels[-1], dim, kernel_size=2, stride=2) for _ in range(num_upsampled)
+    ]
+    convs += [nn.Conv2d(width, dim, kernel_size=1) for width in channels]
+    for extra in range(num_levels - len(convs)):
+        width = channels[-1] if extra == 0 else dim
         convs.append(nn.Conv2d(width, dim, kernel_size=3, stride=2, padding=1))
     for conv in convs:
         nn.init.xavier_uniform_(conv.weight)

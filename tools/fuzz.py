@@ -2,8 +2,9 @@
 
     python tools/fuzz.py --target coco --cases 10000 --seed 0
 
-Each file must load, or be refused with one line. A traceback, a hang, more memory than `--memory` or code that runs is
-a finding: the script prints its seed, which makes the same file again with `--cases 1`, and exits with status 1.
+Each file must load, or be refused with one line. A traceback, a warning of Python, a hang, more memory than `--memory`
+or code that runs is a finding: the script prints its seed, which makes the same file again with `--cases 1`, and exits
+with status 1.
 """
 
 import faulthandler
@@ -13,6 +14,7 @@ import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +33,6 @@ from util.settings import Parser
 from util.settings.value_types import positive
 
 CPU_SECONDS = 10  # of one file; a valid one takes milliseconds
-MAX_LINE = 2000  # characters of a message
 # Audit events of Python that reading a file never causes.
 FORBIDDEN = re.compile(
     r"os\.(system|exec|posix_spawn|fork|forkpty|spawn|startfile|remove|rmdir|putenv)|subprocess\.Popen|pty\.spawn"
@@ -67,13 +68,19 @@ class _Guard:
         # Processor time, so that a busy machine is no finding.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
         try:
-            yield
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for hidden in (DeprecationWarning, ResourceWarning):  # as by default
+                    warnings.simplefilter("ignore", hidden)
+                yield
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.signal(signal.SIGPROF, previous)
             self.is_active = False
             if self.events:  # even if the code that reads the file has caught it
                 raise Finding(self.events[0])
+            if caught:  # Python prints them with a line of source code
+                raise Finding(f"a warning: {caught[0].message}")
 
 
 _guard: list[_Guard] = []  # one for the process: an audit hook can't be removed
@@ -86,7 +93,7 @@ def run_case(target: str, seed: int, folder: Path) -> str:
         folder: is emptied before and holds the file afterwards.
 
     Raises:
-        Finding: the file ran code or took too long, or its message is not one line.
+        Finding: the file ran code, took too long or caused a warning of Python, or its message does not name it.
         Exception: any other that reading it raised.
     """
     if not _guard:
@@ -98,8 +105,6 @@ def run_case(target: str, seed: int, folder: Path) -> str:
             TARGETS[target](folder, Random(f"{target} {seed}"))
     except UserError as error:
         text = str(error)
-        if "\n" in text or len(text) > MAX_LINE or not text:
-            raise Finding(f"a message of {len(text)} characters: {text[:200]!r}") from error
         # A setting of a checkpoint that is checked like a flag is named like one.
         if str(folder) not in text and not text.startswith("--"):
             raise Finding(f"a message that names no file: {text[:200]!r}") from error

@@ -1,8 +1,39 @@
 """Exceptions that entry scripts turn into one line of output and an exit status."""
 
+import unicodedata
+
+MAX_LINE = 2000  # characters of a message
+# Control characters, halves of surrogate pairs, line separators, and marks that change the direction of the text.
+_ESCAPED = ("Cc", "Cs", "Zl", "Zp", "Cf")
+_JOINERS = "\u200c\u200d"  # are of category Cf and belong to Arabic and Indian words
+
+
+def one_line(text: str) -> str:
+    """Return a message as one line of at most MAX_LINE characters that is safe to print.
+
+    A message quotes names and values of files, which may contain anything. An error of a dataloader worker contains
+    its traceback as text, of which the last line is the message.
+    """
+    if "Traceback (most recent call last)" in text:
+        text = text.strip().splitlines()[-1].split(": ", 1)[-1]
+    if len(text) > MAX_LINE:
+        text = f"{text[: MAX_LINE // 2 - 5]} ... {text[5 - MAX_LINE // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    if unicodedata.category(character) not in _ESCAPED or character in _JOINERS:
+        return character
+    return character.encode("unicode_escape").decode()
+
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line with the file or flag, the value and the remedy."""
+    """An error that the user can fix. The message has the file or flag, the value and the remedy, and is one line."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class DiskError(UserError):

@@ -142,6 +142,10 @@ def decode_image(
     with pillow_warnings() as remarks, _errors_as_bad_image(file):
         try:
             decoded = _decode(open_file(file), exif, listed_hw, reduction)
+        except MemoryError:
+            # A damaged chunk of a PNG file may claim 4 GiB. A file on disk reserves them for Pillow, one in memory
+            # does not.
+            decoded = _decode(io.BytesIO(read_bytes(file)), exif, listed_hw, reduction)
         except ValueError as error:
             # Pillow refuses PNG files with much compressed text or a large color profile.
             if "MAX_TEXT" not in str(error):

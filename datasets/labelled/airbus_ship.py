@@ -201,8 +201,7 @@ def _read_size_hw(image_folder: str, names: list[str]) -> tuple[int, int]:
             continue
         except OSError as error:
             raise UserError(
-                f"{os.path.join(image_folder, name)} can't be decoded: replace it, the size of all images is read "
-                "from it"
+                f"{image_folder}: the image {name} can't be decoded: replace it, the size of all images is read from it"
             ) from error
 
     # The names may be spelled a little differently; `filter_annotations` reports that.

@@ -96,7 +96,8 @@ class ProposalCache:
     def _load_array(self, name: str) -> np.ndarray:
         path = self.folder / f"{name}.npy"
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            with np.errstate(over="ignore"):  # a size that is too large is an error below
+                return np.load(path, mmap_mode="r", allow_pickle=False)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - NumPy's parser of a damaged header raises any type

@@ -64,12 +64,13 @@ class FileProposals(CacheableProposals):
         boxes, scores = self.read(name)
         height, width = image.shape[:2]
         limits = np.array([width, height, width, height], dtype=np.float32)
-        boxes = np.clip(boxes.astype(np.float32).reshape(-1, 4), 0, limits)  # [N, 4]
+        with np.errstate(over="ignore"):  # what float32 can't express becomes infinite
+            boxes = np.clip(boxes.astype(np.float32).reshape(-1, 4), 0, limits)  # [N, 4]
+            scores = None if scores is None else scores.astype(np.float32).reshape(-1)  # [N]
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(1))
         if scores is None:
             return boxes[kept], None
 
-        scores = scores.astype(np.float32).reshape(-1)  # [N]
         # Stable: boxes with equal scores stay in the order of the file.
         kept = kept[np.argsort(-scores[kept], kind="stable")]
         return boxes[kept], scores[kept]

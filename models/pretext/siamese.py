@@ -225,14 +225,15 @@ class Siamese(QueryPatchPretext):
         """
         cells = [height * width for height, width in memory.shapes]
         levels = full_precision(memory.tokens).split(cells, 1)  # [2B, h * w, D] per level
-        levels = levels[: len(memory.features)]
+        own = slice(memory.last_level + 1 - len(memory.features), memory.last_level + 1)
+        levels = levels[own]
         if memory.padding_mask is None or self.reproduce_published:
             return torch.cat([level.mean(1) for level in levels], 1)  # [2B, L * D]
 
         valid = [~mask[..., None] for mask in memory.padding_mask.split(cells, 1)]  # [2B, h * w, 1]
         means = [
             (level * inside).sum(1) / inside.sum(1)  # [2B, D]
-            for level, inside in zip(levels, valid, strict=False)
+            for level, inside in zip(levels, valid[own], strict=True)
         ]
         return torch.cat(means, 1)  # [2B, L * D]
 

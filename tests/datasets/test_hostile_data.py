@@ -52,6 +52,23 @@ def test_null_character_in_a_file_name(tmp_path):
         parse_coco(content, "a.json")
 
 
+def test_an_airbus_image_that_is_a_folder_is_named_with_its_own(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "ships.csv").write_text("ImageId,EncodedPixels\n/,1 2\n")
+    with pytest.raises(UserError, match=r"images: the image / can't be decoded"):
+        read_rle_csv(str(tmp_path / "ships.csv"), str(tmp_path / "images"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_boxes_beyond_float32_are_clipped_without_a_warning(tmp_path):
+    boxes = np.array([[1, 2, 1e300, 12], [-1e300, 4, 20, 1e200]])
+    np.savez(tmp_path / "boxes.npz", **{"a.png": np.hstack([boxes, [[0.5], [1e99]]])})
+    method = NpzProposals(str(tmp_path / "boxes.npz"))
+    found, scores = method.propose(np.zeros((20, 24, 3), np.uint8), "a.png")
+    assert found.tolist() == [[0, 4, 20, 20], [1, 2, 24, 12]]
+    assert scores.tolist() == [np.inf, 0.5]
+
+
 @pytest.mark.parametrize("shape", [(2**32, 4), (2**62, 4), (17,), (-4, 4), (2**62, 0, 2**62)])
 def test_npy_file_that_claims_more_than_it_has(tmp_path, shape):
     (tmp_path / "a.npy").write_bytes(npy_with_shape(shape))

@@ -1,6 +1,7 @@
 """Random damage to the content of a file, which depends on the random generator alone."""
 
 import copy
+import csv
 import io
 import json
 import re
@@ -8,6 +9,9 @@ import zipfile
 from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
 
 NUMBERS = (
     0, -1, 1, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e39, 1e308, float("inf"),
@@ -97,6 +101,99 @@ def mutate_numbers(content: bytes, rng: Random, tokens: Sequence[bytes] = ()) ->
     return mutate_bytes(content, rng, tokens) if rng.random() < 0.2 else content
 
 
+def mutate_xml(content: bytes, rng: Random) -> bytes:
+    """Return valid XML with changed texts, tags and nesting, in one of several encodings, or with damaged bytes."""
+    if rng.random() < 0.3:
+        mutate = mutate_numbers if rng.random() < 0.4 else mutate_bytes
+        return mutate(content, rng, XML_TOKENS)
+    root = ElementTree.fromstring(content)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        _mutate_element(root, rng)
+    encoding = rng.choice(("utf-8", "utf-8", "utf-8", "utf-16", "latin-1", "gbk", "shift_jis"))
+    text = ElementTree.tostring(root, encoding="unicode")
+    return f"<?xml version='1.0' encoding='{encoding}'?>\n{text}".encode(encoding, "replace")
+
+
+def _mutate_element(root: ElementTree.Element, rng: Random) -> None:
+    """Change one element below the root, or the root, in place."""
+    elements = list(root.iter())
+    parent, other = (
+        rng.choice([each for each in elements if len(each)] or elements),
+        rng.choice(elements),
+    )
+    child = rng.choice(list(parent) or [parent])
+    kind = rng.randrange(8)
+    if kind < 3:
+        child.text = str(rng.choice((*NUMBERS, *TEXTS, other.text or "")))
+    elif kind == 3 and child is not parent:
+        parent.remove(child)
+    elif kind == 4:
+        parent.append(copy.deepcopy(rng.choice((child, other))))
+    elif kind == 5:
+        child.tag = rng.choice((other.tag, child.tag.upper(), "{http://x}" + other.tag, "objects"))
+    elif kind == 6:  # one level deeper
+        child.append(copy.deepcopy(other))
+    else:
+        child.set(rng.choice(("x", "id", "encoding")), rng.choice(("1", "\u202e", "")))
+
+
+def mutate_csv(content: bytes, rng: Random, cells: Sequence[str]) -> bytes:
+    """Return a CSV file with changed cells, rows and columns, delimiters and quotes, or with damaged bytes.
+
+    cells: further texts to put into a cell.
+    """
+    if rng.random() < 0.3:
+        mutate = mutate_numbers if rng.random() < 0.4 else mutate_bytes
+        return mutate(content, rng, CSV_TOKENS)
+    rows = list(csv.reader(io.StringIO(content.decode())))
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        row = rng.choice(rows[1:] if rng.random() < 0.9 else rows)
+        kind = rng.randrange(8)
+        if kind < 4 and row:
+            row[rng.randrange(len(row))] = str(rng.choice((*NUMBERS, *TEXTS, *cells)))
+        elif kind == 4:
+            row.insert(rng.randrange(len(row) + 1), rng.choice(cells))
+        elif kind == 5 and row:
+            row.pop(rng.randrange(len(row)))
+        elif kind == 6:
+            rows.insert(rng.randrange(len(rows) + 1), list(row))
+        else:
+            for each in rows:  # another order of columns
+                each.reverse()
+    file = io.StringIO()
+    quoting = rng.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+    writer = csv.writer(file, delimiter=rng.choice(",,,;\t"), quoting=quoting, lineterminator="\n")
+    writer.writerows(rows)
+    encoding = rng.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1"))
+    return file.getvalue().encode(encoding, "replace")
+
+
+def mutate_array(array: np.ndarray, rng: Random) -> np.ndarray:
+    """Return an array with changed values, type, shape or order."""
+    array = array.copy()
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        kind = rng.randrange(6)
+        if kind < 2 and array.size and array.dtype.kind in "iuf":
+            with np.errstate(all="ignore"):
+                value = np.float64(rng.choice(NUMBERS[:7] + NUMBERS[9:])).astype(array.dtype)
+            flat = array.reshape(-1)  # a copy if the order is Fortran's
+            flat[rng.randrange(flat.size)] = value
+            array = flat.reshape(array.shape)
+        elif kind == 2 and array.dtype.kind in "biuf":
+            with np.errstate(all="ignore"):
+                array = array.astype(
+                    rng.choice(("?", "i1", ">i4", "u8", "f2", "<f8", "c8", "U5", "O"))
+                )
+        elif kind == 3:
+            shapes = [(-1,), (1, -1), (*array.shape, 1), array.shape[::-1]]
+            array = array.reshape(rng.choice(shapes))
+        elif kind == 4 and array.ndim:
+            array = array[: rng.randrange(len(array) + 1)]
+        else:
+            array = np.concatenate([array, array]) if array.ndim else np.asfortranarray(array.T)
+    return array
+
+
 def mutate_json(content: bytes, rng: Random) -> bytes:
     """Return JSON with changed values, types, keys and nesting, or with damaged bytes."""
     if rng.random() < 0.3:
@@ -107,7 +204,7 @@ def mutate_json(content: bytes, rng: Random) -> bytes:
         )
     value = json.loads(content)
     for _ in range(rng.choice((1, 1, 2, 4))):
-        value = _mutate_value(value, rng)
+        value = mutate_value(value, rng, JSON_REPLACEMENTS)
     text = json.dumps(value)
     if rng.random() < 0.02:
         text = '{"x":' + text + "," + text[1:] if text.startswith("{") else text
@@ -115,14 +212,19 @@ def mutate_json(content: bytes, rng: Random) -> bytes:
     return mutate_bytes(encoded, rng) if rng.random() < 0.1 else encoded
 
 
-def _mutate_value(value: Any, rng: Random) -> Any:
-    """Return a copy of a JSON value with one change at a random depth."""
+def mutate_value(
+    value: Any, rng: Random, replacements: Sequence[Callable[[Any, Random], Any]]
+) -> Any:
+    """Return a copy of nested dicts and lists with one change at a random depth.
+
+    replacements: functions of a value and a random generator.
+    """
     if isinstance(value, dict | list) and value and rng.random() < 0.85:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key, changed = rng.choice(keys), copy.copy(value)
         kind = rng.random()
         if kind < 0.8:
-            changed[key] = _mutate_value(value[key], rng)
+            changed[key] = mutate_value(value[key], rng, replacements)
         elif kind < 0.9:
             del changed[key]
         elif isinstance(changed, list):
@@ -130,10 +232,10 @@ def _mutate_value(value: Any, rng: Random) -> Any:
         else:
             changed[rng.choice((*TEXTS, *keys))] = changed.pop(key)
         return changed
-    return rng.choice(_REPLACEMENTS)(value, rng)
+    return rng.choice(replacements)(value, rng)
 
 
-_REPLACEMENTS: tuple[Callable[[Any, Random], Any], ...] = (
+JSON_REPLACEMENTS: tuple[Callable[[Any, Random], Any], ...] = (
     lambda value, rng: rng.choice(NUMBERS),
     lambda value, rng: rng.choice(NUMBERS),
     lambda value, rng: rng.choice(TEXTS),

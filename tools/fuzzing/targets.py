@@ -31,12 +31,16 @@ from datasets.proposals.cache import FORMAT, HEADER, CachedProposals, ProposalCa
 from datasets.proposals.from_file import build_from_file
 from datasets.sample import BadImageError
 from tools.fuzzing.mutations import (
-    CSV_TOKENS,
+    JSON_REPLACEMENTS,
+    NUMBERS,
     PICKLE_TOKENS,
-    XML_TOKENS,
+    mutate_array,
     mutate_bytes,
+    mutate_csv,
     mutate_json,
     mutate_numbers,
+    mutate_value,
+    mutate_xml,
     mutate_zip,
 )
 from util.checkpoints.adoption import settings_from_checkpoint
@@ -117,24 +121,30 @@ VOC = b"""<?xml version="1.0" encoding="UTF-8"?>
 <object><name>cat</name><difficult>0</difficult>
 <bndbox><xmin>2</xmin><ymin>3</ymin><xmax>10</xmax><ymax>12.5</ymax></bndbox>
 <attributes><attribute><name>rotation</name><value>30</value></attribute></attributes></object>
-<object><name>dog</name><bndbox><xmin>5</xmin><ymin>6</ymin><xmax>24</xmax><ymax>20</ymax></bndbox></object>
+<object><name>dog</name><bndbox><xmin>5</xmin><ymin>6</ymin><xmax>24</xmax><ymax>20</ymax></bndbox>
+<polygon><x1>5</x1><y1>6</y1><x2>24</x2><y2>6</y2><x3>24</x3><y3>20</y3></polygon>
+<part><name>head</name><bndbox><xmin>6</xmin><ymin>7</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part></object>
 </annotation>
 """
 
 
 def fuzz_voc(folder: Path, rng: Random) -> None:
-    mutate = mutate_numbers if rng.random() < 0.4 else mutate_bytes
-    (folder / "a.xml").write_bytes(mutate(VOC, rng, XML_TOKENS))
+    (folder / "a.xml").write_bytes(mutate_xml(VOC, rng))
+    if rng.random() < 0.5:
+        (folder / "b.xml").write_bytes(VOC)
     _use(read_xml_folder(str(folder)))
 
 
 CSV = b"ImageId,EncodedPixels\na.png,5 3 25 3\na.png,101 10\nb.png,\nsub/c.png,1 20\n"
+CELLS = (
+    "1 480", "480 1", "480 2", "1 2 3", "20 1 1 20", "7 0", "0 7", "-1 5", "1e1 2", "1 9999999999999999999", "nan",
+    "1.0 2.0", "1,2", "\u0661 \u0662", "1 1 " * 2000, "a", "A.PNG", "sub\\c.png", "/", "..", "ImageId", '"',
+)  # fmt: skip
 
 
 def fuzz_airbus(folder: Path, rng: Random) -> None:
     path = folder / "ships.csv"
-    mutate = mutate_numbers if rng.random() < 0.4 else mutate_bytes
-    path.write_bytes(mutate(CSV, rng, CSV_TOKENS))
+    path.write_bytes(mutate_csv(CSV, rng, CELLS))
     _write_images(folder / IMAGE_FOLDER)
     _use(read_rle_csv(str(path), str(folder / IMAGE_FOLDER), masks=rng.random() < 0.5))
 
@@ -160,9 +170,14 @@ def _train_annotations(folder: Path) -> Annotations:
 # --------------------------------------------------------------------------------------------------- proposals
 
 
-def _npy(array: Any) -> bytes:
+def _npy(content: Any) -> bytes:
+    """Return an .npy file of an array, or of another object in an array []."""
+    if not isinstance(content, np.ndarray):
+        wrapped = np.empty((), object)
+        wrapped[()] = content
+        content = wrapped
     file = io.BytesIO()
-    np.save(file, array, allow_pickle=True)
+    np.save(file, content, allow_pickle=True)
     return file.getvalue()
 
 
@@ -177,24 +192,44 @@ def fuzz_proposals(folder: Path, rng: Random) -> None:
         path.write_bytes(mutate_json(_coco(), rng))
     elif kind == "npz":
         file = io.BytesIO()
-        np.savez(file, **{NAMES[0]: BOXES, NAMES[1]: np.hstack([BOXES, [[0.5], [0.25]]])})
-        path.write_bytes(
-            mutate_zip(file.getvalue(), rng, lambda _, data: mutate_numbers(data, rng))
-        )
+        arrays = {NAMES[0]: BOXES, NAMES[1]: np.hstack([BOXES, [[0.5], [0.25]]])}
+        if rng.random() < 0.5:
+            name = rng.choice(list(arrays))
+            np.savez(file, **{**arrays, name: mutate_array(arrays[name], rng)})
+            path.write_bytes(file.getvalue())
+        else:
+            np.savez(file, **arrays)
+            path.write_bytes(
+                mutate_zip(file.getvalue(), rng, lambda _, data: mutate_numbers(data, rng))
+            )
     else:
         path = folder / "cache"
         path.mkdir()
         content: Any = BOXES
         if kind == "pickle":
             content = {"box": BOXES, "score": np.array([0.5, 0.25])}
-        mutate = mutate_numbers if kind == "npy" and rng.random() < 0.5 else mutate_bytes
-        (path / "a.npy").write_bytes(mutate(_npy(content), rng, PICKLE_TOKENS))
+        if rng.random() < 0.5:
+            data = _npy(_mutate_arrays(content, rng))
+        else:
+            mutate = mutate_numbers if kind == "npy" and rng.random() < 0.5 else mutate_bytes
+            data = mutate(_npy(content), rng, PICKLE_TOKENS)
+        (path / "a.npy").write_bytes(data)
     method = build_from_file(
         settings(PRETRAIN, pretext="region_prior").replace(proposals=f"file:{path}")
     )
     for name in NAMES[: 1 if kind in ("npy", "pickle") else 2]:
         boxes, _ = method.propose(np.zeros((*SIZE_HW, 3), np.uint8), name)
         assert (boxes[:, 2:] > boxes[:, :2]).all(), f"boxes without area: {boxes.tolist()}"
+
+
+def _mutate_arrays(content: Any, rng: Random) -> Any:
+    """Return an array, or a dict of arrays, with changes."""
+    if isinstance(content, np.ndarray):
+        return mutate_array(content, rng)
+    key = rng.choice(list(content))
+    if rng.random() < 0.5:
+        return {**content, key: mutate_array(content[key], rng)}
+    return mutate_value(content, rng, JSON_REPLACEMENTS)
 
 
 @cache
@@ -220,9 +255,11 @@ def _cache_files() -> dict[str, bytes]:
 
 def fuzz_cache(folder: Path, rng: Random) -> None:
     files = dict(_cache_files())
-    name = rng.choice((HEADER, *files))
+    name = rng.choice(list(files))
     if name == HEADER:
         files[name] = mutate_json(files[name], rng)
+    elif rng.random() < 0.6:
+        files[name] = _npy(mutate_array(np.load(io.BytesIO(files[name])), rng))
     else:
         files[name] = (mutate_numbers if rng.random() < 0.5 else mutate_bytes)(files[name], rng)
     for file, content in files.items():
@@ -264,8 +301,8 @@ def _weights() -> dict[str, torch.Tensor]:
 
 
 @cache
-def _checkpoint(zipped: bool) -> bytes:
-    content = {
+def _checkpoint_content() -> dict[str, Any]:
+    return {
         "model": _weights(),
         "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
         "lr_scheduler": {"step_size": 3, "last_epoch": 2},
@@ -274,9 +311,60 @@ def _checkpoint(zipped: bool) -> bytes:
         "class_names": {0: "cat", 1: "dog"},
         "random_states": [{"python": [3, [1, 2], None], "torch": torch.ones(4, dtype=torch.uint8)}],
     }  # fmt: skip
+
+
+def _save(content: Any, zipped: bool) -> bytes:
     file = io.BytesIO()
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     return file.getvalue()
+
+
+@cache
+def _checkpoint(zipped: bool) -> bytes:
+    return _save(_checkpoint_content(), zipped)
+
+
+# Values of a checkpoint that a program could have saved.
+TREE_REPLACEMENTS: tuple[Callable[[Any, Random], Any], ...] = (
+    *JSON_REPLACEMENTS,
+    lambda value, rng: rng.choice(
+        (b"x", 1j, {1, 2}, (1, "a"), Path("/x"), range(3), torch.Size([2]), torch.float16, torch.device("cpu"))
+    ),
+    lambda value, rng: rng.choice((np.float32(2), np.int64(-1), np.array([1, 2]), np.array("text"))),
+    lambda value, rng: torch.full(
+        rng.choice(((), (0,), (3,), (2, 3, 1, 1), (7, 7))), rng.choice(NUMBERS[9:]), dtype=torch.float64
+    ),
+    lambda value, rng: torch.ones(4).expand(rng.choice((4, 2**20)), 4),
+    lambda value, rng: _mutate_tensor(value, rng) if isinstance(value, torch.Tensor) else Namespace(x=value),
+)  # fmt: skip
+
+
+def _mutate_tensor(tensor: torch.Tensor, rng: Random) -> Any:
+    dtypes = (torch.float64, torch.bfloat16, torch.int8, torch.bool, torch.complex64)
+    changes: tuple[Callable[[], Any], ...] = (
+        lambda: tensor.to(rng.choice(dtypes)),
+        lambda: tensor.flatten(),
+        lambda: tensor[:0],
+        lambda: tensor * float("nan"),
+        lambda: torch.cat([tensor, tensor]),
+        tensor.to_sparse,
+        lambda: tensor.to("meta"),
+        lambda: torch.nn.Parameter(tensor),
+        lambda: tensor.numpy(),
+    )
+    return rng.choice(changes)()
+
+
+def _mutate_checkpoint(rng: Random) -> bytes:
+    """Return a checkpoint of other values, as a program could have saved it."""
+    content = dict(_checkpoint_content())
+    is_args = rng.random() < 0.3
+    part = vars(content["args"]) if is_args else content
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        part = mutate_value(part, rng, TREE_REPLACEMENTS)
+    if is_args:
+        part = {**content, "args": Namespace(**part) if isinstance(part, dict) else part}
+    return _save(part, zipped=rng.random() < 0.7)
 
 
 @cache
@@ -287,9 +375,11 @@ def _safetensors() -> bytes:
 
 
 def fuzz_checkpoint(folder: Path, rng: Random) -> None:
-    kind = rng.choice(("zip", "zip", "legacy", "safetensors"))
+    kind = rng.choice(("saved", "saved", "zip", "zip", "legacy", "safetensors"))
     path = folder / ("model.safetensors" if kind == "safetensors" else "checkpoint.pth")
-    if kind == "zip":
+    if kind == "saved":
+        path.write_bytes(_mutate_checkpoint(rng))
+    elif kind == "zip":
 
         def mutate(_: str, data: bytes) -> bytes:
             return mutate_bytes(data, rng, PICKLE_TOKENS)
@@ -314,24 +404,44 @@ def fuzz_checkpoint(folder: Path, rng: Random) -> None:
 
 
 @cache
-def _image(kind: str) -> bytes:
+def _image(kind: str, mode: str = "RGB") -> bytes:
     pixels = np.random.default_rng(0).integers(0, 255, (*SIZE_HW, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    elif mode != "RGB":
+        image = image.convert(mode)
     options: dict[str, Any] = {}
     if kind in ("JPEG", "PNG", "WEBP", "TIFF"):
         exif = Image.Exif()
         exif[0x0112] = 6
         options["exif"] = exif
     if kind == "GIF":
-        image = image.convert("P")
+        image.putpalette(bytes(range(256)) * 3)
+        options = {"save_all": True, "append_images": [image.rotate(180)], "transparency": 3}
+    if kind == "TIFF":
+        options["compression"] = {"RGB": "raw", "1": "raw"}.get(mode, "tiff_lzw")
+    if kind == "PNG" and mode == "P":
+        options["transparency"] = bytes(range(256))
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
 
 
+IMAGES = (
+    *[("JPEG", mode) for mode in ("RGB", "L", "CMYK")],
+    *[("PNG", mode) for mode in ("RGB", "1", "L", "LA", "P", "RGBA", "I;16")],
+    *[("TIFF", mode) for mode in ("RGB", "1", "L", "I;16", "F", "CMYK", "RGBA")],
+    *[("WEBP", "RGB"), ("WEBP", "RGBA"), ("GIF", "P"), ("GIF", "P"), ("BMP", "RGB"), ("BMP", "1"), ("PPM", "RGB")],
+)  # fmt: skip
+HEAD = 120  # bytes, of most headers
+
+
 def fuzz_image(folder: Path, rng: Random) -> None:
-    kind = rng.choice(("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "PPM"))
-    content = bytearray(mutate_bytes(_image(kind), rng))
+    kind, mode = rng.choice(IMAGES)
+    content = bytearray(_image(kind, mode))
+    head = HEAD if rng.random() < 0.5 else len(content)
+    content[:head] = mutate_bytes(bytes(content[:head]), rng)
     if kind == "PNG" and rng.random() < 0.7:
         _repair_png(content)
     path = folder / f"a.{kind.lower()}"

@@ -1,6 +1,8 @@
 """Load backbone weights: SwAV, ImageNet, or any file in a common layout."""
 
+import contextlib
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,35 @@ def _rename_to_timm(content: Any, name: str) -> Any:
     return dict(zip(state, values, strict=True)) if same_shapes else content
 
 
+def _is_complete(state: Mapping[str, Tensor], prefix: str, target: Mapping[str, Tensor]) -> bool:
+    keys = {prefix + _plain_key(key): value.shape for key, value in target.items()}
+    return all(key in state and state[key].shape == shape for key, shape in keys.items())
+
+
+def _convert_like_timm(
+    state: dict[str, Tensor], prefix: str, name: str
+) -> tuple[dict[str, Tensor], str]:
+    """Convert a state dict by timm's own function for this network; return it with its prefix.
+
+    It renames the tensors of the original code, such as DINOv3's, and resamples a position embedding of another image
+    size. What it can't convert is returned unchanged.
+    """
+    timm, short_name = _import_timm(name), name.removeprefix("timm:")
+    module = sys.modules[timm.models.model_entrypoint(short_name).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None)
+    if convert is None:
+        return state, prefix
+    own = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
+    network = timm.create_model(short_name, pretrained=False)
+    try:
+        with contextlib.redirect_stdout(None):  # it prints what a network does not have
+            return convert(own, network), ""
+    except Exception:  # noqa: BLE001 - another network: the message about missing tensors says so
+        return state, prefix
+
+
 # ---------------------------------------------------------------------------------------------------- loading
 
 
@@ -205,6 +236,8 @@ def _load(body: nn.Module, name: str, content: Any, origin: str) -> LoadReport:
     (path, state, prefix), others = _best_match(content, target)
     # Before the check for missing tensors: it says why they are missing.
     _check_resnet_depth(state, prefix, name, origin)
+    if name.startswith("timm:") and not _is_complete(state, prefix, target):
+        state, prefix = _convert_like_timm(state, prefix, name)
 
     source_keys = {key: prefix + _plain_key(key) for key in target}
     found = {

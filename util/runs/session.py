@@ -28,7 +28,7 @@ from util.distributed import (
     is_distributed,
     shutdown,
 )
-from util.errors import NonFinite, StopRequested, UserError
+from util.errors import NonFinite, StopRequested, UserError, one_line
 from util.files import DISK_FULL, is_disk_error, user_error
 from util.logger import log, logging_to_stdout, setup_logger
 from util.runs.folder import SETTINGS, read_json_object
@@ -175,7 +175,7 @@ def run_script(
     try:
         main(parse(argv))
     except (UserError, NonFinite) as error:
-        log.error("error: %s", one_line(error))
+        log.error("error: %s", one_line(str(error)))
         status = 1
     except torch.OutOfMemoryError as error:
         log.error("error: %s", _out_of_memory(error))
@@ -243,11 +243,3 @@ def _out_of_memory(error: torch.OutOfMemoryError) -> str:
         f"the GPU is out of memory ({str(error).split('. ')[0]}): lower --batch_size or --image_size, or use "
         "--amp bf16 or --activation_checkpoint"
     )
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error. One raised in a dataloader worker contains its traceback as text."""
-    text = str(error)
-    if "Traceback (most recent call last)" not in text:
-        return text
-    return text.strip().splitlines()[-1].split(": ", 1)[-1]
