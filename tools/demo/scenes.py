@@ -22,6 +22,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -84,7 +85,12 @@ def class_names(num_classes: int = DEFAULT_NUM_CLASSES) -> dict[int, str]:
 
 
 def make_scene(
-    seed: int, index: int, size: int, split: str, num_classes: int = DEFAULT_NUM_CLASSES
+    seed: int,
+    index: int,
+    size: int,
+    split: str,
+    num_classes: int = DEFAULT_NUM_CLASSES,
+    clutter: bool = True,
 ) -> Scene:
     """Draw scene `index` of a split.
 
@@ -93,6 +99,7 @@ def make_scene(
         size: side of the square image in pixels, at least 32.
         split: "train", "val" (held out: other photos) or "unlabelled".
         num_classes: number of classes, the first of `CLASS_NAMES`.
+        clutter: whether there are shapes that belong to no class.
 
     Returns:
         image: uint8 [H, W, 3], RGB.
@@ -115,7 +122,7 @@ def make_scene(
     canvas = _Canvas(rng, size, _load_photos(group))
 
     labels, masks = [], []
-    for is_object in _draw_layers(rng):
+    for is_object in _draw_layers(rng, clutter):
         if not is_object:
             canvas.add(clutter_outlines(rng), length=rng.uniform(*CLUTTER_LENGTH), min_visible=0.0)
             continue
@@ -131,13 +138,14 @@ def make_scene(
     return canvas.image(), boxes_xyxy_abs, np.array(labels, np.int64), np.stack(masks)
 
 
-def _draw_layers(rng: np.random.Generator) -> list[bool]:
+def _draw_layers(rng: np.random.Generator, clutter: bool) -> list[bool]:
     """Return the layers from front to back: True for an object, False for clutter.
 
     The first is an object, which nothing can occlude: every scene has at least one.
     """
     num_objects = int(rng.integers(OBJECTS_PER_SCENE[0], OBJECTS_PER_SCENE[1] + 1))
-    num_clutter = int(rng.integers(CLUTTER_PER_SCENE[0], CLUTTER_PER_SCENE[1] + 1))
+    least, most = CLUTTER_PER_SCENE if clutter else (0, 0)
+    num_clutter = int(rng.integers(least, most + 1))
     rest = np.array([True] * (num_objects - 1) + [False] * num_clutter)
     rng.shuffle(rest)
     return [True, *rest.tolist()]
@@ -305,9 +313,13 @@ def write_coco(
     size: int = 160,
     seed: int = 1,
     num_classes: int = DEFAULT_NUM_CLASSES,
+    clutter: bool = True,
+    one_class: bool = False,
     overwrite: bool = False,
 ) -> Path:
     """Write scenes in COCO's layout, all or nothing, and return the folder.
+
+    `clutter`: see `make_scene`. With `one_class` all shapes have the class "shape".
 
     A folder that has exactly these scenes is left alone. `overwrite` replaces scenes with other settings; a folder
     that this function did not write is never touched.
@@ -318,6 +330,17 @@ def write_coco(
     output = Path(output)
     counts = {"train2017": num_train, "val2017": num_val, "unlabelled": num_unlabelled}
     fingerprint = _fingerprint(counts, size, seed, num_classes)
+    # Not in folders of earlier versions, which had neither.
+    fingerprint |= {} if clutter else {"clutter": False}
+    fingerprint |= {"one_class": True} if one_class else {}
+
+    def draw(index: int, split: str) -> Scene:
+        image, boxes_xyxy_abs, labels, masks = make_scene(
+            seed, index, size, split, num_classes, clutter
+        )
+        return image, boxes_xyxy_abs, np.ones_like(labels) if one_class else labels, masks
+
+    names = {1: "shape"} if one_class else class_names(num_classes)
     if _is_ready(output, fingerprint, overwrite):
         log.info("synthetic images: %s has them already", output)
         return output
@@ -329,7 +352,7 @@ def write_coco(
         building.chmod(0o755)  # mkdtemp makes it private
         splits = (("train2017", "train"), ("val2017", "val"), ("unlabelled", "unlabelled"))
         for folder, split in splits:
-            _write_split(building, folder, split, counts[folder], size, seed, num_classes)
+            _write_split(building, folder, split, counts[folder], draw, names)
         text = json.dumps(fingerprint, indent=1) + "\n"
         (building / FINGERPRINT_FILE).write_text(text, encoding="utf-8")
         _replace_folder(output, building)
@@ -412,16 +435,23 @@ def _replace_folder(output: Path, building: Path) -> None:
 
 
 def _write_split(
-    root: Path, folder: str, split: str, count: int, size: int, seed: int, num_classes: int
+    root: Path,
+    folder: str,
+    split: str,
+    count: int,
+    draw: Callable[[int, str], Scene],
+    names: dict[int, str],
 ) -> None:
+    """Write the first `count` scenes of a split; `draw` returns one, `names` has the classes by id."""
     (root / folder).mkdir()
     images, annotations = [], []
     for index in progress(range(count), f"synthetic images, {split}"):
-        image, boxes_xyxy_abs, labels, masks = make_scene(seed, index, size, split, num_classes)
+        image, boxes_xyxy_abs, labels, masks = draw(index, split)
+        height, width = image.shape[:2]
         name = f"{index + 1:012d}.jpg"  # as COCO names its files
         # No chroma subsampling: it would blur the edges of shapes.
         Image.fromarray(image).save(root / folder / name, quality=95, subsampling=0)
-        images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
+        images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
         for box_xyxy, label, mask in zip(boxes_xyxy_abs, labels, masks, strict=True):
             annotations.append(_annotation(len(annotations) + 1, index + 1, box_xyxy, label, mask))
     if split == "unlabelled":
@@ -432,8 +462,7 @@ def _write_split(
         "images": images,
         "annotations": annotations,
         "categories": [
-            {"id": label, "name": name, "supercategory": "shape"}
-            for label, name in class_names(num_classes).items()
+            {"id": label, "name": name, "supercategory": "shape"} for label, name in names.items()
         ],
     }
     path = root / "annotations" / f"instances_{folder}.json"
@@ -511,6 +540,17 @@ def get_args_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help=f"number of classes, the first N of {', '.join(CLASS_NAMES)} (default: {DEFAULT_NUM_CLASSES})",
+    )
+    add(
+        "--no_clutter",
+        dest="clutter",
+        action="store_false",
+        help="draw no shapes that belong to no class (default: one or two per image)",
+    )
+    add(
+        "--one_class",
+        action="store_true",
+        help="all shapes have the same class (default: off)",
     )
     add(
         "--overwrite",

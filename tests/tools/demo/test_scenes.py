@@ -1,5 +1,6 @@
 """Synthetic images: exact masks and boxes, a function of seed and index, folders that are never overwritten."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -69,12 +70,30 @@ def test_masks_cover_pixels_of_the_object(monkeypatch: pytest.MonkeyPatch) -> No
         return np.full((height, width, 3), 255.0 if scale[1] < 0.5 else 0.0, np.float32)
 
     monkeypatch.setattr(scenes, "_photo_crop", plain)
-    monkeypatch.setattr(scenes, "CLUTTER_PER_SCENE", (0, 0))
     for index in range(10):
-        image, _, _, masks = make_scene(1, index, 96, "train")
+        image, _, _, masks = make_scene(1, index, 96, "train", clutter=False)
         white = image[..., 0] >= 128
         assert (white == masks.any(0)).mean() > 0.995
         assert masks.any(0).sum() > 0
+
+
+def test_one_class_has_the_same_pixels_and_boxes(tmp_path: Path) -> None:
+    folder, other = tmp_path / "one", tmp_path / "four"
+    write_coco(folder, num_train=4, num_val=1, size=64, clutter=False, one_class=True)
+    write_coco(other, num_train=4, num_val=1, size=64, clutter=False)
+    one, four = (
+        json.loads((path / "annotations" / "instances_train2017.json").read_text())
+        for path in (folder, other)
+    )
+    assert [(c["id"], c["name"]) for c in one["categories"]] == [(1, "shape")]
+    assert {box["category_id"] for box in one["annotations"]} == {1}
+    assert [box["bbox"] for box in one["annotations"]] == [
+        box["bbox"] for box in four["annotations"]
+    ]
+    image = "train2017/000000000002.jpg"
+    assert (folder / image).read_bytes() == (other / image).read_bytes()
+    with pytest.raises(UserError, match="images with other settings"):
+        write_coco(folder, num_train=4, num_val=1, size=64, clutter=False)
 
 
 def test_objects_vary_and_occlude_each_other() -> None:
