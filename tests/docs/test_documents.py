@@ -106,9 +106,15 @@ NOT_RUN = {
         ),
         "records a graph, which takes long; tests/tools/test_export.py writes such files",
     ),
-    "python tools/self_training.py --checkpoint outputs/few/checkpoint_best.pth      --images data/unlabelled "
-    "--output_dir outputs/round1 -- --epochs 20 --batch_size 8": "trains; tests/tools/test_self_training.py "
-    "does a round",
+    **dict.fromkeys(
+        (
+            "python tools/self_training.py --checkpoint outputs/few/checkpoint_best.pth      --images data/unlabelled "
+            "--output_dir outputs/round1 -- --epochs 20 --batch_size 8",
+            "python tools/self_training.py --checkpoint outputs/first/checkpoint.pth      --images data/unlabelled "
+            "--snap_to data/boxes --threshold 0.3 --output_dir outputs/second      -- --epochs 20 --batch_size 8",
+        ),
+        "trains; tests/tools/test_self_training.py does a round",
+    ),
     "python tools/soak.py --output_dir outputs/soak --rounds 8 --epochs 12": "trains for half an hour; "
     "tests/tools/test_soak.py runs a short one",
     "python tools/replay.py outputs/coco/nonfinite/step_000123_rank_0.pth": "needs a step that was skipped; "
