@@ -11,7 +11,8 @@ import engine
 from datasets import build_dataset, build_loader
 from datasets.evaluators.coco import BACKENDS, CocoEvaluator, build_ground_truth
 from datasets.evaluators.voc import VocEvaluator
-from datasets.labelled.annotations import parse_coco, read_json
+from datasets.labelled.coco_json import read_json
+from datasets.labelled.coco_parser import parse_coco
 from datasets.transfer import Transfer
 from models import build_model
 from tests.tiny import tiny_args, write_coco

@@ -207,10 +207,12 @@ def test_maps_computed_ahead_change_nothing(
     used: list[bool] = []
     maps = Backbone.maps
 
-    def counted(backbone: Backbone, images: torch.Tensor) -> list[torch.Tensor]:
+    def counted(
+        backbone: Backbone, images: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         if backbone.training:
             used.append(backbone._ahead is not None and backbone._ahead[0].is_set_to(images))
-        return maps(backbone, images)
+        return maps(backbone, images, mask)
 
     def ahead() -> None:
         monkeypatch.setattr(engine, "looks_ahead", lambda *_: True)

@@ -7,6 +7,7 @@ run.
 import functools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -59,6 +60,7 @@ class ToyCriterion(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight_dict = {"loss": 1.0}
+        self.matcher = SimpleNamespace(while_waiting=None)
 
 
 def _train_step(

@@ -30,10 +30,19 @@ def _escape(character: str) -> str:
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message has the file or flag, the value and the remedy, and is one line."""
+    """An error that the user can fix.
+
+    Args:
+        message: the file or flag, the value and the remedy; shown as one line.
+        hint: more lines, such as commands to copy. They are shown as they are: nothing from a file belongs there.
+    """
+
+    def __init__(self, message: object = "", hint: str = "") -> None:
+        super().__init__(message, hint)
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        message, hint = self.args
+        return "\n".join([one_line(str(message)), *([hint] if hint else [])])
 
 
 class DiskError(UserError):

@@ -291,7 +291,7 @@ def disk_remedy(error: OSError) -> str:
         return "check the permissions and how the disk is mounted"
     if error.errno in DISK_FULL:
         return "free some space or choose another --output_dir"
-    return "check the path"
+    return "check the path or choose another --output_dir"
 
 
 def _free_space(folder: Path) -> str:

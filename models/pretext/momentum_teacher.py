@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from models.backbone import Backbone
 from models.detector import Memory
 from util.distributed import BATCH_NORMS
 from util.nested_tensor import NestedTensor
@@ -35,7 +36,7 @@ class MomentumTeacher:
     def __init__(self, student: Any, momentum: float) -> None:
         backbone = student.detector.backbone[0]
         self.momentum = momentum
-        self.maps = _PrecomputedMaps() if backbone.frozen else None
+        self.maps = _PrecomputedMaps(backbone) if backbone.frozen else None
         # `deepcopy` finds the backbone in its memo and uses the substitute instead of a copy.
         memo = {id(backbone): self.maps} if self.maps else {}
         self.network: Any = copy.deepcopy(student, memo).requires_grad_(False).eval()
@@ -75,5 +76,9 @@ class _PrecomputedMaps(nn.Module):
 
     tensors: list[Tensor] = []
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.patch_size = backbone.patch_size
+
+    def maps(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         return self.tensors

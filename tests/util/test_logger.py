@@ -79,7 +79,7 @@ def test_will_display_is_true_only_for_displayed_steps(
     assert not bar.will_display()
     bar.step()
     assert bar.will_display(), "the last step is shown"
-    monkeypatch.setattr(logger, "is_main_process", lambda: False)
+    monkeypatch.setattr(logger, "_is_main_process", lambda: False)
     silent = Progress(1, "x", seconds_between_lines=0)
     assert not silent.will_display()
     silent.step("text")

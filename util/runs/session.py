@@ -175,7 +175,7 @@ def run_script(
     try:
         main(parse(argv))
     except (UserError, NonFinite) as error:
-        log.error("error: %s", one_line(str(error)))
+        log.error("error: %s", error if isinstance(error, UserError) else one_line(str(error)))
         status = 1
     except torch.OutOfMemoryError as error:
         log.error("error: %s", _out_of_memory(error))

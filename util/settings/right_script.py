@@ -58,11 +58,11 @@ def check_right_script(argv: Sequence[str]) -> None:
             f"{message}To evaluate a pre-trained model by class-agnostic AP on COCO's validation images, add: "
             f"{pretext}{added}"
         )
-    message += _suggestion(groups)
+    suggestion, lines = _suggestion(groups)
     if reason.endswith("--pretext") and not refusal([*argv, *pretext.split()], PRETRAIN):
         use = "draw the boxes of a pre-trained model" if "--viz" in flags else "pre-train"
-        message += f"\nTo {use} on the images of that folder, add: {pretext}"
-    raise UserError(message)
+        lines.append(f"To {use} on the images of that folder, add: {pretext}")
+    raise UserError(message + suggestion, "\n".join(lines))
 
 
 def _names_unlabelled(groups: dict[str, list[str]]) -> bool:
@@ -108,8 +108,8 @@ def _group(argv: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _suggestion(groups: dict[str, list[str]]) -> str:
-    """Return the commands to use, one a line, and what they leave out; or why there is none."""
+def _suggestion(groups: dict[str, list[str]]) -> tuple[str, list[str]]:
+    """Return a sentence, and lines below it: the commands to use and what they leave out."""
     known = spellings(FINETUNE) - set(UNSUPPORTED_FLAGS)
     kept = [word for flag, words in groups.items() if flag in known for word in words]
     left_out = [
@@ -121,19 +121,19 @@ def _suggestion(groups: dict[str, list[str]]) -> str:
     for words in _candidates(kept, groups):
         reason = refusal(words, FINETUNE)
         if not reason:
-            commands.append(f"\n  {_launcher()} {FINETUNE} {shlex.join(words)}")
+            commands.append(f"  {_launcher()} {FINETUNE} {shlex.join(words)}")
 
     if not commands:
-        return f"{FINETUNE} trains and evaluates with labels. With these flags it would answer: {reason}"
+        answer = f"With these flags it would answer: {reason}"
+        return f"{FINETUNE} trains and evaluates with labels. {answer}", []
     text = "To train or evaluate with labels:"
     if len(commands) > 1:
         text = (
             "To train or evaluate with labels, choose the detector whose code this command is from:"
         )
-    text += "".join(commands)
     if left_out:
-        text += f"\nLeft out, because {FINETUNE} does not have it: {', '.join(left_out)}"
-    return text
+        commands.append(f"Left out, because {FINETUNE} does not have it: {', '.join(left_out)}")
+    return text, commands
 
 
 def _why(flag: str) -> str:
