@@ -62,9 +62,10 @@ def train_in_two_processes(
                 )
             return process.wait(timeout=1200), output.read_text()
         finally:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.kill()
-            process.kill()
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+                process.kill()
 
 
 @pytest.mark.slow
