@@ -96,7 +96,13 @@ def test_process_that_is_stuck_is_named(tmp_path: Path) -> None:
 def test_process_in_another_collective_is_named(tmp_path: Path) -> None:
     first, second = errors_of(_elsewhere, tmp_path, awaited=(0, 1), report_seconds=60)
     assert first.endswith("in all_reduce, and rank 1 was in all_gather of objects")
-    assert second.endswith("in all_gather of objects, and rank 0 was in all_reduce")
+    # Rank 0 has the store here, and may be gone with it when rank 1 asks. With torchrun the launcher has it.
+    assert second.endswith(
+        (
+            "in all_gather of objects, and rank 0 was in all_reduce",
+            "in all_gather of objects, and another process did not come",
+        )
+    )
 
 
 def test_process_that_died_is_named(tmp_path: Path) -> None:
