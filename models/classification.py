@@ -154,5 +154,5 @@ class _NegativeFocalLoss(torch.autograd.Function):
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Return log(x / (1 - x)) of values in [0, 1]; x and 1 - x are clamped to at least `eps`."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    # One clamp of each, also because ONNX's optimizer breaks graphs with a clamp of a clamp.
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))

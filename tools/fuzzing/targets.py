@@ -349,7 +349,7 @@ def _mutate_tensor(tensor: torch.Tensor, rng: Random) -> Any:
         lambda: torch.cat([tensor, tensor]),
         tensor.to_sparse,
         lambda: tensor.to("meta"),
-        lambda: torch.nn.Parameter(tensor),
+        lambda: torch.nn.Parameter(tensor, requires_grad=tensor.is_floating_point()),
         lambda: tensor.numpy(),
     )
     return rng.choice(changes)()

@@ -161,7 +161,8 @@ class Checkpoint:
         """
         optimizer = self.optimizer or {}
         groups = optimizer.get("param_groups")
-        if not groups or not all(isinstance(group, Mapping) for group in groups):
+        is_list = isinstance(groups, list | tuple) and len(groups) > 0
+        if not is_list or not all(isinstance(group, Mapping) for group in groups):
             return "no optimizer"
         if not isinstance(optimizer.get("state"), Mapping):
             return "an optimizer without its moments"
@@ -279,7 +280,7 @@ def _parse_class_names(value: Any) -> dict[int, str] | None:
 
     A list of COCO's categories gives id -> name; `infer_classes` finds out whether the rows are the ids.
     """
-    if value and isinstance(value, list | tuple) and all(map(_is_category, value)):
+    if isinstance(value, list | tuple) and value and all(map(_is_category, value)):
         names = {entry["id"]: str(entry["name"]) for entry in value}
         return names if len(names) == len(value) else None
     if isinstance(value, list | tuple):

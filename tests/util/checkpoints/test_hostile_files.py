@@ -420,7 +420,8 @@ def test_content_without_weights_is_one_line(tmp_path, case):
 HUGE = 10**400
 IGNORED = {
     "args": [["a"], "text", 5, torch.ones(3), None],
-    "class_names": [5, "text", {0: 1}, {(0, 1): "a"}, {0: "x" * 10**6}, {0: "\ud800"}, {torch.ones(2): "a"}, [None]],
+    "class_names": [5, "text", torch.ones(2), {0: 1}, {(0, 1): "a"}, {0: "x" * 10**6}, {0: "\ud800"}, {torch.ones(2): "a"},
+                    [None]],
     "category_ids": [[1], {0: "cat"}, {0: 2**70}, {HUGE: 1}, {0: None}, {0: torch.ones(2)}],
     "things": [[True], {0: "yes"}, {0: 5}],
     "epoch": ["three", [3], float("nan"), float("inf"), -5, True, torch.ones(2), {}],
@@ -446,6 +447,12 @@ def test_entry_of_a_wrong_type_counts_as_missing(tmp_path, key):
         checkpoint = Checkpoint.from_dict({"model": STATE, key: value}, "f.pth")
         assert getattr(checkpoint, key) == missing, value
         checkpoint.missing_state()
+
+
+@pytest.mark.parametrize("groups", [1.5, torch.ones(2), "x", {0: {}}, []])
+def test_optimizer_without_groups_is_missing(groups: object) -> None:
+    entries = {"model": STATE, "optimizer": {"state": {}, "param_groups": groups}}
+    assert Checkpoint.from_dict(entries, "f.pth").missing_state() == "no optimizer"
 
 
 def test_pickle_with_a_cut_storage_is_not_read_beyond_its_end(tmp_path):
