@@ -420,8 +420,8 @@ def test_content_without_weights_is_one_line(tmp_path, case):
 HUGE = 10**400
 IGNORED = {
     "args": [["a"], "text", 5, torch.ones(3), None],
-    "class_names": [5, "text", torch.ones(2), {0: 1}, {(0, 1): "a"}, {0: "x" * 10**6}, {0: "\ud800"}, {torch.ones(2): "a"},
-                    [None]],
+    "class_names": [5, "text", torch.ones(2), {0: 1}, {(0, 1): "a"}, {0: "x" * 10**6}, {0: "\ud800"},
+                    {torch.ones(2): "a"}, [None]],
     "category_ids": [[1], {0: "cat"}, {0: 2**70}, {HUGE: 1}, {0: None}, {0: torch.ones(2)}],
     "things": [[True], {0: "yes"}, {0: 5}],
     "epoch": ["three", [3], float("nan"), float("inf"), -5, True, torch.ones(2), {}],
