@@ -67,6 +67,10 @@ from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
 
+# Settings that the order of images within an epoch depends on: always, and with --bucket_aspect.
+ORDER_FLAGS = ("seed", "bucket_aspect")
+SIZE_FLAGS = ("image_size", "max_size")
+
 
 @dataclass(kw_only=True)
 class Run(engine.TrainState):
@@ -637,12 +641,15 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
 def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
     """Continue within the epoch of the checkpoint, also with another batch size or number of processes.
 
-    With other images the epoch starts over: a batch number then means other ones.
+    With other images, or in another order, the epoch starts over: a batch number then means other ones.
     """
     num_images, size = position_unit(run)
     stored_images, stored_size = checkpoint.position_unit or (0, 0)
+    changed = _changed_order(run, checkpoint)
     if "train" in run.changed_data or num_images != stored_images:
-        log.info("the training data changed: the epoch starts over")
+        changed = "the training data"
+    if changed:
+        log.info("%s changed: the epoch starts over", changed)
         _start_epoch(run)
         return
 
@@ -655,6 +662,16 @@ def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
             size * run.accumulate,
             stored_size * checkpoint.args.get("accumulate", 1),
         )
+
+
+def _changed_order(run: Run, checkpoint: Checkpoint) -> str:
+    """Return the flags that change the order of images within an epoch and differ from those of the checkpoint."""
+    now = run.checkpoint_extras.get("args", {})
+    flags = ORDER_FLAGS + (SIZE_FLAGS if now.get("bucket_aspect") else ())
+    stored = checkpoint.args
+    return ", ".join(
+        f"--{name}" for name in flags if name in now and stored.get(name, now[name]) != now[name]
+    )
 
 
 def _step_of(run: Run, checkpoint: Checkpoint) -> int:
