@@ -328,11 +328,14 @@ def _check_norm(state: TrainState, norm: float, of_current: bool = False) -> dic
     """Return the gradient norm of a step for the log; {} if it is not finite. `of_current`: see `NonFiniteGuard`."""
     state.unread_norm = None
     is_finite = math.isfinite(norm)
-    if (
-        is_finite or state.scaler is None
-    ):  # a loss scaler tries until the gradient does not overflow
+    if is_finite or not _may_be_overflow(state.scaler):
         state.guard.check_gradient(norm, of_current)
     return {GRAD_NORM: norm} if is_finite else {}
+
+
+def _may_be_overflow(scaler: torch.amp.GradScaler | None) -> bool:
+    """Whether a loss scaler may have made a gradient overflow. It halves its scale until that ends, but not below 1."""
+    return scaler is not None and scaler.get_scale() >= 1.0
 
 
 def _optimizer_step(state: TrainState) -> None:

@@ -19,6 +19,7 @@ from models.criterion import SetCriterion
 from models.trainable import TrainableModel
 from util.bf16 import AMP_DTYPES
 from util.checkpoints.checkpoint import BEST, LATEST, VERSION, Checkpoint, save_checkpoint
+from util.checkpoints.newest import step_of
 from util.distributed import (
     BATCH_NORMS,
     all_gather_object,
@@ -66,6 +67,10 @@ from util.settings import Settings
 
 DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
 
+# Settings that the order of images within an epoch depends on: always, and with --bucket_aspect.
+ORDER_FLAGS = ("seed", "bucket_aspect")
+SIZE_FLAGS = ("image_size", "max_size")
+
 
 @dataclass(kw_only=True)
 class Run(engine.TrainState):
@@ -83,6 +88,7 @@ class Run(engine.TrainState):
         pending: log values of an epoch that is trained but not evaluated and logged yet.
         best_ap: best AP so far; -1 before the first evaluation.
         changed_data: the data that differ from those of the resumed checkpoint: some of "train" and "val".
+        latest_is_later: training went back before the `checkpoint.pth` of its folder, which no save has replaced yet.
         numbered: name of the numbered checkpoint of the epoch that was trained last, if it has one.
         compilation: what `--compile` compiled; None without it.
         use_tensorboard, use_wandb: write the log for TensorBoard, and for Weights & Biases, too.
@@ -101,6 +107,7 @@ class Run(engine.TrainState):
     pending: dict[str, Any] | None = None
     best_ap: float = NO_AP
     changed_data: list[str] = field(default_factory=list)
+    latest_is_later: bool = False
     numbered: str | None = None
     compilation: Compilation | None = None
     use_tensorboard: bool = False
@@ -324,6 +331,8 @@ def _inspect_folder(run: Run) -> float:
         warn_if_going_back(run.folder, run.epoch)
     trim_step_log(run.folder, run.epoch, run.batch)
     remove_unfinished(run.folder)
+    latest = run.folder / LATEST
+    run.latest_is_later = latest.exists() and step_of(latest) > run.step
     data = run.checkpoint_extras.get("data_fingerprint")
     return find_best_ap(run.folder, run.best_ap, data, "val" in run.changed_data)
 
@@ -466,6 +475,7 @@ def save(run: Run, names: list[str]) -> None:
         save_checkpoint(state, first)
         for path in others:
             link_or_copy(first, path)
+        run.latest_is_later = False
     run.schedule.saved_at = time.monotonic()
     barrier()
 
@@ -485,6 +495,9 @@ def save_step(run: Run) -> None:
 
     def write() -> None:
         _replace_later(folder, epoch, step)
+        if run.latest_is_later:  # `--resume auto` would return to it
+            save_checkpoint(entries, folder / LATEST)
+            run.latest_is_later = False
         write_step_checkpoint(folder, step, entries, keep_last)
 
     run.writer.start(write)
@@ -628,12 +641,15 @@ def _restore_progress(run: Run, checkpoint: Checkpoint) -> None:
 def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
     """Continue within the epoch of the checkpoint, also with another batch size or number of processes.
 
-    With other images the epoch starts over: a batch number then means other ones.
+    With other images, or in another order, the epoch starts over: a batch number then means other ones.
     """
     num_images, size = position_unit(run)
     stored_images, stored_size = checkpoint.position_unit or (0, 0)
+    changed = _changed_order(run, checkpoint)
     if "train" in run.changed_data or num_images != stored_images:
-        log.info("the training data changed: the epoch starts over")
+        changed = "the training data"
+    if changed:
+        log.info("%s changed: the epoch starts over", changed)
         _start_epoch(run)
         return
 
@@ -646,6 +662,16 @@ def _restore_position(run: Run, checkpoint: Checkpoint) -> None:
             size * run.accumulate,
             stored_size * checkpoint.args.get("accumulate", 1),
         )
+
+
+def _changed_order(run: Run, checkpoint: Checkpoint) -> str:
+    """Return the flags that change the order of images within an epoch and differ from those of the checkpoint."""
+    now = run.checkpoint_extras.get("args", {})
+    flags = ORDER_FLAGS + (SIZE_FLAGS if now.get("bucket_aspect") else ())
+    stored = checkpoint.args
+    return ", ".join(
+        f"--{name}" for name in flags if name in now and stored.get(name, now[name]) != now[name]
+    )
 
 
 def _step_of(run: Run, checkpoint: Checkpoint) -> int:

@@ -266,6 +266,20 @@ def test_non_finite_gradient_never_reaches_the_optimizer(optimizer: tuple) -> No
     assert not torch.equal(before[0]["class_embed.bias"], run.model.class_embed.bias)
 
 
+def test_float16_gradient_that_is_never_finite_ends_the_run() -> None:
+    """Once the scale is below 1, it is no overflow that a lower one would end."""
+    run, samples, targets = build_run("--amp", "fp16", "--max_nonfinite", "2")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    run.model.class_embed.bias.register_hook(lambda gradient: gradient * math.inf)
+    counts = []
+    for _ in range(4):
+        engine.train_step(run, samples, targets, stop=False)
+        counts.append((run.scaler.get_scale(), run.guard.in_a_row))
+    assert counts == [(1.0, 0), (0.5, 0), (0.25, 1), (0.125, 2)]
+    with pytest.raises(NonFiniteLoss):
+        run.guard.check_limit()
+
+
 def test_step_returns_stop_flag() -> None:
     run, samples, targets = build_run()
     assert engine.train_step(run, samples, targets, stop=True)[1] is True

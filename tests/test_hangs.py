@@ -11,8 +11,15 @@ import torch
 
 from tests.two_processes import free_port
 from util import distributed
-from util.distributed import all_gather_object, all_reduce_sum, barrier, get_rank, init_distributed
-from util.errors import UserError
+from util.distributed import (
+    all_gather_object,
+    all_reduce_sum,
+    barrier,
+    compute_on_rank0,
+    get_rank,
+    init_distributed,
+)
+from util.errors import DiskError, UserError
 
 SECONDS = 3.0
 
@@ -39,6 +46,15 @@ def _dead() -> None:
     if get_rank() == 1:
         os._exit(9)
     all_reduce_sum(torch.ones(2))
+
+
+def _refused() -> None:
+    """Only rank 0 looks."""
+
+    def fail() -> None:
+        raise DiskError("cannot read args.json: stale file handle", "  ls first\n  ls second")
+
+    compute_on_rank0(fail)
 
 
 def _process(
@@ -114,3 +130,10 @@ def test_process_that_never_starts(tmp_path: Path) -> None:
     (error,) = errors_of(_stuck, tmp_path, ranks=(0,), seconds=1)
     assert error.startswith("UserError: rank 0: not all of 2 processes came to 127.0.0.1:")
     assert "--dist_timeout_minutes" in error
+
+
+def test_all_ranks_get_the_error_of_rank_0_as_it_is(tmp_path: Path) -> None:
+    """With its kind, and the lines below it."""
+    first, second = errors_of(_refused, tmp_path, awaited=(0, 1))
+    assert first == second
+    assert first == ("DiskError: cannot read args.json: stale file handle\n  ls first\n  ls second")

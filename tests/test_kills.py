@@ -10,7 +10,9 @@ import pytest
 
 from tests import toy_run
 from tests.faults import states_between_operations
+from tests.tiny import read_checkpoint
 from tools import kill_runs
+from util.checkpoints.newest import find_newest, step_path
 from util.logger import log
 
 
@@ -39,6 +41,27 @@ def test_killed_between_any_two_file_operations(tmp_path: Path) -> None:
         assert_same_files(folder, whole, f"killed before {operation}")
     # Not only clean states: a kill in the middle of a write leaves its temporary file.
     assert {".checkpoint.pth.tmp", ".checkpoint_step_000003.pth.tmp", ".log.txt.tmp"} <= left
+
+
+def test_killed_after_going_back_continues_with_the_new_training(tmp_path: Path) -> None:
+    """Its first save is one of a step, when checkpoint.pth is still of the training that was given up."""
+    run = tmp_path / "run"
+    run.mkdir()
+    toy_run.start(run)  # six steps
+    resume = str(run / "checkpoint0001.pth")  # of step 4
+    states = states_between_operations(
+        run, lambda: toy_run.start(run, "--keep_last", "1", resume=resume), tmp_path / "states"
+    )
+
+    def is_new(path: Path | None) -> bool:
+        return (
+            path is not None and path.exists() and read_checkpoint(path)["args"]["keep_last"] == 1
+        )
+
+    with_step = [folder for folder in states.values() if is_new(step_path(folder, 5))]
+    assert len(with_step) > 3
+    for folder in with_step:
+        assert is_new(find_newest(folder)), folder
 
 
 def _train_toy(folder: Path, output: Path) -> None:

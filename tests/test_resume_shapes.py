@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import FROZEN, ROOT, RUN_FLAGS, read_checkpoint, read_log, write_coco
+from tests import toy_run
+from tests.tiny import FROZEN, ROOT, RUN_FLAGS, captured_log, read_checkpoint, read_log, write_coco
 from tests.two_processes import free_port
+from util.runs.log import step_entries
 
 IMAGES = 24
 STOPPED = 143  # exit status
@@ -122,3 +124,21 @@ def test_another_number_of_workers_gives_the_same_samples(coco: Path, tmp_path: 
         for name in ("stopped", "whole")
     )
     assert all((ours[name] == expected[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected", "steps_left"),
+    [((), [], 3), (("--seed", "7"), ["--seed changed: the epoch starts over"], 4)],
+)
+def test_another_order_of_images_starts_the_epoch_over(
+    more: tuple[str, ...], expected: list[str], steps_left: int, tmp_path: Path
+) -> None:
+    """A batch number of another order would repeat some images of the epoch and leave out others."""
+    toy_run.start(tmp_path)  # three epochs of two steps
+    resume = str(tmp_path / "checkpoint_step_000003.pth")
+    with captured_log() as lines:
+        run = toy_run.start(tmp_path, *more, resume=resume)
+    assert [line for line in lines if "starts over" in line] == expected
+    steps = [(entry["epoch"], entry["step"]) for entry in step_entries(tmp_path)]
+    assert steps == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)]
+    assert run.step == 3 + steps_left

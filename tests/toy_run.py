@@ -91,11 +91,11 @@ def _settings(*flags: str) -> Settings:
     return tiny_args(FINETUNE, *flags)
 
 
-def start(folder: Path, *flags: str) -> trainer.Run:
-    """Train to the end as a new process does, by `--resume auto`."""
+def start(folder: Path, *flags: str, resume: str = "auto") -> trainer.Run:
+    """Train to the end as a new process does, by `--resume`."""
     words = ("--epochs", "3", "--lr_drop", "2", "--save_every_steps", "1", "--log_every", "1")
     settings = _settings(*words, "--batch_size", "2", "--output_dir", "FOLDER", *flags)
-    path = resolve_resume_path("auto", folder)
+    path = resolve_resume_path(resume, folder)
     checkpoint = load_checkpoint(path) if path else None
     seed_everything(settings.seed)
     model = Toy()

@@ -143,7 +143,7 @@ def compute_on_rank0(compute: Callable[[], Result]) -> Result:
     """Call a function on rank 0 only and return its result on every rank; the others wait.
 
     Raises:
-        UserError: On every rank, if the function raises it.
+        UserError: On every rank, if the function raises it or a subclass.
     """
     if not is_distributed():
         return compute()
@@ -154,13 +154,13 @@ def compute_on_rank0(compute: Callable[[], Result]) -> Result:
             result_or_error[0] = compute()
         except UserError as error:
             # Raising here would leave the other ranks waiting in the broadcast.
-            result_or_error[1] = str(error)
+            result_or_error[1] = error
     with collective("broadcast of what rank 0 computes"):
         dist.broadcast_object_list(result_or_error, src=0)
 
-    result, error_message = result_or_error
-    if error_message is not None:
-        raise UserError(error_message)
+    result, error = result_or_error
+    if error is not None:
+        raise error
     return result
 
 

@@ -8,7 +8,6 @@ the published parameter names.
 import dataclasses
 import math
 import os
-import pickle
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -390,7 +389,7 @@ def read_entries(path: str | os.PathLike) -> dict[str, Any] | None:
         if is_disk_error(error):
             raise user_error("read", path, error) from error
         return None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except Exception:  # noqa: BLE001 - one wrong byte of a pickle may raise anything
         return None  # missing, damaged or of another format
     return content if isinstance(content, dict) else None
 

@@ -132,14 +132,14 @@ def _newest_first(folder: Path) -> list[Path]:
     names = list_folder(folder)
     latest = folder / LATEST
     if LATEST in names:
-        found.append(((_step_of(latest) if found else 0, 1), latest))
+        found.append(((step_of(latest) if found else 0, 1), latest))
     newest = [path for _, path in sorted(found, reverse=True)]
     numbered = [folder / name for name in reversed(names) if _NUMBERED_NAME.fullmatch(name)]
     best = [folder / BEST] if BEST in names else []
     return [*newest, *numbered, *best]
 
 
-def _step_of(path: Path) -> float:
+def step_of(path: Path) -> float:
     """Return the number of optimizer steps in a checkpoint: 0 in one of an older version, infinity in a damaged one,
     which is then tried first, and reported.
     """

@@ -68,6 +68,9 @@ NUMBERED_RUN_FILES = (
     *KEPT_FILES,
 )
 
+# Environment variables with the number of times that a job was started again.
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
 # Packages whose versions are stored with each run.
 PACKAGES = (
     "torch",
@@ -91,7 +94,7 @@ def prepare_output_dir(settings: Settings) -> Path | None:
 
     Raises:
         UserError: the folder can't be written, or it contains files of another run and neither `--resume` nor
-            `--overwrite` allows that.
+            `--overwrite` allows that. A job that was restarted must not overwrite what it has trained before.
     """
     if settings.dry_run:
         return None
@@ -106,6 +109,11 @@ def prepare_output_dir(settings: Settings) -> Path | None:
     found = _files_of_other_run(folder, settings)
     if found and not settings.overwrite:
         raise UserError(_occupied_message(folder, found, settings))
+    if found and _is_restarted():
+        raise UserError(
+            f"--overwrite would remove what this job wrote to {folder} before it was restarted: start it with --resume "
+            "auto instead, in an empty --output_dir"
+        )
     if found and settings.pretrain:
         source = Path(settings.pretrain).resolve()
         if source in [path.resolve() for path in found]:
@@ -114,6 +122,12 @@ def prepare_output_dir(settings: Settings) -> Path | None:
                 "choose another --output_dir"
             )
     return folder
+
+
+def _is_restarted() -> bool:
+    """Return whether torchrun (`--max_restarts`) or SLURM (requeue) started the same command before."""
+    counts = (os.environ.get(name, "0") for name in RESTART_COUNTS)
+    return any(count.isdigit() and int(count) > 0 for count in counts)
 
 
 def _occupied_message(folder: Path, found: list[Path], settings: Settings) -> str:
@@ -242,7 +256,8 @@ def save_settings(
     if folder is None or not is_main_process():
         return
     if settings.overwrite:  # not earlier: a run that fails to start must not cost the previous one
-        for path in _files_of_other_run(folder, settings):
+        # The numbered files first: what a kill leaves is still known as another run by one of RUN_FILES.
+        for path in reversed(_files_of_other_run(folder, settings)):
             path.unlink()
 
     path = folder / (EVAL_SETTINGS if settings.eval else SETTINGS)

@@ -19,7 +19,8 @@ SAME_REQUEST_SECONDS = 3.0
 class StopSignal:
     """A context manager that turns SIGTERM, SIGINT and SIGUSR1 into a flag, `requested`, to be read after each step.
 
-    A second SIGINT, or another signal some seconds later, stops at once by KeyboardInterrupt. Inside
+    A second SIGINT, or another signal some seconds later, stops at once by KeyboardInterrupt. The end of `minutes` is
+    not counted: a scheduler may send its first signal while the run saves after that. Inside
     `with stop.immediately():`, where nothing can be lost, the first signal raises `StopRequested`. The previous signal
     handlers are restored at the end. Outside the main thread it does nothing, because Python allows signal handlers
     only there.
@@ -32,7 +33,7 @@ class StopSignal:
         self.minutes = minutes
         self.previous_handlers = {}
         self.requested = False
-        self.requested_at = 0.0
+        self.signalled_at: float | None = None
         self.deferred = True  # False: raise in the signal handler
 
     def __enter__(self) -> "StopSignal":
@@ -65,12 +66,18 @@ class StopSignal:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _handle(self, number: int, frame) -> None:
-        if self.requested:
-            passed = time.monotonic() - self.requested_at
+        if self.signalled_at is not None:
+            passed = time.monotonic() - self.signalled_at
             if number == signal.SIGINT or passed > SAME_REQUEST_SECONDS:
                 raise KeyboardInterrupt
             return
-        self.requested, self.requested_at = True, time.monotonic()
+        if number in STOP_SIGNALS:
+            self.signalled_at = time.monotonic()
+        if (
+            self.requested
+        ):  # by the time limit, which is no signal from outside: the run is being saved
+            return
+        self.requested = True
         self._stop_timer()
         if not self.deferred:
             raise StopRequested("during evaluation")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny import captured_log
-from util.checkpoints.checkpoint import save_checkpoint
+from util.checkpoints.checkpoint import read_entries, save_checkpoint
 from util.checkpoints.newest import find_newest, step_checkpoints
 from util.errors import UserError
 from util.runs.step_checkpoints import (
@@ -64,6 +64,20 @@ def test_damaged_checkpoints_are_skipped_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_step_000020.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"no checkpoint in .*step_000020.pth \(.*is empty"):
         find_newest(tmp_path)
+
+
+def test_a_wrong_byte_in_a_pickle_is_a_damaged_checkpoint(tmp_path: Path) -> None:
+    """PyTorch's unpickler then raises errors of many kinds, here IndexError."""
+    write(tmp_path, ("checkpoint_step_000020.pth", 20), ("checkpoint.pth", 40))
+    path = tmp_path / "checkpoint.pth"
+    whole = bytearray(path.read_bytes())
+    start = whole.index(b"\x80\x02}")
+    whole[start + 2] = ord(".")  # ends a pickle, here without a value
+    path.write_bytes(whole)
+    assert read_entries(path) is None
+    with captured_log() as lines:
+        assert newest(tmp_path) == "checkpoint_step_000020.pth"
+    assert "skipped checkpoint.pth" in lines[0]
 
 
 def test_moving_average_and_raw_weights_must_be_finite(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import main as pretrain_main
 from datasets import build_dataset
 from datasets.collate import collate
 from models.pretext.random_query_patch import RandomQueryPatch
+from tests.faults import states_between_operations
 from tests.tiny import (
     FROZEN,
     assert_same,
@@ -35,7 +36,14 @@ from tools import compare_runs
 from util.errors import UserError
 from util.plots import boxes
 from util.runs import page as run_page
-from util.runs.folder import collect_environment, git_revision, log_settings, read_json_object
+from util.runs.folder import (
+    collect_environment,
+    git_revision,
+    log_settings,
+    prepare_output_dir,
+    read_json_object,
+    save_settings,
+)
 from util.runs.html import slug
 from util.runs.log import main_metric, write_log
 from util.runs.page import commands, update_run_page, write_run_page
@@ -517,6 +525,38 @@ def test_overwrite_removes_nothing_if_the_new_run_fails_to_start(
             "--output_dir", tmp_path, "--overwrite",
         )  # fmt: skip
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_overwrite_that_is_killed_leaves_no_file_that_a_new_run_takes_for_its_own(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("log.txt", "checkpoint.pth", "checkpoint0003.pth", "checkpoint_step_000007.pth"):
+        (run / name).write_text("of the previous run")
+    (run / "args.json").write_text("{}")
+    settings = tiny_args(FINETUNE, "--output_dir", str(run), "--overwrite")
+    states = states_between_operations(
+        run, lambda: save_settings(run, settings, {}), tmp_path / "states"
+    )
+    assert len(states) > 5
+    for folder in states.values():
+        save_settings(folder, settings, {})
+        assert [path.name for path in folder.iterdir()] == ["args.json"]
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restarted_job_does_not_overwrite_itself(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_args(FINETUNE, "--output_dir", str(tmp_path), "--overwrite")
+    monkeypatch.setenv(name, "1")
+    assert prepare_output_dir(settings) == tmp_path  # killed before it wrote anything
+    (tmp_path / "checkpoint.pth").write_text("of this job")
+    with pytest.raises(UserError, match="--overwrite would remove what this job wrote"):
+        prepare_output_dir(settings)
+    monkeypatch.setenv(name, "0")
+    assert prepare_output_dir(settings) == tmp_path
 
 
 def test_remedy_for_an_occupied_folder(runs: Path, tmp_path: Path) -> None:

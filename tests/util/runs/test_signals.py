@@ -37,7 +37,20 @@ def test_the_second_ctrl_c_stops_at_once_however_soon() -> None:
             send(signal.SIGINT)
 
 
-def test_time_limit_is_a_first_signal() -> None:
+def test_the_first_signal_after_the_time_limit_does_not_stop_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A scheduler may send it while the run saves."""
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
+    with StopSignal(minutes=60) as stop:
+        send(signal.SIGALRM)
+        assert stop.requested
+        send(signal.SIGUSR1)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGTERM)
+
+
+def test_time_limit_sets_the_flag() -> None:
     before = signal.getsignal(signal.SIGALRM)
     with StopSignal(minutes=1e-4) as stop:
         deadline = time.monotonic() + 10
