@@ -245,7 +245,9 @@ def test_samples_show_class_names(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = []
-    monkeypatch.setattr(boxes, "draw_label", lambda _draw, text, *_rest: written.append(text))
+    monkeypatch.setattr(
+        boxes, "draw_label", lambda _draw, text, *_rest, **_options: written.append(text)
+    )
     draw_samples(
         tmp_path,
         build_dataset("train", tiny_args(FINETUNE, "--coco_path", str(runs / "coco"))),
