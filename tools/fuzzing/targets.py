@@ -44,7 +44,7 @@ from tools.fuzzing.mutations import (
     mutate_zip,
 )
 from util.checkpoints.adoption import settings_from_checkpoint
-from util.checkpoints.checkpoint import load_checkpoint
+from util.checkpoints.checkpoint import load_checkpoint, read_entries
 from util.checkpoints.classes import infer_classes
 from util.checkpoints.conversion import infer_codebase, infer_pretext
 from util.errors import UserError
@@ -390,6 +390,7 @@ def fuzz_checkpoint(folder: Path, rng: Random) -> None:
     else:
         content = _safetensors()
         path.write_bytes((mutate_numbers if rng.random() < 0.5 else mutate_bytes)(content, rng))
+    read_entries(path)  # as --resume auto does first
     checkpoint = load_checkpoint(path)
     checkpoint.missing_state()
     infer_codebase(checkpoint)

@@ -8,6 +8,7 @@ the published parameter names.
 import dataclasses
 import math
 import os
+import warnings
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -384,7 +385,9 @@ def read_entries(path: str | os.PathLike) -> dict[str, Any] | None:
         DiskError: the disk fails, so that nothing is known about the file.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickles of damaged files
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         if is_disk_error(error):
             raise user_error("read", path, error) from error

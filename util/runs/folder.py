@@ -109,7 +109,7 @@ def prepare_output_dir(settings: Settings) -> Path | None:
     found = _files_of_other_run(folder, settings)
     if found and not settings.overwrite:
         raise UserError(_occupied_message(folder, found, settings))
-    if found and _is_restarted():
+    if _is_restarted() and any(path.suffix == ".pth" for path in found):
         raise UserError(
             f"--overwrite would remove what this job wrote to {folder} before it was restarted: start it with --resume "
             "auto instead, in an empty --output_dir"

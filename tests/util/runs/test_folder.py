@@ -553,7 +553,8 @@ def test_a_restarted_job_does_not_overwrite_itself(
 ) -> None:
     settings = tiny_args(FINETUNE, "--output_dir", str(tmp_path), "--overwrite")
     monkeypatch.setenv(name, "1")
-    assert prepare_output_dir(settings) == tmp_path  # killed before it wrote anything
+    (tmp_path / "args.json").write_text("{}")
+    assert prepare_output_dir(settings) == tmp_path  # killed before it saved anything
     (tmp_path / "checkpoint.pth").write_text("of this job")
     with pytest.raises(UserError, match="--overwrite would remove what this job wrote"):
         prepare_output_dir(settings)
