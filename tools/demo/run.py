@@ -29,6 +29,7 @@ from util.files import write_text
 from util.logger import format_seconds, log
 from util.runs.folder import read_json_object
 from util.runs.session import run_script
+from util.settings.words import to_words
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_FILE = "stage.json"  # suffix of a stage's record: command, seconds, whether it has finished
@@ -168,23 +169,21 @@ def build_stages(args: argparse.Namespace) -> list[Stage]:
     """
     hyperparameters = choose_hyperparameters(args)
     coco_path = args.coco_path or args.output_dir / SCENES
-    model = [
-        *_to_argv(
+    model = to_words(
+        {
             **MODEL,
-            num_queries=hyperparameters.num_queries,
-            image_size=hyperparameters.image_size,
-        ),
-        *_to_argv(
-            batch_size=hyperparameters.batch_size,
-            num_workers=args.num_workers,
-            seed=args.seed,
-            device=args.device,
-        ),
-    ]
+            "num_queries": hyperparameters.num_queries,
+            "image_size": hyperparameters.image_size,
+            "batch_size": hyperparameters.batch_size,
+            "num_workers": args.num_workers,
+            "seed": args.seed,
+            "device": args.device,
+        }
+    )
     pretrain = ["main.py", *model, *_pretrain_flags(args, hyperparameters, coco_path)]
     scratch = ["finetune_main.py", *model, *_finetune_flags(args, hyperparameters, coco_path)]
     checkpoint = args.output_dir / PRETRAIN / "checkpoint.pth"
-    finetune = [*scratch, *_to_argv(pretrain=checkpoint)]
+    finetune = [*scratch, *to_words({"pretrain": checkpoint})]
 
     stages = []
     if not args.coco_path:
@@ -195,21 +194,9 @@ def build_stages(args: argparse.Namespace) -> list[Stage]:
         (SCRATCH, "fine-tune without pre-training", scratch),
     ):
         # `--resume auto` starts a new run and continues an interrupted one: the command is the same.
-        folder = _to_argv(output_dir=args.output_dir / name, resume="auto")
+        folder = to_words({"output_dir": args.output_dir / name, "resume": "auto"})
         stages.append(Stage(name, title, ["python", *command, *folder]))
     return stages
-
-
-def _to_argv(**flags: object) -> list[str]:
-    """Return flags as words: `epochs=3` -> `--epochs 3`, True -> the flag alone; None is skipped."""
-    words = []
-    for name, value in flags.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        if value is not True:
-            words.append(str(value))
-    return words
 
 
 def _pretrain_flags(
@@ -218,27 +205,31 @@ def _pretrain_flags(
     # Queries are divided evenly between patches, so their number has to be a multiple of num_patches.
     num_queries = hyperparameters.num_queries
     num_patches = 10 if (num_queries % 10 == 0 and num_queries >= 100) else 5
-    return _to_argv(
-        imagenet_path=_unlabelled_images(args, coco_path),
-        num_patches=num_patches,
-        patch_size=64,
-        feature_recon=True,
-        fre_cnn=True,
-        **_schedule(hyperparameters.pretrain_epochs),
-        lr="1e-4",
+    return to_words(
+        {
+            "imagenet_path": _unlabelled_images(args, coco_path),
+            "num_patches": num_patches,
+            "patch_size": 64,
+            "feature_recon": True,
+            "fre_cnn": True,
+            **_schedule(hyperparameters.pretrain_epochs),
+            "lr": "1e-4",
+        }
     )
 
 
 def _finetune_flags(
     args: argparse.Namespace, hyperparameters: Hyperparameters, coco_path: Path
 ) -> list[str]:
-    return _to_argv(
-        coco_path=coco_path,
-        num_classes=_num_classes(args),
-        **_schedule(hyperparameters.epochs),
-        lr="2e-4",
-        lr_backbone="2e-4",
-        eval_every=hyperparameters.eval_every,
+    return to_words(
+        {
+            "coco_path": coco_path,
+            "num_classes": _num_classes(args),
+            **_schedule(hyperparameters.epochs),
+            "lr": "2e-4",
+            "lr_backbone": "2e-4",
+            "eval_every": hyperparameters.eval_every,
+        }
     )
 
 
@@ -248,12 +239,14 @@ def _schedule(epochs: int) -> dict[str, int]:
 
 
 def _scenes_command(args: argparse.Namespace, folder: Path) -> list[str]:
-    flags = _to_argv(
-        output=folder,
-        num_train=args.num_train,
-        num_val=args.num_val,
-        num_unlabelled=args.num_train,
-        seed=args.seed,
+    flags = to_words(
+        {
+            "output": folder,
+            "num_train": args.num_train,
+            "num_val": args.num_val,
+            "num_unlabelled": args.num_train,
+            "seed": args.seed,
+        }
     )
     return ["python", "-m", "tools.demo.scenes", *flags]
 
