@@ -239,11 +239,15 @@ def _triton_backward(
     return backward(grad_output, value, shapes, locations, weights)
 
 
+def _empty_output(value: Tensor, Q: int) -> Tensor:
+    B, _, H, D = value.shape
+    return value.new_empty(B, Q, H * D)
+
+
 # Fake implementations give the shapes of the results while PyTorch traces.
 @_triton.register_fake
 def _(value: Tensor, shapes: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
-    B, _, H, D = value.shape
-    return value.new_empty(B, locations.shape[1], H * D)  # [B, Q, H * D]
+    return _empty_output(value, locations.shape[1])
 
 
 @_triton_backward.register_fake
@@ -295,8 +299,7 @@ def _triton_fused_backward(
 
 @_triton_fused.register_fake
 def _(value: Tensor, shapes: Sequence[int], samples: Tensor, references: Tensor) -> Tensor:
-    B, _, H, D = value.shape
-    return value.new_empty(B, samples.shape[1], H * D)  # [B, Q, H * D]
+    return _empty_output(value, samples.shape[1])
 
 
 @_triton_fused_backward.register_fake
