@@ -11,7 +11,7 @@ from util.errors import UserError
 
 
 def samples(rounds: int = 3, per_round: int = 100, **slopes: float) -> list[soak.Sample]:
-    """Samples of 20 steps each. A value grows by its slope per 1000 steps; workers start anew in each round."""
+    """Samples of 20 steps each. Values grow by their slope per 1000 steps; each round has new workers."""
     found = []
     for step in range(0, 20 * rounds * per_round, 20):
         number, in_round = divmod(step, 20 * per_round)

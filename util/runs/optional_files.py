@@ -1,4 +1,4 @@
-"""Files that training does not need to continue: it goes on if one of them can't be written."""
+"""Training continues when a file that it does not need can't be written."""
 
 import contextlib
 from collections.abc import Iterator
