@@ -432,6 +432,15 @@ def test_weights_are_calibrated() -> None:
     assert 0.01 < float(state[name].mean()) < 100
 
 
+@pytest.mark.parametrize("script", ["main.py", "finetune_main.py"])
+def test_objects_of_a_single_class_have_label_0(script: str) -> None:
+    """As in the datasets: a model with one class has no row for label 1."""
+    pretext = ["--pretext", "region_prior"] if script == "main.py" else []
+    flags = work.parse_flags([*TINY[:-3], "--num_classes", "1", *pretext], script)
+    case = {"flags": flags, "device": "cpu", "batch_size": 2, "size": [64, 64]}
+    assert all(int(target["labels"].max()) == 0 for _, target in work.make_samples(case))
+
+
 def test_report_writes_page_and_zoo_table(tmp_path: Path) -> None:
     row = {
         "comparison": "detr_resnet50, 1 x 800 x 1066", "contender": "ours", "median_ms": 900.0,

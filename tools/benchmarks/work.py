@@ -153,9 +153,11 @@ def _sample(
         count = chosen.max_prop if chosen.pretext == "region_prior" else chosen.num_patches
     centers = torch.rand(count, 2, generator=generator) * 0.4 + 0.3
     sizes = torch.rand(count, 2, generator=generator) * 0.4 + 0.1
-    labels = torch.ones(count, dtype=torch.int64)
+    first = min(1, chosen.num_classes - 1)  # of a single class: 0, as in the datasets
+    labels = torch.full((count,), first)
     if not chosen.pretext:
-        labels = torch.randint(1, min(chosen.num_classes, 91), (count,), generator=generator)
+        last = min(chosen.num_classes, 91)
+        labels = torch.randint(first, last, (count,), generator=generator)
     target = {
         "boxes": torch.cat([centers, sizes], 1),  # [n, 4]
         "labels": labels,
