@@ -6,14 +6,9 @@
 `python finetune_main.py --coco_path COCO --pretrain outputs/pretrain/checkpoint.pth`.
 """
 
-import os
-
 from util.environment import check_environment
 
 check_environment()  # before what an old Python or PyTorch can't import
-
-# Before PyTorch is imported: threads that spin while they wait would starve the dataloader workers on the same cores.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from util.settings import PRETRAIN, print_help
 

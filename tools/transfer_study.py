@@ -8,13 +8,10 @@
 """
 
 import argparse
-import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 
-# OpenMP reads this when PyTorch is imported. The tool itself computes nothing, so its threads should not spin.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Makes `python tools/NAME.py` work from any directory.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
