@@ -7,7 +7,8 @@
 2. The same architecture is pre-trained by region prior on these boxes, from its backbone's first weights: `pretrain/`.
 
 Everything after `--` are flags of main.py for the second step; architecture, backbone and image size are those of the
-checkpoint unless they are given.
+checkpoint unless they are given. `--boxes_only` stops after the first step and prints the command of the second one, so
+that several GPUs can run it (torchrun, SLURM).
 
 The checkpoint may come from pre-training: then no label is used at all. Otherwise those of the detector's own training
 images are, so compare the result with the detector itself and not with pre-training without labels.
@@ -16,6 +17,8 @@ A detector that learned from noisy boxes knows better than they which of them ar
 `--snap_to CACHE` replaces each of its boxes by a box of a proposal cache, such as the one of the first pre-training.
 """
 
+import math
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -35,7 +38,7 @@ from datasets.images.image_folder import ImageFolder
 from datasets.proposals.base import to_pixels
 from datasets.proposals.cache import CachedProposals, ProposalCache
 from predictor import Predictor
-from tools.predict import score_value
+from tools.predict import NUM_WORKERS, score_value
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.errors import UserError
 from util.files import make_folder, to_json, write_text
@@ -43,9 +46,11 @@ from util.logger import Progress, log
 from util.runs.session import run_script
 from util.settings import FINETUNE, PRETRAIN, Parser, add_flags
 from util.settings.table import MODEL, flags_of
+from util.settings.value_types import positive
 from util.settings.words import to_words
 
 PROPOSALS, RUN = "proposals.json", "pretrain"
+MAX_SHARE = 3  # boxes of one image, as a multiple of --boxes_per_image
 DUPLICATE_IOU = 0.5  # of two boxes above this IoU only the better one is kept
 OF_THIS_TOOL = ("pretext", "proposals", "imagenet_path", "output_dir", "cache_path")
 
@@ -76,10 +81,22 @@ def parse(argv: list[str]) -> Namespace:
         help="lowest score of a box, from 0 to 1 (default: 0.25)",
     )
     parser.add_argument(
+        "--boxes_per_image",
+        type=positive(float),
+        metavar="N",
+        help=f"instead of --threshold: the best boxes of all images together, N per image on average and at most "
+        f"{MAX_SHARE} times as many in one (default: --threshold decides)",
+    )
+    parser.add_argument(
         "--snap_to",
         metavar="CACHE",
         help="proposal cache of the same images: each box becomes the cached one with the highest product of score and "
         "squared IoU with it (default: boxes stay as they are)",
+    )
+    parser.add_argument(
+        "--boxes_only",
+        action="store_true",
+        help="write the boxes and print the command that pre-trains on them, for several GPUs (default: off)",
     )
     parser.add_argument(
         "--overwrite",
@@ -155,9 +172,11 @@ def find_boxes(
         "categories": [{"id": OBJECT_ID, "name": "object"}],
     }
     bar = Progress(len(images), "boxes")
-    for result in predictor.predict_files(
-        images, threshold=args.threshold, num_workers=args.num_workers
-    ):
+    threshold, limit = args.threshold, None
+    if args.boxes_per_image:
+        threshold, limit = 0.0, math.ceil(MAX_SHARE * args.boxes_per_image)
+    num_workers = NUM_WORKERS if args.num_workers is None else args.num_workers
+    for result in predictor.predict_files(images, threshold=threshold, num_workers=num_workers):
         bar.step()
         name, prediction = images.names[result.index], result.prediction
         if prediction is None:
@@ -172,7 +191,7 @@ def find_boxes(
         boxes, scores = prediction.boxes[kept], prediction.scores[kept]
         if snapping:
             boxes, scores = snapping(boxes, scores, name, prediction.size_hw)
-        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
+        for box, score in zip(boxes[:limit].tolist(), scores[:limit].tolist(), strict=True):
             x0, y0, x1, y1 = box
             content["annotations"].append(
                 {
@@ -185,7 +204,16 @@ def find_boxes(
                     "score": score,
                 }
             )
+    if args.boxes_per_image:
+        count = round(args.boxes_per_image * len(content["images"]))
+        content["annotations"] = best_boxes(content["annotations"], count)
     return content
+
+
+def best_boxes(annotations: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Return the `count` annotations with the highest scores, in their order."""
+    by_score = sorted(range(len(annotations)), key=lambda i: -annotations[i]["score"])
+    return [annotations[i] for i in sorted(by_score[:count])]
 
 
 def pretrain_command(args: Namespace, checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -241,10 +269,12 @@ def main(args: Namespace) -> None:
     count = len(content["annotations"])
     if not count:
         raise UserError(f"no box has a score of {args.threshold} or more: lower --threshold")
-    log.info("%d boxes in %d images (threshold %g)", count, len(content["images"]), args.threshold)
+    lowest = min(box["score"] for box in content["annotations"])
+    log.info("%d boxes in %d images, scores from %.2f", count, len(content["images"]), lowest)
     write_text(folder / PROPOSALS, to_json(content) + "\n")
-    log.info("python main.py %s", " ".join(words))
-    pretrain_main.main(pretrain_args)
+    log.info("python main.py %s", shlex.join(words))
+    if not args.boxes_only:
+        pretrain_main.main(pretrain_args)
 
 
 if __name__ == "__main__":

@@ -85,15 +85,20 @@ def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
     run = tmp_path / "few"
     fine_tune("--coco_path", coco, "--output_dir", run, "--epochs", 1, "--image_size", 96, *FROZEN)
     argv = ["--checkpoint", run / "checkpoint.pth", "--images", images, "--device", "cpu"]
-    argv += ["--output_dir", tmp_path / "round", "--num_workers", 0]
+    argv += ["--output_dir", tmp_path / "round"]
     flags = ["--epochs", 1, "--num_workers", 0, "--device", "cpu", *FROZEN]
 
-    def start(threshold: float) -> None:
-        words = [*argv, "--threshold", threshold, "--", *flags]
+    def start(threshold: float, *own: str) -> None:
+        words = [*argv, "--threshold", threshold, *own, "--", *flags]
         self_training.main(self_training.parse([str(word) for word in words]))
 
     with pytest.raises(UserError, match=r"no box has a score of 1.0 or more: lower --threshold"):
         start(1.0)
+    start(1.0, "--boxes_only", "--boxes_per_image", "0.75")
+    few = json.loads((tmp_path / "round" / "proposals.json").read_text())
+    assert (len(few["images"]), len(few["annotations"])) == (4, 3)
+    assert not (tmp_path / "round" / "pretrain").exists()
+    (tmp_path / "round" / "proposals.json").unlink()
     start(0.0)
     content = json.loads((tmp_path / "round" / "proposals.json").read_text())
     assert len(content["images"]) == 4
@@ -116,3 +121,9 @@ def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
         x, y, width, height = box["bbox"]
         allowed = proposals / 128 * sizes[box["image_id"]]
         assert abs(allowed - [x, y, x + width, y + height]).max(1).min() < 1e-3
+
+
+def test_the_best_boxes_of_all_images_are_kept_in_their_order() -> None:
+    boxes = [{"id": i, "score": score} for i, score in enumerate([0.1, 0.9, 0.5, 0.5, 0.7])]
+    assert [box["id"] for box in self_training.best_boxes(boxes, 3)] == [1, 2, 4]
+    assert self_training.best_boxes(boxes, 9) == boxes
