@@ -286,6 +286,8 @@ def draw_objects(
 ) -> Path:
     """Draw proposals, the predicted boxes with the best scores, and the ground truth where it is known, side by side.
 
+    Without proposals where they come from a file and the images are labelled ones.
+
     Args:
         predictor: a class-agnostic one.
         settings: of the pretext: its proposals, and its images if `labelled` is None.
@@ -293,9 +295,12 @@ def draw_objects(
         labelled: settings of a labelled dataset, whose validation images are drawn.
         count: number of images. In each, as many boxes are drawn as it has objects.
     """
-    # Searched again: a cache of the training images does not have these.
-    method = build_proposals(settings.replace(cache_path=""))
-    proposals = SelectedProposals(method, settings.strategy, settings.max_prop)
+    proposals = None
+    # A file has boxes of the unlabelled images. Labelled ones may have the same names, as COCO's numbers.
+    if labelled is None or not settings.proposals.startswith("file:"):
+        # Searched again: a cache of the training images does not have these.
+        method = build_proposals(settings.replace(cache_path=""))
+        proposals = SelectedProposals(method, settings.strategy, settings.max_prop)
 
     rows = []
     for index, (read, name, gt_boxes) in enumerate(_images(settings, labelled, count)):
@@ -306,15 +311,14 @@ def draw_objects(
             continue
 
         num_boxes = DEFAULT_NUM_BOXES if gt_boxes is None else max(len(gt_boxes), 1)
-        proposed = proposals(image, SampleRNG.from_key(settings.seed, 0, index), name)
         found = predictor(image, threshold=0.0)  # best first
         found_boxes, found_scores = found.boxes[:num_boxes], found.scores[:num_boxes]
 
         pixels = _to_array(image)
-        row = [
-            ("proposals", pixels, _to_draw(proposed[:num_boxes])),
-            ("predicted", pixels, _to_draw(found_boxes, found_scores)),
-        ]
+        row = [("predicted", pixels, _to_draw(found_boxes, found_scores))]
+        if proposals is not None:
+            proposed = proposals(image, SampleRNG.from_key(settings.seed, 0, index), name)
+            row.insert(0, ("proposals", pixels, _to_draw(proposed[:num_boxes])))
         if gt_boxes is not None:
             height, width = image.shape[1:]
             gt_boxes_abs = gt_boxes * torch.tensor([width, height, width, height])

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 
 import main as pretrain_main
+import visualization
+from predictor import Predictor
 from tests.published_files import published_files
 from tests.tiny import (
     FROZEN,
@@ -23,6 +25,8 @@ from tests.tiny import (
 )
 from tools import evaluate_proposals, visualize_pretext
 from util.errors import UserError
+from util.runs.session import start_session
+from util.settings import FINETUNE, PRETRAIN, make_settings
 
 REGION = (
     "--pretext",
@@ -287,6 +291,21 @@ def test_main_viz_draws_predicted_boxes(region_run: Path, tmp_path: Path) -> Non
     assert before == {name: (tmp_path / "run" / name).read_bytes() for name in before}
     with pytest.raises(UserError, match="--viz needs the model"):
         pretrain_main.main(pretrain_main.parse([*map(str, words)]))
+
+
+def test_boxes_of_a_file_are_not_drawn_on_labelled_images(
+    region_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They belong to the unlabelled images, and images of both may have the same names."""
+    flags = {"resume": str(region_run / "run" / "checkpoint.pth"), "eval": True, "device": "cpu"}
+    session = start_session(flags, PRETRAIN)
+    predictor = Predictor.from_checkpoint(session.checkpoint, device="cpu", class_agnostic=True)
+    settings = session.settings.replace(proposals="file:boxes.json")
+    labelled = make_settings(FINETUNE, coco_path=str(region_run / "coco"), image_size=64)
+    rows: list = []
+    monkeypatch.setattr(visualization, "panel_page", lambda page, path: rows.extend(page) or path)
+    visualization.draw_objects(predictor, settings, tmp_path / "a.png", labelled=labelled)
+    assert [title for title, *_ in rows[0]] == ["predicted", "ground truth"]
 
 
 def test_class_agnostic_evaluation_during_training(tmp_path: Path) -> None:
