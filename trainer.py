@@ -84,7 +84,9 @@ class Run(engine.TrainState):
         checkpoint_extras: what each checkpoint contains besides training state and normalization.
         evaluate: (model, epoch) -> `test_*` values of the log; None to train without evaluation.
         eval_every: evaluate every this many epochs, and after the last one.
-        on_epoch_end: called on rank 0 of a saved run, after the epoch's line is in the log.
+        on_epoch_end: called on rank 0 of a saved run, after the epoch's line is in the log: after evaluations and the
+            last epoch, and in between as long as it takes less than a tenth of the time.
+        called_at, call_seconds: when on_epoch_end was last called, and how long that took.
         pending: log values of an epoch that is trained but not evaluated and logged yet.
         best_ap: best AP so far; -1 before the first evaluation.
         changed_data: the data that differ from those of the resumed checkpoint: some of "train" and "val".
@@ -104,6 +106,8 @@ class Run(engine.TrainState):
     evaluate: Callable[[nn.Module, int], dict[str, Any]] | None = None
     eval_every: int = 1
     on_epoch_end: Callable[[], None] | None = None
+    called_at: float = -math.inf
+    call_seconds: float = 0.0
     pending: dict[str, Any] | None = None
     best_ap: float = NO_AP
     changed_data: list[str] = field(default_factory=list)
@@ -383,7 +387,8 @@ def _finish_epoch(run: Run) -> None:
     """Evaluate the epoch that was trained last, write its log line and update the run's page."""
     record = dict(run.pending or {})
     is_last = run.epoch == run.epochs
-    if run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0):
+    is_evaluated = run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0)
+    if run.evaluate is not None and is_evaluated:
         # The epoch is saved already, so a signal may end the evaluation at once.
         averaged = run.average.applied() if run.average else nullcontext()
         # A killed run repeats the evaluation or does not: training must not depend on it.
@@ -400,9 +405,20 @@ def _finish_epoch(run: Run) -> None:
     _tell_boards(run, lambda board: board.add_epoch(record))
     if run.compilation is not None:
         run.compilation.log_counts()
-    if run.on_epoch_end is not None and run.folder is not None and is_main_process():
-        with unchanged_rng_states(), training_continues():
-            run.on_epoch_end()
+    if run.folder is not None and is_main_process():
+        _call_on_epoch_end(run, needed=is_last or is_evaluated)
+
+
+def _call_on_epoch_end(run: Run, needed: bool) -> None:
+    """Call it if `needed`, or if that takes little time: the page of an epoch of seconds would take as long as it."""
+    started_at = time.monotonic()
+    is_cheap = started_at - run.called_at > 10 * run.call_seconds
+    if run.on_epoch_end is None or not (needed or is_cheap):
+        return
+    with unchanged_rng_states(), training_continues():
+        run.on_epoch_end()
+    run.called_at = time.monotonic()
+    run.call_seconds = run.called_at - started_at
 
 
 def _save_if_best(run: Run, values: Mapping[str, Any]) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,3 +99,19 @@ def test_link_falls_back_to_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     link_or_copy(tmp_path / "first", tmp_path / "second")
     assert (tmp_path / "second").read_bytes() == (tmp_path / "first").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+
+
+def test_page_of_short_epochs_takes_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs of 2 seconds, a page of 1 second: every fifth epoch, and when an evaluation needs it."""
+    clock, called = [0.0], []
+
+    def draw() -> None:
+        called.append(clock[0])
+        clock[0] += 1
+
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: clock[0])
+    run = SimpleNamespace(on_epoch_end=draw, called_at=-math.inf, call_seconds=0.0)
+    for epoch in range(14):
+        clock[0] += 2
+        trainer._call_on_epoch_end(run, needed=epoch == 13)
+    assert called == [2, 15, 28, 31]
