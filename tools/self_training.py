@@ -103,6 +103,13 @@ def parse(argv: list[str]) -> Namespace:
         action="store_true",
         help="replace an earlier round in --output_dir (default: off)",
     )
+    parser.add_argument(
+        "--batch_size",
+        type=positive(),
+        default=8,
+        metavar="N",
+        help="images in which boxes are found at once (default: 8)",
+    )
     add_flags(parser, FINETUNE, ("device", "num_workers"))
     return Namespace(**vars(parser.parse_args(own)), pretrain_flags=flags)
 
@@ -176,7 +183,9 @@ def find_boxes(
     if args.boxes_per_image:
         threshold, limit = 0.0, math.ceil(MAX_SHARE * args.boxes_per_image)
     num_workers = NUM_WORKERS if args.num_workers is None else args.num_workers
-    for result in predictor.predict_files(images, threshold=threshold, num_workers=num_workers):
+    for result in predictor.predict_files(
+        images, threshold=threshold, batch_size=args.batch_size, num_workers=num_workers
+    ):
         bar.step()
         name, prediction = images.names[result.index], result.prediction
         if prediction is None:

@@ -1,8 +1,8 @@
 """Writes the result page of a demo: `python -m tools.demo.page DEMO_DIR`.
 
-One HTML file with its pictures inside (they are also next to it): AP of both runs, their curves, what the patch queries
-of the pre-trained detector find, boxes on held-out images, the commands and their time. The last line of output is the
-path of the page. page.html.j2 has the markup.
+One HTML file with its pictures inside (they are also next to it): AP of both runs, their curves, what the pre-trained
+detector finds without any label, boxes on held-out images, where the fine-tuned detector looks, the commands and their
+time. The last line of output is the path of the page. page.html.j2 has the markup.
 """
 
 import argparse
@@ -10,86 +10,57 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-import torch
-
-from datasets import build_dataset
 from datasets.labelled.coco import coco_files
-from models import build_model
-from tools.demo.run import DEMO_FILE, FINETUNE, SCENES, SCRATCH
-from tools.demo.run import PRETRAIN as PRETRAIN_STAGE
-from util.box_ops import box_iou
-from util.checkpoints.loading import load_strict
+from evaluation import METRICS_FILE
+from tools import visualize
+from tools.demo.run import DEMO_FILE, FINETUNE, OBJECTS, PRETRAIN, SCENES, SCRATCH
 from util.errors import UserError
 from util.files import write_text
-from util.logger import format_seconds, log, progress
+from util.logger import format_seconds, log
 from util.plots.curves import BBOX_STATS, plot_curves
-from util.plots.pages import patch_page
 from util.runs.html import render
 from util.runs.log import read_log
 from util.runs.page import PAGE, Rows, evaluations
-from util.runs.session import run_script, start_session
-from util.settings import PRETRAIN
-from visualization import PatchPredictions, predict_patches
+from util.runs.session import run_script
+from util.settings.words import to_words
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 RUNS = {  # folder -> title
     FINETUNE: "pre-trained, then fine-tuned",
     SCRATCH: "without pre-training",
 }
-NUM_SHOWN_IMAGES = 6
-NUM_IOU_IMAGES = 60  # held-out images that the mean IoU of patch queries is over
+NUM_SHOWN_BOXES = 3  # of the pre-trained detector in an image
 
 
-def predict_patches_in_val(
-    checkpoint_path: Path, images: str, limit: int
-) -> list[PatchPredictions]:
-    """Run a pre-trained model on held-out images, with patches cut from them at random.
+def draw_pictures(folder: Path, images: str) -> dict[str, list[Path]]:
+    """Draw the page's pictures of held-out images; return name -> files.
 
-    Each patch gets the box of the most confident query of its group, as in UP-DETR's demo.
+    Args:
+        images: folder of the held-out images.
     """
-    flags = {"resume": str(checkpoint_path), "eval": True, "imagenet_path": images, "device": "cpu"}
-    session = start_session(flags, PRETRAIN)
-    model, _, _ = build_model(session.settings)
-    load_strict(model, session.checkpoint)
-    model.eval()
-
-    dataset = build_dataset("val", session.settings)
-    count = min(limit, len(dataset))
-    # `predict_patches` returns one result per view; this pretext task has one view.
-    return [
-        predict_patches(model, dataset[index], model.normalization, session.device)[0]
-        for index in progress(range(count), "patch queries")
-    ]
-
-
-def patch_iou(predictions: list[PatchPredictions]) -> tuple[float, float]:
-    """Return the mean IoU of predicted boxes with their own patch and with another patch of the same image.
-
-    The second is the baseline: boxes that ignore the patches reach it too.
-    """
-    own, other = [], []
-    for item in predictions:
-        iou = box_iou(item.predicted_xyxy_abs, item.boxes_xyxy_abs)[
-            0
-        ]  # [M, M], predictions x patches
-        own.append(iou.diagonal())  # [M]
-        other.append(iou.roll(1, 1).diagonal())  # each with the patch before its own
-    return float(torch.cat(own).mean()), float(torch.cat(other).mean())
-
-
-def draw_pictures(folder: Path, images: str) -> tuple[dict[str, Path], tuple[float, float]]:
-    """Draw the page's pictures; return name -> file, and `patch_iou`."""
-    checkpoint_path = folder / PRETRAIN_STAGE / "checkpoint.pth"
-    predictions = predict_patches_in_val(checkpoint_path, images, NUM_IOU_IMAGES)
-    shown = [item.row() for item in predictions[:NUM_SHOWN_IMAGES]]
     runs = {title: folder / name for name, title in RUNS.items()}
-    pictures = {
-        "curves": plot_curves(runs, folder / "curves.png"),
-        "pretraining": folder / PRETRAIN_STAGE / "curves.png",
-        "patches": patch_page(shown, folder / "patch_queries.png"),
-        **{name: folder / name / "predictions.png" for name in RUNS},
+    common = {
+        "images": images,
+        "output_dir": folder / "pictures",
+        "overwrite": True,
+        "device": "cpu",
     }
-    return pictures, patch_iou(predictions)
+    _draw(
+        "class_agnostic",
+        {"checkpoint": folder / PRETRAIN / "checkpoint.pth", "top": NUM_SHOWN_BOXES, **common},
+    )
+    _draw("sampling", {"checkpoint": folder / FINETUNE / "checkpoint.pth", "count": 2, **common})
+    return {
+        "curves": [plot_curves(runs, folder / "curves.png")],
+        "pretraining": [folder / PRETRAIN / "curves.png"],
+        "class_agnostic": [folder / "pictures" / "class_agnostic.png"],
+        "sampling": sorted((folder / "pictures").glob("sampling_*")),
+        **{name: [folder / name / "predictions.png"] for name in RUNS},
+    }
+
+
+def _draw(command: str, flags: dict) -> None:
+    visualize.main(visualize.parse([command, *to_words(flags)]))
 
 
 def results_table(folder: Path) -> Rows:
@@ -111,21 +82,31 @@ def results_table(folder: Path) -> Rows:
     return rows
 
 
-def write_page(
-    folder: Path, facts: dict, pictures: dict[str, Path], ious: tuple[float, float]
-) -> Path:
+def gains(folder: Path) -> list[float]:
+    """Return by how much the pre-trained detector is ahead in AP50, at each evaluation of both."""
+    with_pretraining, without = (
+        dict(evaluations(read_log(folder / name))) for name in (FINETUNE, SCRATCH)
+    )
+    ap50 = BBOX_STATS.index("AP50")
+    return [
+        stats[ap50] - without[epoch][ap50]
+        for epoch, stats in with_pretraining.items()
+        if epoch in without
+    ]
+
+
+def write_page(folder: Path, facts: dict, pictures: dict[str, list[Path]]) -> Path:
     """Write `result.html`, with the pictures inside, and return its path."""
-    own_iou, other_iou = ious
     text = render(
         TEMPLATE,
         title="Demo on synthetic images" if facts["is_synthetic"] else "Demo",
         facts=facts,
         head=[*BBOX_STATS[:3], "best AP"],
         results=results_table(folder),
-        own_iou=own_iou,
-        other_iou=other_iou,
+        gains=gains(folder),
         pictures=pictures,
         runs=RUNS,
+        num_boxes=NUM_SHOWN_BOXES,
     )
     return write_text(folder / PAGE, text)
 
@@ -138,7 +119,11 @@ def gather_facts(folder: Path) -> dict:
     """
     try:
         stages = json.loads((folder / DEMO_FILE).read_text(encoding="utf-8"))["stages"]
-        record = json.loads((folder / SCRATCH / "args.json").read_text(encoding="utf-8"))
+        pretrained, record = (
+            json.loads((folder / name / "args.json").read_text(encoding="utf-8"))
+            for name in (PRETRAIN, SCRATCH)
+        )
+        objects = json.loads((folder / OBJECTS / METRICS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder} has no finished demo ({error}): run bash tools/demo.sh"
@@ -147,9 +132,9 @@ def gather_facts(folder: Path) -> dict:
     settings, environment = record["settings"], record["environment"]
     is_synthetic = stages[0]["name"] == SCENES
     num_train, num_val = record["images"]
-    data = f"{num_train} labelled training images, {num_val} held out."
+    data = f"{pretrained['images']} unlabelled and {num_train} labelled images to train on, {num_val} held out."
     if is_synthetic:
-        data += " The held-out images are made from other photos than the training images."
+        data += " Held-out images show other photos than the others."
 
     device = f"CPU, {environment['cpu_threads']} threads"
     if settings["device"].startswith("cuda"):
@@ -161,7 +146,7 @@ def gather_facts(folder: Path) -> dict:
         "is_synthetic": is_synthetic,
         "data": data,
         "machine": f"{device}, torch {environment['torch']}; {total} for all stages together.",
-        "num_measured": min(num_val, NUM_IOU_IMAGES),
+        "object_ap50": objects["AP50"],
     }
 
 
@@ -179,8 +164,7 @@ def main(args: Namespace) -> None:
     folder = args.folder
     facts = gather_facts(folder)
     images, _ = coco_files(facts["coco_path"], "val")
-    pictures, ious = draw_pictures(folder, images)
-    path = write_page(folder, facts, pictures, ious)
+    path = write_page(folder, facts, draw_pictures(folder, images))
 
     for name, title in RUNS.items():
         _, stats = evaluations(read_log(folder / name))[-1]

@@ -2,9 +2,9 @@
 
     bash tools/demo.sh [--coco_path DIR] [--output_dir DIR]
 
-Each stage is a command that a user could type, and is printed before it runs. On a CPU with several cores, the run
-without pre-training is parallel to the other two: such small models gain little from a second thread. When the demo
-runs again, finished stages are reused and an interrupted one resumes.
+Each stage is a command that a user could type, and is printed before it runs. Such small models gain little from a
+second thread, so a CPU with several cores pre-trains in two processes and runs both fine-tunings at once. When the
+demo runs again, finished stages are reused and an interrupted one resumes.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from datasets.labelled.coco import coco_files
-from tools.demo.scenes import DEFAULT_NUM_CLASSES
 from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log
@@ -31,50 +31,86 @@ from util.runs.folder import read_json_object
 from util.runs.session import run_script
 from util.settings.words import to_words
 
+Flags = dict[str, Any]  # without dashes, see `to_words`
+
 ROOT = Path(__file__).resolve().parents[2]
 STAGE_FILE = "stage.json"  # suffix of a stage's record: command, seconds, whether it has finished
 DEMO_FILE = "demo.json"  # marks the demo's folder; has the finished stages
 # Names of the stages, and of their folders.
-SCENES, PRETRAIN = "scenes", "pretrain"
+SCENES, PROPOSALS, FIRST, BOXES = "scenes", "proposals", "pretrain_first", "boxes"
+PRETRAIN, OBJECTS = "pretrain", "pretrained_boxes"
 FINETUNE, SCRATCH = "finetune_pretrained", "finetune_scratch"
 
 MODEL = {
-    "detector": "conditional_detr",
+    "detector": "deformable_detr",
     "backbone": "timm:tf_efficientnet_lite0",
     "backbone_weights": "imagenet",
     "enc_layers": 1,
-    "dec_layers": 3,
-    "dim_feedforward": 512,
+    "dec_layers": 2,
+    "hidden_dim": 128,
+    "dim_feedforward": 256,
     "dropout": 0,
 }
+# Each at the better rates for it: a pre-trained detector needs smaller steps (docs/results/regime).
+LEARNING_RATES = {
+    PRETRAIN: {"lr": "4e-4", "lr_backbone": "4e-4"},
+    FINETUNE: {"lr": "3e-4", "lr_backbone": "1e-4"},
+    SCRATCH: {"lr": "1e-3", "lr_backbone": "2e-4"},
+}
+SEARCH_FLAGS = {"ss_rank": "agreement", "ss_resize": 96}  # a smaller copy is searched faster
+NUM_PROCESSES = 2  # of pre-training on a CPU with several cores
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
     """What differs between synthetic images, which have to take minutes, and a custom dataset.
 
-    image_size is the short side in pixels; eval_every counts epochs.
+    image_size is the short side in pixels; max_prop and boxes_per_image
+    count boxes of the first and of the second pre-training; batch_size is of fine-tuning, and half
+    of pre-training's; eval_every counts epochs.
     """
 
     image_size: int
     num_queries: int
     batch_size: int
+    max_prop: int
+    boxes_per_image: int
+    first_epochs: int
     pretrain_epochs: int
     epochs: int
     eval_every: int
 
 
 SYNTHETIC_DEFAULTS = Hyperparameters(
-    image_size=192, num_queries=30, batch_size=4, pretrain_epochs=3, epochs=10, eval_every=2
+    image_size=128,
+    num_queries=30,
+    batch_size=4,
+    max_prop=3,
+    boxes_per_image=2,
+    first_epochs=1,
+    pretrain_epochs=2,
+    epochs=30,
+    eval_every=6,
 )
 CUSTOM_DEFAULTS = Hyperparameters(
-    image_size=320, num_queries=100, batch_size=8, pretrain_epochs=10, epochs=24, eval_every=4
+    image_size=320,
+    num_queries=100,
+    batch_size=4,
+    max_prop=10,
+    boxes_per_image=5,
+    first_epochs=5,
+    pretrain_epochs=10,
+    epochs=24,
+    eval_every=4,
 )
 HYPERPARAMETER_HELP = {
     "image_size": "short side of the images, in pixels",
     "num_queries": "number of object queries",
-    "batch_size": "images per batch",
-    "pretrain_epochs": "epochs of pre-training",
+    "batch_size": "images per batch; pre-training has twice as many",
+    "max_prop": "boxes of selective search per image, the best ones",
+    "boxes_per_image": "boxes of the first pre-trained detector per image on average, the best ones",
+    "first_epochs": "epochs of pre-training on the boxes of selective search",
+    "pretrain_epochs": "epochs of pre-training on the boxes that were found with it",
     "epochs": "epochs of fine-tuning",
     "eval_every": "epochs between evaluations",
 }
@@ -131,17 +167,24 @@ def get_args_parser() -> argparse.ArgumentParser:
         add(f"--{name}", type=int, metavar="N", help=text)
     add(
         "--num_train",
-        default=600,
+        default=32,
         type=int,
         metavar="N",
-        help="synthetic images for training, and as many unlabelled ones (default: 600)",
+        help="labelled synthetic images for training (default: 32)",
+    )
+    add(
+        "--num_unlabelled",
+        default=1500,
+        type=int,
+        metavar="N",
+        help="unlabelled synthetic images (default: 1500)",
     )
     add(
         "--num_val",
-        default=100,
+        default=200,
         type=int,
         metavar="N",
-        help="held-out synthetic images (default: 100)",
+        help="held-out synthetic images (default: 200)",
     )
     add(
         "--num_workers",
@@ -162,93 +205,156 @@ def choose_hyperparameters(args: argparse.Namespace) -> Hyperparameters:
 
 
 def build_stages(args: argparse.Namespace) -> list[Stage]:
-    """Return the stages in order: synthetic images (without `--coco_path`), pre-training, and two fine-tunings.
+    """Return the stages in order; the last two are the fine-tunings. With `--coco_path` no synthetic images are made.
 
     Raises:
         UserError: the annotations of `--coco_path` can't be read.
     """
-    hyperparameters = choose_hyperparameters(args)
-    coco_path = args.coco_path or args.output_dir / SCENES
-    model = to_words(
-        {
-            **MODEL,
-            "num_queries": hyperparameters.num_queries,
-            "image_size": hyperparameters.image_size,
-            "batch_size": hyperparameters.batch_size,
+    plan = Plan(args)
+    stages = [
+        plan.search(),
+        plan.pretrain(FIRST, "pre-train on these boxes, without labels", plan.searched_boxes()),
+        plan.find(),
+        plan.pretrain(PRETRAIN, "pre-train anew on what was found", plan.found_boxes()),
+        plan.evaluate_boxes(),
+        plan.finetune(
+            FINETUNE, "fine-tune the pre-trained detector", {"pretrain": plan.checkpoint}
+        ),
+        plan.finetune(SCRATCH, "fine-tune without pre-training", {}),
+    ]
+    return stages if args.coco_path else [plan.draw_scenes(), *stages]
+
+
+class Plan:
+    """Makes the stages.
+
+    Attributes:
+        coco_path: labelled images; unlabelled: folder of the images to pre-train on.
+        checkpoint: of the pre-trained detector.
+        common: flags of all training scripts; model: those of the detector.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.output = args, args.output_dir
+        self.hyperparameters = choose_hyperparameters(args)
+        self.coco_path = args.coco_path or self.output / SCENES
+        self.unlabelled = _unlabelled_images(args, self.coco_path)
+        self.checkpoint = self._file(PRETRAIN, "checkpoint.pth")
+        self.common: Flags = {
+            "image_size": self.hyperparameters.image_size,
+            # Scenes are square and small: larger copies of them would only take time.
+            "max_size": None if args.coco_path else self.hyperparameters.image_size,
             "num_workers": args.num_workers,
-            "seed": args.seed,
             "device": args.device,
         }
-    )
-    pretrain = ["main.py", *model, *_pretrain_flags(args, hyperparameters, coco_path)]
-    scratch = ["finetune_main.py", *model, *_finetune_flags(args, hyperparameters, coco_path)]
-    checkpoint = args.output_dir / PRETRAIN / "checkpoint.pth"
-    finetune = [*scratch, *to_words({"pretrain": checkpoint})]
-
-    stages = []
-    if not args.coco_path:
-        stages.append(Stage(SCENES, "make synthetic images", _scenes_command(args, coco_path)))
-    for name, title, command in (
-        (PRETRAIN, "pre-train without labels", pretrain),
-        (FINETUNE, "fine-tune the pre-trained detector", finetune),
-        (SCRATCH, "fine-tune without pre-training", scratch),
-    ):
-        # `--resume auto` starts a new run and continues an interrupted one: the command is the same.
-        folder = to_words({"output_dir": args.output_dir / name, "resume": "auto"})
-        stages.append(Stage(name, title, ["python", *command, *folder]))
-    return stages
-
-
-def _pretrain_flags(
-    args: argparse.Namespace, hyperparameters: Hyperparameters, coco_path: Path
-) -> list[str]:
-    # Queries are divided evenly between patches, so their number has to be a multiple of num_patches.
-    num_queries = hyperparameters.num_queries
-    num_patches = 10 if (num_queries % 10 == 0 and num_queries >= 100) else 5
-    return to_words(
-        {
-            "imagenet_path": _unlabelled_images(args, coco_path),
-            "num_patches": num_patches,
-            "patch_size": 64,
-            "feature_recon": True,
-            "fre_cnn": True,
-            **_schedule(hyperparameters.pretrain_epochs),
-            "lr": "1e-4",
+        self.model: Flags = {
+            **MODEL,
+            "num_queries": self.hyperparameters.num_queries,
+            "seed": args.seed,
+            **self.common,
+            # Starts a new run and continues an interrupted one: the command is the same.
+            "resume": "auto",
         }
-    )
 
+    def _file(self, stage: str, name: str) -> Path:
+        return self.output / stage / name
 
-def _finetune_flags(
-    args: argparse.Namespace, hyperparameters: Hyperparameters, coco_path: Path
-) -> list[str]:
-    return to_words(
-        {
-            "coco_path": coco_path,
-            "num_classes": _num_classes(args),
-            **_schedule(hyperparameters.epochs),
-            "lr": "2e-4",
-            "lr_backbone": "2e-4",
-            "eval_every": hyperparameters.eval_every,
+    def _stage(self, name: str, title: str, script: str, flags: Flags, processes: int = 1) -> Stage:
+        launcher: list[str] = []
+        if processes > 1:
+            launcher = ["-m", "torch.distributed.run"]
+            launcher += to_words({"standalone": True, "nproc_per_node": processes})
+        words = to_words({**flags, "output_dir": self.output / name})
+        return Stage(name, title, ["python", *launcher, script, *words])
+
+    def draw_scenes(self) -> Stage:
+        flags = {
+            "output": self.coco_path,
+            "num_train": self.args.num_train,
+            "num_val": self.args.num_val,
+            "num_unlabelled": self.args.num_unlabelled,
+            "size": self.hyperparameters.image_size,
+            "one_class": True,
+            "no_clutter": True,
+            "seed": self.args.seed,
         }
-    )
+        command = ["python", "-m", "tools.demo.scenes", *to_words(flags)]
+        return Stage(SCENES, "make synthetic images", command)
+
+    def search(self) -> Stage:
+        flags = {"images": self.unlabelled, "proposals": "selective_search", **SEARCH_FLAGS}
+        return self._stage(PROPOSALS, "selective search", "tools/cache_proposals.py", flags)
+
+    def searched_boxes(self) -> Flags:
+        """Return the flags of pre-training on the boxes of `search`."""
+        return {
+            "cache_path": self.output / PROPOSALS,
+            **SEARCH_FLAGS,
+            "max_prop": self.hyperparameters.max_prop,
+            **_schedule(self.hyperparameters.first_epochs),
+        }
+
+    def find(self) -> Stage:
+        flags = {
+            "checkpoint": self._file(FIRST, "checkpoint.pth"),
+            "images": self.unlabelled,
+            "snap_to": self.output / PROPOSALS,
+            "boxes_per_image": self.hyperparameters.boxes_per_image,
+            "boxes_only": True,
+            "overwrite": True,
+            "device": self.args.device,
+        }
+        title = "find objects with it, without labels"
+        return self._stage(BOXES, title, "tools/self_training.py", flags)
+
+    def found_boxes(self) -> Flags:
+        """Return the flags of pre-training on the boxes of `find`."""
+        return {
+            "proposals": f"file:{self._file(BOXES, 'proposals.json')}",
+            **_schedule(self.hyperparameters.pretrain_epochs),
+        }
+
+    def pretrain(self, name: str, title: str, boxes: Flags) -> Stage:
+        processes = NUM_PROCESSES if runs_in_parallel(self.args.device) else 1
+        flags = {
+            **self.model,
+            "pretext": "region_prior",
+            "imagenet_path": self.unlabelled,
+            "num_classes": 1,
+            "batch_size": 2 * self.hyperparameters.batch_size // processes,
+            **LEARNING_RATES[PRETRAIN],
+            **boxes,
+        }
+        return self._stage(name, title, "main.py", flags, processes)
+
+    def evaluate_boxes(self) -> Stage:
+        flags = {
+            "pretext": "region_prior",
+            "resume": self.checkpoint,
+            "coco_path": self.coco_path,
+            **self.common,
+            "eval": True,
+            "overwrite": True,
+        }
+        return self._stage(OBJECTS, "compare its boxes with held-out labels", "main.py", flags)
+
+    def finetune(self, name: str, title: str, start: Flags) -> Stage:
+        flags = {
+            **self.model,
+            "coco_path": self.coco_path,
+            "num_classes": _num_classes(self.args),
+            "batch_size": self.hyperparameters.batch_size,
+            **_schedule(self.hyperparameters.epochs),
+            "eval_every": self.hyperparameters.eval_every,
+            **LEARNING_RATES[name],
+            **start,
+        }
+        return self._stage(name, title, "finetune_main.py", flags)
 
 
 def _schedule(epochs: int) -> dict[str, int]:
-    """Return a schedule that drops the learning rate after three quarters of the epochs."""
-    return {"epochs": epochs, "lr_drop": max(1, round(0.75 * epochs))}
-
-
-def _scenes_command(args: argparse.Namespace, folder: Path) -> list[str]:
-    flags = to_words(
-        {
-            "output": folder,
-            "num_train": args.num_train,
-            "num_val": args.num_val,
-            "num_unlabelled": args.num_train,
-            "seed": args.seed,
-        }
-    )
-    return ["python", "-m", "tools.demo.scenes", *flags]
+    """Return a schedule that drops the learning rate after four fifths of the epochs, or before the last one."""
+    return {"epochs": epochs, "lr_drop": max(1, int(0.8 * epochs))}
 
 
 def _unlabelled_images(args: argparse.Namespace, coco_path: Path) -> Path:
@@ -263,7 +369,7 @@ def _unlabelled_images(args: argparse.Namespace, coco_path: Path) -> Path:
 def _num_classes(args: argparse.Namespace) -> int:
     """Return the largest category id + 1: labels are category ids, gaps included."""
     if not args.coco_path:
-        return DEFAULT_NUM_CLASSES + 1
+        return 2
     path = Path(coco_files(str(args.coco_path), "train")[1])
     try:
         categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
@@ -377,38 +483,35 @@ def runs_in_parallel(device: str | None) -> bool:
 
 
 def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
-    """Run the stages in order, or the last one in parallel to the two before it; return them with their seconds.
+    """Run the stages in order, both fine-tunings at once if that is faster; return them with their seconds.
 
     Raises:
         UserError: a stage failed.
     """
 
-    def run(stages: list[Stage], prefix: str = "", threads: int = 0) -> list[dict]:
-        done = []
-        for stage in stages:
-            log.info("\n%s=== %s\n$ %s", prefix, stage.title, shlex.join(stage.command))
-            seconds = run_stage(
-                stage,
-                args.output_dir / stage.name,
-                args.overwrite,
-                lambda words: run_command(words, prefix, threads),
-            )
-            done.append({**asdict(stage), "seconds": seconds})
-        return done
+    def run(stage: Stage, prefix: str = "", threads: int = 0) -> dict:
+        log.info("\n%s=== %s\n$ %s", prefix, stage.title, shlex.join(stage.command))
+        seconds = run_stage(
+            stage,
+            args.output_dir / stage.name,
+            args.overwrite,
+            lambda words: run_command(words, prefix, threads),
+        )
+        return {**asdict(stage), "seconds": seconds}
 
     if not runs_in_parallel(args.device):
-        return run(stages)
+        return [run(stage) for stage in stages]
 
-    *before, pretrain, finetune, scratch = stages
-    done = run(before)
-    # Half of the cores for each branch, so that they do not compete for the same ones.
+    *before, finetune, scratch = stages
+    done = [run(stage) for stage in before]
+    # Half of the cores for each, so that they do not compete for the same ones.
     threads = max(1, (os.cpu_count() or 1) // 2)
     with ThreadPoolExecutor(2) as pool:
         branches = [
-            pool.submit(run, [pretrain, finetune], "[pre-trained] ", threads),
-            pool.submit(run, [scratch], "[from scratch] ", threads),
+            pool.submit(run, finetune, "[pre-trained] ", threads),
+            pool.submit(run, scratch, "[from scratch] ", threads),
         ]
-        return done + branches[0].result() + branches[1].result()
+        return done + [branch.result() for branch in branches]
 
 
 def main(args: argparse.Namespace) -> None:

@@ -5,11 +5,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import torch
 
 import finetune_main
 import main as pretrain_main
 from tests.tiny import ROOT
+from tools import cache_proposals, self_training
 from tools.demo import page as result_page
 from tools.demo import run as demo
 from tools.demo import scenes as sample_scenes
@@ -35,39 +35,72 @@ def coco_path(tmp_path: Path) -> Path:
     return folder
 
 
+def words_of(stage: demo.Stage) -> list[str]:
+    """Return the flags of a stage's script."""
+    script = next(i for i, word in enumerate(stage.command) if word.endswith(".py"))
+    return stage.command[script + 1 :]
+
+
+def by_name(tmp_path: Path, *flags: str) -> dict[str, demo.Stage]:
+    return {stage.name: stage for stage in demo.build_stages(demo_args(tmp_path, *flags))}
+
+
 def test_the_scripts_accept_the_commands_on_synthetic_images(tmp_path: Path) -> None:
-    scenes, pretrain, finetune, scratch = demo.build_stages(demo_args(tmp_path))
-    assert (
-        sample_scenes.get_args_parser().parse_args(scenes.command[3:]).output
-        == tmp_path / "out" / "scenes"
+    stages, out = by_name(tmp_path), tmp_path / "out"
+    images = str(out / "scenes" / "unlabelled")
+    scenes = sample_scenes.get_args_parser().parse_args(stages["scenes"].command[3:])
+    assert (scenes.output, scenes.num_unlabelled, scenes.one_class) == (out / "scenes", 1500, True)
+    search = cache_proposals.parse(words_of(stages["proposals"]))
+    assert (search.images, Path(search.output_dir)) == (images, out / "proposals")
+
+    first, second = (
+        resolve(pretrain_main.parse(words_of(stages[name])))
+        for name in ("pretrain_first", "pretrain")
     )
-    settings = resolve(pretrain_main.parse(pretrain.command[2:]))
-    assert (settings.detector, settings.pretext) == ("conditional_detr", "random_query_patch")
-    assert settings.imagenet_path == str(tmp_path / "out" / "scenes" / "unlabelled")
-    tuned = resolve(finetune_main.parse(finetune.command[2:]))
-    assert tuned.num_classes == sample_scenes.DEFAULT_NUM_CLASSES + 1
-    assert tuned.pretrain == str(Path(settings.output_dir) / "checkpoint.pth")
+    assert first.cache_path == str(out / "proposals")
+    found = self_training.parse(words_of(stages["boxes"]))
+    assert found.checkpoint == str(Path(first.output_dir) / "checkpoint.pth")
+    assert (found.images, found.snap_to) == (images, str(out / "proposals"))
+    assert second.proposals == f"file:{Path(found.output_dir) / self_training.PROPOSALS}"
+    for settings in (first, second):
+        assert (settings.detector, settings.pretext) == ("deformable_detr", "region_prior")
+        assert settings.imagenet_path == images
+
+    objects = pretrain_main.parse(words_of(stages["pretrained_boxes"]))
+    tuned = resolve(finetune_main.parse(words_of(stages["finetune_pretrained"])))
+    checkpoint = str(Path(second.output_dir) / "checkpoint.pth")
+    assert (objects.eval, objects.resume, tuned.pretrain) == (True, checkpoint, checkpoint)
+    assert tuned.num_classes == 2
 
 
-def test_both_fine_tunings_have_the_same_hyperparameters(tmp_path: Path) -> None:
-    """They differ in the checkpoint and the folder only."""
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_step_of_pre_training_has_the_same_images_in_one_process_and_in_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    monkeypatch.setattr(demo.os, "cpu_count", lambda: cores)
+    stage = by_name(tmp_path, "--device", "cpu")["pretrain"]
+    assert ("torch.distributed.run" in stage.command) == (cores == 2)
+    assert pretrain_main.parse(words_of(stage)).batch_size * cores == 8
+
+
+def test_fine_tunings_differ_in_checkpoint_folder_and_learning_rates_only(tmp_path: Path) -> None:
     *_, finetune, scratch = demo.build_stages(demo_args(tmp_path))
     with_checkpoint, without = (
-        vars(finetune_main.parse(stage.command[2:])) for stage in (finetune, scratch)
+        vars(finetune_main.parse(words_of(stage))) for stage in (finetune, scratch)
     )
-    with_checkpoint.pop("pretrain")
-    without.pop("pretrain", None)
-    assert with_checkpoint.pop("output_dir") != without.pop("output_dir")
-    assert with_checkpoint == without
+    different = {"pretrain", "output_dir", "lr", "lr_backbone"}
+    assert {
+        name for name in with_checkpoint if with_checkpoint[name] != without.get(name)
+    } == different
+    assert set(without) >= set(with_checkpoint) - {"pretrain"}
 
 
 def test_commands_on_a_custom_dataset(tmp_path: Path, coco_path: Path) -> None:
-    pretrain, finetune, _ = demo.build_stages(
-        demo_args(tmp_path, "--coco_path", str(coco_path), "--epochs", "7")
-    )
-    settings = resolve(pretrain_main.parse(pretrain.command[2:]))
+    stages = by_name(tmp_path, "--coco_path", str(coco_path), "--epochs", "7")
+    assert "scenes" not in stages
+    settings = resolve(pretrain_main.parse(words_of(stages["pretrain"])))
     assert settings.imagenet_path == str(coco_path / "images" / "train2017")
-    tuned = resolve(finetune_main.parse(finetune.command[2:]))
+    tuned = resolve(finetune_main.parse(words_of(stages["finetune_pretrained"])))
     assert (tuned.num_classes, tuned.epochs, tuned.lr_drop) == (18, 7, 5)
     assert tuned.image_size == demo.CUSTOM_DEFAULTS.image_size
 
@@ -110,12 +143,15 @@ def test_a_finished_stage_is_reused_and_an_unfinished_one_resumes(tmp_path: Path
     assert not (tmp_path / "a").exists()
 
 
-def test_patch_iou_with_own_and_other_patches() -> None:
-    patches = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
-    found = result_page.PatchPredictions(
-        None, [], patches, torch.tensor([[0.0, 0, 10, 5], [20, 20, 30, 30]]), torch.ones(2)
-    )
-    assert result_page.patch_iou([found]) == (0.75, 0.0)
+def test_gains_compare_the_same_epochs(tmp_path: Path) -> None:
+    for name, scores in ((result_page.FINETUNE, [0.5, 0.75]), (result_page.SCRATCH, [0.25])):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"epoch": i, "test_coco_eval_bbox": [0.0, score, *[0.0] * 10]}
+            for i, score in enumerate(scores)
+        ]
+        (tmp_path / name / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert result_page.gains(tmp_path) == [0.25]
 
 
 def test_results_show_the_last_evaluation(tmp_path: Path) -> None:
@@ -151,6 +187,8 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     flags = [
         "--num_train",
         "8",
+        "--num_unlabelled",
+        "8",
         "--num_val",
         "3",
         "--epochs",
@@ -163,7 +201,7 @@ def test_demo_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     args = ["--output_dir", "out", "--device", "cpu", *flags]
     demo.main(demo.get_args_parser().parse_args(args))
     page = (tmp_path / "out" / result_page.PAGE).read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("<img ") == page.count("data:image/") == 7
     assert all(title in page for title in result_page.RUNS.values())
     before = (tmp_path / "out" / "finetune_scratch" / "checkpoint.pth").stat().st_mtime_ns
     demo.main(demo.get_args_parser().parse_args(args))
