@@ -57,7 +57,7 @@ setup_index_answers() {
 setup_download_size() {
     case "$(uname -s)/$(uname -m)" in
         Linux/x86_64 | Linux/aarch64)
-            echo "about 3 GB to download, 6 GB on disk (on Linux, PyTorch comes with its CUDA libraries)" ;;
+            echo "about 3 GB to download, 7 GB on disk (on Linux, PyTorch comes with its CUDA libraries)" ;;
         *) echo "about 0.4 GB to download, 1.5 GB on disk" ;;
     esac
 }

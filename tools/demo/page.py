@@ -49,7 +49,15 @@ def draw_pictures(folder: Path, images: str) -> dict[str, list[Path]]:
         "class_agnostic",
         {"checkpoint": folder / PRETRAIN / "checkpoint.pth", "top": NUM_SHOWN_BOXES, **common},
     )
-    _draw("sampling", {"checkpoint": folder / FINETUNE / "checkpoint.pth", "count": 2, **common})
+    _draw(
+        "sampling",
+        {
+            "checkpoint": folder / FINETUNE / "checkpoint.pth",
+            "count": 2,
+            "threshold": 0.3,
+            **common,
+        },
+    )
     return {
         "curves": [plot_curves(runs, folder / "curves.png")],
         "pretraining": [folder / PRETRAIN / "curves.png"],
