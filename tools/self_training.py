@@ -50,6 +50,7 @@ from util.settings.value_types import positive
 from util.settings.words import to_words
 
 PROPOSALS, RUN = "proposals.json", "pretrain"
+THRESHOLD = 0.25
 MAX_SHARE = 3  # boxes of one image, as a multiple of --boxes_per_image
 DUPLICATE_IOU = 0.5  # of two boxes above this IoU only the better one is kept
 OF_THIS_TOOL = ("pretext", "proposals", "imagenet_path", "output_dir", "cache_path")
@@ -76,16 +77,15 @@ def parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--threshold",
         type=score_value,
-        default=0.25,
         metavar="SCORE",
-        help="lowest score of a box, from 0 to 1 (default: 0.25)",
+        help=f"lowest score of a box, from 0 to 1 (default: {THRESHOLD})",
     )
     parser.add_argument(
         "--boxes_per_image",
         type=positive(float),
         metavar="N",
         help=f"instead of --threshold: the best boxes of all images together, N per image on average and at most "
-        f"{MAX_SHARE} times as many in one (default: --threshold decides)",
+        f"{MAX_SHARE} times as many in one (default: not set)",
     )
     parser.add_argument(
         "--snap_to",
@@ -111,7 +111,12 @@ def parse(argv: list[str]) -> Namespace:
         help="images in which boxes are found at once (default: 8)",
     )
     add_flags(parser, FINETUNE, ("device", "num_workers"))
-    return Namespace(**vars(parser.parse_args(own)), pretrain_flags=flags)
+    args = parser.parse_args(own)
+    if args.threshold is not None and args.boxes_per_image:
+        raise UserError("--threshold and --boxes_per_image both choose the boxes: give one of them")
+    if args.threshold is None:
+        args.threshold = 0.0 if args.boxes_per_image else THRESHOLD
+    return Namespace(**vars(args), pretrain_flags=flags)
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -179,12 +184,10 @@ def find_boxes(
         "categories": [{"id": OBJECT_ID, "name": "object"}],
     }
     bar = Progress(len(images), "boxes")
-    threshold, limit = args.threshold, None
-    if args.boxes_per_image:
-        threshold, limit = 0.0, math.ceil(MAX_SHARE * args.boxes_per_image)
+    limit = math.ceil(MAX_SHARE * args.boxes_per_image) if args.boxes_per_image else None
     num_workers = NUM_WORKERS if args.num_workers is None else args.num_workers
     for result in predictor.predict_files(
-        images, threshold=threshold, batch_size=args.batch_size, num_workers=num_workers
+        images, threshold=args.threshold, batch_size=args.batch_size, num_workers=num_workers
     ):
         bar.step()
         name, prediction = images.names[result.index], result.prediction
@@ -214,7 +217,7 @@ def find_boxes(
                 }
             )
     if args.boxes_per_image:
-        count = round(args.boxes_per_image * len(content["images"]))
+        count = math.ceil(args.boxes_per_image * len(content["images"]))
         content["annotations"] = best_boxes(content["annotations"], count)
     return content
 
@@ -238,7 +241,8 @@ def pretrain_command(args: Namespace, checkpoint: Checkpoint, folder: Path) -> l
         "imagenet_path": args.images,
         "output_dir": folder / RUN,
         "num_classes": 1,
-        "overwrite": args.overwrite,
+        # Not in a command to run later: it would delete a run that was stopped and starts again.
+        "overwrite": args.overwrite and not args.boxes_only,
         **_architecture(checkpoint.args),
     }
     return [
@@ -281,7 +285,7 @@ def main(args: Namespace) -> None:
     lowest = min(box["score"] for box in content["annotations"])
     log.info("%d boxes in %d images, scores from %.2f", count, len(content["images"]), lowest)
     write_text(folder / PROPOSALS, to_json(content) + "\n")
-    log.info("python main.py %s", shlex.join(words))
+    log.info("pre-train on them with: python main.py %s", shlex.join(words))
     if not args.boxes_only:
         pretrain_main.main(pretrain_args)
 

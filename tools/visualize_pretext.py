@@ -9,7 +9,7 @@ Writes `samples.png`, training samples as the model gets them. With a checkpoint
 
 - `patches.png`: where each query patch was found (UP-DETR), or each region of one view in the other (Siamese DETR);
 - `objects.png`: proposals next to the predicted boxes with the best scores (DETReg), and the ground truth with
-  `--truth_path`.
+  `--truth_path`; boxes of `--proposals file:PATH` are drawn on unlabelled images only.
 
 It takes all flags of main.py. With a checkpoint, pretext, architecture and the flags of its run come from the file,
 also from published ones. Pictures that this tool drew before are replaced, other files never.

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,13 +89,14 @@ def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
     argv += ["--output_dir", tmp_path / "round"]
     flags = ["--epochs", 1, "--num_workers", 0, "--device", "cpu", *FROZEN]
 
-    def start(threshold: float, *own: str) -> None:
-        words = [*argv, "--threshold", threshold, *own, "--", *flags]
+    def start(threshold: float | None, *own: str) -> None:
+        chosen = [] if threshold is None else ["--threshold", threshold]
+        words = [*argv, *chosen, *own, "--", *flags]
         self_training.main(self_training.parse([str(word) for word in words]))
 
     with pytest.raises(UserError, match=r"no box has a score of 1.0 or more: lower --threshold"):
         start(1.0)
-    start(1.0, "--boxes_only", "--boxes_per_image", "0.75")
+    start(None, "--boxes_only", "--boxes_per_image", "0.75", "--batch_size", "3")
     few = json.loads((tmp_path / "round" / "proposals.json").read_text())
     assert (len(few["images"]), len(few["annotations"])) == (4, 3)
     assert not (tmp_path / "round" / "pretrain").exists()
@@ -121,6 +123,34 @@ def test_round_writes_boxes_and_pre_trains_on_them(tmp_path: Path) -> None:
         x, y, width, height = box["bbox"]
         allowed = proposals / 128 * sizes[box["image_id"]]
         assert abs(allowed - [x, y, x + width, y + height]).max(1).min() < 1e-3
+
+
+def test_two_ways_to_choose_boxes_are_refused_and_no_later_command_overwrites(
+    tmp_path: Path,
+) -> None:
+    argv = ["--checkpoint", "few.pth", "--images", "photos", "--output_dir", str(tmp_path)]
+    with pytest.raises(UserError, match="--threshold and --boxes_per_image both"):
+        self_training.parse([*argv, "--threshold", "0.3", "--boxes_per_image", "2"])
+    args = self_training.parse([*argv, "--boxes_only", "--overwrite"])
+    words = self_training.pretrain_command(args, Checkpoint(model={}, args=ARGS), tmp_path)
+    assert "--overwrite" not in words
+
+
+def test_one_image_has_at_most_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times --boxes_per_image, before the best ones of all images are chosen; snapped ones too."""
+    images = self_training.ImageFolder(str(write_images(tmp_path / "photos")))
+    corners = torch.arange(8.0)[:, None] * 20
+    boxes = torch.cat([corners, corners, corners + 9, corners + 9], 1)
+    found = SimpleNamespace(boxes=boxes, scores=torch.linspace(0.9, 0.2, 8), size_hw=(200, 200))
+    results = [SimpleNamespace(index=i, prediction=found, error=None) for i in range(len(images))]
+    predictor = SimpleNamespace(predict_files=lambda *_, **__: results)
+    args = SimpleNamespace(boxes_per_image=1.0, threshold=0.0, num_workers=0, batch_size=1)
+    moved = lambda boxes, scores, *_: (boxes + 1, scores)  # noqa: E731
+    content = self_training.find_boxes(predictor, images, args, moved)
+    annotations = content["annotations"]
+    assert len(annotations) == len(images)
+    assert max(box["id"] for box in annotations) <= 3 * len(images)
+    assert annotations[0]["bbox"] == [1, 1, 9, 9]
 
 
 def test_the_best_boxes_of_all_images_are_kept_in_their_order() -> None:

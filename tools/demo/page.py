@@ -22,6 +22,7 @@ from util.runs.html import render
 from util.runs.log import read_log
 from util.runs.page import PAGE, Rows, evaluations
 from util.runs.session import run_script
+from util.settings import usable_cores
 from util.settings.words import to_words
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -126,7 +127,8 @@ def gather_facts(folder: Path) -> dict:
         UserError: the folder has no finished demo.
     """
     try:
-        stages = json.loads((folder / DEMO_FILE).read_text(encoding="utf-8"))["stages"]
+        demo = json.loads((folder / DEMO_FILE).read_text(encoding="utf-8"))
+        stages, wall_seconds = demo["stages"], demo["wall_seconds"]
         pretrained, record = (
             json.loads((folder / name / "args.json").read_text(encoding="utf-8"))
             for name in (PRETRAIN, SCRATCH)
@@ -144,16 +146,15 @@ def gather_facts(folder: Path) -> dict:
     if is_synthetic:
         data += " Held-out images show other photos than the others."
 
-    device = f"CPU, {environment['cpu_threads']} threads"
+    device = f"CPU, {usable_cores()} of its cores"
     if settings["device"].startswith("cuda"):
         device = environment["gpu"]
-    total = format_seconds(sum(stage["seconds"] for stage in stages))
     return {
         "stages": stages,
         "coco_path": settings["coco_path"],
         "is_synthetic": is_synthetic,
         "data": data,
-        "machine": f"{device}, torch {environment['torch']}; {total} for all stages together.",
+        "machine": f"{device}, torch {environment['torch']}; {format_seconds(wall_seconds)} for all stages together.",
         "object_ap50": objects["AP50"],
     }
 

@@ -29,6 +29,7 @@ from util.files import write_text
 from util.logger import format_seconds, log
 from util.runs.folder import read_json_object
 from util.runs.session import run_script
+from util.settings import usable_cores
 from util.settings.words import to_words
 
 Flags = dict[str, Any]  # without dashes, see `to_words`
@@ -57,7 +58,6 @@ LEARNING_RATES = {
     FINETUNE: {"lr": "3e-4", "lr_backbone": "1e-4"},
     SCRATCH: {"lr": "1e-3", "lr_backbone": "2e-4"},
 }
-SEARCH_FLAGS = {"ss_rank": "agreement", "ss_resize": 96}  # a smaller copy is searched faster
 NUM_PROCESSES = 2  # of pre-training on a CPU with several cores
 
 
@@ -65,14 +65,17 @@ NUM_PROCESSES = 2  # of pre-training on a CPU with several cores
 class Hyperparameters:
     """What differs between synthetic images, which have to take minutes, and a custom dataset.
 
-    image_size is the short side in pixels; max_prop and boxes_per_image
-    count boxes of the first and of the second pre-training; batch_size is of fine-tuning, and half
-    of pre-training's; eval_every counts epochs.
+    Attributes:
+        image_size, ss_resize: in pixels, see `HYPERPARAMETER_HELP`.
+        max_prop, boxes_per_image: boxes of the first and of the second pre-training.
+        batch_size: of fine-tuning; pre-training has twice as many images.
+        eval_every: in epochs.
     """
 
     image_size: int
     num_queries: int
     batch_size: int
+    ss_resize: int
     max_prop: int
     boxes_per_image: int
     first_epochs: int
@@ -85,6 +88,7 @@ SYNTHETIC_DEFAULTS = Hyperparameters(
     image_size=128,
     num_queries=30,
     batch_size=4,
+    ss_resize=96,
     max_prop=3,
     boxes_per_image=2,
     first_epochs=1,
@@ -96,6 +100,7 @@ CUSTOM_DEFAULTS = Hyperparameters(
     image_size=320,
     num_queries=100,
     batch_size=4,
+    ss_resize=128,
     max_prop=10,
     boxes_per_image=5,
     first_epochs=5,
@@ -107,6 +112,7 @@ HYPERPARAMETER_HELP = {
     "image_size": "short side of the images, in pixels",
     "num_queries": "number of object queries",
     "batch_size": "images per batch; pre-training has twice as many",
+    "ss_resize": "side of the copies that selective search reads, in pixels",
     "max_prop": "boxes of selective search per image, the best ones",
     "boxes_per_image": "boxes of the first pre-trained detector per image on average, the best ones",
     "first_epochs": "epochs of pre-training on the boxes of selective search",
@@ -118,11 +124,19 @@ HYPERPARAMETER_HELP = {
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the demo. name: also its folder. title: for people. command: as a user would type it."""
+    """One command of the demo.
+
+    Attributes:
+        name: also of its folder.
+        title: for people.
+        command: as a user would type it.
+        processes: of one machine, which share its cores.
+    """
 
     name: str
     title: str
     command: list[str]
+    processes: int = 1
 
 
 def _absolute(text: str) -> Path:
@@ -215,7 +229,7 @@ def build_stages(args: argparse.Namespace) -> list[Stage]:
         plan.search(),
         plan.pretrain(FIRST, "pre-train on these boxes, without labels", plan.searched_boxes()),
         plan.find(),
-        plan.pretrain(PRETRAIN, "pre-train anew on what was found", plan.found_boxes()),
+        plan.pretrain(PRETRAIN, "pre-train from scratch on these objects", plan.found_boxes()),
         plan.evaluate_boxes(),
         plan.finetune(
             FINETUNE, "fine-tune the pre-trained detector", {"pretrain": plan.checkpoint}
@@ -229,9 +243,12 @@ class Plan:
     """Makes the stages.
 
     Attributes:
-        coco_path: labelled images; unlabelled: folder of the images to pre-train on.
-        checkpoint: of the pre-trained detector.
-        common: flags of all training scripts; model: those of the detector.
+        coco_path: labelled images.
+        unlabelled: folder of the images to pre-train on.
+        checkpoint: what the second pre-training writes.
+        ranking: flags of selective search and of its cache.
+        common: flags of all training scripts.
+        model: flags of the detector, and those of `common`.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -240,6 +257,10 @@ class Plan:
         self.coco_path = args.coco_path or self.output / SCENES
         self.unlabelled = _unlabelled_images(args, self.coco_path)
         self.checkpoint = self._file(PRETRAIN, "checkpoint.pth")
+        self.ranking: Flags = {
+            "ss_rank": "agreement",
+            "ss_resize": self.hyperparameters.ss_resize,
+        }
         self.common: Flags = {
             "image_size": self.hyperparameters.image_size,
             # Scenes are square and small: larger copies of them would only take time.
@@ -265,7 +286,7 @@ class Plan:
             launcher = ["-m", "torch.distributed.run"]
             launcher += to_words({"standalone": True, "nproc_per_node": processes})
         words = to_words({**flags, "output_dir": self.output / name})
-        return Stage(name, title, ["python", *launcher, script, *words])
+        return Stage(name, title, ["python", *launcher, script, *words], processes)
 
     def draw_scenes(self) -> Stage:
         flags = {
@@ -282,14 +303,14 @@ class Plan:
         return Stage(SCENES, "make synthetic images", command)
 
     def search(self) -> Stage:
-        flags = {"images": self.unlabelled, "proposals": "selective_search", **SEARCH_FLAGS}
+        flags = {"images": self.unlabelled, "proposals": "selective_search", **self.ranking}
         return self._stage(PROPOSALS, "selective search", "tools/cache_proposals.py", flags)
 
     def searched_boxes(self) -> Flags:
         """Return the flags of pre-training on the boxes of `search`."""
         return {
             "cache_path": self.output / PROPOSALS,
-            **SEARCH_FLAGS,
+            **self.ranking,
             "max_prop": self.hyperparameters.max_prop,
             **_schedule(self.hyperparameters.first_epochs),
         }
@@ -370,6 +391,12 @@ def _num_classes(args: argparse.Namespace) -> int:
     """Return the largest category id + 1: labels are category ids, gaps included."""
     if not args.coco_path:
         return 2
+    val_images, val_annotations = coco_files(str(args.coco_path), "val")
+    for needed in (val_images, val_annotations):
+        if not Path(needed).exists():
+            raise UserError(
+                f"{needed} does not exist: --coco_path needs held-out images with labels too"
+            )
     path = Path(coco_files(str(args.coco_path), "train")[1])
     try:
         categories = json.loads(path.read_text(encoding="utf-8"))["categories"]
@@ -408,10 +435,10 @@ def run_stage(
     Raises:
         UserError: the command failed, or the folder was made with other settings and `overwrite` is not set.
     """
-    record = read_json_object(_record_path(folder))
-    if record and overwrite:
+    if overwrite:
         shutil.rmtree(folder, ignore_errors=True)
-        record = {}
+        _record_path(folder).unlink(missing_ok=True)
+    record = read_json_object(_record_path(folder))
     if record and record["command"] != stage.command:
         raise UserError(
             f"{folder} was made with other settings: add --overwrite to replace it, or choose another --output_dir"
@@ -424,12 +451,15 @@ def run_stage(
     previous_seconds = record.get("seconds", 0.0)
     started_at = time.monotonic()
     _write_record(folder, stage.command, previous_seconds, finished=False)
-    status = run(stage.command)
-    seconds = previous_seconds + time.monotonic() - started_at
-    _write_record(folder, stage.command, seconds, finished=status == 0)
+    status = None
+    try:
+        status = run(stage.command)
+    finally:  # after Ctrl-C too
+        seconds = previous_seconds + time.monotonic() - started_at
+        _write_record(folder, stage.command, seconds, finished=status == 0)
     if status:
         raise UserError(
-            f"'{stage.title}' failed with status {status}, see above; the same command resumes it"
+            f"'{stage.title}' failed with status {status}, see above; the same command, without --overwrite, resumes it"
         )
     return seconds
 
@@ -479,7 +509,7 @@ def run_command(command: list[str], prefix: str = "", threads: int = 0) -> int:
 def runs_in_parallel(device: str | None) -> bool:
     """Return whether two stages run at once: on a CPU with several cores."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device == "cpu" and (os.cpu_count() or 1) > 1
+    return device == "cpu" and usable_cores() > 1
 
 
 def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
@@ -503,9 +533,10 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
         return [run(stage) for stage in stages]
 
     *before, finetune, scratch = stages
-    done = [run(stage) for stage in before]
+    cores = usable_cores()
+    done = [run(stage, threads=cores // stage.processes) for stage in before]
     # Half of the cores for each, so that they do not compete for the same ones.
-    threads = max(1, (os.cpu_count() or 1) // 2)
+    threads = cores // 2
     with ThreadPoolExecutor(2) as pool:
         branches = [
             pool.submit(run, finetune, "[pre-trained] ", threads),
@@ -514,18 +545,24 @@ def run_stages(stages: list[Stage], args: argparse.Namespace) -> list[dict]:
         return done + [branch.result() for branch in branches]
 
 
+def wall_seconds(stages: list[dict], in_parallel: bool) -> float:
+    """Return the time of all stages, of which the last two may have run at once."""
+    *before, finetune, scratch = (stage["seconds"] for stage in stages)
+    both = max(finetune, scratch) if in_parallel else finetune + scratch
+    return round(sum(before) + both, 1)
+
+
 def main(args: argparse.Namespace) -> None:
     stages = build_stages(args)
     prepare_output_dir(args.output_dir)
-    started_at = time.monotonic()
     try:
         done = run_stages(stages, args)
     except KeyboardInterrupt:
-        log.error("the same command resumes the demo")
+        log.error("the same command, without --overwrite, resumes the demo")
         raise
 
-    wall_seconds = round(time.monotonic() - started_at, 1)
-    _write_json(args.output_dir / DEMO_FILE, {"stages": done, "wall_seconds": wall_seconds})
+    content = {"stages": done, "wall_seconds": wall_seconds(done, runs_in_parallel(args.device))}
+    _write_json(args.output_dir / DEMO_FILE, content)
     log.info("\n=== write the result page")
     if run_command(["python", "-m", "tools.demo.page", str(args.output_dir)]):
         raise UserError("the result page could not be written, see above")

@@ -62,7 +62,7 @@ def render(template: Path, **values: Any) -> str:
     return _environment(template.parent).get_template(template.name).render(values)
 
 
-@cache  # it keeps compiled templates: a run renders its page after every epoch
+@cache  # it keeps compiled templates: a run renders its page many times
 def _environment(folder: Path) -> Environment:
     environment = Environment(
         loader=FileSystemLoader([folder, SHARED]),

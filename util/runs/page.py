@@ -1,7 +1,7 @@
 """The HTML page of a run: one self-contained file, made only from the files in the run's folder.
 
-It is written when training starts and after each epoch, so that an interrupted run has one too. The markup is in
-page.html.j2.
+It is written when training starts, after each evaluation and between them, so that an interrupted run has one too. The
+markup is in page.html.j2.
 """
 
 from collections.abc import Mapping, Sequence
@@ -123,7 +123,7 @@ def update_run_page(folder: Path | None) -> None:
         _warn_once(f"no {PAGE}", error)
 
 
-# The page is written after every epoch: without this, a missing matplotlib would be logged each time.
+# The page is written many times: without this, a missing matplotlib would be logged each time.
 _warned: set[tuple[str, str]] = set()
 
 

@@ -31,7 +31,10 @@ def coco_path(tmp_path: Path) -> Path:
         "annotations": [],
         "categories": [{"id": 3, "name": "a"}, {"id": 17, "name": "b"}],
     }
-    (folder / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        (folder / "images" / f"{split}2017").mkdir(exist_ok=True)
+        text = json.dumps(content)
+        (folder / "annotations" / f"instances_{split}2017.json").write_text(text)
     return folder
 
 
@@ -77,7 +80,7 @@ def test_the_scripts_accept_the_commands_on_synthetic_images(tmp_path: Path) -> 
 def test_a_step_of_pre_training_has_the_same_images_in_one_process_and_in_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
-    monkeypatch.setattr(demo.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(demo, "usable_cores", lambda: cores)
     stage = by_name(tmp_path, "--device", "cpu")["pretrain"]
     assert ("torch.distributed.run" in stage.command) == (cores == 2)
     assert pretrain_main.parse(words_of(stage)).batch_size * cores == 8
@@ -111,6 +114,12 @@ def test_error_names_unreadable_annotations(tmp_path: Path, coco_path: Path) -> 
         demo.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
 
 
+def test_held_out_labels_are_needed_from_the_start(tmp_path: Path, coco_path: Path) -> None:
+    (coco_path / "annotations" / "instances_val2017.json").unlink()
+    with pytest.raises(UserError, match="instances_val2017.json does not exist: --coco_path needs"):
+        demo.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="not of the demo"):
@@ -138,9 +147,36 @@ def test_a_finished_stage_is_reused_and_an_unfinished_one_resumes(tmp_path: Path
         run(0, demo.Stage("a", "first", ["python", "y.py"]))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_text("")
+    (tmp_path / "a.stage.json").unlink()  # without it the folder is replaced too
     run(0, stage, overwrite=True)
     assert len(calls) == 3
     assert not (tmp_path / "a").exists()
+
+
+def test_time_of_an_interrupted_attempt_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(demo.time, "monotonic", lambda: clock[0])
+    stage = demo.Stage("a", "first", ["python", "x.py"])
+
+    def interrupted(command: list[str]) -> int:
+        clock[0] += 60
+        raise KeyboardInterrupt
+
+    def finishes(command: list[str]) -> int:
+        clock[0] += 5
+        return 0
+
+    with pytest.raises(KeyboardInterrupt):
+        demo.run_stage(stage, tmp_path / "a", False, interrupted)
+    assert demo.run_stage(stage, tmp_path / "a", False, finishes) == 65
+
+
+def test_stages_that_run_at_once_count_once() -> None:
+    stages = [{"seconds": seconds} for seconds in (10.0, 20.0, 30.0, 25.0)]
+    assert demo.wall_seconds(stages, in_parallel=True) == 60
+    assert demo.wall_seconds(stages, in_parallel=False) == 85
 
 
 def test_gains_compare_the_same_epochs(tmp_path: Path) -> None:
