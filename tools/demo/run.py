@@ -58,6 +58,7 @@ LEARNING_RATES = {
     FINETUNE: {"lr": "3e-4", "lr_backbone": "1e-4"},
     SCRATCH: {"lr": "1e-3", "lr_backbone": "2e-4"},
 }
+RANKING = {"ss_rank": "agreement"}  # of selective search and of its cache
 NUM_PROCESSES = 2  # of pre-training on a CPU with several cores
 
 
@@ -66,7 +67,7 @@ class Hyperparameters:
     """What differs between synthetic images, which have to take minutes, and a custom dataset.
 
     Attributes:
-        image_size, ss_resize: in pixels, see `HYPERPARAMETER_HELP`.
+        image_size: short side in pixels.
         max_prop, boxes_per_image: boxes of the first and of the second pre-training.
         batch_size: of fine-tuning; pre-training has twice as many images.
         eval_every: in epochs.
@@ -75,7 +76,6 @@ class Hyperparameters:
     image_size: int
     num_queries: int
     batch_size: int
-    ss_resize: int
     max_prop: int
     boxes_per_image: int
     first_epochs: int
@@ -88,19 +88,17 @@ SYNTHETIC_DEFAULTS = Hyperparameters(
     image_size=128,
     num_queries=30,
     batch_size=4,
-    ss_resize=96,
     max_prop=3,
     boxes_per_image=2,
-    first_epochs=1,
+    first_epochs=2,
     pretrain_epochs=2,
-    epochs=30,
-    eval_every=6,
+    epochs=45,
+    eval_every=9,
 )
 CUSTOM_DEFAULTS = Hyperparameters(
     image_size=320,
     num_queries=100,
     batch_size=4,
-    ss_resize=128,
     max_prop=10,
     boxes_per_image=5,
     first_epochs=5,
@@ -112,7 +110,6 @@ HYPERPARAMETER_HELP = {
     "image_size": "short side of the images, in pixels",
     "num_queries": "number of object queries",
     "batch_size": "images per batch; pre-training has twice as many",
-    "ss_resize": "side of the copies that selective search reads, in pixels",
     "max_prop": "boxes of selective search per image, the best ones",
     "boxes_per_image": "boxes of the first pre-trained detector per image on average, the best ones",
     "first_epochs": "epochs of pre-training on the boxes of selective search",
@@ -246,7 +243,6 @@ class Plan:
         coco_path: labelled images.
         unlabelled: folder of the images to pre-train on.
         checkpoint: what the second pre-training writes.
-        ranking: flags of selective search and of its cache.
         common: flags of all training scripts.
         model: flags of the detector, and those of `common`.
     """
@@ -257,10 +253,6 @@ class Plan:
         self.coco_path = args.coco_path or self.output / SCENES
         self.unlabelled = _unlabelled_images(args, self.coco_path)
         self.checkpoint = self._file(PRETRAIN, "checkpoint.pth")
-        self.ranking: Flags = {
-            "ss_rank": "agreement",
-            "ss_resize": self.hyperparameters.ss_resize,
-        }
         self.common: Flags = {
             "image_size": self.hyperparameters.image_size,
             # Scenes are square and small: larger copies of them would only take time.
@@ -303,14 +295,14 @@ class Plan:
         return Stage(SCENES, "make synthetic images", command)
 
     def search(self) -> Stage:
-        flags = {"images": self.unlabelled, "proposals": "selective_search", **self.ranking}
+        flags = {"images": self.unlabelled, "proposals": "selective_search", **RANKING}
         return self._stage(PROPOSALS, "selective search", "tools/cache_proposals.py", flags)
 
     def searched_boxes(self) -> Flags:
         """Return the flags of pre-training on the boxes of `search`."""
         return {
             "cache_path": self.output / PROPOSALS,
-            **self.ranking,
+            **RANKING,
             "max_prop": self.hyperparameters.max_prop,
             **_schedule(self.hyperparameters.first_epochs),
         }
