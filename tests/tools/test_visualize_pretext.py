@@ -26,7 +26,8 @@ from tests.tiny import (
 from tools import evaluate_proposals, visualize_pretext
 from util.errors import UserError
 from util.runs.session import start_session
-from util.settings import FINETUNE, PRETRAIN, make_settings
+from util.settings import FINETUNE, PRETRAIN
+from util.settings import settings as make_settings
 
 REGION = (
     "--pretext",
