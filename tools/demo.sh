@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # End-to-end demo: pre-train without labels, fine-tune with and without that pre-training, evaluate, and write one page
 # of results (demo_output/result.html).
-#   bash tools/demo.sh                     on synthetic images; less than 10 minutes on two CPU cores
+#   bash tools/demo.sh                     on synthetic images; about 9 minutes on two CPU cores
 #   bash tools/demo.sh --coco_path DIR     on a custom dataset in COCO's layout
 #   bash tools/demo.sh --help              all flags
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh, which may be dash
