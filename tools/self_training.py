@@ -114,9 +114,10 @@ def parse(argv: list[str]) -> Namespace:
     args = parser.parse_args(own)
     if args.threshold is not None and args.boxes_per_image:
         raise UserError("--threshold and --boxes_per_image both choose the boxes: give one of them")
-    if args.threshold is None:
-        args.threshold = 0.0 if args.boxes_per_image else THRESHOLD
-    return Namespace(**vars(args), pretrain_flags=flags)
+    threshold = args.threshold
+    if threshold is None:
+        threshold = 0.0 if args.boxes_per_image else THRESHOLD
+    return Namespace(**{**vars(args), "threshold": threshold, "pretrain_flags": flags})
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
