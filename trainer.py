@@ -387,13 +387,13 @@ def _finish_epoch(run: Run) -> None:
     """Evaluate the epoch that was trained last, write its log line and update the run's page."""
     record = dict(run.pending or {})
     is_last = run.epoch == run.epochs
-    is_evaluated = run.evaluate is not None and (is_last or run.epoch % run.eval_every == 0)
-    if run.evaluate is not None and is_evaluated:
+    evaluate = run.evaluate if is_last or run.epoch % run.eval_every == 0 else None
+    if evaluate is not None:
         # The epoch is saved already, so a signal may end the evaluation at once.
         averaged = run.average.applied() if run.average else nullcontext()
         # A killed run repeats the evaluation or does not: training must not depend on it.
         with run.stop_signal.immediately(), averaged, unchanged_rng_states():
-            values = run.evaluate(run.model, run.epoch - 1)
+            values = evaluate(run.model, run.epoch - 1)
         record.update(values)
         _save_if_best(run, values)
 
@@ -406,14 +406,15 @@ def _finish_epoch(run: Run) -> None:
     if run.compilation is not None:
         run.compilation.log_counts()
     if run.folder is not None and is_main_process():
-        _call_on_epoch_end(run, needed=is_last or is_evaluated)
+        _call_on_epoch_end(run, needed=is_last or evaluate is not None)
 
 
 def _call_on_epoch_end(run: Run, needed: bool) -> None:
     """Call it if `needed`, or if that takes little time: the page of an epoch of seconds would take as long as it."""
     started_at = time.monotonic()
-    is_cheap = started_at - run.called_at > 10 * run.call_seconds
-    if run.on_epoch_end is None or not (needed or is_cheap):
+    if run.on_epoch_end is None:
+        return
+    if not needed and started_at - run.called_at <= 10 * run.call_seconds:
         return
     with unchanged_rng_states(), training_continues():
         run.on_epoch_end()
