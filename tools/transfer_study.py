@@ -146,6 +146,11 @@ def _add_splits(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="drop classes with fewer objects than this in train or test (default: 0)",
     )
+    add(
+        "--one_class",
+        action="store_true",
+        help='give all boxes one class, "object": the study then measures finding alone (default: off)',
+    )
 
 
 def _add_run(commands) -> argparse.ArgumentParser:

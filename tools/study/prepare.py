@@ -5,7 +5,7 @@ annotations/train_0.1.json         the images of splits/0.1.json, repeated until
 annotations/true_boxes.json        boxes of all classes of the training images
 splits/0.1.json                    image ids, for --split_file
 labelled/{train,test}/             images of train and val, and of test
-labelled/true_boxes.txt            training images with two boxes or more
+labelled/true_boxes.txt            training images with a box
 unlabelled/N/                      images of the N-th folder of --unlabelled
 unlabelled.txt                     all images to pre-train on
 settings.json                      flags of the call; written first
@@ -28,6 +28,7 @@ from PIL import Image
 from PIL import __version__ as pillow_version
 
 from datasets import build_dataset
+from datasets.evaluators.proposals import OBJECT_ID
 from datasets.images.image_folder import (
     NO_SIZE,
     ImageFile,
@@ -53,7 +54,7 @@ DATA_FLAGS = [  # of finetune_main.py
 ]
 OWN_FLAGS = [
     *("unlabelled", "no_labelled_images", "max_unlabelled", "image_size", "quality", "val_share"),
-    *("fractions", "split_seed", "min_objects"),
+    *("fractions", "split_seed", "min_objects", "one_class"),
 ]
 MAX_RATIO = 1333 / 800  # long side / --image_size at most; DETR's sizes in training
 MIN_SIDE = 17  # pixels; pre-training skips smaller images
@@ -168,6 +169,8 @@ def write_labelled(args: Namespace, folder: Path) -> dict[str, Coco]:
     _write_gt_boxes(folder, parts["train"])
     classes = _frequent_classes(parts, args.min_objects)
     parts = {name: _select_classes(part, classes) for name, part in parts.items()}
+    if args.one_class:
+        parts = {name: _merge_classes(part) for name, part in parts.items()}
 
     for name, part in parts.items():
         if name == "val" and not args.val_share:
@@ -194,6 +197,12 @@ def _select_classes(content: Coco, ids: Collection[int]) -> Coco:
     boxes = [box for box in content["annotations"] if box["category_id"] in ids]
     classes = [category for category in content["categories"] if category["id"] in ids]
     return {**content, "annotations": boxes, "categories": classes}
+
+
+def _merge_classes(content: Coco) -> Coco:
+    """Give all boxes the one class "object"."""
+    boxes = [{**box, "category_id": OBJECT_ID} for box in content["annotations"]]
+    return {**content, "annotations": boxes, "categories": [{"id": OBJECT_ID, "name": "object"}]}
 
 
 def _objects_per_class(content: Coco) -> Counter:
@@ -289,13 +298,10 @@ def _scale_box(box: dict[str, Any], x: float, y: float) -> dict[str, Any]:
 
 
 def _write_gt_boxes(folder: Path, train: Coco) -> None:
-    """Write ground-truth boxes as proposals, and the list of images with two or more.
-
-    Region prior needs at least two boxes in an image.
-    """
+    """Write ground-truth boxes as proposals, and the list of images that have any."""
     content = {**train, "annotations": [box for box in train["annotations"] if not box["iscrowd"]]}
-    counts = Counter(box["image_id"] for box in content["annotations"])
-    names = sorted(image["file_name"] for image in content["images"] if counts[image["id"]] > 1)
+    with_box = {box["image_id"] for box in content["annotations"]}
+    names = sorted(image["file_name"] for image in content["images"] if image["id"] in with_box)
 
     write_text(folder / "annotations" / "true_boxes.json", json.dumps(content))
     write_text(folder / "labelled" / "true_boxes.txt", "".join(f"{name}\n" for name in names))

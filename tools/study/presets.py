@@ -64,17 +64,20 @@ def schedule(batch_size: int, steps: int) -> Flags:
     return {"batch_size": batch_size, "max_iters": steps, "lr_drop_iters": round(0.8 * steps)}
 
 
-def pretext_flags(num_patches: int, patch_size: int, max_prop: int) -> dict[str, Flags]:
+def pretext_flags(
+    num_patches: int, patch_size: int, max_prop: int, proposals: str = "selective_search"
+) -> dict[str, Flags]:
     """Return the flags of each pretext task at a reduced size.
 
-    Siamese uses selective search instead of the published EdgeBoxes, so that two pretext tasks share one cache.
+    Region prior and Siamese use the same proposals, so that they share one cache. As published, the first uses
+    selective search and the second EdgeBoxes.
     """
     patches = {"num_patches": num_patches, "patch_size": patch_size}
     regions = {"max_prop": max_prop, "patch_size": patch_size, "object_embedding_loss": True}
     return {
         "random_query_patch": {**patches, "feature_recon": True},
-        "region_prior": {"proposals": "selective_search", **regions},
-        "siamese": {"proposals": "selective_search", **patches},
+        "region_prior": {"proposals": proposals, **regions},
+        "siamese": {"proposals": proposals, **patches},
     }
 
 
@@ -88,6 +91,8 @@ SMALL_MODEL = {
     "num_queries": 30,
     "dropout": 0,
 }
+# EdgeBoxes rank objects first: on VOC the best ten find more than those of selective search (docs/results/transfer.md).
+CPU_PRETEXTS = pretext_flags(num_patches=5, patch_size=64, max_prop=5, proposals="edge_boxes")
 PRESETS: dict[str, Preset] = {
     "cpu-smoke": Preset(
         title="a few minutes in all, to try the tool",
@@ -105,13 +110,19 @@ PRESETS: dict[str, Preset] = {
         backbone_lr=0.1,
         evaluations=2,
     ),
+    # Images of 128 pixels; Deformable DETR sees them in strides of 8 to 64.
     "cpu": Preset(
-        title="two CPU cores, one to three hours for a detector with two fractions and three seeds",
-        model=SMALL_MODEL,
-        pretrain={**schedule(batch_size=4, steps=2500), "lr": 2e-4, "fre_cnn": True},
-        finetune=schedule(batch_size=4, steps=1125),
-        pretexts=pretext_flags(num_patches=5, patch_size=64, max_prop=10),
+        title="two CPU cores, about 80 minutes for Deformable DETR with two fractions and three seeds",
+        model={**SMALL_MODEL, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 256},
+        pretrain={**schedule(batch_size=8, steps=1500), "lr": 4e-4, "fre_cnn": True},
+        finetune=schedule(batch_size=4, steps=848),
+        pretexts={
+            **CPU_PRETEXTS,
+            # Two views per image: as many images go through the model as in the other pretext tasks.
+            "siamese": {**CPU_PRETEXTS["siamese"], "batch_size": 4},
+        },
         lr=4e-4,
+        evaluations=2,
     ),
     "gpu-10min": Preset(
         title="one GPU in calls of ten minutes, with --jobs 4 or more and --time_limit 9",
@@ -177,7 +188,7 @@ class Variant:
         name: PRETEXT, PRETEXT-CHANGE, or the name in `--pretrained NAME=FILE`.
         changes: flags of pre-training that differ from the preset's; None removes a flag.
         description: what the changes mean, for the report.
-        labelled_images: pre-train only on the labelled training images with two boxes or more, without their labels.
+        labelled_images: pre-train only on the labelled training images that have a box, without their labels.
         step_factor: pre-training steps, as a multiple of the preset's.
         checkpoint: file to start from instead of a pre-training of this study.
         compare_with: a row that the report compares it with, besides its pretext task.
@@ -223,7 +234,12 @@ ABLATIONS: dict[str, Variant] = {
         Variant(
             "region_prior-edge_boxes",
             {"proposals": "edge_boxes"},
-            "EdgeBoxes instead of selective search",
+            "EdgeBoxes",
+        ),
+        Variant(
+            "region_prior-selective_search",
+            {"proposals": "selective_search"},
+            "selective search, as published",
         ),
         # Ground-truth boxes exist for the labelled images only. The row before them has the same images, so that
         # the two differ in the boxes alone.
@@ -236,7 +252,7 @@ ABLATIONS: dict[str, Variant] = {
         Variant(
             "region_prior-true_boxes",
             {"proposals": "file:{data}/annotations/true_boxes.json"},
-            "ground-truth boxes without classes, of all labelled training images with two or more",
+            "ground-truth boxes without classes, of all labelled training images",
             labelled_images=True,
             compare_with="region_prior-labelled_images",
         ),
@@ -247,6 +263,7 @@ ABLATIONS: dict[str, Variant] = {
         # Siamese DETR
         Variant("siamese-random", *_RANDOM_BOXES),
         Variant("siamese-edge_boxes", {"proposals": "edge_boxes"}, "EdgeBoxes, as published"),
+        Variant("siamese-selective_search", {"proposals": "selective_search"}, "selective search"),
         Variant("siamese-no_regions", {"feature_loss_coef": 0}, "no region discrimination"),
         Variant("siamese-no_global", {"global_loss_coef": 0}, "no global discrimination"),
         # All pretext tasks
