@@ -115,14 +115,15 @@ PRESETS: dict[str, Preset] = {
         title="two CPU cores, about 80 minutes for Deformable DETR with two fractions and three seeds",
         model={**SMALL_MODEL, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 256},
         pretrain={**schedule(batch_size=8, steps=1500), "lr": 4e-4, "fre_cnn": True},
-        finetune=schedule(batch_size=4, steps=848),
+        finetune=schedule(batch_size=4, steps=636),
         pretexts={
             **CPU_PRETEXTS,
             # Two views per image: as many images go through the model as in the other pretext tasks.
             "siamese": {**CPU_PRETEXTS["siamese"], "batch_size": 4},
         },
         lr=4e-4,
-        evaluations=2,
+        backbone_lr=0.1,
+        evaluations=3,
     ),
     "gpu-10min": Preset(
         title="one GPU in calls of ten minutes, with --jobs 4 or more and --time_limit 9",
