@@ -150,6 +150,7 @@ SMALL_TOOLS = {
     "tools/benchmark.py gpu": ["--device", "cpu", "--tiny", "--parts", "resume"],
     "tools/predict.py": ON_CPU,
     "tools/evaluate_proposals.py": ON_CPU,
+    "tools/evaluate_patches.py": ON_CPU,
     "tools/visualize.py samples": [*ON_CPU, *MODEL_FLAGS],
     "tools/visualize.py attention": ["--device", "cpu", "--image_size", "64"],
     "tools/visualize.py sampling": ["--device", "cpu", "--image_size", "64"],
@@ -239,7 +240,7 @@ def given_file(path: str, words: list[str]) -> dict:
         detector = "deformable_detr"
     if (
         "updetr" in words
-        or words[0] == "tools/visualize_pretext.py"
+        or words[0] in ("tools/visualize_pretext.py", "tools/evaluate_patches.py")
         or words[:2] == ["tools/visualize.py", "patches"]
     ):
         return {"model": filled(updetr(*SMALL))}

@@ -114,7 +114,7 @@ PRESETS: dict[str, Preset] = {
     "cpu": Preset(
         title="two CPU cores, about 80 minutes for Deformable DETR with two fractions and three seeds",
         model={**SMALL_MODEL, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 256},
-        pretrain={**schedule(batch_size=8, steps=1500), "lr": 4e-4, "fre_cnn": True},
+        pretrain={**schedule(batch_size=8, steps=1000), "lr": 4e-4, "fre_cnn": True},
         finetune=schedule(batch_size=4, steps=636),
         pretexts={
             **CPU_PRETEXTS,
