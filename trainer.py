@@ -1,5 +1,6 @@
 """A training run: build it from settings, train it, save it, resume it, or try a few steps of it (`--dry_run`)."""
 
+import inspect
 import itertools
 import math
 import time
@@ -70,6 +71,12 @@ DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
 # Settings that the order of images within an epoch depends on: always, and with --bucket_aspect.
 ORDER_FLAGS = ("seed", "bucket_aspect")
 SIZE_FLAGS = ("image_size", "max_size")
+# Of DistributedDataParallel; PyTorch 2.13 renamed it.
+SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 @dataclass(kw_only=True)
@@ -204,12 +211,13 @@ def _wrap_ddp(model: TrainableModel, device: torch.device) -> nn.Module:
     device_ids = [device] if device.type == "cuda" else None
     # Constants, such as frozen norms, need not be sent in each forward pass: all ranks have the same.
     has_live_norm = any(isinstance(module, BATCH_NORMS) for module in model.modules())
+    sync_buffers: dict[str, Any] = {SYNC_BUFFERS: has_live_norm}
     with collective("the comparison of the models by DistributedDataParallel"):
         return DistributedDataParallel(
             model,
             device_ids=device_ids,
             gradient_as_bucket_view=True,
-            broadcast_buffers=has_live_norm,
+            **sync_buffers,
         )
 
 

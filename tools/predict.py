@@ -110,6 +110,7 @@ def parse(argv: list[str]) -> Namespace:
     add_flags(parser, FINETUNE, flags)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
+    parser.set_defaults(num_workers=NUM_WORKERS)
     args = parser.parse_args(argv)
     if args.batch_size == AUTO:
         parser.error("argument --batch_size: auto measures training steps; give a number")
@@ -161,7 +162,7 @@ def predict(predictor: Predictor, images: ImageFolder, args: Namespace) -> Predi
         threshold=args.threshold,
         # One image by default: padding changes predictions slightly, so neighbors in a batch would matter.
         batch_size=args.batch_size or 1,
-        num_workers=NUM_WORKERS if args.num_workers is None else args.num_workers,
+        num_workers=args.num_workers,
     )
     for result in results:
         _add_result(result, images, args, predictions)

@@ -111,6 +111,7 @@ def parse(argv: list[str]) -> Namespace:
         help="images in which boxes are found at once (default: 8)",
     )
     add_flags(parser, FINETUNE, ("device", "num_workers"))
+    parser.set_defaults(num_workers=NUM_WORKERS)
     args = parser.parse_args(own)
     if args.threshold is not None and args.boxes_per_image:
         raise UserError("--threshold and --boxes_per_image both choose the boxes: give one of them")
@@ -186,9 +187,8 @@ def find_boxes(
     }
     bar = Progress(len(images), "boxes")
     limit = math.ceil(MAX_SHARE * args.boxes_per_image) if args.boxes_per_image else None
-    num_workers = NUM_WORKERS if args.num_workers is None else args.num_workers
     for result in predictor.predict_files(
-        images, threshold=args.threshold, batch_size=args.batch_size, num_workers=num_workers
+        images, threshold=args.threshold, batch_size=args.batch_size, num_workers=args.num_workers
     ):
         bar.step()
         name, prediction = images.names[result.index], result.prediction

@@ -59,6 +59,7 @@ from tests.tiny import (
 )
 from tools.demo import run as demo
 from tools.demo import scenes as sample_scenes
+from tools.demo import stages as demo_stages
 from util.checkpoints.checkpoint import save_checkpoint
 from util.checkpoints.weight_files import cached_path
 from util.errors import UserError
@@ -411,7 +412,7 @@ def run_set_up(words: list[str]) -> None:
     printed = run_shell(words)
     if words[1] == "tools/demo.sh":
         assert printed[0].endswith("tools/demo/run.py")
-        demo.build_stages(demo.get_args_parser().parse_args(printed[1:]))
+        demo_stages.build_stages(demo.get_args_parser().parse_args(printed[1:]))
     elif words[1] == "tools/docs.sh":  # tests/tools/test_build_site.py builds it
         assert printed[0] == "tools/build_site.py"
         import_tool(printed[0]).parse(printed[1:])

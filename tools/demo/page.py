@@ -13,7 +13,8 @@ from pathlib import Path
 from datasets.labelled.coco import coco_files
 from evaluation import METRICS_FILE
 from tools import visualize
-from tools.demo.run import DEMO_FILE, FINETUNE, OBJECTS, PRETRAIN, SCENES, SCRATCH
+from tools.demo.run import DEMO_FILE
+from tools.demo.stages import FINETUNE, OBJECTS, PRETRAIN, SCENES, SCRATCH
 from util.errors import UserError
 from util.files import write_text
 from util.logger import format_seconds, log

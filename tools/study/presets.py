@@ -136,9 +136,10 @@ PRESETS: dict[str, Preset] = {
         },
         pretrain={**schedule(batch_size=32, steps=3125), "lr": 2e-4, "fre_cnn": True},
         finetune=schedule(batch_size=16, steps=1250),
-        pretexts=pretext_flags(num_patches=10, patch_size=96, max_prop=15),
-        lr=2e-4,
+        pretexts=pretext_flags(num_patches=10, patch_size=96, max_prop=10, proposals="edge_boxes"),
+        lr=4e-4,
         backbone_lr=0.1,
+        evaluations=5,
     ),
     "paper": Preset(
         title="published settings: 8 GPUs for days, on all of the data prepared with --image_size 800",

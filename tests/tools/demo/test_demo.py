@@ -13,6 +13,7 @@ from tools import cache_proposals, self_training
 from tools.demo import page as result_page
 from tools.demo import run as demo
 from tools.demo import scenes as sample_scenes
+from tools.demo import stages as demo_stages
 from util.errors import UserError
 from util.settings import resolve
 
@@ -38,14 +39,14 @@ def coco_path(tmp_path: Path) -> Path:
     return folder
 
 
-def words_of(stage: demo.Stage) -> list[str]:
+def words_of(stage: demo_stages.Stage) -> list[str]:
     """Return the flags of a stage's script."""
     script = next(i for i, word in enumerate(stage.command) if word.endswith(".py"))
     return stage.command[script + 1 :]
 
 
-def by_name(tmp_path: Path, *flags: str) -> dict[str, demo.Stage]:
-    return {stage.name: stage for stage in demo.build_stages(demo_args(tmp_path, *flags))}
+def by_name(tmp_path: Path, *flags: str) -> dict[str, demo_stages.Stage]:
+    return {stage.name: stage for stage in demo_stages.build_stages(demo_args(tmp_path, *flags))}
 
 
 def test_the_scripts_accept_the_commands_on_synthetic_images(tmp_path: Path) -> None:
@@ -80,14 +81,14 @@ def test_the_scripts_accept_the_commands_on_synthetic_images(tmp_path: Path) -> 
 def test_a_step_of_pre_training_has_the_same_images_in_one_process_and_in_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
-    monkeypatch.setattr(demo, "usable_cores", lambda: cores)
+    monkeypatch.setattr(demo_stages, "usable_cores", lambda: cores)
     stage = by_name(tmp_path, "--device", "cpu")["pretrain"]
     assert ("torch.distributed.run" in stage.command) == (cores == 2)
     assert pretrain_main.parse(words_of(stage)).batch_size * cores == 8
 
 
 def test_fine_tunings_differ_in_checkpoint_folder_and_learning_rates_only(tmp_path: Path) -> None:
-    *_, finetune, scratch = demo.build_stages(demo_args(tmp_path))
+    *_, finetune, scratch = demo_stages.build_stages(demo_args(tmp_path))
     with_checkpoint, without = (
         vars(finetune_main.parse(words_of(stage))) for stage in (finetune, scratch)
     )
@@ -105,19 +106,19 @@ def test_commands_on_a_custom_dataset(tmp_path: Path, coco_path: Path) -> None:
     assert settings.imagenet_path == str(coco_path / "images" / "train2017")
     tuned = resolve(finetune_main.parse(words_of(stages["finetune_pretrained"])))
     assert (tuned.num_classes, tuned.epochs, tuned.lr_drop) == (18, 7, 5)
-    assert tuned.image_size == demo.CUSTOM_DEFAULTS.image_size
+    assert tuned.image_size == demo_stages.CUSTOM_DEFAULTS.image_size
 
 
 def test_error_names_unreadable_annotations(tmp_path: Path, coco_path: Path) -> None:
     (coco_path / "annotations" / "instances_train2017.json").write_text("{}")
     with pytest.raises(UserError, match="instances_train2017.json"):
-        demo.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
+        demo_stages.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
 
 
 def test_held_out_labels_are_needed_from_the_start(tmp_path: Path, coco_path: Path) -> None:
     (coco_path / "annotations" / "instances_val2017.json").unlink()
     with pytest.raises(UserError, match="instances_val2017.json does not exist: --coco_path needs"):
-        demo.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
+        demo_stages.build_stages(demo_args(tmp_path, "--coco_path", str(coco_path)))
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
@@ -132,19 +133,19 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_a_finished_stage_is_reused_and_an_unfinished_one_resumes(tmp_path: Path) -> None:
     calls = []
 
-    def run(status: int, stage: demo.Stage, overwrite: bool = False) -> float:
+    def run(status: int, stage: demo_stages.Stage, overwrite: bool = False) -> float:
         return demo.run_stage(
             stage, tmp_path / "a", overwrite, lambda command: calls.append(command) or status
         )
 
-    stage = demo.Stage("a", "first", ["python", "x.py"])
+    stage = demo_stages.Stage("a", "first", ["python", "x.py"])
     with pytest.raises(UserError, match="failed with status 3"):
         run(3, stage)
     seconds = run(0, stage)
     assert run(0, stage) == pytest.approx(seconds, abs=0.1)
     assert len(calls) == 2
     with pytest.raises(UserError, match="other settings.*--overwrite"):
-        run(0, demo.Stage("a", "first", ["python", "y.py"]))
+        run(0, demo_stages.Stage("a", "first", ["python", "y.py"]))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "old").write_text("")
     (tmp_path / "a.stage.json").unlink()  # without it the folder is replaced too
@@ -158,7 +159,7 @@ def test_time_of_an_interrupted_attempt_counts(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(demo.time, "monotonic", lambda: clock[0])
-    stage = demo.Stage("a", "first", ["python", "x.py"])
+    stage = demo_stages.Stage("a", "first", ["python", "x.py"])
 
     def interrupted(command: list[str]) -> int:
         clock[0] += 60
