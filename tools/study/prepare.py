@@ -138,8 +138,9 @@ def _is_prepared(folder: Path, settings: dict[str, Any], sources: list[str]) -> 
         raise UserError(f"--output_dir {folder} has other files: choose another folder")
     if before:
         for name, value in settings.items():
-            if before.get(name) != value:
-                was = f"was prepared with {name} {before.get(name)}, now it is {value}"
+            earlier = before.get(name, False)  # older data lacks switches that came later
+            if earlier != value:
+                was = f"was prepared with {name} {earlier}, now it is {value}"
                 raise UserError(f"--output_dir {folder} {was}: choose another folder")
 
     # First of all files: an interrupted call can only continue with the same settings.

@@ -88,6 +88,40 @@ def test_val_share_0_and_max_unlabelled(
     assert not (tmp_path / "other").exists()
 
 
+def test_one_class(data: Path, tmp_path: Path) -> None:
+    """All boxes are kept and get one class; data from before this flag is known as prepared without it."""
+    words = argv(coco_path=data.parent / "coco", fractions=[1, 0.5], image_size=64)
+    study("prepare", *words, "--one_class", output_dir=tmp_path / "one")
+    study("prepare", *words, output_dir=tmp_path / "all")
+    for file in ("train.json", "train_0.5.json", "val.json", "test.json"):
+        one, several = (
+            json.loads((tmp_path / folder / "annotations" / file).read_text())
+            for folder in ("one", "all")
+        )
+        assert one["categories"] == [{"id": 1, "name": "object"}]
+        assert {box["category_id"] for box in one["annotations"]} == {1}
+        assert len({box["category_id"] for box in several["annotations"]}) > 1
+        assert [box["bbox"] for box in one["annotations"]] == [
+            box["bbox"] for box in several["annotations"]
+        ]
+
+    settings = tmp_path / "all" / "settings.json"
+    older = json.loads(settings.read_text())
+    del older["one_class"]
+    settings.write_text(json.dumps(older))
+    study("prepare", *words, output_dir=tmp_path / "all")
+    with pytest.raises(UserError, match="was prepared with one_class False, now it is True"):
+        study("prepare", *words, "--one_class", output_dir=tmp_path / "all")
+
+
+def test_true_boxes_list_every_training_image_with_a_box(data: Path) -> None:
+    boxes = json.loads((data / "annotations" / "true_boxes.json").read_text())
+    with_box = {box["image_id"] for box in boxes["annotations"]}
+    expected = {image["file_name"] for image in boxes["images"] if image["id"] in with_box}
+    assert set((data / "labelled" / "true_boxes.txt").read_text().split()) == expected
+    assert expected <= names(data, "train")
+
+
 def test_unlabelled_images_are_drawn_from_all_folders() -> None:
     assert (
         draw_unlabelled([2, 0, 3], None, 1)
