@@ -71,7 +71,7 @@ DRY_RUN_STEPS = 3  # the fastest one counts: the first is slower than the others
 # Settings that the order of images within an epoch depends on: always, and with --bucket_aspect.
 ORDER_FLAGS = ("seed", "bucket_aspect")
 SIZE_FLAGS = ("image_size", "max_size")
-# Of DistributedDataParallel; PyTorch 2.13 renamed it.
+# Of DistributedDataParallel. PyTorch 2.13 deprecated the second; the first one still sends buffers at construction.
 SYNC_BUFFERS = (
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters

@@ -2,12 +2,12 @@
 
     python tools/evaluate_patches.py --checkpoint outputs/updetr/checkpoint.pth --imagenet_path IMAGES
 
-Prints the mean IoU of each patch's most confident box with the place where the patch was cut out, and the share of
+Prints the mean IoU of each patch's most confident box with the place where the patch was cut out, and the fraction of
 patches that are found at an IoU of at least 0.5. `_swapped`: the same patches, searched in another image. What is not
 above it is a prior over box positions: the model does not look at the image.
 
-It takes all flags of main.py. Pretext, architecture and the flags of its run come from the checkpoint. Images and
-patches are not augmented. `--output_dir` saves the metrics as `patch_metrics.json`.
+It takes all flags of main.py. Pretext, architecture and the flags of its run come from the checkpoint. Colors are not
+augmented; Siamese views are drawn at random by `--seed`. `--output_dir` saves the metrics as `patch_metrics.json`.
 """
 
 import sys
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> Namespace:
 
 @dataclass
 class PatchIoU:
-    """IoU of predicted and true boxes of patches, over images."""
+    """IoU of predicted and ground-truth boxes of patches, over images."""
 
     values: list[Tensor] = field(default_factory=list)
 

@@ -53,6 +53,7 @@ HELP = {
     "image_size": "short side to which images are resized, in pixels (default: as in the checkpoint, else 800)",
     "max_size": "maximum long side of resized images, in pixels (default: as in the checkpoint, else 1333)",
     "amp": "run the network in bfloat16 (bf16) or float32 (default: as in the checkpoint, else no)",
+    "num_workers": "number of dataloader workers (default: 2)",
     "exif": "EXIF orientation of images: apply or ignore it (default: as in training, else ignore)",
 }
 IMAGES_ON_PAGE = 12

@@ -1,7 +1,9 @@
 """Measures whether pre-training helps: fine-tunes after each pretext task and without, over seeds and label fractions.
 
-    python tools/transfer_study.py prepare --dataset_file voc --voc_path data/pascal/VOCdevkit --output_dir data/study
-    python tools/transfer_study.py run --data data/study --preset cpu --output_dir outputs/study
+    python tools/transfer_study.py prepare --dataset_file voc --voc_path data/pascal/VOCdevkit --image_size 128 \\
+        --output_dir data/study
+    python tools/transfer_study.py run --data data/study --preset cpu --detectors deformable_detr \\
+        --output_dir outputs/study
     python tools/transfer_study.py report outputs/study --output outputs/transfer.md
 
 `run` can be stopped at any time; the same command resumes it. See docs/transfer_study.md.

@@ -2,14 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
+from datasets.sample import BadImageError
 from tests.tiny import FROZEN, PRETEXT_FLAGS, RUN_FLAGS, pre_train, write_images
 from tools import evaluate_patches
 from tools.evaluate_patches import PatchIoU, in_image_of
 from util.errors import UserError
+from util.nested_tensor import as_nested_tensor
 
 
 def evaluate(checkpoint: Path, images: Path, *flags: object) -> dict[str, float]:
@@ -60,8 +64,8 @@ def test_metrics_of_a_checkpoint(pretext: str, tmp_path: Path) -> None:
 
     folder = tmp_path / "metrics"
     metrics = evaluate(run / "checkpoint.pth", images, "--output_dir", folder)
-    # The first of three images only lends its pixels.
-    assert metrics["patches"] % 2 == 0
+    # Of three images; the first one only lends its pixels.
+    assert metrics["patches"] == 2 * 5
     for name in ("mean_IoU", "found", "mean_IoU_swapped", "found_swapped"):
         assert 0 <= metrics[name] <= 1
     assert metrics["mean_IoU"] != metrics["mean_IoU_swapped"]
@@ -72,6 +76,46 @@ def test_metrics_of_a_checkpoint(pretext: str, tmp_path: Path) -> None:
         evaluate(run / "checkpoint.pth", images, "--output_dir", folder)
     with pytest.raises(UserError, match="1 usable images: two are needed"):
         evaluate(run / "checkpoint.pth", images, "--count", 1)
+
+
+class Oracle:
+    """Stands in for a pretext: finds patch 0 where it was cut out, if the image is the one that it was cut from."""
+
+    normalization: ClassVar = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+    def eval(self) -> None: ...
+
+    def __call__(self, inputs: Any, targets: Any) -> tuple[Tensor, Tensor]:
+        pixels = as_nested_tensor(inputs).tensor
+        own = targets[0]["value"].item() / 255
+        box = targets[0]["boxes"] if (pixels - own).abs().max() < 1e-3 else torch.full((1, 4), 0.9)
+        return box[None], torch.ones(1, 1)
+
+    @staticmethod
+    def patch_boxes(outputs: tuple[Tensor, Tensor], num_patches: int) -> tuple[Tensor, Tensor]:
+        assert num_patches == 1
+        return outputs
+
+
+def test_own_and_swapped_images_are_not_confused() -> None:
+    """A model that looks at the image has an IoU of 1 with its own; a bad image is skipped."""
+
+    class Samples(list):
+        def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, dict]:
+            _, index = key
+            if index == 1:
+                raise BadImageError("broken")
+            image = torch.full((3, 32, 40 + 8 * index), 20 * index, dtype=torch.uint8)
+            boxes = torch.tensor([[0.3, 0.3, 0.2, 0.2]])
+            crop = image[:, :8, :8][None]
+            value = torch.tensor([20 * index])
+            return image, {"boxes": boxes, "patches": crop, "value": value}
+
+    metrics = evaluate_patches.evaluate(Oracle(), Samples(range(4)), torch.device("cpu"), 9)
+    assert metrics["patches"] == 2
+    assert metrics["mean_IoU"] == pytest.approx(1)
+    assert metrics["found"] == 1
+    assert metrics["mean_IoU_swapped"] == metrics["found_swapped"] == 0
 
 
 def test_region_prior_has_no_patches(tmp_path: Path) -> None:

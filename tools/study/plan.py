@@ -286,7 +286,8 @@ def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
     """Build the plan of a `run` command.
 
     Raises:
-        UserError: a fraction or split was not prepared, or a checkpoint of `--pretrained` does not exist.
+        UserError: a fraction or split was not prepared, an ablation changes nothing, or a checkpoint of `--pretrained`
+            does not exist.
     """
     _check_prepared(args, manifest)
     preset = PRESETS[args.preset]
@@ -295,6 +296,12 @@ def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
         "backbone_weights": _resolve_if_exists(args.backbone_weights),
     }
     names = dict.fromkeys([*args.pretexts, *args.ablations])  # without duplicates, in order
+    for name in args.ablations:
+        if not _changes_something(get_variant(name), preset):
+            pretext = get_variant(name).pretext
+            raise UserError(
+                f"--ablations {name}: that is what --preset {args.preset} does; choose --pretexts {pretext}"
+            )
 
     return Plan(
         preset=preset,
@@ -309,6 +316,14 @@ def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
         lr=args.lr or preset.lr,
         eval_split=args.evaluate_on,
     )
+
+
+def _changes_something(variant: Variant, preset: Preset) -> bool:
+    if variant.labelled_images or variant.step_factor > 1:
+        return True
+    flags = preset.pretexts[variant.pretext]
+    # A preset without this flag leaves it to a config.
+    return any(name not in flags or flags[name] != value for name, value in variant.changes.items())
 
 
 def _check_prepared(args: Namespace, manifest: dict[str, Any]) -> None:

@@ -47,6 +47,7 @@ from util.logger import log, progress
 from util.runs.folder import read_json_object
 from util.settings import resolve
 
+FORMAT = 2  # 1 listed only images with two boxes or more in true_boxes.txt
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 DATA_FLAGS = [  # of finetune_main.py
     *("coco_path", "data_root", "dataset_file", "voc_path", "voc_train", "voc_val", "airbus_path"),
@@ -112,7 +113,7 @@ def _settings(args: Namespace) -> dict[str, Any]:
         if isinstance(value, str) and "/" in value:
             given[name] = _short_path(value)
     # Through JSON, so that it equals what is read back from settings.json.
-    return json.loads(json.dumps({**given, "pillow": pillow_version}))
+    return json.loads(json.dumps({**given, "pillow": pillow_version, "format": FORMAT}))
 
 
 def _short_path(path: str) -> str:
@@ -138,9 +139,8 @@ def _is_prepared(folder: Path, settings: dict[str, Any], sources: list[str]) -> 
         raise UserError(f"--output_dir {folder} has other files: choose another folder")
     if before:
         for name, value in settings.items():
-            earlier = before.get(name, False)  # older data lacks switches that came later
-            if earlier != value:
-                was = f"was prepared with {name} {earlier}, now it is {value}"
+            if before.get(name) != value:
+                was = f"was prepared with {name} {before.get(name)}, now it is {value}"
                 raise UserError(f"--output_dir {folder} {was}: choose another folder")
 
     # First of all files: an interrupted call can only continue with the same settings.

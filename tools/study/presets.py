@@ -69,8 +69,8 @@ def pretext_flags(
 ) -> dict[str, Flags]:
     """Return the flags of each pretext task at a reduced size.
 
-    Region prior and Siamese use the same proposals, so that they share one cache. As published, the first uses
-    selective search and the second EdgeBoxes.
+    Region prior and Siamese use the same proposals, so that they share one cache. Published are selective search for
+    region prior and EdgeBoxes for Siamese.
     """
     patches = {"num_patches": num_patches, "patch_size": patch_size}
     regions = {"max_prop": max_prop, "patch_size": patch_size, "object_embedding_loss": True}
@@ -91,7 +91,7 @@ SMALL_MODEL = {
     "num_queries": 30,
     "dropout": 0,
 }
-# EdgeBoxes rank objects first: on VOC the best ten find more than those of selective search (docs/results/transfer.md).
+# EdgeBoxes have scores: the best few find more objects than those of selective search (docs/results/transfer.md).
 CPU_PRETEXTS = pretext_flags(num_patches=5, patch_size=64, max_prop=5, proposals="edge_boxes")
 PRESETS: dict[str, Preset] = {
     "cpu-smoke": Preset(
@@ -112,13 +112,13 @@ PRESETS: dict[str, Preset] = {
     ),
     # Images of 128 pixels; Deformable DETR sees them in strides of 8 to 64.
     "cpu": Preset(
-        title="two CPU cores, about 80 minutes for Deformable DETR with two fractions and three seeds",
+        title="two CPU cores, about 70 minutes for Deformable DETR with two fractions and three seeds",
         model={**SMALL_MODEL, "enc_layers": 1, "dec_layers": 2, "dim_feedforward": 256},
         pretrain={**schedule(batch_size=8, steps=1000), "lr": 4e-4, "fre_cnn": True},
         finetune=schedule(batch_size=4, steps=636),
         pretexts={
             **CPU_PRETEXTS,
-            # Two views per image: as many images go through the model as in the other pretext tasks.
+            # Two views per image: the model sees as many as it sees images in the other pretext tasks.
             "siamese": {**CPU_PRETEXTS["siamese"], "batch_size": 4},
         },
         lr=4e-4,

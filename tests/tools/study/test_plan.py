@@ -57,6 +57,8 @@ def test_the_scripts_accept_all_commands(data: Path, preset: str) -> None:
         if row.pretext not in of_configs
         or (row.step_factor == 1 and None not in row.changes.values())
     ]
+    own = presets.PRESETS[preset].pretexts["region_prior"]["proposals"] if preset != "paper" else ""
+    ablations = [name for name in ablations if not name.endswith(f"-{own}")]
     detectors = list(presets.DETECTOR_FLAGS)
     steps = steps_of(
         data, preset=preset, detectors=detectors, ablations=ablations, seeds=1, fractions=1
@@ -175,6 +177,15 @@ def test_ablations_can_not_remove_flags_of_a_config(data: Path, change: str) -> 
         match=rf"{change}: configs/UPDETR_conditional_pretrain_in\.sh fixes what it changes",
     ):
         steps_of(data, preset="paper", fractions=1, ablations=f"random_query_patch-{change}")
+
+
+@pytest.mark.parametrize(
+    ("preset", "row"),
+    [("cpu", "region_prior-edge_boxes"), ("cpu-smoke", "siamese-selective_search")],
+)
+def test_a_row_that_changes_nothing_is_refused(data: Path, preset: str, row: str) -> None:
+    with pytest.raises(UserError, match=f"{row}: that is what --preset {preset} does"):
+        steps_of(data, preset=preset, fractions=1, ablations=row)
 
 
 def test_a_longer_row_differs_only_in_pre_training_steps(data: Path) -> None:

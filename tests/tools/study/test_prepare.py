@@ -89,7 +89,7 @@ def test_val_share_0_and_max_unlabelled(
 
 
 def test_one_class(data: Path, tmp_path: Path) -> None:
-    """All boxes are kept and get one class; data from before this flag is known as prepared without it."""
+    """All boxes are kept and get one class."""
     words = argv(coco_path=data.parent / "coco", fractions=[1, 0.5], image_size=64)
     study("prepare", *words, "--one_class", output_dir=tmp_path / "one")
     study("prepare", *words, output_dir=tmp_path / "all")
@@ -105,11 +105,6 @@ def test_one_class(data: Path, tmp_path: Path) -> None:
             box["bbox"] for box in several["annotations"]
         ]
 
-    settings = tmp_path / "all" / "settings.json"
-    older = json.loads(settings.read_text())
-    del older["one_class"]
-    settings.write_text(json.dumps(older))
-    study("prepare", *words, output_dir=tmp_path / "all")
     with pytest.raises(UserError, match="was prepared with one_class False, now it is True"):
         study("prepare", *words, "--one_class", output_dir=tmp_path / "all")
 
