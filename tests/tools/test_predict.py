@@ -24,7 +24,7 @@ from tests.tiny import (
     write_custom_dataset,
     write_images,
 )
-from tools import predict
+from tools import predict, self_training
 from util import coco as coco_names
 from util.checkpoints.checkpoint import save_checkpoint
 from util.errors import UserError
@@ -58,6 +58,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "eval",
     )
     return root
+
+
+@pytest.mark.parametrize(("flags", "expected"), [([], 2), (["--num_workers", "0"], 0)])
+def test_number_of_workers(flags: list[str], expected: int) -> None:
+    words = ["--checkpoint", "a.pth", "--images", "b", "--output_dir", "c", *flags]
+    for tool in (predict, self_training):
+        assert tool.parse(words).num_workers == expected
 
 
 def test_predictions_equal_evaluation_results(data: Path, tmp_path: Path) -> None:

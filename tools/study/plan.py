@@ -297,7 +297,7 @@ def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
     }
     names = dict.fromkeys([*args.pretexts, *args.ablations])  # without duplicates, in order
     for name in args.ablations:
-        if not _changes_something(get_variant(name), preset):
+        if not changes_something(get_variant(name), preset):
             pretext = get_variant(name).pretext
             raise UserError(
                 f"--ablations {name}: that is what --preset {args.preset} does; choose --pretexts {pretext}"
@@ -318,7 +318,8 @@ def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
     )
 
 
-def _changes_something(variant: Variant, preset: Preset) -> bool:
+def changes_something(variant: Variant, preset: Preset) -> bool:
+    """Return whether pre-training of this row differs from that of its pretext task."""
     if variant.labelled_images or variant.step_factor > 1:
         return True
     flags = preset.pretexts[variant.pretext]
