@@ -119,7 +119,7 @@ def test_own_and_swapped_images_are_not_confused() -> None:
 
 
 def test_region_prior_has_no_patches(tmp_path: Path) -> None:
-    images, run = write_images(tmp_path / "images", 2), tmp_path / "run"
+    images, run = write_images(tmp_path / "images", 4), tmp_path / "run"
     flags = (
         "--pretext",
         "region_prior",
