@@ -82,7 +82,7 @@ def write_samples(
     Raises:
         UserError: images can't be used, or the page can't be written.
     """
-    samples = [dataset[(epoch, index)] for index in _evenly_spaced(len(dataset), count)]
+    samples = [dataset[(epoch, index)] for index in evenly_spaced(len(dataset), count)]
     rows = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
@@ -90,7 +90,7 @@ def write_samples(
     sample_page(rows, getattr(dataset, "class_names", None), path)
 
 
-def _evenly_spaced(length: int, count: int) -> list[int]:
+def evenly_spaced(length: int, count: int) -> list[int]:
     """Return `count` indices, evenly spaced over a dataset, or all of a smaller one."""
     if length <= count:
         return list(range(length))
@@ -267,7 +267,7 @@ def write_patches(
     """
     model.eval()
     rows = []
-    for index in _evenly_spaced(len(dataset), count):
+    for index in evenly_spaced(len(dataset), count):
         results = predict_patches(model, dataset[(0, index)], normalization, device)
         rows += [result.row() for result in results]
     patch_page(rows, path)

@@ -33,7 +33,7 @@ from util.logger import Progress, log
 from util.runs.session import run_script, start_session
 from util.settings import PRETRAIN, Parser, make_parser
 from util.settings.value_types import positive
-from visualization import predict_patches
+from visualization import evenly_spaced, predict_patches
 
 METRICS = "patch_metrics.json"
 FOUND_IOU = 0.5
@@ -96,7 +96,7 @@ def evaluate(
     """
     model.eval()
     own, swapped, skipped = PatchIoU(), PatchIoU(), 0
-    indices = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long().tolist()
+    indices = evenly_spaced(len(dataset), count)
     previous: Sample | None = None
     bar = Progress(len(indices), "images")
     for index in indices:

@@ -296,11 +296,10 @@ def build_plan(args: Namespace, manifest: dict[str, Any]) -> Plan:
         "backbone_weights": _resolve_if_exists(args.backbone_weights),
     }
     names = dict.fromkeys([*args.pretexts, *args.ablations])  # without duplicates, in order
-    for name in args.ablations:
-        if not changes_something(get_variant(name), preset):
-            pretext = get_variant(name).pretext
+    for row in map(get_variant, args.ablations):
+        if not changes_something(row, preset):
             raise UserError(
-                f"--ablations {name}: that is what --preset {args.preset} does; choose --pretexts {pretext}"
+                f"--ablations {row.name}: that is what --preset {args.preset} does; choose --pretexts {row.pretext}"
             )
 
     return Plan(

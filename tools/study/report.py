@@ -246,7 +246,7 @@ def draw_curves(evaluations: pd.DataFrame, path: Path, title: str) -> None:
 
     axes.set(xlabel="epoch of fine-tuning", ylabel="AP", title=title)
     axes.set_ylim(bottom=0)
-    axes.locator_params(axis="x", integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, frameon=False)
