@@ -53,7 +53,6 @@ HELP = {
     "image_size": "short side to which images are resized, in pixels (default: as in the checkpoint, else 800)",
     "max_size": "maximum long side of resized images, in pixels (default: as in the checkpoint, else 1333)",
     "amp": "run the network in bfloat16 (bf16) or float32 (default: as in the checkpoint, else no)",
-    "num_workers": "number of dataloader workers (default: 2)",
     "exif": "EXIF orientation of images: apply or ignore it (default: as in training, else ignore)",
 }
 IMAGES_ON_PAGE = 12
@@ -63,6 +62,14 @@ JPEG_QUALITY = 92  # of drawn images
 # Such as a full disk, a name that the file system refuses, or an image with more pixels than a JPEG can have.
 DRAWING_ERRORS = (UserError, OSError, ValueError, MemoryError)
 DEFAULT_NAME_BYTES = 255  # of a file name, where the file system does not say
+
+
+def set_num_workers_default(parser: Parser) -> None:
+    """Give `--num_workers` the default of the tools that predict, instead of that of training."""
+    parser.set_defaults(num_workers=NUM_WORKERS)
+    for action in parser._actions:
+        if action.dest == "num_workers":
+            action.help = f"number of dataloader workers (default: {NUM_WORKERS})"
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -111,7 +118,7 @@ def parse(argv: list[str]) -> Namespace:
     add_flags(parser, FINETUNE, flags)
     for action in parser._actions:
         action.help = HELP.get(action.dest, action.help)
-    parser.set_defaults(num_workers=NUM_WORKERS)
+    set_num_workers_default(parser)
     args = parser.parse_args(argv)
     if args.batch_size == AUTO:
         parser.error("argument --batch_size: auto measures training steps; give a number")

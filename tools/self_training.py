@@ -38,7 +38,7 @@ from datasets.images.image_folder import ImageFolder
 from datasets.proposals.base import to_pixels
 from datasets.proposals.cache import CachedProposals, ProposalCache
 from predictor import Predictor
-from tools.predict import NUM_WORKERS, score_value
+from tools.predict import score_value, set_num_workers_default
 from util.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from util.errors import UserError
 from util.files import make_folder, to_json, write_text
@@ -111,7 +111,7 @@ def parse(argv: list[str]) -> Namespace:
         help="images in which boxes are found at once (default: 8)",
     )
     add_flags(parser, FINETUNE, ("device", "num_workers"))
-    parser.set_defaults(num_workers=NUM_WORKERS)
+    set_num_workers_default(parser)
     args = parser.parse_args(own)
     if args.threshold is not None and args.boxes_per_image:
         raise UserError("--threshold and --boxes_per_image both choose the boxes: give one of them")
